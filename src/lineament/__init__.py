@@ -1,0 +1,9 @@
+"""Lineament: find, measure, test and change the features that neural networks learn.
+
+Start with :func:`lineament.audit.audit` (the command ``lineament audit``), or with one method:
+
+>>> from lineament.explain.saliency import normgrad
+>>> from lineament.measure.collapse import collapse_metrics
+"""
+
+__version__ = "0.1.0"

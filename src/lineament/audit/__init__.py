@@ -1,0 +1,1 @@
+"""The main job: lenses over one model, one report."""

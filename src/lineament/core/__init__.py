@@ -1,0 +1,1 @@
+"""The ground floor: tensors and modules, no method and no paper."""

@@ -1,0 +1,163 @@
+"""What bad input gets: one clear message that quotes what came, what was expected and the nearest valid choice.
+
+Every public function checks its arguments here, before any work is done. A failed check raises
+:class:`InputError`, which the command line turns into one line on standard error and exit status 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """The caller passed something that cannot be used; the message says what, why and the mend."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise :class:`InputError` with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def show(value: Any, limit: int = 80) -> str:
+    """A short, printable form of any argument: tensors by shape and dtype, the rest by a clipped ``repr``.
+
+    >>> show(torch.zeros(2, 3))
+    'a float32 tensor of shape (2, 3)'
+    """
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"a {value.dtype} array of shape {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def suggest(name: str, choices: Iterable[str], most: int = 3) -> str:
+    """``"; nearest: 'a', 'b'"`` for the choices closest to ``name``, or all of them when there are few.
+
+    >>> suggest("layer5", ["layer1", "layer4"])
+    "; nearest: 'layer4', 'layer1'"
+    """
+    choices = [str(c) for c in choices]
+    near = difflib.get_close_matches(str(name), choices, n=most, cutoff=0.4)
+    if near:
+        return "; nearest: " + ", ".join(repr(c) for c in near)
+    if 0 < len(choices) <= 12:
+        return "; there are: " + ", ".join(repr(c) for c in choices)
+    return (
+        f"; there are {len(choices)} choices, from {choices[0]!r} to {choices[-1]!r}"
+        if choices
+        else "; there are none"
+    )
+
+
+def one_of(what: str, value: Any, choices: Sequence[str] | Iterable[str]) -> str:
+    """Return ``value`` if it is one of ``choices``, else say which is nearest.
+
+    >>> one_of("method", "gradcam", ["grad_cam", "norm_grad"])
+    Traceback (most recent call last):
+    ...
+    lineament.core.checks.InputError: method: got 'gradcam', which is not a choice; nearest: 'grad_cam', 'norm_grad'
+    """
+    choices = list(choices)
+    require(value in choices, f"{what}: got {show(value)}, which is not a choice{suggest(value, choices)}")
+    return value
+
+
+def number(
+    what: str,
+    value: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    open_low: bool = False,
+    open_high: bool = False,
+    integer: bool = False,
+) -> Any:
+    """Return ``value`` if it is a finite number inside the interval; ``open_*`` excludes that end.
+
+    >>> number("fraction", 1.5, low=0, high=1)
+    Traceback (most recent call last):
+    ...
+    lineament.core.checks.InputError: fraction: got 1.5, expected a number in [0, 1]
+    """
+    kind = "an integer" if integer else "a number"
+    left = "(-inf" if low is None else f"{'(' if open_low else '['}{low}"
+    right = "inf)" if high is None else f"{high}{')' if open_high else ']'}"
+    expected = f"{what}: got {show(value)}, expected {kind} in {left}, {right}"
+    numeric = isinstance(value, int) or (isinstance(value, float) and not integer)
+    require(numeric and not isinstance(value, bool), expected)
+    require(value == value and abs(value) != float("inf"), expected)
+    require(low is None or (value > low if open_low else value >= low), expected)
+    require(high is None or (value < high if open_high else value <= high), expected)
+    return value
+
+
+def tensor(
+    what: str,
+    value: Any,
+    *,
+    shape: Sequence[int | str | None] | None = None,
+    floating: bool | None = None,
+    finite: bool = True,
+    empty: bool = False,
+) -> Tensor:
+    """Return ``value`` if it is a tensor of this form.
+
+    ``shape`` holds an int (must match), a name (any size, shown in the message) or ``None`` for each dimension.
+
+    >>> tensor("images", torch.zeros(3), shape=("batch", "channels", "height", "width"))
+    Traceback (most recent call last):
+    ...
+    lineament.core.checks.InputError: images: got a float32 tensor of shape (3,), expected a tensor of shape (batch, channels, height, width)
+    """
+    require(
+        isinstance(value, Tensor),
+        f"{what}: got {show(value)} ({type(value).__name__}), expected a torch.Tensor",
+    )
+    if shape is not None:
+        fits = value.ndim == len(shape) and all(
+            not isinstance(want, int) or have == want for have, want in zip(value.shape, shape)
+        )
+        names = ", ".join("*" if s is None else str(s) for s in shape) + ("," if len(shape) == 1 else "")
+        require(fits, f"{what}: got {show(value)}, expected a tensor of shape ({names})")
+    require(
+        empty or value.numel() > 0,
+        f"{what}: got {show(value)}, which is empty; expected at least one element",
+    )
+    if floating is not None:
+        kind = "a floating-point" if floating else "an integer"
+        require(value.is_floating_point() == floating, f"{what}: got {show(value)}, expected {kind} tensor")
+    if finite and value.is_floating_point():
+        bad = int((~torch.isfinite(value)).sum())
+        require(
+            bad == 0,
+            f"{what}: {bad} of {value.numel()} values are NaN or infinite; expected finite values only",
+        )
+    return value
+
+
+def labels(what: str, value: Any, *, count: int | None = None, classes: int | None = None) -> Tensor:
+    """Return ``value`` as int64 class labels of shape (batch,), each in ``[0, classes)``.
+
+    >>> labels("targets", torch.tensor([0, 7]), classes=5)
+    Traceback (most recent call last):
+    ...
+    lineament.core.checks.InputError: targets: got label 7 at position 1, expected labels from 0 to 4 (5 classes)
+    """
+    value = tensor(what, value, shape=("batch" if count is None else count,), floating=False).long()
+    top = (classes if classes is not None else int(value.max()) + 1) - 1
+    wrong = ((value < 0) | (value > top)).nonzero()
+    if len(wrong):
+        at = int(wrong[0])
+        raise InputError(
+            f"{what}: got label {int(value[at])} at position {at}, "
+            f"expected labels from 0 to {top} ({top + 1} classes)"
+        )
+    return value

@@ -1,0 +1,65 @@
+"""Writing without halves: every output goes to a temporary name beside its place and is renamed when complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from lineament.core.checks import require
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[Path]:
+    """A with-block that yields a temporary path and renames it to ``path`` at the end; removed on an exception.
+
+    >>> import tempfile; folder = Path(tempfile.mkdtemp())
+    >>> with writing(folder / "a.txt") as temporary:
+    ...     _ = temporary.write_text("whole")
+    >>> (folder / "a.txt").read_text(), len(list(folder.iterdir()))
+    ('whole', 1)
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes the file private; a result is as readable as any other file of the user's.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all."""
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON (indented, keys in the given order, NaN refused), whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def output_folder(path: str | Path) -> Path:
+    """Make ``path`` a folder that can be written, or say plainly why it cannot be."""
+    path = Path(path)
+    require(not path.is_file(), f"--out: {str(path)!r} is a file, expected a folder to write into")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        require(False, f"--out: {str(path)!r} cannot be written ({reason}); choose a folder that can be")
+    return path

@@ -1,0 +1,1 @@
+"""Data sets whose features are known, and loaders for users' own data."""

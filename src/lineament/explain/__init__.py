@@ -1,0 +1,1 @@
+"""Which inputs and which components decide an output."""

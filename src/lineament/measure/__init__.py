@@ -1,0 +1,1 @@
+"""How a network holds its features."""

@@ -1,0 +1,1 @@
+"""Figures and pages; knows results, not methods."""

@@ -1,0 +1,108 @@
+"""What a recipe returns and `outcome.json` holds: the paper's claims beside ours, tables, figures."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lineament.core.checks import InputError
+from lineament.core.files import write_json
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of a paper. ``holds`` comes from a predicate written before the run; ``reason`` says why not."""
+
+    name: str
+    paper: str
+    observed: str
+    holds: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: column names, and rows of strings or numbers."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | float | int | None]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture beside `outcome.json`: its file name, what it shows (caption) and the same for who cannot see it (alt)."""
+
+    file: str
+    caption: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of ``lineament reproduce SLUG``; the form of `outcome.json`."""
+
+    slug: str
+    title: str
+    preset: str
+    config: dict[str, Any]
+    claims: Sequence[Claim]
+    tables: Sequence[Table] = ()
+    figures: Sequence[Figure] = ()
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def write(self, folder: str | Path) -> Path:
+        """Write ``outcome.json`` into ``folder``, whole or not at all; returns its path."""
+        path = Path(folder) / "outcome.json"
+        write_json(path, self.to_dict())
+        return path
+
+    @classmethod
+    def read(cls, path: str | Path) -> Outcome:
+        """Read ``outcome.json`` (untrusted: only the documented fields are taken)."""
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(
+                slug=str(raw["slug"]),
+                title=str(raw["title"]),
+                preset=str(raw["preset"]),
+                config=dict(raw["config"]),
+                claims=[
+                    Claim(
+                        **{k: c[k] for k in ("name", "paper", "observed", "holds")},
+                        reason=c.get("reason", ""),
+                    )
+                    for c in raw["claims"]
+                ],
+                tables=[Table(t["title"], t["columns"], t["rows"]) for t in raw["tables"]],
+                figures=[Figure(f["file"], f["caption"], f["alt"]) for f in raw["figures"]],
+                seconds=float(raw["seconds"]),
+                versions={str(k): str(v) for k, v in raw["versions"].items()},
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path}: not an outcome.json of lineament ({type(error).__name__}: {error})"
+            ) from error
+
+
+def versions() -> dict[str, str]:
+    """The versions that a reader needs to repeat a run."""
+    import numpy
+    import torch
+
+    import lineament
+
+    return {
+        "lineament": lineament.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+    }

@@ -1,0 +1,100 @@
+"""What a lens returns and the report shows: one question answered by a number, a sentence, pictures and tables."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lineament.report.outcome import Table
+
+Status = Literal["good", "note", "warning", "skipped", "failed"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture, drawn for light and for dark pages; ``kind`` is ``"svg"`` or ``"png"``."""
+
+    light: bytes
+    dark: bytes
+    kind: Literal["svg", "png"]
+    caption: str
+    alt: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "caption": self.caption,
+            "alt": self.alt,
+            "light": base64.b64encode(self.light).decode(),
+            "dark": base64.b64encode(self.dark).decode(),
+        }
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Picture:
+        return cls(
+            base64.b64decode(raw["light"]),
+            base64.b64decode(raw["dark"]),
+            raw["kind"],
+            raw["caption"],
+            raw["alt"],
+        )
+
+
+@dataclass(frozen=True)
+class Section:
+    """A lens's answer.
+
+    ``number`` is the one figure a reader should remember, as text ("31.4 %"), and ``unit`` what it counts ("accuracy
+    in the worst group"). ``sentence`` says what it means, in plain words. ``method`` is the slug of the paper behind
+    it, or "". ``numbers`` is everything measured, for `report.json` (JSON values only).
+    """
+
+    name: str
+    title: str
+    status: Status
+    number: str
+    unit: str
+    sentence: str
+    pictures: Sequence[Picture] = ()
+    tables: Sequence[Table] = ()
+    method: str = ""
+    numbers: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **{
+                k: getattr(self, k)
+                for k in ("name", "title", "status", "number", "unit", "sentence", "method")
+            },
+            "numbers": self.numbers,
+            "tables": [
+                {"title": t.title, "columns": list(t.columns), "rows": [list(r) for r in t.rows]}
+                for t in self.tables
+            ],
+            "pictures": [p.to_dict() for p in self.pictures],
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Section:
+        return cls(
+            **{
+                k: raw[k]
+                for k in (
+                    "name",
+                    "title",
+                    "status",
+                    "number",
+                    "unit",
+                    "sentence",
+                    "method",
+                    "numbers",
+                    "seconds",
+                )
+            },
+            pictures=[Picture.from_dict(p) for p in raw["pictures"]],
+            tables=[Table(t["title"], t["columns"], t["rows"]) for t in raw["tables"]],
+        )
