@@ -45,8 +45,8 @@ $(VENV)/dev: $(VENV)/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
 	touch $@ $(VENV)/core
 
-# The two Hessian libraries ask for packages that they do not use here (torchvision, BackPACK): taken without.
+# The two Hessian libraries ask for packages that they do not need here (torchvision, BackPACK): what they do need is named.
 $(VENV)/peers: $(VENV)/dev
 	$(PIP) --editable '.[dev,peers]'
-	$(PIP) --no-deps PyHessian curvlinops-for-pytorch
+	$(PIP) --no-deps PyHessian curvlinops-for-pytorch linear_operator einops einconv
 	touch $@
