@@ -12,7 +12,7 @@ from lineament.core.checks import InputError, labels, number, one_of, show, sugg
 
 def test_one_of_returns_the_choice_and_names_the_nearest():
     assert one_of("method", "grad_cam", ["grad_cam", "cam"]) == "grad_cam"
-    with pytest.raises(InputError, match="got 'gradcam'.*nearest: 'grad_cam'"):
+    with pytest.raises(InputError, match=r"got 'gradcam'.*nearest: 'grad_cam'"):
         one_of("method", "gradcam", ["grad_cam", "norm_grad"])
 
 
@@ -73,4 +73,4 @@ def test_labels_name_the_first_wrong_label_and_its_place():
 
 def test_show_is_short_for_anything():
     assert show("x" * 500).endswith("...") and len(show("x" * 500)) == 80
-    assert show(torch.zeros(2, dtype=torch.int64)) == "a int64 tensor of shape (2,)"
+    assert show(torch.zeros(2, dtype=torch.int64)) == "an int64 tensor of shape (2,)"

@@ -31,7 +31,8 @@ def show(value: Any, limit: int = 80) -> str:
     'a float32 tensor of shape (2, 3)'
     """
     if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{'an' if dtype[0] == 'i' else 'a'} {dtype} tensor of shape {tuple(value.shape)}"
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"a {value.dtype} array of shape {tuple(value.shape)}"
     text = repr(value)
