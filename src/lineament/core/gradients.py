@@ -1,0 +1,170 @@
+"""Gradients as data: one per sample, as flat vectors, and how far two lists of them are apart.
+
+Everything is differentiable twice where its inputs are: a distance between gradients can itself be minimised, as
+dataset condensation and gradient inversion do. Nothing calls ``.backward()``; no ``.grad`` is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from lineament.core import checks
+from lineament.core.models import frozen, logits
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def flatten(tensors: Sequence[Tensor]) -> Float[Tensor, "total"]:
+    """One vector of a list of tensors, in order.
+
+    >>> flatten([torch.ones(2, 2), torch.zeros(1)]).tolist()
+    [1.0, 1.0, 1.0, 1.0, 0.0]
+    """
+    checks.require(len(tensors) > 0, "tensors: got an empty list, expected at least one tensor")
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of a flat vector (or of the rows of a matrix) in the shapes of ``like``; the inverse of :func:`flatten`.
+
+    Args:
+        vector: (total,), or (k, total), which gives tensors of shape (k, *shape).
+
+    >>> [t.shape for t in unflatten(torch.arange(5.0), [torch.ones(2, 2), torch.zeros(1)])]
+    [torch.Size([2, 2]), torch.Size([1])]
+    """
+    sizes = [tensor.numel() for tensor in like]
+    checks.require(
+        vector.shape[-1] == sum(sizes),
+        f"vector: got {checks.show(vector)}, expected {sum(sizes)} entries in the last dimension",
+    )
+    parts = vector.split(sizes, dim=-1)
+    return [part.reshape(*vector.shape[:-1], *tensor.shape) for part, tensor in zip(parts, like)]
+
+
+def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Float[Tensor, ""]:
+    """The inner product of two lists of tensors, Σ_l ⟨a_l, b_l⟩.
+
+    >>> inner([torch.ones(2)], [torch.full((2,), 3.0)]).item()
+    6.0
+    """
+    _same_shapes(a, b)
+    return torch.stack([(x * y).sum() for x, y in zip(a, b)]).sum()
+
+
+def norm(a: Sequence[Tensor]) -> Float[Tensor, ""]:
+    """The Euclidean norm of a list of tensors taken as one vector.
+
+    >>> norm([torch.tensor([3.0]), torch.tensor([4.0])]).item()
+    5.0
+    """
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x) for x in a]))
+
+
+def distance(
+    a: Sequence[Tensor], b: Sequence[Tensor], kind: str = "l2", *, eps: float = 1e-6
+) -> Float[Tensor, ""]:
+    """How far two lists of gradients are apart.
+
+    - ``"l2"``: Σ_l ‖a_l - b_l‖², the squared Euclidean distance.
+    - ``"l1"``: Σ_l |a_l - b_l|, entry by entry.
+    - ``"cosine"``: 1 - ⟨a, b⟩ / (‖a‖ ‖b‖), all layers as one vector (gradient inversion).
+    - ``"layer_cosine"``: Σ_l Σ_o (1 - ⟨a_lo, b_lo⟩ / (‖a_lo‖ ‖b_lo‖ + eps)), one cosine for each output unit o of a
+      weight (its first dimension, the rest flattened); biases and other vectors do not count (gradient matching, Zhao et al.
+      2021, arXiv 2006.05929).
+
+    Args:
+        a, b: gradients of the same shapes; both may ask for gradients, twice.
+        eps: keeps ``"layer_cosine"`` finite at units without gradient, as the reference code does.
+
+    Raises:
+        InputError: an unknown kind, or lists that do not have the same shapes.
+
+    >>> a, b = [torch.eye(2)], [2 * torch.eye(2)]
+    >>> distance(a, b, "l2").item(), abs(round(distance(a, b, "cosine").item(), 4))
+    (2.0, 0.0)
+    """
+    checks.one_of("kind", kind, ("l2", "l1", "cosine", "layer_cosine"))
+    _same_shapes(a, b)
+    if kind == "l2":
+        return torch.stack([(x - y).square().sum() for x, y in zip(a, b)]).sum()
+    if kind == "l1":
+        return torch.stack([(x - y).abs().sum() for x, y in zip(a, b)]).sum()
+    if kind == "cosine":
+        return 1 - inner(a, b) / (norm(a) * norm(b))
+    pairs = [(x.flatten(1), y.flatten(1)) for x, y in zip(a, b) if x.ndim >= 2]
+    checks.require(
+        len(pairs) > 0, "layer_cosine: no tensor has two or more dimensions, so there is nothing to compare"
+    )
+    parts = [1 - (x * y).sum(1) / (_row_norm(x) * _row_norm(y) + eps) for x, y in pairs]
+    return torch.cat(parts).sum()
+
+
+def per_sample_gradients(
+    model: nn.Module,
+    loss_fn: Loss,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    params: Sequence[str] | None = None,
+    chunk: int | None = None,
+) -> dict[str, Tensor]:
+    """The gradient of each sample's own loss: {parameter: (batch, *shape)}.
+
+    The model runs in eval mode (batch norm in train mode mixes samples, so that no sample has a gradient of its own).
+
+    Args:
+        loss_fn: ``loss_fn(logits, targets)``, the mean over a batch.
+        inputs, targets: (batch, ...) and (batch, ...).
+        params: names of the parameters wanted, all that ask for gradients by default.
+        chunk: samples at a time; memory grows with chunk times the number of parameters. All by default.
+
+    Raises:
+        InputError: unknown parameter names, or inputs and targets of unequal length.
+
+    >>> net = nn.Linear(2, 1, bias=False)
+    >>> found = per_sample_gradients(net, lambda z, y: z.mean(), torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.zeros(2))
+    >>> found["weight"][:, 0].tolist()
+    [[1.0, 2.0], [3.0, 4.0]]
+    """
+    checks.tensor("inputs", inputs, finite=False)
+    checks.require(
+        len(inputs) == len(targets),
+        f"targets: got {checks.show(targets)}, expected {len(inputs)} of them, as many as inputs",
+    )
+    known = dict(model.named_parameters())
+    names = [n for n, p in known.items() if p.requires_grad] if params is None else list(params)
+    for name in names:
+        checks.one_of("params", name, known)
+    wanted = {name: known[name].detach() for name in names}
+    rest = {name: p.detach() for name, p in known.items() if name not in wanted}
+    buffers = {name: b.detach() for name, b in model.named_buffers()}
+
+    def loss(weights: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return loss_fn(logits(functional_call(model, {**weights, **rest, **buffers}, (x[None],))), y[None])
+
+    with frozen(model, requires_grad=None):
+        return vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=chunk, randomness="different")(
+            wanted, inputs, targets
+        )
+
+
+def _row_norm(x: Tensor) -> Tensor:
+    # The norm has no second derivative at zero; rows of zeros get a gradient of zero instead of NaN.
+    square = x.square().sum(1)
+    zero = square == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
+
+
+def _same_shapes(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
+    shapes_a, shapes_b = [tuple(x.shape) for x in a], [tuple(y.shape) for y in b]
+    checks.require(
+        shapes_a == shapes_b,
+        f"got lists of shapes {checks.show(shapes_a)} and {checks.show(shapes_b)}, expected the same",
+    )

@@ -1,0 +1,285 @@
+"""Curvature operators against dense matrices, and the spectra of known matrices."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.sparse.linalg import eigsh
+from torch import nn
+from torch.func import functional_call
+
+from lineament.core import curvature
+from lineament.core.checks import InputError
+from lineament.core.gradients import flatten, per_sample_gradients, unflatten
+
+
+def problem(loss: str = "ce", seed: int = 0):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
+    net(3 * torch.randn(32, 4).double())
+    x = torch.randn(11, 4).double()
+    y = torch.randn(11, 3).double() if loss == "mse" else torch.randint(0, 3, (11,))
+    loader = [(x[:4], y[:4]), (x[4:8], y[4:8]), (x[8:], y[8:])]
+    return net, (F.mse_loss if loss == "mse" else F.cross_entropy), loader, x, y
+
+
+def dense_hessian(net, loss_fn, x, y, *, training=False):
+    net.train(training)
+    leaves = [p.detach() for p in net.parameters()]
+    names = [n for n, _ in net.named_parameters()]
+
+    def risk(vector):
+        buffers = {n: b.clone() for n, b in net.named_buffers()}
+        return loss_fn(
+            functional_call(net, {**dict(zip(names, unflatten(vector, leaves))), **buffers}, (x,)), y
+        )
+
+    return torch.autograd.functional.hessian(risk, flatten(leaves))
+
+
+@pytest.mark.parametrize("loss", ["ce", "mse"])
+@pytest.mark.parametrize("cache_bytes", [0, 10**9])
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_hessian_is_the_dense_one_over_uneven_batches(loss, cache_bytes, chunk):
+    net, loss_fn, loader, x, y = problem(loss)
+    operator = curvature.hessian(net, loss_fn, loader, cache_bytes=cache_bytes, chunk=chunk)
+    for _ in range(2):
+        torch.testing.assert_close(operator.dense(), dense_hessian(net, loss_fn, x, y))
+
+
+def test_a_block_is_its_columns_and_the_operator_is_symmetric():
+    net, loss_fn, loader, *_ = problem()
+    operator = curvature.hessian(net, loss_fn, loader)
+    block = torch.randn(operator.shape[0], 3, dtype=torch.float64)
+    product = operator @ block
+    torch.testing.assert_close(product[:, 1], operator @ block[:, 1])
+    cross = block.T @ product
+    torch.testing.assert_close(cross, cross.T)
+
+
+def test_train_mode_batch_norm_uses_the_batch_and_leaves_the_running_statistics():
+    net, loss_fn, _, x, y = problem()
+    before = [b.clone() for b in net.buffers()]
+    found = curvature.hessian(net, loss_fn, [(x, y)], batchnorm="train").dense()
+    assert all(torch.equal(a, b) for a, b in zip(before, net.buffers()))
+    torch.testing.assert_close(found, dense_hessian(net, loss_fn, x, y, training=True))
+
+
+def jacobian(net, x):
+    net.eval()
+    leaves = [p.detach() for p in net.parameters()]
+    names = [n for n, _ in net.named_parameters()]
+    return torch.autograd.functional.jacobian(
+        lambda v: functional_call(net, dict(zip(names, unflatten(v, leaves))), (x,)), flatten(leaves)
+    )
+
+
+@pytest.mark.parametrize("loss", ["ce", "mse"])
+def test_gauss_newton_is_the_sandwich_and_the_exact_fisher(loss):
+    net, loss_fn, loader, x, _ = problem(loss)
+    j = jacobian(net, x)
+    z = net(x).detach()
+    expected = torch.zeros(j.shape[-1], j.shape[-1], dtype=torch.float64)
+    for i in range(len(x)):
+        p = z[i].softmax(0)
+        middle = torch.diag(p) - torch.outer(p, p) if loss == "ce" else 2 / 3 * torch.eye(3).double()
+        expected += j[i].T @ middle @ j[i] / len(x)
+    torch.testing.assert_close(curvature.gauss_newton(net, loss_fn, loader).dense(), expected)
+    torch.testing.assert_close(curvature.fisher(net, loss_fn, loader, kind="exact").dense(), expected)
+
+
+@pytest.mark.parametrize("loss", ["ce", "mse"])
+def test_empirical_fisher_is_the_mean_of_outer_products(loss):
+    net, loss_fn, loader, x, y = problem(loss)
+    per_sample = per_sample_gradients(net, loss_fn, x, y)
+    g = torch.cat([v.flatten(1) for v in per_sample.values()], dim=1)
+    torch.testing.assert_close(
+        curvature.fisher(net, loss_fn, loader, kind="empirical").dense(), g.T @ g / len(x)
+    )
+
+
+@pytest.mark.parametrize("loss", ["ce", "mse"])
+def test_sampled_fisher_tends_to_the_exact_one_and_is_one_matrix(loss):
+    net, loss_fn, loader, *_ = problem(loss)
+    exact = curvature.fisher(net, loss_fn, loader, kind="exact").dense()
+    few = curvature.fisher(net, loss_fn, loader, samples=2, cache_bytes=0)
+    v = torch.randn(few.shape[0], dtype=torch.float64)
+    assert torch.equal(few @ v, few @ v)
+
+    def error(samples):
+        return (curvature.fisher(net, loss_fn, loader, samples=samples).dense() - exact).norm() / exact.norm()
+
+    assert error(300) < 0.12
+    assert error(300) < error(4)
+
+
+def test_a_change_of_the_weights_is_noticed():
+    net, loss_fn, loader, x, y = problem()
+    operator = curvature.hessian(net, loss_fn, loader)
+    operator.dense()
+    with torch.no_grad():
+        net[0].weight.mul_(1.5)
+    torch.testing.assert_close(operator.dense(), dense_hessian(net, loss_fn, x, y))
+
+
+def test_a_subset_of_the_parameters_is_a_block_of_the_matrix():
+    net, loss_fn, loader, *_ = problem()
+    whole = curvature.hessian(net, loss_fn, loader).dense()
+    part = curvature.hessian(net, loss_fn, loader, params="3.*")
+    assert part.names == ["3.weight", "3.bias"]
+    torch.testing.assert_close(part.dense(), whole[-18:, -18:])
+
+
+def test_nothing_is_left_behind():
+    net, loss_fn, loader, *_ = problem()
+    net.train()
+    net[0].weight.requires_grad_(False)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    operator = curvature.hessian(net, loss_fn, loader)
+    operator @ torch.ones(operator.shape[0], dtype=torch.float64)
+    assert net.training and all(p.grad is None for p in net.parameters()) and not net[0].weight.requires_grad
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert operator.shape[0] == sum(p.numel() for p in net.parameters() if p.requires_grad)
+
+
+def test_fused_attention_has_its_second_derivative():
+    torch.manual_seed(0)
+
+    class Attend(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(4, 12)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return F.scaled_dot_product_attention(q, k, v).mean(1)
+
+    net = Attend().double()
+    x, y = torch.randn(3, 5, 4).double(), torch.randint(0, 4, (3,))
+    found = curvature.hessian(net, F.cross_entropy, [(x, y)]).dense()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        torch.testing.assert_close(found, dense_hessian(net, F.cross_entropy, x, y))
+
+
+def test_scipy_takes_the_operator():
+    net, loss_fn, loader, *_ = problem()
+    operator = curvature.hessian(net, loss_fn, loader)
+    values = eigsh(operator.to_scipy(), k=3, which="LA", return_eigenvectors=False)
+    assert np.allclose(sorted(values), torch.linalg.eigvalsh(operator.dense())[-3:].numpy())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda n, f, d: curvature.hessian(n, f, []), "empty"),
+        (lambda n, f, d: curvature.hessian(n, f, iter(d)), "walked only once"),
+        (lambda n, f, d: curvature.hessian(n, f, d, params="5.*"), "names no parameter"),
+        (lambda n, f, d: curvature.hessian(n, f, d, batchnrom="train"), "nearest: 'batchnorm'"),
+        (lambda n, f, d: curvature.hessian(n, f, [d[0][0]]), "expected \\(inputs, targets\\)"),
+        (lambda n, f, d: curvature.fisher(n, lambda z, y: z.sum(), d), "cannot be known from the loss"),
+    ],
+)
+def test_bad_input_is_named_before_any_work(make, message):
+    net, loss_fn, loader, *_ = problem()
+    with pytest.raises(InputError, match=message):
+        make(net, loss_fn, loader)
+
+
+def test_nan_in_the_loss_the_data_or_the_weights_is_said():
+    net, loss_fn, loader, x, y = problem()
+    v = torch.ones(sum(p.numel() for p in net.parameters())).double()
+    with pytest.raises(InputError, match="NaN or infinite"):
+        curvature.hessian(net, loss_fn, [(x * float("nan"), y)]) @ v
+    with pytest.raises(InputError, match="expected a scalar"):
+        curvature.hessian(net, lambda z, t: F.cross_entropy(z, t, reduction="none"), loader) @ v
+    with torch.no_grad():
+        net[0].weight[0, 0] = float("nan")
+    with pytest.raises(InputError, match=r"weights hold NaN.*0\.weight"):
+        curvature.hessian(net, loss_fn, loader)
+
+
+def symmetric(eigenvalues, seed=0):
+    torch.manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues)).double()).Q
+    return q @ torch.diag(torch.as_tensor(eigenvalues, dtype=torch.float64)) @ q.T
+
+
+def test_lanczos_is_orthonormal_and_reproduces_the_matrix():
+    matrix = symmetric(torch.linspace(-1, 3, 30))
+    run = curvature.lanczos(matrix, 30)
+    torch.testing.assert_close(run.basis.T @ run.basis, torch.eye(30).double())
+    torch.testing.assert_close(run.ritz()[0], torch.linspace(-1, 3, 30).double())
+
+
+def test_lanczos_finds_repeated_eigenvalues_after_a_breakdown():
+    matrix = symmetric([2.0] * 5 + [1.0] * 3)
+    torch.testing.assert_close(
+        curvature.lanczos(matrix, 8).ritz()[0], torch.tensor([1.0] * 3 + [2.0] * 5).double()
+    )
+
+
+@pytest.mark.parametrize("which", ["largest", "smallest", "both", "magnitude"])
+def test_top_eigenpairs_at_either_end(which):
+    values = torch.cat([torch.linspace(-1, 1, 190), torch.tensor([9.0, 5.0, 3.0, -7.0, -4.0])]).double()
+    matrix = symmetric(values)
+    found = curvature.top_eigenpairs(matrix, 2, which=which, tol=1e-9)
+    expected = {"largest": [9, 5], "smallest": [-7, -4], "both": [9, 5, -7, -4], "magnitude": [9, -7]}[which]
+    assert found.converged and found.products < 195
+    torch.testing.assert_close(found.values, torch.tensor(expected).double())
+    residuals = (matrix @ found.vectors - found.vectors * found.values).norm(dim=0)
+    assert (residuals < 1e-7).all()
+
+
+def test_top_eigenpairs_restart_when_the_spectrum_is_dense_and_say_when_they_stop_short():
+    matrix = symmetric(torch.linspace(0, 1, 400))
+    found = curvature.top_eigenpairs(matrix, 3, tol=1e-6, max_products=2000)
+    assert found.converged
+    torch.testing.assert_close(
+        found.values, torch.linspace(0, 1, 400).double().flip(0)[:3], atol=1e-6, rtol=0
+    )
+    short = curvature.top_eigenpairs(matrix, 3, tol=1e-12, max_products=20)
+    assert not short.converged and short.products <= 20
+
+
+@pytest.mark.parametrize("method", ["hutchinson", "hutch++", "xtrace"])
+def test_trace_is_unbiased_and_its_error_is_honest(method):
+    matrix = symmetric([2.0**-i for i in range(60)] + [-0.01] * 20)
+    true = float(torch.trace(matrix))
+    runs = [curvature.trace(matrix, 24, method=method, seed=s) for s in range(200)]
+    values = torch.tensor([r.value for r in runs])
+    spread = float(values.std())
+    assert abs(float(values.mean()) - true) < 4 * spread / 200**0.5
+    assert 0.3 < sum(r.standard_error for r in runs) / 200 / spread < 3
+
+
+def test_xtrace_is_exact_on_low_rank_and_better_than_hutchinson():
+    low = symmetric([5.0, -3.0, 1.0] + [0.0] * 40)
+    assert abs(curvature.trace(low, 20).value - 3.0) < 1e-10
+    matrix = symmetric([2.0**-i for i in range(80)])
+    errors = {
+        m: sum(abs(curvature.trace(matrix, 24, method=m, seed=s).value - 2) for s in range(20))
+        for m in ("xtrace", "hutch++", "hutchinson")
+    }
+    assert errors["xtrace"] < errors["hutch++"] < errors["hutchinson"]
+
+
+def test_density_has_the_moments_and_the_mass_of_the_matrix():
+    values = torch.cat([torch.zeros(150), torch.linspace(1, 2, 50)]).double()
+    density = curvature.spectral_density(symmetric(values), steps=30, probes=12)
+    torch.testing.assert_close(density.weights.sum(1), torch.ones(12).double())
+    for power in range(1, 5):
+        error = abs(float(density.moments[power - 1] - (values**power).mean()))
+        assert error < 4 * float(density.moment_errors[power - 1]) + 1e-9
+    grid, curve = density.curve(sigma=0.02)
+    assert abs(float(torch.trapezoid(curve, grid)) - 1) < 1e-3
+    near_zero = float(torch.trapezoid(curve[grid < 0.5], grid[grid < 0.5]))
+    assert abs(near_zero - 0.75) < 0.1
+
+
+def test_results_plot_and_give_plain_numbers():
+    matrix = symmetric([3.0, 2.0, 1.0])
+    for result in (curvature.top_eigenpairs(matrix, 2), curvature.spectral_density(matrix, steps=3)):
+        assert result.plot().get_xlabel()
+        assert isinstance(result.to_dict(), dict)

@@ -1,0 +1,94 @@
+"""Per-sample gradients, flat views and distances between gradient lists."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lineament.core import gradients
+from lineament.core.checks import InputError
+
+
+def lists(seed: int, shapes=((3, 2, 2), (3,), (2, 3))) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+
+def test_flatten_and_unflatten_are_inverse_also_for_rows():
+    tensors = lists(0)
+    flat = gradients.flatten(tensors)
+    assert all(torch.equal(a, b) for a, b in zip(gradients.unflatten(flat, tensors), tensors))
+    rows = gradients.unflatten(torch.stack([flat, 2 * flat]), tensors)
+    assert torch.equal(rows[0][1], 2 * tensors[0])
+    with pytest.raises(InputError, match="expected 21 entries"):
+        gradients.unflatten(flat[:-1], tensors)
+
+
+@pytest.mark.parametrize("kind", ["l2", "l1", "cosine", "layer_cosine"])
+def test_distance_is_zero_at_itself_and_twice_differentiable(kind):
+    a, b = lists(0), lists(1)
+    own = gradients.distance(a, a, kind, eps=0.0)
+    assert abs(own.item()) < 1e-12
+    assert gradients.distance(a, b, kind).item() > 0.1
+    if kind != "l1":
+
+        def function(*tensors):
+            return gradients.distance(tensors[:3], tensors[3:], kind)
+
+        assert torch.autograd.gradgradcheck(function, (*a, *b))
+
+
+def test_layer_cosine_takes_one_cosine_for_each_output_unit():
+    a, b = lists(0), lists(1)
+    expected = sum(
+        (1 - F.cosine_similarity(x[o].flatten(), y[o].flatten(), dim=0))
+        for x, y in zip(a, b)
+        if x.ndim > 1
+        for o in range(len(x))
+    )
+    assert torch.isclose(gradients.distance(a, b, "layer_cosine", eps=0.0), expected)
+
+
+def test_a_unit_without_gradient_gives_no_nan():
+    a, b = [torch.zeros(2, 3, requires_grad=True)], [torch.ones(2, 3)]
+    found = torch.autograd.grad(gradients.distance(a, b, "layer_cosine"), a)[0]
+    assert torch.isfinite(found).all()
+
+
+def test_distance_names_unequal_shapes_and_unknown_kinds():
+    with pytest.raises(InputError, match="expected the same"):
+        gradients.distance(lists(0), lists(1)[:2])
+    with pytest.raises(InputError, match="nearest: 'layer_cosine'"):
+        gradients.distance(lists(0), lists(1), "layercosine")
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_per_sample_gradients_are_those_of_a_loop(chunk):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4)
+    ).double()
+    net(torch.randn(8, 1, 6, 6).double())
+    net.train()
+    stats = net[1].running_mean.clone()
+    x, y = torch.randn(5, 1, 6, 6).double(), torch.randint(0, 4, (5,))
+    found = gradients.per_sample_gradients(net, F.cross_entropy, x, y, chunk=chunk)
+    assert net.training and torch.equal(net[1].running_mean, stats)
+    assert all(p.grad is None for p in net.parameters())
+    net.eval()
+    for i in range(5):
+        loss = F.cross_entropy(net(x[i : i + 1]), y[i : i + 1])
+        for (name, _), g in zip(net.named_parameters(), torch.autograd.grad(loss, list(net.parameters()))):
+            torch.testing.assert_close(found[name][i], g)
+
+
+def test_per_sample_gradients_refuse_unknown_parameters_and_unequal_lengths():
+    net = nn.Linear(2, 2)
+    with pytest.raises(InputError, match="nearest: 'weight'"):
+        gradients.per_sample_gradients(
+            net, F.cross_entropy, torch.ones(2, 2), torch.zeros(2).long(), params=["wieght"]
+        )
+    with pytest.raises(InputError, match="expected 2 of them"):
+        gradients.per_sample_gradients(net, F.cross_entropy, torch.ones(2, 2), torch.zeros(3).long())
