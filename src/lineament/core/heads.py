@@ -1,0 +1,111 @@
+"""Where the heads of an attention block are: the projection that carries them and the columns of each head.
+
+Queries, keys and values are read where their projection returns them (before rotary embedding, and before the
+``q_norm``/``k_norm`` of Qwen3 and Gemma 3, which are sites of their own); ``z``, the heads' mixed values, where the
+output projection takes them. Numbers of heads, of key-value heads and head sizes come from the model's configuration:
+
+- GPT-2: ``c_attn`` returns all queries, then all keys, then all values; ``c_proj`` takes ``z``;
+- GPT-NeoX and Pythia: ``query_key_value`` returns query, key and value of head 0, then of head 1 ...; ``dense`` takes ``z``;
+- Llama, Gemma 1 to 3, Qwen2, Qwen3 and their like: ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj``, with fewer key-value
+  heads than query heads where these are grouped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+PARTS = ("q", "k", "v", "z")
+
+
+@dataclass(frozen=True)
+class HeadView:
+    """Head ``h`` of ``heads`` has the columns ``start + h*step ... start + h*step + size - 1`` of one side of ``module``."""
+
+    module: nn.Module
+    side: str
+    heads: int
+    size: int
+    start: int = 0
+    step: int = 0
+    only: int | None = None
+
+    def _columns(self, device: torch.device) -> Tensor:
+        heads = (
+            torch.arange(self.heads, device=device)
+            if self.only is None
+            else torch.tensor([self.only], device=device)
+        )
+        return (self.start + heads[:, None] * self.step + torch.arange(self.size, device=device)).flatten()
+
+    def read(self, wide: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch heads size"]:
+        """The heads (a copy); without the heads' dimension where one head was asked for."""
+        picked = wide.index_select(-1, self._columns(wide.device))
+        return picked if self.only is not None else picked.unflatten(-1, (self.heads, self.size))
+
+    def write(
+        self, wide: Float[Tensor, "*batch columns"], heads: Float[Tensor, "*batch heads size"]
+    ) -> Float[Tensor, "*batch columns"]:
+        """``wide`` with these heads in it (a copy); gradients flow to both."""
+        flat = heads if self.only is not None else heads.flatten(-2)
+        return wide.index_copy(-1, self._columns(wide.device), flat)
+
+
+def plain(module: Any) -> Any:
+    """The module that ``torch.compile`` wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def head_view(attention: nn.Module, part: str, config: Any) -> HeadView | None:
+    """The view of ``part`` (``q``, ``k``, ``v`` or ``z``) of an attention block, or ``None`` where it has none.
+
+    Args:
+        attention: the block that holds the projections.
+        config: the configuration of the model it belongs to.
+    """
+    count = getattr(config, "num_attention_heads", None)
+    width = getattr(config, "hidden_size", None)
+    if not isinstance(count, int) or not isinstance(width, int):
+        return None
+    groups = getattr(config, "num_key_value_heads", None) or count
+    size = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None) or width // count
+    children = {name: plain(child) for name, child in attention.named_children()}
+    index = PARTS.index(part)
+    if {"q_proj", "k_proj", "v_proj", "o_proj"} <= children.keys():
+        heads = count if part in "qz" else groups
+        view = HeadView(children[f"{part}_proj" if part != "z" else "o_proj"], "out", heads, size, 0, size)
+    elif {"c_attn", "c_proj"} <= children.keys():
+        # A cross-attention block has its queries apart, so that c_attn holds keys and values only.
+        apart = "q_attn" in children
+        if part == "q" and apart:
+            view = HeadView(children["q_attn"], "out", count, size, 0, size)
+        else:
+            view = HeadView(children["c_attn"], "out", count, size, (index - apart) * count * size, size)
+    elif {"query_key_value", "dense"} <= children.keys() and "neox" in str(getattr(config, "model_type", "")):
+        view = HeadView(children["query_key_value"], "out", count, size, index * size, 3 * size)
+    else:
+        return None
+    if part == "z":
+        output = next(children[name] for name in ("o_proj", "c_proj", "dense") if name in children)
+        view = HeadView(output, "in", count, size, 0, size)
+    return view if _fits(view) else None
+
+
+def _fits(view: HeadView) -> bool:
+    """Whether the projection is as wide as the heads need: other layouts under the same names are not mistaken."""
+    module = view.module
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        return False
+    linear = hasattr(module, "out_features")  # GPT-2's Conv1D keeps its weight the other way round
+    columns = weight.shape[0 if (view.side == "out") == linear else 1]
+    last = view.start + (view.heads - 1) * view.step + view.size
+    return (
+        columns == last
+        if view.start == 0 and view.step == view.size and view.side == "in"
+        else columns >= last
+    )

@@ -1,0 +1,91 @@
+"""The one tensor that matters in whatever a module takes or returns: a tensor, a tuple, a dict, a dataclass.
+
+:func:`find` gives that tensor and the path to it, :func:`replace` the same structure with another tensor there (a
+copy: the original and its other members stay as they are). :func:`settle` undoes the wrappers of ``torch.func``.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch  # noqa: F401, the examples use it
+from torch import Tensor
+from torch._C import _functorch
+
+Path = tuple[Any, ...]
+
+
+def find(value: Any) -> tuple[Path, Tensor] | None:
+    """The path to the first tensor of a nest and that tensor, or ``None`` where there is none.
+
+    Tuples and lists are searched in order, dicts and dataclasses in the order of their members, depth first. A member
+    named ``loss`` comes last: a model called with labels returns it before what it computed.
+
+    >>> find((None, {"loss": torch.zeros(()), "logits": torch.ones(2)}))
+    ((1, 'logits'), tensor([1., 1.]))
+    """
+    if isinstance(value, Tensor):
+        return (), value
+    for key, member in _members(value):
+        found = find(member)
+        if found is not None:
+            return (key, *found[0]), found[1]
+    return None
+
+
+def _members(value: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(value, (tuple, list)):
+        yield from enumerate(value)
+    elif isinstance(value, Mapping):
+        yield from sorted(value.items(), key=lambda item: item[0] == "loss")
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        yield from ((name, getattr(value, name, None)) for name in sorted(names, key="loss".__eq__))
+
+
+def replace(value: Any, path: Path, tensor: Tensor) -> Any:
+    """The nest ``value`` with ``tensor`` at ``path``; containers on the way are copied, nothing is changed in place.
+
+    >>> replace((1, [torch.zeros(1), "kept"]), (1, 0), torch.ones(1))
+    (1, [tensor([1.]), 'kept'])
+    """
+    if not path:
+        return tensor
+    key, rest = path[0], path[1:]
+    if isinstance(value, (tuple, list)):
+        items = [*value[:key], replace(value[key], rest, tensor), *value[key + 1 :]]
+        make: Any = getattr(type(value), "_make", type(value))  # a namedtuple takes its members one by one
+        return make(items)
+    if isinstance(value, Mapping):
+        changed: Any = copy.copy(value) if hasattr(value, "__setitem__") else dict(value)
+        changed[key] = replace(value[key], rest, tensor)
+        return changed
+    changed = copy.copy(value)
+    object.__setattr__(changed, key, replace(getattr(value, key), rest, tensor))  # also where it is frozen
+    return changed
+
+
+def transforming() -> bool:
+    """Whether a ``torch.func`` transform (``vmap``, ``grad``, ``jvp`` ...) is running right now."""
+    return _functorch.maybe_current_level() is not None
+
+
+def settle(tensor: Tensor) -> Tensor:
+    """A tensor recorded inside a ``torch.func`` transform as a plain one, once the transform is over.
+
+    Dimensions that ``vmap`` hid come back as the leading ones, the outermost ``vmap`` first. Inside a running
+    transform, and for plain tensors, this is the tensor itself.
+    """
+    if transforming():
+        return tensor
+    hidden = []
+    while _functorch.is_batchedtensor(tensor) or _functorch.is_gradtrackingtensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            hidden.append(_functorch.maybe_get_bdim(tensor))
+        tensor = _functorch.get_unwrapped(tensor)
+    for place, dim in enumerate(reversed(hidden)):
+        tensor = tensor.movedim(dim + place, place)
+    return tensor
