@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 Path = tuple[Any, ...]
+_functorch: Any = torch._C._functorch  # the wrappers of torch.func have no public names
 
 
 def find(value: Any) -> tuple[Path, Tensor] | None:
