@@ -176,7 +176,6 @@ def test_scipy_takes_the_operator():
         (lambda n, f, d: curvature.hessian(n, f, []), "empty"),
         (lambda n, f, d: curvature.hessian(n, f, iter(d)), "walked only once"),
         (lambda n, f, d: curvature.hessian(n, f, d, params="5.*"), "names no parameter"),
-        (lambda n, f, d: curvature.hessian(n, f, d, batchnrom="train"), "nearest: 'batchnorm'"),
         (lambda n, f, d: curvature.hessian(n, f, [d[0][0]]), "expected \\(inputs, targets\\)"),
         (lambda n, f, d: curvature.fisher(n, lambda z, y: z.sum(), d), "cannot be known from the loss"),
     ],

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from lineament.core import checks
 
+# Probes whose bases fit in this much memory run in step.
+_BASES_BYTES = 2 * 1024**3
+
 
 class Operator(Protocol):
     """A symmetric matrix known by its products."""
@@ -56,12 +59,14 @@ def lanczos(operator: Operator, steps: int, *, start: Tensor | None = None, seed
         steps: products to spend, at most the operator's side.
         start: first vector (size,); random normal from ``seed`` by default.
 
+    Raises:
+        InputError: an operator that is not square, a start of zeros, NaN in a product.
+
     >>> lanczos(torch.diag(torch.tensor([1.0, 2.0, 3.0])), 3).ritz()[0].float().round(decimals=4).tolist()
     [1.0, 2.0, 3.0]
     """
     size = _side(operator)
     checks.number("steps", steps, low=1, integer=True)
-    steps = min(steps, size)
     generator = torch.Generator().manual_seed(seed)
     vector = (
         _normal(operator, (size,), generator)
@@ -69,28 +74,37 @@ def lanczos(operator: Operator, steps: int, *, start: Tensor | None = None, seed
         else checks.tensor("start", start, shape=(size,))
     )
     checks.require(float(vector.norm()) > 0, "start: got a vector of zeros, expected a direction")
-    vector = (vector / vector.norm()).to(operator.dtype).to(operator.device)
-    basis = torch.zeros(steps, size, dtype=operator.dtype, device=operator.device)
-    diagonal = torch.zeros(steps, dtype=torch.float64)
-    off_diagonal = torch.zeros(steps, dtype=torch.float64)
+    return _runs(operator, steps, [vector], [generator])[0]
+
+
+def _runs(
+    operator: Operator, steps: int, starts: list[Tensor], generators: list[torch.Generator]
+) -> list[Lanczos]:
+    """Independent Lanczos processes in step, so that each product is taken of a block of vectors."""
+    size, count = _side(operator), len(starts)
+    steps = min(steps, size)
+    vectors = [(v / v.norm()).to(operator.dtype).to(operator.device) for v in starts]
+    bases = torch.zeros(count, steps, size, dtype=operator.dtype, device=operator.device)
+    diagonal = torch.zeros(count, steps, dtype=torch.float64)
+    off_diagonal = torch.zeros(count, steps, dtype=torch.float64)
     for step in range(steps):
-        basis[step] = vector
-        image = operator @ vector
-        if not bool(torch.isfinite(image).all()):
-            raise checks.InputError(f"lanczos: product {step + 1} of {steps} holds NaN or infinite values")
-        diagonal[step] = float(image @ vector)
-        scale = float(image.norm())
-        image = _against(image, basis[: step + 1])
-        length = float(image.norm())
-        off_diagonal[step] = length
-        if step + 1 == steps:
-            break
-        if length <= 10 * torch.finfo(operator.dtype).eps * max(scale, 1e-30) * math.sqrt(size):
-            off_diagonal[step] = 0.0
-            image = _against(_normal(operator, (size,), generator), basis[: step + 1])
+        images = _images(operator, torch.stack(vectors), f"lanczos: step {step + 1} of {steps}")
+        for run, image in enumerate(images):
+            bases[run, step] = vectors[run]
+            basis = bases[run, : step + 1]
+            diagonal[run, step] = float(image @ vectors[run])
+            scale = float(image.norm())
+            image = _against(image, basis)
             length = float(image.norm())
-        vector = image / length
-    return Lanczos(diagonal, off_diagonal, basis.T)
+            if step + 1 < steps:
+                if _negligible(length, scale, operator):
+                    off_diagonal[run, step] = 0.0
+                    image = _against(_normal(operator, (size,), generators[run]), basis)
+                    vectors[run] = image / image.norm()
+                    continue
+                vectors[run] = image / length
+            off_diagonal[run, step] = length
+    return [Lanczos(diagonal[r], off_diagonal[r], bases[r].T) for r in range(count)]
 
 
 @dataclass(frozen=True)
@@ -130,155 +144,97 @@ def top_eigenpairs(
     max_products: int = 500,
     seed: int = 0,
 ) -> Eigenpairs:
-    """Extreme eigenvalues and their eigenvectors, by Lanczos with thick restarts (Wu and Simon 2000).
+    """Extreme eigenvalues and their eigenvectors, by block Lanczos with thick restarts.
+
+    The block is as wide as ``k`` (at most 8), so that an eigenvalue of multiplicity up to that is found as often as it is there.
 
     Args:
         k: how many; with ``which="both"`` that many at each end, largest first.
         which: the end of the spectrum (``"largest"`` and ``"smallest"`` are algebraic).
         tol: a pair is converged when ‖A v - λ v‖ <= tol · max |λ|.
-        max_products: products to spend at most; fewer converged pairs are still returned, with their residuals.
+        max_products: products to spend at most, at least as many as pairs; what was found by then is returned, with its
+            residuals.
 
-    >>> top_eigenpairs(torch.diag(torch.tensor([5.0, -7.0, 1.0, 2.0])), 1, which="magnitude").values.round(decimals=3).tolist()
+    Raises:
+        InputError: an operator that is not square, an unknown end, NaN in a product.
+
+    Source: Wu and Simon (2000), *Thick-restart Lanczos method for large symmetric eigenvalue problems*.
+
+    >>> top_eigenpairs(torch.diag(torch.tensor([5.0, -7.0, 1.0, 2.0])), 1, which="magnitude").values.round(decimals=4).tolist()
     [-7.0]
     """
     size = _side(operator)
     checks.one_of("which", which, ("largest", "smallest", "both", "magnitude"))
-    checks.number("k", k, low=1, integer=True)
+    checks.number("k", k, low=1, high=size, integer=True)
     checks.number("tol", tol, low=0, open_low=True)
     wanted = min(2 * k if which == "both" else k, size)
-    room = min(size, max(2 * wanted + 10, 20))
+    checks.number("max_products", max_products, low=wanted, integer=True)
+    width = min(k, 8)
+    # Whole blocks only: a part of one would leave residuals that the basis does not account for.
+    room = min(size, -(-max(3 * wanted + 3 * width, 24) // width) * width)
     generator = torch.Generator().manual_seed(seed)
     basis = torch.zeros(room, size, dtype=operator.dtype, device=operator.device)
     matrix = torch.zeros(room, room, dtype=torch.float64)
-    vector = _normal(operator, (size,), generator)
-    vector = vector / vector.norm()
-    kept = products = 0
+    fresh = _normal(operator, (width, size), generator)
+    block, _ = _extend(operator, fresh, basis[:0], generator)
+    filled = products = 0
     while True:
-        # Extend the basis to its full size; the first `kept` rows are the Ritz vectors of the last round.
-        length = 0.0
-        for step in range(kept, room):
-            basis[step] = vector
-            image = operator @ vector
-            products += 1
-            if not bool(torch.isfinite(image).all()):
-                raise checks.InputError(f"top_eigenpairs: product {products} holds NaN or infinite values")
-            # Projecting on the whole basis fills the arrow left by the restart without a special case.
-            row = (basis[: step + 1] @ image).double().cpu()
-            matrix[step, : step + 1] = row
-            matrix[: step + 1, step] = row
-            scale = float(image.norm())
-            image = _against(image, basis[: step + 1])
-            length = float(image.norm())
-            if length <= 10 * torch.finfo(operator.dtype).eps * max(scale, 1e-30) * math.sqrt(size):
-                length = 0.0
-                image = _normal(operator, (size,), generator)
-                if step + 1 < size:
-                    image = _against(image, basis[: step + 1])
-            vector = image / image.norm()
-        values, ritz = torch.linalg.eigh(matrix)
-        order = _order(values, which, wanted)
-        residuals = (length * ritz[-1, order]).abs()
-        biggest = float(values.abs().max())
-        converged = bool((residuals <= tol * max(biggest, 1e-30)).all())
-        done = converged or products + 1 > max_products or room == size
-        # A restart keeps some pairs more than wanted: they are the next candidates and speed convergence.
-        keep = order if done else _order(values, which, min(wanted + 5, room - 3))
-        vectors = basis.T @ ritz[:, keep].to(operator.dtype).to(operator.device)
-        if done:
+        images = _images(operator, block, f"top_eigenpairs: product {products + 1}")
+        products += len(block)
+        end = filled + len(block)
+        basis[filled:end] = block
+        # Projecting on the whole basis fills the arrow left by a restart without a special case.
+        rows = (images @ basis[:end].T).double().cpu()
+        matrix[filled:end, :end] = rows
+        matrix[:end, filled:end] = rows.T
+        block, leftover = _extend(operator, images, basis[:end], generator)
+        values, ritz = torch.linalg.eigh(0.5 * (matrix[:end, :end] + matrix[:end, :end].T))
+        order = _order(values, which, min(wanted, end))
+        residuals = (leftover @ ritz[filled:end, order]).norm(dim=0)
+        largest = float(values.abs().max())
+        converged = end >= wanted and bool((residuals <= tol * largest).all())
+        spent = products + len(block) > max_products or end == size
+        if converged or spent:
+            vectors = basis[:end].T @ ritz[:, order].to(operator.dtype).to(operator.device)
             return Eigenpairs(
-                values[keep].to(operator.dtype),
+                values[order].to(operator.dtype),
                 vectors / vectors.norm(dim=0),
                 residuals.to(operator.dtype),
                 converged,
                 products,
             )
-        kept = len(keep)
-        basis[:kept] = vectors.T
-        matrix.zero_()
-        matrix[range(kept), range(kept)] = values[keep]
+        filled = end
+        if end == room:
+            # A restart keeps more pairs than wanted: the next candidates, which speed convergence.
+            keep = _order(values, which, (wanted // width + 1) * width)
+            basis[: len(keep)] = ritz[:, keep].T.to(operator.dtype).to(operator.device) @ basis
+            filled = len(keep)
+            matrix.zero_()
+            matrix[range(filled), range(filled)] = values[keep]
 
 
-@dataclass(frozen=True)
-class Trace:
-    """An estimate of the trace, its standard error (NaN from a single sample), and the products spent."""
-
-    value: float
-    standard_error: float
-    products: int
-    method: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-
-def trace(
-    operator: Operator,
-    products: int = 60,
-    *,
-    method: Literal["xtrace", "hutch++", "hutchinson"] = "xtrace",
-    seed: int = 0,
-) -> Trace:
-    """An unbiased estimate of the trace from a number of products, with its standard error.
-
-    ``"hutchinson"`` averages vᵀ A v over random signs. ``"hutch++"`` (Meyer et al. 2021, arXiv 2010.09649) takes the trace on the range of a
-    sketch exactly and samples the rest. ``"xtrace"`` (Epperly, Tropp and Webber 2024, arXiv 2301.07825) does so once for each test vector left out,
-    which makes use of every product twice; best where the spectrum decays.
-
-    Args:
-        products: products to spend, at least 2 (``xtrace``) or 3 (``hutch++``).
-
-    >>> abs(trace(torch.diag(torch.tensor([4.0, 2.0, 0.0, 0.0])), 6).value - 6.0) < 1e-5
-    True
-    """
-    checks.one_of("method", method, ("xtrace", "hutch++", "hutchinson"))
-    checks.number(
-        "products", products, low={"xtrace": 2, "hutch++": 3, "hutchinson": 1}[method], integer=True
-    )
-    size = _side(operator)
-    generator = torch.Generator().manual_seed(seed)
-    if method == "hutchinson":
-        signs = _signs(operator, (size, products), generator)
-        return _average((signs * (operator @ signs)).sum(0), 0.0, products, method)
-    if method == "hutch++":
-        width = min(products // 3, size)
-        sketch = operator @ _signs(operator, (size, width), generator)
-        q = torch.linalg.qr(sketch).Q
-        known = float((q * (operator @ q)).sum())
-        rest = products - 2 * width
-        signs = _signs(operator, (size, rest), generator)
-        signs = signs - q @ (q.T @ signs)
-        if width == size:
-            return Trace(known, 0.0, 2 * width, method)
-        return _average((signs * (operator @ signs)).sum(0), known, products, method)
-    return _xtrace(operator, min(products // 2, size), generator)
-
-
-def _xtrace(operator: Operator, width: int, generator: torch.Generator) -> Trace:
-    size = _side(operator)
-    omega = _normal(operator, (size, width), generator)
-    image = (operator @ omega).double()
-    omega = omega.double()
-    left, singular, _ = torch.linalg.svd(image, full_matrices=False)
-    noise = float(singular[0]) * max(image.shape) * torch.finfo(operator.dtype).eps
-    rank = int((singular > noise).sum())
-    if rank < width or width == size:
-        # The sketch holds the whole range, so that nothing is left to sample: the trace on it is the trace.
-        q = left[:, : max(rank, 1)]
-        value = float((q * (operator @ q.to(operator.dtype)).double()).sum())
-        return Trace(value, 0.0, width + q.shape[1], "xtrace")
-    q, r = torch.linalg.qr(image)
-    z = (operator @ q.to(operator.dtype)).double()
-    h = q.T @ z
-    # Column i of s is the direction of range(q) that leaves with test vector i.
-    s = torch.linalg.inv(r).T
-    s = s / s.norm(dim=0)
-    w = q.T @ omega
-    x = w - s * (s * w).sum(0)
-    outside = omega - q @ x
-    quadratic = (omega * image).sum(0) - 2 * (x * (z.T @ omega)).sum(0) + (x * (h @ x)).sum(0)
-    sampled = (size - width + 1) * quadratic / outside.square().sum(0)
-    estimates = torch.trace(h) - (s * (h @ s)).sum(0) + sampled
-    return _average(estimates, 0.0, 2 * width, "xtrace")
+def _extend(
+    operator: Operator, images: Tensor, basis: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The images' parts outside a basis as orthonormal rows Q, and R with parts = Rᵀ Q; random rows where none is left."""
+    size = images.shape[1]
+    rows: list[Tensor] = []
+    leftovers = torch.zeros_like(images)
+    for index, image in enumerate(images):
+        scale = float(image.norm())
+        outside = _against(image, basis)
+        leftovers[index] = outside
+        part = _against(outside, torch.stack(rows)) if rows else outside
+        length = float(part.norm())
+        if len(basis) + len(rows) >= size:
+            break
+        if _negligible(length, scale, operator):
+            part = _normal(operator, (size,), generator)
+            part = _against(part, torch.cat([basis, *(row[None] for row in rows)]))
+            length = float(part.norm())
+        rows.append(part / length)
+    found = torch.stack(rows) if rows else images[:0]
+    return found, (found @ leftovers.T).double().cpu()
 
 
 @dataclass(frozen=True)
@@ -348,20 +304,37 @@ def spectral_density(operator: Operator, *, steps: int = 40, probes: int = 2, se
     checks.number("probes", probes, low=1, integer=True)
     checks.number("steps", steps, low=1, integer=True)
     generator = torch.Generator().manual_seed(seed)
+    starts = [_signs(operator, (size,), generator) for _ in range(probes)]
+    generators = [torch.Generator().manual_seed(seed + probe + 1) for probe in range(probes)]
+    itemsize = torch.finfo(operator.dtype).bits // 8
+    together = max(1, _BASES_BYTES // (min(steps, size) * size * itemsize))
     nodes, weights = [], []
-    for probe in range(probes):
-        signs = _signs(operator, (size,), generator)
-        run = lanczos(operator, steps, start=signs, seed=seed + probe + 1)
-        # Past an exhausted Krylov space the run went on from another vector, which has no weight in this probe.
-        values, vectors = run.ritz()
-        nodes.append(values)
-        weights.append(vectors[0].square())
+    for first in range(0, probes, together):
+        part = slice(first, first + together)
+        for run in _runs(operator, steps, starts[part], generators[part]):
+            # Past an exhausted Krylov space a run goes on from another vector, which has no weight in this probe.
+            values, vectors = run.ritz()
+            nodes.append(values)
+            weights.append(vectors[0].square())
     theta, tau = torch.stack(nodes), torch.stack(weights)
     powers = torch.stack([(tau * theta**p).sum(1) for p in range(1, 5)], dim=1)
     errors = (
         powers.std(0) / math.sqrt(probes) if probes > 1 else torch.full((4,), math.nan, dtype=torch.float64)
     )
     return Density(theta, tau, powers.mean(0), errors, size, probes * theta.shape[1])
+
+
+def _images(operator: Operator, rows: Tensor, what: str) -> Tensor:
+    """A v for each row v; a single row as a vector, for operators that know no blocks."""
+    images = (operator @ rows[0])[None] if len(rows) == 1 else (operator @ rows.T).T
+    if not bool(torch.isfinite(images.sum())) and not bool(torch.isfinite(images).all()):
+        raise checks.InputError(f"{what}: the product holds NaN or infinite values")
+    return images
+
+
+def _negligible(length: float, scale: float, operator: Operator) -> bool:
+    """Whether what orthogonalisation left of a vector is rounding."""
+    return length <= 10 * torch.finfo(operator.dtype).eps * max(scale, 1e-30) * math.sqrt(_side(operator))
 
 
 def _side(operator: Operator) -> int:
@@ -399,9 +372,3 @@ def _order(values: Tensor, which: str, count: int) -> list[int]:
         return values.abs().argsort(descending=True).tolist()[:count]
     top = up[::-1][: (count + 1) // 2]
     return top + [index for index in up[: count // 2] if index not in top]
-
-
-def _average(samples: Tensor, known: float, products: int, method: str) -> Trace:
-    count = samples.numel()
-    error = float(samples.double().std()) / math.sqrt(count) if count > 1 else math.nan
-    return Trace(known + float(samples.double().mean()), error, products, method)
