@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch  # noqa: F401, the examples use it
 from torch import Tensor
-from torch._C import _functorch
 
 Path = tuple[Any, ...]
-_functorch: Any = torch._C._functorch  # the wrappers of torch.func have no public names
+# What torch.func wraps tensors in has no public name, and this module no stub.
+_functorch: Any = importlib.import_module("torch._C._functorch")
 
 
 def find(value: Any) -> tuple[Path, Tensor] | None:
@@ -25,6 +26,7 @@ def find(value: Any) -> tuple[Path, Tensor] | None:
     Tuples and lists are searched in order, dicts and dataclasses in the order of their members, depth first. A member
     named ``loss`` comes last: a model called with labels returns it before what it computed.
 
+    >>> import torch
     >>> find((None, {"loss": torch.zeros(()), "logits": torch.ones(2)}))
     ((1, 'logits'), tensor([1., 1.]))
     """
@@ -50,6 +52,7 @@ def _members(value: Any) -> Iterator[tuple[Any, Any]]:
 def replace(value: Any, path: Path, tensor: Tensor) -> Any:
     """The nest ``value`` with ``tensor`` at ``path``; containers on the way are copied, nothing is changed in place.
 
+    >>> import torch
     >>> replace((1, [torch.zeros(1), "kept"]), (1, 0), torch.ones(1))
     (1, [tensor([1.]), 'kept'])
     """
