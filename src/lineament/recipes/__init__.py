@@ -1,1 +1,156 @@
-"""One file per paper: its headline claim, run and judged. See ``docs/architecture.md``, "A recipe"."""
+"""One file per paper: a frozen ``Config`` with presets, and ``run(config, *, out) -> Outcome``.
+
+A recipe is found by its file name, so adding one needs no list to be edited. Only the recipe that is asked for is
+imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+PRESETS = ("quick", "small", "paper")
+
+
+def available() -> list[str]:
+    """The slugs that have a recipe, in alphabetical order; files whose name begins with ``_`` are none."""
+    found = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name.replace("_", "-") for name in found if not name.startswith("_"))
+
+
+def load(slug: str) -> Any:
+    """The recipe's module.
+
+    Raises:
+        InputError: no such paper (names the nearest), or one whose recipe is not there yet.
+
+    >>> load("normgard")
+    Traceback (most recent call last):
+    ...
+    lineament.core.checks.InputError: SLUG: got 'normgard', which is no paper of the catalogue; nearest: 'normgrad'
+    """
+    from lineament.core.checks import InputError, suggest
+    from lineament.papers import PAPERS
+
+    slugs = available()
+    if slug not in slugs:
+        known = [paper.slug for paper in PAPERS]
+        if slug in known:
+            there = ", ".join(slugs) or "none"
+            raise InputError(
+                f"SLUG: {slug!r} is in the catalogue, but its recipe is not there yet; there are: {there}"
+            )
+        names = sorted({*known, *slugs})
+        raise InputError(
+            f"SLUG: got {slug!r}, which is no paper of the catalogue{suggest(slug, names, most=1)}"
+        )
+    return importlib.import_module(f"{__name__}.{slug.replace('-', '_')}")
+
+
+def configure(config: Any, values: Mapping[str, str]) -> Any:
+    """``config`` with fields replaced by values given as text, as ``--FIELD VALUE`` brings them.
+
+    Args:
+        config: a dataclass instance.
+        values: field names (``-`` and ``_`` are the same) to text. Numbers, truth values (``true``/``false``), paths,
+            ``Literal``s, optional values (``none``) and comma-separated tuples and lists are understood.
+
+    Raises:
+        InputError: an unknown field (names the nearest), or text that is not of the field's type.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Config:
+    ...     seed: int = 0
+    ...     widths: tuple[int, ...] = (8,)
+    >>> configure(Config(), {"seed": "3", "widths": "4,16"})
+    Config(seed=3, widths=(4, 16))
+    """
+    from lineament.core.checks import InputError, suggest
+
+    hints = typing.get_type_hints(type(config))
+    names = [field.name for field in dataclasses.fields(config) if field.init and field.name != "preset"]
+    parsed: dict[str, Any] = {}
+    for option, text in values.items():
+        name = option.replace("-", "_")
+        if name not in names:
+            raise InputError(f"--{option}: {_owner(config)} has no such field{suggest(name, names)}")
+        if name in parsed:
+            raise InputError(f"--{option}: given twice, expected once")
+        try:
+            parsed[name] = _parse(text, hints[name])
+        except ValueError as error:
+            raise InputError(f"--{option}: got {text!r}, expected {_wanted(hints[name])}") from error
+    return dataclasses.replace(config, **parsed)
+
+
+def _owner(config: Any) -> str:
+    return f"the recipe {type(config).__module__.rsplit('.', 1)[-1].replace('_', '-')}"
+
+
+def _parse(text: str, hint: Any) -> Any:
+    """``text`` as a value of the type ``hint``; ValueError if it is none."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is bool:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if text.lower() not in words:
+            raise ValueError(text)
+        return words[text.lower()]
+    if hint in (int, float, str):
+        return hint(text)
+    if hint is Path:
+        return Path(text).expanduser()
+    if hint is type(None):
+        if text.lower() != "none":
+            raise ValueError(text)
+        return None
+    if origin is typing.Literal:
+        for choice in arguments:
+            if text == str(choice):
+                return choice
+        raise ValueError(text)
+    if origin in (typing.Union, types.UnionType):
+        # None first, so that the word "none" does not become the text of an optional string.
+        for choice in sorted(arguments, key=lambda kind: kind is not type(None)):
+            try:
+                return _parse(text, choice)
+            except ValueError:
+                continue
+        raise ValueError(text)
+    if origin in (tuple, list):
+        parts = [part.strip() for part in text.split(",")] if text.strip() else []
+        if origin is list or (len(arguments) == 2 and arguments[1] is Ellipsis):
+            return origin(_parse(part, arguments[0]) for part in parts)
+        if len(parts) != len(arguments):
+            raise ValueError(text)
+        return tuple(_parse(part, kind) for part, kind in zip(parts, arguments))
+    raise ValueError(f"a field of type {hint} cannot be set from the command line")
+
+
+def _wanted(hint: Any) -> str:
+    """The type ``hint`` in words, for an error message."""
+    words = {
+        int: "an integer",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        Path: "a path",
+        type(None): "none",
+    }
+    if hint in words:
+        return words[hint]
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(repr(choice) for choice in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_wanted(choice) for choice in arguments)
+    if origin is list or (origin is tuple and arguments[1:] == (Ellipsis,)):
+        return f"values separated by commas, each {_wanted(arguments[0])}"
+    if origin is tuple:
+        return f"{len(arguments)} values separated by commas: " + ", ".join(map(_wanted, arguments))
+    return f"nothing: a field of type {getattr(hint, '__name__', hint)} is not for the command line"
