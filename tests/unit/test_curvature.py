@@ -199,6 +199,154 @@ def test_nan_in_the_loss_the_data_or_the_weights_is_said():
         curvature.hessian(net, loss_fn, loader)
 
 
+@pytest.mark.parametrize("make", [curvature.gauss_newton, curvature.fisher])
+def test_a_block_of_gauss_newton_and_fisher_is_its_columns(make):
+    net, loss_fn, loader, *_ = problem()
+    operator = make(net, loss_fn, loader)
+    block = torch.randn(operator.shape[0], 4, dtype=torch.float64)
+    torch.testing.assert_close(operator @ block, torch.stack([operator @ v for v in block.T], 1))
+
+
+def test_a_model_whose_operations_know_no_blocks_is_multiplied_column_by_column():
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x**3
+
+        @staticmethod
+        def backward(ctx, g):
+            return 3 * ctx.saved_tensors[0] ** 2 * g + 0.0 * float(g.sum())
+
+    class Net(nn.Linear):
+        def forward(self, input):
+            return Cube.apply(super().forward(input))
+
+    net = Net(3, 2).double()
+    x, y = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    operator = curvature.gauss_newton(net, F.mse_loss, [(x, y)])
+    block = torch.randn(8, 3).double()
+    torch.testing.assert_close(operator @ block, torch.stack([operator @ v for v in block.T], 1))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_the_fisher_of_token_models_averages_over_positions(last):
+    torch.manual_seed(0)
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(2, 3)
+
+        def forward(self, x):
+            z = self.inner(x)
+            return z if last else z.transpose(1, 2)
+
+    def loss_fn(z, y):
+        return F.cross_entropy(z.transpose(1, 2) if last else z, y)
+
+    net = Tokens().double()
+    loader = [(torch.randn(6, 4, 2).double(), torch.randint(0, 3, (6, 4)))]
+    exact = curvature.gauss_newton(net, loss_fn, loader).dense()
+    found = curvature.fisher(net, loss_fn, loader, likelihood="categorical", samples=4000).dense()
+    assert (found - exact).norm() / exact.norm() < 0.05
+
+
+def test_the_fisher_of_independent_answers_is_the_gauss_newton_matrix():
+    torch.manual_seed(0)
+    net = nn.Linear(2, 4).double()
+    loader = [(torch.randn(6, 2).double(), torch.randint(0, 2, (6, 4)).double())]
+    exact = curvature.fisher(net, F.binary_cross_entropy_with_logits, loader, kind="exact").dense()
+    found = curvature.fisher(net, nn.BCEWithLogitsLoss(), loader, samples=4000).dense()
+    assert (found - exact).norm() / exact.norm() < 0.05
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return {"logits": self.head(torch.tanh(self.embed(tokens)).mean(1))}
+
+
+def test_tied_weights_count_once_and_a_dict_holds_the_logits():
+    torch.manual_seed(0)
+    net = Tied().double()
+    tokens, y = torch.randint(0, 5, (7, 4)), torch.randint(0, 5, (7,))
+    operator = curvature.hessian(net, F.cross_entropy, [({"tokens": tokens}, y)])
+    assert operator.names == ["embed.weight"]
+
+    def risk(w):
+        z = torch.tanh(w.reshape(5, 3)[tokens]).mean(1) @ w.reshape(5, 3).T
+        return F.cross_entropy(z, y)
+
+    flat = net.embed.weight.detach().flatten()
+    torch.testing.assert_close(operator.dense(), torch.autograd.functional.hessian(risk, flat))
+
+
+def test_a_transformer_is_taken_as_it_is():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_layer=1, n_head=2, n_embd=4, vocab_size=7, n_positions=5, bos_token_id=0, eos_token_id=0
+    )
+    net = transformers.GPT2LMHeadModel(config).double().train()
+    tokens = torch.randint(0, 7, (3, 5))
+
+    def loss_fn(z, y):
+        return F.cross_entropy(z[:, :-1].transpose(1, 2), y[:, 1:])
+
+    operator = curvature.hessian(net, loss_fn, [({"input_ids": tokens}, tokens)])
+    u, v = torch.randn(2, operator.shape[0], dtype=torch.float64)
+    torch.testing.assert_close(u @ (operator @ v), v @ (operator @ u))
+
+    # The same by PyTorch alone, on attention written out.
+    net.set_attn_implementation("eager")
+    leaves = list(net.eval().parameters())
+    grads = torch.autograd.grad(loss_fn(net(tokens).logits, tokens), leaves, create_graph=True)
+    along = torch.autograd.grad(grads, leaves, list(operator.split(v).values()))
+    torch.testing.assert_close(operator @ v, flatten(along))
+
+
+class Counted:
+    def __init__(self, batches):
+        self.batches, self.walks = batches, 0
+
+    def __iter__(self):
+        self.walks += 1
+        # Another order each time, as a shuffling loader's.
+        return iter(self.batches[self.walks % 3 :] + self.batches[: self.walks % 3])
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 3000, 10**9])
+def test_a_shuffling_loader_gives_one_matrix_and_is_walked_once_where_memory_allows(cache_bytes):
+    net, loss_fn, loader, x, y = problem()
+    counted = Counted(loader)
+    operator = curvature.hessian(net, loss_fn, counted, cache_bytes=cache_bytes)
+    v = torch.randn(operator.shape[0]).double()
+    expected = dense_hessian(net, loss_fn, x, y) @ v
+    for _ in range(3):
+        torch.testing.assert_close(operator @ v, expected)
+    assert counted.walks == (2 if cache_bytes == 10**9 else 4)
+
+
+def test_train_mode_batches_cannot_be_split():
+    net, loss_fn, loader, *_ = problem()
+    with pytest.raises(InputError, match="cannot be split"):
+        curvature.hessian(net, loss_fn, loader, batchnorm="train", chunk=2)
+
+
+def test_new_running_statistics_are_noticed():
+    net, loss_fn, loader, x, y = problem()
+    operator = curvature.hessian(net, loss_fn, loader)
+    operator.dense()
+    net[2].running_var.mul_(3.0)
+    torch.testing.assert_close(operator.dense(), dense_hessian(net, loss_fn, x, y))
+
+
 def symmetric(eigenvalues, seed=0):
     torch.manual_seed(seed)
     q = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues)).double()).Q
@@ -282,3 +430,49 @@ def test_results_plot_and_give_plain_numbers():
     for result in (curvature.top_eigenpairs(matrix, 2), curvature.spectral_density(matrix, steps=3)):
         assert result.plot().get_xlabel()
         assert isinstance(result.to_dict(), dict)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_repeated_eigenvalues_are_found_as_often_as_they_are_there(k):
+    matrix = symmetric([5.0] * 3 + [3.0] * 2 + [0.0] * 100 + [-1.0] * 2)
+    found = curvature.top_eigenpairs(matrix, k, tol=1e-8)
+    torch.testing.assert_close(found.values, torch.tensor([5.0, 5.0, 5.0, 3.0, 3.0]).double()[:k])
+    torch.testing.assert_close(found.vectors.T @ found.vectors, torch.eye(k).double())
+
+
+@pytest.mark.parametrize("limit", [20, 25, 40])
+def test_no_more_products_than_allowed(limit):
+    calls = 0
+    matrix = symmetric(torch.linspace(0, 1, 300))
+
+    class Counting:
+        shape, dtype, device = matrix.shape, matrix.dtype, matrix.device
+
+        def __matmul__(self, v):
+            nonlocal calls
+            calls += 1 if v.ndim == 1 else v.shape[1]
+            return matrix @ v
+
+    found = curvature.top_eigenpairs(Counting(), 3, tol=1e-12, max_products=limit)
+    assert calls == found.products <= limit and not found.converged
+    actual = (matrix @ found.vectors - found.vectors * found.values).norm(dim=0)
+    torch.testing.assert_close(actual, found.residuals)
+
+
+def test_probes_in_step_are_those_run_one_after_another(monkeypatch):
+    matrix = symmetric([2.0] * 5 + [1.0] * 3 + [-1.0] * 4)
+    together = curvature.spectral_density(matrix, steps=8, probes=3)
+    monkeypatch.setattr("lineament.core.spectra._BASES_BYTES", 1)
+    apart = curvature.spectral_density(matrix, steps=8, probes=3)
+    torch.testing.assert_close(together.moments, apart.moments)
+    torch.testing.assert_close(together.moment_errors, apart.moment_errors)
+
+
+def test_the_quadrature_is_exact_up_to_its_degree():
+    matrix = symmetric(torch.linspace(-1, 2, 40))
+    start = torch.randn(40).double()
+    start /= start.norm()
+    values, vectors = curvature.lanczos(matrix, 4, start=start).ritz()
+    for power in range(8):
+        exact = start @ torch.linalg.matrix_power(matrix, power) @ start
+        torch.testing.assert_close((vectors[0].square() * values**power).sum(), exact)

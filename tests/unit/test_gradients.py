@@ -26,7 +26,7 @@ def test_flatten_and_unflatten_are_inverse_also_for_rows():
         gradients.unflatten(flat[:-1], tensors)
 
 
-@pytest.mark.parametrize("kind", ["l2", "l1", "cosine", "layer_cosine"])
+@pytest.mark.parametrize("kind", ["l2", "l1", "cosine", "layer", "layer_cosine"])
 def test_distance_is_zero_at_itself_and_twice_differentiable(kind):
     a, b = lists(0), lists(1)
     own = gradients.distance(a, a, kind, eps=0.0)
@@ -86,9 +86,28 @@ def test_per_sample_gradients_are_those_of_a_loop(chunk):
 
 def test_per_sample_gradients_refuse_unknown_parameters_and_unequal_lengths():
     net = nn.Linear(2, 2)
-    with pytest.raises(InputError, match="nearest: 'weight'"):
+    with pytest.raises(InputError, match="names no parameter; nearest: 'weight'"):
         gradients.per_sample_gradients(
             net, F.cross_entropy, torch.ones(2, 2), torch.zeros(2).long(), params=["wieght"]
         )
     with pytest.raises(InputError, match="expected 2 of them"):
         gradients.per_sample_gradients(net, F.cross_entropy, torch.ones(2, 2), torch.zeros(3).long())
+
+
+def test_per_sample_gradients_refuse_a_batch_norm_that_always_mixes_samples():
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False))
+    with pytest.raises(InputError, match="'1' is a batch norm without running statistics"):
+        gradients.per_sample_gradients(net, F.cross_entropy, torch.ones(2, 2), torch.zeros(2).long())
+
+
+def test_layer_is_one_cosine_for_each_tensor():
+    a, b = lists(0), lists(1)
+    expected = sum(1 - F.cosine_similarity(x.flatten(), y.flatten(), dim=0) for x, y in zip(a, b))
+    assert torch.isclose(gradients.distance(a, b, "layer", eps=0.0), expected)
+
+
+def test_layer_cosine_ignores_biases_and_the_scale_of_a_unit():
+    a, b = lists(0), lists(1)
+    other = [b[0] * torch.tensor([2.0, 5.0, 1.0]).reshape(3, 1, 1), b[1] + 7, 3 * b[2]]
+    found = gradients.distance(a, other, "layer_cosine", eps=0.0)
+    assert torch.isclose(found, gradients.distance(a, b, "layer_cosine", eps=0.0))

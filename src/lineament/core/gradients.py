@@ -16,6 +16,7 @@ from torch.func import functional_call, grad, vmap
 
 from lineament.core import checks
 from lineament.core.models import frozen, logits
+from lineament.core.risk import chosen_parameters
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -74,14 +75,15 @@ def distance(
 
     - ``"l2"``: Σ_l ‖a_l - b_l‖², the squared Euclidean distance.
     - ``"l1"``: Σ_l |a_l - b_l|, entry by entry.
-    - ``"cosine"``: 1 - ⟨a, b⟩ / (‖a‖ ‖b‖), all layers as one vector (gradient inversion).
+    - ``"cosine"``: 1 - ⟨a, b⟩ / (‖a‖ ‖b‖ + eps), all layers as one vector (gradient inversion).
+    - ``"layer"``: Σ_l (1 - ⟨a_l, b_l⟩ / (‖a_l‖ ‖b_l‖ + eps)), one cosine for each tensor.
     - ``"layer_cosine"``: Σ_l Σ_o (1 - ⟨a_lo, b_lo⟩ / (‖a_lo‖ ‖b_lo‖ + eps)), one cosine for each output unit o of a
       weight (its first dimension, the rest flattened); biases and other vectors do not count (gradient matching, Zhao et al.
       2021, arXiv 2006.05929).
 
     Args:
         a, b: gradients of the same shapes; both may ask for gradients, twice.
-        eps: keeps ``"layer_cosine"`` finite at units without gradient, as the reference code does.
+        eps: keeps the cosines finite where there is no gradient, as the reference codes do.
 
     Raises:
         InputError: an unknown kind, or lists that do not have the same shapes.
@@ -90,15 +92,18 @@ def distance(
     >>> distance(a, b, "l2").item(), abs(round(distance(a, b, "cosine").item(), 4))
     (2.0, 0.0)
     """
-    checks.one_of("kind", kind, ("l2", "l1", "cosine", "layer_cosine"))
+    checks.one_of("kind", kind, ("l2", "l1", "cosine", "layer", "layer_cosine"))
     _same_shapes(a, b)
     if kind == "l2":
         return torch.stack([(x - y).square().sum() for x, y in zip(a, b)]).sum()
     if kind == "l1":
         return torch.stack([(x - y).abs().sum() for x, y in zip(a, b)]).sum()
     if kind == "cosine":
-        return 1 - inner(a, b) / (norm(a) * norm(b))
-    pairs = [(x.flatten(1), y.flatten(1)) for x, y in zip(a, b) if x.ndim >= 2]
+        pairs = [(flatten(a)[None], flatten(b)[None])]
+    elif kind == "layer":
+        pairs = [(x.reshape(1, -1), y.reshape(1, -1)) for x, y in zip(a, b)]
+    else:
+        pairs = [(x.flatten(1), y.flatten(1)) for x, y in zip(a, b) if x.ndim >= 2]
     checks.require(
         len(pairs) > 0, "layer_cosine: no tensor has two or more dimensions, so there is nothing to compare"
     )
@@ -112,7 +117,7 @@ def per_sample_gradients(
     inputs: Tensor,
     targets: Tensor,
     *,
-    params: Sequence[str] | None = None,
+    params: str | Sequence[str] | None = None,
     chunk: int | None = None,
 ) -> dict[str, Tensor]:
     """The gradient of each sample's own loss: {parameter: (batch, *shape)}.
@@ -122,11 +127,12 @@ def per_sample_gradients(
     Args:
         loss_fn: ``loss_fn(logits, targets)``, the mean over a batch.
         inputs, targets: (batch, ...) and (batch, ...).
-        params: names of the parameters wanted, all that ask for gradients by default.
+        params: names or globs of the parameters wanted, all that ask for gradients by default.
         chunk: samples at a time; memory grows with chunk times the number of parameters. All by default.
 
     Raises:
-        InputError: unknown parameter names, or inputs and targets of unequal length.
+        InputError: unknown parameter names, inputs and targets of unequal length, or a batch norm that has no
+            statistics but the batch's.
 
     >>> net = nn.Linear(2, 1, bias=False)
     >>> found = per_sample_gradients(net, lambda z, y: z.mean(), torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.zeros(2))
@@ -139,9 +145,13 @@ def per_sample_gradients(
         f"targets: got {checks.show(targets)}, expected {len(inputs)} of them, as many as inputs",
     )
     known = dict(model.named_parameters())
-    names = [n for n, p in known.items() if p.requires_grad] if params is None else list(params)
-    for name in names:
-        checks.one_of("params", name, known)
+    names = chosen_parameters(model, params)
+    for name, module in model.named_modules():
+        checks.require(
+            not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.running_mean is not None,
+            f"model: {name!r} is a batch norm without running statistics, which mixes the samples of a batch even in "
+            "eval mode, so that no sample has a gradient of its own",
+        )
     wanted = {name: known[name].detach() for name in names}
     rest = {name: p.detach() for name, p in known.items() if name not in wanted}
     buffers = {name: b.detach() for name, b in model.named_buffers()}

@@ -59,7 +59,7 @@ class Risk:
             "chunk: batch norm in train mode takes its statistics from whole batches, which cannot be split; "
             "give smaller batches, or batchnorm='eval'",
         )
-        self.names = _chosen(self.model, params)
+        self.names = chosen_parameters(self.model, params)
         self._sources: dict[str, Tensor] = {}
         self.refresh()
         if not isinstance(loader, Iterable):
@@ -167,7 +167,12 @@ class Risk:
                 yield _moved(batch[0], device), _moved(batch[1], device)
 
 
-def _chosen(model: nn.Module, params: str | Sequence[str] | None) -> list[str]:
+def chosen_parameters(model: nn.Module, params: str | Sequence[str] | None) -> list[str]:
+    """The names of the parameters that names or globs ask for; all that ask for gradients by default.
+
+    >>> chosen_parameters(nn.Linear(2, 2), "b*")
+    ['bias']
+    """
     known = dict(model.named_parameters())
     if params is None:
         found = [name for name, p in known.items() if p.requires_grad]
