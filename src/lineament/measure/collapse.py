@@ -8,7 +8,7 @@ up to ``keep_bytes``, and only what does not fit needs ``passes=2``, which runs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 Pool = str | Callable[[Tensor], Tensor]
+Samples = tuple[Tensor, Tensor, Tensor | None]  # features, labels, decisions
 _POOLS = ("mean", "max", "first", "last", "flatten")
 _WIDEST = 8192  # a features x features matrix in float64 of this width takes 512 MiB
 
@@ -181,31 +182,39 @@ def collapse(
     names = list(dict.fromkeys(name for pattern in wanted for name in site_names(model, pattern)))
     require(bool(names), "sites: got none, expected at least one")
 
-    kept: dict[str, list[tuple[Tensor, Tensor, Tensor | None]]] = {}
+    kept: dict[str, list[Samples]] = {}
     meters: dict[str, CollapseMeter] = {}
-    for batch in _batches(model, loader, names, pool, classes, "collapse"):
-        if not meters:
-            kept = {name: [] for name in _fitting(batch, loader, keep_bytes)}
-            for name in names:
-                full = passes == 1 and name not in kept and batch[name][0].shape[1] <= _WIDEST
-                meters[name] = CollapseMeter(classes, weighting=weighting, scatter=full, rcond=rcond)
-        for name, (features, labels, decisions) in batch.items():
-            meters[name].update(features, labels)
-            if name in kept:
-                kept[name].append((features, labels, decisions))
-    require(bool(meters), "loader: got no batches, expected at least one")
 
+    def first(batch: dict[str, Samples]) -> None:
+        if not meters:
+            kept.update({name: [] for name in _fitting(batch, loader, keep_bytes)})
+            for name, (features, _, _) in batch.items():
+                full = passes == 1 and name not in kept and features.shape[1] <= _WIDEST
+                meters[name] = CollapseMeter(classes, weighting=weighting, scatter=full, rcond=rcond)
+        for name, samples in batch.items():
+            if name in kept:
+                # Counted at the end, thousands of rows at a time.
+                kept[name].append(samples)
+            else:
+                meters[name].update(*samples[:2])
+
+    _walk(model, loader, names, pool, classes, "collapse", first)
+    require(bool(meters), "loader: got no batches, expected at least one")
     looks: dict[str, SecondLook] = {}
-    for name, batches in kept.items():
+    for name in list(kept):
+        features, labels, decisions = _joined(kept.pop(name))
+        meters[name].update(features, labels)
         looks[name] = meters[name].second_look()
-        for features, labels, decisions in batches:
-            looks[name].update(features, labels, decisions)
-    rest = [name for name in names if name not in kept]
-    if passes == 2 and rest:
+        looks[name].update(features, labels, decisions)
+    rest = [name for name in names if name not in looks] if passes == 2 else []
+    if rest:
         looks |= {name: meters[name].second_look() for name in rest}
-        for batch in _batches(model, loader, rest, pool, classes, "collapse, second pass"):
-            for name, (features, labels, decisions) in batch.items():
-                looks[name].update(features, labels, decisions)
+
+        def second(batch: dict[str, Samples]) -> None:
+            for name, samples in batch.items():
+                looks[name].update(*samples)
+
+        _walk(model, loader, rest, pool, classes, "collapse, second pass", second)
     found = {}
     for name in names:
         fits = weight is not None and name == f"{head}:in" and len(weight) == len(meters[name].stream.counts)
@@ -243,28 +252,39 @@ def _fitting(batch: Mapping[str, Any], loader: Any, keep_bytes: int) -> list[str
     return chosen
 
 
-def _batches(
-    model: nn.Module, loader: Iterable[Any], names: list[str], pool: Pool, classes: int | None, what: str
-) -> Iterator[dict[str, tuple[Tensor, Tensor, Tensor | None]]]:
-    """For each batch of the loader, {site: (features, labels, decisions)}."""
+def _walk(
+    model: nn.Module,
+    loader: Iterable[Any],
+    names: list[str],
+    pool: Pool,
+    classes: int | None,
+    what: str,
+    consume: Callable[[dict[str, Samples]], None],
+) -> None:
+    """Run the forwards and hand {site: (features, labels, decisions)} of each batch to ``consume``."""
     device = device_of(model)
-    for batch in progress(loader, what):
-        require(
-            isinstance(batch, (tuple, list)) and len(batch) >= 2,
-            f"loader: got a batch that is {checks.show(batch)}, expected (inputs, labels)",
-        )
-        inputs, labels, *_ = batch
-        flat = checks.tensor("labels", labels, floating=False).flatten()
-        checks.labels("labels", flat[flat >= 0] if labels.ndim == 2 else flat, classes=classes)
-        # Entered for each batch, so that nothing is changed on the model while the caller holds the generator.
-        with frozen(model, requires_grad=None), torch.no_grad(), capture(model, names) as acts:
-            output = _call(model, inputs, device)
-            found = {name: acts[name] for name in names}
-        try:
-            decisions = logits(output).argmax(-1)
-        except InputError:
-            decisions = None
-        yield {name: _samples(value, labels.to(device), decisions, pool) for name, value in found.items()}
+    with frozen(model, requires_grad=None), torch.no_grad(), capture(model, names) as acts:
+        for batch in progress(loader, what):
+            if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+                raise InputError(
+                    f"loader: got a batch that is {checks.show(batch)}, expected (inputs, labels)"
+                )
+            inputs, labels = batch[0], batch[1]
+            flat = checks.tensor("labels", labels, floating=False).flatten()
+            checks.labels("labels", flat[flat >= 0] if labels.ndim == 2 else flat, classes=classes)
+            try:
+                decisions = logits(_call(model, inputs, device)).argmax(-1)
+            except InputError:
+                decisions = None
+            there = labels.to(device)
+            consume({name: _samples(acts[name], there, decisions, pool) for name in names})
+
+
+def _joined(batches: list[Samples]) -> Samples:
+    features, labels, decisions = zip(*batches)
+    known = [d for d in decisions if d is not None]
+    whole = torch.cat(known) if len(known) == len(decisions) else None
+    return torch.cat(features), torch.cat(labels), whole
 
 
 def _call(model: nn.Module, inputs: Any, device: torch.device) -> Any:
@@ -278,9 +298,7 @@ def _call(model: nn.Module, inputs: Any, device: torch.device) -> Any:
     return model(moved(inputs))
 
 
-def _samples(
-    features: Tensor, labels: Tensor, decisions: Tensor | None, pool: Pool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _samples(features: Tensor, labels: Tensor, decisions: Tensor | None, pool: Pool) -> Samples:
     """Features, labels and decisions with one row a sample; tokens are samples where the labels are by token."""
     if labels.ndim == 2 and features.ndim == 3 and labels.shape == features.shape[:2]:
         counted = labels >= 0
