@@ -7,13 +7,21 @@ two sides run alternately (A B A B ...), so a drift of the machine's speed falls
 
 from __future__ import annotations
 
+import difflib
+import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from lineament.core.checks import InputError, require
 
 
 @dataclass(frozen=True)
@@ -78,3 +86,83 @@ def compare(
     ratio = None if peer_s is None else peer_s / ours_s
     met = None if ratio is None or target is None else ratio >= target
     return Row(slug, what, ours_s, peer, peer_s, ratio, target, met, note)
+
+
+# What a benchmark's own process runs: the file's rows, one JSON line each as soon as it is measured, so that the
+# rows before a crash are kept. Whatever the benchmark or its peer prints goes elsewhere.
+_WORKER = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("benchmark", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+sys.modules["benchmark"] = module
+spec.loader.exec_module(module)
+repeats = {} if sys.argv[3] == "default" else {"repeats": int(sys.argv[3])}
+with open(sys.argv[2], "a", encoding="utf-8") as out:
+    for row in module.rows(**repeats):
+        print(json.dumps(row.to_dict()), file=out, flush=True)
+"""
+
+
+def folder() -> Path:
+    """Where the benchmark files are: inside the installed package, or beside a checkout's ``src``.
+
+    Raises:
+        InputError: neither is there.
+    """
+    here = Path(__file__).resolve().parent
+    for place in (here / "_benchmarks", here.parents[1] / "benchmarks"):
+        if place.is_dir() and any(place.glob("*.py")):
+            return place
+    raise InputError("bench: no benchmark files were found beside this installation of lineament")
+
+
+def files() -> dict[str, Path]:
+    """Every benchmark by slug (the file's name with ``-`` for ``_``), in alphabetical order."""
+    found = (path for path in folder().glob("*.py") if not path.name.startswith("_"))
+    return {path.stem.replace("_", "-"): path for path in sorted(found)}
+
+
+def run(path: str | Path, repeats: int | None = None) -> tuple[list[Row], str]:
+    """One benchmark file in a process of its own.
+
+    Args:
+        path: the file; it defines ``rows(repeats=...)``.
+        repeats: timings of each side; ``None`` leaves the file's own number.
+
+    Returns:
+        The rows measured, and "" or, if the process ended early, its last line of error.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "rows.jsonl"
+        command = [
+            *(sys.executable, "-c", _WORKER, str(path), str(out)),
+            "default" if repeats is None else str(repeats),
+        ]
+        done = subprocess.run(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+        )
+        rows: list[Row] = []
+        if out.exists():
+            for line in out.read_text(encoding="utf-8").splitlines():
+                try:
+                    rows.append(Row(**json.loads(line)))
+                except (ValueError, TypeError):
+                    # The last line of a killed process may be cut off.
+                    continue
+    if done.returncode == 0:
+        return rows, ""
+    last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
+    return rows, last[0] if last else f"ended with status {done.returncode}"
+
+
+def chosen(slugs: Sequence[str]) -> dict[str, Path]:
+    """The benchmark files of ``slugs``, or all of them for none; an unknown slug names the ones there are."""
+    known = files()
+    for slug in slugs:
+        near = difflib.get_close_matches(slug, known, n=1)
+        require(
+            slug in known,
+            f"SLUG: got {slug!r}, which is no benchmark{f'; nearest: {near[0]!r}' if near else ''} "
+            f"(known: {', '.join(known) or 'none'})",
+        )
+    return {slug: known[slug] for slug in (dict.fromkeys(slugs) if slugs else known)}

@@ -53,6 +53,17 @@ def load(slug: str) -> Any:
     return importlib.import_module(f"{__name__}.{slug.replace('-', '_')}")
 
 
+def preset_configs() -> dict[tuple[str, str], dict[str, Any]]:
+    """Every recipe's presets as plain data, by slug and preset: what a run's configuration is compared with."""
+    from lineament.report.text import plain
+
+    return {
+        (slug, preset): plain(dataclasses.asdict(load(slug).Config.preset(preset)))
+        for slug in available()
+        for preset in PRESETS
+    }
+
+
 def configure(config: Any, values: Mapping[str, str]) -> Any:
     """``config`` with fields replaced by values given as text, as ``--FIELD VALUE`` brings them.
 

@@ -61,13 +61,12 @@ def reproduce(
     folder = Path(out) if out is not None else Path("runs") / f"{slug}-{preset}"
     folder = output_folder(folder)
     identity = {"slug": slug, "config": plain(asdict(config))}
-    if overwrite:
-        _clear(folder)
+    ours = overwrite and _clear(folder)
     found = _finished(folder, identity)
     if found is not None:
         _tidy(folder)
         return Run(found, folder, "found")
-    resumed = _claim(folder, identity)
+    resumed = _claim(folder, identity, ours)
     if resumed and note is not None:
         note(f"{folder} holds an unfinished run of the same configuration: going on with it")
     start = time.perf_counter()
@@ -102,7 +101,7 @@ def _finished(folder: Path, identity: dict[str, Any]) -> Outcome | None:
     return outcome
 
 
-def _claim(folder: Path, identity: dict[str, Any]) -> bool:
+def _claim(folder: Path, identity: dict[str, Any], ours: bool) -> bool:
     """Mark an empty folder as this run's; whether an unfinished run of the same configuration is there."""
     marker = folder / MARKER
     if marker.exists():
@@ -119,7 +118,7 @@ def _claim(folder: Path, identity: dict[str, Any]) -> bool:
     # Hidden files are a file manager's, or a killed write's; anything else is somebody's.
     others = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     require(
-        not others,
+        ours or not others,
         f"--out: {str(folder)!r} holds other files ({', '.join(map(repr, others[:3]))}); choose an empty or new folder",
     )
     write_json(marker, identity)
@@ -131,9 +130,10 @@ def _tidy(folder: Path) -> None:
     (folder / MARKER).unlink(missing_ok=True)
 
 
-def _clear(folder: Path) -> None:
-    """Remove what an earlier run wrote, and only that."""
+def _clear(folder: Path) -> bool:
+    """Remove what an earlier run wrote, and only that; whether there was one."""
     path = folder / "outcome.json"
+    ours = path.exists() or (folder / MARKER).exists()
     if path.exists():
         with suppress(InputError):
             for figure in Outcome.read(path).figures:
@@ -149,3 +149,4 @@ def _clear(folder: Path) -> None:
             if entry.is_file() and entry.suffix in (".svg", ".png"):
                 entry.unlink()
     shutil.rmtree(folder / ".stages", ignore_errors=True)
+    return ours

@@ -1,0 +1,183 @@
+"""What the commands print: tables for a wide terminal, plain blocks of lines for a narrow one or a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lineament.report.text import cell, duration, printable
+
+if TYPE_CHECKING:
+    from lineament.papers import Paper
+    from lineament.recipes._run import Run
+    from lineament.report.gallery import Site
+
+WIDE = 100
+
+
+def _console() -> Console:
+    # Text that a user named is never read as markup, and a pipe gets whole lines.
+    console = Console(markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 10_000
+    return console
+
+
+def _table(*columns: str, right: Sequence[str] = (), whole: Sequence[str] = ()) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(
+            column,
+            justify="right" if column in right else "left",
+            no_wrap=column in whole or column in right,
+            overflow="fold",
+        )
+    return table
+
+
+def _text(value: object, style: str = "") -> Text:
+    return Text(printable(value), style=style)
+
+
+def show_papers(papers: Sequence[Paper], search: str = "") -> None:
+    """The catalogue, newest first; what is not there yet says so."""
+    console = _console()
+    there = sum(paper.there for paper in papers)
+    if console.is_terminal and console.width >= WIDE:
+        table = _table(
+            "slug", "year", "arXiv", "what it is for", "home", "runs", whole=("slug", "year", "arXiv")
+        )
+        for paper in papers:
+            runs = _text(paper.runs, "green") if paper.there else Text("not there yet", style="dim")
+            purpose = Text.assemble((printable(paper.title), "bold"), "\n", printable(paper.purpose))
+            table.add_row(
+                paper.slug,
+                str(paper.year),
+                paper.arxiv,
+                purpose,
+                "\n".join(paper.homes),
+                runs,
+                end_section=True,
+            )
+        console.print(table)
+    else:
+        for paper in papers:
+            state = "there" if paper.there else "not there yet"
+            console.print(Text(f"{paper.slug}  {paper.year}  arXiv {paper.arxiv}  {state}", style="bold"))
+            for line in (paper.title, paper.purpose, f"home: {', '.join(paper.homes)}"):
+                console.print("  " + printable(line), soft_wrap=not console.is_terminal)
+            if paper.runs:
+                console.print("  runs: " + paper.runs)
+            console.print()
+    what = f" match {printable(search)!r}" if search else ""
+    console.print(f"{len(papers)} of 29 papers{what}; {there} there, {len(papers) - there} not yet.")
+
+
+def show_run(run: Run) -> None:
+    """A recipe's claims, the paper's figure beside ours, and where the outcome is."""
+    console = _console()
+    outcome = run.outcome
+    if run.how == "found":
+        console.print(
+            f"{run.folder} already holds the outcome of this configuration; not run again (--overwrite runs it anew)."
+        )
+    console.print(Text(printable(outcome.title), style="bold"))
+    narrow = console.is_terminal and console.width < WIDE
+    if outcome.claims and narrow:
+        for claim in outcome.claims:
+            console.print(Text.assemble(_verdict(claim.holds), "  ", printable(claim.name)))
+            console.print(f"  paper: {printable(claim.paper)}\n  ours:  {printable(claim.observed)}")
+            if not claim.holds and claim.reason:
+                console.print(f"  why:   {printable(claim.reason)}")
+    elif outcome.claims:
+        table = _table("claim", "paper", "ours", "verdict", whole=("verdict",))
+        for claim in outcome.claims:
+            ours = printable(claim.observed)
+            if not claim.holds and claim.reason:
+                ours += "\n" + printable(claim.reason)
+            table.add_row(_text(claim.name), _text(claim.paper), Text(ours), _verdict(claim.holds))
+        console.print(table)
+    held = sum(bool(claim.holds) for claim in outcome.claims)
+    console.print(
+        f"{held} of {len(outcome.claims)} claims hold at preset {outcome.preset}; {duration(outcome.seconds)}."
+    )
+    console.print(f"Written: {run.folder / 'outcome.json'}", soft_wrap=True)
+
+
+def _verdict(holds: bool) -> Text:
+    return Text("holds", style="green") if holds else Text("does not hold", style="yellow")
+
+
+def show_site(site: Site) -> None:
+    """Where the gallery is; what could not be shown goes to standard error."""
+    for problem in site.problems:
+        print(f"lineament: {printable(problem)}", file=sys.stderr)
+    runs = f"{site.outcomes} outcome{'' if site.outcomes == 1 else 's'}"
+    _console().print(f"{runs} on {site.pages} pages. Open {site.index}", soft_wrap=True)
+
+
+def show_bench(benchmarks: Mapping[str, Path], repeats: int | None, json: str | None) -> int:
+    """Run the benchmarks one after the other, print each one's rows as they come, and write them to ``json``."""
+    from lineament import bench
+    from lineament.core.checks import require
+    from lineament.core.files import write_json
+    from lineament.report.text import plain
+
+    if json is not None:
+        target = Path(json)
+        require(not target.is_dir(), f"--json: {json!r} is a folder, expected a file name")
+        require(target.parent.is_dir(), f"--json: {str(target.parent)!r} is no folder that exists")
+    console = _console()
+    columns = ("what", "ours", "peer", "peer's", "ratio", "target", "met")
+    every: list[bench.Row] = []
+    failed: list[str] = []
+    try:
+        for slug, path in benchmarks.items():
+            rows, error = bench.run(path, repeats)
+            every += rows
+            console.print(Text(slug, style="bold"))
+            if rows:
+                table = _table(*columns, right=("ours", "peer's", "ratio", "target"), whole=("met",))
+                for row in rows:
+                    what = Text.assemble(
+                        printable(row.what), *(("\n" + printable(row.note), "dim") for _ in row.note[:1])
+                    )
+                    met = {True: Text("met", "green"), False: Text("missed", "yellow"), None: Text("–")}[
+                        row.met
+                    ]
+                    peer = printable(row.peer) + ("" if row.peer_s is not None else " (not installed)")
+                    table.add_row(
+                        *(what, _seconds(row.ours_s), Text(peer), _seconds(row.peer_s)),
+                        *(cell(row.ratio, 3), cell(row.target, 3), met),
+                    )
+                console.print(table)
+            elif not error:
+                console.print("  no rows")
+            if error:
+                failed.append(slug)
+                print(f"lineament: bench {slug} ended early: {printable(error)}", file=sys.stderr)
+    finally:
+        # Also after Ctrl-C: what has been measured is worth keeping.
+        if json is not None:
+            write_json(json, plain([row.to_dict() for row in every]))
+    compared = [row for row in every if row.met is not None]
+    console.print(
+        f"{sum(bool(row.met) for row in compared)} of {len(compared)} targets met; {len(every)} rows."
+    )
+    return 1 if failed else 0
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "–"
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e6:.3g} µs"
