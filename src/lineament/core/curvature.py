@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch.func import vmap
 
 from lineament.core import checks
 from lineament.core.gradients import unflatten
+from lineament.core.likelihoods import draw, likelihood_of
 from lineament.core.risk import Chunk, Risk
 from lineament.core.spectra import Density, Eigenpairs, Lanczos, lanczos, spectral_density, top_eigenpairs
 from lineament.core.traces import Trace, trace
@@ -204,7 +204,7 @@ def hessian(
 
     >>> net = nn.Linear(1, 1, bias=False)
     >>> data = [(torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1))]
-    >>> (hessian(net, F.mse_loss, data) @ torch.ones(1)).item()
+    >>> (hessian(net, nn.functional.mse_loss, data) @ torch.ones(1)).item()
     10.0
     """
     risk = Risk(model, loss_fn, loader, params=params, batchnorm=batchnorm, chunk=chunk)
@@ -243,7 +243,7 @@ def gauss_newton(
 
     >>> net = nn.Linear(1, 1, bias=False)
     >>> data = [(torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1))]
-    >>> (gauss_newton(net, F.mse_loss, data) @ torch.ones(1)).item()
+    >>> (gauss_newton(net, nn.functional.mse_loss, data) @ torch.ones(1)).item()
     10.0
     """
     risk = Risk(model, loss_fn, loader, params=params, batchnorm=batchnorm, chunk=chunk)
@@ -298,13 +298,13 @@ def fisher(
     >>> net = nn.Linear(1, 1, bias=False)
     >>> _ = nn.init.ones_(net.weight)
     >>> data = [(torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1))]
-    >>> (fisher(net, F.mse_loss, data, kind="empirical") @ torch.ones(1)).item()
+    >>> (fisher(net, nn.functional.mse_loss, data, kind="empirical") @ torch.ones(1)).item()
     164.0
     """
     checks.one_of("kind", kind, ("true", "exact", "empirical"))
     checks.number("samples", samples, low=1, integer=True)
     checks.number("seed", seed, low=0, integer=True)
-    family = "" if kind == "empirical" else _likelihood(loss_fn, likelihood)
+    family = "" if kind == "empirical" else likelihood_of(loss_fn, likelihood)
     if kind == "exact":
         return gauss_newton(
             model, loss_fn, loader, params=params, batchnorm=batchnorm, chunk=chunk, cache_bytes=cache_bytes
@@ -320,14 +320,15 @@ def fisher(
         if kind == "true":
             # Drawn anew for each graph from a generator of the chunk's own: nothing to store, always the same draws.
             generator = torch.Generator().manual_seed(seed * 1_000_003 + chunk.index)
-            draws = [_draw(family, outputs.detach(), chunk.targets, generator) for _ in range(samples)]
+            draws = [draw(family, outputs.detach(), chunk.targets, generator) for _ in range(samples)]
             targets = torch.stack([y for y, _ in draws])
             times = draws[0][1]
         checks.require(
             len(outputs) == targets.shape[1],
             f"targets: got {targets.shape[1]} of them for {len(outputs)} rows of outputs, expected as many",
         )
-        losses = risk.checked(vmap(vmap(one), in_dims=(None, 0))(outputs, targets))
+        repeated = outputs.expand(len(targets), *outputs.shape).flatten(0, 1)
+        losses = risk.checked(vmap(one)(repeated, targets.flatten(0, 1)))
         scale = times / losses.numel()
         return _sandwich(losses, list(risk.leaves.values()), lambda u, block: u * scale)
 
@@ -367,39 +368,3 @@ def _sandwich(outputs: Tensor, leaves: list[Tensor], middle: Callable[[Tensor, b
         return _pull(outputs, leaves, middle(pushed, block), block)
 
     return apply
-
-
-def _likelihood(loss_fn: Any, given: str | None) -> str:
-    if given is not None:
-        return checks.one_of("likelihood", given, ("categorical", "gaussian", "bernoulli"))
-    known = {
-        "categorical": (F.cross_entropy, nn.CrossEntropyLoss),
-        "gaussian": (F.mse_loss, nn.MSELoss),
-        "bernoulli": (F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss),
-    }
-    for name, (function, module) in known.items():
-        if loss_fn is function or isinstance(loss_fn, module):
-            return name
-    raise checks.InputError(
-        f"likelihood: it cannot be known from the loss {checks.show(loss_fn)}; give 'categorical', 'gaussian' or 'bernoulli'"
-    )
-
-
-def _draw(family: str, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
-    """Targets drawn from the model's own prediction, and how many positions the loss averages over.
-
-    They are drawn on the CPU, so that a seed means the same on every device.
-    """
-    z = outputs.cpu()
-    if family == "categorical":
-        # PyTorch's losses have the classes second; a loss of the user's own may have them last, as language models do.
-        last = tuple(targets.shape) == tuple(z.shape[:-1]) != (*z.shape[:1], *z.shape[2:])
-        chances = (z if last else z.movedim(1, -1)).double().softmax(-1)
-        flat = torch.multinomial(chances.reshape(-1, chances.shape[-1]), 1, generator=generator)
-        return flat.reshape(chances.shape[:-1]).to(outputs.device), chances[0, ..., 0].numel()
-    if family == "bernoulli":
-        return torch.bernoulli(z.sigmoid(), generator=generator).to(outputs.device), z[0].numel()
-    # The mean over d entries of (z - y)² is the negative log-likelihood of a Gaussian with variance d / 2.
-    spread = (z[0].numel() / 2) ** 0.5
-    noise = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z.dtype)
-    return (z + spread * noise).to(outputs.device), 1
