@@ -476,3 +476,9 @@ def test_the_quadrature_is_exact_up_to_its_degree():
     for power in range(8):
         exact = start @ torch.linalg.matrix_power(matrix, power) @ start
         torch.testing.assert_close((vectors[0].square() * values**power).sum(), exact)
+
+
+def test_a_trace_plots_with_its_error():
+    found = curvature.trace(symmetric([3.0, 2.0, 1.0, 0.5]), 3, method="hutchinson")
+    assert found.plot().get_ylabel() == "trace"
+    assert found.to_dict()["products"] == 3

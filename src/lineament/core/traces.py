@@ -29,6 +29,16 @@ class Trace:
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
+    def plot(self, ax: Any = None) -> Any:
+        """The estimate with two standard errors to either side."""
+        import matplotlib.pyplot as plt
+
+        ax = plt.subplots()[1] if ax is None else ax
+        error = 0.0 if math.isnan(self.standard_error) else 2 * self.standard_error
+        ax.errorbar([self.method], [self.value], yerr=[error], fmt="o", capsize=4)
+        ax.set(ylabel="trace")
+        return ax
+
 
 def trace(
     operator: Operator,
