@@ -482,3 +482,4 @@ def test_a_trace_plots_with_its_error():
     found = curvature.trace(symmetric([3.0, 2.0, 1.0, 0.5]), 3, method="hutchinson")
     assert found.plot().get_ylabel() == "trace"
     assert found.to_dict()["products"] == 3
+    assert curvature.trace(torch.eye(3), 1, method="hutchinson").to_dict()["standard_error"] is None

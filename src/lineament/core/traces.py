@@ -27,7 +27,9 @@ class Trace:
     method: str
 
     def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        # JSON has no NaN.
+        error = None if math.isnan(self.standard_error) else self.standard_error
+        return {**vars(self), "standard_error": error}
 
     def plot(self, ax: Any = None) -> Any:
         """The estimate with two standard errors to either side."""
