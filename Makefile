@@ -21,7 +21,6 @@ check: $(VENV)/dev  ## lint, format, types, import contract, documentation
 	$(BIN)/ruff format --check src tests benchmarks scripts
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/python scripts/draw_floors.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/peers  ## every benchmark, ours beside the peers

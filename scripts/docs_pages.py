@@ -1,7 +1,8 @@
-"""Pages of the documentation that are read off the code (an MkDocs hook): the API by wing, and the catalogue of the papers."""
+"""What of the documentation is read off the code (an MkDocs hook): the API by wing, the papers, the picture of the floors."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ WINGS = ("core", "explain", "measure", "data", "audit", "report")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add ``api/WING.md`` for each wing and ``papers/index.md``."""
+    """Add ``api/WING.md`` for each wing, ``papers/index.md`` and ``img/floors.svg``."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from draw_floors import draw
+
+    files.append(File.generated(config, "img/floors.svg", content=draw()))
     for wing in WINGS:
         modules = sorted(
             p.relative_to(PACKAGE.parent).with_suffix("") for p in (PACKAGE / wing).rglob("[a-z]*.py")

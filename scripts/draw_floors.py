@@ -1,12 +1,11 @@
-"""Draw the floors of the house from the code's own imports: `docs/img/floors.svg`.
+"""Draw the floors of the house from the code's own imports, as SVG on standard output.
 
 The floors are the layers of the import-linter contract in `pyproject.toml`; the files and the arrows come from the
-source. `--check` draws nothing: it fails when the committed picture is no longer true.
+source. The documentation draws the picture anew at every build, so that it is always true.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import sys
 from collections import Counter
@@ -19,7 +18,6 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "lineament"
-PICTURE = ROOT / "docs" / "img" / "floors.svg"
 WIDTH, ROW, GAP, MARGIN = 960, 96, 58, 24
 
 
@@ -121,19 +119,5 @@ def draw() -> str:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--check", action="store_true", help="fail when the committed picture is no longer true"
-    )
-    picture = draw()
-    if not parser.parse_args().check:
-        PICTURE.write_text(picture, encoding="utf-8")
-    elif not PICTURE.exists() or PICTURE.read_text(encoding="utf-8") != picture:
-        print("docs/img/floors.svg is out of date: run python scripts/draw_floors.py", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.stdout.write(draw())
