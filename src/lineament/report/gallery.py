@@ -76,6 +76,8 @@ def build(
     require(runs.is_dir(), f"RUNS: {str(runs)!r} is no folder, expected one with runs in it")
     site = output_folder(out)
     old = _earlier(site)
+    # Written first as well: a build that is killed leaves a folder that the next one knows as its own.
+    write_json(site / MANIFEST, {"files": sorted(old), "problems": []})
     problems: list[str] = []
     written: list[str] = []
     found: dict[str, list[_Run]] = {}
@@ -84,7 +86,7 @@ def build(
         try:
             outcome = _checked(Outcome.read(path))
         except (InputError, RecursionError) as error:
-            problems.append(f"{place}: not shown, {str(error).split(': ', 1)[-1]}")
+            problems.append(f"{place}: {str(error).split(': ', 1)[-1]}")
             continue
         run = _Run(outcome, place, _command(outcome, presets or {}))
         serial = sum(map(len, found.values())) + 1
@@ -138,12 +140,9 @@ def _earlier(site: Path) -> set[str]:
         except (OSError, ValueError, KeyError, TypeError):
             return set()
     others = sorted(entry.name for entry in site.iterdir() if not entry.name.startswith("."))
-    # A build that was killed has no manifest yet, but nothing in it that is not ours either.
-    foreign = [name for name in others if name not in ("papers", "figures", "index.html")]
-    foreign += [name for name in others if name == "index.html"]
     require(
-        not foreign,
-        f"--out: {str(site)!r} holds other files ({', '.join(map(repr, foreign[:3]))}); choose an empty or new folder",
+        not others,
+        f"--out: {str(site)!r} holds other files ({', '.join(map(repr, others[:3]))}); choose an empty or new folder",
     )
     return set()
 
@@ -223,8 +222,8 @@ def _copy_pictures(
             entry["light"] = _copy(folder, named, site, f"run-{serial}-{position}")
             written.append(entry["light"])
         except (InputError, OSError, ValueError) as error:
-            entry["problem"] = f"the picture {printable(figure.file)!r} is not shown: {error}"
-            problems.append(f"{place}: {entry['problem']}")
+            entry["problem"] = f"{printable(figure.file, limit=120)}, {getattr(error, 'strerror', None) or error}"
+            problems.append(f"{place}: the picture {entry['problem']}")
         else:
             twin = named.with_name(f"{named.stem}-dark{named.suffix}")
             if (folder / twin).is_file():
@@ -232,7 +231,7 @@ def _copy_pictures(
                     entry["dark"] = _copy(folder, twin, site, f"run-{serial}-{position}-dark")
                     written.append(entry["dark"])
                 except (InputError, OSError) as error:
-                    problems.append(f"{place}: the dark picture {printable(twin)!r} is not shown: {error}")
+                    problems.append(f"{place}: the dark picture {printable(twin)}, {getattr(error, 'strerror', None) or error}")
         shown.append(entry)
     return shown
 
