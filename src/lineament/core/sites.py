@@ -12,13 +12,8 @@ everything that ``torch.compile`` made runs eagerly, because compiled code does 
 
 from __future__ import annotations
 
-import fnmatch
-import inspect
-import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,36 +21,12 @@ from torch import Tensor, nn
 
 from lineament.core import payload
 from lineament.core.checks import InputError, require, show, suggest
-from lineament.core.heads import PARTS, HeadView, head_view, plain
+from lineament.core.heads import plain
+from lineament.core.hooks import RootCall, Seen, eagerly, stop_if_all_agree, watch
 from lineament.core.models import device_of, frozen
+from lineament.core.naming import Site, resolve, sites
 
-_SUFFIX = re.compile(r"^(?P<name>.*):(?P<side>in|out|[qkvz])(\[(?P<head>\d+)\])?$", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Site:
-    """A resolved site: the module to watch, its side, and the head view where the site is one."""
-
-    name: str
-    module: nn.Module
-    side: str
-    view: HeadView | None = None
-
-
-def sites(model: nn.Module, pattern: str = "*") -> list[str]:
-    """The names of the sites that a pattern matches, in the order of ``named_modules()``.
-
-    Args:
-        model: any module; names inside compiled models come without ``_orig_mod``.
-        pattern: a site or a glob, with its suffix (``"h.*.mlp:in"``, ``"*:z"``); ``"*"`` is every module but the model.
-
-    Raises:
-        InputError: no site has this name or matches; the message names the nearest.
-
-    >>> sites(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "*:in")
-    ['0:in', '1:in']
-    """
-    return list(_resolve(model, pattern))
+__all__ = ["Activations", "UnknownSite", "capture", "patch", "record", "sites"]
 
 
 class Activations(Mapping[str, Tensor]):
@@ -68,7 +39,7 @@ class Activations(Mapping[str, Tensor]):
         self._calls: dict[str, list[Tensor | str]] = {name: [] for name in places}
         self._missing = set(places)
         self._open = True
-        self._depth = 0
+        self._running = False
         self._started = False
 
     def __getitem__(self, site: str) -> Tensor:
@@ -111,13 +82,14 @@ class Activations(Mapping[str, Tensor]):
             )
         return found
 
-    def gradients(self, score: Tensor) -> dict[str, Tensor]:
+    def gradients(self, score: Tensor, *, create_graph: bool = False) -> dict[str, Tensor]:
         """The gradient of a scalar with respect to what passed at each site: {site: d score / d activation}.
 
-        A site on which the score does not depend has a gradient of zero. Can be called again with other scores of the same forward.
+        A site on which the score does not depend has a gradient of zero. The graph stays, for other scores of the same forward.
 
         Args:
             score: a tensor with one element, computed from the model's output or from the captured tensors.
+            create_graph: make the gradients differentiable themselves.
 
         Raises:
             InputError: not captured with ``gradients=True``, under ``no_grad``, not a scalar, or a site reached twice.
@@ -142,31 +114,42 @@ class Activations(Mapping[str, Tensor]):
             score.reshape(()),
             list(tensors.values()),
             retain_graph=True,
+            create_graph=create_graph,
             allow_unused=True,
             materialize_grads=True,
         )
         return dict(zip(tensors, found))
 
-    def _key(self, site: str) -> str | None:
-        """The name under which a site was asked for: ``"fc"`` and ``"fc:out"`` are the same place."""
-        other = site.removesuffix(":out") if site.endswith(":out") else f"{site}:out"
-        return next((name for name in (site, other) if name in self._places), None)
-
-    def _restart(self) -> None:
-        self._started = True
+    def begin(self) -> None:
+        """A forward of the model begins: what an earlier one left is forgotten."""
+        self._started = self._running = True
         self._missing = set(self._places)
         for calls in self._calls.values():
             calls.clear()
 
+    def end(self) -> None:
+        """The forward is over."""
+        self._running = False
+
+    def satisfied(self) -> bool:
+        """Whether the forward need not go on for the sake of this block."""
+        return self._stop_early and not self._missing
+
     def _record(self, site: Site, value: Tensor | str) -> None:
         # What runs outside the model's own forward once that has run (a checkpointed segment in the backward
         # pass, say) is no part of it.
-        if self._started and not self._depth:
+        if self._started and not self._running:
             return
         self._calls[site.name].append(value)
         self._missing.discard(site.name)
-        if self._stop_early and self._depth and not self._missing:
-            raise _Reached(self)
+        if self._running and self.satisfied():
+            stop_if_all_agree(self)
+
+    def _key(self, site: str) -> str | None:
+        """The name under which a site was asked for: ``"fc"`` and ``"fc:out"`` are the same place."""
+        site = ".".join(part for part in site.split(".") if part != "_orig_mod")
+        other = site.removesuffix(":out") if site.endswith(":out") else f"{site}:out"
+        return next((name for name in (site, other) if name in self._places), None)
 
 
 class UnknownSite(InputError, KeyError):
@@ -174,13 +157,6 @@ class UnknownSite(InputError, KeyError):
 
     def __str__(self) -> str:
         return ValueError.__str__(self)
-
-
-class _Reached(BaseException):
-    """Ends a forward once all sites are recorded; no ``Exception``, so that no model code catches it by accident."""
-
-    def __init__(self, activations: Activations):
-        self.activations = activations
 
 
 @contextmanager
@@ -209,14 +185,14 @@ def capture(
     >>> acts["0"].tolist(), acts.gradients(score)["0"].tolist()
     ([[-2.0, -2.0]], [[0.0, 0.0]])
     """
-    places = _resolve_all(model, sites)
+    places = resolve(model, sites)
     acts = Activations(places, gradients, stop_early)
     with ExitStack() as stack:
         stack.callback(setattr, acts, "_open", False)
         for place in places.values():
-            _watch(place, _observer(acts, place), stack)
-        stack.enter_context(_RootCall(plain(model), acts))
-        stack.enter_context(_eagerly())
+            watch(place, _observer(acts, place), stack, last=True)
+        stack.enter_context(RootCall(plain(model), acts))
+        stack.enter_context(eagerly())
         yield acts
 
 
@@ -276,15 +252,15 @@ def patch(
             fits,
             f"site {pattern!r}: got {show(change)}, expected a tensor, a number or a function of a tensor",
         )
-        plans += [(place, change) for place in _resolve(model, pattern).values()]
+        plans += [(place, change) for place in resolve(model, [pattern]).values()]
     with ExitStack() as stack:
         for place, change in plans:
-            _watch(place, _changer(place, change), stack)
-        stack.enter_context(_eagerly())
+            watch(place, _changer(place, change), stack, last=False)
+        stack.enter_context(eagerly())
         yield
 
 
-def _observer(acts: Activations, site: Site) -> Callable[[Any], Any]:
+def _observer(acts: Activations, site: Site) -> Seen:
     """Records what passes; returns what to pass on where that is another tensor, else ``None``."""
 
     def observe(value: Any) -> Any:
@@ -312,7 +288,7 @@ def _observer(acts: Activations, site: Site) -> Callable[[Any], Any]:
     return observe
 
 
-def _changer(site: Site, change: Any) -> Callable[[Any], Any]:
+def _changer(site: Site, change: Any) -> Seen:
     def alter(value: Any) -> Any:
         found = payload.find(value)
         if found is None:
@@ -327,8 +303,7 @@ def _changer(site: Site, change: Any) -> Callable[[Any], Any]:
 
 def _fitted(name: str, old: Tensor, change: Any) -> Tensor:
     """The new tensor in the shape, dtype and device of the old one, in memory of its own."""
-    own = old.clone() if callable(change) else None
-    new = change(own) if callable(change) else change
+    new = change(old.clone()) if callable(change) else change
     if isinstance(new, (int, float)):
         new = torch.as_tensor(new, device=old.device)
     if not isinstance(new, Tensor):
@@ -343,158 +318,5 @@ def _fitted(name: str, old: Tensor, change: Any) -> Tensor:
         f"site {name!r}: got {show(new)}, which cannot stand for {show(old)}",
     )
     new = new.to(device=old.device, dtype=old.dtype).expand(old.shape)
-    # A caller's tensor must survive in-place operations further on.
-    return new if new is own else new.clone()
-
-
-def _watch(site: Site, see: Callable[[Any], Any], stack: ExitStack) -> None:
-    """Call ``see`` with what passes at the site; where it returns something, that passes on instead."""
-    module = site.module
-    if site.side == "in":
-
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            # Keyword arguments in the order of the signature: hidden states come before masks, whoever calls.
-            named = dict(sorted(kwargs.items(), key=lambda item: _rank(module, item[0])))
-            changed = see((args, named))
-            return None if changed is None else (changed[0], {**kwargs, **changed[1]})
-
-        handle = module.register_forward_pre_hook(before, with_kwargs=True)
-        hooks: Any = module._forward_pre_hooks
-        hook: Any = before
-    else:
-
-        def after(_: nn.Module, args: Any, output: Any) -> Any:
-            return see(output)
-
-        handle = module.register_forward_hook(after)
-        hooks, hook = module._forward_hooks, after
-    stack.callback(handle.remove)
-    # Recording comes after all changes, whichever block was opened first.
-    hook.lineament_records = see.__qualname__.startswith("_observer")
-    if not hook.lineament_records:
-        for key, other in list(hooks.items()):
-            if getattr(other, "lineament_records", False):
-                hooks.move_to_end(key)
-
-
-def _rank(module: nn.Module, keyword: str) -> int:
-    try:
-        names = list(inspect.signature(module.forward).parameters)
-    except (TypeError, ValueError):
-        return 0
-    return names.index(keyword) if keyword in names else len(names)
-
-
-class _RootCall:
-    """Stands before the model's ``__call__``: starts the record afresh and ends an early-stopped forward.
-
-    A forward hook cannot end a forward, and a changed ``forward`` would show to the model's own hooks; PyTorch keeps a
-    place for another call, which ``Module.compile`` uses.
-    """
-
-    def __init__(self, model: nn.Module, acts: Activations):
-        self.model, self.acts = model, acts
-        self.before: Any = None
-
-    def __enter__(self) -> _RootCall:
-        self.before = self.model.__dict__.get("_compiled_call_impl")
-        self.had = "_compiled_call_impl" in self.model.__dict__
-        self.model.__dict__["_compiled_call_impl"] = self
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.had:
-            self.model.__dict__["_compiled_call_impl"] = self.before
-        else:
-            del self.model.__dict__["_compiled_call_impl"]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        acts = self.acts
-        if not acts._depth:
-            acts._restart()
-        acts._depth += 1
-        try:
-            return (self.before or self.model._call_impl)(*args, **kwargs)
-        except _Reached as reached:
-            if reached.activations is not acts or acts._depth > 1:
-                raise
-            return None
-        finally:
-            acts._depth -= 1
-
-
-@contextmanager
-def _eagerly() -> Iterator[None]:
-    """Run what ``torch.compile`` made as it was written: compiled code neither sees nor looks for new hooks."""
-    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-def _resolve_all(model: nn.Module, patterns: str | Iterable[str]) -> dict[str, Site]:
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
-    require(len(wanted) > 0, "sites: got none, expected at least one site or glob")
-    places: dict[str, Site] = {}
-    for pattern in wanted:
-        places.update(_resolve(model, pattern))
-    return places
-
-
-def _modules(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, Any]]:
-    """Every module by each of its names (without compile's prefix), and the configuration above each."""
-    modules: dict[str, nn.Module] = {}
-    configs: dict[str, Any] = {}
-    for raw, module in model.named_modules(remove_duplicate=False):
-        name = ".".join(part for part in raw.split(".") if part != "_orig_mod")
-        modules.setdefault(name, plain(module))
-        parent = name.rpartition(".")[0]
-        configs[name] = getattr(plain(module), "config", None) or configs.get(parent)
-    return modules, configs
-
-
-def _resolve(model: nn.Module, pattern: str) -> dict[str, Site]:
-    """The sites that a pattern names, by the name that the caller will use for each."""
-    require(isinstance(model, nn.Module), f"model: got {show(model)}, expected a torch.nn.Module")
-    require(isinstance(pattern, str), f"sites: got {show(pattern)}, expected a string such as 'layer4:in'")
-    modules, configs = _modules(model)
-    cleaned = ".".join(part for part in pattern.split(".") if part != "_orig_mod")
-    match = None if cleaned in modules else _SUFFIX.match(cleaned)
-    name, side = (match["name"], match["side"]) if match else (cleaned, "out")
-    head = int(match["head"]) if match and match["head"] else None
-    ending = cleaned[len(name) :]
-    if name in modules:
-        names = [name]
-    else:
-        seen: set[int] = set()
-        names = []
-        for candidate, module in modules.items():
-            if candidate and id(module) not in seen and fnmatch.fnmatchcase(candidate, name):
-                seen.add(id(module))
-                names.append(candidate)
-    if side in PARTS:
-        views = {each: head_view(modules[each], side, configs[each]) for each in names}
-        if not any(views.values()) and names:
-            known = [each for each in modules if head_view(modules[each], "z", configs[each])]
-            nearest = (
-                suggest(name, known) if known else "; this model has no attention blocks of a known layout"
-            )
-            raise InputError(f"sites: {pattern!r} has no attention heads{nearest}")
-        found = {each: view for each, view in views.items() if view}
-        for each, view in found.items():
-            require(
-                head is None or head < view.heads,
-                f"sites: {pattern!r} asks for head {head}, but {each!r} has {view.heads} ({side}), counted from 0",
-            )
-        places = [
-            Site(each + ending, view.module, view.side, replace(view, only=head))
-            for each, view in found.items()
-        ]
-    else:
-        require(head is None, f"sites: {pattern!r} has a head number, which belongs to :q, :k, :v or :z")
-        places = [Site(each + ending, modules[each], side) for each in names]
-    if not places:
-        kind = type(plain(model)).__name__
-        raise InputError(f"sites: {pattern!r} is no site of {kind}{suggest(name, [n for n in modules if n])}")
-    return {place.name: place for place in places}
+    # The caller's tensor must survive in-place operations further on.
+    return new.clone()
