@@ -64,7 +64,7 @@ def npz(
         x.dtype.kind in "iubf",
         f"DATA: array {first!r} holds {x.dtype}, expected numbers; choose another with --inputs NAME",
     )
-    labels, classes, _ = coded(f"DATA: array {second!r}", y, listed)
+    labels, classes = coded(f"DATA: array {second!r}", y, listed)
     found = Samples(
         inputs=torch.from_numpy(x if x.dtype == np.uint8 else x.astype(np.float32)),
         targets=labels,

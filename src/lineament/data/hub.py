@@ -101,7 +101,7 @@ def _samples(
         x = torch.from_numpy(values if values.dtype == np.uint8 else values.astype(np.float32))
     feature = found.features[second]
     names = tuple(str(n) for n in feature.names) if isinstance(feature, datasets.ClassLabel) else ()
-    labels, classes, _ = coded(f"DATA: column {second!r}", np.asarray(part[second][:]), names)
+    labels, classes = coded(f"DATA: column {second!r}", np.asarray(part[second][:]), names)
     result = Samples(
         inputs=x,
         targets=labels,
