@@ -184,20 +184,21 @@ class _Solver:
         self.curvature = torch.cat([squares, squares.new_full((1,), float(len(x)))]) / (2 * classes)
 
     def scores(self, v: Tensor) -> Tensor:
-        """(samples, targets, classes)."""
-        targets = len(v)
-        return (self.x @ v.reshape(targets * self.classes, -1).T).view(-1, targets, self.classes)
+        """(samples, classes, targets): the softmax over the middle runs along contiguous targets."""
+        rows = v.transpose(0, 1).reshape(self.classes * len(v), -1)
+        return (self.x @ rows.T).view(-1, self.classes, len(v))
 
     def loss(self, scores: Tensor, v: Tensor, y: Tensor, penalty: float) -> Tensor:
         """Summed cross-entropy and penalty of each target."""
-        picked = scores.gather(2, y[:, :, None]).squeeze(2)
+        picked = scores.gather(1, y[:, None]).squeeze(1)
         held = v * self.mask
-        return (scores.logsumexp(2) - picked).sum(0) + penalty / 2 * held.square().sum((1, 2))
+        return (scores.logsumexp(1) - picked).sum(0) + penalty / 2 * held.square().sum((1, 2))
 
     def gradient(self, share: Tensor, v: Tensor, y: Tensor, penalty: float) -> Tensor:
         """From the probabilities, which are used up."""
-        share.scatter_add_(2, y[:, :, None], share.new_full((1, 1, 1), -1.0).expand(*y.shape, 1))
-        return (share.flatten(1).T @ self.x).view_as(v) + penalty * v * self.mask
+        share.scatter_add_(1, y[:, None], share.new_full((1, 1, 1), -1.0).expand_as(y[:, None]))
+        pulled = (share.flatten(1).T @ self.x).view(self.classes, len(v), -1)
+        return pulled.transpose(0, 1) + penalty * v * self.mask
 
     def run(self, start: Tensor, penalty: float, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The minimisers, their losses, whether the tolerance was reached, and after how many steps."""
@@ -210,7 +211,7 @@ class _Solver:
         v, y = start, self.y
         inverse = 1 / (self.curvature + penalty * self.mask).clamp(min=torch.finfo(start.dtype).tiny)
         scores = self.scores(v)
-        gradient = self.gradient(torch.softmax(scores, 2), v, y, penalty)
+        gradient = self.gradient(torch.softmax(scores, 1), v, y, penalty)
         past: list[tuple[Tensor, Tensor, Tensor]] = []
         stuck = torch.zeros_like(done)
         for step in range(steps + 1):
@@ -219,12 +220,12 @@ class _Solver:
             if bool(end.any()):
                 out, keep = active[end], ~end
                 result[out], done[out], count[out] = v[end], small[end], step
-                final[out] = self.loss(scores[:, end], v[end], y[:, end], penalty)
+                final[out] = self.loss(scores[..., end], v[end], y[:, end], penalty)
                 if not bool(keep.any()):
                     break
                 # Finished targets leave, so that the last slow ones do not pay for all.
                 active, v, y, gradient = active[keep], v[keep], y[:, keep], gradient[keep]
-                scores = scores[:, keep]
+                scores = scores[..., keep]
                 past = [(s[keep], g[keep], r[keep]) for s, g, r in past]
             direction = -_two_loops(gradient, past, inverse)
             descent = (direction * gradient).sum((1, 2))
@@ -236,7 +237,7 @@ class _Solver:
             if step % 20 == 19:
                 # Sums of updates drift; the product itself now and then keeps them honest.
                 scores = self.scores(v)
-                share = torch.softmax(scores, 2)
+                share = torch.softmax(scores, 1)
             fresh = self.gradient(share, v, y, penalty)
             change = fresh - gradient
             gradient = fresh
@@ -253,22 +254,22 @@ class _Solver:
         Returns the steps, and the scores and probabilities that they lead to.
         """
         along = self.scores(direction)
-        picked = along.gather(2, y[:, :, None]).squeeze(2).sum(0)
+        picked = along.gather(1, y[:, None]).squeeze(1).sum(0)
         held, moved = v * self.mask, direction * self.mask
         first, second = penalty * (held * moved).sum((1, 2)), penalty * moved.square().sum((1, 2))
         scale = torch.ones_like(descent)
         low, high = torch.zeros_like(scale), torch.full_like(scale, float("inf"))
         for trial in range(20):
-            reached = torch.addcmul(scores, scale[None, :, None], along)
-            share = torch.softmax(reached, 2)
+            reached = torch.addcmul(scores, scale, along)
+            share = torch.softmax(reached, 1)
             weighted = share * along
-            slope = weighted.sum((0, 2)) - picked + first + scale * second
+            slope = weighted.sum((0, 1)) - picked + first + scale * second
             # Good once the slope is a third of what it was: the next direction matters more than this step.
             settled = slope.abs() <= 0.3 * descent.abs()
             if bool(settled.all()) or trial == 19:
                 break
-            mean = weighted.sum(2)
-            bend = (weighted.mul_(along).sum(2) - mean.square()).sum(0) + second
+            mean = weighted.sum(1)
+            bend = (weighted.mul_(along).sum(1) - mean.square()).sum(0) + second
             low, high = torch.where(slope < 0, scale, low), torch.where(slope >= 0, scale, high)
             newton = scale - slope / bend.clamp(min=torch.finfo(v.dtype).tiny)
             inside = (newton > low) & (newton < high) & newton.isfinite()
