@@ -19,6 +19,7 @@ from lineament.core.checks import InputError, number, one_of, require
 from lineament.core.files import writing
 from lineament.report.outcome import Figure
 from lineament.report.section import Picture
+from lineament.report.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,10 +60,10 @@ def style(theme: str) -> dict[str, Any]:
         "axes.edgecolor": muted,
         "axes.labelcolor": ink,
         "axes.titlecolor": ink,
-        "axes.titlesize": 10,
+        "axes.titlesize": 11,
         "axes.titlelocation": "left",
         "axes.titlepad": 8,
-        "axes.labelsize": 9,
+        "axes.labelsize": 10.5,
         "axes.linewidth": 0.8,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -76,15 +77,15 @@ def style(theme: str) -> dict[str, Any]:
         "text.parse_math": False,
         "text.usetex": False,
         "font.family": ["DejaVu Sans"],
-        "font.size": 9,
+        "font.size": 10,
         "xtick.color": muted,
         "ytick.color": muted,
         "xtick.labelcolor": ink,
         "ytick.labelcolor": ink,
-        "xtick.labelsize": 8.5,
-        "ytick.labelsize": 8.5,
+        "xtick.labelsize": 9.5,
+        "ytick.labelsize": 9.5,
         "legend.frameon": False,
-        "legend.fontsize": 8.5,
+        "legend.fontsize": 9.5,
         "lines.linewidth": 1.8,
         "lines.solid_capstyle": "round",
         "lines.markersize": 5,
@@ -166,6 +167,7 @@ def _render(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.text import Text
 
     buffer = io.BytesIO()
     # "default" first: a matplotlibrc of the reader's must not change what a report looks like. No pyplot, so no
@@ -178,6 +180,9 @@ def _render(
         draw(axes[0, 0] if panels == (1, 1) else axes)
         for ax in figure.get_axes():
             _plain_log_labels(ax)
+            _printable_labels(ax)
+        for words in figure.findobj(Text):
+            words.set_text(printable(words.get_text(), keep="\n"))
         hidden = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
         figure.savefig(buffer, format=kind, metadata=hidden)
     data = buffer.getvalue()
@@ -189,26 +194,33 @@ def _plain_log_labels(ax: Axes) -> None:
     """Logarithmic axes label themselves in mathtext, which is off: write 10⁻² in Unicode instead."""
     from matplotlib.ticker import FuncFormatter, LogFormatter, NullFormatter
 
-    superscript = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-    def power(value: float, _position: int | None = None) -> str:
-        if value == 0:
-            return "0"
-        exponent = round(math.log10(abs(value)))
-        if not math.isclose(abs(value), 10.0**exponent, rel_tol=1e-6):
-            return f"{value:g}"
-        sign = "−" if value < 0 else ""
-        return (
-            f"{sign}{10.0**exponent:g}"
-            if -2 <= exponent <= 3
-            else f"{sign}10{str(exponent).translate(superscript)}"
-        )
-
     for axis in (ax.xaxis, ax.yaxis):
+        low, high = sorted(abs(float(end)) for end in axis.get_view_interval())
+        # A short axis reads best in plain numbers, a long one in powers; never both on one axis.
+        formatter = FuncFormatter(_number if low > 1e-3 and high < 1e5 else _power)
         if isinstance(axis.get_major_formatter(), LogFormatter):
-            axis.set_major_formatter(FuncFormatter(power))
+            axis.set_major_formatter(formatter)
         if isinstance(axis.get_minor_formatter(), LogFormatter):
-            low, high = sorted(abs(v) for v in axis.get_view_interval())
             # Less than one decade shows no major tick at all, so there the minor ones carry the numbers.
             short = low > 0 and high / low < 10
-            axis.set_minor_formatter(FuncFormatter(power) if short else NullFormatter())
+            axis.set_minor_formatter(FuncFormatter(_number) if short else NullFormatter())
+
+
+def _printable_labels(ax: Axes) -> None:
+    """Tick labels are made anew at every drawing: make their makers printable (a lone surrogate ends a drawing)."""
+    for axis in (ax.xaxis, ax.yaxis):
+        for formatter in (axis.get_major_formatter(), axis.get_minor_formatter()):
+            make = formatter.format_ticks
+            formatter.format_ticks = lambda values, make=make: [printable(t, keep="\n") for t in make(values)]
+
+
+def _number(value: float, _position: int | None = None) -> str:
+    return f"{value:g}".replace("-", "−")
+
+
+def _power(value: float, _position: int | None = None) -> str:
+    exponent = round(math.log10(abs(value))) if value else 0
+    if not value or not math.isclose(abs(value), 10.0**exponent, rel_tol=1e-6):
+        return _number(value)
+    superscript = str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return ("−" if value < 0 else "") + (f"{10**exponent}" if exponent in (0, 1) else f"10{superscript}")

@@ -222,7 +222,9 @@ def _copy_pictures(
             entry["light"] = _copy(folder, named, site, f"run-{serial}-{position}")
             written.append(entry["light"])
         except (InputError, OSError, ValueError) as error:
-            entry["problem"] = f"{printable(figure.file, limit=120)}, {getattr(error, 'strerror', None) or error}"
+            entry["problem"] = (
+                f"{printable(figure.file, limit=120)}, {getattr(error, 'strerror', None) or error}"
+            )
             problems.append(f"{place}: the picture {entry['problem']}")
         else:
             twin = named.with_name(f"{named.stem}-dark{named.suffix}")
@@ -231,7 +233,9 @@ def _copy_pictures(
                     entry["dark"] = _copy(folder, twin, site, f"run-{serial}-{position}-dark")
                     written.append(entry["dark"])
                 except (InputError, OSError) as error:
-                    problems.append(f"{place}: the dark picture {printable(twin)}, {getattr(error, 'strerror', None) or error}")
+                    problems.append(
+                        f"{place}: the dark picture {printable(twin)}, {getattr(error, 'strerror', None) or error}"
+                    )
         shown.append(entry)
     return shown
 
