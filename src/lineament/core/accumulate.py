@@ -14,7 +14,7 @@ from torch import Tensor
 from lineament.core import checks
 from lineament.core.checks import require
 
-ROWS = 8192  # rows centred at once, and rows summed in the input's dtype before they are added in float64
+ROWS = 2048  # rows centred at once, and rows summed in the input's dtype before they are added in float64
 _BLOCK = 512  # a symmetric product is computed by blocks of this many rows, upper triangle only
 
 
@@ -47,7 +47,7 @@ def centre(x: Tensor) -> tuple[Tensor, Tensor]:
 class Products:
     """A running sum of AᵀB in float64, from GEMMs in the dtype of A and B; with B = A only the upper triangle is computed.
 
-    Up to 8,192 rows are summed in the input's dtype before they are added to the float64 total, so that the cost
+    Up to 2,048 rows are summed in the input's dtype before they are added to the float64 total, so that the cost
     of the addition does not depend on how small the batches are.
 
     >>> products = Products(2, 2, torch.device("cpu"), symmetric=True)
