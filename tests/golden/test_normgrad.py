@@ -14,8 +14,9 @@ from torch import nn
 
 from lineament.explain.aggregation import Window, aggregate_contributions, combined
 from lineament.explain.meta_saliency import meta_saliency
+from lineament.explain.pointing import PointingGame, points_at
 from lineament.explain.saliency import METHODS, saliency
-from lineament.explain.saliency_checks import PointingGame, class_sensitivity, points_at
+from lineament.explain.saliency_checks import class_sensitivity
 
 TOLERANCE = 1e-9
 

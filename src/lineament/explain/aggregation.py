@@ -12,12 +12,12 @@ a product of extremes, so that every map costs O(channels x locations), not O(ch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lineament.core import checks
@@ -28,12 +28,13 @@ AGGREGATES = ("sum", "norm", "filter_norm", "max", "max_abs")
 
 @dataclass(frozen=True)
 class Window:
-    """The geometry of a convolution: which inputs each output location sees. Padding is with zeros."""
+    """The geometry of a convolution: which inputs each output location sees."""
 
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)  # left, right, top, bottom, as F.pad has it
     dilation: tuple[int, int] = (1, 1)
+    mode: str = "constant"
 
     @classmethod
     def square(cls, size: int) -> Window:
@@ -47,12 +48,16 @@ class Window:
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> Window:
-        """The geometry of a real convolution."""
-        pad = conv._reversed_padding_repeated_twice if isinstance(conv.padding, str) else None
-        height, width = (0, 0) if isinstance(conv.padding, str) else conv.padding
-        left, right, top, bottom = pad if pad else (width, width, height, height)
-        pair: Callable[[tuple[int, ...]], tuple[int, int]] = lambda t: (t[0], t[1])  # noqa: E731
-        return cls(pair(conv.kernel_size), pair(conv.stride), (left, right, top, bottom), pair(conv.dilation))
+        """The geometry of a real convolution, its padding mode included."""
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        rows, columns = _pair(conv.kernel_size), _pair(conv.dilation)
+        if isinstance(conv.padding, str):
+            spans = [columns[i] * (rows[i] - 1) if conv.padding == "same" else 0 for i in (1, 0)]
+            left, right, top, bottom = (half for span in spans for half in (span // 2, span - span // 2))
+        else:
+            height, width = _pair(conv.padding)
+            left, right, top, bottom = width, width, height, height
+        return cls(rows, _pair(conv.stride), (left, right, top, bottom), columns, mode)
 
     @property
     def trivial(self) -> bool:
@@ -63,7 +68,7 @@ class Window:
         if self.trivial:
             return x
         batch, channels = x.shape[:2]
-        flat = F.pad(x, self.padding).flatten(0, 1)[:, None]
+        flat = F.pad(x, self.padding, mode=self.mode).flatten(0, 1)[:, None]
         ones = torch.ones(1, 1, *self.kernel, dtype=x.dtype, device=x.device)
         summed = F.conv2d(flat, ones, stride=self.stride, dilation=self.dilation)
         return summed.reshape(batch, channels, *summed.shape[-2:])
@@ -72,7 +77,9 @@ class Window:
         """The greatest value in each location's window, the zeros of the padding among them."""
         if self.trivial:
             return x
-        return F.max_pool2d(F.pad(x, self.padding), self.kernel, self.stride, dilation=self.dilation)
+        return F.max_pool2d(
+            F.pad(x, self.padding, mode=self.mode), self.kernel, self.stride, dilation=self.dilation
+        )
 
 
 def aggregate_contributions(
@@ -100,6 +107,13 @@ def aggregate_contributions(
     """
     checks.one_of("extract", extract, EXTRACTS)
     checks.one_of("aggregate", aggregate, AGGREGATES)
+    # Squares of very small gradients (a saturated network) vanish in float32; all aggregations are homogeneous in g.
+    scale = g.abs().amax((1, 2, 3), keepdim=True)
+    tiny = torch.finfo(g.dtype).tiny ** 0.25
+    if bool(((scale > 0) & (scale < tiny)).any()):
+        scale = torch.where(scale > 0, scale, 1.0)
+        maps = aggregate_contributions(x, g / scale, extract, aggregate, window=window, groups=groups)
+        return scale * maps
     if extract == "bias":
         return _reduce(g, aggregate)
     if extract == "scaling":
@@ -109,12 +123,19 @@ def aggregate_contributions(
         return _depthwise(x, g, aggregate, window)
     if groups == 1:
         return _outer(x, g, aggregate, window)
-    parts = [
-        _outer(xs, gs, aggregate, window) for xs, gs in zip(x.chunk(groups, dim=1), g.chunk(groups, dim=1))
-    ]
-    joined = torch.cat(parts, dim=1)
-    # Norms join as norms: each group's is non-negative, and the filter has been applied within.
+    # Each group is a convolution of its own: fold the groups into the batch, then join what they give.
+    parts = _outer(_folded(x, groups), _folded(g, groups), aggregate, window)
+    joined = parts.reshape(len(x), groups, *parts.shape[-2:])
+    # The parts of a filtered norm are norms already, so that they join as norms.
     return _reduce(joined, "norm" if aggregate == "filter_norm" else aggregate)
+
+
+def _folded(x: Tensor, groups: int) -> Tensor:
+    return x.reshape(len(x) * groups, -1, *x.shape[-2:])
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    return values[0], values[1]
 
 
 def _reduce(entries: Tensor, aggregate: str) -> Tensor:
@@ -203,28 +224,46 @@ def normalised(
     [0.0, 1.0, 0.0, 0.0]
     """
     low, high = maps.amin((1, 2, 3), keepdim=True), maps.amax((1, 2, 3), keepdim=True)
-    constant = high - low <= 1e-10 * torch.maximum(high.abs(), low.abs())
+    constant = is_constant(maps)[:, None, None, None]
     scaled = (maps - low) / torch.where(constant, 1.0, high - low)
     return torch.where(constant, 0.0, scaled), constant.flatten()
 
 
+def is_constant(maps: Float[Tensor, "batch 1 height width"]) -> Bool[Tensor, "batch"]:
+    """Which maps have a range that is rounding noise: at most max(1e-10, 8 ulp) of their greatest absolute value.
+
+    >>> is_constant(torch.tensor([[[[1.0, 1.0 + 1e-7]]], [[[1.0, 1.1]]]])).tolist()
+    [True, False]
+    """
+    low, high = maps.amin((1, 2, 3)), maps.amax((1, 2, 3))
+    tolerance = max(1e-10, 8 * torch.finfo(maps.dtype).eps)
+    return high - low <= tolerance * torch.maximum(high.abs(), low.abs())
+
+
 def combined(
-    maps: list[Tensor], size: tuple[int, int], *, how: str = "product", weights: str | list[float] = "uniform"
+    maps: Sequence[Tensor],
+    size: tuple[int, int],
+    *,
+    how: str = "product",
+    weights: str | Sequence[float] = "uniform",
 ) -> Float[Tensor, "batch 1 height width"]:
     """Several layers' maps as one: each resized to ``size``, scaled to [0, 1] per image, then joined.
 
     The sum is Σ_l w_l m_l, the product the weighted geometric mean Π_l m_l^w_l, with weights that sum to one.
 
+    A layer whose map is constant says nothing about where: it adds zeros to a sum and is left out of a product.
+
     Args:
         maps: one (batch, 1, h, w) a layer, in depth order.
         size: (height, width).
+        how: ``"sum"``, ``"product"``, or ``"plain_product"``, the product of the maps themselves, without weights.
         weights: ``"uniform"``, ``"linear"`` (1/L, 2/L, ..., 1 in depth order), or one non-negative number a layer.
 
     >>> two = [torch.tensor([[[[0.0, 1.0]]]]), torch.tensor([[[[0.0, 4.0]]]])]
     >>> combined(two, (1, 2)).flatten().tolist()
     [0.0, 1.0]
     """
-    checks.one_of("how", how, ("sum", "product"))
+    checks.one_of("how", how, ("sum", "product", "plain_product"))
     checks.require(len(maps) > 0, "maps: got none, expected at least one layer's maps")
     if isinstance(weights, str):
         checks.one_of("weights", weights, ("uniform", "linear"))
@@ -234,10 +273,13 @@ def combined(
     fits = len(values) == len(maps) and all(w >= 0 for w in values) and sum(values) > 0
     checks.require(fits, f"weights: got {values}, expected {len(maps)} non-negative numbers, not all zero")
     shares = [w / sum(values) for w in values]
-    scaled = [normalised(resized(m, size))[0] for m in maps]
+    scaled, constant = zip(*(normalised(resized(m, size)) for m in maps))
     if how == "sum":
         return torch.stack([w * m for w, m in zip(shares, scaled)]).sum(0)
-    return torch.stack([m**w for w, m in zip(shares, scaled)]).prod(0)
+    powers = [1.0] * len(maps) if how == "plain_product" else shares
+    silent = torch.stack(constant)[:, :, None, None, None]
+    factors = torch.stack([m**w for w, m in zip(powers, scaled)])
+    return torch.where(silent.all(0), 0.0, torch.where(silent, 1.0, factors).prod(0))
 
 
 def resized(
