@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
+import textwrap
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -727,3 +730,22 @@ def test_a_function_that_captures_can_be_compiled(x, compiler):
     for _ in range(2):
         torch.testing.assert_close(compiled(x), probe(x))
     assert not net[0]._forward_hooks
+
+
+@pytest.mark.slow
+def test_a_model_compiled_inside_the_first_block_of_a_process():
+    code = """
+        import torch
+        from lineament.core.sites import capture
+        net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(inplace=True), torch.nn.Linear(2, 2))
+        x = torch.randn(3, 2)
+        with capture(net, "0", gradients=True) as acts:
+            compiled = torch.compile(net, backend="eager")
+            for _ in range(2):
+                compiled(x)
+                assert torch.equal(acts["0"], net[0](x))
+        with capture(net, "0", stop_early=True) as acts:
+            assert compiled(x) is None
+        assert torch.equal(compiled(x), net(x)) and not net[0]._forward_hooks
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -167,10 +166,8 @@ def eagerly() -> Iterator[None]:
 
 def _stop_compiled_code() -> Callable[[], object]:
     """Switch the compiler off and return what switches it on again."""
-    if "torch._dynamo" not in sys.modules:
-        # Nothing is compiled yet, and importing the compiler takes a second. What is compiled from here on has
-        # our hooks inside, so it is not kept.
-        return lambda: torch.compiler.reset() if "torch._dynamo" in sys.modules else None
+    # The first block of a process may wait a second here for the compiler's import: without it, a model
+    # compiled inside the block would run past its hooks.
     frames: Any = importlib.import_module("torch._C._dynamo.eval_frame")
     callback = frames.get_eval_frame_callback()
     if callback is None or callback is False:
