@@ -74,38 +74,50 @@ def head_view(attention: nn.Module, part: str, config: Any) -> HeadView | None:
     groups = getattr(config, "num_key_value_heads", None) or count
     size = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None) or width // count
     children = {name: plain(child) for name, child in attention.named_children()}
-    index = PARTS.index(part)
-    if {"q_proj", "k_proj", "v_proj", "o_proj"} <= children.keys():
-        heads = count if part in "qz" else groups
-        view = HeadView(children[f"{part}_proj" if part != "z" else "o_proj"], "out", heads, size, 0, size)
-    elif {"c_attn", "c_proj"} <= children.keys():
-        # A cross-attention block has its queries apart, so that c_attn holds keys and values only.
-        apart = "q_attn" in children
-        if part == "q" and apart:
-            view = HeadView(children["q_attn"], "out", count, size, 0, size)
-        else:
-            view = HeadView(children["c_attn"], "out", count, size, (index - apart) * count * size, size)
-    elif {"query_key_value", "dense"} <= children.keys() and "neox" in str(getattr(config, "model_type", "")):
-        view = HeadView(children["query_key_value"], "out", count, size, index * size, 3 * size)
-    else:
-        return None
+    index, all_heads = PARTS.index(part), count * size
     if part == "z":
-        output = next(children[name] for name in ("o_proj", "c_proj", "dense") if name in children)
-        view = HeadView(output, "in", count, size, 0, size)
-    return view if _fits(view) else None
+        output = next((children[name] for name in ("o_proj", "c_proj", "dense") if name in children), None)
+        view = HeadView(output, "in", count, size, 0, size) if _layout(children, config) and output else None
+        return view if view and _width(view) == all_heads else None
+    match _layout(children, config):
+        case "apart":
+            heads = count if part == "q" else groups
+            view, width = HeadView(children[f"{part}_proj"], "out", heads, size, 0, size), heads * size
+        case "side by side":
+            view, width = (
+                HeadView(children["c_attn"], "out", count, size, index * all_heads, size),
+                3 * all_heads,
+            )
+        case "crossed" if part == "q":
+            view, width = HeadView(children["q_attn"], "out", count, size, 0, size), all_heads
+        case "crossed":
+            start = (index - 1) * all_heads
+            view, width = HeadView(children["c_attn"], "out", count, size, start, size), 2 * all_heads
+        case "interleaved":
+            view = HeadView(children["query_key_value"], "out", count, size, index * size, 3 * size)
+            width = 3 * all_heads
+        case _:
+            return None
+    return view if _width(view) == width else None
 
 
-def _fits(view: HeadView) -> bool:
-    """Whether the projection is as wide as the heads need: other layouts under the same names are not mistaken."""
-    module = view.module
-    weight = getattr(module, "weight", None)
+def _layout(children: dict[str, Any], config: Any) -> str | None:
+    """How a block lays out its projections; ``crossed``: the queries apart, keys and values of another sequence together."""
+    names = children.keys()
+    if {"q_proj", "k_proj", "v_proj", "o_proj"} <= names:
+        return "apart"
+    if {"c_attn", "c_proj"} <= names:
+        return "crossed" if "q_attn" in names else "side by side"
+    # Bloom and Falcon use the same names for other layouts.
+    if {"query_key_value", "dense"} <= names and "neox" in str(getattr(config, "model_type", "")):
+        return "interleaved"
+    return None
+
+
+def _width(view: HeadView) -> int | None:
+    """How many columns that side of the projection has: another layout under the same names is not mistaken for this."""
+    weight = getattr(view.module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
-        return False
-    linear = hasattr(module, "out_features")  # GPT-2's Conv1D keeps its weight the other way round
-    columns = weight.shape[0 if (view.side == "out") == linear else 1]
-    last = view.start + (view.heads - 1) * view.step + view.size
-    return (
-        columns == last
-        if view.start == 0 and view.step == view.size and view.side == "in"
-        else columns >= last
-    )
+        return None
+    linear = hasattr(view.module, "out_features")  # GPT-2's Conv1D keeps its weight the other way round
+    return weight.shape[0 if (view.side == "out") == linear else 1]
