@@ -174,6 +174,7 @@ def _render(
     # global figure list grows and no window system is asked for.
     with matplotlib.style.context(["default", style(theme)]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        warnings.filterwarnings("ignore", message="constrained_layout not applied")
         figure = Canvas(figsize=size, layout="constrained")
         (FigureCanvasSVG if kind == "svg" else FigureCanvasAgg)(figure)
         axes = figure.subplots(*panels, squeeze=False)
@@ -211,7 +212,9 @@ def _printable_labels(ax: Axes) -> None:
     for axis in (ax.xaxis, ax.yaxis):
         for formatter in (axis.get_major_formatter(), axis.get_minor_formatter()):
             make = formatter.format_ticks
-            formatter.format_ticks = lambda values, make=make: [printable(t, keep="\n") for t in make(values)]
+            formatter.format_ticks = lambda values, make=make: [
+                printable(t, keep="\n", limit=60) for t in make(values)
+            ]
 
 
 def _number(value: float, _position: int | None = None) -> str:
