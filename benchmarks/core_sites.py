@@ -1,0 +1,118 @@
+"""What recording costs: ten sites of a GPT-2-small-sized model against the bare forward, and an early stop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from lineament.bench import Row, compare
+from lineament.core.sites import capture, record
+
+SLUG = "core-sites"
+
+
+def rows(repeats: int = 7) -> Iterator[Row]:
+    """One row for each comparison; weights are random, so nothing is downloaded."""
+    try:
+        from transformers import GPT2Config, GPT2Model
+    except ImportError:
+        yield Row(
+            SLUG,
+            "capture of 10 sites, GPT-2 small",
+            0.0,
+            "transformers",
+            None,
+            None,
+            None,
+            None,
+            "not installed",
+        )
+        return
+    torch.manual_seed(0)
+    model = GPT2Model(GPT2Config()).eval()
+    ten = [f"h.{layer}" for layer in range(2, 12)]
+    for batch, length in ((1, 64), (4, 128)):
+        ids = torch.randint(50257, (batch, length))
+
+        def bare(ids: torch.Tensor = ids) -> None:
+            with torch.no_grad():
+                model(ids, use_cache=False)
+
+        def captured(ids: torch.Tensor = ids) -> None:
+            with torch.no_grad(), capture(model, ten):
+                model(ids, use_cache=False)
+
+        what = f"GPT-2 small, {batch} x {length} tokens"
+        values = 10 * batch * length * 768
+        note = f"the limit is the copy of {4 * values / 2**20:.1f} MiB"
+        yield compare(
+            SLUG,
+            f"capture of 10 sites, {what}",
+            captured,
+            "bare forward",
+            bare,
+            target=1 / 1.05,
+            repeats=3 * repeats,
+            note=note,
+        )
+    heads = [f"h.{layer}.attn:z" for layer in range(2, 12)]
+
+    def captured_heads() -> None:
+        with torch.no_grad(), capture(model, heads):
+            model(ids, use_cache=False)
+
+    yield compare(
+        SLUG,
+        f"capture of the heads' z at 10 layers, {what}",
+        captured_heads,
+        "bare forward",
+        bare,
+        repeats=repeats,
+    )
+    yield compare(
+        SLUG,
+        f"record at layer 3 of 12, early stop, {what}",
+        lambda: record(model, {"input_ids": ids, "use_cache": False}, "h.2"),
+        "whole forward",
+        bare,
+        target=2.5,
+        repeats=repeats,
+        note="the limit is 4: three layers of twelve",
+    )
+    yield _against_transformer_lens(ids, repeats)
+
+
+def _against_transformer_lens(ids: torch.Tensor, repeats: int) -> Row:
+    """The same ten residual streams by ``run_with_cache`` of a model of the same size."""
+    what = f"capture of 10 sites, GPT-2 small, {ids.shape[0]} x {ids.shape[1]} tokens, its own GPT-2"
+    try:
+        import transformer_lens  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        theirs = None
+    else:
+        peer = transformer_lens.HookedTransformer(
+            transformer_lens.HookedTransformerConfig(
+                n_layers=12, d_model=768, n_ctx=1024, d_head=64, n_heads=12, d_vocab=50257, act_fn="gelu_new"
+            )
+        ).eval()
+        names = [f"blocks.{layer}.hook_resid_post" for layer in range(2, 12)]
+
+        def theirs() -> None:
+            with torch.no_grad():
+                peer.run_with_cache(ids, names_filter=names, return_type=None)
+
+    from transformers import GPT2Config, GPT2Model
+
+    model = GPT2Model(GPT2Config()).eval()
+
+    def ours() -> None:
+        with torch.no_grad(), capture(model, [f"h.{layer}" for layer in range(2, 12)]):
+            model(ids, use_cache=False)
+
+    return compare(SLUG, what, ours, "transformer-lens run_with_cache", theirs, target=1.0, repeats=repeats)
+
+
+if __name__ == "__main__":
+    for row in rows():
+        print(row)
