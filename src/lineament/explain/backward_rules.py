@@ -87,7 +87,7 @@ class GuidedBackward(TorchFunctionMode):
         """Raise unless a ReLU ran in the forward: without one the method is the plain gradient under another name."""
         checks.require(
             self.count > 0,
-            f"method {method!r}: no ReLU was seen in the forward (the network has none, or is scripted), so that the map would be "
+            f"method {method!r}: no ReLU ran in the forward that could be seen (a network without, or scripted), so that the map would be "
             "the plain gradient's under another name; use method='gradient'",
         )
 
