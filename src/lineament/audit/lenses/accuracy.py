@@ -1,0 +1,310 @@
+"""How often is it right, for whom, and does it know when it is not?
+
+Accuracy with Wilson's interval, by class and by group, the worst group; the confusions; calibration by the expected
+calibration error over 15 bins (Guo et al. 2017, arXiv 1706.04599). For real-valued targets, R² and the mean absolute error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lineament.audit.subject import Subject
+from lineament.audit.words import compact, percent, wilson
+from lineament.report.figures import picture
+from lineament.report.outcome import Table
+from lineament.report.section import Picture, Section
+from lineament.report.text import printable
+
+TITLE = "How often is it right, and for whom?"
+METHOD = "calibration"
+BINS = 15
+
+
+def applies(subject: Subject) -> str:
+    return ""
+
+
+def look(subject: Subject) -> Section:
+    return _classes(subject) if subject.task == "classification" else _values(subject)
+
+
+def calibration(probabilities: Tensor, targets: Tensor, bins: int = BINS) -> dict[str, Any]:
+    """Expected calibration error: Σ_b n_b/N · |accuracy_b - confidence_b| over equal bins of the top probability.
+
+    >>> calibration(torch.tensor([[0.8, 0.2]] * 5), torch.tensor([0, 0, 0, 0, 1]))["error"] < 1e-6
+    True
+    """
+    confidence, decision = probabilities.double().max(1)
+    right = (decision == targets).double()
+    number = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    count = torch.bincount(number, minlength=bins)
+    sure = torch.zeros(bins, dtype=torch.float64).index_add_(0, number, confidence)
+    hit = torch.zeros(bins, dtype=torch.float64).index_add_(0, number, right)
+    error = float((hit - sure).abs().sum() / len(targets))
+    filled = count > 0
+    return {
+        "error": error,
+        "confidence": float(confidence.mean()),
+        "accuracy": float(right.mean()),
+        "bins": [
+            {"confidence": float(s / n), "accuracy": float(h / n), "count": int(n)}
+            for s, h, n in zip(sure[filled], hit[filled], count[filled])
+        ],
+    }
+
+
+def _classes(subject: Subject) -> Section:
+    targets = subject.targets
+    decisions = subject.outputs.argmax(1)
+    right = decisions == targets
+    present = torch.unique(targets).tolist()
+    width = subject.outputs.shape[1]
+    confusion = torch.bincount(targets * width + decisions, minlength=width * width).reshape(width, width)
+    classes = [_share(subject.class_name(k), right[targets == k]) for k in present]
+    groups = _groups(subject, right)
+    known = calibration(torch.softmax(subject.outputs.double(), 1), targets)
+    overall = _share("all", right)
+    balanced = sum(c["accuracy"] for c in classes) / len(classes)
+    low, high = overall["low"], overall["high"]
+    worst_class = min(classes, key=lambda c: c["accuracy"])
+    sentence = (
+        f"It is right for {right.sum()} of {len(right)} samples (95 % interval {percent(low)} to {percent(high)}); guessing the most frequent "
+        f"class would be right for {percent(float(confusion.sum(1).max()) / len(right))}. "
+    )
+    if len(groups) > 1:
+        worst, best = min(groups, key=lambda g: g["accuracy"]), max(groups, key=lambda g: g["accuracy"])
+        sentence += (
+            f"Groups differ: {percent(best['accuracy'])} in “{printable(best['name'], limit=60)}” but {percent(worst['accuracy'])} in "
+            f"“{printable(worst['name'], limit=60)}”. "
+        )
+    sentence += (
+        f"The hardest class is “{printable(worst_class['name'], limit=60)}” ({percent(worst_class['accuracy'])}). "
+    )
+    gap = known["confidence"] - known["accuracy"]
+    sentence += (
+        f"On average it is {percent(known['confidence'])} sure, "
+        + (
+            "which fits how often it is right."
+            if abs(gap) < 0.03
+            else f"which is {'more' if gap > 0 else 'less'} than its accuracy warrants."
+        )
+    )
+    worst_gap = max((overall["accuracy"] - g["accuracy"] for g in groups if g["high"] < overall["low"]), default=0.0)
+    status = "warning" if worst_gap > 0.1 else "note" if known["error"] > 0.1 or worst_gap > 0 else "good"
+    pictures = [*([_bars(groups, "group")] if len(groups) > 1 else []), _bars(classes, "class")]
+    pictures += [_reliability(known), *([_confusion(subject, confusion, present)] if len(present) <= 30 else [])]
+    return Section(
+        name="accuracy",
+        title=TITLE,
+        status=status,
+        number=percent(overall["accuracy"]),
+        unit="of samples right",
+        sentence=sentence,
+        pictures=pictures,
+        tables=[
+            *([_table("By group", "group", groups)] if groups else []),
+            _table("By class" + (", the 20 hardest" if len(classes) > 20 else ""), "class", classes),
+            _mistakes(subject, confusion),
+        ],
+        method=METHOD,
+        numbers={
+            "task": "classification",
+            "overall": overall,
+            "balanced": balanced,
+            "classes": classes,
+            "groups": groups,
+            "calibration": known,
+            "confusion": confusion.tolist() if width <= 200 else [],
+        },
+    )
+
+
+def _share(name: str, right: Tensor) -> dict[str, Any]:
+    hits, total = int(right.sum()), len(right)
+    low, high = wilson(hits, total)
+    return {"name": name, "accuracy": hits / total, "low": low, "high": high, "count": total}
+
+
+def _groups(subject: Subject, right: Tensor) -> list[dict[str, Any]]:
+    numbers = subject.samples.groups
+    if numbers is None:
+        return []
+    return [
+        _share(subject.samples.group_names[g], right[numbers == g]) for g in torch.unique(numbers).tolist()
+    ]
+
+
+def _table(title: str, what: str, rows: list[dict[str, Any]]) -> Table:
+    ordered = sorted(rows, key=lambda r: r["accuracy"])[:20]
+    return Table(
+        title,
+        (what, "accuracy", "95 % interval", "samples"),
+        [
+            (r["name"], percent(r["accuracy"]), f"{percent(r['low'])} to {percent(r['high'])}", r["count"])
+            for r in ordered
+        ],
+    )
+
+
+def _mistakes(subject: Subject, confusion: Tensor) -> Table:
+    wrong = confusion.clone()
+    wrong.fill_diagonal_(0)
+    width = len(wrong)
+    top = wrong.flatten().topk(min(8, width * width))
+    rows = [
+        (subject.class_name(i // width), subject.class_name(i % width), n, percent(n / max(int(confusion[i // width].sum()), 1)))
+        for n, i in zip(top.values.tolist(), top.indices.tolist())
+        if n
+    ]
+    return Table("Most frequent mistakes", ("true class", "taken for", "times", "of that class"), rows)
+
+
+def _bars(rows: list[dict[str, Any]], what: str) -> Picture:
+    shown = sorted(rows, key=lambda r: r["accuracy"])
+    clipped = len(shown) > 24
+    shown = shown[:24]
+
+    def draw(ax: Any) -> None:
+        places = range(len(shown))
+        values = [r["accuracy"] for r in shown]
+        errors = [[r["accuracy"] - r["low"] for r in shown], [r["high"] - r["accuracy"] for r in shown]]
+        ax.barh(places, values, xerr=errors, color="C0", height=0.7, error_kw={"ecolor": "C7", "elinewidth": 1.2})
+        ax.set_yticks(places, [printable(r["name"], limit=22) for r in shown])
+        ax.invert_yaxis()
+        ax.set(xlim=(0, 1), xlabel="share of samples right")
+        ax.xaxis.set_major_formatter(lambda v, _: f"{100 * v:.0f} %")
+
+    plural = {"class": "classes", "group": "groups"}[what]
+    lowest, highest = shown[0], max(rows, key=lambda r: r["accuracy"])
+    return picture(
+        draw,
+        size=(6.4, 0.9 + 0.27 * len(shown)),
+        caption=f"Accuracy by {what}, worst first{f' (24 of {len(rows)} {plural})' if clipped else ''}; lines are 95 % intervals.",
+        alt=f"Bars of accuracy by {what}, from {percent(lowest['accuracy'])} ({printable(lowest['name'], limit=40)}) "
+        f"to {percent(highest['accuracy'])} ({printable(highest['name'], limit=40)}).",
+    )
+
+
+def _reliability(known: dict[str, Any]) -> Picture:
+    def draw(ax: Any) -> None:
+        ax.plot([0, 1], [0, 1], color="C7", linewidth=1, linestyle="--", label="sure as often as right")
+        sizes = [12 + 160 * b["count"] / max(x["count"] for x in known["bins"]) for b in known["bins"]]
+        at = [b["confidence"] for b in known["bins"]]
+        hit = [b["accuracy"] for b in known["bins"]]
+        ax.plot(at, hit, color="C0", linewidth=1.2)
+        ax.scatter(at, hit, s=sizes, color="C0", alpha=0.8, label="the network (size: samples)")
+        ax.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="how sure it is", ylabel="how often it is right")
+        ax.legend(loc="upper left")
+
+    return picture(
+        draw,
+        size=(5.2, 3.4),
+        caption=f"Calibration: points below the line are overconfident. Expected calibration error {percent(known['error'])}.",
+        alt=f"Reliability diagram in {len(known['bins'])} bins; mean confidence {percent(known['confidence'])}, "
+        f"accuracy {percent(known['accuracy'])}.",
+    )
+
+
+def _confusion(subject: Subject, confusion: Tensor, present: list[int]) -> Picture:
+    chosen = confusion[present]
+    shares = (chosen / chosen.sum(1, keepdim=True)).numpy()
+    shown = sorted({*present, *chosen.sum(0).nonzero().flatten().tolist()})
+    shares = shares[:, shown]
+
+    def draw(ax: Any) -> None:
+        from matplotlib.colors import LinearSegmentedColormap, to_rgb
+
+        page = ax.get_facecolor()
+        shade = LinearSegmentedColormap.from_list("share", [page, to_rgb("C0")])
+        ax.imshow(shares, cmap=shade, vmin=0, vmax=1)
+        limit = 14 if len(shown) <= 15 else 9
+        ax.set_xticks(range(len(shown)), [printable(subject.class_name(k), limit=limit) for k in shown], rotation=90)
+        ax.set_yticks(range(len(present)), [printable(subject.class_name(k), limit=limit) for k in present])
+        ax.set(xlabel="taken for", ylabel="true class")
+        if len(shown) <= 12:
+            for i in range(len(present)):
+                for j in range(len(shown)):
+                    if chosen[i][shown[j]]:
+                        ax.text(j, i, int(chosen[i][shown[j]]), ha="center", va="center", fontsize=7.5)
+
+    side = 1.6 + 0.3 * max(len(shown), 4)
+    return picture(
+        draw,
+        size=(min(side, 7.0), min(side, 7.0)),
+        caption="Confusions: each row is a true class, the darker the more often it is taken for the column's class.",
+        alt=f"Confusion matrix of {len(present)} classes; {percent(float(confusion.diagonal().sum() / confusion.sum()))} lies on its diagonal.",
+    )
+
+
+def _values(subject: Subject) -> Section:
+    targets = subject.targets.reshape(len(subject), -1).double()
+    found = subject.outputs.reshape(len(subject), -1).double()
+    error = (found - targets).abs().mean(1)
+    groups = subject.samples.groups
+    overall = {"name": "all", "r2": r2(found, targets), "mae": float(error.mean()), "count": len(targets)}
+    by_group = [
+        {
+            "name": subject.samples.group_names[g],
+            "r2": r2(found[groups == g], targets[groups == g]),
+            "mae": float(error[groups == g].mean()),
+            "count": int((groups == g).sum()),
+        }
+        for g in (torch.unique(groups).tolist() if groups is not None else [])
+    ]
+    spread = float((targets - targets.mean(0)).abs().mean())
+    sentence = (
+        f"Its answers explain {percent(overall['r2'])} of the targets' variance; they are off by {compact(overall['mae'])} on average, "
+        f"where always answering the mean would be off by {compact(spread)}."
+        if overall["r2"] >= 0
+        else f"Its answers are worse than always answering the mean: off by {compact(overall['mae'])} against {compact(spread)} on average."
+    )
+    worst = max(by_group, key=lambda g: g["mae"], default=None)
+    if worst is not None and len(by_group) > 1:
+        sentence += f" The worst group is “{printable(worst['name'], limit=60)}”, off by {compact(worst['mae'])}."
+    uneven = worst is not None and worst["mae"] > 1.5 * overall["mae"]
+
+    def draw(ax: Any) -> None:
+        count = min(len(targets), 2000)
+        ax.scatter(targets[:count, 0], found[:count, 0], s=9, alpha=0.5, color="C0", linewidth=0)
+        ends = [float(targets[:, 0].min()), float(targets[:, 0].max())]
+        ax.plot(ends, ends, color="C7", linestyle="--", linewidth=1)
+        ax.set(xlabel="target", ylabel="answer")
+
+    return Section(
+        name="accuracy",
+        title=TITLE,
+        status="warning" if overall["r2"] < 0 else "note" if uneven else "good",
+        number=compact(overall["r2"]),
+        unit="R², the share of variance explained",
+        sentence=sentence,
+        pictures=[
+            picture(
+                draw,
+                size=(5.2, 3.6),
+                kind="png",
+                caption="Answers against targets; a perfect network lies on the line.",
+                alt=f"Scatter of answers against targets with R² {compact(overall['r2'])}.",
+            )
+        ],
+        tables=[
+            Table(
+                "Errors",
+                ("group", "R²", "mean absolute error", "samples"),
+                [(g["name"], g["r2"], g["mae"], g["count"]) for g in (overall, *by_group)],
+            )
+        ],
+        numbers={"task": "regression", "overall": overall, "groups": by_group, "mean_predictor_mae": spread},
+    )
+
+
+def r2(found: Tensor, targets: Tensor) -> float:
+    """1 - Σ(y - ŷ)² / Σ(y - ȳ)², over all values together.
+
+    >>> r2(torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [3.0]]))
+    1.0
+    """
+    total = float((targets - targets.mean(0)).square().sum())
+    return 1 - float((targets - found).square().sum()) / total if total > 0 else float("nan")

@@ -1,0 +1,156 @@
+"""How far have its features collapsed to one point per class, layer by layer?
+
+Neural collapse (Papyan et al. 2020; Tirer et al. 2022, arXiv 2210.16658): NC1~ is the variance within classes in units of that
+between them, NC2 the distance of the class means from a simplex, NC4 how often the network differs from the nearest class mean.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+
+from lineament.audit.subject import Subject
+from lineament.audit.words import compact, percent, short
+from lineament.core.batching import progress
+from lineament.measure.collapse import collapse
+from lineament.report.figures import picture
+from lineament.report.outcome import Table
+from lineament.report.section import Section
+
+TITLE = "How does it hold its classes, layer by layer?"
+METHOD = "neural-collapse"
+
+
+def applies(subject: Subject) -> str:
+    if subject.task != "classification":
+        return "Neural collapse is about classes; this network answers with real values."
+    if subject.samples.targets.bincount().max() < 2:
+        return "Every class has a single sample, so that there is no spread within classes to measure."
+    return ""
+
+
+def look(subject: Subject) -> Section:
+    present, labels = torch.unique(subject.targets, return_inverse=True)
+    every = len(present) == subject.outputs.shape[1]
+    batches = subject.batches()
+    # Classes without a sample have no mean; the others are numbered anew, and NC3, which needs all, is left out.
+    loader = [
+        (lambda number, part: (batches[number][0], labels[part].to(batches[number][0].device)), number, part)
+        for number, part in enumerate(batches.parts)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = collapse(subject.model, _Lazy(loader), sites=list(subject.sites))
+    rows = []
+    for site, m in found.metrics.items():
+        agreement = None if m.nc4 is None or not every else 1 - m.nc4
+        rows.append(
+            {
+                "site": site,
+                "nc1_tilde": m.nc1_tilde,
+                "nc1": m.nc1,
+                "nc2": m.nc2,
+                "nc3": m.nc3 if every else None,
+                "nc4": m.nc4 if every else None,
+                "cdnv": m.cdnv,
+                "nearest_mean_accuracy": m.nearest_mean_accuracy,
+                "agreement": agreement,
+            }
+        )
+    last, first = rows[-1], rows[0]
+    value = last["nc1_tilde"]
+    how = (
+        "have all but collapsed to one point per class"
+        if value < 0.1
+        else "form clear clusters, one per class"
+        if value < 0.7
+        else "overlap: samples of a class differ about as much from each other as the classes do"
+        if value < 2
+        else "are spread far more within classes than between them"
+    )
+    sentence = (
+        f"At the last place looked at ({short(last['site'], 40)}), features {how}: their variance within classes is {compact(value)} times "
+        f"that between class means ({compact(first['nc1_tilde'])} at the first, {short(first['site'], 40)}). "
+    )
+    if last["nearest_mean_accuracy"] is not None:
+        sentence += f"The nearest class mean alone would be right for {percent(last['nearest_mean_accuracy'])} of samples. "
+    if not every:
+        sentence += f"Only {len(present)} of {subject.outputs.shape[1]} classes occur in the data, so NC3 and NC4 are left out. "
+    return Section(
+        name="collapse",
+        title=TITLE,
+        status="good" if value < 0.7 else "note",
+        number=compact(value),
+        unit="variance within classes / between them, at the last place",
+        sentence=sentence.strip(),
+        pictures=[_by_depth(rows)],
+        tables=[
+            Table(
+                "Neural collapse by place, in depth order",
+                ("place", "NC1~ within/between", "NC1", "NC2 from a simplex", "NC4 differs from nearest mean", "nearest mean right"),
+                [
+                    (
+                        r["site"],
+                        _finite(r["nc1_tilde"]),
+                        _finite(r["nc1"]),
+                        _finite(r["nc2"]),
+                        _finite(r["nc4"]),
+                        None if r["nearest_mean_accuracy"] is None else percent(r["nearest_mean_accuracy"]),
+                    )
+                    for r in rows
+                ],
+            )
+        ],
+        method=METHOD,
+        numbers={"sites": rows, "head": found.head, "samples": found.samples, "classes": len(present)},
+    )
+
+
+class _Lazy:
+    """Batches made when they are asked for, as often as they are."""
+
+    def __init__(self, parts: list[Any]):
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self):
+        for make, number, part in progress(self.parts, "collapse"):
+            yield make(number, part)
+
+
+def _by_depth(rows: list[dict[str, Any]]) -> Any:
+    def draw(axes: Any) -> None:
+        left, right = axes[0]
+        places = list(range(len(rows)))
+        values = [r["nc1_tilde"] if math.isfinite(r["nc1_tilde"]) and r["nc1_tilde"] > 0 else math.nan for r in rows]
+        left.plot(values, places, "o-", color="C0")
+        if any(math.isfinite(v) for v in values):
+            left.set_xscale("log")
+        left.set_yticks(places, [short(r["site"]) for r in rows])
+        left.set(xlabel="variance within / between classes", title="Collapse (left is tighter)")
+        near = [math.nan if r["nearest_mean_accuracy"] is None else r["nearest_mean_accuracy"] for r in rows]
+        right.plot(near, places, "o-", color="C2")
+        right.set_yticks(places, [])
+        right.set(xlim=(0, 1.03), xlabel="right by the nearest class mean", title="Separation")
+        right.xaxis.set_major_formatter(lambda v, _: f"{100 * v:.0f} %")
+        for ax in (left, right):
+            ax.set_ylim(len(rows) - 0.5, -0.5)
+            ax.grid(axis="y")
+
+    return picture(
+        draw,
+        panels=(1, 2),
+        size=(7.0, 1.5 + 0.32 * len(rows)),
+        caption="From the first place (top) to the last (bottom). Training pulls each class together; the further to the left, the tighter.",
+        alt=f"Within-class over between-class variance by place, from {compact(rows[0]['nc1_tilde'])} at the first to "
+        f"{compact(rows[-1]['nc1_tilde'])} at the last.",
+    )
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

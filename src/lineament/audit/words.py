@@ -1,0 +1,105 @@
+"""Numbers as sentences need them: shares, intervals, names of sites that fit on an axis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lineament.report.text import printable
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share as a reader says it.
+
+    >>> percent(0.1234), percent(1.0)
+    ('12.3 %', '100 %')
+    """
+    if not math.isfinite(share):
+        return "–"
+    text = f"{100 * share:.{digits}f}"
+    return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−") + " %"
+
+
+def points(difference: float) -> str:
+    """A difference of shares, in points.
+
+    >>> points(-0.1234)
+    '12.3 points'
+    """
+    return percent(abs(difference)).replace(" %", " points")
+
+
+def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927), which stays inside [0, 1].
+
+    >>> [round(x, 3) for x in wilson(8, 10)]
+    [0.49, 0.943]
+    """
+    if total == 0:
+        return 0.0, 1.0
+    share = hits / total
+    scale = 1 + z * z / total
+    centre = (share + z * z / (2 * total)) / scale
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / scale
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def mean_interval(values: Tensor, z: float = 1.96) -> tuple[float, float, float]:
+    """The mean of some values with its 95 % interval.
+
+    >>> mean_interval(torch.tensor([1.0, 1.0, 1.0]))
+    (1.0, 1.0, 1.0)
+    """
+    values = values.double()
+    mean = float(values.mean())
+    half = z * float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return mean, mean - half, mean + half
+
+
+def compact(value: float) -> str:
+    """A number in at most four significant places, as text.
+
+    >>> compact(12345.678), compact(0.00012)
+    ('12,346', '0.00012')
+    """
+    if not math.isfinite(value):
+        return "∞" if value > 0 else "–"
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return text.replace("-", "−")
+
+
+def short(site: str, limit: int = 24) -> str:
+    """A site's name for an axis: its end, which tells sites apart.
+
+    >>> short("resnet.encoder.stages.2.layers.0", 20)
+    '….stages.2.layers.0'
+    """
+    text = printable(site)
+    if len(text) <= limit:
+        return text
+    tail = text[-(limit - 1) :]
+    dot = tail.find(".")
+    return "…" + (tail[dot:] if 0 <= dot < len(tail) - 6 else tail)
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Names in a sentence.
+
+    >>> listed(["a", "b", "c", "d"], 2)
+    'a, b and 2 more'
+    """
+    shown = [printable(name, limit=40) for name in names[:most]]
+    rest = len(names) - len(shown)
+    if rest:
+        return f"{', '.join(shown)} and {rest} more"
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}" if shown else ""
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most ``most`` of ``count`` positions, evenly spread, first and last included."""
+    if count <= most:
+        return list(range(count))
+    return sorted(set(torch.linspace(0, count - 1, most).round().long().tolist()))
