@@ -73,7 +73,7 @@ class CollapseMetrics:
         import matplotlib.pyplot as plt
 
         ax = ax if ax is not None else plt.subplots()[1]
-        image = ax.imshow(self.cosines.cpu(), vmin=-1, vmax=1, cmap="RdBu_r")
+        image = ax.imshow(self.cosines.cpu().numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
         ax.figure.colorbar(image, ax=ax, label="cosine between centred class means")
         ax.set(xlabel="class", ylabel="class", title=f"NC1~ {self.nc1_tilde:.3g}, NC2 {self.nc2:.3g}")
         return ax

@@ -226,7 +226,7 @@ class Minimum:
         import matplotlib.pyplot as plt
 
         ax = ax if ax is not None else plt.subplots()[1]
-        image = ax.imshow(self.H.cpu(), aspect="auto", cmap="RdBu_r")
+        image = ax.imshow(self.H.cpu().numpy(), aspect="auto", cmap="RdBu_r")
         ax.figure.colorbar(image, ax=ax)
         ax.set(xlabel="sample, class by class", ylabel="feature")
         return ax
@@ -333,7 +333,7 @@ def _lbfgs(
 def conjugate_gradients(
     product: Callable[[Tensor], Tensor], right: Tensor, *, tolerance: float = 1e-14, steps: int = 2000
 ) -> Tensor:
-    """Solve A x = right for a symmetric positive (semi-)definite A; stops at a direction of no positive curvature.
+    """Solve A x = right for a symmetric positive (semi-)definite A; stops at a direction without positive curvature.
 
     >>> conjugate_gradients(lambda v: 2 * v, torch.tensor([[2.0, 4.0]])).tolist()
     [[1.0, 2.0]]
@@ -343,12 +343,16 @@ def conjugate_gradients(
     p = r.clone()
     size = float(r.square().sum())
     goal = tolerance**2 * size
+    flat = max(1e-8, 4 * torch.finfo(right.dtype).eps)
+    steepest = 0.0
     for _ in range(steps):
         if size <= goal:
             break
         image = product(p)
-        curvature = float((p * image).sum())
-        if curvature <= 0:
+        curvature, length = float((p * image).sum()), float(p.square().sum())
+        steepest = max(steepest, curvature / length)
+        # What is flat to second order (a rotation of all features, say) would send the step far away.
+        if curvature <= flat * steepest * length:
             return x if bool(x.any()) else right
         x = x + (size / curvature) * p
         r = r - (size / curvature) * image
