@@ -15,6 +15,7 @@ from lineament import recipes
 from lineament.core.batching import Checkpoint
 from lineament.core.checks import InputError
 from lineament.recipes import _run, configure
+from lineament.recipes._presets import presets
 from lineament.report.outcome import Claim, Figure, Outcome, Table
 
 
@@ -109,7 +110,7 @@ def recipe(monkeypatch):
 
     @dataclass(frozen=True)
     class ToyConfig:
-        preset: str
+        preset: str = presets(quick={}, small={})
         seed: int = 0
 
     def run(config, *, out):
@@ -135,8 +136,7 @@ def recipe(monkeypatch):
             [Table("t", ["x"], [[float("nan")]])], [Figure("curve.svg", "c", "a")],
         )  # fmt: skip
 
-    module.__dict__.update(SLUG="toy", TITLE="Toy", run=run, dies=False, calls=calls)
-    module.Config = types.SimpleNamespace(preset=lambda name: ToyConfig(name))
+    module.__dict__.update(SLUG="toy", TITLE="Toy", Config=ToyConfig, run=run, dies=False, calls=calls)
     monkeypatch.setattr(_run, "load", lambda slug: module)
     return module
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lineament.core.checks import InputError, require
+from lineament.core.checks import InputError, require, show
 from lineament.core.files import output_folder, write_json, write_text, writing
 from lineament.report.outcome import Outcome
 from lineament.report.page import environment
@@ -85,10 +85,10 @@ def build(
         place = path.parent.relative_to(runs).as_posix()
         try:
             outcome = _checked(Outcome.read(path))
+            run = _Run(outcome, place, _command(outcome, presets or {}))
         except (InputError, RecursionError) as error:
             problems.append(f"{place}: {str(error).split(': ', 1)[-1]}")
             continue
-        run = _Run(outcome, place, _command(outcome, presets or {}))
         serial = sum(map(len, found.values())) + 1
         run.pictures = _copy_pictures(path.parent, outcome, site, serial, problems, place, written)
         found.setdefault(outcome.slug, []).append(run)
@@ -165,7 +165,7 @@ def _checked(outcome: Outcome) -> Outcome:
     for claim in outcome.claims:
         require(
             isinstance(claim.holds, bool),
-            f"outcome.json: 'holds' of a claim is {claim.holds!r}, not true or false",
+            f"outcome.json: 'holds' of a claim is {show(claim.holds)}, not true or false",
         )
     for table in outcome.tables:
         rows = table.rows if isinstance(table.rows, list) else [None]
@@ -175,7 +175,7 @@ def _checked(outcome: Outcome) -> Outcome:
             and all(
                 isinstance(row, list) and all(isinstance(value, simple) for value in row) for row in rows
             ),
-            f"outcome.json: the table {table.title!r} is not columns and rows of text and numbers",
+            f"outcome.json: the table {show(table.title)} is not columns and rows of text and numbers",
         )
     return outcome
 
