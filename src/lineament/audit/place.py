@@ -107,7 +107,10 @@ def examine(subject: Subject, rows: Tensor, mean_map: Tensor, *, fraction: float
     trial = _Trial(subject, measure, average)
     follows, swapped, covered = trial.outcome(best)
     others = [w for w in grid if not w.overlaps(best)]
-    others = [others[i] for i in torch.randperm(len(others), generator=torch.Generator().manual_seed(1)).tolist()[:12]]
+    others = [
+        others[i]
+        for i in torch.randperm(len(others), generator=torch.Generator().manual_seed(1)).tolist()[:12]
+    ]
     sums = [torch.zeros(len(measure)) for _ in range(3)]
     for window in progress(others, "exchanging other windows"):
         for total, value in zip(sums, trial.outcome(window)):
@@ -191,7 +194,11 @@ def donors(subject: Subject, rows: Tensor) -> Tensor:
 
 def _half(subject: Subject, count: int) -> int:
     half = count // 2
-    return max(subject.batch_size, half // subject.batch_size * subject.batch_size) if subject.fixed_batch else half
+    return (
+        max(subject.batch_size, half // subject.batch_size * subject.batch_size)
+        if subject.fixed_batch
+        else half
+    )
 
 
 def _average(subject: Subject, rows: Tensor) -> Tensor:

@@ -80,22 +80,22 @@ def _classes(subject: Subject) -> Section:
             f"Groups differ: {percent(best['accuracy'])} in “{printable(best['name'], limit=60)}” but {percent(worst['accuracy'])} in "
             f"“{printable(worst['name'], limit=60)}”. "
         )
-    sentence += (
-        f"The hardest class is “{printable(worst_class['name'], limit=60)}” ({percent(worst_class['accuracy'])}). "
-    )
+    sentence += f"The hardest class is “{printable(worst_class['name'], limit=60)}” ({percent(worst_class['accuracy'])}). "
     gap = known["confidence"] - known["accuracy"]
-    sentence += (
-        f"On average it is {percent(known['confidence'])} sure, "
-        + (
-            "which fits how often it is right."
-            if abs(gap) < 0.03
-            else f"which is {'more' if gap > 0 else 'less'} than its accuracy warrants."
-        )
+    sentence += f"On average it is {percent(known['confidence'])} sure, " + (
+        "which fits how often it is right."
+        if abs(gap) < 0.03
+        else f"which is {'more' if gap > 0 else 'less'} than its accuracy warrants."
     )
-    worst_gap = max((overall["accuracy"] - g["accuracy"] for g in groups if g["high"] < overall["low"]), default=0.0)
+    worst_gap = max(
+        (overall["accuracy"] - g["accuracy"] for g in groups if g["high"] < overall["low"]), default=0.0
+    )
     status = "warning" if worst_gap > 0.1 else "note" if known["error"] > 0.1 or worst_gap > 0 else "good"
     pictures = [*([_bars(groups, "group")] if len(groups) > 1 else []), _bars(classes, "class")]
-    pictures += [_reliability(known), *([_confusion(subject, confusion, present)] if len(present) <= 30 else [])]
+    pictures += [
+        _reliability(known),
+        *([_confusion(subject, confusion, present)] if len(present) <= 30 else []),
+    ]
     return Section(
         name="accuracy",
         title=TITLE,
@@ -155,7 +155,12 @@ def _mistakes(subject: Subject, confusion: Tensor) -> Table:
     width = len(wrong)
     top = wrong.flatten().topk(min(8, width * width))
     rows = [
-        (subject.class_name(i // width), subject.class_name(i % width), n, percent(n / max(int(confusion[i // width].sum()), 1)))
+        (
+            subject.class_name(i // width),
+            subject.class_name(i % width),
+            n,
+            percent(n / max(int(confusion[i // width].sum()), 1)),
+        )
         for n, i in zip(top.values.tolist(), top.indices.tolist())
         if n
     ]
@@ -171,7 +176,9 @@ def _bars(rows: list[dict[str, Any]], what: str) -> Picture:
         places = range(len(shown))
         values = [r["accuracy"] for r in shown]
         errors = [[r["accuracy"] - r["low"] for r in shown], [r["high"] - r["accuracy"] for r in shown]]
-        ax.barh(places, values, xerr=errors, color="C0", height=0.7, error_kw={"ecolor": "C7", "elinewidth": 1.2})
+        ax.barh(
+            places, values, xerr=errors, color="C0", height=0.7, error_kw={"ecolor": "C7", "elinewidth": 1.2}
+        )
         ax.set_yticks(places, [printable(r["name"], limit=22) for r in shown])
         ax.invert_yaxis()
         ax.set(xlim=(0, 1), xlabel="share of samples right")
@@ -221,7 +228,9 @@ def _confusion(subject: Subject, confusion: Tensor, present: list[int]) -> Pictu
         shade = LinearSegmentedColormap.from_list("share", [page, to_rgb("C0")])
         ax.imshow(shares, cmap=shade, vmin=0, vmax=1)
         limit = 14 if len(shown) <= 15 else 9
-        ax.set_xticks(range(len(shown)), [printable(subject.class_name(k), limit=limit) for k in shown], rotation=90)
+        ax.set_xticks(
+            range(len(shown)), [printable(subject.class_name(k), limit=limit) for k in shown], rotation=90
+        )
         ax.set_yticks(range(len(present)), [printable(subject.class_name(k), limit=limit) for k in present])
         ax.set(xlabel="taken for", ylabel="true class")
         if len(shown) <= 12:
@@ -263,7 +272,9 @@ def _values(subject: Subject) -> Section:
     )
     worst = max(by_group, key=lambda g: g["mae"], default=None)
     if worst is not None and len(by_group) > 1:
-        sentence += f" The worst group is “{printable(worst['name'], limit=60)}”, off by {compact(worst['mae'])}."
+        sentence += (
+            f" The worst group is “{printable(worst['name'], limit=60)}”, off by {compact(worst['mae'])}."
+        )
     uneven = worst is not None and worst["mae"] > 1.5 * overall["mae"]
 
     def draw(ax: Any) -> None:

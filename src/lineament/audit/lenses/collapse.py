@@ -90,7 +90,14 @@ def look(subject: Subject) -> Section:
         tables=[
             Table(
                 "Neural collapse by place, in depth order",
-                ("place", "NC1~ within/between", "NC1", "NC2 from a simplex", "NC4 differs from nearest mean", "nearest mean right"),
+                (
+                    "place",
+                    "NC1~ within/between",
+                    "NC1",
+                    "NC2 from a simplex",
+                    "NC4 differs from nearest mean",
+                    "nearest mean right",
+                ),
                 [
                     (
                         r["site"],
@@ -127,7 +134,9 @@ def _by_depth(rows: list[dict[str, Any]]) -> Any:
     def draw(axes: Any) -> None:
         left, right = axes[0]
         places = list(range(len(rows)))
-        values = [r["nc1_tilde"] if math.isfinite(r["nc1_tilde"]) and r["nc1_tilde"] > 0 else math.nan for r in rows]
+        values = [
+            r["nc1_tilde"] if math.isfinite(r["nc1_tilde"]) and r["nc1_tilde"] > 0 else math.nan for r in rows
+        ]
         left.plot(values, places, "o-", color="C0")
         if any(math.isfinite(v) for v in values):
             left.set_xscale("log")

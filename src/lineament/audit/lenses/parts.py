@@ -7,6 +7,7 @@ say about a sample; zero also takes away what they always add.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,7 +52,9 @@ def look(subject: Subject) -> Section:
             row[f"{how}_cost"] = float(cost.mean())
             row[f"{how}_error"] = float(cost.std() / len(cost) ** 0.5) if len(cost) > 1 else 0.0
             if right is not None:
-                row[f"{how}_accuracy_lost"] = float((right.float() - (after.argmax(1) == targets).float()).mean())
+                row[f"{how}_accuracy_lost"] = float(
+                    (right.float() - (after.argmax(1) == targets).float()).mean()
+                )
         found.append(row)
     loss = float(base.mean())
     ranked = sorted(found, key=lambda r: -r["mean_cost"])
@@ -68,7 +71,14 @@ def look(subject: Subject) -> Section:
         f"Silencing channels {top['from']} to {top['to']} at {short(top['site'], 40)} {effect}, the most of {len(found)} groups tried. "
         f"{len(free)} groups ({percent(len(free) / len(found))}) can each be silenced at hardly any cost."
     )
-    columns = ("place", "channels", "loss + (mean)", "± s.e.", "loss + (zero)", *(("accuracy lost",) if classify else ()))
+    columns = (
+        "place",
+        "channels",
+        "loss + (mean)",
+        "± s.e.",
+        "loss + (zero)",
+        *(("accuracy lost",) if classify else ()),
+    )
     return Section(
         name="parts",
         title=TITLE,
@@ -95,7 +105,13 @@ def look(subject: Subject) -> Section:
             )
         ],
         method=METHOD,
-        numbers={"loss": loss, "samples": len(rows), "groups": found, "free": len(free), "task": subject.task},
+        numbers={
+            "loss": loss,
+            "samples": len(rows),
+            "groups": found,
+            "free": len(free),
+            "task": subject.task,
+        },
     )
 
 
@@ -113,9 +129,13 @@ def _means(subject: Subject, rows: Tensor) -> tuple[dict[str, Tensor], dict[str,
                 subject.model(subject.inputs(part))
             for site in subject.sites:
                 x = acts[site].movedim(_axis(acts[site]), -1).flatten(0, -2).double()
-                sums[site] = sums.get(site, torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)) + x.sum(0)
+                sums[site] = sums.get(
+                    site, torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+                ) + x.sum(0)
                 counts[site] = counts.get(site, 0) + len(x)
-    return {site: (sums[site] / counts[site]).float() for site in sums}, {site: len(s) for site, s in sums.items()}
+    return {site: (sums[site] / counts[site]).float() for site in sums}, {
+        site: len(s) for site, s in sums.items()
+    }
 
 
 def _split(width: int) -> list[tuple[int, int]]:
@@ -126,7 +146,7 @@ def _split(width: int) -> list[tuple[int, int]]:
     """
     count = min(_GROUPS, width)
     edges = [int(i * width / count) for i in range(count + 1)]
-    return list(zip(edges, edges[1:]))
+    return list(pairwise(edges))
 
 
 def _silence(start: int, stop: int, value: Tensor) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lineament.audit.subject import Subject
@@ -41,7 +40,9 @@ def look(subject: Subject) -> Section:
     with sdpa_kernel(SDPBackend.MATH):
         operator = hessian(subject.model, subject.loss, subject.batches(rows), params=names)
         size = operator.shape[0]
-        ends = top_eigenpairs(operator, min(_TOP, size), which="both", tol=1e-2, max_products=_PRODUCTS, seed=subject.seed)
+        ends = top_eigenpairs(
+            operator, min(_TOP, size), which="both", tol=1e-2, max_products=_PRODUCTS, seed=subject.seed
+        )
         density = spectral_density(operator, steps=min(_STEPS, size), probes=_PROBES, seed=subject.seed)
         total = trace(operator, max(2, min(_PRODUCTS // 2, size)), seed=subject.seed)
     values = ends.values.double().tolist()
@@ -73,7 +74,10 @@ def look(subject: Subject) -> Section:
                 "Curvature",
                 ("quantity", "value", "error"),
                 [
-                    *((f"eigenvalue {i + 1}", v, float(r)) for i, (v, r) in enumerate(zip(values, ends.residuals))),
+                    *(
+                        (f"eigenvalue {i + 1}", v, float(r))
+                        for i, (v, r) in enumerate(zip(values, ends.residuals))
+                    ),
                     ("trace", total.value, _or_none(total.standard_error)),
                     ("trace / weights", total.value / size, _or_none(total.standard_error / size)),
                 ],
@@ -101,12 +105,19 @@ def _figure(density: Density, values: list[float]) -> Any:
     grid, height = density.curve()
 
     def draw(ax: Any) -> None:
-        ax.fill_between(grid.tolist(), 1e-6, height.clamp_min(1e-6).tolist(), color="C0", alpha=0.25, linewidth=0)
+        ax.fill_between(
+            grid.tolist(), 1e-6, height.clamp_min(1e-6).tolist(), color="C0", alpha=0.25, linewidth=0
+        )
         ax.plot(grid.tolist(), height.clamp_min(1e-6).tolist(), color="C0")
         ax.set_yscale("log")
         ax.set_ylim(bottom=1e-5 * float(height.max()))
         for number, value in enumerate(values):
-            ax.axvline(value, color="C1", linewidth=1, label="greatest and least eigenvalues" if number == 0 else None)
+            ax.axvline(
+                value,
+                color="C1",
+                linewidth=1,
+                label="greatest and least eigenvalues" if number == 0 else None,
+            )
         ax.set(xlabel="curvature (eigenvalue of the Hessian)", ylabel="share of directions (density)")
         ax.legend(loc="upper right")
 

@@ -28,7 +28,11 @@ _MOST = 1000
 
 
 def applies(subject: Subject) -> str:
-    return "" if len(subject) >= 8 else f"A spectrum of {len(subject)} samples says nothing; expected at least 8."
+    return (
+        ""
+        if len(subject) >= 8
+        else f"A spectrum of {len(subject)} samples says nothing; expected at least 8."
+    )
 
 
 def look(subject: Subject) -> Section:
@@ -64,7 +68,15 @@ def look(subject: Subject) -> Section:
         tables=[
             Table(
                 "Dimension by place, in depth order",
-                ("place", "units", "effective rank", "participation ratio", "directions for 90 %", "never vary", "copies"),
+                (
+                    "place",
+                    "units",
+                    "effective rank",
+                    "participation ratio",
+                    "directions for 90 %",
+                    "never vary",
+                    "copies",
+                ),
                 [
                     (
                         layer["site"],
@@ -128,8 +140,16 @@ def _figure(layers: list[dict[str, Any]]) -> Any:
     def draw(axes: Any) -> None:
         left, right = axes[0]
         places = list(range(len(layers)))
-        left.barh(places, [layer["units"] for layer in layers], color="C7", alpha=0.35, height=0.7, label="units")
-        left.barh(places, [layer["effective_rank"] for layer in layers], color="C0", height=0.45, label="effective directions")
+        left.barh(
+            places, [layer["units"] for layer in layers], color="C7", alpha=0.35, height=0.7, label="units"
+        )
+        left.barh(
+            places,
+            [layer["effective_rank"] for layer in layers],
+            color="C0",
+            height=0.45,
+            label="effective directions",
+        )
         left.set_yticks(places, [short(layer["site"]) for layer in layers])
         left.set_ylim(len(layers) - 0.5, -0.5)
         left.set_xscale("log")
@@ -141,9 +161,18 @@ def _figure(layers: list[dict[str, Any]]) -> Any:
                 shade = 0.25 + 0.75 * number / max(len(layers) - 1, 1)
                 last = number == len(layers) - 1
                 ranks = range(1, len(layer["eigenvalues"]) + 1)
-                right.loglog(ranks, [max(v, 1e-9) for v in layer["eigenvalues"]], color="C1" if last else "C0", alpha=1 if last else shade)
+                right.loglog(
+                    ranks,
+                    [max(v, 1e-9) for v in layer["eigenvalues"]],
+                    color="C1" if last else "C0",
+                    alpha=1 if last else shade,
+                )
         right.set_ylim(bottom=1e-6)
-        right.set(xlabel="direction, strongest first", ylabel="share of variance", title="Spectra (last place in orange)")
+        right.set(
+            xlabel="direction, strongest first",
+            ylabel="share of variance",
+            title="Spectra (last place in orange)",
+        )
         right.grid(True)
 
     return picture(
@@ -152,6 +181,9 @@ def _figure(layers: list[dict[str, Any]]) -> Any:
         size=(7.4, 1.9 + 0.3 * len(layers)),
         caption="Left: units and the directions they really use. Right: how the variance falls from direction to direction, one line a place; steep means few directions.",
         alt="Effective directions by place: "
-        + ", ".join(f"{compact(layer['effective_rank'])} of {layer['units']} at {short(layer['site'])}" for layer in layers)
+        + ", ".join(
+            f"{compact(layer['effective_rank'])} of {layer['units']} at {short(layer['site'])}"
+            for layer in layers
+        )
         + ".",
     )
