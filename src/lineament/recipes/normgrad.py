@@ -1,0 +1,424 @@
+"""NormGrad: at which layers do backpropagation saliency maps point at the object, and do they know which class was asked for?
+
+Rebuffi, Fong, Ji, Vedaldi, CVPR 2020, arXiv 2004.02866. ``quick`` and ``small`` train a multi-label CNN on scenes of two digits among
+clutter; ``paper`` is the pointing game on VOC2007 or COCO with a ResNet that the user brings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lineament.core import checks
+from lineament.core.batching import Checkpoint, progress
+from lineament.data.digit_scenes import DigitScenes, digit_scenes
+from lineament.explain.aggregation import combined, normalised
+from lineament.explain.meta_saliency import meta_saliency
+from lineament.explain.pointing import hits
+from lineament.explain.saliency import saliency
+from lineament.explain.saliency_checks import class_sensitivity
+from lineament.recipes._normgrad_photographs import photographs, photographs_model, point_on_photographs
+from lineament.report.figures import picture, save
+from lineament.report.outcome import Claim, Figure, Outcome, Table
+
+SLUG = "normgrad"
+TITLE = "There and Back Again: Revisiting Backpropagation Saliency Methods"
+METHODS = ["gradient", "linear_approx", "grad_cam", "norm_grad", "norm_grad_selective", "guided_backprop"]
+COMBINED = ["linear_approx", "grad_cam", "norm_grad", "norm_grad_selective"]
+META = ["norm_grad", "norm_grad_selective"]
+# The ReLU behind convolution 1, 2, 4, 6 and 7 of the small network; the deepest is what it averages over space.
+SITES = {"1": "2", "2": "5", "4": "12", "6": "19", "7": "23"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. The first group is for every data set, the second for digit scenes, the third for photographs."""
+
+    preset: str
+    dataset: Literal["digit-scenes", "voc", "coco"] = "digit-scenes"
+    test_images: int | None = 150
+    tolerance: float = 2.0
+    seed: int = 0
+
+    train_images: int = 3000
+    epochs: int = 8
+    meta_eps: float = 2.5e-4
+
+    data_folder: str | None = None
+    model_folder: str = "resnet50-multilabel"
+    layers: tuple[str, ...] = tuple(f"encoder.stages.{k}" for k in range(4))
+
+
+def _preset(cls: type[Config], name: str) -> Config:
+    """``"quick"`` (a minute), ``"small"`` (the table of digit scenes) or ``"paper"`` (VOC2007 test, all images)."""
+    checks.one_of("preset", name, ("quick", "small", "paper"))
+    if name == "quick":
+        return cls(name, test_images=30, train_images=1500, epochs=5)
+    if name == "small":
+        return cls(name)
+    return cls(name, dataset="voc", test_images=None, tolerance=15.0)
+
+
+# A field and a constructor of the same name: the class answers with the constructor, an instance with its field.
+type.__setattr__(Config, "preset", classmethod(_preset))
+
+
+def run(config: Config, *, out: Path) -> Outcome:
+    """Run the recipe into ``out``; a killed run goes on from its last finished stage."""
+    stages = Checkpoint(out / ".stages", asdict(config))
+    outcome = _on_scenes if config.dataset == "digit-scenes" else _on_photographs
+    return outcome(config, stages, out)
+
+
+def network() -> nn.Sequential:
+    """Seven 3 x 3 convolutions (12-12-24-24-48-48-48) with batch norm, three poolings, global average pooling, one linear layer."""
+    parts: list[nn.Module] = []
+    width = 1
+    for k, channels in enumerate((12, 12, 24, 24, 48, 48, 48), start=1):
+        parts += [
+            nn.Conv2d(width, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True),
+        ]  # fmt: skip
+        parts += [nn.MaxPool2d(2)] if k in (2, 4, 6) else []
+        width = channels
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+
+
+def train(config: Config) -> dict[str, Tensor]:
+    """The network's weights after AdamW with a one-cycle schedule on binary cross-entropy, one term for each digit."""
+    scenes = digit_scenes(config.train_images, seed=config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = network()
+    steps = config.epochs * -(-config.train_images // 64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
+    for _ in progress(range(config.epochs), "training"):
+        for batch in torch.randperm(config.train_images, generator=generator).split(64):
+            loss = F.binary_cross_entropy_with_logits(model(scenes.images[batch]), scenes.labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return dict(model.state_dict())
+
+
+def _on_scenes(config: Config, stages: Checkpoint, out: Path) -> Outcome:
+    assert config.test_images is not None
+    model = network()
+    model.load_state_dict(stages.stage("train", lambda: train(config)))
+    model.eval()
+    scenes = digit_scenes(config.test_images, split="test", seed=config.seed)
+    with torch.no_grad():
+        top = model(scenes.images).topk(2, dim=1).indices.sort(1).values
+    correct = float((top == scenes.classes.sort(1).values).all(1).double().mean())
+    points = stages.stage("pointing", lambda: pointing(model, scenes, config))
+    alike = stages.stage("class sensitivity", lambda: correlations(model, scenes))
+    meta = stages.stage("meta", lambda: with_meta_step(model, scenes, config))
+    tables = [
+        Table(
+            "Pointing accuracy by layer, %",
+            ["method", *(f"ReLU {k}" for k in SITES), "product of four"],
+            [
+                [
+                    m,
+                    *(_percent(points["layers"][m][s]) for s in SITES.values()),
+                    _percent(points["products"].get(m)),
+                ]
+                for m in METHODS
+            ],
+        ),
+        Table(
+            "Rank correlation of the maps of the most and the least probable class (1: the map ignores the class)",
+            ["method", *(f"ReLU {k}" for k in SITES), "undefined"],
+            [[m, *(alike[m][s]["mean"] for s in SITES.values()), _undefined(alike[m])] for m in METHODS],
+        ),
+        Table(
+            f"With one step of meta-learning (eps {config.meta_eps:g})",
+            ["method", "layer", "correlation", "with the step", "pointing, %", "with the step, %"],
+            [
+                [
+                    m,
+                    f"ReLU {k}",
+                    alike[m][SITES[k]]["mean"],
+                    meta[m][SITES[k]]["correlation"],
+                    _percent(points["layers"][m][SITES[k]]),
+                    _percent(meta[m][SITES[k]]["pointing"]),
+                ]
+                for m in META
+                for k in ("6", "7")
+            ],
+        ),
+        Table("The classifier", ["measure", "value"], [["both digits right, test, %", _percent(correct)]]),
+    ]
+    figures = [_pointing_figure(points["layers"], list(SITES.values()), [f"ReLU {k}" for k in SITES], out)]
+    figures += [_correlation_figure(alike, meta, out), _picture_grid(model, scenes, out)]
+    return Outcome(SLUG, TITLE, config.preset, asdict(config), claims(points, alike, meta), tables, figures)
+
+
+def pointing(model: nn.Module, scenes: DigitScenes, config: Config) -> dict[str, Any]:
+    """Accuracies of each method at each layer and of the product of layers 2, 4, 6, 7; two questions an image."""
+    images, targets = scenes.images.repeat_interleave(2, 0), scenes.classes.flatten()
+    masks = scenes.masks.flatten(0, 1)
+    layers: dict[str, dict[str, float]] = {m: {} for m in METHODS}
+    products: dict[str, float] = {}
+    maps: Any = saliency(model, images, targets, site=list(SITES.values()), method=METHODS, batch_size=100)
+    for m in METHODS:
+        for site in SITES.values():
+            layers[m][site] = _accuracy(maps[m][site], masks, config.tolerance)
+    raw: Any = saliency(
+        model, images, targets, site=list(SITES.values())[1:], method=COMBINED, resize=False, batch_size=100
+    )
+    for m in COMBINED:
+        size = (images.shape[-2], images.shape[-1])
+        products[m] = _accuracy(combined(list(raw[m].values()), size), masks, config.tolerance)
+    return {"layers": layers, "products": products}
+
+
+def correlations(model: nn.Module, scenes: DigitScenes) -> dict[str, Any]:
+    """Class sensitivity of each method at each layer: {method: {site: {"mean", "undefined"}}}."""
+    found: dict[str, Any] = {}
+    for m in METHODS:
+        found[m] = {}
+        for site in SITES.values():
+            measured = class_sensitivity(model, scenes.images, site=site, method=m, batch_size=100)
+            found[m][site] = {"mean": measured.to_dict()["mean"], "undefined": measured.undefined}
+    return found
+
+
+def with_meta_step(model: nn.Module, scenes: DigitScenes, config: Config) -> dict[str, Any]:
+    """Pointing accuracy and class sensitivity at the last two layers after one step on each image's own question."""
+    late = [SITES["6"], SITES["7"]]
+    images, targets = scenes.images.repeat_interleave(2, 0), scenes.classes.flatten()
+    options: dict[str, Any] = {"eps": config.meta_eps, "site": late, "method": META}
+    maps: Any = meta_saliency(model, images, targets, **options)
+    found: dict[str, Any] = {m: {} for m in META}
+    for m in META:
+        for site in late:
+            measured = class_sensitivity(
+                model, scenes.images, explain=meta_saliency, eps=config.meta_eps, site=site, method=m
+            )
+            hit = _accuracy(maps[m][site], scenes.masks.flatten(0, 1), config.tolerance)
+            found[m][site] = {"pointing": hit, "correlation": measured.to_dict()["mean"]}
+    return found
+
+
+def claims(points: dict[str, Any], alike: dict[str, Any], meta: dict[str, Any]) -> list[Claim]:
+    """The paper's claims, judged by predicates that were written before the first run."""
+    order = list(SITES.values())
+    layers, products = points["layers"], points["products"]
+    last = order[-1]
+    cam, norm = ([layers[m][s] for s in order] for m in ("grad_cam", "norm_grad"))
+    selective, plain = layers["norm_grad_selective"][last], layers["norm_grad"][last]
+    averages = {m: sum(layers[m].values()) / len(order) for m in COMBINED}
+    pairs = [(m, s) for m in META for s in order[-2:]]
+    moved = {p: (alike[p[0]][p[1]]["mean"], meta[p[0]][p[1]]["correlation"]) for p in pairs}
+    raised = {p: (layers[p[0]][p[1]], meta[p[0]][p[1]]["pointing"]) for p in pairs}
+    before, after = (sum(v[i] for v in raised.values()) / len(pairs) for i in (0, 1))
+    ignores = alike["norm_grad"][last]["mean"]
+    return [
+        _claim(
+            "Grad-CAM collapses in early layers (first two at least 20 points below its best)",
+            "VGG16, VOC07: 59.1 and 58.4 % at the first two layers, 86.6 % at the last",
+            f"{_list(cam[:2])} % at the first two, {100 * max(cam):.1f} % at its best layer",
+            max(cam[:2]) <= max(cam) - 0.2,
+            "",
+        ),
+        _claim(
+            "NormGrad stays flat (before the last layer, at most 15 points between layers)",
+            "VGG16, VOC07: 78.9 to 81.9 % at layers 3 to 22, 77.7 % at the last",
+            f"{_list(norm[:-1])} % at ReLU 1, 2, 4, 6, then {100 * norm[-1]:.1f} % at the last",
+            max(norm[:-1]) - min(norm[:-1]) <= 0.15,
+            "the deep maps have 12 x 12 and 6 x 6 cells of 4 and 8 pixels, and a hit must lie within 2 pixels of the digit",
+        ),
+        _claim(
+            "Selective NormGrad points at least as well as NormGrad at the last layer",
+            "VGG16: 86.0 against 77.7 %; ResNet50: 87.4 against 78.8 %",
+            f"{100 * selective:.1f} against {100 * plain:.1f} %",
+            selective >= plain,
+            "",
+        ),
+        _claim(
+            "Combining layers helps (the product beats the average single layer, for each of four methods)",
+            "combined layers are reported as better than single ones; the table was not at hand",
+            "; ".join(
+                f"{m} {100 * products[m]:.1f} against {100 * averages[m]:.1f} on average and {100 * max(layers[m].values()):.1f} at best"
+                for m in COMBINED
+            ),
+            all(products[m] > averages[m] for m in COMBINED),
+            "",
+        ),
+        _claim(
+            "Before global average pooling NormGrad ignores the class (rank correlation 1)",
+            "follows from the gradient being the same everywhere",
+            "undefined" if ignores is None else f"{ignores:.4f}",
+            ignores is not None and ignores > 0.999,
+            "",
+        ),
+        _claim(
+            "The meta step makes late maps more specific to the class (each correlation falls)",
+            "the correlation of the maps of the most and least probable class falls",
+            "; ".join(f"{m} at {s}: {a:.2f} to {b:.2f}" for (m, s), (a, b) in moved.items()),
+            all(b < a for a, b in moved.values()),
+            "",
+        ),
+        _claim(
+            "The meta step raises pointing accuracy in late layers (on average)",
+            "ResNet50, last layer: NormGrad 78.8 to 80.9 %, selective 87.4 to 88.6 %",
+            f"{100 * before:.1f} to {100 * after:.1f} % ("
+            + "; ".join(f"{m} at {s}: {100 * a:.1f} to {100 * b:.1f}" for (m, s), (a, b) in raised.items())
+            + ")",
+            after > before,
+            "",
+        ),
+    ]
+
+
+def _claim(name: str, paper: str, observed: str, holds: bool, reason: str) -> Claim:
+    fallback = "the differences are within the noise of this many test scenes"
+    return Claim(name, paper, observed, bool(holds), "" if holds else reason or fallback)
+
+
+def _on_photographs(config: Config, stages: Checkpoint, out: Path) -> Outcome:
+    methods = [*METHODS, "gradient_sum", "excitation_backprop"]
+    model, names = photographs_model(config.model_folder)
+    images = photographs(config.dataset, config.data_folder, config.test_images)
+    sites = list(config.layers)
+
+    def measure() -> dict[str, Any]:
+        return point_on_photographs(
+            model, names, images, sites=sites, methods=methods, tolerance=config.tolerance
+        )
+
+    found = stages.stage("pointing", measure)
+    tables = [
+        Table(
+            f"Pointing accuracy by layer, {part} images, %",
+            ["method", *sites],
+            [[m, *(_percent(found[m][s][part]) for s in sites)] for m in methods],
+        )
+        for part in ("all", "difficult")
+    ]
+    layers = {m: {s: found[m][s]["all"] for s in sites} for m in methods}
+    cam, norm = ([layers[m][s] for s in sites] for m in ("grad_cam", "norm_grad"))
+    selective, plain = layers["norm_grad_selective"][sites[-1]], layers["norm_grad"][sites[-1]]
+    judged = [
+        _claim(
+            "Grad-CAM collapses before the last layer (first two at least 20 points below its best)",
+            "ResNet50, VOC07: 54.5, 52.9, 66.3, 90.4 %",
+            f"{_list(cam)} %",
+            max(cam[:2]) <= max(cam) - 0.2,
+            "",
+        ),
+        _claim(
+            "NormGrad stays flat (before the last layer, at most 15 points between layers)",
+            "ResNet50, VOC07: 81.9, 84.0, 84.6, 78.8 %",
+            f"{_list(norm)} %",
+            max(norm[:-1]) - min(norm[:-1]) <= 0.15,
+            "",
+        ),
+        _claim(
+            "Selective NormGrad points at least as well as NormGrad at the last layer",
+            "ResNet50, VOC07: 87.4 against 78.8 %",
+            f"{100 * selective:.1f} against {100 * plain:.1f} %",
+            selective >= plain,
+            "",
+        ),
+    ]
+    shown = {m: layers[m] for m in METHODS}
+    figures = [_pointing_figure(shown, sites, sites, out)]
+    return Outcome(SLUG, TITLE, config.preset, asdict(config), judged, tables, figures)
+
+
+def _accuracy(maps: Tensor, masks: Tensor, tolerance: float) -> float:
+    return float(hits(maps, masks, tolerance=tolerance).double().mean())
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None or value != value else round(100 * value, 1)
+
+
+def _list(values: Sequence[float]) -> str:
+    return ", ".join(f"{100 * v:.1f}" for v in values)
+
+
+def _undefined(row: dict[str, Any]) -> int:
+    return sum(cell["undefined"] for cell in row.values())
+
+
+def _pointing_figure(layers: dict[str, Any], sites: list[str], labels: list[str], out: Path) -> Figure:
+    def draw(ax: Any) -> None:
+        for k, (method, row) in enumerate(layers.items()):
+            ax.plot(labels, [100 * row[s] for s in sites], marker="o", color=f"C{k}", label=method)
+        ax.set(ylabel="pointing accuracy, %", xlabel="layer", ylim=(0, 103))
+        ax.legend(ncols=2, loc="lower left")
+
+    early = ", ".join(f"{m} {100 * row[sites[0]]:.0f} %" for m, row in layers.items())
+    shown = picture(
+        draw,
+        alt=f"Pointing accuracy against the layer, one line a method. At the first layer: {early}.",
+        caption="How often the map's greatest value lies on the digit that was asked for, by layer.",
+    )
+    return save(shown, out, "pointing")
+
+
+def _correlation_figure(alike: dict[str, Any], meta: dict[str, Any], out: Path) -> Figure:
+    def draw(ax: Any) -> None:
+        for k, method in enumerate(METHODS):
+            means = [alike[method][s]["mean"] for s in SITES.values()]
+            values = [float("nan") if m is None else m for m in means]
+            ax.plot([f"ReLU {n}" for n in SITES], values, marker="o", color=f"C{k}", label=method)
+            if method in meta:
+                late = [meta[method][SITES[n]]["correlation"] for n in ("6", "7")]
+                ax.plot(
+                    ["ReLU 6", "ReLU 7"],
+                    late,
+                    marker="x",
+                    linestyle="--",
+                    color=f"C{k}",
+                    label=f"{method}, meta step",
+                )
+        ax.set(ylabel="rank correlation of two classes' maps", xlabel="layer", ylim=(-0.6, 1.05))
+        ax.legend(ncols=2, fontsize=7)
+
+    shown = picture(
+        draw,
+        alt="Class correlation against the layer, one line a method; dashed lines at the last two layers are lower: with the meta step.",
+        caption="Maps of the most and the least probable class: 1 ignores the class. Dashed: after one step on the image.",
+    )
+    return save(shown, out, "class-correlation")
+
+
+def _picture_grid(model: nn.Module, scenes: DigitScenes, out: Path) -> Figure:
+    methods = ["grad_cam", "norm_grad", "norm_grad_selective"]
+    image, asked = scenes.images[:1], int(scenes.classes[0, 0])
+    maps: Any = saliency(model, image, asked, site=list(SITES.values()), method=methods)
+
+    def draw(axes: Any) -> None:
+        for row, method in enumerate(methods):
+            panels = [("the scene", image[0, 0], "gray")]
+            panels += [
+                (f"ReLU {k}", normalised(maps[method][s])[0][0, 0], "viridis") for k, s in SITES.items()
+            ]
+            for column, (title, values, colours) in enumerate(panels):
+                ax = axes[row, column]
+                ax.imshow(values, cmap=colours)
+                ax.set(xticks=[], yticks=[], title=title if row == 0 else "")
+                if column == 0:
+                    ax.set_ylabel(method, fontsize=7)
+
+    shown = picture(
+        draw,
+        alt=f"Maps of three methods at five layers for a scene with two digits, asked for the digit {asked}.",
+        caption=f"Where the network looks for the {asked}, by method (rows) and layer (columns).",
+        size=(7.2, 3.9),
+        kind="png",
+        panels=(3, 6),
+    )
+    return save(shown, out, "maps")
