@@ -1,39 +1,98 @@
-"""Run in chunks, halve them when memory runs out, show progress, and resume what was killed.
-
-A :class:`Checkpoint` stores each finished stage of a long run as safetensors and JSON, written whole or not at all. A run that is
-killed at any moment and started again takes the finished stages from disk and repeats the one that was cut off; since every stage draws
-its randomness from its own seed, the result is that of an uninterrupted run, bit for bit.
-"""
+"""Run in chunks, halve them when memory runs out, and show progress; resume what was killed (:class:`Checkpoint`)."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
+import gc
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lineament.core import checks
-from lineament.core.files import write_json, writing
+from lineament.core.checkpoint import Checkpoint
+from lineament.core.checks import InputError, number, require, show, tensor
+from lineament.core.nests import join
+
+__all__ = ["Checkpoint", "auto_batch", "chunked", "is_out_of_memory", "progress"]
 
 T = TypeVar("T")
 
-_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "DefaultCPUAllocator")
+# CPU allocators of several systems, CUDA, cuBLAS and MPS say it so.
+_OUT_OF_MEMORY = (
+    "not enough memory",
+    "can't allocate memory",
+    "out of memory",
+    "alloc_failed",
+    "defaultcpuallocator",
+)
+
+# The chunk that fitted, by what was run and on how large rows.
+_fitted: weakref.WeakKeyDictionary[Any, dict[Any, int]] = weakref.WeakKeyDictionary()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out: ``MemoryError``, CUDA's, or the CPU allocator's."""
+    """Whether an exception means that memory ran out: ``MemoryError``, CUDA's, or the CPU allocator's ``RuntimeError``.
+
+    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory")), is_out_of_memory(RuntimeError("shape"))
+    (True, False)
+    """
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+
+
+def auto_batch(
+    function: Callable[[int, int], T], count: int, *, batch_size: int | str = "auto", memory: Any = None
+) -> Iterator[T]:
+    """``function(start, stop)`` over ranges that make up ``range(count)``, in order, none too large for the memory.
+
+    With ``"auto"`` the first range is everything; each time memory runs out, the range is tried again at half the size.
+
+    Args:
+        function: must be repeatable: a range that failed halfway is run again, in parts.
+        batch_size: ``"auto"``, or the rows at a time, which are then never changed.
+        memory: an object under which the size that fitted is remembered for the next call (the default: ``function``).
+
+    Raises:
+        InputError: not a batch size. Out-of-memory errors pass when one row is too much, or when ``batch_size`` is a number.
+
+    >>> list(auto_batch(lambda start, stop: (start, stop), 5, batch_size=2))
+    [(0, 2), (2, 4), (4, 5)]
+    """
+    number("count", count, low=0, integer=True)
+    auto = batch_size == "auto"
+    if isinstance(batch_size, str) and not auto:
+        raise InputError(f"batch_size: got {show(batch_size)}, expected 'auto' or an integer of at least 1")
+    owner, detail = _memory_of(function if memory is None else memory)
+    sizes = _fitted.setdefault(owner, {}) if auto and owner is not None else {}
+    if auto:
+        size = min(max(count, 1), sizes.get(detail, count or 1))
+    else:
+        size = number("batch_size", batch_size, low=1, integer=True)
+    start = 0
+    while start < count:
+        stop = min(start + size, count)
+        try:
+            result = function(start, stop)
+        except Exception as error:
+            if not auto or stop - start == 1 or not is_out_of_memory(error):
+                raise
+            size = (stop - start + 1) // 2
+            sizes[detail] = size
+            # The traceback holds the frames, and those the tensors that did not fit.
+            error.__traceback__ = None
+            del error
+        else:
+            start = stop
+            yield result
+            del result
+            continue
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def chunked(function: Callable[..., Any], *tensors: Tensor, batch_size: int | str = "auto") -> Any:
@@ -41,39 +100,56 @@ def chunked(function: Callable[..., Any], *tensors: Tensor, batch_size: int | st
 
     Args:
         function: takes as many tensors as are given; returns a tensor whose first dimension is the chunk's, or a nest of
-            dicts, lists and tuples of such tensors.
+            dicts, lists, tuples and dataclasses of such tensors. It must be repeatable.
         tensors: all of the same length.
-        batch_size: samples at a time, or ``"auto"``: all at once, halved each time memory runs out.
+        batch_size: rows at a time, or ``"auto"``: all at once, halved each time memory runs out. The size that fitted is where
+            the next call with the same function and rows of the same shape begins.
 
     Raises:
-        InputError: no tensors, unequal or zero lengths. What ``function`` raises passes; out-of-memory too once one sample is too much.
+        InputError: no tensors, unequal or zero lengths. What ``function`` raises passes; out-of-memory too once one row is too much.
 
     >>> chunked(lambda x: {"square": x * x}, torch.arange(5.0), batch_size=2)["square"].tolist()
     [0.0, 1.0, 4.0, 9.0, 16.0]
     """
-    checks.require(len(tensors) > 0, "chunked: got no tensors, expected at least one")
-    lengths = [len(t) for t in tensors]
-    checks.require(
-        len(set(lengths)) == 1, f"chunked: got tensors of lengths {lengths}, expected the same length"
-    )
-    checks.require(lengths[0] > 0, "chunked: got empty tensors, expected at least one sample")
-    total = lengths[0]
-    size = total if batch_size == "auto" else checks.number("batch_size", batch_size, low=1, integer=True)
-    parts: list[Any] = []
-    start = 0
-    while start < total:
-        try:
-            parts.append(function(*(t[start : start + size] for t in tensors)))
-            start += size
-        except Exception as error:
-            if batch_size != "auto" or size == 1 or not is_out_of_memory(error):
-                raise
-            # The traceback holds the frames, and those the tensors that did not fit.
-            error.__traceback__ = None
-            size = (min(size, total - start) + 1) // 2
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-    return _join(parts)
+    require(len(tensors) > 0, "chunked: got no tensors, expected at least one")
+    for each in tensors:
+        tensor("chunked", each, finite=False, empty=True)
+        if each.ndim == 0:
+            raise InputError(f"chunked: got {show(each)}, expected at least one dimension")
+    lengths = [len(each) for each in tensors]
+    require(len(set(lengths)) == 1, f"chunked: got tensors of lengths {lengths}, expected the same length")
+    require(lengths[0] > 0, "chunked: got empty tensors, expected at least one sample")
+
+    def run(start: int, stop: int) -> Any:
+        return function(*(each[start:stop] for each in tensors))
+
+    rows = tuple((each.shape[1:], each.dtype, each.device) for each in tensors)
+    return join(list(auto_batch(run, lengths[0], batch_size=batch_size, memory=(function, rows))))
+
+
+def _memory_of(memory: Any) -> tuple[Any, Any]:
+    """What lives as long as the memory of a size should, and what tells its entries apart.
+
+    A bound method belongs to its object; a closure, of which every call of the code around makes another, to its code.
+    """
+    function, rows = memory if isinstance(memory, tuple) else (memory, None)
+    owner = getattr(function, "__self__", None)
+    if owner is not None:
+        return (owner, (getattr(function, "__name__", ""), rows)) if _lasting(owner) else (None, rows)
+    owner = getattr(function, "__code__", function)
+    return (owner, rows) if _lasting(owner) else (None, rows)
+
+
+def _lasting(owner: Any) -> bool:
+    try:
+        hash(owner)
+        weakref.ref(owner)
+    except TypeError:
+        return False
+    return True
+
+
+_shown = threading.Lock()
 
 
 def progress(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
@@ -82,145 +158,15 @@ def progress(iterable: Iterable[T], description: str, total: int | None = None) 
     >>> list(progress([1, 2], "counting"))
     [1, 2]
     """
-    if not sys.stderr.isatty():
+    # Two bars at once would write over each other: the one inside stays silent.
+    if not sys.stderr.isatty() or not _shown.acquire(blocking=False):
         yield from iterable
         return
-    from rich.console import Console
-    from rich.progress import track
+    try:
+        from rich.console import Console
+        from rich.progress import track
 
-    yield from track(iterable, description, total=total, console=Console(stderr=True), transient=True)
-
-
-class Checkpoint:
-    """The finished stages of a run that can be killed: a folder that knows which configuration it belongs to.
-
-    Args:
-        folder: made when the first stage ends; stages of another configuration found there are discarded.
-        key: everything that decides the result (JSON values), the run's configuration.
-
-    >>> import tempfile; folder = Path(tempfile.mkdtemp()) / "stages"
-    >>> Checkpoint(folder, {"seed": 0}).stage("train", lambda: {"loss": 0.5, "weights": torch.ones(2)})["loss"]
-    0.5
-    >>> Checkpoint(folder, {"seed": 0}).stage("train", lambda: 1 / 0)["weights"]
-    tensor([1., 1.])
-    """
-
-    def __init__(self, folder: str | Path, key: Mapping[str, Any]):
-        self.folder = Path(folder)
-        self._digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-        marker = self.folder / "key.json"
-        try:
-            self.resumed = json.loads(marker.read_text(encoding="utf-8")) == self._digest
-        except (OSError, ValueError):
-            self.resumed = False
-        if not self.resumed and self.folder.exists():
-            shutil.rmtree(self.folder)
-
-    def stage(self, name: str, compute: Callable[[], T]) -> T:
-        """The stored result of this stage, or ``compute()``, stored.
-
-        Args:
-            name: unique in the run, and always the same for the same stage.
-            compute: returns a nest of dicts with string keys, lists and tuples over tensors, NumPy arrays, numbers, strings, booleans
-                and ``None``; it must draw its randomness from seeds of its own.
-        """
-        path = self._path(name)
-        if path.exists():
-            try:
-                return self._read(path)
-            except (SafetensorError, OSError, ValueError, KeyError, TypeError):
-                # Cut off, edited or of another version: worth nothing, so the stage is done again.
-                path.unlink()
-        result = compute()
-        self._write(path, result)
-        # Read back what was stored, so that a fresh and a resumed run go on from the very same objects.
-        return self._read(path)
-
-    def finished(self, name: str) -> bool:
-        """Whether an earlier run finished this stage."""
-        return self._path(name).exists()
-
-    def finish(self) -> None:
-        """Remove the folder: the run's result is written elsewhere."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _path(self, name: str) -> Path:
-        safe = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)[:60]
-        return self.folder / f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.safetensors"
-
-    def _write(self, path: Path, result: Any) -> None:
-        tensors: dict[str, Tensor] = {}
-        structure = _pack(result, tensors)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        marker = self.folder / "key.json"
-        if not marker.exists():
-            write_json(marker, self._digest)
-        with writing(path) as temporary:
-            save_file(tensors, temporary, metadata={"structure": json.dumps(structure)})
-
-    @staticmethod
-    def _read(path: Path) -> Any:
-        with safe_open(path, framework="pt") as file:
-            structure = json.loads(file.metadata()["structure"])
-            # A copy: the file's mapped memory must not outlive the file.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-        return _unpack(structure, tensors)
-
-
-def _join(parts: list[Any]) -> Any:
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat(parts)
-    if isinstance(first, Mapping):
-        return {key: _join([part[key] for part in parts]) for key in first}
-    if isinstance(first, (tuple, list)):
-        return type(first)(_join(list(column)) for column in zip(*parts))
-    raise checks.InputError(f"chunked: the function returned {checks.show(first)}, expected tensors")
-
-
-def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """JSON with a tag for what JSON has not; tensors go into ``tensors`` under a number."""
-    if isinstance(value, (Tensor, np.ndarray)):
-        key = str(len(tensors))
-        tensor = (
-            value.detach().cpu()
-            if isinstance(value, Tensor)
-            else torch.from_numpy(np.ascontiguousarray(value))
-        )
-        # safetensors refuses tensors that share memory.
-        tensors[key] = tensor.clone(memory_format=torch.contiguous_format)
-        return {"is": "tensor" if isinstance(value, Tensor) else "array", "key": key}
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float):
-        # Hexadecimal keeps every bit, and NaN and infinities, which JSON has not.
-        return {"is": "float", "hex": value.hex()}
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, Mapping):
-        checks.require(
-            all(isinstance(k, str) for k in value), f"stage: got {checks.show(value)}, expected string keys"
-        )
-        return {"is": "dict", "items": [[k, _pack(v, tensors)] for k, v in value.items()]}
-    if isinstance(value, (list, tuple)):
-        kind = "list" if isinstance(value, list) else "tuple"
-        return {"is": kind, "items": [_pack(item, tensors) for item in value]}
-    raise checks.InputError(
-        f"stage: got {checks.show(value)} ({type(value).__name__}), expected tensors, arrays, numbers, strings or nests of them"
-    )
-
-
-def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if not isinstance(value, dict):
-        return value
-    kind = value["is"]
-    if kind == "tensor":
-        return tensors[value["key"]]
-    if kind == "array":
-        return tensors[value["key"]].numpy()
-    if kind == "float":
-        return float.fromhex(value["hex"])
-    if kind == "dict":
-        return {k: _unpack(v, tensors) for k, v in value["items"]}
-    items = [_unpack(item, tensors) for item in value["items"]]
-    return items if kind == "list" else tuple(items)
+        console = Console(stderr=True)
+        yield from track(iterable, description, total=total, console=console, transient=True)
+    finally:
+        _shown.release()
