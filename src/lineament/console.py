@@ -89,8 +89,8 @@ def show_run(run: Run) -> None:
             f"{run.folder} already holds the outcome of this configuration; not run again (--overwrite runs it anew)."
         )
     console.print(Text(printable(outcome.title), style="bold"))
-    narrow = console.is_terminal and console.width < WIDE
-    if outcome.claims and narrow:
+    blocks = not console.is_terminal or console.width < WIDE
+    if outcome.claims and blocks:
         for claim in outcome.claims:
             console.print(Text.assemble(_verdict(claim.holds), "  ", printable(claim.name)))
             console.print(f"  paper: {printable(claim.paper)}\n  ours:  {printable(claim.observed)}")
@@ -135,6 +135,8 @@ def show_bench(benchmarks: Mapping[str, Path], repeats: int | None, json: str | 
         require(not target.is_dir(), f"--json: {json!r} is a folder, expected a file name")
         require(target.parent.is_dir(), f"--json: {str(target.parent)!r} is no folder that exists")
     console = _console()
+    if not console.is_terminal:
+        console.width = 140
     columns = ("what", "ours", "peer", "peer's", "ratio", "target", "met")
     every: list[bench.Row] = []
     failed: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import types
 from dataclasses import asdict, dataclass
@@ -239,3 +240,60 @@ def test_the_default_folder_is_below_runs(recipe, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="--preset: got 'tiny'"):
         _run.reproduce("toy", "tiny")
     assert "lineament.recipes.toy" not in sys.modules
+
+
+SCRIPT = """
+import dataclasses, sys, time, types
+from pathlib import Path
+import torch
+from lineament.core.batching import Checkpoint
+from lineament.recipes import _run
+from lineament.recipes._presets import presets
+from lineament.report.outcome import Claim, Outcome
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    preset: str = presets(quick={})
+    seed: int = 0
+
+def run(config, *, out):
+    store = Checkpoint(out / ".stages", key=dataclasses.asdict(config))
+    def stage(seed):
+        def compute():
+            print("computing", seed, flush=True)
+            return {"x": torch.randn(5, generator=torch.Generator().manual_seed(seed))}
+        return compute
+    one = store.stage("one", stage(1))
+    if sys.argv[2] == "slow":
+        print("hang", flush=True)
+        time.sleep(60)
+    two = store.stage("two", stage(2))
+    store.finish()
+    total = repr((one["x"] + two["x"]).tolist())
+    return Outcome("toy", "Toy", "quick", {}, [Claim("sum", "", total, True)], seconds=1.0)
+
+_run.load = lambda slug: types.SimpleNamespace(Config=Config, run=run)
+_run.reproduce("toy", out=sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_outright_ends_as_an_uninterrupted_one(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+
+    def start(folder: str, speed: str) -> subprocess.Popen[str]:
+        words = [sys.executable, str(script), str(tmp_path / folder), speed]
+        return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+
+    with start("killed", "slow") as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == ["computing 1\n", "hang\n"]
+        process.kill()
+    assert not (tmp_path / "killed/outcome.json").exists()
+    again, whole = start("killed", "fast"), start("whole", "fast")
+    assert (
+        again.communicate()[0] == "computing 2\n" and whole.communicate()[0] == "computing 1\ncomputing 2\n"
+    )
+    assert (tmp_path / "killed/outcome.json").read_text() == (tmp_path / "whole/outcome.json").read_text()
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == ["outcome.json"]
