@@ -1,0 +1,224 @@
+"""The verdict: what the sections' numbers say together, as plain sentences, worst first.
+
+Nothing is measured here, and every sentence stands on a number of `report.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lineament.audit.lenses.gaze import where
+from lineament.audit.place import Window
+from lineament.audit.words import compact, percent, points, short
+from lineament.report.page import Finding
+from lineament.report.section import Section
+from lineament.report.text import printable
+
+
+def findings(sections: Sequence[Section]) -> list[Finding]:
+    """The sentences of the verdict; what the network relies on comes first, then how it holds it."""
+    told = {
+        "gaze": _gaze,
+        "accuracy": _accuracy,
+        "collapse": _collapse,
+        "spectrum": _spectrum,
+        "sharpness": _sharpness,
+        "parts": _parts,
+    }
+    by_name = {section.name: section for section in sections if section.status not in ("failed", "skipped")}
+    found: list[Finding] = []
+    for name, tell in told.items():
+        if name in by_name:
+            found += tell(by_name[name].numbers)
+    order = ("warning", "note", "good")
+    return sorted(found, key=lambda f: order.index(f.severity))
+
+
+def _gaze(n: dict[str, Any]) -> list[Finding]:
+    v = n["place"]
+    w = v["window"]
+    place = where(Window(w["top"], w["left"], w["height"], w["width"]), *n["size"])
+    if v["decides"]:
+        return [
+            Finding(
+                "warning",
+                f"It relies on a shortcut: a small patch at {place}, {percent(v['area'], 0)} of the image. Exchanging that patch alone with one of another class "
+                f"turns {percent(v['followed'], 0)} of answers into that class; the same elsewhere turns {percent(v['others_followed'], 0)}. "
+                f"Accuracy falls from {percent(v['accuracy'])} to {percent(v['swapped_accuracy'])}.",
+                "gaze",
+            )
+        ]
+    lost = v["accuracy"] - v["swapped_accuracy"]
+    if v["matters"]:
+        return [
+            Finding(
+                "note",
+                f"Where it looks matters most at {place}: exchanging that patch costs {points(lost)} of accuracy. No single patch decides the answer.",
+                "gaze",
+            )
+        ]
+    return [
+        Finding(
+            "good",
+            f"It relies on no single fixed place of the image: of {v['windows']} patches tried, none decides the answer.",
+            "gaze",
+        )
+    ]
+
+
+def _accuracy(n: dict[str, Any]) -> list[Finding]:
+    overall, groups = n["overall"], n["groups"]
+    found = []
+    if n["task"] == "regression":
+        worst = max(groups, key=lambda g: g["mae"], default=None)
+        best = min(groups, key=lambda g: g["mae"], default=None)
+        if worst and best and worst["mae"] > 1.5 * best["mae"]:
+            found.append(
+                Finding(
+                    "warning",
+                    f"Its error rises from {compact(best['mae'])} in group {_quoted(best)} to {compact(worst['mae'])} in group {_quoted(worst)}.",
+                    "accuracy",
+                )
+            )
+        useless = overall["r2"] < 0
+        found.append(
+            Finding(
+                "warning" if useless else "good",
+                f"It explains {percent(max(overall['r2'], 0))} of the targets' variance and is off by {compact(overall['mae'])} on average"
+                + (", worse than always answering the mean." if useless else "."),
+                "accuracy",
+            )
+        )
+        return found
+    if len(groups) > 1:
+        best, worst = max(groups, key=lambda g: g["accuracy"]), min(groups, key=lambda g: g["accuracy"])
+        if worst["high"] < best["low"]:
+            found.append(
+                Finding(
+                    "warning" if best["accuracy"] - worst["accuracy"] > 0.1 else "note",
+                    f"Accuracy falls from {percent(best['accuracy'])} in group {_quoted(best)} to {percent(worst['accuracy'])} in group {_quoted(worst)}.",
+                    "accuracy",
+                )
+            )
+        else:
+            found.append(
+                Finding(
+                    "good",
+                    f"Its {len(groups)} groups fare alike, as far as {overall['count']} samples can tell.",
+                    "accuracy",
+                )
+            )
+    classes = n["classes"]
+    worst = min(classes, key=lambda c: c["accuracy"])
+    if worst["high"] < overall["low"] and overall["accuracy"] - worst["accuracy"] > 0.1:
+        found.append(
+            Finding(
+                "note",
+                f"Class {_quoted(worst)} is right in {percent(worst['accuracy'])} only, against {percent(overall['accuracy'])} overall.",
+                "accuracy",
+            )
+        )
+    known = n["calibration"]
+    gap = known["confidence"] - known["accuracy"]
+    if known["error"] > 0.05 and abs(gap) > 0.03:
+        found.append(
+            Finding(
+                "warning" if gap > 0.15 else "note",
+                f"It is {'over' if gap > 0 else 'under'}confident: {percent(known['confidence'])} sure on average, and right in {percent(known['accuracy'])}.",
+                "accuracy",
+            )
+        )
+    chance = 1 / max(len(classes), 1)
+    poor = overall["low"] <= chance
+    found.append(
+        Finding(
+            "warning" if poor else "good",
+            f"It is right for {percent(overall['accuracy'])} of {overall['count']} samples"
+            + (f", no better than guessing among {len(classes)} classes." if poor else "."),
+            "accuracy",
+        )
+    )
+    return found
+
+
+def _collapse(n: dict[str, Any]) -> list[Finding]:
+    last = n["sites"][-1]
+    value = last["nc1_tilde"]
+    if value is None or not value < float("inf"):
+        return [
+            Finding("warning", "At the last place its features are the same for every class.", "collapse")
+        ]
+    near = last["nearest_mean_accuracy"]
+    right = "" if near is None else f"; the nearest class mean is right for {percent(near)}"
+    if value < 0.1:
+        text = f"It holds each class as nearly one point (variance within classes {compact(value)} of that between){right}."
+    elif value < 0.7:
+        text = f"It holds each class as a cluster of its own (variance within classes {compact(value)} of that between){right}."
+    else:
+        text = f"Its classes overlap at the last place (variance within classes {compact(value)} times that between){right}."
+    return [Finding("good" if value < 0.7 else "note", text, "collapse")]
+
+
+def _spectrum(n: dict[str, Any]) -> list[Finding]:
+    last = n["sites"][-1]
+    idle = sum(s["silent"] + s["doubled"] for s in n["sites"])
+    total = sum(s["units"] for s in n["sites"])
+    text = f"It holds what it knows in {compact(last['effective_rank'])} effective directions of {last['units']} units at {short(last['site'], 40)}"
+    if idle > 0.25 * total:
+        return [
+            Finding(
+                "note",
+                f"{text}; {percent(idle / total, 0)} of all units never vary or copy another.",
+                "spectrum",
+            )
+        ]
+    return [Finding("good", f"{text}.", "spectrum")]
+
+
+def _sharpness(n: dict[str, Any]) -> list[Finding]:
+    if n["bottom"] < -0.1 * max(n["top"], 0):
+        return [
+            Finding(
+                "note",
+                f"It does not sit in a minimum: the loss curves downwards (least eigenvalue {compact(n['bottom'])}, greatest {compact(n['top'])}).",
+                "sharpness",
+            )
+        ]
+    return [
+        Finding(
+            "good",
+            f"It sits in a minimum of greatest curvature {compact(n['top'])}; {percent(n['flat_share'], 0)} of weight directions are nearly flat.",
+            "sharpness",
+        )
+    ]
+
+
+def _parts(n: dict[str, Any]) -> list[Finding]:
+    groups = n["groups"]
+    share = n["free"] / len(groups)
+    top = max(groups, key=lambda g: g["mean_cost"])
+    if share > 0.5:
+        return [
+            Finding(
+                "note",
+                f"{percent(share, 0)} of its channel groups can each be silenced at hardly any cost: it is larger than its task.",
+                "parts",
+            )
+        ]
+    cost = (
+        f"{points(top['mean_accuracy_lost'])} of accuracy"
+        if n["task"] == "classification"
+        else f"{compact(top['mean_cost'])} of loss"
+    )
+    return [
+        Finding(
+            "good",
+            f"It needs most of its parts: {percent(share, 0)} of channel groups are dispensable; the costliest, at {short(top['site'], 40)}, is worth {cost}.",
+            "parts",
+        )
+    ]
+
+
+def _quoted(entry: dict[str, Any]) -> str:
+    return f"“{printable(entry['name'], limit=60)}”"

@@ -1,0 +1,403 @@
+"""Where does it look, is that picture of it true, and does it rely on one fixed place of the image?
+
+Saliency maps (Rebuffi et al. 2020, arXiv 2004.02866, and its relatives) on hits and misses; deletion and insertion (Petsiuk et al. 2018)
+against random maps on the same images, as a paired difference; and the intervention of :mod:`lineament.audit.place`. Maps only
+propose: that the network *relies* on something is said where an intervention shows it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lineament.audit.place import Verdict, Window, donors, examine
+from lineament.audit.subject import Subject
+from lineament.audit.words import mean_interval, percent, points, spread
+from lineament.core.batching import progress
+from lineament.core.checks import InputError
+from lineament.explain.faithfulness import faithfulness
+from lineament.explain.saliency import saliency
+from lineament.report.figures import picture
+from lineament.report.outcome import Table
+from lineament.report.section import Picture, Section
+from lineament.report.text import printable
+
+TITLE = "Where does it look?"
+METHOD = "normgrad"
+_MAPS, _TRUTH, _TRIALS = 256, 48, 400
+_SHOWN = 4
+
+
+def applies(subject: Subject) -> str:
+    if subject.task != "classification":
+        return "Maps explain the score of a class; this network answers with real values."
+    if not subject.images:
+        return "Its inputs are no images (batch, channels, height, width) of at least 4 x 4 pixels, so there is no place to look at."
+    return ""
+
+
+def look(subject: Subject) -> Section:
+    rows = subject.subset(subject.affordable(3e12, 4, most=_MAPS), salt=4)
+    trouble = ""
+    try:
+        maps = _maps(subject, rows)
+    except InputError as error:
+        # A network without a map (its layers mix all places at once) can still be intervened on.
+        maps, trouble = None, str(error)
+    mean_map = (
+        None if maps is None else (maps / maps.flatten(1).sum(1).clamp_min(1e-30)[:, None, None]).mean(0)
+    )
+    height, width = subject.inputs(rows[:1]).shape[-2:]
+    trial_rows = subject.subset(subject.affordable(6e12, 70, most=_TRIALS, least=48), salt=5)
+    flat = torch.ones(height, width)
+    verdict = examine(subject, trial_rows, flat if mean_map is None else mean_map)
+    pictures: list[Picture] = []
+    tables: list[Table] = []
+    numbers: dict[str, Any] = {"place": verdict.to_dict(), "size": [height, width], "method": subject.method}
+    sentence = _place_words(verdict, height, width)
+    pictures.append(_exchange(subject, trial_rows, verdict))
+    pictures.append(_frame(subject, rows, mean_map, verdict))
+    if maps is None:
+        sentence += f" Saliency maps are missing: {trouble}"
+    else:
+        truth = _truth(subject, rows, maps)
+        numbers["faithfulness"] = truth
+        sentence += " " + _truth_words(truth, subject.method)
+        hits, misses = _picked(subject, rows)
+        numbers["picked"] = {"hits": rows[hits].tolist(), "misses": rows[misses].tolist()}
+        pictures += [_overlay(subject, rows, maps, hits, misses), _curves(truth)]
+    tables.append(_table(verdict))
+    number, unit = (
+        (percent(verdict.followed, 0), "of answers follow one small patch of the frame")
+        if verdict.decides
+        else (
+            percent(max(verdict.lost_excess[0], 0.0), 0),
+            "of answers hang on the most decisive small patch",
+        )
+    )
+    untrue = maps is not None and numbers["faithfulness"]["gain"][1] <= 0
+    return Section(
+        name="gaze",
+        title=TITLE,
+        status="warning"
+        if verdict.decides
+        else "note"
+        if verdict.matters or maps is None or untrue
+        else "good",
+        number=number,
+        unit=unit,
+        sentence=sentence,
+        pictures=pictures,
+        tables=tables,
+        method=METHOD,
+        numbers=numbers,
+    )
+
+
+def where(window: Window, height: int, width: int) -> str:
+    """A window in words: where it lies, and its pixels.
+
+    >>> where(Window(0, 0, 4, 4), 20, 20)
+    'the top left (rows 1–4, columns 1–4)'
+    """
+    rows = f"rows {window.top + 1}–{window.top + window.height}"
+    columns = f"columns {window.left + 1}–{window.left + window.width}"
+    return f"{window.words(height, width)} ({rows}, {columns})"
+
+
+def _maps(subject: Subject, rows: Tensor) -> Tensor:
+    found = []
+    for part in progress(list(subject.parts(rows)), "saliency"):
+        maps = saliency(
+            subject.model,
+            subject.inputs(part),
+            subject.outputs[part].argmax(1),
+            site=subject.gaze_site,
+            method=subject.method,
+            seed=subject.seed,
+        )
+        found.append(maps[:, 0].float().cpu())
+    maps = torch.cat(found)
+    # Signed maps speak for and against; where the network looks is both.
+    return maps.abs()
+
+
+def _truth(subject: Subject, rows: Tensor, maps: Tensor) -> dict[str, Any]:
+    """Deletion and insertion of the maps and of random ones, with the paired gain's interval."""
+    count = subject.affordable(3e12, 90, most=_TRUTH, least=8)
+    if subject.fixed_batch:
+        count = max(subject.batch_size, count // subject.batch_size * subject.batch_size)
+    chosen = torch.tensor(spread(len(rows), min(count, len(rows))))
+    found = faithfulness(
+        subject.model,
+        subject.inputs(rows[chosen]),
+        maps[chosen][:, None],
+        subject.outputs[rows[chosen]].argmax(1),
+        steps=min(20, maps.shape[-1] * maps.shape[-2]),
+        seed=subject.seed,
+        batch_size=subject.batch_size if subject.fixed_batch else "auto",
+    )
+    gains = (
+        found.insertion_area - found.random_insertion_area + found.random_deletion_area - found.deletion_area
+    )
+    return {
+        **{k: v for k, v in found.to_dict().items() if k != "gain"},
+        "gain": list(mean_interval(gains.cpu())),
+        "images": len(chosen),
+    }
+
+
+def _truth_words(truth: dict[str, Any], method: str) -> str:
+    gain, low, high = truth["gain"]
+    interval = f"gain {gain:.2f}, 95 % interval {low:.2f} to {high:.2f}".replace("-", "−")
+    if low > 0:
+        return f"The maps ({method}) are truer than chance: taking pixels away or giving them back in their order beats a random order ({interval})."
+    if high < 0:
+        return f"The maps ({method}) mislead: a random order of pixels does better than theirs ({interval}), so do not read much into them."
+    return f"Whether the maps ({method}) are truer than chance cannot be told from {truth['images']} images ({interval})."
+
+
+def _place_words(v: Verdict, height: int, width: int) -> str:
+    place = where(v.window, height, width)
+    area = percent(v.area, 0)
+    gaze = (
+        f" The maps put {percent(v.gaze_share, 0)} of their weight there, {v.gaze_share / v.area:.1f} times its share of the area."
+        if v.gaze_share > 1.5 * v.area
+        else ""
+    )
+    lost, others = v.accuracy - v.swapped_accuracy, v.accuracy - v.others_swapped_accuracy
+    if v.decides:
+        return (
+            f"The network relies on one fixed place of the image: a patch of {area} of the frame at {place}. When only this patch is exchanged with that of "
+            f"an image of another class, {percent(v.followed, 0)} of answers change to that class ({percent(v.others_followed, 0)} for patches elsewhere), and accuracy falls "
+            f"from {percent(v.accuracy)} to {percent(v.swapped_accuracy)}. Whatever else an image shows, this patch outweighs it.{gaze}"
+        )
+    if v.matters:
+        return (
+            f"The place that matters most is {place}, {area} of the frame: exchanging it with that of another class's image costs {points(lost)} of accuracy, "
+            f"against {points(others)} for patches of the same size elsewhere; but only {percent(v.followed, 0)} of answers follow the patch, so that it alone does not decide.{gaze}"
+        )
+    return (
+        f"No small fixed place decides: of {v.windows} patches tried, the most decisive ({place}, {area} of the frame) costs {points(lost)} of accuracy when exchanged with "
+        f"that of another class's image, against {points(others)} elsewhere.{gaze}"
+    )
+
+
+def _table(v: Verdict) -> Table:
+    def interval(x: tuple[float, float, float]) -> str:
+        return f"{percent(x[0])} ({percent(x[1])} to {percent(x[2])})"
+
+    return Table(
+        f"What one patch decides, on {v.samples} images that did not choose it",
+        ("intervention", "this patch", "other patches", "difference (95 % interval)"),
+        [
+            (
+                "answers follow the exchanged patch",
+                percent(v.followed),
+                percent(v.others_followed),
+                interval(v.followed_excess),
+            ),
+            (
+                "accuracy with the patch exchanged",
+                percent(v.swapped_accuracy),
+                percent(v.others_swapped_accuracy),
+                interval(v.lost_excess),
+            ),
+            (
+                "accuracy with the patch covered",
+                percent(v.covered_accuracy),
+                percent(v.others_covered_accuracy),
+                interval(v.covered_excess),
+            ),
+        ],
+    )
+
+
+def _picked(subject: Subject, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions in ``rows`` of some hits and some misses: spread evenly, so that nothing is picked for its looks."""
+    right = subject.outputs[rows].argmax(1) == subject.targets[rows]
+    hits, misses = right.nonzero().flatten(), (~right).nonzero().flatten()
+    return hits[spread(len(hits), _SHOWN)], misses[spread(len(misses), _SHOWN)]
+
+
+def _show(ax: Any, image: Any) -> None:
+    ax.imshow(image, cmap="gray" if image.ndim == 2 else None, vmin=0, vmax=1)
+    _bare(ax)
+
+
+def _bare(ax: Any) -> None:
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def _overlay(subject: Subject, rows: Tensor, maps: Tensor, hits: Tensor, misses: Tensor) -> Picture:
+    lines = [("right", hits), ("wrong", misses)]
+    lines = [(word, chosen) for word, chosen in lines if len(chosen)]
+    columns = max(len(chosen) for _, chosen in lines)
+
+    def draw(axes: Any) -> None:
+        for line, (word, chosen) in enumerate(lines):
+            for column in range(columns):
+                bare, seen = axes[line, 2 * column], axes[line, 2 * column + 1]
+                if column >= len(chosen):
+                    bare.set_axis_off()
+                    seen.set_axis_off()
+                    continue
+                at = int(chosen[column])
+                row = int(rows[at])
+                image = subject.display(row)
+                _show(bare, image.numpy())
+                true = printable(subject.class_name(int(subject.targets[row])), limit=13)
+                said = printable(subject.class_name(int(subject.outputs[row].argmax())), limit=13)
+                bare.set_title(f"{true}" if word == "right" else f"{true}, not", fontsize=8)
+                seen.set_title("✓" if word == "right" else said, fontsize=8)
+                _show(seen, (image if image.ndim == 2 else image.mean(-1)).numpy())
+                found = maps[at]
+                heat = (found - found.min()) / (found.max() - found.min()).clamp_min(1e-30)
+                heat = F.interpolate(
+                    heat[None, None], size=image.shape[:2], mode="bilinear", align_corners=False
+                )[0, 0]
+                seen.imshow(heat.numpy(), cmap="inferno", alpha=0.65, vmin=0, vmax=1)
+
+    return picture(
+        draw,
+        kind="png",
+        panels=(len(lines), 2 * columns),
+        size=(7.4, 0.5 + 1.05 * len(lines) * 4 / max(columns, 3)),
+        caption="Each image beside where the network looked for its answer (bright). First row: answers that are right; second row: wrong ones, "
+        "with the true class and, above the map, what the network said.",
+        alt=f"Saliency maps beside their images for {len(hits)} right and {len(misses)} wrong answers.",
+    )
+
+
+def _exchange(subject: Subject, rows: Tensor, v: Verdict) -> Picture:
+    """Image, image that lends its patch, and what comes out: the intervention as one sees it."""
+    lent = donors(subject, rows)
+    right = (subject.outputs[rows].argmax(1) == subject.targets[rows]).nonzero().flatten()
+    at = right[spread(len(right), 4)] if len(right) else torch.arange(min(4, len(rows)))
+    chosen, givers = rows[at], lent[at]
+    if subject.fixed_batch:
+        chosen, givers = (
+            chosen.repeat(subject.batch_size)[: subject.batch_size],
+            givers.repeat(subject.batch_size)[: subject.batch_size],
+        )
+    partner = dict(zip(chosen.tolist(), givers.tolist()))
+
+    def swapped(x: Tensor, part: Tensor) -> Tensor:
+        other = subject.inputs(torch.tensor([partner[r] for r in part.tolist()]))
+        x = x.clone()
+        x[(..., *v.window.cut())] = other[(..., *v.window.cut())]
+        return x
+
+    answers = subject.answer(chosen, swapped).argmax(1)
+    count = len(at)
+
+    def draw(axes: Any) -> None:
+        from matplotlib.patches import Rectangle
+
+        for column in range(count):
+            row, giver = int(chosen[column]), int(givers[column])
+            image, other = subject.display(row).clone(), subject.display(giver)
+            mixed = image.clone()
+            mixed[v.window.cut()] = other[v.window.cut()]
+            names = [
+                subject.class_name(int(k))
+                for k in (subject.targets[row], subject.targets[giver], answers[column])
+            ]
+            words = ("is", "lends its patch:", "now says")
+            for line, (shown, word, name) in enumerate(zip((image, other, mixed), words, names)):
+                ax = axes[line, column]
+                _show(ax, shown.numpy())
+                ax.set_title(f"{word} {printable(name, limit=14)}", fontsize=8, loc="center")
+                ax.add_patch(
+                    Rectangle(
+                        (v.window.left - 0.5, v.window.top - 0.5), v.window.width, v.window.height,
+                        fill=False, edgecolor="C1", linewidth=1.6,
+                    )
+                )  # fmt: skip
+
+    return picture(
+        draw,
+        kind="png",
+        panels=(3, count),
+        size=(1.5 * count + 0.4, 5.4),
+        caption="The test: an image (top) gets only the framed patch of another (middle); below, what the network then says.",
+        alt=f"{count} images that each get one patch of an image of another class; the answer changes to that class "
+        f"in {percent(v.followed, 0)} of all {v.samples} images tried.",
+    )
+
+
+def _frame(subject: Subject, rows: Tensor, mean_map: Tensor | None, v: Verdict) -> Picture:
+    mean = torch.stack([subject.display(int(r)) for r in rows[:100]]).mean(0)
+
+    def draw(axes: Any) -> None:
+        from matplotlib.patches import Rectangle
+
+        panels = list(axes[0])
+        _show(panels[0], mean.numpy())
+        panels[0].set_title("the mean image")
+        height, width = mean.shape[:2]
+        if mean_map is not None:
+            panels[1].imshow(mean_map.numpy(), cmap="inferno", vmin=0)
+            panels[1].set_title("where it looks, on average")
+            _bare(panels[1])
+        image = panels[-1].imshow(
+            v.map,
+            cmap="inferno",
+            vmin=0,
+            vmax=max(0.2, v.followed),
+            extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+        )
+        panels[-1].set_title("answers that follow a patch")
+        _bare(panels[-1])
+        bar = panels[-1].figure.colorbar(image, ax=panels[-1], shrink=0.75)
+        bar.outline.set_visible(False)
+        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+        for ax in panels:
+            ax.add_patch(
+                Rectangle(
+                    (v.window.left - 0.5, v.window.top - 0.5), v.window.width, v.window.height,
+                    fill=False, edgecolor="C1", linewidth=1.8,
+                )
+            )  # fmt: skip
+
+    return picture(
+        draw,
+        kind="png",
+        panels=(1, 2 if mean_map is None else 3),
+        size=(7.4, 2.5),
+        caption="Looking and intervening: the frame marks the patch that decides most. "
+        "On the right, how many answers follow each patch when it is exchanged between images of different classes.",
+        alt=f"Mean image, mean saliency map and map of the intervention; the framed patch at {where(v.window, *mean.shape[:2])} "
+        f"decides {percent(v.followed, 0)} of answers, patches elsewhere {percent(v.others_followed, 0)}.",
+    )
+
+
+def _curves(truth: dict[str, Any]) -> Picture:
+    def draw(axes: Any) -> None:
+        at = truth["fractions"]
+        for ax, name, colour in zip(axes[0], ("deletion", "insertion"), ("C1", "C0")):
+            ax.plot(at, truth[name], color=colour, label="in the map's order")
+            ax.plot(at, truth[f"random_{name}"], color="C7", linestyle="--", label="in random order")
+            ax.set(
+                title="pixels taken away" if name == "deletion" else "pixels given back",
+                xlabel="share of pixels",
+                ylim=(0, 1.02),
+            )
+            ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+        axes[0][0].set_ylabel("probability of the answer")
+        axes[0][0].legend(loc="upper right")
+
+    return picture(
+        draw,
+        panels=(1, 2),
+        size=(7.0, 2.9),
+        caption="Are the maps true? If they are, the answer fades fast when their brightest pixels are taken away, and comes back fast when they are given back.",
+        alt=f"Deletion area {truth['deletion_area']:.2f} against {truth['random_deletion_area']:.2f} at random; insertion area "
+        f"{truth['insertion_area']:.2f} against {truth['random_insertion_area']:.2f}.",
+    )

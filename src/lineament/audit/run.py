@@ -1,0 +1,405 @@
+"""The main job: one model, some data, all lenses, one report.
+
+Everything is checked before any lens looks. Each lens's section is a stage of a checkpoint in the output folder, so that a killed
+run goes on where it stopped and gives the same report. A lens that fails says so in its section, and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lineament.audit import default
+from lineament.audit.findings import findings
+from lineament.audit.lenses import LENSES, lens
+from lineament.audit.models import Loaded, digest, load
+from lineament.audit.subject import Subject, bring_together, one_output, two_logits
+from lineament.core import checks
+from lineament.core.batching import Checkpoint
+from lineament.core.checks import InputError, require, show
+from lineament.core.files import output_folder
+from lineament.core.models import device_of
+from lineament.data.loading import Samples, checked
+from lineament.data.loading import load as load_data
+from lineament.explain.saliency import METHODS as SALIENCY
+from lineament.papers import search
+from lineament.report import page
+from lineament.report.outcome import versions
+from lineament.report.page import Finding
+from lineament.report.section import Section
+
+_STAGES = ".stages"
+_SOURCES = {
+    "calibration": ("On calibration of modern neural networks", 2017, "1706.04599"),
+    "effective-rank": ("RankMe: effective rank of learned features", 2022, "2210.02885"),
+    "hessian-density": (
+        "An investigation into neural net optimization via Hessian eigenvalue density",
+        2019,
+        "1901.10159",
+    ),
+    "ablation": ("Ablation studies in artificial neural networks", 2019, "1901.08644"),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an audit found: the verdict, one section a lens, and where the page is."""
+
+    title: str
+    findings: Sequence[Finding]
+    sections: Sequence[Section]
+    html: Path
+    json: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "findings": [finding.to_dict() for finding in self.findings],
+            "sections": [section.to_dict() for section in self.sections],
+            "html": str(self.html),
+            "json": str(self.json),
+        }
+
+    def __getitem__(self, name: str) -> Section:
+        """The section of a lens."""
+        for section in self.sections:
+            if section.name == name:
+                return section
+        raise InputError(
+            f"report: no section {name!r}{checks.suggest(name, [s.name for s in self.sections])}"
+        )
+
+
+def audit(
+    model: nn.Module | str | None = None,
+    data: str | Path | Samples | tuple[Any, Any] | None = None,
+    *,
+    out: str | Path,
+    weights: str | Path | None = None,
+    lenses: Sequence[str] | None = None,
+    sites: Sequence[str] = (),
+    classes: Sequence[str] | None = None,
+    groups: Any = None,
+    inputs: str | None = None,
+    targets: str | None = None,
+    split: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+    task: str = "auto",
+    method: str = "norm_grad",
+    gaze_site: str | None = None,
+    samples: int = 2000,
+    batch_size: int = 64,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    note: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """What does this network rely on, and how does it hold it?
+
+    Args:
+        model: an ``nn.Module``, or what :func:`lineament.audit.models.load` takes; ``None``, without data, trains a small network on digits
+            with a planted mark and audits that.
+        data: what :func:`lineament.data.loading.load` takes, or a pair ``(inputs, targets)`` of tensors or arrays.
+        out: the folder for `report.html` and `report.json`.
+        lenses: names of :data:`lineament.audit.lenses.LENSES`; all by default.
+        sites: sites or globs; by default the blocks of the network, up to eight, and the input of its head.
+        groups: the array that names each sample's group, by name; for a pair, the array itself.
+        normalize: (mean, deviation) per channel, for images scaled to [0, 1].
+        task: ``"classification"``, ``"regression"`` or ``"auto"``.
+        method, gaze_site: of the saliency maps, see :func:`lineament.explain.saliency.saliency`.
+        samples: read at most so many.
+        note: called with a line for each step, for who waits.
+
+    Returns:
+        A :class:`Report`; the model is left as it was.
+
+    Raises:
+        InputError: whatever cannot be used, before any lens looks.
+
+    >>> import tempfile
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    >>> found = audit(net, "digits", out=tempfile.mkdtemp(), lenses=["accuracy"], samples=50)
+    >>> found["accuracy"].numbers["overall"]["count"]
+    50
+    """
+    chosen = list(dict.fromkeys(lenses)) if lenses is not None else list(LENSES)
+    require(bool(chosen), "lenses: got none, expected at least one of " + ", ".join(LENSES))
+    for name in chosen:
+        checks.one_of("lenses", name, list(LENSES))
+    chosen = [name for name in LENSES if name in chosen]
+    checks.one_of("task", task, ("auto", "classification", "regression"))
+    checks.one_of("method", method, list(SALIENCY))
+    for what, value, least in (("samples", samples, 2), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+        checks.number(what, value, low=least, integer=True)
+    pair = _normalization(normalize)
+    folder = _fresh(out, overwrite)
+
+    note("reading the model and the data")
+    embedded = model is None
+    checkpoint = None
+    if embedded:
+        require(
+            data is None and weights is None, "MODEL: got none, but data or weights; pass the model first"
+        )
+        key = {"default": seed, "torch": torch.__version__, "epoch": 1}
+        trained = Checkpoint(folder / _STAGES / "training", key)
+        state = trained.stage("train", lambda: default.train(seed))
+        network = default.small_cnn(seed).eval()
+        network.load_state_dict(state)
+        loaded = Loaded(network, "a small network trained just now on digits with a planted mark", "default")
+        held = load_data("shortcut-digits", samples=samples, seed=seed, classes=classes)
+    else:
+        require(
+            data is not None,
+            "DATA: got none, expected an .npz file, a folder of images by class, a Hugging Face data set or 'digits'",
+        )
+        loaded = load(model, weights=weights)  # pyright: ignore[reportArgumentType]
+        size = image_size if image_size is not None else loaded.size
+        held = _samples(
+            data,
+            samples=samples,
+            seed=seed,
+            inputs=inputs,
+            targets=targets,
+            groups=groups,
+            classes=classes,
+            split=split,
+            image_size=size,
+        )
+    widen = one_output(loaded, held, task)
+    with two_logits(loaded.model, widen):
+        subject = bring_together(
+            loaded,
+            held,
+            task=task,
+            sites=sites,
+            normalize=pair,
+            device=device,
+            batch_size=batch_size,
+            method=method,
+            gaze_site=gaze_site,
+            seed=seed,
+        )
+        if widen:
+            subject = replace(
+                subject, notes=(*subject.notes, "one output z for two classes is read as the logits (0, z)")
+            )
+        checkpoint = Checkpoint(folder / _STAGES / "lenses", _key(subject, loaded))
+        if checkpoint.resumed:
+            note("an earlier run of the same audit was cut off; going on where it stopped")
+        sections = []
+        for number, name in enumerate(chosen, 1):
+            note(f"{number}/{len(chosen)} {name}: {LENSES[name]}")
+            sections.append(
+                Section.from_dict(checkpoint.stage(name, lambda name=name: _look(name, subject).to_dict()))
+            )
+    told = findings(sections)
+    title = _title(loaded)
+    html, json = page.write(
+        folder,
+        title,
+        "What does this network rely on, and how does it hold it?",
+        _facts(subject, loaded),
+        told,
+        sections,
+        command=_command(),
+        methods=_methods(sections),
+        versions=versions(),
+        extra={
+            "notes": list(subject.notes),
+            "sites": list(subject.sites),
+            "task": subject.task,
+            "classes": list(subject.classes),
+        },
+    )
+    Checkpoint.finish(checkpoint)
+    _remove_stages(folder)
+    return Report(title, told, sections, html, json)
+
+
+def _look(name: str, subject: Subject) -> Section:
+    module = lens(name)
+    start = time.perf_counter()
+    reason = module.applies(subject)
+    if reason:
+        return Section(name, module.TITLE, "skipped", "", "", reason, method="")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            section = module.look(subject)
+    except Exception as error:
+        # One lens that fails must not take the others' answers away.
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        return Section(
+            name, module.TITLE, "failed", "", "", f"This lens failed and the others went on. {kind}{error}",
+            seconds=time.perf_counter() - start,
+        )  # fmt: skip
+    return replace(section, numbers=page.plain(section.numbers), seconds=time.perf_counter() - start)
+
+
+def _samples(
+    data: Any, *, groups: Any, classes: Sequence[str] | None, samples: int, seed: int, **options: Any
+) -> Samples:
+    if isinstance(data, (str, Path)):
+        require(
+            groups is None or isinstance(groups, str),
+            f"groups: got {show(groups)}, expected the name of an array of the data",
+        )
+        return load_data(data, samples=samples, seed=seed, groups=groups, classes=classes, **options)
+    from lineament.data.loading import Budget, coded, take, with_groups
+
+    if not isinstance(data, Samples):
+        require(
+            isinstance(data, (tuple, list)) and len(data) == 2,
+            f"data: got {show(data)}, expected a path, a name or a pair (inputs, targets)",
+        )
+        x, y = (
+            v.detach().cpu()
+            if isinstance(v, Tensor)
+            else torch.as_tensor(np.asarray(v))
+            if not _strings(v)
+            else v
+            for v in data
+        )
+        numbers, names = coded("targets", np.asarray(y))
+        x = x if x.dtype == torch.uint8 else x.float()
+        data = Samples(x, numbers, torch.arange(len(numbers)), len(numbers), "arrays", names)
+    if classes is not None:
+        data = replace(data, classes=tuple(map(str, classes)))
+    if groups is not None:
+        data = with_groups(data, np.asarray(groups))
+    require(
+        len(data.inputs) == len(data.targets),
+        f"data: {len(data.inputs)} inputs and {len(data.targets)} targets, expected as many",
+    )
+    return checked(take(data, torch.from_numpy(Budget(samples, seed).choose(len(data)))))
+
+
+def _strings(value: Any) -> bool:
+    return np.asarray(value).dtype.kind in "SU"
+
+
+def _fresh(out: str | Path, overwrite: bool) -> Path:
+    """The output folder: new, empty, or of an unfinished run; another only with ``overwrite``."""
+    folder = Path(out)
+    if folder.is_dir():
+        present = {p.name for p in folder.iterdir()}
+        finished = "report.html" in present
+        require(
+            overwrite or not finished,
+            f"--out: {str(out)!r} already holds a finished report; give --overwrite to replace it, or choose another folder",
+        )
+        own = {
+            name
+            for name in present
+            if name in ("report.html", "report.json", _STAGES) or name.startswith(".report-")
+        }
+        foreign = sorted(present - own)
+        require(
+            not foreign,
+            f"--out: {str(out)!r} holds files that are no report's ({checks.show(foreign[0]) if foreign else ''} ...); choose an empty or new folder",
+        )
+    folder = output_folder(folder)
+    # What a killed run had half written.
+    for leftover in folder.glob(".report-*"):
+        leftover.unlink(missing_ok=True)
+    return folder
+
+
+def _remove_stages(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder / _STAGES, ignore_errors=True)
+
+
+def _normalization(normalize: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    if normalize is None:
+        return None
+    require(len(normalize) == 2, f"normalize: got {show(normalize)}, expected (mean, deviation)")
+    mean, std = (
+        tuple(float(v) for v in ([values] if isinstance(values, (int, float)) else values))
+        for values in normalize
+    )
+    require(
+        len(mean) == len(std) and len(mean) > 0 and all(s > 0 for s in std),
+        f"normalize: got mean {mean} and deviation {std}, expected as many of each and deviations above 0",
+    )
+    return mean, std
+
+
+def _key(subject: Subject, loaded: Loaded) -> dict[str, Any]:
+    """Everything that decides a section: the network, the samples, the options."""
+    data = hashlib.sha256()
+    for value in (subject.samples.inputs, subject.samples.targets, subject.samples.groups, subject.outputs):
+        if value is not None:
+            data.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            data.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return {
+        "model": digest(loaded.model),
+        "data": data.hexdigest(),
+        "names": [subject.classes, subject.samples.group_names],
+        "layout": str(subject.layout),
+        "options": [
+            subject.task,
+            subject.sites,
+            subject.method,
+            subject.gaze_site,
+            subject.batch_size,
+            subject.seed,
+        ],
+        "device": str(device_of(subject.model)),
+        "versions": versions(),
+    }
+
+
+def _title(loaded: Loaded) -> str:
+    return "A small network on digits with a planted mark" if loaded.kind == "default" else loaded.source
+
+
+def _facts(subject: Subject, loaded: Loaded) -> list[tuple[str, Any]]:
+    samples = subject.samples
+    used = f"{len(samples):,}" + (f" of {samples.total:,}" if samples.total > len(samples) else "")
+    weights = sum(p.numel() for p in subject.model.parameters())
+    facts: list[tuple[str, Any]] = [
+        ("Network", type(subject.model).__name__),
+        ("Weights", f"{weights:,}"),
+        ("Data", samples.source),
+        ("Samples", used),
+        ("Input", " × ".join(map(str, subject.inputs(torch.tensor([0])).shape[1:]))),
+    ]
+    if subject.task == "classification":
+        facts.append(("Classes", subject.outputs.shape[1]))
+    else:
+        facts.append(("Task", "real-valued targets"))
+    if samples.groups is not None:
+        facts.append(("Groups", len(samples.group_names)))
+    return [*facts, ("Device", str(device_of(subject.model)))]
+
+
+def _methods(sections: Iterable[Section]) -> dict[str, dict[str, Any]]:
+    papers = {paper.slug: {"title": paper.title, "year": paper.year, "url": paper.url} for paper in search()}
+    others = {
+        slug: {"title": t, "year": y, "url": f"https://arxiv.org/abs/{n}"}
+        for slug, (t, y, n) in _SOURCES.items()
+    }
+    known = {**others, **papers}
+    return {s.method: known[s.method] for s in sections if s.method in known}
+
+
+def _command() -> str:
+    name = Path(sys.argv[0]).name if sys.argv else ""
+    if name in ("lineament", "__main__.py"):
+        return shlex.join(["lineament", *sys.argv[1:]])
+    return "lineament.audit.audit(model, data, out=...)"
