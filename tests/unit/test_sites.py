@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import doctest
 import gc
 import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -749,3 +751,12 @@ def test_a_model_compiled_inside_the_first_block_of_a_process():
         assert torch.equal(compiled(x), net(x)) and not net[0]._forward_hooks
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)
+
+
+def test_the_examples_of_the_guide():
+    pytest.importorskip("transformers", reason="the extra 'lm' is not installed")
+    guide = Path(__file__).parents[2] / "docs" / "core" / "sites.md"
+    failed, run = doctest.testfile(
+        str(guide), module_relative=False, optionflags=doctest.IGNORE_EXCEPTION_DETAIL
+    )
+    assert run > 15 and not failed
