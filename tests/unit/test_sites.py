@@ -288,6 +288,15 @@ def test_nothing_keeps_the_recorded_tensors_alive(x):
     assert gone == [1]
 
 
+def test_which_sites_a_forward_came_by(x):
+    net = nn.ModuleDict({"used": nn.Identity(), "unused": nn.Identity()})
+    with capture(net, "*") as acts:
+        assert acts.reached() == []
+        net["used"](x)
+        net["used"](x)
+    assert acts.reached() == ["used"]
+
+
 # --- early stop ------------------------------------------------------------------------------------------------------
 
 

@@ -82,6 +82,12 @@ class Activations(Mapping[str, Tensor]):
             )
         return found
 
+    def reached(self) -> list[str]:
+        """The sites that the last forward came by with a tensor; after a capture of ``"*"`` not all are."""
+        return [
+            name for name, calls in self._calls.items() if calls and all(isinstance(c, Tensor) for c in calls)
+        ]
+
     def gradients(self, score: Tensor, *, create_graph: bool = False) -> dict[str, Tensor]:
         """The gradient of a scalar with respect to what passed at each site: {site: d score / d activation}.
 
