@@ -8,6 +8,7 @@ from torch import nn
 
 from lineament.core.checks import InputError
 from lineament.explain.saliency import METHODS, saliency
+from tests.contracts.unchanged import unchanged
 
 PLACED = [m for m in METHODS if METHODS[m].extract or m == "cam"]
 
@@ -23,6 +24,11 @@ def network(inplace: bool = False, method: str = "") -> nn.Sequential:
         nn.ReLU(inplace), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 6), nn.ReLU(inplace),
         nn.Linear(6, 4),
     )  # fmt: skip
+
+
+class Broken(nn.Module):
+    def forward(self, x):
+        raise RuntimeError("broken")
 
 
 def explain(net, x, method, targets=1, **options):
@@ -56,20 +62,28 @@ class TestContract:
         net = network(method=method)
         net.train()
         net[0].bias.requires_grad_(False)
-        before = {k: v.clone() for k, v in net.state_dict().items()}
-        explain(net, torch.rand(2, 2, 12, 9), method)
-        with pytest.raises(InputError):
-            explain(net, torch.rand(2, 2, 12, 9), method, targets=9) if method in PLACED else explain(
-                net, torch.rand(2, 2, 12), method
-            )
-        assert (
-            all(m.training for m in net.modules())
-            and not net[0].bias.requires_grad
-            and net[0].weight.requires_grad
-        )
-        assert all(p.grad is None for p in net.parameters())
-        assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-        assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in net.modules())
+        with unchanged(net):
+            explain(net, torch.rand(2, 2, 12, 9, generator=torch.Generator().manual_seed(0)), method)
+        broken = nn.Sequential(net, Broken())
+        with unchanged(broken), pytest.raises((RuntimeError, InputError), match=r"broken|NaN"):
+            site = "0.0" if method == "norm_grad_proper" else "0.2"
+            saliency(broken, torch.ones(2, 2, 12, 9), "all", site=site, method=method)
+
+    def test_the_callers_modes_change_nothing(self, method):
+        net, x = network(method=method), torch.rand(2, 2, 12, 9)
+        reference = explain(net, x, method)
+        with torch.no_grad():
+            assert torch.equal(explain(net, x, method), reference)
+        with torch.inference_mode():
+            assert torch.equal(explain(net, x.clone(), method), reference)
+        assert torch.equal(explain(net, x.double(), method), reference)
+        torch.testing.assert_close(explain(net, x, method, batch_size=1)[:1], reference[:1])
+
+    def test_all_classes_are_the_single_classes_side_by_side(self, method):
+        net, x = network(method=method), torch.rand(2, 2, 12, 9)
+        every = explain(net, x, method, targets="all")
+        assert every.shape == (2, 4, 12, 9)
+        torch.testing.assert_close(every[:, 3:4], explain(net, x, method, targets=3), rtol=1e-4, atol=1e-6)
 
     def test_the_same_call_gives_the_same_map(self, method):
         net, x = network(method=method), torch.rand(2, 2, 12, 9)

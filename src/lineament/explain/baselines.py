@@ -20,6 +20,7 @@ from lineament.explain.scores import cotangent, differentiable, prepared, scores
 _POINTS_AT_ONCE = 16
 
 
+@torch.inference_mode(False)
 def integrated_gradients(
     model: nn.Module,
     images: Float[Tensor, "batch channels height width"],

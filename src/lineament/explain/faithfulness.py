@@ -100,6 +100,7 @@ class Faithfulness:
         return ax
 
 
+@torch.inference_mode(False)
 def faithfulness(
     model: nn.Module,
     images: Float[Tensor, "batch channels height width"],

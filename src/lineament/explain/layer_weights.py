@@ -26,6 +26,7 @@ from lineament.explain.scores import prepared
 WEIGHTS = ("uniform", "linear", "spread", "accuracy", "pointing")
 
 
+@torch.inference_mode(False)
 def layer_weights(
     model: nn.Module,
     images: Float[Tensor, "batch channels height width"],

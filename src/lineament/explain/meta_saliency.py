@@ -22,6 +22,7 @@ from lineament.explain.saliency_checks import Similarity
 from lineament.explain.scores import class_scores, differentiable, prepared, scores_of
 
 
+@torch.inference_mode(False)
 def meta_saliency(
     model: nn.Module,
     images: Float[Tensor, "batch channels height width"],

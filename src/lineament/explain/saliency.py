@@ -73,6 +73,7 @@ METHODS: dict[str, Method] = {
 _CLASSES_AT_ONCE = 8
 
 
+@torch.inference_mode(False)
 def saliency(
     model: nn.Module,
     images: Float[Tensor, "batch channels height width"],

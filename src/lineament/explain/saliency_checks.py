@@ -99,6 +99,7 @@ class Similarity:
         return ax
 
 
+@torch.inference_mode(False)
 def class_sensitivity(
     model: nn.Module,
     images: Float[Tensor, "batch channels height width"],
@@ -165,6 +166,7 @@ class Randomisation:
         return ax
 
 
+@torch.inference_mode(False)
 def randomisation(
     model: nn.Module,
     images: Float[Tensor, "batch channels height width"],

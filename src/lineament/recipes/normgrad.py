@@ -408,7 +408,7 @@ def _picture_grid(model: nn.Module, scenes: DigitScenes, out: Path) -> Figure:
             ]
             for column, (title, values, colours) in enumerate(panels):
                 ax = axes[row, column]
-                ax.imshow(values, cmap=colours)
+                ax.imshow(values.numpy(), cmap=colours)
                 ax.set(xticks=[], yticks=[], title=title if row == 0 else "")
                 if column == 0:
                     ax.set_ylabel(method, fontsize=7)
