@@ -231,7 +231,7 @@ def _exported(path: Path) -> Loaded:
         raise InputError(
             f"MODEL: {str(path)!r} is corrupt or was written by another version of torch.export ({type(error).__name__}: {error})"
         ) from error
-    shape = tuple(getattr(inputs, "shape", ()))
+    shape: tuple[Any, ...] = tuple(getattr(inputs, "shape", ()))
     batch = shape[0] if shape and isinstance(shape[0], int) else None
     size = (shape[2], shape[3]) if len(shape) == 4 and all(isinstance(s, int) for s in shape[2:]) else None
     notes = ["exported by torch.export: modules are those that the export kept"]

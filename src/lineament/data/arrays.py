@@ -116,6 +116,7 @@ def _rows(archive: zipfile.ZipFile, name: str, rows: np.ndarray) -> np.ndarray:
             len(shape) > 0 and (not len(rows) or int(rows[-1]) < shape[0]),
             f"DATA: array {name!r} has shape {shape}, expected at least {int(rows[-1]) + 1 if len(rows) else 0} entries",
         )
+        total = shape[0]
         if fortran and len(shape) > 1:
             whole = _exactly(file, int(np.prod(shape)) * dtype.itemsize, name)
             return np.frombuffer(whole, dtype).reshape(shape, order="F")[rows].copy()
@@ -125,10 +126,10 @@ def _rows(archive: zipfile.ZipFile, name: str, rows: np.ndarray) -> np.ndarray:
             return found
         block = max(1, (1 << 22) // width)
         taken = 0
-        for start in range(0, shape[0], block):
+        for start in range(0, total, block):
             if taken == len(rows):
                 break
-            size = min(block, shape[0] - start)
+            size = min(block, total - start)
             values = np.frombuffer(_exactly(file, size * width, name), dtype).reshape(size, *shape[1:])
             last = int(np.searchsorted(rows, start + size))
             found[taken:last] = values[rows[taken:last] - start]
