@@ -43,8 +43,8 @@ def _gaze(n: dict[str, Any]) -> list[Finding]:
         return [
             Finding(
                 "warning",
-                f"It relies on a shortcut: a small patch at {place}, {percent(v['area'], 0)} of the image. Exchanging that patch alone with one of another class "
-                f"turns {percent(v['followed'], 0)} of answers into that class; the same elsewhere turns {percent(v['others_followed'], 0)}. "
+                f"It relies on a shortcut: a small patch at {place}, {percent(v['area'], 0)} of the image. Taking that patch alone from another image "
+                f"turns {percent(v['followed'], 0)} of answers into the answer to that image; patches elsewhere turn {percent(v['others_followed'], 0)}. "
                 f"Accuracy falls from {percent(v['accuracy'])} to {percent(v['swapped_accuracy'])}.",
                 "gaze",
             )
@@ -54,7 +54,7 @@ def _gaze(n: dict[str, Any]) -> list[Finding]:
         return [
             Finding(
                 "note",
-                f"Where it looks matters most at {place}: exchanging that patch costs {points(lost)} of accuracy. No single patch decides the answer.",
+                f"Where it looks matters most at {place}: taking that patch from another image costs {points(lost)} of accuracy. No single patch decides the answer.",
                 "gaze",
             )
         ]
@@ -197,24 +197,24 @@ def _sharpness(n: dict[str, Any]) -> list[Finding]:
 def _parts(n: dict[str, Any]) -> list[Finding]:
     groups = n["groups"]
     share = n["free"] / len(groups)
-    top = max(groups, key=lambda g: g["mean_cost"])
+    top = max(groups, key=lambda g: g["mean_changed"])
     if share > 0.5:
         return [
             Finding(
                 "note",
-                f"{percent(share, 0)} of its channel groups can each be silenced at hardly any cost: it is larger than its task.",
+                f"{percent(share, 0)} of its channel groups can each be silenced with hardly an answer changing: it has room to spare.",
                 "parts",
             )
         ]
-    cost = (
-        f"{points(top['mean_accuracy_lost'])} of accuracy"
+    effect = (
+        f"changes {percent(top['mean_changed'], 0)} of answers"
         if n["task"] == "classification"
-        else f"{compact(top['mean_cost'])} of loss"
+        else f"moves the answers by {percent(top['mean_changed'], 0)} of their spread"
     )
     return [
         Finding(
             "good",
-            f"It needs most of its parts: {percent(share, 0)} of channel groups are dispensable; the costliest, at {short(top['site'], 40)}, is worth {cost}.",
+            f"It uses most of its parts: {percent(share, 0)} of channel groups are dispensable; silencing the weightiest, at {short(top['site'], 40)}, {effect}.",
             "parts",
         )
     ]

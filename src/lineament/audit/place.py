@@ -1,7 +1,7 @@
 """Does a network rely on one fixed place of its images, whatever they show? Found by looking, decided by intervening.
 
-Each small window of the frame is exchanged, in every image, with the same window of an image of another class. If the class that the
-network answers follows the window, the window decides; covering it with the mean image says how much accuracy hangs on it.
+Each small window of the frame is exchanged, in every image, with the same window of an image that the network answers otherwise. If the
+answer goes with the window, the window decides; covering it with the mean image says how much accuracy hangs on it.
 The window is chosen on one half of the samples and measured on the other, against equally large windows elsewhere, so that the
 choice cannot flatter the result.
 """
@@ -51,7 +51,7 @@ class Window:
 class Verdict:
     """What the intervention showed on the samples that did not choose the window; shares, with 95 % intervals.
 
-    ``followed``: images whose answer became the class of the image that lent the window, and the same for other windows;
+    ``followed``: images whose answer became that of the image that lent the window, and the same for other windows;
     ``lost``: accuracy lost by the exchange; ``covered``: by covering with the mean image.
     """
 
@@ -136,7 +136,8 @@ def examine(subject: Subject, rows: Tensor, mean_map: Tensor, *, fraction: float
         lost_excess=lost_excess,
         covered_excess=covered_excess,
         gaze_share=float(share),
-        decides=followed_excess[1] > 0.1 and lost_excess[1] > 0.05,
+        # Reliance shows in the answers, right or wrong: where a shortcut misleads, losing it even helps.
+        decides=followed_excess[1] > 0.1,
         matters=lost_excess[1] > 0.05 or covered_excess[1] > 0.05,
         map=shown.reshape(-1, columns).tolist(),
         windows=len(scan),
@@ -144,22 +145,21 @@ def examine(subject: Subject, rows: Tensor, mean_map: Tensor, *, fraction: float
 
 
 class _Trial:
-    """Some samples with a donor of another class for each, and what the network says to both."""
+    """Some samples with a donor that is answered otherwise for each, and what the network says to both."""
 
     def __init__(self, subject: Subject, rows: Tensor, average: Tensor):
         self.subject, self.rows, self.average = subject, rows, average
         self.targets = subject.targets[rows]
         self.donors = donors(subject, rows)
-        self.lent = subject.targets[self.donors]
-        before = subject.outputs[rows].argmax(1)
-        self.right = (before == self.targets).float()
-        self.already = before == self.lent
+        decisions = subject.outputs.argmax(1)
+        self.lent = decisions[self.donors]
+        self.right = (decisions[rows] == self.targets).float()
         self.donor_of = dict(zip(rows.tolist(), self.donors.tolist()))
 
     def outcome(self, window: Window, cover: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """For each sample whether the answer followed the donor, was right after the exchange, and right when covered."""
         answer = self.subject.answer(self.rows, lambda x, part: self.swap(x, part, window)).argmax(1)
-        follows = ((answer == self.lent) & ~self.already).float()
+        follows = (answer == self.lent).float()
         right = (answer == self.targets).float()
         if not cover:
             return follows, right, right
@@ -179,15 +179,14 @@ class _Trial:
 
 
 def donors(subject: Subject, rows: Tensor) -> Tensor:
-    """For each sample one of another class, preferably one that the network gets right."""
+    """For each sample a random one to which the network gives another answer; any other one if it always answers the same."""
     generator = torch.Generator().manual_seed(subject.seed + 17)
     decisions = subject.outputs.argmax(1)
-    good = (decisions == subject.targets).nonzero().flatten()
-    pool = good if len(torch.unique(subject.targets[good])) > 1 else torch.arange(len(subject))
-    labels = subject.targets[pool]
     chosen = []
     for row in rows.tolist():
-        other = pool[labels != subject.targets[row]]
+        other = (decisions != decisions[row]).nonzero().flatten()
+        if not len(other):
+            other = torch.arange(len(subject))
         chosen.append(int(other[int(torch.randint(len(other), (1,), generator=generator))]))
     return torch.tensor(chosen)
 

@@ -32,6 +32,7 @@ from lineament.core.files import output_folder
 from lineament.core.models import device_of
 from lineament.data.loading import Samples, checked
 from lineament.data.loading import load as load_data
+from lineament.data.shortcut_digits import MARK
 from lineament.explain.saliency import METHODS as SALIENCY
 from lineament.papers import search
 from lineament.report import page
@@ -206,6 +207,8 @@ def audit(
                 Section.from_dict(checkpoint.stage(name, lambda name=name: _look(name, subject).to_dict()))
             )
     told = findings(sections)
+    if embedded:
+        told = [*_planted(sections), *told]
     title = _title(loaded)
     html, json = page.write(
         folder,
@@ -227,6 +230,29 @@ def audit(
     Checkpoint.finish(checkpoint)
     _remove_stages(folder)
     return Report(title, told, sections, html, json)
+
+
+def _planted(sections: Sequence[Section]) -> list[Finding]:
+    """The built-in example's answer is known: whether the patch that the gaze lens found is the planted mark."""
+    gaze = next((s for s in sections if s.name == "gaze" and "place" in s.numbers), None)
+    if gaze is None:
+        return []
+    found = gaze.numbers["place"]
+    window = found["window"]
+    covered = 1.0
+    for edge, side, mark in (("top", "height", MARK[0]), ("left", "width", MARK[1])):
+        shared = min(window[edge] + window[side], mark.stop) - max(window[edge], mark.start)
+        covered *= max(shared, 0) / (mark.stop - mark.start)
+    if found["decides"] and covered >= 0.5:
+        return [
+            Finding(
+                "warning",
+                "The network relies on the mark: the patch that decides its answers is where this example planted one, the small pattern that went with "
+                "the class while it learned.",
+                "gaze",
+            )
+        ]
+    return [Finding("note", "The planted mark was not found to decide the network's answers.", "gaze")]
 
 
 def _look(name: str, subject: Subject) -> Section:

@@ -12,15 +12,15 @@ from lineament.report.text import printable
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """A share as a reader says it.
+    r"""A share as a reader says it; the space does not break.
 
     >>> percent(0.1234), percent(1.0)
-    ('12.3 %', '100 %')
+    ('12.3\xa0%', '100\xa0%')
     """
     if not math.isfinite(share):
         return "–"
     text = f"{100 * share:.{digits}f}"
-    return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−") + " %"
+    return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−") + "\u00a0%"
 
 
 def points(difference: float) -> str:
@@ -29,7 +29,7 @@ def points(difference: float) -> str:
     >>> points(-0.1234)
     '12.3 points'
     """
-    return percent(abs(difference)).replace(" %", " points")
+    return percent(abs(difference)).replace("\u00a0%", " points")
 
 
 def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -44,7 +44,8 @@ def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
     scale = 1 + z * z / total
     centre = (share + z * z / (2 * total)) / scale
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / scale
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    # At 0 and 1 the ends are exact; rounding must not push them past the share itself.
+    return min(max(centre - half, 0.0), share), max(min(centre + half, 1.0), share)
 
 
 def mean_interval(values: Tensor, z: float = 1.96) -> tuple[float, float, float]:

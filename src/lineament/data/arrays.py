@@ -111,12 +111,12 @@ def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dt
 def _rows(archive: zipfile.ZipFile, name: str, rows: np.ndarray) -> np.ndarray:
     """Some rows of an array, without holding the others."""
     file, shape, fortran, dtype = _open(archive, name)
+    total = next(iter(shape), 0)
     with file:
         require(
             len(shape) > 0 and (not len(rows) or int(rows[-1]) < shape[0]),
             f"DATA: array {name!r} has shape {shape}, expected at least {int(rows[-1]) + 1 if len(rows) else 0} entries",
         )
-        total = shape[0]
         if fortran and len(shape) > 1:
             whole = _exactly(file, int(np.prod(shape)) * dtype.itemsize, name)
             return np.frombuffer(whole, dtype).reshape(shape, order="F")[rows].copy()

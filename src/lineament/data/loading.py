@@ -251,7 +251,7 @@ def _builtin(name: str, budget: Budget, seed: int) -> Samples:
         return take(whole, torch.from_numpy(budget.choose(len(whole))))
     from sklearn.datasets import load_digits
 
-    raw = load_digits()
+    raw: Any = load_digits()
     rows = torch.from_numpy(budget.choose(len(raw.target)))
     return Samples(
         inputs=torch.from_numpy((raw.images / 16.0).astype(np.float32))[rows],

@@ -8,6 +8,8 @@ test data come in three groups: it agrees, it misleads (another class's mark), a
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ def shortcut_digits(
     split: str = "train",
     *,
     agreement: float = 0.98,
-    contrast: float = 0.55,
+    contrast: float = 0.4,
     noise: float = 0.15,
     seed: int = 0,
 ) -> Samples:
@@ -50,7 +52,7 @@ def shortcut_digits(
     checks.number("agreement", agreement, low=0, high=1)
     checks.number("contrast", contrast, low=0, high=1)
     checks.number("noise", noise, low=0)
-    raw = load_digits()
+    raw: Any = load_digits()
     draw = np.random.default_rng([seed, split == "test"])
     order = np.random.default_rng(seed).permutation(len(raw.target))
     rows = np.sort(order[:_TRAIN] if split == "train" else order[_TRAIN:])

@@ -237,7 +237,15 @@ def _confusion(subject: Subject, confusion: Tensor, present: list[int]) -> Pictu
             for i in range(len(present)):
                 for j in range(len(shown)):
                     if chosen[i][shown[j]]:
-                        ax.text(j, i, int(chosen[i][shown[j]]), ha="center", va="center", fontsize=7.5)
+                        ax.text(
+                            j,
+                            i,
+                            int(chosen[i][shown[j]]),
+                            ha="center",
+                            va="center",
+                            fontsize=7.5,
+                            color=page if shares[i, j] > 0.55 else None,
+                        )
 
     side = 1.6 + 0.3 * max(len(shown), 4)
     return picture(

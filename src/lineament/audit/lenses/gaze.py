@@ -171,18 +171,18 @@ def _place_words(v: Verdict, height: int, width: int) -> str:
     lost, others = v.accuracy - v.swapped_accuracy, v.accuracy - v.others_swapped_accuracy
     if v.decides:
         return (
-            f"The network relies on one fixed place of the image: a patch of {area} of the frame at {place}. When only this patch is exchanged with that of "
-            f"an image of another class, {percent(v.followed, 0)} of answers change to that class ({percent(v.others_followed, 0)} for patches elsewhere), and accuracy falls "
-            f"from {percent(v.accuracy)} to {percent(v.swapped_accuracy)}. Whatever else an image shows, this patch outweighs it.{gaze}"
+            f"The network relies on one fixed place of the image: a patch of {area} of the frame at {place}. When only this patch is taken from "
+            f"another image, {percent(v.followed, 0)} of answers change to what the network says of that other image ({percent(v.others_followed, 0)} for patches elsewhere), and accuracy falls "
+            f"from {percent(v.accuracy)} to {percent(v.swapped_accuracy)}. {gaze}"
         )
     if v.matters:
         return (
-            f"The place that matters most is {place}, {area} of the frame: exchanging it with that of another class's image costs {points(lost)} of accuracy, "
+            f"The place that matters most is {place}, {area} of the frame: taking it from another image costs {points(lost)} of accuracy, "
             f"against {points(others)} for patches of the same size elsewhere; but only {percent(v.followed, 0)} of answers follow the patch, so that it alone does not decide.{gaze}"
         )
     return (
-        f"No small fixed place decides: of {v.windows} patches tried, the most decisive ({place}, {area} of the frame) costs {points(lost)} of accuracy when exchanged with "
-        f"that of another class's image, against {points(others)} elsewhere.{gaze}"
+        f"No small fixed place decides: of {v.windows} patches tried, the most decisive ({place}, {area} of the frame) costs {points(lost)} of accuracy when taken "
+        f"from another image, against {points(others)} elsewhere.{gaze}"
     )
 
 
@@ -295,6 +295,7 @@ def _exchange(subject: Subject, rows: Tensor, v: Verdict) -> Picture:
         return x
 
     answers = subject.answer(chosen, swapped).argmax(1)
+    said = subject.outputs.argmax(1)
     count = len(at)
 
     def draw(axes: Any) -> None:
@@ -305,11 +306,8 @@ def _exchange(subject: Subject, rows: Tensor, v: Verdict) -> Picture:
             image, other = subject.display(row).clone(), subject.display(giver)
             mixed = image.clone()
             mixed[v.window.cut()] = other[v.window.cut()]
-            names = [
-                subject.class_name(int(k))
-                for k in (subject.targets[row], subject.targets[giver], answers[column])
-            ]
-            words = ("is", "lends its patch:", "now says")
+            names = [subject.class_name(int(k)) for k in (said[row], said[giver], answers[column])]
+            words = ("it says", "it says", "now it says")
             for line, (shown, word, name) in enumerate(zip((image, other, mixed), words, names)):
                 ax = axes[line, column]
                 _show(ax, shown.numpy())
@@ -326,8 +324,8 @@ def _exchange(subject: Subject, rows: Tensor, v: Verdict) -> Picture:
         kind="png",
         panels=(3, count),
         size=(1.5 * count + 0.4, 5.4),
-        caption="The test: an image (top) gets only the framed patch of another (middle); below, what the network then says.",
-        alt=f"{count} images that each get one patch of an image of another class; the answer changes to that class "
+        caption="The test: each image (top) gets only the framed patch of another image (middle); what the network says of all three.",
+        alt=f"{count} images that each get one patch of another image; the answer changes to that image's "
         f"in {percent(v.followed, 0)} of all {v.samples} images tried.",
     )
 
@@ -372,7 +370,7 @@ def _frame(subject: Subject, rows: Tensor, mean_map: Tensor | None, v: Verdict) 
         panels=(1, 2 if mean_map is None else 3),
         size=(7.4, 2.5),
         caption="Looking and intervening: the frame marks the patch that decides most. "
-        "On the right, how many answers follow each patch when it is exchanged between images of different classes.",
+        "On the right, how many answers follow each patch when it is taken from another image.",
         alt=f"Mean image, mean saliency map and map of the intervention; the framed patch at {where(v.window, *mean.shape[:2])} "
         f"decides {percent(v.followed, 0)} of answers, patches elsewhere {percent(v.others_followed, 0)}.",
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lineament.audit.subject import Subject
-from lineament.audit.words import compact, percent, points, short
+from lineament.audit.words import compact, percent, short
 from lineament.core.batching import progress
 from lineament.core.models import frozen
 from lineament.core.sites import capture, patch
@@ -51,34 +51,39 @@ def look(subject: Subject) -> Section:
             cost = (subject.losses(after, targets) - base).double()
             row[f"{how}_cost"] = float(cost.mean())
             row[f"{how}_error"] = float(cost.std() / len(cost) ** 0.5) if len(cost) > 1 else 0.0
+            row[f"{how}_changed"] = _changed(before, after, classify)
             if right is not None:
                 row[f"{how}_accuracy_lost"] = float(
                     (right.float() - (after.argmax(1) == targets).float()).mean()
                 )
         found.append(row)
     loss = float(base.mean())
-    ranked = sorted(found, key=lambda r: -r["mean_cost"])
-    # Free: the loss does not rise by more than a hundredth of it, and not beyond chance.
-    scale = float(base.std()) if not classify else 1.0
-    free = [r for r in found if r["mean_cost"] < 0.01 * max(loss, 0.1 * scale)]
+    ranked = sorted(found, key=lambda r: -r["mean_changed"])
+    free = [r for r in found if r["mean_changed"] < 0.01]
     top = ranked[0]
     effect = (
-        f"costs {points(top['mean_accuracy_lost'])} of accuracy"
+        f"changes {percent(top['mean_changed'])} of answers"
         if classify
-        else f"raises the loss from {compact(loss)} by {compact(top['mean_cost'])}"
+        else f"moves the answers by {percent(top['mean_changed'])} of their spread"
     )
+    direction = "raises" if top["mean_cost"] >= 0 else "lowers"
     sentence = (
-        f"Silencing channels {top['from']} to {top['to']} at {short(top['site'], 40)} {effect}, the most of {len(found)} groups tried. "
-        f"{len(free)} groups ({percent(len(free) / len(found))}) can each be silenced at hardly any cost."
+        f"Silencing channels {top['from']} to {top['to']} at {short(top['site'], 40)} {effect}, the most of {len(found)} groups tried, and {direction} the loss "
+        f"from {compact(loss)} to {compact(loss + top['mean_cost'])}. {len(free)} groups ({percent(len(free) / len(found), 0)}) can each be silenced "
+        + (
+            "with fewer than 1 % of answers changing."
+            if classify
+            else "with the answers moving by less than 1 % of their spread."
+        )
     )
-    columns = (
-        "place",
-        "channels",
-        "loss + (mean)",
-        "± s.e.",
-        "loss + (zero)",
-        *(("accuracy lost",) if classify else ()),
-    )
+    helped = min(found, key=lambda r: r["mean_cost"])
+    if helped["mean_cost"] < -3 * max(helped["mean_error"], 1e-12) and helped is not top:
+        sentence += (
+            f" Silencing channels {helped['from']} to {helped['to']} at {short(helped['site'], 40)} even lowers the loss, to {compact(loss + helped['mean_cost'])}: "
+            "on these data, what they say misleads."
+        )
+    columns = ("place", "channels", "answers changed" if classify else "answers moved", "loss + (mean)", "± s.e.", "loss + (zero)",
+               *(("accuracy lost",) if classify else ()))  # fmt: skip
     return Section(
         name="parts",
         title=TITLE,
@@ -89,12 +94,13 @@ def look(subject: Subject) -> Section:
         pictures=[_figure(subject, found, classify)],
         tables=[
             Table(
-                f"The costliest of {len(found)} groups",
+                f"The weightiest of {len(found)} groups",
                 columns,
                 [
                     (
                         r["site"],
                         f"{r['from']} to {r['to']}",
+                        percent(r["mean_changed"]),
                         r["mean_cost"],
                         r["mean_error"],
                         r["zero_cost"],
@@ -158,12 +164,19 @@ def _silence(start: int, stop: int, value: Tensor) -> Any:
     return change
 
 
+def _changed(before: Tensor, after: Tensor, classify: bool) -> float:
+    """The share of answers that change; for values, how far they move in units of their spread."""
+    if classify:
+        return float((before.argmax(1) != after.argmax(1)).double().mean())
+    spread = float(before.double().std())
+    return float((after - before).double().square().mean().sqrt()) / spread if spread > 0 else 0.0
+
+
 def _figure(subject: Subject, found: list[dict[str, Any]], classify: bool) -> Any:
     sites = list(subject.sites)
-    key = "mean_accuracy_lost" if classify else "mean_cost"
-    rows = [[r[key] for r in found if r["site"] == site] for site in sites]
+    rows = [[r["mean_changed"] for r in found if r["site"] == site] for site in sites]
     width = max(len(r) for r in rows)
-    grid = [[*(max(v, 0.0) for v in r), *([float("nan")] * (width - len(r)))] for r in rows]
+    grid = [[*r, *([float("nan")] * (width - len(r)))] for r in rows]
 
     def draw(ax: Any) -> None:
         from matplotlib.colors import LinearSegmentedColormap, to_rgb
@@ -177,20 +190,23 @@ def _figure(subject: Subject, found: list[dict[str, Any]], classify: bool) -> An
         for i, row in enumerate(grid):
             for j, value in enumerate(row):
                 if value == value:
-                    text = f"{100 * value:.0f}" if classify else f"{value:.2g}"
+                    text = f"{100 * value:.0f}"
                     ax.text(j, i, text, ha="center", va="center", fontsize=7.5)
         bar = ax.figure.colorbar(image, ax=ax, shrink=0.9)
         bar.outline.set_visible(False)
-        bar.set_label("accuracy lost (points)" if classify else "rise of the loss")
-        if classify:
-            bar.ax.yaxis.set_major_formatter(lambda v, _: f"{100 * v:.0f}")
+        bar.set_label("answers changed" if classify else "answers moved")
+        bar.ax.yaxis.set_major_formatter(lambda v, _: f"{100 * v:.0f} %")
 
-    worst = max(found, key=lambda r: r[key])
+    worst = max(found, key=lambda r: r["mean_changed"])
     return picture(
         draw,
         size=(6.8, 1.5 + 0.36 * len(sites)),
-        caption="What it costs to hold a group of channels at its mean: "
-        + ("points of accuracy" if classify else "rise of the loss")
-        + ", places in depth order. Empty fields are parts it can do without.",
-        alt=f"Grid of {len(sites)} places by up to {width} channel groups; the costliest is group {worst['from']} to {worst['to']} at {short(worst['site'])}.",
+        caption="How much hangs on each group of channels: "
+        + (
+            "percent of answers that change"
+            if classify
+            else "how far answers move, in percent of their spread,"
+        )
+        + " when it is held at its mean, places in depth order. Pale fields are parts it can do without.",
+        alt=f"Grid of {len(sites)} places by up to {width} channel groups; the weightiest is group {worst['from']} to {worst['to']} at {short(worst['site'])}.",
     )

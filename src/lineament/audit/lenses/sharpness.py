@@ -22,8 +22,8 @@ from lineament.report.section import Section
 
 TITLE = "How sharp is the minimum it sits in?"
 METHOD = "hessian-density"
-_TOP, _PRODUCTS, _STEPS, _PROBES = 3, 60, 30, 2
-_WORK = 3e12
+_TOP, _PRODUCTS, _STEPS, _PROBES, _TRACE = 2, 40, 20, 2, 20
+_WORK = 1.5e12
 
 
 def applies(subject: Subject) -> str:
@@ -33,18 +33,18 @@ def applies(subject: Subject) -> str:
 
 
 def look(subject: Subject) -> Section:
-    passes = 5.0 * (2 * _PRODUCTS + _STEPS * _PROBES)
-    rows = subject.subset(subject.affordable(_WORK, passes, most=512), salt=2)
+    passes = 5.0 * (_PRODUCTS + _STEPS * _PROBES + _TRACE)
+    rows = subject.subset(subject.affordable(_WORK, passes, most=256), salt=2)
     names = [name for name, p in subject.model.named_parameters() if p.is_floating_point()]
     # Fused attention has no second derivative; the plain formula has.
     with sdpa_kernel(SDPBackend.MATH):
         operator = hessian(subject.model, subject.loss, subject.batches(rows), params=names)
         size = operator.shape[0]
         ends = top_eigenpairs(
-            operator, min(_TOP, size), which="both", tol=1e-2, max_products=_PRODUCTS, seed=subject.seed
+            operator, min(_TOP, size), which="both", tol=2e-2, max_products=_PRODUCTS, seed=subject.seed
         )
         density = spectral_density(operator, steps=min(_STEPS, size), probes=_PROBES, seed=subject.seed)
-        total = trace(operator, max(2, min(_PRODUCTS // 2, size)), seed=subject.seed)
+        total = trace(operator, max(2, min(_TRACE, size)), seed=subject.seed)
     values = ends.values.double().tolist()
     top, bottom = max(values), min(values)
     weights, nodes = density.weights.double(), density.nodes.double()

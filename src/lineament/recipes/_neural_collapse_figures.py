@@ -1,0 +1,135 @@
+"""Figures of the neural-collapse recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lineament.report.figures import picture, save
+from lineament.report.outcome import Figure
+
+_LOSSES = {"mse": "squared loss", "ce": "cross-entropy"}
+
+
+def draw_all(
+    depth: list[dict[str, Any]],
+    ends: dict[str, dict[str, dict[str, float]]],
+    theory: dict[str, Any],
+    config: Any,
+    out: Path,
+) -> list[Figure]:
+    """Write the recipe's five figures into ``out``."""
+    return [
+        _depth(depth, config, out),
+        _decay(ends, out),
+        _flow(theory, out),
+        _spectra(theory, config, out),
+        _betas(theory, out),
+    ]
+
+
+def _depth(depth: list[dict[str, Any]], config: Any, out: Path) -> Figure:
+    def draw(ax: Any) -> None:
+        for index, (seed, run) in enumerate(zip(config.layer_seeds, depth)):
+            layers = range(len(run["nc1"]))
+            ax.semilogy(layers, run["nc1_tilde"], "o-", color=f"C{index}", label=f"NC1~, seed {seed}")
+            ax.semilogy(layers, run["nc1"], "s--", color=f"C{index}", label=f"NC1, seed {seed}", alpha=0.7)
+        ax.set_xlabel("hidden layers, each trained on the frozen ones before it (0: the input)")
+        ax.set_ylabel("within-class variability")
+        ax.set_xticks(list(range(config.layers + 1)))
+        ax.legend()
+
+    first, last = depth[0]["nc1_tilde"][0], depth[0]["nc1_tilde"][-1]
+    shown = picture(
+        draw,
+        alt=f"Lines of NC1 and NC1~ over the number of layers; NC1~ goes from {first:.2f} at the input to {last:.2f}.",
+        caption="Within-class variability of the deepest features as layers are added and trained one by one.",
+    )
+    return save(shown, out, "layerwise")
+
+
+def _decay(ends: dict[str, dict[str, dict[str, float]]], out: Path) -> Figure:
+    def draw(axes: Any) -> None:
+        for row, (loss, found) in enumerate(ends.items()):
+            for ax, (metric, name) in zip(axes[row], (("nc1_tilde", "NC1~"), ("nc1", "NC1"), ("nc2", "NC2"))):
+                base = found["baseline"][metric]
+                others = [s for s in found if s != "baseline"]
+                change = [100 * (found[s][metric] / base - 1) for s in others]
+                colours = ["C0" if "features" in s else "C7" for s in others]
+                ax.barh(others[::-1], change[::-1], color=colours[::-1])
+                ax.axvline(0, color="C7", linewidth=0.8)
+                ax.set_title(f"{name}, {_LOSSES[loss]}")
+                ax.set_xlabel("change against the baseline, %")
+                if metric != "nc1_tilde":
+                    ax.set_yticklabels([])
+
+    shown = picture(
+        draw,
+        alt="Bars of the relative change of NC1~, NC1 and NC2 for doubled and no weight decay of the feature layers and of the last layer.",
+        caption="What weight decay does to collapse: the feature layers' (coloured) and the last layer's (grey).",
+        size=(8.4, 2.3 * len(ends)),
+        panels=(len(ends), 3),
+    )
+    return save(shown, out, "weight-decay")
+
+
+def _flow(theory: dict[str, Any], out: Path) -> Figure:
+    path = theory["path"]
+
+    def draw(ax: Any) -> None:
+        for name, label, style in (
+            ("nc1_tilde", "NC1~", "-"),
+            ("scaled_within", "exp(2 λ_H t) tr S_W", "--"),
+            ("scaled_between", "exp(2 λ_H t) tr S_B", ":"),
+        ):
+            curve = path[name]
+            ax.semilogy(path["times"].numpy(), (curve / curve[0]).numpy(), style, label=label)
+        ax.set_xlabel("time of the flow, t ~ 1/β")
+        ax.set_ylabel("relative to the start")
+        ax.legend()
+
+    shown = picture(
+        draw,
+        alt="NC1~ and the scaled within-class trace fall along the flow, the scaled between-class trace rises.",
+        caption="Gradient flow on the central path: the three monotone quantities of the theorem.",
+    )
+    return save(shown, out, "central-path")
+
+
+def _spectra(theory: dict[str, Any], config: Any, out: Path) -> Figure:
+    def draw(ax: Any) -> None:
+        for index, s in enumerate(theory["spectra"]):
+            ranks = range(1, len(s["block"]) + 1)
+            label = f"λ_H = {s['lambda_h']:g}"
+            ax.plot(ranks, s["block"].numpy(), ".", color=f"C{index}", label=label, markersize=6)
+            ax.plot(
+                ranks, s["block_closed"].numpy(), "-", color=f"C{index}", linewidth=1, drawstyle="steps-mid"
+            )
+        ax.set_xlabel("index of the singular value")
+        ax.set_ylabel("singular value of the block F_kk")
+        ax.legend()
+
+    shown = picture(
+        draw,
+        alt="Descending singular values for several feature regularisations: dots of the matrix lie on the steps of the closed form.",
+        caption=f"Spectrum near collapse (K = 4, d = 10, n = 10, β = {config.beta:g}, λ_W = {config.lambda_w:.3g}): "
+        "dots from the matrix, lines from the closed form. Stronger feature regularisation attenuates more.",
+    )
+    return save(shown, out, "spectrum")
+
+
+def _betas(theory: dict[str, Any], out: Path) -> Figure:
+    def draw(ax: Any) -> None:
+        ax.semilogx(theory["betas"], theory["ratios"], "o-", label="minimiser of (2)")
+        ax.axhline(theory["start"], color="C7", linestyle="--", label="H0")
+        ax.set_xlabel("β, the weight of staying near H0")
+        ax.set_ylabel("NC1~")
+        ax.set_ylim(bottom=0)
+        ax.legend()
+
+    shown = picture(
+        draw,
+        alt="NC1~ of the minimiser rises with beta towards that of H0 and stays below it.",
+        caption="Within-class variability of the minimiser against β: always below that of the given features.",
+    )
+    return save(shown, out, "beta")
