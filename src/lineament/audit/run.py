@@ -11,7 +11,8 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,8 @@ def audit(
         )
         key = {"default": seed, "torch": torch.__version__, "epoch": 1}
         trained = Checkpoint(folder / _STAGES / "training", key)
-        state = trained.stage("train", lambda: default.train(seed))
+        with _threads(0.0):
+            state = trained.stage("train", lambda: default.train(seed))
         network = default.small_cnn(seed).eval()
         network.load_state_dict(state)
         loaded = Loaded(network, "a small network trained just now on digits with a planted mark", "default")
@@ -201,11 +203,11 @@ def audit(
         if checkpoint.resumed:
             note("an earlier run of the same audit was cut off; going on where it stopped")
         sections = []
-        for number, name in enumerate(chosen, 1):
-            note(f"{number}/{len(chosen)} {name}: {LENSES[name]}")
-            sections.append(
-                Section.from_dict(checkpoint.stage(name, lambda name=name: _look(name, subject).to_dict()))
-            )
+        with _threads(subject.flops * batch_size):
+            for number, name in enumerate(chosen, 1):
+                note(f"{number}/{len(chosen)} {name}: {LENSES[name]}")
+                stored = checkpoint.stage(name, lambda name=name: _look(name, subject).to_dict())
+                sections.append(Section.from_dict(stored))
     told = findings(sections)
     if embedded:
         told = [*_planted(sections), *told]
@@ -230,6 +232,18 @@ def audit(
     Checkpoint.finish(checkpoint)
     _remove_stages(folder)
     return Report(title, told, sections, html, json)
+
+
+@contextmanager
+def _threads(work: float) -> Iterator[None]:
+    """One thread where a batch is little work: several would wait for each other longer than they work."""
+    before = torch.get_num_threads()
+    if work < 5e8:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _planted(sections: Sequence[Section]) -> list[Finding]:
