@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.batching import Checkpoint, progress
 from lineament.data.digit_scenes import DigitScenes, digit_scenes
-from lineament.explain.aggregation import combined, normalised
+from lineament.explain.aggregation import combined
 from lineament.explain.meta_saliency import meta_saliency
 from lineament.explain.pointing import hits
 from lineament.explain.saliency import saliency
 from lineament.explain.saliency_checks import class_sensitivity
+from lineament.recipes._normgrad_figures import correlation_figure, number, picture_grid, pointing_figure
 from lineament.recipes._normgrad_photographs import photographs, photographs_model, point_on_photographs
-from lineament.report.figures import picture, save
-from lineament.report.outcome import Claim, Figure, Outcome, Table
+from lineament.report.outcome import Claim, Outcome, Table
 
 SLUG = "normgrad"
 TITLE = "There and Back Again: Revisiting Backpropagation Saliency Methods"
@@ -157,8 +157,8 @@ def _on_scenes(config: Config, stages: Checkpoint, out: Path) -> Outcome:
         ),
         Table("The classifier", ["measure", "value"], [["both digits right, test, %", _percent(correct)]]),
     ]
-    figures = [_pointing_figure(points["layers"], list(SITES.values()), [f"ReLU {k}" for k in SITES], out)]
-    figures += [_correlation_figure(alike, meta, out), _picture_grid(model, scenes, out)]
+    figures = [pointing_figure(points["layers"], list(SITES.values()), [f"ReLU {k}" for k in SITES], out)]
+    figures += [correlation_figure(alike, meta, SITES, out), picture_grid(model, scenes, SITES, out)]
     return Outcome(SLUG, TITLE, config.preset, asdict(config), claims(points, alike, meta), tables, figures)
 
 
@@ -217,6 +217,7 @@ def claims(points: dict[str, Any], alike: dict[str, Any], meta: dict[str, Any]) 
     cam, norm = ([layers[m][s] for s in order] for m in ("grad_cam", "norm_grad"))
     selective, plain = layers["norm_grad_selective"][last], layers["norm_grad"][last]
     averages = {m: sum(layers[m].values()) / len(order) for m in COMBINED}
+    label = {s: f"ReLU {k}" for k, s in SITES.items()}
     pairs = [(m, s) for m in META for s in order[-2:]]
     moved = {p: (alike[p[0]][p[1]]["mean"], meta[p[0]][p[1]]["correlation"]) for p in pairs}
     raised = {p: (layers[p[0]][p[1]], meta[p[0]][p[1]]["pointing"]) for p in pairs}
@@ -257,22 +258,24 @@ def claims(points: dict[str, Any], alike: dict[str, Any], meta: dict[str, Any]) 
         _claim(
             "Before global average pooling NormGrad ignores the class (rank correlation 1)",
             "follows from the gradient being the same everywhere",
-            "undefined" if ignores is None else f"{ignores:.4f}",
+            number(ignores),
             ignores is not None and ignores > 0.999,
             "",
         ),
         _claim(
             "The meta step makes late maps more specific to the class (each correlation falls)",
             "the correlation of the maps of the most and least probable class falls",
-            "; ".join(f"{m} at {s}: {a:.2f} to {b:.2f}" for (m, s), (a, b) in moved.items()),
-            all(b < a for a, b in moved.values()),
+            "; ".join(f"{m} at {label[s]}: {number(a)} to {number(b)}" for (m, s), (a, b) in moved.items()),
+            all(a is not None and b is not None and b < a for a, b in moved.values()),
             "",
         ),
         _claim(
             "The meta step raises pointing accuracy in late layers (on average)",
             "ResNet50, last layer: NormGrad 78.8 to 80.9 %, selective 87.4 to 88.6 %",
             f"{100 * before:.1f} to {100 * after:.1f} % ("
-            + "; ".join(f"{m} at {s}: {100 * a:.1f} to {100 * b:.1f}" for (m, s), (a, b) in raised.items())
+            + "; ".join(
+                f"{m} at {label[s]}: {100 * a:.1f} to {100 * b:.1f}" for (m, s), (a, b) in raised.items()
+            )
             + ")",
             after > before,
             "",
@@ -332,7 +335,7 @@ def _on_photographs(config: Config, stages: Checkpoint, out: Path) -> Outcome:
         ),
     ]
     shown = {m: layers[m] for m in METHODS}
-    figures = [_pointing_figure(shown, sites, sites, out)]
+    figures = [pointing_figure(shown, sites, sites, out)]
     return Outcome(SLUG, TITLE, config.preset, asdict(config), judged, tables, figures)
 
 
@@ -350,75 +353,3 @@ def _list(values: Sequence[float]) -> str:
 
 def _undefined(row: dict[str, Any]) -> int:
     return sum(cell["undefined"] for cell in row.values())
-
-
-def _pointing_figure(layers: dict[str, Any], sites: list[str], labels: list[str], out: Path) -> Figure:
-    def draw(ax: Any) -> None:
-        for k, (method, row) in enumerate(layers.items()):
-            ax.plot(labels, [100 * row[s] for s in sites], marker="o", color=f"C{k}", label=method)
-        ax.set(ylabel="pointing accuracy, %", xlabel="layer", ylim=(0, 103))
-        ax.legend(ncols=2, loc="lower left")
-
-    early = ", ".join(f"{m} {100 * row[sites[0]]:.0f} %" for m, row in layers.items())
-    shown = picture(
-        draw,
-        alt=f"Pointing accuracy against the layer, one line a method. At the first layer: {early}.",
-        caption="How often the map's greatest value lies on the digit that was asked for, by layer.",
-    )
-    return save(shown, out, "pointing")
-
-
-def _correlation_figure(alike: dict[str, Any], meta: dict[str, Any], out: Path) -> Figure:
-    def draw(ax: Any) -> None:
-        for k, method in enumerate(METHODS):
-            means = [alike[method][s]["mean"] for s in SITES.values()]
-            values = [float("nan") if m is None else m for m in means]
-            ax.plot([f"ReLU {n}" for n in SITES], values, marker="o", color=f"C{k}", label=method)
-            if method in meta:
-                late = [meta[method][SITES[n]]["correlation"] for n in ("6", "7")]
-                ax.plot(
-                    ["ReLU 6", "ReLU 7"],
-                    late,
-                    marker="x",
-                    linestyle="--",
-                    color=f"C{k}",
-                    label=f"{method}, meta step",
-                )
-        ax.set(ylabel="rank correlation of two classes' maps", xlabel="layer", ylim=(-0.6, 1.05))
-        ax.legend(ncols=2, fontsize=7)
-
-    shown = picture(
-        draw,
-        alt="Class correlation against the layer, one line a method; dashed lines at the last two layers are lower: with the meta step.",
-        caption="Maps of the most and the least probable class: 1 ignores the class. Dashed: after one step on the image.",
-    )
-    return save(shown, out, "class-correlation")
-
-
-def _picture_grid(model: nn.Module, scenes: DigitScenes, out: Path) -> Figure:
-    methods = ["grad_cam", "norm_grad", "norm_grad_selective"]
-    image, asked = scenes.images[:1], int(scenes.classes[0, 0])
-    maps: Any = saliency(model, image, asked, site=list(SITES.values()), method=methods)
-
-    def draw(axes: Any) -> None:
-        for row, method in enumerate(methods):
-            panels = [("the scene", image[0, 0], "gray")]
-            panels += [
-                (f"ReLU {k}", normalised(maps[method][s])[0][0, 0], "viridis") for k, s in SITES.items()
-            ]
-            for column, (title, values, colours) in enumerate(panels):
-                ax = axes[row, column]
-                ax.imshow(values.numpy(), cmap=colours)
-                ax.set(xticks=[], yticks=[], title=title if row == 0 else "")
-                if column == 0:
-                    ax.set_ylabel(method, fontsize=7)
-
-    shown = picture(
-        draw,
-        alt=f"Maps of three methods at five layers for a scene with two digits, asked for the digit {asked}.",
-        caption=f"Where the network looks for the {asked}, by method (rows) and layer (columns).",
-        size=(7.2, 3.9),
-        kind="png",
-        panels=(3, 6),
-    )
-    return save(shown, out, "maps")
