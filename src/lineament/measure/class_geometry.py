@@ -14,11 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lineament.core import checks
 from lineament.core.class_scatter import ClassScatter
+
+_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -159,12 +161,17 @@ def cdnv(scatter: ClassScatter) -> Float[Tensor, "classes classes"]:
     return pairs.fill_diagonal_(0)
 
 
-def nearest_mean(
-    features: Float[Tensor, "batch features"], between: Between, chunk: int = 8192
-) -> Float[Tensor, " batch"]:
-    """The class whose mean is nearest to each feature vector, from one product with the means."""
-    means = between.means.to(features.dtype)
-    center = between.center.to(features.dtype)
-    half = between.means.square().sum(1).to(features.dtype) / 2
-    parts = [((part - center) @ means.T - half).argmax(1) for part in features.split(chunk)]
-    return torch.cat(parts)
+def project(features: Float[Tensor, "batch features"], between: Between) -> Float[Tensor, "batch rank"]:
+    """(h - h_G)ᵀ V: each sample in the span of the centred class means, where all that concerns them happens.
+
+    Centred before it is multiplied: a projection of large numbers would round away what lies close to the means.
+    """
+    center, directions = between.center.to(features.dtype), between.directions.to(features.dtype)
+    return torch.cat([(part - center) @ directions for part in features.split(_ROWS)])
+
+
+def nearest_mean(projected: Float[Tensor, "batch rank"], between: Between) -> Int[Tensor, " batch"]:
+    """The class whose mean is nearest to each sample, from :func:`project`: what lies across the span adds the same to all."""
+    inside = between.means @ between.directions
+    half = inside.square().sum(1).to(projected.dtype) / 2
+    return torch.addmm(-half, projected, inside.to(projected.dtype).T).argmax(1)

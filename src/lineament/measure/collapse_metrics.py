@@ -82,8 +82,8 @@ class CollapseMetrics:
 class SecondLook:
     """What only a second look at the samples gives, once the class means are known: NC4, and NC1 without S_W.
 
-    ``update`` takes the same features and labels again; it costs one product with the K means and one with the K - 1
-    directions between them. Looks of several processes join by ``a + b``. Made by :meth:`CollapseMeter.second_look`.
+    ``update`` takes the same features and labels again; it costs one product with the K - 1 directions
+    between the class means. Looks of several processes join by ``a + b``. Made by :meth:`CollapseMeter.second_look`.
     """
 
     def __init__(self, between: geometry.Between, classes: int) -> None:
@@ -102,11 +102,10 @@ class SecondLook:
     ) -> None:
         """Take in a batch; ``decisions`` are the classes that the network chose."""
         features = features if features.dtype in (torch.float32, torch.float64) else features.float()
-        if self.between.scales.numel():
-            # Centred first: a projection of large numbers would round away what lies close to the means.
-            centred = features - self.between.center.to(features.dtype)
-            self.projected.update(centred @ self.between.directions.to(features.dtype), labels)
-        nearest = geometry.nearest_mean(features, self.between)
+        projected = geometry.project(features, self.between)
+        if projected.shape[1]:
+            self.projected.update(projected, labels)
+        nearest = geometry.nearest_mean(projected, self.between)
         self.samples += len(features)
         self.own += int((nearest == labels.to(nearest.device)).sum())
         if decisions is not None:
