@@ -75,7 +75,7 @@ def peak_mib(side: str) -> float:
         model(x)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if side == "ours":
-        integrated_gradients(model, x, 1, steps=STEPS, batch_size=4)
+        integrated_gradients(model, x, 1, steps=STEPS)
     else:
         from captum.attr import IntegratedGradients
 
@@ -144,7 +144,7 @@ def rows(repeats: int = 7) -> Iterator[Row]:
     yield compare(
         SLUG,
         f"integrated gradients, {STEPS} steps, ResNet-50, 1 image",
-        lambda: integrated_gradients(model, one, 1, steps=STEPS, batch_size=4),
+        lambda: integrated_gradients(model, one, 1, steps=STEPS),
         "captum IntegratedGradients",
         lambda: path.attribute(one, target=1, n_steps=STEPS),
         target=1.0,

@@ -53,7 +53,7 @@ def scores_of(model: nn.Module, images: Tensor, targets: Any) -> tuple[Tensor, T
     >>> scores_of(nn.Flatten(), torch.tensor([[[[1.0, 3.0]]]]), None)[1].tolist()
     [1]
     """
-    check_targets(targets, len(images))
+    given = labels_of(targets, len(images))
     output = logits(model(images))
     checks.require(
         output.ndim in (2, 4) and len(output) == len(images),
@@ -63,11 +63,22 @@ def scores_of(model: nn.Module, images: Tensor, targets: Any) -> tuple[Tensor, T
         raise checks.InputError(
             "model: its logits hold NaN or infinities for these images; are its weights finite?"
         )
-    if targets is None or isinstance(targets, str):
+    if given is None:
         return output, class_scores(output.detach()).argmax(1)
-    chosen = torch.full((len(images),), targets) if isinstance(targets, int) else torch.as_tensor(targets)
-    checked = checks.labels("targets", chosen, count=len(images), classes=output.shape[1])
+    checked = checks.labels("targets", given, count=len(images), classes=output.shape[1])
     return output, checked.to(output.device)
+
+
+def labels_of(targets: Any, count: int) -> Tensor | None:
+    """Given targets as one label for each image; ``None`` where the model has to say (``None``, ``"all"``).
+
+    >>> labels_of(3, 2)
+    tensor([3, 3])
+    """
+    check_targets(targets, count)
+    if targets is None or isinstance(targets, str):
+        return None
+    return torch.full((count,), targets) if isinstance(targets, int) else torch.as_tensor(targets).long()
 
 
 def check_targets(targets: Any, count: int, *, every: bool = True) -> None:
