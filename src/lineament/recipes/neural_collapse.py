@@ -177,7 +177,7 @@ def theory_panel(config: Config) -> dict[str, Any]:
     problem = UFM(classes, samples, lambda_w=0.5, lambda_h=0.1)
     H0 = problem.spread(means) + 0.7 * H0
     path = central_path(problem, H0, torch.linspace(0, 6, 61))
-    betas = torch.logspace(0, 4, 17, dtype=torch.float64).tolist()
+    betas = torch.logspace(-1, 4, 21, dtype=torch.float64).tolist()
     ratios = []
     for beta in betas:
         within, between = problem.traces(minimise(problem, H0, beta).H)
@@ -265,7 +265,8 @@ def _decay_claims(loss: str, ends: dict[str, dict[str, float]]) -> list[Claim]:
             "where the theory holds"
         )
         noisy = (
-            "NC1 is ruled by the smallest between-class direction and is noisy near collapse; NC1~ is the paper's own metric"
+            "NC1 divides by the between-class variance of each direction, so that the weakest one rules it, and ranks the "
+            "settings otherwise than NC1~, the metric of the paper's theorems"
             if metric == "nc1"
             else "the network or the number of seeds is too small for the effect"
         )
