@@ -214,7 +214,7 @@ def _parts(n: dict[str, Any]) -> list[Finding]:
     return [
         Finding(
             "good",
-            f"It uses most of its parts: {percent(share, 0)} of channel groups are dispensable; silencing the weightiest, at {short(top['site'], 40)}, {effect}.",
+            f"It uses {'all' if not n['free'] else 'most'} of its parts: {percent(share, 0) if n['free'] else 'none'} of its channel groups can be silenced unnoticed; silencing the weightiest, at {short(top['site'], 40)}, {effect}.",
             "parts",
         )
     ]

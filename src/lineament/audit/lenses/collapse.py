@@ -89,22 +89,16 @@ def look(subject: Subject) -> Section:
         pictures=[_by_depth(rows)],
         tables=[
             Table(
-                "Neural collapse by place, in depth order",
-                (
-                    "place",
-                    "NC1~ within/between",
-                    "NC1",
-                    "NC2 from a simplex",
-                    "NC4 differs from nearest mean",
-                    "nearest mean right",
-                ),
+                "Neural collapse by place, in depth order (NC1~: variance within / between classes; NC1: the same, direction by direction; "
+                "NC2: distance of the class means from a simplex; NC4: answers that are not the nearest class mean)",
+                ("place", "NC1~", "NC1", "NC2", "NC4", "nearest mean right"),
                 [
                     (
                         r["site"],
                         _finite(r["nc1_tilde"]),
                         _finite(r["nc1"]),
                         _finite(r["nc2"]),
-                        _finite(r["nc4"]),
+                        None if r["nc4"] is None else percent(r["nc4"]),
                         None if r["nearest_mean_accuracy"] is None else percent(r["nearest_mean_accuracy"]),
                     )
                     for r in rows
@@ -155,7 +149,7 @@ def _by_depth(rows: list[dict[str, Any]]) -> Any:
         draw,
         panels=(1, 2),
         size=(7.0, 1.5 + 0.32 * len(rows)),
-        caption="From the first place (top) to the last (bottom). Training pulls each class together; the further to the left, the tighter.",
+        caption="From the first place (top) to the last (bottom), maps averaged over their positions. Training pulls each class together; the further to the left, the tighter.",
         alt=f"Within-class over between-class variance by place, from {compact(rows[0]['nc1_tilde'])} at the first to "
         f"{compact(rows[-1]['nc1_tilde'])} at the last.",
     )

@@ -28,7 +28,7 @@ from lineament.report.text import printable
 TITLE = "Where does it look?"
 METHOD = "normgrad"
 _MAPS, _TRUTH, _TRIALS = 256, 48, 400
-_SHOWN = 4
+_SHOWN = 3
 
 
 def applies(subject: Subject) -> str:
@@ -268,7 +268,7 @@ def _overlay(subject: Subject, rows: Tensor, maps: Tensor, hits: Tensor, misses:
         draw,
         kind="png",
         panels=(len(lines), 2 * columns),
-        size=(7.4, 0.5 + 1.05 * len(lines) * 4 / max(columns, 3)),
+        size=(6.8, 0.4 + 1.4 * len(lines)),
         caption="Each image beside where the network looked for its answer (bright). First row: answers that are right; second row: wrong ones, "
         "with the true class and, above the map, what the network said.",
         alt=f"Saliency maps beside their images for {len(hits)} right and {len(misses)} wrong answers.",

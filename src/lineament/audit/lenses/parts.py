@@ -69,12 +69,17 @@ def look(subject: Subject) -> Section:
     direction = "raises" if top["mean_cost"] >= 0 else "lowers"
     sentence = (
         f"Silencing channels {top['from']} to {top['to']} at {short(top['site'], 40)} {effect}, the most of {len(found)} groups tried, and {direction} the loss "
-        f"from {compact(loss)} to {compact(loss + top['mean_cost'])}. {len(free)} groups ({percent(len(free) / len(found), 0)}) can each be silenced "
-        + (
-            "with fewer than 1 % of answers changing."
-            if classify
-            else "with the answers moving by less than 1 % of their spread."
-        )
+        f"from {compact(loss)} to {compact(loss + top['mean_cost'])}. "
+    )
+    little = (
+        "fewer than 1 % of answers changing"
+        if classify
+        else "the answers moving by less than 1 % of their spread"
+    )
+    sentence += (
+        f"{len(free)} groups ({percent(len(free) / len(found), 0)}) can each be silenced with {little}."
+        if free
+        else f"No group can be silenced with {little}."
     )
     helped = min(found, key=lambda r: r["mean_cost"])
     if helped["mean_cost"] < -3 * max(helped["mean_error"], 1e-12) and helped is not top:
