@@ -100,13 +100,13 @@ def test_groups_from_files_follow_the_budget(tmp_path, images):
 def test_npz_that_cannot_be_used(tmp_path, images):
     y = np.arange(30) % 2
     cases = {
-        "empty": (dict(x=images[:0], y=y[:0]), "it is empty"),
-        "lengths": (dict(x=images, y=y[:7]), "expected as many samples in both"),
-        "nan": (dict(x=np.where(images > 250, np.nan, 1.0), y=y), r"NaN or infinite values in \d+ of 30"),
-        "onehot": (dict(x=images, y=np.eye(2, dtype=int)[y]), "one-hot rows: pass their argmax"),
-        "words": (dict(x=np.array([["a"]] * 30), y=y), "expected numbers"),
-        "complex": (dict(x=images, y=y.astype(complex)), "expected class numbers"),
-        "scalar": (dict(x=images, y=np.array(3)), "is a single number"),
+        "empty": ({"x": images[:0], "y": y[:0]}, "it is empty"),
+        "lengths": ({"x": images, "y": y[:7]}, "expected as many samples in both"),
+        "nan": ({"x": np.where(images > 250, np.nan, 1.0), "y": y}, r"NaN or infinite values in \d+ of 30"),
+        "onehot": ({"x": images, "y": np.eye(2, dtype=int)[y]}, "one-hot rows: pass their argmax"),
+        "words": ({"x": np.array([["a"]] * 30), "y": y}, "expected numbers"),
+        "complex": ({"x": images, "y": y.astype(complex)}, "expected class numbers"),
+        "scalar": ({"x": images, "y": np.array(3)}, "is a single number"),
     }
     for name, (found, message) in cases.items():
         with pytest.raises(InputError, match=message):
