@@ -73,7 +73,7 @@ class Logistic:
 
 def logistic(
     x: Float[Tensor, "samples features"],
-    y: Int[Tensor, "samples targets"],
+    y: Int[Tensor, "samples *targets"],
     penalties: float | Sequence[float] | Float[Tensor, " penalties"] = 1.0,
     *,
     classes: int | None = None,

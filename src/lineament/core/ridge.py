@@ -65,7 +65,7 @@ class Ridge:
 
 def ridge(
     x: Float[Tensor, "samples features"],
-    y: Float[Tensor, "samples targets"],
+    y: Float[Tensor, "samples *targets"],
     penalties: float | Sequence[float] | Float[Tensor, " penalties"] = (
         0.01,
         0.1,
