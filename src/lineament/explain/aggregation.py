@@ -83,8 +83,8 @@ class Window:
 
 
 def aggregate_contributions(
-    x: Float[Tensor, "batch channels height width"],
-    g: Float[Tensor, "batch channels height width"],
+    x: Float[Tensor, "batch channels rows columns"],
+    g: Float[Tensor, "batch outputs height width"],
     extract: str = "conv",
     aggregate: str = "norm",
     *,
@@ -283,8 +283,8 @@ def combined(
 
 
 def resized(
-    maps: Float[Tensor, "batch 1 h w"], size: tuple[int, int]
-) -> Float[Tensor, "batch 1 height width"]:
+    maps: Float[Tensor, "batch columns h w"], size: tuple[int, int]
+) -> Float[Tensor, "batch columns height width"]:
     """Maps brought to (height, width), bilinear with ``align_corners=False``."""
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps

@@ -90,7 +90,7 @@ def integrated_gradients(
 
 def class_activation(
     model: nn.Module, images: Float[Tensor, "batch channels height width"], targets: Any, site: str
-) -> tuple[Float[Tensor, "batch 1 height width"], Tensor]:
+) -> tuple[Float[Tensor, "batch 1 h w"], Tensor]:
     """Class activation mapping Σ_k W_ck x_k(u), for a network whose head is global average pooling and one linear layer.
 
     Returns:

@@ -30,7 +30,7 @@ def point_of(map_: Float[Tensor, "height width"]) -> tuple[int, int]:
 
 
 def points_at(
-    point: tuple[float, float], mask: Bool[Tensor, "height width"], tolerance: float = 15.0
+    point: tuple[float | int, float | int], mask: Bool[Tensor, "height width"], tolerance: float | int = 15.0
 ) -> bool:
     """Whether a (column, row) point, which may lie outside, is nearer than ``tolerance`` pixels to the mask: strictly.
 
@@ -47,7 +47,7 @@ def hits(
     maps: Float[Tensor, "batch 1 h w"],
     masks: Bool[Tensor, "batch height width"] | Iterable[Bool[Tensor, "height width"]],
     *,
-    tolerance: float = 15.0,
+    tolerance: float | int = 15.0,
 ) -> Bool[Tensor, "batch"]:
     """Whether each map points at its mask; maps are brought to the masks' size (bilinear) first.
 
@@ -131,7 +131,7 @@ class PointingGame:
         masks: Any,
         labels: Int[Tensor, "batch"],
         *,
-        tolerance: float = 15.0,
+        tolerance: float | int = 15.0,
     ) -> None:
         """A batch's outcomes; see :func:`hits`."""
         labels = checks.labels("labels", labels, count=len(maps), classes=len(self.hits))

@@ -35,7 +35,7 @@ from lineament.explain.aggregation import (
 )
 from lineament.explain.backward_rules import ExcitationBackward, GuidedBackward
 from lineament.explain.baselines import centre_map, class_activation, integrated_gradients, random_map
-from lineament.explain.scores import check_targets, cotangent, differentiable, prepared, scores_of
+from lineament.explain.scores import cotangent, differentiable, labels_of, prepared, scores_of
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def saliency(
     """
     settings = _settings(method, extract, aggregate, kernel)
     images = prepared(model, images)
-    check_targets(targets, len(images))
+    given = labels_of(targets, len(images))
     checks.one_of("layout", layout, layouts.LAYOUTS)
     checks.number("smooth", smooth, low=0)
     if site is None:
@@ -162,9 +162,7 @@ def saliency(
             for key, found in made.items()
         }
 
-    tensors = [images]
-    if targets is not None and not isinstance(targets, (str, int)):
-        tensors.append(torch.as_tensor(targets).to(images.device))
+    tensors = [images] if given is None else [images, given.to(images.device)]
     # Noise and a baseline for each image are drawn for the batch as a whole.
     whole = "random" in settings or (
         isinstance(baseline, Tensor) and baseline.ndim == 4 and len(baseline) > 1

@@ -78,21 +78,23 @@ def labels_of(targets: Any, count: int) -> Tensor | None:
     check_targets(targets, count)
     if targets is None or isinstance(targets, str):
         return None
-    return torch.full((count,), targets) if isinstance(targets, int) else torch.as_tensor(targets).long()
+    return torch.as_tensor(targets).long().expand(count)
 
 
 def check_targets(targets: Any, count: int, *, every: bool = True) -> None:
     """Refuse targets that cannot be classes of ``count`` images, before any forward."""
-    if targets is None or (isinstance(targets, int) and not isinstance(targets, bool)):
+    if targets is None:
         return
     if isinstance(targets, str):
         checks.one_of("targets", targets, ["all"] if every else [])
         return
-    known = isinstance(targets, (Tensor, list, tuple)) or hasattr(targets, "__array__")
+    known = isinstance(targets, (Tensor, list, tuple, int)) or hasattr(targets, "__array__")
+    known = known and not isinstance(targets, bool)
     checks.require(
         known, f"targets: got {checks.show(targets)}, expected class labels, one for each image, or None"
     )
-    checks.labels("targets", torch.as_tensor(targets), count=count)
+    labels = torch.as_tensor(targets)
+    checks.labels("targets", labels if labels.ndim else labels.expand(count), count=count)
 
 
 def class_scores(output: Tensor) -> Tensor:
