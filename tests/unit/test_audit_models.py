@@ -229,7 +229,7 @@ def test_hugging_face_weights_must_match(resnet):
     ):
         load(str(resnet))
     (resnet / "model.safetensors").rename(resnet / "pytorch_model.bin")
-    with pytest.raises(InputError, match="pickle .* where safetensors is expected"):
+    with pytest.raises(InputError, match=r"pickle .* where safetensors is expected"):
         load(str(resnet))
 
 
