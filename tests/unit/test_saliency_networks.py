@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import nn
 from lineament.core.checks import InputError
 from lineament.explain.baselines import class_activation
 from lineament.explain.layouts import default_site, layout
-from lineament.explain.saliency import METHODS, saliency
+from lineament.explain.saliency import METHODS, combined_saliency, saliency
 
 GRADIENT = ["gradient", "linear_approx", "grad_cam", "norm_grad", "norm_grad_3x3", "norm_grad_selective"]
 RULES = ["guided_backprop", "deconvnet", "excitation_backprop", "contrastive_excitation_backprop"]
@@ -278,3 +279,31 @@ def test_transformers_models_need_no_site(family):
             saliency(net, x, 1, site=":in", method="excitation_backprop")
         with pytest.raises(InputError, match="no ReLU ran"):
             saliency(net, x, 1, site=":in", method="guided_backprop")
+
+
+def test_targets_in_every_form_and_sizes_that_cannot_be():
+    net, x = residual("module").float(), torch.rand(3, 2, 7, 9)
+    expected = saliency(net, x, torch.tensor([2, 2, 2]), site="stem")
+    for targets in (
+        2,
+        np.int64(2),
+        torch.tensor(2),
+        [2, 2, 2],
+        np.array([2, 2, 2]),
+        torch.full((3,), 2, dtype=torch.int32),
+    ):
+        torch.testing.assert_close(saliency(net, x, targets, site="stem"), expected)
+    assert saliency(net, x, 2, site="stem", resize=(4, 5)).shape == (3, 1, 4, 5)
+    for targets, message in [
+        (-1, "label -1"),
+        (4, "label 4"),
+        (True, "got True"),
+        (1.5, "got 1.5"),
+        ([0, 1], "shape"),
+    ]:
+        with pytest.raises(InputError, match=f"targets: .*{message}"):
+            saliency(net, x, targets, site="stem")
+    for size in ((0, 5), (4, 5, 6), "small"):
+        with pytest.raises(InputError, match="resize"):
+            saliency(net, x, 2, site="stem", resize=size)
+    assert combined_saliency(net, x, 2, site="norms.*").shape == (3, 1, 7, 9)

@@ -136,6 +136,11 @@ def saliency(
     given = labels_of(targets, len(images))
     checks.one_of("layout", layout, layouts.LAYOUTS)
     checks.number("smooth", smooth, low=0)
+    if not isinstance(resize, bool):
+        pair = isinstance(resize, (tuple, list)) and len(resize) == 2
+        checks.require(pair, f"resize: got {checks.show(resize)}, expected True, False or (height, width)")
+        for pixels in resize:
+            checks.number("resize", pixels, low=1, integer=True)
     if site is None:
         placed = any(m.extract for m in settings.values()) or "cam" in settings
         site = layouts.default_site(model, images) if placed else ":in"
@@ -191,7 +196,7 @@ def combined_saliency(
     images: Float[Tensor, "batch channels height width"],
     targets: Any = None,
     *,
-    site: Iterable[str],
+    site: str | Iterable[str],
     how: str = "product",
     weights: str | Sequence[float] = "uniform",
     **options: Any,
@@ -199,7 +204,7 @@ def combined_saliency(
     """The maps of several sites as one: a weighted sum or geometric mean of maps scaled to [0, 1] per image.
 
     Args:
-        site: sites in depth order.
+        site: sites in depth order, or a glob.
         how: ``"product"``, ``"sum"`` or ``"plain_product"``.
         weights: ``"uniform"``, ``"linear"``, or a number for each site (:mod:`lineament.explain.layer_weights` measures some).
         options: as for :func:`saliency`, one method.
@@ -212,9 +217,8 @@ def combined_saliency(
     checks.require(
         targets != "all" if isinstance(targets, str) else True, "targets: 'all' cannot be combined"
     )
-    found = saliency(
-        model, images, targets, site=list(site), **{**options, "resize": False, "normalise": False}
-    )
+    names = [site] if isinstance(site, str) else list(site)
+    found = saliency(model, images, targets, site=names, **{**options, "resize": False, "normalise": False})
     size = (images.shape[-2], images.shape[-1])
     return combined(list(found.values()), size, how=how, weights=weights)
 

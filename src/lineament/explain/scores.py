@@ -94,7 +94,10 @@ def check_targets(targets: Any, count: int, *, every: bool = True) -> None:
         known, f"targets: got {checks.show(targets)}, expected class labels, one for each image, or None"
     )
     labels = torch.as_tensor(targets)
-    checks.labels("targets", labels if labels.ndim else labels.expand(count), count=count)
+    labels = labels if labels.ndim else labels.expand(count)
+    checks.tensor("targets", labels, shape=(count,), floating=False)
+    least = int(labels.min())
+    checks.require(least >= 0, f"targets: got label {least}, expected labels from 0")
 
 
 def class_scores(output: Tensor) -> Tensor:
