@@ -39,18 +39,33 @@ def expected_input(model: nn.Module) -> Expected:
     config = getattr(model, "config", None)
     side = getattr(config, "image_size", None)
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        kind = _kind(module)
+        if kind == "convolution":
+            channels = _channels(module)
             size = f", {side}, {side}" if isinstance(side, int) else ", height, width"
-            return Expected(
-                module.in_channels,
-                True,
-                f"images with {module.in_channels} channels (batch, {module.in_channels}{size})",
-            )
+            return Expected(channels, True, f"images with {channels} channels (batch, {channels}{size})")
         if isinstance(module, nn.Linear):
             return Expected(
                 module.in_features, None, f"{module.in_features} features in its first linear layer"
             )
     return Expected(-1, None, "an input that its layers do not tell")
+
+
+def _kind(module: nn.Module) -> str:
+    """Convolution or linear layer, also in an exported network, whose modules have lost their classes."""
+    if isinstance(module, nn.Conv2d):
+        return "convolution"
+    if isinstance(module, nn.Linear):
+        return "linear"
+    weight = module._parameters.get("weight")
+    if weight is None or any(True for _ in module.children()) or isinstance(module, nn.Embedding):
+        return ""
+    return {2: "linear", 4: "convolution"}.get(weight.ndim, "")
+
+
+def _channels(module: nn.Module) -> int:
+    weight = module.get_parameter("weight")
+    return int(weight.shape[1]) * int(getattr(module, "groups", 1))
 
 
 def steps(model: nn.Module, example: Tensor) -> list[Step]:
@@ -99,7 +114,7 @@ def default_sites(model: nn.Module, example: Tensor, most: int = 8) -> tuple[str
         for s in steps(model, example)
         if s.calls == 1 and s.floating and len(s.shape) >= 2 and s.shape[0] == batch
     ]
-    heads = [s.name for s in ran if isinstance(modules[s.name], nn.Linear)]
+    heads = [s.name for s in ran if _kind(modules[s.name]) == "linear"]
     head = heads[-1] if heads else None
     blocks = _numbered(ran, modules) or _named(ran, modules) or _activations(ran, modules, head)
     if head is not None:
@@ -150,6 +165,7 @@ def _activations(ran: list[Step], modules: dict[str, nn.Module], head: str | Non
     layers = [
         step.name
         for step in ran
-        if isinstance(modules[step.name], (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and step.name != head
+        if (_kind(modules[step.name]) or isinstance(modules[step.name], (nn.Conv1d, nn.Conv3d)))
+        and step.name != head
     ]
     return acted if len(acted) >= max(1, len(layers) // 2) else layers

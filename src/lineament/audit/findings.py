@@ -43,7 +43,7 @@ def _gaze(n: dict[str, Any]) -> list[Finding]:
         return [
             Finding(
                 "warning",
-                f"It relies on a shortcut: a small patch at {place}, {percent(v['area'], 0)} of the image. Taking that patch alone from another image "
+                f"It relies on one small patch at {place}, {percent(v['area'], 0)} of the image: a shortcut, unless that is where the answer lies. Taking that patch alone from another image "
                 f"turns {percent(v['followed'], 0)} of answers into the answer to that image; patches elsewhere turn {percent(v['others_followed'], 0)}. "
                 f"Accuracy falls from {percent(v['accuracy'])} to {percent(v['swapped_accuracy'])}.",
                 "gaze",
@@ -133,7 +133,7 @@ def _accuracy(n: dict[str, Any]) -> list[Finding]:
     poor = overall["low"] <= chance
     found.append(
         Finding(
-            "warning" if poor else "good",
+            "warning" if poor else "good" if overall["accuracy"] >= 0.8 else "note",
             f"It is right for {percent(overall['accuracy'])} of {overall['count']} samples"
             + (f", no better than guessing among {len(classes)} classes." if poor else "."),
             "accuracy",

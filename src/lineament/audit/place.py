@@ -136,8 +136,9 @@ def examine(subject: Subject, rows: Tensor, mean_map: Tensor, *, fraction: float
         lost_excess=lost_excess,
         covered_excess=covered_excess,
         gaze_share=float(share),
-        # Reliance shows in the answers, right or wrong: where a shortcut misleads, losing it even helps.
-        decides=followed_excess[1] > 0.1,
+        # Reliance shows in the answers, right or wrong: where a shortcut misleads, losing it even helps. Three answers in ten
+        # are more than one small part of an object moves, of which many parts speak.
+        decides=followed_excess[1] > 0.3,
         matters=lost_excess[1] > 0.05 or covered_excess[1] > 0.05,
         map=shown.reshape(-1, columns).tolist(),
         windows=len(scan),

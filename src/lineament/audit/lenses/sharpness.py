@@ -23,7 +23,7 @@ from lineament.report.section import Section
 TITLE = "How sharp is the minimum it sits in?"
 METHOD = "hessian-density"
 _TOP, _PRODUCTS, _STEPS, _PROBES, _TRACE = 2, 40, 20, 2, 20
-_WORK = 1.5e12
+_WORK = 5e11
 
 
 def applies(subject: Subject) -> str:
