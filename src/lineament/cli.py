@@ -170,7 +170,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
         arguments.fields,
         out=arguments.out,
         overwrite=arguments.overwrite,
-        note=lambda line: print(f"lineament: {line}", file=sys.stderr),
+        note=console.note,
     )
     console.show_run(run)
     return 0

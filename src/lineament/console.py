@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from lineament.report.gallery import Site
 
 WIDE = 100
+
+
+def note(line: str) -> None:
+    """A line on standard error for who waits; work goes on when nobody reads it any more."""
+    with suppress(BrokenPipeError):
+        print(f"lineament: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def _console() -> Console:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -46,15 +45,6 @@ def test_help_and_papers_import_no_torch():
         code = f"import sys; from lineament.cli import main; main({words!r}); print('torch' in sys.modules, file=sys.stderr)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.stderr.strip() == "False"
-
-
-def test_help_is_there_at_once():
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        assert run("--help")[0] == 0
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.5
 
 
 @pytest.mark.parametrize(

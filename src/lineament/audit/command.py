@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +109,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Audit, and say where the report is."""
     from lineament.audit.run import audit
+    from lineament.console import note
     from lineament.report.text import printable
 
     found = audit(
@@ -134,7 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         device=arguments.device,
         seed=arguments.seed,
-        note=lambda line: print(f"lineament: {printable(line)}", file=sys.stderr, flush=True),
+        note=note,
     )
     for finding in found.findings:
         print(f"{finding.severity:>8}  {printable(finding.sentence)}")

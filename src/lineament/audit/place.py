@@ -136,13 +136,23 @@ def examine(subject: Subject, rows: Tensor, mean_map: Tensor, *, fraction: float
         lost_excess=lost_excess,
         covered_excess=covered_excess,
         gaze_share=float(share),
-        # Reliance shows in the answers, right or wrong: where a shortcut misleads, losing it even helps. Three answers in ten
-        # are more than one small part of an object moves, of which many parts speak.
-        decides=followed_excess[1] > 0.3,
+        # Reliance shows in the answers, right or wrong: where a shortcut misleads, losing it even helps.
+        decides=followed_excess[1] > needed(len(torch.unique(subject.outputs.argmax(1)))),
         matters=lost_excess[1] > 0.05 or covered_excess[1] > 0.05,
         map=shown.reshape(-1, columns).tolist(),
         windows=len(scan),
     )
+
+
+def needed(answers: int) -> float:
+    """The share of answers that must follow a patch, beyond other patches, before it is said to decide.
+
+    A change of answer for no reason lands on the lender's with probability 1 / (answers - 1), so that few possible answers ask for more.
+
+    >>> needed(2), needed(10)
+    (0.35, 0.15)
+    """
+    return round(0.1 + 0.5 / max(answers, 2), 12)
 
 
 class _Trial:

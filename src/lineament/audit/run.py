@@ -29,7 +29,7 @@ from lineament.audit.subject import Subject, bring_together, one_output, two_log
 from lineament.core import checks
 from lineament.core.batching import Checkpoint
 from lineament.core.checks import InputError, require, show
-from lineament.core.files import output_folder
+from lineament.core.files import output_folder, possible_folder
 from lineament.core.models import device_of
 from lineament.data.loading import Samples, checked
 from lineament.data.loading import load as load_data
@@ -156,7 +156,7 @@ def audit(
             data is None and weights is None, "MODEL: got none, but data or weights; pass the model first"
         )
         key = {"default": seed, "torch": torch.__version__, "epoch": 1}
-        trained = Checkpoint(folder / _STAGES / "training", key)
+        trained = Checkpoint(_opened(folder) / _STAGES / "training", key)
         with _threads(0.0):
             state = trained.stage("train", lambda: default.train(seed))
         network = default.small_cnn(seed).eval()
@@ -199,7 +199,7 @@ def audit(
             subject = replace(
                 subject, notes=(*subject.notes, "one output z for two classes is read as the logits (0, z)")
             )
-        checkpoint = Checkpoint(folder / _STAGES / "lenses", _key(subject, loaded))
+        checkpoint = Checkpoint(_opened(folder) / _STAGES / "lenses", _key(subject, loaded))
         if checkpoint.resumed:
             note("an earlier run of the same audit was cut off; going on where it stopped")
         sections = []
@@ -351,9 +351,12 @@ def _fresh(out: str | Path, overwrite: bool) -> Path:
             not foreign,
             f"--out: {str(out)!r} holds files that are no report's ({checks.show(foreign[0]) if foreign else ''} ...); choose an empty or new folder",
         )
-    folder = output_folder(folder)
-    # What a killed run had half written.
-    for leftover in folder.glob(".report-*"):
+    return possible_folder(folder)
+
+
+def _opened(folder: Path) -> Path:
+    """Make the folder, now that there is something to write; without what a killed run had half written."""
+    for leftover in output_folder(folder).glob(".report-*"):
         leftover.unlink(missing_ok=True)
     return folder
 

@@ -51,10 +51,22 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def output_folder(path: str | Path) -> Path:
-    """Make ``path`` a folder that can be written, or say plainly why it cannot be."""
+def possible_folder(path: str | Path) -> Path:
+    """Say plainly why ``path`` cannot become a folder that can be written, without making it."""
     path = Path(path)
     require(not path.is_file(), f"--out: {str(path)!r} is a file, expected a folder to write into")
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    require(
+        nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK),
+        f"--out: {str(path)!r} cannot be written ({str(nearest)!r} is closed to this user or no folder); "
+        "choose a folder that can be",
+    )
+    return path
+
+
+def output_folder(path: str | Path) -> Path:
+    """Make ``path`` a folder that can be written, or say plainly why it cannot be."""
+    path = possible_folder(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

@@ -1,0 +1,238 @@
+"""The audit as a whole: it finds the planted shortcut, takes networks of every kind, and says what does not apply."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lineament.audit import run as running
+from lineament.audit.lenses import LENSES
+from lineament.audit.place import needed
+from lineament.audit.run import audit
+from lineament.core.checks import InputError
+from tests.contracts.unchanged import unchanged
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """The report of the embedded default."""
+    return audit(out=tmp_path_factory.mktemp("planted") / "report")
+
+
+@pytest.mark.slow
+def test_the_default_finds_the_planted_mark(planted):
+    first = planted.findings[0]
+    assert first.severity == "warning" and first.sentence.startswith("The network relies on the mark")
+    place = planted["gaze"].numbers["place"]
+    assert place["decides"] and place["followed"] > 0.3 > 10 * place["others_followed"]
+    window = place["window"]
+    assert window["top"] <= 1 and window["left"] <= 1, "the mark is in the top left corner"
+    groups = {group["name"]: group for group in planted["accuracy"].numbers["groups"]}
+    assert groups["mark agrees"]["low"] > groups["mark misleads"]["high"]
+
+
+@pytest.mark.slow
+def test_every_section_has_a_picture_a_number_and_a_sentence(planted):
+    assert [section.name for section in planted.sections] == list(LENSES)
+    for section in planted.sections:
+        assert section.status in ("good", "note", "warning"), section.sentence
+        assert section.number and section.sentence and section.pictures and section.numbers
+        assert all(picture.alt for picture in section.pictures)
+    page = planted.html.read_text(encoding="utf-8")
+    assert "<script" not in page and "default-src 'none'" in page
+    stored = json.loads(planted.json.read_text(encoding="utf-8"))
+    assert [section["name"] for section in stored["sections"]] == list(LENSES)
+    assert {path.name for path in planted.html.parent.iterdir()} == {"report.html", "report.json"}
+
+
+@pytest.mark.slow
+def test_a_network_without_the_shortcut_is_not_accused(tmp_path):
+    """The same network and test, taught without the mark."""
+    from lineament.audit.default import small_cnn
+    from lineament.data.shortcut_digits import shortcut_digits
+
+    data = shortcut_digits("train", seed=0)
+    torch.manual_seed(0)
+    order = torch.randperm(len(data.targets))
+    images = data.inputs.clone()
+    images[:, :4, :4] = images[order, :4, :4]  # every image has a mark, of no class in particular
+    model = small_cnn().train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for _ in range(8):
+        for rows in torch.randperm(len(images)).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images[rows, None]), data.targets[rows]).backward()
+            optimizer.step()
+    found = audit(model.eval(), (images[:400], data.targets[:400]), out=tmp_path / "report", lenses=["gaze"])
+    assert not found["gaze"].numbers["place"]["decides"]
+    assert all(finding.severity != "warning" for finding in found.findings)
+
+
+def test_few_answers_ask_for_more_that_follow():
+    assert [needed(n) for n in (1, 2, 4, 10, 100)] == [0.35, 0.35, 0.225, 0.15, 0.105]
+
+
+def digits(classes=10, count=300):
+    from sklearn.datasets import load_digits
+
+    data = load_digits(n_class=classes)
+    return torch.from_numpy(data.images[:count]).float() / 16, torch.from_numpy(data.target[:count])
+
+
+def convolutional(outputs, side=8):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(128, outputs),
+    )
+
+
+def fit(model, images, targets, loss_fn, steps=60):
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_fn(model(images), targets).backward()
+        optimizer.step()
+    for parameter in model.parameters():
+        parameter.grad = None
+    return model.eval()
+
+
+@pytest.mark.slow
+def test_two_classes_from_one_output(tmp_path):
+    images, targets = digits(2)
+    model = fit(
+        convolutional(1),
+        images[:, None],
+        targets[:, None].float(),
+        nn.functional.binary_cross_entropy_with_logits,
+    )
+    with unchanged(model):
+        found = audit(model, (images, targets), out=tmp_path / "r", classes=["zero", "one"])
+    assert {s.name: s.status for s in found.sections if s.status in ("failed", "skipped")} == {}
+    assert found["accuracy"].numbers["overall"]["accuracy"] > 0.9
+    assert [c["name"] for c in found["accuracy"].numbers["classes"]] and "(0, z)" in found.json.read_text()
+
+
+@pytest.mark.slow
+def test_a_hundred_classes(tmp_path):
+    images, targets = digits()
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    pairs, labels = torch.cat([images, images[order]], 2), 10 * targets + targets[order]
+    model = convolutional(100)
+    found = audit(model, (pairs, labels), out=tmp_path / "r")
+    assert {s.name for s in found.sections if s.status == "failed"} == set()
+    assert len(found["accuracy"].numbers["classes"]) == len(labels.unique())
+
+
+@pytest.mark.slow
+def test_a_regression_network_is_told_what_does_not_apply(tmp_path):
+    images, _ = digits()
+    ink = images.mean((1, 2))[:, None]
+    model = fit(convolutional(1), images[:, None], ink, nn.functional.mse_loss)
+    found = audit(model, (images, ink[:, 0]), out=tmp_path / "r")
+    skipped = {s.name: s.sentence for s in found.sections if s.status == "skipped"}
+    assert set(skipped) == {"gaze", "collapse"} and all("real values" in text for text in skipped.values())
+    assert {s.name for s in found.sections if s.status == "failed"} == set()
+    assert found["accuracy"].numbers["overall"]["r2"] > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
+def test_transformers_saved_to_disk(tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+    images, targets = digits()
+    if kind == "resnet":
+        config = transformers.ResNetConfig(
+            num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=10
+        )  # fmt: skip
+        model = transformers.ResNetForImageClassification(config)
+    else:
+        config = transformers.ViTConfig(
+            image_size=8, patch_size=2, num_channels=1, hidden_size=16, num_hidden_layers=2,
+            num_attention_heads=2, intermediate_size=32, num_labels=10,
+        )  # fmt: skip
+        model = transformers.ViTForImageClassification(config)
+    model.save_pretrained(tmp_path / "model")
+    np.savez(tmp_path / "digits.npz", images=images.numpy(), labels=targets.numpy())
+    found = audit(str(tmp_path / "model"), str(tmp_path / "digits.npz"), out=tmp_path / "r", samples=200)
+    assert {s.name: s.sentence for s in found.sections if s.status in ("failed", "skipped")} == {}
+    assert found["gaze"].numbers["place"]["windows"] > 9
+
+
+def test_a_lens_that_fails_says_so_and_the_rest_goes_on(tmp_path, monkeypatch):
+    import lineament.audit.lenses.spectrum as spectrum
+
+    def look(subject):
+        raise ZeroDivisionError("<b>by nothing</b>")
+
+    monkeypatch.setattr(spectrum, "look", look)
+    images, targets = digits()
+    found = audit(
+        convolutional(10), (images, targets), out=tmp_path / "r", lenses=["accuracy", "spectrum", "collapse"]
+    )
+    assert {s.name for s in found.sections if s.status == "failed"} == {"spectrum"}
+    page = found.html.read_text(encoding="utf-8")
+    assert "ZeroDivisionError" in page and "<b>by nothing" not in page
+
+
+def test_nothing_is_made_where_the_input_cannot_be_used(tmp_path):
+    images, targets = digits()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    for data, options, message in (
+        ((images, targets + 90), {}, "expected labels from 0 to 9"),
+        ((images[:, :3], targets), {}, "do not fit the model"),
+        ((images, targets[:9]), {}, "expected as many"),
+        ((images[targets == 3], targets[targets == 3]), {}, "at least two classes"),
+        ((images * float("nan"), targets), {}, "NaN"),
+        ((images, targets), {"sites": ["layer9"]}, "layer9"),
+        ((images, targets), {"lenses": ["gaz"]}, "nearest: 'gaze'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            audit(model, data, out=tmp_path / "r", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_report_is_not_replaced_unasked(tmp_path):
+    images, targets = digits()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    audit(model, (images, targets), out=tmp_path / "r", lenses=["accuracy"])
+    with pytest.raises(InputError, match="--overwrite"):
+        audit(model, (images, targets), out=tmp_path / "r", lenses=["accuracy"])
+    audit(model, (images, targets), out=tmp_path / "r", lenses=["accuracy"], overwrite=True)
+    (tmp_path / "r" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="thesis"):
+        audit(model, (images, targets), out=tmp_path / "r", lenses=["accuracy"], overwrite=True)
+
+
+@pytest.mark.slow
+def test_an_interrupted_audit_goes_on_with_the_same_result(tmp_path, monkeypatch):
+    images, targets = digits()
+    model, lenses = convolutional(10), ["accuracy", "collapse", "spectrum"]
+    whole = audit(model, (images, targets), out=tmp_path / "whole", lenses=lenses)
+    seen = []
+
+    def look(name, subject, original=running._look):
+        seen.append(name)
+        if name == "spectrum" and seen.count("spectrum") == 1:
+            raise KeyboardInterrupt
+        return original(name, subject)
+
+    monkeypatch.setattr(running, "_look", look)
+    with pytest.raises(KeyboardInterrupt):
+        audit(model, (images, targets), out=tmp_path / "cut", lenses=lenses)
+    assert not (tmp_path / "cut" / "report.html").exists()
+    again = audit(model, (images, targets), out=tmp_path / "cut", lenses=lenses)
+    assert seen == ["accuracy", "collapse", "spectrum", "spectrum"], "finished lenses are not run again"
+    for ours, theirs in zip(whole.sections, again.sections):
+        assert (ours.numbers, ours.sentence, ours.status) == (theirs.numbers, theirs.sentence, theirs.status)
+    assert [f.sentence for f in whole.findings] == [f.sentence for f in again.findings]
