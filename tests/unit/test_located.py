@@ -122,9 +122,45 @@ def test_the_paper_preset_plays_on_the_users_photographs(tmp_path, monkeypatch):
         normgrad.run(paper, out=tmp_path / "out")
     monkeypatch.setenv("LINEAMENT_DATA", str(tmp_path))
     outcome = normgrad.run(paper, out=tmp_path / "out")
-    assert outcome.preset == "paper" and len(outcome.claims) == 3
+    assert outcome.preset == "paper" and len(outcome.claims) == 5
     values = [v for row in outcome.tables[0].rows for v in row[1:]]
-    assert len(values) == 8 * 4 and all(0 <= v <= 100 for v in values)
+    assert len(outcome.tables[0].rows) == 12, "ten methods, two of them also after the meta step"
+    assert len([v for v in values if v is not None]) == 12 * 4 + 4 and all(
+        v is None or 0 <= v <= 100 for v in values
+    )
     json.dumps(outcome.to_dict(), allow_nan=False)
     with pytest.raises(InputError, match="is no folder"):
         normgrad.run(replace(paper, model_folder=str(tmp_path / "none")), out=tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_the_paper_preset_plays_with_vgg16(tmp_path):
+    from safetensors.torch import save_file
+
+    from lineament.recipes._normgrad_networks import VGG_LAYERS, VGG16, photographs_model
+
+    voc_folder(tmp_path / "VOC2007")
+    torch.manual_seed(0)
+    network = VGG16(2, widths=(4, 4, 4, 4, 8), hidden=8)
+    # As classifiers are saved: linear layers, not kernels.
+    state = {
+        k: v.flatten(1) if "classifier" in k and v.ndim == 4 else v for k, v in network.state_dict().items()
+    }
+    path = tmp_path / "vgg16.safetensors"
+    save_file({k: v.contiguous() for k, v in state.items()}, path, {"classes": "cat, dog"})
+    model, names, layers = photographs_model(str(path))
+    x = torch.rand(1, 3, 224, 240)
+    assert names == ["cat", "dog"] and layers == VGG_LAYERS
+    assert torch.equal(model(x), network.eval()(x))
+    paper = replace(
+        normgrad.Config.preset("paper"), model_folder=str(path), data_folder=str(tmp_path), test_images=1
+    )
+    outcome = normgrad.run(paper, out=tmp_path / "out")
+    assert outcome.tables[0].columns == ["method", *VGG_LAYERS, "product"]
+    assert outcome.claims[0].paper.startswith("VGG16: 59.1")
+    save_file({k: v.contiguous() for k, v in state.items()}, path)
+    with pytest.raises(InputError, match="2 outputs and 20 class names"):
+        photographs_model(str(path))
+    save_file({"weight": torch.zeros(1)}, path)
+    with pytest.raises(InputError, match=r"expected VGG16's features\.0"):
+        photographs_model(str(path))

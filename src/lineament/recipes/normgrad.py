@@ -1,12 +1,11 @@
 """NormGrad: at which layers do backpropagation saliency maps point at the object, and do they know which class was asked for?
 
 Rebuffi, Fong, Ji, Vedaldi, CVPR 2020, arXiv 2004.02866. ``quick`` and ``small`` train a multi-label CNN on scenes of two digits among
-clutter; ``paper`` is the pointing game on VOC2007 or COCO with a ResNet that the user brings.
+clutter; ``paper`` is the pointing game on VOC2007 or COCO with a ResNet or VGG16 that the user brings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,15 +22,15 @@ from lineament.explain.meta_saliency import meta_saliency
 from lineament.explain.pointing import hits
 from lineament.explain.saliency import saliency
 from lineament.explain.saliency_checks import class_sensitivity
-from lineament.recipes._normgrad_figures import correlation_figure, number, picture_grid, pointing_figure
-from lineament.recipes._normgrad_photographs import photographs, photographs_model, point_on_photographs
-from lineament.report.outcome import Claim, Outcome, Table
+from lineament.recipes._normgrad_claims import COMBINED, META, photograph_claims, scene_claims
+from lineament.recipes._normgrad_figures import correlation_figure, picture_grid, pointing_figure
+from lineament.recipes._normgrad_networks import photographs_model
+from lineament.recipes._normgrad_photographs import photographs, point_on_photographs
+from lineament.report.outcome import Outcome, Table
 
 SLUG = "normgrad"
 TITLE = "There and Back Again: Revisiting Backpropagation Saliency Methods"
 METHODS = ["gradient", "linear_approx", "grad_cam", "norm_grad", "norm_grad_selective", "guided_backprop"]
-COMBINED = ["linear_approx", "grad_cam", "norm_grad", "norm_grad_selective"]
-META = ["norm_grad", "norm_grad_selective"]
 # The ReLU behind convolution 1, 2, 4, 6 and 7 of the small network; the deepest is what it averages over space.
 SITES = {"1": "2", "2": "5", "4": "12", "6": "19", "7": "23"}
 
@@ -49,10 +48,11 @@ class Config:
     train_images: int = 3000
     epochs: int = 8
     meta_eps: float = 2.5e-4
+    sweep: tuple[float, ...] = (2.5e-5, 2.5e-3)
 
     data_folder: str | None = None
     model_folder: str = "resnet50-multilabel"
-    layers: tuple[str, ...] = tuple(f"encoder.stages.{k}" for k in range(4))
+    layers: tuple[str, ...] | None = None
 
 
 def _preset(cls: type[Config], name: str) -> Config:
@@ -62,7 +62,7 @@ def _preset(cls: type[Config], name: str) -> Config:
         return cls(name, test_images=30, train_images=1500, epochs=5)
     if name == "small":
         return cls(name)
-    return cls(name, dataset="voc", test_images=None, tolerance=15.0)
+    return cls(name, dataset="voc", test_images=None, tolerance=15.0, meta_eps=2.5e-3)
 
 
 # A field and a constructor of the same name: the class answers with the constructor, an instance with its field.
@@ -120,7 +120,13 @@ def _on_scenes(config: Config, stages: Checkpoint, out: Path) -> Outcome:
     correct = float((top == scenes.classes.sort(1).values).all(1).double().mean())
     points = stages.stage("pointing", lambda: pointing(model, scenes, config))
     alike = stages.stage("class sensitivity", lambda: correlations(model, scenes))
-    meta = stages.stage("meta", lambda: with_meta_step(model, scenes, config))
+    meta = stages.stage("meta", lambda: with_meta_step(model, scenes, config.meta_eps, config.tolerance))
+    swept = {
+        eps: stages.stage(
+            f"meta {eps:g}", lambda eps=eps: with_meta_step(model, scenes, eps, config.tolerance)
+        )
+        for eps in config.sweep
+    }
     tables = [
         Table(
             "Pointing accuracy by layer, %",
@@ -155,11 +161,26 @@ def _on_scenes(config: Config, stages: Checkpoint, out: Path) -> Outcome:
                 for k in ("6", "7")
             ],
         ),
+        Table(
+            "The same for other step sizes: a step that is too large destroys the map",
+            [
+                "method",
+                "layer",
+                *(f"eps {eps:g}: {what}" for eps in config.sweep for what in ("correlation", "pointing, %")),
+            ],
+            [
+                [m, f"ReLU {k}", *(v for eps in config.sweep for v in _after_step(swept[eps][m][SITES[k]]))]
+                for m in META
+                for k in ("6", "7")
+            ],
+        ),
         Table("The classifier", ["measure", "value"], [["both digits right, test, %", _percent(correct)]]),
     ]
     figures = [pointing_figure(points["layers"], list(SITES.values()), [f"ReLU {k}" for k in SITES], out)]
     figures += [correlation_figure(alike, meta, SITES, out), picture_grid(model, scenes, SITES, out)]
-    return Outcome(SLUG, TITLE, config.preset, asdict(config), claims(points, alike, meta), tables, figures)
+    return Outcome(
+        SLUG, TITLE, config.preset, asdict(config), scene_claims(points, alike, meta, SITES), tables, figures
+    )
 
 
 def pointing(model: nn.Module, scenes: DigitScenes, config: Config) -> dict[str, Any]:
@@ -192,150 +213,56 @@ def correlations(model: nn.Module, scenes: DigitScenes) -> dict[str, Any]:
     return found
 
 
-def with_meta_step(model: nn.Module, scenes: DigitScenes, config: Config) -> dict[str, Any]:
+def with_meta_step(model: nn.Module, scenes: DigitScenes, eps: float, tolerance: float) -> dict[str, Any]:
     """Pointing accuracy and class sensitivity at the last two layers after one step on each image's own question."""
     late = [SITES["6"], SITES["7"]]
     images, targets = scenes.images.repeat_interleave(2, 0), scenes.classes.flatten()
-    options: dict[str, Any] = {"eps": config.meta_eps, "site": late, "method": META}
+    options: dict[str, Any] = {"eps": eps, "site": late, "method": META}
     maps: Any = meta_saliency(model, images, targets, **options)
     found: dict[str, Any] = {m: {} for m in META}
     for m in META:
         for site in late:
             measured = class_sensitivity(
-                model, scenes.images, explain=meta_saliency, eps=config.meta_eps, site=site, method=m
+                model, scenes.images, explain=meta_saliency, eps=eps, site=site, method=m
             )
-            hit = _accuracy(maps[m][site], scenes.masks.flatten(0, 1), config.tolerance)
+            hit = _accuracy(maps[m][site], scenes.masks.flatten(0, 1), tolerance)
             found[m][site] = {"pointing": hit, "correlation": measured.to_dict()["mean"]}
     return found
 
 
-def claims(points: dict[str, Any], alike: dict[str, Any], meta: dict[str, Any]) -> list[Claim]:
-    """The paper's claims, judged by predicates that were written before the first run."""
-    order = list(SITES.values())
-    layers, products = points["layers"], points["products"]
-    last = order[-1]
-    cam, norm = ([layers[m][s] for s in order] for m in ("grad_cam", "norm_grad"))
-    selective, plain = layers["norm_grad_selective"][last], layers["norm_grad"][last]
-    averages = {m: sum(layers[m].values()) / len(order) for m in COMBINED}
-    label = {s: f"ReLU {k}" for k, s in SITES.items()}
-    pairs = [(m, s) for m in META for s in order[-2:]]
-    moved = {p: (alike[p[0]][p[1]]["mean"], meta[p[0]][p[1]]["correlation"]) for p in pairs}
-    raised = {p: (layers[p[0]][p[1]], meta[p[0]][p[1]]["pointing"]) for p in pairs}
-    before, after = (sum(v[i] for v in raised.values()) / len(pairs) for i in (0, 1))
-    ignores = alike["norm_grad"][last]["mean"]
-    return [
-        _claim(
-            "Grad-CAM collapses in early layers (first two at least 20 points below its best)",
-            "VGG16, VOC07: 59.1 and 58.4 % at the first two layers, 86.6 % at the last",
-            f"{_list(cam[:2])} % at the first two, {100 * max(cam):.1f} % at its best layer",
-            max(cam[:2]) <= max(cam) - 0.2,
-            "",
-        ),
-        _claim(
-            "NormGrad stays flat (before the last layer, at most 15 points between layers)",
-            "VGG16, VOC07: 78.9 to 81.9 % at layers 3 to 22, 77.7 % at the last",
-            f"{_list(norm[:-1])} % at ReLU 1, 2, 4, 6, then {100 * norm[-1]:.1f} % at the last",
-            max(norm[:-1]) - min(norm[:-1]) <= 0.15,
-            "the deep maps have 12 x 12 and 6 x 6 cells of 4 and 8 pixels, and a hit must lie within 2 pixels of the digit",
-        ),
-        _claim(
-            "Selective NormGrad points at least as well as NormGrad at the last layer",
-            "VGG16: 86.0 against 77.7 %; ResNet50: 87.4 against 78.8 %",
-            f"{100 * selective:.1f} against {100 * plain:.1f} %",
-            selective >= plain,
-            "",
-        ),
-        _claim(
-            "Combining layers helps (the product beats the average single layer, for each of four methods)",
-            "combined layers are reported as better than single ones; the table was not at hand",
-            "; ".join(
-                f"{m} {100 * products[m]:.1f} against {100 * averages[m]:.1f} on average and {100 * max(layers[m].values()):.1f} at best"
-                for m in COMBINED
-            ),
-            all(products[m] > averages[m] for m in COMBINED),
-            "",
-        ),
-        _claim(
-            "Before global average pooling NormGrad ignores the class (rank correlation 1)",
-            "follows from the gradient being the same everywhere",
-            number(ignores),
-            ignores is not None and ignores > 0.999,
-            "",
-        ),
-        _claim(
-            "The meta step makes late maps more specific to the class (each correlation falls)",
-            "the correlation of the maps of the most and least probable class falls",
-            "; ".join(f"{m} at {label[s]}: {number(a)} to {number(b)}" for (m, s), (a, b) in moved.items()),
-            all(a is not None and b is not None and b < a for a, b in moved.values()),
-            "",
-        ),
-        _claim(
-            "The meta step raises pointing accuracy in late layers (on average)",
-            "ResNet50, last layer: NormGrad 78.8 to 80.9 %, selective 87.4 to 88.6 %",
-            f"{100 * before:.1f} to {100 * after:.1f} % ("
-            + "; ".join(
-                f"{m} at {label[s]}: {100 * a:.1f} to {100 * b:.1f}" for (m, s), (a, b) in raised.items()
-            )
-            + ")",
-            after > before,
-            "",
-        ),
-    ]
-
-
-def _claim(name: str, paper: str, observed: str, holds: bool, reason: str) -> Claim:
-    fallback = "the differences are within the noise of this many test scenes"
-    return Claim(name, paper, observed, bool(holds), "" if holds else reason or fallback)
-
-
 def _on_photographs(config: Config, stages: Checkpoint, out: Path) -> Outcome:
-    methods = [*METHODS, "gradient_sum", "excitation_backprop"]
-    model, names = photographs_model(config.model_folder)
+    others = ["gradient_sum", "guided_backprop_sum", "excitation_backprop", "contrastive_excitation_backprop"]
+    model, names, usual = photographs_model(config.model_folder)
     images = photographs(config.dataset, config.data_folder, config.test_images)
-    sites = list(config.layers)
+    sites = list(config.layers or usual)
 
     def measure() -> dict[str, Any]:
         return point_on_photographs(
-            model, names, images, sites=sites, methods=methods, tolerance=config.tolerance
+            model,
+            names,
+            images,
+            sites=sites,
+            methods=[*METHODS, *others],
+            tolerance=config.tolerance,
+            meta=META,
+            meta_eps=config.meta_eps,
+            joined=COMBINED,
         )
 
     found = stages.stage("pointing", measure)
     tables = [
         Table(
             f"Pointing accuracy by layer, {part} images, %",
-            ["method", *sites],
-            [[m, *(_percent(found[m][s][part]) for s in sites)] for m in methods],
+            ["method", *sites, "product"],
+            [[m, *(_percent(found[m][s][part]) for s in (*sites, "product"))] for m in found],
         )
         for part in ("all", "difficult")
     ]
-    layers = {m: {s: found[m][s]["all"] for s in sites} for m in methods}
-    cam, norm = ([layers[m][s] for s in sites] for m in ("grad_cam", "norm_grad"))
-    selective, plain = layers["norm_grad_selective"][sites[-1]], layers["norm_grad"][sites[-1]]
-    judged = [
-        _claim(
-            "Grad-CAM collapses before the last layer (first two at least 20 points below its best)",
-            "ResNet50, VOC07: 54.5, 52.9, 66.3, 90.4 %",
-            f"{_list(cam)} %",
-            max(cam[:2]) <= max(cam) - 0.2,
-            "",
-        ),
-        _claim(
-            "NormGrad stays flat (before the last layer, at most 15 points between layers)",
-            "ResNet50, VOC07: 81.9, 84.0, 84.6, 78.8 %",
-            f"{_list(norm)} %",
-            max(norm[:-1]) - min(norm[:-1]) <= 0.15,
-            "",
-        ),
-        _claim(
-            "Selective NormGrad points at least as well as NormGrad at the last layer",
-            "ResNet50, VOC07: 87.4 against 78.8 %",
-            f"{100 * selective:.1f} against {100 * plain:.1f} %",
-            selective >= plain,
-            "",
-        ),
-    ]
-    shown = {m: layers[m] for m in METHODS}
-    figures = [pointing_figure(shown, sites, sites, out)]
+    layers = {m: {s: found[m][s]["all"] for s in sites} for m in found}
+    figures = [pointing_figure({m: layers[m] for m in METHODS}, sites, sites, out)]
+    judged = photograph_claims(
+        layers, {m: found[m]["product"]["all"] for m in COMBINED}, sites, type(model).__name__
+    )
     return Outcome(SLUG, TITLE, config.preset, asdict(config), judged, tables, figures)
 
 
@@ -347,8 +274,8 @@ def _percent(value: float | None) -> float | None:
     return None if value is None or value != value else round(100 * value, 1)
 
 
-def _list(values: Sequence[float]) -> str:
-    return ", ".join(f"{100 * v:.1f}" for v in values)
+def _after_step(cell: dict[str, Any]) -> tuple[Any, Any]:
+    return cell["correlation"], _percent(cell["pointing"])
 
 
 def _undefined(row: dict[str, Any]) -> int:
