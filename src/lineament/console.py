@@ -87,6 +87,17 @@ def show_papers(papers: Sequence[Paper], search: str = "") -> None:
     console.print(f"{len(papers)} of 29 papers{what}; {there} there, {len(papers) - there} not yet.")
 
 
+def show_fields(slug: str, fields: Sequence[tuple[str, str, Mapping[str, object]]]) -> None:
+    """The options of one recipe, with the value that each preset gives them."""
+    console = _console()
+    table = _table("option", "takes", *(fields[0][2] if fields else ()), whole=("option",))
+    for option, takes, values in fields:
+        shown = (", ".join(map(str, v)) if isinstance(v, (tuple, list)) else str(v) for v in values.values())
+        table.add_row(option, takes, *(printable(text, limit=60) for text in shown))
+    console.print(f"options of {slug}, with the value in each preset:")
+    console.print(table)
+
+
 def show_run(run: Run) -> None:
     """A recipe's claims, the paper's figure beside ours, and where the outcome is."""
     console = _console()

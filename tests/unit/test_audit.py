@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from tests.contracts.unchanged import unchanged
 from torch import nn
 
 from lineament.audit import run as running
@@ -14,7 +15,6 @@ from lineament.audit.lenses import LENSES
 from lineament.audit.place import needed
 from lineament.audit.run import audit
 from lineament.core.checks import InputError
-from tests.contracts.unchanged import unchanged
 
 
 @pytest.fixture(scope="module")
