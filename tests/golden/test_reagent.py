@@ -12,6 +12,11 @@ import torch
 from tests.golden.common import files
 from torch import nn
 
+from lineament.explain.next_token import NextToken
+from lineament.explain.token_attention import from_attention
+from lineament.explain.token_baselines import attribute_tokens
+from lineament.explain.token_faithfulness import exact_soft_faithfulness, hard_faithfulness, soft_faithfulness
+from lineament.explain.token_results import normalized
 from lineament.explain.tokens import Script, reagent
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-10}
@@ -102,3 +107,85 @@ def test_recursion(path, as_function):
         assert torch.equal(found.probes.topk(h["keep_top_n"], dim=1).indices, a["pos_top_n"])
         assert list(found.rationale) == a["rationale_pos"].tolist()
         assert any("no probe passed" in str(w.message) for w in said) == (not expected_stop)
+
+
+@pytest.mark.parametrize("path", of("soft"))
+def test_soft_faithfulness(path):
+    a = load(path)
+    for prefix, suff0, distance in (("soft", "code_suff0", "squared_official"), ("hell", "hell_suff0", "hellinger")):
+        found = soft_faithfulness(
+            Toy(a),
+            None,
+            a["input_ids"],
+            a["importance"],
+            distance=distance,
+            uniforms=(a["U_suff"][None], a["U_comp"][None]),
+        )
+        assert found.n_samples == 1
+        for ours, theirs in (
+            (found.raw_sufficiency, f"{prefix}_suff"),
+            (found.raw_comprehensiveness, f"{prefix}_comp"),
+            (found.sufficiency, f"{prefix}_ns"),
+            (found.comprehensiveness, f"{prefix}_nc"),
+        ):
+            torch.testing.assert_close(ours, a[theirs], **TOLERANCE)
+        assert abs(found.zero_sufficiency - float(a[suff0])) < 1e-10
+
+
+@pytest.mark.parametrize("path", of("soft"))
+def test_distributions(path):
+    a = load(path)
+    face = NextToken(Toy(a))
+    e_rows = a["input_ids"][None]
+    for keep, name in (
+        (a["U_suff"] < a["importance"][:, None], "p_suff"),
+        (a["U_comp"] < 1 - a["importance"][:, None], "p_comp"),
+        (torch.zeros_like(a["U_suff"]), "p_zero"),
+        (torch.ones_like(a["U_suff"]), "p_orig"),
+    ):
+        scores, _, _ = face.through_embeddings(e_rows, 0, lambda e, columns, keep=keep: e * keep)
+        torch.testing.assert_close(scores.softmax(1)[0], a[name], **TOLERANCE)
+
+
+@pytest.mark.parametrize("path", of("exact"))
+def test_exact_expectation(path):
+    a = load(path)
+    for prefix, distance in (("hellinger", "hellinger"), ("code", "squared_official")):
+        found = exact_soft_faithfulness(Toy(a), None, a["input_ids"], a["importance"], distance=distance)
+        for ours, theirs in (
+            ("raw_sufficiency", "ES"),
+            ("sufficiency", "ENS"),
+            ("raw_comprehensiveness", "EC"),
+            ("comprehensiveness", "ENC"),
+            ("zero_sufficiency", "S0"),
+        ):
+            assert abs(found[ours] - float(a[f"{prefix}_{theirs}"])) < 1e-10
+
+
+@pytest.mark.parametrize("path", of("hard"))
+def test_hard_ratio(path):
+    a = load(path)
+    found = hard_faithfulness(
+        Toy(a), None, a["input_ids"], a["importance"], ratios=[float(a["ratio"])], distance="squared_official"
+    )
+    torch.testing.assert_close(found["sufficiency"][0], a["norm_suff"], **TOLERANCE)
+    torch.testing.assert_close(found["comprehensiveness"][0], a["norm_comp"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("path", of("attributions"))
+def test_attributions(path):
+    a = load(path)
+    for how in ("last", "all", "rollout"):
+        raw = from_attention(a["attn"], how)
+        torch.testing.assert_close(raw, a[f"attn_{how}_raw"], **TOLERANCE)
+        torch.testing.assert_close(normalized(raw, "softmax"), a[f"attn_{how}_softmax"], **TOLERANCE)
+    for method, name, options in (
+        ("grad_norm", "grad_l2", {}),
+        ("input_x_grad", "input_x_grad", {}),
+        ("integrated_gradients", "ig_101_zero_baseline", {}),
+        ("integrated_gradients", "ig_exact", {"rule": "gauss", "steps": 64}),
+    ):
+        found = attribute_tokens(Toy(a), None, a["input_ids"], int(a["target_id"]), method=method, **options)
+        torch.testing.assert_close(found.scores, a[name], **TOLERANCE)
+        assert abs(np.log(found.probability) - float(a["logp_input"])) < 1e-10
+    assert abs(float(a["ig_exact"].sum()) - float(a["logp_input"] - a["logp_zero"])) < 1e-9

@@ -88,11 +88,11 @@ class NextToken:
         return frozenset(i for i in ids if isinstance(i, int))
 
     @contextmanager
-    def ready(self) -> Iterator[NextToken]:
-        """The model in eval mode and without gradients, and as it was afterwards."""
-        with torch.inference_mode():
+    def ready(self, *, gradients: bool = False) -> Iterator[NextToken]:
+        """The model in eval mode and nothing recorded, and all as it was afterwards; ``gradients`` allows some to be taken inside."""
+        with torch.inference_mode(not gradients), torch.no_grad():
             if isinstance(self.model, nn.Module):
-                with frozen(self.model, requires_grad=None):
+                with frozen(self.model, requires_grad=False if gradients else None):
                     yield self
             else:
                 yield self
