@@ -98,13 +98,19 @@ class NextToken:
                 yield self
 
     @contextmanager
-    def sharing(self, ids: Int[Tensor, "tokens"], use_cache: bool | None = None) -> Iterator[None]:
+    def sharing(
+        self, ids: Int[Tensor, "tokens"], use_cache: bool | None = None, *, uneven: bool = False
+    ) -> Iterator[None]:
         """Within the block every row begins with these ids, so that their keys and values are computed once.
 
         Args:
             use_cache: ``None`` decides by the length and by whether the model keeps a cache that can be repeated over rows.
+            uneven: whether rows of several lengths will come. They are padded behind the prefix, where a sliding window would count the
+                padding; such models then go without.
         """
         wanted = len(ids) >= _WORTH_CACHING if use_cache is None else use_cache and len(ids) > 0
+        windows = [getattr(self.text_config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        wanted = wanted and not (uneven and any(windows))
         cache = None
         if wanted and not self.encoder_decoder and {"past_key_values", "use_cache"} <= self._takes and self._pads:
             output = self.model(input_ids=ids[None].to(self.device), use_cache=True, **self._last_only())

@@ -200,7 +200,8 @@ def hard_faithfulness(
 
     Returns:
         ``ratios``, ``sufficiency`` and ``comprehensiveness`` (..., ratios), and ``aopc_sufficiency`` and ``aopc_comprehensiveness``, their means
-        over the ratios (the area over the perturbation curve).
+        over the ratios (the area over the perturbation curve); before normalisation ``raw_sufficiency`` (1 - D), ``raw_comprehensiveness`` (D)
+        and ``zero_sufficiency``.
 
     Raises:
         InputError: a ratio outside (0, 1), scores of another length; as :func:`soft_faithfulness`, but scores of any range.
@@ -227,6 +228,9 @@ def hard_faithfulness(
         "comprehensiveness": comprehensive,
         "aopc_sufficiency": sufficient.mean(-1),
         "aopc_comprehensiveness": comprehensive.mean(-1),
+        "raw_sufficiency": 1 - moved[0],
+        "raw_comprehensiveness": moved[1],
+        "zero_sufficiency": 1 - float(judge.zero),
     }
 
 

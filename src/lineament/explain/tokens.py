@@ -144,7 +144,8 @@ def reagent(
     rules = Rules(
         keep, top_k, max_steps, min_steps, stop, invert_keep, majority, update, max_forwards, lookahead, batch_size, trace
     )  # fmt: skip
-    with face.ready(), face.sharing(_common(prompts), use_cache):
+    uneven = len({len(p.ids) for p in prompts}) > 1
+    with face.ready(), face.sharing(_common(prompts), use_cache, uneven=uneven):
         first = face.logits([p.ids[None] for p in prompts], [p.source for p in prompts]).cpu()
         checks.require(top_k < first.shape[1], f"top_k: got {top_k}, expected less than the vocabulary ({first.shape[1]})")
         targets = [
