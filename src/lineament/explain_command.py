@@ -169,7 +169,13 @@ def _load(name: str, tokenizer: str | None, device: str | None, eager: bool, *, 
         elif config.is_encoder_decoder:
             kind = transformers.AutoModelForSeq2SeqLM
         options: dict[str, Any] = {"attn_implementation": "eager"} if eager else {}
-        model = kind.from_pretrained(name, use_safetensors=True, **options)
+        masks = all("MaskedLM" in word for word in getattr(config, "architectures", None) or [""])
+        require(masked or not masks, f"{what}: {name!r} is a masked language model, which has no next token; give it as --mlm")
+        model, loaded = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
+        missing = sorted(loaded["missing_keys"])
+        require(not missing, f"{what}: {name!r} lacks weights of {kind.__name__}, the first is {missing[:1]}; is it a language model?")
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{what}: {name!r} cannot be loaded as a language model ({error})") from error
     try:
