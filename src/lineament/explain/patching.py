@@ -87,7 +87,7 @@ def activation_patching(
     >>> result.scores["hidden"].tolist()
     [[1.0]]
     """
-    work = _Work(model, clean, corrupt, metric, sites, layout, direction, corruption, positions, normalise, tokenizer, attention_mask)
+    work = Work(model, clean, corrupt, metric, sites, layout, direction, corruption, positions, normalise, tokenizer, attention_mask)
     with frozen(model), torch.no_grad():
         sources, base, source = work.runs()
         nodes = [node for index, place in enumerate(work.engine.places) for node in work.nodes(index, place)]
@@ -148,7 +148,7 @@ def relevance_patching(
     >>> round(float(result.scores["hidden"]), 4), result.coverage  # silu(x)/x is 1/2 at the base run's 0
     (0.5677, {'identity': 1})
     """
-    work = _Work(model, clean, corrupt, metric, sites, layout, direction, corruption, positions, normalise, tokenizer, attention_mask)
+    work = Work(model, clean, corrupt, metric, sites, layout, direction, corruption, positions, normalise, tokenizer, attention_mask)
     settings: dict[str, Any] = {"rules": rules if isinstance(rules, str) else [str(rule) for rule in rules]}
     with frozen(model):
         per_place, base, source, coverage = _linear(work, rules, modules)
@@ -175,7 +175,7 @@ def attribution_patching(
     return relevance_patching(model, clean, corrupt, metric, rules="gradient", **options)
 
 
-class _Work:
+class Work:
     """The checked arguments of one call, its two runs and its result."""
 
     def __init__(
@@ -320,7 +320,7 @@ class _Work:
         )
 
 
-def _linear(work: _Work, rules: Rules, modules: Mapping[Any, str] | None) -> tuple[list[Tensor], Tensor, Tensor | None, Coverage]:
+def _linear(work: Work, rules: Rules, modules: Mapping[Any, str] | None) -> tuple[list[Tensor], Tensor, Tensor | None, Coverage]:
     """Per-example scores of each place from one backward pass on the base run."""
     engine = work.engine
     with torch.no_grad():
@@ -367,7 +367,7 @@ def _linear(work: _Work, rules: Rules, modules: Mapping[Any, str] | None) -> tup
 
 
 def _tap(
-    work: _Work, key: tuple[int, str], reads: bool, members: Sequence[int], sources: Mapping[tuple[int, str], Tensor],
+    work: Work, key: tuple[int, str], reads: bool, members: Sequence[int], sources: Mapping[tuple[int, str], Tensor],
     differences: dict[tuple[int, str], Tensor], scores: list[Tensor | None],
 ) -> Callable[[Any], Any]:  # fmt: skip
     """Passes a node of its own on; when the coefficient comes back, contracts it with the difference of the activations."""
@@ -403,7 +403,7 @@ def _tap(
 class _Effects:
     """The metric of many patched nodes at once: rows of one forward that starts at their layer."""
 
-    def __init__(self, work: _Work, sources: Mapping[tuple[int, str], Tensor], base: Mapping[tuple[int, str], Tensor]):
+    def __init__(self, work: Work, sources: Mapping[tuple[int, str], Tensor], base: Mapping[tuple[int, str], Tensor]):
         self.work, self.sources, self.base = work, sources, base
 
     def __call__(self, stage: int | None, nodes: Sequence[tuple[int, int | None, int | None]]) -> Tensor:
