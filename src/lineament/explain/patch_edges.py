@@ -127,7 +127,7 @@ def edge_patching(
         for layer, (name, block) in enumerate(known.blocks):
             attention = block.get_submodule(known.names["attention"])
             view: Any = head_view(attention, "z", getattr(model, "config", None))
-            weight = view.module.weight if hasattr(view.module, "out_features") else view.module.weight.T
+            weight = view.module.weight.T if hasattr(view.module, "out_features") else view.module.weight
             projections[layer] = (_site(model, f"{name}.{known.names['attention']}:z"), weight, view.heads)
     places = [Place(name, k, site, site, False, None, False, "") for k, (name, site, _) in enumerate(upstream)]
     places += [Place("z", layer, site, site, False, None, False, "head") for layer, (site, _, _) in projections.items()]
