@@ -65,9 +65,8 @@ def normalised(weight: Tensor | None, eps: float, *, centred: bool, dims: int = 
     def rule(x: Tensor, v: Tensor) -> Tensor:
         x, v = wide(x), wide(v)
         if centred:
-            variance = torch.var(x, over, correction=0, keepdim=True)
-        else:
-            variance = x.square().mean(over, keepdim=True)
+            x = x - x.mean(over, keepdim=True)
+        variance = x.square().mean(over, keepdim=True)
         c = (v if weight is None else v * weight.to(v.dtype)) * (variance + eps).rsqrt()
         return c - c.mean(over, keepdim=True) if centred else c
 

@@ -46,10 +46,10 @@ class Engine:
         values = []
         for part in logits.unflatten(0, (times, self.batch)):
             value = self.metric(part)
-            require(
-                isinstance(value, Tensor) and value.shape == (self.batch,),
-                f"metric: returned {show(value)}, expected one number for each of the {self.batch} examples, of shape ({self.batch},)",
-            )
+            if not isinstance(value, Tensor) or value.shape != (self.batch,):
+                raise InputError(
+                    f"metric: returned {show(value)}, expected one number for each of the {self.batch} examples, of shape ({self.batch},)"
+                )
             values.append(value)
         return torch.stack(values)
 
@@ -85,8 +85,8 @@ class Engine:
         def keeper(k: int) -> Callable[[Any], None]:
             def see(value: Any) -> None:
                 found = payload.find(value)
-                require(found is not None, f"layout: block {k} passes {show(value)}, which holds no tensor")
-                assert found is not None
+                if found is None:
+                    raise InputError(f"layout: block {k} passes {show(value)}, which holds no tensor")
                 self.stages[k] = found[1].detach().clone()
                 self.outputs[k] = value
 

@@ -70,7 +70,8 @@ def pair(
     Raises:
         InputError: prompts of unequal length (both tokenisations are shown), tokens outside the vocabulary, empty or over-long prompts.
     """
-    require(isinstance(model, nn.Module), f"model: got {show(model)}, expected a torch.nn.Module")
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: got {show(model)}, expected a torch.nn.Module")
     require(callable(metric), f"metric: got {show(metric)}, expected a function of the logits")
     inner: Any = plain(model)
     language = hasattr(inner, "get_input_embeddings") and hasattr(inner, "config")

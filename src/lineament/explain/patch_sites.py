@@ -8,7 +8,7 @@ residual stream at the end of a block can be written as a shift of that, which s
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -107,6 +107,9 @@ class Place:
         return self.read.view.heads if self.read.view is not None and self.read.view.only is None else 1
 
 
+_NOWHERE = Site("", nn.Identity(), "out")
+
+
 @dataclass(frozen=True)
 class Architecture:
     """The blocks of a model and, by name, where a kind of site is in each."""
@@ -166,32 +169,35 @@ def places(model: nn.Module, kinds: str | Iterable[str], layout: Layout | None =
     for kind in wanted:
         one_of("sites", kind, KINDS)
     known = architecture(model)
-    found = [_place(model, known, kind, layer) for kind in wanted for layer in range(len(known.blocks))]
+    drafts = [_place(known, kind, layer) for kind in wanted for layer in range(len(known.blocks))]
+    # All names at once: finding one walks through the whole model.
+    sites = resolve(model, [name for read, write, _ in drafts for name in (read, write)])
+    found = [replace(draft, read=sites[read], write=sites[write]) for read, write, draft in drafts]
     return found, [block for _, block in known.blocks]
 
 
-def _place(model: nn.Module, known: Architecture, kind: str, layer: int) -> Place:
+def _place(known: Architecture, kind: str, layer: int) -> tuple[str, str, Place]:
+    """The names of the sites to read and to write, and the place without them."""
     name = known.blocks[layer][0]
     units = "feature" if kind == "neurons" else "head" if kind in PARTS else ""
+    draft = Place(kind, layer, _NOWHERE, _NOWHERE, False, layer, False, units)
     if kind in PARTS:
-        site = _one(model, f"{name}.{known.names['attention']}:{kind}")
-        return Place(kind, layer, site, site, False, layer, False, units)
+        site = f"{name}.{known.names['attention']}:{kind}"
+        return site, site, draft
     if kind == "resid_pre":
-        site = _one(model, f"{name}:in")
-        return Place(kind, layer, site, site, False, layer, True, units)
+        return f"{name}:in", f"{name}:in", replace(draft, direct=True)
     if kind == "resid_post":
-        site = _one(model, name)
-        return Place(kind, layer, site, site, False, layer + 1, True, units)
+        return name, name, replace(draft, direct=True, stage=layer + 1)
     if kind == "resid_mid":
         require(
             not known.parallel,
             "sites: 'resid_mid' does not exist where attention and MLP both read the residual stream before the block (parallel residual)",
         )
         read, write = known.names[kind]
-        return Place(kind, layer, _one(model, f"{name}.{read}"), _one(model, f"{name}.{write}"), True, layer, False, units)
-    site = _one(model, f"{name}.{known.names[kind]}")
+        return f"{name}.{read}", f"{name}.{write}", replace(draft, shift=True)
+    site = f"{name}.{known.names[kind]}"
     last = kind == "mlp_out" or (kind == "attn_out" and known.parallel)
-    return Place(kind, layer, site, site, last, layer + 1 if last else layer, last, units)
+    return site, site, replace(draft, shift=last, stage=layer + 1, direct=True) if last else draft
 
 
 def _explicit(model: nn.Module, wanted: list[str], layout: Layout) -> tuple[list[Place], list[nn.Module]]:
@@ -224,10 +230,6 @@ def _stage(module: nn.Module, blocks: list[nn.Module]) -> int | None:
         if any(part is module for part in block.modules()):
             return k
     return None
-
-
-def _one(model: nn.Module, name: str) -> Site:
-    return next(iter(resolve(model, [name]).values()))
 
 
 def flat(value: Tensor) -> Float[Tensor, "batch positions features"]:

@@ -137,7 +137,8 @@ def relevance_rules(
     >>> torch.autograd.grad(y, x)[0], coverage.active()
     (tensor([0.5000, 0.8808]), {'identity': 1})
     """
-    require(isinstance(model, nn.Module), f"model: got {show(model)}, expected a torch.nn.Module")
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: got {show(model)}, expected a torch.nn.Module")
     number("eps", eps, low=0, open_low=True)
     number("gamma", gamma, low=0)
     busy = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
