@@ -17,6 +17,7 @@ examples:
   lineament audit --out report
   lineament audit net.py:make data.npz --weights net.safetensors --groups site --out report
   lineament audit ./resnet-saved ./photos --out report --samples 500 --lenses accuracy,gaze
+  lineament audit ./gpt2-saved pairs.jsonl --out report
 
 A run that was cut off goes on where it stopped when the same command is given again."""
 )
@@ -42,7 +43,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "data",
         nargs="?",
         metavar="DATA",
-        help=".npz, a folder of images by class, a Hugging Face data set, or digits",
+        help=".npz, a folder of images by class, a Hugging Face data set, or digits; for a language model a .txt of prompts, a .jsonl of "
+        "prompts or prompt pairs (clean, corrupt, answer, wrong), or ioi",
     )
     add(
         "--out",
