@@ -169,18 +169,16 @@ class _Sites:
         dictionary = self.dictionaries[name]
         with torch.no_grad():
             f = dictionary.encode(x)
-            return f, x - dictionary.decode(f)
+            back = dictionary.decode(f)
+            if back.shape != x.shape:
+                raise InputError(f"dictionaries: {name!r} decodes to {show(back)}, expected the site's shape {tuple(x.shape)}")
+            return f, x - back
 
     def values(self, inputs: Tensor, *, keep: bool = False) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
         seen, score = self.engine.values(inputs, keep=keep)
         found = {}
         for name, site in self.sites.items():
-            x = flat(seen[id(site.module), site.side])
-            found[name] = self.parts(name, x)
-            require(
-                found[name][1].shape == x.shape,
-                f"dictionaries: {name!r} decodes to {show(found[name][1])}, expected the site's shape {tuple(x.shape)}",
-            )
+            found[name] = self.parts(name, flat(seen[id(site.module), site.side]))
         return found, score
 
     def grouped(self, name: str, effects: Tensor) -> Tensor:

@@ -338,7 +338,8 @@ def _set_softcap(model: nn.Module, name: str, module: nn.Module, coverage: Cover
         called()
         return payload.replace(output, seen[0], Ruled.apply(before.pop(), seen[1].detach(), identity(factor)))
 
-    stack.callback(head.register_forward_hook(keep).remove)
+    # Behind whatever is recorded there, so that the record is on the way.
+    _register(head, head._forward_hooks, keep, stack, 2)
     _register(plain(model), plain(model)._forward_hooks, after, stack, 0)
 
 

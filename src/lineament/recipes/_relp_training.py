@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lineament.core.batching import progress
 from lineament.data.patching_tasks import TokenPairs, synthetic_greater_than, synthetic_induction, synthetic_ioi
@@ -30,7 +30,12 @@ def network(vocabulary: int, positions: int, *, layers: int, width: int, heads: 
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return GPT2LMHeadModel(config).eval()
+        model = GPT2LMHeadModel(config).eval()
+        # GPT-2's own scale of 0.02 is for great widths: at 64 dimensions the heads then need many more steps to tell tokens apart.
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.3 if "wte" in name or "wpe" in name else 0.07)
+        return model
 
 
 def train(
