@@ -17,15 +17,16 @@ from lineament.bench import Row, compare
 from lineament.explain.tokens import explain_continuation, reagent
 
 SLUG = "reagent"
-WORDS, TOKENS, PROBES, STEPS = 50257, 32, 16, 8
+# The paper's prompts have 43 tokens on average.
+WORDS, TOKENS, PROBES, STEPS = 50257, 43, 16, 8
 
 
-def network() -> Any:
+def network(layers: int = 4, width: int = 256) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=WORDS, n_layer=4, n_embd=256, n_head=4, bos_token_id=WORDS - 1, eos_token_id=WORDS - 1
+        vocab_size=WORDS, n_layer=layers, n_embd=width, n_head=width // 64, bos_token_id=WORDS - 1, eos_token_id=WORDS - 1
     )  # fmt: skip
     return GPT2LMHeadModel(config).eval()
 
@@ -41,11 +42,11 @@ def words() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=kind, bos_token=end, eos_token=end, unk_token=end, pad_token=end)
 
 
-def ours(model: Any, ids: Any, target: int) -> Callable[[], Any]:
+def ours(model: Any, ids: Any, target: int, probes: int = PROBES, steps: int = STEPS) -> Callable[[], Any]:
     def run() -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return reagent(model, None, ids, target, probes=PROBES, max_steps=STEPS, keep=5)
+            return reagent(model, None, ids, target, probes=probes, max_steps=steps, keep=5)
 
     return run
 
@@ -69,7 +70,9 @@ def bare(model: Any, ids: Any, target: int) -> tuple[Callable[[], Any], int]:
     return run, sum(len(rows) for rows in seen)
 
 
-def inseqs(model: Any, tokenizer: Any, text: str, target: str) -> Callable[[], Any] | None:
+def inseqs(
+    model: Any, tokenizer: Any, text: str, target: str, probes: int = PROBES, steps: int = STEPS
+) -> Callable[[], Any] | None:
     try:
         import inseq
         from inseq.attr.feat.ops.reagent_core.token_sampler import POSTagTokenSampler
@@ -78,7 +81,7 @@ def inseqs(model: Any, tokenizer: Any, text: str, target: str) -> Callable[[], A
     original = POSTagTokenSampler.build_pos_mapping_from_vocab
     POSTagTokenSampler.build_pos_mapping_from_vocab = staticmethod(lambda *a, **k: {"word": list(range(WORDS))})
     try:
-        options = {"keep_top_n": 5, "stopping_condition_top_k": 3, "max_probe_steps": STEPS, "num_probes": PROBES}
+        options = {"keep_top_n": 5, "stopping_condition_top_k": 3, "max_probe_steps": steps, "num_probes": probes}
         wrapped = inseq.load_model(model, "reagent", tokenizer=tokenizer, **options)
     finally:
         POSTagTokenSampler.build_pos_mapping_from_vocab = original
@@ -120,8 +123,27 @@ def rows(repeats: int = 5) -> Iterator[Row]:
         repeats=repeats,
         note="the limit is 1: the rest is drawing, and reading probabilities and ranks off 50257 logits a row",
     )
-    options: dict[str, Any] = {"stop": "dummy", "min_steps": STEPS, "max_steps": STEPS, "probes": 5}
+    large, few = network(12, 768), 3
+    yield compare(
+        SLUG,
+        f"the same, GPT-2's own size (12 layers of width 768), 5 probes, {few} steps",
+        ours(large, ids, target, 5, few),
+        "inseq reagent",
+        inseqs(large, tokenizer, text, f"w{target}", 5, few),
+        target=4.0,
+        repeats=min(repeats, 3),
+        note="what is saved are the logits of all positions but the last; at this size the layers cost more than they do",
+    )
     made = torch.randint(WORDS - 1, (10,), generator=torch.Generator().manual_seed(1)).tolist()
+    options: dict[str, Any] = {"probes": 3, "max_steps": STEPS}
+
+    def quietly(function: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return function()
+
+        return run
 
     def one_by_one() -> None:
         for i in range(10):
@@ -130,9 +152,9 @@ def rows(repeats: int = 5) -> Iterator[Row]:
     yield compare(
         SLUG,
         "a continuation of 10 tokens, explained together",
-        lambda: explain_continuation(model, None, ids, made, **options),
+        quietly(lambda: explain_continuation(model, None, ids, made, **options)),
         "one token after the other",
-        one_by_one,
+        quietly(one_by_one),
         repeats=repeats,
         note="both are ours; lengths differ, so that the joint forwards carry some padding",
     )

@@ -22,6 +22,8 @@ from lineament.core import checks
 from lineament.core.batching import auto_batch
 from lineament.core.models import device_of, frozen, logits
 
+# More rows than this in one forward are no faster on a CPU, and their logits no longer fit its caches.
+_ROWS_ON_CPU = 64
 # Below this many tokens, bringing a cached prefix to every row costs more than computing it again.
 _WORTH_CACHING = 8
 
@@ -136,7 +138,7 @@ class NextToken:
             sources: for an encoder-decoder, how many of each prompt's columns are its source; the rest is the target prefix.
             then: ``then(logits, index)`` is applied to each chunk, ``index`` naming its rows among all; so that (rows, vocabulary)
                 is never held whole. It returns one entry a row.
-            batch_size: rows at a time, or ``"auto"``: all at once, halved when memory runs out.
+            batch_size: rows at a time, or ``"auto"``: 64 on a CPU, elsewhere all at once, halved when memory runs out.
 
         Returns:
             (all rows, vocabulary) in float32 (float64 for a float64 model), in the order of ``rows``; or ``then``'s results.
@@ -145,8 +147,10 @@ class NextToken:
             InputError: the model's output is no distribution over a vocabulary, or holds NaN.
         """
         sources = [0] * len(rows) if sources is None else sources
+        if batch_size == "auto" and self.device.type == "cpu":
+            batch_size = _ROWS_ON_CPU
         found: list[tuple[Tensor, Tensor]] = []
-        for ids, mask, source, index in self._groups(rows, sources):
+        for ids, mask, source, index in self._groups(rows, sources, batch_size):
 
             def one(start: int, stop: int, ids=ids, mask=mask, source=source, index=index) -> tuple[Tensor, Tensor]:
                 part = index[start:stop]
@@ -154,11 +158,11 @@ class NextToken:
                 return part, scores if then is None else then(scores, part)
 
             found += list(auto_batch(one, len(ids), batch_size=batch_size, memory=self._forward))
-        if len(found) == 1:
-            return found[0][1]
         index = torch.cat([part for part, _ in found])
-        values = torch.cat([value for _, value in found])
-        return values[index.argsort().to(values.device)]
+        values = found[0][1] if len(found) == 1 else torch.cat([value for _, value in found])
+        # Prompts were sorted by length; most often there is one, and then no copy is made.
+        in_order = bool((index[1:] > index[:-1]).all())
+        return values if in_order else values[index.argsort().to(values.device)]
 
     def through_embeddings(
         self,
@@ -219,7 +223,7 @@ class NextToken:
         )
 
     def _groups(
-        self, rows: Sequence[Tensor], sources: Sequence[int]
+        self, rows: Sequence[Tensor], sources: Sequence[int], batch_size: int | str
     ) -> Iterator[tuple[Tensor, Tensor | None, int, Tensor]]:
         """Rows that go through one forward: (ids, mask, source columns, their places among all rows)."""
         rows = [r.to(self.device) for r in rows]
@@ -231,8 +235,10 @@ class NextToken:
         if self._pads and not self.encoder_decoder:
             # What follows the shared prefix is padded on its left, not what comes before it.
             at = self._prefix[0] if self._prefix else 0
-            ids, mask = _padded(rows, max(r.shape[1] for r in rows), at)
-            yield ids, mask, 0, torch.cat(places)
+            for chosen in _of_like_length(rows, batch_size):
+                parts = [rows[i] for i in chosen]
+                ids, mask = _padded(parts, max(r.shape[1] for r in parts), at)
+                yield ids, None if bool(mask.all()) else mask, 0, torch.cat([places[i] for i in chosen])
             return
         # Encoders number their positions from the left, whatever the mask, so that a source is padded on its right; target
         # prefixes of several lengths, and models without a mask, go through one forward a length.
@@ -309,6 +315,19 @@ def _name_of(root: nn.Module, wanted: nn.Module) -> str:
 
 def _positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(1) - 1).clamp_min(0)
+
+
+def _of_like_length(rows: Sequence[Tensor], most: int | str) -> list[list[int]]:
+    """Which prompts share a forward of at most so many rows: neighbours by length, so that little is padded."""
+    groups: list[list[int]] = [[]]
+    held = 0
+    for i in sorted(range(len(rows)), key=lambda i: rows[i].shape[1]):
+        if groups[-1] and isinstance(most, int) and held + len(rows[i]) > most:
+            groups.append([])
+            held = 0
+        groups[-1].append(i)
+        held += len(rows[i])
+    return groups
 
 
 def _padded(rows: Sequence[Tensor], width: int, at: int) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,13 @@ every other token's output turns.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.heads import head_view
@@ -78,18 +79,38 @@ def attention_of(question: Question) -> Float[Tensor, "layers heads queries keys
     inputs: dict[str, Any] = {"input_ids": rows}
     if face.encoder_decoder:
         inputs = {"input_ids": rows[:, :source], "decoder_input_ids": rows[:, source:]}
-    output = face.model(**inputs, output_attentions=True)
+    with _no_traces(face.model):
+        output = face.model(**inputs, output_attentions=True)
     found: Sequence[Tensor | None] | None = getattr(
         output, "cross_attentions" if face.encoder_decoder else "attentions", None
     )
     layers = [layer for layer in found or () if layer is not None]
-    checks.require(bool(layers), hint)
+    checks.require(
+        bool(layers),
+        f"model: {type(face.model).__name__} has no attention weights to show; choose a method that needs none, such as 'occlusion'",
+    )
     weights = torch.stack([layer[0].double() for layer in layers])
     if face.encoder_decoder:
         scored = question.prompt.scored[source:]
         checks.require(not bool(scored.any()), "scope: attention scores the source of an encoder-decoder only; give scope='source'")
         weights = torch.nn.functional.pad(weights, (0, rows.shape[1] - source))
     return weights
+
+
+@contextmanager
+def _no_traces(model: nn.Module) -> Iterator[None]:
+    """transformers leaves hooks on a model that was asked for its attention, and a mark that they are there: both go again."""
+    mark = "_output_capturing_hooks_installed"
+    before = [(module, set(module._forward_hooks), mark in vars(module)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, hooks, marked in before:
+            for key in set(module._forward_hooks) - hooks:
+                for kind in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+                    getattr(module, kind).pop(key, None)
+            if not marked:
+                vars(module).pop(mark, None)
 
 
 def value_zeroing(question: Question) -> Float[Tensor, "scored"]:
