@@ -151,7 +151,7 @@ def _reach(a: TokenAttribution) -> int:
 def _strips(found: list[tuple[str, TokenAttribution]]) -> Picture:
     """A few prompts, token by token: the darker, the more it matters."""
     shown = [a for _, a in found[:_SHOWN]]
-    most = 18
+    most = min(18, max(len(a.tokens) for a in shown))
 
     def draw(ax: Any) -> None:
         from matplotlib.colors import LinearSegmentedColormap, to_rgb
