@@ -13,7 +13,7 @@ from lineament.core.checks import InputError
 from lineament.data.prompts import load_prompts
 
 transformers = pytest.importorskip("transformers")
-WORDS = ["<s>", "</s>", *["the", "cat", "dog", "saw", "a", "man", "and", "ran", "home", "very", "fast", "now", "<b>", "old", "\u202eevil"]]
+WORDS = ["<s>", "</s>", *["the", "cat", "dog", "saw", "a", "man", "and", "ran", "home", "very", "fast", "now", "<evil>", "old", "\u202eevil"]]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def pair(clean, corrupt, answer=" cat", wrong=" dog"):
 @pytest.fixture
 def files(tmp_path):
     (tmp_path / "text.txt").write_text(
-        "the cat saw a man\nshort\n\nthe <b> dog ran home very fast \u202eevil\n", encoding="utf-8"
+        "the cat saw a man\nshort\n\nthe <evil> dog ran home very fast \u202eevil\n", encoding="utf-8"
     )
     lines = [pair(f"the cat saw a {w}", f"the dog saw a {w}") for w in ("man", "dog", "cat")]
     lines += [pair("the cat", "the dog ran"), pair("the cat saw", "the dog saw", answer=" lion zebra")]
@@ -53,7 +53,7 @@ def test_a_text_file_has_its_words_explained_and_no_components(folder, files):
     assert tokens.status in ("good", "note", "warning") and len(tokens.pictures) == 3
     assert len(tokens.numbers["prompts"]) == 2, "the short line and the empty one are no prompts"
     page = found.html.read_text(encoding="utf-8")
-    assert "\u202e" not in page and "<b>" not in page and "&lt;b&gt;" in page
+    assert "\u202e" not in page and "<evil>" not in page and "&lt;evil&gt;" in page
 
 
 @pytest.mark.slow
