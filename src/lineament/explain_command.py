@@ -182,6 +182,11 @@ def _load(name: str, tokenizer: str | None, device: str | None, eager: bool, *, 
         words = transformers.AutoTokenizer.from_pretrained(tokenizer or name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--tokenizer: none could be loaded from {tokenizer or name!r} ({error})") from error
+    # Where there are no tokenizer files, transformers makes one that knows no word.
+    require(
+        len(words) > len(words.all_special_ids),
+        f"--tokenizer: there is none in {tokenizer or name!r}; say where it is with --tokenizer DIR",
+    )
     if device is not None:
         try:
             model.to(device)

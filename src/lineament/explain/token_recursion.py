@@ -216,7 +216,13 @@ def _passed(scores: Tensor, target: Tensor, contrast: Tensor | None, rules: Rule
     own = not_nan(scores.gather(1, target[:, None]))
     if callable(rules.stop):
         return rules.stop(scores, target).bool()
-    hit = (scores > own).sum(1) < rules.top_k
+    rank = (scores > own).sum(1)
+    near = rank < rules.top_k
+    if bool(near.any()):
+        # Of tokens that are equally probable (half precision has many) the first by id comes first.
+        part, before = scores[near], torch.arange(scores.shape[1], device=scores.device) < target[near][:, None]
+        rank[near] += ((part == own[near]) & before).sum(1)
+    hit = rank < rules.top_k
     return hit if contrast is None else hit & (own > scores.gather(1, contrast[:, None]))[:, 0]
 
 
