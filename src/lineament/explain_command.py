@@ -29,22 +29,50 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a Hugging Face directory or name of a causal or encoder-decoder language model")
+    add(
+        "model",
+        metavar="MODEL",
+        help="a Hugging Face directory or name of a causal or encoder-decoder language model",
+    )
     add("text", metavar="TEXT", help="the prompt; - reads it from standard input")
-    add("--target", metavar="TOKEN", help="the next token to explain: a text that is one token, or #ID (default: the most probable)")
+    add(
+        "--target",
+        metavar="TOKEN",
+        help="the next token to explain: a text that is one token, or #ID (default: the most probable)",
+    )
     add("--contrast", metavar="TOKEN", help="explain the target rather than this token")
     add("--method", metavar="NAME", default="reagent", help="how (default: reagent)")
     add("--normalize", metavar="HOW", default="none", help="none (default), softmax, abs-sum or minmax")
     add("--new-tokens", metavar="N", type=int, help="generate N tokens and explain each of them")
     add("--target-prefix", metavar="TEXT", help="what an encoder-decoder has said before the target")
     add("--scope", metavar="WHAT", default="source", help="of an encoder-decoder: source (default) or all")
-    add("--sampler", metavar="NAME", default="uniform", help="what reagent replaces tokens by: uniform (default), inferential or pos")
+    add(
+        "--sampler",
+        metavar="NAME",
+        default="uniform",
+        help="what reagent replaces tokens by: uniform (default), inferential or pos",
+    )
     add("--mlm", metavar="MODEL", help="a masked language model, whose fills replace tokens instead")
-    add("--ratio", metavar="R", type=float, default=0.3, help="share of tokens that a step replaces (default: 0.3)")
+    add(
+        "--ratio",
+        metavar="R",
+        type=float,
+        default=0.3,
+        help="share of tokens that a step replaces (default: 0.3)",
+    )
     add("--probes", metavar="N", type=int, default=5, help="independent runs (default: 5)")
     add("--steps", metavar="N", type=int, default=50, help="steps of each run (default: 50)")
-    add("--early-stop", action="store_true", help="the paper's rule: stop when the best 30 %% of tokens alone suffice, after --steps at the latest")
-    add("--out", metavar="FILE", default="lineament-explain.html", help="the page (default: lineament-explain.html)")
+    add(
+        "--early-stop",
+        action="store_true",
+        help="the paper's rule: stop when the best 30 %% of tokens alone suffice, after --steps at the latest",
+    )
+    add(
+        "--out",
+        metavar="FILE",
+        default="lineament-explain.html",
+        help="the page (default: lineament-explain.html)",
+    )
     add("--overwrite", action="store_true", help="replace an existing page")
     add("--tokenizer", metavar="DIR", help="where the tokenizer is (default: with the model)")
     add("--device", metavar="NAME", help="cpu, cuda, mps (default: cpu)")
@@ -66,7 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
     out = Path(a.out)
     checks.require(not out.is_dir(), f"--out: {a.out!r} is a folder, expected a file name such as page.html")
     checks.require(
-        a.overwrite or not out.exists(), f"--out: {a.out!r} exists; give --overwrite to replace it, or another name"
+        a.overwrite or not out.exists(),
+        f"--out: {a.out!r} exists; give --overwrite to replace it, or another name",
     )
     checks.one_of("--method", a.method, METHODS)
     checks.one_of("--normalize", a.normalize, NORMALIZATIONS)
@@ -74,13 +103,23 @@ def run(arguments: argparse.Namespace) -> int:
     checks.number("--steps", a.steps, low=1, integer=True)
     if a.new_tokens is not None:
         checks.number("--new-tokens", a.new_tokens, low=1, integer=True)
-        checks.require(a.target is None and a.contrast is None, "--new-tokens: it chooses the targets itself; leave --target and --contrast out")
-        checks.require(a.target_prefix is None, "--new-tokens: it begins at the first token; leave --target-prefix out")
+        checks.require(
+            a.target is None and a.contrast is None,
+            "--new-tokens: it chooses the targets itself; leave --target and --contrast out",
+        )
+        checks.require(
+            a.target_prefix is None, "--new-tokens: it begins at the first token; leave --target-prefix out"
+        )
     text = sys.stdin.read() if a.text == "-" else a.text
     checks.require(text.strip() != "", "TEXT: got an empty prompt, expected at least two tokens")
     eager = a.method in ("attention_last", "attention_all", "rollout")
     model, tokenizer = _load(a.model, a.tokenizer, a.device, eager)
-    options: dict[str, Any] = {"method": a.method, "normalize": a.normalize, "scope": a.scope, **_options(a, tokenizer)}
+    options: dict[str, Any] = {
+        "method": a.method,
+        "normalize": a.normalize,
+        "scope": a.scope,
+        **_options(a, tokenizer),
+    }
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         if a.new_tokens is not None:
@@ -91,9 +130,16 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             targets = {"contrast": _token(a.contrast), "target_prefix": a.target_prefix}
             found = [attribute_tokens(model, tokenizer, text, _token(a.target), **targets, **options)]
-    notes = [str(w.message) for w in said if "lineament" in str(w.filename) or issubclass(w.category, UserWarning)]
+    notes = [
+        str(w.message) for w in said if "lineament" in str(w.filename) or issubclass(w.category, UserWarning)
+    ]
     notes = [note for note in dict.fromkeys(notes) if note.startswith("no probe")]
-    facts = [("Model", a.model), ("Method", found[0].method), ("Tokens", len(found[0].tokens)), ("Forwards", found[0].forwards)]
+    facts = [
+        ("Model", a.model),
+        ("Method", found[0].method),
+        ("Tokens", len(found[0].tokens)),
+        ("Forwards", found[0].forwards),
+    ]
     token_page.write(
         out,
         "Which tokens decided?",
@@ -122,9 +168,17 @@ def _options(a: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
             from lineament.explain.token_infill import MlmSampler
 
             sampler = MlmSampler(*_load(a.mlm, None, a.device, False, masked=True), tokenizer)
-        budget = {"max_steps": a.steps} if a.early_stop else {"max_steps": a.steps, "min_steps": a.steps, "stop": "dummy"}
+        budget = (
+            {"max_steps": a.steps}
+            if a.early_stop
+            else {"max_steps": a.steps, "min_steps": a.steps, "stop": "dummy"}
+        )
         return {"sampler": sampler, "ratio": a.ratio, "probes": a.probes, "seed": a.seed, **budget}
-    return {"seed": a.seed} if a.method in ("gradient_shap", "occlusion", "lime", "kernel_shap", "random") else {}
+    return (
+        {"seed": a.seed}
+        if a.method in ("gradient_shap", "occlusion", "lime", "kernel_shap", "random")
+        else {}
+    )
 
 
 def _block(each: Any) -> Any:
@@ -146,7 +200,9 @@ def _token(text: str | None) -> Any:
     return int(text[1:]) if text is not None and text[:1] == "#" and text[1:].isdigit() else text
 
 
-def _load(name: str, tokenizer: str | None, device: str | None, eager: bool, *, masked: bool = False) -> tuple[Any, Any]:
+def _load(
+    name: str, tokenizer: str | None, device: str | None, eager: bool, *, masked: bool = False
+) -> tuple[Any, Any]:
     """A model and its tokenizer; pickles are never opened."""
     from lineament.core.checks import InputError, require
 
@@ -170,10 +226,16 @@ def _load(name: str, tokenizer: str | None, device: str | None, eager: bool, *, 
             kind = transformers.AutoModelForSeq2SeqLM
         options: dict[str, Any] = {"attn_implementation": "eager"} if eager else {}
         masks = all("MaskedLM" in word for word in getattr(config, "architectures", None) or [""])
-        require(masked or not masks, f"{what}: {name!r} is a masked language model, which has no next token; give it as --mlm")
+        require(
+            masked or not masks,
+            f"{what}: {name!r} is a masked language model, which has no next token; give it as --mlm",
+        )
         model, loaded = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
         missing = sorted(loaded["missing_keys"])
-        require(not missing, f"{what}: {name!r} lacks weights of {kind.__name__}, the first is {missing[:1]}; is it a language model?")
+        require(
+            not missing,
+            f"{what}: {name!r} lacks weights of {kind.__name__}, the first is {missing[:1]}; is it a language model?",
+        )
     except InputError:
         raise
     except (OSError, ValueError, KeyError) as error:

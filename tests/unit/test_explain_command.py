@@ -7,10 +7,10 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import pytest
+from tests.contracts.token_models import byte_tokenizer, masked_model, model, wordpiece_tokenizer
 
 from lineament import cli
 from lineament.report.token_page import TokenBlock, render
-from tests.contracts.token_models import byte_tokenizer, masked_model, model, wordpiece_tokenizer
 
 PROMPT = "the cat <b>sat</b> on the"
 
@@ -44,25 +44,76 @@ def test_a_token_is_explained(folders, tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
     # One line a scored token, most important first.
     values = [float(line.split()[0]) for line in shown.out.splitlines() if line.startswith("   ")]
-    assert len(values) == len(byte_tokenizer()(PROMPT)["input_ids"]) and values == sorted(values, reverse=True)
+    assert len(values) == len(byte_tokenizer()(PROMPT)["input_ids"]) and values == sorted(
+        values, reverse=True
+    )
 
 
 @pytest.mark.parametrize("method", ["rollout", "integrated_gradients", "kernel_shap", "random"])
 def test_other_methods_and_an_attention_that_they_need(folders, tmp_path, capsys, method):
-    shown = explain(capsys, folders / "gpt2", "the cat sat on", "--method", method, "--contrast", " dog", "--target", " cat", "--out", tmp_path / "p.html")
+    shown = explain(
+        capsys,
+        folders / "gpt2",
+        "the cat sat on",
+        "--method",
+        method,
+        "--contrast",
+        " dog",
+        "--target",
+        " cat",
+        "--out",
+        tmp_path / "p.html",
+    )
     assert "rather than ' dog'" in shown.out
     assert method in (tmp_path / "p.html").read_text(encoding="utf-8")
 
 
 def test_a_continuation_an_encoder_decoder_and_a_masked_model(folders, tmp_path, capsys):
-    shown = explain(capsys, folders / "gpt2", "the cat sat", "--new-tokens", 3, "--steps", 3, "--out", tmp_path / "a.html")
+    shown = explain(
+        capsys, folders / "gpt2", "the cat sat", "--new-tokens", 3, "--steps", 3, "--out", tmp_path / "a.html"
+    )
     assert shown.out.count("probability") == 3
     assert (tmp_path / "a.html").read_text(encoding="utf-8").count("<h2 id=") == 3
-    shown = explain(capsys, folders / "t5", "the cat sat", "--target-prefix", " the", "--scope", "all", "--steps", 3, "--out", tmp_path / "b.html")
+    shown = explain(
+        capsys,
+        folders / "t5",
+        "the cat sat",
+        "--target-prefix",
+        " the",
+        "--scope",
+        "all",
+        "--steps",
+        3,
+        "--out",
+        tmp_path / "b.html",
+    )
     assert 'class="break"' in (tmp_path / "b.html").read_text(encoding="utf-8")
-    explain(capsys, folders / "gpt2", "the cat sat on", "--mlm", folders / "bert", "--steps", 3, "--out", tmp_path / "c.html")
-    shown = explain(capsys, folders / "gpt2", "the cat sat on", "--early-stop", "--target", "#77", "--steps", 1, "--out", tmp_path / "d.html")
-    assert "no probe passed" in shown.err and "no probe passed" in (tmp_path / "d.html").read_text(encoding="utf-8")
+    explain(
+        capsys,
+        folders / "gpt2",
+        "the cat sat on",
+        "--mlm",
+        folders / "bert",
+        "--steps",
+        3,
+        "--out",
+        tmp_path / "c.html",
+    )
+    shown = explain(
+        capsys,
+        folders / "gpt2",
+        "the cat sat on",
+        "--early-stop",
+        "--target",
+        "#77",
+        "--steps",
+        1,
+        "--out",
+        tmp_path / "d.html",
+    )
+    assert "no probe passed" in shown.err and "no probe passed" in (tmp_path / "d.html").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_bad_input_is_one_line_before_any_page(folders, tmp_path, capsys, monkeypatch):
@@ -110,8 +161,17 @@ class _Reader(HTMLParser):
 
 def test_every_scored_token_can_be_reached_and_read_without_a_pointer():
     hostile = ["<script>alert(1)</script>", '" onfocus="x', "\u202egod", "\n", "&amp;"]
-    block = TokenBlock('<img src="x">', "line", hostile, [0.5, -0.25, 0.1, 0.0, 3.0], [True] * 4 + [False], marked=(0,))
-    html = render("</title><script>", "<i>", [("<a>", "<b>")], [block], command="lineament explain '<x>'", notes=["<note>"])
+    block = TokenBlock(
+        '<img src="x">', "line", hostile, [0.5, -0.25, 0.1, 0.0, 3.0], [True] * 4 + [False], marked=(0,)
+    )
+    html = render(
+        "</title><script>",
+        "<i>",
+        [("<a>", "<b>")],
+        [block],
+        command="lineament explain '<x>'",
+        notes=["<note>"],
+    )
     reader = _Reader()
     reader.feed(html)
     assert not {"script", "img", "i", "b", "note"} & set(reader.tags)
@@ -123,4 +183,6 @@ def test_every_scored_token_can_be_reached_and_read_without_a_pointer():
     body = html[html.index("<main") : html.index("</main>") + 7]
     ElementTree.fromstring(body.replace("&#39;", "'").replace("&#34;", "'"))
     shares = [t["share"] for t in block.shown()]
-    assert shares == [1.0, 0.5, 0.2, 0.0, 0.0], "what is not scored is not coloured, and does not set the scale"
+    assert shares == [1.0, 0.5, 0.2, 0.0, 0.0], (
+        "what is not scored is not coloured, and does not set the scale"
+    )

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.contracts.token_models import BOTH_WAYS, CAUSAL, byte_tokenizer, copies, model
+from tests.contracts.unchanged import unchanged
 from torch import nn
 
 from lineament.core.checks import InputError
 from lineament.explain.next_token import NextToken
 from lineament.explain.token_prompts import read
-from tests.contracts.token_models import BOTH_WAYS, CAUSAL, byte_tokenizer, copies, model
-from tests.contracts.unchanged import unchanged
 
-ROWS = [torch.tensor([[5, 40, 81, 12], [6, 7, 8, 9]]), torch.tensor([[9, 31, 22, 8, 77, 15, 4]]), torch.tensor([[3, 2]] * 3)]
+ROWS = [
+    torch.tensor([[5, 40, 81, 12], [6, 7, 8, 9]]),
+    torch.tensor([[9, 31, 22, 8, 77, 15, 4]]),
+    torch.tensor([[3, 2]] * 3),
+]
 
 
 @pytest.mark.parametrize("name", [*CAUSAL, "bloom", *BOTH_WAYS])
@@ -32,8 +36,14 @@ def test_rows_of_several_lengths_are_each_alone(name):
         for batch_size in ("auto", 1, 4):
             found = face.logits(ROWS, sources, batch_size=batch_size)
             torch.testing.assert_close(found, torch.stack(alone), rtol=1e-4, atol=1e-4)
-        reduced = face.logits(ROWS, sources, then=lambda scores, index: torch.stack([scores.argmax(1), index.to(scores.device)], 1))
-    assert reduced[:, 0].tolist() == torch.stack(alone).argmax(1).tolist() and reduced[:, 1].tolist() == list(range(6))
+        reduced = face.logits(
+            ROWS,
+            sources,
+            then=lambda scores, index: torch.stack([scores.argmax(1), index.to(scores.device)], 1),
+        )
+    assert reduced[:, 0].tolist() == torch.stack(alone).argmax(1).tolist() and reduced[:, 1].tolist() == list(
+        range(6)
+    )
 
 
 def test_one_forward_for_all_lengths_where_the_model_takes_positions():
@@ -92,7 +102,9 @@ class Plain(nn.Module):
 def test_any_module_of_ids_is_a_model():
     net = Plain()
     with NextToken(net).ready() as face:
-        torch.testing.assert_close(face.logits([torch.tensor([[1, 2, 3]])]), net(torch.tensor([[1, 2, 3]]))[:, -1].detach())
+        torch.testing.assert_close(
+            face.logits([torch.tensor([[1, 2, 3]])]), net(torch.tensor([[1, 2, 3]]))[:, -1].detach()
+        )
     with pytest.raises(InputError, match="does not show"):
         NextToken(net).needs_weights("the word embeddings")
 
@@ -100,14 +112,19 @@ def test_any_module_of_ids_is_a_model():
         def forward(self, input_ids):
             return torch.zeros(3)
 
-    with pytest.raises(InputError, match="expected .batch, tokens, vocabulary"), NextToken(Base()).ready() as face:
+    with (
+        pytest.raises(InputError, match=r"expected \(batch, tokens, vocabulary"),
+        NextToken(Base()).ready() as face,
+    ):
         face.logits([torch.tensor([[1, 2]])])
 
 
 def test_a_base_model_without_a_head_is_named():
     import transformers
 
-    base = transformers.GPT2Model(transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0))
+    base = transformers.GPT2Model(
+        transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    )
     with pytest.raises(InputError, match="last_hidden_state"), NextToken(base).ready() as face:
         face.logits([torch.tensor([[1, 2]])])
 

@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 import torch
+from tests.contracts.token_models import byte_tokenizer, copies, model
 
 from lineament.core.checks import InputError
 from lineament.explain.tokens import Script, explain_continuation, reagent
-from tests.contracts.token_models import byte_tokenizer, copies, model
 
 IDS = [6, 11, 7, 8, 9, 10]
 NEVER = 5  # A token that is said only where it is drawn, and below it is not.
@@ -55,11 +55,15 @@ def test_one_step_by_hand(update):
     found = scripted(copies(1), [[False, True, True, False]], update=update)
     dp = 0.9
     gain = dp if update == "imp" else math.log((1 + dp) / (1 - dp))
-    torch.testing.assert_close(found.scores, torch.tensor([-gain, gain, gain, -gain], dtype=torch.float64).softmax(0))
+    torch.testing.assert_close(
+        found.scores, torch.tensor([-gain, gain, gain, -gain], dtype=torch.float64).softmax(0)
+    )
 
 
 def test_certainty_stays_finite():
-    found = scripted(lambda ids: torch.nn.functional.one_hot(ids[:, 1], 12).double(), [[False, True, False, False]] * 3)
+    found = scripted(
+        lambda ids: torch.nn.functional.one_hot(ids[:, 1], 12).double(), [[False, True, False, False]] * 3
+    )
     assert torch.isfinite(found.scores).all() and found.scores.argmax() == 1
 
 
@@ -69,7 +73,9 @@ def test_the_one_token_that_matters_wins():
         assert found.scores[place] > 0.99
         assert found.rationale[0] <= place <= found.rationale[-1] and place in found.rationale
         # The increment of the score that matters is positive on average: log-odds of 0.9 either way.
-        alone = reagent(copies(place), None, IDS, stop="dummy", min_steps=1, max_steps=1, probes=400, trace=True)
+        alone = reagent(
+            copies(place), None, IDS, stop="dummy", min_steps=1, max_steps=1, probes=400, trace=True
+        )
         odds = alone.history[0].log()
         rest = [i for i in range(6) if i != place]
         assert float((odds[:, place] - odds[:, rest].mean(1)).mean()) > 0.3
@@ -80,10 +86,15 @@ def test_two_tokens_that_matter_alike_score_alike():
         mean = (copies(1)(ids) + copies(4)(ids)) / 2
         return mean
 
-    found = [reagent(both, None, [1, 7, 3, 4, 7, 6], 7, stop="dummy", min_steps=12, max_steps=12, seed=s, probes=8) for s in range(0, 400, 10)]
+    found = [
+        reagent(both, None, [1, 7, 3, 4, 7, 6], 7, stop="dummy", min_steps=12, max_steps=12, seed=s, probes=8)
+        for s in range(0, 400, 10)
+    ]
     mean = torch.stack([a.scores for a in found]).mean(0)
     error = torch.stack([a.scores[1] - a.scores[4] for a in found]).std() / len(found) ** 0.5
-    assert abs(float(mean[1] - mean[4])) < 3 * float(error) and float(mean[[1, 4]].min()) > 2 * float(mean[[0, 2, 3, 5]].max())
+    assert abs(float(mean[1] - mean[4])) < 3 * float(error) and float(mean[[1, 4]].min()) > 2 * float(
+        mean[[0, 2, 3, 5]].max()
+    )
 
 
 def test_probes_are_alike_and_can_be_permuted():
@@ -100,10 +111,16 @@ def test_probes_are_alike_and_can_be_permuted():
         torch.testing.assert_close(permuted.probes, plain.probes[order])
         assert torch.equal(permuted.stopped, plain.stopped[order])
         torch.testing.assert_close(permuted.scores, plain.scores)
-        same = Script(parts[0][:1].expand(4, -1), parts[1][:, :1].expand(-1, 4, -1), *(i[:, :1].expand(-1, 4, -1) for i in ids))
+        same = Script(
+            parts[0][:1].expand(4, -1),
+            parts[1][:, :1].expand(-1, 4, -1),
+            *(i[:, :1].expand(-1, 4, -1) for i in ids),
+        )
         one = Script(parts[0][:1], parts[1][:, :1], *(i[:, :1] for i in ids))
         equal = reagent(function, None, IDS, script=same, **options)
-        torch.testing.assert_close(equal.scores, reagent(function, None, IDS, script=one, **{**options, "probes": 1}).scores)
+        torch.testing.assert_close(
+            equal.scores, reagent(function, None, IDS, script=one, **{**options, "probes": 1}).scores
+        )
 
 
 def test_a_stopped_probe_is_frozen():
@@ -126,7 +143,9 @@ def test_lookahead_batches_and_prompts_together_change_nothing(name):
             for found, alone in zip(reagent(net, None, prompts, **options, **changed), reference):
                 torch.testing.assert_close(found.scores, alone.scores, rtol=1e-3, atol=1e-6)
                 assert (found.n_steps, found.rationale) == (alone.n_steps, alone.rationale)
-    assert len({a.n_steps for a in reference}) > 1, "the prompts end at different steps, so that compaction is tested"
+    assert len({a.n_steps for a in reference}) > 1, (
+        "the prompts end at different steps, so that compaction is tested"
+    )
 
 
 def test_a_cached_prefix_changes_nothing_and_is_used():
@@ -135,15 +154,20 @@ def test_a_cached_prefix_changes_nothing_and_is_used():
         pair = [ids, torch.cat([ids[:20], torch.tensor([5, 6, 7, 8, 9])])]
         seen = []
         handle = net.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+            lambda module, args, kwargs, seen=seen: seen.append(kwargs["input_ids"].shape[1]),
+            with_kwargs=True,
         )
         for prompt in (ids, pair):
-            found = [reagent(net, None, prompt, span=(20, 25), use_cache=use, **FIXED) for use in (True, False)]
+            found = [
+                reagent(net, None, prompt, span=(20, 25), use_cache=use, **FIXED) for use in (True, False)
+            ]
             for a, b in zip(*(f if isinstance(f, list) else [f] for f in found)):
                 torch.testing.assert_close(a.scores, b.scores, rtol=1e-4, atol=1e-6)
         handle.remove()
         assert min(seen) == 10, "rows without their first 20 tokens went through the model"
-        assert (min(seen[len(seen) // 2 :]) == 10) == (name != "gemma3"), "a sliding window would count the padding"
+        assert (min(seen[len(seen) // 2 :]) == 10) == (name != "gemma3"), (
+            "a sliding window would count the padding"
+        )
 
 
 def test_no_more_is_asked_than_was_allowed():
@@ -184,9 +208,21 @@ def test_stopping_rules():
     assert late.n_steps >= 30 and late.scores[1] > early.scores[1]
     # Replacing the best tokens instead: what is left cannot bring the target back once the best one is right.
     with pytest.warns(UserWarning, match="no probe"):
-        inverted = reagent(copies(1), None, IDS, probes=4, min_steps=60, max_steps=62, top_k=1, invert_keep=True, sampler=lambda ids: ids * 0 + 5)
+        inverted = reagent(
+            copies(1),
+            None,
+            IDS,
+            probes=4,
+            min_steps=60,
+            max_steps=62,
+            top_k=1,
+            invert_keep=True,
+            sampler=lambda ids: ids * 0 + 5,
+        )
     assert not inverted.converged and inverted.scores[1] > 0.9
-    own = reagent(copies(1), None, IDS, stop=lambda scores, target: scores.argmax(1) == target, probes=8, max_steps=200)
+    own = reagent(
+        copies(1), None, IDS, stop=lambda scores, target: scores.argmax(1) == target, probes=8, max_steps=200
+    )
     assert own.converged
 
 

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
+from tests.contracts.token_models import copies, model
 
 from lineament.core.checks import InputError
 from lineament.explain.token_attention import from_attention
 from lineament.explain.token_baselines import attribute_tokens
-from tests.contracts.token_models import copies, model
 
 IDS = [5, 40, 81, 12, 300]
 ABSENT = 9
@@ -40,7 +40,9 @@ def test_kernel_shap_with_all_subsets_is_the_shapley_value():
         exact.append(total)
     found = attribute_tokens(net, None, IDS, target, method="kernel_shap", absent=ABSENT)
     torch.testing.assert_close(found.scores, torch.tensor(exact, dtype=torch.float64), rtol=1e-4, atol=1e-5)
-    sampled = attribute_tokens(net, None, IDS * 3, target, method="kernel_shap", absent=ABSENT, n_samples=2000)
+    sampled = attribute_tokens(
+        net, None, IDS * 3, target, method="kernel_shap", absent=ABSENT, n_samples=2000
+    )
     full, nothing = log_p(net, IDS * 3, target), log_p(net, [ABSENT] * 15, target)
     assert abs(float(sampled.scores.sum()) - (full - nothing)) < 1e-4, "the values sum to what is explained"
 
@@ -68,8 +70,13 @@ def test_lime_finds_the_weights_of_a_linear_model():
         linear, None, [2, 3, 4, 5], 0, contrast=1, method="lime", absent=0, n_samples=400, ridge=1e-9
     )
     assert found.scores.abs().max() < 1e-6, "nothing is ever absent when the stand-in is another token"
-    ten = lambda ids: torch.cat([linear(ids)[:, :2], torch.full((len(ids), 10), -1e4, dtype=torch.float64)], 1)  # noqa: E731
-    found = attribute_tokens(ten, None, [2, 3, 4, 5], 0, contrast=1, method="lime", absent=ABSENT, n_samples=400, ridge=1e-9)
+
+    def twelve(ids):
+        return torch.cat([linear(ids), torch.full((len(ids), 10), -1e4, dtype=torch.float64)], 1)
+
+    found = attribute_tokens(
+        twelve, None, [2, 3, 4, 5], 0, contrast=1, method="lime", absent=ABSENT, n_samples=400, ridge=1e-9
+    )
     torch.testing.assert_close(found.scores, weights, rtol=1e-5, atol=1e-5)
 
 
@@ -85,7 +92,9 @@ def test_integrated_gradients_sum_to_what_zeroing_changes(name):
     ids = torch.tensor([[*IDS, *([0] if source else [])]])
     with torch.no_grad():
         zeroed = lambda e, columns: e if source and columns.start == source else e * 0  # noqa: E731
-        ends = [face.through_embeddings(ids, source, change)[0].log_softmax(1)[0, 7] for change in (None, zeroed)]
+        ends = [
+            face.through_embeddings(ids, source, change)[0].log_softmax(1)[0, 7] for change in (None, zeroed)
+        ]
     assert abs(float(exact.scores.sum()) - float(ends[0] - ends[1])) < 1e-3
 
 
@@ -98,12 +107,23 @@ def test_integrated_gradients_and_gradient_shap_agree_with_captum():
     def score(e):
         return net(inputs_embeds=e).logits[:, -1].log_softmax(1)[:, target]
 
-    theirs = captum.IntegratedGradients(score).attribute(embeddings, n_steps=60, method="gausslegendre").sum(-1)[0]
-    ours = attribute_tokens(net, None, IDS, target, method="integrated_gradients", rule="gauss", steps=60).scores
+    theirs = (
+        captum.IntegratedGradients(score).attribute(embeddings, n_steps=60, method="gausslegendre").sum(-1)[0]
+    )
+    ours = attribute_tokens(
+        net, None, IDS, target, method="integrated_gradients", rule="gauss", steps=60
+    ).scores
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
     # From the zero baseline expected gradients are integrated gradients, up to their draws.
-    drawn = attribute_tokens(net, None, IDS, target, method="gradient_shap", baseline="zero", n_samples=6000).scores
-    assert (drawn - attribute_tokens(net, None, IDS, target, method="integrated_gradients", rule="gauss", steps=300).scores).abs().max() < 0.05
+    drawn = attribute_tokens(
+        net, None, IDS, target, method="gradient_shap", baseline="zero", n_samples=6000
+    ).scores
+    assert (
+        drawn
+        - attribute_tokens(
+            net, None, IDS, target, method="integrated_gradients", rule="gauss", steps=300
+        ).scores
+    ).abs().max() < 0.05
     noisy = attribute_tokens(net, None, IDS, target, method="gradient_shap", noise=0.1, n_samples=5).scores
     assert torch.isfinite(noisy).all()
 
@@ -113,8 +133,12 @@ def test_gradients_are_those_of_the_word_embeddings():
     e = net.transformer.wte(torch.tensor([IDS])).detach().requires_grad_()
     f = net(inputs_embeds=e).logits[:, -1].log_softmax(1)[0, target]
     (g,) = torch.autograd.grad(f, e)
-    torch.testing.assert_close(attribute_tokens(net, None, IDS, target, method="grad_norm").scores, g[0].norm(dim=-1))
-    torch.testing.assert_close(attribute_tokens(net, None, IDS, target, method="input_x_grad").scores, (g * e.detach())[0].sum(-1))
+    torch.testing.assert_close(
+        attribute_tokens(net, None, IDS, target, method="grad_norm").scores, g[0].norm(dim=-1)
+    )
+    torch.testing.assert_close(
+        attribute_tokens(net, None, IDS, target, method="input_x_grad").scores, (g * e.detach())[0].sum(-1)
+    )
     f = net(inputs_embeds=e).logits[0, -1]
     (g,) = torch.autograd.grad(f[target] - f[3], e)
     rather = attribute_tokens(net, None, IDS, target, contrast=3, method="input_x_grad").scores
@@ -158,7 +182,10 @@ def test_value_zeroing_by_hand():
             return output
 
         handles = [
-            net.transformer.h[k].register_forward_hook(lambda m, a, o, k=k: outputs.__setitem__(k, o if torch.is_tensor(o) else o[0])) for k in (0, 1)
+            net.transformer.h[k].register_forward_hook(
+                lambda m, a, o, k=k: outputs.__setitem__(k, o if torch.is_tensor(o) else o[0])
+            )
+            for k in (0, 1)
         ]
         if layer is not None:
             handles.append(net.transformer.h[layer].attn.c_attn.register_forward_hook(without))
@@ -170,7 +197,9 @@ def test_value_zeroing_by_hand():
 
     plain, mixes = run(), []
     for layer in (0, 1):
-        moved = torch.stack([1 - torch.cosine_similarity(run(layer, j)[layer], plain[layer], dim=-1) for j in range(n)], 1)
+        moved = torch.stack(
+            [1 - torch.cosine_similarity(run(layer, j)[layer], plain[layer], dim=-1) for j in range(n)], 1
+        )
         mixes.append(moved / moved.sum(1, keepdim=True))
     torch.testing.assert_close(found, (mixes[1] @ mixes[0])[-1], rtol=1e-3, atol=1e-5)
     assert abs(float(found.sum()) - 1) < 1e-6

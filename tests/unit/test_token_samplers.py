@@ -6,14 +6,27 @@ import json
 
 import pytest
 import torch
+from tests.contracts.token_models import (
+    TEXT,
+    byte_tokenizer,
+    copies,
+    masked_model,
+    model,
+    wordpiece_tokenizer,
+)
+from tests.contracts.unchanged import unchanged
 
 from lineament.core.checks import InputError
 from lineament.explain.next_token import NextToken
 from lineament.explain.token_infill import Alignment, MlmSampler, OtherModelSampler
-from lineament.explain.token_samplers import InferentialSampler, PosSampler, UnigramSampler, sampler_for, uniform
+from lineament.explain.token_samplers import (
+    InferentialSampler,
+    PosSampler,
+    UnigramSampler,
+    sampler_for,
+    uniform,
+)
 from lineament.explain.tokens import reagent
-from tests.contracts.token_models import TEXT, byte_tokenizer, copies, masked_model, model, wordpiece_tokenizer
-from tests.contracts.unchanged import unchanged
 
 PROMPT = "the old cat sat on the red mat"
 
@@ -30,7 +43,9 @@ def test_uniform_draws_every_ordinary_token_alike_and_no_special_one():
     words = byte_tokenizer()
     drawn = uniform(NextToken(model("gpt2"), words), 330)(torch.zeros(200, 500), None, generator())
     counts = torch.bincount(drawn.flatten(), minlength=330)
-    assert counts[0] == 0 and (counts[len(words) :] == 0).all(), "neither the end token nor what the tokenizer does not have"
+    assert counts[0] == 0 and (counts[len(words) :] == 0).all(), (
+        "neither the end token nor what the tokenizer does not have"
+    )
     chosen = counts[1 : len(words)].double()
     expected = chosen.sum() / len(chosen)
     assert ((chosen - expected).abs() < 5 * expected.sqrt()).all()
@@ -40,7 +55,9 @@ def test_unigram_draws_as_often_as_the_corpus_has_them():
     sampler = UnigramSampler(byte_tokenizer(), [TEXT])
     drawn = sampler(torch.zeros(100, 1000), None, generator())
     shares = torch.bincount(drawn.flatten(), minlength=len(sampler.weights)) / drawn.numel()
-    torch.testing.assert_close(shares.double(), (sampler.weights / sampler.weights.sum()).double(), rtol=0, atol=5e-3)
+    torch.testing.assert_close(
+        shares.double(), (sampler.weights / sampler.weights.sum()).double(), rtol=0, atol=5e-3
+    )
     with pytest.raises(InputError, match="expected a corpus"):
         UnigramSampler(byte_tokenizer(), [])
 
@@ -55,7 +72,9 @@ def test_pos_draws_within_the_class_and_keeps_its_table(tmp_path):
     sampler = PosSampler(words, tag, cache=tmp_path)
     ids = ids_of(rows=300)
     drawn = sampler(ids, None, generator())
-    assert all(sampler.tags[a] == sampler.tags[b] for a, b in zip(ids.flatten().tolist(), drawn.flatten().tolist()))
+    assert all(
+        sampler.tags[a] == sampler.tags[b] for a, b in zip(ids.flatten().tolist(), drawn.flatten().tolist())
+    )
     assert words.eos_token_id not in drawn and len(drawn.unique()) > 20
     again = PosSampler(words, tag, cache=tmp_path)
     assert calls == [len(words)] and again.tags == sampler.tags
@@ -66,7 +85,7 @@ def test_pos_draws_within_the_class_and_keeps_its_table(tmp_path):
     table.write_text(json.dumps(["x"]))
     with pytest.raises(InputError, match="1 tags for"):
         PosSampler(words, tag, cache=tmp_path)
-    with pytest.raises(InputError, match="its model's tokenizer|this model's tokenizer"):
+    with pytest.raises(InputError, match="with this model's tokenizer"):
         sampler(torch.tensor([[5000]]), None, generator())
 
 
@@ -76,7 +95,10 @@ def test_pos_says_what_is_missing():
 
         nltk.pos_tag(["word"])
     except (ImportError, LookupError):
-        with pytest.raises(InputError, match=r"nltk.download\('averaged_perceptron_tagger_eng'\).*PosSampler\(tokenizer, tag="):
+        with pytest.raises(
+            InputError,
+            match=r"nltk.download\('averaged_perceptron_tagger_eng'\).*PosSampler\(tokenizer, tag=",
+        ):
             reagent(model("gpt2"), byte_tokenizer(), PROMPT, sampler="pos")
     else:
         assert len(PosSampler(byte_tokenizer()).tags) == len(byte_tokenizer())
@@ -161,7 +183,9 @@ def test_mlm_joint_and_single_masks():
         found = single(ids, None, generator(seed))
         # Without a space before it neither word is one token, so that the first position falls back.
         assert {words.decode([i]) for i in found[0, 1:].tolist()} <= {" dog", " house"}
-    assert len(judge.seen) == 2 and (judge.seen[-1] == other.mask_token_id).sum(1).tolist() == [1] * 4, "one forward a prompt"
+    assert len(judge.seen) == 2 and (judge.seen[-1] == other.mask_token_id).sum(1).tolist() == [1] * 4, (
+        "one forward a prompt"
+    )
 
 
 def test_mlm_falls_back_where_no_fill_is_one_token():
@@ -184,7 +208,19 @@ def test_mlm_with_a_real_model_runs_through_reagent_and_leaves_it_as_it_was():
     for joint in (True, False):
         sampler = MlmSampler(judge, wordpiece_tokenizer(), byte_tokenizer(), joint=joint)
         with unchanged(judge):
-            found = [reagent(net, byte_tokenizer(), PROMPT, sampler=sampler, probes=2, max_steps=6, top_k=60, lookahead=n) for n in (1, 3)]
+            found = [
+                reagent(
+                    net,
+                    byte_tokenizer(),
+                    PROMPT,
+                    sampler=sampler,
+                    probes=2,
+                    max_steps=6,
+                    top_k=60,
+                    lookahead=n,
+                )
+                for n in (1, 3)
+            ]
         torch.testing.assert_close(found[0].scores, found[1].scores, rtol=1e-4, atol=1e-6)
 
 
@@ -205,7 +241,7 @@ def test_another_models_guesses_come_as_tokens_of_this_one():
 
 def test_vocabularies_that_do_not_align_and_models_without_a_mask_are_refused():
     class Foreign:
-        all_special_ids: list[int] = []
+        all_special_ids = ()
 
         def __len__(self):
             return 100
@@ -234,7 +270,17 @@ def test_a_users_function_may_ask_for_the_mask_and_the_generator():
 
     for function in (plain, full):
         first, second = (
-            reagent(copies(1), None, [1, 2, 3, 4], sampler=function, stop="dummy", min_steps=4, max_steps=4, lookahead=n) for n in (1, 4)
+            reagent(
+                copies(1),
+                None,
+                [1, 2, 3, 4],
+                sampler=function,
+                stop="dummy",
+                min_steps=4,
+                max_steps=4,
+                lookahead=n,
+            )
+            for n in (1, 4)
         )
         torch.testing.assert_close(first.scores, second.scores)
         assert first.ids.tolist() == [1, 2, 3, 4]
