@@ -37,9 +37,13 @@ def words() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     end = "<|endoftext|>"
-    kind = Tokenizer(models.WordLevel({**{f"w{i}": i for i in range(WORDS - 1)}, end: WORDS - 1}, unk_token=end))
+    kind = Tokenizer(
+        models.WordLevel({**{f"w{i}": i for i in range(WORDS - 1)}, end: WORDS - 1}, unk_token=end)
+    )
     kind.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=kind, bos_token=end, eos_token=end, unk_token=end, pad_token=end)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=kind, bos_token=end, eos_token=end, unk_token=end, pad_token=end
+    )
 
 
 def ours(model: Any, ids: Any, target: int, probes: int = PROBES, steps: int = STEPS) -> Callable[[], Any]:
@@ -79,9 +83,16 @@ def inseqs(
     except ImportError:
         return None
     original = POSTagTokenSampler.build_pos_mapping_from_vocab
-    POSTagTokenSampler.build_pos_mapping_from_vocab = staticmethod(lambda *a, **k: {"word": list(range(WORDS))})
+    POSTagTokenSampler.build_pos_mapping_from_vocab = staticmethod(
+        lambda *a, **k: {"word": list(range(WORDS))}
+    )
     try:
-        options = {"keep_top_n": 5, "stopping_condition_top_k": 3, "max_probe_steps": steps, "num_probes": probes}
+        options = {
+            "keep_top_n": 5,
+            "stopping_condition_top_k": 3,
+            "max_probe_steps": steps,
+            "num_probes": probes,
+        }
         wrapped = inseq.load_model(model, "reagent", tokenizer=tokenizer, **options)
     finally:
         POSTagTokenSampler.build_pos_mapping_from_vocab = original
@@ -147,7 +158,9 @@ def rows(repeats: int = 5) -> Iterator[Row]:
 
     def one_by_one() -> None:
         for i in range(10):
-            reagent(model, None, torch.cat([ids, torch.tensor(made[:i], dtype=torch.long)]), made[i], **options)
+            reagent(
+                model, None, torch.cat([ids, torch.tensor(made[:i], dtype=torch.long)]), made[i], **options
+            )
 
     yield compare(
         SLUG,

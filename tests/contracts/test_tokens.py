@@ -84,7 +84,9 @@ class TestContract:
 
     def test_several_prompts_are_each_alone(self, method):
         net, other = model("gpt2"), torch.tensor([9, 31, 22, 8])
-        both = explain(net, method, [PROMPT, other], target=[3, 4], **({"seed": 3} if method in DRAWN else {}))
+        both = explain(
+            net, method, [PROMPT, other], target=[3, 4], **({"seed": 3} if method in DRAWN else {})
+        )
         assert [a.target for a in both] == [3, 4] and [len(a.scores) for a in both] == [7, 4]
         for k, (prompt, target) in enumerate(((PROMPT, 3), (other, 4))):
             seed = {"seed": 3 + (k if method == "reagent" else 0)} if method in DRAWN else {}
@@ -139,7 +141,13 @@ class TestContract:
                 attribute_tokens(net, words, prompt, method=method, **options)
         with pytest.raises(InputError, match="no tokenizer"):
             explain(net, method, "text")
-        for target, message in ((999, "999"), (-1, "-1"), (True, "True"), ("the cat", "2 tokens"), (1.5, "1.5")):
+        for target, message in (
+            (999, "999"),
+            (-1, "-1"),
+            (True, "True"),
+            ("the cat", "2 tokens"),
+            (1.5, "1.5"),
+        ):
             with pytest.raises(InputError, match=f"target: .*{message}"):
                 attribute_tokens(net, words, "the cat sat", target, method=method, **options)
         with pytest.raises(InputError, match="special tokens are not"):
@@ -180,11 +188,13 @@ def test_unknown_methods_and_options_are_named():
 def test_an_attention_without_weights_says_which_to_choose(method):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(InputError, match="'sdpa' returns no weights.*attn_implementation='eager'"):
+        with pytest.raises(InputError, match=r"'sdpa' returns no weights.*attn_implementation='eager'"):
             explain(model("gpt2", attention="sdpa"), method)
 
 
-@pytest.mark.parametrize("method", ["reagent", "grad_norm", "integrated_gradients", "occlusion", "value_zeroing"])
+@pytest.mark.parametrize(
+    "method", ["reagent", "grad_norm", "integrated_gradients", "occlusion", "value_zeroing"]
+)
 def test_sdpa_gives_what_eager_gives(method):
     eager, sdpa = (explain(model("llama", attention=a), method, target=3).scores for a in ("eager", "sdpa"))
     torch.testing.assert_close(eager, sdpa, rtol=1e-3, atol=1e-5)

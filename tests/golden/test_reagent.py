@@ -112,7 +112,10 @@ def test_recursion(path, as_function):
 @pytest.mark.parametrize("path", of("soft"))
 def test_soft_faithfulness(path):
     a = load(path)
-    for prefix, suff0, distance in (("soft", "code_suff0", "squared_official"), ("hell", "hell_suff0", "hellinger")):
+    for prefix, suff0, distance in (
+        ("soft", "code_suff0", "squared_official"),
+        ("hell", "hell_suff0", "hellinger"),
+    ):
         found = soft_faithfulness(
             Toy(a),
             None,

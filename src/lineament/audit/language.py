@@ -88,6 +88,11 @@ def load_language_model(
             raise InputError(
                 f"--tokenizer: none could be loaded from {tokenizer or name!r} ({_first_line(error)})"
             ) from error
+    # Where there are no tokenizer files, transformers makes one that knows no word.
+    require(
+        len(words) > len(words.all_special_ids),
+        f"--tokenizer: there is none in {tokenizer or name!r}; say where it is with --tokenizer DIR",
+    )
     if device is not None:
         try:
             model.to(device)

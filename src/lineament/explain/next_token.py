@@ -111,10 +111,17 @@ class NextToken:
                 padding; such models then go without.
         """
         wanted = len(ids) >= _WORTH_CACHING if use_cache is None else use_cache and len(ids) > 0
-        windows = [getattr(self.text_config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        windows = [
+            getattr(self.text_config, name, None) for name in ("sliding_window", "attention_chunk_size")
+        ]
         wanted = wanted and not (uneven and any(windows))
         cache = None
-        if wanted and not self.encoder_decoder and {"past_key_values", "use_cache"} <= self._takes and self._pads:
+        if (
+            wanted
+            and not self.encoder_decoder
+            and {"past_key_values", "use_cache"} <= self._takes
+            and self._pads
+        ):
             output = self.model(input_ids=ids[None].to(self.device), use_cache=True, **self._last_only())
             cache = getattr(output, "past_key_values", None)
         self._prefix = (len(ids), cache) if hasattr(cache, "batch_repeat_interleave") else None
@@ -152,7 +159,9 @@ class NextToken:
         found: list[tuple[Tensor, Tensor]] = []
         for ids, mask, source, index in self._groups(rows, sources, batch_size):
 
-            def one(start: int, stop: int, ids=ids, mask=mask, source=source, index=index) -> tuple[Tensor, Tensor]:
+            def one(
+                start: int, stop: int, ids=ids, mask=mask, source=source, index=index
+            ) -> tuple[Tensor, Tensor]:
                 part = index[start:stop]
                 scores = self._forward(ids[start:stop], None if mask is None else mask[start:stop], source)
                 return part, scores if then is None else then(scores, part)
@@ -187,7 +196,10 @@ class NextToken:
         parts: list[tuple[Any, slice]] = [(self.model, slice(0, ids.shape[1]))]
         if self.encoder_decoder:
             # One module may embed both sequences: each is embedded in a phase of its own.
-            parts = [(self.model.get_encoder(), slice(0, source)), (self.model.get_decoder(), slice(source, ids.shape[1]))]
+            parts = [
+                (self.model.get_encoder(), slice(0, source)),
+                (self.model.get_decoder(), slice(source, ids.shape[1])),
+            ]
         sites = [_name_of(root, root.get_input_embeddings()) for root, _ in parts]
         changes = [
             {site: (lambda e, columns=columns: e if change is None else change(e, columns))}
@@ -199,12 +211,16 @@ class NextToken:
             if not self.encoder_decoder:
                 output = self.model(**self._inputs(ids, None))
             else:
-                encoded = parts[0][0](input_ids=ids[:, :source], attention_mask=torch.ones_like(ids[:, :source]))
+                encoded = parts[0][0](
+                    input_ids=ids[:, :source], attention_mask=torch.ones_like(ids[:, :source])
+                )
         acts = [first[sites[0]]]
         if self.encoder_decoder:
             with patch(parts[1][0], changes[1]), capture(parts[1][0], sites[1], gradients=wanted) as second:
                 output = self.model(
-                    encoder_outputs=encoded, attention_mask=torch.ones_like(ids[:, :source]), decoder_input_ids=ids[:, source:]
+                    encoder_outputs=encoded,
+                    attention_mask=torch.ones_like(ids[:, :source]),
+                    decoder_input_ids=ids[:, source:],
                 )
             acts.append(second[sites[1]])
         last = self._last(output, len(ids))

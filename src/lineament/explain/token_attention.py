@@ -92,7 +92,10 @@ def attention_of(question: Question) -> Float[Tensor, "layers heads queries keys
     weights = torch.stack([layer[0].double() for layer in layers])
     if face.encoder_decoder:
         scored = question.prompt.scored[source:]
-        checks.require(not bool(scored.any()), "scope: attention scores the source of an encoder-decoder only; give scope='source'")
+        checks.require(
+            not bool(scored.any()),
+            "scope: attention scores the source of an encoder-decoder only; give scope='source'",
+        )
         weights = torch.nn.functional.pad(weights, (0, rows.shape[1] - source))
     return weights
 
@@ -120,7 +123,9 @@ def value_zeroing(question: Question) -> Float[Tensor, "scored"]:
     sum 1; the score is the last row of Π_l C_l, later layers from the left. One forward a layer, tokens as rows.
     """
     face, ids = question.face, question.rows
-    checks.require(not face.encoder_decoder, "method 'value_zeroing': it is for causal models; choose 'occlusion'")
+    checks.require(
+        not face.encoder_decoder, "method 'value_zeroing': it is for causal models; choose 'occlusion'"
+    )
     face.needs_weights("its layers")
     blocks = _blocks(question)
     count = ids.shape[1]
@@ -134,7 +139,9 @@ def value_zeroing(question: Question) -> Float[Tensor, "scored"]:
         with patch(face.model, change), capture(face.model, block) as turned:
             face.logits([ids.expand(count, -1)])
         # Row j of the batch is the run without token j's values.
-        cosine = torch.nn.functional.cosine_similarity(turned[block].double(), plain[block].double()[None], dim=-1)
+        cosine = torch.nn.functional.cosine_similarity(
+            turned[block].double(), plain[block].double()[None], dim=-1
+        )
         moved = (1 - cosine).clamp_min(0).T.cpu()
         moved = moved / moved.sum(1, keepdim=True).clamp_min(torch.finfo(moved.dtype).tiny)
         row = row @ moved

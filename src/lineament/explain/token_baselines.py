@@ -65,14 +65,32 @@ def attribute_tokens(
     reading = {"target_prefix": target_prefix, "scope": scope, "span": span, "protect": protect}
     if method == "reagent":
         found = reagent(model, tokenizer, prompt, target, contrast=contrast, **reading, **options)
-        return [_renormalized(a, normalize) for a in found] if isinstance(found, list) else _renormalized(found, normalize)
+        return (
+            [_renormalized(a, normalize) for a in found]
+            if isinstance(found, list)
+            else _renormalized(found, normalize)
+        )
     if is_batch(prompt):
         count = len(prompt)
-        prefixes = target_prefix if isinstance(target_prefix, list) and not _is_ids(target_prefix) else [target_prefix] * count
-        triples = zip(prompt, per_prompt("target", target, count), per_prompt("contrast", contrast, count), prefixes)
-        rest = {"method": method, "normalize": normalize, "scope": scope, "span": span, "protect": protect, **options}
+        prefixes = (
+            target_prefix
+            if isinstance(target_prefix, list) and not _is_ids(target_prefix)
+            else [target_prefix] * count
+        )
+        triples = zip(
+            prompt, per_prompt("target", target, count), per_prompt("contrast", contrast, count), prefixes
+        )
+        rest = {
+            "method": method,
+            "normalize": normalize,
+            "scope": scope,
+            "span": span,
+            "protect": protect,
+            **options,
+        }
         return [
-            attribute_tokens(model, tokenizer, p, y, contrast=c, target_prefix=prefix, **rest) for p, y, c, prefix in triples
+            attribute_tokens(model, tokenizer, p, y, contrast=c, target_prefix=prefix, **rest)
+            for p, y, c, prefix in triples
         ]
     question = ask(model, tokenizer, prompt, target, contrast, **reading)
     try:
@@ -81,7 +99,9 @@ def attribute_tokens(
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):
             raise
-        raise checks.InputError(f"options: {method!r} has no option {str(error).rsplit(' ', 1)[-1]}") from error
+        raise checks.InputError(
+            f"options: {method!r} has no option {str(error).rsplit(' ', 1)[-1]}"
+        ) from error
     p = question.prompt
     result = TokenAttribution(
         tokens=p.tokens,
@@ -130,7 +150,9 @@ def integrated_gradients(
         alphas, weights = (nodes + 1) / 2, weights / 2
     e, _ = gradients(question)
     total = torch.zeros_like(e[0])
-    for part, share in zip(torch.from_numpy(alphas).split(batch_size), torch.from_numpy(weights).split(batch_size)):
+    for part, share in zip(
+        torch.from_numpy(alphas).split(batch_size), torch.from_numpy(weights).split(batch_size)
+    ):
         scale = _path(question, part.to(e))
         _, slopes = gradients(question, len(part), lambda x, columns, scale=scale: x * scale[:, columns])
         total += torch.einsum("a,atd->td", share.to(e), slopes)

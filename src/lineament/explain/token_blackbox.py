@@ -20,11 +20,18 @@ from lineament.explain.token_samplers import sampler_for
 
 def random_scores(question: Question, *, seed: int = 0) -> Float[Tensor, "scored"]:
     """Uniform numbers in [0, 1): what any method has to beat."""
-    return torch.rand(len(question.prompt.places), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.rand(
+        len(question.prompt.places), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def occlusion(
-    question: Question, *, absent: Any = "uniform", n_samples: int = 10, batch_size: int | str = "auto", seed: int = 0
+    question: Question,
+    *,
+    absent: Any = "uniform",
+    n_samples: int = 10,
+    batch_size: int | str = "auto",
+    seed: int = 0,
 ) -> Float[Tensor, "scored"]:
     """f(x) - f(x without t), f = log p(target): leave one token out.
 
@@ -84,7 +91,9 @@ def kernel_shap(
     return torch.cat([rest, (everything - nothing - rest.sum())[None]])
 
 
-def _coalitions(scored: int, n_samples: int, seed: int) -> tuple[Bool[Tensor, "subsets scored"], Float[Tensor, "subsets"]]:
+def _coalitions(
+    scored: int, n_samples: int, seed: int
+) -> tuple[Bool[Tensor, "subsets scored"], Float[Tensor, "subsets"]]:
     """Subsets and their weights under the Shapley kernel."""
     sizes = torch.arange(1, scored, dtype=torch.float64)
     mass = (scored - 1) / (sizes * (scored - sizes))
@@ -106,7 +115,12 @@ def _full(question: Question, batch_size: int | str) -> Tensor:
 
 
 def _values(
-    question: Question, present: Bool[Tensor, "subsets scored"], absent: Any, draws: int, batch_size: int | str, seed: int
+    question: Question,
+    present: Bool[Tensor, "subsets scored"],
+    absent: Any,
+    draws: int,
+    batch_size: int | str,
+    seed: int,
 ) -> Float[Tensor, "subsets"]:
     """f with only the ``present`` tokens there."""
     ids, places = question.prompt.ids, question.prompt.places

@@ -2,7 +2,7 @@
 
 Soft normalised sufficiency and comprehensiveness: Zhao, Aletras 2023, as Zhao, Shan 2024 (arXiv 2402.00794) use them on the next-token
 distribution. Not obvious: both reward peaked scores. Softmaxed attention over 40 tokens keeps next to nothing and loses next to nothing, whatever
-it points at. So :func:`match_entropy` and :func:`match_retention` bring methods to one sharpness first, and a fair table shows both.
+it points at. So :mod:`lineament.explain.token_controls` brings methods to one sharpness first, and a fair table shows both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import Tensor
 from lineament.core import checks
 from lineament.explain.next_token import NextToken, not_nan
 from lineament.explain.token_prompts import Prompt, read, token_id
-from lineament.explain.token_results import entropy, normalized
 
 DISTANCES = ("hellinger", "squared_official", "kl", "probability")
 
@@ -55,8 +54,17 @@ class SoftFaithfulness:
             ax = plt.subplots()[1]
         places = torch.arange(self.sufficiency.numel(), dtype=torch.float64)
         for shift, name in ((-0.2, "sufficiency"), (0.2, "comprehensiveness")):
-            heights, errors = getattr(self, name).flatten(), getattr(self, f"{name}_error").flatten().nan_to_num()
-            ax.bar((places + shift).tolist(), heights.tolist(), 0.4, yerr=errors.tolist(), label=f"soft normalised {name}")
+            heights, errors = (
+                getattr(self, name).flatten(),
+                getattr(self, f"{name}_error").flatten().nan_to_num(),
+            )
+            ax.bar(
+                (places + shift).tolist(),
+                heights.tolist(),
+                0.4,
+                yerr=errors.tolist(),
+                label=f"soft normalised {name}",
+            )
         ax.legend()
         return ax
 
@@ -134,7 +142,8 @@ def soft_faithfulness(
             draws = [checks.tensor("uniforms", u, shape=(None, len(p.ids), judge.width)) for u in uniforms]
             n_samples = len(draws[0])
         moved = [
-            torch.stack([judge(u < q[:, None]) for q in qs]) for u, qs in zip(draws, (a.to(draws[0]), 1 - a.to(draws[0])))
+            torch.stack([judge(u < q[:, None]) for q in qs])
+            for u, qs in zip(draws, (a.to(draws[0]), 1 - a.to(draws[0])))
         ]
     sufficient, comprehensive = judge.normalised(moved[0], moved[1], clip)
 
@@ -169,8 +178,14 @@ def exact_soft_faithfulness(
     with face.ready():
         judge = _Judge(face, p, target, distance, 4096)
         bits = len(p.ids) * judge.width
-        checks.require(bits <= 16, f"prompt: it has {bits} embedding entries, expected at most 16 to enumerate all masks")
-        masks = (torch.arange(2**bits)[:, None] >> torch.arange(bits) & 1).bool().reshape(-1, len(p.ids), judge.width)
+        checks.require(
+            bits <= 16, f"prompt: it has {bits} embedding entries, expected at most 16 to enumerate all masks"
+        )
+        masks = (
+            (torch.arange(2**bits)[:, None] >> torch.arange(bits) & 1)
+            .bool()
+            .reshape(-1, len(p.ids), judge.width)
+        )
         moved = judge(masks)
     found = {"zero_sufficiency": 1 - float(judge.zero)}
     sufficient, comprehensive = judge.normalised(moved, moved, False)
@@ -234,62 +249,6 @@ def hard_faithfulness(
     }
 
 
-def random_importance(scored: Bool[Tensor, "tokens"], *, seed: int = 0, draws: int = 1) -> Float[Tensor, "draws tokens"]:
-    """What a method has to beat: the softmax of uniform numbers over the scored tokens.
-
-    >>> round(random_importance(torch.tensor([True, True, False])).sum().item(), 6)
-    1.0
-    """
-    generator = torch.Generator().manual_seed(seed)
-    found = torch.zeros(draws, len(scored), dtype=torch.float64)
-    found[:, scored] = torch.rand(draws, int(scored.sum()), generator=generator, dtype=torch.float64).softmax(1)
-    return found
-
-
-def match_entropy(scores: Float[Tensor, "tokens"], wanted: float) -> Float[Tensor, "tokens"]:
-    """The same ranking at a given entropy (nats): softmax(minmax(scores) / temperature), the temperature found by bisection.
-
-    Scores that are all equal cannot be sharpened and stay uniform; with m tokens sharing the greatest score the entropy cannot fall below log m.
-
-    >>> a = match_entropy(torch.tensor([3.0, 1.0, 0.0, 0.0]), 0.5)
-    >>> round(float(entropy(a)), 4), a.argmax().item()
-    (0.5, 0)
-    """
-    checks.number("wanted", float(wanted), low=0)
-    z = normalized(scores.double(), "minmax")
-    return _bisect(lambda log_t: (z / 2.0**log_t).softmax(-1), entropy, wanted, -40.0, 20.0)
-
-
-def match_retention(scores: Float[Tensor, "tokens"], wanted: float) -> Float[Tensor, "tokens"]:
-    """The same ranking at a given mean importance: minmax(scores)^power, so that all methods keep as much of the input on average.
-
-    The mean lies between the share of tokens with the greatest score and the share of those above the least.
-
-    >>> round(match_retention(torch.tensor([4.0, 3.0, 1.0, 0.0]), 0.4).mean().item(), 4)
-    0.4
-    """
-    checks.number("wanted", float(wanted), low=0, high=1)
-    z = normalized(scores.double(), "minmax")
-    return _bisect(lambda log_p: z ** 2.0 ** (-log_p), lambda a: a.mean(-1), wanted, -20.0, 20.0)
-
-
-def log_ratio(scores: Float[Tensor, "prompts"], chance: Float[Tensor, "prompts"]) -> float:
-    """log(mean score / mean score of random importances): the paper's unit; the means come before the logarithm.
-
-    >>> log_ratio(torch.tensor([0.2, 0.4]), torch.tensor([0.1, 0.2]))
-    0.6931471824645996
-    """
-    return float((scores.mean() / chance.mean()).log())
-
-
-def _bisect(make: Any, measure: Any, wanted: float, low: float, high: float) -> Tensor:
-    """``make(x)`` whose measure (rising in x) is as wanted, or as near as it gets."""
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if float(measure(make(middle))) < wanted else (low, middle)
-    return make((low + high) / 2)
-
-
 class _Judge:
     """How far the next-token distribution moves when entries of the embeddings are zeroed."""
 
@@ -298,10 +257,15 @@ class _Judge:
         self.fixed = ~p.scored.to(face.device)[:, None]
         seen: list[Tensor] = []
         first, _, _ = face.through_embeddings(self._rows(1), p.source, lambda e, c: (seen.append(e), e)[1])
-        self.width, self.dtype = seen[0].shape[-1], torch.float64 if first.dtype == torch.float64 else torch.float32
+        self.width, self.dtype = (
+            seen[0].shape[-1],
+            torch.float64 if first.dtype == torch.float64 else torch.float32,
+        )
         self.original = not_nan(first).softmax(1)[0]
         if distance == "probability":
-            self.target = int(first.argmax()) if target is None else token_id(face, "target", target, first.shape[1])
+            self.target = (
+                int(first.argmax()) if target is None else token_id(face, "target", target, first.shape[1])
+            )
         nothing = torch.zeros(1, len(p.ids), self.width, dtype=torch.bool)
         self.zero = self(nothing)[0]
         checks.require(
@@ -330,7 +294,13 @@ class _Judge:
 
 
 def _opened(
-    model: Any, tokenizer: Any, prompt: Any, scores: Any, distance: str, reading: dict[str, Any], bounded: bool = True
+    model: Any,
+    tokenizer: Any,
+    prompt: Any,
+    scores: Any,
+    distance: str,
+    reading: dict[str, Any],
+    bounded: bool = True,
 ) -> tuple[NextToken, Prompt, Tensor]:
     checks.one_of("distance", distance, DISTANCES)
     checks.tensor("scores", scores, floating=True)

@@ -34,16 +34,23 @@ class Alignment:
 
     def __init__(self, other_tokenizer: Any, tokenizer: Any):
         for what, t in (("tokenizer", tokenizer), ("the other tokenizer", other_tokenizer)):
-            checks.require(t is not None and hasattr(t, "decode"), f"{what}: got {checks.show(t)}, expected a tokenizer")
+            checks.require(
+                t is not None and hasattr(t, "decode"), f"{what}: got {checks.show(t)}, expected a tokenizer"
+            )
         self.tokenizer, self.other = tokenizer, other_tokenizer
         size, special = len(other_tokenizer), set(other_tokenizer.all_special_ids)
-        words = ["" if i in special else other_tokenizer.decode([i]).removeprefix("##").strip() for i in range(size)]
+        words = [
+            "" if i in special else other_tokenizer.decode([i]).removeprefix("##").strip()
+            for i in range(size)
+        ]
         ordinary = _ordinary(tokenizer, len(tokenizer), frozenset())
         self.table = torch.full((2, size), -1, dtype=torch.long)
         known = [i for i, word in enumerate(words) if word]
         for space in (0, 1):
             texts = [" " * space + words[i] for i in known]
-            for i, ids in zip(known, tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []):
+            for i, ids in zip(
+                known, tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+            ):
                 if len(ids) == 1 and bool(ordinary[ids[0]]):
                     self.table[space, i] = ids[0]
         found = int((self.table >= 0).any(0).sum())
@@ -125,13 +132,22 @@ class MlmSampler:
                 self._single[key] = self._fills(ids[0], one)
             choices, weights = self._single[key]
             rows, places = torch.meshgrid(torch.arange(len(ids)), torch.arange(len(key)), indexing="ij")
-            return self._drawn(found, rows.flatten(), places.flatten(), choices[places.flatten()], weights[places.flatten()], u)
+            return self._drawn(
+                found,
+                rows.flatten(),
+                places.flatten(),
+                choices[places.flatten()],
+                weights[places.flatten()],
+                u,
+            )
         wanted = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
         choices, weights = self._fills(ids[0], wanted)
         rows, places = wanted.nonzero(as_tuple=True)
         return self._drawn(found, rows, places, choices, weights, u)
 
-    def _drawn(self, found: Tensor, rows: Tensor, places: Tensor, choices: Tensor, weights: Tensor, u: Tensor) -> Tensor:
+    def _drawn(
+        self, found: Tensor, rows: Tensor, places: Tensor, choices: Tensor, weights: Tensor, u: Tensor
+    ) -> Tensor:
         """``found`` with a draw at each place that has a choice."""
         usable = torch.isfinite(weights).any(1)
         if not bool(usable.any()):
@@ -141,7 +157,11 @@ class MlmSampler:
             at = weights.argmax(1)
         else:
             cumulated = weights.double().softmax(1).cumsum(1)
-            at = (cumulated < u[rows, places][:, None] * cumulated[:, -1:]).sum(1).clamp_max(choices.shape[1] - 1)
+            at = (
+                (cumulated < u[rows, places][:, None] * cumulated[:, -1:])
+                .sum(1)
+                .clamp_max(choices.shape[1] - 1)
+            )
         found = found.clone()
         found[rows, places] = choices.gather(1, at[:, None])[:, 0]
         return found
@@ -200,7 +220,11 @@ class OtherModelSampler:
     joint = False
 
     def __init__(self, model: Any, other_tokenizer: Any, tokenizer: Any, *, fallback: Sampler | None = None):
-        self.align, self.face, self.fallback = Alignment(other_tokenizer, tokenizer), NextToken(model, other_tokenizer), fallback
+        self.align, self.face, self.fallback = (
+            Alignment(other_tokenizer, tokenizer),
+            NextToken(model, other_tokenizer),
+            fallback,
+        )
         self._made: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, ids: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:

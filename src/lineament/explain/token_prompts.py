@@ -61,8 +61,14 @@ def read(
         source = len(ids)
         start = getattr(model.config, "decoder_start_token_id", None)
         start = start if isinstance(start, int) else getattr(model.config, "bos_token_id", None)
-        checks.require(isinstance(start, int), "model: its configuration names no decoder_start_token_id; set one")
-        prefix = [] if target_prefix is None else _ids(model, "target_prefix", target_prefix, specials=False).tolist()
+        checks.require(
+            isinstance(start, int), "model: its configuration names no decoder_start_token_id; set one"
+        )
+        prefix = (
+            []
+            if target_prefix is None
+            else _ids(model, "target_prefix", target_prefix, specials=False).tolist()
+        )
         ids = torch.cat([ids, torch.tensor([start, *prefix])])
     else:
         checks.require(
@@ -83,7 +89,10 @@ def read(
             scored[source:] = False
     if span is not None:
         inside = isinstance(span, (tuple, list)) and len(span) == 2 and 0 <= span[0] < span[1] <= len(ids)
-        checks.require(inside, f"span: got {checks.show(span)}, expected (start, stop) with 0 <= start < stop <= {len(ids)}")
+        checks.require(
+            inside,
+            f"span: got {checks.show(span)}, expected (start, stop) with 0 <= start < stop <= {len(ids)}",
+        )
         scored[: span[0]] = False
         scored[span[1] :] = False
     count = int(scored.sum())
@@ -96,16 +105,26 @@ def read(
 
 def _ids(model: NextToken, what: str, prompt: Any, *, specials: bool = True) -> Tensor:
     if isinstance(prompt, str):
-        checks.require(prompt.strip() != "" or not specials, f"{what}: got an empty text, expected at least two tokens")
         checks.require(
-            model.tokenizer is not None, f"{what}: got text and no tokenizer; give the model's tokenizer, or ids"
+            prompt.strip() != "" or not specials, f"{what}: got an empty text, expected at least two tokens"
         )
-        ids = torch.tensor(model.tokenizer(prompt, add_special_tokens=specials)["input_ids"], dtype=torch.long)
-        checks.require(ids.ndim == 1, f"{what}: the tokenizer gave {checks.show(ids)}, expected one row of ids")
-    else:
-        listed = isinstance(prompt, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt)
         checks.require(
-            listed or isinstance(prompt, Tensor), f"{what}: got {checks.show(prompt)}, expected text or a list of token ids"
+            model.tokenizer is not None,
+            f"{what}: got text and no tokenizer; give the model's tokenizer, or ids",
+        )
+        ids = torch.tensor(
+            model.tokenizer(prompt, add_special_tokens=specials)["input_ids"], dtype=torch.long
+        )
+        checks.require(
+            ids.ndim == 1, f"{what}: the tokenizer gave {checks.show(ids)}, expected one row of ids"
+        )
+    else:
+        listed = isinstance(prompt, (list, tuple)) and all(
+            isinstance(i, int) and not isinstance(i, bool) for i in prompt
+        )
+        checks.require(
+            listed or isinstance(prompt, Tensor),
+            f"{what}: got {checks.show(prompt)}, expected text or a list of token ids",
         )
         ids = torch.as_tensor(prompt).detach().cpu()
         ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
@@ -116,7 +135,9 @@ def _ids(model: NextToken, what: str, prompt: Any, *, specials: bool = True) -> 
     size = model.vocabulary
     if size is not None and len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= size):
         wrong = int(ids.max()) if int(ids.max()) >= size else int(ids.min())
-        raise checks.InputError(f"{what}: got id {wrong}, expected ids from 0 to {size - 1}; is this the model's own tokenizer?")
+        raise checks.InputError(
+            f"{what}: got id {wrong}, expected ids from 0 to {size - 1}; is this the model's own tokenizer?"
+        )
     return ids
 
 
@@ -146,7 +167,10 @@ def per_prompt(what: str, value: Any, count: int) -> list[Any]:
     if isinstance(value, Tensor) and value.ndim == 1:
         value = value.tolist()
     if isinstance(value, (list, tuple)):
-        checks.require(len(value) == count, f"{what}: got {len(value)} for {count} prompts, expected one each or one for all")
+        checks.require(
+            len(value) == count,
+            f"{what}: got {len(value)} for {count} prompts, expected one each or one for all",
+        )
         return list(value)
     return [value] * count
 

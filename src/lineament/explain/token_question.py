@@ -60,7 +60,9 @@ def ask(model: Any, tokenizer: Any, prompt: Any, target: Any, contrast: Any, **r
         first = not_nan(face.logits([p.ids[None]], [p.source])).cpu()
     wanted = int(first.argmax()) if target is None else token_id(face, "target", target, first.shape[1])
     other = None if contrast is None else token_id(face, "contrast", contrast, first.shape[1])
-    checks.require(other != wanted, f"contrast: got {other}, which is the target itself; choose another token")
+    checks.require(
+        other != wanted, f"contrast: got {other}, which is the target itself; choose another token"
+    )
     log_p = first.log_softmax(1)[0]
     chance = log_p[wanted].exp() if other is None else torch.sigmoid(log_p[wanted] - log_p[other])
     return Question(face, p, wanted, other, float(chance), first.shape[1])

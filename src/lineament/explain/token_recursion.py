@@ -146,7 +146,7 @@ def _plan(p: Probes, rules: Rules, block: int) -> _Plan:
         filled = ~filled if rules.invert_keep else filled
         wide = torch.zeros(len(s), len(ids), dtype=torch.bool)
         wide[:, places] = filled
-        proposals = fill(wide) if callable(fill) else fill
+        proposals: Tensor = fill if isinstance(fill, Tensor) else fill(wide)
         rows.append(torch.where(wide, proposals, ids)[active])
     tests = len(rows) * len(active)
     if rules.budget is not None:
@@ -178,10 +178,10 @@ def _ask(
         return [empty] * len(rows)
     sizes = [len(rows[i]) for i in asked]
     targets = torch.cat([torch.full((n,), open_[i].target) for i, n in zip(asked, sizes)])
-    contrasted = open_[0].contrast is not None
-    others = (
-        torch.cat([torch.full((n,), open_[i].contrast) for i, n in zip(asked, sizes)]) if contrasted else None
-    )
+    chosen_others = [open_[i].contrast for i in asked]
+    # All prompts of a call have a contrast, or none has.
+    pairs = [(n, c) for n, c in zip(sizes, chosen_others) if c is not None]
+    others = torch.cat([torch.full((n,), c) for n, c in pairs]) if pairs else None
     is_test = torch.cat([torch.arange(n) < tests[i] for i, n in zip(asked, sizes)])
 
     def then(scores: Tensor, index: Tensor) -> Tensor:
@@ -216,7 +216,16 @@ def _passed(scores: Tensor, target: Tensor, contrast: Tensor | None, rules: Rule
     own = not_nan(scores.gather(1, target[:, None]))
     if callable(rules.stop):
         return rules.stop(scores, target).bool()
-    hit = (scores > own).sum(1) < rules.top_k
+    rank = (scores > own).sum(1)
+    near = rank < rules.top_k
+    if bool(near.any()):
+        # Of tokens that are equally probable (half precision has many) the first by id comes first.
+        part, before = (
+            scores[near],
+            torch.arange(scores.shape[1], device=scores.device) < target[near][:, None],
+        )
+        rank[near] += ((part == own[near]) & before).sum(1)
+    hit = rank < rules.top_k
     return hit if contrast is None else hit & (own > scores.gather(1, contrast[:, None]))[:, 0]
 
 

@@ -32,7 +32,10 @@ class Sampler(Protocol):
     joint: bool
 
     def __call__(
-        self, ids: Int[Tensor, "rows tokens"], mask: Bool[Tensor, "rows tokens"] | None, generator: torch.Generator
+        self,
+        ids: Int[Tensor, "rows tokens"],
+        mask: Bool[Tensor, "rows tokens"] | None,
+        generator: torch.Generator,
     ) -> Int[Tensor, "rows tokens"]: ...
 
 
@@ -44,7 +47,9 @@ class Weighted:
     def __init__(self, weights: Float[Tensor, "vocabulary"]):
         self.weights = weights
         self.allowed = weights.nonzero()[:, 0]
-        checks.require(len(self.allowed) > 0, "sampler: no token of the vocabulary can be drawn, expected at least one")
+        checks.require(
+            len(self.allowed) > 0, "sampler: no token of the vocabulary can be drawn, expected at least one"
+        )
         chances = weights[self.allowed].double()
         # Most often all weights are equal, and then no search is needed.
         self._uniform = bool((chances == chances[0]).all())
@@ -84,10 +89,10 @@ class UnigramSampler(Weighted):
         counts: dict[int, int] = {}
         special = set(getattr(tokenizer, "all_special_ids", None) or ())
         for text in [texts] if isinstance(texts, str) else texts:
-            checks.require(
-                tokenizer is not None or not isinstance(text, str), "texts: got text and no tokenizer; give ids"
-            )
-            found = tokenizer(text, add_special_tokens=False)["input_ids"] if isinstance(text, str) else text
+            found: Any = text
+            if isinstance(text, str):
+                checks.require(tokenizer is not None, "texts: got text and no tokenizer; give ids")
+                found = tokenizer(text, add_special_tokens=False)["input_ids"]
             for i in found:
                 counts[int(i)] = counts.get(int(i), 0) + 1
         ordinary = {i: n for i, n in counts.items() if i not in special}
@@ -124,7 +129,11 @@ class PosSampler:
     joint = False
 
     def __init__(
-        self, tokenizer: Any, tag: Callable[[list[str]], Sequence[str]] | None = None, *, cache: str | Path | None = None
+        self,
+        tokenizer: Any,
+        tag: Callable[[list[str]], Sequence[str]] | None = None,
+        *,
+        cache: str | Path | None = None,
     ):
         checks.require(tokenizer is not None, "PosSampler: got no tokenizer; it tags the tokenizer's words")
         size = len(tokenizer)
@@ -171,7 +180,8 @@ class InferentialSampler:
 
     def _guesses(self, ids: Tensor) -> Tensor:
         checks.require(
-            not self.face.encoder_decoder, "sampler 'inferential': it is for causal models; choose another for an encoder-decoder"
+            not self.face.encoder_decoder,
+            "sampler 'inferential': it is for causal models; choose another for an encoder-decoder",
         )
         banned = torch.tensor(sorted(self.face.special), dtype=torch.long)
 
@@ -200,7 +210,8 @@ class _Function:
         found = self.function(ids.clone(), **{name: given[name] for name in self._extra})
         good = isinstance(found, Tensor) and found.shape == ids.shape and not found.is_floating_point()
         checks.require(
-            good, f"sampler: the function returned {checks.show(found)}, expected integer ids of shape {tuple(ids.shape)}"
+            good,
+            f"sampler: the function returned {checks.show(found)}, expected integer ids of shape {tuple(ids.shape)}",
         )
         return found.long().cpu()
 
@@ -219,10 +230,16 @@ def sampler_for(sampler: Any, face: NextToken, vocabulary: int) -> Sampler:
         return PosSampler(face.tokenizer)
     made = {"unigram": "UnigramSampler(tokenizer, texts)", "mlm": "MlmSampler(mlm, mlm_tokenizer, tokenizer)", "inferential-m": "OtherModelSampler(other, other_tokenizer, tokenizer)"}  # fmt: skip
     if isinstance(sampler, str):
-        checks.require(sampler not in made, f"sampler: {sampler!r} needs more than its name; give {made.get(sampler)}")
+        checks.require(
+            sampler not in made, f"sampler: {sampler!r} needs more than its name; give {made.get(sampler)}"
+        )
         checks.one_of("sampler", sampler, ("uniform", "inferential", "pos", *made))
-    checks.require(callable(sampler), f"sampler: got {checks.show(sampler)}, expected a name, a sampler or a function of ids")
-    return sampler if isinstance(getattr(sampler, "joint", None), bool) else _Function(sampler)
+    checks.require(
+        callable(sampler),
+        f"sampler: got {checks.show(sampler)}, expected a name, a sampler or a function of ids",
+    )
+    made_one: Any = sampler
+    return made_one if isinstance(getattr(made_one, "joint", None), bool) else _Function(made_one)
 
 
 def _ordinary(tokenizer: Any, vocabulary: int, special: frozenset[int]) -> Tensor:
@@ -245,12 +262,18 @@ def _tags(tokenizer: Any, tag: Callable[[list[str]], Sequence[str]], cache: str 
     kept = "<lambda>" not in tagger and "<locals>" not in tagger
     if kept and key in _tables:
         return _tables[key]
-    path = None if cache is None else Path(cache) / f"pos-{hashlib.sha256(''.join(key).encode()).hexdigest()[:16]}.json"
+    path = (
+        None
+        if cache is None
+        else Path(cache) / f"pos-{hashlib.sha256(''.join(key).encode()).hexdigest()[:16]}.json"
+    )
     if path is not None and path.is_file():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise checks.InputError(f"cache: {str(path)!r} is no table of tags ({error}); remove it") from error
+            raise checks.InputError(
+                f"cache: {str(path)!r} is no table of tags ({error}); remove it"
+            ) from error
     else:
         words = [tokenizer.decode([i]).strip() for i in range(len(tokenizer))]
         found = [str(t) for t in tag(words)]

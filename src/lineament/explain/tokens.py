@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from lineament.core import checks
 from lineament.explain.next_token import NextToken
+from lineament.explain.token_draws import Random, Script, Scripted
 from lineament.explain.token_prompts import Prompt, is_batch, per_prompt, read, shown, token_id
 from lineament.explain.token_recursion import Draws, Probes, Rules, kept, probability, recurse
 from lineament.explain.token_results import ContinuationAttribution, TokenAttribution
 from lineament.explain.token_samplers import Sampler, sampler_for
+
+__all__ = ["Script", "explain_continuation", "rationale", "reagent"]
 
 STOPS = ("top_k", "dummy")
 UPDATES = ("logit", "imp")
@@ -147,13 +149,18 @@ def reagent(
     uneven = len({len(p.ids) for p in prompts}) > 1
     with face.ready(), face.sharing(_common(prompts), use_cache, uneven=uneven):
         first = face.logits([p.ids[None] for p in prompts], [p.source for p in prompts]).cpu()
-        checks.require(top_k < first.shape[1], f"top_k: got {top_k}, expected less than the vocabulary ({first.shape[1]})")
+        checks.require(
+            top_k < first.shape[1],
+            f"top_k: got {top_k}, expected less than the vocabulary ({first.shape[1]})",
+        )
         targets = [
             int(row.argmax()) if wanted is None else token_id(face, "target", wanted, first.shape[1])
             for row, wanted in zip(first, per_prompt("target", target, len(prompts)))
         ]
         others = _contrasts(face, contrast, targets, first.shape[1])
-        p0 = probability(first, torch.tensor(targets), None if others is None else torch.tensor(others)).tolist()
+        p0 = probability(
+            first, torch.tensor(targets), None if others is None else torch.tensor(others)
+        ).tolist()
         made = None if script is not None else sampler_for(sampler, face, first.shape[1])
         every = [
             _probes(p, targets[i], None if others is None else others[i], p0[i], rules, probes, script, made, ratio, seed + i)
@@ -163,7 +170,11 @@ def reagent(
     found = [_result(face, p, rules, overlap, vote) for p in every]
     unstopped = [i for i, a in enumerate(found) if not a.converged]
     if unstopped:
-        which = "" if not several else f" (prompts {', '.join(map(str, unstopped[:5]))}{' ...' if len(unstopped) > 5 else ''})"
+        which = (
+            ""
+            if not several
+            else f" (prompts {', '.join(map(str, unstopped[:5]))}{' ...' if len(unstopped) > 5 else ''})"
+        )
         warnings.warn(
             f"no probe passed the stop test{which}: the scores are the mean over all probes; more steps, a larger top_k or keep, or a "
             'fixed budget (stop="dummy" with min_steps) would help',
@@ -210,7 +221,9 @@ def explain_continuation(
         made = list(tokenizer(continuation, add_special_tokens=False)["input_ids"])
     else:
         made = [int(i) for i in continuation]
-    checks.require(len(made) > 0, "continuation: got no tokens (the model ended at once), expected at least one")
+    checks.require(
+        len(made) > 0, "continuation: got no tokens (the model ended at once), expected at least one"
+    )
     positions = list(range(0, len(made), stride))
     if face.encoder_decoder:
         prompts: Any = [context.ids[: context.source]] * len(positions)
@@ -228,69 +241,16 @@ def explain_continuation(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Script:
-    """Draws written down beforehand, so that a run can be repeated exactly: one entry a step.
-
-    A position is replaced in step n where ``uniforms[n] < ratio``; ``replacements`` and ``fills`` are what the sampler proposes to the
-    perturbation and to the stop test of that step.
-    """
-
-    initial: Float[Tensor, "probes scored"]
-    uniforms: Float[Tensor, "steps probes scored"]
-    replacements: Int[Tensor, "steps probes tokens"]
-    fills: Int[Tensor, "steps probes tokens"]
-
-
-@dataclass
-class _Scripted:
-    script: Script
-    ratio: float
-
-    def initial(self, probes: int, scored: int) -> Tensor:
-        checks.tensor("script.initial", self.script.initial, shape=(probes, scored))
-        return self.script.initial.double()
-
-    def step(self, step: int) -> tuple[Tensor, Tensor, Any]:
-        checks.require(step < len(self.script.uniforms), f"script: it ends after {len(self.script.uniforms)} steps")
-        mask = self.script.uniforms[step] < self.ratio
-        return mask, self.script.replacements[step], self.script.fills[step]
-
-
-@dataclass
-class _Random:
-    prompt: Prompt
-    sampler: Sampler
-    probes: int
-    ratio: float
-    generator: torch.Generator
-
-    def initial(self, probes: int, scored: int) -> Tensor:
-        return torch.rand(probes, scored, generator=self.generator, dtype=torch.float64)
-
-    def step(self, step: int) -> tuple[Tensor, Tensor, Any]:
-        ids = self.prompt.ids.expand(self.probes, -1)
-        mask = torch.rand(self.probes, len(self.prompt.places), generator=self.generator) < self.ratio
-        if not self.sampler.joint:
-            return mask, self.sampler(ids, None, self.generator), self.sampler(ids, None, self.generator)
-        wide = torch.zeros(ids.shape, dtype=torch.bool)
-        wide[:, self.prompt.places] = mask
-        proposals = self.sampler(ids, wide, self.generator)
-        # What the stop test replaces is known later, but its draws belong to this step.
-        own = int(torch.randint(2**31, (), generator=self.generator))
-        return mask, proposals, lambda m: self.sampler(ids, m, torch.Generator().manual_seed(own))
-
-
 def _probes(
     p: Prompt, target: int, contrast: int | None, p0: float, rules: Rules, probes: int, script: Script | None,
     sampler: Sampler | None, ratio: float, seed: int,
 ) -> Probes:  # fmt: skip
     draws: Draws
     if script is not None:
-        draws = _Scripted(script, ratio)
+        draws = Scripted(script, ratio)
     else:
         assert sampler is not None
-        draws = _Random(p, sampler, probes, ratio, torch.Generator().manual_seed(seed))
+        draws = Random(p, sampler, probes, ratio, torch.Generator().manual_seed(seed))
     scored = len(p.places)
     s = draws.initial(probes, scored)
     s = torch.zeros_like(s) if rules.update == "imp" else s
@@ -355,7 +315,9 @@ def _pairs(prompts: Any, prefixes: Any, several: bool) -> tuple[list[Any], list[
 def _contrasts(face: NextToken, contrast: Any, targets: list[int], vocabulary: int) -> list[int] | None:
     if contrast is None:
         return None
-    found = [token_id(face, "contrast", c, vocabulary) for c in per_prompt("contrast", contrast, len(targets))]
+    found = [
+        token_id(face, "contrast", c, vocabulary) for c in per_prompt("contrast", contrast, len(targets))
+    ]
     same = [c for c, t in zip(found, targets) if c == t]
     checks.require(not same, f"contrast: got {same[:1]}, which is the target itself; choose another token")
     return found

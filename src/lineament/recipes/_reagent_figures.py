@@ -48,9 +48,16 @@ def _bars(table: dict[str, dict[str, Any]], out: Path) -> Figure:
 
 def _budgets(curve: dict[str, Any], out: Path) -> Figure:
     def draw(ax: Any) -> None:
-        ax.plot([row[1] for row in curve["fixed"]], [row[2] for row in curve["fixed"]], marker="o", label="fixed steps, 5 probes")
+        ax.plot(
+            [row[1] for row in curve["fixed"]],
+            [row[2] for row in curve["fixed"]],
+            marker="o",
+            label="fixed steps, 5 probes",
+        )
         for k, (name, rows, value) in enumerate(curve["early"], start=1):
-            ax.plot([rows], [value], marker="s", linestyle="none", color=f"C{k}", label=f"{name}, early stopping")
+            ax.plot(
+                [rows], [value], marker="s", linestyle="none", color=f"C{k}", label=f"{name}, early stopping"
+            )
         ax.set(xscale="log", xlabel="rows asked of the model, a prompt", ylabel="P@2", ylim=(0, 1.03))
         ax.legend(loc="lower right")
 

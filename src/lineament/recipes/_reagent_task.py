@@ -40,9 +40,10 @@ def network() -> Any:
     """Two layers, four heads, width 64."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    settings: dict[str, Any] = {"attn_implementation": "eager"}
     config = GPT2Config(
         vocab_size=len(SYMBOLS) + 2, n_positions=TOKENS, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, bos_token_id=None, eos_token_id=None, attn_implementation="eager",
+        attn_pdrop=0.0, bos_token_id=None, eos_token_id=None, **settings,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 
@@ -93,7 +94,9 @@ def user_model(folder: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager", use_safetensors=True
+        )
         return model.eval(), AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise checks.InputError(
@@ -104,7 +107,8 @@ def user_model(folder: str) -> tuple[Any, Any]:
 def user_prompts(path: str | None, limit: int) -> list[str]:
     """The first prompts of a text file, one a line."""
     checks.require(
-        path is not None, "--prompts-file: this preset needs prompts, one a line (the paper's are analogies with a distractor)"
+        path is not None,
+        "--prompts-file: this preset needs prompts, one a line (the paper's are analogies with a distractor)",
     )
     file = Path(str(path))
     checks.require(file.is_file(), f"--prompts-file: {str(file)!r} does not exist")

@@ -18,17 +18,19 @@ from torch import Tensor
 
 from lineament.core.batching import Checkpoint, progress
 from lineament.explain.token_baselines import attribute_tokens
-from lineament.explain.token_faithfulness import (
-    hard_faithfulness,
-    match_entropy,
-    match_retention,
-    random_importance,
-    soft_faithfulness,
-)
+from lineament.explain.token_controls import match_entropy, match_retention, random_importance
+from lineament.explain.token_faithfulness import hard_faithfulness, soft_faithfulness
 from lineament.explain.token_results import entropy
 from lineament.recipes._presets import presets
 from lineament.recipes._reagent_figures import figures
-from lineament.recipes._reagent_task import as_directory, examples, other_symbol, train, user_model, user_prompts
+from lineament.recipes._reagent_task import (
+    as_directory,
+    examples,
+    other_symbol,
+    train,
+    user_model,
+    user_prompts,
+)
 from lineament.report.outcome import Claim, Outcome, Table
 
 SLUG = "reagent"
@@ -83,7 +85,12 @@ def run(config: Config, *, out: Path) -> Outcome:
         sampler: Any = other_symbol
     else:
         model, tokenizer = user_model(str(config.model_folder))
-        prompts, places, sampler, correct = user_prompts(config.prompts_file, config.prompts), None, config.sampler, None
+        prompts, places, sampler, correct = (
+            user_prompts(config.prompts_file, config.prompts),
+            None,
+            config.sampler,
+            None,
+        )
     scores = stages.stage("attributions", lambda: attributions(model, tokenizer, prompts, sampler, config))
     judged = stages.stage("faithfulness", lambda: faithfulness(model, tokenizer, prompts, scores, config))
     table = summary(scores, judged, places)
@@ -101,7 +108,9 @@ def run(config: Config, *, out: Path) -> Outcome:
     )
 
 
-def attributions(model: Any, tokenizer: Any, prompts: list[Any], sampler: Any, config: Config) -> dict[str, Any]:
+def attributions(
+    model: Any, tokenizer: Any, prompts: list[Any], sampler: Any, config: Config
+) -> dict[str, Any]:
     """{method: {"scores": importances of each prompt, "steps", "converged", "sequences"}}, all through a softmax but ReAGent's."""
     found: dict[str, Any] = {}
     for name, options in progress(list(VARIANTS.items()), "reagent"):
@@ -120,7 +129,9 @@ def attributions(model: Any, tokenizer: Any, prompts: list[Any], sampler: Any, c
         }
     for method in progress(list(BASELINES + EXTRA), "baselines"):
         options = {"absent": sampler} if method in ("occlusion", "lime", "kernel_shap") else {}
-        made = attribute_tokens(model, None, _ids(tokenizer, prompts), method=method, normalize="softmax", **options)
+        made = attribute_tokens(
+            model, None, _ids(tokenizer, prompts), method=method, normalize="softmax", **options
+        )
         found[method] = {"scores": [a.scores.double() for a in made]}
     return found
 
@@ -166,11 +177,19 @@ def precision(scores: list[Tensor], places: Tensor) -> float:
     return sum(hits) / (2 * len(hits))
 
 
-def budgets(model: Any, prompts: list[Any], places: Tensor, scores: dict[str, Any], config: Config) -> dict[str, Any]:
+def budgets(
+    model: Any, prompts: list[Any], places: Tensor, scores: dict[str, Any], config: Config
+) -> dict[str, Any]:
     """P@2 by rows asked of the model: fixed numbers of steps, and early stopping with 5 and 16 probes."""
     fixed = []
     for steps in BUDGETS:
-        options = {"stop": "dummy", "min_steps": steps, "max_steps": steps, "keep": config.keep, "seed": 1000 * config.seed}
+        options = {
+            "stop": "dummy",
+            "min_steps": steps,
+            "max_steps": steps,
+            "keep": config.keep,
+            "seed": 1000 * config.seed,
+        }
         made = attribute_tokens(model, None, prompts, method="reagent", sampler=other_symbol, **options)
         rows = sum(a.sequences for a in made) / len(made)
         fixed.append([steps, rows, precision([a.scores for a in made], places)])
@@ -181,7 +200,9 @@ def budgets(model: Any, prompts: list[Any], places: Tensor, scores: dict[str, An
     return {"fixed": fixed, "early": early}
 
 
-def summary(scores: dict[str, Any], judged: dict[str, Any], places: Tensor | None) -> dict[str, dict[str, float | None]]:
+def summary(
+    scores: dict[str, Any], judged: dict[str, Any], places: Tensor | None
+) -> dict[str, dict[str, float | None]]:
     """Means over prompts, log ratios to random importances (means before the logarithm), and P@2."""
     table: dict[str, dict[str, float | None]] = {}
     for name, each in judged.items():
@@ -251,17 +272,21 @@ def claims(table: dict[str, dict[str, Any]], known: bool) -> list[Claim]:
         found.append(
             Claim(
                 "Ground truth: ReAGent names the two deciding tokens more often than all seven baselines (P@2)",
-                "no ground truth there", observed, holds, "" if holds else "probes that stop early stop by luck",
-            )  # fmt: skip
+                "no ground truth there",
+                observed,
+                holds,
+                "" if holds else "probes that stop early stop by luck",
+            )
         )
         early, fixed = (float(table[n]["P@2"]) for n in ("reagent", "reagent, 50 steps"))
         found.append(
             Claim(
                 "Ground truth: a fixed budget of 50 steps beats the published stopping rule by at least 0.1 (P@2)",
                 "the stopping rule is the paper's; a fixed budget is ours",
-                f"{early:.2f} with early stopping, {fixed:.2f} with 50 steps", fixed - early >= 0.1,
+                f"{early:.2f} with early stopping, {fixed:.2f} with 50 steps",
+                fixed - early >= 0.1,
                 "" if fixed - early >= 0.1 else "the differences are within the noise",
-            )  # fmt: skip
+            )
         )
     return found
 
@@ -269,8 +294,24 @@ def claims(table: dict[str, dict[str, Any]], known: bool) -> list[Claim]:
 def tables(
     table: dict[str, dict[str, Any]], scores: dict[str, Any], correct: float | None, prompts: int
 ) -> list[Table]:
-    columns = ["P@2", "sharpness", "plain NS", "plain NC", "log plain NS", "log plain NC", "hard NS", "hard NC"]
-    matched = ["entropy NS", "entropy NC", "log entropy NC", "retention NS", "retention NC", "log retention NC"]
+    columns = [
+        "P@2",
+        "sharpness",
+        "plain NS",
+        "plain NC",
+        "log plain NS",
+        "log plain NC",
+        "hard NS",
+        "hard NC",
+    ]
+    matched = [
+        "entropy NS",
+        "entropy NC",
+        "log entropy NC",
+        "retention NS",
+        "retention NC",
+        "log retention NC",
+    ]
     found = [
         Table(
             "Faithfulness as published (soft, Hellinger; hard: mean over ratios 0.05 to 0.5; sharpness: mean entropy, nats)",
@@ -295,7 +336,9 @@ def tables(
         ),
     ]  # fmt: skip
     if correct is not None:
-        found.append(Table("The model", ["measure", "value"], [["right answers, %", round(100 * correct, 1)]]))
+        found.append(
+            Table("The model", ["measure", "value"], [["right answers, %", round(100 * correct, 1)]])
+        )
     return found
 
 
