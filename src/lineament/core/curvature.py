@@ -342,15 +342,14 @@ def _pull(
     block: bool,
 ) -> tuple[Tensor, ...]:
     """uᵀ ∂outputs/∂leaves on a graph that stays; with ``block``, for each of the vectors along the first axis."""
-    return torch.autograd.grad(
-        outputs,
-        leaves,
-        vectors,
-        retain_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
-        is_grads_batched=block,
-    )
+
+    def pull(u: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            outputs, leaves, u, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+
+    # Not by ``is_grads_batched``, which passes over the rules for blocks that core.twice brings along.
+    return vmap(pull)(vectors) if block else pull(vectors)
 
 
 def _sandwich(outputs: Tensor, leaves: list[Tensor], middle: Callable[[Tensor, bool], Tensor]) -> Product:
