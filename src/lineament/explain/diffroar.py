@@ -146,7 +146,7 @@ def diffroar(
             object, which is asked for the class that its model predicts.
         train_fn: ``train_fn(inputs, targets, seed) -> model``, a callable ``inputs -> logits``, freshly initialised from the seed.
             If it has a method ``together(views, targets, seeds) -> models``, as :class:`lineament.learn.training.Training` has, all
-            trainings are given to it at once; ``views[i][rows]`` are rows of the i-th training's inputs.
+            trainings (of a worker) are given to it at once; ``views[i][rows]`` are rows of the i-th training's inputs.
         data: (training inputs, training targets, test inputs, test targets), class labels from 0.
         fractions: the kept shares k in [0, 1]; 1 keeps everything (DiffROAR is 0 exactly), 0 nothing (both ends learn the
             most frequent class).
@@ -280,22 +280,26 @@ def _trained(
 ) -> list[float]:
     if not views:
         return []
+    if jobs == 1:
+        return _several(train_fn, views, y, y_test, seeds)
+    from joblib import Parallel, delayed, effective_n_jobs
+
+    # Every worker gets as many trainings: one after the other, or together where train_fn can.
+    share = min(effective_n_jobs(jobs), len(views))
+    calls = (delayed(_several)(train_fn, views[k::share], y, y_test, seeds[k::share]) for k in range(share))
+    done: Any = Parallel(n_jobs=jobs)(calls)
+    found = [0.0] * len(views)
+    for k, part in enumerate(done):
+        found[k::share] = part
+    return found
+
+
+def _several(train_fn: Any, views: list[Any], y: Tensor, y_test: Tensor, seeds: list[int]) -> list[float]:
     if callable(getattr(train_fn, "together", None)):
         models = train_fn.together([train for train, _ in views], y, seeds)
         return [_right(model, test, y_test) for model, (_, test) in zip(models, views)]
-    if jobs == 1:
-        work = progress(zip(views, seeds), "retraining", total=len(views))
-        return [_one(train_fn, train, test, y, y_test, seed) for (train, test), seed in work]
-    from joblib import Parallel, delayed
-
-    calls = (
-        delayed(_one)(train_fn, train, test, y, y_test, seed) for (train, test), seed in zip(views, seeds)
-    )
-    return list(Parallel(n_jobs=jobs)(calls))  # pyright: ignore[reportArgumentType]
-
-
-def _one(train_fn: Any, train: Unmasked, test: Unmasked, y: Tensor, y_test: Tensor, seed: int) -> float:
-    return _right(train_fn(train.whole(), y, seed), test, y_test)
+    work = progress(zip(views, seeds), "retraining", total=len(views))
+    return [_right(train_fn(train.whole(), y, seed), test, y_test) for (train, test), seed in work]
 
 
 def _refuse_untrained(found: float, chance: float, count: int) -> None:

@@ -59,7 +59,9 @@ class Ranking:
         count = self.removed(round(1 - checks.number("kept", kept, low=0, high=1), 12))
         ranks = self.ranks[rows]
         stays = ranks < self.groups - count if end == "top" else ranks >= count
-        return stays[:, self.group_of.flatten()].reshape(len(stays), *self.group_of.shape)
+        if self.groups < self.group_of.numel():
+            stays = stays.index_select(1, self.group_of.flatten())
+        return stays.reshape(len(stays), *self.group_of.shape)
 
 
 def rank(
