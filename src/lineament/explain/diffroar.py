@@ -32,7 +32,7 @@ class DiffROAR:
     """Test accuracies of models trained on either end, (levels, runs), for each kept fraction; every run has a seed.
 
     ``unmasked`` is the accuracy with nothing replaced, ``chance`` that of always answering the most frequent class, ``zero_share`` the share
-    of scores that are exactly zero, on training and on test inputs.
+    of scores that are exactly zero, on training and on test inputs, ``tests`` the number of test inputs.
     """
 
     fractions: tuple[float, ...]
@@ -43,6 +43,7 @@ class DiffROAR:
     chance: float = math.nan
     zero_share: tuple[float, float] = (math.nan, math.nan)
     setting: str = ""
+    tests: int = 0
 
     @property
     def mean(self) -> Float[Tensor, "levels"]:
@@ -57,7 +58,7 @@ class DiffROAR:
     def interval(self, level: float = 0.95) -> Float[Tensor, "levels 2"]:
         """Student's confidence interval over seeds: both ends of one seed are a pair. Infinite for a single run.
 
-        It covers how training and initialisation vary, not the choice of the test inputs nor of the model that was explained.
+        It covers how training and initialisation vary, not the choice of the test inputs (:attr:`test_error`) nor of the model that was explained.
         """
         from scipy.stats import t
 
@@ -69,6 +70,14 @@ class DiffROAR:
         else:
             half = float(t.ppf(0.5 + level / 2, runs - 1)) * pairs.std(1) / math.sqrt(runs)
         return torch.stack([self.mean - half, self.mean + half], 1)
+
+    @property
+    def test_error(self) -> Float[Tensor, "levels"]:
+        """The standard error that the finite number of test inputs alone brings to one run's difference (an upper bound: the inputs are shared)."""
+        top, bottom = self.keep_top.mean(1), self.keep_bottom.mean(1)
+        if self.tests == 0:
+            return torch.full_like(top, math.nan)
+        return ((top * (1 - top) + bottom * (1 - bottom)) / self.tests).sqrt()
 
     @property
     def roar(self) -> Float[Tensor, "levels"]:
@@ -100,6 +109,8 @@ class DiffROAR:
             "chance": self.chance,
             "zero_share": list(self.zero_share),
             "setting": self.setting,
+            "tests": self.tests,
+            "test_error": self.test_error.tolist(),
         }
 
     def plot(self, ax: Any = None, label: str = "DiffROAR", color: str = "C0") -> Any:
@@ -225,7 +236,7 @@ def diffroar(
     whole = float(top[kept.index(1.0)].mean()) if 1.0 in kept else first
     setting = f"group {group}, fill {fill if not isinstance(fill, Tensor) else 'a tensor'}, ties {ties}"
     zeros = (orders[0].zero_share, orders[1].zero_share)
-    return DiffROAR(tuple(kept), top, bottom, tuple(runs), whole, chance, zeros, setting)
+    return DiffROAR(tuple(kept), top, bottom, tuple(runs), whole, chance, zeros, setting, len(y_test))
 
 
 def scores_of_inputs(attribute_fn: Any, inputs: Tensor) -> Tensor:

@@ -224,8 +224,9 @@ class Training:
 
     def _optimizer(self, parameters: list[Any]) -> torch.optim.Optimizer:
         options = {"momentum": self.momentum} if self.optimizer == "sgd" else {}
+        # Not fused: on a CPU those kernels read a gradient that is stored transposed, as stacks have it, as if it were not.
         return OPTIMIZERS[self.optimizer](
-            parameters, lr=self.lr, weight_decay=self.weight_decay, fused=True, **options
+            parameters, lr=self.lr, weight_decay=self.weight_decay, foreach=True, **options
         )
 
     def _rate(self, optimizer: torch.optim.Optimizer, epoch: int) -> None:

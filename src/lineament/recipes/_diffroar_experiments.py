@@ -127,6 +127,7 @@ def rebuilt(stored: dict[str, Any]) -> DiffROAR:
         stored["chance"],
         tuple(stored["zero_share"]),
         stored["setting"],
+        stored["tests"],
     )
 
 

@@ -48,17 +48,21 @@ def curves(found: Mapping[str, DiffROAR], out: Path) -> Figure:
 
 
 def heat_maps(models: Mapping[str, Mapping[str, nn.Module]], data: Mapping[str, Any], out: Path) -> Figure:
-    rows = [(placement, k) for placement in models for k in range(2)]
+    names = list(next(iter(models.values())))
 
     def draw(axes: Any) -> None:
-        for line, (placement, k) in enumerate(rows):
-            image = data[placement][1].images[k : k + 1]
-            panels: list[tuple[str, Any, str]] = [(f"placed {placement}", image[0, 0], "gray")]
-            for name, model in models[placement].items():
-                panels.append((name, input_gradient(model, image)[0, 0].abs(), "inferno"))
-            for ax, (title, values, colours) in zip(axes[line], panels):
-                ax.imshow(values.numpy(), cmap=colours)
-                ax.set(xticks=[], yticks=[], title=title)
+        for line, (placement, each) in enumerate(models.items()):
+            test = data[placement][1]
+            # The first image, and the first of another class.
+            other = int((test.labels != test.labels[0]).nonzero()[0])
+            for part, k in enumerate((0, other)):
+                image = test.images[k : k + 1]
+                panels: list[tuple[str, Any, str]] = [(f"signal {placement}", image[0, 0], "gray")]
+                panels += [(n, input_gradient(m, image)[0, 0].abs(), "inferno") for n, m in each.items()]
+                for column, (title, values, colours) in enumerate(panels):
+                    ax = axes[line, (1 + len(names)) * part + column]
+                    ax.imshow(values.numpy(), cmap=colours)
+                    ax.set(xticks=[], yticks=[], title=title)
 
     shown = picture(
         draw,
@@ -66,9 +70,9 @@ def heat_maps(models: Mapping[str, Mapping[str, nn.Module]], data: Mapping[str, 
         "gradient lies on both blocks where the digit may be in either.",
         caption="Images and the size of the gradient of the predicted class. A digit that can be in either block draws the standard "
         "model's gradient into the empty one; a digit that is always on top does not.",
-        size=(4.6, 2.1 * len(rows)),
+        size=(7.6, 2.6 * len(models)),
         kind="png",
-        panels=(len(rows), 1 + max(len(each) for each in models.values())),
+        panels=(len(models), 2 * (1 + len(names))),
     )
     return save(shown, out, "gradients")
 

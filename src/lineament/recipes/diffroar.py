@@ -251,6 +251,10 @@ def claims(config: Config, seen: Any, judged: Any, theory: Any, others: Any) -> 
             "0 in expectation",
             "{:+.3f}, interval {:.3f} to {:.3f}".format(noise.at(k), *_interval(noise, k)),
             _interval(noise, k)[0] <= 0 <= _interval(noise, k)[1],
+            ""
+            if _interval(noise, k)[0] <= 0 <= _interval(noise, k)[1]
+            else f"the interval is over training seeds only: all runs share one draw of the order and {config.test_images} test images, whose "
+            f"own standard error is {noise.test_error[noise.fractions.index(k)]:.3f}",
         ),
         Claim(
             "Control: with everything kept DiffROAR is exactly 0",
