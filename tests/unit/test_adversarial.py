@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
+from tests.contracts.unchanged import unchanged
 from torch import nn
 
 from lineament.core.checks import InputError
 from lineament.learn.adversarial import NORMS, OBJECTIVES, PGD, pgd, robust_accuracy
-from tests.contracts.unchanged import unchanged
 
 
 def linear(w, dtype=torch.float64):
@@ -51,7 +52,7 @@ def test_the_loss_of_a_linear_model_grows_with_eps(norm):
         pgd(linear([1.0, 2.0, -1.0]), x, y, norm=norm, eps=eps, step=eps, steps=3, bounds=None).objective
         for eps in (0.0, 0.1, 0.3, 1.0)
     ]
-    for smaller, larger in zip(losses, losses[1:]):
+    for smaller, larger in itertools.pairwise(losses):
         assert bool((larger > smaller).all())
 
 

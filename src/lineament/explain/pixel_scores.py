@@ -268,8 +268,8 @@ def score_maps(
     """Several methods' maps judged by the same scores on the same images, with a random map beside them.
 
     Args:
-        methods: {name: maps (batch, 1, height, width)}, or {name: ``explain(images) -> maps``}, which sensitivity needs. Signs count as they
-            are for infidelity; deletion and insertion take the absolute value.
+        methods: {name: maps (batch, 1, height, width)}, or {name: ``explain(images) -> maps``}, which sensitivity needs. Signs count:
+            what speaks against the class is taken away last. Pass absolute values where a sign means nothing.
         targets: the explained class: one an image, one for all, or ``None`` for the predicted.
         steps: of deletion and insertion. samples, scale: of infidelity by removed squares. radius, perturbations: of sensitivity.
         retrained: DiffROAR of some of the methods (and of ``"random"``), to stand in the same table.
@@ -297,7 +297,7 @@ def score_maps(
     for name, method in every.items():
         given = noise if name == "random" else method if isinstance(method, Tensor) else method(images)
         maps = checks.tensor(f"methods: {name}", given, floating=True).detach()
-        one = maps.abs().sum(1, keepdim=True) if maps.ndim == 4 else maps
+        one = maps.sum(1, keepdim=True) if maps.ndim == 4 else maps
         curves = faithfulness(
             model, images, one, target, steps=steps, baseline=baseline, seed=seed, batch_size=batch_size
         )

@@ -101,11 +101,7 @@ class Training:
                 if self.attack is not None:
                     x = x + self.attack(model, x, y, seed=seed * 1_000_003 + epoch * 10_007 + number).delta
                 loss = F.cross_entropy(logits(model(x)), y)
-                for parameter, gradient in zip(
-                    model.parameters(), torch.autograd.grad(loss, list(model.parameters()))
-                ):
-                    parameter.grad = gradient
-                optimizer.step()
+                _step(optimizer, list(model.parameters()), loss)
             if self.select == "validation":
                 with frozen(model), torch.no_grad():
                     found = float((logits(model(inputs[held])).argmax(1) == targets[held]).double().mean())
@@ -182,11 +178,7 @@ class Training:
                     F.cross_entropy(z.flatten(0, 1), targets[batch].flatten(), reduction="sum")
                     / batch.shape[1]
                 )
-                for parameter, gradient in zip(
-                    parameters.values(), torch.autograd.grad(loss, list(parameters.values()))
-                ):
-                    parameter.grad = gradient
-                optimizer.step()
+                _step(optimizer, list(parameters.values()), loss)
             if self.select == "validation":
                 bare.eval()
                 held = torch.stack([rows for _, rows in split])
@@ -224,9 +216,8 @@ class Training:
 
     def _optimizer(self, parameters: list[Any]) -> torch.optim.Optimizer:
         options = {"momentum": self.momentum} if self.optimizer == "sgd" else {}
-        # Not fused: on a CPU those kernels read a gradient that is stored transposed, as stacks have it, as if it were not.
         return OPTIMIZERS[self.optimizer](
-            parameters, lr=self.lr, weight_decay=self.weight_decay, foreach=True, **options
+            parameters, lr=self.lr, weight_decay=self.weight_decay, fused=True, **options
         )
 
     def _rate(self, optimizer: torch.optim.Optimizer, epoch: int) -> None:
@@ -234,6 +225,15 @@ class Training:
             group["lr"] = max(
                 self.lr * self.decay ** (epoch // self.decay_every), min(self.lr_floor, self.lr)
             )
+
+
+def _step(optimizer: torch.optim.Optimizer, parameters: list[Any], loss: Tensor) -> None:
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+        # A fused step on the CPU reads the gradient in the parameter's order of memory, whatever its own (stacks have it transposed).
+        if gradient.stride() != parameter.stride():
+            gradient = torch.empty_like(parameter).copy_(gradient)
+        parameter.grad = gradient
+    optimizer.step()
 
 
 def refreshed(model: nn.Module, seed: int = 0) -> nn.Module:
