@@ -94,6 +94,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="where the saliency maps are taken (default: the last place that has a map)",
     )
     add(
+        "--faithfulness",
+        default="scores",
+        metavar="HOW",
+        help="how the maps are judged: scores (default), or diffroar, which also trains the architecture anew on what they keep",
+    )
+    add(
         "--samples",
         type=int,
         default=2000,
@@ -130,6 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
         task=arguments.task,
         method=arguments.method,
         gaze_site=arguments.gaze_site,
+        faithfulness=arguments.faithfulness,
         samples=arguments.samples,
         batch_size=arguments.batch_size,
         device=arguments.device,
