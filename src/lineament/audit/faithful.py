@@ -184,8 +184,8 @@ def retrained(subject: Subject, explain: Explain) -> Retrained:
     width = subject.outputs.shape[1]
     # A forward and a backward are about three forwards.
     once = 3 * subject.flops * cut * _EPOCHS
-    plan: tuple[Sequence[float], Sequence[int]] = (_FRACTIONS, (1, 2))
-    if once * 3 * 2 * len(_FRACTIONS) * 2 > _WORK:
+    plan: tuple[Sequence[float], Sequence[int]] = (_FRACTIONS, (1, 2, 3))
+    if once * 3 * 2 * len(_FRACTIONS) * 3 > _WORK:
         plan = (_LEVEL,), (1,)
 
     def gradient(images: Tensor) -> Tensor:

@@ -91,7 +91,10 @@ class DiffROAR:
 
     def at(self, fraction: float) -> float:
         """DiffROAR at one of the kept fractions."""
-        checks.one_of("fraction", fraction, self.fractions)
+        checks.require(
+            fraction in self.fractions,
+            f"fraction: got {checks.show(fraction)}, which was not measured; there are: {', '.join(map(str, self.fractions))}",
+        )
         return float(self.mean[self.fractions.index(fraction)])
 
     def to_dict(self) -> dict[str, Any]:

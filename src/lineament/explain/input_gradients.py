@@ -123,6 +123,7 @@ def attribution(
 
 def _labels(targets: Any, count: int) -> Tensor:
     labels = torch.as_tensor(targets)
+    labels = labels.clone() if labels.is_inference() else labels
     return checks.labels("targets", labels.expand(count) if labels.ndim == 0 else labels, count=count)
 
 

@@ -312,7 +312,7 @@ def score_maps(
             "insertion": curves.insertion_area,
             "infidelity": told.relative,
         }
-        if callable(method) and not isinstance(method, Tensor):
+        if not isinstance(method, Tensor):
             rows[name]["sensitivity"] = sensitivity(
                 method, images, radius=radius, samples=perturbations, seed=seed
             ).largest

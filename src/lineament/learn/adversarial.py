@@ -299,6 +299,7 @@ def _checked(model: Any, inputs: Any, targets: Any, bounds: Any) -> tuple[Tensor
     )
     checks.tensor("inputs", inputs, floating=True)
     targets = checks.labels("targets", targets, count=len(inputs)).to(inputs.device)
+    targets = targets.clone() if targets.is_inference() else targets
     if bounds is not None:
         low, high = bounds
         checks.require(low < high, f"bounds: got {bounds}, expected (low, high) or None")

@@ -48,10 +48,11 @@ def resnet50(channels: int, classes: int) -> nn.Module:
         raise InputError(
             "network: resnet50 needs the package 'transformers'; install lineament[hub]"
         ) from error
-    model = ResNetForImageClassification(ResNetConfig(num_channels=channels, num_labels=classes))
-    model.resnet.embedder = nn.Sequential(
-        nn.Conv2d(channels, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()
-    )
+    config: Any = ResNetConfig(num_channels=channels)
+    config.num_labels = classes
+    model = ResNetForImageClassification(config)
+    stem = nn.Sequential(nn.Conv2d(channels, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
+    model.get_submodule("resnet").register_module("embedder", stem)
     return model
 
 
