@@ -95,6 +95,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="where the saliency maps are taken (default: the last place that has a map)",
     )
     add(
+        "--faithfulness",
+        default="scores",
+        metavar="HOW",
+        help="how the maps are judged: scores (default), or diffroar, which also trains the architecture anew on what they keep",
+    )
+    add(
         "--samples",
         type=int,
         default=2000,
@@ -132,6 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
         task=arguments.task,
         method=arguments.method,
         gaze_site=arguments.gaze_site,
+        faithfulness=arguments.faithfulness,
         samples=arguments.samples,
         batch_size=arguments.batch_size,
         device=arguments.device,

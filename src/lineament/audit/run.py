@@ -56,6 +56,7 @@ def audit(
     task: str = "auto",
     method: str = "norm_grad",
     gaze_site: str | None = None,
+    faithfulness: str = "scores",
     samples: int = 2000,
     batch_size: int = 64,
     device: str | torch.device | None = None,
@@ -77,6 +78,7 @@ def audit(
         normalize: (mean, deviation) per channel, for images scaled to [0, 1].
         task: ``"classification"``, ``"regression"`` or ``"auto"``.
         method, gaze_site: of the saliency maps, see :func:`lineament.explain.saliency.saliency`.
+        faithfulness: how the maps are judged: ``"scores"``, or ``"diffroar"``, which also trains the architecture anew on what they keep.
         samples: read at most so many.
         note: called with a line for each step, for who waits.
 
@@ -107,6 +109,7 @@ def audit(
     chosen = _chosen(lenses)
     checks.one_of("task", task, ("auto", "classification", "regression"))
     checks.one_of("method", method, list(SALIENCY))
+    checks.one_of("faithfulness", faithfulness, ("scores", "diffroar"))
     for what, value, least in (("samples", samples, 2), ("batch_size", batch_size, 1), ("seed", seed, 0)):
         checks.number(what, value, low=least, integer=True)
     pair = _normalization(normalize)
@@ -158,6 +161,7 @@ def audit(
             gaze_site=gaze_site,
             seed=seed,
         )
+        subject = replace(subject, faithfulness=faithfulness, fresh=_drawn_anew(loaded))
         if widen:
             subject = replace(
                 subject, notes=(*subject.notes, "one output z for two classes is read as the logits (0, z)")
@@ -314,10 +318,26 @@ def _key(subject: Subject, loaded: Loaded) -> dict[str, Any]:
             subject.gaze_site,
             subject.batch_size,
             subject.seed,
+            subject.faithfulness,
         ],
         "device": str(device_of(subject.model)),
         "versions": versions(),
     }
+
+
+def _drawn_anew(loaded: Loaded) -> Callable[[int], nn.Module] | None:
+    """What makes the audited architecture with fresh weights, under the random state of the caller; ``None`` if nothing can."""
+    from lineament.learn.training import refreshed
+
+    if loaded.kind == "export":
+        return None
+    if loaded.kind == "default":
+        return default.small_cnn
+    config = getattr(loaded.model, "config", None)
+    if loaded.kind == "hugging face" and config is not None:
+        return lambda seed: type(loaded.model)(config)
+    # A factory may load trained weights: what it makes is drawn anew by its modules' own initialisation.
+    return lambda seed: refreshed(loaded.model, seed)
 
 
 def _title(loaded: Loaded) -> str:
