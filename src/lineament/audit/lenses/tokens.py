@@ -16,7 +16,8 @@ from lineament.audit.language import LanguageSubject
 from lineament.audit.words import compact, mean_interval
 from lineament.core.batching import progress
 from lineament.core.checks import InputError
-from lineament.explain.token_faithfulness import random_importance, soft_faithfulness
+from lineament.explain.token_controls import random_importance
+from lineament.explain.token_faithfulness import soft_faithfulness
 from lineament.explain.token_results import TokenAttribution, entropy
 from lineament.explain.token_samplers import UnigramSampler
 from lineament.explain.tokens import reagent
