@@ -51,7 +51,7 @@ def train(
     heads: int,
     steps: int,
     batch: int = 128,
-    lr: float = 1e-3,
+    lr: float = 2e-3,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """The weights after AdamW (100 steps of warm-up, then a cosine) on cross-entropy of the answer at the last position, fresh prompts at every step."""

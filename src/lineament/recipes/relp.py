@@ -55,7 +55,7 @@ class Config:
     layers: int = 4
     width: int = 64
     heads: int = 4
-    steps: int = 400
+    steps: int = 500
     circuit_seeds: tuple[int, ...] = ()
     latents: int = 256
     dictionary_steps: int = 1500
