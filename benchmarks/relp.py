@@ -69,12 +69,18 @@ def hooked(model: Any) -> Any:
     state = dict(peer.state_dict())
     body = model.transformer
     state["embed.W_E"], state["pos_embed.W_pos"] = body.wte.weight, body.wpe.weight
-    state["unembed.W_U"], state["ln_final.w"], state["ln_final.b"] = model.lm_head.weight.T, body.ln_f.weight, body.ln_f.bias
+    state["unembed.W_U"], state["ln_final.w"], state["ln_final.b"] = (
+        model.lm_head.weight.T,
+        body.ln_f.weight,
+        body.ln_f.bias,
+    )
     for k, block in enumerate(body.h):
         at = f"blocks.{k}"
         for n, norm in ((1, block.ln_1), (2, block.ln_2)):
             state[f"{at}.ln{n}.w"], state[f"{at}.ln{n}.b"] = norm.weight, norm.bias
-        for part, w, b in zip("QKV", block.attn.c_attn.weight.split(WIDTH, 1), block.attn.c_attn.bias.split(WIDTH)):
+        for part, w, b in zip(
+            "QKV", block.attn.c_attn.weight.split(WIDTH, 1), block.attn.c_attn.bias.split(WIDTH)
+        ):
             state[f"{at}.attn.W_{part}"] = w.unflatten(1, (HEADS, -1)).permute(1, 0, 2)
             state[f"{at}.attn.b_{part}"] = b.unflatten(0, (HEADS, -1))
         state[f"{at}.attn.W_O"] = block.attn.c_proj.weight.unflatten(0, (HEADS, -1))
@@ -109,7 +115,9 @@ def their_attribution(peer: Any, clean: Tensor, corrupt: Tensor, metric: Any) ->
         peer.zero_grad()
         gap = metric(clean_logits).mean() - score.detach()
         maps = [
-            torch.stack([((clean_cache[n] - values[n]) * gradients[n]).sum((0, 2)) for n in values if n.endswith(end)])
+            torch.stack(
+                [((clean_cache[n] - values[n]) * gradients[n]).sum((0, 2)) for n in values if n.endswith(end)]
+            )
             for end in NAMES
         ]
         return torch.stack(maps) / gap
@@ -129,7 +137,11 @@ def their_activation(peer: Any, clean: Tensor, corrupt: Tensor, metric: Any) -> 
             def share(logits: Tensor) -> Tensor:
                 return (metric(logits).mean() - low) / (high - low)
 
-            helpers = (patching.get_act_patch_resid_pre, patching.get_act_patch_attn_out, patching.get_act_patch_mlp_out)
+            helpers = (
+                patching.get_act_patch_resid_pre,
+                patching.get_act_patch_attn_out,
+                patching.get_act_patch_mlp_out,
+            )
             return torch.stack([helper(peer, corrupt, cache, share) for helper in helpers])
 
     return run

@@ -30,7 +30,9 @@ GATED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
 
 def tiny(family: str, dtype: torch.dtype = torch.float32, std: float = 0.3) -> nn.Module:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family](), attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        FAMILIES[family](), attn_implementation="eager"
+    ).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=std)
     return model.to(dtype)

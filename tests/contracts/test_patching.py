@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.contracts.language_models import prompts, tiny
-from tests.contracts.unchanged import unchanged
 from torch import nn
 
 from lineament.core.checks import InputError
@@ -14,6 +12,8 @@ from lineament.explain.patch_edges import edge_patching
 from lineament.explain.patch_metrics import logit_difference
 from lineament.explain.patch_paths import integrated_patching
 from lineament.explain.patching import activation_patching, attribution_patching, relevance_patching
+from tests.contracts.language_models import prompts, tiny
+from tests.contracts.unchanged import unchanged
 
 METRIC = logit_difference([5, 6, 7], [8, 9, 10])
 
@@ -21,7 +21,9 @@ METRIC = logit_difference([5, 6, 7], [8, 9, 10])
 def nodes_by(method):
     def call(model, clean, corrupt, metric, **options):
         dictionaries = component_nodes(model, ["z", "mlp_out"])
-        return node_effects(model, clean, corrupt, metric, dictionaries=dictionaries, method=method, **options)
+        return node_effects(
+            model, clean, corrupt, metric, dictionaries=dictionaries, method=method, **options
+        )
 
     return call
 
@@ -78,7 +80,9 @@ class TestContract:
         model.train()
         for mode in (torch.no_grad, torch.inference_mode):
             with mode():
-                torch.testing.assert_close(numbers(METHODS[name](model, clean.clone(), corrupt, METRIC)), reference, **same)
+                torch.testing.assert_close(
+                    numbers(METHODS[name](model, clean.clone(), corrupt, METRIC)), reference, **same
+                )
 
     def test_the_number_of_threads_changes_nothing_beyond_rounding(self, name):
         model, (clean, corrupt) = tiny("gpt2", torch.float64), prompts()
@@ -121,7 +125,9 @@ class TestContract:
     def test_bad_prompts_are_refused_by_name(self, name):
         model, (clean, corrupt) = tiny("gpt2"), prompts()
         method = METHODS[name]
-        with pytest.raises(InputError, match=r"expected the same shape, token by token[\s\S]*\[.*\][\s\S]*\[.*\]"):
+        with pytest.raises(
+            InputError, match=r"expected the same shape, token by token[\s\S]*\[.*\][\s\S]*\[.*\]"
+        ):
             method(model, clean, corrupt[:, :-1], METRIC)
         with pytest.raises(InputError, match="at least one element"):
             method(model, clean[:0], corrupt[:0], METRIC)

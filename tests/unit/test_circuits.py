@@ -8,7 +8,8 @@ from tests.contracts.language_models import prompts, tiny
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.explain.circuits import Units, circuit_curve, component_nodes, node_effects
+from lineament.explain.circuit_curves import circuit_curve
+from lineament.explain.circuits import Units, component_nodes, node_effects
 from lineament.explain.patch_metrics import logit_difference
 from lineament.explain.patching import activation_patching, attribution_patching, relevance_patching
 
@@ -40,7 +41,11 @@ def case(family="gpt2"):
 def test_with_the_activation_as_its_own_dictionary_nodes_are_the_sites(family):
     model, clean, corrupt = case(family)
     nodes = component_nodes(model, ["z", "mlp_out", "neurons"])
-    for method, other in (("attrib", attribution_patching), ("relp", relevance_patching), ("exact", activation_patching)):
+    for method, other in (
+        ("attrib", attribution_patching),
+        ("relp", relevance_patching),
+        ("exact", activation_patching),
+    ):
         found = node_effects(model, clean, corrupt, METRIC, dictionaries=nodes, method=method)
         want = other(model, clean, corrupt, METRIC, sites=["z", "mlp_out", "neurons"], **NOISING)
         assert not found.errors
@@ -75,11 +80,15 @@ def test_a_long_path_adds_up_to_the_effect_of_the_whole_site():
     model, clean, corrupt = case()
     site = "transformer.h.1:in"
     dictionaries = {site: Sparse(24, 40)}
-    whole = activation_patching(model, clean, corrupt, METRIC, sites="resid_pre", positions="together", **NOISING)
+    whole = activation_patching(
+        model, clean, corrupt, METRIC, sites="resid_pre", positions="together", **NOISING
+    )
     want = whole.per_example["resid_pre"][:, 1, 0]
     gaps = []
     for steps in (10, 40, 160):
-        found = node_effects(model, clean, corrupt, METRIC, dictionaries=dictionaries, method="ig", steps=steps)
+        found = node_effects(
+            model, clean, corrupt, METRIC, dictionaries=dictionaries, method="ig", steps=steps
+        )
         total = found.features[site].sum((1, 2)) + found.errors[site].sum(1)
         gaps.append(float((total - want).abs().max()))
     assert gaps[2] < gaps[1] < gaps[0] and gaps[2] < 0.02 * float(want.abs().max())
@@ -95,7 +104,9 @@ def test_first_order_effects_do_not_count_twice():
 
     site = "transformer.h.1:in"
     found = node_effects(model, clean, corrupt, METRIC, dictionaries={site: Linear(24, 40)}, method="attrib")
-    want = attribution_patching(model, clean, corrupt, METRIC, sites="resid_pre", **NOISING).per_example["resid_pre"][:, 1]
+    want = attribution_patching(model, clean, corrupt, METRIC, sites="resid_pre", **NOISING).per_example[
+        "resid_pre"
+    ][:, 1]
     torch.testing.assert_close(found.features[site].sum(-1) + found.errors[site], want)
 
 
@@ -111,8 +122,12 @@ def test_circuits_of_everything_and_of_nothing(dictionary):
     curve = circuit_curve(
         model, clean, corrupt, METRIC, effects, dictionaries=dictionaries, thresholds=[-1.0, 0.01, 1e9]
     )
-    assert curve.faithfulness[0] == pytest.approx(1.0) and curve.completeness[0] == pytest.approx(0.0, abs=1e-9)
-    assert curve.faithfulness[-1] == pytest.approx(0.0, abs=1e-9) and curve.completeness[-1] == pytest.approx(1.0)
+    assert curve.faithfulness[0] == pytest.approx(1.0) and curve.completeness[0] == pytest.approx(
+        0.0, abs=1e-9
+    )
+    assert curve.faithfulness[-1] == pytest.approx(0.0, abs=1e-9) and curve.completeness[-1] == pytest.approx(
+        1.0
+    )
     each = {"units": 24, "heads": 0, "sparse": 41}[dictionary]
     assert curve.nodes[0] == (2 * 6 * each or 2 * 6 * 5) and curve.nodes[-1] == 0
     assert curve.full == pytest.approx(float(METRIC(model(clean).logits).mean().detach()))
@@ -125,7 +140,10 @@ def test_error_nodes_can_be_nodes_or_kept_or_removed():
     dictionaries = {"transformer.h.1:in": Sparse(24, 40)}
     effects = node_effects(model, clean, corrupt, METRIC, dictionaries=dictionaries)
     options = {"dictionaries": dictionaries, "thresholds": [-1.0, 1e9]}
-    curves = {e: circuit_curve(model, clean, corrupt, METRIC, effects, errors=e, **options) for e in ("default", "remove", "keep")}
+    curves = {
+        e: circuit_curve(model, clean, corrupt, METRIC, effects, errors=e, **options)
+        for e in ("default", "remove", "keep")
+    }
     assert curves["default"].nodes[0] == 6 * 41 and curves["keep"].nodes[0] == 6 * 40
     assert curves["keep"].faithfulness[0] == pytest.approx(1.0)
     assert abs(curves["remove"].faithfulness[0] - 1) > 1e-3 and abs(curves["keep"].faithfulness[1]) > 1e-3
@@ -148,10 +166,14 @@ def test_bad_dictionaries_are_refused_by_name():
             return f[..., :1].mean(1)
 
     with pytest.raises(InputError, match="expected the site's shape"):
-        node_effects(model, clean, corrupt, METRIC, dictionaries={"transformer.h.0:in": Narrow(24, 4)}, method="ig")
+        node_effects(
+            model, clean, corrupt, METRIC, dictionaries={"transformer.h.0:in": Narrow(24, 4)}, method="ig"
+        )
     dictionaries = {"transformer.h.0:in": Units()}
     effects = node_effects(model, clean, corrupt, METRIC, dictionaries=dictionaries)
     with pytest.raises(InputError, match="of 6 positions"):
         circuit_curve(model, clean[:, :5], corrupt[:, :5], METRIC, effects, dictionaries=dictionaries)
     with pytest.raises(InputError, match="nothing to be faithful to"):
-        circuit_curve(model, clean[:1], clean[:1], logit_difference([5], [6]), effects, dictionaries=dictionaries)
+        circuit_curve(
+            model, clean[:1], clean[:1], logit_difference([5], [6]), effects, dictionaries=dictionaries
+        )

@@ -11,14 +11,9 @@ from lineament.core.checks import InputError
 from lineament.core.sites import capture, patch, record
 from lineament.explain.patch_edges import edge_patching
 from lineament.explain.patch_metrics import (
-    kl_divergence,
     logit_difference,
-    probability,
-    probability_difference,
-    single_tokens,
 )
 from lineament.explain.patch_paths import integrated_patching
-from lineament.explain.patch_result import fidelity
 from lineament.explain.patch_sites import KINDS, places
 from lineament.explain.patching import activation_patching, attribution_patching, relevance_patching
 from lineament.explain.relevance import relevance_rules
@@ -36,7 +31,9 @@ def test_batched_patches_from_the_middle_are_patches_made_one_by_one(family):
     """Every kind of site, with blocks skipped and nodes side by side, against one whole forward with one hook."""
     model, (clean, corrupt) = tiny(family), prompts()
     kinds = [kind for kind in kinds_of(family) if kind not in ("resid_mid",)]
-    result = activation_patching(model, clean, corrupt, METRIC, sites=kinds, positions=[1, 4], batch_size=7, normalise=False)
+    result = activation_patching(
+        model, clean, corrupt, METRIC, sites=kinds, positions=[1, 4], batch_size=7, normalise=False
+    )
     rest = ["resid_mid"] if "resid_mid" in kinds_of(family) else []
     generator = torch.Generator().manual_seed(0)
     for kind in kinds:
@@ -58,8 +55,15 @@ def test_batched_patches_from_the_middle_are_patches_made_one_by_one(family):
                     with torch.no_grad(), patch(model, {name: change}):
                         want = METRIC(model(corrupt).logits).mean()
                     want = float(want) - result.base
-                    found = per_kind[place.layer, column] if unit is None else per_kind[place.layer, column, unit]
-                    assert abs(float(found) - want) < 1e-4 * max(1.0, abs(want)), (kind, place.layer, position, unit)
+                    found = (
+                        per_kind[place.layer, column] if unit is None else per_kind[place.layer, column, unit]
+                    )
+                    assert abs(float(found) - want) < 1e-4 * max(1.0, abs(want)), (
+                        kind,
+                        place.layer,
+                        position,
+                        unit,
+                    )
     if rest:
         # Everything after the middle of a block, clean at all positions, is the clean run from there on.
         middle = activation_patching(model, clean, corrupt, METRIC, sites="resid_mid", positions="together")
@@ -80,7 +84,11 @@ def test_attribution_is_difference_times_gradient(family):
             product = (source - acts[name]) * acts.gradients(score)[name]
             want = product if kind == "neurons" else product.sum(-1)
             torch.testing.assert_close(
-                result.per_example[kind][:, place.layer], want.detach(), atol=1e-5, rtol=1e-4, msg=lambda m, k=kind: f"{k}: {m}"
+                result.per_example[kind][:, place.layer],
+                want.detach(),
+                atol=1e-5,
+                rtol=1e-4,
+                msg=lambda m, k=kind: f"{k}: {m}",
             )
 
 
@@ -94,7 +102,16 @@ def test_rules_change_the_coefficients_and_not_the_logits(family, rules):
     want = {"ln", "identity"} | ({"half"} if family in GATED else set())
     want |= {"relp": set(), "relp+ah": {"ah"}, "attnlrp": {"uniform"}}[rules]
     assert coverage.modules.keys() == want and not coverage.idle()
-    norms = {"gpt2": 5, "pythia": 5, "neox-serial": 5, "llama": 5, "qwen2": 5, "qwen3": 9, "gemma2": 9, "gemma3": 13}
+    norms = {
+        "gpt2": 5,
+        "pythia": 5,
+        "neox-serial": 5,
+        "llama": 5,
+        "qwen2": 5,
+        "qwen3": 9,
+        "gemma2": 9,
+        "gemma3": 13,
+    }
     assert len(coverage.modules["ln"]) == norms[family] and len(coverage.modules["identity"]) == 2
     result = relevance_patching(model, clean, corrupt, METRIC, rules=rules, sites=["mlp_out", "q", "k", "v"])
     plain = attribution_patching(model, clean, corrupt, METRIC, sites=["mlp_out", "q", "k", "v"])
@@ -127,7 +144,9 @@ def test_in_a_linear_network_all_methods_agree():
             other = activation_patching(net, clean, corrupt, difference, direction=direction, **OPTIONS)
             for kind in truth.scores:
                 torch.testing.assert_close(found.scores[kind], other.scores[kind], atol=1e-12, rtol=0)
-                torch.testing.assert_close(found.per_example[kind], other.per_example[kind], atol=1e-12, rtol=0)
+                torch.testing.assert_close(
+                    found.per_example[kind], other.per_example[kind], atol=1e-12, rtol=0
+                )
     # Each layer is a cut: patching all of it is the whole effect.
     for kind in truth.scores:
         torch.testing.assert_close(truth.scores[kind], torch.ones(1, 1).double())
@@ -137,7 +156,14 @@ def test_without_norms_relu_networks_need_no_rules():
     torch.manual_seed(0)
     for body in (
         [nn.Linear(4, 9), nn.ReLU(inplace=True), nn.Linear(9, 3)],
-        [nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2, padding=1), nn.ReLU(), nn.AvgPool2d(3), nn.Flatten(), nn.Linear(3, 3)],
+        [
+            nn.Unflatten(1, (1, 2, 2)),
+            nn.Conv2d(1, 3, 2, padding=1),
+            nn.ReLU(),
+            nn.AvgPool2d(3),
+            nn.Flatten(),
+            nn.Linear(3, 3),
+        ],
     ):
         net = nn.Sequential(*body).double().eval()
         clean, corrupt = torch.randn(2, 5, 4).double()
@@ -152,10 +178,14 @@ def test_integrated_gradients_add_up_to_the_effect_of_the_whole_site():
     model, (clean, corrupt) = tiny("llama", torch.float64, std=0.15), prompts()
     kinds = ["resid_pre", "mlp_out", "attn_out", "z", "neurons"]
     options = {"sites": kinds, "direction": "noising"}
-    whole = activation_patching(model, clean, corrupt, METRIC, positions="together", sites=kinds[:3], direction="noising")
+    whole = activation_patching(
+        model, clean, corrupt, METRIC, positions="together", sites=kinds[:3], direction="noising"
+    )
     path = integrated_patching(model, clean, corrupt, METRIC, steps=60, rule="midpoint", **options)
     for kind in kinds[:3]:
-        torch.testing.assert_close(path.scores[kind].sum(1, keepdim=True), whole.scores[kind], atol=2e-3, rtol=0)
+        torch.testing.assert_close(
+            path.scores[kind].sum(1, keepdim=True), whole.scores[kind], atol=2e-3, rtol=0
+        )
     few = integrated_patching(model, clean, corrupt, METRIC, steps=3, rule="midpoint", **options)
     split = integrated_patching(model, clean, corrupt, METRIC, steps=3, rule="midpoint", **options)
     for kind in kinds:
@@ -166,7 +196,9 @@ def test_integrated_gradients_add_up_to_the_effect_of_the_whole_site():
     for kind in kinds:
         torch.testing.assert_close(left.scores[kind], plain.scores[kind], atol=1e-9, rtol=1e-7)
         torch.testing.assert_close(inputs.scores[kind], plain.scores[kind], atol=1e-9, rtol=1e-7)
-    far = integrated_patching(model, clean, corrupt, METRIC, steps=1, rule="right", path="input", sites="resid_pre")
+    far = integrated_patching(
+        model, clean, corrupt, METRIC, steps=1, rule="right", path="input", sites="resid_pre"
+    )
     back = attribution_patching(model, clean, corrupt, METRIC, direction="noising", sites="resid_pre")
     torch.testing.assert_close(far.scores["resid_pre"], back.scores["resid_pre"], atol=1e-9, rtol=1e-7)
 
@@ -174,10 +206,15 @@ def test_integrated_gradients_add_up_to_the_effect_of_the_whole_site():
 def test_the_last_residual_stream_is_linear_given_its_scale():
     model, (clean, corrupt) = tiny("gpt2", torch.float64), prompts()
     result = relevance_patching(model, clean, corrupt, METRIC, sites="resid_post", normalise=False)
-    seen = {n: record(model, {"input_ids": ids}, "transformer.h.1")["transformer.h.1"] for n, ids in (("c", clean), ("k", corrupt))}
+    seen = {
+        n: record(model, {"input_ids": ids}, "transformer.h.1")["transformer.h.1"]
+        for n, ids in (("c", clean), ("k", corrupt))
+    }
     x, move = seen["k"][:, -1], seen["c"][:, -1] - seen["k"][:, -1]
     sigma = (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
-    logits = (move - move.mean(-1, keepdim=True)) / sigma * model.transformer.ln_f.weight @ model.lm_head.weight.T
+    logits = (
+        (move - move.mean(-1, keepdim=True)) / sigma * model.transformer.ln_f.weight @ model.lm_head.weight.T
+    )
     torch.testing.assert_close(result.per_example["resid_post"][:, 1, -1], METRIC(logits[:, None]).detach())
 
 
@@ -223,7 +260,9 @@ def test_scores_do_not_depend_on_how_the_weights_are_written(method):
 def test_the_edges_of_a_component_sum_to_its_score(family, rules):
     model, (clean, corrupt) = tiny(family), prompts()
     edges = edge_patching(model, clean, corrupt, METRIC, rules=rules)
-    nodes = relevance_patching(model, clean, corrupt, METRIC, rules=rules, sites=["resid_pre", "attn_out", "mlp_out"])
+    nodes = relevance_patching(
+        model, clean, corrupt, METRIC, rules=rules, sites=["resid_pre", "attn_out", "mlp_out"]
+    )
     sums = dict(zip(edges.upstream, edges.scores.nansum(1).tolist()))
     want = {"embed": nodes.scores["resid_pre"][0].sum()}
     for layer in range(2):
@@ -295,80 +334,3 @@ def test_padding_changes_no_score(side, family):
             torch.testing.assert_close(found.scores[kind][:, real], want.scores[kind], atol=1e-3, rtol=1e-3)
             outside = found.scores[kind][:, :2] if side == "left" else found.scores[kind][:, -2:]
             assert outside.abs().max() == 0
-
-
-def test_metrics_are_their_formulas():
-    logits = torch.randn(4, 3, 7, generator=torch.Generator().manual_seed(0)).double()
-    last = logits[:, -1]
-    right, wrong = torch.tensor([[0, 1]] * 4), torch.tensor([2, 3, 4, 5])
-    want = last[:, :2].mean(1) - last[range(4), wrong]
-    torch.testing.assert_close(logit_difference(right, wrong)(logits), want)
-    torch.testing.assert_close(probability(right)(logits), last.softmax(-1)[:, :2].sum(1))
-    torch.testing.assert_close(probability(wrong, log=True)(logits), last.log_softmax(-1)[range(4), wrong])
-    mask = torch.zeros(4, 7, dtype=torch.bool)
-    mask[:, 3:] = True
-    torch.testing.assert_close(probability_difference(mask)(logits), 2 * last.softmax(-1)[:, 3:].sum(1) - 1)
-    other = torch.randn(4, 7, generator=torch.Generator().manual_seed(1)).double()
-    p = other.softmax(-1)
-    torch.testing.assert_close(kl_divergence(other)(logits), (p * (p.log() - last.log_softmax(-1))).sum(-1))
-
-
-def test_fidelity_by_hand():
-    a, b = torch.tensor([[1.0, 5.0, 2.0, 0.0]]), torch.tensor([[1.0, 2.0, 3.0, 0.0]])
-    found = fidelity({"x": a}, {"x": b}, k=1)["x"]
-    assert found.pearson == pytest.approx(5 / 70**0.5) and found.spearman == pytest.approx(0.8)
-    assert found.rmse == pytest.approx((10 / 4) ** 0.5) and found.overlap == 0.0 and found.entries == 4
-    import math
-
-    assert math.isnan(fidelity({"x": torch.zeros(1, 3)}, {"x": torch.ones(1, 3)})["x"].pearson)
-
-
-class Words:
-    """A tokenizer of one word a token; `AND` is two."""
-
-    pad_token_id = None
-    eos_token_id = 1
-    unk_token_id = None
-
-    def __call__(self, text, add_special_tokens=True):
-        ids = [3 + sum(map(ord, word)) % 47 for word in text.split() for _ in range(2 if word == "AND" else 1)]
-        return {"input_ids": ids}
-
-    def convert_ids_to_tokens(self, ids):
-        return [f"<{i}>" for i in ids]
-
-
-def test_texts_are_tokenised_padded_and_refused_with_both_tokenisations():
-    model = tiny("gpt2")
-    clean, corrupt = ["a b c d e", "f g h i j k"], ["a b x d e", "f g h y j k"]
-    metric = logit_difference([5, 6], [8, 9])
-    found = activation_patching(model, clean, corrupt, metric, sites="resid_pre", tokenizer=Words())
-    assert found.scores["resid_pre"].shape == (2, 6) and found.per_example["resid_pre"][0, :, 0].abs().max() == 0
-    assert len(found.labels) == 6
-    alone = activation_patching(
-        model, clean[:1], corrupt[:1], logit_difference([5], [8]), sites="resid_pre", tokenizer=Words(), normalise=False
-    )
-    both = activation_patching(model, clean, corrupt, metric, sites="resid_pre", tokenizer=Words(), normalise=False)
-    torch.testing.assert_close(both.per_example["resid_pre"][0, :, 1:], alone.per_example["resid_pre"][0], atol=1e-4, rtol=1e-4)
-    with pytest.raises(InputError, match=r"pair 0 has 5 and 6 tokens[\s\S]*<\d+>[\s\S]*<\d+>"):
-        activation_patching(model, clean, ["a b AND d e", corrupt[1]], metric, tokenizer=Words())
-    with pytest.raises(InputError, match="is 2 tokens"):
-        single_tokens(Words(), ["AND"])
-    assert single_tokens(Words(), ["b"]).tolist() == [3 + 98 % 47]
-
-
-def test_results_say_what_is_greatest_and_draw_themselves():
-    model, (clean, corrupt) = tiny("gpt2"), prompts()
-    result = relevance_patching(model, clean, corrupt, METRIC, sites=["resid_pre", "z"])
-    top = result.top(4)
-    every = torch.cat([s.flatten() for s in result.scores.values()]).abs().sort(descending=True).values
-    assert [abs(node.score) for node in top] == pytest.approx(every[:4].tolist())
-    node = top[0]
-    at = (node.layer, node.position) if node.unit is None else (node.layer, node.position, node.unit)
-    assert float(result.scores[node.kind][at]) == node.score
-    assert result.map("z").shape == (2, 4)
-    for kind in ("resid_pre", "z"):
-        assert result.plot(kind=kind).get_ylabel() == "layer"
-    import json
-
-    assert json.loads(json.dumps(result.to_dict()))["scores"]["z"][0][0][0] == float(result.scores["z"][0, 0, 0])

@@ -25,12 +25,21 @@ from lineament.data.patching_tasks import (
 @pytest.mark.parametrize("order", ["ABBA", "BABA", "both"])
 def test_ioi_pairs_differ_in_who_acts(order):
     pairs = ioi_pairs(40, order=order, seed=1)
-    assert len(pairs) == 40 and pairs == ioi_pairs(40, order=order, seed=1) != ioi_pairs(40, order=order, seed=2)
-    for k, (clean, corrupt, right, wrong) in enumerate(zip(pairs.clean, pairs.corrupt, pairs.correct, pairs.wrong)):
+    assert len(pairs) == 40 and pairs == ioi_pairs(40, order=order, seed=1) != ioi_pairs(
+        40, order=order, seed=2
+    )
+    for k, (clean, corrupt, right, wrong) in enumerate(
+        zip(pairs.clean, pairs.corrupt, pairs.correct, pairs.wrong)
+    ):
         right, wrong = right.strip(), wrong.strip()
         a, b = clean.split(), corrupt.split()
         assert len(a) == len(b) and sum(x != y for x, y in zip(a, b)) == 1
-        assert clean.count(wrong) == 2 and clean.count(right) == 1 and corrupt.count(right) == 2 and right != wrong
+        assert (
+            clean.count(wrong) == 2
+            and clean.count(right) == 1
+            and corrupt.count(right) == 2
+            and right != wrong
+        )
         subject_first = clean.index(wrong) < clean.index(right)
         assert subject_first == (order == "BABA" or (order == "both" and k % 2 == 1))
     others = ioi_pairs(20, corrupt="others")
@@ -62,15 +71,26 @@ def test_synthetic_tasks_hold_the_answer_in_the_tokens():
     assert ((ioi.clean != ioi.corrupt).sum(1) == 1).all() and (ioi.correct != ioi.wrong).all()
     assert 0.3 < float((ioi.clean[:, 8] == ioi.clean[:, 2]).double().mean()) < 0.7
     years = synthetic_greater_than(300, seed=2)
-    assert years.right[rows, years.correct].all() and not years.right[rows, years.wrong].any() and (years.corrupt[:, 2] == 2).all()
+    assert (
+        years.right[rows, years.correct].all()
+        and not years.right[rows, years.wrong].any()
+        and (years.corrupt[:, 2] == 2).all()
+    )
     induction = synthetic_induction(300, seed=2)
-    for clean, corrupt, right, wrong in zip(induction.clean, induction.corrupt, induction.correct, induction.wrong):
+    for clean, corrupt, right, wrong in zip(
+        induction.clean, induction.corrupt, induction.correct, induction.wrong
+    ):
         at = int((clean[:-1] == clean[-1]).nonzero()[0])
         assert clean[at + 1] == right and corrupt[at + 1] == wrong != right and (clean != corrupt).sum() == 1
 
 
 def test_bad_sizes_are_refused():
-    for call in (lambda: ioi_pairs(0), lambda: synthetic_ioi(1, names=1), lambda: synthetic_ioi(1, length=9), lambda: ioi_pairs(1, order="AB")):
+    for call in (
+        lambda: ioi_pairs(0),
+        lambda: synthetic_ioi(1, names=1),
+        lambda: synthetic_ioi(1, length=9),
+        lambda: ioi_pairs(1, order="AB"),
+    ):
         with pytest.raises(InputError):
             call()
 
@@ -102,7 +122,9 @@ def test_the_recipe_runs_and_reports_its_claims_as_they_fall(tmp_path):
     outcome = run(config, out=tmp_path)
     holds = {claim.name.split(" (")[0]: claim.holds for claim in outcome.claims}
     assert len(outcome.claims) == 12 and not holds["Control: the models solve the task"]
-    assert holds["The rules were active: every rule ran, the identity rule changed the scores, and no logit changed"]
+    assert holds[
+        "The rules were active: every rule ran, the identity rule changed the scores, and no logit changed"
+    ]
     assert {f.file for f in outcome.figures} == {"scatter.svg", "maps.svg", "rules.svg", "circuits.svg"}
     again = run(config, out=tmp_path)
     assert json.dumps(again.to_dict(), default=str) == json.dumps(outcome.to_dict(), default=str)
@@ -114,7 +136,9 @@ def test_the_recipe_takes_a_language_model_of_the_users(tmp_path):
     from lineament.recipes._relp_training import network
     from lineament.recipes.relp import Config, run
 
-    words = sorted({w for side in (ioi_pairs(60).clean, ioi_pairs(60).corrupt) for text in side for w in text.split()})
+    words = sorted(
+        {w for side in (ioi_pairs(60).clean, ioi_pairs(60).corrupt) for text in side for w in text.split()}
+    )
     vocabulary = ["<bos>", "<end>", *words, *(n for n in NAMES if n not in words)]
     model = network(len(vocabulary), 24, layers=2, width=16, heads=2, seed=0)
     folder = save_language_model(model, vocabulary, tmp_path / "model")

@@ -6,14 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.contracts.language_models import prompts, tiny
-from tests.contracts.unchanged import unchanged
 from torch import nn
 
 from lineament.core.checks import InputError
 from lineament.core.sites import capture
 from lineament.explain.patch_metrics import logit_difference
 from lineament.explain.patching import relevance_patching
-from lineament.explain.relevance import PRESETS, relevance_rules
+from lineament.explain.relevance import relevance_rules
 
 
 def coefficients(net, x, rules, modules=None, **options):
@@ -48,11 +47,12 @@ def test_every_activation_of_transformers_has_its_rule():
         try:
             found, y = coefficients(act, x, "identity")
         except InputError as error:
-            assert "has no limit at 0" in str(error)
-            refused.append(name)
+            refused.append((name, str(error)))
             continue
         torch.testing.assert_close(found, y / x, atol=1e-12, rtol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
-    assert "sigmoid" in refused and "gelu_new" not in refused and "silu" not in refused
+    assert all("has no limit at 0" in words for _, words in refused)
+    names = [name for name, _ in refused]
+    assert "sigmoid" in names and "gelu_new" not in names and "silu" not in names
 
 
 @pytest.mark.parametrize("act", [nn.Softplus(), nn.Sigmoid()])
@@ -88,7 +88,11 @@ def test_the_norm_rules_against_the_expression_with_a_constant_statistic():
     class LayerNorm(nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight, self.bias, self.eps = nn.Parameter(torch.randn(6).double()), nn.Parameter(torch.randn(6).double()), 1e-6
+            self.weight, self.bias, self.eps = (
+                nn.Parameter(torch.randn(6).double()),
+                nn.Parameter(torch.randn(6).double()),
+                1e-6,
+            )
 
         def forward(self, x):
             return F.layer_norm(x, (6,), self.weight, self.bias, self.eps)
@@ -98,7 +102,9 @@ def test_the_norm_rules_against_the_expression_with_a_constant_statistic():
 
     def constant(x, centred, w, eps):
         with torch.no_grad():
-            statistic = (x.var(-1, correction=0, keepdim=True) if centred else x.square().mean(-1, keepdim=True)) + eps
+            statistic = (
+                x.var(-1, correction=0, keepdim=True) if centred else x.square().mean(-1, keepdim=True)
+            ) + eps
         return ((x - x.mean(-1, keepdim=True)) if centred else x) * statistic.rsqrt() * w
 
     plain, rms = nn.LayerNorm(6, 1e-6).double(), nn.RMSNorm(6, 1e-6).double()
@@ -118,19 +124,29 @@ def test_the_norm_rules_against_the_expression_with_a_constant_statistic():
             y = norm(a)
         assert torch.equal(y, norm(x))
         found = torch.autograd.grad(y, a, v)[0]
-        torch.testing.assert_close(found, torch.autograd.grad(constant(b, centred, weight.detach(), 1e-6), b, v)[0])
+        torch.testing.assert_close(
+            found, torch.autograd.grad(constant(b, centred, weight.detach(), 1e-6), b, v)[0]
+        )
         if centred:
             torch.testing.assert_close(found.sum(-1), torch.zeros(4, 5).double(), atol=1e-12, rtol=0)
             plain_gradient = torch.autograd.grad(norm(b), b, v)[0]
             centred_x = x - x.mean(-1, keepdim=True)
             # Up to eps, the gradient also has no part along the normalised input; the rule has.
-            assert (plain_gradient * centred_x).sum(-1).abs().max() < 1e-4 < 0.05 < (found * centred_x).sum(-1).abs().max()
+            assert (
+                (plain_gradient * centred_x).sum(-1).abs().max()
+                < 1e-4
+                < 0.05
+                < (found * centred_x).sum(-1).abs().max()
+            )
 
     class FancyRMSNorm(Gemma):
         def forward(self, x):
             return x / x.abs().amax(-1, keepdim=True) * self.weight
 
-    with pytest.raises(InputError, match="neither a layer norm nor an RMS norm"), relevance_rules(FancyRMSNorm().eval(), "ln"):
+    with (
+        pytest.raises(InputError, match="neither a layer norm nor an RMS norm"),
+        relevance_rules(FancyRMSNorm().eval(), "ln"),
+    ):
         pass
 
 
@@ -151,7 +167,13 @@ def test_gradcheck_with_the_statistic_frozen():
     with relevance_rules(norm, "ln"):
         y = norm(z)
     rows = [torch.autograd.grad(y.flatten()[k], z, retain_graph=True)[0].flatten() for k in range(15)]
-    numeric = torch.stack([(frozen((x.flatten() + 1e-6 * e).view(3, 5)) - frozen(x)).flatten() / 1e-6 for e in torch.eye(15).double()], 1)
+    numeric = torch.stack(
+        [
+            (frozen((x.flatten() + 1e-6 * e).view(3, 5)) - frozen(x)).flatten() / 1e-6
+            for e in torch.eye(15).double()
+        ],
+        1,
+    )
     torch.testing.assert_close(torch.stack(rows), numeric, atol=1e-8, rtol=0)
 
 
@@ -171,7 +193,9 @@ class Gated(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        x = x + self.o_proj(F.scaled_dot_product_attention(self.q_proj(h), self.k_proj(h), self.v_proj(h), is_causal=True))
+        x = x + self.o_proj(
+            F.scaled_dot_product_attention(self.q_proj(h), self.k_proj(h), self.v_proj(h), is_causal=True)
+        )
         h = self.gate_norm(x)
         return x + self.down_proj(self.act(self.gate_proj(h)) * self.up_proj(h))
 
@@ -212,7 +236,12 @@ def test_the_half_rule_gives_half_the_gradient_to_each_factor():
 @pytest.mark.parametrize("rule", ["epsilon", "gamma"])
 def test_linear_rules_conserve_and_have_their_limits(rule):
     torch.manual_seed(0)
-    conv = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, stride=2, bias=False), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(16, 3, bias=False))
+    conv = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, stride=2, bias=False),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Linear(16, 3, bias=False),
+    )
     dense = nn.Sequential(nn.Linear(7, 5, bias=False), nn.ReLU(), nn.Linear(5, 3, bias=False))
     for net, x in ((conv, torch.randn(3, 2, 4, 4)), (dense, torch.randn(3, 7))):
         net, x = net.double().eval(), x.double()
@@ -269,86 +298,16 @@ def test_soft_caps_are_the_plain_gradient_unless_asked_for():
         out = model(clean).logits
     z = acts["lm_head"].detach()
     assert torch.equal(out, model(clean).logits) and coverage.active() == {"softcap": 1}
-    torch.testing.assert_close(acts.gradients(out.sum())["lm_head"], 3 * torch.tanh(z / 3) / z, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        acts.gradients(out.sum())["lm_head"], 3 * torch.tanh(z / 3) / z, atol=1e-6, rtol=1e-5
+    )
     with capture(model, "lm_head", gradients=True) as acts:
         plain = acts.gradients(model(clean).logits.sum())["lm_head"]
     torch.testing.assert_close(plain, 1 - torch.tanh(z / 3) ** 2, atol=1e-5, rtol=1e-4)
-    with pytest.raises(InputError, match="'softcap' matched no module"), relevance_rules(tiny("llama"), "softcap"):
-        pass
-
-
-def test_a_rule_that_matches_nothing_is_an_error():
-    gpt2 = tiny("gpt2")
-    for rules, words in ((["ln", "half"], "'half' matched no module"), ("half", "'half'"), ("LN", "'LN', which is not a choice")):
-        with pytest.raises(InputError, match=words), relevance_rules(gpt2, rules):
-            pass
-    with relevance_rules(gpt2) as coverage:
-        assert "half" not in coverage.modules
-
-    class Odd(nn.Module):
-        def forward(self, x):
-            return x.exp()
-
-    with pytest.raises(InputError, match="leaf modules: Odd"), relevance_rules(nn.Sequential(nn.Linear(2, 2), Odd()).eval()):
-        pass
-    with pytest.raises(InputError, match="nearest: 'transformer.h.0.mlp'"), relevance_rules(gpt2, modules={"transformer.h.0.mpl": "gradient"}):
-        pass
-    with pytest.raises(InputError, match="'ah' and 'uniform'"), relevance_rules(gpt2, ["ah", "uniform"]):
-        pass
-    with relevance_rules(nn.Sequential(nn.Linear(2, 2)).eval()) as coverage:
-        assert coverage.modules == {}
-
-
-def test_a_rule_whose_modules_do_not_run_is_an_error():
-    """What switching a flag after loading did silently in the official code."""
-
-    class Idle(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.act = nn.Linear(3, 3), nn.GELU()
-
-        def forward(self, x):
-            return F.gelu(self.body(x))
-
-    x = torch.randn(2, 4, 3)
-    with pytest.raises(InputError, match="none of which ran"):
-        relevance_patching(Idle(), x[0], x[1], lambda y: y[:, 0], sites="hidden", layout={"hidden": "body"})
-
-
-def test_users_modules_by_class_name_and_glob():
-    class MyAct(nn.Module):
-        def forward(self, x):
-            return x * torch.sigmoid(2 * x)
-
-    net = nn.Sequential(nn.Linear(3, 4), MyAct(), nn.LayerNorm(4), MyAct()).double().eval()
-    x = torch.randn(5, 3).double()
-    with relevance_rules(net, {MyAct: "identity", nn.LayerNorm: "ln"}) as coverage:
-        net(x.requires_grad_())
-    assert coverage.calls == {"identity": {"1": 1, "3": 1}, "ln": {"2": 1}}
-    with relevance_rules(net, {net[1]: "identity"}) as coverage:
-        assert coverage.modules == {"identity": {"1": "MyAct"}}
-    with relevance_rules(net, "ln", modules={"[13]": "identity"}) as coverage:
-        assert set(coverage.modules) == {"ln", "identity"}
-
-
-@pytest.mark.parametrize("rules", [*PRESETS, "epsilon", "gamma"])
-@pytest.mark.parametrize("family", ["gpt2", "gemma3"])
-def test_nothing_is_left_behind(rules, family):
-    model, (clean, _) = tiny(family), prompts()
-    before = torch.autograd.grad(model(clean).logits.square().mean(), list(model.parameters()))
-    with unchanged(model):
-        with relevance_rules(model, rules):
-            model(clean)
-        with pytest.raises(RuntimeError, match="stop"), relevance_rules(model, rules):
-            model(clean).logits.sum().backward(inputs=[torch.zeros(1, requires_grad=True)], retain_graph=True)
-            raise RuntimeError("stop")
-    after = torch.autograd.grad(model(clean).logits.square().mean(), list(model.parameters()))
-    for a, b in zip(before, after):
-        assert torch.equal(a, b)
-
-
-def test_training_mode_is_refused():
-    with pytest.raises(InputError, match=r"call model.eval\(\)"), relevance_rules(nn.Sequential(nn.Dropout())):
+    with (
+        pytest.raises(InputError, match="'softcap' matched no module"),
+        relevance_rules(tiny("llama"), "softcap"),
+    ):
         pass
 
 
@@ -367,7 +326,11 @@ def test_scores_in_sequential_networks_are_gradient_times_difference():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     x = torch.randn(2, 3, 4)
-    result = relevance_patching(net, x[0], torch.zeros(3, 4), logit_difference([0, 1, 2], [1, 2, 0]), sites="x", layout={"x": "0:in"})
+    result = relevance_patching(
+        net, x[0], torch.zeros(3, 4), logit_difference([0, 1, 2], [1, 2, 0]), sites="x", layout={"x": "0:in"}
+    )
     z = torch.zeros(3, 4, requires_grad=True)
     g = torch.autograd.grad(logit_difference([0, 1, 2], [1, 2, 0])(net(z)).sum(), z)[0]
-    torch.testing.assert_close(result.per_example["x"][:, 0, 0] * (result.source - result.base), (g * x[0]).sum(1))
+    torch.testing.assert_close(
+        result.per_example["x"][:, 0, 0] * (result.source - result.base), (g * x[0]).sum(1)
+    )

@@ -21,7 +21,18 @@ NAMES = (
     "Alice", "Anna", "Arthur", "Ben", "Carl", "Clara", "Daniel", "David", "Emma", "Frank", "George", "Grace", "Henry", "Jack", "James", "Jane", "John",
     "Julia", "Kate", "Laura", "Lewis", "Lucy", "Maria", "Mark", "Martin", "Mary", "Paul", "Peter", "Robert", "Rose", "Sarah", "Simon", "Tom", "Victor",
 )  # fmt: skip
-PLACES = ("school", "church", "library", "market", "office", "station", "garden", "museum", "harbor", "bridge")
+PLACES = (
+    "school",
+    "church",
+    "library",
+    "market",
+    "office",
+    "station",
+    "garden",
+    "museum",
+    "harbor",
+    "bridge",
+)
 THINGS = ("book", "letter", "ring", "key", "lamp", "coat", "drink", "map", "flower", "coin")
 # {A} and {B} are introduced in one order or the other, {S} acts, and the prompt ends before the other name.
 TEMPLATES = (
@@ -132,7 +143,9 @@ def greater_than_pairs(count: int, *, seed: int = 0) -> TextPairs:
     return TextPairs(clean, other, correct, wrong, "greater-than")
 
 
-def synthetic_ioi(count: int, *, names: int = 30, fillers: int = 20, length: int = 12, seed: int = 0) -> TokenPairs:
+def synthetic_ioi(
+    count: int, *, names: int = 30, fillers: int = 20, length: int = 12, seed: int = 0
+) -> TokenPairs:
     """Indirect object as tokens: BOS, two names at positions 2 and 4, one of them again at 8, fillers elsewhere, END; the answer is the other name.
 
     The corrupt prompt repeats the other name.
@@ -149,7 +162,12 @@ def synthetic_ioi(count: int, *, names: int = 30, fillers: int = 20, length: int
     number("fillers", fillers, low=1, integer=True)
     number("length", length, low=10, integer=True)
     draw = _Draw(seed)
-    vocabulary = ["<bos>", "<end>", *(f"name{k}" for k in range(names)), *(f"word{k}" for k in range(fillers))]
+    vocabulary = [
+        "<bos>",
+        "<end>",
+        *(f"name{k}" for k in range(names)),
+        *(f"word{k}" for k in range(fillers)),
+    ]
     clean = 2 + names + draw.integers(fillers, (count, length))
     clean[:, 0], clean[:, -1] = 0, 1
     first = draw.integers(names, (count,))
@@ -161,10 +179,14 @@ def synthetic_ioi(count: int, *, names: int = 30, fillers: int = 20, length: int
     clean[:, 8] = both[rows, repeated]
     corrupt = clean.clone()
     corrupt[:, 8] = both[rows, 1 - repeated]
-    return TokenPairs(clean, corrupt, both[rows, 1 - repeated], both[rows, repeated], vocabulary, "indirect object")
+    return TokenPairs(
+        clean, corrupt, both[rows, 1 - repeated], both[rows, repeated], vocabulary, "indirect object"
+    )
 
 
-def synthetic_greater_than(count: int, *, years: int = 60, fillers: int = 20, length: int = 8, seed: int = 0) -> TokenPairs:
+def synthetic_greater_than(
+    count: int, *, years: int = 60, fillers: int = 20, length: int = 8, seed: int = 0
+) -> TokenPairs:
     """Greater-than as tokens: BOS, a year at position 2, fillers, END; right is every year above it. Corrupt: the first year.
 
     >>> pairs = synthetic_greater_than(1, years=10)
@@ -176,7 +198,12 @@ def synthetic_greater_than(count: int, *, years: int = 60, fillers: int = 20, le
     number("fillers", fillers, low=1, integer=True)
     number("length", length, low=5, integer=True)
     draw = _Draw(seed)
-    vocabulary = ["<bos>", "<end>", *(f"year{k}" for k in range(years)), *(f"word{k}" for k in range(fillers))]
+    vocabulary = [
+        "<bos>",
+        "<end>",
+        *(f"year{k}" for k in range(years)),
+        *(f"word{k}" for k in range(fillers)),
+    ]
     clean = 2 + years + draw.integers(fillers, (count, length))
     clean[:, 0], clean[:, -1] = 0, 1
     year = 1 + draw.integers(years - 2, (count,))
@@ -221,7 +248,9 @@ def tokenizer_for(vocabulary: Sequence[str]) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({word: k for k, word in enumerate(vocabulary)}, unk_token=vocabulary[0]))
+    words = Tokenizer(
+        models.WordLevel({word: k for k, word in enumerate(vocabulary)}, unk_token=vocabulary[0])
+    )
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
     return PreTrainedTokenizerFast(tokenizer_object=words, bos_token=vocabulary[0], eos_token=vocabulary[1])
 
@@ -251,7 +280,9 @@ class _Draw:
         return choices[self.below(len(choices))]
 
     def several(self, choices: Sequence[str], count: int) -> list[str]:
-        return [choices[i] for i in torch.randperm(len(choices), generator=self.generator)[:count].tolist()]
+        return [
+            str(choices[i]) for i in torch.randperm(len(choices), generator=self.generator)[:count].tolist()
+        ]
 
     def integers(self, high: int, shape: tuple[int, ...]) -> Tensor:
         return torch.randint(high, shape, generator=self.generator)

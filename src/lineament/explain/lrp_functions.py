@@ -58,7 +58,9 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def normalised(weight: Tensor | None, eps: float, *, centred: bool, dims: int = 1) -> Callable[[Tensor, Tensor], Tensor]:
+def normalised(
+    weight: Tensor | None, eps: float, *, centred: bool, dims: int = 1
+) -> Callable[[Tensor, Tensor], Tensor]:
     """The LN-rule: the statistic is a constant, so that c = v·w/σ, less its mean where the norm subtracts one."""
     over = tuple(range(-dims, 0))
 
@@ -166,7 +168,9 @@ def norm_rule(module: nn.Module, name: str) -> Callable[[Tensor, Tensor], Tensor
         eps = torch.finfo(first.dtype).eps if module.eps is None else module.eps
         return normalised(module.weight, eps, centred=False, dims=len(module.normalized_shape))
     weight = getattr(module, "weight", None)
-    eps = next((getattr(module, key) for key in ("eps", "variance_epsilon", "epsilon") if hasattr(module, key)), None)
+    eps = next(
+        (getattr(module, key) for key in ("eps", "variance_epsilon", "epsilon") if hasattr(module, key)), None
+    )
     if isinstance(weight, Tensor) and weight.ndim == 1 and isinstance(eps, float):
         size = len(weight)
         kind = {"dtype": weight.dtype, "device": weight.device}
@@ -234,7 +238,9 @@ def favoured(module: nn.Module, gamma: float) -> Callable[[Tensor, Tensor], Tens
             up, down = leaf.clamp_min(0), leaf.clamp_max(0)
             z = found(leaf, w, b)
             upward = found(up, positive, None if b is None else b.clamp_min(0)) + found(down, negative, None)
-            downward = found(up, negative, None if b is None else b.clamp_max(0)) + found(down, positive, None)
+            downward = found(up, negative, None if b is None else b.clamp_max(0)) + found(
+                down, positive, None
+            )
             weighted = z + gamma * torch.where(z > 0, upward, downward)
             held = weighted.detach()
             share = torch.where(held == 0, 0.0, v * z.detach() / torch.where(held == 0, 1.0, held))

@@ -53,8 +53,13 @@ class EdgeResult:
         number("k", k, low=1, integer=True)
         size = self.scores.nan_to_num().abs().flatten()
         found = size.topk(min(k, int((~self.scores.isnan()).sum()))).indices.tolist()
-        wide_ = len(self.downstream)
-        return [(self.upstream[i // wide_], self.downstream[i % wide_], float(self.scores.flatten()[i])) for i in found]
+        edges: list[tuple[str, str, float]] = []
+        for index in found:
+            row, column = divmod(index, len(self.downstream))
+            edges.append(
+                (str(self.upstream[row]), str(self.downstream[column]), float(self.scores[row, column]))
+            )
+        return edges
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """A heat map, upstream by downstream."""
@@ -73,7 +78,12 @@ class EdgeResult:
 
     def to_dict(self) -> dict[str, Any]:
         rows = [[None if value != value else value for value in row] for row in self.scores.tolist()]
-        return {"method": self.method, "upstream": list(self.upstream), "downstream": list(self.downstream), "scores": rows}
+        return {
+            "method": self.method,
+            "upstream": list(self.upstream),
+            "downstream": list(self.downstream),
+            "scores": rows,
+        }
 
 
 @torch.inference_mode(False)
@@ -115,7 +125,13 @@ def edge_patching(
         upstream += [(f"mlp {layer}", _site(model, known.at("mlp_out", layer)), 2 * layer + 1)]
         downstream += [(f"attn {layer}", _site(model, known.at("attn_in", layer)), 2 * layer)]
         # In parallel blocks the MLP does not see its own layer's attention.
-        downstream += [(f"mlp {layer}", _site(model, known.at("mlp_in", layer)), 2 * layer + (0 if known.parallel else 1))]
+        downstream += [
+            (
+                f"mlp {layer}",
+                _site(model, known.at("mlp_in", layer)),
+                2 * layer + (0 if known.parallel else 1),
+            )
+        ]
     final = f"{known.root}.{known.names['final_in']}" if known.root else known.names["final_in"]
     downstream += [("logits", _site(model, final), 2 * len(known.blocks))]
     projections: dict[int, tuple[Site, Tensor, int]] = {}
@@ -129,8 +145,13 @@ def edge_patching(
             view: Any = head_view(attention, "z", getattr(model, "config", None))
             weight = view.module.weight.T if hasattr(view.module, "out_features") else view.module.weight
             projections[layer] = (_site(model, f"{name}.{known.names['attention']}:z"), weight, view.heads)
-    places = [Place(name, k, site, site, False, None, False, "") for k, (name, site, _) in enumerate(upstream)]
-    places += [Place("z", layer, site, site, False, None, False, "head") for layer, (site, _, _) in projections.items()]
+    places = [
+        Place(name, k, site, site, False, None, False, "") for k, (name, site, _) in enumerate(upstream)
+    ]
+    places += [
+        Place("z", layer, site, site, False, None, False, "head")
+        for layer, (site, _, _) in projections.items()
+    ]
     engine = Engine(model, inputs, metric, places, [], denoising=direction == "denoising")
     with frozen(model):
         source_values, source = engine.values(engine.source_inputs)
@@ -178,7 +199,11 @@ def edge_patching(
 
             return see
 
-        with torch.enable_grad(), relevance_rules(model, rules, modules=modules) as coverage, ExitStack() as stack:
+        with (
+            torch.enable_grad(),
+            relevance_rules(model, rules, modules=modules) as coverage,
+            ExitStack() as stack,
+        ):
             for column, (_, site, order) in enumerate(downstream):
                 watch(Site(site.name, site.module, site.side), tap(column, order), stack, last=True)
             _rooted(known.blocks[0][1], stack)
@@ -187,7 +212,9 @@ def edge_patching(
     if normalise:
         scores = scores / gap
     method = "edge attribution" if rules == "gradient" and not modules else "edge relevance"
-    return EdgeResult(scores.mean(0), scores, names, [name for name, _, _ in downstream], method, coverage.active())
+    return EdgeResult(
+        scores.mean(0), scores, names, [name for name, _, _ in downstream], method, coverage.active()
+    )
 
 
 def _rooted(block: nn.Module, stack: ExitStack) -> None:
@@ -195,7 +222,9 @@ def _rooted(block: nn.Module, stack: ExitStack) -> None:
 
     def see(value: Any) -> Any:
         path, tensor = payload.find(value) or ((), torch.empty(0))
-        return None if tensor.requires_grad else payload.replace(value, path, tensor.detach().requires_grad_())
+        return (
+            None if tensor.requires_grad else payload.replace(value, path, tensor.detach().requires_grad_())
+        )
 
     watch(Site("the first block", block, "in"), see, stack, last=True)
 
@@ -204,6 +233,8 @@ def _site(model: nn.Module, name: str) -> Site:
     return next(iter(resolve(model, [name]).values()))
 
 
-def _differences(source: Mapping[Any, Tensor], base: Mapping[Any, Tensor], mask: Tensor | None) -> dict[Any, Tensor]:
+def _differences(
+    source: Mapping[Any, Tensor], base: Mapping[Any, Tensor], mask: Tensor | None
+) -> dict[Any, Tensor]:
     found = {key: source[key] - value for key, value in base.items()}
     return found if mask is None else {key: value * mask[..., None] for key, value in found.items()}

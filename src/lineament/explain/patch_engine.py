@@ -28,7 +28,14 @@ class Engine:
     """One model, one pair of prompts and one metric: the base run, the source of patches, and what their difference is worth."""
 
     def __init__(
-        self, model: nn.Module, pair: Pair, metric: Metric, places: Sequence[Place], blocks: Sequence[nn.Module], *, denoising: bool
+        self,
+        model: nn.Module,
+        pair: Pair,
+        metric: Metric,
+        places: Sequence[Place],
+        blocks: Sequence[nn.Module],
+        *,
+        denoising: bool,
     ):
         self.model, self.pair, self.metric = model, pair, metric
         self.places, self.blocks = list(places), list(blocks)
@@ -71,7 +78,13 @@ class Engine:
             )
         return seen, score
 
-    def forward(self, start: int | None, times: int, stream: Tensor | None, changes: Mapping[tuple[int, str], tuple[Site, Change]]) -> Tensor:
+    def forward(
+        self,
+        start: int | None,
+        times: int,
+        stream: Tensor | None,
+        changes: Mapping[tuple[int, str], tuple[Site, Change]],
+    ) -> Tensor:
         """The metric (times, batch) of the base inputs ``times`` over, from block ``start`` on with this residual stream, with changes on the way."""
         with ExitStack() as stack:
             if stream is not None and start is not None:
@@ -111,7 +124,9 @@ class Engine:
                 site = Site("the first block", self.blocks[0], "in")
                 watch(site, lambda value: _put(value, stream), stack, last=False)
             for k, block in enumerate(self.blocks[:start]):
-                stack.enter_context(_replaced(block, _handing_on(returned, stream if k == start - 1 else None)))
+                stack.enter_context(
+                    _replaced(block, _handing_on(returned, stream if k == start - 1 else None))
+                )
             yield
 
 
@@ -121,7 +136,9 @@ def _keeper(site: Site, key: tuple[int, str], seen: dict[tuple[int, str], Tensor
         if found is None:
             return
         if key in seen:
-            raise InputError(f"sites: {site.name!r} ran twice in one forward, so that it is no one place; patch a module inside it")
+            raise InputError(
+                f"sites: {site.name!r} ran twice in one forward, so that it is no one place; patch a module inside it"
+            )
         # A copy: in-place operations further on must not change it.
         seen[key] = found[1].detach().clone()
 

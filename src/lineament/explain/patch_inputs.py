@@ -86,15 +86,25 @@ def pair(
         if clean.shape != second.shape:
             raise InputError(
                 f"clean and corrupt: got {show(clean)} and {show(second)}, expected the same shape, token by token"
-                + (f"; first pair:\n  {_row(clean[0], tokenizer)}\n  {_row(second[0], tokenizer)}" if language else "")
+                + (
+                    f"; first pair:\n  {_row(clean[0], tokenizer)}\n  {_row(second[0], tokenizer)}"
+                    if language
+                    else ""
+                )
             )
-        require(clean.dtype == second.dtype, f"clean and corrupt: got {show(clean)} and {show(second)}, expected the same dtype")
+        require(
+            clean.dtype == second.dtype,
+            f"clean and corrupt: got {show(clean)} and {show(second)}, expected the same dtype",
+        )
         mask = attention_mask
     else:
         clean, second, mask = _tokenised(clean, second, tokenizer)
     for name, value in (("clean", clean), ("corrupt", second)):
         if value.is_floating_point():
-            require(bool(torch.isfinite(value).all()), f"{name}: holds NaN or infinite values; expected finite values only")
+            require(
+                bool(torch.isfinite(value).all()),
+                f"{name}: holds NaN or infinite values; expected finite values only",
+            )
     device = device_of(model)
     # Tensors made under inference mode cannot enter a graph: copy.
     clean, second = clean.to(device).clone(), second.to(device).clone()
@@ -107,7 +117,9 @@ def pair(
         if mask is not None:
             mask = mask.to(device)
             require(
-                mask.shape == clean.shape and bool(((mask == 0) | (mask == 1)).all()) and bool(mask.sum(1).all()),
+                mask.shape == clean.shape
+                and bool(((mask == 0) | (mask == 1)).all())
+                and bool(mask.sum(1).all()),
                 f"attention_mask: got {show(mask)}, expected ones and zeros of shape {tuple(clean.shape)}, with a token in every row",
             )
             steps = mask.long().diff(dim=1)
@@ -120,7 +132,8 @@ def pair(
                 keywords["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
             mask = None if bool(mask.all()) else mask
             if mask is None:
-                keywords.pop("attention_mask"), keywords.pop("position_ids", None)
+                for key in ("attention_mask", "position_ids"):
+                    keywords.pop(key, None)
         right = mask is not None and not bool(mask[:, -1].all())
         if getattr(metric, "last_only", False) and "logits_to_keep" in accepted and not right:
             keywords["logits_to_keep"] = 1
@@ -131,8 +144,13 @@ def _tokenised(clean: Any, corrupt: Any, tokenizer: Any) -> tuple[Tensor, Tensor
     for name, texts in (("clean", clean), ("corrupt", corrupt)):
         fits = isinstance(texts, (list, tuple)) and len(texts) > 0 and all(isinstance(t, str) for t in texts)
         require(fits, f"{name}: got {show(texts)}, expected a tensor of tokens or a list of texts")
-    require(tokenizer is not None, "tokenizer: got None, expected the model's tokenizer, because the prompts are texts")
-    require(len(clean) == len(corrupt), f"corrupt: got {len(corrupt)} prompts, expected {len(clean)} as in clean")
+    require(
+        tokenizer is not None,
+        "tokenizer: got None, expected the model's tokenizer, because the prompts are texts",
+    )
+    require(
+        len(clean) == len(corrupt), f"corrupt: got {len(corrupt)} prompts, expected {len(clean)} as in clean"
+    )
     rows = [(tokenizer(a)["input_ids"], tokenizer(b)["input_ids"]) for a, b in zip(clean, corrupt)]
     for k, (a, b) in enumerate(rows):
         require(len(a) > 0, f"clean: prompt {k} is empty")
@@ -145,7 +163,8 @@ def _tokenised(clean: Any, corrupt: Any, tokenizer: Any) -> tuple[Tensor, Tensor
     filler = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
     # On the left, where padding leaves the last position the last.
     first, second = (
-        torch.tensor([[filler] * (longest - len(row[side])) + list(row[side]) for row in rows]) for side in (0, 1)
+        torch.tensor([[filler] * (longest - len(row[side])) + list(row[side]) for row in rows])
+        for side in (0, 1)
     )
     mask = torch.tensor([[0] * (longest - len(a)) + [1] * len(a) for a, _ in rows])
     return first, second, mask
@@ -160,7 +179,10 @@ def _check_tokens(model: Any, *batches: Tensor) -> None:
             f"prompts: got {show(ids)}, expected token numbers of shape (batch, positions)",
         )
         low, high = int(ids.min()), int(ids.max())
-        require(0 <= low and high < size, f"prompts: token {low if low < 0 else high} is outside the vocabulary of {size}")
+        require(
+            low >= 0 and high < size,
+            f"prompts: token {low if low < 0 else high} is outside the vocabulary of {size}",
+        )
         require(
             limit is None or ids.shape[1] <= limit,
             f"prompts: {ids.shape[1]} tokens are more than the model's {limit} positions; shorten them",

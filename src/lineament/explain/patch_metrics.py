@@ -48,7 +48,9 @@ def logit_difference(
     return _last_only(metric)
 
 
-def probability(answers: Int[Tensor, "batch"] | Int[Tensor, "batch answers"] | Sequence[int], *, log: bool = False) -> Metric:
+def probability(
+    answers: Int[Tensor, "batch"] | Int[Tensor, "batch answers"] | Sequence[int], *, log: bool = False
+) -> Metric:
     """Probability (or its logarithm) of the answer at the last position, summed over the answers where there are several.
 
     >>> probability([1])(torch.zeros(1, 1, 4)).tolist()
@@ -100,7 +102,10 @@ def kl_divergence(reference: Float[Tensor, "batch vocabulary"]) -> Metric:
 
     def metric(logits: Tensor) -> Tensor:
         last = _last(logits)
-        require(last.shape == target.shape, f"reference: got {show(target)}, expected logits of shape {tuple(last.shape)}")
+        require(
+            last.shape == target.shape,
+            f"reference: got {show(target)}, expected logits of shape {tuple(last.shape)}",
+        )
         log_p = target.to(last).log_softmax(-1)
         return F.kl_div(last.log_softmax(-1), log_p, log_target=True, reduction="none").sum(-1)
 
@@ -139,7 +144,10 @@ def _last(logits: Tensor, *answers: Tensor) -> Tensor:
     last = logits[:, -1] if logits.ndim == 3 else logits
     last = last if last.dtype == torch.float64 else last.float()
     for tokens in answers:
-        require(len(tokens) == len(last), f"metric: got answers for {len(tokens)} examples and logits for {len(last)}")
+        require(
+            len(tokens) == len(last),
+            f"metric: got answers for {len(tokens)} examples and logits for {len(last)}",
+        )
         high = int(tokens.max())
         require(
             high < last.shape[-1] and int(tokens.min()) >= 0,

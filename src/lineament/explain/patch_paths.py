@@ -25,7 +25,7 @@ from lineament.explain.patch_inputs import Prompts
 from lineament.explain.patch_metrics import Metric
 from lineament.explain.patch_result import PatchingResult
 from lineament.explain.patch_sites import DEFAULT, Layout, Place
-from lineament.explain.patching import Corruption, Direction, Positions, Work
+from lineament.explain.patch_work import Corruption, Direction, Positions, Work
 from lineament.explain.relevance import Coverage, Rules, relevance_rules
 
 Rule = Literal["left", "midpoint", "right"]
@@ -79,7 +79,20 @@ def integrated_patching(
         path == "site" or corruption == "resample",
         f"corruption: {corruption!r} is at the sites, where there is no way between two inputs; give path='site'",
     )
-    work = Work(model, clean, corrupt, metric, sites, layout, direction, corruption, positions, normalise, tokenizer, attention_mask)
+    work = Work(
+        model,
+        clean,
+        corrupt,
+        metric,
+        sites,
+        layout,
+        direction,
+        corruption,
+        positions,
+        normalise,
+        tokenizer,
+        attention_mask,
+    )
     alphas = [(k + offset) / steps for k in range(steps)]
     with frozen(model):
         with torch.no_grad():
@@ -104,12 +117,18 @@ def integrated_patching(
 
 def _checked(coverage: Coverage) -> Coverage:
     idle = coverage.idle()
-    require(not idle, f"rules: {', '.join(map(repr, idle))} matched modules none of which ran in the forwards behind the sites")
+    require(
+        not idle,
+        f"rules: {', '.join(map(repr, idle))} matched modules none of which ran in the forwards behind the sites",
+    )
     return coverage
 
 
 def _along_sites(
-    work: Work, base: Mapping[tuple[int, str], Tensor], differences: Mapping[tuple[int, str], Tensor], alphas: list[float]
+    work: Work,
+    base: Mapping[tuple[int, str], Tensor],
+    differences: Mapping[tuple[int, str], Tensor],
+    alphas: list[float],
 ) -> list[Tensor | None]:
     engine = work.engine
     shape = engine.base_inputs.shape
@@ -130,8 +149,12 @@ def _along_sites(
 def _at(work: Work, place: Place, difference: Tensor, alphas: list[float]) -> Tensor | None:
     """The sum over some steps of the coefficient at one place, shaped like the place."""
     engine, times = work.engine, len(alphas)
-    weights = torch.tensor(alphas, dtype=difference.dtype, device=difference.device).repeat_interleave(engine.batch)
-    moved = weights.reshape(-1, *[1] * (difference.ndim - 1)) * difference.repeat(times, *[1] * (difference.ndim - 1))
+    weights = torch.tensor(alphas, dtype=difference.dtype, device=difference.device).repeat_interleave(
+        engine.batch
+    )
+    moved = weights.reshape(-1, *[1] * (difference.ndim - 1)) * difference.repeat(
+        times, *[1] * (difference.ndim - 1)
+    )
     leaves: list[Tensor] = []
 
     def change(value: Tensor) -> Tensor:
@@ -162,7 +185,10 @@ def _at(work: Work, place: Place, difference: Tensor, alphas: list[float]) -> Te
 
 
 def _along_inputs(
-    work: Work, base: Mapping[tuple[int, str], Tensor], differences: Mapping[tuple[int, str], Tensor], alphas: list[float]
+    work: Work,
+    base: Mapping[tuple[int, str], Tensor],
+    differences: Mapping[tuple[int, str], Tensor],
+    alphas: list[float],
 ) -> list[Tensor | None]:
     """Coefficients at all places while the inputs (a language model's token embeddings) go from base to source."""
     engine = work.engine

@@ -79,10 +79,16 @@ class PatchingResult:
         if ax is None:
             ax = Figure(layout="constrained").subplots()
         top = float(values.abs().max()) or 1.0
-        image = ax.imshow(values.numpy(), cmap="RdBu", vmin=-top, vmax=top, aspect="auto", interpolation="nearest")
+        image = ax.imshow(
+            values.numpy(), cmap="RdBu", vmin=-top, vmax=top, aspect="auto", interpolation="nearest"
+        )
         ax.figure.colorbar(image, ax=ax, label="share of the metric")
         by_position = self.scores[name].ndim == 2
-        ax.set(ylabel="layer", xlabel="position" if by_position else "head or feature", title=f"{name}: {self.method}")
+        ax.set(
+            ylabel="layer",
+            xlabel="position" if by_position else "head or feature",
+            title=f"{name}: {self.method}",
+        )
         ax.set_yticks(range(values.shape[0]))
         if by_position and len(self.labels) == values.shape[1]:
             ax.set_xticks(range(len(self.labels)), list(self.labels), rotation=60, ha="right")
@@ -133,7 +139,12 @@ class Fidelity:
         return dict(vars(self))
 
 
-def fidelity(approximation: PatchingResult | Mapping[str, Tensor], truth: PatchingResult | Mapping[str, Tensor], *, k: int = 10) -> dict[str, Fidelity]:
+def fidelity(
+    approximation: PatchingResult | Mapping[str, Tensor],
+    truth: PatchingResult | Mapping[str, Tensor],
+    *,
+    k: int = 10,
+) -> dict[str, Fidelity]:
     """Agreement of two sets of maps for every kind of site that both have: Pearson, Spearman, RMSE and top-k overlap.
 
     Pearson follows a few great entries, and where clean and corrupt prompts begin alike, many entries are zero for every method: read all four.
@@ -155,13 +166,21 @@ def fidelity(approximation: PatchingResult | Mapping[str, Tensor], truth: Patchi
     found = {}
     for kind in kinds:
         a, b = ours[kind].double().cpu(), theirs[kind].double().cpu()
-        require(a.shape == b.shape, f"fidelity: maps of {kind!r} have shapes {tuple(a.shape)} and {tuple(b.shape)}")
+        require(
+            a.shape == b.shape,
+            f"fidelity: maps of {kind!r} have shapes {tuple(a.shape)} and {tuple(b.shape)}",
+        )
         a, b = a.flatten(), b.flatten()
         most = min(k, len(a))
         both = set(a.abs().topk(most).indices.tolist()) & set(b.abs().topk(most).indices.tolist())
         ranks = torch.from_numpy(rankdata(a)), torch.from_numpy(rankdata(b))
         found[kind] = Fidelity(
-            correlation(a, b), correlation(*ranks), float((a - b).square().mean().sqrt()), len(both) / most, most, len(a)
+            correlation(a, b),
+            correlation(*ranks),
+            float((a - b).square().mean().sqrt()),
+            len(both) / most,
+            most,
+            len(a),
         )
     return found
 

@@ -146,7 +146,9 @@ def architecture(model: nn.Module) -> Architecture:
     )
 
 
-def places(model: nn.Module, kinds: str | Iterable[str], layout: Layout | None = None) -> tuple[list[Place], list[nn.Module]]:
+def places(
+    model: nn.Module, kinds: str | Iterable[str], layout: Layout | None = None
+) -> tuple[list[Place], list[nn.Module]]:
     """The places of some kinds in every layer, and the model's blocks (none where a layout does not name them).
 
     Args:
@@ -201,19 +203,29 @@ def _place(known: Architecture, kind: str, layer: int) -> tuple[str, str, Place]
 
 
 def _explicit(model: nn.Module, wanted: list[str], layout: Layout) -> tuple[list[Place], list[nn.Module]]:
-    require(isinstance(layout, Mapping), f"layout: got {show(layout)}, expected a mapping from kinds to sites")
-    blocks = [site.module for site in resolve(model, [str(layout["blocks"])]).values()] if "blocks" in layout else []
+    require(
+        isinstance(layout, Mapping), f"layout: got {show(layout)}, expected a mapping from kinds to sites"
+    )
+    blocks = (
+        [site.module for site in resolve(model, [str(layout["blocks"])]).values()]
+        if "blocks" in layout
+        else []
+    )
     index = {id(block): k for k, block in enumerate(blocks)}
     found = []
     for kind in wanted:
         if kind not in layout or kind == "blocks":
-            raise InputError(f"sites: {kind!r} is not in the layout{suggest(kind, [k for k in layout if k != 'blocks'])}")
+            raise InputError(
+                f"sites: {kind!r} is not in the layout{suggest(kind, [k for k in layout if k != 'blocks'])}"
+            )
         pair = layout[kind]
         read, write = (pair, pair) if isinstance(pair, str) else pair
         reads, writes = list(resolve(model, [read]).values()), list(resolve(model, [write]).values())
-        require(len(reads) == len(writes), f"layout: {kind!r} reads {len(reads)} sites and writes {len(writes)}")
+        require(
+            len(reads) == len(writes), f"layout: {kind!r} reads {len(reads)} sites and writes {len(writes)}"
+        )
         for layer, (r, w) in enumerate(zip(reads, writes)):
-            stage = _stage(w.module, blocks)
+            stage = stage_of(w.module, blocks)
             shift = pair is not read
             at = index.get(id(w.module))
             direct = at is not None and not shift and w.view is None
@@ -224,7 +236,7 @@ def _explicit(model: nn.Module, wanted: list[str], layout: Layout) -> tuple[list
     return found, blocks
 
 
-def _stage(module: nn.Module, blocks: list[nn.Module]) -> int | None:
+def stage_of(module: nn.Module, blocks: list[nn.Module]) -> int | None:
     """The block that holds a module; what lies before the first block must run whole."""
     for k, block in enumerate(blocks):
         if any(part is module for part in block.modules()):

@@ -9,30 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lineament.core import payload
 from lineament.core.batching import auto_batch
-from lineament.core.checks import InputError, number, one_of, require, show
+from lineament.core.checks import InputError, require, show
 from lineament.core.hooks import eagerly, watch
 from lineament.core.models import frozen
 from lineament.core.naming import Site
 from lineament.explain.lrp_functions import wide
-from lineament.explain.patch_engine import Engine, column_of, contracted
-from lineament.explain.patch_inputs import Prompts, pair
+from lineament.explain.patch_engine import contracted
+from lineament.explain.patch_inputs import Prompts
 from lineament.explain.patch_metrics import Metric
 from lineament.explain.patch_result import PatchingResult
-from lineament.explain.patch_sites import DEFAULT, Layout, Place, flat, places, unflat
+from lineament.explain.patch_sites import DEFAULT, Layout
+from lineament.explain.patch_work import Corruption, Direction, Effects, Positions, Work, nodes_at_once
 from lineament.explain.relevance import Coverage, Rules, relevance_rules
-
-Direction = Literal["denoising", "noising"]
-Corruption = Literal["resample", "mean", "zero"]
-Positions = Union[Literal["each", "together"], Sequence[int]]
-# Rows of a batch beyond which larger batches no longer pay on a CPU, in tokens.
-_TOKENS_AT_ONCE = 4096
 
 
 @torch.inference_mode(False)
@@ -87,21 +82,38 @@ def activation_patching(
     >>> result.scores["hidden"].tolist()
     [[1.0]]
     """
-    work = Work(model, clean, corrupt, metric, sites, layout, direction, corruption, positions, normalise, tokenizer, attention_mask)
+    work = Work(
+        model,
+        clean,
+        corrupt,
+        metric,
+        sites,
+        layout,
+        direction,
+        corruption,
+        positions,
+        normalise,
+        tokenizer,
+        attention_mask,
+    )
     with frozen(model), torch.no_grad():
         sources, base, source = work.runs()
         nodes = [node for index, place in enumerate(work.engine.places) for node in work.nodes(index, place)]
-        effects = _Effects(work, sources, base[0])
+        effects = Effects(work, sources, base[0])
         groups: dict[int | None, list[tuple[int, int | None, int | None]]] = {}
         for node in nodes:
             groups.setdefault(work.engine.places[node[0]].stage, []).append(node)
         found: dict[tuple[int, int | None, int | None], Tensor] = {}
         for stage, members in groups.items():
-            size = _nodes_at_once(batch_size, work.engine)
+            size = nodes_at_once(batch_size, work.engine)
             for first in range(0, len(members), size):
                 part = members[first : first + size]
                 scores = list(
-                    auto_batch(lambda a, b, part=part, stage=stage: effects(stage, part[a:b]), len(part), batch_size="auto")
+                    auto_batch(
+                        lambda a, b, part=part, stage=stage: effects(stage, part[a:b]),
+                        len(part),
+                        batch_size="auto",
+                    )
                 )
                 found.update(zip(part, torch.cat(scores)))
         per_place = []
@@ -148,7 +160,20 @@ def relevance_patching(
     >>> round(float(result.scores["hidden"]), 4), result.coverage  # silu(x)/x is 1/2 at the base run's 0
     (0.5677, {'identity': 1})
     """
-    work = Work(model, clean, corrupt, metric, sites, layout, direction, corruption, positions, normalise, tokenizer, attention_mask)
+    work = Work(
+        model,
+        clean,
+        corrupt,
+        metric,
+        sites,
+        layout,
+        direction,
+        corruption,
+        positions,
+        normalise,
+        tokenizer,
+        attention_mask,
+    )
     settings: dict[str, Any] = {"rules": rules if isinstance(rules, str) else [str(rule) for rule in rules]}
     with frozen(model):
         per_place, base, source, coverage = _linear(work, rules, modules)
@@ -175,152 +200,9 @@ def attribution_patching(
     return relevance_patching(model, clean, corrupt, metric, rules="gradient", **options)
 
 
-class Work:
-    """The checked arguments of one call, its two runs and its result."""
-
-    def __init__(
-        self, model: nn.Module, clean: Any, corrupt: Any, metric: Metric, sites: Any, layout: Any, direction: str, corruption: str,
-        positions: Any, normalise: bool, tokenizer: Any, attention_mask: Tensor | None,
-    ):  # fmt: skip
-        one_of("direction", direction, ("denoising", "noising"))
-        one_of("corruption", corruption, ("resample", "mean", "zero"))
-        ablation = corruption != "resample"
-        require(
-            not ablation or direction == "noising",
-            f"corruption: {corruption!r} is what noising puts in; give direction='noising'",
-        )
-        require(
-            corrupt is not None or (ablation and not normalise),
-            "corrupt: got None, which needs corruption='mean' or 'zero' and normalise=False (without a second metric there is nothing to divide by)",
-        )
-        inputs = pair(model, clean, corrupt, metric, tokenizer=tokenizer, attention_mask=attention_mask)
-        found, blocks = places(model, sites, layout)
-        self.model, self.corruption, self.direction, self.normalise = model, corruption, direction, normalise
-        self.engine = Engine(model, inputs, metric, found, blocks, denoising=direction == "denoising")
-        self.two = corrupt is not None
-        self.positions = positions
-        if not isinstance(positions, str):
-            self.positions = [number("positions", int(p), integer=True) for p in positions]
-            require(bool(self.positions), "positions: got none, expected at least one")
-        else:
-            one_of("positions", positions, ("each", "together"))
-        self.picks: list[int | None] = []
-        self.shapes: dict[tuple[int, str], torch.Size] = {}
-
-    def runs(self) -> tuple[dict[tuple[int, str], Tensor], tuple[dict[tuple[int, str], Tensor], Tensor], Tensor | None]:
-        """What is patched in, by site; the base run's activations and metric; the source run's metric."""
-        sources, source = self.sources()
-        base = self.engine.values(self.engine.base_inputs, keep=True)
-        self.check(base[1], source)
-        self.positioned(base[0])
-        if self.corruption == "mean" and not self.two:
-            sources = self.averaged(base[0])
-        elif self.corruption == "zero":
-            sources = {key: torch.zeros_like(value) for key, value in base[0].items()}
-        return sources, base, source
-
-    def sources(self) -> tuple[dict[tuple[int, str], Tensor], Tensor | None]:
-        if not self.two:
-            return {}, None
-        values, score = self.engine.values(self.engine.source_inputs)
-        return (self.averaged(values) if self.corruption == "mean" else values), score
-
-    def averaged(self, values: Mapping[tuple[int, str], Tensor]) -> dict[tuple[int, str], Tensor]:
-        """The mean over the batch at each position, padding apart."""
-        mask = self.engine.pair.mask
-        if mask is None:
-            return {key: value.mean(0, keepdim=True).expand_as(value) for key, value in values.items()}
-        weight = mask[..., None] / mask.sum(0).clamp_min(1)[:, None]
-        return {
-            key: (value * weight.to(value.dtype)).sum(0, keepdim=True).expand_as(value) for key, value in values.items()
-        }
-
-    def check(self, base: Tensor, source: Tensor | None) -> None:
-        if self.normalise and source is not None:
-            gap = float(source.mean()) - float(base.mean())
-            require(
-                abs(gap) >= 1e-4,
-                f"metric: {float(source.mean()):.6g} on the {self.other} run and {float(base.mean()):.6g} on the base run are alike (less than 1e-4 apart), so "
-                "that scores cannot be divided by their difference; choose pairs or a metric that tell them apart, or normalise=False",
-            )
-
-    @property
-    def other(self) -> str:
-        return "clean" if self.direction == "denoising" else "corrupt"
-
-    def positioned(self, values: Mapping[tuple[int, str], Tensor]) -> None:
-        """Settle which positions are asked for, once the forward has shown how many there are."""
-        for key, value in values.items():
-            self.shapes[key] = value.shape
-        counts = {flat(value[:1]).shape[1] for value in values.values()}
-        if self.positions == "together":
-            self.picks = [None]
-            return
-        if self.positions == "each":
-            require(
-                len(counts) == 1,
-                f"positions: the sites have {sorted(counts)} positions; patch them 'together', or kinds of one size at a time",
-            )
-            self.picks = list(range(max(counts)))
-            return
-        least = min(counts)
-        for position in self.positions:
-            require(
-                -least <= position < least, f"positions: got {position}, expected positions from {-least} to {least - 1}"
-            )
-        self.picks = [position % least for position in self.positions]
-
-    def nodes(self, index: int, place: Place) -> list[tuple[int, int | None, int | None]]:
-        units: list[int | None] = [None]
-        if place.units == "head":
-            units = list(range(place.count))
-        elif place.units == "feature":
-            shape = self.shapes[id(place.read.module), place.read.side]
-            units = list(range(shape[1] if len(shape) > 3 else shape[-1]))
-        return [(index, position, unit) for position in self.picks for unit in units]
-
-    def picked(self, scores: Tensor) -> Tensor:
-        """The asked-for positions of (batch, positions, ...)."""
-        return scores.sum(1, keepdim=True) if self.picks == [None] else scores[:, self.picks]
-
-    def result(
-        self, method: str, per_place: Sequence[Tensor], base: Tensor, source: Tensor | None, coverage: Coverage | None, settings: dict[str, Any]
-    ) -> PatchingResult:
-        """Scores by kind, divided by the difference of the two runs, padding set to zero."""
-        per_example: dict[str, Tensor] = {}
-        by_kind: dict[str, list[Tensor]] = {}
-        for place, scores in zip(self.engine.places, per_place):
-            by_kind.setdefault(place.kind, []).append(scores)
-        for kind, layers in by_kind.items():
-            shapes = {tuple(layer.shape) for layer in layers}
-            require(
-                len(shapes) == 1,
-                f"sites: the layers of {kind!r} have scores of shapes {sorted(shapes)}; give each shape a kind of its own",
-            )
-            per_example[kind] = torch.stack(layers, 1)
-        mask = self.engine.pair.mask
-        if mask is not None and self.picks != [None]:
-            kept = mask[:, None, self.picks]
-            per_example = {kind: s * (kept if s.ndim == 3 else kept[..., None]) for kind, s in per_example.items()}
-        if self.normalise and source is not None:
-            gap = source.mean() - base.mean()
-            per_example = {kind: scores / gap for kind, scores in per_example.items()}
-        settings = {"corruption": self.corruption, "normalise": self.normalise, **settings}
-        settings["positions"] = self.positions if isinstance(self.positions, str) else self.picks
-        return PatchingResult(
-            method,
-            {kind: scores.mean(0) for kind, scores in per_example.items()},
-            per_example,
-            self.direction,
-            float(base.mean()),
-            float("nan") if source is None else float(source.mean()),
-            self.engine.pair.labels(),
-            {} if coverage is None else coverage.active(),
-            settings,
-        )
-
-
-def _linear(work: Work, rules: Rules, modules: Mapping[Any, str] | None) -> tuple[list[Tensor], Tensor, Tensor | None, Coverage]:
+def _linear(
+    work: Work, rules: Rules, modules: Mapping[Any, str] | None
+) -> tuple[list[Tensor], Tensor, Tensor | None, Coverage]:
     """Per-example scores of each place from one backward pass on the base run."""
     engine = work.engine
     with torch.no_grad():
@@ -329,7 +211,11 @@ def _linear(work: Work, rules: Rules, modules: Mapping[Any, str] | None) -> tupl
             sources = work.averaged(engine.values(engine.base_inputs)[0])
     differences: dict[tuple[int, str], Tensor] = {}
     scores: list[Tensor | None] = [None] * len(engine.places)
-    with torch.enable_grad(), relevance_rules(work.model, rules, modules=modules) as coverage, ExitStack() as stack:
+    with (
+        torch.enable_grad(),
+        relevance_rules(work.model, rules, modules=modules) as coverage,
+        ExitStack() as stack,
+    ):
         read = {(id(p.read.module), p.read.side): p.read for p in engine.places}
         write: dict[tuple[int, str], tuple[Site, list[int]]] = {}
         for index, place in enumerate(engine.places):
@@ -343,7 +229,10 @@ def _linear(work: Work, rules: Rules, modules: Mapping[Any, str] | None) -> tupl
         base = engine.judge(engine.pair.call(work.model, engine.base_inputs))[0]
         for place in engine.places:
             key = (id(place.read.module), place.read.side)
-            require(key in differences, f"sites: {place.read.name!r} was not reached in the forward, or passed no tensor")
+            require(
+                key in differences,
+                f"sites: {place.read.name!r} was not reached in the forward, or passed no tensor",
+            )
         work.positioned({key: differences[key] for key in read})
         work.check(base.detach(), source)
         require(
@@ -384,9 +273,12 @@ def _tap(
             raise InputError(f"sites: a site passed {show(value)}, which holds no tensor")
         path, tensor = found
         if reads:
-            require(key not in differences, "sites: a module ran twice in one forward, so that it is no one place; patch a module inside it")
+            require(
+                key not in differences,
+                "sites: a module ran twice in one forward, so that it is no one place; patch a module inside it",
+            )
             here = tensor.detach()
-            difference = (-here if work.corruption == "zero" else sources[key] - here)
+            difference = -here if work.corruption == "zero" else sources[key] - here
             mask = work.engine.pair.mask
             differences[key] = difference if mask is None else difference * mask[..., None]
         if not members:
@@ -398,62 +290,3 @@ def _tap(
         return payload.replace(value, path, onward)
 
     return see
-
-
-class _Effects:
-    """The metric of many patched nodes at once: rows of one forward that starts at their layer."""
-
-    def __init__(self, work: Work, sources: Mapping[tuple[int, str], Tensor], base: Mapping[tuple[int, str], Tensor]):
-        self.work, self.sources, self.base = work, sources, base
-
-    def __call__(self, stage: int | None, nodes: Sequence[tuple[int, int | None, int | None]]) -> Tensor:
-        engine = self.work.engine
-        times, batch = len(nodes), engine.batch
-        stream = None
-        if stage is not None:
-            one = engine.stages[stage]
-            stream = one.repeat(times, *[1] * (one.ndim - 1))
-        writes: dict[tuple[int, str], tuple[Site, list[tuple[int, int | None, int | None, Place]]]] = {}
-        for row, (index, position, unit) in enumerate(nodes):
-            place = engine.places[index]
-            if place.direct and stream is not None:
-                rows = flat(stream)[row * batch : (row + 1) * batch]
-                self.write(rows, place, position, unit, shift=True)
-                continue
-            key = (id(place.write.module), place.write.side)
-            writes.setdefault(key, (place.write, []))[1].append((row, position, unit, place))
-
-        def changer(entries: Sequence[tuple[int, int | None, int | None, Place]]) -> Callable[[Tensor], Tensor]:
-            def change(value: Tensor) -> Tensor:
-                new = flat(value).clone()
-                for row, position, unit, place in entries:
-                    self.write(new[row * batch : (row + 1) * batch], place, position, unit, shift=place.shift)
-                return unflat(new, value.shape)
-
-            return change
-
-        changes = {key: (site, changer(entries)) for key, (site, entries) in writes.items()}
-        return engine.forward(stage, times, stream, changes)
-
-    def write(self, rows: Tensor, place: Place, position: int | None, unit: int | None, *, shift: bool) -> None:
-        """Patch one node into its rows (batch, positions, features), in place."""
-        key = (id(place.read.module), place.read.side)
-        source = flat(self.sources[key])
-        where: Any = slice(None) if position is None else position
-        columns: Any = slice(None)
-        if unit is not None:
-            heads = column_of(place, rows.device)
-            columns = unit if heads is None else heads[unit]
-        if shift:
-            rows[:, where, columns] += source[:, where, columns] - flat(self.base[key])[:, where, columns]
-        else:
-            rows[:, where, columns] = source[:, where, columns].to(rows.dtype)
-
-
-def _nodes_at_once(batch_size: int | str, engine: Engine) -> int:
-    if batch_size != "auto":
-        require(not isinstance(batch_size, str), f"batch_size: got {show(batch_size)}, expected 'auto' or an integer of at least 1")
-        return number("batch_size", batch_size, low=1, integer=True)
-    shape = engine.base_inputs.shape
-    tokens = shape[0] * (shape[1] if engine.pair.language else 1)
-    return max(1, _TOKENS_AT_ONCE // tokens)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lineament.core.sites import record
 from lineament.data.patching_tasks import TokenPairs, synthetic_ioi
-from lineament.explain.circuits import NodeEffects, circuit_curve, node_effects
+from lineament.explain.circuit_curves import circuit_curve
+from lineament.explain.circuits import NodeEffects, node_effects
 from lineament.explain.patch_metrics import logit_difference
 
 COUNTS = (5, 10, 20, 40, 80, 160, 320, 640)
@@ -27,7 +28,11 @@ class TopK(nn.Module):
             torch.manual_seed(seed)
             self.decoder = nn.Parameter(nn.functional.normalize(torch.randn(latents, width), dim=1))
         self.encoder = nn.Parameter(self.decoder.detach().T.clone())
-        self.bias, self.centre, self.k = nn.Parameter(torch.zeros(latents)), nn.Parameter(torch.zeros(width)), k
+        self.bias, self.centre, self.k = (
+            nn.Parameter(torch.zeros(latents)),
+            nn.Parameter(torch.zeros(width)),
+            k,
+        )
 
     def encode(self, x: Tensor) -> Tensor:
         pre = ((x - self.centre) @ self.encoder + self.bias).relu()
@@ -64,7 +69,9 @@ def circuits(model: Any, *, latents: int, steps: int, pairs: int, seed: int) -> 
     layers = range(1, model.config.n_layer)
     sites = [f"transformer.h.{k}:in" for k in layers]
     seen = record(model, {"input_ids": synthetic_ioi(3000, seed=400 + seed).clean}, sites)
-    found = {s: dictionary(x.flatten(0, 1), latents=latents, k=16, steps=steps, seed=seed) for s, x in seen.items()}
+    found = {
+        s: dictionary(x.flatten(0, 1), latents=latents, k=16, steps=steps, seed=seed) for s, x in seen.items()
+    }
     dictionaries = {s: made for s, (made, _) in found.items()}
     discover, judge = synthetic_ioi(pairs, seed=200 + seed), synthetic_ioi(pairs, seed=300 + seed)
     effects, seconds = {}, {}
@@ -72,25 +79,50 @@ def circuits(model: Any, *, latents: int, steps: int, pairs: int, seed: int) -> 
         start = time.perf_counter()
         rules = ("ln", "identity")
         effects[method] = node_effects(
-            model, discover.clean, discover.corrupt, _metric(discover), dictionaries=dictionaries, method=method, rules=rules
+            model,
+            discover.clean,
+            discover.corrupt,
+            _metric(discover),
+            dictionaries=dictionaries,
+            method=method,
+            rules=rules,
         )
         seconds[method] = time.perf_counter() - start
     effects["random"] = _shuffled(effects["relp"], seed)
     curves = {}
     for method, of in effects.items():
         curve = circuit_curve(
-            model, judge.clean, judge.corrupt, _metric(judge), of, dictionaries=dictionaries, thresholds=levels(of, COUNTS)
+            model,
+            judge.clean,
+            judge.corrupt,
+            _metric(judge),
+            of,
+            dictionaries=dictionaries,
+            thresholds=levels(of, COUNTS),
         )
         curves[method] = {
             "nodes": list(curve.nodes), "faithfulness": list(curve.faithfulness), "completeness": list(curve.completeness)
         }  # fmt: skip
-    total = sum(v[0].numel() for v in effects["relp"].features.values()) + sum(v[0].numel() for v in effects["relp"].errors.values())
-    return {"curves": curves, "seconds": seconds, "unexplained": [u for _, u in found.values()], "nodes": total}
+    total = sum(v[0].numel() for v in effects["relp"].features.values()) + sum(
+        v[0].numel() for v in effects["relp"].errors.values()
+    )
+    return {
+        "curves": curves,
+        "seconds": seconds,
+        "unexplained": [u for _, u in found.values()],
+        "nodes": total,
+    }
 
 
 def levels(effects: NodeEffects, counts: Sequence[int]) -> list[float]:
     """Thresholds above which lie these numbers of nodes."""
-    sizes = torch.cat([value.mean(0).abs().flatten() for part in (effects.features, effects.errors) for value in part.values()])
+    sizes = torch.cat(
+        [
+            value.mean(0).abs().flatten()
+            for part in (effects.features, effects.errors)
+            for value in part.values()
+        ]
+    )
     ordered = sizes.sort(descending=True).values
     return [float(ordered[min(count, len(ordered) - 1)]) for count in counts]
 
@@ -103,6 +135,8 @@ def _shuffled(effects: NodeEffects, seed: int) -> NodeEffects:
     generator = torch.Generator().manual_seed(seed)
 
     def noise(parts: Any) -> dict[str, Tensor]:
-        return {s: torch.rand(v.shape[1:], generator=generator).double().expand_as(v) for s, v in parts.items()}
+        return {
+            s: torch.rand(v.shape[1:], generator=generator).double().expand_as(v) for s, v in parts.items()
+        }
 
     return NodeEffects(noise(effects.features), noise(effects.errors), "random")

@@ -12,7 +12,9 @@ from lineament.report.figures import picture, save
 from lineament.report.outcome import Figure
 
 
-def scatter(truth: Mapping[str, Tensor], maps: Mapping[str, Mapping[str, Tensor]], kinds: Sequence[str], out: Path) -> Figure:
+def scatter(
+    truth: Mapping[str, Tensor], maps: Mapping[str, Mapping[str, Tensor]], kinds: Sequence[str], out: Path
+) -> Figure:
     def draw(axes: Any) -> None:
         for k, kind in enumerate(kinds):
             ax = axes[0, k]
@@ -20,7 +22,14 @@ def scatter(truth: Mapping[str, Tensor], maps: Mapping[str, Mapping[str, Tensor]
             low, high = min(0.0, float(exact.min())), max(1.0, float(exact.max()))
             ax.plot([low, high], [low, high], color="C7", linewidth=0.8)
             for c, (name, of) in enumerate(maps.items()):
-                ax.plot(exact, of[kind].flatten().numpy(), "o" if c else "x", color=f"C{c}", label=name, markersize=4)
+                ax.plot(
+                    exact,
+                    of[kind].flatten().numpy(),
+                    "o" if c else "x",
+                    color=f"C{c}",
+                    label=name,
+                    markersize=4,
+                )
             ax.set(title=kind, xlabel="activation patching", ylabel="approximation" if k == 0 else "")
         axes[0, 0].legend()
 
@@ -59,7 +68,12 @@ def bars(means: Mapping[str, Mapping[str, float]], kinds: Sequence[str], out: Pa
     def draw(ax: Any) -> None:
         width = 0.8 / len(kinds)
         for c, kind in enumerate(kinds):
-            ax.bar([k + (c - (len(kinds) - 1) / 2) * width for k in range(len(means))], [row[kind] for row in means.values()], width, label=kind)
+            ax.bar(
+                [k + (c - (len(kinds) - 1) / 2) * width for k in range(len(means))],
+                [row[kind] for row in means.values()],
+                width,
+                label=kind,
+            )
         low = min(min(row.values()) for row in means.values())
         ax.set_xticks(range(len(means)), [name.replace(", ", ",\n") for name in means], fontsize=8)
         ax.set(ylabel="Pearson with activation patching", ylim=(max(-1.0, min(0.8, low - 0.03)), 1.0))
