@@ -13,7 +13,27 @@ from lineament.core.checks import InputError
 from lineament.data.prompts import load_prompts
 
 transformers = pytest.importorskip("transformers")
-WORDS = ["<s>", "</s>", *["the", "cat", "dog", "saw", "a", "man", "and", "ran", "home", "very", "fast", "now", "<evil>", "old", "\u202eevil"]]
+WORDS = [
+    "<s>",
+    "</s>",
+    *[
+        "the",
+        "cat",
+        "dog",
+        "saw",
+        "a",
+        "man",
+        "and",
+        "ran",
+        "home",
+        "very",
+        "fast",
+        "now",
+        "<evil>",
+        "old",
+        "\u202eevil",
+    ],
+]
 
 
 @pytest.fixture(scope="module")
