@@ -31,7 +31,8 @@ from lineament.report.section import Picture
 Explain = Callable[..., Tensor]
 _TRUTH, _SCORED = 48, 32
 _FRACTIONS, _LEVEL = (1.0, 0.5, 0.2, 0.1), 0.1
-_EPOCHS, _BATCH, _WORK = 15, 64, 2e14
+# Few samples want more passes: about so many steps of the optimizer, within bounds.
+_STEPS, _EPOCHS, _BATCH, _RATE, _WORK = 300, (15, 60), 64, 2e-3, 2e14
 
 
 def deletion_and_insertion(subject: Subject, rows: Tensor, maps: Tensor) -> dict[str, Any]:
@@ -183,7 +184,8 @@ def retrained(subject: Subject, explain: Explain) -> Retrained:
     y, y_test = subject.targets[first].to(device), subject.targets[second].to(device)
     width = subject.outputs.shape[1]
     # A forward and a backward are about three forwards.
-    once = 3 * subject.flops * cut * _EPOCHS
+    epochs = min(max(round(_STEPS * _BATCH / cut), _EPOCHS[0]), _EPOCHS[1])
+    once = 3 * subject.flops * cut * epochs
     plan: tuple[Sequence[float], Sequence[int]] = (_FRACTIONS, (1, 2, 3))
     if once * 3 * 2 * len(_FRACTIONS) * 3 > _WORK:
         plan = (_LEVEL,), (1,)
@@ -202,7 +204,9 @@ def retrained(subject: Subject, explain: Explain) -> Retrained:
     }
     found: dict[str, DiffROAR] = {}
     try:
-        training = Training(_factory(subject.fresh, width, device), epochs=_EPOCHS, batch_size=_BATCH)
+        training = Training(
+            _factory(subject.fresh, width, device), epochs=epochs, batch_size=_BATCH, lr=_RATE
+        )
         for name, method in methods.items():
             found[name] = diffroar(
                 method, training, (x, y, x_test, y_test), fractions=plan[0], seeds=plan[1], group="pixel",

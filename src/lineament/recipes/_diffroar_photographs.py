@@ -107,7 +107,11 @@ def on_photographs(config: Any, stages: Checkpoint, out: Path, slug: str, title:
 
     def fresh() -> nn.Module:
         small = config.network == "resnet18"
-        inner = ResNet18(x.shape[1], classes, bias=True) if small else resnet50(x.shape[1], classes)
+        inner = (
+            ResNet18(x.shape[1], classes, bias=True, width=config.network_width)
+            if small
+            else resnet50(x.shape[1], classes)
+        )
         return Normalised(inner, mean, deviation)
 
     training = Training(

@@ -59,6 +59,7 @@ class Config:
     robust_epochs: int = 200
 
     network: Literal["resnet18", "resnet50"] = "resnet50"
+    network_width: int = 64
     image_size: int = 112
     photograph_epochs: int = 150
     photograph_lr: float = 0.1

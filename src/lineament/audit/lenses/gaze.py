@@ -70,6 +70,8 @@ def look(subject: Subject) -> Section:
     pictures.append(_frame(subject, rows, mean_map, verdict))
     if maps is None:
         sentence += f" Saliency maps are missing: {trouble}"
+        if subject.faithfulness == "diffroar":
+            sentence += " DiffROAR judges maps, so that there was nothing to retrain on."
     else:
         truth = deletion_and_insertion(subject, rows, maps)
         numbers["faithfulness"] = truth
