@@ -161,11 +161,11 @@ class DiffGrad(torch.optim.Optimizer):
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         for group, params in groups:
             for p in params:
-                checks.require(
-                    not cast(Tensor, p.grad).is_sparse,
-                    f"{self._name(group, p)}: its gradient is sparse, which diffGrad cannot use: v and the friction need every "
-                    "coordinate; use dense gradients (nn.Embedding(sparse=False)) or torch.optim.SparseAdam",
-                )
+                if cast(Tensor, p.grad).is_sparse:
+                    raise checks.InputError(
+                        f"{self._name(group, p)}: its gradient is sparse, but v and the friction need every coordinate; use dense "
+                        "gradients (nn.Embedding(sparse=False)) or torch.optim.SparseAdam"
+                    )
         if not self._usable(groups):
             self.skipped_steps += 1
             return loss
@@ -214,12 +214,12 @@ class DiffGrad(torch.optim.Optimizer):
                 continue
             for p in params:
                 bad = int((~torch.isfinite(cast(Tensor, p.grad))).sum())
-                checks.require(
-                    not bad or group["nan_policy"] == "skip",
-                    f"{self._name(group, p)}: {bad} of {p.numel()} values of its gradient are NaN or infinite; "
-                    'nothing was changed (nan_policy="skip" leaves such steps out)',
-                )
-                usable &= not bad
+                if bad and group["nan_policy"] == "raise":
+                    raise checks.InputError(
+                        f"{self._name(group, p)}: {bad} of {p.numel()} values of its gradient are NaN or infinite; nothing was "
+                        'changed (nan_policy="skip" leaves such steps out)'
+                    )
+                usable = usable and not bad
         return usable
 
     def _prepared(
@@ -275,7 +275,7 @@ class DiffGrad(torch.optim.Optimizer):
             return
         packs: dict[Any, Tensor] = {}
         for _, b, c in found:
-            if group["compiled"] and b.p.numel() > 1:
+            if group["compiled"] and steps.worth_a_pass(b.p):
                 key = id(c), b.p.device, b.p.dtype
                 if key not in packs:
                     packs[key] = steps.packed(c, b.p)
