@@ -63,6 +63,8 @@ class Coefficients(NamedTuple):
 def coefficients(group: dict[str, Any], t: float | Tensor, lr: float | Tensor) -> Coefficients:
     """The numbers of step ``t``; tensors when ``t`` is one."""
     beta1, beta2 = group["betas"]
+    if isinstance(t, Tensor) and t.device.type != "mps":  # which has no float64
+        t = t.double()
     bc1, bc2 = 1 - beta1**t, 1 - beta2**t
     root = bc2**0.5
     step, plain = lr * root / bc1, 0.0
@@ -219,7 +221,9 @@ def in_lists(bs: Sequence[Buffers], cs: Sequence[Coefficients], rule: Rule) -> N
     if bs[0].p.dtype in _LOW:
         wides = [Buffers(*(None if t is None else t.float() for t in b)) for b in bs]  # pyright: ignore[reportArgumentType]
         in_lists(wides, cs, rule)
-        kept = [(n, w) for b, wide in zip(bs, wides) for n, w in zip(b, wide) if n is not None and n is not b.g]
+        kept = [
+            (n, w) for b, wide in zip(bs, wides) for n, w in zip(b, wide) if n is not None and n is not b.g
+        ]
         torch._foreach_copy_([n for n, _ in kept], [w for _, w in kept])
         return
     p, g, m, v, q, top, mean, spread = (list(column) for column in zip(*bs))

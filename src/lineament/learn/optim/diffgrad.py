@@ -98,7 +98,9 @@ class DiffGrad(torch.optim.Optimizer):
             unknown = sorted(set(param_group) - {"params", "initial_lr", *self.defaults})
             for name in unknown:
                 near = checks.suggest(name, self.defaults, most=1)
-                checks.require(not near.startswith("; nearest"), f"param group: unknown option {name!r}{near}")
+                checks.require(
+                    not near.startswith("; nearest"), f"param group: unknown option {name!r}{near}"
+                )
             _check({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
@@ -315,7 +317,9 @@ def _check(options: dict[str, Any]) -> None:
     """Every option of one group, and those that exclude each other."""
     lr = options["lr"]
     if isinstance(lr, Tensor):
-        checks.require(lr.numel() == 1, f"lr: got {checks.show(lr)}, expected a number or a tensor of one element")
+        checks.require(
+            lr.numel() == 1, f"lr: got {checks.show(lr)}, expected a number or a tensor of one element"
+        )
         if not options["capturable"]:
             checks.number("lr", lr.item(), low=0)
     else:
