@@ -44,7 +44,10 @@ def _group(theirs: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
             value == idle or (name == "fixed_decay" and not theirs["weight_decay"]),
             f"state_dict: its option {name} is {show(value)}, which has no equal here; expected {idle}",
         )
-    made = {**here, **{k: v for k, v in theirs.items() if k in here or k in ("params", "param_names", "initial_lr")}}
+    made = {
+        **here,
+        **{k: v for k, v in theirs.items() if k in here or k in ("params", "param_names", "initial_lr")},
+    }
     foreign = "weight_decouple" in theirs
     # torch.optim.Adam writes the paper's form; every other code that stores diffGrad's state the released one.
     made["eps_mode"] = "paper" if "amsgrad" in theirs else "code"

@@ -63,6 +63,8 @@ class Coefficients(NamedTuple):
 def coefficients(group: dict[str, Any], t: float | Tensor, lr: float | Tensor) -> Coefficients:
     """The numbers of step ``t``; tensors when ``t`` is one."""
     beta1, beta2 = group["betas"]
+    if isinstance(t, Tensor) and t.device.type != "mps":  # which has no float64
+        t = t.double()
     bc1, bc2 = 1 - beta1**t, 1 - beta2**t
     root = bc2**0.5
     step, plain = lr * root / bc1, 0.0
@@ -105,6 +107,13 @@ def update(b: Buffers, c: Coefficients, rule: Rule, scratch: Tensor | None = Non
         v.mul_(1 - c.w2).addcmul_(g, g, value=c.w2)
     if b.top is not None:
         torch.maximum(b.top, v, out=b.top)
+    if isinstance(c.step, Tensor) and rule.version == 0 and rule.fixed is None and not rule.alias:
+        # 1 / xi joins the denominator: one division of the two, which is what a fused pass waits for.
+        drag = b.q.sub_(g).abs_().neg_().exp_().add_(1)
+        root = (v if b.top is None else b.top).sqrt().add_(c.eps)
+        p.sub_(m * c.step / (drag * root))
+        b.q.copy_(g)
+        return
     change = b.q - g if rule.alias else b.q.sub_(g)
     xi = frictions(change, b, c, rule)
     if b.mean is not None and b.spread is not None:
@@ -137,11 +146,12 @@ def _move(p: Tensor, m: Tensor, xi: Tensor, v: Tensor, c: Coefficients, scratch:
 
 def in_blocks(b: Buffers, c: Coefficients, rule: Rule, scratch: Callable[[Tensor, int], Tensor]) -> None:
     """:func:`update`, on a CPU block by block."""
-    flat = None if rule.alias else _flattened(b)
-    if flat is None or b.p.device.type != "cpu":
-        update(flat or b, c, rule)
-        return
     size = BLOCK * torch.get_num_threads()
+    small = b.p.numel() <= size or b.p.device.type != "cpu"
+    flat = None if small else _flattened(b)
+    if flat is None:
+        update(b, c, rule)
+        return
     room = scratch(flat.p, size)
     parts = (repeat(None) if t is None else t.split(size) for t in flat)
     for block in map(Buffers, *parts):
@@ -167,6 +177,8 @@ def _flattened(b: Buffers) -> Buffers | None:
     p = b.p
     if type(p) not in (Tensor, nn.Parameter):  # a distributed tensor has its own ideas of memory
         return None
+    if all(t is None or t.is_contiguous() for t in b):
+        return Buffers(*(t if t is None else t.view(-1) for t in b))  # pyright: ignore[reportArgumentType]
     order = sorted(range(p.ndim), key=p.stride, reverse=True)
     if b.g.stride() != p.stride():
         b = b._replace(g=torch.empty_like(p).copy_(b.g))
@@ -194,6 +206,11 @@ def packed(c: Coefficients, like: Tensor) -> Tensor:
     return torch.tensor(c, dtype=dtype, device=like.device)
 
 
+def worth_a_pass(p: Tensor) -> bool:
+    """Whether calling compiled code costs less than it saves; a compiler would make tensors of one element a case of their own."""
+    return p.numel() > (4096 if p.device.type == "cpu" else 1)
+
+
 def in_one_pass(b: Buffers, numbers: Tensor, rule: Rule) -> None:
     """:func:`update`, compiled."""
     _compiled()(_flattened(b) or b, numbers, rule)
@@ -204,7 +221,9 @@ def in_lists(bs: Sequence[Buffers], cs: Sequence[Coefficients], rule: Rule) -> N
     if bs[0].p.dtype in _LOW:
         wides = [Buffers(*(None if t is None else t.float() for t in b)) for b in bs]  # pyright: ignore[reportArgumentType]
         in_lists(wides, cs, rule)
-        kept = [(n, w) for b, wide in zip(bs, wides) for n, w in zip(b, wide) if n is not None and n is not b.g]
+        kept = [
+            (n, w) for b, wide in zip(bs, wides) for n, w in zip(b, wide) if n is not None and n is not b.g
+        ]
         torch._foreach_copy_([n for n, _ in kept], [w for _, w in kept])
         return
     p, g, m, v, q, top, mean, spread = (list(column) for column in zip(*bs))

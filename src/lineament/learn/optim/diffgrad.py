@@ -98,7 +98,9 @@ class DiffGrad(torch.optim.Optimizer):
             unknown = sorted(set(param_group) - {"params", "initial_lr", *self.defaults})
             for name in unknown:
                 near = checks.suggest(name, self.defaults, most=1)
-                checks.require(not near.startswith("; nearest"), f"param group: unknown option {name!r}{near}")
+                checks.require(
+                    not near.startswith("; nearest"), f"param group: unknown option {name!r}{near}"
+                )
             _check({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
@@ -161,11 +163,11 @@ class DiffGrad(torch.optim.Optimizer):
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         for group, params in groups:
             for p in params:
-                checks.require(
-                    not cast(Tensor, p.grad).is_sparse,
-                    f"{self._name(group, p)}: its gradient is sparse, which diffGrad cannot use: v and the friction need every "
-                    "coordinate; use dense gradients (nn.Embedding(sparse=False)) or torch.optim.SparseAdam",
-                )
+                if cast(Tensor, p.grad).is_sparse:
+                    raise checks.InputError(
+                        f"{self._name(group, p)}: its gradient is sparse, but v and the friction need every coordinate; use dense "
+                        "gradients (nn.Embedding(sparse=False)) or torch.optim.SparseAdam"
+                    )
         if not self._usable(groups):
             self.skipped_steps += 1
             return loss
@@ -214,12 +216,12 @@ class DiffGrad(torch.optim.Optimizer):
                 continue
             for p in params:
                 bad = int((~torch.isfinite(cast(Tensor, p.grad))).sum())
-                checks.require(
-                    not bad or group["nan_policy"] == "skip",
-                    f"{self._name(group, p)}: {bad} of {p.numel()} values of its gradient are NaN or infinite; "
-                    'nothing was changed (nan_policy="skip" leaves such steps out)',
-                )
-                usable &= not bad
+                if bad and group["nan_policy"] == "raise":
+                    raise checks.InputError(
+                        f"{self._name(group, p)}: {bad} of {p.numel()} values of its gradient are NaN or infinite; nothing was "
+                        'changed (nan_policy="skip" leaves such steps out)'
+                    )
+                usable = usable and not bad
         return usable
 
     def _prepared(
@@ -275,7 +277,7 @@ class DiffGrad(torch.optim.Optimizer):
             return
         packs: dict[Any, Tensor] = {}
         for _, b, c in found:
-            if group["compiled"] and b.p.numel() > 1:
+            if group["compiled"] and steps.worth_a_pass(b.p):
                 key = id(c), b.p.device, b.p.dtype
                 if key not in packs:
                     packs[key] = steps.packed(c, b.p)
@@ -315,7 +317,9 @@ def _check(options: dict[str, Any]) -> None:
     """Every option of one group, and those that exclude each other."""
     lr = options["lr"]
     if isinstance(lr, Tensor):
-        checks.require(lr.numel() == 1, f"lr: got {checks.show(lr)}, expected a number or a tensor of one element")
+        checks.require(
+            lr.numel() == 1, f"lr: got {checks.show(lr)}, expected a number or a tensor of one element"
+        )
         if not options["capturable"]:
             checks.number("lr", lr.item(), low=0)
     else:
