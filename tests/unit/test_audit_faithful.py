@@ -21,6 +21,7 @@ def looked(tmp_path, model, **options):
     return audit(model, "digits", out=tmp_path / "out", lenses=["gaze"], samples=300, **options)["gaze"]
 
 
+@pytest.mark.slow
 def test_maps_stand_beside_the_plain_gradient_and_a_random_map(tmp_path):
     section = looked(tmp_path, network())
     table = next(t for t in section.tables if "without retraining" in t.title)

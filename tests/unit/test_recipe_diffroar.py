@@ -49,7 +49,7 @@ def test_photographs_in_a_folder(tmp_path):
             Image.fromarray(pixels).save(tmp_path / "images" / colour / f"{k}.png")
     config = replace(
         recipe.Config.preset("paper"), dataset="images", data_folder=str(tmp_path / "images"), image_size=8,
-        network="resnet18", network_width=4, fractions=(1.0, 0.1), runs=1, jobs=1, photograph_epochs=2, photograph_lr=0.02, batch_size=16,
+        network="resnet18", network_width=8, fractions=(1.0, 0.1), runs=1, jobs=1, photograph_epochs=8, photograph_lr=0.05, batch_size=16,
         attacks=("linf 2/255",),
     )  # fmt: skip
     outcome = recipe.run(config, out=tmp_path / "out")
