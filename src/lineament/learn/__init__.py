@@ -1,0 +1,1 @@
+"""How training shapes features: what a network is trained against, and how."""
