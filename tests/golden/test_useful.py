@@ -52,43 +52,49 @@ def check_selection(a: dict[str, Tensor]) -> None:
     close(found.weights(2), a["weights_factor2"])
 
 
+class Regression:
+    """The multinomial logistic regression of a case, its optimizer, and the losses that it saw."""
+
+    def __init__(self, case: str, a: dict[str, Tensor]) -> None:
+        kind, rho, options = SETTINGS[next(k for k in SETTINGS if case.startswith(k))]
+        self.X, self.y = a["X"], a["y"]
+        self.W, self.b = nn.Parameter(a["W0"].clone()), nn.Parameter(a["b0"].clone())
+        self.optimizer = kind(torch.optim.SGD([self.W, self.b], **options), rho=rho)
+        self.losses: list[float] = []
+
+    def closure(self) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = F.cross_entropy(self.X @ self.W.T + self.b, self.y)
+        loss.backward()
+        self.losses.append(loss.item())
+        return loss
+
+    def check(self, a: dict[str, Tensor], step: int) -> None:
+        close(self.W.detach(), a["W"][step])
+        close(self.b.detach(), a["b"][step])
+
+
 def check_sam(case: str, a: dict[str, Tensor]) -> None:
-    kind, rho, options = SETTINGS[
-        next(k for k in sorted(SETTINGS, key=len, reverse=True) if case.startswith(k))
-    ]
-    steps = len(a["loss"])
-    for closure_form in (True, False):
-        W, b = nn.Parameter(a["W0"].clone()), nn.Parameter(a["b0"].clone())
-        optimizer = kind(torch.optim.SGD([W, b], **options), rho=rho)
-        losses: list[float] = []
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(a["X"] @ W.T + b, a["y"])
-            loss.backward()
-            losses.append(loss.item())
-            return loss
-
-        for step in range(steps):
-            if closure_form:
-                close(optimizer.step(closure).item(), a["loss"][step])
-            else:
-                closure()
-                if step == 0:
-                    close(W.grad, a["grad_W_step0"])
-                    close(b.grad, a["grad_b_step0"])
-                optimizer.first_step()
-                if step == 0:
-                    close(W.detach() - a["W0"], a["eps_W_step0"])
-                    close(b.detach() - a["b0"], a["eps_b_step0"])
-                closure()
-                if step == 0:
-                    close(W.grad, a["sam_grad_W_step0"])
-                optimizer.second_step()
-            close(W.detach(), a["W"][step])
-            close(b.detach(), a["b"][step])
-        close(np.array(losses[0::2]), a["loss"])
-        close(np.array(losses[1::2]), a["loss_perturbed"])
+    whole, halves = Regression(case, a), Regression(case, a)
+    for step in range(len(a["loss"])):
+        close(whole.optimizer.step(whole.closure).item(), a["loss"][step])
+        whole.check(a, step)
+        halves.closure()
+        if step == 0:
+            close(halves.W.grad, a["grad_W_step0"])
+            close(halves.b.grad, a["grad_b_step0"])
+        halves.optimizer.first_step()
+        if step == 0:
+            close(halves.W.detach() - a["W0"], a["eps_W_step0"])
+            close(halves.b.detach() - a["b0"], a["eps_b_step0"])
+        halves.closure()
+        if step == 0:
+            close(halves.W.grad, a["sam_grad_W_step0"])
+        halves.optimizer.second_step()
+        halves.check(a, step)
+    for run in (whole, halves):
+        close(np.array(run.losses[0::2]), a["loss"])
+        close(np.array(run.losses[1::2]), a["loss_perturbed"])
 
 
 def check_toy(a: dict[str, Tensor]) -> None:
