@@ -13,7 +13,8 @@ from tests.golden.common import files
 from torch import Tensor, nn
 
 from lineament.learn.optim import ASAM, SAM
-from lineament.learn.slow_examples import select_slow, separating_epoch
+from lineament.learn.separating import separating_epoch
+from lineament.learn.slow_examples import select_slow
 from lineament.learn.two_layer_theory import fast_free_weights, train_cubic
 
 RTOL, ATOL = 1e-9, 1e-13

@@ -10,20 +10,18 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Sampler
 
 from lineament.core import checks
-from lineament.core.models import device_of, frozen, logits
-from lineament.core.sites import capture
-from lineament.learn.slow_examples import Selection, select_slow, separating_epoch, window_of
+from lineament.learn.early_outputs import batches, outputs_of
+from lineament.learn.separating import separating_epoch, window_of
+from lineament.learn.slow_examples import Selection, select_slow
 
 # fit(model, rows, epochs): trains on these rows of the data, yields the training error after each epoch.
 Fitting = Callable[..., Iterable[float]]
@@ -144,74 +142,6 @@ class Useful:
         return ax
 
 
-def outputs_of(
-    model: nn.Module, loader: Iterable[Any], *, site: str | None = None, recalibrate: bool = False
-) -> tuple[Float[Tensor, "samples classes"], Int[Tensor, "samples"], Float[Tensor, "samples dims"] | None]:
-    """The model's logits on all of the data, the labels, and features where a site is named; eval mode, single precision.
-
-    Args:
-        loader: walks the un-augmented data in the order of its indices, in batches (inputs, labels).
-        site: a site whose output is returned too; spatial dimensions are averaged.
-        recalibrate: take the statistics of batch norm from the data first, and put the old ones back.
-
-    Raises:
-        InputError: an empty loader, batches that are no pair.
-
-    >>> net = nn.Linear(2, 3)
-    >>> scores, labels, _ = outputs_of(net, [(torch.ones(4, 2), torch.zeros(4).long())])
-    >>> scores.shape, labels.tolist()
-    (torch.Size([4, 3]), [0, 0, 0, 0])
-    """
-    device = device_of(model)
-    found: list[tuple[Tensor, Tensor, Tensor | None]] = []
-    with torch.no_grad(), frozen(model), recalibrated(model, loader) if recalibrate else nullcontext():
-        for x, y in _batches(loader):
-            with nullcontext({}) if site is None else capture(model, [site]) as seen:
-                scores = logits(model(x.to(device)))
-            features = seen[next(iter(seen))] if site is not None else None
-            if features is not None:
-                features = (features.flatten(2).mean(2) if features.ndim > 2 else features).float().cpu()
-            found.append((scores.float().cpu(), y.cpu(), features))
-    checks.require(len(found) > 0, "loader: it is empty; expected batches of (inputs, labels)")
-    features = [f for _, _, f in found if f is not None]
-    return (
-        torch.cat([s for s, _, _ in found]),
-        torch.cat([y for _, y, _ in found]),
-        torch.cat(features) if features else None,
-    )
-
-
-@contextmanager
-def recalibrated(model: nn.Module, loader: Iterable[Any]) -> Iterator[None]:
-    """Batch norm with the statistics of the whole data under the present weights; the old ones afterwards.
-
-    After an epoch or two the running statistics lag behind weights that still change fast.
-
-    >>> net = nn.BatchNorm1d(1).eval()
-    >>> with recalibrated(net, [(torch.tensor([[1.0], [3.0]]), None)]):
-    ...     inside = net.running_mean.item()
-    >>> inside, net.running_mean.item()
-    (2.0, 0.0)
-    """
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    held = [(m, m.momentum, m.training, {n: b.clone() for n, b in m.named_buffers()}) for m in layers]
-    device = device_of(model)
-    try:
-        with torch.no_grad(), frozen(model):
-            for m in layers:
-                m.reset_running_stats()
-                m.momentum = None
-                m.train()
-            for x, _ in _batches(loader) if layers else ():
-                model(x.to(device))
-        yield
-    finally:
-        for m, momentum, training, buffers in held:
-            m.momentum, m.training = momentum, training
-            for name, value in buffers.items():
-                m.get_buffer(name).copy_(value)
-
-
 def find_slow(
     model: nn.Module,
     fit: Fitting,
@@ -236,10 +166,10 @@ def find_slow(
         loader: the un-augmented training data in the order of its indices, in batches (inputs, labels).
         epochs: E, the epochs of the whole training.
         separating: t; ``"auto"`` trains to the end of ``window`` (and as far as the smoothing looks ahead), applies
-            :func:`separating_epoch` to the errors and takes the weights of that epoch, copies of which are kept on the way.
+            :func:`~lineament.learn.separating.separating_epoch` to the errors and takes the weights of that epoch, copies of which are kept on the way.
         by, exclude, seed: as for :func:`select_slow`.
         output: ``"softmax"``, ``"logits"``, or ``"features"`` of ``site`` (the head's input, ``"head:in"``).
-        window, smooth: as for :func:`separating_epoch`.
+        window, smooth: as for :func:`~lineament.learn.separating.separating_epoch`.
 
     Raises:
         InputError: wrong arguments, labels that leave a class empty, a ``fit`` that ends too early or yields no errors.
@@ -266,7 +196,7 @@ def find_slow(
         last = min(high + 1 + smooth // 2, epochs)
     else:
         low = high = last = checks.number("separating", separating, low=1, high=epochs, integer=True)
-    count = sum(len(y) for _, y in _batches(loader))
+    count = sum(len(y) for _, y in batches(loader))
     initial = copy.deepcopy(model.state_dict())
     try:
         kept: dict[int, Any] = {}
@@ -341,16 +271,3 @@ def useful(
         rows = early.selection.indices(factor, balance=balance, seed=seed)
         errors = list(fit(model, rows, epochs))
     return Useful(early, rows, tuple(float(e) for e in errors))
-
-
-def _batches(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    if isinstance(loader, Iterator) or not isinstance(loader, Iterable):
-        raise checks.InputError(
-            f"loader: got {checks.show(loader)}, expected a DataLoader or a list of (inputs, labels), which can be walked again"
-        )
-    for batch in loader:
-        checks.require(
-            isinstance(batch, (tuple, list)) and len(batch) >= 2,
-            f"loader: got a batch {checks.show(batch)}, expected (inputs, labels)",
-        )
-        yield batch[0], batch[1]

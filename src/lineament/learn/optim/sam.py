@@ -127,12 +127,12 @@ class SAM(Optimizer):
             if p not in self._copies or self._copies[p].shape != p.shape or self._copies[p].dtype != p.dtype:
                 self._copies[p] = torch.empty_like(p, requires_grad=False)
         if params:
-            torch._foreach_copy_([self._copies[p] for p in params], params)
+            torch._foreach_copy_([self._copies[p] for p in params], params)  # pyright: ignore[reportPrivateImportUsage]
         for scale in {(rho, up) for _, rho, up in found}:
             rows = [i for i, (_, rho, up) in enumerate(found) if (rho, up) == scale]
             size = (-1.0 if scale[1] else 1.0) * scale[0] / (length + _TINY)
             mine = [params[i] for i in rows]
-            torch._foreach_add_(mine, self._directions(mine, [grads[i] for i in rows]), alpha=size)
+            torch._foreach_add_(mine, self._directions(mine, [grads[i] for i in rows]), alpha=size)  # pyright: ignore[reportPrivateImportUsage]
         if zero_grad:
             self.zero_grad()
 
@@ -157,7 +157,7 @@ class SAM(Optimizer):
         For loops in which something else decides whether to step: a gradient scaler that found infinities, say.
         """
         if self._moved:
-            torch._foreach_copy_(self._moved, [self._copies[p] for p in self._moved])
+            torch._foreach_copy_(self._moved, [self._copies[p] for p in self._moved])  # pyright: ignore[reportPrivateImportUsage]
         self._moved, self._phase = [], ""
 
     @torch.no_grad()
