@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,7 +87,7 @@ def _split(name: str, folder: Path, split: str) -> Split:
             raw, offsets, y = stored["bytes"], stored["offsets"], stored["y"].astype(np.int64)
         images = [
             np.asarray(Image.open(io.BytesIO(raw[a:b].tobytes())).convert("RGB"))
-            for a, b in zip(offsets[:-1], offsets[1:])
+            for a, b in itertools.pairwise(offsets)
         ]
         return Split(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y))
     path = folder / f"{split}.npz"
