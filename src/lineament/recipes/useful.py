@@ -76,7 +76,7 @@ class Config:
     theory_samples: int = 500
     theory_slow: tuple[float, ...] = (0.6, 0.4)
     theory_alpha: float = 0.9
-    theory_steps: int = 1200
+    theory_steps: int = 400
     theory_rho: float = 0.1
     theory_seeds: tuple[int, ...] = (0,)
 
@@ -90,6 +90,7 @@ class Config:
             ),
             "seeds": (0, 1, 2, 3, 4, 5),
             "theory_slow": (0.6, 0.4, 0.2),
+            "theory_steps": 1200,
             "theory_seeds": (0, 1, 2),
         },
         paper={
@@ -110,6 +111,7 @@ class Config:
             "separating": 8,
             "seeds": (0, 1, 2),
             "theory_slow": (0.6, 0.4, 0.2),
+            "theory_steps": 1200,
             "theory_seeds": (0, 1, 2),
         },
     )
@@ -166,7 +168,7 @@ def theory_panel(config: Config) -> dict[str, Any]:
     panel: dict[str, Any] = {"marks": marks, "runs": {}}
     for slow in config.theory_slow:
         for seed in config.theory_seeds:
-            options = {"slow": slow, "alpha": config.theory_alpha}
+            options: dict[str, Any] = {"slow": slow, "alpha": config.theory_alpha}
             data = fast_slow_patches(config.theory_samples, seed=2 * seed, **options)
             test = fast_slow_patches(2000, seed=2 * seed + 1, **options)
             W = 0.1 * torch.randn(

@@ -277,10 +277,10 @@ class ASAM(SAM):
         super().__init__(base, rho=rho, model=model, nonfinite=nonfinite)
 
     def _lengths(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        return [g * w.abs() for w, g in zip(params, grads)]
+        return [_wide(g) * _wide(w).abs() for w, g in zip(params, grads)]
 
     def _directions(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        return [g * w.abs().square() for w, g in zip(params, grads)]
+        return [_wide(g) * _wide(w).abs().square() for w, g in zip(params, grads)]
 
 
 @contextmanager
@@ -301,6 +301,11 @@ def running_statistics_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.track_running_stats = True
+
+
+def _wide(t: Tensor) -> Tensor:
+    """In single precision where it is half: the square of a weight times its gradient leaves the range of float16."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
 def _norm(tensors: list[Tensor]) -> float:
