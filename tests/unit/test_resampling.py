@@ -142,16 +142,16 @@ def test_the_sampler_repeats_indices_and_shares_them_among_processes():
     other.load_state_dict({"epoch": 1})
     assert torch.equal(torch.tensor(list(other)), second)
     parts = [list(UpsamplingSampler(rows, seed=5, rank=r, replicas=3)) for r in range(3)]
-    assert {len(p) for p in parts} == {3} and sorted(sum(parts, []))[:1] == [0]
+    assert {len(p) for p in parts} == {3}
     merged = [parts[i % 3][i // 3] for i in range(9)]
     assert merged[:7] == first.tolist() and merged[7:] == first.tolist()[:2]
 
 
 def test_what_cannot_be_used_is_named():
     fit = Fit(X, Y, sgd)
-    with pytest.raises(InputError, match="leave|no example"):
+    with pytest.raises(InputError, match="classes have no example"):
         find_slow(net(), fit, [(X, torch.zeros(60).long())], epochs=5, separating=1)
-    with pytest.raises(InputError, match="an iterator|walked again"):
+    with pytest.raises(InputError, match="walked again"):
         find_slow(net(), fit, iter(LOADER), epochs=5, separating=1)
     with pytest.raises(InputError, match="separating"):
         find_slow(net(), fit, LOADER, epochs=5, separating=9)
