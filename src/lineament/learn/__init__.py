@@ -1,0 +1,1 @@
+"""How training shapes features: optimizers, first layers, resampling, heads, losses, boosting."""
