@@ -61,8 +61,8 @@ def system(
 
     >>> from lineament.learn.optim.gns_forms import Dense
     >>> g = torch.tensor([3.0, 4.0], dtype=torch.float64); B = Metric(None, g)
-    >>> system(Dense(torch.eye(2, dtype=torch.float64)), B, g, g).solve(1.0).tolist()
-    [-1.5, -2.0]
+    >>> system(Dense(torch.eye(2, dtype=torch.float64)), B, g, g).solve(1.0)
+    tensor([-1.5000, -2.0000], dtype=torch.float64)
     """
     checks.one_of("solver", solver, SOLVERS)
     if isinstance(form, Zero):
