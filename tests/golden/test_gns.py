@@ -25,7 +25,10 @@ def problems(a):
     """{prefix: (problem, {name of a stored matrix: kind})} for those whose inputs are there."""
     found = {}
     if "lse_A" in a:
-        found["lse"] = LogSumExp(a["lse_A"], a["lse_b"], mu=float(a["lse_mu"])), {"hess": "exact", "wgn": "gauss_newton"}
+        found["lse"] = (
+            LogSumExp(a["lse_A"], a["lse_b"], mu=float(a["lse_mu"])),
+            {"hess": "exact", "wgn": "gauss_newton"},
+        )
     if "nle_A" in a:
         equations = Linear(a["nle_A"], a["nle_b"])
         found["nle"] = PowerOfResiduals(equations, p=int(a["nle_p"])), {"hess": "exact", "fisher": "fisher"}
@@ -55,7 +58,24 @@ TRAJECTORIES = {
     "log_exact": ("exact", None, None),
     "log_fisher": ("fisher", None, None),
 }
-ONE_POINT = ("x", "f", "grad", "hess", "wgn", "fisher", "gn", "A", "b", "mu", "p", "B", "fstar", "y", "Y", "l2")
+ONE_POINT = (
+    "x",
+    "f",
+    "grad",
+    "hess",
+    "wgn",
+    "fisher",
+    "gn",
+    "A",
+    "b",
+    "mu",
+    "p",
+    "B",
+    "fstar",
+    "y",
+    "Y",
+    "l2",
+)
 
 
 def check_oracles(a, prefix, problem, matrices):
@@ -89,8 +109,14 @@ def check_trajectory(a, name, problem):
     kind, metric, least = TRAJECTORIES[name]
     prefix = name.split("_")[0]
     independent = f"{name}_solves" not in a
-    stop = {"grad_tol": 1e-7} if prefix == "log" else {"f_star": float(a[least]) if least else 0.0, "grad_tol": 0.0}
-    start = a.get(f"{name}_x0", a["cheb_x"] if prefix == "cheb" else torch.zeros_like(a.get("log_x", torch.zeros(0))))
+    stop = (
+        {"grad_tol": 1e-7}
+        if prefix == "log"
+        else {"f_star": float(a[least]) if least else 0.0, "grad_tol": 0.0}
+    )
+    start = a.get(
+        f"{name}_x0", a["cheb_x"] if prefix == "cheb" else torch.zeros_like(a.get("log_x", torch.zeros(0)))
+    )
     seen = []
     result = minimize(
         problem,

@@ -103,11 +103,14 @@ def minimize(
     moving = metric if callable(metric) else None
     B = Metric(None if moving else metric, x)
     counts = Counts()
+    rounding = getattr(problem, "eps", torch.finfo(x.dtype).eps)
     began = time.perf_counter()
 
     def curvature(at: Tensor) -> Form:
         counts.hessians += 1
-        found = reduced(as_form(problem.curvature(at, hess), at, symmetric=True), form, at, rank=rank, seed=seed)
+        found = reduced(
+            as_form(problem.curvature(at, hess), at, symmetric=True), form, at, rank=rank, seed=seed
+        )
         return Dense(as_dense(found, len(at)).to(at)) if isinstance(chosen, Cubic) else found
 
     value, gradient = counts.evaluate(problem.value_and_grad, x)
@@ -142,7 +145,9 @@ def minimize(
             curvature(here.x), B, here.g, here.z,
             solver=solver_here, indefinite=indefinite, cg_tol=cg_tol, cg_steps=cg_steps,
         )  # fmt: skip
-        step = search(problem.value_and_grad, here, equations, B, chosen, number, max_probes, counts)
+        step = search(
+            problem.value_and_grad, here, equations, B, chosen, number, max_probes, counts, eps=rounding
+        )
         counts.products += equations.products
         if step.trial is None:
             status = "precision" if step.tiny else "search_failed"
@@ -208,7 +213,12 @@ def search(
                 larger = rule.grow(number)
                 further = _tried(evaluate, here, equations, metric, rule, larger, counts, eps)
                 probes += 1
-                if larger == number or further is None or not rule.accepts(further) or further.new.f >= trial.new.f:
+                if (
+                    larger == number
+                    or further is None
+                    or not rule.accepts(further)
+                    or further.new.f >= trial.new.f
+                ):
                     break
                 number, trial = larger, further
             return Step(trial, rule.grow(number), rule.gamma(number, trial.lam, here.norm), probes)
@@ -217,7 +227,14 @@ def search(
 
 
 def _tried(
-    evaluate: Evaluate, here: Point, equations: System, metric: Metric, rule: Rule, number: float, counts: Counts, eps: float
+    evaluate: Evaluate,
+    here: Point,
+    equations: System,
+    metric: Metric,
+    rule: Rule,
+    number: float,
+    counts: Counts,
+    eps: float,
 ) -> Trial | None:
     """One probe: solve, evaluate; ``None`` where the solve failed or the values are not finite."""
     counts.solves += 1

@@ -107,11 +107,15 @@ class Equations:
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]):
-        checks.require(callable(function), f"function: got {checks.show(function)}, expected a function of a tensor")
+        checks.require(
+            callable(function), f"function: got {checks.show(function)}, expected a function of a tensor"
+        )
         self.function = function
 
     def residuals(self, x: Tensor) -> Tensor:
-        return checks.tensor("equations", self.function(x).detach(), shape=("m",), floating=True, finite=False)
+        return checks.tensor(
+            "equations", self.function(x).detach(), shape=("m",), floating=True, finite=False
+        )
 
     def pulled(self, x: Tensor, v: Tensor) -> Tensor:
         return vjp(self.function, x)[1](v)[0]

@@ -148,9 +148,14 @@ def as_dense(form: Form, n: int) -> Float[Tensor, "n n"]:
     checks.require(isinstance(form, Operator), f"{form.describe()} has no matrix")
     assert isinstance(form, Operator)
     checks.require(
-        n <= 5000, f"solver: {n} parameters make a matrix of that side, expected at most 5000; use solver='cg'"
+        n <= 5000,
+        f"solver: {n} parameters make a matrix of that side, expected at most 5000; use solver='cg'",
     )
-    dtype = form.operator.dtype if isinstance(getattr(form.operator, "dtype", None), torch.dtype) else torch.float64
+    dtype = (
+        form.operator.dtype
+        if isinstance(getattr(form.operator, "dtype", None), torch.dtype)
+        else torch.float64
+    )
     return form.product(torch.eye(n, dtype=dtype, device=getattr(form.operator, "device", None)))
 
 

@@ -71,7 +71,11 @@ class Metric:
             return v
         if self.kind == "diagonal":
             return v / (self.diagonal if v.ndim == 1 else self.diagonal[:, None])
-        return torch.cholesky_solve(v[:, None], self._L)[:, 0] if v.ndim == 1 else torch.cholesky_solve(v, self._L)
+        return (
+            torch.cholesky_solve(v[:, None], self._L)[:, 0]
+            if v.ndim == 1
+            else torch.cholesky_solve(v, self._L)
+        )
 
     def half(self, v: Tensor) -> Tensor:
         """L⁻¹ v for B = LLᵀ and v of shape (n,) or (n, k): ‖s‖_* is the Euclidean norm of L⁻¹s."""

@@ -42,7 +42,10 @@ def as_problem(fun: Any, jac: Any, hess: Any, tensors: bool) -> tuple[Problem, A
         return (_Flat(fun), kind) if kind == "zero" else (fun, kind)
     checks.require(callable(fun), f"fun: got {checks.show(fun)}, expected a function or a problem")
     checks.require(
-        hess is None or callable(hess) or hess in ("exact", "zero") or isinstance(hess, HessianUpdateStrategy),
+        hess is None
+        or callable(hess)
+        or hess in ("exact", "zero")
+        or isinstance(hess, HessianUpdateStrategy),
         f"hess: got {checks.show(hess)}, expected a function, 'exact', None or a HessianUpdateStrategy; "
         "names such as 'fisher' belong to problems",
     )
@@ -107,7 +110,11 @@ class _Functions:
             np.size(value) == 1 if not isinstance(value, Tensor) else value.numel() == 1,
             f"fun: it returned {checks.show(value)}, expected one number",
         )
-        gradient = gradient if isinstance(gradient, Tensor) else torch.as_tensor(np.asarray(gradient, dtype=np.float64))
+        gradient = (
+            gradient
+            if isinstance(gradient, Tensor)
+            else torch.as_tensor(np.asarray(gradient, dtype=np.float64))
+        )
         checks.require(
             gradient.numel() == x.numel(),
             f"jac: it returned {checks.show(gradient)}, expected shape ({len(x)},)",

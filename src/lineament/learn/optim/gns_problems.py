@@ -37,7 +37,9 @@ class LogSumExp:
 
     def __init__(self, A: Float[Tensor, "m n"], b: Float[Tensor, "m"] | None = None, *, mu: float = 1.0):
         self.A = checks.tensor("A", A, shape=("m", "n"), floating=True)
-        self.b = torch.zeros_like(A[:, 0]) if b is None else checks.tensor("b", b, shape=(len(A),), floating=True)
+        self.b = (
+            torch.zeros_like(A[:, 0]) if b is None else checks.tensor("b", b, shape=(len(A),), floating=True)
+        )
         self.mu = float(checks.number("mu", mu, low=0, open_low=True))
 
     @classmethod
@@ -86,7 +88,8 @@ class Logistic:
         checks.tensor("y", y, shape=(len(A),))
         found = set(y.unique().tolist())
         checks.require(
-            found <= {-1, 1} or found <= {0, 1}, f"y: got labels {sorted(found)[:4]}, expected -1 and 1, or 0 and 1"
+            found <= {-1, 1} or found <= {0, 1},
+            f"y: got labels {sorted(found)[:4]}, expected -1 and 1, or 0 and 1",
         )
         self.y = (2 * y - 1 if found <= {0, 1} else y).to(A)
         self.l2 = float(checks.number("l2", l2, low=0))
@@ -131,7 +134,12 @@ class Softmax:
     kinds = ("exact", "gauss_newton", "fisher")
 
     def __init__(
-        self, A: Float[Tensor, "N d"], labels: Int[Tensor, "N"], *, classes: int | None = None, l2: float = 0.0
+        self,
+        A: Float[Tensor, "N d"],
+        labels: Int[Tensor, "N"],
+        *,
+        classes: int | None = None,
+        l2: float = 0.0,
     ):
         self.A = checks.tensor("A", A, shape=("N", "d"), floating=True)
         labels = checks.labels("labels", labels, count=len(A), classes=classes)
@@ -164,7 +172,10 @@ class Softmax:
         for k in range(K):
             for j in range(k + 1) if kind == "exact" else (k,):
                 if j == k:
-                    block = gram(self.A * ((p[:, k] * (1 - p[:, k]) if kind == "exact" else p[:, k]) / N).sqrt()[:, None])
+                    block = gram(
+                        self.A
+                        * ((p[:, k] * (1 - p[:, k]) if kind == "exact" else p[:, k]) / N).sqrt()[:, None]
+                    )
                 else:
                     block = self.A.T @ (self.A * (p[:, k] * p[:, j] / -N)[:, None])
                 matrix[:, k, :, j] = matrix[:, j, :, k] = block
@@ -174,7 +185,9 @@ class Softmax:
 
     def concordance(self, metric: Any = None) -> float:
         """M of quasi-self-concordance, an upper bound: √2 max_n ‖a_n‖ (B = I only)."""
-        checks.require(metric is None, f"metric: got {checks.show(metric)}, expected None: known for B = I only")
+        checks.require(
+            metric is None, f"metric: got {checks.show(metric)}, expected None: known for B = I only"
+        )
         return 2**0.5 * float(self.A.norm(dim=1).max())
 
 
@@ -199,7 +212,9 @@ class PowerOfResiduals:
 
     def __init__(self, equations: Any, *, p: float = 2, G: Float[Tensor, "m m"] | None = None):
         for name in ("residuals", "jacobian", "second"):
-            checks.require(hasattr(equations, name), f"equations: got {checks.show(equations)}, which has no {name}()")
+            checks.require(
+                hasattr(equations, name), f"equations: got {checks.show(equations)}, which has no {name}()"
+            )
         self.equations = equations
         self.p = float(checks.number("p", p, low=2))
         self.G = G
@@ -248,5 +263,3 @@ def _power(s: float, exponent: float) -> float:
 def dense_curvature(problem: Any, x: Float[Tensor, "n"], kind: str = "exact") -> Float[Tensor, "n n"]:
     """A problem's curvature as a matrix."""
     return as_dense(problem.curvature(x, kind), len(x))
-
-

@@ -161,7 +161,9 @@ def harmonic(*gammas: float) -> float:
     >>> harmonic(2.0, 2.0)
     1.0
     """
-    total = sum(1 / checks.number("gamma", gamma, low=0, open_low=True) for gamma in gammas if gamma != math.inf)
+    total = sum(
+        1 / checks.number("gamma", gamma, low=0, open_low=True) for gamma in gammas if gamma != math.inf
+    )
     return 1 / total if total else math.inf
 
 
@@ -171,7 +173,9 @@ def swap_smoothness(grad_norm: float, *, C1: float, C2: float = 0.0, beta: float
     >>> swap_smoothness(2.0, C1=1.0)
     2.0
     """
-    return lower_bound(grad_norm, {1.0: C1} if not C2 else {1.0: C1 + C2 * (beta == 1), **({} if beta == 1 else {beta: C2})})
+    return lower_bound(
+        grad_norm, {1.0: C1} if not C2 else {1.0: C1 + C2 * (beta == 1), **({} if beta == 1 else {beta: C2})}
+    )
 
 
 def nonconvex_iterations(gap: float, least_gamma: float, first_norm: float, eps: float) -> float:
