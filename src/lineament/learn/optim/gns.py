@@ -24,7 +24,7 @@ from lineament.learn.optim.gns_forms import FORMS, Dense, Form, as_dense, as_for
 from lineament.learn.optim.gns_log import MESSAGES, Minimum, Record
 from lineament.learn.optim.gns_metric import Metric
 from lineament.learn.optim.gns_oracles import Problem, as_problem
-from lineament.learn.optim.gns_rules import Cubic, Point, Rule, Smoothness, Trial, as_rule
+from lineament.learn.optim.gns_rules import Cubic, Point, Rule, Trial, as_rule
 from lineament.learn.optim.gns_solvers import INDEFINITE, SOLVERS, System, system
 
 Evaluate = Callable[[Tensor], tuple[float, Tensor]]

@@ -103,7 +103,7 @@ class Network:
                 )
                 seen += chunk.count
                 share = chunk.count / seen
-                value += (float(loss) - value) * share
+                value += (float(loss.detach()) - value) * share
                 total.lerp_(flatten(found).to(total), share)
         return value, total
 

@@ -25,8 +25,8 @@ _DENSE = 2000
 class Problem(Protocol):
     """What :func:`minimize` asks of a function."""
 
-    kinds: tuple[str, ...]
-
+    @property
+    def kinds(self) -> tuple[str, ...]: ...
     def value_and_grad(self, x: Tensor) -> tuple[float, Tensor]: ...
     def curvature(self, x: Tensor, kind: Any) -> Any: ...
 

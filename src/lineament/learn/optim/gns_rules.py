@@ -49,8 +49,8 @@ class Trial:
 class Rule(Protocol):
     """One number and three decisions."""
 
-    start: float
-
+    @property
+    def start(self) -> float: ...
     def step(self, number: float, system: System, old: Point) -> tuple[Tensor | None, float, float]:
         """(h or None, λ, model)."""
         ...

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Float
 from scipy.linalg import eigh_tridiagonal
-from scipy.linalg.lapack import dptsv
+from scipy.linalg.lapack import dptsv  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.learn.optim.gns_forms import Dense, Diagonal, Form, LowRank, Operator, Zero, as_dense
+from lineament.learn.optim.gns_forms import Diagonal, Form, LowRank, Operator, Zero, as_dense
 from lineament.learn.optim.gns_metric import Metric
 
 SOLVERS = ("auto", "cholesky", "eigh", "woodbury", "rank1", "cg")

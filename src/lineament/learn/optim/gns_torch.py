@@ -174,7 +174,7 @@ class GNS(Optimizer):
             finally:
                 # The curvature may be asked for more products, which belong to the old weights.
                 _restore(params, before)
-            return float(value), flatten([grad.detach().double() for grad in found])
+            return float(value.detach()), flatten([grad.detach().double() for grad in found])
 
         step = search(
             evaluate, here, equations, self._B, self.rule, kept["gamma"], group["max_probes"], counts, eps
