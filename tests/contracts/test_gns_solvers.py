@@ -48,7 +48,7 @@ def metric_of(name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("form, solver", CASES)
+@pytest.mark.parametrize(("form", "solver"), CASES)
 @pytest.mark.parametrize("gamma", [1e-3, 1.0, 1e3])
 def test_the_step_is_that_of_the_matrix(form, solver, metric, gamma, dtype):
     H, B, g = form_of(form, dtype), metric_of(metric, dtype), draw(N, dtype=dtype, seed=3)

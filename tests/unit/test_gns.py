@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -25,6 +26,7 @@ from lineament.learn.optim import (
     SuperUniversal,
     fast_gradient,
     minimize,
+    scipy_method,
 )
 from lineament.learn.optim.gns_problems import dense_curvature
 from lineament.learn.optim.gns_smoothness import nonconvex_iterations
@@ -73,7 +75,7 @@ def test_every_accepted_step_satisfies_the_lemma(kind, seed):
     found, seen = walk(problem, torch.ones(8, dtype=F64), hess=kind, f_star=least)
     log = found.log
     assert found.success and log[0].hessians == 0 and found.nhev == found.nit
-    for k, (old, new) in enumerate(zip(seen, seen[1:])):
+    for k, (old, new) in enumerate(itertools.pairwise(seen)):
         h, lam, gamma = new - old, log[k].lam, log[k].gamma
         assert lam == log[k].grad_norm / gamma and float(h.norm()) <= gamma * (1 + 1e-12)
         assert log[k].value - log[k + 1].value >= log[k + 1].grad_norm ** 2 / (8 * lam)
@@ -81,7 +83,7 @@ def test_every_accepted_step_satisfies_the_lemma(kind, seed):
         H, g = dense_curvature(problem, old, kind), problem.value_and_grad(old)[1]
         torch.testing.assert_close(H @ h + lam * h, -g, atol=1e-12, rtol=1e-9)
     values = found.column("value")
-    assert all(a > b for a, b in zip(values, values[1:]))
+    assert all(a > b for a, b in itertools.pairwise(values))
     powers = [math.log2(gamma) for gamma in found.column("gamma")[:-1]]
     assert all(power == int(power) for power in powers)
     assert found.nsolve <= 2 * found.nit + max(0, -min(powers)) + 2
@@ -99,7 +101,7 @@ def test_approximations_are_not_replaced_by_the_hessian():
 
 def test_without_curvature_the_step_is_gamma_long():
     found, seen = walk(log_sum_exp(), torch.ones(8, dtype=F64), hess=None, max_iters=30)
-    lengths = [float((b - a).norm()) for a, b in zip(seen, seen[1:])]
+    lengths = [float((b - a).norm()) for a, b in itertools.pairwise(seen)]
     np.testing.assert_allclose(lengths, found.column("gamma")[: len(lengths)], rtol=1e-9)
 
 
@@ -142,6 +144,7 @@ def test_alpha_one_is_the_step_of_one_over_M():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hess", ["exact", None])
 def test_the_bound_for_functions_that_are_not_convex(hess):
     eps = 1e-3
@@ -154,7 +157,8 @@ def test_the_bound_for_functions_that_are_not_convex(hess):
 
 
 @pytest.mark.parametrize(
-    "p, exact, approximate", [(2, 51, 49), (3, 53, 50), (4, 55, 55), (5, 56, 57), (6, 58, 57), (8, 59, 58)]
+    ("p", "exact", "approximate"),
+    [(2, 51, 49), (3, 53, 50), (4, 55, 55), (5, 56, 57), (6, 58, 57), (8, 59, 58)],
 )
 def test_rosenbrock_residuals_take_the_references_iterations(p, exact, approximate):
     problem = PowerOfResiduals(Rosenbrock(), p=p)
@@ -264,7 +268,7 @@ def test_scipy_functions_and_quasi_newton():
     assert np.allclose(minimize(so.rosen, [-2.0, 2.0], hess=so.BFGS(), **options).x, 1, atol=1e-5)
     inside = so.minimize(
         so.rosen, np.full(5, -1.0), jac=so.rosen_der, hessp=so.rosen_hess_prod, hess=None,
-        method=__import__("lineament.learn.optim", fromlist=["x"]).scipy_method, options={"cg_tol": 1e-3},
+        method=scipy_method, options={"cg_tol": 1e-3},
     )  # fmt: skip
     assert inside.success and np.allclose(inside.x, 1, atol=1e-6) and inside.nsolve >= inside.nit
 

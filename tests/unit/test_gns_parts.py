@@ -95,7 +95,7 @@ def test_what_the_approximations_leave_out():
     torch.testing.assert_close(fisher, (power.p - 2) / (power.p * f) * torch.outer(g, g))
     torch.testing.assert_close(dense_curvature(power, x, "gauss_newton"), dense_curvature(power, x))
     logistic = PROBLEMS["logistic"][0]
-    each = torch.stack([-torch.sigmoid(r @ x).neg() * r for r in logistic.rows])
+    each = torch.stack([torch.sigmoid(r @ x) * r for r in logistic.rows])
     wanted = each.T @ each / len(each) + 0.05 * torch.eye(4, dtype=F64)
     torch.testing.assert_close(dense_curvature(logistic, x, "fisher"), wanted)
     torch.testing.assert_close(dense_curvature(logistic, x, "gauss_newton"), dense_curvature(logistic, x))
@@ -122,7 +122,7 @@ CLOSED = [
 ]
 
 
-@pytest.mark.parametrize("name, gradient, second, at, wanted", CLOSED, ids=[c[0] for c in CLOSED])
+@pytest.mark.parametrize(("name", "gradient", "second", "at", "wanted"), CLOSED, ids=[c[0] for c in CLOSED])
 def test_gamma_in_closed_form(name, gradient, second, at, wanted):
     x = torch.tensor([at], dtype=F64)
     for scale, gamma in wanted.items():
@@ -146,6 +146,7 @@ def test_gamma_keeps_its_bounds():
     assert math.exp(QSC) == pytest.approx(1 + 2 * QSC, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_gamma_ignores_scale_and_affine_maps():
     problem, x = LogSumExp(random(20, 3), random(20, seed=1)), random(3, seed=2)
     gradient, H = (lambda x: problem.value_and_grad(x)[1]), dense_curvature(problem, x)
@@ -188,7 +189,7 @@ def test_reductions_keep_what_they_say():
         as_dense(Operator(object()), 6000)
 
 
-@pytest.mark.parametrize("form, rank", [("diagonal", 1), ("low_rank", 3), ("operator", 1), ("dense", 1)])
+@pytest.mark.parametrize(("form", "rank"), [("diagonal", 1), ("low_rank", 3), ("operator", 1), ("dense", 1)])
 @pytest.mark.parametrize("name", ["lse", "logistic", "softmax", "linear, p 3"])
 def test_every_form_of_every_problem_descends(name, form, rank):
     problem, n = PROBLEMS[name]
@@ -198,7 +199,7 @@ def test_every_form_of_every_problem_descends(name, form, rank):
     )
     values = found.column("value")
     assert values == sorted(values, reverse=True) and found.log[-1].grad_norm < 0.1 * found.log[0].grad_norm
-    assert (found.nprod > 0) == (form == "operator" or (form == "low_rank" and False))
+    assert (found.nprod > 0) == (form == "operator")
 
 
 def test_the_krylov_space_serves_every_shift():

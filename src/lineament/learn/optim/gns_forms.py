@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.learn.optim.gns_metric import asymmetry_allowed
 
 FORMS = ("as is", "dense", "diagonal", "low_rank", "operator")
 
@@ -105,7 +107,7 @@ def as_form(value: Any, like: Float[Tensor, "n"], *, symmetric: bool = False) ->
         return Dense(as_dense(value, n))
     if isinstance(value, Form):
         return value
-    if hasattr(value, "toarray"):
+    if scipy.sparse.issparse(value):
         value = value.toarray()
     if isinstance(value, (np.ndarray, list, tuple, float)):
         value = torch.as_tensor(np.asarray(value, dtype=np.float64))
@@ -129,7 +131,7 @@ def as_form(value: Any, like: Float[Tensor, "n"], *, symmetric: bool = False) ->
     if symmetric:
         gap = float((value - value.T).abs().max())
         checks.require(
-            gap <= 1e-8 * float(value.abs().max()),
+            gap <= asymmetry_allowed(value),
             f"hess: it differs from its transpose by {gap:.3g}, expected a symmetric matrix",
         )
     return Dense(value)

@@ -13,6 +13,11 @@ from torch import Tensor
 from lineament.core import checks
 
 
+def asymmetry_allowed(matrix: Tensor) -> float:
+    """How far a matrix may be from its transpose: 1e-8 of its greatest entry, more only where the dtype rounds more."""
+    return max(1e-8, 64 * torch.finfo(matrix.dtype).eps) * float(matrix.abs().max())
+
+
 class Metric:
     """A symmetric positive definite B: ``None`` for the identity, (n,) for a diagonal, (n, n) for a matrix.
 
@@ -47,7 +52,7 @@ class Metric:
             return
         gap = float((B - B.T).abs().max())
         checks.require(
-            gap <= 1e-8 * float(B.abs().max()),
+            gap <= asymmetry_allowed(B),
             f"metric: it differs from its transpose by {gap:.3g}, expected a symmetric matrix",
         )
         L, info = torch.linalg.cholesky_ex(B)
