@@ -100,7 +100,7 @@ PAPERS: tuple[Paper, ...] = (
         "Shah, Jain, Netrapalli",
         "2102.12781",
         "Test whether input gradients mark the pixels that matter, by retraining on what they keep.",
-        ("explain/faithfulness.py", "data/blockmnist.py"),
+        ("explain/diffroar.py", "data/blockmnist.py", "learn/adversarial.py"),
     ),
     Paper(
         "reagent",

@@ -13,7 +13,11 @@ LENSES = {
     "spectrum": "how many directions its features use, layer by layer",
     "sharpness": "how curved the loss is around its weights",
     "parts": "which channels can be silenced, at what cost",
+    "tokens": "which words of a prompt decide what a language model says next",
+    "components": "which layers and heads of a language model carry a behaviour",
 }
+# What each of them looks at: a language model and prompts; the others look at a network and labelled samples.
+LANGUAGE = ("tokens", "components")
 
 
 def lens(name: str) -> ModuleType:
