@@ -9,6 +9,7 @@ parameters and their names, and the gradients of bias and input are the ordinary
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import warnings
 import weakref
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lineament.core.checks import InputError, number, one_of, require, show
-from lineament.learn.first_layer_choice import candidates, choose_layer
+from lineament.learn.first_layer_choice import candidates, check_accumulation, choose_layer
 from lineament.learn.ridge_gradient import RidgeGradient
 
 # Compiled code and copies of a layer know its Tract by a number: a compiled graph cannot hold an object.
@@ -98,7 +99,7 @@ def tract(
     )
     stochastic = samples is not None or every > 1 or momentum > 0
     if accumulate is not None:
-        _check_accumulation(accumulate, name, module, stochastic)
+        check_accumulation(accumulate, name, module, stochastic)
     group = dist.group.WORLD if process_group == "world" else process_group
     require(
         process_group is None or (dist.is_available() and dist.is_initialized()),
@@ -181,9 +182,9 @@ class Tract:
             # Compiled code does not look whether a layer's class has changed.
             torch.compiler.reset()
 
-    def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         require(
-            all(value is None for value in (*args, *kwargs.values())),
+            all(value is None or value is optimizer for value in (*args, *kwargs.values())),
             "accumulate: the optimizer's step was given a closure, whose backward passes come after the correction; leave accumulate out",
         )
         self.correct()
@@ -253,13 +254,13 @@ def _(gradient: torch.Tensor, x: torch.Tensor, number: int) -> torch.Tensor:
     return torch.empty_like(gradient, memory_format=torch.contiguous_format)
 
 
-def _swapped(plain: type[nn.Module], owner: Tract) -> type[nn.Module]:
+def _swapped(plain: Any, owner: Tract) -> type[nn.Module]:
     """The layer's class with a weight that, inside the forward, has another way back; its copies and pickles are plain layers."""
     number = owner.number
-    of_class: Any = getattr(plain, "weight", None)  # a property, where the weight is parametrized
+    parametrized: Any = getattr(plain, "weight", None)  # then the weight is a property that computes it
 
     def stored(self: Any) -> Tensor:
-        return of_class.fget(self) if isinstance(of_class, property) else self._parameters["weight"]
+        return self._parameters["weight"] if parametrized is None else parametrized.fget(self)
 
     def weight(self: Any) -> Tensor:
         x = self.__dict__.get("_tract_input")
@@ -268,10 +269,10 @@ def _swapped(plain: type[nn.Module], owner: Tract) -> type[nn.Module]:
         return _Correction.apply(stored(self), x.detach(), number)  # pyright: ignore
 
     def set_weight(self: Any, value: Any) -> None:
-        if isinstance(of_class, property):
-            of_class.fset(self, value)
-        else:
+        if parametrized is None:
             self._parameters["weight"] = value
+        else:
+            parametrized.fset(self, value)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()), None)
@@ -291,28 +292,17 @@ def _swapped(plain: type[nn.Module], owner: Tract) -> type[nn.Module]:
         finally:
             self.__class__ = swapped
 
+    def reduce(self: Any, protocol: int) -> Any:
+        make, args, *rest = as_plain(self, lambda layer: layer.__reduce_ex__(protocol))
+        # pickle wants __newobj__ to make an object of the class at hand, which is the swapped one.
+        return functools.partial(make, *args), (), *rest
+
     members = {
         "tract_number": number,
         "weight": property(weight, set_weight),
         "forward": forward,
         "__deepcopy__": lambda self, memo: as_plain(self, lambda layer: copy.deepcopy(layer, memo)),
-        "__reduce_ex__": lambda self, protocol: as_plain(self, lambda layer: layer.__reduce_ex__(protocol)),
+        "__reduce_ex__": reduce,
         "__module__": plain.__module__,
     }
     return type(f"Tract{plain.__name__}", (plain,), members)
-
-
-def _check_accumulation(optimizer: Any, name: str, module: nn.Module, stochastic: bool) -> None:
-    require(
-        isinstance(optimizer, torch.optim.Optimizer),
-        f"accumulate: got {show(optimizer)}, expected the optimizer whose step ends each round",
-    )
-    require(not stochastic, "accumulate: gathers every row; leave samples, every and momentum out")
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    require(
-        isinstance(module.weight, nn.Parameter),
-        f"accumulate: the weight of layer {name!r} is parametrized, so that its gradient cannot be corrected afterwards",
-    )
-    require(
-        id(module.weight) in held, f"accumulate: the optimizer does not hold the weight of layer {name!r}"
-    )

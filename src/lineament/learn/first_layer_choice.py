@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -55,6 +56,23 @@ def choose_layer(model: nn.Module, layer: str | None) -> tuple[str, nn.Module]:
     _refuse_shared(model, layer, module, there)
     _refuse_unsupported(layer, module, there)
     return layer, module
+
+
+def check_accumulation(optimizer: Any, name: str, module: nn.Module, stochastic: bool) -> None:
+    """Refuse an optimizer whose step could not correct this layer's summed gradient."""
+    require(
+        isinstance(optimizer, torch.optim.Optimizer),
+        f"accumulate: got {show(optimizer)}, expected the optimizer whose step ends each round",
+    )
+    require(not stochastic, "accumulate: gathers every row; leave samples, every and momentum out")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    require(
+        isinstance(module.weight, nn.Parameter),
+        f"accumulate: the weight of layer {name!r} is parametrized, so that its gradient cannot be corrected afterwards",
+    )
+    require(
+        id(module.weight) in held, f"accumulate: the optimizer does not hold the weight of layer {name!r}"
+    )
 
 
 def _refuse_shared(model: nn.Module, layer: str, module: nn.Module, there: str) -> None:

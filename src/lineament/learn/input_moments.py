@@ -28,7 +28,7 @@ _CHUNK = 2**23
 
 
 def second_moment(
-    layer: nn.Module, x: Tensor, *, samples: int | None = None, generator: torch.Generator | None = None
+    layer: Any, x: Tensor, *, samples: int | None = None, generator: torch.Generator | None = None
 ) -> tuple[Tensor, int]:
     """The sum XᵀX over the rows of a layer's input, and the number of rows N.
 
@@ -51,7 +51,7 @@ def second_moment(
     rows = row_count(layer, windows)
     if samples is not None and samples < rows:
         places = torch.randint(rows, (samples,), generator=generator).to(x.device)
-        windows = windows[_unravelled(places, windows.shape[: _places(layer)])]
+        windows = windows[torch.unravel_index(places, windows.shape[: _places(layer)])]
         rows = samples
     total = None
     for columns in _chunks(layer, windows):
@@ -97,20 +97,22 @@ def divide(gradient: Tensor, factor: Tensor) -> Tensor:
         if gradient.is_sparse:
             gradient = gradient.coalesce()
             values = gradient.values() / factor[gradient.indices()[0]][:, None]
-            return torch.sparse_coo_tensor(gradient.indices(), values, gradient.shape, is_coalesced=True)
+            return torch.sparse_coo_tensor(
+                gradient.indices(), values, gradient.shape, is_coalesced=True, check_invariants=False
+            )
         return (gradient / factor[:, None]).to(gradient.dtype)
     rows = gradient.reshape(len(factor), -1, factor.shape[-1]).to(factor.dtype)
     return torch.cholesky_solve(rows.mT, factor).mT.reshape(gradient.shape).to(gradient.dtype)
 
 
-def wide(layer: nn.Module, x: Tensor) -> bool:
+def wide(layer: Any, x: Tensor) -> bool:
     """Whether the layer's input has fewer rows than columns, so that the N x N form is the cheaper one."""
     if isinstance(layer, nn.Embedding) or x.numel() == 0:
         return False
     return row_count(layer, _windows(layer, x)) < layer.weight[0].numel()
 
 
-def divide_wide(gradient: Tensor, layer: nn.Module, x: Tensor, lam: float) -> Tensor:
+def divide_wide(gradient: Tensor, layer: Any, x: Tensor, lam: float) -> Tensor:
     """``gradient @ (XᵀX / N + lam I)⁻¹`` from an N x N system.
 
     With Xᵀ = Q R the gradient's rows lie in the span of Q, where the moment is R Rᵀ / N. This takes the rounding noise outside that
@@ -125,7 +127,7 @@ def divide_wide(gradient: Tensor, layer: nn.Module, x: Tensor, lam: float) -> Te
     return (inner.to(basis.dtype) @ basis.mT).reshape(gradient.shape).to(gradient.dtype)
 
 
-def row_count(layer: nn.Module, windows: Tensor) -> int:
+def row_count(layer: Any, windows: Tensor) -> int:
     """N: tokens of a linear layer, patches of a convolution, over the whole batch."""
     return windows.shape[: _places(layer)].numel()
 
@@ -154,24 +156,19 @@ def _solving(x: Tensor) -> torch.dtype:
     return x.dtype if x.device.type == "mps" else torch.double
 
 
-def _groups(layer: nn.Module) -> int:
-    return 1 if isinstance(layer, nn.Linear) else int(layer.groups)  # pyright: ignore
+def _groups(layer: Any) -> int:
+    return 1 if isinstance(layer, nn.Linear) else int(layer.groups)
 
 
-def _places(layer: nn.Module) -> int:
+def _places(layer: Any) -> int:
     """How many leading dimensions of the windows say where a row is: (rows,) or (batch, *places)."""
     return 1 if isinstance(layer, nn.Linear) else layer.weight.ndim - 1
 
 
-def _unravelled(flat: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
-    return torch.unravel_index(flat, shape)
-
-
-def _windows(layer: nn.Module, x: Tensor) -> Tensor:
+def _windows(layer: Any, x: Tensor) -> Tensor:
     """A view of the input with a row at each place: (rows, n), or (batch, *places, channels, *kernel) behind the padding."""
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, layer.in_features)
-    assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     dims = layer.weight.ndim - 2
     x = x if x.ndim == dims + 2 else x[None]
     sides = _padding(layer)
@@ -197,7 +194,7 @@ def _padding(layer: Any) -> list[int]:
     return sides
 
 
-def _chunks(layer: nn.Module, windows: Tensor) -> Iterator[Float[Tensor, "groups columns rows"]]:
+def _chunks(layer: Any, windows: Tensor) -> Iterator[Float[Tensor, "groups columns rows"]]:
     """The transposed rows, some leading places at a time, so that unfolded patches never need more than a bounded memory."""
     if isinstance(layer, nn.Linear):
         if len(windows):
@@ -209,7 +206,7 @@ def _chunks(layer: nn.Module, windows: Tensor) -> Iterator[Float[Tensor, "groups
     shape = (_groups(layer), layer.weight[0].numel())
     for part in windows.split(size) if windows.numel() else ():
         places, window = range(inner), range(inner, part.ndim)
-        if layer.stride[-1] == 1:  # pyright: ignore
+        if layer.stride[-1] == 1:
             # Neighbouring places are neighbours in memory, neighbouring columns of a patch only a few.
             yield part.permute(*window, *places).reshape(*shape, -1)
         else:
