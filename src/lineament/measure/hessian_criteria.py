@@ -178,9 +178,9 @@ def criteria(density: Density, *, n: float = 0.5) -> Criteria:
         density: of :func:`~lineament.core.spectra.spectral_density`.
         n: the exponent of K, between 0 and 1 to weigh small curvatures up; 0.5 is the paper's.
 
-    >>> found = criteria(spectral_density(torch.diag(torch.tensor([-1.0, 1.0, 3.0, 4.0])), steps=4))
+    >>> found = criteria(spectral_density(torch.diag(torch.tensor([-2.0, 1.0, 3.0, 4.0])), steps=4))
     >>> round(float(found.re.mean()), 3), found.verdict
-    (0.25, 'unsettled')
+    (0.5, 'unsettled')
     """
     checks.require(
         isinstance(density, Density), f"density: got {checks.show(density)}, expected a Density such as spectral_density(...)"

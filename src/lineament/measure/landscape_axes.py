@@ -49,7 +49,7 @@ class Axis:
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        checks.tensor(f"axis {self.label!r}", self.vector, shape=("total",), floating=True)
+        checks.tensor("axis", self.vector, shape=("total",), floating=True)
 
     def frozen(self, model: nn.Module, count: int) -> Axis:
         """The axis with some parameter tensors left where they are: from number ``count`` on, or for a negative one the first ``-count``.
@@ -118,7 +118,7 @@ def normalised(
         InputError: an unknown normalisation or order, an axis of other parameters.
 
     >>> net = nn.Linear(2, 2, bias=False); net.weight.data = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
-    >>> normalised(net, given(net, torch.ones(4))).vector.view(2, 2).norm(dim=1).tolist()
+    >>> normalised(net, given(net, torch.ones(4))).vector.view(2, 2).norm(dim=1).round(decimals=4).tolist()
     [5.0, 1.0]
     """
     checks.one_of("normalise", how, NORMALISATIONS)
@@ -247,7 +247,7 @@ def hessian_axes(
         pairs = top_eigenpairs(operator, max(chosen) + 1, which=kind, **options)
     axes = []
     for index in chosen[: pairs.vectors.shape[1]]:
-        vector = _signed(pairs.vectors[:, index])
+        vector = signed(pairs.vectors[:, index])
         value = float(pairs.values[index])
         info = {
             "eigenvalue": value,
@@ -346,5 +346,5 @@ def _norm(x: Tensor, order: int, dim: int | None = None) -> Tensor:
     return torch.linalg.vector_norm(x, order, dim=dim)
 
 
-def _signed(vector: Tensor) -> Tensor:
+def signed(vector: Tensor) -> Tensor:
     return vector * (1 if float(vector[vector.abs().argmax()]) >= 0 else -1)

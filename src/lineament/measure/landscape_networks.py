@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.risk import chosen_parameters
-from lineament.measure.landscape_axes import Axis, Weights, _signed, flat_weights, normalised
+from lineament.measure.landscape_axes import Axis, Weights, signed, flat_weights, normalised
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -143,7 +143,7 @@ def trajectory_axes(
         v = spread.T @ left[:, index].to(spread)
         label = f"trajectory's principal direction {number + 1} ({100 * float(shares[number]):.0f} %)"
         info = {"share": float(shares[number])}
-        axes.append(Axis(_signed(v / v.norm()), tuple(names), "trajectory", label, info=info))
+        axes.append(Axis(signed(v / v.norm()), tuple(names), "trajectory", label, info=info))
     coordinates = steps @ torch.stack([axis.vector for axis in axes], 1)
     return Trajectory(axes, coordinates, shares.to(origin.dtype))
 
