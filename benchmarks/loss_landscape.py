@@ -29,7 +29,9 @@ def lenet() -> nn.Module:
 
 
 def perceptron() -> nn.Module:
-    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)).eval()
+    return nn.Sequential(
+        nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
+    ).eval()
 
 
 def peer(what: str, net: nn.Module, x: Tensor, y: Tensor, steps: int, tol: float) -> Callable[[], Any] | None:
@@ -104,9 +106,21 @@ def rows(repeats: int = 5) -> Iterator[Row]:
             return found, top_eigenpairs(operator, 2, which="magnitude", tol=tol)
 
         for name, own, note in (
-            ("spectrum and criteria", spectrum, f"{steps} Lanczos steps on both sides; ours orthogonalises fully"),
-            ("two top eigenvalues", eigenvalues, "ours stops by the residual, theirs by the value's change: ours is the stricter"),
-            ("all", everything, "ours has the trace from the spectrum's probe; theirs runs up to 100 more products for it"),
+            (
+                "spectrum and criteria",
+                spectrum,
+                f"{steps} Lanczos steps on both sides; ours orthogonalises fully",
+            ),
+            (
+                "two top eigenvalues",
+                eigenvalues,
+                "ours stops by the residual, theirs by the value's change: ours is the stricter",
+            ),
+            (
+                "all",
+                everything,
+                "ours has the trace from the spectrum's probe; theirs runs up to 100 more products for it",
+            ),
         ):
             yield compare(
                 SLUG, f"{'spectrum, eigenvalues and trace' if name == 'all' else name}, {what}", own, "PyHessian",
