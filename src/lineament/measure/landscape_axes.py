@@ -121,8 +121,10 @@ def normalised(
     >>> normalised(net, given(net, torch.ones(4))).vector.view(2, 2).norm(dim=1).round(decimals=4).tolist()
     [5.0, 1.0]
     """
-    checks.one_of("normalise", how, NORMALISATIONS)
-    checks.one_of("order", order, (1, 2))
+    checks.require(
+        how in NORMALISATIONS, f"normalise: got {checks.show(how)}, expected one of {NORMALISATIONS}"
+    )
+    checks.number("order", order, low=1, high=2, integer=True)
     checks.one_of("one_dim", one_dim, ONE_DIM)
     if how is None:
         return axis

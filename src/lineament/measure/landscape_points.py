@@ -104,8 +104,8 @@ def evaluate(
     threads = max(1, torch.get_num_threads() // count)
     size = -(-len(points) // count)
     parts = [points[at : at + size] for at in range(0, len(points), size)]
-    found = Parallel(n_jobs=count)(delayed(_elsewhere)(threads, part, *job) for part in parts)
-    rows = list(found)
+    found: Any = Parallel(n_jobs=count)(delayed(_elsewhere)(threads, part, *job) for part in parts)
+    rows: list[dict[str, Tensor]] = list(found)
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
