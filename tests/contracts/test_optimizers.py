@@ -289,7 +289,7 @@ class TestContract:
                 if step == 1:
                     kept = copy.deepcopy(strict.state_dict())
                     before = [p.detach().clone() for p in params]
-                    with pytest.raises(InputError, match="parameter 3.*1 of 1 values"):
+                    with pytest.raises(InputError, match=r"parameter 3.*1 of 1 values"):
                         strict.step(frozen_closure(params, spoilt))
                     lax.step(frozen_closure(other, spoilt))
                     assert same(params, before) and same(other, before)

@@ -225,7 +225,9 @@ def test_the_compiled_step_is_the_same_and_compiles_once(monkeypatch):
     for _ in range(8):
         for p in params:
             p.grad = torch.randn_like(p)
+        versions = [p._version for p in params]
         optimizer.step()
+        assert all(p._version > version for p, version in zip(params, versions))
         schedule.step()
     # Other shapes, rates, momenta and counts: nothing is compiled again.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
