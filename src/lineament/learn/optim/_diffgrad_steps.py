@@ -5,6 +5,8 @@ halves the time of the eager form; compiled, the same function reads and writes 
 step size and eps, so that the paper's form and the released code's differ in one number.
 """
 
+# PyTorch's foreach functions are public by use, not by name; tuples of buffers are made from loops.
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false
 from __future__ import annotations
 
 import functools
@@ -90,7 +92,7 @@ def update(b: Buffers, c: Coefficients, rule: Rule, scratch: Tensor | None = Non
     ``scratch`` (at least as long as ``b.p``, which is then flat) saves the allocation of the one temporary.
     """
     if b.p.dtype in _LOW:
-        wide = Buffers(*(None if t is None else t.float() for t in b))  # pyright: ignore[reportArgumentType]
+        wide = Buffers(*(None if t is None else t.float() for t in b))
         update(wide, c, rule, scratch)
         for narrow, result in zip(b, wide):
             if narrow is not None and narrow is not b.g:
@@ -180,13 +182,13 @@ def _flattened(b: Buffers) -> Buffers | None:
     if type(p) not in (Tensor, nn.Parameter):  # a distributed tensor has its own ideas of memory
         return None
     if all(t is None or t.is_contiguous() for t in b):
-        return Buffers(*(t if t is None else t.view(-1) for t in b))  # pyright: ignore[reportArgumentType]
+        return Buffers(*(t if t is None else t.view(-1) for t in b))
     order = sorted(range(p.ndim), key=p.stride, reverse=True)
     if b.g.stride() != p.stride():
         b = b._replace(g=torch.empty_like(p).copy_(b.g))
     views = [t if t is None else t.permute(order) for t in b]
     if all(t is None or t.is_contiguous() for t in views):
-        return Buffers(*(t if t is None else t.view(-1) for t in views))  # pyright: ignore[reportArgumentType]
+        return Buffers(*(t if t is None else t.view(-1) for t in views))
     return None
 
 
@@ -215,13 +217,20 @@ def worth_a_pass(p: Tensor) -> bool:
 
 def in_one_pass(b: Buffers, numbers: Tensor, rule: Rule) -> None:
     """:func:`update`, compiled."""
-    _compiled()(_flattened(b) or b, numbers, rule)
+    flat = _flattened(b)
+    if flat is None:
+        _compiled()(b, numbers, rule)
+        return
+    # A view remembers the shape it is a view of, and each such shape would be compiled for: ``data`` forgets it, and the parameter's
+    # version, by which autograd knows that it was changed.
+    _compiled()(Buffers(*(t if t is None else t.data for t in flat)), numbers, rule)
+    torch.autograd.graph.increment_version(b.p)
 
 
 def in_lists(bs: Sequence[Buffers], cs: Sequence[Coefficients], rule: Rule) -> None:
     """:func:`update` by foreach kernels, for tensors of one device and dtype that take the same kind of step."""
     if bs[0].p.dtype in _LOW:
-        wides = [Buffers(*(None if t is None else t.float() for t in b)) for b in bs]  # pyright: ignore[reportArgumentType]
+        wides = [Buffers(*(None if t is None else t.float() for t in b)) for b in bs]
         in_lists(wides, cs, rule)
         kept = [
             (n, w) for b, wide in zip(bs, wides) for n, w in zip(b, wide) if n is not None and n is not b.g
