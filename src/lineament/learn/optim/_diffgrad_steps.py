@@ -1,0 +1,276 @@
+"""One step of diffGrad on tensors: block by block, many tensors at a time, or compiled into one pass.
+
+:func:`update` holds the mathematics for all but the foreach form. On a CPU a large tensor is walked in blocks that stay in the cache, which
+halves the time of the eager form; compiled, the same function reads and writes each buffer once. The bias corrections are folded into
+step size and eps, so that the paper's form and the released code's differ in one number.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lineament.learn.optim.friction import STATISTICAL, friction_
+
+# Elements of each buffer in a block, for each thread: short enough for the caches, long enough that the calls cost little (measured).
+BLOCK = 2**17
+_LOW = (torch.float16, torch.bfloat16)
+
+
+class Buffers(NamedTuple):
+    """A parameter, its gradient and its state; the last three only where the rule needs them."""
+
+    p: Tensor
+    g: Tensor
+    m: Tensor
+    v: Tensor
+    q: Tensor  # the previous gradient
+    top: Tensor | None = None  # the greatest v so far (AMSGrad)
+    mean: Tensor | None = None  # of the gradients before this step
+    spread: Tensor | None = None  # the sum of their squared distances to the mean
+
+
+class Rule(NamedTuple):
+    """What is decided once for a parameter group."""
+
+    version: int
+    fixed: float | None
+    maximize: bool
+    l2: bool
+    decoupled: bool
+    alias: bool
+
+
+class Coefficients(NamedTuple):
+    """The numbers of one step: floats, or 0-dimensional tensors where the host must not know them."""
+
+    w1: Any  # 1 - beta1
+    w2: Any  # 1 - beta2
+    step: Any  # of the adapted update; 0 where rectification forbids it
+    plain: Any  # of the momentum step that is taken instead
+    eps: Any
+    decay: Any
+    shrink: Any  # 1 - lr * decay
+    before: Any  # 1 / (t - 1), 0 at the first step
+    after: Any  # 1 / t
+
+
+def coefficients(group: dict[str, Any], t: float | Tensor, lr: float | Tensor) -> Coefficients:
+    """The numbers of step ``t``; tensors when ``t`` is one."""
+    beta1, beta2 = group["betas"]
+    if isinstance(t, Tensor) and t.device.type != "mps":  # which has no float64
+        t = t.double()
+    bc1, bc2 = 1 - beta1**t, 1 - beta2**t
+    root = bc2**0.5
+    step, plain = lr * root / bc1, 0.0
+    if group["rectify"] is not None and not isinstance(t, Tensor):
+        longest = 2 / (1 - beta2) - 1
+        length = longest - 2 * t * beta2**t / bc2
+        if length >= 5:
+            ratio = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+            step = step * ratio**0.5
+        else:
+            step, plain = 0.0, lr / bc1 if group["rectify"] == "momentum" else 0.0
+    eps = group["eps"] * root if group["eps_mode"] == "paper" else group["eps"]
+    before = torch.where(t > 1, 1 / (t - 1), 0) if isinstance(t, Tensor) else 1 / (t - 1) if t > 1 else 0.0
+    decay = group["weight_decay"]
+    return Coefficients(1 - beta1, 1 - beta2, step, plain, eps, decay, 1 - lr * decay, before, 1 / t)
+
+
+def update(b: Buffers, c: Coefficients, rule: Rule, scratch: Tensor | None = None) -> None:
+    """One step, in place, of tensors of one shape.
+
+    ``scratch`` (at least as long as ``b.p``, which is then flat) saves the allocation of the one temporary.
+    """
+    if b.p.dtype in _LOW:
+        wide = Buffers(*(None if t is None else t.float() for t in b))  # pyright: ignore[reportArgumentType]
+        update(wide, c, rule, scratch)
+        for narrow, result in zip(b, wide):
+            if narrow is not None and narrow is not b.g:
+                narrow.copy_(result)
+        return
+    p, m, v = b.p, b.m, b.v
+    g = -b.g if rule.maximize else b.g
+    if rule.l2:
+        g = g + p * c.decay if isinstance(c.decay, Tensor) else torch.add(g, p, alpha=c.decay)
+    if rule.decoupled:
+        p.mul_(c.shrink)
+    m.lerp_(g, c.w1)
+    if isinstance(c.w2, Tensor):
+        v.lerp_(g * g, c.w2)
+    else:
+        v.mul_(1 - c.w2).addcmul_(g, g, value=c.w2)
+    if b.top is not None:
+        torch.maximum(b.top, v, out=b.top)
+    if isinstance(c.step, Tensor) and rule.version == 0 and rule.fixed is None and not rule.alias:
+        # 1 / xi joins the denominator: one division of the two, which is what a fused pass waits for.
+        drag = b.q.sub_(g).abs_().neg_().exp_().add_(1)
+        root = (v if b.top is None else b.top).sqrt().add_(c.eps)
+        p.sub_(m * c.step / (drag * root))
+        b.q.copy_(g)
+        return
+    change = b.q - g if rule.alias else b.q.sub_(g)
+    xi = frictions(change, b, c, rule)
+    if b.mean is not None and b.spread is not None:
+        off = g - b.mean
+        b.mean.add_(off * c.after)
+        b.spread.addcmul_(off, g - b.mean)
+    _move(p, m, xi, v if b.top is None else b.top, c, scratch)
+    if not rule.alias:
+        b.q.copy_(g)
+
+
+def frictions(change: Tensor, b: Buffers, c: Coefficients, rule: Rule) -> Tensor:
+    """The friction of each coordinate, in the memory of ``change``."""
+    if rule.fixed is not None:
+        return change.fill_(rule.fixed)
+    deviation = None if b.spread is None else (b.spread * c.before).sqrt()
+    return friction_(change, rule.version, b.mean, deviation)
+
+
+def _move(p: Tensor, m: Tensor, xi: Tensor, v: Tensor, c: Coefficients, scratch: Tensor | None) -> None:
+    if isinstance(c.step, Tensor):
+        p.sub_(xi.mul_(m).div_(v.sqrt().add_(c.eps)).mul_(c.step))
+        return
+    if c.step:
+        root = v.sqrt() if scratch is None else torch.sqrt(v, out=scratch[: v.numel()])
+        p.addcdiv_(xi.mul_(m), root.add_(c.eps), value=-c.step)
+    if c.plain:
+        p.add_(m, alpha=-c.plain)
+
+
+def in_blocks(b: Buffers, c: Coefficients, rule: Rule, scratch: Callable[[Tensor, int], Tensor]) -> None:
+    """:func:`update`, on a CPU block by block."""
+    size = BLOCK * torch.get_num_threads()
+    small = b.p.numel() <= size or b.p.device.type != "cpu"
+    flat = None if small else _flattened(b)
+    if flat is None:
+        update(b, c, rule)
+        return
+    room = scratch(flat.p, size)
+    parts = (repeat(None) if t is None else t.split(size) for t in flat)
+    for block in map(Buffers, *parts):
+        update(block, c, rule, room)
+
+
+def scratches() -> Callable[[Tensor, int], Tensor]:
+    """A block of memory for each device and dtype, allocated at its first use."""
+    rooms: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def room(like: Tensor, size: int) -> Tensor:
+        dtype = torch.float32 if like.dtype in _LOW else like.dtype
+        key = like.device, dtype
+        if key not in rooms:
+            rooms[key] = torch.empty(size, device=like.device, dtype=dtype)
+        return rooms[key]
+
+    return room
+
+
+def _flattened(b: Buffers) -> Buffers | None:
+    """The buffers as vectors in the order of memory, or ``None`` where they have no common one."""
+    p = b.p
+    if type(p) not in (Tensor, nn.Parameter):  # a distributed tensor has its own ideas of memory
+        return None
+    if all(t is None or t.is_contiguous() for t in b):
+        return Buffers(*(t if t is None else t.view(-1) for t in b))  # pyright: ignore[reportArgumentType]
+    order = sorted(range(p.ndim), key=p.stride, reverse=True)
+    if b.g.stride() != p.stride():
+        b = b._replace(g=torch.empty_like(p).copy_(b.g))
+    views = [t if t is None else t.permute(order) for t in b]
+    if all(t is None or t.is_contiguous() for t in views):
+        return Buffers(*(t if t is None else t.view(-1) for t in views))  # pyright: ignore[reportArgumentType]
+    return None
+
+
+def _traced(b: Buffers, numbers: Tensor, rule: Rule) -> None:
+    update(b, Coefficients(*numbers.unbind()), rule)
+
+
+@functools.cache
+def _compiled() -> Callable[[Buffers, Tensor, Rule], None]:
+    # Sizes are dynamic and numbers a tensor, so that neither another shape nor another step compiles again.
+    return torch.compile(_traced, dynamic=True)
+
+
+def packed(c: Coefficients, like: Tensor) -> Tensor:
+    """The numbers of a step as one tensor, for :func:`in_one_pass`."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if any(isinstance(x, Tensor) for x in c):
+        return torch.stack([torch.as_tensor(x, dtype=dtype, device=like.device) for x in c])
+    return torch.tensor(c, dtype=dtype, device=like.device)
+
+
+def worth_a_pass(p: Tensor) -> bool:
+    """Whether calling compiled code costs less than it saves; a compiler would make tensors of one element a case of their own."""
+    return p.numel() > (4096 if p.device.type == "cpu" else 1)
+
+
+def in_one_pass(b: Buffers, numbers: Tensor, rule: Rule) -> None:
+    """:func:`update`, compiled."""
+    _compiled()(_flattened(b) or b, numbers, rule)
+
+
+def in_lists(bs: Sequence[Buffers], cs: Sequence[Coefficients], rule: Rule) -> None:
+    """:func:`update` by foreach kernels, for tensors of one device and dtype that take the same kind of step."""
+    if bs[0].p.dtype in _LOW:
+        wides = [Buffers(*(None if t is None else t.float() for t in b)) for b in bs]  # pyright: ignore[reportArgumentType]
+        in_lists(wides, cs, rule)
+        kept = [
+            (n, w) for b, wide in zip(bs, wides) for n, w in zip(b, wide) if n is not None and n is not b.g
+        ]
+        torch._foreach_copy_([n for n, _ in kept], [w for _, w in kept])
+        return
+    p, g, m, v, q, top, mean, spread = (list(column) for column in zip(*bs))
+    c = cs[0]
+    if rule.maximize:
+        g = list(torch._foreach_neg(g))
+    if rule.l2:
+        g = list(torch._foreach_add(g, p, alpha=c.decay))
+    if rule.decoupled:
+        torch._foreach_mul_(p, [each.shrink for each in cs])
+    torch._foreach_lerp_(m, g, c.w1)
+    torch._foreach_mul_(v, 1 - c.w2)
+    torch._foreach_addcmul_(v, g, g, value=c.w2)
+    if top[0] is not None:
+        torch._foreach_maximum_(top, v)
+        v = top
+    torch._foreach_sub_(q, g)
+    if rule.fixed is None and rule.version not in STATISTICAL:
+        _friction_lists(q, rule.version)
+    else:
+        for change, b, each in zip(q, bs, cs):
+            frictions(change, b, each, rule)
+    if mean[0] is not None:
+        off = torch._foreach_sub(g, mean)
+        torch._foreach_add_(mean, torch._foreach_mul(off, [each.after for each in cs]))
+        torch._foreach_addcmul_(spread, off, torch._foreach_sub(g, mean))
+    if isinstance(c.step, Tensor) or c.step:
+        torch._foreach_mul_(q, m)
+        root = torch._foreach_sqrt(v)
+        torch._foreach_add_(root, [each.eps for each in cs])
+        if isinstance(c.step, Tensor):
+            torch._foreach_div_(q, root)
+            torch._foreach_mul_(q, [each.step for each in cs])
+            torch._foreach_sub_(p, q)
+        else:
+            torch._foreach_addcdiv_(p, q, root, [-each.step for each in cs])
+    if not isinstance(c.plain, Tensor) and c.plain:
+        torch._foreach_sub_(p, torch._foreach_mul(m, [each.plain for each in cs]))
+    torch._foreach_copy_(q, g)
+
+
+def _friction_lists(changes: list[Tensor], version: int) -> None:
+    if version != 1:
+        torch._foreach_abs_(changes)
+    if version == 2:
+        torch._foreach_mul_(changes, 0.5)
+    torch._foreach_sigmoid_(changes)
+    if version == 2:
+        torch._foreach_mul_(changes, 9.0)
+        torch._foreach_sub_(changes, 4.0)
