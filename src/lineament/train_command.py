@@ -39,12 +39,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--momentum", metavar="M", type=float, help="of sgd (default: 0.9)")
     add("--weight-decay", metavar="W", type=float, help="(default: 0.01 for adamw, 0 for the others)")
     add("--epochs", metavar="N", type=int, default=20, help="(default: 20)")
-    add(
-        "--batch-size", metavar="N", type=int, default=64, help="of all processes together (default: 64)"
-    )
+    add("--batch-size", metavar="N", type=int, default=64, help="of all processes together (default: 64)")
     add("--schedule", metavar="NAME", default="cosine", help="cosine (default), step or none")
     add("--seed", metavar="N", type=int, default=0, help="of everything random (default: 0)")
-    add("--sam", metavar="RHO", type=float, help="sharpness-aware minimisation around the optimizer; .05 to .2")
+    add(
+        "--sam",
+        metavar="RHO",
+        type=float,
+        help="sharpness-aware minimisation around the optimizer; .05 to .2",
+    )
     add("--asam", metavar="RHO", type=float, help="its scale-invariant form; .5 to 2")
     add(
         "--useful",

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lineament.audit.command import _classes, _image_size, _normalize
 from lineament.audit.models import Loaded, digest, load
@@ -93,7 +92,10 @@ def runs_in(places: Sequence[str], note: Callable[[str], None]) -> dict[str, Fit
     found: dict[str, Fitted] = {}
     for place in places:
         path = Path(place)
-        require(path.is_dir(), f"--compare: {place!r} is no folder; expected runs of lineament train, or a folder of them")
+        require(
+            path.is_dir(),
+            f"--compare: {place!r} is no folder; expected runs of lineament train, or a folder of them",
+        )
         for file in sorted({*path.rglob("train.json")}):
             try:
                 found[str(file.parent)] = Fitted.read(file)
@@ -102,7 +104,9 @@ def runs_in(places: Sequence[str], note: Callable[[str], None]) -> dict[str, Fit
         for file in sorted(path.rglob(_UNFINISHED)):
             if not (file.parent / "train.json").exists():
                 note(f"{str(file.parent)!r} is not finished; left out")
-    require(len(found) > 0, f"--compare: no finished run of lineament train in {', '.join(map(repr, places))}")
+    require(
+        len(found) > 0, f"--compare: no finished run of lineament train in {', '.join(map(repr, places))}"
+    )
     return found
 
 
@@ -129,16 +133,21 @@ def _half_written(name: str) -> bool:
 
 
 def _samples(a: argparse.Namespace) -> Samples:
+    path = Path(a.data)
+    # Of a data set in parts the audit looks at the test part; training must not.
+    parts = not path.exists() or (path / "dataset_dict.json").is_file()
     samples = load_data(
         a.data,
         samples=2**62,
         inputs=a.inputs,
         targets=a.targets,
         classes=_classes(a.classes),
-        split=a.split,
+        split=a.split or ("train" if parts else None),
         image_size=_image_size(a.image_size),
     )
-    whole = not samples.targets.is_floating_point() or bool((samples.targets == samples.targets.round()).all())
+    whole = not samples.targets.is_floating_point() or bool(
+        (samples.targets == samples.targets.round()).all()
+    )
     require(
         whole and samples.targets.ndim == 1,
         f"DATA: targets are {show(samples.targets)} of real values, expected class labels; train makes classifiers only",
@@ -299,14 +308,22 @@ def _say(a: argparse.Namespace, folder: Path, fitted: Fitted, log: _Log) -> None
     from lineament.report.text import duration, printable
 
     if fitted.last is not None:
-        print(f"Validation accuracy {fitted.last:.2%} after the last epoch (best {fitted.best:.2%}), {duration(fitted.seconds)}.")
+        print(
+            f"Validation accuracy {fitted.last:.2%} after the last epoch (best {fitted.best:.2%}), {duration(fitted.seconds)}."
+        )
     else:
-        print(f"Training accuracy {fitted.history[-1]['train_accuracy']:.2%} in the last epoch, {duration(fitted.seconds)}; nothing was held out.")
-    print(f"Written: {printable(folder.resolve())} (model.safetensors, train.json, learning-curve.svg, {log.place})")
+        print(
+            f"Training accuracy {fitted.history[-1]['train_accuracy']:.2%} in the last epoch, {duration(fitted.seconds)}; nothing was held out."
+        )
+    print(
+        f"Written: {printable(folder.resolve())} (model.safetensors, train.json, learning-curve.svg, {log.place})"
+    )
     words = ["lineament", "audit", a.model, a.data, "--weights", str(folder / "model.safetensors")]
     for name in ("inputs", "targets", "split", "classes", "image_size", "normalize"):
         if getattr(a, name) is not None:
             words += [f"--{name.replace('_', '-')}", getattr(a, name)]
     print("Audit it: " + printable(shlex.join([*words, "--out", f"{folder}-report"])))
     if fitted.validation_samples:
-        print("(on data that it was not trained on, if you have some: DATA here includes the training samples)")
+        print(
+            "(on data that it was not trained on, if you have some: DATA here includes the training samples)"
+        )

@@ -158,8 +158,10 @@ class _Loop:
     def early(self, train: Tensor) -> dict[str, Any]:
         """USEFUL's first stages: the rows of ``train`` to train on, the slow ones twice; the model is at its initial weights again."""
         name = "useful"
-        if self.stored and self.processes.agreed(self.checkpoint is not None and self.checkpoint.finished(name)):
-            found = None if self.checkpoint is None else self.checkpoint.stage(name, lambda: {})
+        if self.stored and self.processes.agreed(
+            self.checkpoint is not None and self.checkpoint.finished(name)
+        ):
+            found = None if self.checkpoint is None else self.checkpoint.stage(name, dict[str, Any])
             return dict(self.processes.agreed(found))
         self.note(
             "USEFUL: training early to find the examples that are learned late (started anew if interrupted)"
@@ -328,9 +330,7 @@ class _Loop:
             yield from range(epochs)
             return
         walk = (
-            iter(())
-            if self.checkpoint is None
-            else self.checkpoint.loop("training", epochs, state, every=1)
+            iter(()) if self.checkpoint is None else self.checkpoint.loop("training", epochs, state, every=1)
         )
         first = next(walk, epochs)
         if self.processes.count > 1:

@@ -54,7 +54,9 @@ class Fitted:
         found += [f"{o.epochs} epochs of batches of {o.batch_size}", f"seed {o.seed}"]
         found += [f"{name} {getattr(o, name):g}" for name in ("sam", "asam", "tract") if getattr(o, name) is not None]  # fmt: skip
         if self.early is not None:
-            found.append(f"useful (epoch {self.early['epoch']}, {self.early['slow'] / self.samples:.0%} twice)")
+            found.append(
+                f"useful (epoch {self.early['epoch']}, {self.early['slow'] / self.samples:.0%} twice)"
+            )
         return ", ".join(word for word in found if word)
 
     def plot(self, ax: Any = None, what: str = "loss") -> Any:
