@@ -7,11 +7,8 @@ differs. `train.json` comes last and makes a run a finished one.
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
-import io
 import json
-import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,24 +16,24 @@ from typing import Any
 
 import torch
 
+from lineament import console
 from lineament.audit.command import _classes, _image_size, _normalize
 from lineament.audit.models import Loaded, digest, load
 from lineament.audit.stages import threads
 from lineament.audit.subject import Subject, bring_together, one_output, two_logits
 from lineament.core.batching import Checkpoint
 from lineament.core.checks import InputError, require, show
-from lineament.core.files import output_folder, possible_folder, write_json, write_text, writing
+from lineament.core.files import output_folder, possible_folder, write_json
 from lineament.data.loading import Samples, take
 from lineament.data.loading import load as load_data
 from lineament.learn.fit import fit
 from lineament.learn.fit_options import Options
 from lineament.learn.fit_result import Fitted
 from lineament.learn.processes import Processes, randomness
-from lineament.report import figures
 from lineament.report.outcome import versions
+from lineament.train_output import BOARD, FILES, Log, say, write
 
-_STAGES, _UNFINISHED, _BOARD = ".stages", "unfinished.json", "tensorboard"
-_FILES = ("model.safetensors", "train.json", "history.csv", "learning-curve.svg", "learning-curve-dark.svg")
+_STAGES, _UNFINISHED = ".stages", "unfinished.json"
 _HELD = 256
 
 
@@ -47,9 +44,7 @@ def train(a: argparse.Namespace, options: Options) -> int:
 
     def note(line: str) -> None:
         if processes.first:
-            from lineament.console import note as say
-
-            say(line)
+            console.note(line)
 
     note("reading the model and the data")
     with randomness(options.seed):
@@ -65,7 +60,7 @@ def train(a: argparse.Namespace, options: Options) -> int:
         subject = _fitted_together(loaded, samples, a, options)
         asked = _asked(a, options, subject, samples)
         checkpoint = _opened(folder, asked, a.overwrite) if processes.first else None
-        record = _Log(folder, note) if processes.first else None
+        record = Log(folder, note) if processes.first else None
         with threads(3 * subject.flops * options.batch_size):
             fitted = fit(
                 loaded.model,
@@ -79,11 +74,11 @@ def train(a: argparse.Namespace, options: Options) -> int:
             )
     if checkpoint is not None and record is not None:
         record.close()
-        _write(folder, fitted, loaded, asked)
+        write(folder, fitted, loaded, asked)
         checkpoint.finish()
         shutil.rmtree(folder / _STAGES, ignore_errors=True)
         (folder / _UNFINISHED).unlink(missing_ok=True)
-        _say(a, folder, fitted, record)
+        say(a, folder, fitted, record)
     return 0
 
 
@@ -119,7 +114,7 @@ def _folder(out: str, overwrite: bool) -> Path:
             overwrite or "train.json" not in present,
             f"--out: {out!r} already holds a finished run; give --overwrite to replace it, or choose another folder",
         )
-        own = {*_FILES, _UNFINISHED, _STAGES, _BOARD}
+        own = {*FILES, _UNFINISHED, _STAGES, BOARD}
         foreign = sorted(name for name in present - own if not _half_written(name))
         require(
             not foreign,
@@ -129,17 +124,20 @@ def _folder(out: str, overwrite: bool) -> Path:
 
 
 def _half_written(name: str) -> bool:
-    return name.startswith(tuple(f".{Path(file).stem}-" for file in (*_FILES, _UNFINISHED)))
+    return name.startswith(tuple(f".{Path(file).stem}-" for file in (*FILES, _UNFINISHED)))
 
 
 def _samples(a: argparse.Namespace) -> Samples:
+    path = Path(a.data)
+    # Of a data set in parts the audit looks at the test part; training must not.
+    parts = not path.exists() or (path / "dataset_dict.json").is_file()
     samples = load_data(
         a.data,
         samples=2**62,
         inputs=a.inputs,
         targets=a.targets,
         classes=_classes(a.classes),
-        split=a.split,
+        split=a.split or ("train" if parts else None),
         image_size=_image_size(a.image_size),
     )
     whole = not samples.targets.is_floating_point() or bool(
@@ -223,104 +221,7 @@ def _opened(folder: Path, asked: dict[str, Any], overwrite: bool) -> Checkpoint:
             leftover.unlink()
     if not same:
         # Another run begins: nothing of the last one may be taken for its own.
-        for stale in (folder / _STAGES, folder / _BOARD):
+        for stale in (folder / _STAGES, folder / BOARD):
             shutil.rmtree(stale, ignore_errors=True)
         write_json(file, asked)
     return Checkpoint(folder / _STAGES, asked)
-
-
-class _Log:
-    """The history as it grows: TensorBoard's event files where it is installed, else `history.csv`."""
-
-    def __init__(self, folder: Path, note: Callable[[str], None]):
-        self.folder, self.writer = folder, None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.make: Any = None
-            note("tensorboard is not installed: the log is history.csv instead of event files")
-        else:
-            self.make = SummaryWriter
-
-    def __call__(self, history: list[dict[str, Any]]) -> None:
-        if self.make is None:
-            text = io.StringIO()
-            rows = csv.DictWriter(text, list(history[-1]), lineterminator="\n")
-            rows.writeheader()
-            rows.writerows(history)
-            write_text(self.folder / "history.csv", text.getvalue())
-            return
-        entry = history[-1]
-        if self.writer is None:
-            # What a killed run logged of this epoch and later ones does not count.
-            self.writer = self.make(str(self.folder / _BOARD), purge_step=entry["epoch"])
-        for name, value in entry.items():
-            if value is not None and name != "epoch":
-                part, _, what = name.rpartition("_")
-                self.writer.add_scalar(f"{what}/{part}" if part else name, value, entry["epoch"])
-        self.writer.flush()
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-
-    @property
-    def place(self) -> str:
-        return "history.csv" if self.make is None else f"{_BOARD}/ (tensorboard --logdir)"
-
-
-def _write(folder: Path, fitted: Fitted, loaded: Loaded, asked: dict[str, Any]) -> None:
-    from safetensors.torch import save_model
-
-    (folder / "train.json").unlink(missing_ok=True)
-    with writing(folder / "model.safetensors") as temporary:
-        save_model(loaded.model, str(temporary))
-    figures.save(_curves(fitted), folder, "learning-curve")
-    value = {"model": asked["model"], "data": asked["data"], **fitted.to_dict(), "asked": asked}
-    write_json(folder / "train.json", {**value, "versions": _versions()})
-
-
-def _versions() -> dict[str, str]:
-    import accelerate
-
-    return {**versions(), "accelerate": str(accelerate.__version__)}
-
-
-def _curves(fitted: Fitted) -> Any:
-    def draw(axes: Any) -> None:
-        for ax, what in zip(axes[0], ("loss", "accuracy")):
-            fitted.plot(ax, what)
-
-    end = "" if fitted.last is None else f"; validation accuracy {fitted.last:.1%} after the last epoch"
-    return figures.picture(
-        draw,
-        alt=f"Loss and accuracy over {len(fitted.history)} epochs{end}.",
-        caption=f"{fitted.options.optimizer}, {fitted.words()}{end}.",
-        size=(8.0, 3.4),
-        panels=(1, 2),
-    )
-
-
-def _say(a: argparse.Namespace, folder: Path, fitted: Fitted, log: _Log) -> None:
-    from lineament.report.text import duration, printable
-
-    if fitted.last is not None:
-        print(
-            f"Validation accuracy {fitted.last:.2%} after the last epoch (best {fitted.best:.2%}), {duration(fitted.seconds)}."
-        )
-    else:
-        print(
-            f"Training accuracy {fitted.history[-1]['train_accuracy']:.2%} in the last epoch, {duration(fitted.seconds)}; nothing was held out."
-        )
-    print(
-        f"Written: {printable(folder.resolve())} (model.safetensors, train.json, learning-curve.svg, {log.place})"
-    )
-    words = ["lineament", "audit", a.model, a.data, "--weights", str(folder / "model.safetensors")]
-    for name in ("inputs", "targets", "split", "classes", "image_size", "normalize"):
-        if getattr(a, name) is not None:
-            words += [f"--{name.replace('_', '-')}", getattr(a, name)]
-    print("Audit it: " + printable(shlex.join([*words, "--out", f"{folder}-report"])))
-    if fitted.validation_samples:
-        print(
-            "(on data that it was not trained on, if you have some: DATA here includes the training samples)"
-        )
