@@ -42,7 +42,11 @@ def form_of(name, dtype):
 
 def metric_of(name, dtype):
     A = draw(N, N, dtype=dtype, seed=2)
-    B = {"identity": None, "diagonal": A[0].abs() + 0.1, "matrix": A @ A.T + torch.eye(N, dtype=dtype)}[name]
+    B = {
+        "identity": None,
+        "diagonal": A[0].abs() + 0.1,
+        "matrix": torch.tril(A @ A.T) + torch.tril(A @ A.T, -1).T + torch.eye(N, dtype=dtype),
+    }[name]
     return Metric(B, A[0])
 
 

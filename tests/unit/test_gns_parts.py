@@ -129,6 +129,7 @@ def test_gamma_in_closed_form(name, gradient, second, at, wanted):
         assert smoothness(gradient, x, scale * second(x), grid=400) == pytest.approx(gamma, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_gamma_keeps_its_bounds():
     problem = LogSumExp.centred(2 * random(20, 5).sigmoid() - 1, random(20, seed=1))
     gradient = lambda x: problem.value_and_grad(x)[1]  # noqa: E731

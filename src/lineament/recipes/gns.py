@@ -245,11 +245,14 @@ def measured_gamma(config: Config) -> dict[str, Any]:
     draw = np.random.RandomState(config.seed)
     A = torch.from_numpy(draw.uniform(-1, 1, (40, 10)))
     problem = LogSumExp.centred(A, torch.from_numpy(draw.uniform(-1, 1, 40)))
+    B, f_star = A.T @ A, problem.value_and_grad(torch.zeros(10, dtype=torch.float64))[0]
     points: list[Tensor] = []
     result = minimize(
         problem,
         torch.ones(10, dtype=torch.float64),
-        grad_tol=1e-6,
+        metric=B,
+        f_star=f_star,
+        grad_tol=0.0,
         callback=lambda x, record: points.append(x),
     )
     sampled = [
@@ -257,6 +260,7 @@ def measured_gamma(config: Config) -> dict[str, Any]:
             lambda x: problem.value_and_grad(x)[1],
             x,
             dense_curvature(problem, x),
+            metric=B,
             directions=config.directions,
         )
         for x in points[:-1]
@@ -265,7 +269,7 @@ def measured_gamma(config: Config) -> dict[str, Any]:
         "sampled": sampled,
         "accepted": result.column("gamma")[: len(sampled)],
         "probes": result.column("probes")[: len(sampled)],
-        "bound": self_concordant(problem.concordance()),
+        "bound": self_concordant(problem.concordance(B)),
     }
 
 

@@ -108,7 +108,8 @@ def as_form(value: Any, like: Float[Tensor, "n"], *, symmetric: bool = False) ->
     if isinstance(value, Form):
         return value
     if scipy.sparse.issparse(value):
-        value = value.toarray()  # pyright: ignore[reportAttributeAccessIssue]
+        sparse: Any = value
+        value = sparse.toarray()
     if isinstance(value, (np.ndarray, list, tuple, float)):
         value = torch.as_tensor(np.asarray(value, dtype=np.float64))
     if not isinstance(value, Tensor):

@@ -223,7 +223,7 @@ class PowerOfResiduals:
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
         u = self.equations.residuals(x)
         if self.G is None:
-            return u, u, float(u.norm())
+            return u, u, float(torch.linalg.vector_norm(u))
         if self._metric is None:
             self._metric = Metric(self.G, u)
         Gu = self._metric.apply(u)
@@ -238,9 +238,8 @@ class PowerOfResiduals:
         _, Gu, s = self._parts(x)
         scale = _power(s, self.p - 2)
         w = self.equations.pulled(x, Gu) / s if s > 0 else torch.zeros_like(x)
-        fisher = LowRank((w * ((self.p - 2) * scale) ** 0.5)[None])
         if kind == "fisher":
-            return fisher
+            return LowRank((w * ((self.p - 2) * scale) ** 0.5)[None])
         if self.G is not None:
             J = self.equations.jacobian(x)
             matrix = J.T @ (self.G.to(J) @ J)
@@ -250,7 +249,8 @@ class PowerOfResiduals:
             matrix = gram(self.equations.jacobian(x))
         if kind == "exact":
             matrix = matrix + self.equations.second(x, Gu)
-        return Dense((matrix * scale).addr_(w, w, alpha=(self.p - 2) * scale))
+        matrix = matrix * scale
+        return Dense(matrix.addr_(w, w, alpha=(self.p - 2) * scale) if self.p > 2 else matrix)
 
 
 def _power(s: float, exponent: float) -> float:

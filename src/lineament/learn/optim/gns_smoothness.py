@@ -62,9 +62,18 @@ def smoothness(
     norm = B.dual(g, z)
     checks.require(norm > 0, "x: the gradient is zero there, and γ(x) is defined where it is not")
     H = as_form(hess, x)
+
+    def error(change: Tensor) -> float:
+        """How far the linear model is off, in the dual norm."""
+        off = gradient(x + change) - g - H.product(change)
+        return B.dual(off, B.inverse(off))
+
+    # What two units in the last place of x do to the gradient: an error of that size says nothing of the model.
+    eps = torch.finfo(x.dtype).eps
+    noise = 10 * max(eps * norm, *(error(2 * eps * side * x) for side in (-1, 1)))
     best = math.inf
     for d in _directions(B, z, directions, seed):
-        best = min(best, _along(gradient, x, g, norm, H.product(d), d, B, grid, best))
+        best = min(best, _along(error, noise, norm, float(H.product(d) @ d), float(g @ d), d, grid, best))
     return best
 
 
@@ -81,26 +90,23 @@ def _directions(B: Metric, z: Tensor, count: int, seed: int) -> list[Tensor]:
 
 
 def _along(
-    gradient: Callable[[Tensor], Tensor],
-    x: Tensor,
-    g: Tensor,
+    error: Callable[[Tensor], float],
+    noise: float,
     norm: float,
-    Hd: Tensor,
+    curve: float,
+    slope: float,
     d: Tensor,
-    B: Metric,
     grid: int,
     best: float,
 ) -> float:
-    """The infimum along t d, 0 < t ≤ the edge of the region: a logarithmic grid, then bisection around its least value."""
-    curve, slope = float(Hd @ d), float(g @ d)
+    """The infimum along t d, 0 < t ≤ the edge of the region: a logarithmic grid, then golden section around its least value."""
     edge = -slope / curve if curve > 0 else math.inf
     # No t above the least value found matters, for max(t, .) ≥ t.
     top = min(edge, best, 1e6 * norm)
 
     def value(t: float) -> float:
-        change = gradient(x + t * d) - g - t * Hd
-        error = B.dual(change, B.inverse(change))
-        return max(t, norm * t / error) if error > 1e-14 * norm else math.inf
+        off = error(t * d)
+        return max(t, norm * t / off) if off > noise else math.inf
 
     ratio = 1e-8 ** (1 / max(grid - 1, 1))
     points, values, k = [], [], 0

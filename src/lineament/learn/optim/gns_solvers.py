@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Float
 from scipy.linalg import eigh_tridiagonal
-from scipy.linalg.lapack import dptsv  # pyright: ignore[reportAttributeAccessIssue]
+from scipy.linalg.lapack import dposv, dptsv  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
 
 from lineament.core import checks
@@ -117,14 +117,23 @@ class _CholeskySystem:
     def solve(self, lam: float) -> Tensor | None:
         if self._spectral is not None:
             return self._spectral.solve(lam)
-        # Not in place: the factorisation copies anyway.
-        L, info = torch.linalg.cholesky_ex(self.metric.added_to(self.H, lam))
-        if int(info) == 0:
-            return torch.cholesky_solve(self.g[:, None], L)[:, 0].neg_()
+        h = _positive_solve(self.metric.added_to(self.H, lam), self.g)
+        if h is not None:
+            return h.neg_()
         if self.indefinite == "reject":
             return None
         self._spectral = Spectral.of(self.H, self.metric, self.g, self.indefinite)
         return self._spectral.solve(lam)
+
+
+def _positive_solve(A: Tensor, b: Tensor) -> Tensor | None:
+    """A⁻¹b by Cholesky, ``None`` where A is not positive definite; A is overwritten."""
+    if A.device.type == "cpu" and A.dtype == torch.float64:
+        # One LAPACK call, in place: several times faster than PyTorch's two where A is small.
+        _, x, info = dposv(A.numpy().T, b.numpy(), lower=1, overwrite_a=1)
+        return torch.from_numpy(x) if info == 0 else None
+    L, info = torch.linalg.cholesky_ex(A)
+    return torch.cholesky_solve(b[:, None], L)[:, 0] if int(info) == 0 else None
 
 
 class Spectral:
