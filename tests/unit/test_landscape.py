@@ -163,7 +163,11 @@ def test_axes_of_zeros_and_zero_slices_stay_finite():
     net = network()
     net[0].weight.data[1] = 0
     for how in NORMALISATIONS:
-        assert bool(torch.isfinite(normalised(net, given(net, torch.zeros(343).double()), how, one_dim="scale").vector).all())
+        assert bool(
+            torch.isfinite(
+                normalised(net, given(net, torch.zeros(343).double()), how, one_dim="scale").vector
+            ).all()
+        )
         assert bool(torch.isfinite(random_axes(net, 1, normalise=how)[0].vector).all())
     assert not random_axes(net, 1)[0].split(net)["0.weight"][1].any()
 
@@ -280,7 +284,9 @@ def test_metrics_beside_the_loss():
     )
     assert float(found.metrics["acc"][1]) == pytest.approx(float((net(x).argmax(1) == y).double().mean()))
     for k in range(3):
-        assert float(found.metrics["each"][1, k]) == pytest.approx(F.cross_entropy(net(x)[y == k], y[y == k]).item(), rel=1e-9)
+        assert float(found.metrics["each"][1, k]) == pytest.approx(
+            F.cross_entropy(net(x)[y == k], y[y == k]).item(), rel=1e-9
+        )
     assert float(found.metrics["own"][1]) == pytest.approx(float(net(x).mean()), rel=1e-9)
     absent = [(x[y > 0], y[y > 0])]
     assert math.isnan(
