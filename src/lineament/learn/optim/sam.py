@@ -120,7 +120,8 @@ class SAM(Optimizer):
         checks.require(not sparse, f"{type(self).__name__}: got sparse gradients, expected dense ones")
         params = [p for p, _, _ in found]
         grads = [p.grad for p in params]
-        length = _norm(self._lengths(params, grads))
+        scaled = self._scaled(params, grads)
+        length = _norm(scaled)
         if not self._finite(length, "at the weights"):
             return
         self._moved, self._phase = params, "up"
@@ -133,7 +134,7 @@ class SAM(Optimizer):
             rows = [i for i, (_, rho, up) in enumerate(found) if (rho, up) == scale]
             size = (-1.0 if scale[1] else 1.0) * scale[0] / (length + _TINY)
             mine = [params[i] for i in rows]
-            torch._foreach_add_(mine, self._directions(mine, [grads[i] for i in rows]), alpha=size)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_add_(mine, self._directions(mine, [scaled[i] for i in rows]), alpha=size)  # pyright: ignore[reportPrivateImportUsage]
         if zero_grad:
             self.zero_grad()
 
@@ -231,12 +232,12 @@ class SAM(Optimizer):
     def _share(self) -> None:
         self.param_groups, self.state = self.base.param_groups, self.base.state
 
-    def _lengths(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        """Tensors whose joint norm scales the perturbation."""
+    def _scaled(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        """Tensors whose joint norm divides the perturbation."""
         return grads
 
-    def _directions(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        return grads
+    def _directions(self, params: list[Tensor], scaled: list[Tensor]) -> list[Tensor]:
+        return scaled
 
     def _finite(self, length: float, where: str) -> bool:
         if math.isfinite(length):
@@ -288,11 +289,11 @@ class ASAM(SAM):
     ) -> None:
         super().__init__(base, rho=rho, model=model, nan_policy=nan_policy)
 
-    def _lengths(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        return [_wide(g) * _wide(w).abs() for w, g in zip(params, grads)]
+    def _scaled(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        return [_wide(w).abs().mul_(_wide(g)) for w, g in zip(params, grads)]
 
-    def _directions(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        found = [_wide(g) * _wide(w).square() for w, g in zip(params, grads)]
+    def _directions(self, params: list[Tensor], scaled: list[Tensor]) -> list[Tensor]:
+        found = [s.mul_(_wide(w).abs()) for w, s in zip(params, scaled)]
         return [torch.view_as_complex(e) if w.is_complex() else e for w, e in zip(params, found)]
 
 
