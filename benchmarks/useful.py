@@ -101,7 +101,7 @@ def rows(repeats: int = 7) -> Iterator[Row]:
 
             def closure(params: list[nn.Parameter] = params, grads: list[Tensor] = grads) -> Tensor:
                 for p, g in zip(params, grads):
-                    p.grad = g
+                    p.grad = g.clone()
                 return grads[0].sum()
 
             sides.append(lambda optimizer=optimizer, closure=closure: optimizer.step(closure))

@@ -46,8 +46,8 @@ class SAM(Optimizer):
             parameter group may have its own ``rho``.
         model: its batch-norm layers then keep their running statistics during the second pass of ``step(closure)``: those of the
             perturbed network belong to no network that is kept.
-        nonfinite: what a NaN or infinite gradient does, in either pass: ``"raise"``, or ``"skip"`` the step. Weights and state stay as
-            they were in both cases.
+        nan_policy: what a NaN or infinite gradient does, in either pass: ``"raise"``, or ``"skip"`` the step. Weights and state stay as
+            they were in both cases; ``skipped_steps`` counts.
 
     Raises:
         InputError: not an optimizer, one that needs a closure, a negative radius; from ``step``, a closure that returns no tensor,
@@ -74,7 +74,7 @@ class SAM(Optimizer):
         *,
         rho: float = 0.05,
         model: nn.Module | None = None,
-        nonfinite: str = "raise",
+        nan_policy: str = "raise",
     ) -> None:
         checks.require(
             isinstance(base, Optimizer),
@@ -92,21 +92,22 @@ class SAM(Optimizer):
         checks.number("rho", rho, low=0)
         self.base = base
         self.model = model
-        self.nonfinite = checks.one_of("nonfinite", nonfinite, ("raise", "skip"))
+        self.nan_policy = checks.one_of("nan_policy", nan_policy, ("raise", "skip"))
         self._copies: dict[Tensor, Tensor] = {}
         self._moved: list[Tensor] = []
+        self.skipped_steps = 0
         self._phase = ""  # "" between steps, "up" at w + e, "skip" when this step is not to be taken
         super().__init__(base.param_groups, {**base.defaults, "rho": rho})
         self._share()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as for any optimizer; it may bring its own ``rho``."""
-        group = (
-            dict(param_group) if not any(param_group is g for g in self.base.param_groups) else param_group
-        )
-        checks.number("rho", group.setdefault("rho", self.defaults["rho"]), low=0)
-        if group is not param_group:
-            self.base.add_param_group(group)
+        rho = checks.number("rho", param_group.get("rho", self.defaults["rho"]), low=0)
+        if not any(param_group is g for g in self.base.param_groups):
+            # Without the radius, which an optimizer that checks its options does not know.
+            self.base.add_param_group({k: v for k, v in param_group.items() if k != "rho"})
+            param_group = self.base.param_groups[-1]
+        param_group["rho"] = rho
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -119,7 +120,8 @@ class SAM(Optimizer):
         checks.require(not sparse, f"{type(self).__name__}: got sparse gradients, expected dense ones")
         params = [p for p, _, _ in found]
         grads = [p.grad for p in params]
-        length = _norm(self._lengths(params, grads))
+        scaled = self._scaled(params, grads)
+        length = _norm(scaled)
         if not self._finite(length, "at the weights"):
             return
         self._moved, self._phase = params, "up"
@@ -132,7 +134,7 @@ class SAM(Optimizer):
             rows = [i for i, (_, rho, up) in enumerate(found) if (rho, up) == scale]
             size = (-1.0 if scale[1] else 1.0) * scale[0] / (length + _TINY)
             mine = [params[i] for i in rows]
-            torch._foreach_add_(mine, self._directions(mine, [grads[i] for i in rows]), alpha=size)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_add_(mine, self._directions(mine, [scaled[i] for i in rows]), alpha=size)  # pyright: ignore[reportPrivateImportUsage]
         if zero_grad:
             self.zero_grad()
 
@@ -178,7 +180,9 @@ class SAM(Optimizer):
             f"closure: returned {checks.show(loss)}, expected the loss as a tensor (with its gradients computed)",
         )
         try:
-            self.first_step(zero_grad=True)
+            self.first_step()
+            # In place, so that the gradients stay the caller's tensors; a closure that zeroes them itself is as good.
+            self.zero_grad(set_to_none=False)
             if self._phase == "up":
                 with torch.enable_grad(), self._statistics_kept():
                     closure()
@@ -218,7 +222,7 @@ class SAM(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # A copy made between the halves would hold moved weights without the way back.
         self.restore()
-        keep = ("base", "model", "nonfinite", "defaults")
+        keep = ("base", "model", "nan_policy", "skipped_steps", "defaults")
         return {key: self.__dict__[key] for key in keep}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -228,24 +232,33 @@ class SAM(Optimizer):
     def _share(self) -> None:
         self.param_groups, self.state = self.base.param_groups, self.base.state
 
-    def _lengths(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        """Tensors whose joint norm scales the perturbation."""
+    def _scaled(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        """Tensors whose joint norm divides the perturbation."""
         return grads
 
-    def _directions(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        return grads
+    def _directions(self, params: list[Tensor], scaled: list[Tensor]) -> list[Tensor]:
+        return scaled
 
     def _finite(self, length: float, where: str) -> bool:
         if math.isfinite(length):
             return True
         self._phase = "skip"
-        if self.nonfinite == "raise":
+        if self.nan_policy == "raise":
             self._phase = ""
             raise checks.InputError(
-                f"{type(self).__name__}: the gradient {where} has NaN or infinite values; the weights are as before. "
-                "Lower the learning rate or rho, or pass nonfinite='skip'"
+                f"{type(self).__name__}: the gradient {where} is not finite{self._first_bad()}; the weights are as before. "
+                "Lower the learning rate or rho, or pass nan_policy='skip'"
             )
+        self.skipped_steps += 1
         return False
+
+    def _first_bad(self) -> str:
+        every = [p for group in self.param_groups for p in group["params"]]
+        for index, p in enumerate(every):
+            bad = 0 if p.grad is None else int((~torch.isfinite(p.grad)).sum())
+            if bad:
+                return f", first in parameter {index}: {bad} of {p.numel()} values are NaN or infinite"
+        return " in its length"
 
     def _statistics_kept(self) -> Any:
         return nullcontext() if self.model is None else running_statistics_kept(self.model)
@@ -272,15 +285,16 @@ class ASAM(SAM):
         *,
         rho: float = 0.5,
         model: nn.Module | None = None,
-        nonfinite: str = "raise",
+        nan_policy: str = "raise",
     ) -> None:
-        super().__init__(base, rho=rho, model=model, nonfinite=nonfinite)
+        super().__init__(base, rho=rho, model=model, nan_policy=nan_policy)
 
-    def _lengths(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        return [_wide(g) * _wide(w).abs() for w, g in zip(params, grads)]
+    def _scaled(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        return [_wide(w).abs().mul_(_wide(g)) for w, g in zip(params, grads)]
 
-    def _directions(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        return [_wide(g) * _wide(w).abs().square() for w, g in zip(params, grads)]
+    def _directions(self, params: list[Tensor], scaled: list[Tensor]) -> list[Tensor]:
+        found = [s.mul_(_wide(w).abs()) for w, s in zip(params, scaled)]
+        return [torch.view_as_complex(e) if w.is_complex() else e for w, e in zip(params, found)]
 
 
 @contextmanager
@@ -304,7 +318,9 @@ def running_statistics_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _wide(t: Tensor) -> Tensor:
-    """In single precision where it is half: the square of a weight times its gradient leaves the range of float16."""
+    """Complex numbers as pairs; half precision as single, whose range a squared weight times its gradient does not leave."""
+    if t.is_complex():
+        return torch.view_as_real(t)
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
