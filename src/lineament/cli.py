@@ -1,4 +1,4 @@
-"""The command `lineament`: audit, papers, reproduce, gallery, bench.
+"""The command `lineament`: audit, explain, train, papers, reproduce, gallery, bench.
 
 Each command imports what it needs when it runs, so `lineament --help` is there at once. Exit status: 0 when the
 work was done, 2 for input that cannot be used (one line on standard error), 130 after Ctrl-C, 1 for anything
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from lineament import __version__
 
-COMMANDS = ("audit", "papers", "reproduce", "gallery", "bench")
+COMMANDS = ("audit", "explain", "train", "papers", "reproduce", "gallery", "bench")
 
 
 class UsageError(Exception):
@@ -78,6 +78,15 @@ def _dispatch(argv: list[str]) -> int:
         parser.print_help()
         return 0
     fields: dict[str, str] = {}
+    if first == "reproduce" and {"-h", "--help"} & set(argv) and (slug := _word_after(argv, "reproduce")):
+        from lineament import console
+        from lineament.recipes import fields as fields_of
+
+        found = fields_of(slug)
+        commands["reproduce"].print_help()
+        print()
+        console.show_fields(slug, found)
+        return 0
     if first == "reproduce":
         argv, fields = _split_fields(argv)
     arguments, extra = parser.parse_known_args(argv)
@@ -106,6 +115,12 @@ def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
     if importlib.util.find_spec("lineament.audit.command"):
         importlib.import_module("lineament.audit.command").add_parser(commands)
 
+    if importlib.util.find_spec("lineament.explain_command"):
+        importlib.import_module("lineament.explain_command").add_parser(commands)
+
+    if importlib.util.find_spec("lineament.train_command"):
+        importlib.import_module("lineament.train_command").add_parser(commands)
+
     papers = commands.add_parser("papers", help="the catalogue: 29 papers, newest first, with what runs each")
     papers.add_argument("--search", metavar="TEXT", default="", help="only papers in which every word occurs")
     papers.add_argument("--json", action="store_true", help="write the entries as JSON")
@@ -115,7 +130,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
         "reproduce",
         help="run a paper's headline claims and judge them",
         usage="lineament reproduce SLUG [--preset quick|small|paper] [--out DIR] [--overwrite] [--FIELD VALUE ...]",
-        epilog="Every field of the recipe's Config can be given as --FIELD VALUE, say --seed 3. A killed run goes on "
+        epilog="Every field of the recipe's Config can be given as --FIELD VALUE, say --seed 3; `lineament reproduce SLUG "
+        "--help` lists them. A killed run goes on "
         "when the same command is given again.",
     )
     reproduce.add_argument("slug", metavar="SLUG", help="the paper (see lineament papers)")
@@ -199,6 +215,11 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.repeats is not None:
         number("--repeats", arguments.repeats, low=1, integer=True)
     return console.show_bench(bench.chosen(arguments.slugs), arguments.repeats, arguments.json)
+
+
+def _word_after(argv: Sequence[str], command: str) -> str | None:
+    following = argv[argv.index(command) + 1 :][:1]
+    return next((word for word in following if not word.startswith("-")), None)
 
 
 def _split_fields(argv: list[str]) -> tuple[list[str], dict[str, str]]:

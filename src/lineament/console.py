@@ -16,9 +16,11 @@ from rich.text import Text
 from lineament.report.text import cell, duration, printable
 
 if TYPE_CHECKING:
+    from lineament.learn.fit_result import Fitted
     from lineament.papers import Paper
     from lineament.recipes._run import Run
     from lineament.report.gallery import Site
+    from lineament.report.token_page import TokenBlock
 
 WIDE = 100
 
@@ -87,6 +89,17 @@ def show_papers(papers: Sequence[Paper], search: str = "") -> None:
     console.print(f"{len(papers)} of 29 papers{what}; {there} there, {len(papers) - there} not yet.")
 
 
+def show_fields(slug: str, fields: Sequence[tuple[str, str, Mapping[str, object]]]) -> None:
+    """The options of one recipe, with the value that each preset gives them."""
+    console = _console()
+    table = _table("option", "takes", *(fields[0][2] if fields else ()), whole=("option",))
+    for option, takes, values in fields:
+        shown = (", ".join(map(str, v)) if isinstance(v, (tuple, list)) else str(v) for v in values.values())
+        table.add_row(option, takes, *(printable(text, limit=60) for text in shown))
+    console.print(f"options of {slug}, with the value in each preset:")
+    console.print(table)
+
+
 def show_run(run: Run) -> None:
     """A recipe's claims, the paper's figure beside ours, and where the outcome is."""
     console = _console()
@@ -120,6 +133,51 @@ def show_run(run: Run) -> None:
 
 def _verdict(holds: bool) -> Text:
     return Text("holds", style="green") if holds else Text("does not hold", style="yellow")
+
+
+def show_tokens(block: TokenBlock) -> None:
+    """The context in colours by score on a terminal, and one line a token, most important first, in a pipe."""
+    console = _console()
+    shown = block.shown()
+    console.print(Text(printable(block.line), style="bold"))
+    if console.is_terminal:
+        text = Text()
+        for t in shown:
+            red, green, blue = (226, 120, 20) if t["sign"] == "for" else (30, 120, 190)
+            # The strongest get the full colour with black letters; weak ones would be unreadable on it.
+            strong = t["share"] >= 0.5
+            r, g, b = (round(40 + (c - 40) * t["share"]) for c in (red, green, blue))
+            style = f"{'black' if strong else 'white'} on rgb({r},{g},{b})" if t["rank"] else "dim"
+            text.append(t["text"], style=style + (" underline" if t["marked"] else ""))
+        console.print(text)
+    ranked = sorted((t for t in shown if t["rank"]), key=lambda t: t["rank"])
+    for t in ranked[:5] if console.is_terminal else ranked:
+        console.print(f"  {t['value']:>10}  {t['text']!r}{'  (rationale)' if t['marked'] else ''}")
+
+
+def show_trainings(runs: Mapping[str, Fitted]) -> None:
+    """Several trainings side by side, the best last validation accuracy first."""
+    console = _console()
+    rows = sorted(runs.items(), key=lambda run: -(run[1].last if run[1].last is not None else -1.0))
+    table = _table(
+        *("run", "optimizer", "options", "best", "last", "seconds"), right=("best", "last", "seconds")
+    )
+    for name, run in rows:
+        accuracies = ("–" if value is None else f"{value:.2%}" for value in (run.best, run.last))
+        table.add_row(
+            _text(name), run.options.optimizer, _text(run.words()), *accuracies, f"{run.seconds:.1f}"
+        )
+    console.print(table)
+    console.print(
+        "best and last: validation accuracy of the best epoch (optimistic: chosen on the data it is measured on) and of the weights that were kept.",
+        soft_wrap=True,
+    )
+    others = {(run.validation_samples, run.options.seed) for run in runs.values()}
+    if len(others) > 1:
+        console.print(
+            "These runs differ in seed or in what they held out: their accuracies are of different samples.",
+            soft_wrap=True,
+        )
 
 
 def show_site(site: Site) -> None:

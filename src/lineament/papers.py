@@ -100,7 +100,7 @@ PAPERS: tuple[Paper, ...] = (
         "Shah, Jain, Netrapalli",
         "2102.12781",
         "Test whether input gradients mark the pixels that matter, by retraining on what they keep.",
-        ("explain/faithfulness.py", "data/blockmnist.py"),
+        ("explain/diffroar.py", "data/blockmnist.py", "learn/adversarial.py"),
     ),
     Paper(
         "reagent",
@@ -181,7 +181,7 @@ PAPERS: tuple[Paper, ...] = (
         "Gabdullin",
         "2412.10146",
         "Draw the loss around trained weights along any axes, and sum up its Hessian's spectrum in two numbers.",
-        ("measure/landscape.py",),
+        ("measure/landscape.py", "measure/hessian_criteria.py"),
     ),
     Paper(
         "projection-head",

@@ -40,6 +40,15 @@ def test_help_and_version(capsys):
         assert "--debug" in capsys.readouterr().out
 
 
+def test_help_of_a_recipe_lists_its_fields(capsys):
+    assert cli.main(["reproduce", "normgrad", "--help"]) == 0
+    words = capsys.readouterr().out
+    line = next(line for line in words.splitlines() if line.strip().startswith("--train-images"))
+    assert "an integer" in line and "1500" in line and "3000" in line and "--overwrite" in words
+    assert cli.main(["reproduce", "normgard", "--help"]) == 2
+    assert "nearest: 'normgrad'" in capsys.readouterr().err
+
+
 def test_help_and_papers_import_no_torch():
     for words in (["--help"], ["papers", "--json"], ["papers", "--search", "collapse"]):
         code = f"import sys; from lineament.cli import main; main({words!r}); print('torch' in sys.modules, file=sys.stderr)"

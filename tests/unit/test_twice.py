@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.func import vmap
 
 from lineament.core.twice import Twice
 
@@ -18,7 +19,7 @@ def products(function, leaves, rewritten, block):
     generator = torch.Generator().manual_seed(1)
     vectors = [torch.randn(4, *g.shape, generator=generator, dtype=torch.float64) for g in grads]
     if block:
-        second = torch.autograd.grad(grads, leaves, vectors, is_grads_batched=True)
+        second = vmap(lambda v: torch.autograd.grad(grads, leaves, v, retain_graph=True))(vectors)
     else:
         each = [
             torch.autograd.grad(grads, leaves, [v[i] for v in vectors], retain_graph=True) for i in range(4)
@@ -84,3 +85,99 @@ def test_what_a_graph_keeps_is_counted():
         y = torch.tanh(x)
         torch.tanh(x.detach())
     assert seen.bytes == y.numel() * 4
+
+
+@pytest.mark.parametrize("block", [False, True])
+@pytest.mark.parametrize(
+    "activation",
+    [
+        F.relu,
+        torch.relu,
+        F.gelu,
+        lambda x: F.gelu(x, approximate="tanh"),
+        F.silu,
+        lambda x: F.relu(x * 1, True),
+    ],
+    ids=["relu", "torch.relu", "gelu", "gelu tanh", "silu", "relu in place"],
+)
+def test_activations(activation, block):
+    torch.manual_seed(0)
+    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in [(5, 4), (4, 6)]]
+
+    def function(x, w):
+        return activation(activation(x) @ w).pow(2).mean()
+
+    torch.testing.assert_close(
+        products(function, leaves, True, block), products(function, leaves, False, False)
+    )
+
+
+@pytest.mark.parametrize("activation", [F.gelu, F.silu, F.relu])
+def test_activations_differentiate_a_third_time(activation):
+    x = torch.linspace(-2, 2, 8, dtype=torch.float64, requires_grad=True)
+    found = []
+    for context in (Twice(), nullcontext()):
+        with context:
+            value = activation(x).pow(3).sum()
+        for _ in range(3):
+            (value,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+        found.append(value.detach())
+    torch.testing.assert_close(*found)
+
+
+def in_single_precision(function, shapes, block):
+    """The rewritten float32 numbers, and PyTorch's own in float64."""
+    torch.manual_seed(0)
+    exact = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    ours = [leaf.detach().float().requires_grad_() for leaf in exact]
+    for a, b in zip(products(function, ours, True, block), products(function, exact, False, False)):
+        assert a.dtype == torch.float32
+        assert (a.double() - b).norm() <= 2e-6 * b.norm()
+
+
+@pytest.mark.parametrize("block", [False, True])
+@pytest.mark.parametrize("form", ["linear", "linear without bias", "addmm"])
+def test_linear_layers_in_single_precision(form, block):
+    def function(x, w, b, v):
+        if form == "addmm":
+            hidden = torch.addmm(b, x.flatten(0, 1), w.T)
+        else:
+            hidden = F.linear(x, w, b if form == "linear" else None)
+        return F.linear((hidden / 8).tanh(), v).square().mean() + b.pow(3).mean()
+
+    in_single_precision(function, [(3, 40, 64), (96, 64), (96,), (80, 96)], block)
+
+
+@pytest.mark.parametrize("block", [False, True])
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}])
+def test_convolutions_in_single_precision(options, block):
+    def function(x, w, b, last):
+        y = F.conv2d((F.conv2d(x, w, b, **options) / 12).tanh(), last)
+        # A view of what PyTorch's convolution leaves contiguous.
+        return y.view(len(y), -1).pow(3).mean()
+
+    in_single_precision(function, [(3, 16, 9, 9), (32, 16, 3, 3), (32,), (4, 32, 2, 2)], block)
+
+
+@pytest.mark.parametrize("block", [False, True])
+@pytest.mark.parametrize("case", ["plain", "bias", "not affine", "used twice", "changed", "grouped"])
+def test_batch_norm_after_a_convolution(case, block):
+    torch.manual_seed(0)
+    groups = 2 if case == "grouped" else 1
+    shapes = [(3, 4, 5, 5), (6, 4 // groups, 3, 3), (6,), (6,), (6,)]
+    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    mean, var = torch.randn(6).double(), torch.rand(6).double() + 0.5
+
+    def function(x, w, b, scale, shift):
+        y = F.conv2d(x, w, b if case == "bias" else None, groups=groups)
+        if case == "changed":
+            y.add_(1)
+        affine = (None, None) if case == "not affine" else (scale, shift)
+        z = F.batch_norm(y, mean, var, *affine)
+        if case == "used twice":
+            z = z + y
+        return (z.tanh() * (1 + scale * b).reshape(6, 1, 1)).mean() + (shift * b).pow(3).sum()
+
+    torch.testing.assert_close(
+        products(function, leaves, True, block), products(function, leaves, False, False)
+    )

@@ -17,6 +17,7 @@ examples:
   lineament audit --out report
   lineament audit net.py:make data.npz --weights net.safetensors --groups site --out report
   lineament audit ./resnet-saved ./photos --out report --samples 500 --lenses accuracy,gaze
+  lineament audit ./gpt2-saved pairs.jsonl --out report
 
 A run that was cut off goes on where it stopped when the same command is given again."""
 )
@@ -42,7 +43,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "data",
         nargs="?",
         metavar="DATA",
-        help=".npz, a folder of images by class, a Hugging Face data set, or digits",
+        help=".npz, a folder of images by class, a Hugging Face data set, or digits; for a language model a .txt of prompts, a .jsonl of "
+        "prompts or prompt pairs (clean, corrupt, answer, wrong), or ioi",
     )
     add(
         "--out",
@@ -93,6 +95,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="where the saliency maps are taken (default: the last place that has a map)",
     )
     add(
+        "--faithfulness",
+        default="scores",
+        metavar="HOW",
+        help="how the maps are judged: scores (default), or diffroar, which also trains the architecture anew on what they keep",
+    )
+    add(
         "--samples",
         type=int,
         default=2000,
@@ -130,6 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
         task=arguments.task,
         method=arguments.method,
         gaze_site=arguments.gaze_site,
+        faithfulness=arguments.faithfulness,
         samples=arguments.samples,
         batch_size=arguments.batch_size,
         device=arguments.device,

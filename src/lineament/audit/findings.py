@@ -23,8 +23,10 @@ def findings(sections: Sequence[Section]) -> list[Finding]:
         "accuracy": _accuracy,
         "collapse": _collapse,
         "spectrum": _spectrum,
-        "sharpness": _sharpness,
+        "landscape": _landscape,
         "parts": _parts,
+        "tokens": _tokens,
+        "components": _components,
     }
     by_name = {section.name: section for section in sections if section.status not in ("failed", "skipped")}
     found: list[Finding] = []
@@ -176,20 +178,20 @@ def _spectrum(n: dict[str, Any]) -> list[Finding]:
     return [Finding("good", f"{text}.", "spectrum")]
 
 
-def _sharpness(n: dict[str, Any]) -> list[Finding]:
+def _landscape(n: dict[str, Any]) -> list[Finding]:
     if n["bottom"] < -0.1 * max(n["top"], 0):
         return [
             Finding(
                 "note",
                 f"It does not sit in a minimum: the loss curves downwards (least eigenvalue {compact(n['bottom'])}, greatest {compact(n['top'])}).",
-                "sharpness",
+                "landscape",
             )
         ]
     return [
         Finding(
             "good",
             f"It sits in a minimum of greatest curvature {compact(n['top'])}; {percent(n['flat_share'], 0)} of weight directions are nearly flat.",
-            "sharpness",
+            "landscape",
         )
     ]
 
@@ -216,6 +218,41 @@ def _parts(n: dict[str, Any]) -> list[Finding]:
             "good",
             f"It uses {'all' if not n['free'] else 'most'} of its parts: {percent(share, 0) if n['free'] else 'none'} of its channel groups can be silenced unnoticed; silencing the weightiest, at {short(top['site'], 40)}, {effect}.",
             "parts",
+        )
+    ]
+
+
+def _tokens(n: dict[str, Any]) -> list[Finding]:
+    reach = sorted(n["reach"])[len(n["reach"]) // 2]
+    text = f"Half of what decides its next token lies within the last {reach} tokens (median of {len(n['reach'])} prompts)"
+    if n["contradicted"]:
+        return [
+            Finding(
+                "warning",
+                f"{text}, but the attribution fails its own test: other tokens decide more.",
+                "tokens",
+            )
+        ]
+    proof = "" if n["true"] else "; whether the tokens named are the right ones cannot be told from these"
+    return [Finding("good" if n["true"] else "note", f"{text}{proof}.", "tokens")]
+
+
+def _components(n: dict[str, Any]) -> list[Finding]:
+    if n["right"] < 0.6:
+        return [
+            Finding(
+                "warning",
+                f"It prefers the right answer in {percent(n['right'], 0)} of the prompt pairs only: it hardly has the behaviour that they ask for.",
+                "components",
+            )
+        ]
+    top = n["top_head"]
+    return [
+        Finding(
+            "good",
+            f"It prefers the right answer in {percent(n['right'], 0)} of the prompt pairs; head {top['head']} of layer {top['layer']} alone brings back {percent(top['score'], 0)} of "
+            f"the difference, and five heads hold {percent(n['five_heads'], 0)} of what all heads bring back.",
+            "components",
         )
     ]
 

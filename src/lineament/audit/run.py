@@ -7,13 +7,8 @@ run goes on where it stopped and gives the same report. A lens that fails says s
 from __future__ import annotations
 
 import hashlib
-import shlex
-import sys
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,64 +18,24 @@ from torch import Tensor, nn
 
 from lineament.audit import default
 from lineament.audit.findings import findings
-from lineament.audit.lenses import LENSES, lens
+from lineament.audit.language import is_language_model
+from lineament.audit.language_run import audit_language
+from lineament.audit.lenses import ALIASES, LANGUAGE, LENSES
 from lineament.audit.models import Loaded, digest, load
+from lineament.audit.stages import STAGES, Report, fresh, opened, sections, threads, written
 from lineament.audit.subject import Subject, bring_together, one_output, two_logits
 from lineament.core import checks
 from lineament.core.batching import Checkpoint
-from lineament.core.checks import InputError, require, show
-from lineament.core.files import output_folder, possible_folder
+from lineament.core.checks import require, show
 from lineament.core.models import device_of
 from lineament.data.loading import Samples, checked
 from lineament.data.loading import load as load_data
+from lineament.data.prompts import is_prompts
 from lineament.data.shortcut_digits import MARK
 from lineament.explain.saliency import METHODS as SALIENCY
-from lineament.papers import search
-from lineament.report import page
 from lineament.report.outcome import versions
 from lineament.report.page import Finding
 from lineament.report.section import Section
-
-_STAGES = ".stages"
-_SOURCES = {
-    "calibration": ("On calibration of modern neural networks", 2017, "1706.04599"),
-    "effective-rank": ("RankMe: effective rank of learned features", 2022, "2210.02885"),
-    "hessian-density": (
-        "An investigation into neural net optimization via Hessian eigenvalue density",
-        2019,
-        "1901.10159",
-    ),
-    "ablation": ("Ablation studies in artificial neural networks", 2019, "1901.08644"),
-}
-
-
-@dataclass(frozen=True)
-class Report:
-    """What an audit found: the verdict, one section a lens, and where the page is."""
-
-    title: str
-    findings: Sequence[Finding]
-    sections: Sequence[Section]
-    html: Path
-    json: Path
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "title": self.title,
-            "findings": [finding.to_dict() for finding in self.findings],
-            "sections": [section.to_dict() for section in self.sections],
-            "html": str(self.html),
-            "json": str(self.json),
-        }
-
-    def __getitem__(self, name: str) -> Section:
-        """The section of a lens."""
-        for section in self.sections:
-            if section.name == name:
-                return section
-        raise InputError(
-            f"report: no section {name!r}{checks.suggest(name, [s.name for s in self.sections])}"
-        )
 
 
 def audit(
@@ -101,6 +56,7 @@ def audit(
     task: str = "auto",
     method: str = "norm_grad",
     gaze_site: str | None = None,
+    faithfulness: str = "scores",
     samples: int = 2000,
     batch_size: int = 64,
     device: str | torch.device | None = None,
@@ -113,7 +69,8 @@ def audit(
     Args:
         model: an ``nn.Module``, or what :func:`lineament.audit.models.load` takes; ``None``, without data, trains a small network on digits
             with a planted mark and audits that.
-        data: what :func:`lineament.data.loading.load` takes, or a pair ``(inputs, targets)`` of tensors or arrays.
+        data: what :func:`lineament.data.loading.load` takes, or a pair ``(inputs, targets)`` of tensors or arrays. Prompts
+            (:func:`lineament.data.prompts.load_prompts`) go with a language model: see :func:`lineament.audit.language_run.audit_language`.
         out: the folder for `report.html` and `report.json`.
         lenses: names of :data:`lineament.audit.lenses.LENSES`; all by default.
         sites: sites or globs; by default the blocks of the network, up to eight, and the input of its head.
@@ -121,6 +78,7 @@ def audit(
         normalize: (mean, deviation) per channel, for images scaled to [0, 1].
         task: ``"classification"``, ``"regression"`` or ``"auto"``.
         method, gaze_site: of the saliency maps, see :func:`lineament.explain.saliency.saliency`.
+        faithfulness: how the maps are judged: ``"scores"``, or ``"diffroar"``, which also trains the architecture anew on what they keep.
         samples: read at most so many.
         note: called with a line for each step, for who waits.
 
@@ -136,28 +94,36 @@ def audit(
     >>> found["accuracy"].numbers["overall"]["count"]
     50
     """
-    chosen = list(dict.fromkeys(lenses)) if lenses is not None else list(LENSES)
-    require(bool(chosen), "lenses: got none, expected at least one of " + ", ".join(LENSES))
-    for name in chosen:
-        checks.one_of("lenses", name, list(LENSES))
-    chosen = [name for name in LENSES if name in chosen]
+    if _is_language(model, data):
+        return audit_language(
+            str(model),
+            str(data),
+            out=out,
+            lenses=lenses,
+            samples=samples,
+            device=None if device is None else str(device),
+            seed=seed,
+            overwrite=overwrite,
+            note=note,
+        )
+    chosen = _chosen(lenses)
     checks.one_of("task", task, ("auto", "classification", "regression"))
     checks.one_of("method", method, list(SALIENCY))
+    checks.one_of("faithfulness", faithfulness, ("scores", "diffroar"))
     for what, value, least in (("samples", samples, 2), ("batch_size", batch_size, 1), ("seed", seed, 0)):
         checks.number(what, value, low=least, integer=True)
     pair = _normalization(normalize)
-    folder = _fresh(out, overwrite)
+    folder = fresh(out, overwrite)
 
     note("reading the model and the data")
     embedded = model is None
-    checkpoint = None
     if embedded:
         require(
             data is None and weights is None, "MODEL: got none, but data or weights; pass the model first"
         )
         key = {"default": seed, "torch": torch.__version__, "epoch": 1}
-        trained = Checkpoint(_opened(folder) / _STAGES / "training", key)
-        with _threads(0.0):
+        trained = Checkpoint(opened(folder) / STAGES / "training", key)
+        with threads(0.0):
             state = trained.stage("train", lambda: default.train(seed))
         network = default.small_cnn(seed).eval()
         network.load_state_dict(state)
@@ -195,55 +161,63 @@ def audit(
             gaze_site=gaze_site,
             seed=seed,
         )
+        subject = replace(subject, faithfulness=faithfulness, fresh=_drawn_anew(loaded))
         if widen:
             subject = replace(
                 subject, notes=(*subject.notes, "one output z for two classes is read as the logits (0, z)")
             )
-        checkpoint = Checkpoint(_opened(folder) / _STAGES / "lenses", _key(subject, loaded))
-        if checkpoint.resumed:
-            note("an earlier run of the same audit was cut off; going on where it stopped")
-        sections = []
-        with _threads(subject.flops * batch_size):
-            for number, name in enumerate(chosen, 1):
-                note(f"{number}/{len(chosen)} {name}: {LENSES[name]}")
-                stored = checkpoint.stage(name, lambda name=name: _look(name, subject).to_dict())
-                sections.append(Section.from_dict(stored))
-    told = findings(sections)
+        with threads(subject.flops * batch_size):
+            found, checkpoint = sections(folder, _key(subject, loaded), chosen, subject, note)
+    told = findings(found)
     if embedded:
-        told = [*_planted(sections), *told]
-    title = _title(loaded)
-    html, json = page.write(
+        told = [*_planted(found), *told]
+    return written(
         folder,
-        title,
-        "What does this network rely on, and how does it hold it?",
+        checkpoint,
+        _title(loaded),
         _facts(subject, loaded),
         told,
-        sections,
-        command=_command(),
-        methods=_methods(sections),
-        versions=versions(),
-        extra={
+        found,
+        {
             "notes": list(subject.notes),
             "sites": list(subject.sites),
             "task": subject.task,
             "classes": list(subject.classes),
         },
     )
-    Checkpoint.finish(checkpoint)
-    _remove_stages(folder)
-    return Report(title, told, sections, html, json)
 
 
-@contextmanager
-def _threads(work: float) -> Iterator[None]:
-    """One thread where a batch is little work: several would wait for each other longer than they work."""
-    before = torch.get_num_threads()
-    if work < 5e8:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _is_language(model: Any, data: Any) -> bool:
+    """Whether this is a language model and prompts; one without the other is refused."""
+    if is_language_model(model):
+        require(
+            is_prompts(data),
+            f"DATA: got {show(data)} for a language model, expected a .txt file of prompts, a .jsonl file of prompts or prompt pairs, or ioi",
+        )
+        return True
+    if not is_prompts(data):
+        return False
+    # What is not on this disk may be a name of the hub.
+    require(
+        isinstance(model, str) and ":" not in model and not Path(model).exists(),
+        f"MODEL: {show(model)} is no language model, and {str(data)!r} holds prompts; expected a Hugging Face directory or name of one",
+    )
+    return True
+
+
+def _chosen(lenses: Sequence[str] | None) -> list[str]:
+    own = [name for name in LENSES if name not in LANGUAGE]
+    if lenses is None:
+        return own
+    require(len(lenses) > 0, "lenses: got none, expected at least one of " + ", ".join(own))
+    lenses = [ALIASES.get(name, name) for name in lenses]
+    for name in lenses:
+        checks.one_of("lenses", name, list(LENSES))
+        require(
+            name not in LANGUAGE,
+            f"lenses: {name!r} is for language models; for this network there are: {', '.join(own)}",
+        )
+    return [name for name in own if name in lenses]
 
 
 def _planted(sections: Sequence[Section]) -> list[Finding]:
@@ -267,26 +241,6 @@ def _planted(sections: Sequence[Section]) -> list[Finding]:
             )
         ]
     return [Finding("note", "The planted mark was not found to decide the network's answers.", "gaze")]
-
-
-def _look(name: str, subject: Subject) -> Section:
-    module = lens(name)
-    start = time.perf_counter()
-    reason = module.applies(subject)
-    if reason:
-        return Section(name, module.TITLE, "skipped", "", "", reason, method="")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            section = module.look(subject)
-    except Exception as error:
-        # One lens that fails must not take the others' answers away.
-        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        return Section(
-            name, module.TITLE, "failed", "", "", f"This lens failed and the others went on. {kind}{error}",
-            seconds=time.perf_counter() - start,
-        )  # fmt: skip
-    return replace(section, numbers=page.plain(section.numbers), seconds=time.perf_counter() - start)
 
 
 def _samples(
@@ -331,42 +285,6 @@ def _strings(value: Any) -> bool:
     return np.asarray(value).dtype.kind in "SU"
 
 
-def _fresh(out: str | Path, overwrite: bool) -> Path:
-    """The output folder: new, empty, or of an unfinished run; another only with ``overwrite``."""
-    folder = Path(out)
-    if folder.is_dir():
-        present = {p.name for p in folder.iterdir()}
-        finished = "report.html" in present
-        require(
-            overwrite or not finished,
-            f"--out: {str(out)!r} already holds a finished report; give --overwrite to replace it, or choose another folder",
-        )
-        own = {
-            name
-            for name in present
-            if name in ("report.html", "report.json", _STAGES) or name.startswith(".report-")
-        }
-        foreign = sorted(present - own)
-        require(
-            not foreign,
-            f"--out: {str(out)!r} holds files that are no report's ({checks.show(foreign[0]) if foreign else ''} ...); choose an empty or new folder",
-        )
-    return possible_folder(folder)
-
-
-def _opened(folder: Path) -> Path:
-    """Make the folder, now that there is something to write; without what a killed run had half written."""
-    for leftover in output_folder(folder).glob(".report-*"):
-        leftover.unlink(missing_ok=True)
-    return folder
-
-
-def _remove_stages(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder / _STAGES, ignore_errors=True)
-
-
 def _normalization(normalize: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     if normalize is None:
         return None
@@ -401,10 +319,26 @@ def _key(subject: Subject, loaded: Loaded) -> dict[str, Any]:
             subject.gaze_site,
             subject.batch_size,
             subject.seed,
+            subject.faithfulness,
         ],
         "device": str(device_of(subject.model)),
         "versions": versions(),
     }
+
+
+def _drawn_anew(loaded: Loaded) -> Callable[[int], nn.Module] | None:
+    """What makes the audited architecture with fresh weights, under the random state of the caller; ``None`` if nothing can."""
+    from lineament.learn.training import refreshed
+
+    if loaded.kind == "export":
+        return None
+    if loaded.kind == "default":
+        return default.small_cnn
+    config = getattr(loaded.model, "config", None)
+    if loaded.kind == "hugging face" and config is not None:
+        return lambda seed: type(loaded.model)(config)
+    # A factory may load trained weights: what it makes is drawn anew by its modules' own initialisation.
+    return lambda seed: refreshed(loaded.model, seed)
 
 
 def _title(loaded: Loaded) -> str:
@@ -429,20 +363,3 @@ def _facts(subject: Subject, loaded: Loaded) -> list[tuple[str, Any]]:
     if samples.groups is not None:
         facts.append(("Groups", len(samples.group_names)))
     return [*facts, ("Device", str(device_of(subject.model)))]
-
-
-def _methods(sections: Iterable[Section]) -> dict[str, dict[str, Any]]:
-    papers = {paper.slug: {"title": paper.title, "year": paper.year, "url": paper.url} for paper in search()}
-    others = {
-        slug: {"title": t, "year": y, "url": f"https://arxiv.org/abs/{n}"}
-        for slug, (t, y, n) in _SOURCES.items()
-    }
-    known = {**others, **papers}
-    return {s.method: known[s.method] for s in sections if s.method in known}
-
-
-def _command() -> str:
-    name = Path(sys.argv[0]).name if sys.argv else ""
-    if name in ("lineament", "__main__.py"):
-        return shlex.join(["lineament", *sys.argv[1:]])
-    return "lineament.audit.audit(model, data, out=...)"

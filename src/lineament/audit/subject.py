@@ -7,7 +7,7 @@ task is, which sites are looked at; and whatever does not fit is said at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +44,8 @@ class Subject:
     gaze_site: str | None = None
     seed: int = 0
     notes: tuple[str, ...] = ()
+    faithfulness: str = "scores"
+    fresh: Callable[[int], nn.Module] | None = None
     cache: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:

@@ -1,26 +1,22 @@
 """Hessian, Gauss-Newton and Fisher of an empirical risk, as operators with ``@``.
 
 The risk is the mean loss over a loader, R(θ) = (1/N) Σ_i ℓ(f_θ(x_i), y_i). A product never forms a matrix: it
-differentiates the gradient once more (Pearlmutter 1994). What is not obvious: the graph of the first gradient depends on the
-data only, so it is kept as long as memory allows, and each further product costs one pass through it: a Lanczos
-run pays for the forward and the first backward once. A block of vectors shares one pass.
+differentiates the gradient once more (Pearlmutter 1994), on a graph that is kept between products. A block of vectors
+shares one pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 from torch.func import vmap
 
 from lineament.core import checks
-from lineament.core.gradients import unflatten
 from lineament.core.likelihoods import draw, likelihood_of
+from lineament.core.operators import CACHE_BYTES, Curvature, Product, Vectors, pull, sandwich
 from lineament.core.risk import Chunk, Risk
 from lineament.core.spectra import Density, Eigenpairs, Lanczos, lanczos, spectral_density, top_eigenpairs
 from lineament.core.traces import Trace, trace
@@ -40,137 +36,6 @@ __all__ = [
     "trace",
 ]
 
-_CACHE_BYTES = 2 * 1024**3
-# A block of vectors goes through the graph at once up to this size. On the CPU that pays only while it stays in the
-# caches (measured: 1.3 to 2.7 times faster there, up to 1.6 times slower beyond); elsewhere while it fits.
-_BLOCK_BYTES = {"cpu": 32 * 1024**2}
-Vectors = list[Tensor]
-# Takes vectors in the parameters' shapes, with an axis of vectors in front when the flag says so.
-Product = Callable[[Vectors, bool], Sequence[Tensor]]
-
-
-class Curvature:
-    """A symmetric (P, P) matrix known by its products: ``C @ v`` for v of shape (P,), ``C @ V`` for V of shape (P, k).
-
-    ``names`` lists the parameters in the order of the flat vector; :meth:`split` cuts a vector into their shapes.
-    Products follow the weights: when they change, graphs kept for the old ones are dropped.
-    """
-
-    def __init__(self, risk: Risk, product: Callable[[Chunk], Product], cache_bytes: float = _CACHE_BYTES):
-        self._risk = risk
-        self._product = product
-        self._limit = checks.number("cache_bytes", cache_bytes, low=0)
-        self._kept: list[_Kept] = []
-        self._complete = False
-        self._streams = False
-        self._blocks = True
-        self._state = risk.refresh()
-        self.names = list(risk.names)
-        leaves = list(risk.leaves.values())
-        total = sum(leaf.numel() for leaf in leaves)
-        self.shape = (total, total)
-        self.dtype, self.device = leaves[0].dtype, leaves[0].device
-
-    def __matmul__(self, other: Tensor) -> Tensor:
-        checks.tensor("vector", other, floating=True, finite=False)
-        checks.require(
-            other.ndim in (1, 2) and other.shape[0] == self.shape[0],
-            f"vector: got {checks.show(other)}, expected shape ({self.shape[0]},) or ({self.shape[0]}, k)",
-        )
-        other = other.detach().to(device=self.device, dtype=self.dtype)
-        # Column by column: a transposed copy of a tall matrix misses the cache at every entry.
-        rows = torch.stack([*other.T]) if other.ndim == 2 else other.contiguous()
-        result: Tensor | None = None
-        seen = 0
-        for kept in self._products():
-            found = self._apply(kept, rows)
-            seen += kept.count
-            if result is None:
-                result = found
-            else:
-                share = kept.count / seen
-                result.mul_(1 - share).add_(found, alpha=share)
-        assert result is not None  # Risk.chunks raises when there is no data
-        return result.T if other.ndim == 2 else result
-
-    def split(self, vector: Float[Tensor, "total"]) -> dict[str, Tensor]:
-        """The parts of a flat vector, by parameter name and in the parameters' shapes."""
-        return dict(zip(self.names, unflatten(vector, list(self._risk.leaves.values()))))
-
-    def to_scipy(self) -> LinearOperator:
-        """The same operator for SciPy (``scipy.sparse.linalg.eigsh`` and its relatives), in float64 on the CPU."""
-
-        def product(x: Any) -> Any:
-            return (self @ torch.as_tensor(x.copy(), dtype=self.dtype)).double().cpu().numpy()
-
-        return LinearOperator(self.shape, matvec=product, matmat=product, dtype="float64")  # pyright: ignore
-
-    def dense(self, limit: int = 5000) -> Float[Tensor, "total total"]:
-        """The matrix itself; refused above ``limit`` parameters."""
-        checks.require(
-            self.shape[0] <= limit,
-            f"dense: {self.shape[0]} parameters make a matrix of that side; the limit is {limit}",
-        )
-        return self @ torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
-
-    def _apply(self, kept: _Kept, rows: Tensor) -> Tensor:
-        """One chunk's product with a vector (P,) or with the rows of (k, P)."""
-        if rows.ndim == 1:
-            return self._apply(kept, rows[None])[0]
-        leaves = list(self._risk.leaves.values())
-        # Each vector of a block brings tensors of its own through the graph, about as many as the graph holds.
-        ceiling = _BLOCK_BYTES.get(self.device.type, _CACHE_BYTES)
-        width = max(1, int(ceiling // max(kept.bytes, 1))) if self._blocks else 1
-        result = torch.empty_like(rows)
-        for start in range(0, len(rows), width):
-            block = rows[start : start + width]
-            single = len(block) == 1
-            parts = [
-                v.to(leaf.dtype) for v, leaf in zip(unflatten(block[0] if single else block, leaves), leaves)
-            ]
-            try:
-                found = kept.product(parts, not single)
-            except RuntimeError:
-                if single:
-                    raise
-                # An operation of the model's own that does not know of blocks; if it is another error, it comes again.
-                self._blocks = False
-                return self._apply(kept, rows)
-            for at, row in enumerate(result[start : start + width]):
-                torch.cat([(g if single else g[at]).reshape(-1).to(self.dtype) for g in found], out=row)
-        return result
-
-    def _products(self) -> Iterator[_Kept]:
-        """Each chunk with its product; all graphs are kept for the next call if they fit, else none."""
-        state = self._risk.refresh()
-        if state != self._state:
-            self._kept, self._complete, self._streams, self._state = [], False, False, state
-        if self._complete:
-            yield from self._kept
-            return
-        self._kept = []
-        held = 0.0
-        for chunk in self._risk.chunks():
-            with self._risk.ready() as seen:
-                product = self._product(chunk)
-                # The first backward keeps about twice what the forward does.
-                kept = _Kept(product, chunk.count, 3 * seen.bytes)
-            held += kept.bytes
-            self._streams = self._streams or held > self._limit
-            if self._streams:
-                self._kept = []
-            else:
-                self._kept.append(kept)
-            yield kept
-        self._complete = not self._streams
-
-
-@dataclass(frozen=True)
-class _Kept:
-    product: Product
-    count: int
-    bytes: float
-
 
 def hessian(
     model: nn.Module,
@@ -180,7 +45,7 @@ def hessian(
     params: str | Sequence[str] | None = None,
     batchnorm: str = "eval",
     chunk: int | None = None,
-    cache_bytes: float = _CACHE_BYTES,
+    cache_bytes: float = CACHE_BYTES,
 ) -> Curvature:
     """The Hessian ∂²R/∂θ² of the mean loss over a loader.
 
@@ -217,7 +82,7 @@ def hessian(
         def apply(vectors: Vectors, block: bool) -> Sequence[Tensor]:
             if not curved:
                 return [torch.zeros_like(v) for v in vectors]
-            return _pull([grads[i] for i in curved], leaves, [vectors[i] for i in curved], block)
+            return pull([grads[i] for i in curved], leaves, [vectors[i] for i in curved], block)
 
         return apply
 
@@ -232,7 +97,7 @@ def gauss_newton(
     params: str | Sequence[str] | None = None,
     batchnorm: str = "eval",
     chunk: int | None = None,
-    cache_bytes: float = _CACHE_BYTES,
+    cache_bytes: float = CACHE_BYTES,
 ) -> Curvature:
     """The generalised Gauss-Newton matrix (1/N) Σ_i J_iᵀ (∂²ℓ/∂z²) J_i, with J_i = ∂z_i/∂θ.
 
@@ -255,9 +120,9 @@ def gauss_newton(
         slope = torch.autograd.grad(loss, place, create_graph=True, materialize_grads=True)[0]
 
         def curve(u: Tensor, block: bool) -> Tensor:
-            return _pull([slope], [place], [u], block)[0] if slope.requires_grad else torch.zeros_like(u)
+            return pull([slope], [place], [u], block)[0] if slope.requires_grad else torch.zeros_like(u)
 
-        return _sandwich(outputs, list(risk.leaves.values()), curve)
+        return sandwich(outputs, list(risk.leaves.values()), curve)
 
     return Curvature(risk, product, cache_bytes)
 
@@ -274,7 +139,7 @@ def fisher(
     params: str | Sequence[str] | None = None,
     batchnorm: str = "eval",
     chunk: int | None = None,
-    cache_bytes: float = _CACHE_BYTES,
+    cache_bytes: float = CACHE_BYTES,
 ) -> Curvature:
     """The Fisher information matrix (1/N) Σ_i E[g_i g_iᵀ] of per-sample gradients g_i.
 
@@ -330,41 +195,6 @@ def fisher(
         repeated = outputs.expand(len(targets), *outputs.shape).flatten(0, 1)
         losses = risk.checked(vmap(one)(repeated, targets.flatten(0, 1)))
         scale = times / losses.numel()
-        return _sandwich(losses, list(risk.leaves.values()), lambda u, block: u * scale)
+        return sandwich(losses, list(risk.leaves.values()), lambda u, block: u * scale)
 
     return Curvature(risk, product, cache_bytes)
-
-
-def _pull(
-    outputs: Tensor | Sequence[Tensor],
-    leaves: Sequence[Tensor],
-    vectors: Tensor | Sequence[Tensor],
-    block: bool,
-) -> tuple[Tensor, ...]:
-    """uᵀ ∂outputs/∂leaves on a graph that stays; with ``block``, for each of the vectors along the first axis."""
-    return torch.autograd.grad(
-        outputs,
-        leaves,
-        vectors,
-        retain_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
-        is_grads_batched=block,
-    )
-
-
-def _sandwich(outputs: Tensor, leaves: list[Tensor], middle: Callable[[Tensor, bool], Tensor]) -> Product:
-    """v -> Jᵀ middle(J v) for J = ∂outputs/∂leaves; J v is the derivative of uᵀJ with respect to u."""
-    dummy = torch.zeros_like(outputs, requires_grad=True)
-    pulled = torch.autograd.grad(
-        outputs, leaves, dummy, create_graph=True, allow_unused=True, materialize_grads=True
-    )
-    live = [index for index, g in enumerate(pulled) if g.requires_grad]
-
-    def apply(vectors: Vectors, block: bool) -> Sequence[Tensor]:
-        if not live:
-            return [torch.zeros_like(v) for v in vectors]
-        pushed = _pull([pulled[i] for i in live], [dummy], [vectors[i] for i in live], block)[0]
-        return _pull(outputs, leaves, middle(pushed, block), block)
-
-    return apply

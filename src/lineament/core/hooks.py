@@ -34,12 +34,17 @@ def watch(site: Site, see: Seen, stack: ExitStack, *, last: bool) -> None:
         hooks, hook = module._forward_hooks, _after(see)
         handle = module.register_forward_hook(hook)
     stack.callback(handle.remove)
-    if last:
-        hook.lineament_last = True
-        return
-    for key, other in list(hooks.items()):
-        if getattr(other, "lineament_last", False):
-            hooks.move_to_end(key)
+    hook.lineament_rank = int(last)
+    in_order(hooks)
+
+
+def in_order(hooks: Any) -> None:
+    """Let a module's hooks run by their ``lineament_rank``, and those of one rank as they were set.
+
+    0 (and every hook of others) changes what passes, 1 records what goes on, 2 changes only the gradient behind what was recorded.
+    """
+    for key, _ in sorted(hooks.items(), key=lambda item: getattr(item[1], "lineament_rank", 0)):
+        hooks.move_to_end(key)
 
 
 def _before(module: nn.Module, see: Seen) -> Any:

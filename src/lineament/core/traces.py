@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.core.spectra import Operator, _normal, _side, _signs
+from lineament.core.krylov import Operator, random_normal, random_signs, side
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,18 @@ def trace(
     checks.number(
         "products", products, low={"xtrace": 2, "hutch++": 3, "hutchinson": 1}[method], integer=True
     )
-    size = _side(operator)
+    size = side(operator)
     generator = torch.Generator().manual_seed(seed)
     if method == "hutchinson":
-        signs = _signs(operator, (size, products), generator)
+        signs = random_signs(operator, (size, products), generator)
         return _average((signs * (operator @ signs)).sum(0), 0.0, products, method)
     if method == "hutch++":
         width = min(products // 3, size)
-        sketch = operator @ _signs(operator, (size, width), generator)
+        sketch = operator @ random_signs(operator, (size, width), generator)
         q = torch.linalg.qr(sketch).Q
         known = float((q * (operator @ q)).sum())
         rest = products - 2 * width
-        signs = _signs(operator, (size, rest), generator)
+        signs = random_signs(operator, (size, rest), generator)
         signs = signs - q @ (q.T @ signs)
         if width == size:
             return Trace(known, 0.0, 2 * width, method)
@@ -85,8 +85,8 @@ def trace(
 
 
 def _xtrace(operator: Operator, width: int, generator: torch.Generator) -> Trace:
-    size = _side(operator)
-    omega = _normal(operator, (size, width), generator)
+    size = side(operator)
+    omega = random_normal(operator, (size, width), generator)
     image = (operator @ omega).double()
     omega = omega.double()
     left, singular, _ = torch.linalg.svd(image, full_matrices=False)

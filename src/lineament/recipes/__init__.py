@@ -64,6 +64,26 @@ def preset_configs() -> dict[tuple[str, str], dict[str, Any]]:
     }
 
 
+def fields(slug: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """What ``--FIELD VALUE`` can set for a recipe: the option, what it takes, and its value in each preset.
+
+    >>> next(option for option, _, _ in fields("normgrad") if option == "--seed")
+    '--seed'
+    """
+    kind = load(slug).Config
+    hints = typing.get_type_hints(kind)
+    presets = {name: kind.preset(name) for name in PRESETS}
+    return [
+        (
+            "--" + field.name.replace("_", "-"),
+            _wanted(hints[field.name]),
+            {name: getattr(config, field.name) for name, config in presets.items()},
+        )
+        for field in dataclasses.fields(kind)
+        if field.init and field.name != "preset"
+    ]
+
+
 def configure(config: Any, values: Mapping[str, str]) -> Any:
     """``config`` with fields replaced by values given as text, as ``--FIELD VALUE`` brings them.
 

@@ -162,7 +162,7 @@ def _on_scenes(config: Config, stages: Checkpoint, out: Path) -> Outcome:
             ],
         ),
         Table(
-            "The same for other step sizes: a step that is too large destroys the map",
+            "The same for other step sizes",
             [
                 "method",
                 "layer",

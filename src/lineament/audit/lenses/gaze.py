@@ -1,7 +1,7 @@
 """Where does it look, is that picture of it true, and does it rely on one fixed place of the image?
 
 Saliency maps (Rebuffi et al. 2020, arXiv 2004.02866, and its relatives) on hits and misses; deletion and insertion (Petsiuk et al. 2018)
-against random maps on the same images, as a paired difference; and the intervention of :mod:`lineament.audit.place`. Maps only
+against random maps on the same images, as a paired difference, with the other scores of :mod:`lineament.audit.faithful`; and the intervention of :mod:`lineament.audit.place`. Maps only
 propose: that the network *relies* on something is said where an intervention shows it.
 """
 
@@ -13,12 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lineament.audit.faithful import (
+    Explain,
+    curves,
+    deletion_and_insertion,
+    gain_words,
+    retrained,
+    scores,
+    scores_table,
+)
 from lineament.audit.place import Verdict, Window, donors, examine
 from lineament.audit.subject import Subject
-from lineament.audit.words import mean_interval, percent, points, spread
+from lineament.audit.words import percent, points, spread
 from lineament.core.batching import progress
 from lineament.core.checks import InputError
-from lineament.explain.faithfulness import faithfulness
 from lineament.explain.saliency import saliency
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
@@ -27,7 +35,7 @@ from lineament.report.text import printable
 
 TITLE = "Where does it look?"
 METHOD = "normgrad"
-_MAPS, _TRUTH, _TRIALS = 256, 48, 400
+_MAPS, _TRIALS = 256, 400
 _SHOWN = 3
 
 
@@ -62,14 +70,25 @@ def look(subject: Subject) -> Section:
     pictures.append(_frame(subject, rows, mean_map, verdict))
     if maps is None:
         sentence += f" Saliency maps are missing: {trouble}"
+        if subject.faithfulness == "diffroar":
+            sentence += " DiffROAR judges maps, so that there was nothing to retrain on."
     else:
-        truth = _truth(subject, rows, maps)
+        truth = deletion_and_insertion(subject, rows, maps)
         numbers["faithfulness"] = truth
-        sentence += " " + _truth_words(truth, subject.method)
+        sentence += " " + gain_words(truth, subject.method)
+        judged = scores(subject, rows, _explain(subject))
+        tables.append(scores_table(judged))
+        numbers["scores"] = judged.to_dict()["scores"]
+        if subject.faithfulness == "diffroar":
+            found = retrained(subject, _explain(subject))
+            numbers["diffroar"] = found.to_dict()
+            sentence += " " + found.sentence
+            tables += found.tables()
+            pictures += found.pictures()
         hits, misses = _picked(subject, rows)
         numbers["picked"] = {"hits": rows[hits].tolist(), "misses": rows[misses].tolist()}
-        pictures += [_overlay(subject, rows, maps, hits, misses), _curves(truth)]
-    tables.append(_table(verdict))
+        pictures += [_overlay(subject, rows, maps, hits, misses), curves(truth)]
+    tables.insert(0, _table(verdict))
     number, unit = (
         (percent(verdict.followed, 0), "of answers follow one small patch of the frame")
         if verdict.decides
@@ -109,55 +128,24 @@ def where(window: Window, height: int, width: int) -> str:
 
 
 def _maps(subject: Subject, rows: Tensor) -> Tensor:
+    explain = _explain(subject)
     found = []
     for part in progress(list(subject.parts(rows)), "saliency"):
+        found.append(explain(subject.inputs(part), subject.outputs[part].argmax(1))[:, 0].float().cpu())
+    return torch.cat(found)
+
+
+def _explain(subject: Subject) -> Explain:
+    """The maps of the chosen method, (batch, 1, height, width); without targets, of the class the model predicts."""
+
+    def explain(x: Tensor, targets: Tensor | None = None) -> Tensor:
         maps = saliency(
-            subject.model,
-            subject.inputs(part),
-            subject.outputs[part].argmax(1),
-            site=subject.gaze_site,
-            method=subject.method,
-            seed=subject.seed,
+            subject.model, x, targets, site=subject.gaze_site, method=subject.method, seed=subject.seed
         )
-        found.append(maps[:, 0].float().cpu())
-    maps = torch.cat(found)
-    # Signed maps speak for and against; where the network looks is both.
-    return maps.abs()
+        # Signed maps speak for and against; where the network looks is both.
+        return maps.abs()
 
-
-def _truth(subject: Subject, rows: Tensor, maps: Tensor) -> dict[str, Any]:
-    """Deletion and insertion of the maps and of random ones, with the paired gain's interval."""
-    count = subject.affordable(3e12, 90, most=_TRUTH, least=8)
-    if subject.fixed_batch:
-        count = max(subject.batch_size, count // subject.batch_size * subject.batch_size)
-    chosen = torch.tensor(spread(len(rows), min(count, len(rows))))
-    found = faithfulness(
-        subject.model,
-        subject.inputs(rows[chosen]),
-        maps[chosen][:, None],
-        subject.outputs[rows[chosen]].argmax(1),
-        steps=min(20, maps.shape[-1] * maps.shape[-2]),
-        seed=subject.seed,
-        batch_size=subject.batch_size if subject.fixed_batch else "auto",
-    )
-    gains = (
-        found.insertion_area - found.random_insertion_area + found.random_deletion_area - found.deletion_area
-    )
-    return {
-        **{k: v for k, v in found.to_dict().items() if k != "gain"},
-        "gain": list(mean_interval(gains.cpu())),
-        "images": len(chosen),
-    }
-
-
-def _truth_words(truth: dict[str, Any], method: str) -> str:
-    gain, low, high = truth["gain"]
-    interval = f"gain {gain:.2f}, 95 % interval {low:.2f} to {high:.2f}".replace("-", "−")
-    if low > 0:
-        return f"The maps ({method}) are truer than chance: taking pixels away or giving them back in their order beats a random order ({interval})."
-    if high < 0:
-        return f"The maps ({method}) mislead: a random order of pixels does better than theirs ({interval}), so do not read much into them."
-    return f"Whether the maps ({method}) are truer than chance cannot be told from {truth['images']} images ({interval})."
+    return explain
 
 
 def _place_words(v: Verdict, height: int, width: int) -> str:
@@ -373,29 +361,4 @@ def _frame(subject: Subject, rows: Tensor, mean_map: Tensor | None, v: Verdict) 
         "On the right, how many answers follow each patch when it is taken from another image.",
         alt=f"Mean image, mean saliency map and map of the intervention; the framed patch at {where(v.window, *mean.shape[:2])} "
         f"decides {percent(v.followed, 0)} of answers, patches elsewhere {percent(v.others_followed, 0)}.",
-    )
-
-
-def _curves(truth: dict[str, Any]) -> Picture:
-    def draw(axes: Any) -> None:
-        at = truth["fractions"]
-        for ax, name, colour in zip(axes[0], ("deletion", "insertion"), ("C1", "C0")):
-            ax.plot(at, truth[name], color=colour, label="in the map's order")
-            ax.plot(at, truth[f"random_{name}"], color="C7", linestyle="--", label="in random order")
-            ax.set(
-                title="pixels taken away" if name == "deletion" else "pixels given back",
-                xlabel="share of pixels",
-                ylim=(0, 1.02),
-            )
-            ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-        axes[0][0].set_ylabel("probability of the answer")
-        axes[0][0].legend(loc="upper right")
-
-    return picture(
-        draw,
-        panels=(1, 2),
-        size=(7.0, 2.9),
-        caption="Are the maps true? If they are, the answer fades fast when their brightest pixels are taken away, and comes back fast when they are given back.",
-        alt=f"Deletion area {truth['deletion_area']:.2f} against {truth['random_deletion_area']:.2f} at random; insertion area "
-        f"{truth['insertion_area']:.2f} against {truth['random_insertion_area']:.2f}.",
     )

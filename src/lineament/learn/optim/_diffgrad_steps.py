@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from lineament.learn.optim.friction import STATISTICAL, friction_
 # Elements of each buffer in a block, for each thread: short enough for the caches, long enough that the calls cost little (measured).
 BLOCK = 2**17
 _LOW = (torch.float16, torch.bfloat16)
+# The kernels over lists of tensors have no public names and no types.
+_lists: Any = torch
 
 
 class Buffers(NamedTuple):
@@ -94,7 +96,7 @@ def update(b: Buffers, c: Coefficients, rule: Rule, scratch: Tensor | None = Non
         update(wide, c, rule, scratch)
         for narrow, result in zip(b, wide):
             if narrow is not None and narrow is not b.g:
-                narrow.copy_(result)
+                narrow.copy_(cast(Tensor, result))
         return
     p, m, v = b.p, b.m, b.v
     g = -b.g if rule.maximize else b.g
@@ -234,53 +236,53 @@ def in_lists(bs: Sequence[Buffers], cs: Sequence[Coefficients], rule: Rule) -> N
         kept = [
             (n, w) for b, wide in zip(bs, wides) for n, w in zip(b, wide) if n is not None and n is not b.g
         ]
-        torch._foreach_copy_([n for n, _ in kept], [w for _, w in kept])
+        _lists._foreach_copy_([n for n, _ in kept], [w for _, w in kept])
         return
     p, g, m, v, q, top, mean, spread = (list(column) for column in zip(*bs))
     c = cs[0]
     if rule.maximize:
-        g = list(torch._foreach_neg(g))
+        g = list(_lists._foreach_neg(g))
     if rule.l2:
-        g = list(torch._foreach_add(g, p, alpha=c.decay))
+        g = list(_lists._foreach_add(g, p, alpha=c.decay))
     if rule.decoupled:
-        torch._foreach_mul_(p, [each.shrink for each in cs])
-    torch._foreach_lerp_(m, g, c.w1)
-    torch._foreach_mul_(v, 1 - c.w2)
-    torch._foreach_addcmul_(v, g, g, value=c.w2)
+        _lists._foreach_mul_(p, [each.shrink for each in cs])
+    _lists._foreach_lerp_(m, g, c.w1)
+    _lists._foreach_mul_(v, 1 - c.w2)
+    _lists._foreach_addcmul_(v, g, g, value=c.w2)
     if top[0] is not None:
-        torch._foreach_maximum_(top, v)
+        _lists._foreach_maximum_(top, v)
         v = top
-    torch._foreach_sub_(q, g)
+    _lists._foreach_sub_(q, g)
     if rule.fixed is None and rule.version not in STATISTICAL:
         _friction_lists(q, rule.version)
     else:
         for change, b, each in zip(q, bs, cs):
             frictions(change, b, each, rule)
     if mean[0] is not None:
-        off = torch._foreach_sub(g, mean)
-        torch._foreach_add_(mean, torch._foreach_mul(off, [each.after for each in cs]))
-        torch._foreach_addcmul_(spread, off, torch._foreach_sub(g, mean))
+        off = _lists._foreach_sub(g, mean)
+        _lists._foreach_add_(mean, _lists._foreach_mul(off, [each.after for each in cs]))
+        _lists._foreach_addcmul_(spread, off, _lists._foreach_sub(g, mean))
     if isinstance(c.step, Tensor) or c.step:
-        torch._foreach_mul_(q, m)
-        root = torch._foreach_sqrt(v)
-        torch._foreach_add_(root, [each.eps for each in cs])
+        _lists._foreach_mul_(q, m)
+        root = _lists._foreach_sqrt(v)
+        _lists._foreach_add_(root, [each.eps for each in cs])
         if isinstance(c.step, Tensor):
-            torch._foreach_div_(q, root)
-            torch._foreach_mul_(q, [each.step for each in cs])
-            torch._foreach_sub_(p, q)
+            _lists._foreach_div_(q, root)
+            _lists._foreach_mul_(q, [each.step for each in cs])
+            _lists._foreach_sub_(p, q)
         else:
-            torch._foreach_addcdiv_(p, q, root, [-each.step for each in cs])
+            _lists._foreach_addcdiv_(p, q, root, [-each.step for each in cs])
     if not isinstance(c.plain, Tensor) and c.plain:
-        torch._foreach_sub_(p, torch._foreach_mul(m, [each.plain for each in cs]))
-    torch._foreach_copy_(q, g)
+        _lists._foreach_sub_(p, _lists._foreach_mul(m, [each.plain for each in cs]))
+    _lists._foreach_copy_(q, g)
 
 
 def _friction_lists(changes: list[Tensor], version: int) -> None:
     if version != 1:
-        torch._foreach_abs_(changes)
+        _lists._foreach_abs_(changes)
     if version == 2:
-        torch._foreach_mul_(changes, 0.5)
-    torch._foreach_sigmoid_(changes)
+        _lists._foreach_mul_(changes, 0.5)
+    _lists._foreach_sigmoid_(changes)
     if version == 2:
-        torch._foreach_mul_(changes, 9.0)
-        torch._foreach_sub_(changes, 4.0)
+        _lists._foreach_mul_(changes, 9.0)
+        _lists._foreach_sub_(changes, 4.0)

@@ -1,0 +1,102 @@
+"""The audit of a language model: prompts or pairs of prompts instead of labelled samples, and lenses of its own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lineament.audit.findings import findings
+from lineament.audit.language import LanguageSubject, load_language_model
+from lineament.audit.lenses import LANGUAGE, LENSES
+from lineament.audit.models import digest
+from lineament.audit.stages import Report, fresh, sections, written
+from lineament.core import checks
+from lineament.core.checks import InputError, require, show
+from lineament.core.models import device_of
+from lineament.data.prompts import Prompts, load_prompts
+from lineament.report.outcome import versions
+
+
+def audit_language(
+    model: str | tuple[nn.Module, Any],
+    data: str | Path | Prompts,
+    *,
+    out: str | Path,
+    lenses: Sequence[str] | None = None,
+    samples: int = 200,
+    device: str | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    note: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """What does this language model rely on when it says the next token?
+
+    Args:
+        model: a Hugging Face directory or name, or a pair (model, tokenizer).
+        data: what :func:`lineament.data.prompts.load_prompts` takes, or its result.
+        lenses: of :data:`lineament.audit.lenses.LANGUAGE`; both by default.
+        samples: read at most so many prompts.
+
+    Raises:
+        InputError: whatever cannot be used, before any lens looks.
+    """
+    chosen = _chosen(lenses)
+    checks.number("samples", samples, low=1, integer=True)
+    checks.number("seed", seed, low=0, integer=True)
+    folder = fresh(out, overwrite)
+    note("reading the model and the prompts")
+    prompts = data if isinstance(data, Prompts) else load_prompts(data, samples=samples, seed=seed)
+    if isinstance(model, str):
+        source = model
+        network, tokenizer = load_language_model(model, device=device)
+    else:
+        network, tokenizer = model
+        source = type(network).__name__
+    subject = LanguageSubject(network, tokenizer, prompts, source, seed)
+    found, checkpoint = sections(folder, _key(subject), chosen, subject, note)
+    extra = {"task": "language", "prompts": len(prompts), "pairs": len(prompts.pairs)}
+    return written(folder, checkpoint, source, _facts(subject), findings(found), found, extra)
+
+
+def _chosen(lenses: Sequence[str] | None) -> list[str]:
+    if lenses is None:
+        return list(LANGUAGE)
+    require(len(lenses) > 0, "lenses: got none, expected at least one of " + ", ".join(LANGUAGE))
+    for name in lenses:
+        checks.one_of("lenses", name, list(LENSES))
+        if name not in LANGUAGE:
+            raise InputError(
+                f"lenses: {show(name)} looks at labelled samples; for a language model there are: {', '.join(LANGUAGE)}"
+            )
+    return [name for name in LANGUAGE if name in lenses]
+
+
+def _facts(subject: LanguageSubject) -> list[tuple[str, Any]]:
+    prompts = subject.prompts
+    used = f"{len(prompts):,}" + (f" of {prompts.total:,}" if prompts.total > len(prompts) else "")
+    return [
+        ("Network", type(subject.model).__name__),
+        ("Weights", f"{sum(p.numel() for p in subject.model.parameters()):,}"),
+        ("Vocabulary", f"{len(subject.tokenizer):,}"),
+        ("Data", prompts.source),
+        ("Prompts", used),
+        ("Pairs", len(prompts.pairs)),
+        ("Device", str(device_of(subject.model))),
+    ]
+
+
+def _key(subject: LanguageSubject) -> dict[str, Any]:
+    """Everything that decides a section: the network, the words, the prompts, the seed."""
+    text = repr((subject.prompts.prompts, subject.prompts.pairs))
+    return {
+        "model": digest(subject.model),
+        "tokenizer": hashlib.sha256(repr(sorted(subject.tokenizer.get_vocab().items())).encode()).hexdigest(),
+        "prompts": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
+        "seed": subject.seed,
+        "device": str(device_of(subject.model)),
+        "versions": versions(),
+    }

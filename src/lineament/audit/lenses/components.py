@@ -1,0 +1,244 @@
+"""Which layers, positions and heads carry a behaviour that pairs of prompts define?
+
+Relevance patching (Rezaei Jafari et al. 2025, arXiv 2508.21258): two forwards and one backward for every component at once. What it says is
+checked in front of the reader against activation patching, the ground truth, on some of the same pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lineament.audit.language import LanguageSubject
+from lineament.audit.words import compact, percent
+from lineament.core.checks import InputError
+from lineament.core.models import frozen, logits
+from lineament.data.prompts import PromptPair
+from lineament.explain.patch_metrics import logit_difference, single_tokens
+from lineament.explain.patch_result import PatchingResult, fidelity
+from lineament.explain.patching import activation_patching, relevance_patching
+from lineament.report.figures import picture
+from lineament.report.outcome import Table
+from lineament.report.section import Picture, Section
+from lineament.report.text import printable
+
+TITLE = "Which components carry the behaviour?"
+METHOD = "relp"
+_PAIRS, _CHECKED = 64, 8
+_KINDS = ("resid_pre", "attn_out", "mlp_out")
+_NAMES = {
+    "resid_pre": "residual stream",
+    "attn_out": "attention output",
+    "mlp_out": "MLP output",
+    "z": "attention head",
+}
+
+
+def applies(subject: LanguageSubject) -> str:
+    if not subject.prompts.pairs:
+        return (
+            "It needs pairs of prompts that differ in what decides the answer: a .jsonl file with clean, corrupt, answer and wrong in each line, "
+            "or the built-in task ioi."
+        )
+    if not subject.decoder_only:
+        return "Components are patched in decoder-only models; this one is an encoder-decoder."
+    return ""
+
+
+def look(subject: LanguageSubject) -> Section:
+    pairs, answers, wrong, left_out = _usable(subject)
+    right = _right(subject, pairs, answers, wrong)
+    metric = logit_difference(answers, wrong)
+    clean, corrupt = [p.clean for p in pairs], [p.corrupt for p in pairs]
+    shared: dict[str, Any] = {"tokenizer": subject.tokenizer}
+    found = relevance_patching(subject.model, clean, corrupt, metric, sites=_KINDS, **shared)
+    heads = relevance_patching(
+        subject.model, clean, corrupt, metric, sites="z", positions="together", **shared
+    )
+    few = slice(0, _CHECKED)
+    metric = logit_difference(answers[few], wrong[few])
+    truth = activation_patching(subject.model, clean[few], corrupt[few], metric, sites=_KINDS, **shared)
+    ours = relevance_patching(subject.model, clean[few], corrupt[few], metric, sites=_KINDS, **shared)
+    agreement = fidelity(ours, truth)
+    trusted = min(a.pearson if a.pearson == a.pearson else 0.0 for a in agreement.values())
+    per_head = heads.scores["z"].flatten(1)
+    layer, head = divmod(int(per_head.abs().argmax()), per_head.shape[1])
+    strongest = float(per_head[layer, head])
+    covered = float(
+        per_head.clamp_min(0).flatten().topk(min(5, per_head.numel())).values.sum()
+        / per_head.clamp_min(0).sum().clamp_min(1e-12)
+    )
+    sentence = (
+        f"It prefers the right answer in {percent(right, 0)} of {len(pairs)} pairs (logit difference {compact(found.source)} on clean prompts, {compact(found.base)} on corrupt ones). "
+        f"The weightiest attention head is {head} of layer {layer}, which brings back {percent(strongest, 0)} of that difference; the five weightiest hold {percent(covered, 0)} of what all heads bring back. "
+        + (
+            f"Activation patching on {len(clean[few])} pairs agrees (correlation {trusted:.2f} or more at every kind of place)."
+            if trusted >= 0.8
+            else f"Activation patching on {len(clean[few])} pairs agrees less well (correlation {trusted:.2f} at the worst kind of place): read single scores with care."
+        )
+    )
+    if right < 0.6:
+        sentence += " It hardly has the behaviour that these pairs ask for."
+    if left_out:
+        sentence += f" {len(left_out)} pairs were left out, the first because {left_out[0]}."
+    return Section(
+        name="components",
+        title=TITLE,
+        status="warning" if right < 0.6 else "good" if trusted >= 0.8 else "note",
+        number=percent(strongest, 0),
+        unit=f"of the behaviour comes back with head {head} of layer {layer}",
+        sentence=sentence,
+        pictures=[_maps(found), _heads(per_head), _check(ours, truth)],
+        tables=[_weightiest(found, heads), _agreement(agreement)],
+        method=METHOD,
+        numbers={
+            "right": right,
+            "pairs": len(pairs),
+            "left_out": left_out,
+            "patching": found.to_dict(),
+            "heads": per_head.tolist(),
+            "agreement": {kind: a.to_dict() for kind, a in agreement.items()},
+            "top_head": {"layer": layer, "head": head, "score": strongest},
+            "five_heads": covered,
+        },
+    )
+
+
+def _usable(subject: LanguageSubject) -> tuple[list[PromptPair], list[int], list[int], list[str]]:
+    """The pairs of the commonest length whose answers are one token each, and why others were left out."""
+    kept: dict[int, list[tuple[PromptPair, int, int]]] = {}
+    left_out: list[str] = []
+    for pair in subject.prompts.pairs:
+        lengths = [len(subject.tokenizer(text)["input_ids"]) for text in (pair.clean, pair.corrupt)]
+        if lengths[0] != lengths[1]:
+            left_out.append(f"its prompts have {lengths[0]} and {lengths[1]} tokens")
+            continue
+        try:
+            answer, wrong = single_tokens(subject.tokenizer, [pair.answer, pair.wrong]).tolist()
+        except InputError as error:
+            left_out.append(str(error))
+            continue
+        kept.setdefault(lengths[0], []).append((pair, answer, wrong))
+    if not kept:
+        raise InputError(
+            f"none of the {len(subject.prompts.pairs)} pairs can be used; the first: {left_out[0]}"
+        )
+    # Maps by position can be averaged over prompts of one length only.
+    commonest = max(kept, key=lambda length: len(kept[length]))
+    others = sum(len(v) for length, v in kept.items() if length != commonest)
+    left_out += [f"it is not {commonest} tokens long, as most pairs are"] * others
+    pairs, answers, wrong = zip(*kept[commonest][:_PAIRS])
+    return list(pairs), list(answers), list(wrong), left_out
+
+
+def _right(subject: LanguageSubject, pairs: list[PromptPair], answers: list[int], wrong: list[int]) -> float:
+    """How often the answer of the clean prompt is the more probable of the two."""
+    device = next(subject.model.parameters()).device
+    ids = torch.tensor([subject.tokenizer(p.clean)["input_ids"] for p in pairs]).to(device)
+    with frozen(subject.model), torch.no_grad():
+        last = (
+            torch.cat([logits(subject.model(input_ids=part))[:, -1] for part in ids.split(16)]).float().cpu()
+        )
+    rows = torch.arange(len(pairs))
+    return float((last[rows, torch.tensor(answers)] > last[rows, torch.tensor(wrong)]).double().mean())
+
+
+def _maps(found: PatchingResult) -> Picture:
+    labels = [
+        printable(str(label).replace("Ġ", "").replace("▁", "") or "␣", limit=9) for label in found.labels
+    ]
+
+    def draw(axes: Any) -> None:
+        for ax, kind in zip(axes.flat, _KINDS):
+            values = found.map(kind).float().cpu()
+            _heat(ax, values, _NAMES[kind])
+            ax.set_xticks(
+                range(values.shape[1]),
+                labels if len(labels) == values.shape[1] else range(values.shape[1]),
+                rotation=70,
+                fontsize=7,
+            )
+
+    kind, layer, position, _, score = found.top(1)[0]
+    return picture(
+        draw,
+        panels=(1, 3),
+        size=(10.5, 1.9 + 0.16 * found.map("resid_pre").shape[0]),
+        caption="How much of the behaviour each place carries, layer by position; 1 brings all of it back. The tokens are those of the first clean prompt.",
+        alt=f"Three heat maps of layer by position. The greatest score, {score:.2f}, is at the {_NAMES[kind]} of layer {layer}, position {position}.",
+    )
+
+
+def _heads(scores: Tensor) -> Picture:
+    layer, head = divmod(int(scores.abs().argmax()), scores.shape[1])
+
+    def draw(ax: Any) -> None:
+        _heat(ax, scores.float().cpu(), "attention heads")
+        ax.set(xlabel="head", xticks=range(scores.shape[1]))
+
+    return picture(
+        draw,
+        size=(5.2, 1.6 + 0.2 * scores.shape[0]),
+        caption="How much of the behaviour each attention head carries, over all positions.",
+        alt=f"Heat map of layer by head; the weightiest is head {head} of layer {layer} with {float(scores[layer, head]):.2f}.",
+    )
+
+
+def _heat(ax: Any, values: Tensor, title: str) -> None:
+    from matplotlib.colors import LinearSegmentedColormap, to_rgb
+
+    shade = LinearSegmentedColormap.from_list("signed", [to_rgb("C1"), ax.get_facecolor(), to_rgb("C0")])
+    top = float(values.abs().max()) or 1.0
+    image = ax.imshow(values.numpy(), cmap=shade, vmin=-top, vmax=top, aspect="auto", interpolation="nearest")
+    ax.figure.colorbar(image, ax=ax, shrink=0.85).outline.set_visible(False)
+    ax.set(title=title, ylabel="layer", yticks=range(values.shape[0]))
+
+
+def _check(ours: PatchingResult, truth: PatchingResult) -> Picture:
+    def draw(axes: Any) -> None:
+        for ax, kind in zip(axes.flat, _KINDS):
+            x, y = truth.scores[kind].flatten().tolist(), ours.scores[kind].flatten().tolist()
+            low, high = min([*x, *y]), max([*x, *y])
+            ax.plot([low, high], [low, high], color="C7", linewidth=1)
+            ax.scatter(x, y, s=9, color="C0")
+            ax.set(title=_NAMES[kind], xlabel="activation patching", ylabel="relevance patching")
+
+    return picture(
+        draw,
+        panels=(1, 3),
+        size=(9.6, 3.1),
+        caption="Is it true? Every place as relevance patching scores it, against what patching it really does. On the line they agree.",
+        alt="Three scatter plots of relevance patching against activation patching, one a kind of place.",
+    )
+
+
+def _weightiest(found: PatchingResult, heads: PatchingResult) -> Table:
+    labels = list(found.labels)
+    rows = []
+    for node in sorted(
+        [*found.top(8, kind="attn_out"), *found.top(8, kind="mlp_out"), *heads.top(6)],
+        key=lambda n: -abs(n.score),
+    )[:16]:
+        where = (
+            "all"
+            if node.position is None
+            else f"{node.position} ({printable(str(labels[node.position]), limit=16)})"
+            if node.position < len(labels)
+            else node.position
+        )
+        unit = "" if node.unit is None else f" {node.unit}"
+        rows.append([f"{_NAMES[node.kind]}{unit}", node.layer, where, node.score])
+    return Table("The weightiest components", ["component", "layer", "position", "share brought back"], rows)
+
+
+def _agreement(agreement: dict[str, Any]) -> Table:
+    rows = [
+        [_NAMES[kind], a.pearson, a.spearman, a.rmse, percent(a.overlap, 0)] for kind, a in agreement.items()
+    ]
+    return Table(
+        "Agreement with activation patching",
+        ["kind of place", "Pearson", "Spearman", "RMSE", "top 10 in common"],
+        rows,
+    )

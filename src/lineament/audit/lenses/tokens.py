@@ -1,0 +1,270 @@
+"""Which tokens of a prompt decide the next one, how far back they lie, and is that account of it true?
+
+ReAGent (Zhao and Shan 2024, arXiv 2402.00794) with a fixed budget of steps, from the model's probabilities alone. Soft sufficiency and
+comprehensiveness judge it against random importances and, since both scores reward peaked maps whatever they point at, against
+its own values dealt out to other tokens at random.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lineament.audit.language import LanguageSubject
+from lineament.audit.words import compact, mean_interval
+from lineament.core.batching import progress
+from lineament.core.checks import InputError
+from lineament.explain.token_controls import random_importance
+from lineament.explain.token_faithfulness import soft_faithfulness
+from lineament.explain.token_results import TokenAttribution, entropy
+from lineament.explain.token_samplers import UnigramSampler
+from lineament.explain.tokens import reagent
+from lineament.report.figures import picture
+from lineament.report.outcome import Table
+from lineament.report.section import Picture, Section
+from lineament.report.text import printable
+
+TITLE = "Which words decide what it says next?"
+METHOD = "reagent"
+_PROMPTS, _SHOWN, _MOST_TOKENS = 24, 6, 96
+_STEPS, _PROBES, _DRAWS = 60, 5, 32
+
+
+def applies(subject: LanguageSubject) -> str:
+    return ""
+
+
+def look(subject: LanguageSubject) -> Section:
+    found, left_out = _attributions(subject)
+    if not found:
+        raise InputError(f"no prompt could be explained; the first reason: {left_out[0]}")
+    judged = [_judged(subject, prompt, a) for prompt, a in progress(found, "judging attributions")]
+    scores = {name: torch.tensor([row[name] for row in judged]) for name in judged[0]}
+    gain = {m: mean_interval(scores[f"{m}_ours"] - scores[f"{m}_dealt"]) for m in ("ns", "nc")}
+    reach = torch.tensor([_reach(a) for _, a in found])
+    sharp = torch.tensor([float(entropy(a.scores[a.scored])) for _, a in found]).exp()
+    true = gain["nc"][1] > 0 and gain["ns"][0] > 0
+    contradicted = gain["nc"][2] < 0
+    verdict = (
+        "the tokens named do decide: taking them away moves the answer further than taking away others as strongly "
+        if true
+        else "others, taken away as strongly, move the answer further, so do not trust the tokens named "
+        if contradicted
+        else "whether the tokens named decide more than others cannot be told from these prompts "
+    )
+    near = float((reach <= 4).double().mean())
+    sentence = (
+        f"Half of what decides the next token lies within the last {compact(float(reach.median()))} tokens (median of {len(found)} prompts), spread over about "
+        f"{compact(float(sharp.median()))} of them. By soft comprehensiveness, {verdict}"
+        f"({compact(float(scores['nc_ours'].mean()))} against {compact(float(scores['nc_dealt'].mean()))}; random importances reach {compact(float(scores['nc_random'].mean()))})."
+    )
+    if left_out:
+        sentence += f" {len(left_out)} prompts were left out, the first because: {left_out[0]}"
+    return Section(
+        name="tokens",
+        title=TITLE,
+        status="warning" if contradicted else "good" if true else "note",
+        number=compact(float(reach.median())),
+        unit="tokens back lies half of what decides",
+        sentence=sentence,
+        pictures=[_strips(found), _distances(found), _bars(scores)],
+        tables=[_weightiest(found), _judgement(scores)],
+        method=METHOD,
+        numbers={
+            "prompts": [a.to_dict() for _, a in found],
+            "reach": reach.tolist(),
+            "near": near,
+            "soft": {name: values.tolist() for name, values in scores.items()},
+            "gain": {name: list(values) for name, values in gain.items()},
+            "left_out": left_out,
+            "true": true,
+            "contradicted": contradicted,
+        },
+    )
+
+
+def _attributions(subject: LanguageSubject) -> tuple[list[tuple[str, TokenAttribution]], list[str]]:
+    prompts = subject.prompts.prompts[:_PROMPTS]
+    sampler: Any = "uniform"
+    # Words as often as these prompts have them keep the replaced prompts among what the model knows; few words would repeat themselves.
+    corpus = UnigramSampler(subject.tokenizer, subject.prompts.prompts)
+    if int((corpus.weights > 0).sum()) >= 100:
+        sampler = corpus
+    found, left_out = [], []
+    for number, prompt in enumerate(progress(prompts, "explaining prompts")):
+        try:
+            found.append((prompt, _explained(subject, prompt, sampler, number)))
+        except InputError as error:
+            left_out.append(f"{error}")
+    return found, left_out
+
+
+def _explained(subject: LanguageSubject, prompt: str, sampler: Any, number: int) -> TokenAttribution:
+    kept = subject.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if len(kept) > _MOST_TOKENS:
+        prompt = subject.tokenizer.decode(kept[-_MOST_TOKENS:])
+    budget: dict[str, Any] = {"max_steps": _STEPS, "min_steps": _STEPS, "stop": "dummy"}
+    return reagent(
+        subject.model,
+        subject.tokenizer,
+        prompt,
+        sampler=sampler,
+        probes=_PROBES,
+        seed=subject.seed + number,
+        **budget,
+    )
+
+
+def _judged(subject: LanguageSubject, prompt: str, a: TokenAttribution) -> dict[str, float]:
+    """Soft-NS and Soft-NC of the attribution, of its values on other tokens, and of random importances."""
+    generator = torch.Generator().manual_seed(subject.seed)
+    places = a.scored.nonzero()[:, 0]
+    rows = [a.scores.double()]
+    for _ in range(4):
+        dealt = torch.zeros_like(rows[0])
+        dealt[places] = rows[0][places[torch.randperm(len(places), generator=generator)]]
+        rows.append(dealt)
+    rows += list(random_importance(a.scored, seed=subject.seed, draws=4))
+    soft = soft_faithfulness(
+        subject.model,
+        subject.tokenizer,
+        a.ids,
+        torch.stack(rows).clamp(0, 1),
+        n_samples=_DRAWS,
+        seed=subject.seed,
+    )
+    found = {}
+    for name, values in (("ns", soft.sufficiency), ("nc", soft.comprehensiveness)):
+        found[f"{name}_ours"] = float(values[0])
+        found[f"{name}_dealt"] = float(values[1:5].mean())
+        found[f"{name}_random"] = float(values[5:].mean())
+    return found
+
+
+def _reach(a: TokenAttribution) -> int:
+    """How many tokens back from the end one must go to have half of the importance."""
+    behind = a.scores.double().flip(0).cumsum(0)
+    return int((behind < 0.5 * behind[-1]).sum()) + 1
+
+
+def _strips(found: list[tuple[str, TokenAttribution]]) -> Picture:
+    """A few prompts, token by token: the darker, the more it matters."""
+    shown = [a for _, a in found[:_SHOWN]]
+    most = min(18, max(len(a.tokens) for a in shown))
+
+    def draw(ax: Any) -> None:
+        from matplotlib.colors import LinearSegmentedColormap, to_rgb
+
+        shade = LinearSegmentedColormap.from_list("weight", [ax.get_facecolor(), to_rgb("C1")])
+        grid = torch.full((len(shown), most), torch.nan)
+        for i, a in enumerate(shown):
+            tail = a.scores[-most:]
+            grid[i, most - len(tail) :] = tail / tail.max().clamp_min(1e-12)
+        ax.imshow(grid.numpy(), cmap=shade, vmin=0, vmax=1, aspect="auto")
+        for i, a in enumerate(shown):
+            words = a.tokens[-most:]
+            for j, word in enumerate(words):
+                ax.text(
+                    most - len(words) + j,
+                    i,
+                    printable(word.strip() or "␣", limit=9),
+                    ha="center",
+                    va="center",
+                    fontsize=6,
+                )
+        ax.set_yticks(range(len(shown)), [printable("→ " + a.target_text.strip(), limit=14) for a in shown])
+        ax.yaxis.tick_right()
+        ax.set_xticks([0, most - 1], [f"{most} back", "last token"])
+        ax.tick_params(length=0)
+        for side in ax.spines.values():
+            side.set_visible(False)
+
+    best = "; ".join(
+        f"for {printable(a.target_text.strip(), limit=20)}: {printable(a.tokens[a.ranking()[0]].strip(), limit=20)}"
+        for a in shown
+    )
+    return picture(
+        draw,
+        size=(9.6, 0.6 + 0.42 * len(shown)),
+        caption=f"The last {most} tokens of {len(shown)} prompts and, at the right, the token that the model finds most probable next. The darker a field, the more its token decides.",
+        alt=f"Tokens of {len(shown)} prompts shaded by importance. The weightiest, {best}.",
+    )
+
+
+def _distances(found: list[tuple[str, TokenAttribution]]) -> Picture:
+    most = 20
+    sums, counts = torch.zeros(most), torch.zeros(most)
+    for _, a in found:
+        tail = (a.scores / a.scores.sum().clamp_min(1e-12)).flip(0)[:most].float()
+        sums[: len(tail)] += tail
+        counts[: len(tail)] += 1
+    mean = (sums / counts.clamp_min(1)).tolist()
+
+    def draw(ax: Any) -> None:
+        ax.bar(range(1, most + 1), [100 * v for v in mean], color="C0")
+        ax.set(xlabel="tokens back from the end", ylabel="share of importance, %", xticks=[1, 5, 10, 15, 20])
+
+    return picture(
+        draw,
+        size=(6.4, 2.8),
+        caption="How far back the deciding tokens lie: the mean share of importance by distance from the end.",
+        alt=f"Bars of mean importance by distance; the last token has {100 * mean[0]:.0f} %, the one before {100 * mean[1]:.0f} %.",
+    )
+
+
+def _bars(scores: dict[str, Tensor]) -> Picture:
+    names = {"ours": "ReAGent", "dealt": "its values on other tokens", "random": "random importances"}
+    means = {k: [float(scores[f"{m}_{k}"].mean()) for m in ("ns", "nc")] for k in names}
+
+    def draw(ax: Any) -> None:
+        for k, (key, name) in enumerate(names.items()):
+            ax.bar(
+                [x + 0.27 * (k - 1) for x in range(2)],
+                means[key],
+                0.25,
+                label=name,
+                color=("C0", "C1", "C7")[k],
+            )
+        ax.set_xticks(range(2), ["sufficiency", "comprehensiveness"])
+        ax.set(ylabel="soft normalised score")
+        ax.legend()
+
+    return picture(
+        draw,
+        size=(6.4, 3.0),
+        caption="Is it true? Higher is truer in both. Its own values on other tokens are the fair rival: as peaked, but pointing elsewhere.",
+        alt=f"Bars: sufficiency {means['ours'][0]:.3f} against {means['dealt'][0]:.3f} dealt at random; comprehensiveness {means['ours'][1]:.3f} against {means['dealt'][1]:.3f}.",
+    )
+
+
+def _weightiest(found: list[tuple[str, TokenAttribution]]) -> Table:
+    """The tokens that decide most where they occur, over all prompts."""
+    sums: dict[str, list[float]] = {}
+    for _, a in found:
+        for token, score, scored in zip(a.tokens, a.scores.tolist(), a.scored.tolist()):
+            if scored:
+                sums.setdefault(token, []).append(score * int(a.scored.sum()))
+    ranked = sorted(sums.items(), key=lambda item: -sum(item[1]) / (len(item[1]) + 1))[:12]
+    return Table(
+        "Tokens that decide where they occur (1: as much as an average token of the prompt)",
+        ["token", "occurrences", "mean weight"],
+        [[repr(printable(token)), len(values), sum(values) / len(values)] for token, values in ranked],
+    )
+
+
+def _judgement(scores: dict[str, Tensor]) -> Table:
+    rows = []
+    for key, name in (
+        ("ours", "ReAGent"),
+        ("dealt", "its values on other tokens"),
+        ("random", "random importances"),
+    ):
+        row: list[Any] = [name]
+        for m in ("ns", "nc"):
+            mean, low, high = mean_interval(scores[f"{m}_{key}"])
+            row += [mean, f"{compact(low)} to {compact(high)}"]
+        rows.append(row)
+    columns = ["importances", "sufficiency", "95 % interval", "comprehensiveness", "95 % interval"]
+    return Table(f"Soft faithfulness over {len(scores['ns_ours'])} prompts", columns, rows)

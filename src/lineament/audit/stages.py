@@ -1,0 +1,197 @@
+"""What every audit does around its lenses: the output folder, the lenses one after the other with resume, the report.
+
+Each lens's section is a stage of a checkpoint in the output folder, so that a killed run goes on where it stopped and gives the same
+report. A lens that fails says so in its section, and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lineament.audit.lenses import LENSES, lens
+from lineament.core import checks
+from lineament.core.batching import Checkpoint
+from lineament.core.checks import InputError, require
+from lineament.core.files import output_folder, possible_folder
+from lineament.papers import search
+from lineament.report import page
+from lineament.report.outcome import versions
+from lineament.report.page import Finding
+from lineament.report.section import Section
+
+STAGES = ".stages"
+_SOURCES = {
+    "calibration": ("On calibration of modern neural networks", 2017, "1706.04599"),
+    "effective-rank": ("RankMe: effective rank of learned features", 2022, "2210.02885"),
+    "hessian-density": (
+        "An investigation into neural net optimization via Hessian eigenvalue density",
+        2019,
+        "1901.10159",
+    ),
+    "ablation": ("Ablation studies in artificial neural networks", 2019, "1901.08644"),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an audit found: the verdict, one section a lens, and where the page is."""
+
+    title: str
+    findings: Sequence[Finding]
+    sections: Sequence[Section]
+    html: Path
+    json: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "findings": [finding.to_dict() for finding in self.findings],
+            "sections": [section.to_dict() for section in self.sections],
+            "html": str(self.html),
+            "json": str(self.json),
+        }
+
+    def __getitem__(self, name: str) -> Section:
+        """The section of a lens."""
+        for section in self.sections:
+            if section.name == name:
+                return section
+        raise InputError(
+            f"report: no section {name!r}{checks.suggest(name, [s.name for s in self.sections])}"
+        )
+
+
+def sections(
+    folder: Path, key: Mapping[str, Any], chosen: Sequence[str], subject: Any, note: Callable[[str], None]
+) -> tuple[list[Section], Checkpoint]:
+    """The sections of the chosen lenses, each looked at once however often the run is cut off.
+
+    Args:
+        key: everything that decides a section; a stored one with another key is not used.
+    """
+    checkpoint = Checkpoint(opened(folder) / STAGES / "lenses", dict(key))
+    if checkpoint.resumed:
+        note("an earlier run of the same audit was cut off; going on where it stopped")
+    found = []
+    for number, name in enumerate(chosen, 1):
+        note(f"{number}/{len(chosen)} {name}: {LENSES[name]}")
+        stored = checkpoint.stage(name, lambda name=name: look(name, subject).to_dict())
+        found.append(Section.from_dict(stored))
+    return found, checkpoint
+
+
+def written(
+    folder: Path,
+    checkpoint: Checkpoint,
+    title: str,
+    facts: Sequence[tuple[str, Any]],
+    findings: Sequence[Finding],
+    found: Sequence[Section],
+    extra: Mapping[str, Any],
+) -> Report:
+    """Write the report; the stages are no longer needed then."""
+    html, json = page.write(
+        folder,
+        title,
+        "What does this network rely on, and how does it hold it?",
+        facts,
+        findings,
+        found,
+        command=_command(),
+        methods=_methods(found),
+        versions=versions(),
+        extra=dict(extra),
+    )
+    checkpoint.finish()
+    shutil.rmtree(folder / STAGES, ignore_errors=True)
+    return Report(title, findings, found, html, json)
+
+
+def look(name: str, subject: Any) -> Section:
+    module = lens(name)
+    start = time.perf_counter()
+    reason = module.applies(subject)
+    if reason:
+        return Section(name, module.TITLE, "skipped", "", "", reason, method="")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            section = module.look(subject)
+    except Exception as error:
+        # One lens that fails must not take the others' answers away.
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        return Section(
+            name, module.TITLE, "failed", "", "", f"This lens failed and the others went on. {kind}{error}",
+            seconds=time.perf_counter() - start,
+        )  # fmt: skip
+    return replace(section, numbers=page.plain(section.numbers), seconds=time.perf_counter() - start)
+
+
+@contextmanager
+def threads(work: float) -> Iterator[None]:
+    """One thread where a batch is little work: several would wait for each other longer than they work."""
+    before = torch.get_num_threads()
+    if work < 5e8:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def fresh(out: str | Path, overwrite: bool) -> Path:
+    """The output folder: new, empty, or of an unfinished run; another only with ``overwrite``."""
+    folder = Path(out)
+    if folder.is_dir():
+        present = {p.name for p in folder.iterdir()}
+        finished = "report.html" in present
+        require(
+            overwrite or not finished,
+            f"--out: {str(out)!r} already holds a finished report; give --overwrite to replace it, or choose another folder",
+        )
+        own = {
+            name
+            for name in present
+            if name in ("report.html", "report.json", STAGES) or name.startswith(".report-")
+        }
+        foreign = sorted(present - own)
+        require(
+            not foreign,
+            f"--out: {str(out)!r} holds files that are no report's ({checks.show(foreign[0]) if foreign else ''} ...); choose an empty or new folder",
+        )
+    return possible_folder(folder)
+
+
+def opened(folder: Path) -> Path:
+    """Make the folder, now that there is something to write; without what a killed run had half written."""
+    for leftover in output_folder(folder).glob(".report-*"):
+        leftover.unlink(missing_ok=True)
+    return folder
+
+
+def _methods(sections: Iterable[Section]) -> dict[str, dict[str, Any]]:
+    papers = {paper.slug: {"title": paper.title, "year": paper.year, "url": paper.url} for paper in search()}
+    others = {
+        slug: {"title": t, "year": y, "url": f"https://arxiv.org/abs/{n}"}
+        for slug, (t, y, n) in _SOURCES.items()
+    }
+    known = {**others, **papers}
+    return {s.method: known[s.method] for s in sections if s.method in known}
+
+
+def _command() -> str:
+    name = Path(sys.argv[0]).name if sys.argv else ""
+    if name in ("lineament", "__main__.py"):
+        return shlex.join(["lineament", *sys.argv[1:]])
+    return "lineament.audit.audit(model, data, out=...)"

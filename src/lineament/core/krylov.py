@@ -1,0 +1,140 @@
+"""The Krylov space of a symmetric operator that is known by its products only: Lanczos, and what every user of it needs.
+
+Lanczos keeps its basis and orthogonalises against all of it, twice: without that, converged eigenvalues come back as
+ghosts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lineament.core import checks
+
+
+class Operator(Protocol):
+    """A symmetric matrix known by its products."""
+
+    @property
+    def shape(self) -> Any: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    def __matmul__(self, other: Tensor, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Lanczos:
+    """A V ≈ V T: the orthonormal ``basis`` V (size, steps) and the tridiagonal T (``diagonal``, ``off_diagonal``)."""
+
+    diagonal: Float[Tensor, "steps"]
+    off_diagonal: Float[Tensor, "steps"]
+    basis: Float[Tensor, "size steps"]
+
+    def ritz(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (ascending) and eigenvectors of T, in float64."""
+        inside = self.off_diagonal[:-1].double()
+        t = torch.diag(self.diagonal.double()) + torch.diag(inside, 1) + torch.diag(inside, -1)
+        values, vectors = torch.linalg.eigh(t)
+        return values, vectors
+
+
+def lanczos(operator: Operator, steps: int, *, start: Tensor | None = None, seed: int = 0) -> Lanczos:
+    """The Lanczos process with full reorthogonalisation.
+
+    When the Krylov space is exhausted, it goes on with a new random direction (a zero in ``off_diagonal`` marks
+    the place), so that repeated eigenvalues are found too. The last entry of ``off_diagonal`` is the residual's norm.
+
+    Args:
+        steps: products to spend, at most the operator's side.
+        start: first vector (size,); random normal from ``seed`` by default.
+
+    Raises:
+        InputError: an operator that is not square, a start of zeros, NaN in a product.
+
+    >>> lanczos(torch.diag(torch.tensor([1.0, 2.0, 3.0])), 3).ritz()[0].float().round(decimals=4).tolist()
+    [1.0, 2.0, 3.0]
+    """
+    size = side(operator)
+    checks.number("steps", steps, low=1, integer=True)
+    generator = torch.Generator().manual_seed(seed)
+    vector = (
+        random_normal(operator, (size,), generator)
+        if start is None
+        else checks.tensor("start", start, shape=(size,))
+    )
+    checks.require(float(vector.norm()) > 0, "start: got a vector of zeros, expected a direction")
+    return runs(operator, steps, [vector], [generator])[0]
+
+
+def runs(
+    operator: Operator, steps: int, starts: list[Tensor], generators: list[torch.Generator]
+) -> list[Lanczos]:
+    """Independent Lanczos processes in step, so that each product is taken of a block of vectors."""
+    size, count = side(operator), len(starts)
+    steps = min(steps, size)
+    vectors = [(v / v.norm()).to(operator.dtype).to(operator.device) for v in starts]
+    bases = torch.zeros(count, steps, size, dtype=operator.dtype, device=operator.device)
+    diagonal = torch.zeros(count, steps, dtype=torch.float64)
+    off_diagonal = torch.zeros(count, steps, dtype=torch.float64)
+    for step in range(steps):
+        images = apply(operator, torch.stack(vectors), f"lanczos: step {step + 1} of {steps}")
+        for run, image in enumerate(images):
+            bases[run, step] = vectors[run]
+            basis = bases[run, : step + 1]
+            diagonal[run, step] = float(image @ vectors[run])
+            scale = float(image.norm())
+            image = against(image, basis)
+            length = float(image.norm())
+            if step + 1 < steps:
+                if negligible(length, scale, operator):
+                    off_diagonal[run, step] = 0.0
+                    image = against(random_normal(operator, (size,), generators[run]), basis)
+                    vectors[run] = image / image.norm()
+                    continue
+                vectors[run] = image / length
+            off_diagonal[run, step] = length
+    return [Lanczos(diagonal[r], off_diagonal[r], bases[r].T) for r in range(count)]
+
+
+def apply(operator: Operator, rows: Tensor, what: str) -> Tensor:
+    """A v for each row v; a single row as a vector, for operators that know no blocks."""
+    images = (operator @ rows[0])[None] if len(rows) == 1 else (operator @ rows.T).T
+    if not bool(torch.isfinite(images.sum())) and not bool(torch.isfinite(images).all()):
+        raise checks.InputError(f"{what}: the product holds NaN or infinite values")
+    return images
+
+
+def negligible(length: float, scale: float, operator: Operator) -> bool:
+    """Whether what orthogonalisation left of a vector is rounding."""
+    return length <= 10 * torch.finfo(operator.dtype).eps * max(scale, 1e-30) * math.sqrt(side(operator))
+
+
+def side(operator: Operator) -> int:
+    shape = tuple(operator.shape)
+    square = len(shape) == 2 and shape[0] == shape[1] and shape[0] > 0
+    checks.require(square, f"operator: got shape {shape}, expected a square matrix or operator")
+    return int(shape[0])
+
+
+def random_normal(operator: Operator, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    # Drawn on the CPU, so that a seed means the same vector on every device.
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(operator.dtype).to(operator.device)
+
+
+def random_signs(operator: Operator, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    bits = torch.randint(0, 2, shape, generator=generator)
+    return (2 * bits - 1).to(operator.dtype).to(operator.device)
+
+
+def against(vector: Tensor, basis: Tensor) -> Tensor:
+    """The part of a vector orthogonal to the rows of a basis; a second pass removes what rounding left."""
+    for _ in range(2):
+        vector = vector - basis.T @ (basis @ vector)
+    return vector

@@ -1,0 +1,378 @@
+"""What can be explained token by token: anything that gives the next token's probabilities.
+
+Three kinds are one here: a causal language model, an encoder-decoder (its source, or source and target prefix side by side in one row
+of ids), and a plain function ``ids -> probabilities`` such as a model behind an API. Prompts of several lengths go through one left-padded
+forward where the model takes a mask and positions, and through one forward a length where it does not; a prefix that all rows share
+is computed once and comes from the key-value cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lineament.core import checks
+from lineament.core.batching import auto_batch
+from lineament.core.models import device_of, frozen, logits
+
+# More rows than this in one forward are no faster on a CPU, and their logits no longer fit its caches.
+_ROWS_ON_CPU = 64
+# Below this many tokens, bringing a cached prefix to every row costs more than computing it again.
+_WORTH_CACHING = 8
+
+
+class NextToken:
+    """One face for whatever predicts the next token.
+
+    Args:
+        model: a causal or encoder-decoder ``nn.Module`` (Hugging Face's, or one that returns logits for ids), or a function from ids
+            (batch, tokens) to next-token probabilities or log-probabilities (batch, vocabulary).
+        tokenizer: of the model; ``None`` where prompts are given as ids.
+
+    Raises:
+        InputError: something that is neither a module nor a function.
+
+    >>> uniform = NextToken(lambda ids: torch.full((len(ids), 4), 0.25))
+    >>> uniform.logits([torch.tensor([[0, 1], [2, 3]])]).softmax(1)[0].tolist()
+    [0.25, 0.25, 0.25, 0.25]
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None):
+        checks.require(
+            callable(model),
+            f"model: got {checks.show(model)}, expected a language model or a function from ids to next-token probabilities",
+        )
+        self.model, self.tokenizer = model, tokenizer
+        self.is_module = isinstance(model, nn.Module)
+        self.config: Any = getattr(model, "config", None) if self.is_module else None
+        self.encoder_decoder = bool(getattr(self.config, "is_encoder_decoder", False))
+        self.device = device_of(model) if isinstance(model, nn.Module) else torch.device("cpu")
+        self._takes = _parameters(model.forward if isinstance(model, nn.Module) else model)
+        self._pads = self.is_module and {"attention_mask", "position_ids"} <= self._takes
+        self._prefix: tuple[int, Any] | None = None
+        self.forwards = 0
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens the model scores, as far as it is known before a forward."""
+        found = getattr(self.text_config, "vocab_size", None)
+        return found if isinstance(found, int) else None
+
+    @property
+    def text_config(self) -> Any:
+        get = getattr(self.config, "get_text_config", None)
+        return get() if callable(get) else self.config
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The longest context that the model's positions allow, or ``None``."""
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            found = getattr(self.text_config, name, None)
+            if isinstance(found, int) and found > 0:
+                return found
+        return None
+
+    @property
+    def special(self) -> frozenset[int]:
+        """Ids that are never replaced, scored or proposed: begin, end, padding, unknown and the tokenizer's other special ones."""
+        ids = set(getattr(self.tokenizer, "all_special_ids", None) or ())
+        if self.tokenizer is None:
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+                found = getattr(self.config, name, None)
+                ids |= set(found) if isinstance(found, (list, tuple)) else {found}
+        return frozenset(i for i in ids if isinstance(i, int))
+
+    @contextmanager
+    def ready(self, *, gradients: bool = False) -> Iterator[NextToken]:
+        """The model in eval mode and nothing recorded, and all as it was afterwards; ``gradients`` allows some to be taken inside."""
+        with torch.inference_mode(not gradients), torch.no_grad():
+            if isinstance(self.model, nn.Module):
+                with frozen(self.model, requires_grad=False if gradients else None):
+                    yield self
+            else:
+                yield self
+
+    @contextmanager
+    def sharing(
+        self, ids: Int[Tensor, "tokens"], use_cache: bool | None = None, *, uneven: bool = False
+    ) -> Iterator[None]:
+        """Within the block every row begins with these ids, so that their keys and values are computed once.
+
+        Args:
+            use_cache: ``None`` decides by the length and by whether the model keeps a cache that can be repeated over rows.
+            uneven: whether rows of several lengths will come. They are padded behind the prefix, where a sliding window would count the
+                padding; such models then go without.
+        """
+        wanted = len(ids) >= _WORTH_CACHING if use_cache is None else use_cache and len(ids) > 0
+        windows = [
+            getattr(self.text_config, name, None) for name in ("sliding_window", "attention_chunk_size")
+        ]
+        wanted = wanted and not (uneven and any(windows))
+        cache = None
+        if (
+            wanted
+            and not self.encoder_decoder
+            and {"past_key_values", "use_cache"} <= self._takes
+            and self._pads
+        ):
+            output = self.model(input_ids=ids[None].to(self.device), use_cache=True, **self._last_only())
+            cache = getattr(output, "past_key_values", None)
+        self._prefix = (len(ids), cache) if hasattr(cache, "batch_repeat_interleave") else None
+        try:
+            yield
+        finally:
+            self._prefix = None
+
+    def logits(
+        self,
+        rows: Sequence[Int[Tensor, "_ _"]],
+        sources: Sequence[int] | None = None,
+        *,
+        then: Callable[[Tensor, Tensor], Tensor] | None = None,
+        batch_size: int | str = "auto",
+    ) -> Tensor:
+        """The next token's logits after each row, or what ``then`` makes of them.
+
+        Args:
+            rows: one (rows, tokens) tensor of ids for each prompt; the lengths may differ.
+            sources: for an encoder-decoder, how many of each prompt's columns are its source; the rest is the target prefix.
+            then: ``then(logits, index)`` is applied to each chunk, ``index`` naming its rows among all; so that (rows, vocabulary)
+                is never held whole. It returns one entry a row.
+            batch_size: rows at a time, or ``"auto"``: 64 on a CPU, elsewhere all at once, halved when memory runs out.
+
+        Returns:
+            (all rows, vocabulary) in float32 (float64 for a float64 model), in the order of ``rows``; or ``then``'s results.
+
+        Raises:
+            InputError: the model's output is no distribution over a vocabulary, or holds NaN.
+        """
+        sources = [0] * len(rows) if sources is None else sources
+        if batch_size == "auto" and self.device.type == "cpu":
+            batch_size = _ROWS_ON_CPU
+        found: list[tuple[Tensor, Tensor]] = []
+        for ids, mask, source, index in self._groups(rows, sources, batch_size):
+
+            def one(
+                start: int, stop: int, ids=ids, mask=mask, source=source, index=index
+            ) -> tuple[Tensor, Tensor]:
+                part = index[start:stop]
+                scores = self._forward(ids[start:stop], None if mask is None else mask[start:stop], source)
+                return part, scores if then is None else then(scores, part)
+
+            found += list(auto_batch(one, len(ids), batch_size=batch_size, memory=self._forward))
+        index = torch.cat([part for part, _ in found])
+        values = found[0][1] if len(found) == 1 else torch.cat([value for _, value in found])
+        # Prompts were sorted by length; most often there is one, and then no copy is made.
+        in_order = bool((index[1:] > index[:-1]).all())
+        return values if in_order else values[index.argsort().to(values.device)]
+
+    def through_embeddings(
+        self,
+        ids: Int[Tensor, "rows tokens"],
+        source: int,
+        change: Callable[[Tensor, slice], Tensor] | None = None,
+        *,
+        score: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Float[Tensor, "rows vocabulary"], Tensor | None, Tensor | None]:
+        """Logits with the word embeddings changed on their way, before positions are added, and gradients at them.
+
+        Args:
+            change: ``change(e, columns)`` gives the embeddings that go on; ``columns`` says which of the row they are.
+            score: a scalar of the logits; its gradient with respect to the (changed) embeddings is taken.
+
+        Returns:
+            Logits, the embeddings (rows, tokens, width) and the gradients, the last two ``None`` without ``score``.
+        """
+        from lineament.core.sites import capture, patch
+
+        self.needs_weights("the word embeddings")
+        parts: list[tuple[Any, slice]] = [(self.model, slice(0, ids.shape[1]))]
+        if self.encoder_decoder:
+            # One module may embed both sequences: each is embedded in a phase of its own.
+            parts = [
+                (self.model.get_encoder(), slice(0, source)),
+                (self.model.get_decoder(), slice(source, ids.shape[1])),
+            ]
+        sites = [_name_of(root, root.get_input_embeddings()) for root, _ in parts]
+        changes = [
+            {site: (lambda e, columns=columns: e if change is None else change(e, columns))}
+            for site, (_, columns) in zip(sites, parts)
+        ]
+        wanted = score is not None
+        self.forwards += 1
+        with patch(parts[0][0], changes[0]), capture(parts[0][0], sites[0], gradients=wanted) as first:
+            if not self.encoder_decoder:
+                output = self.model(**self._inputs(ids, None))
+            else:
+                encoded = parts[0][0](
+                    input_ids=ids[:, :source], attention_mask=torch.ones_like(ids[:, :source])
+                )
+        acts = [first[sites[0]]]
+        if self.encoder_decoder:
+            with patch(parts[1][0], changes[1]), capture(parts[1][0], sites[1], gradients=wanted) as second:
+                output = self.model(
+                    encoder_outputs=encoded,
+                    attention_mask=torch.ones_like(ids[:, :source]),
+                    decoder_input_ids=ids[:, source:],
+                )
+            acts.append(second[sites[1]])
+        last = self._last(output, len(ids))
+        if score is None:
+            return last, None, None
+        slopes = torch.autograd.grad(score(last), acts, allow_unused=True, materialize_grads=True)
+        return last.detach(), torch.cat([a.detach() for a in acts], 1), torch.cat(slopes, 1)
+
+    def needs_weights(self, what: str) -> None:
+        """Refuse a function, or a module without an embedding that can be found."""
+        found = getattr(self.model, "get_input_embeddings", None) if self.is_module else None
+        checks.require(
+            callable(found),
+            f"model: this needs {what}, which {checks.show(self.model)} does not show; give a transformers model, or a "
+            "method that asks for probabilities only: reagent, occlusion, lime, kernel_shap, random",
+        )
+
+    def _groups(
+        self, rows: Sequence[Tensor], sources: Sequence[int], batch_size: int | str
+    ) -> Iterator[tuple[Tensor, Tensor | None, int, Tensor]]:
+        """Rows that go through one forward: (ids, mask, source columns, their places among all rows)."""
+        rows = [r.to(self.device) for r in rows]
+        places = list(torch.arange(sum(map(len, rows))).split([len(r) for r in rows]))
+        forms = {(r.shape[1], s) for r, s in zip(rows, sources)}
+        if len(forms) == 1:
+            yield torch.cat(list(rows)), None, sources[0], torch.cat(places)
+            return
+        if self._pads and not self.encoder_decoder:
+            # What follows the shared prefix is padded on its left, not what comes before it.
+            at = self._prefix[0] if self._prefix else 0
+            for chosen in _of_like_length(rows, batch_size):
+                parts = [rows[i] for i in chosen]
+                ids, mask = _padded(parts, max(r.shape[1] for r in parts), at)
+                yield ids, None if bool(mask.all()) else mask, 0, torch.cat([places[i] for i in chosen])
+            return
+        # Encoders number their positions from the left, whatever the mask, so that a source is padded on its right; target
+        # prefixes of several lengths, and models without a mask, go through one forward a length.
+        kinds = [(r.shape[1] - s, 0 if self.encoder_decoder else s) for r, s in zip(rows, sources)]
+        for kind in sorted(set(kinds)):
+            chosen = [i for i, k in enumerate(kinds) if k == kind]
+            source = max(sources[i] for i in chosen)
+            padded = [_padded([rows[i]], source + kind[0], sources[i]) for i in chosen]
+            ids, mask = (torch.cat([pair[j] for pair in padded]) for j in (0, 1))
+            yield ids, mask if self.encoder_decoder else None, source, torch.cat([places[i] for i in chosen])
+
+    def _forward(self, ids: Tensor, mask: Tensor | None, source: int) -> Tensor:
+        self.forwards += 1
+        if not self.is_module:
+            return _as_logits(self.model(ids), len(ids))
+        if not self.encoder_decoder:
+            return self._last(self.model(**self._inputs(ids, mask)), len(ids))
+        inputs: dict[str, Any] = {"input_ids": ids[:, :source], "decoder_input_ids": ids[:, source:]}
+        inputs["attention_mask"] = torch.ones_like(ids[:, :source]) if mask is None else mask[:, :source]
+        return self._last(self.model(**inputs, **self._without_cache()), len(ids))
+
+    def _inputs(self, ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids" if "input_ids" in self._takes else self._first(): ids}
+        if mask is not None:
+            inputs |= {"attention_mask": mask, "position_ids": _positions(mask)}
+        if self._prefix is not None:
+            length, cache = self._prefix
+            cache = copy.deepcopy(cache)
+            cache.batch_repeat_interleave(len(ids))
+            inputs = {k: v if k == "attention_mask" else v[:, length:] for k, v in inputs.items()}
+            inputs |= {"past_key_values": cache, "use_cache": True}
+            return inputs | self._last_only()
+        return inputs | self._without_cache() | self._last_only()
+
+    def _first(self) -> str:
+        return next(iter(inspect.signature(self.model.forward).parameters))
+
+    def _without_cache(self) -> dict[str, Any]:
+        return {"use_cache": False} if "use_cache" in self._takes else {}
+
+    def _last_only(self) -> dict[str, Any]:
+        return {"logits_to_keep": 1} if "logits_to_keep" in self._takes else {}
+
+    def _last(self, output: Any, count: int) -> Tensor:
+        scores = logits(output)
+        scores = scores[:, -1] if scores.ndim == 3 else scores
+        checks.require(
+            scores.ndim == 2 and len(scores) == count,
+            f"model: its logits are {checks.show(scores)} for {count} rows of ids, expected (batch, tokens, vocabulary) or (batch, vocabulary)",
+        )
+        return scores if scores.dtype == torch.float64 else scores.float()
+
+
+def not_nan(values: Tensor) -> Tensor:
+    """Return ``values`` unless the model's numbers behind them are NaN."""
+    if bool(torch.isnan(values).any()):
+        raise checks.InputError("model: its logits hold NaN for this prompt; are its weights finite?")
+    return values
+
+
+def _parameters(function: Any) -> set[str]:
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return set()
+
+
+def _name_of(root: nn.Module, wanted: nn.Module) -> str:
+    for name, module in root.named_modules():
+        if module is wanted:
+            return name
+    raise checks.InputError(f"model: the word embedding of {type(root).__name__} is none of its modules")
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(1) - 1).clamp_min(0)
+
+
+def _of_like_length(rows: Sequence[Tensor], most: int | str) -> list[list[int]]:
+    """Which prompts share a forward of at most so many rows: neighbours by length, so that little is padded."""
+    groups: list[list[int]] = [[]]
+    held = 0
+    for i in sorted(range(len(rows)), key=lambda i: rows[i].shape[1]):
+        if groups[-1] and isinstance(most, int) and held + len(rows[i]) > most:
+            groups.append([])
+            held = 0
+        groups[-1].append(i)
+        held += len(rows[i])
+    return groups
+
+
+def _padded(rows: Sequence[Tensor], width: int, at: int) -> tuple[Tensor, Tensor]:
+    """Rows of one width with their mask; what is missing is put in before column ``at``."""
+    ids, mask = [], []
+    for r in rows:
+        present, missing = torch.ones_like(r), r.new_zeros(len(r), width - r.shape[1])
+        # Any id will do: what is masked is not looked at.
+        ids.append(torch.cat([r[:, :at], missing, r[:, at:]], 1))
+        mask.append(torch.cat([present[:, :at], missing, present[:, at:]], 1))
+    return torch.cat(ids), torch.cat(mask)
+
+
+def _as_logits(output: Any, count: int) -> Tensor:
+    """What a function answered, as logits whose softmax are its probabilities."""
+    checks.require(
+        isinstance(output, Tensor) and output.ndim == 2 and len(output) == count and output.shape[1] > 1,
+        f"model: the function returned {checks.show(output)} for {count} rows of ids, expected next-token probabilities of shape "
+        f"({count}, vocabulary)",
+    )
+    scores = output if output.dtype == torch.float64 else output.float()
+    not_nan(scores)
+    if bool((scores >= 0).all()):
+        total = scores.sum(1)
+        if torch.allclose(total, torch.ones_like(total), atol=1e-3):
+            return scores.log()
+    elif bool((scores <= 1e-4).all()) and bool((scores.logsumexp(1).abs() < 1e-3).all()):
+        return scores
+    raise checks.InputError(
+        "model: the function's rows are neither probabilities (each at least 0, sum 1) nor log-probabilities; "
+        "return logits.softmax(-1)"
+    )

@@ -1,0 +1,123 @@
+"""Which layer of a model is the first: found by registration order or by name, refused where the ridge problem is not that layer's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lineament.core.checks import require, show, suggest
+
+KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+
+
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear, convolution and embedding layers by name, in the order of registration.
+
+    >>> list(candidates(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))))
+    ['1', '3']
+    """
+    # Attention's output projection is a linear layer by class, but its weight is used from outside.
+    unused = nn.modules.linear.NonDynamicallyQuantizableLinear
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, KINDS) and not isinstance(module, unused)
+    }
+
+
+def choose_layer(model: nn.Module, layer: str | None) -> tuple[str, nn.Module]:
+    """The layer by its name, or the first one.
+
+    Raises:
+        InputError: no such layer or none at all, one of another kind, a shared or frozen one, or one with options that change its
+            weight or gradient otherwise; the message names the layers there are.
+    """
+    require(isinstance(model, nn.Module), f"model: got {show(model)}, expected a torch.nn.Module")
+    found = candidates(model)
+    there = _listed(found)
+    if layer is None:
+        require(
+            bool(found),
+            f"model: {type(model).__name__} has no linear, convolution or embedding layer, which tract could train",
+        )
+        layer = next(iter(found))
+    require(isinstance(layer, str), f"layer: got {show(layer)}, expected the name of a layer")
+    if layer not in found:
+        other = dict(model.named_modules()).get(layer)
+        what = "which is no module of the model" if other is None else f"which is a {type(other).__name__}"
+        near = suggest(layer, found) if other is None else f"; candidates: {there}"
+        require(
+            False, f"layer: got {layer!r}, {what}, expected a linear, convolution or embedding layer{near}"
+        )
+    module = found[layer]
+    _refuse_shared(model, layer, module, there)
+    _refuse_unsupported(layer, module, there)
+    return layer, module
+
+
+def check_accumulation(optimizer: Any, name: str, module: nn.Module, stochastic: bool) -> None:
+    """Refuse an optimizer whose step could not correct this layer's summed gradient."""
+    require(
+        isinstance(optimizer, torch.optim.Optimizer),
+        f"accumulate: got {show(optimizer)}, expected the optimizer whose step ends each round",
+    )
+    require(not stochastic, "accumulate: gathers every row; leave samples, every and momentum out")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    require(
+        isinstance(module.weight, nn.Parameter),
+        f"accumulate: the weight of layer {name!r} is parametrized, so that its gradient cannot be corrected afterwards",
+    )
+    require(
+        id(module.weight) in held, f"accumulate: the optimizer does not hold the weight of layer {name!r}"
+    )
+
+
+def _refuse_shared(model: nn.Module, layer: str, module: nn.Module, there: str) -> None:
+    names = [name for name, other in model.named_modules(remove_duplicate=False) if other is module]
+    require(
+        len(names) == 1,
+        f"layer {layer!r}: the same module is used as {', '.join(map(repr, names))}; TrAct needs a first layer of its own "
+        f"(candidates: {there})",
+    )
+    own = {id(parameter) for parameter in module.parameters()}
+    tied = [
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in own and name.rpartition(".")[0] != layer and not name.startswith(f"{layer}.")
+    ]
+    require(
+        not tied,
+        f"layer {layer!r}: its weight is shared with {', '.join(map(repr, tied))}, whose gradient would not be that of a first layer; "
+        f"untie them or choose another layer (candidates: {there})",
+    )
+
+
+def _refuse_unsupported(layer: str, module: Any, there: str) -> None:
+    weight = module.weight
+    require(
+        not is_lazy(weight),
+        f"layer {layer!r}: its shape is not known yet; run the model once before tract",
+    )
+    require(
+        weight.is_floating_point(),
+        f"layer {layer!r}: its weight is {show(weight)}, expected real floating-point numbers",
+    )
+    require(
+        weight.requires_grad,
+        f"layer {layer!r}: its weight is frozen (requires_grad=False), so there is no gradient to change; unfreeze it or choose "
+        f"another layer (candidates: {there})",
+    )
+    if isinstance(module, nn.Embedding):
+        for option in ("max_norm", "scale_grad_by_freq"):
+            require(
+                not getattr(module, option),
+                f"layer {layer!r}: has {option}={getattr(module, option)!r}, which rescales what tract rescales; make the embedding without it",
+            )
+
+
+def _listed(found: dict[str, nn.Module], most: int = 5) -> str:
+    names = [f"{name!r} ({type(module).__name__})" for name, module in list(found.items())[:most]]
+    return ", ".join(names) + (f" and {len(found) - most} more" if len(found) > most else "")

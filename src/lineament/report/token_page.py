@@ -1,0 +1,89 @@
+"""Coloured tokens on one self-contained page: hover a token, or reach it with the Tab key, to read its value.
+
+No script: values are in the page as text that shows under the pointer and the focus, and once more in a table. Everything from the user is
+escaped, and what is invisible is made visible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lineament.core.files import write_text
+from lineament.report.page import environment
+from lineament.report.text import cell, printable
+
+
+@dataclass(frozen=True)
+class TokenBlock:
+    """One explained token: its text, a line about it, and the context with a score a token.
+
+    ``scored`` says which tokens have a score at all; ``marked`` which belong to the rationale; ``breaks`` positions before which the source of
+    an encoder-decoder ends.
+    """
+
+    target: str
+    line: str
+    tokens: Sequence[str]
+    scores: Sequence[float]
+    scored: Sequence[bool]
+    marked: Sequence[int] = ()
+    breaks: Sequence[int] = ()
+
+    def shown(self) -> list[dict[str, Any]]:
+        """What the page needs of each token: text, share of the largest score, sign, rank, value."""
+        order = sorted((i for i, s in enumerate(self.scored) if s), key=lambda i: -self.scores[i])
+        rank = {i: place for place, i in enumerate(order, 1)}
+        most = max((abs(self.scores[i]) for i in order), default=0.0) or 1.0
+        return [
+            {
+                "text": printable(token),
+                "share": round(abs(score) / most, 3) if i in rank else 0.0,
+                "sign": "against" if score < 0 else "for",
+                "rank": rank.get(i),
+                "value": cell(float(score)) if i in rank else "not scored",
+                "marked": i in self.marked,
+                "breaks": i in self.breaks,
+            }
+            for i, (token, score) in enumerate(zip(self.tokens, self.scores))
+        ]
+
+
+def render(
+    title: str,
+    subtitle: str,
+    facts: Sequence[tuple[str, Any]],
+    blocks: Sequence[TokenBlock],
+    *,
+    command: str,
+    notes: Sequence[str] = (),
+    versions: Mapping[str, str] | None = None,
+) -> str:
+    """The page as HTML.
+
+    >>> block = TokenBlock("<b>", "probability 0.5", ["<i>", " x"], [0.9, -0.1], [True, True])
+    >>> html = render("net", "", [], [block], command="lineament explain net '<i> x'")
+    >>> "&lt;i&gt;" in html, "<i>" in html, "<script" in html
+    (True, False, False)
+    """
+    return (
+        environment()
+        .get_template("tokens.html.j2")
+        .render(
+            title=title,
+            subtitle=subtitle,
+            facts=facts,
+            blocks=[(block, block.shown()) for block in blocks],
+            command=command,
+            notes=notes,
+            versions=versions or {},
+        )
+    )
+
+
+def write(path: str | Path, *arguments: Any, **options: Any) -> Path:
+    """Write :func:`render`'s page, whole or not at all."""
+    write_text(path, render(*arguments, **options))
+    return Path(path)

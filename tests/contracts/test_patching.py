@@ -1,0 +1,209 @@
+"""What every way of patching keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lineament.core.checks import InputError
+from lineament.explain.circuits import component_nodes, node_effects
+from lineament.explain.patch_edges import edge_patching
+from lineament.explain.patch_metrics import logit_difference
+from lineament.explain.patch_paths import integrated_patching
+from lineament.explain.patching import activation_patching, attribution_patching, relevance_patching
+from tests.contracts.language_models import prompts, tiny
+from tests.contracts.unchanged import unchanged
+
+METRIC = logit_difference([5, 6, 7], [8, 9, 10])
+
+
+def nodes_by(method):
+    def call(model, clean, corrupt, metric, **options):
+        dictionaries = component_nodes(model, ["z", "mlp_out"])
+        return node_effects(
+            model, clean, corrupt, metric, dictionaries=dictionaries, method=method, **options
+        )
+
+    return call
+
+
+METHODS = {
+    "activation": activation_patching,
+    "attribution": attribution_patching,
+    "relevance": relevance_patching,
+    "integrated, sites": lambda *a, **o: integrated_patching(*a, steps=2, **o),
+    "integrated, inputs": lambda *a, **o: integrated_patching(*a, steps=2, path="input", **o),
+    "edges": edge_patching,
+    "nodes, relp": nodes_by("relp"),
+    "nodes, ig": nodes_by("ig"),
+    "nodes, exact": nodes_by("exact"),
+}
+NORMALISED = [m for m in METHODS if not m.startswith("nodes")]
+
+
+def numbers(result):
+    """Every score of a result by example, (batch, ...)."""
+    found = getattr(result, "per_example", None)
+    if found is None:
+        found = {**result.features, **{f"{k} error": v for k, v in result.errors.items()}}
+    parts = [found] if isinstance(found, torch.Tensor) else list(found.values())
+    return torch.cat([p.flatten(1) for p in parts], 1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+class TestContract:
+    def test_scores_are_finite_and_of_the_models_dtype(self, name):
+        for dtype in (torch.float32, torch.float64):
+            model, (clean, corrupt) = tiny("gpt2", dtype), prompts()
+            scores = numbers(METHODS[name](model, clean, corrupt, METRIC))
+            assert len(scores) == 3 and scores.dtype == dtype and not scores.requires_grad
+            assert torch.isfinite(scores[~scores.isnan()]).all() and scores.nan_to_num().abs().max() > 0
+            assert scores.isnan().any() == (name == "edges")
+
+    def test_a_batch_is_its_examples(self, name):
+        model, (clean, corrupt) = tiny("gpt2", torch.float64), prompts()
+        options = {"normalise": False} if name in NORMALISED else {}
+        whole = numbers(METHODS[name](model, clean, corrupt, METRIC, **options))
+        for k in range(3):
+            metric = logit_difference([5 + k], [8 + k])
+            alone = numbers(METHODS[name](model, clean[k : k + 1], corrupt[k : k + 1], metric, **options))
+            torch.testing.assert_close(whole[k : k + 1], alone, equal_nan=True)
+
+    def test_memory_layout_and_the_callers_modes_change_nothing(self, name):
+        model, (clean, corrupt) = tiny("gpt2"), prompts()
+        reference = numbers(METHODS[name](model, clean, corrupt, METRIC))
+        strided = clean.T.contiguous().T
+        assert not strided.is_contiguous()
+        same = {"equal_nan": True, "atol": 0, "rtol": 0}
+        torch.testing.assert_close(numbers(METHODS[name](model, strided, corrupt, METRIC)), reference, **same)
+        model.train()
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                torch.testing.assert_close(
+                    numbers(METHODS[name](model, clean.clone(), corrupt, METRIC)), reference, **same
+                )
+
+    def test_the_number_of_threads_changes_nothing_beyond_rounding(self, name):
+        model, (clean, corrupt) = tiny("gpt2", torch.float64), prompts()
+        before = torch.get_num_threads()
+        try:
+            found = []
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                found.append(numbers(METHODS[name](model, clean, corrupt, METRIC)))
+        finally:
+            torch.set_num_threads(before)
+        torch.testing.assert_close(*found, equal_nan=True)
+
+    @pytest.mark.parametrize("family", ["gpt2", "llama"])
+    def test_the_model_is_left_as_it_was_also_after_an_error(self, name, family):
+        model, (clean, corrupt) = tiny(family), prompts()
+        model.train()
+        next(model.parameters()).requires_grad_(False)
+        with unchanged(model):
+            METHODS[name](model, clean, corrupt, METRIC)
+
+        def broken(logits):
+            raise RuntimeError("broken")
+
+        with unchanged(model), pytest.raises(RuntimeError, match="broken"):
+            METHODS[name](model, clean, corrupt, broken)
+        calls = []
+
+        def later(logits):
+            # The third forward fails: in the middle of the patches, or of the way.
+            calls.append(0)
+            if len(calls) > 2:
+                raise RuntimeError("broken")
+            return METRIC(logits)
+
+        with unchanged(model), pytest.raises(RuntimeError, match="broken"):
+            METHODS[name](model, clean, corrupt, later)
+            later(later(later(torch.zeros(3, 1, 50))))
+
+    def test_bad_prompts_are_refused_by_name(self, name):
+        model, (clean, corrupt) = tiny("gpt2"), prompts()
+        method = METHODS[name]
+        with pytest.raises(
+            InputError, match=r"expected the same shape, token by token[\s\S]*\[.*\][\s\S]*\[.*\]"
+        ):
+            method(model, clean, corrupt[:, :-1], METRIC)
+        with pytest.raises(InputError, match="at least one element"):
+            method(model, clean[:0], corrupt[:0], METRIC)
+        with pytest.raises(InputError, match="outside the vocabulary of 50"):
+            method(model, clean, corrupt + 60, METRIC)
+        with pytest.raises(InputError, match="more than the model's 32 positions"):
+            method(model, clean.repeat(1, 6), corrupt.repeat(1, 6), METRIC)
+        with pytest.raises(InputError, match="expected token numbers"):
+            method(model, clean.float(), corrupt.float(), METRIC)
+        with pytest.raises(InputError, match="tokenizer: got None"):
+            method(model, ["a"], ["b"], METRIC)
+
+    def test_bad_metrics_are_refused_by_name(self, name):
+        model, (clean, corrupt) = tiny("gpt2"), prompts()
+        method = METHODS[name]
+        with pytest.raises(InputError, match="one number for each of the 3 examples"):
+            method(model, clean, corrupt, lambda logits: logits.mean())
+        with pytest.raises(InputError, match="outside the vocabulary of 50"):
+            method(model, clean, corrupt, logit_difference([5, 6, 70], [8, 9, 10]))
+        with pytest.raises(InputError, match="expected a function"):
+            method(model, clean, corrupt, 3)
+        if name in NORMALISED:
+            with pytest.raises(InputError, match="alike"):
+                method(model, clean, clean, METRIC)
+
+    def test_equal_prompts_have_no_effects(self, name):
+        model, (clean, _) = tiny("gpt2"), prompts()
+        options = {"normalise": False} if name in NORMALISED else {}
+        assert numbers(METHODS[name](model, clean, clean, METRIC, **options)).nan_to_num().abs().max() < 1e-4
+
+    def test_results_are_plain_data_on_demand(self, name):
+        import json
+
+        model, (clean, corrupt) = tiny("gpt2"), prompts()
+        assert json.loads(json.dumps(METHODS[name](model, clean, corrupt, METRIC).to_dict(), allow_nan=False))
+
+    def test_half_precision_is_scored_in_float32(self, name):
+        model, (clean, corrupt) = tiny("gpt2", torch.bfloat16), prompts()
+        options = {"normalise": False} if name in NORMALISED else {}
+        scores = numbers(METHODS[name](model, clean, corrupt, METRIC, **options))
+        exact = numbers(METHODS[name](tiny("gpt2"), clean, corrupt, METRIC, **options))
+        scores, exact = scores.float().nan_to_num().flatten(), exact.nan_to_num().flatten()
+        assert torch.corrcoef(torch.stack([scores, exact]))[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("method", [activation_patching, relevance_patching])
+def test_bad_options_are_refused_by_name(method):
+    model, (clean, corrupt) = tiny("gpt2"), prompts()
+    for options, words in (
+        ({"sites": "resid_per"}, "nearest: 'resid_pre'"),
+        ({"direction": "denoise"}, "nearest: 'denoising'"),
+        ({"corruption": "zero"}, "direction='noising'"),
+        ({"positions": [9]}, "from -6 to 5"),
+        ({"positions": "all"}, "positions"),
+        ({"layout": {"resid_pre": "h.*"}}, "no site"),
+        ({"layout": {"hidden": "transformer.h.*"}, "sites": "hiden"}, "nearest: 'hidden'"),
+        ({"attention_mask": torch.ones(3, 5)}, "attention_mask"),
+        ({"attention_mask": torch.tensor([[1, 0, 1, 0, 1, 1]] * 3)}, "in its middle"),
+    ):
+        with pytest.raises(InputError, match=words):
+            method(model, clean, corrupt, METRIC, **options)
+    with pytest.raises(InputError, match="corrupt: got None"):
+        method(model, clean, None, METRIC)
+    with pytest.raises(InputError, match="parallel residual"):
+        method(tiny("pythia"), clean, corrupt, METRIC, sites="resid_mid")
+    with pytest.raises(InputError, match="layout of 'Sequential' is not known"):
+        method(nn.Sequential(nn.Linear(2, 2)), torch.ones(2, 2), torch.zeros(2, 2), lambda y: y[:, 0])
+    if method is activation_patching:
+        with pytest.raises(InputError, match="batch_size"):
+            method(model, clean, corrupt, METRIC, batch_size="all")
+
+
+def test_shared_modules_are_no_one_place():
+    shared = nn.Linear(3, 3)
+    net = nn.Sequential(shared, nn.ReLU(), shared)
+    x = torch.randn(2, 4, 3)
+    for method in (activation_patching, relevance_patching):
+        with pytest.raises(InputError, match="ran twice in one forward"):
+            method(net, x[0], x[1], lambda y: y[:, 0], sites="hidden", layout={"hidden": "0"})

@@ -1,0 +1,136 @@
+"""The audit of language models: prompts and pairs of every kind, what does not apply, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lineament import cli
+from lineament.audit.run import audit
+from lineament.core.checks import InputError
+from lineament.data.prompts import load_prompts
+
+transformers = pytest.importorskip("transformers")
+WORDS = [
+    "<s>",
+    "</s>",
+    *[
+        "the",
+        "cat",
+        "dog",
+        "saw",
+        "a",
+        "man",
+        "and",
+        "ran",
+        "home",
+        "very",
+        "fast",
+        "now",
+        "<evil>",
+        "old",
+        "\u202eevil",
+    ],
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small random GPT-2 with a tokenizer of whole words, as an ordinary directory."""
+    from lineament.data.patching_tasks import save_language_model
+
+    config = transformers.GPT2Config(
+        vocab_size=len(WORDS), n_positions=32, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1
+    )
+    torch.manual_seed(0)
+    place = tmp_path_factory.mktemp("lm") / "gpt2"
+    save_language_model(transformers.GPT2LMHeadModel(config), WORDS, place)
+    return place
+
+
+def pair(clean, corrupt, answer=" cat", wrong=" dog"):
+    return json.dumps({"clean": clean, "corrupt": corrupt, "answer": answer, "wrong": wrong})
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "text.txt").write_text(
+        "the cat saw a man\nshort\n\nthe <evil> dog ran home very fast \u202eevil\n", encoding="utf-8"
+    )
+    lines = [pair(f"the cat saw a {w}", f"the dog saw a {w}") for w in ("man", "dog", "cat")]
+    lines += [pair("the cat", "the dog ran"), pair("the cat saw", "the dog saw", answer=" lion zebra")]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_text_file_has_its_words_explained_and_no_components(folder, files):
+    found = audit(str(folder), files / "text.txt", out=files / "r")
+    assert [(s.name, s.status) for s in found.sections][1] == ("components", "skipped")
+    tokens = found["tokens"]
+    assert tokens.status in ("good", "note", "warning") and len(tokens.pictures) == 3
+    assert len(tokens.numbers["prompts"]) == 2, "the short line and the empty one are no prompts"
+    page = found.html.read_text(encoding="utf-8")
+    assert "\u202e" not in page and "<evil>" not in page and "&lt;evil&gt;" in page
+
+
+@pytest.mark.slow
+def test_pairs_show_components_and_say_what_was_left_out(folder, files):
+    found = audit(str(folder), files / "pairs.jsonl", out=files / "r")
+    section = found["components"]
+    assert section.status in ("good", "note", "warning"), section.sentence
+    numbers = section.numbers
+    assert numbers["pairs"] == 3 and len(numbers["left_out"]) == 2
+    assert set(numbers["agreement"]) == {"resid_pre", "attn_out", "mlp_out"}
+    assert len(numbers["heads"]) == 2 and len(numbers["heads"][0]) == 2
+    assert {finding.section for finding in found.findings} == {"tokens", "components"}
+
+
+@pytest.mark.slow
+def test_the_model_is_left_as_it_was(folder, files):
+    from tests.contracts.unchanged import unchanged
+
+    from lineament.audit.language import load_language_model
+    from lineament.audit.language_run import audit_language
+
+    model, tokenizer = load_language_model(str(folder))
+    with unchanged(model):
+        audit_language((model, tokenizer), files / "pairs.jsonl", out=files / "r")
+
+
+def test_what_cannot_be_used_is_said_and_leaves_nothing(folder, files, capsys):
+    (files / "bad.jsonl").write_text('{"clean": "the cat", "corrupt": "the dog"}')
+    (files / "worse.jsonl").write_text("{")
+    (files / "empty.txt").write_text("\n\n")
+    (files / "net.py").write_text("")
+    before = sorted(p.name for p in files.iterdir())
+    for words, said in (
+        ([str(folder), "none.txt"], "does not exist"),
+        ([str(folder), "iou"], "expected a .txt file of prompts"),
+        ([str(folder), "data.npz"], "expected a .txt file of prompts"),
+        ([str(folder), str(files / "bad.jsonl")], "line 1 holds ['clean', 'corrupt']"),
+        ([str(folder), str(files / "worse.jsonl")], "line 1 is no JSON"),
+        ([str(folder), str(files / "empty.txt")], "holds no prompt"),
+        ([str(files / "net.py"), str(files / "text.txt")], "is no language model"),
+        ([str(folder), str(files / "text.txt"), "--lenses", "gaze"], "there are: tokens, components"),
+        ([str(folder), str(files / "text.txt"), "--lenses", "token"], "nearest: 'tokens'"),
+    ):
+        assert cli.main(["audit", *words, "--out", str(files / "r")]) == 2
+        err = [line for line in capsys.readouterr().err.splitlines() if "reading the" not in line]
+        assert len(err) == 1 and said in err[0], err
+    assert sorted(p.name for p in files.iterdir()) == before
+
+
+def test_labelled_samples_have_no_language_lenses(files):
+    with pytest.raises(InputError, match="for language models"):
+        audit(torch.nn.Linear(2, 2), "digits", out=files / "r", lenses=["tokens"])
+
+
+def test_built_in_pairs_and_a_budget(files):
+    made = load_prompts("ioi", samples=5)
+    assert len(made.pairs) == 5 and all(p.clean != p.corrupt for p in made.pairs)
+    (files / "many.txt").write_text("\n".join(f"prompt number {i} of many" for i in range(50)))
+    some, again = (load_prompts(files / "many.txt", samples=7, seed=3) for _ in range(2))
+    assert len(some) == 7 and some == again and some.total == 50

@@ -1,0 +1,188 @@
+"""`lineament explain`: tokens in the terminal, a page that works without script, one line for bad input."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import pytest
+from tests.contracts.token_models import byte_tokenizer, masked_model, model, wordpiece_tokenizer
+
+from lineament import cli
+from lineament.report.token_page import TokenBlock, render
+
+PROMPT = "the cat <b>sat</b> on the"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for name in ("gpt2", "t5"):
+        model(name, attention="sdpa").save_pretrained(root / name)
+        byte_tokenizer().save_pretrained(root / name)
+    masked_model().save_pretrained(root / "bert")
+    wordpiece_tokenizer().save_pretrained(root / "bert")
+    (root / "bare").mkdir()
+    model("gpt2").save_pretrained(root / "bare")
+    return root
+
+
+def explain(capsys, *words, status=0):
+    assert cli.main(["explain", *map(str, words)]) == status
+    return capsys.readouterr()
+
+
+def test_a_token_is_explained(folders, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    shown = explain(capsys, folders / "gpt2", PROMPT, "--target", " cat", "--steps", 5, "--out", page)
+    assert shown.out.splitlines()[0].startswith("' cat': probability ") and f"Page: {page}" in shown.out
+    html = page.read_text(encoding="utf-8")
+    assert "<script" not in html and "&lt;" in html and "<b>sat" not in html
+    assert re.search(r"default-src (&#39;|')none", html)
+    assert "lineament explain" in html and "--steps 5" in html
+    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+    # One line a scored token, most important first.
+    values = [float(line.split()[0]) for line in shown.out.splitlines() if line.startswith("   ")]
+    assert len(values) == len(byte_tokenizer()(PROMPT)["input_ids"]) and values == sorted(
+        values, reverse=True
+    )
+
+
+@pytest.mark.parametrize("method", ["rollout", "integrated_gradients", "kernel_shap", "random"])
+def test_other_methods_and_an_attention_that_they_need(folders, tmp_path, capsys, method):
+    shown = explain(
+        capsys,
+        folders / "gpt2",
+        "the cat sat on",
+        "--method",
+        method,
+        "--contrast",
+        " dog",
+        "--target",
+        " cat",
+        "--out",
+        tmp_path / "p.html",
+    )
+    assert "rather than ' dog'" in shown.out
+    assert method in (tmp_path / "p.html").read_text(encoding="utf-8")
+
+
+def test_a_continuation_an_encoder_decoder_and_a_masked_model(folders, tmp_path, capsys):
+    shown = explain(
+        capsys, folders / "gpt2", "the cat sat", "--new-tokens", 3, "--steps", 3, "--out", tmp_path / "a.html"
+    )
+    assert shown.out.count("probability") == 3
+    assert (tmp_path / "a.html").read_text(encoding="utf-8").count("<h2 id=") == 3
+    shown = explain(
+        capsys,
+        folders / "t5",
+        "the cat sat",
+        "--target-prefix",
+        " the",
+        "--scope",
+        "all",
+        "--steps",
+        3,
+        "--out",
+        tmp_path / "b.html",
+    )
+    assert 'class="break"' in (tmp_path / "b.html").read_text(encoding="utf-8")
+    explain(
+        capsys,
+        folders / "gpt2",
+        "the cat sat on",
+        "--mlm",
+        folders / "bert",
+        "--steps",
+        3,
+        "--out",
+        tmp_path / "c.html",
+    )
+    shown = explain(
+        capsys,
+        folders / "gpt2",
+        "the cat sat on",
+        "--early-stop",
+        "--target",
+        "#77",
+        "--steps",
+        1,
+        "--out",
+        tmp_path / "d.html",
+    )
+    assert "no probe passed" in shown.err and "no probe passed" in (tmp_path / "d.html").read_text(
+        encoding="utf-8"
+    )
+
+
+def test_bad_input_is_one_line_before_any_page(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.html").write_text("mine")
+    gpt = folders / "gpt2"
+    for words, said in (
+        ((gpt, ""), "empty prompt"),
+        ((gpt, "the cat", "--target", "the cat"), "2 tokens"),
+        ((gpt, "the cat", "--target", "#99999"), "99999"),
+        ((gpt, "the cat", "--out", "there.html"), "--overwrite"),
+        ((gpt, "the cat", "--out", tmp_path), "is a folder"),
+        ((gpt, "the cat", "--method", "rolout"), "nearest: 'rollout'"),
+        ((gpt, "the cat", "--normalize", "soft"), "nearest: 'softmax'"),
+        ((gpt, "the cat", "--sampler", "unifrom"), "nearest: 'uniform'"),
+        ((gpt, "the cat", "--steps", "0"), "--steps"),
+        ((gpt, "the cat", "--new-tokens", "2", "--target", " cat"), "leave --target"),
+        ((gpt, "the cat", "--device", "nodevice"), "--device"),
+        ((gpt, "the " * 70), "at most 64"),
+        ((tmp_path / "none", "the cat"), "is no folder"),
+        ((folders, "the cat"), "cannot be loaded"),
+        ((folders / "bert", "the cat"), "masked language model"),
+        ((folders / "bare", "the cat"), "--tokenizer"),
+        ((gpt, "the cat", "--targt", " cat"), "nearest: '--target'"),
+        ((gpt,), "TEXT"),
+    ):  # fmt: skip
+        shown = explain(capsys, *words, status=2)
+        assert shown.out == "" and shown.err.count("\n") == 1 and said in shown.err, (words, shown.err)
+    assert [p.name for p in tmp_path.iterdir()] == ["there.html"]
+    assert (tmp_path / "there.html").read_text() == "mine"
+
+
+class _Reader(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.ids, self.described, self.focusable, self.tags = [], [], 0, []
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.tags.append(tag)
+        self.ids += [values["id"]] if "id" in values else []
+        self.described += [values["aria-describedby"]] if "aria-describedby" in values else []
+        self.focusable += values.get("tabindex") == "0" and "tok" in values.get("class", "")
+
+
+def test_every_scored_token_can_be_reached_and_read_without_a_pointer():
+    hostile = ["<script>alert(1)</script>", '" onfocus="x', "\u202egod", "\n", "&amp;"]
+    block = TokenBlock(
+        '<img src="x">', "line", hostile, [0.5, -0.25, 0.1, 0.0, 3.0], [True] * 4 + [False], marked=(0,)
+    )
+    html = render(
+        "</title><script>",
+        "<i>",
+        [("<a>", "<b>")],
+        [block],
+        command="lineament explain '<x>'",
+        notes=["<note>"],
+    )
+    reader = _Reader()
+    reader.feed(html)
+    assert not {"script", "img", "i", "b", "note"} & set(reader.tags)
+    assert reader.focusable == 4 == len(reader.described) and set(reader.described) <= set(reader.ids)
+    assert len(reader.ids) == len(set(reader.ids))
+    assert "\u202e" not in html and "\\u202e" in html and "onfocus=&#34;" in html
+    assert ".tok:focus .tip" in html and ".tok:hover .tip" in html
+    assert "http://" not in html and "https://" not in html
+    body = html[html.index("<main") : html.index("</main>") + 7]
+    ElementTree.fromstring(body.replace("&#39;", "'").replace("&#34;", "'"))
+    shares = [t["share"] for t in block.shown()]
+    assert shares == [1.0, 0.5, 0.2, 0.0, 0.0], (
+        "what is not scored is not coloured, and does not set the scale"
+    )

@@ -1,0 +1,148 @@
+"""The tasks' pairs are alike but for what carries the answer, and the recipe runs on a small scale."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lineament.core.checks import InputError
+from lineament.data.patching_tasks import (
+    NAMES,
+    PLACES,
+    TEMPLATES,
+    THINGS,
+    greater_than_pairs,
+    ioi_pairs,
+    save_language_model,
+    synthetic_greater_than,
+    synthetic_induction,
+    synthetic_ioi,
+)
+
+
+@pytest.mark.parametrize("order", ["ABBA", "BABA", "both"])
+def test_ioi_pairs_differ_in_who_acts(order):
+    pairs = ioi_pairs(40, order=order, seed=1)
+    assert len(pairs) == 40 and pairs == ioi_pairs(40, order=order, seed=1) != ioi_pairs(
+        40, order=order, seed=2
+    )
+    for k, (clean, corrupt, right, wrong) in enumerate(
+        zip(pairs.clean, pairs.corrupt, pairs.correct, pairs.wrong)
+    ):
+        right, wrong = right.strip(), wrong.strip()
+        a, b = clean.split(), corrupt.split()
+        assert len(a) == len(b) and sum(x != y for x, y in zip(a, b)) == 1
+        assert (
+            clean.count(wrong) == 2
+            and clean.count(right) == 1
+            and corrupt.count(right) == 2
+            and right != wrong
+        )
+        subject_first = clean.index(wrong) < clean.index(right)
+        assert subject_first == (order == "BABA" or (order == "both" and k % 2 == 1))
+    others = ioi_pairs(20, corrupt="others")
+    for clean, corrupt in zip(others.clean, others.corrupt):
+        assert len({w for w in corrupt.replace(",", "").split() if w in NAMES}) == 3
+        assert not {w for w in corrupt.split() if w in NAMES} & {w for w in clean.split() if w in NAMES}
+
+
+def test_lists_are_of_single_words_without_repetition():
+    for words in (NAMES, PLACES, THINGS):
+        assert len(set(words)) == len(words) and not any(" " in w for w in words)
+    assert all(t.format(A="a", B="b", S="s", place="p", thing="t").count(" ") for t in TEMPLATES)
+
+
+def test_greater_than_years_leave_room_on_both_sides():
+    pairs = greater_than_pairs(200)
+    for clean, right, wrong in zip(pairs.clean, pairs.correct, pairs.wrong):
+        year = int(clean.split("year ")[1][2:4])
+        assert 2 <= year <= 97 and int(right) == year + 1 and int(wrong) == year - 1
+
+
+def test_synthetic_tasks_hold_the_answer_in_the_tokens():
+    ioi = synthetic_ioi(300, seed=2)
+    rows = torch.arange(300)
+    assert ioi.clean.shape == (300, 12) and (ioi.clean[:, 2] != ioi.clean[:, 4]).all()
+    named = (ioi.clean >= 2) & (ioi.clean < 32)
+    assert named.nonzero()[:, 1].reshape(300, 3).tolist() == [[2, 4, 8]] * 300
+    assert (ioi.clean[:, 8] == ioi.wrong).all() and (ioi.corrupt[:, 8] == ioi.correct).all()
+    assert ((ioi.clean != ioi.corrupt).sum(1) == 1).all() and (ioi.correct != ioi.wrong).all()
+    assert 0.3 < float((ioi.clean[:, 8] == ioi.clean[:, 2]).double().mean()) < 0.7
+    years = synthetic_greater_than(300, seed=2)
+    assert (
+        years.right[rows, years.correct].all()
+        and not years.right[rows, years.wrong].any()
+        and (years.corrupt[:, 2] == 2).all()
+    )
+    induction = synthetic_induction(300, seed=2)
+    for clean, corrupt, right, wrong in zip(
+        induction.clean, induction.corrupt, induction.correct, induction.wrong
+    ):
+        at = int((clean[:-1] == clean[-1]).nonzero()[0])
+        assert clean[at + 1] == right and corrupt[at + 1] == wrong != right and (clean != corrupt).sum() == 1
+
+
+def test_bad_sizes_are_refused():
+    for call in (
+        lambda: ioi_pairs(0),
+        lambda: synthetic_ioi(1, names=1),
+        lambda: synthetic_ioi(1, length=9),
+        lambda: ioi_pairs(1, order="AB"),
+    ):
+        with pytest.raises(InputError):
+            call()
+
+
+@pytest.mark.slow
+def test_models_are_saved_as_hugging_face_directories(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from lineament.recipes._relp_training import network
+
+    pairs = synthetic_ioi(3)
+    model = network(len(pairs.vocabulary), 12, layers=1, width=16, heads=2, seed=0)
+    folder = save_language_model(model, pairs.vocabulary, tmp_path / "model")
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = " ".join(pairs.vocabulary[t] for t in pairs.clean[0])
+    assert tokenizer(text)["input_ids"] == pairs.clean[0].tolist()
+    torch.testing.assert_close(again(pairs.clean).logits, model(pairs.clean).logits)
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_and_reports_its_claims_as_they_fall(tmp_path):
+    pytest.importorskip("transformers")
+    from lineament.recipes.relp import Config, run
+
+    config = Config(
+        pairs=4, ig_steps=2, seeds=(0,), layers=2, width=16, heads=2, steps=3, circuit_seeds=(0,), latents=32, dictionary_steps=2,
+        other_tasks=("greater-than",),
+    )  # fmt: skip
+    outcome = run(config, out=tmp_path)
+    holds = {claim.name.split(" (")[0]: claim.holds for claim in outcome.claims}
+    assert len(outcome.claims) == 12 and not holds["Control: the models solve the task"]
+    assert holds[
+        "The rules were active: every rule ran, the identity rule changed the scores, and no logit changed"
+    ]
+    assert {f.file for f in outcome.figures} == {"scatter.svg", "maps.svg", "rules.svg", "circuits.svg"}
+    again = run(config, out=tmp_path)
+    assert json.dumps(again.to_dict(), default=str) == json.dumps(outcome.to_dict(), default=str)
+
+
+@pytest.mark.slow
+def test_the_recipe_takes_a_language_model_of_the_users(tmp_path):
+    pytest.importorskip("transformers")
+    from lineament.recipes._relp_training import network
+    from lineament.recipes.relp import Config, run
+
+    words = sorted(
+        {w for side in (ioi_pairs(60).clean, ioi_pairs(60).corrupt) for text in side for w in text.split()}
+    )
+    vocabulary = ["<bos>", "<end>", *words, *(n for n in NAMES if n not in words)]
+    model = network(len(vocabulary), 24, layers=2, width=16, heads=2, seed=0)
+    folder = save_language_model(model, vocabulary, tmp_path / "model")
+    outcome = run(Config(pairs=20, ig_steps=1, seeds=(0,), model_folder=str(folder)), out=tmp_path)
+    assert "pairs of" in outcome.tables[0].title and len(outcome.claims) == 7
+    with pytest.raises(InputError, match="is no folder"):
+        run(Config(model_folder=str(tmp_path / "nothing")), out=tmp_path / "other")

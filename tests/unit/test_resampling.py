@@ -1,0 +1,230 @@
+"""USEFUL's stages: what is trained on what, restarting, the sampler, a killed run; augmentation and planted pixels."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+from tests.contracts.unchanged import unchanged
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lineament.core.checkpoint import Checkpoint
+from lineament.core.checks import InputError
+from lineament.data.augment import OPERATIONS, flip_and_crop, trivial_augment
+from lineament.data.pixel_digits import pixel_digits
+from lineament.learn.early_outputs import outputs_of, recalibrated
+from lineament.learn.epochs import Fit
+from lineament.learn.optim import SAM
+from lineament.learn.resampling import UpsamplingSampler, find_slow, useful
+from lineament.recipes import _useful_networks, _useful_runs
+from lineament.recipes.useful import Config, run
+
+X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+Y = (X[:, 0] + 0.5 * X[:, 1] > 0).long()
+LOADER = [(X[:25], Y[:25]), (X[25:], Y[25:])]
+
+
+def net() -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def test_the_early_part_leaves_the_model_at_its_start():
+    model = net()
+    before = copy.deepcopy(model)
+    early = find_slow(model, Fit(X, Y, sgd, batch_size=16), LOADER, epochs=40)
+    assert same(model, before)
+    # 2 % to 15 % of 40, one more epoch and one for the smoothing.
+    assert 2 <= early.epoch <= 6 and len(early.errors) == 8
+    fixed = find_slow(model, Fit(X, Y, sgd, batch_size=16), LOADER, epochs=40, separating=early.epoch)
+    assert torch.equal(fixed.selection.mask, early.selection.mask)
+    json.dumps(early.to_dict())
+    early.plot()
+
+
+def test_the_final_training_starts_from_the_same_weights_on_the_enlarged_data():
+    model, plain, seen = net(), net(), []
+    fit = Fit(X, Y, sgd, batch_size=16)
+
+    def watched(model, rows, epochs, **options):
+        seen.append((copy.deepcopy(model), rows, options))
+        yield from fit(model, rows, epochs, **options)
+
+    done = useful(model, watched, LOADER, epochs=6, separating=3, factor=3)
+    assert same(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], torch.arange(60))
+    assert torch.equal(seen[1][1], done.early.selection.indices(3)) and len(done.errors) == 6
+    list(fit(plain, done.rows, 6))
+    assert same(model, plain)
+    assert done.cost == pytest.approx(len(done.rows) / 60 + 3 / 6)
+    useful(net(), watched, LOADER, epochs=2, separating=1, weigh=True)
+    assert seen[-1][2]["weights"].max() == 2
+    useful(model, watched, LOADER, epochs=2, separating=1, restart=lambda m: m[0].reset_parameters())
+    assert not same(seen[-1][0], seen[-2][0])
+    done.plot()
+
+
+def test_a_factor_of_one_is_plain_training():
+    model, plain = net(), net()
+    fit = Fit(X, Y, sgd, batch_size=16)
+    useful(model, fit, LOADER, epochs=3, separating=1, factor=1)
+    list(fit(plain, torch.arange(60), 3))
+    assert same(model, plain)
+
+
+def test_copies_and_weights_are_the_same_in_full_batches():
+    one, two = (nn.Linear(4, 2) for _ in range(2))
+    two.load_state_dict(one.state_dict())
+    weights = 1.0 + (torch.arange(60) < 20).double()
+    rows = torch.cat([torch.arange(60), torch.arange(20)])
+    list(Fit(X, Y, sgd, batch_size=100)(one, rows, 5))
+    list(Fit(X, Y, sgd, batch_size=100, weights=weights)(two, None, 5))
+    assert torch.allclose(one.weight, two.weight, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "sam"])
+def test_a_killed_training_goes_on_with_the_same_bits(tmp_path, kind):
+    def optimizer(model):
+        return sgd(model) if kind == "sgd" else SAM(sgd(model), rho=0.1, model=model)
+
+    def schedule(optimizer, epochs):
+        return torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+
+    def fit(run, records):
+        return Fit(
+            X, Y, optimizer, schedule, batch_size=16, mixup=0.3, run=run, record=lambda m: 1, records=records
+        )
+
+    whole, cut, again = net(), net(), net()
+    errors = list(fit(None, [])(whole, None, 6))
+    run, records = Checkpoint(tmp_path / "run", {}), []
+    for epoch, _ in enumerate(fit(run, [])(cut, None, 6)):
+        if epoch == 3:
+            break
+    every = fit(run, records)
+    assert list(every(again, None, 6)) == errors and len(records) == 6
+    assert same(whole, again)
+
+
+def test_outputs_leave_no_trace_and_statistics_come_back():
+    model = net()
+    with unchanged(model):
+        scores, labels, features = outputs_of(model, LOADER, site="2", recalibrate=True)
+    assert scores.shape == (60, 2) and torch.equal(labels, Y) and features.shape == (60, 8)
+    with recalibrated(model, [(X, Y)]):
+        inner = model[0](X)
+        assert torch.allclose(model[1].running_mean, inner.mean(0), atol=1e-5)
+    with unchanged(model), pytest.raises(RuntimeError), recalibrated(model, LOADER):
+        raise RuntimeError
+
+
+def test_the_sampler_repeats_indices_and_shares_them_among_processes():
+    rows = torch.tensor([0, 1, 1, 2, 3, 3, 4])
+    sampler = UpsamplingSampler(rows, seed=5)
+    loader = DataLoader(TensorDataset(torch.arange(5)), batch_size=3, sampler=sampler)
+    first, second = (torch.cat([b for (b,) in loader]) for _ in range(2))
+    assert torch.equal(first.sort().values, rows) and not torch.equal(first, second)
+    sampler.set_epoch(0)
+    assert torch.equal(torch.cat([b for (b,) in loader]), first)
+    other = UpsamplingSampler(rows, seed=5)
+    other.load_state_dict({"epoch": 1})
+    assert torch.equal(torch.tensor(list(other)), second)
+    parts = [list(UpsamplingSampler(rows, seed=5, rank=r, replicas=3)) for r in range(3)]
+    assert {len(p) for p in parts} == {3}
+    merged = [parts[i % 3][i // 3] for i in range(9)]
+    assert merged[:7] == first.tolist() and merged[7:] == first.tolist()[:2]
+
+
+def test_what_cannot_be_used_is_named():
+    fit = Fit(X, Y, sgd)
+    with pytest.raises(InputError, match="classes have no example"):
+        find_slow(net(), fit, [(X, torch.zeros(60).long())], epochs=5, separating=1)
+    with pytest.raises(InputError, match="walked again"):
+        find_slow(net(), fit, iter(LOADER), epochs=5, separating=1)
+    with pytest.raises(InputError, match="separating"):
+        find_slow(net(), fit, LOADER, epochs=5, separating=9)
+    with pytest.raises(InputError, match="too few to see"):
+        find_slow(net(), fit, LOADER, epochs=2)
+    with pytest.raises(InputError, match="ended after 1 epochs"):
+        find_slow(net(), lambda m, r, e: [0.5], LOADER, epochs=5, separating=3)
+    with pytest.raises(InputError, match="site"):
+        find_slow(net(), fit, LOADER, epochs=5, separating=1, output="features")
+    with pytest.raises(InputError, match="rank"):
+        UpsamplingSampler(torch.arange(4), rank=2, replicas=2)
+    with pytest.raises(InputError, match="negative"):
+        UpsamplingSampler(torch.tensor([-1]))
+    with pytest.raises(InputError, match="at most one way"):
+        _useful_runs.parsed("sgd+useful+random")
+    with pytest.raises(InputError, match="methods: got 'sag'"):
+        _useful_runs.parsed("sag+useful")
+    model = net()
+    before = copy.deepcopy(model)
+    model[0].weight.data[0, 0] = before[0].weight.data[0, 0]
+    with pytest.raises(InputError, match="training error"):
+        find_slow(model, lambda m, r, e: [float("nan")], LOADER, epochs=5, separating=1)
+    assert same(model, before)
+
+
+def test_augmentation_draws_from_its_generator_only():
+    images = torch.randint(256, (40, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
+    for augment in (flip_and_crop, trivial_augment):
+        one, two = (augment(images, torch.Generator().manual_seed(1)) for _ in range(2))
+        assert torch.equal(one, two) and one.shape == images.shape and one.dtype == torch.uint8
+        assert not torch.equal(augment(images, torch.Generator().manual_seed(2)), one)
+    assert len(OPERATIONS) == 14
+    same_images = [bool((a == b).all()) for a, b in zip(trivial_augment(images, torch.Generator()), images)]
+    assert 0 < sum(same_images) < 20
+    with pytest.raises(InputError, match="uint8"):
+        trivial_augment(images.float(), torch.Generator())
+
+
+def test_planted_pixels_tell_the_class():
+    data = pixel_digits("test", noise=0.0)
+    marked = data.groups == 0
+    assert torch.equal(data.inputs[marked, 0, 0].argmax(1) - 1, data.targets[marked])
+    assert data.inputs[~marked, 0, 0].abs().max() == 0
+    assert not set(data.index.tolist()) & set(pixel_digits().index.tolist())
+
+
+@pytest.mark.parametrize("kind", sorted(_useful_networks.NETWORKS))
+def test_every_network_of_the_recipe_runs(kind):
+    model = _useful_networks.network(kind, torch.Size([3, 32, 32]), 5, 8, 0)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:more than 70%:UserWarning", "ignore:classes .* have fewer:UserWarning")
+def test_a_killed_recipe_goes_on_with_the_same_result(tmp_path, monkeypatch):
+    config = dataclasses.replace(
+        Config.preset("quick"), epochs=3, separating=2, train=150, theory_steps=10, theory_samples=40,
+        theory_slow=(0.6,), methods=("sgd", "sgd+useful", "sgd+steps", "sgd+upweight", "asam+jtt"), label_noise=0.1,
+    )  # fmt: skip
+    whole = run(config, out=tmp_path / "whole")
+    for figure in whole.figures:
+        assert (tmp_path / "whole" / figure.file).stat().st_size < 200_000 and figure.alt
+    original, calls = _useful_runs.final, []
+
+    def killed(name, *rest):
+        calls.append(name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(name, *rest)
+
+    monkeypatch.setattr(_useful_runs, "final", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, out=tmp_path / "cut")
+    again = run(config, out=tmp_path / "cut")
+    assert calls[3:] == ["sgd+steps", "sgd+upweight", "asam+jtt"]
+    assert [c.observed for c in again.claims] == [c.observed for c in whole.claims]
