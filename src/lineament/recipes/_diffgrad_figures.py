@@ -9,8 +9,8 @@ from lineament.recipes._diffgrad_runs import FUNCTIONS
 from lineament.report.figures import picture, save
 from lineament.report.outcome import Figure
 
-_COLOURS = {"diffGrad": "C0", "Adam": "C1", "Adam, half the rate": "C2"}
-_SCALES = {"diffGrad, loss / 1000": "C7", "diffGrad": "C0", "diffGrad, loss x 1000": "C3"}
+_COLOURS = {"diffGrad": "C0", "Adam": "C1", "Adam (half the rate)": "C2"}
+_SCALES = {"diffGrad (loss / 1000)": "C7", "diffGrad": "C0", "diffGrad (loss x 1000)": "C3"}
 
 
 def draw_all(walks: dict[str, Any], found: dict[Any, Any], timing: dict[str, Any], out: Path) -> list[Figure]:

@@ -60,7 +60,7 @@ FUNCTIONS = {
     ),
     "F3": Function(_f3, _f3_slope, 0.0),
 }
-WALKERS = {"diffGrad": (1.0, None), "Adam": (1.0, 1.0), "Adam, half the rate": (0.5, 1.0)}
+WALKERS = {"diffGrad": (1.0, None), "Adam": (1.0, 1.0), "Adam (half the rate)": (0.5, 1.0)}
 
 
 def walk(slope: Callable[[float], float], who: str, lr: float, steps: int) -> dict[str, Any]:
@@ -85,12 +85,12 @@ OPTIMIZERS: dict[str, tuple[Callable[[Any, float], torch.optim.Optimizer], float
     "RMSProp": (lambda p, lr: torch.optim.RMSprop(p, lr), 1),
     "AMSGrad": (lambda p, lr: torch.optim.Adam(p, lr, amsgrad=True), 1),
     "Adam": (lambda p, lr: torch.optim.Adam(p, lr), 1),
-    "Adam, half the rate": (lambda p, lr: torch.optim.Adam(p, lr / 2), 1),
+    "Adam (half the rate)": (lambda p, lr: torch.optim.Adam(p, lr / 2), 1),
     "diffGrad": (DiffGrad, 1),
-    "diffGrad, version 1": (lambda p, lr: DiffGrad(p, lr, version=1), 1),
-    "diffGrad, version 2": (lambda p, lr: DiffGrad(p, lr, version=2), 1),
-    "diffGrad, loss x 1000": (DiffGrad, 1000),
-    "diffGrad, loss / 1000": (DiffGrad, 1e-3),
+    "diffGrad (version 1)": (lambda p, lr: DiffGrad(p, lr, version=1), 1),
+    "diffGrad (version 2)": (lambda p, lr: DiffGrad(p, lr, version=2), 1),
+    "diffGrad (loss x 1000)": (DiffGrad, 1000),
+    "diffGrad (loss / 1000)": (DiffGrad, 1e-3),
 }
 RIVALS = ("SGDM", "AdaGrad", "AdaDelta", "RMSProp", "AMSGrad", "Adam")
 _ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "selu": nn.SELU}
