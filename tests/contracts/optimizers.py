@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lineament.learn.optim import DiffGrad
+from lineament.learn.optim import ASAM, SAM, DiffGrad
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,10 @@ class Maker:
     decay: dict[str, Any] = field(default_factory=lambda: {"weight_decay": 0.1})  # {} where there is none
     sparse: str = "sparse"  # what the refusal says
     bad: Sequence[tuple[dict[str, Any], str]] = ()  # options that are refused, and what the message says
-    nan_policy: bool = True  # takes nan_policy="raise" and "skip"
+    nonfinite: str = (
+        "parameter 3.*1 of 1 values"  # what nonfinite="raise" says; "" where there is no such option
+    )
+    group_bad: bool = True  # every option may be a group's own
     strict_closure: bool = True  # a closure must return a tensor
 
     def __call__(self, params: Any, **options: Any) -> torch.optim.Optimizer:
@@ -51,7 +54,7 @@ DIFFGRAD = (
     ({"version": 6}, "version: got 6"),
     ({"version": True}, "version: got True"),
     ({"eps_mode": "papr"}, "eps_mode: got 'papr'.*nearest: 'paper'"),
-    ({"nan_policy": "drop"}, "nan_policy"),
+    ({"nonfinite": "drop"}, "nonfinite"),
     ({"rectify": "sgd"}, "rectify"),
     ({"fixed_friction": -1}, "fixed_friction"),
     ({"differentiable": True}, "differentiable: got True"),
@@ -72,13 +75,35 @@ def diffgrad(name: str, **options: Any) -> Maker:
         bad=[
             pair for pair in DIFFGRAD if not set(pair[0]) & set(options) and not ("capturable" in options and len(pair[0]) > 1)
         ],
-        nan_policy="capturable" not in options,
+        nonfinite="" if "capturable" in options else Maker.nonfinite,
     )  # fmt: skip
 
 
+def around(kind: type[SAM], name: str, rho: float) -> Maker:
+    def make(params: Any, lr: float = 0.02, **options: Any) -> torch.optim.Optimizer:
+        own = {key: options.pop(key) for key in ("rho", "model", "nonfinite") if key in options}
+        return kind(torch.optim.SGD(params, lr=lr, momentum=0.5, **options), **{"rho": rho, **own})
+
+    bad = [({"rho": -0.1}, "rho"), ({"rho": float("nan")}, "rho"), ({"nonfinite": "drop"}, "nonfinite")]
+    # The radius is one for all parameters, and goes up the loss, so that going up itself is another method.
+    return Maker(
+        name,
+        make,
+        needs_closure=True,
+        separable=False,
+        maximize=False,
+        complex_numbers=kind is SAM,  # ASAM scales by the modulus, which is no property of the parts
+        nonfinite="gradient at the weights has NaN or infinite",
+        bad=bad,
+        group_bad=False,
+    )
+
+
 MAKERS = [
+    around(SAM, "sam", 0.05),
+    around(ASAM, "asam", 0.5),
     Maker("torch Adam", torch.optim.Adam, bad=[p for p in NUMBERS if p[0].get("lr", 0) == p[0].get("lr", 0)],
-          nan_policy=False, strict_closure=False),
+          nonfinite="", strict_closure=False),
     diffgrad(""),
     diffgrad("by lists", foreach=True),
     diffgrad("capturable", capturable=True),

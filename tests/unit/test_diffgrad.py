@@ -273,7 +273,7 @@ def test_pytorch_optimizers_state_goes_on_here(decoupled, more):
         optimizer.load_state_dict(copy.deepcopy(theirs.state_dict()))
     group = optimizer.param_groups[0]
     assert group["lr"] == 0.1 and group["eps_mode"] == "code" and group["decoupled_weight_decay"] is decoupled
-    assert group["nan_policy"] == "propagate" and float(optimizer.state[ours[0]]["step"]) == 7
+    assert group["nonfinite"] == "propagate" and float(optimizer.state[ours[0]]["step"]) == 7
     for each in grads[7:]:
         for p, q, g in zip(params, ours, each):
             p.grad, q.grad = g.clone(), g.clone()

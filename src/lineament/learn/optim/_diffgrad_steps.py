@@ -104,10 +104,11 @@ def update(b: Buffers, c: Coefficients, rule: Rule, scratch: Tensor | None = Non
         g = g + p * c.decay if isinstance(c.decay, Tensor) else torch.add(g, p, alpha=c.decay)
     if rule.decoupled:
         p.mul_(c.shrink)
-    m.lerp_(g, c.w1)
-    if isinstance(c.w2, Tensor):
-        v.lerp_(g * g, c.w2)
+    if isinstance(c.w1, Tensor):
+        m.add_((g - m) * c.w1)  # lerp_ with a tensor computes both of its formulas and chooses
+        v.add_((g * g - v) * c.w2)
     else:
+        m.lerp_(g, c.w1)
         v.mul_(1 - c.w2).addcmul_(g, g, value=c.w2)
     if b.top is not None:
         torch.maximum(b.top, v, out=b.top)

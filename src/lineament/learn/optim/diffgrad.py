@@ -40,7 +40,7 @@ class DiffGrad(torch.optim.Optimizer):
         rectify: RAdam's rectification; while it does not apply, ``"momentum"`` takes the step lr · m̂ and ``"skip"`` none.
         maximize: go up.
         fixed_friction: this number instead of ξ: 1 is Adam, 1/2 Adam at half the rate. A control.
-        nan_policy: what a NaN or infinite gradient does: ``"propagate"`` as torch's optimizers, ``"raise"`` before anything changes, or
+        nonfinite: what a NaN or infinite gradient does: ``"propagate"`` as torch's optimizers, ``"raise"`` before anything changes, or
             ``"skip"`` the whole step (counted in ``skipped_steps``). The last two read every gradient once more.
         track_friction: measure the friction at each step for :meth:`friction_summary`; costs about another step.
         alias_previous_grad: the released code's first version, which kept a reference to ``p.grad`` for the previous gradient (and added
@@ -78,7 +78,7 @@ class DiffGrad(torch.optim.Optimizer):
         rectify: str | None = None,
         maximize: bool = False,
         fixed_friction: float | None = None,
-        nan_policy: str = "propagate",
+        nonfinite: str = "propagate",
         track_friction: bool = False,
         alias_previous_grad: bool = False,
         foreach: bool | None = None,
@@ -212,14 +212,14 @@ class DiffGrad(torch.optim.Optimizer):
         """Whether to step; raises where a group's policy says so."""
         usable = True
         for group, params in groups:
-            if group["nan_policy"] == "propagate" or (group["nan_policy"] == "skip" and not usable):
+            if group["nonfinite"] == "propagate" or (group["nonfinite"] == "skip" and not usable):
                 continue
             for p in params:
                 bad = int((~torch.isfinite(cast(Tensor, p.grad))).sum())
-                if bad and group["nan_policy"] == "raise":
+                if bad and group["nonfinite"] == "raise":
                     raise checks.InputError(
                         f"{self._name(group, p)}: {bad} of {p.numel()} values of its gradient are NaN or infinite; nothing was "
-                        'changed (nan_policy="skip" leaves such steps out)'
+                        'changed (nonfinite="skip" leaves such steps out)'
                     )
                 usable = usable and not bad
         return usable
@@ -333,7 +333,7 @@ def _check(options: dict[str, Any]) -> None:
         checks.number(name, options[name], low=0)
     _known(options["version"])
     checks.one_of("eps_mode", options["eps_mode"], ("paper", "code"))
-    checks.one_of("nan_policy", options["nan_policy"], ("propagate", "skip", "raise"))
+    checks.one_of("nonfinite", options["nonfinite"], ("propagate", "skip", "raise"))
     if options["rectify"] is not None:
         checks.one_of("rectify", options["rectify"], ("momentum", "skip"))
     if options["fixed_friction"] is not None:
@@ -343,11 +343,11 @@ def _check(options: dict[str, Any]) -> None:
         "differentiable" not in on,
         "differentiable: got True, but diffGrad's step works in place and has no derivative here; expected False",
     )
-    if options["nan_policy"] != "propagate":
-        on.add("nan_policy")
+    if options["nonfinite"] != "propagate":
+        on.add("nonfinite")
     excluded = {
         "foreach": ("compiled", "alias_previous_grad"),
-        "capturable": ("rectify", "nan_policy", "track_friction"),
+        "capturable": ("rectify", "nonfinite", "track_friction"),
         "alias_previous_grad": ("compiled", "maximize", "decoupled_weight_decay", "capturable"),
     }
     for name, others in excluded.items():
