@@ -138,9 +138,10 @@ def vision_transformer(
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_labels": classes,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
     }
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return ViTForImageClassification(ViTConfig(**sizes, **no_dropout))
+    return ViTForImageClassification(ViTConfig(**sizes))
 
 
 def first_weight(model: nn.Module) -> nn.Parameter:
