@@ -64,7 +64,7 @@ def test_the_transformer():
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_result(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "RATES", {"sgd": (0.3,), "adam": (0.01,)})
+    monkeypatch.setattr(recipe, "RATES", {"sgd": (0.1,), "adam": (0.01,)})
     monkeypatch.setattr(recipe, "BYTE_RATES", (0.01,))
     config = dataclasses.replace(Config.preset("quick"), **TINY)
     whole = run(config, out=tmp_path / "whole")
