@@ -105,7 +105,7 @@ def rows(repeats: int = 5) -> Iterator[Row]:
         lambda: training.together(views, labels, range(48)),
         "one after the other",
         lambda: [training(view.whole(), labels, seed) for seed, view in enumerate(views)],
-        target=1 / 1.25,
+        target=1.0,
         repeats=min(repeats, 3),
         note="larger networks are trained one after the other on a CPU: their stacked state leaves the caches",
     )
@@ -120,7 +120,7 @@ def _attacks(model: nn.Module, x: Tensor, y: Tensor, repeats: int) -> Iterator[R
         lambda: attack(model, x, y),
         "bare forwards and backwards",
         lambda: _bare(model, x, y),
-        target=1.0,
+        target=1 / 1.25,
         repeats=repeats,
         note="the limit is 1: sign, two clips and a check of the logits a step besides",
     )

@@ -1,4 +1,4 @@
-"""The command `lineament`: audit, explain, papers, reproduce, gallery, bench.
+"""The command `lineament`: audit, explain, train, papers, reproduce, gallery, bench.
 
 Each command imports what it needs when it runs, so `lineament --help` is there at once. Exit status: 0 when the
 work was done, 2 for input that cannot be used (one line on standard error), 130 after Ctrl-C, 1 for anything
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from lineament import __version__
 
-COMMANDS = ("audit", "explain", "papers", "reproduce", "gallery", "bench")
+COMMANDS = ("audit", "explain", "train", "papers", "reproduce", "gallery", "bench")
 
 
 class UsageError(Exception):
@@ -117,6 +117,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
 
     if importlib.util.find_spec("lineament.explain_command"):
         importlib.import_module("lineament.explain_command").add_parser(commands)
+
+    if importlib.util.find_spec("lineament.train_command"):
+        importlib.import_module("lineament.train_command").add_parser(commands)
 
     papers = commands.add_parser("papers", help="the catalogue: 29 papers, newest first, with what runs each")
     papers.add_argument("--search", metavar="TEXT", default="", help="only papers in which every word occurs")

@@ -16,6 +16,7 @@ from rich.text import Text
 from lineament.report.text import cell, duration, printable
 
 if TYPE_CHECKING:
+    from lineament.learn.fit_result import Fitted
     from lineament.papers import Paper
     from lineament.recipes._run import Run
     from lineament.report.gallery import Site
@@ -152,6 +153,31 @@ def show_tokens(block: TokenBlock) -> None:
     ranked = sorted((t for t in shown if t["rank"]), key=lambda t: t["rank"])
     for t in ranked[:5] if console.is_terminal else ranked:
         console.print(f"  {t['value']:>10}  {t['text']!r}{'  (rationale)' if t['marked'] else ''}")
+
+
+def show_trainings(runs: Mapping[str, Fitted]) -> None:
+    """Several trainings side by side, the best last validation accuracy first."""
+    console = _console()
+    rows = sorted(runs.items(), key=lambda run: -(run[1].last if run[1].last is not None else -1.0))
+    table = _table(
+        *("run", "optimizer", "options", "best", "last", "seconds"), right=("best", "last", "seconds")
+    )
+    for name, run in rows:
+        accuracies = ("–" if value is None else f"{value:.2%}" for value in (run.best, run.last))
+        table.add_row(
+            _text(name), run.options.optimizer, _text(run.words()), *accuracies, f"{run.seconds:.1f}"
+        )
+    console.print(table)
+    console.print(
+        "best and last: validation accuracy of the best epoch (optimistic: chosen on the data it is measured on) and of the weights that were kept.",
+        soft_wrap=True,
+    )
+    others = {(run.validation_samples, run.options.seed) for run in runs.values()}
+    if len(others) > 1:
+        console.print(
+            "These runs differ in seed or in what they held out: their accuracies are of different samples.",
+            soft_wrap=True,
+        )
 
 
 def show_site(site: Site) -> None:

@@ -181,7 +181,7 @@ PAPERS: tuple[Paper, ...] = (
         "Gabdullin",
         "2412.10146",
         "Draw the loss around trained weights along any axes, and sum up its Hessian's spectrum in two numbers.",
-        ("measure/landscape.py",),
+        ("measure/landscape.py", "measure/hessian_criteria.py"),
     ),
     Paper(
         "projection-head",

@@ -118,7 +118,7 @@ def report(folder: Path) -> Path:
         method=HOSTILE[9],
     )
     failed = Section(
-        "sharpness", "How flat the loss is", "failed", "", "", "The lens failed: the loss is not finite."
+        "landscape", "How flat the loss is", "failed", "", "", "The lens failed: the loss is not finite."
     )
     skipped = Section(
         "parts", "Which parts matter", "skipped", "", "", "Does not apply: the network has no channels."

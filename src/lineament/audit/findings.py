@@ -23,7 +23,7 @@ def findings(sections: Sequence[Section]) -> list[Finding]:
         "accuracy": _accuracy,
         "collapse": _collapse,
         "spectrum": _spectrum,
-        "sharpness": _sharpness,
+        "landscape": _landscape,
         "parts": _parts,
         "tokens": _tokens,
         "components": _components,
@@ -178,20 +178,20 @@ def _spectrum(n: dict[str, Any]) -> list[Finding]:
     return [Finding("good", f"{text}.", "spectrum")]
 
 
-def _sharpness(n: dict[str, Any]) -> list[Finding]:
+def _landscape(n: dict[str, Any]) -> list[Finding]:
     if n["bottom"] < -0.1 * max(n["top"], 0):
         return [
             Finding(
                 "note",
                 f"It does not sit in a minimum: the loss curves downwards (least eigenvalue {compact(n['bottom'])}, greatest {compact(n['top'])}).",
-                "sharpness",
+                "landscape",
             )
         ]
     return [
         Finding(
             "good",
             f"It sits in a minimum of greatest curvature {compact(n['top'])}; {percent(n['flat_share'], 0)} of weight directions are nearly flat.",
-            "sharpness",
+            "landscape",
         )
     ]
 

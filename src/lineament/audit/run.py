@@ -20,7 +20,7 @@ from lineament.audit import default
 from lineament.audit.findings import findings
 from lineament.audit.language import is_language_model
 from lineament.audit.language_run import audit_language
-from lineament.audit.lenses import LANGUAGE, LENSES
+from lineament.audit.lenses import ALIASES, LANGUAGE, LENSES
 from lineament.audit.models import Loaded, digest, load
 from lineament.audit.stages import STAGES, Report, fresh, opened, sections, threads, written
 from lineament.audit.subject import Subject, bring_together, one_output, two_logits
@@ -210,6 +210,7 @@ def _chosen(lenses: Sequence[str] | None) -> list[str]:
     if lenses is None:
         return own
     require(len(lenses) > 0, "lenses: got none, expected at least one of " + ", ".join(own))
+    lenses = [ALIASES.get(name, name) for name in lenses]
     for name in lenses:
         checks.one_of("lenses", name, list(LENSES))
         require(

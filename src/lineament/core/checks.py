@@ -67,7 +67,9 @@ def one_of(what: str, value: Any, choices: Sequence[str] | Iterable[str]) -> str
     lineament.core.checks.InputError: method: got 'gradcam', which is not a choice; nearest: 'grad_cam', 'norm_grad'
     """
     choices = list(choices)
-    require(value in choices, f"{what}: got {show(value)}, which is not a choice{suggest(value, choices)}")
+    # Looking for the nearest takes long: only when it is to be named.
+    if value not in choices:
+        raise InputError(f"{what}: got {show(value)}, which is not a choice{suggest(value, choices)}")
     return value
 
 

@@ -46,7 +46,7 @@ def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         f"vector: got {checks.show(vector)}, expected {sum(sizes)} entries in the last dimension",
     )
     parts = vector.split(sizes, dim=-1)
-    return [part.reshape(*vector.shape[:-1], *tensor.shape) for part, tensor in zip(parts, like)]
+    return [part.reshape((*vector.shape[:-1], *tensor.shape)) for part, tensor in zip(parts, like)]
 
 
 def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Float[Tensor, ""]:

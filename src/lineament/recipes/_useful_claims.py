@@ -77,8 +77,9 @@ def _paired(better: str, worse: str, name: str, paper: str, found: dict[str, lis
     spread = statistics.stdev(change) / len(change) ** 0.5 if len(change) > 1 else float("nan")
     wins = sum(c < 0 for c in change)
     why = "" if mean < 0 else _why(better, worse, mean, spread, len(change))
+    error = f" (standard error {spread:.2f})" if len(change) > 1 else ""
     observed = (
-        f"{means[0]:.2f} % against {means[1]:.2f} %; paired {mean:+.2f} (standard error {spread:.2f}), "
+        f"{means[0]:.2f} % against {means[1]:.2f} %; paired {mean:+.2f}{error}, "
         f"lower in {wins} of {len(change)} seeds"
     )
     return Claim(name, paper, observed, mean < 0, why)

@@ -5,12 +5,14 @@ halves the time of the eager form; compiled, the same function reads and writes 
 step size and eps, so that the paper's form and the released code's differ in one number.
 """
 
+# PyTorch's foreach functions are public by use, not by name; tuples of buffers are made from loops.
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ from lineament.learn.optim.friction import STATISTICAL, friction_
 # Elements of each buffer in a block, for each thread: short enough for the caches, long enough that the calls cost little (measured).
 BLOCK = 2**17
 _LOW = (torch.float16, torch.bfloat16)
+# The kernels over lists of tensors have no public names and no types.
+_lists: Any = torch
 
 
 class Buffers(NamedTuple):
@@ -88,11 +92,11 @@ def update(b: Buffers, c: Coefficients, rule: Rule, scratch: Tensor | None = Non
     ``scratch`` (at least as long as ``b.p``, which is then flat) saves the allocation of the one temporary.
     """
     if b.p.dtype in _LOW:
-        wide = Buffers(*(None if t is None else t.float() for t in b))  # pyright: ignore[reportArgumentType]
+        wide = Buffers(*(None if t is None else t.float() for t in b))
         update(wide, c, rule, scratch)
         for narrow, result in zip(b, wide):
             if narrow is not None and narrow is not b.g:
-                narrow.copy_(result)
+                narrow.copy_(cast(Tensor, result))
         return
     p, m, v = b.p, b.m, b.v
     g = -b.g if rule.maximize else b.g
@@ -178,13 +182,13 @@ def _flattened(b: Buffers) -> Buffers | None:
     if type(p) not in (Tensor, nn.Parameter):  # a distributed tensor has its own ideas of memory
         return None
     if all(t is None or t.is_contiguous() for t in b):
-        return Buffers(*(t if t is None else t.view(-1) for t in b))  # pyright: ignore[reportArgumentType]
+        return Buffers(*(t if t is None else t.view(-1) for t in b))
     order = sorted(range(p.ndim), key=p.stride, reverse=True)
     if b.g.stride() != p.stride():
         b = b._replace(g=torch.empty_like(p).copy_(b.g))
     views = [t if t is None else t.permute(order) for t in b]
     if all(t is None or t.is_contiguous() for t in views):
-        return Buffers(*(t if t is None else t.view(-1) for t in views))  # pyright: ignore[reportArgumentType]
+        return Buffers(*(t if t is None else t.view(-1) for t in views))
     return None
 
 
@@ -213,64 +217,71 @@ def worth_a_pass(p: Tensor) -> bool:
 
 def in_one_pass(b: Buffers, numbers: Tensor, rule: Rule) -> None:
     """:func:`update`, compiled."""
-    _compiled()(_flattened(b) or b, numbers, rule)
+    flat = _flattened(b)
+    if flat is None:
+        _compiled()(b, numbers, rule)
+        return
+    # A view remembers the shape it is a view of, and each such shape would be compiled for: ``data`` forgets it, and the parameter's
+    # version, by which autograd knows that it was changed.
+    _compiled()(Buffers(*(t if t is None else t.data for t in flat)), numbers, rule)
+    torch.autograd.graph.increment_version(b.p)
 
 
 def in_lists(bs: Sequence[Buffers], cs: Sequence[Coefficients], rule: Rule) -> None:
     """:func:`update` by foreach kernels, for tensors of one device and dtype that take the same kind of step."""
     if bs[0].p.dtype in _LOW:
-        wides = [Buffers(*(None if t is None else t.float() for t in b)) for b in bs]  # pyright: ignore[reportArgumentType]
+        wides = [Buffers(*(None if t is None else t.float() for t in b)) for b in bs]
         in_lists(wides, cs, rule)
         kept = [
             (n, w) for b, wide in zip(bs, wides) for n, w in zip(b, wide) if n is not None and n is not b.g
         ]
-        torch._foreach_copy_([n for n, _ in kept], [w for _, w in kept])
+        _lists._foreach_copy_([n for n, _ in kept], [w for _, w in kept])
         return
     p, g, m, v, q, top, mean, spread = (list(column) for column in zip(*bs))
     c = cs[0]
     if rule.maximize:
-        g = list(torch._foreach_neg(g))
+        g = list(_lists._foreach_neg(g))
     if rule.l2:
-        g = list(torch._foreach_add(g, p, alpha=c.decay))
+        g = list(_lists._foreach_add(g, p, alpha=c.decay))
     if rule.decoupled:
-        torch._foreach_mul_(p, [each.shrink for each in cs])
-    torch._foreach_lerp_(m, g, c.w1)
-    torch._foreach_mul_(v, 1 - c.w2)
-    torch._foreach_addcmul_(v, g, g, value=c.w2)
+        _lists._foreach_mul_(p, [each.shrink for each in cs])
+    _lists._foreach_lerp_(m, g, c.w1)
+    _lists._foreach_mul_(v, 1 - c.w2)
+    _lists._foreach_addcmul_(v, g, g, value=c.w2)
     if top[0] is not None:
-        torch._foreach_maximum_(top, v)
+        _lists._foreach_maximum_(top, v)
         v = top
-    torch._foreach_sub_(q, g)
+    _lists._foreach_sub_(q, g)
     if rule.fixed is None and rule.version not in STATISTICAL:
         _friction_lists(q, rule.version)
     else:
         for change, b, each in zip(q, bs, cs):
             frictions(change, b, each, rule)
     if mean[0] is not None:
-        off = torch._foreach_sub(g, mean)
-        torch._foreach_add_(mean, torch._foreach_mul(off, [each.after for each in cs]))
-        torch._foreach_addcmul_(spread, off, torch._foreach_sub(g, mean))
+        off = _lists._foreach_sub(g, mean)
+        _lists._foreach_add_(mean, _lists._foreach_mul(off, [each.after for each in cs]))
+        _lists._foreach_addcmul_(spread, off, _lists._foreach_sub(g, mean))
     if isinstance(c.step, Tensor) or c.step:
-        torch._foreach_mul_(q, m)
-        root = torch._foreach_sqrt(v)
-        torch._foreach_add_(root, [each.eps for each in cs])
+        _lists._foreach_mul_(q, m)
+        root = _lists._foreach_sqrt(v)
+        _lists._foreach_add_(root, [each.eps for each in cs])
         if isinstance(c.step, Tensor):
-            torch._foreach_div_(q, root)
-            torch._foreach_mul_(q, [each.step for each in cs])
-            torch._foreach_sub_(p, q)
+            _lists._foreach_div_(q, root)
+            _lists._foreach_mul_(q, [each.step for each in cs])
+            _lists._foreach_sub_(p, q)
         else:
-            torch._foreach_addcdiv_(p, q, root, [-each.step for each in cs])
+            _lists._foreach_addcdiv_(p, q, root, [-each.step for each in cs])
     if not isinstance(c.plain, Tensor) and c.plain:
-        torch._foreach_sub_(p, torch._foreach_mul(m, [each.plain for each in cs]))
-    torch._foreach_copy_(q, g)
+        _lists._foreach_sub_(p, _lists._foreach_mul(m, [each.plain for each in cs]))
+    _lists._foreach_copy_(q, g)
 
 
 def _friction_lists(changes: list[Tensor], version: int) -> None:
     if version != 1:
-        torch._foreach_abs_(changes)
+        _lists._foreach_abs_(changes)
     if version == 2:
-        torch._foreach_mul_(changes, 0.5)
-    torch._foreach_sigmoid_(changes)
+        _lists._foreach_mul_(changes, 0.5)
+    _lists._foreach_sigmoid_(changes)
     if version == 2:
-        torch._foreach_mul_(changes, 9.0)
-        torch._foreach_sub_(changes, 4.0)
+        _lists._foreach_mul_(changes, 9.0)
+        _lists._foreach_sub_(changes, 4.0)

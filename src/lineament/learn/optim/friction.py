@@ -70,8 +70,9 @@ def friction_(change: Tensor, version: int, mean: Tensor | None, deviation: Tens
     if version == 2:
         return change.mul_(0.5).sigmoid_().mul_(9).sub_(4)
     if mean is not None and deviation is not None:
-        weight = {3: deviation, 4: deviation.square, 5: deviation.sqrt}[version]
-        change.mul_(weight() if callable(weight) else weight).sub_(mean)
+        if version != 3:
+            deviation = deviation * deviation if version == 4 else deviation.sqrt()
+        change.mul_(deviation).sub_(mean)
     return change.sigmoid_()
 
 

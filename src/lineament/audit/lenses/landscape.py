@@ -1,12 +1,14 @@
-"""How curved is the loss around its weights?
+"""How does the loss look around its weights, and is that the curvature of a settled minimum?
 
-The Hessian of the mean loss over some samples, by products only: its greatest and least eigenvalues (Lanczos), its trace with a
-standard error, and its spectral density (stochastic Lanczos quadrature; Ghorbani et al. 2019, arXiv 1901.10159).
+The plane along the two eigenvectors of greatest curvature, the spectral density of the Hessian (stochastic Lanczos quadrature), and the
+criteria r_e and K_H0.5 made of it with what they mean (Gabdullin 2024, arXiv 2412.10146). Batch norm keeps its running statistics, as
+the network is used; eigenvectors put no weight on directions that only change the scale of what batch norm undoes.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,14 +18,19 @@ from lineament.audit.words import compact, percent
 from lineament.core.curvature import hessian
 from lineament.core.spectra import Density, spectral_density, top_eigenpairs
 from lineament.core.traces import trace
+from lineament.measure.batchnorm_modes import LandscapeWarning
+from lineament.measure.hessian_criteria import Criteria, criteria
+from lineament.measure.landscape import Plane, plane
+from lineament.measure.landscape_axes import Axis, signed
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
 from lineament.report.section import Section
 
-TITLE = "How sharp is the minimum it sits in?"
-METHOD = "hessian-density"
+TITLE = "What does the loss look like around its weights?"
+METHOD = "loss-landscape"
 _TOP, _PRODUCTS, _STEPS, _PROBES, _TRACE = 2, 40, 20, 2, 20
-_WORK = 5e11
+_GRID = 21
+_WORK, _PLANE_WORK = 5e11, 1e11
 
 
 def applies(subject: Subject) -> str:
@@ -37,7 +44,8 @@ def look(subject: Subject) -> Section:
     rows = subject.subset(subject.affordable(_WORK, passes, most=256), salt=2)
     names = [name for name, p in subject.model.named_parameters() if p.is_floating_point()]
     # Fused attention has no second derivative; the plain formula has.
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        warnings.simplefilter("ignore", LandscapeWarning)  # the section says it in words
         operator = hessian(subject.model, subject.loss, subject.batches(rows), params=names)
         size = operator.shape[0]
         ends = top_eigenpairs(
@@ -45,30 +53,34 @@ def look(subject: Subject) -> Section:
         )
         density = spectral_density(operator, steps=min(_STEPS, size), probes=_PROBES, seed=subject.seed)
         total = trace(operator, max(2, min(_TRACE, size)), seed=subject.seed)
+        found = criteria(density)
+        around = _around(subject, ends, tuple(operator.names), rows)
     values = ends.values.double().tolist()
     top, bottom = max(values), min(values)
     weights, nodes = density.weights.double(), density.nodes.double()
     negative = float(weights[nodes < -1e-3 * max(abs(top), abs(bottom))].sum() / weights.sum())
     flat = float(weights[nodes.abs() < 1e-2 * max(abs(top), 1e-30)].sum() / weights.sum())
     step = 2 / top if top > 0 else math.inf
+    saddle = bottom < -0.1 * max(top, 0)
     sentence = (
         f"Over {len(rows)} samples, the steepest direction has curvature {compact(top)}: plain gradient descent with a step above {compact(step)} could not stay "
         f"here. Of {size:,} weight directions, {percent(flat)} are nearly flat (below 1 % of that). "
+        + (
+            f"The loss also curves downwards (least eigenvalue {compact(bottom)}), so that this is no settled minimum on these samples. "
+            if saddle
+            else f"Hardly anything curves downwards (least eigenvalue {compact(bottom)}): it sits in a minimum, as far as these samples tell. "
+        )
+        + f"The criteria r_e = {compact(float(found.re.mean()))} and K_H0.5 = {compact(float(found.k.mean()))} (0 for a minimum, near 1 for an untrained network): {found.meaning}"
     )
-    saddle = bottom < -0.1 * max(top, 0)
-    sentence += (
-        f"The loss also curves downwards (least eigenvalue {compact(bottom)}), so that this is no settled minimum on these samples."
-        if saddle
-        else f"Hardly anything curves downwards (least eigenvalue {compact(bottom)}): it sits in a minimum, as far as these samples tell."
-    )
+    settled = not saddle and ends.converged and found.verdict == "settled"
     return Section(
-        name="sharpness",
+        name="landscape",
         title=TITLE,
-        status="note" if saddle or not ends.converged else "good",
+        status="good" if settled else "note",
         number=compact(top),
         unit="greatest curvature of the loss",
         sentence=sentence,
-        pictures=[_figure(density, values)],
+        pictures=[*_landscape(around), _figure(density, values)],
         tables=[
             Table(
                 "Curvature",
@@ -80,6 +92,8 @@ def look(subject: Subject) -> Section:
                     ),
                     ("trace", total.value, _or_none(total.standard_error)),
                     ("trace / weights", total.value / size, _or_none(total.standard_error / size)),
+                    ("r_e (least over greatest)", _or_none(float(found.re.mean())), _spread(found.re)),
+                    ("K_H0.5 (downwards over upwards)", _or_none(float(found.k.mean())), _spread(found.k)),
                 ],
             )
         ],
@@ -97,8 +111,47 @@ def look(subject: Subject) -> Section:
             "negative_share": negative,
             "flat_share": flat,
             "density": {"nodes": nodes.flatten().tolist(), "weights": weights.flatten().tolist()},
+            "criteria": _numbers(found),
+            "plane": None if around is None else around.to_dict(),
         },
     )
+
+
+def _around(subject: Subject, ends: Any, names: tuple[str, ...], rows: Any) -> Plane | None:
+    """The plane along the two greatest eigenvectors, as far as the loss rises well above where it is."""
+    count = min(_TOP, ends.vectors.shape[1])
+    if count < 2 or float(ends.values[0]) <= 0:
+        return None
+    axes = [
+        Axis(
+            signed(ends.vectors[:, k]),
+            names,
+            "hessian",
+            f"eigenvector of curvature {compact(float(ends.values[k]))}",
+        )
+        for k in range(2)
+    ]
+    few = subject.affordable(_PLANE_WORK, float(_GRID**2), most=len(rows), least=min(16, len(rows)))
+    some = rows[:: max(1, len(rows) // few)][:few]
+    # At this distance the quadratic alone would add about 2 to the loss; weights' own size is the other measure.
+    dist = 2 / math.sqrt(float(ends.values[0]))
+    return plane(subject.model, subject.loss, subject.batches(some), axes, dist=dist, steps=_GRID)
+
+
+def _landscape(around: Plane | None) -> list[Any]:
+    if around is None:
+        return []
+    low, high = float(around.loss.nan_to_num().min()), float(around.loss.nan_to_num().max())
+    return [
+        picture(
+            lambda axes: (around.plot(axes[0, 0]), around.surface(axes[0, 1])),
+            size=(9.2, 3.6),
+            panels=(1, 2),
+            kind="png",
+            caption="The loss in the plane of the two steepest directions (the cross: these weights), as contours and as a surface. Along every other direction it is flatter.",
+            alt=f"Contours and surface of the loss around the weights, {compact(around.centre)} in the middle, from {compact(low)} to {compact(high)}.",
+        )
+    ]
 
 
 def _figure(density: Density, values: list[float]) -> Any:
@@ -126,6 +179,20 @@ def _figure(density: Density, values: list[float]) -> Any:
         caption="How many weight directions have which curvature: a high peak at zero means that most directions hardly change the loss.",
         alt=f"Spectral density of the Hessian between {compact(min(values))} and {compact(max(values))}, with most of its weight near zero.",
     )
+
+
+def _numbers(found: Criteria) -> dict[str, Any]:
+    return {
+        "re": [_or_none(v) for v in found.re.tolist()],
+        "k": [_or_none(v) for v in found.k.tolist()],
+        "verdict": found.verdict,
+        "negative": found.negative,
+        "effective_rank": found.effective_rank,
+    }
+
+
+def _spread(values: Any) -> float | None:
+    return _or_none(float(values.std())) if len(values) > 1 else None
 
 
 def _or_none(value: float | None) -> float | None:

@@ -1,0 +1,264 @@
+"""Newton-type minimisation with any positive semi-definite Hessian approximation and nothing to tune.
+
+Semenov, Jaggi, Doikov (2025), *Gradient-Normalized Smoothness for Optimization with Approximate Hessians*, arXiv 2506.13710. The step is
+h = -(H + (‖g‖_*/γ) B)⁻¹ g, and γ is doubled and halved until f falls by ‖g_new‖_*²/(8λ): one number absorbs both the error of the Taylor
+model and that of H. What is not obvious: H is evaluated once an iteration, whatever the number of probes; and a factorisation
+that fails, or a value that is not finite, is a rejected probe, so that no stale step is ever taken.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lineament.core import checks
+from lineament.learn.optim.gns_forms import FORMS, Dense, Form, as_dense, as_form, reduced
+from lineament.learn.optim.gns_log import MESSAGES, Minimum, Record
+from lineament.learn.optim.gns_metric import Metric
+from lineament.learn.optim.gns_oracles import Problem, as_problem
+from lineament.learn.optim.gns_rules import Cubic, Point, Rule, Trial, as_rule
+from lineament.learn.optim.gns_solvers import INDEFINITE, SOLVERS, System, system
+
+Evaluate = Callable[[Tensor], tuple[float, Tensor]]
+
+
+def minimize(
+    fun: Callable[..., Any] | Problem,
+    x0: Any,
+    *,
+    jac: Callable[..., Any] | bool | None = None,
+    hess: Any = "exact",
+    metric: Any = None,
+    rule: str | Rule = "gns",
+    form: str = "as is",
+    rank: int = 10,
+    solver: str = "auto",
+    indefinite: str = "reject",
+    grad_tol: float = 1e-8,
+    f_star: float | None = None,
+    eps: float = 1e-8,
+    max_iters: int = 1000,
+    max_probes: int = 60,
+    cg_tol: float = 0.1,
+    cg_steps: int = 250,
+    seed: int = 0,
+    callback: Callable[[Any, Record], Any] | None = None,
+) -> Minimum:
+    """Minimise a smooth function, convex or not, from ``x0``.
+
+    x_{k+1} = x_k - (H_k + λ_k B)⁻¹ g_k with λ_k = ‖g_k‖_*/γ_k; γ is doubled after an accepted step and halved until
+    f(x_k) - f(x_{k+1}) ≥ ‖g_{k+1}‖_*²/(8λ_k).
+
+    Args:
+        fun: f(x), of NumPy arrays or tensors as ``x0`` is; or a problem of this package (:class:`LogSumExp`, :class:`Network`, ...).
+        x0: (n,), float64 advised.
+        jac: the gradient as a function, ``True`` when ``fun`` returns (f, gradient), ``None`` to differentiate a PyTorch function.
+        hess: H. A function of x that returns a matrix (n, n), a diagonal (n,), an operator with ``@``, a form or ``None``; a name that
+            the problem knows (``"exact"``, ``"gauss_newton"``, ``"fisher"``, ...); a SciPy ``HessianUpdateStrategy`` (quasi-Newton);
+            ``None`` for the normalised gradient method.
+        metric: B, symmetric positive definite: ``None``, (n,), (n, n), or a function of x that returns one (a preconditioner).
+        rule: ``"gns"``, ``"super_universal"``, ``"cubic"``, ``"gradient"``, or a rule with its own settings such as ``Smoothness(start=0.1)``.
+        form: ``"as is"``, ``"dense"``, ``"diagonal"``, ``"low_rank"`` (Nyström of ``rank``) or ``"operator"``: what is kept of H.
+        solver: ``"auto"``, ``"cholesky"``, ``"eigh"``, ``"woodbury"``, ``"rank1"`` or ``"cg"``.
+        indefinite: what an H with negative eigenvalues gets: ``"reject"`` (the probe, until λ is large enough), ``"shift"``, ``"project"``.
+        grad_tol: stop at ‖g‖_* < this. f_star, eps: stop at f - f_star < eps, when f_star is given.
+        max_iters, max_probes: iterations, and probes of one search. cg_tol, cg_steps: see :func:`system`.
+        seed: of the random directions in ``form``. callback: called with (x, record) at each iterate; a true answer stops.
+
+    Returns:
+        A :class:`Minimum`; ``x`` is a NumPy array or a tensor as ``x0`` was.
+
+    Raises:
+        InputError: f or its gradient not finite at ``x0``, wrong shapes, H not symmetric, B not positive definite, unknown names.
+
+    Source: Semenov, Jaggi, Doikov (2025), arXiv 2506.13710, Algorithm 3.
+
+    >>> rosenbrock = lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+    >>> found = minimize(rosenbrock, torch.tensor([-2.0, 2.0], dtype=torch.float64), f_star=0.0)
+    >>> found.status, found.nit, found.nsolve
+    ('target', 51, 105)
+    """
+    chosen = as_rule(rule)
+    checks.one_of("form", form, FORMS)
+    checks.one_of("solver", solver, SOLVERS)
+    checks.one_of("indefinite", indefinite, INDEFINITE)
+    checks.number("grad_tol", grad_tol, low=0)
+    checks.number("eps", eps, low=0)
+    for name, value in (("max_iters", max_iters), ("max_probes", max_probes), ("cg_steps", cg_steps)):
+        checks.number(name, value, low=0 if name == "max_iters" else 1, integer=True)
+    checks.number("cg_tol", cg_tol, low=0, open_low=True)
+    if f_star is not None:
+        checks.number("f_star", f_star)
+    x = _start(x0)
+    problem, hess = as_problem(fun, jac, hess, isinstance(x0, Tensor))
+    out = (lambda v: v.clone()) if isinstance(x0, Tensor) else (lambda v: v.cpu().numpy().copy())
+    moving = metric if callable(metric) else None
+    B = Metric(None if moving else metric, x)
+    counts = Counts()
+    rounding = getattr(problem, "eps", torch.finfo(x.dtype).eps)
+    began = time.perf_counter()
+
+    def curvature(at: Tensor) -> Form:
+        counts.hessians += 1
+        found = reduced(
+            as_form(problem.curvature(at, hess), at, symmetric=True), form, at, rank=rank, seed=seed
+        )
+        return Dense(as_dense(found, len(at)).to(at)) if isinstance(chosen, Cubic) else found
+
+    value, gradient = counts.evaluate(problem.value_and_grad, x)
+    checks.require(
+        math.isfinite(value) and bool(torch.isfinite(gradient).all()),
+        f"x0: f is {value:g} there and {int((~torch.isfinite(gradient)).sum())} of {len(x)} entries of its gradient are not "
+        "finite; expected a point where both are",
+    )
+    here = measured(x, value, gradient, B)
+    number = chosen.start
+    log: list[Record] = []
+    status = "max_iters"
+    for k in range(max_iters + 1):
+        if moving is not None and here.norm > 0:
+            B = Metric(moving(out(here.x)), x)
+            here = measured(here.x, here.f, here.g, B)
+        record = Record(k, here.f, here.norm, number, seconds=time.perf_counter() - began, **counts.columns())
+        log.append(record)
+        if callback is not None and callback(out(here.x), record):
+            status = "stopped"
+            break
+        if f_star is not None and here.f - f_star < eps:
+            status = "target"
+            break
+        if here.norm < grad_tol or here.norm == 0:
+            status = "converged"
+            break
+        if k == max_iters:
+            break
+        solver_here = "eigh" if isinstance(chosen, Cubic) else solver
+        equations = system(
+            curvature(here.x), B, here.g, here.z,
+            solver=solver_here, indefinite=indefinite, cg_tol=cg_tol, cg_steps=cg_steps,
+        )  # fmt: skip
+        step = search(
+            problem.value_and_grad, here, equations, B, chosen, number, max_probes, counts, eps=rounding
+        )
+        counts.products += equations.products
+        if step.trial is None:
+            status = "precision" if step.tiny else "search_failed"
+            log[-1] = replace(record, probes=step.probes)
+            break
+        log[-1] = replace(record, gamma=step.gamma, lam=step.trial.lam, probes=step.probes)
+        number, here = step.number, step.trial.new
+    return Minimum(
+        x=out(here.x), fun=here.f, jac=out(here.g), success=status in ("converged", "target", "stopped"),
+        status=status, message=MESSAGES[status], nit=len(log) - 1, nfev=counts.evaluations, njev=counts.evaluations,
+        nhev=counts.hessians, nsolve=counts.solves, nprod=counts.products, log=tuple(log),
+    )  # fmt: skip
+
+
+@dataclass
+class Counts:
+    """Oracle calls so far."""
+
+    solves: int = 0
+    products: int = 0
+    evaluations: int = 0
+    hessians: int = 0
+
+    def evaluate(self, evaluate: Evaluate, x: Tensor) -> tuple[float, Tensor]:
+        self.evaluations += 1
+        return evaluate(x)
+
+    def columns(self) -> dict[str, int]:
+        return dict(vars(self))
+
+
+@dataclass
+class Step:
+    """The outcome of one search: the accepted trial (or ``None``), the next number, γ, and how many probes it took."""
+
+    trial: Trial | None
+    number: float
+    gamma: float
+    probes: int
+    tiny: bool = False
+
+
+def search(
+    evaluate: Evaluate,
+    here: Point,
+    equations: System,
+    metric: Metric,
+    rule: Rule,
+    number: float,
+    max_probes: int,
+    counts: Counts,
+    eps: float = torch.finfo(torch.float64).eps,
+) -> Step:
+    """Probe until the rule accepts: the inner loop of Algorithm 3, for one H."""
+    tiny = False
+    for probe in range(1, max_probes + 1):
+        trial = _tried(evaluate, here, equations, metric, rule, number, counts, eps)
+        if trial is not None and not tiny:
+            tiny = abs(float(here.g @ trial.h)) <= 2 * trial.rounding
+        if trial is not None and rule.accepts(trial):
+            probes = probe
+            while probe == 1 and getattr(rule, "aggressive", False) and probes < max_probes:
+                larger = rule.grow(number)
+                further = _tried(evaluate, here, equations, metric, rule, larger, counts, eps)
+                probes += 1
+                if (
+                    larger == number
+                    or further is None
+                    or not rule.accepts(further)
+                    or further.new.f >= trial.new.f
+                ):
+                    break
+                number, trial = larger, further
+            return Step(trial, rule.grow(number), rule.gamma(number, trial.lam, here.norm), probes)
+        number = rule.shrink(number)
+    return Step(None, number, 0.0, max_probes, tiny)
+
+
+def _tried(
+    evaluate: Evaluate,
+    here: Point,
+    equations: System,
+    metric: Metric,
+    rule: Rule,
+    number: float,
+    counts: Counts,
+    eps: float,
+) -> Trial | None:
+    """One probe: solve, evaluate; ``None`` where the solve failed or the values are not finite."""
+    counts.solves += 1
+    h, lam, model = rule.step(number, equations, here)
+    if h is None or not math.isfinite(float(h.sum())):
+        return None
+    x = here.x + h
+    value, gradient = counts.evaluate(evaluate, x)
+    if not math.isfinite(value) or not math.isfinite(float(gradient.sum())):
+        return None
+    return Trial(here, measured(x, value, gradient, metric), h, lam, model, eps)
+
+
+def measured(x: Tensor, value: float, gradient: Float[Tensor, "n"], metric: Metric) -> Point:
+    """The point with its dual norm."""
+    z = metric.inverse(gradient)
+    return Point(x, value, gradient, z, metric.dual(gradient, z))
+
+
+def _start(x0: Any) -> Tensor:
+    if isinstance(x0, Tensor):
+        x = x0.detach().clone()
+        x = x if x.is_floating_point() else x.double()
+    else:
+        x = torch.from_numpy(np.array(x0, dtype=np.float64))
+    checks.tensor("x0", x, shape=("n",))
+    return x

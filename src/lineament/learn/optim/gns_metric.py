@@ -1,0 +1,117 @@
+"""The metric B in which steps and gradients are measured: ‖h‖² = hᵀBh and ‖s‖_*² = sᵀB⁻¹s.
+
+Semenov, Jaggi, Doikov (2025, arXiv 2506.13710), section 2. The identity, a diagonal, or a full matrix that is factored once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lineament.core import checks
+
+
+def asymmetry_allowed(matrix: Tensor) -> float:
+    """How far a matrix may be from its transpose: 1e-8 of its greatest entry, more only where the dtype rounds more."""
+    return max(1e-8, 64 * torch.finfo(matrix.dtype).eps) * float(matrix.abs().max())
+
+
+class Metric:
+    """A symmetric positive definite B: ``None`` for the identity, (n,) for a diagonal, (n, n) for a matrix.
+
+    Args:
+        B: the matrix. like: a vector (n,) whose size, dtype and device it follows.
+
+    Raises:
+        InputError: a wrong shape, not symmetric (beyond 1e-8 relative), not positive definite, not finite.
+
+    >>> like = torch.zeros(2, dtype=torch.float64)
+    >>> Metric(torch.tensor([4.0, 1.0]), like).norm(torch.ones(2, dtype=torch.float64))
+    2.23606797749979
+    """
+
+    def __init__(self, B: Any, like: Tensor):
+        n = len(like)
+        self.kind: Literal["identity", "diagonal", "matrix"] = "identity"
+        self.diagonal = torch.ones(n, dtype=like.dtype, device=like.device)
+        if B is None:
+            return
+        B = torch.as_tensor(B).to(like)
+        checks.require(
+            tuple(B.shape) in ((n,), (n, n)),
+            f"metric: got {checks.show(B)}, expected a vector ({n},) or a matrix ({n}, {n})",
+        )
+        checks.tensor("metric", B, floating=True)
+        if B.ndim == 1:
+            least = float(B.min())
+            checks.require(least > 0, f"metric: its least entry is {least:g}, expected positive entries")
+            self.kind, self.diagonal = "diagonal", B
+            self._root = B.sqrt()
+            return
+        gap = float((B - B.T).abs().max())
+        checks.require(
+            gap <= asymmetry_allowed(B),
+            f"metric: it differs from its transpose by {gap:.3g}, expected a symmetric matrix",
+        )
+        L, info = torch.linalg.cholesky_ex(B)
+        checks.require(
+            int(info) == 0,
+            f"metric: its leading minor of order {int(info)} is not positive, expected a positive definite matrix; "
+            "add a small multiple of the identity",
+        )
+        self.kind, self.matrix, self._L = "matrix", B, L
+        self.diagonal = B.diagonal()
+
+    def apply(self, v: Tensor) -> Tensor:
+        """B v for v of shape (n,)."""
+        if self.kind == "identity":
+            return v
+        return self.diagonal * v if self.kind == "diagonal" else self.matrix @ v
+
+    def inverse(self, v: Tensor) -> Tensor:
+        """B⁻¹ v for v of shape (n,) or (n, k)."""
+        if self.kind == "identity":
+            return v
+        if self.kind == "diagonal":
+            return v / (self.diagonal if v.ndim == 1 else self.diagonal[:, None])
+        return (
+            torch.cholesky_solve(v[:, None], self._L)[:, 0]
+            if v.ndim == 1
+            else torch.cholesky_solve(v, self._L)
+        )
+
+    def half(self, v: Tensor) -> Tensor:
+        """L⁻¹ v for B = LLᵀ and v of shape (n,) or (n, k): ‖s‖_* is the Euclidean norm of L⁻¹s."""
+        return self._halved(v, transposed=False)
+
+    def half_t(self, v: Tensor) -> Tensor:
+        """L⁻ᵀ v: takes a Euclidean vector to a step of the same length in the metric."""
+        return self._halved(v, transposed=True)
+
+    def _halved(self, v: Tensor, transposed: bool) -> Tensor:
+        if self.kind == "identity":
+            return v
+        if self.kind == "diagonal":
+            return v / (self._root if v.ndim == 1 else self._root[:, None])
+        L = self._L.T if transposed else self._L
+        wide = v[:, None] if v.ndim == 1 else v
+        found = torch.linalg.solve_triangular(L, wide, upper=transposed)
+        return found[:, 0] if v.ndim == 1 else found
+
+    def added_to(self, H: Tensor, lam: float) -> Tensor:
+        """H + λB, a new matrix."""
+        if self.kind == "matrix":
+            return torch.add(H, self.matrix, alpha=lam)
+        total = H.clone()
+        total.diagonal().add_(self.diagonal, alpha=lam)
+        return total
+
+    def norm(self, h: Tensor) -> float:
+        """‖h‖ of a step."""
+        return max(float(h @ self.apply(h)), 0.0) ** 0.5
+
+    def dual(self, s: Tensor, z: Tensor) -> float:
+        """‖s‖_* of a gradient, given z = B⁻¹s."""
+        return max(float(s @ z), 0.0) ** 0.5

@@ -1,0 +1,165 @@
+"""A function to minimise as the method sees it: value with gradient, and curvature by name.
+
+Semenov, Jaggi, Doikov (2025, arXiv 2506.13710), section 6. A user's functions of NumPy arrays or tensors, with derivatives given or
+taken by PyTorch, become a :class:`Problem`; the problem library and a network are problems already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from scipy.optimize import HessianUpdateStrategy
+from torch import Tensor
+from torch.func import grad, grad_and_value, jvp
+
+from lineament.core import checks
+
+# Above this many variables the exact Hessian of a PyTorch function is an operator: n products cost more than they save.
+_DENSE = 2000
+
+
+@runtime_checkable
+class Problem(Protocol):
+    """What :func:`minimize` asks of a function."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]: ...
+    def value_and_grad(self, x: Tensor) -> tuple[float, Tensor]: ...
+    def curvature(self, x: Tensor, kind: Any) -> Any: ...
+
+
+def as_problem(fun: Any, jac: Any, hess: Any, tensors: bool) -> tuple[Problem, Any]:
+    """``fun`` as a problem, and what of its curvature is wanted."""
+    if isinstance(fun, Problem):
+        checks.require(jac is None, "jac: a problem brings its own gradient; expected None")
+        if callable(hess) or isinstance(hess, HessianUpdateStrategy):
+            return _Functions(fun.value_and_grad, True, hess, True), hess
+        kind = "zero" if hess is None else hess
+        checks.one_of("hess", kind, (*fun.kinds, "zero"))
+        return (_Flat(fun), kind) if kind == "zero" else (fun, kind)
+    checks.require(callable(fun), f"fun: got {checks.show(fun)}, expected a function or a problem")
+    checks.require(
+        hess is None
+        or callable(hess)
+        or hess in ("exact", "zero")
+        or isinstance(hess, HessianUpdateStrategy),
+        f"hess: got {checks.show(hess)}, expected a function, 'exact', None or a HessianUpdateStrategy; "
+        "names such as 'fisher' belong to problems",
+    )
+    checks.require(
+        hess != "exact" or tensors,
+        "hess: 'exact' differentiates a PyTorch function; for NumPy functions give hess=, or x0 as a tensor",
+    )
+    checks.require(
+        callable(jac) or jac is True or tensors,
+        f"jac: got {checks.show(jac)}; for NumPy functions expected the gradient, or True when fun returns (f, gradient)",
+    )
+    return _Functions(fun, jac, hess, tensors), hess
+
+
+class _Flat:
+    """A problem whose curvature is left out."""
+
+    kinds = ("zero",)
+
+    def __init__(self, problem: Problem):
+        self.value_and_grad = problem.value_and_grad
+
+    def curvature(self, x: Tensor, kind: Any) -> None:
+        return None
+
+
+class _Functions:
+    """A user's functions."""
+
+    kinds = ("exact", "zero")
+
+    def __init__(self, fun: Callable[..., Any], jac: Any, hess: Any, tensors: bool):
+        self.fun, self.jac, self.hess, self.tensors = fun, jac, hess, tensors
+        self._secant: _Secant | None = None
+        if jac is None or jac is False:
+            self._both = grad_and_value(self._scalar)
+        if isinstance(hess, HessianUpdateStrategy):
+            self._secant = _Secant(hess)
+
+    def _scalar(self, x: Tensor) -> Tensor:
+        value = self.fun(x)
+        checks.require(
+            isinstance(value, Tensor) and value.numel() == 1,
+            f"fun: it returned {checks.show(value)} ({type(value).__name__}), expected a tensor of one element",
+        )
+        return value.reshape(())
+
+    def value_and_grad(self, x: Tensor) -> tuple[float, Tensor]:
+        given = x if self.tensors else x.numpy()
+        if self.jac is True:
+            pair = self.fun(given)
+            checks.require(
+                isinstance(pair, (tuple, list)) and len(pair) == 2,
+                f"fun: it returned {checks.show(pair)}, expected (f, gradient) as jac=True says",
+            )
+            value, gradient = pair
+        elif callable(self.jac):
+            value, gradient = self.fun(given), self.jac(given)
+        else:
+            gradient, value = self._both(x)
+        checks.require(
+            np.size(value) == 1 if not isinstance(value, Tensor) else value.numel() == 1,
+            f"fun: it returned {checks.show(value)}, expected one number",
+        )
+        gradient = (
+            gradient
+            if isinstance(gradient, Tensor)
+            else torch.as_tensor(np.asarray(gradient, dtype=np.float64))
+        )
+        checks.require(
+            gradient.numel() == x.numel(),
+            f"jac: it returned {checks.show(gradient)}, expected shape ({len(x)},)",
+        )
+        # A copy: a user's function may fill one array again and again.
+        gradient = gradient.detach().reshape(-1).to(x, copy=True)
+        value = float(value) if isinstance(value, (float, Tensor)) else float(np.asarray(value).reshape(()))
+        return value, gradient
+
+    def curvature(self, x: Tensor, kind: Any) -> Any:
+        if self.hess is None or (isinstance(kind, str) and kind == "zero"):
+            return None
+        if self._secant is not None:
+            return self._secant.at(x, self.value_and_grad(x)[1])
+        if callable(self.hess):
+            return self.hess(x if self.tensors else x.numpy())
+        gradient = grad(self._scalar)
+        if len(x) <= _DENSE:
+            matrix = torch.func.hessian(self._scalar)(x)
+            return (matrix + matrix.T) / 2
+        return _Products(lambda v: jvp(gradient, (x,), (v,))[1], x)
+
+
+class _Products:
+    """v -> H v as an operator, column by column."""
+
+    def __init__(self, product: Callable[[Tensor], Tensor], like: Tensor):
+        self.product, self.shape, self.dtype, self.device = product, (len(like),) * 2, like.dtype, like.device
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return self.product(v) if v.ndim == 1 else torch.stack([self.product(column) for column in v.T], 1)
+
+
+class _Secant:
+    """A quasi-Newton matrix of SciPy, updated from one iterate to the next."""
+
+    def __init__(self, strategy: HessianUpdateStrategy):
+        self.strategy = strategy
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def at(self, x: Tensor, g: Tensor) -> Any:
+        if self._last is None:
+            self.strategy.initialize(len(x), "hess")
+        else:
+            self.strategy.update((x - self._last[0]).numpy(), (g - self._last[1]).numpy())
+        self._last = (x.clone(), g.clone())
+        matrix: Any = self.strategy.get_matrix()
+        return np.array(matrix)

@@ -1,0 +1,265 @@
+"""Convex problems with every Hessian approximation of the paper: log-sum-exp, logistic and softmax regression.
+
+Semenov, Jaggi, Doikov (2025, arXiv 2506.13710), section 2.5 of the method's description: how far each approximation is from the Hessian decides
+which rate survives. A curvature Σ w_i a_i a_iᵀ is handed on as its factor √w A, so that the solver can stay in
+the smaller of the two dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lineament.core import checks
+from lineament.learn.optim.gns_forms import Dense, Form, LowRank, as_dense, gram
+from lineament.learn.optim.gns_metric import Metric
+
+
+class LogSumExp:
+    """f(x) = μ ln Σ_i exp((a_iᵀx - b_i)/μ), a smooth maximum.
+
+    Kinds: ``"exact"`` (1/μ)(Aᵀdiag(π)A - ggᵀ); ``"gauss_newton"``, the weighted Gauss-Newton (1/μ)Aᵀdiag(π)A, which is off by ggᵀ/μ.
+
+    Args:
+        A: (m, n). b: (m,), zeros by default. mu: μ > 0.
+
+    Raises:
+        InputError: shapes that do not fit, values that are not finite, μ ≤ 0.
+
+    >>> LogSumExp(torch.eye(2, dtype=torch.float64)).value_and_grad(torch.zeros(2, dtype=torch.float64))[1].tolist()
+    [0.5, 0.5]
+    """
+
+    kinds = ("exact", "gauss_newton")
+
+    def __init__(self, A: Float[Tensor, "m n"], b: Float[Tensor, "m"] | None = None, *, mu: float = 1.0):
+        self.A = checks.tensor("A", A, shape=("m", "n"), floating=True)
+        self.b = (
+            torch.zeros_like(A[:, 0]) if b is None else checks.tensor("b", b, shape=(len(A),), floating=True)
+        )
+        self.mu = float(checks.number("mu", mu, low=0, open_low=True))
+
+    @classmethod
+    def centred(cls, A: Float[Tensor, "m n"], b: Float[Tensor, "m"], *, mu: float = 1.0) -> LogSumExp:
+        """The same with the rows of A shifted so that the minimiser is x = 0."""
+        weights = torch.softmax(-b / mu, 0)
+        return cls(A - weights @ A, b, mu=mu)
+
+    def value_and_grad(self, x: Float[Tensor, "n"]) -> tuple[float, Tensor]:
+        z = torch.addmv(self.b, self.A, x, beta=-1).div_(self.mu)
+        return self.mu * float(torch.logsumexp(z, 0)), self.A.T @ torch.softmax(z, 0)
+
+    def curvature(self, x: Float[Tensor, "n"], kind: str = "exact") -> Form:
+        checks.one_of("kind", kind, self.kinds)
+        pi = torch.softmax((self.A @ x - self.b) / self.mu, 0)
+        factor = self.A * (pi / self.mu).sqrt()[:, None]
+        if kind == "gauss_newton":
+            return LowRank(factor)
+        g = self.A.T @ pi
+        return Dense(gram(factor).addr_(g, g, alpha=-1 / self.mu))
+
+    def concordance(self, metric: Any = None) -> float:
+        """M of quasi-self-concordance, |D³f[u,u,v]| ≤ M <∇²f u,u>‖v‖: max_ij ‖a_i - a_j‖_* / μ."""
+        rows = Metric(metric, self.A[0]).half(self.A.T).T
+        return float(torch.cdist(rows, rows).max()) / self.mu
+
+
+class Logistic:
+    """f(x) = mean_i ln(1 + exp(-y_i a_iᵀx)) + (l2/2)‖x‖², with labels -1 and 1 (or 0 and 1).
+
+    Kinds: ``"exact"`` (which is the Gauss-Newton matrix too, and the Fisher matrix of the model's own labels); ``"fisher"``, the empirical
+    Fisher (1/n) Σ g_i g_iᵀ + l2 I.
+
+    Raises:
+        InputError: shapes that do not fit, values that are not finite, labels of more than two kinds, l2 < 0.
+
+    >>> problem = Logistic(torch.ones(1, 1, dtype=torch.float64), torch.tensor([1]))
+    >>> round(problem.value_and_grad(torch.zeros(1, dtype=torch.float64))[0], 6)
+    0.693147
+    """
+
+    kinds = ("exact", "gauss_newton", "fisher")
+
+    def __init__(self, A: Float[Tensor, "m n"], y: Tensor, *, l2: float = 0.0):
+        self.A = checks.tensor("A", A, shape=("m", "n"), floating=True)
+        checks.tensor("y", y, shape=(len(A),))
+        found = set(y.unique().tolist())
+        checks.require(
+            found <= {-1, 1} or found <= {0, 1},
+            f"y: got labels {sorted(found)[:4]}, expected -1 and 1, or 0 and 1",
+        )
+        self.y = (2 * y - 1 if found <= {0, 1} else y).to(A)
+        self.l2 = float(checks.number("l2", l2, low=0))
+        self.rows = self.A * -self.y[:, None]
+
+    def value_and_grad(self, x: Float[Tensor, "n"]) -> tuple[float, Tensor]:
+        z = self.rows @ x
+        s = torch.sigmoid(z)
+        value = torch.nn.functional.softplus(z, threshold=40).mean()
+        gradient = torch.addmv(x, self.rows.T, s, beta=self.l2, alpha=1 / len(z))
+        return float(value) + 0.5 * self.l2 * float(x @ x), gradient
+
+    def curvature(self, x: Float[Tensor, "n"], kind: str = "exact") -> Form:
+        checks.one_of("kind", kind, self.kinds)
+        s = torch.sigmoid(self.rows @ x)
+        # √(s²/n) or √(s(1-s)/n), row by row.
+        weights = s if kind == "fisher" else (s * (1 - s)).sqrt()
+        return LowRank(self.rows * (weights / len(s) ** 0.5)[:, None], self.l2)
+
+    def concordance(self, metric: Any = None) -> float:
+        """M of quasi-self-concordance: max_i ‖a_i‖_*."""
+        return float(Metric(metric, self.A[0]).half(self.A.T).norm(dim=0).max())
+
+
+class Softmax:
+    """Multinomial logistic regression, f(W) = mean_n (ln Σ_k exp(Wᵀa_n)_k - (Wᵀa_n)_{y_n}) + (l2/2)‖W‖²; x is W (d, K) row by row.
+
+    Kinds: ``"exact"`` (1/N) Σ (diag(p) - ppᵀ) ⊗ aaᵀ; ``"gauss_newton"``, the weighted one with diag(p) alone, block-diagonal over classes;
+    ``"fisher"``, the empirical (1/N) Σ g_n g_nᵀ.
+
+    Args:
+        A: (N, d). labels: (N,) classes. classes: K, by default the greatest label and one.
+
+    Raises:
+        InputError: shapes that do not fit, values that are not finite, labels out of range, l2 < 0.
+
+    >>> problem = Softmax(torch.ones(2, 1, dtype=torch.float64), torch.tensor([0, 1]))
+    >>> problem.value_and_grad(torch.zeros(2, dtype=torch.float64))[1].tolist()
+    [0.0, 0.0]
+    """
+
+    kinds = ("exact", "gauss_newton", "fisher")
+
+    def __init__(
+        self,
+        A: Float[Tensor, "N d"],
+        labels: Int[Tensor, "N"],
+        *,
+        classes: int | None = None,
+        l2: float = 0.0,
+    ):
+        self.A = checks.tensor("A", A, shape=("N", "d"), floating=True)
+        labels = checks.labels("labels", labels, count=len(A), classes=classes)
+        self.labels = labels
+        self.classes = int(labels.max()) + 1 if classes is None else classes
+        self.l2 = float(checks.number("l2", l2, low=0))
+        self.size = A.shape[1] * self.classes
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.A @ x.view(-1, self.classes)
+
+    def value_and_grad(self, x: Float[Tensor, "n"]) -> tuple[float, Tensor]:
+        z = self._logits(x)
+        value = torch.nn.functional.cross_entropy(z, self.labels)
+        residual = torch.softmax(z, 1)
+        residual[torch.arange(len(z)), self.labels] -= 1
+        gradient = torch.add((self.A.T @ residual).reshape(-1) / len(z), x, alpha=self.l2)
+        return float(value) + 0.5 * self.l2 * float(x @ x), gradient
+
+    def curvature(self, x: Float[Tensor, "n"], kind: str = "exact") -> Form:
+        checks.one_of("kind", kind, self.kinds)
+        p = torch.softmax(self._logits(x), 1)
+        N, K = p.shape
+        if kind == "fisher":
+            p[torch.arange(N), self.labels] -= 1
+            each = self.A[:, :, None] * (p / N**0.5)[:, None, :]
+            return LowRank(each.flatten(1), self.l2)
+        d = self.A.shape[1]
+        matrix = self.A.new_zeros(d, K, d, K)
+        for k in range(K):
+            for j in range(k + 1) if kind == "exact" else (k,):
+                if j == k:
+                    block = gram(
+                        self.A
+                        * ((p[:, k] * (1 - p[:, k]) if kind == "exact" else p[:, k]) / N).sqrt()[:, None]
+                    )
+                else:
+                    block = self.A.T @ (self.A * (p[:, k] * p[:, j] / -N)[:, None])
+                matrix[:, k, :, j] = matrix[:, j, :, k] = block
+        matrix = matrix.view(self.size, self.size)
+        matrix.diagonal().add_(self.l2)
+        return Dense(matrix)
+
+    def concordance(self, metric: Any = None) -> float:
+        """M of quasi-self-concordance, an upper bound: √2 max_n ‖a_n‖ (B = I only)."""
+        checks.require(
+            metric is None, f"metric: got {checks.show(metric)}, expected None: known for B = I only"
+        )
+        return 2**0.5 * float(self.A.norm(dim=1).max())
+
+
+class PowerOfResiduals:
+    """f(x) = (1/p)‖u(x)‖^p of a system of equations u(x) = 0, with the inner metric G, ‖u‖² = uᵀGu; p ≥ 2.
+
+    With s = ‖u‖ and w = JᵀGu/s, ∇²f = s^{p-2}(JᵀGJ + Σ_i (Gu)_i ∇²u_i) + (p-2) s^{p-2} wwᵀ. Kinds: ``"exact"``; ``"gauss_newton"`` without the
+    sum; ``"fisher"``, the last term alone, of rank one. All are 0 where u = 0 and p > 2.
+
+    Args:
+        equations: see :mod:`lineament.learn.optim.gns_equations`. p: the power. G: (m, m), the identity by default.
+
+    Raises:
+        InputError: p < 2, or a G that is not symmetric positive definite.
+
+    >>> from lineament.learn.optim.gns_equations import Rosenbrock
+    >>> PowerOfResiduals(Rosenbrock(), p=2).value_and_grad(torch.tensor([-2.0, 2.0], dtype=torch.float64))[0]
+    204.5
+    """
+
+    kinds = ("exact", "gauss_newton", "fisher")
+
+    def __init__(self, equations: Any, *, p: float = 2, G: Float[Tensor, "m m"] | None = None):
+        for name in ("residuals", "jacobian", "second"):
+            checks.require(
+                hasattr(equations, name), f"equations: got {checks.show(equations)}, which has no {name}()"
+            )
+        self.equations = equations
+        self.p = float(checks.number("p", p, low=2))
+        self.G = G
+        self._metric: Metric | None = None
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
+        u = self.equations.residuals(x)
+        if self.G is None:
+            return u, u, float(torch.linalg.vector_norm(u))
+        if self._metric is None:
+            self._metric = Metric(self.G, u)
+        Gu = self._metric.apply(u)
+        return u, Gu, float(u @ Gu) ** 0.5
+
+    def value_and_grad(self, x: Float[Tensor, "n"]) -> tuple[float, Tensor]:
+        _, Gu, s = self._parts(x)
+        return _power(s, self.p) / self.p, self.equations.pulled(x, Gu).mul_(_power(s, self.p - 2))
+
+    def curvature(self, x: Float[Tensor, "n"], kind: str = "exact") -> Form:
+        checks.one_of("kind", kind, self.kinds)
+        _, Gu, s = self._parts(x)
+        scale = _power(s, self.p - 2)
+        w = self.equations.pulled(x, Gu) / s if s > 0 else torch.zeros_like(x)
+        if kind == "fisher":
+            return LowRank((w * ((self.p - 2) * scale) ** 0.5)[None])
+        if self.G is not None:
+            J = self.equations.jacobian(x)
+            matrix = J.T @ (self.G.to(J) @ J)
+        elif hasattr(self.equations, "normal"):
+            matrix = self.equations.normal(x)
+        else:
+            matrix = gram(self.equations.jacobian(x))
+        if kind == "exact":
+            matrix = matrix + self.equations.second(x, Gu)
+        matrix = matrix * scale
+        return Dense(matrix.addr_(w, w, alpha=(self.p - 2) * scale) if self.p > 2 else matrix)
+
+
+def _power(s: float, exponent: float) -> float:
+    try:
+        return s**exponent
+    except OverflowError:
+        return float("inf")
+
+
+def dense_curvature(problem: Any, x: Float[Tensor, "n"], kind: str = "exact") -> Float[Tensor, "n n"]:
+    """A problem's curvature as a matrix."""
+    return as_dense(problem.curvature(x, kind), len(x))

@@ -1,0 +1,136 @@
+"""One process or several: what Hugging Face Accelerate says about where a training runs, and what its processes tell each other.
+
+`accelerate launch` starts the same command in several processes; the first one reads and writes the files. Batches and weights are
+placed here rather than by Accelerate, so that one process can use any device by name.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lineament.core.checks import InputError, require
+
+
+class Processes:
+    """This process among those that train together.
+
+    Attributes:
+        device: where this process trains.
+        rank, count: its number and how many there are.
+
+    Args:
+        device: ``"cpu"``, ``"cuda:1"``, ...; by default what Accelerate chooses. Only for a single process.
+
+    Raises:
+        InputError: Accelerate is not installed, the device cannot be used, a configuration of Accelerate that this training does not
+            serve (sharded parameters, float16 with a gradient scaler, gradient accumulation).
+
+    >>> alone = Processes("cpu")
+    >>> alone.count, alone.first, alone.summed([1.5, 2.0]), alone.agreed("x")
+    (1, True, [1.5, 2.0], 'x')
+    """
+
+    def __init__(self, device: str | torch.device | None = None):
+        try:
+            import accelerate
+        except ImportError as error:
+            raise InputError(
+                "training needs the package 'accelerate', which is not installed; install lineament[lm]"
+            ) from error
+        self.accelerator = accelerate.Accelerator(device_placement=False)
+        self.rank, self.count = self.accelerator.process_index, self.accelerator.num_processes
+        kind = str(self.accelerator.distributed_type.value)
+        require(
+            kind in ("NO", "MULTI_GPU", "MULTI_CPU"),
+            f"accelerate: configured for {kind}, expected one process, MULTI_GPU or MULTI_CPU",
+        )
+        require(
+            self.accelerator.mixed_precision in ("no", "bf16"),
+            f"accelerate: configured for mixed precision {self.accelerator.mixed_precision}, expected no or bf16 (float16 would need a "
+            "gradient scaler around every optimizer)",
+        )
+        require(
+            self.accelerator.gradient_accumulation_steps == 1,
+            "accelerate: configured for gradient accumulation, expected 1 step; lower --batch-size instead",
+        )
+        require(
+            device is None or self.count == 1,
+            f"--device: got {str(device)!r} with {self.count} processes, which have one device each; leave it out",
+        )
+        self.device = self.accelerator.device
+        if device is not None:
+            try:
+                self.device = torch.device(device)
+                torch.zeros(1, device=self.device)
+            except (RuntimeError, AssertionError, ValueError) as error:
+                raise InputError(
+                    f"--device: {str(device)!r} cannot be used here ({str(error).splitlines()[0]})"
+                ) from error
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that reads and writes files."""
+        return self.rank == 0
+
+    def wrapped(self, model: nn.Module) -> nn.Module:
+        """The model that averages gradients over the processes; itself where there is one."""
+        return self.accelerator.prepare_model(model)
+
+    def unwrapped(self, model: nn.Module) -> None:
+        """Let go of the model, whose forward Accelerate may have wrapped for mixed precision."""
+        inner = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
+        # The method of the class is the same; the instance need not hold a copy of it.
+        if getattr(vars(inner).get("forward"), "__func__", None) is type(inner).forward:
+            del inner.forward
+
+    def summed(self, values: Sequence[float]) -> list[float]:
+        """Each number's sum over the processes."""
+        if self.count == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return total.tolist()
+
+    def agreed(self, value: Any) -> Any:
+        """What the first process passed, in all of them."""
+        if self.count == 1:
+            return value
+        held = [value]
+        torch.distributed.broadcast_object_list(held, src=0)
+        return held[0]
+
+
+@contextmanager
+def randomness(seed: int) -> Iterator[None]:
+    """The global random states of Python, NumPy and PyTorch under a seed, and as they were afterwards.
+
+    >>> with randomness(0):
+    ...     a = torch.rand(1)
+    >>> with randomness(0):
+    ...     bool(torch.rand(1) == a)
+    True
+    """
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002  (a user's network may draw from it)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            reseed(seed)
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])  # noqa: NPY002
+
+
+def reseed(*numbers: int) -> None:
+    """Seed the global random states by some numbers together."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)

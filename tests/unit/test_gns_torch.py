@@ -1,0 +1,213 @@
+"""The torch optimizer and a user's network: equal to the function, nothing left behind, faults of closures, resume."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lineament.core.checks import InputError
+from lineament.core.curvature import fisher, gauss_newton
+from lineament.learn.optim import GNS, Dense, LowRank, Network, Operator, minimize
+from lineament.learn.optim.gns_rules import Smoothness
+
+LOSS = nn.functional.cross_entropy
+
+
+def network(dtype=torch.float64, seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3)).to(dtype).eval()
+    x = torch.randn(30, 4, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    return net, x, torch.arange(30) % 3
+
+
+def closure_of(net, x, y):
+    return lambda: LOSS(net(x), y)
+
+
+@pytest.mark.parametrize("kind", ["exact", "gauss_newton", "fisher", "true_fisher"])
+@pytest.mark.parametrize("dense", [1000, 0])
+def test_the_optimizer_walks_where_the_function_walks(kind, dense):
+    net, x, y = network()
+    data = [(x, y)]
+    problem = Network(net, LOSS, data, dense=dense)
+    form = problem.curvature(problem.x0, kind)
+    small = kind == "fisher"
+    assert isinstance(form, LowRank if small else Dense if dense else Operator)
+    found = minimize(problem, problem.x0, hess=kind, max_iters=8, rule=Smoothness(), cg_tol=1e-6)
+    curvature = {
+        "exact": "exact",
+        "gauss_newton": gauss_newton(net, LOSS, data),
+        "fisher": fisher(net, LOSS, data, kind="empirical"),
+        "true_fisher": fisher(net, LOSS, data, kind="exact"),
+    }[kind]
+    optimizer = GNS(net.parameters(), curvature=curvature, dense=dense, cg_tol=1e-6)
+    gammas, losses = [], []
+    for _ in range(8):
+        gammas.append(optimizer.gamma)
+        losses.append(float(optimizer.step(closure_of(net, x, y))))
+    assert gammas == found.column("gamma_start")[:8]
+    torch.testing.assert_close(losses, found.column("value")[:8], rtol=1e-4, atol=1e-6)
+    assert optimizer.counters["solves"] == found.nsolve and optimizer.counters["steps"] == 8
+    assert losses[-1] < losses[0]
+
+
+def test_a_users_network_is_as_it_was_until_load():
+    net, x, y = network()
+    net.train()
+    net[0].weight.grad = torch.ones_like(net[0].weight)
+    before = copy.deepcopy(net.state_dict())
+    problem = Network(net, LOSS, [(x, y)], params=["3.*"])
+    found = minimize(problem, problem.x0, hess="gauss_newton", grad_tol=1e-4)
+    assert found.success and len(found.x) == 21
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values()))
+    assert net.training and bool((net[0].weight.grad == 1).all()) and net[3].weight.grad is None
+    problem.load(found.x)
+    assert torch.equal(net[0].weight, before["0.weight"]) and not torch.equal(
+        net[3].weight, before["3.weight"]
+    )
+    net.eval()
+    assert float(LOSS(net(x), y)) == pytest.approx(found.fun, rel=1e-12)
+
+
+def test_last_layer_fits_to_the_optimum_in_few_steps():
+    net, x, y = network()
+    problem = Network(net, LOSS, [(x, y)], params="3.*")
+    for kind in ("exact", "gauss_newton"):
+        assert minimize(problem, problem.x0, hess=kind).nit <= 40
+
+
+def test_float32_models_and_batches():
+    net, x, y = network(torch.float32)
+    problem = Network(net, LOSS, [(x[:20], y[:20]), (x[20:], y[20:])])
+    found = minimize(problem, problem.x0, hess="gauss_newton", grad_tol=1e-3, max_iters=200)
+    assert found.success and problem.eps == torch.finfo(torch.float32).eps
+    problem.load(found.x)
+    assert net[0].weight.dtype == torch.float32
+
+
+def test_the_optimizer_leaves_grads_and_flags_alone_also_after_an_exception():
+    net, x, y = network()
+    net[0].weight.requires_grad_(False)
+    net[3].bias.grad = torch.ones(3, dtype=torch.float64)
+    before = copy.deepcopy(net.state_dict())
+    optimizer = GNS(net.parameters())
+    calls = []
+
+    def broken():
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyError("data")
+        return LOSS(net(x), y)
+
+    with pytest.raises(KeyError):
+        optimizer.step(broken)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values()))
+    optimizer.step(closure_of(net, x, y))
+    assert torch.equal(net[0].weight, before["0.weight"]) and not net[0].weight.requires_grad
+    assert net[3].weight.grad is None and bool((net[3].bias.grad == 1).all())
+
+
+def test_resume_equals_the_uninterrupted_run():
+    net, x, y = network()
+    optimizer = GNS(net.parameters(), gamma=0.5)
+    for _ in range(4):
+        optimizer.step(closure_of(net, x, y))
+    other = copy.deepcopy(net)
+    resumed = GNS(other.parameters())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(4):
+        optimizer.step(closure_of(net, x, y))
+        resumed.step(closure_of(other, x, y))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters()))
+    assert resumed.counters == optimizer.counters and resumed.gamma == optimizer.gamma
+
+
+def test_nan_is_raised_or_skipped():
+    w = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    bad = lambda: (w * float("nan")).sum()  # noqa: E731
+    with pytest.raises(InputError, match=r"the loss is nan and 2 of 2 entries .* nonfinite='skip'"):
+        GNS([w]).step(bad)
+    optimizer = GNS([w], nonfinite="skip")
+    optimizer.step(bad)
+    assert optimizer.counters["skipped"] == 1 and w.tolist() == [1.0, 1.0] and optimizer.gamma == 1.0
+    optimizer.step(lambda: (w**2).sum())
+    assert optimizer.counters["steps"] == 1 and float(w.norm()) < 2**0.5
+
+
+def test_a_failed_search_changes_nothing():
+    w = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    calls = []
+
+    def rising():
+        calls.append(1)
+        return (w**2).sum() + 10 * len(calls)
+
+    optimizer = GNS([w], max_probes=5)
+    optimizer.step(rising)
+    assert optimizer.counters["failed"] == 1 and w.tolist() == [1.0, 1.0] and optimizer.gamma == 1.0
+
+
+def freed():
+    w = nn.Parameter(torch.ones(2))
+
+    def closure():
+        loss = (w**2).sum()
+        loss.backward()
+        return loss
+
+    return GNS([w]).step(closure)
+
+
+W = nn.Parameter(torch.ones(2))
+BAD = {
+    "closure: got None": lambda: GNS([W]).step(),
+    "closure: it returned None": lambda: GNS([W]).step(lambda: None),
+    "closure: it returned 3.0": lambda: GNS([W]).step(lambda: 3.0),
+    "closure: it returned a float32 tensor": lambda: GNS([W]).step(lambda: W * 2),
+    "closure: its loss has no graph": lambda: GNS([W]).step(lambda: torch.tensor(1.0)),
+    "closure: its graph was freed": freed,
+    "params: got 2 groups": lambda: GNS([{"params": [W]}, {"params": [nn.Parameter(torch.ones(1))]}]),
+    "params: got .*real": lambda: GNS([nn.Parameter(torch.ones(1, dtype=torch.complex64))]),
+    "start: got -1": lambda: GNS([W], gamma=-1.0),
+    "nonfinite: got 'ignore'": lambda: GNS([W], nonfinite="ignore"),
+    "curvature: got 'fisher'": lambda: GNS([W], curvature="fisher"),
+    "model: got 3": lambda: Network(3, LOSS, []),
+    "loader: it is empty": lambda: Network(nn.Linear(1, 1), LOSS, []),
+    "loss_fn: it returned": lambda: minimize(
+        p := Network(nn.Linear(1, 1), lambda z, y: z, [(torch.ones(3, 1), torch.ones(3))]), p.x0
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message):
+    with pytest.raises(InputError, match=message):
+        BAD[message]()
+
+
+def test_unused_scalar_and_empty_parameters():
+    used, unused, empty = (nn.Parameter(torch.ones(s, dtype=torch.float64)) for s in ((), (2,), (0, 3)))
+    optimizer = GNS([used, unused, empty], gamma=10.0)
+    for _ in range(3):
+        optimizer.step(lambda: (used - 3) ** 2)
+    assert float(used) == pytest.approx(3.0, abs=1e-6) and unused.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("curvature", [None, lambda: torch.full((2,), 2.0), lambda: 2 * torch.eye(2)])
+def test_curvatures_of_the_users_own(curvature):
+    w = nn.Parameter(torch.ones(2))
+    optimizer = GNS([w], curvature=curvature)
+    first = float(optimizer.step(lambda: (w**2).sum()))
+    assert float((w**2).sum()) < first
+
+
+def test_a_scheduler_and_a_copy_take_the_optimizer():
+    w = nn.Parameter(torch.ones(2))
+    optimizer = GNS([w])
+    clone = copy.deepcopy(optimizer)
+    assert clone.param_groups[0]["gamma"] == 1.0
+    assert "GNS" in repr(optimizer)
