@@ -130,13 +130,18 @@ def vision_transformer(
         raise InputError(
             "networks: 'vit' needs the package transformers; install lineament[hub], or use --networks resnet"
         ) from error
-    head: dict[str, Any] = {"num_labels": classes}
-    return ViTForImageClassification(
-        ViTConfig(
-            image_size=image, patch_size=patch, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-            num_attention_heads=heads, **head, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        )
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "image_size": image,
+        "patch_size": patch,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_labels": classes,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    return ViTForImageClassification(ViTConfig(**sizes))
 
 
 def first_weight(model: nn.Module) -> nn.Parameter:

@@ -170,6 +170,7 @@ def digit_study(config: Config) -> dict[str, Any]:
     """
     found: dict[str, Any] = {
         "rates": {},
+        "own": {},
         "accuracies": {ORDINARY: {}, **{f"{lam:g}": {} for lam in config.lams}},
     }
     for epochs in config.lengths:
