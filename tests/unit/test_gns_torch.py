@@ -70,7 +70,7 @@ def test_a_users_network_is_as_it_was_until_load():
         net[3].weight, before["3.weight"]
     )
     net.eval()
-    assert float(LOSS(net(x), y)) == pytest.approx(found.fun, rel=1e-12)
+    assert LOSS(net(x), y).item() == pytest.approx(found.fun, rel=1e-12)
 
 
 def test_last_layer_fits_to_the_optimum_in_few_steps():

@@ -202,11 +202,10 @@ def search(
     eps: float = torch.finfo(torch.float64).eps,
 ) -> Step:
     """Probe until the rule accepts: the inner loop of Algorithm 3, for one H."""
-    tiny = False
+    first: Trial | None = None
     for probe in range(1, max_probes + 1):
         trial = _tried(evaluate, here, equations, metric, rule, number, counts, eps)
-        if trial is not None and not tiny:
-            tiny = abs(float(here.g @ trial.h)) <= 2 * trial.rounding
+        first = first or trial
         if trial is not None and rule.accepts(trial):
             probes = probe
             while probe == 1 and getattr(rule, "aggressive", False) and probes < max_probes:
@@ -223,6 +222,8 @@ def search(
                 number, trial = larger, further
             return Step(trial, rule.grow(number), rule.gamma(number, trial.lam, here.norm), probes)
         number = rule.shrink(number)
+    # The fall that the first trial promised is below the rounding of f: nothing can be told any more.
+    tiny = first is not None and abs(float(here.g @ first.h)) <= 2 * first.rounding
     return Step(None, number, 0.0, max_probes, tiny)
 
 
@@ -243,9 +244,12 @@ def _tried(
         return None
     x = here.x + h
     value, gradient = counts.evaluate(evaluate, x)
-    if not math.isfinite(value) or not math.isfinite(float(gradient.sum())):
+    if not math.isfinite(value):
         return None
-    return Trial(here, measured(x, value, gradient, metric), h, lam, model, eps)
+    new = measured(x, value, gradient, metric)
+    if not math.isfinite(new.norm):
+        return None
+    return Trial(here, new, h, lam, model, eps)
 
 
 def measured(x: Tensor, value: float, gradient: Float[Tensor, "n"], metric: Metric) -> Point:

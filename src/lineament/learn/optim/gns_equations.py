@@ -7,7 +7,9 @@ sparse (Chebyshev), JᵀJ at less than the cost of a product.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -52,18 +54,18 @@ class Rosenbrock:
 
     def residuals(self, x: Tensor) -> Tensor:
         first, second = x.tolist()
-        return x.new_tensor([self.a - first, self.root * (second - first * first)])
+        return _small(x, [self.a - first, self.root * (second - first * first)])
 
     def pulled(self, x: Tensor, v: Tensor) -> Tensor:
         first = float(x[0])
         a, b = v.tolist()
-        return x.new_tensor([-a - 2 * self.root * first * b, self.root * b])
+        return _small(x, [-a - 2 * self.root * first * b, self.root * b])
 
     def jacobian(self, x: Tensor) -> Tensor:
-        return x.new_tensor([[-1.0, 0.0], [-2 * self.root * float(x[0]), self.root]])
+        return _small(x, [[-1.0, 0.0], [-2 * self.root * float(x[0]), self.root]])
 
     def second(self, x: Tensor, v: Tensor) -> Tensor:
-        return x.new_tensor([[-2 * self.root * float(v[1]), 0.0], [0.0, 0.0]])
+        return _small(x, [[-2 * self.root * float(v[1]), 0.0], [0.0, 0.0]])
 
 
 class Chebyshev:
@@ -125,3 +127,8 @@ class Equations:
 
     def second(self, x: Tensor, v: Tensor) -> Tensor:
         return hessian(lambda at: v @ self.function(at))(x)
+
+
+def _small(like: Tensor, values: list[Any]) -> Tensor:
+    # Half the time of ``new_tensor``, which counts where a tensor has two entries.
+    return torch.from_numpy(np.array(values)).to(like)

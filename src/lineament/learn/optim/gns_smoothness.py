@@ -68,12 +68,14 @@ def smoothness(
         off = gradient(x + change) - g - H.product(change)
         return B.dual(off, B.inverse(off))
 
-    # What two units in the last place of x do to the gradient: an error of that size says nothing of the model.
-    eps = torch.finfo(x.dtype).eps
-    noise = 10 * max(eps * norm, *(error(2 * eps * side * x) for side in (-1, 1)))
+    # The error of steps so short that only rounding is left in it: no smaller one says anything of the model.
+    lines = [(d, float(H.product(d) @ d), float(g @ d)) for d in _directions(B, z, directions, seed)]
+    d, curve, slope = lines[0]
+    tiny = 1e-10 * -slope / curve if curve > 0 else 1e-13 * B.norm(x)
+    noise = 10 * max(torch.finfo(x.dtype).eps * norm, *(error(k * tiny * d) for k in (1, 2, 3, 5, 7)))
     best = math.inf
-    for d in _directions(B, z, directions, seed):
-        best = min(best, _along(error, noise, norm, float(H.product(d) @ d), float(g @ d), d, grid, best))
+    for d, curve, slope in lines:
+        best = min(best, _along(error, noise, norm, curve, slope, d, grid, best))
     return best
 
 
