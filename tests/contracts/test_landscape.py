@@ -49,7 +49,9 @@ def network(training, dtype=torch.float32):
 
 def data(dtype=torch.float32):
     g = torch.Generator().manual_seed(1)
-    return [(torch.randn(n, 6, generator=g).to(dtype), torch.randint(0, 3, (n,), generator=g)) for n in (8, 5)]
+    return [
+        (torch.randn(n, 6, generator=g).to(dtype), torch.randint(0, 3, (n,), generator=g)) for n in (8, 5)
+    ]
 
 
 def stepped(net):
@@ -63,13 +65,19 @@ def stepped(net):
 WAYS = {
     "line": lambda net, loss, d: line(net, loss, d, random_axes(net, 1)[0], steps=3),
     "plane": lambda net, loss, d: plane(net, loss, d, random_axes(net), steps=3),
-    "batch statistics": lambda net, loss, d: plane(net, loss, d, random_axes(net), steps=3, batchnorm="batch"),
-    "recalibrated": lambda net, loss, d: plane(net, loss, d, random_axes(net), steps=3, batchnorm="recalibrate"),
+    "batch statistics": lambda net, loss, d: plane(
+        net, loss, d, random_axes(net), steps=3, batchnorm="batch"
+    ),
+    "recalibrated": lambda net, loss, d: plane(
+        net, loss, d, random_axes(net), steps=3, batchnorm="recalibrate"
+    ),
     "metrics": lambda net, loss, d: line(
         net, loss, d, random_axes(net, 1)[0], steps=3, metrics=["accuracy", "class_loss", "gradient_norm"]
     ),
     "interpolation": lambda net, loss, d: interpolation(net, loss, d, Tied(), steps=3),
-    "three networks": lambda net, loss, d: plane(net, loss, d, spanned_by(net, Tied(), network(False)), steps=3),
+    "three networks": lambda net, loss, d: plane(
+        net, loss, d, spanned_by(net, Tied(), network(False)), steps=3
+    ),
     "hessian": lambda net, loss, d: plane(net, loss, d, hessian_axes(hessian(net, loss, d)), steps=3),
     "panels": lambda net, loss, d: panels(net, loss, d, steps=3),
     "perturbations": lambda net, loss, d: perturbations(net, loss, d, count=2),
@@ -95,7 +103,10 @@ def test_also_after_an_exception(way):
             raise ZeroDivisionError
         return F.cross_entropy(z, y)
 
-    with unchanged(net, generator=way not in ("interpolation", "three networks")), pytest.raises(ZeroDivisionError):
+    with (
+        unchanged(net, generator=way not in ("interpolation", "three networks")),
+        pytest.raises(ZeroDivisionError),
+    ):
         for _ in range(9):
             WAYS[way](net, loss, data())
 

@@ -49,7 +49,9 @@ class Conv(nn.Module):
 
 class Case:
     def __init__(self, path):
-        self.arrays = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(path, allow_pickle=False).items()}
+        self.arrays = {
+            k: torch.from_numpy(np.asarray(v)) for k, v in np.load(path, allow_pickle=False).items()
+        }
         self.data = [(self["X"], self["y"])]
         self.used = {"X", "y"}
 
@@ -71,15 +73,15 @@ def case(request):
 
 
 def close(found, expected, atol, rtol=0.0):
-    torch.testing.assert_close(torch.as_tensor(found), expected.to(torch.as_tensor(found)), atol=atol, rtol=rtol)
+    torch.testing.assert_close(
+        torch.as_tensor(found), expected.to(torch.as_tensor(found)), atol=atol, rtol=rtol
+    )
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
 def test_every_file_and_every_array_is_recognised(path):
     assert path.suffix == ".npz", f"{path.name}: no adapter reads this file"
-    quantity = (
-        r"l[12]_(weight|bias)|loss|grad|hess|eigs|trace|v0|lanczos_(alpha|beta)|nodes|weights|hutch_single|re|K_[\d.]+|density(_grid)?(_s1e-2)?"
-    )
+    quantity = r"l[12]_(weight|bias)|loss|grad|hess|eigs|trace|v0|lanczos_(alpha|beta)|nodes|weights|hutch_single|re|K_[\d.]+|density(_grid)?(_s1e-2)?"
     known = (
         rf"X|y|(init|trained)_({quantity})|multi_(re|K_[\d.]+)|dir[12]_(l[12]_(weight|bias)|filter)|dir1_(layer|weight|model|filter_L1)|"
         r"plane_(axis|filter|official_steps|official_filter_dist1|freeze_axis|freeze_from2|freeze_before2)|interp_(alpha|loss|official_steps5)|"
@@ -170,7 +172,9 @@ def test_the_official_saw_tooth_is_understood(case):
     """Their rows are shifted by one cell in turn; the same points by our evaluation give their numbers."""
     net, steps = case.mlp("trained"), int(case["plane_official_steps"])
     points = [
-        ((i - steps / 2) / steps, (j + (i % 2 == 0) - steps / 2) / steps) for i in range(steps) for j in range(steps)
+        ((i - steps / 2) / steps, (j + (i % 2 == 0) - steps / 2) / steps)
+        for i in range(steps)
+        for j in range(steps)
     ]
     found = evaluate(net, LOSS, case.data, axes_of(case, net), points)["loss"]
     close(found.view(steps, steps), case["plane_official_filter_dist1"], 1e-8)
@@ -198,7 +202,9 @@ def test_hessian_axes_and_their_plane(case):
 def test_adam_equation(case):
     net, steps = case.mlp("trained"), int(case["adameq_steps"])
     moments = [given(net, case[f"adam_{k}"]) for k in "mv"]
-    found = adam_equation(net, LOSS, case.data, torch.optim.Adam(net.parameters()), steps=steps, moments=moments)
+    found = adam_equation(
+        net, LOSS, case.data, torch.optim.Adam(net.parameters()), steps=steps, moments=moments
+    )
     close(found.a, case["adameq_a"], 1e-12)
     close(found.b, case["adameq_b"], 1e-12)
     close(found.loss, case["adameq_correct"], 1e-8)

@@ -12,7 +12,13 @@ from torch import nn
 from lineament.core.checks import InputError
 from lineament.core.curvature import hessian, spectral_density, trace
 from lineament.measure.batchnorm_modes import LandscapeWarning
-from lineament.measure.hessian_criteria import criteria, density_curve, extreme_ratio, hessian_criteria, negative_ratio
+from lineament.measure.hessian_criteria import (
+    criteria,
+    density_curve,
+    extreme_ratio,
+    hessian_criteria,
+    negative_ratio,
+)
 
 
 def spectrum(values, **options):
@@ -105,7 +111,9 @@ def test_gauss_newton_is_never_negative_and_subsets_have_spectra_of_their_own():
     net, data = problem()
     found = hessian_criteria(net, F.cross_entropy, data, matrix="gauss_newton", steps=20)
     assert float(found.density.nodes.min()) > -1e-10
-    assert float(hessian_criteria(net, F.cross_entropy, data, matrix="gauss_newton", steps=20).k.mean()) == pytest.approx(float(found.k.mean()))
+    assert float(
+        hessian_criteria(net, F.cross_entropy, data, matrix="gauss_newton", steps=20).k.mean()
+    ) == pytest.approx(float(found.k.mean()))
     part = hessian_criteria(net, F.cross_entropy, data, params="2.*", steps=10)
     assert part.density.size == 51
     for bad in ({"n": 0}, {"n": -1.0}, {"matrix": "hesian"}, {"steps": 0}, {"probes": 0}):

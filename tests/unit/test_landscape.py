@@ -37,7 +37,13 @@ from lineament.measure.landscape_points import evaluate
 
 def network(seed=0, norm=False):
     torch.manual_seed(seed)
-    layers = [nn.Conv2d(1, 4, 3, padding=1), *([nn.BatchNorm2d(4)] if norm else []), nn.Tanh(), nn.Flatten(), nn.Linear(100, 3)]
+    layers = [
+        nn.Conv2d(1, 4, 3, padding=1),
+        *([nn.BatchNorm2d(4)] if norm else []),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(100, 3),
+    ]
     net = nn.Sequential(*layers).double()
     if norm:
         net.train()
@@ -48,7 +54,10 @@ def network(seed=0, norm=False):
 
 def batches(sizes=(12, 12, 5), seed=3):
     g = torch.Generator().manual_seed(seed)
-    return [(torch.randn(n, 1, 5, 5, generator=g, dtype=torch.float64), torch.randint(0, 3, (n,), generator=g)) for n in sizes]
+    return [
+        (torch.randn(n, 1, 5, 5, generator=g, dtype=torch.float64), torch.randint(0, 3, (n,), generator=g))
+        for n in sizes
+    ]
 
 
 def loss_of(net, data):
@@ -84,7 +93,9 @@ def test_neither_order_nor_batches_nor_processes_matter():
     assert torch.equal(evaluate(net, F.cross_entropy, data, axes, points[::-1])["loss"].flip(0), found)
     assert torch.equal(evaluate(net, F.cross_entropy, iter(data), axes, points)["loss"], found)
     whole = [(torch.cat([x for x, _ in data]), torch.cat([y for _, y in data]))]
-    torch.testing.assert_close(evaluate(net, F.cross_entropy, whole, axes, points)["loss"], found, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        evaluate(net, F.cross_entropy, whole, axes, points)["loss"], found, rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.slow
@@ -120,7 +131,9 @@ def test_power_iteration_agrees_with_lanczos():
         axes = hessian_axes(operator, method=method, indices=(1,))
         assert axes[0].info["eigenvalue"] == pytest.approx(float(top[1]), rel=1e-2)
     least = hessian_axes(operator, which="smallest", indices=(0, 2), tol=1e-8)
-    assert [a.info["eigenvalue"] for a in least] == pytest.approx([float(exact[0]), float(exact[2])], rel=1e-4)
+    assert [a.info["eigenvalue"] for a in least] == pytest.approx(
+        [float(exact[0]), float(exact[2])], rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -136,7 +149,9 @@ def test_normalised_slices_have_the_weights_norms(order):
         torch.testing.assert_close(*norms, rtol=1e-8, atol=0)
     (layer,) = random_axes(net, 1, normalise="layer", order=order, one_dim="scale")
     for name, d in layer.split(net).items():
-        assert float(d.reshape(-1).norm(order)) == pytest.approx(float(weights[name].detach().reshape(-1).norm(order)), rel=1e-7)
+        assert float(d.reshape(-1).norm(order)) == pytest.approx(
+            float(weights[name].detach().reshape(-1).norm(order)), rel=1e-7
+        )
     (whole,) = random_axes(net, 1, normalise="model", order=order)
     theta = torch.cat([w.detach().reshape(-1) for w in weights.values()])
     assert float(whole.vector.norm(order)) == pytest.approx(float(theta.norm(order)), rel=1e-9)
@@ -148,7 +163,11 @@ def test_axes_of_zeros_and_zero_slices_stay_finite():
     net = network()
     net[0].weight.data[1] = 0
     for how in NORMALISATIONS:
-        assert bool(torch.isfinite(normalised(net, given(net, torch.zeros(343).double()), how, one_dim="scale").vector).all())
+        assert bool(
+            torch.isfinite(
+                normalised(net, given(net, torch.zeros(343).double()), how, one_dim="scale").vector
+            ).all()
+        )
         assert bool(torch.isfinite(random_axes(net, 1, normalise=how)[0].vector).all())
     assert not random_axes(net, 1)[0].split(net)["0.weight"][1].any()
 
@@ -156,7 +175,10 @@ def test_axes_of_zeros_and_zero_slices_stay_finite():
 def test_random_axes_are_orthogonal_seeded_and_of_the_distribution_asked_for():
     net = network()
     a, b, c = random_axes(net, 3, normalise=None, seed=5)
-    assert max(abs(float(a.vector @ b.vector)), abs(float(b.vector @ c.vector)), abs(float(a.vector @ c.vector))) < 1e-9
+    assert (
+        max(abs(float(a.vector @ b.vector)), abs(float(b.vector @ c.vector)), abs(float(a.vector @ c.vector)))
+        < 1e-9
+    )
     assert torch.equal(random_axes(net, 1, normalise=None, seed=5)[0].vector, a.vector)
     assert not torch.equal(random_axes(net, 1, normalise=None, seed=6)[0].vector, a.vector)
     (u,) = random_axes(net, 1, normalise=None, distribution="uniform")
@@ -188,7 +210,9 @@ def test_interpolation_ends_at_the_two_networks_batch_norm_included():
     assert float(found.loss[-1]) == pytest.approx(loss_of(b, data), rel=1e-9)
     assert torch.equal(interpolation(a, F.cross_entropy, data, b.state_dict(), steps=5).loss, found.loss)
     assert found.barrier() >= 0
-    three = plane(a, F.cross_entropy, data, spanned_by(a, b, network(2, norm=True)), at=([0.0, 1.0], [0.0, 1.0]))
+    three = plane(
+        a, F.cross_entropy, data, spanned_by(a, b, network(2, norm=True)), at=([0.0, 1.0], [0.0, 1.0])
+    )
     assert float(three.loss[1, 0]) == pytest.approx(loss_of(b, data), rel=1e-9)
     assert float(three.loss[0, 1]) == pytest.approx(loss_of(network(2, norm=True), data), rel=1e-9)
 
@@ -234,25 +258,44 @@ def test_optimizer_moments_and_the_adam_equation():
         optimizer_axes(network(), adam)
     with pytest.raises(InputError, match=r"keeps no 'momentum_buffer'"):
         optimizer_axes(net, adam, moments=["momentum_buffer"])
-    names = set(panels(net, F.cross_entropy, data, kinds=("random", "hessian", "adam"), optimizer=adam, steps=3))
+    names = set(
+        panels(net, F.cross_entropy, data, kinds=("random", "hessian", "adam"), optimizer=adam, steps=3)
+    )
     assert len(names) == 14 and "adam equation, filter" in names
 
 
 def test_metrics_beside_the_loss():
     net, data = network(), batches()
     (axis,) = random_axes(net, 1)
-    metrics = {"acc": "accuracy", "slope": "gradient_norm", "each": "class_loss", "own": lambda z, y: z.mean()}
+    metrics = {
+        "acc": "accuracy",
+        "slope": "gradient_norm",
+        "each": "class_loss",
+        "own": lambda z, y: z.mean(),
+    }
     found = line(net, F.cross_entropy, data, axis, steps=3, metrics=metrics)
-    torch.testing.assert_close(line(net, F.cross_entropy, data, axis, steps=3).loss, found.loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        line(net, F.cross_entropy, data, axis, steps=3).loss, found.loss, rtol=1e-12, atol=0
+    )
     x, y = torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
     grads = torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters()))
-    assert float(found.metrics["slope"][1]) == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in grads)), rel=1e-9)
+    assert float(found.metrics["slope"][1]) == pytest.approx(
+        math.sqrt(sum(float(g.square().sum()) for g in grads)), rel=1e-9
+    )
     assert float(found.metrics["acc"][1]) == pytest.approx(float((net(x).argmax(1) == y).double().mean()))
     for k in range(3):
-        assert float(found.metrics["each"][1, k]) == pytest.approx(F.cross_entropy(net(x)[y == k], y[y == k]).item(), rel=1e-9)
+        assert float(found.metrics["each"][1, k]) == pytest.approx(
+            F.cross_entropy(net(x)[y == k], y[y == k]).item(), rel=1e-9
+        )
     assert float(found.metrics["own"][1]) == pytest.approx(float(net(x).mean()), rel=1e-9)
     absent = [(x[y > 0], y[y > 0])]
-    assert math.isnan(float(line(net, F.cross_entropy, absent, axis, steps=3, metrics=["class_loss"]).metrics["class_loss"][1, 0]))
+    assert math.isnan(
+        float(
+            line(net, F.cross_entropy, absent, axis, steps=3, metrics=["class_loss"]).metrics["class_loss"][
+                1, 0
+            ]
+        )
+    )
 
 
 def test_values_that_are_not_finite_stay_so_and_a_cap_takes_the_infinite():
@@ -283,7 +326,9 @@ def test_scale_of_filters_before_a_batch_norm_does_not_change_the_plane():
     seen = []
     for each in (net, other):
         with pytest.warns(LandscapeWarning, match="does not feel the scale"):
-            seen.append(plane(each, F.cross_entropy, data, random_axes(each), steps=3, batchnorm="batch").loss)
+            seen.append(
+                plane(each, F.cross_entropy, data, random_axes(each), steps=3, batchnorm="batch").loss
+            )
     torch.testing.assert_close(*seen, rtol=1e-6, atol=1e-8)
 
 
@@ -297,7 +342,9 @@ def test_recalibration_gives_the_statistics_of_the_moved_weights():
     with torch.no_grad():
         other.train()(data[0][0])
     assert float(found[0]) == pytest.approx(loss_of(other.eval(), data), rel=1e-12)
-    elsewhere = line(net, F.cross_entropy, data, axis, at=[0.5], batchnorm="recalibrate", calibration=batches(seed=9)).loss
+    elsewhere = line(
+        net, F.cross_entropy, data, axis, at=[0.5], batchnorm="recalibrate", calibration=batches(seed=9)
+    ).loss
     assert float(elsewhere[0]) != float(found[0])
     with pytest.raises(InputError, match="no batch norm"):
         line(network(), F.cross_entropy, data, random_axes(network(), 1)[0], batchnorm="recalibrate")
@@ -339,7 +386,10 @@ def test_what_bad_input_gets():
         (lambda: plane(net, F.cross_entropy, [], axes), "empty"),
         (lambda: plane(net, F.cross_entropy, data, axes, jobs=0), "jobs: got 0"),
         (lambda: plane(net, lambda z, y: z, data, axes), "expected a scalar"),
-        (lambda: plane(net, F.cross_entropy, data, [axes[0], random_axes(net, 1, params="3.*")[0]]), "other parameters"),
+        (
+            lambda: plane(net, F.cross_entropy, data, [axes[0], random_axes(net, 1, params="3.*")[0]]),
+            "other parameters",
+        ),
         (lambda: given(net, torch.ones(4)), "expected a tensor of shape"),
         (lambda: given(net, {"0.bias": torch.ones(9)}), r"shape \(4\)|shape \(4,\)"),
         (lambda: between(net, nn.Linear(2, 2)), "has no parameter '0.weight'"),

@@ -39,10 +39,18 @@ def test_a_killed_run_goes_on_with_the_same_result(tmp_path, monkeypatch):
 
 
 def test_claims_can_fail():
-    point = {"re": 0.5, "k": 0.5, "k_spread": 0.2, "loss": 1.0, "top": 1.0, "trace": 1.0}
+    point = {"re": 0.5, "k": 0.5, "k_spread": 0.2, "accuracy": 0.5, "loss": 1.0, "top": 1.0, "trace": 1.0}
     shifts = [{**point, "accuracy": a, "re": a, "k": a} for a in (0.1, 0.5, 0.9)]
-    planes = {f"{axes}, {mode}": {"rise": 1.0} for axes in ("random", "hessian") for mode in ("eval", "batch")}
-    bad = {"init": point, "trained": point, "shifts": shifts, "planes": planes, "curvature": 0.5}
+    planes = {
+        f"{axes}, {mode}": {"rise": 1.0} for axes in ("random", "hessian") for mode in ("eval", "batch")
+    }
+    bad = {
+        "init": point,
+        "trained": point,
+        "shifts": shifts,
+        "planes": planes,
+        "curvature": {"near": 0.5, "far": 0.5},
+    }
     found = loss_landscape.claims({"batch norm, seed 0": bad})
     assert len(found) == 7 and not any(claim.holds for claim in found)
 
@@ -64,5 +72,12 @@ def test_missing_data_is_named(tmp_path, monkeypatch):
     monkeypatch.delenv("LINEAMENT_DATA", raising=False)
     with pytest.raises(InputError, match="data_folder"):
         run(Config.preset("paper"), out=tmp_path)
-    net = tasks.training("plain", "resnet18", tasks.Task((torch.zeros(2, 3, 8, 8), torch.zeros(2).long()), (torch.zeros(1), torch.zeros(1)), 10), epochs=1, lr=1e-3, batch_size=2).fresh(0)
+    net = tasks.training(
+        "plain",
+        "resnet18",
+        tasks.Task((torch.zeros(2, 3, 8, 8), torch.zeros(2).long()), (torch.zeros(1), torch.zeros(1)), 10),
+        epochs=1,
+        lr=1e-3,
+        batch_size=2,
+    ).fresh(0)
     assert not [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]

@@ -82,7 +82,9 @@ def caution(model: nn.Module, axes: Sequence[Any], mode: str) -> None:
     if mode == "eval":
         for name, module in norms.items():
             if module.running_mean is None:
-                _warn(f"batch norm {name!r} keeps no running statistics, so that batchnorm='eval' takes each batch's all the same")
+                _warn(
+                    f"batch norm {name!r} keeps no running statistics, so that batchnorm='eval' takes each batch's all the same"
+                )
                 break
             if module.num_batches_tracked is not None and int(module.num_batches_tracked) == 0:
                 _warn(
@@ -90,7 +92,11 @@ def caution(model: nn.Module, axes: Sequence[Any], mode: str) -> None:
                     "Take batchnorm='recalibrate', or 'batch'"
                 )
                 break
-    own = {f"{name}.{key}" if name else key for name, m in norms.items() for key, _ in m.named_parameters(recurse=False)}
+    own = {
+        f"{name}.{key}" if name else key
+        for name, m in norms.items()
+        for key, _ in m.named_parameters(recurse=False)
+    }
     for axis in axes:
         if axis.kind != "random":
             continue

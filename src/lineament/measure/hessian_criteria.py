@@ -183,7 +183,8 @@ def criteria(density: Density, *, n: float = 0.5) -> Criteria:
     (0.5, 'unsettled')
     """
     checks.require(
-        isinstance(density, Density), f"density: got {checks.show(density)}, expected a Density such as spectral_density(...)"
+        isinstance(density, Density),
+        f"density: got {checks.show(density)}, expected a Density such as spectral_density(...)",
     )
     checks.number("n", n, low=0, open_low=True)
     nodes, weights = density.nodes.double(), density.weights.double()

@@ -69,7 +69,13 @@ def line(
     _cap(cap)
     found = evaluate(model, loss_fn, loader, [axis], [[a] for a in where], **options)
     loss = found.pop("loss")
-    return Line(torch.tensor(where, dtype=torch.float64), _capped(loss, cap), found, axis.label, _record([axis], options, cap))
+    return Line(
+        torch.tensor(where, dtype=torch.float64),
+        _capped(loss, cap),
+        found,
+        axis.label,
+        _record([axis], options, cap),
+    )
 
 
 def plane(
@@ -115,7 +121,9 @@ def plane(
     shaped = {name: v.reshape(len(rows), len(columns), *v.shape[1:]) for name, v in found.items()}
     loss = shaped.pop("loss")
     grids = (torch.tensor(g, dtype=torch.float64) for g in (rows, columns))
-    return Plane(*grids, _capped(loss, cap), shaped, (axes[0].label, axes[1].label), _record(axes, options, cap))
+    return Plane(
+        *grids, _capped(loss, cap), shaped, (axes[0].label, axes[1].label), _record(axes, options, cap)
+    )
 
 
 def interpolation(
@@ -215,7 +223,8 @@ def adam_equation(
     # A bias moves by its own moments here, so it is scaled rather than left out.
     m, v = (normalised(model, axis, normalise, one_dim="scale").frozen(model, freeze) for axis in (m, v))
     checks.require(
-        bool((v.vector >= 0).all()), "moments: the second one has entries below zero, of which there is no root; normalise otherwise"
+        bool((v.vector >= 0).all()),
+        "moments: the second one has entries below zero, of which there is no root; normalise otherwise",
     )
     s = dist / steps
     step = replace(m, vector=m.vector * s / ((v.vector * s).sqrt() + 1e-6), label="Adam's step")
@@ -232,7 +241,14 @@ def adam_equation(
         shaped[name] = full
     loss = shaped.pop("loss")
     labels = ("a, along the first moment", "b, against the second moment")
-    return Plane(a, b, _capped(loss, cap), shaped, labels, {**_record([step], options, cap), "mode": "adameq", "dist": dist})
+    return Plane(
+        a,
+        b,
+        _capped(loss, cap),
+        shaped,
+        labels,
+        {**_record([step], options, cap), "mode": "adameq", "dist": dist},
+    )
 
 
 def panels(
@@ -260,7 +276,8 @@ def panels(
     for kind in kinds:
         checks.one_of("kinds", kind, ("random", "hessian", "adam"))
     checks.require(
-        "adam" not in kinds or optimizer is not None, "optimizer: kinds has 'adam', whose axes are the optimizer's moments; give it"
+        "adam" not in kinds or optimizer is not None,
+        "optimizer: kinds has 'adam', whose axes are the optimizer's moments; give it",
     )
     batches = list(loader)
     found: dict[str, Plane] = {}
@@ -273,7 +290,12 @@ def panels(
         else:
             assert optimizer is not None  # checked above
             raw = optimizer_axes(model, optimizer)
-        for name, how, order in (("none", None, 2), ("weight", "weight", 2), ("filter L1", "filter", 1), ("filter L2", "filter", 2)):
+        for name, how, order in (
+            ("none", None, 2),
+            ("weight", "weight", 2),
+            ("filter L1", "filter", 1),
+            ("filter L2", "filter", 2),
+        ):
             axes = [normalised(model, axis, how, order=order) for axis in raw]
             found[f"{kind}, {name}"] = plane(model, loss_fn, batches, axes, batchnorm=batchnorm, **options)
         if kind == "adam" and optimizer is not None:
@@ -291,7 +313,10 @@ def _grid(what: str, given: Grid | None, dist: float, steps: int) -> list[float]
         return values.tolist()
     checks.number("dist", dist, low=0, open_low=True)
     checks.number("steps", steps, low=1, integer=True)
-    checks.require(steps % 2 == 1, f"steps: got {steps}, expected an odd number, so that the middle is the network itself")
+    checks.require(
+        steps % 2 == 1,
+        f"steps: got {steps}, expected an odd number, so that the middle is the network itself",
+    )
     half = steps // 2
     # By integers, so that the middle is exactly 0 and the two sides are mirror images.
     return [dist * k / max(half, 1) for k in range(-half, half + 1)]
@@ -307,4 +332,8 @@ def _capped(loss: Tensor, cap: float | None) -> Tensor:
 
 
 def _record(axes: Sequence[Axis], options: Mapping[str, Any], cap: float | None) -> dict[str, Any]:
-    return {"axes": [axis.to_dict() for axis in axes], "batchnorm": options.get("batchnorm", "eval"), "cap": cap}
+    return {
+        "axes": [axis.to_dict() for axis in axes],
+        "batchnorm": options.get("batchnorm", "eval"),
+        "cap": cap,
+    }

@@ -319,7 +319,9 @@ def given(model: nn.Module, vector: Tensor | Mapping[str, Tensor], *, label: str
     checks.require(len(vector) > 0, "vector: got an empty mapping, expected tensors by parameter name")
     names = chosen_parameters(model, list(vector))
     for name in names:
-        checks.tensor(f"vector[{name!r}]", vector[name], shape=tuple(dict(model.named_parameters())[name].shape))
+        checks.tensor(
+            f"vector[{name!r}]", vector[name], shape=tuple(dict(model.named_parameters())[name].shape)
+        )
     return Axis(flat_weights(vector, names).to(flat_weights(model, names)), tuple(names), "given", label)
 
 

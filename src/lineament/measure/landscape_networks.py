@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.risk import chosen_parameters
-from lineament.measure.landscape_axes import Axis, Weights, signed, flat_weights, normalised
+from lineament.measure.landscape_axes import Axis, Weights, flat_weights, normalised, signed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -57,9 +57,15 @@ def optimizer_axes(
     )
     states = {name: optimizer.state.get(known[name], {}) for name in names}
     checks.require(
-        any(states.values()), "optimizer: its state is empty; it must have made a step before its moments are axes"
+        any(states.values()),
+        "optimizer: its state is empty; it must have made a step before its moments are axes",
     )
-    there = {key for state in states.values() for key, value in state.items() if isinstance(value, Tensor) and value.ndim}
+    there = {
+        key
+        for state in states.values()
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.ndim
+    }
     axes = []
     for moment in moments:
         checks.require(
@@ -68,7 +74,13 @@ def optimizer_axes(
         )
         parts = {name: states[name].get(moment, torch.zeros_like(known[name])) for name in names}
         vector = flat_weights(parts, names).to(flat_weights(model, names))
-        axis = Axis(vector, tuple(names), "optimizer", f"{type(optimizer).__name__}'s {moment}", info={"moment": moment})
+        axis = Axis(
+            vector,
+            tuple(names),
+            "optimizer",
+            f"{type(optimizer).__name__}'s {moment}",
+            info={"moment": moment},
+        )
         axes.append(normalised(model, axis, normalise, **options))
     return axes
 
@@ -124,10 +136,13 @@ def trajectory_axes(
     checks.number("count", count, low=1, integer=True)
     names = chosen_parameters(model, params)
     checks.require(
-        len(checkpoints) >= count, f"checkpoints: got {len(checkpoints)}, expected at least {count}, one for each axis"
+        len(checkpoints) >= count,
+        f"checkpoints: got {len(checkpoints)}, expected at least {count}, one for each axis",
     )
     origin = flat_weights(model, names)
-    steps = torch.stack([_like(model, c, names, f"checkpoints[{i}]") - origin for i, c in enumerate(checkpoints)])
+    steps = torch.stack(
+        [_like(model, c, names, f"checkpoints[{i}]") - origin for i, c in enumerate(checkpoints)]
+    )
     spread = steps - steps.mean(0) if centred else steps
     # Through the small matrix of inner products: a decomposition of (checkpoints x parameters) would not fit.
     values, left = torch.linalg.eigh((spread @ spread.T).double())
@@ -148,7 +163,13 @@ def trajectory_axes(
     return Trajectory(axes, coordinates, shares.to(origin.dtype))
 
 
-def between(model: nn.Module, other: Weights, *, params: str | Sequence[str] | None = None, label: str = "towards the other network") -> Axis:
+def between(
+    model: nn.Module,
+    other: Weights,
+    *,
+    params: str | Sequence[str] | None = None,
+    label: str = "towards the other network",
+) -> Axis:
     """The way from a model (at 0) to another of the same architecture (at 1), running statistics included.
 
     Raises:
@@ -171,7 +192,9 @@ def between(model: nn.Module, other: Weights, *, params: str | Sequence[str] | N
     return Axis(vector, tuple(names), "between", label, buffers=buffers)
 
 
-def spanned_by(model: nn.Module, first: Weights, second: Weights, *, params: str | Sequence[str] | None = None) -> list[Axis]:
+def spanned_by(
+    model: nn.Module, first: Weights, second: Weights, *, params: str | Sequence[str] | None = None
+) -> list[Axis]:
     """The plane through three networks: the model at (0, 0), the others at (1, 0) and (0, 1)."""
     return [
         between(model, first, params=params, label="towards the first network"),
@@ -182,11 +205,14 @@ def spanned_by(model: nn.Module, first: Weights, second: Weights, *, params: str
 def _like(model: nn.Module, other: Any, names: Sequence[str], what: str) -> Tensor:
     """The other network's weights as a vector of the model's."""
     checks.require(
-        isinstance(other, (nn.Module, Mapping)), f"{what}: got {checks.show(other)}, expected a model or a state dict"
+        isinstance(other, (nn.Module, Mapping)),
+        f"{what}: got {checks.show(other)}, expected a model or a state dict",
     )
     theirs = dict(other.named_parameters()) if isinstance(other, nn.Module) else other
     ours = dict(model.named_parameters())
     for name in names:
-        checks.require(name in theirs, f"{what}: it has no parameter {name!r}{checks.suggest(name, list(theirs))}")
+        checks.require(
+            name in theirs, f"{what}: it has no parameter {name!r}{checks.suggest(name, list(theirs))}"
+        )
         checks.tensor(f"{what}: {name}", theirs[name].detach(), shape=tuple(ours[name].shape))
     return flat_weights(theirs, names).to(flat_weights(model, names))

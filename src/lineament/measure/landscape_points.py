@@ -68,7 +68,8 @@ def evaluate(
     for axis in axes:
         checks.require(isinstance(axis, Axis), f"axes: got {checks.show(axis)}, expected an Axis")
         checks.require(
-            axis.names == names, f"axes: {axis.label!r} moves other parameters than {axes[0].label!r}; give both the same params"
+            axis.names == names,
+            f"axes: {axis.label!r} moves other parameters than {axes[0].label!r}; give both the same params",
         )
     for point in points:
         checks.require(len(point) == len(axes), f"points: got {list(point)} for {len(axes)} axes")
@@ -81,7 +82,9 @@ def evaluate(
     )
     checks.one_of("batchnorm", batchnorm, MODES)
     if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs == 0:
-        raise checks.InputError(f"jobs: got {checks.show(jobs)}, expected a number of processes, or -1 for one a core")
+        raise checks.InputError(
+            f"jobs: got {checks.show(jobs)}, expected a number of processes, or -1 for one a core"
+        )
     model = getattr(model, "_orig_mod", model)
     # Risk checks the model, the loss, the parameters and that the loader has samples; an iterator is walked only here.
     batches = list(loader) if not isinstance(loader, list) else loader
@@ -128,7 +131,9 @@ def _visit(
 
     def add(index: int, name: str, value: Any, weight: Any) -> None:
         value = torch.as_tensor(value, dtype=torch.float64).detach()
-        term = value * weight if not isinstance(weight, Tensor) else torch.where(weight > 0, value * weight, 0.0)
+        term = (
+            value * weight if not isinstance(weight, Tensor) else torch.where(weight > 0, value * weight, 0.0)
+        )
         sums[name][index] = term if sums[name][index] is None else sums[name][index] + term
         weights[name][index] = weights[name][index] + weight
 
@@ -146,7 +151,9 @@ def _visit(
         for name, metric in metrics.items():
             if metric == "gradient_norm":
                 leaves = [dict(model.named_parameters())[n] for n in axes[0].names]
-                pulled = torch.autograd.grad(loss.reshape(()), leaves, allow_unused=True, materialize_grads=True)
+                pulled = torch.autograd.grad(
+                    loss.reshape(()), leaves, allow_unused=True, materialize_grads=True
+                )
                 # The mean over batches is taken of gradients; the norm comes at the end.
                 add(index, name, torch.cat([g.reshape(-1).double() for g in pulled]), chunk.count)
             elif metric == "class_loss":
@@ -168,7 +175,11 @@ def _visit(
                 dict(model.named_parameters())[name].requires_grad_(True)
         if batchnorm == "recalibrate" or gradients:
             own = list(risk.chunks())
-            source = Risk(model, loss_fn, calibration, params=list(axes[0].names)) if calibration is not None else None
+            source = (
+                Risk(model, loss_fn, calibration, params=list(axes[0].names))
+                if calibration is not None
+                else None
+            )
             calibrating = own if source is None else list(source.chunks())
             for index, point in enumerate(progress(points, "landscape", len(points))):
                 move(point)
@@ -196,11 +207,20 @@ def _moving(model: nn.Module, axes: Sequence[Axis]) -> Iterator[Callable[[Sequen
     known = dict(model.named_parameters())
     leaves = [known[name] for name in axes[0].names]
     buffers = dict(model.named_buffers())
-    origin = flat_weights(model, axes[0].names)
-    vectors = [axis.vector.to(origin) for axis in axes]
-    place = origin.clone()
-    base = origin.clone()
-    parts = [v.view_as(p) for v, p in zip(place.split([p.numel() for p in leaves]), leaves)]
+    flat = flat_weights(model, axes[0].names)
+    sizes = [p.numel() for p in leaves]
+    # Each tensor begins where a vector instruction would have it, with zeros between.
+    grain = 64 // flat.element_size()
+    gaps = [-size % grain for size in sizes]
+
+    def laid_out(vector: Tensor) -> Tensor:
+        parts = vector.to(flat).split(sizes)
+        return torch.cat([piece for part, gap in zip(parts, gaps) for piece in (part, part.new_zeros(gap))])
+
+    origin, vectors = laid_out(flat), [laid_out(axis.vector) for axis in axes]
+    place, base = origin.clone(), origin.clone()
+    pieces = place.split([size + gap for size, gap in zip(sizes, gaps)])
+    parts = [piece[: p.numel()].view_as(p) for piece, p in zip(pieces, leaves)]
     # A parameter of another precision than the vector's gets memory of its own, and a copy at each point.
     apart = [(p.detach().clone(), part) for p, part in zip(leaves, parts) if p.dtype != place.dtype]
     copies = iter(apart)
@@ -242,7 +262,9 @@ def _moving(model: nn.Module, axes: Sequence[Axis]) -> Iterator[Callable[[Sequen
 def _chosen(metrics: Mapping[str, Metric] | Sequence[str]) -> dict[str, Metric]:
     if isinstance(metrics, str):
         metrics = (metrics,)
-    found: dict[str, Metric] = dict(metrics) if isinstance(metrics, Mapping) else {str(name): name for name in metrics}
+    found: dict[str, Metric] = (
+        dict(metrics) if isinstance(metrics, Mapping) else {str(name): name for name in metrics}
+    )
     for name, metric in found.items():
         checks.require(name != "loss", "metrics: 'loss' is always there; give the other another name")
         if not callable(metric):

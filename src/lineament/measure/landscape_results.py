@@ -103,12 +103,16 @@ class Plane:
             edges = [low + (high - low) * (k / levels) ** 3 for k in range(levels + 1)]
             drawn = ax.contourf(x, y, z.T.numpy(), levels=edges, cmap="viridis")
             ax.figure.colorbar(drawn, ax=ax, label=metric or "loss", format="%.3g")
-        if float(self.a.min()) <= 0 <= float(self.a.max()) and float(self.b.min()) <= 0 <= float(self.b.max()):
+        if float(self.a.min()) <= 0 <= float(self.a.max()) and float(self.b.min()) <= 0 <= float(
+            self.b.max()
+        ):
             ax.plot([0], [0], marker="+", color="C1", markersize=10, linestyle="none")
         ax.set(xlabel=self.labels[0], ylabel=self.labels[1])
         return ax
 
-    def surface(self, ax: Any = None, metric: str | None = None, *, azimuth: float = 35.0, elevation: float = 28.0) -> Any:
+    def surface(
+        self, ax: Any = None, metric: str | None = None, *, azimuth: float = 35.0, elevation: float = 28.0
+    ) -> Any:
         """The plane as a landscape seen from above and aside, drawn back to front on plain axes."""
         import matplotlib.pyplot as plt
         from matplotlib.collections import PolyCollection
@@ -124,7 +128,9 @@ class Plane:
         depth = u * math.sin(turn) + v * math.cos(turn)
         up = 1.3 * height * math.cos(tilt) + depth * math.sin(tilt)
         corners = torch.stack([right, up], -1)
-        cells = torch.stack([corners[:-1, :-1], corners[1:, :-1], corners[1:, 1:], corners[:-1, 1:]], 2).reshape(-1, 4, 2)
+        cells = torch.stack(
+            [corners[:-1, :-1], corners[1:, :-1], corners[1:, 1:], corners[:-1, 1:]], 2
+        ).reshape(-1, 4, 2)
         order = depth[:-1, :-1].reshape(-1).argsort(descending=True)
         tops = height[:-1, :-1].reshape(-1)[order]
         drawn = PolyCollection(list(cells[order].numpy()), cmap="viridis", linewidths=0.2, edgecolors="face")

@@ -76,7 +76,9 @@ def _scatter(runs: dict[str, dict[str, Any]], out: Path) -> Figure:
             for number, (name, run) in enumerate(runs.items()):
                 points = run["shifts"]
                 colour = f"C{number % 7}"
-                ax.plot([p["accuracy"] for p in points], [p[key] for p in points], "o", color=colour, label=name)
+                ax.plot(
+                    [p["accuracy"] for p in points], [p[key] for p in points], "o", color=colour, label=name
+                )
             ax.set_yscale("log")
             ax.set(xlabel="accuracy on the shifted test set", ylabel=label)
         axes[0, 0].legend()

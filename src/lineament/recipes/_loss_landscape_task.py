@@ -53,7 +53,11 @@ def training(kind: str, network: str, task: Task, *, epochs: int, lr: float, bat
         layers: list[nn.Module] = [nn.Flatten()]
         inputs = channels * height * width
         for _ in range(2):
-            layers += [nn.Linear(inputs, 32), *([nn.BatchNorm1d(32)] if kind == "batch norm" else []), nn.ReLU()]
+            layers += [
+                nn.Linear(inputs, 32),
+                *([nn.BatchNorm1d(32)] if kind == "batch norm" else []),
+                nn.ReLU(),
+            ]
             inputs = 32
         return nn.Sequential(*layers, nn.Linear(inputs, task.classes))
 

@@ -86,7 +86,10 @@ def look(subject: Subject) -> Section:
                 "Curvature",
                 ("quantity", "value", "error"),
                 [
-                    *((f"eigenvalue {i + 1}", v, float(r)) for i, (v, r) in enumerate(zip(values, ends.residuals))),
+                    *(
+                        (f"eigenvalue {i + 1}", v, float(r))
+                        for i, (v, r) in enumerate(zip(values, ends.residuals))
+                    ),
                     ("trace", total.value, _or_none(total.standard_error)),
                     ("trace / weights", total.value / size, _or_none(total.standard_error / size)),
                     ("r_e (least over greatest)", _or_none(float(found.re.mean())), _spread(found.re)),
@@ -120,7 +123,12 @@ def _around(subject: Subject, ends: Any, names: tuple[str, ...], rows: Any) -> P
     if count < 2 or float(ends.values[0]) <= 0:
         return None
     axes = [
-        Axis(signed(ends.vectors[:, k]), names, "hessian", f"eigenvector of curvature {compact(float(ends.values[k]))}")
+        Axis(
+            signed(ends.vectors[:, k]),
+            names,
+            "hessian",
+            f"eigenvector of curvature {compact(float(ends.values[k]))}",
+        )
         for k in range(2)
     ]
     few = subject.affordable(_PLANE_WORK, float(_GRID**2), most=len(rows), least=min(16, len(rows)))
