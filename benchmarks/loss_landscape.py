@@ -91,8 +91,8 @@ def rows(repeats: int = 5) -> Iterator[Row]:
             SLUG, f"a plane of {side} x {side}, {what}", ours, "its forward passes", forwards, target=1 / 1.1,
             repeats=min(3, repeats), note="the limit is 1; drawing the two axes is included",
         )  # fmt: skip
+    steps, tol = 60, 1e-3
     for what, net, x, y, _ in problems[:2]:
-        steps, tol = 60, 1e-3
 
         def spectrum(net=net, x=x, y=y) -> Any:
             return hessian_criteria(net, loss, [(x, y)], steps=steps, probes=1)

@@ -105,7 +105,7 @@ def evaluate(
     size = -(-len(points) // count)
     parts = [points[at : at + size] for at in range(0, len(points), size)]
     found = Parallel(n_jobs=count)(delayed(_elsewhere)(threads, part, *job) for part in parts)
-    rows = list(found)
+    rows: list[Any] = list(found)
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
