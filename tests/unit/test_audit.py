@@ -171,6 +171,20 @@ def test_transformers_saved_to_disk(tmp_path, kind):
     assert found["gaze"].numbers["place"]["windows"] > 9
 
 
+def test_the_landscape_goes_by_its_earlier_name_too(tmp_path):
+    images, targets = digits()
+    found = audit(convolutional(10), (images, targets), out=tmp_path / "r", lenses=["sharpness"], samples=60)
+    (section,) = found.sections
+    assert section.name == "landscape" and len(section.pictures) == 2 and section.status == "note"
+    around = section.numbers["plane"]
+    assert len(around["loss"]) == len(around["loss"][0]) == 21 and around["a"][10] == 0
+    assert section.numbers["criteria"]["verdict"] in ("untrained", "unsettled", "mainly negative")
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    for p in flat.parameters():
+        p.data.zero_()
+    assert audit(flat, (images, targets), out=tmp_path / "f", lenses=["landscape"]).sections[0].status in ("good", "note")
+
+
 def test_a_lens_that_fails_says_so_and_the_rest_goes_on(tmp_path, monkeypatch):
     import lineament.audit.lenses.spectrum as spectrum
 

@@ -39,12 +39,18 @@ def test_a_killed_run_goes_on_with_the_same_result(tmp_path, monkeypatch):
 
 
 def test_claims_can_fail():
-    point = {"re": 0.5, "k": 0.5, "k_spread": 0.2, "loss": 1.0, "top": 1.0, "trace": 1.0}
+    point = {"re": 0.5, "k": 0.5, "k_spread": 0.2, "accuracy": 0.5, "loss": 1.0, "top": 1.0, "trace": 1.0}
     shifts = [{**point, "accuracy": a, "re": a, "k": a} for a in (0.1, 0.5, 0.9)]
     planes = {
         f"{axes}, {mode}": {"rise": 1.0} for axes in ("random", "hessian") for mode in ("eval", "batch")
     }
-    bad = {"init": point, "trained": point, "shifts": shifts, "planes": planes, "curvature": 0.5}
+    bad = {
+        "init": point,
+        "trained": point,
+        "shifts": shifts,
+        "planes": planes,
+        "curvature": {"near": 0.5, "far": 0.5},
+    }
     found = loss_landscape.claims({"batch norm, seed 0": bad})
     assert len(found) == 7 and not any(claim.holds for claim in found)
 

@@ -120,10 +120,9 @@ def plane(
     found = evaluate(model, loss_fn, loader, axes, list(itertools.product(rows, columns)), **options)
     shaped = {name: v.reshape(len(rows), len(columns), *v.shape[1:]) for name, v in found.items()}
     loss = shaped.pop("loss")
-    first, second = (torch.tensor(g, dtype=torch.float64) for g in (rows, columns))
-    return Plane(
-        first, second, _capped(loss, cap), shaped, (axes[0].label, axes[1].label), _record(axes, options, cap)
-    )
+    a, b = torch.tensor(rows, dtype=torch.float64), torch.tensor(columns, dtype=torch.float64)
+    labels = (axes[0].label, axes[1].label)
+    return Plane(a, b, _capped(loss, cap), shaped, labels, _record(axes, options, cap))
 
 
 def interpolation(

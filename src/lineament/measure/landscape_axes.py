@@ -22,7 +22,7 @@ from lineament.core.krylov import Operator
 from lineament.core.risk import chosen_parameters
 from lineament.core.spectra import Eigenpairs, top_eigenpairs
 
-NORMALISATIONS = ("filter", "layer", "model", "weight", None)
+NORMALISATIONS: tuple[str | None, ...] = ("filter", "layer", "model", "weight", None)
 ONE_DIM = ("ignore", "scale", "copy")
 _TINY = 1e-10  # the official code's, in the denominators: a slice of zeros stays one
 Weights = nn.Module | Mapping[str, Tensor]
@@ -121,9 +121,8 @@ def normalised(
     >>> normalised(net, given(net, torch.ones(4))).vector.view(2, 2).norm(dim=1).round(decimals=4).tolist()
     [5.0, 1.0]
     """
-    checks.require(
-        how in NORMALISATIONS, f"normalise: got {checks.show(how)}, expected one of {NORMALISATIONS}"
-    )
+    if how is not None:
+        checks.one_of("normalise", how, [name for name in NORMALISATIONS if name])
     checks.number("order", order, low=1, high=2, integer=True)
     checks.one_of("one_dim", one_dim, ONE_DIM)
     if how is None:

@@ -104,8 +104,8 @@ def evaluate(
     threads = max(1, torch.get_num_threads() // count)
     size = -(-len(points) // count)
     parts = [points[at : at + size] for at in range(0, len(points), size)]
-    found: Any = Parallel(n_jobs=count)(delayed(_elsewhere)(threads, part, *job) for part in parts)
-    rows: list[dict[str, Tensor]] = list(found)
+    found = Parallel(n_jobs=count)(delayed(_elsewhere)(threads, part, *job) for part in parts)
+    rows: list[Any] = list(found)
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -207,11 +207,20 @@ def _moving(model: nn.Module, axes: Sequence[Axis]) -> Iterator[Callable[[Sequen
     known = dict(model.named_parameters())
     leaves = [known[name] for name in axes[0].names]
     buffers = dict(model.named_buffers())
-    origin = flat_weights(model, axes[0].names)
-    vectors = [axis.vector.to(origin) for axis in axes]
-    place = origin.clone()
-    base = origin.clone()
-    parts = [v.view_as(p) for v, p in zip(place.split([p.numel() for p in leaves]), leaves)]
+    flat = flat_weights(model, axes[0].names)
+    sizes = [p.numel() for p in leaves]
+    # Each tensor begins where a vector instruction would have it, with zeros between.
+    grain = 64 // flat.element_size()
+    gaps = [-size % grain for size in sizes]
+
+    def laid_out(vector: Tensor) -> Tensor:
+        parts = vector.to(flat).split(sizes)
+        return torch.cat([piece for part, gap in zip(parts, gaps) for piece in (part, part.new_zeros(gap))])
+
+    origin, vectors = laid_out(flat), [laid_out(axis.vector) for axis in axes]
+    place, base = origin.clone(), origin.clone()
+    pieces = place.split([size + gap for size, gap in zip(sizes, gaps)])
+    parts = [piece[: p.numel()].view_as(p) for piece, p in zip(pieces, leaves)]
     # A parameter of another precision than the vector's gets memory of its own, and a copy at each point.
     apart = [(p.detach().clone(), part) for p, part in zip(leaves, parts) if p.dtype != place.dtype]
     copies = iter(apart)
