@@ -217,7 +217,7 @@ def train(
                 optimizer.param_groups[0]["track_friction"] = tracked
             optimizer.step()
             if tracked:
-                summary = optimizer.friction_summary()
+                summary = optimizer.friction_summary()  # pyright: ignore[reportAttributeAccessIssue]
                 for name, value in (
                     ("step", step),
                     ("mean", summary.mean),
