@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -127,7 +127,9 @@ def minimize(
         if moving is not None and here.norm > 0:
             B = Metric(moving(out(here.x)), x)
             here = measured(here.x, here.f, here.g, B)
-        record = Record(k, here.f, here.norm, number, seconds=time.perf_counter() - began, **counts.columns())
+        arrival = counts.columns()
+        arrival["seconds"] = time.perf_counter() - began
+        record = Record(k, here.f, here.norm, number, **arrival)
         log.append(record)
         if callback is not None and callback(out(here.x), record):
             status = "stopped"
@@ -151,9 +153,9 @@ def minimize(
         counts.products += equations.products
         if step.trial is None:
             status = "precision" if step.tiny else "search_failed"
-            log[-1] = replace(record, probes=step.probes)
+            log[-1] = Record(k, here.f, here.norm, number, probes=step.probes, **arrival)
             break
-        log[-1] = replace(record, gamma=step.gamma, lam=step.trial.lam, probes=step.probes)
+        log[-1] = Record(k, here.f, here.norm, number, step.gamma, step.trial.lam, step.probes, **arrival)
         number, here = step.number, step.trial.new
     return Minimum(
         x=out(here.x), fun=here.f, jac=out(here.g), success=status in ("converged", "target", "stopped"),
@@ -175,7 +177,7 @@ class Counts:
         self.evaluations += 1
         return evaluate(x)
 
-    def columns(self) -> dict[str, int]:
+    def columns(self) -> dict[str, Any]:
         return dict(vars(self))
 
 

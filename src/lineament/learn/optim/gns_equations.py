@@ -64,6 +64,10 @@ class Rosenbrock:
     def jacobian(self, x: Tensor) -> Tensor:
         return _small(x, [[-1.0, 0.0], [-2 * self.root * float(x[0]), self.root]])
 
+    def normal(self, x: Tensor) -> Tensor:
+        slope = -2 * self.root * float(x[0])
+        return _small(x, [[1 + slope**2, slope * self.root], [slope * self.root, self.root**2]])
+
     def second(self, x: Tensor, v: Tensor) -> Tensor:
         return _small(x, [[-2 * self.root * float(v[1]), 0.0], [0.0, 0.0]])
 
@@ -76,12 +80,15 @@ class Chebyshev:
     """
 
     def residuals(self, x: Tensor) -> Tensor:
-        return torch.cat([(1 - x[:1]) / 2, x[1:] - 2 * x[:-1] ** 2 + 1])
+        found = x + 1
+        found[:1].mul_(-0.5).add_(1)
+        found[1:].addcmul_(x[:-1], x[:-1], value=-2)
+        return found
 
     def pulled(self, x: Tensor, v: Tensor) -> Tensor:
         found = v.clone()
         found[0] *= -0.5
-        found[:-1] -= 4 * x[:-1] * v[1:]
+        found[:-1].addcmul_(x[:-1], v[1:], value=-4)
         return found
 
     def jacobian(self, x: Tensor) -> Tensor:
@@ -95,7 +102,10 @@ class Chebyshev:
         straight = torch.ones_like(x)
         straight[0] = 0.25
         straight[:-1] += below**2
-        return torch.diag(straight) + torch.diag(below, 1) + torch.diag(below, -1)
+        matrix = torch.diag(straight)
+        matrix.diagonal(1).copy_(below)
+        matrix.diagonal(-1).copy_(below)
+        return matrix
 
     def second(self, x: Tensor, v: Tensor) -> Tensor:
         return torch.diag(torch.cat([-4 * v[1:], v.new_zeros(1)]))
@@ -131,4 +141,5 @@ class Equations:
 
 def _small(like: Tensor, values: list[Any]) -> Tensor:
     # Half the time of ``new_tensor``, which counts where a tensor has two entries.
-    return torch.from_numpy(np.array(values)).to(like)
+    found = torch.from_numpy(np.array(values))
+    return found if like.dtype is torch.float64 and like.is_cpu else found.to(like)

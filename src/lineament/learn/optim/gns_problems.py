@@ -249,7 +249,8 @@ class PowerOfResiduals:
             matrix = gram(self.equations.jacobian(x))
         if kind == "exact":
             matrix = matrix + self.equations.second(x, Gu)
-        matrix = matrix * scale
+        # Every branch has made a matrix of its own, so that it may be changed.
+        matrix.mul_(scale)
         return Dense(matrix.addr_(w, w, alpha=(self.p - 2) * scale) if self.p > 2 else matrix)
 
 
