@@ -274,9 +274,9 @@ def test_an_exception_in_the_second_pass_leaves_the_weights():
 
 @pytest.mark.parametrize("bad_pass", [1, 2])
 def test_gradients_that_are_nan_raise_or_skip(bad_pass):
-    for nan_policy in ("raise", "skip"):
+    for nonfinite in ("raise", "skip"):
         model = net()
-        optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), nan_policy=nan_policy)
+        optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), nonfinite=nonfinite)
         real, before, calls = closure_of(model, optimizer), weights(model), []
 
         def closure(real=real, model=model, calls=calls) -> Tensor:
@@ -286,13 +286,13 @@ def test_gradients_that_are_nan_raise_or_skip(bad_pass):
                 model[0].weight.grad[0, 0] = float("nan")
             return loss
 
-        if nan_policy == "raise":
+        if nonfinite == "raise":
             with pytest.raises(InputError, match="parameter 0: 1 of 40 values are NaN or infinite"):
                 optimizer.step(closure)
         else:
             optimizer.step(closure)
         assert equal(weights(model), before) and not optimizer.state
-        assert optimizer.skipped_steps == int(nan_policy == "skip")
+        assert optimizer.skipped_steps == int(nonfinite == "skip")
         optimizer.step(real)
         assert not equal(weights(model), before)
 
@@ -309,8 +309,8 @@ def test_what_cannot_be_used_is_named():
         SAM(SAM(sgd))
     with pytest.raises(InputError, match="LBFGS"):
         SAM(torch.optim.LBFGS(model.parameters()))
-    with pytest.raises(InputError, match="nan_policy"):
-        SAM(sgd, nan_policy="ignore")
+    with pytest.raises(InputError, match="nonfinite"):
+        SAM(sgd, nonfinite="ignore")
     optimizer = SAM(sgd)
     with pytest.raises(InputError, match="rho: got -1"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "rho": -1})

@@ -46,7 +46,7 @@ class SAM(Optimizer):
             parameter group may have its own ``rho``.
         model: its batch-norm layers then keep their running statistics during the second pass of ``step(closure)``: those of the
             perturbed network belong to no network that is kept.
-        nan_policy: what a NaN or infinite gradient does, in either pass: ``"raise"``, or ``"skip"`` the step. Weights and state stay as
+        nonfinite: what a NaN or infinite gradient does, in either pass: ``"raise"``, or ``"skip"`` the step. Weights and state stay as
             they were in both cases; ``skipped_steps`` counts.
 
     Raises:
@@ -74,7 +74,7 @@ class SAM(Optimizer):
         *,
         rho: float = 0.05,
         model: nn.Module | None = None,
-        nan_policy: str = "raise",
+        nonfinite: str = "raise",
     ) -> None:
         checks.require(
             isinstance(base, Optimizer),
@@ -92,7 +92,7 @@ class SAM(Optimizer):
         checks.number("rho", rho, low=0)
         self.base = base
         self.model = model
-        self.nan_policy = checks.one_of("nan_policy", nan_policy, ("raise", "skip"))
+        self.nonfinite = checks.one_of("nonfinite", nonfinite, ("raise", "skip"))
         self._copies: dict[Tensor, Tensor] = {}
         self._moved: list[Tensor] = []
         self.skipped_steps = 0
@@ -222,7 +222,7 @@ class SAM(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # A copy made between the halves would hold moved weights without the way back.
         self.restore()
-        keep = ("base", "model", "nan_policy", "skipped_steps", "defaults")
+        keep = ("base", "model", "nonfinite", "skipped_steps", "defaults")
         return {key: self.__dict__[key] for key in keep}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -243,11 +243,11 @@ class SAM(Optimizer):
         if math.isfinite(length):
             return True
         self._phase = "skip"
-        if self.nan_policy == "raise":
+        if self.nonfinite == "raise":
             self._phase = ""
             raise checks.InputError(
                 f"{type(self).__name__}: the gradient {where} is not finite{self._first_bad()}; the weights are as before. "
-                "Lower the learning rate or rho, or pass nan_policy='skip'"
+                "Lower the learning rate or rho, or pass nonfinite='skip'"
             )
         self.skipped_steps += 1
         return False
@@ -285,9 +285,9 @@ class ASAM(SAM):
         *,
         rho: float = 0.5,
         model: nn.Module | None = None,
-        nan_policy: str = "raise",
+        nonfinite: str = "raise",
     ) -> None:
-        super().__init__(base, rho=rho, model=model, nan_policy=nan_policy)
+        super().__init__(base, rho=rho, model=model, nonfinite=nonfinite)
 
     def _scaled(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         return [_wide(w).abs().mul_(_wide(g)) for w, g in zip(params, grads)]
