@@ -3,7 +3,7 @@
 Semenov, Jaggi, Doikov (2025), *Gradient-Normalized Smoothness for Optimization with Approximate Hessians*, arXiv 2506.13710. The step is
 h = -(H + (‖g‖_*/γ) B)⁻¹ g, and γ is doubled and halved until f falls by ‖g_new‖_*²/(8λ): one number absorbs both the error of the Taylor
 model and that of H. What is not obvious: H is evaluated once an iteration, whatever the number of probes; and a factorisation
-that fails, or a value that is not finite, is a rejected probe, so that no stale step is ever taken.
+that fails, or a value that has NaN or infinite values, is a rejected probe, so that no stale step is ever taken.
 """
 
 from __future__ import annotations

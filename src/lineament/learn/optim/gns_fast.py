@@ -61,7 +61,7 @@ def fast_gradient(
     value, gradient = counts.evaluate(problem.value_and_grad, x)
     checks.require(
         math.isfinite(value) and bool(torch.isfinite(gradient).all()),
-        f"x0: f is {value:g} there or its gradient is not finite; expected a point where both are",
+        f"x0: f is {value:g} there or its gradient has NaN or infinite values; expected a point where both are",
     )
     best = here = measured(x, value, gradient, B)
     v, A, L = x.clone(), 0.0, start

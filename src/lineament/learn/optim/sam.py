@@ -246,7 +246,7 @@ class SAM(Optimizer):
         if self.nonfinite == "raise":
             self._phase = ""
             raise checks.InputError(
-                f"{type(self).__name__}: the gradient {where} is not finite{self._first_bad()}; the weights are as before. "
+                f"{type(self).__name__}: the gradient {where} has NaN or infinite values{self._first_bad()}; the weights are as before. "
                 "Lower the learning rate or rho, or pass nonfinite='skip'"
             )
         self.skipped_steps += 1
