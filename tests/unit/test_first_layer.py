@@ -242,6 +242,18 @@ def test_everything_else_is_ordinary(layer):
     )
 
 
+@pytest.mark.parametrize("rows", [5, 40])
+def test_the_papers_second_form(rows):
+    # z from corrected inputs, its values overwritten by the true ones: only the weight's gradient changes.
+    layer, X, G = linear(8, 3, rows)
+    _, found = gradients(layer, X, G, lam=0.1)
+    corrected = X @ torch.linalg.inv(X.T @ X / rows + 0.1 * torch.eye(8, dtype=torch.double))
+    weight = layer.weight.detach().requires_grad_()
+    z = corrected @ weight.T
+    (z + (X @ weight.T - z).detach()).backward(G)
+    torch.testing.assert_close(found, weight.grad)
+
+
 def test_stationary_points_stay():
     layer, X, G = linear(5, 2, 20)
     G = G - X @ torch.linalg.lstsq(X, G).solution  # now Gᵀ X = 0
