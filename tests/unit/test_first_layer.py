@@ -85,6 +85,16 @@ def test_limits_of_lambda():
     assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-5
 
 
+def test_many_columns_in_blocks():
+    for n in (257, 300):
+        layer, X, G = linear(n, 3, 2 * n)
+        torch.testing.assert_close(second_moment(layer, X)[0][0], X.T @ X)
+        exact = closed_form(X, G, 0.1)
+        torch.testing.assert_close(gradients(layer, X, G)[1], exact, rtol=1e-9, atol=1e-9)
+        single = gradients(layer.float(), X.float(), G.float())[1]
+        assert float((single - exact).abs().max() / exact.abs().max()) < 1e-5
+
+
 def test_a_step_of_sgd_moves_the_outputs_as_asked():
     layer, X, G = linear(30, 3, 4)
     before = layer(X).detach()
