@@ -79,7 +79,7 @@ def factorise(moment: Tensor, lam: float) -> Tensor:
     matrix.diagonal(dim1=-2, dim2=-1).add_(lam)
     factor, info = torch.linalg.cholesky_ex(matrix)
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
-    if not bool(torch.isfinite(moment).all()):
+    if not finite(moment):
         raise NotFinite("the layer's input holds NaN or infinite values")
     least, most = diagonal.square().amin(-1), diagonal.square().amax(-1)
     # Rounding can let a singular matrix pass; the data's own precision decides, not that of the solve.
@@ -90,6 +90,12 @@ def factorise(moment: Tensor, lam: float) -> Tensor:
             "columns, of full rank)"
         )
     return factor
+
+
+def finite(moment: Tensor) -> bool:
+    """Whether a second moment is finite: no entry of XᵀX exceeds its diagonal's."""
+    entries = moment if moment.ndim == 1 else moment.diagonal(dim1=-2, dim2=-1)
+    return bool(torch.isfinite(entries).all())
 
 
 def divide(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -165,7 +171,7 @@ def _add_product(total: Tensor | None, columns: Tensor) -> Tensor:
         return product if total is None else total.add_(product)
     if total is None:
         total = columns.new_zeros(len(columns), width, width)
-    step = -(-width // 4)
+    step = -(-width // 6)
     for start in range(0, width, step):
         block = slice(start, start + step)
         total[:, block, : block.stop] += columns[:, block] @ columns[:, : block.stop].mT
