@@ -85,6 +85,16 @@ def test_limits_of_lambda():
     assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-5
 
 
+def test_many_columns_in_blocks():
+    for n in (257, 300):
+        layer, X, G = linear(n, 3, 2 * n)
+        torch.testing.assert_close(second_moment(layer, X)[0][0], X.T @ X)
+        exact = closed_form(X, G, 0.1)
+        torch.testing.assert_close(gradients(layer, X, G)[1], exact, rtol=1e-9, atol=1e-9)
+        single = gradients(layer.float(), X.float(), G.float())[1]
+        assert float((single - exact).abs().max() / exact.abs().max()) < 1e-5
+
+
 def test_a_step_of_sgd_moves_the_outputs_as_asked():
     layer, X, G = linear(30, 3, 4)
     before = layer(X).detach()
@@ -240,6 +250,18 @@ def test_everything_else_is_ordinary(layer):
     assert (
         torch.equal(*outputs) and torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1])
     )
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+def test_the_papers_second_form(rows):
+    # z from corrected inputs, its values overwritten by the true ones: only the weight's gradient changes.
+    layer, X, G = linear(8, 3, rows)
+    _, found = gradients(layer, X, G, lam=0.1)
+    corrected = X @ torch.linalg.inv(X.T @ X / rows + 0.1 * torch.eye(8, dtype=torch.double))
+    weight = layer.weight.detach().requires_grad_()
+    z = corrected @ weight.T
+    (z + (X @ weight.T - z).detach()).backward(G)
+    torch.testing.assert_close(found, weight.grad)
 
 
 def test_stationary_points_stay():

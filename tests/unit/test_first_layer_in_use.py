@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import socket
+import weakref
 
 import pytest
 import torch
@@ -76,6 +78,22 @@ def test_parameters_stay_the_same_objects_and_an_earlier_optimizer_goes_on():
     plain = backward(net, x, y)
     assert handle.gradient.count == 1 and torch.isfinite(plain).all()
     net.load_state_dict(convnet().state_dict())
+
+
+def test_the_handle_need_not_be_kept():
+    net, (x, y) = convnet(), batch()
+    plain = backward(net, x, y)
+    with tract(net):
+        net.zero_grad()
+        wanted = backward(net, x, y)
+    tract(net)
+    gc.collect()
+    net.zero_grad()
+    assert torch.equal(backward(net, x, y), wanted) and not torch.allclose(plain, wanted)
+    gone = weakref.ref(net[0])
+    del net
+    gc.collect()
+    assert gone() is None
 
 
 def test_no_gradient_no_work():

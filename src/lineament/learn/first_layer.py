@@ -8,25 +8,18 @@ parameters and their names, and the gradients of bias and input are the ordinary
 
 from __future__ import annotations
 
-import copy
-import functools
-import itertools
+import sys
 import warnings
-import weakref
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lineament.core.checks import InputError, number, one_of, require, show
 from lineament.learn.first_layer_choice import candidates, check_accumulation, choose_layer
 from lineament.learn.ridge_gradient import RidgeGradient
-
-# Compiled code and copies of a layer know its Tract by a number: a compiled graph cannot hold an object.
-_ACTIVE: weakref.WeakValueDictionary[int, Tract] = weakref.WeakValueDictionary()
-_NUMBERS = itertools.count()
+from lineament.learn.weight_backward import is_swapped, register, release, swapped_class
 
 
 def tract(
@@ -94,7 +87,7 @@ def tract(
         number("samples", samples, low=1, integer=True)
     name, module = choose_layer(model, layer)
     require(
-        not hasattr(type(module), "tract_number"),
+        not is_swapped(module),
         f"layer {name!r}: trains its pre-activations already; undo that first",
     )
     stochastic = samples is not None or every > 1 or momentum > 0
@@ -132,26 +125,25 @@ class Tract:
         others: list[str] | None,
     ):
         self.layer, self.module, self.gradient = layer, module, gradient
-        self.number = next(_NUMBERS)
+        self._number = register(self)
         self._plain: type[nn.Module] | None = type(module)
         self._others, self._warned = others, False
         self._accumulates = accumulate is not None
         self._hook = None if accumulate is None else accumulate.register_step_pre_hook(self._before_step)
-        self._compiled = any(
-            isinstance(m, torch._dynamo.OptimizedModule) or vars(m).get("_compiled_call_impl")
+        self._compiled = "torch._dynamo" in sys.modules and any(
+            isinstance(m, sys.modules["torch._dynamo"].OptimizedModule)
+            or vars(m).get("_compiled_call_impl") is not None
             for m in model.modules()
         )
-        _ACTIVE[self.number] = self
-        self._swap(_swapped(type(module), self))
+        self._swap(swapped_class(type(module), self._number))
 
     def undo(self) -> None:
         """Give the layer its ordinary backward again; a second call changes nothing."""
         if self._plain is None:
             return
-        vars(self.module).pop("_tract_input", None)
+        release(self.module, self._number)
         self._swap(self._plain)
         self._plain = None
-        _ACTIVE.pop(self.number, None)
         if self._hook is not None:
             self._hook.remove()
 
@@ -174,7 +166,12 @@ class Tract:
         weight = self.module.weight
         assert isinstance(weight, nn.Parameter)
         if weight.grad is not None and self.gradient.gathered is not None:
-            weight.grad = self.gradient.of_gathered(weight.grad)
+            new = self.gradient.of_gathered(weight.grad)
+            if new.is_sparse:
+                weight.grad = new
+            else:
+                # In place: DistributedDataParallel may keep the gradient inside its own buckets.
+                weight.grad.copy_(new)
 
     def _swap(self, other: type[nn.Module]) -> None:
         self.module.__class__ = other
@@ -189,7 +186,8 @@ class Tract:
         )
         self.correct()
 
-    def _backward(self, gradient: Tensor, x: Tensor) -> Tensor:
+    def backward(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """The weight's gradient to go on with, from one use's ordinary gradient and the layer's input."""
         if not self._accumulates:
             return self.gradient.of_batch(gradient, x)
         weight = self.module.weight
@@ -197,7 +195,7 @@ class Tract:
         self.gradient.gather(x, anew=weight.grad is None)
         return gradient
 
-    def _look_at(self, x: Any) -> None:
+    def look_at(self, x: Any) -> None:
         """Refuse or warn where the layer's input is no data."""
         require(
             isinstance(x, Tensor),
@@ -213,96 +211,3 @@ class Tract:
                 f"{words} alone; name the first layer with layer=... (this one, or among: {others})"
             )
         warnings.warn(f"{words}; TrAct deeper in a network is outside the paper", UserWarning, stacklevel=5)
-
-
-class _Correction(torch.autograd.Function):
-    """The identity on a weight, with another way back."""
-
-    @staticmethod
-    def forward(weight: Tensor, x: Tensor, number: int) -> Tensor:
-        return weight.view_as(weight)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, x, ctx.number = inputs
-        # The layer keeps its input for its own weight gradient anyway.
-        ctx.save_for_backward(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
-        if torch.compiler.is_compiling():
-            return _corrected(gradient, x, ctx.number), None, None
-        return _backward_of(gradient, x, ctx.number), None, None
-
-
-def _backward_of(gradient: Tensor, x: Tensor, number: int) -> Tensor:
-    active = _ACTIVE.get(number)
-    return gradient if active is None else active._backward(gradient, x)
-
-
-# For compiled graphs the whole correction is one operation: what it does is small and would only be compiled for nothing.
-@torch.library.custom_op("lineament::tract_gradient", mutates_args=())
-def _corrected(gradient: torch.Tensor, x: torch.Tensor, number: int) -> torch.Tensor:
-    made = _backward_of(gradient, x, number)
-    return made.clone() if made is gradient else made.contiguous()
-
-
-@_corrected.register_fake
-def _(gradient: torch.Tensor, x: torch.Tensor, number: int) -> torch.Tensor:
-    return torch.empty_like(gradient, memory_format=torch.contiguous_format)
-
-
-def _swapped(plain: Any, owner: Tract) -> type[nn.Module]:
-    """The layer's class with a weight that, inside the forward, has another way back; its copies and pickles are plain layers."""
-    number = owner.number
-    parametrized: Any = getattr(plain, "weight", None)  # then the weight is a property that computes it
-
-    def stored(self: Any) -> Tensor:
-        return self._parameters["weight"] if parametrized is None else parametrized.fget(self)
-
-    def weight(self: Any) -> Tensor:
-        x = self.__dict__.get("_tract_input")
-        if x is None or not torch.is_grad_enabled():
-            return stored(self)
-        return _Correction.apply(stored(self), x.detach(), number)  # pyright: ignore
-
-    def set_weight(self: Any, value: Any) -> None:
-        if parametrized is None:
-            self._parameters["weight"] = value
-        else:
-            parametrized.fset(self, value)
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()), None)
-        if not torch.compiler.is_compiling() and (active := _ACTIVE.get(number)) is not None:
-            active._look_at(x)
-        self._tract_input = x
-        try:
-            return plain.forward(self, *args, **kwargs)
-        finally:
-            self._tract_input = None
-
-    def as_plain(self: Any, make: Any) -> Any:
-        swapped = type(self)
-        self.__class__ = plain
-        try:
-            return make(self)
-        finally:
-            self.__class__ = swapped
-
-    def reduce(self: Any, protocol: int) -> Any:
-        make, args, *rest = as_plain(self, lambda layer: layer.__reduce_ex__(protocol))
-        # pickle wants __newobj__ to make an object of the class at hand, which is the swapped one.
-        return functools.partial(make, *args), (), *rest
-
-    members = {
-        "tract_number": number,
-        "weight": property(weight, set_weight),
-        "forward": forward,
-        "__deepcopy__": lambda self, memo: as_plain(self, lambda layer: copy.deepcopy(layer, memo)),
-        "__reduce_ex__": reduce,
-        "__module__": plain.__module__,
-    }
-    return type(f"Tract{plain.__name__}", (plain,), members)

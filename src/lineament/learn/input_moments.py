@@ -25,6 +25,8 @@ class NotFinite(InputError):
 
 # Elements of unfolded patches held at a time.
 _CHUNK = 2**23
+# Columns up to which a second moment is a small matrix.
+_SMALL = 256
 
 
 def second_moment(
@@ -55,12 +57,11 @@ def second_moment(
         rows = samples
     total = None
     for columns in _chunks(layer, windows):
-        product = columns @ columns.mT
-        total = product if total is None else total.add_(product)
+        total = _add_product(total, columns)
     if total is None:
         n = layer.weight[0].numel()
         total = windows.new_zeros(_groups(layer), n, n)
-    return total, rows
+    return _whole(total), rows
 
 
 def factorise(moment: Tensor, lam: float) -> Tensor:
@@ -78,7 +79,7 @@ def factorise(moment: Tensor, lam: float) -> Tensor:
     matrix.diagonal(dim1=-2, dim2=-1).add_(lam)
     factor, info = torch.linalg.cholesky_ex(matrix)
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
-    if not bool(torch.isfinite(moment).all()):
+    if not finite(moment):
         raise NotFinite("the layer's input holds NaN or infinite values")
     least, most = diagonal.square().amin(-1), diagonal.square().amax(-1)
     # Rounding can let a singular matrix pass; the data's own precision decides, not that of the solve.
@@ -89,6 +90,12 @@ def factorise(moment: Tensor, lam: float) -> Tensor:
             "columns, of full rank)"
         )
     return factor
+
+
+def finite(moment: Tensor) -> bool:
+    """Whether a second moment is finite: no entry of XᵀX exceeds its diagonal's."""
+    entries = moment if moment.ndim == 1 else moment.diagonal(dim1=-2, dim2=-1)
+    return bool(torch.isfinite(entries).all())
 
 
 def divide(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -152,8 +159,28 @@ def _working(x: Tensor) -> Tensor:
 
 
 def _solving(x: Tensor) -> torch.dtype:
-    """Small systems are solved in double precision, where the device has it."""
-    return x.dtype if x.device.type == "mps" else torch.double
+    """Small systems are solved in double precision, which costs nothing; large ones in that of the moments, whose rounding decides then."""
+    return torch.double if x.shape[-1] <= _SMALL and x.device.type != "mps" else x.dtype
+
+
+def _add_product(total: Tensor | None, columns: Tensor) -> Tensor:
+    """The sum so far plus Xᵀ X, of which only blocks on and below the diagonal are made where there are several."""
+    width = columns.shape[-2]
+    if width <= _SMALL:
+        product = columns @ columns.mT
+        return product if total is None else total.add_(product)
+    if total is None:
+        total = columns.new_zeros(len(columns), width, width)
+    step = -(-width // 6)
+    for start in range(0, width, step):
+        block = slice(start, start + step)
+        total[:, block, : block.stop] += columns[:, block] @ columns[:, : block.stop].mT
+    return total
+
+
+def _whole(total: Tensor) -> Tensor:
+    """A symmetric matrix from its blocks on and below the diagonal."""
+    return total if total.shape[-1] <= _SMALL else total.tril() + total.tril(-1).mT
 
 
 def _groups(layer: Any) -> int:

@@ -20,6 +20,7 @@ from lineament.learn.input_moments import (
     divide,
     divide_wide,
     factorise,
+    finite,
     full_precision,
     second_moment,
     wide,
@@ -158,7 +159,7 @@ class RidgeGradient:
         if rows == 0:
             return None
         moment = total / rows
-        if not bool(torch.isfinite(moment).all()):
+        if not finite(moment):
             raise NotFinite("its input holds NaN or infinite values")
         if not self._measured and moment.ndim > 1:
             self._measured = True
