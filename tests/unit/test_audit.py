@@ -182,7 +182,10 @@ def test_the_landscape_goes_by_its_earlier_name_too(tmp_path):
     flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     for p in flat.parameters():
         p.data.zero_()
-    assert audit(flat, (images, targets), out=tmp_path / "f", lenses=["landscape"]).sections[0].status in ("good", "note")
+    assert audit(flat, (images, targets), out=tmp_path / "f", lenses=["landscape"]).sections[0].status in (
+        "good",
+        "note",
+    )
 
 
 def test_a_lens_that_fails_says_so_and_the_rest_goes_on(tmp_path, monkeypatch):
