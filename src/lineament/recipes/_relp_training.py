@@ -11,12 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineament.core.batching import progress
-from lineament.data.patching_tasks import (
-    TokenPairs,
-    synthetic_greater_than,
-    synthetic_induction,
-    synthetic_ioi,
-)
+from lineament.data.patching_tasks import TokenPairs, synthetic_greater_than, synthetic_induction, synthetic_ioi
 
 TASKS: dict[str, Callable[..., TokenPairs]] = {
     "ioi": synthetic_ioi,
@@ -44,21 +39,11 @@ def network(vocabulary: int, positions: int, *, layers: int, width: int, heads: 
 
 
 def train(
-    task: str,
-    *,
-    layers: int,
-    width: int,
-    heads: int,
-    steps: int,
-    batch: int = 128,
-    lr: float = 1e-3,
-    seed: int = 0,
+    task: str, *, layers: int, width: int, heads: int, steps: int, batch: int = 128, lr: float = 1e-3, seed: int = 0
 ) -> dict[str, Tensor]:
     """The weights after AdamW (100 steps of warm-up, then a cosine) on cross-entropy of the answer at the last position, fresh prompts at every step."""
     first = TASKS[task](1)
-    model = network(
-        len(first.vocabulary), first.clean.shape[1], layers=layers, width=width, heads=heads, seed=seed
-    )
+    model = network(len(first.vocabulary), first.clean.shape[1], layers=layers, width=width, heads=heads, seed=seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
 
     def rate(step: int) -> float:
