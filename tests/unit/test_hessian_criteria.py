@@ -45,6 +45,7 @@ def test_k1_is_the_negative_part_of_the_trace_over_the_positive():
     assert found.negative + found.positive == pytest.approx(1)
 
 
+@pytest.mark.filterwarnings("ignore::lineament.measure.batchnorm_modes.LandscapeWarning")
 def test_quadrature_and_hutchinson_are_one_estimator_for_the_same_probe():
     torch.manual_seed(0)
     matrix = torch.randn(40, 40).double()

@@ -130,10 +130,10 @@ def _visit(
     weights: dict[str, list[Any]] = {name: [0.0] * len(points) for name in sums}
 
     def add(index: int, name: str, value: Any, weight: Any) -> None:
-        value = torch.as_tensor(value, dtype=torch.float64).detach()
-        term = (
-            value * weight if not isinstance(weight, Tensor) else torch.where(weight > 0, value * weight, 0.0)
-        )
+        # Plain numbers for scalars: a dozen tiny tensors a point would cost more than a small network's forward.
+        if isinstance(value, Tensor):
+            value = value.detach().double().cpu()
+        term = torch.where(weight > 0, value * weight, 0.0) if isinstance(weight, Tensor) else value * weight
         sums[name][index] = term if sums[name][index] is None else sums[name][index] + term
         weights[name][index] = weights[name][index] + weight
 
@@ -143,11 +143,11 @@ def _visit(
         args, kwargs = _arguments(chunk.inputs)
         outputs = logits(model(*args, **kwargs))
         loss = loss_fn(outputs, chunk.targets)
-        checks.require(
-            isinstance(loss, Tensor) and loss.numel() == 1,
-            f"loss_fn: it returned {checks.show(loss)}, expected a scalar, the mean over the batch",
-        )
-        add(index, "loss", loss.detach().reshape(()).double().cpu(), chunk.count)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise checks.InputError(
+                f"loss_fn: it returned {checks.show(loss)}, expected a scalar, the mean over the batch"
+            )
+        add(index, "loss", loss.item(), chunk.count)
         for name, metric in metrics.items():
             if metric == "gradient_norm":
                 leaves = [dict(model.named_parameters())[n] for n in axes[0].names]
@@ -160,10 +160,10 @@ def _visit(
                 value, seen = _by_class(loss_fn, outputs.detach(), chunk.targets)
                 add(index, name, value, seen)
             elif metric == "accuracy":
-                add(index, name, (outputs.argmax(1) == chunk.targets).double().mean().cpu(), chunk.count)
+                add(index, name, (outputs.argmax(1) == chunk.targets).double().mean().item(), chunk.count)
             elif callable(metric):
                 value = metric(outputs.detach(), chunk.targets)
-                add(index, name, value.detach().cpu() if isinstance(value, Tensor) else value, chunk.count)
+                add(index, name, value, chunk.count)
 
     with ExitStack() as stack:
         stack.enter_context(frozen(model, requires_grad=None))
@@ -197,7 +197,10 @@ def _visit(
                     move(point)
                     look(index, chunk)
     return {
-        name: torch.stack([s / w for s, w in zip(values, weights[name])]) for name, values in sums.items()
+        name: torch.stack(
+            [torch.as_tensor(v / w, dtype=torch.float64) for v, w in zip(values, weights[name])]
+        )
+        for name, values in sums.items()
     }
 
 
