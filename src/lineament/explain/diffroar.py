@@ -178,7 +178,8 @@ def diffroar(
 
     >>> x = torch.randn(600, 4, generator=torch.Generator().manual_seed(0)); y = (x[:, 0] > 0).long()
     >>> def train(inputs, targets, seed):
-    ...     w = torch.linalg.lstsq(inputs - inputs.mean(0), targets.double().sub(0.5).float()[:, None]).solution
+    ...     c = inputs - inputs.mean(0)
+    ...     w = torch.linalg.solve(c.T @ c + torch.eye(4), c.T @ (targets[:, None] - 0.5))
     ...     return lambda z: torch.cat([-z @ w, z @ w], 1)
     >>> found = diffroar(lambda z: torch.eye(4)[0].expand(len(z), 4), train, (x[:300], y[:300], x[300:], y[300:]), fractions=[1, 0.25])
     >>> found.mean[0].item(), found.mean[1].item() > 0.4

@@ -11,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineament.core.batching import progress
-from lineament.data.patching_tasks import TokenPairs, synthetic_greater_than, synthetic_induction, synthetic_ioi
+from lineament.data.patching_tasks import (
+    TokenPairs,
+    synthetic_greater_than,
+    synthetic_induction,
+    synthetic_ioi,
+)
 
 TASKS: dict[str, Callable[..., TokenPairs]] = {
     "ioi": synthetic_ioi,
