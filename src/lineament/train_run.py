@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from lineament import console
-from lineament.audit.command import _classes, _image_size, _normalize
 from lineament.audit.models import Loaded, digest, load
+from lineament.audit.option_values import classes, image_size, normalize
 from lineament.audit.stages import threads
 from lineament.audit.subject import Subject, bring_together, one_output, two_logits
 from lineament.core.batching import Checkpoint
@@ -136,9 +136,9 @@ def _samples(a: argparse.Namespace) -> Samples:
         samples=2**62,
         inputs=a.inputs,
         targets=a.targets,
-        classes=_classes(a.classes),
+        classes=classes(a.classes),
         split=a.split or ("train" if parts else None),
-        image_size=_image_size(a.image_size),
+        image_size=image_size(a.image_size),
     )
     whole = not samples.targets.is_floating_point() or bool(
         (samples.targets == samples.targets.round()).all()
@@ -157,7 +157,7 @@ def _fitted_together(loaded: Loaded, samples: Samples, a: argparse.Namespace, op
     require(low >= 0, f"DATA: targets: got label {low}, expected labels from 0 on")
     firsts = [int((labels == c).nonzero()[0]) for c in labels.unique().tolist()]
     rows = torch.tensor([*firsts, *range(min(_HELD, len(samples)))]).unique()
-    pair = _normalize(a.normalize)
+    pair = normalize(a.normalize)
     subject = bring_together(
         loaded,
         take(samples, rows),

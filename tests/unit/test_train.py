@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
 
 import pytest
@@ -270,10 +269,6 @@ def test_a_last_batch_of_one_is_left_to_another_epoch():
 
 
 def test_tract_changes_the_first_layer_only_while_it_trains():
-    if importlib.util.find_spec("lineament.learn.first_layer") is None:
-        with pytest.raises(InputError, match="leave --tract out"):
-            trained(tract=0.1)
-        pytest.skip("lineament.learn.first_layer is not there yet")
     plain, _ = trained()
     model, done = trained(tract=0.1)
     assert done.tract_layer == "0" and not same(plain, model) and type(model[0]) is nn.Linear

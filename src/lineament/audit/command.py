@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from lineament.audit.lenses import LENSES
@@ -116,6 +115,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Audit, and say where the report is."""
+    from lineament.audit.option_values import classes, image_size, normalize, words
     from lineament.audit.run import audit
     from lineament.console import note
     from lineament.report.text import printable
@@ -126,15 +126,15 @@ def run(arguments: argparse.Namespace) -> int:
         out=arguments.out,
         overwrite=arguments.overwrite,
         weights=arguments.weights,
-        lenses=None if arguments.lenses is None else [n for text in arguments.lenses for n in _words(text)],
+        lenses=None if arguments.lenses is None else [n for text in arguments.lenses for n in words(text)],
         sites=arguments.sites,
-        classes=_classes(arguments.classes),
+        classes=classes(arguments.classes),
         groups=arguments.groups,
         inputs=arguments.inputs,
         targets=arguments.targets,
         split=arguments.split,
-        image_size=_image_size(arguments.image_size),
-        normalize=_normalize(arguments.normalize),
+        image_size=image_size(arguments.image_size),
+        normalize=normalize(arguments.normalize),
         task=arguments.task,
         method=arguments.method,
         gaze_site=arguments.gaze_site,
@@ -152,55 +152,3 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{section.status:>8}  {section.name}: {printable(section.sentence)}")
     print(f"Report: {found.html.resolve()}")
     return 0
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _classes(text: str | None) -> list[str] | None:
-    if text is None:
-        return None
-    path = Path(text)
-    if path.suffix == ".txt":
-        from lineament.core.checks import require
-
-        require(path.is_file(), f"--classes: file {text!r} does not exist")
-        return path.read_text(encoding="utf-8").splitlines()
-    return text.split(",")
-
-
-def _numbers(what: str, text: str) -> list[float]:
-    from lineament.core.checks import InputError
-
-    try:
-        return [float(word) for word in _words(text)]
-    except ValueError:
-        raise InputError(f"{what}: got {text!r}, expected numbers with commas between them") from None
-
-
-def _image_size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    from lineament.core.checks import require
-
-    sides = _numbers("--image-size", text)
-    require(
-        len(sides) in (1, 2) and all(s == int(s) and s > 0 for s in sides),
-        f"--image-size: got {text!r}, expected HEIGHT,WIDTH in pixels",
-    )
-    return int(sides[0]), int(sides[-1])
-
-
-def _normalize(text: str | None) -> tuple[list[float], list[float]] | None:
-    if text is None:
-        return None
-    from lineament.core.checks import require
-
-    values = _numbers("--normalize", text)
-    require(
-        len(values) >= 2 and len(values) % 2 == 0,
-        f"--normalize: got {len(values)} numbers, expected one mean and one deviation for each channel",
-    )
-    half = len(values) // 2
-    return values[:half], values[half:]

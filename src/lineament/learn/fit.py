@@ -6,8 +6,6 @@ layer's class are put back in order also after an exception; the weights are the
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -18,7 +16,8 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.batching import Checkpoint
-from lineament.core.checks import InputError, require
+from lineament.core.checks import require
+from lineament.learn.first_layer import tract
 from lineament.learn.fit_loop import Inputs, Loop
 from lineament.learn.fit_options import Options
 from lineament.learn.fit_result import Fitted
@@ -139,9 +138,6 @@ def _targets(targets: Any) -> Tensor:
 def _tract(model: nn.Module, lam: float | None, processes: Processes) -> Any:
     if lam is None:
         return nullcontext()
-    name = "lineament.learn.first_layer"
-    if importlib.util.find_spec(name) is None:
-        raise InputError(f"tract: this version of Lineament has no {name}; leave --tract out")
     # What is not finite is judged by the loop, which knows the step.
     group = "world" if processes.count > 1 else None
-    return importlib.import_module(name).tract(model, lam=lam, nonfinite="pass", process_group=group)
+    return tract(model, lam=lam, nonfinite="pass", process_group=group)

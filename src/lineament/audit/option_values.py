@@ -1,0 +1,55 @@
+"""What the options of `lineament audit` and `lineament train` say, read from text; imported when a command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lineament.core.checks import InputError, require
+
+
+def words(text: str) -> list[str]:
+    """The parts of a list with commas between them."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def classes(text: str | None) -> list[str] | None:
+    """Names of classes: with commas between them, or a text file with one a line."""
+    if text is None:
+        return None
+    path = Path(text)
+    if path.suffix == ".txt":
+        require(path.is_file(), f"--classes: file {text!r} does not exist")
+        return path.read_text(encoding="utf-8").splitlines()
+    return text.split(",")
+
+
+def _numbers(what: str, text: str) -> list[float]:
+    try:
+        return [float(word) for word in words(text)]
+    except ValueError:
+        raise InputError(f"{what}: got {text!r}, expected numbers with commas between them") from None
+
+
+def image_size(text: str | None) -> tuple[int, int] | None:
+    """(height, width) from ``HEIGHT,WIDTH`` or one side."""
+    if text is None:
+        return None
+    sides = _numbers("--image-size", text)
+    require(
+        len(sides) in (1, 2) and all(s == int(s) and s > 0 for s in sides),
+        f"--image-size: got {text!r}, expected HEIGHT,WIDTH in pixels",
+    )
+    return int(sides[0]), int(sides[-1])
+
+
+def normalize(text: str | None) -> tuple[list[float], list[float]] | None:
+    """Means and deviations, one of each for every channel."""
+    if text is None:
+        return None
+    values = _numbers("--normalize", text)
+    require(
+        len(values) >= 2 and len(values) % 2 == 0,
+        f"--normalize: got {len(values)} numbers, expected one mean and one deviation for each channel",
+    )
+    half = len(values) // 2
+    return values[:half], values[half:]
