@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lineament.bench import Row, compare
-from lineament.explain.input_gradients import input_gradient
+from lineament.explain.diffroar.input_gradients import input_gradient
+from lineament.explain.diffroar.unmasking import Unmasked, rank
 from lineament.explain.pixel_scores import infidelity, sensitivity
-from lineament.explain.unmasking import Unmasked, rank
 from lineament.learn.adversarial import PGD
 from lineament.learn.training import Training
 

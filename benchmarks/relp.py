@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lineament.bench import Row, compare
 from lineament.core.models import frozen
-from lineament.explain.patch_metrics import logit_difference
-from lineament.explain.patch_paths import integrated_patching
 from lineament.explain.patching import activation_patching, attribution_patching, relevance_patching
+from lineament.explain.patching.metrics import logit_difference
+from lineament.explain.patching.paths import integrated_patching
 
 SLUG = "relp"
 LAYERS, WIDTH, HEADS, WORDS, PAIRS, POSITIONS = 6, 256, 8, 4096, 8, 15

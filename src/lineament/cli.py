@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib.util
+import importlib
 import os
 import re
 import sys
@@ -112,14 +112,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    if importlib.util.find_spec("lineament.audit.command"):
-        importlib.import_module("lineament.audit.command").add_parser(commands)
-
-    if importlib.util.find_spec("lineament.explain_command"):
-        importlib.import_module("lineament.explain_command").add_parser(commands)
-
-    if importlib.util.find_spec("lineament.train_command"):
-        importlib.import_module("lineament.train_command").add_parser(commands)
+    for place in ("lineament.audit.command", "lineament.command.explain", "lineament.command.train"):
+        importlib.import_module(place).add_parser(commands)
 
     papers = commands.add_parser("papers", help="the catalogue: 29 papers, newest first, with what runs each")
     papers.add_argument("--search", metavar="TEXT", default="", help="only papers in which every word occurs")

@@ -92,7 +92,7 @@ PAPERS: tuple[Paper, ...] = (
         "Rebuffi, Fong, Ji, Vedaldi",
         "2004.02866",
         "See which parts of an image a network's gradients point at, with one function for the whole Grad-CAM family.",
-        ("explain/saliency.py",),
+        ("explain/saliency/",),
     ),
     Paper(
         "diffroar",
@@ -100,7 +100,7 @@ PAPERS: tuple[Paper, ...] = (
         "Shah, Jain, Netrapalli",
         "2102.12781",
         "Test whether input gradients mark the pixels that matter, by retraining on what they keep.",
-        ("explain/diffroar.py", "data/blockmnist.py", "learn/adversarial.py"),
+        ("explain/diffroar/", "data/blockmnist.py", "learn/adversarial.py"),
     ),
     Paper(
         "reagent",
@@ -108,7 +108,7 @@ PAPERS: tuple[Paper, ...] = (
         "Zhao, Shan",
         "2402.00794",
         "Find the context tokens behind a generated token from probabilities alone, without gradients.",
-        ("explain/tokens.py",),
+        ("explain/tokens/",),
     ),
     Paper(
         "relp",
@@ -116,7 +116,10 @@ PAPERS: tuple[Paper, ...] = (
         "Rezaei Jafari, Eberle, Khakzar, Nanda",
         "2508.21258",
         "Locate the components that carry a behaviour of a language model in two forward passes and one backward pass.",
-        ("explain/patching.py",),
+        (
+            "explain/patching/",
+            "explain/relevance/",
+        ),
     ),
     Paper(
         "gsae",

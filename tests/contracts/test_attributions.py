@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.explain.input_gradients import KINDS, attribution, input_gradient
+from lineament.explain.diffroar.input_gradients import KINDS, attribution, input_gradient
+from lineament.explain.diffroar.unmasking import Unmasked, rank
 from lineament.explain.pixel_scores import score_maps
 from lineament.explain.saliency import METHODS, saliency
-from lineament.explain.unmasking import Unmasked, rank
 from tests.contracts.unchanged import unchanged
 
 LABELLED = ("logit_true", "softmax_true", "loss")

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.explain.circuits import component_nodes, node_effects
-from lineament.explain.patch_edges import edge_patching
-from lineament.explain.patch_metrics import logit_difference
-from lineament.explain.patch_paths import integrated_patching
 from lineament.explain.patching import activation_patching, attribution_patching, relevance_patching
+from lineament.explain.patching.circuits import component_nodes, node_effects
+from lineament.explain.patching.edges import edge_patching
+from lineament.explain.patching.metrics import logit_difference
+from lineament.explain.patching.paths import integrated_patching
 from tests.contracts.language_models import prompts, tiny
 from tests.contracts.unchanged import unchanged
 

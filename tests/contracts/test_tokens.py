@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lineament.core.checks import InputError
-from lineament.explain.token_baselines import METHODS, attribute_tokens
-from lineament.explain.token_results import NORMALIZATIONS
+from lineament.explain.tokens.baselines import METHODS, attribute_tokens
+from lineament.explain.tokens.results import NORMALIZATIONS
 from tests.contracts.token_models import BOTH_WAYS, CAUSAL, byte_tokenizer, copies, model
 from tests.contracts.unchanged import unchanged
 

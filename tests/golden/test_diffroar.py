@@ -14,9 +14,9 @@ from torch import nn
 from lineament.data.blockmnist import null_pattern, stacked
 from lineament.data.signal_blocks import planted
 from lineament.explain.diffroar import DiffROAR
-from lineament.explain.feature_leakage import MaxMargin, leakage, null_fraction, null_mass
-from lineament.explain.input_gradients import input_gradient
-from lineament.explain.unmasking import Unmasked, rank
+from lineament.explain.diffroar.feature_leakage import MaxMargin, leakage, null_fraction, null_mass
+from lineament.explain.diffroar.input_gradients import input_gradient
+from lineament.explain.diffroar.unmasking import Unmasked, rank
 from lineament.learn.adversarial import pgd
 
 FILES = files("diffroar")

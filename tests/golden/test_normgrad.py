@@ -14,11 +14,11 @@ from tests.golden.common import files
 from torch import nn
 
 from lineament.core.sites import capture, record
-from lineament.explain.aggregation import Window, aggregate_contributions, combined
-from lineament.explain.meta_saliency import meta_saliency
-from lineament.explain.pointing import PointingGame, points_at
 from lineament.explain.saliency import METHODS, saliency
-from lineament.explain.saliency_checks import class_sensitivity
+from lineament.explain.saliency.aggregation import Window, aggregate_contributions, combined
+from lineament.explain.saliency.checks import class_sensitivity
+from lineament.explain.saliency.meta import meta_saliency
+from lineament.explain.saliency.pointing import PointingGame, points_at
 
 TOLERANCE = 1e-9
 

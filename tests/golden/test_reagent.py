@@ -12,12 +12,16 @@ import torch
 from tests.golden.common import files
 from torch import nn
 
-from lineament.explain.next_token import NextToken
-from lineament.explain.token_attention import from_attention
-from lineament.explain.token_baselines import attribute_tokens
-from lineament.explain.token_faithfulness import exact_soft_faithfulness, hard_faithfulness, soft_faithfulness
-from lineament.explain.token_results import normalized
 from lineament.explain.tokens import Script, reagent
+from lineament.explain.tokens.attention import from_attention
+from lineament.explain.tokens.baselines import attribute_tokens
+from lineament.explain.tokens.faithfulness import (
+    exact_soft_faithfulness,
+    hard_faithfulness,
+    soft_faithfulness,
+)
+from lineament.explain.tokens.next_token import NextToken
+from lineament.explain.tokens.results import normalized
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-10}
 FILES = files("reagent")

@@ -13,11 +13,11 @@ from tests.golden.relp_networks import Conserving, Decoder, Dictionary, Downstre
 from torch import nn
 
 from lineament.core.sites import capture, record
-from lineament.explain.circuit_curves import circuit_curve
-from lineament.explain.circuits import node_effects
-from lineament.explain.patch_metrics import logit_difference
-from lineament.explain.patch_result import fidelity
 from lineament.explain.patching import activation_patching, relevance_patching
+from lineament.explain.patching.circuit_curves import circuit_curve
+from lineament.explain.patching.circuits import node_effects
+from lineament.explain.patching.metrics import logit_difference
+from lineament.explain.patching.result import fidelity
 from lineament.explain.relevance import relevance_rules
 
 KINDS = ["resid_pre", "attn_out", "mlp_out"]

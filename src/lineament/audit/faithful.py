@@ -20,8 +20,8 @@ from lineament.core.batching import chunked
 from lineament.core.checks import InputError
 from lineament.core.models import logits
 from lineament.explain.diffroar import DiffROAR, diffroar
+from lineament.explain.diffroar.input_gradients import input_gradient
 from lineament.explain.faithfulness import faithfulness
-from lineament.explain.input_gradients import input_gradient
 from lineament.explain.pixel_scores import MapScores, score_maps
 from lineament.learn.training import Training
 from lineament.report.figures import picture

@@ -126,7 +126,7 @@ def greater_than_pairs(count: int, *, seed: int = 0) -> TextPairs:
     """Greater-than: "The war lasted from the year 1741 to the year 17" -> a two-digit year above 41; corrupt begins in 01.
 
     ``correct`` and ``wrong`` are the years next above and below, for a logit difference; the metric of the paper is
-    :func:`lineament.explain.patch_metrics.probability_difference` over all two-digit years.
+    :func:`lineament.explain.patching.metrics.probability_difference` over all two-digit years.
 
     >>> greater_than_pairs(1).corrupt[0][-2:]
     '17'

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.batching import chunked
-from lineament.explain.diffroar import DiffROAR
+from lineament.explain.diffroar.retraining import DiffROAR
 from lineament.explain.faithfulness import Baseline, faithfulness, removed
 from lineament.explain.scores import class_scores, differentiable, prepared, scores_of
 

@@ -12,8 +12,8 @@ from lineament.data.blockmnist import BlockImages, block_mnist
 from lineament.data.digit_images import digit_images
 from lineament.data.signal_blocks import SignalBlocks, signal_blocks
 from lineament.explain.diffroar import DiffROAR, accuracy, diffroar
-from lineament.explain.feature_leakage import leakage, null_fraction, null_mass
-from lineament.explain.input_gradients import attribution, input_gradient
+from lineament.explain.diffroar.feature_leakage import leakage, null_fraction, null_mass
+from lineament.explain.diffroar.input_gradients import attribution, input_gradient
 from lineament.learn.adversarial import PGD, robust_accuracy
 from lineament.learn.training import Training
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from lineament.explain.diffroar import DiffROAR
-from lineament.explain.feature_leakage import predicted_gradients
-from lineament.explain.input_gradients import input_gradient
+from lineament.explain.diffroar.feature_leakage import predicted_gradients
+from lineament.explain.diffroar.input_gradients import input_gradient
 from lineament.report.figures import picture, save
 from lineament.report.outcome import Figure
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lineament.core.batching import Checkpoint
 from lineament.core.checks import InputError, require
 from lineament.explain.diffroar import accuracy, diffroar
-from lineament.explain.input_gradients import attribution
+from lineament.explain.diffroar.input_gradients import attribution
 from lineament.learn.adversarial import PGD, robust_accuracy
 from lineament.learn.training import Training
 from lineament.recipes import _diffroar_figures as figures

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from lineament.data.digit_scenes import DigitScenes
-from lineament.explain.aggregation import normalised
 from lineament.explain.saliency import saliency
+from lineament.explain.saliency.aggregation import normalised
 from lineament.report.figures import picture, save
 from lineament.report.outcome import Figure
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lineament.core.sites import record
 from lineament.data.patching_tasks import TokenPairs, synthetic_ioi
-from lineament.explain.circuit_curves import circuit_curve
-from lineament.explain.circuits import NodeEffects, node_effects
-from lineament.explain.patch_metrics import logit_difference
+from lineament.explain.patching.circuit_curves import circuit_curve
+from lineament.explain.patching.circuits import NodeEffects, node_effects
+from lineament.explain.patching.metrics import logit_difference
 
 COUNTS = (5, 10, 20, 40, 80, 160, 320, 640)
 METHODS = ("attrib", "relp", "ig")

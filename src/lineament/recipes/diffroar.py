@@ -14,7 +14,7 @@ from typing import Any, Literal
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import require
 from lineament.explain.diffroar import FRACTIONS, DiffROAR
-from lineament.explain.input_gradients import attribution
+from lineament.explain.diffroar.input_gradients import attribution
 from lineament.recipes import _diffroar_figures as figures
 from lineament.recipes._diffroar_experiments import MODELS, PLACEMENTS, Demonstration, rebuilt, simplified
 from lineament.recipes._diffroar_photographs import on_photographs

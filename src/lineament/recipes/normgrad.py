@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.batching import Checkpoint, progress
 from lineament.data.digit_scenes import DigitScenes, digit_scenes
-from lineament.explain.aggregation import combined
-from lineament.explain.meta_saliency import meta_saliency
-from lineament.explain.pointing import hits
 from lineament.explain.saliency import saliency
-from lineament.explain.saliency_checks import class_sensitivity
+from lineament.explain.saliency.aggregation import combined
+from lineament.explain.saliency.checks import class_sensitivity
+from lineament.explain.saliency.meta import meta_saliency
+from lineament.explain.saliency.pointing import hits
 from lineament.recipes._normgrad_claims import COMBINED, META, photograph_claims, scene_claims
 from lineament.recipes._normgrad_figures import correlation_figure, picture_grid, pointing_figure
 from lineament.recipes._normgrad_networks import photographs_model

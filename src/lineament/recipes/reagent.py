@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from lineament.core.batching import Checkpoint, progress
-from lineament.explain.token_baselines import attribute_tokens
-from lineament.explain.token_controls import match_entropy, match_retention, random_importance
-from lineament.explain.token_faithfulness import hard_faithfulness, soft_faithfulness
-from lineament.explain.token_results import entropy
+from lineament.explain.tokens.baselines import attribute_tokens
+from lineament.explain.tokens.controls import match_entropy, match_retention, random_importance
+from lineament.explain.tokens.faithfulness import hard_faithfulness, soft_faithfulness
+from lineament.explain.tokens.results import entropy
 from lineament.recipes._presets import presets
 from lineament.recipes._reagent_figures import figures
 from lineament.recipes._reagent_task import (

@@ -16,10 +16,10 @@ from torch import Tensor
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError
 from lineament.data.patching_tasks import TokenPairs, ioi_pairs, save_language_model
-from lineament.explain.patch_metrics import logit_difference, probability_difference, single_tokens
-from lineament.explain.patch_paths import integrated_patching
-from lineament.explain.patch_result import fidelity
 from lineament.explain.patching import activation_patching, relevance_patching
+from lineament.explain.patching.metrics import logit_difference, probability_difference, single_tokens
+from lineament.explain.patching.paths import integrated_patching
+from lineament.explain.patching.result import fidelity
 from lineament.explain.relevance import relevance_rules
 from lineament.recipes._presets import presets
 from lineament.recipes._relp_circuits import COUNTS, circuits

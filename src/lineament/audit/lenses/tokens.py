@@ -16,11 +16,11 @@ from lineament.audit.language import LanguageSubject
 from lineament.audit.words import compact, mean_interval
 from lineament.core.batching import progress
 from lineament.core.checks import InputError
-from lineament.explain.token_controls import random_importance
-from lineament.explain.token_faithfulness import soft_faithfulness
-from lineament.explain.token_results import TokenAttribution, entropy
-from lineament.explain.token_samplers import UnigramSampler
 from lineament.explain.tokens import reagent
+from lineament.explain.tokens.controls import random_importance
+from lineament.explain.tokens.faithfulness import soft_faithfulness
+from lineament.explain.tokens.results import TokenAttribution, entropy
+from lineament.explain.tokens.samplers import UnigramSampler
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
 from lineament.report.section import Picture, Section

@@ -1,0 +1,161 @@
+"""Is a circuit enough, and is anything left outside? Faithfulness and completeness against the number of nodes.
+
+Marks et al., "Sparse Feature Circuits", 2024 (arXiv 2403.19647). What is not in the circuit takes its mean over the patch batch, position by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lineament.core.checks import InputError, one_of, require, show
+from lineament.core.models import frozen
+from lineament.explain.patching.circuit_nodes import NodeSites
+from lineament.explain.patching.circuits import NodeEffects
+from lineament.explain.patching.inputs import Prompts
+from lineament.explain.patching.metrics import Metric
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Errors = Literal["default", "remove", "keep"]
+
+
+@dataclass(frozen=True)
+class CircuitCurve:
+    """Faithfulness (of the circuit) and completeness (of what is outside; low is good) against the size of the circuit."""
+
+    thresholds: Sequence[float]
+    nodes: Sequence[int]
+    faithfulness: Sequence[float]
+    completeness: Sequence[float]
+    full: float
+    empty: float
+
+    def at(
+        self, nodes: Sequence[int], which: Literal["faithfulness", "completeness"] = "faithfulness"
+    ) -> list[float]:
+        """The curve at these numbers of nodes, linearly between its points."""
+        import numpy as np
+
+        order = np.argsort(self.nodes, kind="stable")
+        return np.interp(nodes, np.array(self.nodes)[order], np.array(getattr(self, which))[order]).tolist()
+
+    def plot(self, ax: Axes | None = None, *, label: str = "") -> Axes:
+        """Both curves against the number of nodes."""
+        from matplotlib.figure import Figure
+
+        if ax is None:
+            ax = Figure(layout="constrained").subplots()
+        name = f"{label} " if label else ""
+        (line,) = ax.plot(self.nodes, self.faithfulness, marker="o", label=f"{name}faithfulness")
+        ax.plot(
+            self.nodes, self.completeness, linestyle="--", color=line.get_color(), label=f"{name}completeness"
+        )
+        ax.set(xlabel="nodes in the circuit", ylabel="share of the metric", xscale="symlog")
+        ax.legend()
+        return ax
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            key: list(value) if isinstance(value, (list, tuple)) else value
+            for key, value in vars(self).items()
+        }
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def circuit_curve(
+    model: nn.Module,
+    clean: Prompts,
+    patch: Prompts,
+    metric: Metric,
+    effects: NodeEffects,
+    *,
+    dictionaries: Mapping[str, Any],
+    thresholds: Sequence[float] | None = None,
+    errors: Errors = "default",
+    tokenizer: Any = None,
+    attention_mask: Tensor | None = None,
+) -> CircuitCurve:
+    """Faithfulness and completeness of the circuits of all nodes whose mean effect exceeds each threshold.
+
+    faithfulness = (m(C) - m(∅)) / (m(M) - m(∅)); completeness is that of the complement. Nodes outside take their mean over the patch batch, position
+    by position; inside they are what the run makes of them.
+
+    Args:
+        clean, patch: the prompts to judge on (others than those the effects come from, for an honest curve), of the same length.
+        effects: from :func:`node_effects`; \\|mean over the examples\\| is compared with the thresholds.
+        thresholds: by default 15 from 1e-4 to 1, logarithmically.
+        errors: the error nodes are nodes like others, all removed, or all kept.
+
+    Raises:
+        InputError: as :func:`node_effects`; also a model that does no better than the empty circuit (less than 1e-4 apart).
+
+    Source: Marks et al. 2024, section 4.
+    """
+    one_of("errors", errors, ("default", "remove", "keep"))
+    levels = torch.logspace(-4, 0, 15).tolist() if thresholds is None else [float(t) for t in thresholds]
+    if not isinstance(effects, NodeEffects):
+        raise InputError(f"effects: got {show(effects)}, expected the NodeEffects of node_effects")
+    work = NodeSites(model, clean, patch, metric, dictionaries, tokenizer, attention_mask)
+    for name in dictionaries:
+        require(name in effects.features, f"effects: has no site {name!r}; it has {list(effects.features)}")
+    with frozen(model):
+        target, _ = work.values(work.engine.source_inputs)
+        means = {name: (f.mean(0), e.mean(0)) for name, (f, e) in target.items()}
+        full = float(work.run({}).mean())
+        everything = {name: effects.features[name].mean(0) for name in work.sites}
+        everything_e = {name: value.mean(0) for name, value in effects.errors.items()}
+
+        def judged(level: float | None, inside: bool) -> float:
+            """The metric with the circuit (or its complement) intact; ``None`` keeps nothing."""
+            changes = {}
+            for name in work.sites:
+                f_keep = torch.zeros_like(everything[name], dtype=torch.bool)
+                e_keep = f_keep[:, :1]
+                if level is not None:
+                    f_keep = (everything[name].abs() > level) == inside
+                    e_keep = f_keep[:, :1] | True
+                    if name in everything_e:
+                        chosen = (everything_e[name].abs() > level)[:, None]
+                        chosen = {"default": chosen, "remove": chosen & False, "keep": chosen | True}[errors]
+                        e_keep = chosen if inside or errors == "keep" else ~chosen
+                changes[name] = _ablation(work, name, f_keep, e_keep, *means[name])
+            return float(work.run(changes).mean())
+
+        empty = judged(None, True)
+        require(
+            abs(full - empty) >= 1e-4,
+            f"metric: {full:.6g} for the whole model and {empty:.6g} with every node ablated are alike (less than 1e-4 apart), so that there is nothing to "
+            "be faithful to",
+        )
+        nodes, faithful, complete = [], [], []
+        for level in levels:
+            count = sum(int((value.abs() > level).sum()) for value in everything.values())
+            if errors == "default":
+                count += sum(int((value.abs() > level).sum()) for value in everything_e.values())
+            nodes.append(count)
+            faithful.append((judged(level, True) - empty) / (full - empty))
+            complete.append((judged(level, False) - empty) / (full - empty))
+    return CircuitCurve(levels, nodes, faithful, complete, full, empty)
+
+
+def _ablation(
+    work: NodeSites, name: str, f_keep: Tensor, e_keep: Tensor, f_mean: Tensor, e_mean: Tensor
+) -> Callable[[Tensor], Tensor]:
+    def change(x: Tensor) -> Tensor:
+        require(
+            x.shape[1] == f_keep.shape[0],
+            f"effects: of {f_keep.shape[0]} positions at {name!r}, expected the {x.shape[1]} of these prompts",
+        )
+        f, e = work.parts(name, x)
+        keep = f_keep.repeat_interleave(f.shape[-1] // f_keep.shape[-1], -1)
+        mixed = torch.where(keep, f, f_mean)
+        return work.dictionaries[name].decode(mixed) + torch.where(e_keep, e, e_mean)
+
+    return change

@@ -1,0 +1,216 @@
+"""Which nodes make a circuit, and is it enough? Dictionary features, neurons, heads and layers, judged by faithfulness and completeness.
+
+Marks et al., "Sparse Feature Circuits", 2024 (arXiv 2403.19647), with the coefficients of RelP (arXiv 2508.21258). At each site x = dec(f) + e: the
+features f and the error e are nodes. The gradient passes the site as if nothing were there and reaches f through the decoder alone, so that nothing is
+counted twice. A circuit keeps its nodes; everything else takes its mean over the patch batch at that position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lineament.core import payload
+from lineament.core.checks import InputError, number, one_of, show
+from lineament.core.hooks import watch
+from lineament.core.models import frozen
+from lineament.core.naming import Site
+from lineament.explain.patching.circuit_nodes import NodeSites, Units, component_nodes
+from lineament.explain.patching.inputs import Prompts
+from lineament.explain.patching.metrics import Metric
+from lineament.explain.patching.sites import flat
+from lineament.explain.relevance.context import Rules, relevance_rules
+from lineament.explain.relevance.functions import wide
+
+__all__ = ["NodeEffects", "Units", "component_nodes", "node_effects"]
+
+Method = Literal["attrib", "relp", "ig", "exact"]
+_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class NodeEffects:
+    """The effect of replacing each node by its value on the patch input, on the metric (not normalised), for each example.
+
+    Attributes:
+        features: by site, (batch, positions, nodes). errors: by site, (batch, positions); none where the dictionary is exact.
+        method: how they were found. coverage: which rule acted in how many modules.
+    """
+
+    features: Mapping[str, Tensor]
+    errors: Mapping[str, Tensor]
+    method: str
+    coverage: Mapping[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        means = {site: value.mean(0).tolist() for site, value in self.features.items()}
+        return {
+            "method": self.method,
+            "features": means,
+            "errors": {s: v.mean(0).tolist() for s, v in self.errors.items()},
+        }
+
+
+@torch.inference_mode(False)
+def node_effects(
+    model: nn.Module,
+    clean: Prompts,
+    patch: Prompts,
+    metric: Metric,
+    *,
+    dictionaries: Mapping[str, Any],
+    method: Method = "relp",
+    steps: int = 10,
+    rules: Rules = "relp",
+    modules: Mapping[Any, str] | None = None,
+    tokenizer: Any = None,
+    attention_mask: Tensor | None = None,
+) -> NodeEffects:
+    """What each node does to the metric when it takes its value from the patch input instead of the clean one.
+
+    ``attrib``: (f_patch - f_clean)·∂m/∂f at the clean run, for the error Σ (e_patch - e_clean)·∂m/∂e; ``relp``: the same with LRP coefficients; ``ig``:
+    the gradient's mean over (1-α) clean + α patch with α = 0, 1/N ... (N-1)/N, one site at a time; ``exact``: one run for each node that differs.
+
+    Args:
+        model, clean, patch, metric, tokenizer, attention_mask: as in :func:`lineament.explain.patching.methods.activation_patching`.
+        dictionaries: by site, any object with ``encode`` and ``decode``; :func:`component_nodes` gives heads, neurons and layers.
+        steps: N of ``ig``. rules, modules: of ``relp``.
+
+    Raises:
+        InputError: prompts of unequal length, an unknown site or method, a dictionary of another width.
+
+    Source: Marks et al. 2024, section 3.1.
+
+    >>> net = nn.Sequential(nn.Identity(), nn.Linear(2, 1, bias=False))
+    >>> _ = nn.init.ones_(net[1].weight)
+    >>> clean, patch = torch.zeros(1, 2), torch.tensor([[1.0, 3.0]])
+    >>> node_effects(net, clean, patch, lambda y: y[:, 0], dictionaries={"0": Units()}, method="attrib").features["0"].tolist()
+    [[[1.0, 3.0]]]
+    """
+    one_of("method", method, ("attrib", "relp", "ig", "exact"))
+    number("steps", steps, low=1, integer=True)
+    work = NodeSites(model, clean, patch, metric, dictionaries, tokenizer, attention_mask)
+    with frozen(model):
+        target, _ = work.values(work.engine.source_inputs)
+        if method in ("attrib", "relp"):
+            return _first_order(
+                work,
+                target,
+                method,
+                rules if method == "relp" else "gradient",
+                modules if method == "relp" else None,
+            )
+        base, score = work.values(work.engine.base_inputs, keep=bool(work.engine.blocks))
+        return _path(work, base, target, steps) if method == "ig" else _exact(work, base, target, score)
+
+
+def _first_order(
+    work: NodeSites, target: Mapping[str, tuple[Tensor, Tensor]], method: str, rules: Rules, modules: Any
+) -> NodeEffects:
+    features: dict[str, Tensor] = {}
+    errors: dict[str, Tensor] = {}
+
+    def tap(name: str) -> Callable[[Any], Any]:
+        def see(value: Any) -> Any:
+            path, tensor = payload.find(value) or ((), None)
+            if tensor is None:
+                raise InputError(f"dictionaries: {name!r} passed {show(value)}, which holds no tensor")
+            if not tensor.requires_grad:
+                tensor = tensor.detach().requires_grad_()
+            f, e = work.parts(name, flat(tensor.detach()))
+            f_to, e_to = target[name]
+
+            def contract(gradient: Tensor) -> None:
+                g = flat(gradient)
+                features[name], errors[name] = _contracted(work, name, f, f_to - f, (e_to - e), g)
+
+            onward = tensor.clone()
+            onward.register_hook(contract)
+            return payload.replace(value, path, onward)
+
+        return see
+
+    with (
+        torch.enable_grad(),
+        relevance_rules(work.model, rules, modules=modules) as coverage,
+        ExitStack() as stack,
+    ):
+        for name, site in work.sites.items():
+            watch(Site(site.name, site.module, site.side), tap(name), stack, last=True)
+        work.run({}).sum().backward()
+    for name, (f, e) in target.items():
+        features.setdefault(name, work.grouped(name, torch.zeros_like(f)))
+        errors.setdefault(name, torch.zeros_like(e[..., 0]))
+    features = {name: features[name] for name in work.sites}
+    errors = {name: errors[name] for name in work.sites if not work.exact(name)}
+    return NodeEffects(features, errors, method, coverage.active())
+
+
+def _contracted(
+    work: NodeSites, name: str, f: Tensor, df: Tensor, de: Tensor, g: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(f difference · coefficient through the decoder, e difference · coefficient)."""
+    if work.exact(name):
+        through = g
+    else:
+        with torch.enable_grad():
+            leaf = f.detach().requires_grad_()
+            through = torch.autograd.grad(work.dictionaries[name].decode(leaf), leaf, g.to(leaf.dtype))[0]
+    return work.grouped(name, wide(df) * wide(through)), (wide(de) * wide(g)).sum(-1)
+
+
+def _path(work: NodeSites, base: Any, target: Any, steps: int) -> NodeEffects:
+    features, errors = {}, {}
+    for name in work.sites:
+        (f, e), (f_to, e_to) = base[name], target[name]
+        alphas = (torch.arange(steps, device=f.device, dtype=f.dtype) / steps).repeat_interleave(len(f))[
+            :, None, None
+        ]
+        mixed_f = (1 - alphas) * f.repeat(steps, 1, 1) + alphas * f_to.repeat(steps, 1, 1)
+        mixed_e = (1 - alphas) * e.repeat(steps, 1, 1) + alphas * e_to.repeat(steps, 1, 1)
+        with torch.enable_grad():
+            leaf_f, leaf_e = mixed_f.requires_grad_(), mixed_e.requires_grad_()
+            x = work.dictionaries[name].decode(leaf_f) + leaf_e
+            score = work.run({name: lambda _, x=x: x}, steps, work.stage[name]).sum()
+            g_f, g_e = torch.autograd.grad(score, [leaf_f, leaf_e])
+        g_f, g_e = (g.unflatten(0, (steps, -1)).mean(0) for g in (g_f, g_e))
+        features[name] = work.grouped(name, (f_to - f) * g_f)
+        errors[name] = ((e_to - e) * g_e).sum(-1)
+    return NodeEffects(features, {n: e for n, e in errors.items() if not work.exact(n)}, "ig")
+
+
+@torch.no_grad()
+def _exact(work: NodeSites, base: Any, target: Any, score: Tensor) -> NodeEffects:
+    features, errors = {}, {}
+    for name in work.sites:
+        (f, e), (f_to, e_to) = base[name], target[name]
+        decode = work.dictionaries[name].decode
+        groups = work.grouped(name, f).shape[-1]
+        run = f.shape[-1] // groups
+        features[name], errors[name] = f.new_zeros(*f.shape[:2], groups), f.new_zeros(f.shape[:2])
+        differs = (f != f_to).unflatten(-1, (groups, run)).any(-1).any(0)
+        nodes: list[tuple[int, int | None]] = [(t, g) for t, g in differs.nonzero().tolist()]
+        nodes += [] if work.exact(name) else [(t, None) for t in range(f.shape[1])]
+        size = max(1, _ROWS // (f.shape[0] * f.shape[1]))
+        for first in range(0, len(nodes), size):
+            part = nodes[first : first + size]
+            rows_f, rows_e = f.repeat(len(part), 1, 1), e.repeat(len(part), 1, 1)
+            for k, (t, g) in enumerate(part):
+                rows = slice(k * len(f), (k + 1) * len(f))
+                if g is None:
+                    rows_e[rows, t] = e_to[:, t]
+                else:
+                    rows_f[rows, t, g * run : (g + 1) * run] = f_to[:, t, g * run : (g + 1) * run]
+            x = decode(rows_f) + rows_e
+            change = work.run({name: lambda _, x=x: x}, len(part), work.stage[name]) - score
+            for (t, g), effect in zip(part, change):
+                if g is None:
+                    errors[name][:, t] = effect
+                else:
+                    features[name][:, t, g] = effect
+    return NodeEffects(features, {n: e for n, e in errors.items() if not work.exact(n)}, "exact")

@@ -1,0 +1,251 @@
+"""ReAGent's rivals on the same interface: gradients, attention, perturbation and chance, each a score a token.
+
+The seven of the paper (arXiv 2402.00794) are input x gradient, integrated gradients, gradient SHAP, attention of the last layer, of all layers,
+rollout, and the gradient's norm; occlusion, LIME, KernelSHAP, value zeroing and random stand beside them. Scores are raw; ``normalize``
+says how they become an importance, because the published comparison hangs on that (see :mod:`lineament.explain.tokens.faithfulness`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lineament.core import checks
+from lineament.explain.tokens.attention import attention_all, attention_last, rollout, value_zeroing
+from lineament.explain.tokens.attribution import reagent
+from lineament.explain.tokens.blackbox import kernel_shap, lime, occlusion, random_scores
+from lineament.explain.tokens.prompts import is_batch, per_prompt, shown
+from lineament.explain.tokens.question import Question, ask
+from lineament.explain.tokens.results import NORMALIZATIONS, TokenAttribution, normalized
+
+
+def attribute_tokens(
+    model: Any,
+    tokenizer: Any,
+    prompt: Any,
+    target: Any = None,
+    *,
+    method: str = "reagent",
+    normalize: str = "none",
+    contrast: Any = None,
+    target_prefix: Any = None,
+    scope: str = "source",
+    span: tuple[int, int] | None = None,
+    protect: Any = (),
+    **options: Any,
+) -> Any:
+    """A score for each token of the prompt, by any method.
+
+    Args:
+        model, tokenizer, prompt, target, contrast, target_prefix, scope, span, protect: as for :func:`lineament.explain.tokens.attribution.reagent`.
+        method: ``"reagent"``; with gradients ``"grad_norm"``, ``"input_x_grad"``, ``"integrated_gradients"``, ``"gradient_shap"``; with attention
+            ``"attention_last"``, ``"attention_all"``, ``"rollout"``, ``"value_zeroing"``; from probabilities ``"occlusion"``, ``"lime"``,
+            ``"kernel_shap"``; ``"random"``.
+        normalize: over scored tokens: ``"none"`` (the raw score), ``"softmax"``, ``"abs-sum"`` or ``"minmax"``.
+        options: of the method, see its function.
+
+    Returns:
+        A :class:`~lineament.explain.tokens.results.TokenAttribution`, or a list of them for a list of prompts.
+
+    Raises:
+        InputError: an unknown method, an option it does not have, a model that does not show what it needs.
+
+    >>> def parrot(ids):  # says the token at position 1 again
+    ...     return torch.nn.functional.one_hot(ids[:, 1], 10) * 0.9 + 0.01
+    >>> attribute_tokens(parrot, None, [3, 7, 5, 1], method="kernel_shap").ranking()[0]
+    1
+    """
+    checks.one_of("method", method, METHODS)
+    checks.one_of("normalize", normalize, NORMALIZATIONS)
+    reading = {"target_prefix": target_prefix, "scope": scope, "span": span, "protect": protect}
+    if method == "reagent":
+        found = reagent(model, tokenizer, prompt, target, contrast=contrast, **reading, **options)
+        return (
+            [_renormalized(a, normalize) for a in found]
+            if isinstance(found, list)
+            else _renormalized(found, normalize)
+        )
+    if is_batch(prompt):
+        count = len(prompt)
+        prefixes = (
+            target_prefix
+            if isinstance(target_prefix, list) and not _is_ids(target_prefix)
+            else [target_prefix] * count
+        )
+        triples = zip(
+            prompt, per_prompt("target", target, count), per_prompt("contrast", contrast, count), prefixes
+        )
+        rest = {
+            "method": method,
+            "normalize": normalize,
+            "scope": scope,
+            "span": span,
+            "protect": protect,
+            **options,
+        }
+        return [
+            attribute_tokens(model, tokenizer, p, y, contrast=c, target_prefix=prefix, **rest)
+            for p, y, c, prefix in triples
+        ]
+    question = ask(model, tokenizer, prompt, target, contrast, **reading)
+    try:
+        with question.face.ready(gradients=True):
+            raw = METHODS[method](question, **options)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise checks.InputError(
+            f"options: {method!r} has no option {str(error).rsplit(' ', 1)[-1]}"
+        ) from error
+    p = question.prompt
+    result = TokenAttribution(
+        tokens=p.tokens,
+        ids=p.ids,
+        scores=question.spread(raw.detach().cpu()),
+        scored=p.scored,
+        target=question.target,
+        target_text=shown(tokenizer, [question.target])[0],
+        probability=question.probability,
+        method=method,
+        contrast=question.contrast,
+        contrast_text=None if question.contrast is None else shown(tokenizer, [question.contrast])[0],
+        source=p.source,
+        forwards=question.face.forwards,
+    )
+    return _renormalized(result, normalize)
+
+
+def grad_norm(question: Question) -> Float[Tensor, "scored"]:
+    """‖∂f/∂e_t‖, with f = log p(target) and e_t the word embedding of token t."""
+    _, slopes = gradients(question)
+    return slopes[0].norm(dim=-1)[question.prompt.places]
+
+
+def input_x_grad(question: Question) -> Float[Tensor, "scored"]:
+    """Σ_j e_tj ∂f/∂e_tj, signed."""
+    e, slopes = gradients(question)
+    return (e * slopes)[0].sum(-1)[question.prompt.places]
+
+
+def integrated_gradients(
+    question: Question, *, steps: int = 100, rule: str = "grid", batch_size: int = 32
+) -> Float[Tensor, "scored"]:
+    """Σ_j e_tj times the mean gradient on the straight path from zero embeddings: the scores sum to f(input) - f(zero input).
+
+    Args:
+        steps: ``"grid"`` takes the plain mean over 0, 1/steps, ..., 1, as the official code does (100), and misses the sum by O(1/steps);
+            ``"gauss"`` takes so many Gauss-Legendre points, and 32 are exact for smooth models.
+        batch_size: points a forward.
+    """
+    checks.number("steps", steps, low=1, integer=True)
+    if checks.one_of("rule", rule, ("grid", "gauss")) == "grid":
+        alphas, weights = np.linspace(0, 1, steps + 1), np.full(steps + 1, 1 / (steps + 1))
+    else:
+        nodes, weights = np.polynomial.legendre.leggauss(steps)
+        alphas, weights = (nodes + 1) / 2, weights / 2
+    e, _ = gradients(question)
+    total = torch.zeros_like(e[0])
+    for part, share in zip(
+        torch.from_numpy(alphas).split(batch_size), torch.from_numpy(weights).split(batch_size)
+    ):
+        scale = _path(question, part.to(e))
+        _, slopes = gradients(question, len(part), lambda x, columns, scale=scale: x * scale[:, columns])
+        total += torch.einsum("a,atd->td", share.to(e), slopes)
+    return (e[0] * total).sum(-1)[question.prompt.places]
+
+
+def gradient_shap(
+    question: Question, *, n_samples: int = 50, baseline: str = "tokens", noise: float = 0.0, batch_size: int = 32, seed: int = 0
+) -> Float[Tensor, "scored"]:  # fmt: skip
+    """Expected gradients: the mean over random baselines b and α ~ U[0, 1] of Σ_j (e - b)_tj ∂f/∂e_tj at b + α(e - b).
+
+    Args:
+        n_samples: pairs of a baseline and a point on its path.
+        baseline: ``"tokens"`` draws other tokens of the vocabulary, ``"zero"`` takes zero embeddings.
+        noise: standard deviation of Gaussian noise added to the embeddings.
+    """
+    checks.number("n_samples", n_samples, low=1, integer=True)
+    checks.number("noise", noise, low=0)
+    checks.one_of("baseline", baseline, ("tokens", "zero"))
+    generator = torch.Generator().manual_seed(seed)
+    ids, places = question.prompt.ids, question.prompt.places
+    e, _ = gradients(question)
+    total = torch.zeros_like(e[0])
+    for count in [batch_size] * (n_samples // batch_size) + [n_samples % batch_size]:
+        if count == 0:
+            continue
+        start = torch.zeros_like(e).expand(count, -1, -1)
+        if baseline == "tokens":
+            from lineament.explain.tokens.samplers import uniform
+
+            rows = ids.repeat(count, 1)
+            rows[:, places] = uniform(question.face, question.vocabulary)(rows[:, places], None, generator)
+            start = _embedded(question, rows.to(e.device))
+        jitter = noise * torch.randn(count, *e.shape[1:], generator=generator).to(e)
+        alpha = torch.rand(count, generator=generator).to(e)
+        scored = question.prompt.scored.to(e.device)[None, :, None]
+        points = torch.where(scored, start + alpha[:, None, None] * (e + jitter - start), e)
+        _, slopes = gradients(question, count, lambda x, columns, points=points: points[:, columns].clone())
+        total += ((e + jitter - start) * slopes).sum(0)
+    return (total / n_samples).sum(-1)[places]
+
+
+def gradients(
+    question: Question, count: int = 1, change: Callable[[Tensor, slice], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(count, tokens, width) embeddings and the gradients of f at them."""
+    with torch.enable_grad():
+        rows = question.rows.expand(count, -1)
+        _, e, slopes = question.face.through_embeddings(
+            rows, question.prompt.source, change, score=lambda s: question.value(s).sum()
+        )
+    assert e is not None and slopes is not None
+    return e, slopes
+
+
+def _embedded(question: Question, rows: Tensor) -> Tensor:
+    parts: list[Tensor] = []
+    question.face.through_embeddings(rows, question.prompt.source, lambda e, columns: (parts.append(e), e)[1])
+    return torch.cat(parts, 1).clone()
+
+
+def _path(question: Question, alphas: Tensor) -> Tensor:
+    """(points, tokens, 1) factors: alpha where a token is scored, 1 where it is protected."""
+    scored = question.prompt.scored.to(alphas.device)[None, :, None]
+    return torch.where(scored, alphas[:, None, None], torch.ones_like(alphas[:, None, None]))
+
+
+def _renormalized(a: TokenAttribution, how: str) -> TokenAttribution:
+    from dataclasses import replace
+
+    if how == "none":
+        return a
+    scores = a.scores.clone()
+    scores[a.scored] = normalized(a.scores[a.scored], how)
+    return replace(a, scores=scores, method=f"{a.method}, {how}")
+
+
+def _is_ids(value: list[Any]) -> bool:
+    return bool(value) and isinstance(value[0], int)
+
+
+METHODS: dict[str, Callable[..., Tensor]] = {
+    "reagent": reagent,
+    "grad_norm": grad_norm,
+    "input_x_grad": input_x_grad,
+    "integrated_gradients": integrated_gradients,
+    "gradient_shap": gradient_shap,
+    "attention_last": attention_last,
+    "attention_all": attention_all,
+    "rollout": rollout,
+    "value_zeroing": value_zeroing,
+    "occlusion": occlusion,
+    "lime": lime,
+    "kernel_shap": kernel_shap,
+    "random": random_scores,
+}

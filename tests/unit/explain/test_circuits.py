@@ -1,0 +1,179 @@
+"""Nodes and circuits: dictionaries that are the activation itself, circuits of everything and nothing, paths that add up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.contracts.language_models import prompts, tiny
+from torch import nn
+
+from lineament.core.checks import InputError
+from lineament.explain.patching import activation_patching, attribution_patching, relevance_patching
+from lineament.explain.patching.circuit_curves import circuit_curve
+from lineament.explain.patching.circuits import Units, component_nodes, node_effects
+from lineament.explain.patching.metrics import logit_difference
+
+METRIC = logit_difference([5, 6, 7], [8, 9, 10])
+NOISING = {"direction": "noising", "normalise": False}
+
+
+class Sparse(nn.Module):
+    """A dictionary with an error."""
+
+    def __init__(self, width, count, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.encoder, self.decoder = nn.Linear(width, count).double(), nn.Linear(count, width).double()
+        self.requires_grad_(False)
+
+    def encode(self, x):
+        return self.encoder(x).relu()
+
+    def decode(self, f):
+        return self.decoder(f)
+
+
+def case(family="gpt2"):
+    return tiny(family, torch.float64, std=0.15), *prompts()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_with_the_activation_as_its_own_dictionary_nodes_are_the_sites(family):
+    model, clean, corrupt = case(family)
+    nodes = component_nodes(model, ["z", "mlp_out", "neurons"])
+    for method, other in (
+        ("attrib", attribution_patching),
+        ("relp", relevance_patching),
+        ("exact", activation_patching),
+    ):
+        found = node_effects(model, clean, corrupt, METRIC, dictionaries=nodes, method=method)
+        want = other(model, clean, corrupt, METRIC, sites=["z", "mlp_out", "neurons"], **NOISING)
+        assert not found.errors
+        values = list(found.features.values())
+        for k, kind in enumerate(("z", "mlp_out", "neurons")):
+            scores = want.per_example[kind]
+            for layer in range(2):
+                expected = scores[:, layer] if scores.ndim == 4 else scores[:, layer, :, None]
+                torch.testing.assert_close(values[2 * k + layer], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_an_identity_dictionary_without_the_short_cut_has_the_same_effects():
+    class Identity:
+        def encode(self, x):
+            return x
+
+        def decode(self, f):
+            return f
+
+    model, clean, corrupt = case()
+    site = "transformer.h.0.mlp.c_proj:in"
+    for method in ("attrib", "relp", "ig", "exact"):
+        a, b = (
+            node_effects(model, clean, corrupt, METRIC, dictionaries={site: d}, method=method, steps=3)
+            for d in (Identity(), Units())
+        )
+        torch.testing.assert_close(a.features[site], b.features[site])
+        assert a.errors[site].abs().max() < 1e-12 and not b.errors
+
+
+def test_a_long_path_adds_up_to_the_effect_of_the_whole_site():
+    model, clean, corrupt = case()
+    site = "transformer.h.1:in"
+    dictionaries = {site: Sparse(24, 40)}
+    whole = activation_patching(
+        model, clean, corrupt, METRIC, sites="resid_pre", positions="together", **NOISING
+    )
+    want = whole.per_example["resid_pre"][:, 1, 0]
+    gaps = []
+    for steps in (10, 40, 160):
+        found = node_effects(
+            model, clean, corrupt, METRIC, dictionaries=dictionaries, method="ig", steps=steps
+        )
+        total = found.features[site].sum((1, 2)) + found.errors[site].sum(1)
+        gaps.append(float((total - want).abs().max()))
+    assert gaps[2] < gaps[1] < gaps[0] and gaps[2] < 0.02 * float(want.abs().max())
+
+
+def test_first_order_effects_do_not_count_twice():
+    """Feature and error effects together are the difference of the activations times its gradient."""
+    model, clean, corrupt = case()
+
+    class Linear(Sparse):
+        def encode(self, x):
+            return self.encoder(x)
+
+    site = "transformer.h.1:in"
+    found = node_effects(model, clean, corrupt, METRIC, dictionaries={site: Linear(24, 40)}, method="attrib")
+    want = attribution_patching(model, clean, corrupt, METRIC, sites="resid_pre", **NOISING).per_example[
+        "resid_pre"
+    ][:, 1]
+    torch.testing.assert_close(found.features[site].sum(-1) + found.errors[site], want)
+
+
+@pytest.mark.parametrize("dictionary", ["units", "heads", "sparse"])
+def test_circuits_of_everything_and_of_nothing(dictionary):
+    model, clean, corrupt = case()
+    if dictionary == "heads":
+        dictionaries = component_nodes(model, ["z", "mlp_out"])
+    else:
+        make = Units if dictionary == "units" else lambda: Sparse(24, 40)
+        dictionaries = {f"transformer.h.{k}:in": make() for k in (0, 1)}
+    effects = node_effects(model, clean, corrupt, METRIC, dictionaries=dictionaries)
+    curve = circuit_curve(
+        model, clean, corrupt, METRIC, effects, dictionaries=dictionaries, thresholds=[-1.0, 0.01, 1e9]
+    )
+    assert curve.faithfulness[0] == pytest.approx(1.0) and curve.completeness[0] == pytest.approx(
+        0.0, abs=1e-9
+    )
+    assert curve.faithfulness[-1] == pytest.approx(0.0, abs=1e-9) and curve.completeness[-1] == pytest.approx(
+        1.0
+    )
+    each = {"units": 24, "heads": 0, "sparse": 41}[dictionary]
+    assert curve.nodes[0] == (2 * 6 * each or 2 * 6 * 5) and curve.nodes[-1] == 0
+    assert curve.full == pytest.approx(float(METRIC(model(clean).logits).mean().detach()))
+    assert curve.at([curve.nodes[1]]) == pytest.approx([curve.faithfulness[1]])
+    assert curve.plot(label="x").get_xlabel() == "nodes in the circuit"
+
+
+def test_error_nodes_can_be_nodes_or_kept_or_removed():
+    model, clean, corrupt = case()
+    dictionaries = {"transformer.h.1:in": Sparse(24, 40)}
+    effects = node_effects(model, clean, corrupt, METRIC, dictionaries=dictionaries)
+    options = {"dictionaries": dictionaries, "thresholds": [-1.0, 1e9]}
+    curves = {
+        e: circuit_curve(model, clean, corrupt, METRIC, effects, errors=e, **options)
+        for e in ("default", "remove", "keep")
+    }
+    assert curves["default"].nodes[0] == 6 * 41 and curves["keep"].nodes[0] == 6 * 40
+    assert curves["keep"].faithfulness[0] == pytest.approx(1.0)
+    assert abs(curves["remove"].faithfulness[0] - 1) > 1e-3 and abs(curves["keep"].faithfulness[1]) > 1e-3
+    assert curves["default"].empty == curves["keep"].empty == curves["remove"].empty
+
+
+def test_bad_dictionaries_are_refused_by_name():
+    model, clean, corrupt = case()
+    for dictionaries, words in (
+        ({}, "expected {site: an object"),
+        ({"transformer.h.0:in": 3}, "encode"),
+        ({"transformer.h.9:in": Units()}, "nearest"),
+        ({"transformer.h.0.attn:z": Units()}, "view of heads"),
+    ):
+        with pytest.raises(InputError, match=words):
+            node_effects(model, clean, corrupt, METRIC, dictionaries=dictionaries)
+
+    class Narrow(Sparse):
+        def decode(self, f):
+            return f[..., :1].mean(1)
+
+    with pytest.raises(InputError, match="expected the site's shape"):
+        node_effects(
+            model, clean, corrupt, METRIC, dictionaries={"transformer.h.0:in": Narrow(24, 4)}, method="ig"
+        )
+    dictionaries = {"transformer.h.0:in": Units()}
+    effects = node_effects(model, clean, corrupt, METRIC, dictionaries=dictionaries)
+    with pytest.raises(InputError, match="of 6 positions"):
+        circuit_curve(model, clean[:, :5], corrupt[:, :5], METRIC, effects, dictionaries=dictionaries)
+    with pytest.raises(InputError, match="nothing to be faithful to"):
+        circuit_curve(
+            model, clean[:1], clean[:1], logit_difference([5], [6]), effects, dictionaries=dictionaries
+        )

@@ -1,0 +1,219 @@
+"""The rivals against closed forms: exact Shapley values, completeness, Captum, and what attention must sum to."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from tests.contracts.token_models import copies, model
+
+from lineament.core.checks import InputError
+from lineament.explain.tokens.attention import from_attention
+from lineament.explain.tokens.baselines import attribute_tokens
+
+IDS = [5, 40, 81, 12, 300]
+ABSENT = 9
+
+
+def log_p(net, ids, target):
+    with torch.no_grad():
+        return float(net(torch.tensor([ids])).logits[0, -1].double().log_softmax(0)[target])
+
+
+def test_kernel_shap_with_all_subsets_is_the_shapley_value():
+    net, target, n = model("gpt2"), 7, len(IDS)
+    value = {
+        s: log_p(net, [t if i in s else ABSENT for i, t in enumerate(IDS)], target)
+        for size in range(n + 1)
+        for s in itertools.combinations(range(n), size)
+    }
+    exact = []
+    for i in range(n):
+        rest = [j for j in range(n) if j != i]
+        total = 0.0
+        for size in range(n):
+            weight = math.factorial(size) * math.factorial(n - 1 - size) / math.factorial(n)
+            for s in itertools.combinations(rest, size):
+                total += weight * (value[tuple(sorted((*s, i)))] - value[s])
+        exact.append(total)
+    found = attribute_tokens(net, None, IDS, target, method="kernel_shap", absent=ABSENT)
+    torch.testing.assert_close(found.scores, torch.tensor(exact, dtype=torch.float64), rtol=1e-4, atol=1e-5)
+    sampled = attribute_tokens(
+        net, None, IDS * 3, target, method="kernel_shap", absent=ABSENT, n_samples=2000
+    )
+    full, nothing = log_p(net, IDS * 3, target), log_p(net, [ABSENT] * 15, target)
+    assert abs(float(sampled.scores.sum()) - (full - nothing)) < 1e-4, "the values sum to what is explained"
+
+
+def test_occlusion_is_leaving_one_out():
+    net, target = model("gpt2"), 7
+    found = attribute_tokens(net, None, IDS, target, method="occlusion", absent=ABSENT)
+    for i in range(len(IDS)):
+        without = [ABSENT if j == i else t for j, t in enumerate(IDS)]
+        assert abs(float(found.scores[i]) - (log_p(net, IDS, target) - log_p(net, without, target))) < 1e-4
+    averaged = attribute_tokens(copies(1), None, [1, 2, 3], method="occlusion", n_samples=3000, seed=1)
+    # One draw in twelve gives the token back.
+    assert abs(float(averaged.scores[1]) - 11 / 12 * math.log((0.9 + 0.1 / 12) / (0.1 / 12))) < 0.1
+    assert averaged.scores[0] == 0
+
+
+def test_lime_finds_the_weights_of_a_linear_model():
+    weights = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
+
+    def linear(ids):  # log p(0) - log p(1) is linear in which tokens are present.
+        z = (ids != ABSENT).double() @ weights
+        return torch.stack([z, torch.zeros_like(z)], 1).log_softmax(1)
+
+    found = attribute_tokens(
+        linear, None, [2, 3, 4, 5], 0, contrast=1, method="lime", absent=0, n_samples=400, ridge=1e-9
+    )
+    assert found.scores.abs().max() < 1e-6, "nothing is ever absent when the stand-in is another token"
+
+    def twelve(ids):
+        return torch.cat([linear(ids), torch.full((len(ids), 10), -1e4, dtype=torch.float64)], 1)
+
+    found = attribute_tokens(
+        twelve, None, [2, 3, 4, 5], 0, contrast=1, method="lime", absent=ABSENT, n_samples=400, ridge=1e-9
+    )
+    torch.testing.assert_close(found.scores, weights, rtol=1e-5, atol=1e-5)
+
+
+# Where nothing is added to the embeddings before the first norm, zero is no continuous end of the path.
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bart"])
+def test_integrated_gradients_sum_to_what_zeroing_changes(name):
+    net = model(name).double()
+    from lineament.explain.tokens.next_token import NextToken
+
+    exact = attribute_tokens(net, None, IDS, 7, method="integrated_gradients", rule="gauss", steps=200)
+    face = NextToken(net)
+    source = len(IDS) if name in ("t5", "bart") else 0
+    ids = torch.tensor([[*IDS, *([0] if source else [])]])
+    with torch.no_grad():
+        zeroed = lambda e, columns: e if source and columns.start == source else e * 0  # noqa: E731
+        ends = [
+            face.through_embeddings(ids, source, change)[0].log_softmax(1)[0, 7] for change in (None, zeroed)
+        ]
+    assert abs(float(exact.scores.sum()) - float(ends[0] - ends[1])) < 1e-3
+
+
+@pytest.mark.slow
+def test_integrated_gradients_and_gradient_shap_agree_with_captum():
+    captum = pytest.importorskip("captum.attr")
+    net, target = model("gpt2").double(), 7
+    embeddings = net.transformer.wte(torch.tensor([IDS])).detach()
+
+    def score(e):
+        return net(inputs_embeds=e).logits[:, -1].log_softmax(1)[:, target]
+
+    theirs = (
+        captum.IntegratedGradients(score).attribute(embeddings, n_steps=60, method="gausslegendre").sum(-1)[0]
+    )
+    ours = attribute_tokens(
+        net, None, IDS, target, method="integrated_gradients", rule="gauss", steps=60
+    ).scores
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+    # From the zero baseline expected gradients are integrated gradients, up to their draws.
+    drawn = attribute_tokens(
+        net, None, IDS, target, method="gradient_shap", baseline="zero", n_samples=6000
+    ).scores
+    assert (
+        drawn
+        - attribute_tokens(
+            net, None, IDS, target, method="integrated_gradients", rule="gauss", steps=300
+        ).scores
+    ).abs().max() < 0.05
+    noisy = attribute_tokens(net, None, IDS, target, method="gradient_shap", noise=0.1, n_samples=5).scores
+    assert torch.isfinite(noisy).all()
+
+
+def test_gradients_are_those_of_the_word_embeddings():
+    net, target = model("gpt2").double(), 7
+    e = net.transformer.wte(torch.tensor([IDS])).detach().requires_grad_()
+    f = net(inputs_embeds=e).logits[:, -1].log_softmax(1)[0, target]
+    (g,) = torch.autograd.grad(f, e)
+    torch.testing.assert_close(
+        attribute_tokens(net, None, IDS, target, method="grad_norm").scores, g[0].norm(dim=-1)
+    )
+    torch.testing.assert_close(
+        attribute_tokens(net, None, IDS, target, method="input_x_grad").scores, (g * e.detach())[0].sum(-1)
+    )
+    f = net(inputs_embeds=e).logits[0, -1]
+    (g,) = torch.autograd.grad(f[target] - f[3], e)
+    rather = attribute_tokens(net, None, IDS, target, contrast=3, method="input_x_grad").scores
+    torch.testing.assert_close(rather, (g * e.detach())[0].sum(-1))
+
+
+def test_attention_is_the_models_own():
+    net = model("llama")
+    with torch.no_grad():
+        weights = torch.stack(net(torch.tensor([IDS]), output_attentions=True).attentions)[:, 0].double()
+    for how in ("last", "all", "rollout"):
+        method = how if how == "rollout" else f"attention_{how}"
+        found = attribute_tokens(net, None, IDS, method=method).scores
+        torch.testing.assert_close(found, from_attention(weights, how))
+        assert abs(float(found.sum()) - 1) < 1e-5
+    mean = weights.mean(1)
+    identity = torch.eye(len(IDS), dtype=torch.float64)
+    product = (mean[1] + identity) / 2 @ (mean[0] + identity) / 2
+    torch.testing.assert_close(from_attention(weights, "rollout"), product[-1])
+    crossed = attribute_tokens(model("t5"), None, IDS, method="attention_last").scores
+    assert abs(float(crossed.sum()) - 1) < 1e-5 and crossed[-1] == 0
+
+
+def test_asking_for_attention_again_still_works_afterwards():
+    net = model("gpt2")
+    attribute_tokens(net, None, IDS, method="attention_all")
+    with torch.no_grad():
+        assert len(net(torch.tensor([IDS]), output_attentions=True).attentions) == 2
+
+
+def test_value_zeroing_by_hand():
+    net = model("gpt2")
+    found = attribute_tokens(net, None, IDS, method="value_zeroing").scores
+    rows, n = torch.tensor([IDS]), len(IDS)
+    outputs = {}
+
+    def run(layer=None, place=None):
+        def without(module, args, output):
+            output = output.clone()
+            output[:, place, 64:] = 0
+            return output
+
+        handles = [
+            net.transformer.h[k].register_forward_hook(
+                lambda m, a, o, k=k: outputs.__setitem__(k, o if torch.is_tensor(o) else o[0])
+            )
+            for k in (0, 1)
+        ]
+        if layer is not None:
+            handles.append(net.transformer.h[layer].attn.c_attn.register_forward_hook(without))
+        with torch.no_grad():
+            net(rows)
+        for handle in handles:
+            handle.remove()
+        return {k: v[0].double() for k, v in outputs.items()}
+
+    plain, mixes = run(), []
+    for layer in (0, 1):
+        moved = torch.stack(
+            [1 - torch.cosine_similarity(run(layer, j)[layer], plain[layer], dim=-1) for j in range(n)], 1
+        )
+        mixes.append(moved / moved.sum(1, keepdim=True))
+    torch.testing.assert_close(found, (mixes[1] @ mixes[0])[-1], rtol=1e-3, atol=1e-5)
+    assert abs(float(found.sum()) - 1) < 1e-6
+
+
+def test_bad_options_are_named():
+    net = model("gpt2")
+    for method, options, message in (
+        ("integrated_gradients", {"steps": 0}, "steps"),
+        ("integrated_gradients", {"rule": "gaus"}, "nearest: 'gauss'"),
+        ("gradient_shap", {"baseline": "mean"}, "baseline"),
+        ("occlusion", {"absent": 999}, "absent"),
+        ("kernel_shap", {"n_samples": 1}, "n_samples"),
+        ("lime", {"width": 0.0}, "width"),
+    ):
+        with pytest.raises(InputError, match=message):
+            attribute_tokens(net, None, IDS, method=method, **options)
