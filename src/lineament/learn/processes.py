@@ -42,7 +42,7 @@ class Processes:
             import accelerate
         except ImportError as error:
             raise InputError(
-                "training needs the package 'accelerate', which is not installed; install lineament[lm]"
+                "training needs the package 'accelerate', which is not installed; install lineament[train]"
             ) from error
         self.accelerator = accelerate.Accelerator(device_placement=False)
         self.rank, self.count = self.accelerator.process_index, self.accelerator.num_processes
