@@ -45,7 +45,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def auto_batch(
-    function: Callable[[int, int], T], count: int, *, batch_size: int | str = "auto", memory: Any = None
+    function: Callable[[int, int], T],
+    count: int,
+    *,
+    batch_size: int | str = "auto",
+    memory: Any = None,
+    most: int | None = None,
 ) -> Iterator[T]:
     """``function(start, stop)`` over ranges that make up ``range(count)``, in order, none too large for the memory.
 
@@ -55,6 +60,7 @@ def auto_batch(
         function: must be repeatable: a range that failed halfway is run again, in parts.
         batch_size: ``"auto"``, or the rows at a time, which are then never changed.
         memory: an object under which the size that fitted is remembered for the next call (the default: ``function``).
+        most: with ``"auto"``, never more rows than this, where smaller parts are faster.
 
     Raises:
         InputError: not a batch size. Out-of-memory errors pass when one row is too much, or when ``batch_size`` is a number.
@@ -69,7 +75,7 @@ def auto_batch(
     owner, detail = _memory_of(function if memory is None else memory)
     sizes = _fitted.setdefault(owner, {}) if auto and owner is not None else {}
     if auto:
-        size = min(max(count, 1), sizes.get(detail, count or 1))
+        size = min(max(count, 1), sizes.get(detail, count or 1), most or max(count, 1))
     else:
         size = number("batch_size", batch_size, low=1, integer=True)
     start = 0
@@ -95,7 +101,9 @@ def auto_batch(
             torch.cuda.empty_cache()
 
 
-def chunked(function: Callable[..., Any], *tensors: Tensor, batch_size: int | str = "auto") -> Any:
+def chunked(
+    function: Callable[..., Any], *tensors: Tensor, batch_size: int | str = "auto", most: int | None = None
+) -> Any:
     """Apply a function to chunks of tensors along their first dimension, and join what it returns.
 
     Args:
@@ -104,6 +112,7 @@ def chunked(function: Callable[..., Any], *tensors: Tensor, batch_size: int | st
         tensors: all of the same length.
         batch_size: rows at a time, or ``"auto"``: all at once, halved each time memory runs out. The size that fitted is where
             the next call with the same function and rows of the same shape begins.
+        most: as for :func:`auto_batch`.
 
     Raises:
         InputError: no tensors, unequal or zero lengths. What ``function`` raises passes; out-of-memory too once one row is too much.
@@ -124,7 +133,8 @@ def chunked(function: Callable[..., Any], *tensors: Tensor, batch_size: int | st
         return function(*(each[start:stop] for each in tensors))
 
     rows = tuple((each.shape[1:], each.dtype, each.device) for each in tensors)
-    return join(list(auto_batch(run, lengths[0], batch_size=batch_size, memory=(function, rows))))
+    parts = auto_batch(run, lengths[0], batch_size=batch_size, memory=(function, rows), most=most)
+    return join(list(parts))
 
 
 def _memory_of(memory: Any) -> tuple[Any, Any]:

@@ -220,38 +220,39 @@ class _Walk:
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, goal: _Goal) -> Attack:
         silent = torch.ones(len(x), dtype=torch.bool, device=x.device)
         for _ in range(self.steps):
-            delta = delta.detach().requires_grad_()
+            at = (x + delta).requires_grad_()
             with torch.enable_grad():
-                z = _scores(model, x + delta, y, goal)
+                z = _scores(model, at, y, goal)
                 label = goal.label(y, z.shape[1])
-                g = torch.autograd.grad(goal.of(z, y, label).sum(), delta)[0]
-            silent &= (g == 0).flatten(1).all(1)
-            moved = self._project(delta.detach() + self.step * _direction(g, self.norm), x)
+                g = torch.autograd.grad(goal.of(z, y, label).sum(), at)[0]
+            if bool(silent.any()):
+                silent &= ~g.flatten(1).any(1)
+            moved = self._project(_direction(g, self.norm).mul_(self.step).add_(delta), x)
             if self.minimal:
                 stay = goal.reached(z.detach(), y, label)
-                moved = torch.where(stay.reshape(-1, *[1] * (x.ndim - 1)), delta.detach(), moved)
+                moved = torch.where(stay.reshape(-1, *[1] * (x.ndim - 1)), delta, moved)
             delta = moved
-        delta = delta.detach()
         with torch.no_grad():
             z = _scores(model, x + delta, y, goal)
             label = goal.label(y, z.shape[1])
             return Attack(delta, goal.of(z, y, label), goal.reached(z, y, label), silent & (self.steps > 0))
 
     def _project(self, delta: Tensor, x: Tensor) -> Tensor:
+        """``delta``, a tensor of this step's own, brought back within eps and the bounds."""
         if not self.minimal:
             if self.norm == "linf":
-                delta = delta.clamp(-self.eps, self.eps)
+                delta.clamp_(-self.eps, self.eps)
             else:
-                length = delta.flatten(1).norm(dim=1).clamp_min(self.eps)
+                length = torch.linalg.vector_norm(delta.flatten(1), dim=1).clamp_min(self.eps)
                 scale = torch.where(length > 0, self.eps / length, 0.0)
-                delta = delta * scale.reshape(-1, *[1] * (x.ndim - 1))
-        return _inside(delta, x, self.bounds)
+                delta.mul_(scale.reshape(-1, *[1] * (x.ndim - 1)))
+        return delta if self.bounds is None else delta.add_(x).clamp_(*self.bounds).sub_(x)
 
 
 def _direction(g: Tensor, norm: str) -> Tensor:
     if norm == "linf":
         return g.sign()
-    length = g.flatten(1).norm(dim=1) + 1e-15
+    length = torch.linalg.vector_norm(g.flatten(1), dim=1) + 1e-15
     return g / length.reshape(-1, *[1] * (g.ndim - 1))
 
 
