@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import time
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from plotly.offline import get_plotlyjs
 
 
 def watch(driver: Any, page: str | Path) -> None:
     """Open a page from disk and scroll to its end; no console message of weight, no request that leaves the disk."""
     driver.get(Path(page).resolve().as_uri())
     load_pictures(driver)
+    settle(driver)
     loud = [entry for entry in driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+    loud = [entry for entry in loud if ADVICE not in entry["message"]]
     assert loud == []
     asked = requests(driver)
     assert asked, "the network log is empty, so this test would see nothing"
@@ -31,6 +38,23 @@ def evaluate(driver: Any, expression: str) -> Any:
     )
     assert "exceptionDetails" not in answer, answer
     return answer["result"].get("value")
+
+
+def settle(driver: Any, seconds: float = 30.0) -> None:
+    """Wait until every picture that can be turned is drawn or has said why not; without scripts there is nothing to wait for."""
+    end = time.monotonic() + seconds
+    while driver.scripts and evaluate(driver, """document.querySelectorAll('[data-relief=""]').length"""):
+        assert time.monotonic() < end, "a picture that can be turned is still not drawn"
+        time.sleep(0.05)
+
+
+def running_scripts(driver: Any) -> list[str]:
+    """The SHA-256 of each script that the browser runs (data in a script element is none)."""
+    words = evaluate(
+        driver,
+        """[...document.scripts].filter(s => !s.type || /javascript|module/i.test(s.type)).map(s => s.src || s.textContent)""",
+    )
+    return [hashlib.sha256(text.encode()).hexdigest() for text in words]
 
 
 def load_pictures(driver: Any) -> None:
@@ -86,6 +110,13 @@ def reachable(driver: Any) -> list[int]:
           .filter(e => e.getClientRects().length).map(e => all.indexOf(e)); })()""",
     )
 
+
+_script = files("lineament.report") / "templates" / "relief.js"
+# The only scripts that a report runs: the drawing library, and what uses it.
+OURS = {hashlib.sha256(text.encode()).hexdigest() for text in (get_plotlyjs(), _script.read_text("utf-8"))}
+
+# What Chromium says of how plotly draws letters on a canvas, which is neither an error nor ours.
+ADVICE = "Canvas2D: Multiple readback operations using getImageData"
 
 # What users have called their classes, files and models.
 HOSTILE = (

@@ -37,7 +37,10 @@ def _drivers() -> Iterator[Callable[[bool], Any]]:
             for argument in (
                 "--headless=new",
                 "--no-sandbox",
-                "--disable-gpu",
+                # WebGL by software, which a machine without a graphics card has too.
+                "--use-gl=angle",
+                "--use-angle=swiftshader",
+                "--enable-unsafe-swiftshader",
                 "--disable-dev-shm-usage",
                 "--disable-background-networking",
                 "--hide-scrollbars",
@@ -48,6 +51,7 @@ def _drivers() -> Iterator[Callable[[bool], Any]]:
                 options.add_experimental_option("prefs", prefs)
             options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
             started[scripts] = webdriver.Chrome(options=options, service=Service(chromedriver))
+            started[scripts].scripts = scripts
         return started[scripts]
 
     yield start

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lineament.core.relief import relief
 from lineament.report.figures import picture, save
 from lineament.report.outcome import Claim, Figure, Outcome, Table
 from lineament.report.page import Finding, write
@@ -24,6 +25,18 @@ def bars(names: list[str], values: list[float], xlabel: str):
         ax.set_xlabel(xlabel)
 
     return draw
+
+
+def bowls():
+    """Two bowls and a curve, one with a hole, named as users name things."""
+    a, b = np.linspace(-1, 1, 9), np.linspace(-2, 2, 11)
+    z = a[:, None] ** 2 + 0.5 * b[None, :] ** 2
+    holed = np.where(z > 2.5, np.nan, z)
+    return [
+        relief({"x": a, "y": b, "z": z}, ("first way", "second way", "loss"), title="a bowl", origin="these weights"),
+        relief({"x": a, "y": b, "z": holed}, (HOSTILE[1], HOSTILE[6], HOSTILE[0]), title=HOSTILE[0], origin=HOSTILE[1]),
+        relief({"x": a, "z": a**2}, (HOSTILE[7], "", "%{z} <b>loss</b>"), title=HOSTILE[2]),
+    ]  # fmt: skip
 
 
 def report(folder: Path) -> Path:
@@ -117,6 +130,17 @@ def report(folder: Path) -> Path:
         tables=[Table(HOSTILE[4], [*HOSTILE], [[*HOSTILE], [*range(len(HOSTILE))]])],
         method=HOSTILE[9],
     )
+    plane = Section(
+        "plane", "How the loss looks", "note", "2", "curvature", "It is a bowl.",
+        pictures=[
+            picture(
+                lambda ax: ax.contour(np.random.default_rng(0).random((4, 4))),
+                alt="Contours of a bowl.",
+                caption="The loss around the weights.",
+                reliefs=bowls(),
+            )
+        ],
+    )  # fmt: skip
     failed = Section(
         "landscape", "How flat the loss is", "failed", "", "", "The lens failed: the loss is not finite."
     )
@@ -134,7 +158,7 @@ def report(folder: Path) -> Path:
             Finding("note", "62 % of the saliency lies on the mark, which covers 6 % of the picture.", "gaze"),
             Finding("note", HOSTILE[0] + HOSTILE[4] + HOSTILE[8], "no such section"),
         ],
-        [accuracy, gaze, spectrum, hostile, failed, skipped],
+        [accuracy, gaze, spectrum, plane, hostile, failed, skipped],
         command="lineament audit digits.py:net digits --out report --groups mark " + HOSTILE[0],
         methods={"normgrad": {"title": "There and Back Again", "year": 2020, "url": "https://arxiv.org/abs/2004.02866"}},
         versions={"lineament": "0.1.0", "torch": "2.13.0"},
@@ -150,6 +174,7 @@ def runs(folder: Path) -> Path:
         lambda ax: ax.semilogy(range(50), np.exp(-np.arange(50) / 8), label="NC1") and ax.legend(),
         alt="NC1 falls exponentially over fifty steps.",
         caption="Within-class variability along the central path.",
+        reliefs=bowls()[:2],
     )
     claims = [
         Claim("Within-class variability decreases along the flow", "strictly decreasing", "decreases in 50 of 50 steps", True),

@@ -27,7 +27,7 @@ def test_opens_quietly_and_fits(browser, report, width, scheme):
     assert evaluate(driver, "innerWidth") == width
     assert not scrolls_sideways(driver)
     shown = pictures(driver)
-    assert len(shown) == 4
+    assert len(shown) == 5
     assert all(picture["width"] > 0 and picture["alt"] for picture in shown)
     assert driver.title.startswith("What a small network relies on")
 

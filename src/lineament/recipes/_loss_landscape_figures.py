@@ -17,15 +17,24 @@ def draw_all(runs: dict[str, dict[str, Any]], out: Path) -> list[Figure]:
 
 def _planes(runs: dict[str, dict[str, Any]], out: Path) -> Figure:
     name, run = next((n, r) for n, r in runs.items() if "batch norm" in n)
+    titles = {
+        "random, eval": "random, running statistics",
+        "random, batch": "random, batch statistics",
+        "hessian, eval": "Hessian, running statistics",
+    }
     shown = [
-        ("random, running statistics", run["planes"]["random, eval"]),
-        ("random, batch statistics", run["planes"]["random, batch"]),
-        ("Hessian, running statistics", run["planes"]["hessian, eval"]),
+        (
+            title,
+            Plane(
+                *(run["planes"][key][part] for part in ("a", "b", "loss")),
+                labels=run["planes"][key]["labels"],
+            ),
+        )
+        for key, title in titles.items()
     ]
 
     def draw(axes: Any) -> None:
-        for column, (title, stored) in enumerate(shown):
-            found = Plane(stored["a"], stored["b"], stored["loss"], labels=stored["labels"])
+        for column, (title, found) in enumerate(shown):
             found.plot(axes[0, column])
             axes[0, column].set_title(title)
             found.surface(axes[1, column])
@@ -38,6 +47,7 @@ def _planes(runs: dict[str, dict[str, Any]], out: Path) -> Figure:
             size=(12.6, 7.0),
             panels=(2, 3),
             kind="png",
+            reliefs=[found.relief(title=title) for title, found in shown],
         ),
         out,
         "planes",

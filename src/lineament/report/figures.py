@@ -11,12 +11,13 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lineament.core.checks import InputError, number, one_of, require
 from lineament.core.files import writing
+from lineament.core.relief import Relief
 from lineament.report.outcome import Figure
 from lineament.report.section import Picture
 from lineament.report.text import printable
@@ -108,6 +109,7 @@ def picture(
     size: tuple[float, float] = (6.4, 3.6),
     kind: Literal["svg", "png"] = "svg",
     panels: tuple[int, int] = (1, 1),
+    reliefs: Sequence[Relief] = (),
 ) -> Picture:
     """Draw a figure for light and for dark pages.
 
@@ -119,6 +121,7 @@ def picture(
         size: width and height in inches.
         kind: ``"svg"`` for lines and bars, ``"png"`` for images and thousands of points.
         panels: rows and columns.
+        reliefs: the values that a page with scripts shows in its place, to be turned and read.
 
     Returns:
         A :class:`~lineament.report.section.Picture`; equal input gives equal bytes.
@@ -140,7 +143,7 @@ def picture(
     for count in panels:
         number("panels", count, low=1, integer=True)
     light, dark = (_render(draw, theme, size, kind, panels) for theme in ("light", "dark"))
-    return Picture(light=light, dark=dark, kind=kind, caption=caption, alt=alt)
+    return Picture(light=light, dark=dark, kind=kind, caption=caption, alt=alt, reliefs=tuple(reliefs))
 
 
 def save(shown: Picture, folder: str | Path, name: str) -> Figure:
@@ -157,7 +160,7 @@ def save(shown: Picture, folder: str | Path, name: str) -> Figure:
     for end, data in (("", shown.light), ("-dark", shown.dark)):
         with writing(Path(folder) / f"{name}{end}.{shown.kind}") as temporary:
             temporary.write_bytes(data)
-    return Figure(file=f"{name}.{shown.kind}", caption=shown.caption, alt=shown.alt)
+    return Figure(file=f"{name}.{shown.kind}", caption=shown.caption, alt=shown.alt, reliefs=shown.reliefs)
 
 
 def _render(

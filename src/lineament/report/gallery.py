@@ -21,6 +21,7 @@ from typing import Any
 
 from lineament.core.checks import InputError, require, show
 from lineament.core.files import output_folder, write_json, write_text, writing
+from lineament.report.interactive import library
 from lineament.report.outcome import Outcome
 from lineament.report.page import environment
 from lineament.report.text import plain, printable
@@ -47,7 +48,7 @@ class _Run:
     outcome: Outcome
     place: str
     command: str
-    pictures: list[dict[str, str]] = field(default_factory=list)
+    pictures: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def held(self) -> int:
@@ -108,11 +109,14 @@ def build(
     shared = {"script": script, "script_hash": digest, "problems": problems}
     for position, entry in enumerate(entries):
         name = f"papers/{entry['file']}"
+        scripts = library(picture["reliefs"] for run in entry["runs_here"] for picture in run.pictures)
         around = {
             "newer": entries[position - 1] if position else None,
             "older": entries[position + 1] if position + 1 < len(entries) else None,
         }
-        write_text(site / name, env.get_template("paper.html.j2").render(paper=entry, **around))
+        write_text(
+            site / name, env.get_template("paper.html.j2").render(paper=entry, library=scripts, **around)
+        )
         written.append(name)
     count = sum(map(len, found.values()))
     index = env.get_template("gallery.html.j2").render(
@@ -207,15 +211,16 @@ def _copy_pictures(
     problems: list[str],
     place: str,
     written: list[str],
-) -> list[dict[str, str]]:
+) -> list[dict[str, Any]]:
     """Copy a run's pictures, and their dark twins, under names made here; what may not be copied is a problem."""
-    shown: list[dict[str, str]] = []
+    shown: list[dict[str, Any]] = []
     for position, figure in enumerate(outcome.figures, 1):
         entry = {
             "caption": str(figure.caption),
             "alt": str(figure.alt) or str(figure.caption),
             "light": "",
             "dark": "",
+            "reliefs": figure.reliefs,
         }
         named = Path(str(figure.file))
         try:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lineament.core.checks import InputError
 from lineament.core.files import write_json
+from lineament.core.relief import Relief
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture beside `outcome.json`: its file name, what it shows (caption) and the same for who cannot see it (alt)."""
+    """A picture beside `outcome.json`: its file name, what it shows (caption) and the same for who cannot see it (alt).
+
+    ``reliefs`` are the values of a landscape in it, which the gallery lets the reader turn and read.
+    """
 
     file: str
     caption: str
     alt: str
+    reliefs: Sequence[Relief] = ()
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,12 @@ class Outcome:
                     for c in raw["claims"]
                 ],
                 tables=[Table(t["title"], t["columns"], t["rows"]) for t in raw["tables"]],
-                figures=[Figure(f["file"], f["caption"], f["alt"]) for f in raw["figures"]],
+                figures=[
+                    Figure(
+                        f["file"], f["caption"], f["alt"], [Relief.from_dict(r) for r in f.get("reliefs", ())]
+                    )
+                    for f in raw["figures"]
+                ],
                 seconds=float(raw["seconds"]),
                 versions={str(k): str(v) for k, v in raw["versions"].items()},
             )

@@ -1,6 +1,7 @@
 """One self-contained page: the verdict first, then what each section measured, with its pictures and tables.
 
-The page needs no script and no network: style and pictures are inside it. Every string is untrusted: Jinja escapes
+The page needs no script and no network: style and pictures are inside it. A script is in it only where a picture can be turned
+(:mod:`~lineament.report.interactive`), and adds to what reads without. Every string is untrusted: Jinja escapes
 it, :func:`~lineament.report.text.printable` makes what is invisible visible, and a content security policy in the
 page forbids whatever might slip through. The page knows sections, not the methods that made them.
 """
@@ -18,6 +19,7 @@ from markupsafe import Markup
 
 from lineament.core.checks import one_of, require
 from lineament.core.files import write_json, write_text
+from lineament.report.interactive import drawings, kinds, library
 from lineament.report.section import Picture, Section
 from lineament.report.text import cell, duration, plain, printable
 
@@ -99,6 +101,7 @@ def render(
             methods=methods or {},
             versions=versions or {},
             seconds=sum(section.seconds for section in sections),
+            library=library(picture.reliefs for section in sections for picture in section.pictures),
         )
     )
 
@@ -154,7 +157,9 @@ def environment() -> Environment:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    env.filters.update(cell=cell, duration=duration, source=_source, numeric=_numeric)
+    env.filters.update(
+        cell=cell, duration=duration, source=_source, numeric=_numeric, drawings=drawings, kinds=kinds
+    )
     env.globals.update(STATES=STATES)
     return env
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lineament.core.relief import Relief
 from lineament.report.outcome import Table
 
 Status = Literal["good", "note", "warning", "skipped", "failed"]
@@ -14,13 +15,17 @@ Status = Literal["good", "note", "warning", "skipped", "failed"]
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture, drawn for light and for dark pages; ``kind`` is ``"svg"`` or ``"png"``."""
+    """One picture, drawn for light and for dark pages; ``kind`` is ``"svg"`` or ``"png"``.
+
+    ``reliefs`` are its values, which a page with scripts lets the reader turn and read in the picture's place.
+    """
 
     light: bytes
     dark: bytes
     kind: Literal["svg", "png"]
     caption: str
     alt: str
+    reliefs: Sequence[Relief] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -29,6 +34,7 @@ class Picture:
             "alt": self.alt,
             "light": base64.b64encode(self.light).decode(),
             "dark": base64.b64encode(self.dark).decode(),
+            **({"reliefs": [each.to_dict() for each in self.reliefs]} if self.reliefs else {}),
         }
 
     @classmethod
@@ -39,6 +45,7 @@ class Picture:
             raw["kind"],
             raw["caption"],
             raw["alt"],
+            [Relief.from_dict(each) for each in raw.get("reliefs", ())],
         )
 
 

@@ -148,7 +148,8 @@ def _landscape(around: Plane | None) -> list[Any]:
             size=(9.2, 3.6),
             panels=(1, 2),
             kind="png",
-            caption="The loss in the plane of the two steepest directions (the cross: these weights), as contours and as a surface. Along every other direction it is flatter.",
+            reliefs=[around.relief()],
+            caption="The loss in the plane of the two steepest directions (the mark: these weights), as contours and as a surface. Along every other direction it is flatter.",
             alt=f"Contours and surface of the loss around the weights, {compact(around.centre)} in the middle, from {compact(low)} to {compact(high)}.",
         )
     ]
@@ -172,7 +173,8 @@ def _figure(density: Density, values: list[float]) -> Any:
                 label="greatest and least eigenvalues" if number == 0 else None,
             )
         ax.set(xlabel="curvature (eigenvalue of the Hessian)", ylabel="share of directions (density)")
-        ax.legend(loc="upper right")
+        # Above the axes: inside, an eigenvalue may run through it.
+        ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
 
     return picture(
         draw,
