@@ -16,7 +16,7 @@ from lineament.core.curvature import hessian, top_eigenpairs
 from lineament.measure.hessian_criteria import hessian_criteria
 from lineament.measure.landscape import plane
 from lineament.measure.landscape_axes import random_axes
-from lineament.recipes._neural_collapse_training import ResNet18
+from lineament.recipes._networks import ResNet18
 
 SLUG = "loss-landscape"
 

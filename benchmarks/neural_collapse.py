@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lineament.bench import Row, compare
 from lineament.measure.collapse import collapse, collapse_metrics
-from lineament.recipes._neural_collapse_training import ResNet18
+from lineament.recipes._networks import ResNet18
 
 SLUG = "neural-collapse"
 

@@ -19,7 +19,8 @@ from lineament.learn.adversarial import PGD, robust_accuracy
 from lineament.learn.training import Training
 from lineament.recipes import _diffroar_figures as figures
 from lineament.recipes._diffroar_experiments import rebuilt
-from lineament.recipes._neural_collapse_training import ResNet18, load_data
+from lineament.recipes._images import load_data
+from lineament.recipes._networks import ResNet18
 from lineament.report.outcome import Claim, Outcome, Table
 
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineament.learn.training import Training
-from lineament.recipes._neural_collapse_training import ResNet18, load_data
+from lineament.recipes._images import load_data
+from lineament.recipes._networks import ResNet18
 
 NETWORKS = ("plain", "batch norm")
 # Gaussian noise of a standard deviation (images span 1), rotation by degrees, translation by pixels of an image of side 8.

@@ -1,22 +1,18 @@
-"""Data, networks and training loops of the neural-collapse recipe."""
+"""Training loops of the neural-collapse recipe."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineament.core.batching import progress
-from lineament.core.checks import InputError, require
 from lineament.measure.collapse import collapse, collapse_metrics
+from lineament.recipes._images import Data, flipped_and_cropped
+from lineament.recipes._networks import MLP, ResNet18
 
 # Weight decay of the feature layers and of the last one, as multiples of the baseline's.
 SETTINGS = {
@@ -26,135 +22,6 @@ SETTINGS = {
     "2x features": (2.0, 1.0),
     "0 features": (0.0, 1.0),
 }
-
-
-@dataclass(frozen=True)
-class Data:
-    """Training images scaled to about unit size, (samples, channels, height, width), labels, and whether to augment."""
-
-    x: Tensor
-    y: Tensor
-    classes: int
-    augment: bool
-
-
-@contextmanager
-def few_threads(data: Data, device: str) -> Iterator[None]:
-    """One thread for images so small that handing the work to another costs more than it saves; as before afterwards."""
-    before = torch.get_num_threads()
-    if device == "cpu" and data.x[0].numel() < 1000:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def load_data(name: str, folder: str | None) -> Data:
-    """``"digits"`` (scikit-learn's, 1,300 images), or ``"cifar10"`` / ``"cifar100"`` from a folder of the user's.
-
-    The folder holds the binary version of CIFAR (``cifar-10-batches-bin``, ``cifar-100-binary``, or their files), or
-    ``train.npz`` with ``x`` (uint8 images) and ``y``.
-    """
-    if name == "digits":
-        from sklearn.datasets import load_digits
-
-        images, labels = load_digits(return_X_y=True)
-        order = np.random.default_rng(0).permutation(len(labels))[:1300]
-        x = torch.tensor(images[order] / 16.0, dtype=torch.float32).view(-1, 1, 8, 8)
-        return Data(x, torch.tensor(labels[order]).long(), 10, False)
-    folder = folder or os.environ.get("LINEAMENT_DATA")
-    if not folder:
-        raise InputError(
-            f"data_folder: {name} needs a folder with its binary version or a train.npz; give --data-folder or set "
-            "LINEAMENT_DATA, or use --data digits"
-        )
-    images, labels = _read(name, Path(folder))
-    x = torch.from_numpy(images).float() / 255
-    center, scale = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
-    return Data((x - center) / scale, torch.from_numpy(labels).long(), 10 if name == "cifar10" else 100, True)
-
-
-def _read(name: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images (samples, 3, 32, 32) uint8 and labels."""
-    head = 1 if name == "cifar10" else 2
-    pattern, inner = (
-        ("data_batch_*.bin", "cifar-10-batches-bin") if head == 1 else ("train.bin", "cifar-100-binary")
-    )
-    files = sorted(folder.glob(pattern)) or sorted((folder / inner).glob(pattern))
-    if files:
-        raw = np.concatenate([np.fromfile(f, dtype=np.uint8) for f in files])
-        require(raw.size % (head + 3072) == 0, f"data_folder: {files[0].name} is no binary file of {name}")
-        rows = raw.reshape(-1, head + 3072)
-        return rows[:, head:].reshape(-1, 3, 32, 32), rows[:, head - 1].astype(np.int64)
-    path = folder / "train.npz"
-    require(path.is_file(), f"data_folder: {str(folder)!r} holds neither {pattern} nor train.npz")
-    with np.load(path, allow_pickle=False) as stored:
-        require({"x", "y"} <= set(stored.files), f"train.npz: holds {stored.files}, expected 'x' and 'y'")
-        x, y = stored["x"], stored["y"].astype(np.int64)
-    require(
-        x.dtype == np.uint8 and x.ndim == 4 and len(x) == len(y) and 3 in (x.shape[1], x.shape[3]),
-        f"train.npz: x is {x.dtype} of shape {x.shape}, expected uint8 images with 3 channels and as many y",
-    )
-    return np.ascontiguousarray(x if x.shape[1] == 3 else x.transpose(0, 3, 1, 2)), y
-
-
-class _Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
-        same = stride == 1 and inputs == outputs
-        self.skip = (
-            nn.Identity()
-            if same
-            else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        inside = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        return F.relu(inside + self.skip(x))
-
-
-class ResNet18(nn.Module):
-    """ResNet-18 for small images: a 3 x 3 stem of stride 1, no pooling before the blocks (He et al. 2016)."""
-
-    def __init__(self, channels: int, classes: int, *, bias: bool, width: int = 64):
-        super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
-        )
-        widths = [width * m for m in (1, 2, 4, 8)]
-        stages = []
-        inputs = width
-        for index, outputs in enumerate(widths):
-            stages.append(
-                nn.Sequential(_Block(inputs, outputs, 1 if index == 0 else 2), _Block(outputs, outputs, 1))
-            )
-            inputs = outputs
-        self.stages = nn.Sequential(*stages)
-        self.head = nn.Linear(inputs, classes, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.stages(self.stem(x)).mean((2, 3)))
-
-
-class MLP(nn.Module):
-    """Fully connected ReLU layers and a linear head."""
-
-    def __init__(self, inputs: int, widths: tuple[int, ...], classes: int, *, bias: bool):
-        super().__init__()
-        parts: list[nn.Module] = [nn.Flatten()]
-        for width in widths:
-            parts += [nn.Linear(inputs, width), nn.ReLU()]
-            inputs = width
-        self.features = nn.Sequential(*parts)
-        self.head = nn.Linear(inputs, classes, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))
 
 
 def network(kind: str, data: Data, widths: tuple[int, ...], *, bias: bool, seed: int) -> nn.Module:
@@ -171,16 +38,6 @@ def loss_of(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     if name == "ce":
         return F.cross_entropy
     return lambda scores, y: (scores - F.one_hot(y, scores.shape[1])).square().sum(1).mean() / 2
-
-
-def _augmented(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Random flips and crops after padding by four."""
-    flips = torch.rand(len(x), generator=generator) < 0.5
-    x = torch.where(flips.to(x.device)[:, None, None, None], x.flip(3), x)
-    size = x.shape[-1]
-    wide = F.pad(x, (4, 4, 4, 4)).unfold(2, size, 1).unfold(3, size, 1)
-    at = torch.randint(9, (2, len(x)), generator=generator).to(x.device)
-    return wide[torch.arange(len(x), device=x.device), :, at[0], at[1]]
 
 
 def fit(
@@ -207,7 +64,7 @@ def fit(
         model.train()
         for rows in torch.randperm(len(x), generator=generator).split(batch_size):
             rows = rows.to(x.device)
-            batch = _augmented(x[rows], generator) if augment else x[rows]
+            batch = flipped_and_cropped(x[rows], generator) if augment else x[rows]
             value = objective(model(batch), y[rows])
             optimizer.zero_grad()
             value.backward()

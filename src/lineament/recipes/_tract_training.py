@@ -16,7 +16,7 @@ from lineament.core.batching import progress
 from lineament.core.checks import InputError
 from lineament.data.augment import flip_and_crop
 from lineament.learn.first_layer import tract
-from lineament.recipes._neural_collapse_training import ResNet18, _Block
+from lineament.recipes._networks import Block, ResNet18
 from lineament.recipes._useful_data import load_data
 
 
@@ -80,7 +80,7 @@ class SmallResNet(nn.Module):
         self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(width)
         self.blocks = nn.Sequential(
-            _Block(width, width, 1), _Block(width, 2 * width, 2), _Block(2 * width, 4 * width, 2)
+            Block(width, width, 1), Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2)
         )
         self.head = nn.Linear(4 * width, classes)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lineament.core.checks import InputError, number, require
 from lineament.data.pixel_digits import pixel_digits
-from lineament.recipes._neural_collapse_training import _read
+from lineament.recipes._images import read_images
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _split(name: str, folder: Path, split: str) -> Split:
         return Split(torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(y), groups)
     require(name in ("cifar10", "cifar100"), f"data_folder: {str(folder)!r} holds no {split}.npz")
     if split == "train":
-        x, y = _read(name, folder)
+        x, y = read_images(name, folder)
     else:
         head, file, inner = (
             (1, "test_batch.bin", "cifar-10-batches-bin")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lineament.core.checks import one_of, require
-from lineament.recipes._neural_collapse_training import _Block
+from lineament.recipes._networks import Block
 
 _VGG19 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 256, 0, 512, 512, 512, 512, 0, 512, 512, 512, 512, 0)
 
@@ -76,7 +76,7 @@ def _resnet(blocks: tuple[int, ...]) -> Callable[[torch.Size, int, int], Network
         for stage, count in enumerate(blocks):
             for index in range(count):
                 outputs = width * 2**stage
-                layers.append(_Block(inputs, outputs, 2 if stage and not index else 1))
+                layers.append(Block(inputs, outputs, 2 if stage and not index else 1))
                 inputs = outputs
         return Network(nn.Sequential(*layers, _Mean()), inputs, classes)
 

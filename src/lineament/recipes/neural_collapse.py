@@ -21,6 +21,7 @@ from lineament.measure.central_path import central_path
 from lineament.measure.near_collapse import PerturbationMap, block_spectrum, cross_norm, map_spectrum
 from lineament.measure.ufm import UFM, minimise
 from lineament.recipes import _neural_collapse_training as training
+from lineament.recipes._images import Data, few_threads, load_data
 from lineament.recipes._neural_collapse_figures import draw_all
 from lineament.recipes._presets import presets
 from lineament.report.outcome import Claim, Outcome, Table
@@ -92,13 +93,13 @@ def run(config: Config, *, out: Path) -> Outcome:
     """Run the recipe into ``out``; a killed run goes on from its last finished stage."""
     unknown = sorted(set(config.losses) - {"mse", "ce"})
     require(not unknown, f"losses: got {unknown}, expected 'mse' and 'ce'")
-    data = training.load_data(config.data, config.data_folder)
+    data = load_data(config.data, config.data_folder)
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     stages = Checkpoint(out / ".stages", asdict(config))
 
-    with training.few_threads(data, device):
+    with few_threads(data, device):
         depth, curves = _train(config, data, stages, device)
     theory = stages.stage("theory", lambda: theory_panel(config))
     ends = {loss: {setting: _ends(runs) for setting, runs in found.items()} for loss, found in curves.items()}
@@ -117,7 +118,7 @@ def run(config: Config, *, out: Path) -> Outcome:
 
 
 def _train(
-    config: Config, data: training.Data, stages: Checkpoint, device: str
+    config: Config, data: Data, stages: Checkpoint, device: str
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, list[dict[str, list[float]]]]]]:
     """The layer-wise trainings by seed, and the weight-decay study's curves by loss, setting and seed."""
     depth = [

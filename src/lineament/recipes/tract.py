@@ -16,7 +16,7 @@ import torch
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import require
 from lineament.recipes import _tract_training as training
-from lineament.recipes._neural_collapse_training import Data, few_threads
+from lineament.recipes._images import Data, few_threads
 from lineament.recipes._presets import presets
 from lineament.recipes._tract_claims import ORDINARY, ablation_claims, cifar_claims, digit_claims, mean
 from lineament.recipes._tract_figures import draw_all

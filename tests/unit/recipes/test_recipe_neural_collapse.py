@@ -11,6 +11,7 @@ import torch
 
 from lineament.core.checks import InputError
 from lineament.recipes import _neural_collapse_training as training
+from lineament.recipes._images import flipped_and_cropped, load_data
 from lineament.recipes.neural_collapse import Config, _decay_claims, run
 
 TINY = {
@@ -77,7 +78,7 @@ def test_the_full_scale_network_runs_on_a_users_cifar(tmp_path, form):
         (tmp_path / "cifar-10-batches-bin").mkdir()
         rows = np.concatenate([y[:, None].astype(np.uint8), x.reshape(20, -1)], axis=1)
         rows.tofile(tmp_path / "cifar-10-batches-bin" / "data_batch_1.bin")
-    data = training.load_data("cifar10", str(tmp_path))
+    data = load_data("cifar10", str(tmp_path))
     assert data.x.shape == (20, 3, 32, 32) and data.augment and data.y.tolist() == y.tolist()
     assert torch.allclose(data.x.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
     curve = training.weight_decay_run(
@@ -93,13 +94,13 @@ def test_missing_or_wrong_data_is_named_before_any_work(tmp_path, monkeypatch):
         run(Config.preset("paper"), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match=r"neither data_batch_\*\.bin nor train\.npz"):
-        training.load_data("cifar10", str(tmp_path))
+        load_data("cifar10", str(tmp_path))
     (tmp_path / "data_batch_1.bin").write_bytes(b"123")
     with pytest.raises(InputError, match=r"data_batch_1\.bin is no binary file of cifar10"):
-        training.load_data("cifar10", str(tmp_path))
+        load_data("cifar10", str(tmp_path))
     np.savez(tmp_path / "train.npz", x=np.zeros((2, 5)), y=np.zeros(2))
     with pytest.raises(InputError, match="expected uint8 images"):
-        training.load_data("cifar100", str(tmp_path))
+        load_data("cifar100", str(tmp_path))
     with pytest.raises(InputError, match="losses: got"):
         run(dataclasses.replace(Config.preset("quick"), losses=("hinge",)), out=tmp_path)
 
@@ -124,7 +125,7 @@ def test_claims_fall_when_the_numbers_do():
 
 def test_crops_and_flips_keep_the_picture():
     x = torch.arange(2 * 3 * 8 * 8.0).view(2, 3, 8, 8) + 1
-    found = training._augmented(x, torch.Generator().manual_seed(0))
+    found = flipped_and_cropped(x, torch.Generator().manual_seed(0))
     assert found.shape == x.shape
     for image, original in zip(found, x):
         inside = image[image > 0]
