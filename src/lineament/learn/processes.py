@@ -6,6 +6,7 @@ placed here rather than by Accelerate, so that one process can use any device by
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,8 +45,15 @@ class Processes:
             raise InputError(
                 "training needs the package 'accelerate', which is not installed; install lineament[train]"
             ) from error
-        self.accelerator = accelerate.Accelerator(device_placement=False)
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        # Several processes of torchrun on a machine without an accelerator: Accelerate has to be told that the CPU is meant.
+        cpu = started > 1 and not torch.accelerator.is_available()
+        self.accelerator = accelerate.Accelerator(device_placement=False, cpu=cpu)
         self.rank, self.count = self.accelerator.process_index, self.accelerator.num_processes
+        require(
+            self.count == started,
+            f"accelerate: sees {self.count} of the {started} processes that were started; start them by accelerate launch or torchrun",
+        )
         kind = str(self.accelerator.distributed_type.value)
         require(
             kind in ("NO", "MULTI_GPU", "MULTI_CPU"),
