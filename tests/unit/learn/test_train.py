@@ -304,5 +304,5 @@ def test_a_result_survives_its_file(tmp_path):
 
 def test_without_accelerate_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "accelerate", None)
-    with pytest.raises(InputError, match=r"install lineament\[lm\]"):
+    with pytest.raises(InputError, match=r"install lineament\[train\]"):
         Processes()
