@@ -21,9 +21,11 @@ from lineament.audit.findings import findings
 from lineament.audit.language import is_language_model
 from lineament.audit.language_run import audit_language
 from lineament.audit.lenses import ALIASES, LANGUAGE, LENSES
-from lineament.audit.models import Loaded, digest, load
+from lineament.audit.loaded import Loaded
+from lineament.audit.models import digest, load
 from lineament.audit.stages import STAGES, Report, fresh, opened, sections, threads, written
-from lineament.audit.subject import Subject, bring_together, one_output, two_logits
+from lineament.audit.subject import Subject
+from lineament.audit.together import bring_together, one_output, two_logits
 from lineament.core import checks
 from lineament.core.batching import Checkpoint
 from lineament.core.checks import require, show

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lineament.audit.models import Loaded
+from lineament.audit.loaded import Loaded
 from lineament.core.files import write_json, write_text, writing
 from lineament.learn.fit_result import Fitted
 from lineament.report import figures

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 
 from lineament import console
-from lineament.audit.models import Loaded, digest, load
+from lineament.audit.loaded import Loaded
+from lineament.audit.models import digest, load
 from lineament.audit.option_values import classes, image_size, normalize
 from lineament.audit.stages import threads
-from lineament.audit.subject import Subject, bring_together, one_output, two_logits
+from lineament.audit.subject import Subject
+from lineament.audit.together import bring_together, one_output, two_logits
 from lineament.command.train_output import BOARD, FILES, Log, say, write
 from lineament.core.batching import Checkpoint
 from lineament.core.checks import InputError, require, show

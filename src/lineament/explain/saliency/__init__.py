@@ -8,8 +8,9 @@ from lineament.explain.saliency.baselines import (
 )
 from lineament.explain.saliency.checks import class_sensitivity, randomisation
 from lineament.explain.saliency.layer_weights import layer_weights
-from lineament.explain.saliency.maps import METHODS, Method, combined_saliency, normgrad, saliency
+from lineament.explain.saliency.maps import combined_saliency, normgrad, saliency
 from lineament.explain.saliency.meta import meta_saliency
+from lineament.explain.saliency.methods import METHODS, Method
 
 __all__ = [
     "METHODS",

@@ -1,17 +1,16 @@
 """Where does a network look? Saliency maps at any site, as an extraction and an aggregation.
 
 Rebuffi, Fong, Ji, Vedaldi, "There and Back Again: Revisiting Backpropagation Saliency Methods", CVPR 2020, arXiv 2004.02866. Gradient,
-Grad-CAM, linear approximation, NormGrad and their relatives are settings of one function (:data:`METHODS`); one forward and one backward
+Grad-CAM, linear approximation, NormGrad and their relatives are settings of one function (:data:`~lineament.explain.saliency.methods.METHODS`); one forward and one backward
 give all sites and methods. Maps explain the logit, not the probability; a positive gradient means that more of the feature raises it.
 """
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +22,6 @@ from lineament.core.batching import chunked
 from lineament.core.sites import capture, sites
 from lineament.explain.saliency import layouts
 from lineament.explain.saliency.aggregation import (
-    AGGREGATES,
-    EXTRACTS,
     Window,
     aggregate_contributions,
     combined,
@@ -40,40 +37,8 @@ from lineament.explain.saliency.baselines import (
     integrated_gradients,
     random_map,
 )
+from lineament.explain.saliency.methods import Method, settings_of
 from lineament.explain.scores import cotangent, differentiable, labels_of, prepared, scores_of
-
-
-@dataclass(frozen=True)
-class Method:
-    """A saliency method: how contributions are extracted and aggregated, and what is special about it."""
-
-    extract: str  # "" for a method of its own
-    aggregate: str
-    kernel: int = 1  # N of the virtual N x N convolution
-    rule: str = ""  # how the signal flows backwards: "", "guided", "deconvnet", "excitation", "contrastive"
-    pooled: bool = False  # the gradient is replaced by its mean over the map
-    rectified: bool = False  # the map keeps its positive part
-
-
-METHODS: dict[str, Method] = {
-    "gradient": Method("bias", "max_abs"),
-    "gradient_sum": Method("bias", "sum"),
-    "linear_approx": Method("scaling", "sum"),
-    "cam": Method("", ""),
-    "grad_cam": Method("scaling", "sum", pooled=True, rectified=True),
-    "norm_grad": Method("conv", "norm"),
-    "norm_grad_3x3": Method("conv", "norm", kernel=3),
-    "norm_grad_selective": Method("scaling", "filter_norm"),
-    "norm_grad_proper": Method("proper", "norm"),
-    "guided_backprop": Method("bias", "max_abs", rule="guided"),
-    "guided_backprop_sum": Method("bias", "sum", rule="guided"),
-    "deconvnet": Method("bias", "max_abs", rule="deconvnet"),
-    "excitation_backprop": Method("bias", "sum", rule="excitation"),
-    "contrastive_excitation_backprop": Method("bias", "sum", rule="contrastive", rectified=True),
-    "integrated_gradients": Method("", ""),
-    "center": Method("", ""),
-    "random": Method("", ""),
-}
 
 _CLASSES_AT_ONCE = 8
 
@@ -111,7 +76,7 @@ def saliency(
         site: where to take the maps: a module name, with ``:in`` or ``:out``; ``":in"`` is the image itself. ``None`` takes the
             last convolutional block's output (:func:`lineament.explain.saliency.layouts.default_site` has the rule). Several sites, or a
             glob that matches several, give a dict {site: maps}.
-        method: a name of :data:`METHODS` (``"norm_grad_5x5"`` and the like too). Several give a dict {method: ...}.
+        method: a name of :data:`~lineament.explain.saliency.methods.METHODS` (``"norm_grad_5x5"`` and the like too). Several give a dict {method: ...}.
         extract, aggregate: choose the two phases instead of a method: ``"bias"``, ``"scaling"``, ``"conv"``, ``"depthwise"`` or
             ``"proper"`` (the real convolution at the site), or the paper's ``"conv3x3"`` and ``"conv3x3_depthwise"``; with ``"sum"``,
             ``"norm"``, ``"filter_norm"``, ``"max"`` or ``"max_abs"``.
@@ -136,7 +101,7 @@ def saliency(
     >>> saliency(net, torch.rand(2, 1, 8, 6), site="1", method="grad_cam").shape
     torch.Size([2, 1, 8, 6])
     """
-    settings = _settings(method, extract, aggregate, kernel)
+    settings = settings_of(method, extract, aggregate, kernel)
     images = prepared(model, images)
     given = labels_of(targets, len(images))
     checks.one_of("layout", layout, layouts.LAYOUTS)
@@ -243,41 +208,6 @@ class _Shape:
 
     def at(self, x: Tensor, site: str) -> Callable[[Tensor], Tensor]:
         return layouts.layout(x, site, self.size, patch=self.patch, grid=self.grid, kind=self.kind)
-
-
-def _settings(
-    method: str | Sequence[str], extract: str | None, aggregate: str | None, kernel: int | None
-) -> dict[str, Method]:
-    names = [method] if isinstance(method, str) else list(method)
-    checks.require(len(names) > 0, "method: got none, expected at least one")
-    settings = {name: _method(name) for name in names}
-    if extract is not None or aggregate is not None:
-        checks.require(
-            names == ["norm_grad"],
-            f"extract and aggregate: they choose the phases instead of method={method!r}; give one",
-        )
-        checks.require(
-            extract is not None and aggregate is not None,
-            f"extract and aggregate: got {extract!r} and {aggregate!r}, expected both",
-        )
-        size = re.fullmatch(r"conv(\d+)x\1(_depthwise)?", str(extract))
-        if size:
-            extract, kernel = "depthwise" if size[2] else "conv", kernel or int(size[1])
-        checks.one_of("extract", extract, (*EXTRACTS, "proper", "conv3x3", "conv3x3_depthwise"))
-        checks.one_of("aggregate", aggregate, AGGREGATES)
-        settings = {"norm_grad": Method(str(extract), str(aggregate))}
-    if kernel is not None:
-        Window.square(kernel)
-        settings = {name: replace(m, kernel=kernel) for name, m in settings.items()}
-    return settings
-
-
-def _method(name: Any) -> Method:
-    size = re.fullmatch(r"norm_grad_(\d+)x\1", str(name))
-    if size:
-        Window.square(int(size[1]))
-        return Method("conv", "norm", kernel=int(size[1]))
-    return METHODS[checks.one_of("method", name, METHODS)]
 
 
 def _maps(

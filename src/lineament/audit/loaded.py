@@ -1,0 +1,34 @@
+"""A network as it was loaded, and what its files say about its inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network and what its files say about its inputs.
+
+    ``size`` is the (height, width) it wants, ``mean`` and ``std`` what images are normalised with (after scaling to [0, 1]), ``classes``
+    its names of the classes, ``batch`` the only batch size it takes (``None``: any).
+    """
+
+    model: nn.Module
+    source: str
+    kind: str
+    size: tuple[int, int] | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    classes: tuple[str, ...] = ()
+    batch: int | None = None
+    notes: tuple[str, ...] = field(default=())
+
+
+def listing(what: str, names: list[str]) -> str:
+    """The first names of a list, for a message; empty where there are none."""
+    if not names:
+        return ""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{what}: {', '.join(names[:4])}{more}"
