@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from lineament.audit.data_options import add_data_options
 from lineament.audit.lenses import LENSES
 
 _EPILOG = (
@@ -63,24 +64,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="places to look at (may be repeated; default: the network's blocks)",
     )
     add(
-        "--classes",
-        metavar="NAMES",
-        help="names of the classes 0, 1, ..., with commas between them, or a text file with one a line",
-    )
-    add(
         "--groups",
         metavar="ARRAY",
         help="the array or column that names each sample's group, or a .npy or .txt file",
     )
-    add("--inputs", metavar="ARRAY", help="the array or column with the inputs")
-    add("--targets", metavar="ARRAY", help="the array or column with the targets")
-    add("--split", metavar="NAME", help="of a Hugging Face data set (default: test, validation or train)")
-    add("--image-size", metavar="H,W", help="bring images to this size")
-    add(
-        "--normalize",
-        metavar="MEAN,STD",
-        help="two numbers, or one mean for each channel and then one deviation for each",
-    )
+    add_data_options(parser, split="test, validation or train")
     add("--task", default="auto", metavar="KIND", help="classification, regression or auto (default)")
     add(
         "--method",

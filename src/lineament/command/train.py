@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from lineament.audit.data_options import add_data_options
+
 _EPILOG = """examples:
   lineament train net.py:make photos --image-size 64,64 --out runs/plain
   lineament train net.py:make data.npz --out runs/sam --sam 0.1 --useful auto --epochs 100
@@ -71,20 +73,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="a loss or gradient that is NaN or infinite: raise (default), or skip the step",
     )
     add("--weights", metavar="FILE", help="start from this .safetensors file")
-    add(
-        "--classes",
-        metavar="NAMES",
-        help="names of the classes 0, 1, ..., with commas between them, or a text file with one a line",
-    )
-    add("--inputs", metavar="ARRAY", help="the array or column with the inputs")
-    add("--targets", metavar="ARRAY", help="the array or column with the targets")
-    add("--split", metavar="NAME", help="of a Hugging Face data set (default: train)")
-    add("--image-size", metavar="H,W", help="bring images to this size")
-    add(
-        "--normalize",
-        metavar="MEAN,STD",
-        help="two numbers, or one mean for each channel and then one deviation for each",
-    )
+    add_data_options(parser, split="train")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: what Accelerate chooses)")
     parser.set_defaults(run=run)
     return parser

@@ -1,0 +1,24 @@
+"""The options that say how a user's data are read, the same for every command; imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_data_options(parser: argparse.ArgumentParser, *, split: str) -> None:
+    """``split`` says which part of a Hugging Face data set is taken by default."""
+    add = parser.add_argument
+    add(
+        "--classes",
+        metavar="NAMES",
+        help="names of the classes 0, 1, ..., with commas between them, or a text file with one a line",
+    )
+    add("--inputs", metavar="ARRAY", help="the array or column with the inputs")
+    add("--targets", metavar="ARRAY", help="the array or column with the targets")
+    add("--split", metavar="NAME", help=f"of a Hugging Face data set (default: {split})")
+    add("--image-size", metavar="H,W", help="bring images to this size")
+    add(
+        "--normalize",
+        metavar="MEAN,STD",
+        help="two numbers, or one mean for each channel and then one deviation for each",
+    )
