@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.contracts.language_models import FAMILIES, prompts, tiny
 from torch import nn
 
 from lineament.core.checks import InputError
@@ -13,7 +14,6 @@ from lineament.explain.patching.metrics import logit_difference
 from lineament.explain.patching.sites import places
 from lineament.explain.patching.star import GradDrop
 from lineament.explain.relevance import relevance_rules
-from tests.contracts.language_models import FAMILIES, prompts, tiny
 
 METRIC = logit_difference([5, 6, 7], [8, 9, 10])
 
