@@ -11,7 +11,7 @@ from typing import Any
 
 _EPILOG = """methods:
   reagent (default), integrated_gradients, input_x_grad, grad_norm, gradient_shap, attention_last, attention_all,
-  rollout, value_zeroing, occlusion, lime, kernel_shap, random
+  rollout, value_zeroing, occlusion, lime, kernel_shap, bayesian, random
 
 examples:
   lineament explain ./gpt2-saved "The capital of France is" --target " Paris"
@@ -181,7 +181,7 @@ def _options(a: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
         return {"sampler": sampler, "ratio": a.ratio, "probes": a.probes, "seed": a.seed, **budget}
     return (
         {"seed": a.seed}
-        if a.method in ("gradient_shap", "occlusion", "lime", "kernel_shap", "random")
+        if a.method in ("gradient_shap", "occlusion", "lime", "kernel_shap", "bayesian", "random")
         else {}
     )
 

@@ -205,6 +205,33 @@ def test_value_zeroing_by_hand():
     assert abs(float(found.sum()) - 1) < 1e-6
 
 
+def test_the_search_finds_the_tokens_that_suffice_together():
+    """The target is probable only where both the 7 at position 1 and the 4 at position 5 are there."""
+    prompt = [3, 7, 5, 1, 2, 4, 6, 8, 9, 1, 2, 3]
+
+    def both(ids):
+        there = (ids[:, 1] == 7) & (ids[:, 5] == 4)
+        p = torch.full((len(ids), 10), 0.1)
+        p[there] = 0.02
+        p[there, 7] = 0.82
+        return p
+
+    for seed in range(3):
+        found = attribute_tokens(both, None, prompt, 7, method="bayesian", seed=seed, keep=4)
+        assert set(found.ranking()[:2]) == {1, 5}
+        # What does not matter is alike, far below them.
+        rest = [float(found.scores[t]) for t in found.ranking()[2:]]
+        assert max(abs(r - rest[0]) for r in rest) < 0.5 * float(found.scores[[1, 5]].min() - rest[0])
+    rows = []
+
+    def counted(ids):
+        rows.append(len(ids))
+        return both(ids)
+
+    attribute_tokens(counted, None, prompt, 7, method="bayesian", evaluations=20, batch=8, draws=3)
+    assert sum(rows) == 1 + 2 * 20 * 3
+
+
 def test_bad_options_are_named():
     net = model("gpt2")
     for method, options, message in (
@@ -214,6 +241,8 @@ def test_bad_options_are_named():
         ("occlusion", {"absent": 999}, "absent"),
         ("kernel_shap", {"n_samples": 1}, "n_samples"),
         ("lime", {"width": 0.0}, "width"),
+        ("bayesian", {"evaluations": 3}, "evaluations"),
+        ("bayesian", {"keep": 99}, "keep"),
     ):
         with pytest.raises(InputError, match=message):
             attribute_tokens(net, None, IDS, method=method, **options)

@@ -18,6 +18,7 @@ from torch import Tensor
 from lineament.core import checks
 from lineament.explain.tokens.attention import attention_all, attention_last, rollout, value_zeroing
 from lineament.explain.tokens.attribution import reagent
+from lineament.explain.tokens.bayesian import bayesian_search
 from lineament.explain.tokens.blackbox import kernel_shap, lime, occlusion, random_scores
 from lineament.explain.tokens.prompts import is_batch, per_prompt, shown
 from lineament.explain.tokens.question import Question, ask
@@ -45,7 +46,7 @@ def attribute_tokens(
         model, tokenizer, prompt, target, contrast, target_prefix, scope, span, protect: as for :func:`lineament.explain.tokens.attribution.reagent`.
         method: ``"reagent"``; with gradients ``"grad_norm"``, ``"input_x_grad"``, ``"integrated_gradients"``, ``"gradient_shap"``; with attention
             ``"attention_last"``, ``"attention_all"``, ``"rollout"``, ``"value_zeroing"``; from probabilities ``"occlusion"``, ``"lime"``,
-            ``"kernel_shap"``; ``"random"``.
+            ``"kernel_shap"``, ``"bayesian"`` (a search for the tokens to keep); ``"random"``.
         normalize: over scored tokens: ``"none"`` (the raw score), ``"softmax"``, ``"abs-sum"`` or ``"minmax"``.
         options: of the method, see its function.
 
@@ -247,5 +248,6 @@ METHODS: dict[str, Callable[..., Tensor]] = {
     "occlusion": occlusion,
     "lime": lime,
     "kernel_shap": kernel_shap,
+    "bayesian": bayesian_search,
     "random": random_scores,
 }

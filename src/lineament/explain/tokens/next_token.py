@@ -235,7 +235,7 @@ class NextToken:
         checks.require(
             callable(found),
             f"model: this needs {what}, which {checks.show(self.model)} does not show; give a transformers model, or a "
-            "method that asks for probabilities only: reagent, occlusion, lime, kernel_shap, random",
+            "method that asks for probabilities only: reagent, occlusion, lime, kernel_shap, bayesian, random",
         )
 
     def _groups(
