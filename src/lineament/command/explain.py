@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Explain, print the tokens, and say where the page is."""
     from lineament.audit.language import load_language_model
     from lineament.core import checks
-    from lineament.explain.tokens.attribution import explain_continuation
+    from lineament.explain.tokens import explain_continuation
     from lineament.explain.tokens.baselines import METHODS, attribute_tokens
     from lineament.explain.tokens.results import NORMALIZATIONS
     from lineament.report import token_page

@@ -9,6 +9,7 @@ from tests.contracts.unchanged import unchanged
 from torch import nn
 
 from lineament.core.checks import InputError
+from lineament.explain.tokens.embeddings import through_embeddings
 from lineament.explain.tokens.next_token import NextToken
 from lineament.explain.tokens.prompts import read
 
@@ -80,11 +81,11 @@ def test_embeddings_can_be_changed_on_their_way(name):
         plain, swapped = face.logits([ids], [source]), face.logits([other], [source])
         assert not torch.allclose(plain, swapped)
         kept: list[torch.Tensor] = []
-        face.through_embeddings(other, source, lambda e, columns: (kept.append(e), e)[1])
-        torch.testing.assert_close(face.through_embeddings(ids, source)[0], plain)
+        through_embeddings(face, other, source, lambda e, columns: (kept.append(e), e)[1])
+        torch.testing.assert_close(through_embeddings(face, ids, source)[0], plain)
         # The other row's embeddings in place of this row's give the other row's logits.
         pieces = iter(kept)
-        found, _, _ = face.through_embeddings(ids, source, lambda e, columns: next(pieces))
+        found, _, _ = through_embeddings(face, ids, source, lambda e, columns: next(pieces))
         torch.testing.assert_close(found, swapped)
 
 

@@ -12,6 +12,7 @@ from tests.contracts.token_models import copies, model
 from lineament.core.checks import InputError
 from lineament.explain.tokens.attention import from_attention
 from lineament.explain.tokens.baselines import attribute_tokens
+from lineament.explain.tokens.embeddings import through_embeddings
 
 IDS = [5, 40, 81, 12, 300]
 ABSENT = 9
@@ -93,7 +94,7 @@ def test_integrated_gradients_sum_to_what_zeroing_changes(name):
     with torch.no_grad():
         zeroed = lambda e, columns: e if source and columns.start == source else e * 0  # noqa: E731
         ends = [
-            face.through_embeddings(ids, source, change)[0].log_softmax(1)[0, 7] for change in (None, zeroed)
+            through_embeddings(face, ids, source, change)[0].log_softmax(1)[0, 7] for change in (None, zeroed)
         ]
     assert abs(float(exact.scores.sum()) - float(ends[0] - ends[1])) < 1e-3
 

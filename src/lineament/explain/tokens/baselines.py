@@ -20,6 +20,7 @@ from lineament.explain.tokens.attention import attention_all, attention_last, ro
 from lineament.explain.tokens.attribution import reagent
 from lineament.explain.tokens.bayesian import bayesian_search
 from lineament.explain.tokens.blackbox import kernel_shap, lime, occlusion, random_scores
+from lineament.explain.tokens.embeddings import through_embeddings
 from lineament.explain.tokens.prompts import is_batch, per_prompt, shown
 from lineament.explain.tokens.question import Question, ask
 from lineament.explain.tokens.results import NORMALIZATIONS, TokenAttribution, normalized
@@ -202,8 +203,8 @@ def gradients(
     """(count, tokens, width) embeddings and the gradients of f at them."""
     with torch.enable_grad():
         rows = question.rows.expand(count, -1)
-        _, e, slopes = question.face.through_embeddings(
-            rows, question.prompt.source, change, score=lambda s: question.value(s).sum()
+        _, e, slopes = through_embeddings(
+            question.face, rows, question.prompt.source, change, score=lambda s: question.value(s).sum()
         )
     assert e is not None and slopes is not None
     return e, slopes
@@ -211,7 +212,9 @@ def gradients(
 
 def _embedded(question: Question, rows: Tensor) -> Tensor:
     parts: list[Tensor] = []
-    question.face.through_embeddings(rows, question.prompt.source, lambda e, columns: (parts.append(e), e)[1])
+    through_embeddings(
+        question.face, rows, question.prompt.source, lambda e, columns: (parts.append(e), e)[1]
+    )
     return torch.cat(parts, 1).clone()
 
 
