@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.contracts.token_models import BOTH_WAYS, CAUSAL, byte_tokenizer, copies, model
+from tests.contracts.token_models import BOTH_WAYS, CAUSAL, byte_tokenizer, copies, model, wordpiece_tokenizer
 from tests.contracts.unchanged import unchanged
 from torch import nn
 
 from lineament.core.checks import InputError
 from lineament.explain.tokens.embeddings import through_embeddings
 from lineament.explain.tokens.next_token import NextToken
-from lineament.explain.tokens.prompts import read
+from lineament.explain.tokens.prompts import read, token_id
 
 ROWS = [
     torch.tensor([[5, 40, 81, 12], [6, 7, 8, 9]]),
@@ -151,3 +151,14 @@ def test_text_is_read_as_the_tokenizer_reads_it():
     assert prompt.tokens == ("the", " cat", "<|endoftext|>", " sat")
     assert prompt.scored.tolist() == [True, True, False, False]
     assert face.special == {0} and NextToken(copies(0)).special == frozenset()
+
+
+def test_a_word_that_the_tokenizer_does_not_have_is_no_target():
+    words = wordpiece_tokenizer()
+    face = NextToken(lambda ids: torch.full((len(ids), 40), 1 / 40), words)
+    assert token_id(face, "target", "cat", 10**6) == words.convert_tokens_to_ids("cat")
+    assert token_id(face, "target", words.unk_token, 10**6) == words.unk_token_id
+    with pytest.raises(
+        InputError, match=r"target: '猫' is not in the tokenizer's vocabulary, which reads it as '.UNK.'"
+    ):
+        token_id(face, "target", "猫", 10**6)

@@ -19,7 +19,7 @@ from torch import Tensor
 from lineament.core import checks
 from lineament.explain.tokens.draws import Random, Script, Scripted
 from lineament.explain.tokens.next_token import NextToken
-from lineament.explain.tokens.prompts import Prompt, is_batch, per_prompt, read, shown, token_id
+from lineament.explain.tokens.prompts import Prompt, different, is_batch, per_prompt, read, shown, token_id
 from lineament.explain.tokens.recursion import Draws, Probes, Rules, kept, probability, recurse
 from lineament.explain.tokens.results import TokenAttribution
 from lineament.explain.tokens.samplers import Sampler, sampler_for
@@ -257,12 +257,8 @@ def _pairs(prompts: Any, prefixes: Any, several: bool) -> tuple[list[Any], list[
 def _contrasts(face: NextToken, contrast: Any, targets: list[int], vocabulary: int) -> list[int] | None:
     if contrast is None:
         return None
-    found = [
-        token_id(face, "contrast", c, vocabulary) for c in per_prompt("contrast", contrast, len(targets))
-    ]
-    same = [c for c, t in zip(found, targets) if c == t]
-    checks.require(not same, f"contrast: got {same[:1]}, which is the target itself; choose another token")
-    return found
+    every = per_prompt("contrast", contrast, len(targets))
+    return [different(face, token_id(face, "contrast", c, vocabulary), t) for c, t in zip(every, targets)]
 
 
 def _common(prompts: Sequence[Prompt]) -> Tensor:

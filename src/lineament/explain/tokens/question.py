@@ -9,9 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lineament.core import checks
 from lineament.explain.tokens.next_token import NextToken, not_nan
-from lineament.explain.tokens.prompts import Prompt, read, token_id
+from lineament.explain.tokens.prompts import Prompt, different, read, token_id
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,9 @@ def ask(model: Any, tokenizer: Any, prompt: Any, target: Any, contrast: Any, **r
     with face.ready():
         first = not_nan(face.logits([p.ids[None]], [p.source])).cpu()
     wanted = int(first.argmax()) if target is None else token_id(face, "target", target, first.shape[1])
-    other = None if contrast is None else token_id(face, "contrast", contrast, first.shape[1])
-    checks.require(
-        other != wanted, f"contrast: got {other}, which is the target itself; choose another token"
-    )
+    other = None
+    if contrast is not None:
+        other = different(face, token_id(face, "contrast", contrast, first.shape[1]), wanted)
     log_p = first.log_softmax(1)[0]
     chance = log_p[wanted].exp() if other is None else torch.sigmoid(log_p[wanted] - log_p[other])
     return Question(face, p, wanted, other, float(chance), first.shape[1])
