@@ -55,14 +55,16 @@ def ours(model: Any, ids: Any, target: int, probes: int = PROBES, steps: int = S
     return run
 
 
-def bare(model: Any, ids: Any, target: int) -> tuple[Callable[[], Any], int]:
+def bare(
+    model: Any, ids: Any, target: int, probes: int = PROBES, steps: int = STEPS
+) -> tuple[Callable[[], Any], int]:
     """The forwards of :func:`ours`, recorded and run again with nothing around them."""
     seen: list[torch.Tensor] = []
     handle = model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].clone()), with_kwargs=True
     )
     try:
-        ours(model, ids, target)()
+        ours(model, ids, target, probes, steps)()
     finally:
         handle.remove()
 
@@ -144,6 +146,17 @@ def rows(repeats: int = 5) -> Iterator[Row]:
         target=4.0,
         repeats=min(repeats, 3),
         note="what is saved are the logits of all positions but the last; at this size the layers cost more than they do",
+    )
+    run, _ = bare(large, ids, target, 5, few)
+    yield compare(
+        SLUG,
+        "the same beside its own forwards",
+        ours(large, ids, target, 5, few),
+        "bare batched forwards",
+        run,
+        target=1 / 1.2,
+        repeats=min(repeats, 3),
+        note="where this is 1 nothing around the model is left to save",
     )
     made = torch.randint(WORDS - 1, (10,), generator=torch.Generator().manual_seed(1)).tolist()
     options: dict[str, Any] = {"probes": 3, "max_steps": STEPS}
