@@ -247,3 +247,22 @@ def test_bad_options_are_named():
     ):
         with pytest.raises(InputError, match=message):
             attribute_tokens(net, None, IDS, method=method, **options)
+
+
+@pytest.mark.parametrize("method", ["grad_norm", "input_x_grad", "attention_all", "occlusion", "bayesian"])
+def test_several_prompts_are_each_as_alone_and_gradients_share_their_forwards(method):
+    net = model("gpt2").double()
+    prompts = [torch.tensor(IDS), torch.tensor(IDS[::-1]), torch.tensor(IDS * 2), torch.tensor(IDS) + 1]
+    options = {"evaluations": 8} if method == "bayesian" else {}
+    targets, contrasts = [5, 6, 7, 8], [15, 16, 17, 18]
+    together = attribute_tokens(net, None, prompts, targets, contrast=contrasts, method=method, **options)
+    alone = [
+        attribute_tokens(net, None, p, y, contrast=c, method=method, **options)
+        for p, y, c in zip(prompts, targets, contrasts)
+    ]
+    for one, other in zip(together, alone):
+        torch.testing.assert_close(one.scores, other.scores)
+        assert one.target == other.target and one.probability == pytest.approx(other.probability)
+    if method in ("grad_norm", "input_x_grad"):
+        # One for what the model says next, and one for each of two lengths.
+        assert together[0].forwards == 3

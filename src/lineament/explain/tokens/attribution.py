@@ -19,7 +19,16 @@ from torch import Tensor
 from lineament.core import checks
 from lineament.explain.tokens.draws import Random, Script, Scripted
 from lineament.explain.tokens.next_token import NextToken
-from lineament.explain.tokens.prompts import Prompt, different, is_batch, per_prompt, read, shown, token_id
+from lineament.explain.tokens.prompts import (
+    Prompt,
+    different,
+    is_batch,
+    paired,
+    per_prompt,
+    read,
+    shown,
+    token_id,
+)
 from lineament.explain.tokens.recursion import Draws, Probes, Rules, kept, probability, recurse
 from lineament.explain.tokens.results import TokenAttribution
 from lineament.explain.tokens.samplers import Sampler, sampler_for
@@ -134,7 +143,7 @@ def reagent(
     several = is_batch(prompt)
     prompts = [
         read(face, text, target_prefix=prefix, scope=scope, span=span, protect=protect)
-        for text, prefix in zip(*_pairs(prompt if several else [prompt], target_prefix, several))
+        for text, prefix in zip(*paired(prompt if several else [prompt], target_prefix, several))
     ]
     for p in prompts:
         n, scored = kept(keep, int(p.scored.sum())), int(p.scored.sum())
@@ -245,13 +254,6 @@ def rationale(
         ids = prompt.ids[prompt.places]
         votes = (votes @ (ids[:, None] == ids).to(votes.dtype)).clamp_max(1)
     return tuple(prompt.places[votes.sum(0) >= overlap].tolist())
-
-
-def _pairs(prompts: Any, prefixes: Any, several: bool) -> tuple[list[Any], list[Any]]:
-    every = list(prompts)
-    if several and isinstance(prefixes, (list, tuple)) and not (prefixes and isinstance(prefixes[0], int)):
-        return every, per_prompt("target_prefix", prefixes, len(every))
-    return every, [prefixes] * len(every)
 
 
 def _contrasts(face: NextToken, contrast: Any, targets: list[int], vocabulary: int) -> list[int] | None:

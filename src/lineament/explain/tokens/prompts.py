@@ -183,6 +183,14 @@ def per_prompt(what: str, value: Any, count: int) -> list[Any]:
     return [value] * count
 
 
+def paired(prompts: Any, prefixes: Any, several: bool) -> tuple[list[Any], list[Any]]:
+    """The prompts, and one target prefix for each: the same for all, or one each."""
+    every = list(prompts)
+    if several and isinstance(prefixes, (list, tuple)) and not (prefixes and isinstance(prefixes[0], int)):
+        return every, per_prompt("target_prefix", prefixes, len(every))
+    return every, [prefixes] * len(every)
+
+
 def shown(tokenizer: Any, ids: Sequence[int] | Tensor) -> list[str]:
     """Each token as text of its own; ids in angle brackets without a tokenizer."""
     values = [int(i) for i in ids]
