@@ -169,3 +169,21 @@ def test_bad_calls_are_refused_by_name():
         attribution_patching(linear_behind_attention("gpt2"), clean, corrupt, METRIC, grad_drop=True)
     with pytest.raises(InputError, match="sits: is no option of patching; nearest: 'sites'"):
         attribution_patching(model, clean, corrupt, METRIC, sits="q")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_padding_changes_no_score(side, family):
+    model, (clean, corrupt) = tiny(family), prompts()
+    filler = torch.full((3, 2), 2)
+    both = (lambda x: torch.cat([filler, x], 1)) if side == "left" else (lambda x: torch.cat([x, filler], 1))
+    mask = both(torch.ones_like(clean))
+    mask[both(torch.zeros_like(clean)) == 2] = 0
+    real = slice(2, None) if side == "left" else slice(None, -2)
+    options = {"sites": ["q", "k", "mlp_out"], "qk_fix": True, "grad_drop": True}
+    want = attribution_patching(model, clean, corrupt, METRIC, **options)
+    found = attribution_patching(model, both(clean), both(corrupt), METRIC, attention_mask=mask, **options)
+    for kind in want.scores:
+        torch.testing.assert_close(found.scores[kind][:, real], want.scores[kind], atol=1e-3, rtol=1e-3)
+        outside = found.scores[kind][:, :2] if side == "left" else found.scores[kind][:, -2:]
+        assert outside.abs().max() == 0
