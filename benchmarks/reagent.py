@@ -55,16 +55,25 @@ def ours(model: Any, ids: Any, target: int, probes: int = PROBES, steps: int = S
     return run
 
 
-def bare(model: Any, ids: Any, target: int) -> tuple[Callable[[], Any], int]:
-    """The forwards of :func:`ours`, recorded and run again with nothing around them."""
+def evaluated_rows(model: Any, ids: Any, target: int, probes: int, steps: int) -> list[torch.Tensor]:
+    """The ids of each forward of :func:`ours`."""
     seen: list[torch.Tensor] = []
     handle = model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].clone()), with_kwargs=True
     )
     try:
-        ours(model, ids, target)()
+        ours(model, ids, target, probes, steps)()
     finally:
         handle.remove()
+
+    return seen
+
+
+def bare(
+    model: Any, ids: Any, target: int, probes: int = PROBES, steps: int = STEPS
+) -> tuple[Callable[[], Any], int]:
+    """The forwards of :func:`ours`, run again with nothing around them."""
+    seen = evaluated_rows(model, ids, target, probes, steps)
 
     def run() -> None:
         with torch.inference_mode():
@@ -72,6 +81,24 @@ def bare(model: Any, ids: Any, target: int) -> tuple[Callable[[], Any], int]:
                 model(input_ids=rows, use_cache=False, logits_to_keep=1)
 
     return run, sum(len(rows) for rows in seen)
+
+
+def products(forwards: list[torch.Tensor], layers: int = 12, width: int = 768) -> Callable[[], Any]:
+    """The matrix products of these forwards of GPT-2, with the vocabulary's at the last position only, and nothing else."""
+    shapes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+    weights = [[torch.randn(shape) for shape in shapes] for _ in range(layers)]
+    head = torch.randn(width, WORDS)
+
+    def run() -> None:
+        with torch.inference_mode():
+            for rows in forwards:
+                inputs = {n: torch.randn(rows.numel(), n) for n in (width, 4 * width)}
+                for layer in weights:
+                    for weight in layer:
+                        inputs[len(weight)] @ weight
+                inputs[width][: len(rows)] @ head
+
+    return run
 
 
 def inseqs(
@@ -144,6 +171,26 @@ def rows(repeats: int = 5) -> Iterator[Row]:
         target=4.0,
         repeats=min(repeats, 3),
         note="what is saved are the logits of all positions but the last; at this size the layers cost more than they do",
+    )
+    run, _ = bare(large, ids, target, 5, few)
+    yield compare(
+        SLUG,
+        "the same beside its own forwards",
+        ours(large, ids, target, 5, few),
+        "bare batched forwards",
+        run,
+        target=1 / 1.2,
+        repeats=min(repeats, 3),
+        note="where this is 1 nothing around the model is left to save",
+    )
+    yield compare(
+        SLUG,
+        "the matrix products of those forwards alone",
+        products(evaluated_rows(large, ids, target, 5, few)),
+        "inseq reagent",
+        inseqs(large, tokenizer, text, f"w{target}", 5, few),
+        repeats=min(repeats, 3),
+        note="no way of asking for the same forwards can be faster than this",
     )
     made = torch.randint(WORDS - 1, (10,), generator=torch.Generator().manual_seed(1)).tolist()
     options: dict[str, Any] = {"probes": 3, "max_steps": STEPS}

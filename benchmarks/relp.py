@@ -160,6 +160,7 @@ def rows(repeats: int = 7) -> Iterator[Row]:
         repeats=max(repeats, 15),
         note="the limit is 1: the rest is 36 copies of activations, their differences and contractions, and the hooks",
     )
+    yield from star(model, clean, corrupt, metric, repeats)
     peer = hooked(model)
     whole = {"sites": ("resid_pre", "attn_out", "mlp_out")}
     name = "TransformerLens"
@@ -210,6 +211,25 @@ def rows(repeats: int = 7) -> Iterator[Row]:
         lambda: activation_patching(model, clean, corrupt, metric, **whole),
         repeats=min(repeats, 3),
     )
+
+
+def star(model: Any, clean: Tensor, corrupt: Tensor, metric: Any, repeats: int) -> Iterator[Row]:
+    """What AtP*'s two mends cost beside attribution patching of the same queries, keys and values."""
+    nodes: dict[str, Any] = {"sites": ("q", "k", "v")}
+    for what, options in (
+        ("QK fix", {"qk_fix": True}),
+        ("GradDrop", {"grad_drop": True}),
+        ("AtP*, both", {"qk_fix": True, "grad_drop": True}),
+    ):
+        yield compare(
+            SLUG,
+            f"{what}, queries, keys and values of all heads",
+            lambda options=options: attribution_patching(model, clean, corrupt, metric, **nodes, **options),
+            "attribution patching (ours)",
+            lambda: attribution_patching(model, clean, corrupt, metric, **nodes),
+            repeats=repeats,
+            note=f"the fix adds a forward of each attention for each position that differs, GradDrop {LAYERS - 1} backward passes",
+        )
 
 
 def progress_off() -> None:

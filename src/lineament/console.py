@@ -142,6 +142,8 @@ def show_tokens(block: TokenBlock) -> None:
     console.print(Text(printable(block.line), style="bold"))
     if console.is_terminal:
         text = Text()
+        # Tokens of whole words carry no spaces of their own.
+        apart = not any(t["text"] != t["text"].strip() for t in shown)
         for t in shown:
             red, green, blue = (226, 120, 20) if t["sign"] == "for" else (30, 120, 190)
             # The strongest get the full colour with black letters; weak ones would be unreadable on it.
@@ -149,10 +151,13 @@ def show_tokens(block: TokenBlock) -> None:
             r, g, b = (round(40 + (c - 40) * t["share"]) for c in (red, green, blue))
             style = f"{'black' if strong else 'white'} on rgb({r},{g},{b})" if t["rank"] else "dim"
             text.append(t["text"], style=style + (" underline" if t["marked"] else ""))
+            text.append(" " if apart else "")
         console.print(text)
-    ranked = sorted((t for t in shown if t["rank"]), key=lambda t: t["rank"])
-    for t in ranked[:5] if console.is_terminal else ranked:
-        console.print(f"  {t['value']:>10}  {t['text']!r}{'  (rationale)' if t['marked'] else ''}")
+    # The position tells apart tokens that occur twice.
+    ranked = sorted(((k, t) for k, t in enumerate(shown) if t["rank"]), key=lambda pair: pair[1]["rank"])
+    for k, t in ranked[:5] if console.is_terminal else ranked:
+        mark = "  (rationale)" if t["marked"] else ""
+        console.print(Text(f"  {t['value']:>10}  {f'[{k}]':>5} {t['text']!r}{mark}"))
 
 
 def show_trainings(runs: Mapping[str, Fitted]) -> None:

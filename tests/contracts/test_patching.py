@@ -34,7 +34,9 @@ METHODS = {
     "relevance": relevance_patching,
     "integrated, sites": lambda *a, **o: integrated_patching(*a, steps=2, **o),
     "integrated, inputs": lambda *a, **o: integrated_patching(*a, steps=2, path="input", **o),
+    "AtP*": lambda *a, **o: attribution_patching(*a, sites=["q", "k"], qk_fix=True, grad_drop=True, **o),
     "edges": edge_patching,
+    "edges, qkv": lambda *a, **o: edge_patching(*a, inputs="qkv heads", **o),
     "nodes, relp": nodes_by("relp"),
     "nodes, ig": nodes_by("ig"),
     "nodes, exact": nodes_by("exact"),
@@ -59,7 +61,7 @@ class TestContract:
             scores = numbers(METHODS[name](model, clean, corrupt, METRIC))
             assert len(scores) == 3 and scores.dtype == dtype and not scores.requires_grad
             assert torch.isfinite(scores[~scores.isnan()]).all() and scores.nan_to_num().abs().max() > 0
-            assert scores.isnan().any() == (name == "edges")
+            assert scores.isnan().any() == name.startswith("edges")
 
     def test_a_batch_is_its_examples(self, name):
         model, (clean, corrupt) = tiny("gpt2", torch.float64), prompts()

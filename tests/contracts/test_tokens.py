@@ -21,10 +21,11 @@ QUICK: dict[str, dict[str, Any]] = {
     "gradient_shap": {"n_samples": 6},
     "lime": {"n_samples": 40},
     "kernel_shap": {"n_samples": 40},
+    "bayesian": {"evaluations": 12, "batch": 6},
 }
-BLACK_BOX = ("reagent", "occlusion", "lime", "kernel_shap", "random")
+BLACK_BOX = ("reagent", "occlusion", "lime", "kernel_shap", "bayesian", "random")
 SOURCE_ONLY = ("rollout", "value_zeroing")
-DRAWN = ("reagent", "gradient_shap", "occlusion", "lime", "kernel_shap", "random")
+DRAWN = ("reagent", "gradient_shap", "occlusion", "lime", "kernel_shap", "bayesian", "random")
 
 
 def explain(net, method, prompt=PROMPT, **options):

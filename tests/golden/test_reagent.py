@@ -15,6 +15,7 @@ from torch import nn
 from lineament.explain.tokens import Script, reagent
 from lineament.explain.tokens.attention import from_attention
 from lineament.explain.tokens.baselines import attribute_tokens
+from lineament.explain.tokens.embeddings import through_embeddings
 from lineament.explain.tokens.faithfulness import (
     exact_soft_faithfulness,
     hard_faithfulness,
@@ -150,7 +151,7 @@ def test_distributions(path):
         (torch.zeros_like(a["U_suff"]), "p_zero"),
         (torch.ones_like(a["U_suff"]), "p_orig"),
     ):
-        scores, _, _ = face.through_embeddings(e_rows, 0, lambda e, columns, keep=keep: e * keep)
+        scores, _, _ = through_embeddings(face, e_rows, 0, lambda e, columns, keep=keep: e * keep)
         torch.testing.assert_close(scores.softmax(1)[0], a[name], **TOLERANCE)
 
 

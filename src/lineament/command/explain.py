@@ -11,7 +11,7 @@ from typing import Any
 
 _EPILOG = """methods:
   reagent (default), integrated_gradients, input_x_grad, grad_norm, gradient_shap, attention_last, attention_all,
-  rollout, value_zeroing, occlusion, lime, kernel_shap, random
+  rollout, value_zeroing, occlusion, lime, kernel_shap, bayesian, random
 
 examples:
   lineament explain ./gpt2-saved "The capital of France is" --target " Paris"
@@ -44,13 +44,14 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--method", metavar="NAME", default="reagent", help="how (default: reagent)")
     add("--normalize", metavar="HOW", default="none", help="none (default), softmax, abs-sum or minmax")
     add("--new-tokens", metavar="N", type=int, help="generate N tokens and explain each of them")
+    add("--continuation", metavar="TEXT", help="explain each token of this text after the prompt")
     add("--target-prefix", metavar="TEXT", help="what an encoder-decoder has said before the target")
     add("--scope", metavar="WHAT", default="source", help="of an encoder-decoder: source (default) or all")
     add(
         "--sampler",
         metavar="NAME",
         default="uniform",
-        help="what reagent replaces tokens by: uniform (default), inferential or pos",
+        help="what reagent replaces tokens by: uniform (default), inferential (the model's own guesses) or pos (same part of speech)",
     )
     add("--mlm", metavar="MODEL", help="a masked language model, whose fills replace tokens instead")
     add(
@@ -85,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Explain, print the tokens, and say where the page is."""
     from lineament.audit.language import load_language_model
     from lineament.core import checks
-    from lineament.explain.tokens.attribution import explain_continuation
+    from lineament.explain.tokens import explain_continuation
     from lineament.explain.tokens.baselines import METHODS, attribute_tokens
     from lineament.explain.tokens.results import NORMALIZATIONS
     from lineament.report import token_page
@@ -101,15 +102,28 @@ def run(arguments: argparse.Namespace) -> int:
     checks.one_of("--method", a.method, METHODS)
     checks.one_of("--normalize", a.normalize, NORMALIZATIONS)
     checks.one_of("--scope", a.scope, ("source", "all"))
+    checks.require(a.sampler != "mlm", "--sampler: 'mlm' wants a model; name it with --mlm MODEL")
+    checks.one_of("--sampler", a.sampler, ("uniform", "inferential", "pos"))
     checks.number("--steps", a.steps, low=1, integer=True)
-    if a.new_tokens is not None:
-        checks.number("--new-tokens", a.new_tokens, low=1, integer=True)
+    checks.require(
+        a.new_tokens is None or a.continuation is None,
+        "--continuation: it says what --new-tokens would generate; give one of them",
+    )
+    several = (
+        "--new-tokens"
+        if a.new_tokens is not None
+        else "--continuation"
+        if a.continuation is not None
+        else None
+    )
+    if several is not None:
+        checks.number("--new-tokens", 1 if a.new_tokens is None else a.new_tokens, low=1, integer=True)
         checks.require(
             a.target is None and a.contrast is None,
-            "--new-tokens: it chooses the targets itself; leave --target and --contrast out",
+            f"{several}: it chooses the targets itself; leave --target and --contrast out",
         )
         checks.require(
-            a.target_prefix is None, "--new-tokens: it begins at the first token; leave --target-prefix out"
+            a.target_prefix is None, f"{several}: it begins at the first token; leave --target-prefix out"
         )
     text = sys.stdin.read() if a.text == "-" else a.text
     checks.require(text.strip() != "", "TEXT: got an empty prompt, expected at least two tokens")
@@ -125,9 +139,15 @@ def run(arguments: argparse.Namespace) -> int:
     }
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        if a.new_tokens is not None:
+        if several is not None:
             whole = explain_continuation(
-                model, tokenizer, text, max_new_tokens=a.new_tokens, explain=attribute_tokens, **options
+                model,
+                tokenizer,
+                text,
+                a.continuation,
+                max_new_tokens=a.new_tokens or 1,
+                explain=attribute_tokens,
+                **options,
             )
             found = list(whole.steps)
         else:
@@ -181,7 +201,7 @@ def _options(a: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
         return {"sampler": sampler, "ratio": a.ratio, "probes": a.probes, "seed": a.seed, **budget}
     return (
         {"seed": a.seed}
-        if a.method in ("gradient_shap", "occlusion", "lime", "kernel_shap", "random")
+        if a.method in ("gradient_shap", "occlusion", "lime", "kernel_shap", "bayesian", "random")
         else {}
     )
 
@@ -208,7 +228,7 @@ def _token(text: str | None) -> Any:
 def _command(a: argparse.Namespace) -> str:
     words = ["lineament", "explain", a.model, a.text]
     defaults = {"method": "reagent", "normalize": "none", "scope": "source", "sampler": "uniform", "ratio": 0.3, "probes": 5, "steps": 50, "seed": 0}  # fmt: skip
-    for name in ("target", "contrast", "method", "normalize", "new_tokens", "target_prefix", "scope", "sampler", "mlm", "ratio", "probes", "steps", "tokenizer", "device", "seed"):  # fmt: skip
+    for name in ("target", "contrast", "method", "normalize", "new_tokens", "continuation", "target_prefix", "scope", "sampler", "mlm", "ratio", "probes", "steps", "tokenizer", "device", "seed"):  # fmt: skip
         value = getattr(a, name)
         if value is not None and value != defaults.get(name):
             words += [f"--{name.replace('_', '-')}", str(value)]

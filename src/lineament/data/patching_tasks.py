@@ -103,7 +103,7 @@ def ioi_pairs(
     number("count", count, low=1, integer=True)
     one_of("order", order, ("ABBA", "BABA", "both"))
     one_of("corrupt", corrupt, ("swap", "others"))
-    draw = _Draw(seed)
+    draw = Draw(seed)
     clean, other, correct, wrong = [], [], [], []
     for k in range(count):
         template = draw.one(TEMPLATES)
@@ -132,7 +132,7 @@ def greater_than_pairs(count: int, *, seed: int = 0) -> TextPairs:
     '17'
     """
     number("count", count, low=1, integer=True)
-    draw = _Draw(seed)
+    draw = Draw(seed)
     clean, other, correct, wrong = [], [], [], []
     for _ in range(count):
         event, century, year = draw.one(EVENTS), draw.one(("17",)), 2 + draw.below(96)
@@ -161,7 +161,7 @@ def synthetic_ioi(
     number("names", names, low=2, integer=True)
     number("fillers", fillers, low=1, integer=True)
     number("length", length, low=10, integer=True)
-    draw = _Draw(seed)
+    draw = Draw(seed)
     vocabulary = [
         "<bos>",
         "<end>",
@@ -197,7 +197,7 @@ def synthetic_greater_than(
     number("years", years, low=4, integer=True)
     number("fillers", fillers, low=1, integer=True)
     number("length", length, low=5, integer=True)
-    draw = _Draw(seed)
+    draw = Draw(seed)
     vocabulary = [
         "<bos>",
         "<end>",
@@ -226,7 +226,7 @@ def synthetic_induction(count: int, *, symbols: int = 40, length: int = 12, seed
     number("count", count, low=1, integer=True)
     number("length", length, low=5, integer=True)
     number("symbols", symbols, low=length, integer=True)
-    draw = _Draw(seed)
+    draw = Draw(seed)
     order = draw.integers(2**31, (count, symbols)).argsort(1)[:, : length - 1]
     clean = torch.cat([torch.zeros(count, 1, dtype=torch.long), 1 + order], 1)
     at = 1 + draw.integers(length - 3, (count,))
@@ -267,7 +267,7 @@ def save_language_model(model: Any, vocabulary: Sequence[str], folder: str | Pat
     return place
 
 
-class _Draw:
+class Draw:
     """Random choices from one generator."""
 
     def __init__(self, seed: int):

@@ -43,7 +43,10 @@ def test_a_token_is_explained(folders, tmp_path, capsys):
     assert "lineament explain" in html and "--steps 5" in html
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
     # One line a scored token, most important first.
-    values = [float(line.split()[0]) for line in shown.out.splitlines() if line.startswith("   ")]
+    lines = [line for line in shown.out.splitlines() if line.startswith("   ")]
+    places = [int(line.split()[1].strip("[]")) for line in lines]
+    assert sorted(places) == list(range(len(lines)))
+    values = [float(line.split()[0]) for line in lines]
     assert len(values) == len(byte_tokenizer()(PROMPT)["input_ids"]) and values == sorted(
         values, reverse=True
     )
@@ -74,6 +77,24 @@ def test_a_continuation_an_encoder_decoder_and_a_masked_model(folders, tmp_path,
     )
     assert shown.out.count("probability") == 3
     assert (tmp_path / "a.html").read_text(encoding="utf-8").count("<h2 id=") == 3
+    shown = explain(
+        capsys,
+        folders / "gpt2",
+        "the cat",
+        "--continuation",
+        " sat on",
+        "--steps",
+        3,
+        "--out",
+        tmp_path / "e.html",
+    )
+    assert [line.split(":")[0] for line in shown.out.splitlines() if "probability" in line] == [
+        "' sat'",
+        "' on'",
+    ]
+    assert "--continuation ' sat on'" in (tmp_path / "e.html").read_text(encoding="utf-8").replace(
+        "&#39;", "'"
+    )
     shown = explain(
         capsys,
         folders / "t5",
@@ -129,7 +150,11 @@ def test_bad_input_is_one_line_before_any_page(folders, tmp_path, capsys, monkey
         ((gpt, "the cat", "--method", "rolout"), "nearest: 'rollout'"),
         ((gpt, "the cat", "--normalize", "soft"), "nearest: 'softmax'"),
         ((gpt, "the cat", "--sampler", "unifrom"), "nearest: 'uniform'"),
+        ((gpt, "the cat", "--sampler", "mlm"), "--mlm MODEL"),
         ((gpt, "the cat", "--steps", "0"), "--steps"),
+        ((gpt, "the cat", "--continuation", " sat", "--contrast", " ran"), "--continuation: it chooses"),
+        ((gpt, "the cat", "--continuation", " sat", "--new-tokens", "2"), "give one of them"),
+        ((gpt, "the cat", "--target", " cat", "--contrast", " cat"), "got ' cat' (id"),
         ((gpt, "the cat", "--new-tokens", "2", "--target", " cat"), "leave --target"),
         ((gpt, "the cat", "--device", "nodevice"), "--device"),
         ((gpt, "the " * 70), "at most 64"),

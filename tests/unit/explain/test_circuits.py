@@ -9,7 +9,7 @@ from torch import nn
 
 from lineament.core.checks import InputError
 from lineament.explain.patching import activation_patching, attribution_patching, relevance_patching
-from lineament.explain.patching.circuit_curves import circuit_curve
+from lineament.explain.patching.circuit_curves import CircuitCurve, averaged_curve, circuit_curve
 from lineament.explain.patching.circuits import Units, component_nodes, node_effects
 from lineament.explain.patching.metrics import logit_difference
 
@@ -148,6 +148,47 @@ def test_error_nodes_can_be_nodes_or_kept_or_removed():
     assert curves["keep"].faithfulness[0] == pytest.approx(1.0)
     assert abs(curves["remove"].faithfulness[0] - 1) > 1e-3 and abs(curves["keep"].faithfulness[1]) > 1e-3
     assert curves["default"].empty == curves["keep"].empty == curves["remove"].empty
+
+
+def test_layers_below_the_start_are_left_as_they_are():
+    model, clean, corrupt = case()
+    sites = [f"transformer.h.{k}:in" for k in (0, 1)]
+    both = {site: Sparse(24, 40) for site in sites}
+    effects = node_effects(model, clean, corrupt, METRIC, dictionaries=both)
+    options = {"thresholds": [-1.0, 0.01, 1e9]}
+    from_one = circuit_curve(
+        model, clean, corrupt, METRIC, effects, dictionaries=both, start_layer=1, **options
+    )
+    late = {sites[1]: both[sites[1]]}
+    alone = circuit_curve(model, clean, corrupt, METRIC, effects, dictionaries=late, **options)
+    assert from_one == alone and from_one.nodes[0] == 6 * 41
+    # What is mean-ablated in the first block changes the metric, unless the start lies behind it.
+    parts = component_nodes(model, "mlp_out")
+    effects_of = node_effects(model, clean, corrupt, METRIC, dictionaries=parts)
+    empties = [
+        circuit_curve(model, clean, corrupt, METRIC, effects_of, dictionaries=parts, start_layer=k).empty
+        for k in (0, 1)
+    ]
+    assert empties[0] != empties[1]
+    with pytest.raises(InputError, match="start_layer: got 2, before which lie all sites"):
+        circuit_curve(model, clean, corrupt, METRIC, effects, dictionaries=both, start_layer=2)
+    with pytest.raises(InputError, match="start_layer: got -1"):
+        circuit_curve(model, clean, corrupt, METRIC, effects, dictionaries=both, start_layer=-1)
+
+
+def test_tasks_are_averaged_at_common_numbers_of_nodes():
+    a = CircuitCurve((), (100, 10, 1), (1.0, 0.5, 0.0), (0.0, 0.4, 1.0), 2.0, 0.0)
+    b = CircuitCurve((), (4, 400), (0.2, 1.0), (0.8, 0.0), 4.0, 1.0)
+    mean = averaged_curve([a, b])
+    assert mean.nodes[0] == 4 and mean.nodes[-1] == 100 and list(mean.nodes) == sorted(set(mean.nodes))
+    at = dict(zip(mean.nodes, zip(mean.faithfulness, mean.completeness)))
+    assert at[4] == pytest.approx(((3 / 9 * 0.5 + 0.2) / 2, (1 - 3 / 9 * 0.6 + 0.8) / 2))
+    assert at[100] == pytest.approx(((1 + 0.2 + 0.8 * 96 / 396) / 2, (0.8 - 0.8 * 96 / 396) / 2))
+    assert (mean.full, mean.empty) == (3.0, 0.5) and averaged_curve([a]).at([10]) == [0.5]
+    with pytest.raises(InputError, match="expected curves that overlap"):
+        averaged_curve([b, CircuitCurve((), (1, 2), (0.0, 1.0), (1.0, 0.0), 2.0, 0.0)])
+    with pytest.raises(InputError, match="curves: got none"):
+        averaged_curve([])
 
 
 def test_bad_dictionaries_are_refused_by_name():

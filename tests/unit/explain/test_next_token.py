@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.contracts.token_models import BOTH_WAYS, CAUSAL, byte_tokenizer, copies, model
+from tests.contracts.token_models import BOTH_WAYS, CAUSAL, byte_tokenizer, copies, model, wordpiece_tokenizer
 from tests.contracts.unchanged import unchanged
 from torch import nn
 
 from lineament.core.checks import InputError
+from lineament.explain.tokens.embeddings import through_embeddings
 from lineament.explain.tokens.next_token import NextToken
-from lineament.explain.tokens.prompts import read
+from lineament.explain.tokens.prompts import read, token_id
 
 ROWS = [
     torch.tensor([[5, 40, 81, 12], [6, 7, 8, 9]]),
@@ -80,11 +81,11 @@ def test_embeddings_can_be_changed_on_their_way(name):
         plain, swapped = face.logits([ids], [source]), face.logits([other], [source])
         assert not torch.allclose(plain, swapped)
         kept: list[torch.Tensor] = []
-        face.through_embeddings(other, source, lambda e, columns: (kept.append(e), e)[1])
-        torch.testing.assert_close(face.through_embeddings(ids, source)[0], plain)
+        through_embeddings(face, other, source, lambda e, columns: (kept.append(e), e)[1])
+        torch.testing.assert_close(through_embeddings(face, ids, source)[0], plain)
         # The other row's embeddings in place of this row's give the other row's logits.
         pieces = iter(kept)
-        found, _, _ = face.through_embeddings(ids, source, lambda e, columns: next(pieces))
+        found, _, _ = through_embeddings(face, ids, source, lambda e, columns: next(pieces))
         torch.testing.assert_close(found, swapped)
 
 
@@ -150,3 +151,14 @@ def test_text_is_read_as_the_tokenizer_reads_it():
     assert prompt.tokens == ("the", " cat", "<|endoftext|>", " sat")
     assert prompt.scored.tolist() == [True, True, False, False]
     assert face.special == {0} and NextToken(copies(0)).special == frozenset()
+
+
+def test_a_word_that_the_tokenizer_does_not_have_is_no_target():
+    words = wordpiece_tokenizer()
+    face = NextToken(lambda ids: torch.full((len(ids), 40), 1 / 40), words)
+    assert token_id(face, "target", "cat", 10**6) == words.convert_tokens_to_ids("cat")
+    assert token_id(face, "target", words.unk_token, 10**6) == words.unk_token_id
+    with pytest.raises(
+        InputError, match=r"target: '猫' is not in the tokenizer's vocabulary, which reads it as '.UNK.'"
+    ):
+        token_id(face, "target", "猫", 10**6)

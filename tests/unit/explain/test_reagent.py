@@ -10,7 +10,8 @@ import torch
 from tests.contracts.token_models import byte_tokenizer, copies, model
 
 from lineament.core.checks import InputError
-from lineament.explain.tokens import Script, explain_continuation, reagent
+from lineament.explain.tokens import Script, explain_continuation, rationale, reagent
+from lineament.explain.tokens.prompts import Prompt
 
 IDS = [6, 11, 7, 8, 9, 10]
 NEVER = 5  # A token that is said only where it is drawn, and below it is not.
@@ -224,6 +225,19 @@ def test_stopping_rules():
         copies(1), None, IDS, stop=lambda scores, target: scores.argmax(1) == target, probes=8, max_steps=200
     )
     assert own.converged
+
+
+def test_a_rationale_needs_votes_and_equal_tokens_can_share_them():
+    ids = torch.tensor([5, 6, 5, 8])
+    prompt = Prompt(ids, torch.ones(4, dtype=torch.bool), 0, ("a", "b", "a", "c"))
+    shares = torch.tensor([[0.5, 0.3, 0.1, 0.1], [0.1, 0.3, 0.5, 0.1], [0.1, 0.2, 0.1, 0.6]])
+    assert rationale(shares, 1, 1, prompt) == (0, 2, 3)
+    assert rationale(shares, 1, 2, prompt) == () and rationale(shares, 1, 2, prompt, "token") == (0, 2)
+    assert rationale(shares, 2, 3, prompt) == (1,) and rationale(shares, 2, 4, prompt, "token") == ()
+    found = reagent(copies(1), None, [1, 7, 3, 7, 5], probes=6, overlap=6, keep=2, **FIXED)
+    by_token = reagent(copies(1), None, [1, 7, 3, 7, 5], probes=6, overlap=6, keep=2, vote="token", **FIXED)
+    assert set(found.rationale) <= set(by_token.rationale)
+    assert (1 in by_token.rationale) == (3 in by_token.rationale)
 
 
 def test_a_contrast_asks_what_speaks_for_the_one_against_the_other():

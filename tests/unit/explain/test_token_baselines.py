@@ -12,6 +12,7 @@ from tests.contracts.token_models import copies, model
 from lineament.core.checks import InputError
 from lineament.explain.tokens.attention import from_attention
 from lineament.explain.tokens.baselines import attribute_tokens
+from lineament.explain.tokens.embeddings import through_embeddings
 
 IDS = [5, 40, 81, 12, 300]
 ABSENT = 9
@@ -93,7 +94,7 @@ def test_integrated_gradients_sum_to_what_zeroing_changes(name):
     with torch.no_grad():
         zeroed = lambda e, columns: e if source and columns.start == source else e * 0  # noqa: E731
         ends = [
-            face.through_embeddings(ids, source, change)[0].log_softmax(1)[0, 7] for change in (None, zeroed)
+            through_embeddings(face, ids, source, change)[0].log_softmax(1)[0, 7] for change in (None, zeroed)
         ]
     assert abs(float(exact.scores.sum()) - float(ends[0] - ends[1])) < 1e-3
 
@@ -205,6 +206,33 @@ def test_value_zeroing_by_hand():
     assert abs(float(found.sum()) - 1) < 1e-6
 
 
+def test_the_search_finds_the_tokens_that_suffice_together():
+    """The target is probable only where both the 7 at position 1 and the 4 at position 5 are there."""
+    prompt = [3, 7, 5, 1, 2, 4, 6, 8, 9, 1, 2, 3]
+
+    def both(ids):
+        there = (ids[:, 1] == 7) & (ids[:, 5] == 4)
+        p = torch.full((len(ids), 10), 0.1)
+        p[there] = 0.02
+        p[there, 7] = 0.82
+        return p
+
+    for seed in range(3):
+        found = attribute_tokens(both, None, prompt, 7, method="bayesian", seed=seed, keep=4)
+        assert set(found.ranking()[:2]) == {1, 5}
+        # What does not matter is alike, far below them.
+        rest = [float(found.scores[t]) for t in found.ranking()[2:]]
+        assert max(abs(r - rest[0]) for r in rest) < 0.5 * float(found.scores[[1, 5]].min() - rest[0])
+    rows = []
+
+    def counted(ids):
+        rows.append(len(ids))
+        return both(ids)
+
+    attribute_tokens(counted, None, prompt, 7, method="bayesian", evaluations=20, batch=8, draws=3)
+    assert sum(rows) == 1 + 2 * 20 * 3
+
+
 def test_bad_options_are_named():
     net = model("gpt2")
     for method, options, message in (
@@ -214,6 +242,27 @@ def test_bad_options_are_named():
         ("occlusion", {"absent": 999}, "absent"),
         ("kernel_shap", {"n_samples": 1}, "n_samples"),
         ("lime", {"width": 0.0}, "width"),
+        ("bayesian", {"evaluations": 3}, "evaluations"),
+        ("bayesian", {"keep": 99}, "keep"),
     ):
         with pytest.raises(InputError, match=message):
             attribute_tokens(net, None, IDS, method=method, **options)
+
+
+@pytest.mark.parametrize("method", ["grad_norm", "input_x_grad", "attention_all", "occlusion", "bayesian"])
+def test_several_prompts_are_each_as_alone_and_gradients_share_their_forwards(method):
+    net = model("gpt2").double()
+    prompts = [torch.tensor(IDS), torch.tensor(IDS[::-1]), torch.tensor(IDS * 2), torch.tensor(IDS) + 1]
+    options = {"evaluations": 8} if method == "bayesian" else {}
+    targets, contrasts = [5, 6, 7, 8], [15, 16, 17, 18]
+    together = attribute_tokens(net, None, prompts, targets, contrast=contrasts, method=method, **options)
+    alone = [
+        attribute_tokens(net, None, p, y, contrast=c, method=method, **options)
+        for p, y, c in zip(prompts, targets, contrasts)
+    ]
+    for one, other in zip(together, alone):
+        torch.testing.assert_close(one.scores, other.scores)
+        assert one.target == other.target and one.probability == pytest.approx(other.probability)
+    if method in ("grad_norm", "input_x_grad"):
+        # One for what the model says next, and one for each of two lengths.
+        assert together[0].forwards == 3

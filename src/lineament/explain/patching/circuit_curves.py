@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lineament.core.checks import InputError, one_of, require, show
+from lineament.core.checks import InputError, number, one_of, require, show
 from lineament.core.models import frozen
 from lineament.explain.patching.circuit_nodes import NodeSites
 from lineament.explain.patching.circuits import NodeEffects
@@ -79,6 +79,7 @@ def circuit_curve(
     dictionaries: Mapping[str, Any],
     thresholds: Sequence[float] | None = None,
     errors: Errors = "default",
+    start_layer: int = 0,
     tokenizer: Any = None,
     attention_mask: Tensor | None = None,
 ) -> CircuitCurve:
@@ -92,9 +93,11 @@ def circuit_curve(
         effects: from :func:`node_effects`; \\|mean over the examples\\| is compared with the thresholds.
         thresholds: by default 15 from 1e-4 to 1, logarithmically.
         errors: the error nodes are nodes like others, all removed, or all kept.
+        start_layer: sites in earlier blocks are left as they are, in the circuit, its complement and the empty one, and their nodes are not counted
+            (Marks et al.: 2 of Pythia-70M's 6 layers, 8 of Gemma-2-2B's 26).
 
     Raises:
-        InputError: as :func:`node_effects`; also a model that does no better than the empty circuit (less than 1e-4 apart).
+        InputError: as :func:`node_effects`; also no site from the start layer on, a model that does no better than the empty circuit (less than 1e-4 apart).
 
     Source: Marks et al. 2024, section 4.
     """
@@ -105,17 +108,24 @@ def circuit_curve(
     work = NodeSites(model, clean, patch, metric, dictionaries, tokenizer, attention_mask)
     for name in dictionaries:
         require(name in effects.features, f"effects: has no site {name!r}; it has {list(effects.features)}")
+    number("start_layer", start_layer, low=0, integer=True)
+    # What lies outside the blocks (the embeddings, say) comes before them all.
+    judged_sites = [name for name in work.sites if start_layer == 0 or (work.stage[name] or 0) >= start_layer]
+    require(
+        bool(judged_sites),
+        f"start_layer: got {start_layer}, before which lie all sites ({', '.join(work.sites)}); expected an earlier layer",
+    )
     with frozen(model):
         target, _ = work.values(work.engine.source_inputs)
         means = {name: (f.mean(0), e.mean(0)) for name, (f, e) in target.items()}
         full = float(work.run({}).mean())
-        everything = {name: effects.features[name].mean(0) for name in work.sites}
-        everything_e = {name: value.mean(0) for name, value in effects.errors.items()}
+        everything = {name: effects.features[name].mean(0) for name in judged_sites}
+        everything_e = {n: value.mean(0) for n, value in effects.errors.items() if n in everything}
 
         def judged(level: float | None, inside: bool) -> float:
             """The metric with the circuit (or its complement) intact; ``None`` keeps nothing."""
             changes = {}
-            for name in work.sites:
+            for name in judged_sites:
                 f_keep = torch.zeros_like(everything[name], dtype=torch.bool)
                 e_keep = f_keep[:, :1]
                 if level is not None:
@@ -143,6 +153,41 @@ def circuit_curve(
             faithful.append((judged(level, True) - empty) / (full - empty))
             complete.append((judged(level, False) - empty) / (full - empty))
     return CircuitCurve(levels, nodes, faithful, complete, full, empty)
+
+
+def averaged_curve(curves: Sequence[CircuitCurve], nodes: Sequence[int] | None = None) -> CircuitCurve:
+    """The mean of several tasks' curves at common numbers of nodes, each curve linearly between its points.
+
+    Args:
+        nodes: where; by default 15 from the greatest of the curves' least sizes to the least of their greatest, logarithmically, so that no curve is asked
+            beyond its ends.
+
+    Returns:
+        A curve without thresholds, whose ``full`` and ``empty`` are means of the curves'.
+
+    Raises:
+        InputError: no curve, or curves that have no number of nodes in common.
+
+    >>> a = CircuitCurve((1.0, 0.0), (0, 10), (0.0, 1.0), (1.0, 0.0), 2.0, 0.0)
+    >>> b = CircuitCurve((1.0, 0.0), (0, 20), (0.0, 1.0), (1.0, 0.0), 4.0, 0.0)
+    >>> averaged_curve([a, b], [5, 10]).faithfulness
+    [0.375, 0.75]
+    """
+    require(len(curves) > 0, "curves: got none, expected at least one")
+    if nodes is None:
+        low, high = max(min(c.nodes) for c in curves), min(max(c.nodes) for c in curves)
+        require(
+            low <= high,
+            f"curves: one begins at {low} nodes and another ends at {high}; expected curves that overlap",
+        )
+        steps = torch.logspace(0, 1, 15, base=max(1, high) / max(1, low), dtype=torch.float64) * max(1, low)
+        nodes = sorted({low, *(min(high, max(low, round(s))) for s in steps.tolist()), high})
+    means = {}
+    for which in ("faithfulness", "completeness"):
+        rows = [curve.at(nodes, which) for curve in curves]
+        means[which] = [sum(column) / len(curves) for column in zip(*rows)]
+    full, empty = (sum(getattr(c, end) for c in curves) / len(curves) for end in ("full", "empty"))
+    return CircuitCurve((), list(nodes), means["faithfulness"], means["completeness"], full, empty)
 
 
 def _ablation(

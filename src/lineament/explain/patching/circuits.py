@@ -21,6 +21,7 @@ from lineament.core.hooks import watch
 from lineament.core.models import frozen
 from lineament.core.naming import Site
 from lineament.explain.patching.circuit_nodes import NodeSites, Units, component_nodes
+from lineament.explain.patching.engine import tapped
 from lineament.explain.patching.inputs import Prompts
 from lineament.explain.patching.metrics import Metric
 from lineament.explain.patching.sites import flat
@@ -77,7 +78,7 @@ def node_effects(
     the gradient's mean over (1-α) clean + α patch with α = 0, 1/N ... (N-1)/N, one site at a time; ``exact``: one run for each node that differs.
 
     Args:
-        model, clean, patch, metric, tokenizer, attention_mask: as in :func:`lineament.explain.patching.methods.activation_patching`.
+        model, clean, patch, metric, tokenizer, attention_mask: as in :func:`lineament.explain.patching.activation_patching`.
         dictionaries: by site, any object with ``encode`` and ``decode``; :func:`component_nodes` gives heads, neurons and layers.
         steps: N of ``ig``. rules, modules: of ``relp``.
 
@@ -117,21 +118,17 @@ def _first_order(
 
     def tap(name: str) -> Callable[[Any], Any]:
         def see(value: Any) -> Any:
-            path, tensor = payload.find(value) or ((), None)
-            if tensor is None:
+            found = payload.find(value)
+            if found is None:
                 raise InputError(f"dictionaries: {name!r} passed {show(value)}, which holds no tensor")
-            if not tensor.requires_grad:
-                tensor = tensor.detach().requires_grad_()
-            f, e = work.parts(name, flat(tensor.detach()))
+            f, e = work.parts(name, flat(found[1].detach()))
             f_to, e_to = target[name]
 
             def contract(gradient: Tensor) -> None:
                 g = flat(gradient)
                 features[name], errors[name] = _contracted(work, name, f, f_to - f, (e_to - e), g)
 
-            onward = tensor.clone()
-            onward.register_hook(contract)
-            return payload.replace(value, path, onward)
+            return tapped(value, contract)
 
         return see
 

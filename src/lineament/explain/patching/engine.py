@@ -130,6 +130,19 @@ class Engine:
             yield
 
 
+def tapped(value: Any, contract: Callable[[Tensor], None]) -> Any:
+    """What passes at a site with a node of the graph of its own; ``contract`` sees the coefficient that comes back to it."""
+    found = payload.find(value)
+    if found is None:
+        raise InputError(f"sites: a site passed {show(value)}, which holds no tensor")
+    path, tensor = found
+    if not tensor.requires_grad:
+        tensor = tensor.detach().requires_grad_()
+    onward = tensor.clone()
+    onward.register_hook(contract)
+    return payload.replace(value, path, onward)
+
+
 def _keeper(site: Site, key: tuple[int, str], seen: dict[tuple[int, str], Tensor]) -> Callable[[Any], None]:
     def see(value: Any) -> None:
         found = payload.find(value)

@@ -6,27 +6,29 @@ rows of one forward that starts at that layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lineament.core import payload
 from lineament.core.checks import number, one_of, require
 from lineament.core.heads import plain
 from lineament.core.hooks import watch
 from lineament.core.models import frozen
 from lineament.core.naming import Site
-from lineament.explain.patching.engine import contracted
+from lineament.explain.patching.engine import contracted, tapped
 from lineament.explain.patching.inputs import Prompts
 from lineament.explain.patching.metrics import Metric
 from lineament.explain.patching.result import PatchingResult
-from lineament.explain.patching.sites import DEFAULT, Layout, Place
-from lineament.explain.patching.work import Corruption, Direction, Positions, Work
+from lineament.explain.patching.sites import Place
+from lineament.explain.patching.work import Options, Work
 from lineament.explain.relevance.context import Coverage, Rules, relevance_rules
 from lineament.explain.relevance.functions import wide
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Rule = Literal["left", "midpoint", "right"]
 # Steps side by side in one forward, in tokens.
@@ -45,22 +47,16 @@ def integrated_patching(
     path: Literal["site", "input"] = "site",
     rules: Rules = "gradient",
     modules: Mapping[Any, str] | None = None,
-    sites: str | Iterable[str] = DEFAULT,
-    layout: Layout | None = None,
-    direction: Direction = "denoising",
-    corruption: Corruption = "resample",
-    positions: Positions = "each",
-    normalise: bool = True,
-    tokenizer: Any = None,
-    attention_mask: Tensor | None = None,
+    **options: Unpack[Options],
 ) -> PatchingResult:
     """The effect of every node, approximated: Σ (a_source - a_base)·c with c the coefficient's mean at a_base + α (a_source - a_base).
 
     With ``path="site"`` each site in turn goes from base to source and the rest follows: ``steps`` forwards and backwards a site and layer. With ``path="input"`` the
     input embeddings go, and all sites share those ``steps`` forwards and backwards. The other arguments are those of
-    :func:`lineament.explain.patching.methods.activation_patching` and :func:`lineament.explain.patching.methods.relevance_patching`.
+    :func:`lineament.explain.patching.activation_patching` and :func:`lineament.explain.patching.relevance_patching`.
 
     Args:
+        options: ``sites``, ``layout``, ``direction`` ... of activation patching.
         steps: N. rule: α = 0, 1/N ... (``"left"``, as Marks et al.), the middles of those intervals, or their right ends.
 
     Raises:
@@ -76,23 +72,10 @@ def integrated_patching(
     offset = {"left": 0.0, "midpoint": 0.5, "right": 1.0}[one_of("rule", rule, ("left", "midpoint", "right"))]
     one_of("path", path, ("site", "input"))
     require(
-        path == "site" or corruption == "resample",
-        f"corruption: {corruption!r} is at the sites, where there is no way between two inputs; give path='site'",
+        path == "site" or options.get("corruption", "resample") == "resample",
+        f"corruption: {options.get('corruption')!r} is at the sites, where there is no way between two inputs; give path='site'",
     )
-    work = Work(
-        model,
-        clean,
-        corrupt,
-        metric,
-        sites,
-        layout,
-        direction,
-        corruption,
-        positions,
-        normalise,
-        tokenizer,
-        attention_mask,
-    )
+    work = Work(model, clean, corrupt, metric, **options)
     alphas = [(k + offset) / steps for k in range(steps)]
     with frozen(model):
         with torch.no_grad():
@@ -207,15 +190,7 @@ def _along_inputs(
                 before = sums[index]
                 sums[index] = gradient if before is None else before + gradient
 
-        def see(value: Any) -> Any:
-            path, tensor = payload.find(value) or ((), torch.empty(0))
-            if not tensor.requires_grad:
-                tensor = tensor.detach().requires_grad_()
-            onward = tensor.clone()
-            onward.register_hook(add)
-            return payload.replace(value, path, onward)
-
-        return see
+        return lambda value: tapped(value, add)
 
     write: dict[tuple[int, str], tuple[Site, list[int]]] = {}
     for index, place in enumerate(engine.places):

@@ -2,35 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from lineament.core.checks import number, one_of, require, show
-from lineament.core.naming import Site
-from lineament.explain.patching.engine import Engine, column_of
+from lineament.core.checks import number, one_of, require, suggest
+from lineament.explain.patching.engine import Engine
 from lineament.explain.patching.inputs import pair
 from lineament.explain.patching.metrics import Metric
 from lineament.explain.patching.result import PatchingResult
-from lineament.explain.patching.sites import Place, flat, places, unflat
+from lineament.explain.patching.sites import DEFAULT, Layout, Place, flat, places
 from lineament.explain.relevance.context import Coverage
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Direction = Literal["denoising", "noising"]
 Corruption = Literal["resample", "mean", "zero"]
 Positions = Literal["each", "together"] | Sequence[int]
-# Rows of a batch beyond which larger batches no longer pay on a CPU, in tokens.
-_TOKENS_AT_ONCE = 4096
+
+
+class Options(TypedDict, total=False):
+    """What every way of patching can be told besides model, prompts and metric; see :func:`lineament.explain.patching.activation_patching`."""
+
+    sites: str | Iterable[str]
+    layout: Layout | None
+    direction: Direction
+    corruption: Corruption
+    positions: Positions
+    normalise: bool
+    tokenizer: Any
+    attention_mask: Tensor | None
+
+
+_DEFAULTS: Options = {
+    "sites": DEFAULT,
+    "layout": None,
+    "direction": "denoising",
+    "corruption": "resample",
+    "positions": "each",
+    "normalise": True,
+    "tokenizer": None,
+    "attention_mask": None,
+}
 
 
 class Work:
     """The checked arguments of one call, its two runs and its result."""
 
     def __init__(
-        self, model: nn.Module, clean: Any, corrupt: Any, metric: Metric, sites: Any, layout: Any, direction: str, corruption: str,
-        positions: Any, normalise: bool, tokenizer: Any, attention_mask: Tensor | None,
-    ):  # fmt: skip
+        self, model: nn.Module, clean: Any, corrupt: Any, metric: Metric, **options: Unpack[Options]
+    ):
+        for name in options:
+            require(
+                name in _DEFAULTS,
+                f"{name}: is no option of patching{suggest(name, _DEFAULTS)}; expected {', '.join(_DEFAULTS)}",
+            )
+        chosen: dict[str, Any] = {**_DEFAULTS, **options}
+        direction, corruption, positions = (chosen[k] for k in ("direction", "corruption", "positions"))
         one_of("direction", direction, ("denoising", "noising"))
         one_of("corruption", corruption, ("resample", "mean", "zero"))
         ablation = corruption != "resample"
@@ -39,12 +70,20 @@ class Work:
             f"corruption: {corruption!r} is what noising puts in; give direction='noising'",
         )
         require(
-            corrupt is not None or (ablation and not normalise),
+            corrupt is not None or (ablation and not chosen["normalise"]),
             "corrupt: got None, which needs corruption='mean' or 'zero' and normalise=False (without a second metric there is nothing to divide by)",
         )
-        inputs = pair(model, clean, corrupt, metric, tokenizer=tokenizer, attention_mask=attention_mask)
-        found, blocks = places(model, sites, layout)
-        self.model, self.corruption, self.direction, self.normalise = model, corruption, direction, normalise
+        inputs = pair(
+            model,
+            clean,
+            corrupt,
+            metric,
+            tokenizer=chosen["tokenizer"],
+            attention_mask=chosen["attention_mask"],
+        )
+        found, blocks = places(model, chosen["sites"], chosen["layout"])
+        self.model, self.corruption, self.direction = model, corruption, direction
+        self.normalise = chosen["normalise"]
         self.engine = Engine(model, inputs, metric, found, blocks, denoising=direction == "denoising")
         self.two = corrupt is not None
         self.positions = positions
@@ -144,8 +183,10 @@ class Work:
         source: Tensor | None,
         coverage: Coverage | None,
         settings: dict[str, Any],
+        *,
+        sizes: bool = False,
     ) -> PatchingResult:
-        """Scores by kind, divided by the difference of the two runs, padding set to zero."""
+        """Scores by kind, divided by the difference of the two runs (by its size for ``sizes``), padding set to zero."""
         per_example: dict[str, Tensor] = {}
         by_kind: dict[str, list[Tensor]] = {}
         for place, scores in zip(self.engine.places, per_place):
@@ -165,6 +206,7 @@ class Work:
             }
         if self.normalise and source is not None:
             gap = source.mean() - base.mean()
+            gap = gap.abs() if sizes else gap
             per_example = {kind: scores / gap for kind, scores in per_example.items()}
         settings = {"corruption": self.corruption, "normalise": self.normalise, **settings}
         settings["positions"] = self.positions if isinstance(self.positions, str) else self.picks
@@ -179,71 +221,3 @@ class Work:
             {} if coverage is None else coverage.active(),
             settings,
         )
-
-
-class Effects:
-    """The metric of many patched nodes at once: rows of one forward that starts at their layer."""
-
-    def __init__(
-        self, work: Work, sources: Mapping[tuple[int, str], Tensor], base: Mapping[tuple[int, str], Tensor]
-    ):
-        self.work, self.sources, self.base = work, sources, base
-
-    def __call__(self, stage: int | None, nodes: Sequence[tuple[int, int | None, int | None]]) -> Tensor:
-        engine = self.work.engine
-        times, batch = len(nodes), engine.batch
-        stream = None
-        if stage is not None:
-            one = engine.stages[stage]
-            stream = one.repeat(times, *[1] * (one.ndim - 1))
-        writes: dict[tuple[int, str], tuple[Site, list[tuple[int, int | None, int | None, Place]]]] = {}
-        for row, (index, position, unit) in enumerate(nodes):
-            place = engine.places[index]
-            if place.direct and stream is not None:
-                rows = flat(stream)[row * batch : (row + 1) * batch]
-                self.write(rows, place, position, unit, shift=True)
-                continue
-            key = (id(place.write.module), place.write.side)
-            writes.setdefault(key, (place.write, []))[1].append((row, position, unit, place))
-
-        def changer(
-            entries: Sequence[tuple[int, int | None, int | None, Place]],
-        ) -> Callable[[Tensor], Tensor]:
-            def change(value: Tensor) -> Tensor:
-                new = flat(value).clone()
-                for row, position, unit, place in entries:
-                    self.write(new[row * batch : (row + 1) * batch], place, position, unit, shift=place.shift)
-                return unflat(new, value.shape)
-
-            return change
-
-        changes = {key: (site, changer(entries)) for key, (site, entries) in writes.items()}
-        return engine.forward(stage, times, stream, changes)
-
-    def write(
-        self, rows: Tensor, place: Place, position: int | None, unit: int | None, *, shift: bool
-    ) -> None:
-        """Patch one node into its rows (batch, positions, features), in place."""
-        key = (id(place.read.module), place.read.side)
-        source = flat(self.sources[key])
-        where: Any = slice(None) if position is None else position
-        columns: Any = slice(None)
-        if unit is not None:
-            heads = column_of(place, rows.device)
-            columns = unit if heads is None else heads[unit]
-        if shift:
-            rows[:, where, columns] += source[:, where, columns] - flat(self.base[key])[:, where, columns]
-        else:
-            rows[:, where, columns] = source[:, where, columns].to(rows.dtype)
-
-
-def nodes_at_once(batch_size: int | str, engine: Engine) -> int:
-    if batch_size != "auto":
-        require(
-            not isinstance(batch_size, str),
-            f"batch_size: got {show(batch_size)}, expected 'auto' or an integer of at least 1",
-        )
-        return number("batch_size", batch_size, low=1, integer=True)
-    shape = engine.base_inputs.shape
-    tokens = shape[0] * (shape[1] if engine.pair.language else 1)
-    return max(1, _TOKENS_AT_ONCE // tokens)

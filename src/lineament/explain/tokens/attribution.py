@@ -19,12 +19,21 @@ from torch import Tensor
 from lineament.core import checks
 from lineament.explain.tokens.draws import Random, Script, Scripted
 from lineament.explain.tokens.next_token import NextToken
-from lineament.explain.tokens.prompts import Prompt, is_batch, per_prompt, read, shown, token_id
+from lineament.explain.tokens.prompts import (
+    Prompt,
+    different,
+    is_batch,
+    paired,
+    per_prompt,
+    read,
+    shown,
+    token_id,
+)
 from lineament.explain.tokens.recursion import Draws, Probes, Rules, kept, probability, recurse
-from lineament.explain.tokens.results import ContinuationAttribution, TokenAttribution
+from lineament.explain.tokens.results import TokenAttribution
 from lineament.explain.tokens.samplers import Sampler, sampler_for
 
-__all__ = ["Script", "explain_continuation", "rationale", "reagent"]
+__all__ = ["Script", "rationale", "reagent"]
 
 STOPS = ("top_k", "dummy")
 UPDATES = ("logit", "imp")
@@ -134,7 +143,7 @@ def reagent(
     several = is_batch(prompt)
     prompts = [
         read(face, text, target_prefix=prefix, scope=scope, span=span, protect=protect)
-        for text, prefix in zip(*_pairs(prompt if several else [prompt], target_prefix, several))
+        for text, prefix in zip(*paired(prompt if several else [prompt], target_prefix, several))
     ]
     for p in prompts:
         n, scored = kept(keep, int(p.scored.sum())), int(p.scored.sum())
@@ -181,64 +190,6 @@ def reagent(
             stacklevel=2,
         )
     return found if several else found[0]
-
-
-def explain_continuation(
-    model: Any,
-    tokenizer: Any,
-    prompt: Any,
-    continuation: Any = None,
-    *,
-    max_new_tokens: int = 10,
-    stride: int = 1,
-    explain: Callable[..., Any] = reagent,
-    **options: Any,
-) -> ContinuationAttribution:
-    """Attribute every token of a continuation: to the prompt, and to what was generated before it.
-
-    The continuation is generated once (greedily), and all its tokens are explained together, as so many prompts.
-
-    Args:
-        continuation: text or ids; ``None`` generates at most ``max_new_tokens`` tokens and stops at the end token.
-        stride: explain every stride-th token only (the paper's sequence experiments: 2).
-        explain: :func:`reagent`, or :func:`~lineament.explain.tokens.baselines.attribute_tokens` with its ``method``.
-        options: of ``explain``. Of an encoder-decoder what was generated is scored with ``scope="all"``.
-
-    >>> def next_number(ids):
-    ...     return torch.nn.functional.one_hot((ids[:, -1] + 1) % 10, 10) * 0.9 + 0.01
-    >>> found = explain_continuation(next_number, None, [3, 4, 5], max_new_tokens=2, min_steps=30)
-    >>> found.continuation, found.matrix.argmax(1).tolist()
-    ((6, 7), [2, 3])
-    """
-    checks.number("stride", stride, low=1, integer=True)
-    checks.number("max_new_tokens", max_new_tokens, low=1, integer=True)
-    face = NextToken(model, tokenizer)
-    context = read(face, prompt)
-    if continuation is None:
-        made = _greedy(face, context, max_new_tokens)
-    elif isinstance(continuation, str):
-        checks.require(tokenizer is not None, "continuation: got text and no tokenizer; give ids")
-        made = list(tokenizer(continuation, add_special_tokens=False)["input_ids"])
-    else:
-        made = [int(i) for i in continuation]
-    checks.require(
-        len(made) > 0, "continuation: got no tokens (the model ended at once), expected at least one"
-    )
-    positions = list(range(0, len(made), stride))
-    if face.encoder_decoder:
-        prompts: Any = [context.ids[: context.source]] * len(positions)
-        options["target_prefix"] = [made[:i] for i in positions]
-    else:
-        prompts = [torch.cat([context.ids, torch.tensor(made[:i], dtype=torch.long)]) for i in positions]
-    steps = explain(model, tokenizer, prompts, [made[i] for i in positions], **options)
-    ids = torch.cat([context.ids, torch.tensor(made, dtype=torch.long)])
-    width = max(len(a.tokens) for a in steps)
-    matrix = torch.zeros(len(steps), width, dtype=steps[0].scores.dtype)
-    for row, a in zip(matrix, steps):
-        row[: len(a.scores)] = a.scores
-    return ContinuationAttribution(
-        tuple(shown(tokenizer, ids[:width])), matrix, tuple(positions), tuple(made), tuple(shown(tokenizer, made)), tuple(steps)
-    )  # fmt: skip
 
 
 def _probes(
@@ -305,22 +256,11 @@ def rationale(
     return tuple(prompt.places[votes.sum(0) >= overlap].tolist())
 
 
-def _pairs(prompts: Any, prefixes: Any, several: bool) -> tuple[list[Any], list[Any]]:
-    every = list(prompts)
-    if several and isinstance(prefixes, (list, tuple)) and not (prefixes and isinstance(prefixes[0], int)):
-        return every, per_prompt("target_prefix", prefixes, len(every))
-    return every, [prefixes] * len(every)
-
-
 def _contrasts(face: NextToken, contrast: Any, targets: list[int], vocabulary: int) -> list[int] | None:
     if contrast is None:
         return None
-    found = [
-        token_id(face, "contrast", c, vocabulary) for c in per_prompt("contrast", contrast, len(targets))
-    ]
-    same = [c for c, t in zip(found, targets) if c == t]
-    checks.require(not same, f"contrast: got {same[:1]}, which is the target itself; choose another token")
-    return found
+    every = per_prompt("contrast", contrast, len(targets))
+    return [different(face, token_id(face, "contrast", c, vocabulary), t) for c, t in zip(every, targets)]
 
 
 def _common(prompts: Sequence[Prompt]) -> Tensor:
@@ -331,21 +271,3 @@ def _common(prompts: Sequence[Prompt]) -> Tensor:
     together = torch.stack([p.ids[:length] for p in prompts])
     same = (together == together[:1]).all(0).long().cumprod(0)
     return together[0, : int(same.sum())]
-
-
-def _greedy(face: NextToken, context: Prompt, most: int) -> list[int]:
-    """The most probable continuation, up to an end token."""
-    ends = getattr(face.config, "eos_token_id", None)
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
-    limit = face.most_tokens
-    made: list[int] = []
-    with face.ready():
-        while len(made) < most:
-            row = torch.cat([context.ids, torch.tensor(made, dtype=torch.long)])[None]
-            if limit is not None and row.shape[1] - context.source >= limit:
-                break
-            token = int(face.logits([row], [context.source]).argmax())
-            if token in ends:
-                break
-            made.append(token)
-    return made

@@ -7,7 +7,7 @@ says how they become an importance, because the published comparison hangs on th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,10 @@ from torch import Tensor
 from lineament.core import checks
 from lineament.explain.tokens.attention import attention_all, attention_last, rollout, value_zeroing
 from lineament.explain.tokens.attribution import reagent
+from lineament.explain.tokens.bayesian import bayesian_search
 from lineament.explain.tokens.blackbox import kernel_shap, lime, occlusion, random_scores
-from lineament.explain.tokens.prompts import is_batch, per_prompt, shown
+from lineament.explain.tokens.embeddings import through_embeddings
+from lineament.explain.tokens.prompts import is_batch, paired, per_prompt, shown
 from lineament.explain.tokens.question import Question, ask
 from lineament.explain.tokens.results import NORMALIZATIONS, TokenAttribution, normalized
 
@@ -45,7 +47,7 @@ def attribute_tokens(
         model, tokenizer, prompt, target, contrast, target_prefix, scope, span, protect: as for :func:`lineament.explain.tokens.attribution.reagent`.
         method: ``"reagent"``; with gradients ``"grad_norm"``, ``"input_x_grad"``, ``"integrated_gradients"``, ``"gradient_shap"``; with attention
             ``"attention_last"``, ``"attention_all"``, ``"rollout"``, ``"value_zeroing"``; from probabilities ``"occlusion"``, ``"lime"``,
-            ``"kernel_shap"``; ``"random"``.
+            ``"kernel_shap"``, ``"bayesian"`` (a search for the tokens to keep); ``"random"``.
         normalize: over scored tokens: ``"none"`` (the raw score), ``"softmax"``, ``"abs-sum"`` or ``"minmax"``.
         options: of the method, see its function.
 
@@ -70,66 +72,55 @@ def attribute_tokens(
             if isinstance(found, list)
             else _renormalized(found, normalize)
         )
-    if is_batch(prompt):
-        count = len(prompt)
-        prefixes = (
-            target_prefix
-            if isinstance(target_prefix, list) and not _is_ids(target_prefix)
-            else [target_prefix] * count
-        )
-        triples = zip(
-            prompt, per_prompt("target", target, count), per_prompt("contrast", contrast, count), prefixes
-        )
-        rest = {
-            "method": method,
-            "normalize": normalize,
-            "scope": scope,
-            "span": span,
-            "protect": protect,
-            **options,
-        }
-        return [
-            attribute_tokens(model, tokenizer, p, y, contrast=c, target_prefix=prefix, **rest)
-            for p, y, c, prefix in triples
-        ]
-    question = ask(model, tokenizer, prompt, target, contrast, **reading)
+    several = is_batch(prompt)
+    prompts, prefixes = paired(prompt if several else [prompt], target_prefix, several)
+    del reading["target_prefix"]
+    questions = ask(
+        model, tokenizer, prompts, per_prompt("target", target, len(prompts)), per_prompt("contrast", contrast, len(prompts)), prefixes, **reading
+    )  # fmt: skip
     try:
-        with question.face.ready(gradients=True):
-            raw = METHODS[method](question, **options)
+        with questions[0].face.ready(gradients=True):
+            # Methods of one forward share it; the others fill batches with one prompt.
+            if method in _OF_GRADIENTS:
+                raws = _of_gradients(questions, _OF_GRADIENTS[method], **options)
+            else:
+                raws = [METHODS[method](question, **options) for question in questions]
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):
             raise
         raise checks.InputError(
             f"options: {method!r} has no option {str(error).rsplit(' ', 1)[-1]}"
         ) from error
-    p = question.prompt
-    result = TokenAttribution(
+    found = [_renormalized(_result(q, raw, method), normalize) for q, raw in zip(questions, raws)]
+    return found if several else found[0]
+
+
+def _result(question: Question, raw: Tensor, method: str) -> TokenAttribution:
+    p, words = question.prompt, question.face.tokenizer
+    return TokenAttribution(
         tokens=p.tokens,
         ids=p.ids,
         scores=question.spread(raw.detach().cpu()),
         scored=p.scored,
         target=question.target,
-        target_text=shown(tokenizer, [question.target])[0],
+        target_text=shown(words, [question.target])[0],
         probability=question.probability,
         method=method,
         contrast=question.contrast,
-        contrast_text=None if question.contrast is None else shown(tokenizer, [question.contrast])[0],
+        contrast_text=None if question.contrast is None else shown(words, [question.contrast])[0],
         source=p.source,
         forwards=question.face.forwards,
     )
-    return _renormalized(result, normalize)
 
 
 def grad_norm(question: Question) -> Float[Tensor, "scored"]:
     """‖∂f/∂e_t‖, with f = log p(target) and e_t the word embedding of token t."""
-    _, slopes = gradients(question)
-    return slopes[0].norm(dim=-1)[question.prompt.places]
+    return _of_gradients([question], _OF_GRADIENTS["grad_norm"])[0]
 
 
 def input_x_grad(question: Question) -> Float[Tensor, "scored"]:
     """Σ_j e_tj ∂f/∂e_tj, signed."""
-    e, slopes = gradients(question)
-    return (e * slopes)[0].sum(-1)[question.prompt.places]
+    return _of_gradients([question], _OF_GRADIENTS["input_x_grad"])[0]
 
 
 def integrated_gradients(
@@ -195,14 +186,42 @@ def gradient_shap(
     return (total / n_samples).sum(-1)[places]
 
 
+def _of_gradients(
+    questions: Sequence[Question], score: Callable[[Tensor, Tensor], Tensor]
+) -> list[Float[Tensor, "scored"]]:
+    """A score of each prompt's embeddings and their gradients; prompts of one length go through one forward."""
+    forms: dict[tuple[int, int], list[int]] = {}
+    for i, q in enumerate(questions):
+        forms.setdefault((len(q.prompt.ids), q.prompt.source), []).append(i)
+    found: list[Tensor] = [torch.empty(0)] * len(questions)
+    chunks = [
+        same[first : first + _PROMPTS] for same in forms.values() for first in range(0, len(same), _PROMPTS)
+    ]
+    for chosen in chunks:
+        asked = [questions[i] for i in chosen]
+        with torch.enable_grad():
+            _, e, slopes = through_embeddings(
+                asked[0].face,
+                torch.cat([q.rows for q in asked]),
+                asked[0].prompt.source,
+                score=lambda s, asked=asked: torch.cat(
+                    [q.value(s[k : k + 1]) for k, q in enumerate(asked)]
+                ).sum(),
+            )
+        assert e is not None and slopes is not None
+        for i, scores in zip(chosen, score(e, slopes)):
+            found[i] = scores[questions[i].prompt.places.to(scores.device)]
+    return found
+
+
 def gradients(
     question: Question, count: int = 1, change: Callable[[Tensor, slice], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """(count, tokens, width) embeddings and the gradients of f at them."""
     with torch.enable_grad():
         rows = question.rows.expand(count, -1)
-        _, e, slopes = question.face.through_embeddings(
-            rows, question.prompt.source, change, score=lambda s: question.value(s).sum()
+        _, e, slopes = through_embeddings(
+            question.face, rows, question.prompt.source, change, score=lambda s: question.value(s).sum()
         )
     assert e is not None and slopes is not None
     return e, slopes
@@ -210,7 +229,9 @@ def gradients(
 
 def _embedded(question: Question, rows: Tensor) -> Tensor:
     parts: list[Tensor] = []
-    question.face.through_embeddings(rows, question.prompt.source, lambda e, columns: (parts.append(e), e)[1])
+    through_embeddings(
+        question.face, rows, question.prompt.source, lambda e, columns: (parts.append(e), e)[1]
+    )
     return torch.cat(parts, 1).clone()
 
 
@@ -230,10 +251,12 @@ def _renormalized(a: TokenAttribution, how: str) -> TokenAttribution:
     return replace(a, scores=scores, method=f"{a.method}, {how}")
 
 
-def _is_ids(value: list[Any]) -> bool:
-    return bool(value) and isinstance(value[0], int)
-
-
+_OF_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "grad_norm": lambda e, slopes: slopes.norm(dim=-1),
+    "input_x_grad": lambda e, slopes: (e * slopes).sum(-1),
+}
+# Prompts that go through one forward and backward together.
+_PROMPTS = 16
 METHODS: dict[str, Callable[..., Tensor]] = {
     "reagent": reagent,
     "grad_norm": grad_norm,
@@ -247,5 +270,6 @@ METHODS: dict[str, Callable[..., Tensor]] = {
     "occlusion": occlusion,
     "lime": lime,
     "kernel_shap": kernel_shap,
+    "bayesian": bayesian_search,
     "random": random_scores,
 }

@@ -40,7 +40,7 @@ def occlusion(
         n_samples: draws of the sampler, averaged.
     """
     present = ~torch.eye(len(question.prompt.places), dtype=torch.bool)
-    return _full(question, batch_size) - _values(question, present, absent, n_samples, batch_size, seed)
+    return _full(question, batch_size) - subset_values(question, present, absent, n_samples, batch_size, seed)
 
 
 def lime(
@@ -63,7 +63,7 @@ def lime(
     present[0] = True
     share = present.double().mean(1)
     weights = torch.exp(-((1 - share.sqrt()) ** 2) / width**2)
-    values = _values(question, present, absent, 1, batch_size, seed)
+    values = subset_values(question, present, absent, 1, batch_size, seed)
     fitted = Ridge(alpha=ridge).fit(present.double().numpy(), values.numpy(), sample_weight=weights.numpy())
     return torch.from_numpy(fitted.coef_)
 
@@ -81,7 +81,7 @@ def kernel_shap(
     scored = len(question.prompt.places)
     present, weights = _coalitions(scored, n_samples, seed)
     ends = torch.stack([torch.zeros(scored), torch.ones(scored)]).bool()
-    values = _values(question, torch.cat([ends, present]), absent, draws, batch_size, seed)
+    values = subset_values(question, torch.cat([ends, present]), absent, draws, batch_size, seed)
     nothing, everything, v = values[0], values[1], values[2:]
     # The last value follows from the sum, which makes the constraint exact.
     z = present.double()
@@ -114,7 +114,7 @@ def _full(question: Question, batch_size: int | str) -> Tensor:
     return question.values(question.prompt.ids[None], batch_size)
 
 
-def _values(
+def subset_values(
     question: Question,
     present: Bool[Tensor, "subsets scored"],
     absent: Any,
@@ -122,7 +122,7 @@ def _values(
     batch_size: int | str,
     seed: int,
 ) -> Float[Tensor, "subsets"]:
-    """f with only the ``present`` tokens there."""
+    """f with only the ``present`` tokens there, the mean over ``draws`` of what stands for the others."""
     ids, places = question.prompt.ids, question.prompt.places
     keep = torch.ones(len(present), len(ids), dtype=torch.bool)
     keep[:, places] = present

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.explain.tokens.embeddings import through_embeddings
 from lineament.explain.tokens.next_token import NextToken, not_nan
 from lineament.explain.tokens.prompts import Prompt, read, token_id
 
@@ -256,7 +257,7 @@ class _Judge:
         self.face, self.p, self.distance, self.batch_size = face, p, distance, batch_size
         self.fixed = ~p.scored.to(face.device)[:, None]
         seen: list[Tensor] = []
-        first, _, _ = face.through_embeddings(self._rows(1), p.source, lambda e, c: (seen.append(e), e)[1])
+        first, _, _ = through_embeddings(face, self._rows(1), p.source, lambda e, c: (seen.append(e), e)[1])
         self.width, self.dtype = (
             seen[0].shape[-1],
             torch.float64 if first.dtype == torch.float64 else torch.float32,
@@ -277,8 +278,11 @@ class _Judge:
         found = []
         for part in keep.split(self.batch_size):
             part = part.to(self.face.device) | self.fixed
-            scores, _, _ = self.face.through_embeddings(
-                self._rows(len(part)), self.p.source, lambda e, columns, part=part: e * part[:, columns]
+            scores, _, _ = through_embeddings(
+                self.face,
+                self._rows(len(part)),
+                self.p.source,
+                lambda e, columns, part=part: e * part[:, columns],
             )
             chances = not_nan(scores).softmax(1)
             target = getattr(self, "target", None)

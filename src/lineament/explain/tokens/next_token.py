@@ -1,9 +1,8 @@
 """What can be explained token by token: anything that gives the next token's probabilities.
 
 Three kinds are one here: a causal language model, an encoder-decoder (its source, or source and target prefix side by side in one row
-of ids), and a plain function ``ids -> probabilities`` such as a model behind an API. Prompts of several lengths go through one left-padded
-forward where the model takes a mask and positions, and through one forward a length where it does not; a prefix that all rows share
-is computed once and comes from the key-value cache.
+of ids), and a plain function ``ids -> probabilities`` such as a model behind an API. Prompts of several lengths go through few forwards
+(:mod:`lineament.explain.tokens.rows`); a prefix that all rows share is computed once and comes from the key-value cache.
 """
 
 from __future__ import annotations
@@ -15,12 +14,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.batching import auto_batch
 from lineament.core.models import device_of, frozen, logits
+from lineament.explain.tokens.rows import grouped, grouped_sources
 
 # More rows than this in one forward are no faster on a CPU, and their logits no longer fit its caches.
 _ROWS_ON_CPU = 64
@@ -157,7 +157,15 @@ class NextToken:
         if batch_size == "auto" and self.device.type == "cpu":
             batch_size = _ROWS_ON_CPU
         found: list[tuple[Tensor, Tensor]] = []
-        for ids, mask, source, index in self._groups(rows, sources, batch_size):
+        pads = self._pads and not self.encoder_decoder
+        # What follows the shared prefix is padded on its left, not what comes before it.
+        at = self._prefix[0] if self._prefix else 0
+        placed = [r.to(self.device) for r in rows]
+        for ids, mask, source, index in (
+            grouped_sources(placed, sources)
+            if self.encoder_decoder
+            else grouped(placed, at if pads else None, batch_size)
+        ):
 
             def one(
                 start: int, stop: int, ids=ids, mask=mask, source=source, index=index
@@ -173,110 +181,27 @@ class NextToken:
         in_order = bool((index[1:] > index[:-1]).all())
         return values if in_order else values[index.argsort().to(values.device)]
 
-    def through_embeddings(
-        self,
-        ids: Int[Tensor, "rows tokens"],
-        source: int,
-        change: Callable[[Tensor, slice], Tensor] | None = None,
-        *,
-        score: Callable[[Tensor], Tensor] | None = None,
-    ) -> tuple[Float[Tensor, "rows vocabulary"], Tensor | None, Tensor | None]:
-        """Logits with the word embeddings changed on their way, before positions are added, and gradients at them.
-
-        Args:
-            change: ``change(e, columns)`` gives the embeddings that go on; ``columns`` says which of the row they are.
-            score: a scalar of the logits; its gradient with respect to the (changed) embeddings is taken.
-
-        Returns:
-            Logits, the embeddings (rows, tokens, width) and the gradients, the last two ``None`` without ``score``.
-        """
-        from lineament.core.sites import capture, patch
-
-        self.needs_weights("the word embeddings")
-        parts: list[tuple[Any, slice]] = [(self.model, slice(0, ids.shape[1]))]
-        if self.encoder_decoder:
-            # One module may embed both sequences: each is embedded in a phase of its own.
-            parts = [
-                (self.model.get_encoder(), slice(0, source)),
-                (self.model.get_decoder(), slice(source, ids.shape[1])),
-            ]
-        sites = [_name_of(root, root.get_input_embeddings()) for root, _ in parts]
-        changes = [
-            {site: (lambda e, columns=columns: e if change is None else change(e, columns))}
-            for site, (_, columns) in zip(sites, parts)
-        ]
-        wanted = score is not None
-        self.forwards += 1
-        with patch(parts[0][0], changes[0]), capture(parts[0][0], sites[0], gradients=wanted) as first:
-            if not self.encoder_decoder:
-                output = self.model(**self._inputs(ids, None))
-            else:
-                encoded = parts[0][0](
-                    input_ids=ids[:, :source], attention_mask=torch.ones_like(ids[:, :source])
-                )
-        acts = [first[sites[0]]]
-        if self.encoder_decoder:
-            with patch(parts[1][0], changes[1]), capture(parts[1][0], sites[1], gradients=wanted) as second:
-                output = self.model(
-                    encoder_outputs=encoded,
-                    attention_mask=torch.ones_like(ids[:, :source]),
-                    decoder_input_ids=ids[:, source:],
-                )
-            acts.append(second[sites[1]])
-        last = self._last(output, len(ids))
-        if score is None:
-            return last, None, None
-        slopes = torch.autograd.grad(score(last), acts, allow_unused=True, materialize_grads=True)
-        return last.detach(), torch.cat([a.detach() for a in acts], 1), torch.cat(slopes, 1)
-
     def needs_weights(self, what: str) -> None:
         """Refuse a function, or a module without an embedding that can be found."""
         found = getattr(self.model, "get_input_embeddings", None) if self.is_module else None
         checks.require(
             callable(found),
             f"model: this needs {what}, which {checks.show(self.model)} does not show; give a transformers model, or a "
-            "method that asks for probabilities only: reagent, occlusion, lime, kernel_shap, random",
+            "method that asks for probabilities only: reagent, occlusion, lime, kernel_shap, bayesian, random",
         )
-
-    def _groups(
-        self, rows: Sequence[Tensor], sources: Sequence[int], batch_size: int | str
-    ) -> Iterator[tuple[Tensor, Tensor | None, int, Tensor]]:
-        """Rows that go through one forward: (ids, mask, source columns, their places among all rows)."""
-        rows = [r.to(self.device) for r in rows]
-        places = list(torch.arange(sum(map(len, rows))).split([len(r) for r in rows]))
-        forms = {(r.shape[1], s) for r, s in zip(rows, sources)}
-        if len(forms) == 1:
-            yield torch.cat(list(rows)), None, sources[0], torch.cat(places)
-            return
-        if self._pads and not self.encoder_decoder:
-            # What follows the shared prefix is padded on its left, not what comes before it.
-            at = self._prefix[0] if self._prefix else 0
-            for chosen in _of_like_length(rows, batch_size):
-                parts = [rows[i] for i in chosen]
-                ids, mask = _padded(parts, max(r.shape[1] for r in parts), at)
-                yield ids, None if bool(mask.all()) else mask, 0, torch.cat([places[i] for i in chosen])
-            return
-        # Encoders number their positions from the left, whatever the mask, so that a source is padded on its right; target
-        # prefixes of several lengths, and models without a mask, go through one forward a length.
-        kinds = [(r.shape[1] - s, 0 if self.encoder_decoder else s) for r, s in zip(rows, sources)]
-        for kind in sorted(set(kinds)):
-            chosen = [i for i, k in enumerate(kinds) if k == kind]
-            source = max(sources[i] for i in chosen)
-            padded = [_padded([rows[i]], source + kind[0], sources[i]) for i in chosen]
-            ids, mask = (torch.cat([pair[j] for pair in padded]) for j in (0, 1))
-            yield ids, mask if self.encoder_decoder else None, source, torch.cat([places[i] for i in chosen])
 
     def _forward(self, ids: Tensor, mask: Tensor | None, source: int) -> Tensor:
         self.forwards += 1
         if not self.is_module:
             return _as_logits(self.model(ids), len(ids))
         if not self.encoder_decoder:
-            return self._last(self.model(**self._inputs(ids, mask)), len(ids))
+            return self.last(self.model(**self.inputs(ids, mask)), len(ids))
         inputs: dict[str, Any] = {"input_ids": ids[:, :source], "decoder_input_ids": ids[:, source:]}
         inputs["attention_mask"] = torch.ones_like(ids[:, :source]) if mask is None else mask[:, :source]
-        return self._last(self.model(**inputs, **self._without_cache()), len(ids))
+        return self.last(self.model(**inputs, **self._without_cache()), len(ids))
 
-    def _inputs(self, ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
+    def inputs(self, ids: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
+        """What a causal model is called with for these rows."""
         inputs: dict[str, Any] = {"input_ids" if "input_ids" in self._takes else self._first(): ids}
         if mask is not None:
             inputs |= {"attention_mask": mask, "position_ids": _positions(mask)}
@@ -298,7 +223,8 @@ class NextToken:
     def _last_only(self) -> dict[str, Any]:
         return {"logits_to_keep": 1} if "logits_to_keep" in self._takes else {}
 
-    def _last(self, output: Any, count: int) -> Tensor:
+    def last(self, output: Any, count: int) -> Tensor:
+        """The last position's logits of a model's output, in float32 at least."""
         scores = logits(output)
         scores = scores[:, -1] if scores.ndim == 3 else scores
         checks.require(
@@ -322,39 +248,8 @@ def _parameters(function: Any) -> set[str]:
         return set()
 
 
-def _name_of(root: nn.Module, wanted: nn.Module) -> str:
-    for name, module in root.named_modules():
-        if module is wanted:
-            return name
-    raise checks.InputError(f"model: the word embedding of {type(root).__name__} is none of its modules")
-
-
 def _positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(1) - 1).clamp_min(0)
-
-
-def _of_like_length(rows: Sequence[Tensor], most: int | str) -> list[list[int]]:
-    """Which prompts share a forward of at most so many rows: neighbours by length, so that little is padded."""
-    groups: list[list[int]] = [[]]
-    held = 0
-    for i in sorted(range(len(rows)), key=lambda i: rows[i].shape[1]):
-        if groups[-1] and isinstance(most, int) and held + len(rows[i]) > most:
-            groups.append([])
-            held = 0
-        groups[-1].append(i)
-        held += len(rows[i])
-    return groups
-
-
-def _padded(rows: Sequence[Tensor], width: int, at: int) -> tuple[Tensor, Tensor]:
-    """Rows of one width with their mask; what is missing is put in before column ``at``."""
-    ids, mask = [], []
-    for r in rows:
-        present, missing = torch.ones_like(r), r.new_zeros(len(r), width - r.shape[1])
-        # Any id will do: what is masked is not looked at.
-        ids.append(torch.cat([r[:, :at], missing, r[:, at:]], 1))
-        mask.append(torch.cat([present[:, :at], missing, present[:, at:]], 1))
-    return torch.cat(ids), torch.cat(mask)
 
 
 def _as_logits(output: Any, count: int) -> Tensor:

@@ -145,7 +145,7 @@ def token_id(model: NextToken, what: str, token: Any, vocabulary: int) -> int:
     """One token as an id: an id, or a text that is one token.
 
     Raises:
-        InputError: text of no or several tokens (they are listed), or an id outside the vocabulary.
+        InputError: text of no or several tokens (they are listed), a word that the tokenizer does not have, or an id outside the vocabulary.
     """
     if isinstance(token, str):
         checks.require(model.tokenizer is not None, f"{what}: got text and no tokenizer; give an id")
@@ -154,7 +154,15 @@ def token_id(model: NextToken, what: str, token: Any, vocabulary: int) -> int:
         checks.require(
             len(ids) == 1,
             f"{what}: {token!r} is {len(ids)} tokens ({pieces}), expected one; choose one of them, or explain the whole with "
-            "explain_continuation",
+            "explain_continuation (--continuation on the command line)",
+        )
+        # A tokenizer without the word gives its token for unknown words, which is no answer to what was asked.
+        unknown = getattr(model.tokenizer, "unk_token_id", None)
+        known = ids[0] != unknown and ids[0] not in model.special
+        checks.require(
+            known or token.strip() == shown(model.tokenizer, ids)[0].strip(),
+            f"{what}: {token!r} is not in the tokenizer's vocabulary, which reads it as {shown(model.tokenizer, ids)[0]!r}; expected a token that it has, "
+            "or an id",
         )
         token = ids[0]
     if isinstance(token, Tensor) and token.numel() == 1 and not token.is_floating_point():
@@ -175,9 +183,26 @@ def per_prompt(what: str, value: Any, count: int) -> list[Any]:
     return [value] * count
 
 
+def paired(prompts: Any, prefixes: Any, several: bool) -> tuple[list[Any], list[Any]]:
+    """The prompts, and one target prefix for each: the same for all, or one each."""
+    every = list(prompts)
+    if several and isinstance(prefixes, (list, tuple)) and not (prefixes and isinstance(prefixes[0], int)):
+        return every, per_prompt("target_prefix", prefixes, len(every))
+    return every, [prefixes] * len(every)
+
+
 def shown(tokenizer: Any, ids: Sequence[int] | Tensor) -> list[str]:
     """Each token as text of its own; ids in angle brackets without a tokenizer."""
     values = [int(i) for i in ids]
     if tokenizer is None:
         return [f"<{i}>" for i in values]
     return [tokenizer.decode([i]) for i in values]
+
+
+def different(model: NextToken, contrast: int, target: int) -> int:
+    """The contrast, refused where it is the target."""
+    checks.require(
+        contrast != target,
+        f"contrast: got {shown(model.tokenizer, [contrast])[0]!r} (id {contrast}), which is the target itself; choose another token",
+    )
+    return contrast

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lineament.core import checks
 from lineament.explain.tokens.next_token import NextToken, not_nan
-from lineament.explain.tokens.prompts import Prompt, read, token_id
+from lineament.explain.tokens.prompts import Prompt, different, read, token_id
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,34 @@ class Question:
         return wide
 
 
-def ask(model: Any, tokenizer: Any, prompt: Any, target: Any, contrast: Any, **reading: Any) -> Question:
-    """The question, checked with one forward.
+def ask(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Any],
+    targets: Sequence[Any],
+    contrasts: Sequence[Any],
+    prefixes: Sequence[Any],
+    **reading: Any,
+) -> list[Question]:
+    """Questions to one model, one for each prompt, checked with as few forwards as the prompts' lengths allow.
 
     Raises:
         InputError: as :func:`lineament.explain.tokens.prompts.read`; a target or contrast that is no one token.
     """
     face = model if isinstance(model, NextToken) else NextToken(model, tokenizer)
-    p = read(face, prompt, **reading)
+    read_ones = [
+        read(face, prompt, target_prefix=prefix, **reading) for prompt, prefix in zip(prompts, prefixes)
+    ]
     with face.ready():
-        first = not_nan(face.logits([p.ids[None]], [p.source])).cpu()
-    wanted = int(first.argmax()) if target is None else token_id(face, "target", target, first.shape[1])
-    other = None if contrast is None else token_id(face, "contrast", contrast, first.shape[1])
-    checks.require(
-        other != wanted, f"contrast: got {other}, which is the target itself; choose another token"
-    )
-    log_p = first.log_softmax(1)[0]
-    chance = log_p[wanted].exp() if other is None else torch.sigmoid(log_p[wanted] - log_p[other])
-    return Question(face, p, wanted, other, float(chance), first.shape[1])
+        every = face.logits([p.ids[None] for p in read_ones], [p.source for p in read_ones])
+        every = not_nan(every).cpu()
+    found = []
+    for p, first, target, contrast in zip(read_ones, every, targets, contrasts):
+        wanted = int(first.argmax()) if target is None else token_id(face, "target", target, len(first))
+        other = None
+        if contrast is not None:
+            other = different(face, token_id(face, "contrast", contrast, len(first)), wanted)
+        log_p = first.log_softmax(0)
+        chance = log_p[wanted].exp() if other is None else torch.sigmoid(log_p[wanted] - log_p[other])
+        found.append(Question(face, p, wanted, other, float(chance), len(first)))
+    return found
