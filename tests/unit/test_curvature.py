@@ -380,6 +380,14 @@ def test_top_eigenpairs_at_either_end(which):
     assert (residuals < 1e-7).all()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_least_eigenvalue_is_not_just_any_that_is_small_beside_the_greatest(seed):
+    values = torch.cat([torch.linspace(-0.02, 0.02, 300), torch.tensor([10.0, 4.0, -0.2, -0.15])]).double()
+    found = curvature.top_eigenpairs(symmetric(values), 1, which="both", tol=2e-2, seed=seed)
+    assert found.converged
+    torch.testing.assert_close(found.values, torch.tensor([10.0, -0.2]).double(), rtol=2e-2, atol=0)
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("tol", [1e-2, 1e-4])
 def test_values_alone_are_as_accurate_as_asked_for_in_fewer_products(tol, seed):

@@ -16,6 +16,9 @@ from torch import Tensor
 from lineament.core import checks
 from lineament.core.krylov import Operator, against, apply, negligible, random_normal, side
 
+# Eigenvalues below this share of the greatest count as if they were so large.
+_SMALL = 0.01
+
 
 @dataclass(frozen=True)
 class Eigenpairs:
@@ -62,11 +65,12 @@ def top_eigenpairs(
     Args:
         k: how many; with ``which="both"`` that many at each end, largest first.
         which: the end of the spectrum (``"largest"`` and ``"smallest"`` are algebraic).
-        tol: a pair is converged when its error is at most tol · max |λ|.
+        tol: a pair is converged when its error is at most tol · |λ|, or tol · 0.01 · max |λ| where that is more. (By the greatest
+            |λ| alone, almost any vector would pass for the least of a spectrum that hardly reaches below zero.)
         accurate: what must be as accurate as that. ``"vectors"``: the residual ‖A v - λ v‖. ``"values"``: only the eigenvalue, whose
             error is estimated by the smaller of the residual and its square over the distance to the other eigenvalues
             (Parlett 1980, theorem 11.7.1), and by its last change; that takes fewer products where the vectors are not needed. It is
-            an estimate: eigenvalues that lie closer than ``tol`` of the greatest may not have been told apart.
+            an estimate: eigenvalues that lie closer than ``tol`` of their size may not have been told apart.
         max_products: products to spend at most, at least as many as pairs; what was found by then is returned, with its
             residuals.
 
@@ -109,14 +113,14 @@ def top_eigenpairs(
         order = _order(values, which, min(wanted, end))
         every = (leftover @ ritz[filled:end]).norm(dim=0)
         residuals = every[order]
-        largest = float(values.abs().max())
+        sizes = values[order].abs().clamp_min(_SMALL * float(values.abs().max()))
         errors = residuals
         if accurate == "values":
             # Where the others are may not be known yet; so the change, which is power iteration's rule, must agree.
             change = (values[order] - before).abs() if len(before) == len(order) else residuals
             errors = torch.maximum(_value_errors(values, every)[order], change if end < size else residuals)
             before = values[order]
-        converged = end >= wanted and bool((errors <= tol * largest).all())
+        converged = end >= wanted and bool((errors <= tol * sizes).all())
         spent = products + len(block) > max_products or end == size
         if converged or spent:
             vectors = basis[:end].T @ ritz[:, order].to(operator.dtype).to(operator.device)

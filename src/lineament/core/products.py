@@ -128,9 +128,7 @@ class _Slopes(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, g: Tensor, a: Tensor, b: Tensor, to_a: bool, to_b: bool) -> Any:
-        g, a, b = (
-            x if at is None else x.movedim(at, 0) for x, at in zip((g, a, b), in_dims)
-        )
+        g, a, b = (x if at is None else x.movedim(at, 0) for x, at in zip((g, a, b), in_dims))
         found = []
         if to_a:
             found.append(torch.matmul(g, b.mT))
