@@ -187,6 +187,16 @@ def _landscape(n: dict[str, Any]) -> list[Finding]:
                 "landscape",
             )
         ]
+    if n["criteria"]["verdict"] != "settled":
+        k = [v for v in n["criteria"]["k"] if v is not None]
+        share = f" (K_H0.5 = {compact(sum(k) / len(k))})" if k else ""
+        return [
+            Finding(
+                "note",
+                f"Nothing curves steeply downwards where it is (least eigenvalue {compact(n['bottom'])}, greatest {compact(n['top'])}), but many directions do gently{share}: not quite a minimum.",
+                "landscape",
+            )
+        ]
     return [
         Finding(
             "good",

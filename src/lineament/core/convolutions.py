@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lineament.core.recording import call
+
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 # The functions replaced, with the number of axes that each slides along.
 CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
@@ -46,7 +48,7 @@ def prepare(
     if plain or torch.is_autocast_enabled(input.device.type):
         return None
     geometry = (_each(stride, count), _each(padding, count), _each(dilation, count), groups)
-    return Convolution(_laid_out(input), weight, bias, geometry)
+    return Convolution(laid_out(input), weight, bias, geometry)
 
 
 def convolve(x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -83,7 +85,7 @@ class _Forward(torch.autograd.Function):
         stride, padding, dilation, groups = geometry
         none = [0] * len(stride)
         return torch.ops.aten.convolution(
-            _laid_out(x), w, None, stride, padding, dilation, False, none, groups
+            _said_so(laid_out(x)), w, None, stride, padding, dilation, False, none, groups
         )
 
     @staticmethod
@@ -97,8 +99,8 @@ class _Forward(torch.autograd.Function):
         x, w = ctx.saved_tensors
         need_x, need_w, *_ = ctx.needs_input_grad
         return (
-            _ToInput.apply(g, w, ctx.geometry, tuple(x.shape)) if need_x else None,
-            _ToWeight.apply(x, g, ctx.geometry, tuple(w.shape)) if need_w else None,
+            call(_ToInput, g, w, ctx.geometry, tuple(x.shape)) if need_x else None,
+            call(_ToWeight, x, g, ctx.geometry, tuple(w.shape)) if need_w else None,
             None,
             None,
         )
@@ -120,7 +122,7 @@ class _ToInput(torch.autograd.Function):
     def forward(g: Tensor, w: Tensor, geometry: Geometry, shape: tuple[int, ...]) -> Tensor:
         # Its values are not read, its layout is.
         x = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=_layout(g))
-        return _derivative(_laid_out(g), x, w, geometry, 0)
+        return _derivative(_said_so(laid_out(g)), x, w, geometry, 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -133,8 +135,8 @@ class _ToInput(torch.autograd.Function):
         g, w = ctx.saved_tensors
         need_g, need_w, *_ = ctx.needs_input_grad
         return (
-            _Forward.apply(u, w, ctx.geometry, None) if need_g else None,
-            _ToWeight.apply(u, g, ctx.geometry, tuple(w.shape)) if need_w else None,
+            call(_Forward, u, w, ctx.geometry, None) if need_g else None,
+            call(_ToWeight, u, g, ctx.geometry, tuple(w.shape)) if need_w else None,
             None,
             None,
         )
@@ -157,7 +159,7 @@ class _ToWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, g: Tensor, geometry: Geometry, shape: tuple[int, ...]) -> Tensor:
-        return _derivative(_laid_out(g), _laid_out(x), g.new_empty(shape), geometry, 1)
+        return _derivative(_said_so(laid_out(g)), _said_so(laid_out(x)), g.new_empty(shape), geometry, 1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -170,8 +172,8 @@ class _ToWeight(torch.autograd.Function):
         x, g = ctx.saved_tensors
         need_x, need_g, *_ = ctx.needs_input_grad
         return (
-            _ToInput.apply(g, u, ctx.geometry, tuple(x.shape)) if need_x else None,
-            _Forward.apply(x, u, ctx.geometry, None) if need_g else None,
+            call(_ToInput, g, u, ctx.geometry, tuple(x.shape)) if need_x else None,
+            call(_Forward, x, u, ctx.geometry, None) if need_g else None,
             None,
             None,
         )
@@ -198,6 +200,11 @@ def _derivative(g: Tensor, x: Tensor, w: Tensor, geometry: Geometry, which: int)
     )[which]
 
 
+def channels_last(tensor: Tensor) -> bool:
+    """Whether the kernels for this tensor want its channels last in memory."""
+    return _layout(tensor) is not torch.contiguous_format
+
+
 def _layout(tensor: Tensor) -> torch.memory_format:
     """What the kernels for this tensor want; where there are none (float64, signals), the usual layout."""
     fast = (
@@ -206,8 +213,20 @@ def _layout(tensor: Tensor) -> torch.memory_format:
     return _LAST.get(tensor.ndim, torch.contiguous_format) if fast else torch.contiguous_format
 
 
-def _laid_out(tensor: Tensor) -> Tensor:
+def laid_out(tensor: Tensor) -> Tensor:
+    """The tensor as the kernels for it want it in memory."""
     return tensor.contiguous(memory_format=_layout(tensor))
+
+
+def _said_so(tensor: Tensor) -> Tensor:
+    """The same memory, with strides that say so: of one channel, which is first and last at once, PyTorch takes it for first.
+
+    The result would have its channels first, and all that meets it would be copied.
+    """
+    if tensor.ndim != 4 or tensor.shape[1] != 1 or not channels_last(tensor):
+        return tensor
+    n, c, h, w = tensor.shape
+    return tensor.as_strided((n, c, h, w), (h * w, 1, w, 1))
 
 
 def _each(value: Any, count: int) -> tuple[int, ...]:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lineament.core.recording import call
+
 # value, slope and curvature of an activation
 Curve = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -103,7 +105,7 @@ class _Relu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         (y,) = ctx.saved_tensors
-        return _Gate.apply(outputs[0], y.detach())
+        return call(_Gate, outputs[0], y.detach())
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor) -> Any:
@@ -123,7 +125,7 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
-        return _Gate.apply(outputs[0], ctx.saved_tensors[0]), None
+        return call(_Gate, outputs[0], ctx.saved_tensors[0]), None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, g: Tensor, y: Tensor) -> Any:

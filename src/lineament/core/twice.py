@@ -1,8 +1,8 @@
 """A way of building a graph whose second derivative is as fast as its first.
 
 PyTorch's own second derivatives are correct, and slow where they are put together from many small operations or take another
-road than the library's fast kernels. :class:`Twice` replaces the operations where that shows (convolutions, batch norm in
-eval mode, linear layers, activations) while a graph is built; the model and its results stay the same. Batch norm with fixed
+road than the library's fast kernels. :class:`Twice` replaces the operations where that shows (convolutions, max pooling,
+batch norm in eval mode, linear layers, activations) while a graph is built; the model and its results stay the same. Batch norm with fixed
 statistics multiplies each channel by a number: after a convolution that number goes into its weights, so that
 no pass over the activations is left.
 """
@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lineament.core import convolutions, pointwise, products
+from lineament.core import convolutions, pointwise, pooling, products
 
 # What is replaced, and how many tensors of its result's size the replacement keeps.
 _REPLACED: dict[Any, tuple[Callable[..., Tensor], int]] = {
-    F.linear: (products.linear, 1),
-    torch.addmm: (products.addmm, 1),
+    F.linear: (products.linear, 2),
+    torch.addmm: (products.addmm, 2),
+    F.max_pool2d: (pooling.max_pool2d, 3),
     F.gelu: (pointwise.gelu, 3),
     F.silu: (pointwise.silu, 3),
     F.relu: (pointwise.relu, 1),

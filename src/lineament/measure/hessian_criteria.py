@@ -111,6 +111,8 @@ class Criteria:
     @property
     def meaning(self) -> str:
         """One sentence that says what the numbers say; the bounds are this library's reading, not the paper's."""
+        if self.verdict == "unsettled" and float(self.re.mean()) < 0.3:
+            return "No direction curves steeply downwards, but many do gently: training has not quite settled, or these are not quite data like those it was trained on."
         return {
             "settled": "Hardly anything curves downwards: the spectrum of a trained network on data like those it was trained on.",
             "unsettled": "A good part curves downwards: training has not settled, or these are not data like those it was trained on.",

@@ -52,7 +52,8 @@ def test_hessian_is_the_dense_one_over_uneven_batches(loss, cache_bytes, chunk):
 def test_a_block_is_its_columns_and_the_operator_is_symmetric():
     net, loss_fn, loader, *_ = problem()
     operator = curvature.hessian(net, loss_fn, loader)
-    block = torch.randn(operator.shape[0], 3, dtype=torch.float64)
+    # Enough vectors to go through the graph together, and two that are left over.
+    block = torch.randn(operator.shape[0], 10, dtype=torch.float64)
     product = operator @ block
     torch.testing.assert_close(product[:, 1], operator @ block[:, 1])
     cross = block.T @ product
@@ -203,7 +204,7 @@ def test_nan_in_the_loss_the_data_or_the_weights_is_said():
 def test_a_block_of_gauss_newton_and_fisher_is_its_columns(make):
     net, loss_fn, loader, *_ = problem()
     operator = make(net, loss_fn, loader)
-    block = torch.randn(operator.shape[0], 4, dtype=torch.float64)
+    block = torch.randn(operator.shape[0], 9, dtype=torch.float64)
     torch.testing.assert_close(operator @ block, torch.stack([operator @ v for v in block.T], 1))
 
 
@@ -377,6 +378,35 @@ def test_top_eigenpairs_at_either_end(which):
     torch.testing.assert_close(found.values, torch.tensor(expected).double())
     residuals = (matrix @ found.vectors - found.vectors * found.values).norm(dim=0)
     assert (residuals < 1e-7).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_least_eigenvalue_is_not_just_any_that_is_small_beside_the_greatest(seed):
+    values = torch.cat([torch.linspace(-0.02, 0.02, 300), torch.tensor([10.0, 4.0, -0.2, -0.15])]).double()
+    found = curvature.top_eigenpairs(symmetric(values), 1, which="both", tol=2e-2, seed=seed)
+    assert found.converged
+    torch.testing.assert_close(found.values, torch.tensor([10.0, -0.2]).double(), rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("tol", [1e-2, 1e-4])
+def test_values_alone_are_as_accurate_as_asked_for_in_fewer_products(tol, seed):
+    values = torch.cat([torch.linspace(-1, 1, 290), torch.tensor([3.0, 2.5, 2.0, -1.8])]).double()
+    matrix = symmetric(values)
+    vectors = curvature.top_eigenpairs(matrix, 2, tol=tol, seed=seed)
+    found = curvature.top_eigenpairs(matrix, 2, tol=tol, accurate="values", seed=seed)
+    assert found.converged and found.products <= vectors.products
+    assert float((found.values - torch.tensor([3.0, 2.5]).double()).abs().max()) <= tol * 3
+    if tol < 1e-3:
+        assert found.products < vectors.products
+
+
+def test_values_alone_of_a_matrix_smaller_than_the_space():
+    found = curvature.top_eigenpairs(symmetric([3.0, 1.0, -2.0]), 3, accurate="values", which="magnitude")
+    assert found.converged
+    torch.testing.assert_close(found.values, torch.tensor([3.0, -2.0, 1.0]).double())
+    with pytest.raises(InputError, match="accurate"):
+        curvature.top_eigenpairs(symmetric([3.0, 1.0]), 1, accurate="value")  # pyright: ignore
 
 
 def test_top_eigenpairs_restart_when_the_spectrum_is_dense_and_say_when_they_stop_short():

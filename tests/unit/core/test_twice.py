@@ -181,3 +181,74 @@ def test_batch_norm_after_a_convolution(case, block):
     torch.testing.assert_close(
         products(function, leaves, True, block), products(function, leaves, False, False)
     )
+
+
+POOLS = [
+    {"kernel_size": 2},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": (3, 2), "stride": 1},
+    {"kernel_size": 2, "ceil_mode": True, "dilation": 2},
+]
+
+
+@pytest.mark.parametrize("block", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("options", POOLS)
+def test_max_pooling(options, channels, block):
+    torch.manual_seed(0)
+    shapes = [(2, channels, 9, 8), (channels, channels, 3, 3)]
+    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+    def function(x, w):
+        return F.max_pool2d(F.conv2d(x, w).tanh(), **options).pow(3).mean()
+
+    torch.testing.assert_close(
+        products(function, leaves, True, block), products(function, leaves, False, False)
+    )
+
+
+@pytest.mark.parametrize("block", [False, True])
+@pytest.mark.parametrize("options", POOLS[:2])
+def test_max_pooling_in_the_layout_of_single_precision(options, block):
+    def function(x, w, v):
+        y = F.max_pool2d(F.conv2d(x, w).tanh(), **options)
+        return F.conv2d(y, v).pow(3).mean()
+
+    in_single_precision(function, [(2, 1, 12, 11), (4, 1, 3, 3), (3, 4, 1, 1)], block)
+
+
+def test_max_pooling_that_gives_its_places_or_pools_signals_stays_pytorchs_own():
+    x = torch.randn(2, 3, 6, 6, requires_grad=True)
+    with Twice():
+        pooled, places = F.max_pool2d(x, 2, return_indices=True)
+        unbatched = F.max_pool2d(x[0], 2)
+    torch.testing.assert_close([pooled, places], [*F.max_pool2d(x, 2, return_indices=True)])
+    torch.testing.assert_close(unbatched, F.max_pool2d(x[0], 2))
+
+
+@pytest.mark.parametrize("kind", ["linear", "pool"])
+def test_what_is_rewritten_differentiates_a_third_time(kind):
+    torch.manual_seed(0)
+    dtype = torch.float32 if kind == "linear" else torch.float64
+    # Large enough for the fast kernel.
+    x = torch.randn(70, 80) if kind == "linear" else torch.randn(2, 2, 6, 6, dtype=torch.float64)
+    w = torch.randn(90, 80) / 9 if kind == "linear" else torch.randn(2, 2, 3, 3, dtype=torch.float64)
+    found = []
+    for context in (Twice(), nullcontext()):
+        a, b = (t.clone().to(dtype).requires_grad_() for t in (x, w))
+        with context:
+            inside = F.linear(a, b) if kind == "linear" else F.max_pool2d(F.conv2d(a, b), 2)
+            value = inside.tanh().pow(3).sum()
+        for _ in range(2):
+            value = sum(g.pow(2).mean() for g in torch.autograd.grad(value, (a, b), create_graph=True))
+        found.append(torch.autograd.grad(value, (a, b)))
+    torch.testing.assert_close(*found, rtol=1e-3 if kind == "linear" else 1e-6, atol=1e-5)
+
+
+def test_one_picture_channel_keeps_the_layout_of_the_others():
+    x, w = torch.randn(2, 1, 8, 8), torch.randn(4, 1, 3, 3, requires_grad=True)
+    with Twice():
+        y = F.conv2d(x, w)
+    if torch.backends.mkldnn.is_available():
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, F.conv2d(x, w))

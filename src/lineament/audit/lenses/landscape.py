@@ -28,7 +28,7 @@ from lineament.report.section import Section
 
 TITLE = "What does the loss look like around its weights?"
 METHOD = "loss-landscape"
-_TOP, _PRODUCTS, _STEPS, _PROBES, _TRACE = 2, 40, 20, 2, 20
+_TOP, _PRODUCTS, _STEPS, _PROBES, _TRACE = 2, 48, 20, 2, 20
 _GRID = 21
 _WORK, _PLANE_WORK = 5e11, 1e11
 
@@ -56,8 +56,10 @@ def look(subject: Subject) -> Section:
         found = criteria(density)
         around = _around(subject, ends, tuple(operator.names), rows)
     values = ends.values.double().tolist()
-    top, bottom = max(values), min(values)
     weights, nodes = density.weights.double(), density.nodes.double()
+    # No eigenvalue estimate reaches beyond the spectrum, so of two searches for its ends the farther is the nearer to the truth.
+    seen = nodes[weights > 1e-9]
+    top, bottom = max(*values, float(seen.max())), min(*values, float(seen.min()))
     negative = float(weights[nodes < -1e-3 * max(abs(top), abs(bottom))].sum() / weights.sum())
     flat = float(weights[nodes.abs() < 1e-2 * max(abs(top), 1e-30)].sum() / weights.sum())
     step = 2 / top if top > 0 else math.inf
@@ -66,11 +68,21 @@ def look(subject: Subject) -> Section:
         f"Over {len(rows)} samples, the steepest direction has curvature {compact(top)}: plain gradient descent with a step above {compact(step)} could not stay "
         f"here. Of {size:,} weight directions, {percent(flat)} are nearly flat (below 1 % of that). "
         + (
-            f"The loss also curves downwards (least eigenvalue {compact(bottom)}), so that this is no settled minimum on these samples. "
+            f"The loss also curves steeply downwards (least eigenvalue {compact(bottom)}), so that this is no minimum on these samples. "
             if saddle
-            else f"Hardly anything curves downwards (least eigenvalue {compact(bottom)}): it sits in a minimum, as far as these samples tell. "
+            else (
+                "Nothing curves downwards"
+                if bottom >= 0
+                else f"The steepest way down has curvature {compact(bottom)}"
+            )
+            + (
+                ": it sits in a minimum, as far as these samples tell. "
+                if found.verdict == "settled"
+                else ". "
+            )
         )
-        + f"The criteria r_e = {compact(float(found.re.mean()))} and K_H0.5 = {compact(float(found.k.mean()))} (0 for a minimum, near 1 for an untrained network): {found.meaning}"
+        + f"Two numbers sum up the whole spectrum, both 0 in a minimum and near 1 in an untrained network: r_e = {_estimate(found.re)} (how far it reaches below "
+        f"zero, against above) and K_H0.5 = {_estimate(found.k)} (how much of it is below). {found.meaning}"
     )
     settled = not saddle and ends.converged and found.verdict == "settled"
     return Section(
@@ -195,6 +207,12 @@ def _numbers(found: Criteria) -> dict[str, Any]:
 
 def _spread(values: Any) -> float | None:
     return _or_none(float(values.std())) if len(values) > 1 else None
+
+
+def _estimate(values: Any) -> str:
+    """The mean over probes, and their spread where that is a tenth of it or more."""
+    mean, spread = float(values.mean()), _spread(values) or 0.0
+    return compact(mean) + (f" ± {compact(spread)}" if spread > 0.1 * abs(mean) else "")
 
 
 def _or_none(value: float | None) -> float | None:
