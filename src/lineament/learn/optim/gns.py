@@ -25,7 +25,7 @@ from lineament.learn.optim.gns_log import MESSAGES, Minimum, Record
 from lineament.learn.optim.gns_metric import Metric
 from lineament.learn.optim.gns_oracles import Problem, as_problem
 from lineament.learn.optim.gns_rules import Cubic, Point, Rule, Trial, as_rule
-from lineament.learn.optim.gns_solvers import INDEFINITE, SOLVERS, System, system
+from lineament.learn.optim.gns_solvers import INDEFINITE, SOLVERS, System, chosen_system
 
 Evaluate = Callable[[Tensor], tuple[float, Tensor]]
 
@@ -108,9 +108,9 @@ def minimize(
 
     def curvature(at: Tensor) -> Form:
         counts.hessians += 1
-        found = reduced(
-            as_form(problem.curvature(at, hess), at, symmetric=True), form, at, rank=rank, seed=seed
-        )
+        found = as_form(problem.curvature(at, hess), at, symmetric=True)
+        if form != "as is":
+            found = reduced(found, form, at, rank=rank, seed=seed)
         return Dense(as_dense(found, len(at)).to(at)) if isinstance(chosen, Cubic) else found
 
     value, gradient = counts.evaluate(problem.value_and_grad, x)
@@ -122,40 +122,37 @@ def minimize(
     here = measured(x, value, gradient, B)
     number = chosen.start
     log: list[Record] = []
-    status = "max_iters"
+    status = ""
     for k in range(max_iters + 1):
         if moving is not None and here.norm > 0:
             B = Metric(moving(out(here.x)), x)
             here = measured(here.x, here.f, here.g, B)
-        arrival = counts.columns()
-        arrival["seconds"] = time.perf_counter() - began
-        record = Record(k, here.f, here.norm, number, **arrival)
-        log.append(record)
-        if callback is not None and callback(out(here.x), record):
-            status = "stopped"
-            break
-        if f_star is not None and here.f - f_star < eps:
-            status = "target"
-            break
+        arrival = (*counts.columns(), time.perf_counter() - began)
+        status = "max_iters" if k == max_iters else ""
         if here.norm < grad_tol or here.norm == 0:
             status = "converged"
-            break
-        if k == max_iters:
+        if f_star is not None and here.f - f_star < eps:
+            status = "target"
+        if callback is not None and callback(
+            out(here.x), Record(k, here.f, here.norm, number, None, None, 0, *arrival)
+        ):
+            status = "stopped"
+        if status:
+            log.append(Record(k, here.f, here.norm, number, None, None, 0, *arrival))
             break
         solver_here = "eigh" if isinstance(chosen, Cubic) else solver
-        equations = system(
-            curvature(here.x), B, here.g, here.z,
-            solver=solver_here, indefinite=indefinite, cg_tol=cg_tol, cg_steps=cg_steps,
-        )  # fmt: skip
+        equations = chosen_system(
+            curvature(here.x), B, here.g, here.z, solver_here, indefinite, cg_tol, cg_steps
+        )
         step = search(
             problem.value_and_grad, here, equations, B, chosen, number, max_probes, counts, eps=rounding
         )
         counts.products += equations.products
         if step.trial is None:
             status = "precision" if step.tiny else "search_failed"
-            log[-1] = Record(k, here.f, here.norm, number, probes=step.probes, **arrival)
+            log.append(Record(k, here.f, here.norm, number, None, None, step.probes, *arrival))
             break
-        log[-1] = Record(k, here.f, here.norm, number, step.gamma, step.trial.lam, step.probes, **arrival)
+        log.append(Record(k, here.f, here.norm, number, step.gamma, step.trial.lam, step.probes, *arrival))
         number, here = step.number, step.trial.new
     return Minimum(
         x=out(here.x), fun=here.f, jac=out(here.g), success=status in ("converged", "target", "stopped"),
@@ -164,7 +161,7 @@ def minimize(
     )  # fmt: skip
 
 
-@dataclass
+@dataclass(slots=True)
 class Counts:
     """Oracle calls so far."""
 
@@ -177,11 +174,12 @@ class Counts:
         self.evaluations += 1
         return evaluate(x)
 
-    def columns(self) -> dict[str, Any]:
-        return dict(vars(self))
+    def columns(self) -> tuple[int, int, int, int]:
+        """In the order of a :class:`Record`."""
+        return self.solves, self.products, self.evaluations, self.hessians
 
 
-@dataclass
+@dataclass(slots=True)
 class Step:
     """The outcome of one search: the accepted trial (or ``None``), the next number, γ, and how many probes it took."""
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.func import hessian, jacrev, vjp
 
 from lineament.core import checks
+from lineament.learn.optim.gns_blas import gemv, gemv_t, gram
 
 
 class Linear:
@@ -28,18 +29,25 @@ class Linear:
     def __init__(self, A: Float[Tensor, "m n"], b: Float[Tensor, "m"]):
         self.A = checks.tensor("A", A, shape=("m", "n"), floating=True)
         self.b = checks.tensor("b", b, shape=(len(A),), floating=True)
+        self._normal: Tensor | None = None
 
     def residuals(self, x: Tensor) -> Tensor:
-        return self.A @ x - self.b
+        return gemv(self.A, x).sub_(self.b)
 
     def pulled(self, x: Tensor, v: Tensor) -> Tensor:
-        return self.A.T @ v
+        return gemv_t(self.A, v)
 
     def jacobian(self, x: Tensor) -> Tensor:
         return self.A
 
-    def second(self, x: Tensor, v: Tensor) -> Tensor:
-        return x.new_zeros(len(x), len(x))
+    def normal(self, x: Tensor) -> Tensor:
+        """JᵀJ, the same everywhere."""
+        if self._normal is None:
+            self._normal = gram(self.A)
+        return self._normal.clone()
+
+    def second(self, x: Tensor, v: Tensor) -> Tensor | None:
+        return None
 
 
 class Rosenbrock:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.learn.optim.gns_blas import gram
 from lineament.learn.optim.gns_metric import asymmetry_allowed
 
 FORMS = ("as is", "dense", "diagonal", "low_rank", "operator")
@@ -160,19 +161,6 @@ def as_dense(form: Form, n: int) -> Float[Tensor, "n n"]:
         else torch.float64
     )
     return form.product(torch.eye(n, dtype=dtype, device=getattr(form.operator, "device", None)))
-
-
-def gram(V: Float[Tensor, "r n"]) -> Float[Tensor, "n n"]:
-    """VᵀV.
-
-    >>> gram(torch.tensor([[1.0, 2.0]])).tolist()
-    [[1.0, 2.0], [2.0, 4.0]]
-    """
-    if V.device.type == "cpu" and V.dtype in (torch.float32, torch.float64) and V.numel() > 4096:
-        # NumPy sees that both sides are one matrix and computes one triangle: half the arithmetic.
-        rows = V.detach().contiguous().numpy()
-        return torch.from_numpy(rows.T @ rows)
-    return V.T @ V
 
 
 def reduced(form: Form, kind: str, like: Float[Tensor, "n"], *, rank: int = 10, seed: int = 0) -> Form:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.learn.optim.gns_blas import cholesky, cholesky_solve, gemv
 
 
 def asymmetry_allowed(matrix: Tensor) -> float:
@@ -55,10 +56,10 @@ class Metric:
             gap <= asymmetry_allowed(B),
             f"metric: it differs from its transpose by {gap:.3g}, expected a symmetric matrix",
         )
-        L, info = torch.linalg.cholesky_ex(B)
+        L, info = cholesky(B)
         checks.require(
-            int(info) == 0,
-            f"metric: its leading minor of order {int(info)} is not positive, expected a positive definite matrix; "
+            info == 0,
+            f"metric: its leading minor of order {info} is not positive, expected a positive definite matrix; "
             "add a small multiple of the identity",
         )
         self.kind, self.matrix, self._L = "matrix", B, L
@@ -68,7 +69,7 @@ class Metric:
         """B v for v of shape (n,)."""
         if self.kind == "identity":
             return v
-        return self.diagonal * v if self.kind == "diagonal" else self.matrix @ v
+        return self.diagonal * v if self.kind == "diagonal" else gemv(self.matrix, v)
 
     def inverse(self, v: Tensor) -> Tensor:
         """B⁻¹ v for v of shape (n,) or (n, k)."""
@@ -76,11 +77,7 @@ class Metric:
             return v
         if self.kind == "diagonal":
             return v / (self.diagonal if v.ndim == 1 else self.diagonal[:, None])
-        return (
-            torch.cholesky_solve(v[:, None], self._L)[:, 0]
-            if v.ndim == 1
-            else torch.cholesky_solve(v, self._L)
-        )
+        return cholesky_solve(v, self._L)
 
     def half(self, v: Tensor) -> Tensor:
         """L⁻¹ v for B = LLᵀ and v of shape (n,) or (n, k): ‖s‖_* is the Euclidean norm of L⁻¹s."""
@@ -100,13 +97,12 @@ class Metric:
         found = torch.linalg.solve_triangular(L, wide, upper=transposed)
         return found[:, 0] if v.ndim == 1 else found
 
-    def added_to(self, H: Tensor, lam: float) -> Tensor:
-        """H + λB, a new matrix."""
-        if self.kind == "matrix":
-            return torch.add(H, self.matrix, alpha=lam)
-        total = H.clone()
-        total.diagonal().add_(self.diagonal, alpha=lam)
-        return total
+    @property
+    def stored(self) -> Tensor | None:
+        """B as it was given: ``None`` for the identity, (n,) for a diagonal, (n, n)."""
+        if self.kind == "identity":
+            return None
+        return self.diagonal if self.kind == "diagonal" else self.matrix
 
     def norm(self, h: Tensor) -> float:
         """‖h‖ of a step."""

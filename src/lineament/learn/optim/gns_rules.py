@@ -18,7 +18,7 @@ from lineament.learn.optim.gns_solvers import Spectral, System, cubic_step
 _EPS = torch.finfo(torch.float64).eps
 
 
-@dataclass
+@dataclass(slots=True)
 class Point:
     """f, the gradient g, z = B⁻¹g and ‖g‖_* at x."""
 
@@ -29,7 +29,7 @@ class Point:
     norm: float
 
 
-@dataclass
+@dataclass(slots=True)
 class Trial:
     """A step h from ``old`` to ``new`` with the λ that made it; ``model`` is the rule's own prediction of f_new - f."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -180,7 +181,7 @@ class GNS(Optimizer):
             evaluate, here, equations, self._B, self.rule, kept["gamma"], group["max_probes"], counts, eps
         )
         counts.products += equations.products
-        kept.update(counts.columns())
+        kept.update(asdict(counts))
         kept["steps"] += 1
         if step.trial is None:
             kept["failed"] += 1
