@@ -2,7 +2,8 @@
 
 For Semenov, Jaggi, Doikov (2025, arXiv 2506.13710). What is not obvious: NumPy, SciPy and PyTorch each bring threads of their own, which wait for
 work by spinning. A loop that goes from one library to the next makes them fight for the cores, and at n = 200 that took twenty times the
-arithmetic. What works on vectors stays below the size where PyTorch uses threads.
+arithmetic. And on a vector of two entries NumPy takes a third of PyTorch's time, so that small problems are computed on arrays: what is said
+to take vectors takes tensors or arrays, and gives back what it got.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from scipy.linalg.blas import dgemm, dgemv, dger, dsyrk  # pyright: ignore[repor
 from scipy.linalg.lapack import dposv, dpotrf, dpotrs  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
 
+Vector = Tensor | np.ndarray
+
 # Rows that are mirrored at a time: a block and its mirror image stay in the cache.
 _BLOCK = 64
 
@@ -25,21 +28,33 @@ def at_home(t: Tensor) -> bool:
     return t.dtype is torch.float64 and t.is_cpu
 
 
-def gemv(A: Float[Tensor, "m n"], x: Float[Tensor, "n"]) -> Float[Tensor, "m"]:
-    """A x.
+def like(found: Tensor, x: Vector) -> Any:
+    """A tensor as what ``x`` is."""
+    return found.numpy() if isinstance(x, np.ndarray) else found
+
+
+def tensor(v: Vector) -> Tensor:
+    """A vector as a tensor, in the same memory."""
+    return torch.from_numpy(v) if isinstance(v, np.ndarray) else v
+
+
+def gemv(A: Float[Tensor, "m n"], x: Any) -> Any:
+    """A x for a vector (n,).
 
     >>> gemv(torch.eye(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)).tolist()
     [1.0, 1.0]
     """
-    if not (at_home(A) and x.dtype is A.dtype):
+    plain = isinstance(x, np.ndarray)
+    if not plain and not (at_home(A) and x.dtype is A.dtype):
         return A @ x
-    a, v = A.detach().numpy(), x.detach().numpy()
+    a, v = A.detach().numpy(), x if plain else x.detach().numpy()
     # Fortran's order: a matrix by rows is the transpose of one by columns.
-    return torch.from_numpy(dgemv(1.0, a, v) if a.flags.f_contiguous else dgemv(1.0, a.T, v, trans=1))
+    found = dgemv(1.0, a, v) if a.flags.f_contiguous else dgemv(1.0, a.T, v, trans=1)
+    return found if plain else torch.from_numpy(found)
 
 
-def gemv_t(A: Float[Tensor, "m n"], v: Float[Tensor, "m"]) -> Float[Tensor, "n"]:
-    """Aᵀ v."""
+def gemv_t(A: Float[Tensor, "m n"], v: Any) -> Any:
+    """Aᵀ v for a vector (m,)."""
     return gemv(A.T, v)
 
 
@@ -70,11 +85,12 @@ def gram(V: Float[Tensor, "r n"]) -> Float[Tensor, "n n"]:
     return torch.from_numpy(found)
 
 
-def add_outer_(H: Float[Tensor, "n n"], w: Float[Tensor, "n"], alpha: float) -> Float[Tensor, "n n"]:
-    """H + α wwᵀ in H's own memory; H is symmetric and contiguous."""
-    if not at_home(H) or len(w) <= _BLOCK:
+def add_outer_(H: Any, w: Any, alpha: float) -> Any:
+    """H + α wwᵀ in H's own memory, both tensors or arrays; H is symmetric and contiguous."""
+    if isinstance(H, Tensor) and not at_home(H):
         return H.addr_(w, w, alpha=alpha)
-    dger(alpha, w.numpy(), w.numpy(), a=H.numpy().T, overwrite_a=1)
+    h, v = (H.numpy(), w.numpy()) if isinstance(H, Tensor) else (H, w)
+    dger(alpha, v, v, a=h.T, overwrite_a=1)
     return H
 
 
@@ -87,8 +103,10 @@ def cholesky(B: Float[Tensor, "n n"]) -> tuple[Float[Tensor, "n n"], int]:
     return torch.from_numpy(U.T), info
 
 
-def cholesky_solve(v: Tensor, L: Float[Tensor, "n n"]) -> Tensor:
+def cholesky_solve(v: Any, L: Float[Tensor, "n n"]) -> Any:
     """(LLᵀ)⁻¹ v for v of shape (n,) or (n, k)."""
+    if isinstance(v, np.ndarray):
+        return dpotrs(L.numpy().T, v, lower=0)[0]
     if at_home(L) and v.dtype is L.dtype:
         return torch.from_numpy(dpotrs(L.numpy().T, v.detach().numpy(), lower=0)[0])
     return torch.cholesky_solve(v if v.ndim == 2 else v[:, None], L).reshape(v.shape)
@@ -111,7 +129,7 @@ class Positive:
             self._b = None if B is None else B.numpy()
             # One memory for every probe: fresh pages cost more than the copy.
             self._room = np.empty(self._h.shape)
-            self._diagonal = self._room.reshape(-1)[:: len(H) + 1]
+            self._diagonal = self._room.reshape(-1)[:: H.shape[0] + 1]
 
     def solve(self, lam: float) -> Tensor | None:
         """-(H + λB)⁻¹ g, or ``None`` where that matrix is not positive definite."""

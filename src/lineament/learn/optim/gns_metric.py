@@ -11,12 +11,21 @@ import torch
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.learn.optim.gns_blas import cholesky, cholesky_solve, gemv
+from lineament.learn.optim.gns_blas import at_home, cholesky, cholesky_solve, gemv, like
 
 
 def asymmetry_allowed(matrix: Tensor) -> float:
     """How far a matrix may be from its transpose: 1e-8 of its greatest entry, more only where the dtype rounds more."""
-    return max(1e-8, 64 * torch.finfo(matrix.dtype).eps) * float(matrix.abs().max())
+    greatest = abs(matrix.detach().numpy()).max() if at_home(matrix) else matrix.abs().max()
+    return max(1e-8, 64 * torch.finfo(matrix.dtype).eps) * float(greatest)
+
+
+def asymmetry(matrix: Tensor) -> float:
+    """How far a matrix is from its transpose, in the greatest entry of the difference."""
+    if at_home(matrix):
+        held = matrix.detach().numpy()
+        return float(abs(held - held.T).max())
+    return float((matrix - matrix.T).abs().max())
 
 
 class Metric:
@@ -51,7 +60,7 @@ class Metric:
             self.kind, self.diagonal = "diagonal", B
             self._root = B.sqrt()
             return
-        gap = float((B - B.T).abs().max())
+        gap = asymmetry(B)
         checks.require(
             gap <= asymmetry_allowed(B),
             f"metric: it differs from its transpose by {gap:.3g}, expected a symmetric matrix",
@@ -65,18 +74,20 @@ class Metric:
         self.kind, self.matrix, self._L = "matrix", B, L
         self.diagonal = B.diagonal()
 
-    def apply(self, v: Tensor) -> Tensor:
+    def apply(self, v: Any) -> Any:
         """B v for v of shape (n,)."""
         if self.kind == "identity":
             return v
-        return self.diagonal * v if self.kind == "diagonal" else gemv(self.matrix, v)
+        return (
+            like(self.diagonal * torch.as_tensor(v), v) if self.kind == "diagonal" else gemv(self.matrix, v)
+        )
 
-    def inverse(self, v: Tensor) -> Tensor:
+    def inverse(self, v: Any) -> Any:
         """B⁻¹ v for v of shape (n,) or (n, k)."""
         if self.kind == "identity":
             return v
         if self.kind == "diagonal":
-            return v / (self.diagonal if v.ndim == 1 else self.diagonal[:, None])
+            return like(torch.as_tensor(v) / (self.diagonal if v.ndim == 1 else self.diagonal[:, None]), v)
         return cholesky_solve(v, self._L)
 
     def half(self, v: Tensor) -> Tensor:
@@ -104,10 +115,10 @@ class Metric:
             return None
         return self.diagonal if self.kind == "diagonal" else self.matrix
 
-    def norm(self, h: Tensor) -> float:
+    def norm(self, h: Any) -> float:
         """‖h‖ of a step."""
-        return max(float(h @ self.apply(h)), 0.0) ** 0.5
+        return max(float(h.dot(self.apply(h))), 0.0) ** 0.5
 
-    def dual(self, s: Tensor, z: Tensor) -> float:
+    def dual(self, s: Any, z: Any) -> float:
         """‖s‖_* of a gradient, given z = B⁻¹s."""
-        return max(float(s @ z), 0.0) ** 0.5
+        return max(float(s.dot(z)), 0.0) ** 0.5

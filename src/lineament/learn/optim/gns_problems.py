@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.learn.optim.gns_blas import add_outer_, gemv, gemv_t, gram, weighted_rows
+from lineament.learn.optim.gns_blas import add_outer_, gemv, gemv_t, gram, like, tensor, weighted_rows
 from lineament.learn.optim.gns_forms import Dense, Form, LowRank, as_dense
 from lineament.learn.optim.gns_metric import Metric
 
@@ -226,37 +227,46 @@ class PowerOfResiduals:
         self._metric: Metric | None = None
         self._last = Last()
 
-    def value_and_grad(self, x: Float[Tensor, "n"]) -> tuple[float, Tensor]:
+    @property
+    def arrays(self) -> bool:
+        return getattr(self.equations, "arrays", False)
+
+    def value_and_grad(self, x: Any) -> tuple[float, Any]:
         u = Gu = self.equations.residuals(x)
         if self.G is not None:
             if self._metric is None:
-                self._metric = Metric(self.G, u)
+                self._metric = Metric(self.G, torch.as_tensor(u))
             Gu = self._metric.apply(u)
         s = max(float(u.dot(Gu)), 0.0) ** 0.5
         pulled = self.equations.pulled(x, Gu)
         self._last.keep(x, (Gu, s, pulled))
         return _power(s, self.p) / self.p, pulled * _power(s, self.p - 2)
 
-    def curvature(self, x: Float[Tensor, "n"], kind: str = "exact") -> Form:
+    def curvature(self, x: Any, kind: str = "exact") -> Form:
         checks.one_of("kind", kind, self.kinds)
         Gu, s, pulled = self._last.at(x, self.value_and_grad)
         scale = _power(s, self.p - 2)
-        w = pulled / s if s > 0 else torch.zeros_like(x)
+        w = pulled / s if s > 0 else 0 * x
         if kind == "fisher":
-            return LowRank((w * ((self.p - 2) * scale) ** 0.5)[None])
+            return LowRank(torch.as_tensor(w * ((self.p - 2) * scale) ** 0.5)[None])
         if self.G is not None:
-            J = self.equations.jacobian(x)
-            matrix = J.T @ (self.G.to(J) @ J)
+            J = torch.as_tensor(self.equations.jacobian(x))
+            matrix = like(J.T @ (self.G.to(J) @ J), x)
         elif hasattr(self.equations, "normal"):
             matrix = self.equations.normal(x)
         else:
-            matrix = gram(self.equations.jacobian(x))
+            matrix = like(gram(torch.as_tensor(self.equations.jacobian(x))), x)
         if kind == "exact":
             second = self.equations.second(x, Gu)
-            matrix = matrix if second is None else matrix.add_(second)
+            if second is not None and second.ndim == 1:
+                matrix.reshape(-1)[:: len(x) + 1] += second
+            elif second is not None:
+                matrix += second
         # Every branch has made a matrix of its own, so that it may be changed.
-        matrix.mul_(scale)
-        return Dense(add_outer_(matrix, w, (self.p - 2) * scale) if self.p > 2 else matrix)
+        matrix *= scale
+        if self.p > 2:
+            add_outer_(matrix, w, (self.p - 2) * scale)
+        return Dense(tensor(matrix))
 
 
 class Last:
@@ -268,18 +278,24 @@ class Last:
     """
 
     def __init__(self) -> None:
-        self._kept: tuple[Tensor, Any] | None = None
+        self._kept: tuple[Any, Any] | None = None
 
-    def keep(self, x: Tensor, found: Any) -> None:
-        # A copy: the caller may go on in the same memory.
-        self._kept = x.clone(), found
+    def keep(self, x: Any, found: Any) -> None:
+        self._kept = self._name(x), found
 
-    def at(self, x: Tensor, compute: Callable[[Tensor], Any]) -> Any:
+    def at(self, x: Any, compute: Callable[[Any], Any]) -> Any:
         """What was kept for ``x``; ``compute`` keeps it anew where that was another point."""
-        if self._kept is None or self._kept[0].dtype is not x.dtype or not torch.equal(self._kept[0], x):
+        if self._kept is None or self._kept[0] != self._name(x):
             compute(x)
         assert self._kept is not None
         return self._kept[1]
+
+    @staticmethod
+    def _name(x: Any) -> tuple[Any, bytes]:
+        # By value: the caller may go on in the same memory.
+        if isinstance(x, np.ndarray):
+            return None, x.tobytes()
+        return (x.dtype, x.device), x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _power(s: float, exponent: float) -> float:

@@ -98,7 +98,7 @@ def chosen_system(
         return _WoodburySystem(form, metric, g, z)
     if solver == "cg":
         return _KrylovSystem(form, metric, g, indefinite, cg_tol, cg_steps)
-    H = as_dense(form, len(g)).to(g)
+    H = as_dense(form, g.shape[0]).to(g)
     if solver == "eigh" or indefinite == "project":
         return Spectral.of(H, metric, g, indefinite)
     return _CholeskySystem(H, metric, g, indefinite)
