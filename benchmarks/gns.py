@@ -2,6 +2,7 @@
 
 The reference side is Algorithm 3 as its authors' code runs it: H once an iteration, a Cholesky factorisation a probe, value and gradient
 together and SciPy's checks for NaN left out (which favours it), λ = ‖g‖/(γ + 1e-8). Both sides stop at f - f* < 1e-8.
+One thread each: with more, the threads that NumPy and SciPy each leave spinning slow the reference's loop down ten times, and ours beside it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import scipy.linalg
 import scipy.optimize
 import torch
 from scipy.special import logsumexp, softmax
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from lineament.bench import Row, compare
@@ -323,7 +325,17 @@ def first_order(
 
 
 def rows(repeats: int = 7) -> Iterator[Row]:
-    """The rows of `lineament bench gns`."""
+    """The rows of `lineament bench gns`, on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield from _rows(repeats)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _rows(repeats: int) -> Iterator[Row]:
     for what, problem, kind, (both, hess), x, B, f_star, most in table():
         metric, start = None if B is None else torch.from_numpy(B), torch.from_numpy(x)
 
