@@ -203,9 +203,8 @@ def test_every_eager_way_takes_the_same_steps(variant, dtype, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_compiled_step_is_the_same_and_compiles_once(monkeypatch):
+def test_the_compiled_step_is_the_same_and_compiles_once():
     shapes = ((300, 20), (40,), (6, 5, 14, 14))
-    monkeypatch.setattr(steps, "worth_a_pass", lambda p: p.numel() > 1)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for variant in (VARIANTS[0], VARIANTS[4], VARIANTS[6]):
