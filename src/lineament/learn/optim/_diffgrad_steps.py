@@ -215,7 +215,8 @@ def _compiled(kind: Any) -> Callable[[Sequence[Buffers], Tensor, Rule], None]:
     # A code object for each kind: a compiler keeps few versions of one. Sizes are dynamic and numbers a tensor, so that neither another
     # shape nor another step compiles again.
     code = _traced.__code__.replace(co_name="diffgrad")
-    return torch.compile(types.FunctionType(code, globals()), dynamic=True)
+    # The guards have looked at each size; looking again at each tensor would cost a quarter of the call.
+    return torch.compile(types.FunctionType(code, globals()), dynamic=True, options={"size_asserts": False})
 
 
 class Passes:
@@ -286,7 +287,7 @@ class Passes:
         return flat
 
     def _run(self, key: Any, bs: Sequence[Buffers]) -> None:
-        kind = (self.rule, len(bs), key[1], key[2].type)
+        kind = (self.rule, len(bs), bs[0].top is None, key[1], key[2].type)
         move = _compiled(kind)
         if kind not in _primed:
             # Sizes that are equal at the first call would be compiled as always equal.

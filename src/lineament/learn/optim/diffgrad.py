@@ -229,15 +229,15 @@ class DiffGrad(torch.optim.Optimizer):
     ) -> list[tuple[Tensor, steps.Buffers, steps.Coefficients]]:
         """Each parameter with its buffers and the numbers of its next step; counts the step."""
         names = _names(group)
+        needed = {"step", *names}
         states = [self.state[p] for p in params]
         for p, state in zip(params, states):
-            if "step" not in state or not all(name in state for name in names):
+            if not needed <= state.keys():
                 self._complete(state, p, group, names)
         counters = [state["step"] for state in states]
         if counters:
             torch._foreach_add_(counters, 1)  # pyright: ignore[reportPrivateImportUsage]
         rest = [name if name in names else None for name in ("max_exp_avg_sq", *_STATISTICS)]
-        columns = (*names[:3], *rest)
         found = []
         numbers: dict[float, steps.Coefficients] = {}
         for p, state, counter in zip(params, states, counters):
@@ -248,10 +248,12 @@ class DiffGrad(torch.optim.Optimizer):
                 if t not in numbers:
                     numbers[t] = steps.coefficients(group, t, float(group["lr"]))
                 c = numbers[t]
-            tensors: list[Any] = [p, p.grad, *(None if name is None else state[name] for name in columns)]
+            b = steps.Buffers(p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["previous_grad"])  # pyright: ignore[reportArgumentType]
+            if len(names) > 3:
+                b = steps.Buffers(*b[:5], *(None if name is None else state[name] for name in rest))
             if p.is_complex():
-                tensors = [t if t is None else torch.view_as_real(t) for t in tensors]
-            found.append((p, steps.Buffers(*tensors), c))
+                b = steps.Buffers(*(None if t is None else torch.view_as_real(t) for t in b))  # pyright: ignore[reportArgumentType]
+            found.append((p, b, c))
         return found
 
     def _move(
