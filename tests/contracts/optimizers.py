@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lineament.learn.optim import ASAM, SAM, DiffGrad
+from lineament.learn.optim import ASAM, GNS, SAM, DiffGrad
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Maker:
     options: dict[str, Any] = field(default_factory=dict)
     rate: str = "lr"
     needs_closure: bool = False
+    differentiates: bool = False  # its closure only returns the loss, whose derivatives the optimizer takes
+    own_options: bool = True  # a group may have options of its own
     separable: bool = True  # a parameter's step does not depend on the others' gradients
     complex_numbers: bool = True
     maximize: bool = True
@@ -99,7 +101,46 @@ def around(kind: type[SAM], name: str, rho: float) -> Maker:
     )
 
 
+GNS_BAD = (
+    ({"gamma": -0.1}, "gamma: got -0.1"),
+    ({"gamma": float("nan")}, "gamma: got nan"),
+    ({"test": "armijo"}, "test: got 'armijo'"),
+    ({"constant": 3}, "constant: got 3"),
+    ({"form": "sparse"}, "form: got 'sparse'"),
+    ({"solver": "lu"}, "solver: got 'lu'"),
+    ({"indefinite": "ignore"}, "indefinite: got 'ignore'"),
+    ({"max_probes": 0}, "max_probes: got 0"),
+    ({"cg_tol": float("inf")}, "cg_tol: got inf"),
+    ({"rank": 0}, "rank: got 0"),
+    ({"nonfinite": "propagate"}, "nonfinite: got 'propagate'"),
+)
+
+
+def gns(name: str, **options: Any) -> Maker:
+    # γ is found by the search and joint: it starts somewhere, and no schedule nor group moves it.
+    return Maker(
+        f"gns {name}".strip(),
+        GNS,
+        options,
+        rate="gamma",
+        needs_closure=True,
+        differentiates=True,
+        own_options=False,
+        separable=False,
+        complex_numbers=False,
+        maximize=False,
+        decay={},
+        nonfinite="1 of 29 entries of its gradient are not finite",
+        bad=[pair for pair in GNS_BAD if not set(pair[0]) & set(options)],
+    )
+
+
 MAKERS = [
+    gns(""),
+    gns("by products", dense=0),
+    gns("of low rank", form="low_rank", rank=3),
+    gns("without curvature", curvature=None),
+    gns("by the gradient's test", test="gradient", constant=4),
     around(SAM, "sam", 0.05),
     around(ASAM, "asam", 0.5),
     Maker("torch Adam", torch.optim.Adam, bad=[p for p in NUMBERS if p[0].get("lr", 0) == p[0].get("lr", 0)],

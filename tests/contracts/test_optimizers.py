@@ -31,6 +31,11 @@ def loss_of(params: list[nn.Parameter]) -> Tensor:
     return total
 
 
+def backward(loss: Tensor) -> Tensor:
+    loss.backward()
+    return loss
+
+
 def advance(
     maker: Maker, optimizer: torch.optim.Optimizer, params: Any, steps: int = 5, sign: float = 1
 ) -> list[Tensor]:
@@ -40,8 +45,7 @@ def advance(
         def closure() -> Tensor:
             optimizer.zero_grad()
             loss = sign * loss_of(params)
-            loss.backward()
-            return loss
+            return loss if maker.differentiates else backward(loss)
 
         if maker.needs_closure:
             optimizer.step(closure)
@@ -52,18 +56,35 @@ def advance(
 
 
 def same(one: Any, other: Any) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    alike = lambda a, b: torch.equal(a, b) if isinstance(a, Tensor) else a == b  # noqa: E731
+    return all(alike(a, b) for a, b in zip(one, other, strict=True))
 
 
-def frozen_closure(params: list[nn.Parameter], grads: list[Tensor | None]) -> Any:
-    """A closure that leaves these gradients."""
+def frozen_closure(maker: Maker, params: list[nn.Parameter], grads: list[Tensor | None]) -> Any:
+    """A closure that leaves these gradients, or whose loss has them."""
+
+    def linear() -> Tensor:
+        return torch.stack([Fixed.apply(p, g).double() for p, g in zip(params, grads) if g is not None]).sum()
 
     def closure() -> Tensor:
         for p, g in zip(params, grads):
             p.grad = None if g is None else g.clone()
         return torch.zeros(())
 
-    return closure
+    return linear if maker.differentiates else closure
+
+
+class Fixed(torch.autograd.Function):
+    """The inner product of a parameter and a gradient, which comes back as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, g: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.g = g
+        return (p * (g.to_dense() if g.is_sparse else g)).sum()
+
+    @staticmethod
+    def backward(ctx: Any, back: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.g, None
 
 
 @pytest.mark.parametrize("maker", MAKERS, ids=lambda m: m.name)
@@ -78,8 +99,16 @@ class TestContract:
             assert loss_of(params).item() < 0.5 * before and all(p.dtype == dtype for p in after)
 
     def test_groups_have_options_of_their_own(self, maker):
-        if maker.rate != "lr":
-            pytest.skip("no learning rate")
+        if not maker.own_options:
+            params, other = parameters(), parameters()
+            advance(maker, maker([{"params": params[:2]}, {"params": params[2:]}]), params)
+            advance(maker, maker(other), other)
+            assert same(params, other)
+            with pytest.raises(
+                InputError, match=r"for one group and .* for the first, expected one: the step is joint"
+            ):
+                maker([{"params": params[:2], maker.rate: 0.5}, {"params": params[2:], maker.rate: 0.25}])
+            return
         params = parameters()
         still = [p.detach().clone() for p in params[:2]]
         optimizer = maker([{"params": params[:2], "lr": 0.0}, {"params": params[2:]}], lr=0.1)
@@ -122,9 +151,7 @@ class TestContract:
 
                 def closure() -> Tensor:
                     one.zero_grad()
-                    loss = loss_of(params)
-                    loss.backward()
-                    return loss
+                    return loss_of(params) if maker.differentiates else backward(loss_of(params))
 
                 before = loss_of(params)
                 loss = one.step(closure)
@@ -145,19 +172,20 @@ class TestContract:
         params = parameters()
         optimizer = maker(params)
         grads = [torch.ones_like(p) for p in params]
-        optimizer.step(frozen_closure(params, [None, *grads[1:]]))
-        assert torch.equal(params[0], parameters()[0]) and params[0] not in optimizer.state
+        optimizer.step(frozen_closure(maker, params, [None, *grads[1:]]))
+        assert torch.equal(params[0], parameters()[0])
+        assert params[0] not in optimizer.state or maker.differentiates  # which keeps one state for all
         if not maker.separable:
             return
         for _ in range(2):
-            optimizer.step(frozen_closure(params, grads))
+            optimizer.step(frozen_closure(maker, params, grads))
         late = parameters()[:1]
         fresh = maker(late)
         for _ in range(2):
-            fresh.step(frozen_closure(late, grads[:1]))
+            fresh.step(frozen_closure(maker, late, grads[:1]))
         assert torch.equal(params[0], late[0])
         nothing = parameters()
-        maker(nothing).step(frozen_closure(nothing, [None] * len(nothing)))
+        maker(nothing).step(frozen_closure(maker, nothing, [None] * len(nothing)))
         assert same(nothing, parameters())
 
     def test_empty_tensors_pass(self, maker):
@@ -186,6 +214,9 @@ class TestContract:
 
     def test_complex_numbers_are_pairs(self, maker):
         if not maker.complex_numbers:
+            if maker.differentiates:
+                with pytest.raises(InputError, match=r"params: got .*complex.*expected real"):
+                    maker([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
             pytest.skip("refused")
         numbers = [
             nn.Parameter(torch.randn(3, 2, dtype=torch.complex64, generator=torch.Generator().manual_seed(0)))
@@ -201,7 +232,7 @@ class TestContract:
         grads = [torch.ones_like(p) for p in params]
         grads[2] = grads[2].to_sparse()
         with pytest.raises((InputError, RuntimeError), match=maker.sparse):
-            optimizer.step(frozen_closure(params, grads))
+            optimizer.step(frozen_closure(maker, params, grads))
         if maker.strict_closure:
             assert same(params, parameters()) and not optimizer.state
 
@@ -237,7 +268,9 @@ class TestContract:
 
     def test_schedulers_set_the_rate(self, maker):
         if maker.rate != "lr":
-            pytest.skip("no learning rate")
+            with pytest.raises(KeyError, match="lr"):
+                torch.optim.lr_scheduler.MultiStepLR(maker(parameters()), [2])
+            return
         params, other = parameters(), parameters()
         scheduled, by_hand = maker(params, lr=0.1), maker(other, lr=0.1)
         schedule = torch.optim.lr_scheduler.MultiStepLR(scheduled, [2], gamma=0.1)
@@ -290,13 +323,13 @@ class TestContract:
                     kept = copy.deepcopy(strict.state_dict())
                     before = [p.detach().clone() for p in params]
                     with pytest.raises(InputError, match=maker.nonfinite):
-                        strict.step(frozen_closure(params, spoilt))
-                    lax.step(frozen_closure(other, spoilt))
+                        strict.step(frozen_closure(maker, params, spoilt))
+                    lax.step(frozen_closure(maker, other, spoilt))
                     assert same(params, before) and same(other, before)
                     for key, state in strict.state_dict()["state"].items():
                         assert same(state.values(), kept["state"][key].values())
-                strict.step(frozen_closure(params, grads))
-                lax.step(frozen_closure(other, grads))
+                strict.step(frozen_closure(maker, params, grads))
+                lax.step(frozen_closure(maker, other, grads))
                 assert same(params, other)
             assert getattr(lax, "skipped_steps", 1) == 1
 
@@ -307,7 +340,7 @@ class TestContract:
         for p, g in zip(params, grads):
             p.grad = g
         for _ in range(2):
-            optimizer.step(frozen_closure(params, grads) if maker.needs_closure else None)
+            optimizer.step(frozen_closure(maker, params, grads) if maker.needs_closure else None)
         for p, g in zip(params, grads):
             assert p.requires_grad and p.is_leaf and p.grad_fn is None and torch.equal(g, torch.ones_like(p))
             assert maker.needs_closure or p.grad is g
@@ -323,9 +356,7 @@ class TestContract:
             for group, optimizer in ((params, one), (other, two)):
 
                 def closure(group: Any = group) -> Tensor:
-                    loss = loss_of(group)
-                    loss.backward()
-                    return loss
+                    return loss_of(group) if maker.differentiates else backward(loss_of(group))
 
                 if maker.needs_closure:
                     optimizer.step(closure)

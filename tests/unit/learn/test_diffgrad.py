@@ -203,9 +203,8 @@ def test_every_eager_way_takes_the_same_steps(variant, dtype, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_compiled_step_is_the_same_and_compiles_once(monkeypatch):
+def test_the_compiled_step_is_the_same_and_compiles_once():
     shapes = ((300, 20), (40,), (6, 5, 14, 14))
-    monkeypatch.setattr(steps, "worth_a_pass", lambda p: p.numel() > 1)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for variant in (VARIANTS[0], VARIANTS[4], VARIANTS[6]):
@@ -231,6 +230,27 @@ def test_the_compiled_step_is_the_same_and_compiles_once(monkeypatch):
         schedule.step()
     # Other shapes, rates, momenta and counts: nothing is compiled again.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_compiled_tensors_move_together_whatever_becomes_of_their_memory(amsgrad):
+    """Equal sizes, one element, swapped weights, a state that was loaded, gradients by columns: as without a compiler."""
+    shapes = ((40,), (40,), (1,), (8, 5), (30, 7), (40,), (3, 4, 5), (0,), (90,), (11, 2), (40,), (6,))
+    sides = []
+    for compiled in (True, False):
+        params = start(shapes, torch.float32)
+        optimizer = DiffGrad(params, lr=0.05, amsgrad=amsgrad, compiled=compiled, foreach=False)
+        for t, each in enumerate(gradients(6, shapes, torch.float32)):
+            for p, g in zip(params, each):
+                p.grad = g.clone() if g.ndim != 2 else g.T.contiguous().T
+            if t == 2:
+                params[0].data = params[0].data.clone() + 1
+            if t == 4:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            optimizer.step()
+        sides.append(params)
+    close(*sides, rtol=1e-5, atol=1e-6)
 
 
 def test_half_precision_sees_small_changes_of_the_gradient():

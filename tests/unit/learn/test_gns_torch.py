@@ -163,16 +163,23 @@ def freed():
 
 
 W = nn.Parameter(torch.ones(2))
+E = nn.Embedding(3, 2, sparse=True)
 BAD = {
     "closure: got None": lambda: GNS([W]).step(),
-    "closure: it returned None": lambda: GNS([W]).step(lambda: None),
-    "closure: it returned 3.0": lambda: GNS([W]).step(lambda: 3.0),
-    "closure: it returned a float32 tensor": lambda: GNS([W]).step(lambda: W * 2),
+    "closure: returned None": lambda: GNS([W]).step(lambda: None),
+    "closure: returned 3.0": lambda: GNS([W]).step(lambda: 3.0),
+    "closure: returned a float32 tensor": lambda: GNS([W]).step(lambda: W * 2),
     "closure: its loss has no graph": lambda: GNS([W]).step(lambda: torch.tensor(1.0)),
     "closure: its graph was freed": freed,
-    "params: got 2 groups": lambda: GNS([{"params": [W]}, {"params": [nn.Parameter(torch.ones(1))]}]),
+    "max_probes: got 3 for one group and 60 for the first": lambda: GNS(
+        [{"params": [W]}, {"params": [nn.Parameter(torch.ones(1))], "max_probes": 3}]
+    ),
+    "param group: unknown option 'max_prob'; nearest: 'max_probes'": lambda: GNS(
+        [{"params": [W], "max_prob": 3}]
+    ),
+    "its loss is sparse": lambda: GNS(E.parameters()).step(lambda: E(torch.tensor([1])).square().sum()),
     "params: got .*real": lambda: GNS([nn.Parameter(torch.ones(1, dtype=torch.complex64))]),
-    "start: got -1": lambda: GNS([W], gamma=-1.0),
+    "gamma: got -1": lambda: GNS([W], gamma=-1.0),
     "nonfinite: got 'ignore'": lambda: GNS([W], nonfinite="ignore"),
     "curvature: got 'fisher'": lambda: GNS([W], curvature="fisher"),
     "model: got 3": lambda: Network(3, LOSS, []),
@@ -205,9 +212,26 @@ def test_curvatures_of_the_users_own(curvature):
     assert float((w**2).sum()) < first
 
 
-def test_a_scheduler_and_a_copy_take_the_optimizer():
-    w = nn.Parameter(torch.ones(2))
-    optimizer = GNS([w])
-    clone = copy.deepcopy(optimizer)
-    assert clone.param_groups[0]["gamma"] == 1.0
-    assert "GNS" in repr(optimizer)
+def test_groups_are_one_problem():
+    net, x, y = network()
+    whole = GNS(net.parameters())
+    other = copy.deepcopy(net)
+    grouped = GNS([{"params": other[0].parameters()}, {"params": [other[3].weight], "max_probes": 60}])
+    grouped.add_param_group({"params": [other[3].bias]})
+    for _ in range(5):
+        assert torch.equal(whole.step(closure_of(net, x, y)), grouped.step(closure_of(other, x, y)))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters()))
+    assert whole.counters == grouped.counters
+
+
+def test_nothing_is_there_for_a_scheduler_of_the_rate():
+    with pytest.raises(KeyError, match="lr"):
+        torch.optim.lr_scheduler.StepLR(GNS([nn.Parameter(torch.ones(2))]), 1)
+
+
+def test_a_stored_state_holds_the_options_too():
+    w, v = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer, other = GNS([w], test="gradient", max_probes=9, form="diagonal"), GNS([v])
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["test"] == "gradient" and other.param_groups[0]["max_probes"] == 9
+    assert "GNS" in repr(copy.deepcopy(other)) and copy.deepcopy(other).curvature == "exact"

@@ -10,6 +10,7 @@ step size and eps, so that the paper's form and the released code's differ in on
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple, cast
@@ -22,6 +23,8 @@ from lineament.learn.optim.friction import STATISTICAL, friction_
 # Elements of each buffer in a block, for each thread: short enough for the caches, long enough that the calls cost little (measured).
 BLOCK = 2**17
 _LOW = (torch.float16, torch.bfloat16)
+# Tensors in one compiled call.
+TOGETHER = 8
 # The kernels over lists of tensors have no public names and no types.
 _lists: Any = torch
 
@@ -193,39 +196,110 @@ def _flattened(b: Buffers) -> Buffers | None:
     return None
 
 
-def _traced(b: Buffers, numbers: Tensor, rule: Rule) -> None:
-    update(b, Coefficients(*numbers.unbind()), rule)
-
-
-@functools.cache
-def _compiled() -> Callable[[Buffers, Tensor, Rule], None]:
-    # Sizes are dynamic and numbers a tensor, so that neither another shape nor another step compiles again.
-    return torch.compile(_traced, dynamic=True)
-
-
 def packed(c: Coefficients, like: Tensor) -> Tensor:
-    """The numbers of a step as one tensor, for :func:`in_one_pass`."""
+    """The numbers of a step as one tensor, for :class:`Passes`."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if any(isinstance(x, Tensor) for x in c):
         return torch.stack([torch.as_tensor(x, dtype=dtype, device=like.device) for x in c])
     return torch.tensor(c, dtype=dtype, device=like.device)
 
 
-def worth_a_pass(p: Tensor) -> bool:
-    """Whether calling compiled code costs less than it saves; a compiler would make tensors of one element a case of their own."""
-    return p.numel() > (4096 if p.device.type == "cpu" else 1)
+def _traced(bs: Sequence[Buffers], numbers: Tensor, rule: Rule) -> None:
+    c = Coefficients(*numbers.unbind())
+    for b in bs:
+        update(b, c, rule)
 
 
-def in_one_pass(b: Buffers, numbers: Tensor, rule: Rule) -> None:
-    """:func:`update`, compiled."""
-    flat = _flattened(b)
-    if flat is None:
-        _compiled()(b, numbers, rule)
-        return
-    # A view remembers the shape it is a view of, and each such shape would be compiled for: ``data`` forgets it, and the parameter's
-    # version, by which autograd knows that it was changed.
-    _compiled()(Buffers(*(t if t is None else t.data for t in flat)), numbers, rule)
-    torch.autograd.graph.increment_version(b.p)
+@functools.cache
+def _compiled(kind: Any) -> Callable[[Sequence[Buffers], Tensor, Rule], None]:
+    # A code object for each kind: a compiler keeps few versions of one. Sizes are dynamic and numbers a tensor, so that neither another
+    # shape nor another step compiles again.
+    code = _traced.__code__.replace(co_name="diffgrad")
+    # The guards have looked at each size; looking again at each tensor would cost a quarter of the call.
+    return torch.compile(types.FunctionType(code, globals()), dynamic=True, options={"size_asserts": False})
+
+
+class Passes:
+    """:func:`update`, compiled: buffers gathered by kind, and moved ``TOGETHER`` at a call, which costs what three tensors alone do.
+
+    After a pass over memory nothing of Python is left in the caches, so that each line here costs several times what it does in a test.
+    """
+
+    def __init__(self, rule: Rule, views: dict[Tensor, tuple[Buffers, int, Buffers]]):
+        """``views``: of parameters, with their state, as vectors; kept from step to step."""
+        self.rule, self.views = rule, views
+        self._waiting: dict[Any, list[Buffers]] = {}
+        self._packs: dict[Any, Tensor] = {}
+        self._moved: list[Tensor] = []
+
+    def take(self, p: Tensor, b: Buffers, c: Coefficients) -> bool:
+        """Move the buffers, now or with others; ``False`` where compiled code is not for them."""
+        # One element would be a case of its own to the compiler.
+        if b.p.numel() < 2:
+            return False
+        key = id(c), b.p.dtype, b.p.device
+        if key not in self._packs:
+            self._packs[key] = packed(c, b.p)
+            self._waiting[key] = []
+        flat = self._flat(p, b)
+        if flat is None:
+            _compiled((self.rule, "shaped", b.p.dtype, b.p.device.type))([b], self._packs[key], self.rule)
+            return True
+        self._moved.append(b.p)
+        waiting = self._waiting[key]
+        waiting.append(flat)
+        if len(waiting) == TOGETHER:
+            self._run(key, waiting)
+            waiting.clear()
+        return True
+
+    def finish(self) -> None:
+        """Move those that still wait."""
+        for key, waiting in self._waiting.items():
+            for b in waiting:
+                self._run(key, [b])
+        torch.autograd.graph.increment_version(self._moved)
+
+    def _flat(self, p: Tensor, b: Buffers) -> Buffers | None:
+        held = self.views.get(p)
+        if held is not None and b.g.is_contiguous():
+            known, at, flat = held
+            same = (
+                known.m is b.m
+                and known.v is b.v
+                and known.q is b.q
+                and known.top is b.top
+                and known.mean is b.mean
+            )
+            if same and at == b.p.data_ptr() and known.g.shape == b.g.shape:
+                return Buffers(
+                    flat.p, b.g.view(-1).data, flat.m, flat.v, flat.q, flat.top, flat.mean, flat.spread
+                )
+        flat = _flattened(b)
+        if flat is None:
+            return None
+        # A view remembers the shape it is a view of, and each such shape would be compiled for: ``data`` forgets it, and the parameter's
+        # version, by which autograd knows that it was changed.
+        flat = Buffers(*(None if t is None else t.data for t in flat))  # pyright: ignore[reportArgumentType]
+        if all(t is None or t.is_contiguous() for t in b):
+            # Not the gradient itself, which would live as long as the optimizer.
+            self.views[p] = b._replace(g=b.p), b.p.data_ptr(), flat._replace(g=flat.p)
+        return flat
+
+    def _run(self, key: Any, bs: Sequence[Buffers]) -> None:
+        kind = (self.rule, len(bs), bs[0].top is None, key[1], key[2].type)
+        move = _compiled(kind)
+        if kind not in _primed:
+            # Sizes that are equal at the first call would be compiled as always equal.
+            example = [
+                [None if t is None else t.new_zeros(4096 + 32 * k) for t in b] for k, b in enumerate(bs)
+            ]
+            move([Buffers(*b) for b in example], self._packs[key], self.rule)  # pyright: ignore[reportArgumentType]
+            _primed.add(kind)
+        move(bs, self._packs[key], self.rule)
+
+
+_primed: set[Any] = set()
 
 
 def in_lists(bs: Sequence[Buffers], cs: Sequence[Coefficients], rule: Rule) -> None:

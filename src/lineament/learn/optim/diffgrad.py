@@ -9,7 +9,7 @@ gradients must be unscaled and clipped before the step.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -90,6 +90,7 @@ class DiffGrad(torch.optim.Optimizer):
         _check(defaults)
         self.skipped_steps = 0
         self._friction: FrictionSummary | None = None
+        self._views: dict[Tensor, Any] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -112,6 +113,7 @@ class DiffGrad(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("skipped_steps", 0)
         self.__dict__.setdefault("_friction", None)
+        self._views = {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of this class, of ``pytorch_optimizer.DiffGrad``, of ``torch_optimizer.DiffGrad`` or of Adam.
@@ -129,18 +131,16 @@ class DiffGrad(torch.optim.Optimizer):
             for p in group["params"]:
                 state = self.state.get(p)
                 if state:
-                    missing |= self._complete(state, p, group)
+                    missing |= self._complete(state, p, group, _names(group))
         if missing:
             warnings.warn(
                 f"the loaded state has no {', '.join(sorted(missing))}: starting from zero", stacklevel=2
             )
 
-    def _complete(self, state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> set[str]:
+    def _complete(
+        self, state: dict[str, Any], p: Tensor, group: dict[str, Any], wanted: Sequence[str]
+    ) -> set[str]:
         """Add to a state what the group's options need; the names of what was added."""
-        wanted = ["exp_avg", "exp_avg_sq", "previous_grad"]
-        wanted += ["max_exp_avg_sq"] if group["amsgrad"] else []
-        if group["version"] in STATISTICAL and group["fixed_friction"] is None:
-            wanted += _STATISTICS
         missing = [name for name in wanted if name not in state]
         for name in missing:
             state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
@@ -228,26 +228,32 @@ class DiffGrad(torch.optim.Optimizer):
         self, group: dict[str, Any], params: list[Tensor]
     ) -> list[tuple[Tensor, steps.Buffers, steps.Coefficients]]:
         """Each parameter with its buffers and the numbers of its next step; counts the step."""
+        names = _names(group)
+        needed = {"step", *names}
+        states = [self.state[p] for p in params]
+        for p, state in zip(params, states):
+            if not needed <= state.keys():
+                self._complete(state, p, group, names)
+        counters = [state["step"] for state in states]
+        if counters:
+            torch._foreach_add_(counters, 1)  # pyright: ignore[reportPrivateImportUsage]
+        rest = [name if name in names else None for name in ("max_exp_avg_sq", *_STATISTICS)]
         found = []
         numbers: dict[float, steps.Coefficients] = {}
-        for p in params:
-            state = self.state[p]
-            self._complete(state, p, group)
-            state["step"] += 1
+        for p, state, counter in zip(params, states, counters):
             if group["capturable"]:
-                c = steps.coefficients(group, state["step"], group["lr"])
+                c = steps.coefficients(group, counter, group["lr"])
             else:
-                t = float(state["step"])
+                t = counter.item()
                 if t not in numbers:
                     numbers[t] = steps.coefficients(group, t, float(group["lr"]))
                 c = numbers[t]
-            tensors: list[Any] = [p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["previous_grad"]]
-            tensors.append(state["max_exp_avg_sq"] if group["amsgrad"] else None)
-            statistical = group["version"] in STATISTICAL and group["fixed_friction"] is None
-            tensors += [state[name] if statistical else None for name in _STATISTICS]
+            b = steps.Buffers(p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["previous_grad"])  # pyright: ignore[reportArgumentType]
+            if len(names) > 3:
+                b = steps.Buffers(*b[:5], *(None if name is None else state[name] for name in rest))
             if p.is_complex():
-                tensors = [t if t is None else torch.view_as_real(t) for t in tensors]
-            found.append((p, steps.Buffers(*tensors), c))
+                b = steps.Buffers(*(None if t is None else torch.view_as_real(t) for t in b))  # pyright: ignore[reportArgumentType]
+            found.append((p, b, c))
         return found
 
     def _move(
@@ -275,15 +281,12 @@ class DiffGrad(torch.optim.Optimizer):
             for pairs in lists.values():
                 steps.in_lists([b for b, _ in pairs], [c for _, c in pairs], rule)
             return
-        packs: dict[Any, Tensor] = {}
-        for _, b, c in found:
-            if group["compiled"] and steps.worth_a_pass(b.p):
-                key = id(c), b.p.device, b.p.dtype
-                if key not in packs:
-                    packs[key] = steps.packed(c, b.p)
-                steps.in_one_pass(b, packs[key], rule)
-            else:
+        passes = steps.Passes(rule, self._views) if group["compiled"] else None
+        for p, b, c in found:
+            if passes is None or not passes.take(p, b, c):
                 steps.in_blocks(b, c, rule, room)
+        if passes is not None:
+            passes.finish()
 
     def _measured(self, ready: list[Any]) -> Iterable[tuple[str, Tensor]]:
         for group, found in ready:
@@ -294,6 +297,16 @@ class DiffGrad(torch.optim.Optimizer):
                 if rule.l2:
                     g = g + _wide(b.p) * group["weight_decay"]
                 yield self._name(group, p), steps.frictions(b.q - g, b, c, rule)
+
+
+def _names(group: dict[str, Any]) -> tuple[str, ...]:
+    """The buffers that the group's options need."""
+    names: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "previous_grad")
+    if group["amsgrad"]:
+        names += ("max_exp_avg_sq",)
+    if group["version"] in STATISTICAL and group["fixed_friction"] is None:
+        names += _STATISTICS
+    return names
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -16,18 +16,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.learn.optim.gns_blas import at_home, like, tensor
 from lineament.learn.optim.gns_forms import FORMS, Dense, Form, as_dense, as_form, reduced
 from lineament.learn.optim.gns_log import MESSAGES, Minimum, Record
 from lineament.learn.optim.gns_metric import Metric
 from lineament.learn.optim.gns_oracles import Problem, as_problem
 from lineament.learn.optim.gns_rules import Cubic, Point, Rule, Trial, as_rule
-from lineament.learn.optim.gns_solvers import INDEFINITE, SOLVERS, System, system
+from lineament.learn.optim.gns_solvers import INDEFINITE, SOLVERS, System, chosen_system
 
-Evaluate = Callable[[Tensor], tuple[float, Tensor]]
+Evaluate = Callable[[Any], tuple[float, Any]]  # of a tensor, or of an array
 
 
 def minimize(
@@ -102,60 +102,62 @@ def minimize(
     out = (lambda v: v.clone()) if isinstance(x0, Tensor) else (lambda v: v.cpu().numpy().copy())
     moving = metric if callable(metric) else None
     B = Metric(None if moving else metric, x)
+    shape = x
+    if at_home(x) and getattr(problem, "arrays", False):
+        x = x.numpy()
+        out = (lambda v: torch.from_numpy(v.copy())) if isinstance(x0, Tensor) else (lambda v: v.copy())
     counts = Counts()
-    rounding = getattr(problem, "eps", torch.finfo(x.dtype).eps)
+    rounding = getattr(problem, "eps", torch.finfo(shape.dtype).eps)
     began = time.perf_counter()
 
-    def curvature(at: Tensor) -> Form:
+    def curvature(x: Any) -> Form:
         counts.hessians += 1
-        found = reduced(
-            as_form(problem.curvature(at, hess), at, symmetric=True), form, at, rank=rank, seed=seed
-        )
+        at = tensor(x)
+        found = as_form(problem.curvature(x, hess), at, symmetric=True)
+        if form != "as is":
+            found = reduced(found, form, at, rank=rank, seed=seed)
         return Dense(as_dense(found, len(at)).to(at)) if isinstance(chosen, Cubic) else found
 
     value, gradient = counts.evaluate(problem.value_and_grad, x)
+    bad = int((~torch.isfinite(tensor(gradient))).sum())
     checks.require(
-        math.isfinite(value) and bool(torch.isfinite(gradient).all()),
-        f"x0: f is {value:g} there and {int((~torch.isfinite(gradient)).sum())} of {len(x)} entries of its gradient are not "
-        "finite; expected a point where both are",
+        math.isfinite(value) and bad == 0,
+        f"x0: f is {value:g} there and {bad} of {len(x)} entries of its gradient are not finite; expected a point where both are",
     )
     here = measured(x, value, gradient, B)
     number = chosen.start
     log: list[Record] = []
-    status = "max_iters"
+    status = ""
     for k in range(max_iters + 1):
         if moving is not None and here.norm > 0:
-            B = Metric(moving(out(here.x)), x)
+            B = Metric(moving(out(here.x)), shape)
             here = measured(here.x, here.f, here.g, B)
-        arrival = counts.columns()
-        arrival["seconds"] = time.perf_counter() - began
-        record = Record(k, here.f, here.norm, number, **arrival)
-        log.append(record)
-        if callback is not None and callback(out(here.x), record):
-            status = "stopped"
-            break
-        if f_star is not None and here.f - f_star < eps:
-            status = "target"
-            break
+        arrival = (*counts.columns(), time.perf_counter() - began)
+        status = "max_iters" if k == max_iters else ""
         if here.norm < grad_tol or here.norm == 0:
             status = "converged"
-            break
-        if k == max_iters:
+        if f_star is not None and here.f - f_star < eps:
+            status = "target"
+        if callback is not None and callback(
+            out(here.x), Record(k, here.f, here.norm, number, None, None, 0, *arrival)
+        ):
+            status = "stopped"
+        if status:
+            log.append(Record(k, here.f, here.norm, number, None, None, 0, *arrival))
             break
         solver_here = "eigh" if isinstance(chosen, Cubic) else solver
-        equations = system(
-            curvature(here.x), B, here.g, here.z,
-            solver=solver_here, indefinite=indefinite, cg_tol=cg_tol, cg_steps=cg_steps,
-        )  # fmt: skip
+        g = tensor(here.g)
+        z = g if here.z is here.g else tensor(here.z)
+        equations = chosen_system(curvature(here.x), B, g, z, solver_here, indefinite, cg_tol, cg_steps)
         step = search(
             problem.value_and_grad, here, equations, B, chosen, number, max_probes, counts, eps=rounding
         )
         counts.products += equations.products
         if step.trial is None:
             status = "precision" if step.tiny else "search_failed"
-            log[-1] = Record(k, here.f, here.norm, number, probes=step.probes, **arrival)
+            log.append(Record(k, here.f, here.norm, number, None, None, step.probes, *arrival))
             break
-        log[-1] = Record(k, here.f, here.norm, number, step.gamma, step.trial.lam, step.probes, **arrival)
+        log.append(Record(k, here.f, here.norm, number, step.gamma, step.trial.lam, step.probes, *arrival))
         number, here = step.number, step.trial.new
     return Minimum(
         x=out(here.x), fun=here.f, jac=out(here.g), success=status in ("converged", "target", "stopped"),
@@ -164,7 +166,7 @@ def minimize(
     )  # fmt: skip
 
 
-@dataclass
+@dataclass(slots=True)
 class Counts:
     """Oracle calls so far."""
 
@@ -173,15 +175,16 @@ class Counts:
     evaluations: int = 0
     hessians: int = 0
 
-    def evaluate(self, evaluate: Evaluate, x: Tensor) -> tuple[float, Tensor]:
+    def evaluate(self, evaluate: Evaluate, x: Any) -> tuple[float, Any]:
         self.evaluations += 1
         return evaluate(x)
 
-    def columns(self) -> dict[str, Any]:
-        return dict(vars(self))
+    def columns(self) -> tuple[int, int, int, int]:
+        """In the order of a :class:`Record`."""
+        return self.solves, self.products, self.evaluations, self.hessians
 
 
-@dataclass
+@dataclass(slots=True)
 class Step:
     """The outcome of one search: the accepted trial (or ``None``), the next number, γ, and how many probes it took."""
 
@@ -192,6 +195,8 @@ class Step:
     tiny: bool = False
 
 
+# A trial far out may overflow; it is rejected for that.
+@np.errstate(over="ignore", invalid="ignore")
 def search(
     evaluate: Evaluate,
     here: Point,
@@ -225,7 +230,7 @@ def search(
             return Step(trial, rule.grow(number), rule.gamma(number, trial.lam, here.norm), probes)
         number = rule.shrink(number)
     # The fall that the first trial promised is below the rounding of f: nothing can be told any more.
-    tiny = first is not None and abs(float(here.g @ first.h)) <= 2 * first.rounding
+    tiny = first is not None and abs(float(here.g.dot(first.h))) <= 2 * first.rounding
     return Step(None, number, 0.0, max_probes, tiny)
 
 
@@ -242,7 +247,11 @@ def _tried(
     """One probe: solve, evaluate; ``None`` where the solve failed or the values are not finite."""
     counts.solves += 1
     h, lam, model = rule.step(number, equations, here)
-    if h is None or not math.isfinite(float(h.sum())):
+    if h is None:
+        return None
+    h = like(h, here.x)
+    # The square of a step that is not finite is not.
+    if not math.isfinite(float(h.dot(h))):
         return None
     x = here.x + h
     value, gradient = counts.evaluate(evaluate, x)
@@ -254,7 +263,7 @@ def _tried(
     return Trial(here, new, h, lam, model, eps)
 
 
-def measured(x: Tensor, value: float, gradient: Float[Tensor, "n"], metric: Metric) -> Point:
+def measured(x: Any, value: float, gradient: Any, metric: Metric) -> Point:
     """The point with its dual norm."""
     z = metric.inverse(gradient)
     return Point(x, value, gradient, z, metric.dual(gradient, z))

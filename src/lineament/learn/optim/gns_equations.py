@@ -1,7 +1,7 @@
 """Systems of equations u(x) = 0 with their derivatives: linear, Rosenbrock's, the Chebyshev chain, and a user's own.
 
-For :class:`~lineament.learn.optim.gns_problems.PowerOfResiduals`. Each gives u, Jᵀv, J and Σ_i v_i ∇²u_i, and, where J is
-sparse (Chebyshev), JᵀJ at less than the cost of a product.
+For :class:`~lineament.learn.optim.gns_problems.PowerOfResiduals`. Each gives u, Jᵀv, J and Σ_i v_i ∇²u_i (``second``: a matrix, its diagonal
+or ``None``), and ``normal``, JᵀJ, where that is cheaper than a product. Those with ``arrays`` take NumPy arrays as well as tensors.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.func import hessian, jacrev, vjp
 
 from lineament.core import checks
+from lineament.learn.optim.gns_blas import at_home, gemv, gemv_t, gram, like
 
 
 class Linear:
@@ -28,18 +29,29 @@ class Linear:
     def __init__(self, A: Float[Tensor, "m n"], b: Float[Tensor, "m"]):
         self.A = checks.tensor("A", A, shape=("m", "n"), floating=True)
         self.b = checks.tensor("b", b, shape=(len(A),), floating=True)
+        self._normal: Tensor | None = None
 
-    def residuals(self, x: Tensor) -> Tensor:
-        return self.A @ x - self.b
+    @property
+    def arrays(self) -> bool:
+        return at_home(self.A)
 
-    def pulled(self, x: Tensor, v: Tensor) -> Tensor:
-        return self.A.T @ v
+    def residuals(self, x: Any) -> Any:
+        return gemv(self.A, x) - like(self.b, x)
 
-    def jacobian(self, x: Tensor) -> Tensor:
-        return self.A
+    def pulled(self, x: Any, v: Any) -> Any:
+        return gemv_t(self.A, v)
 
-    def second(self, x: Tensor, v: Tensor) -> Tensor:
-        return x.new_zeros(len(x), len(x))
+    def jacobian(self, x: Any) -> Any:
+        return like(self.A, x)
+
+    def normal(self, x: Any) -> Any:
+        """JᵀJ, the same everywhere."""
+        if self._normal is None:
+            self._normal = gram(self.A)
+        return self._normal.numpy().copy() if isinstance(x, np.ndarray) else self._normal.clone()
+
+    def second(self, x: Any, v: Any) -> None:
+        return None
 
 
 class Rosenbrock:
@@ -49,27 +61,30 @@ class Rosenbrock:
     [1.0, 20.0]
     """
 
+    arrays = True
+
     def __init__(self, a: float = 1.0, b: float = 100.0):
         self.a, self.root = float(checks.number("a", a)), checks.number("b", b, low=0, open_low=True) ** 0.5
 
-    def residuals(self, x: Tensor) -> Tensor:
+    def residuals(self, x: Any) -> Any:
         first, second = x.tolist()
         return _small(x, [self.a - first, self.root * (second - first * first)])
 
-    def pulled(self, x: Tensor, v: Tensor) -> Tensor:
-        first = float(x[0])
+    def pulled(self, x: Any, v: Any) -> Any:
+        first, _ = x.tolist()
         a, b = v.tolist()
         return _small(x, [-a - 2 * self.root * first * b, self.root * b])
 
-    def jacobian(self, x: Tensor) -> Tensor:
+    def jacobian(self, x: Any) -> Any:
         return _small(x, [[-1.0, 0.0], [-2 * self.root * float(x[0]), self.root]])
 
-    def normal(self, x: Tensor) -> Tensor:
+    def normal(self, x: Any) -> Any:
         slope = -2 * self.root * float(x[0])
-        return _small(x, [[1 + slope**2, slope * self.root], [slope * self.root, self.root**2]])
+        across = slope * self.root
+        return _small(x, [[1 + slope * slope, across], [across, self.root * self.root]])
 
-    def second(self, x: Tensor, v: Tensor) -> Tensor:
-        return _small(x, [[-2 * self.root * float(v[1]), 0.0], [0.0, 0.0]])
+    def second(self, x: Any, v: Any) -> Any:
+        return _small(x, [-2 * self.root * float(v[1]), 0.0])
 
 
 class Chebyshev:
@@ -79,36 +94,43 @@ class Chebyshev:
     [0.0, 0.0, 0.0, 0.0]
     """
 
-    def residuals(self, x: Tensor) -> Tensor:
+    arrays = True
+
+    def residuals(self, x: Any) -> Any:
         found = x + 1
-        found[:1].mul_(-0.5).add_(1)
-        found[1:].addcmul_(x[:-1], x[:-1], value=-2)
+        found[1:] -= 2 * x[:-1] ** 2
+        found[:1] *= -0.5
+        found[:1] += 1
         return found
 
-    def pulled(self, x: Tensor, v: Tensor) -> Tensor:
-        found = v.clone()
-        found[0] *= -0.5
-        found[:-1].addcmul_(x[:-1], v[1:], value=-4)
+    def pulled(self, x: Any, v: Any) -> Any:
+        found = 1.0 * v
+        found[:1] *= -0.5
+        found[:-1] -= 4 * x[:-1] * v[1:]
         return found
 
-    def jacobian(self, x: Tensor) -> Tensor:
-        J = torch.diag(torch.ones_like(x)) + torch.diag(-4 * x[:-1], -1)
-        J[0, 0] = -0.5
-        return J
+    def jacobian(self, x: Any) -> Any:
+        J = _square(x)
+        J[:: len(x) + 1] = 1
+        J[len(x) :: len(x) + 1] = -4 * x[:-1]
+        J[0] = -0.5
+        return J.reshape(len(x), len(x))
 
-    def normal(self, x: Tensor) -> Tensor:
+    def normal(self, x: Any) -> Any:
         """JᵀJ, which is tridiagonal."""
-        below = -4 * x[:-1]
-        straight = torch.ones_like(x)
-        straight[0] = 0.25
+        n, below = len(x), -4 * x[:-1]
+        straight = 0 * x + 1
+        straight[:1] = 0.25
         straight[:-1] += below**2
-        matrix = torch.diag(straight)
-        matrix.diagonal(1).copy_(below)
-        matrix.diagonal(-1).copy_(below)
-        return matrix
+        matrix = _square(x)
+        matrix[:: n + 1] = straight
+        matrix[1 :: n + 1] = matrix[n :: n + 1] = below
+        return matrix.reshape(n, n)
 
-    def second(self, x: Tensor, v: Tensor) -> Tensor:
-        return torch.diag(torch.cat([-4 * v[1:], v.new_zeros(1)]))
+    def second(self, x: Any, v: Any) -> Any:
+        found = 0 * x
+        found[:-1] = -4 * v[1:]
+        return found
 
 
 class Equations:
@@ -139,7 +161,16 @@ class Equations:
         return hessian(lambda at: v @ self.function(at))(x)
 
 
-def _small(like: Tensor, values: list[Any]) -> Tensor:
+def _small(like: Any, values: list[Any]) -> Any:
+    found = np.array(values)
+    if isinstance(like, np.ndarray):
+        return found
     # Half the time of ``new_tensor``, which counts where a tensor has two entries.
-    found = torch.from_numpy(np.array(values))
+    found = torch.from_numpy(found)
     return found if like.dtype is torch.float64 and like.is_cpu else found.to(like)
+
+
+def _square(x: Any) -> Any:
+    """Zeros for an (n, n) matrix, row after row."""
+    n = len(x)
+    return np.zeros(n * n) if isinstance(x, np.ndarray) else x.new_zeros(n * n)

@@ -70,7 +70,15 @@ def fast_gradient(
     for k in range(max_iters + 1):
         log.append(
             Record(
-                k, here.f, here.norm, here.norm / L, seconds=time.perf_counter() - began, **counts.columns()
+                k,
+                here.f,
+                here.norm,
+                here.norm / L,
+                None,
+                None,
+                0,
+                *counts.columns(),
+                time.perf_counter() - began,
             )
         )
         if f_star is not None and here.f - f_star < eps:

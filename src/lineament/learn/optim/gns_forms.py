@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.learn.optim.gns_metric import asymmetry_allowed
+from lineament.learn.optim.gns_blas import gram
+from lineament.learn.optim.gns_metric import asymmetry, asymmetry_allowed
 
 FORMS = ("as is", "dense", "diagonal", "low_rank", "operator")
 
@@ -100,7 +101,7 @@ def as_form(value: Any, like: Float[Tensor, "n"], *, symmetric: bool = False) ->
     >>> as_form(torch.ones(3), torch.zeros(3))
     Diagonal(entries=tensor([1., 1., 1.]))
     """
-    n = len(like)
+    n = like.shape[0]
     if value is None or (isinstance(value, (int, float)) and value == 0):
         return Zero()
     if isinstance(value, LowRank) and len(value.factor) >= n:
@@ -130,7 +131,7 @@ def as_form(value: Any, like: Float[Tensor, "n"], *, symmetric: bool = False) ->
     if value.ndim == 1:
         return Diagonal(value)
     if symmetric:
-        gap = float((value - value.T).abs().max())
+        gap = asymmetry(value)
         checks.require(
             gap <= asymmetry_allowed(value),
             f"hess: it differs from its transpose by {gap:.3g}, expected a symmetric matrix",
@@ -162,19 +163,6 @@ def as_dense(form: Form, n: int) -> Float[Tensor, "n n"]:
     return form.product(torch.eye(n, dtype=dtype, device=getattr(form.operator, "device", None)))
 
 
-def gram(V: Float[Tensor, "r n"]) -> Float[Tensor, "n n"]:
-    """VᵀV.
-
-    >>> gram(torch.tensor([[1.0, 2.0]])).tolist()
-    [[1.0, 2.0], [2.0, 4.0]]
-    """
-    if V.device.type == "cpu" and V.dtype in (torch.float32, torch.float64) and V.numel() > 4096:
-        # NumPy sees that both sides are one matrix and computes one triangle: half the arithmetic.
-        rows = V.detach().contiguous().numpy()
-        return torch.from_numpy(rows.T @ rows)
-    return V.T @ V
-
-
 def reduced(form: Form, kind: str, like: Float[Tensor, "n"], *, rank: int = 10, seed: int = 0) -> Form:
     """The form in another kind.
 
@@ -187,7 +175,7 @@ def reduced(form: Form, kind: str, like: Float[Tensor, "n"], *, rank: int = 10, 
     """
     checks.one_of("form", kind, FORMS)
     checks.number("rank", rank, low=1, integer=True)
-    n = len(like)
+    n = like.shape[0]
     if kind == "as is" or isinstance(form, Zero):
         return form
     if kind == "dense":

@@ -7,15 +7,26 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.learn.optim.gns_blas import at_home, cholesky, cholesky_solve, gemv, like
 
 
 def asymmetry_allowed(matrix: Tensor) -> float:
     """How far a matrix may be from its transpose: 1e-8 of its greatest entry, more only where the dtype rounds more."""
-    return max(1e-8, 64 * torch.finfo(matrix.dtype).eps) * float(matrix.abs().max())
+    greatest = abs(matrix.detach().numpy()).max() if at_home(matrix) else matrix.abs().max()
+    return max(1e-8, 64 * torch.finfo(matrix.dtype).eps) * float(greatest)
+
+
+def asymmetry(matrix: Tensor) -> float:
+    """How far a matrix is from its transpose, in the greatest entry of the difference."""
+    if at_home(matrix):
+        held = matrix.detach().numpy()
+        return float(abs(held - held.T).max())
+    return float((matrix - matrix.T).abs().max())
 
 
 class Metric:
@@ -43,44 +54,44 @@ class Metric:
             tuple(B.shape) in ((n,), (n, n)),
             f"metric: got {checks.show(B)}, expected a vector ({n},) or a matrix ({n}, {n})",
         )
-        checks.tensor("metric", B, floating=True)
+        # Without a kernel of PyTorch's over the whole matrix, whose threads would wait beside the solver's.
+        fine = at_home(B) and bool(np.isfinite(B.numpy()).all())
+        checks.tensor("metric", B, floating=True, finite=not fine)
         if B.ndim == 1:
             least = float(B.min())
             checks.require(least > 0, f"metric: its least entry is {least:g}, expected positive entries")
             self.kind, self.diagonal = "diagonal", B
             self._root = B.sqrt()
             return
-        gap = float((B - B.T).abs().max())
+        gap = asymmetry(B)
         checks.require(
             gap <= asymmetry_allowed(B),
             f"metric: it differs from its transpose by {gap:.3g}, expected a symmetric matrix",
         )
-        L, info = torch.linalg.cholesky_ex(B)
+        L, info = cholesky(B)
         checks.require(
-            int(info) == 0,
-            f"metric: its leading minor of order {int(info)} is not positive, expected a positive definite matrix; "
+            info == 0,
+            f"metric: its leading minor of order {info} is not positive, expected a positive definite matrix; "
             "add a small multiple of the identity",
         )
         self.kind, self.matrix, self._L = "matrix", B, L
         self.diagonal = B.diagonal()
 
-    def apply(self, v: Tensor) -> Tensor:
+    def apply(self, v: Any) -> Any:
         """B v for v of shape (n,)."""
         if self.kind == "identity":
             return v
-        return self.diagonal * v if self.kind == "diagonal" else self.matrix @ v
+        return (
+            like(self.diagonal * torch.as_tensor(v), v) if self.kind == "diagonal" else gemv(self.matrix, v)
+        )
 
-    def inverse(self, v: Tensor) -> Tensor:
+    def inverse(self, v: Any) -> Any:
         """B⁻¹ v for v of shape (n,) or (n, k)."""
         if self.kind == "identity":
             return v
         if self.kind == "diagonal":
-            return v / (self.diagonal if v.ndim == 1 else self.diagonal[:, None])
-        return (
-            torch.cholesky_solve(v[:, None], self._L)[:, 0]
-            if v.ndim == 1
-            else torch.cholesky_solve(v, self._L)
-        )
+            return like(torch.as_tensor(v) / (self.diagonal if v.ndim == 1 else self.diagonal[:, None]), v)
+        return cholesky_solve(v, self._L)
 
     def half(self, v: Tensor) -> Tensor:
         """L⁻¹ v for B = LLᵀ and v of shape (n,) or (n, k): ‖s‖_* is the Euclidean norm of L⁻¹s."""
@@ -100,18 +111,17 @@ class Metric:
         found = torch.linalg.solve_triangular(L, wide, upper=transposed)
         return found[:, 0] if v.ndim == 1 else found
 
-    def added_to(self, H: Tensor, lam: float) -> Tensor:
-        """H + λB, a new matrix."""
-        if self.kind == "matrix":
-            return torch.add(H, self.matrix, alpha=lam)
-        total = H.clone()
-        total.diagonal().add_(self.diagonal, alpha=lam)
-        return total
+    @property
+    def stored(self) -> Tensor | None:
+        """B as it was given: ``None`` for the identity, (n,) for a diagonal, (n, n)."""
+        if self.kind == "identity":
+            return None
+        return self.diagonal if self.kind == "diagonal" else self.matrix
 
-    def norm(self, h: Tensor) -> float:
+    def norm(self, h: Any) -> float:
         """‖h‖ of a step."""
-        return max(float(h @ self.apply(h)), 0.0) ** 0.5
+        return max(float(h.dot(self.apply(h))), 0.0) ** 0.5
 
-    def dual(self, s: Tensor, z: Tensor) -> float:
+    def dual(self, s: Any, z: Any) -> float:
         """‖s‖_* of a gradient, given z = B⁻¹s."""
-        return max(float(s @ z), 0.0) ** 0.5
+        return max(float(s.dot(z)), 0.0) ** 0.5

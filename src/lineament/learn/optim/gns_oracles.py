@@ -22,12 +22,12 @@ _DENSE = 2000
 
 
 class Problem(Protocol):
-    """What :func:`minimize` asks of a function."""
+    """What :func:`minimize` asks of a function, of tensors; one with a true attribute ``arrays`` takes NumPy arrays too."""
 
     @property
     def kinds(self) -> tuple[str, ...]: ...
-    def value_and_grad(self, x: Tensor) -> tuple[float, Tensor]: ...
-    def curvature(self, x: Tensor, kind: Any) -> Any: ...
+    def value_and_grad(self, x: Any) -> tuple[float, Any]: ...
+    def curvature(self, x: Any, kind: Any) -> Any: ...
 
 
 def is_problem(fun: Any) -> TypeGuard[Problem]:
@@ -71,8 +71,9 @@ class _Flat:
 
     def __init__(self, problem: Problem):
         self.value_and_grad = problem.value_and_grad
+        self.arrays = getattr(problem, "arrays", False)
 
-    def curvature(self, x: Tensor, kind: Any) -> None:
+    def curvature(self, x: Any, kind: Any) -> None:
         return None
 
 
@@ -83,6 +84,7 @@ class _Functions:
 
     def __init__(self, fun: Callable[..., Any], jac: Any, hess: Any, tensors: bool):
         self.fun, self.jac, self.hess, self.tensors = fun, jac, hess, tensors
+        self.arrays = not tensors
         self._secant: _Secant | None = None
         if jac is None or jac is False:
             self._both = grad_and_value(self._scalar)
@@ -97,8 +99,8 @@ class _Functions:
         )
         return value.reshape(())
 
-    def value_and_grad(self, x: Tensor) -> tuple[float, Tensor]:
-        given = x if self.tensors else x.numpy()
+    def value_and_grad(self, x: Any) -> tuple[float, Any]:
+        given = x if self.tensors else np.asarray(x)
         if self.jac is True:
             pair = self.fun(given)
             checks.require(
@@ -114,27 +116,25 @@ class _Functions:
             np.size(value) == 1 if not isinstance(value, Tensor) else value.numel() == 1,
             f"fun: it returned {checks.show(value)}, expected one number",
         )
-        gradient = (
-            gradient
-            if isinstance(gradient, Tensor)
-            else torch.as_tensor(np.asarray(gradient, dtype=np.float64))
-        )
-        checks.require(
-            gradient.numel() == x.numel(),
-            f"jac: it returned {checks.show(gradient)}, expected shape ({len(x)},)",
-        )
-        # A copy: a user's function may fill one array again and again.
-        gradient = gradient.detach().reshape(-1).to(x, copy=True)
         value = float(value) if isinstance(value, (float, Tensor)) else float(np.asarray(value).reshape(()))
-        return value, gradient
+        # A copy: a user's function may fill one array again and again.
+        if isinstance(x, np.ndarray):
+            found = np.array(gradient, dtype=np.float64).reshape(-1)
+            shown: Any = gradient
+        else:
+            shown = torch.as_tensor(gradient)
+            found = shown.detach().reshape(-1).to(x, copy=True)
+        if len(found) != len(x):
+            raise checks.InputError(f"jac: it returned {checks.show(shown)}, expected shape ({len(x)},)")
+        return value, found
 
-    def curvature(self, x: Tensor, kind: Any) -> Any:
+    def curvature(self, x: Any, kind: Any) -> Any:
         if self.hess is None or (isinstance(kind, str) and kind == "zero"):
             return None
         if self._secant is not None:
             return self._secant.at(x, self.value_and_grad(x)[1])
         if callable(self.hess):
-            return self.hess(x if self.tensors else x.numpy())
+            return self.hess(x if self.tensors else np.asarray(x))
         gradient = grad(self._scalar)
         if len(x) <= _DENSE:
             matrix = torch.func.hessian(self._scalar)(x)
@@ -157,13 +157,14 @@ class _Secant:
 
     def __init__(self, strategy: HessianUpdateStrategy):
         self.strategy = strategy
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Any, Any] | None = None
 
-    def at(self, x: Tensor, g: Tensor) -> Any:
+    def at(self, x: Any, g: Any) -> Any:
+        x, g = np.array(x), np.array(g)
         if self._last is None:
             self.strategy.initialize(len(x), "hess")
         else:
-            self.strategy.update((x - self._last[0]).numpy(), (g - self._last[1]).numpy())
-        self._last = (x.clone(), g.clone())
+            self.strategy.update(x - self._last[0], g - self._last[1])
+        self._last = (x, g)
         matrix: Any = self.strategy.get_matrix()
         return np.array(matrix)

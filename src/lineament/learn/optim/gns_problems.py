@@ -7,14 +7,17 @@ the smaller of the two dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.learn.optim.gns_forms import Dense, Form, LowRank, as_dense, gram
+from lineament.learn.optim.gns_blas import add_outer_, gemv, gemv_t, gram, like, tensor, weighted_rows
+from lineament.learn.optim.gns_forms import Dense, Form, LowRank, as_dense
 from lineament.learn.optim.gns_metric import Metric
 
 
@@ -41,6 +44,7 @@ class LogSumExp:
             torch.zeros_like(A[:, 0]) if b is None else checks.tensor("b", b, shape=(len(A),), floating=True)
         )
         self.mu = float(checks.number("mu", mu, low=0, open_low=True))
+        self._last = Last()
 
     @classmethod
     def centred(cls, A: Float[Tensor, "m n"], b: Float[Tensor, "m"], *, mu: float = 1.0) -> LogSumExp:
@@ -49,17 +53,19 @@ class LogSumExp:
         return cls(A - weights @ A, b, mu=mu)
 
     def value_and_grad(self, x: Float[Tensor, "n"]) -> tuple[float, Tensor]:
-        z = torch.addmv(self.b, self.A, x, beta=-1).div_(self.mu)
-        return self.mu * float(torch.logsumexp(z, 0)), self.A.T @ torch.softmax(z, 0)
+        z = gemv(self.A, x).sub_(self.b).div_(self.mu)
+        pi = torch.softmax(z, 0)
+        g = gemv_t(self.A, pi)
+        self._last.keep(x, (pi, g))
+        return self.mu * float(torch.logsumexp(z, 0)), g.clone()
 
     def curvature(self, x: Float[Tensor, "n"], kind: str = "exact") -> Form:
         checks.one_of("kind", kind, self.kinds)
-        pi = torch.softmax((self.A @ x - self.b) / self.mu, 0)
-        factor = self.A * (pi / self.mu).sqrt()[:, None]
+        pi, g = self._last.at(x, self.value_and_grad)
+        factor = weighted_rows(self.A, (pi / self.mu).sqrt())
         if kind == "gauss_newton":
             return LowRank(factor)
-        g = self.A.T @ pi
-        return Dense(gram(factor).addr_(g, g, alpha=-1 / self.mu))
+        return Dense(add_outer_(gram(factor), g, -1 / self.mu))
 
     def concordance(self, metric: Any = None) -> float:
         """M of quasi-self-concordance, |D³f[u,u,v]| ≤ M <∇²f u,u>‖v‖: max_ij ‖a_i - a_j‖_* / μ."""
@@ -93,21 +99,23 @@ class Logistic:
         )
         self.y = (2 * y - 1 if found <= {0, 1} else y).to(A)
         self.l2 = float(checks.number("l2", l2, low=0))
-        self.rows = self.A * -self.y[:, None]
+        self.rows = weighted_rows(self.A, -self.y)
+        self._last = Last()
 
     def value_and_grad(self, x: Float[Tensor, "n"]) -> tuple[float, Tensor]:
-        z = self.rows @ x
+        z = gemv(self.rows, x)
         s = torch.sigmoid(z)
+        self._last.keep(x, s)
         value = torch.nn.functional.softplus(z, threshold=40).mean()
-        gradient = torch.addmv(x, self.rows.T, s, beta=self.l2, alpha=1 / len(z))
+        gradient = gemv_t(self.rows, s).div_(len(z)).add_(x, alpha=self.l2)
         return float(value) + 0.5 * self.l2 * float(x @ x), gradient
 
     def curvature(self, x: Float[Tensor, "n"], kind: str = "exact") -> Form:
         checks.one_of("kind", kind, self.kinds)
-        s = torch.sigmoid(self.rows @ x)
+        s = self._last.at(x, self.value_and_grad)
         # √(s²/n) or √(s(1-s)/n), row by row.
         weights = s if kind == "fisher" else (s * (1 - s)).sqrt()
-        return LowRank(self.rows * (weights / len(s) ** 0.5)[:, None], self.l2)
+        return LowRank(weighted_rows(self.rows, weights / len(s) ** 0.5), self.l2)
 
     def concordance(self, metric: Any = None) -> float:
         """M of quasi-self-concordance: max_i ‖a_i‖_*."""
@@ -172,12 +180,10 @@ class Softmax:
         for k in range(K):
             for j in range(k + 1) if kind == "exact" else (k,):
                 if j == k:
-                    block = gram(
-                        self.A
-                        * ((p[:, k] * (1 - p[:, k]) if kind == "exact" else p[:, k]) / N).sqrt()[:, None]
-                    )
+                    own = p[:, k] * (1 - p[:, k]) if kind == "exact" else p[:, k]
+                    block = gram(weighted_rows(self.A, (own / N).sqrt()))
                 else:
-                    block = self.A.T @ (self.A * (p[:, k] * p[:, j] / -N)[:, None])
+                    block = self.A.T @ weighted_rows(self.A, p[:, k] * p[:, j] / -N)
                 matrix[:, k, :, j] = matrix[:, j, :, k] = block
         matrix = matrix.view(self.size, self.size)
         matrix.diagonal().add_(self.l2)
@@ -219,39 +225,77 @@ class PowerOfResiduals:
         self.p = float(checks.number("p", p, low=2))
         self.G = G
         self._metric: Metric | None = None
+        self._last = Last()
 
-    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
-        u = self.equations.residuals(x)
-        if self.G is None:
-            return u, u, float(torch.linalg.vector_norm(u))
-        if self._metric is None:
-            self._metric = Metric(self.G, u)
-        Gu = self._metric.apply(u)
-        return u, Gu, float(u @ Gu) ** 0.5
+    @property
+    def arrays(self) -> bool:
+        return getattr(self.equations, "arrays", False)
 
-    def value_and_grad(self, x: Float[Tensor, "n"]) -> tuple[float, Tensor]:
-        _, Gu, s = self._parts(x)
-        return _power(s, self.p) / self.p, self.equations.pulled(x, Gu).mul_(_power(s, self.p - 2))
-
-    def curvature(self, x: Float[Tensor, "n"], kind: str = "exact") -> Form:
-        checks.one_of("kind", kind, self.kinds)
-        _, Gu, s = self._parts(x)
-        scale = _power(s, self.p - 2)
-        w = self.equations.pulled(x, Gu) / s if s > 0 else torch.zeros_like(x)
-        if kind == "fisher":
-            return LowRank((w * ((self.p - 2) * scale) ** 0.5)[None])
+    def value_and_grad(self, x: Any) -> tuple[float, Any]:
+        u = Gu = self.equations.residuals(x)
         if self.G is not None:
-            J = self.equations.jacobian(x)
-            matrix = J.T @ (self.G.to(J) @ J)
+            if self._metric is None:
+                self._metric = Metric(self.G, torch.as_tensor(u))
+            Gu = self._metric.apply(u)
+        s = max(float(u.dot(Gu)), 0.0) ** 0.5
+        pulled = self.equations.pulled(x, Gu)
+        self._last.keep(x, (Gu, s, pulled))
+        return _power(s, self.p) / self.p, pulled * _power(s, self.p - 2)
+
+    def curvature(self, x: Any, kind: str = "exact") -> Form:
+        checks.one_of("kind", kind, self.kinds)
+        Gu, s, pulled = self._last.at(x, self.value_and_grad)
+        scale = _power(s, self.p - 2)
+        w = pulled / s if s > 0 else 0 * x
+        if kind == "fisher":
+            return LowRank(torch.as_tensor(w * ((self.p - 2) * scale) ** 0.5)[None])
+        if self.G is not None:
+            J = torch.as_tensor(self.equations.jacobian(x))
+            matrix = like(J.T @ (self.G.to(J) @ J), x)
         elif hasattr(self.equations, "normal"):
             matrix = self.equations.normal(x)
         else:
-            matrix = gram(self.equations.jacobian(x))
+            matrix = like(gram(torch.as_tensor(self.equations.jacobian(x))), x)
         if kind == "exact":
-            matrix = matrix + self.equations.second(x, Gu)
+            second = self.equations.second(x, Gu)
+            if second is not None and second.ndim == 1:
+                matrix.reshape(-1)[:: len(x) + 1] += second
+            elif second is not None:
+                matrix += second
         # Every branch has made a matrix of its own, so that it may be changed.
-        matrix.mul_(scale)
-        return Dense(matrix.addr_(w, w, alpha=(self.p - 2) * scale) if self.p > 2 else matrix)
+        matrix *= scale
+        if self.p > 2:
+            add_outer_(matrix, w, (self.p - 2) * scale)
+        return Dense(tensor(matrix))
+
+
+class Last:
+    """What the gradient's oracle computed at its last point, for the curvature at that point.
+
+    >>> last = Last(); x = torch.zeros(2); last.keep(x, "there")
+    >>> last.at(torch.zeros(2), lambda x: last.keep(x, "anew")), last.at(torch.ones(2), lambda x: last.keep(x, "anew"))
+    ('there', 'anew')
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[Any, Any] | None = None
+
+    def keep(self, x: Any, found: Any) -> None:
+        self._kept = self._name(x), found
+
+    def at(self, x: Any, compute: Callable[[Any], Any]) -> Any:
+        """What was kept for ``x``; ``compute`` keeps it anew where that was another point."""
+        if self._kept is None or self._kept[0] != self._name(x):
+            compute(x)
+        assert self._kept is not None
+        return self._kept[1]
+
+    @staticmethod
+    def _name(x: Any) -> tuple[Any, bytes]:
+        # By value: the caller may go on in the same memory.
+        if isinstance(x, np.ndarray):
+            return None, x.tobytes()
+        return (x.dtype, x.device), x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _power(s: float, exponent: float) -> float:

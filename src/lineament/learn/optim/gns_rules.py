@@ -7,7 +7,7 @@ number (γ, M or L) goes in and comes out. A trial is judged by the values that 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,24 +18,24 @@ from lineament.learn.optim.gns_solvers import Spectral, System, cubic_step
 _EPS = torch.finfo(torch.float64).eps
 
 
-@dataclass
+@dataclass(slots=True)
 class Point:
     """f, the gradient g, z = B⁻¹g and ‖g‖_* at x."""
 
-    x: Tensor
+    x: Any
     f: float
-    g: Tensor
-    z: Tensor
+    g: Any
+    z: Any
     norm: float
 
 
-@dataclass
+@dataclass(slots=True)
 class Trial:
     """A step h from ``old`` to ``new`` with the λ that made it; ``model`` is the rule's own prediction of f_new - f."""
 
     old: Point
     new: Point
-    h: Tensor
+    h: Any
     lam: float
     model: float = 0.0
     eps: float = _EPS
@@ -116,7 +116,7 @@ class Smoothness(_Regularised):
 
     def accepts(self, trial: Trial) -> bool:
         if self.test == "gradient":
-            return float(trial.new.g @ trial.h) <= -(trial.new.norm**2) / (self.constant * trial.lam)
+            return float(trial.new.g.dot(trial.h)) <= -(trial.new.norm**2) / (self.constant * trial.lam)
         fall = trial.old.f - trial.new.f
         if fall >= trial.new.norm**2 / (8 * trial.lam):
             return True
@@ -158,7 +158,7 @@ class SuperUniversal(_Regularised):
         return number * norm**self.alpha
 
     def accepts(self, trial: Trial) -> bool:
-        return float(trial.new.g @ trial.h) <= -(trial.new.norm**2) / (4 * trial.lam)
+        return float(trial.new.g.dot(trial.h)) <= -(trial.new.norm**2) / (4 * trial.lam)
 
     def grow(self, number: float) -> float:
         return max(number / self.factor, self.least)

@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Float
 from scipy.linalg import eigh_tridiagonal
-from scipy.linalg.lapack import dposv, dptsv  # pyright: ignore[reportAttributeAccessIssue]
+from scipy.linalg.lapack import dptsv  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.learn.optim.gns_blas import Positive
 from lineament.learn.optim.gns_forms import Diagonal, Form, LowRank, Operator, Zero, as_dense
 from lineament.learn.optim.gns_metric import Metric
 
@@ -65,6 +66,21 @@ def system(
     tensor([-1.5000, -2.0000], dtype=torch.float64)
     """
     checks.one_of("solver", solver, SOLVERS)
+    checks.one_of("indefinite", indefinite, INDEFINITE)
+    return chosen_system(form, metric, g, z, solver, indefinite, cg_tol, cg_steps)
+
+
+def chosen_system(
+    form: Form,
+    metric: Metric,
+    g: Tensor,
+    z: Tensor,
+    solver: str,
+    indefinite: str,
+    cg_tol: float,
+    cg_steps: int,
+) -> System:
+    """:func:`system` for options that were checked, as they are once for many points."""
     if isinstance(form, Zero):
         return _ZeroSystem(z)
     if isinstance(form, Diagonal) and metric.kind != "matrix" and solver == "auto":
@@ -82,7 +98,7 @@ def system(
         return _WoodburySystem(form, metric, g, z)
     if solver == "cg":
         return _KrylovSystem(form, metric, g, indefinite, cg_tol, cg_steps)
-    H = as_dense(form, len(g)).to(g)
+    H = as_dense(form, g.shape[0]).to(g)
     if solver == "eigh" or indefinite == "project":
         return Spectral.of(H, metric, g, indefinite)
     return _CholeskySystem(H, metric, g, indefinite)
@@ -112,32 +128,17 @@ class _CholeskySystem:
     def __init__(self, H: Tensor, metric: Metric, g: Tensor, indefinite: str):
         self.H, self.metric, self.indefinite = H.contiguous(), metric, indefinite
         self.g, self.products = g, 0
+        self._positive = Positive(self.H, metric.stored, g)
         self._spectral: Spectral | None = None
 
     def solve(self, lam: float) -> Tensor | None:
         if self._spectral is not None:
             return self._spectral.solve(lam)
-        h = self._positive(lam)
-        if h is not None:
-            return h.neg_()
-        if self.indefinite == "reject":
-            return None
+        h = self._positive.solve(lam)
+        if h is not None or self.indefinite == "reject":
+            return h
         self._spectral = Spectral.of(self.H, self.metric, self.g, self.indefinite)
         return self._spectral.solve(lam)
-
-    def _positive(self, lam: float) -> Tensor | None:
-        """(H + λB)⁻¹ g by Cholesky, ``None`` where that matrix is not positive definite."""
-        if self.g.device.type == "cpu" and self.g.dtype == torch.float64:
-            # One LAPACK call, in place: several times faster than PyTorch's two where the matrix is small.
-            if self.metric.kind == "identity":
-                A = self.H.numpy().copy()
-                A.reshape(-1)[:: len(A) + 1] += lam
-            else:
-                A = self.metric.added_to(self.H, lam).numpy()
-            _, x, info = dposv(A.T, self.g.numpy(), lower=1, overwrite_a=1)
-            return torch.from_numpy(x) if info == 0 else None
-        L, info = torch.linalg.cholesky_ex(self.metric.added_to(self.H, lam))
-        return torch.cholesky_solve(self.g[:, None], L)[:, 0] if int(info) == 0 else None
 
 
 class Spectral:
@@ -247,7 +248,6 @@ class _KrylovSystem:
 
 def _mended(values: Tensor, indefinite: str) -> Tensor:
     """Eigenvalues made non-negative: all shifted by the least one, or the negative ones set to zero; or left."""
-    checks.one_of("indefinite", indefinite, INDEFINITE)
     if indefinite == "shift":
         return values - values.min().clamp(max=0)
     return values.clamp(min=0) if indefinite == "project" else values

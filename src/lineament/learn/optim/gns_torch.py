@@ -2,13 +2,14 @@
 
 Semenov, Jaggi, Doikov (2025, arXiv 2506.13710). What is not obvious: the closure must not call ``backward()``. The optimizer differentiates the loss
 itself, twice for the exact Hessian, and leaves every ``.grad`` alone. The objective must be the same at each call of one step:
-deterministic, full batch.
+deterministic, full batch. Parameter groups are one problem: the step couples all parameters, so no option can be a group's own.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,11 +19,16 @@ from torch.optim import Optimizer
 from lineament.core import checks
 from lineament.core.gradients import flatten, unflatten
 from lineament.learn.optim.gns import Counts, measured, search
+from lineament.learn.optim.gns_closure import ClosureHessian, differentiated
 from lineament.learn.optim.gns_forms import FORMS, Dense, Form, Operator, as_form, reduced
 from lineament.learn.optim.gns_metric import Metric
 from lineament.learn.optim.gns_rules import Smoothness
 from lineament.learn.optim.gns_solvers import INDEFINITE, SOLVERS, system
 
+_JOINT = (
+    *("gamma", "test", "constant", "aggressive", "form", "rank", "solver", "indefinite", "max_probes", "cg_tol", "cg_steps"),
+    *("dense", "nonfinite", "seed"),
+)  # fmt: skip
 _COUNTERS = ("steps", "solves", "products", "evaluations", "hessians", "skipped", "failed")
 
 
@@ -32,7 +38,7 @@ class GNS(Optimizer):
     θ ← θ - (H + (‖g‖_*/γ) B)⁻¹ g, with γ doubled after a step and halved until the loss falls by ‖g_new‖_*²/(8λ).
 
     Args:
-        params: the parameters, one group.
+        params: tensors, (name, tensor) pairs or groups, on one device. The groups' parameters are concatenated.
         curvature: ``"exact"`` (the Hessian of the closure's loss), ``None`` (normalised gradient), an operator over the same parameters that
             follows their weights (:func:`~lineament.core.curvature.gauss_newton`, :func:`~lineament.core.curvature.fisher`), or a function without
             arguments that returns a matrix, a diagonal, an operator or a form.
@@ -42,11 +48,12 @@ class GNS(Optimizer):
         dense: up to so many parameters the exact Hessian is a matrix; beyond, conjugate gradients.
         nonfinite: what a loss or gradient that is NaN or infinite at the present weights does: ``"raise"`` or ``"skip"`` the step.
 
-    ``optimizer.state_dict()`` holds γ and the counts of oracle calls (:attr:`counters`).
+    ``optimizer.state_dict()`` holds γ and the counts of oracle calls (:attr:`counters`), one for all, in the first parameter's state. There is
+    no ``lr``, and so nothing for a learning-rate scheduler: γ finds itself.
 
     Raises:
-        InputError: options out of range, several groups, complex parameters; from :meth:`step`, a closure that returns no
-            scalar tensor with a graph.
+        InputError: options out of range, a group with other options than the first, complex parameters; from :meth:`step`, a closure that
+            returns no scalar tensor with a graph, sparse gradients.
 
     >>> w = torch.nn.Parameter(torch.tensor([-2.0, 2.0], dtype=torch.float64))
     >>> optimizer = GNS([w])
@@ -77,49 +84,71 @@ class GNS(Optimizer):
         nonfinite: str = "raise",
         seed: int = 0,
     ):
-        self.rule = Smoothness(start=gamma, test=test, constant=constant, aggressive=aggressive)
+        self.curvature, self._metric = curvature, metric
+        self._B: Metric | None = None
+        options = {k: v for k, v in locals().items() if k in _JOINT}
+        _check(options)
         if isinstance(curvature, str):
             checks.one_of("curvature", curvature, ("exact",))
-        checks.one_of("form", form, FORMS)
-        checks.one_of("nonfinite", nonfinite, ("raise", "skip"))
-        checks.number("max_probes", max_probes, low=1, integer=True)
-        checks.number("dense", dense, low=0, integer=True)
-        self._solve = {
-            "solver": checks.one_of("solver", solver, SOLVERS),
-            "indefinite": checks.one_of("indefinite", indefinite, INDEFINITE),
-            "cg_tol": checks.number("cg_tol", cg_tol, low=0, open_low=True),
-            "cg_steps": checks.number("cg_steps", cg_steps, low=1, integer=True),
-        }
-        self.curvature, self._metric, self._B = curvature, metric, None
-        self._reduce: dict[str, Any] = {"kind": form, "rank": rank, "seed": seed}
-        super().__init__(
-            params, {"gamma": gamma, "max_probes": max_probes, "dense": dense, "nonfinite": nonfinite}
-        )
-        checks.require(
-            len(self.param_groups) == 1,
-            f"params: got {len(self.param_groups)} groups, expected one: the step is joint",
-        )
-        bad = [p for p in self._params if not p.is_floating_point()]
-        checks.require(
-            not bad,
-            f"params: got {checks.show(bad[0]) if bad else ''}, expected real floating-point parameters",
-        )
+        super().__init__(params, options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, whose parameters join the one problem; it may repeat the options, not differ in them."""
+        if isinstance(param_group, dict):
+            for name in sorted(set(param_group) - {"params"}):
+                near = checks.suggest(name, _JOINT, most=1)
+                checks.require(
+                    name in _JOINT or not near.startswith("; nearest"),
+                    f"param group: unknown option {name!r}{near}",
+                )
+            given = {**self.defaults, **param_group}
+            _check(given)
+            held = self.param_groups[0] if self.param_groups else given
+            for name in _JOINT:
+                checks.require(
+                    given[name] == held[name] or name not in param_group,
+                    f"{name}: got {given[name]!r} for one group and {held[name]!r} for the first, expected one: the step is joint",
+                )
+                param_group[name] = held[name]
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]["params"]
+        problem = ""
+        for p in group:
+            if not p.is_floating_point():
+                problem = f"params: got {checks.show(p)}, expected real floating-point parameters"
+            elif p.device != self.param_groups[0]["params"][0].device:
+                problem = f"params: got some on {self.param_groups[0]['params'][0].device} and some on {p.device}, expected one device"
+        if problem:
+            self.param_groups.pop()
+            raise checks.InputError(problem)
+        self._B = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "curvature": self.curvature, "_metric": self._metric, "_B": None}
 
     @property
     def _params(self) -> list[Tensor]:
-        return [p for p in self.param_groups[0]["params"] if p.requires_grad]
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
     @property
     def _kept(self) -> dict[str, Any]:
-        kept = self.state[self.param_groups[0]["params"][0]]
-        if not kept:
-            kept.update({"gamma": self.param_groups[0]["gamma"], **dict.fromkeys(_COUNTERS, 0)})
-        return kept
+        """γ and the counters: a copy, which :meth:`_keep` stores."""
+        group = self.param_groups[0]
+        fresh = {"gamma": group["gamma"], **dict.fromkeys(_COUNTERS, 0)}
+        return {**fresh, **self.state.get(group["params"][0], {})}
+
+    def _keep(self, kept: dict[str, Any]) -> None:
+        self.state[self.param_groups[0]["params"][0]] = kept
 
     @property
     def counters(self) -> dict[str, int]:
         """Steps, linear solves, products with H, evaluations of the closure, Hessians; steps skipped and searches failed."""
         return {name: int(self._kept[name]) for name in _COUNTERS}
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out because the loss or its gradient was NaN or infinite."""
+        return int(self._kept["skipped"])
 
     @property
     def gamma(self) -> float:
@@ -140,10 +169,13 @@ class GNS(Optimizer):
         group, params, kept = self.param_groups[0], self._params, self._kept
         checks.require(len(params) > 0, "params: none of them asks for gradients")
         before = [p.detach().clone() for p in params]
+        rule = Smoothness(
+            group["gamma"], test=group["test"], constant=group["constant"], aggressive=group["aggressive"]
+        )
         counts = Counts(**{k: int(kept[k]) for k in ("solves", "products", "evaluations", "hessians")})
         counts.evaluations += 1
         exact = isinstance(self.curvature, str)
-        loss, grads = _differentiated(closure, params, second=exact)
+        loss, grads = differentiated(closure, params, second=exact)
         x = flatten([b.double() for b in before])
         g = flatten([grad.detach().double() for grad in grads])
         result = loss.detach()
@@ -155,37 +187,43 @@ class GNS(Optimizer):
                 "not finite; look for them in the data, or pass nonfinite='skip'",
             )
             kept["skipped"] += 1
+            self._keep(kept)
             return result
         if self._B is None:
             self._B = Metric(self._metric, x)
         here = measured(x, float(result), g, self._B)
         if here.norm == 0:
             kept["steps"] += 1
+            self._keep(kept)
             return result
         counts.hessians += 1
-        form = reduced(self._form(x, params, grads, group["dense"]), like=x, **self._reduce)
-        equations = system(form, self._B, here.g, here.z, **self._solve)
+        form = self._form(x, params, grads, group["dense"])
+        form = reduced(form, group["form"], x, rank=group["rank"], seed=group["seed"])
+        solve = {name: group[name] for name in ("solver", "indefinite", "cg_tol", "cg_steps")}
+        equations = system(form, self._B, here.g, here.z, **solve)
         eps = max(torch.finfo(p.dtype).eps for p in params)
 
         def evaluate(at: Tensor) -> tuple[float, Tensor]:
             _write(params, at)
             try:
-                value, found = _differentiated(closure, params, second=False)
+                value, found = differentiated(closure, params, second=False)
             finally:
                 # The curvature may be asked for more products, which belong to the old weights.
                 _restore(params, before)
             return float(value.detach()), flatten([grad.detach().double() for grad in found])
 
         step = search(
-            evaluate, here, equations, self._B, self.rule, kept["gamma"], group["max_probes"], counts, eps
+            evaluate, here, equations, self._B, rule, kept["gamma"], group["max_probes"], counts, eps
         )
         counts.products += equations.products
-        kept.update(counts.columns())
+        kept.update(asdict(counts))
         kept["steps"] += 1
         if step.trial is None:
             kept["failed"] += 1
+            self._keep(kept)
             return result
         kept["gamma"] = step.number
+        self._keep(kept)
         _write(params, step.trial.new.x)
         return result
 
@@ -193,63 +231,23 @@ class GNS(Optimizer):
         if not isinstance(self.curvature, str):
             found = self.curvature() if callable(self.curvature) else self.curvature
             return as_form(found, x, symmetric=True)
-        operator = _Hessian(params, grads, x)
+        operator = ClosureHessian(params, grads, x)
         if len(x) > dense:
             return Operator(operator)
         matrix = operator @ torch.eye(len(x), dtype=x.dtype, device=x.device)
         return Dense((matrix + matrix.T) / 2)
 
 
-class _Hessian:
-    """Products with the Hessian through the graph of the gradient."""
-
-    def __init__(self, params: list[Tensor], grads: list[Tensor], like: Tensor):
-        self.params = params
-        self.curved = [k for k, grad in enumerate(grads) if grad.requires_grad]
-        self.grads = [grads[k] for k in self.curved]
-        self.shape, self.dtype, self.device = (len(like),) * 2, like.dtype, like.device
-
-    def __matmul__(self, v: Tensor) -> Tensor:
-        if v.ndim == 2:
-            return torch.stack([self @ column for column in v.T], 1)
-        if not self.curved:
-            return torch.zeros_like(v)
-        parts = unflatten(v, self.params)
-        found = torch.autograd.grad(
-            self.grads,
-            self.params,
-            [parts[k].to(grad.dtype) for k, grad in zip(self.curved, self.grads)],
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        return flatten(found).to(v)
-
-
-def _differentiated(
-    closure: Callable[[], Any], params: list[Tensor], second: bool
-) -> tuple[Tensor, list[Tensor]]:
-    with torch.enable_grad():
-        loss = closure()
-        checks.require(
-            isinstance(loss, Tensor) and loss.numel() == 1,
-            f"closure: it returned {checks.show(loss)} ({type(loss).__name__}), expected the loss, a tensor of one element",
-        )
-        checks.require(
-            loss.requires_grad,
-            "closure: its loss has no graph; expected one computed from the parameters, with gradients",
-        )
-        try:
-            grads = torch.autograd.grad(
-                loss.reshape(()), params, create_graph=second, allow_unused=True, materialize_grads=True
-            )
-        except RuntimeError as error:
-            if "second time" not in str(error):
-                raise
-            raise checks.InputError(
-                "closure: its graph was freed, by backward(); expected a closure that only computes and returns the loss"
-            ) from error
-    return loss, list(grads)
+def _check(options: dict[str, Any]) -> None:
+    """Every option of the one problem."""
+    checks.number("gamma", options["gamma"], low=0, open_low=True)
+    Smoothness(test=options["test"], constant=options["constant"])
+    choices = {"form": FORMS, "solver": SOLVERS, "indefinite": INDEFINITE, "nonfinite": ("raise", "skip")}
+    for name, known in choices.items():
+        checks.one_of(name, options[name], known)
+    for name, low in (("max_probes", 1), ("dense", 0), ("cg_steps", 1), ("rank", 1), ("seed", 0)):
+        checks.number(name, options[name], low=low, integer=True)
+    checks.number("cg_tol", options["cg_tol"], low=0, open_low=True)
 
 
 def _write(params: list[Tensor], x: Tensor) -> None:
