@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lineament.core import checks
 
-
 # Against what each new vector is made orthogonal: all vectors, the last few, the converged Ritz vectors (Parlett and Scott 1979, on a
 # basis that is kept), or the last two only, as the bare recurrence has it.
 REORTHOGONALISE = ("full", "window", "selective", "none")
