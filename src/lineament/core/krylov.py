@@ -1,6 +1,7 @@
 """The Krylov space of a symmetric operator that is known by its products only: Lanczos, and what every user of it needs.
 
-Lanczos keeps its basis and orthogonalises against all of it: without that, converged eigenvalues come back as ghosts.
+Lanczos keeps its basis and orthogonalises against all of it: without that, converged eigenvalues come back as ghosts. Where the basis does
+not fit, a window of it may do, at the price of ghosts (:data:`REORTHOGONALISE`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lineament.core import checks
+
+# Against what each new vector is made orthogonal: all vectors, the last few, the converged Ritz vectors (Parlett and Scott 1979, on a
+# basis that is kept), or the last two only, as the bare recurrence has it.
+REORTHOGONALISE = ("full", "window", "selective", "none")
 
 
 class Operator(Protocol):
@@ -73,27 +78,39 @@ def lanczos(operator: Operator, steps: int, *, start: Tensor | None = None, seed
 
 
 def runs(
-    operator: Operator, steps: int, starts: list[Tensor], generators: list[torch.Generator]
+    operator: Operator,
+    steps: int,
+    starts: list[Tensor],
+    generators: list[torch.Generator],
+    reorthogonalise: str = "full",
+    window: int = 10,
 ) -> list[Lanczos]:
-    """Independent Lanczos processes in step, so that each product is taken of a block of vectors."""
+    """Independent Lanczos processes in step, so that each product is taken of a block of vectors.
+
+    Only what the reorthogonalisation needs is kept: of a ``"window"`` or of ``"none"`` the basis holds the last vectors, in a ring.
+    """
     size, count = side(operator), len(starts)
     steps = min(steps, size)
     vectors = [(v / v.norm()).to(operator.dtype).to(operator.device) for v in starts]
-    bases = torch.zeros(count, steps, size, dtype=operator.dtype, device=operator.device)
+    held = kept(steps, reorthogonalise, window)
+    bases = torch.zeros(count, held, size, dtype=operator.dtype, device=operator.device)
     diagonal = torch.zeros(count, steps, dtype=torch.float64)
     off_diagonal = torch.zeros(count, steps, dtype=torch.float64)
     for step in range(steps):
         images = apply(operator, torch.stack(vectors), f"lanczos: step {step + 1} of {steps}")
         for run, image in enumerate(images):
-            bases[run, step] = vectors[run]
-            basis = bases[run, : step + 1]
+            bases[run, step % held] = vectors[run]
+            basis = bases[run, : min(step + 1, held)]
             diagonal[run, step] = float(image @ vectors[run])
             scale = float(image.norm())
             # What the recurrence says is there comes off first, so that one pass over the basis is enough most of the time.
             image = image - diagonal[run, step].item() * vectors[run]
             if step:
-                image.sub_(bases[run, step - 1], alpha=off_diagonal[run, step - 1].item())
-            image = against(image, basis)
+                image.sub_(bases[run, (step - 1) % held], alpha=off_diagonal[run, step - 1].item())
+            if reorthogonalise == "selective":
+                image = _against_converged(image, basis, diagonal[run, : step + 1], off_diagonal[run, :step])
+            elif reorthogonalise != "none":
+                image = against(image, basis)
             length = float(image.norm())
             if step + 1 < steps:
                 if negligible(length, scale, operator):
@@ -104,6 +121,24 @@ def runs(
                 vectors[run] = image / length
             off_diagonal[run, step] = length
     return [Lanczos(diagonal[r], off_diagonal[r], bases[r].T) for r in range(count)]
+
+
+def kept(steps: int, reorthogonalise: str, window: int) -> int:
+    """How many vectors of a basis are kept."""
+    least = {"full": steps, "selective": steps, "window": window, "none": 2}[reorthogonalise]
+    return min(max(least, 2), max(steps, 2))
+
+
+def _against_converged(vector: Tensor, basis: Tensor, diagonal: Tensor, off_diagonal: Tensor) -> Tensor:
+    """The part of a vector orthogonal to the Ritz vectors whose residuals are below √eps of the greatest eigenvalue."""
+    t = torch.diag(diagonal) + torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1)
+    values, ritz = torch.linalg.eigh(t)
+    bound = math.sqrt(torch.finfo(basis.dtype).eps) * float(values.abs().max())
+    done = float(vector.norm()) * ritz[-1].abs() <= bound
+    if not bool(done.any()):
+        return vector
+    chosen = ritz[:, done].to(basis)
+    return vector - basis.T @ (chosen @ (chosen.T @ (basis @ vector)))
 
 
 def apply(operator: Operator, rows: Tensor, what: str) -> Tensor:

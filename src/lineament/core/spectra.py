@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lineament.core import checks
 from lineament.core.eigenpairs import Eigenpairs, top_eigenpairs
-from lineament.core.krylov import Lanczos, Operator, lanczos, random_signs, runs, side
+from lineament.core.krylov import REORTHOGONALISE, Lanczos, Operator, kept, lanczos, random_signs, runs, side
 
 __all__ = [
     "Density",
@@ -45,6 +45,7 @@ class Density:
     moment_errors: Float[Tensor, "4"]
     size: int
     products: int
+    seed: int = 0
 
     def curve(self, points: int = 512, *, sigma: float | None = None) -> tuple[Tensor, Tensor]:
         """The density smoothed by a Gaussian: grid and values, which integrate to one.
@@ -68,6 +69,7 @@ class Density:
             "moment_errors": [None if math.isnan(e) else e for e in self.moment_errors.tolist()],
             "size": self.size,
             "products": self.products,
+            "seed": self.seed,
         }
 
     def plot(self, ax: Any = None) -> Any:
@@ -81,7 +83,15 @@ class Density:
         return ax
 
 
-def spectral_density(operator: Operator, *, steps: int = 40, probes: int = 2, seed: int = 0) -> Density:
+def spectral_density(
+    operator: Operator,
+    *,
+    steps: int = 40,
+    probes: int = 2,
+    reorthogonalise: str = "full",
+    window: int = 10,
+    seed: int = 0,
+) -> Density:
     """The density of the eigenvalues by stochastic Lanczos quadrature (Ghorbani et al. 2019, arXiv 1901.10159).
 
     Each probe runs Lanczos from random signs; the Ritz values are the nodes, the squared first entries of T's eigenvectors
@@ -91,6 +101,8 @@ def spectral_density(operator: Operator, *, steps: int = 40, probes: int = 2, se
     Args:
         steps: products per probe.
         probes: independent random vectors; the standard errors need two.
+        reorthogonalise: ``"full"`` keeps steps · size numbers a probe; ``"window"`` (the last ``window`` vectors) and ``"none"`` need less
+            memory, and count converged eigenvalues more than once; ``"selective"`` orthogonalises against converged Ritz vectors.
 
     >>> round(spectral_density(torch.diag(torch.tensor([1.0, 1.0, 4.0, 4.0])), steps=2).moments[0].item(), 4)
     2.5
@@ -98,15 +110,17 @@ def spectral_density(operator: Operator, *, steps: int = 40, probes: int = 2, se
     size = side(operator)
     checks.number("probes", probes, low=1, integer=True)
     checks.number("steps", steps, low=1, integer=True)
+    checks.one_of("reorthogonalise", reorthogonalise, REORTHOGONALISE)
+    checks.number("window", window, low=2, integer=True)
     generator = torch.Generator().manual_seed(seed)
     starts = [random_signs(operator, (size,), generator) for _ in range(probes)]
     generators = [torch.Generator().manual_seed(seed + probe + 1) for probe in range(probes)]
     itemsize = torch.finfo(operator.dtype).bits // 8
-    together = max(1, _BASES_BYTES // (min(steps, size) * size * itemsize))
+    together = max(1, _BASES_BYTES // (kept(min(steps, size), reorthogonalise, window) * size * itemsize))
     nodes, weights = [], []
     for first in range(0, probes, together):
         part = slice(first, first + together)
-        for run in runs(operator, steps, starts[part], generators[part]):
+        for run in runs(operator, steps, starts[part], generators[part], reorthogonalise, window):
             # Past an exhausted Krylov space a run goes on from another vector, which has no weight in this probe.
             values, vectors = run.ritz()
             nodes.append(values)
@@ -116,4 +130,4 @@ def spectral_density(operator: Operator, *, steps: int = 40, probes: int = 2, se
     errors = (
         powers.std(0) / math.sqrt(probes) if probes > 1 else torch.full((4,), math.nan, dtype=torch.float64)
     )
-    return Density(theta, tau, powers.mean(0), errors, size, probes * theta.shape[1])
+    return Density(theta, tau, powers.mean(0), errors, size, probes * theta.shape[1], seed)

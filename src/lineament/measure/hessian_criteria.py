@@ -141,6 +141,18 @@ class Criteria:
         return float(self.density.moment_errors[0]) * self.density.size
 
     @property
+    def below(self) -> float:
+        """Σ w over the nodes below zero: which share of all directions curves downwards."""
+        weights = self.density.weights.double()
+        return float(weights[self.density.nodes < 0].sum() / weights.sum())
+
+    @property
+    def above(self) -> float:
+        """Σ w over the nodes above zero."""
+        weights = self.density.weights.double()
+        return float(weights[self.density.nodes > 0].sum() / weights.sum())
+
+    @property
     def condition(self) -> float:
         """max |ν| / min |ν| over the nodes, a lower bound of the condition number."""
         size = self.density.nodes.abs()
@@ -153,7 +165,7 @@ class Criteria:
         return self.average(torch.abs) ** 2 / second * self.density.size if second > 0 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        names = ("trace", "trace_error", "condition", "effective_rank")
+        names = ("trace", "trace_error", "below", "above", "condition", "effective_rank")
         numbers = {name: float(getattr(self, name)) for name in names}
         return {
             "re": _json(self.re),
@@ -219,6 +231,8 @@ def hessian_criteria(
     matrix: str = "hessian",
     params: str | Sequence[str] | None = None,
     batchnorm: str = "eval",
+    reorthogonalise: str = "full",
+    window: int = 10,
     seed: int = 0,
     **options: Any,
 ) -> Criteria:
@@ -230,6 +244,8 @@ def hessian_criteria(
         matrix: ``"hessian"``, or ``"gauss_newton"`` or ``"fisher"``, which are never negative.
         params: names or globs: the spectrum of some layers.
         batchnorm: ``"eval"`` or ``"train"`` (each batch's statistics).
+        reorthogonalise, window: as for :func:`~lineament.core.spectra.spectral_density`; the official code's is a window of 10, whose
+            ghosts change K.
         options: for the operator (``chunk``, ``cache_bytes``, ...).
 
     >>> net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2))
@@ -239,7 +255,10 @@ def hessian_criteria(
     """
     checks.one_of("matrix", matrix, MATRICES)
     operator = MATRICES[matrix](model, loss_fn, loader, params=params, batchnorm=batchnorm, **options)
-    return criteria(spectral_density(operator, steps=steps, probes=probes, seed=seed), n=n)
+    density = spectral_density(
+        operator, steps=steps, probes=probes, reorthogonalise=reorthogonalise, window=window, seed=seed
+    )
+    return criteria(density, n=n)
 
 
 def _json(values: Tensor) -> list[float | None]:

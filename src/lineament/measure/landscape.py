@@ -33,6 +33,7 @@ __all__ = [
     "perturbations",
     "plane",
     "random_lines",
+    "random_planes",
 ]
 
 Grid = Sequence[float] | Tensor
@@ -160,6 +161,17 @@ def random_lines(
     batches = list(loader)
     drawn = [random_axes(model, 1, seed=seed + k, **(axes or {}))[0] for k in range(count)]
     return [line(model, loss_fn, batches, axis, **options) for axis in drawn]
+
+
+def random_planes(
+    model: nn.Module, loss_fn: Loss, loader: Iterable[Any], count: int = 3, *, axes: Mapping[str, Any] | None = None,
+    seed: int = 0, **options: Any,
+) -> list[Plane]:  # fmt: skip
+    """Planes along fresh pairs of random axes, one pair for each seed from ``seed`` on: what all of them show is the network's."""
+    checks.number("count", count, low=1, integer=True)
+    batches = list(loader)
+    drawn = [random_axes(model, 2, seed=seed + k, **(axes or {})) for k in range(count)]
+    return [plane(model, loss_fn, batches, pair, **options) for pair in drawn]
 
 
 def perturbations(

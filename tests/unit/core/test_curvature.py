@@ -368,6 +368,49 @@ def test_lanczos_finds_repeated_eigenvalues_after_a_breakdown():
     )
 
 
+def spiked():
+    """Eight eigenvalues far from a continuum, which Lanczos finds first and then again."""
+    return symmetric(
+        torch.cat([torch.linspace(0, 1, 292), torch.tensor([2.0**k for k in range(3, 11)])]).double()
+    ).float()
+
+
+def ghosts(how: str, window: int = 10) -> int:
+    """How often the greatest eigenvalue comes back."""
+    found = curvature.spectral_density(spiked(), steps=80, probes=1, reorthogonalise=how, window=window)
+    return int((found.nodes > 1000).sum()) - 1
+
+
+def test_each_reorthogonalisation_does_what_its_name_says():
+    # In single precision, after 80 steps, the bare recurrence has lost its first vectors several times over.
+    assert ghosts("none") >= 2 and ghosts("window", 3) >= 2
+    assert ghosts("full") == ghosts("selective") == 0
+    # A window as long as the run is all of it.
+    wide = curvature.spectral_density(spiked(), steps=80, probes=1, reorthogonalise="window", window=80)
+    full = curvature.spectral_density(spiked(), steps=80, probes=1)
+    torch.testing.assert_close(wide.nodes, full.nodes)
+
+
+@pytest.mark.parametrize("how", ["full", "window", "selective", "none"])
+def test_moments_hold_with_any_reorthogonalisation(how):
+    # Ghosts share a weight between copies of an eigenvalue, so that no moment feels them.
+    found = curvature.spectral_density(spiked(), steps=80, probes=2, reorthogonalise=how, seed=3)
+    full = curvature.spectral_density(spiked(), steps=80, probes=2, seed=3)
+    torch.testing.assert_close(found.weights.sum(1), torch.ones(2).double())
+    torch.testing.assert_close(found.moments, full.moments, rtol=1e-4, atol=0)
+    assert found.to_dict()["seed"] == 3
+
+
+def test_what_is_kept_follows_the_reorthogonalisation():
+    from lineament.core.krylov import kept
+
+    assert [kept(80, how, 10) for how in ("full", "selective", "window", "none")] == [80, 80, 10, 2]
+    with pytest.raises(InputError, match="reorthogonalise"):
+        curvature.spectral_density(torch.eye(3), reorthogonalise="fully")
+    with pytest.raises(InputError, match="window"):
+        curvature.spectral_density(torch.eye(3), reorthogonalise="window", window=1)
+
+
 @pytest.mark.parametrize("which", ["largest", "smallest", "both", "magnitude"])
 def test_top_eigenpairs_at_either_end(which):
     values = torch.cat([torch.linspace(-1, 1, 190), torch.tensor([9.0, 5.0, 3.0, -7.0, -4.0])]).double()

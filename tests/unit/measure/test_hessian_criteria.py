@@ -122,3 +122,23 @@ def test_gauss_newton_is_never_negative_and_subsets_have_spectra_of_their_own():
             hessian_criteria(net, F.cross_entropy, data, **bad)
     with pytest.raises(InputError, match="expected a Density"):
         criteria(torch.eye(2))
+
+
+def test_shares_of_directions_and_a_window_of_the_basis():
+    found = criteria(spectral_density(torch.diag(torch.tensor([-2.0, 0.5, 1.0, 4.0])), steps=4, probes=1))
+    # From random signs every eigenvector has the same weight.
+    assert found.below == pytest.approx(0.25, abs=1e-5) and found.above == pytest.approx(0.75, abs=1e-5)
+    assert {"below", "above"} <= set(found.to_dict())
+    net, data = problem()
+    bare = hessian_criteria(net, F.cross_entropy, data, steps=10, reorthogonalise="none")
+    full = hessian_criteria(net, F.cross_entropy, data, steps=10, seed=0)
+    torch.testing.assert_close(bare.re, full.re, rtol=1e-3, atol=0)
+
+
+def test_the_meaning_of_gentle_and_of_steep_descents_differs():
+    gentle = torch.diag(torch.tensor([100.0] + [-0.5] * 60 + [0.5] * 39))
+    steep = torch.diag(torch.tensor([10.0] * 50 + [-5.0] * 5 + [0.1] * 45))
+    found = [criteria(spectral_density(m, steps=3, probes=4)) for m in (gentle, steep)]
+    assert [c.verdict for c in found] == ["unsettled", "unsettled"]
+    assert found[0].meaning.startswith("No direction curves steeply downwards, but many do gently")
+    assert found[1].meaning.startswith("A good part curves downwards")

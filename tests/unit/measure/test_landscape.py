@@ -21,6 +21,7 @@ from lineament.measure.landscape import (
     perturbations,
     plane,
     random_lines,
+    random_planes,
 )
 from lineament.measure.landscape_axes import (
     NORMALISATIONS,
@@ -363,6 +364,11 @@ def test_the_wrong_way_with_batch_norm_is_named():
 
 def test_repeats_and_perturbations_are_seeded():
     net, data = network(), batches()
+    planes = random_planes(net, F.cross_entropy, data, 2, steps=3, seed=4)
+    assert not torch.equal(planes[0].loss, planes[1].loss) and planes[0].centre == planes[1].centre
+    assert torch.equal(
+        planes[1].loss, plane(net, F.cross_entropy, data, random_axes(net, seed=5), steps=3).loss
+    )
     lines = random_lines(net, F.cross_entropy, data, 3, steps=3, seed=4)
     assert len({float(each.loss[0]) for each in lines}) == 3
     assert torch.equal(lines[1].loss, random_lines(net, F.cross_entropy, data, 1, steps=3, seed=5)[0].loss)

@@ -30,6 +30,12 @@ TITLE = "What does the loss look like around its weights?"
 METHOD = "loss-landscape"
 _TOP, _PRODUCTS, _STEPS, _PROBES, _TRACE = 2, 48, 20, 2, 20
 _GRID = 21
+_NAMES = {
+    1: ["eigenvalue"],
+    2: ["greatest eigenvalue", "least eigenvalue"],
+    3: ["greatest eigenvalue", "second greatest", "least eigenvalue"],
+    4: ["greatest eigenvalue", "second greatest", "least eigenvalue", "second least"],
+}
 _WORK, _PLANE_WORK = 5e11, 1e11
 
 
@@ -98,10 +104,7 @@ def look(subject: Subject) -> Section:
                 "Curvature",
                 ("quantity", "value", "error"),
                 [
-                    *(
-                        (f"eigenvalue {i + 1}", v, float(r))
-                        for i, (v, r) in enumerate(zip(values, ends.residuals))
-                    ),
+                    *((name, v, float(r)) for name, v, r in zip(_NAMES[len(values)], values, ends.residuals)),
                     ("trace", total.value, _or_none(total.standard_error)),
                     ("trace / weights", total.value / size, _or_none(total.standard_error / size)),
                     ("r_e (least over greatest)", _or_none(float(found.re.mean())), _spread(found.re)),
@@ -161,7 +164,7 @@ def _landscape(around: Plane | None) -> list[Any]:
             panels=(1, 2),
             kind="png",
             reliefs=[around.relief()],
-            caption="The loss in the plane of the two steepest directions (the mark: these weights), as contours and as a surface. Along every other direction it is flatter.",
+            caption="The loss in the plane of the two steepest directions (the mark: these weights), as contours and as a surface; the axes say how far the weights are moved. Along every other direction it is flatter.",
             alt=f"Contours and surface of the loss around the weights, {compact(around.centre)} in the middle, from {compact(low)} to {compact(high)}.",
         )
     ]
