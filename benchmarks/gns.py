@@ -254,8 +254,11 @@ def beside_scipy(repeats: int) -> Iterator[Row]:
             return minimize(problem, start, f_star=f_star, eps=EPS)
 
         peers = {
-            f"SciPy {m}": scipys(m, problem, x0, f_star) for m in ("trust-exact", "Newton-CG", "L-BFGS-B")
+            f"SciPy {m}": scipys(m, problem, x0, f_star)
+            for m in ("trust-exact", "trust-krylov", "trust-ncg", "Newton-CG", "L-BFGS-B")
         }
+        if "Chebyshev" in name:
+            peers["SciPy least_squares (its own stop)"] = least_squares(problem, x0)
         peers["gradient method with backtracking"] = first_order(problem, start, None, f_star)
         if B is not None:
             peers["gradient method preconditioned by AᵀA"] = first_order(problem, start, B, f_star)
@@ -301,6 +304,16 @@ def scipys(method: str, problem: Any, x0: Any, f_star: float) -> Callable[[], tu
             both, x0, jac=True, method=method, options=options, callback=stop, **given
         )
         return float(found.fun) - f_star, int(found.nit)
+
+    return run
+
+
+def least_squares(problem: Any, x0: Any) -> Callable[[], tuple[float, int]]:
+    equations = problem.equations
+
+    def run() -> tuple[float, int]:
+        found = scipy.optimize.least_squares(equations.residuals, x0, equations.jacobian)
+        return float(found.cost), int(found.nfev)
 
     return run
 

@@ -98,7 +98,8 @@ def _friction(curves: dict[str, Any], out: Path) -> Figure:
         ax.set_ylim(0.48, 1.02)
         ax.set_xlabel("step")
         ax.set_ylabel("friction")
-        ax.legend()
+        # Above the axes: the band of the scaled loss fills them.
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(_SCALES), fontsize=8)
 
     means = ", ".join(
         f"{name} {sum(curves[name][0]['friction']['mean']) / len(curves[name][0]['friction']['mean']):.4f}"

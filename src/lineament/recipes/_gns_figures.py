@@ -29,8 +29,9 @@ def _gaps(lse: dict[str, Any], config: Any, out: Path) -> Figure:
             values = [max(gap, 1e-9) for gap in lse[name]["gaps"]]
             ax.loglog(range(1, len(values) + 1), values, line, color=colour, label=name)
         ax.axhline(1e-8, color="C7", linewidth=0.8)
+        ax.text(1000, 1.3e-8, "the goal, 1e-8", color="C7", ha="right", va="bottom", fontsize=8)
         ax.set(xlabel="iteration, from 1", ylabel="f − f*")
-        ax.legend()
+        ax.legend(loc="lower left", bbox_to_anchor=(0.0, 0.17), fontsize=8)
 
     steps = {name: lse[name]["iterations"] for name in _STYLES}
     shown = picture(

@@ -228,8 +228,7 @@ class Passes:
     def __init__(self, rule: Rule, views: dict[Tensor, tuple[Buffers, int, Buffers]]):
         """``views``: of parameters, with their state, as vectors; kept from step to step."""
         self.rule, self.views = rule, views
-        self._waiting: dict[Any, list[Buffers]] = {}
-        self._packs: dict[Any, Tensor] = {}
+        self._lanes: dict[Any, tuple[Tensor, list[Buffers]]] = {}
         self._moved: list[Tensor] = []
 
     def take(self, p: Tensor, b: Buffers, c: Coefficients) -> bool:
@@ -238,26 +237,30 @@ class Passes:
         if b.p.numel() < 2:
             return False
         key = id(c), b.p.dtype, b.p.device
-        if key not in self._packs:
-            self._packs[key] = packed(c, b.p)
-            self._waiting[key] = []
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = packed(c, b.p), []
+        numbers, waiting = lane
         flat = self._flat(p, b)
         if flat is None:
-            _compiled((self.rule, "shaped", b.p.dtype, b.p.device.type))([b], self._packs[key], self.rule)
+            _compiled((self.rule, "shaped", b.p.dtype, b.p.device.type))([b], numbers, self.rule)
             return True
         self._moved.append(b.p)
-        waiting = self._waiting[key]
         waiting.append(flat)
         if len(waiting) == TOGETHER:
-            self._run(key, waiting)
+            self._run(waiting, numbers)
             waiting.clear()
         return True
 
     def finish(self) -> None:
         """Move those that still wait."""
-        for key, waiting in self._waiting.items():
-            for b in waiting:
-                self._run(key, [b])
+        for numbers, waiting in self._lanes.values():
+            if len(waiting) >= TOGETHER // 2 and _kind(self.rule, TOGETHER, waiting[0]) in _primed:
+                # A full call costs less than these do one by one: the rest of it is a few numbers that nobody reads.
+                self._run([*waiting, *_examples(waiting[0], TOGETHER - len(waiting), 32)], numbers)
+            else:
+                for b in waiting:
+                    self._run([b], numbers)
         torch.autograd.graph.increment_version(self._moved)
 
     def _flat(self, p: Tensor, b: Buffers) -> Buffers | None:
@@ -286,17 +289,24 @@ class Passes:
             self.views[p] = b._replace(g=b.p), b.p.data_ptr(), flat._replace(g=flat.p)
         return flat
 
-    def _run(self, key: Any, bs: Sequence[Buffers]) -> None:
-        kind = (self.rule, len(bs), bs[0].top is None, key[1], key[2].type)
+    def _run(self, bs: Sequence[Buffers], numbers: Tensor) -> None:
+        kind = _kind(self.rule, len(bs), bs[0])
         move = _compiled(kind)
         if kind not in _primed:
             # Sizes that are equal at the first call would be compiled as always equal.
-            example = [
-                [None if t is None else t.new_zeros(4096 + 32 * k) for t in b] for k, b in enumerate(bs)
-            ]
-            move([Buffers(*b) for b in example], self._packs[key], self.rule)  # pyright: ignore[reportArgumentType]
+            move(_examples(bs[0], len(bs), 4096), numbers, self.rule)
             _primed.add(kind)
-        move(bs, self._packs[key], self.rule)
+        move(bs, numbers, self.rule)
+
+
+def _kind(rule: Rule, count: int, b: Buffers) -> Any:
+    return rule, count, b.top is None, b.p.dtype, b.p.device.type
+
+
+def _examples(like: Buffers, count: int, size: int) -> list[Buffers]:
+    """Zeros of as many sizes as ``count``."""
+    sizes = range(size, size + 32 * count, 32)
+    return [Buffers(*(None if t is None else t.new_zeros(n) for t in like)) for n in sizes]  # pyright: ignore[reportArgumentType]
 
 
 _primed: set[Any] = set()

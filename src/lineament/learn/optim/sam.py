@@ -8,7 +8,7 @@ and state are the wrapper's own objects, so schedulers, clipping and checkpoints
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch.optim import Optimizer
 from lineament.core import checks
 
 _TINY = 1e-12
+# Elements of a block, for each thread.
+_BLOCK = 2**16
 
 
 class SAM(Optimizer):
@@ -120,8 +122,7 @@ class SAM(Optimizer):
         checks.require(not sparse, f"{type(self).__name__}: got sparse gradients, expected dense ones")
         params = [p for p, _, _ in found]
         grads = [p.grad for p in params]
-        scaled = self._scaled(params, grads)
-        length = _norm(scaled)
+        length = self._length(params, grads)
         if not self._finite(length, "at the weights"):
             return
         self._moved, self._phase = params, "up"
@@ -133,8 +134,7 @@ class SAM(Optimizer):
         for scale in {(rho, up) for _, rho, up in found}:
             rows = [i for i, (_, rho, up) in enumerate(found) if (rho, up) == scale]
             size = (-1.0 if scale[1] else 1.0) * scale[0] / (length + _TINY)
-            mine = [params[i] for i in rows]
-            torch._foreach_add_(mine, self._directions(mine, [scaled[i] for i in rows]), alpha=size)  # pyright: ignore[reportPrivateImportUsage]
+            self._climb([params[i] for i in rows], [grads[i] for i in rows], size)
         if zero_grad:
             self.zero_grad()
 
@@ -232,12 +232,12 @@ class SAM(Optimizer):
     def _share(self) -> None:
         self.param_groups, self.state = self.base.param_groups, self.base.state
 
-    def _scaled(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        """Tensors whose joint norm divides the perturbation."""
-        return grads
+    def _length(self, params: list[Tensor], grads: list[Tensor]) -> float:
+        """The joint norm that divides the perturbation."""
+        return _norm(grads)
 
-    def _directions(self, params: list[Tensor], scaled: list[Tensor]) -> list[Tensor]:
-        return scaled
+    def _climb(self, params: list[Tensor], grads: list[Tensor], size: float) -> None:
+        torch._foreach_add_(params, grads, alpha=size)  # pyright: ignore[reportPrivateImportUsage]
 
     def _finite(self, length: float, where: str) -> bool:
         if math.isfinite(length):
@@ -289,12 +289,17 @@ class ASAM(SAM):
     ) -> None:
         super().__init__(base, rho=rho, model=model, nonfinite=nonfinite)
 
-    def _scaled(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        return [_wide(w).abs().mul_(_wide(g)) for w, g in zip(params, grads)]
+    def _length(self, params: list[Tensor], grads: list[Tensor]) -> float:
+        # Signs do not change a norm: |w| g is as long as w g.
+        return _norm(w * g for p, grad in zip(params, grads) for w, g in _blocks(_wide(p), _wide(grad)))
 
-    def _directions(self, params: list[Tensor], scaled: list[Tensor]) -> list[Tensor]:
-        found = [s.mul_(_wide(w).abs()) for w, s in zip(params, scaled)]
-        return [torch.view_as_complex(e) if w.is_complex() else e for w, e in zip(params, found)]
+    def _climb(self, params: list[Tensor], grads: list[Tensor], size: float) -> None:
+        for p, grad in zip(params, grads):
+            wide = _wide(p)
+            for w, g in _blocks(wide, _wide(grad)):
+                w.addcmul_(w, w * g, value=size)
+            if wide.dtype != p.dtype and not p.is_complex():
+                p.copy_(wide)
 
 
 @contextmanager
@@ -317,6 +322,15 @@ def running_statistics_kept(model: nn.Module) -> Iterator[None]:
             layer.track_running_stats = True
 
 
+def _blocks(w: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both in blocks whose products stay in a CPU's cache, which a product of whole tensors leaves."""
+    size = _BLOCK * torch.get_num_threads()
+    if w.is_cpu and w.numel() > size and w.is_contiguous() and g.is_contiguous():
+        yield from zip(w.view(-1).split(size), g.view(-1).split(size))
+    else:
+        yield w, g
+
+
 def _wide(t: Tensor) -> Tensor:
     """Complex numbers as pairs; half precision as single, whose range a squared weight times its gradient does not leave."""
     if t.is_complex():
@@ -324,7 +338,7 @@ def _wide(t: Tensor) -> Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
-def _norm(tensors: list[Tensor]) -> float:
+def _norm(tensors: Iterable[Tensor]) -> float:
     """The joint Euclidean norm, gathered in at least single precision."""
     found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for t in tensors:
