@@ -264,20 +264,14 @@ class Passes:
         torch.autograd.graph.increment_version(self._moved)
 
     def _flat(self, p: Tensor, b: Buffers) -> Buffers | None:
+        g = b.g
         held = self.views.get(p)
-        if held is not None and b.g.is_contiguous():
+        if held is not None and g.is_contiguous():
             known, at, flat = held
-            same = (
-                known.m is b.m
-                and known.v is b.v
-                and known.q is b.q
-                and known.top is b.top
-                and known.mean is b.mean
-            )
-            if same and at == b.p.data_ptr() and known.g.shape == b.g.shape:
-                return Buffers(
-                    flat.p, b.g.view(-1).data, flat.m, flat.v, flat.q, flat.top, flat.mean, flat.spread
-                )
+            _, _, m, v, q, top, mean, _ = b
+            same = known[2] is m and known[3] is v and known[4] is q and known[5] is top and known[6] is mean
+            if same and at == b.p.data_ptr() and flat[0].numel() == g.numel():
+                return Buffers(flat[0], g.view(-1).data, *flat[2:])
         flat = _flattened(b)
         if flat is None:
             return None

@@ -160,14 +160,20 @@ class DiffGrad(torch.optim.Optimizer):
                 isinstance(loss, Tensor),
                 f"closure: returned {checks.show(loss)}, expected the loss as a tensor",
             )
-        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        for group, params in groups:
-            for p in params:
-                if cast(Tensor, p.grad).is_sparse:
+        groups: list[tuple[dict[str, Any], list[Tensor]]] = []
+        for group in self.param_groups:
+            params = []
+            for p in group["params"]:
+                g = p.grad
+                if g is None:
+                    continue
+                if g.is_sparse:
                     raise checks.InputError(
                         f"{self._name(group, p)}: its gradient is sparse, but v and the friction need every coordinate; use dense "
                         "gradients (nn.Embedding(sparse=False)) or torch.optim.SparseAdam"
                     )
+                params.append(p)
+            groups.append((group, params))
         if not self._usable(groups):
             self.skipped_steps += 1
             return loss
