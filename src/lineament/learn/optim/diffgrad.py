@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lineament.core import checks
 from lineament.learn.optim import _diffgrad_steps as steps
+from lineament.learn.optim._diffgrad_passes import Passes
 from lineament.learn.optim._diffgrad_states import translated
 from lineament.learn.optim.friction import STATISTICAL, FrictionSummary, _known, summarise
 
@@ -287,7 +288,7 @@ class DiffGrad(torch.optim.Optimizer):
             for pairs in lists.values():
                 steps.in_lists([b for b, _ in pairs], [c for _, c in pairs], rule)
             return
-        passes = steps.Passes(rule, self._views) if group["compiled"] else None
+        passes = Passes(rule, self._views) if group["compiled"] else None
         for p, b, c in found:
             if passes is None or not passes.take(p, b, c):
                 steps.in_blocks(b, c, rule, room)
