@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lineament.core import checks
 from lineament.learn.optim import _diffgrad_steps as steps
+from lineament.learn.optim._diffgrad_passes import Passes
 from lineament.learn.optim._diffgrad_states import translated
 from lineament.learn.optim.friction import STATISTICAL, FrictionSummary, _known, summarise
 
@@ -160,14 +161,20 @@ class DiffGrad(torch.optim.Optimizer):
                 isinstance(loss, Tensor),
                 f"closure: returned {checks.show(loss)}, expected the loss as a tensor",
             )
-        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        for group, params in groups:
-            for p in params:
-                if cast(Tensor, p.grad).is_sparse:
+        groups: list[tuple[dict[str, Any], list[Tensor]]] = []
+        for group in self.param_groups:
+            params = []
+            for p in group["params"]:
+                g = p.grad
+                if g is None:
+                    continue
+                if g.is_sparse:
                     raise checks.InputError(
                         f"{self._name(group, p)}: its gradient is sparse, but v and the friction need every coordinate; use dense "
                         "gradients (nn.Embedding(sparse=False)) or torch.optim.SparseAdam"
                     )
+                params.append(p)
+            groups.append((group, params))
         if not self._usable(groups):
             self.skipped_steps += 1
             return loss
@@ -281,7 +288,7 @@ class DiffGrad(torch.optim.Optimizer):
             for pairs in lists.values():
                 steps.in_lists([b for b, _ in pairs], [c for _, c in pairs], rule)
             return
-        passes = steps.Passes(rule, self._views) if group["compiled"] else None
+        passes = Passes(rule, self._views) if group["compiled"] else None
         for p, b, c in found:
             if passes is None or not passes.take(p, b, c):
                 steps.in_blocks(b, c, rule, room)
