@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -24,53 +25,79 @@ def image_folder(path: Path, budget: Budget, *, size: tuple[int, int] | None = N
         (p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.name
     )
     listed = {folder: _images(folder) for folder in folders}
-    classes = [folder for folder in folders if listed[folder]]
-    if not classes:
+    filled = [folder for folder in folders if listed[folder]]
+    if not filled:
         raise InputError(
             f"DATA: {str(path)!r} holds no folders with images; expected one folder a class with "
             f"{', '.join(sorted(_IMAGES)[:4])} ... files, an .npz file, or a Hugging Face data set"
         )
-    splits = {"train", "test", "val", "valid", "validation"} & {folder.name for folder in classes}
-    if len(splits) == len(classes):
+    splits = {"train", "test", "val", "valid", "validation"} & {folder.name for folder in filled}
+    if len(splits) == len(filled):
         example = path / sorted(splits)[0]
         raise InputError(
             f"DATA: {str(path)!r} holds the splits {', '.join(sorted(splits))}, not classes; pass one: {str(example)!r}"
         )
-    files = [(file, number) for number, folder in enumerate(classes) for file in listed[folder]]
+    # A folder without images keeps its number: leaving it out would move every class behind it to its neighbour's output.
+    files = [(file, number) for number, folder in enumerate(folders) for file in listed[folder]]
     rows = budget.choose(len(files))
     notes = []
     empty = [folder.name for folder in folders if not listed[folder]]
     if empty:
-        notes.append(f"{len(empty)} folders without images were left out")
-    pictures = [(str(files[row][0].relative_to(path)), _read(files[row][0])) for row in rows]
+        notes.append(
+            f"classes without an image, which keep their place among the model's outputs: {', '.join(map(repr, empty[:5]))}"
+            + (" ..." if len(empty) > 5 else "")
+        )
+    pictures = ((str(files[row][0].relative_to(path)), _read(files[row][0])) for row in rows)
     return Samples(
         inputs=stacked(pictures, size),
         targets=torch.tensor([files[row][1] for row in rows]),
         index=torch.from_numpy(rows),
         total=len(files),
         source=path.name or str(path),
-        classes=tuple(folder.name for folder in classes),
+        classes=tuple(folder.name for folder in folders),
         notes=tuple(notes),
     )
 
 
-def stacked(pictures: list[tuple[str, Image.Image]], size: tuple[int, int] | None) -> torch.Tensor:
-    """Images (name, picture) as one uint8 tensor (sample, height, width[, 3]): grey if all are grey, else RGB."""
-    sizes = {picture.size for _, picture in pictures}
-    if size is None and len(sizes) > 1:
-        name = next(n for n, picture in pictures if picture.size != pictures[0][1].size)
-        raise InputError(
-            f"DATA: images of {len(sizes)} different sizes (the first is {_by(pictures[0][1])}, {name!r} is not); "
-            "say what the model takes with --image-size HEIGHT,WIDTH"
-        )
-    grey = all(picture.mode in ("L", "1", "I;16", "I") for _, picture in pictures)
-    arrays = []
-    for _, picture in pictures:
-        plain = picture.convert("L" if grey else "RGB")
+def stacked(pictures: Iterable[tuple[str, Image.Image]], size: tuple[int, int] | None) -> torch.Tensor:
+    """Images (name, picture) as one uint8 tensor (sample, height, width[, 3]): grey if all are grey, else RGB.
+
+    They are taken one by one and brought to ``size`` at once, so that photographs are never all held as they were taken.
+    """
+    arrays: list[np.ndarray] = []
+    first: Image.Image | None = None
+    for name, picture in pictures:
+        first = first or picture
+        if size is None and picture.size != first.size:
+            raise InputError(
+                f"DATA: images of different sizes (the first is {_by(first)}, {name!r} is {_by(picture)}); "
+                "say what the model takes with --image-size HEIGHT,WIDTH"
+            )
+        plain = _bytes(name, picture)
         if size is not None and plain.size != (size[1], size[0]):
             plain = plain.resize((size[1], size[0]), Image.Resampling.BILINEAR)
         arrays.append(np.asarray(plain, dtype=np.uint8))
+    if any(array.ndim == 3 for array in arrays):
+        arrays = [array if array.ndim == 3 else np.repeat(array[..., None], 3, 2) for array in arrays]
     return torch.from_numpy(np.stack(arrays))
+
+
+def _bytes(name: str, picture: Image.Image) -> Image.Image:
+    """A picture in grey or RGB with values from 0 to 255."""
+    if picture.mode.startswith("I"):
+        # Pillow clips 16-bit values at 255, which turns a scan white.
+        values = np.asarray(picture)
+        require(
+            int(values.min()) >= 0 and int(values.max()) < 1 << 16,
+            f"DATA: image {name!r} holds values from {values.min()} to {values.max()}, expected 8 or 16 bits a channel",
+        )
+        return Image.fromarray((values >> 8).astype(np.uint8))
+    require(
+        picture.mode != "F",
+        f"DATA: image {name!r} holds real numbers, whose black and white are not known, expected 8 or 16 bits a channel; "
+        "pass real-valued images as arrays in an .npz file",
+    )
+    return picture.convert("L" if picture.mode in ("L", "1") else "RGB")
 
 
 def _images(folder: Path) -> list[Path]:

@@ -285,3 +285,21 @@ def test_without_the_hub_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"install lineament\[hub\]"):
         load(tmp_path)
+
+
+def test_a_class_folder_without_images_keeps_its_number(tmp_path):
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / name).mkdir()
+    for name in ("ant", "cat"):
+        Image.new("L", (4, 4), 200).save(tmp_path / name / "a.png")
+    found = load(str(tmp_path), samples=10)
+    assert found.classes == ("ant", "bee", "cat") and found.targets.tolist() == [0, 2]
+    assert any("'bee'" in note for note in found.notes)
+
+
+def test_pictures_of_sixteen_bits_are_not_clipped(tmp_path):
+    for name, value in (("dark", 64 << 8), ("light", 200 << 8)):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.full((4, 4), value, dtype=np.uint16)).save(tmp_path / name / "a.png")
+    found = load(str(tmp_path), samples=10)
+    assert found.inputs.dtype == torch.uint8 and found.inputs[:, 0, 0].tolist() == [64, 200]
