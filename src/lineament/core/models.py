@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -46,14 +47,14 @@ def logits(output: Any) -> Tensor:
 
 def device_of(model: nn.Module) -> torch.device:
     """The device of the first parameter or buffer; the CPU for a model without any."""
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in chain(model.parameters(), model.buffers()):
         return tensor.device
     return torch.device("cpu")
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
     """The dtype of the first floating-point parameter or buffer; torch's default for a model without any."""
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in chain(model.parameters(), model.buffers()):
         if tensor.is_floating_point():
             return tensor.dtype
     return torch.get_default_dtype()

@@ -173,7 +173,9 @@ class Work:
 
     def picked(self, scores: Tensor) -> Tensor:
         """The asked-for positions of (batch, positions, ...)."""
-        return scores.sum(1, keepdim=True) if self.picks == [None] else scores[:, self.picks]
+        if self.picks == [None]:
+            return scores.sum(1, keepdim=True)
+        return scores if self.picks == list(range(scores.shape[1])) else scores[:, self.picks]
 
     def result(
         self,

@@ -140,7 +140,8 @@ def relevance_rules(
         raise InputError(f"model: got {show(model)}, expected a torch.nn.Module")
     number("eps", eps, low=0, open_low=True)
     number("gamma", gamma, low=0)
-    busy = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
+    named = _named(model)
+    busy = [name or type(model).__name__ for name, module in named.items() if module.training]
     require(
         not busy,
         f"model: {busy[0] if busy else ''!r} is in training mode, where dropout and gradient checkpointing change coefficients silently; "
@@ -148,14 +149,17 @@ def relevance_rules(
     )
     coverage = Coverage()
     with ExitStack() as stack:
-        for name, module, rule in assigned(model, rules, modules or {}):
+        for name, module, rule in assigned(model, rules, modules or {}, named):
             set_rule(model, name, module, rule, coverage, stack, eps=eps, gamma=gamma)
         stack.enter_context(eagerly())
         yield coverage
 
 
-def assigned(model: nn.Module, rules: Rules, extra: Mapping[Any, str]) -> list[tuple[str, nn.Module, str]]:
-    """(name, module, rule) of every module that gets a rule; see :func:`relevance_rules`."""
+def assigned(
+    model: nn.Module, rules: Rules, extra: Mapping[Any, str], named: Mapping[str, nn.Module] | None = None
+) -> list[tuple[str, nn.Module, str]]:
+    """(name, module, rule) of every module that gets a rule; see :func:`relevance_rules`. ``named``: all modules, where they are known."""
+    named = _named(model) if named is None else named
     strict, automatic = True, ()
     if isinstance(rules, str):
         one_of("rules", rules, [*PRESETS, *RULES])
@@ -172,25 +176,20 @@ def assigned(model: nn.Module, rules: Rules, extra: Mapping[Any, str]) -> list[t
             not {a, b} <= set(automatic),
             f"rules: {a!r} and {b!r} treat the same modules; expected one of them",
         )
-    names: dict[int, str] = {}
-    by_name: dict[str, nn.Module] = {}
-    for name, module in plain(model).named_modules():
-        names[id(plain(module))] = name
-        by_name[".".join(part for part in name.split(".") if part != "_orig_mod")] = plain(module)
     found: list[tuple[str, nn.Module, str]] = []
     decided: set[tuple[int, bool]] = set()
     for key, rule in extra.items():
-        matches = _matches(key, by_name, names)
+        matches = _matches(key, named)
         require(
             bool(matches),
-            f"modules: {show(key)} matches no module of {type(plain(model)).__name__}{suggest(str(key), [n for n in by_name if n])}",
+            f"modules: {show(key)} matches no module of {type(plain(model)).__name__}{suggest(str(key), [n for n in named if n])}",
         )
         for name in matches:
-            decided.update((id(by_name[name]), late) for late in _sides(rule))
+            decided.update((id(named[name]), late) for late in _sides(rule))
             if rule != "gradient":
-                found.append((name, by_name[name], rule))
+                found.append((name, named[name], rule))
     for rule in automatic:
-        for name, module in _candidates(rule, model, by_name):
+        for name, module in _candidates(rule, model, named):
             if (id(module), *_sides(rule)) not in decided:
                 found.append((name, module, rule))
     matched = {rule for _, _, rule in found}
@@ -202,7 +201,7 @@ def assigned(model: nn.Module, rules: Rules, extra: Mapping[Any, str]) -> list[t
             "modules={'name or class': rule}",
         )
     elif automatic and not found:
-        others = sorted({type(m).__name__ for m in by_name.values() if not any(m.children())} - set(_LINEAR))
+        others = sorted({type(m).__name__ for m in named.values() if not any(m.children())} - set(_LINEAR))
         require(
             not others,
             f"rules: none of {list(automatic)} matched a module of {type(plain(model)).__name__} (leaf modules: {', '.join(others)}); name "
@@ -211,44 +210,48 @@ def assigned(model: nn.Module, rules: Rules, extra: Mapping[Any, str]) -> list[t
     return found
 
 
+def _named(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by name, without what ``torch.compile`` put around it."""
+    found: dict[str, nn.Module] = {}
+    for name, module in plain(model).named_modules():
+        if "_orig_mod" in name:
+            name = ".".join(part for part in name.split(".") if part != "_orig_mod")
+        found[name] = plain(module)
+    return found
+
+
 def _sides(rule: str) -> tuple[bool, ...]:
     """What a named rule replaces: the rules of norms, activations and attention (False), of linear maps (True), or both."""
     return (True, False) if rule == "gradient" else (rule in ("epsilon", "gamma", "half", "softcap"),)
 
 
-def _matches(key: Any, by_name: Mapping[str, nn.Module], names: Mapping[int, str]) -> list[str]:
+def _matches(key: Any, named: Mapping[str, nn.Module]) -> list[str]:
     if isinstance(key, nn.Module):
-        return [names[id(plain(key))]] if id(plain(key)) in names else []
+        return [name for name, module in named.items() if module is plain(key)][:1]
     if isinstance(key, type):
-        return [name for name, module in by_name.items() if isinstance(module, key)]
+        return [name for name, module in named.items() if isinstance(module, key)]
     if not isinstance(key, str):
         raise InputError(f"modules: got {show(key)}, expected a module, a class, a name or a glob")
-    return [key] if key in by_name else [name for name in by_name if fnmatch.fnmatchcase(name, key)]
+    return [key] if key in named else [name for name in named if fnmatch.fnmatchcase(name, key)]
 
 
 def _candidates(
-    rule: str, model: nn.Module, by_name: Mapping[str, nn.Module]
+    rule: str, model: nn.Module, named: Mapping[str, nn.Module]
 ) -> Iterator[tuple[str, nn.Module]]:
     """The modules that a rule finds by itself."""
-    for name, module in by_name.items():
+    for name, module in named.items():
         kind = type(module).__name__
-        children = {key: plain(child) for key, child in module.named_children()}
         if rule == "ln":
             fits = isinstance(module, (nn.LayerNorm, nn.RMSNorm))
-            named = kind.endswith(("RMSNorm", "LayerNorm")) and isinstance(
-                getattr(module, "weight", None), Tensor
-            )
-            fits = fits or (named and not children)
+            if not fits and kind.endswith(("RMSNorm", "LayerNorm")):
+                fits = isinstance(getattr(module, "weight", None), Tensor) and not any(module.children())
         elif rule == "identity":
             # Inside another activation (GELUTanh keeps functions, but XIELU and its like keep parts) only the outer one counts.
             fits = isinstance(module, _ACTIVATIONS) or type(module).__module__ == "transformers.activations"
         elif rule == "half":
-            gated = {"gate_proj", "up_proj", "down_proj"} <= children.keys() or {
-                "gate_up_proj",
-                "down_proj",
-            } <= children.keys()
-            if gated:
-                yield f"{name}.down_proj" if name else "down_proj", children["down_proj"]
+            parts = module._modules.keys()
+            if {"gate_proj", "up_proj", "down_proj"} <= parts or {"gate_up_proj", "down_proj"} <= parts:
+                yield f"{name}.down_proj" if name else "down_proj", plain(module.down_proj)
             fits = False
         elif rule in ("ah", "uniform"):
             fits = any(head_view(module, "q", config) is not None for config in _configs(model, module))
