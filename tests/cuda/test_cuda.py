@@ -1,0 +1,312 @@
+"""On a GPU the methods give what they give on the CPU; left out where there is none."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.contracts.language_models import prompts, tiny
+from torch import nn
+
+from lineament.cli import main
+from lineament.core.curvature import hessian, spectral_density, top_eigenpairs, trace
+from lineament.core.readouts import ridge
+from lineament.explain.patching import activation_patching, attribution_patching, relevance_patching
+from lineament.explain.patching.metrics import logit_difference
+from lineament.explain.saliency import saliency
+from lineament.explain.tokens import reagent
+from lineament.learn.first_layer import tract
+from lineament.learn.optim import GNS, SAM, DiffGrad
+from lineament.measure.collapse import collapse
+from lineament.measure.landscape import plane
+from lineament.measure.landscape_axes import random_axes
+
+DEVICE = torch.device("cuda")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """No TF32: what differs from the CPU is then the order of sums alone."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def convolutional():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    ).eval()  # fmt: skip
+
+
+def pictures(n=32):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, 1, 12, 12, generator=generator), torch.arange(n) % 4
+
+
+def both(make):
+    """What ``make`` returns for the CPU and for the GPU."""
+    return make(torch.device("cpu")), make(DEVICE)
+
+
+def close(a, b, tol=1e-4):
+    torch.testing.assert_close(
+        torch.as_tensor(a).cpu(),
+        torch.as_tensor(b).cpu(),
+        rtol=tol,
+        atol=tol * float(torch.as_tensor(a).abs().max()),
+    )
+
+
+def test_hessian_products_eigenvalues_trace_and_density():
+    def made(device):
+        net = convolutional().double().to(device)
+        x, y = pictures()
+        operator = hessian(net, F.cross_entropy, [(x.double(), y)])
+        v = torch.ones(operator.shape[0], dtype=torch.float64, device=device)
+        density = spectral_density(operator, steps=20, probes=1)
+        return operator @ v, top_eigenpairs(operator, 2).values, trace(operator, 20).value, density.nodes[0]
+
+    for a, b in zip(*both(made)):
+        close(a, b, 1e-6)
+
+
+@pytest.mark.parametrize("method", ["norm_grad", "grad_cam", "gradient", "integrated_gradients"])
+def test_maps(method):
+    def made(device):
+        x, y = pictures(4)
+        options = {"site": "4"} if method in ("norm_grad", "grad_cam") else {}
+        return saliency(convolutional().to(device), x.to(device), y.to(device), method=method, **options)
+
+    close(*both(made), tol=1e-3)
+
+
+def test_collapse():
+    def made(device):
+        x, y = pictures()
+        return collapse(convolutional().to(device), [(x, y)], sites=["4", "6"]).to_dict()
+
+    cpu, gpu = both(made)
+    assert cpu.keys() == gpu.keys()
+    flat = [[float(v) for v in numbers(each)] for each in (cpu, gpu)]
+    assert len(flat[0]) == len(flat[1]) > 10
+    np.testing.assert_allclose(*flat, rtol=1e-3, atol=1e-4)
+
+
+def numbers(nest):
+    if isinstance(nest, dict):
+        for value in nest.values():
+            yield from numbers(value)
+    elif isinstance(nest, (list, tuple)):
+        for value in nest:
+            yield from numbers(value)
+    elif isinstance(nest, float):
+        yield nest
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("method", [activation_patching, attribution_patching, relevance_patching])
+def test_patching(family, method):
+    def made(device):
+        clean, corrupt = (ids.to(device) for ids in prompts())
+        metric = logit_difference([5, 6, 7], [8, 9, 10])
+        result = method(tiny(family).to(device), clean, corrupt, metric, normalise=False)
+        return torch.cat([scores.flatten().cpu() for scores in result.scores.values()])
+
+    close(*both(made), tol=1e-3)
+
+
+def test_reagent_draws_the_same_replacements():
+    def made(device):
+        found = reagent(
+            tiny("gpt2").to(device), None, prompts()[0][:1].to(device), 7, max_steps=5, min_steps=5, seed=3
+        )
+        return found.scores
+
+    close(*both(made), tol=1e-3)
+
+
+def test_ridge():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(50, 8, generator=generator), torch.randn(50, 2, generator=generator)
+    cpu, gpu = both(lambda device: ridge(x.to(device), y.to(device)))
+    close(cpu.predict(x), gpu.predict(x.to(DEVICE)), tol=1e-3)
+
+
+def parameters(device):
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(n, generator=generator).to(device)) for n in (7, 4096, 300)]
+    return params, generator
+
+
+def stepped(device, make, steps=4):
+    params, generator = parameters(device)
+    optimizer = make(params)
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(device)
+        optimizer.step()
+    return torch.cat([p.detach().cpu() for p in params])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"foreach": False}, {"foreach": True}, {"compiled": True}, {"capturable": True}, {"capturable": True, "compiled": True}, {"amsgrad": True},
+        {"weight_decay": 0.1, "decoupled_weight_decay": True}, {"version": 1}, {"rectify": "skip"},
+    ],
+)  # fmt: skip
+def test_diffgrad_in_every_form(options):
+    plain = {k: v for k, v in options.items() if k not in ("foreach", "compiled", "capturable")}
+    want = stepped(torch.device("cpu"), functools.partial(DiffGrad, lr=0.1, **plain))
+    close(want, stepped(DEVICE, functools.partial(DiffGrad, lr=0.1, **options)), tol=1e-5)
+
+
+def test_diffgrad_in_a_graph_of_the_device():
+    """Captured once and replayed, with the gradients written into the same memory."""
+    params, generator = parameters(DEVICE)
+    twin = [nn.Parameter(p.detach().clone()) for p in params]
+    optimizer, plain = DiffGrad(params, lr=0.1, capturable=True), DiffGrad(twin, lr=0.1)
+    for p, q in zip(params, twin):
+        p.grad, q.grad = torch.zeros_like(p), torch.zeros_like(q)
+
+    def draw():
+        for p, q in zip(params, twin):
+            gradient = torch.randn(p.shape, generator=generator).to(DEVICE)
+            p.grad.copy_(gradient)
+            q.grad.copy_(gradient)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            draw()
+            optimizer.step()
+            plain.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for _ in range(5):
+        draw()
+        graph.replay()
+        plain.step()
+    for p, q in zip(params, twin):
+        close(q.detach(), p.detach(), tol=1e-5)
+
+
+def trained(device, prepare, steps=5):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(144, 16), nn.Tanh(), nn.Linear(16, 4)).to(device)
+    x, y = (t.to(device) for t in pictures())
+    step = prepare(net)
+    for _ in range(steps):
+        step(net, x, y)
+    return torch.cat([p.detach().flatten().cpu() for p in net.parameters()])
+
+
+def closure_of(net, optimizer, x, y):
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def test_sam():
+    def prepare(net):
+        optimizer = SAM(torch.optim.SGD(net.parameters(), lr=0.1), rho=0.05, model=net)
+        return lambda net, x, y: optimizer.step(closure_of(net, optimizer, x, y))
+
+    close(*both(lambda device: trained(device, prepare)), tol=1e-4)
+
+
+def test_gns():
+    def prepare(net):
+        optimizer = GNS(net.parameters())
+
+        def closure(x, y):
+            return lambda: F.cross_entropy(net(x), y)
+
+        return lambda net, x, y: optimizer.step(closure(x, y))
+
+    close(*both(lambda device: trained(device, prepare, steps=2)), tol=1e-2)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_tract(autocast):
+    def prepare(net):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        tract(net)
+
+        def step(net, x, y):
+            optimizer.zero_grad()
+            with torch.autocast(
+                x.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None
+            ):
+                loss = F.cross_entropy(net(x), y)
+            loss.backward()
+            optimizer.step()
+
+        return step
+
+    cpu = trained(torch.device("cpu"), prepare) if autocast is None else None
+    gpu = trained(DEVICE, prepare)
+    assert torch.isfinite(gpu).all()
+    if cpu is not None:
+        close(cpu, gpu, tol=1e-3)
+
+
+def test_plane():
+    def made(device):
+        net = convolutional().to(device)
+        x, y = pictures()
+        return torch.as_tensor(plane(net, F.cross_entropy, [(x, y)], random_axes(net), steps=5).loss)
+
+    close(*both(made), tol=1e-3)
+
+
+def test_a_model_on_the_gpu_is_left_as_it_was():
+    net = convolutional().to(DEVICE)
+    before = copy.deepcopy(net.state_dict())
+    x, y = pictures()
+    plane(net, F.cross_entropy, [(x, y)], random_axes(net), steps=3)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+FACTORY = """
+from torch import nn
+def build():
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+"""
+
+
+def test_train_and_audit_commands(tmp_path):
+    (tmp_path / "net.py").write_text(FACTORY)
+    x, y = pictures(200)
+    np.savez(tmp_path / "data.npz", images=x.numpy(), labels=y.numpy())
+    out, data, factory = tmp_path / "trained", str(tmp_path / "data.npz"), f"{tmp_path / 'net.py'}:build"
+    assert main(["train", factory, data, "--epochs", "2", "--device", "cuda", "--out", str(out)]) == 0
+    weights = str(out / "model.safetensors")
+    audit = [
+        "audit",
+        factory,
+        data,
+        "--weights",
+        weights,
+        "--device",
+        "cuda",
+        "--out",
+        str(tmp_path / "report"),
+    ]
+    assert main(audit) == 0
+    assert (tmp_path / "report" / "report.html").stat().st_size > 1000
