@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from lineament.bench import Row, compare
-from lineament.learn.optim import (
+from lineament.learn.optim.gns import (
     Backtracking,
     Chebyshev,
     Linear,
@@ -29,10 +29,11 @@ from lineament.learn.optim import (
     PowerOfResiduals,
     Rosenbrock,
     Softmax,
+    dense_curvature,
     minimize,
 )
-from lineament.learn.optim.gns_metric import Metric
-from lineament.learn.optim.gns_solvers import system
+from lineament.learn.optim.gns.metric import Metric
+from lineament.learn.optim.gns.solvers import system
 
 SLUG = "gns"
 EPS = 1e-8
@@ -281,8 +282,6 @@ def beside_scipy(repeats: int) -> Iterator[Row]:
 
 
 def scipys(method: str, problem: Any, x0: Any, f_star: float) -> Callable[[], tuple[float, int]]:
-    from lineament.learn.optim.gns_problems import dense_curvature
-
     def both(x: Any) -> Any:
         value, gradient = problem.value_and_grad(torch.from_numpy(x))
         return value, gradient.numpy()

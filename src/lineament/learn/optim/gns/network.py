@@ -18,7 +18,7 @@ from lineament.core import checks
 from lineament.core.curvature import Curvature, fisher, gauss_newton, hessian
 from lineament.core.gradients import flatten, per_sample_gradients, unflatten
 from lineament.core.risk import Risk
-from lineament.learn.optim.gns_forms import Dense, Form, LowRank, Operator
+from lineament.learn.optim.gns.forms import Dense, Form, LowRank, Operator
 
 # Per-sample gradients are kept as a low-rank factor up to this size.
 _FACTOR_BYTES = 512 * 1024**2
@@ -37,7 +37,7 @@ class Network:
     Raises:
         InputError: as :func:`~lineament.core.curvature.hessian` does.
 
-    >>> from lineament.learn.optim import minimize
+    >>> from lineament.learn.optim.gns import minimize
     >>> net = nn.Linear(1, 1, bias=False).double()
     >>> data = [(torch.tensor([[1.0], [2.0]]).double(), torch.tensor([[3.0], [6.0]]).double())]
     >>> problem = Network(net, nn.functional.mse_loss, data)

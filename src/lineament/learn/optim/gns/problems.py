@@ -16,9 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.learn.optim.gns_blas import add_outer_, gemv, gemv_t, gram, like, tensor, weighted_rows
-from lineament.learn.optim.gns_forms import Dense, Form, LowRank, as_dense
-from lineament.learn.optim.gns_metric import Metric
+from lineament.learn.optim.gns.blas import add_outer_, gemv, gemv_t, gram, like, tensor, weighted_rows
+from lineament.learn.optim.gns.forms import Dense, Form, LowRank, as_dense
+from lineament.learn.optim.gns.metric import Metric
 
 
 class LogSumExp:
@@ -204,12 +204,12 @@ class PowerOfResiduals:
     sum; ``"fisher"``, the last term alone, of rank one. All are 0 where u = 0 and p > 2.
 
     Args:
-        equations: see :mod:`lineament.learn.optim.gns_equations`. p: the power. G: (m, m), the identity by default.
+        equations: see :mod:`lineament.learn.optim.gns.equations`. p: the power. G: (m, m), the identity by default.
 
     Raises:
         InputError: p < 2, or a G that is not symmetric positive definite.
 
-    >>> from lineament.learn.optim.gns_equations import Rosenbrock
+    >>> from lineament.learn.optim.gns.equations import Rosenbrock
     >>> PowerOfResiduals(Rosenbrock(), p=2).value_and_grad(torch.tensor([-2.0, 2.0], dtype=torch.float64))[0]
     204.5
     """

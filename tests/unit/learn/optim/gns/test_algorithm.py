@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lineament.core.checks import InputError
-from lineament.learn.optim import (
+from lineament.learn.optim.gns import (
     Backtracking,
     Chebyshev,
     Cubic,
@@ -24,12 +24,12 @@ from lineament.learn.optim import (
     Rosenbrock,
     Smoothness,
     SuperUniversal,
+    dense_curvature,
     fast_gradient,
     minimize,
+    nonconvex_iterations,
     scipy_method,
 )
-from lineament.learn.optim.gns_problems import dense_curvature
-from lineament.learn.optim.gns_smoothness import nonconvex_iterations
 
 F64 = torch.float64
 
