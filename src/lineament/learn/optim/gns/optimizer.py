@@ -63,6 +63,8 @@ class GNS(Optimizer):
     [1.0, 1.0]
     """
 
+    needs_closure = True  # for those who wrap optimizers, such as SAM
+
     def __init__(
         self,
         params: Iterable[Any],
