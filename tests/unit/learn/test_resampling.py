@@ -166,9 +166,9 @@ def test_the_sampler_repeats_indices_and_shares_them_among_processes():
 def test_what_cannot_be_used_is_named():
     fit = Fit(X, Y, sgd)
     never = lambda model, rows, epochs: pytest.fail("trained")  # noqa: E731
-    with pytest.raises(InputError, match="1 of 2 classes have no example, first class \\[1\\]"):
+    with pytest.raises(InputError, match=r"1 of 2 classes have no example, first class \[1\]"):
         find_slow(net(), never, [(X, torch.zeros(60).long())], epochs=5, separating=1)
-    with pytest.raises(InputError, match="labels: .*2"):
+    with pytest.raises(InputError, match=r"labels: .*2"):
         find_slow(net(), never, [(X, torch.arange(60) % 3)], epochs=5, separating=1)
     with pytest.raises(InputError, match="loader: it is empty"):
         find_slow(net(), never, [], epochs=5, separating=1)
