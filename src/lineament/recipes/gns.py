@@ -107,6 +107,7 @@ def summary(result: Any, f_star: float) -> dict[str, Any]:
         "gap": result.fun - f_star,
         "reached": result.fun - f_star < 1e-8,
         "gaps": [value - f_star for value in result.column("value")],
+        "spent": {name: result.column(name) for name in ("solves", "seconds")},
         "gammas": [gamma for gamma in result.column("gamma") if gamma is not None],
         "norms": result.column("grad_norm"),
     }
