@@ -7,6 +7,7 @@ One thread each: with more, the threads that NumPy and SciPy each leave spinning
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -328,10 +329,8 @@ def torch_lbfgs(problem: Any, start: Tensor, f_star: float) -> Callable[[], tupl
                 raise _Reached
             return torch.tensor(value, dtype=x.dtype)
 
-        try:
+        with contextlib.suppress(_Reached):
             optimizer.step(closure)  # pyright: ignore[reportArgumentType]
-        except _Reached:
-            pass
         return left[0], optimizer.state[x]["n_iter"]
 
     return run

@@ -10,7 +10,7 @@ the method
 ``result.py``         what a run leaves: :class:`Minimum` and its log
 what is minimised
 ``functions.py``      a user's functions, of arrays or tensors
-``problems.py``       log-sum-exp, logistic and softmax regression, powers of residuals
+``problems.py``       log-sum-exp, logistic and softmax regression, powers and convex functions of residuals
 ``equations.py``      the residuals: linear, Rosenbrock's, Chebyshev's chain, a user's
 ``network.py``        the risk of an ``nn.Module``
 the linear algebra
@@ -40,6 +40,7 @@ from lineament.learn.optim.gns.in_scipy import scipy_method
 from lineament.learn.optim.gns.network import Network
 from lineament.learn.optim.gns.optimizer import GNS
 from lineament.learn.optim.gns.problems import (
+    Composite,
     Logistic,
     LogSumExp,
     PowerOfResiduals,
@@ -53,6 +54,7 @@ __all__ = [
     "GNS",
     "Backtracking",
     "Chebyshev",
+    "Composite",
     "Cubic",
     "Dense",
     "Diagonal",

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from lineament.core.checks import InputError
 from lineament.learn.optim.gns import (
     Chebyshev,
+    Composite,
     Equations,
     Linear,
     Logistic,
@@ -40,6 +42,14 @@ PROBLEMS = {
     "rosenbrock, p 4": (PowerOfResiduals(Rosenbrock(), p=4), 2),
     "chebyshev, p 4": (PowerOfResiduals(Chebyshev(), p=4), 4),
     "chebyshev, G, p 2": (PowerOfResiduals(Chebyshev(), p=2, G=G), 4),
+    "composite": (Composite(lambda u: (1 + u**2).sqrt().sum(), Chebyshev()), 4),
+    "composite, own": (
+        Composite(
+            lambda u: torch.logsumexp(u, 0),
+            Equations(lambda x: torch.stack([x.square().sum(), x.sin().sum()])),
+        ),
+        3,
+    ),
     "own": (PowerOfResiduals(Equations(lambda x: torch.stack([x[0] ** 2 - x[1], x.sin().sum()])), p=3), 3),
 }
 
@@ -83,6 +93,40 @@ def test_what_the_approximations_leave_out():
     wanted = each.T @ each / len(each) + 0.05 * torch.eye(4, dtype=F64)
     torch.testing.assert_close(dense_curvature(logistic, x, "fisher"), wanted)
     torch.testing.assert_close(dense_curvature(logistic, x, "gauss_newton"), dense_curvature(logistic, x))
+
+
+def test_a_composite_of_linear_residuals_is_the_problem_it_spells_out():
+    A, b, x = random(12, 4), random(12, seed=1), random(4, seed=5)
+    pairs = [
+        (Composite(lambda u: 0.7 * torch.logsumexp(u / 0.7, 0), Linear(A, b)), LogSumExp(A, b, mu=0.7)),
+        (Composite(lambda u: u.norm() ** 3 / 3, Linear(A, b)), PowerOfResiduals(Linear(A, b), p=3)),
+    ]
+    for composite, plain in pairs:
+        (value, gradient), (other, slope) = (p.value_and_grad(x) for p in (composite, plain))
+        assert value == pytest.approx(other, rel=1e-12)
+        torch.testing.assert_close(gradient, slope)
+        # The residuals are linear, so that nothing is left out.
+        for kind in ("exact", "gauss_newton"):
+            torch.testing.assert_close(dense_curvature(composite, x, kind), dense_curvature(plain, x))
+
+
+def test_a_robust_fit_passes_over_outliers_and_what_is_not_convex_is_refused():
+    t = torch.linspace(0, 2, 30, dtype=F64)
+    data = 2 * torch.exp(-1.5 * t)
+    data[::7] += 5.0
+    errors = Equations(lambda x: x[0] * torch.exp(-x[1] * t) - data)
+    robust = Composite(lambda u: (1e-4 + u**2).sqrt().sum(), errors)
+    for kind in ("exact", "gauss_newton"):
+        found = minimize(robust, torch.tensor([1.0, 1.0], dtype=F64), hess=kind, grad_tol=1e-6)
+        assert found.success and found.x.tolist() == pytest.approx([2.0, 1.5], abs=0.01)
+    with pytest.raises(InputError, match="outer: the least eigenvalue of its Hessian is -1"):
+        Composite(lambda u: u.cos().sum(), Linear(random(3, 2), torch.zeros(3, dtype=F64))).curvature(
+            torch.zeros(2, dtype=F64), "gauss_newton"
+        )
+    with pytest.raises(InputError, match="outer: it returned .*expected a tensor of one element"):
+        minimize(Composite(lambda u: u, errors), torch.ones(2, dtype=F64))
+    with pytest.raises(InputError, match=r"which has no residuals\(\)"):
+        Composite(torch.sum, "equations")
 
 
 @pytest.mark.parametrize("p", [2, 3, 4])
