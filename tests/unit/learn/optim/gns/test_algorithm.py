@@ -283,6 +283,18 @@ def test_results_can_be_kept_and_drawn():
         found.column("gama")
 
 
+def test_separable_data_without_a_penalty_have_no_minimiser_and_are_fitted_all_the_same():
+    from sklearn.datasets import load_breast_cancer
+
+    data = load_breast_cancer()
+    scaled = (data.data - data.data.mean(0)) / data.data.std(0)
+    A = torch.from_numpy(np.c_[scaled, np.ones(len(scaled))])
+    problem = Logistic(A, torch.from_numpy(data.target))
+    found = minimize(problem, torch.zeros(31, dtype=F64), f_star=0.0, grad_tol=0.0)
+    # The distance to the minimum is infinite, and the reference takes 47 to 62 iterations.
+    assert found.status == "target" and found.nit <= 62 and float(found.x.norm()) > 1e3
+
+
 def test_no_evaluation_of_H_for_the_probes():
     calls = []
     found = minimize(

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from lineament.core.checks import InputError
+from lineament.core.curvature import fisher
 from lineament.learn.optim.gns import (
     Chebyshev,
     Composite,
+    Dense,
     Equations,
     Linear,
     Logistic,
@@ -23,6 +25,7 @@ from lineament.learn.optim.gns import (
     dense_curvature,
     minimize,
 )
+from lineament.learn.optim.gns import network as network_module
 from lineament.learn.optim.gns.forms import as_dense
 
 F64 = torch.float64
@@ -123,7 +126,7 @@ def test_a_robust_fit_passes_over_outliers_and_what_is_not_convex_is_refused():
         Composite(lambda u: u.cos().sum(), Linear(random(3, 2), torch.zeros(3, dtype=F64))).curvature(
             torch.zeros(2, dtype=F64), "gauss_newton"
         )
-    with pytest.raises(InputError, match="outer: it returned .*expected a tensor of one element"):
+    with pytest.raises(InputError, match=r"outer: it returned .*expected a tensor of one element"):
         minimize(Composite(lambda u: u, errors), torch.ones(2, dtype=F64))
     with pytest.raises(InputError, match=r"which has no residuals\(\)"):
         Composite(torch.sum, "equations")
@@ -154,6 +157,23 @@ def test_every_form_of_every_problem_descends(name, form, rank):
     values = found.column("value")
     assert values == sorted(values, reverse=True) and found.log[-1].grad_norm < 0.1 * found.log[0].grad_norm
     assert (found.nprod > 0) == (form == "operator")
+
+
+def test_the_fisher_matrix_is_summed_up_within_its_memory(monkeypatch):
+    torch.manual_seed(0)
+    A, y = random(40, 3), torch.arange(40) % 4
+    net = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 4)).double()
+    problem = Network(net, nn.functional.cross_entropy, [(A[:25], y[:25]), (A[25:], y[25:])])
+    seen = []
+    original = network_module.per_sample_gradients
+    monkeypatch.setattr(network_module, "_FACTOR_BYTES", 20 * 8 * 7)
+    monkeypatch.setattr(
+        network_module, "per_sample_gradients", lambda *a, **k: seen.append(len(a[2])) or original(*a, **k)
+    )
+    found = problem.curvature(problem.x0, "fisher")
+    operator = fisher(net, nn.functional.cross_entropy, problem._loader, kind="empirical")
+    torch.testing.assert_close(as_dense(found, 20), operator.dense())
+    assert isinstance(found, Dense) and seen == [7, 7, 7, 4, 7, 7, 1]
 
 
 def test_nn_module_of_one_layer_is_softmax_regression():
