@@ -7,6 +7,7 @@ One thread each: with more, the threads that NumPy and SciPy each leave spinning
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from lineament.bench import Row, compare
-from lineament.learn.optim import (
+from lineament.learn.optim.gns import (
     Backtracking,
     Chebyshev,
     Linear,
@@ -29,10 +30,11 @@ from lineament.learn.optim import (
     PowerOfResiduals,
     Rosenbrock,
     Softmax,
+    dense_curvature,
     minimize,
 )
-from lineament.learn.optim.gns_metric import Metric
-from lineament.learn.optim.gns_solvers import system
+from lineament.learn.optim.gns.metric import Metric
+from lineament.learn.optim.gns.solvers import system
 
 SLUG = "gns"
 EPS = 1e-8
@@ -259,6 +261,9 @@ def beside_scipy(repeats: int) -> Iterator[Row]:
         }
         if "Chebyshev" in name:
             peers["SciPy least_squares (its own stop)"] = least_squares(problem, x0)
+        peers["torch.optim.LBFGS, strong Wolfe"] = torch_lbfgs(problem, start, f_star)
+        if isinstance(problem, (Logistic, Softmax)):
+            peers["scikit-learn newton-cholesky (its own stop)"] = newton_cholesky(problem, f_star)
         peers["gradient method with backtracking"] = first_order(problem, start, None, f_star)
         if B is not None:
             peers["gradient method preconditioned by AᵀA"] = first_order(problem, start, B, f_star)
@@ -281,8 +286,6 @@ def beside_scipy(repeats: int) -> Iterator[Row]:
 
 
 def scipys(method: str, problem: Any, x0: Any, f_star: float) -> Callable[[], tuple[float, int]]:
-    from lineament.learn.optim.gns_problems import dense_curvature
-
     def both(x: Any) -> Any:
         value, gradient = problem.value_and_grad(torch.from_numpy(x))
         return value, gradient.numpy()
@@ -304,6 +307,50 @@ def scipys(method: str, problem: Any, x0: Any, f_star: float) -> Callable[[], tu
             both, x0, jac=True, method=method, options=options, callback=stop, **given
         )
         return float(found.fun) - f_star, int(found.nit)
+
+    return run
+
+
+class _Reached(Exception):
+    """The value that was asked for."""
+
+
+def torch_lbfgs(problem: Any, start: Tensor, f_star: float) -> Callable[[], tuple[float, int]]:
+    def run() -> tuple[float, int]:
+        x, left = torch.nn.Parameter(start.clone()), [float("inf")]
+        optimizer = torch.optim.LBFGS(
+            [x], max_iter=5000, history_size=10, tolerance_grad=1e-10, tolerance_change=0, line_search_fn="strong_wolfe"
+        )  # fmt: skip
+
+        def closure() -> Tensor:
+            value, x.grad = problem.value_and_grad(x.detach())
+            left[0] = min(left[0], value - f_star)
+            if left[0] < EPS:
+                raise _Reached
+            return torch.tensor(value, dtype=x.dtype)
+
+        with contextlib.suppress(_Reached):
+            optimizer.step(closure)  # pyright: ignore[reportArgumentType]
+        return left[0], optimizer.state[x]["n_iter"]
+
+    return run
+
+
+def newton_cholesky(problem: Logistic | Softmax, f_star: float) -> Callable[[], tuple[float, int]]:
+    """The same objective: (1 / l2) of ours, whose column of ones is a weight like the others."""
+    from sklearn.linear_model import LogisticRegression
+
+    A = problem.A.numpy()
+    labels = (problem.y if isinstance(problem, Logistic) else problem.labels).numpy()
+    C = 1 / (len(A) * problem.l2)
+
+    def run() -> tuple[float, int]:
+        model = LogisticRegression(
+            C=C, fit_intercept=False, solver="newton-cholesky", tol=1e-6, max_iter=1000
+        )
+        model.fit(A, labels)
+        x = torch.from_numpy(np.ascontiguousarray(model.coef_.T)).reshape(-1)
+        return problem.value_and_grad(x)[0] - f_star, int(model.n_iter_.max())
 
     return run
 

@@ -200,7 +200,7 @@ PAPERS: tuple[Paper, ...] = (
         "Nguyen, Haddad, Gan, Mirzasoleiman",
         "2404.17768",
         "Find the examples a network learns late and show them twice, for better accuracy on the same data.",
-        ("learn/resampling.py",),
+        ("learn/resampling.py", "learn/optim/sam.py"),
     ),
     Paper(
         "tract",
@@ -216,7 +216,7 @@ PAPERS: tuple[Paper, ...] = (
         "Dubey, Chakraborty, Roy, Mukherjee, Singh, Chaudhuri",
         "1909.11015",
         "Train with an Adam that slows each weight down where its gradient stands still.",
-        ("learn/optim",),
+        ("learn/optim/diffgrad",),
     ),
     Paper(
         "gns",
@@ -224,7 +224,7 @@ PAPERS: tuple[Paper, ...] = (
         "Semenov, Jaggi, Doikov",
         "2506.13710",
         "Minimise a smooth function with approximate Hessians and no step size to tune.",
-        ("learn/optim",),
+        ("learn/optim/gns",),
     ),
     Paper(
         "gbnn",

@@ -9,13 +9,21 @@ import pytest
 import torch
 from tests.golden.common import files
 
-from lineament.learn.optim.gns import minimize
-from lineament.learn.optim.gns_equations import Chebyshev, Linear, Rosenbrock
-from lineament.learn.optim.gns_forms import Dense
-from lineament.learn.optim.gns_metric import Metric
-from lineament.learn.optim.gns_problems import Logistic, LogSumExp, PowerOfResiduals, Softmax, dense_curvature
-from lineament.learn.optim.gns_smoothness import smoothness
-from lineament.learn.optim.gns_solvers import system
+from lineament.learn.optim.gns import (
+    Chebyshev,
+    Dense,
+    Linear,
+    Logistic,
+    LogSumExp,
+    PowerOfResiduals,
+    Rosenbrock,
+    Softmax,
+    dense_curvature,
+    minimize,
+    smoothness,
+)
+from lineament.learn.optim.gns.metric import Metric
+from lineament.learn.optim.gns.solvers import system
 
 # f_0 .. f_K and x_0 .. x_7 come from a code that divides by γ + 1e-8.
 VALUES, POINTS = {"rtol": 1e-5, "atol": 1e-7}, {"rtol": 0, "atol": 1e-6}

@@ -60,6 +60,25 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return torch.get_default_dtype()
 
 
+# How many blocks of :func:`frozen` are around each module, by its id.
+_LOOKED_AT: dict[int, int] = {}
+
+
+def looked_at(module: nn.Module) -> bool:
+    """Whether a :func:`frozen` block is around the module: what asks for gradients there measures, and trains nothing.
+
+    For modules whose training goes by other gradients than those of the loss.
+
+    >>> net = nn.Linear(1, 1)
+    >>> with frozen(net):
+    ...     looked_at(net), looked_at(nn.Linear(1, 1))
+    (True, False)
+    >>> looked_at(net)
+    False
+    """
+    return id(module) in _LOOKED_AT
+
+
 @contextmanager
 def frozen(
     model: nn.Module, *, training: bool = False, requires_grad: bool | None = False
@@ -78,6 +97,8 @@ def frozen(
     """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for module, _ in modes:
+        _LOOKED_AT[id(module)] = _LOOKED_AT.get(id(module), 0) + 1
     try:
         model.train(training)
         if requires_grad is not None:
@@ -87,5 +108,8 @@ def frozen(
     finally:
         for module, mode in modes:
             module.training = mode
+            _LOOKED_AT[id(module)] -= 1
+            if not _LOOKED_AT[id(module)]:
+                del _LOOKED_AT[id(module)]
         for parameter, flag in flags:
             parameter.requires_grad_(flag)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from scipy.stats import beta
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from lineament.core import checks
@@ -112,8 +113,13 @@ class Fit:
     ) -> float:
         device = device_of(model)
         model.train()
-        wrong = 0
-        for chosen in rows[torch.randperm(len(rows), generator=generator)].split(self.batch_size):
+        wrong, seen = 0, 0
+        parts = list(rows[torch.randperm(len(rows), generator=generator)].split(self.batch_size))
+        norms = any(isinstance(m, _NormBase) for m in model.modules())
+        # Batch norm cannot take a batch of one; in another epoch that example is in another batch.
+        if norms and len(parts) > 1 and len(parts[-1]) == 1:
+            parts.pop()
+        for chosen in parts:
             x, y = self.inputs[chosen], self.targets[chosen].to(device)
             x = (x if self.augment is None else self.augment(x, generator)).to(device)
             scale = None if weights is None else weights[chosen].to(device)
@@ -138,4 +144,5 @@ class Fit:
 
             optimizer.step(closure)  # pyright: ignore[reportArgumentType, reportCallIssue]
             wrong += int((first[0].argmax(1) != (y if share >= 0.5 else other)).sum())
-        return wrong / len(rows)
+            seen += len(y)
+        return wrong / seen

@@ -21,7 +21,7 @@ from torch.utils.data import Sampler
 from lineament.core import checks
 from lineament.learn.early_outputs import batches, outputs_of
 from lineament.learn.separating import separating_epoch, window_of
-from lineament.learn.slow_examples import Selection, select_slow
+from lineament.learn.slow_examples import Selection, refuse_empty, select_slow
 
 # fit(model, rows, epochs): trains on these rows of the data, yields the training error after each epoch.
 Fitting = Callable[..., Iterable[float]]
@@ -153,6 +153,7 @@ def find_slow(
     output: str = "softmax",
     site: str | None = None,
     exclude: Bool[Tensor, "samples"] | None = None,
+    allow_empty: bool = False,
     window: tuple[float, float] = (0.02, 0.15),
     smooth: int = 3,
     seed: int = 0,
@@ -167,12 +168,13 @@ def find_slow(
         epochs: E, the epochs of the whole training.
         separating: t; ``"auto"`` trains to the end of ``window`` (and as far as the smoothing looks ahead), applies
             :func:`~lineament.learn.separating.separating_epoch` to the errors and takes the weights of that epoch, copies of which are kept on the way.
-        by, exclude, seed: as for :func:`select_slow`.
+        by, exclude, allow_empty, seed: as for :func:`select_slow`.
         output: ``"softmax"``, ``"logits"``, or ``"features"`` of ``site`` (the head's input, ``"head:in"``).
         window, smooth: as for :func:`~lineament.learn.separating.separating_epoch`.
 
     Raises:
-        InputError: wrong arguments, labels that leave a class empty, a ``fit`` that ends too early or yields no errors.
+        InputError: before any training, wrong arguments and labels that leave a class empty; a ``fit`` that ends too early or yields
+            no errors.
 
     >>> from lineament.learn.epochs import Fit
     >>> x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)); y = (x[:, 0] + 0.5 * x[:, 1] > 0).long()
@@ -196,7 +198,7 @@ def find_slow(
         last = min(high + 1 + smooth // 2, epochs)
     else:
         low = high = last = checks.number("separating", separating, low=1, high=epochs, integer=True)
-    count = sum(len(y) for _, y in batches(loader))
+    count = _checked(model, loader, allow_empty)
     initial = copy.deepcopy(model.state_dict())
     try:
         kept: dict[int, Any] = {}
@@ -221,8 +223,20 @@ def find_slow(
     finally:
         model.load_state_dict(initial)
     rows = features if features is not None else output
-    selection = select_slow(scores, labels, by=by, output=rows, exclude=exclude, seed=seed)
+    selection = select_slow(
+        scores, labels, by=by, output=rows, exclude=exclude, allow_empty=allow_empty, seed=seed
+    )
     return Early(selection, chosen, tuple(errors))
+
+
+def _checked(model: nn.Module, loader: Iterable[Any], allow_empty: bool) -> int:
+    """How many examples there are; labels that do not fit the model's outputs are refused before any training."""
+    first = next(batches(loader), None)
+    checks.require(first is not None, "loader: it is empty; expected batches of (inputs, labels)")
+    scores, _, _ = outputs_of(model, [first])
+    labels = torch.cat([y for _, y in batches(loader)])
+    refuse_empty(checks.labels("labels", labels, classes=scores.shape[1]), scores.shape[1], allow_empty)
+    return len(labels)
 
 
 def useful(

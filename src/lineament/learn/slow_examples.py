@@ -174,13 +174,7 @@ def select_slow(
     labels = checks.labels("labels", labels, count=count, classes=classes).to(logits.device)
     checks.one_of("by", by, PARTITIONS)
     checks.number("starts", starts, low=1, integer=True)
-    have = torch.bincount(labels, minlength=classes)
-    empty = (have == 0).nonzero()[:, 0].tolist()
-    checks.require(
-        allow_empty or not empty,
-        f"labels: {len(empty)} of {classes} classes have no example, first class {empty[:1]}; expected some of each "
-        "(or allow_empty=True)",
-    )
+    refuse_empty(labels, classes, allow_empty)
     if losses is None:
         losses = F.cross_entropy(logits.double(), labels, reduction="none")
     losses = checks.tensor("losses", losses, shape=(count,), floating=True).detach().double()
@@ -219,6 +213,16 @@ def select_slow(
                 mask[own[losses[own].argsort(descending=True, stable=True)[:size]]] = True
     nan = torch.full((classes, 2, rows.shape[1]), math.nan, dtype=torch.float64)
     return Selection(mask, labels, by, nan[:, 0, 0], nan, nan[:, :, 0])
+
+
+def refuse_empty(labels: Int[Tensor, "samples"], classes: int, allow_empty: bool = False) -> None:
+    """Raise where a class has no example, since labels and outputs may not belong together."""
+    empty = (torch.bincount(labels, minlength=classes) == 0).nonzero()[:, 0].tolist()
+    checks.require(
+        allow_empty or not empty,
+        f"labels: {len(empty)} of {classes} classes have no example, first class {empty[:1]}; expected some of each "
+        "(or allow_empty=True)",
+    )
 
 
 def _clusters(

@@ -1,7 +1,8 @@
 """Give one layer's weight another way back, in place: the class of the layer is swapped, and nothing of the layer is written again.
 
 Inside the forward of the swapped class the weight passes through an identity whose backward asks the owner for the gradient. What is computed
-from the weight on the way (a subclass's own forward, a parametrization, a cast under autocast) goes on as it was.
+from the weight on the way (a subclass's own forward, a parametrization, a cast under autocast) goes on as it was. Measurements, which look at a
+model inside :func:`~lineament.core.models.frozen`, see the ordinary way back.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from lineament.core.models import looked_at
 
 
 class Owner(Protocol):
@@ -68,8 +71,12 @@ def swapped_class(plain: Any, number: int) -> type[nn.Module]:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()), None)
-        if not torch.compiler.is_compiling() and (owner := _OWNERS.get(number)) is not None:
-            owner.look_at(x)
+        if not torch.compiler.is_compiling():
+            # A curvature, a per-sample gradient, a saliency map: of the loss as it is.
+            if looked_at(self):
+                return plain.forward(self, *args, **kwargs)
+            if (owner := _OWNERS.get(number)) is not None:
+                owner.look_at(x)
         self._weighed_input = x
         try:
             return plain.forward(self, *args, **kwargs)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lineament.core.batching import Checkpoint
-from lineament.learn.optim import (
+from lineament.learn.optim.gns import (
     Backtracking,
     Chebyshev,
     Linear,
@@ -25,11 +25,12 @@ from lineament.learn.optim import (
     Rosenbrock,
     Softmax,
     SuperUniversal,
+    dense_curvature,
     fast_gradient,
     minimize,
+    self_concordant,
+    smoothness,
 )
-from lineament.learn.optim.gns_problems import dense_curvature
-from lineament.learn.optim.gns_smoothness import self_concordant, smoothness
 from lineament.recipes._gns_claims import POWERS, claims
 from lineament.recipes._gns_figures import draw_all
 from lineament.recipes._presets import presets
@@ -106,6 +107,7 @@ def summary(result: Any, f_star: float) -> dict[str, Any]:
         "gap": result.fun - f_star,
         "reached": result.fun - f_star < 1e-8,
         "gaps": [value - f_star for value in result.column("value")],
+        "spent": {name: result.column(name) for name in ("solves", "seconds")},
         "gammas": [gamma for gamma in result.column("gamma") if gamma is not None],
         "norms": result.column("grad_norm"),
     }

@@ -16,7 +16,12 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lineament.core.checks import InputError
+from lineament.core.curvature import fisher, gauss_newton, hessian
+from lineament.core.gradients import per_sample_gradients
+from lineament.explain.saliency import saliency
 from lineament.learn.first_layer import tract
+from lineament.measure.landscape import plane
+from lineament.measure.landscape_axes import random_axes
 
 
 def convnet() -> nn.Sequential:
@@ -105,6 +110,35 @@ def test_no_gradient_no_work():
         torch.autograd.grad(net(images).sum(), images)
         assert handle.gradient.count == 0
         assert net[0].weight is net[0]._parameters["weight"]
+
+
+@pytest.mark.parametrize("matrix", [hessian, gauss_newton, fisher])
+def test_curvature_during_a_training_is_that_of_the_loss(matrix):
+    net, data = convnet().double(), [(batch()[0].double(), batch()[1])]
+    size = sum(p.numel() for p in net.parameters())
+    vector = torch.randn(size, generator=torch.Generator().manual_seed(2), dtype=torch.double)
+    wanted = matrix(net, nn.functional.cross_entropy, data) @ vector
+    with tract(net) as handle:
+        found = matrix(net, nn.functional.cross_entropy, data) @ vector
+        assert handle.gradient.count == 0
+        backward(net, *data[0])
+        assert handle.gradient.count == 1
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_measured_gradients_during_a_training_are_those_of_the_loss():
+    net, (x, y) = convnet(), batch()
+
+    def measured():
+        each = per_sample_gradients(net, nn.functional.cross_entropy, x, y)
+        axes = random_axes(net)
+        around = plane(net, nn.functional.cross_entropy, [(x, y)], axes, steps=3, metrics=["gradient_norm"])
+        return [*each.values(), around.metrics["gradient_norm"], saliency(net, x, y, site="0:in")]
+
+    wanted = measured()
+    with tract(net):
+        for a, b in zip(measured(), wanted, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_copies_and_pickles_are_plain_layers():

@@ -76,6 +76,22 @@ def test_the_final_training_starts_from_the_same_weights_on_the_enlarged_data():
     done.plot()
 
 
+def test_a_class_without_examples_is_left_out_where_that_is_allowed():
+    wide = nn.Sequential(nn.Linear(4, 3))
+    with pytest.warns(UserWarning, match=r"classes \[2\]"):
+        early = find_slow(wide, Fit(X, Y, sgd), LOADER, epochs=5, separating=1, allow_empty=True)
+    assert early.selection.counts[2].tolist() == [0, 0] and bool(early.selection.mask.any())
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.LayerNorm])
+def test_a_last_batch_of_one_is_left_to_another_epoch_where_there_is_batch_norm(kind):
+    seen = []
+    model = nn.Sequential(nn.Linear(4, 3), kind(3), nn.Linear(3, 2))
+    model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    list(Fit(X, Y, sgd, batch_size=16)(model, torch.arange(33), 2))
+    assert seen == ([16, 16] if kind is nn.BatchNorm1d else [16, 16, 1]) * 2
+
+
 def test_a_factor_of_one_is_plain_training():
     model, plain = net(), net()
     fit = Fit(X, Y, sgd, batch_size=16)
@@ -149,8 +165,13 @@ def test_the_sampler_repeats_indices_and_shares_them_among_processes():
 
 def test_what_cannot_be_used_is_named():
     fit = Fit(X, Y, sgd)
-    with pytest.raises(InputError, match="classes have no example"):
-        find_slow(net(), fit, [(X, torch.zeros(60).long())], epochs=5, separating=1)
+    never = lambda model, rows, epochs: pytest.fail("trained")  # noqa: E731
+    with pytest.raises(InputError, match=r"1 of 2 classes have no example, first class \[1\]"):
+        find_slow(net(), never, [(X, torch.zeros(60).long())], epochs=5, separating=1)
+    with pytest.raises(InputError, match=r"labels: .*2"):
+        find_slow(net(), never, [(X, torch.arange(60) % 3)], epochs=5, separating=1)
+    with pytest.raises(InputError, match="loader: it is empty"):
+        find_slow(net(), never, [], epochs=5, separating=1)
     with pytest.raises(InputError, match="walked again"):
         find_slow(net(), fit, iter(LOADER), epochs=5, separating=1)
     with pytest.raises(InputError, match="separating"):

@@ -45,14 +45,14 @@ class SAM(Optimizer):
     Args:
         base: any optimizer whose ``step`` needs no closure. It is not to be stepped by itself any more.
         rho: radius of the neighbourhood, at least 0 (0 is the wrapped optimizer alone, at twice the cost); .05 to .2 is usual. A
-            parameter group may have its own ``rho``.
+            parameter group may have its own ``rho`` (``sam_rho`` around an optimizer such as Adadelta, which has another ``rho``).
         model: its batch-norm layers then keep their running statistics during the second pass of ``step(closure)``: those of the
             perturbed network belong to no network that is kept.
         nonfinite: what a NaN or infinite gradient does, in either pass: ``"raise"``, or ``"skip"`` the step. Weights and state stay as
             they were in both cases; ``skipped_steps`` counts.
 
     Raises:
-        InputError: not an optimizer, one that needs a closure, a negative radius; from ``step``, a closure that returns no tensor,
+        InputError: not an optimizer, one that needs a closure or sparse gradients, a negative radius; from ``step``, a closure that returns no tensor,
             sparse gradients, NaN in the gradients, the halves out of order.
 
     Source: Foret et al. (2021).
@@ -83,9 +83,14 @@ class SAM(Optimizer):
             f"base: got {checks.show(base)}, expected an optimizer, such as torch.optim.SGD(model.parameters(), lr=0.1)",
         )
         checks.require(not isinstance(base, SAM), "base: got a SAM; it cannot be wrapped twice")
+        kind = type(base).__name__
         checks.require(
-            not isinstance(base, torch.optim.LBFGS),
-            "base: got LBFGS, which calls the closure itself; expected an optimizer that steps on the gradients it finds",
+            not isinstance(base, torch.optim.LBFGS) and not getattr(base, "needs_closure", False),
+            f"base: got {kind}, which calls the closure itself; expected an optimizer that steps on the gradients it finds",
+        )
+        checks.require(
+            not isinstance(base, torch.optim.SparseAdam),
+            f"base: got {kind}, which steps on sparse gradients only, but the perturbation needs dense ones; expected torch.optim.Adam",
         )
         checks.require(
             model is None or isinstance(model, nn.Module),
@@ -99,23 +104,24 @@ class SAM(Optimizer):
         self._moved: list[Tensor] = []
         self.skipped_steps = 0
         self._phase = ""  # "" between steps, "up" at w + e, "skip" when this step is not to be taken
-        super().__init__(base.param_groups, {**base.defaults, "rho": rho})
+        self._key = _key_of(base)
+        super().__init__(base.param_groups, {**base.defaults, self._key: rho})
         self._share()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as for any optimizer; it may bring its own ``rho``."""
-        rho = checks.number("rho", param_group.get("rho", self.defaults["rho"]), low=0)
+        rho = checks.number(self._key, param_group.get(self._key, self.defaults[self._key]), low=0)
         if not any(param_group is g for g in self.base.param_groups):
             # Without the radius, which an optimizer that checks its options does not know.
-            self.base.add_param_group({k: v for k, v in param_group.items() if k != "rho"})
+            self.base.add_param_group({k: v for k, v in param_group.items() if k != self._key})
             param_group = self.base.param_groups[-1]
-        param_group["rho"] = rho
+        param_group[self._key] = rho
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
         """Climb: w becomes w + e with the gradients that are there."""
         checks.require(self._phase == "", "first_step: called twice; call second_step() or restore() first")
-        groups = [(g, g.get("rho", self.defaults["rho"])) for g in self.param_groups]
+        groups = [(g, g.get(self._key, self.defaults[self._key])) for g in self.param_groups]
         found = [(p, rho, bool(g.get("maximize"))) for g, rho in groups for p in g["params"]]
         found = [(p, rho, up) for p, rho, up in found if p.grad is not None]
         sparse = any(p.grad.is_sparse or p.grad.layout != torch.strided for p, _, _ in found)
@@ -211,10 +217,10 @@ class SAM(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        radii = [group.get("rho", self.defaults["rho"]) for group in self.param_groups]
+        radii = [group.get(self._key, self.defaults[self._key]) for group in self.param_groups]
         self.base.load_state_dict(state_dict)
         for group, rho in zip(self.base.param_groups, radii):
-            group.setdefault("rho", rho)
+            group.setdefault(self._key, rho)
         self._share()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
@@ -226,7 +232,8 @@ class SAM(Optimizer):
         return {key: self.__dict__[key] for key in keep}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "_copies": {}, "_moved": [], "_phase": ""})
+        fresh = {"_copies": {}, "_moved": [], "_phase": "", "_key": _key_of(state["base"])}
+        super().__setstate__({**state, **fresh})
         self._share()
 
     def _share(self) -> None:
@@ -320,6 +327,11 @@ def running_statistics_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.track_running_stats = True
+
+
+def _key_of(base: Optimizer) -> str:
+    """What the radius is called in the parameter groups, which are the wrapped optimizer's too."""
+    return "sam_rho" if "rho" in base.defaults else "rho"
 
 
 def _blocks(w: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -53,7 +53,7 @@ def friction(
     tensor([0.5000, 0.8808, 0.8808])
     """
     checks.tensor("change", change, floating=True, finite=False, empty=True)
-    _known(version)
+    known_version(version)
     if version in STATISTICAL:
         checks.require(
             mean is not None and deviation is not None,
@@ -142,7 +142,7 @@ def summarise(frictions: Iterable[tuple[str, Tensor]]) -> FrictionSummary:
     )
 
 
-def _known(version: Any) -> None:
+def known_version(version: Any) -> None:
     known = isinstance(version, int) and not isinstance(version, bool) and version in VERSIONS
     checks.require(
         known, f"version: got {checks.show(version)}, expected a friction version: one of {VERSIONS}"

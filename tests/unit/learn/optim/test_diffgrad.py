@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.learn.optim import DiffGrad
-from lineament.learn.optim import _diffgrad_steps as steps
-from lineament.learn.optim.friction import friction, summarise
+from lineament.learn.optim.diffgrad import DiffGrad, friction, steps
+from lineament.learn.optim.diffgrad.frictions import summarise
 
 SHAPES = ((30, 20), (20,), (5, 3, 2, 2))
 

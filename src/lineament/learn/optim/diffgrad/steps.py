@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lineament.learn.optim.friction import STATISTICAL, friction_
+from lineament.learn.optim.diffgrad.frictions import STATISTICAL, friction_
 
 # Elements of each buffer in a block, for each thread: short enough for the caches, long enough that the calls cost little (measured).
 BLOCK = 2**17

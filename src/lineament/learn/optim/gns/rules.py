@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.learn.optim.gns_solvers import Spectral, System, cubic_step
+from lineament.learn.optim.gns.solvers import Spectral, System, cubic_step
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -245,6 +245,6 @@ def as_rule(rule: str | Rule) -> Rule:
         return RULES[checks.one_of("rule", rule, RULES)]()
     checks.require(
         all(hasattr(rule, name) for name in ("start", "step", "accepts", "grow", "shrink", "gamma")),
-        f"rule: got {checks.show(rule)}, expected a rule of lineament.learn.optim or one of {list(RULES)}",
+        f"rule: got {checks.show(rule)}, expected a rule of lineament.learn.optim.gns or one of {list(RULES)}",
     )
     return rule

@@ -1,4 +1,4 @@
-"""Convex problems with every Hessian approximation of the paper: log-sum-exp, logistic and softmax regression.
+"""Problems with every Hessian approximation of the paper: log-sum-exp, logistic and softmax regression, functions of residuals.
 
 Semenov, Jaggi, Doikov (2025, arXiv 2506.13710), section 2.5 of the method's description: how far each approximation is from the Hessian decides
 which rate survives. A curvature Σ w_i a_i a_iᵀ is handed on as its factor √w A, so that the solver can stay in
@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.func import grad_and_value, hessian
 
 from lineament.core import checks
-from lineament.learn.optim.gns_blas import add_outer_, gemv, gemv_t, gram, like, tensor, weighted_rows
-from lineament.learn.optim.gns_forms import Dense, Form, LowRank, as_dense
-from lineament.learn.optim.gns_metric import Metric
+from lineament.learn.optim.gns.blas import add_outer_, gemv, gemv_t, gram, like, tensor, weighted_rows
+from lineament.learn.optim.gns.forms import Dense, Form, LowRank, as_dense
+from lineament.learn.optim.gns.metric import Metric
 
 
 class LogSumExp:
@@ -204,12 +205,12 @@ class PowerOfResiduals:
     sum; ``"fisher"``, the last term alone, of rank one. All are 0 where u = 0 and p > 2.
 
     Args:
-        equations: see :mod:`lineament.learn.optim.gns_equations`. p: the power. G: (m, m), the identity by default.
+        equations: see :mod:`lineament.learn.optim.gns.equations`. p: the power. G: (m, m), the identity by default.
 
     Raises:
         InputError: p < 2, or a G that is not symmetric positive definite.
 
-    >>> from lineament.learn.optim.gns_equations import Rosenbrock
+    >>> from lineament.learn.optim.gns.equations import Rosenbrock
     >>> PowerOfResiduals(Rosenbrock(), p=2).value_and_grad(torch.tensor([-2.0, 2.0], dtype=torch.float64))[0]
     204.5
     """
@@ -217,10 +218,7 @@ class PowerOfResiduals:
     kinds = ("exact", "gauss_newton", "fisher")
 
     def __init__(self, equations: Any, *, p: float = 2, G: Float[Tensor, "m m"] | None = None):
-        for name in ("residuals", "jacobian", "second"):
-            checks.require(
-                hasattr(equations, name), f"equations: got {checks.show(equations)}, which has no {name}()"
-            )
+        _check_equations(equations)
         self.equations = equations
         self.p = float(checks.number("p", p, low=2))
         self.G = G
@@ -269,6 +267,65 @@ class PowerOfResiduals:
         return Dense(tensor(matrix))
 
 
+class Composite:
+    """f(x) = s(u(x)): a convex function s of the residuals u of a system of equations, such as a robust loss of a model's errors.
+
+    Kinds: ``"exact"``, ∇²f = Jᵀ∇²s(u)J + Σ_i ∂_i s(u) ∇²u_i; ``"gauss_newton"``, Jᵀ∇²s(u)J alone, which is positive semi-definite.
+
+    Args:
+        outer: s, a PyTorch function of u (m,); PyTorch takes its derivatives. equations: as for :class:`PowerOfResiduals`.
+
+    Raises:
+        InputError: an ``outer`` that returns no scalar, or whose Hessian at some u is not positive semi-definite.
+
+    >>> from lineament.learn.optim.gns.equations import Linear
+    >>> one = torch.ones(1, 1, dtype=torch.float64)
+    >>> problem = Composite(lambda u: (1 + u**2).sqrt().sum(), Linear(one, one[0]))
+    >>> problem.value_and_grad(one[0])[0], dense_curvature(problem, one[0], "gauss_newton").item()
+    (1.0, 1.0)
+    """
+
+    kinds = ("exact", "gauss_newton")
+
+    def __init__(self, outer: Callable[[Tensor], Tensor], equations: Any):
+        checks.require(callable(outer), f"outer: got {checks.show(outer)}, expected a function of a tensor")
+        _check_equations(equations)
+        self.outer, self.equations = outer, equations
+        self._last = Last()
+
+    def _outer(self, u: Tensor) -> Tensor:
+        value = self.outer(u)
+        checks.require(
+            isinstance(value, Tensor) and value.numel() == 1,
+            f"outer: it returned {checks.show(value)}, expected a tensor of one element",
+        )
+        return value.reshape(())
+
+    def value_and_grad(self, x: Float[Tensor, "n"]) -> tuple[float, Tensor]:
+        u = self.equations.residuals(x)
+        slope, value = grad_and_value(self._outer)(u)
+        self._last.keep(x, (u, slope))
+        return float(value), self.equations.pulled(x, slope)
+
+    def curvature(self, x: Float[Tensor, "n"], kind: str = "exact") -> Form:
+        checks.one_of("kind", kind, self.kinds)
+        u, slope = self._last.at(x, self.value_and_grad)
+        values, vectors = torch.linalg.eigh(hessian(self._outer)(u))
+        least = float(values[0])
+        checks.require(
+            least >= -1e-8 * float(values.abs().max()),
+            f"outer: the least eigenvalue of its Hessian is {least:.3g} at the residuals of x, expected a convex function",
+        )
+        factor = (vectors * values.clamp(min=0).sqrt()).T @ self.equations.jacobian(x)
+        if kind == "gauss_newton":
+            return LowRank(factor)
+        matrix = gram(factor)
+        second = self.equations.second(x, slope)
+        if second is not None:
+            matrix += torch.diag(second) if second.ndim == 1 else second
+        return Dense(matrix)
+
+
 class Last:
     """What the gradient's oracle computed at its last point, for the curvature at that point.
 
@@ -296,6 +353,13 @@ class Last:
         if isinstance(x, np.ndarray):
             return None, x.tobytes()
         return (x.dtype, x.device), x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _check_equations(equations: Any) -> None:
+    for name in ("residuals", "pulled", "jacobian", "second"):
+        checks.require(
+            hasattr(equations, name), f"equations: got {checks.show(equations)}, which has no {name}()"
+        )
 
 
 def _power(s: float, exponent: float) -> float:

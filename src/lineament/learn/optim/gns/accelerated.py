@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.learn.optim.gns import Counts, _start, measured
-from lineament.learn.optim.gns_log import MESSAGES, Minimum, Record
-from lineament.learn.optim.gns_metric import Metric
-from lineament.learn.optim.gns_oracles import as_problem
+from lineament.learn.optim.gns.algorithm import Counts, measured, starting_point
+from lineament.learn.optim.gns.functions import as_problem
+from lineament.learn.optim.gns.metric import Metric
+from lineament.learn.optim.gns.result import MESSAGES, Minimum, Record
 
 
 def fast_gradient(
@@ -54,7 +54,7 @@ def fast_gradient(
     """
     checks.number("start", start, low=0, open_low=True)
     checks.number("least", least, low=0, open_low=True)
-    x = _start(x0)
+    x = starting_point(x0)
     problem, _ = as_problem(fun, jac, None, isinstance(x0, Tensor))
     out = (lambda v: v.clone()) if isinstance(x0, Tensor) else (lambda v: v.cpu().numpy().copy())
     B, counts, began = Metric(metric, x), Counts(), time.perf_counter()

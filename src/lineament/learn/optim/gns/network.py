@@ -18,7 +18,8 @@ from lineament.core import checks
 from lineament.core.curvature import Curvature, fisher, gauss_newton, hessian
 from lineament.core.gradients import flatten, per_sample_gradients, unflatten
 from lineament.core.risk import Risk
-from lineament.learn.optim.gns_forms import Dense, Form, LowRank, Operator
+from lineament.learn.optim.gns.blas import gram
+from lineament.learn.optim.gns.forms import Dense, Form, LowRank, Operator
 
 # Per-sample gradients are kept as a low-rank factor up to this size.
 _FACTOR_BYTES = 512 * 1024**2
@@ -28,7 +29,7 @@ class Network:
     """R(θ) = (1/N) Σ_i ℓ(f_θ(x_i), y_i) over a loader, as a function of the flat vector θ.
 
     Kinds: ``"exact"``, the Hessian; ``"gauss_newton"``; ``"fisher"``, the empirical one of the data's labels (per-sample gradients as a low-rank
-    factor where there are fewer samples than parameters); ``"true_fisher"``, of the model's own labels, in closed form.
+    factor where there are fewer samples than parameters, summed over chunks where there are more); ``"true_fisher"``, of the model's own labels, in closed form.
 
     Args:
         model, loss_fn, loader, params, batchnorm, chunk: as for :func:`lineament.core.curvature.hessian`.
@@ -37,7 +38,7 @@ class Network:
     Raises:
         InputError: as :func:`~lineament.core.curvature.hessian` does.
 
-    >>> from lineament.learn.optim import minimize
+    >>> from lineament.learn.optim.gns import minimize
     >>> net = nn.Linear(1, 1, bias=False).double()
     >>> data = [(torch.tensor([[1.0], [2.0]]).double(), torch.tensor([[3.0], [6.0]]).double())]
     >>> problem = Network(net, nn.functional.mse_loss, data)
@@ -111,9 +112,9 @@ class Network:
         checks.one_of("kind", kind, self.kinds)
         self._move(x)
         if kind == "fisher":
-            factor = self._factor(x)
-            if factor is not None:
-                return LowRank(factor)
+            found = self._outer_products(x)
+            if found is not None:
+                return found
         operator = self._operator(kind)
         if len(x) <= self.dense:
             matrix = operator.dense().to(x)
@@ -132,21 +133,29 @@ class Network:
             self._operators[kind] = made
         return self._operators[kind]
 
-    def _factor(self, x: Tensor) -> Tensor | None:
-        """Per-sample gradients over √N, (N, n), where they are fewer than the parameters and the inputs are plain tensors."""
-        chunks = list(self.risk.chunks())
-        count = sum(chunk.count for chunk in chunks)
-        plain = all(isinstance(c.inputs, Tensor) and isinstance(c.targets, Tensor) for c in chunks)
-        small = count < len(x) and count * len(x) * x.element_size() <= _FACTOR_BYTES
-        if not plain or not small or self.risk.batchnorm != "eval":
+    def _outer_products(self, x: Tensor) -> Form | None:
+        """Σ g_i g_iᵀ / N of per-sample gradients, where the inputs are plain tensors: as the factor where samples are fewer than parameters,
+        summed up chunk by chunk where the matrix is small; ``None`` where products of an operator are the cheaper way."""
+        counts, plain = 0, self.risk.batchnorm == "eval"
+        for chunk in self.risk.chunks():
+            counts += chunk.count
+            plain = plain and isinstance(chunk.inputs, Tensor) and isinstance(chunk.targets, Tensor)
+        few = counts < len(x) and counts * len(x) * x.element_size() <= _FACTOR_BYTES
+        if not plain or not (few or len(x) <= self.dense):
             return None
-        rows = []
-        for chunk in chunks:
-            each = per_sample_gradients(
-                self._copy, self._loss_fn, chunk.inputs, chunk.targets, params=self.names
-            )
-            rows.append(torch.cat([each[name].flatten(1) for name in self.names], 1))
-        return torch.cat(rows).to(x) / count**0.5
+        rows: list[Tensor] = []
+        total: Tensor | None = None
+        for chunk in self.risk.chunks():
+            # So many samples that their gradients stay within the bound.
+            size = max(1, _FACTOR_BYTES // (len(x) * x.element_size()))
+            for inputs, targets in zip(chunk.inputs.split(size), chunk.targets.split(size)):
+                each = per_sample_gradients(self._copy, self._loss_fn, inputs, targets, params=self.names)
+                part = torch.cat([each[name].flatten(1) for name in self.names], 1).to(x)
+                if few:
+                    rows.append(part)
+                else:
+                    total = gram(part) if total is None else total + gram(part)
+        return LowRank(torch.cat(rows) / counts**0.5) if total is None else Dense(total / counts)
 
     def _move(self, x: Tensor) -> None:
         if self._now is None or not torch.equal(self._now, x):

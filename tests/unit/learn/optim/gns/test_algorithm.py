@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lineament.core.checks import InputError
-from lineament.learn.optim import (
+from lineament.learn.optim.gns import (
     Backtracking,
     Chebyshev,
     Cubic,
@@ -24,12 +24,12 @@ from lineament.learn.optim import (
     Rosenbrock,
     Smoothness,
     SuperUniversal,
+    dense_curvature,
     fast_gradient,
     minimize,
+    nonconvex_iterations,
     scipy_method,
 )
-from lineament.learn.optim.gns_problems import dense_curvature
-from lineament.learn.optim.gns_smoothness import nonconvex_iterations
 
 F64 = torch.float64
 
@@ -281,6 +281,18 @@ def test_results_can_be_kept_and_drawn():
     assert found.plot().get_xlabel() == "iteration"
     with pytest.raises(InputError, match="nearest: 'gamma'"):
         found.column("gama")
+
+
+def test_separable_data_without_a_penalty_have_no_minimiser_and_are_fitted_all_the_same():
+    from sklearn.datasets import load_breast_cancer
+
+    data = load_breast_cancer()
+    scaled = (data.data - data.data.mean(0)) / data.data.std(0)
+    A = torch.from_numpy(np.c_[scaled, np.ones(len(scaled))])
+    problem = Logistic(A, torch.from_numpy(data.target))
+    found = minimize(problem, torch.zeros(31, dtype=F64), f_star=0.0, grad_tol=0.0)
+    # The distance to the minimum is infinite, and the reference takes 47 to 62 iterations.
+    assert found.status == "target" and found.nit <= 62 and float(found.x.norm()) > 1e3
 
 
 def test_no_evaluation_of_H_for_the_probes():

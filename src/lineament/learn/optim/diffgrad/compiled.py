@@ -1,6 +1,6 @@
 """diffGrad's step compiled into one pass over memory: which tensors move together, and what is kept from step to step.
 
-The arithmetic is :func:`~lineament.learn.optim._diffgrad_steps.update`. What is not obvious: the kernel runs at the speed of memory, so that what
+The arithmetic is :func:`~lineament.learn.optim.diffgrad.steps.update`. What is not obvious: the kernel runs at the speed of memory, so that what
 is left to save is the calls; eight tensors share one, and their views as vectors are kept.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lineament.learn.optim._diffgrad_steps import Buffers, Coefficients, Rule, flattened, update
+from lineament.learn.optim.diffgrad.steps import Buffers, Coefficients, Rule, flattened, update
 
 # Tensors in one compiled call.
 TOGETHER = 8

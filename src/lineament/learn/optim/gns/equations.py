@@ -1,6 +1,6 @@
 """Systems of equations u(x) = 0 with their derivatives: linear, Rosenbrock's, the Chebyshev chain, and a user's own.
 
-For :class:`~lineament.learn.optim.gns_problems.PowerOfResiduals`. Each gives u, Jᵀv, J and Σ_i v_i ∇²u_i (``second``: a matrix, its diagonal
+For :class:`~lineament.learn.optim.gns.problems.PowerOfResiduals`. Each gives u, Jᵀv, J and Σ_i v_i ∇²u_i (``second``: a matrix, its diagonal
 or ``None``), and ``normal``, JᵀJ, where that is cheaper than a product. Those with ``arrays`` take NumPy arrays as well as tensors.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import hessian, jacrev, vjp
 
 from lineament.core import checks
-from lineament.learn.optim.gns_blas import at_home, gemv, gemv_t, gram, like
+from lineament.learn.optim.gns.blas import at_home, gemv, gemv_t, gram, like
 
 
 class Linear:

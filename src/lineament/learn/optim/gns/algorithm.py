@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.learn.optim.gns_blas import at_home, like, tensor
-from lineament.learn.optim.gns_forms import FORMS, Dense, Form, as_dense, as_form, reduced
-from lineament.learn.optim.gns_log import MESSAGES, Minimum, Record
-from lineament.learn.optim.gns_metric import Metric
-from lineament.learn.optim.gns_oracles import Problem, as_problem
-from lineament.learn.optim.gns_rules import Cubic, Point, Rule, Trial, as_rule
-from lineament.learn.optim.gns_solvers import INDEFINITE, SOLVERS, System, chosen_system
+from lineament.learn.optim.gns.blas import at_home, like, tensor
+from lineament.learn.optim.gns.forms import FORMS, Dense, Form, as_dense, as_form, reduced
+from lineament.learn.optim.gns.functions import Problem, as_problem
+from lineament.learn.optim.gns.metric import Metric
+from lineament.learn.optim.gns.result import MESSAGES, Minimum, Record
+from lineament.learn.optim.gns.rules import Cubic, Point, Rule, Trial, as_rule
+from lineament.learn.optim.gns.solvers import INDEFINITE, SOLVERS, System, chosen_system
 
 Evaluate = Callable[[Any], tuple[float, Any]]  # of a tensor, or of an array
 
@@ -97,7 +97,7 @@ def minimize(
     checks.number("cg_tol", cg_tol, low=0, open_low=True)
     if f_star is not None:
         checks.number("f_star", f_star)
-    x = _start(x0)
+    x = starting_point(x0)
     problem, hess = as_problem(fun, jac, hess, isinstance(x0, Tensor))
     out = (lambda v: v.clone()) if isinstance(x0, Tensor) else (lambda v: v.cpu().numpy().copy())
     moving = metric if callable(metric) else None
@@ -269,7 +269,7 @@ def measured(x: Any, value: float, gradient: Any, metric: Metric) -> Point:
     return Point(x, value, gradient, z, metric.dual(gradient, z))
 
 
-def _start(x0: Any) -> Tensor:
+def starting_point(x0: Any) -> Tensor:
     if isinstance(x0, Tensor):
         x = x0.detach().clone()
         x = x if x.is_floating_point() else x.double()

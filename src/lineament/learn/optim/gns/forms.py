@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.learn.optim.gns_blas import gram
-from lineament.learn.optim.gns_metric import asymmetry, asymmetry_allowed
+from lineament.learn.optim.gns.blas import gram
+from lineament.learn.optim.gns.metric import asymmetry, asymmetry_allowed
 
 FORMS = ("as is", "dense", "diagonal", "low_rank", "operator")
 
@@ -117,7 +117,7 @@ def as_form(value: Any, like: Float[Tensor, "n"], *, symmetric: bool = False) ->
         checks.require(
             hasattr(value, "__matmul__") and tuple(getattr(value, "shape", ())) == (n, n),
             f"hess: it returned {checks.show(value)} ({type(value).__name__}), expected a matrix ({n}, {n}), a diagonal "
-            f"({n},), None, a form of lineament.learn.optim, or an operator with @ and shape ({n}, {n})",
+            f"({n},), None, a form of lineament.learn.optim.gns, or an operator with @ and shape ({n}, {n})",
         )
         return Operator(value)
     value = value.detach().to(like)

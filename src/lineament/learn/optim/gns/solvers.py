@@ -19,9 +19,9 @@ from scipy.linalg.lapack import dptsv  # pyright: ignore[reportAttributeAccessIs
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.learn.optim.gns_blas import Positive
-from lineament.learn.optim.gns_forms import Diagonal, Form, LowRank, Operator, Zero, as_dense
-from lineament.learn.optim.gns_metric import Metric
+from lineament.learn.optim.gns.blas import Positive
+from lineament.learn.optim.gns.forms import Diagonal, Form, LowRank, Operator, Zero, as_dense
+from lineament.learn.optim.gns.metric import Metric
 
 SOLVERS = ("auto", "cholesky", "eigh", "woodbury", "rank1", "cg")
 INDEFINITE = ("reject", "shift", "project")
@@ -60,7 +60,7 @@ def system(
     Raises:
         InputError: a solver that does not fit the form.
 
-    >>> from lineament.learn.optim.gns_forms import Dense
+    >>> from lineament.learn.optim.gns.forms import Dense
     >>> g = torch.tensor([3.0, 4.0], dtype=torch.float64); B = Metric(None, g)
     >>> system(Dense(torch.eye(2, dtype=torch.float64)), B, g, g).solve(1.0)
     tensor([-1.5000, -2.0000], dtype=torch.float64)

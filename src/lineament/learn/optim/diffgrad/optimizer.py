@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.learn.optim import _diffgrad_steps as steps
-from lineament.learn.optim._diffgrad_passes import Passes
-from lineament.learn.optim._diffgrad_states import translated
-from lineament.learn.optim.friction import STATISTICAL, FrictionSummary, _known, summarise
+from lineament.learn.optim.diffgrad import steps
+from lineament.learn.optim.diffgrad.compiled import Passes
+from lineament.learn.optim.diffgrad.foreign_states import translated
+from lineament.learn.optim.diffgrad.frictions import STATISTICAL, FrictionSummary, known_version, summarise
 
 _STATISTICS = ("grad_mean", "grad_spread")
 
@@ -35,7 +35,7 @@ class DiffGrad(torch.optim.Optimizer):
         betas: decay of m and of v, each in [0, 1).
         eps: see ``eps_mode``.
         weight_decay: added to the gradient times θ, or with ``decoupled_weight_decay`` applied as θ *= 1 - lr · weight_decay.
-        version: the friction, 0 to 5 (:func:`~lineament.learn.optim.friction.friction`); 3 to 5 are experimental and keep two more buffers.
+        version: the friction, 0 to 5 (:func:`~lineament.learn.optim.diffgrad.friction`); 3 to 5 are experimental and keep two more buffers.
         eps_mode: ``"paper"`` as in the formula and in torch's Adam; ``"code"`` adds eps to √v before the bias correction, as released.
         amsgrad: divide by the greatest v so far.
         rectify: RAdam's rectification; while it does not apply, ``"momentum"`` takes the step lr · m̂ and ``"skip"`` none.
@@ -351,7 +351,7 @@ def _check(options: dict[str, Any]) -> None:
         checks.number("betas", beta, low=0, high=1, open_high=True)
     for name in ("eps", "weight_decay"):
         checks.number(name, options[name], low=0)
-    _known(options["version"])
+    known_version(options["version"])
     checks.one_of("eps_mode", options["eps_mode"], ("paper", "code"))
     checks.one_of("nonfinite", options["nonfinite"], ("propagate", "skip", "raise"))
     if options["rectify"] is not None:

@@ -19,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.learn.optim.gns_forms import as_form
-from lineament.learn.optim.gns_metric import Metric
+from lineament.learn.optim.gns.forms import as_form
+from lineament.learn.optim.gns.metric import Metric
 
 # e^t = 1 + 2t: the constant of quasi-self-concordance.
 QSC = 1.2564312086261697

@@ -10,7 +10,7 @@ from scipy.optimize import OptimizeResult
 from scipy.sparse.linalg import LinearOperator
 
 from lineament.core import checks
-from lineament.learn.optim.gns import minimize
+from lineament.learn.optim.gns.algorithm import minimize
 
 
 def scipy_method(
@@ -25,7 +25,7 @@ def scipy_method(
     callback: Any = None,
     **options: Any,
 ) -> OptimizeResult:
-    """A ``method`` for ``scipy.optimize.minimize``; ``options`` are those of :func:`lineament.learn.optim.minimize`, and ``tol`` is ``grad_tol``.
+    """A ``method`` for ``scipy.optimize.minimize``; ``options`` are those of :func:`lineament.learn.optim.gns.minimize`, and ``tol`` is ``grad_tol``.
 
     Raises:
         InputError: bounds or constraints, or no gradient.

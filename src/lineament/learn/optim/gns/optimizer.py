@@ -18,12 +18,12 @@ from torch.optim import Optimizer
 
 from lineament.core import checks
 from lineament.core.gradients import flatten, unflatten
-from lineament.learn.optim.gns import Counts, measured, search
-from lineament.learn.optim.gns_closure import ClosureHessian, differentiated
-from lineament.learn.optim.gns_forms import FORMS, Dense, Form, Operator, as_form, reduced
-from lineament.learn.optim.gns_metric import Metric
-from lineament.learn.optim.gns_rules import Smoothness
-from lineament.learn.optim.gns_solvers import INDEFINITE, SOLVERS, system
+from lineament.learn.optim.gns.algorithm import Counts, measured, search
+from lineament.learn.optim.gns.closure import ClosureHessian, differentiated
+from lineament.learn.optim.gns.forms import FORMS, Dense, Form, Operator, as_form, reduced
+from lineament.learn.optim.gns.metric import Metric
+from lineament.learn.optim.gns.rules import Smoothness
+from lineament.learn.optim.gns.solvers import INDEFINITE, SOLVERS, system
 
 _JOINT = (
     *("gamma", "test", "constant", "aggressive", "form", "rank", "solver", "indefinite", "max_probes", "cg_tol", "cg_steps"),
@@ -62,6 +62,8 @@ class GNS(Optimizer):
     >>> [round(v, 3) for v in w.tolist()]
     [1.0, 1.0]
     """
+
+    needs_closure = True  # for those who wrap optimizers, such as SAM
 
     def __init__(
         self,

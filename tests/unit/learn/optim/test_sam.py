@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError
-from lineament.learn.optim import ASAM, SAM
+from lineament.learn.optim import ASAM, GNS, SAM, DiffGrad
 from lineament.learn.optim.sam import running_statistics_kept
 
 BASES = {
@@ -19,6 +19,15 @@ BASES = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.01),
     "adamw, foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "adadelta, whose rho is another": lambda p: torch.optim.Adadelta(p, rho=0.8),
+    "adagrad": torch.optim.Adagrad,
+    "adamax": torch.optim.Adamax,
+    "adafactor": torch.optim.Adafactor,
+    "asgd": torch.optim.ASGD,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+    "rprop": torch.optim.Rprop,
+    "diffgrad": lambda p: DiffGrad(p, lr=0.01, weight_decay=1e-3),
 }
 X = torch.randn(24, 5, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(24) % 3
@@ -181,7 +190,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(kind, base):
     resumed.load_state_dict(stored["net"])
     second = kind(BASES[base](resumed.parameters()), rho=0.9, model=resumed)
     second.load_state_dict(stored["optimizer"])
-    assert second.param_groups[0]["rho"] == 0.1 and second.param_groups is second.base.param_groups
+    radius = "sam_rho" if base.startswith("adadelta") else "rho"
+    assert second.param_groups[0][radius] == 0.1 and second.param_groups is second.base.param_groups
     for _ in range(3):
         second.step(closure_of(resumed, second))
     assert equal(weights(whole), weights(resumed))
@@ -219,6 +229,19 @@ def test_a_copy_between_the_halves_holds_the_weights_themselves():
     optimizer.first_step()
     other, _ = copy.deepcopy((optimizer, 0))
     assert equal([p.detach() for p in other.param_groups[0]["params"]], before)
+
+
+def test_the_radius_is_not_an_option_that_the_wrapped_optimizer_calls_so():
+    one, two = (nn.Parameter(torch.tensor([3.0, 4.0])) for _ in range(2))
+    optimizer = SAM(torch.optim.Adadelta([{"params": [one], "rho": 0.7}], rho=0.9), rho=0.5)
+    optimizer.add_param_group({"params": [two], "rho": 0.6, "sam_rho": 0.0})
+    assert [g["rho"] for g in optimizer.base.param_groups] == [0.7, 0.6]
+    assert [g["sam_rho"] for g in copy.deepcopy(optimizer).param_groups] == [0.5, 0.0]
+    with pytest.raises(InputError, match="sam_rho: got -1"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "sam_rho": -1})
+    one.grad, two.grad = torch.tensor([3.0, 4.0]), torch.zeros(2)
+    optimizer.first_step()
+    assert one.tolist() == pytest.approx([3.3, 4.4]) and two.tolist() == [3.0, 4.0]
 
 
 def test_groups_added_later_take_part():
@@ -307,8 +330,11 @@ def test_what_cannot_be_used_is_named():
         SAM(model.parameters())
     with pytest.raises(InputError, match="cannot be wrapped twice"):
         SAM(SAM(sgd))
-    with pytest.raises(InputError, match="LBFGS"):
-        SAM(torch.optim.LBFGS(model.parameters()))
+    for other in (torch.optim.LBFGS(model.parameters()), GNS(model.parameters())):
+        with pytest.raises(InputError, match=f"got {type(other).__name__}, which calls the closure itself"):
+            SAM(other)
+    with pytest.raises(InputError, match="sparse gradients only"):
+        SAM(torch.optim.SparseAdam(nn.Embedding(3, 2).parameters()))
     with pytest.raises(InputError, match="nonfinite"):
         SAM(sgd, nonfinite="ignore")
     optimizer = SAM(sgd)

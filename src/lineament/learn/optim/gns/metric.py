@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.learn.optim.gns_blas import at_home, cholesky, cholesky_solve, gemv, like
+from lineament.learn.optim.gns.blas import at_home, cholesky, cholesky_solve, gemv, like
 
 
 def asymmetry_allowed(matrix: Tensor) -> float:

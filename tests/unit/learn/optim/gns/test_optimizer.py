@@ -10,8 +10,7 @@ from torch import nn
 
 from lineament.core.checks import InputError
 from lineament.core.curvature import fisher, gauss_newton
-from lineament.learn.optim import GNS, Dense, LowRank, Network, Operator, minimize
-from lineament.learn.optim.gns_rules import Smoothness
+from lineament.learn.optim.gns import GNS, Dense, LowRank, Network, Operator, Smoothness, minimize
 
 LOSS = nn.functional.cross_entropy
 
