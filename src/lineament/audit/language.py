@@ -50,8 +50,7 @@ def is_language_model(name: Any) -> bool:
     except (OSError, ValueError):
         return False
     kinds = raw.get("architectures") if isinstance(raw, dict) else None
-    endings = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-    return any(str(kind).endswith(endings) for kind in kinds or ())
+    return any(str(kind).endswith(_COMPLETES) for kind in kinds or ())
 
 
 def load_language_model(
@@ -88,6 +87,8 @@ def load_language_model(
             raise InputError(
                 f"--tokenizer: none could be loaded from {tokenizer or name!r} ({_first_line(error)})"
             ) from error
+    if tokenizer is not None and tokenizer != name:
+        _refuse_other_tokenizer(model, words, tokenizer)
     # Where there are no tokenizer files, transformers makes one that knows no word.
     require(
         len(words) > len(words.all_special_ids),
@@ -107,23 +108,23 @@ def _weights(transformers: Any, name: str, attention: str | None, masked: bool, 
         config = transformers.AutoConfig.from_pretrained(name)
         if not masked and config.is_encoder_decoder:
             kind = transformers.AutoModelForSeq2SeqLM
-        masks = all("MaskedLM" in word for word in getattr(config, "architectures", None) or [""])
-        require(
-            masked or not masks,
-            f"{what}: {name!r} is a masked language model, which has no next token; give it as --mlm",
-        )
+        _refuse_other_kind(config, name, masked, what)
         options = {} if attention is None else {"attn_implementation": attention}
         model, loaded = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
     except InputError:
         raise
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{what}: {name!r} cannot be loaded as a language model ({_first_line(error)})"
-        ) from error
+        require(
+            Path(name).is_dir() or "connect" not in _first_line(error),
+            f"{what}: {name!r} is no folder here, and no such name is in the cache of the hub, which cannot be reached; expected a Hugging Face "
+            "directory that save_pretrained wrote",
+        )
+        kind = "masked language model" if masked else "language model"
+        raise InputError(f"{what}: {name!r} cannot be loaded as a {kind} ({_first_line(error)})") from error
     missing = sorted(loaded["missing_keys"])
     require(
         not missing,
-        f"{what}: {name!r} lacks weights of {kind.__name__}, the first is {missing[:1]}; is it a language model?",
+        f"{what}: {name!r} lacks weights of a {'masked ' if masked else ''}language model, the first is {missing[0] if missing else ''}; is the file whole?",
     )
     bad = [
         n
@@ -135,6 +136,45 @@ def _weights(transformers: Any, name: str, attention: str | None, masked: bool, 
         f"{what}: NaN or infinite values in {', '.join(bad[:3])}; was the training stable and the file whole?",
     )
     return model
+
+
+def _refuse_other_tokenizer(model: Any, words: Any, tokenizer: str) -> None:
+    """Embeddings are padded to round sizes; a vocabulary of another order of size is another model's."""
+    size, known = model.get_input_embeddings().num_embeddings, len(words)
+    require(
+        size / 2 <= known <= 1.1 * size,
+        f"--tokenizer: {tokenizer!r} has {known:,} tokens and the model's embedding {size:,}; expected the tokenizer that the model was trained with",
+    )
+
+
+_COMPLETES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+def _refuse_other_kind(config: Any, name: str, masked: bool, what: str) -> None:
+    """Say what a directory holds where its configuration names another kind of model than is wanted."""
+    words = [str(word) for word in getattr(config, "architectures", None) or ()]
+    if not words:
+        return
+    fills, completes = (
+        any(word.endswith(endings) for word in words)
+        for endings in (("ForMaskedLM", "ForPreTraining"), _COMPLETES)
+    )
+    if masked:
+        hint = "give it as MODEL" if completes else "its head is another"
+        require(
+            fills,
+            f"{what}: {name!r} is a {words[0]}, which fills no masks ({hint}); expected a masked language model such as BERT or RoBERTa",
+        )
+        return
+    require(
+        not fills or completes,
+        f"{what}: {name!r} is a masked language model ({words[0]}), which has no next token; give it as --mlm",
+    )
+    others = ("Classification", "ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction")
+    require(
+        completes or not words[0].endswith(others),
+        f"{what}: {name!r} is a {words[0]}, which predicts no tokens; expected a causal or encoder-decoder language model",
+    )
 
 
 def _transformers(what: str) -> Any:

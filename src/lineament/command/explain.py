@@ -51,7 +51,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--sampler",
         metavar="NAME",
         default="uniform",
-        help="what reagent replaces tokens by: uniform (default), inferential (the model's own guesses) or pos (same part of speech)",
+        help="what replaces tokens: uniform (default), inferential (the model's own guesses) or pos (same part of speech)",
     )
     add("--mlm", metavar="MODEL", help="a masked language model, whose fills replace tokens instead")
     add(
@@ -104,6 +104,11 @@ def run(arguments: argparse.Namespace) -> int:
     checks.one_of("--scope", a.scope, ("source", "all"))
     checks.require(a.sampler != "mlm", "--sampler: 'mlm' wants a model; name it with --mlm MODEL")
     checks.one_of("--sampler", a.sampler, ("uniform", "inferential", "pos"))
+    checks.require(
+        a.mlm is None or a.sampler == "uniform",
+        f"--mlm: it replaces --sampler {a.sampler}; give one of them",
+    )
+    _refuse_unused(a)
     checks.number("--steps", a.steps, low=1, integer=True)
     checks.require(
         a.new_tokens is None or a.continuation is None,
@@ -121,6 +126,10 @@ def run(arguments: argparse.Namespace) -> int:
         checks.require(
             a.target is None and a.contrast is None,
             f"{several}: it chooses the targets itself; leave --target and --contrast out",
+        )
+        checks.require(
+            a.continuation is None or a.continuation.strip() != "",
+            "--continuation: got an empty text, expected at least one token",
         )
         checks.require(
             a.target_prefix is None, f"{several}: it begins at the first token; leave --target-prefix out"
@@ -157,6 +166,10 @@ def run(arguments: argparse.Namespace) -> int:
         str(w.message) for w in said if "lineament" in str(w.filename) or issubclass(w.category, UserWarning)
     ]
     notes = [note for note in dict.fromkeys(notes) if note.startswith("no probe")]
+    if a.new_tokens is not None and len(found) < a.new_tokens:
+        notes.append(
+            f"{len(found)} of {a.new_tokens} tokens were generated: the model ended its text, or has no further positions"
+        )
     facts = [
         ("Model", a.model),
         ("Method", found[0].method),
@@ -183,27 +196,45 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# Which methods replace tokens, and draw something.
+_REPLACE = ("reagent", "occlusion", "lime", "kernel_shap", "bayesian")
+_DRAW = (*_REPLACE, "gradient_shap", "random")
+
+
+def _refuse_unused(a: argparse.Namespace) -> None:
+    """An option that the method would not look at is a misunderstanding."""
+    from lineament.core import checks
+
+    for name, default in (("ratio", 0.3), ("probes", 5), ("steps", 50), ("early_stop", False)):
+        checks.require(
+            a.method == "reagent" or getattr(a, name) == default,
+            f"--{name.replace('_', '-')}: it is an option of reagent; {a.method} has none of that name",
+        )
+    for name, default in (("sampler", "uniform"), ("mlm", None)):
+        checks.require(
+            a.method in _REPLACE or getattr(a, name) == default,
+            f"--{name}: {a.method} replaces no tokens; it is for {', '.join(_REPLACE)}",
+        )
+
+
 def _options(a: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     """The method's own options."""
-    if a.method == "reagent":
-        sampler: Any = a.sampler
-        if a.mlm is not None:
-            from lineament.audit.language import load_language_model
-            from lineament.explain.tokens.infill import MlmSampler
+    sampler: Any = a.sampler
+    if a.mlm is not None:
+        from lineament.audit.language import load_language_model
+        from lineament.explain.tokens.infill import MlmSampler
 
-            filler = load_language_model(a.mlm, device=a.device, masked=True, what="--mlm")
-            sampler = MlmSampler(*filler, tokenizer)
+        filler = load_language_model(a.mlm, device=a.device, masked=True, what="--mlm")
+        sampler = MlmSampler(*filler, tokenizer)
+    if a.method == "reagent":
         budget = (
             {"max_steps": a.steps}
             if a.early_stop
             else {"max_steps": a.steps, "min_steps": a.steps, "stop": "dummy"}
         )
         return {"sampler": sampler, "ratio": a.ratio, "probes": a.probes, "seed": a.seed, **budget}
-    return (
-        {"seed": a.seed}
-        if a.method in ("gradient_shap", "occlusion", "lime", "kernel_shap", "bayesian", "random")
-        else {}
-    )
+    options = {"seed": a.seed} if a.method in _DRAW else {}
+    return {**options, "absent": sampler} if a.method in _REPLACE else options
 
 
 def _block(each: Any) -> Any:

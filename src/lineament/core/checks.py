@@ -102,6 +102,22 @@ def number(
     return value
 
 
+def listed(what: str, values: Any, expected: str) -> list[Any]:
+    """Return ``values`` as a list, or say that several were expected where one came.
+
+    >>> listed("fractions", 0.5, "shares in [0, 1], such as [0.5]")
+    Traceback (most recent call last):
+    ...
+    lineament.core.checks.InputError: fractions: got 0.5, expected a list of shares in [0, 1], such as [0.5]
+    """
+    several = isinstance(values, Iterable) and not isinstance(values, (str, bytes))
+    several = several and not (isinstance(values, Tensor) and values.ndim == 0)
+    require(several, f"{what}: got {show(values)}, expected a list of {expected}")
+    found = list(values)
+    require(bool(found), f"{what}: got none, expected a list of {expected}")
+    return found
+
+
 def tensor(
     what: str,
     value: Any,

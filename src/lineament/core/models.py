@@ -6,7 +6,8 @@ scores out of it, so that no method has to know.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -15,6 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError, show
+
+# What torch says where a tensor's form does not fit a layer.
+_MISFIT = re.compile(
+    r"shape|size|channel|dimension|dtype|should be the same|same device|must match|scalar type"
+)
 
 
 def logits(output: Any) -> Tensor:
@@ -43,6 +49,33 @@ def logits(output: Any) -> Tensor:
         f"the model returned {show(output)} ({type(output).__name__}), expected a tensor of logits; "
         "wrap the model so that it returns its logits"
     )
+
+
+def answered(model: Callable[..., Any], inputs: Tensor, what: str = "images") -> Tensor:
+    """``logits(model(inputs))``; inputs that do not fit the model are named by their shape.
+
+    Raises:
+        InputError: the forward failed over a shape or a dtype; or as :func:`logits`.
+
+    >>> answered(nn.Linear(2, 1), torch.zeros(1, 3), "inputs")
+    Traceback (most recent call last):
+    ...
+    lineament.core.checks.InputError: model: Linear does not take inputs of shape (3,) in float32 (mat1 and mat2 shapes cannot be multiplied \
+(1x3 and 2x1)); bring them to the size, channels and dtype that it was made for
+    """
+    try:
+        output = model(inputs)
+    except RuntimeError as error:
+        said = str(error).strip().splitlines()[:1]
+        if not said or not _MISFIT.search(said[0]) or "out of memory" in said[0]:
+            raise
+        name = type(model).__name__ if isinstance(model, nn.Module) else show(model)
+        dtype = str(inputs.dtype).removeprefix("torch.")
+        raise InputError(
+            f"model: {name} does not take {what} of shape {tuple(inputs.shape[1:])} in {dtype} ({said[0]}); bring them to the size, channels and "
+            "dtype that it was made for"
+        ) from error
+    return logits(output)
 
 
 def device_of(model: nn.Module) -> torch.device:

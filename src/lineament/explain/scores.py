@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core import checks
-from lineament.core.models import device_of, dtype_of, frozen, logits
+from lineament.core.models import answered, device_of, dtype_of, frozen
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def scores_of(model: nn.Module, images: Tensor, targets: Any) -> tuple[Tensor, T
     [1]
     """
     given = labels_of(targets, len(images))
-    output = logits(model(images))
+    output = answered(model, images)
     checks.require(
         output.ndim in (2, 4) and len(output) == len(images),
         f"model: its logits are {checks.show(output)} for {len(images)} images, expected shape (batch, classes)",

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lineament.core import checks
-from lineament.core.models import frozen, logits
+from lineament.core.models import answered, frozen, logits
 
 NORMS = ("linf", "l2")
 OBJECTIVES = ("untargeted", "targeted", "plus_one", "random_target", "hybrid")
@@ -284,7 +284,7 @@ def _better(a: Attack, b: Attack) -> Attack:
 
 
 def _scores(model: nn.Module, x: Tensor, y: Tensor, goal: _Goal) -> Tensor:
-    z = logits(model(x))
+    z = answered(model, x, "inputs")
     good = z.ndim == 2 and len(z) == len(x)
     if not good or int(y.max()) >= z.shape[1]:
         checks.require(good, f"model: its logits are {checks.show(z)}, expected shape (batch, classes)")

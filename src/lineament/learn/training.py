@@ -19,7 +19,7 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from lineament.core import checks
 from lineament.core.batching import progress
-from lineament.core.models import frozen, logits
+from lineament.core.models import answered, frozen, logits
 from lineament.learn.adversarial import PGD
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -86,6 +86,7 @@ class Training:
         checks.number("validation", self.validation, low=0, high=1, open_low=True, open_high=True)
 
     def __call__(self, inputs: Tensor, targets: Tensor, seed: int = 0) -> nn.Module:
+        targets = checks.labels("targets", targets, count=len(inputs))
         model = self.fresh(seed).to(inputs.device)
         rows, held = self._rows(len(targets), seed)
         optimizer = self._optimizer(list(model.parameters()))
@@ -100,7 +101,10 @@ class Training:
                 x, y = inputs[batch], targets[batch]
                 if self.attack is not None:
                     x = x + self.attack(model, x, y, seed=seed * 1_000_003 + epoch * 10_007 + number).delta
-                loss = F.cross_entropy(logits(model(x)), y)
+                z = answered(model, x, "inputs")
+                if epoch == number == 0:
+                    checks.labels("targets", targets, classes=z.shape[-1])
+                loss = F.cross_entropy(z, y)
                 _step(optimizer, list(model.parameters()), loss)
             if self.select == "validation":
                 with frozen(model), torch.no_grad():
@@ -173,6 +177,8 @@ class Training:
             for batch in torch.stack(orders).split(self.batch_size, dim=1):
                 x = torch.stack([view[rows] for view, rows in zip(views, batch)])
                 z = run(parameters, buffers, x)
+                if epoch == 0:
+                    checks.labels("targets", targets, classes=z.shape[-1])
                 # The sum over networks of each one's mean loss: every network's slice gets its own gradient.
                 loss = (
                     F.cross_entropy(z.flatten(0, 1), targets[batch].flatten(), reduction="sum")

@@ -134,3 +134,56 @@ def test_built_in_pairs_and_a_budget(files):
     (files / "many.txt").write_text("\n".join(f"prompt number {i} of many" for i in range(50)))
     some, again = (load_prompts(files / "many.txt", samples=7, seed=3) for _ in range(2))
     assert len(some) == 7 and some == again and some.total == 50
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_has_the_tokens_of_its_source_explained(files):
+    from tests.contracts.token_models import byte_tokenizer, model
+
+    from lineament.audit.language_run import audit_language
+
+    (files / "plain.txt").write_text("the cat sat on the mat\nthe dog ran to the house\n")
+    found = audit_language((model("t5"), byte_tokenizer()), files / "plain.txt", out=files / "r")
+    tokens, components = found["tokens"], found["components"]
+    assert tokens.status in ("good", "note", "warning"), tokens.sentence
+    assert tokens.numbers["prompts"][0]["tokens"] == [
+        "the",
+        " cat",
+        " sat",
+        " on",
+        " the",
+        " mat",
+    ]
+    assert len(tokens.numbers["soft"]["nc_ours"]) == 2
+    assert components.status == "skipped" and "differ in what decides" in components.sentence
+
+
+@pytest.mark.slow
+def test_prompts_longer_than_the_model_are_cut_and_pairs_of_that_length_left_out(folder, files):
+    (files / "long.txt").write_text("the cat saw a man and " * 20 + "\n")
+    found = audit(str(folder), files / "long.txt", out=files / "r", lenses=["tokens"])
+    assert found["tokens"].status != "failed" and len(found["tokens"].numbers["prompts"][0]["tokens"]) <= 32
+    long = [pair("the cat saw a man " * 8, "the dog saw a man " * 8)]
+    (files / "long.jsonl").write_text("\n".join([*long, pair("the cat saw a man", "the dog saw a man")] * 2))
+    numbers = audit(str(folder), files / "long.jsonl", out=files / "p", lenses=["components"])[
+        "components"
+    ].numbers
+    assert (
+        numbers["pairs"] == 2
+        and numbers["left_out"][0] == "its prompts have 40 tokens and the model takes at most 32"
+    )
+
+
+@pytest.mark.slow
+def test_a_lens_that_cannot_use_any_prompt_says_why(folder, files):
+    for lines, said in (
+        ([pair("the cat saw", "the dog saw", answer=" the cat")], "' the cat' is 2 tokens"),
+        ([pair("the cat saw a man", "the dog saw")], "its prompts have 5 and 3 tokens"),
+        ([pair("the cat saw", "the cat saw")], "alike"),
+        ([pair("the cat saw a man " * 8, "the dog saw a man " * 8)], "the model takes at most 32"),
+    ):
+        (files / "useless.jsonl").write_text("\n".join(lines))
+        section = audit(
+            str(folder), files / "useless.jsonl", out=files / "r", overwrite=True, lenses=["components"]
+        )["components"]
+        assert section.status == "failed" and said in section.sentence

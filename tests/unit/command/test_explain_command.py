@@ -7,6 +7,8 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import pytest
+import tokenizers
+import transformers
 from tests.contracts.token_models import byte_tokenizer, masked_model, model, wordpiece_tokenizer
 
 from lineament import cli
@@ -23,6 +25,33 @@ def folders(tmp_path_factory):
         byte_tokenizer().save_pretrained(root / name)
     masked_model().save_pretrained(root / "bert")
     wordpiece_tokenizer().save_pretrained(root / "bert")
+    judge = transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=len(wordpiece_tokenizer()),
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            intermediate_size=8,
+        )
+    )
+    judge.save_pretrained(root / "judge")
+    wordpiece_tokenizer().save_pretrained(root / "judge")
+    foreign = ["[PAD]", "[UNK]", "[MASK]", *(chr(0x4E00 + k) for k in range(120))]
+    kind = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: k for k, w in enumerate(foreign)}, unk_token="[UNK]")
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=kind, pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]"
+    ).save_pretrained(root / "han")
+    transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=len(foreign),
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            intermediate_size=8,
+        )
+    ).save_pretrained(root / "han")
     (root / "bare").mkdir()
     model("gpt2").save_pretrained(root / "bare")
     return root
@@ -160,7 +189,27 @@ def test_bad_input_is_one_line_before_any_page(folders, tmp_path, capsys, monkey
         ((gpt, "the " * 70), "at most 64"),
         ((tmp_path / "none", "the cat"), "is no folder"),
         ((folders, "the cat"), "cannot be loaded"),
-        ((folders / "bert", "the cat"), "masked language model"),
+        ((folders / "bert", "the cat"), "is a masked language model (BertForMaskedLM), which has no next token"),
+        ((folders / "judge", "the cat"), "is a BertForSequenceClassification, which predicts no tokens"),
+        ((gpt, "the cat", "--mlm", gpt), "is a GPT2LMHeadModel, which fills no masks (give it as MODEL); expected a masked language model"),
+        ((gpt, "the cat", "--mlm", folders / "t5"), "is a T5ForConditionalGeneration, which fills no masks"),
+        ((gpt, "the cat", "--mlm", folders / "judge"), "which fills no masks (its head is another)"),
+        ((gpt, "the cat", "--mlm", folders / "han"), "the vocabularies do not align"),
+        ((gpt, "the cat", "--mlm", folders / "bert", "--sampler", "inferential"), "give one of them"),
+        ((gpt, "the cat", "--mlm", folders / "bert", "--method", "rollout"), "--mlm: rollout replaces no tokens"),
+        ((gpt, "the cat", "--sampler", "pos", "--method", "rollout"), "--sampler: rollout replaces no tokens"),
+        ((gpt, "the cat", "--ratio", "0.2", "--method", "lime"), "--ratio: it is an option of reagent"),
+        ((gpt, "the cat", "--early-stop", "--method", "lime"), "--early-stop: it is an option of reagent"),
+        ((gpt, "the cat", "--ratio", "1.5"), "ratio: got 1.5, expected a number in (0, 1)"),
+        ((gpt, "the cat", "--tokenizer", folders / "bert"), "tokens and the model's embedding 310; expected the tokenizer that the model was trained with"),
+        ((gpt, "the cat", "--target", ""), "of which the tokenizer makes no token"),
+        ((gpt, "the cat", "--continuation", " "), "--continuation: got an empty text"),
+        ((gpt, "the cat", "--continuation", "the " * 70), "continuation: with its"),
+        ((gpt, "the cat", "--target-prefix", "a"), "it is for an encoder-decoder"),
+        ((gpt, "a"), "1 of its 1 tokens can be scored"),
+        ((folders / "t5", "the cat", "--method", "rollout"), "for an encoder-decoder choose 'attention_all'"),
+        ((folders / "t5", "the cat", "--sampler", "inferential"), "choose another for an encoder-decoder"),
+        (("nowhere/none", "the cat"), "is no folder here, and no such name is in the cache"),
         ((folders / "bare", "the cat"), "--tokenizer"),
         ((gpt, "the cat", "--targt", " cat"), "nearest: '--target'"),
         ((gpt,), "TEXT"),
@@ -169,6 +218,31 @@ def test_bad_input_is_one_line_before_any_page(folders, tmp_path, capsys, monkey
         assert shown.out == "" and shown.err.count("\n") == 1 and said in shown.err, (words, shown.err)
     assert [p.name for p in tmp_path.iterdir()] == ["there.html"]
     assert (tmp_path / "there.html").read_text() == "mine"
+
+
+def test_fills_of_a_masked_model_go_to_every_method_that_replaces_tokens(folders, tmp_path, capsys):
+    shown = [
+        explain(
+            capsys, folders / "gpt2", "the cat sat on", "--method", "occlusion", *more, "--out", tmp_path / name
+        ).out.split("Page")[0]
+        for name, more in (("a.html", ()), ("b.html", ("--mlm", folders / "bert")))
+    ]  # fmt: skip
+    assert shown[0] != shown[1]
+
+
+def test_fewer_generated_tokens_than_asked_for_are_told(folders, tmp_path, capsys):
+    shown = explain(
+        capsys,
+        folders / "gpt2",
+        "the cat",
+        "--method",
+        "random",
+        "--new-tokens",
+        80,
+        "--out",
+        tmp_path / "a.html",
+    )
+    assert "of 80 tokens were generated" in shown.err and "of 80 tokens" in (tmp_path / "a.html").read_text()
 
 
 class _Reader(HTMLParser):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lineament.core.checks import InputError, labels, number, one_of, show, suggest, tensor
+from lineament.core.checks import InputError, labels, listed, number, one_of, show, suggest, tensor
 
 
 def test_one_of_returns_the_choice_and_names_the_nearest():
@@ -74,3 +74,13 @@ def test_labels_name_the_first_wrong_label_and_its_place():
 def test_show_is_short_for_anything():
     assert show("x" * 500).endswith("...") and len(show("x" * 500)) == 80
     assert show(torch.zeros(2, dtype=torch.int64)) == "an int64 tensor of shape (2,)"
+
+
+def test_listed_takes_several_and_names_one():
+    for values in ([0.5, 1], (0.5, 1), range(2), torch.tensor([0.5, 1.0])):
+        assert len(listed("x", values, "numbers")) == 2
+    for value in (0.5, "ab", None, torch.tensor(0.5)):
+        with pytest.raises(InputError, match=r"x: got .*, expected a list of numbers"):
+            listed("x", value, "numbers")
+    with pytest.raises(InputError, match="x: got none"):
+        listed("x", [], "numbers")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.core.models import device_of, dtype_of, frozen, logits
+from lineament.core.models import answered, device_of, dtype_of, frozen, logits
 
 
 @pytest.mark.parametrize("wrap", [lambda t: t, lambda t: {"logits": t}, lambda t: OrderedDict(loss=None, logits=t),
@@ -51,3 +51,21 @@ def test_device_and_dtype_follow_the_model():
     assert dtype_of(nn.Linear(2, 2).double()) == torch.float64
     assert dtype_of(nn.ReLU()) == torch.get_default_dtype()
     assert device_of(nn.ReLU()) == torch.device("cpu")
+
+
+def test_inputs_that_do_not_fit_are_named_and_other_faults_keep_theirs():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
+    assert answered(net, torch.zeros(3, 1, 4, 4)).shape == (3, 2)
+    with pytest.raises(
+        InputError, match=r"Sequential does not take images of shape \(2, 4, 4\) in float32 \(.*channels"
+    ):
+        answered(net, torch.zeros(3, 2, 4, 4))
+    with pytest.raises(InputError, match=r"of shape \(1, 5, 5\)"):
+        answered(net, torch.zeros(3, 1, 5, 5))
+    for message in ("CUDA out of memory. Tried to allocate a size of 2", "broken"):
+
+        def failing(x, message=message):
+            raise RuntimeError(message)
+
+        with pytest.raises(RuntimeError, match=message):
+            answered(failing, torch.zeros(1, 1))

@@ -110,8 +110,12 @@ def _usable(subject: LanguageSubject) -> tuple[list[PromptPair], list[int], list
     """The pairs of the commonest length whose answers are one token each, and why others were left out."""
     kept: dict[int, list[tuple[PromptPair, int, int]]] = {}
     left_out: list[str] = []
+    most = getattr(subject.model.config, "max_position_embeddings", None)
     for pair in subject.prompts.pairs:
         lengths = [len(subject.tokenizer(text)["input_ids"]) for text in (pair.clean, pair.corrupt)]
+        if most is not None and max(lengths) > most:
+            left_out.append(f"its prompts have {max(lengths)} tokens and the model takes at most {most}")
+            continue
         if lengths[0] != lengths[1]:
             left_out.append(f"its prompts have {lengths[0]} and {lengths[1]} tokens")
             continue

@@ -7,6 +7,7 @@ its own values dealt out to other tokens at random.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from lineament.report.text import printable
 
 TITLE = "Which words decide what it says next?"
 METHOD = "reagent"
-_PROMPTS, _SHOWN, _MOST_TOKENS = 24, 6, 96
+_PROMPTS, _SHOWN, _MOST_TOKENS = 24, 6, 100
 _STEPS, _PROBES, _DRAWS = 60, 5, 32
 
 
@@ -103,10 +104,12 @@ def _attributions(subject: LanguageSubject) -> tuple[list[tuple[str, TokenAttrib
 
 def _explained(subject: LanguageSubject, prompt: str, sampler: Any, number: int) -> TokenAttribution:
     kept = subject.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    if len(kept) > _MOST_TOKENS:
-        prompt = subject.tokenizer.decode(kept[-_MOST_TOKENS:])
+    # A few positions are left for special tokens, and for text that is tokenised otherwise from its middle on.
+    most = min(_MOST_TOKENS, getattr(subject.model.config, "max_position_embeddings", None) or 2**20) - 4
+    if len(kept) > most:
+        prompt = subject.tokenizer.decode(kept[-most:])
     budget: dict[str, Any] = {"max_steps": _STEPS, "min_steps": _STEPS, "stop": "dummy"}
-    return reagent(
+    found = reagent(
         subject.model,
         subject.tokenizer,
         prompt,
@@ -114,6 +117,13 @@ def _explained(subject: LanguageSubject, prompt: str, sampler: Any, number: int)
         probes=_PROBES,
         seed=subject.seed + number,
         **budget,
+    )
+    n = found.source
+    if n == 0:
+        return found
+    # Of an encoder-decoder the prompt is the source; behind it comes the decoder's start token.
+    return replace(
+        found, tokens=found.tokens[:n], ids=found.ids[:n], scores=found.scores[:n], scored=found.scored[:n]
     )
 
 
@@ -131,7 +141,8 @@ def _judged(subject: LanguageSubject, prompt: str, a: TokenAttribution) -> dict[
         subject.model,
         subject.tokenizer,
         a.ids,
-        torch.stack(rows).clamp(0, 1),
+        # Of an encoder-decoder the decoder's start token has a score too, which is not used.
+        torch.nn.functional.pad(torch.stack(rows).clamp(0, 1), (0, 0 if subject.decoder_only else 1)),
         n_samples=_DRAWS,
         seed=subject.seed,
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.batching import chunked
-from lineament.core.models import device_of, dtype_of, frozen, logits
+from lineament.core.models import answered, device_of, dtype_of, frozen
 
 KINDS = (
     "logit_predicted",
@@ -137,7 +137,7 @@ def _gradients(model: nn.Module, x: Tensor, y: Tensor | None, kinds: Sequence[st
     if not wanted:
         return {"random": torch.zeros_like(x)}
     x = x.clone().requires_grad_()
-    z = logits(model(x))
+    z = answered(model, x, "inputs")
     checks.require(
         z.ndim == 2 and len(z) == len(x),
         f"model: its logits are {checks.show(z)} for {len(x)} inputs, expected shape (batch, classes)",

@@ -8,6 +8,7 @@ thought, so that no single accuracy here is that of the kept *values*; the diffe
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.batching import chunked, progress
-from lineament.core.models import frozen, logits
+from lineament.core.models import answered, frozen
 from lineament.explain.diffroar.unmasking import Group, Unmasked, fill_value, rank
 
 FRACTIONS = (1.0, 0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05)
@@ -186,25 +187,28 @@ def diffroar(
     (0.0, True)
     """
     x, y, x_test, y_test = _checked(data)
-    kept = [float(checks.number("fractions", f, low=0, high=1)) for f in fractions]
-    checks.require(len(kept) > 0, "fractions: got none, expected shares of the coordinates in [0, 1]")
-    checks.require(len(set(kept)) == len(kept), f"fractions: got {list(fractions)}, expected each once")
+    kept = [
+        float(checks.number("fractions", f, low=0, high=1))
+        for f in checks.listed("fractions", fractions, "kept shares in [0, 1], such as [1.0, 0.1]")
+    ]
+    checks.require(len(set(kept)) == len(kept), f"fractions: got {kept}, expected each once")
+    seeds = checks.listed("seeds", seeds, "seeds, such as range(3)")
     runs = [checks.number("seeds", s, low=0, integer=True) for s in seeds]
-    checks.require(
-        len(runs) > 0 and len(set(runs)) == len(runs), f"seeds: got {list(seeds)}, expected different ones"
-    )
+    checks.require(len(set(runs)) == len(runs), f"seeds: got {runs}, expected different ones")
     checks.number("jobs", jobs, integer=True)
     checks.require(jobs != 0, "jobs: got 0, expected a number of processes, or -1 for all cores")
-    checks.require(callable(train_fn), f"train_fn: got {checks.show(train_fn)}, expected a function")
+    _refuse_other_signature(train_fn)
     value = fill_value(fill, x)
 
     orders = []
     for part in (x, x_test):
-        scores = torch.as_tensor(scores_of_inputs(attribute_fn, part))
+        given = scores_of_inputs(attribute_fn, part)
         checks.require(
-            scores.ndim >= 2 and len(scores) == len(part),
-            f"attribute_fn: it returned {checks.show(scores)} for {len(part)} inputs, expected as many",
+            hasattr(given, "shape") and len(given.shape) >= 2 and len(given) == len(part),
+            f"attribute_fn: it returned {checks.show(given)} for {len(part)} inputs of shape {tuple(x.shape[1:])}, expected one score for each coordinate "
+            "or pixel of each",
         )
+        scores = torch.as_tensor(given)
         orders.append(
             rank(scores, group=group, shape=x.shape[1:], magnitude=magnitude, ties=ties).to(part.device)
         )
@@ -254,7 +258,7 @@ def scores_of_inputs(attribute_fn: Any, inputs: Tensor) -> Tensor:
 
         def explain(part: Tensor) -> Tensor:
             with torch.no_grad():
-                target = logits(model(part)).argmax(1)
+                target = answered(model, part, "inputs").argmax(1)
             return attribute_fn.attribute(part, target=target).detach()
 
         with frozen(model) if isinstance(model, nn.Module) else nullcontext():
@@ -275,7 +279,12 @@ def accuracy(model: Callable[[Tensor], Any], inputs: Any, targets: Int[Tensor, "
     right = 0
     with torch.no_grad():
         for rows in torch.arange(len(targets)).split(_AT_ONCE):
-            z = logits(model(inputs[rows]))
+            z = answered(model, inputs[rows], "inputs")
+            checks.require(
+                z.ndim == 2 and z.shape[1] > 1,
+                f"model: its logits are {checks.show(z)} for {len(rows)} inputs, expected shape (batch, classes) with at least two classes",
+            )
+            checks.labels("targets", targets[rows], count=len(z), classes=z.shape[1])
             right += int((z.argmax(1).cpu() == targets[rows].cpu()).sum())
     return right / len(targets)
 
@@ -317,6 +326,23 @@ def _several(train_fn: Any, views: list[Any], y: Tensor, y_test: Tensor, seeds: 
     return [_right(train_fn(train.whole(), y, seed), test, y_test) for (train, test), seed in work]
 
 
+def _refuse_other_signature(train_fn: Any) -> None:
+    checks.require(
+        callable(train_fn),
+        f"train_fn: got {checks.show(train_fn)}, expected a function train_fn(inputs, targets, seed) -> model",
+    )
+    try:
+        signature = inspect.signature(train_fn)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(None, None, 0)
+    except TypeError as error:
+        raise checks.InputError(
+            f"train_fn: it is called as train_fn(inputs, targets, seed) and takes {signature} ({error})"
+        ) from error
+
+
 def _refuse_untrained(found: float, chance: float, count: int) -> None:
     # Two standard errors above the most frequent class: an untrained model gets there once in forty.
     bar = chance + 2 * math.sqrt(chance * (1 - chance) / count)
@@ -331,7 +357,8 @@ def _refuse_untrained(found: float, chance: float, count: int) -> None:
 def _checked(data: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     checks.require(
         isinstance(data, (tuple, list)) and len(data) == 4,
-        f"data: got {checks.show(data)}, expected (training inputs, training targets, test inputs, test targets)",
+        f"data: got {f'{len(data)} parts' if isinstance(data, (tuple, list)) else checks.show(data)}, expected four: (training inputs, training "
+        "targets, test inputs, test targets)",
     )
     x, y, x_test, y_test = data
     for name, value in (("training inputs", x), ("test inputs", x_test)):

@@ -101,7 +101,7 @@ def rank(
     checks.require(
         fits or one_map,
         f"scores: got {checks.show(scores)} for inputs of shape {shape}, expected (batch, {', '.join(map(str, shape))})"
-        + (f" or one map (batch, 1, {shape[1]}, {shape[2]})" if len(shape) == 3 else ""),
+        + (f" or one map (batch, 1, {shape[1]}, {shape[2]})" if len(shape) == 3 and shape[0] > 1 else ""),
     )
     if not fits:
         checks.require(

@@ -75,6 +75,11 @@ def pair(
     require(callable(metric), f"metric: got {show(metric)}, expected a function of the logits")
     inner: Any = plain(model)
     language = hasattr(inner, "get_input_embeddings") and hasattr(inner, "config")
+    require(
+        not language or not getattr(inner.config, "is_encoder_decoder", False),
+        f"model: {type(inner).__name__} is an encoder-decoder, whose decoder reads tokens of its own; patching takes decoder-only models, or a module around "
+        "this one that calls it with both and returns its logits (with layout=...)",
+    )
     second = clean if corrupt is None else corrupt
     if isinstance(clean, Tensor) or isinstance(second, Tensor):
         for name, value in (("clean", clean), ("corrupt", second)):

@@ -25,7 +25,7 @@ from lineament.explain.tokens.prompts import (
     is_batch,
     paired,
     per_prompt,
-    read,
+    read_all,
     shown,
     token_id,
 )
@@ -141,10 +141,8 @@ def reagent(
     checks.number("seed", seed, integer=True)
     face = NextToken(model, tokenizer)
     several = is_batch(prompt)
-    prompts = [
-        read(face, text, target_prefix=prefix, scope=scope, span=span, protect=protect)
-        for text, prefix in zip(*paired(prompt if several else [prompt], target_prefix, several))
-    ]
+    texts, prefixes = paired(prompt if several else [prompt], target_prefix, several)
+    prompts = read_all(face, texts, prefixes, several=several, scope=scope, span=span, protect=protect)
     for p in prompts:
         n, scored = kept(keep, int(p.scored.sum())), int(p.scored.sum())
         checks.require(

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.core.models import dtype_of
 from lineament.explain.tokens.attention import attention_all, attention_last, rollout, value_zeroing
 from lineament.explain.tokens.attribution import reagent
 from lineament.explain.tokens.bayesian import bayesian_search
@@ -97,6 +98,16 @@ def attribute_tokens(
 
 def _result(question: Question, raw: Tensor, method: str) -> TokenAttribution:
     p, words = question.prompt, question.face.tokenizer
+    bad = int((~torch.isfinite(raw)).sum())
+    checks.require(
+        bad == 0,
+        f"method {method!r}: {bad} of {raw.numel()} scores are NaN or infinite; "
+        + (
+            "half precision overflows here, so use model.float()"
+            if _precision(question) in ("float16", "bfloat16")
+            else "are the model's weights finite?"
+        ),
+    )
     return TokenAttribution(
         tokens=p.tokens,
         ids=p.ids,
@@ -111,6 +122,11 @@ def _result(question: Question, raw: Tensor, method: str) -> TokenAttribution:
         source=p.source,
         forwards=question.face.forwards,
     )
+
+
+def _precision(question: Question) -> str:
+    model = question.face.model
+    return str(dtype_of(model)).removeprefix("torch.") if question.face.is_module else ""
 
 
 def grad_norm(question: Question) -> Float[Tensor, "scored"]:

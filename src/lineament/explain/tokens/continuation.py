@@ -52,9 +52,9 @@ def explain_continuation(
         made = list(tokenizer(continuation, add_special_tokens=False)["input_ids"])
     else:
         made = [int(i) for i in continuation]
-    checks.require(
-        len(made) > 0, "continuation: got no tokens (the model ended at once), expected at least one"
-    )
+    ended = "the model ended at once" if continuation is None else f"got {checks.show(continuation)}"
+    checks.require(len(made) > 0, f"continuation: no tokens to explain ({ended}), expected at least one")
+    _refuse_unfit(face, context, made)
     positions = list(range(0, len(made), stride))
     if face.encoder_decoder:
         prompts: Any = [context.ids[: context.source]] * len(positions)
@@ -70,6 +70,22 @@ def explain_continuation(
     return ContinuationAttribution(
         tuple(shown(tokenizer, ids[:width])), matrix, tuple(positions), tuple(made), tuple(shown(tokenizer, made)), tuple(steps)
     )  # fmt: skip
+
+
+def _refuse_unfit(face: NextToken, context: Prompt, made: list[int]) -> None:
+    size, most = face.vocabulary, face.most_tokens
+    wrong = [i for i in made if i < 0 or (size is not None and i >= size)]
+    checks.require(
+        not wrong,
+        f"continuation: got id {wrong[0] if wrong else ''}, expected ids from 0 to {(size or 1) - 1}; is this the model's own tokenizer?",
+    )
+    # The last token is asked about and never an input.
+    before = len(context.ids) - context.source
+    checks.require(
+        most is None or before + len(made) - 1 <= most,
+        f"continuation: with its {len(made)} tokens and the {before} before it the model would read {before + len(made) - 1}, and it takes at most {most}; "
+        "shorten one of them",
+    )
 
 
 def _greedy(face: NextToken, context: Prompt, most: int) -> list[int]:

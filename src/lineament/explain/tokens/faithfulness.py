@@ -222,9 +222,9 @@ def hard_faithfulness(
     Raises:
         InputError: a ratio outside (0, 1), scores of another length; as :func:`soft_faithfulness`, but scores of any range.
     """
+    ratios = checks.listed("ratios", ratios, "shares in (0, 1), such as [0.2, 0.5]")
     for ratio in ratios:
         checks.number("ratios", ratio, low=0, high=1, open_low=True, open_high=True)
-    checks.require(len(ratios) > 0, "ratios: got none, expected at least one")
     face, p, a = _opened(model, tokenizer, prompt, scores, distance, reading, bounded=False)
     places = p.places
     ranks = a[..., places].argsort(dim=-1, descending=True, stable=True).argsort(-1)

@@ -21,6 +21,15 @@ from lineament.explain.tokens.samplers import Sampler, Weighted, _ordinary
 
 # Fills beyond the best so many are no longer plausible; then the fallback is asked.
 TOP = 50
+_AT_ONCE = 64
+# Names of transformers' classes whose logits are no fills.
+_NO_FILLS = (
+    "ForCausalLM",
+    "LMHeadModel",
+    "ForConditionalGeneration",
+    "Classification",
+    "ForQuestionAnswering",
+)
 
 
 class Alignment:
@@ -112,6 +121,15 @@ class MlmSampler:
         self, model: nn.Module, mlm_tokenizer: Any, tokenizer: Any, *, joint: bool = True, greedy: bool = False,
         fallback: Sampler | None = None,
     ):  # fmt: skip
+        config: Any = getattr(model, "config", None)
+        fills = not type(model).__name__.endswith(_NO_FILLS) and not getattr(
+            config, "is_encoder_decoder", False
+        )
+        checks.require(
+            fills,
+            f"model: {type(model).__name__} predicts next tokens and fills no masks; give a masked language model (AutoModelForMaskedLM), or use "
+            "OtherModelSampler",
+        )
         self.align = Alignment(mlm_tokenizer, tokenizer)
         checks.require(
             getattr(mlm_tokenizer, "mask_token_id", None) is not None,
@@ -203,10 +221,18 @@ class MlmSampler:
 
     def _at_masks(self, texts: list[str]) -> Tensor:
         """The masked model's logits at every mask of every text, in order."""
-        encoded = self.mlm_tokenizer(texts, padding=True, return_tensors="pt").to(device_of(self.model))
+        # Without a padding token texts go one by one.
+        alone = self.mlm_tokenizer.pad_token is None
+        found = []
         with torch.inference_mode(), frozen(self.model, requires_grad=None):
-            scores = logits(self.model(**encoded))
-        return scores[encoded["input_ids"] == self.mlm_tokenizer.mask_token_id].float().cpu()
+            size = 1 if alone else _AT_ONCE
+            for part in (texts[k : k + size] for k in range(0, len(texts), size)):
+                encoded = self.mlm_tokenizer(part, padding=not alone, return_tensors="pt").to(
+                    device_of(self.model)
+                )
+                scores = logits(self.model(**encoded))
+                found.append(scores[encoded["input_ids"] == self.mlm_tokenizer.mask_token_id].float().cpu())
+        return torch.cat(found)
 
 
 class OtherModelSampler:
@@ -224,6 +250,10 @@ class OtherModelSampler:
             Alignment(other_tokenizer, tokenizer),
             NextToken(model, other_tokenizer),
             fallback,
+        )
+        checks.require(
+            not self.face.encoder_decoder,
+            f"model: {type(model).__name__} is an encoder-decoder, which does not continue a text; give a causal language model",
         )
         self._made: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 

@@ -49,6 +49,11 @@ class NextToken:
             callable(model),
             f"model: got {checks.show(model)}, expected a language model or a function from ids to next-token probabilities",
         )
+        checks.require(
+            not type(model).__name__.endswith("ForMaskedLM"),
+            f"model: {type(model).__name__} is a masked language model, which has no next token; give a causal or encoder-decoder one "
+            "(a masked one can fill in for replaced tokens: sampler=MlmSampler(...))",
+        )
         self.model, self.tokenizer = model, tokenizer
         self.is_module = isinstance(model, nn.Module)
         self.config: Any = getattr(model, "config", None) if self.is_module else None

@@ -75,6 +75,7 @@ def read(
             target_prefix is None,
             "target_prefix: it is for an encoder-decoder; a causal model continues the prompt, so append it there",
         )
+    _refuse_padding(model, ids[: source or len(ids)])
     most = model.most_tokens
     longest = max(source, len(ids) - source)
     checks.require(
@@ -101,6 +102,37 @@ def read(
         f"prompt: {count} of its {len(ids)} tokens can be scored (special tokens are not), expected at least 2",
     )
     return Prompt(ids, scored, source, tuple(shown(model.tokenizer, ids)))
+
+
+def _refuse_padding(model: NextToken, ids: Tensor) -> None:
+    """Padding that came with the ids has no mask here and would be read as text."""
+    named = [
+        getattr(model.tokenizer, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "unk")
+    ]
+    padding = named[0]
+    if padding is None or padding in named[1:] or not len(ids):
+        return
+    count = int((ids == padding).sum())
+    checks.require(
+        count == 0,
+        f"prompt: it holds {count} padding tokens ({shown(model.tokenizer, [padding])[0]!r}, id {padding}), which would be read as text; give each prompt "
+        "without padding, several as a list",
+    )
+
+
+def read_all(
+    model: NextToken, prompts: Sequence[Any], prefixes: Sequence[Any], *, several: bool, **reading: Any
+) -> list[Prompt]:
+    """:func:`read` for each prompt; where there are several, an error says which one it is about."""
+    found = []
+    for k, (prompt, prefix) in enumerate(zip(prompts, prefixes)):
+        try:
+            found.append(read(model, prompt, target_prefix=prefix, **reading))
+        except checks.InputError as error:
+            if not several:
+                raise
+            raise checks.InputError(f"prompt {k} of {len(prompts)} (from 0): {error}") from error
+    return found
 
 
 def _ids(model: NextToken, what: str, prompt: Any, *, specials: bool = True) -> Tensor:
@@ -151,6 +183,10 @@ def token_id(model: NextToken, what: str, token: Any, vocabulary: int) -> int:
         checks.require(model.tokenizer is not None, f"{what}: got text and no tokenizer; give an id")
         ids = model.tokenizer(token, add_special_tokens=False)["input_ids"]
         pieces = ", ".join(repr(t) for t in shown(model.tokenizer, ids))
+        checks.require(
+            len(ids) > 0,
+            f"{what}: got {token!r}, of which the tokenizer makes no token; expected text that is one token, or an id",
+        )
         checks.require(
             len(ids) == 1,
             f"{what}: {token!r} is {len(ids)} tokens ({pieces}), expected one; choose one of them, or explain the whole with "

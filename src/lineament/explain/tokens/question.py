@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lineament.explain.tokens.next_token import NextToken, not_nan
-from lineament.explain.tokens.prompts import Prompt, different, read, token_id
+from lineament.explain.tokens.prompts import Prompt, different, read_all, token_id
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,7 @@ def ask(
         InputError: as :func:`lineament.explain.tokens.prompts.read`; a target or contrast that is no one token.
     """
     face = model if isinstance(model, NextToken) else NextToken(model, tokenizer)
-    read_ones = [
-        read(face, prompt, target_prefix=prefix, **reading) for prompt, prefix in zip(prompts, prefixes)
-    ]
+    read_ones = read_all(face, prompts, prefixes, several=len(prompts) > 1, **reading)
     with face.ready():
         every = face.logits([p.ids[None] for p in read_ones], [p.source for p in read_ones])
         every = not_nan(every).cpu()

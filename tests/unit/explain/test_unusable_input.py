@@ -1,0 +1,285 @@
+"""Input that cannot be used, case by case: which prompt, which token, which image, and what to do instead."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tests.contracts.token_models import byte_tokenizer, copies, masked_model, model, wordpiece_tokenizer
+from torch import nn
+
+from lineament.core.checks import InputError
+from lineament.explain.diffroar import accuracy, diffroar
+from lineament.explain.diffroar.input_gradients import attribution, input_gradient
+from lineament.explain.faithfulness import faithfulness
+from lineament.explain.patching import activation_patching, relevance_patching
+from lineament.explain.patching.edges import edge_patching
+from lineament.explain.patching.metrics import logit_difference
+from lineament.explain.pixel_scores import infidelity, score_maps, sensitivity
+from lineament.explain.saliency import saliency
+from lineament.explain.tokens import explain_continuation, reagent
+from lineament.explain.tokens.baselines import METHODS, attribute_tokens
+from lineament.explain.tokens.faithfulness import hard_faithfulness, soft_faithfulness
+from lineament.explain.tokens.infill import MlmSampler, OtherModelSampler
+from lineament.learn.adversarial import pgd
+from lineament.learn.training import Training
+
+TEXT = "the cat sat on the mat"
+QUICK = {"max_steps": 2, "min_steps": 2, "stop": "dummy", "probes": 2}
+BUDGETS = {
+    "reagent": QUICK, "integrated_gradients": {"steps": 4}, "gradient_shap": {"n_samples": 4}, "lime": {"n_samples": 20},
+    "kernel_shap": {"n_samples": 20}, "bayesian": {"evaluations": 8, "batch": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["reagent", "occlusion", "grad_norm"])
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [("", "got an empty text"), ("the cat " * 60, "it has 121 tokens and the model takes at most 64"), ("a", "1 of its 1 tokens can be scored")],
+)  # fmt: skip
+def test_of_several_prompts_the_wrong_one_is_named(method, other, message):
+    with pytest.raises(InputError, match=rf"prompt 1 of 2 \(from 0\): prompt: {message}"):
+        attribute_tokens(
+            model("gpt2"), byte_tokenizer(), [TEXT, other], method=method, **BUDGETS.get(method, {})
+        )
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("", "target: got '', of which the tokenizer makes no token"),
+        ("the dog", r"target: 'the dog' is 2 tokens \('the', ' dog'\), expected one"),
+        (9999, r"target: got 9999, expected an integer in \[0, 309\]"),
+    ],
+)
+def test_a_target_that_is_not_one_token(target, message):
+    with pytest.raises(InputError, match=message):
+        reagent(model("gpt2"), byte_tokenizer(), TEXT, target, **QUICK)
+    with pytest.raises(InputError, match=message.replace("target", "contrast")):
+        reagent(model("gpt2"), byte_tokenizer(), TEXT, " cat", contrast=target, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("continuation", "message"),
+    [
+        ("", "no tokens to explain \\(got ''\\)"),
+        ("the cat " * 40, "continuation: with its 81 tokens and the 6 before it the model would read 86, and it takes at most 64"),
+        ([5, 9999], r"continuation: got id 9999, expected ids from 0 to 309"),
+    ],
+)  # fmt: skip
+def test_continuations_that_cannot_be_explained(continuation, message):
+    with pytest.raises(InputError, match=message):
+        explain_continuation(model("gpt2"), byte_tokenizer(), TEXT, continuation, **QUICK)
+
+
+def test_the_last_token_of_a_continuation_needs_no_position():
+    found = explain_continuation(
+        model("gpt2"), None, [5] * 60, [6, 7, 8, 9, 10], explain=attribute_tokens, method="random"
+    )
+    assert found.matrix.shape == (5, 64)
+
+
+def test_padding_among_the_ids_is_refused_and_a_tokenizer_without_it_is_no_obstacle():
+    words = wordpiece_tokenizer()
+    net = model("gpt2")
+    ids = words("the cat sat")["input_ids"]
+    with pytest.raises(InputError, match=r"prompt: it holds 2 padding tokens \('\[PAD\]', id 0\)"):
+        reagent(net, words, [*ids, 0, 0], **QUICK)
+    # Where padding and end are one token, as many users set it, it may be text.
+    same = copy.deepcopy(byte_tokenizer())
+    same.pad_token = same.eos_token
+    assert reagent(net, same, [0, 40, 41, 42], **QUICK).scored.tolist() == [False, True, True, True]
+    assert byte_tokenizer().pad_token is None
+    both = reagent(net, byte_tokenizer(), [TEXT, "the dog"], **QUICK)
+    assert [len(a.tokens) for a in both] == [6, 2]
+
+
+def test_a_masked_model_whose_tokenizer_has_no_padding_gives_the_same_fills():
+    bare = copy.deepcopy(wordpiece_tokenizer())
+    bare.pad_token = None
+    found = [
+        reagent(
+            model("gpt2"),
+            byte_tokenizer(),
+            TEXT,
+            sampler=MlmSampler(masked_model(), words, byte_tokenizer()),
+            **QUICK,
+        ).scores
+        for words in (wordpiece_tokenizer(), bare)
+    ]
+    torch.testing.assert_close(*found)
+
+
+def test_models_of_another_kind_are_named():
+    net, words, other = model("gpt2"), byte_tokenizer(), wordpiece_tokenizer()
+    with pytest.raises(
+        InputError, match="BertForMaskedLM is a masked language model, which has no next token"
+    ):
+        reagent(masked_model(), other, TEXT, **QUICK)
+    with pytest.raises(InputError, match="BertForMaskedLM is a masked language model"):
+        OtherModelSampler(masked_model(), other, words)
+    with pytest.raises(InputError, match="GPT2LMHeadModel predicts next tokens and fills no masks"):
+        MlmSampler(net, other, words)
+    with pytest.raises(
+        InputError, match="T5ForConditionalGeneration predicts next tokens and fills no masks"
+    ):
+        MlmSampler(model("t5"), other, words)
+    with pytest.raises(
+        InputError, match="T5ForConditionalGeneration is an encoder-decoder, which does not continue"
+    ):
+        OtherModelSampler(model("t5"), words, words)
+
+
+@pytest.mark.parametrize("method", [activation_patching, relevance_patching, edge_patching])
+def test_encoder_decoders_are_not_patched(method):
+    with pytest.raises(InputError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        method(
+            model("t5"),
+            [TEXT],
+            ["the dog sat on the mat"],
+            logit_difference([5], [6]),
+            tokenizer=byte_tokenizer(),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_on_a_cpu_gives_finite_scores_or_says_that_it_overflows(method, dtype):
+    found = attribute_tokens(
+        model("gpt2").to(dtype), None, [5, 40, 81, 12], method=method, **BUDGETS.get(method, {})
+    )
+    assert bool(torch.isfinite(found.scores).all())
+    judged = soft_faithfulness(
+        model("gpt2").to(dtype), None, [5, 40, 81, 12], torch.full((4,), 0.25), n_samples=2
+    )
+    assert 0 <= float(judged.comprehensiveness) < 2
+
+
+def test_an_overflow_in_half_precision_is_no_score():
+    # T5 divides zero embeddings by their norm: the gradient there exceeds what 16 bits hold.
+    with pytest.raises(
+        InputError, match=r"'integrated_gradients': \d+ of 4 scores are NaN .*model\.float\(\)"
+    ):
+        attribute_tokens(model("t5").half(), None, [5, 40, 81, 12], method="integrated_gradients", steps=4)
+
+
+@pytest.mark.parametrize("ratios", [0.5, [0.0], [1.0], []])
+def test_ratios_are_shares_and_several(ratios):
+    with pytest.raises(InputError, match="ratios: got"):
+        hard_faithfulness(model("gpt2"), byte_tokenizer(), TEXT, torch.rand(6), ratios=ratios)
+
+
+# Images.
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+
+
+def data():
+    x = torch.rand(300, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0, 0, 0] * 3).long().clamp_max(2)
+    return x[:200], y[:200], x[200:], y[200:]
+
+
+X, Y = data()[:2]
+CALLS = {
+    "input_gradient": lambda net, x: input_gradient(net, x),
+    "saliency": lambda net, x: saliency(net, x, site="0"),
+    "faithfulness": lambda net, x: faithfulness(net, x, torch.rand(len(x), 1, 8, 8)),
+    "infidelity": lambda net, x: infidelity(net, x, torch.rand(len(x), 1, *x.shape[-2:])),
+    "score_maps": lambda net, x: score_maps(net, x, {"a": torch.rand(len(x), 1, *x.shape[-2:])}),
+    "sensitivity": lambda net, x: sensitivity(lambda z: input_gradient(net, z), x),
+    "pgd": lambda net, x: pgd(net, x, torch.zeros(len(x)).long(), norm="l2", eps=1.0, step=0.1, steps=1),
+    "accuracy": lambda net, x: accuracy(net, x, torch.zeros(len(x)).long()),
+    "training": lambda net, x: Training(network, epochs=1, select="last")(x, torch.zeros(len(x)).long(), 0),
+    "diffroar": lambda net, x: diffroar(
+        attribution(net), Training(network, epochs=1), (x, torch.arange(4) % 3, x, torch.arange(4) % 3)
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("shape", [(1, 9, 9), (3, 8, 8)])
+def test_images_of_another_size_are_named_by_their_shape(call, shape):
+    message = rf"model: Sequential does not take (images|inputs) of shape \({shape[0]}, {shape[1]}, {shape[2]}\) in float32"
+    with pytest.raises(InputError, match=message):
+        CALLS[call](network(), torch.rand(4, *shape))
+
+
+def test_images_of_another_precision_are_named():
+    with pytest.raises(
+        InputError, match=r"in float32 \(.*dtype|in float32 \(.*should be the same|in float32 \(.*type"
+    ):
+        pgd(network().half(), X[:4], Y[:4], norm="l2", eps=1.0, step=0.1, steps=1)
+    assert input_gradient(network().bfloat16(), X[:4]).dtype == torch.bfloat16
+
+
+def test_a_fault_of_the_models_own_keeps_its_name():
+    net = network()
+    net[1].register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+    with pytest.raises(RuntimeError, match=r"^broken$"):
+        input_gradient(net, X[:4])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: input_gradient(network(), X[:4], torch.tensor([0, 1, 2, 7]), kind="loss"),
+        lambda: faithfulness(network(), X[:4], torch.rand(4, 1, 8, 8), [0, 1, 2, 7]),
+        lambda: pgd(network(), X[:4], torch.tensor([0, 1, 2, 7]), norm="l2", eps=1.0, step=0.1, steps=1),
+        lambda: accuracy(network(), X[:4], torch.tensor([0, 1, 2, 7])),
+        lambda: Training(network, epochs=1, select="last")(X[:4], torch.tensor([0, 1, 2, 7]), 0),
+        lambda: Training(network, epochs=1, at_once=2).together([X, X], torch.where(torch.arange(200) == 3, 7, Y), [0, 1]),
+    ],
+)  # fmt: skip
+def test_labels_from_another_range_are_named_by_place(call):
+    with pytest.raises(
+        InputError, match=r"targets: got label 7 at position 3, expected labels from 0 to 2 \(3 classes\)"
+    ):
+        call()
+
+
+def test_a_model_with_one_output_has_no_accuracy():
+    with pytest.raises(InputError, match="with at least two classes"):
+        accuracy(nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), X, Y)
+
+
+TRAIN = Training(network, epochs=10, lr=1e-2, select="last")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fractions": 0.5}, "fractions: got 0.5, expected a list of kept shares"),
+        ({"fractions": []}, "fractions: got none"),
+        ({"fractions": [1.5]}, r"fractions: got 1.5, expected a number in \[0, 1\]"),
+        ({"fractions": [-0.1]}, "fractions: got -0.1"),
+        ({"fractions": [10]}, "fractions: got 10"),
+        ({"seeds": 3}, r"seeds: got 3, expected a list of seeds, such as range\(3\)"),
+        ({"train_fn": lambda x, y: network()}, r"train_fn\(inputs, targets, seed\) and takes \(x, y\)"),
+        ({"train_fn": lambda x, y, seed: network()}, "looks untrained"),
+        ({"train_fn": Training(network, epochs=1, lr=1e-9, select="last")}, "looks untrained"),
+        ({"attribute_fn": lambda x: None}, "attribute_fn: it returned None for 200 inputs"),
+        ({"attribute_fn": lambda x: x[:, :, :4]}, r"expected \(batch, 1, 8, 8\)$"),
+        ({"data": data()[:3]}, "data: got 3 parts, expected four"),
+        ({"data": (X, Y + 1, X, Y + 1)}, "targets: got label 3 at position"),
+    ],
+)
+def test_what_diffroar_cannot_use(options, message):
+    call = {
+        "attribute_fn": attribution(network()),
+        "train_fn": TRAIN,
+        "data": data(),
+        "fractions": [0.5],
+        "seeds": [0],
+    }
+    with pytest.raises(InputError, match=message):
+        diffroar(**{**call, **options})
+
+
+def test_a_function_without_weights_has_no_soft_scores():
+    with pytest.raises(InputError, match="this needs the word embeddings"):
+        soft_faithfulness(copies(1), None, [1, 2, 3], torch.ones(3))
