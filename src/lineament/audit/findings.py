@@ -131,13 +131,17 @@ def _accuracy(n: dict[str, Any]) -> list[Finding]:
                 "accuracy",
             )
         )
-    chance = 1 / max(len(classes), 1)
-    poor = overall["low"] <= chance
+    poor = overall["low"] <= n["majority"]
+    told = "which is no better than" if overall["accuracy"] <= n["majority"] else "which may be no better than"
     found.append(
         Finding(
             "warning" if poor else "good" if overall["accuracy"] >= 0.8 else "note",
             f"It is right for {percent(overall['accuracy'])} of {overall['count']} samples"
-            + (f", no better than guessing among {len(classes)} classes." if poor else "."),
+            + (
+                f", {told} always naming the most frequent class ({percent(n['majority'])})."
+                if poor
+                else "."
+            ),
             "accuracy",
         )
     )
