@@ -132,15 +132,15 @@ def _accuracy(n: dict[str, Any]) -> list[Finding]:
             )
         )
     poor = overall["low"] <= n["majority"]
-    told = "which is no better than" if overall["accuracy"] <= n["majority"] else "which may be no better than"
+    told = (
+        "which is no better than" if overall["accuracy"] <= n["majority"] else "which may be no better than"
+    )
     found.append(
         Finding(
             "warning" if poor else "good" if overall["accuracy"] >= 0.8 else "note",
             f"It is right for {percent(overall['accuracy'])} of {overall['count']} samples"
             + (
-                f", {told} always naming the most frequent class ({percent(n['majority'])})."
-                if poor
-                else "."
+                f", {told} always naming the most frequent class ({percent(n['majority'])})." if poor else "."
             ),
             "accuracy",
         )
@@ -183,6 +183,14 @@ def _spectrum(n: dict[str, Any]) -> list[Finding]:
 
 
 def _landscape(n: dict[str, Any]) -> list[Finding]:
+    if n["settled"] is None:
+        return [
+            Finding(
+                "note",
+                f"Its loss on these samples is zero within rounding ({compact(n['loss'])}), so that how settled it is cannot be told from them.",
+                "landscape",
+            )
+        ]
     if n["bottom"] < -0.1 * max(n["top"], 0):
         return [
             Finding(
@@ -198,6 +206,14 @@ def _landscape(n: dict[str, Any]) -> list[Finding]:
             Finding(
                 "note",
                 f"Nothing curves steeply downwards where it is (least eigenvalue {compact(n['bottom'])}, greatest {compact(n['top'])}), but many directions do gently{share}: not quite a minimum.",
+                "landscape",
+            )
+        ]
+    if not n["settled"]:
+        return [
+            Finding(
+                "note",
+                f"Nothing was found that curves steeply downwards where it is, but the search for the spectrum's ends ({compact(n['bottom'])} and {compact(n['top'])}) had not settled.",
                 "landscape",
             )
         ]

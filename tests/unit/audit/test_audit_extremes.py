@@ -40,3 +40,43 @@ def test_naming_the_most_frequent_class_is_no_merit(tmp_path, right, said):
     (finding,) = (f for f in found.findings if "of 100 samples" in f.sentence)
     assert finding.severity == "warning" and said in finding.sentence and "90\xa0%" in finding.sentence
     assert found["accuracy"].status == "warning"
+
+
+def test_maps_of_answers_that_no_pixel_moves_are_not_called_true(tmp_path):
+    images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(40) % 2
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1e-4)
+        model[3].bias.copy_(torch.tensor([30.0, 0.0]))
+    found = audit(model, (images, targets), out=tmp_path / "r", lenses=["gaze", "parts"])
+    assert "cannot be told: the answers stay as sure" in found["gaze"].sentence
+    assert "truer than chance" not in found["gaze"].sentence and found["gaze"].status == "note"
+    assert (
+        "Silencing any one of" in found["parts"].sentence and "changes no answer" in found["parts"].sentence
+    )
+    assert {row[1] for row in found["parts"].tables[0].rows if row[0] == "1"} == {"0", "1"}
+
+
+def test_where_nothing_is_left_of_the_loss_its_curvature_is_not_read(tmp_path):
+    """Rounding has a sign; a saddle of 1e-8 is none."""
+    targets = torch.arange(60) % 3
+    found = answering(30 * torch.eye(3)[targets], lenses=["landscape"])(targets, tmp_path / "r")
+    (finding,) = found.findings
+    assert finding.severity == found["landscape"].status == "note"
+    assert "zero within rounding" in finding.sentence and "minimum:" not in finding.sentence
+    assert "curves steeply" not in found["landscape"].sentence
+
+
+def test_the_verdict_and_the_section_of_a_minimum_agree(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 3, generator=generator)
+    y = x @ torch.tensor([1.0, -2.0, 0.5]) + 0.1 * torch.randn(200, generator=generator)
+    weights = torch.linalg.lstsq(torch.cat([x, torch.ones(200, 1)], 1), y[:, None]).solution[:, 0]
+    model = nn.Sequential(nn.Linear(3, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(weights[None, :3])
+        model[0].bias.copy_(weights[3:])
+    found = audit(model, (x, y), out=tmp_path / "r", lenses=["landscape"])
+    assert found.findings[0].severity == found["landscape"].status == "good"
