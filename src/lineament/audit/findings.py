@@ -10,7 +10,7 @@ from typing import Any
 
 from lineament.audit.lenses.gaze import where
 from lineament.audit.place import Window
-from lineament.audit.words import compact, percent, points, short
+from lineament.audit.words import compact, percent, points, short, within
 from lineament.report.page import Finding
 from lineament.report.section import Section
 from lineament.report.text import printable
@@ -254,7 +254,7 @@ def _parts(n: dict[str, Any]) -> list[Finding]:
 
 def _tokens(n: dict[str, Any]) -> list[Finding]:
     reach = sorted(n["reach"])[len(n["reach"]) // 2]
-    text = f"Half of what decides its next token lies within the last {reach} tokens (median of {len(n['reach'])} prompts)"
+    text = f"Half of what decides its next token lies {within(reach)} (median of {len(n['reach'])} prompts)"
     if n["contradicted"]:
         return [
             Finding(
@@ -273,6 +273,15 @@ def _components(n: dict[str, Any]) -> list[Finding]:
             Finding(
                 "warning",
                 f"It prefers the right answer in {percent(n['right'], 0)} of the prompt pairs only: it hardly has the behaviour that they ask for.",
+                "components",
+            )
+        ]
+    if not n["hangs_on_what_differs"]:
+        return [
+            Finding(
+                "warning",
+                f"What the prompt pairs change hardly matters to it: it prefers the right answer in {percent(n['right'], 0)} of clean prompts, and the same answer in "
+                f"{percent(n['right_when_corrupt'], 0)} of corrupt ones.",
                 "components",
             )
         ]
