@@ -30,6 +30,8 @@ from lineament.report.section import Picture
 
 Explain = Callable[..., Tensor]
 _TRUTH, _SCORED = 48, 32
+# A gain that is shown as 0.00 says nothing of the maps, however narrow its interval.
+_FAINT = 0.005
 _FRACTIONS, _LEVEL = (1.0, 0.5, 0.2, 0.1), 0.1
 # Few samples want more passes: about so many steps of the optimizer, within bounds.
 _STEPS, _EPOCHS, _BATCH, _RATE, _WORK = 300, (15, 60), 64, 2e-3, 2e14
@@ -60,10 +62,25 @@ def deletion_and_insertion(subject: Subject, rows: Tensor, maps: Tensor) -> dict
     }
 
 
+def better_than_random(truth: dict[str, Any]) -> bool:
+    """Whether the maps' order of pixels beats a random one by more than chance and more than rounding.
+
+    >>> better_than_random({"gain": [0.2, 0.1, 0.3]}), better_than_random({"gain": [1e-9, 5e-10, 2e-9]})
+    (True, False)
+    """
+    return truth["gain"][1] > 0 and not _faint(truth)
+
+
+def _faint(truth: dict[str, Any]) -> bool:
+    return max(abs(end) for end in truth["gain"][1:]) < _FAINT
+
+
 def gain_words(truth: dict[str, Any], method: str) -> str:
     """What the gain of deletion and insertion says, in a sentence."""
     gain, low, high = truth["gain"]
     interval = f"gain {gain:.2f}, 95 % interval {low:.2f} to {high:.2f}".replace("-", "−")
+    if _faint(truth):
+        return f"Whether the maps ({method}) are true cannot be told: the answers stay as sure whichever pixels are taken away ({interval})."
     if low > 0:
         return f"The maps ({method}) are truer than chance: taking pixels away or giving them back in their order beats a random order ({interval})."
     if high < 0:

@@ -10,10 +10,12 @@ from typing import Any
 
 from lineament.audit.lenses.gaze import where
 from lineament.audit.place import Window
-from lineament.audit.words import compact, percent, points, short
+from lineament.audit.words import compact, percent, points, short, within
 from lineament.report.page import Finding
 from lineament.report.section import Section
 from lineament.report.text import printable
+
+_SETTLE = "Make sure that these are data like those it was trained on; if they are, train it longer or at a smaller rate (lineament train --sam seeks flatter places)."
 
 
 def findings(sections: Sequence[Section]) -> list[Finding]:
@@ -49,6 +51,7 @@ def _gaze(n: dict[str, Any]) -> list[Finding]:
                 f"turns {percent(v['followed'], 0)} of answers into the answer to that image; patches elsewhere turn {percent(v['others_followed'], 0)}. "
                 f"Accuracy falls from {percent(v['accuracy'])} to {percent(v['swapped_accuracy'])}.",
                 "gaze",
+                advice="Look at that place in your images (the section shows some). If the answer does not lie there, cover or mix that patch across the classes of the training data, train again and audit again.",
             )
         ]
     lost = v["accuracy"] - v["swapped_accuracy"]
@@ -58,6 +61,7 @@ def _gaze(n: dict[str, Any]) -> list[Finding]:
                 "note",
                 f"Where it looks matters most at {place}: taking that patch from another image costs {points(lost)} of accuracy. No single patch decides the answer.",
                 "gaze",
+                advice="See whether what you ask about always lies there; if not, vary its place in the training data.",
             )
         ]
     return [
@@ -81,6 +85,7 @@ def _accuracy(n: dict[str, Any]) -> list[Finding]:
                     "warning",
                     f"Its error rises from {compact(best['mae'])} in group {_quoted(best)} to {compact(worst['mae'])} in group {_quoted(worst)}.",
                     "accuracy",
+                    advice="Look at what sets that group apart, and train on more samples of it; give the error by group wherever you give it.",
                 )
             )
         useless = overall["r2"] < 0
@@ -90,6 +95,9 @@ def _accuracy(n: dict[str, Any]) -> list[Finding]:
                 f"It explains {percent(max(overall['r2'], 0))} of the targets' variance and is off by {compact(overall['mae'])} on average"
                 + (", worse than always answering the mean." if useless else "."),
                 "accuracy",
+                advice="Make sure that inputs and targets are scaled as they were in training."
+                if useless
+                else "",
             )
         )
         return found
@@ -101,6 +109,7 @@ def _accuracy(n: dict[str, Any]) -> list[Finding]:
                     "warning" if best["accuracy"] - worst["accuracy"] > 0.1 else "note",
                     f"Accuracy falls from {percent(best['accuracy'])} in group {_quoted(best)} to {percent(worst['accuracy'])} in group {_quoted(worst)}.",
                     "accuracy",
+                    advice="Look at what sets that group apart, and train on more samples of it or weigh them up; give the accuracy by group wherever you give it.",
                 )
             )
         else:
@@ -119,6 +128,7 @@ def _accuracy(n: dict[str, Any]) -> list[Finding]:
                 "note",
                 f"Class {_quoted(worst)} is right in {percent(worst['accuracy'])} only, against {percent(overall['accuracy'])} overall.",
                 "accuracy",
+                advice="See what it is taken for (the table of mistakes), check the labels of a few of these samples, and train on more of them.",
             )
         )
     known = n["calibration"]
@@ -129,16 +139,24 @@ def _accuracy(n: dict[str, Any]) -> list[Finding]:
                 "warning" if gap > 0.15 else "note",
                 f"It is {'over' if gap > 0 else 'under'}confident: {percent(known['confidence'])} sure on average, and right in {percent(known['accuracy'])}.",
                 "accuracy",
+                advice="Do not use its confidence as it is: divide the logits by one temperature that you fit on held-out data (the paper that the section names says how).",
             )
         )
-    chance = 1 / max(len(classes), 1)
-    poor = overall["low"] <= chance
+    poor = overall["low"] <= n["majority"]
+    told = (
+        "which is no better than" if overall["accuracy"] <= n["majority"] else "which may be no better than"
+    )
     found.append(
         Finding(
             "warning" if poor else "good" if overall["accuracy"] >= 0.8 else "note",
             f"It is right for {percent(overall['accuracy'])} of {overall['count']} samples"
-            + (f", no better than guessing among {len(classes)} classes." if poor else "."),
+            + (
+                f", {told} always naming the most frequent class ({percent(n['majority'])})." if poor else "."
+            ),
             "accuracy",
+            advice="Make sure first that samples reach it as they did in training (--image-size, --normalize) and that class numbers mean the same to both; then train it longer or on more data."
+            if poor
+            else "",
         )
     )
     return found
@@ -149,7 +167,12 @@ def _collapse(n: dict[str, Any]) -> list[Finding]:
     value = last["nc1_tilde"]
     if value is None or not value < float("inf"):
         return [
-            Finding("warning", "At the last place its features are the same for every class.", "collapse")
+            Finding(
+                "warning",
+                "At the last place its features are the same for every class.",
+                "collapse",
+                advice="Make sure that its inputs differ and are scaled as in training; a network that answers the same to all has to be trained anew.",
+            )
         ]
     near = last["nearest_mean_accuracy"]
     right = "" if near is None else f"; the nearest class mean is right for {percent(near)}"
@@ -159,7 +182,12 @@ def _collapse(n: dict[str, Any]) -> list[Finding]:
         text = f"It holds each class as a cluster of its own (variance within classes {compact(value)} of that between){right}."
     else:
         text = f"Its classes overlap at the last place (variance within classes {compact(value)} times that between){right}."
-    return [Finding("good" if value < 0.7 else "note", text, "collapse")]
+    advice = (
+        ""
+        if value < 0.7
+        else "Nothing, if it is right often enough; otherwise train it longer, or a larger one."
+    )
+    return [Finding("good" if value < 0.7 else "note", text, "collapse", advice)]
 
 
 def _spectrum(n: dict[str, Any]) -> list[Finding]:
@@ -173,18 +201,29 @@ def _spectrum(n: dict[str, Any]) -> list[Finding]:
                 "note",
                 f"{text}; {percent(idle / total, 0)} of all units never vary or copy another.",
                 "spectrum",
+                advice="Nothing, if it is right often enough: a network with fewer channels may do as well.",
             )
         ]
     return [Finding("good", f"{text}.", "spectrum")]
 
 
 def _landscape(n: dict[str, Any]) -> list[Finding]:
+    if n["settled"] is None:
+        return [
+            Finding(
+                "note",
+                f"Its loss on these samples is zero within rounding ({compact(n['loss'])}), so that how settled it is cannot be told from them.",
+                "landscape",
+                advice="Audit samples that it was not trained on.",
+            )
+        ]
     if n["bottom"] < -0.1 * max(n["top"], 0):
         return [
             Finding(
                 "note",
                 f"It does not sit in a minimum: the loss curves downwards (least eigenvalue {compact(n['bottom'])}, greatest {compact(n['top'])}).",
                 "landscape",
+                advice=_SETTLE,
             )
         ]
     if n["criteria"]["verdict"] != "settled":
@@ -195,6 +234,16 @@ def _landscape(n: dict[str, Any]) -> list[Finding]:
                 "note",
                 f"Nothing curves steeply downwards where it is (least eigenvalue {compact(n['bottom'])}, greatest {compact(n['top'])}), but many directions do gently{share}: not quite a minimum.",
                 "landscape",
+                advice=_SETTLE,
+            )
+        ]
+    if not n["settled"]:
+        return [
+            Finding(
+                "note",
+                f"Nothing was found that curves steeply downwards where it is, but the search for the spectrum's ends ({compact(n['bottom'])} and {compact(n['top'])}) had not settled.",
+                "landscape",
+                advice="Audit with another --seed or more --samples, and compare.",
             )
         ]
     return [
@@ -216,6 +265,7 @@ def _parts(n: dict[str, Any]) -> list[Finding]:
                 "note",
                 f"{percent(share, 0)} of its channel groups can each be silenced with hardly an answer changing: it has room to spare.",
                 "parts",
+                advice="Nothing, if its size is no burden; otherwise train one with fewer channels, or take groups away one after the other and measure again.",
             )
         ]
     effect = (
@@ -234,13 +284,14 @@ def _parts(n: dict[str, Any]) -> list[Finding]:
 
 def _tokens(n: dict[str, Any]) -> list[Finding]:
     reach = sorted(n["reach"])[len(n["reach"]) // 2]
-    text = f"Half of what decides its next token lies within the last {reach} tokens (median of {len(n['reach'])} prompts)"
+    text = f"Half of what decides its next token lies {within(reach)} (median of {len(n['reach'])} prompts)"
     if n["contradicted"]:
         return [
             Finding(
                 "warning",
                 f"{text}, but the attribution fails its own test: other tokens decide more.",
                 "tokens",
+                advice="Do not rely on the tokens named here: try more prompts, or another method (lineament explain --method integrated_gradients).",
             )
         ]
     proof = "" if n["true"] else "; whether the tokens named are the right ones cannot be told from these"
@@ -254,6 +305,17 @@ def _components(n: dict[str, Any]) -> list[Finding]:
                 "warning",
                 f"It prefers the right answer in {percent(n['right'], 0)} of the prompt pairs only: it hardly has the behaviour that they ask for.",
                 "components",
+                advice="Choose pairs that it answers rightly; what carries a behaviour can only be found where there is one.",
+            )
+        ]
+    if not n["hangs_on_what_differs"]:
+        return [
+            Finding(
+                "warning",
+                f"What the prompt pairs change hardly matters to it: it prefers the right answer in {percent(n['right'], 0)} of clean prompts, and the same answer in "
+                f"{percent(n['right_when_corrupt'], 0)} of corrupt ones.",
+                "components",
+                advice="Choose pairs whose corrupt prompt asks for the wrong answer.",
             )
         ]
     top = n["top_head"]

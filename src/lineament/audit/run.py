@@ -240,6 +240,7 @@ def _planted(sections: Sequence[Section]) -> list[Finding]:
                 "The network relies on the mark: the patch that decides its answers is where this example planted one, the small pattern that went with "
                 "the class while it learned.",
                 "gaze",
+                advice="Nothing here, where it was planted on purpose. Audit a network of yours: lineament audit file.py:factory data.npz --weights model.safetensors.",
             )
         ]
     return [Finding("note", "The planted mark was not found to decide the network's answers.", "gaze")]

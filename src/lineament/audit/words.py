@@ -86,6 +86,15 @@ def short(site: str, limit: int = 24) -> str:
     return "…" + (tail[dot:] if 0 <= dot < len(tail) - 6 else tail)
 
 
+def within(tokens: float) -> str:
+    """Where something lies that begins so many tokens before the end.
+
+    >>> within(1), within(4)
+    ('in the last token', 'within the last 4 tokens')
+    """
+    return "in the last token" if tokens == 1 else f"within the last {compact(tokens)} tokens"
+
+
 def listed(names: Sequence[str], most: int = 3) -> str:
     """Names in a sentence.
 

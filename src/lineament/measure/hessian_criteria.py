@@ -99,9 +99,21 @@ class Criteria:
         return self.negative > self.positive
 
     @property
+    def reach(self) -> float:
+        """The mean of r_e, with 0 where no node is below zero: there r_e is the inverse of a condition number and reaches nowhere.
+
+        >>> found = criteria(spectral_density(torch.diag(torch.tensor([1.0, 2.0, 4.0])), steps=3))
+        >>> round(float(found.re.mean()), 3), found.reach, found.verdict
+        (0.25, 0.0, 'settled')
+        """
+        seen = self.density.weights > _NO_WEIGHT
+        least = torch.where(seen, self.density.nodes, math.inf).amin(-1)
+        return float(torch.where(least < 0, self.re, 0.0).mean())
+
+    @property
     def verdict(self) -> str:
-        """``"settled"`` (both below 0.3), ``"unsettled"``, ``"untrained"`` (both above 0.5) or ``"mainly negative"``."""
-        re, k = float(self.re.mean()), float(self.k.mean())
+        """``"settled"`` (reach and K below 0.3), ``"unsettled"``, ``"untrained"`` (both above 0.5) or ``"mainly negative"``."""
+        re, k = self.reach, float(self.k.mean())
         if self.mainly_negative:
             return "mainly negative"
         if re < 0.3 and k < 0.3:
@@ -111,7 +123,7 @@ class Criteria:
     @property
     def meaning(self) -> str:
         """One sentence that says what the numbers say; the bounds are this library's reading, not the paper's."""
-        if self.verdict == "unsettled" and float(self.re.mean()) < 0.3:
+        if self.verdict == "unsettled" and self.reach < 0.3:
             return "No direction curves steeply downwards, but many do gently: training has not quite settled, or these are not quite data like those it was trained on."
         return {
             "settled": "Hardly anything curves downwards: the spectrum of a trained network on data like those it was trained on.",

@@ -38,11 +38,15 @@ _SEVERITIES = ("warning", "note", "good")
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence of the verdict; ``section`` is the name of the section that shows it, or ""."""
+    """One sentence of the verdict; ``section`` is the name of the section that shows it, or "".
+
+    ``advice`` says what a reader can do about it, or is "" where there is nothing to do.
+    """
 
     severity: Severity
     sentence: str
     section: str = ""
+    advice: str = ""
 
     def to_dict(self) -> dict[str, str]:
         return asdict(self)

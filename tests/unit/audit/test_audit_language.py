@@ -89,6 +89,31 @@ def test_pairs_show_components_and_say_what_was_left_out(folder, files):
 
 
 @pytest.mark.slow
+def test_an_answer_that_does_not_hang_on_what_differs_is_no_behaviour(folder, files):
+    """A model that hardly looks back prefers the same answer whatever the prompt says earlier."""
+    from lineament.audit.language import load_language_model
+    from lineament.audit.language_run import audit_language
+
+    model, tokenizer = load_language_model(str(folder))
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.c_proj.weight.mul_(1e-2)
+            block.attn.c_proj.bias.mul_(1e-2)
+    with torch.no_grad():
+        last = model(tokenizer("the cat saw a man", return_tensors="pt")["input_ids"]).logits[0, -1]
+    likelier, other = sorted((" cat", " dog"), key=lambda w: -float(last[tokenizer(w)["input_ids"][-1]]))
+    lines = [pair(f"the cat saw {w} man", f"the dog saw {w} man", likelier, other) for w in ("a", "the")]
+    (files / "same.jsonl").write_text("\n".join(lines))
+    found = audit_language((model, tokenizer), files / "same.jsonl", out=files / "r", lenses=["components"])
+    numbers = found["components"].numbers
+    assert numbers, found["components"].sentence
+    assert numbers["right"] == numbers["right_when_corrupt"] == 1 and not numbers["hangs_on_what_differs"]
+    assert found.findings[0].severity == found["components"].status == "warning"
+    assert "hardly matters to it" in found.findings[0].sentence
+    assert "brings back" not in found.findings[0].sentence
+
+
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was(folder, files):
     from tests.contracts.unchanged import unchanged
 

@@ -73,6 +73,13 @@ def test_what_a_probe_never_saw_does_not_count():
     assert found.effective_rank == pytest.approx(5)
 
 
+def test_a_spectrum_above_zero_is_a_settled_minimum():
+    """Its r_e is the inverse of a condition number, near 1 in a round bowl."""
+    found = criteria(spectral_density(torch.diag(torch.tensor([2.0, 2.5, 3.0])).double(), steps=3))
+    assert float(found.re.mean()) == pytest.approx(2 / 3)
+    assert found.reach == 0 and found.verdict == "settled" and "Hardly anything" in found.meaning
+
+
 def test_a_mainly_negative_spectrum_is_warned_of():
     with pytest.warns(LandscapeWarning, match="do not apply"):
         found = criteria(spectrum([-5.0, -4.0, -3.0, 0.5, 1.0]))

@@ -256,6 +256,17 @@ def test_the_verdict_comes_first_and_worst_first():
     assert html.count('href="#section-1"') == 2
 
 
+def test_a_finding_says_what_to_do_where_there_is_something():
+    html = render([section()], [Finding("warning", "W", advice="Do <this>."), Finding("good", "G")])
+    assert html.count("What to do:") == 1 and "Do &lt;this&gt;." in html
+    assert html.index("<p>W") < html.index("What to do:") < html.index("<p>G")
+
+
+def test_what_does_not_apply_took_no_time():
+    html = render([section(status="skipped", method=""), section(name="other", status="good", method="")])
+    assert html.count("Took ") == 1
+
+
 def test_headings_are_in_order_and_tables_have_scopes():
     html = render([section(tables=[Table("t", ["a", "b"], [["x", 1], ["y", None]])])], [Finding("note", "n")])
     levels = [int(tag[1]) for tag, _ in Reader(html).tags if re.fullmatch(r"h[1-6]", tag)]

@@ -69,18 +69,15 @@ def _classes(subject: Subject) -> Section:
     overall = _share("all", right)
     balanced = sum(c["accuracy"] for c in classes) / len(classes)
     low, high = overall["low"], overall["high"]
+    majority = float(confusion.sum(1).max()) / len(right)
     worst_class = min(classes, key=lambda c: c["accuracy"])
     sentence = (
         f"It is right for {right.sum()} of {len(right)} samples (95 % interval {percent(low)} to {percent(high)}); guessing the most frequent "
-        f"class would be right for {percent(float(confusion.sum(1).max()) / len(right))}. "
+        f"class would be right for {percent(majority)}. "
     )
-    if len(groups) > 1:
-        worst, best = min(groups, key=lambda g: g["accuracy"]), max(groups, key=lambda g: g["accuracy"])
-        sentence += (
-            f"Groups differ: {percent(best['accuracy'])} in “{printable(best['name'], limit=60)}” but {percent(worst['accuracy'])} in "
-            f"“{printable(worst['name'], limit=60)}”. "
-        )
-    sentence += f"The hardest class is “{printable(worst_class['name'], limit=60)}” ({percent(worst_class['accuracy'])}). "
+    sentence += _between(groups) if len(groups) > 1 else ""
+    if worst_class["accuracy"] < max(c["accuracy"] for c in classes):
+        sentence += f"The hardest class is “{printable(worst_class['name'], limit=60)}” ({percent(worst_class['accuracy'])}). "
     gap = known["confidence"] - known["accuracy"]
     sentence += f"On average it is {percent(known['confidence'])} sure, " + (
         "which fits how often it is right."
@@ -90,7 +87,8 @@ def _classes(subject: Subject) -> Section:
     worst_gap = max(
         (overall["accuracy"] - g["accuracy"] for g in groups if g["high"] < overall["low"]), default=0.0
     )
-    status = "warning" if worst_gap > 0.1 else "note" if known["error"] > 0.1 or worst_gap > 0 else "good"
+    weak = known["error"] > 0.1 or worst_gap > 0 or overall["accuracy"] < 0.8
+    status = "warning" if worst_gap > 0.1 or low <= majority else "note" if weak else "good"
     pictures = [*([_bars(groups, "group")] if len(groups) > 1 else []), _bars(classes, "class")]
     pictures += [
         _reliability(known),
@@ -107,19 +105,34 @@ def _classes(subject: Subject) -> Section:
         tables=[
             *([_table("By group", "group", groups)] if groups else []),
             _table("By class" + (", the 20 hardest" if len(classes) > 20 else ""), "class", classes),
-            _mistakes(subject, confusion),
+            *([_mistakes(subject, confusion)] if not bool(right.all()) else []),
         ],
         method=METHOD,
         numbers={
             "task": "classification",
             "overall": overall,
             "balanced": balanced,
+            "majority": majority,
             "classes": classes,
             "groups": groups,
             "calibration": known,
             "confusion": confusion.tolist() if width <= 200 else [],
         },
     )
+
+
+def _between(groups: list[dict[str, Any]]) -> str:
+    """How far apart the groups are, and whether chance would do that."""
+    worst, best = min(groups, key=lambda g: g["accuracy"]), max(groups, key=lambda g: g["accuracy"])
+    if worst["accuracy"] == best["accuracy"]:
+        return f"It is right equally often in all {len(groups)} groups. "
+    ends = (
+        f"{percent(best['accuracy'])} in “{printable(best['name'], limit=60)}” but {percent(worst['accuracy'])} in "
+        f"“{printable(worst['name'], limit=60)}”"
+    )
+    if worst["high"] < best["low"]:
+        return f"Groups differ: {ends}. "
+    return f"Groups hardly differ, as far as so many samples can tell: {ends}. "
 
 
 def _share(name: str, right: Tensor) -> dict[str, Any]:
@@ -251,7 +264,7 @@ def _confusion(subject: Subject, confusion: Tensor, present: list[int]) -> Pictu
     return picture(
         draw,
         size=(min(side, 7.0), min(side, 7.0)),
-        caption="Confusions: each row is a true class, the darker the more often it is taken for the column's class.",
+        caption="Confusions: each row is a true class, the fuller the colour, the more often it is taken for the column's class.",
         alt=f"Confusion matrix of {len(present)} classes; {percent(float(confusion.diagonal().sum() / confusion.sum()))} lies on its diagonal.",
     )
 

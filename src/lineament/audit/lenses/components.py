@@ -27,6 +27,8 @@ from lineament.report.text import printable
 TITLE = "Which components carry the behaviour?"
 METHOD = "relp"
 _PAIRS, _CHECKED = 64, 8
+# Less than a tenth of the preference gone with the corrupt prompts: they do not take away what decides.
+_LEAST = 0.1
 _KINDS = ("resid_pre", "attn_out", "mlp_out")
 _NAMES = {
     "resid_pre": "residual stream",
@@ -49,9 +51,13 @@ def applies(subject: LanguageSubject) -> str:
 
 def look(subject: LanguageSubject) -> Section:
     pairs, answers, wrong, left_out = _usable(subject)
-    right = _right(subject, pairs, answers, wrong)
-    metric = logit_difference(answers, wrong)
     clean, corrupt = [p.clean for p in pairs], [p.corrupt for p in pairs]
+    source, base = (_preference(subject, prompts, answers, wrong) for prompts in (clean, corrupt))
+    right, kept = (float((found > 0).double().mean()) for found in (source, base))
+    ends = float(source.mean()), float(base.mean())
+    if abs(ends[0] - ends[1]) <= _LEAST * max(map(abs, ends)):
+        return _unmoved(right, kept, ends, len(pairs), left_out)
+    metric = logit_difference(answers, wrong)
     shared: dict[str, Any] = {"tokenizer": subject.tokenizer}
     found = relevance_patching(subject.model, clean, corrupt, metric, sites=_KINDS, **shared)
     heads = relevance_patching(
@@ -95,6 +101,8 @@ def look(subject: LanguageSubject) -> Section:
         method=METHOD,
         numbers={
             "right": right,
+            "right_when_corrupt": kept,
+            "hangs_on_what_differs": True,
             "pairs": len(pairs),
             "left_out": left_out,
             "patching": found.to_dict(),
@@ -137,22 +145,58 @@ def _usable(subject: LanguageSubject) -> tuple[list[PromptPair], list[int], list
     return list(pairs), list(answers), list(wrong), left_out
 
 
-def _right(subject: LanguageSubject, pairs: list[PromptPair], answers: list[int], wrong: list[int]) -> float:
-    """How often the answer of the clean prompt is the more probable of the two."""
+def _preference(subject: LanguageSubject, prompts: list[str], answers: list[int], wrong: list[int]) -> Tensor:
+    """By how much the logit of the clean prompt's answer exceeds that of the wrong one, after each of these prompts."""
     device = next(subject.model.parameters()).device
-    ids = torch.tensor([subject.tokenizer(p.clean)["input_ids"] for p in pairs]).to(device)
+    ids = torch.tensor([subject.tokenizer(prompt)["input_ids"] for prompt in prompts]).to(device)
     with frozen(subject.model), torch.no_grad():
         last = (
             torch.cat([logits(subject.model(input_ids=part))[:, -1] for part in ids.split(16)]).float().cpu()
         )
-    rows = torch.arange(len(pairs))
-    return float((last[rows, torch.tensor(answers)] > last[rows, torch.tensor(wrong)]).double().mean())
+    rows = torch.arange(len(prompts))
+    return last[rows, torch.tensor(answers)] - last[rows, torch.tensor(wrong)]
+
+
+def _unmoved(
+    right: float, kept: float, ends: tuple[float, float], pairs: int, left_out: list[str]
+) -> Section:
+    """Patching gives shares of the difference between the prompts; where there is none, there is nothing to share out."""
+    sentence = (
+        f"It prefers the right answer in {percent(right, 0)} of {pairs} clean prompts, but the same answer in {percent(kept, 0)} of the corrupt ones, nearly as much "
+        f"(logit difference {compact(ends[0])} on clean prompts, {compact(ends[1])} on corrupt ones). What the pairs change hardly matters to it, so that no component can be "
+        "said to carry it. Choose pairs whose corrupt prompt asks for the wrong answer."
+    )
+    if left_out:
+        sentence += f" {len(left_out)} pairs were left out, the first because {left_out[0]}."
+    return Section(
+        name="components",
+        title=TITLE,
+        status="warning",
+        number=percent(kept, 0),
+        unit="of answers stay the same on the corrupt prompts",
+        sentence=sentence,
+        method=METHOD,
+        numbers={
+            "right": right,
+            "right_when_corrupt": kept,
+            "hangs_on_what_differs": False,
+            "pairs": pairs,
+            "left_out": left_out,
+        },
+    )
+
+
+def _word(label: object, limit: int) -> str:
+    """A token as its vocabulary has it, without the mark that stands for a space before it.
+
+    >>> _word("Ġkeys", 9), _word("▁", 9)
+    ('keys', '␣')
+    """
+    return printable(str(label).replace("Ġ", "").replace("▁", "") or "␣", limit=limit)
 
 
 def _maps(found: PatchingResult) -> Picture:
-    labels = [
-        printable(str(label).replace("Ġ", "").replace("▁", "") or "␣", limit=9) for label in found.labels
-    ]
+    labels = [_word(label, 9) for label in found.labels]
 
     def draw(axes: Any) -> None:
         for ax, kind in zip(axes.flat, _KINDS):
@@ -228,7 +272,7 @@ def _weightiest(found: PatchingResult, heads: PatchingResult) -> Table:
         where = (
             "all"
             if node.position is None
-            else f"{node.position} ({printable(str(labels[node.position]), limit=16)})"
+            else f"{node.position} ({_word(labels[node.position], 16)})"
             if node.position < len(labels)
             else node.position
         )

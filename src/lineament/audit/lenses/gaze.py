@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lineament.audit.faithful import (
     Explain,
+    better_than_random,
     curves,
     deletion_and_insertion,
     gain_words,
@@ -97,7 +98,7 @@ def look(subject: Subject) -> Section:
             "of answers hang on the most decisive small patch",
         )
     )
-    untrue = maps is not None and numbers["faithfulness"]["gain"][1] <= 0
+    untrue = maps is not None and not better_than_random(numbers["faithfulness"])
     return Section(
         name="gaze",
         title=TITLE,

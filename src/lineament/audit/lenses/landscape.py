@@ -11,6 +11,7 @@ import math
 import warnings
 from typing import Any
 
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lineament.audit.subject import Subject
@@ -49,6 +50,9 @@ def look(subject: Subject) -> Section:
     passes = 5.0 * (_PRODUCTS + _STEPS * _PROBES + _TRACE)
     rows = subject.subset(subject.affordable(_WORK, passes, most=256), salt=2)
     names = [name for name, p in subject.model.named_parameters() if p.is_floating_point()]
+    loss = float(subject.losses(subject.outputs[rows].double(), subject.targets[rows]).mean())
+    if loss < _rounding(subject):
+        return _nothing_left(loss, len(rows))
     # Fused attention has no second derivative; the plain formula has.
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.simplefilter("ignore", LandscapeWarning)  # the section says it in words
@@ -70,6 +74,9 @@ def look(subject: Subject) -> Section:
     flat = float(weights[nodes.abs() < 1e-2 * max(abs(top), 1e-30)].sum() / weights.sum())
     step = 2 / top if top > 0 else math.inf
     saddle = bottom < -0.1 * max(top, 0)
+    # The ends of the spectrum are known well enough when what is left of them could not make a saddle of a minimum.
+    sure = float(ends.residuals.max()) <= 0.05 * abs(top)
+    settled = not saddle and sure and found.verdict == "settled"
     sentence = (
         f"Over {len(rows)} samples, the steepest direction has curvature {compact(top)}: plain gradient descent with a step above {compact(step)} could not stay "
         f"here. Of {size:,} weight directions, {percent(flat)} are nearly flat (below 1 % of that). "
@@ -81,16 +88,11 @@ def look(subject: Subject) -> Section:
                 if bottom >= 0
                 else f"The steepest way down has curvature {compact(bottom)}"
             )
-            + (
-                ": it sits in a minimum, as far as these samples tell. "
-                if found.verdict == "settled"
-                else ". "
-            )
+            + (": it sits in a minimum, as far as these samples tell. " if settled else ". ")
         )
-        + f"Two numbers sum up the whole spectrum, both 0 in a minimum and near 1 in an untrained network: r_e = {_estimate(found.re)} (how far it reaches below "
+        + f"Two numbers sum up the whole spectrum, both 0 in a minimum and near 1 in an untrained network: r_e = {_estimate(found.re) if found.reach > 0 else 0} (how far it reaches below "
         f"zero, against above) and K_H0.5 = {_estimate(found.k)} (how much of it is below). {found.meaning}"
     )
-    settled = not saddle and ends.converged and found.verdict == "settled"
     return Section(
         name="landscape",
         title=TITLE,
@@ -119,6 +121,8 @@ def look(subject: Subject) -> Section:
             "eigenvalues": values,
             "residuals": ends.residuals.double().tolist(),
             "converged": ends.converged,
+            "settled": settled,
+            "loss": loss,
             "trace": total.value,
             "trace_standard_error": _or_none(total.standard_error),
             "weights": size,
@@ -129,6 +133,30 @@ def look(subject: Subject) -> Section:
             "criteria": _numbers(found),
             "plane": None if around is None else around.to_dict(),
         },
+    )
+
+
+def _rounding(subject: Subject) -> float:
+    """The mean loss below which there is nothing left to fall: what the last digits of single precision make of it."""
+    eps = torch.finfo(torch.float32).eps
+    if subject.task == "classification":
+        return 10 * eps
+    targets = subject.targets.double()
+    return (10 * eps) ** 2 * max(float(targets.square().mean()), 1e-30)
+
+
+def _nothing_left(loss: float, samples: int) -> Section:
+    """No loss is below zero, so that at zero neither the sign nor the size of the curvature means anything."""
+    return Section(
+        name="landscape",
+        title=TITLE,
+        status="note",
+        number=compact(loss),
+        unit="loss on these samples: zero, within rounding",
+        sentence=f"Over {samples} samples the loss is {compact(loss)}, which is zero within rounding: it cannot fall further, and how it curves there is no more than "
+        "rounding, so that neither a minimum nor a saddle can be told. Audit samples that the network was not trained on, or harder ones, to learn how settled it is.",
+        method=METHOD,
+        numbers={"settled": None, "loss": loss, "samples": samples},
     )
 
 

@@ -68,8 +68,10 @@ def look(subject: Subject) -> Section:
     )
     direction = "raises" if top["mean_cost"] >= 0 else "lowers"
     sentence = (
-        f"Silencing channels {top['from']} to {top['to']} at {short(top['site'], 40)} {effect}, the most of {len(found)} groups tried, and {direction} the loss "
+        f"Silencing {_channels(top)} at {short(top['site'], 40)} {effect}, the most of {len(found)} groups tried, and {direction} the loss "
         f"from {compact(loss)} to {compact(loss + top['mean_cost'])}. "
+        if top["mean_changed"] > 0
+        else f"Silencing any one of {len(found)} groups of channels changes no answer. "
     )
     little = (
         "fewer than 1 % of answers changing"
@@ -78,13 +80,15 @@ def look(subject: Subject) -> Section:
     )
     sentence += (
         f"{len(free)} groups ({percent(len(free) / len(found), 0)}) can each be silenced with {little}."
+        if 0 < len(free) < len(found)
+        else f"Each of the {len(found)} groups can be silenced alone with {little}."
         if free
         else f"No group can be silenced with {little}."
     )
     helped = min(found, key=lambda r: r["mean_cost"])
     if helped["mean_cost"] < -3 * max(helped["mean_error"], 1e-12) and helped is not top:
         sentence += (
-            f" Silencing channels {helped['from']} to {helped['to']} at {short(helped['site'], 40)} even lowers the loss, to {compact(loss + helped['mean_cost'])}: "
+            f" Silencing {_channels(helped)} at {short(helped['site'], 40)} even lowers the loss, to {compact(loss + helped['mean_cost'])}: "
             "on these data, what they say misleads."
         )
     columns = ("place", "channels", "answers changed" if classify else "answers moved", "loss + (mean)", "± s.e.", "loss + (zero)",
@@ -104,7 +108,7 @@ def look(subject: Subject) -> Section:
                 [
                     (
                         r["site"],
-                        f"{r['from']} to {r['to']}",
+                        _channels(r).partition(" ")[2],
                         percent(r["mean_changed"]),
                         r["mean_cost"],
                         r["mean_error"],
@@ -169,6 +173,16 @@ def _silence(start: int, stop: int, value: Tensor) -> Any:
     return change
 
 
+def _channels(row: dict[str, Any]) -> str:
+    """The channels of a group, counted from 0 as the network counts them.
+
+    >>> _channels({"from": 3, "to": 3}), _channels({"from": 4, "to": 7})
+    ('channel 3', 'channels 4 to 7')
+    """
+    alone = row["from"] == row["to"]
+    return f"channel {row['from']}" if alone else f"channels {row['from']} to {row['to']}"
+
+
 def _changed(before: Tensor, after: Tensor, classify: bool) -> float:
     """The share of answers that change; for values, how far they move in units of their spread."""
     if classify:
@@ -188,7 +202,8 @@ def _figure(subject: Subject, found: list[dict[str, Any]], classify: bool) -> An
 
         shade = LinearSegmentedColormap.from_list("cost", [ax.get_facecolor(), to_rgb("C1")])
         top = max(max((v for v in row if v == v), default=0.0) for row in grid)
-        image = ax.imshow(grid, cmap=shade, vmin=0, vmax=max(top, 1e-12), aspect="auto")
+        # Where nothing changes, the bar still wants an end that its labels tell from zero.
+        image = ax.imshow(grid, cmap=shade, vmin=0, vmax=max(top, 0.05), aspect="auto")
         ax.set_yticks(range(len(sites)), [short(site) for site in sites])
         ax.set_xticks(range(width), [str(i + 1) for i in range(width)])
         ax.set(xlabel="group of neighbouring channels")
@@ -200,7 +215,7 @@ def _figure(subject: Subject, found: list[dict[str, Any]], classify: bool) -> An
         bar = ax.figure.colorbar(image, ax=ax, shrink=0.9)
         bar.outline.set_visible(False)
         bar.set_label("answers changed" if classify else "answers moved")
-        bar.ax.yaxis.set_major_formatter(lambda v, _: f"{100 * v:.0f} %")
+        bar.ax.yaxis.set_major_formatter(lambda v, _: f"{100 * v:.3g} %")
 
     worst = max(found, key=lambda r: r["mean_changed"])
     return picture(
@@ -212,6 +227,6 @@ def _figure(subject: Subject, found: list[dict[str, Any]], classify: bool) -> An
             if classify
             else "how far answers move, in percent of their spread,"
         )
-        + " when it is held at its mean, places in depth order. Pale fields are parts it can do without.",
+        + " when it is held at its mean, places in depth order. Fields without colour are parts it can do without.",
         alt=f"Grid of {len(sites)} places by up to {width} channel groups; the weightiest is group {worst['from']} to {worst['to']} at {short(worst['site'])}.",
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lineament.audit.language import LanguageSubject
-from lineament.audit.words import compact, mean_interval
+from lineament.audit.words import compact, mean_interval, within
 from lineament.core.batching import progress
 from lineament.core.checks import InputError
 from lineament.explain.tokens import reagent
@@ -57,8 +57,8 @@ def look(subject: LanguageSubject) -> Section:
     )
     near = float((reach <= 4).double().mean())
     sentence = (
-        f"Half of what decides the next token lies within the last {compact(float(reach.median()))} tokens (median of {len(found)} prompts), spread over about "
-        f"{compact(float(sharp.median()))} of them. By soft comprehensiveness, {verdict}"
+        f"Half of what decides the next token lies {within(float(reach.median()))} (median of {len(found)} prompts), spread over about "
+        f"{compact(float(sharp.median()))} tokens of the prompt. By soft comprehensiveness, {verdict}"
         f"({compact(float(scores['nc_ours'].mean()))} against {compact(float(scores['nc_dealt'].mean()))}; random importances reach {compact(float(scores['nc_random'].mean()))})."
     )
     if left_out:
@@ -68,7 +68,7 @@ def look(subject: LanguageSubject) -> Section:
         title=TITLE,
         status="warning" if contradicted else "good" if true else "note",
         number=compact(float(reach.median())),
-        unit="tokens back lies half of what decides",
+        unit=f"token{'s' * (float(reach.median()) != 1)} from the end hold{'s' * (float(reach.median()) == 1)} half of what decides",
         sentence=sentence,
         pictures=[_strips(found), _distances(found), _bars(scores)],
         tables=[_weightiest(found), _judgement(scores)],
@@ -161,9 +161,11 @@ def _reach(a: TokenAttribution) -> int:
 
 
 def _strips(found: list[tuple[str, TokenAttribution]]) -> Picture:
-    """A few prompts, token by token: the darker, the more it matters."""
+    """A few prompts, token by token: the fuller the colour, the more it matters."""
     shown = [a for _, a in found[:_SHOWN]]
-    most = min(18, max(len(a.tokens) for a in shown))
+    most = min(12, max(len(a.tokens) for a in shown))
+    # Few columns have room for larger letters; the figure is shrunk to the page, and its letters with it.
+    size = 10 if most <= 9 else 8.5
 
     def draw(ax: Any) -> None:
         from matplotlib.colors import LinearSegmentedColormap, to_rgb
@@ -183,9 +185,13 @@ def _strips(found: list[tuple[str, TokenAttribution]]) -> Picture:
                     printable(word.strip() or "␣", limit=9),
                     ha="center",
                     va="center",
-                    fontsize=6,
+                    fontsize=size,
+                    # On the full colour the page's own shade is the one that can be read.
+                    color=ax.get_facecolor() if float(grid[i, most - len(words) + j]) > 0.6 else None,
                 )
-        ax.set_yticks(range(len(shown)), [printable("→ " + a.target_text.strip(), limit=14) for a in shown])
+        ax.set_yticks(
+            range(len(shown)), [printable("→ " + a.target_text.strip(), limit=14) for a in shown], fontsize=9
+        )
         ax.yaxis.tick_right()
         ax.set_xticks([0, most - 1], [f"{most} back", "last token"])
         ax.tick_params(length=0)
@@ -199,7 +205,7 @@ def _strips(found: list[tuple[str, TokenAttribution]]) -> Picture:
     return picture(
         draw,
         size=(9.6, 0.6 + 0.42 * len(shown)),
-        caption=f"The last {most} tokens of {len(shown)} prompts and, at the right, the token that the model finds most probable next. The darker a field, the more its token decides.",
+        caption=f"The last {most} tokens of {len(shown)} prompts and, at the right, the token that the model finds most probable next. The fuller a field's colour, the more its token decides.",
         alt=f"Tokens of {len(shown)} prompts shaded by importance. The weightiest, {best}.",
     )
 
