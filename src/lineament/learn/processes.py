@@ -48,6 +48,12 @@ class Processes:
         started = int(os.environ.get("WORLD_SIZE", "1"))
         # Several processes of torchrun on a machine without an accelerator: Accelerate has to be told that the CPU is meant.
         cpu = started > 1 and not torch.accelerator.is_available()
+        here, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
+        require(
+            cpu or here <= max(devices, 1),
+            f"torchrun: started {here} processes on this machine, which has {devices} accelerator{'s' * (devices > 1)}, one for each process; start no more "
+            "than that, or train on the CPU with CUDA_VISIBLE_DEVICES=''",
+        )
         self.accelerator = accelerate.Accelerator(device_placement=False, cpu=cpu)
         self.rank, self.count = self.accelerator.process_index, self.accelerator.num_processes
         require(

@@ -236,7 +236,7 @@ def test_two_processes_train_one_network(files):
         capture_output=True,
         text=True,
         timeout=200,
-        env=dict(os.environ),
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0, done.stderr
     raw = json.loads((files / "run/train.json").read_text())

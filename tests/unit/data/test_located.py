@@ -151,7 +151,7 @@ def test_the_paper_preset_plays_with_vgg16(tmp_path):
     model, names, layers = photographs_model(str(path))
     x = torch.rand(1, 3, 224, 240)
     assert names == ["cat", "dog"] and layers == VGG_LAYERS
-    assert torch.equal(model(x), network.eval()(x))
+    assert torch.equal(model(x), network.cpu().eval()(x))
     paper = replace(
         normgrad.Config.preset("paper"), model_folder=str(path), data_folder=str(tmp_path), test_images=1
     )

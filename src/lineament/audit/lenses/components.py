@@ -124,6 +124,9 @@ def _usable(subject: LanguageSubject) -> tuple[list[PromptPair], list[int], list
         if most is not None and max(lengths) > most:
             left_out.append(f"its prompts have {max(lengths)} tokens and the model takes at most {most}")
             continue
+        if pair.clean == pair.corrupt:
+            left_out.append("its two prompts are alike")
+            continue
         if lengths[0] != lengths[1]:
             left_out.append(f"its prompts have {lengths[0]} and {lengths[1]} tokens")
             continue

@@ -85,6 +85,18 @@ def coefficients(group: dict[str, Any], t: float | Tensor, lr: float | Tensor) -
     return Coefficients(1 - beta1, 1 - beta2, step, plain, eps, decay, 1 - lr * decay, before, 1 / t)
 
 
+def coefficients_of_all(group: dict[str, Any], counters: Sequence[Tensor]) -> list[Coefficients]:
+    """The numbers of each parameter's step where the counters are on its device: those of a device in one computation."""
+    found: list[Any] = [None] * len(counters)
+    for device in {t.device for t in counters}:
+        here = [k for k, t in enumerate(counters) if t.device == device]
+        together = coefficients(group, torch.stack([counters[k] for k in here]), group["lr"])
+        columns = [x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * len(here) for x in together]
+        for k, each in zip(here, zip(*columns)):
+            found[k] = Coefficients(*each)
+    return found
+
+
 def update(b: Buffers, c: Coefficients, rule: Rule, scratch: Tensor | None = None) -> None:
     """One step, in place, of tensors of one shape.
 
