@@ -48,6 +48,14 @@ class PlainSAM:
         return loss
 
 
+def _peer(params: list[nn.Parameter], adaptive: bool) -> Any:
+    try:
+        from pytorch_optimizer import SAM as Peer
+    except ImportError:
+        return None
+    return Peer(params, torch.optim.SGD, rho=0.05, adaptive=adaptive, lr=1e-4, momentum=0.9, foreach=True)
+
+
 def _outputs(samples: int, classes: int) -> tuple[Tensor, Tensor]:
     """Logits like those of an early epoch: most examples of a class answered with some confidence, others not."""
     generator = torch.Generator().manual_seed(0)
@@ -91,30 +99,44 @@ def rows(repeats: int = 7) -> Iterator[Row]:
         note="the target is 2 % of the training's time",
     )
     for kind, name, adaptive in ((SAM, "SAM", False), (ASAM, "ASAM", True)):
-        sides = []
-        for ours in (True, False):
+        sides = {}
+        for side in ("ours", "plain", "pytorch_optimizer"):
             net = network("resnet18", torch.Size([3, 32, 32]), 10, 64, 0)
             params = list(net.parameters())
             grads = [1e-3 * torch.randn_like(p) for p in params]
             base = torch.optim.SGD(params, lr=1e-4, momentum=0.9, foreach=True)
-            optimizer = kind(base, rho=0.05) if ours else PlainSAM(params, base, 0.05, adaptive)
+            if side == "pytorch_optimizer":
+                optimizer = _peer(params, adaptive)
+            else:
+                optimizer = kind(base, rho=0.05) if side == "ours" else PlainSAM(params, base, 0.05, adaptive)
 
             def closure(params: list[nn.Parameter] = params, grads: list[Tensor] = grads) -> Tensor:
                 for p, g in zip(params, grads):
                     p.grad = g.clone()
                 return grads[0].sum()
 
-            sides.append(lambda optimizer=optimizer, closure=closure: optimizer.step(closure))
-        yield compare(
-            SLUG,
-            f"one {name} step without its passes, 11 M parameters in 62 tensors",
-            sides[0],
-            "the same, parameter by parameter (checks no gradient for NaN)",
-            sides[1],
-            target=1.0,
-            repeats=repeats,
-            note="ours also restores bit by bit and checks both gradients",
-        )
+            def run(
+                optimizer: Any = optimizer, closure: Any = closure, first: bool = side == "pytorch_optimizer"
+            ) -> None:
+                if first:  # it wants the first pass to be behind
+                    closure()
+                optimizer.step(closure)
+
+            sides[side] = None if optimizer is None else run
+        for peer, theirs in (
+            ("the same, parameter by parameter (checks no gradient for NaN)", sides["plain"]),
+            ("pytorch_optimizer, foreach", sides["pytorch_optimizer"]),
+        ):
+            yield compare(
+                SLUG,
+                f"one {name} step without its passes, 11 M parameters in 62 tensors",
+                sides["ours"],
+                peer,
+                theirs,
+                target=1.0,
+                repeats=repeats,
+                note="ours also restores bit by bit and checks both gradients",
+            )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """A plain training loop over tensors in memory, one epoch at a time, as USEFUL's stages walk it.
 
-Every optimizer steps by a closure here, so that SAM and plain ones share the loop. What decides the result is in the arguments and in one
+What decides the result is in the arguments and in one
 generator, so that a run that was killed goes on from its checkpoint with the bits of an uninterrupted one.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 from lineament.core import checks
 from lineament.core.batching import Checkpoint, progress
 from lineament.core.models import device_of, logits
+from lineament.learn.steps import NotFinite, step
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Fit:
         mixup: α of Beta(α, α); 0 for none (Zhang et al. 2018).
         weights: of the examples' losses, relative to their mean.
         seed: of the orders, the augmentation and MixUp.
+        nonfinite: what a loss or gradient that is NaN or infinite does: ``"raise"``, or ``"skip"`` the step (weights, optimizer and batch-norm
+            statistics stay as they were).
         record: called with the model after each epoch; what it returns is appended to ``records``.
         run, name: store the loop's state there under this name, and go on from it.
 
@@ -53,6 +57,7 @@ class Fit:
     mixup: float = 0.0
     weights: Float[Tensor, "samples"] | None = None
     seed: int = 0
+    nonfinite: str = "raise"
     record: Callable[[nn.Module], Any] | None = None
     records: list[Any] = field(default_factory=list)
     run: Checkpoint | None = None
@@ -63,6 +68,7 @@ class Fit:
         checks.labels("targets", self.targets, count=len(self.inputs))
         checks.number("batch_size", self.batch_size, low=1, integer=True)
         checks.number("mixup", self.mixup, low=0)
+        checks.one_of("nonfinite", self.nonfinite, ("raise", "skip"))
         if self.weights is not None:
             checks.tensor("weights", self.weights, shape=(len(self.inputs),), floating=True)
 
@@ -94,7 +100,7 @@ class Fit:
         for _ in progress(steps, self.name, epochs):
             # Those of a killed run that goes on here.
             yield from errors[given:]
-            errors.append(self._epoch(model, optimizer, rows, weights, generator))
+            errors.append(self._epoch(model, optimizer, rows, weights, generator, len(errors) + 1))
             if schedule is not None:
                 schedule.step()
             if self.record is not None:
@@ -110,6 +116,7 @@ class Fit:
         rows: Tensor,
         weights: Tensor | None,
         generator: torch.Generator,
+        epoch: int,
     ) -> float:
         device = device_of(model)
         model.train()
@@ -119,7 +126,7 @@ class Fit:
         # Batch norm cannot take a batch of one; in another epoch that example is in another batch.
         if norms and len(parts) > 1 and len(parts[-1]) == 1:
             parts.pop()
-        for chosen in parts:
+        for number, chosen in enumerate(parts, 1):
             x, y = self.inputs[chosen], self.targets[chosen].to(device)
             x = (x if self.augment is None else self.augment(x, generator)).to(device)
             scale = None if weights is None else weights[chosen].to(device)
@@ -129,20 +136,31 @@ class Fit:
                 share = float(beta.ppf(draw, self.mixup, self.mixup))
                 partner = torch.randperm(len(x), generator=generator).to(device)
                 x, other = share * x + (1 - share) * x[partner], y[partner]
-            first: list[Tensor] = []
-
-            def closure(x=x, y=y, other=other, share=share, scale=scale, first=first) -> Tensor:
-                optimizer.zero_grad()
-                scores = logits(model(x))
-                losses = F.cross_entropy(scores, y, reduction="none")
-                if share < 1:
-                    losses = share * losses + (1 - share) * F.cross_entropy(scores, other, reduction="none")
-                loss = losses.mean() if scale is None else (scale * losses).mean()
-                loss.backward()
-                first.append(scores.detach())
-                return loss
-
-            optimizer.step(closure)  # pyright: ignore[reportArgumentType, reportCallIssue]
-            wrong += int((first[0].argmax(1) != (y if share >= 0.5 else other)).sum())
+            compute = functools.partial(_mixed_loss, model, x, y, other, share, scale)
+            try:
+                _, scores = step(model, optimizer, compute, keep_buffers=self.nonfinite == "skip")
+            except NotFinite as found:
+                checks.require(
+                    self.nonfinite == "skip",
+                    f"{self.name}: the {found} is NaN or infinite at step {number} of epoch {epoch}; lower the learning rate, check "
+                    "the scale of the data and the weights, or pass nonfinite='skip'",
+                )
+                continue
+            wrong += int((scores.argmax(1) != (y if share >= 0.5 else other)).sum())
             seen += len(y)
+        checks.require(
+            seen > 0,
+            f"{self.name}: all {len(parts)} steps of epoch {epoch} had a NaN or infinite loss or gradient and were skipped",
+        )
         return wrong / seen
+
+
+def _mixed_loss(
+    model: nn.Module, x: Tensor, y: Tensor, other: Tensor, share: float, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The mean loss, of two targets by their shares and weighed by ``scale``; and the scores."""
+    scores = logits(model(x))
+    losses = F.cross_entropy(scores, y, reduction="none")
+    if share < 1:
+        losses = share * losses + (1 - share) * F.cross_entropy(scores, other, reduction="none")
+    return (losses if scale is None else scale * losses).mean(), scores

@@ -22,12 +22,9 @@ from lineament.core.models import dtype_of, frozen, logits
 from lineament.learn.fit_options import Options
 from lineament.learn.processes import Processes, reseed
 from lineament.learn.resampling import UpsamplingSampler, find_slow
+from lineament.learn.steps import NotFinite, step
 
 Inputs = Callable[[Tensor], Tensor]
-
-
-class _NotFinite(Exception):
-    """A loss or gradient that is NaN or infinite; nothing has been changed by it yet but batch-norm statistics."""
 
 
 class Loop:
@@ -46,7 +43,6 @@ class Loop:
         self.model, self.inputs, self.targets = model, inputs, targets
         self.options, self.processes, self.checkpoint, self.note = options, processes, checkpoint, note
         self.wrapped = processes.wrapped(model)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.stored = processes.agreed(checkpoint is not None)
 
     def early(self, train: Tensor) -> dict[str, Any]:
@@ -129,17 +125,17 @@ class Loop:
         self.model.train()
         self.wrapped.train()
         loss, right, seen, skipped = 0.0, 0.0, 0.0, 0
-        for step, part in enumerate(parts):
+        for number, part in enumerate(parts):
             for group in optimizer.param_groups:
-                group["lr"] = options.rate((epoch + step / len(parts)) / epochs)
+                group["lr"] = options.rate((epoch + number / len(parts)) / epochs)
             x, y = self.batch(part)
             try:
                 value, scores = self.step(optimizer, x, y)
-            except _NotFinite as found:
+            except NotFinite as found:
                 require(
                     options.on_nan == "skip",
-                    f"training: the {found} is NaN or infinite at step {step + 1} of epoch {epoch + 1} (step "
-                    f"{epoch * len(parts) + step + 1} in all); lower the learning rate, check the scale of the data, or pass on_nan='skip' (--on-nan skip)",
+                    f"training: the {found} is NaN or infinite at step {number + 1} of epoch {epoch + 1} (step "
+                    f"{epoch * len(parts) + number + 1} in all); lower the learning rate, check the scale of the data, or pass on_nan='skip' (--on-nan skip)",
                 )
                 skipped += 1
                 continue
@@ -162,27 +158,20 @@ class Loop:
 
     def step(self, optimizer: Optimizer, x: Tensor, y: Tensor) -> tuple[float, Tensor]:
         """One step; the loss and the scores before it. Where something is not finite, all is as it was."""
-        held = [b.clone() for b in self.model.buffers()] if self.options.on_nan == "skip" else []
-        first: list[Tensor] = []
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
+        def compute() -> tuple[Tensor, Tensor]:
             scores = logits(self.wrapped(x))
-            loss = F.cross_entropy(scores, y)
-            self.processes.accelerator.backward(loss)
-            self._finite(loss)
-            first.extend((loss.detach(), scores.detach()))
-            return loss
+            return F.cross_entropy(scores, y), scores
 
-        try:
-            optimizer.step(closure)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        except _NotFinite:
-            optimizer.zero_grad()
-            with torch.no_grad():
-                for buffer, before in zip(self.model.buffers(), held):
-                    buffer.copy_(before)
-            raise
-        return float(first[0]), first[1]
+        return step(
+            self.model,
+            optimizer,
+            compute,
+            backward=self.processes.accelerator.backward,
+            # Averaged gradients are the same in all processes, and so is the decision; a loss is each one's own.
+            judge_loss=self.processes.count == 1,
+            keep_buffers=self.options.on_nan == "skip",
+        )
 
     def judge(self, rows: Tensor) -> dict[str, Any]:
         """Loss and accuracy on some rows, each process on its share."""
@@ -208,14 +197,6 @@ class Loop:
         x = self.inputs(rows)
         x = x.to(device, dtype_of(self.model)) if x.is_floating_point() else x.to(device)
         return x, self.targets[rows].to(device)
-
-    def _finite(self, loss: Tensor) -> None:
-        # Averaged gradients are the same in all processes, and so is the decision; a loss is each one's own.
-        if self.processes.count == 1 and not math.isfinite(float(loss.detach())):
-            raise _NotFinite("loss")
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        if grads and not math.isfinite(float(torch.nn.utils.get_total_norm(grads))):
-            raise _NotFinite("gradient")
 
     def _epochs(self, state: dict[str, Any]) -> Iterator[int]:
         """The epochs that are left, with ``state`` as the last stored one left it, in every process."""

@@ -119,6 +119,15 @@ def wide(layer: Any, x: Tensor) -> bool:
     return row_count(layer, _windows(layer, x)) < layer.weight[0].numel()
 
 
+def mean_square(layer: Any, x: Tensor) -> float:
+    """The mean entry of the rows, squared: the mean of the second moment's diagonal, where no moment is made.
+
+    >>> mean_square(nn.Linear(2, 1), torch.tensor([[1.0, 3.0]]))
+    5.0
+    """
+    return float(_windows(layer, _working(x)).square().mean())
+
+
 def divide_wide(gradient: Tensor, layer: Any, x: Tensor, lam: float) -> Tensor:
     """``gradient @ (XᵀX / N + lam I)⁻¹`` from an N x N system.
 

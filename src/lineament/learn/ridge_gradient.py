@@ -6,6 +6,7 @@ less. The stochastic form estimates it from some rows, keeps it for some steps a
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from lineament.learn.input_moments import (
     factorise,
     finite,
     full_precision,
+    mean_square,
     second_moment,
     wide,
 )
@@ -65,6 +67,8 @@ class RidgeGradient:
         simple = self._samples is None and self._every == 1 and not self._momentum and self._group is None
         with torch.no_grad(), full_precision(x.device):
             if simple and self.lam > 0 and wide(self._layer, x):
+                if not self._measured:
+                    self._measure(mean_square(self._layer, x))
                 return self._guarded(gradient, lambda: divide_wide(gradient, self._layer, x, self.lam))
             return self._guarded(gradient, lambda: self._divided(gradient, self._factor(x)))
 
@@ -162,13 +166,17 @@ class RidgeGradient:
         if not finite(moment):
             raise NotFinite("its input holds NaN or infinite values")
         if not self._measured and moment.ndim > 1:
-            self._measured = True
-            size = float(moment.diagonal(dim1=-2, dim2=-1).mean())
-            if not 0.01 <= size <= 100:
-                warnings.warn(
-                    f"layer {self._name!r}: the mean square of its inputs is {size:.3g}; lam = {self.lam:g} is meant for "
-                    "standardised inputs, near 1",
-                    UserWarning,
-                    stacklevel=2,
-                )
+            self._measure(float(moment.diagonal(dim1=-2, dim2=-1).mean()))
         return moment
+
+    def _measure(self, size: float) -> None:
+        """Warn, once, of inputs that are far from standardised."""
+        # What is not finite is said elsewhere, and measured at the next batch.
+        self._measured = math.isfinite(size)
+        if self._measured and not 0.01 <= size <= 100:
+            warnings.warn(
+                f"layer {self._name!r}: the mean square of its inputs is {size:.3g}; lam = {self.lam:g} is meant for "
+                "standardised inputs, near 1",
+                UserWarning,
+                stacklevel=3,
+            )

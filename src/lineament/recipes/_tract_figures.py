@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from lineament.recipes._tract_claims import NAMES
 from lineament.report.figures import picture, save
 from lineament.report.outcome import Figure
 
@@ -18,7 +19,7 @@ def draw_all(
     if ablations:
         figures.append(_gains(digits, ablations, out))
     if curves:
-        figures.append(_curves(curves, out))
+        figures.append(_curves(curves, NAMES[config.photographs], out))
     return figures
 
 
@@ -86,7 +87,7 @@ def _gains(digits: dict[str, Any], ablations: dict[str, Any], out: Path) -> Figu
     return save(shown, out, "gains")
 
 
-def _curves(curves: dict[str, Any], out: Path) -> Figure:
+def _curves(curves: dict[str, Any], data: str, out: Path) -> Figure:
     def draw(axes: Any) -> None:
         panels = axes.ravel() if hasattr(axes, "ravel") else [axes]
         for ax, (kind, arms) in zip(panels, curves.items()):
@@ -106,9 +107,9 @@ def _curves(curves: dict[str, Any], out: Path) -> Figure:
 
     shown = picture(
         draw,
-        alt="Test accuracy over epochs on CIFAR-10 with and without TrAct, a curve for each length of training: "
+        alt=f"Test accuracy over epochs on {data} with and without TrAct, a curve for each length of training: "
         + "; ".join(f"{k}: {', '.join(a for a in arms)}" for k, arms in curves.items()),
-        caption="CIFAR-10, one curve for each length (the rate falls to zero at its end, the dot).",
+        caption=f"{data}, one curve for each length (the rate falls to zero at its end, the dot).",
         size=(3.9 * len(curves), 3.2),
         panels=(1, len(curves)),
     )

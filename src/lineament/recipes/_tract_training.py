@@ -1,4 +1,4 @@
-"""Data, networks and the training loop of the tract recipe: digits whose contrast varies, and CIFAR-10."""
+"""Data, networks and the training loop of the tract recipe: digits whose contrast varies, and CIFAR."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def digits(seed: int, *, contrast: bool = True, scale: str = "standard") -> Spli
     return Split(x[train], y[train], x[test], y[test])
 
 
-def cifar(folder: str | None, images: int, test_images: int, seed: int = 0) -> Split:
-    """CIFAR-10, standardised by channel; so many of the training and test images, 0 for all."""
-    found = load_data("cifar10", folder, train=images, seed=seed)
+def cifar(name: str, folder: str | None, images: int, test_images: int, seed: int = 0) -> Split:
+    """``"cifar10"`` or ``"cifar100"``, standardised by channel; so many of the training and test images, 0 for all."""
+    found = load_data(name, folder, train=images, seed=seed)
     test = slice(test_images or None)
     return Split(
         found.prepared(found.train.x), found.train.y, found.prepared(found.test.x[test]), found.test.y[test]
@@ -103,7 +103,7 @@ class DualNorm(nn.Module):
         return self.after(self.first(self.before(x)))
 
 
-def network(kind: str, seed: int) -> nn.Module:
+def network(kind: str, seed: int, classes: int = 10) -> nn.Module:
     """``"mlp"`` (64-64-10), ``"dual-norm"`` (the same with DualPatchNorm), ``"resnet"``, ``"resnet18"``, ``"vit"`` or ``"vit-paper"``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -112,12 +112,12 @@ def network(kind: str, seed: int) -> nn.Module:
         if kind == "dual-norm":
             return nn.Sequential(DualNorm(64, 64), nn.ReLU(), nn.Linear(64, 10))
         if kind == "resnet":
-            return SmallResNet()
+            return SmallResNet(classes=classes)
         if kind == "resnet18":
-            return ResNet18(3, 10, bias=True)
+            return ResNet18(3, classes, bias=True)
         # The paper's network for CIFAR: 7 layers, 12 heads, width 384.
         width, layers, heads = (384, 7, 12) if kind == "vit-paper" else (96, 2, 3)
-        return vision_transformer(width, layers, heads)
+        return vision_transformer(width, layers, heads, classes=classes)
 
 
 def vision_transformer(
@@ -223,9 +223,12 @@ def scores(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, top: int = 1) -> float:
+    """Per cent of labels among the ``top`` greatest scores."""
     model.eval()
-    right = sum(int((scores(model, a).argmax(1) == b).sum()) for a, b in zip(x.split(500), y.split(500)))
+    right = 0
+    for a, b in zip(x.split(500), y.split(500)):
+        right += int((scores(model, a).topk(top, 1).indices == b[:, None]).sum())
     return 100 * right / len(y)
 
 

@@ -6,10 +6,11 @@ Petersen, Borgelt, Ermon, NeurIPS 2024, arXiv 2410.23970. Digits whose contrast 
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,7 +19,15 @@ from lineament.core.checks import require
 from lineament.recipes import _tract_training as training
 from lineament.recipes._images import Data, few_threads
 from lineament.recipes._presets import presets
-from lineament.recipes._tract_claims import ORDINARY, ablation_claims, cifar_claims, digit_claims, mean
+from lineament.recipes._tract_claims import (
+    NAMES,
+    ORDINARY,
+    ablation_claims,
+    cifar_claims,
+    digit_claims,
+    mean,
+    speed_up,
+)
 from lineament.recipes._tract_figures import draw_all
 from lineament.report.outcome import Outcome, Table
 
@@ -49,7 +58,7 @@ TRAINED = {
 
 @dataclass(frozen=True)
 class Config:
-    """One run: the digits, their ablations, CIFAR-10."""
+    """One run: the digits, their ablations, CIFAR."""
 
     lams: tuple[float, ...] = (0.05, 0.1, 0.2)
     lengths: tuple[int, ...] = (2, 4, 8, 16)
@@ -58,6 +67,7 @@ class Config:
     ablation_lengths: tuple[int, ...] = ()
     ablation_seeds: int = 3
 
+    photographs: Literal["cifar10", "cifar100"] = "cifar10"
     networks: tuple[str, ...] = ()
     epochs: tuple[int, ...] = (4, 8)
     cifar_lams: tuple[float, ...] = (0.1,)
@@ -106,7 +116,7 @@ def run(config: Config, *, out: Path) -> Outcome:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     # Before any work: data that is missing is said at once.
     photographs = (
-        training.cifar(config.data_folder, config.train_images, config.test_images)
+        training.cifar(config.photographs, config.data_folder, config.train_images, config.test_images)
         if config.networks
         else None
     )
@@ -120,7 +130,9 @@ def run(config: Config, *, out: Path) -> Outcome:
             for name in (VARIANTS if config.ablation_lengths else ())
         }
         raw = stages.stage("bytes", lambda: bytes_study(config)) if config.ablation_lengths else None
-    curves = {} if photographs is None else cifar_study(config, photographs.to(device), stages, device)
+    curves, tops = (
+        ({}, {}) if photographs is None else cifar_study(config, photographs.to(device), stages, device)
+    )
     claims = [
         *digit_claims(digits, control, config),
         *ablation_claims(digits, ablations, raw),
@@ -132,7 +144,7 @@ def run(config: Config, *, out: Path) -> Outcome:
         config.preset,
         asdict(config),
         claims,
-        _tables(digits, ablations, raw, curves, config),
+        _tables(digits, ablations, raw, curves, tops, config),
         draw_all(digits, ablations, curves, config, out),
     )
 
@@ -215,20 +227,24 @@ def bytes_study(config: Config) -> dict[str, Any]:
     }
 
 
-def cifar_study(config: Config, data: training.Split, stages: Checkpoint, device: str) -> dict[str, Any]:
-    """{network: {"ordinary" or lam: {length: [test accuracy by epoch, by seed]}}}."""
-    found: dict[str, Any] = {kind: {} for kind in config.networks}
-    for kind, arms in found.items():
+def cifar_study(
+    config: Config, data: training.Split, stages: Checkpoint, device: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """{network: {"ordinary" or lam: {length: [test accuracy by epoch, by seed]}}}, and the same of the last epoch's top-5 accuracies."""
+    curves: dict[str, Any] = {kind: {} for kind in config.networks}
+    tops: dict[str, Any] = {kind: {} for kind in config.networks}
+    for kind in config.networks:
         for lam in (None, *config.cifar_lams):
             arm = ORDINARY if lam is None else f"{lam:g}"
-            arms[arm] = {
-                str(e): [
+            curves[kind][arm], tops[kind][arm] = {}, {}
+            for e in config.epochs:
+                runs = [
                     photograph_run(config, data, stages, device, kind, lam, e, s)
                     for s in range(config.cifar_seeds)
                 ]
-                for e in config.epochs
-            }
-    return found
+                curves[kind][arm][str(e)] = [r["curve"] for r in runs]
+                tops[kind][arm][str(e)] = [r["top5"] for r in runs]
+    return curves, tops
 
 
 def photograph_run(
@@ -240,16 +256,18 @@ def photograph_run(
     lam: float | None,
     epochs: int,
     seed: int,
-) -> list[float]:
-    """One stored training on CIFAR-10: test accuracy after each epoch."""
+) -> dict[str, Any]:
+    """One stored training on CIFAR: test accuracy after each epoch, and top-5 accuracy after the last."""
     optimizer, rate, smoothing = TRAINED[kind]
     name = f"{kind}, {ORDINARY if lam is None else f'{lam:g}'}, {epochs} epochs, seed {seed}"
 
-    def compute() -> list[float]:
-        return training.train(
-            training.network(kind, seed).to(device), data, epochs=epochs, rate=rate, lam=lam, seed=seed, optimizer=optimizer,
+    def compute() -> dict[str, Any]:
+        model = training.network(kind, seed, 10 if config.photographs == "cifar10" else 100).to(device)
+        curve = training.train(
+            model, data, epochs=epochs, rate=rate, lam=lam, seed=seed, optimizer=optimizer,
             smoothing=smoothing, batch_size=config.batch_size, augment=True, every_epoch=True, what=name,
         )  # fmt: skip
+        return {"curve": curve, "top5": training.accuracy(model, data.test_x, data.test_y, top=5)}
 
     return stages.stage(name, compute)
 
@@ -268,6 +286,7 @@ def _tables(
     ablations: dict[str, Any],
     raw: dict[str, Any] | None,
     curves: dict[str, Any],
+    tops: dict[str, Any],
     config: Config,
 ) -> list[Table]:
     arms = list(digits["accuracies"])
@@ -312,12 +331,53 @@ def _tables(
                 [[arm, rate, _shown(values)] for arm, (rate, values) in raw.items()],
             )
         )
+    ends = {"digits of varied contrast": digits["accuracies"]}
     for kind, found in curves.items():
+        ends[f"{NAMES[config.photographs]}, {kind}"] = {
+            a: {e: [c[-1] for c in runs] for e, runs in by.items()} for a, by in found.items()
+        }
         tables.append(
             Table(
-                f"CIFAR-10, {kind}: test accuracy, %, {config.cifar_seeds} seed(s)",
+                f"{NAMES[config.photographs]}, {kind}: test accuracy, top-1 and top-5, %, {config.cifar_seeds} seed(s)",
                 ["epochs", *(a if a == ORDINARY else f"lambda {a}" for a in found)],
-                [[e, *(_shown([c[-1] for c in found[a][str(e)]]) for a in found)] for e in config.epochs],
+                [
+                    [
+                        e,
+                        *(
+                            f"{_shown([c[-1] for c in found[a][str(e)]])}; {_shown(tops[kind][a][str(e)])}"
+                            for a in found
+                        ),
+                    ]
+                    for e in config.epochs
+                ],
             )
         )
+    tables.append(
+        Table(
+            "Speed-up: epochs of ordinary training over those with TrAct at equal accuracy",
+            ["data", "lambda", "by length (epochs with TrAct: speed-up)"],
+            [
+                [what, arm, _speed_ups(by[ORDINARY], by[arm])]
+                for what, by in ends.items()
+                for arm in by
+                if arm != ORDINARY
+            ],
+        )
+    )
     return tables
+
+
+def _speed_ups(ordinary: dict[str, list[float]], ours: dict[str, list[float]]) -> str:
+    means = [{int(e): mean(values) for e, values in by.items()} for by in (ordinary, ours)]
+    shortest, longest = min(means[0]), max(means[0])
+    words = []
+    for e, ratio in speed_up(*means).items():
+        shown = (
+            f"{ratio:.1f}"
+            if 0 < ratio < math.inf
+            else f"> {longest / e:.1f}"
+            if ratio
+            else f"< {shortest / e:.1f}"
+        )
+        words.append(f"{e}: {shown}")
+    return ", ".join(words)

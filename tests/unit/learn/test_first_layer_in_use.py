@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import socket
+import warnings
 import weakref
 
 import pytest
@@ -415,10 +416,18 @@ def test_a_layer_behind_trainable_ones():
         net(x.requires_grad_()).sum().backward()
 
 
-def test_a_warning_for_inputs_of_another_scale():
-    layer = nn.Linear(4, 2)
-    with pytest.warns(UserWarning, match="mean square of its inputs is 4e\\+04"), tract(layer):
-        layer(torch.full((9, 4), 200.0)).sum().backward()
+@pytest.mark.parametrize("rows", [9, 3])
+def test_a_warning_for_inputs_of_another_scale(rows):
+    layer, x = nn.Linear(4, 2), torch.full((rows, 4), 200.0)
+    with tract(layer):
+        with pytest.warns(UserWarning, match="mean square of its inputs is 4e\\+04"):
+            layer(x).sum().backward()
+        with warnings.catch_warnings():  # said once
+            warnings.simplefilter("error")
+            layer(x).sum().backward()
+    conv = nn.Conv2d(3, 2, 4)
+    with pytest.warns(UserWarning, match="mean square of its inputs is 0.0001"), tract(conv):
+        conv(torch.full((1, 3, 4, 4), 0.01)).sum().backward()
 
 
 def test_double_backward_is_refused_and_checkpointing_is_not():

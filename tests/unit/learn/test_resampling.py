@@ -92,6 +92,39 @@ def test_a_last_batch_of_one_is_left_to_another_epoch_where_there_is_batch_norm(
     assert seen == ([16, 16] if kind is nn.BatchNorm1d else [16, 16, 1]) * 2
 
 
+@pytest.mark.parametrize("around", [False, True])
+def test_nan_raises_with_the_step_or_is_skipped_whole(around):
+    def make(model):
+        return SAM(sgd(model), rho=0.1, model=model) if around else sgd(model)
+
+    bad, order = X.clone(), torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    bad[order[20], 1] = float("nan")  # in the second batch of the first epoch
+    with pytest.raises(
+        InputError, match=r"training: the loss is NaN or infinite at step 2 of epoch 1; .*nonfinite='skip'"
+    ):
+        list(Fit(bad, Y, make, batch_size=16)(net(), None, 2))
+    skipped, kept = net(), net()
+    list(Fit(bad, Y, make, batch_size=16, nonfinite="skip")(skipped, None, 1))
+    # The other three batches of that epoch, by hand.
+    optimizer = make(kept.train())
+    for rows in (order[:16], order[32:48], order[48:]):
+
+        def closure(rows=rows):
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(kept(X[rows]), Y[rows])
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    assert same(skipped, kept)
+    with pytest.raises(InputError, match="all 4 steps of epoch 1 had a NaN"):
+        list(Fit(X * float("nan"), Y, make, batch_size=16, nonfinite="skip")(net(), None, 1))
+    with pytest.raises(InputError, match="the loss is NaN"):  # weights that sum to nothing
+        list(Fit(X, Y, make, weights=torch.zeros(60))(net(), None, 1))
+    with pytest.raises(InputError, match="nonfinite: got 'ignore'"):
+        Fit(X, Y, make, nonfinite="ignore")
+
+
 def test_a_factor_of_one_is_plain_training():
     model, plain = net(), net()
     fit = Fit(X, Y, sgd, batch_size=16)

@@ -93,6 +93,7 @@ def test_same_seed_same_run_and_global_randomness_as_before():
         {"optimizer": "diffgrad", "asam": 0.5, "schedule": "step"},
         {"optimizer": "adam", "useful": 2},
         {"useful": "auto", "sam": 0.1},
+        {"optimizer": "diffgrad", "useful": 2, "asam": 0.5, "tract": 0.1},
     ],
 )
 @pytest.mark.parametrize("cut", [1, 3, "early"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from lineament.core.checks import InputError
 from lineament.recipes import _tract_training as training
 from lineament.recipes import tract as recipe
-from lineament.recipes._tract_claims import ablation_claims, cifar_claims, digit_claims
+from lineament.recipes._tract_claims import ablation_claims, cifar_claims, digit_claims, speed_up
 from lineament.recipes.tract import Config, run
 
 TINY = {"lams": (0.1,), "lengths": (1, 4, 16), "seeds": 1, "ablation_lengths": (4,), "ablation_seeds": 1}
@@ -68,7 +69,7 @@ def test_a_killed_run_goes_on_with_the_same_result(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "BYTE_RATES", (0.01,))
     config = dataclasses.replace(Config.preset("quick"), **TINY)
     whole = run(config, out=tmp_path / "whole")
-    assert [len(whole.claims), len(whole.tables), len(whole.figures)] == [6, 3, 2]
+    assert [len(whole.claims), len(whole.tables), len(whole.figures)] == [6, 4, 2]
     assert all((tmp_path / "whole" / f.file).stat().st_size < 200_000 and f.alt for f in whole.figures)
     control = next(c for c in whole.claims if "10,000" in c.name)
     assert control.holds, control
@@ -96,11 +97,17 @@ def test_photographs_of_the_user(tmp_path):
         np.savez(tmp_path / f"{split}.npz", x=x, y=(np.arange(40) % 10).astype(np.uint8))
     config = dataclasses.replace(
         Config.preset("quick"), **{**TINY, "ablation_lengths": (), "lengths": (4,)}, networks=("resnet",), epochs=(1, 2),
-        train_images=30, test_images=20, data_folder=str(tmp_path),
+        train_images=30, test_images=20, data_folder=str(tmp_path), photographs="cifar100",
     )  # fmt: skip
     outcome = run(config, out=tmp_path / "out")
-    assert sum("CIFAR-10, resnet" in c.name for c in outcome.claims) == 2
-    assert outcome.tables[-1].columns == ["epochs", "ordinary", "lambda 0.1"]
+    assert sum("CIFAR-100, resnet" in c.name for c in outcome.claims) == 2
+    assert outcome.tables[-2].columns == ["epochs", "ordinary", "lambda 0.1"]
+    first, fifth = (float(word) for word in outcome.tables[-2].rows[0][1].split("; "))
+    assert 0 <= first <= fifth <= 100
+    assert [row[:2] for row in outcome.tables[-1].rows] == [
+        ["digits of varied contrast", "0.1"],
+        ["CIFAR-100, resnet", "0.1"],
+    ]
 
 
 def test_missing_data_and_wrong_fields_are_named_before_any_work(tmp_path, monkeypatch):
@@ -112,6 +119,17 @@ def test_missing_data_and_wrong_fields_are_named_before_any_work(tmp_path, monke
     with pytest.raises(InputError, match=r"the claims need 0\.1 and 4"):
         run(dataclasses.replace(Config.preset("quick"), lams=(0.2,)), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_speed_up_is_the_ratio_of_lengths_at_equal_accuracy():
+    ordinary = {2: 70.0, 4: 80.0, 16: 90.0}
+    found = speed_up(ordinary, {2: 80.0, 4: 85.0, 8: 60.0, 16: 95.0})
+    assert found == {2: 2.0, 4: 2.0, 8: 0.0, 16: math.inf}
+    assert speed_up(ordinary, ordinary) == dict.fromkeys(ordinary, 1.0)
+    words = recipe._speed_ups(
+        *({str(e): [a] for e, a in by.items()} for by in (ordinary, {2: 95.0, 4: 60.0}))
+    )
+    assert words == "2: > 8.0, 4: < 0.5"
 
 
 def test_claims_fall_when_the_numbers_do():

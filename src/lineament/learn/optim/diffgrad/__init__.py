@@ -1,12 +1,12 @@
 """diffGrad: Adam whose every coordinate is slowed down where its gradient stands still (arXiv 1909.11015).
 
-========================  ==========================================================================
-``optimizer.py``          :class:`DiffGrad`: options, state, one step
-``frictions.py``          the friction in all its versions, and what it was over a network
-``steps.py``              the arithmetic of a step: by blocks, and by lists of tensors (foreach)
-``compiled.py``           the same in one pass over memory
-``foreign_states.py``     state dicts of other libraries' diffGrad, and of Adam
-========================  ==========================================================================
+| file | what is in it |
+| --- | --- |
+| `optimizer.py` | `DiffGrad`: options, state, one step |
+| `frictions.py` | the friction in all its versions, and what it was over a network |
+| `steps.py` | the arithmetic of a step: by blocks, and by lists of tensors (foreach) |
+| `compiled.py` | the same in one pass over memory |
+| `foreign_states.py` | state dicts of other libraries' diffGrad, and of Adam |
 """
 
 from lineament.learn.optim.diffgrad.frictions import FrictionSummary, friction

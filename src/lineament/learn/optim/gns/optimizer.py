@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lineament.core import checks
@@ -24,6 +25,7 @@ from lineament.learn.optim.gns.forms import FORMS, Dense, Form, Operator, as_for
 from lineament.learn.optim.gns.metric import Metric
 from lineament.learn.optim.gns.rules import Smoothness
 from lineament.learn.optim.gns.solvers import INDEFINITE, SOLVERS, system
+from lineament.learn.optim.sam import running_statistics_kept
 
 _JOINT = (
     *("gamma", "test", "constant", "aggressive", "form", "rank", "solver", "indefinite", "max_probes", "cg_tol", "cg_steps"),
@@ -47,6 +49,8 @@ class GNS(Optimizer):
         form, rank, solver, indefinite, max_probes, cg_tol, cg_steps, seed: see :func:`minimize`.
         dense: up to so many parameters the exact Hessian is a matrix; beyond, conjugate gradients.
         nonfinite: what a loss or gradient that is NaN or infinite at the present weights does: ``"raise"`` or ``"skip"`` the step.
+        model: its batch-norm layers then gather their running statistics at the weights that a step begins with only: those of the probes, of
+            which some are rejected, belong to no network that is kept.
 
     ``optimizer.state_dict()`` holds γ and the counts of oracle calls (:attr:`counters`), one for all, in the first parameter's state. There is
     no ``lr``, and so nothing for a learning-rate scheduler: γ finds itself.
@@ -85,8 +89,13 @@ class GNS(Optimizer):
         dense: int = 1000,
         nonfinite: str = "raise",
         seed: int = 0,
+        model: nn.Module | None = None,
     ):
-        self.curvature, self._metric = curvature, metric
+        checks.require(
+            model is None or isinstance(model, nn.Module),
+            f"model: got {checks.show(model)}, expected a torch.nn.Module or None",
+        )
+        self.curvature, self._metric, self.model = curvature, metric, model
         self._B: Metric | None = None
         options = {k: v for k, v in locals().items() if k in _JOINT}
         _check(options)
@@ -126,7 +135,8 @@ class GNS(Optimizer):
         self._B = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "curvature": self.curvature, "_metric": self._metric, "_B": None}
+        kept = {"curvature": self.curvature, "_metric": self._metric, "model": self.model, "_B": None}
+        return {**super().__getstate__(), **kept}
 
     @property
     def _params(self) -> list[Tensor]:
@@ -208,7 +218,8 @@ class GNS(Optimizer):
         def evaluate(at: Tensor) -> tuple[float, Tensor]:
             _write(params, at)
             try:
-                value, found = differentiated(closure, params, second=False)
+                with nullcontext() if self.model is None else running_statistics_kept(self.model):
+                    value, found = differentiated(closure, params, second=False)
             finally:
                 # The curvature may be asked for more products, which belong to the old weights.
                 _restore(params, before)

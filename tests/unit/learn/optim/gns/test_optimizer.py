@@ -137,6 +137,23 @@ def test_nan_is_raised_or_skipped():
     assert optimizer.counters["steps"] == 1 and float(w.norm()) < 2**0.5
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_running_statistics_are_those_of_the_weights_that_steps_begin_with(given):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
+    _, x, y = network()
+    optimizer = GNS(net.parameters(), gamma=100.0, model=net if given else None)
+    for step in range(1, 4):
+        alone = copy.deepcopy(net)
+        alone(x)
+        optimizer.step(closure_of(net, x, y))
+        assert (int(net[1].num_batches_tracked) == step) == given
+        assert torch.equal(net[1].running_mean, alone[1].running_mean) == given
+    assert optimizer.counters["evaluations"] > 6 and net[1].track_running_stats
+    with pytest.raises(InputError, match="model: got 'net'"):
+        GNS(net.parameters(), model="net")
+
+
 def test_a_failed_search_changes_nothing():
     w = nn.Parameter(torch.ones(2, dtype=torch.float64))
     calls = []
