@@ -17,7 +17,13 @@ from torch import Tensor
 
 from lineament.core import checks
 from lineament.core.models import dtype_of
-from lineament.explain.tokens.attention import attention_all, attention_last, rollout, value_zeroing
+from lineament.explain.tokens.attention import (
+    attention_all,
+    attention_last,
+    of_attention,
+    rollout,
+    value_zeroing,
+)
 from lineament.explain.tokens.attribution import reagent
 from lineament.explain.tokens.bayesian import bayesian_search
 from lineament.explain.tokens.blackbox import kernel_shap, lime, occlusion, random_scores
@@ -84,6 +90,8 @@ def attribute_tokens(
             # Methods of one forward share it; the others fill batches with one prompt.
             if method in _OF_GRADIENTS:
                 raws = _of_gradients(questions, _OF_GRADIENTS[method], **options)
+            elif method in _OF_ATTENTION:
+                raws = of_attention(questions, _OF_ATTENTION[method], **options)
             else:
                 raws = [METHODS[method](question, **options) for question in questions]
     except TypeError as error:
@@ -271,6 +279,7 @@ _OF_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "grad_norm": lambda e, slopes: slopes.norm(dim=-1),
     "input_x_grad": lambda e, slopes: (e * slopes).sum(-1),
 }
+_OF_ATTENTION = {"attention_last": "last", "attention_all": "all", "rollout": "rollout"}
 # Prompts that go through one forward and backward together.
 _PROMPTS = 16
 METHODS: dict[str, Callable[..., Tensor]] = {
