@@ -29,7 +29,7 @@ OTHER_KINDS = ("loss_predicted", "softmax_predicted", "logit_predicted x input")
 
 @dataclass(frozen=True)
 class Config:
-    """One run. The groups are: all data sets, BlockMNIST, the simplified data, photographs."""
+    """One run. The groups are: all data sets, BlockMNIST (``widths`` also for ``network="mlp"``), the simplified data, photographs."""
 
     dataset: Literal["blockmnist", "cifar10", "images"] = "blockmnist"
     data_folder: str | None = None
@@ -58,7 +58,7 @@ class Config:
     robust_width: int = 512
     robust_epochs: int = 200
 
-    network: Literal["resnet18", "resnet50"] = "resnet50"
+    network: Literal["resnet18", "resnet50", "mlp"] = "resnet50"
     network_width: int = 64
     image_size: int = 112
     photograph_epochs: int = 150

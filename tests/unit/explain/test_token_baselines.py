@@ -293,3 +293,20 @@ def test_attention_of_prompts_of_several_lengths_comes_from_shared_forwards(meth
 def test_rows_of_a_rollout_sum_to_one():
     weights = torch.rand(3, 2, 5, 5, dtype=torch.float64).tril().softmax(-1)
     assert float(from_attention(weights, "rollout").sum()) == pytest.approx(1, abs=1e-12)
+
+
+def test_the_official_input_times_gradient_adds_the_position_embedding():
+    net = model("gpt2").double()
+    e = net.transformer.wte(torch.tensor(IDS)[None]).detach().requires_grad_()
+    (g,) = torch.autograd.grad(net(inputs_embeds=e).logits[0, -1].log_softmax(0)[5], e)
+    both = e.detach() + net.transformer.wpe.weight[: len(IDS)]
+    found = attribute_tokens(net, None, IDS, 5, method="input_x_grad", positions=True)
+    torch.testing.assert_close(found.scores, (g * both)[0].sum(-1))
+    several = attribute_tokens(net, None, [IDS, IDS[::-1], IDS[:3]], 5, method="input_x_grad", positions=True)
+    torch.testing.assert_close(several[0].scores, found.scores)
+    with pytest.raises(InputError, match="are 16 wide and are projected to 32"):
+        attribute_tokens(model("opt"), None, IDS, method="input_x_grad", positions=True)
+    with pytest.raises(InputError, match="positions: LlamaForCausalLM has no position embedding"):
+        attribute_tokens(model("llama"), None, IDS, method="input_x_grad", positions=True)
+    with pytest.raises(InputError, match="has no option 'positions'"):
+        attribute_tokens(net, None, IDS, method="grad_norm", positions=True)
