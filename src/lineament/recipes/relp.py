@@ -36,7 +36,7 @@ from lineament.recipes._relp_claims import (
     mean_of,
     over,
 )
-from lineament.recipes._relp_figures import bars, curves, heat, scatter
+from lineament.recipes._relp_figures import curves, heat, rule_sets, scatter
 from lineament.recipes._relp_training import TASKS, accuracy, network, train
 from lineament.report.outcome import Outcome, Table
 
@@ -181,7 +181,7 @@ def _on_models_trained_here(config: Config, stages: Checkpoint, out: Path) -> Ou
             },
             out,
         ),
-        bars({m: {k: mean_of(trained, m, k) for k in KINDS} for m in trained[0]["maps"]}, KINDS, out),
+        rule_sets({m: {k: mean_of(trained, m, k) for k in KINDS} for m in trained[0]["maps"]}, KINDS, out),
     ]
     if found:
         figures.append(curves(found, COUNTS, out))
@@ -242,7 +242,7 @@ def _on_a_model(config: Config, stages: Checkpoint, out: Path) -> Outcome:
     ]
     figures = [
         scatter(found[0]["truth"], {m: found[0]["maps"][m] for m in (ATP, RELP)}, KINDS, out),
-        bars({m: {k: mean_of(found, m, k) for k in KINDS} for m in found[0]["maps"]}, KINDS, out),
+        rule_sets({m: {k: mean_of(found, m, k) for k in KINDS} for m in found[0]["maps"]}, KINDS, out),
     ]
     return Outcome(
         SLUG, TITLE, config.preset, asdict(config), claims_of(found, config.ig_steps), tables, figures
