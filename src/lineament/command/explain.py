@@ -98,8 +98,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Explain, print the tokens, and say where the page is."""
-    from lineament.audit.language import load_language_model
     from lineament.core import checks
+    from lineament.data.language_models import load_language_model
     from lineament.explain.tokens import explain_continuation
     from lineament.explain.tokens.baselines import METHODS, attribute_tokens
     from lineament.explain.tokens.results import NORMALIZATIONS
@@ -271,7 +271,7 @@ def _options(a: argparse.Namespace, tokenizer: Any, corpus: list[str] | None) ->
 
         sampler = UnigramSampler(tokenizer, corpus)
     if a.mlm is not None:
-        from lineament.audit.language import load_language_model
+        from lineament.data.language_models import load_language_model
         from lineament.explain.tokens.infill import MlmSampler
 
         filler = load_language_model(a.mlm, device=a.device, masked=True, what="--mlm")

@@ -25,21 +25,6 @@ from lineament.report.outcome import Claim, Table
 _TRIED = 3
 
 
-def user_model(folder: str) -> tuple[Any, Any]:
-    """A model that the user brings, with attention weights."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, attn_implementation="eager", use_safetensors=True
-        )
-        return model.eval(), AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise checks.InputError(
-            f"--model-folder: {folder!r} cannot be loaded as a causal language model ({error})"
-        ) from error
-
-
 def user_prompts(
     model: Any, tokenizer: Any, path: str | None, limit: int, seed: int
 ) -> tuple[list[str], list[Tensor] | None]:

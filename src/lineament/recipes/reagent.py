@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from lineament.core.batching import Checkpoint, progress
+from lineament.core.checks import InputError
+from lineament.data.language_models import load_language_model
 from lineament.explain.tokens.baselines import attribute_tokens
 from lineament.explain.tokens.controls import match_entropy, match_retention, random_importance
 from lineament.explain.tokens.faithfulness import hard_faithfulness, soft_faithfulness
@@ -38,7 +40,6 @@ from lineament.recipes._reagent_users import (
     sequence_starts,
     sequence_table,
     sequences,
-    user_model,
     user_prompts,
 )
 from lineament.report.outcome import Outcome
@@ -78,6 +79,9 @@ class Config:
 
 def run(config: Config, *, out: Path) -> Outcome:
     """Run the recipe into ``out``; a killed run goes on from its last finished stage."""
+    if config.keep >= 1 and float(config.keep).is_integer():
+        # The command line gives every number of such a field as a float.
+        config = replace(config, keep=int(config.keep))
     stages = Checkpoint(out / ".stages", asdict(config))
     known = config.model_folder is None
     if known:
@@ -90,7 +94,14 @@ def run(config: Config, *, out: Path) -> Outcome:
         sampler: Any = other_symbol
         distractors, starts = None, []
     else:
-        model, tokenizer = user_model(str(config.model_folder))
+        # Eager attention has weights to show.
+        model, tokenizer = load_language_model(
+            str(config.model_folder), attention="eager", what="--model-folder"
+        )
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise InputError(
+                f"--model-folder: {config.model_folder!r} is an encoder-decoder; the recipe compares methods on causal language models"
+            )
         starts = sequence_starts(config)
         prompts, distractors = user_prompts(
             model, tokenizer, config.prompts_file, config.prompts, config.seed

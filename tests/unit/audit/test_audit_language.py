@@ -92,8 +92,8 @@ def test_pairs_show_components_and_say_what_was_left_out(folder, files):
 def test_the_model_is_left_as_it_was(folder, files):
     from tests.contracts.unchanged import unchanged
 
-    from lineament.audit.language import load_language_model
     from lineament.audit.language_run import audit_language
+    from lineament.data.language_models import load_language_model
 
     model, tokenizer = load_language_model(str(folder))
     with unchanged(model):

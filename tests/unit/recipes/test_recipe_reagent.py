@@ -91,6 +91,12 @@ def test_a_users_model_and_prompts(tmp_path, monkeypatch):
         recipe.run(replace(config, prompts_file=None), out=tmp_path / "other")
     with pytest.raises(InputError, match=r"--sequence-file: .* does not exist"):
         recipe.run(replace(config, sequence_file="none.txt"), out=tmp_path / "other")
+    model("t5").save_pretrained(tmp_path / "t5")
+    byte_tokenizer().save_pretrained(tmp_path / "t5")
+    with pytest.raises(InputError, match="is an encoder-decoder"):
+        recipe.run(replace(config, model_folder=str(tmp_path / "t5")), out=tmp_path / "third")
+    counted = recipe.run(replace(config, keep=2.0, prompts=1), out=tmp_path / "counted")
+    assert counted.config["keep"] == 2 and isinstance(counted.config["keep"], int)
     with pytest.raises(InputError, match="--model-folder"):
         recipe.run(replace(config, model_folder=str(tmp_path)), out=tmp_path / "third")
 
