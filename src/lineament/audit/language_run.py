@@ -10,13 +10,14 @@ from typing import Any
 from torch import nn
 
 from lineament.audit.findings import findings
-from lineament.audit.language import LanguageSubject, load_language_model
+from lineament.audit.language import LanguageSubject
 from lineament.audit.lenses import LANGUAGE, LENSES
 from lineament.audit.models import digest
 from lineament.audit.stages import Report, fresh, sections, written
 from lineament.core import checks
 from lineament.core.checks import InputError, require, show
 from lineament.core.models import device_of
+from lineament.data.language_models import load_language_model
 from lineament.data.prompts import Prompts, load_prompts
 from lineament.report.outcome import versions
 

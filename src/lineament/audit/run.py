@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from lineament.audit import default
 from lineament.audit.findings import findings
-from lineament.audit.language import is_language_model
 from lineament.audit.language_run import audit_language
 from lineament.audit.lenses import ALIASES, LANGUAGE, LENSES
 from lineament.audit.loaded import Loaded
@@ -30,6 +29,7 @@ from lineament.core import checks
 from lineament.core.batching import Checkpoint
 from lineament.core.checks import require, show
 from lineament.core.models import device_of
+from lineament.data.language_models import is_language_model
 from lineament.data.loading import Samples, checked
 from lineament.data.loading import load as load_data
 from lineament.data.prompts import is_prompts

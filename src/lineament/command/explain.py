@@ -53,6 +53,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         default="uniform",
         help="what replaces tokens: uniform (default), inferential (the model's own guesses) or pos (same part of speech)",
     )
+    add("--corpus", metavar="FILE", help="a text file, whose tokens replace others as often as it has them")
     add("--mlm", metavar="MODEL", help="a masked language model, whose fills replace tokens instead")
     add(
         "--ratio",
@@ -60,6 +61,19 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         type=float,
         default=0.3,
         help="share of tokens that a step replaces (default: 0.3)",
+    )
+    add(
+        "--keep",
+        metavar="N",
+        default="0.3",
+        help="what the stop test keeps: a number of tokens or a share (default: 0.3)",
+    )
+    add(
+        "--top-k",
+        metavar="K",
+        type=int,
+        default=3,
+        help="the stop test wants the target among the K most probable (default: 3)",
     )
     add("--probes", metavar="N", type=int, default=5, help="independent runs (default: 5)")
     add("--steps", metavar="N", type=int, default=50, help="steps of each run (default: 50)")
@@ -84,8 +98,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Explain, print the tokens, and say where the page is."""
-    from lineament.audit.language import load_language_model
     from lineament.core import checks
+    from lineament.data.language_models import load_language_model
     from lineament.explain.tokens import explain_continuation
     from lineament.explain.tokens.baselines import METHODS, attribute_tokens
     from lineament.explain.tokens.results import NORMALIZATIONS
@@ -104,10 +118,12 @@ def run(arguments: argparse.Namespace) -> int:
     checks.one_of("--scope", a.scope, ("source", "all"))
     checks.require(a.sampler != "mlm", "--sampler: 'mlm' wants a model; name it with --mlm MODEL")
     checks.one_of("--sampler", a.sampler, ("uniform", "inferential", "pos"))
+    chosen = [f"--{name}" for name in ("corpus", "mlm") if getattr(a, name) is not None]
+    chosen += [f"--sampler {a.sampler}"] if a.sampler != "uniform" else []
     checks.require(
-        a.mlm is None or a.sampler == "uniform",
-        f"--mlm: it replaces --sampler {a.sampler}; give one of them",
+        len(chosen) < 2, f"{' and '.join(chosen)}: each says what replaces tokens; give one of them"
     )
+    corpus = None if a.corpus is None else _corpus(a.corpus)
     _refuse_unused(a)
     checks.number("--steps", a.steps, low=1, integer=True)
     checks.require(
@@ -144,7 +160,7 @@ def run(arguments: argparse.Namespace) -> int:
         "method": a.method,
         "normalize": a.normalize,
         "scope": a.scope,
-        **_options(a, tokenizer),
+        **_options(a, tokenizer, corpus),
     }
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -205,23 +221,57 @@ def _refuse_unused(a: argparse.Namespace) -> None:
     """An option that the method would not look at is a misunderstanding."""
     from lineament.core import checks
 
-    for name, default in (("ratio", 0.3), ("probes", 5), ("steps", 50), ("early_stop", False)):
+    for name, default in (
+        ("ratio", 0.3),
+        ("probes", 5),
+        ("steps", 50),
+        ("early_stop", False),
+        ("keep", "0.3"),
+        ("top_k", 3),
+    ):
         checks.require(
             a.method == "reagent" or getattr(a, name) == default,
             f"--{name.replace('_', '-')}: it is an option of reagent; {a.method} has none of that name",
         )
-    for name, default in (("sampler", "uniform"), ("mlm", None)):
+    for name, default in (("sampler", "uniform"), ("mlm", None), ("corpus", None)):
         checks.require(
             a.method in _REPLACE or getattr(a, name) == default,
             f"--{name}: {a.method} replaces no tokens; it is for {', '.join(_REPLACE)}",
         )
 
 
-def _options(a: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
+def _corpus(name: str) -> list[str]:
+    from lineament.core import checks
+
+    try:
+        lines = Path(name).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise checks.InputError(f"--corpus: {name!r} cannot be read as UTF-8 text ({error})") from error
+    checks.require(any(line.strip() for line in lines), f"--corpus: {name!r} holds no text")
+    return lines
+
+
+def _kept(text: str) -> int | float:
+    """``"5"`` tokens, or a share ``"0.3"``."""
+    from lineament.core import checks
+
+    try:
+        return int(text) if text.strip().isdigit() else float(text)
+    except ValueError:
+        raise checks.InputError(
+            f"--keep: got {text!r}, expected a number of tokens such as 5, or a share in (0, 1) such as 0.3"
+        ) from None
+
+
+def _options(a: argparse.Namespace, tokenizer: Any, corpus: list[str] | None) -> dict[str, Any]:
     """The method's own options."""
     sampler: Any = a.sampler
+    if corpus is not None:
+        from lineament.explain.tokens.samplers import UnigramSampler
+
+        sampler = UnigramSampler(tokenizer, corpus)
     if a.mlm is not None:
-        from lineament.audit.language import load_language_model
+        from lineament.data.language_models import load_language_model
         from lineament.explain.tokens.infill import MlmSampler
 
         filler = load_language_model(a.mlm, device=a.device, masked=True, what="--mlm")
@@ -232,7 +282,9 @@ def _options(a: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
             if a.early_stop
             else {"max_steps": a.steps, "min_steps": a.steps, "stop": "dummy"}
         )
-        return {"sampler": sampler, "ratio": a.ratio, "probes": a.probes, "seed": a.seed, **budget}
+        return {
+            "sampler": sampler, "ratio": a.ratio, "probes": a.probes, "seed": a.seed, "keep": _kept(a.keep), "top_k": a.top_k, **budget
+        }  # fmt: skip
     options = {"seed": a.seed} if a.method in _DRAW else {}
     return {**options, "absent": sampler} if a.method in _REPLACE else options
 
@@ -258,8 +310,8 @@ def _token(text: str | None) -> Any:
 
 def _command(a: argparse.Namespace) -> str:
     words = ["lineament", "explain", a.model, a.text]
-    defaults = {"method": "reagent", "normalize": "none", "scope": "source", "sampler": "uniform", "ratio": 0.3, "probes": 5, "steps": 50, "seed": 0}  # fmt: skip
-    for name in ("target", "contrast", "method", "normalize", "new_tokens", "continuation", "target_prefix", "scope", "sampler", "mlm", "ratio", "probes", "steps", "tokenizer", "device", "seed"):  # fmt: skip
+    defaults = {"method": "reagent", "normalize": "none", "scope": "source", "sampler": "uniform", "ratio": 0.3, "keep": "0.3", "top_k": 3, "probes": 5, "steps": 50, "seed": 0}  # fmt: skip
+    for name in ("target", "contrast", "method", "normalize", "new_tokens", "continuation", "target_prefix", "scope", "sampler", "corpus", "mlm", "ratio", "keep", "top_k", "probes", "steps", "tokenizer", "device", "seed"):  # fmt: skip
         value = getattr(a, name)
         if value is not None and value != defaults.get(name):
             words += [f"--{name.replace('_', '-')}", str(value)]

@@ -112,6 +112,16 @@ def looked_at(module: nn.Module) -> bool:
     return id(module) in _LOOKED_AT
 
 
+def masks_to_nan(model: nn.Module) -> bool:
+    """Whether a row of attention in which everything is masked comes out as NaN, so that padding must not come before the text.
+
+    Eager attention of transformers' Llama and its kin takes the softmax in float32, where the least number of float64 is -inf; GPT-2's does not.
+    """
+    config: Any = getattr(model, "config", None)
+    eager = getattr(config, "_attn_implementation", None) == "eager"
+    return eager and getattr(config, "model_type", None) != "gpt2" and dtype_of(model) == torch.float64
+
+
 @contextmanager
 def frozen(
     model: nn.Module, *, training: bool = False, requires_grad: bool | None = False

@@ -96,7 +96,7 @@ def theorem(found: Mapping[str, Mapping[str, Any]], blocks: int, out: Path) -> F
             right.bar(names, values, bottom=base, color=f"C{k}", label=part)
             base = [a + b for a, b in zip(base, values)]
         right.set(ylabel="share of the gradient", ylim=(0, 1.02))
-        right.legend(fontsize=8)
+        right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
     wide, robust = found["wide"], found["robust"]
     shown = picture(

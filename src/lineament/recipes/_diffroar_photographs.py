@@ -1,9 +1,12 @@
-"""DiffROAR on photographs: CIFAR-10 from a folder of the user's, or any images by class, standard and robust ResNets."""
+"""DiffROAR on photographs: CIFAR-10 from a folder of the user's, or any images by class, standard and robust ResNets or perceptrons.
+
+The paper's later version has perceptrons with two hidden layers on SVHN and Fashion-MNIST: ``--dataset images --network mlp`` with those images.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from lineament.explain.diffroar.input_gradients import attribution
 from lineament.learn.adversarial import PGD, robust_accuracy
 from lineament.learn.training import Training
 from lineament.recipes import _diffroar_figures as figures
-from lineament.recipes._diffroar_experiments import rebuilt
+from lineament.recipes._diffroar_experiments import perceptron, rebuilt
 from lineament.recipes._images import load_data
 from lineament.recipes._networks import ResNet18
 from lineament.report.outcome import Claim, Outcome, Table
@@ -70,6 +73,16 @@ def parsed(text: str) -> PGD:
     return PGD(norm=found[1], eps=eps, step=2.5 * eps / 7, steps=7)
 
 
+def evaluation(attack: PGD) -> PGD:
+    """The attack of the official evaluation, of the same size: five steps of a half (l2), eight of a quarter (linf).
+
+    >>> evaluation(parsed("l2 0.5")).step, evaluation(parsed("linf 8/255")).steps
+    (0.25, 8)
+    """
+    share, steps = (0.5, 5) if attack.norm == "l2" else (0.25, 8)
+    return replace(attack, step=share * attack.eps, steps=steps)
+
+
 def read(config: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """Training and test images in [0, 1] with labels, and the number of classes; a fifth is held out for testing."""
     if config.dataset == "cifar10":
@@ -107,12 +120,12 @@ def on_photographs(config: Any, stages: Checkpoint, out: Path, slug: str, title:
     mean, deviation = x.mean((0, 2, 3), keepdim=True).cpu(), x.std((0, 2, 3), keepdim=True).cpu()
 
     def fresh() -> nn.Module:
-        small = config.network == "resnet18"
-        inner = (
-            ResNet18(x.shape[1], classes, bias=True, width=config.network_width)
-            if small
-            else resnet50(x.shape[1], classes)
-        )
+        if config.network == "mlp":
+            inner: nn.Module = perceptron(x[0].numel(), config.widths, classes)
+        elif config.network == "resnet18":
+            inner = ResNet18(x.shape[1], classes, bias=True, width=config.network_width)
+        else:
+            inner = resnet50(x.shape[1], classes)
         return Normalised(inner, mean, deviation)
 
     training = Training(
@@ -136,7 +149,7 @@ def on_photographs(config: Any, stages: Checkpoint, out: Path, slug: str, title:
         model = fresh()
         model.load_state_dict(weights)
         model.to(device).eval()
-        attacked = [robust_accuracy(model, x_test, y_test, attack) for attack in attacks.values()]
+        attacked = [robust_accuracy(model, x_test, y_test, evaluation(attack)) for attack in attacks.values()]
         rows.append([name, accuracy(model, x_test, y_test), *attacked])
         judged[name] = rebuilt(
             stages.stage(

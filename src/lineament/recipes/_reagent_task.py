@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lineament.core import checks
 from lineament.core.batching import progress
 
 SYMBOLS = [chr(ord("a") + k) for k in range(20)]
@@ -87,31 +86,3 @@ def as_directory(weights: dict[str, Tensor], folder: Path) -> tuple[Any, Any]:
     if bars:
         logging.enable_progress_bar()
     return loaded.eval(), AutoTokenizer.from_pretrained(folder)
-
-
-def user_model(folder: str) -> tuple[Any, Any]:
-    """A model that the user brings, with attention weights."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, attn_implementation="eager", use_safetensors=True
-        )
-        return model.eval(), AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise checks.InputError(
-            f"--model-folder: {folder!r} cannot be loaded as a causal language model ({error})"
-        ) from error
-
-
-def user_prompts(path: str | None, limit: int) -> list[str]:
-    """The first prompts of a text file, one a line."""
-    checks.require(
-        path is not None,
-        "--prompts-file: this preset needs prompts, one a line (the paper's are analogies with a distractor)",
-    )
-    file = Path(str(path))
-    checks.require(file.is_file(), f"--prompts-file: {str(file)!r} does not exist")
-    found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()][:limit]
-    checks.require(bool(found), f"--prompts-file: {str(file)!r} holds no line of text")
-    return found

@@ -64,20 +64,17 @@ def heat(maps: Mapping[str, Tensor], out: Path) -> Figure:
     return save(shown, out, "maps")
 
 
-def bars(means: Mapping[str, Mapping[str, float]], kinds: Sequence[str], out: Path) -> Figure:
+def rule_sets(means: Mapping[str, Mapping[str, float]], kinds: Sequence[str], out: Path) -> Figure:
     def draw(ax: Any) -> None:
-        width = 0.8 / len(kinds)
-        for c, kind in enumerate(kinds):
-            ax.bar(
-                [k + (c - (len(kinds) - 1) / 2) * width for k in range(len(means))],
-                [row[kind] for row in means.values()],
-                width,
-                label=kind,
-            )
-        low = min(min(row.values()) for row in means.values())
+        # Points, not bars: what counts lies near 1, and the length of a bar would want the axis to begin at 0.
+        width = 0.5 / len(kinds)
+        for c, (kind, marker) in enumerate(zip(kinds, "os^Dv*")):
+            at = [k + (c - (len(kinds) - 1) / 2) * width for k in range(len(means))]
+            ax.plot(at, [row[kind] for row in means.values()], marker, color=f"C{c}", label=kind)
+        ax.grid(axis="y", color="C7", alpha=0.3)
         ax.set_xticks(range(len(means)), [name.replace(", ", ",\n") for name in means], fontsize=8)
-        ax.set(ylabel="Pearson with activation patching", ylim=(max(-1.0, min(0.8, low - 0.03)), 1.0))
-        ax.legend(ncols=3, loc="lower right")
+        ax.set(ylabel="Pearson with activation patching", ylim=(None, 1.02))
+        ax.legend(ncols=len(kinds), loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
 
     listed = "; ".join(f"{name} {row[kinds[0]]:.3f}" for name, row in means.items())
     shown = picture(

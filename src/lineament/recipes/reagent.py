@@ -1,15 +1,16 @@
 """ReAGent: does replacing tokens explain a generated token better than gradients and attention do, and is that the scores or their sharpness?
 
 Zhao, Shan 2024, arXiv 2402.00794. ``quick`` and ``small`` train a two-layer GPT-2 on a task whose true explanation is known (:mod:`._reagent_task`);
-``paper`` takes a model and prompts that the user brings. Soft sufficiency and comprehensiveness reward peaked scores, so every method is measured
+``paper`` takes a model that the user brings, prompts of the user's or the analogies of :mod:`lineament.data.analogy_prompts` that the model
+completes rightly, and, if there is a file for it, texts to go on from, of which every second generated token is judged. Soft sufficiency and comprehensiveness reward peaked scores, so every method is measured
 three times: as it is, at ReAGent's entropy, and at one mean retention.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ import torch
 from torch import Tensor
 
 from lineament.core.batching import Checkpoint, progress
+from lineament.core.checks import InputError
+from lineament.data.language_models import load_language_model
 from lineament.explain.tokens.baselines import attribute_tokens
 from lineament.explain.tokens.controls import match_entropy, match_retention, random_importance
 from lineament.explain.tokens.faithfulness import hard_faithfulness, soft_faithfulness
+from lineament.explain.tokens.next_token import NextToken
 from lineament.explain.tokens.results import entropy
 from lineament.recipes._presets import presets
 from lineament.recipes._reagent_claims import BASELINES, VARIANTS, claims, tables
@@ -29,7 +33,13 @@ from lineament.recipes._reagent_task import (
     examples,
     other_symbol,
     train,
-    user_model,
+)
+from lineament.recipes._reagent_users import (
+    distractor_table,
+    sequence_claims,
+    sequence_starts,
+    sequence_table,
+    sequences,
     user_prompts,
 )
 from lineament.report.outcome import Outcome
@@ -42,7 +52,7 @@ BUDGETS = (1, 2, 5, 10, 20, 50, 100, 200)
 
 @dataclass(frozen=True)
 class Config:
-    """One run. The first group is for every model, the second for the task with a known answer, the third for a user's model."""
+    """One run. The first group is for every model, the second for the task with a known answer, the others for a user's model."""
 
     preset: str = presets(
         quick={"prompts": 16, "draws": 32},
@@ -61,9 +71,17 @@ class Config:
     prompts_file: str | None = None
     sampler: str = "uniform"
 
+    sequence_file: str | None = None
+    sequence_prompts: int = 25
+    new_tokens: int = 10
+    stride: int = 2
+
 
 def run(config: Config, *, out: Path) -> Outcome:
     """Run the recipe into ``out``; a killed run goes on from its last finished stage."""
+    if config.keep >= 1 and float(config.keep).is_integer():
+        # The command line gives every number of such a field as a float.
+        config = replace(config, keep=int(config.keep))
     stages = Checkpoint(out / ".stages", asdict(config))
     known = config.model_folder is None
     if known:
@@ -74,29 +92,38 @@ def run(config: Config, *, out: Path) -> Outcome:
         with torch.no_grad():
             correct = float((model(ids).logits[:, -1].argmax(1) == answers).double().mean())
         sampler: Any = other_symbol
+        distractors, starts = None, []
     else:
-        model, tokenizer = user_model(str(config.model_folder))
-        prompts, places, sampler, correct = (
-            user_prompts(config.prompts_file, config.prompts),
-            None,
-            config.sampler,
-            None,
+        # Eager attention has weights to show.
+        model, tokenizer = load_language_model(
+            str(config.model_folder), attention="eager", what="--model-folder"
         )
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise InputError(
+                f"--model-folder: {config.model_folder!r} is an encoder-decoder; the recipe compares methods on causal language models"
+            )
+        starts = sequence_starts(config)
+        prompts, distractors = user_prompts(
+            model, tokenizer, config.prompts_file, config.prompts, config.seed
+        )
+        places, sampler, correct = None, config.sampler, None
     scores = stages.stage("attributions", lambda: attributions(model, tokenizer, prompts, sampler, config))
     judged = stages.stage("faithfulness", lambda: faithfulness(model, tokenizer, prompts, scores, config))
     table = summary(scores, judged, places)
     curve = None
     if places is not None:
         curve = stages.stage("budgets", lambda: budgets(model, prompts, places, scores, config))
+    made = tables(table, scores, correct, len(prompts))
+    judgements = claims(table, known)
+    if distractors is not None:
+        made.append(distractor_table(scores, distractors))
+    if starts:
+        whole = stages.stage("sequences", lambda: sequences(model, tokenizer, starts, config))
+        made.append(sequence_table(whole))
+        judgements += sequence_claims(whole)
     return Outcome(
-        SLUG,
-        TITLE,
-        config.preset,
-        asdict(config),
-        claims(table, known),
-        tables(table, scores, correct, len(prompts)),
-        figures(table, curve, out),
-    )
+        SLUG, TITLE, config.preset, asdict(config), judgements, made, figures(table, curve, out)
+    )  # fmt: skip
 
 
 def attributions(
@@ -136,15 +163,17 @@ def faithfulness(
     found: dict[str, Any] = {n: {f"{form} {m}": [] for form in forms for m in ("NS", "NC")} for n in names}
     for n in names:
         found[n] |= {"hard NS": [], "hard NC": []}
+    special = NextToken(model).special
     for k, ids in enumerate(progress(_ids(tokenizer, prompts), "faithfulness")):
-        scored = torch.ones(len(ids), dtype=torch.bool)
+        # Special tokens are never masked and take no part in what is matched.
+        scored = ~torch.isin(ids, torch.tensor(sorted(special), dtype=torch.long))
         chance = random_importance(scored, seed=config.seed + k)[0]
         plain = [*(scores[n]["scores"][k] for n in scores), chance]
         level = float(entropy(scores["reagent"]["scores"][k]))
         variants = {
             "plain": plain,
-            "entropy": [match_entropy(a, level) for a in plain],
-            "retention": [match_retention(a, config.retention) for a in plain],
+            "entropy": [_among(scored, a, lambda x, level=level: match_entropy(x, level)) for a in plain],
+            "retention": [_among(scored, a, lambda x: match_retention(x, config.retention)) for a in plain],
         }
         stacked = torch.stack([a for form in forms for a in variants[form]]).clamp(0, 1)
         soft = soft_faithfulness(
@@ -208,6 +237,12 @@ def summary(
             row["P@2"] = precision(scores[name]["scores"], places)
         table[name] = row
     return table
+
+
+def _among(scored: Tensor, a: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    wide = torch.zeros_like(a)
+    wide[scored] = change(a[scored])
+    return wide
 
 
 def _ids(tokenizer: Any, prompts: list[Any]) -> list[Tensor]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lineament.core.checkpoint import Checkpoint
-from lineament.core.checks import InputError
+from lineament.core.checks import InputError, require
+from lineament.data.language_models import load_language_model
 from lineament.data.patching_tasks import TokenPairs, ioi_pairs, save_language_model
 from lineament.explain.patching import activation_patching, relevance_patching
 from lineament.explain.patching.metrics import logit_difference, probability_difference, single_tokens
@@ -36,7 +37,7 @@ from lineament.recipes._relp_claims import (
     mean_of,
     over,
 )
-from lineament.recipes._relp_figures import bars, curves, heat, scatter
+from lineament.recipes._relp_figures import curves, heat, rule_sets, scatter
 from lineament.recipes._relp_training import TASKS, accuracy, network, train
 from lineament.report.outcome import Outcome, Table
 
@@ -72,6 +73,10 @@ class Config:
 
 def run(config: Config, *, out: Path) -> Outcome:
     """Run the recipe into ``out``; a killed run goes on from its last finished stage."""
+    require(
+        config.width % config.heads == 0,
+        f"width: got {config.width}, which {config.heads} heads cannot share evenly",
+    )
     stages = Checkpoint(out / ".stages", asdict(config))
     return (
         _on_models_trained_here(config, stages, out)
@@ -181,7 +186,7 @@ def _on_models_trained_here(config: Config, stages: Checkpoint, out: Path) -> Ou
             },
             out,
         ),
-        bars({m: {k: mean_of(trained, m, k) for k in KINDS} for m in trained[0]["maps"]}, KINDS, out),
+        rule_sets({m: {k: mean_of(trained, m, k) for k in KINDS} for m in trained[0]["maps"]}, KINDS, out),
     ]
     if found:
         figures.append(curves(found, COUNTS, out))
@@ -213,21 +218,31 @@ def _on_models_trained_here(config: Config, stages: Checkpoint, out: Path) -> Ou
 
 
 def _on_a_model(config: Config, stages: Checkpoint, out: Path) -> Outcome:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     folder = Path(str(config.model_folder))
     if not folder.is_dir():
         raise InputError(
             f"--model-folder: {str(folder)!r} is no folder; save a causal language model with its tokenizer there (save_pretrained)"
         )
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model, tokenizer = load_language_model(str(folder), what="--model-folder")
+    require(
+        not getattr(model.config, "is_encoder_decoder", False),
+        f"--model-folder: {str(folder)!r} is an encoder-decoder; patching takes decoder-only models",
+    )
     texts = ioi_pairs(config.pairs, seed=config.seeds[0])
     tokens = [tokenizer(list(side))["input_ids"] for side in (texts.clean, texts.corrupt)]
     # Prompts of one length, so that maps by position mean something.
     lengths = [len(row) for row in tokens[0]]
     most = max(set(lengths), key=lengths.count)
     keep = [k for k, (a, b) in enumerate(zip(*tokens)) if len(a) == len(b) == most]
+    whole = [
+        k for k in keep if _is_whole(tokenizer, texts.correct[k]) and _is_whole(tokenizer, texts.wrong[k])
+    ]
+    require(
+        len(whole) >= 2,
+        f"--model-folder: of {len(texts)} pairs {len(whole)} have names that are one token of {folder.name!r}, expected at least 2; the prompts are English with "
+        f"names such as {texts.correct[0]!r}",
+    )
+    keep = whole
     correct, wrong = (
         single_tokens(tokenizer, [side[k] for k in keep]) for side in (texts.correct, texts.wrong)
     )
@@ -242,11 +257,16 @@ def _on_a_model(config: Config, stages: Checkpoint, out: Path) -> Outcome:
     ]
     figures = [
         scatter(found[0]["truth"], {m: found[0]["maps"][m] for m in (ATP, RELP)}, KINDS, out),
-        bars({m: {k: mean_of(found, m, k) for k in KINDS} for m in found[0]["maps"]}, KINDS, out),
+        rule_sets({m: {k: mean_of(found, m, k) for k in KINDS} for m in found[0]["maps"]}, KINDS, out),
     ]
     return Outcome(
         SLUG, TITLE, config.preset, asdict(config), claims_of(found, config.ig_steps), tables, figures
     )
+
+
+def _is_whole(tokenizer: Any, word: str) -> bool:
+    ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+    return len(ids) == 1 and ids[0] != getattr(tokenizer, "unk_token_id", None)
 
 
 def _loaded(pairs: TokenPairs, weights: dict[str, Tensor] | None, seed: int, shape: dict[str, int]) -> Any:

@@ -117,8 +117,8 @@ def test_an_answer_that_does_not_hang_on_what_differs_is_no_behaviour(folder, fi
 def test_the_model_is_left_as_it_was(folder, files):
     from tests.contracts.unchanged import unchanged
 
-    from lineament.audit.language import load_language_model
     from lineament.audit.language_run import audit_language
+    from lineament.data.language_models import load_language_model
 
     model, tokenizer = load_language_model(str(folder))
     with unchanged(model):

@@ -195,7 +195,12 @@ def test_bad_input_is_one_line_before_any_page(folders, tmp_path, capsys, monkey
         ((gpt, "the cat", "--mlm", folders / "t5"), "is a T5ForConditionalGeneration, which fills no masks"),
         ((gpt, "the cat", "--mlm", folders / "judge"), "which fills no masks (its head is another)"),
         ((gpt, "the cat", "--mlm", folders / "han"), "the vocabularies do not align"),
-        ((gpt, "the cat", "--mlm", folders / "bert", "--sampler", "inferential"), "give one of them"),
+        ((gpt, "the cat", "--mlm", folders / "bert", "--sampler", "inferential"), "--mlm and --sampler inferential: each says"),
+        ((gpt, "the cat", "--corpus", "none.txt"), "--corpus: 'none.txt' cannot be read"),
+        ((gpt, "the cat", "--corpus", "there.html", "--method", "rollout"), "--corpus: rollout replaces no tokens"),
+        ((gpt, "the cat", "--keep", "many"), "--keep: got 'many'"),
+        ((gpt, "the cat", "--keep", "2"), "the stop test would keep 2 of 2 scored tokens"),
+        ((gpt, "the cat", "--top-k", "0"), "top_k: got 0"),
         ((gpt, "the cat", "--mlm", folders / "bert", "--method", "rollout"), "--mlm: rollout replaces no tokens"),
         ((gpt, "the cat", "--sampler", "pos", "--method", "rollout"), "--sampler: rollout replaces no tokens"),
         ((gpt, "the cat", "--ratio", "0.2", "--method", "lime"), "--ratio: it is an option of reagent"),
@@ -228,6 +233,18 @@ def test_fills_of_a_masked_model_go_to_every_method_that_replaces_tokens(folders
         for name, more in (("a.html", ()), ("b.html", ("--mlm", folders / "bert")))
     ]  # fmt: skip
     assert shown[0] != shown[1]
+
+
+def test_what_replaces_tokens_and_what_the_stop_test_asks_can_be_chosen(folders, tmp_path, capsys):
+    (tmp_path / "words.txt").write_text("the old dog ran to the red house\n")
+    common = (capsys, folders / "gpt2", "the cat sat on", "--steps", 4, "--early-stop")
+    shown = [
+        explain(*common, *more, "--out", tmp_path / f"{k}.html").out.split("Page")[0]
+        for k, more in enumerate(((), ("--corpus", tmp_path / "words.txt"), ("--keep", 1, "--top-k", 1)))
+    ]
+    assert len(set(shown)) == 3
+    again = (tmp_path / "2.html").read_text(encoding="utf-8")
+    assert "--keep 1 --top-k 1" in again
 
 
 def test_fewer_generated_tokens_than_asked_for_are_told(folders, tmp_path, capsys):

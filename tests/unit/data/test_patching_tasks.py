@@ -146,3 +146,13 @@ def test_the_recipe_takes_a_language_model_of_the_users(tmp_path):
     assert "pairs of" in outcome.tables[0].title and len(outcome.claims) == 7
     with pytest.raises(InputError, match="is no folder"):
         run(Config(model_folder=str(tmp_path / "nothing")), out=tmp_path / "other")
+    with pytest.raises(InputError, match="heads cannot share evenly"):
+        run(Config(heads=5), out=tmp_path / "other")
+    from tests.contracts.token_models import byte_tokenizer
+    from tests.contracts.token_models import model as made
+
+    for name, message in (("gpt2", "pairs 0 have names that are one token"), ("t5", "encoder-decoder")):
+        made(name).save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+        with pytest.raises(InputError, match=message):
+            run(Config(pairs=8, seeds=(0,), model_folder=str(tmp_path / name)), out=tmp_path / "other")

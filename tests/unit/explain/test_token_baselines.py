@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from tests.contracts.token_models import copies, model
+from tests.contracts.token_models import BOTH_WAYS, CAUSAL, copies, model
 
 from lineament.core.checks import InputError
 from lineament.explain.tokens.attention import from_attention
@@ -266,3 +266,47 @@ def test_several_prompts_are_each_as_alone_and_gradients_share_their_forwards(me
     if method in ("grad_norm", "input_x_grad"):
         # One for what the model says next, and one for each of two lengths.
         assert together[0].forwards == 3
+
+
+@pytest.mark.parametrize("method", ["attention_last", "attention_all", "rollout"])
+@pytest.mark.parametrize("name", [*CAUSAL, *BOTH_WAYS, "bloom"])
+def test_attention_of_prompts_of_several_lengths_comes_from_shared_forwards(method, name):
+    if name in BOTH_WAYS and method == "rollout":
+        pytest.skip("rollout is for one sequence")
+    net = model(name).double()
+    prompts = [torch.tensor(IDS), torch.tensor(IDS * 2), torch.tensor(IDS[:3]), torch.tensor(IDS[::-1])]
+    together = attribute_tokens(net, None, prompts, [5, 6, 7, 8], method=method)
+    for found, prompt, target in zip(together, prompts, (5, 6, 7, 8)):
+        torch.testing.assert_close(
+            found.scores, attribute_tokens(net, None, prompt, target, method=method).scores
+        )
+    # Padded where that can be: not without a mask and positions, nor where eager attention in float64 cannot hide what comes first.
+    assert together[0].forwards == (2 if name in (*BOTH_WAYS, "gpt2") else 6)
+    net = model(name)
+    together = attribute_tokens(net, None, prompts, [5, 6, 7, 8], method=method)
+    for found, prompt, target in zip(together, prompts, (5, 6, 7, 8)):
+        alone = attribute_tokens(net, None, prompt, target, method=method).scores
+        torch.testing.assert_close(found.scores, alone, rtol=1e-4, atol=1e-6)
+    assert together[0].forwards == (6 if name == "bloom" else 2)
+
+
+def test_rows_of_a_rollout_sum_to_one():
+    weights = torch.rand(3, 2, 5, 5, dtype=torch.float64).tril().softmax(-1)
+    assert float(from_attention(weights, "rollout").sum()) == pytest.approx(1, abs=1e-12)
+
+
+def test_the_official_input_times_gradient_adds_the_position_embedding():
+    net = model("gpt2").double()
+    e = net.transformer.wte(torch.tensor(IDS)[None]).detach().requires_grad_()
+    (g,) = torch.autograd.grad(net(inputs_embeds=e).logits[0, -1].log_softmax(0)[5], e)
+    both = e.detach() + net.transformer.wpe.weight[: len(IDS)]
+    found = attribute_tokens(net, None, IDS, 5, method="input_x_grad", positions=True)
+    torch.testing.assert_close(found.scores, (g * both)[0].sum(-1))
+    several = attribute_tokens(net, None, [IDS, IDS[::-1], IDS[:3]], 5, method="input_x_grad", positions=True)
+    torch.testing.assert_close(several[0].scores, found.scores)
+    with pytest.raises(InputError, match="are 16 wide and are projected to 32"):
+        attribute_tokens(model("opt"), None, IDS, method="input_x_grad", positions=True)
+    with pytest.raises(InputError, match="positions: LlamaForCausalLM has no position embedding"):
+        attribute_tokens(model("llama"), None, IDS, method="input_x_grad", positions=True)
+    with pytest.raises(InputError, match="has no option 'positions'"):
+        attribute_tokens(net, None, IDS, method="grad_norm", positions=True)

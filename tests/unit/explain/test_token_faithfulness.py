@@ -211,3 +211,14 @@ def test_what_cannot_be_measured_says_why():
     for ratio in (0.0, 1.0, 1.5):
         with pytest.raises(InputError, match="ratios"):
             hard_faithfulness(model("gpt2"), None, IDS, torch.ones(5), ratios=[ratio])
+
+
+def test_hard_scores_can_be_clipped_too():
+    net, ids = model("gpt2").double(), [5, 40, 81, 12]
+    scores = torch.rand(40, 4, generator=torch.Generator().manual_seed(0))
+    plain, clipped = (
+        hard_faithfulness(net, None, ids, scores, ratios=[0.5, 0.8], clip=c) for c in (False, True)
+    )
+    assert float(plain["comprehensiveness"].max()) > 1 >= float(clipped["comprehensiveness"].max())
+    torch.testing.assert_close(clipped["comprehensiveness"], plain["comprehensiveness"].clamp(0, 1))
+    torch.testing.assert_close(clipped["raw_comprehensiveness"], plain["raw_comprehensiveness"])

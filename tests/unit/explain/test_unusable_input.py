@@ -170,6 +170,40 @@ def test_ratios_are_shares_and_several(ratios):
         hard_faithfulness(model("gpt2"), byte_tokenizer(), TEXT, torch.rand(6), ratios=ratios)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3"])
+def test_prompts_of_several_lengths_in_float64_give_numbers(name, attention):
+    net = model(name, attention).double()
+    clean, corrupt = [TEXT, "the cat ran"], ["the dog sat on the mat", "the dog ran"]
+    options = {"tokenizer": byte_tokenizer(), "normalise": False, "sites": "mlp_out", "positions": "together"}
+    both = relevance_patching(net, clean, corrupt, logit_difference([281, 282], [299, 300]), **options)
+    for k, (right, wrong) in enumerate(((281, 299), (282, 300))):
+        alone = relevance_patching(
+            net, clean[k : k + 1], corrupt[k : k + 1], logit_difference([right], [wrong]), **options
+        )
+        # RMS norms of transformers compute in float32.
+        torch.testing.assert_close(
+            both.per_example["mlp_out"][k], alone.per_example["mlp_out"][0], rtol=1e-4, atol=1e-6
+        )
+    found = reagent(net, byte_tokenizer(), clean, **QUICK)
+    for k, text in enumerate(clean):
+        torch.testing.assert_close(
+            found[k].scores, reagent(net, byte_tokenizer(), text, seed=k, **QUICK).scores
+        )
+
+
+def test_padding_that_a_model_cannot_hide_is_told():
+    net = model("llama", "eager").double()
+    ids = torch.tensor([[0, 0, 5, 6, 7], [5, 6, 7, 8, 9]])
+    other = ids.clone()
+    other[:, -1] = 40
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    with pytest.raises(
+        InputError, match=r"the logits hold NaN.*pad on the right, or load with attn_implementation='sdpa'"
+    ):
+        activation_patching(net, ids, other, logit_difference([1, 1], [2, 2]), attention_mask=mask)
+
+
 # Images.
 
 

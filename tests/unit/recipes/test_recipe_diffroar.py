@@ -11,7 +11,7 @@ from PIL import Image
 
 from lineament.core.checks import InputError
 from lineament.recipes import diffroar as recipe
-from lineament.recipes._diffroar_photographs import parsed
+from lineament.recipes._diffroar_photographs import evaluation, parsed
 
 TINY = replace(
     recipe.Config.preset("quick"), data="digits", fractions=(1.0, 0.2), level=0.2, train_images=400, test_images=150,
@@ -55,6 +55,10 @@ def test_photographs_in_a_folder(tmp_path):
     outcome = recipe.run(config, out=tmp_path / "out")
     assert [row[0] for row in outcome.tables[0].rows] == ["standard", "linf 2/255"]
     assert len(outcome.claims) == 2
+    mlp = recipe.run(
+        replace(config, network="mlp", widths=(16, 16), photograph_epochs=24), out=tmp_path / "mlp"
+    )
+    assert mlp.tables[0].rows[0][1] > 0.8, "two hidden layers tell red from blue"
 
 
 def test_bad_configurations_are_named(tmp_path):
@@ -66,3 +70,6 @@ def test_bad_configurations_are_named(tmp_path):
         parsed("l1 3")
     attack = parsed("l2 0.5")
     assert (attack.norm, attack.eps, attack.steps) == ("l2", 0.5, 7)
+    judge = evaluation(parsed("linf 8/255"))
+    assert (judge.eps, judge.step, judge.steps) == (8 / 255, 2 / 255, 8)
+    assert (evaluation(attack).step, evaluation(attack).steps) == (0.25, 5)

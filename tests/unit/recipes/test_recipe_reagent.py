@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from tests.contracts.token_models import byte_tokenizer, model
 
 from lineament.core.checks import InputError
+from lineament.data.analogy_prompts import analogy_prompts
 from lineament.recipes import reagent as recipe
 from lineament.recipes._reagent_task import MARKER, QUESTION, TOKENS, as_directory, examples, network, train
+from lineament.recipes._reagent_users import distractor_table, user_prompts
 
 TINY = replace(recipe.Config.preset("quick"), prompts=4, draws=4, train_steps=40)
 
@@ -79,7 +82,65 @@ def test_a_users_model_and_prompts(tmp_path, monkeypatch):
     )  # fmt: skip
     outcome = recipe.run(config, out=tmp_path / "out")
     assert len(outcome.claims) == 5 and len(outcome.figures) == 1
-    with pytest.raises(InputError, match="--prompts-file"):
+    (tmp_path / "starts.txt").write_text("the old man\nthe cat\n")
+    whole = replace(config, sequence_file=str(tmp_path / "starts.txt"), new_tokens=3, keep=0.5)
+    outcome = recipe.run(whole, out=tmp_path / "whole")
+    assert len(outcome.claims) == 7 and outcome.tables[-1].title.startswith("Sequence level")
+    assert [row[0] for row in outcome.tables[-1].rows] == ["reagent", *recipe.BASELINES]
+    with pytest.raises(InputError, match="of 360 the model completes 0 rightly; give a file"):
         recipe.run(replace(config, prompts_file=None), out=tmp_path / "other")
+    with pytest.raises(InputError, match=r"--sequence-file: .* does not exist"):
+        recipe.run(replace(config, sequence_file="none.txt"), out=tmp_path / "other")
+    model("t5").save_pretrained(tmp_path / "t5")
+    byte_tokenizer().save_pretrained(tmp_path / "t5")
+    with pytest.raises(InputError, match="is an encoder-decoder"):
+        recipe.run(replace(config, model_folder=str(tmp_path / "t5")), out=tmp_path / "third")
+    counted = recipe.run(replace(config, keep=2.0, prompts=1), out=tmp_path / "counted")
+    assert counted.config["keep"] == 2 and isinstance(counted.config["keep"], int)
     with pytest.raises(InputError, match="--model-folder"):
         recipe.run(replace(config, model_folder=str(tmp_path)), out=tmp_path / "third")
+
+
+def test_analogies_that_the_model_completes_are_kept_with_their_distractors():
+    words = whole_words()
+    net = Completes(words)
+    prompts, inside = user_prompts(net, words, None, 20, 0)
+    assert len(prompts) == 20 == len(inside)
+    for prompt, mask in zip(prompts, inside):
+        ids = words(prompt)["input_ids"]
+        told = words.decode([i for i, yes in zip(ids, mask.tolist()) if yes])
+        between = prompt[prompt.index("(") : prompt.index(")")]
+        assert re.findall(r"\w+", told) == re.findall(r"\w+", between)
+    table = distractor_table({"even": {"scores": [torch.ones(len(m)) for m in inside]}}, inside)
+    assert table.rows[0][1] == table.rows[1][1] and 0.2 < table.rows[0][1] < 0.6
+
+
+def whole_words():
+    """A tokenizer of the analogies' own words and signs."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    made = analogy_prompts(360)
+    text = [p + a for p, a in zip(made.prompts, made.answers)]
+    kind = pre_tokenizers.Split(Regex(r" ?\w+|[^\w\s]"), "isolated")
+    parts = sorted({w for t in text for w, _ in kind.pre_tokenize_str(t)})
+    found = Tokenizer(models.WordLevel({w: k for k, w in enumerate(["<unk>", *parts])}, unk_token="<unk>"))
+    found.pre_tokenizer = kind
+    return PreTrainedTokenizerFast(tokenizer_object=found, unk_token="<unk>")
+
+
+class Completes(torch.nn.Module):
+    """Knows the answer of every second analogy, and nothing else."""
+
+    def __init__(self, words):
+        super().__init__()
+        made = analogy_prompts(360)
+        self.known = {
+            tuple(words(p)["input_ids"]): words(a)["input_ids"][0]
+            for p, a in list(zip(made.prompts, made.answers))[::2]
+        }
+        self.size = len(words)
+
+    def forward(self, input_ids):
+        answers = [self.known.get(tuple(row), 0) for row in input_ids.tolist()]
+        return torch.nn.functional.one_hot(torch.tensor(answers), self.size).float()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lineament.core.checks import InputError, require, show
 from lineament.core.heads import plain
-from lineament.core.models import device_of, logits
+from lineament.core.models import device_of, logits, masks_to_nan
 from lineament.explain.patching.metrics import Metric
 
 Prompts = Tensor | Sequence[str]
@@ -103,7 +103,7 @@ def pair(
         )
         mask = attention_mask
     else:
-        clean, second, mask = _tokenised(clean, second, tokenizer)
+        clean, second, mask = _tokenised(clean, second, tokenizer, left=not masks_to_nan(inner))
     for name, value in (("clean", clean), ("corrupt", second)):
         if value.is_floating_point():
             require(
@@ -145,7 +145,9 @@ def pair(
     return Pair(clean, second, mask, keywords, language, tokenizer)
 
 
-def _tokenised(clean: Any, corrupt: Any, tokenizer: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+def _tokenised(
+    clean: Any, corrupt: Any, tokenizer: Any, *, left: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     for name, texts in (("clean", clean), ("corrupt", corrupt)):
         fits = isinstance(texts, (list, tuple)) and len(texts) > 0 and all(isinstance(t, str) for t in texts)
         require(fits, f"{name}: got {show(texts)}, expected a tensor of tokens or a list of texts")
@@ -166,12 +168,14 @@ def _tokenised(clean: Any, corrupt: Any, tokenizer: Any) -> tuple[Tensor, Tensor
             )
     longest = max(len(a) for a, _ in rows)
     filler = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
-    # On the left, where padding leaves the last position the last.
-    first, second = (
-        torch.tensor([[filler] * (longest - len(row[side])) + list(row[side]) for row in rows])
-        for side in (0, 1)
-    )
-    mask = torch.tensor([[0] * (longest - len(a)) + [1] * len(a) for a, _ in rows])
+
+    # On the left where that can be, since it leaves the last position the last.
+    def padded(row: list[int], fill: int) -> list[int]:
+        rest = [fill] * (longest - len(row))
+        return rest + row if left else row + rest
+
+    first, second = (torch.tensor([padded(list(row[side]), filler) for row in rows]) for side in (0, 1))
+    mask = torch.tensor([padded([1] * len(a), 0) for a, _ in rows])
     return first, second, mask
 
 

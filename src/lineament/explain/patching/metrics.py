@@ -143,6 +143,11 @@ def _tokens(name: str, values: Any) -> Tensor:
 def _last(logits: Tensor, *answers: Tensor) -> Tensor:
     last = logits[:, -1] if logits.ndim == 3 else logits
     last = last if last.dtype == torch.float64 else last.float()
+    require(
+        not bool(last.isnan().any()),
+        "metric: the logits hold NaN; are the weights finite? In float64 eager attention gives NaN where padding comes before the text: pad on the right, or "
+        "load with attn_implementation='sdpa'",
+    )
     for tokens in answers:
         require(
             len(tokens) == len(last),

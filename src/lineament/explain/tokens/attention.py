@@ -19,26 +19,40 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.heads import head_view
 from lineament.core.sites import capture, patch
+from lineament.explain.tokens.next_token import NextToken
 from lineament.explain.tokens.question import Question
+from lineament.explain.tokens.rows import grouped, grouped_sources
+
+# Prompts whose weights, (layers, heads, tokens, tokens) each, are held together.
+_PROMPTS = 16
 
 
 def attention_last(question: Question) -> Float[Tensor, "scored"]:
     """The last position's attention in the last layer, the mean over heads."""
-    return from_attention(attention_of(question), "last")[question.prompt.places]
+    return of_attention([question], "last")[0]
 
 
 def attention_all(question: Question) -> Float[Tensor, "scored"]:
     """The last position's attention, the mean over heads and layers."""
-    return from_attention(attention_of(question), "all")[question.prompt.places]
+    return of_attention([question], "all")[0]
 
 
 def rollout(question: Question) -> Float[Tensor, "scored"]:
     """The last row of Π_l (A_l / 2 + I / 2), later layers from the left (Abnar, Zuidema 2020)."""
+    return of_attention([question], "rollout")[0]
+
+
+def of_attention(questions: Sequence[Question], how: str) -> list[Float[Tensor, "scored"]]:
+    """The score of each prompt from forwards that they share."""
+    face = questions[0].face
     checks.require(
-        not question.face.encoder_decoder,
+        how != "rollout" or not face.encoder_decoder,
         "method 'rollout': it follows attention within one sequence; for an encoder-decoder choose 'attention_all'",
     )
-    return from_attention(attention_of(question), "rollout")[question.prompt.places]
+    found: list[Tensor] = [torch.empty(0)] * len(questions)
+    for index, weights in _weights(questions):
+        found[index] = from_attention(weights, how)[questions[index].prompt.places.to(weights.device)]
+    return found
 
 
 def from_attention(weights: Float[Tensor, "layers heads queries keys"], how: str) -> Float[Tensor, "keys"]:
@@ -60,25 +74,55 @@ def from_attention(weights: Float[Tensor, "layers heads queries keys"], how: str
     return row
 
 
-def attention_of(question: Question) -> Float[Tensor, "layers heads queries keys"]:
-    """Attention weights of one forward; of an encoder-decoder the decoder's over the source, then zeros for the target prefix.
+def _weights(
+    questions: Sequence[Question],
+) -> Iterator[tuple[int, Float[Tensor, "layers heads queries keys"]]]:
+    """(which question, its attention weights); of an encoder-decoder the decoder's over the source, then zeros for the target prefix.
+
+    Prompts of several lengths go through one forward, padded where the model takes a mask.
 
     Raises:
         InputError: the model's attention implementation returns none.
     """
-    face, source = question.face, question.prompt.source
+    face = questions[0].face
     face.needs_weights("its attention weights")
     implementation = str(getattr(face.text_config, "_attn_implementation", None))
-    hint = (
+    checks.require(
+        implementation in ("eager", "None"),
         f"model: its attention implementation {implementation!r} returns no weights; load it with "
-        "from_pretrained(..., attn_implementation='eager') or call model.set_attn_implementation('eager')"
+        "from_pretrained(..., attn_implementation='eager') or call model.set_attn_implementation('eager')",
     )
-    checks.require(implementation in ("eager", "None"), hint)
-    rows = question.rows
+    for q in questions:
+        checks.require(
+            not face.encoder_decoder or not bool(q.prompt.scored[q.prompt.source :].any()),
+            "scope: attention scores the source of an encoder-decoder only; give scope='source'",
+        )
+    by_length = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt.ids))
+    for first in range(0, len(by_length), _PROMPTS):
+        chosen = by_length[first : first + _PROMPTS]
+        rows, sources = [questions[i].rows for i in chosen], [questions[i].prompt.source for i in chosen]
+        for ids, mask, source, index in (
+            grouped_sources(rows, sources) if face.encoder_decoder else grouped(rows, face.pad_at, _PROMPTS)
+        ):
+            layers = _layers(face, ids, mask, source)
+            for row, at in enumerate(index.tolist()):
+                p = questions[chosen[at]].prompt
+                weights = torch.stack([layer[row] for layer in layers]).double()
+                if face.encoder_decoder:
+                    # The padding of a source lies behind it.
+                    weights = torch.nn.functional.pad(weights[..., : p.source], (0, len(p.ids) - p.source))
+                else:
+                    weights = weights[..., -len(p.ids) :, -len(p.ids) :]
+                yield chosen[at], weights
+
+
+def _layers(face: NextToken, ids: Tensor, mask: Tensor | None, source: int) -> list[Tensor]:
     face.forwards += 1
-    inputs: dict[str, Any] = {"input_ids": rows}
     if face.encoder_decoder:
-        inputs = {"input_ids": rows[:, :source], "decoder_input_ids": rows[:, source:]}
+        inputs: dict[str, Any] = {"input_ids": ids[:, :source], "decoder_input_ids": ids[:, source:]}
+        inputs |= {} if mask is None else {"attention_mask": mask[:, :source]}
+    else:
+        inputs = face.inputs(ids, mask)
     with _no_traces(face.model):
         output = face.model(**inputs, output_attentions=True)
     found: Sequence[Tensor | None] | None = getattr(
@@ -89,15 +133,7 @@ def attention_of(question: Question) -> Float[Tensor, "layers heads queries keys
         bool(layers),
         f"model: {type(face.model).__name__} has no attention weights to show; choose a method that needs none, such as 'occlusion'",
     )
-    weights = torch.stack([layer[0].double() for layer in layers])
-    if face.encoder_decoder:
-        scored = question.prompt.scored[source:]
-        checks.require(
-            not bool(scored.any()),
-            "scope: attention scores the source of an encoder-decoder only; give scope='source'",
-        )
-        weights = torch.nn.functional.pad(weights, (0, rows.shape[1] - source))
-    return weights
+    return layers
 
 
 @contextmanager

@@ -17,11 +17,17 @@ from torch import Tensor
 
 from lineament.core import checks
 from lineament.core.models import dtype_of
-from lineament.explain.tokens.attention import attention_all, attention_last, rollout, value_zeroing
+from lineament.explain.tokens.attention import (
+    attention_all,
+    attention_last,
+    of_attention,
+    rollout,
+    value_zeroing,
+)
 from lineament.explain.tokens.attribution import reagent
 from lineament.explain.tokens.bayesian import bayesian_search
 from lineament.explain.tokens.blackbox import kernel_shap, lime, occlusion, random_scores
-from lineament.explain.tokens.embeddings import through_embeddings
+from lineament.explain.tokens.embeddings import position_embeddings, through_embeddings
 from lineament.explain.tokens.prompts import is_batch, paired, per_prompt, shown
 from lineament.explain.tokens.question import Question, ask
 from lineament.explain.tokens.results import NORMALIZATIONS, TokenAttribution, normalized
@@ -83,7 +89,13 @@ def attribute_tokens(
         with questions[0].face.ready(gradients=True):
             # Methods of one forward share it; the others fill batches with one prompt.
             if method in _OF_GRADIENTS:
+                if method == "grad_norm":
+                    checks.require(
+                        "positions" not in options, "options: 'grad_norm' has no option 'positions'"
+                    )
                 raws = _of_gradients(questions, _OF_GRADIENTS[method], **options)
+            elif method in _OF_ATTENTION:
+                raws = of_attention(questions, _OF_ATTENTION[method], **options)
             else:
                 raws = [METHODS[method](question, **options) for question in questions]
     except TypeError as error:
@@ -134,9 +146,13 @@ def grad_norm(question: Question) -> Float[Tensor, "scored"]:
     return _of_gradients([question], _OF_GRADIENTS["grad_norm"])[0]
 
 
-def input_x_grad(question: Question) -> Float[Tensor, "scored"]:
-    """Σ_j e_tj ∂f/∂e_tj, signed."""
-    return _of_gradients([question], _OF_GRADIENTS["input_x_grad"])[0]
+def input_x_grad(question: Question, *, positions: bool = False) -> Float[Tensor, "scored"]:
+    """Σ_j e_tj ∂f/∂e_tj, signed.
+
+    Args:
+        positions: add the position embedding to e_t, as the official code does where a model has one (GPT-2, OPT).
+    """
+    return _of_gradients([question], _OF_GRADIENTS["input_x_grad"], positions=positions)[0]
 
 
 def integrated_gradients(
@@ -203,7 +219,7 @@ def gradient_shap(
 
 
 def _of_gradients(
-    questions: Sequence[Question], score: Callable[[Tensor, Tensor], Tensor]
+    questions: Sequence[Question], score: Callable[[Tensor, Tensor], Tensor], *, positions: bool = False
 ) -> list[Float[Tensor, "scored"]]:
     """A score of each prompt's embeddings and their gradients; prompts of one length go through one forward."""
     forms: dict[tuple[int, int], list[int]] = {}
@@ -225,6 +241,7 @@ def _of_gradients(
                 ).sum(),
             )
         assert e is not None and slopes is not None
+        e = e + position_embeddings(asked[0].face, asked[0].rows) if positions else e
         for i, scores in zip(chosen, score(e, slopes)):
             found[i] = scores[questions[i].prompt.places.to(scores.device)]
     return found
@@ -271,6 +288,7 @@ _OF_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "grad_norm": lambda e, slopes: slopes.norm(dim=-1),
     "input_x_grad": lambda e, slopes: (e * slopes).sum(-1),
 }
+_OF_ATTENTION = {"attention_last": "last", "attention_all": "all", "rollout": "rollout"}
 # Prompts that go through one forward and backward together.
 _PROMPTS = 16
 METHODS: dict[str, Callable[..., Tensor]] = {

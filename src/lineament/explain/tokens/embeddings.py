@@ -67,6 +67,34 @@ def through_embeddings(
     return last.detach(), torch.cat([a.detach() for a in acts], 1), torch.cat(slopes, 1)
 
 
+def position_embeddings(face: NextToken, ids: Int[Tensor, "1 tokens"]) -> Float[Tensor, "1 tokens width"]:
+    """What a causal model adds to the word embeddings for their places.
+
+    Raises:
+        InputError: the model adds nothing (rotary positions), or keeps it where it is not found.
+    """
+    names = [
+        name
+        for name, module in face.model.named_modules()
+        if isinstance(module, nn.Embedding)
+        and name.rsplit(".", 1)[-1] in ("wpe", "embed_positions", "position_embeddings")
+    ]
+    checks.require(
+        len(names) == 1 and not face.encoder_decoder,
+        f"positions: {type(face.model).__name__} has no position embedding that is added to its word embeddings; leave the option out",
+    )
+    with torch.no_grad(), capture(face.model, names[0]) as seen:
+        face.logits([ids])
+    found = seen[names[0]].detach()
+    width = face.model.get_input_embeddings().embedding_dim
+    checks.require(
+        found.shape[-1] == width,
+        f"positions: the word embeddings of {type(face.model).__name__} are {width} wide and are projected to {found.shape[-1]} before positions are added; "
+        "leave the option out",
+    )
+    return found if found.ndim == 3 else found[None]
+
+
 def _name_of(root: nn.Module, wanted: nn.Module) -> str:
     for name, module in root.named_modules():
         if module is wanted:

@@ -209,10 +209,14 @@ def hard_faithfulness(
     *,
     ratios: Sequence[float] = (0.05, 0.1, 0.2, 0.3, 0.5),
     distance: str = "hellinger",
+    clip: bool = False,
     batch_size: int = 64,
     **reading: Any,
 ) -> dict[str, Any]:
     """Normalised sufficiency and comprehensiveness with whole tokens: the top int(ratio · tokens) kept, or removed.
+
+    Args:
+        ratios: shares of the scored tokens. clip: cut both to [0, 1], as for :func:`soft_faithfulness`.
 
     Returns:
         ``ratios``, ``sufficiency`` and ``comprehensiveness`` (..., ratios), and ``aopc_sufficiency`` and ``aopc_comprehensiveness``, their means
@@ -237,7 +241,7 @@ def hard_faithfulness(
         judge = _Judge(face, p, target, distance, batch_size)
         flat = rows.reshape(-1, len(p.ids), 1)
         moved = [judge(m.expand(-1, -1, judge.width)).reshape(rows.shape[:-1]) for m in (flat, ~flat)]
-    sufficient, comprehensive = judge.normalised(moved[0], moved[1], False)
+    sufficient, comprehensive = judge.normalised(moved[0], moved[1], clip)
     return {
         "ratios": list(ratios),
         "sufficiency": sufficient,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.batching import auto_batch
-from lineament.core.models import device_of, frozen, logits
+from lineament.core.models import device_of, frozen, logits, masks_to_nan
 from lineament.explain.tokens.rows import grouped, grouped_sources
 
 # More rows than this in one forward are no faster on a CPU, and their logits no longer fit its caches.
@@ -94,6 +94,14 @@ class NextToken:
                 ids |= set(found) if isinstance(found, (list, tuple)) else {found}
         return frozenset(i for i in ids if isinstance(i, int))
 
+    @property
+    def pad_at(self) -> int | None:
+        """The column before which shorter rows are filled up; ``None`` for a model that takes no mask."""
+        if not self._pads or self.encoder_decoder or masks_to_nan(self.model):
+            return None
+        # What follows the shared prefix is padded on its left, not what comes before it.
+        return self._prefix[0] if self._prefix else 0
+
     @contextmanager
     def ready(self, *, gradients: bool = False) -> Iterator[NextToken]:
         """The model in eval mode and nothing recorded, and all as it was afterwards; ``gradients`` allows some to be taken inside."""
@@ -162,14 +170,11 @@ class NextToken:
         if batch_size == "auto" and self.device.type == "cpu":
             batch_size = _ROWS_ON_CPU
         found: list[tuple[Tensor, Tensor]] = []
-        pads = self._pads and not self.encoder_decoder
-        # What follows the shared prefix is padded on its left, not what comes before it.
-        at = self._prefix[0] if self._prefix else 0
         placed = [r.to(self.device) for r in rows]
         for ids, mask, source, index in (
             grouped_sources(placed, sources)
             if self.encoder_decoder
-            else grouped(placed, at if pads else None, batch_size)
+            else grouped(placed, self.pad_at, batch_size)
         ):
 
             def one(
