@@ -6,7 +6,6 @@ import argparse
 import shlex
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 _EPILOG = """methods:
@@ -86,6 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Explain, print the tokens, and say where the page is."""
     from lineament.audit.language import load_language_model
     from lineament.core import checks
+    from lineament.core.files import possible_file
     from lineament.explain.tokens import explain_continuation
     from lineament.explain.tokens.baselines import METHODS, attribute_tokens
     from lineament.explain.tokens.results import NORMALIZATIONS
@@ -93,8 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lineament.report.outcome import versions
 
     a = arguments
-    out = Path(a.out)
-    checks.require(not out.is_dir(), f"--out: {a.out!r} is a folder, expected a file name such as page.html")
+    out = possible_file("--out", a.out)
     checks.require(
         a.overwrite or not out.exists(),
         f"--out: {a.out!r} exists; give --overwrite to replace it, or another name",

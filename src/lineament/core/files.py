@@ -53,6 +53,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def possible_folder(path: str | Path) -> Path:
     """Say plainly why ``path`` cannot become a folder that can be written, without making it."""
+    require(str(path) != "", "--out: got an empty name, expected a folder to write into ('.' for this one)")
     path = Path(path)
     require(not path.is_file(), f"--out: {str(path)!r} is a file, expected a folder to write into")
     nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
@@ -61,6 +62,20 @@ def possible_folder(path: str | Path) -> Path:
         f"--out: {str(path)!r} cannot be written ({str(nearest)!r} is closed to this user or no folder); "
         "choose a folder that can be",
     )
+    return path
+
+
+def possible_file(what: str, path: str | Path) -> Path:
+    """Say plainly why ``path`` cannot become a file that can be written, without making it; ``what`` is the option that named it."""
+    require(str(path) != "", f"{what}: got an empty name, expected that of a file")
+    path = Path(path)
+    require(not path.is_dir(), f"{what}: {str(path)!r} is a folder, expected the name of a file")
+    try:
+        with tempfile.TemporaryFile(dir=next(place for place in path.absolute().parents if place.exists())):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        require(False, f"{what}: {str(path)!r} cannot be written ({reason}); choose a place that can be")
     return path
 
 

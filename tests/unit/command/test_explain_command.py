@@ -147,6 +147,8 @@ def test_bad_input_is_one_line_before_any_page(folders, tmp_path, capsys, monkey
         ((gpt, "the cat", "--target", "#99999"), "99999"),
         ((gpt, "the cat", "--out", "there.html"), "--overwrite"),
         ((gpt, "the cat", "--out", tmp_path), "is a folder"),
+        ((gpt, "the cat", "--out", "there.html/page.html"), "cannot be written"),
+        ((gpt, "the cat", "--out", ""), "empty name"),
         ((gpt, "the cat", "--method", "rolout"), "nearest: 'rollout'"),
         ((gpt, "the cat", "--normalize", "soft"), "nearest: 'softmax'"),
         ((gpt, "the cat", "--sampler", "unifrom"), "nearest: 'uniform'"),
