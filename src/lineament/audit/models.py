@@ -68,7 +68,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     from safetensors.torch import load_file
 
     path = Path(path)
-    require(path.is_file(), f"--weights: {str(path)!r} does not exist, expected a .safetensors file")
+    require(
+        path.is_file(),
+        f"--weights: {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}, expected a .safetensors file",
+    )
     with path.open("rb") as file:
         start = file.read(8)
     if start[:1] == b"\x80" or start[:2] == b"PK":
@@ -162,7 +165,8 @@ def _factory(place: str, name: str) -> nn.Module:
         module = importlib.import_module(place) if path is None else _run_file(path)
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        # A script that ends itself would end the audit too, and with the status of work that was done.
         raise InputError(f"MODEL: importing {place!r} failed ({type(error).__name__}: {error})") from error
     finally:
         sys.path.remove(folder)
@@ -173,7 +177,7 @@ def _factory(place: str, name: str) -> nn.Module:
         require(callable(made), f"MODEL: {name!r} in {place!r} is {show(made)}, expected a function or class")
         try:
             made = made()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(
                 f"MODEL: {place}:{name}() failed ({type(error).__name__}: {error}); it must make the network without arguments"
             ) from error

@@ -28,11 +28,11 @@ from lineament.audit.subject import Subject
 from lineament.audit.together import bring_together, one_output, two_logits
 from lineament.core import checks
 from lineament.core.batching import Checkpoint
-from lineament.core.checks import require, show
+from lineament.core.checks import require, show, suggest
 from lineament.core.models import device_of
 from lineament.data.loading import Samples, checked
 from lineament.data.loading import load as load_data
-from lineament.data.prompts import is_prompts
+from lineament.data.prompts import TASKS, is_prompts
 from lineament.data.shortcut_digits import MARK
 from lineament.explain.saliency import METHODS as SALIENCY
 from lineament.report.outcome import versions
@@ -194,7 +194,8 @@ def _is_language(model: Any, data: Any) -> bool:
     if is_language_model(model):
         require(
             is_prompts(data),
-            f"DATA: got {show(data)} for a language model, expected a .txt file of prompts, a .jsonl file of prompts or prompt pairs, or ioi",
+            f"DATA: got {'none' if data is None else show(data)} for a language model, expected a .txt file of prompts, a .jsonl file of prompts or prompt pairs, "
+            f"or a task{suggest(str(data), TASKS)}",
         )
         return True
     if not is_prompts(data):

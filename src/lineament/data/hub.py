@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lineament.data.loading import Budget, Samples, coded, named_one, with_group
 
 _INPUTS = ("image", "img", "images", "pixel_values", "x", "inputs", "data", "features")
 _TARGETS = ("label", "labels", "y", "target", "targets", "class", "fine_label")
+BUILT_IN = ("digits", "shortcut-digits")
 _ORDER = ("test", "validation", "valid", "val", "train")
 
 
@@ -35,9 +37,10 @@ def named(name: str, budget: Budget, *, split: str | None, **options: Any) -> Sa
         found = datasets.load_dataset(name)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        near = get_close_matches(name, BUILT_IN, n=1)
         raise InputError(
             f"DATA: {name!r} is no file or folder here, and as a Hugging Face data set it cannot be loaded ({reason}); "
-            "without network, use a data set saved with save_to_disk"
+            f"without network, use a data set saved with save_to_disk{f'; nearest of those built in: {near[0]!r}' if near else ''}"
         ) from error
     return _samples(found, name, budget, split=split, **options)
 

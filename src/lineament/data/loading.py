@@ -151,7 +151,7 @@ def checked(samples: Samples) -> Samples:
                 first = int(samples.index[int(bad.nonzero()[0])])
                 raise InputError(
                     f"DATA: the {what} hold NaN or infinite values in {int(bad.sum())} of {len(bad)} samples read, "
-                    f"first in sample {first}; clean the data before the audit"
+                    f"first in sample {first}; clean the data first"
                 )
     require(
         samples.groups is None or len(samples.groups) == len(samples.targets),
