@@ -168,6 +168,8 @@ def audit(
             subject = replace(
                 subject, notes=(*subject.notes, "one output z for two classes is read as the logits (0, z)")
             )
+        for line in subject.notes:
+            note(line)
         with threads(subject.flops * batch_size):
             found, checkpoint = sections(folder, _key(subject, loaded), chosen, subject, note)
     told = findings(found)
@@ -181,7 +183,7 @@ def audit(
         told,
         found,
         {
-            "notes": list(subject.notes),
+            "notes": [*map(_sentence, subject.notes), *_places(subject.sites)],
             "sites": list(subject.sites),
             "task": subject.task,
             "classes": list(subject.classes),
@@ -343,6 +345,31 @@ def _drawn_anew(loaded: Loaded) -> Callable[[int], nn.Module] | None:
         return lambda seed: type(loaded.model)(config)
     # A factory may load trained weights: what it makes is drawn anew by its modules' own initialisation.
     return lambda seed: refreshed(loaded.model, seed)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _places(sites: Sequence[str]) -> list[str]:
+    """How the places that the sections speak of are named.
+
+    >>> _places(["layer1", "fc:in"])
+    ["Places in the network have its modules' names, counted from 0 where they have none: 'layer1' is what that module gives, 'fc:in' what goes into 'fc'."]
+    """
+    given = next((repr(site) for site in sites if not site.endswith(":in")), "")
+    taken = next((site for site in sites if site.endswith(":in")), "")
+    parts = [f"{given} is what that module gives"] if given else []
+    parts += [f"{taken!r} what goes into {taken.removesuffix(':in')!r}"] if taken else []
+    return (
+        [
+            "Places in the network have its modules' names, counted from 0 where they have none: "
+            + ", ".join(parts)
+            + "."
+        ]
+        if parts
+        else []
+    )
 
 
 def _title(loaded: Loaded) -> str:

@@ -111,7 +111,8 @@ def written(
         command=_command(),
         methods=_methods(found),
         versions=versions(),
-        extra=dict(extra),
+        notes=extra.get("notes", ()),
+        extra={name: value for name, value in extra.items() if name != "notes"},
     )
     checkpoint.finish()
     shutil.rmtree(folder / STAGES, ignore_errors=True)

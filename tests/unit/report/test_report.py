@@ -262,6 +262,14 @@ def test_a_finding_says_what_to_do_where_there_is_something():
     assert html.index("<p>W") < html.index("What to do:") < html.index("<p>G")
 
 
+def test_what_was_decided_on_the_way_is_said_and_escaped(tmp_path):
+    assert "What was decided" not in render()
+    html = render([section()], notes=["Colour <b> as grey."])
+    assert "What was decided on the way" in html and "Colour &lt;b&gt; as grey." in html
+    page.write(tmp_path, "T", "S", [], [], [section()], command="x", notes=["Colour as grey."])
+    assert json.loads((tmp_path / "report.json").read_text())["notes"] == ["Colour as grey."]
+
+
 def test_what_does_not_apply_took_no_time():
     html = render([section(status="skipped", method=""), section(name="other", status="good", method="")])
     assert html.count("Took ") == 1
@@ -311,7 +319,17 @@ def test_write_is_whole_and_strict(tmp_path):
         tmp_path, "T\udcff", "", [("n", 1)], [Finding("note", "x")], [made], command="c", extra={"seed": 3}
     )
     raw = json.loads(record.read_text(encoding="utf-8"))
-    assert list(raw) == ["title", "subtitle", "command", "facts", "findings", "sections", "versions", "seed"]
+    assert list(raw) == [
+        "title",
+        "subtitle",
+        "command",
+        "facts",
+        "findings",
+        "sections",
+        "versions",
+        "notes",
+        "seed",
+    ]
     assert raw["sections"][0]["numbers"] == {"a": None, "b": 1.5}
     assert Section.from_dict(raw["sections"][0]).title == "Title"
     assert html.read_text(encoding="utf-8").endswith("</html>")

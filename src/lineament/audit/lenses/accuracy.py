@@ -217,7 +217,8 @@ def _reliability(known: dict[str, Any]) -> Picture:
         ax.plot(at, hit, color="C0", linewidth=1.2)
         ax.scatter(at, hit, s=sizes, color="C0", alpha=0.8, label="the network (size: samples)")
         ax.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="how sure it is", ylabel="how often it is right")
-        ax.legend(loc="upper left")
+        # Above the axes: inside, the network's line may run through it.
+        ax.legend(loc="lower left", ncols=2, bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2)
 
     return picture(
         draw,
