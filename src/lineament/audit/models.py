@@ -37,6 +37,10 @@ def load(model: str | nn.Module, *, weights: str | Path | None = None) -> Loaded
 
     Raises:
         InputError: what cannot be found, read or matched; pickles; NaN in the weights.
+
+    >>> found = load(nn.Linear(4, 2))
+    >>> found.source, found.kind, found.model.training
+    ('Linear', 'module', True)
     """
     if isinstance(model, nn.Module):
         found = Loaded(model, type(model).__name__, "module")
@@ -63,6 +67,14 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         InputError: a missing file, a pickle (with the conversion to make), a corrupt file, keys or shapes that do not match.
+
+    >>> import tempfile; from safetensors.torch import save_file
+    >>> path = f"{tempfile.mkdtemp()}/net.safetensors"
+    >>> save_file({"weight": torch.full((1, 2), 3.0), "bias": torch.zeros(1)}, path)
+    >>> net = nn.Linear(2, 1)
+    >>> load_weights(net, path)
+    >>> net.weight.tolist()
+    [[3.0, 3.0]]
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

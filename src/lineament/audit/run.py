@@ -26,6 +26,7 @@ from lineament.audit.models import digest, load
 from lineament.audit.stages import STAGES, Report, fresh, opened, sections, threads, written
 from lineament.audit.subject import Subject
 from lineament.audit.together import bring_together, one_output, two_logits
+from lineament.audit.words import places, sentence
 from lineament.core import checks
 from lineament.core.batching import Checkpoint
 from lineament.core.checks import require, show, suggest
@@ -74,14 +75,22 @@ def audit(
         data: what :func:`lineament.data.loading.load` takes, or a pair ``(inputs, targets)`` of tensors or arrays. Prompts
             (:func:`lineament.data.prompts.load_prompts`) go with a language model: see :func:`lineament.audit.language_run.audit_language`.
         out: the folder for `report.html` and `report.json`.
+        weights: a ``.safetensors`` file for a network that a factory makes.
         lenses: names of :data:`lineament.audit.lenses.LENSES`; all by default.
         sites: sites or globs; by default the blocks of the network, up to eight, and the input of its head.
+        classes: names of the classes 0, 1, ...
         groups: the array that names each sample's group, by name; for a pair, the array itself.
+        inputs, targets, split: which arrays or columns of the data to read, and which part, see :func:`lineament.data.loading.load`.
+        image_size: bring images to this (height, width), in pixels; by default the size that the model names.
         normalize: (mean, deviation) per channel, for images scaled to [0, 1].
         task: ``"classification"``, ``"regression"`` or ``"auto"``.
         method, gaze_site: of the saliency maps, see :func:`lineament.explain.saliency.saliency`.
         faithfulness: how the maps are judged: ``"scores"``, or ``"diffroar"``, which also trains the architecture anew on what they keep.
-        samples: read at most so many.
+        samples: read at most so many, chosen at random from ``seed``.
+        batch_size: samples at a time, but for an exported network of a fixed batch.
+        device: where to look at the model; where it is, by default.
+        seed: of every random choice.
+        overwrite: replace a finished report in ``out``.
         note: called with a line for each step, for who waits.
 
     Returns:
@@ -183,7 +192,7 @@ def audit(
         told,
         found,
         {
-            "notes": [*map(_sentence, subject.notes), *_places(subject.sites)],
+            "notes": [*map(sentence, subject.notes), *places(subject.sites)],
             "sites": list(subject.sites),
             "task": subject.task,
             "classes": list(subject.classes),
@@ -345,31 +354,6 @@ def _drawn_anew(loaded: Loaded) -> Callable[[int], nn.Module] | None:
         return lambda seed: type(loaded.model)(config)
     # A factory may load trained weights: what it makes is drawn anew by its modules' own initialisation.
     return lambda seed: refreshed(loaded.model, seed)
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."
-
-
-def _places(sites: Sequence[str]) -> list[str]:
-    """How the places that the sections speak of are named.
-
-    >>> _places(["layer1", "fc:in"])
-    ["Places in the network have its modules' names, counted from 0 where they have none: 'layer1' is what that module gives, 'fc:in' what goes into 'fc'."]
-    """
-    given = next((repr(site) for site in sites if not site.endswith(":in")), "")
-    taken = next((site for site in sites if site.endswith(":in")), "")
-    parts = [f"{given} is what that module gives"] if given else []
-    parts += [f"{taken!r} what goes into {taken.removesuffix(':in')!r}"] if taken else []
-    return (
-        [
-            "Places in the network have its modules' names, counted from 0 where they have none: "
-            + ", ".join(parts)
-            + "."
-        ]
-        if parts
-        else []
-    )
 
 
 def _title(loaded: Loaded) -> str:

@@ -20,6 +20,15 @@ def image_folder(path: Path, budget: Budget, *, size: tuple[int, int] | None = N
 
     Raises:
         InputError: no class folders, an image that cannot be read, images of different sizes without ``size``.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for name in ("cat", "dog"):
+    ...     (folder / name).mkdir()
+    ...     Image.new("L", (6, 4)).save(folder / name / "1.png")
+    >>> found = image_folder(folder, Budget(10, seed=0))
+    >>> found.classes, tuple(found.inputs.shape)
+    (('cat', 'dog'), (2, 4, 6))
     """
     folders = sorted(
         (p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.name

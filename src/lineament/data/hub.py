@@ -21,7 +21,11 @@ _ORDER = ("test", "validation", "valid", "val", "train")
 
 
 def saved(path: Path, budget: Budget, *, split: str | None, **options: Any) -> Samples:
-    """Samples of a data set that ``save_to_disk`` wrote."""
+    """Samples of a data set that ``save_to_disk`` wrote.
+
+    Raises:
+        InputError: the package datasets is not installed, or the folder holds no readable data set, split or column.
+    """
     datasets = _library()
     try:
         found = datasets.load_from_disk(str(path))
@@ -31,7 +35,11 @@ def saved(path: Path, budget: Budget, *, split: str | None, **options: Any) -> S
 
 
 def named(name: str, budget: Budget, *, split: str | None, **options: Any) -> Samples:
-    """Samples of a data set on the Hugging Face hub, or of one in its cache."""
+    """Samples of a data set on the Hugging Face hub, or of one in its cache.
+
+    Raises:
+        InputError: the package datasets is not installed, or there is no such data set, split or column.
+    """
     datasets = _library()
     try:
         found = datasets.load_dataset(name)

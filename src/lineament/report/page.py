@@ -130,7 +130,10 @@ def write(
     """Write ``report.html`` and ``report.json`` into ``folder``, each whole or not at all; returns their paths.
 
     ``report.json`` holds ``title``, ``subtitle``, ``facts``, ``findings``, ``sections``, ``command``, ``versions``,
-    ``notes`` and whatever ``extra`` adds; NaN and infinities are ``null`` there.
+    ``notes`` and whatever ``extra`` adds; NaN and infinities are ``null`` there. The other arguments are those of :func:`render`.
+
+    Raises:
+        InputError: as :func:`render`.
 
     >>> import tempfile
     >>> [p.name for p in write(tempfile.mkdtemp(), "net", "", [], [], [], command="lineament audit")]

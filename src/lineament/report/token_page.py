@@ -63,6 +63,13 @@ def render(
 ) -> str:
     """The page as HTML.
 
+    Args:
+        title, subtitle, facts: as of :func:`lineament.report.page.render`.
+        blocks: one for each token that is explained.
+        command: the command line that makes this page again.
+        notes: what a reader must know before trusting the values; one sentence each.
+        versions: package versions for the foot of the page.
+
     >>> block = TokenBlock("<b>", "probability 0.5", ["<i>", " x"], [0.9, -0.1], [True, True])
     >>> html = render("net", "", [], [block], command="lineament explain net '<i> x'")
     >>> "&lt;i&gt;" in html, "<i>" in html, "<script" in html
