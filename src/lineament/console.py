@@ -31,9 +31,16 @@ def note(line: str) -> None:
         print(f"lineament: {printable(line)}", file=sys.stderr, flush=True)
 
 
+class _Console(Console):
+    """rich's, which leaves a reader that has gone (head, less) to the command line instead of ending the process with status 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def _console() -> Console:
     # Text that a user named is never read as markup, and a pipe gets whole lines.
-    console = Console(markup=False, highlight=False, emoji=False)
+    console = _Console(markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = 10_000
     return console
