@@ -212,7 +212,7 @@ def _block(each: Any) -> Any:
     kind = "probability" if not rather else "its share of the two probabilities"
     line = f"{each.target_text!r}{rather}: {kind} {each.probability:.4g}"
     if each.n_steps:
-        line += f"; {each.n_steps} steps, {each.sequences} rows"
+        line += f"; {each.n_steps} steps, {each.sequences} prompts read"
     return TokenBlock(
         target=each.target_text, line=line, tokens=each.tokens, scores=each.scores.tolist(), scored=each.scored.tolist(),
         marked=each.rationale, breaks=(each.source,) if each.source else (),

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.browser.chrome import HOSTILE
 
 from lineament.core.checks import InputError
-from lineament.report import figures, page, text
+from lineament.report import figures, page, text, token_page
 from lineament.report.outcome import Table
 from lineament.report.page import STATES, Finding
 from lineament.report.section import Section
@@ -334,3 +334,15 @@ def test_write_is_whole_and_strict(tmp_path):
     assert Section.from_dict(raw["sections"][0]).title == "Title"
     assert html.read_text(encoding="utf-8").endswith("</html>")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json"]
+
+
+def test_tokens_that_decide_are_named_in_words_and_the_legend_fits():
+    def tokens(**changes):
+        block = token_page.TokenBlock(
+            " are", "line", ["<i>", " keys", " on"], [0.1, 0.9, -0.4], [True] * 3, **changes
+        )
+        return token_page.render("t", "", [], [block], command="c")
+
+    page_text = tokens()
+    assert "Most for it: “ keys” (0.9), then “&lt;i&gt;” (0.1). Most against it: “ on” (−0.4)." in page_text
+    assert "rationale" not in page_text and "(the rationale)" in tokens(marked=(1,))
