@@ -104,3 +104,11 @@ def test_the_report_says_how_samples_go_in_and_how_places_are_named(tmp_path):
     page = found.html.read_text(encoding="utf-8")
     assert "(colour as grey)" in page and "&#39;3:in&#39; what goes into &#39;3&#39;" in page
     assert any("(colour as grey)" in line for line in told)
+
+
+def test_no_class_is_called_the_hardest_where_several_are(tmp_path):
+    targets = torch.arange(60) % 3
+    found = answering(20 * torch.eye(3)[torch.full_like(targets, 2)], lenses=["accuracy"])(
+        targets, tmp_path / "r"
+    )
+    assert "Of 3 classes, 2 are hardest alike (0\xa0%)" in found["accuracy"].sentence

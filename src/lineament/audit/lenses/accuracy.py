@@ -77,7 +77,12 @@ def _classes(subject: Subject) -> Section:
     )
     sentence += _between(groups) if len(groups) > 1 else ""
     if worst_class["accuracy"] < max(c["accuracy"] for c in classes):
-        sentence += f"The hardest class is “{printable(worst_class['name'], limit=60)}” ({percent(worst_class['accuracy'])}). "
+        alike = sum(c["accuracy"] == worst_class["accuracy"] for c in classes)
+        sentence += (
+            f"The hardest class is “{printable(worst_class['name'], limit=60)}” ({percent(worst_class['accuracy'])}). "
+            if alike == 1
+            else f"Of {len(classes)} classes, {alike} are hardest alike ({percent(worst_class['accuracy'])}). "
+        )
     gap = known["confidence"] - known["accuracy"]
     sentence += f"On average it is {percent(known['confidence'])} sure, " + (
         "which fits how often it is right."
