@@ -99,7 +99,9 @@ def _samples(
     if isinstance(found.features[first], datasets.Image):
         # Undecoded first, so that a broken picture is named by its row and not by a library's traceback.
         raw = part.cast_column(first, datasets.Image(decode=False))
-        x = stacked(((f"row {row}", _picture(item, row)) for row, item in zip(rows, raw[first])), size)
+        x = stacked(
+            ((f"row {row}", _picture(item, row)) for row, item in zip(rows, raw[first])), size, len(rows)
+        )
     else:
         try:
             values = np.asarray(part.with_format("numpy")[first][:])
