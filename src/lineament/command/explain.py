@@ -103,6 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
     checks.one_of("--scope", a.scope, ("source", "all"))
     checks.require(a.sampler != "mlm", "--sampler: 'mlm' wants a model; name it with --mlm MODEL")
     checks.one_of("--sampler", a.sampler, ("uniform", "inferential", "pos"))
+    checks.number("--seed", a.seed, low=0, integer=True)
     checks.number("--steps", a.steps, low=1, integer=True)
     checks.require(
         a.new_tokens is None or a.continuation is None,

@@ -97,6 +97,8 @@ X, Y = np.random.default_rng(0).random((20, 8, 8)), np.arange(20) % 10
         (lambda: changed(data=saved("s.npz", x=X[:1], y=Y[:1])), "the only sample is of class 0"),
         (lambda: [*GOOD, "--classes", "a,b"], "2 class names for labels up to 9"),
         (lambda: changed(out=""), "got an empty name"),
+        (lambda: [*GOOD, "--classes", corrupt("e.txt", b"")], "is empty, expected one name a line"),
+        (lambda: [*GOOD, "--classes", corrupt("l.txt", b"\xfc")], "cannot be read as UTF-8"),
         (lambda: changed(weights=corrupt("p.safetensors", b"\x80\x04K\x01.")), "is a pickle"),
         (lambda: changed(weights=corrupt("c.safetensors", b"\x10" + bytes(7) + b"no header")), "is corrupt"),
         (lambda: changed(weights="none.safetensors"), "does not exist"),

@@ -154,6 +154,8 @@ def test_bad_input_is_one_line_before_any_page(folders, tmp_path, capsys, monkey
         ((gpt, "the cat", "--sampler", "unifrom"), "nearest: 'uniform'"),
         ((gpt, "the cat", "--sampler", "mlm"), "--mlm MODEL"),
         ((gpt, "the cat", "--steps", "0"), "--steps"),
+        ((gpt, "the cat", "--seed", "-1"), "--seed: got -1"),
+        ((gpt, "the cat", "--tokenizer", "./nowhere"), "--tokenizer: './nowhere' is no folder"),
         ((gpt, "the cat", "--continuation", " sat", "--contrast", " ran"), "--continuation: it chooses"),
         ((gpt, "the cat", "--continuation", " sat", "--new-tokens", "2"), "give one of them"),
         ((gpt, "the cat", "--target", " cat", "--contrast", " cat"), "got ' cat' (id"),
