@@ -320,3 +320,13 @@ def test_a_size_that_no_memory_holds_is_refused_before_any_image_is_enlarged(
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1 << 16}.__getitem__)
     with pytest.raises(InputError, match=f"--image-size: .*{said}"):
         load(tmp_path, image_size=size)
+
+
+def test_a_header_that_claims_more_than_the_file_holds_makes_nothing_of_that_size(tmp_path):
+    path = save(tmp_path / "claims.npz", y=np.arange(10) % 2)
+    with zipfile.ZipFile(path, "a") as archive, archive.open("x.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": (10, 10**6, 10**6)}
+        )
+    with pytest.raises(InputError, match="ends too early"):
+        load(path)
