@@ -39,7 +39,7 @@ def logits(output: Any) -> Tensor:
     if isinstance(output, (tuple, list)) and len(output) == 1 and isinstance(output[0], Tensor):
         return output[0]
     raise InputError(
-        f"the model returned {show(output)}, expected a tensor of logits; "
+        f"the model returned {show(output)} ({type(output).__name__}), expected a tensor of logits; "
         "wrap the model so that it returns its logits"
     )
 
