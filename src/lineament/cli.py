@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 
 from lineament import __version__
 
+# What these had finished when they were interrupted is used again.
+_RESUMED = ("audit", "train", "reproduce")
 COMMANDS = ("audit", "explain", "train", "papers", "reproduce", "gallery", "bench")
 
 
@@ -47,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        print("\nlineament: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        command = next((word for word in argv if not word.startswith("-")), None)
+        what = "goes on where it stopped" if command in _RESUMED else "begins anew"
+        print(f"\nlineament: interrupted; the same command {what}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader (head, less) has gone; what is still buffered has nowhere to go.

@@ -31,9 +31,16 @@ def note(line: str) -> None:
         print(f"lineament: {printable(line)}", file=sys.stderr, flush=True)
 
 
+class _Console(Console):
+    """rich's, which leaves a reader that has gone (head, less) to the command line instead of ending the process with status 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def _console() -> Console:
     # Text that a user named is never read as markup, and a pipe gets whole lines.
-    console = Console(markup=False, highlight=False, emoji=False)
+    console = _Console(markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = 10_000
     return console
@@ -197,12 +204,11 @@ def show_bench(benchmarks: Mapping[str, Path], repeats: int | None, json: str | 
     """Run the benchmarks one after the other, print each one's rows as they come, and write them to ``json``."""
     from lineament import bench
     from lineament.core.checks import require
-    from lineament.core.files import write_json
+    from lineament.core.files import possible_file, write_json
     from lineament.report.text import plain
 
     if json is not None:
-        target = Path(json)
-        require(not target.is_dir(), f"--json: {json!r} is a folder, expected a file name")
+        target = possible_file("--json", json)
         require(target.parent.is_dir(), f"--json: {str(target.parent)!r} is no folder that exists")
     console = _console()
     if not console.is_terminal:

@@ -81,3 +81,29 @@ def test_the_keyboard_walks_the_whole_report(browser, page):
     watch(driver, page)
     stops = tab_through(driver)
     assert len(stops) > 5 and all(stop["visible"] for stop in stops)
+
+
+def test_on_a_phone_the_names_of_tables_are_whole_and_a_shade_says_that_more_follows(browser, page):
+    driver = browser(width=390)
+    watch(driver, page)
+    edges = evaluate(
+        driver, "[...document.querySelectorAll('caption .name')].map(e => e.getBoundingClientRect().right)"
+    )
+    assert edges and max(edges) <= 390
+    shades = evaluate(
+        driver,
+        "[...document.querySelectorAll('.scroll')].map(b => getComputedStyle(b).backgroundAttachment)",
+    )
+    assert set(shades) == {"local, local, scroll, scroll"}
+
+
+def test_on_a_desk_the_tables_of_the_lenses_are_whole(browser, page):
+    driver = browser(width=1280)
+    watch(driver, page)
+    wide = evaluate(
+        driver,
+        "[...document.querySelectorAll('.scroll')].filter(b => b.scrollWidth > b.clientWidth)"
+        ".map(b => b.getAttribute('aria-label'))",
+    )
+    # The scores of maps have eight columns of words, which no page this wide holds.
+    assert [name for name in wide if "Maps judged" not in name] == []

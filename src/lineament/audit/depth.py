@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lineament.core.models import frozen
 from lineament.core.payload import find
+from lineament.core.sites import capture
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ def default_sites(model: nn.Module, example: Tensor, most: int = 8) -> tuple[str
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
     >>> default_sites(net, torch.zeros(1, 1, 8, 8))
     ('1', '3', '5:in')
+    >>> default_sites(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.zeros(1, 4))
+    ('1', '4:in')
     """
     modules = dict(model.named_modules())
     batch = len(example)
@@ -120,12 +123,22 @@ def default_sites(model: nn.Module, example: Tensor, most: int = 8) -> tuple[str
     if head is not None:
         # What contains the head, or is the head, is the answer and no feature of it.
         blocks = [name for name in blocks if name != head and not head.startswith(f"{name}.")]
+    if head is not None and blocks and _passes_on(model, example, blocks[-1], head):
+        blocks = blocks[:-1]
     room = most - 1 if head is not None else most
     if len(blocks) > room:
         picked = torch.linspace(0, len(blocks) - 1, room).round().long().tolist()
         blocks = [blocks[i] for i in dict.fromkeys(picked)]
     chosen = [*blocks, *([f"{head}:in"] if head is not None else [])]
     return tuple(chosen) or tuple(s.name for s in ran[-most:])
+
+
+def _passes_on(model: nn.Module, example: Tensor, block: str, head: str) -> bool:
+    """Whether what a block gives is, unchanged, what the head takes: one place, not two."""
+    with frozen(model), torch.no_grad(), capture(model, [block, f"{head}:in"]) as acts:
+        model(example)
+    given, taken = acts[block], acts[f"{head}:in"]
+    return given.shape == taken.shape and torch.equal(given, taken)
 
 
 def _numbered(ran: list[Step], modules: dict[str, nn.Module]) -> list[str]:

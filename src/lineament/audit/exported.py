@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ def exported(path: Path) -> Loaded:
     require(path.is_file(), f"MODEL: {str(path)!r} does not exist")
     _no_pickles(path)
     try:
-        program = torch.export.load(path)
-        inputs = [node for node in program.graph.nodes if node.op == "placeholder"][-1].meta["val"]
-        try:
-            model = torch.export.unflatten(program)
-        except Exception:
-            model = program.module()
+        with warnings.catch_warnings():
+            # What torch says to itself of its own names is no matter of the user's.
+            warnings.simplefilter("ignore", FutureWarning)
+            program = torch.export.load(path)
+            inputs = [node for node in program.graph.nodes if node.op == "placeholder"][-1].meta["val"]
+            model = _modules(program)
     except Exception as error:
         raise InputError(
             f"MODEL: {str(path)!r} is corrupt or was written by another version of torch.export ({type(error).__name__}: {error})"
@@ -36,6 +37,18 @@ def exported(path: Path) -> Loaded:
     if batch is not None:
         notes.append(f"exported for batches of {batch} only; export with dynamic_shapes to lift that")
     return Loaded(model, path.name, "export", size=size, batch=batch, notes=tuple(notes))
+
+
+def _modules(program: Any) -> Any:
+    """The program as nested modules; as one flat module where it cannot be nested."""
+    try:
+        return torch.export.unflatten(program)
+    except Exception:
+        flat = program.module()
+        # torch forbids to switch it to eval mode, in which it stays anyhow: what it does was fixed by the export.
+        for name in ("train", "eval"):
+            vars(flat).pop(name, None)
+        return flat
 
 
 def _no_pickles(path: Path) -> None:

@@ -163,6 +163,9 @@ def _accuracy(n: dict[str, Any]) -> list[Finding]:
 
 
 def _collapse(n: dict[str, Any]) -> list[Finding]:
+    if n["few"]:
+        few = "There are too few samples of each class to tell how tightly it holds them."
+        return [Finding("note", few, "collapse", "Audit more samples of each class.")]
     last = n["sites"][-1]
     value = last["nc1_tilde"]
     if value is None or not value < float("inf"):

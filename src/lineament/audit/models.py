@@ -37,6 +37,10 @@ def load(model: str | nn.Module, *, weights: str | Path | None = None) -> Loaded
 
     Raises:
         InputError: what cannot be found, read or matched; pickles; NaN in the weights.
+
+    >>> found = load(nn.Linear(4, 2))
+    >>> found.source, found.kind, found.model.training
+    ('Linear', 'module', True)
     """
     if isinstance(model, nn.Module):
         found = Loaded(model, type(model).__name__, "module")
@@ -63,12 +67,23 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         InputError: a missing file, a pickle (with the conversion to make), a corrupt file, keys or shapes that do not match.
+
+    >>> import tempfile; from safetensors.torch import save_file
+    >>> path = f"{tempfile.mkdtemp()}/net.safetensors"
+    >>> save_file({"weight": torch.full((1, 2), 3.0), "bias": torch.zeros(1)}, path)
+    >>> net = nn.Linear(2, 1)
+    >>> load_weights(net, path)
+    >>> net.weight.tolist()
+    [[3.0, 3.0]]
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = Path(path)
-    require(path.is_file(), f"--weights: {str(path)!r} does not exist, expected a .safetensors file")
+    require(
+        path.is_file(),
+        f"--weights: {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}, expected a .safetensors file",
+    )
     with path.open("rb") as file:
         start = file.read(8)
     if start[:1] == b"\x80" or start[:2] == b"PK":
@@ -162,7 +177,8 @@ def _factory(place: str, name: str) -> nn.Module:
         module = importlib.import_module(place) if path is None else _run_file(path)
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        # A script that ends itself would end the audit too, and with the status of work that was done.
         raise InputError(f"MODEL: importing {place!r} failed ({type(error).__name__}: {error})") from error
     finally:
         sys.path.remove(folder)
@@ -173,7 +189,7 @@ def _factory(place: str, name: str) -> nn.Module:
         require(callable(made), f"MODEL: {name!r} in {place!r} is {show(made)}, expected a function or class")
         try:
             made = made()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(
                 f"MODEL: {place}:{name}() failed ({type(error).__name__}: {error}); it must make the network without arguments"
             ) from error

@@ -19,7 +19,12 @@ def classes(text: str | None) -> list[str] | None:
     path = Path(text)
     if path.suffix == ".txt":
         require(path.is_file(), f"--classes: file {text!r} does not exist")
-        return path.read_text(encoding="utf-8").splitlines()
+        try:
+            names = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--classes: file {text!r} cannot be read as UTF-8 text ({error})") from error
+        require(bool(names), f"--classes: file {text!r} is empty, expected one name a line")
+        return names
     return text.split(",")
 
 

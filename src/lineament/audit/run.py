@@ -25,14 +25,15 @@ from lineament.audit.models import digest, load
 from lineament.audit.stages import STAGES, Report, fresh, opened, sections, threads, written
 from lineament.audit.subject import Subject
 from lineament.audit.together import bring_together, one_output, two_logits
+from lineament.audit.words import places, sentence
 from lineament.core import checks
 from lineament.core.batching import Checkpoint
-from lineament.core.checks import require, show
+from lineament.core.checks import require, show, suggest
 from lineament.core.models import device_of
 from lineament.data.language_models import is_language_model
 from lineament.data.loading import Samples, checked
 from lineament.data.loading import load as load_data
-from lineament.data.prompts import is_prompts
+from lineament.data.prompts import TASKS, is_prompts
 from lineament.data.shortcut_digits import MARK
 from lineament.explain.saliency import METHODS as SALIENCY
 from lineament.report.outcome import versions
@@ -74,14 +75,22 @@ def audit(
         data: what :func:`lineament.data.loading.load` takes, or a pair ``(inputs, targets)`` of tensors or arrays. Prompts
             (:func:`lineament.data.prompts.load_prompts`) go with a language model: see :func:`lineament.audit.language_run.audit_language`.
         out: the folder for `report.html` and `report.json`.
+        weights: a ``.safetensors`` file for a network that a factory makes.
         lenses: names of :data:`lineament.audit.lenses.LENSES`; all by default.
         sites: sites or globs; by default the blocks of the network, up to eight, and the input of its head.
+        classes: names of the classes 0, 1, ...
         groups: the array that names each sample's group, by name; for a pair, the array itself.
+        inputs, targets, split: which arrays or columns of the data to read, and which part, see :func:`lineament.data.loading.load`.
+        image_size: bring images to this (height, width), in pixels; by default the size that the model names.
         normalize: (mean, deviation) per channel, for images scaled to [0, 1].
         task: ``"classification"``, ``"regression"`` or ``"auto"``.
         method, gaze_site: of the saliency maps, see :func:`lineament.explain.saliency.saliency`.
         faithfulness: how the maps are judged: ``"scores"``, or ``"diffroar"``, which also trains the architecture anew on what they keep.
-        samples: read at most so many.
+        samples: read at most so many, chosen at random from ``seed``.
+        batch_size: samples at a time, but for an exported network of a fixed batch.
+        device: where to look at the model; where it is, by default.
+        seed: of every random choice.
+        overwrite: replace a finished report in ``out``.
         note: called with a line for each step, for who waits.
 
     Returns:
@@ -168,6 +177,8 @@ def audit(
             subject = replace(
                 subject, notes=(*subject.notes, "one output z for two classes is read as the logits (0, z)")
             )
+        for line in subject.notes:
+            note(line)
         with threads(subject.flops * batch_size):
             found, checkpoint = sections(folder, _key(subject, loaded), chosen, subject, note)
     told = findings(found)
@@ -181,7 +192,7 @@ def audit(
         told,
         found,
         {
-            "notes": list(subject.notes),
+            "notes": [*map(sentence, subject.notes), *places(subject.sites)],
             "sites": list(subject.sites),
             "task": subject.task,
             "classes": list(subject.classes),
@@ -194,7 +205,8 @@ def _is_language(model: Any, data: Any) -> bool:
     if is_language_model(model):
         require(
             is_prompts(data),
-            f"DATA: got {show(data)} for a language model, expected a .txt file of prompts, a .jsonl file of prompts or prompt pairs, or ioi",
+            f"DATA: got {'none' if data is None else show(data)} for a language model, expected a .txt file of prompts, a .jsonl file of prompts or prompt pairs, "
+            f"or a task{suggest(str(data), TASKS)}",
         )
         return True
     if not is_prompts(data):

@@ -111,7 +111,8 @@ def written(
         command=_command(),
         methods=_methods(found),
         versions=versions(),
-        extra=dict(extra),
+        notes=extra.get("notes", ()),
+        extra={name: value for name, value in extra.items() if name != "notes"},
     )
     checkpoint.finish()
     shutil.rmtree(folder / STAGES, ignore_errors=True)
@@ -152,7 +153,7 @@ def threads(work: float) -> Iterator[None]:
 
 def fresh(out: str | Path, overwrite: bool) -> Path:
     """The output folder: new, empty, or of an unfinished run; another only with ``overwrite``."""
-    folder = Path(out)
+    folder = possible_folder(out)
     if folder.is_dir():
         present = {p.name for p in folder.iterdir()}
         finished = "report.html" in present
@@ -170,7 +171,7 @@ def fresh(out: str | Path, overwrite: bool) -> Path:
             not foreign,
             f"--out: {str(out)!r} holds files that are no report's ({checks.show(foreign[0]) if foreign else ''} ...); choose an empty or new folder",
         )
-    return possible_folder(folder)
+    return folder
 
 
 def opened(folder: Path) -> Path:

@@ -98,7 +98,7 @@ def bring_together(
         counts = torch.bincount(samples.targets)
         require(
             int((counts > 0).sum()) > 1,
-            f"DATA: all {len(samples)} samples read are of class {int(samples.targets[0])}, expected at least two classes",
+            f"DATA: {f'all {len(samples)} samples read are' if len(samples) > 1 else 'the only sample is'} of class {int(samples.targets[0])}, expected samples of at least two classes",
         )
     classes = samples.classes or loaded.classes
     width = outputs.shape[1]
@@ -106,6 +106,12 @@ def bring_together(
         chosen == "regression" or not samples.classes or len(samples.classes) <= width,
         f"DATA: {len(samples.classes)} class names for a model with {width} outputs, expected at most {width}",
     )
+    if chosen == "classification" and samples.classes:
+        top = int(samples.targets.max())
+        require(
+            top < len(samples.classes),
+            f"DATA: {len(samples.classes)} class names for labels up to {top}, expected a name for each class from 0 to {top} (--classes)",
+        )
     if chosen == "classification" and not samples.classes and len(classes) != width:
         classes = ()
     example = start.inputs(torch.arange(min(loaded.batch or 2, len(samples))))

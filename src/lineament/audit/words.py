@@ -108,6 +108,36 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}" if shown else ""
 
 
+def sentence(text: str) -> str:
+    """A remark as a sentence.
+
+    >>> sentence("colour as grey")
+    'Colour as grey.'
+    """
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def places(sites: Sequence[str]) -> list[str]:
+    """How the places that the sections speak of are named.
+
+    >>> places(["layer1", "fc:in"])
+    ["Places in the network have its modules' names, counted from 0 where they have none: 'layer1' is what that module gives, 'fc:in' what goes into 'fc'."]
+    """
+    given = next((repr(site) for site in sites if not site.endswith(":in")), "")
+    taken = next((site for site in sites if site.endswith(":in")), "")
+    parts = [f"{given} is what that module gives"] if given else []
+    parts += [f"{taken!r} what goes into {taken.removesuffix(':in')!r}"] if taken else []
+    return (
+        [
+            "Places in the network have its modules' names, counted from 0 where they have none: "
+            + ", ".join(parts)
+            + "."
+        ]
+        if parts
+        else []
+    )
+
+
 def spread(count: int, most: int) -> list[int]:
     """At most ``most`` of ``count`` positions, evenly spread, first and last included."""
     if count <= most:

@@ -6,7 +6,6 @@ import argparse
 import shlex
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 _EPILOG = """methods:
@@ -99,6 +98,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Explain, print the tokens, and say where the page is."""
     from lineament.core import checks
+    from lineament.core.files import possible_file
     from lineament.data.language_models import load_language_model
     from lineament.explain.tokens import explain_continuation
     from lineament.explain.tokens.baselines import METHODS, attribute_tokens
@@ -107,8 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lineament.report.outcome import versions
 
     a = arguments
-    out = Path(a.out)
-    checks.require(not out.is_dir(), f"--out: {a.out!r} is a folder, expected a file name such as page.html")
+    out = possible_file("--out", a.out)
     checks.require(
         a.overwrite or not out.exists(),
         f"--out: {a.out!r} exists; give --overwrite to replace it, or another name",
@@ -125,6 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     corpus = None if a.corpus is None else _corpus(a.corpus)
     _refuse_unused(a)
+    checks.number("--seed", a.seed, low=0, integer=True)
     checks.number("--steps", a.steps, low=1, integer=True)
     checks.require(
         a.new_tokens is None or a.continuation is None,
@@ -296,7 +296,7 @@ def _block(each: Any) -> Any:
     kind = "probability" if not rather else "its share of the two probabilities"
     line = f"{each.target_text!r}{rather}: {kind} {each.probability:.4g}"
     if each.n_steps:
-        line += f"; {each.n_steps} steps, {each.sequences} rows"
+        line += f"; {each.n_steps} steps, {each.sequences} prompts read"
     return TokenBlock(
         target=each.target_text, line=line, tokens=each.tokens, scores=each.scores.tolist(), scored=each.scored.tolist(),
         marked=each.rationale, breaks=(each.source,) if each.source else (),

@@ -10,7 +10,9 @@ import argparse
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +63,10 @@ def train(a: argparse.Namespace, options: Options) -> int:
     with two_logits(loaded.model, widen):
         subject = _fitted_together(loaded, samples, a, options)
         asked = _asked(a, options, subject, samples)
+        new = not folder.exists()
         checkpoint = _opened(folder, asked, a.overwrite) if processes.first else None
         record = Log(folder, note) if processes.first else None
-        with threads(3 * subject.flops * options.batch_size):
+        with threads(3 * subject.flops * options.batch_size), _nothing_left(folder, record if new else None):
             fitted = fit(
                 loaded.model,
                 lambda rows: subject.layout.apply(samples.inputs[rows]),
@@ -82,6 +85,18 @@ def train(a: argparse.Namespace, options: Options) -> int:
         (folder / _UNFINISHED).unlink(missing_ok=True)
         say(a, folder, fitted, record)
     return 0
+
+
+@contextmanager
+def _nothing_left(folder: Path, record: Log | None) -> Iterator[None]:
+    """A new folder goes when the training is refused before an epoch was stored: there is nothing in it to go on with."""
+    try:
+        yield
+    except InputError:
+        if record is not None and not any((folder / _STAGES).rglob("*.safetensors")):
+            record.close()
+            shutil.rmtree(folder)
+        raise
 
 
 def runs_in(places: Sequence[str], note: Callable[[str], None]) -> dict[str, Fitted]:
@@ -149,12 +164,12 @@ def _samples(a: argparse.Namespace) -> Samples:
         whole and samples.targets.ndim == 1,
         f"DATA: targets are {show(samples.targets)} of real values, expected class labels; train makes classifiers only",
     )
-    return samples
+    return replace(samples, targets=samples.targets.long())
 
 
 def _fitted_together(loaded: Loaded, samples: Samples, a: argparse.Namespace, options: Options) -> Subject:
     """Network and data as the audit would see them, judged on a few samples of every class; then the labels of all."""
-    labels = samples.targets.long()
+    labels = samples.targets
     low = int(labels.min())
     require(low >= 0, f"DATA: targets: got label {low}, expected labels from 0 on")
     firsts = [int((labels == c).nonzero()[0]) for c in labels.unique().tolist()]

@@ -29,12 +29,19 @@ def show(value: Any, limit: int = 80) -> str:
 
     >>> show(torch.zeros(2, 3))
     'a float32 tensor of shape (2, 3)'
+    >>> show((torch.zeros(2, 3), None))
+    'a tuple of a float32 tensor of shape (2, 3), None'
     """
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         return f"{'an' if dtype[0] == 'i' else 'a'} {dtype} tensor of shape {tuple(value.shape)}"
     if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"a {value.dtype} array of shape {tuple(value.shape)}"
+        return (
+            f"{'an' if str(value.dtype)[0] == 'i' else 'a'} {value.dtype} array of shape {tuple(value.shape)}"
+        )
+    if isinstance(value, (tuple, list)) and any(isinstance(item, Tensor) for item in value):
+        inside = [show(item, limit) for item in value[:4]] + ["..."] * (len(value) > 4)
+        return f"a {type(value).__name__} of {', '.join(inside)}"
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 

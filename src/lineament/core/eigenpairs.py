@@ -22,7 +22,15 @@ _SMALL = 0.01
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """Eigenvalues in the order asked for, unit eigenvectors as columns, and ‖A v - λ v‖ for each."""
+    """Eigenvalues and eigenvectors.
+
+    Attributes:
+        values: (k,), in the order asked for.
+        vectors: (size, k), of unit length, one a column.
+        residuals: (k,), ‖A v - λ v‖ of each.
+        converged: whether all of them reached the tolerance.
+        products: how many products with the matrix it took.
+    """
 
     values: Float[Tensor, "k"]
     vectors: Float[Tensor, "size k"]

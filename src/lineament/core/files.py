@@ -41,18 +41,38 @@ def writing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all."""
+    """Write UTF-8 text, whole or not at all; folders on the way are made.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "new" / "a.txt"
+    >>> write_text(path, "ü"); path.read_bytes()
+    b'\\xc3\\xbc'
+    """
     with writing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON (indented, keys in the given order, NaN refused), whole or not at all."""
+    """Write JSON (indented, keys in the given order), whole or not at all.
+
+    Raises:
+        ValueError: NaN or infinity, which JSON has none of.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "a.json"
+    >>> write_json(path, {"b": 1}); json.loads(path.read_text())
+    {'b': 1}
+    """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def possible_folder(path: str | Path) -> Path:
-    """Say plainly why ``path`` cannot become a folder that can be written, without making it."""
+    """``path``, if it can become a folder that can be written; it is not made.
+
+    Raises:
+        InputError: an empty name, a file, or a place that this user cannot write to.
+    """
+    require(str(path) != "", "--out: got an empty name, expected a folder to write into ('.' for this one)")
     path = Path(path)
     require(not path.is_file(), f"--out: {str(path)!r} is a file, expected a folder to write into")
     nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
@@ -64,8 +84,30 @@ def possible_folder(path: str | Path) -> Path:
     return path
 
 
+def possible_file(what: str, path: str | Path) -> Path:
+    """``path``, if it can become a file that can be written; it is not made. ``what`` is the option that named it.
+
+    Raises:
+        InputError: an empty name, a folder, or a place that this user cannot write to.
+    """
+    require(str(path) != "", f"{what}: got an empty name, expected that of a file")
+    path = Path(path)
+    require(not path.is_dir(), f"{what}: {str(path)!r} is a folder, expected the name of a file")
+    try:
+        with tempfile.TemporaryFile(dir=next(place for place in path.absolute().parents if place.exists())):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        require(False, f"{what}: {str(path)!r} cannot be written ({reason}); choose a place that can be")
+    return path
+
+
 def output_folder(path: str | Path) -> Path:
-    """Make ``path`` a folder that can be written, or say plainly why it cannot be."""
+    """``path``, made a folder that can be written.
+
+    Raises:
+        InputError: an empty name, a file, or a place that this user cannot write to.
+    """
     path = possible_folder(path)
     try:
         path.mkdir(parents=True, exist_ok=True)

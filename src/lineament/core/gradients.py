@@ -24,6 +24,9 @@ Loss = Callable[[Any, Any], Tensor]
 def flatten(tensors: Sequence[Tensor]) -> Float[Tensor, "total"]:
     """One vector of a list of tensors, in order.
 
+    Raises:
+        InputError: an empty list.
+
     >>> flatten([torch.ones(2, 2), torch.zeros(1)]).tolist()
     [1.0, 1.0, 1.0, 1.0, 0.0]
     """
@@ -36,6 +39,10 @@ def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
     Args:
         vector: (total,), or (k, total), which gives tensors of shape (k, *shape).
+        like: tensors of the wanted shapes; their values do not matter.
+
+    Raises:
+        InputError: not as many numbers as the shapes hold.
 
     >>> [t.shape for t in unflatten(torch.arange(5.0), [torch.ones(2, 2), torch.zeros(1)])]
     [torch.Size([2, 2]), torch.Size([1])]

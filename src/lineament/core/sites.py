@@ -208,6 +208,10 @@ def record(model: nn.Module, inputs: Any, sites: str | Iterable[str]) -> dict[st
     Args:
         inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments; tensors are
             moved to the model's device.
+        sites: a site or a glob, or several.
+
+    Raises:
+        InputError: an unknown site (names the nearest), or one that this forward does not reach.
 
     >>> record(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), torch.zeros(5, 2, 2), "0")["0"].shape
     torch.Size([5, 4])

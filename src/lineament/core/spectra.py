@@ -34,9 +34,14 @@ _BASES_BYTES = 2 * 1024**3
 
 @dataclass(frozen=True)
 class Density:
-    """The spectral density as weighted nodes, (probes, steps) each; weights of a probe sum to one.
+    """The spectral density as weighted nodes.
 
-    ``moments[p - 1]`` estimates tr(A^p) / size for p = 1 to 4, with ``moment_errors`` over the probes.
+    Attributes:
+        nodes, weights: (probes, steps), nodes in the units of the eigenvalues; the weights of a probe sum to one.
+        moments: ``moments[p - 1]`` estimates tr(A^p) / size for p = 1 to 4.
+        moment_errors: their standard errors over the probes; NaN from a single one.
+        size: P of the (P, P) matrix.
+        products: how many products with the matrix it took.
     """
 
     nodes: Float[Tensor, "probes steps"]
@@ -99,10 +104,14 @@ def spectral_density(
     Hutchinson's estimator.
 
     Args:
+        operator: a symmetric (P, P) matrix: a tensor, or anything with a shape and ``@``.
         steps: products per probe.
         probes: independent random vectors; the standard errors need two.
         reorthogonalise: ``"full"`` keeps steps · size numbers a probe; ``"window"`` (the last ``window`` vectors) and ``"none"`` need less
             memory, and count converged eigenvalues more than once; ``"selective"`` orthogonalises against converged Ritz vectors.
+
+    Raises:
+        InputError: an operator that is not square, no step or probe, an unknown way to reorthogonalise, NaN in a product.
 
     >>> round(spectral_density(torch.diag(torch.tensor([1.0, 1.0, 4.0, 4.0])), steps=2).moments[0].item(), 4)
     2.5

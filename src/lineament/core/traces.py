@@ -19,7 +19,14 @@ from lineament.core.krylov import Operator, random_normal, random_signs, side
 
 @dataclass(frozen=True)
 class Trace:
-    """An estimate of the trace, its standard error (NaN from a single sample), and the products spent."""
+    """An estimate of the trace.
+
+    Attributes:
+        value: the estimate.
+        standard_error: of ``value``, in its units; NaN from a single sample.
+        products: how many products with the matrix it took.
+        method: ``"xtrace"``, ``"hutch++"`` or ``"hutchinson"``.
+    """
 
     value: float
     standard_error: float
@@ -56,7 +63,11 @@ def trace(
     which makes use of every product twice; best where the spectrum decays.
 
     Args:
+        operator: a (P, P) matrix: a tensor, or anything with a shape and ``@``.
         products: products to spend, at least 2 (``xtrace``) or 3 (``hutch++``).
+
+    Raises:
+        InputError: an operator that is not square, too few products, an unknown method, NaN in a product.
 
     >>> abs(trace(torch.diag(torch.tensor([4.0, 2.0, 0.0, 0.0])), 6).value - 6.0) < 1e-5
     True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 import zlib
 from pathlib import Path
@@ -117,11 +118,22 @@ def _rows(archive: zipfile.ZipFile, name: str, rows: np.ndarray) -> np.ndarray:
             len(shape) > 0 and (not len(rows) or int(rows[-1]) < shape[0]),
             f"DATA: array {name!r} has shape {shape}, expected at least {int(rows[-1]) + 1 if len(rows) else 0} entries",
         )
+        # A header may claim any size: what the archive holds is known before anything of that size is made.
+        whole_size = math.prod(shape) * dtype.itemsize
+        require(
+            archive.getinfo(f"{name}.npy").file_size >= whole_size,
+            f"DATA: array {name!r} ends too early; the file is cut off",
+        )
         if fortran and len(shape) > 1:
-            whole = _exactly(file, int(np.prod(shape)) * dtype.itemsize, name)
+            whole = _exactly(file, whole_size, name)
             return np.frombuffer(whole, dtype).reshape(shape, order="F")[rows].copy()
-        width = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
-        found = np.empty((len(rows), *shape[1:]), dtype)
+        width = math.prod(shape[1:]) * dtype.itemsize
+        try:
+            found = np.empty((len(rows), *shape[1:]), dtype)
+        except MemoryError as error:
+            raise InputError(
+                f"DATA: {len(rows)} entries of array {name!r} take {len(rows) * width / 2**30:,.1f} GiB, more memory than there is; read fewer with --samples"
+            ) from error
         if not width or not len(rows):
             return found
         block = max(1, (1 << 22) // width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 from lineament.core.checks import InputError, require
 from lineament.data.loading import Budget, Samples
 
+_PIXELS = 64_000_000
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
@@ -20,6 +22,15 @@ def image_folder(path: Path, budget: Budget, *, size: tuple[int, int] | None = N
 
     Raises:
         InputError: no class folders, an image that cannot be read, images of different sizes without ``size``.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for name in ("cat", "dog"):
+    ...     (folder / name).mkdir()
+    ...     Image.new("L", (6, 4)).save(folder / name / "1.png")
+    >>> found = image_folder(folder, Budget(10, seed=0))
+    >>> found.classes, tuple(found.inputs.shape)
+    (('cat', 'dog'), (2, 4, 6))
     """
     folders = sorted(
         (p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.name
@@ -49,7 +60,7 @@ def image_folder(path: Path, budget: Budget, *, size: tuple[int, int] | None = N
         )
     pictures = ((str(files[row][0].relative_to(path)), _read(files[row][0])) for row in rows)
     return Samples(
-        inputs=stacked(pictures, size),
+        inputs=stacked(pictures, size, len(rows)),
         targets=torch.tensor([files[row][1] for row in rows]),
         index=torch.from_numpy(rows),
         total=len(files),
@@ -59,11 +70,18 @@ def image_folder(path: Path, budget: Budget, *, size: tuple[int, int] | None = N
     )
 
 
-def stacked(pictures: Iterable[tuple[str, Image.Image]], size: tuple[int, int] | None) -> torch.Tensor:
+def stacked(
+    pictures: Iterable[tuple[str, Image.Image]], size: tuple[int, int] | None, count: int = 1
+) -> torch.Tensor:
     """Images (name, picture) as one uint8 tensor (sample, height, width[, 3]): grey if all are grey, else RGB.
 
     They are taken one by one and brought to ``size`` at once, so that photographs are never all held as they were taken.
+
+    Raises:
+        InputError: images of different sizes without ``size``, pixels that are no bytes, or ``count`` images of that size that no memory holds.
     """
+    if size is not None:
+        _room(size, count)
     arrays: list[np.ndarray] = []
     first: Image.Image | None = None
     for name, picture in pictures:
@@ -80,6 +98,25 @@ def stacked(pictures: Iterable[tuple[str, Image.Image]], size: tuple[int, int] |
     if any(array.ndim == 3 for array in arrays):
         arrays = [array if array.ndim == 3 else np.repeat(array[..., None], 3, 2) for array in arrays]
     return torch.from_numpy(np.stack(arrays))
+
+
+def _room(size: tuple[int, int], count: int) -> None:
+    """Refuse a size at which the system would end the process for want of memory."""
+    height, width = size
+    require(
+        height * width <= _PIXELS,
+        f"--image-size: {height} x {width} are {height * width:,} pixels an image, expected at most 64 million",
+    )
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return
+    need = 3 * height * width * count
+    require(
+        need <= memory / 2,
+        f"--image-size: {count} images of {height} x {width} pixels take {need / 2**30:.0f} GiB, more than half of this machine's memory; "
+        "choose a smaller size or fewer --samples",
+    )
 
 
 def _bytes(name: str, picture: Image.Image) -> Image.Image:
@@ -109,7 +146,7 @@ def _read(file: Path) -> Image.Image:
     try:
         with Image.open(file) as picture:
             require(
-                picture.width * picture.height <= 64_000_000,
+                picture.width * picture.height <= _PIXELS,
                 f"DATA: image {str(file)!r} has {picture.width} x {picture.height} pixels, expected at most 64 million",
             )
             picture.load()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,16 @@ from lineament.data.loading import Budget, Samples, coded, named_one, with_group
 
 _INPUTS = ("image", "img", "images", "pixel_values", "x", "inputs", "data", "features")
 _TARGETS = ("label", "labels", "y", "target", "targets", "class", "fine_label")
+BUILT_IN = ("digits", "shortcut-digits")
 _ORDER = ("test", "validation", "valid", "val", "train")
 
 
 def saved(path: Path, budget: Budget, *, split: str | None, **options: Any) -> Samples:
-    """Samples of a data set that ``save_to_disk`` wrote."""
+    """Samples of a data set that ``save_to_disk`` wrote.
+
+    Raises:
+        InputError: the package datasets is not installed, or the folder holds no readable data set, split or column.
+    """
     datasets = _library()
     try:
         found = datasets.load_from_disk(str(path))
@@ -29,15 +35,20 @@ def saved(path: Path, budget: Budget, *, split: str | None, **options: Any) -> S
 
 
 def named(name: str, budget: Budget, *, split: str | None, **options: Any) -> Samples:
-    """Samples of a data set on the Hugging Face hub, or of one in its cache."""
+    """Samples of a data set on the Hugging Face hub, or of one in its cache.
+
+    Raises:
+        InputError: the package datasets is not installed, or there is no such data set, split or column.
+    """
     datasets = _library()
     try:
         found = datasets.load_dataset(name)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        near = get_close_matches(name, BUILT_IN, n=1)
         raise InputError(
             f"DATA: {name!r} is no file or folder here, and as a Hugging Face data set it cannot be loaded ({reason}); "
-            "without network, use a data set saved with save_to_disk"
+            f"without network, use a data set saved with save_to_disk{f'; nearest of those built in: {near[0]!r}' if near else ''}"
         ) from error
     return _samples(found, name, budget, split=split, **options)
 
@@ -88,7 +99,9 @@ def _samples(
     if isinstance(found.features[first], datasets.Image):
         # Undecoded first, so that a broken picture is named by its row and not by a library's traceback.
         raw = part.cast_column(first, datasets.Image(decode=False))
-        x = stacked(((f"row {row}", _picture(item, row)) for row, item in zip(rows, raw[first])), size)
+        x = stacked(
+            ((f"row {row}", _picture(item, row)) for row, item in zip(rows, raw[first])), size, len(rows)
+        )
     else:
         try:
             values = np.asarray(part.with_format("numpy")[first][:])

@@ -63,6 +63,10 @@ def load_language_model(
         Path(name).is_dir() or not name.startswith((".", "/", "~")),
         f"{what}: {name!r} is no folder; expected a Hugging Face directory or name",
     )
+    require(
+        tokenizer is None or Path(tokenizer).is_dir() or not tokenizer.startswith((".", "/", "~")),
+        f"--tokenizer: {tokenizer!r} is no folder; expected a Hugging Face directory or name",
+    )
     with _quiet(transformers):
         model = _weights(transformers, name, attention, masked, what)
         try:

@@ -25,11 +25,15 @@ _TABLES = ("dataset_dict.json", "dataset_info.json", "state.json")
 
 @dataclass(frozen=True)
 class Samples:
-    """Some samples of a data set, in memory.
+    """Some samples of a data set, in memory; its length is their number.
 
     ``inputs`` (sample, ...) is as it was stored; ``targets`` is int64 class labels or float32 values; ``groups`` is the
     number of each sample's group, or ``None``. ``index`` says which samples of the data set these are, of ``total``.
     ``classes`` may be empty: then classes are called by their numbers. ``notes`` says what was decided on the way.
+
+    >>> two = Samples(torch.zeros(2, 8, 8), torch.tensor([0, 1]), torch.arange(2), 2, "made here", ("cat", "dog"))
+    >>> len(two), two.classes[int(two.targets[1])]
+    (2, 'dog')
     """
 
     inputs: Tensor
@@ -47,7 +51,11 @@ class Samples:
 
 
 class Budget:
-    """Which samples to read: at most ``samples`` of however many there are, in ascending order."""
+    """Which samples to read: at most ``samples`` of however many there are, in ascending order.
+
+    >>> Budget(3, seed=0).choose(2).tolist(), len(Budget(3, seed=0).choose(100))
+    ([0, 1], 3)
+    """
 
     def __init__(self, samples: int, seed: int):
         self.samples, self.seed = samples, seed
@@ -138,7 +146,11 @@ def load(
 
 
 def checked(samples: Samples) -> Samples:
-    """The same samples, if they can be used: as many targets as inputs, finite, and not empty."""
+    """The same samples, if they can be used.
+
+    Raises:
+        InputError: no samples, not as many targets or groups as inputs, NaN or infinite values (names the first sample).
+    """
     require(len(samples.inputs) > 0, "DATA: it is empty; expected at least one sample")
     require(
         len(samples.inputs) == len(samples.targets),
@@ -151,7 +163,7 @@ def checked(samples: Samples) -> Samples:
                 first = int(samples.index[int(bad.nonzero()[0])])
                 raise InputError(
                     f"DATA: the {what} hold NaN or infinite values in {int(bad.sum())} of {len(bad)} samples read, "
-                    f"first in sample {first}; clean the data before the audit"
+                    f"first in sample {first}; clean the data first"
                 )
     require(
         samples.groups is None or len(samples.groups) == len(samples.targets),
@@ -161,7 +173,19 @@ def checked(samples: Samples) -> Samples:
 
 
 def coded(what: str, values: np.ndarray, names: tuple[str, ...] = ()) -> tuple[Tensor, tuple[str, ...]]:
-    """Targets as a tensor, int64 for class labels and float32 for values, and the names of the classes (strings become sorted classes)."""
+    """Targets as a tensor, int64 for class labels and float32 for values, and the names of the classes.
+
+    Args:
+        what: how an error calls them.
+        values: (sample,) class names, which become classes in sorted order, or class numbers; or (sample, ...) real values.
+        names: the classes' names, where ``values`` are numbers.
+
+    Raises:
+        InputError: rows instead of single class numbers, or values of another kind.
+
+    >>> coded("y", np.array(["dog", "cat", "dog"]))
+    (tensor([1, 0, 1]), ('cat', 'dog'))
+    """
     if values.dtype.kind in "SU":
         found, number = np.unique(values, return_inverse=True)
         return torch.from_numpy(number.reshape(-1).astype(np.int64)), tuple(_text(v) for v in found)
@@ -181,7 +205,11 @@ def coded(what: str, values: np.ndarray, names: tuple[str, ...] = ()) -> tuple[T
 
 
 def with_groups(samples: Samples, values: np.ndarray) -> Samples:
-    """The same samples with the group of each: strings, integers or truth values, one a sample."""
+    """The same samples with the group of each: strings, integers or truth values, one a sample.
+
+    Raises:
+        InputError: not one entry a sample, or more than 200 different ones.
+    """
     require(
         values.ndim == 1 and len(values) == len(samples),
         f"groups: got {show(values)}, expected one entry for each of {len(samples)} samples",
@@ -199,7 +227,11 @@ def with_groups(samples: Samples, values: np.ndarray) -> Samples:
 
 
 def groups_file(groups: str, total: int) -> np.ndarray:
-    """Groups from a ``.npy`` file or a text file with one group a line."""
+    """Groups from a ``.npy`` file or a text file with one group a line, (total,).
+
+    Raises:
+        InputError: no such file, one that cannot be read without a pickle, or not ``total`` entries.
+    """
     path = Path(groups)
     require(
         path.is_file() and path.suffix in (".npy", ".txt"),
@@ -218,7 +250,11 @@ def groups_file(groups: str, total: int) -> np.ndarray:
 
 
 def take(samples: Samples, rows: Tensor) -> Samples:
-    """Some rows of some samples."""
+    """Some rows of some samples.
+
+    >>> take(load("digits", samples=10), torch.tensor([0, 3])).inputs.shape
+    torch.Size([2, 8, 8])
+    """
     return replace(
         samples,
         inputs=samples.inputs[rows],
@@ -229,7 +265,14 @@ def take(samples: Samples, rows: Tensor) -> Samples:
 
 
 def named_one(what: str, given: str | None, usual: Sequence[str], there: Sequence[str]) -> str:
-    """The array or column to read: the one asked for, else the first usual name that is there."""
+    """The array or column to read: the one asked for, else the first usual name that is there.
+
+    Raises:
+        InputError: the one asked for is not there (names the nearest), or none with a usual name is.
+
+    >>> named_one("inputs", None, ("x", "images"), ("labels", "Images"))
+    'Images'
+    """
     if given is not None:
         require(given in there, f"--{what}: {given!r} is not in the data{suggest(given, there)}")
         return given

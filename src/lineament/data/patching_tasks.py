@@ -48,7 +48,13 @@ EVENTS = ("war", "journey", "siege", "reign", "trial", "strike", "voyage", "disp
 
 @dataclass(frozen=True)
 class TextPairs:
-    """Pairs of prompts as text, with the word that follows the clean one and the one that follows the corrupt one (with its space)."""
+    """Pairs of prompts as text.
+
+    Attributes:
+        clean, corrupt: the prompts.
+        correct, wrong: the word that follows the clean one and the one that follows the corrupt one, each with its space.
+        task: what they are pairs of.
+    """
 
     clean: list[str]
     corrupt: list[str]
@@ -62,10 +68,14 @@ class TextPairs:
 
 @dataclass(frozen=True)
 class TokenPairs:
-    """Pairs of prompts as tokens, and the answers: ``correct`` and ``wrong``, or for greater-than a truth value for each token.
+    """Pairs of prompts as tokens, and their answers.
 
     Attributes:
+        clean, corrupt: (batch, positions) token numbers.
+        correct, wrong: (batch,) the token that follows the clean prompt and the one that follows the corrupt one.
         vocabulary: the word of each token.
+        task: what they are pairs of.
+        right: of greater-than, (batch, vocabulary) whether each token would be a right answer.
     """
 
     clean: Int[Tensor, "batch positions"]
@@ -256,7 +266,11 @@ def tokenizer_for(vocabulary: Sequence[str]) -> Any:
 
 
 def save_language_model(model: Any, vocabulary: Sequence[str], folder: str | Path) -> Path:
-    """Write a model and the tokenizer of its vocabulary as an ordinary Hugging Face directory; returns the folder."""
+    """Write a model and the tokenizer of its vocabulary as an ordinary Hugging Face directory; returns the folder.
+
+    Raises:
+        InputError: more words than the model has tokens.
+    """
     require(
         model.get_input_embeddings().num_embeddings >= len(vocabulary),
         f"vocabulary: {len(vocabulary)} words are more than the model's {model.get_input_embeddings().num_embeddings} tokens",

@@ -22,7 +22,11 @@ _PAIR = ("clean", "corrupt", "answer", "wrong")
 
 @dataclass(frozen=True)
 class PromptPair:
-    """Two prompts, the next token that belongs to the clean one and the one that belongs to the corrupt one, with their spaces."""
+    """Two prompts, the next token that belongs to the clean one and the one that belongs to the corrupt one, with their spaces.
+
+    >>> PromptPair("The keys", "The key", " are", " is").answer
+    ' are'
+    """
 
     clean: str
     corrupt: str

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import pkgutil
 import types
 import typing
@@ -93,7 +94,8 @@ def configure(config: Any, values: Mapping[str, str]) -> Any:
             ``Literal``s, optional values (``none``) and comma-separated tuples and lists are understood.
 
     Raises:
-        InputError: an unknown field (names the nearest), or text that is not of the field's type.
+        InputError: an unknown field (names the nearest), text that is not of the field's type, or a number of a kind that the preset's is
+            not: none where it counts something, below zero where it never is.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Config:
@@ -117,7 +119,31 @@ def configure(config: Any, values: Mapping[str, str]) -> Any:
             parsed[name] = _parse(text, hints[name])
         except ValueError as error:
             raise InputError(f"--{option}: got {text!r}, expected {_wanted(hints[name])}") from error
+        if least := _least(parsed[name], getattr(config, name)):
+            raise InputError(f"--{option}: got {text!r}, expected {least}")
     return dataclasses.replace(config, **parsed)
+
+
+def _least(value: Any, usual: Any) -> str:
+    """What a number had to be, judged by the preset's own; "" where it is that.
+
+    >>> _least(0, 12), _least(0.0, 5e-4), _least(-1.0, 0.1), _least((3, 0), (1, 2))
+    ('an integer of at least 1', '', 'a finite number of at least 0', 'an integer of at least 1')
+    """
+    if isinstance(value, (tuple, list)) and isinstance(usual, (tuple, list)) and usual:
+        numbers = [u for u in usual if isinstance(u, (int, float)) and not isinstance(u, bool)]
+        return next((said for v in value if (said := _least(v, min(numbers)))), "") if numbers else ""
+    if isinstance(value, (bool, str)) or isinstance(usual, bool) or not isinstance(usual, (int, float)):
+        return ""
+    if isinstance(value, int) and isinstance(usual, int) and value < 1 <= usual:
+        return "an integer of at least 1"
+    if (
+        isinstance(value, float)
+        and value != usual
+        and not (math.isfinite(value) and (value >= 0 or usual < 0))
+    ):
+        return f"a finite number{' of at least 0' if usual >= 0 else ''}"
+    return ""
 
 
 def _owner(config: Any) -> str:

@@ -32,7 +32,7 @@ def claims(found: dict[str, Any]) -> list[Claim]:
         _claim(
             "Log-sum-exp: the Hessian needs fewer iterations than weighted Gauss-Newton, that fewer than first-order methods",
             "n = 200: 18, 30; gradient method with metric 74, without more than 1000 (n = 1000: 35, 94, 152, more than 1000)",
-            ", ".join(f"{name} {count:g}" for name, count in zip(order, counts)),
+            ", ".join(f"{name} {_said(count)}" for name, count in zip(order, counts)),
             all(a <= b for a, b in itertools.pairwise(counts))
             and lse["weighted Gauss-Newton"]["reached"]
             and falls,
@@ -40,8 +40,8 @@ def claims(found: dict[str, Any]) -> list[Claim]:
         _claim(
             "One parameter-free rule is as good as the best α of super-universal Newton (at most 1.5 times its iterations)",
             "n = 200: 18 against 28, 22, 28 for α = 1, 0.5, 0",
-            f"{counts[0]:g} against "
-            + ", ".join(f"{name.split('α = ')[1]}: {c:g}" for name, c in rules.items()),
+            f"{_said(counts[0])} against "
+            + ", ".join(f"{name.split('α = ')[1]}: {_said(c)}" for name, c in rules.items()),
             counts[0] <= 1.5 * min(rules.values()),
         ),
         _claim(
@@ -53,7 +53,7 @@ def claims(found: dict[str, Any]) -> list[Claim]:
         _claim(
             "A power of linear residuals: the rank-one Fisher term needs no more iterations than the Hessian",
             "18 against 27; gradient method 25 with the metric, 74 without",
-            ", ".join(f"{name} {_count(r):g}" for name, r in power.items()),
+            ", ".join(f"{name} {_said(_count(r))}" for name, r in power.items()),
             _count(power["Fisher term (rank one)"])
             <= _count(power["exact"])
             <= _count(power["gradient method"]),
@@ -61,37 +61,37 @@ def claims(found: dict[str, Any]) -> list[Claim]:
         _claim(
             "Rosenbrock: at most the authors' code's iterations for every power and both matrices",
             "; ".join(f"{kind} {', '.join(map(str, row))}" for kind, row in ROSENBROCK.items()),
-            "; ".join(f"{kind} {', '.join(f'{c:g}' for c in row)}" for kind, row in table.items()),
+            "; ".join(f"{kind} {', '.join(map(_said, row))}" for kind, row in table.items()),
             all(ours <= theirs for kind, row in ROSENBROCK.items() for ours, theirs in zip(table[kind], row)),
         ),
         _claim(
             "Rosenbrock: tens of iterations against thousands of the gradient method",
             "51 against more than 5000 (1.3e-6 left)",
-            f"{table['exact'][0]:g} against {slow:g}",
+            f"{_said(table['exact'][0])} against {_said(slow)}",
             table["exact"][0] <= 60 and slow > 1000,
         ),
         _claim(
             "Chebyshev chain: no breakdown on the indefinite Hessian (both matrices reach 1e-8 within 60 iterations)",
             "the authors' code stalls at 906; with the step retried 24, Gauss-Newton 21",
-            ", ".join(f"{name} {_count(r):g}" for name, r in chain.items()),
+            ", ".join(f"{name} {_said(_count(r))}" for name, r in chain.items()),
             _count(chain["exact"]) <= 60 and _count(chain["Gauss-Newton"]) <= 60,
         ),
         _claim(
             "Logistic regression: at most 11 iterations with the Hessian (l2 = 1e-4), 7 (l2 = 1e-2)",
             "11 and 7",
-            f"{exact[0]:g} and {exact[1]:g}",
+            f"{_said(exact[0])} and {_said(exact[1])}",
             exact[0] <= 11 and exact[1] <= 7,
         ),
         _claim(
             "The Fisher matrix is as good as f* is small relative to the regularisation: fast at l2 = 1e-2, slow at 1e-4 (5 times or more)",
             "25 and 606 iterations",
-            f"{fisher[1]:g} and {fisher[0]:g}",
+            f"{_said(fisher[1])} and {_said(fisher[0])}",
             fisher[1] <= 25 and fisher[0] >= 5 * fisher[1],
         ),
         _claim(
             "Softmax regression on digits: at most 9 iterations with the Hessian, approximations behind it",
             "9; Fisher 2.3e-8 and diag(p) 3e-3 left after 300; gradient method 817",
-            ", ".join(f"{name} {_count(r):g} ({r['gap']:.1e} left)" for name, r in softmax.items()),
+            ", ".join(f"{name} {_said(_count(r))} ({r['gap']:.1e} left)" for name, r in softmax.items()),
             _count(softmax["exact"]) <= 9
             and all(_count(softmax["exact"]) < _count(softmax[name]) for name in ("Fisher", "diag(p) alone")),
         ),
@@ -107,6 +107,15 @@ def claims(found: dict[str, Any]) -> list[Claim]:
 
 def _count(result: dict[str, Any]) -> float:
     return float(result["iterations"]) if result["reached"] else float("inf")
+
+
+def _said(count: float) -> str:
+    """A number of iterations, or that the goal was never reached.
+
+    >>> _said(51.0), _said(float("inf"))
+    ('51', 'not reached')
+    """
+    return f"{count:g}" if count < float("inf") else "not reached"
 
 
 def _above(ours: dict[str, Any], theirs: dict[str, Any]) -> float:

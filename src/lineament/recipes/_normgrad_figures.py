@@ -24,7 +24,8 @@ def pointing_figure(layers: dict[str, Any], sites: list[str], labels: list[str],
         for k, (method, row) in enumerate(layers.items()):
             ax.plot(labels, [100 * row[s] for s in sites], marker="o", color=f"C{k}", label=method)
         ax.set(ylabel="pointing accuracy, %", xlabel="layer", ylim=(0, 103))
-        ax.legend(ncols=2, loc="lower left")
+        # Above the axes: inside, some method's line runs through it.
+        ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2)
 
     early = ", ".join(f"{m} {100 * row[sites[0]]:.0f} %" for m, row in layers.items())
     shown = picture(

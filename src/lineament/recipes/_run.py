@@ -58,8 +58,7 @@ def reproduce(
     """
     recipe = load(slug)
     config = configure(recipe.Config.preset(one_of("--preset", preset, PRESETS)), values or {})
-    folder = Path(out) if out is not None else Path("runs") / f"{slug}-{preset}"
-    folder = output_folder(folder)
+    folder = output_folder(Path("runs") / f"{slug}-{preset}" if out is None else out)
     identity = {"slug": slug, "config": plain(asdict(config))}
     ours = overwrite and _clear(folder)
     found = _finished(folder, identity)

@@ -72,6 +72,11 @@ def build(
 
     Raises:
         InputError: ``runs`` is no folder, or ``out`` cannot be written or holds something else.
+
+    >>> import tempfile
+    >>> site = build(tempfile.mkdtemp(), tempfile.mkdtemp(), catalogue=[])
+    >>> site.index.name, len(site.problems)
+    ('index.html', 1)
     """
     runs = Path(runs)
     require(runs.is_dir(), f"RUNS: {str(runs)!r} is no folder, expected one with runs in it")

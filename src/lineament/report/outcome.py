@@ -16,7 +16,14 @@ from lineament.core.relief import Relief
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of a paper. ``holds`` comes from a predicate written before the run; ``reason`` says why not."""
+    """One claim of a paper.
+
+    Attributes:
+        name: what is claimed, in a sentence with its predicate.
+        paper, observed: the paper's figures and ours, as text.
+        holds: what the predicate says, which was written before the run.
+        reason: why not, where it does not hold.
+    """
 
     name: str
     paper: str
@@ -27,7 +34,11 @@ class Claim:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: column names, and rows of strings or numbers."""
+    """A table: column names, and rows of strings or numbers, one for each column; ``None`` is shown as a dash.
+
+    >>> Table("Errors", ("group", "error"), [("north", 0.25), ("south", None)]).rows[0]
+    ('north', 0.25)
+    """
 
     title: str
     columns: Sequence[str]
@@ -49,7 +60,20 @@ class Figure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of ``lineament reproduce SLUG``; the form of `outcome.json`."""
+    """The result of ``lineament reproduce SLUG``; the form of `outcome.json`.
+
+    Attributes:
+        slug, title: of the paper.
+        preset, config: what was run; ``config`` holds plain values.
+        claims, tables, figures: what came out; figures are files beside `outcome.json`.
+        seconds: how long it took.
+        versions: of the packages that a reader needs to repeat it.
+
+    >>> import tempfile
+    >>> found = Outcome("normgrad", "A title", "quick", {"seed": 0}, [Claim("It holds", "1", "1.02", True)])
+    >>> Outcome.read(found.write(tempfile.mkdtemp())).claims[0].observed
+    '1.02'
+    """
 
     slug: str
     title: str
@@ -72,7 +96,11 @@ class Outcome:
 
     @classmethod
     def read(cls, path: str | Path) -> Outcome:
-        """Read ``outcome.json`` (untrusted: only the documented fields are taken)."""
+        """Read ``outcome.json`` (untrusted: only the documented fields are taken).
+
+        Raises:
+            InputError: a file that cannot be read or is no such outcome.
+        """
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls(
@@ -104,7 +132,11 @@ class Outcome:
 
 
 def versions() -> dict[str, str]:
-    """The versions that a reader needs to repeat a run."""
+    """The versions that a reader needs to repeat a run.
+
+    >>> sorted(versions())
+    ['lineament', 'numpy', 'python', 'torch']
+    """
     import numpy
     import torch
 

@@ -62,6 +62,7 @@ def render(
     command: str,
     methods: Mapping[str, Mapping[str, Any]] | None = None,
     versions: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
     kicker: str = "Lineament audit",
 ) -> str:
     """The page as HTML.
@@ -74,6 +75,7 @@ def render(
         command: the command line that makes this page again.
         methods: for each slug that a section's ``method`` names, ``{"title", "year", "url"}`` of its paper.
         versions: package versions for the foot of the page.
+        notes: what was decided on the way, such as how the data became the network's input; one sentence each.
         kicker: the small line above the title.
 
     Raises:
@@ -104,6 +106,7 @@ def render(
             command=command,
             methods=methods or {},
             versions=versions or {},
+            notes=notes,
             seconds=sum(section.seconds for section in sections),
             library=library(picture.reliefs for section in sections for picture in section.pictures),
         )
@@ -121,19 +124,31 @@ def write(
     command: str,
     methods: Mapping[str, Mapping[str, Any]] | None = None,
     versions: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> tuple[Path, Path]:
     """Write ``report.html`` and ``report.json`` into ``folder``, each whole or not at all; returns their paths.
 
-    ``report.json`` holds ``title``, ``subtitle``, ``facts``, ``findings``, ``sections``, ``command``, ``versions``
-    and whatever ``extra`` adds; NaN and infinities are ``null`` there.
+    ``report.json`` holds ``title``, ``subtitle``, ``facts``, ``findings``, ``sections``, ``command``, ``versions``,
+    ``notes`` and whatever ``extra`` adds; NaN and infinities are ``null`` there. The other arguments are those of :func:`render`.
+
+    Raises:
+        InputError: as :func:`render`.
 
     >>> import tempfile
     >>> [p.name for p in write(tempfile.mkdtemp(), "net", "", [], [], [], command="lineament audit")]
     ['report.html', 'report.json']
     """
     page = render(
-        title, subtitle, facts, findings, sections, command=command, methods=methods, versions=versions
+        title,
+        subtitle,
+        facts,
+        findings,
+        sections,
+        command=command,
+        methods=methods,
+        versions=versions,
+        notes=notes,
     )
     record = {
         "title": title,
@@ -143,6 +158,7 @@ def write(
         "findings": [finding.to_dict() for finding in findings],
         "sections": [section.to_dict() for section in sections],
         "versions": dict(versions or {}),
+        "notes": list(notes),
         **(extra or {}),
     }
     html, json = Path(folder) / "report.html", Path(folder) / "report.json"

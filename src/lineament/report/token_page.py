@@ -50,6 +50,19 @@ class TokenBlock:
             for i, (token, score) in enumerate(zip(self.tokens, self.scores))
         ]
 
+    def summary(self) -> str:
+        """The weightiest tokens in a sentence.
+
+        >>> TokenBlock(" are", "", ["The", " keys", " on"], [0.1, 0.9, -0.4], [True] * 3).summary()
+        'Most for it: “ keys” (0.9), then “The” (0.1). Most against it: “ on” (−0.4).'
+        """
+        order = sorted((i for i, s in enumerate(self.scored) if s), key=lambda i: -self.scores[i])
+        named = {i: f"“{printable(self.tokens[i], limit=40)}” ({cell(float(self.scores[i]))})" for i in order}
+        most = [named[i] for i in order[:2] if self.scores[i] > 0]
+        least = [named[i] for i in order[:-2:-1] if self.scores[i] < 0]
+        parts = [f"Most for it: {', then '.join(most)}."] if most else []
+        return " ".join(parts + [f"Most against it: {least[0]}." for _ in least])
+
 
 def render(
     title: str,
@@ -62,6 +75,13 @@ def render(
     versions: Mapping[str, str] | None = None,
 ) -> str:
     """The page as HTML.
+
+    Args:
+        title, subtitle, facts: as of :func:`lineament.report.page.render`.
+        blocks: one for each token that is explained.
+        command: the command line that makes this page again.
+        notes: what a reader must know before trusting the values; one sentence each.
+        versions: package versions for the foot of the page.
 
     >>> block = TokenBlock("<b>", "probability 0.5", ["<i>", " x"], [0.9, -0.1], [True, True])
     >>> html = render("net", "", [], [block], command="lineament explain net '<i> x'")
@@ -76,6 +96,7 @@ def render(
             subtitle=subtitle,
             facts=facts,
             blocks=[(block, block.shown()) for block in blocks],
+            marked=any(len(block.marked) for block in blocks),
             command=command,
             notes=notes,
             versions=versions or {},

@@ -29,6 +29,13 @@ class Answers(nn.Module):
 
     def forward(self, x):
         return {"scores": self.body(x)}
+
+class Pair(Answers):
+    def forward(self, x):
+        return self.body(x), None
+
+def leaves():
+    raise SystemExit(0)
 """
 
 
@@ -78,6 +85,20 @@ X, Y = np.random.default_rng(0).random((20, 8, 8)), np.arange(20) % 10
         (lambda: changed(model="net.py"), "names no factory"),
         (lambda: changed(model="net.py:Answers"), "does not fit"),
         (lambda: ["audit", "net.py:Answers", "data.npz", "--out", "out"], "dict with keys ['scores']"),
+        (
+            lambda: ["audit", "net.py:Pair", "data.npz", "--out", "out"],
+            "a tuple of a float32 tensor of shape",
+        ),
+        (lambda: ["audit", "net.py:leaves", "data.npz", "--out", "out"], "failed (SystemExit: 0)"),
+        (lambda: ["audit", corrupt("s.py", b"raise SystemExit") + ":make", "data.npz"], "failed (SystemExit"),
+        (lambda: changed(weights="."), "is a folder"),
+        (lambda: changed(data="digit"), "nearest of those built in: 'digits'"),
+        (lambda: changed(data=saved("d.npz", x=X, y=np.eye(10, dtype=int)[Y])), "an int64 array"),
+        (lambda: changed(data=saved("s.npz", x=X[:1], y=Y[:1])), "the only sample is of class 0"),
+        (lambda: [*GOOD, "--classes", "a,b"], "2 class names for labels up to 9"),
+        (lambda: changed(out=""), "got an empty name"),
+        (lambda: [*GOOD, "--classes", corrupt("e.txt", b"")], "is empty, expected one name a line"),
+        (lambda: [*GOOD, "--classes", corrupt("l.txt", b"\xfc")], "cannot be read as UTF-8"),
         (lambda: changed(weights=corrupt("p.safetensors", b"\x80\x04K\x01.")), "is a pickle"),
         (lambda: changed(weights=corrupt("c.safetensors", b"\x10" + bytes(7) + b"no header")), "is corrupt"),
         (lambda: changed(weights="none.safetensors"), "does not exist"),

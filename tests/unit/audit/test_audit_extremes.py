@@ -80,3 +80,35 @@ def test_the_verdict_and_the_section_of_a_minimum_agree(tmp_path):
         model[0].bias.copy_(weights[3:])
     found = audit(model, (x, y), out=tmp_path / "r", lenses=["landscape"])
     assert found.findings[0].severity == found["landscape"].status == "good"
+
+
+def test_few_samples_a_class_do_not_tell_how_tightly_classes_are_held(tmp_path):
+    """An untrained network on noise has the nearest of its own few samples' means nearly always."""
+    x = torch.randn(60, 30, generator=torch.Generator().manual_seed(0))
+    found = answering(x, lenses=["collapse"])(torch.arange(60) % 30, tmp_path / "r")
+    assert found["collapse"].numbers["sites"][-1]["nearest_mean_accuracy"] > 0.9
+    assert found.findings[0].severity == found["collapse"].status == "note"
+    assert (
+        "too few samples" in found.findings[0].sentence
+        and "With 2 samples a class" in found["collapse"].sentence
+    )
+
+
+def test_the_report_says_how_samples_go_in_and_how_places_are_named(tmp_path):
+    told = []
+    images = torch.randint(0, 255, (40, 8, 8, 3), dtype=torch.uint8)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2))
+    found = audit(
+        model, (images, torch.arange(40) % 2), out=tmp_path / "r", lenses=["accuracy"], note=told.append
+    )
+    page = found.html.read_text(encoding="utf-8")
+    assert "(colour as grey)" in page and "&#39;3:in&#39; what goes into &#39;3&#39;" in page
+    assert any("(colour as grey)" in line for line in told)
+
+
+def test_no_class_is_called_the_hardest_where_several_are(tmp_path):
+    targets = torch.arange(60) % 3
+    found = answering(20 * torch.eye(3)[torch.full_like(targets, 2)], lenses=["accuracy"])(
+        targets, tmp_path / "r"
+    )
+    assert "Of 3 classes, 2 are hardest alike (0\xa0%)" in found["accuracy"].sentence

@@ -133,7 +133,7 @@ def test_what_cannot_be_used_is_said_and_leaves_nothing(folder, files, capsys):
     before = sorted(p.name for p in files.iterdir())
     for words, said in (
         ([str(folder), "none.txt"], "does not exist"),
-        ([str(folder), "iou"], "expected a .txt file of prompts"),
+        ([str(folder), "iou"], "nearest: 'ioi'"),
         ([str(folder), "data.npz"], "expected a .txt file of prompts"),
         ([str(folder), str(files / "bad.jsonl")], "line 1 holds ['clean', 'corrupt']"),
         ([str(folder), str(files / "worse.jsonl")], "line 1 is no JSON"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+import warnings
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from lineament.audit.depth import default_sites, expected_input
 from lineament.audit.models import digest, load
 from lineament.core.checks import InputError
+from lineament.core.models import frozen
 
 NET = """
     from torch import nn
@@ -161,7 +163,9 @@ def test_export(tmp_path, dynamic):
     shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
     net = Body().eval()
     torch.export.save(torch.export.export(net, (torch.zeros(4, 1, 8, 8),), dynamic_shapes=shapes), path)
-    found = load(str(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = load(str(path))
     assert found.batch == (None if dynamic else 4) and found.size == (8, 8)
     x = torch.rand(4, 1, 8, 8)
     assert torch.allclose(found.model(x), net(x), atol=1e-6)
@@ -169,6 +173,17 @@ def test_export(tmp_path, dynamic):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(InputError, match=r"corrupt or no torch\.export file"):
         load(str(path))
+
+
+@pytest.mark.slow
+def test_an_export_that_cannot_be_nested_is_read_flat(tmp_path, monkeypatch):
+    net = Body().eval()
+    torch.export.save(torch.export.export(net, (torch.zeros(4, 1, 8, 8),)), tmp_path / "net.pt2")
+    monkeypatch.setattr(torch.export, "unflatten", lambda program: 1 / 0)
+    found = load(str(tmp_path / "net.pt2"))
+    x = torch.rand(4, 1, 8, 8)
+    with frozen(found.model):
+        assert torch.allclose(found.model(x), net(x), atol=1e-6)
 
 
 @pytest.mark.slow

@@ -107,6 +107,8 @@ def test_a_json_file_that_cannot_be_written_is_said_before_any_work(benchmarks, 
     monkeypatch.setattr(bench, "run", lambda *_: pytest.fail("work was begun"))
     for target, message in (
         (tmp_path, "is a folder"),
+        ("", "empty name"),
+        ("/proc/self/rows.json", "cannot be written"),
         (tmp_path / "none/rows.json", "no folder that exists"),
     ):
         with pytest.raises(InputError, match=message):

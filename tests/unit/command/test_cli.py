@@ -219,3 +219,37 @@ def test_a_reader_who_leaves_is_no_error():
         f"{sys.executable} -m lineament papers --json | head -n 1", shell=True, capture_output=True, text=True
     )
     assert done.stdout == "[\n" and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "said"), [("audit", "goes on where it stopped"), ("gallery", "begins anew")]
+)
+def test_after_an_interruption_it_is_said_what_the_same_command_does(command, said, monkeypatch, capsys):
+    def interrupted(_argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_dispatch", interrupted)
+    assert cli.main([command]) == 130
+    assert said in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_is_no_error(monkeypatch):
+    """`lineament papers | head -1` did its work; rich would end with status 1."""
+
+    class Gone:
+        encoding = "utf-8"
+
+        def write(self, _text):
+            raise BrokenPipeError
+
+        def flush(self):
+            raise BrokenPipeError
+
+        def isatty(self):
+            return False
+
+        def fileno(self):
+            return os.open(os.devnull, os.O_WRONLY)
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    assert cli.main(["papers"]) == 0

@@ -246,3 +246,29 @@ def test_two_processes_train_one_network(files):
     one = json.loads((files / "alone/train.json").read_text())
     # The same orders and rates; batch norm and dropout differ.
     assert one["history"][-1]["train_loss"] == pytest.approx(raw["history"][-1]["train_loss"], rel=0.2)
+
+
+def test_what_the_training_refuses_leaves_no_folder(files, capsys):
+    small = saved("s.npz", x=X, y=Y)
+    for words, said in (
+        (("--validation", "0.1"), "holds none out"),
+        (("--validation", "0", "--lr", "1e30", "--batch-size", "8"), "step 2 of epoch 1"),
+    ):
+        assert cli.main(["train", "net.py:make", small, "--out", "run", "--device", "cpu", *words]) == 2
+        assert said in capsys.readouterr().err.splitlines()[-1]
+        assert not Path("run").exists()
+
+
+def test_whole_numbers_are_labels_however_they_are_stored(files):
+    """Spreadsheets and pandas make 3.0 of a 3."""
+    line = [
+        "train",
+        "net.py:make",
+        saved("f.npz", x=X, y=Y.astype(np.float32)),
+        "--out",
+        "run",
+        "--validation",
+        "0",
+    ]
+    assert cli.main([*line, "--epochs", "1", "--device", "cpu"]) == 0
+    assert Path("run/model.safetensors").is_file()

@@ -9,7 +9,7 @@ import stat
 import pytest
 
 from lineament.core.checks import InputError
-from lineament.core.files import output_folder, write_json, write_text, writing
+from lineament.core.files import output_folder, possible_file, write_json, write_text, writing
 
 
 def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -27,6 +27,19 @@ def test_folders_are_made_and_the_suffix_is_kept(tmp_path):
         assert temporary.suffix == ".png"
         temporary.write_bytes(b"png")
     assert (tmp_path / "a" / "b" / "map.png").read_bytes() == b"png"
+
+
+def test_a_file_that_cannot_be_written_is_known_beforehand(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path, said in (
+        ("", "empty name"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "file" / "page.html", "cannot be written"),
+    ):
+        with pytest.raises(InputError, match=f"--out: .*{said}"):
+            possible_file("--out", path)
+    assert possible_file("--out", tmp_path / "new" / "page.html") == tmp_path / "new" / "page.html"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_result_is_as_readable_as_any_other_file(tmp_path):

@@ -303,3 +303,30 @@ def test_pictures_of_sixteen_bits_are_not_clipped(tmp_path):
         Image.fromarray(np.full((4, 4), value, dtype=np.uint16)).save(tmp_path / name / "a.png")
     found = load(str(tmp_path), samples=10)
     assert found.inputs.dtype == torch.uint8 and found.inputs[:, 0, 0].tolist() == [64, 200]
+
+
+@pytest.mark.parametrize(
+    ("size", "said"), [((99_999, 99_999), "pixels an image"), ((7_000, 7_000), "of this machine's memory")]
+)
+def test_a_size_that_no_memory_holds_is_refused_before_any_image_is_enlarged(
+    tmp_path, monkeypatch, size, said
+):
+    """The system would end the process, and say nothing."""
+    import os
+
+    (tmp_path / "cat").mkdir()
+    for index in range(3):
+        Image.new("L", (4, 4)).save(tmp_path / "cat" / f"{index}.png")
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1 << 16}.__getitem__)
+    with pytest.raises(InputError, match=f"--image-size: .*{said}"):
+        load(tmp_path, image_size=size)
+
+
+def test_a_header_that_claims_more_than_the_file_holds_makes_nothing_of_that_size(tmp_path):
+    path = save(tmp_path / "claims.npz", y=np.arange(10) % 2)
+    with zipfile.ZipFile(path, "a") as archive, archive.open("x.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": (10, 10**6, 10**6)}
+        )
+    with pytest.raises(InputError, match="ends too early"):
+        load(path)

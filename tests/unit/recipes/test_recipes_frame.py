@@ -24,6 +24,7 @@ from lineament.report.outcome import Claim, Figure, Outcome, Table
 class Config:
     preset: str = "quick"
     seed: int = 0
+    epochs: int = 8
     rate: float = 0.1
     name: str = "net"
     flag: bool = False
@@ -72,6 +73,10 @@ def test_fields_from_text(field, words, value):
         ("pair", "1", "2 values separated by commas"),
         ("kind", "gif", "one of 'svg', 'png'"),
         ("table", "{}", "not for the command line"),
+        ("epochs", "0", "--epochs: got '0', expected an integer of at least 1"),
+        ("widths", "4,-1", "expected an integer of at least 1"),
+        ("rate", "nan", "expected a finite number of at least 0"),
+        ("rate", "-0.1", "expected a finite number of at least 0"),
         ("sed", "1", "--sed.*nearest: 'seed'"),
         ("preset", "small", "no such field"),
     ],

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.browser.chrome import HOSTILE
 
 from lineament.core.checks import InputError
-from lineament.report import figures, page, text
+from lineament.report import figures, page, text, token_page
 from lineament.report.outcome import Table
 from lineament.report.page import STATES, Finding
 from lineament.report.section import Section
@@ -262,6 +262,14 @@ def test_a_finding_says_what_to_do_where_there_is_something():
     assert html.index("<p>W") < html.index("What to do:") < html.index("<p>G")
 
 
+def test_what_was_decided_on_the_way_is_said_and_escaped(tmp_path):
+    assert "What was decided" not in render()
+    html = render([section()], notes=["Colour <b> as grey."])
+    assert "What was decided on the way" in html and "Colour &lt;b&gt; as grey." in html
+    page.write(tmp_path, "T", "S", [], [], [section()], command="x", notes=["Colour as grey."])
+    assert json.loads((tmp_path / "report.json").read_text())["notes"] == ["Colour as grey."]
+
+
 def test_what_does_not_apply_took_no_time():
     html = render([section(status="skipped", method=""), section(name="other", status="good", method="")])
     assert html.count("Took ") == 1
@@ -311,8 +319,30 @@ def test_write_is_whole_and_strict(tmp_path):
         tmp_path, "T\udcff", "", [("n", 1)], [Finding("note", "x")], [made], command="c", extra={"seed": 3}
     )
     raw = json.loads(record.read_text(encoding="utf-8"))
-    assert list(raw) == ["title", "subtitle", "command", "facts", "findings", "sections", "versions", "seed"]
+    assert list(raw) == [
+        "title",
+        "subtitle",
+        "command",
+        "facts",
+        "findings",
+        "sections",
+        "versions",
+        "notes",
+        "seed",
+    ]
     assert raw["sections"][0]["numbers"] == {"a": None, "b": 1.5}
     assert Section.from_dict(raw["sections"][0]).title == "Title"
     assert html.read_text(encoding="utf-8").endswith("</html>")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json"]
+
+
+def test_tokens_that_decide_are_named_in_words_and_the_legend_fits():
+    def tokens(**changes):
+        block = token_page.TokenBlock(
+            " are", "line", ["<i>", " keys", " on"], [0.1, 0.9, -0.4], [True] * 3, **changes
+        )
+        return token_page.render("t", "", [], [block], command="c")
+
+    page_text = tokens()
+    assert "Most for it: “ keys” (0.9), then “&lt;i&gt;” (0.1). Most against it: “ on” (−0.4)." in page_text
+    assert "rationale" not in page_text and "(the rationale)" in tokens(marked=(1,))

@@ -77,7 +77,12 @@ def _classes(subject: Subject) -> Section:
     )
     sentence += _between(groups) if len(groups) > 1 else ""
     if worst_class["accuracy"] < max(c["accuracy"] for c in classes):
-        sentence += f"The hardest class is “{printable(worst_class['name'], limit=60)}” ({percent(worst_class['accuracy'])}). "
+        alike = sum(c["accuracy"] == worst_class["accuracy"] for c in classes)
+        sentence += (
+            f"The hardest class is “{printable(worst_class['name'], limit=60)}” ({percent(worst_class['accuracy'])}). "
+            if alike == 1
+            else f"Of {len(classes)} classes, {alike} are hardest alike ({percent(worst_class['accuracy'])}). "
+        )
     gap = known["confidence"] - known["accuracy"]
     sentence += f"On average it is {percent(known['confidence'])} sure, " + (
         "which fits how often it is right."
@@ -217,7 +222,8 @@ def _reliability(known: dict[str, Any]) -> Picture:
         ax.plot(at, hit, color="C0", linewidth=1.2)
         ax.scatter(at, hit, s=sizes, color="C0", alpha=0.8, label="the network (size: samples)")
         ax.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="how sure it is", ylabel="how often it is right")
-        ax.legend(loc="upper left")
+        # Above the axes: inside, the network's line may run through it.
+        ax.legend(loc="lower left", ncols=2, bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2)
 
     return picture(
         draw,

@@ -22,6 +22,8 @@ from lineament.report.section import Section
 
 TITLE = "How does it hold its classes, layer by layer?"
 METHOD = "neural-collapse"
+# Fewer samples a class than this: a class mean is its samples' own.
+_FEW = 10
 
 
 def applies(subject: Subject) -> str:
@@ -77,12 +79,16 @@ def look(subject: Subject) -> Section:
     )
     if last["nearest_mean_accuracy"] is not None:
         sentence += f"The nearest class mean alone would be right for {percent(last['nearest_mean_accuracy'])} of samples. "
+    each = len(labels) / len(present)
+    few = each < _FEW
+    if few:
+        sentence += f"With {compact(each)} samples a class, each sample is much of its own class's mean, which makes classes look tighter and the nearest mean righter than they are. "
     if not every:
         sentence += f"Only {len(present)} of {subject.outputs.shape[1]} classes occur in the data, so NC3 and NC4 are left out. "
     return Section(
         name="collapse",
         title=TITLE,
-        status="good" if value < 0.7 else "note",
+        status="good" if value < 0.7 and not few else "note",
         number=compact(value),
         unit="variance within classes / between them, at the last place",
         sentence=sentence.strip(),
@@ -106,7 +112,13 @@ def look(subject: Subject) -> Section:
             )
         ],
         method=METHOD,
-        numbers={"sites": rows, "head": found.head, "samples": found.samples, "classes": len(present)},
+        numbers={
+            "sites": rows,
+            "head": found.head,
+            "samples": found.samples,
+            "classes": len(present),
+            "few": few,
+        },
     )
 
 

@@ -78,13 +78,14 @@ def look(subject: Subject) -> Section:
         if classify
         else "the answers moving by less than 1 % of their spread"
     )
-    sentence += (
+    told = (
         f"{len(free)} groups ({percent(len(free) / len(found), 0)}) can each be silenced with {little}."
         if 0 < len(free) < len(found)
         else f"Each of the {len(found)} groups can be silenced alone with {little}."
         if free
         else f"No group can be silenced with {little}."
     )
+    sentence += told if top["mean_changed"] > 0 else ""
     helped = min(found, key=lambda r: r["mean_cost"])
     if helped["mean_cost"] < -3 * max(helped["mean_error"], 1e-12) and helped is not top:
         sentence += (

@@ -73,7 +73,7 @@ def look(subject: Subject) -> Section:
                     "units",
                     "effective rank",
                     "participation ratio",
-                    "directions for 90 %",
+                    "directions for 90\u00a0%",
                     "never vary",
                     "copies",
                 ),
