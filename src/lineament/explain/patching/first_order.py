@@ -167,6 +167,8 @@ def _linear(
         f"rules: {', '.join(map(repr, idle))} matched modules ({', '.join(n for r in idle for n in coverage.modules[r])}) none of which ran in the forward "
         "behind the sites, so that the coefficients would be those of another set of rules",
     )
+    if fix is None and drop is None:
+        return passes[0], base.detach(), source, coverage
     by_place = [torch.stack(each) for each in zip(*passes)]
     if fix is not None:
         for index, found in fix.scores(mixed, differences, work.picks).items():
