@@ -64,6 +64,10 @@ def load_language_model(
         f"{what}: {name!r} is no folder; expected a Hugging Face directory or name",
     )
     require(
+        Path(name).is_dir() or ".py:" not in name,
+        f"{what}: {name!r} names a function of a file; language models are read from a Hugging Face directory that save_pretrained wrote, so save yours there",
+    )
+    require(
         tokenizer is None or Path(tokenizer).is_dir() or not tokenizer.startswith((".", "/", "~")),
         f"--tokenizer: {tokenizer!r} is no folder; expected a Hugging Face directory or name",
     )

@@ -173,6 +173,7 @@ def test_bad_input_is_one_line_before_any_page(folders, tmp_path, capsys, monkey
     for words, said in (
         ((gpt, ""), "empty prompt"),
         ((gpt, "the cat", "--target", "the cat"), "2 tokens"),
+        (("my_model.py:build", "the cat"), "save_pretrained"),
         ((gpt, "the cat", "--target", "#99999"), "99999"),
         ((gpt, "the cat", "--out", "there.html"), "--overwrite"),
         ((gpt, "the cat", "--out", tmp_path), "is a folder"),
