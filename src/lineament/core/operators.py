@@ -62,7 +62,8 @@ class Curvature:
         )
         other = other.detach().to(device=self.device, dtype=self.dtype)
         # Column by column: a transposed copy of a tall matrix misses the cache at every entry.
-        rows = torch.stack([*other.T]) if other.ndim == 2 else other.contiguous()
+        turned = other.ndim == 2 and not other.T.is_contiguous()
+        rows = torch.stack([*other.T]) if turned else other.t().contiguous()
         result: Tensor | None = None
         seen = 0
         for kept in self._products():

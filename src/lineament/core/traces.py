@@ -16,6 +16,9 @@ from torch import Tensor
 from lineament.core import checks
 from lineament.core.krylov import Operator, random_normal, random_signs, side
 
+# so many probes at a time
+_BLOCK = 8
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -79,8 +82,7 @@ def trace(
     size = side(operator)
     generator = torch.Generator().manual_seed(seed)
     if method == "hutchinson":
-        signs = random_signs(operator, (size, products), generator)
-        return _average((signs * (operator @ signs)).sum(0), 0.0, products, method)
+        return _average(_forms(operator, products, generator), 0.0, products, method)
     if method == "hutch++":
         width = min(products // 3, size)
         sketch = operator @ random_signs(operator, (size, width), generator)
@@ -93,6 +95,15 @@ def trace(
             return Trace(known, 0.0, 2 * width, method)
         return _average((signs * (operator @ signs)).sum(0), known, products, method)
     return _xtrace(operator, min(products // 2, size), generator)
+
+
+def _forms(operator: Operator, count: int, generator: torch.Generator) -> Tensor:
+    """vᵀ A v of random signs; a few at a time, so that the memory does not grow with their number."""
+    found = []
+    for start in range(0, count, _BLOCK):
+        signs = random_signs(operator, (min(_BLOCK, count - start), side(operator)), generator)
+        found.append((signs * (operator @ signs.T).T).sum(1, dtype=torch.float64))
+    return torch.cat(found)
 
 
 def _xtrace(operator: Operator, width: int, generator: torch.Generator) -> Trace:

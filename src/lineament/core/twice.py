@@ -64,7 +64,9 @@ class Twice(TorchFunctionMode):
             # The scores inside, before and after the softmax, are seen by nobody.
             query, key = args[:2]
             self.bytes += 2 * query.element_size() * query.numel() // query.shape[-1] * key.shape[-2]
-        if isinstance(result, Tensor) and result.requires_grad and result._base is None:
+        # A view keeps nothing of its own, but for what a replacement reshapes at its end.
+        new = isinstance(result, Tensor) and (result._base is None or func in _REPLACED)
+        if new and result.requires_grad:
             self.bytes += copies * result.element_size() * result.numel()
         return result
 

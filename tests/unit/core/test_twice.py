@@ -226,23 +226,34 @@ def test_max_pooling_that_gives_its_places_or_pools_signals_stays_pytorchs_own()
     torch.testing.assert_close(unbatched, F.max_pool2d(x[0], 2))
 
 
-@pytest.mark.parametrize("kind", ["linear", "pool"])
+@pytest.mark.parametrize("kind", ["linear", "small linear", "pool"])
 def test_what_is_rewritten_differentiates_a_third_time(kind):
     torch.manual_seed(0)
-    dtype = torch.float32 if kind == "linear" else torch.float64
-    # Large enough for the fast kernel.
-    x = torch.randn(70, 80) if kind == "linear" else torch.randn(2, 2, 6, 6, dtype=torch.float64)
-    w = torch.randn(90, 80) / 9 if kind == "linear" else torch.randn(2, 2, 3, 3, dtype=torch.float64)
+    pool = kind == "pool"
+    # Large enough for the fast kernel, or small.
+    rows = 70 if kind == "linear" else 5
+    x = torch.randn(2, 2, 6, 6, dtype=torch.float64) if pool else torch.randn(rows, 80)
+    w = torch.randn(2, 2, 3, 3, dtype=torch.float64) if pool else torch.randn(90, 80) / 9
+    bias = torch.randn(len(w), dtype=w.dtype)
     found = []
     for context in (Twice(), nullcontext()):
-        a, b = (t.clone().to(dtype).requires_grad_() for t in (x, w))
+        leaves = [t.clone().requires_grad_() for t in (x, w, bias)]
         with context:
-            inside = F.linear(a, b) if kind == "linear" else F.max_pool2d(F.conv2d(a, b), 2)
+            inside = F.max_pool2d(F.conv2d(*leaves), 2) if pool else F.linear(*leaves)
             value = inside.tanh().pow(3).sum()
         for _ in range(2):
-            value = sum(g.pow(2).mean() for g in torch.autograd.grad(value, (a, b), create_graph=True))
-        found.append(torch.autograd.grad(value, (a, b)))
-    torch.testing.assert_close(*found, rtol=1e-3 if kind == "linear" else 1e-6, atol=1e-5)
+            value = sum(g.pow(2).mean() for g in torch.autograd.grad(value, leaves, create_graph=True))
+        found.append(torch.autograd.grad(value, leaves))
+    torch.testing.assert_close(*found, rtol=1e-6 if pool else 1e-3, atol=1e-5)
+
+
+def test_a_bias_of_another_size_is_refused_as_by_pytorch():
+    x, w = torch.randn(70, 80, requires_grad=True), torch.randn(90, 80)
+    with Twice():
+        wide = F.linear(x, w, torch.randn(1))
+        with pytest.raises(RuntimeError, match="size"):
+            F.linear(x, w, torch.randn(80))
+    assert wide.shape == (70, 90)
 
 
 def test_one_picture_channel_keeps_the_layout_of_the_others():

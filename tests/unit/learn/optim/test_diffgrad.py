@@ -234,7 +234,7 @@ def test_the_compiled_step_is_the_same_and_compiles_once():
 @pytest.mark.slow
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_compiled_tensors_move_together_whatever_becomes_of_their_memory(amsgrad):
-    """Equal sizes, one element, swapped weights, a state that was loaded, gradients by columns: as without a compiler."""
+    """Equal sizes, one element, gradients by columns, and whatever changes between steps: as without a compiler."""
     shapes = ((40,), (40,), (1,), (8, 5), (30, 7), (40,), (3, 4, 5), (0,), (90,), (11, 2), (40,), (6,))
     sides = []
     for compiled in (True, False):
@@ -243,10 +243,16 @@ def test_compiled_tensors_move_together_whatever_becomes_of_their_memory(amsgrad
         for t, each in enumerate(gradients(6, shapes, torch.float32)):
             for p, g in zip(params, each):
                 p.grad = g.clone() if g.ndim != 2 else g.T.contiguous().T
+            if t in (1, 2):
+                params[3].grad = params[5].grad = None
             if t == 2:
                 params[0].data = params[0].data.clone() + 1
+            if t == 3:
+                optimizer.state[params[8]]["exp_avg"] = optimizer.state[params[8]]["exp_avg"] + 1
             if t == 4:
                 optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            if t == 5:
+                optimizer.param_groups[0]["maximize"] = True
             optimizer.step()
         sides.append(params)
     close(*sides, rtol=1e-5, atol=1e-6)

@@ -1,7 +1,7 @@
 """diffGrad's step compiled into one pass over memory: which tensors move together, and what is kept from step to step.
 
 The arithmetic is :func:`~lineament.learn.optim.diffgrad.steps.update`. What is not obvious: the kernel runs at the speed of memory, so that what
-is left to save is the calls; eight tensors share one, and their views as vectors are kept.
+is left to save is the calls. Eight tensors share one, and it is kept, all but the gradients, for as long as the same tensors move.
 """
 
 from __future__ import annotations
@@ -9,15 +9,25 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lineament.learn.optim.diffgrad.steps import Buffers, Coefficients, Rule, flattened, update
+from lineament.learn.optim.diffgrad.steps import (
+    Buffers,
+    Coefficients,
+    Rule,
+    memory_order,
+    update,
+    vector,
+)
 
 # Tensors in one compiled call.
 TOGETHER = 8
+# A parameter, what moves with it, and the numbers of its step.
+Found = tuple[Tensor, Buffers, Coefficients]
 
 
 def packed(c: Coefficients, like: Tensor) -> Tensor:
@@ -28,103 +38,146 @@ def packed(c: Coefficients, like: Tensor) -> Tensor:
     return torch.tensor(c, dtype=dtype, device=like.device)
 
 
-def _traced(bs: Sequence[Buffers], numbers: Tensor, rule: Rule) -> None:
+def _traced(gradients: Sequence[Tensor], others: Sequence[Tensor], numbers: Tensor, rule: Rule) -> None:
+    """``others``: each parameter and its state, one after the other: lists in a list would cost the call more."""
     c = Coefficients(*numbers.unbind())
-    for b in bs:
-        update(b, c, rule)
+    width = len(others) // len(gradients)
+    for at, g in enumerate(gradients):
+        p, m, v, q, *more = others[at * width : (at + 1) * width]
+        # The greatest v is one more; the mean and the spread are two.
+        top = more.pop(0) if len(more) % 2 else None
+        update(Buffers(p, g, m, v, q, top, *more), c, rule)
 
 
 @functools.cache
-def _compiled(kind: Any) -> Callable[[Sequence[Buffers], Tensor, Rule], None]:
+def _compiled(kind: Any) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor, Rule], None]:
     # A code object for each kind: a compiler keeps few versions of one. Sizes are dynamic and numbers a tensor, so that neither another
     # shape nor another step compiles again.
     code = _traced.__code__.replace(co_name="diffgrad")
-    # The guards have looked at each size; looking again at each tensor would cost a quarter of the call.
-    return torch.compile(types.FunctionType(code, globals()), dynamic=True, options={"size_asserts": False})
+    # The guards look at each tensor; that nobody has changed this module and the rule need not be asked at each call, nor the sizes asked twice.
+    options = {"size_asserts": False, "guard_filter_fn": _about_tensors}
+    return torch.compile(types.FunctionType(code, globals()), dynamic=True, options=options)
+
+
+def _about_tensors(guards: Sequence[Any]) -> list[bool]:
+    return [not (guard.is_global or guard.name.startswith("rule")) for guard in guards]
 
 
 class Passes:
-    """:func:`update`, compiled: buffers gathered by kind, and moved ``TOGETHER`` at a call, which costs what three tensors alone do.
+    """:func:`update`, compiled, for the parameters of one group: ``TOGETHER`` at a call, which costs what three tensors alone do.
 
-    After a pass over memory nothing of Python is left in the caches, so that each line here costs several times what it does in a test.
+    After a pass over memory nothing of Python is left in the caches, so that each line of a step costs several times what it does in a test.
     """
 
-    def __init__(self, rule: Rule, views: dict[Tensor, tuple[Buffers, int, Buffers]]):
-        """``views``: of parameters, with their state, as vectors; kept from step to step."""
-        self.rule, self.views = rule, views
-        self._lanes: dict[Any, tuple[Tensor, list[Buffers]]] = {}
+    def __init__(self, rule: Rule):
+        self.rule = rule
+        self._seen: list[tuple[Tensor, int, Sequence[Tensor | None], int]] = []
+        self._calls: list[_Call] = []
         self._moved: list[Tensor] = []
+        self._left: list[int] = []
 
-    def take(self, p: Tensor, b: Buffers, c: Coefficients) -> bool:
-        """Move the buffers, now or with others; ``False`` where compiled code is not for them."""
-        # One element would be a case of its own to the compiler.
-        if b.p.numel() < 2:
+    def move(self, found: Sequence[Found]) -> list[Found]:
+        """One step; those parameters that compiled code is not for are handed back."""
+        if not self._known(found):
+            self._arrange(found)
+        numbers: dict[int, Tensor] = {}
+        for call in self._calls:
+            if call.lead not in numbers:
+                _, b, c = found[call.lead]
+                numbers[call.lead] = packed(c, b.p)
+            gradients = [found[at][1].g for at in call.places]
+            if call.orders is not None:
+                gradients = [vector(g, order).data for g, order in zip(gradients, call.orders)]
+            call.run([*gradients, *call.padding], call.others, numbers[call.lead], self.rule)
+        torch.autograd.graph.increment_version(self._moved)
+        return [found[at] for at in self._left]
+
+    def _known(self, found: Sequence[Found]) -> bool:
+        """Whether the calls of the last step serve: the same tensors, and the same step for those that share a call."""
+        if len(found) != len(self._seen):
             return False
-        key = id(c), b.p.dtype, b.p.device
-        lane = self._lanes.get(key)
-        if lane is None:
-            lane = self._lanes[key] = packed(c, b.p), []
-        numbers, waiting = lane
-        flat = self._flat(p, b)
-        if flat is None:
-            _compiled((self.rule, "shaped", b.p.dtype, b.p.device.type))([b], numbers, self.rule)
-            return True
-        self._moved.append(b.p)
-        waiting.append(flat)
-        if len(waiting) == TOGETHER:
-            self._run(waiting, numbers)
-            waiting.clear()
+        for (p, place, state, lead), (q, b, c) in zip(self._seen, found):
+            same = p is q and b.p.data_ptr() == place and found[lead][2] is c
+            if not same or not all(map(is_, b[2:], state)):
+                return False
         return True
 
-    def finish(self) -> None:
-        """Move those that still wait."""
-        for numbers, waiting in self._lanes.values():
-            if len(waiting) >= TOGETHER // 2 and _kind(self.rule, TOGETHER, waiting[0]) in _primed:
-                # A full call costs less than these do one by one: the rest of it is a few numbers that nobody reads.
-                self._run([*waiting, *_examples(waiting[0], TOGETHER - len(waiting), 32)], numbers)
+    def _arrange(self, found: Sequence[Found]) -> None:
+        self._seen, self._calls, self._moved, self._left = [], [], [], []
+        leads: dict[Any, int] = {}
+        lanes: dict[int, list[_Member]] = {}
+        for at, (p, b, c) in enumerate(found):
+            lead = leads.setdefault((id(c), b.p.dtype, b.p.device), at)
+            self._seen.append((p, b.p.data_ptr(), b[2:], lead))
+            others = [t for t in (b.p, *b[2:]) if t is not None]
+            order = memory_order(b)
+            if b.p.numel() < 2:  # one element would be a case of its own to the compiler
+                self._left.append(at)
+            elif order is None:
+                move = _compiled((self.rule, "shaped", b.p.dtype, b.p.device.type))
+                self._calls.append(_Call(move, lead, [at], None, others, []))
             else:
-                for b in waiting:
-                    self._run([b], numbers)
-        torch.autograd.graph.increment_version(self._moved)
+                # A view remembers the shape it is a view of, and each such shape would be compiled for: ``data`` forgets it, and the
+                # parameter's version, by which autograd knows that it was changed.
+                flat = [vector(t, order).data for t in others]
+                lanes.setdefault(lead, []).append(_Member(at, order, flat))
+                self._moved.append(b.p)
+        for lead, members in lanes.items():
+            self._share(lead, members)
 
-    def _flat(self, p: Tensor, b: Buffers) -> Buffers | None:
-        g = b.g
-        held = self.views.get(p)
-        if held is not None and g.is_contiguous():
-            known, at, flat = held
-            _, _, m, v, q, top, mean, _ = b
-            same = known[2] is m and known[3] is v and known[4] is q and known[5] is top and known[6] is mean
-            if same and at == b.p.data_ptr() and flat[0].numel() == g.numel():
-                return Buffers(flat[0], g.view(-1).data, *flat[2:])
-        flat = flattened(b)
-        if flat is None:
-            return None
-        # A view remembers the shape it is a view of, and each such shape would be compiled for: ``data`` forgets it, and the parameter's
-        # version, by which autograd knows that it was changed.
-        flat = Buffers(*(None if t is None else t.data for t in flat))  # pyright: ignore[reportArgumentType]
-        if all(t is None or t.is_contiguous() for t in b):
-            # Not the gradient itself, which would live as long as the optimizer.
-            self.views[p] = b._replace(g=b.p), b.p.data_ptr(), flat._replace(g=flat.p)
-        return flat
+    def _share(self, lead: int, members: list[_Member]) -> None:
+        """The calls of those that take the same step."""
+        for start in range(0, len(members), TOGETHER):
+            part = members[start : start + TOGETHER]
+            # A full call costs less than half as many alone do: the rest of it is a few numbers that nobody reads.
+            filled = len(part) >= TOGETHER // 2 and len(members) >= TOGETHER
+            for together in [part] if filled else [[one] for one in part]:
+                missing = TOGETHER - len(together) if filled else 0
+                like = together[0].flat
+                padding, more = _examples(like, missing, 32)
+                others = [t for member in together for t in member.flat]
+                self._calls.append(
+                    _Call(
+                        self._ready(len(together) + missing, like),
+                        lead,
+                        [member.at for member in together],
+                        [member.order for member in together],
+                        [*others, *more],
+                        padding,
+                    )
+                )
 
-    def _run(self, bs: Sequence[Buffers], numbers: Tensor) -> None:
-        kind = _kind(self.rule, len(bs), bs[0])
+    def _ready(self, count: int, like: list[Tensor]) -> Callable[..., None]:
+        """The compiled function for so many tensors."""
+        p = like[0]
+        kind = self.rule, count, len(like), p.dtype, p.device.type
         move = _compiled(kind)
         if kind not in _primed:
             # Sizes that are equal at the first call would be compiled as always equal.
-            move(_examples(bs[0], len(bs), 4096), numbers, self.rule)
+            move(*_examples(like, count, 4096), p.new_zeros(len(Coefficients._fields)), self.rule)
             _primed.add(kind)
-        move(bs, numbers, self.rule)
+        return move
 
 
-def _kind(rule: Rule, count: int, b: Buffers) -> Any:
-    return rule, count, b.top is None, b.p.dtype, b.p.device.type
+class _Member(NamedTuple):
+    at: int  # its place among the group's
+    order: Sequence[int]  # of its axes in memory
+    flat: list[Tensor]  # the parameter and its state, as vectors
 
 
-def _examples(like: Buffers, count: int, size: int) -> list[Buffers]:
-    """Zeros of as many sizes as ``count``."""
+class _Call(NamedTuple):
+    run: Callable[..., None]
+    lead: int  # the place of the first that takes this step
+    places: list[int]
+    orders: list[Sequence[int]] | None  # None: as shaped
+    others: list[Tensor]
+    padding: list[Tensor]  # gradients that fill the call
+
+
+def _examples(like: list[Tensor], count: int, size: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients, and all that moves with them: zeros of as many sizes as ``count``."""
     sizes = range(size, size + 32 * count, 32)
-    return [Buffers(*(None if t is None else t.new_zeros(n) for t in like)) for n in sizes]  # pyright: ignore[reportArgumentType]
+    return [like[0].new_zeros(n) for n in sizes], [t.new_zeros(n) for n in sizes for t in like]
 
 
 _primed: set[Any] = set()

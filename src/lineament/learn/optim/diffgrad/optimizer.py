@@ -92,7 +92,7 @@ class DiffGrad(torch.optim.Optimizer):
         _check(defaults)
         self.skipped_steps = 0
         self._friction: FrictionSummary | None = None
-        self._views: dict[Tensor, Any] = {}
+        self._passes: dict[int, Passes] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -115,7 +115,7 @@ class DiffGrad(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("skipped_steps", 0)
         self.__dict__.setdefault("_friction", None)
-        self._views = {}
+        self._passes = {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of this class, of ``pytorch_optimizer.DiffGrad``, of ``torch_optimizer.DiffGrad`` or of Adam.
@@ -244,7 +244,7 @@ class DiffGrad(torch.optim.Optimizer):
                 self._complete(state, p, group, names)
         counters = [state["step"] for state in states]
         if counters:
-            torch._foreach_add_(counters, 1)  # pyright: ignore[reportPrivateImportUsage]
+            _count(counters)
         rest = [name if name in names else None for name in ("max_exp_avg_sq", *_STATISTICS)]
         found = []
         numbers: dict[float, steps.Coefficients] = {}
@@ -290,12 +290,17 @@ class DiffGrad(torch.optim.Optimizer):
             for pairs in lists.values():
                 steps.in_lists([b for b, _ in pairs], [c for _, c in pairs], rule)
             return
-        passes = Passes(rule, self._views) if group["compiled"] else None
-        for p, b, c in found:
-            if passes is None or not passes.take(p, b, c):
-                steps.in_blocks(b, c, rule, room)
-        if passes is not None:
-            passes.finish()
+        if group["compiled"]:
+            found = self._compiled(group, rule).move(found)
+        for _, b, c in found:
+            steps.in_blocks(b, c, rule, room)
+
+    def _compiled(self, group: dict[str, Any], rule: steps.Rule) -> Passes:
+        place = next(i for i, g in enumerate(self.param_groups) if g is group)
+        kept = self._passes.get(place)
+        if kept is None or kept.rule != rule:
+            kept = self._passes[place] = Passes(rule)
+        return kept
 
     def _measured(self, ready: list[Any]) -> Iterable[tuple[str, Tensor]]:
         for group, found in ready:
@@ -306,6 +311,14 @@ class DiffGrad(torch.optim.Optimizer):
                 if rule.l2:
                     g = g + _wide(b.p) * group["weight_decay"]
                 yield self._name(group, p), steps.frictions(b.q - g, b, c, rule)
+
+
+def _count(counters: list[Tensor]) -> None:
+    if any(t.device.type != "cpu" for t in counters):
+        torch._foreach_add_(counters, 1)  # pyright: ignore[reportPrivateImportUsage]
+    else:
+        # A number, as a tensor without ``alpha``, would be made into a tensor again for each counter.
+        torch._foreach_add_(counters, torch.ones(()), alpha=1.0)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _names(group: dict[str, Any]) -> tuple[str, ...]:

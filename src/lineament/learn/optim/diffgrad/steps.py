@@ -188,20 +188,31 @@ def scratches() -> Callable[[Tensor, int], Tensor]:
     return room
 
 
-def flattened(b: Buffers) -> Buffers | None:
-    """The buffers as vectors in the order of memory, or ``None`` where they have no common one."""
+def memory_order(b: Buffers) -> Sequence[int] | None:
+    """The axes as a parameter and its state have them in memory, or ``None`` where they have no common order."""
     p = b.p
     if type(p) not in (Tensor, nn.Parameter):  # a distributed tensor has its own ideas of memory
         return None
-    if all(t is None or t.is_contiguous() for t in b):
-        return Buffers(*(t if t is None else t.view(-1) for t in b))
+    kept = [t for t in (p, *b[2:]) if t is not None]
+    if all(t.is_contiguous() for t in kept):
+        return ()
     order = sorted(range(p.ndim), key=p.stride, reverse=True)
-    if b.g.stride() != p.stride():
-        b = b._replace(g=torch.empty_like(p).copy_(b.g))
-    views = [t if t is None else t.permute(order) for t in b]
-    if all(t is None or t.is_contiguous() for t in views):
-        return Buffers(*(t if t is None else t.view(-1) for t in views))
-    return None
+    return order if all(t.permute(order).is_contiguous() for t in kept) else None
+
+
+def vector(t: Tensor, order: Sequence[int]) -> Tensor:
+    """A tensor as a vector in the order of memory: a view where it lies so, else a copy.
+
+    >>> vector(torch.tensor([[1, 2], [3, 4]]), (1, 0))
+    tensor([1, 3, 2, 4])
+    """
+    return (t.permute(order) if order else t).reshape(-1)
+
+
+def flattened(b: Buffers) -> Buffers | None:
+    """The buffers as vectors in the order of memory, or ``None`` where they have no common one."""
+    order = memory_order(b)
+    return None if order is None else Buffers(*(t if t is None else vector(t, order) for t in b))
 
 
 def in_lists(bs: Sequence[Buffers], cs: Sequence[Coefficients], rule: Rule) -> None:
