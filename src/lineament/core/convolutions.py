@@ -9,6 +9,7 @@ there and back at every call (measured: 1.1 to 1.5 times the time).
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -47,14 +48,13 @@ def prepare(
     plain = isinstance(padding, str) or input.ndim != count + 2 or input.dtype != weight.dtype
     if plain or torch.is_autocast_enabled(input.device.type):
         return None
-    geometry = (_each(stride, count), _each(padding, count), _each(dilation, count), groups)
+    geometry = (each(stride, count), each(padding, count), each(dilation, count), groups)
     return Convolution(laid_out(input), weight, bias, geometry)
 
 
 def convolve(x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """w * x + bias, recorded so that it differentiates well twice."""
-    result = _Forward.apply(x, w, geometry, None)
-    return result if bias is None else result + _by_channel(bias, result)
+    return _Forward.apply(x, w, bias, geometry, None)
 
 
 def scaled(result: Tensor, made: Convolution, scale: Tensor, shift: Tensor) -> Tensor:
@@ -63,56 +63,71 @@ def scaled(result: Tensor, made: Convolution, scale: Tensor, shift: Tensor) -> T
     if bias is not None:
         shift = shift + scale * bias
     with torch.no_grad():
+        # The value is known already.
         value = result * _by_channel(scale, result)
-        if bias is not None:
-            value -= _by_channel(scale * bias, result)
+        value += _by_channel(shift if bias is None else shift - scale * bias, result)
     weight = w * scale.reshape(-1, *[1] * (w.ndim - 1))
-    # The value is known already.
-    return _Forward.apply(x, weight, geometry, value) + _by_channel(shift, result)
+    return _Forward.apply(x, weight, shift, geometry, value)
 
 
 def _by_channel(vector: Tensor, like: Tensor) -> Tensor:
     return vector.reshape(-1, *[1] * (like.ndim - 2))
 
 
+def _over_places(tensor: Tensor) -> list[int]:
+    return [0, *range(2, tensor.ndim)]
+
+
 class _Forward(torch.autograd.Function):
-    """y = w * x, which may be known already."""
+    """y = w * x + bias, which may be known already."""
 
     @staticmethod
-    def forward(x: Tensor, w: Tensor, geometry: Geometry, known: Tensor | None) -> Tensor:
+    def forward(
+        x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry, known: Tensor | None
+    ) -> Tensor:
         if known is not None:
             return known
         stride, padding, dilation, groups = geometry
         none = [0] * len(stride)
         return torch.ops.aten.convolution(
-            _said_so(laid_out(x)), w, None, stride, padding, dilation, False, none, groups
+            _said_so(laid_out(x)), w, bias, stride, padding, dilation, False, none, groups
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        x, w, ctx.geometry, _ = inputs
+        x, w, _, ctx.geometry, _ = inputs
         ctx.save_for_backward(x, w)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         (g,) = outputs
         x, w = ctx.saved_tensors
-        need_x, need_w, *_ = ctx.needs_input_grad
-        return (
-            call(_ToInput, g, w, ctx.geometry, tuple(x.shape)) if need_x else None,
-            call(_ToWeight, x, g, ctx.geometry, tuple(w.shape)) if need_w else None,
-            None,
-            None,
-        )
+        need_x, need_w, need_bias, *_ = ctx.needs_input_grad
+        to_w = to_bias = None
+        if need_w:
+            to_w, *rest = call(_ToWeight, x, g, ctx.geometry, tuple(w.shape), need_bias)
+            to_bias = rest[0] if rest else None
+        elif need_bias:
+            to_bias = g.sum(_over_places(g))
+        to_x = call(_ToInput, g, w, ctx.geometry, tuple(x.shape)) if need_x else None
+        return to_x, to_w, to_bias, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, w: Tensor, geometry: Geometry, known: None) -> Any:
+    def vmap(
+        info: Any, in_dims: Any, x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry, known: None
+    ) -> Any:
         k = info.batch_size
-        if in_dims[1] is None:
-            return _split(_Forward.apply(_beside(x, in_dims[0], 0), w, geometry, None), 0, k), 1
-        if in_dims[0] is None and geometry[3] == 1:
-            return _split(_Forward.apply(x, _ahead(w, in_dims[1]), geometry, None), 1, k, front=True), 1
-        return _one_by_one(_Forward, info, in_dims, x, w, geometry, None), 0
+        if in_dims[1] is None and in_dims[0] is not None:
+            result = _split(_Forward.apply(_beside(x, in_dims[0], 0), w, None, geometry, None), 0, k)
+        elif in_dims[0] is None and in_dims[1] is not None and geometry[3] == 1:
+            result = _split(_Forward.apply(x, _ahead(w, in_dims[1]), None, geometry, None), 1, k, front=True)
+        else:
+            result = _one_by_one(_Forward, info, in_dims[:2], x, w, None, geometry, None).movedim(0, 1)
+        if bias is not None:
+            # The vectors' axis is the second one, where it is a sample's.
+            rows = bias if in_dims[2] is None else bias.movedim(in_dims[2], 0)
+            result = result + rows.reshape(*rows.shape, *[1] * (result.ndim - 3))
+        return result, 1
 
 
 class _ToInput(torch.autograd.Function):
@@ -135,8 +150,8 @@ class _ToInput(torch.autograd.Function):
         g, w = ctx.saved_tensors
         need_g, need_w, *_ = ctx.needs_input_grad
         return (
-            call(_Forward, u, w, ctx.geometry, None) if need_g else None,
-            call(_ToWeight, u, g, ctx.geometry, tuple(w.shape)) if need_w else None,
+            call(_Forward, u, w, None, ctx.geometry, None) if need_g else None,
+            call(_ToWeight, u, g, ctx.geometry, tuple(w.shape), False)[0] if need_w else None,
             None,
             None,
         )
@@ -155,40 +170,54 @@ class _ToInput(torch.autograd.Function):
 
 
 class _ToWeight(torch.autograd.Function):
-    """The derivative of <w * x, g> with respect to w."""
+    """The derivatives of <w * x + bias, g> with respect to w and, where it is wanted, bias."""
 
     @staticmethod
-    def forward(x: Tensor, g: Tensor, geometry: Geometry, shape: tuple[int, ...]) -> Tensor:
-        return _derivative(_said_so(laid_out(g)), _said_so(laid_out(x)), g.new_empty(shape), geometry, 1)
+    def forward(x: Tensor, g: Tensor, geometry: Geometry, shape: tuple[int, ...], to_bias: bool) -> Any:
+        x, g = _said_so(laid_out(x)), _said_so(laid_out(g))
+        found = _derivative(g, x, g.new_empty(shape), geometry, 1)
+        return (found, g.sum(_over_places(g))) if to_bias else (found,)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        x, g, ctx.geometry, _ = inputs
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, g, ctx.geometry, *_ = inputs
         ctx.save_for_backward(x, g)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> Any:
-        (u,) = outputs
+    def backward(ctx: Any, *outputs: Tensor | None) -> Any:
+        u, w = outputs if len(outputs) == 2 else (outputs[0], None)
         x, g = ctx.saved_tensors
         need_x, need_g, *_ = ctx.needs_input_grad
-        return (
-            call(_ToInput, g, u, ctx.geometry, tuple(x.shape)) if need_x else None,
-            call(_Forward, x, u, ctx.geometry, None) if need_g else None,
-            None,
-            None,
-        )
+        to_x = to_g = None
+        if need_x and u is not None:
+            to_x = call(_ToInput, g, u, ctx.geometry, tuple(x.shape))
+        if need_g and u is not None:
+            to_g = call(_Forward, x, u, w, ctx.geometry, None)
+        elif need_g and w is not None:
+            to_g = _by_channel(w, g).expand_as(g)
+        return to_x, to_g, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, g: Tensor, geometry: Geometry, shape: Any) -> Any:
+    def vmap(
+        info: Any, in_dims: Any, x: Tensor, g: Tensor, geometry: Geometry, shape: Any, to_bias: bool
+    ) -> Any:
         k = info.batch_size
+        rest: tuple[Tensor, ...] = ()
+        if to_bias:
+            each = g[None].expand(k, *g.shape) if in_dims[1] is None else g.movedim(in_dims[1], 0)
+            rest = (each.sum([1, *range(3, each.ndim)]),)
+        dims = (1, *[0] * to_bias)
         if in_dims[1] is None and geometry[3] == 1:
             wide = (shape[0], k * shape[1], *shape[2:])
-            return _split(_ToWeight.apply(_beside(x, in_dims[0], 1), g, geometry, wide), 1, k, front=True), 1
+            found = _ToWeight.apply(_beside(x, in_dims[0], 1), g, geometry, wide, False)[0]
+            return (_split(found, 1, k, front=True), *rest), dims
+        dims = (0, *[0] * to_bias)
         if in_dims[0] is None and geometry[3] == 1:
             wide = (k * shape[0], *shape[1:])
-            found = _ToWeight.apply(x, _beside(g, in_dims[1], 1), geometry, wide)
-            return found.reshape(k, *shape), 0
-        return _one_by_one(_ToWeight, info, in_dims, x, g, geometry, shape), 0
+            found = _ToWeight.apply(x, _beside(g, in_dims[1], 1), geometry, wide, False)[0]
+            return (found.reshape(k, *shape), *rest), dims
+        return (_one_by_one(_ToWeight, info, in_dims, x, g, geometry, shape, False), *rest), dims
 
 
 def _derivative(g: Tensor, x: Tensor, w: Tensor, geometry: Geometry, which: int) -> Tensor:
@@ -229,7 +258,7 @@ def _said_so(tensor: Tensor) -> Tensor:
     return tensor.as_strided((n, c, h, w), (h * w, 1, w, 1))
 
 
-def _each(value: Any, count: int) -> tuple[int, ...]:
+def each(value: Any, count: int) -> tuple[int, ...]:
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * count if len(values) == 1 else values
 
@@ -254,7 +283,8 @@ def _split(tensor: Tensor, axis: int, k: int, front: bool = False) -> Tensor:
 def _one_by_one(function: Any, info: Any, in_dims: Any, *args: Any) -> Tensor:
     """Where a convolution has groups, or both sides carry vectors."""
     picked = [
-        [a.select(at, i) if isinstance(at, int) else a for a, at in zip(args, in_dims)]
+        [a.select(at, i) if isinstance(at, int) else a for a, at in zip_longest(args, in_dims)]
         for i in range(info.batch_size)
     ]
-    return torch.stack([function.apply(*each) for each in picked])
+    found = [function.apply(*each) for each in picked]
+    return torch.stack([one[0] if isinstance(one, tuple) else one for one in found])

@@ -6,6 +6,7 @@ further product costs one pass through it: a Lanczos run pays for the forward an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,7 @@ class Curvature:
         self._state = risk.refresh()
         self.names = list(risk.names)
         leaves = list(risk.leaves.values())
+        _keep_memory()
         total = sum(leaf.numel() for leaf in leaves)
         self.shape = (total, total)
         self.dtype, self.device = leaves[0].dtype, leaves[0].device
@@ -150,6 +152,16 @@ class Curvature:
                 self._kept.append(kept)
             yield kept
         self._complete = not self._streams
+
+
+@functools.cache
+def _keep_memory() -> None:
+    """Keep what small products free from going back to the system at once, from where it returns page by page.
+
+    glibc gives the end of its heap back when it is free, above a threshold that follows the greatest block freed so far, up to one of 32 MiB:
+    a block that nothing is written to sets it. Measured for a perceptron: 200 page faults a product, a fifth of its time, before.
+    """
+    torch.empty(31 * 1024**2, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,22 @@ it twice by way of copies with the channels first in memory (measured: a fifth o
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lineament.core.convolutions import channels_last, laid_out
+from lineament.core.convolutions import channels_last, each, laid_out
 from lineament.core.recording import call
+
+
+class Windows(NamedTuple):
+    """How the windows lie, as ``aten`` takes it, and the shapes before and after."""
+
+    options: tuple[Any, ...]
+    large: tuple[int, ...]
+    small: tuple[int, ...]
 
 
 def max_pool2d(
@@ -37,55 +45,58 @@ def max_pool2d(
         step, to_channel = (c, 1) if channels_last(x) else (1, area)
         channel = torch.arange(c, device=x.device).view(c, 1, 1) * to_channel
         at = torch.arange(n, device=x.device).view(n, 1, 1, 1) * (c * area) + channel + places * step
-    return _Pick.apply(x, _flat(at, channels_last(x)), tuple(values.shape), values)
+    pairs = (kernel_size, kernel_size if stride in (None, []) else stride, padding, dilation)
+    options = (*([*each(value, 2)] for value in pairs), ceil_mode)
+    windows = Windows(options, tuple(x.shape), tuple(values.shape))
+    return _Pick.apply(x, _flat(at, channels_last(x)), places, windows, values)
 
 
 class _Pick(torch.autograd.Function):
     """The entries of x at some places of its memory; they may be known already."""
 
     @staticmethod
-    def forward(x: Tensor, at: Tensor, small: tuple[int, ...], known: Tensor | None) -> Tensor:
+    def forward(x: Tensor, at: Tensor, places: Tensor, windows: Windows, known: Tensor | None) -> Tensor:
         if known is not None:
             return known
         last = channels_last(x)
-        return _shaped(_flat(x, last).index_select(0, at), small, last)
+        return _shaped(_flat(x, last).index_select(0, at), windows.small, last)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        x, at, ctx.small, _ = inputs
-        ctx.large = tuple(x.shape)
-        ctx.save_for_backward(at)
+        _, at, places, ctx.windows, _ = inputs
+        ctx.save_for_backward(at, places)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
-        return call(_Put, outputs[0], ctx.saved_tensors[0], ctx.large, ctx.small), None, None, None
+        return call(_Put, outputs[0], *ctx.saved_tensors, ctx.windows), None, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, at: Tensor, small: tuple[int, ...], known: Any) -> Any:
-        return _each(info, in_dims, x, at, lambda one, where: _Pick.apply(one, where, small, None)), 1
+    def vmap(info: Any, in_dims: Any, x: Tensor, at: Tensor, places: Tensor, windows: Any, known: Any) -> Any:
+        return _each_vector(info, in_dims, _Pick, (x, at, places), windows, None), 1
 
 
 class _Put(torch.autograd.Function):
     """Zeros with each entry of g added at its place: the transpose of picking."""
 
     @staticmethod
-    def forward(g: Tensor, at: Tensor, large: tuple[int, ...], small: tuple[int, ...]) -> Tensor:
-        last = channels_last(g)
-        total = large[0] * large[1] * large[2] * large[3]
-        return _shaped(g.new_zeros(total).index_add_(0, at, _flat(g, last)), large, last)
+    def forward(g: Tensor, at: Tensor, places: Tensor, windows: Windows) -> Tensor:
+        # The kernel fills each picture with zeros and adds to it while it is in the cache. It reads no value of x.
+        layout = torch.channels_last if channels_last(g) else torch.contiguous_format
+        x = torch.empty(windows.large, dtype=g.dtype, device=g.device, memory_format=layout)
+        return torch.ops.aten.max_pool2d_with_indices_backward(laid_out(g), x, *windows.options, places)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        _, at, ctx.large, ctx.small = inputs
-        ctx.save_for_backward(at)
+        _, at, places, ctx.windows = inputs
+        ctx.save_for_backward(at, places)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
-        return call(_Pick, outputs[0], ctx.saved_tensors[0], ctx.small, None), None, None, None
+        return call(_Pick, outputs[0], *ctx.saved_tensors, ctx.windows, None), None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, g: Tensor, at: Tensor, large: Any, small: Any) -> Any:
-        return _each(info, in_dims, g, at, lambda one, where: _Put.apply(one, where, large, small)), 1
+    def vmap(info: Any, in_dims: Any, g: Tensor, at: Tensor, places: Tensor, windows: Any) -> Any:
+        return _each_vector(info, in_dims, _Put, (g, at, places), windows), 1
 
 
 def _flat(tensor: Tensor, last: bool) -> Tensor:
@@ -98,10 +109,10 @@ def _shaped(flat: Tensor, shape: tuple[int, ...], last: bool) -> Tensor:
     return flat.view(n, h, w, c).permute(0, 3, 1, 2) if last else flat.view(shape)
 
 
-def _each(info: Any, in_dims: Any, tensor: Tensor, at: Tensor, one: Any) -> Tensor:
+def _each_vector(info: Any, in_dims: Any, function: Any, tensors: tuple[Tensor, ...], *more: Any) -> Tensor:
     """Vector by vector, beside each other after the samples, where convolutions want them."""
     picked = [
-        [t.select(dim, i) if isinstance(dim, int) else t for t, dim in zip((tensor, at), in_dims)]
+        [t if dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims)]
         for i in range(info.batch_size)
     ]
-    return torch.stack([one(*pair) for pair in picked], 1)
+    return torch.stack([function.apply(*one, *more) for one in picked], 1)

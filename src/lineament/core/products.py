@@ -88,8 +88,9 @@ class _Product(torch.autograd.Function):
             return _Product.apply(rows.flatten(0, 1), b, bias).unflatten(0, (k, -1)), 0
         if in_dims[0] is None and in_dims[1] is not None:
             # One product for each vector: side by side they would have to be copied first.
-            biases = [bias] * k if in_dims[2] is None else bias
-            return torch.stack([_Product.apply(a, b.select(in_dims[1], i), biases[i]) for i in range(k)]), 0
+            vectors = b.movedim(in_dims[1], 0)
+            biases = [bias] * k if bias is None or in_dims[2] is None else bias.movedim(in_dims[2], 0)
+            return torch.stack([_Product.apply(a, v, row) for v, row in zip(vectors, biases)]), 0
         a, b = (x if at is None else x.movedim(at, 0) for x, at in zip((a, b), in_dims))
         result = torch.matmul(a, b)
         if bias is not None:

@@ -125,6 +125,58 @@ def test_activations_differentiate_a_third_time(activation):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("block", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight": True},
+        {"ignore_index": 2},
+        {"reduction": "sum"},
+        {"label_smoothing": 0.2},
+        {"probabilities": True},
+        {"unbatched": True},
+        {"pixels": True},
+        {"log_softmax": True},
+    ],
+    ids=str,
+)
+def test_cross_entropy(options, block):
+    torch.manual_seed(0)
+    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in [(6, 4), (4, 5)]]
+    target = torch.tensor([0, 2, 1, 4, 2, 3])
+    options = dict(options)
+    if options.pop("weight", False):
+        options["weight"] = torch.rand(5).double()
+    form = next(
+        (f for f in ("probabilities", "unbatched", "pixels", "log_softmax") if options.pop(f, False)), ""
+    )
+
+    def function(x, w):
+        scores = (x @ w).tanh()
+        if form == "log_softmax":
+            return (F.log_softmax(scores, dim=-1) * w[:1]).pow(2).mean()
+        if form == "unbatched":
+            return F.cross_entropy(scores[1], target[1])
+        if form == "pixels":
+            return F.cross_entropy(scores.T[None], target[None])
+        if form == "probabilities":
+            return F.cross_entropy(scores, torch.ones(6, 5).double() / 5)
+        return F.cross_entropy(scores, target, **options)
+
+    torch.testing.assert_close(
+        products(function, leaves, True, block), products(function, leaves, False, False)
+    )
+    third = []
+    for context in (Twice(), nullcontext()):
+        with context:
+            value = function(*leaves)
+        for _ in range(2):
+            value = sum(g.pow(2).mean() for g in torch.autograd.grad(value, leaves, create_graph=True))
+        third.append(torch.autograd.grad(value, leaves))
+    torch.testing.assert_close(*third)
+
+
 def in_single_precision(function, shapes, block):
     """The rewritten float32 numbers, and PyTorch's own in float64."""
     torch.manual_seed(0)
@@ -254,6 +306,31 @@ def test_a_bias_of_another_size_is_refused_as_by_pytorch():
         with pytest.raises(RuntimeError, match="size"):
             F.linear(x, w, torch.randn(80))
     assert wide.shape == (70, 90)
+
+
+@pytest.mark.parametrize("block", [False, True])
+@pytest.mark.parametrize(
+    "case", ["pooled", "used twice", "changed before", "places", "in place", "overlapping"]
+)
+def test_max_pooling_after_relu(case, block):
+    torch.manual_seed(0)
+    # Mostly negative: some windows hold nothing that ReLU lets through.
+    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in [(3, 2, 8, 8), (2,)]]
+
+    def function(x, w):
+        z = x * w.reshape(2, 1, 1) - 0.7
+        y = F.relu(z, case == "in place")
+        if case == "changed before":
+            z.add_(3)
+        options = {"stride": 1, "padding": 1} if case == "overlapping" else {}
+        pooled = F.max_pool2d(y, 2, **options, return_indices=case == "places")
+        pooled, places = pooled if case == "places" else (pooled, torch.zeros(()))
+        more = y.pow(2).mean() if case == "used twice" else 0.0
+        return pooled.pow(3).mean() + more + (pooled * places).mean()
+
+    torch.testing.assert_close(
+        products(function, leaves, True, block), products(function, leaves, False, False)
+    )
 
 
 def test_one_picture_channel_keeps_the_layout_of_the_others():

@@ -197,7 +197,7 @@ def memory_order(b: Buffers) -> Sequence[int] | None:
     if all(t.is_contiguous() for t in kept):
         return ()
     order = sorted(range(p.ndim), key=p.stride, reverse=True)
-    return order if all(t.permute(order).is_contiguous() for t in kept) else None
+    return order if all(t.permute(*order).is_contiguous() for t in kept) else None
 
 
 def vector(t: Tensor, order: Sequence[int]) -> Tensor:
@@ -206,7 +206,7 @@ def vector(t: Tensor, order: Sequence[int]) -> Tensor:
     >>> vector(torch.tensor([[1, 2], [3, 4]]), (1, 0))
     tensor([1, 3, 2, 4])
     """
-    return (t.permute(order) if order else t).reshape(-1)
+    return (t.permute(*order) if order else t).reshape(-1)
 
 
 def flattened(b: Buffers) -> Buffers | None:
