@@ -28,12 +28,24 @@ def cross_entropy(
     """``F.cross_entropy``, recorded so that it differentiates well twice."""
     outdated = size_average is not None or reduce is not None
     # Probabilities as targets and smoothed labels use the logarithms in more ways than one, and are rare.
-    if outdated or label_smoothing or target.is_floating_point() or not input.ndim or _cast(input):
+    if outdated or label_smoothing or not _labels(input, target) or _cast(input):
         return F.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
-    scores = _LogSoftmax.apply(input, 0 if input.ndim == 1 else 1)
-    return F.nll_loss(scores, target, weight, ignore_index=ignore_index, reduction=reduction)
+    axis = 0 if input.ndim == 1 else 1
+    counts = target != ignore_index
+    places = torch.where(counts, target, 0)
+    # Not by ``F.nll_loss``, whose second derivative passes zeros on.
+    picked = _LogSoftmax.apply(input, axis).gather(axis, places.unsqueeze(axis)).squeeze(axis)
+    shares = counts.to(input.dtype) if weight is None else weight[places] * counts
+    losses = -picked * shares
+    return losses if reduction == "none" else losses.sum() / (shares.sum() if reduction == "mean" else 1)
+
+
+def _labels(input: Tensor, target: Tensor) -> bool:
+    """Whether the targets are class numbers, one for each distribution; errors are left to PyTorch."""
+    shape = input.shape[1:] if input.ndim == 1 else (*input.shape[:1], *input.shape[2:])
+    return target.dtype == torch.long and bool(input.ndim) and tuple(target.shape) == tuple(shape)
 
 
 def log_softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor:

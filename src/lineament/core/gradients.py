@@ -48,12 +48,13 @@ def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     [torch.Size([2, 2]), torch.Size([1])]
     """
     sizes = [tensor.numel() for tensor in like]
-    checks.require(
-        vector.shape[-1] == sum(sizes),
-        f"vector: got {checks.show(vector)}, expected {sum(sizes)} entries in the last dimension",
-    )
+    if vector.shape[-1] != sum(sizes):
+        raise checks.InputError(
+            f"vector: got {checks.show(vector)}, expected {sum(sizes)} entries in the last dimension"
+        )
     parts = vector.split(sizes, dim=-1)
-    return [part.reshape((*vector.shape[:-1], *tensor.shape)) for part, tensor in zip(parts, like)]
+    front = vector.shape[:-1]
+    return [part.reshape(front + tensor.shape) for part, tensor in zip(parts, like)]
 
 
 def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Float[Tensor, ""]:

@@ -58,10 +58,10 @@ class Curvature:
 
     def __matmul__(self, other: Tensor) -> Tensor:
         checks.tensor("vector", other, floating=True, finite=False)
-        checks.require(
-            other.ndim in (1, 2) and other.shape[0] == self.shape[0],
-            f"vector: got {checks.show(other)}, expected shape ({self.shape[0]},) or ({self.shape[0]}, k)",
-        )
+        if other.ndim not in (1, 2) or other.shape[0] != self.shape[0]:
+            raise checks.InputError(
+                f"vector: got {checks.show(other)}, expected shape ({self.shape[0]},) or ({self.shape[0]}, k)"
+            )
         other = other.detach().to(device=self.device, dtype=self.dtype)
         # Column by column: a transposed copy of a tall matrix misses the cache at every entry.
         turned = other.ndim == 2 and not other.T.is_contiguous()
@@ -113,9 +113,8 @@ class Curvature:
         while start < len(rows):
             block = rows[start : start + (width if min(width, len(rows) - start) >= least else 1)]
             single = len(block) == 1
-            parts = [
-                v.to(leaf.dtype) for v, leaf in zip(unflatten(block[0] if single else block, leaves), leaves)
-            ]
+            parts = unflatten(block[0] if single else block, leaves)
+            parts = [v if v.dtype == leaf.dtype else v.to(leaf.dtype) for v, leaf in zip(parts, leaves)]
             try:
                 found = kept.product(parts, not single)
             except RuntimeError:
@@ -125,7 +124,8 @@ class Curvature:
                 self._blocks = False
                 return self._apply(kept, rows)
             for at, row in enumerate(result[start : start + len(block)]):
-                torch.cat([(g if single else g[at]).reshape(-1).to(self.dtype) for g in found], out=row)
+                ours = [(g if single else g[at]).reshape(-1) for g in found]
+                torch.cat([g if g.dtype == self.dtype else g.to(self.dtype) for g in ours], out=row)
             start += len(block)
         return result
 
