@@ -86,7 +86,8 @@ class _Forward(torch.autograd.Function):
         x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry, known: Tensor | None
     ) -> Tensor:
         if known is not None:
-            return known
+            # The input itself would be a view, which the model may not change in place.
+            return known.detach()
         stride, padding, dilation, groups = geometry
         none = [0] * len(stride)
         return torch.ops.aten.convolution(

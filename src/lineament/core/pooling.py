@@ -57,7 +57,8 @@ class _Pick(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, at: Tensor, places: Tensor, windows: Windows, known: Tensor | None) -> Tensor:
         if known is not None:
-            return known
+            # The input itself would be a view, which the model may not change in place.
+            return known.detach()
         last = channels_last(x)
         return _shaped(_flat(x, last).index_select(0, at), windows.small, last)
 

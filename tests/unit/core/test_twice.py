@@ -188,13 +188,16 @@ def in_single_precision(function, shapes, block):
 
 
 @pytest.mark.parametrize("block", [False, True])
-@pytest.mark.parametrize("form", ["linear", "linear without bias", "addmm"])
+@pytest.mark.parametrize("form", ["linear", "linear without bias", "addmm", "changed in place"])
 def test_linear_layers_in_single_precision(form, block):
     def function(x, w, b, v):
         if form == "addmm":
             hidden = torch.addmm(b, x.flatten(0, 1), w.T)
         else:
-            hidden = F.linear(x, w, b if form == "linear" else None)
+            hidden = F.linear(x, w, None if form == "linear without bias" else b)
+        if form == "changed in place":
+            hidden += x[..., :1]
+            hidden *= 2
         return F.linear((hidden / 8).tanh(), v).square().mean() + b.pow(3).mean()
 
     in_single_precision(function, [(3, 40, 64), (96, 64), (96,), (80, 96)], block)
@@ -331,6 +334,27 @@ def test_max_pooling_after_relu(case, block):
     torch.testing.assert_close(
         products(function, leaves, True, block), products(function, leaves, False, False)
     )
+
+
+@pytest.mark.parametrize("kind", ["convolution", "batch norm", "pool"])
+def test_results_may_be_changed_in_place(kind):
+    torch.manual_seed(0)
+    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in [(3, 2, 8, 8), (2, 2, 3, 3)]]
+
+    def function(x, w):
+        y = F.conv2d(x, w)
+        if kind == "batch norm":
+            y = F.batch_norm(y, torch.randn(2).double(), torch.rand(2).double() + 1, w[0, 0, 0, :2])
+        if kind == "pool":
+            y = F.max_pool2d(y, 2)
+        y += 0.5
+        y *= 2
+        return y.pow(3).mean()
+
+    torch.manual_seed(1)
+    ours = products(function, leaves, True, False)
+    torch.manual_seed(1)
+    torch.testing.assert_close(ours, products(function, leaves, False, False))
 
 
 def test_one_picture_channel_keeps_the_layout_of_the_others():

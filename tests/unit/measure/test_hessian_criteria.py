@@ -11,6 +11,7 @@ from torch import nn
 
 from lineament.core.checks import InputError
 from lineament.core.curvature import hessian, spectral_density, trace
+from lineament.core.krylov import random_signs
 from lineament.measure.batchnorm_modes import LandscapeWarning
 from lineament.measure.hessian_criteria import (
     criteria,
@@ -51,8 +52,8 @@ def test_quadrature_and_hutchinson_are_one_estimator_for_the_same_probe():
     matrix = torch.randn(40, 40).double()
     matrix = matrix + matrix.T
     found = criteria(spectral_density(matrix, steps=6, probes=1, seed=3))
-    signs = 2 * torch.randint(0, 2, (40,), generator=torch.Generator().manual_seed(3)) - 1
-    assert found.trace == pytest.approx(float(signs.double() @ matrix @ signs.double()), rel=1e-10)
+    signs = random_signs(matrix, (40,), torch.Generator().manual_seed(3))
+    assert found.trace == pytest.approx(float(signs @ matrix @ signs), rel=1e-10)
     assert math.isnan(found.trace_error) and found.to_dict()["trace_error"] is None
 
 
