@@ -102,7 +102,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Audit, and say where the report is."""
+    """Audit, and say where the report is; 1 where lenses failed and none has an answer."""
     from lineament.audit.option_values import classes, image_size, normalize, words
     from lineament.audit.run import audit
     from lineament.console import note
@@ -139,4 +139,5 @@ def run(arguments: argparse.Namespace) -> int:
         if section.status in ("failed", "skipped"):
             print(f"{section.status:>8}  {section.name}: {printable(section.sentence)}")
     print(f"Report: {found.html.resolve()}")
-    return 0
+    statuses = {section.status for section in found.sections}
+    return 1 if "failed" in statuses and statuses <= {"failed", "skipped"} else 0

@@ -133,7 +133,7 @@ def look(name: str, subject: Any) -> Section:
         # One lens that fails must not take the others' answers away.
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
         return Section(
-            name, module.TITLE, "failed", "", "", f"This lens failed and the others went on. {kind}{error}",
+            name, module.TITLE, "failed", "", "", f"This lens failed, which stopped no other. {kind}{error}",
             seconds=time.perf_counter() - start,
         )  # fmt: skip
     return replace(section, numbers=page.plain(section.numbers), seconds=time.perf_counter() - start)

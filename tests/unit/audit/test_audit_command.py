@@ -152,6 +152,19 @@ def test_the_report_is_where_it_says(files, capsys):
     assert json.loads((files / "out/report.json").read_text())["command"]
 
 
+def test_a_report_in_which_every_lens_failed_is_no_success(files, capsys, monkeypatch):
+    import lineament.audit.lenses.spectrum as spectrum
+
+    def look(subject):
+        raise ZeroDivisionError("by nothing")
+
+    monkeypatch.setattr(spectrum, "look", look)
+    assert cli.main([*GOOD, "--lenses", "spectrum"]) == 1
+    out = capsys.readouterr().out
+    assert "failed  spectrum: This lens failed" in out and "ZeroDivisionError: by nothing" in out
+    assert cli.main([*changed(out="beside"), "--lenses", "accuracy,spectrum"]) == 0
+
+
 def _start(words: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-m", "lineament", *words], stderr=subprocess.PIPE, text=True)
 
