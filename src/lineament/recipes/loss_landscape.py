@@ -47,13 +47,13 @@ class Config:
     lr: float = 3e-3
     batch_size: int = 100
     lanczos: int = 80
-    probes: int = 2
+    probes: int = 6
     grid: int = 21
     jobs: int = 1
 
     preset: str = presets(
         quick={},
-        small={"seeds": (0, 1), "probes": 3, "grid": 41},
+        small={"seeds": (0, 1), "probes": 12, "grid": 41},
         paper={
             "data": "cifar10",
             "network": "resnet18",
