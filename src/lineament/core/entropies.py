@@ -38,7 +38,8 @@ def cross_entropy(
     # Not by ``F.nll_loss``, whose second derivative passes zeros on.
     picked = _LogSoftmax.apply(input, axis).gather(axis, places.unsqueeze(axis)).squeeze(axis)
     shares = counts.to(input.dtype) if weight is None else weight[places] * counts
-    losses = -picked * shares
+    # What is ignored may be infinite where it was picked.
+    losses = -torch.where(counts, picked, 0) * shares
     return losses if reduction == "none" else losses.sum() / (shares.sum() if reduction == "mean" else 1)
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from lineament.core import checks
-from lineament.core.models import frozen, logits
+from lineament.core.models import frozen, holding, logits
 from lineament.core.risk import chosen_parameters
 
 Loss = Callable[[Any, Any], Tensor]
@@ -165,7 +165,8 @@ def per_sample_gradients(
     buffers = {name: b.detach() for name, b in model.named_buffers()}
 
     def loss(weights: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return loss_fn(logits(functional_call(model, {**weights, **rest, **buffers}, (x[None],))), y[None])
+        with holding(model, {**weights, **rest, **buffers}):
+            return loss_fn(logits(model(x[None])), y[None])
 
     with frozen(model, requires_grad=None):
         return vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=chunk, randomness="different")(

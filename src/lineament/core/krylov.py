@@ -127,7 +127,7 @@ def runs(
 def kept(steps: int, reorthogonalise: str, window: int) -> int:
     """How many vectors of a basis are kept."""
     least = {"full": steps, "selective": steps, "window": window, "none": 2}[reorthogonalise]
-    return min(max(least, 2), max(steps, 2))
+    return min(max(least, 2), steps)
 
 
 def _against_converged(vector: Tensor, basis: Tensor, diagonal: Tensor, off_diagonal: Tensor) -> Tensor:

@@ -93,6 +93,34 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return torch.get_default_dtype()
 
 
+@contextmanager
+def holding(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """A block in which other tensors, by name, stand in every place of a parameter or buffer.
+
+    As ``torch.func.functional_call`` has it for one call, but for modules that have several names: that puts the first name's tensor
+    back, and then the replacement for good.
+
+    >>> half = nn.Linear(1, 1, bias=False)
+    >>> net, weight = nn.Sequential(half, half), half.weight
+    >>> with holding(net, {"0.weight": torch.full((1, 1), 3.0)}):
+    ...     net(torch.ones(1, 1)).item()
+    9.0
+    >>> half.weight is weight
+    True
+    """
+    known = chain(model.named_parameters(), model.named_buffers())
+    instead = {id(old): tensors[name] for name, old in known if name in tensors}
+    tables = [table for module in model.modules() for table in (module._parameters, module._buffers)]
+    places = [(table, key, old) for table in tables for key, old in table.items() if id(old) in instead]
+    try:
+        for table, key, old in places:
+            table[key] = instead[id(old)]  # pyright: ignore[reportArgumentType]
+        yield
+    finally:
+        for table, key, old in places:
+            table[key] = old  # pyright: ignore[reportArgumentType]
+
+
 # How many blocks of :func:`frozen` are around each module, by its id.
 _LOOKED_AT: dict[int, int] = {}
 

@@ -33,7 +33,12 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """``F.relu``, recorded so that it differentiates well twice."""
-    return F.relu(input, True) if inplace else _Relu.apply(input)
+    return F.relu(input, True) if inplace else _Relu.apply(input, False)
+
+
+def relu_of_own(input: Tensor) -> Tensor:
+    """:func:`relu` of what nobody else holds: the result may be changed in place."""
+    return _Relu.apply(input, True)
 
 
 def _gelu(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,22 +99,25 @@ class _Curved(torch.autograd.Function):
 
 
 class _Relu(torch.autograd.Function):
+    """max(x, 0). What passes can be told from the result, which leaves x free for changes, or from x, which leaves the result."""
+
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor, by_input: bool) -> Tensor:
         return F.relu(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.save_for_backward(output)
+        x, by_input = inputs
+        ctx.save_for_backward(x if by_input else output)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         (y,) = ctx.saved_tensors
-        return call(_Gate, outputs[0], y.detach())
+        return call(_Gate, outputs[0], y.detach()), None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor) -> Any:
-        return _Relu.apply(x), in_dims[0]
+    def vmap(info: Any, in_dims: Any, x: Tensor, by_input: bool) -> Any:
+        return _Relu.apply(x, by_input), in_dims[0]
 
 
 class _Gate(torch.autograd.Function):

@@ -44,6 +44,7 @@ def _row(bias: Tensor, b: Tensor) -> bool:
 def _suits(a: Tensor, b: Tensor) -> bool:
     return (
         a.device.type == b.device.type == "cpu"
+        and a.layout == b.layout == torch.strided
         and a.dtype == b.dtype == torch.float32
         and b.ndim == 2
         and not torch.is_autocast_enabled("cpu")
@@ -76,7 +77,7 @@ class _Product(torch.autograd.Function):
         to_a, to_b, to_bias = needed
         return (
             _multiply(g, b.T) if to_a else None,
-            _multiply(_turned(ctx, "a", a, g), g) if to_b else None,
+            _to_weights(ctx, "a", a, g, b.is_contiguous()) if to_b else None,
             g.sum(0) if to_bias else None,
         )
 
@@ -149,7 +150,7 @@ class _Slopes(torch.autograd.Function):
             elif need_g and w is not None:
                 to_g = w.expand_as(g) if to_g is None else to_g.add_(w)
             if need_b and u is not None:
-                to_b = _multiply(_turned(ctx, "g", g, u), u).T
+                to_b = _to_weights(ctx, "g", g, u, not b.is_contiguous()).T
             to_a = _multiply(g, v.T) if need_a and v is not None else None
         return to_g, to_a, to_b, None, None, None
 
@@ -173,9 +174,22 @@ def _multiply(a: Tensor, b: Tensor, more: Tensor | None = None, bias: Tensor | N
     if a.numel() * b.shape[1] < _SMALL:
         result = a @ b if more is None else torch.addmm(more, a, b)
         return result if bias is None else result.add_(bias)
+    if bias is not None:
+        # The kernel reads it entry by entry, whatever its stride.
+        bias = bias.contiguous()
     if more is None:
         return torch.ops.mkldnn._linear_pointwise(a, b.T, bias, "none", [], None)
     return torch.ops.mkldnn._linear_pointwise.binary(a, more, b.T, bias, "add")
+
+
+def _to_weights(ctx: Any, name: str, saved: Tensor, other: Tensor, in_rows: bool) -> Tensor:
+    """savedᵀ other, with its rows in memory if the weights' lie so; from weights larger than ``other`` on at any price.
+
+    Whoever puts the derivatives side by side copies, and copies what lies otherwise entry by entry.
+    """
+    if in_rows or other.numel() > saved.shape[1] * other.shape[1]:
+        return _multiply(_turned(ctx, name, saved, other), other)
+    return _multiply(other.T, saved).T
 
 
 def _turned(ctx: Any, name: str, saved: Tensor, other: Tensor) -> Tensor:

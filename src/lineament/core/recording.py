@@ -16,6 +16,11 @@ def recorded() -> bool:
     return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
 
 
+def transformed() -> bool:
+    """Whether what is computed now is transformed (``torch.func``), or carries tangents (``torch.autograd.forward_ad``)."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 def call(function: Any, *args: Any) -> Any:
     """``function.apply(*args)``, or its bare ``forward`` where nothing is recorded.
 

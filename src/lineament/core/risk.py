@@ -10,16 +10,17 @@ import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lineament.core import checks
-from lineament.core.models import frozen, logits
+from lineament.core.models import frozen, holding, logits
 from lineament.core.twice import Twice
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Risk:
         )
         self.names = chosen_parameters(self.model, params)
         self._sources: dict[str, Tensor] = {}
+        # Whether graphs are made of PyTorch's own operations only.
+        self.plain = False
         self.refresh()
         if not isinstance(loader, Iterable):
             raise checks.InputError(
@@ -77,9 +80,12 @@ class Risk:
         """Take the weights as they are now; the value changes exactly when any weight or buffer did."""
         parameters = dict(self.model.named_parameters())
         buffers = dict(self.model.named_buffers())
-        state = tuple((t.data_ptr(), t._version) for t in (*parameters.values(), *buffers.values()))
+        # PyTorch counts no changes that are made through ``.data``: the sums tell.
+        sums = [p.detach().sum() for p in parameters.values()]
+        counts = [(_address(t), t._version) for t in (*parameters.values(), *buffers.values())]
+        state = (*counts, *(each.item() for each in sums))
         if not self._sources or state != self._state:
-            bad = [n for n, p in parameters.items() if not _finite(p)]
+            bad = [n for (n, p), each in zip(parameters.items(), sums) if not _finite(p, each)]
             checks.require(not bad, f"model: the weights hold NaN or infinite values, first in {bad[:1]}")
             self._sources = {n: p.detach() for n, p in parameters.items()}
             self.leaves = {n: parameters[n].detach().requires_grad_() for n in self.names}
@@ -111,7 +117,8 @@ class Risk:
             args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
         # Batch norm in train mode writes its running statistics into these copies, never into the model.
         buffers = {name: b.clone() for name, b in self.model.named_buffers()}
-        return logits(functional_call(self.model, {**self._sources, **self.leaves, **buffers}, args, kwargs))
+        with holding(self.model, {**self._sources, **self.leaves, **buffers}):
+            return logits(self.model(*args, **kwargs))
 
     def loss(self, chunk: Chunk) -> Tensor:
         """The mean loss of a chunk; call inside :meth:`ready`."""
@@ -133,7 +140,7 @@ class Risk:
             f"loss_fn: it returned {checks.show(value)} ({type(value).__name__}), expected a tensor",
         )
         checks.require(
-            _finite(value),
+            _finite(value.detach(), value.detach().sum()),
             f"loss_fn: it returned {checks.show(value)} with NaN or infinite values; "
             "look for them in the inputs and targets",
         )
@@ -147,13 +154,32 @@ class Risk:
             frozen(self.model, requires_grad=None),
             torch.enable_grad(),
             sdpa_kernel(SDPBackend.MATH),
-            Twice() as seen,
+            Twice(not self.plain) as seen,
         ):
             if self.batchnorm == "train":
                 for module in self.model.modules():
                     if isinstance(module, nn.modules.batchnorm._BatchNorm):
                         module.train()
             yield seen
+
+    def either(self, work: Callable[[], T]) -> T:
+        """``work()``; where that fails, again with PyTorch's own operations, by which it then stays.
+
+        The replacements of :mod:`lineament.core.twice` do not know of everything that a model may do inside.
+        """
+        if self.plain:
+            return work()
+        try:
+            return work()
+        except (checks.InputError, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            self.plain = True
+        try:
+            return work()
+        except Exception:
+            self.plain = False
+            raise
 
     def _batches(self) -> Iterator[tuple[Any, Any]]:
         device = next(iter(self.leaves.values())).device
@@ -192,10 +218,13 @@ def chosen_parameters(model: nn.Module, params: str | Sequence[str] | None) -> l
     return found
 
 
-def _finite(tensor: Tensor) -> bool:
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr() if tensor.layout == torch.strided else id(tensor)
+
+
+def _finite(tensor: Tensor, total: Tensor) -> bool:
     # A finite sum needs one pass and no memory; the exact test is for a sum that overflows.
-    tensor = tensor.detach()
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor.detach()).all())
 
 
 def _length(inputs: Any) -> int:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
+from torch.func import stack_module_state, vmap
 
 from lineament.core import checks
 from lineament.core.batching import progress
-from lineament.core.models import answered, frozen, logits
+from lineament.core.models import answered, frozen, holding, logits
 from lineament.learn.adversarial import PGD
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -167,7 +167,8 @@ class Training:
         kept = {k: v.detach().clone() for k, v in {**parameters, **buffers}.items()}
 
         def scores(p: Any, b: Any, x: Tensor) -> Tensor:
-            return logits(functional_call(bare, (p, b), (x,)))
+            with holding(bare, {**p, **b}):
+                return logits(bare(x))
 
         run = vmap(scores, randomness="different")
         for epoch in progress(range(self.epochs), f"training {len(models)} networks at once"):

@@ -188,13 +188,21 @@ def in_single_precision(function, shapes, block):
 
 
 @pytest.mark.parametrize("block", [False, True])
-@pytest.mark.parametrize("form", ["linear", "linear without bias", "addmm", "changed in place"])
+@pytest.mark.parametrize(
+    "form",
+    ["linear", "linear without bias", "addmm", "changed in place", "bias with a stride", "one bias for all"],
+)
 def test_linear_layers_in_single_precision(form, block):
     def function(x, w, b, v):
         if form == "addmm":
             hidden = torch.addmm(b, x.flatten(0, 1), w.T)
         else:
-            hidden = F.linear(x, w, None if form == "linear without bias" else b)
+            bias = {
+                "linear without bias": None,
+                "bias with a stride": b.repeat(2)[::2],
+                "one bias for all": b[:1].expand(96),
+            }
+            hidden = F.linear(x, w, bias.get(form, b))
         if form == "changed in place":
             hidden += x[..., :1]
             hidden *= 2

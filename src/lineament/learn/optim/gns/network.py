@@ -90,6 +90,9 @@ class Network:
 
     def value_and_grad(self, x: Float[Tensor, "n"]) -> tuple[float, Tensor]:
         self._move(x)
+        return self.risk.either(lambda: self._value_and_grad(x))
+
+    def _value_and_grad(self, x: Tensor) -> tuple[float, Tensor]:
         value, total, seen = 0.0, torch.zeros_like(x), 0
         with self.risk.ready():
             leaves = list(self.risk.leaves.values())
