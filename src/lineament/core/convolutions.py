@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lineament.core.recording import call
+from lineament.core.recording import Recorded, call
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 # The functions replaced, with the number of axes that each slides along.
@@ -79,7 +79,7 @@ def _over_places(tensor: Tensor) -> list[int]:
     return [0, *range(2, tensor.ndim)]
 
 
-class _Forward(torch.autograd.Function):
+class _Forward(Recorded):
     """y = w * x + bias, which may be known already."""
 
     @staticmethod
@@ -132,7 +132,7 @@ class _Forward(torch.autograd.Function):
         return result, 1
 
 
-class _ToInput(torch.autograd.Function):
+class _ToInput(Recorded):
     """The derivative of <w * x, g> with respect to x."""
 
     @staticmethod
@@ -171,7 +171,7 @@ class _ToInput(torch.autograd.Function):
         return _one_by_one(_ToInput, info, in_dims, g, w, geometry, shape), 0
 
 
-class _ToWeight(torch.autograd.Function):
+class _ToWeight(Recorded):
     """The derivatives of <w * x + bias, g> with respect to w and, where it is wanted, bias."""
 
     @staticmethod
@@ -269,7 +269,7 @@ def channels_first(tensor: Tensor) -> Tensor:
     return _First.apply(tensor) if channels_last(tensor) else tensor
 
 
-class _First(torch.autograd.Function):
+class _First(Recorded):
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         # The input itself would be a view, which the model may not change in place.

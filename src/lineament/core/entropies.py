@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lineament.core.recording import recorded
+from lineament.core.recording import Recorded, recorded
 
 
 def cross_entropy(
@@ -60,7 +60,7 @@ def _cast(input: Tensor) -> bool:
     return torch.is_autocast_enabled(input.device.type) or not input.is_floating_point()
 
 
-class _LogSoftmax(torch.autograd.Function):
+class _LogSoftmax(Recorded):
     @staticmethod
     def forward(x: Tensor, axis: int) -> Tensor:
         return torch.log_softmax(x, axis)

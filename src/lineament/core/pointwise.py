@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lineament.core.recording import call
+from lineament.core.recording import Recorded, call
 
 # value, slope and curvature of an activation
 Curve = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -68,7 +68,7 @@ def _silu(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return F.silu(x), s + x * rising, rising * (2 + x * (1 - 2 * s))
 
 
-class _Curved(torch.autograd.Function):
+class _Curved(Recorded):
     """x -> (f(x), f'(x)): with the slope an output, each derivative finds it in the graph."""
 
     generate_vmap_rule = True
@@ -98,7 +98,7 @@ class _Curved(torch.autograd.Function):
         return result, None
 
 
-class _Relu(torch.autograd.Function):
+class _Relu(Recorded):
     """max(x, 0). What passes can be told from the result, which leaves x free for changes, or from x, which leaves the result."""
 
     @staticmethod
@@ -120,7 +120,7 @@ class _Relu(torch.autograd.Function):
         return _Relu.apply(x, by_input), in_dims[0]
 
 
-class _Gate(torch.autograd.Function):
+class _Gate(Recorded):
     """g where y > 0; it is linear, and its own derivative."""
 
     @staticmethod

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lineament.core.convolutions import channels_last, each, laid_out
-from lineament.core.recording import call
+from lineament.core.recording import Recorded, call
 
 
 class Windows(NamedTuple):
@@ -51,7 +51,7 @@ def max_pool2d(
     return _Pick.apply(x, _flat(at, channels_last(x)), places, windows, values)
 
 
-class _Pick(torch.autograd.Function):
+class _Pick(Recorded):
     """The entries of x at some places of its memory; they may be known already."""
 
     @staticmethod
@@ -76,7 +76,7 @@ class _Pick(torch.autograd.Function):
         return _each_vector(info, in_dims, _Pick, (x, at, places), windows, None), 1
 
 
-class _Put(torch.autograd.Function):
+class _Put(Recorded):
     """Zeros with each entry of g added at its place: the transpose of picking."""
 
     @staticmethod

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lineament.core.recording import recorded
+from lineament.core.recording import Recorded, recorded
 
 # Below so many multiplications the call costs more than the product.
 _SMALL = 1 << 18
@@ -54,7 +54,7 @@ def _suits(a: Tensor, b: Tensor) -> bool:
     )
 
 
-class _Product(torch.autograd.Function):
+class _Product(Recorded):
     """a @ b + bias; the derivative to a or b is laid out in memory as that operand is."""
 
     @staticmethod
@@ -99,7 +99,7 @@ class _Product(torch.autograd.Function):
         return result, 0
 
 
-class _Slopes(torch.autograd.Function):
+class _Slopes(Recorded):
     """(g bᵀ, aᵀ g, 1ᵀ g), or some of them: the derivatives of <a b + bias, g>.
 
     One function for all, so that what comes back to g through each is added by the kernel that multiplies.

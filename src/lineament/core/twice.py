@@ -149,7 +149,9 @@ class Twice(TorchFunctionMode):
         """A view, or what would be one if no convolution had put its channels last."""
         if func is Tensor.view and args and not isinstance(args[0], torch.dtype):
             func = Tensor.reshape
-        result = {Tensor.view_as: Tensor.reshape_as}.get(func, func)(tensor, *args, **kwargs)
+        elif func is Tensor.view_as:
+            func = Tensor.reshape_as
+        result = func(tensor, *args, **kwargs)
         if _channels_last(tensor) and result.data_ptr() != tensor.data_ptr():
             self._copies.append(_Copy(tensor, result))
         return result
