@@ -345,6 +345,7 @@ def _rule(group: dict[str, Any]) -> steps.Rule:
         decayed and not decoupled,
         decayed and decoupled,
         group["alias_previous_grad"],
+        group["rectify"] is not None,
     )
 
 
