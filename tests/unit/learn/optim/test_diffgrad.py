@@ -244,7 +244,7 @@ def test_compiled_tensors_move_together_whatever_becomes_of_their_memory(amsgrad
     for compiled in (True, False):
         params = start(shapes, torch.float32)
         optimizer = DiffGrad(params, lr=0.05, amsgrad=amsgrad, compiled=compiled, foreach=False)
-        for t, each in enumerate(gradients(6, shapes, torch.float32)):
+        for t, each in enumerate(gradients(7, shapes, torch.float32)):
             for p, g in zip(params, each):
                 p.grad = g.clone() if g.ndim != 2 else g.T.contiguous().T
             if t in (1, 2):
@@ -257,8 +257,11 @@ def test_compiled_tensors_move_together_whatever_becomes_of_their_memory(amsgrad
                 optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
             if t == 5:
                 optimizer.param_groups[0]["maximize"] = True
+            if t == 6:  # as a state that was moved to another device and back
+                for state in optimizer.state.values():
+                    state["exp_avg"].data = state["exp_avg"].data + 1
             optimizer.step()
-        sides.append(params)
+        sides.append([*params, *(optimizer.state[p]["exp_avg"] for p in params)])
     close(*sides, rtol=1e-5, atol=1e-6)
 
 
