@@ -320,6 +320,26 @@ def test_gradients_that_are_nan_raise_or_skip(bad_pass):
         assert not equal(weights(model), before)
 
 
+@pytest.mark.parametrize("second", [True, False], ids=["as usual", "left out"])
+def test_a_scaled_first_pass_that_overflows_costs_one_step_only(second):
+    model = net()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), nonfinite="skip")
+    scaler = torch.amp.GradScaler("cpu")
+    before = weights(model)
+    for factor in (float("inf"), 1.0):
+        scaler.scale(F.cross_entropy(model(X), Y) * factor).backward()
+        scaler.unscale_(optimizer)
+        optimizer.first_step(zero_grad=True)
+        scaler.update()
+        assert all(p.grad is None for p in model.parameters()) and optimizer.skipped_steps == 1
+        if factor == 1 or second:
+            scaler.scale(F.cross_entropy(model(X), Y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert equal(weights(model), before) == (factor != 1)
+
+
 def test_what_cannot_be_used_is_named():
     model = net()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
