@@ -273,6 +273,39 @@ def test_scipy_functions_and_quasi_newton():
     assert inside.success and np.allclose(inside.x, 1, atol=1e-6) and inside.nsolve >= inside.nit
 
 
+def in_scipy(**given):
+    return so.minimize(
+        so.rosen, [-2.0, 2.0], jac=so.rosen_der, hess=so.rosen_hess, method=scipy_method, **given
+    )
+
+
+def test_scipys_callback_is_told_of_every_iteration_and_stops_by_stop_iteration_only():
+    points, values = [], []
+    found = in_scipy(callback=lambda xk: points.append(xk) or True)
+    assert found.success and len(points) == found.nit and np.array_equal(points[-1], found.x)
+    found = in_scipy(callback=lambda intermediate_result: values.append(intermediate_result.fun))
+    assert values == [so.rosen(x) for x in points]
+
+    def stop(xk):
+        if len(points) == 3:
+            raise StopIteration
+        points.append(xk)
+
+    points.clear()
+    found = in_scipy(callback=stop)
+    assert (found.success, found.status, found.nit) == (False, 99, 4) and "callback" in found.message
+
+
+def test_scipys_options(capsys):
+    found = in_scipy(options={"maxiter": 5, "disp": False})
+    assert (found.success, found.nit, found.status) == (False, 5, 1) and not capsys.readouterr().out
+    found = in_scipy(tol=1e-3, options={"disp": True})
+    assert found.success and np.linalg.norm(found.jac) > 1e-8
+    assert f"after {found.nit} iterations" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"options: got 'max_iter'.*nearest: 'max_iters'"):
+        in_scipy(options={"max_iter": 5})
+
+
 def test_results_can_be_kept_and_drawn():
     import json
 
