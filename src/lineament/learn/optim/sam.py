@@ -212,11 +212,17 @@ class SAM(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take a state of this kind, or one of the wrapped optimizer alone, whose groups then get this one's ``rho``."""
+        """Take a state of this kind, or one of the wrapped optimizer alone, whose groups then get this one's ``rho``.
+
+        Raises:
+            InputError: a negative ``rho``; and what the wrapped optimizer raises. Nothing was changed then.
+        """
         self.restore()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
+        for group in state_dict["param_groups"]:
+            checks.number(self._key, group.get(self._key, self.defaults[self._key]), low=0)
         radii = [group.get(self._key, self.defaults[self._key]) for group in self.param_groups]
         self.base.load_state_dict(state_dict)
         for group, rho in zip(self.base.param_groups, radii):

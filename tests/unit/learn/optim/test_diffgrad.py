@@ -355,6 +355,23 @@ def test_foreign_options_without_an_equal_are_named():
         DiffGrad(start()[:1]).load_state_dict(theirs.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("lr", -3.0), ("betas", (0.9, 1.0)), ("eps_mode", "papr"), ("version", 9)]
+)
+def test_a_state_that_is_refused_changes_nothing(option, value):
+    params, optimizer = run(DiffGrad, gradients(2))
+    before, bad = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    bad["param_groups"][0][option] = value
+    bad["state"][0]["exp_avg"].zero_()
+    with pytest.raises(InputError, match=f"{option}: got"):
+        optimizer.load_state_dict(bad)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+    assert torch.equal(optimizer.state[params[0]]["exp_avg"], before["state"][0]["exp_avg"])
+    two = DiffGrad([{"params": params[:1]}, {"params": params[1:]}])
+    with pytest.raises(ValueError, match="number of parameter groups"):
+        two.load_state_dict(bad)
+
+
 def test_the_summary_is_the_friction_of_the_last_step():
     grads = gradients(3)
     names = ["weight", "bias", "kernel"]

@@ -208,6 +208,18 @@ def test_a_state_of_the_wrapped_optimizer_alone_is_taken():
     two.step(closure_of(wrapped, two))
 
 
+@pytest.mark.parametrize("base", ["diffgrad", "adadelta, whose rho is another"])
+def test_a_radius_that_is_refused_changes_nothing(base):
+    model, key = net(), "rho" if base == "diffgrad" else "sam_rho"
+    optimizer = SAM(BASES[base](model.parameters()), rho=0.2)
+    optimizer.step(closure_of(model, optimizer))
+    before, bad = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    bad["param_groups"][0].update({key: -3.0, "lr": 7.0})
+    with pytest.raises(InputError, match=f"{key}: got -3"):
+        optimizer.load_state_dict(bad)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+
+
 def test_a_deep_copy_goes_its_own_way():
     model = net()
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.1, model=model)
