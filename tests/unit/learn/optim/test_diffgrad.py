@@ -291,22 +291,32 @@ def test_a_parameter_that_starts_late_has_its_own_count():
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
-@pytest.mark.parametrize("more", [{}, {"rectify": True, "betas": (0.9, 0.9)}, {"ams_bound": True}], ids=str)
-def test_pytorch_optimizers_state_goes_on_here(decoupled, more):
+@pytest.mark.parametrize(
+    ("more", "own"),
+    [
+        ({}, {}),
+        ({}, {"rectify": "skip"}),
+        ({"rectify": True, "betas": (0.9, 0.9)}, {}),
+        ({"rectify": True, "degenerated_to_sgd": False}, {"rectify": "skip"}),
+        ({"ams_bound": True}, {}),
+    ],
+    ids=str,
+)
+def test_pytorch_optimizers_state_goes_on_here(decoupled, more, own):
     peer = pytest.importorskip("pytorch_optimizer")
     grads = gradients(12)
     params, theirs = run(
-        lambda p: peer.DiffGrad(p, lr=0.1, weight_decay=0.1, weight_decouple=decoupled, **more), grads[:7]
+        lambda p: peer.DiffGrad(p, lr=0.1, weight_decay=0.1, weight_decouple=decoupled, **more), grads[:3]
     )
     ours = [nn.Parameter(p.detach().clone()) for p in params]
-    optimizer = DiffGrad(ours, lr=7.0)
+    optimizer = DiffGrad(ours, lr=7.0, **own)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.load_state_dict(copy.deepcopy(theirs.state_dict()))
     group = optimizer.param_groups[0]
     assert group["lr"] == 0.1 and group["eps_mode"] == "code" and group["decoupled_weight_decay"] is decoupled
-    assert group["nonfinite"] == "propagate" and float(optimizer.state[ours[0]]["step"]) == 7
-    for each in grads[7:]:
+    assert group["nonfinite"] == "propagate" and float(optimizer.state[ours[0]]["step"]) == 3
+    for each in grads[3:]:
         for p, q, g in zip(params, ours, each):
             p.grad, q.grad = g.clone(), g.clone()
         theirs.step()
