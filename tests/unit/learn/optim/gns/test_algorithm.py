@@ -11,6 +11,7 @@ import scipy.optimize as so
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse.linalg import aslinearoperator
 
 from lineament.core.checks import InputError
 from lineament.learn.optim.gns import (
@@ -348,6 +349,9 @@ BAD = {
     ),
     "hess: 4 of 4 values": lambda: minimize(
         so.rosen, np.zeros(2), jac=so.rosen_der, hess=lambda x: np.full((2, 2), np.nan)
+    ),
+    "hess: 2 of 2 values of a product with it": lambda: minimize(
+        so.rosen, np.zeros(2), jac=so.rosen_der, hess=lambda x: aslinearoperator(np.full((2, 2), np.nan))
     ),
     "expected a positive definite matrix": lambda: minimize(rosenbrock, START, metric=-torch.eye(2)),
     "expected positive entries": lambda: minimize(rosenbrock, START, metric=torch.tensor([1.0, 0.0])),
