@@ -133,7 +133,11 @@ class SAM(Optimizer):
         if self._finite(length, "at the weights"):
             self._moved, self._phase = params, "up"
             for p in params:
-                if p not in self._copies or self._copies[p].shape != p.shape or self._copies[p].dtype != p.dtype:
+                if (
+                    p not in self._copies
+                    or self._copies[p].shape != p.shape
+                    or self._copies[p].dtype != p.dtype
+                ):
                     self._copies[p] = torch.empty_like(p, requires_grad=False)
             if params:
                 torch._foreach_copy_([self._copies[p] for p in params], params)  # pyright: ignore[reportPrivateImportUsage]

@@ -206,7 +206,11 @@ def test_the_compiled_step_is_the_same_and_compiles_once():
     shapes = ((300, 20), (40,), (6, 5, 14, 14))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    rectified = ({"rectify": "momentum"}, {"rectify": "momentum", "version": 1}, {"rectify": "skip", "eps": 0})
+    rectified = (
+        {"rectify": "momentum"},
+        {"rectify": "momentum", "version": 1},
+        {"rectify": "skip", "eps": 0},
+    )
     variants = (VARIANTS[0], VARIANTS[4], VARIANTS[6], *rectified)
     for variant in variants:
         grads = gradients(8, shapes, torch.float32)
