@@ -174,6 +174,8 @@ def as_dense(form: Form, n: int) -> Float[Tensor, "n n"]:
         matrix = gram(form.factor)
         matrix.diagonal().add_(form.shift)
         return matrix
+    if isinstance(form, Zero):
+        return torch.zeros(n, n, dtype=torch.float64)
     checks.require(isinstance(form, Operator), f"{form.describe()} has no matrix")
     assert isinstance(form, Operator)
     checks.require(

@@ -242,6 +242,18 @@ def test_the_other_rules_reach_the_same_minimum(rule):
     assert minimize(rosenbrock, START, rule=rule).fun < 1e-12
 
 
+@pytest.mark.parametrize("metric", [None, torch.arange(1.0, 9.0, dtype=F64)])
+def test_cubic_newton_without_curvature_steps_down_the_gradient(metric):
+    problem, x0 = log_sum_exp(), torch.ones(8, dtype=F64)
+    found, seen = walk(problem, x0, rule=Cubic(), hess=None, metric=metric, max_iters=1)
+    B = torch.ones(8, dtype=F64) if metric is None else metric
+    z = problem.value_and_grad(x0)[1] / B
+    # ‖h‖² = 2‖g‖_*/M with the M of the step, which λ = M‖h‖/2 tells.
+    h, norm, lam = seen[1] - x0, found.log[0].grad_norm, found.log[0].lam
+    torch.testing.assert_close(h, -z / lam)
+    assert float(h @ (B * h)) == pytest.approx((norm / lam) ** 2) and found.log[1].value < found.log[0].value
+
+
 @pytest.mark.parametrize("metric", [None, "A'A"])
 def test_first_order_baselines(metric):
     A, b = random(30, 5), random(30, seed=1)
