@@ -134,6 +134,21 @@ class GNS(Optimizer):
             raise checks.InputError(problem)
         self._B = None
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of this class.
+
+        Raises:
+            InputError: another optimizer's state, or options out of range. Nothing was changed then.
+        """
+        for group in state_dict["param_groups"]:
+            missing = [name for name in _JOINT if name not in group]
+            checks.require(
+                not missing,
+                f"state_dict: got one without {', '.join(missing)}, expected one of {type(self).__name__}'s own",
+            )
+            _check(group)
+        super().load_state_dict(state_dict)
+
     def __getstate__(self) -> dict[str, Any]:
         kept = {"curvature": self.curvature, "_metric": self._metric, "model": self.model, "_B": None}
         return {**super().__getstate__(), **kept}

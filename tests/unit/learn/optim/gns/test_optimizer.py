@@ -279,3 +279,17 @@ def test_a_stored_state_holds_the_options_too():
     other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["test"] == "gradient" and other.param_groups[0]["max_probes"] == 9
     assert "GNS" in repr(copy.deepcopy(other)) and copy.deepcopy(other).curvature == "exact"
+
+
+@pytest.mark.parametrize("which", ["Adam's", "out of range"])
+def test_a_state_that_is_refused_changes_nothing(which):
+    w = nn.Parameter(torch.ones(2))
+    optimizer = GNS([w])
+    optimizer.step(lambda: (w**2).sum())
+    before = copy.deepcopy(optimizer.state_dict())
+    bad = torch.optim.Adam([w]).state_dict() if which == "Adam's" else copy.deepcopy(before)
+    bad["param_groups"][0]["max_probes"] = 0
+    message = "state_dict: got one without gamma, .*expected one of GNS's own"
+    with pytest.raises(InputError, match=message if which == "Adam's" else "max_probes: got 0"):
+        optimizer.load_state_dict(bad)
+    assert optimizer.state_dict() == before
