@@ -138,13 +138,13 @@ def minimize(
             status = "converged"
         if f_star is not None and here.f - f_star < eps:
             status = "target"
-        if callback is not None and callback(
-            out(here.x), Record(k, here.f, here.norm, number, None, None, 0, *arrival)
-        ):
-            status = "stopped"
-        if status:
-            log.append(Record(k, here.f, here.norm, number, None, None, 0, *arrival))
-            break
+        if callback is not None or status:
+            record = Record(k, here.f, here.norm, number, None, None, 0, *arrival)
+            if callback is not None and callback(out(here.x), record):
+                status = "stopped"
+            if status:
+                log.append(record)
+                break
         solver_here = "eigh" if isinstance(chosen, Cubic) else solver
         g = tensor(here.g)
         z = g if here.z is here.g else tensor(here.z)
