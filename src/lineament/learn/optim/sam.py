@@ -120,7 +120,8 @@ class SAM(Optimizer):
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
         """Climb: w becomes w + e with the gradients that are there."""
-        checks.require(self._phase == "", "first_step: called twice; call second_step() or restore() first")
+        checks.require(self._phase != "up", "first_step: called twice; call second_step() or restore() first")
+        self._phase = ""
         groups = [(g, g.get(self._key, self.defaults[self._key])) for g in self.param_groups]
         found = [(p, rho, bool(g.get("maximize"))) for g, rho in groups for p in g["params"]]
         found = [(p, rho, up) for p, rho, up in found if p.grad is not None]
@@ -129,18 +130,21 @@ class SAM(Optimizer):
         params = [p for p, _, _ in found]
         grads = [p.grad for p in params]
         length = self._length(params, grads)
-        if not self._finite(length, "at the weights"):
-            return
-        self._moved, self._phase = params, "up"
-        for p in params:
-            if p not in self._copies or self._copies[p].shape != p.shape or self._copies[p].dtype != p.dtype:
-                self._copies[p] = torch.empty_like(p, requires_grad=False)
-        if params:
-            torch._foreach_copy_([self._copies[p] for p in params], params)  # pyright: ignore[reportPrivateImportUsage]
-        for scale in {(rho, up) for _, rho, up in found}:
-            rows = [i for i, (_, rho, up) in enumerate(found) if (rho, up) == scale]
-            size = (-1.0 if scale[1] else 1.0) * scale[0] / (length + _TINY)
-            self._climb([params[i] for i in rows], [grads[i] for i in rows], size)
+        if self._finite(length, "at the weights"):
+            self._moved, self._phase = params, "up"
+            for p in params:
+                if (
+                    p not in self._copies
+                    or self._copies[p].shape != p.shape
+                    or self._copies[p].dtype != p.dtype
+                ):
+                    self._copies[p] = torch.empty_like(p, requires_grad=False)
+            if params:
+                torch._foreach_copy_([self._copies[p] for p in params], params)  # pyright: ignore[reportPrivateImportUsage]
+            for scale in {(rho, up) for _, rho, up in found}:
+                rows = [i for i, (_, rho, up) in enumerate(found) if (rho, up) == scale]
+                size = (-1.0 if scale[1] else 1.0) * scale[0] / (length + _TINY)
+                self._climb([params[i] for i in rows], [grads[i] for i in rows], size)
         if zero_grad:
             self.zero_grad()
 
@@ -212,11 +216,17 @@ class SAM(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take a state of this kind, or one of the wrapped optimizer alone, whose groups then get this one's ``rho``."""
+        """Take a state of this kind, or one of the wrapped optimizer alone, whose groups then get this one's ``rho``.
+
+        Raises:
+            InputError: a negative ``rho``; and what the wrapped optimizer raises. Nothing was changed then.
+        """
         self.restore()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
+        for group in state_dict["param_groups"]:
+            checks.number(self._key, group.get(self._key, self.defaults[self._key]), low=0)
         radii = [group.get(self._key, self.defaults[self._key]) for group in self.param_groups]
         self.base.load_state_dict(state_dict)
         for group, rho in zip(self.base.param_groups, radii):

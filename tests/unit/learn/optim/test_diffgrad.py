@@ -206,8 +206,15 @@ def test_the_compiled_step_is_the_same_and_compiles_once():
     shapes = ((300, 20), (40,), (6, 5, 14, 14))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    for variant in (VARIANTS[0], VARIANTS[4], VARIANTS[6]):
-        grads = gradients(6, shapes, torch.float32)
+    rectified = (
+        {"rectify": "momentum"},
+        {"rectify": "momentum", "version": 1},
+        {"rectify": "skip", "eps": 0},
+    )
+    variants = (VARIANTS[0], VARIANTS[4], VARIANTS[6], *rectified)
+    for variant in variants:
+        grads = gradients(8, shapes, torch.float32)
+        grads[0][0].zero_()
         one, _ = run(
             lambda p, v=variant: DiffGrad(p, lr=0.01, compiled=True, **v), grads, start(shapes, torch.float32)
         )
@@ -216,7 +223,8 @@ def test_the_compiled_step_is_the_same_and_compiles_once():
         )
         close(one, other, rtol=1e-5, atol=1e-6)
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert before == 3 and not torch._dynamo.utils.counters["graph_break"]
+    # Both rectified at version 0 are one rule.
+    assert before == len(variants) - 1 and not torch._dynamo.utils.counters["graph_break"]
     params = start(((70, 9), (11,), (3, 300)), torch.float32)
     optimizer = DiffGrad(params, compiled=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9)
@@ -240,7 +248,7 @@ def test_compiled_tensors_move_together_whatever_becomes_of_their_memory(amsgrad
     for compiled in (True, False):
         params = start(shapes, torch.float32)
         optimizer = DiffGrad(params, lr=0.05, amsgrad=amsgrad, compiled=compiled, foreach=False)
-        for t, each in enumerate(gradients(6, shapes, torch.float32)):
+        for t, each in enumerate(gradients(7, shapes, torch.float32)):
             for p, g in zip(params, each):
                 p.grad = g.clone() if g.ndim != 2 else g.T.contiguous().T
             if t in (1, 2):
@@ -253,8 +261,11 @@ def test_compiled_tensors_move_together_whatever_becomes_of_their_memory(amsgrad
                 optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
             if t == 5:
                 optimizer.param_groups[0]["maximize"] = True
+            if t == 6:  # as a state that was moved to another device and back
+                for state in optimizer.state.values():
+                    state["exp_avg"].data = state["exp_avg"].data + 1
             optimizer.step()
-        sides.append(params)
+        sides.append([*params, *(optimizer.state[p]["exp_avg"] for p in params)])
     close(*sides, rtol=1e-5, atol=1e-6)
 
 
@@ -284,22 +295,32 @@ def test_a_parameter_that_starts_late_has_its_own_count():
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
-@pytest.mark.parametrize("more", [{}, {"rectify": True, "betas": (0.9, 0.9)}, {"ams_bound": True}], ids=str)
-def test_pytorch_optimizers_state_goes_on_here(decoupled, more):
+@pytest.mark.parametrize(
+    ("more", "own"),
+    [
+        ({}, {}),
+        ({}, {"rectify": "skip"}),
+        ({"rectify": True, "betas": (0.9, 0.9)}, {}),
+        ({"rectify": True, "degenerated_to_sgd": False}, {"rectify": "skip"}),
+        ({"ams_bound": True}, {}),
+    ],
+    ids=str,
+)
+def test_pytorch_optimizers_state_goes_on_here(decoupled, more, own):
     peer = pytest.importorskip("pytorch_optimizer")
     grads = gradients(12)
     params, theirs = run(
-        lambda p: peer.DiffGrad(p, lr=0.1, weight_decay=0.1, weight_decouple=decoupled, **more), grads[:7]
+        lambda p: peer.DiffGrad(p, lr=0.1, weight_decay=0.1, weight_decouple=decoupled, **more), grads[:3]
     )
     ours = [nn.Parameter(p.detach().clone()) for p in params]
-    optimizer = DiffGrad(ours, lr=7.0)
+    optimizer = DiffGrad(ours, lr=7.0, **own)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.load_state_dict(copy.deepcopy(theirs.state_dict()))
     group = optimizer.param_groups[0]
     assert group["lr"] == 0.1 and group["eps_mode"] == "code" and group["decoupled_weight_decay"] is decoupled
-    assert group["nonfinite"] == "propagate" and float(optimizer.state[ours[0]]["step"]) == 7
-    for each in grads[7:]:
+    assert group["nonfinite"] == "propagate" and float(optimizer.state[ours[0]]["step"]) == 3
+    for each in grads[3:]:
         for p, q, g in zip(params, ours, each):
             p.grad, q.grad = g.clone(), g.clone()
         theirs.step()
@@ -346,6 +367,23 @@ def test_foreign_options_without_an_equal_are_named():
     _, theirs = run(peer.DiffGrad, gradients(1))
     with pytest.raises(ValueError, match="parameter group"):
         DiffGrad(start()[:1]).load_state_dict(theirs.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("lr", -3.0), ("betas", (0.9, 1.0)), ("eps_mode", "papr"), ("version", 9)]
+)
+def test_a_state_that_is_refused_changes_nothing(option, value):
+    params, optimizer = run(DiffGrad, gradients(2))
+    before, bad = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    bad["param_groups"][0][option] = value
+    bad["state"][0]["exp_avg"].zero_()
+    with pytest.raises(InputError, match=f"{option}: got"):
+        optimizer.load_state_dict(bad)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+    assert torch.equal(optimizer.state[params[0]]["exp_avg"], before["state"][0]["exp_avg"])
+    two = DiffGrad([{"params": params[:1]}, {"params": params[1:]}])
+    with pytest.raises(ValueError, match="number of parameter groups"):
+        two.load_state_dict(bad)
 
 
 def test_the_summary_is_the_friction_of_the_last_step():

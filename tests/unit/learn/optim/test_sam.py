@@ -208,6 +208,18 @@ def test_a_state_of_the_wrapped_optimizer_alone_is_taken():
     two.step(closure_of(wrapped, two))
 
 
+@pytest.mark.parametrize("base", ["diffgrad", "adadelta, whose rho is another"])
+def test_a_radius_that_is_refused_changes_nothing(base):
+    model, key = net(), "rho" if base == "diffgrad" else "sam_rho"
+    optimizer = SAM(BASES[base](model.parameters()), rho=0.2)
+    optimizer.step(closure_of(model, optimizer))
+    before, bad = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    bad["param_groups"][0].update({key: -3.0, "lr": 7.0})
+    with pytest.raises(InputError, match=f"{key}: got -3"):
+        optimizer.load_state_dict(bad)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+
+
 def test_a_deep_copy_goes_its_own_way():
     model = net()
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.1, model=model)
@@ -318,6 +330,26 @@ def test_gradients_that_are_nan_raise_or_skip(bad_pass):
         assert optimizer.skipped_steps == int(nonfinite == "skip")
         optimizer.step(real)
         assert not equal(weights(model), before)
+
+
+@pytest.mark.parametrize("second", [True, False], ids=["as usual", "left out"])
+def test_a_scaled_first_pass_that_overflows_costs_one_step_only(second):
+    model = net()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), nonfinite="skip")
+    scaler = torch.amp.GradScaler("cpu")
+    before = weights(model)
+    for factor in (float("inf"), 1.0):
+        scaler.scale(F.cross_entropy(model(X), Y) * factor).backward()
+        scaler.unscale_(optimizer)
+        optimizer.first_step(zero_grad=True)
+        scaler.update()
+        assert all(p.grad is None for p in model.parameters()) and optimizer.skipped_steps == 1
+        if factor == 1 or second:
+            scaler.scale(F.cross_entropy(model(X), Y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert equal(weights(model), before) == (factor != 1)
 
 
 def test_what_cannot_be_used_is_named():

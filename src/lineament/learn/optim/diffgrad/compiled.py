@@ -71,7 +71,7 @@ class Passes:
 
     def __init__(self, rule: Rule):
         self.rule = rule
-        self._seen: list[tuple[Tensor, int, Sequence[Tensor | None], int]] = []
+        self._seen: list[tuple[Tensor, Sequence[Tensor | None], list[int], int]] = []
         self._calls: list[_Call] = []
         self._moved: list[Tensor] = []
         self._left: list[int] = []
@@ -93,12 +93,12 @@ class Passes:
         return [found[at] for at in self._left]
 
     def _known(self, found: Sequence[Found]) -> bool:
-        """Whether the calls of the last step serve: the same tensors, and the same step for those that share a call."""
+        """Whether the calls of the last step serve: the same tensors and memory, and the same step for those that share a call."""
         if len(found) != len(self._seen):
             return False
-        for (p, place, state, lead), (q, b, c) in zip(self._seen, found):
-            same = p is q and b.p.data_ptr() == place and found[lead][2] is c
-            if not same or not all(map(is_, b[2:], state)):
+        for (p, state, places, lead), (q, b, c) in zip(self._seen, found):
+            same = p is q and found[lead][2] is c and all(map(is_, b[2:], state))
+            if not same or _places(b) != places:
                 return False
         return True
 
@@ -108,7 +108,7 @@ class Passes:
         lanes: dict[int, list[_Member]] = {}
         for at, (p, b, c) in enumerate(found):
             lead = leads.setdefault((id(c), b.p.dtype, b.p.device), at)
-            self._seen.append((p, b.p.data_ptr(), b[2:], lead))
+            self._seen.append((p, b[2:], _places(b), lead))
             others = [t for t in (b.p, *b[2:]) if t is not None]
             order = memory_order(b)
             if b.p.numel() < 2:  # one element would be a case of its own to the compiler
@@ -172,6 +172,11 @@ class _Call(NamedTuple):
     orders: list[Sequence[int]] | None  # None: as shaped
     others: list[Tensor]
     padding: list[Tensor]  # gradients that fill the call
+
+
+def _places(b: Buffers) -> list[int]:
+    """Where a parameter and its state lie in memory."""
+    return [t.data_ptr() for t in (b.p, *b[2:]) if t is not None]
 
 
 def _examples(like: list[Tensor], count: int, size: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -54,7 +54,8 @@ def _group(theirs: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
     if foreign:
         made["decoupled_weight_decay"] = theirs["weight_decouple"]
         made["amsgrad"] = theirs.get("ams_bound", False)
-        made["rectify"] = "momentum" if theirs.get("rectify") else None
+        # What they do until rectification applies is not stored.
+        made["rectify"] = (here["rectify"] or "momentum") if theirs.get("rectify") else None
     for name in ("foreach", "compiled", "capturable", "differentiable"):
         made[name] = here[name]  # how to run is this optimizer's, not the file's
     return made

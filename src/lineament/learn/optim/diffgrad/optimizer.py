@@ -124,12 +124,16 @@ class DiffGrad(torch.optim.Optimizer):
         lacks (Adam's has no previous gradient) starts at zero, with a warning.
 
         Raises:
-            InputError: options of theirs that have no equal here; and what ``torch.optim`` raises for groups that do not match.
+            InputError: options of theirs that have no equal here, or out of range; and what ``torch.optim`` raises for groups that do not
+                match. Nothing was changed then.
         """
-        super().load_state_dict(translated(state_dict, self.param_groups, self.defaults))
+        loaded = translated(state_dict, self.param_groups, self.defaults)
+        if len(loaded["param_groups"]) == len(self.param_groups):
+            for group in loaded["param_groups"]:
+                _check(group)
+        super().load_state_dict(loaded)
         missing = set()
         for group in self.param_groups:
-            _check(group)
             for p in group["params"]:
                 state = self.state.get(p)
                 if state:
@@ -345,6 +349,7 @@ def _rule(group: dict[str, Any]) -> steps.Rule:
         decayed and not decoupled,
         decayed and decoupled,
         group["alias_previous_grad"],
+        group["rectify"] is not None,
     )
 
 

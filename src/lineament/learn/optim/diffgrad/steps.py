@@ -47,6 +47,7 @@ class Rule(NamedTuple):
     l2: bool
     decoupled: bool
     alias: bool
+    rectified: bool
 
 
 class Coefficients(NamedTuple):
@@ -127,7 +128,7 @@ def update(b: Buffers, c: Coefficients, rule: Rule, scratch: Tensor | None = Non
         # 1 / xi joins the denominator: one division of the two, which is what a fused pass waits for.
         drag = b.q.sub_(g).abs_().neg_().exp_().add_(1)
         root = (v if b.top is None else b.top).sqrt().add_(c.eps)
-        p.sub_(m * c.step / (drag * root))
+        p.sub_(_taken(m * c.step / (drag * root), m, c, rule))
         b.q.copy_(g)
         return
     change = b.q - g if rule.alias else b.q.sub_(g)
@@ -136,7 +137,7 @@ def update(b: Buffers, c: Coefficients, rule: Rule, scratch: Tensor | None = Non
         off = g - b.mean
         b.mean.add_(off * c.after)
         b.spread.addcmul_(off, g - b.mean)
-    _move(p, m, xi, v if b.top is None else b.top, c, scratch)
+    _move(p, m, xi, v if b.top is None else b.top, c, rule, scratch)
     if not rule.alias:
         b.q.copy_(g)
 
@@ -149,15 +150,22 @@ def frictions(change: Tensor, b: Buffers, c: Coefficients, rule: Rule) -> Tensor
     return friction_(change, rule.version, b.mean, deviation)
 
 
-def _move(p: Tensor, m: Tensor, xi: Tensor, v: Tensor, c: Coefficients, scratch: Tensor | None) -> None:
+def _move(
+    p: Tensor, m: Tensor, xi: Tensor, v: Tensor, c: Coefficients, rule: Rule, scratch: Tensor | None
+) -> None:
     if isinstance(c.step, Tensor):
-        p.sub_(xi.mul_(m).div_(v.sqrt().add_(c.eps)).mul_(c.step))
+        p.sub_(_taken(xi.mul_(m).div_(v.sqrt().add_(c.eps)).mul_(c.step), m, c, rule))
         return
     if c.step:
         root = v.sqrt() if scratch is None else torch.sqrt(v, out=scratch[: v.numel()])
         p.addcdiv_(xi.mul_(m), root.add_(c.eps), value=-c.step)
     if c.plain:
         p.add_(m, alpha=-c.plain)
+
+
+def _taken(adapted: Tensor, m: Tensor, c: Coefficients, rule: Rule) -> Tensor:
+    """The step where the numbers are tensors: the momentum's where rectification forbids the adapted one."""
+    return torch.where(c.step > 0, adapted, m * c.plain) if rule.rectified else adapted
 
 
 def in_blocks(b: Buffers, c: Coefficients, rule: Rule, scratch: Callable[[Tensor, int], Tensor]) -> None:
@@ -259,7 +267,7 @@ def in_lists(bs: Sequence[Buffers], cs: Sequence[Coefficients], rule: Rule) -> N
             _lists._foreach_sub_(p, q)
         else:
             _lists._foreach_addcdiv_(p, q, root, [-each.step for each in cs])
-    if not isinstance(c.plain, Tensor) and c.plain:
+    if c.plain:
         _lists._foreach_sub_(p, _lists._foreach_mul(m, [each.plain for each in cs]))
     _lists._foreach_copy_(q, g)
 

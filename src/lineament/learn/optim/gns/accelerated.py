@@ -54,7 +54,7 @@ def fast_gradient(
     """
     checks.number("start", start, low=0, open_low=True)
     checks.number("least", least, low=0, open_low=True)
-    x = starting_point(x0)
+    x = starting_point(x0, fun)
     problem, _ = as_problem(fun, jac, None, isinstance(x0, Tensor))
     out = (lambda v: v.clone()) if isinstance(x0, Tensor) else (lambda v: v.cpu().numpy().copy())
     B, counts, began = Metric(metric, x), Counts(), time.perf_counter()

@@ -21,7 +21,7 @@ from torch import Tensor
 from lineament.core import checks
 from lineament.learn.optim.gns.blas import at_home, like, tensor
 from lineament.learn.optim.gns.forms import FORMS, Dense, Form, as_dense, as_form, reduced
-from lineament.learn.optim.gns.functions import Problem, as_problem
+from lineament.learn.optim.gns.functions import Problem, as_problem, is_problem
 from lineament.learn.optim.gns.metric import Metric
 from lineament.learn.optim.gns.result import MESSAGES, Minimum, Record
 from lineament.learn.optim.gns.rules import Cubic, Point, Rule, Trial, as_rule
@@ -77,7 +77,7 @@ def minimize(
         A :class:`Minimum`; ``x`` is a NumPy array or a tensor as ``x0`` was.
 
     Raises:
-        InputError: f or its gradient not finite at ``x0``, wrong shapes, H not symmetric, B not positive definite, unknown names.
+        InputError: an ``x0`` that does not fit the problem, f or its gradient not finite there, wrong shapes, H not symmetric, B not positive definite, unknown names.
 
     Source: Semenov, Jaggi, Doikov (2025), arXiv 2506.13710, Algorithm 3.
 
@@ -97,7 +97,7 @@ def minimize(
     checks.number("cg_tol", cg_tol, low=0, open_low=True)
     if f_star is not None:
         checks.number("f_star", f_star)
-    x = starting_point(x0)
+    x = starting_point(x0, fun)
     problem, hess = as_problem(fun, jac, hess, isinstance(x0, Tensor))
     out = (lambda v: v.clone()) if isinstance(x0, Tensor) else (lambda v: v.cpu().numpy().copy())
     moving = metric if callable(metric) else None
@@ -138,13 +138,13 @@ def minimize(
             status = "converged"
         if f_star is not None and here.f - f_star < eps:
             status = "target"
-        if callback is not None and callback(
-            out(here.x), Record(k, here.f, here.norm, number, None, None, 0, *arrival)
-        ):
-            status = "stopped"
-        if status:
-            log.append(Record(k, here.f, here.norm, number, None, None, 0, *arrival))
-            break
+        if callback is not None or status:
+            record = Record(k, here.f, here.norm, number, None, None, 0, *arrival)
+            if callback is not None and callback(out(here.x), record):
+                status = "stopped"
+            if status:
+                log.append(record)
+                break
         solver_here = "eigh" if isinstance(chosen, Cubic) else solver
         g = tensor(here.g)
         z = g if here.z is here.g else tensor(here.z)
@@ -269,11 +269,24 @@ def measured(x: Any, value: float, gradient: Any, metric: Metric) -> Point:
     return Point(x, value, gradient, z, metric.dual(gradient, z))
 
 
-def starting_point(x0: Any) -> Tensor:
+def starting_point(x0: Any, fun: Any) -> Tensor:
+    """A copy of x0, of the size and dtype that a problem takes."""
     if isinstance(x0, Tensor):
         x = x0.detach().clone()
-        x = x if x.is_floating_point() else x.double()
+        x = x if x.is_floating_point() or x.is_complex() else x.double()
     else:
-        x = torch.from_numpy(np.array(x0, dtype=np.float64))
+        found = np.array(x0)
+        x = torch.from_numpy(found if np.iscomplexobj(found) else found.astype(np.float64))
     checks.tensor("x0", x, shape=("n",))
+    checks.require(
+        x.dtype in (torch.float64, torch.float32),
+        f"x0: got {checks.show(x0)}, expected real numbers in float64 (or float32)",
+    )
+    if is_problem(fun):
+        size, dtype = getattr(fun, "size", None) or len(x), getattr(fun, "dtype", None) or x.dtype
+        if (len(x), x.dtype) != (size, dtype):
+            wanted = checks.show(torch.empty(size, dtype=dtype))
+            raise checks.InputError(
+                f"x0: got {checks.show(x0)}, expected {wanted} for this {type(fun).__name__}"
+            )
     return x

@@ -1,7 +1,8 @@
 """Systems of equations u(x) = 0 with their derivatives: linear, Rosenbrock's, the Chebyshev chain, and a user's own.
 
 For :class:`~lineament.learn.optim.gns.problems.PowerOfResiduals`. Each gives u, Jᵀv, J and Σ_i v_i ∇²u_i (``second``: a matrix, its diagonal
-or ``None``), and ``normal``, JᵀJ, where that is cheaper than a product. Those with ``arrays`` take NumPy arrays as well as tensors.
+or ``None``), and ``normal``, JᵀJ, where that is cheaper than a product. Those with ``arrays`` take NumPy arrays as well as tensors;
+``size`` and ``dtype`` are those that x must have, where that is known.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Linear:
     def __init__(self, A: Float[Tensor, "m n"], b: Float[Tensor, "m"]):
         self.A = checks.tensor("A", A, shape=("m", "n"), floating=True)
         self.b = checks.tensor("b", b, shape=(len(A),), floating=True)
+        self.size, self.dtype = A.shape[1], A.dtype
         self._normal: Tensor | None = None
 
     @property
@@ -62,6 +64,7 @@ class Rosenbrock:
     """
 
     arrays = True
+    size = 2
 
     def __init__(self, a: float = 1.0, b: float = 100.0):
         self.a, self.root = float(checks.number("a", a)), checks.number("b", b, low=0, open_low=True) ** 0.5

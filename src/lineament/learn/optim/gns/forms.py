@@ -6,6 +6,7 @@ form to a cheaper one (its diagonal, a Nyström approximation), which stays posi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,10 @@ from lineament.learn.optim.gns.blas import gram
 from lineament.learn.optim.gns.metric import asymmetry, asymmetry_allowed
 
 FORMS = ("as is", "dense", "diagonal", "low_rank", "operator")
+
+
+class NotFinite(checks.InputError):
+    """A Hessian has NaN or infinite values."""
 
 
 class Form:
@@ -85,8 +90,28 @@ class Operator(Form):
 
     def product(self, v: Tensor) -> Tensor:
         if isinstance(getattr(self.operator, "dtype", None), torch.dtype):
-            return (self.operator @ v.to(self.operator.dtype)).to(v)
-        return torch.as_tensor(np.asarray(self.operator @ v.cpu().numpy())).to(v)
+            found = (self.operator @ v.to(self.operator.dtype)).to(v)
+        else:
+            found = torch.as_tensor(np.asarray(self.operator @ v.cpu().numpy())).to(v)
+        return _finite(found, "of a product with it ")
+
+
+def finite(form: Form) -> Form:
+    """The form, once its numbers are known to be finite; an operator's are asked for at each product."""
+    for stored in vars(form).values():
+        if isinstance(stored, Tensor):
+            _finite(stored)
+    return form
+
+
+def _finite(values: Tensor, of: str = "") -> Tensor:
+    # The sum of values of which one is not finite is not: to count them is slower.
+    bad = 0 if math.isfinite(float(values.sum())) else int((~torch.isfinite(values)).sum())
+    if bad:
+        raise NotFinite(
+            f"hess: {bad} of {values.numel()} values {of}are NaN or infinite; expected finite values only"
+        )
+    return values
 
 
 def as_form(value: Any, like: Float[Tensor, "n"], *, symmetric: bool = False) -> Form:
@@ -127,7 +152,7 @@ def as_form(value: Any, like: Float[Tensor, "n"], *, symmetric: bool = False) ->
         tuple(value.shape) in ((n,), (n, n)),
         f"hess: it returned {checks.show(value)}, expected a matrix ({n}, {n}) or a diagonal ({n},)",
     )
-    checks.tensor("hess", value)
+    _finite(value)
     if value.ndim == 1:
         return Diagonal(value)
     if symmetric:
@@ -149,6 +174,8 @@ def as_dense(form: Form, n: int) -> Float[Tensor, "n n"]:
         matrix = gram(form.factor)
         matrix.diagonal().add_(form.shift)
         return matrix
+    if isinstance(form, Zero):
+        return torch.zeros(n, n, dtype=torch.float64)
     checks.require(isinstance(form, Operator), f"{form.describe()} has no matrix")
     assert isinstance(form, Operator)
     checks.require(

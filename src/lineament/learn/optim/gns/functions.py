@@ -22,7 +22,10 @@ _DENSE = 2000
 
 
 class Problem(Protocol):
-    """What :func:`minimize` asks of a function, of tensors; one with a true attribute ``arrays`` takes NumPy arrays too."""
+    """What :func:`minimize` asks of a function, of tensors; one with a true attribute ``arrays`` takes NumPy arrays too.
+
+    ``size`` and ``dtype``, where it has them, are those that x must have.
+    """
 
     @property
     def kinds(self) -> tuple[str, ...]: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,11 @@ from scipy.sparse.linalg import LinearOperator
 
 from lineament.core import checks
 from lineament.learn.optim.gns.algorithm import minimize
+from lineament.learn.optim.gns.result import Record
+
+# SciPy's names of options.
+_NAMES = {"tol": "grad_tol", "gtol": "grad_tol", "maxiter": "max_iters"}
+_CODES = {"converged": 0, "target": 0, "max_iters": 1, "precision": 2, "search_failed": 3, "stopped": 99}
 
 
 def scipy_method(
@@ -25,10 +31,13 @@ def scipy_method(
     callback: Any = None,
     **options: Any,
 ) -> OptimizeResult:
-    """A ``method`` for ``scipy.optimize.minimize``; ``options`` are those of :func:`lineament.learn.optim.gns.minimize`, and ``tol`` is ``grad_tol``.
+    """A ``method`` for ``scipy.optimize.minimize``; ``options`` are those of :func:`lineament.learn.optim.gns.minimize`.
+
+    SciPy's ``tol`` and ``gtol`` are ``grad_tol``, ``maxiter`` is ``max_iters``, and ``disp`` prints how it ended. The callback is SciPy's: called after
+    each iteration with ``xk`` or ``intermediate_result``, it stops the run by ``StopIteration`` (then status 99, no success), not by what it returns.
 
     Raises:
-        InputError: bounds or constraints, or no gradient.
+        InputError: bounds or constraints, no gradient, or an unknown option.
 
     >>> import scipy.optimize as so
     >>> found = so.minimize(so.rosen, [-2.0, 2.0], jac=so.rosen_der, hess=so.rosen_hess, method=scipy_method)
@@ -50,23 +59,47 @@ def scipy_method(
         product = lambda v: hessp(x, np.asarray(v).reshape(-1), *args)  # noqa: E731
         return LinearOperator((size, size), matvec=product, dtype="float64")  # pyright: ignore
 
-    tol = options.pop("tol", None)
-    if tol is not None:
-        options.setdefault("grad_tol", tol)
+    disp = options.pop("disp", False)
+    for theirs, ours in _NAMES.items():
+        value = options.pop(theirs, None)
+        if value is not None:
+            options.setdefault(ours, value)
+    known = set(inspect.signature(minimize).parameters) - {"fun", "x0", "jac", "hess", "callback"}
+    for name in options:
+        checks.one_of("options", name, sorted(known))
     wanted = curvature if callable(hess) or hessp is not None else hess
     found = minimize(
         lambda x: fun(x, *args),
         np.asarray(x0, dtype=np.float64),
         jac=lambda x: jac(x, *args),
         hess=wanted,
-        callback=None if callback is None else lambda x, record: callback(x),
+        callback=None if callback is None else _wrapped(callback),
         **options,
     )
+    if disp:
+        print(f"{found.message}: f = {found.fun:.6g} after {found.nit} iterations")
     fields = {
         name: getattr(found, name)
-        for name in ("x", "fun", "jac", "success", "message", "nit", "nfev", "njev", "nhev")
+        for name in ("x", "fun", "jac", "message", "nit", "nfev", "njev", "nhev", "nsolve", "log")
     }
-    codes = ("converged", "target", "max_iters", "precision", "search_failed", "stopped")
-    return OptimizeResult(
-        **fields, status=max(0, codes.index(found.status) - 1), nsolve=found.nsolve, log=found.log
-    )
+    success = found.success and found.status != "stopped"
+    return OptimizeResult(**fields, success=success, status=_CODES[found.status])
+
+
+def _wrapped(callback: Callable[..., Any]) -> Callable[[Any, Record], bool]:
+    """SciPy's callback as one of :func:`minimize`."""
+    whole = set(inspect.signature(callback).parameters) == {"intermediate_result"}
+
+    def call(x: Any, record: Record) -> bool:
+        if record.iteration == 0:
+            return False
+        try:
+            if whole:
+                callback(intermediate_result=OptimizeResult(x=x, fun=record.value))
+            else:
+                callback(x)
+        except StopIteration:
+            return True
+        return False
+
+    return call

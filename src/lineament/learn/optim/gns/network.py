@@ -70,6 +70,7 @@ class Network:
         self._loss_fn, self._loader = loss_fn, loader
         self.risk = Risk(self._copy, loss_fn, loader, **self._options)
         self.names = list(self.risk.names)
+        self.size = len(self.x0)
         self._operators: dict[str, Curvature] = {}
         self._now: Tensor | None = None
 
@@ -86,7 +87,7 @@ class Network:
 
     def load(self, x: Float[Tensor, "n"]) -> None:
         """Write x into the user's model."""
-        _write(self.model, self.names, checks.tensor("x", torch.as_tensor(x), shape=(len(self.x0),)))
+        _write(self.model, self.names, checks.tensor("x", torch.as_tensor(x), shape=(self.size,)))
 
     def value_and_grad(self, x: Float[Tensor, "n"]) -> tuple[float, Tensor]:
         self._move(x)

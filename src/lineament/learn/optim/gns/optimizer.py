@@ -21,7 +21,7 @@ from lineament.core import checks
 from lineament.core.gradients import flatten, unflatten
 from lineament.learn.optim.gns.algorithm import Counts, measured, search
 from lineament.learn.optim.gns.closure import ClosureHessian, differentiated
-from lineament.learn.optim.gns.forms import FORMS, Dense, Form, Operator, as_form, reduced
+from lineament.learn.optim.gns.forms import FORMS, Form, NotFinite, Operator, as_form, finite, reduced
 from lineament.learn.optim.gns.metric import Metric
 from lineament.learn.optim.gns.rules import Smoothness
 from lineament.learn.optim.gns.solvers import INDEFINITE, SOLVERS, system
@@ -48,7 +48,7 @@ class GNS(Optimizer):
         metric: B, ``None``, (n,) or (n, n) over the flat parameters.
         form, rank, solver, indefinite, max_probes, cg_tol, cg_steps, seed: see :func:`minimize`.
         dense: up to so many parameters the exact Hessian is a matrix; beyond, conjugate gradients.
-        nonfinite: what a loss or gradient that is NaN or infinite at the present weights does: ``"raise"`` or ``"skip"`` the step.
+        nonfinite: what a loss, gradient or curvature that is NaN or infinite at the present weights does: ``"raise"`` or ``"skip"`` the step.
         model: its batch-norm layers then gather their running statistics at the weights that a step begins with only: those of the probes, of
             which some are rejected, belong to no network that is kept.
 
@@ -134,6 +134,21 @@ class GNS(Optimizer):
             raise checks.InputError(problem)
         self._B = None
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of this class.
+
+        Raises:
+            InputError: another optimizer's state, or options out of range. Nothing was changed then.
+        """
+        for group in state_dict["param_groups"]:
+            missing = [name for name in _JOINT if name not in group]
+            checks.require(
+                not missing,
+                f"state_dict: got one without {', '.join(missing)}, expected one of {type(self).__name__}'s own",
+            )
+            _check(group)
+        super().load_state_dict(state_dict)
+
     def __getstate__(self) -> dict[str, Any]:
         kept = {"curvature": self.curvature, "_metric": self._metric, "model": self.model, "_B": None}
         return {**super().__getstate__(), **kept}
@@ -159,7 +174,7 @@ class GNS(Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps left out because the loss or its gradient was NaN or infinite."""
+        """Steps left out because the loss, its gradient or the curvature was NaN or infinite."""
         return int(self._kept["skipped"])
 
     @property
@@ -209,10 +224,7 @@ class GNS(Optimizer):
             self._keep(kept)
             return result
         counts.hessians += 1
-        form = self._form(x, params, grads, group["dense"])
-        form = reduced(form, group["form"], x, rank=group["rank"], seed=group["seed"])
         solve = {name: group[name] for name in ("solver", "indefinite", "cg_tol", "cg_steps")}
-        equations = system(form, self._B, here.g, here.z, **solve)
         eps = max(torch.finfo(p.dtype).eps for p in params)
 
         def evaluate(at: Tensor) -> tuple[float, Tensor]:
@@ -225,9 +237,22 @@ class GNS(Optimizer):
                 _restore(params, before)
             return float(value.detach()), flatten([grad.detach().double() for grad in found])
 
-        step = search(
-            evaluate, here, equations, self._B, rule, kept["gamma"], group["max_probes"], counts, eps
-        )
+        try:
+            form = finite(self._form(x, params, grads, group["dense"]))
+            form = reduced(form, group["form"], x, rank=group["rank"], seed=group["seed"])
+            equations = system(form, self._B, here.g, here.z, **solve)
+            step = search(
+                evaluate, here, equations, self._B, rule, kept["gamma"], group["max_probes"], counts, eps
+            )
+        except NotFinite as error:
+            if group["nonfinite"] == "raise":
+                raise checks.InputError(
+                    f"curvature: it is not finite at these weights, which are as before ({error}); nonfinite='skip' leaves such steps out"
+                ) from error
+            kept.update(asdict(counts))
+            kept["skipped"] += 1
+            self._keep(kept)
+            return result
         counts.products += equations.products
         kept.update(asdict(counts))
         kept["steps"] += 1
@@ -248,7 +273,7 @@ class GNS(Optimizer):
         if len(x) > dense:
             return Operator(operator)
         matrix = operator @ torch.eye(len(x), dtype=x.dtype, device=x.device)
-        return Dense((matrix + matrix.T) / 2)
+        return as_form((matrix + matrix.T) / 2, x)
 
 
 def _check(options: dict[str, Any]) -> None:

@@ -45,6 +45,7 @@ class LogSumExp:
             torch.zeros_like(A[:, 0]) if b is None else checks.tensor("b", b, shape=(len(A),), floating=True)
         )
         self.mu = float(checks.number("mu", mu, low=0, open_low=True))
+        self.size, self.dtype = A.shape[1], A.dtype
         self._last = Last()
 
     @classmethod
@@ -101,6 +102,7 @@ class Logistic:
         self.y = (2 * y - 1 if found <= {0, 1} else y).to(A)
         self.l2 = float(checks.number("l2", l2, low=0))
         self.rows = weighted_rows(self.A, -self.y)
+        self.size, self.dtype = A.shape[1], A.dtype
         self._last = Last()
 
     def value_and_grad(self, x: Float[Tensor, "n"]) -> tuple[float, Tensor]:
@@ -155,7 +157,7 @@ class Softmax:
         self.labels = labels
         self.classes = int(labels.max()) + 1 if classes is None else classes
         self.l2 = float(checks.number("l2", l2, low=0))
-        self.size = A.shape[1] * self.classes
+        self.size, self.dtype = A.shape[1] * self.classes, A.dtype
 
     def _logits(self, x: Tensor) -> Tensor:
         return self.A @ x.view(-1, self.classes)
@@ -220,6 +222,7 @@ class PowerOfResiduals:
     def __init__(self, equations: Any, *, p: float = 2, G: Float[Tensor, "m m"] | None = None):
         _check_equations(equations)
         self.equations = equations
+        self.size, self.dtype = getattr(equations, "size", None), getattr(equations, "dtype", None)
         self.p = float(checks.number("p", p, low=2))
         self.G = G
         self._metric: Metric | None = None
@@ -291,6 +294,7 @@ class Composite:
         checks.require(callable(outer), f"outer: got {checks.show(outer)}, expected a function of a tensor")
         _check_equations(equations)
         self.outer, self.equations = outer, equations
+        self.size, self.dtype = getattr(equations, "size", None), getattr(equations, "dtype", None)
         self._last = Last()
 
     def _outer(self, u: Tensor) -> Tensor:

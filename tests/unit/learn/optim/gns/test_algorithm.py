@@ -11,6 +11,7 @@ import scipy.optimize as so
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse.linalg import aslinearoperator
 
 from lineament.core.checks import InputError
 from lineament.learn.optim.gns import (
@@ -241,6 +242,18 @@ def test_the_other_rules_reach_the_same_minimum(rule):
     assert minimize(rosenbrock, START, rule=rule).fun < 1e-12
 
 
+@pytest.mark.parametrize("metric", [None, torch.arange(1.0, 9.0, dtype=F64)])
+def test_cubic_newton_without_curvature_steps_down_the_gradient(metric):
+    problem, x0 = log_sum_exp(), torch.ones(8, dtype=F64)
+    found, seen = walk(problem, x0, rule=Cubic(), hess=None, metric=metric, max_iters=1)
+    B = torch.ones(8, dtype=F64) if metric is None else metric
+    z = problem.value_and_grad(x0)[1] / B
+    # ‖h‖² = 2‖g‖_*/M with the M of the step, which λ = M‖h‖/2 tells.
+    h, norm, lam = seen[1] - x0, found.log[0].grad_norm, found.log[0].lam
+    torch.testing.assert_close(h, -z / lam)
+    assert float(h @ (B * h)) == pytest.approx((norm / lam) ** 2) and found.log[1].value < found.log[0].value
+
+
 @pytest.mark.parametrize("metric", [None, "A'A"])
 def test_first_order_baselines(metric):
     A, b = random(30, 5), random(30, seed=1)
@@ -271,6 +284,39 @@ def test_scipy_functions_and_quasi_newton():
         method=scipy_method, options={"cg_tol": 1e-3},
     )  # fmt: skip
     assert inside.success and np.allclose(inside.x, 1, atol=1e-6) and inside.nsolve >= inside.nit
+
+
+def in_scipy(**given):
+    return so.minimize(
+        so.rosen, [-2.0, 2.0], jac=so.rosen_der, hess=so.rosen_hess, method=scipy_method, **given
+    )
+
+
+def test_scipys_callback_is_told_of_every_iteration_and_stops_by_stop_iteration_only():
+    points, values = [], []
+    found = in_scipy(callback=lambda xk: points.append(xk) or True)
+    assert found.success and len(points) == found.nit and np.array_equal(points[-1], found.x)
+    found = in_scipy(callback=lambda intermediate_result: values.append(intermediate_result.fun))
+    assert values == [so.rosen(x) for x in points]
+
+    def stop(xk):
+        if len(points) == 3:
+            raise StopIteration
+        points.append(xk)
+
+    points.clear()
+    found = in_scipy(callback=stop)
+    assert (found.success, found.status, found.nit) == (False, 99, 4) and "callback" in found.message
+
+
+def test_scipys_options(capsys):
+    found = in_scipy(options={"maxiter": 5, "disp": False})
+    assert (found.success, found.nit, found.status) == (False, 5, 1) and not capsys.readouterr().out
+    found = in_scipy(tol=1e-3, options={"disp": True})
+    assert found.success and np.linalg.norm(found.jac) > 1e-8
+    assert f"after {found.nit} iterations" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"options: got 'max_iter'.*nearest: 'max_iters'"):
+        in_scipy(options={"max_iter": 5})
 
 
 def test_results_can_be_kept_and_drawn():
@@ -315,6 +361,9 @@ BAD = {
     ),
     "hess: 4 of 4 values": lambda: minimize(
         so.rosen, np.zeros(2), jac=so.rosen_der, hess=lambda x: np.full((2, 2), np.nan)
+    ),
+    "hess: 2 of 2 values of a product with it": lambda: minimize(
+        so.rosen, np.zeros(2), jac=so.rosen_der, hess=lambda x: aslinearoperator(np.full((2, 2), np.nan))
     ),
     "expected a positive definite matrix": lambda: minimize(rosenbrock, START, metric=-torch.eye(2)),
     "expected positive entries": lambda: minimize(rosenbrock, START, metric=torch.tensor([1.0, 0.0])),

@@ -137,6 +137,34 @@ def test_nan_is_raised_or_skipped():
     assert optimizer.counters["steps"] == 1 and float(w.norm()) < 2**0.5
 
 
+NAN = torch.full((2, 2), float("nan"), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dense": 0},
+        {"dense": 0, "form": "diagonal"},
+        {"curvature": lambda: NAN},
+        {"curvature": lambda: NAN[0]},
+        {"curvature": lambda: LowRank(NAN[:1])},
+        {"curvature": lambda: NAN.numpy()},
+    ],
+    ids=["exact", "products", "diagonal", "matrix", "entries", "form", "array"],
+)
+def test_a_curvature_that_is_nan_is_raised_or_skipped(options):
+    w = nn.Parameter(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    closure = lambda: (w.abs() ** 1.5 + 0.1 * w).sum()  # noqa: E731 (its second derivative at 0 is infinite)
+    with pytest.raises(InputError, match=r"curvature: it is not finite at these weights.*nonfinite='skip'"):
+        GNS([w], **options).step(closure)
+    optimizer = GNS([w], nonfinite="skip", **options)
+    assert float(optimizer.step(closure)) == pytest.approx(1.1)
+    counters = optimizer.counters
+    assert (counters["skipped"], counters["steps"], counters["failed"]) == (1, 0, 0)
+    assert counters["solves"] <= 1 and w.tolist() == [0.0, 1.0] and optimizer.gamma == 1.0
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_running_statistics_are_those_of_the_weights_that_steps_begin_with(given):
     torch.manual_seed(0)
@@ -251,3 +279,17 @@ def test_a_stored_state_holds_the_options_too():
     other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["test"] == "gradient" and other.param_groups[0]["max_probes"] == 9
     assert "GNS" in repr(copy.deepcopy(other)) and copy.deepcopy(other).curvature == "exact"
+
+
+@pytest.mark.parametrize("which", ["Adam's", "out of range"])
+def test_a_state_that_is_refused_changes_nothing(which):
+    w = nn.Parameter(torch.ones(2))
+    optimizer = GNS([w])
+    optimizer.step(lambda: (w**2).sum())
+    before = copy.deepcopy(optimizer.state_dict())
+    bad = torch.optim.Adam([w]).state_dict() if which == "Adam's" else copy.deepcopy(before)
+    bad["param_groups"][0]["max_probes"] = 0
+    message = "state_dict: got one without gamma, .*expected one of GNS's own"
+    with pytest.raises(InputError, match=message if which == "Adam's" else "max_probes: got 0"):
+        optimizer.load_state_dict(bad)
+    assert optimizer.state_dict() == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from lineament.learn.optim.gns import (
     Rosenbrock,
     Softmax,
     dense_curvature,
+    fast_gradient,
     minimize,
 )
 from lineament.learn.optim.gns import network as network_module
@@ -68,6 +70,42 @@ def test_derivatives_against_finite_differences(name):
         assert (above[0] - below[0]) / (2 * t) == pytest.approx(float(gradient @ d), rel=1e-6, abs=1e-7)
         wanted = (above[1] - below[1]) / (2 * t)
         torch.testing.assert_close(dense_curvature(problem, x) @ d, wanted, rtol=1e-5, atol=1e-5)
+
+
+SIZED = [name for name in PROBLEMS if PROBLEMS[name][0].size]
+
+
+@pytest.mark.parametrize("solve", [minimize, fast_gradient])
+@pytest.mark.parametrize("name", SIZED)
+def test_a_start_that_does_not_fit_is_named(name, solve):
+    problem, n = PROBLEMS[name]
+    for size in (n - 1, n + 1):
+        for x0 in (torch.ones(size, dtype=F64), np.ones(size)):
+            with pytest.raises(
+                InputError,
+                match=rf"x0: got .*\({size},\), expected .*\({n},\) for this {type(problem).__name__}",
+            ):
+                solve(problem, x0)
+    if problem.dtype is not None:
+        with pytest.raises(InputError, match=r"x0: got a float32 tensor .*, expected a float64 tensor"):
+            solve(problem, torch.ones(n))
+    for dtype in (torch.float16, torch.bfloat16, torch.complex128):
+        with pytest.raises(InputError, match=r"x0: got .*, expected real numbers in float64 \(or float32\)"):
+            solve(problem, torch.ones(n, dtype=dtype))
+    with pytest.raises(InputError, match="x0: got a complex128 array"):
+        solve(problem, np.ones(n) + 0j)
+
+
+def test_problems_of_float32_take_starts_of_float32():
+    problem = Softmax(random(12, 3).float(), torch.arange(12) % 4, l2=0.05)
+    assert minimize(problem, torch.zeros(12), grad_tol=1e-4).x.dtype == torch.float32
+    with pytest.raises(InputError, match=r"x0: got a float64 array .*, expected a float32 tensor"):
+        minimize(problem, np.zeros(12))
+    network = Network(
+        nn.Linear(3, 4), nn.functional.cross_entropy, [(random(12, 3).float(), torch.arange(12) % 4)]
+    )
+    with pytest.raises(InputError, match=r"x0: got .*, expected a float64 tensor of shape \(16,\)"):
+        minimize(network, torch.zeros(7, dtype=F64))
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
