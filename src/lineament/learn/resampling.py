@@ -173,8 +173,8 @@ def find_slow(
         window, smooth: as for :func:`~lineament.learn.separating.separating_epoch`.
 
     Raises:
-        InputError: before any training, wrong arguments and labels that leave a class empty; a ``fit`` that ends too early or yields
-            no errors.
+        InputError: before any training, wrong arguments and labels that leave a class empty; a loader that shuffles; a ``fit`` that ends
+            too early or yields no errors.
 
     >>> from lineament.learn.epochs import Fit
     >>> x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)); y = (x[:, 0] + 0.5 * x[:, 1] > 0).long()
@@ -198,12 +198,12 @@ def find_slow(
         last = min(high + 1 + smooth // 2, epochs)
     else:
         low = high = last = checks.number("separating", separating, low=1, high=epochs, integer=True)
-    count = _checked(model, loader, allow_empty)
+    known = _checked(model, loader, allow_empty)
     initial = copy.deepcopy(model.state_dict())
     try:
         kept: dict[int, Any] = {}
         errors: list[float] = []
-        run = fit(model, torch.arange(count), epochs)
+        run = fit(model, torch.arange(len(known)), epochs)
         for epoch, error in enumerate(run, 1):
             errors.append(checks.number("fit: the training error", float(error), low=0))
             if low <= epoch <= high:
@@ -222,6 +222,7 @@ def find_slow(
         scores, labels, features = outputs_of(model, loader, site=site, recalibrate=chosen < 3)
     finally:
         model.load_state_dict(initial)
+    _refuse_other_order(known, labels)
     rows = features if features is not None else output
     selection = select_slow(
         scores, labels, by=by, output=rows, exclude=exclude, allow_empty=allow_empty, seed=seed
@@ -229,14 +230,25 @@ def find_slow(
     return Early(selection, chosen, tuple(errors))
 
 
-def _checked(model: nn.Module, loader: Iterable[Any], allow_empty: bool) -> int:
-    """How many examples there are; labels that do not fit the model's outputs are refused before any training."""
+def _checked(model: nn.Module, loader: Iterable[Any], allow_empty: bool) -> Tensor:
+    """The labels in the loader's order; those that do not fit the model's outputs are refused before any training."""
     first = next(batches(loader), None)
-    checks.require(first is not None, "loader: it is empty; expected batches of (inputs, labels)")
+    if first is None:
+        raise checks.InputError("loader: it is empty; expected batches of (inputs, labels)")
     scores, _, _ = outputs_of(model, [first])
-    labels = torch.cat([y for _, y in batches(loader)])
+    labels = torch.cat([y.cpu() for _, y in batches(loader)])
     refuse_empty(checks.labels("labels", labels, classes=scores.shape[1]), scores.shape[1], allow_empty)
-    return len(labels)
+    _refuse_other_order(first[1], labels[: len(first[1])])
+    return labels
+
+
+def _refuse_other_order(once: Tensor, again: Tensor) -> None:
+    """Two walks that give other labels are in no order of indices: what is selected would be examples at random."""
+    checks.require(
+        torch.equal(once.cpu(), again.cpu()),
+        "loader: it gives other labels at each walk, expected the training data in the order of its indices; make it with shuffle=False "
+        "(and without a random sampler)",
+    )
 
 
 def useful(

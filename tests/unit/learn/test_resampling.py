@@ -76,6 +76,18 @@ def test_the_final_training_starts_from_the_same_weights_on_the_enlarged_data():
     done.plot()
 
 
+def test_an_order_that_changes_after_the_first_walks_is_seen():
+    class Turning(list):
+        walks = 0
+
+        def __iter__(self):
+            self.walks += 1
+            return iter([(x.flip(0), y.flip(0)) for x, y in LOADER] if self.walks > 2 else LOADER)
+
+    with pytest.raises(InputError, match="other labels at each walk"):
+        find_slow(net(), Fit(X, Y, sgd), Turning(), epochs=5, separating=1)
+
+
 def test_a_class_without_examples_is_left_out_where_that_is_allowed():
     wide = nn.Sequential(nn.Linear(4, 3))
     with pytest.warns(UserWarning, match=r"classes \[2\]"):
@@ -207,6 +219,9 @@ def test_what_cannot_be_used_is_named():
         find_slow(net(), never, [], epochs=5, separating=1)
     with pytest.raises(InputError, match="walked again"):
         find_slow(net(), fit, iter(LOADER), epochs=5, separating=1)
+    with pytest.raises(InputError, match=r"other labels at each walk.*shuffle=False"):
+        shuffled = DataLoader(TensorDataset(X, Y), batch_size=30, shuffle=True)
+        find_slow(net(), never, shuffled, epochs=5, separating=1)
     with pytest.raises(InputError, match="separating"):
         find_slow(net(), fit, LOADER, epochs=5, separating=9)
     with pytest.raises(InputError, match="too few to see"):
