@@ -67,8 +67,8 @@ def tract(
 
     Raises:
         InputError: no such layer, or a shared, frozen or unsupported one (the message names candidates); options out of range. During
-            the forward, a layer found by itself whose input comes from trainable layers; during the backward, values that are not
-            finite, or a singular Xᵀ X with λ = 0.
+            the forward, a layer found by itself whose input comes from trainable layers, or a subclass whose own forward hides what its
+            weight is multiplied with; during the backward, values that are not finite, or a singular Xᵀ X with λ = 0.
 
     Source: arXiv 2410.23970, section 3, lemma 1.
 
@@ -135,7 +135,8 @@ class Tract:
             or vars(m).get("_compiled_call_impl") is not None
             for m in model.modules()
         )
-        self._swap(swapped_class(type(module), self._number))
+        weight: Any = module.weight
+        self._swap(swapped_class(type(module), self._number, weight.shape))
 
     def undo(self) -> None:
         """Give the layer its ordinary backward again; a second call changes nothing."""
@@ -211,3 +212,11 @@ class Tract:
                 f"{words} alone; name the first layer with layer=... (this one, or among: {others})"
             )
         warnings.warn(f"{words}; TrAct deeper in a network is outside the paper", UserWarning, stacklevel=5)
+
+    def look_at_weight(self, weight: Tensor) -> None:
+        """Refuse what a forward of the layer's own has made of the weight, where its gradient is corrected afterwards."""
+        require(
+            not self._accumulates or weight is self.module._parameters["weight"],
+            f"accumulate: the forward of layer {self.layer!r} changes its weight before it uses it, so that its gradient cannot be corrected "
+            "afterwards; leave accumulate out",
+        )

@@ -159,23 +159,102 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, weight, self.bias)
 
 
-def test_subclasses_hooks_and_parametrizations_stay():
-    x = batch()[0].double()
-    net = nn.Sequential(Standardised(3, 4, 3), nn.Flatten()).double()
-    calls = []
+class PaddedLater(nn.Conv2d):
+    """As timm's Conv2dSame."""
+
+    def forward(self, x):
+        x = nn.functional.pad(x, (0, 1, 1, 1))
+        return nn.functional.conv2d(
+            x, self.weight, self.bias, self.stride, 0, self.dilation, groups=self.groups
+        )
+
+
+class Scaled(nn.Linear):
+    def forward(self, x, scale=3.0):
+        return super().forward(scale * x)
+
+
+class Shifted(nn.Embedding):
+    def forward(self, x):
+        return nn.functional.embedding(input=x + 1, weight=self.weight)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("layer", "shape", "rows"),
+    [
+        (Standardised(3, 4, 3), (2, 3, 6, 6), lambda x: nn.functional.unfold(x, 3)),
+        (
+            PaddedLater(3, 4, 3, stride=2),
+            (2, 3, 6, 6),
+            lambda x: nn.functional.unfold(nn.functional.pad(x, (0, 1, 1, 1)), 3, stride=2),
+        ),
+        (PaddedLater(3, 4, 7), (2, 3, 5, 6), lambda x: nn.functional.unfold(nn.functional.pad(x, (0, 1, 1, 1)), 7)),
+        (Scaled(6, 3), (9, 6), lambda x: 3 * x.T),
+        (Scaled(20, 3), (9, 20), lambda x: 3 * x.T),
+        (Shifted(6, 3), (9,), lambda x: nn.functional.one_hot(x + 1, 6).T.double()),
+    ],
+)  # fmt: skip
+def test_a_forward_of_its_own_decides_what_the_weight_is_multiplied_with(layer, shape, rows, compiled):
+    layer = copy.deepcopy(layer).double()
+    x = torch.randn(shape).double() if len(shape) > 1 else torch.arange(9) % 4
+    z = layer(x)
+    z.retain_grad()
+    z.square().sum().backward()
+    X, G = (t.flatten(2).transpose(0, 1).flatten(1) if len(shape) == 4 else t for t in (rows(x), z.grad))
+    G = G if len(shape) == 4 else G.T
+    matrix = X @ X.T / X.shape[1] + 0.1 * torch.eye(len(X), dtype=torch.double)
+    wanted = torch.linalg.solve(matrix, X @ G.T)
+    if isinstance(layer, Standardised):
+        wanted = wanted - wanted.mean(0)
+    wanted = wanted if isinstance(layer, nn.Embedding) else wanted.T.reshape(layer.weight.shape)
+    layer.zero_grad()
+    net = nn.Sequential(layer)
+    run = torch.compile(net, backend="aot_eager", fullgraph=True) if compiled else net
+    with tract(run):
+        run(x).square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, wanted)
+
+
+class Multiplied(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+class Dilated(nn.Conv2d):
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight, dilation=2)
+
+
+class Grouped(nn.Conv2d):
+    def forward(self, x):
+        return nn.functional.conv2d(x[:, :2].repeat(1, 3, 1, 1), self.weight, groups=2)
+
+
+def test_forwards_of_their_own_that_hide_the_rows_are_refused():
+    for layer, x, said in (
+        (Multiplied(6, 3), torch.randn(9, 6), r"forward of Multiplied uses its weight otherwise than in F\.linear"),
+        (Grouped(3, 4, 3), batch()[0], "Grouped convolves with groups 2 where the layer has 1"),
+        (Dilated(3, 4, 3), batch()[0], r"Dilated convolves with dilation \(2, 2\) where the layer has \(1, 1\)"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=said), tract(layer):
+            layer(x)
+        with tract(layer), torch.no_grad():
+            layer(x)
+    layer = Standardised(3, 4, 3)
+    with (
+        pytest.raises(InputError, match="changes its weight before it uses it"),
+        tract(layer, accumulate=torch.optim.SGD(layer.parameters())),
+    ):
+        layer(batch()[0])
+
+
+def test_hooks_and_parametrizations_stay():
+    net, calls = convnet(), []
     net[0].register_forward_hook(lambda *_: calls.append(1))
-    g = torch.randn_like(net(x))
-    net(x).backward(g)
-    plain = net[0].weight.grad.clone()
-    net.zero_grad()
     with tract(net):
-        net(x).backward(g)
-    moment = torch.nn.functional.unfold(x, 3).transpose(0, 1).flatten(1)
-    matrix = moment @ moment.T / moment.shape[1] + 0.1 * torch.eye(27, dtype=torch.double)
-    torch.testing.assert_close(
-        net[0].weight.grad.flatten(1), torch.linalg.solve(matrix, plain.flatten(1).T).T
-    )
-    assert len(calls) == 3
+        net(batch()[0])
+    assert len(calls) == 1
 
     net = nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 3)), nn.Tanh()).double()
     names, inputs = list(net.state_dict()), torch.randn(20, 6, dtype=torch.double)
