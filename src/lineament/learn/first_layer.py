@@ -129,6 +129,7 @@ class Tract:
         self._plain: type[nn.Module] | None = type(module)
         self._others, self._warned = others, False
         self._accumulates = accumulate is not None
+        self._summed = False  # whether a gradient of this round's micro-batches was not zero
         self._hook = None if accumulate is None else accumulate.register_step_pre_hook(self._before_step)
         self._compiled = "torch._dynamo" in sys.modules and any(
             isinstance(m, sys.modules["torch._dynamo"].OptimizedModule)
@@ -193,7 +194,10 @@ class Tract:
             return self.gradient.of_batch(gradient, x)
         weight = self.module.weight
         assert isinstance(weight, nn.Parameter)
-        self.gradient.gather(x, anew=weight.grad is None)
+        # A sum that was not zero and is now has been zeroed in place; micro-batches without a gradient keep their rows.
+        anew = weight.grad is None or (self._summed and not _any(weight.grad))
+        self.gradient.gather(x, anew=anew)
+        self._summed = (self._summed and not anew) or _any(gradient)
         return gradient
 
     def look_at(self, x: Any) -> None:
@@ -220,3 +224,7 @@ class Tract:
             f"accumulate: the forward of layer {self.layer!r} changes its weight before it uses it, so that its gradient cannot be corrected "
             "afterwards; leave accumulate out",
         )
+
+
+def _any(gradient: Tensor) -> bool:
+    return bool((gradient._values() if gradient.is_sparse else gradient).any())

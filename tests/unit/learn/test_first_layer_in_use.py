@@ -293,7 +293,8 @@ def test_autocast_and_low_precision_weights(dtype):
     assert layer.weight.grad.dtype == dtype and torch.isfinite(layer.weight.grad).all()
 
 
-def test_accumulated_micro_batches_are_one_large_batch():
+@pytest.mark.parametrize("to_none", [True, False])
+def test_accumulated_micro_batches_are_one_large_batch(to_none):
     net, (x, y) = convnet().double().eval(), batch(12)
     x = x.double()
     with tract(net):
@@ -305,15 +306,15 @@ def test_accumulated_micro_batches_are_one_large_batch():
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
     with tract(net, accumulate=optimizer) as handle:
         for _ in range(2):
-            net.zero_grad()
+            net.zero_grad(to_none)
             for rows in (slice(0, 3), slice(3, 12)):
                 backward(net, x[rows], y[rows], len(y[rows]) / 12)
             optimizer.step()
             torch.testing.assert_close(net[0].weight.grad, whole)
         # A round that was given up leaves nothing in the next; correct() can come before clipping.
-        net.zero_grad()
+        net.zero_grad(to_none)
         backward(net, 100 * x[:3], y[:3])
-        net.zero_grad()
+        net.zero_grad(to_none)
         backward(net, x, y)
         handle.correct()
         torch.testing.assert_close(net[0].weight.grad, whole)
@@ -322,6 +323,26 @@ def test_accumulated_micro_batches_are_one_large_batch():
         with pytest.raises(InputError, match="closure"):
             optimizer.step(lambda: 0.0)
     assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_rows_of_a_micro_batch_without_a_gradient_count():
+    net, (x, y) = convnet().double().eval(), batch(12)
+    x, seen = x.double(), (torch.arange(12) >= 5).double()
+
+    def loss(rows):
+        losses = nn.functional.cross_entropy(net(x[rows]), y[rows], reduction="none")
+        return (losses * seen[rows]).sum()
+
+    with tract(net):
+        loss(slice(0, 12)).backward()
+    whole = net[0].weight.grad.clone()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    with tract(net, accumulate=optimizer):
+        net.zero_grad(set_to_none=False)
+        for rows in (slice(0, 5), slice(5, 12)):
+            loss(rows).backward()
+        optimizer.step()
+    torch.testing.assert_close(net[0].weight.grad, whole)
 
 
 def test_accumulation_refuses_what_it_cannot_do():
