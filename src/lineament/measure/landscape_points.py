@@ -7,6 +7,7 @@ exception. A batch is loaded once for all points.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -56,7 +57,8 @@ def evaluate(
 
     Raises:
         InputError: axes of other parameters or shapes, an unknown metric or batch-norm mode, a metric that these targets do not have or
-            that returns no number, a loader without samples, weights that are not finite.
+            that returns no number, a loader without samples, weights that are not finite, a model or function that cannot be sent to
+            other processes.
 
     >>> from lineament.measure.landscape_axes import given
     >>> net = nn.Linear(1, 1, bias=False); _ = net.weight.data.fill_(1.0)
@@ -105,9 +107,27 @@ def evaluate(
     threads = max(1, torch.get_num_threads() // count)
     size = -(-len(points) // count)
     parts = [points[at : at + size] for at in range(0, len(points), size)]
-    found = Parallel(n_jobs=count)(delayed(_elsewhere)(threads, part, *job) for part in parts)
+    try:
+        found = Parallel(n_jobs=count)(delayed(_elsewhere)(threads, part, *job) for part in parts)
+    except pickle.PicklingError as error:
+        raise checks.InputError(_unpicklable(job, jobs)) from error
     rows: list[Any] = list(found)
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def _unpicklable(job: tuple[Any, ...], jobs: int) -> str:
+    """Which part of the work cannot be sent to another process, and why."""
+    from joblib.externals.loky.backend.reduction import dumps
+
+    for what, part in zip(("model", "loss_fn", "loader", "axes", "metrics", "batchnorm", "calibration"), job):
+        try:
+            dumps(part)
+        except Exception as error:
+            return (
+                f"jobs: got {jobs}, and the {what} ({type(part).__name__}) cannot be sent to other processes ({error}); use jobs=1, or make it "
+                "picklable"
+            )
+    return f"jobs: got {jobs}, and the work cannot be sent to other processes; use jobs=1"
 
 
 def _elsewhere(threads: int, *job: Any) -> dict[str, Tensor]:

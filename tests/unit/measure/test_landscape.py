@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 
 import pytest
 import torch
@@ -344,6 +345,22 @@ def test_metrics_of_labels_refuse_other_targets(metric, loss, targets, said):
     net = nn.Linear(4, 3).double()
     with pytest.raises(InputError, match=f"metrics: '{metric}' {said}"):
         plane(net, loss, [(torch.randn(3, 4).double(), targets)], random_axes(net), steps=3, metrics=[metric])
+
+
+@pytest.mark.parametrize("what", ["model", "loss_fn", "metrics"])
+def test_what_cannot_be_sent_to_other_processes_is_named(what):
+    lock = threading.Lock()
+
+    def locked(*_):
+        return lock and torch.zeros(())
+
+    net, data = network(), batches()
+    if what == "model":
+        net.lock = lock
+    loss = locked if what == "loss_fn" else F.cross_entropy
+    metrics = {"own": locked} if what == "metrics" else {}
+    with pytest.raises(InputError, match=rf"jobs: got 2, and the {what} .*lock.*use jobs=1"):
+        plane(net, loss, data, random_axes(net), steps=3, jobs=2, metrics=metrics)
 
 
 def test_values_that_are_not_finite_stay_so_and_a_cap_takes_the_infinite():
