@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 from lineament.core.batching import Checkpoint
 from lineament.core.checks import require
 from lineament.core.models import dtype_of, frozen, logits
+from lineament.learn.early_outputs import unusable
 from lineament.learn.fit_options import Options
 from lineament.learn.processes import Processes, reseed
-from lineament.learn.resampling import UpsamplingSampler, find_slow
+from lineament.learn.resampling import UpsamplingSampler, find_slow, refuse_unusable
 from lineament.learn.steps import NotFinite, step
 
 Inputs = Callable[[Tensor], Tensor]
@@ -63,10 +64,13 @@ class Loop:
             for epoch in range(epochs):
                 yield 1 - self.epoch(optimizer, train[rows], epoch, epochs)["train_accuracy"]
 
+        batches = _Batches(self, train)
+        # By their numbers in the data, which find_slow does not know.
+        refuse_unusable("training", train[unusable(self.model, batches)].tolist(), len(train))
         early = find_slow(
             self.model,
             walk,
-            _Batches(self, train),
+            batches,
             epochs=self.options.epochs,
             separating=self.options.useful if self.options.useful is not None else "auto",
             seed=self.options.seed,
@@ -170,7 +174,6 @@ class Loop:
             backward=self.processes.accelerator.backward,
             # Averaged gradients are the same in all processes, and so is the decision; a loss is each one's own.
             judge_loss=self.processes.count == 1,
-            keep_buffers=self.options.on_nan == "skip",
         )
 
     def judge(self, rows: Tensor) -> dict[str, Any]:

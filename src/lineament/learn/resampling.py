@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from lineament.core import checks
-from lineament.learn.early_outputs import batches, outputs_of
+from lineament.learn.early_outputs import batches, outputs_of, unusable
 from lineament.learn.separating import separating_epoch, window_of
 from lineament.learn.slow_examples import Selection, refuse_empty, select_slow
 
@@ -173,8 +173,8 @@ def find_slow(
         window, smooth: as for :func:`~lineament.learn.separating.separating_epoch`.
 
     Raises:
-        InputError: before any training, wrong arguments and labels that leave a class empty; a loader that shuffles; a ``fit`` that ends
-            too early or yields no errors.
+        InputError: before any training, wrong arguments and labels that leave a class empty, samples whose inputs are NaN; a loader that
+            shuffles; a ``fit`` that ends too early or yields no errors.
 
     >>> from lineament.learn.epochs import Fit
     >>> x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)); y = (x[:, 0] + 0.5 * x[:, 1] > 0).long()
@@ -239,7 +239,17 @@ def _checked(model: nn.Module, loader: Iterable[Any], allow_empty: bool) -> Tens
     labels = torch.cat([y.cpu() for _, y in batches(loader)])
     refuse_empty(checks.labels("labels", labels, classes=scores.shape[1]), scores.shape[1], allow_empty)
     _refuse_other_order(first[1], labels[: len(first[1])])
+    refuse_unusable("loader", unusable(model, loader), len(labels))
     return labels
+
+
+def refuse_unusable(what: str, samples: list[int], count: int) -> None:
+    """Name the samples that make the outputs NaN."""
+    checks.require(
+        not samples,
+        f"{what}: {len(samples)} of {count} samples hold NaN or infinite inputs, of which USEFUL cannot tell how late they are learned; leave out "
+        f"{'sample' if len(samples) == 1 else 'samples'} {', '.join(map(str, samples[:5]))}{', ...' if len(samples) > 5 else ''} (counted from 0)",
+    )
 
 
 def _refuse_other_order(once: Tensor, again: Tensor) -> None:

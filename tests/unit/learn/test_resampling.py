@@ -114,7 +114,8 @@ def test_nan_raises_with_the_step_or_is_skipped_whole(around):
     with pytest.raises(
         InputError, match=r"training: the loss is NaN or infinite at step 2 of epoch 1; .*nonfinite='skip'"
     ):
-        list(Fit(bad, Y, make, batch_size=16)(net(), None, 2))
+        list(Fit(bad, Y, make, batch_size=16)(broken := net(), None, 2))
+    assert all(bool(torch.isfinite(value).all()) for value in broken.state_dict().values())
     skipped, kept = net(), net()
     list(Fit(bad, Y, make, batch_size=16, nonfinite="skip")(skipped, None, 1))
     # The other three batches of that epoch, by hand.
@@ -222,6 +223,9 @@ def test_what_cannot_be_used_is_named():
     with pytest.raises(InputError, match=r"other labels at each walk.*shuffle=False"):
         shuffled = DataLoader(TensorDataset(X, Y), batch_size=30, shuffle=True)
         find_slow(net(), never, shuffled, epochs=5, separating=1)
+    with pytest.raises(InputError, match=r"loader: 1 of 60 samples hold NaN .*leave out sample 31 "):
+        bad = torch.where(torch.arange(60)[:, None] == 31, torch.inf, X)
+        find_slow(net(), never, [(bad[:25], Y[:25]), (bad[25:], Y[25:])], epochs=5, separating=1)
     with pytest.raises(InputError, match="separating"):
         find_slow(net(), fit, LOADER, epochs=5, separating=9)
     with pytest.raises(InputError, match="too few to see"):

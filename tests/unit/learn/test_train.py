@@ -185,14 +185,28 @@ def test_the_early_stage_uses_no_sam(monkeypatch):
 def test_nan_raises_with_the_step_or_is_skipped_whole():
     x = X.clone()
     x[7] = float("nan")
+    broken = network()
     with pytest.raises(InputError, match=r"loss is NaN or infinite at step \d+ of epoch 1 .*--on-nan skip"):
-        trained(x=x, validation=0.0)
+        trained(broken, x=x, validation=0.0)
+    assert all(bool(torch.isfinite(value).all()) for value in broken.state_dict().values())
     for options in ({}, {"sam": 0.05}, {"optimizer": "adam"}):
         model, done = trained(x=x, validation=0.0, on_nan="skip", **options)
         assert [entry["skipped"] for entry in done.history] == [1] * 4
         assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
     with pytest.raises(InputError, match=r"all 8 steps of epoch 1"):
         trained(x=x * float("nan"), validation=0.0, on_nan="skip")
+
+
+def test_useful_names_the_samples_that_hold_nan():
+    x = X.clone()
+    train, _ = split(Y, 0.2, seed=0)
+    x[train[[7, 90]]] = float("nan")
+    said = f"2 of {len(train)} samples hold NaN .*leave out samples {int(train[7])}, {int(train[90])} "
+    with pytest.raises(InputError, match=said):
+        trained(x=x, validation=0.2, on_nan="skip", useful=1)
+    cleaning = network()
+    cleaning.register_forward_pre_hook(lambda _, args: args[0].nan_to_num())
+    trained(cleaning, x=x, validation=0.2, useful=1)
 
 
 def test_an_infinite_gradient_of_a_finite_loss_is_seen():
