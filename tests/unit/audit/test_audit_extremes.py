@@ -69,6 +69,24 @@ def test_where_nothing_is_left_of_the_loss_its_curvature_is_not_read(tmp_path):
     assert "curves steeply" not in found["landscape"].sentence
 
 
+def test_a_loss_that_does_not_hang_on_the_weights_is_flat(tmp_path):
+    class Passing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return x + 0 * self.unused(x)
+
+    x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    found = audit(Passing(), (x, torch.arange(60) % 3), out=tmp_path / "r", lenses=["landscape"])
+    assert "no curvature at all" in found.findings[0].sentence
+    assert (
+        "Nothing curves either way" in found["landscape"].sentence
+        and "nan" not in found["landscape"].sentence
+    )
+
+
 def test_the_verdict_and_the_section_of_a_minimum_agree(tmp_path):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 3, generator=generator)
