@@ -91,7 +91,7 @@ class Options:
             checks.number("momentum", self.momentum, low=0, high=1, open_high=True)
         for name in ("epochs", "batch_size"):
             checks.number(name, getattr(self, name), low=1, integer=True)
-        checks.number("seed", self.seed, low=0, integer=True)
+        checks.seed("seed", self.seed)
         checks.number("validation", self.validation, low=0, high=1, open_high=True)
         for name in ("sam", "asam"):
             if getattr(self, name) is not None:

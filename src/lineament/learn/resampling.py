@@ -63,7 +63,7 @@ class UpsamplingSampler(Sampler[int]):
         checks.require(bool((self.rows >= 0).all()), "rows: got negative indices")
         checks.number("replicas", replicas, low=1, integer=True)
         checks.number("rank", rank, low=0, high=replicas - 1, integer=True)
-        checks.number("seed", seed, low=0, integer=True)
+        checks.seed("seed", seed)
         self.shuffle, self.seed, self.rank, self.replicas = shuffle, seed, rank, replicas
         self.epoch = 0
 
@@ -73,7 +73,7 @@ class UpsamplingSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order = self.rows
         if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
             order = order[torch.randperm(len(order), generator=generator)]
         self.epoch += 1
         missing = len(self) * self.replicas - len(order)

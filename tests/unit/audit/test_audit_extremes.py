@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lineament.audit.run import audit
+from lineament.core.checks import InputError
 
 
 def answering(logits, **options):
@@ -130,3 +131,11 @@ def test_no_class_is_called_the_hardest_where_several_are(tmp_path):
         targets, tmp_path / "r"
     )
     assert "Of 3 classes, 2 are hardest alike (0\xa0%)" in found["accuracy"].sentence
+
+
+def test_the_greatest_seed_is_as_good_as_any(tmp_path):
+    x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    look = answering(x, lenses=["spectrum", "landscape"], seed=2**63 - 1)
+    assert all(section.status != "failed" for section in look(torch.arange(60) % 3, tmp_path / "r").sections)
+    with pytest.raises(InputError, match="seed: got 9223372036854775808"):
+        answering(x, seed=2**63)(torch.arange(60) % 3, tmp_path / "other")

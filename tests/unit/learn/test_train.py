@@ -85,6 +85,11 @@ def test_same_seed_same_run_and_global_randomness_as_before():
     assert torch.equal(torch.get_rng_state(), after)
 
 
+def test_the_greatest_seed_trains():
+    _, done = trained(seed=2**63 - 1, useful=1, sam=0.05)
+    assert len(done.history) == 4
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -248,6 +253,10 @@ def test_rates_follow_the_schedule():
         ({"validation": 1.0}, "validation"),
         ({"validation": 0.001}, "holds none out"),
         ({"epochs": 0}, "epochs"),
+        (
+            {"seed": 2**63},
+            r"seed: got 9223372036854775808, expected an integer in \[0, 9223372036854775807\]",
+        ),
         ({"on_nan": "ignore"}, "on_nan"),
     ],
 )
