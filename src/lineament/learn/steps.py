@@ -48,6 +48,7 @@ def step(
         if judge_loss and not math.isfinite(float(loss.detach())):
             raise NotFinite("loss")
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads = [g.coalesce().values() if g.is_sparse else g for g in grads]
         if grads and not math.isfinite(float(torch.nn.utils.get_total_norm(grads))):
             raise NotFinite("gradient")
         first.extend((loss.detach(), scores.detach()))

@@ -227,6 +227,34 @@ def test_an_infinite_gradient_of_a_finite_loss_is_seen():
         trained(Root())
 
 
+class Counted(nn.Module):
+    def __init__(self, sparse: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(5, 8, sparse=sparse), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.table((x + 2).long().clamp(0, 4)).mean(1))
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.0}, {"tract": 0.1}])
+def test_sparse_gradients_train_as_dense_ones(tmp_path, options):
+    (sparse, _), (dense, _) = (trained(Counted(kind), **options) for kind in (True, False))
+    for a, b in zip(sparse.parameters(), dense.parameters()):
+        torch.testing.assert_close(a, b)
+    given = Options(epochs=2, batch_size=16, **options)
+    stored = {"processes": Processes("cpu"), "checkpoint": Checkpoint(tmp_path / "stages", {})}
+    fit(Counted(True), X, Y, given, **stored)
+
+
+@pytest.mark.parametrize(
+    "options", [{"optimizer": "adam"}, {"optimizer": "diffgrad"}, {"weight_decay": 0.1}, {"sam": 0.1}]
+)
+def test_sparse_gradients_that_no_one_takes_are_refused(options):
+    with pytest.raises(InputError, match=r"the gradient of 'table' is sparse, which only sgd .*sparse=False"):
+        trained(Counted(True), **options)
+
+
 def test_rates_follow_the_schedule():
     cosine, step = Options(lr=1.0), Options(lr=1.0, schedule="step")
     assert [cosine.rate(d) for d in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.5, 0.0], abs=1e-12)
