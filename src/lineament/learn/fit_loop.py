@@ -43,7 +43,7 @@ class Loop:
     ):
         self.model, self.inputs, self.targets = model, inputs, targets
         self.options, self.processes, self.checkpoint, self.note = options, processes, checkpoint, note
-        self.wrapped = processes.wrapped(model)
+        self.wrapped = processes.wrapped(model, unused=processes.count > 1 and self._has_unused())
         self.stored = processes.agreed(checkpoint is not None)
 
     def early(self, train: Tensor) -> dict[str, Any]:
@@ -175,6 +175,21 @@ class Loop:
             # Averaged gradients are the same in all processes, and so is the decision; a loss is each one's own.
             judge_loss=self.processes.count == 1,
         )
+
+    def _has_unused(self) -> bool:
+        """Whether a parameter gets no gradient from a batch; what the pass does to buffers is put back."""
+        x, y = self.batch(torch.arange(min(len(self.targets), self.options.batch_size)))
+        held = [b.clone() for b in self.model.buffers()]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if not trained:
+            return False
+        with frozen(self.model, training=True, requires_grad=None):
+            loss = F.cross_entropy(logits(self.model(x)), y)
+            found = torch.autograd.grad(loss, trained, allow_unused=True)
+        with torch.no_grad():
+            for buffer, before in zip(self.model.buffers(), held):
+                buffer.copy_(before)
+        return any(gradient is None for gradient in found)
 
     def judge(self, rows: Tensor) -> dict[str, Any]:
         """Loss and accuracy on some rows, each process on its share."""

@@ -33,6 +33,14 @@ def one():
 
 def wide():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 12))
+
+class Spare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.spare = make(), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.used(x)
 """
 
 
@@ -228,20 +236,47 @@ def test_the_audit_opens_what_was_trained(files, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_train_one_network(files):
+@pytest.mark.parametrize("name", ["make", "Spare"])
+def test_two_processes_train_one_network(files, name):
     # What `accelerate launch` starts on machines with several GPUs, here with two processes of a CPU.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*launch, "-m", "lineament", *GOOD[:5], "--epochs", "6", "--useful", "2", "--sam", "0.02"],
+        [
+            *launch,
+            "-m",
+            "lineament",
+            "train",
+            f"net.py:{name}",
+            *GOOD[2:5],
+            "--epochs",
+            "6",
+            "--useful",
+            "2",
+            "--sam",
+            "0.02",
+        ],
         capture_output=True,
         text=True,
         timeout=200,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "find_unused_parameters" not in done.stderr, done.stderr
     raw = json.loads((files / "run/train.json").read_text())
     assert raw["processes"] == 2 and raw["last"] > 0.6 and done.stderr.count("epoch 6/6") == 1
-    alone = [*GOOD[:4], "alone", "--epochs", "6", "--useful", "2", "--sam", "0.02", "--device", "cpu"]
+    alone = [
+        "train",
+        f"net.py:{name}",
+        *GOOD[2:4],
+        "alone",
+        "--epochs",
+        "6",
+        "--useful",
+        "2",
+        "--sam",
+        "0.02",
+        "--device",
+        "cpu",
+    ]
     assert cli.main(alone) == 0
     one = json.loads((files / "alone/train.json").read_text())
     # The same orders and rates; batch norm and dropout differ.
