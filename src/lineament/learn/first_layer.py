@@ -220,7 +220,7 @@ class Tract:
     def look_at_weight(self, weight: Tensor) -> None:
         """Refuse what a forward of the layer's own has made of the weight, where its gradient is corrected afterwards."""
         require(
-            not self._accumulates or weight is self.module._parameters["weight"],
+            not self._accumulates or weight is self.module._parameters.get("weight"),
             f"accumulate: the forward of layer {self.layer!r} changes its weight before it uses it, so that its gradient cannot be corrected "
             "afterwards; leave accumulate out",
         )

@@ -62,7 +62,10 @@ def swapped_class(plain: Any, number: int, shape: torch.Size) -> type[nn.Module]
     own = any(getattr(plain, m, None) is not getattr(stock, m, None) for m in ("forward", "_conv_forward"))
 
     def stored(self: Any) -> Tensor:
-        return self._parameters["weight"] if parametrized is None else parametrized.fget(self)
+        if parametrized is not None:
+            return parametrized.fget(self)
+        # Pruning and the norms of torch.nn.utils set it before each forward, beside the parameters.
+        return self._parameters["weight"] if "weight" in self._parameters else self.__dict__["weight"]
 
     def weight(self: Any) -> Tensor:
         x = self.__dict__.get("_weighed_input")
@@ -71,10 +74,12 @@ def swapped_class(plain: Any, number: int, shape: torch.Size) -> type[nn.Module]
         return _Correction.apply(stored(self), x.detach(), number)  # pyright: ignore
 
     def set_weight(self: Any, value: Any) -> None:
-        if parametrized is None:
+        if parametrized is not None:
+            parametrized.fset(self, value)
+        elif "weight" in self._parameters:
             self._parameters["weight"] = value
         else:
-            parametrized.fset(self, value)
+            self.__dict__["weight"] = value
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()), None)

@@ -14,7 +14,7 @@ import torch
 import torch.multiprocessing as mp
 from tests.contracts.unchanged import unchanged
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from lineament.core.checks import InputError
 from lineament.core.curvature import fisher, gauss_newton, hessian
@@ -275,6 +275,28 @@ def test_hooks_and_parametrizations_stay():
     ).T
     wanted = (corrected * v / v.norm(dim=1, keepdim=True)).sum(1, keepdim=True)
     torch.testing.assert_close(net[0].parametrizations.weight.original0.grad, wanted.detach())
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated in favor:FutureWarning")
+@pytest.mark.parametrize(
+    "hooked",
+    [nn.utils.weight_norm, nn.utils.spectral_norm, lambda m: prune.random_unstructured(m, "weight", 0.5)],
+)
+def test_weights_that_a_hook_computes_before_each_forward(hooked):
+    net, x = nn.Sequential(nn.Linear(6, 3)).double().eval(), torch.randn(20, 6).double()
+    hooked(net[0])
+    names = list(net.state_dict())
+    (source,) = (p for name, p in net.named_parameters() if name in ("0.weight_v", "0.weight_orig"))
+    net(x)
+    # The gradient of the weight in use is corrected, and goes on to what it is made of.
+    D = torch.linalg.solve(x.T @ x / 20 + 0.1 * torch.eye(6).double(), x.T @ torch.ones(20, 3).double()).T
+    wanted = torch.autograd.grad(net[0].weight, source, D)[0]
+    with tract(net) as handle:
+        net(x).sum().backward()
+        assert list(net.state_dict()) == names and handle.gradient.count == 1
+    torch.testing.assert_close(source.grad, wanted)
+    assert list(net.state_dict()) == names
+    net(x).sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
