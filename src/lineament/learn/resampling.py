@@ -36,7 +36,7 @@ class UpsamplingSampler(Sampler[int]):
 
     Args:
         rows: a :class:`Selection`, or the indices themselves, some of them repeated.
-        factor, balance: as for :meth:`Selection.indices`; not with indices.
+        factor, balance: as for :meth:`Selection.indices`; refused with indices.
         shuffle: a fresh order for each epoch, or the order of the indices.
         seed: with the epoch's number it decides the order.
         rank, replicas: this process and how many there are.
@@ -50,15 +50,20 @@ class UpsamplingSampler(Sampler[int]):
         self,
         rows: Selection | Int[Tensor, "upsampled"],
         *,
-        factor: int = 2,
-        balance: str = "none",
+        factor: int | None = None,
+        balance: str | None = None,
         shuffle: bool = True,
         seed: int = 0,
         rank: int = 0,
         replicas: int = 1,
     ) -> None:
         if isinstance(rows, Selection):
-            rows = rows.indices(factor, balance=balance, seed=seed)
+            rows = rows.indices(2 if factor is None else factor, balance=balance or "none", seed=seed)
+        else:
+            checks.require(
+                factor is None and balance is None,
+                "factor, balance: they say how a Selection is enlarged, and rows are indices already; repeat those, or pass the Selection",
+            )
         self.rows = checks.tensor("rows", rows, shape=("upsampled",), floating=False).long().cpu()
         checks.require(bool((self.rows >= 0).all()), "rows: got negative indices")
         checks.number("replicas", replicas, low=1, integer=True)

@@ -236,6 +236,9 @@ def test_what_cannot_be_used_is_named():
         find_slow(net(), fit, LOADER, epochs=5, separating=1, output="features")
     with pytest.raises(InputError, match="rank"):
         UpsamplingSampler(torch.arange(4), rank=2, replicas=2)
+    for options in ({"factor": 3}, {"balance": "shares"}):
+        with pytest.raises(InputError, match="rows are indices already"):
+            UpsamplingSampler(torch.arange(5), **options)
     with pytest.raises(InputError, match="negative"):
         UpsamplingSampler(torch.tensor([-1]))
     with pytest.raises(InputError, match="at most one way"):
