@@ -444,6 +444,7 @@ def test_repeats_and_perturbations_are_seeded():
 def test_what_bad_input_gets():
     net, data = network(), batches()
     axes = random_axes(net)
+    single = hessian(nn.Linear(1, 1, bias=False), F.mse_loss, [(torch.ones(2, 1), torch.ones(2, 1))])
     for call, message in (
         (lambda: random_axes(net, normalise="filtre"), "nearest: 'filter'"),
         (lambda: random_axes(net, order=3), "order: got 3"),
@@ -469,6 +470,8 @@ def test_what_bad_input_gets():
         (lambda: between(net, nn.Linear(2, 2)), "has no parameter '0.weight'"),
         (lambda: hessian_axes(torch.eye(3)), "expected a curvature"),
         (lambda: hessian_axes(hessian(net, F.cross_entropy, data), which="ends", method="power"), "lanczos"),
+        (lambda: hessian_axes(single), r"of one parameter, 'weight', .*indices=\[0\]"),
+        (lambda: hessian_axes(single, which="ends"), "of one parameter"),
         (lambda: panels(net, F.cross_entropy, data, kinds=("adam",)), "optimizer"),
     ):
         with pytest.raises(InputError, match=message):
