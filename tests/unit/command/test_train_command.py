@@ -31,6 +31,9 @@ def make():
 def one():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
 
+def lazy():
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+
 def wide():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 12))
 
@@ -137,6 +140,7 @@ def test_images_in_folders_two_classes_one_output(files, capsys):
         (lambda: [*GOOD, "--device", "cuda:7"], "--device: 'cuda:7'"),
         (lambda: [*GOOD, "--weights", "none.safetensors"], "does not exist"),
         (lambda: ["train", "net.py:mak", *GOOD[2:]], "nearest: 'make'"),
+        (lambda: ["train", "net.py:lazy", *GOOD[2:]], "without a shape yet: 1.weight, 1.bias; run the network once"),
         (lambda: ["train", "net.py:wide", *GOOD[2:]], "2 of the model's 12 classes have no example: 10, 11"),
         (lambda: ["train", "net.py:make", saved("g.npz", x=X, y=Y * 2), *GOOD[3:]], "labels from 0 to 9"),
         (lambda: ["train", "net.py:make", saved("m.npz", x=X, y=Y // 2 * 2), *GOOD[3:]], "no example: 1, 3"),
@@ -184,9 +188,14 @@ def test_runs_are_compared(files, capsys):
         assert cli.main([*GOOD[:4], name, *GOOD[5:], *words]) == 0
     (files / "runs/bad").mkdir()
     (files / "runs/bad/train.json").write_text("{}")
+    (files / "runs/begun").mkdir()
+    for name in ("plain", "begun"):
+        (files / f"runs/{name}/unfinished.json").write_text("{}")
     capsys.readouterr()
     assert cli.main(["train", "--compare", "runs"]) == 0
     shown = capsys.readouterr()
+    assert "'runs/begun' is not finished; left out" in shown.err
+    assert "'runs/plain' shows an earlier run, which an unfinished one is to replace" in shown.err
     row = next(line for line in shown.out.splitlines() if "runs/flat" in line)
     last = json.loads((files / "runs/flat/train.json").read_text())["last"]
     assert "diffgrad" in row and "asam 0.5" in row and f"{last:.2%}" in row
