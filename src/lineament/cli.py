@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import os
 import re
@@ -20,6 +21,7 @@ from lineament import __version__
 
 # What these had finished when they were interrupted is used again.
 _RESUMED = ("audit", "train", "reproduce")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 COMMANDS = ("audit", "explain", "train", "papers", "reproduce", "gallery", "bench")
 
 
@@ -49,9 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        command = next((word for word in argv if not word.startswith("-")), None)
-        what = "goes on where it stopped" if command in _RESUMED else "begins anew"
-        print(f"\nlineament: interrupted; the same command {what}", file=sys.stderr)
+        print(f"\nlineament: interrupted; {_again(argv)}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader (head, less) has gone; what is still buffered has nowhere to go.
@@ -60,6 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            print(
+                f"lineament: a file could not be written ({error.strerror}); {_again(argv)} once there is room",
+                file=sys.stderr,
+            )
+            return 1
         if isinstance(error, UsageError) or _is_input_error(error):
             print(f"lineament: {_one_line(error)}", file=sys.stderr)
             return 2
@@ -213,6 +219,11 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.repeats is not None:
         number("--repeats", arguments.repeats, low=1, integer=True)
     return console.show_bench(bench.chosen(arguments.slugs), arguments.repeats, arguments.json)
+
+
+def _again(argv: Sequence[str]) -> str:
+    command = next((word for word in argv if not word.startswith("-")), None)
+    return f"the same command {'goes on where it stopped' if command in _RESUMED else 'begins anew'}"
 
 
 def _word_after(argv: Sequence[str], command: str) -> str | None:

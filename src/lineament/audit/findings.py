@@ -229,6 +229,14 @@ def _landscape(n: dict[str, Any]) -> list[Finding]:
                 advice=_SETTLE,
             )
         ]
+    if n["criteria"]["verdict"] == "flat":
+        return [
+            Finding(
+                "note",
+                "Its loss on these samples has no curvature at all: small changes of the weights do not matter to it, or only in a straight line.",
+                "landscape",
+            )
+        ]
     if n["criteria"]["verdict"] != "settled":
         k = [v for v in n["criteria"]["k"] if v is not None]
         share = f" (K_H0.5 = {compact(sum(k) / len(k))})" if k else ""

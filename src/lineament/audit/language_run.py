@@ -47,7 +47,7 @@ def audit_language(
     """
     chosen = _chosen(lenses)
     checks.number("samples", samples, low=1, integer=True)
-    checks.number("seed", seed, low=0, integer=True)
+    checks.seed("seed", seed)
     folder = fresh(out, overwrite)
     note("reading the model and the prompts")
     prompts = data if isinstance(data, Prompts) else load_prompts(data, samples=samples, seed=seed)

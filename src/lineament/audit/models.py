@@ -15,6 +15,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lineament.audit.exported import exported
 from lineament.audit.hub_models import hugging_face
@@ -36,7 +37,7 @@ def load(model: str | nn.Module, *, weights: str | Path | None = None) -> Loaded
         weights: a ``.safetensors`` file with exactly the module's parameters and buffers.
 
     Raises:
-        InputError: what cannot be found, read or matched; pickles; NaN in the weights.
+        InputError: what cannot be found, read or matched; pickles; NaN in the weights; lazy layers that have no weights yet.
 
     >>> found = load(nn.Linear(4, 2))
     >>> found.source, found.kind, found.model.training
@@ -50,6 +51,11 @@ def load(model: str | nn.Module, *, weights: str | Path | None = None) -> Loaded
             f"MODEL: got {show(model)}, expected a string or a torch.nn.Module",
         )
         found = _from_text(model, weights)
+    lazy = [name for name, parameter in found.model.named_parameters() if is_lazy(parameter)]
+    require(
+        not lazy,
+        f"MODEL: {listing('weights without a shape yet', lazy)}; run the network once on an input before the factory returns it",
+    )
     if weights is not None:
         require(
             found.kind in ("factory", "module"),

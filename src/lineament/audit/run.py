@@ -121,8 +121,9 @@ def audit(
     checks.one_of("task", task, ("auto", "classification", "regression"))
     checks.one_of("method", method, list(SALIENCY))
     checks.one_of("faithfulness", faithfulness, ("scores", "diffroar"))
-    for what, value, least in (("samples", samples, 2), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+    for what, value, least in (("samples", samples, 2), ("batch_size", batch_size, 1)):
         checks.number(what, value, low=least, integer=True)
+    checks.seed("seed", seed)
     pair = _normalization(normalize)
     folder = fresh(out, overwrite)
 

@@ -65,7 +65,7 @@ class Subject:
         if self.fixed_batch:
             count = max(self.batch_size, count // self.batch_size * self.batch_size)
         count = min(count, len(self))
-        generator = torch.Generator().manual_seed(self.seed * 1000 + salt)
+        generator = torch.Generator().manual_seed((self.seed * 1000 + salt) % 2**63)
         order = torch.randperm(len(self), generator=generator)
         if self.task == "classification" and count < len(self):
             # One of each class before the second of any: a small subset still holds every class.

@@ -125,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     corpus = None if a.corpus is None else _corpus(a.corpus)
     _refuse_unused(a)
-    checks.number("--seed", a.seed, low=0, integer=True)
+    checks.seed("--seed", a.seed)
     checks.number("--steps", a.steps, low=1, integer=True)
     checks.require(
         a.new_tokens is None or a.continuation is None,

@@ -114,8 +114,10 @@ def runs_in(places: Sequence[str], note: Callable[[str], None]) -> dict[str, Fit
             except InputError as error:
                 note(str(error))
         for file in sorted(path.rglob(_UNFINISHED)):
-            if not (file.parent / "train.json").exists():
-                note(f"{str(file.parent)!r} is not finished; left out")
+            old = (file.parent / "train.json").exists()
+            note(
+                f"{str(file.parent)!r} {'shows an earlier run, which an unfinished one is to replace' if old else 'is not finished; left out'}"
+            )
     require(
         len(found) > 0, f"--compare: no finished run of lineament train in {', '.join(map(repr, places))}"
     )

@@ -109,6 +109,17 @@ def number(
     return value
 
 
+def seed(what: str, value: Any) -> int:
+    """Return ``value`` if it is an integer that seeds any generator here.
+
+    >>> seed("--seed", -1)
+    Traceback (most recent call last):
+    ...
+    lineament.core.checks.InputError: --seed: got -1, expected an integer in [0, 9223372036854775807]
+    """
+    return number(what, value, low=0, high=2**63 - 1, integer=True)
+
+
 def listed(what: str, values: Any, expected: str) -> list[Any]:
     """Return ``values`` as a list, or say that several were expected where one came.
 

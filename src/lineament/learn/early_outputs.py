@@ -87,6 +87,27 @@ def recalibrated(model: nn.Module, loader: Iterable[Any]) -> Iterator[None]:
                 m.get_buffer(name).copy_(value)
 
 
+def unusable(model: nn.Module, loader: Iterable[Any]) -> list[int]:
+    """The samples whose inputs hold NaN or infinite values that come out of the network too, by their place in the loader.
+
+    Batch norm's statistics, taken afresh, would spread them over all samples.
+
+    >>> unusable(nn.Linear(1, 2), [(torch.tensor([[1.0], [torch.nan]]), torch.zeros(2).long())])
+    [1]
+    """
+    device, found, start = device_of(model), [], 0
+    for x, y in batches(loader):
+        finite = torch.isfinite(x)
+        if not bool(finite.all()):
+            bad = (~finite.flatten(1).all(1)).nonzero()[:, 0]
+            with torch.no_grad(), frozen(model):
+                scores = logits(model(x[bad].to(device)))
+            bad = bad[~torch.isfinite(scores).all(1).to(bad.device)]
+            found += (start + bad).tolist()
+        start += len(y)
+    return found
+
+
 def batches(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """The loader's (inputs, labels); an iterator, which can be walked only once, is refused."""
     if isinstance(loader, Iterator) or not isinstance(loader, Iterable):

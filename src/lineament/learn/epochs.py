@@ -138,7 +138,7 @@ class Fit:
                 x, other = share * x + (1 - share) * x[partner], y[partner]
             compute = functools.partial(_mixed_loss, model, x, y, other, share, scale)
             try:
-                _, scores = step(model, optimizer, compute, keep_buffers=self.nonfinite == "skip")
+                _, scores = step(model, optimizer, compute)
             except NotFinite as found:
                 checks.require(
                     self.nonfinite == "skip",

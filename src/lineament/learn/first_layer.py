@@ -67,8 +67,8 @@ def tract(
 
     Raises:
         InputError: no such layer, or a shared, frozen or unsupported one (the message names candidates); options out of range. During
-            the forward, a layer found by itself whose input comes from trainable layers; during the backward, values that are not
-            finite, or a singular Xᵀ X with λ = 0.
+            the forward, a layer found by itself whose input comes from trainable layers, or a subclass whose own forward hides what its
+            weight is multiplied with; during the backward, values that are not finite, or a singular Xᵀ X with λ = 0.
 
     Source: arXiv 2410.23970, section 3, lemma 1.
 
@@ -129,13 +129,15 @@ class Tract:
         self._plain: type[nn.Module] | None = type(module)
         self._others, self._warned = others, False
         self._accumulates = accumulate is not None
+        self._summed = False  # whether a gradient of this round's micro-batches was not zero
         self._hook = None if accumulate is None else accumulate.register_step_pre_hook(self._before_step)
         self._compiled = "torch._dynamo" in sys.modules and any(
             isinstance(m, sys.modules["torch._dynamo"].OptimizedModule)
             or vars(m).get("_compiled_call_impl") is not None
             for m in model.modules()
         )
-        self._swap(swapped_class(type(module), self._number))
+        weight: Any = module.weight
+        self._swap(swapped_class(type(module), self._number, weight.shape))
 
     def undo(self) -> None:
         """Give the layer its ordinary backward again; a second call changes nothing."""
@@ -192,7 +194,10 @@ class Tract:
             return self.gradient.of_batch(gradient, x)
         weight = self.module.weight
         assert isinstance(weight, nn.Parameter)
-        self.gradient.gather(x, anew=weight.grad is None)
+        # A sum that was not zero and is now has been zeroed in place; micro-batches without a gradient keep their rows.
+        anew = weight.grad is None or (self._summed and not _any(weight.grad))
+        self.gradient.gather(x, anew=anew)
+        self._summed = (self._summed and not anew) or _any(gradient)
         return gradient
 
     def look_at(self, x: Any) -> None:
@@ -211,3 +216,15 @@ class Tract:
                 f"{words} alone; name the first layer with layer=... (this one, or among: {others})"
             )
         warnings.warn(f"{words}; TrAct deeper in a network is outside the paper", UserWarning, stacklevel=5)
+
+    def look_at_weight(self, weight: Tensor) -> None:
+        """Refuse what a forward of the layer's own has made of the weight, where its gradient is corrected afterwards."""
+        require(
+            not self._accumulates or weight is self.module._parameters.get("weight"),
+            f"accumulate: the forward of layer {self.layer!r} changes its weight before it uses it, so that its gradient cannot be corrected "
+            "afterwards; leave accumulate out",
+        )
+
+
+def _any(gradient: Tensor) -> bool:
+    return bool((gradient._values() if gradient.is_sparse else gradient).any())

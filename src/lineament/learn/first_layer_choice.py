@@ -105,8 +105,10 @@ def _refuse_unsupported(layer: str, module: Any, there: str) -> None:
         weight.is_floating_point(),
         f"layer {layer!r}: its weight is {show(weight)}, expected real floating-point numbers",
     )
+    # The spectral norm of torch.nn.utils computes the weight from this one, and not before the first forward.
+    trained = getattr(module, "weight_orig", weight)
     require(
-        weight.requires_grad,
+        weight.requires_grad or trained.requires_grad,
         f"layer {layer!r}: its weight is frozen (requires_grad=False), so there is no gradient to change; unfreeze it or choose "
         f"another layer (candidates: {there})",
     )

@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 from lineament.core.batching import Checkpoint
 from lineament.core.checks import require
 from lineament.core.models import dtype_of, frozen, logits
+from lineament.learn.early_outputs import unusable
 from lineament.learn.fit_options import Options
 from lineament.learn.processes import Processes, reseed
-from lineament.learn.resampling import UpsamplingSampler, find_slow
+from lineament.learn.resampling import UpsamplingSampler, find_slow, refuse_unusable
 from lineament.learn.steps import NotFinite, step
 
 Inputs = Callable[[Tensor], Tensor]
@@ -42,7 +43,7 @@ class Loop:
     ):
         self.model, self.inputs, self.targets = model, inputs, targets
         self.options, self.processes, self.checkpoint, self.note = options, processes, checkpoint, note
-        self.wrapped = processes.wrapped(model)
+        self.wrapped = processes.wrapped(model, unused=processes.count > 1 and self._has_unused())
         self.stored = processes.agreed(checkpoint is not None)
 
     def early(self, train: Tensor) -> dict[str, Any]:
@@ -63,10 +64,13 @@ class Loop:
             for epoch in range(epochs):
                 yield 1 - self.epoch(optimizer, train[rows], epoch, epochs)["train_accuracy"]
 
+        batches = _Batches(self, train)
+        # By their numbers in the data, which find_slow does not know.
+        refuse_unusable("training", train[unusable(self.model, batches)].tolist(), len(train))
         early = find_slow(
             self.model,
             walk,
-            _Batches(self, train),
+            batches,
             epochs=self.options.epochs,
             separating=self.options.useful if self.options.useful is not None else "auto",
             seed=self.options.seed,
@@ -170,8 +174,22 @@ class Loop:
             backward=self.processes.accelerator.backward,
             # Averaged gradients are the same in all processes, and so is the decision; a loss is each one's own.
             judge_loss=self.processes.count == 1,
-            keep_buffers=self.options.on_nan == "skip",
         )
+
+    def _has_unused(self) -> bool:
+        """Whether a parameter gets no gradient from a batch; what the pass does to buffers is put back."""
+        x, y = self.batch(torch.arange(min(len(self.targets), self.options.batch_size)))
+        held = [b.clone() for b in self.model.buffers()]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if not trained:
+            return False
+        with frozen(self.model, training=True, requires_grad=None):
+            loss = F.cross_entropy(logits(self.model(x)), y)
+            found = torch.autograd.grad(loss, trained, allow_unused=True)
+        with torch.no_grad():
+            for buffer, before in zip(self.model.buffers(), held):
+                buffer.copy_(before)
+        return any(gradient is None for gradient in found)
 
     def judge(self, rows: Tensor) -> dict[str, Any]:
         """Loss and accuracy on some rows, each process on its share."""

@@ -91,7 +91,7 @@ class Options:
             checks.number("momentum", self.momentum, low=0, high=1, open_high=True)
         for name in ("epochs", "batch_size"):
             checks.number(name, getattr(self, name), low=1, integer=True)
-        checks.number("seed", self.seed, low=0, integer=True)
+        checks.seed("seed", self.seed)
         checks.number("validation", self.validation, low=0, high=1, open_high=True)
         for name in ("sam", "asam"):
             if getattr(self, name) is not None:
@@ -119,9 +119,13 @@ class Options:
             len(parameters) > 0,
             "model: it has no parameter that asks for gradients; there is nothing to train",
         )
+        sparse = self._sparse(model)
         given: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
         if self.optimizer == "sgd":
             base: torch.optim.Optimizer = torch.optim.SGD(parameters, momentum=self.momentum or 0.0, **given)
+            for weight in sparse if self.momentum else ():
+                # SGD would begin with a sparse one, which no checkpoint holds.
+                base.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         elif self.optimizer == "diffgrad":
             base = DiffGrad(parameters, **given)
         else:
@@ -136,6 +140,18 @@ class Options:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def _sparse(self, model: nn.Module) -> list[torch.Tensor]:
+        """The weights whose gradients are sparse, if this optimizer takes such ones."""
+        kinds = (nn.Embedding, nn.EmbeddingBag)
+        found = {name: m for name, m in model.named_modules() if isinstance(m, kinds) and m.sparse}
+        takes = self.optimizer == "sgd" and not self.weight_decay and self.sam is None and self.asam is None
+        checks.require(
+            takes or not found,
+            f"model: the gradient of {next(iter(found), '')!r} is sparse, which only sgd without weight decay and SAM can take; make it with "
+            "sparse=False",
+        )
+        return [m.weight for m in found.values()]
 
     def _check_useful(self) -> None:
         if self.useful is None:

@@ -54,7 +54,10 @@ class Processes:
             f"torchrun: started {here} processes on this machine, which has {devices} accelerator{'s' * (devices > 1)}, one for each process; start no more "
             "than that, or train on the CPU with CUDA_VISIBLE_DEVICES=''",
         )
-        self.accelerator = accelerate.Accelerator(device_placement=False, cpu=cpu)
+        self._averaging = accelerate.DistributedDataParallelKwargs()
+        self.accelerator = accelerate.Accelerator(
+            device_placement=False, cpu=cpu, kwargs_handlers=[self._averaging]
+        )
         self.rank, self.count = self.accelerator.process_index, self.accelerator.num_processes
         require(
             self.count == started,
@@ -93,8 +96,12 @@ class Processes:
         """Whether this is the process that reads and writes files."""
         return self.rank == 0
 
-    def wrapped(self, model: nn.Module) -> nn.Module:
-        """The model that averages gradients over the processes; itself where there is one."""
+    def wrapped(self, model: nn.Module, *, unused: bool = False) -> nn.Module:
+        """The model that averages gradients over the processes; itself where there is one.
+
+        ``unused``: it has parameters that its output does not hang on, which every step then looks for.
+        """
+        self._averaging.find_unused_parameters = unused
         return self.accelerator.prepare_model(model)
 
     def unwrapped(self, model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from lineament.core import checks
-from lineament.learn.early_outputs import batches, outputs_of
+from lineament.learn.early_outputs import batches, outputs_of, unusable
 from lineament.learn.separating import separating_epoch, window_of
 from lineament.learn.slow_examples import Selection, refuse_empty, select_slow
 
@@ -36,7 +36,7 @@ class UpsamplingSampler(Sampler[int]):
 
     Args:
         rows: a :class:`Selection`, or the indices themselves, some of them repeated.
-        factor, balance: as for :meth:`Selection.indices`; not with indices.
+        factor, balance: as for :meth:`Selection.indices`; refused with indices.
         shuffle: a fresh order for each epoch, or the order of the indices.
         seed: with the epoch's number it decides the order.
         rank, replicas: this process and how many there are.
@@ -50,20 +50,25 @@ class UpsamplingSampler(Sampler[int]):
         self,
         rows: Selection | Int[Tensor, "upsampled"],
         *,
-        factor: int = 2,
-        balance: str = "none",
+        factor: int | None = None,
+        balance: str | None = None,
         shuffle: bool = True,
         seed: int = 0,
         rank: int = 0,
         replicas: int = 1,
     ) -> None:
         if isinstance(rows, Selection):
-            rows = rows.indices(factor, balance=balance, seed=seed)
+            rows = rows.indices(2 if factor is None else factor, balance=balance or "none", seed=seed)
+        else:
+            checks.require(
+                factor is None and balance is None,
+                "factor, balance: they say how a Selection is enlarged, and rows are indices already; repeat those, or pass the Selection",
+            )
         self.rows = checks.tensor("rows", rows, shape=("upsampled",), floating=False).long().cpu()
         checks.require(bool((self.rows >= 0).all()), "rows: got negative indices")
         checks.number("replicas", replicas, low=1, integer=True)
         checks.number("rank", rank, low=0, high=replicas - 1, integer=True)
-        checks.number("seed", seed, low=0, integer=True)
+        checks.seed("seed", seed)
         self.shuffle, self.seed, self.rank, self.replicas = shuffle, seed, rank, replicas
         self.epoch = 0
 
@@ -73,7 +78,7 @@ class UpsamplingSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order = self.rows
         if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
             order = order[torch.randperm(len(order), generator=generator)]
         self.epoch += 1
         missing = len(self) * self.replicas - len(order)
@@ -173,8 +178,8 @@ def find_slow(
         window, smooth: as for :func:`~lineament.learn.separating.separating_epoch`.
 
     Raises:
-        InputError: before any training, wrong arguments and labels that leave a class empty; a ``fit`` that ends too early or yields
-            no errors.
+        InputError: before any training, wrong arguments and labels that leave a class empty, samples whose inputs are NaN; a loader that
+            shuffles; a ``fit`` that ends too early or yields no errors.
 
     >>> from lineament.learn.epochs import Fit
     >>> x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)); y = (x[:, 0] + 0.5 * x[:, 1] > 0).long()
@@ -198,12 +203,12 @@ def find_slow(
         last = min(high + 1 + smooth // 2, epochs)
     else:
         low = high = last = checks.number("separating", separating, low=1, high=epochs, integer=True)
-    count = _checked(model, loader, allow_empty)
+    known = _checked(model, loader, allow_empty)
     initial = copy.deepcopy(model.state_dict())
     try:
         kept: dict[int, Any] = {}
         errors: list[float] = []
-        run = fit(model, torch.arange(count), epochs)
+        run = fit(model, torch.arange(len(known)), epochs)
         for epoch, error in enumerate(run, 1):
             errors.append(checks.number("fit: the training error", float(error), low=0))
             if low <= epoch <= high:
@@ -222,6 +227,7 @@ def find_slow(
         scores, labels, features = outputs_of(model, loader, site=site, recalibrate=chosen < 3)
     finally:
         model.load_state_dict(initial)
+    _refuse_other_order(known, labels)
     rows = features if features is not None else output
     selection = select_slow(
         scores, labels, by=by, output=rows, exclude=exclude, allow_empty=allow_empty, seed=seed
@@ -229,14 +235,35 @@ def find_slow(
     return Early(selection, chosen, tuple(errors))
 
 
-def _checked(model: nn.Module, loader: Iterable[Any], allow_empty: bool) -> int:
-    """How many examples there are; labels that do not fit the model's outputs are refused before any training."""
+def _checked(model: nn.Module, loader: Iterable[Any], allow_empty: bool) -> Tensor:
+    """The labels in the loader's order; those that do not fit the model's outputs are refused before any training."""
     first = next(batches(loader), None)
-    checks.require(first is not None, "loader: it is empty; expected batches of (inputs, labels)")
+    if first is None:
+        raise checks.InputError("loader: it is empty; expected batches of (inputs, labels)")
     scores, _, _ = outputs_of(model, [first])
-    labels = torch.cat([y for _, y in batches(loader)])
+    labels = torch.cat([y.cpu() for _, y in batches(loader)])
     refuse_empty(checks.labels("labels", labels, classes=scores.shape[1]), scores.shape[1], allow_empty)
-    return len(labels)
+    _refuse_other_order(first[1], labels[: len(first[1])])
+    refuse_unusable("loader", unusable(model, loader), len(labels))
+    return labels
+
+
+def refuse_unusable(what: str, samples: list[int], count: int) -> None:
+    """Name the samples that make the outputs NaN."""
+    checks.require(
+        not samples,
+        f"{what}: {len(samples)} of {count} samples hold NaN or infinite inputs, of which USEFUL cannot tell how late they are learned; leave out "
+        f"{'sample' if len(samples) == 1 else 'samples'} {', '.join(map(str, samples[:5]))}{', ...' if len(samples) > 5 else ''} (counted from 0)",
+    )
+
+
+def _refuse_other_order(once: Tensor, again: Tensor) -> None:
+    """Two walks that give other labels are in no order of indices: what is selected would be examples at random."""
+    checks.require(
+        torch.equal(once.cpu(), again.cpu()),
+        "loader: it gives other labels at each walk, expected the training data in the order of its indices; make it with shuffle=False "
+        "(and without a random sampler)",
+    )
 
 
 def useful(

@@ -278,4 +278,4 @@ def _two_means(points: np.ndarray, starts: int, seed: int) -> np.ndarray:
     # The points were looked at; on small classes looking again is a good part of the work.
     with config_context(assume_finite=True, skip_parameter_validation=True):
         # With a tolerance of zero Lloyd's iteration ends where no label changes.
-        return KMeans(2, n_init=starts, random_state=seed, tol=0.0).fit(points).labels_  # pyright: ignore
+        return KMeans(2, n_init=starts, random_state=seed % 2**32, tol=0.0).fit(points).labels_  # pyright: ignore

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 
 class NotFinite(Exception):
-    """A loss or gradient that is NaN or infinite; weights and optimizer are as they were."""
+    """A loss or gradient that is NaN or infinite; model and optimizer are as they were."""
 
 
 def step(
@@ -22,15 +22,13 @@ def step(
     *,
     backward: Callable[[Tensor], Any] = Tensor.backward,
     judge_loss: bool = True,
-    keep_buffers: bool = False,
 ) -> tuple[float, Tensor]:
-    """Take one step; returns the loss and the scores before it.
+    """Take one step; returns the loss and the scores before it. Where none is taken, the buffers (batch norm's statistics) are put back.
 
     Args:
         compute: (loss, scores) of the batch; called once for each pass that the optimizer makes.
         backward: what computes the gradients from the loss.
         judge_loss: whether the loss has to be finite too, and not only its gradient; several processes agree on the gradient alone.
-        keep_buffers: put the buffers (batch norm's statistics) back where no step is taken; costs a copy of them.
 
     Raises:
         NotFinite: the loss or a gradient, of either pass.
@@ -40,7 +38,7 @@ def step(
     >>> loss, net.weight.item()
     (4.0, 1.0)
     """
-    held = [b.clone() for b in model.buffers()] if keep_buffers else []
+    held = [b.clone() for b in model.buffers()]
     first: list[Tensor] = []
 
     def closure() -> Tensor:
@@ -50,6 +48,7 @@ def step(
         if judge_loss and not math.isfinite(float(loss.detach())):
             raise NotFinite("loss")
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads = [g.coalesce().values() if g.is_sparse else g for g in grads]
         if grads and not math.isfinite(float(torch.nn.utils.get_total_norm(grads))):
             raise NotFinite("gradient")
         first.extend((loss.detach(), scores.detach()))

@@ -100,7 +100,8 @@ class Training:
             ):
                 x, y = inputs[batch], targets[batch]
                 if self.attack is not None:
-                    x = x + self.attack(model, x, y, seed=seed * 1_000_003 + epoch * 10_007 + number).delta
+                    own = (seed * 1_000_003 + epoch * 10_007 + number) % 2**63
+                    x = x + self.attack(model, x, y, seed=own).delta
                 z = answered(model, x, "inputs")
                 if epoch == number == 0:
                     checks.labels("targets", targets, classes=z.shape[-1])
@@ -144,7 +145,7 @@ class Training:
     def fresh(self, seed: int) -> nn.Module:
         """The network before training, drawn under the seed; the global random state stays as it was."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(checks.number("seed", seed, low=0, integer=True))
+            torch.manual_seed(checks.seed("seed", seed))
             model = self.factory()
         checks.require(
             isinstance(model, nn.Module), f"factory: it made {checks.show(model)}, expected a torch.nn.Module"

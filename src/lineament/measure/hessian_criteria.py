@@ -112,8 +112,10 @@ class Criteria:
 
     @property
     def verdict(self) -> str:
-        """``"settled"`` (reach and K below 0.3), ``"unsettled"``, ``"untrained"`` (both above 0.5) or ``"mainly negative"``."""
+        """``"settled"`` (reach and K below 0.3), ``"unsettled"``, ``"untrained"`` (both above 0.5), ``"mainly negative"`` or ``"flat"`` (zero)."""
         re, k = self.reach, float(self.k.mean())
+        if self.negative == self.positive == 0:
+            return "flat"
         if self.mainly_negative:
             return "mainly negative"
         if re < 0.3 and k < 0.3:
@@ -129,6 +131,7 @@ class Criteria:
             "settled": "Hardly anything curves downwards: the spectrum of a trained network on data like those it was trained on.",
             "unsettled": "A good part curves downwards: training has not settled, or these are not data like those it was trained on.",
             "untrained": "As much curves downwards as upwards: the nearly symmetric spectrum of a network that has not learned these data.",
+            "flat": "Nothing curves either way: the loss is a linear function of these weights, or does not depend on them.",
             "mainly negative": "More curves downwards than upwards: the criteria do not apply to such a spectrum.",
         }[self.verdict]
 

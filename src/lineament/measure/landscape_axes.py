@@ -236,6 +236,10 @@ def hessian_axes(
     size = operator.shape[0]
     chosen = [0, 1] if which == "ends" else list(indices)
     checks.require(len(chosen) > 0, "indices: got none, expected at least one")
+    checks.require(
+        size > 1 or len(chosen) == 1,
+        f"operator: it is of one parameter, {operator.names[0]!r}, which has one eigenvector; give indices=[0]",
+    )
     for index in chosen:
         checks.number("indices", index, low=0, high=size - 1, integer=True)
     options: dict[str, Any] = {"tol": tol, "max_products": max_products, "seed": seed}

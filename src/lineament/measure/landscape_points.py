@@ -7,6 +7,7 @@ exception. A batch is loaded once for all points.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -45,7 +46,8 @@ def evaluate(
         axes: directions of the same parameters.
         points: (points, axes), the coefficients.
         metrics: names of :data:`NAMED`, or a dict of such names and functions ``metric(logits, targets)`` that return a batch's mean.
-            ``"class_loss"`` is the mean loss of each class, ``"gradient_norm"`` that of the whole gradient along the axes' parameters.
+            ``"accuracy"`` is the share of right labels and ``"class_loss"`` the mean loss of each class; both need integer labels, of which
+            negative ones do not count. ``"gradient_norm"`` is that of the whole gradient along the axes' parameters.
         batchnorm: ``"eval"``, ``"batch"`` or ``"recalibrate"`` (:mod:`~lineament.measure.batchnorm_modes`).
         calibration: batches that ``"recalibrate"`` takes statistics from; the loader's own by default.
         jobs: processes among which the points are divided (joblib; -1: one a core).
@@ -54,8 +56,9 @@ def evaluate(
         ``"loss"`` and each metric, (points,) or (points, ...) in float64. NaN and infinite values stay what they are.
 
     Raises:
-        InputError: axes of other parameters or shapes, an unknown metric or batch-norm mode, a loader without samples, weights
-            that are not finite.
+        InputError: axes of other parameters or shapes, an unknown metric or batch-norm mode, a metric that these targets do not have or
+            that returns no number, a loader without samples, weights that are not finite, a model or function that cannot be sent to
+            other processes.
 
     >>> from lineament.measure.landscape_axes import given
     >>> net = nn.Linear(1, 1, bias=False); _ = net.weight.data.fill_(1.0)
@@ -104,9 +107,27 @@ def evaluate(
     threads = max(1, torch.get_num_threads() // count)
     size = -(-len(points) // count)
     parts = [points[at : at + size] for at in range(0, len(points), size)]
-    found = Parallel(n_jobs=count)(delayed(_elsewhere)(threads, part, *job) for part in parts)
+    try:
+        found = Parallel(n_jobs=count)(delayed(_elsewhere)(threads, part, *job) for part in parts)
+    except pickle.PicklingError as error:
+        raise checks.InputError(_unpicklable(job, jobs)) from error
     rows: list[Any] = list(found)
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def _unpicklable(job: tuple[Any, ...], jobs: int) -> str:
+    """Which part of the work cannot be sent to another process, and why."""
+    from joblib.externals.loky.backend.reduction import dumps
+
+    for what, part in zip(("model", "loss_fn", "loader", "axes", "metrics", "batchnorm", "calibration"), job):
+        try:
+            dumps(part)
+        except Exception as error:
+            return (
+                f"jobs: got {jobs}, and the {what} ({type(part).__name__}) cannot be sent to other processes ({error}); use jobs=1, or make it "
+                "picklable"
+            )
+    return f"jobs: got {jobs}, and the work cannot be sent to other processes; use jobs=1"
 
 
 def _elsewhere(threads: int, *job: Any) -> dict[str, Tensor]:
@@ -160,9 +181,10 @@ def _visit(
                 value, seen = _by_class(loss_fn, outputs.detach(), chunk.targets)
                 add(index, name, value, seen)
             elif metric == "accuracy":
-                add(index, name, (outputs.argmax(1) == chunk.targets).double().mean().item(), chunk.count)
+                right, seen = _right(outputs, chunk.targets)
+                add(index, name, right, seen)
             elif callable(metric):
-                value = metric(outputs.detach(), chunk.targets)
+                value = _value(name, metric(outputs.detach(), chunk.targets))
                 add(index, name, value, chunk.count)
 
     with ExitStack() as stack:
@@ -198,7 +220,7 @@ def _visit(
                     look(index, chunk)
     return {
         name: torch.stack(
-            [torch.as_tensor(v / w, dtype=torch.float64) for v, w in zip(values, weights[name])]
+            [torch.as_tensor(v, dtype=torch.float64) / w for v, w in zip(values, weights[name])]
         )
         for name, values in sums.items()
     }
@@ -281,12 +303,47 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
-def _by_class(loss_fn: Callable[..., Tensor], outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _right(outputs: Tensor, targets: Any) -> tuple[float, float]:
+    """The share of labels that are the greatest output, and how many labels there are."""
+    labelled = _labelled("accuracy", outputs, targets)
+    count = float(labelled.sum())
+    right = float(((outputs.argmax(1) == targets) & labelled).sum())
+    return right / max(count, 1.0), count
+
+
+def _by_class(loss_fn: Callable[..., Tensor], outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
     """The mean loss of each class and how many of it there are; NaN for none."""
+    labelled = _labelled("class_loss", outputs, targets)
     classes = outputs.shape[1]
     values = torch.full((classes,), float("nan"), dtype=torch.float64)
     counts = torch.zeros(classes, dtype=torch.float64)
-    for k in targets.unique().tolist():
+    for k in targets[labelled].unique().tolist():
         rows = targets == k
-        values[k], counts[k] = float(loss_fn(outputs[rows], targets[rows])), float(rows.sum())
+        values[k], counts[k] = float(loss_fn(outputs.movedim(1, -1)[rows], targets[rows])), float(rows.sum())
     return values, counts
+
+
+def _labelled(name: str, outputs: Tensor, targets: Any) -> Tensor:
+    """Which targets are labels: those below zero, such as cross-entropy's ignore_index of -100, are none."""
+    places = (*outputs.shape[:1], *outputs.shape[2:])
+    fits = isinstance(targets, Tensor) and targets.shape == places and not targets.is_floating_point()
+    checks.require(
+        fits and outputs.ndim > 1,
+        f"metrics: {name!r} needs class labels, integers of shape {places} for outputs of shape {tuple(outputs.shape)}, and the loader's "
+        f"targets are {checks.show(targets)}; leave it out, or give a function metric(logits, targets)",
+    )
+    top = int(targets.max())
+    checks.require(
+        top < outputs.shape[1],
+        f"metrics: {name!r} got label {top}, expected labels from 0 to {outputs.shape[1] - 1}, or negative ones for what has none",
+    )
+    return targets >= 0
+
+
+def _value(name: str, value: Any) -> Tensor | float:
+    try:
+        return value if isinstance(value, (Tensor, float)) else torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise checks.InputError(
+            f"metrics: {name!r} returned {checks.show(value)}, expected a number or a tensor, the mean over the batch"
+        ) from error

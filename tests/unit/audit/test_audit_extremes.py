@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lineament.audit.run import audit
+from lineament.core.checks import InputError
 
 
 def answering(logits, **options):
@@ -69,6 +70,24 @@ def test_where_nothing_is_left_of_the_loss_its_curvature_is_not_read(tmp_path):
     assert "curves steeply" not in found["landscape"].sentence
 
 
+def test_a_loss_that_does_not_hang_on_the_weights_is_flat(tmp_path):
+    class Passing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return x + 0 * self.unused(x)
+
+    x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    found = audit(Passing(), (x, torch.arange(60) % 3), out=tmp_path / "r", lenses=["landscape"])
+    assert "no curvature at all" in found.findings[0].sentence
+    assert (
+        "Nothing curves either way" in found["landscape"].sentence
+        and "nan" not in found["landscape"].sentence
+    )
+
+
 def test_the_verdict_and_the_section_of_a_minimum_agree(tmp_path):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 3, generator=generator)
@@ -112,3 +131,11 @@ def test_no_class_is_called_the_hardest_where_several_are(tmp_path):
         targets, tmp_path / "r"
     )
     assert "Of 3 classes, 2 are hardest alike (0\xa0%)" in found["accuracy"].sentence
+
+
+def test_the_greatest_seed_is_as_good_as_any(tmp_path):
+    x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    look = answering(x, lenses=["spectrum", "landscape"], seed=2**63 - 1)
+    assert all(section.status != "failed" for section in look(torch.arange(60) % 3, tmp_path / "r").sections)
+    with pytest.raises(InputError, match="seed: got 9223372036854775808"):
+        answering(x, seed=2**63)(torch.arange(60) % 3, tmp_path / "other")

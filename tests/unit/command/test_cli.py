@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -231,6 +232,16 @@ def test_after_an_interruption_it_is_said_what_the_same_command_does(command, sa
     monkeypatch.setattr(cli, "_dispatch", interrupted)
     assert cli.main([command]) == 130
     assert said in capsys.readouterr().err
+
+
+def test_a_disk_without_room_is_named(monkeypatch, capsys):
+    def full(_argv):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cli, "_dispatch", full)
+    assert cli.main(["train"]) == 1
+    said = capsys.readouterr().err
+    assert "could not be written (No space left on device)" in said and "goes on where it stopped" in said
 
 
 def test_a_reader_that_leaves_early_is_no_error(monkeypatch):

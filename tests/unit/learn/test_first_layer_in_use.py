@@ -14,7 +14,7 @@ import torch
 import torch.multiprocessing as mp
 from tests.contracts.unchanged import unchanged
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from lineament.core.checks import InputError
 from lineament.core.curvature import fisher, gauss_newton, hessian
@@ -159,23 +159,102 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, weight, self.bias)
 
 
-def test_subclasses_hooks_and_parametrizations_stay():
-    x = batch()[0].double()
-    net = nn.Sequential(Standardised(3, 4, 3), nn.Flatten()).double()
-    calls = []
+class PaddedLater(nn.Conv2d):
+    """As timm's Conv2dSame."""
+
+    def forward(self, x):
+        x = nn.functional.pad(x, (0, 1, 1, 1))
+        return nn.functional.conv2d(
+            x, self.weight, self.bias, self.stride, 0, self.dilation, groups=self.groups
+        )
+
+
+class Scaled(nn.Linear):
+    def forward(self, x, scale=3.0):
+        return super().forward(scale * x)
+
+
+class Shifted(nn.Embedding):
+    def forward(self, x):
+        return nn.functional.embedding(input=x + 1, weight=self.weight)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("layer", "shape", "rows"),
+    [
+        (Standardised(3, 4, 3), (2, 3, 6, 6), lambda x: nn.functional.unfold(x, 3)),
+        (
+            PaddedLater(3, 4, 3, stride=2),
+            (2, 3, 6, 6),
+            lambda x: nn.functional.unfold(nn.functional.pad(x, (0, 1, 1, 1)), 3, stride=2),
+        ),
+        (PaddedLater(3, 4, 7), (2, 3, 5, 6), lambda x: nn.functional.unfold(nn.functional.pad(x, (0, 1, 1, 1)), 7)),
+        (Scaled(6, 3), (9, 6), lambda x: 3 * x.T),
+        (Scaled(20, 3), (9, 20), lambda x: 3 * x.T),
+        (Shifted(6, 3), (9,), lambda x: nn.functional.one_hot(x + 1, 6).T.double()),
+    ],
+)  # fmt: skip
+def test_a_forward_of_its_own_decides_what_the_weight_is_multiplied_with(layer, shape, rows, compiled):
+    layer = copy.deepcopy(layer).double()
+    x = torch.randn(shape).double() if len(shape) > 1 else torch.arange(9) % 4
+    z = layer(x)
+    z.retain_grad()
+    z.square().sum().backward()
+    X, G = (t.flatten(2).transpose(0, 1).flatten(1) if len(shape) == 4 else t for t in (rows(x), z.grad))
+    G = G if len(shape) == 4 else G.T
+    matrix = X @ X.T / X.shape[1] + 0.1 * torch.eye(len(X), dtype=torch.double)
+    wanted = torch.linalg.solve(matrix, X @ G.T)
+    if isinstance(layer, Standardised):
+        wanted = wanted - wanted.mean(0)
+    wanted = wanted if isinstance(layer, nn.Embedding) else wanted.T.reshape(layer.weight.shape)
+    layer.zero_grad()
+    net = nn.Sequential(layer)
+    run = torch.compile(net, backend="aot_eager", fullgraph=True) if compiled else net
+    with tract(run):
+        run(x).square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, wanted)
+
+
+class Multiplied(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+class Dilated(nn.Conv2d):
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight, dilation=2)
+
+
+class Grouped(nn.Conv2d):
+    def forward(self, x):
+        return nn.functional.conv2d(x[:, :2].repeat(1, 3, 1, 1), self.weight, groups=2)
+
+
+def test_forwards_of_their_own_that_hide_the_rows_are_refused():
+    for layer, x, said in (
+        (Multiplied(6, 3), torch.randn(9, 6), r"forward of Multiplied uses its weight otherwise than in F\.linear"),
+        (Grouped(3, 4, 3), batch()[0], "Grouped convolves with groups 2 where the layer has 1"),
+        (Dilated(3, 4, 3), batch()[0], r"Dilated convolves with dilation \(2, 2\) where the layer has \(1, 1\)"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=said), tract(layer):
+            layer(x)
+        with tract(layer), torch.no_grad():
+            layer(x)
+    layer = Standardised(3, 4, 3)
+    with (
+        pytest.raises(InputError, match="changes its weight before it uses it"),
+        tract(layer, accumulate=torch.optim.SGD(layer.parameters())),
+    ):
+        layer(batch()[0])
+
+
+def test_hooks_and_parametrizations_stay():
+    net, calls = convnet(), []
     net[0].register_forward_hook(lambda *_: calls.append(1))
-    g = torch.randn_like(net(x))
-    net(x).backward(g)
-    plain = net[0].weight.grad.clone()
-    net.zero_grad()
     with tract(net):
-        net(x).backward(g)
-    moment = torch.nn.functional.unfold(x, 3).transpose(0, 1).flatten(1)
-    matrix = moment @ moment.T / moment.shape[1] + 0.1 * torch.eye(27, dtype=torch.double)
-    torch.testing.assert_close(
-        net[0].weight.grad.flatten(1), torch.linalg.solve(matrix, plain.flatten(1).T).T
-    )
-    assert len(calls) == 3
+        net(batch()[0])
+    assert len(calls) == 1
 
     net = nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 3)), nn.Tanh()).double()
     names, inputs = list(net.state_dict()), torch.randn(20, 6, dtype=torch.double)
@@ -198,6 +277,28 @@ def test_subclasses_hooks_and_parametrizations_stay():
     torch.testing.assert_close(net[0].parametrizations.weight.original0.grad, wanted.detach())
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated in favor:FutureWarning")
+@pytest.mark.parametrize(
+    "hooked",
+    [nn.utils.weight_norm, nn.utils.spectral_norm, lambda m: prune.random_unstructured(m, "weight", 0.5)],
+)
+def test_weights_that_a_hook_computes_before_each_forward(hooked):
+    net, x = nn.Sequential(nn.Linear(6, 3)).double().eval(), torch.randn(20, 6).double()
+    hooked(net[0])
+    names = list(net.state_dict())
+    (source,) = (p for name, p in net.named_parameters() if name in ("0.weight_v", "0.weight_orig"))
+    net(x)
+    # The gradient of the weight in use is corrected, and goes on to what it is made of.
+    D = torch.linalg.solve(x.T @ x / 20 + 0.1 * torch.eye(6).double(), x.T @ torch.ones(20, 3).double()).T
+    wanted = torch.autograd.grad(net[0].weight, source, D)[0]
+    with tract(net) as handle:
+        net(x).sum().backward()
+        assert list(net.state_dict()) == names and handle.gradient.count == 1
+    torch.testing.assert_close(source.grad, wanted)
+    assert list(net.state_dict()) == names
+    net(x).sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_and_low_precision_weights(dtype):
     net, (x, y) = convnet(), batch(32)
@@ -214,7 +315,8 @@ def test_autocast_and_low_precision_weights(dtype):
     assert layer.weight.grad.dtype == dtype and torch.isfinite(layer.weight.grad).all()
 
 
-def test_accumulated_micro_batches_are_one_large_batch():
+@pytest.mark.parametrize("to_none", [True, False])
+def test_accumulated_micro_batches_are_one_large_batch(to_none):
     net, (x, y) = convnet().double().eval(), batch(12)
     x = x.double()
     with tract(net):
@@ -226,15 +328,15 @@ def test_accumulated_micro_batches_are_one_large_batch():
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
     with tract(net, accumulate=optimizer) as handle:
         for _ in range(2):
-            net.zero_grad()
+            net.zero_grad(to_none)
             for rows in (slice(0, 3), slice(3, 12)):
                 backward(net, x[rows], y[rows], len(y[rows]) / 12)
             optimizer.step()
             torch.testing.assert_close(net[0].weight.grad, whole)
         # A round that was given up leaves nothing in the next; correct() can come before clipping.
-        net.zero_grad()
+        net.zero_grad(to_none)
         backward(net, 100 * x[:3], y[:3])
-        net.zero_grad()
+        net.zero_grad(to_none)
         backward(net, x, y)
         handle.correct()
         torch.testing.assert_close(net[0].weight.grad, whole)
@@ -243,6 +345,26 @@ def test_accumulated_micro_batches_are_one_large_batch():
         with pytest.raises(InputError, match="closure"):
             optimizer.step(lambda: 0.0)
     assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_rows_of_a_micro_batch_without_a_gradient_count():
+    net, (x, y) = convnet().double().eval(), batch(12)
+    x, seen = x.double(), (torch.arange(12) >= 5).double()
+
+    def loss(rows):
+        losses = nn.functional.cross_entropy(net(x[rows]), y[rows], reduction="none")
+        return (losses * seen[rows]).sum()
+
+    with tract(net):
+        loss(slice(0, 12)).backward()
+    whole = net[0].weight.grad.clone()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    with tract(net, accumulate=optimizer):
+        net.zero_grad(set_to_none=False)
+        for rows in (slice(0, 5), slice(5, 12)):
+            loss(rows).backward()
+        optimizer.step()
+    torch.testing.assert_close(net[0].weight.grad, whole)
 
 
 def test_accumulation_refuses_what_it_cannot_do():

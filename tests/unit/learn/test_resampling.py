@@ -76,6 +76,18 @@ def test_the_final_training_starts_from_the_same_weights_on_the_enlarged_data():
     done.plot()
 
 
+def test_an_order_that_changes_after_the_first_walks_is_seen():
+    class Turning(list):
+        walks = 0
+
+        def __iter__(self):
+            self.walks += 1
+            return iter([(x.flip(0), y.flip(0)) for x, y in LOADER] if self.walks > 2 else LOADER)
+
+    with pytest.raises(InputError, match="other labels at each walk"):
+        find_slow(net(), Fit(X, Y, sgd), Turning(), epochs=5, separating=1)
+
+
 def test_a_class_without_examples_is_left_out_where_that_is_allowed():
     wide = nn.Sequential(nn.Linear(4, 3))
     with pytest.warns(UserWarning, match=r"classes \[2\]"):
@@ -102,7 +114,8 @@ def test_nan_raises_with_the_step_or_is_skipped_whole(around):
     with pytest.raises(
         InputError, match=r"training: the loss is NaN or infinite at step 2 of epoch 1; .*nonfinite='skip'"
     ):
-        list(Fit(bad, Y, make, batch_size=16)(net(), None, 2))
+        list(Fit(bad, Y, make, batch_size=16)(broken := net(), None, 2))
+    assert all(bool(torch.isfinite(value).all()) for value in broken.state_dict().values())
     skipped, kept = net(), net()
     list(Fit(bad, Y, make, batch_size=16, nonfinite="skip")(skipped, None, 1))
     # The other three batches of that epoch, by hand.
@@ -207,6 +220,12 @@ def test_what_cannot_be_used_is_named():
         find_slow(net(), never, [], epochs=5, separating=1)
     with pytest.raises(InputError, match="walked again"):
         find_slow(net(), fit, iter(LOADER), epochs=5, separating=1)
+    with pytest.raises(InputError, match=r"other labels at each walk.*shuffle=False"):
+        shuffled = DataLoader(TensorDataset(X, Y), batch_size=30, shuffle=True)
+        find_slow(net(), never, shuffled, epochs=5, separating=1)
+    with pytest.raises(InputError, match=r"loader: 1 of 60 samples hold NaN .*leave out sample 31 "):
+        bad = torch.where(torch.arange(60)[:, None] == 31, torch.inf, X)
+        find_slow(net(), never, [(bad[:25], Y[:25]), (bad[25:], Y[25:])], epochs=5, separating=1)
     with pytest.raises(InputError, match="separating"):
         find_slow(net(), fit, LOADER, epochs=5, separating=9)
     with pytest.raises(InputError, match="too few to see"):
@@ -217,6 +236,9 @@ def test_what_cannot_be_used_is_named():
         find_slow(net(), fit, LOADER, epochs=5, separating=1, output="features")
     with pytest.raises(InputError, match="rank"):
         UpsamplingSampler(torch.arange(4), rank=2, replicas=2)
+    for options in ({"factor": 3}, {"balance": "shares"}):
+        with pytest.raises(InputError, match="rows are indices already"):
+            UpsamplingSampler(torch.arange(5), **options)
     with pytest.raises(InputError, match="negative"):
         UpsamplingSampler(torch.tensor([-1]))
     with pytest.raises(InputError, match="at most one way"):

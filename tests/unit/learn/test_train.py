@@ -85,6 +85,11 @@ def test_same_seed_same_run_and_global_randomness_as_before():
     assert torch.equal(torch.get_rng_state(), after)
 
 
+def test_the_greatest_seed_trains():
+    _, done = trained(seed=2**63 - 1, useful=1, sam=0.05)
+    assert len(done.history) == 4
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -185,14 +190,28 @@ def test_the_early_stage_uses_no_sam(monkeypatch):
 def test_nan_raises_with_the_step_or_is_skipped_whole():
     x = X.clone()
     x[7] = float("nan")
+    broken = network()
     with pytest.raises(InputError, match=r"loss is NaN or infinite at step \d+ of epoch 1 .*--on-nan skip"):
-        trained(x=x, validation=0.0)
+        trained(broken, x=x, validation=0.0)
+    assert all(bool(torch.isfinite(value).all()) for value in broken.state_dict().values())
     for options in ({}, {"sam": 0.05}, {"optimizer": "adam"}):
         model, done = trained(x=x, validation=0.0, on_nan="skip", **options)
         assert [entry["skipped"] for entry in done.history] == [1] * 4
         assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
     with pytest.raises(InputError, match=r"all 8 steps of epoch 1"):
         trained(x=x * float("nan"), validation=0.0, on_nan="skip")
+
+
+def test_useful_names_the_samples_that_hold_nan():
+    x = X.clone()
+    train, _ = split(Y, 0.2, seed=0)
+    x[train[[7, 90]]] = float("nan")
+    said = f"2 of {len(train)} samples hold NaN .*leave out samples {int(train[7])}, {int(train[90])} "
+    with pytest.raises(InputError, match=said):
+        trained(x=x, validation=0.2, on_nan="skip", useful=1)
+    cleaning = network()
+    cleaning.register_forward_pre_hook(lambda _, args: args[0].nan_to_num())
+    trained(cleaning, x=x, validation=0.2, useful=1)
 
 
 def test_an_infinite_gradient_of_a_finite_loss_is_seen():
@@ -206,6 +225,34 @@ def test_an_infinite_gradient_of_a_finite_loss_is_seen():
 
     with pytest.raises(InputError, match="gradient is NaN or infinite at step 1 of epoch 1"):
         trained(Root())
+
+
+class Counted(nn.Module):
+    def __init__(self, sparse: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(5, 8, sparse=sparse), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.table((x + 2).long().clamp(0, 4)).mean(1))
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.0}, {"tract": 0.1}])
+def test_sparse_gradients_train_as_dense_ones(tmp_path, options):
+    (sparse, _), (dense, _) = (trained(Counted(kind), **options) for kind in (True, False))
+    for a, b in zip(sparse.parameters(), dense.parameters()):
+        torch.testing.assert_close(a, b)
+    given = Options(epochs=2, batch_size=16, **options)
+    stored = {"processes": Processes("cpu"), "checkpoint": Checkpoint(tmp_path / "stages", {})}
+    fit(Counted(True), X, Y, given, **stored)
+
+
+@pytest.mark.parametrize(
+    "options", [{"optimizer": "adam"}, {"optimizer": "diffgrad"}, {"weight_decay": 0.1}, {"sam": 0.1}]
+)
+def test_sparse_gradients_that_no_one_takes_are_refused(options):
+    with pytest.raises(InputError, match=r"the gradient of 'table' is sparse, which only sgd .*sparse=False"):
+        trained(Counted(True), **options)
 
 
 def test_rates_follow_the_schedule():
@@ -234,6 +281,10 @@ def test_rates_follow_the_schedule():
         ({"validation": 1.0}, "validation"),
         ({"validation": 0.001}, "holds none out"),
         ({"epochs": 0}, "epochs"),
+        (
+            {"seed": 2**63},
+            r"seed: got 9223372036854775808, expected an integer in \[0, 9223372036854775807\]",
+        ),
         ({"on_nan": "ignore"}, "on_nan"),
     ],
 )

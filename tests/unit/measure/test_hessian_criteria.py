@@ -81,6 +81,12 @@ def test_a_spectrum_above_zero_is_a_settled_minimum():
     assert found.reach == 0 and found.verdict == "settled" and "Hardly anything" in found.meaning
 
 
+def test_a_spectrum_of_zeros_is_flat():
+    found = criteria(spectral_density(torch.zeros(6, 6).double(), steps=3))
+    assert found.k.isnan().all() and found.trace == 0
+    assert found.verdict == found.to_dict()["verdict"] == "flat" and "Nothing curves" in found.meaning
+
+
 def test_a_mainly_negative_spectrum_is_warned_of():
     with pytest.warns(LandscapeWarning, match="do not apply"):
         found = criteria(spectrum([-5.0, -4.0, -3.0, 0.5, 1.0]))

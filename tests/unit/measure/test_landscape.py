@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 
 import pytest
 import torch
@@ -299,6 +300,69 @@ def test_metrics_beside_the_loss():
     )
 
 
+def test_labels_below_zero_count_in_no_metric():
+    net, data = network(), [(x, torch.where(torch.arange(len(y)) % 3 > 0, y, -100)) for x, y in batches()]
+    axes = random_axes(net)
+    found = plane(net, F.cross_entropy, data, axes, steps=3, metrics=["accuracy", "class_loss"]).metrics
+    x, y = torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
+    x, y = x[y >= 0], y[y >= 0]
+    assert float(found["accuracy"][1, 1]) == pytest.approx(float((net(x).argmax(1) == y).double().mean()))
+    each = [F.cross_entropy(net(x)[y == k], y[y == k]).item() for k in range(3)]
+    assert found["class_loss"][1, 1].tolist() == pytest.approx(each)
+    none = [(x, torch.full_like(y, -100))]
+    found = plane(net, lambda z, y: z.mean(), none, axes, steps=3, metrics=["accuracy"]).metrics
+    assert found["accuracy"].isnan().all()
+
+
+def test_metrics_of_labels_at_every_place():
+    net = nn.Conv2d(1, 3, 3, padding=1).double()
+    x, y = batches((4,))[0][0], torch.arange(100).view(4, 5, 5) % 3
+    found = plane(
+        net, F.cross_entropy, [(x, y)], random_axes(net), steps=3, metrics=["accuracy", "class_loss"]
+    ).metrics
+    assert float(found["accuracy"][1, 1]) == pytest.approx(float((net(x).argmax(1) == y).double().mean()))
+    losses = F.cross_entropy(net(x), y, reduction="none")
+    assert found["class_loss"][1, 1].tolist() == pytest.approx(
+        [losses[y == k].mean().item() for k in range(3)]
+    )
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "class_loss"])
+@pytest.mark.parametrize(
+    ("loss", "targets", "said"),
+    [
+        (
+            F.mse_loss,
+            torch.randn(3, 3).double(),
+            r"needs class labels.*shape \(3,\) for outputs of shape \(3, 3\).*float64 tensor",
+        ),
+        (F.cross_entropy, torch.eye(3).double(), "needs class labels"),
+        (F.mse_loss, torch.eye(3).long(), "needs class labels"),
+        (lambda z, y: z.mean(), torch.tensor([0, 1, 3]), "got label 3, expected labels from 0 to 2"),
+    ],
+)
+def test_metrics_of_labels_refuse_other_targets(metric, loss, targets, said):
+    net = nn.Linear(4, 3).double()
+    with pytest.raises(InputError, match=f"metrics: '{metric}' {said}"):
+        plane(net, loss, [(torch.randn(3, 4).double(), targets)], random_axes(net), steps=3, metrics=[metric])
+
+
+@pytest.mark.parametrize("what", ["model", "loss_fn", "metrics"])
+def test_what_cannot_be_sent_to_other_processes_is_named(what):
+    lock = threading.Lock()
+
+    def locked(*_):
+        return lock and torch.zeros(())
+
+    net, data = network(), batches()
+    if what == "model":
+        net.lock = lock
+    loss = locked if what == "loss_fn" else F.cross_entropy
+    metrics = {"own": locked} if what == "metrics" else {}
+    with pytest.raises(InputError, match=rf"jobs: got 2, and the {what} .*lock.*use jobs=1"):
+        plane(net, loss, data, random_axes(net), steps=3, jobs=2, metrics=metrics)
+
+
 def test_values_that_are_not_finite_stay_so_and_a_cap_takes_the_infinite():
     net = nn.Linear(1, 1, bias=False).double()
     net.weight.data.fill_(0.0)
@@ -380,6 +444,7 @@ def test_repeats_and_perturbations_are_seeded():
 def test_what_bad_input_gets():
     net, data = network(), batches()
     axes = random_axes(net)
+    single = hessian(nn.Linear(1, 1, bias=False), F.mse_loss, [(torch.ones(2, 1), torch.ones(2, 1))])
     for call, message in (
         (lambda: random_axes(net, normalise="filtre"), "nearest: 'filter'"),
         (lambda: random_axes(net, order=3), "order: got 3"),
@@ -393,6 +458,10 @@ def test_what_bad_input_gets():
         (lambda: plane(net, F.cross_entropy, data, axes, jobs=0), "jobs: got 0"),
         (lambda: plane(net, lambda z, y: z, data, axes), "expected a scalar"),
         (
+            lambda: plane(net, F.cross_entropy, data, axes, metrics={"own": lambda z, y: None}),
+            "metrics: 'own' returned None, expected a number",
+        ),
+        (
             lambda: plane(net, F.cross_entropy, data, [axes[0], random_axes(net, 1, params="3.*")[0]]),
             "other parameters",
         ),
@@ -401,6 +470,8 @@ def test_what_bad_input_gets():
         (lambda: between(net, nn.Linear(2, 2)), "has no parameter '0.weight'"),
         (lambda: hessian_axes(torch.eye(3)), "expected a curvature"),
         (lambda: hessian_axes(hessian(net, F.cross_entropy, data), which="ends", method="power"), "lanczos"),
+        (lambda: hessian_axes(single), r"of one parameter, 'weight', .*indices=\[0\]"),
+        (lambda: hessian_axes(single, which="ends"), "of one parameter"),
         (lambda: panels(net, F.cross_entropy, data, kinds=("adam",)), "optimizer"),
     ):
         with pytest.raises(InputError, match=message):

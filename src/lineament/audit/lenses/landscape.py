@@ -93,6 +93,10 @@ def look(subject: Subject) -> Section:
         + f"Two numbers sum up the whole spectrum, both 0 in a minimum and near 1 in an untrained network: r_e = {_estimate(found.re) if found.reach > 0 else 0} (how far it reaches below "
         f"zero, against above) and K_H0.5 = {_estimate(found.k)} (how much of it is below). {found.meaning}"
     )
+    if found.verdict == "flat":
+        sentence = (
+            f"Over {len(rows)} samples, none of {size:,} weight directions has any curvature. {found.meaning}"
+        )
     return Section(
         name="landscape",
         title=TITLE,
