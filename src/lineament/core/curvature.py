@@ -184,7 +184,7 @@ def fisher(
         targets, times = chunk.targets[None], 1
         if kind == "true":
             # Drawn anew for each graph from a generator of the chunk's own: nothing to store, always the same draws.
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + chunk.index)
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + chunk.index) % 2**63)
             draws = [draw(family, outputs.detach(), chunk.targets, generator) for _ in range(samples)]
             targets = torch.stack([y for y, _ in draws])
             times = draws[0][1]
