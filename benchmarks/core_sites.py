@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from lineament.bench import Row, compare
-from lineament.core.sites import capture, record
+from lineament.core.sites.activations import capture, record
 
 SLUG = "core-sites"
 

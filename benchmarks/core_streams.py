@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from lineament.bench import Row, compare
-from lineament.core.streams import Covariance
+from lineament.core.statistics.moments import Covariance
 
 SLUG = "core-streams"
 FEATURES = 4096

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lineament.bench import Row, compare
-from lineament.learn.optim import DiffGrad
+from lineament.optim import DiffGrad
 
 SLUG = "diffgrad"
 

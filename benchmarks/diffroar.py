@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from lineament.bench import Row, compare
-from lineament.explain.diffroar.input_gradients import input_gradient
-from lineament.explain.diffroar.unmasking import Unmasked, rank
-from lineament.explain.pixel_scores import infidelity, sensitivity
-from lineament.learn.adversarial import PGD
-from lineament.learn.training import Training
+from lineament.explain.faithfulness.diffroar.input_gradients import input_gradient
+from lineament.explain.faithfulness.diffroar.unmasking import Unmasked, rank
+from lineament.explain.faithfulness.pixel_scores import infidelity, sensitivity
+from lineament.train.attacks import PGD
+from lineament.train.stacked import Training
 
 SLUG = "diffroar"
 LEVELS = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05)

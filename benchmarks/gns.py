@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from lineament.bench import Row, compare
-from lineament.learn.optim.gns import (
+from lineament.optim.gns import (
     Backtracking,
     Chebyshev,
     Linear,
@@ -33,8 +33,8 @@ from lineament.learn.optim.gns import (
     dense_curvature,
     minimize,
 )
-from lineament.learn.optim.gns.metric import Metric
-from lineament.learn.optim.gns.solvers import system
+from lineament.optim.gns.metric import Metric
+from lineament.optim.gns.solvers import system
 
 SLUG = "gns"
 EPS = 1e-8

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineament.bench import Row, compare
-from lineament.core.curvature import Curvature, hessian, top_eigenpairs, trace
-from lineament.measure.hessian_criteria import hessian_criteria
-from lineament.measure.landscape import plane
-from lineament.measure.landscape_axes import random_axes
-from lineament.recipes._networks import ResNet18
+from lineament.core.curvature.matrices import Curvature, hessian, top_eigenpairs, trace
+from lineament.measure.landscape.axes import random_axes
+from lineament.measure.landscape.criteria import hessian_criteria
+from lineament.measure.landscape.grids import plane
+from lineament.recipes.kit.networks import ResNet18
 
 SLUG = "loss-landscape"
 PROBES = 60

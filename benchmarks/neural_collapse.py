@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lineament.bench import Row, compare
-from lineament.measure.collapse import collapse, collapse_metrics
-from lineament.recipes._networks import ResNet18
+from lineament.measure.collapse.profile import collapse, collapse_metrics
+from lineament.recipes.kit.networks import ResNet18
 
 SLUG = "neural-collapse"
 

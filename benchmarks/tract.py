@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lineament.bench import Row, compare
 from lineament.core.checks import InputError
-from lineament.learn.first_layer import tract
-from lineament.recipes._networks import ResNet18
-from lineament.recipes._tract_training import scores, vision_transformer
+from lineament.learn.tract.layer import tract
+from lineament.recipes.kit.networks import ResNet18
+from lineament.recipes.tract.training import scores, vision_transformer
 
 SLUG = "tract"
 

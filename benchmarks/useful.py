@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from lineament.bench import Row, compare
 from lineament.data.pixel_digits import pixel_digits
-from lineament.learn.epochs import Fit
-from lineament.learn.optim import ASAM, SAM
-from lineament.learn.slow_examples import select_slow
-from lineament.recipes._useful_networks import network
+from lineament.learn.useful.slow_examples import select_slow
+from lineament.optim import ASAM, SAM
+from lineament.recipes.useful.networks import network
+from lineament.train.epochs import Fit
 
 SLUG = "useful"
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lineament.core.relief import relief
 from lineament.report.figures import picture, save
 from lineament.report.outcome import Claim, Figure, Outcome, Table
 from lineament.report.page import Finding, write
 from lineament.report.section import Section
+from lineament.report.surface_plot import relief
 from lineament.report.text import printable
 from tests.browser.chrome import HOSTILE
 

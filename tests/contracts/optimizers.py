@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lineament.learn.optim import ASAM, GNS, SAM, DiffGrad
+from lineament.optim import ASAM, GNS, SAM, DiffGrad
 
 
 @dataclass(frozen=True)

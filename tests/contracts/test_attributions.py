@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.explain.diffroar.input_gradients import KINDS, attribution, input_gradient
-from lineament.explain.diffroar.unmasking import Unmasked, rank
-from lineament.explain.pixel_scores import score_maps
+from lineament.explain.faithfulness.diffroar.input_gradients import KINDS, attribution, input_gradient
+from lineament.explain.faithfulness.diffroar.unmasking import Unmasked, rank
+from lineament.explain.faithfulness.pixel_scores import score_maps
 from lineament.explain.saliency import METHODS, saliency
 from tests.contracts.unchanged import unchanged
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.learn.first_layer import tract
+from lineament.learn.tract.layer import tract
 from tests.contracts.unchanged import unchanged
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*mean square of its inputs")

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lineament.core.checks import InputError
-from lineament.learn.optim.gns import Dense, Diagonal, LowRank, Operator, Zero
-from lineament.learn.optim.gns.forms import as_dense
-from lineament.learn.optim.gns.metric import Metric
-from lineament.learn.optim.gns.solvers import system
+from lineament.optim.gns import Dense, Diagonal, LowRank, Operator, Zero
+from lineament.optim.gns.forms import as_dense
+from lineament.optim.gns.metric import Metric
+from lineament.optim.gns.solvers import system
 
 N = 9
 

@@ -7,14 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lineament.core.curvature import hessian
-from lineament.measure.hessian_criteria import hessian_criteria
-from lineament.measure.landscape import adam_equation, interpolation, line, panels, perturbations, plane
-from lineament.measure.landscape_axes import hessian_axes, random_axes
-from lineament.measure.landscape_networks import spanned_by
+from lineament.core.curvature.matrices import hessian
+from lineament.measure.landscape.axes import hessian_axes, random_axes
+from lineament.measure.landscape.criteria import hessian_criteria
+from lineament.measure.landscape.grids import adam_equation, interpolation, line, panels, perturbations, plane
+from lineament.measure.landscape.network_axes import spanned_by
 from tests.contracts.unchanged import unchanged
 
-pytestmark = pytest.mark.filterwarnings("ignore::lineament.measure.batchnorm_modes.LandscapeWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::lineament.measure.landscape.batchnorm_modes.LandscapeWarning"
+)
 
 
 class Tied(nn.Module):

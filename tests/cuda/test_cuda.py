@@ -13,17 +13,17 @@ from tests.contracts.language_models import prompts, tiny
 from torch import nn
 
 from lineament.cli import main
-from lineament.core.curvature import hessian, spectral_density, top_eigenpairs, trace
+from lineament.core.curvature.matrices import hessian, spectral_density, top_eigenpairs, trace
 from lineament.core.readouts import ridge
 from lineament.explain.patching import activation_patching, attribution_patching, relevance_patching
 from lineament.explain.patching.metrics import logit_difference
 from lineament.explain.saliency import saliency
 from lineament.explain.tokens import reagent
-from lineament.learn.first_layer import tract
-from lineament.learn.optim import GNS, SAM, DiffGrad
-from lineament.measure.collapse import collapse
-from lineament.measure.landscape import plane
-from lineament.measure.landscape_axes import random_axes
+from lineament.learn.tract.layer import tract
+from lineament.measure.collapse.profile import collapse
+from lineament.measure.landscape.axes import random_axes
+from lineament.measure.landscape.grids import plane
+from lineament.optim import GNS, SAM, DiffGrad
 
 DEVICE = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -13,11 +13,16 @@ from torch import nn
 
 from lineament.data.blockmnist import null_pattern, stacked
 from lineament.data.signal_blocks import planted
-from lineament.explain.diffroar import DiffROAR
-from lineament.explain.diffroar.feature_leakage import MaxMargin, leakage, null_fraction, null_mass
-from lineament.explain.diffroar.input_gradients import input_gradient
-from lineament.explain.diffroar.unmasking import Unmasked, rank
-from lineament.learn.adversarial import pgd
+from lineament.explain.faithfulness.diffroar import DiffROAR
+from lineament.explain.faithfulness.diffroar.feature_leakage import (
+    MaxMargin,
+    leakage,
+    null_fraction,
+    null_mass,
+)
+from lineament.explain.faithfulness.diffroar.input_gradients import input_gradient
+from lineament.explain.faithfulness.diffroar.unmasking import Unmasked, rank
+from lineament.train.attacks import pgd
 
 FILES = files("diffroar")
 GRADIENTS = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.golden.common import files
 
-from lineament.learn.optim.gns import (
+from lineament.optim.gns import (
     Chebyshev,
     Dense,
     Linear,
@@ -22,8 +22,8 @@ from lineament.learn.optim.gns import (
     minimize,
     smoothness,
 )
-from lineament.learn.optim.gns.metric import Metric
-from lineament.learn.optim.gns.solvers import system
+from lineament.optim.gns.metric import Metric
+from lineament.optim.gns.solvers import system
 
 # f_0 .. f_K and x_0 .. x_7 come from a code that divides by γ + 1e-8.
 VALUES, POINTS = {"rtol": 1e-5, "atol": 1e-7}, {"rtol": 0, "atol": 1e-6}

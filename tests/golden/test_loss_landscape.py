@@ -10,12 +10,12 @@ import torch
 from tests.golden.common import files
 from torch import nn
 
-from lineament.core.curvature import hessian, lanczos, trace
+from lineament.core.curvature.matrices import hessian, lanczos, trace
 from lineament.core.gradients import flatten
-from lineament.measure.hessian_criteria import density_curve, extreme_ratio, negative_ratio
-from lineament.measure.landscape import adam_equation, interpolation, line, plane
-from lineament.measure.landscape_axes import given, hessian_axes, normalised
-from lineament.measure.landscape_points import evaluate
+from lineament.measure.landscape.axes import given, hessian_axes, normalised
+from lineament.measure.landscape.criteria import density_curve, extreme_ratio, negative_ratio
+from lineament.measure.landscape.grids import adam_equation, interpolation, line, plane
+from lineament.measure.landscape.points import evaluate
 
 PATHS = files("loss-landscape")
 LOSS = nn.functional.cross_entropy
@@ -210,7 +210,7 @@ def test_adam_equation(case):
     close(found.loss, case["adameq_correct"], 1e-8)
 
 
-@pytest.mark.filterwarnings("ignore::lineament.measure.batchnorm_modes.LandscapeWarning")
+@pytest.mark.filterwarnings("ignore::lineament.measure.landscape.batchnorm_modes.LandscapeWarning")
 def test_batch_norm(case):
     keys = [*CONV, "bn.running_mean", "bn.running_var", "bn.num_batches_tracked"]
     net = Conv(case.direction("conv", keys))

@@ -13,10 +13,10 @@ import torch
 from tests.golden.common import files
 from torch import Tensor
 
-from lineament.measure.central_path import central_path
-from lineament.measure.collapse import CollapseMeter, CollapseMetrics, collapse_metrics
-from lineament.measure.near_collapse import PerturbationMap, block_spectrum, cross_norm, map_spectrum
-from lineament.measure.ufm import UFM, minimise
+from lineament.measure.collapse.central_path import central_path
+from lineament.measure.collapse.near_collapse import PerturbationMap, block_spectrum, cross_norm, map_spectrum
+from lineament.measure.collapse.profile import CollapseMeter, CollapseMetrics, collapse_metrics
+from lineament.measure.collapse.ufm import UFM, minimise
 
 FIELDS = {
     "trSW": "trace_within",

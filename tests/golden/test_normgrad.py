@@ -13,7 +13,7 @@ import torch
 from tests.golden.common import files
 from torch import nn
 
-from lineament.core.sites import capture, record
+from lineament.core.sites.activations import capture, record
 from lineament.explain.saliency import METHODS, saliency
 from lineament.explain.saliency.aggregation import Window, aggregate_contributions, combined
 from lineament.explain.saliency.checks import class_sensitivity

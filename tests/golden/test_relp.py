@@ -12,7 +12,7 @@ from tests.golden.common import files
 from tests.golden.relp_networks import Conserving, Decoder, Dictionary, Downstream, huggingface
 from torch import nn
 
-from lineament.core.sites import capture, record
+from lineament.core.sites.activations import capture, record
 from lineament.explain.patching import activation_patching, relevance_patching
 from lineament.explain.patching.circuit_curves import circuit_curve
 from lineament.explain.patching.circuits import node_effects

@@ -10,7 +10,7 @@ import torch
 from tests.golden.common import files
 from torch import nn
 
-from lineament.learn.first_layer import tract
+from lineament.learn.tract.layer import tract
 
 NEEDED = {"x", "weight", "z", "grad_z", "lam", "grad_weight", "grad_weight_vanilla", "grad_input"}
 

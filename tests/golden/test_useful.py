@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from tests.golden.common import files
 from torch import Tensor, nn
 
-from lineament.learn.optim import ASAM, SAM
-from lineament.learn.separating import separating_epoch
-from lineament.learn.slow_examples import select_slow
-from lineament.learn.two_layer_theory import fast_free_weights, train_cubic
+from lineament.learn.useful.separating import separating_epoch
+from lineament.learn.useful.slow_examples import select_slow
+from lineament.learn.useful.two_layer_theory import fast_free_weights, train_cubic
+from lineament.optim import ASAM, SAM
 
 RTOL, ATOL = 1e-9, 1e-13
 # What the README of the numbers gives for each kind of case.

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lineament.audit.lenses.gaze import where
-from lineament.audit.place import Window
-from lineament.audit.words import compact, percent, points, short, within
+from lineament.audit.patch_exchange import Window
+from lineament.audit.phrases import compact, percent, points, short, within
 from lineament.report.page import Finding
 from lineament.report.section import Section
 from lineament.report.text import printable

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lineament.data.prompts import Prompts
+from lineament.load.prompts import Prompts
 
 
 @dataclass(frozen=True)

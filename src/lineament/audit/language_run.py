@@ -12,13 +12,13 @@ from torch import nn
 from lineament.audit.findings import findings
 from lineament.audit.language import LanguageSubject
 from lineament.audit.lenses import LANGUAGE, LENSES
-from lineament.audit.models import digest
 from lineament.audit.stages import Report, fresh, sections, written
 from lineament.core import checks
 from lineament.core.checks import InputError, require, show
 from lineament.core.models import device_of
-from lineament.data.language_models import load_language_model
-from lineament.data.prompts import Prompts, load_prompts
+from lineament.load.language_models import load_language_model
+from lineament.load.models import digest
+from lineament.load.prompts import Prompts, load_prompts
 from lineament.report.outcome import versions
 
 
@@ -38,7 +38,7 @@ def audit_language(
 
     Args:
         model: a Hugging Face directory or name, or a pair (model, tokenizer).
-        data: what :func:`lineament.data.prompts.load_prompts` takes, or its result.
+        data: what :func:`lineament.load.prompts.load_prompts` takes, or its result.
         lenses: of :data:`lineament.audit.lenses.LANGUAGE`; both by default.
         samples: read at most so many prompts.
 

@@ -20,22 +20,22 @@ from lineament.audit import default
 from lineament.audit.findings import findings
 from lineament.audit.language_run import audit_language
 from lineament.audit.lenses import ALIASES, LANGUAGE, LENSES
-from lineament.audit.loaded import Loaded
-from lineament.audit.models import digest, load
+from lineament.audit.phrases import places, sentence
 from lineament.audit.stages import STAGES, Report, fresh, opened, sections, threads, written
 from lineament.audit.subject import Subject
-from lineament.audit.together import bring_together, one_output, two_logits
-from lineament.audit.words import places, sentence
 from lineament.core import checks
 from lineament.core.batching import Checkpoint
 from lineament.core.checks import require, show, suggest
 from lineament.core.models import device_of
-from lineament.data.language_models import is_language_model
-from lineament.data.loading import Samples, checked
-from lineament.data.loading import load as load_data
-from lineament.data.prompts import TASKS, is_prompts
 from lineament.data.shortcut_digits import MARK
 from lineament.explain.saliency import METHODS as SALIENCY
+from lineament.load.data import Samples, checked
+from lineament.load.data import load as load_data
+from lineament.load.language_models import is_language_model
+from lineament.load.loaded import Loaded
+from lineament.load.model_and_data import bring_together, one_output, two_logits
+from lineament.load.models import digest, load
+from lineament.load.prompts import TASKS, is_prompts
 from lineament.report.outcome import versions
 from lineament.report.page import Finding
 from lineament.report.section import Section
@@ -70,17 +70,17 @@ def audit(
     """What does this network rely on, and how does it hold it?
 
     Args:
-        model: an ``nn.Module``, or what :func:`lineament.audit.models.load` takes; ``None``, without data, trains a small network on digits
+        model: an ``nn.Module``, or what :func:`lineament.load.models.load` takes; ``None``, without data, trains a small network on digits
             with a planted mark and audits that.
-        data: what :func:`lineament.data.loading.load` takes, or a pair ``(inputs, targets)`` of tensors or arrays. Prompts
-            (:func:`lineament.data.prompts.load_prompts`) go with a language model: see :func:`lineament.audit.language_run.audit_language`.
+        data: what :func:`lineament.load.data.load` takes, or a pair ``(inputs, targets)`` of tensors or arrays. Prompts
+            (:func:`lineament.load.prompts.load_prompts`) go with a language model: see :func:`lineament.audit.language_run.audit_language`.
         out: the folder for `report.html` and `report.json`.
         weights: a ``.safetensors`` file for a network that a factory makes.
         lenses: names of :data:`lineament.audit.lenses.LENSES`; all by default.
         sites: sites or globs; by default the blocks of the network, up to eight, and the input of its head.
         classes: names of the classes 0, 1, ...
         groups: the array that names each sample's group, by name; for a pair, the array itself.
-        inputs, targets, split: which arrays or columns of the data to read, and which part, see :func:`lineament.data.loading.load`.
+        inputs, targets, split: which arrays or columns of the data to read, and which part, see :func:`lineament.load.data.load`.
         image_size: bring images to this (height, width), in pixels; by default the size that the model names.
         normalize: (mean, deviation) per channel, for images scaled to [0, 1].
         task: ``"classification"``, ``"regression"`` or ``"auto"``.
@@ -268,7 +268,7 @@ def _samples(
             f"groups: got {show(groups)}, expected the name of an array of the data",
         )
         return load_data(data, samples=samples, seed=seed, groups=groups, classes=classes, **options)
-    from lineament.data.loading import Budget, coded, take, with_groups
+    from lineament.load.data import Budget, coded, take, with_groups
 
     if not isinstance(data, Samples):
         require(
@@ -344,7 +344,7 @@ def _key(subject: Subject, loaded: Loaded) -> dict[str, Any]:
 
 def _drawn_anew(loaded: Loaded) -> Callable[[int], nn.Module] | None:
     """What makes the audited architecture with fresh weights, under the random state of the caller; ``None`` if nothing can."""
-    from lineament.learn.training import refreshed
+    from lineament.train.stacked import refreshed
 
     if loaded.kind == "export":
         return None

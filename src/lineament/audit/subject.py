@@ -1,4 +1,4 @@
-"""What every lens looks at: one model and one data set that fit each other (:mod:`lineament.audit.together` makes them fit)."""
+"""What every lens looks at: one model and one data set that fit each other (:mod:`lineament.load.model_and_data` makes them fit)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineament.audit.layout import Layout
 from lineament.core.models import device_of, dtype_of, frozen, logits
-from lineament.data.loading import Samples
+from lineament.load.data import Samples
+from lineament.load.input_layout import Layout
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, number, require, show, tensor
-from lineament.core.nests import join
+from lineament.core.nested import join
 
 __all__ = ["Checkpoint", "auto_batch", "chunked", "is_out_of_memory", "progress"]
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from lineament import __version__
 from lineament.core.checks import InputError, number, require, show
 from lineament.core.files import output_folder, write_json, write_text, writing
-from lineament.core.nests import pack, unpack
+from lineament.core.nested import pack, unpack
 
 T = TypeVar("T")
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from lineament.core import checks
+from lineament.core.curvature.risk import chosen_parameters
 from lineament.core.models import frozen, holding, logits
-from lineament.core.risk import chosen_parameters
 
 Loss = Callable[[Any, Any], Tensor]
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lineament.core import checks
-from lineament.data.loading import Samples
+from lineament.load.data import Samples
 
 SIDE = 12
 GROUPS = ("pixel", "no pixel")

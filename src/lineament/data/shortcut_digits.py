@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.data.loading import Samples
+from lineament.load.data import Samples
 
 SIDE = 20
 MARK = (slice(1, 4), slice(1, 4))

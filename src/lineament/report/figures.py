@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lineament.core.checks import InputError, number, one_of, require
 from lineament.core.files import writing
-from lineament.core.relief import Relief
 from lineament.report.outcome import Figure
 from lineament.report.section import Picture
+from lineament.report.surface_plot import Relief
 from lineament.report.text import printable
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from lineament.core.relief import Relief
+from lineament.report.surface_plot import Relief
 from lineament.report.text import printable
 
 # What a screen reader says of each drawing.

@@ -11,7 +11,7 @@ from typing import Any
 
 from lineament.core.checks import InputError
 from lineament.core.files import write_json
-from lineament.core.relief import Relief
+from lineament.report.surface_plot import Relief
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lineament.core.relief import Relief
 from lineament.report.outcome import Table
+from lineament.report.surface_plot import Relief
 
 Status = Literal["good", "note", "warning", "skipped", "failed"]
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from lineament.audit import stages
 from lineament.audit.lenses import LANGUAGE, LENSES
-from lineament.audit.place import needed
+from lineament.audit.patch_exchange import needed
 from lineament.audit.run import audit
 from lineament.core.checks import InputError
 

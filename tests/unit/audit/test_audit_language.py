@@ -10,7 +10,7 @@ import torch
 from lineament import cli
 from lineament.audit.run import audit
 from lineament.core.checks import InputError
-from lineament.data.prompts import load_prompts
+from lineament.load.prompts import load_prompts
 
 transformers = pytest.importorskip("transformers")
 WORDS = [
@@ -92,7 +92,7 @@ def test_pairs_show_components_and_say_what_was_left_out(folder, files):
 def test_an_answer_that_does_not_hang_on_what_differs_is_no_behaviour(folder, files):
     """A model that hardly looks back prefers the same answer whatever the prompt says earlier."""
     from lineament.audit.language_run import audit_language
-    from lineament.data.language_models import load_language_model
+    from lineament.load.language_models import load_language_model
 
     model, tokenizer = load_language_model(str(folder))
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_the_model_is_left_as_it_was(folder, files):
     from tests.contracts.unchanged import unchanged
 
     from lineament.audit.language_run import audit_language
-    from lineament.data.language_models import load_language_model
+    from lineament.load.language_models import load_language_model
 
     model, tokenizer = load_language_model(str(folder))
     with unchanged(model):

@@ -12,7 +12,7 @@ from tests.contracts.unchanged import unchanged
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.core.sites import capture, patch
+from lineament.core.sites.activations import capture, patch
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from tests.contracts.unchanged import unchanged
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.core.sites import capture, patch, record, sites
+from lineament.core.sites.activations import capture, patch, record, sites
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lineament.core.checks import InputError
-from lineament.core.sites import capture, patch, record, sites
+from lineament.core.sites.activations import capture, patch, record, sites
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_a_function_that_captures_can_be_compiled(x, compiler):
 def test_a_model_compiled_inside_the_first_block_of_a_process():
     code = """
         import torch
-        from lineament.core.sites import capture
+        from lineament.core.sites.activations import capture
         net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(inplace=True), torch.nn.Linear(2, 2))
         x = torch.randn(3, 2)
         with capture(net, "0", gradients=True) as acts:

@@ -12,18 +12,18 @@ from torch import nn
 
 from lineament.core.checks import InputError
 from lineament.data.blockmnist import NULLS, block_mnist, null_pattern
-from lineament.data.digit_images import digit_images
+from lineament.data.digits import digit_images
 from lineament.data.signal_blocks import signal_blocks
-from lineament.explain.diffroar import accuracy
-from lineament.explain.diffroar.feature_leakage import (
+from lineament.explain.faithfulness.diffroar import accuracy
+from lineament.explain.faithfulness.diffroar.feature_leakage import (
     MaxMargin,
     leakage,
     null_fraction,
     null_mass,
     predicted_gradients,
 )
-from lineament.explain.diffroar.input_gradients import input_gradient
-from lineament.learn.training import Training
+from lineament.explain.faithfulness.diffroar.input_gradients import input_gradient
+from lineament.train.stacked import Training
 
 DIGITS, LABELS, _ = digit_images("digits", count=600)
 

@@ -137,7 +137,7 @@ def test_the_paper_preset_plays_on_the_users_photographs(tmp_path, monkeypatch):
 def test_the_paper_preset_plays_with_vgg16(tmp_path):
     from safetensors.torch import save_file
 
-    from lineament.recipes._normgrad_networks import VGG16, VGG_LAYERS, photographs_model
+    from lineament.recipes.normgrad.networks import VGG16, VGG_LAYERS, photographs_model
 
     voc_folder(tmp_path / "VOC2007")
     torch.manual_seed(0)

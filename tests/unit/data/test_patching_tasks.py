@@ -98,7 +98,7 @@ def test_bad_sizes_are_refused():
 @pytest.mark.slow
 def test_models_are_saved_as_hugging_face_directories(tmp_path):
     transformers = pytest.importorskip("transformers")
-    from lineament.recipes._relp_training import network
+    from lineament.recipes.relp.training import network
 
     pairs = synthetic_ioi(3)
     model = network(len(pairs.vocabulary), 12, layers=1, width=16, heads=2, seed=0)
@@ -133,8 +133,8 @@ def test_the_recipe_runs_and_reports_its_claims_as_they_fall(tmp_path):
 @pytest.mark.slow
 def test_the_recipe_takes_a_language_model_of_the_users(tmp_path):
     pytest.importorskip("transformers")
-    from lineament.recipes._relp_training import network
     from lineament.recipes.relp import Config, run
+    from lineament.recipes.relp.training import network
 
     words = sorted(
         {w for side in (ioi_pairs(60).clean, ioi_pairs(60).corrupt) for text in side for w in text.split()}

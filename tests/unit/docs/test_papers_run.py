@@ -162,7 +162,7 @@ def encoder(act: type[nn.Module]) -> nn.Module:
 def test_diffroar():
     captum = pytest.importorskip("captum.attr")
     from lineament.explain.saliency import saliency
-    from lineament.learn.training import Training
+    from lineament.train.stacked import Training
 
     x = 0.3 * torch.rand(260, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     y = torch.arange(260) % 2

@@ -10,11 +10,11 @@ from tests.contracts.unchanged import unchanged
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.explain.diffroar import DiffROAR, diffroar
-from lineament.explain.diffroar.input_gradients import attribution, input_gradient
-from lineament.explain.diffroar.unmasking import Unmasked, fill_value, groups_of, rank
+from lineament.explain.faithfulness.diffroar import DiffROAR, diffroar
+from lineament.explain.faithfulness.diffroar.input_gradients import attribution, input_gradient
+from lineament.explain.faithfulness.diffroar.unmasking import Unmasked, fill_value, groups_of, rank
 from lineament.explain.saliency import saliency
-from lineament.learn.training import Training
+from lineament.train.stacked import Training
 
 
 def draw(count, seed, d=8):

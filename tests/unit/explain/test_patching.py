@@ -8,7 +8,7 @@ from tests.contracts.language_models import FAMILIES, GATED, prompts, tiny
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.core.sites import capture, patch, record
+from lineament.core.sites.activations import capture, patch, record
 from lineament.explain.patching import activation_patching, attribution_patching, relevance_patching
 from lineament.explain.patching.edges import edge_patching
 from lineament.explain.patching.metrics import (

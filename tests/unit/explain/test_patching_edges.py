@@ -7,7 +7,7 @@ import torch
 from tests.contracts.language_models import FAMILIES, prompts, tiny
 
 from lineament.core.checks import InputError
-from lineament.core.sites import capture, record
+from lineament.core.sites.activations import capture, record
 from lineament.explain.patching.edges import edge_patching
 from lineament.explain.patching.metrics import logit_difference
 

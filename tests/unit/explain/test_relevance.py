@@ -9,7 +9,7 @@ from tests.contracts.language_models import prompts, tiny
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.core.sites import capture
+from lineament.core.sites.activations import capture
 from lineament.explain.patching import relevance_patching
 from lineament.explain.patching.metrics import logit_difference
 from lineament.explain.relevance import relevance_rules

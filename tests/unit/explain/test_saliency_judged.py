@@ -13,7 +13,7 @@ from tests.contracts.unchanged import unchanged
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.explain.faithfulness import faithfulness, removed
+from lineament.explain.faithfulness.deletion import faithfulness, removed
 from lineament.explain.saliency import combined_saliency, saliency
 from lineament.explain.saliency.aggregation import combined, smoothed
 from lineament.explain.saliency.checks import class_sensitivity, randomisation, spearman

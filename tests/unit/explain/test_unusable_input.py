@@ -10,20 +10,20 @@ from tests.contracts.token_models import byte_tokenizer, copies, masked_model, m
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.explain.diffroar import accuracy, diffroar
-from lineament.explain.diffroar.input_gradients import attribution, input_gradient
-from lineament.explain.faithfulness import faithfulness
+from lineament.explain.faithfulness.deletion import faithfulness
+from lineament.explain.faithfulness.diffroar import accuracy, diffroar
+from lineament.explain.faithfulness.diffroar.input_gradients import attribution, input_gradient
+from lineament.explain.faithfulness.pixel_scores import infidelity, score_maps, sensitivity
 from lineament.explain.patching import activation_patching, relevance_patching
 from lineament.explain.patching.edges import edge_patching
 from lineament.explain.patching.metrics import logit_difference
-from lineament.explain.pixel_scores import infidelity, score_maps, sensitivity
 from lineament.explain.saliency import saliency
 from lineament.explain.tokens import explain_continuation, reagent
 from lineament.explain.tokens.baselines import METHODS, attribute_tokens
 from lineament.explain.tokens.faithfulness import hard_faithfulness, soft_faithfulness
 from lineament.explain.tokens.infill import MlmSampler, OtherModelSampler
-from lineament.learn.adversarial import pgd
-from lineament.learn.training import Training
+from lineament.train.attacks import pgd
+from lineament.train.stacked import Training
 
 TEXT = "the cat sat on the mat"
 QUICK = {"max_steps": 2, "min_steps": 2, "stop": "dummy", "probes": 2}

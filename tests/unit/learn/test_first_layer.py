@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.learn.first_layer import tract
-from lineament.learn.input_moments import divide, divide_wide, factorise, second_moment
+from lineament.learn.tract.input_moments import divide, divide_wide, factorise, second_moment
+from lineament.learn.tract.layer import tract
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*mean square of its inputs")
 
@@ -200,7 +200,7 @@ def test_an_image_without_batch_and_chunks_of_patches(monkeypatch):
     g = torch.randn(6, 4, 6, 6, dtype=torch.double)
     torch.testing.assert_close(gradients(layer, x[0], g[0])[1], gradients(layer, x[:1], g[:1])[1])
     whole = gradients(layer, x, g)[1]
-    monkeypatch.setattr("lineament.learn.input_moments._CHUNK", 1)
+    monkeypatch.setattr("lineament.learn.tract.input_moments._CHUNK", 1)
     torch.testing.assert_close(gradients(layer, x, g)[1], whole)
 
 

@@ -14,14 +14,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError
-from lineament.data.augment import OPERATIONS, flip_and_crop, trivial_augment
+from lineament.data.augmentation import OPERATIONS, flip_and_crop, trivial_augment
 from lineament.data.pixel_digits import pixel_digits
-from lineament.learn.early_outputs import outputs_of, recalibrated
-from lineament.learn.epochs import Fit
-from lineament.learn.optim import SAM
-from lineament.learn.resampling import UpsamplingSampler, find_slow, useful
-from lineament.recipes import _useful_networks, _useful_runs
-from lineament.recipes.useful import Config, run
+from lineament.learn.useful.early_outputs import outputs_of, recalibrated
+from lineament.learn.useful.resampling import UpsamplingSampler, find_slow, useful
+from lineament.optim import SAM
+from lineament.recipes.useful import Config, networks, run, runs
+from lineament.train.epochs import Fit
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] + 0.5 * X[:, 1] > 0).long()
@@ -242,9 +241,9 @@ def test_what_cannot_be_used_is_named():
     with pytest.raises(InputError, match="negative"):
         UpsamplingSampler(torch.tensor([-1]))
     with pytest.raises(InputError, match="at most one way"):
-        _useful_runs.parsed("sgd+useful+random")
+        runs.parsed("sgd+useful+random")
     with pytest.raises(InputError, match="methods: got 'sag'"):
-        _useful_runs.parsed("sag+useful")
+        runs.parsed("sag+useful")
     model = net()
     before = copy.deepcopy(model)
     model[0].weight.data[0, 0] = before[0].weight.data[0, 0]
@@ -274,9 +273,9 @@ def test_planted_pixels_tell_the_class():
     assert not set(data.index.tolist()) & set(pixel_digits().index.tolist())
 
 
-@pytest.mark.parametrize("kind", sorted(_useful_networks.NETWORKS))
+@pytest.mark.parametrize("kind", sorted(networks.NETWORKS))
 def test_every_network_of_the_recipe_runs(kind):
-    model = _useful_networks.network(kind, torch.Size([3, 32, 32]), 5, 8, 0)
+    model = networks.network(kind, torch.Size([3, 32, 32]), 5, 8, 0)
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
 
 
@@ -290,7 +289,7 @@ def test_a_killed_recipe_goes_on_with_the_same_result(tmp_path, monkeypatch):
     whole = run(config, out=tmp_path / "whole")
     for figure in whole.figures:
         assert (tmp_path / "whole" / figure.file).stat().st_size < 200_000 and figure.alt
-    original, calls = _useful_runs.final, []
+    original, calls = runs.final, []
 
     def killed(name, *rest):
         calls.append(name)

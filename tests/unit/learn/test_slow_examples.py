@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lineament.core.checks import InputError
-from lineament.learn.learning_order import learning_order
-from lineament.learn.separating import separating_epoch, window_of
-from lineament.learn.slow_examples import select_slow
+from lineament.learn.useful.learning_order import learning_order
+from lineament.learn.useful.separating import separating_epoch, window_of
+from lineament.learn.useful.slow_examples import select_slow
 
 LABELS = torch.arange(40) % 2
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from lineament.core.checks import InputError
 from lineament.data.fast_slow_patches import fast_slow_patches
-from lineament.learn.two_layer_theory import (
+from lineament.learn.useful.two_layer_theory import (
     alignment_recursion,
     cubic_network,
     fast_free_weights,
@@ -68,7 +68,7 @@ def test_sam_of_radius_zero_is_gradient_descent_and_a_small_one_is_near():
 def test_the_sam_step_is_that_of_the_optimizer():
     from torch import nn
 
-    from lineament.learn.optim import SAM
+    from lineament.optim import SAM
 
     data, W = fast_slow_patches(30, dims=7, seed=7), filters(4)
     w = nn.Parameter(W.clone())

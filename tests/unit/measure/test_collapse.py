@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lineament.core.checks import InputError
-from lineament.measure import class_geometry
-from lineament.measure.collapse import (
+from lineament.measure.collapse import class_geometry
+from lineament.measure.collapse.profile import (
     CollapseMeter,
     SecondLook,
     collapse,

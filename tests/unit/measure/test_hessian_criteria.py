@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.core.curvature import hessian, spectral_density, trace
-from lineament.core.krylov import random_signs
-from lineament.measure.batchnorm_modes import LandscapeWarning
-from lineament.measure.hessian_criteria import (
+from lineament.core.curvature.krylov import random_signs
+from lineament.core.curvature.matrices import hessian, spectral_density, trace
+from lineament.measure.landscape.batchnorm_modes import LandscapeWarning
+from lineament.measure.landscape.criteria import (
     criteria,
     density_curve,
     extreme_ratio,
@@ -46,7 +46,7 @@ def test_k1_is_the_negative_part_of_the_trace_over_the_positive():
     assert found.negative + found.positive == pytest.approx(1)
 
 
-@pytest.mark.filterwarnings("ignore::lineament.measure.batchnorm_modes.LandscapeWarning")
+@pytest.mark.filterwarnings("ignore::lineament.measure.landscape.batchnorm_modes.LandscapeWarning")
 def test_quadrature_and_hutchinson_are_one_estimator_for_the_same_probe():
     torch.manual_seed(0)
     matrix = torch.randn(40, 40).double()

@@ -12,9 +12,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.core.curvature import hessian
-from lineament.measure.batchnorm_modes import LandscapeWarning
-from lineament.measure.landscape import (
+from lineament.core.curvature.matrices import hessian
+from lineament.measure.landscape.axes import (
+    NORMALISATIONS,
+    completed,
+    given,
+    hessian_axes,
+    normalised,
+    power_iteration,
+    random_axes,
+)
+from lineament.measure.landscape.batchnorm_modes import LandscapeWarning
+from lineament.measure.landscape.grids import (
     adam_equation,
     interpolation,
     line,
@@ -24,17 +33,8 @@ from lineament.measure.landscape import (
     random_lines,
     random_planes,
 )
-from lineament.measure.landscape_axes import (
-    NORMALISATIONS,
-    completed,
-    given,
-    hessian_axes,
-    normalised,
-    power_iteration,
-    random_axes,
-)
-from lineament.measure.landscape_networks import between, optimizer_axes, spanned_by, trajectory_axes
-from lineament.measure.landscape_points import evaluate
+from lineament.measure.landscape.network_axes import between, optimizer_axes, spanned_by, trajectory_axes
+from lineament.measure.landscape.points import evaluate
 
 
 def network(seed=0, norm=False):

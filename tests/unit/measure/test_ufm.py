@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lineament.core.checks import InputError
-from lineament.measure.central_path import central_path
-from lineament.measure.near_collapse import PerturbationMap, block_spectrum, cross_norm, map_spectrum
-from lineament.measure.ufm import UFM, ReducedHessian, conjugate_gradients, minimise
+from lineament.measure.collapse.central_path import central_path
+from lineament.measure.collapse.near_collapse import PerturbationMap, block_spectrum, cross_norm, map_spectrum
+from lineament.measure.collapse.ufm import UFM, ReducedHessian, conjugate_gradients, minimise
 
 PROBLEM = UFM(3, 4, lambda_w=0.5, lambda_h=0.1)
 PAPER = UFM(4, 10, lambda_w=math.sqrt(2), lambda_h=0.25)

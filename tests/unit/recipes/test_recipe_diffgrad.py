@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from lineament.core.checks import InputError
-from lineament.recipes import _diffgrad_runs as runs
-from lineament.recipes.diffgrad import Config, function_claims, run, training_claims, walks_of
+from lineament.recipes.diffgrad import Config, function_claims, run, runs, training_claims, walks_of
 
 TINY = {"epochs": 1, "batch_sizes": (256,), "timing_sizes": (10, 1000), "function_steps": 40}
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from lineament.core.checks import InputError
 from lineament.recipes import diffroar as recipe
-from lineament.recipes._diffroar_photographs import evaluation, parsed
+from lineament.recipes.diffroar.photographs import evaluation, parsed
 
 TINY = replace(
     recipe.Config.preset("quick"), data="digits", fractions=(1.0, 0.2), level=0.2, train_images=400, test_images=150,

@@ -9,8 +9,8 @@ import pytest
 
 from lineament.core.checks import InputError
 from lineament.recipes import gns
-from lineament.recipes._gns_claims import _above, _count
 from lineament.recipes.gns import Config, run
+from lineament.recipes.gns.claims import _above, _count
 
 TINY = {"lse_size": 30, "chebyshev_size": 10, "slow_iterations": 60, "fisher_iterations": 12, "directions": 3}
 

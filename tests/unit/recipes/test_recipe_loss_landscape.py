@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lineament.core.checks import InputError
-from lineament.recipes import _loss_landscape_task as tasks
 from lineament.recipes import loss_landscape
 from lineament.recipes.loss_landscape import Config, run
+from lineament.recipes.loss_landscape import task as tasks
 
 TINY = {"epochs": 2, "lanczos": 8, "grid": 3}
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from lineament.core.checks import InputError
-from lineament.recipes import _neural_collapse_training as training
-from lineament.recipes._images import flipped_and_cropped, load_data
-from lineament.recipes.neural_collapse import Config, _decay_claims, run
+from lineament.recipes.kit.images import flipped_and_cropped, load_data
+from lineament.recipes.neural_collapse import Config, _decay_claims, run, training
 
 TINY = {
     "layers": 2,

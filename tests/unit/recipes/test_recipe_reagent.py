@@ -12,8 +12,8 @@ from tests.contracts.token_models import byte_tokenizer, model
 from lineament.core.checks import InputError
 from lineament.data.analogy_prompts import analogy_prompts
 from lineament.recipes import reagent as recipe
-from lineament.recipes._reagent_task import MARKER, QUESTION, TOKENS, as_directory, examples, network, train
-from lineament.recipes._reagent_users import distractor_table, user_prompts
+from lineament.recipes.reagent.task import MARKER, QUESTION, TOKENS, as_directory, examples, network, train
+from lineament.recipes.reagent.users import distractor_table, user_prompts
 
 TINY = replace(recipe.Config.preset("quick"), prompts=4, draws=4, train_steps=40)
 

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from lineament.core.checks import InputError
-from lineament.recipes import _tract_training as training
 from lineament.recipes import tract as recipe
-from lineament.recipes._tract_claims import ablation_claims, cifar_claims, digit_claims, speed_up
-from lineament.recipes.tract import Config, run
+from lineament.recipes.tract import Config, run, training
+from lineament.recipes.tract.claims import ablation_claims, cifar_claims, digit_claims, speed_up
 
 TINY = {"lams": (0.1,), "lengths": (1, 4, 16), "seeds": 1, "ablation_lengths": (4,), "ablation_seeds": 1}
 

@@ -15,8 +15,9 @@ import pytest
 from lineament import recipes
 from lineament.core.batching import Checkpoint
 from lineament.core.checks import InputError
-from lineament.recipes import _run, configure
-from lineament.recipes._presets import presets
+from lineament.recipes import configure
+from lineament.recipes.kit import run
+from lineament.recipes.kit.presets import presets
 from lineament.report.outcome import Claim, Figure, Outcome, Table
 
 
@@ -148,8 +149,8 @@ def recipe(monkeypatch):
 
 
 def test_a_run_writes_its_outcome_last_and_only_once(recipe, tmp_path):
-    run = _run.reproduce("toy", "quick", {"seed": "3"}, out=tmp_path / "r")
-    assert run.how == "run" and run.outcome.claims[0].observed == "7.0"
+    found = run.reproduce("toy", "quick", {"seed": "3"}, out=tmp_path / "r")
+    assert found.how == "run" and found.outcome.claims[0].observed == "7.0"
     raw = json.loads((tmp_path / "r/outcome.json").read_text())
     assert list(raw) == [
         "slug",
@@ -166,7 +167,7 @@ def test_a_run_writes_its_outcome_last_and_only_once(recipe, tmp_path):
     assert raw["tables"][0]["rows"] == [[None]]
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == ["curve.svg", "outcome.json", "weights.npz"]
     before = (tmp_path / "r/outcome.json").stat().st_mtime_ns
-    again = _run.reproduce("toy", "quick", {"seed": "3"}, out=tmp_path / "r")
+    again = run.reproduce("toy", "quick", {"seed": "3"}, out=tmp_path / "r")
     assert again.how == "found" and recipe.calls == ["one", "two"]
     assert (tmp_path / "r/outcome.json").stat().st_mtime_ns == before
 
@@ -174,38 +175,38 @@ def test_a_run_writes_its_outcome_last_and_only_once(recipe, tmp_path):
 def test_a_killed_run_goes_on(recipe, tmp_path):
     recipe.dies = True
     with pytest.raises(KeyboardInterrupt):
-        _run.reproduce("toy", out=tmp_path)
+        run.reproduce("toy", out=tmp_path)
     assert not (tmp_path / "outcome.json").exists()
     recipe.dies = False
     notes: list[str] = []
-    run = _run.reproduce("toy", out=tmp_path, note=notes.append)
-    assert run.how == "resumed" and recipe.calls == ["one", "two"] and len(notes) == 1
-    fresh = _run.reproduce("toy", out=tmp_path / "other")
-    assert run.outcome.claims == fresh.outcome.claims
+    found = run.reproduce("toy", out=tmp_path, note=notes.append)
+    assert found.how == "resumed" and recipe.calls == ["one", "two"] and len(notes) == 1
+    fresh = run.reproduce("toy", out=tmp_path / "other")
+    assert found.outcome.claims == fresh.outcome.claims
 
 
 def test_an_unfinished_run_of_another_configuration_is_refused(recipe, tmp_path):
     recipe.dies = True
     with pytest.raises(KeyboardInterrupt):
-        _run.reproduce("toy", out=tmp_path)
+        run.reproduce("toy", out=tmp_path)
     recipe.dies = False
     with pytest.raises(InputError, match=r"another configuration.*--overwrite"):
-        _run.reproduce("toy", values={"seed": "1"}, out=tmp_path)
-    assert _run.reproduce("toy", values={"seed": "1"}, out=tmp_path, overwrite=True).how == "run"
+        run.reproduce("toy", values={"seed": "1"}, out=tmp_path)
+    assert run.reproduce("toy", values={"seed": "1"}, out=tmp_path, overwrite=True).how == "run"
 
 
 def test_a_finished_run_of_another_configuration_is_refused(recipe, tmp_path):
-    _run.reproduce("toy", out=tmp_path)
+    run.reproduce("toy", out=tmp_path)
     with pytest.raises(InputError, match="other seed"):
-        _run.reproduce("toy", values={"seed": "1"}, out=tmp_path)
+        run.reproduce("toy", values={"seed": "1"}, out=tmp_path)
     assert (
-        _run.reproduce("toy", values={"seed": "1"}, out=tmp_path, overwrite=True).outcome.config["seed"] == 1
+        run.reproduce("toy", values={"seed": "1"}, out=tmp_path, overwrite=True).outcome.config["seed"] == 1
     )
 
 
 def test_overwrite_runs_the_same_again(recipe, tmp_path):
-    _run.reproduce("toy", out=tmp_path)
-    assert _run.reproduce("toy", out=tmp_path, overwrite=True).how == "run"
+    run.reproduce("toy", out=tmp_path)
+    assert run.reproduce("toy", out=tmp_path, overwrite=True).how == "run"
     assert recipe.calls == ["one", "two"] * 2
 
 
@@ -213,37 +214,37 @@ def test_overwrite_runs_the_same_again(recipe, tmp_path):
 def test_somebody_elses_folder_is_left_alone(recipe, tmp_path, overwrite):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match=r"other files.*thesis"):
-        _run.reproduce("toy", out=tmp_path, overwrite=overwrite)
+        run.reproduce("toy", out=tmp_path, overwrite=overwrite)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"] and recipe.calls == []
 
 
 def test_an_out_that_is_a_file_or_a_corrupt_outcome(recipe, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
-        _run.reproduce("toy", out=tmp_path / "file")
+        run.reproduce("toy", out=tmp_path / "file")
     (tmp_path / "run").mkdir()
     (tmp_path / "run/outcome.json").write_text("{")
     with pytest.raises(InputError, match="not an outcome"):
-        _run.reproduce("toy", out=tmp_path / "run")
-    assert _run.reproduce("toy", out=tmp_path / "run", overwrite=True).how == "run"
+        run.reproduce("toy", out=tmp_path / "run")
+    assert run.reproduce("toy", out=tmp_path / "run", overwrite=True).how == "run"
 
 
 def test_overwrite_follows_no_path_out_of_the_folder(recipe, tmp_path):
     (tmp_path / "keep.svg").write_text("mine")
     run = tmp_path / "run"
-    _run.reproduce("toy", out=run)
+    run.reproduce("toy", out=run)
     raw = json.loads((run / "outcome.json").read_text())
     raw["figures"] = [{"file": "../keep.svg", "caption": "", "alt": ""}]
     (run / "outcome.json").write_text(json.dumps(raw))
-    _run.reproduce("toy", out=run, overwrite=True)
+    run.reproduce("toy", out=run, overwrite=True)
     assert (tmp_path / "keep.svg").read_text() == "mine"
 
 
 def test_the_default_folder_is_below_runs(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert _run.reproduce("toy", "small").folder == Path("runs/toy-small")
+    assert run.reproduce("toy", "small").folder == Path("runs/toy-small")
     with pytest.raises(InputError, match="--preset: got 'tiny'"):
-        _run.reproduce("toy", "tiny")
+        run.reproduce("toy", "tiny")
     assert "lineament.recipes.toy" not in sys.modules
 
 
@@ -252,8 +253,8 @@ import dataclasses, sys, time, types
 from pathlib import Path
 import torch
 from lineament.core.batching import Checkpoint
-from lineament.recipes import _run
-from lineament.recipes._presets import presets
+from lineament.recipes.kit import run
+from lineament.recipes.kit.presets import presets
 from lineament.report.outcome import Claim, Outcome
 
 @dataclasses.dataclass(frozen=True)
@@ -277,8 +278,8 @@ def run(config, *, out):
     total = repr((one["x"] + two["x"]).tolist())
     return Outcome("toy", "Toy", "quick", {}, [Claim("sum", "", total, True)], seconds=1.0)
 
-_run.load = lambda slug: types.SimpleNamespace(Config=Config, run=run)
-_run.reproduce("toy", out=sys.argv[1])
+run.load = lambda slug: types.SimpleNamespace(Config=Config, run=run)
+run.reproduce("toy", out=sys.argv[1])
 """
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lineament.audit.phrases import compact, percent, wilson
 from lineament.audit.subject import Subject
-from lineament.audit.words import compact, percent, wilson
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
 from lineament.report.section import Picture, Section

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from lineament.audit.phrases import compact, percent, short
 from lineament.audit.subject import Subject
-from lineament.audit.words import compact, percent, short
 from lineament.core.batching import progress
-from lineament.measure.collapse import collapse
+from lineament.measure.collapse.profile import collapse
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
 from lineament.report.section import Section

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from lineament.audit.language import LanguageSubject
-from lineament.audit.words import compact, percent
+from lineament.audit.phrases import compact, percent
 from lineament.core.checks import InputError
 from lineament.core.models import frozen, logits
-from lineament.data.prompts import PromptPair
 from lineament.explain.patching import activation_patching, relevance_patching
 from lineament.explain.patching.metrics import logit_difference, single_tokens
 from lineament.explain.patching.result import PatchingResult, fidelity
+from lineament.load.prompts import PromptPair
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
 from lineament.report.section import Picture, Section

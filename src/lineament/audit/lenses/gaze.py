@@ -1,7 +1,7 @@
 """Where does it look, is that picture of it true, and does it rely on one fixed place of the image?
 
 Saliency maps (Rebuffi et al. 2020, arXiv 2004.02866, and its relatives) on hits and misses; deletion and insertion (Petsiuk et al. 2018)
-against random maps on the same images, as a paired difference, with the other scores of :mod:`lineament.audit.faithful`; and the intervention of :mod:`lineament.audit.place`. Maps only
+against random maps on the same images, as a paired difference, with the other scores of :mod:`lineament.audit.map_checks`; and the intervention of :mod:`lineament.audit.patch_exchange`. Maps only
 propose: that the network *relies* on something is said where an intervention shows it.
 """
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lineament.audit.faithful import (
+from lineament.audit.map_checks import (
     Explain,
     better_than_random,
     curves,
@@ -23,9 +23,9 @@ from lineament.audit.faithful import (
     scores,
     scores_table,
 )
-from lineament.audit.place import Verdict, Window, donors, examine
+from lineament.audit.patch_exchange import Verdict, Window, donors, examine
+from lineament.audit.phrases import percent, points, spread
 from lineament.audit.subject import Subject
-from lineament.audit.words import percent, points, spread
 from lineament.core.batching import progress
 from lineament.core.checks import InputError
 from lineament.explain.saliency import saliency

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lineament.audit.phrases import compact, percent
 from lineament.audit.subject import Subject
-from lineament.audit.words import compact, percent
-from lineament.core.curvature import hessian
-from lineament.core.spectra import Density, spectral_density, top_eigenpairs
-from lineament.core.traces import trace
-from lineament.measure.batchnorm_modes import LandscapeWarning
-from lineament.measure.hessian_criteria import Criteria, criteria
-from lineament.measure.landscape import Plane, plane
-from lineament.measure.landscape_axes import Axis, signed
+from lineament.core.curvature.density import Density, spectral_density, top_eigenpairs
+from lineament.core.curvature.matrices import hessian
+from lineament.core.curvature.traces import trace
+from lineament.measure.landscape.axes import Axis, signed
+from lineament.measure.landscape.batchnorm_modes import LandscapeWarning
+from lineament.measure.landscape.criteria import Criteria, criteria
+from lineament.measure.landscape.grids import Plane, plane
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
 from lineament.report.section import Section

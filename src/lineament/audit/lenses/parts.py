@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lineament.audit.phrases import compact, percent, short
 from lineament.audit.subject import Subject
-from lineament.audit.words import compact, percent, short
 from lineament.core.batching import progress
 from lineament.core.models import frozen
-from lineament.core.sites import capture, patch
+from lineament.core.sites.activations import capture, patch
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
 from lineament.report.section import Section

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lineament.audit.phrases import compact, percent, short
 from lineament.audit.subject import Subject
-from lineament.audit.words import compact, percent, short
 from lineament.core.batching import progress
 from lineament.core.models import frozen
-from lineament.core.sites import capture
-from lineament.measure.collapse import pooled
+from lineament.core.sites.activations import capture
+from lineament.measure.collapse.profile import pooled
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
 from lineament.report.section import Section

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lineament.audit.language import LanguageSubject
-from lineament.audit.words import compact, mean_interval, within
+from lineament.audit.phrases import compact, mean_interval, within
 from lineament.core.batching import progress
 from lineament.core.checks import InputError
 from lineament.explain.tokens import reagent

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError, require, show
-from lineament.core.heads import plain
-from lineament.core.naming import resolve
+from lineament.core.sites.heads import plain
+from lineament.core.sites.naming import resolve
 from lineament.explain.patching.engine import Engine
 from lineament.explain.patching.inputs import pair
 from lineament.explain.patching.metrics import Metric

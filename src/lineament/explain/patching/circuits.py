@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lineament.core import payload
 from lineament.core.checks import InputError, number, one_of, show
-from lineament.core.hooks import watch
 from lineament.core.models import frozen
-from lineament.core.naming import Site
+from lineament.core.sites import main_tensor
+from lineament.core.sites.hooks import watch
+from lineament.core.sites.naming import Site
 from lineament.explain.patching.circuit_nodes import NodeSites, Units, component_nodes
 from lineament.explain.patching.engine import tapped
 from lineament.explain.patching.inputs import Prompts
@@ -118,7 +118,7 @@ def _first_order(
 
     def tap(name: str) -> Callable[[Any], Any]:
         def see(value: Any) -> Any:
-            found = payload.find(value)
+            found = main_tensor.find(value)
             if found is None:
                 raise InputError(f"dictionaries: {name!r} passed {show(value)}, which holds no tensor")
             f, e = work.parts(name, flat(found[1].detach()))

@@ -15,12 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lineament.core import payload
 from lineament.core.checks import one_of, require
-from lineament.core.heads import HeadView, head_view
-from lineament.core.hooks import eagerly, watch
 from lineament.core.models import frozen
-from lineament.core.naming import Site, resolve
+from lineament.core.sites import main_tensor
+from lineament.core.sites.heads import HeadView, head_view
+from lineament.core.sites.hooks import eagerly, watch
+from lineament.core.sites.naming import Site, resolve
 from lineament.explain.patching.edge_result import EdgeResult
 from lineament.explain.patching.engine import Engine, tapped
 from lineament.explain.patching.inputs import Prompts, pair
@@ -162,13 +162,13 @@ class _Split:
 
         def begin(value: Any) -> Any:
             new = tapped(value, lambda gradient: None)
-            found: Any = payload.find(new)
+            found: Any = main_tensor.find(new)
             self.start = found[1]
             return new
 
         def ending(key: int) -> Any:
             def see(value: Any) -> Any:
-                found: Any = payload.find(value)
+                found: Any = main_tensor.find(value)
                 self.ends[key] = found[1]
                 return tapped(value, lambda gradient: self.back.__setitem__(key, gradient.detach()))
 
@@ -255,9 +255,11 @@ def _rooted(block: nn.Module, stack: ExitStack) -> None:
     """The graph begins at the first block's input, so that every way through the model is part of it."""
 
     def see(value: Any) -> Any:
-        path, tensor = payload.find(value) or ((), torch.empty(0))
+        path, tensor = main_tensor.find(value) or ((), torch.empty(0))
         return (
-            None if tensor.requires_grad else payload.replace(value, path, tensor.detach().requires_grad_())
+            None
+            if tensor.requires_grad
+            else main_tensor.replace(value, path, tensor.detach().requires_grad_())
         )
 
     watch(Site("the first block", block, "in"), see, stack, last=True)

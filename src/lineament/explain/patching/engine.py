@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lineament.core import payload
 from lineament.core.checks import InputError, require, show
-from lineament.core.hooks import eagerly, watch
-from lineament.core.naming import Site
+from lineament.core.sites import main_tensor
+from lineament.core.sites.hooks import eagerly, watch
+from lineament.core.sites.naming import Site
 from lineament.explain.patching.inputs import Pair
 from lineament.explain.patching.metrics import Metric
 from lineament.explain.patching.sites import Place, flat
@@ -97,7 +97,7 @@ class Engine:
     def _keep_stages(self, stack: ExitStack) -> None:
         def keeper(k: int) -> Callable[[Any], None]:
             def see(value: Any) -> None:
-                found = payload.find(value)
+                found = main_tensor.find(value)
                 if found is None:
                     raise InputError(f"layout: block {k} passes {show(value)}, which holds no tensor")
                 self.stages[k] = found[1].detach().clone()
@@ -114,10 +114,10 @@ class Engine:
     def _started(self, start: int, stream: Tensor) -> Iterator[None]:
         """The blocks before ``start`` do nothing but let the last of them return ``stream``."""
         template = self.outputs[len(self.blocks)]
-        found: Any = payload.find(template)
+        found: Any = main_tensor.find(template)
 
         def returned(value: Tensor) -> Any:
-            return payload.replace(template, found[0], value)
+            return main_tensor.replace(template, found[0], value)
 
         with ExitStack() as stack:
             if start == 0:
@@ -132,7 +132,7 @@ class Engine:
 
 def tapped(value: Any, contract: Callable[[Tensor], None]) -> Any:
     """What passes at a site with a node of the graph of its own; ``contract`` sees the coefficient that comes back to it."""
-    found = payload.find(value)
+    found = main_tensor.find(value)
     if found is None:
         raise InputError(f"sites: a site passed {show(value)}, which holds no tensor")
     path, tensor = found
@@ -140,12 +140,12 @@ def tapped(value: Any, contract: Callable[[Tensor], None]) -> Any:
         tensor = tensor.detach().requires_grad_()
     onward = tensor.clone()
     onward.register_hook(contract)
-    return payload.replace(value, path, onward)
+    return main_tensor.replace(value, path, onward)
 
 
 def _keeper(site: Site, key: tuple[int, str], seen: dict[tuple[int, str], Tensor]) -> Callable[[Any], None]:
     def see(value: Any) -> None:
-        found = payload.find(value)
+        found = main_tensor.find(value)
         if found is None:
             return
         if key in seen:
@@ -160,24 +160,24 @@ def _keeper(site: Site, key: tuple[int, str], seen: dict[tuple[int, str], Tensor
 
 def _changer(site: Site, change: Change) -> Callable[[Any], Any]:
     def see(value: Any) -> Any:
-        found = payload.find(value)
+        found = main_tensor.find(value)
         if found is None:
             raise InputError(f"sites: {site.name!r} passed {show(value)}, which holds no tensor")
-        return payload.replace(value, found[0], change(found[1]))
+        return main_tensor.replace(value, found[0], change(found[1]))
 
     return see
 
 
 def _put(value: Any, stream: Tensor) -> Any:
-    found: Any = payload.find(value)
-    return payload.replace(value, found[0], stream)
+    found: Any = main_tensor.find(value)
+    return main_tensor.replace(value, found[0], stream)
 
 
 def _handing_on(returned: Callable[[Tensor], Any], stream: Tensor | None) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if stream is not None:
             return returned(stream)
-        found: Any = payload.find((args, kwargs))
+        found: Any = main_tensor.find((args, kwargs))
         return returned(found[1])
 
     return forward

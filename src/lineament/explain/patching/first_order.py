@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lineament.core import payload
 from lineament.core.checks import InputError, require, show
-from lineament.core.hooks import eagerly, watch
 from lineament.core.models import frozen
-from lineament.core.naming import Site
+from lineament.core.sites import main_tensor
+from lineament.core.sites.hooks import eagerly, watch
+from lineament.core.sites.naming import Site
+from lineament.explain.patching.atp_star import GradDrop, QKFix
 from lineament.explain.patching.engine import contracted, tapped
 from lineament.explain.patching.inputs import Prompts
 from lineament.explain.patching.metrics import Metric
 from lineament.explain.patching.result import PatchingResult
-from lineament.explain.patching.star import GradDrop, QKFix
 from lineament.explain.patching.work import Options, Work
 from lineament.explain.relevance.context import Coverage, Rules, relevance_rules
 from lineament.explain.relevance.functions import wide
@@ -192,7 +192,7 @@ def _tap(
             scores[index] = contracted(place, wide(difference) * wide(gradient))
 
     def see(value: Any) -> Any:
-        found = payload.find(value)
+        found = main_tensor.find(value)
         if found is None:
             raise InputError(f"sites: a site passed {show(value)}, which holds no tensor")
         if reads:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError, require, show
-from lineament.core.heads import plain
 from lineament.core.models import device_of, logits, masks_to_nan
+from lineament.core.sites.heads import plain
 from lineament.explain.patching.metrics import Metric
 
 Prompts = Tensor | Sequence[str]

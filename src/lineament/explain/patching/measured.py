@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lineament.core.batching import auto_batch
 from lineament.core.checks import number, require, show
 from lineament.core.models import frozen
-from lineament.core.naming import Site
+from lineament.core.sites.naming import Site
 from lineament.explain.patching.engine import Engine, column_of
 from lineament.explain.patching.inputs import Prompts
 from lineament.explain.patching.metrics import Metric

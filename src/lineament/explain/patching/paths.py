@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import number, one_of, require
-from lineament.core.heads import plain
-from lineament.core.hooks import watch
 from lineament.core.models import frozen
-from lineament.core.naming import Site
+from lineament.core.sites.heads import plain
+from lineament.core.sites.hooks import watch
+from lineament.core.sites.naming import Site
 from lineament.explain.patching.engine import contracted, tapped
 from lineament.explain.patching.inputs import Prompts
 from lineament.explain.patching.metrics import Metric

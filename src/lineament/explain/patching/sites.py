@@ -1,6 +1,6 @@
 """Where a transformer can be patched: the residual stream, attention, heads, MLPs and neurons, by layer, found from the configuration.
 
-A place has a site to read (see :mod:`lineament.core.sites`) and one to write. They differ where no module's edge carries the value: the residual
+A place has a site to read (see :mod:`lineament.core.sites.activations`) and one to write. They differ where no module's edge carries the value: the residual
 stream between attention and MLP is read where the second norm takes it and written as a shift of the attention's output. What is added to the
 residual stream at the end of a block can be written as a shift of that, which spares running the block again.
 """
@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError, one_of, require, show, suggest
-from lineament.core.heads import PARTS, plain
-from lineament.core.naming import Site, resolve
+from lineament.core.sites.heads import PARTS, plain
+from lineament.core.sites.naming import Site, resolve
 
 KINDS = {
     "resid_pre": "residual stream before the block",

@@ -1,6 +1,6 @@
 """The hooks of the LRP rules: one function for each place where a rule acts, and the record of which module got which rule.
 
-Hooks run by rank (:func:`lineament.core.hooks.in_order`): rules between a module's input and output come before whatever records the output, rules that
+Hooks run by rank (:func:`lineament.core.sites.hooks.in_order`): rules between a module's input and output come before whatever records the output, rules that
 change only the gradient behind a value come after it, so that the record is the coefficient which the value itself receives.
 """
 
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lineament.core import payload
 from lineament.core.checks import InputError, require
-from lineament.core.heads import plain
-from lineament.core.hooks import in_order
-from lineament.core.naming import resolve
+from lineament.core.sites import main_tensor
+from lineament.core.sites.heads import plain
+from lineament.core.sites.hooks import in_order
+from lineament.core.sites.naming import resolve
 from lineament.explain.relevance.functions import (
     Ruled,
     Scaled,
@@ -146,11 +146,13 @@ def _set_softcap(
         before[:] = [output]
 
     def after(_: nn.Module, __: Any, output: Any) -> Any:
-        seen = payload.find(output)
+        seen = main_tensor.find(output)
         if seen is None or not before or not torch.is_grad_enabled() or not before[0].requires_grad:
             return None
         called()
-        return payload.replace(output, seen[0], Ruled.apply(before.pop(), seen[1].detach(), identity(factor)))
+        return main_tensor.replace(
+            output, seen[0], Ruled.apply(before.pop(), seen[1].detach(), identity(factor))
+        )
 
     # Behind whatever is recorded there, so that the record is on the way.
     _register(head, head._forward_hooks, keep, stack, 2)
@@ -176,11 +178,11 @@ def _hook_output(
     kept: list[Tensor] = []
 
     def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
-        seen = payload.find((args, kwargs))
+        seen = main_tensor.find((args, kwargs))
         if seen is None or not torch.is_grad_enabled() or not seen[1].requires_grad:
             return None
         kept.append(seen[1])
-        return payload.replace((args, kwargs), seen[0], seen[1].clone()) if fresh else None
+        return main_tensor.replace((args, kwargs), seen[0], seen[1].clone()) if fresh else None
 
     def after(_: nn.Module, __: Any, output: Any) -> Any:
         if not torch.is_grad_enabled() or not kept:
@@ -199,11 +201,11 @@ def _hook_input(
     module: nn.Module, change: Callable[[Tensor], Any], called: Callable[[], None], stack: ExitStack
 ) -> None:
     def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
-        seen = payload.find((args, kwargs))
+        seen = main_tensor.find((args, kwargs))
         if seen is None or not torch.is_grad_enabled() or not seen[1].requires_grad:
             return None
         called()
-        return payload.replace((args, kwargs), seen[0], change(seen[1]))
+        return main_tensor.replace((args, kwargs), seen[0], change(seen[1]))
 
     _register(module, module._forward_pre_hooks, before, stack, 0, pre=True)
 
@@ -219,11 +221,11 @@ def _hook_gradient(
     """Another gradient behind a module's output; rank 2 comes behind what is recorded there, so that the record is before the change."""
 
     def after(_: nn.Module, __: Any, output: Any) -> Any:
-        seen = payload.find(output)
+        seen = main_tensor.find(output)
         if seen is None or not torch.is_grad_enabled() or not seen[1].requires_grad:
             return None
         called()
-        return payload.replace(output, seen[0], change(seen[1]))
+        return main_tensor.replace(output, seen[0], change(seen[1]))
 
     _register(module, module._forward_hooks, after, stack, rank)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.models import device_of
-from lineament.core.sites import capture
+from lineament.core.sites.activations import capture
 from lineament.explain.scores import cotangent, differentiable, labels_of, prepared, scores_of
 
 # On a CPU more images bring no speed beyond these, only memory.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.batching import chunked
-from lineament.core.sites import capture, sites
+from lineament.core.sites.activations import capture, sites
 from lineament.explain.saliency import layouts
 from lineament.explain.saliency.aggregation import (
     Window,

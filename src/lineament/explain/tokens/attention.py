@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lineament.core import checks
-from lineament.core.heads import head_view
-from lineament.core.sites import capture, patch
+from lineament.core.sites.activations import capture, patch
+from lineament.core.sites.heads import head_view
 from lineament.explain.tokens.next_token import NextToken
 from lineament.explain.tokens.question import Question
 from lineament.explain.tokens.rows import grouped, grouped_sources

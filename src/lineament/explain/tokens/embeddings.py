@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lineament.core import checks
-from lineament.core.sites import capture, patch
+from lineament.core.sites.activations import capture, patch
 from lineament.explain.tokens.next_token import NextToken
 
 

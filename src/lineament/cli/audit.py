@@ -1,0 +1,143 @@
+"""The subcommand ``lineament audit``; imports no torch before it runs."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from lineament.audit.lenses import LENSES
+from lineament.cli.data_options import add_data_options
+
+_EPILOG = (
+    "lenses:\n"
+    + "\n".join(f"  {name:<10} {what}" for name, what in LENSES.items())
+    + """
+
+examples:
+  lineament audit --out report
+  lineament audit net.py:make data.npz --weights net.safetensors --groups site --out report
+  lineament audit ./resnet-saved ./photos --out report --samples 500 --lenses accuracy,gaze
+  lineament audit ./gpt2-saved pairs.jsonl --out report
+
+A run that was cut off goes on where it stopped when the same command is given again."""
+)
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add ``audit`` to the commands of :mod:`lineament.cli`."""
+    parser = subparsers.add_parser(
+        "audit",
+        help="what a trained network relies on, as one report; without arguments, on a built-in example",
+        description="What does this network rely on, and how does it hold it? Writes report.html and report.json.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="package.module:factory, file.py:factory, a torch.export .pt2, or a Hugging Face directory or name",
+    )
+    add(
+        "data",
+        nargs="?",
+        metavar="DATA",
+        help=".npz, a folder of images by class, a Hugging Face data set, or digits; for a language model a .txt of prompts, a .jsonl of "
+        "prompts or prompt pairs (clean, corrupt, answer, wrong), or ioi",
+    )
+    add(
+        "--out",
+        metavar="DIR",
+        default="lineament-report",
+        help="the folder for the report (default: lineament-report)",
+    )
+    add("--overwrite", action="store_true", help="replace a finished report in that folder")
+    add("--weights", metavar="FILE", help="a .safetensors file for a factory's network")
+    add("--lenses", "--lens", metavar="NAMES", action="append", help="only these, with commas between them")
+    add(
+        "--sites",
+        "--site",
+        metavar="GLOB",
+        action="append",
+        default=[],
+        help="places to look at (may be repeated; default: the network's blocks)",
+    )
+    add(
+        "--groups",
+        metavar="ARRAY",
+        help="the array or column that names each sample's group, or a .npy or .txt file",
+    )
+    add_data_options(parser, split="test, validation or train")
+    add("--task", default="auto", metavar="KIND", help="classification, regression or auto (default)")
+    add(
+        "--method",
+        default="norm_grad",
+        metavar="NAME",
+        help="saliency method of the gaze lens (default: norm_grad)",
+    )
+    add(
+        "--gaze-site",
+        metavar="SITE",
+        help="where the saliency maps are taken (default: the last place that has a map)",
+    )
+    add(
+        "--faithfulness",
+        default="scores",
+        metavar="HOW",
+        help="how the maps are judged: scores (default), or diffroar, which also trains the architecture anew on what they keep",
+    )
+    add(
+        "--samples",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="look at no more samples than this (default: 2000)",
+    )
+    add("--batch-size", type=int, default=64, metavar="N", help="samples at a time (default: 64)")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: where the model is)")
+    add("--seed", type=int, default=0, metavar="N", help="of every random choice (default: 0)")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Audit, and say where the report is; 1 where lenses failed and none has an answer."""
+    from lineament.audit.run import audit
+    from lineament.cli.console import note
+    from lineament.cli.option_values import classes, image_size, normalize, words
+    from lineament.report.text import printable
+
+    found = audit(
+        arguments.model,
+        arguments.data,
+        out=arguments.out,
+        overwrite=arguments.overwrite,
+        weights=arguments.weights,
+        lenses=None if arguments.lenses is None else [n for text in arguments.lenses for n in words(text)],
+        sites=arguments.sites,
+        classes=classes(arguments.classes),
+        groups=arguments.groups,
+        inputs=arguments.inputs,
+        targets=arguments.targets,
+        split=arguments.split,
+        image_size=image_size(arguments.image_size),
+        normalize=normalize(arguments.normalize),
+        task=arguments.task,
+        method=arguments.method,
+        gaze_site=arguments.gaze_site,
+        faithfulness=arguments.faithfulness,
+        samples=arguments.samples,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+        seed=arguments.seed,
+        note=note,
+    )
+    for finding in found.findings:
+        print(f"{finding.severity:>8}  {printable(finding.sentence)}")
+    for section in found.sections:
+        if section.status in ("failed", "skipped"):
+            print(f"{section.status:>8}  {section.name}: {printable(section.sentence)}")
+    print(f"Report: {found.html.resolve()}")
+    statuses = {section.status for section in found.sections}
+    return 1 if "failed" in statuses and statuses <= {"failed", "skipped"} else 0

@@ -1,0 +1,261 @@
+"""What the commands print: tables for a wide terminal, plain blocks of lines for a narrow one or a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lineament.report.text import cell, duration, printable
+
+if TYPE_CHECKING:
+    from lineament.papers import Paper
+    from lineament.recipes.kit.run import Run
+    from lineament.report.gallery import Site
+    from lineament.report.token_page import TokenBlock
+    from lineament.train.result import Fitted
+
+WIDE = 100
+
+
+def note(line: str) -> None:
+    """A line on standard error for who waits; work goes on when nobody reads it any more."""
+    with suppress(BrokenPipeError):
+        print(f"lineament: {printable(line)}", file=sys.stderr, flush=True)
+
+
+class _Console(Console):
+    """rich's, which leaves a reader that has gone (head, less) to the command line instead of ending the process with status 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def _console() -> Console:
+    # Text that a user named is never read as markup, and a pipe gets whole lines.
+    console = _Console(markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 10_000
+    return console
+
+
+def _table(*columns: str, right: Sequence[str] = (), whole: Sequence[str] = ()) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(
+            column,
+            justify="right" if column in right else "left",
+            no_wrap=column in whole or column in right,
+            overflow="fold",
+        )
+    return table
+
+
+def _text(value: object, style: str = "") -> Text:
+    return Text(printable(value), style=style)
+
+
+def show_papers(papers: Sequence[Paper], search: str = "") -> None:
+    """The catalogue, newest first; what is not there yet says so."""
+    console = _console()
+    there = sum(paper.there for paper in papers)
+    if console.is_terminal and console.width >= WIDE:
+        table = _table(
+            "slug", "year", "arXiv", "what it is for", "home", "runs", whole=("slug", "year", "arXiv")
+        )
+        for paper in papers:
+            runs = _text(paper.runs, "green") if paper.there else Text("not there yet", style="dim")
+            purpose = Text.assemble((printable(paper.title), "bold"), "\n", printable(paper.purpose))
+            table.add_row(
+                paper.slug,
+                str(paper.year),
+                paper.arxiv,
+                purpose,
+                "\n".join(paper.homes),
+                runs,
+                end_section=True,
+            )
+        console.print(table)
+    else:
+        for paper in papers:
+            state = "there" if paper.there else "not there yet"
+            console.print(Text(f"{paper.slug}  {paper.year}  arXiv {paper.arxiv}  {state}", style="bold"))
+            for line in (paper.title, paper.purpose, f"home: {', '.join(paper.homes)}"):
+                console.print("  " + printable(line), soft_wrap=not console.is_terminal)
+            if paper.runs:
+                console.print("  runs: " + paper.runs)
+            console.print()
+    what = f" match {printable(search)!r}" if search else ""
+    console.print(f"{len(papers)} of 29 papers{what}; {there} there, {len(papers) - there} not yet.")
+
+
+def show_fields(slug: str, fields: Sequence[tuple[str, str, Mapping[str, object]]]) -> None:
+    """The options of one recipe, with the value that each preset gives them."""
+    console = _console()
+    table = _table("option", "takes", *(fields[0][2] if fields else ()), whole=("option",))
+    for option, takes, values in fields:
+        shown = (", ".join(map(str, v)) if isinstance(v, (tuple, list)) else str(v) for v in values.values())
+        table.add_row(option, takes, *(printable(text, limit=60) for text in shown))
+    console.print(f"options of {slug}, with the value in each preset:")
+    console.print(table)
+
+
+def show_run(run: Run) -> None:
+    """A recipe's claims, the paper's figure beside ours, and where the outcome is."""
+    console = _console()
+    outcome = run.outcome
+    if run.how == "found":
+        console.print(
+            f"{run.folder} already holds the outcome of this configuration; not run again (--overwrite runs it anew)."
+        )
+    console.print(Text(printable(outcome.title), style="bold"))
+    blocks = not console.is_terminal or console.width < WIDE
+    if outcome.claims and blocks:
+        for claim in outcome.claims:
+            console.print(Text.assemble(_verdict(claim.holds), "  ", printable(claim.name)))
+            console.print(f"  paper: {printable(claim.paper)}\n  ours:  {printable(claim.observed)}")
+            if not claim.holds and claim.reason:
+                console.print(f"  why:   {printable(claim.reason)}")
+    elif outcome.claims:
+        table = _table("claim", "paper", "ours", "verdict", whole=("verdict",))
+        for claim in outcome.claims:
+            ours = printable(claim.observed)
+            if not claim.holds and claim.reason:
+                ours += "\n" + printable(claim.reason)
+            table.add_row(_text(claim.name), _text(claim.paper), Text(ours), _verdict(claim.holds))
+        console.print(table)
+    held = sum(bool(claim.holds) for claim in outcome.claims)
+    console.print(
+        f"{held} of {len(outcome.claims)} claims hold at preset {outcome.preset}; {duration(outcome.seconds)}."
+    )
+    console.print(f"Written: {run.folder / 'outcome.json'}", soft_wrap=True)
+
+
+def _verdict(holds: bool) -> Text:
+    return Text("holds", style="green") if holds else Text("does not hold", style="yellow")
+
+
+def show_tokens(block: TokenBlock) -> None:
+    """The context in colours by score on a terminal, and one line a token, most important first, in a pipe."""
+    console = _console()
+    shown = block.shown()
+    console.print(Text(printable(block.line), style="bold"))
+    if console.is_terminal:
+        text = Text()
+        # Tokens of whole words carry no spaces of their own.
+        apart = not any(t["text"] != t["text"].strip() for t in shown)
+        for t in shown:
+            red, green, blue = (226, 120, 20) if t["sign"] == "for" else (30, 120, 190)
+            # The strongest get the full colour with black letters; weak ones would be unreadable on it.
+            strong = t["share"] >= 0.5
+            r, g, b = (round(40 + (c - 40) * t["share"]) for c in (red, green, blue))
+            style = f"{'black' if strong else 'white'} on rgb({r},{g},{b})" if t["rank"] else "dim"
+            text.append(t["text"], style=style + (" underline" if t["marked"] else ""))
+            text.append(" " if apart else "")
+        console.print(text)
+    # The position tells apart tokens that occur twice.
+    ranked = sorted(((k, t) for k, t in enumerate(shown) if t["rank"]), key=lambda pair: pair[1]["rank"])
+    for k, t in ranked[:5] if console.is_terminal else ranked:
+        mark = "  (rationale)" if t["marked"] else ""
+        console.print(Text(f"  {t['value']:>10}  {f'[{k}]':>5} {t['text']!r}{mark}"))
+
+
+def show_trainings(runs: Mapping[str, Fitted]) -> None:
+    """Several trainings side by side, the best last validation accuracy first."""
+    console = _console()
+    rows = sorted(runs.items(), key=lambda run: -(run[1].last if run[1].last is not None else -1.0))
+    table = _table(
+        *("run", "optimizer", "options", "best", "last", "seconds"), right=("best", "last", "seconds")
+    )
+    for name, run in rows:
+        accuracies = ("–" if value is None else f"{value:.2%}" for value in (run.best, run.last))
+        table.add_row(
+            _text(name), run.options.optimizer, _text(run.words()), *accuracies, f"{run.seconds:.1f}"
+        )
+    console.print(table)
+    console.print(
+        "best and last: validation accuracy of the best epoch (optimistic: chosen on the data it is measured on) and of the weights that were kept.",
+        soft_wrap=True,
+    )
+    others = {(run.validation_samples, run.options.seed) for run in runs.values()}
+    if len(others) > 1:
+        console.print(
+            "These runs differ in seed or in what they held out: their accuracies are of different samples.",
+            soft_wrap=True,
+        )
+
+
+def show_site(site: Site) -> None:
+    """Where the gallery is; what could not be shown goes to standard error."""
+    for problem in site.problems:
+        print(f"lineament: {printable(problem)}", file=sys.stderr)
+    runs = f"{site.outcomes} outcome{'' if site.outcomes == 1 else 's'}"
+    _console().print(f"{runs} on {site.pages} pages. Open {site.index}", soft_wrap=True)
+
+
+def show_bench(benchmarks: Mapping[str, Path], repeats: int | None, json: str | None) -> int:
+    """Run the benchmarks one after the other, print each one's rows as they come, and write them to ``json``."""
+    from lineament import bench
+    from lineament.core.checks import require
+    from lineament.core.files import possible_file, write_json
+    from lineament.report.text import plain
+
+    if json is not None:
+        target = possible_file("--json", json)
+        require(target.parent.is_dir(), f"--json: {str(target.parent)!r} is no folder that exists")
+    console = _console()
+    if not console.is_terminal:
+        console.width = 140
+    columns = ("what", "ours", "peer", "peer's", "ratio", "target", "met")
+    every: list[bench.Row] = []
+    failed: list[str] = []
+    try:
+        for slug, path in benchmarks.items():
+            rows, error = bench.run(path, repeats)
+            every += rows
+            console.print(Text(slug, style="bold"))
+            if rows:
+                table = _table(*columns, right=("ours", "peer's", "ratio", "target"), whole=("met",))
+                for row in rows:
+                    what = Text.assemble(
+                        printable(row.what), *(("\n" + printable(row.note), "dim") for _ in row.note[:1])
+                    )
+                    met = {True: Text("met", "green"), False: Text("missed", "yellow"), None: Text("–")}[
+                        row.met
+                    ]
+                    peer = printable(row.peer) + ("" if row.peer_s is not None else " (not installed)")
+                    table.add_row(
+                        *(what, _seconds(row.ours_s), Text(peer), _seconds(row.peer_s)),
+                        *(cell(row.ratio, 3), cell(row.target, 3), met),
+                    )
+                console.print(table)
+            elif not error:
+                console.print("  no rows")
+            if error:
+                failed.append(slug)
+                print(f"lineament: bench {slug} ended early: {printable(error)}", file=sys.stderr)
+    finally:
+        # Also after Ctrl-C: what has been measured is worth keeping.
+        if json is not None:
+            write_json(json, plain([row.to_dict() for row in every]))
+    compared = [row for row in every if row.met is not None]
+    console.print(
+        f"{sum(bool(row.met) for row in compared)} of {len(compared)} targets met; {len(every)} rows."
+    )
+    return 1 if failed else 0
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "–"
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e6:.3g} µs"

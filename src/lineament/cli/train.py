@@ -1,0 +1,114 @@
+"""The subcommand ``lineament train``: train a classifier on a user's data, and compare trainings; imports no torch before it runs."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from lineament.cli.data_options import add_data_options
+
+_EPILOG = """examples:
+  lineament train net.py:make photos --image-size 64,64 --out runs/plain
+  lineament train net.py:make data.npz --out runs/sam --sam 0.1 --useful auto --epochs 100
+  accelerate launch --num_processes 2 -m lineament train net.py:make data.npz --out runs/two
+  lineament train --compare runs
+
+A run that was cut off goes on after its last whole epoch when the same command is given again. All of the data is held in memory."""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add ``train`` to the commands of :mod:`lineament.cli`."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train a classifier with the optimizers and methods here, for the audit to open",
+        description="Trains a network on labelled data. Writes model.safetensors, train.json, a learning curve and a log.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="package.module:factory or file.py:factory")
+    add(
+        "data",
+        nargs="?",
+        metavar="DATA",
+        help=".npz, a folder of images by class, a Hugging Face data set, or digits",
+    )
+    add("--out", metavar="DIR", help="the run's folder")
+    add("--overwrite", action="store_true", help="replace an earlier run in that folder")
+    add("--compare", metavar="RUNS", nargs="+", help="print a table of the runs in these folders instead")
+    add("--optimizer", metavar="NAME", default="sgd", help="sgd (default), adam, adamw or diffgrad")
+    add("--lr", metavar="RATE", type=float, help="at the start (default: 0.05 for sgd, 0.001 for the others)")
+    add("--momentum", metavar="M", type=float, help="of sgd (default: 0.9)")
+    add("--weight-decay", metavar="W", type=float, help="(default: 0.01 for adamw, 0 for the others)")
+    add("--epochs", metavar="N", type=int, default=20, help="(default: 20)")
+    add("--batch-size", metavar="N", type=int, default=64, help="of all processes together (default: 64)")
+    add("--schedule", metavar="NAME", default="cosine", help="cosine (default), step or none")
+    add("--seed", metavar="N", type=int, default=0, help="of everything random (default: 0)")
+    add(
+        "--sam",
+        metavar="RHO",
+        type=float,
+        help="sharpness-aware minimisation around the optimizer; .05 to .2",
+    )
+    add("--asam", metavar="RHO", type=float, help="its scale-invariant form; .5 to 2")
+    add(
+        "--useful",
+        metavar="EPOCH",
+        nargs="?",
+        const="auto",
+        help="show the examples learned late twice: found after this epoch, or auto (default when given alone)",
+    )
+    add("--tract", metavar="LAMBDA", type=float, help="train the first layer's outputs (TrAct); 0.1")
+    add(
+        "--validation",
+        metavar="SHARE",
+        type=float,
+        default=0.1,
+        help="of each class that is held out (default: 0.1; 0: none)",
+    )
+    add(
+        "--on-nan",
+        metavar="HOW",
+        default="raise",
+        help="a loss or gradient that is NaN or infinite: raise (default), or skip the step",
+    )
+    add("--weights", metavar="FILE", help="start from this .safetensors file")
+    add_data_options(parser, split="train")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: what Accelerate chooses)")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, and say where the weights are and how to audit them; or compare."""
+    from lineament.core.checks import require
+
+    a = arguments
+    if a.compare is not None:
+        from lineament.cli.console import note, show_trainings
+        from lineament.cli.train_run import runs_in
+
+        require(
+            a.model is None and a.data is None and a.out is None,
+            "--compare: it trains nothing; leave MODEL, DATA and --out out",
+        )
+        show_trainings(runs_in(a.compare, note))
+        return 0
+    require(a.model is not None, "MODEL: got none, expected file.py:factory or package.module:factory")
+    require(
+        a.data is not None,
+        "DATA: got none, expected an .npz file, a folder of images by class, a Hugging Face data set or 'digits'",
+    )
+    require(a.out is not None, "--out: got none, expected the folder for this run")
+
+    from lineament.cli.train_run import train
+    from lineament.train.options import Options
+
+    names = ("optimizer", "lr", "momentum", "weight_decay", "epochs", "batch_size", "schedule", "seed")
+    names += ("sam", "asam", "tract", "validation", "on_nan")
+    options = Options(**{name: getattr(a, name) for name in names}, useful=_useful(a.useful))
+    return train(arguments, options)
+
+
+def _useful(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.isdecimal() else text

@@ -1,1 +1,0 @@
-"""The commands that are more than one call: `lineament explain` and `lineament train` (`audit` has its own in its wing)."""

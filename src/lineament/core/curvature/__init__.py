@@ -1,0 +1,1 @@
+"""Hessian, Gauss-Newton and Fisher as operators; their eigenpairs, trace and spectral density."""

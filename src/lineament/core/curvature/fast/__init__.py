@@ -1,0 +1,1 @@
+"""Graphs whose second derivatives are cheap."""

@@ -1,0 +1,247 @@
+"""The empirical risk of a model over a loader, chunk by chunk, as a function of leaves that are not the model's own.
+
+R(θ) = (1/N) Σ_i ℓ(f_θ(x_i), y_i). The leaves share the parameters' memory, so that nothing is copied, and nothing is
+written to the model: neither gradients nor running statistics nor modes.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lineament.core import checks
+from lineament.core.curvature.fast.graph import Twice
+from lineament.core.models import frozen, holding, logits
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of the data, on the model's device; ``count`` samples."""
+
+    index: int
+    inputs: Any
+    targets: Any
+    count: int
+
+
+class Risk:
+    """The mean loss over a loader, whose graphs can be differentiated twice."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[..., Tensor],
+        loader: Iterable[Any],
+        *,
+        params: str | Sequence[str] | None = None,
+        batchnorm: str = "eval",
+        chunk: int | None = None,
+    ):
+        checks.require(
+            isinstance(model, nn.Module), f"model: got {checks.show(model)}, expected a torch.nn.Module"
+        )
+        checks.require(callable(loss_fn), f"loss_fn: got {checks.show(loss_fn)}, expected a function")
+        # A compiled model cannot be differentiated twice; the module it was made of can.
+        self.model: nn.Module = getattr(model, "_orig_mod", model)
+        self.loss_fn, self.loader = loss_fn, loader
+        self.batchnorm = checks.one_of("batchnorm", batchnorm, ("eval", "train"))
+        self.chunk = None if chunk is None else checks.number("chunk", chunk, low=1, integer=True)
+        checks.require(
+            chunk is None or batchnorm == "eval",
+            "chunk: batch norm in train mode takes its statistics from whole batches, which cannot be split; "
+            "give smaller batches, or batchnorm='eval'",
+        )
+        self.names = chosen_parameters(self.model, params)
+        self._sources: dict[str, Tensor] = {}
+        # Whether graphs are made of PyTorch's own operations only.
+        self.plain = False
+        self.refresh()
+        if not isinstance(loader, Iterable):
+            raise checks.InputError(
+                f"loader: got {checks.show(loader)}, expected batches of (inputs, targets)"
+            )
+        checks.require(
+            not isinstance(loader, Iterator),
+            "loader: got an iterator, which can be walked only once; expected a DataLoader or a list of (inputs, targets)",
+        )
+        empty = next(iter(self._batches()), None) is None
+        checks.require(not empty, "loader: it is empty; expected at least one (inputs, targets) batch")
+
+    def refresh(self) -> tuple[Any, ...]:
+        """Take the weights as they are now; the value changes exactly when any weight or buffer did."""
+        parameters = dict(self.model.named_parameters())
+        buffers = dict(self.model.named_buffers())
+        # PyTorch counts no changes that are made through ``.data``: the sums tell.
+        sums = [p.detach().sum() for p in parameters.values()]
+        counts = [(_address(t), t._version) for t in (*parameters.values(), *buffers.values())]
+        state = (*counts, *(each.item() for each in sums))
+        if not self._sources or state != self._state:
+            bad = [n for (n, p), each in zip(parameters.items(), sums) if not _finite(p, each)]
+            checks.require(not bad, f"model: the weights hold NaN or infinite values, first in {bad[:1]}")
+            self._sources = {n: p.detach() for n, p in parameters.items()}
+            self.leaves = {n: parameters[n].detach().requires_grad_() for n in self.names}
+            self._state = state
+        return state
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The data, in the loader's order, in parts of at most ``chunk`` samples."""
+        index = 0
+        for inputs, targets in self._batches():
+            total = _length(inputs)
+            step = self.chunk or total
+            for start in range(0, total, step):
+                part = slice(start, start + step)
+                whole = step >= total
+                x, y = (inputs, targets) if whole else (_sliced(inputs, part), _sliced(targets, part))
+                yield Chunk(index, x, y, _length(x))
+                index += 1
+        checks.require(index > 0, "loader: it is empty; expected at least one (inputs, targets) batch")
+
+    def outputs(self, chunk: Chunk) -> Tensor:
+        """The model's logits on a chunk; call inside :meth:`ready`."""
+        inputs = chunk.inputs
+        args: tuple[Any, ...] = ()
+        kwargs: dict[str, Any] = {}
+        if isinstance(inputs, Mapping):
+            kwargs = dict(inputs)
+        else:
+            args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+        # Batch norm in train mode writes its running statistics into these copies, never into the model.
+        buffers = {name: b.clone() for name, b in self.model.named_buffers()}
+        with holding(self.model, {**self._sources, **self.leaves, **buffers}):
+            return logits(self.model(*args, **kwargs))
+
+    def loss(self, chunk: Chunk) -> Tensor:
+        """The mean loss of a chunk; call inside :meth:`ready`."""
+        return self.scalar(self.loss_fn(self.outputs(chunk), chunk.targets))
+
+    def scalar(self, value: Any) -> Tensor:
+        """``value``, if it is a finite scalar."""
+        value = self.checked(value)
+        checks.require(
+            value.numel() == 1,
+            f"loss_fn: it returned {checks.show(value)}, expected a scalar, the mean over the batch",
+        )
+        return value.reshape(())
+
+    def checked(self, value: Any) -> Tensor:
+        """``value``, if it is a finite tensor."""
+        checks.require(
+            isinstance(value, Tensor),
+            f"loss_fn: it returned {checks.show(value)} ({type(value).__name__}), expected a tensor",
+        )
+        checks.require(
+            _finite(value.detach(), value.detach().sum()),
+            f"loss_fn: it returned {checks.show(value)} with NaN or infinite values; "
+            "look for them in the inputs and targets",
+        )
+        return value
+
+    @contextmanager
+    def ready(self) -> Iterator[Twice]:
+        """For building a graph: the model in the wanted mode (dropout is off in either), attention on the kernel
+        that can be differentiated twice."""
+        with (
+            frozen(self.model, requires_grad=None),
+            torch.enable_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            Twice(not self.plain) as seen,
+        ):
+            if self.batchnorm == "train":
+                for module in self.model.modules():
+                    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                        module.train()
+            yield seen
+
+    def either(self, work: Callable[[], T]) -> T:
+        """``work()``; where that fails, again with PyTorch's own operations, by which it then stays.
+
+        The replacements of :mod:`lineament.core.curvature.fast.graph` do not know of everything that a model may do inside.
+        """
+        if self.plain:
+            return work()
+        try:
+            return work()
+        except (checks.InputError, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            self.plain = True
+        try:
+            return work()
+        except Exception:
+            self.plain = False
+            raise
+
+    def _batches(self) -> Iterator[tuple[Any, Any]]:
+        device = next(iter(self.leaves.values())).device
+        for batch in self.loader:
+            pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+            if not pair:
+                raise checks.InputError(
+                    f"loader: it yields {checks.show(batch)}, expected (inputs, targets) pairs"
+                )
+            if _length(batch[0]) > 0:
+                yield _moved(batch[0], device), _moved(batch[1], device)
+
+
+def chosen_parameters(model: nn.Module, params: str | Sequence[str] | None) -> list[str]:
+    """The names of the parameters that names or globs ask for; all that ask for gradients by default.
+
+    >>> chosen_parameters(nn.Linear(2, 2), "b*")
+    ['bias']
+    """
+    known = dict(model.named_parameters())
+    if params is None:
+        found = [name for name, p in known.items() if p.requires_grad]
+    else:
+        patterns = [params] if isinstance(params, str) else list(params)
+        for pattern in patterns:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in known):
+                raise checks.InputError(
+                    f"params: {pattern!r} names no parameter{checks.suggest(pattern, known)}"
+                )
+        found = [n for n in known if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
+    checks.require(len(found) > 0, "params: the model has no parameter that asks for gradients")
+    whole = [n for n in found if not known[n].is_floating_point()]
+    checks.require(
+        not whole, f"params: {whole[:1]} holds no real numbers, so that nothing can be differentiated"
+    )
+    return found
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr() if tensor.layout == torch.strided else id(tensor)
+
+
+def _finite(tensor: Tensor, total: Tensor) -> bool:
+    # A finite sum needs one pass and no memory; the exact test is for a sum that overflows.
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor.detach()).all())
+
+
+def _length(inputs: Any) -> int:
+    if isinstance(inputs, Mapping):
+        return len(next(iter(inputs.values())))
+    return len(inputs[0]) if isinstance(inputs, (tuple, list)) else len(inputs)
+
+
+def _sliced(inputs: Any, part: slice) -> Any:
+    if isinstance(inputs, Mapping):
+        return {key: value[part] for key, value in inputs.items()}
+    return type(inputs)(x[part] for x in inputs) if isinstance(inputs, (tuple, list)) else inputs[part]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return type(value)(_moved(item, device) for item in value) if isinstance(value, (tuple, list)) else value

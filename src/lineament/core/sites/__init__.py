@@ -1,0 +1,1 @@
+"""Name places in a network; capture, replace and differentiate what passes there."""

@@ -1,0 +1,122 @@
+"""What a site's name means: the module, the side of it, the attention head; and what the nearest names are.
+
+A name is that of ``named_modules()`` (without the ``_orig_mod`` of compiled models), a glob over such names, and a
+suffix: ``:in`` and ``:out`` for the sides, ``:q``, ``:k``, ``:v``, ``:z`` for the heads of an attention block, ``:z[3]`` for one.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from lineament.core.checks import InputError, require, show, suggest
+from lineament.core.sites.heads import PARTS, HeadView, head_view, plain
+
+_SUFFIX = re.compile(r"^(?P<name>.*):(?P<side>in|out|[qkvz])(\[(?P<head>\d+)\])?$", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a network: the module to watch, which side of it, and the head view where the site is one."""
+
+    name: str
+    module: nn.Module
+    side: str
+    view: HeadView | None = None
+
+
+def sites(model: nn.Module, pattern: str = "*") -> list[str]:
+    """The names of the sites that a pattern matches, in the order of ``named_modules()``.
+
+    Args:
+        model: any module.
+        pattern: a site or a glob, with its suffix (``"h.*.mlp:in"``, ``"*:z"``); ``*`` crosses dots, and ``"*"`` alone is
+            every module but the model itself. A module that has several names comes under the first.
+
+    Raises:
+        InputError: no site has this name or matches; the message names the nearest.
+
+    >>> sites(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "*:in")
+    ['0:in', '1:in']
+    """
+    if pattern == "*" and isinstance(model, nn.Module) and not any(plain(model).children()):
+        return []
+    return list(resolve(model, [pattern]))
+
+
+def resolve(model: nn.Module, patterns: str | Iterable[str]) -> dict[str, Site]:
+    """The sites that some patterns name, each by the name that the caller will use for it."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: got {show(model)}, expected a torch.nn.Module")
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    require(len(wanted) > 0, "sites: got none, expected at least one site or glob")
+    modules: dict[str, nn.Module] = {}
+    configs: dict[str, Any] = {}
+    for name, module, config in _walk(plain(model), "", None, ()):
+        modules[name], configs[name] = module, config
+    places: dict[str, Site] = {}
+    for pattern in wanted:
+        require(
+            isinstance(pattern, str), f"sites: got {show(pattern)}, expected a string such as 'layer4:in'"
+        )
+        found = _resolve_one(pattern, modules, configs)
+        if not found:
+            kind = type(plain(model)).__name__
+            nearest = suggest(pattern.rpartition(":")[0] or pattern, [name for name in modules if name])
+            raise InputError(f"sites: {pattern!r} is no site of {kind}{nearest}")
+        places.update((site.name, site) for site in found)
+    return places
+
+
+def _walk(
+    module: nn.Module, name: str, config: Any, above: tuple[int, ...]
+) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Every module by each of its names, with the configuration that holds for it.
+
+    ``named_modules(remove_duplicate=False)`` would not end where a module holds one above it.
+    """
+    own = getattr(module, "config", None)
+    config = config if own is None else own
+    yield name, module, config
+    for key, child in module._modules.items():
+        child = plain(child)
+        if child is not None and id(child) not in above and child is not module:
+            yield from _walk(child, f"{name}.{key}" if name else key, config, (*above, id(module)))
+
+
+def _resolve_one(pattern: str, modules: dict[str, nn.Module], configs: dict[str, Any]) -> list[Site]:
+    cleaned = ".".join(part for part in pattern.split(".") if part != "_orig_mod")
+    match = None if cleaned in modules else _SUFFIX.match(cleaned)
+    name, side = (match["name"], match["side"]) if match else (cleaned, "out")
+    head = int(match["head"]) if match and match["head"] else None
+    ending = cleaned[len(name) :]
+    names = [name] if name in modules else _matching(name, modules)
+    if side not in PARTS:
+        require(head is None, f"sites: {pattern!r} has a head number, which belongs to :q, :k, :v or :z")
+        return [Site(each + ending, modules[each], side) for each in names]
+    views = {each: head_view(modules[each], side, configs[each]) for each in names}
+    found = {each: view for each, view in views.items() if view is not None}
+    if names and not found:
+        known = [each for each in modules if head_view(modules[each], "z", configs[each])]
+        nearest = suggest(name, known) if known else "; this model has no attention blocks of a known layout"
+        raise InputError(f"sites: {pattern!r} has no attention heads{nearest}")
+    for each, view in found.items():
+        require(
+            head is None or head < view.heads,
+            f"sites: {pattern!r} asks for head {head}, but {each!r} has {view.heads} ({side}), counted from 0",
+        )
+    return [Site(each + ending, v.module, v.side, replace(v, only=head)) for each, v in found.items()]
+
+
+def _matching(glob: str, modules: dict[str, nn.Module]) -> list[str]:
+    """The names that match, one for each module; the model itself has to be asked for by its name, ``""``."""
+    names = {}
+    for name, module in modules.items():
+        if name and fnmatch.fnmatchcase(name, glob):
+            names.setdefault(id(module), name)
+    return list(names.values())

@@ -1,0 +1,1 @@
+"""One-pass statistics that merge: moments, covariances, cross-covariances, class scatter."""

@@ -1,0 +1,1 @@
+"""Is an explanation true? Deletion and insertion, scores of pixel maps, and DiffROAR, which judges by retraining."""

@@ -1,0 +1,155 @@
+"""Arrays in an `.npz` file, read as a stream: only the chosen rows are ever held."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from lineament.core.checks import InputError, require
+from lineament.load.data import Budget, Samples, coded, named_one, with_groups
+
+_INPUTS = ("x", "images", "inputs", "data", "image", "features", "x_test", "x_val", "x_train")
+_TARGETS = ("y", "labels", "targets", "label", "target", "y_test", "y_val", "y_train")
+_NAMES = ("classes", "class_names", "label_names", "names")
+
+
+def npz(
+    path: Path, budget: Budget, *, inputs: str | None, targets: str | None, groups: str | None
+) -> Samples:
+    """Samples from named arrays.
+
+    Raises:
+        InputError: a corrupt file, arrays of Python objects (which only a pickle could restore), unequal lengths.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            there = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+            require(
+                len(there) > 0,
+                f"DATA: {str(path)!r} holds no arrays; numpy.savez(path, x=..., y=...) writes them",
+            )
+            first = named_one("inputs", inputs, _INPUTS, there)
+            second = named_one("targets", targets, _paired(first), there)
+            total = _header(archive, second)[0]
+            require(
+                len(total) > 0, f"DATA: array {second!r} is a single number, expected one target a sample"
+            )
+            count = total[0]
+            shape = _header(archive, first)[0]
+            require(
+                len(shape) >= 2 and shape[0] == count,
+                f"DATA: array {first!r} has shape {shape} and {second!r} {total}, expected as many samples in both",
+            )
+            rows = budget.choose(count)
+            x = _rows(archive, first, rows)
+            y = _rows(archive, second, rows)
+            names = next((n for n in _NAMES if n in there and n not in (first, second)), None)
+            listed: tuple[str, ...] = ()
+            if names is not None:
+                values = _rows(archive, names, np.arange(_header(archive, names)[0][0]))
+                listed = (
+                    tuple(str(v) for v in values) if values.dtype.kind == "U" and values.ndim == 1 else ()
+                )
+            group = _rows(archive, groups, rows) if groups is not None and groups in there else None
+            if groups is not None and groups not in there and not Path(groups).is_file():
+                named_one("groups", groups, (), there)
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
+        raise InputError(f"DATA: {str(path)!r} is corrupt or no .npz file ({error})") from error
+    require(
+        x.dtype.kind in "iubf",
+        f"DATA: array {first!r} holds {x.dtype}, expected numbers; choose another with --inputs NAME",
+    )
+    labels, classes = coded(f"DATA: array {second!r}", y, listed)
+    found = Samples(
+        inputs=torch.from_numpy(x if x.dtype == np.uint8 else x.astype(np.float32)),
+        targets=labels,
+        index=torch.from_numpy(rows),
+        total=count,
+        source=path.name,
+        classes=classes,
+        notes=(f"inputs are array {first!r} {tuple(shape)}, targets array {second!r}",),
+    )
+    return found if group is None else with_groups(found, group)
+
+
+def _paired(inputs: str) -> tuple[str, ...]:
+    """Targets that belong to these inputs come first: ``y_test`` with ``x_test``."""
+    tail = inputs.lower().partition("_")[2]
+    mine = tuple(f"{name}_{tail}" for name in ("y", "labels", "targets")) if tail else ()
+    return (*mine, *_TARGETS)
+
+
+def _open(archive: zipfile.ZipFile, name: str) -> tuple[IO[bytes], tuple[int, ...], bool, np.dtype[Any]]:
+    file = archive.open(f"{name}.npy")
+    try:
+        version = np.lib.format.read_magic(file)
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, fortran, dtype = read(file)
+    except ValueError as error:
+        raise InputError(f"DATA: array {name!r} has a damaged header ({error})") from error
+    require(
+        not dtype.hasobject,
+        f"DATA: array {name!r} holds Python objects, which only a pickle can restore and which are never loaded; "
+        "save numbers or strings instead (numpy.savez with arrays of a fixed dtype)",
+    )
+    return file, shape, fortran, dtype
+
+
+def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    file, shape, _, dtype = _open(archive, name)
+    file.close()
+    return shape, dtype
+
+
+def _rows(archive: zipfile.ZipFile, name: str, rows: np.ndarray) -> np.ndarray:
+    """Some rows of an array, without holding the others."""
+    file, shape, fortran, dtype = _open(archive, name)
+    total = next(iter(shape), 0)
+    with file:
+        require(
+            len(shape) > 0 and (not len(rows) or int(rows[-1]) < shape[0]),
+            f"DATA: array {name!r} has shape {shape}, expected at least {int(rows[-1]) + 1 if len(rows) else 0} entries",
+        )
+        # A header may claim any size: what the archive holds is known before anything of that size is made.
+        whole_size = math.prod(shape) * dtype.itemsize
+        require(
+            archive.getinfo(f"{name}.npy").file_size >= whole_size,
+            f"DATA: array {name!r} ends too early; the file is cut off",
+        )
+        if fortran and len(shape) > 1:
+            whole = _exactly(file, whole_size, name)
+            return np.frombuffer(whole, dtype).reshape(shape, order="F")[rows].copy()
+        width = math.prod(shape[1:]) * dtype.itemsize
+        try:
+            found = np.empty((len(rows), *shape[1:]), dtype)
+        except MemoryError as error:
+            raise InputError(
+                f"DATA: {len(rows)} entries of array {name!r} take {len(rows) * width / 2**30:,.1f} GiB, more memory than there is; read fewer with --samples"
+            ) from error
+        if not width or not len(rows):
+            return found
+        block = max(1, (1 << 22) // width)
+        taken = 0
+        for start in range(0, total, block):
+            if taken == len(rows):
+                break
+            size = min(block, total - start)
+            values = np.frombuffer(_exactly(file, size * width, name), dtype).reshape(size, *shape[1:])
+            last = int(np.searchsorted(rows, start + size))
+            found[taken:last] = values[rows[taken:last] - start]
+            taken = last
+        return found
+
+
+def _exactly(file: IO[bytes], size: int, name: str) -> bytes:
+    data = file.read(size)
+    require(len(data) == size, f"DATA: array {name!r} ends too early; the file is cut off")
+    return data

@@ -1,0 +1,115 @@
+"""How stored samples become the model's input, found by trying what is possible."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lineament.core.checks import InputError, require, show
+from lineament.core.models import device_of, dtype_of, frozen, logits
+from lineament.core.sites.depth import expected_input
+from lineament.load.data import Samples
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How stored samples become the model's input: which axis holds the channels, and the normalisation."""
+
+    kind: str
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def apply(self, raw: Tensor) -> Tensor:
+        x = self.picture(raw)
+        if self.mean and x.ndim == 4:
+            channels = x.shape[1]
+            mean, std = (
+                torch.tensor(v if len(v) == channels else v[:1] * channels) for v in (self.mean, self.std)
+            )
+            x = (x - mean[:, None, None]) / std[:, None, None]
+        return x.flatten(1) if self.kind.endswith("flat") else x
+
+    def picture(self, raw: Tensor) -> Tensor:
+        """Floating point, (sample, channel, height, width) where samples are images; bytes become [0, 1]."""
+        x = raw.float() / 255 if raw.dtype == torch.uint8 else raw.float()
+        if self.kind == "grey" or (self.kind == "flat" and x.ndim == 3):
+            return x[:, None]
+        if self.kind == "grey as colour":
+            return (x[:, None] if x.ndim == 3 else x if x.shape[1] == 1 else x.movedim(-1, 1)).expand(
+                -1, 3, -1, -1
+            )
+        if self.kind.startswith("channels last"):
+            return x.movedim(-1, 1)
+        if self.kind == "colour as grey":
+            colour = x.movedim(-1, 1) if x.shape[-1] in (3, 4) else x
+            return (colour[:, :3] * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+        return x
+
+
+def find_layout(
+    model: nn.Module, samples: Samples, mean: tuple[float, ...], std: tuple[float, ...], count: int
+) -> tuple[Layout, str]:
+    """The first layout of the first samples that the model takes, and what was decided."""
+    raw = samples.inputs[:count]
+    wanted = expected_input(model)
+    tried: list[str] = []
+    for kind in _candidates(raw, wanted):
+        layout = Layout(kind, mean, std)
+        if mean and not (len(mean) == len(std) and all(s > 0 for s in std)):
+            raise InputError(
+                f"--normalize: got mean {mean} and deviation {std}, expected as many of each, deviations above 0"
+            )
+        x = layout.apply(raw).to(device=device_of(model), dtype=dtype_of(model))
+        if mean and x.ndim == 4 and len(mean) not in (1, x.shape[1]):
+            tried.append(f"{tuple(x.shape)}: {len(mean)} means for {x.shape[1]} channels")
+            continue
+        try:
+            with frozen(model), torch.no_grad():
+                output = model(x)
+        except InputError:
+            raise
+        except Exception as error:
+            tried.append(
+                f"{tuple(x.shape)}: {(str(error).strip().splitlines() or [type(error).__name__])[0][:160]}"
+            )
+            continue
+        output = logits(output)
+        require(
+            output.ndim in (1, 2) and len(output) == len(x),
+            f"the model answers {len(x)} samples with {show(output)}, expected one row of logits or values a sample",
+        )
+        return layout, f"samples {tuple(samples.inputs.shape[1:])} go in as {tuple(x.shape[1:])} ({kind})"
+    raise InputError(
+        f"DATA: samples of shape {tuple(samples.inputs.shape[1:])} do not fit the model, which expects {wanted.text}; tried "
+        + "; ".join(tried)
+        + ". Bring the data to that shape (for image folders: --image-size)"
+    )
+
+
+def _candidates(raw: Tensor, wanted: Any) -> list[str]:
+    """Layouts in the order of trust: first those whose channels fit the first convolution."""
+    shape = tuple(raw.shape[1:])
+    if len(shape) == 2:
+        kinds = {"grey": 1, "grey as colour": 3, "flat": math.prod(shape), "as it is": 0}
+    elif len(shape) == 3:
+        kinds = {}
+        if shape[0] in (1, 2, 3, 4) or shape[-1] not in (1, 3, 4):
+            kinds["as it is"] = shape[0]
+        if shape[-1] in (1, 2, 3, 4):
+            kinds["channels last"] = shape[-1]
+        kinds.setdefault("as it is", shape[0])
+        if 1 in (shape[0], shape[-1]):
+            kinds["grey as colour"] = 3
+        if 3 in (shape[0], shape[-1]):
+            kinds["colour as grey"] = 1
+        kinds["channels last, flat" if shape[-1] in (1, 3) and shape[0] > 4 else "flat"] = math.prod(shape)
+    else:
+        kinds = {"as it is": shape[0] if shape else 1, "flat": math.prod(shape)}
+    exact = [kind for kind, size in kinds.items() if size == wanted.size]
+    if wanted.images is True:
+        kinds = {kind: size for kind, size in kinds.items() if not kind.endswith("flat")}
+    return [*exact, *(kind for kind in kinds if kind not in exact)]

@@ -1,0 +1,1 @@
+"""Neural collapse: metrics, the unconstrained-features model, and perturbation theory around it."""

@@ -1,0 +1,171 @@
+"""The stages of the diffroar recipe on BlockMNIST and on the simplified data: what is trained, and what is measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lineament.data.blockmnist import BlockImages, block_mnist
+from lineament.data.digits import digit_images
+from lineament.data.signal_blocks import SignalBlocks, signal_blocks
+from lineament.explain.faithfulness.diffroar import DiffROAR, accuracy, diffroar
+from lineament.explain.faithfulness.diffroar.feature_leakage import leakage, null_fraction, null_mass
+from lineament.explain.faithfulness.diffroar.input_gradients import attribution, input_gradient
+from lineament.train.attacks import PGD, robust_accuracy
+from lineament.train.stacked import Training
+
+PLACEMENTS = ("random", "top")
+MODELS = ("standard", "robust")
+
+
+def perceptron(inputs: int, widths: tuple[int, ...], classes: int) -> nn.Sequential:
+    """Flatten, fully connected ReLU layers, a linear head."""
+    parts: list[nn.Module] = [nn.Flatten()]
+    for width in widths:
+        parts += [nn.Linear(inputs, width), nn.ReLU()]
+        inputs = width
+    return nn.Sequential(*parts, nn.Linear(inputs, classes))
+
+
+class Demonstration:
+    """BlockMNIST with its two placements, and the networks that learn it."""
+
+    def __init__(self, config: Any):
+        self.config = config
+        self.data: dict[str, tuple[BlockImages, BlockImages]] = {}
+        for placement in PLACEMENTS:
+            both = []
+            for split, count in (("train", config.train_images), ("test", config.test_images)):
+                digits, labels, self.source = digit_images(
+                    config.data, split, count=count, folder=config.data_folder, seed=config.seed
+                )
+                made = block_mnist(
+                    digits, labels, placement=placement, seed=2 * config.seed + (split == "test")
+                )
+                both.append(made)
+            self.data[placement] = both[0], both[1]
+        # A digit of 8 x 8 pixels has about half the norm of one of 28 x 28.
+        small = self.source != "MNIST"
+        eps = config.eps if config.eps is not None else 1.0 if small else 2.0
+        self.attack = PGD(norm="l2", eps=eps, step=eps / config.attack_steps, steps=config.attack_steps)
+        shape = self.data["random"][0].images.shape[1:]
+        self.inputs = shape.numel()
+
+    def fresh(self) -> nn.Module:
+        return perceptron(self.inputs, self.config.widths, 10)
+
+    def training(self, epochs: int) -> Training:
+        return Training(
+            self.fresh, epochs=epochs, batch_size=self.config.batch_size, lr=self.config.lr, select="last"
+        )
+
+    def train(self, placement: str, kind: str) -> dict[str, Tensor]:
+        train, _ = self.data[placement]
+        training = self.training(self.config.epochs).against(self.attack if kind == "robust" else None)
+        return dict(training(train.images, train.labels, self.config.seed).state_dict())
+
+    def model(self, weights: dict[str, Tensor]) -> nn.Module:
+        model = self.fresh()
+        model.load_state_dict(weights)
+        return model.eval()
+
+    def describe(self, model: nn.Module, placement: str) -> dict[str, float]:
+        """Accuracy, accuracy under attack, and how much of the gradient lies in the null blocks."""
+        _, test = self.data[placement]
+        gradient = input_gradient(model, test.images)
+        attack = self.attack
+        return {
+            "accuracy": accuracy(model, test.images, test.labels),
+            "attacked": robust_accuracy(model, test.images, test.labels, attack),
+            "no_gradient": attack(model, test.images, test.labels).to_dict()["no_gradient"],
+            "null_fraction": float(null_fraction(gradient, test.null_mask, 0.1).mean()),
+            "null_mass": float(null_mass(gradient, test.null_mask).mean()),
+        }
+
+    def judge(self, attribute: Any, *, fractions: Any, runs: int, fill: Any = "zero") -> dict[str, Any]:
+        train, test = self.data["random"]
+        found = diffroar(
+            attribute,
+            self.training(self.config.retrain_epochs),
+            (train.images, train.labels, test.images, test.labels),
+            fractions=fractions,
+            seeds=[self.config.seed + 1 + k for k in range(runs)],
+            fill=fill,
+            jobs=self.config.jobs,
+        )
+        return found.to_dict()
+
+    def shuffled(self) -> dict[str, Any]:
+        """The control against leaking labels: a standard model of shuffled labels, judged on shuffled labels."""
+        train, test = self.data["random"]
+        generator = torch.Generator().manual_seed(self.config.seed)
+        labels = [part.labels[torch.randperm(len(part), generator=generator)] for part in (train, test)]
+        model = self.training(self.config.epochs)(train.images, labels[0], self.config.seed)
+        return diffroar(
+            attribution(model),
+            self.training(self.config.retrain_epochs),
+            (train.images, labels[0], test.images, labels[1]),
+            fractions=(self.config.level,),
+            seeds=(self.config.seed + 1,),
+            fill="zero",
+            chance_ok=True,
+        ).to_dict()
+
+
+def rebuilt(stored: dict[str, Any]) -> DiffROAR:
+    """A stored result as the object that it was."""
+    top, bottom = (torch.tensor(stored[k], dtype=torch.float64) for k in ("keep_top", "keep_bottom"))
+    return DiffROAR(
+        tuple(stored["fractions"]),
+        top,
+        bottom,
+        tuple(stored["seeds"]),
+        stored["unmasked"],
+        stored["chance"],
+        tuple(stored["zero_share"]),
+        stored["setting"],
+        stored["tests"],
+    )
+
+
+def simplified(config: Any, name: str) -> dict[str, Any]:
+    """One network on the simplified data: where its gradient lies, and how often it is right.
+
+    ``linear`` and ``wide`` are trained by SGD, ``robust`` by Adam against a sign attack, with the signal in half of the blocks; ``everywhere`` is
+    ``wide`` with the signal in any of them, as in the paper's first version.
+    """
+    blocks = config.blocks
+    data = signal_blocks(
+        config.points,
+        blocks=blocks,
+        signals=blocks if name == "everywhere" else blocks // 2,
+        seed=config.seed,
+    )
+    test = signal_blocks(1000, blocks=blocks, signals=data.signals, seed=config.seed + 1)
+    attack = PGD(norm="linf", eps=0.35, step=0.35 / 4, steps=8, bounds=None) if name == "robust" else None
+    widths = {"linear": (), "robust": (config.robust_width,)}.get(name, (config.wide,))
+    training = Training(
+        lambda: perceptron(blocks, widths, 2),
+        epochs=config.robust_epochs if name == "robust" else config.simple_epochs,
+        batch_size=250,
+        lr=5e-3 if name == "robust" else 0.1,
+        optimizer="adam" if name == "robust" else "sgd",
+        attack=attack,
+        select="last",
+    )
+    return seen(training(data.x, data.labels, config.seed), test)
+
+
+def seen(model: nn.Module, data: SignalBlocks) -> dict[str, Any]:
+    """Leakage of a trained network's gradient, the mean size of the gradient on each block, |cos(x, gradient)|, and accuracy."""
+    gradient = input_gradient(model, data.x)
+    sizes = gradient.reshape(len(gradient), data.blocks, -1).norm(dim=2)
+    return {
+        **leakage(gradient, data.own, data.signals).to_dict(),
+        "accuracy": accuracy(model, data.x, data.labels),
+        "cosine": float(F.cosine_similarity(gradient, data.x, dim=1).abs().mean()),
+        "sizes": (sizes / sizes.sum(1, keepdim=True)).mean(0).tolist(),
+    }

@@ -1,0 +1,1 @@
+"""What recipes share: presets, one run in one folder, images and small networks."""

@@ -1,0 +1,106 @@
+"""Figures of the loss-landscape recipe: planes and surfaces, densities before and after training, criteria against accuracy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lineament.measure.landscape.results import Plane
+from lineament.report.figures import picture, save
+from lineament.report.outcome import Figure
+
+
+def draw_all(runs: dict[str, dict[str, Any]], out: Path) -> list[Figure]:
+    """Write the recipe's figures into ``out``."""
+    return [_planes(runs, out), _densities(runs, out), _scatter(runs, out)]
+
+
+def _planes(runs: dict[str, dict[str, Any]], out: Path) -> Figure:
+    name, run = next((n, r) for n, r in runs.items() if "batch norm" in n)
+    titles = {
+        "random, eval": "random, running statistics",
+        "random, batch": "random, batch statistics",
+        "hessian, eval": "Hessian, running statistics",
+    }
+    shown = [
+        (
+            title,
+            Plane(
+                *(run["planes"][key][part] for part in ("a", "b", "loss")),
+                labels=run["planes"][key]["labels"],
+            ),
+        )
+        for key, title in titles.items()
+    ]
+
+    def draw(axes: Any) -> None:
+        for column, (title, found) in enumerate(shown):
+            found.plot(axes[0, column])
+            axes[0, column].set_title(title)
+            found.surface(axes[1, column])
+
+    return save(
+        picture(
+            draw,
+            alt="Contours and surfaces of the loss around one network, along two random directions under running and under batch statistics, and along two eigenvectors.",
+            caption=f"The loss around one network ({name}): filter-normalised random directions with batch norm's running statistics and with each batch's, and the two eigenvectors of greatest curvature.",
+            size=(12.6, 7.0),
+            panels=(2, 3),
+            kind="png",
+            reliefs=[found.relief(title=title) for title, found in shown],
+        ),
+        out,
+        "planes",
+    )
+
+
+def _densities(runs: dict[str, dict[str, Any]], out: Path) -> Figure:
+    name, run = next(iter(runs.items()))
+
+    def draw(axes: Any) -> None:
+        for ax, when in zip(axes[0], ("init", "trained")):
+            grid, height = run["curves"][when]
+            ax.semilogy(grid.tolist(), height.clamp_min(1e-7).tolist())
+            ax.set_ylim(bottom=1e-5 * float(height.max()))
+            ax.axvline(0, color="C7", linewidth=0.8)
+            numbers = run[when]
+            ax.set_title(f"{when}: r_e {numbers['re']:.3g}, K {numbers['k']:.3g}")
+            ax.set(xlabel="eigenvalue", ylabel="density")
+
+    return save(
+        picture(
+            draw,
+            alt="Spectral density before training, nearly symmetric about zero, and after it, almost all on the positive side.",
+            caption=f"Spectral density of the Hessian on the training data before and after training ({name}).",
+            size=(8.8, 3.3),
+            panels=(1, 2),
+        ),
+        out,
+        "densities",
+    )
+
+
+def _scatter(runs: dict[str, dict[str, Any]], out: Path) -> Figure:
+    def draw(axes: Any) -> None:
+        for ax, key, label in zip(axes[0], ("re", "k"), ("r_e", "K_H0.5")):
+            for number, (name, run) in enumerate(runs.items()):
+                points = run["shifts"]
+                colour = f"C{number % 7}"
+                ax.plot(
+                    [p["accuracy"] for p in points], [p[key] for p in points], "o", color=colour, label=name
+                )
+            ax.set_yscale("log")
+            ax.set(xlabel="accuracy on the shifted test set", ylabel=label)
+        axes[0, 0].legend()
+
+    return save(
+        picture(
+            draw,
+            alt="r_e and K_H0.5 against accuracy on thirteen shifted test sets for each network.",
+            caption="The criteria on thirteen shifted test sets against accuracy there.",
+            size=(8.8, 3.6),
+            panels=(1, 2),
+        ),
+        out,
+        "shifts",
+    )

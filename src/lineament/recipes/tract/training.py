@@ -1,0 +1,270 @@
+"""Data, networks and the training loop of the tract recipe: digits whose contrast varies, and CIFAR."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lineament.core.batching import progress
+from lineament.core.checks import InputError
+from lineament.data.augmentation import flip_and_crop
+from lineament.learn.tract.layer import tract
+from lineament.recipes.kit.networks import Block, ResNet18
+from lineament.recipes.useful.data import load_data
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training and test inputs as the network takes them, and labels."""
+
+    x: Tensor
+    y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+
+    def to(self, device: str) -> Split:
+        return Split(*(t.to(device) for t in (self.x, self.y, self.test_x, self.test_y)))
+
+
+def digits(seed: int, *, contrast: bool = True, scale: str = "standard") -> Split:
+    """scikit-learn's digits, half for training, flattened; with ``contrast`` every image has a contrast and brightness of its own.
+
+    Args:
+        contrast: multiply each image by 10^U(-1, 0) and add a brightness U(0, 1) (1 - contrast).
+        scale: ``"standard"`` (mean 0, deviation 1 over all training pixels), ``"unit"`` ([0, 1]), ``"bytes"`` ([0, 255]), ``"image"``
+            (each image to mean 0, deviation 1: the paper's patch normalisation, the image being one patch) or ``"zca"`` (whitened).
+    """
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    draw = torch.Generator().manual_seed(seed)
+    x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
+    if contrast:
+        factor = 10 ** -torch.rand(len(x), 1, generator=draw)
+        x = x * factor + torch.rand(len(x), 1, generator=draw) * (1 - factor)
+    order = torch.randperm(len(x), generator=draw)
+    train, test = order[: len(x) // 2], order[len(x) // 2 :]
+    if scale == "bytes":
+        x = 255 * x
+    elif scale == "image":
+        x = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True)
+    elif scale in ("standard", "zca"):
+        x = (x - x[train].mean()) / x[train].std()
+    if scale == "zca":
+        values, vectors = torch.linalg.eigh(torch.cov(x[train].T))
+        x = (x - x[train].mean(0)) @ (vectors * (values + 0.1).rsqrt()) @ vectors.T
+    return Split(x[train], y[train], x[test], y[test])
+
+
+def cifar(name: str, folder: str | None, images: int, test_images: int, seed: int = 0) -> Split:
+    """``"cifar10"`` or ``"cifar100"``, standardised by channel; so many of the training and test images, 0 for all."""
+    found = load_data(name, folder, train=images, seed=seed)
+    test = slice(test_images or None)
+    return Split(
+        found.prepared(found.train.x), found.train.y, found.prepared(found.test.x[test]), found.test.y[test]
+    )
+
+
+class SmallResNet(nn.Module):
+    """A 3 x 3 stem without bias and one residual block for each of three widths: the smallest member of the CIFAR ResNets."""
+
+    def __init__(self, width: int = 16, classes: int = 10):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.blocks = nn.Sequential(
+            Block(width, width, 1), Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2)
+        )
+        self.head = nn.Linear(4 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(F.relu(self.norm(self.stem(x)))).mean((2, 3)))
+
+
+class DualNorm(nn.Module):
+    """DualPatchNorm: a layer norm before and one behind the first layer, with affine parameters."""
+
+    def __init__(self, inputs: int, width: int):
+        super().__init__()
+        self.before, self.first, self.after = (
+            nn.LayerNorm(inputs),
+            nn.Linear(inputs, width),
+            nn.LayerNorm(width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.first(self.before(x)))
+
+
+def network(kind: str, seed: int, classes: int = 10) -> nn.Module:
+    """``"mlp"`` (64-64-10), ``"dual-norm"`` (the same with DualPatchNorm), ``"resnet"``, ``"resnet18"``, ``"vit"`` or ``"vit-paper"``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if kind == "mlp":
+            return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        if kind == "dual-norm":
+            return nn.Sequential(DualNorm(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        if kind == "resnet":
+            return SmallResNet(classes=classes)
+        if kind == "resnet18":
+            return ResNet18(3, classes, bias=True)
+        # The paper's network for CIFAR: 7 layers, 12 heads, width 384.
+        width, layers, heads = (384, 7, 12) if kind == "vit-paper" else (96, 2, 3)
+        return vision_transformer(width, layers, heads, classes=classes)
+
+
+def vision_transformer(
+    width: int, layers: int, heads: int, *, image: int = 32, patch: int = 4, classes: int = 10
+) -> nn.Module:
+    """A Hugging Face ViT, drawn anew."""
+    try:
+        from transformers import ViTConfig, ViTForImageClassification
+    except ImportError as error:
+        raise InputError(
+            "networks: 'vit' needs the package transformers; install lineament[hub], or use --networks resnet"
+        ) from error
+    sizes: dict[str, Any] = {
+        "image_size": image,
+        "patch_size": patch,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_labels": classes,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    return ViTForImageClassification(ViTConfig(**sizes))
+
+
+def first_weight(model: nn.Module) -> nn.Parameter:
+    """The weight of the first linear or convolution layer."""
+    layer = next(m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+    assert isinstance(layer.weight, nn.Parameter)
+    return layer.weight
+
+
+def optimizers(
+    name: str, model: nn.Module, rate: float, first_rate: float | None = None
+) -> list[torch.optim.Optimizer]:
+    """``"sgd"`` (momentum 0.9) or ``"adam"``; with ``first_rate`` the first weight has SGD at that rate, whatever the others have."""
+    kind: Any = functools.partial(torch.optim.SGD, momentum=0.9) if name == "sgd" else torch.optim.Adam
+    if first_rate is None:
+        return [kind(model.parameters(), lr=rate)]
+    first = first_weight(model)
+    rest = [p for p in model.parameters() if p is not first]
+    return [torch.optim.SGD([first], lr=first_rate, momentum=0.9), kind(rest, lr=rate)]
+
+
+def train(
+    model: nn.Module,
+    data: Split,
+    *,
+    epochs: int,
+    rate: float,
+    lam: float | None,
+    seed: int,
+    optimizer: str = "sgd",
+    first_rate: float | None = None,
+    batch_size: int = 64,
+    smoothing: float = 0.0,
+    augment: bool = False,
+    kfac: bool = False,
+    every_epoch: bool = False,
+    what: str | None = None,
+) -> list[float]:
+    """Test accuracies in per cent: after each epoch, or only the last; ``lam=None`` is ordinary training.
+
+    The rate falls to zero along a cosine. ``kfac`` preconditions the first layer by both Kronecker factors with damping ``lam`` instead.
+    """
+    steps = epochs * -(-len(data.x) // batch_size)
+    chosen = optimizers(optimizer, model, rate, first_rate)
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, steps) for o in chosen]
+    draw = torch.Generator().manual_seed(seed)
+    curve: list[float] = []
+    # The layer norm before it is trainable; that it is named says that this is meant.
+    layer = "0.first" if isinstance(next(model.children()), DualNorm) else None
+    changed: Any = nullcontext() if lam is None or kfac else tract(model, lam=lam, layer=layer)
+    factors = KroneckerFactors(model, lam or 0.1) if kfac else None
+    with changed, warnings.catch_warnings():
+        # Unusual scales of the input are what some of the runs are about.
+        warnings.filterwarnings("ignore", message="layer .*(mean square|outside the paper)")
+        for epoch in progress(range(epochs), what) if what else range(epochs):
+            model.train()
+            for rows in torch.randperm(len(data.x), generator=draw).split(batch_size):
+                rows = rows.to(data.x.device)
+                x = flip_and_crop(data.x[rows], draw) if augment else data.x[rows]
+                loss = F.cross_entropy(scores(model, x), data.y[rows], label_smoothing=smoothing)
+                for o in chosen:
+                    o.zero_grad()
+                loss.backward()
+                if factors is not None:
+                    factors.precondition()
+                for o, schedule in zip(chosen, schedules):
+                    o.step()
+                    schedule.step()
+            if every_epoch or epoch == epochs - 1:
+                curve.append(accuracy(model, data.test_x, data.test_y))
+    if factors is not None:
+        factors.remove()
+    return curve
+
+
+def scores(model: nn.Module, x: Tensor) -> Tensor:
+    out = model(x)
+    return out if isinstance(out, Tensor) else out.logits
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, top: int = 1) -> float:
+    """Per cent of labels among the ``top`` greatest scores."""
+    model.eval()
+    right = 0
+    for a, b in zip(x.split(500), y.split(500)):
+        right += int((scores(model, a).topk(top, 1).indices == b[:, None]).sum())
+    return 100 * right / len(y)
+
+
+class KroneckerFactors:
+    """K-FAC of the first linear layer: grad <- (GᵀG N + lam)⁻¹ grad (XᵀX / N + lam)⁻¹, running means over 20 batches, rescaled to the
+    size that TrAct's gradient has, so that the same rates make sense."""
+
+    def __init__(self, model: nn.Module, lam: float):
+        self.layer = next(m for m in model.modules() if isinstance(m, nn.Linear))
+        self.lam, self.steps = lam, 0
+        self.factors: dict[str, Any] = {}
+        self._x = torch.empty(0)
+        self.handle = self.layer.register_forward_hook(self._see)
+
+    def _see(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            self._x = args[0].detach()
+            output.register_hook(lambda g: self._add(output=g.T @ g * len(g)))
+
+    def _add(self, **fresh: Tensor) -> None:
+        for name, value in fresh.items():
+            self.factors[name] = 0.95 * self.factors.get(name, 0.0) + 0.05 * value
+
+    @torch.no_grad()
+    def precondition(self) -> None:
+        self._add(input=self._x.T @ self._x / len(self._x))
+        self.steps += 1
+        correction = 1 - 0.95**self.steps
+        inverse = {}
+        for name, factor in self.factors.items():
+            inverse[name] = torch.linalg.inv(factor / correction + self.lam * torch.eye(len(factor)))
+        grad = self.layer.weight.grad
+        assert grad is not None
+        tracted = grad @ inverse["input"]
+        full = inverse["output"] @ tracted
+        grad.copy_(full * (tracted.norm() / full.norm().clamp_min(1e-20)))
+
+    def remove(self) -> None:
+        self.handle.remove()

@@ -1,0 +1,135 @@
+"""What a training leaves behind: its options, a line for each epoch, and how good it became; the numbers of `train.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lineament.core.checks import InputError, one_of
+from lineament.train.options import Options
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A training that is done.
+
+    ``history`` has for each epoch: ``epoch`` (from 1), ``lr`` at its start, ``train_loss`` and ``train_accuracy`` of the batches as they were seen,
+    ``validation_loss`` and ``validation_accuracy`` after it (``None`` without validation), ``skipped`` steps, ``seconds``. ``early`` says what USEFUL found:
+    the separating ``epoch``, the training ``errors`` until then, how many ``slow`` examples, ``slow_by_class``, ``seconds``.
+    """
+
+    options: Options
+    history: tuple[dict[str, Any], ...]
+    samples: int
+    validation_samples: int
+    early: dict[str, Any] | None = None
+    tract_layer: str | None = None
+    processes: int = 1
+    device: str = "cpu"
+
+    @property
+    def last(self) -> float | None:
+        """The validation accuracy of the weights that are kept, those of the last epoch."""
+        return self.history[-1]["validation_accuracy"]
+
+    @property
+    def best(self) -> float | None:
+        """The best validation accuracy of any epoch: an optimistic figure, chosen on the data it is measured on."""
+        found = [e["validation_accuracy"] for e in self.history if e["validation_accuracy"] is not None]
+        return max(found) if found else None
+
+    @property
+    def seconds(self) -> float:
+        """Time in training and validation, over all runs it took, with USEFUL's early stage."""
+        return sum(e["seconds"] for e in self.history) + (self.early["seconds"] if self.early else 0.0)
+
+    def words(self) -> str:
+        """The options besides the optimizer, as a table shows them."""
+        o = self.options
+        found = [f"lr {o.lr:g}", f"momentum {o.momentum:g}" if o.momentum is not None else ""]
+        found += [f"decay {o.weight_decay:g}" if o.weight_decay else "", o.schedule]
+        found += [f"{o.epochs} epochs of batches of {o.batch_size}", f"seed {o.seed}"]
+        found += [f"{name} {getattr(o, name):g}" for name in ("sam", "asam", "tract") if getattr(o, name) is not None]  # fmt: skip
+        if self.early is not None:
+            found.append(
+                f"useful (epoch {self.early['epoch']}, {self.early['slow'] / self.samples:.0%} twice)"
+            )
+        return ", ".join(word for word in found if word)
+
+    def plot(self, ax: Any = None, what: str = "loss") -> Any:
+        """The learning curves of the ``"loss"`` or the ``"accuracy"``."""
+        one_of("what", what, ("loss", "accuracy"))
+        if ax is None:
+            import matplotlib.pyplot as plt
+
+            ax = plt.subplots()[1]
+        for name, colour in (("train", "C0"), ("validation", "C1")):
+            values = [e[f"{name}_{what}"] for e in self.history]
+            if all(v is not None for v in values):
+                marker = "o-" if len(values) <= 30 else "-"
+                ax.plot([e["epoch"] for e in self.history], values, marker, color=colour, label=name)
+        ax.set(xlabel="epoch", ylabel=what)
+        ax.legend()
+        return ax
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "options": self.options.to_dict(),
+            "samples": self.samples,
+            "validation_samples": self.validation_samples,
+            "best": self.best,
+            "last": self.last,
+            "seconds": self.seconds,
+            "early": self.early,
+            "tract_layer": self.tract_layer,
+            "processes": self.processes,
+            "device": self.device,
+            "history": list(self.history),
+        }
+
+    @classmethod
+    def read(cls, path: str | Path) -> Fitted:
+        """Read `train.json` (untrusted: only the documented fields are taken, and numbers must be numbers).
+
+        Raises:
+            InputError: not a file that ``lineament train`` wrote.
+        """
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            known = {f.name for f in fields(Options)}
+            found = cls(
+                options=Options(**{k: v for k, v in raw["options"].items() if k in known}),
+                history=tuple(_entry(e) for e in raw["history"]),
+                samples=int(raw["samples"]),
+                validation_samples=int(raw["validation_samples"]),
+                early=None
+                if raw.get("early") is None
+                else {
+                    **raw["early"],
+                    "epoch": int(raw["early"]["epoch"]),
+                    "slow": int(raw["early"]["slow"]),
+                    "seconds": float(raw["early"]["seconds"]),
+                },
+                tract_layer=None if raw.get("tract_layer") is None else str(raw["tract_layer"]),
+                processes=int(raw.get("processes", 1)),
+                device=str(raw.get("device", "")),
+            )
+            if not found.history or found.samples < 1:
+                raise ValueError("no epochs")
+            return found
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f"{str(path)!r} is no train.json of lineament train ({type(error).__name__}: {error})"
+            ) from error
+
+
+def _entry(raw: dict[str, Any]) -> dict[str, Any]:
+    names = ("lr", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "seconds")
+    found: dict[str, Any] = {"epoch": int(raw["epoch"])}
+    found |= {n: None if raw[n] is None else float(raw[n]) for n in names}
+    if not all(v is None or math.isfinite(v) for v in found.values()):
+        raise ValueError("a number that is not finite")
+    return {**found, "skipped": int(raw.get("skipped", 0))}

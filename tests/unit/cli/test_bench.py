@@ -1,0 +1,116 @@
+"""The benchmarks' command: each file in its own process, a crash ends only itself, the JSON is whole."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+
+import pytest
+
+from lineament import bench
+from lineament.cli import console
+from lineament.core.checks import InputError
+
+GOOD = """
+from lineament.bench import Row
+def rows(repeats: int = 5):
+    print("chatter that must not reach the table")
+    yield Row("good", "[b]fast[/b] thing", 0.5e-3, "peer", 1e-3, 2.0, 1.5, True, "half the limit")
+    yield Row("good", f"repeats {repeats}", 2.0, "peer", 1.0, 0.5, 1.0, False)
+    yield Row("good", "alone", 2.0, "absent", None, None, 1.0, None)
+"""
+CRASH = """
+import os
+from lineament.bench import Row
+def rows(repeats: int = 5):
+    yield Row("crash-hard", "before", 1.0, "peer", 1.0, 1.0, None, None)
+    os._exit(9)
+"""
+RAISES = "def rows(repeats=1):\n    raise RuntimeError('no such peer')\n    yield\n"
+
+
+@pytest.fixture
+def benchmarks(tmp_path, monkeypatch):
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    for name, source in (("good", GOOD), ("crash_hard", CRASH), ("raises", RAISES), ("_helper", "")):
+        (folder / f"{name}.py").write_text(textwrap.dedent(source))
+    monkeypatch.setattr(bench, "folder", lambda: folder)
+    return folder
+
+
+def test_compare_runs_both_sides_equally_often():
+    calls: list[str] = []
+    row = bench.compare(
+        "s", "w", lambda: calls.append("a"), "p", lambda: calls.append("b"), repeats=4, warmup=2, target=0
+    )
+    assert calls == ["a", "b"] * 2 + ["a", "b", "b", "a"] * 2
+    assert row.met is True and row.ratio == pytest.approx((row.peer_s or 0) / row.ours_s)
+
+
+def test_a_missing_peer_is_a_row():
+    row = bench.compare("s", "w", lambda: None, "p", None, target=1.0, repeats=1)
+    assert (row.peer_s, row.ratio, row.met) == (None, None, None) and row.ours_s >= 0
+
+
+def test_scale_multiplies_the_peers_time():
+    slow = bench.compare(
+        "s", "w", lambda: sum(range(20_000)), "p", lambda: sum(range(20_000)), scale=100, repeats=5
+    )
+    assert slow.ratio is not None and slow.ratio > 10
+
+
+def test_slugs_are_file_names(benchmarks):
+    assert list(bench.files()) == ["crash-hard", "good", "raises"]
+    assert list(bench.chosen(["good", "good"])) == ["good"]
+    with pytest.raises(InputError, match=r"'goood'.*nearest: 'good'.*known: crash-hard, good, raises"):
+        bench.chosen(["goood"])
+
+
+def test_the_checkouts_benchmarks_are_found():
+    folder = bench.folder()
+    assert folder.name in ("benchmarks", "_benchmarks") and bench.files()
+
+
+@pytest.mark.slow
+def test_every_file_runs_in_its_own_process(benchmarks, tmp_path, capsys):
+    target = tmp_path / "rows.json"
+    assert console.show_bench(bench.chosen([]), None, str(target)) == 1
+    shown = capsys.readouterr()
+    rows = json.loads(target.read_text())
+    assert [(row["slug"], row["what"]) for row in rows] == [
+        ("crash-hard", "before"), ("good", "[b]fast[/b] thing"), ("good", "repeats 5"), ("good", "alone"),
+    ]  # fmt: skip
+    assert set(rows[0]) >= {"slug", "what", "ours_s", "peer", "peer_s", "ratio", "target", "met"}
+    assert rows[3]["peer_s"] is None and rows[3]["met"] is None
+    for word in (
+        "[b]fast[/b] thing",
+        "half the limit",
+        "missed",
+        "met",
+        "not installed",
+        "500 µs",
+        "1 of 2 targets met",
+    ):
+        assert word in shown.out
+    assert "chatter" not in shown.out
+    assert "crash-hard ended early: ended with status 9" in shown.err
+    assert "raises ended early: RuntimeError: no such peer" in shown.err
+
+
+@pytest.mark.slow
+def test_repeats_reach_the_file_and_a_miss_is_no_failure(benchmarks, capsys):
+    assert console.show_bench(bench.chosen(["good"]), 2, None) == 0
+    assert "repeats 2" in capsys.readouterr().out
+
+
+def test_a_json_file_that_cannot_be_written_is_said_before_any_work(benchmarks, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "run", lambda *_: pytest.fail("work was begun"))
+    for target, message in (
+        (tmp_path, "is a folder"),
+        ("", "empty name"),
+        ("/proc/self/rows.json", "cannot be written"),
+        (tmp_path / "none/rows.json", "no folder that exists"),
+    ):
+        with pytest.raises(InputError, match=message):
+            console.show_bench(bench.files(), None, str(target))

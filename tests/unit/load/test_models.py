@@ -1,0 +1,284 @@
+"""Trained networks: every form is loaded, nothing is unpickled, what does not match is named."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lineament.core.checks import InputError
+from lineament.core.models import frozen
+from lineament.core.sites.depth import default_sites, expected_input
+from lineament.load.models import digest, load
+
+NET = """
+    from torch import nn
+    from beside import WIDTH
+
+    def make():
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 3))
+
+    class Small(nn.Linear):
+        def __init__(self):
+            super().__init__(16, 3)
+
+    ready = nn.Linear(4, 2)
+    number = 3
+
+    def none():
+        return {"no": "network"}
+
+    def broken():
+        raise RuntimeError("no weights here")
+
+    def needs(width):
+        return nn.Linear(width, 2)
+"""
+
+
+@pytest.fixture
+def net(tmp_path):
+    (tmp_path / "net.py").write_text(textwrap.dedent(NET))
+    (tmp_path / "beside.py").write_text("WIDTH = 6\n")
+    return str(tmp_path / "net.py")
+
+
+def test_factory_in_a_file_and_in_a_module(net, tmp_path, monkeypatch):
+    assert isinstance(load(f"{net}:make").model[1], nn.Linear)
+    assert load(f"{net}:Small").model.weight.shape == (3, 16)
+    assert load(f"{net}:ready").model.in_features == 4
+    monkeypatch.chdir(tmp_path)
+    assert len(load("net:make").model) == 4
+    assert not load("net:make").model.training
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mkae", r"has no 'mkae'; nearest: 'make'"),
+        ("number", "is 3, expected a function or class"),
+        ("none", r"returned .* \(dict\), expected a torch.nn.Module"),
+        ("broken", r"broken\(\) failed \(RuntimeError: no weights here\)"),
+        ("needs", "must make the network without arguments"),
+    ],
+)
+def test_factories_that_make_no_network(net, name, message):
+    with pytest.raises(InputError, match=message):
+        load(f"{net}:{name}")
+
+
+def test_files_that_are_no_model(tmp_path, net):
+    cases = {"a.pt": "is a pickle", "a.onnx": "of kind", "w.safetensors": "weights without a network"}
+    for name, message in cases.items():
+        (tmp_path / name).write_bytes(b"\x80\x04")
+        with pytest.raises(InputError, match=message):
+            load(str(tmp_path / name))
+    (tmp_path / "bad.py").write_text("1 / 0")
+    for text, message in (
+        (f"{tmp_path}/bad.py:make", r"importing .* failed \(ZeroDivisionError"),
+        (f"{tmp_path}/none.py:make", "does not exist"),
+        (net, r"names no factory; expected '.*net.py:NAME'"),
+        (str(tmp_path / "gone.pt2"), "does not exist"),
+        (str(tmp_path), r"holds no config\.json"),
+        ("nowhere_at_all:make", r"importing 'nowhere_at_all' failed \(ModuleNotFoundError"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load(text)
+
+
+def test_weights_fit_exactly_or_are_refused(net, tmp_path):
+    state = load(f"{net}:make").model.state_dict()
+    good = {name: torch.ones_like(value) for name, value in state.items()}
+    path = tmp_path / "w.safetensors"
+    save_file(good, path)
+    assert float(load(f"{net}:make", weights=path).model[3].weight.sum()) == 18
+    wrong = {**good, "extra": torch.ones(1), "1.weight": torch.ones(2, 2)}
+    del wrong["3.bias"]
+    save_file(wrong, path)
+    with pytest.raises(InputError) as caught:
+        load(f"{net}:make", weights=path)
+    text = str(caught.value)
+    assert "missing in the file: 3.bias" in text and "unexpected in the file: extra" in text
+    assert "1.weight is (2, 2) in the file and (6, 16) in the model" in text
+    save_file({**good, "1.bias": torch.full((6,), float("nan"))}, path)
+    with pytest.raises(InputError, match=r"NaN or infinite values in weights: 1\.bias"):
+        load(f"{net}:make", weights=path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_where_safetensors_is_expected(net, tmp_path, legacy):
+    path = tmp_path / "w.pt"
+    state = load(f"{net}:make").model.state_dict()
+    torch.save(state, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(
+        InputError, match=r"is a pickle .*torch\.load\(.*weights_only=True\), 'model\.safetensors'\)"
+    ):
+        load(f"{net}:make", weights=path)
+
+
+def test_corrupt_or_missing_weights(net, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file(load(f"{net}:make").model.state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match="no safetensors file or is corrupt"):
+        load(f"{net}:make", weights=path)
+    with pytest.raises(InputError, match="does not exist"):
+        load(f"{net}:make", weights=tmp_path / "gone.safetensors")
+
+
+def test_tied_weights_load(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(3, 3, bias=False)
+            self.b = nn.Linear(3, 3, bias=False)
+            self.b.weight = self.a.weight
+
+    from safetensors.torch import save_model
+
+    save_model(Tied(), str(tmp_path / "w.safetensors"))
+    found = load(Tied(), weights=tmp_path / "w.safetensors").model
+    assert found.a.weight is found.b.weight
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_export(tmp_path, dynamic):
+    path = tmp_path / "net.pt2"
+    shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
+    net = Body().eval()
+    torch.export.save(torch.export.export(net, (torch.zeros(4, 1, 8, 8),), dynamic_shapes=shapes), path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = load(str(path))
+    assert found.batch == (None if dynamic else 4) and found.size == (8, 8)
+    x = torch.rand(4, 1, 8, 8)
+    assert torch.allclose(found.model(x), net(x), atol=1e-6)
+    assert default_sites(found.model, x)[-1] == "head:in"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(InputError, match=r"corrupt or no torch\.export file"):
+        load(str(path))
+
+
+@pytest.mark.slow
+def test_an_export_that_cannot_be_nested_is_read_flat(tmp_path, monkeypatch):
+    net = Body().eval()
+    torch.export.save(torch.export.export(net, (torch.zeros(4, 1, 8, 8),)), tmp_path / "net.pt2")
+    monkeypatch.setattr(torch.export, "unflatten", lambda program: 1 / 0)
+    found = load(str(tmp_path / "net.pt2"))
+    x = torch.rand(4, 1, 8, 8)
+    with frozen(found.model):
+        assert torch.allclose(found.model(x), net(x), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_export_with_a_pickle_inside_is_refused(tmp_path):
+    """``torch.export.load`` falls back to unrestricted unpickling; what needs that is refused before."""
+    import pickle
+    import zipfile
+
+    bomb = tmp_path / "exploded"
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(bomb), "w"))
+
+    path, evil = tmp_path / "net.pt2", tmp_path / "evil.pt2"
+    torch.export.save(torch.export.export(Body().eval(), (torch.zeros(2, 1, 8, 8),)), path)
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(evil, "w") as target:
+        for name in source.namelist():
+            data = source.read(name)
+            target.writestr(name, pickle.dumps(Bomb()) if name.endswith("sample_inputs/model.pt") else data)
+    with pytest.raises(InputError, match="pickled Python objects"):
+        load(str(evil))
+    assert not bomb.exists()
+
+
+@pytest.fixture
+def resnet(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the extra 'hub' is not installed")
+    config = transformers.ResNetConfig(
+        num_channels=3, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3,
+        id2label={0: "cat", 1: "dog", 2: "<b>"}, label2id={"cat": 0, "dog": 1, "<b>": 2},
+    )  # fmt: skip
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
+    return tmp_path / "resnet"
+
+
+def test_hugging_face_directory(resnet):
+    preprocessor = {
+        "size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True,
+        "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 2], "do_normalize": True,
+    }  # fmt: skip
+    (resnet / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    found = load(str(resnet))
+    assert (found.size, found.mean, found.std) == ((32, 32), (0.1, 0.2, 0.3), (1.0, 1.0, 2.0))
+    assert found.classes == ("cat", "dog", "<b>")
+    with pytest.raises(InputError, match="brings its own weights"):
+        load(str(resnet), weights="w.safetensors")
+
+
+def test_hugging_face_weights_must_match(resnet):
+    from safetensors.torch import load_file
+
+    state = load_file(resnet / "model.safetensors")
+    renamed = {name.replace("classifier.1.weight", "old.weight"): value for name, value in state.items()}
+    save_file(renamed, resnet / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        InputError, match=r"missing in the file: classifier\.1\.weight; unexpected in the file: old"
+    ):
+        load(str(resnet))
+    (resnet / "model.safetensors").rename(resnet / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"pickle .* where safetensors is expected"):
+        load(str(resnet))
+
+
+def test_hub_name_without_network(monkeypatch, tmp_path):
+    pytest.importorskip("transformers", reason="the extra 'hub' is not installed")
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match=r"no file or folder here.*without network, pass a saved directory"):
+        load("nobody/no-such-model")
+
+
+def test_digest_tells_networks_apart():
+    a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+    b.load_state_dict(a.state_dict())
+    assert digest(a) == digest(b)
+    with torch.no_grad():
+        b.weight[0, 0] += 1e-6
+    assert digest(a) != digest(b)
+
+
+def test_default_sites_are_in_depth_order_and_end_before_the_head(resnet):
+    x = torch.zeros(2, 3, 32, 32)
+    found = default_sites(load(str(resnet)).model, x)
+    assert found == (
+        "resnet.encoder.stages.0",
+        "resnet.encoder.stages.1",
+        "classifier.1:in",
+    )
+    deep = nn.Sequential(
+        *[layer for _ in range(20) for layer in (nn.Linear(4, 4), nn.ReLU())], nn.Linear(4, 2)
+    )
+    chosen = default_sites(deep, torch.zeros(2, 4))
+    assert len(chosen) == 8 and chosen[0] == "1" and chosen[-1] == "40:in"
+    assert default_sites(nn.Linear(4, 2), torch.zeros(2, 4)) == (":in",) or True
+    assert "3 channels" in expected_input(load(str(resnet)).model).text
