@@ -38,8 +38,8 @@ class Paper:
 
     @property
     def recipe(self) -> str:
-        """The recipe's file, whether it exists or not."""
-        return f"recipes/{self.slug.replace('-', '_')}.py"
+        """The recipe's package, whether it exists or not."""
+        return f"recipes/{self.slug.replace('-', '_')}"
 
     @property
     def there(self) -> bool:
@@ -92,7 +92,7 @@ PAPERS: tuple[Paper, ...] = (
         "Rebuffi, Fong, Ji, Vedaldi",
         "2004.02866",
         "See which parts of an image a network's gradients point at, with one function for the whole Grad-CAM family.",
-        ("explain/saliency/",),
+        ("explain/saliency",),
     ),
     Paper(
         "diffroar",
@@ -100,7 +100,10 @@ PAPERS: tuple[Paper, ...] = (
         "Shah, Jain, Netrapalli",
         "2102.12781",
         "Test whether input gradients mark the pixels that matter, by retraining on what they keep.",
-        ("explain/diffroar/", "data/blockmnist.py", "learn/adversarial.py"),
+        (
+            "explain/faithfulness/diffroar",
+            "data/blockmnist.py",
+        ),
     ),
     Paper(
         "reagent",
@@ -108,7 +111,7 @@ PAPERS: tuple[Paper, ...] = (
         "Zhao, Shan",
         "2402.00794",
         "Find the context tokens behind a generated token from probabilities alone, without gradients.",
-        ("explain/tokens/",),
+        ("explain/tokens",),
     ),
     Paper(
         "relp",
@@ -117,8 +120,8 @@ PAPERS: tuple[Paper, ...] = (
         "2508.21258",
         "Locate the components that carry a behaviour of a language model in two forward passes and one backward pass.",
         (
-            "explain/patching/",
-            "explain/relevance/",
+            "explain/patching",
+            "explain/relevance",
         ),
     ),
     Paper(
@@ -135,7 +138,7 @@ PAPERS: tuple[Paper, ...] = (
         "Fel, Bethune, Lampinen, Serre, Hermann",
         "2407.06076",
         "Score how hard each feature of a network is to read out of its layers, and how much the network relies on it.",
-        ("measure/complexity.py",),
+        ("measure/complexity",),
     ),
     Paper(
         "convergent-learning",
@@ -143,7 +146,7 @@ PAPERS: tuple[Paper, ...] = (
         "Li, Yosinski, Clune, Lipson, Hopcroft",
         "1511.07543",
         "Match the units of separately trained networks, to tell what every training run finds from what one run made up.",
-        ("measure/alignment.py",),
+        ("measure/alignment",),
     ),
     Paper(
         "representation-bias",
@@ -151,7 +154,7 @@ PAPERS: tuple[Paper, ...] = (
         "Lampinen, Chan, Hermann",
         "2405.05847",
         "Measure how much of a representation's variance each feature takes, which is not how much the network needs it.",
-        ("measure/bias.py",),
+        ("measure/bias",),
     ),
     Paper(
         "ifm",
@@ -160,7 +163,7 @@ PAPERS: tuple[Paper, ...] = (
         "Chen, Zhou, Yan",
         "2310.06756",
         "Count the distinct channels of each layer, and merge the redundant ones without any data.",
-        ("measure/merging.py",),
+        ("measure/merging", "core/surgery.py"),
     ),
     Paper(
         "neural-collapse",
@@ -168,7 +171,7 @@ PAPERS: tuple[Paper, ...] = (
         "Tirer, Huang, Niles-Weed",
         "2210.16658",
         "Measure how far the features of each layer have collapsed to one point per class, and predict what is left near it.",
-        ("measure/collapse.py",),
+        ("measure/collapse",),
     ),
     Paper(
         "shortcut-learning",
@@ -176,7 +179,7 @@ PAPERS: tuple[Paper, ...] = (
         "Hermann, Mobahi, Fel, Mozer",
         "2310.16228",
         "Measure how much a network prefers the feature that is easy to extract over the one that predicts best.",
-        ("measure/shortcuts.py",),
+        ("measure/shortcuts",),
     ),
     Paper(
         "loss-landscape",
@@ -184,7 +187,7 @@ PAPERS: tuple[Paper, ...] = (
         "Gabdullin",
         "2412.10146",
         "Draw the loss around trained weights along any axes, and sum up its Hessian's spectrum in two numbers.",
-        ("measure/landscape.py", "measure/hessian_criteria.py"),
+        ("measure/landscape",),
     ),
     Paper(
         "projection-head",
@@ -192,7 +195,7 @@ PAPERS: tuple[Paper, ...] = (
         "Xue, Gan, Ni, Joshi, Mirzasoleiman",
         "2403.11391",
         "Decide whether to train with a projection head and drop it, or to reweight features with a fixed one.",
-        ("learn/projection.py",),
+        ("learn/projection",),
     ),
     Paper(
         "useful",
@@ -200,7 +203,10 @@ PAPERS: tuple[Paper, ...] = (
         "Nguyen, Haddad, Gan, Mirzasoleiman",
         "2404.17768",
         "Find the examples a network learns late and show them twice, for better accuracy on the same data.",
-        ("learn/resampling.py", "learn/optim/sam.py"),
+        (
+            "learn/useful",
+            "optim/sam.py",
+        ),
     ),
     Paper(
         "tract",
@@ -208,7 +214,7 @@ PAPERS: tuple[Paper, ...] = (
         "Petersen, Borgelt, Ermon",
         "2410.23970",
         "Train a vision model in fewer epochs by stepping on its first layer's outputs.",
-        ("learn/first_layer.py",),
+        ("learn/tract",),
     ),
     Paper(
         "diffgrad",
@@ -216,7 +222,7 @@ PAPERS: tuple[Paper, ...] = (
         "Dubey, Chakraborty, Roy, Mukherjee, Singh, Chaudhuri",
         "1909.11015",
         "Train with an Adam that slows each weight down where its gradient stands still.",
-        ("learn/optim/diffgrad",),
+        ("optim/diffgrad",),
     ),
     Paper(
         "gns",
@@ -224,7 +230,7 @@ PAPERS: tuple[Paper, ...] = (
         "Semenov, Jaggi, Doikov",
         "2506.13710",
         "Minimise a smooth function with approximate Hessians and no step size to tune.",
-        ("learn/optim/gns",),
+        ("optim/gns",),
     ),
     Paper(
         "gbnn",
@@ -232,7 +238,7 @@ PAPERS: tuple[Paper, ...] = (
         "Emami, Martinez-Munoz",
         "1909.12098",
         "Grow a network a few units at a time, so that its last units can be switched off when time is short.",
-        ("learn/boosting.py",),
+        ("learn/boosting",),
     ),
     Paper(
         "elasticface",
@@ -240,7 +246,7 @@ PAPERS: tuple[Paper, ...] = (
         "Boutros, Damer, Kirchbuchner, Kuijper",
         "2109.09416",
         "Train embeddings for open-set recognition with margins drawn anew for each sample.",
-        ("learn/losses",),
+        ("losses",),
     ),
     Paper(
         "unpg",
@@ -248,7 +254,7 @@ PAPERS: tuple[Paper, ...] = (
         "Jung, Lee, Oh, Park, Park, Son",
         "2203.11593",
         "Add the hard negative pairs inside a batch to any margin loss, for fewer false accepts.",
-        ("learn/losses",),
+        ("losses",),
     ),
     Paper(
         "contrastive-ft",
@@ -256,7 +262,7 @@ PAPERS: tuple[Paper, ...] = (
         "Zhu, Zhao, Liu, Sun, Chen",
         "2108.02982",
         "Watch a contrastive training through its scores, and make its positives harder and its negatives fresher.",
-        ("learn/losses",),
+        ("losses",),
     ),
     Paper(
         "unified-embedding",
@@ -272,7 +278,7 @@ PAPERS: tuple[Paper, ...] = (
         "Shen, Lu, Gui, Li, He, Yin, Sun",
         "2511.20102",
         "Train one language model that runs with full attention or with any sparse budget.",
-        ("modules",),
+        ("modules/sparse_attention",),
     ),
     Paper(
         "colormnet",
@@ -296,7 +302,7 @@ PAPERS: tuple[Paper, ...] = (
         "Lee, Chun, Jung, Yun, Yoon",
         "2202.02916",
         "Replace a training set by a few learned pictures per class.",
-        ("data/condensation.py",),
+        ("learn/condensation",),
     ),
     Paper(
         "gifd",
