@@ -59,7 +59,6 @@ DIFFGRAD = (
     ({"nonfinite": "drop"}, "nonfinite"),
     ({"rectify": "sgd"}, "rectify"),
     ({"fixed_friction": -1}, "fixed_friction"),
-    ({"differentiable": True}, "differentiable: got True"),
     ({"foreach": True, "compiled": True}, "foreach and compiled: got both"),
     (
         {"alias_previous_grad": True, "maximize": True},

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tests.golden.common import files
 
-from lineament.optim.diffgrad import DiffGrad, friction
-from lineament.optim.diffgrad.frictions import STATISTICAL
+from lineament.optim.diffgrad import DiffGrad
+from lineament.optim.frictions import STATISTICAL, friction
 
 BASE = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "eps_mode": "code"}
 CASES = {

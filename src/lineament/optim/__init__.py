@@ -1,6 +1,6 @@
-"""Optimizers: each a ``torch.optim.Optimizer``, held to ``tests/contracts/test_optimizers.py``.
+"""Optimizers: SAM and ASAM, diffGrad, and Newton-type minimisation of functions and networks (GNS).
 
-``sam.py`` has SAM and ASAM, ``diffgrad/`` diffGrad and its friction, ``gns/`` Newton-type minimisation of functions and networks.
+Each is a ``torch.optim.Optimizer``, held to ``tests/contracts/test_optimizers.py``.
 """
 
 from lineament.optim.diffgrad import DiffGrad
