@@ -274,7 +274,7 @@ def test_a_killed_recipe_goes_on_with_the_same_result(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(name, *rest)
 
-    monkeypatch.setattr(_useful_runs, "final", killed)
+    monkeypatch.setattr(runs, "final", killed)
     with pytest.raises(KeyboardInterrupt):
         run(config, out=tmp_path / "cut")
     again = run(config, out=tmp_path / "cut")
