@@ -9,21 +9,13 @@ import pytest
 import torch
 from tests.golden.common import files
 
-from lineament.optim.gns import (
-    Chebyshev,
-    Dense,
-    Linear,
-    Logistic,
-    LogSumExp,
-    PowerOfResiduals,
-    Rosenbrock,
-    Softmax,
-    dense_curvature,
-    minimize,
-    smoothness,
-)
-from lineament.optim.gns.metric import Metric
-from lineament.optim.gns.solvers import system
+from lineament.optim.gns.algorithm import minimize
+from lineament.optim.gns.equations import Chebyshev, Linear, Rosenbrock
+from lineament.optim.gns.forms import Dense
+from lineament.optim.gns.linear_algebra import Metric
+from lineament.optim.gns.problems import Logistic, LogSumExp, PowerOfResiduals, Softmax, dense_curvature
+from lineament.optim.gns.solvers import StepOptions, system
+from lineament.optim.gns.theory import smoothness
 
 # f_0 .. f_K and x_0 .. x_7 come from a code that divides by γ + 1e-8.
 VALUES, POINTS = {"rtol": 1e-5, "atol": 1e-7}, {"rtol": 0, "atol": 1e-6}
@@ -109,7 +101,7 @@ def check_step(a):
     for name, kind in (("step_h", "exact"), ("step_h_wgn", "gauss_newton")):
         for solver in ("cholesky", "eigh", "cg"):
             form = Dense(dense_curvature(problem, x, kind))
-            h = system(form, B, g, z, solver=solver, cg_tol=1e-13).solve(lam)
+            h = system(form, B, g, z, StepOptions(solver=solver, cg_tol=1e-13)).solve(lam)
             np.testing.assert_allclose(h, a[name], rtol=1e-9, atol=1e-9 * float(a[name].abs().max()))
 
 

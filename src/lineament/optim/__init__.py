@@ -4,7 +4,7 @@ Each is a ``torch.optim.Optimizer``, held to ``tests/contracts/test_optimizers.p
 """
 
 from lineament.optim.diffgrad import DiffGrad
-from lineament.optim.gns import GNS
+from lineament.optim.gns.optimizer import GNS
 from lineament.optim.sam import ASAM, SAM
 
 __all__ = ["ASAM", "GNS", "SAM", "DiffGrad"]
