@@ -12,16 +12,17 @@ import torch
 from tests.golden.common import files
 from torch import nn
 
-from lineament.explain.tokens import Script, reagent
 from lineament.explain.tokens.attention import from_attention
-from lineament.explain.tokens.baselines import attribute_tokens
-from lineament.explain.tokens.embeddings import through_embeddings
 from lineament.explain.tokens.faithfulness import (
     exact_soft_faithfulness,
     hard_faithfulness,
     soft_faithfulness,
 )
+from lineament.explain.tokens.gradients import through_embeddings
+from lineament.explain.tokens.methods import attribute_tokens
 from lineament.explain.tokens.next_token import NextToken
+from lineament.explain.tokens.options import ReagentOptions, Script
+from lineament.explain.tokens.recursion import reagent
 from lineament.explain.tokens.results import normalized
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-10}
@@ -89,18 +90,19 @@ def test_recursion(path, as_function):
             warnings.simplefilter("always")
             found = reagent(
                 model,
-                None,
                 a["input_ids"],
-                int(a["target_id"]),
-                script=Script(a["init_logit"], a["U"], a["replace_ids"], a["stop_fill_ids"]),
-                ratio=h["replacing_ratio"],
-                keep=h["keep_top_n"],
-                top_k=h["stop_top_k"],
+                target=int(a["target_id"]),
                 probes=h["B"],
-                max_steps=h["max_steps"],
-                overlap=h["overlap_threshold"],
-                lookahead=lookahead,
-                trace=True,
+                options=ReagentOptions(
+                    script=Script(a["init_logit"], a["U"], a["replace_ids"], a["stop_fill_ids"]),
+                    ratio=h["replacing_ratio"],
+                    keep=h["keep_top_n"],
+                    top_k=h["stop_top_k"],
+                    max_steps=h["max_steps"],
+                    overlap=h["overlap_threshold"],
+                    lookahead=lookahead,
+                    trace=True,
+                ),
             )
         assert found.n_steps == int(a["n_steps"]) == steps and found.probes.shape[0] == probes
         torch.testing.assert_close(found.history, a["scores"], **TOLERANCE)
@@ -123,7 +125,6 @@ def test_soft_faithfulness(path):
     ):
         found = soft_faithfulness(
             Toy(a),
-            None,
             a["input_ids"],
             a["importance"],
             distance=distance,
@@ -159,7 +160,7 @@ def test_distributions(path):
 def test_exact_expectation(path):
     a = load(path)
     for prefix, distance in (("hellinger", "hellinger"), ("code", "squared_official")):
-        found = exact_soft_faithfulness(Toy(a), None, a["input_ids"], a["importance"], distance=distance)
+        found = exact_soft_faithfulness(Toy(a), a["input_ids"], a["importance"], distance=distance)
         for ours, theirs in (
             ("raw_sufficiency", "ES"),
             ("sufficiency", "ENS"),
@@ -175,7 +176,7 @@ def test_hard_ratio(path):
     a = load(path)
     found, rooted = (
         hard_faithfulness(
-            Toy(a), None, a["input_ids"], a["importance"], ratios=[float(a["ratio"])], distance=distance
+            Toy(a), a["input_ids"], a["importance"], ratios=[float(a["ratio"])], distance=distance
         )
         for distance in ("squared_official", "hellinger")
     )
@@ -198,7 +199,7 @@ def test_attributions(path):
         ("integrated_gradients", "ig_101_zero_baseline", {}),
         ("integrated_gradients", "ig_exact", {"rule": "gauss", "steps": 64}),
     ):
-        found = attribute_tokens(Toy(a), None, a["input_ids"], int(a["target_id"]), method=method, **options)
+        found = attribute_tokens(Toy(a), a["input_ids"], target=int(a["target_id"]), method=method, **options)
         torch.testing.assert_close(found.scores, a[name], **TOLERANCE)
         assert abs(np.log(found.probability) - float(a["logp_input"])) < 1e-10
     assert abs(float(a["ig_exact"].sum()) - float(a["logp_input"] - a["logp_zero"])) < 1e-9
