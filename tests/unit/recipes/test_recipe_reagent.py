@@ -69,7 +69,7 @@ def test_a_run_in_miniature(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_users_model_and_prompts(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "EXTRA", ())
-    monkeypatch.setattr(recipe, "VARIANTS", dict.fromkeys(recipe.VARIANTS, {"steps": 2}))
+    monkeypatch.setattr(recipe, "VARIANTS", {n: {"steps": 2} for n in recipe.VARIANTS})
     model("gpt2").save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("the cat sat on the\n\nthe dog ran to the old house\n")
