@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lineament.core.batching import progress
 from lineament.measure.collapse.profile import collapse, collapse_metrics
+from lineament.recipes.kit import networks
 from lineament.recipes.kit.images import Data, flipped_and_cropped
-from lineament.recipes.kit.networks import MLP, ResNet18
 
 # Weight decay of the feature layers and of the last one, as multiples of the baseline's.
 SETTINGS = {
@@ -26,11 +26,14 @@ SETTINGS = {
 
 def network(kind: str, data: Data, widths: tuple[int, ...], *, bias: bool, seed: int) -> nn.Module:
     """A freshly drawn network; PyTorch's default initialisation, from ``seed`` alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if kind == "resnet18":
-            return ResNet18(data.x.shape[1], data.classes, bias=bias)
-        return MLP(data.x[0].numel(), widths, data.classes, bias=bias)
+    return networks.network(
+        kind,
+        data.x.shape[1:],
+        data.classes,
+        seed=seed,
+        widths=widths if kind == "mlp" else None,
+        head_bias=bias,
+    )
 
 
 def loss_of(name: str) -> Callable[[Tensor, Tensor], Tensor]:
