@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineament.core import checks
-from lineament.core.batching import Checkpoint, progress
+from lineament.core.batching import progress
+from lineament.core.checkpoint import Checkpoint
 from lineament.data.digit_scenes import DigitScenes, digit_scenes
 from lineament.explain.saliency import saliency
 from lineament.explain.saliency.aggregation import combined
