@@ -50,7 +50,9 @@ class Stages:
         keys = list(keys)
         left = [key for key in keys if not self.checkpoint.finished(name.format(key), tuple[kind, float])]
         if jobs > 1 and len(left) > 1:
-            results = Parallel(n_jobs=jobs, return_as="generator")(delayed(_timed)(compute, key) for key in left)
+            results = Parallel(n_jobs=jobs, return_as="generator")(
+                delayed(_timed)(compute, key) for key in left
+            )
             for key, result in zip(left, results):
                 self._stored(name.format(key), lambda result=result: result, kind)
         return {key: self(name.format(key), lambda key=key: compute(key), kind) for key in keys}
