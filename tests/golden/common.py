@@ -119,7 +119,7 @@ class File(Scope):
         self.inputs: set[str] = set()
         self.problems: list[str] = []
         self.at_once = False  # raise at the first difference
-        self.opened: dict[str, File] = {}
+        self.opened: dict[str, File] = {path.name: self}
 
     @cached_property
     def nodes(self) -> dict[str, Any]:
@@ -167,12 +167,15 @@ class File(Scope):
             opened.opened, opened.problems, opened.at_once = self.opened, self.problems, self.at_once
         return self.opened[name]
 
-    def partner(self, kind: str) -> File:
-        """The file of a kind that belongs to this one: it takes values from it, or has its name; else the only one."""
-        found = [f for f in files(self.path.parent) if f.spec["kind"] == kind]
-        assert found, f"{self.path.name}: no file of kind {kind!r} beside it"
-        found.sort(key=lambda f: (f"{self.path.name}#" not in json.dumps(f.spec), f.path.stem != self.path.stem))
-        return self.beside(found[0].path.name)
+    def partners(self, kind: str) -> list[File]:
+        """The files of a kind beside this one, first the one that takes values from it or from which it does, then that of its name."""
+        found = [f for f in files(self.path.parent) if f.spec["kind"] == kind and f.path.parent == self.path.parent]
+
+        def far(file: File) -> tuple[bool, bool]:
+            linked = f"{self.path.name}#" in json.dumps(file.spec) or f"{file.path.name}#" in json.dumps(self.spec)
+            return not linked, file.path.stem != self.path.stem
+
+        return [self.beside(f.path.name) for f in sorted(found, key=far)]
 
 
 def listed(value: Any) -> list[Any]:
@@ -319,7 +322,8 @@ def golden(
 ) -> tuple[Callable[..., None], Callable[..., None]]:
     """The tests of a method: its numbers are right, every one is compared, and a wrong one would be noticed.
 
-    ``fixed`` names the hyper-parameters of which the library has one value: files with another value fail by their numbers.
+    ``fixed`` names what no number depends on: hyper-parameters of which the library has one value (files with another one fail by their
+    numbers), and a counter or two.
     """
 
     def parametrized(root: Path) -> Any:
@@ -340,7 +344,7 @@ def golden(
             wrong = spoiled(base.data[array])
             if not any(mismatch(found, wrong, t) for name, found, t, _ in base.compared if name == array):
                 unnoticed.append(array)
-        for array in base.inputs if file.path.suffix == ".npz" else ():
+        for array in base.inputs - set(fixed) if file.path.suffix == ".npz" else ():
             changed = File(file.path, file.spec)
             changed.data[array] = spoiled(base.data[array], everywhere=True)
             unnoticed += [] if fails(changed, checks) else [array]
