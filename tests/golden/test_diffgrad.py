@@ -70,7 +70,11 @@ def check_trajectory(file: File) -> None:
                 for key, found in trajectory(start.to(dtype), gradients, **made, **way).items():
                     case.compare(f"{case.name}__{key}", found, dtype)
             for way in (WAYS["blocks"],) if aliased else (WAYS["blocks"], WAYS["lists"]):
-                case.compare(f"{case.name}__xi", lambda w=way: frictions(start.to(dtype), gradients, **made, **w), dtype)
+                case.compare(
+                    f"{case.name}__xi",
+                    lambda w=way: frictions(start.to(dtype), gradients, **made, **w),
+                    dtype,
+                )
         if aliased:
             right = trajectory(start, gradients, **{**made, "alias_previous_grad": False})
             case.differs(f"{case.name}__p", right["p"])

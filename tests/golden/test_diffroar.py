@@ -52,7 +52,9 @@ def check_gradients(file: File) -> None:
     for case in file.cases:
         if case["method"] == "mask":
             end = KEPT[case["remove"], case["order"]]
-            view = Unmasked(x.float(), ranking, 1 - case["fraction"], end, fill_value(case["fill"], x.float()))
+            view = Unmasked(
+                x.float(), ranking, 1 - case["fraction"], end, fill_value(case["fill"], x.float())
+            )
             case.compare(f"masked|{case.name}", view.whole())
             rows = torch.arange(len(x)).flip(0)
             case.compare(f"masked|{case.name}", view[rows][rows])
@@ -76,14 +78,21 @@ def attack(net: nn.Module, x: Tensor, y: Tensor, case: Scope) -> Tensor:
 
 
 def check_signal(file: File) -> None:
-    file.compare("loss_grad", input_gradient(network(file), file.input("x"), file.input("y"), kind="loss"), torch.float32)
+    file.compare(
+        "loss_grad",
+        input_gradient(network(file), file.input("x"), file.input("y"), kind="loss"),
+        torch.float32,
+    )
     double = network(file).double()
     found = input_gradient(double, file.input("x").double(), file.input("y"), kind="loss")
     file.compare("loss_grad", found)
 
 
 def check_scalars(file: File) -> None:
-    if any(name in file.data for name in ("pr_top_gradient_is_signal", "pr_bottom_gradient_is_signal", "AQ_level_1")):
+    if any(
+        name in file.data
+        for name in ("pr_top_gradient_is_signal", "pr_bottom_gradient_is_signal", "AQ_level_1")
+    ):
         beside = file.partners("signal_coordinate")[0]
         x, y = beside.input("x").double(), beside.input("y")
         found = leakage(input_gradient(network(beside).double(), x, y, kind="loss"), x != 0, x.shape[1])
@@ -92,7 +101,10 @@ def check_scalars(file: File) -> None:
         file.compare("AQ_level_1", found.top_is_own - found.bottom_is_own)
     if "aggregation" in file.nodes:
         levels = file.input("aggregation.levels_kept_fraction")
-        runs = (torch.tensor(file.input(f"aggregation.acc_keep_{end}"), dtype=torch.float64) for end in ("top", "bottom"))
+        runs = (
+            torch.tensor(file.input(f"aggregation.acc_keep_{end}"), dtype=torch.float64)
+            for end in ("top", "bottom")
+        )
         found = DiffROAR(tuple(levels), *runs)
         file.compare("aggregation.mean", found.mean)
         file.compare("aggregation.std_population", found.std)
@@ -120,7 +132,6 @@ def check_blocks(file: File) -> None:
     one = torch.nn.functional.pad(s[:, None], (0, net.signals - 1))
     for x in (one, (s / net.signals)[:, None].expand(-1, net.signals)):
         file.compare("theory_f", net(x))
-
 
     for told in file.partners("block_layout_and_theory_values"):
         check_block_values(told, file)

@@ -17,7 +17,13 @@ from lineament.measure.landscape.criteria import density_curve, extreme_ratio, n
 from lineament.measure.landscape.grids import adam_equation, interpolation, line, plane
 from lineament.measure.landscape.points import evaluate
 
-ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU, "sigmoid": nn.Sigmoid, "softplus": nn.Softplus}
+ACTIVATIONS = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "sigmoid": nn.Sigmoid,
+    "softplus": nn.Softplus,
+}
 LOSSES = {"mean": nn.functional.cross_entropy}
 LANCZOS = {"full": lanczos}
 # Array: (normalisation, its options); the official code scales one-dimensional tensors as a whole.
@@ -54,7 +60,13 @@ def convolution(file: Scope) -> nn.Sequential:
     (channels, inputs, *_), (classes, width) = state["c.weight"].shape, state["l.weight"].shape
     net = nn.Sequential(
         OrderedDict(
-            c=nn.Conv2d(inputs, channels, file["conv_kernel_size"], padding=file["conv_padding"], stride=file.get("conv_stride", 1)),
+            c=nn.Conv2d(
+                inputs,
+                channels,
+                file["conv_kernel_size"],
+                padding=file["conv_padding"],
+                stride=file.get("conv_stride", 1),
+            ),
             bn=nn.BatchNorm2d(channels, eps=file["bn_eps"]),
             relu=nn.ReLU(),
             flat=nn.Flatten(),
@@ -92,7 +104,9 @@ def check_curvature(case: Scope, data: list[tuple[Tensor, Tensor]]) -> None:
             case.compare(f"{at}_K_{n}", negative_ratio(nodes, weights, n))
         for ending in (m[1] for key in case.values if (m := re.fullmatch(r"density(|_.+)_s2", key))):
             variance, margin = case[f"density{ending}_s2"], case[f"density{ending}_ext"]
-            grid, height = density_curve(nodes, weights, variance=variance, margin=margin, points=case["n_grid"])
+            grid, height = density_curve(
+                nodes, weights, variance=variance, margin=margin, points=case["n_grid"]
+            )
             case.compare(f"{at}_density_grid{ending}", grid)
             case.compare(f"{at}_density{ending}", height)
 
@@ -119,7 +133,11 @@ def check_planes(file: File, data: list[tuple[Tensor, Tensor]]) -> None:
     if file.has("plane_official_steps"):
         # Their rows are shifted by one cell in turn; the same points by our evaluation give their numbers.
         steps = int(file.input("plane_official_steps"))
-        cells = [((i - steps / 2) / steps, (j + (i % 2 == 0) - steps / 2) / steps) for i in range(steps) for j in range(steps)]
+        cells = [
+            ((i - steps / 2) / steps, (j + (i % 2 == 0) - steps / 2) / steps)
+            for i in range(steps)
+            for j in range(steps)
+        ]
         found = evaluate(net, loss_fn, data, axes, cells)["loss"].view(steps, steps)
         file.compare("plane_official_filter_dist1", found)
     if file.has("hess_plane_axis") or file.arrays("eig(vec|val)_top.+"):
@@ -134,7 +152,9 @@ def check_planes(file: File, data: list[tuple[Tensor, Tensor]]) -> None:
     if file.has("adameq_steps"):
         moments = [given(net, file.input(f"adam_{key}")) for key in "mv"]
         adam = torch.optim.Adam(net.parameters())
-        found = adam_equation(net, loss_fn, data, adam, steps=int(file.input("adameq_steps")), moments=moments)
+        found = adam_equation(
+            net, loss_fn, data, adam, steps=int(file.input("adameq_steps")), moments=moments
+        )
         for key, value in (("a", found.a), ("b", found.b), ("correct", found.loss)):
             file.compare(f"adameq_{key}", value)
 
@@ -147,7 +167,9 @@ def check_interpolation(file: File, data: list[tuple[Tensor, Tensor]]) -> None:
         file.compare("interp_loss", found.loss)
     steps = file["interp_official_steps"]
     at = torch.arange(1, steps + 1, dtype=torch.float64) / steps
-    file.compare(f"interp_official_steps{steps}", lambda: interpolation(first, loss_fn, data, last, at=at).loss)
+    file.compare(
+        f"interp_official_steps{steps}", lambda: interpolation(first, loss_fn, data, last, at=at).loss
+    )
 
 
 def check_batch_norm(file: File) -> None:
@@ -183,7 +205,9 @@ def check_lla(file: File) -> None:
         check_planes(file, data)
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::lineament.measure.landscape.batchnorm_modes.LandscapeWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::lineament.measure.landscape.batchnorm_modes.LandscapeWarning"
+)
 test_golden, test_a_wrong_number_is_noticed = golden(
     "loss-landscape", {"lla": check_lla}, fixed=("direction_eps", "adam_eps", "conv_bn_num_batches_tracked")
 )

@@ -60,7 +60,9 @@ def check_flow(file: File) -> None:
         file.compare("flow_L", path.loss)
         assert (path.nc1_tilde.diff() < 0).all()
         assert (path.scaled_within.diff() < 0).all() and (path.scaled_between.diff() > 0).all()
-    reached = [minimise(problem, H0, beta) for beta in file["betas"].tolist()] if "betas" in file.values else []
+    reached = (
+        [minimise(problem, H0, beta) for beta in file["betas"].tolist()] if "betas" in file.values else []
+    )
     if reached:
         assert all(found.converged for found in reached)
         file.compare("H_min", torch.stack([found.H for found in reached]))

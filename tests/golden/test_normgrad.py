@@ -35,7 +35,9 @@ class Net(nn.Module):
         state = {m[1]: file.input(name) for name, m in file.arrays(r"param\|(.+)").items()}
 
         def stack(prefix: str) -> nn.Sequential:
-            return nn.Sequential(*(layer(spec, state.get(f"{prefix}.{k}.weight")) for k, spec in enumerate(file[prefix])))
+            return nn.Sequential(
+                *(layer(spec, state.get(f"{prefix}.{k}.weight")) for k, spec in enumerate(file[prefix]))
+            )
 
         def layer(spec: dict[str, Any], weight: Tensor | None) -> nn.Module:
             options = {key: value for key, value in spec.items() if key != "type"}
@@ -61,9 +63,17 @@ def site_of(name: str) -> str:
 def check_maps(file: File) -> None:
     net, x = SCORES[file["score"]](Net(file)), file.input("x")
     targets = torch.as_tensor(file["target"]).expand(len(x))
-    first, target, plain = x[:1], targets[:1], {"resize": not RESIZES[file["resize_mode"], file["align_corners"]]}
+    first, target, plain = (
+        x[:1],
+        targets[:1],
+        {"resize": not RESIZES[file["resize_mode"], file["align_corners"]]},
+    )
     # Where the official code gives NaN or infinity, the library must not.
-    broken = {name for told in file.partners("scalars") for name in told.nodes.get("nonfinite_in_official_output", [])}
+    broken = {
+        name
+        for told in file.partners("scalars")
+        for name in told.nodes.get("nonfinite_in_official_output", [])
+    }
 
     def compare(name: str, found: Tensor) -> None:
         if name in broken:
@@ -83,13 +93,17 @@ def check_maps(file: File) -> None:
         compare(name, found[site_of(m[1])][0])
     for name, m in file.arrays(r"raw\|(.+)\|(\w+)\|(\w+)").items():
         site, extract, aggregate = site_of(m[1]), m[2], m[3]
-        compare(name, saliency(net, first, target, site=site, extract=extract, aggregate=aggregate, **plain)[0, 0])
+        compare(
+            name, saliency(net, first, target, site=site, extract=extract, aggregate=aggregate, **plain)[0, 0]
+        )
         with capture(net, site, gradients=True) as seen:
             score = net(first)[0, target[0]]
         size = re.fullmatch(r"conv(\d+)x\1(_depthwise)?", extract)
         width, phase = (1, extract) if size is None else (int(size[1]), "depthwise" if size[2] else "conv")
         window = Window((width, width), padding=(file["contribution_padding"] if width > 1 else 0,) * 4)
-        found = aggregate_contributions(seen[site], seen.gradients(score)[site], phase, aggregate, window=window)
+        found = aggregate_contributions(
+            seen[site], seen.gradients(score)[site], phase, aggregate, window=window
+        )
         compare(name, found[0, 0])
     for name, m in file.arrays(r"map\|(\w+)\|(.+)").items():
         found = saliency(net, x, targets, site=site_of(m[2]), method=m[1], **plain)
@@ -100,10 +114,15 @@ def check_maps(file: File) -> None:
         width, height = file["resize_wh"]
         compare(name, saliency(net, x, targets, site=site_of(m[2]), method=m[1], resize=(height, width)))
     for name, m in file.arrays(r"map_smooth\|(\w+)\|(.+)").items():
-        compare(name, saliency(net, x, targets, site=site_of(m[2]), method=m[1], smooth=file["smooth_fraction"]))
+        compare(
+            name, saliency(net, x, targets, site=site_of(m[2]), method=m[1], smooth=file["smooth_fraction"])
+        )
     for name, m in file.arrays(r"meta\|(\w+)\|(\w+)").items():
         step: dict[str, Any] = {"eps": file["lr"], "order": file["meta_steps"], "negate": SIGNS[m[2]]}
-        compare(name, meta_saliency(net, x, targets, site=site_of(file["meta_layer"]), method=m[1], **step, **plain))
+        compare(
+            name,
+            meta_saliency(net, x, targets, site=site_of(file["meta_layer"]), method=m[1], **step, **plain),
+        )
     size = (x.shape[2], x.shape[3])
     for name, m in file.arrays(r"combi_product\|(\w+)\|(\w+)").items():
         maps = at_layers(extract=m[1], aggregate=m[2])
@@ -122,8 +141,18 @@ def check_scalars(file: File) -> None:
     file.compare("argmin", output.argmin(1))
     for key in file.nodes.get("class_sensitivity_spearman", {}):
         method, site = key.split("|")
-        file.compare(f"class_sensitivity_spearman.{key}", class_sensitivity(net, x, method=method, site=site_of(site)).per_image)
-    for key in ("target", "lr", "resize_wh", "smooth_fraction", "layer_weights", "nonfinite_in_official_output"):
+        file.compare(
+            f"class_sensitivity_spearman.{key}",
+            class_sensitivity(net, x, method=method, site=site_of(site)).per_image,
+        )
+    for key in (
+        "target",
+        "lr",
+        "resize_wh",
+        "smooth_fraction",
+        "layer_weights",
+        "nonfinite_in_official_output",
+    ):
         if key in file.nodes:
             file.input(key)  # read for the maps
     if "pointing_game" in file.nodes:
@@ -132,16 +161,22 @@ def check_scalars(file: File) -> None:
 
 def check_pointing_game(file: File) -> None:
     at = "pointing_game"
-    height, width, tolerance, classes = (file.input(f"{at}.{key}") for key in ("H", "W", "tolerance", "num_classes"))
+    height, width, tolerance, classes = (
+        file.input(f"{at}.{key}") for key in ("H", "W", "tolerance", "num_classes")
+    )
     count = PointingGame(classes)
     for k in range(len(file.nodes[f"{at}.cases"])):
-        box, point, label = (file.input(f"{at}.cases[{k}].{key}") for key in ("box_y0x0hw", "point_xy", "class_id"))
+        box, point, label = (
+            file.input(f"{at}.cases[{k}].{key}") for key in ("box_y0x0hw", "point_xy", "class_id")
+        )
         mask = torch.zeros(height, width, dtype=torch.bool)
         mask[box[0] : box[0] + box[2], box[1] : box[1] + box[3]] = True
         hit = DISTANCES[file["pointing_distance"]](tuple(point), mask, tolerance)
         count.add(label, hit)
         file.compare(f"{at}.cases[{k}].hit", 1 if hit else -1)
-    file.compare(f"{at}.class_accuracies", torch.tensor([a or 0.0 for a in count.accuracies()], dtype=torch.float64))
+    file.compare(
+        f"{at}.class_accuracies", torch.tensor([a or 0.0 for a in count.accuracies()], dtype=torch.float64)
+    )
     file.compare(f"{at}.mean_accuracy", count.mean(unseen_as_zero=True))
 
 

@@ -86,8 +86,12 @@ def check_recursion(file: File) -> None:
             file.compare("mean_importance" if stopped else "fallback_mean_all_probes", found.scores)
             file.compare("pos_top_n", found.probes.topk(file["keep_top_n"], dim=1).indices)
             file.compare("rationale_pos", torch.tensor(found.rationale, dtype=torch.long))
-            tested = torch.cat([torch.zeros_like(found.hits[:1]), found.hits[:-1].cumsum(0).bool()]).logical_not()
-            file.compare("stop_hit", torch.where(tested, found.hits, raw_stops(file, toy, found.history, draws)))
+            tested = torch.cat(
+                [torch.zeros_like(found.hits[:1]), found.hits[:-1].cumsum(0).bool()]
+            ).logical_not()
+            file.compare(
+                "stop_hit", torch.where(tested, found.hits, raw_stops(file, toy, found.history, draws))
+            )
 
 
 def raw_stops(file: File, model: nn.Module, scores: Tensor, draws: list[Tensor]) -> Tensor:

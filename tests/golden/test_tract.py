@@ -18,7 +18,11 @@ def layer_of(case: Scope, weight: Tensor) -> nn.Module:
     if kind is nn.Linear:
         layer: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias=case["bias"])
     else:
-        given = {key: case[key] for key in ("kernel_size", "stride", "padding", "dilation", "groups") if key in case.values}
+        given = {
+            key: case[key]
+            for key in ("kernel_size", "stride", "padding", "dilation", "groups")
+            if key in case.values
+        }
         sizes = {key: v.tolist() if isinstance(v, Tensor) else v for key, v in given.items()}
         inputs = weight.shape[1] * sizes.get("groups", 1)
         layer = kind(inputs, weight.shape[0], bias=case["bias"], **sizes)
@@ -30,7 +34,9 @@ def layer_of(case: Scope, weight: Tensor) -> nn.Module:
 def check_layers(file: File) -> None:
     for case in file.cases:
         for dtype in case.dtypes:
-            x, weight, grad_z = (case.input(f"{case.name}__{key}").to(dtype) for key in ("x", "weight", "grad_z"))
+            x, weight, grad_z = (
+                case.input(f"{case.name}__{key}").to(dtype) for key in ("x", "weight", "grad_z")
+            )
             layer = layer_of(case, weight)
             x.requires_grad_()
             z = layer(x)

@@ -46,7 +46,9 @@ class Regression:
         self.reduction = {"full": case["reduction"]}[case["batch"]]
         self.W, self.b = nn.Parameter(W), nn.Parameter(b)
         options = {key: case[key] for key in ("lr", "momentum", "weight_decay", "dampening", "nesterov")}
-        self.optimizer = OPTIMIZERS[case["optimizer"]](torch.optim.SGD([self.W, self.b], **options), rho=case["rho"])
+        self.optimizer = OPTIMIZERS[case["optimizer"]](
+            torch.optim.SGD([self.W, self.b], **options), rho=case["rho"]
+        )
         self.losses: list[float] = []
 
     def closure(self) -> Tensor:
@@ -99,7 +101,12 @@ def check_toy(file: File) -> None:
             runs[f"gd_up{factor}"] = {"weights": fast_free_weights(has_fast, factor)}
         for run in case["run"]:
             path = train_cubic(W, x, y, steps=case["steps"], lr=told["lr"], **runs[run])
-            for key, found in (("grad0", path.first_gradient), ("loss", path.loss), ("align", path.alignments), ("W", path.W)):
+            for key, found in (
+                ("grad0", path.first_gradient),
+                ("loss", path.loss),
+                ("align", path.alignments),
+                ("W", path.W),
+            ):
                 case.compare(f"{at}{run}_{key}", found)
 
 
