@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineament.recipes.kit.images import load_data
+from lineament.data.digits import digit_images
+from lineament.data.photographs import Standardise, read_photographs
 from lineament.recipes.kit.networks import ResNet18
 from lineament.train.stacked import Training
 
@@ -35,15 +35,12 @@ class Task:
 def task(data: str, folder: str | None, held: int) -> Task:
     """Digits split 1,000 to 797, or CIFAR-10's training images but the last ``held``, and these."""
     if data == "digits":
-        from sklearn.datasets import load_digits
-
-        raw: Any = load_digits()
-        order = torch.randperm(len(raw.target), generator=torch.Generator().manual_seed(0))
-        x = torch.from_numpy(raw.images / 16.0).float()[order, None]
-        y = torch.from_numpy(raw.target).long()[order]
-        return Task((x[:1000], y[:1000]), (x[1000:], y[1000:]), 10)
-    found = load_data(data, folder)
-    return Task((found.x[:-held], found.y[:-held]), (found.x[-held:], found.y[-held:]), found.classes)
+        digits = digit_images()
+        order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
+        return Task(digits[order[:1000]].pair, digits[order[1000:]].pair, 10)
+    found = read_photographs(data, data_folder=folder)
+    x, y = Standardise(found.inputs)(found.inputs), found.targets
+    return Task((x[:-held], y[:-held]), (x[-held:], y[-held:]), len(found.classes))
 
 
 def training(kind: str, network: str, task: Task, *, epochs: int, lr: float, batch_size: int) -> Training:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from lineament.core.batching import progress
 from lineament.core.checks import InputError
 from lineament.data.augmentation import flip_and_crop
+from lineament.data.digits import digit_images
+from lineament.data.photographs import Standardise, read_photographs
 from lineament.learn.tract.layer import tract
 from lineament.recipes.kit.networks import Block, ResNet18
-from lineament.recipes.useful.data import load_data
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,9 @@ def digits(seed: int, *, contrast: bool = True, scale: str = "standard") -> Spli
         scale: ``"standard"`` (mean 0, deviation 1 over all training pixels), ``"unit"`` ([0, 1]), ``"bytes"`` ([0, 255]), ``"image"``
             (each image to mean 0, deviation 1: the paper's patch normalisation, the image being one patch) or ``"zca"`` (whitened).
     """
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
     draw = torch.Generator().manual_seed(seed)
-    x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
+    x, y = digit_images().pair
+    x = x.flatten(1)
     if contrast:
         factor = 10 ** -torch.rand(len(x), 1, generator=draw)
         x = x * factor + torch.rand(len(x), 1, generator=draw) * (1 - factor)
@@ -65,11 +64,10 @@ def digits(seed: int, *, contrast: bool = True, scale: str = "standard") -> Spli
 
 def cifar(name: str, folder: str | None, images: int, test_images: int, seed: int = 0) -> Split:
     """``"cifar10"`` or ``"cifar100"``, standardised by channel; so many of the training and test images, 0 for all."""
-    found = load_data(name, folder, train=images, seed=seed)
-    test = slice(test_images or None)
-    return Split(
-        found.prepared(found.train.x), found.train.y, found.prepared(found.test.x[test]), found.test.y[test]
-    )
+    train = read_photographs(name, "train", data_folder=folder, count=images, seed=seed)
+    test = read_photographs(name, "test", data_folder=folder)[: test_images or None]
+    standardise = Standardise(train.inputs)
+    return Split(standardise(train.inputs), train.targets, standardise(test.inputs), test.targets)
 
 
 class SmallResNet(nn.Module):
