@@ -314,7 +314,7 @@ def changed_files(file: File) -> Iterator[tuple[str, list[File]]]:
     """The file with one hyper-parameter wrong, in a few ways; those that are arrays of the file are spoiled there."""
     for case, values in {"": file.spec["defaults"], **file.spec["cases"]}.items():
         scope = Scope(file, case, values)
-        for key in values.keys():
+        for key in values:
             told = values[key]
             if isinstance(told, dict) and "from" in told:
                 told = scope[key] if "#" in told["from"] else None

@@ -83,17 +83,16 @@ class Block(nn.Module):
         return x + self.mlp(self.ln2(x))
 
 
+LAYOUT = {
+    "blocks": "blocks.?",
+    "resid_pre": "blocks.?:in",
+    "attn_out": "blocks.*.attn",
+    "mlp_out": "blocks.*.mlp",
+}
+
+
 class Decoder(nn.Module):
     """The golden model, written out: an architecture that the library does not know."""
-
-    layout = {
-        "blocks": "blocks.?",
-        "resid_pre": "blocks.?:in",
-        "attn_out": "blocks.*.attn",
-        "mlp_out": "blocks.*.mlp",
-    }
-    queries_and_keys = {"blocks.*.q_proj": "detach", "blocks.*.k_proj": "detach"}
-    site = {"resid_pre": "blocks.{}:in", "attn_out": "blocks.{}.attn", "mlp_out": "blocks.{}.mlp"}
 
     def __init__(self, w: Weights, file: Scope):
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -12,11 +13,7 @@ from torch import Tensor, nn
 from lineament.optim.diffgrad import DiffGrad
 
 OPTIONS = {"friction_version": "version"}  # the others have the library's names
-WAYS: dict[str, dict[str, Any]] = {
-    "blocks": {"foreach": False},
-    "lists": {"foreach": True},
-    "capturable": {"capturable": True},
-}
+WAYS: list[dict[str, Any]] = [{"foreach": False}, {"foreach": True}, {"capturable": True}]
 GRADIENTS = {
     "F1": lambda x: 2 * x + 0.6 if x <= 0 else 2 * x - 0.4,
     "F2true": lambda x: -40.0 if x <= -0.9 else 8 * x * math.cos(8 * x) + math.sin(8 * x) + 3 * x**2,
@@ -46,52 +43,54 @@ def trajectory(start: Tensor, gradients: Tensor, **made: Any) -> dict[str, Tenso
 
 
 def frictions(start: Tensor, gradients: Tensor, **made: Any) -> Tensor:
-    """The friction of every step and coordinate: each coordinate has an optimizer of its own."""
-    columns = []
-    for value, raws in zip(start, gradients.to(start).T):
-        w = nn.Parameter(value.clone())
-        optimizer = DiffGrad([w], track_friction=True, **made)
+    """The friction of every step and coordinate: each coordinate is a parameter."""
+    ws = [(str(k), nn.Parameter(value.clone())) for k, value in enumerate(start)]
+    optimizer = DiffGrad(ws, track_friction=True, **made)
+    for _, w in ws:
         w.grad = torch.empty_like(w)
-        columns.append([])
-        for raw in raws:
-            w.grad.copy_(raw)
-            optimizer.step()
-            columns[-1].append(optimizer.friction_summary().mean)
-    return torch.tensor(columns, dtype=torch.float64).T
+    rows = []
+    for raw in gradients.to(start):
+        for (_, w), value in zip(ws, raw):
+            w.grad.copy_(value)
+        optimizer.step()
+        rows.append([optimizer.friction_summary().by_parameter[name] for name, _ in ws])
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def check_trajectory(file: File) -> None:
     start, gradients = file.input("p0"), file.input("grads")
     for case in file.cases:
-        made = options(case)
-        aliased = made["alias_previous_grad"]
-        for dtype in case.dtypes:
-            for way in [WAYS["blocks"]] if aliased else WAYS.values():
-                for key, found in trajectory(start.to(dtype), gradients, **made, **way).items():
-                    case.compare(f"{case.name}__{key}", found, dtype)
-            for way in (WAYS["blocks"],) if aliased else (WAYS["blocks"], WAYS["lists"]):
-                case.compare(
-                    f"{case.name}__xi",
-                    lambda w=way: frictions(start.to(dtype), gradients, **made, **w),
-                    dtype,
-                )
-        if aliased:
+        made, at = options(case), f"{case.name}__"
+        ways = WAYS[:1] if made["alias_previous_grad"] else WAYS
+        for dtype, way in itertools.product(case.dtypes, ways):
+            begin = start.to(dtype)
+            for key, found in trajectory(begin, gradients, **made, **way).items():
+                case.compare(at + key, found, dtype)
+            if case.has(at + "xi") and "capturable" not in way:
+                case.compare(at + "xi", frictions(begin, gradients, **made, **way), dtype)
+        if made["alias_previous_grad"]:
             right = trajectory(start, gradients, **{**made, "alias_previous_grad": False})
-            case.differs(f"{case.name}__p", right["p"])
+            case.differs(at + "p", right["p"])
 
 
 def check_functions(file: File) -> None:
-    for case in file.cases:
-        w = nn.Parameter(torch.tensor(case["x0"], dtype=torch.float64))
-        optimizer = DiffGrad([w], track_friction=True, **options(case))
-        xs, xis = [w.item()], [0.0]
-        for _ in range(case["T"] - 1):
+    """All runs side by side, each a parameter group."""
+    starts = {case.name: nn.Parameter(torch.tensor(case["x0"], dtype=torch.float64)) for case in file.cases}
+    groups = [{"params": [(case.name, starts[case.name])], **options(case)} for case in file.cases]
+    optimizer = DiffGrad(groups, track_friction=True)
+    seen = {case.name: ([case["x0"]], [0.0]) for case in file.cases}
+    for _ in range(1, max(case["T"] for case in file.cases)):
+        for case in file.cases:
+            w = starts[case.name]
             w.grad = torch.tensor(GRADIENTS[case["function"]](w.item()), dtype=w.dtype)
-            optimizer.step()
-            xs.append(w.item())
-            xis.append(optimizer.friction_summary().mean)
-        case.compare(f"{case.name}__x", torch.tensor(xs, dtype=torch.float64))
-        case.compare(f"{case.name}__xi", torch.tensor(xis, dtype=torch.float64))
+        optimizer.step()
+        xis = optimizer.friction_summary().by_parameter
+        for name, (xs, frictions) in seen.items():
+            xs.append(starts[name].item())
+            frictions.append(xis[name])
+    for case in file.cases:
+        for key, values in zip(("x", "xi"), seen[case.name]):
+            case.compare(f"{case.name}__{key}", torch.tensor(values[: case["T"]], dtype=torch.float64))
 
 
 test_golden, test_a_wrong_number_is_noticed = golden(

@@ -91,25 +91,6 @@ def check_maps(file: File) -> None:
             score = net(first)[0, target[0]]
         found = seen.gradients(score) if name.startswith("grad") else {site_of(m[1]): seen[site_of(m[1])]}
         compare(name, found[site_of(m[1])][0])
-    for name, m in file.arrays(r"raw\|(.+)\|(\w+)\|(\w+)").items():
-        site, extract, aggregate = site_of(m[1]), m[2], m[3]
-        compare(
-            name, saliency(net, first, target, site=site, extract=extract, aggregate=aggregate, **plain)[0, 0]
-        )
-        with capture(net, site, gradients=True) as seen:
-            score = net(first)[0, target[0]]
-        size = re.fullmatch(r"conv(\d+)x\1(_depthwise)?", extract)
-        width, phase = (1, extract) if size is None else (int(size[1]), "depthwise" if size[2] else "conv")
-        window = Window((width, width), padding=(file["contribution_padding"] if width > 1 else 0,) * 4)
-        found = aggregate_contributions(
-            seen[site], seen.gradients(score)[site], phase, aggregate, window=window
-        )
-        compare(name, found[0, 0])
-    for name, m in file.arrays(r"map\|(\w+)\|(.+)").items():
-        found = saliency(net, x, targets, site=site_of(m[2]), method=m[1], **plain)
-        compare(name, found)
-        if m[1] == "excitation_backprop":
-            torch.testing.assert_close(found.sum((1, 2, 3)), torch.ones(len(x)).double())
     for name, m in file.arrays(r"map_resized\|(\w+)\|(.+)").items():
         width, height = file["resize_wh"]
         compare(name, saliency(net, x, targets, site=site_of(m[2]), method=m[1], resize=(height, width)))
@@ -131,6 +112,25 @@ def check_maps(file: File) -> None:
         weights = [file[f"{m[1]}_weights"][layer] for layer in file["combined_layers"]]
         maps = at_layers(method=file["weighted_method"])
         compare(name, combined(maps, size, how=m[2], weights=weights))
+    for name, m in file.arrays(r"raw\|(.+)\|(\w+)\|(\w+)").items():
+        site, extract, aggregate = site_of(m[1]), m[2], m[3]
+        compare(
+            name, saliency(net, first, target, site=site, extract=extract, aggregate=aggregate, **plain)[0, 0]
+        )
+        with capture(net, site, gradients=True) as seen:
+            score = net(first)[0, target[0]]
+        size = re.fullmatch(r"conv(\d+)x\1(_depthwise)?", extract)
+        width, phase = (1, extract) if size is None else (int(size[1]), "depthwise" if size[2] else "conv")
+        window = Window((width, width), padding=(file["contribution_padding"] if width > 1 else 0,) * 4)
+        found = aggregate_contributions(
+            seen[site], seen.gradients(score)[site], phase, aggregate, window=window
+        )
+        compare(name, found[0, 0])
+    for name, m in file.arrays(r"map\|(\w+)\|(.+)").items():
+        found = saliency(net, x, targets, site=site_of(m[2]), method=m[1], **plain)
+        compare(name, found)
+        if m[1] == "excitation_backprop":
+            torch.testing.assert_close(found.sum((1, 2, 3)), torch.ones(len(x)).double())
 
 
 def check_scalars(file: File) -> None:

@@ -111,7 +111,7 @@ def check_toy(file: File) -> None:
 
 
 def check_scalars(file: File) -> None:
-    for k, row in enumerate(file.nodes["separating_epoch"]):
+    for k in range(len(file.nodes["separating_epoch"])):
         curve = file.input(f"separating_epoch[{k}].error_curve")
         file.compare(f"separating_epoch[{k}].epoch_index0", separating_epoch(curve))
 
