@@ -13,12 +13,13 @@ from tests.golden.relp_networks import Conserving, Decoder, Dictionary, Downstre
 from torch import nn
 
 from lineament.core.sites.activations import capture, record
-from lineament.explain.patching import activation_patching, relevance_patching
+from lineament.explain.patching.activation import activation_patching
 from lineament.explain.patching.circuit_curves import circuit_curve
 from lineament.explain.patching.circuits import node_effects
 from lineament.explain.patching.metrics import logit_difference
+from lineament.explain.patching.relevance import relevance_patching
 from lineament.explain.patching.result import fidelity
-from lineament.explain.relevance import relevance_rules
+from lineament.explain.relevance.rules import relevance_rules
 
 KINDS = ["resid_pre", "attn_out", "mlp_out"]
 ACTS = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh"), "silu": nn.SiLU(), "relu": nn.ReLU()}
@@ -85,7 +86,7 @@ def test_scores_are_those_of_the_official_code(path, how):
     w = {k[2:]: v for k, v in d.items() if k.startswith("w.")}
     known = how == "transformers"
     model = huggingface(w, config) if known else Decoder(w, config).eval()
-    options = {"sites": KINDS, "layout": None if known else LAYOUT}
+    options = {"sites": KINDS if known else LAYOUT}
     metric = logit_difference(d["answers"][:, 0], d["answers"][:, 1])
     with torch.no_grad():
         for ids, logits in (("clean", "clean_logits"), ("corrupt", "corr_logits")):
@@ -116,7 +117,7 @@ def test_scores_are_those_of_the_official_code(path, how):
             parts.remove("ah")
             modules = {"blocks.*.q_proj": "detach", "blocks.*.k_proj": "detach"}
         result = relevance_patching(
-            model, d["clean"], d["corrupt"], metric, rules=parts, modules=modules, **options
+            model, d["clean"], d["corrupt"], metric, rules=[*parts, modules], **options
         )
         for name in KINDS:
             want = d[f"{rules}.score_{name}"]
@@ -136,7 +137,7 @@ def test_scores_are_those_of_the_official_code(path, how):
             assert abs(agreement[name].pearson - float(d[f"{rules}.pearson_{name}"])) < tolerance
             assert abs(agreement[name].pearson - recorded[name]) < tolerance
         sites = [pre.format(k) for k in range(config["n_layers"])]
-        with relevance_rules(model, parts, modules=modules), capture(model, sites, gradients=True) as acts:
+        with relevance_rules(model, [*parts, modules]), capture(model, sites, gradients=True) as acts:
             out = model(d["corrupt"])
             logits = getattr(out, "logits", out)
             score = metric(logits).mean() / (truth.source - truth.base)

@@ -262,7 +262,9 @@ def patch(
                 callable(change) or isinstance(change, (Tensor, int, float)),
                 f"site {pattern!r}: got {show(change)}, expected a tensor, a number or a function of a tensor",
             )
-            functions = {place: partial(_fitted, place.name, change) for place in resolve(model, pattern).values()}
+            functions = {
+                place: partial(_fitted, place.name, change) for place in resolve(model, pattern).values()
+            }
             stack.enter_context(replace(model, functions))
         yield
 
@@ -303,7 +305,8 @@ def _fitted(name: str, change: Any, old: Tensor) -> Tensor:
     """The new tensor in the shape, dtype and device of the old one, in memory of its own."""
     new = change(old.clone()) if callable(change) else change
     if isinstance(new, (int, float)):
-        new = torch.as_tensor(new, device=old.device)
+        exact = old.is_floating_point() or old.is_complex()
+        new = torch.tensor(new, device=old.device, dtype=old.dtype if exact else None)
     if not isinstance(new, Tensor):
         raise InputError(f"site {name!r}: the function returned {show(new)}, expected a tensor")
     try:

@@ -25,10 +25,11 @@ RECORD = 1  # sees what goes on after all changes
 BEHIND = 2  # changes only the gradient, behind what was recorded
 
 Function = Callable[[Tensor], "Tensor | None"]
+Functions = Mapping[str, Function] | Mapping[Site, Function]
 
 
 @contextmanager
-def tap(model: nn.Module, functions: Mapping[str | Site, Function], *, rank: int = RECORD) -> Iterator[None]:
+def tap(model: nn.Module, functions: Functions, *, rank: int = RECORD) -> Iterator[None]:
     """Call a function with what passes at each site while the block runs, after all changes, and without a copy.
 
     What a function returns goes on instead (the same values with a graph of their own, say); ``None`` changes nothing.
@@ -56,7 +57,7 @@ def tap(model: nn.Module, functions: Mapping[str | Site, Function], *, rank: int
 
 
 @contextmanager
-def replace(model: nn.Module, functions: Mapping[str | Site, Function]) -> Iterator[None]:
+def replace(model: nn.Module, functions: Functions) -> Iterator[None]:
     """Let what a function returns pass at each site, in the place of the tensor that it gets, while the block runs.
 
     No copy, no check and no conversion, as :func:`lineament.core.sites.activations.patch` makes them; ``None`` changes nothing.
@@ -71,7 +72,7 @@ def replace(model: nn.Module, functions: Mapping[str | Site, Function]) -> Itera
 
 
 @contextmanager
-def _hooked(model: nn.Module, functions: Mapping[str | Site, Function], rank: int) -> Iterator[None]:
+def _hooked(model: nn.Module, functions: Functions, rank: int) -> Iterator[None]:
     with ExitStack() as stack:
         for where, function in functions.items():
             places = [where] if isinstance(where, Site) else resolve(model, where).values()

@@ -151,11 +151,12 @@ def soft_faithfulness(
     def error(values: Tensor) -> Tensor:
         return (values.std(1) / values.shape[1] ** 0.5).reshape(shape)
 
+    unknown = sufficient.new_full(shape, torch.nan)
     return SoftFaithfulness(
         sufficient.mean(1).reshape(shape),
         comprehensive.mean(1).reshape(shape),
-        error(sufficient) if n_samples > 1 else torch.full(shape, torch.nan),
-        error(comprehensive) if n_samples > 1 else torch.full(shape, torch.nan),
+        error(sufficient) if n_samples > 1 else unknown,
+        error(comprehensive) if n_samples > 1 else unknown,
         1 - moved[0].mean(1).reshape(shape),
         moved[1].mean(1).reshape(shape),
         1 - float(judge.zero),
