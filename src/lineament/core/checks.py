@@ -15,7 +15,11 @@ from torch import Tensor
 
 
 class InputError(ValueError):
-    """The caller passed something that cannot be used; the message says what, why and the mend."""
+    """The caller passed something that cannot be used; the message says what, why and how to fix it."""
+
+
+class NotFiniteError(InputError):
+    """NaN or infinity where only finite numbers can be used: in the data, the weights, a loss or a gradient."""
 
 
 def require(condition: bool, message: str) -> None:
