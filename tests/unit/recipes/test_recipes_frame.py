@@ -13,7 +13,7 @@ from typing import Literal
 import pytest
 
 from lineament import recipes
-from lineament.core.batching import Checkpoint
+from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError
 from lineament.recipes import configure
 from lineament.recipes.kit import run as runs
@@ -252,7 +252,7 @@ SCRIPT = """
 import dataclasses, sys, time, types
 from pathlib import Path
 import torch
-from lineament.core.batching import Checkpoint
+from lineament.core.checkpoint import Checkpoint
 from lineament.recipes.kit import run as runs
 from lineament.recipes.kit.presets import presets
 from lineament.report.outcome import Claim, Outcome

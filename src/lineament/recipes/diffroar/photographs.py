@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lineament.core.batching import Checkpoint
+from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require
 from lineament.data.photographs import read_photographs
 from lineament.explain.faithfulness.diffroar import accuracy, diffroar
