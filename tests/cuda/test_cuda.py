@@ -17,7 +17,7 @@ from lineament.core.curvature.matrices import hessian, spectral_density, top_eig
 from lineament.core.readouts import ridge
 from lineament.explain.patching import activation_patching, attribution_patching, relevance_patching
 from lineament.explain.patching.metrics import logit_difference
-from lineament.explain.saliency import saliency
+from lineament.explain.pixels.maps import saliency
 from lineament.explain.tokens.recursion import reagent
 from lineament.learn.tract.layer import tract
 from lineament.measure.collapse.profile import collapse
