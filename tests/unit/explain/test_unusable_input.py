@@ -11,19 +11,12 @@ from lineament.core.checks import InputError
 from lineament.explain.faithfulness.deletion import deletion_insertion
 from lineament.explain.faithfulness.input_gradients import attribution, input_gradient
 from lineament.explain.faithfulness.pixel_scores import infidelity, score_maps, sensitivity
-<<<<<<< HEAD
 from lineament.explain.faithfulness.retraining import accuracy, diffroar
-from lineament.explain.patching import activation_patching, relevance_patching
-from lineament.explain.patching.edges import edge_patching
-from lineament.explain.patching.metrics import logit_difference
-from lineament.explain.pixels.maps import saliency
-=======
 from lineament.explain.patching.activation import activation_patching
 from lineament.explain.patching.edges import edge_patching
 from lineament.explain.patching.metrics import logit_difference
 from lineament.explain.patching.relevance import relevance_patching
 from lineament.explain.pixels.maps import saliency
->>>>>>> house
 from lineament.explain.tokens.recursion import reagent
 from lineament.train.attacks import pgd
 from lineament.train.stacked import Training
