@@ -101,7 +101,7 @@ PAPERS: tuple[Paper, ...] = (
         "2102.12781",
         "Test whether input gradients mark the pixels that matter, by retraining on what they keep.",
         (
-            "explain/faithfulness/diffroar",
+            "explain/faithfulness",
             "data/blockmnist.py",
         ),
     ),

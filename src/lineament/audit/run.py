@@ -29,7 +29,7 @@ from lineament.core.checks import require, show, suggest
 from lineament.core.models import device_of
 from lineament.data.samples import Samples
 from lineament.data.shortcut_digits import MARK
-from lineament.explain.saliency import METHODS as SALIENCY
+from lineament.explain.saliency.methods import METHODS as SALIENCY
 from lineament.load.data import checked
 from lineament.load.data import load as load_data
 from lineament.load.language_models import is_language_model
