@@ -113,8 +113,15 @@ def trained(config: Config, task: str, *, steps: int, seed: int, batch: int = 12
 
 def network(config: Config, pairs: TokenPairs, seed: int, weights: dict[str, Tensor] | None = None) -> Any:
     """A small GPT-2. GPT-2's own scale of 0.02 is for large widths: at 64 dimensions the heads then need many more steps to tell tokens apart."""
-    shape = {"layers": config.layers, "width": config.width, "heads": config.heads}
-    model = gpt2(len(pairs.vocabulary), pairs.clean.shape[1], seed=seed, std=(0.3, 0.07), **shape)
+    model = gpt2(
+        len(pairs.vocabulary),
+        pairs.clean.shape[1],
+        seed=seed,
+        layers=config.layers,
+        heads=config.heads,
+        width=config.width,
+        std=(0.3, 0.07),
+    )
     if weights is not None:
         model.load_state_dict(weights)
     return model
