@@ -11,12 +11,9 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lineament.core import checks
-
-if TYPE_CHECKING:
-    from lineament.measure.landscape.results import Line, Plane
 
 _LARGEST = 1_000_000  # values in one plot, which a browser still draws
 _LONGEST = 120  # characters of a label
@@ -113,18 +110,16 @@ class SurfacePlot:
         )
 
     @classmethod
-    def of(cls, found: Line | Plane, metric: str | None = None, *, title: str = "") -> SurfacePlot:
-        """Of a loss, or another metric, along a line or in a plane.
+    def of(cls, found: Any, metric: str | None = None, *, title: str = "") -> SurfacePlot:
+        """Of a loss, or another metric, along a line or in a plane, as :mod:`lineament.measure.landscape` returns them.
 
         >>> import torch; from lineament.measure.landscape.results import Plane
         >>> found = Plane(torch.arange(-1.0, 2), torch.arange(-1.0, 2), torch.arange(9.0).view(3, 3))
         >>> [drawn.type for drawn in SurfacePlot.of(found).figure().data]
         ['contour', 'scatter', 'surface', 'scatter3d']
         """
-        from lineament.measure.landscape.results import Line
-
         z, height = found.loss if metric is None else found.metrics[metric], metric or "loss"
-        if isinstance(found, Line):
+        if hasattr(found, "at"):
             return cls.from_values({"x": found.at, "z": z}, (found.label, "", height), title=title)
         values = {"x": found.a, "y": found.b, "z": z}
         return cls.from_values(values, (*found.labels, height), title=title, origin="these weights")
