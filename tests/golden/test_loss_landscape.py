@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from tests.golden.common import File, Scope, golden
+from tests.golden.common import ACTIVATIONS, File, Scope, golden
 from torch import Tensor, nn
 
 from lineament.core.curvature.matrices import hessian, lanczos
@@ -17,13 +17,6 @@ from lineament.measure.landscape.criteria import density_curve, extreme_ratio, n
 from lineament.measure.landscape.grids import adam_equation, interpolation, line, plane
 from lineament.measure.landscape.points import evaluate
 
-ACTIVATIONS = {
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "sigmoid": nn.Sigmoid,
-    "softplus": nn.Softplus,
-}
 LOSSES = {"mean": nn.functional.cross_entropy}
 LANCZOS = {"full": lanczos}
 # Array: (normalisation, its options); the official code scales one-dimensional tensors as a whole.
