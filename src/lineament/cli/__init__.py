@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             return 1
         if isinstance(error, UsageError) or _is_input_error(error):
-            print(f"lineament: {_one_line(error)}", file=sys.stderr)
+            print(f"lineament: {_in_words_of_the_command(_one_line(error), error, argv)}", file=sys.stderr)
             return 2
         what = f"{type(error).__name__}: {_one_line(error)}".rstrip(": ")
         print(f"lineament: unexpected {what} (give --debug to see where)", file=sys.stderr)
@@ -271,6 +271,21 @@ def _is_input_error(error: Exception) -> bool:
     # Asked of the loaded modules: importing the checks here would import torch for nothing.
     checks = sys.modules.get("lineament.core.checks")
     return checks is not None and isinstance(error, checks.InputError)
+
+
+def _in_words_of_the_command(text: str, error: Exception, argv: Sequence[str]) -> str:
+    """The message with the option in place of the library's argument that it begins with."""
+    argument = getattr(error, "argument", None)
+    command = next((word for word in argv if not word.startswith("-")), None)
+    parser = build_parser()[1].get(command or "")
+    if argument is None or parser is None:
+        return text
+    option = f"--{argument.replace('_', '-')}"
+    if option not in _options(parser) and command != "reproduce":
+        if not re.search(rf"\b{argument.upper()}\b", parser.format_usage()):
+            return text
+        option = argument.upper()
+    return option + text.removeprefix(argument)
 
 
 def _one_line(error: Exception) -> str:
