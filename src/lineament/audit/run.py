@@ -22,7 +22,7 @@ from lineament.audit.phrases import places, sentence
 from lineament.audit.stages import STAGES, Report, fresh, opened, sections, threads, written
 from lineament.audit.subject import Subject
 from lineament.core import checks
-from lineament.core.batching import Checkpoint
+from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import require, show, suggest
 from lineament.core.models import device_of
 from lineament.core.sites.activations import sites as site_names

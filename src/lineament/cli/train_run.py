@@ -22,7 +22,7 @@ from lineament.audit.stages import threads
 from lineament.cli import console
 from lineament.cli.option_values import classes, image_size, normalize
 from lineament.cli.train_output import BOARD, FILES, Log, say, write
-from lineament.core.batching import Checkpoint
+from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require, show
 from lineament.core.files import output_folder, possible_folder, write_json
 from lineament.data.samples import Samples

@@ -17,16 +17,6 @@ from torch import Tensor
 class InputError(ValueError):
     """The caller passed something that cannot be used; the message says what, why and how to fix it."""
 
-    @property
-    def argument(self) -> str | None:
-        """The argument that cannot be used, where the message begins with its name.
-
-        >>> InputError("batch_size: got 0, expected an integer in [1, inf)").argument
-        'batch_size'
-        """
-        name, colon, _ = str(self).partition(":")
-        return name if colon and name.isidentifier() else None
-
 
 class NotFiniteError(InputError):
     """NaN or infinity where only finite numbers can be used: in the data, the weights, a loss or a gradient."""

@@ -90,7 +90,7 @@ def stacked(
         if size is None and picture.size != first.size:
             raise InputError(
                 f"data: images of different sizes (the first is {_by(first)}, {name!r} is {_by(picture)}); "
-                "say what the model takes as image_size (height, width)"
+                "say what the model takes as `image_size` (height, width)"
             )
         plain = _bytes(name, picture)
         if size is not None and plain.size != (size[1], size[0]):
@@ -116,7 +116,7 @@ def _room(size: tuple[int, int], count: int) -> None:
     require(
         need <= memory / 2,
         f"image_size: {count} images of {height} x {width} pixels take {need / 2**30:.0f} GiB, more than half of this machine's memory; "
-        "choose a smaller size or fewer samples",
+        "choose a smaller size or fewer `samples`",
     )
 
 

@@ -140,7 +140,7 @@ def _refuse_other_kind(config: Any, name: str, masked: bool, argument: str) -> N
         for endings in (("ForMaskedLM", "ForPreTraining"), _COMPLETES)
     )
     if masked:
-        hint = "it is a language model that completes text" if completes else "its head is another"
+        hint = "give it as `model`" if completes else "its head is another"
         require(
             fills,
             f"{argument}: {name!r} is a {words[0]}, which fills no masks ({hint}); expected a masked language model such as BERT or RoBERTa",

@@ -275,13 +275,13 @@ def _task(task: str, outputs: Tensor, samples: Samples) -> tuple[str, Samples, l
         require(
             per == width,
             f"targets: {per} value{'s' * (per != 1)} a sample for a model with {width} output{'s' * (width != 1)}; "
-            "if the targets are classes, say so as task",
+            "if the targets are classes, pass task='classification'",
         )
         return task, replace(samples, targets=values), reason
     if targets.is_floating_point():
         require(
             targets.ndim == 1 and bool((targets == targets.round()).all()),
-            f"targets: {show(targets)} of real values, expected class labels; for real values the task is regression",
+            f"targets: {show(targets)} of real values, expected class labels; pass task='regression'",
         )
         targets = targets.long()
     require(
@@ -305,7 +305,7 @@ def _check_classes(samples: Samples, width: int) -> None:
     names, top = len(samples.classes), len(present) - 1
     require(
         not names or top < names <= width,
-        f"classes: {names} names for labels up to {top} and a model with {width} outputs, expected a name for each class from 0 to {top}, at most {width}",
+        f"classes: {names} class names for labels up to {top} and a model with {width} outputs, expected a name for each class from 0 to {top}, at most {width}",
     )
 
 

@@ -78,12 +78,12 @@ def _from_text(model: str, weights: str | Path | None) -> Loaded:
             )
         if path.suffix == ".safetensors":
             raise InputError(
-                f"model: {model!r} holds weights without a network; pass it as weights of 'file.py:factory', or pass a Hugging Face directory"
+                f"model: {model!r} holds weights without a network; pass it as `weights` of 'file.py:factory', or pass a Hugging Face directory"
             )
         if path.suffix in (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt"):
             raise InputError(
                 f"model: {model!r} is a pickle, which can run code when loaded, and is never opened; pass "
-                "'file.py:factory' and weights in safetensors. To get there, " + CONVERT.format(name=model)
+                "'file.py:factory' and `weights` in safetensors. To get there, " + CONVERT.format(name=model)
             )
         raise InputError(
             f"model: {model!r} is a file of kind {path.suffix!r}, expected file.py:factory, a .pt2 file, or a Hugging Face directory"

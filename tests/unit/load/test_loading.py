@@ -196,7 +196,7 @@ def test_image_folder_reads_no_more_than_the_budget(folder, monkeypatch):
 
 def test_image_folders_that_cannot_be_used(tmp_path, folder):
     Image.new("RGB", (9, 9)).save(folder / HOSTILE[0] / "z.png")
-    with pytest.raises(InputError, match=r"different sizes.*image_size"):
+    with pytest.raises(InputError, match=r"different sizes.*`image_size`"):
         load_data(folder)
     (folder / HOSTILE[1] / "broken.jpg").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"broken\.jpg.*cannot be read"):

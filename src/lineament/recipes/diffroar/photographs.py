@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lineament.core.batching import Checkpoint
+from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require
 from lineament.data.photographs import read_photographs
 from lineament.explain.faithfulness.diffroar import accuracy, diffroar
 from lineament.explain.faithfulness.diffroar.input_gradients import attribution
 from lineament.recipes.diffroar import figures
 from lineament.recipes.diffroar.experiments import perceptron, rebuilt
-from lineament.recipes.kit.networks import ResNet18
+from lineament.recipes.kit.networks import network
 from lineament.report.outcome import Claim, Outcome, Table
 from lineament.train.attacks import PGD, robust_accuracy
 from lineament.train.stacked import Training
@@ -123,7 +123,7 @@ def on_photographs(config: Any, stages: Checkpoint, out: Path, slug: str, title:
         if config.network == "mlp":
             inner: nn.Module = perceptron(x[0].numel(), config.widths, classes)
         elif config.network == "resnet18":
-            inner = ResNet18(x.shape[1], classes, bias=True, width=config.network_width)
+            inner = network("resnet18", x.shape[1:], classes, seed=None, widths=config.network_width)
         else:
             inner = resnet50(x.shape[1], classes)
         return Normalised(inner, mean, deviation)

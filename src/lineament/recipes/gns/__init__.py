@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lineament.core.batching import Checkpoint
+from lineament.core.checkpoint import Checkpoint
 from lineament.data.digits import digit_images
 from lineament.optim.gns import (
     Backtracking,

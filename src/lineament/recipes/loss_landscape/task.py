@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lineament.data.digits import digit_images
 from lineament.data.photographs import Standardise, read_photographs
-from lineament.recipes.kit.networks import ResNet18
+from lineament.recipes.kit import networks
 from lineament.train.stacked import Training
 
 NETWORKS = ("plain", "batch norm")
@@ -60,8 +60,9 @@ def training(kind: str, network: str, task: Task, *, epochs: int, lr: float, bat
         return nn.Sequential(*layers, nn.Linear(inputs, task.classes))
 
     def residual() -> nn.Module:
-        net = ResNet18(channels, task.classes, bias=True)
-        return net if kind == "batch norm" else _without_norms(net)
+        return networks.network(
+            "resnet18", (channels, height, width), task.classes, seed=None, norm=kind == "batch norm"
+        )
 
     factory = perceptron if network == "mlp" else residual
     return Training(factory, epochs=epochs, batch_size=batch_size, lr=lr, select="last")
@@ -80,11 +81,3 @@ def shifted(images: Tensor, kind: str, size: float, seed: int) -> Tensor:
         theta[:, 0, 2] = -2 * size / 8
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
-
-
-def _without_norms(net: nn.Module) -> nn.Module:
-    for module in list(net.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(module, name, nn.Identity())
-    return net

@@ -17,7 +17,7 @@ from lineament.data.digits import digit_images
 from lineament.data.photographs import Standardise, read_photographs
 from lineament.data.samples import Samples
 from lineament.measure.collapse.profile import collapse, collapse_metrics
-from lineament.recipes.kit.networks import MLP, ResNet18
+from lineament.recipes.kit import networks
 
 # Weight decay of the feature layers and of the last one, as multiples of the baseline's.
 SETTINGS = {
@@ -40,11 +40,14 @@ def load_data(name: str, data_folder: str | None) -> Samples:
 
 def network(kind: str, data: Samples, widths: tuple[int, ...], *, bias: bool, seed: int) -> nn.Module:
     """A freshly drawn network; PyTorch's default initialisation, from ``seed`` alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if kind == "resnet18":
-            return ResNet18(data.inputs.shape[1], len(data.classes), bias=bias)
-        return MLP(data.inputs[0].numel(), widths, len(data.classes), bias=bias)
+    return networks.network(
+        kind,
+        data.inputs.shape[1:],
+        len(data.classes),
+        seed=seed,
+        widths=widths if kind == "mlp" else None,
+        head_bias=bias,
+    )
 
 
 def loss_of(name: str) -> Callable[[Tensor, Tensor], Tensor]:

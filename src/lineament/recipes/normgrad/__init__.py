@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineament.core import checks
-from lineament.core.batching import Checkpoint, progress
+from lineament.core.batching import progress
+from lineament.core.checkpoint import Checkpoint
 from lineament.data.digit_scenes import digit_scenes
 from lineament.data.samples import Samples
 from lineament.explain.saliency import saliency

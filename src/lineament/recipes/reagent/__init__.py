@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lineament.core.batching import Checkpoint, progress
+from lineament.core.batching import progress
+from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError
 from lineament.explain.tokens.baselines import attribute_tokens
 from lineament.explain.tokens.controls import match_entropy, match_retention, random_importance

@@ -18,7 +18,7 @@ from lineament.data.augmentation import flip_and_crop
 from lineament.data.digits import digit_images
 from lineament.data.photographs import Standardise, read_photographs
 from lineament.learn.tract.layer import tract
-from lineament.recipes.kit.networks import Block, ResNet18
+from lineament.recipes.kit import networks
 
 
 @dataclass(frozen=True)
@@ -70,22 +70,6 @@ def cifar(name: str, folder: str | None, images: int, test_images: int, seed: in
     return Split(standardise(train.inputs), train.targets, standardise(test.inputs), test.targets)
 
 
-class SmallResNet(nn.Module):
-    """A 3 x 3 stem without bias and one residual block for each of three widths: the smallest member of the CIFAR ResNets."""
-
-    def __init__(self, width: int = 16, classes: int = 10):
-        super().__init__()
-        self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(width)
-        self.blocks = nn.Sequential(
-            Block(width, width, 1), Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2)
-        )
-        self.head = nn.Linear(4 * width, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(F.relu(self.norm(self.stem(x)))).mean((2, 3)))
-
-
 class DualNorm(nn.Module):
     """DualPatchNorm: a layer norm before and one behind the first layer, with affine parameters."""
 
@@ -109,10 +93,9 @@ def network(kind: str, seed: int, classes: int = 10) -> nn.Module:
             return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         if kind == "dual-norm":
             return nn.Sequential(DualNorm(64, 64), nn.ReLU(), nn.Linear(64, 10))
-        if kind == "resnet":
-            return SmallResNet(classes=classes)
-        if kind == "resnet18":
-            return ResNet18(3, classes, bias=True)
+        if kind in ("resnet", "resnet18"):
+            name = "small-resnet" if kind == "resnet" else kind
+            return networks.network(name, (3, 32, 32), classes, seed=seed)
         # The paper's network for CIFAR: 7 layers, 12 heads, width 384.
         width, layers, heads = (384, 7, 12) if kind == "vit-paper" else (96, 2, 3)
         return vision_transformer(width, layers, heads, classes=classes)

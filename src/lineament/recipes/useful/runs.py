@@ -23,8 +23,8 @@ from lineament.learn.useful.learning_order import learning_order
 from lineament.learn.useful.resampling import find_slow
 from lineament.learn.useful.slow_examples import select_slow
 from lineament.optim import ASAM, SAM
+from lineament.recipes.kit.networks import Network, network
 from lineament.recipes.useful.data import Data
-from lineament.recipes.useful.networks import network
 from lineament.train.epochs import Fit
 
 OPTIMIZERS = ("sgd", "sam", "asam")
@@ -67,6 +67,20 @@ def parsed(name: str) -> Recipe:
         f"methods: got {name!r}, but steps is a control without selection",
     )
     return Recipe(first, partitions[0] if partitions else "", "steps" in parts, "ta" in parts)
+
+
+def _network(config: Any, data: Data, seed: int) -> Network:
+    widths = {"mlp": (config.width, config.width), "vit-s": 6 * config.width}.get(
+        config.network, config.width
+    )
+    return network(
+        config.network,
+        data.train.inputs.shape[1:],
+        data.classes,
+        seed=seed,
+        widths=widths,
+        weights=config.weights,
+    )
 
 
 def _loader(x: Tensor, y: Tensor, data: Data) -> list[tuple[Tensor, Tensor]]:
@@ -114,9 +128,7 @@ def _fit(recipe: Recipe, config: Any, data: Data, seed: int, **options: Any) -> 
 def early(config: Any, data: Data, seed: int, device: str, trivial: bool) -> dict[str, Any]:
     """Stages 1 and 2: the masks of every partition, the separating epoch, and how long that took."""
     start = time.perf_counter()
-    model = network(
-        config.network, data.train.inputs.shape[1:], data.classes, config.width, seed, config.weights
-    )
+    model = _network(config, data, seed)
     model.to(device)
     fit = _fit(Recipe("sgd", trivial=trivial), config, data, seed, name=f"early training, seed {seed}")
     loader = _loader(data.train.inputs, data.train.targets, data)
@@ -182,9 +194,7 @@ def final(
         have = torch.bincount(data.train.targets[rows], minlength=data.classes)
         share = have.max() / have[data.train.targets].double().clamp(min=1)
         weights = share if weights is None else weights * share
-    model = network(
-        config.network, data.train.inputs.shape[1:], data.classes, config.width, seed, config.weights
-    )
+    model = _network(config, data, seed)
     model.to(device)
     watched = _loader(data.train.inputs[:_WATCHED], data.train.targets[:_WATCHED], data)
 
