@@ -10,16 +10,17 @@ import torch
 from tests.golden.common import File, Scope, golden
 from torch import Tensor, nn
 
-from lineament.explain.tokens import Script, reagent
 from lineament.explain.tokens.attention import from_attention
-from lineament.explain.tokens.baselines import attribute_tokens
-from lineament.explain.tokens.embeddings import through_embeddings
 from lineament.explain.tokens.faithfulness import (
     exact_soft_faithfulness,
     hard_faithfulness,
     soft_faithfulness,
 )
+from lineament.explain.tokens.gradients import through_embeddings
+from lineament.explain.tokens.methods import attribute_tokens
 from lineament.explain.tokens.next_token import NextToken
+from lineament.explain.tokens.options import ReagentOptions, Script
+from lineament.explain.tokens.recursion import reagent
 from lineament.explain.tokens.results import normalized
 
 DISTANCES = {"official": "squared_official", "code": "squared_official", "hellinger": "hellinger"}
@@ -52,18 +53,19 @@ class Toy(nn.Module):
 def explained(file: File, model: Any, script: Script, max_steps: int, **options: Any) -> Any:
     return reagent(
         model,
-        None,
         file.input("input_ids"),
-        int(file.input("target_id")),
-        script=script,
-        ratio=file["replacing_ratio"],
-        keep=file["keep_top_n"],
-        top_k=file["stop_top_k"],
+        target=int(file.input("target_id")),
         probes=file["n_probes"],
-        max_steps=max_steps,
-        overlap=file["overlap_threshold"],
-        trace=True,
-        **options,
+        options=ReagentOptions(
+            script=script,
+            ratio=file["replacing_ratio"],
+            keep=file["keep_top_n"],
+            top_k=file["stop_top_k"],
+            max_steps=max_steps,
+            overlap=file["overlap_threshold"],
+            trace=True,
+            **options,
+        ),
     )
 
 
@@ -113,7 +115,7 @@ def check_soft(file: File) -> None:
         ("hell", "hell_suff0", DISTANCES["hellinger"]),
     ):
         uniforms = (kept[0][None], kept[1][None])
-        found = soft_faithfulness(toy, None, ids, a, distance=distance, uniforms=uniforms)
+        found = soft_faithfulness(toy, ids, a, distance=distance, uniforms=uniforms)
         assert found.n_samples == 1
         file.compare(f"{prefix}_suff", found.raw_sufficiency)
         file.compare(f"{prefix}_comp", found.raw_comprehensiveness)
@@ -130,7 +132,7 @@ def check_soft(file: File) -> None:
 def check_exact(file: File) -> None:
     ids, a = file.input("input_ids"), file.input("importance")
     for name in file["distance"]:
-        found = EXACT[file["clamp"]](Toy(file), None, ids, a, distance=DISTANCES[name])
+        found = EXACT[file["clamp"]](Toy(file), ids, a, distance=DISTANCES[name])
         for quantity in file["quantity"]:
             file.compare(f"{name}_{quantity}", found[QUANTITIES[quantity]])
 
@@ -138,7 +140,7 @@ def check_exact(file: File) -> None:
 def check_hard(file: File) -> None:
     ids, a, ratios = file.input("input_ids"), file.input("importance"), [file["ratio"]]
     found, rooted = (
-        hard_faithfulness(Toy(file), None, ids, a, ratios=ratios, distance=distance)
+        hard_faithfulness(Toy(file), ids, a, ratios=ratios, distance=distance)
         for distance in (DISTANCES[file["distance"]], DISTANCES["hellinger"])
     )
     file.compare("norm_suff", found["sufficiency"][0])
@@ -162,7 +164,7 @@ def check_attributions(file: File) -> None:
     }
     for name, (method, options) in methods.items():
         if file.has(name):
-            found = attribute_tokens(toy, None, ids, target, method=method, **options)
+            found = attribute_tokens(toy, ids, target=target, method=method, **options)
             file.compare(name, found.scores)
             file.compare("logp_input", {"log_probability": math.log}[file["score"]](found.probability))
     zero = through_embeddings(NextToken(toy), ids[None], 0, lambda e, columns: torch.zeros_like(e))[0]
