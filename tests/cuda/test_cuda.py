@@ -15,8 +15,10 @@ from torch import nn
 from lineament.cli import main
 from lineament.core.curvature.matrices import hessian, spectral_density, top_eigenpairs, trace
 from lineament.core.readouts import ridge
-from lineament.explain.patching import activation_patching, attribution_patching, relevance_patching
+from lineament.explain.patching.activation import activation_patching
+from lineament.explain.patching.attribution import attribution_patching
 from lineament.explain.patching.metrics import logit_difference
+from lineament.explain.patching.relevance import relevance_patching
 from lineament.explain.saliency import saliency
 from lineament.explain.tokens.recursion import reagent
 from lineament.learn.tract.layer import tract

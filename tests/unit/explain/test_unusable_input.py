@@ -12,9 +12,10 @@ from lineament.explain.faithfulness.deletion import faithfulness
 from lineament.explain.faithfulness.diffroar import accuracy, diffroar
 from lineament.explain.faithfulness.diffroar.input_gradients import attribution, input_gradient
 from lineament.explain.faithfulness.pixel_scores import infidelity, score_maps, sensitivity
-from lineament.explain.patching import activation_patching, relevance_patching
+from lineament.explain.patching.activation import activation_patching
 from lineament.explain.patching.edges import edge_patching
 from lineament.explain.patching.metrics import logit_difference
+from lineament.explain.patching.relevance import relevance_patching
 from lineament.explain.saliency import saliency
 from lineament.explain.tokens.recursion import reagent
 from lineament.train.attacks import pgd
