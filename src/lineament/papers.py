@@ -101,7 +101,7 @@ PAPERS: tuple[Paper, ...] = (
         "2102.12781",
         "Test whether input gradients mark the pixels that matter, by retraining on what they keep.",
         (
-            "explain/faithfulness/diffroar",
+            "explain/faithfulness",
             "data/blockmnist.py",
         ),
     ),
@@ -222,7 +222,7 @@ PAPERS: tuple[Paper, ...] = (
         "Dubey, Chakraborty, Roy, Mukherjee, Singh, Chaudhuri",
         "1909.11015",
         "Train with an Adam that slows each weight down where its gradient stands still.",
-        ("optim/diffgrad",),
+        ("optim/diffgrad.py",),
     ),
     Paper(
         "gns",

@@ -23,12 +23,12 @@ from lineament.audit.stages import STAGES, Report, fresh, opened, sections, thre
 from lineament.audit.subject import Subject
 from lineament.core import checks
 from lineament.core.checkpoint import Checkpoint
-from lineament.core.checks import require, show, suggest
+from lineament.core.checks import InputError, require, show, suggest
 from lineament.core.models import device_of
 from lineament.core.sites.activations import sites as site_names
 from lineament.core.sites.depth import default_sites
 from lineament.data.shortcut_digits import MARK
-from lineament.explain.saliency import METHODS as SALIENCY
+from lineament.explain.saliency.methods import METHODS as SALIENCY
 from lineament.load.data import Data, load_data
 from lineament.load.language_models import is_language_model
 from lineament.load.loaded import Loaded
@@ -140,10 +140,10 @@ def audit(
         loaded = Loaded(network, "a small network trained just now on digits with a planted mark", "default")
         held = load_data("shortcut-digits", samples=samples, seed=seed, classes=classes)
     else:
-        require(
-            data is not None,
-            "data: got none, expected an .npz file, a folder of images by class, a Hugging Face data set or 'digits'",
-        )
+        if data is None:
+            raise InputError(
+                "data: got none, expected an .npz file, a folder of images by class, a Hugging Face data set or 'digits'"
+            )
         loaded = load_model(model, weights=weights)  # pyright: ignore[reportArgumentType]
         size = image_size if image_size is not None else loaded.size
         held = load_data(

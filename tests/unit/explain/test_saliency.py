@@ -9,7 +9,6 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.explain.saliency import integrated_gradients, saliency
 from lineament.explain.saliency.aggregation import (
     AGGREGATES,
     Window,
@@ -17,7 +16,9 @@ from lineament.explain.saliency.aggregation import (
     combined,
     normalised,
 )
+from lineament.explain.saliency.baselines import integrated_gradients
 from lineament.explain.saliency.checks import class_sensitivity, randomisation, spearman
+from lineament.explain.saliency.maps import saliency
 from lineament.explain.saliency.meta import meta_saliency
 
 

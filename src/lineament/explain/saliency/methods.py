@@ -1,11 +1,10 @@
-"""The saliency methods as settings of one family: what is extracted at a place, how it is aggregated over channels."""
+"""The saliency methods as settings of one family: what is extracted at a site, and how it is aggregated over channels."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from lineament.core import checks
 from lineament.explain.saliency.aggregation import AGGREGATES, EXTRACTS, Window
@@ -13,14 +12,37 @@ from lineament.explain.saliency.aggregation import AGGREGATES, EXTRACTS, Window
 
 @dataclass(frozen=True)
 class Method:
-    """A saliency method: how contributions are extracted and aggregated, and what is special about it."""
+    """A saliency method: how contributions are extracted and aggregated, and what is special about it.
 
-    extract: str  # "" for a method of its own
+    Attributes:
+        extract: ``"bias"``, ``"scaling"``, ``"conv"``, ``"depthwise"``, ``"proper"`` (the real convolution at the site), the paper's
+            ``"conv3x3"`` and ``"conv3x3_depthwise"`` (any odd size), or ``""`` for a method of its own.
+        aggregate: ``"sum"``, ``"norm"``, ``"filter_norm"``, ``"max"`` or ``"max_abs"``.
+        kernel: N of the virtual N x N convolution.
+        rule: how the signal flows backwards: ``""``, ``"guided"``, ``"deconvnet"``, ``"excitation"``, ``"contrastive"``.
+        pooled: the gradient is replaced by its mean over the map.
+        rectified: the map keeps its positive part.
+
+    >>> Method("conv3x3_depthwise", "norm").kernel
+    3
+    """
+
+    extract: str
     aggregate: str
-    kernel: int = 1  # N of the virtual N x N convolution
-    rule: str = ""  # how the signal flows backwards: "", "guided", "deconvnet", "excitation", "contrastive"
-    pooled: bool = False  # the gradient is replaced by its mean over the map
-    rectified: bool = False  # the map keeps its positive part
+    kernel: int = 1
+    rule: str = ""
+    pooled: bool = False
+    rectified: bool = False
+
+    def __post_init__(self) -> None:
+        size = re.fullmatch(r"conv(\d+)x\1(_depthwise)?", str(self.extract))
+        if size:
+            object.__setattr__(self, "extract", "depthwise" if size[2] else "conv")
+            object.__setattr__(self, "kernel", int(size[1]))
+        Window.square(self.kernel)
+        if self.extract != "":
+            checks.one_of("extract", self.extract, (*EXTRACTS, "proper", "conv3x3", "conv3x3_depthwise"))
+            checks.one_of("aggregate", self.aggregate, AGGREGATES)
 
 
 METHODS: dict[str, Method] = {
@@ -44,37 +66,21 @@ METHODS: dict[str, Method] = {
 }
 
 
-def settings_of(
-    method: str | Sequence[str], extract: str | None, aggregate: str | None, kernel: int | None
-) -> dict[str, Method]:
-    """{name: method} of what was asked for by name, or by the two phases."""
-    names = [method] if isinstance(method, str) else list(method)
-    checks.require(len(names) > 0, "method: got none, expected at least one")
-    settings = {name: _named(name) for name in names}
-    if extract is not None or aggregate is not None:
-        checks.require(
-            names == ["norm_grad"],
-            f"extract and aggregate: they choose the phases instead of method={method!r}; give one",
-        )
-        checks.require(
-            extract is not None and aggregate is not None,
-            f"extract and aggregate: got {extract!r} and {aggregate!r}, expected both",
-        )
-        size = re.fullmatch(r"conv(\d+)x\1(_depthwise)?", str(extract))
-        if size:
-            extract, kernel = "depthwise" if size[2] else "conv", kernel or int(size[1])
-        checks.one_of("extract", extract, (*EXTRACTS, "proper", "conv3x3", "conv3x3_depthwise"))
-        checks.one_of("aggregate", aggregate, AGGREGATES)
-        settings = {"norm_grad": Method(str(extract), str(aggregate))}
-    if kernel is not None:
-        Window.square(kernel)
-        settings = {name: replace(m, kernel=kernel) for name, m in settings.items()}
-    return settings
+def settings_of(method: str | Method | Sequence[str | Method]) -> dict[str | Method, Method]:
+    """{what was asked for: its settings}; ``"norm_grad_5x5"`` and the like are names too.
 
-
-def _named(name: Any) -> Method:
-    size = re.fullmatch(r"norm_grad_(\d+)x\1", str(name))
-    if size:
-        Window.square(int(size[1]))
-        return Method("conv", "norm", kernel=int(size[1]))
-    return METHODS[checks.one_of("method", name, METHODS)]
+    >>> settings_of("norm_grad_5x5")["norm_grad_5x5"].kernel
+    5
+    """
+    asked = [method] if isinstance(method, (str, Method)) else list(method)
+    checks.require(len(asked) > 0, "method: got none, expected at least one")
+    found: dict[str | Method, Method] = {}
+    for name in asked:
+        size = re.fullmatch(r"norm_grad_(\d+)x\1", str(name))
+        if isinstance(name, Method):
+            found[name] = name
+        elif size:
+            found[name] = Method("conv", "norm", kernel=int(size[1]))
+        else:
+            found[name] = METHODS[checks.one_of("method", name, METHODS)]
+    return found

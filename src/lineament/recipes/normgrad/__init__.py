@@ -19,9 +19,9 @@ from lineament.core.batching import progress
 from lineament.core.checkpoint import Checkpoint
 from lineament.data.digit_scenes import digit_scenes
 from lineament.data.samples import Samples
-from lineament.explain.saliency import saliency
 from lineament.explain.saliency.aggregation import combined
 from lineament.explain.saliency.checks import class_sensitivity
+from lineament.explain.saliency.maps import saliency
 from lineament.explain.saliency.meta import meta_saliency
 from lineament.explain.saliency.pointing import hits
 from lineament.recipes.normgrad.claims import COMBINED, META, photograph_claims, scene_claims

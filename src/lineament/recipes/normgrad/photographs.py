@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.batching import progress
 from lineament.data.located import Located, coco, voc
-from lineament.explain.saliency import saliency
 from lineament.explain.saliency.aggregation import combined
+from lineament.explain.saliency.maps import saliency
 from lineament.explain.saliency.meta import meta_saliency
 from lineament.explain.saliency.pointing import PointingGame, difficult, hits
 
