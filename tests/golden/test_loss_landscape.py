@@ -10,7 +10,9 @@ import torch
 from tests.golden.common import files
 from torch import nn
 
-from lineament.core.curvature.matrices import hessian, lanczos, trace
+from lineament.core.curvature.krylov import lanczos
+from lineament.core.curvature.matrices import hessian
+from lineament.core.curvature.traces import trace
 from lineament.core.gradients import flatten
 from lineament.measure.landscape.axes import given, hessian_axes, normalised
 from lineament.measure.landscape.criteria import density_curve, extreme_ratio, negative_ratio

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lineament.core.curvature.fast import graph
-from lineament.core.curvature.matrices import gauss_newton, hessian, lanczos
+from lineament.core.curvature.krylov import lanczos
+from lineament.core.curvature.matrices import gauss_newton, hessian
 from lineament.core.gradients import per_sample_gradients
 from lineament.optim.gns import Network
 
