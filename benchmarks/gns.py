@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from lineament.bench import Row, compare
+from lineament.data.digits import digit_images
 from lineament.optim.gns import (
     Backtracking,
     Chebyshev,
@@ -228,14 +229,15 @@ def low_rank(repeats: int) -> Iterator[Row]:
 
 
 def beside_scipy(repeats: int) -> Iterator[Row]:
-    from sklearn.datasets import load_breast_cancer, load_digits
+    from sklearn.datasets import load_breast_cancer
 
     rng = np.random.RandomState(3124)
     raw = torch.from_numpy(rng.uniform(-1, 1, (200, 200)))
-    cancer, digits = load_breast_cancer(), load_digits()
+    cancer = load_breast_cancer()
+    pixels, labels = digit_images().pair
     scaled = (cancer.data - cancer.data.mean(0)) / cancer.data.std(0)
     A = torch.from_numpy(np.c_[scaled, np.ones(len(scaled))])
-    D = torch.from_numpy(np.c_[digits.data / 16, np.ones(len(digits.data))])
+    D = torch.cat([pixels.double().flatten(1), torch.ones(len(pixels), 1, dtype=torch.float64)], 1)
     problems = {
         "log-sum-exp, n = m = 200": (
             LogSumExp.centred(raw, torch.from_numpy(rng.uniform(-1, 1, 200))), np.ones(200), raw.T @ raw,
@@ -244,7 +246,7 @@ def beside_scipy(repeats: int) -> Iterator[Row]:
             Logistic(A, torch.from_numpy(cancer.target), l2=1e-4), np.zeros(31), A.T @ A / len(A),
         ),
         "softmax regression, digits, l2 = 1e-3": (
-            Softmax(D, torch.from_numpy(digits.target).long(), l2=1e-3), np.zeros(650), None,
+            Softmax(D, labels, l2=1e-3), np.zeros(650), None,
         ),
         "Chebyshev chain, n = 100, p = 2": (PowerOfResiduals(Chebyshev(), p=2), rng.uniform(0, 1, 100), None),
     }  # fmt: skip

@@ -23,7 +23,7 @@ from lineament.core.curvature.traces import trace
 from lineament.measure.landscape.axes import random_axes
 from lineament.measure.landscape.criteria import hessian_criteria
 from lineament.measure.landscape.grids import plane
-from lineament.recipes.kit.networks import ResNet18
+from lineament.recipes.kit.networks import network
 
 SLUG = "loss-landscape"
 PROBES = 60
@@ -81,7 +81,7 @@ def rows(repeats: int = 5) -> Iterator[Row]:
     problems = [
         ("perceptron 64-128-128-10, 1,000 samples", perceptron(), torch.randn(1000, 64), torch.randint(0, 10, (1000,)), 41),
         ("LeNet, 256 images", lenet(), torch.randn(256, 1, 28, 28), torch.randint(0, 10, (256,)), 41),
-        ("ResNet-18 of width 16, 32 images", ResNet18(3, 10, bias=True, width=16).eval(), torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,)), 11),
+        ("ResNet-18 of width 16, 32 images", network("resnet18", (3, 32, 32), 10, seed=0, widths=16).eval(), torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,)), 11),
     ]  # fmt: skip
     for what, net, x, y, side in problems:
 

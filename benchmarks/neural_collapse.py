@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lineament.bench import Row, compare
 from lineament.measure.collapse.profile import collapse, collapse_metrics
-from lineament.recipes.kit.networks import ResNet18
+from lineament.recipes.kit.networks import network
 
 SLUG = "neural-collapse"
 
@@ -32,7 +32,7 @@ def rows(repeats: int = 7) -> Iterator[Row]:
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = ResNet18(3, 10, bias=True, width=32).eval()
+        net = network("resnet18", (3, 32, 32), 10, seed=0, widths=32).eval()
     loader = [(torch.randn(64, 3, 32, 32, generator=generator), torch.arange(64) % 10) for _ in range(4)]
 
     def forwards() -> None:
@@ -40,7 +40,7 @@ def rows(repeats: int = 7) -> Iterator[Row]:
             for x, _ in loader:
                 net(x)
 
-    sites = ["stem", *(f"stages.{k}" for k in range(4)), "head:in"]
+    sites = ["features.2", *(f"features.{k}" for k in (4, 6, 8, 10)), "head:in"]
     for what, chosen in (("the head's input", None), ("six sites", sites)):
         yield compare(
             SLUG,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lineament.bench import Row, compare
 from lineament.core.checks import InputError
 from lineament.learn.tract.layer import tract
-from lineament.recipes.kit.networks import ResNet18
+from lineament.recipes.kit.networks import network
 from lineament.recipes.tract.training import scores, vision_transformer
 
 SLUG = "tract"
@@ -66,7 +66,12 @@ def rows(repeats: int = 7) -> Iterator[Row]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made: list[tuple[str, int, int, Callable[[], nn.Module]]] = [
-            ("ResNet-18 (width 64, batch 32 of 32 x 32)", 32, 32, lambda: ResNet18(3, 10, bias=True)),
+            (
+                "ResNet-18 (width 64, batch 32 of 32 x 32)",
+                32,
+                32,
+                lambda: network("resnet18", (3, 32, 32), 10, seed=0),
+            ),
             (
                 "ViT-Ti (patch 16, batch 8 of 224 x 224)",
                 8,

@@ -12,7 +12,7 @@ from lineament.bench import Row, compare
 from lineament.data.pixel_digits import pixel_digits
 from lineament.learn.useful.slow_examples import select_slow
 from lineament.optim import ASAM, SAM
-from lineament.recipes.useful.networks import network
+from lineament.recipes.kit.networks import network
 from lineament.train.epochs import Fit
 
 SLUG = "useful"
@@ -69,7 +69,7 @@ def _outputs(samples: int, classes: int) -> tuple[Tensor, Tensor]:
 def rows(repeats: int = 7) -> Iterator[Row]:
     digits = pixel_digits()
     x, y = digits.inputs, digits.targets
-    model = network("tiny-cnn", x.shape[1:], 10, 16, 0)
+    model = network("tiny-cnn", x.shape[1:], 10, seed=0)
     fit = Fit(x, y, lambda net: torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9), batch_size=32)
     scores, labels = _outputs(len(y), 10)
     yield compare(
@@ -84,7 +84,7 @@ def rows(repeats: int = 7) -> Iterator[Row]:
         note="the target is 2 % of the training's time",
     )
     images, targets = torch.randn(64, 3, 32, 32), torch.arange(64) % 10
-    large = network("resnet18", torch.Size([3, 32, 32]), 10, 64, 0)
+    large = network("resnet18", (3, 32, 32), 10, seed=0)
     batch = Fit(images, targets, lambda net: torch.optim.SGD(net.parameters(), lr=0.01), batch_size=64)
     many, answers = _outputs(50_000, 10)
     yield compare(
@@ -101,7 +101,7 @@ def rows(repeats: int = 7) -> Iterator[Row]:
     for kind, name, adaptive in ((SAM, "SAM", False), (ASAM, "ASAM", True)):
         sides = {}
         for side in ("ours", "plain", "pytorch_optimizer"):
-            net = network("resnet18", torch.Size([3, 32, 32]), 10, 64, 0)
+            net = network("resnet18", (3, 32, 32), 10, seed=0)
             params = list(net.parameters())
             grads = [1e-3 * torch.randn_like(p) for p in params]
             base = torch.optim.SGD(params, lr=1e-4, momentum=0.9, foreach=True)

@@ -12,16 +12,18 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lineament.core.checks import InputError, require
+from lineament.core.files import possible_file, write_json
+from lineament.report.text import plain
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,30 @@ class Row:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Ended:
+    """A benchmark whose process ended before its last row, and why."""
+
+    slug: str
+    reason: str
+
+
+@dataclass
+class _Settings:
+    """What this process was told: whether to be quick, and the rows that an earlier run has measured already."""
+
+    quick: bool = False
+    measured: dict[tuple[str, str, str], Row] = field(default_factory=dict)
+
+
+_settings = _Settings()
+
+
+def quick() -> bool:
+    """Whether ``lineament bench --quick`` asked for small sizes."""
+    return _settings.quick
+
+
 def compare(
     slug: str,
     what: str,
@@ -59,10 +85,15 @@ def compare(
 
     Args:
         ours, theirs: functions without arguments; ``theirs`` is ``None`` when the peer is not installed.
-        target: the least acceptable ``peer_s / ours_s``.
+        target: the smallest acceptable ``peer_s / ours_s``.
+        repeats, warmup: timings of each side, and runs before them; one and none where :func:`quick`.
         scale: multiplies the peer's time, when the peer is timed on a known fraction of the work.
         note: what the reader must know (the physical limit, the gap to it).
     """
+    if (slug, what, peer) in _settings.measured:
+        return _settings.measured[slug, what, peer]
+    if quick():
+        repeats, warmup = 1, min(warmup, 1)
 
     def seconds(function: Callable[[], Any]) -> float:
         start = time.perf_counter()
@@ -88,18 +119,22 @@ def compare(
     return Row(slug, what, ours_s, peer, peer_s, ratio, target, met, note)
 
 
-# What a benchmark's own process runs: the file's rows, one JSON line each as soon as it is measured, so that the
-# rows before a crash are kept. Whatever the benchmark or its peer prints goes elsewhere.
+# What a benchmark's own process runs: the file's rows, one JSON line each as soon as it is measured. Whatever the benchmark or its peer
+# prints goes nowhere.
 _WORKER = """
-import importlib.util, json, sys
-spec = importlib.util.spec_from_file_location("benchmark", sys.argv[1])
+import importlib.util, json, os, sys
+out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+from lineament import bench
+told = json.loads(sys.stdin.read())
+bench._settings.quick = told["quick"]
+bench._settings.measured = {(r["slug"], r["what"], r["peer"]): bench.Row(**r) for r in told["measured"]}
+spec = importlib.util.spec_from_file_location("benchmark", told["path"])
 module = importlib.util.module_from_spec(spec)
 sys.modules["benchmark"] = module
 spec.loader.exec_module(module)
-repeats = {} if sys.argv[3] == "default" else {"repeats": int(sys.argv[3])}
-with open(sys.argv[2], "a", encoding="utf-8") as out:
-    for row in module.rows(**repeats):
-        print(json.dumps(row.to_dict()), file=out, flush=True)
+for row in module.rows(**told["options"]):
+    print(json.dumps(row.to_dict()), file=out, flush=True)
 """
 
 
@@ -122,37 +157,102 @@ def files() -> dict[str, Path]:
     return {path.stem.replace("_", "-"): path for path in sorted(found)}
 
 
-def run(path: str | Path, repeats: int | None = None) -> tuple[list[Row], str]:
-    """One benchmark file in a process of its own.
+def measure(
+    benchmarks: dict[str, Path],
+    *,
+    repeats: int | None = None,
+    quick: bool = False,
+    json: str | Path | None = None,
+) -> Iterator[Row | Ended]:
+    """Every row of some benchmarks as soon as it is measured; a process that ends early ends with an :class:`Ended`.
 
     Args:
-        path: the file; it defines ``rows(repeats=...)``.
-        repeats: timings of each side; ``None`` leaves the file's own number.
+        benchmarks: as :func:`chosen` gives them; each runs in a process of its own.
+        repeats: timings of each side; ``None`` leaves each file's own number.
+        quick: small sizes, once each.
+        json: a file that holds the rows so far at any moment. While the run is unfinished a second file beside it says what was asked for:
+            the same call then begins with the rows that are there.
 
-    Returns:
-        The rows measured, and "" or, if the process ended early, its last line of error.
+    Raises:
+        InputError: ``json`` cannot be written.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "rows.jsonl"
-        command = [
-            *(sys.executable, "-c", _WORKER, str(path), str(out)),
-            "default" if repeats is None else str(repeats),
-        ]
-        done = subprocess.run(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
-        )
-        rows: list[Row] = []
-        if out.exists():
-            for line in out.read_text(encoding="utf-8").splitlines():
+    rows: list[Row] = []
+    request = {"slugs": list(benchmarks), "repeats": repeats, "quick": quick}
+    target = unfinished = None
+    if json is not None:
+        target = possible_file("json", json)
+        require(target.parent.is_dir(), f"json: {str(target.parent)!r} is no folder that exists")
+        unfinished = target.with_name(f".{target.name}.unfinished")
+        rows = _earlier(target, unfinished, request)
+        write_json(unfinished, request)
+        write_json(target, plain([row.to_dict() for row in rows]))
+    for slug, path in benchmarks.items():
+        known = [row for row in rows if row.slug == slug]
+        yield from known
+        for item in _rows(slug, path, {} if repeats is None else {"repeats": repeats}, quick, known):
+            if isinstance(item, Row):
+                rows.append(item)
+                if target is not None:
+                    write_json(target, plain([row.to_dict() for row in rows]))
+            yield item
+    if unfinished is not None:
+        unfinished.unlink(missing_ok=True)
+
+
+def _earlier(target: Path, unfinished: Path, request: dict[str, Any]) -> list[Row]:
+    """The rows of an unfinished run that was asked for the same."""
+    try:
+        if json.loads(unfinished.read_text(encoding="utf-8")) == request:
+            return [Row(**row) for row in json.loads(target.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        pass
+    return []
+
+
+def _rows(
+    slug: str, path: Path, options: dict[str, int], quick: bool, known: Iterable[Row]
+) -> Iterator[Row | Ended]:
+    """The rows of one file that are not known yet."""
+    told = {
+        "path": str(path),
+        "options": options,
+        "quick": quick,
+        "measured": [row.to_dict() for row in known],
+    }
+    there = {(row.slug, row.what, row.peer) for row in known}
+    with subprocess.Popen(
+        [sys.executable, "-c", _WORKER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    ) as process:
+        assert process.stdin and process.stdout and process.stderr
+        said: list[str] = []
+        stderr = process.stderr
+        # Read on the side: a process that fills the pipe of its errors would wait for a reader.
+        reader = threading.Thread(target=lambda: said.extend(stderr), daemon=True)
+        reader.start()
+        try:
+            process.stdin.write(json.dumps(told))
+            process.stdin.close()
+            for line in process.stdout:
                 try:
-                    rows.append(Row(**json.loads(line)))
+                    row = Row(**json.loads(line))
                 except (ValueError, TypeError):
                     # The last line of a killed process may be cut off.
                     continue
-    if done.returncode == 0:
-        return rows, ""
-    last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
-    return rows, last[0] if last else f"ended with status {done.returncode}"
+                if (row.slug, row.what, row.peer) not in there:
+                    yield row
+        except BaseException:
+            process.kill()
+            raise
+        status = process.wait()
+        reader.join()
+    if status:
+        last = [line.strip() for line in said if line.strip()][-1:]
+        yield Ended(slug, last[0] if last else f"ended with status {status}")
 
 
 def chosen(slugs: Sequence[str]) -> dict[str, Path]:
@@ -162,7 +262,7 @@ def chosen(slugs: Sequence[str]) -> dict[str, Path]:
         near = difflib.get_close_matches(slug, known, n=1)
         require(
             slug in known,
-            f"SLUG: got {slug!r}, which is no benchmark{f'; nearest: {near[0]!r}' if near else ''} "
+            f"slugs: got {slug!r}, which is no benchmark{f'; nearest: {near[0]!r}' if near else ''} "
             f"(known: {', '.join(known) or 'none'})",
         )
     return {slug: known[slug] for slug in (dict.fromkeys(slugs) if slugs else known)}

@@ -43,7 +43,9 @@ def evaluate(driver: Any, expression: str) -> Any:
 def settle(driver: Any, seconds: float = 30.0) -> None:
     """Wait until every picture that can be turned is drawn or has said why not; without scripts there is nothing to wait for."""
     end = time.monotonic() + seconds
-    while driver.scripts and evaluate(driver, """document.querySelectorAll('[data-relief=""]').length"""):
+    while driver.scripts and evaluate(
+        driver, """document.querySelectorAll('[data-surface-plot=""]').length"""
+    ):
         assert time.monotonic() < end, "a picture that can be turned is still not drawn"
         time.sleep(0.05)
 
@@ -111,7 +113,7 @@ def reachable(driver: Any) -> list[int]:
     )
 
 
-_script = files("lineament.report") / "templates" / "relief.js"
+_script = files("lineament.report") / "templates" / "surface_plot.js"
 # The only scripts that a report runs: the drawing library, and what uses it.
 OURS = {hashlib.sha256(text.encode()).hexdigest() for text in (get_plotlyjs(), _script.read_text("utf-8"))}
 

@@ -10,7 +10,7 @@ from lineament.report.figures import picture, save
 from lineament.report.outcome import Claim, Figure, Outcome, Table
 from lineament.report.page import Finding, write
 from lineament.report.section import Section
-from lineament.report.surface_plot import relief
+from lineament.report.surface_plot import SurfacePlot
 from lineament.report.text import printable
 from tests.browser.chrome import HOSTILE
 
@@ -33,9 +33,9 @@ def bowls():
     z = a[:, None] ** 2 + 0.5 * b[None, :] ** 2
     holed = np.where(z > 2.5, np.nan, z)
     return [
-        relief({"x": a, "y": b, "z": z}, ("first way", "second way", "loss"), title="a bowl", origin="these weights"),
-        relief({"x": a, "y": b, "z": holed}, (HOSTILE[1], HOSTILE[6], HOSTILE[0]), title=HOSTILE[0], origin=HOSTILE[1]),
-        relief({"x": a, "z": a**2}, (HOSTILE[7], "", "%{z} <b>loss</b>"), title=HOSTILE[2]),
+        SurfacePlot.from_values({"x": a, "y": b, "z": z}, ("first way", "second way", "loss"), title="a bowl", origin="these weights"),
+        SurfacePlot.from_values({"x": a, "y": b, "z": holed}, (HOSTILE[1], HOSTILE[6], HOSTILE[0]), title=HOSTILE[0], origin=HOSTILE[1]),
+        SurfacePlot.from_values({"x": a, "z": a**2}, (HOSTILE[7], "", "%{z} <b>loss</b>"), title=HOSTILE[2]),
     ]  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def report(folder: Path) -> Path:
                 lambda ax: ax.contour(np.random.default_rng(0).random((4, 4))),
                 alt="Contours of a bowl.",
                 caption="The loss around the weights.",
-                reliefs=bowls(),
+                surfaces=bowls(),
             )
         ],
     )  # fmt: skip
@@ -174,7 +174,7 @@ def runs(folder: Path) -> Path:
         lambda ax: ax.semilogy(range(50), np.exp(-np.arange(50) / 8), label="NC1") and ax.legend(),
         alt="NC1 falls exponentially over fifty steps.",
         caption="Within-class variability along the central path.",
-        reliefs=bowls()[:2],
+        surfaces=bowls()[:2],
     )
     claims = [
         Claim("Within-class variability decreases along the flow", "strictly decreasing", "decreases in 50 of 50 steps", True),

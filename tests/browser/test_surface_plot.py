@@ -58,7 +58,7 @@ def test_both_drawings_have_colours_and_fit(browser, report, width, scheme):
 def test_the_drawing_stands_in_the_still_pictures_place_and_gives_it_back(browser, report):
     driver = browser()
     watch(driver, report)
-    seen = "document.querySelector('figure:has(.relief) .still').getClientRects().length"
+    seen = "document.querySelector('figure:has(.surface-plot) .still').getClientRects().length"
     assert evaluate(driver, seen) == 0
     driver.find_element("css selector", ".swap").click()
     assert evaluate(driver, seen) == 1
@@ -110,7 +110,7 @@ def test_words_from_users_do_nothing_in_a_drawing(browser, report):
     driver = browser()
     watch(driver, report)
     for choice in range(3):
-        Select(driver.find_element("css selector", ".relief select")).select_by_index(choice)
+        Select(driver.find_element("css selector", ".surface-plot select")).select_by_index(choice)
         assert evaluate(driver, "new Promise(r => setTimeout(() => r(1), 800))") == 1
         assert driver.title.startswith("What a small network")
         assert (
@@ -149,7 +149,7 @@ def test_where_nothing_turns_the_still_picture_stays(browser, report, scripts):
     assert evaluate(
         driver, "[...document.querySelectorAll('.still')].every(s => s.getClientRects().length === 1)"
     )
-    assert evaluate(driver, "[...document.querySelectorAll('.relief, .plot, .swap')].every(e => !e.getClientRects().length)")  # fmt: skip
+    assert evaluate(driver, "[...document.querySelectorAll('.surface-plot, .plot, .swap')].every(e => !e.getClientRects().length)")  # fmt: skip
     said = "This browser shows no WebGL" in evaluate(driver, "document.body.innerText")
     assert said == scripts
 
@@ -159,7 +159,7 @@ def test_paper_prints_the_still_picture(browser, report):
     watch(driver, report)
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     try:
-        shown = "[document.querySelector('figure:has(.relief) .still'), document.querySelector('.relief')].map(e => e.getClientRects().length)"
+        shown = "[document.querySelector('figure:has(.surface-plot) .still'), document.querySelector('.surface-plot')].map(e => e.getClientRects().length)"
         assert evaluate(driver, shown) == [1, 0]
     finally:
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
@@ -171,7 +171,7 @@ def test_the_gallery_turns_them_too(browser, tmp_path):
     driver = browser()
     watch(driver, site / "papers/neural-collapse.html")
     settle(driver)
-    assert evaluate(driver, "document.querySelector('[data-relief]').dataset.relief") == "drawn"
+    assert evaluate(driver, "document.querySelector('[data-surface-plot]').dataset.surfacePlot") == "drawn"
     assert pixels(plot(driver, "surface")).std() > 5
     assert set(running_scripts(driver)) == OURS
     watch(driver, site / "papers/ssa.html")

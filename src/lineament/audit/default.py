@@ -48,7 +48,7 @@ def train(seed: int = 0, *, epochs: int = 15, batch_size: int = 64) -> dict[str,
     generator = torch.Generator().manual_seed(seed)
     for _ in progress(range(epochs), "training a small network on marked digits"):
         for rows in torch.randperm(len(data), generator=generator).split(batch_size):
-            loss = F.cross_entropy(model(data.inputs[rows, None]), data.targets[rows])
+            loss = F.cross_entropy(model(data.inputs[rows]), data.targets[rows])
             for parameter, gradient in zip(
                 model.parameters(), torch.autograd.grad(loss, list(model.parameters()))
             ):

@@ -24,12 +24,13 @@ from lineament.audit.phrases import places, sentence
 from lineament.audit.stages import STAGES, Report, fresh, opened, sections, threads, written
 from lineament.audit.subject import Subject
 from lineament.core import checks
-from lineament.core.batching import Checkpoint
+from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import require, show, suggest
 from lineament.core.models import device_of
+from lineament.data.samples import Samples
 from lineament.data.shortcut_digits import MARK
 from lineament.explain.saliency import METHODS as SALIENCY
-from lineament.load.data import Samples, checked
+from lineament.load.data import checked
 from lineament.load.data import load as load_data
 from lineament.load.language_models import is_language_model
 from lineament.load.loaded import Loaded
@@ -268,7 +269,7 @@ def _samples(
             f"groups: got {show(groups)}, expected the name of an array of the data",
         )
         return load_data(data, samples=samples, seed=seed, groups=groups, classes=classes, **options)
-    from lineament.load.data import Budget, coded, take, with_groups
+    from lineament.load.data import Budget, coded, with_groups
 
     if not isinstance(data, Samples):
         require(
@@ -285,7 +286,7 @@ def _samples(
         )
         numbers, names = coded("targets", np.asarray(y))
         x = x if x.dtype == torch.uint8 else x.float()
-        data = Samples(x, numbers, torch.arange(len(numbers)), len(numbers), "arrays", names)
+        data = Samples(x, numbers, names, source="arrays")
     if classes is not None:
         data = replace(data, classes=tuple(map(str, classes)))
     if groups is not None:
@@ -294,7 +295,7 @@ def _samples(
         len(data.inputs) == len(data.targets),
         f"data: {len(data.inputs)} inputs and {len(data.targets)} targets, expected as many",
     )
-    return checked(take(data, torch.from_numpy(Budget(samples, seed).choose(len(data)))))
+    return checked(data[Budget(samples, seed).choose(len(data))])
 
 
 def _strings(value: Any) -> bool:

@@ -21,7 +21,7 @@ import torch
 
 from lineament.audit.lenses import LENSES, lens
 from lineament.core import checks
-from lineament.core.batching import Checkpoint
+from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require
 from lineament.core.files import output_folder, possible_folder
 from lineament.papers import search

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineament.core.models import device_of, dtype_of, frozen, logits
-from lineament.load.data import Samples
+from lineament.data.samples import Samples
 from lineament.load.input_layout import Layout
 
 

@@ -23,7 +23,7 @@ A run that was cut off goes on where it stopped when the same command is given a
 )
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+def add_parser(subparsers: Any) -> Any:
     """Add ``audit`` to the commands of :mod:`lineament.cli`."""
     parser = subparsers.add_parser(
         "audit",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -16,6 +15,7 @@ from rich.text import Text
 from lineament.report.text import cell, duration, printable
 
 if TYPE_CHECKING:
+    from lineament.bench import Row
     from lineament.papers import Paper
     from lineament.recipes.kit.run import Run
     from lineament.report.gallery import Site
@@ -100,9 +100,9 @@ def show_fields(slug: str, fields: Sequence[tuple[str, str, Mapping[str, object]
     """The options of one recipe, with the value that each preset gives them."""
     console = _console()
     table = _table("option", "takes", *(fields[0][2] if fields else ()), whole=("option",))
-    for option, takes, values in fields:
+    for name, takes, values in fields:
         shown = (", ".join(map(str, v)) if isinstance(v, (tuple, list)) else str(v) for v in values.values())
-        table.add_row(option, takes, *(printable(text, limit=60) for text in shown))
+        table.add_row("--" + name.replace("_", "-"), takes, *(printable(text, limit=60) for text in shown))
     console.print(f"options of {slug}, with the value in each preset:")
     console.print(table)
 
@@ -200,56 +200,28 @@ def show_site(site: Site) -> None:
     _console().print(f"{runs} on {site.pages} pages. Open {site.index}", soft_wrap=True)
 
 
-def show_bench(benchmarks: Mapping[str, Path], repeats: int | None, json: str | None) -> int:
-    """Run the benchmarks one after the other, print each one's rows as they come, and write them to ``json``."""
-    from lineament import bench
-    from lineament.core.checks import require
-    from lineament.core.files import possible_file, write_json
-    from lineament.report.text import plain
-
-    if json is not None:
-        target = possible_file("--json", json)
-        require(target.parent.is_dir(), f"--json: {str(target.parent)!r} is no folder that exists")
+def show_row(row: Row) -> None:
+    """One comparison of a benchmark, as soon as it is measured."""
+    met = {True: ("met", "green"), False: ("missed", "yellow"), None: ("", "")}[row.met]
+    line = Text.assemble((row.slug, "bold"), "  ", printable(row.what), ": ", _seconds(row.ours_s))
+    if row.peer_s is None:
+        line.append(f"; {printable(row.peer)} is not installed")
+    else:
+        line.append(f" against {_seconds(row.peer_s)} of {printable(row.peer)}, ratio {cell(row.ratio, 3)}")
+    if row.target is not None and row.ratio is not None:
+        line.append_text(Text.assemble(f" (target {cell(row.target, 3)}, ", met, ")"))
     console = _console()
-    if not console.is_terminal:
-        console.width = 140
-    columns = ("what", "ours", "peer", "peer's", "ratio", "target", "met")
-    every: list[bench.Row] = []
-    failed: list[str] = []
-    try:
-        for slug, path in benchmarks.items():
-            rows, error = bench.run(path, repeats)
-            every += rows
-            console.print(Text(slug, style="bold"))
-            if rows:
-                table = _table(*columns, right=("ours", "peer's", "ratio", "target"), whole=("met",))
-                for row in rows:
-                    what = Text.assemble(
-                        printable(row.what), *(("\n" + printable(row.note), "dim") for _ in row.note[:1])
-                    )
-                    met = {True: Text("met", "green"), False: Text("missed", "yellow"), None: Text("–")}[
-                        row.met
-                    ]
-                    peer = printable(row.peer) + ("" if row.peer_s is not None else " (not installed)")
-                    table.add_row(
-                        *(what, _seconds(row.ours_s), Text(peer), _seconds(row.peer_s)),
-                        *(cell(row.ratio, 3), cell(row.target, 3), met),
-                    )
-                console.print(table)
-            elif not error:
-                console.print("  no rows")
-            if error:
-                failed.append(slug)
-                print(f"lineament: bench {slug} ended early: {printable(error)}", file=sys.stderr)
-    finally:
-        # Also after Ctrl-C: what has been measured is worth keeping.
-        if json is not None:
-            write_json(json, plain([row.to_dict() for row in every]))
-    compared = [row for row in every if row.met is not None]
-    console.print(
-        f"{sum(bool(row.met) for row in compared)} of {len(compared)} targets met; {len(every)} rows."
+    console.print(line, soft_wrap=True)
+    if row.note:
+        console.print(Text(f"    {printable(row.note)}", "dim"), soft_wrap=True)
+
+
+def show_total(rows: Sequence[Row]) -> None:
+    """How many targets the rows meet."""
+    compared = [row for row in rows if row.met is not None]
+    _console().print(
+        f"{sum(bool(row.met) for row in compared)} of {len(compared)} targets met; {len(rows)} rows."
     )
-    return 1 if failed else 0
 
 
 def _seconds(value: float | None) -> str:

@@ -23,10 +23,10 @@ from lineament.audit.subject import Subject
 from lineament.cli import console
 from lineament.cli.option_values import classes, image_size, normalize
 from lineament.cli.train_output import BOARD, FILES, Log, say, write
-from lineament.core.batching import Checkpoint
+from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require, show
 from lineament.core.files import output_folder, possible_folder, write_json
-from lineament.load.data import Samples, take
+from lineament.data.samples import Samples
 from lineament.load.data import load as load_data
 from lineament.load.loaded import Loaded
 from lineament.load.model_and_data import bring_together, one_output, two_logits
@@ -179,7 +179,7 @@ def _fitted_together(loaded: Loaded, samples: Samples, a: argparse.Namespace, op
     pair = normalize(a.normalize)
     subject = bring_together(
         loaded,
-        take(samples, rows),
+        samples[rows],
         task="classification",
         normalize=None if pair is None else (tuple(pair[0]), tuple(pair[1])),
         batch_size=options.batch_size,

@@ -1,4 +1,4 @@
-"""Run in chunks, halve them when memory runs out, and show progress; resume what was killed (:class:`Checkpoint`)."""
+"""Run in chunks, halve them when memory runs out, and show progress."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import gc
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, number, require, show, tensor
-from lineament.core.nested import join
-
-__all__ = ["Checkpoint", "auto_batch", "chunked", "is_out_of_memory", "progress"]
 
 T = TypeVar("T")
 
@@ -107,7 +104,7 @@ def chunked(
     """Apply a function to chunks of tensors along their first dimension, and join what it returns.
 
     Args:
-        function: takes as many tensors as are given; returns a tensor whose first dimension is the chunk's, or a nest of
+        function: takes as many tensors as are given; returns a tensor whose first dimension is the chunk's, or
             dicts, lists, tuples and dataclasses of such tensors. It must be repeatable.
         tensors: all of the same length.
         batch_size: rows at a time, or ``"auto"``: all at once, halved each time memory runs out. The size that fitted is where
@@ -134,7 +131,34 @@ def chunked(
 
     rows = tuple((each.shape[1:], each.dtype, each.device) for each in tensors)
     parts = auto_batch(run, lengths[0], batch_size=batch_size, memory=(function, rows), most=most)
-    return join(list(parts))
+    return _concatenated(list(parts))
+
+
+def _concatenated(parts: Sequence[Any]) -> Any:
+    """One value from many of the same form: tensors are concatenated along their first dimension."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        require(
+            first.ndim > 0,
+            "chunked: the function returned a tensor without dimensions, expected one value a row",
+        )
+        return first if len(parts) == 1 else torch.cat(list(parts))
+    if first is None:
+        return None
+    if isinstance(first, Mapping):
+        return {key: _concatenated([part[key] for part in parts]) for key in first}
+    if isinstance(first, (tuple, list)):
+        columns = [_concatenated(column) for column in zip(*parts)]
+        make: Any = getattr(type(first), "_make", type(first))
+        return make(columns)
+    if is_dataclass(first) and not isinstance(first, type):
+        kind: Any = type(first)
+        return kind(
+            **{f.name: _concatenated([getattr(part, f.name) for part in parts]) for f in fields(first)}
+        )
+    raise InputError(
+        f"chunked: the function returned {show(first)}, expected tensors, or dicts, lists, tuples and dataclasses of them"
+    )
 
 
 def _memory_of(memory: Any) -> tuple[Any, Any]:

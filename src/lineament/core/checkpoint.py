@@ -1,8 +1,8 @@
 """Long runs that may be killed at any moment and, started again, give the result of an uninterrupted run.
 
 A :class:`Checkpoint` is a folder that belongs to one configuration. Each finished stage, and now and then the state of a long
-loop, is a safetensors file for the tensors and a JSON file that names it, both written whole or not at all; the
-JSON file comes last and holds the SHA-256 of both, so that what was cut off or edited is computed again, not trusted.
+loop, is a safetensors file for the tensors and a JSON file that names it. Both writes are atomic; the JSON file comes last and
+holds the SHA-256 of both, so that what was cut off or edited is computed again, not trusted.
 What a stage returns is always what was read back, so a fresh and a resumed run go on from the same bits.
 """
 
@@ -15,6 +15,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +29,7 @@ from torch import Tensor
 from lineament import __version__
 from lineament.core.checks import InputError, number, require, show
 from lineament.core.files import output_folder, write_json, write_text, writing
-from lineament.core.nested import pack, unpack
+from lineament.core.serialization import pack, unpack
 
 T = TypeVar("T")
 
@@ -75,28 +77,40 @@ class Checkpoint:
                 )
                 self._clear()
 
-    def stage(self, name: str, compute: Callable[[], T]) -> T:
+    def stage(self, name: str, compute: Callable[[], T], kind: type[T] | None = None) -> T:
         """The stored result of this stage if an earlier run finished it, else ``compute()``, stored.
 
         Args:
             name: the same for the same stage in every run, and another for each stage.
-            compute: returns a nest of dicts, lists and tuples over tensors, NumPy arrays, numbers, strings, booleans and ``None``,
-                and draws its randomness from seeds of its own. Tensors come back on their device, detached and contiguous.
+            compute: returns tensors, NumPy arrays, numbers, strings, bytes, paths, booleans, ``None``, and dicts, lists, tuples and
+                dataclasses of them, and draws its randomness from seeds of its own. Tensors come back on their device, detached
+                and contiguous.
+            kind: the type of the result, needed where dataclasses or enums are in it, since nothing in a file may choose a class:
+                ``Result``, ``list[Result]``, ``dict[str, Result]``. Those in a dataclass's fields are found by their annotations.
+                A stored result whose fields are no longer those of ``kind`` is computed again.
 
         Raises:
             InputError: ``compute`` returned something else.
+
+        >>> import tempfile; from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Result:
+        ...     loss: float
+        >>> run = Checkpoint(Path(tempfile.mkdtemp()) / "stages", {})
+        >>> run.stage("train", lambda: [Result(0.5)], list[Result])
+        [Result(loss=0.5)]
         """
-        stored = self._load(name)
+        stored = self._load(name, kind)
         if stored is None:
-            self._save(name, compute())
-            stored = self._load(name)
+            self._save(name, compute(), kind)
+            stored = self._load(name, kind)
             require(stored is not None, f"checkpoint: {name!r} cannot be read back from {str(self.folder)!r}")
         assert stored is not None
         return stored[0]
 
-    def finished(self, name: str) -> bool:
-        """Whether a stage is stored, whole."""
-        return self._load(name) is not None
+    def finished(self, name: str, kind: Any = None) -> bool:
+        """Whether a stage is stored, whole; ``kind`` as for :meth:`stage`."""
+        return self._load(name, kind) is not None
 
     def loop(
         self,
@@ -106,6 +120,7 @@ class Checkpoint:
         *,
         every: int | None = None,
         seconds: float = 20.0,
+        kinds: Mapping[str, Any] | None = None,
     ) -> Iterator[int]:
         """The steps ``0 ... steps - 1`` of a long loop, without those that a killed run stored as done.
 
@@ -118,6 +133,7 @@ class Checkpoint:
             state: objects with ``state_dict`` and ``load_state_dict`` (modules, optimizers, schedulers), PyTorch or NumPy
                 generators, tensors, lists and dicts.
             every: store after so many steps; ``None``: after so many ``seconds``.
+            kinds: the types of lists and dicts in ``state`` that hold dataclasses, such as ``{"history": list[Epoch]}``.
 
         >>> import tempfile; run = Checkpoint(Path(tempfile.mkdtemp()) / "stages", {})
         >>> generator, seen = torch.Generator().manual_seed(0), []
@@ -136,7 +152,8 @@ class Checkpoint:
         for key, holder in state.items():
             _held(key, holder)
         name = f"loop {name}"  # no stage may be taken for a loop
-        stored = self._load(name)
+        kind: Any = dict[str, dict[str, reduce(or_, kinds.values())]] if kinds else None
+        stored = self._load(name, kind)
         done = 0
         if stored is not None:
             done = stored[0]["done"]
@@ -148,7 +165,7 @@ class Checkpoint:
             due = time.monotonic() - last >= seconds if every is None else (step + 1) % every == 0
             if due or step + 1 == steps:
                 held = {key: _held(key, holder) for key, holder in state.items()}
-                self._save(name, {"done": step + 1, "state": held})
+                self._save(name, {"done": step + 1, "state": held}, kind)
                 last = time.monotonic()
 
     def finish(self) -> None:
@@ -162,9 +179,9 @@ class Checkpoint:
         with suppress(OSError):
             self.folder.rmdir()
 
-    def _save(self, name: str, result: Any) -> None:
+    def _save(self, name: str, result: Any, kind: Any) -> None:
         tensors: dict[str, Tensor] = {}
-        structure = pack(name, result, tensors)
+        structure = pack(name, result, tensors, kind)
         self._lock()
         if not self.resumed:
             write_json(self.folder / _MARKER, {"key": self._key})
@@ -183,7 +200,7 @@ class Checkpoint:
             if other != data:
                 other.unlink()
 
-    def _load(self, name: str) -> tuple[Any] | None:
+    def _load(self, name: str, kind: Any) -> tuple[Any] | None:
         """What is stored under a name, in a tuple; ``None`` where nothing is, or not every bit of it."""
         if not self.resumed:
             return None
@@ -197,7 +214,7 @@ class Checkpoint:
             data = (self.folder / Path(index["tensors"]).name).read_bytes()
             if _digest(data) != index["sha256"]:
                 return None
-            return (unpack(index["structure"], load(data)),)
+            return (unpack(index["structure"], load(data), kind),)
         except (OSError, KeyError, TypeError, ValueError, AttributeError, SafetensorError):
             return None
 

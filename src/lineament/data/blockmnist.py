@@ -8,57 +8,17 @@ is a gradient on something that this image does not use: what the paper calls fe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.data.samples import Samples
 
 PLACEMENTS = ("random", "top", "bottom")
 NULLS = ("pattern", "blank", "noise", "digit")
-
-
-@dataclass(frozen=True)
-class BlockImages:
-    """``images`` in blocks, their ``labels``, and which block is the signal (0 is on top)."""
-
-    images: Float[Tensor, "batch channels height width"]
-    labels: Int[Tensor, "batch"]
-    signal: Int[Tensor, "batch"]
-    blocks: int
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def null_mask(self) -> Bool[Tensor, "batch 1 height width"]:
-        """Where the null blocks are."""
-        height, width = self.images.shape[-2:]
-        block = torch.arange(height) // (height // self.blocks)
-        mask = block != self.signal[:, None]
-        return mask[:, None, :, None].expand(-1, 1, -1, width)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "images": list(self.images.shape),
-            "blocks": self.blocks,
-            "signal": torch.bincount(self.signal, minlength=self.blocks).tolist(),
-            "labels": torch.bincount(self.labels).tolist(),
-        }
-
-    def plot(self, ax: Any = None, count: int = 8) -> Any:
-        """The first images side by side."""
-        if ax is None:
-            import matplotlib.pyplot as plt
-
-            ax = plt.subplots()[1]
-        row = torch.cat(list(self.images[:count].mean(1)), 1)
-        ax.imshow(row.numpy(), cmap="gray", vmin=0, vmax=1)
-        ax.set(xticks=[], yticks=[])
-        return ax
 
 
 def block_mnist(
@@ -70,8 +30,11 @@ def block_mnist(
     null: str = "pattern",
     classes: Sequence[int] | None = None,
     seed: int = 0,
-) -> BlockImages:
+) -> Samples:
     """Put each image in one block and something without meaning in the others.
+
+    ``extras["signal"]`` (sample,) is the block that holds the image, 0 on top; ``extras["null_mask"]`` (sample, 1, height, width) says where
+    the other blocks are.
 
     Args:
         digits: (batch, height, width) or (batch, channels, height, width), in [0, 1]: MNIST, scikit-learn's digits, any images.
@@ -88,7 +51,7 @@ def block_mnist(
         InputError: images, labels or settings that cannot be used.
 
     >>> data = block_mnist(torch.ones(4, 8, 8), torch.tensor([0, 1, 0, 1]), placement="top")
-    >>> tuple(data.images.shape), data.images[0, 0, :8].mean().item(), data.images[0, 0, 8:].sum().item()
+    >>> tuple(data.inputs.shape), data.inputs[0, 0, :8].mean().item(), data.inputs[0, 0, 8:].sum().item()
     ((4, 1, 16, 8), 1.0, 16.0)
     """
     checks.tensor("digits", digits, floating=True)
@@ -121,7 +84,14 @@ def block_mnist(
     generator = torch.Generator().manual_seed(checks.number("seed", seed, integer=True))
     signal = _places(placement, blocks, len(images), generator)
     nulls = _nulls(null, source, len(images), blocks - 1, generator)
-    return BlockImages(stacked(images, nulls, signal), labels, signal, blocks)
+    height, width = images.shape[-2:]
+    empty = torch.arange(blocks).repeat_interleave(height) != signal[:, None]
+    return Samples(
+        inputs=stacked(images, nulls, signal),
+        targets=labels,
+        extras={"signal": signal, "null_mask": empty[:, None, :, None].expand(-1, 1, -1, width)},
+        source="BlockMNIST",
+    )
 
 
 def stacked(

@@ -7,33 +7,17 @@ pointing game needs: a map that ignores which class it was asked for is right ha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.data.digits import CLASSES, digit_images
+from lineament.data.samples import Samples
 
 _DIGIT = 16
 _FRAGMENT = 7
-_CLASSES = 10
-
-
-@dataclass(frozen=True)
-class DigitScenes:
-    """Scenes: ``images`` in [0, 1] with noise, which two classes each holds, and where their pixels are."""
-
-    images: Float[Tensor, "batch 1 side side"]
-    classes: Int[Tensor, "batch 2"]
-    masks: Bool[Tensor, "batch 2 side side"]
-
-    @property
-    def labels(self) -> Float[Tensor, "batch 10"]:
-        """Which digits are in each scene: 1 for the two that are."""
-        return torch.zeros(len(self.classes), _CLASSES).scatter_(1, self.classes, 1.0)
 
 
 def digit_scenes(
@@ -44,8 +28,10 @@ def digit_scenes(
     side: int = 48,
     fragments: int = 6,
     noise: float = 0.1,
-) -> DigitScenes:
-    """Draw scenes.
+) -> Samples:
+    """Draw scenes; targets (scene, 10) are 1 for the two digits that are in it.
+
+    ``extras["digits"]`` (scene, 2) says which two, ``extras["masks"]`` (scene, 2, side, side) where the pixels of each are.
 
     Args:
         count: how many.
@@ -56,8 +42,8 @@ def digit_scenes(
         noise: standard deviation of the Gaussian noise.
 
     >>> scenes = digit_scenes(4)
-    >>> scenes.images.shape, int(scenes.labels.sum()), bool((scenes.classes[:, 0] != scenes.classes[:, 1]).all())
-    (torch.Size([4, 1, 48, 48]), 8, True)
+    >>> tuple(scenes.inputs.shape), int(scenes.targets.sum()), tuple(scenes.extras["masks"].shape)
+    ((4, 1, 48, 48), 8, (4, 2, 48, 48))
     """
     checks.number("count", count, low=1, integer=True)
     checks.one_of("split", split, ("train", "test"))
@@ -65,7 +51,7 @@ def digit_scenes(
     checks.number("fragments", fragments, low=0, integer=True)
     checks.number("noise", noise, low=0)
     digits, labels = _digits(split)
-    generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
+    generator = torch.Generator().manual_seed(2 * checks.seed("seed", seed) + (split == "test"))
 
     def draw(high: int) -> int:
         return int(torch.randint(high, (), generator=generator))
@@ -98,15 +84,14 @@ def digit_scenes(
             patch = piece[top : top + _FRAGMENT, left : left + _FRAGMENT]
             images[n, 0, row : row + _FRAGMENT, column : column + _FRAGMENT] = patch
     images += noise * torch.randn(images.shape, generator=generator)
-    return DigitScenes(images, classes, masks)
+    targets = torch.zeros(count, len(CLASSES)).scatter_(1, classes, 1.0)
+    extras = {"digits": classes, "masks": masks}
+    return Samples(images, targets, CLASSES, extras=extras, source="scenes of two digits")
 
 
 def _digits(split: str) -> tuple[Float[Tensor, "n 16 16"], Int[Tensor, "n"]]:
-    from sklearn.datasets import load_digits
-
-    data: Any = load_digits()
-    scans = torch.from_numpy(data.images).float()[:, None] / 16
-    large = F.interpolate(scans, (_DIGIT, _DIGIT), mode="bilinear", align_corners=False)[:, 0]
+    scans = digit_images()
+    large = F.interpolate(scans.inputs, (_DIGIT, _DIGIT), mode="bilinear", align_corners=False)[:, 0]
     cut = 2 * len(large) // 3
     part = slice(0, cut) if split == "train" else slice(cut, None)
-    return large[part], torch.from_numpy(data.target).long()[part]
+    return large[part], scans.targets[part]

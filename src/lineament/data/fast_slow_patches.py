@@ -6,35 +6,10 @@ one; only the slow one classifies all of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 
 from lineament.core import checks
-
-
-@dataclass(frozen=True)
-class Patches:
-    """``x``: patch 0 is the slow feature, patch 1 the fast one where ``has_fast`` says so; labels ``y`` are -1 and 1."""
-
-    x: Float[Tensor, "samples patches dims"]
-    y: Float[Tensor, "samples"]
-    has_fast: Bool[Tensor, "samples"]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"x": self.x.tolist(), "y": self.y.tolist(), "has_fast": self.has_fast.tolist()}
-
-    def plot(self, ax: Any = None) -> Any:
-        """The first twenty examples' patches beside each other."""
-        import matplotlib.pyplot as plt
-
-        ax = plt.subplots()[1] if ax is None else ax
-        ax.imshow(self.x[:20].flatten(1).numpy(), aspect="auto", cmap="RdBu_r")
-        ax.set(xlabel="patches side by side", ylabel="example")
-        return ax
+from lineament.data.samples import Samples
 
 
 def fast_slow_patches(
@@ -48,8 +23,11 @@ def fast_slow_patches(
     noise: float = 1.0,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
-) -> Patches:
+) -> Samples:
     """Examples x = (β_d y v_d, β_e y v_e or noise, noise, ...) with v_e = e_0, v_d = e_1 and y = ±1.
+
+    Inputs are (sample, patch, dimension): patch 0 is the slow feature, patch 1 the fast one where ``extras["has_fast"]`` says so. Targets
+    are -1.0 and 1.0.
 
     Args:
         samples: n.
@@ -64,8 +42,8 @@ def fast_slow_patches(
     Source: the follow-up TADA (arXiv 2505.21574) restates the construction.
 
     >>> data = fast_slow_patches(1000, noise=0.0)
-    >>> data.x.shape, round(data.has_fast.double().mean().item(), 1)
-    (torch.Size([1000, 3, 50]), 0.9)
+    >>> tuple(data.inputs.shape), round(data.extras["has_fast"].double().mean().item(), 1)
+    ((1000, 3, 50), 0.9)
     """
     checks.number("samples", samples, low=1, integer=True)
     checks.number("dims", dims, low=2, integer=True)
@@ -74,7 +52,7 @@ def fast_slow_patches(
     checks.number("noise", noise, low=0)
     checks.number("fast", fast)
     checks.number("slow", slow)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(checks.seed("seed", seed))
     y = torch.randint(2, (samples,), generator=generator).to(dtype) * 2 - 1
     has_fast = torch.rand(samples, generator=generator, dtype=torch.float64) < alpha
     x = torch.randn(samples, patches, dims, generator=generator, dtype=dtype) * (
@@ -84,4 +62,4 @@ def fast_slow_patches(
     x[:, 0, 1] = slow * y
     x[has_fast, 1] = 0
     x[has_fast, 1, 0] = fast * y[has_fast]
-    return Patches(x, y, has_fast)
+    return Samples(x, y, extras={"has_fast": has_fast}, source="patches with a fast and a slow feature")

@@ -6,13 +6,12 @@ missing in one image of ten. Made for USEFUL (Nguyen et al. 2024, arXiv 2404.177
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
 from lineament.core import checks
-from lineament.load.data import Samples
+from lineament.data.digits import CLASSES, digit_images
+from lineament.data.samples import Samples
 
 SIDE = 12
 GROUPS = ("pixel", "no pixel")
@@ -41,21 +40,20 @@ def pixel_digits(
     >>> tuple(train.inputs.shape), round(float((train.groups == 0).double().mean()), 1)
     ((900, 1, 12, 12), 0.9)
     """
-    from sklearn.datasets import load_digits
-
     checks.one_of("split", split, ("train", "test"))
     checks.number("share", share, low=0, high=1)
     checks.number("noise", noise, low=0)
     checks.number("train", train, low=10, high=_TRAIN, integer=True)
-    raw: Any = load_digits()
-    order = np.random.default_rng(seed).permutation(len(raw.target))
+    checks.seed("seed", seed)
+    raw = digit_images()
+    order = np.random.default_rng(seed).permutation(len(raw))
     rows = order[:train] if split == "train" else order[_TRAIN:]
     draw = np.random.default_rng([seed, split == "test"])
     images = np.zeros((len(rows), 1, SIDE, SIDE), np.float32)
-    targets = raw.target[rows].astype(np.int64)
+    targets = raw.targets.numpy()[rows]
     groups = (draw.random(len(rows)) >= share).astype(np.int64)
     for n, (down, right) in enumerate(draw.integers((1, 0), SIDE - 8 + 1, (len(rows), 2))):
-        images[n, 0, down : down + 8, right : right + 8] = raw.images[rows[n]] / 16
+        images[n, 0, down : down + 8, right : right + 8] = raw.inputs[rows[n], 0]
     marked = np.flatnonzero(groups == 0)
     images[marked, 0, 0, targets[marked] + 1] = brightness
     images += noise * draw.standard_normal(images.shape).astype(np.float32)
@@ -63,9 +61,8 @@ def pixel_digits(
         inputs=torch.from_numpy(images),
         targets=torch.from_numpy(targets),
         index=torch.from_numpy(rows.astype(np.int64)),
-        total=len(rows),
         source="scikit-learn digits with a pixel that tells the class",
-        classes=tuple(str(n) for n in range(10)),
+        classes=CLASSES,
         groups=torch.from_numpy(groups),
         group_names=GROUPS,
         notes=("the pixel is in row 0, column class + 1",),

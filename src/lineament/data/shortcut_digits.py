@@ -8,14 +8,13 @@ test data come in three groups: it agrees, it misleads (another class's mark), a
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.load.data import Samples
+from lineament.data.digits import CLASSES, digit_images
+from lineament.data.samples import Samples
 
 SIDE = 20
 MARK = (slice(1, 4), slice(1, 4))
@@ -44,24 +43,23 @@ def shortcut_digits(
 
     >>> test = shortcut_digits("test")
     >>> tuple(test.inputs.shape), test.groups.bincount().tolist()
-    ((597, 20, 20), [199, 199, 199])
+    ((597, 1, 20, 20), [199, 199, 199])
     """
-    from sklearn.datasets import load_digits
-
     checks.one_of("split", split, ("train", "test"))
     checks.number("agreement", agreement, low=0, high=1)
     checks.number("contrast", contrast, low=0, high=1)
     checks.number("noise", noise, low=0)
-    raw: Any = load_digits()
+    checks.seed("seed", seed)
+    raw = digit_images()
     draw = np.random.default_rng([seed, split == "test"])
-    order = np.random.default_rng(seed).permutation(len(raw.target))
+    order = np.random.default_rng(seed).permutation(len(raw))
     rows = np.sort(order[:_TRAIN] if split == "train" else order[_TRAIN:])
-    small = torch.from_numpy((raw.images[rows] / 16.0).astype(np.float32))[:, None]
+    small = raw.inputs[rows]
     images = np.zeros((len(rows), SIDE, SIDE), np.float32)
     larger = torch.nn.functional.interpolate(small, size=(12, 12), mode="bilinear", align_corners=False)
     images[:, 5:17, 5:17] = contrast * larger[:, 0].numpy()
     images += noise * draw.standard_normal(images.shape).astype(np.float32)
-    targets = raw.target[rows].astype(np.int64)
+    targets = raw.targets.numpy()[rows]
     other = (targets + draw.integers(1, 10, len(rows))) % 10
     if split == "train":
         groups = (draw.random(len(rows)) >= agreement).astype(np.int64)
@@ -71,12 +69,10 @@ def shortcut_digits(
     marked = groups < 2
     images[(marked, *MARK)] = marks[marked]
     return Samples(
-        inputs=torch.from_numpy(images.clip(0, 1)),
+        inputs=torch.from_numpy(images.clip(0, 1))[:, None],
         targets=torch.from_numpy(targets),
-        index=torch.arange(len(rows)),
-        total=len(rows),
         source="scikit-learn digits with a planted mark",
-        classes=tuple(str(n) for n in range(10)),
+        classes=CLASSES,
         groups=torch.from_numpy(groups.astype(np.int64)),
         group_names=GROUPS,
         notes=("the mark is 3 x 3 pixels at rows and columns 1 to 3",),

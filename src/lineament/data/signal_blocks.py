@@ -7,54 +7,12 @@ marks instead (:mod:`lineament.explain.faithfulness.diffroar.feature_leakage`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lineament.core import checks
-
-
-@dataclass(frozen=True)
-class SignalBlocks:
-    """Inputs, the sign of each (-1 or 1) and the block that carries it; the first ``signals`` of ``blocks`` may."""
-
-    x: Float[Tensor, "batch width"]
-    sign: Float[Tensor, "batch"]
-    signal: Int[Tensor, "batch"]
-    blocks: int
-    signals: int
-
-    @property
-    def labels(self) -> Int[Tensor, "batch"]:
-        """0 for -1, 1 for 1."""
-        return (self.sign > 0).long()
-
-    @property
-    def own(self) -> Bool[Tensor, "batch blocks"]:
-        """Which block is the instance's own."""
-        return torch.arange(self.blocks) == self.signal[:, None]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "x": list(self.x.shape),
-            "blocks": self.blocks,
-            "signals": self.signals,
-            "signal": torch.bincount(self.signal, minlength=self.blocks).tolist(),
-            "positive": float((self.sign > 0).double().mean()),
-        }
-
-    def plot(self, ax: Any = None, count: int = 20) -> Any:
-        """The first inputs, one a row."""
-        if ax is None:
-            import matplotlib.pyplot as plt
-
-            ax = plt.subplots()[1]
-        ax.imshow(self.x[:count].numpy(), cmap="coolwarm", vmin=-1.2, vmax=1.2, aspect="auto")
-        ax.set(xlabel="coordinate", ylabel="instance")
-        return ax
+from lineament.data.samples import Samples
 
 
 def signal_blocks(
@@ -66,8 +24,10 @@ def signal_blocks(
     signals: int | None = None,
     direction: Float[Tensor, "width"] | None = None,
     seed: int = 0,
-) -> SignalBlocks:
-    """Draw the simplified data.
+) -> Samples:
+    """Draw the simplified data: inputs (sample, blocks · width), targets 0 for y = -1 and 1 for y = 1.
+
+    ``extras["own"]`` (sample, blocks) says which block carries the sample's signal.
 
     Args:
         blocks: d. width: d~, the coordinates of a block. eta: size of the noise.
@@ -75,7 +35,7 @@ def signal_blocks(
         direction: u*, (1, 0, ..., 0) by default.
 
     >>> data = signal_blocks(1000, signals=5)
-    >>> bool((data.x.sum(1) == data.sign).all()), data.x[:, 5:].abs().sum().item()
+    >>> bool((data.inputs.sum(1) == 2 * data.targets - 1).all()), data.inputs[:, 5:].abs().sum().item()
     (True, 0.0)
     """
     for name, value in (("count", count), ("blocks", blocks), ("width", width)):
@@ -91,7 +51,8 @@ def signal_blocks(
     noise /= noise.norm(dim=2, keepdim=True).clamp_min(1e-30)
     noise *= torch.rand(count, blocks, 1, generator=generator) ** (1 / width)
     x = planted(noise, sign, signal, eta=eta, direction=direction)
-    return SignalBlocks(x, sign, signal, blocks, chosen)
+    extras = {"own": torch.arange(blocks) == signal[:, None]}
+    return Samples(x, (sign > 0).long(), extras=extras, source="blocks of which one carries the label")
 
 
 def planted(

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from lineament.core.checks import InputError, require
-from lineament.load.data import Budget, Samples, coded, named_one, with_groups
+from lineament.data.samples import Samples
+from lineament.load.data import Budget, coded, named_one, with_groups
 
 _INPUTS = ("x", "images", "inputs", "data", "image", "features", "x_test", "x_val", "x_train")
 _TARGETS = ("y", "labels", "targets", "label", "target", "y_test", "y_val", "y_train")

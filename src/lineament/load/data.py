@@ -9,7 +9,7 @@ Names of classes, groups and files are the user's and stay raw here; what shows 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +19,11 @@ from torch import Tensor
 
 from lineament.core import checks
 from lineament.core.checks import InputError, require, show, suggest
+from lineament.data.digits import digit_images
+from lineament.data.samples import Samples
+from lineament.data.shortcut_digits import shortcut_digits
 
 _TABLES = ("dataset_dict.json", "dataset_info.json", "state.json")
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Some samples of a data set, in memory; its length is their number.
-
-    ``inputs`` (sample, ...) is as it was stored; ``targets`` is int64 class labels or float32 values; ``groups`` is the
-    number of each sample's group, or ``None``. ``index`` says which samples of the data set these are, of ``total``.
-    ``classes`` may be empty: then classes are called by their numbers. ``notes`` says what was decided on the way.
-
-    >>> two = Samples(torch.zeros(2, 8, 8), torch.tensor([0, 1]), torch.arange(2), 2, "made here", ("cat", "dog"))
-    >>> len(two), two.classes[int(two.targets[1])]
-    (2, 'dog')
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    index: Tensor
-    total: int
-    source: str
-    classes: tuple[str, ...] = ()
-    groups: Tensor | None = None
-    group_names: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.targets)
 
 
 class Budget:
@@ -99,7 +75,7 @@ def load(
 
     >>> digits = load("digits", samples=100)
     >>> tuple(digits.inputs.shape), digits.total, len(digits.classes)
-    ((100, 8, 8), 1797, 10)
+    ((100, 1, 8, 8), 1797, 10)
     """
     checks.number("samples", samples, low=1, integer=True)
     checks.number("seed", seed, low=0, integer=True)
@@ -249,21 +225,6 @@ def groups_file(groups: str, total: int) -> np.ndarray:
     return values
 
 
-def take(samples: Samples, rows: Tensor) -> Samples:
-    """Some rows of some samples.
-
-    >>> take(load("digits", samples=10), torch.tensor([0, 3])).inputs.shape
-    torch.Size([2, 8, 8])
-    """
-    return replace(
-        samples,
-        inputs=samples.inputs[rows],
-        targets=samples.targets[rows],
-        index=samples.index[rows],
-        groups=None if samples.groups is None else samples.groups[rows],
-    )
-
-
 def named_one(what: str, given: str | None, usual: Sequence[str], there: Sequence[str]) -> str:
     """The array or column to read: the one asked for, else the first usual name that is there.
 
@@ -287,23 +248,8 @@ def named_one(what: str, given: str | None, usual: Sequence[str], there: Sequenc
 
 
 def _builtin(name: str, budget: Budget, seed: int) -> Samples:
-    if name == "shortcut-digits":
-        from lineament.data.shortcut_digits import shortcut_digits
-
-        whole = shortcut_digits("test", seed=seed)
-        return take(whole, torch.from_numpy(budget.choose(len(whole))))
-    from sklearn.datasets import load_digits
-
-    raw: Any = load_digits()
-    rows = torch.from_numpy(budget.choose(len(raw.target)))
-    return Samples(
-        inputs=torch.from_numpy((raw.images / 16.0).astype(np.float32))[rows],
-        targets=torch.from_numpy(raw.target.astype(np.int64))[rows],
-        index=rows,
-        total=len(raw.target),
-        source="scikit-learn digits",
-        classes=tuple(str(n) for n in range(10)),
-    )
+    whole = digit_images() if name == "digits" else shortcut_digits("test", seed=seed)
+    return whole[budget.choose(len(whole))]
 
 
 def _size(value: Any) -> tuple[int, int] | None:

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from lineament.core.checks import InputError, require
-from lineament.load.data import Budget, Samples
+from lineament.data.samples import Samples
+from lineament.load.data import Budget
 
 _PIXELS = 64_000_000
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}

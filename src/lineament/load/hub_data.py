@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from lineament.core.checks import InputError, require, show, suggest
-from lineament.load.data import Budget, Samples, coded, named_one, with_groups
+from lineament.data.samples import Samples
+from lineament.load.data import Budget, coded, named_one, with_groups
 from lineament.load.folders import stacked
 
 _INPUTS = ("image", "img", "images", "pixel_values", "x", "inputs", "data", "features")

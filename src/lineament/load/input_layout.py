@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lineament.core.checks import InputError, require, show
 from lineament.core.models import device_of, dtype_of, frozen, logits
 from lineament.core.sites.depth import expected_input
-from lineament.load.data import Samples
+from lineament.data.samples import Samples
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Layout:
             return (x[:, None] if x.ndim == 3 else x if x.shape[1] == 1 else x.movedim(-1, 1)).expand(
                 -1, 3, -1, -1
             )
+        if self.kind == "no channel":
+            return x[:, 0]
         if self.kind.startswith("channels last"):
             return x.movedim(-1, 1)
         if self.kind == "colour as grey":
@@ -107,6 +109,8 @@ def _candidates(raw: Tensor, wanted: Any) -> list[str]:
         if 3 in (shape[0], shape[-1]):
             kinds["colour as grey"] = 1
         kinds["channels last, flat" if shape[-1] in (1, 3) and shape[0] > 4 else "flat"] = math.prod(shape)
+        if shape[0] == 1:
+            kinds["no channel"] = 0
     else:
         kinds = {"as it is": shape[0] if shape else 1, "flat": math.prod(shape)}
     exact = [kind for kind, size in kinds.items() if size == wanted.size]

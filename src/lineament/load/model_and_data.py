@@ -18,7 +18,7 @@ from lineament.core.checks import InputError, require, show
 from lineament.core.models import device_of, dtype_of, frozen, logits
 from lineament.core.sites.activations import sites as site_names
 from lineament.core.sites.depth import default_sites
-from lineament.load.data import Samples, take
+from lineament.data.samples import Samples
 from lineament.load.input_layout import find_layout
 from lineament.load.loaded import Loaded
 
@@ -215,7 +215,7 @@ def _with_targets(samples: Samples, targets: Tensor) -> Samples:
 
 
 def _first(samples: Samples, count: int) -> Samples:
-    return take(samples, torch.arange(count))
+    return samples[:count]
 
 
 def _flops(model: nn.Module, example: Tensor) -> float:

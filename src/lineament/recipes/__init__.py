@@ -1,7 +1,6 @@
-"""One file per paper: a frozen ``Config`` with presets, and ``run(config, *, out) -> Outcome``.
+"""One package per paper: a frozen ``Config`` with presets, and ``run(config, *, out) -> Outcome``.
 
-A recipe is found by its file name, so adding one needs no list to be edited. Only the recipe that is asked for is
-imported.
+A recipe is found by its folder, so adding one needs no list to be edited. Only the recipe that is asked for is imported.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ PRESETS = ("quick", "small", "paper")
 
 
 def available() -> list[str]:
-    """The slugs that have a recipe, in alphabetical order; files whose name begins with ``_`` are none."""
-    found = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name.replace("_", "-") for name in found if not name.startswith("_"))
+    """The slugs that have a recipe, in alphabetical order."""
+    found = {module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__)}
+    return sorted(found - {"kit"})
 
 
 def load(slug: str) -> Any:
-    """The recipe's module.
+    """The recipe's package.
 
     Raises:
         InputError: no such paper (names the nearest), or one whose recipe is not there yet.
@@ -34,7 +33,7 @@ def load(slug: str) -> Any:
     >>> load("normgard")
     Traceback (most recent call last):
     ...
-    lineament.core.checks.InputError: SLUG: got 'normgard', which is no paper of the catalogue; nearest: 'normgrad'
+    lineament.core.checks.InputError: slug: got 'normgard', which is no paper of the catalogue; nearest: 'normgrad'
     """
     from lineament.core.checks import InputError, suggest
     from lineament.papers import PAPERS
@@ -45,11 +44,11 @@ def load(slug: str) -> Any:
         if slug in known:
             there = ", ".join(slugs) or "none"
             raise InputError(
-                f"SLUG: {slug!r} is in the catalogue, but its recipe is not there yet; there are: {there}"
+                f"slug: {slug!r} is in the catalogue, but its recipe is not there yet; there are: {there}"
             )
         names = sorted({*known, *slugs})
         raise InputError(
-            f"SLUG: got {slug!r}, which is no paper of the catalogue{suggest(slug, names, most=1)}"
+            f"slug: got {slug!r}, which is no paper of the catalogue{suggest(slug, names, most=1)}"
         )
     return importlib.import_module(f"{__name__}.{slug.replace('-', '_')}")
 
@@ -66,17 +65,17 @@ def preset_configs() -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def fields(slug: str) -> list[tuple[str, str, dict[str, Any]]]:
-    """What ``--FIELD VALUE`` can set for a recipe: the option, what it takes, and its value in each preset.
+    """What :func:`configure` can set for a recipe: the field, what it takes, and its value in each preset.
 
-    >>> next(option for option, _, _ in fields("normgrad") if option == "--seed")
-    '--seed'
+    >>> next(name for name, _, _ in fields("normgrad") if name == "seed")
+    'seed'
     """
     kind = load(slug).Config
     hints = typing.get_type_hints(kind)
     presets = {name: kind.preset(name) for name in PRESETS}
     return [
         (
-            "--" + field.name.replace("_", "-"),
+            field.name,
             _wanted(hints[field.name]),
             {name: getattr(config, field.name) for name, config in presets.items()},
         )
@@ -86,7 +85,7 @@ def fields(slug: str) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def configure(config: Any, values: Mapping[str, str]) -> Any:
-    """``config`` with fields replaced by values given as text, as ``--FIELD VALUE`` brings them.
+    """``config`` with fields replaced by values given as text, as a command line brings them.
 
     Args:
         config: a dataclass instance.
@@ -112,27 +111,27 @@ def configure(config: Any, values: Mapping[str, str]) -> Any:
     for option, text in values.items():
         name = option.replace("-", "_")
         if name not in names:
-            raise InputError(f"--{option}: {_owner(config)} has no such field{suggest(name, names)}")
+            raise InputError(f"{name}: {_owner(config)} has no such field{suggest(name, names)}")
         if name in parsed:
-            raise InputError(f"--{option}: given twice, expected once")
+            raise InputError(f"{name}: given twice, expected once")
         try:
             parsed[name] = _parse(text, hints[name])
         except ValueError as error:
-            raise InputError(f"--{option}: got {text!r}, expected {_wanted(hints[name])}") from error
-        if least := _least(parsed[name], getattr(config, name)):
-            raise InputError(f"--{option}: got {text!r}, expected {least}")
+            raise InputError(f"{name}: got {text!r}, expected {_wanted(hints[name])}") from error
+        if minimum := _minimum(parsed[name], getattr(config, name)):
+            raise InputError(f"{name}: got {text!r}, expected {minimum}")
     return dataclasses.replace(config, **parsed)
 
 
-def _least(value: Any, usual: Any) -> str:
+def _minimum(value: Any, usual: Any) -> str:
     """What a number had to be, judged by the preset's own; "" where it is that.
 
-    >>> _least(0, 12), _least(0.0, 5e-4), _least(-1.0, 0.1), _least((3, 0), (1, 2))
+    >>> _minimum(0, 12), _minimum(0.0, 5e-4), _minimum(-1.0, 0.1), _minimum((3, 0), (1, 2))
     ('an integer of at least 1', '', 'a finite number of at least 0', 'an integer of at least 1')
     """
     if isinstance(value, (tuple, list)) and isinstance(usual, (tuple, list)) and usual:
         numbers = [u for u in usual if isinstance(u, (int, float)) and not isinstance(u, bool)]
-        return next((said for v in value if (said := _least(v, min(numbers)))), "") if numbers else ""
+        return next((said for v in value if (said := _minimum(v, min(numbers)))), "") if numbers else ""
     if isinstance(value, (bool, str)) or isinstance(usual, bool) or not isinstance(usual, (int, float)):
         return ""
     if isinstance(value, int) and isinstance(usual, int) and value < 1 <= usual:

@@ -19,7 +19,7 @@ from lineament.core.checks import InputError, number, one_of, require
 from lineament.core.files import writing
 from lineament.report.outcome import Figure
 from lineament.report.section import Picture
-from lineament.report.surface_plot import Relief
+from lineament.report.surface_plot import SurfacePlot
 from lineament.report.text import printable
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def picture(
     size: tuple[float, float] = (6.4, 3.6),
     kind: Literal["svg", "png"] = "svg",
     panels: tuple[int, int] = (1, 1),
-    reliefs: Sequence[Relief] = (),
+    surfaces: Sequence[SurfacePlot] = (),
 ) -> Picture:
     """Draw a figure for light and for dark pages.
 
@@ -121,7 +121,7 @@ def picture(
         size: width and height in inches.
         kind: ``"svg"`` for lines and bars, ``"png"`` for images and thousands of points.
         panels: rows and columns.
-        reliefs: the values that a page with scripts shows in its place, to be turned and read.
+        surfaces: the values that a page with scripts shows in its place, to be turned and read.
 
     Returns:
         A :class:`~lineament.report.section.Picture`; equal input gives equal bytes.
@@ -143,7 +143,7 @@ def picture(
     for count in panels:
         number("panels", count, low=1, integer=True)
     light, dark = (_render(draw, theme, size, kind, panels) for theme in ("light", "dark"))
-    return Picture(light=light, dark=dark, kind=kind, caption=caption, alt=alt, reliefs=tuple(reliefs))
+    return Picture(light=light, dark=dark, kind=kind, caption=caption, alt=alt, surfaces=tuple(surfaces))
 
 
 def save(shown: Picture, folder: str | Path, name: str) -> Figure:
@@ -160,7 +160,7 @@ def save(shown: Picture, folder: str | Path, name: str) -> Figure:
     for end, data in (("", shown.light), ("-dark", shown.dark)):
         with writing(Path(folder) / f"{name}{end}.{shown.kind}") as temporary:
             temporary.write_bytes(data)
-    return Figure(file=f"{name}.{shown.kind}", caption=shown.caption, alt=shown.alt, reliefs=shown.reliefs)
+    return Figure(file=f"{name}.{shown.kind}", caption=shown.caption, alt=shown.alt, surfaces=shown.surfaces)
 
 
 def _render(

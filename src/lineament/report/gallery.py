@@ -114,7 +114,7 @@ def build(
     shared = {"script": script, "script_hash": digest, "problems": problems}
     for position, entry in enumerate(entries):
         name = f"papers/{entry['file']}"
-        scripts = library(picture["reliefs"] for run in entry["runs_here"] for picture in run.pictures)
+        scripts = library(picture["surfaces"] for run in entry["runs_here"] for picture in run.pictures)
         around = {
             "newer": entries[position - 1] if position else None,
             "older": entries[position + 1] if position + 1 < len(entries) else None,
@@ -225,7 +225,7 @@ def _copy_pictures(
             "alt": str(figure.alt) or str(figure.caption),
             "light": "",
             "dark": "",
-            "reliefs": figure.reliefs,
+            "surfaces": figure.surfaces,
         }
         named = Path(str(figure.file))
         try:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from lineament.report.surface_plot import Relief
+from lineament.report.surface_plot import SurfacePlot
 from lineament.report.text import printable
 
 # What a screen reader says of each drawing.
@@ -37,28 +37,28 @@ class Library:
     policy: str
 
 
-def library(reliefs: Iterable[Sequence[Relief]]) -> Library | None:
-    """The scripts, if any picture has a relief."""
-    return _library() if any(len(each) for each in reliefs) else None
+def library(surfaces: Iterable[Sequence[SurfacePlot]]) -> Library | None:
+    """The scripts, if any picture has a surface."""
+    return _library() if any(len(each) for each in surfaces) else None
 
 
-def drawings(reliefs: Sequence[Relief]) -> Markup:
+def drawings(surfaces: Sequence[SurfacePlot]) -> Markup:
     r"""What is drawn as JSON inside a script element, which nothing in it can end.
 
-    >>> shown = Relief((0, 1), (), ((1.0,), (2.0,)), ("a", "", "</script><!--"))
+    >>> shown = SurfacePlot((0, 1), (), ((1.0,), (2.0,)), ("a", "", "</script><!--"))
     >>> "<" in drawings([shown]), "\\u003c" in drawings([shown])
     (False, True)
     """
-    found = [{**relief.drawings(), "height": printable(relief.labels[2], limit=60)} for relief in reliefs]
+    found = [{**each.drawings(), "height": printable(each.labels[2], limit=60)} for each in surfaces]
     text = json.dumps(found, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for char in "<>&":
         text = text.replace(char, f"\\u{ord(char):04x}")
     return Markup(text)
 
 
-def kinds(reliefs: Sequence[Relief]) -> list[tuple[str, str]]:
-    """The drawings that any of the reliefs has, each with the words for who cannot see it."""
-    there = {kind: relief.labels[2] for relief in reliefs for kind in relief.drawings()}
+def kinds(surfaces: Sequence[SurfacePlot]) -> list[tuple[str, str]]:
+    """The drawings that any of the surfaces has, each with the words for who cannot see it."""
+    there = {kind: each.labels[2] for each in surfaces for kind in each.drawings()}
     return [(kind, words.format(there[kind])) for kind, words in _WORDS.items() if kind in there]
 
 
@@ -68,7 +68,7 @@ def _library() -> Library:
 
     # An HTML parser reads a lone carriage return as a line's end, which would change the hash.
     plotly = get_plotlyjs().replace("\r\n", "\n").replace("\r", "\n")
-    ours = (Path(__file__).parent / "templates" / "relief.js").read_text(encoding="utf-8")
+    ours = (Path(__file__).parent / "templates" / "surface_plot.js").read_text(encoding="utf-8")
     policy = " ".join(f"'sha256-{_digest(text)}'" for text in (plotly, ours))
     packed = base64.b64encode(gzip.compress(plotly.encode(), 9, mtime=0)).decode()
     return Library(Markup(packed), Markup(ours), policy)

@@ -11,7 +11,7 @@ from typing import Any
 
 from lineament.core.checks import InputError
 from lineament.core.files import write_json
-from lineament.report.surface_plot import Relief
+from lineament.report.surface_plot import SurfacePlot
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Table:
 class Figure:
     """A picture beside `outcome.json`: its file name, what it shows (caption) and the same for who cannot see it (alt).
 
-    ``reliefs`` are the values of a landscape in it, which the gallery lets the reader turn and read.
+    ``surfaces`` are the values of a landscape in it, which the gallery lets the reader turn and read.
     """
 
     file: str
     caption: str
     alt: str
-    reliefs: Sequence[Relief] = ()
+    surfaces: Sequence[SurfacePlot] = ()
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,10 @@ class Outcome:
                 tables=[Table(t["title"], t["columns"], t["rows"]) for t in raw["tables"]],
                 figures=[
                     Figure(
-                        f["file"], f["caption"], f["alt"], [Relief.from_dict(r) for r in f.get("reliefs", ())]
+                        f["file"],
+                        f["caption"],
+                        f["alt"],
+                        [SurfacePlot.from_dict(r) for r in f.get("surfaces", ())],
                     )
                     for f in raw["figures"]
                 ],

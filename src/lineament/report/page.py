@@ -108,7 +108,7 @@ def render(
             versions=versions or {},
             notes=notes,
             seconds=sum(section.seconds for section in sections),
-            library=library(picture.reliefs for section in sections for picture in section.pictures),
+            library=library(picture.surfaces for section in sections for picture in section.pictures),
         )
     )
 

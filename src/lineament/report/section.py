@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lineament.report.outcome import Table
-from lineament.report.surface_plot import Relief
+from lineament.report.surface_plot import SurfacePlot
 
 Status = Literal["good", "note", "warning", "skipped", "failed"]
 
@@ -17,7 +17,7 @@ Status = Literal["good", "note", "warning", "skipped", "failed"]
 class Picture:
     """One picture, drawn for light and for dark pages; ``kind`` is ``"svg"`` or ``"png"``.
 
-    ``reliefs`` are its values, which a page with scripts lets the reader turn and read in the picture's place.
+    ``surfaces`` are its values, which a page with scripts lets the reader turn and read in the picture's place.
     """
 
     light: bytes
@@ -25,7 +25,7 @@ class Picture:
     kind: Literal["svg", "png"]
     caption: str
     alt: str
-    reliefs: Sequence[Relief] = ()
+    surfaces: Sequence[SurfacePlot] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -34,7 +34,7 @@ class Picture:
             "alt": self.alt,
             "light": base64.b64encode(self.light).decode(),
             "dark": base64.b64encode(self.dark).decode(),
-            **({"reliefs": [each.to_dict() for each in self.reliefs]} if self.reliefs else {}),
+            **({"surfaces": [each.to_dict() for each in self.surfaces]} if self.surfaces else {}),
         }
 
     @classmethod
@@ -45,7 +45,7 @@ class Picture:
             raw["kind"],
             raw["caption"],
             raw["alt"],
-            [Relief.from_dict(each) for each in raw.get("reliefs", ())],
+            [SurfacePlot.from_dict(each) for each in raw.get("surfaces", ())],
         )
 
 

@@ -1,8 +1,8 @@
 """Values over one or two coordinates, to be turned and read in a browser: what is drawn, as plain numbers and as plotly takes it.
 
 The numbers are apart from the drawing, because a page must be able to show what comes from a file of anyone's: only finite numbers and
-text survive :meth:`Relief.from_dict`, and every word is escaped, since plotly reads tags in its labels. Plotly itself is imported only to make a
-figure of one's own (:meth:`Relief.figure`).
+text survive :meth:`SurfacePlot.from_dict`, and every word is escaped, since plotly reads tags in its labels. Plotly itself is imported only to make a
+figure of one's own (:meth:`SurfacePlot.figure`).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 from lineament.core import checks
 
-_LARGEST = 1_000_000  # values in one relief, which a browser still draws
+_LARGEST = 1_000_000  # values in one plot, which a browser still draws
 _LONGEST = 120  # characters of a label
 _LEVELS = 14
 
 
 @dataclass(frozen=True)
-class Relief:
+class SurfacePlot:
     """A surface, or a curve where there is no second coordinate.
 
     Attributes:
@@ -44,15 +44,15 @@ class Relief:
         width = max(len(self.y), 1)
         checks.require(
             len(self.x) > 1 and (not len(self.y) or len(self.y) > 1),
-            f"relief: got {len(self.x)} by {len(self.y)} positions, expected at least two along each coordinate",
+            f"surface plot: got {len(self.x)} by {len(self.y)} positions, expected at least two along each coordinate",
         )
         checks.require(
             len(self.z) == len(self.x) and all(len(row) == width for row in self.z),
-            f"relief: the values' rows do not fit {len(self.x)} by {width} positions",
+            f"surface plot: the values' rows do not fit {len(self.x)} by {width} positions",
         )
         checks.require(
             len(self.x) * width <= _LARGEST,
-            f"relief: got {len(self.x) * width} values, expected at most {_LARGEST}",
+            f"surface plot: got {len(self.x) * width} values, expected at most {_LARGEST}",
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,10 +66,10 @@ class Relief:
         }
 
     @classmethod
-    def from_dict(cls, raw: Any) -> Relief:
+    def from_dict(cls, raw: Any) -> SurfacePlot:
         """From untrusted JSON: anything but numbers and text in their places is an ``InputError``.
 
-        >>> Relief.from_dict({"x": [0, 1], "y": [], "z": [[1.0], [None]], "labels": ["a", "", "loss"]}).z
+        >>> SurfacePlot.from_dict({"x": [0, 1], "y": [], "z": [[1.0], [None]], "labels": ["a", "", "loss"]}).z
         ((1.0,), (None,))
         """
         try:
@@ -83,7 +83,46 @@ class Relief:
                 str(raw.get("origin", "")),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise checks.InputError(f"relief: not one ({type(error).__name__}: {error})") from error
+            raise checks.InputError(f"surface plot: not one ({type(error).__name__}: {error})") from error
+
+    @classmethod
+    def from_values(
+        cls, values: Mapping[str, Any], labels: tuple[str, str, str], *, title: str = "", origin: str = ""
+    ) -> SurfacePlot:
+        """Of tensors or lists ``x``, ``y`` (or none) and ``z``; what is not finite becomes a gap.
+
+        >>> import torch
+        >>> SurfacePlot.from_values({"x": torch.arange(2.0), "z": torch.tensor([1.0, torch.inf])}, ("a", "", "loss")).z
+        ((1.0,), (None,))
+        """
+
+        def plain(value: Any) -> Any:
+            return value.tolist() if hasattr(value, "tolist") else value
+
+        rows = [row if isinstance(row, list) else [row] for row in plain(values["z"])]
+        return cls(
+            tuple(float(v) for v in plain(values["x"])),
+            tuple(float(v) for v in plain(values.get("y", ()))),
+            tuple(tuple(float(v) if math.isfinite(v) else None for v in row) for row in rows),
+            labels,
+            title,
+            origin,
+        )
+
+    @classmethod
+    def of(cls, found: Any, metric: str | None = None, *, title: str = "") -> SurfacePlot:
+        """Of a loss, or another metric, along a line or in a plane, as :mod:`lineament.measure.landscape` returns them.
+
+        >>> import torch; from lineament.measure.landscape.results import Plane
+        >>> found = Plane(torch.arange(-1.0, 2), torch.arange(-1.0, 2), torch.arange(9.0).view(3, 3))
+        >>> [drawn.type for drawn in SurfacePlot.of(found).figure().data]
+        ['contour', 'scatter', 'surface', 'scatter3d']
+        """
+        z, height = found.loss if metric is None else found.metrics[metric], metric or "loss"
+        if hasattr(found, "at"):
+            return cls.from_values({"x": found.at, "z": z}, (found.label, "", height), title=title)
+        values = {"x": found.a, "y": found.b, "z": z}
+        return cls.from_values(values, (*found.labels, height), title=title, origin="these weights")
 
     def drawings(self) -> dict[str, dict[str, Any]]:
         """What plotly draws, by name (``"contour"`` and ``"surface"``, or ``"curve"``): ``data`` and ``layout``, as JSON has them.
@@ -243,31 +282,6 @@ class Relief:
     def _turned(self, rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
         """Plotly's rows go along y."""
         return [list(column) for column in zip(*rows)]
-
-
-def relief(
-    values: Mapping[str, Any], labels: tuple[str, str, str], *, title: str = "", origin: str = ""
-) -> Relief:
-    """A :class:`Relief` of tensors or lists ``x``, ``y`` (or none) and ``z``; what is not finite becomes a gap.
-
-    >>> import torch
-    >>> relief({"x": torch.arange(2.0), "z": torch.tensor([1.0, torch.inf])}, ("a", "", "loss")).z
-    ((1.0,), (None,))
-    """
-
-    def plain(value: Any) -> Any:
-        return value.tolist() if hasattr(value, "tolist") else value
-
-    rows = plain(values["z"])
-    rows = [row if isinstance(row, list) else [row] for row in rows]
-    return Relief(
-        tuple(float(v) for v in plain(values["x"])),
-        tuple(float(v) for v in plain(values.get("y", ()))),
-        tuple(tuple(float(v) if math.isfinite(v) else None for v in row) for row in rows),
-        labels,
-        title,
-        origin,
-    )
 
 
 def _number(value: Any) -> float:

@@ -20,7 +20,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from lineament.core import checks
-from lineament.core.batching import Checkpoint, progress
+from lineament.core.batching import progress
+from lineament.core.checkpoint import Checkpoint
 from lineament.core.models import device_of, logits
 from lineament.train.step import NotFinite, step
 

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from lineament.core import checks
-from lineament.core.batching import Checkpoint
+from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import require
 from lineament.learn.tract.layer import tract
 from lineament.train.loop import Inputs, Loop

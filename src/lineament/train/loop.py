@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lineament.core.batching import Checkpoint
+from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import require
 from lineament.core.models import dtype_of, frozen, logits
 from lineament.learn.useful.early_outputs import unusable

@@ -16,6 +16,7 @@ from lineament.audit.lenses import LANGUAGE, LENSES
 from lineament.audit.patch_exchange import needed
 from lineament.audit.run import audit
 from lineament.core.checks import InputError
+from lineament.data.digits import digit_images
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +70,13 @@ def test_a_network_without_the_shortcut_is_not_accused(tmp_path):
     torch.manual_seed(0)
     order = torch.randperm(len(data.targets))
     images = data.inputs.clone()
-    images[:, :4, :4] = images[order, :4, :4]  # every image has a mark, of no class in particular
+    images[..., :4, :4] = images[order, :, :4, :4]  # every image has a mark, of no class in particular
     model = small_cnn().train()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     for _ in range(8):
         for rows in torch.randperm(len(images)).split(64):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images[rows, None]), data.targets[rows]).backward()
+            nn.functional.cross_entropy(model(images[rows]), data.targets[rows]).backward()
             optimizer.step()
     found = audit(model.eval(), (images[:400], data.targets[:400]), out=tmp_path / "report", lenses=["gaze"])
     assert not found["gaze"].numbers["place"]["decides"]
@@ -87,10 +88,9 @@ def test_few_answers_ask_for_more_that_follow():
 
 
 def digits(classes=10, count=300):
-    from sklearn.datasets import load_digits
-
-    data = load_digits(n_class=classes)
-    return torch.from_numpy(data.images[:count]).float() / 16, torch.from_numpy(data.target[:count])
+    data = digit_images()
+    data = data[data.targets < classes][:count]
+    return data.inputs[:, 0], data.targets
 
 
 def convolutional(outputs, side=8):

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lineament import cli
+from lineament.data.digits import digit_images
 
 NET = """
 from torch import nn
@@ -42,8 +43,6 @@ def leaves():
 @pytest.fixture
 def files(tmp_path, monkeypatch) -> Path:
     """A folder with a user's file, weights and data, as the current one."""
-    from sklearn.datasets import load_digits
-
     monkeypatch.chdir(tmp_path)
     Path("net.py").write_text(NET)
     torch.manual_seed(0)
@@ -51,8 +50,8 @@ def files(tmp_path, monkeypatch) -> Path:
         nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64, 10)
     )
     save_file(model.state_dict(), "net.safetensors")
-    data = load_digits()
-    np.savez("data.npz", images=(data.images[:200] * 15).astype(np.uint8), labels=data.target[:200])
+    data = digit_images()[:200]
+    np.savez("data.npz", images=(data.inputs[:, 0] * 240).byte(), labels=data.targets)
     return tmp_path
 
 

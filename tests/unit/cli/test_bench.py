@@ -7,8 +7,7 @@ import textwrap
 
 import pytest
 
-from lineament import bench
-from lineament.cli import console
+from lineament import bench, cli
 from lineament.core.checks import InputError
 
 GOOD = """
@@ -72,45 +71,66 @@ def test_the_checkouts_benchmarks_are_found():
     assert folder.name in ("benchmarks", "_benchmarks") and bench.files()
 
 
+def measured(*slugs: str, **options) -> list:
+    return list(bench.measure(bench.chosen(slugs), **options))
+
+
 @pytest.mark.slow
-def test_every_file_runs_in_its_own_process(benchmarks, tmp_path, capsys):
+def test_every_file_runs_in_its_own_process(benchmarks, tmp_path, capfd):
     target = tmp_path / "rows.json"
-    assert console.show_bench(bench.chosen([]), None, str(target)) == 1
-    shown = capsys.readouterr()
+    assert cli.main(["bench", "--json", str(target)]) == 1
+    shown = capfd.readouterr()
     rows = json.loads(target.read_text())
     assert [(row["slug"], row["what"]) for row in rows] == [
         ("crash-hard", "before"), ("good", "[b]fast[/b] thing"), ("good", "repeats 5"), ("good", "alone"),
     ]  # fmt: skip
     assert set(rows[0]) >= {"slug", "what", "ours_s", "peer", "peer_s", "ratio", "target", "met"}
     assert rows[3]["peer_s"] is None and rows[3]["met"] is None
-    for word in (
-        "[b]fast[/b] thing",
-        "half the limit",
-        "missed",
-        "met",
-        "not installed",
-        "500 µs",
-        "1 of 2 targets met",
-    ):
-        assert word in shown.out
+    words = ("[b]fast[/b] thing", "half the limit", "missed", "not installed", "500 µs", "1 of 2 targets met")
+    assert [word for word in words if word not in shown.out] == []
     assert "chatter" not in shown.out
     assert "crash-hard ended early: ended with status 9" in shown.err
     assert "raises ended early: RuntimeError: no such peer" in shown.err
+    assert not list(tmp_path.glob(".*unfinished"))
 
 
 @pytest.mark.slow
-def test_repeats_reach_the_file_and_a_miss_is_no_failure(benchmarks, capsys):
-    assert console.show_bench(bench.chosen(["good"]), 2, None) == 0
-    assert "repeats 2" in capsys.readouterr().out
+def test_a_killed_run_keeps_its_rows_and_goes_on(benchmarks, tmp_path):
+    counted = tmp_path / "counted"
+    (benchmarks / "long.py").write_text(
+        "from lineament.bench import compare\ndef rows(repeats: int = 5):\n    for k in range(3):\n"
+        f"        yield compare('long', f'row {{k}}', lambda: open({str(counted)!r}, 'a').write(str(k)), 'peer', lambda: None, repeats=1, warmup=0)\n"
+    )
+    target = tmp_path / "rows.json"
+    run = bench.measure(bench.chosen(["long"]), json=target)
+    next(run), next(run)
+    run.close()  # killed behind its second row, or while it measures the third
+    assert [row["what"] for row in json.loads(target.read_text())] == ["row 0", "row 1"]
+    counted.unlink()
+    assert [row.what for row in measured("long", json=target)] == ["row 0", "row 1", "row 2"]
+    assert counted.read_text() == "2"
+    assert len(json.loads(target.read_text())) == 3 and not list(tmp_path.glob(".*unfinished"))
+    counted.unlink()
+    measured("long", json=target)
+    assert counted.read_text() == "012"  # finished: the next run is another one
+
+
+@pytest.mark.slow
+def test_repeats_and_quick_reach_the_file(benchmarks):
+    (benchmarks / "asks.py").write_text(
+        "from lineament import bench\ndef rows(repeats=5):\n    yield bench.Row('asks', str(bench.quick()), 1.0, 'p', None, None, None, None)\n"
+    )
+    assert "repeats 2" in [row.what for row in measured("good", repeats=2)]
+    assert [row.what for row in measured("asks", quick=True)] == ["True"]
 
 
 def test_a_json_file_that_cannot_be_written_is_said_before_any_work(benchmarks, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "run", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(bench, "_rows", lambda *_: pytest.fail("work was begun"))
     for target, message in (
-        (tmp_path, "is a folder"),
+        (tmp_path, "json: .* is a folder"),
         ("", "empty name"),
         ("/proc/self/rows.json", "cannot be written"),
         (tmp_path / "none/rows.json", "no folder that exists"),
     ):
         with pytest.raises(InputError, match=message):
-            console.show_bench(bench.files(), None, str(target))
+            measured(json=target)

@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from lineament import __version__, cli
+from lineament.cli.reproduce import split_fields
 
 
 def run(*words: str) -> tuple[int, str, str]:
@@ -70,6 +71,8 @@ def test_help_and_papers_import_no_torch():
         (["reproduce", "normgard"], "nearest: 'normgrad'"),
         (["reproduce", "normgrad", "--seed"], "--seed stands without a value"),
         (["reproduce", "normgrad", "--seed", "1", "--seed", "2"], "given twice"),
+        (["reproduce", "normgrad", "--train-images", "0"], "lineament: --train-images: got '0'"),
+        (["reproduce", "normgrad", "--preset", "tiny"], "lineament: --preset: got 'tiny'"),
         (["reproduce", "normgrad", "other", "--seed", "1"], "'other'"),
         (["reproduce", "colormnet"], "not there yet"),
         (["gallery", "runs"], "--out"),
@@ -152,7 +155,7 @@ def test_papers_in_a_pipe_are_whole_lines(capsys):
     ],
 )
 def test_fields_are_taken_out_of_the_line(line, rest, fields):
-    assert cli._split_fields(line.split()) == (rest.split(), fields)
+    assert split_fields(line.split()) == (rest.split(), fields)
 
 
 @pytest.mark.parametrize("holds", [True, False])
@@ -167,7 +170,7 @@ def test_reproduce_shows_the_claims_and_ends_with_zero(capsys, monkeypatch, tmp_
         claim = Claim("[bold]the claim", "> 1", "0.5", holds, "" if holds else "too small")
         return run.Run(Outcome(slug, "A title", preset, {}, [claim], seconds=2.0), tmp_path, "found")
 
-    monkeypatch.setattr(_run, "reproduce", reproduce)
+    monkeypatch.setattr(run, "reproduce", reproduce)
     assert (
         cli.main(
             ["reproduce", "toy", "--preset", "small", "--seed", "3", "--out", str(tmp_path), "--overwrite"]
@@ -226,7 +229,7 @@ def test_a_reader_who_leaves_is_no_error():
     ("command", "said"), [("audit", "goes on where it stopped"), ("gallery", "begins anew")]
 )
 def test_after_an_interruption_it_is_said_what_the_same_command_does(command, said, monkeypatch, capsys):
-    def interrupted(_argv):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_dispatch", interrupted)
@@ -235,7 +238,7 @@ def test_after_an_interruption_it_is_said_what_the_same_command_does(command, sa
 
 
 def test_a_disk_without_room_is_named(monkeypatch, capsys):
-    def full(_argv):
+    def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(cli, "_dispatch", full)

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lineament import cli
+from lineament.data.digits import digit_images
 
 pytest.importorskip("accelerate", reason="needs the extra lm")
 
@@ -49,12 +50,10 @@ class Spare(nn.Module):
 
 @pytest.fixture
 def files(tmp_path, monkeypatch) -> Path:
-    from sklearn.datasets import load_digits
-
     monkeypatch.chdir(tmp_path)
     Path("net.py").write_text(NET)
-    data = load_digits()
-    np.savez("data.npz", images=(data.images[:400] * 15).astype(np.uint8), labels=data.target[:400])
+    data = digit_images()[:400]
+    np.savez("data.npz", images=(data.inputs[:, 0] * 240).byte(), labels=data.targets)
     return tmp_path
 
 

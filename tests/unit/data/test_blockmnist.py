@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 
 import numpy as np
@@ -25,23 +24,22 @@ from lineament.explain.faithfulness.diffroar.feature_leakage import (
 from lineament.explain.faithfulness.diffroar.input_gradients import input_gradient
 from lineament.train.stacked import Training
 
-DIGITS, LABELS, _ = digit_images("digits", count=600)
+DIGITS, LABELS = digit_images(split="train", count=600).pair
 
 
-def block(data, k):
-    height = data.images.shape[-2] // data.blocks
-    return data.images[:, :, k * height : (k + 1) * height]
+def block(data, k, height=8):
+    return data.inputs[:, :, k * height : (k + 1) * height]
 
 
 @pytest.mark.parametrize("null", NULLS)
 @pytest.mark.parametrize("blocks", [2, 3])
 def test_the_signal_is_the_digit_and_the_rest_is_null(null, blocks):
     data = block_mnist(DIGITS, LABELS, blocks=blocks, null=null, seed=1)
-    assert data.images.shape == (600, 1, 8 * blocks, 8) and torch.equal(data.labels, LABELS)
+    assert data.inputs.shape == (600, 1, 8 * blocks, 8) and torch.equal(data.targets, LABELS)
     rows = torch.arange(600)
     every = torch.stack([block(data, k) for k in range(blocks)], 1)
-    assert torch.equal(every[rows, data.signal][:, 0], DIGITS)
-    rest = every[torch.arange(blocks) != data.signal[:, None]]
+    assert torch.equal(every[rows, data.extras["signal"]], DIGITS)
+    rest = every[torch.arange(blocks) != data.extras["signal"][:, None]]
     if null == "pattern":
         assert bool((rest == null_pattern(8)).all())
     elif null == "blank":
@@ -51,31 +49,28 @@ def test_the_signal_is_the_digit_and_the_rest_is_null(null, blocks):
     else:
         flat = DIGITS.flatten(1)
         assert float(torch.cdist(rest.flatten(1)[:50], flat).amin(1).max()) < 1e-3
-    mask = data.null_mask
+    mask = data.extras["null_mask"]
     assert mask.shape == (600, 1, 8 * blocks, 8)
     assert float(mask.double().mean()) == pytest.approx((blocks - 1) / blocks)
-    torch.testing.assert_close((data.images * ~mask).sum((1, 2, 3)), DIGITS.sum((1, 2)))
+    torch.testing.assert_close((data.inputs * ~mask).sum((1, 2, 3)), DIGITS.sum((1, 2, 3)))
 
 
 def test_placements_and_that_they_do_not_depend_on_the_label():
-    assert set(block_mnist(DIGITS, LABELS, placement="top").signal.tolist()) == {0}
-    assert set(block_mnist(DIGITS, LABELS, placement="bottom", blocks=3).signal.tolist()) == {2}
-    many, labels = DIGITS.repeat(10, 1, 1), LABELS.repeat(10)
+    assert set(block_mnist(DIGITS, LABELS, placement="top").extras["signal"].tolist()) == {0}
+    assert set(block_mnist(DIGITS, LABELS, placement="bottom", blocks=3).extras["signal"].tolist()) == {2}
+    many, labels = DIGITS.repeat(10, 1, 1, 1), LABELS.repeat(10)
     for placement, share in (("random", 0.5), (0.8, 0.8)):
-        signal = block_mnist(many, labels, placement=placement).signal
+        signal = block_mnist(many, labels, placement=placement).extras["signal"]
         assert float((signal == 0).double().mean()) == pytest.approx(share, abs=0.03)
         for c in range(10):
             assert float((signal[labels == c] == 0).double().mean()) == pytest.approx(share, abs=0.1)
-    assert torch.equal(block_mnist(many, labels, seed=3).images, block_mnist(many, labels, seed=3).images)
-    assert not torch.equal(block_mnist(many, labels, seed=3).signal, block_mnist(many, labels, seed=4).signal)
 
 
 def test_two_classes_and_any_image_array():
     data = block_mnist(DIGITS, LABELS, classes=(7, 3), null="digit")
-    assert set(data.labels.tolist()) == {0, 1} and len(data) == int(((LABELS == 3) | (LABELS == 7)).sum())
+    assert set(data.targets.tolist()) == {0, 1} and len(data) == int(((LABELS == 3) | (LABELS == 7)).sum())
     colour = block_mnist(torch.rand(4, 3, 6, 9), torch.arange(4), blocks=4)
-    assert colour.images.shape == (4, 3, 24, 9) and colour.to_dict()["blocks"] == 4
-    assert colour.plot() is not None
+    assert colour.inputs.shape == (4, 3, 24, 9)
 
 
 def test_the_pattern_is_a_square_with_its_diagonals():
@@ -100,15 +95,15 @@ def test_a_model_of_the_top_half_is_right_when_the_signal_is_there_and_has_no_gr
         def forward(self, x):
             return self.net(x[:, :, :8])
 
-    digits, labels, _ = digit_images("digits", "train")
-    top = block_mnist(digits, labels, placement="top")
-    net = Training(Top, epochs=25, lr=3e-3, batch_size=50, select="last")(top.images, labels, 0)
-    test = block_mnist(*digit_images("digits", "test")[:2], seed=1)
-    assert accuracy(net, test.images, test.labels) == pytest.approx((1 + 1 / 10) / 2, abs=0.06)
-    above = block_mnist(*digit_images("digits", "test")[:2], placement="top")
-    gradient = input_gradient(net, above.images)
-    assert bool((null_mass(gradient, above.null_mask) == 0).all())
-    assert bool((null_fraction(gradient, above.null_mask, 0.1) == 0).all())
+    train, held = digit_images(split="train"), digit_images(split="test")
+    top = block_mnist(*train.pair, placement="top")
+    net = Training(Top, epochs=25, lr=3e-3, batch_size=50, select="last")(*top.pair, 0)
+    test = block_mnist(*held.pair, seed=1)
+    assert accuracy(net, *test.pair) == pytest.approx((1 + 1 / 10) / 2, abs=0.06)
+    above = block_mnist(*held.pair, placement="top")
+    gradient, null = input_gradient(net, above.inputs), above.extras["null_mask"]
+    assert bool((null_mass(gradient, null) == 0).all())
+    assert bool((null_fraction(gradient, null, 0.1) == 0).all())
 
 
 def test_null_shares_of_known_scores():
@@ -130,16 +125,17 @@ def test_null_shares_of_known_scores():
 
 def test_simplified_data_carry_one_signal_and_noise_of_the_ball():
     data = signal_blocks(3000, blocks=6, width=3, eta=0.1, signals=4, direction=torch.tensor([0.6, 0.0, 0.8]))
-    x = data.x.reshape(3000, 6, 3)
-    rows = torch.arange(3000)
-    planted = data.sign[:, None] * torch.tensor([0.6, 0.0, 0.8])
-    noise = x.clone()
-    noise[rows, data.signal] -= planted
-    assert float(noise.norm(dim=2).max()) <= 0.1 + 1e-6 and data.signal.max() == 3
+    own = data.extras["own"]
+    noise = data.inputs.reshape(3000, 6, 3).clone()
+    noise[own] -= (2 * data.targets[:, None] - 1) * torch.tensor([0.6, 0.0, 0.8])
+    assert float(noise.norm(dim=2).max()) <= 0.1 + 1e-6
     # Uniform in a ball of three dimensions: half of the volume lies within 2^(-1/3) of the radius.
     assert float((noise.norm(dim=2) < 0.1 * 0.5 ** (1 / 3)).double().mean()) == pytest.approx(0.5, abs=0.02)
-    assert float(data.labels.double().mean()) == pytest.approx(0.5, abs=0.04)
-    assert torch.equal(data.own.sum(1), torch.ones(3000, dtype=torch.long)) and data.to_dict()["signals"] == 4
+    assert float(data.targets.double().mean()) == pytest.approx(0.5, abs=0.04)
+    assert (
+        torch.equal(own.sum(1), torch.ones(3000, dtype=torch.long))
+        and own.any(0).tolist() == [True] * 4 + [False] * 2
+    )
 
 
 @pytest.mark.parametrize("signals", [1, 2, 3, 5])
@@ -187,7 +183,7 @@ def test_the_max_margin_gradient_is_the_same_on_every_signal_block_and_zero_else
     direction = torch.tensor([0.6, 0.8])
     net = MaxMargin(3, blocks=5, direction=direction).double()
     # Strictly inside the kinks of the two neurons.
-    x = 0.7 * signal_blocks(40, blocks=5, width=2, signals=3, direction=direction).x.double()
+    x = 0.7 * signal_blocks(40, blocks=5, width=2, signals=3, direction=direction).inputs.double()
     x.requires_grad_()
     gradient = torch.autograd.grad(net(x).sum(), x)[0]
     size = gradient.reshape(40, 5, 2).norm(dim=2)
@@ -207,9 +203,9 @@ def test_a_trained_wide_network_spreads_its_gradient_over_all_signal_blocks():
         lambda: nn.Sequential(nn.Linear(10, 1000), nn.ReLU(), nn.Linear(1000, 2)),
         epochs=60, batch_size=250, lr=0.1, optimizer="sgd", select="last",
     )  # fmt: skip
-    net = train(data.x, data.labels, 0)
-    found = leakage(input_gradient(net, data.x), data.own, 5)
-    assert accuracy(net, data.x, data.labels) == 1.0
+    net = train(*data.pair, 0)
+    found = leakage(input_gradient(net, data.inputs), data.extras["own"], 5)
+    assert accuracy(net, *data.pair) == 1.0
     assert 0.8 < found.ratio < 1.3 and found.noise < 0.2 and found.own < 0.3
 
 
@@ -220,34 +216,6 @@ def test_leakage_of_known_gradients():
         "own": 0.5, "other": 0.375, "noise": 0.125, "top_is_own": 0.5, "bottom_is_own": 0.5, "ratio": 0.75, "silent": 0.0,
     }  # fmt: skip
     assert leakage(torch.zeros(2, 3), own, 2).silent == 1.0
-
-
-def test_mnist_is_read_in_the_forms_that_users_have(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (30, 28, 28), dtype=np.uint8)
-    labels = (np.arange(30) % 10).astype(np.uint8)
-
-    def idx(array):
-        return bytes([0, 0, 8, array.ndim]) + np.asarray(array.shape, ">u4").tobytes() + array.tobytes()
-
-    arrays, raw = tmp_path / "arrays", tmp_path / "torch" / "MNIST" / "raw"
-    arrays.mkdir()
-    raw.mkdir(parents=True)
-    np.savez(arrays / "mnist_train.npz", x=images, y=labels)
-    (raw / "train-images-idx3-ubyte").write_bytes(idx(images))
-    (raw / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
-    x, y, name = digit_images("mnist", folder=arrays, count=20)
-    assert name == "MNIST" and x.shape == (20, 28, 28) and float(x.max()) <= 1
-    again = digit_images("auto", folder=tmp_path / "torch", count=20)
-    assert torch.equal(x, again[0]) and torch.equal(y, again[1])
-    (raw / "train-images-idx3-ubyte").write_bytes(idx(images)[:-5])
-    with pytest.raises(InputError, match="by its header"):
-        digit_images("mnist", folder=tmp_path / "torch")
-    (arrays / "mnist_train.npz").write_bytes(b"not a file")
-    with pytest.raises(InputError, match="damaged"):
-        digit_images("mnist", folder=arrays)
-    with pytest.raises(InputError, match="MNIST is not in"):
-        digit_images("mnist", folder=tmp_path)
-    assert digit_images("auto", folder=tmp_path)[2] == "scikit-learn digits"
 
 
 @pytest.mark.parametrize(

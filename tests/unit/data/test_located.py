@@ -75,12 +75,12 @@ def test_coco_polygons_and_run_lengths_become_masks(tmp_path):
 
 
 def test_scenes_hold_two_digits_where_the_masks_say():
-    scenes, again = digit_scenes(20, noise=0.0, fragments=0), digit_scenes(20, noise=0.0, fragments=0)
-    assert torch.equal(scenes.images, again.images)
-    assert bool((scenes.labels.sum(1) == 2).all())
-    assert torch.equal(scenes.images[:, 0] > 0.3, scenes.masks.any(1))
-    assert not bool((scenes.masks[:, 0] & scenes.masks[:, 1]).any())
-    assert not torch.equal(scenes.images, digit_scenes(20, split="test", noise=0.0, fragments=0).images)
+    scenes = digit_scenes(20, noise=0.0, fragments=0)
+    masks = scenes.extras["masks"]
+    assert bool((scenes.targets.sum(1) == 2).all())
+    assert torch.equal(scenes.inputs[:, 0] > 0.3, masks.any(1))
+    assert not bool((masks[:, 0] & masks[:, 1]).any())
+    assert not torch.equal(scenes.inputs, digit_scenes(20, split="test", noise=0.0, fragments=0).inputs)
     with pytest.raises(InputError, match="side"):
         digit_scenes(1, side=40)
 

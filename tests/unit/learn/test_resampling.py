@@ -14,8 +14,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError
-from lineament.data.augmentation import OPERATIONS, flip_and_crop, trivial_augment
-from lineament.data.pixel_digits import pixel_digits
 from lineament.learn.useful.early_outputs import outputs_of, recalibrated
 from lineament.learn.useful.resampling import UpsamplingSampler, find_slow, useful
 from lineament.optim import SAM
@@ -252,27 +250,6 @@ def test_what_cannot_be_used_is_named():
     assert same(model, before)
 
 
-def test_augmentation_draws_from_its_generator_only():
-    images = torch.randint(256, (40, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
-    for augment in (flip_and_crop, trivial_augment):
-        one, two = (augment(images, torch.Generator().manual_seed(1)) for _ in range(2))
-        assert torch.equal(one, two) and one.shape == images.shape and one.dtype == torch.uint8
-        assert not torch.equal(augment(images, torch.Generator().manual_seed(2)), one)
-    assert len(OPERATIONS) == 14
-    same_images = [bool((a == b).all()) for a, b in zip(trivial_augment(images, torch.Generator()), images)]
-    assert 0 < sum(same_images) < 20
-    with pytest.raises(InputError, match="uint8"):
-        trivial_augment(images.float(), torch.Generator())
-
-
-def test_planted_pixels_tell_the_class():
-    data = pixel_digits("test", noise=0.0)
-    marked = data.groups == 0
-    assert torch.equal(data.inputs[marked, 0, 0].argmax(1) - 1, data.targets[marked])
-    assert data.inputs[~marked, 0, 0].abs().max() == 0
-    assert not set(data.index.tolist()) & set(pixel_digits().index.tolist())
-
-
 @pytest.mark.parametrize("kind", sorted(networks.NETWORKS))
 def test_every_network_of_the_recipe_runs(kind):
     model = networks.network(kind, torch.Size([3, 32, 32]), 5, 8, 0)
@@ -297,7 +274,7 @@ def test_a_killed_recipe_goes_on_with_the_same_result(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(name, *rest)
 
-    monkeypatch.setattr(_useful_runs, "final", killed)
+    monkeypatch.setattr(runs, "final", killed)
     with pytest.raises(KeyboardInterrupt):
         run(config, out=tmp_path / "cut")
     again = run(config, out=tmp_path / "cut")

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from lineament.core.checks import InputError
-from lineament.data.shortcut_digits import GROUPS, MARK, patterns, shortcut_digits
 from lineament.load import arrays
 from lineament.load.data import load
 
@@ -221,25 +220,7 @@ def test_grey_image_folder(tmp_path):
 
 def test_digits():
     found = load("digits")
-    assert found.inputs.shape == (1797, 8, 8) and float(found.inputs.max()) == 1.0
-
-
-def test_shortcut_digits_plant_what_they_say():
-    train, test = shortcut_digits("train"), shortcut_digits("test")
-    marks = patterns()
-    agree = (train.inputs[(slice(None), *MARK)] == marks[train.targets]).flatten(1).all(1)
-    assert 0.96 < float(agree.float().mean()) < 1
-    assert test.groups is not None and test.group_names == GROUPS
-    shown = test.inputs[(slice(None), *MARK)]
-    same = (shown[:, None] == marks[None]).flatten(2).all(2)
-    for group, expected in enumerate(("own", "other", "none")):
-        rows = test.groups == group
-        found = same[rows]
-        own = found.gather(1, test.targets[rows][:, None]).squeeze(1)
-        assert bool((found.sum(1) == (expected != "none")).all())
-        assert bool((own == (expected == "own")).all())
-    digits = {tuple(x.flatten().tolist()) for x in train.inputs[:, 5:17, 5:17]}
-    assert not digits & {tuple(x.flatten().tolist()) for x in test.inputs[:, 5:17, 5:17]}
+    assert found.inputs.shape == (1797, 1, 8, 8) and float(found.inputs.max()) == 1.0
 
 
 def test_stream_reads_across_blocks(tmp_path, monkeypatch):

@@ -13,10 +13,10 @@ from typing import Literal
 import pytest
 
 from lineament import recipes
-from lineament.core.batching import Checkpoint
+from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError
 from lineament.recipes import configure
-from lineament.recipes.kit import run
+from lineament.recipes.kit import run as runs
 from lineament.recipes.kit.presets import presets
 from lineament.report.outcome import Claim, Figure, Outcome, Table
 
@@ -66,7 +66,7 @@ def test_fields_from_text(field, words, value):
 @pytest.mark.parametrize(
     ("field", "words", "message"),
     [
-        ("seed", "1.5", "--seed: got '1.5', expected an integer"),
+        ("seed", "1.5", "seed: got '1.5', expected an integer"),
         ("rate", "fast", "expected a number"),
         ("flag", "maybe", "expected true or false"),
         ("limit", "x", "expected an integer or none"),
@@ -74,11 +74,11 @@ def test_fields_from_text(field, words, value):
         ("pair", "1", "2 values separated by commas"),
         ("kind", "gif", "one of 'svg', 'png'"),
         ("table", "{}", "not for the command line"),
-        ("epochs", "0", "--epochs: got '0', expected an integer of at least 1"),
+        ("epochs", "0", "epochs: got '0', expected an integer of at least 1"),
         ("widths", "4,-1", "expected an integer of at least 1"),
         ("rate", "nan", "expected a finite number of at least 0"),
         ("rate", "-0.1", "expected a finite number of at least 0"),
-        ("sed", "1", "--sed.*nearest: 'seed'"),
+        ("sed", "1", "sed.*nearest: 'seed'"),
         ("preset", "small", "no such field"),
     ],
 )
@@ -144,12 +144,12 @@ def recipe(monkeypatch):
         )  # fmt: skip
 
     module.__dict__.update(SLUG="toy", TITLE="Toy", Config=ToyConfig, run=run, dies=False, calls=calls)
-    monkeypatch.setattr(_run, "load", lambda slug: module)
+    monkeypatch.setattr(runs, "load", lambda slug: module)
     return module
 
 
 def test_a_run_writes_its_outcome_last_and_only_once(recipe, tmp_path):
-    found = run.reproduce("toy", "quick", {"seed": "3"}, out=tmp_path / "r")
+    found = runs.reproduce("toy", "quick", {"seed": "3"}, out=tmp_path / "r")
     assert found.how == "run" and found.outcome.claims[0].observed == "7.0"
     raw = json.loads((tmp_path / "r/outcome.json").read_text())
     assert list(raw) == [
@@ -167,7 +167,7 @@ def test_a_run_writes_its_outcome_last_and_only_once(recipe, tmp_path):
     assert raw["tables"][0]["rows"] == [[None]]
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == ["curve.svg", "outcome.json", "weights.npz"]
     before = (tmp_path / "r/outcome.json").stat().st_mtime_ns
-    again = run.reproduce("toy", "quick", {"seed": "3"}, out=tmp_path / "r")
+    again = runs.reproduce("toy", "quick", {"seed": "3"}, out=tmp_path / "r")
     assert again.how == "found" and recipe.calls == ["one", "two"]
     assert (tmp_path / "r/outcome.json").stat().st_mtime_ns == before
 
@@ -175,38 +175,38 @@ def test_a_run_writes_its_outcome_last_and_only_once(recipe, tmp_path):
 def test_a_killed_run_goes_on(recipe, tmp_path):
     recipe.dies = True
     with pytest.raises(KeyboardInterrupt):
-        run.reproduce("toy", out=tmp_path)
+        runs.reproduce("toy", out=tmp_path)
     assert not (tmp_path / "outcome.json").exists()
     recipe.dies = False
     notes: list[str] = []
-    found = run.reproduce("toy", out=tmp_path, note=notes.append)
+    found = runs.reproduce("toy", out=tmp_path, note=notes.append)
     assert found.how == "resumed" and recipe.calls == ["one", "two"] and len(notes) == 1
-    fresh = run.reproduce("toy", out=tmp_path / "other")
+    fresh = runs.reproduce("toy", out=tmp_path / "other")
     assert found.outcome.claims == fresh.outcome.claims
 
 
 def test_an_unfinished_run_of_another_configuration_is_refused(recipe, tmp_path):
     recipe.dies = True
     with pytest.raises(KeyboardInterrupt):
-        run.reproduce("toy", out=tmp_path)
+        runs.reproduce("toy", out=tmp_path)
     recipe.dies = False
-    with pytest.raises(InputError, match=r"another configuration.*--overwrite"):
-        run.reproduce("toy", values={"seed": "1"}, out=tmp_path)
-    assert run.reproduce("toy", values={"seed": "1"}, out=tmp_path, overwrite=True).how == "run"
+    with pytest.raises(InputError, match=r"another configuration.*overwrite=True"):
+        runs.reproduce("toy", values={"seed": "1"}, out=tmp_path)
+    assert runs.reproduce("toy", values={"seed": "1"}, out=tmp_path, overwrite=True).how == "run"
 
 
 def test_a_finished_run_of_another_configuration_is_refused(recipe, tmp_path):
-    run.reproduce("toy", out=tmp_path)
+    runs.reproduce("toy", out=tmp_path)
     with pytest.raises(InputError, match="other seed"):
-        run.reproduce("toy", values={"seed": "1"}, out=tmp_path)
+        runs.reproduce("toy", values={"seed": "1"}, out=tmp_path)
     assert (
-        run.reproduce("toy", values={"seed": "1"}, out=tmp_path, overwrite=True).outcome.config["seed"] == 1
+        runs.reproduce("toy", values={"seed": "1"}, out=tmp_path, overwrite=True).outcome.config["seed"] == 1
     )
 
 
 def test_overwrite_runs_the_same_again(recipe, tmp_path):
-    run.reproduce("toy", out=tmp_path)
-    assert run.reproduce("toy", out=tmp_path, overwrite=True).how == "run"
+    runs.reproduce("toy", out=tmp_path)
+    assert runs.reproduce("toy", out=tmp_path, overwrite=True).how == "run"
     assert recipe.calls == ["one", "two"] * 2
 
 
@@ -214,37 +214,37 @@ def test_overwrite_runs_the_same_again(recipe, tmp_path):
 def test_somebody_elses_folder_is_left_alone(recipe, tmp_path, overwrite):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match=r"other files.*thesis"):
-        run.reproduce("toy", out=tmp_path, overwrite=overwrite)
+        runs.reproduce("toy", out=tmp_path, overwrite=overwrite)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"] and recipe.calls == []
 
 
 def test_an_out_that_is_a_file_or_a_corrupt_outcome(recipe, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
-        run.reproduce("toy", out=tmp_path / "file")
+        runs.reproduce("toy", out=tmp_path / "file")
     (tmp_path / "run").mkdir()
     (tmp_path / "run/outcome.json").write_text("{")
     with pytest.raises(InputError, match="not an outcome"):
-        run.reproduce("toy", out=tmp_path / "run")
-    assert run.reproduce("toy", out=tmp_path / "run", overwrite=True).how == "run"
+        runs.reproduce("toy", out=tmp_path / "run")
+    assert runs.reproduce("toy", out=tmp_path / "run", overwrite=True).how == "run"
 
 
 def test_overwrite_follows_no_path_out_of_the_folder(recipe, tmp_path):
     (tmp_path / "keep.svg").write_text("mine")
     run = tmp_path / "run"
-    run.reproduce("toy", out=run)
+    runs.reproduce("toy", out=run)
     raw = json.loads((run / "outcome.json").read_text())
     raw["figures"] = [{"file": "../keep.svg", "caption": "", "alt": ""}]
     (run / "outcome.json").write_text(json.dumps(raw))
-    run.reproduce("toy", out=run, overwrite=True)
+    runs.reproduce("toy", out=run, overwrite=True)
     assert (tmp_path / "keep.svg").read_text() == "mine"
 
 
 def test_the_default_folder_is_below_runs(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run.reproduce("toy", "small").folder == Path("runs/toy-small")
-    with pytest.raises(InputError, match="--preset: got 'tiny'"):
-        run.reproduce("toy", "tiny")
+    assert runs.reproduce("toy", "small").folder == Path("runs/toy-small")
+    with pytest.raises(InputError, match="preset: got 'tiny'"):
+        runs.reproduce("toy", "tiny")
     assert "lineament.recipes.toy" not in sys.modules
 
 
@@ -252,8 +252,8 @@ SCRIPT = """
 import dataclasses, sys, time, types
 from pathlib import Path
 import torch
-from lineament.core.batching import Checkpoint
-from lineament.recipes.kit import run
+from lineament.core.checkpoint import Checkpoint
+from lineament.recipes.kit import run as runs
 from lineament.recipes.kit.presets import presets
 from lineament.report.outcome import Claim, Outcome
 
@@ -278,8 +278,8 @@ def run(config, *, out):
     total = repr((one["x"] + two["x"]).tolist())
     return Outcome("toy", "Toy", "quick", {}, [Claim("sum", "", total, True)], seconds=1.0)
 
-run.load = lambda slug: types.SimpleNamespace(Config=Config, run=run)
-run.reproduce("toy", out=sys.argv[1])
+runs.load = lambda slug: types.SimpleNamespace(Config=Config, run=run)
+runs.reproduce("toy", out=sys.argv[1])
 """
 
 

@@ -27,6 +27,7 @@ from lineament.measure.landscape.grids import Plane, plane
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
 from lineament.report.section import Section
+from lineament.report.surface_plot import SurfacePlot
 
 TITLE = "What does the loss look like around its weights?"
 METHOD = "loss-landscape"
@@ -196,7 +197,7 @@ def _landscape(around: Plane | None) -> list[Any]:
             size=(9.2, 3.6),
             panels=(1, 2),
             kind="png",
-            reliefs=[around.relief()],
+            surfaces=[SurfacePlot.of(around)],
             caption="The loss in the plane of the two steepest directions (the mark: these weights), as contours and as a surface; the axes say how far the weights are moved. Along every other direction it is flatter.",
             alt=f"Contours and surface of the loss around the weights, {compact(around.centre)} in the middle, from {compact(low)} to {compact(high)}.",
         )

@@ -201,7 +201,9 @@ def stabilised(eps: float) -> Callable[[Tensor, Tensor], Tensor]:
 
     def rule(z: Tensor, v: Tensor) -> Tensor:
         z = wide(z)
-        return wide(v) * z / (z + torch.where(z < 0, -eps, eps))
+        # A tensor of z's dtype: two numbers alone would be float32.
+        shift = z.new_tensor(eps)
+        return wide(v) * z / (z + torch.where(z < 0, -shift, shift))
 
     return rule
 

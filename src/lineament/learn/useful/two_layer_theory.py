@@ -99,7 +99,7 @@ def train_cubic(
 
     >>> from lineament.data.fast_slow_patches import fast_slow_patches
     >>> data = fast_slow_patches(50, dims=6, seed=1)
-    >>> path = train_cubic(0.3 * torch.ones(2, 6).double(), data.x, data.y, steps=30, lr=0.2)
+    >>> path = train_cubic(0.3 * torch.ones(2, 6).double(), *data.pair, steps=30, lr=0.2)
     >>> bool((path.gap > 0).all() and (path.loss.diff() < 0).all())
     True
     """

@@ -1,7 +1,7 @@
 """A line, a plane and random perturbations of a loss: what was measured, and how it is drawn.
 
 The surface is drawn on plain axes, by a projection of its own: so it is one picture among others in a figure, and needs no script. To turn one
-and read its values, ``interactive`` gives a plotly figure.
+and read its values, :class:`lineament.report.surface_plot.SurfacePlot` makes a plotly figure of a line or a plane.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-from lineament.report.surface_plot import Relief, relief
 
 
 @dataclass(frozen=True)
@@ -56,15 +54,6 @@ class Line:
         ax.plot(self.at.tolist(), (self.loss if metric is None else self.metrics[metric]).tolist())
         ax.set(xlabel=self.label, ylabel=metric or "loss")
         return ax
-
-    def relief(self, metric: str | None = None, *, title: str = "") -> Relief:
-        """The line's numbers for a page that lets its reader walk along them."""
-        values = self.loss if metric is None else self.metrics[metric]
-        return relief({"x": self.at, "z": values}, (self.label, "", metric or "loss"), title=title)
-
-    def interactive(self, metric: str | None = None) -> Any:
-        """A plotly ``Figure`` that shows the value under the pointer."""
-        return self.relief(metric).figure()
 
 
 @dataclass(frozen=True)
@@ -152,20 +141,6 @@ class Plane:
         ax.autoscale_view()
         ax.set_axis_off()
         return ax
-
-    def relief(self, metric: str | None = None, *, title: str = "") -> Relief:
-        """The plane's numbers for a page that lets its reader turn them; what is not finite is a gap there."""
-        values = {"x": self.a, "y": self.b, "z": self.loss if metric is None else self.metrics[metric]}
-        return relief(values, (*self.labels, metric or "loss"), title=title, origin="these weights")
-
-    def interactive(self, metric: str | None = None) -> Any:
-        """A plotly ``Figure``: contours and a surface to turn, with values and coordinates under the pointer.
-
-        >>> found = Plane(torch.arange(-1.0, 2), torch.arange(-1.0, 2), torch.arange(9.0).view(3, 3))
-        >>> [drawn.type for drawn in found.interactive().data]
-        ['contour', 'scatter', 'surface', 'scatter3d']
-        """
-        return self.relief(metric).figure()
 
     def _shown(self, metric: str | None) -> Tensor:
         """Finite values for a drawing; what is not finite is shown as the greatest that is."""

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from lineament.core.batching import progress
 from lineament.core.checks import require, suggest
 from lineament.data.augmentation import flip_and_crop
+from lineament.data.digits import digit_images
+from lineament.data.photographs import Standardise, read_photographs
 from lineament.optim import DiffGrad
-from lineament.recipes.useful.data import load_data
 
 
 class Function(NamedTuple):
@@ -116,16 +117,13 @@ class Data(NamedTuple):
 def data_of(name: str, folder: str | None) -> Data:
     """scikit-learn's digits (60 % for training), or CIFAR-10 / CIFAR-100 from the user's folder, standardised by channel."""
     if name == "digits":
-        from sklearn.datasets import load_digits
-
-        images, labels = load_digits(return_X_y=True)
-        x, y = torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(labels)
+        x, y = digit_images().pair
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
         train, test = order[: len(x) * 6 // 10], order[len(x) * 6 // 10 :]
         return Data(x[train], y[train], x[test], y[test], False)
-    found = load_data(name, folder, train=0, seed=0)
-    both = found.prepared(found.train.x), found.prepared(found.test.x)
-    return Data(both[0], found.train.y, both[1], found.test.y, True)
+    train, test = (read_photographs(name, split, data_folder=folder) for split in ("train", "test"))
+    standardise = Standardise(train.inputs)
+    return Data(standardise(train.inputs), train.targets, standardise(test.inputs), test.targets, True)
 
 
 class _Bottleneck(nn.Module):

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineament.data.blockmnist import BlockImages, block_mnist
+from lineament.data.blockmnist import block_mnist
 from lineament.data.digits import digit_images
-from lineament.data.signal_blocks import SignalBlocks, signal_blocks
+from lineament.data.samples import Samples
+from lineament.data.signal_blocks import signal_blocks
 from lineament.explain.faithfulness.diffroar import DiffROAR, accuracy, diffroar
 from lineament.explain.faithfulness.diffroar.feature_leakage import leakage, null_fraction, null_mass
 from lineament.explain.faithfulness.diffroar.input_gradients import attribution, input_gradient
@@ -35,15 +36,16 @@ class Demonstration:
 
     def __init__(self, config: Any):
         self.config = config
-        self.data: dict[str, tuple[BlockImages, BlockImages]] = {}
+        self.data: dict[str, tuple[Samples, Samples]] = {}
         for placement in PLACEMENTS:
             both = []
             for split, count in (("train", config.train_images), ("test", config.test_images)):
-                digits, labels, self.source = digit_images(
-                    config.data, split, count=count, folder=config.data_folder, seed=config.seed
+                digits = digit_images(
+                    config.data, split, count=count, data_folder=config.data_folder, seed=config.seed
                 )
+                self.source = digits.source
                 made = block_mnist(
-                    digits, labels, placement=placement, seed=2 * config.seed + (split == "test")
+                    *digits.pair, placement=placement, seed=2 * config.seed + (split == "test")
                 )
                 both.append(made)
             self.data[placement] = both[0], both[1]
@@ -51,7 +53,7 @@ class Demonstration:
         small = self.source != "MNIST"
         eps = config.eps if config.eps is not None else 1.0 if small else 2.0
         self.attack = PGD(norm="l2", eps=eps, step=eps / config.attack_steps, steps=config.attack_steps)
-        shape = self.data["random"][0].images.shape[1:]
+        shape = self.data["random"][0].inputs.shape[1:]
         self.inputs = shape.numel()
 
     def fresh(self) -> nn.Module:
@@ -65,7 +67,7 @@ class Demonstration:
     def train(self, placement: str, kind: str) -> dict[str, Tensor]:
         train, _ = self.data[placement]
         training = self.training(self.config.epochs).against(self.attack if kind == "robust" else None)
-        return dict(training(train.images, train.labels, self.config.seed).state_dict())
+        return dict(training(*train.pair, self.config.seed).state_dict())
 
     def model(self, weights: dict[str, Tensor]) -> nn.Module:
         model = self.fresh()
@@ -75,14 +77,14 @@ class Demonstration:
     def describe(self, model: nn.Module, placement: str) -> dict[str, float]:
         """Accuracy, accuracy under attack, and how much of the gradient lies in the null blocks."""
         _, test = self.data[placement]
-        gradient = input_gradient(model, test.images)
+        gradient = input_gradient(model, test.inputs)
         attack = self.attack
         return {
-            "accuracy": accuracy(model, test.images, test.labels),
-            "attacked": robust_accuracy(model, test.images, test.labels, attack),
-            "no_gradient": attack(model, test.images, test.labels).to_dict()["no_gradient"],
-            "null_fraction": float(null_fraction(gradient, test.null_mask, 0.1).mean()),
-            "null_mass": float(null_mass(gradient, test.null_mask).mean()),
+            "accuracy": accuracy(model, *test.pair),
+            "attacked": robust_accuracy(model, *test.pair, attack),
+            "no_gradient": attack(model, *test.pair).to_dict()["no_gradient"],
+            "null_fraction": float(null_fraction(gradient, test.extras["null_mask"], 0.1).mean()),
+            "null_mass": float(null_mass(gradient, test.extras["null_mask"]).mean()),
         }
 
     def judge(self, attribute: Any, *, fractions: Any, runs: int, fill: Any = "zero") -> dict[str, Any]:
@@ -90,7 +92,7 @@ class Demonstration:
         found = diffroar(
             attribute,
             self.training(self.config.retrain_epochs),
-            (train.images, train.labels, test.images, test.labels),
+            (*train.pair, *test.pair),
             fractions=fractions,
             seeds=[self.config.seed + 1 + k for k in range(runs)],
             fill=fill,
@@ -102,12 +104,12 @@ class Demonstration:
         """The control against leaking labels: a standard model of shuffled labels, judged on shuffled labels."""
         train, test = self.data["random"]
         generator = torch.Generator().manual_seed(self.config.seed)
-        labels = [part.labels[torch.randperm(len(part), generator=generator)] for part in (train, test)]
-        model = self.training(self.config.epochs)(train.images, labels[0], self.config.seed)
+        labels = [part.targets[torch.randperm(len(part), generator=generator)] for part in (train, test)]
+        model = self.training(self.config.epochs)(train.inputs, labels[0], self.config.seed)
         return diffroar(
             attribution(model),
             self.training(self.config.retrain_epochs),
-            (train.images, labels[0], test.images, labels[1]),
+            (train.inputs, labels[0], test.inputs, labels[1]),
             fractions=(self.config.level,),
             seeds=(self.config.seed + 1,),
             fill="zero",
@@ -138,13 +140,9 @@ def simplified(config: Any, name: str) -> dict[str, Any]:
     ``wide`` with the signal in any of them, as in the paper's first version.
     """
     blocks = config.blocks
-    data = signal_blocks(
-        config.points,
-        blocks=blocks,
-        signals=blocks if name == "everywhere" else blocks // 2,
-        seed=config.seed,
-    )
-    test = signal_blocks(1000, blocks=blocks, signals=data.signals, seed=config.seed + 1)
+    signals = blocks if name == "everywhere" else max(1, blocks // 2)
+    data = signal_blocks(config.points, blocks=blocks, signals=signals, seed=config.seed)
+    test = signal_blocks(1000, blocks=blocks, signals=signals, seed=config.seed + 1)
     attack = PGD(norm="linf", eps=0.35, step=0.35 / 4, steps=8, bounds=None) if name == "robust" else None
     widths = {"linear": (), "robust": (config.robust_width,)}.get(name, (config.wide,))
     training = Training(
@@ -156,16 +154,17 @@ def simplified(config: Any, name: str) -> dict[str, Any]:
         attack=attack,
         select="last",
     )
-    return seen(training(data.x, data.labels, config.seed), test)
+    return seen(training(*data.pair, config.seed), test, signals)
 
 
-def seen(model: nn.Module, data: SignalBlocks) -> dict[str, Any]:
+def seen(model: nn.Module, data: Samples, signals: int) -> dict[str, Any]:
     """Leakage of a trained network's gradient, the mean size of the gradient on each block, |cos(x, gradient)|, and accuracy."""
-    gradient = input_gradient(model, data.x)
-    sizes = gradient.reshape(len(gradient), data.blocks, -1).norm(dim=2)
+    gradient = input_gradient(model, data.inputs)
+    own = data.extras["own"]
+    sizes = gradient.reshape(*own.shape, -1).norm(dim=2)
     return {
-        **leakage(gradient, data.own, data.signals).to_dict(),
-        "accuracy": accuracy(model, data.x, data.labels),
-        "cosine": float(F.cosine_similarity(gradient, data.x, dim=1).abs().mean()),
+        **leakage(gradient, own, signals).to_dict(),
+        "accuracy": accuracy(model, *data.pair),
+        "cosine": float(F.cosine_similarity(gradient, data.inputs, dim=1).abs().mean()),
         "sizes": (sizes / sizes.sum(1, keepdim=True)).mean(0).tolist(),
     }

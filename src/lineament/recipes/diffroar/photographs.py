@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lineament.core.batching import Checkpoint
+from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require
+from lineament.data.photographs import read_photographs
 from lineament.explain.faithfulness.diffroar import accuracy, diffroar
 from lineament.explain.faithfulness.diffroar.input_gradients import attribution
 from lineament.recipes.diffroar import figures
 from lineament.recipes.diffroar.experiments import perceptron, rebuilt
-from lineament.recipes.kit.images import load_data
-from lineament.recipes.kit.networks import ResNet18
+from lineament.recipes.kit.networks import network
 from lineament.report.outcome import Claim, Outcome, Table
 from lineament.train.attacks import PGD, robust_accuracy
 from lineament.train.stacked import Training
@@ -86,10 +86,8 @@ def evaluation(attack: PGD) -> PGD:
 def read(config: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """Training and test images in [0, 1] with labels, and the number of classes; a fifth is held out for testing."""
     if config.dataset == "cifar10":
-        data = load_data("cifar10", config.data_folder)
-        low, high = data.x.amin((0, 2, 3), keepdim=True), data.x.amax((0, 2, 3), keepdim=True)
-        # The loader normalises; black is the least and white the greatest value of each channel.
-        x, y, classes = (data.x - low) / (high - low), data.y, data.classes
+        held = read_photographs("cifar10", data_folder=config.data_folder)
+        x = held.inputs.float() / 255
     else:
         from lineament.load.data import load
 
@@ -100,7 +98,7 @@ def read(config: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
         held = load(config.data_folder, samples=10**9, seed=config.seed, image_size=(config.image_size,) * 2)
         x = held.inputs.float() / (255 if held.inputs.dtype == torch.uint8 else 1)
         x = x.movedim(-1, 1) if x.shape[-1] in (1, 3) and x.ndim == 4 else x[:, None] if x.ndim == 3 else x
-        y, classes = held.targets, len(held.classes)
+    y, classes = held.targets, len(held.classes)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(config.seed))
     cut = len(order) - len(order) // 5
     first, second = order[:cut], order[cut:]
@@ -123,7 +121,7 @@ def on_photographs(config: Any, stages: Checkpoint, out: Path, slug: str, title:
         if config.network == "mlp":
             inner: nn.Module = perceptron(x[0].numel(), config.widths, classes)
         elif config.network == "resnet18":
-            inner = ResNet18(x.shape[1], classes, bias=True, width=config.network_width)
+            inner = network("resnet18", x.shape[1:], classes, seed=None, widths=config.network_width)
         else:
             inner = resnet50(x.shape[1], classes)
         return Normalised(inner, mean, deviation)

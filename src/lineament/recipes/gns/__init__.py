@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lineament.core.batching import Checkpoint
+from lineament.core.checkpoint import Checkpoint
+from lineament.data.digits import digit_images
 from lineament.optim.gns import (
     Backtracking,
     Chebyshev,
@@ -222,12 +223,9 @@ def logistic(config: Config) -> dict[str, Any]:
 
 def softmax(config: Config) -> dict[str, Any]:
     """Digits with a bias, 650 parameters."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    pixels = data.data / 16  # pyright: ignore[reportAttributeAccessIssue]
-    A = torch.from_numpy(np.c_[pixels, np.ones(len(pixels))])
-    problem = Softmax(A, torch.from_numpy(data.target).long(), l2=1e-3)  # pyright: ignore[reportAttributeAccessIssue]
+    pixels, labels = digit_images().pair
+    A = torch.cat([pixels.double().flatten(1), torch.ones(len(pixels), 1, dtype=torch.float64)], 1)
+    problem = Softmax(A, labels, l2=1e-3)
     x0 = torch.zeros(problem.size, dtype=torch.float64)
     f_star = minimize(problem, x0, grad_tol=1e-12).fun
     given: dict[str, Any] = {"f_star": f_star, "grad_tol": 0.0, "max_iters": config.fisher_iterations}

@@ -57,7 +57,7 @@ def reproduce(
             holds something else.
     """
     recipe = load(slug)
-    config = configure(recipe.Config.preset(one_of("--preset", preset, PRESETS)), values or {})
+    config = configure(recipe.Config.preset(one_of("preset", preset, PRESETS)), values or {})
     folder = output_folder(Path("runs") / f"{slug}-{preset}" if out is None else out)
     identity = {"slug": slug, "config": plain(asdict(config))}
     ours = overwrite and _clear(folder)
@@ -94,8 +94,8 @@ def _finished(folder: Path, identity: dict[str, Any]) -> Outcome | None:
         other = [k for k in keys if outcome.config.get(k) != identity["config"].get(k)]
         what = outcome.slug if outcome.slug != identity["slug"] else "other " + ", ".join(other)
         raise InputError(
-            f"--out: {str(folder)!r} holds the outcome of another run ({what}); "
-            "choose another folder or give --overwrite"
+            f"out: {str(folder)!r} holds the outcome of another run ({what}); "
+            "choose another folder or pass overwrite=True"
         )
     return outcome
 
@@ -110,15 +110,15 @@ def _claim(folder: Path, identity: dict[str, Any], ours: bool) -> bool:
             there = None
         require(
             there == identity,
-            f"--out: {str(folder)!r} holds an unfinished run of another configuration; "
-            "choose another folder or give --overwrite",
+            f"out: {str(folder)!r} holds an unfinished run of another configuration; "
+            "choose another folder or pass overwrite=True",
         )
         return True
     # Hidden files are a file manager's, or a killed write's; anything else is somebody's.
     others = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     require(
         ours or not others,
-        f"--out: {str(folder)!r} holds other files ({', '.join(map(repr, others[:3]))}); choose an empty or new folder",
+        f"out: {str(folder)!r} holds other files ({', '.join(map(repr, others[:3]))}); choose an empty or new folder",
     )
     write_json(marker, identity)
     return False

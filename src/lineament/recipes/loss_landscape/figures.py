@@ -8,6 +8,7 @@ from typing import Any
 from lineament.measure.landscape.results import Plane
 from lineament.report.figures import picture, save
 from lineament.report.outcome import Figure
+from lineament.report.surface_plot import SurfacePlot
 
 
 def draw_all(runs: dict[str, dict[str, Any]], out: Path) -> list[Figure]:
@@ -47,7 +48,7 @@ def _planes(runs: dict[str, dict[str, Any]], out: Path) -> Figure:
             size=(12.6, 7.0),
             panels=(2, 3),
             kind="png",
-            reliefs=[found.relief(title=title) for title, found in shown],
+            surfaces=[SurfacePlot.of(found, title=title) for title, found in shown],
         ),
         out,
         "planes",

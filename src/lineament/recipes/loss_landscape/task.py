@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineament.recipes.kit.images import load_data
-from lineament.recipes.kit.networks import ResNet18
+from lineament.data.digits import digit_images
+from lineament.data.photographs import Standardise, read_photographs
+from lineament.recipes.kit import networks
 from lineament.train.stacked import Training
 
 NETWORKS = ("plain", "batch norm")
@@ -35,15 +35,12 @@ class Task:
 def task(data: str, folder: str | None, held: int) -> Task:
     """Digits split 1,000 to 797, or CIFAR-10's training images but the last ``held``, and these."""
     if data == "digits":
-        from sklearn.datasets import load_digits
-
-        raw: Any = load_digits()
-        order = torch.randperm(len(raw.target), generator=torch.Generator().manual_seed(0))
-        x = torch.from_numpy(raw.images / 16.0).float()[order, None]
-        y = torch.from_numpy(raw.target).long()[order]
-        return Task((x[:1000], y[:1000]), (x[1000:], y[1000:]), 10)
-    found = load_data(data, folder)
-    return Task((found.x[:-held], found.y[:-held]), (found.x[-held:], found.y[-held:]), found.classes)
+        digits = digit_images()
+        order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
+        return Task(digits[order[:1000]].pair, digits[order[1000:]].pair, 10)
+    found = read_photographs(data, data_folder=folder)
+    x, y = Standardise(found.inputs)(found.inputs), found.targets
+    return Task((x[:-held], y[:-held]), (x[-held:], y[-held:]), len(found.classes))
 
 
 def training(kind: str, network: str, task: Task, *, epochs: int, lr: float, batch_size: int) -> Training:
@@ -63,8 +60,9 @@ def training(kind: str, network: str, task: Task, *, epochs: int, lr: float, bat
         return nn.Sequential(*layers, nn.Linear(inputs, task.classes))
 
     def residual() -> nn.Module:
-        net = ResNet18(channels, task.classes, bias=True)
-        return net if kind == "batch norm" else _without_norms(net)
+        return networks.network(
+            "resnet18", (channels, height, width), task.classes, seed=None, norm=kind == "batch norm"
+        )
 
     factory = perceptron if network == "mlp" else residual
     return Training(factory, epochs=epochs, batch_size=batch_size, lr=lr, select="last")
@@ -83,11 +81,3 @@ def shifted(images: Tensor, kind: str, size: float, seed: int) -> Tensor:
         theta[:, 0, 2] = -2 * size / 8
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
-
-
-def _without_norms(net: nn.Module) -> nn.Module:
-    for module in list(net.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(module, name, nn.Identity())
-    return net

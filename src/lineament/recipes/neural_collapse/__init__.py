@@ -17,11 +17,12 @@ import torch
 
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import require
+from lineament.data.samples import Samples
 from lineament.measure.collapse.central_path import central_path
 from lineament.measure.collapse.near_collapse import PerturbationMap, block_spectrum, cross_norm, map_spectrum
 from lineament.measure.collapse.ufm import UFM, minimise
-from lineament.recipes.kit.images import Data, few_threads, load_data
 from lineament.recipes.kit.presets import presets
+from lineament.recipes.kit.threads import few_threads
 from lineament.recipes.neural_collapse import training
 from lineament.recipes.neural_collapse.figures import draw_all
 from lineament.report.outcome import Claim, Outcome, Table
@@ -93,13 +94,13 @@ def run(config: Config, *, out: Path) -> Outcome:
     """Run the recipe into ``out``; a killed run goes on from its last finished stage."""
     unknown = sorted(set(config.losses) - {"mse", "ce"})
     require(not unknown, f"losses: got {unknown}, expected 'mse' and 'ce'")
-    data = load_data(config.data, config.data_folder)
+    data = training.load_data(config.data, config.data_folder)
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     stages = Checkpoint(out / ".stages", asdict(config))
 
-    with few_threads(data, device):
+    with few_threads(data.inputs, device):
         depth, curves = _train(config, data, stages, device)
     theory = stages.stage("theory", lambda: theory_panel(config))
     ends = {loss: {setting: _ends(runs) for setting, runs in found.items()} for loss, found in curves.items()}
@@ -118,7 +119,7 @@ def run(config: Config, *, out: Path) -> Outcome:
 
 
 def _train(
-    config: Config, data: Data, stages: Checkpoint, device: str
+    config: Config, data: Samples, stages: Checkpoint, device: str
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, list[dict[str, list[float]]]]]]:
     """The layer-wise trainings by seed, and the weight-decay study's curves by loss, setting and seed."""
     depth = [

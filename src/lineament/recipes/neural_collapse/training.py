@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineament.core.batching import progress
+from lineament.data.augmentation import flip_and_crop
+from lineament.data.digits import digit_images
+from lineament.data.photographs import Standardise, read_photographs
+from lineament.data.samples import Samples
 from lineament.measure.collapse.profile import collapse, collapse_metrics
-from lineament.recipes.kit.images import Data, flipped_and_cropped
-from lineament.recipes.kit.networks import MLP, ResNet18
+from lineament.recipes.kit import networks
 
 # Weight decay of the feature layers and of the last one, as multiples of the baseline's.
 SETTINGS = {
@@ -24,13 +29,25 @@ SETTINGS = {
 }
 
 
-def network(kind: str, data: Data, widths: tuple[int, ...], *, bias: bool, seed: int) -> nn.Module:
+def load_data(name: str, data_folder: str | None) -> Samples:
+    """1,300 of scikit-learn's digits, or CIFAR's training images, standardised."""
+    if name == "digits":
+        digits = digit_images()
+        return digits[np.random.default_rng(0).permutation(len(digits))[:1300]]
+    found = read_photographs(name, data_folder=data_folder)
+    return replace(found, inputs=Standardise(found.inputs)(found.inputs))
+
+
+def network(kind: str, data: Samples, widths: tuple[int, ...], *, bias: bool, seed: int) -> nn.Module:
     """A freshly drawn network; PyTorch's default initialisation, from ``seed`` alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if kind == "resnet18":
-            return ResNet18(data.x.shape[1], data.classes, bias=bias)
-        return MLP(data.x[0].numel(), widths, data.classes, bias=bias)
+    return networks.network(
+        kind,
+        data.inputs.shape[1:],
+        len(data.classes),
+        seed=seed,
+        widths=widths if kind == "mlp" else None,
+        head_bias=bias,
+    )
 
 
 def loss_of(name: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -64,7 +81,7 @@ def fit(
         model.train()
         for rows in torch.randperm(len(x), generator=generator).split(batch_size):
             rows = rows.to(x.device)
-            batch = flipped_and_cropped(x[rows], generator) if augment else x[rows]
+            batch = flip_and_crop(x[rows], generator) if augment else x[rows]
             value = objective(model(batch), y[rows])
             optimizer.zero_grad()
             value.backward()
@@ -73,23 +90,25 @@ def fit(
         yield epoch
 
 
-def layerwise(data: Data, *, width: int, layers: int, epochs: int, seed: int, device: str) -> dict[str, Any]:
+def layerwise(
+    data: Samples, *, width: int, layers: int, epochs: int, seed: int, device: str
+) -> dict[str, Any]:
     """NC1 and NC1~ of the input and after each new hidden layer, which is trained with its own head on the frozen ones.
 
     SGD, rate 0.05, momentum 0.9, weight decay 5e-4, batches of 64, cross-entropy.
     """
-    x, y = data.x.flatten(1).to(device), data.y.to(device)
+    x, y = data.inputs.flatten(1).to(device), data.targets.to(device)
     found = {"nc1": [], "nc1_tilde": []}
 
     def measure() -> None:
-        metrics = collapse_metrics(x, y, classes=data.classes)
+        metrics = collapse_metrics(x, y, classes=len(data.classes))
         assert metrics.nc1 is not None
         found["nc1"].append(metrics.nc1)
         found["nc1_tilde"].append(metrics.nc1_tilde)
 
     measure()
     for layer in range(layers):
-        model = network("mlp", Data(x, y, data.classes, False), (width,), bias=True, seed=1000 * seed + layer)
+        model = network("mlp", Samples(x, y, data.classes), (width,), bias=True, seed=1000 * seed + layer)
         model.to(device)
         epochs_done = fit(
             model,
@@ -113,7 +132,7 @@ def layerwise(data: Data, *, width: int, layers: int, epochs: int, seed: int, de
 
 
 def weight_decay_run(
-    data: Data,
+    data: Samples,
     *,
     kind: str,
     widths: tuple[int, ...],
@@ -140,7 +159,7 @@ def weight_decay_run(
         {"params": rest, "weight_decay": features * weight_decay},
         {"params": head, "weight_decay": last * weight_decay},
     ]
-    x, y = data.x.to(device), data.y.to(device)
+    x, y = data.to(device).pair
     batches = [(x[i : i + 500], y[i : i + 500]) for i in range(0, len(x), 500)]
     curve: dict[str, list[float]] = {
         name: [] for name in ("epoch", "nc1", "nc1_tilde", "nc2", "nc3", "nc4", "accuracy")
@@ -156,12 +175,14 @@ def weight_decay_run(
         lr=lr,
         batch_size=batch_size,
         seed=seed,
-        augment=data.augment,
+        augment=data.inputs.shape[1] == 3,
         what=f"{loss}, {setting}, seed {seed}",
     ):
         if epoch % every and epoch != epochs:
             continue
-        metrics = collapse(model, batches, classes=data.classes, head="head", keep_bytes=2**30)["head:in"]
+        metrics = collapse(model, batches, classes=len(data.classes), head="head", keep_bytes=2**30)[
+            "head:in"
+        ]
         model.eval()
         with torch.no_grad():
             right = sum(int((model(a).argmax(1) == b).sum()) for a, b in batches)

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineament.core import checks
-from lineament.core.batching import Checkpoint, progress
-from lineament.data.digit_scenes import DigitScenes, digit_scenes
+from lineament.core.batching import progress
+from lineament.core.checkpoint import Checkpoint
+from lineament.data.digit_scenes import digit_scenes
+from lineament.data.samples import Samples
 from lineament.explain.saliency import saliency
 from lineament.explain.saliency.aggregation import combined
 from lineament.explain.saliency.checks import class_sensitivity
@@ -101,7 +103,7 @@ def train(config: Config) -> dict[str, Tensor]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
     for _ in progress(range(config.epochs), "training"):
         for batch in torch.randperm(config.train_images, generator=generator).split(64):
-            loss = F.binary_cross_entropy_with_logits(model(scenes.images[batch]), scenes.labels[batch])
+            loss = F.binary_cross_entropy_with_logits(model(scenes.inputs[batch]), scenes.targets[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -116,8 +118,8 @@ def _on_scenes(config: Config, stages: Checkpoint, out: Path) -> Outcome:
     model.eval()
     scenes = digit_scenes(config.test_images, split="test", seed=config.seed)
     with torch.no_grad():
-        top = model(scenes.images).topk(2, dim=1).indices.sort(1).values
-    correct = float((top == scenes.classes.sort(1).values).all(1).double().mean())
+        top = model(scenes.inputs).topk(2, dim=1).indices.sort(1).values
+    correct = float((top == scenes.extras["digits"].sort(1).values).all(1).double().mean())
     points = stages.stage("pointing", lambda: pointing(model, scenes, config))
     alike = stages.stage("class sensitivity", lambda: correlations(model, scenes))
     meta = stages.stage("meta", lambda: with_meta_step(model, scenes, config.meta_eps, config.tolerance))
@@ -183,10 +185,10 @@ def _on_scenes(config: Config, stages: Checkpoint, out: Path) -> Outcome:
     )
 
 
-def pointing(model: nn.Module, scenes: DigitScenes, config: Config) -> dict[str, Any]:
+def pointing(model: nn.Module, scenes: Samples, config: Config) -> dict[str, Any]:
     """Accuracies of each method at each layer and of the product of layers 2, 4, 6, 7; two questions an image."""
-    images, targets = scenes.images.repeat_interleave(2, 0), scenes.classes.flatten()
-    masks = scenes.masks.flatten(0, 1)
+    images, targets = scenes.inputs.repeat_interleave(2, 0), scenes.extras["digits"].flatten()
+    masks = scenes.extras["masks"].flatten(0, 1)
     layers: dict[str, dict[str, float]] = {m: {} for m in METHODS}
     products: dict[str, float] = {}
     maps: Any = saliency(model, images, targets, site=list(SITES.values()), method=METHODS, batch_size=100)
@@ -202,30 +204,30 @@ def pointing(model: nn.Module, scenes: DigitScenes, config: Config) -> dict[str,
     return {"layers": layers, "products": products}
 
 
-def correlations(model: nn.Module, scenes: DigitScenes) -> dict[str, Any]:
+def correlations(model: nn.Module, scenes: Samples) -> dict[str, Any]:
     """Class sensitivity of each method at each layer: {method: {site: {"mean", "undefined"}}}."""
     found: dict[str, Any] = {}
     for m in METHODS:
         found[m] = {}
         for site in SITES.values():
-            measured = class_sensitivity(model, scenes.images, site=site, method=m, batch_size=100)
+            measured = class_sensitivity(model, scenes.inputs, site=site, method=m, batch_size=100)
             found[m][site] = {"mean": measured.to_dict()["mean"], "undefined": measured.undefined}
     return found
 
 
-def with_meta_step(model: nn.Module, scenes: DigitScenes, eps: float, tolerance: float) -> dict[str, Any]:
+def with_meta_step(model: nn.Module, scenes: Samples, eps: float, tolerance: float) -> dict[str, Any]:
     """Pointing accuracy and class sensitivity at the last two layers after one step on each image's own question."""
     late = [SITES["6"], SITES["7"]]
-    images, targets = scenes.images.repeat_interleave(2, 0), scenes.classes.flatten()
+    images, targets = scenes.inputs.repeat_interleave(2, 0), scenes.extras["digits"].flatten()
     options: dict[str, Any] = {"eps": eps, "site": late, "method": META}
     maps: Any = meta_saliency(model, images, targets, **options)
     found: dict[str, Any] = {m: {} for m in META}
     for m in META:
         for site in late:
             measured = class_sensitivity(
-                model, scenes.images, explain=meta_saliency, eps=eps, site=site, method=m
+                model, scenes.inputs, explain=meta_saliency, eps=eps, site=site, method=m
             )
-            hit = _accuracy(maps[m][site], scenes.masks.flatten(0, 1), tolerance)
+            hit = _accuracy(maps[m][site], scenes.extras["masks"].flatten(0, 1), tolerance)
             found[m][site] = {"pointing": hit, "correlation": measured.to_dict()["mean"]}
     return found
 

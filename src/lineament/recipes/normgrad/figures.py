@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lineament.data.digit_scenes import DigitScenes
+from lineament.data.samples import Samples
 from lineament.explain.saliency import saliency
 from lineament.explain.saliency.aggregation import normalised
 from lineament.report.figures import picture, save
@@ -70,9 +70,9 @@ def correlation_figure(
     return save(shown, out, "class-correlation")
 
 
-def picture_grid(model: nn.Module, scenes: DigitScenes, sites: dict[str, str], out: Path) -> Figure:
+def picture_grid(model: nn.Module, scenes: Samples, sites: dict[str, str], out: Path) -> Figure:
     methods = ["grad_cam", "norm_grad", "norm_grad_selective"]
-    image, asked = scenes.images[:1], int(scenes.classes[0, 0])
+    image, asked = scenes.inputs[:1], int(scenes.extras["digits"][0, 0])
     maps: Any = saliency(model, image, asked, site=list(sites.values()), method=methods)
 
     def draw(axes: Any) -> None:

@@ -16,8 +16,8 @@ import torch
 
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import require
-from lineament.recipes.kit.images import Data, few_threads
 from lineament.recipes.kit.presets import presets
+from lineament.recipes.kit.threads import few_threads
 from lineament.recipes.tract import training
 from lineament.recipes.tract.claims import (
     NAMES,
@@ -121,8 +121,7 @@ def run(config: Config, *, out: Path) -> Outcome:
         else None
     )
     stages = Checkpoint(out / ".stages", asdict(config))
-    example = training.digits(0)
-    with few_threads(Data(example.x, example.y, 10, False), "cpu"):
+    with few_threads(training.digits(0).x, "cpu"):
         digits = stages.stage("digits", lambda: digit_study(config))
         control = stages.stage("control", lambda: huge_lambda(config, digits))
         ablations = {

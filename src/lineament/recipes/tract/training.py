@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from lineament.core.batching import progress
 from lineament.core.checks import InputError
 from lineament.data.augmentation import flip_and_crop
+from lineament.data.digits import digit_images
+from lineament.data.photographs import Standardise, read_photographs
 from lineament.learn.tract.layer import tract
-from lineament.recipes.kit.networks import Block, ResNet18
-from lineament.recipes.useful.data import load_data
+from lineament.recipes.kit import networks
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,9 @@ def digits(seed: int, *, contrast: bool = True, scale: str = "standard") -> Spli
         scale: ``"standard"`` (mean 0, deviation 1 over all training pixels), ``"unit"`` ([0, 1]), ``"bytes"`` ([0, 255]), ``"image"``
             (each image to mean 0, deviation 1: the paper's patch normalisation, the image being one patch) or ``"zca"`` (whitened).
     """
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
     draw = torch.Generator().manual_seed(seed)
-    x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
+    x, y = digit_images().pair
+    x = x.flatten(1)
     if contrast:
         factor = 10 ** -torch.rand(len(x), 1, generator=draw)
         x = x * factor + torch.rand(len(x), 1, generator=draw) * (1 - factor)
@@ -65,27 +64,10 @@ def digits(seed: int, *, contrast: bool = True, scale: str = "standard") -> Spli
 
 def cifar(name: str, folder: str | None, images: int, test_images: int, seed: int = 0) -> Split:
     """``"cifar10"`` or ``"cifar100"``, standardised by channel; so many of the training and test images, 0 for all."""
-    found = load_data(name, folder, train=images, seed=seed)
-    test = slice(test_images or None)
-    return Split(
-        found.prepared(found.train.x), found.train.y, found.prepared(found.test.x[test]), found.test.y[test]
-    )
-
-
-class SmallResNet(nn.Module):
-    """A 3 x 3 stem without bias and one residual block for each of three widths: the smallest member of the CIFAR ResNets."""
-
-    def __init__(self, width: int = 16, classes: int = 10):
-        super().__init__()
-        self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(width)
-        self.blocks = nn.Sequential(
-            Block(width, width, 1), Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2)
-        )
-        self.head = nn.Linear(4 * width, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(F.relu(self.norm(self.stem(x)))).mean((2, 3)))
+    train = read_photographs(name, "train", data_folder=folder, count=images, seed=seed)
+    test = read_photographs(name, "test", data_folder=folder)[: test_images or None]
+    standardise = Standardise(train.inputs)
+    return Split(standardise(train.inputs), train.targets, standardise(test.inputs), test.targets)
 
 
 class DualNorm(nn.Module):
@@ -111,10 +93,9 @@ def network(kind: str, seed: int, classes: int = 10) -> nn.Module:
             return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         if kind == "dual-norm":
             return nn.Sequential(DualNorm(64, 64), nn.ReLU(), nn.Linear(64, 10))
-        if kind == "resnet":
-            return SmallResNet(classes=classes)
-        if kind == "resnet18":
-            return ResNet18(3, classes, bias=True)
+        if kind in ("resnet", "resnet18"):
+            name = "small-resnet" if kind == "resnet" else kind
+            return networks.network(name, (3, 32, 32), classes, seed=seed)
         # The paper's network for CIFAR: 7 layers, 12 heads, width 384.
         width, layers, heads = (384, 7, 12) if kind == "vit-paper" else (96, 2, 3)
         return vision_transformer(width, layers, heads, classes=classes)

@@ -177,15 +177,17 @@ def theory_panel(config: Config) -> dict[str, Any]:
             settings: dict[str, dict[str, Any]] = {
                 "GD": {},
                 "SAM": {"rho": config.theory_rho},
-                "GD, fast-free x2": {"weights": fast_free_weights(data.has_fast)},
+                "GD, fast-free x2": {"weights": fast_free_weights(data.extras["has_fast"])},
             }
             for name, setting in settings.items():
                 paths, accuracy, start = [], [], W
                 for steps in (b - a for a, b in zip([0, *marks], marks)):
-                    path = train_cubic(start, data.x, data.y, steps=steps, lr=0.1, **setting)
+                    path = train_cubic(start, *data.pair, steps=steps, lr=0.1, **setting)
                     start = path.W
                     paths.append(path.alignments)
-                    accuracy.append(float((cubic_network(start, test.x).sign() == test.y).double().mean()))
+                    accuracy.append(
+                        float((cubic_network(start, test.inputs).sign() == test.targets).double().mean())
+                    )
                 panel["runs"].setdefault(f"{slow:g}|{name}", []).append(
                     {"alignments": torch.cat(paths), "accuracy": accuracy}
                 )
@@ -199,9 +201,9 @@ def _recursion_error(alpha: float) -> dict[str, float]:
     for name, factor in (("GD", 1), ("GD, fast-free x2", 2)):
         data = fast_slow_patches(200, dims=6, slow=0.5, alpha=alpha, noise=0.0, seed=1)
         W = 0.3 * torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        weights = fast_free_weights(data.has_fast, factor)
-        path = train_cubic(W, data.x, data.y, steps=300, lr=0.1, weights=weights)
-        share = upsampled_share(float(data.has_fast.double().mean()), factor)
+        weights = fast_free_weights(data.extras["has_fast"], factor)
+        path = train_cubic(W, *data.pair, steps=300, lr=0.1, weights=weights)
+        share = upsampled_share(float(data.extras["has_fast"].double().mean()), factor)
         a, b = alignment_recursion(W[:, 0], W[:, 1], steps=300, lr=0.1, fast=1.0, slow=0.5, alpha=share)
         last = torch.stack([a[-1], b[-1]], 1)
         found[name] = float((path.W[:, :2] - last).abs().max())

@@ -24,8 +24,8 @@ from lineament.learn.useful.learning_order import learning_order
 from lineament.learn.useful.resampling import find_slow
 from lineament.learn.useful.slow_examples import select_slow
 from lineament.optim import ASAM, SAM
+from lineament.recipes.kit.networks import Network, network
 from lineament.recipes.useful.data import Data
-from lineament.recipes.useful.networks import network
 from lineament.train.epochs import Fit
 
 OPTIMIZERS = ("sgd", "sam", "asam")
@@ -70,6 +70,20 @@ def parsed(name: str) -> Recipe:
     return Recipe(first, partitions[0] if partitions else "", "steps" in parts, "ta" in parts)
 
 
+def _network(config: Any, data: Data, seed: int) -> Network:
+    widths = {"mlp": (config.width, config.width), "vit-s": 6 * config.width}.get(
+        config.network, config.width
+    )
+    return network(
+        config.network,
+        data.train.inputs.shape[1:],
+        data.classes,
+        seed=seed,
+        widths=widths,
+        weights=config.weights,
+    )
+
+
 def _loader(x: Tensor, y: Tensor, data: Data) -> list[tuple[Tensor, Tensor]]:
     return [(data.prepared(x[i : i + 500]), y[i : i + 500]) for i in range(0, len(x), 500)]
 
@@ -96,12 +110,12 @@ def _fit(recipe: Recipe, config: Any, data: Data, seed: int, **options: Any) -> 
         return data.prepared(x)
 
     require(
-        not recipe.trivial or data.train.x.dtype == torch.uint8,
+        not recipe.trivial or data.train.inputs.dtype == torch.uint8,
         "methods: TrivialAugment (+ta) needs uint8 images; the digits are floating",
     )
     return Fit(
-        data.train.x,
-        data.train.y,
+        data.train.inputs,
+        data.train.targets,
         optimizer,
         schedule,
         batch_size=config.batch_size,
@@ -115,10 +129,10 @@ def _fit(recipe: Recipe, config: Any, data: Data, seed: int, **options: Any) -> 
 def early(config: Any, data: Data, seed: int, device: str, trivial: bool) -> dict[str, Any]:
     """Stages 1 and 2: the masks of every partition, the separating epoch, and how long that took."""
     start = time.perf_counter()
-    model = network(config.network, data.train.x.shape[1:], data.classes, config.width, seed, config.weights)
+    model = _network(config, data, seed)
     model.to(device)
     fit = _fit(Recipe("sgd", trivial=trivial), config, data, seed, name=f"early training, seed {seed}")
-    loader = _loader(data.train.x, data.train.y, data)
+    loader = _loader(data.train.inputs, data.train.targets, data)
     seen: dict[str, Any] = {}
 
     def kept(model: nn.Module, rows: Tensor, epochs: int) -> Any:
@@ -152,8 +166,8 @@ def early(config: Any, data: Data, seed: int, device: str, trivial: bool) -> dic
         slow = found.selection.mask
         answer["recall"] = float(slow[groups == 1].double().mean())
         answer["precision"] = float((groups == 1)[slow].double().mean())
-    if data.noisy is not None:
-        answer["noisy_selected"] = float(found.selection.mask[data.noisy].double().mean())
+    if "noisy" in data.train.extras:
+        answer["noisy_selected"] = float(found.selection.mask[data.train.extras["noisy"]].double().mean())
     return answer
 
 
@@ -162,7 +176,7 @@ def final(
 ) -> dict[str, Any]:
     """Stage 3 for one method: test error (also by group), and what else the paper measures."""
     recipe = parsed(name)
-    count = len(data.train.y)
+    count = len(data.train.targets)
     rows, weights, epochs = torch.arange(count), None, config.epochs
     selected = 0.0
     if recipe.partition or recipe.steps:
@@ -178,12 +192,12 @@ def final(
         else:
             epochs = round(epochs * (1 + (config.factor - 1) * selected))
     if config.rebalance:
-        have = torch.bincount(data.train.y[rows], minlength=data.classes)
-        share = have.max() / have[data.train.y].double().clamp(min=1)
+        have = torch.bincount(data.train.targets[rows], minlength=data.classes)
+        share = have.max() / have[data.train.targets].double().clamp(min=1)
         weights = share if weights is None else weights * share
-    model = network(config.network, data.train.x.shape[1:], data.classes, config.width, seed, config.weights)
+    model = _network(config, data, seed)
     model.to(device)
-    watched = _loader(data.train.x[:_WATCHED], data.train.y[:_WATCHED], data)
+    watched = _loader(data.train.inputs[:_WATCHED], data.train.targets[:_WATCHED], data)
 
     def right(net: nn.Module) -> Tensor:
         scores, labels, _ = outputs_of(net, watched)
@@ -195,7 +209,7 @@ def final(
     start = time.perf_counter()
     errors = list(fit(model, rows, epochs))
     seconds = time.perf_counter() - start
-    scores, labels, _ = outputs_of(model, _loader(data.test.x, data.test.y, data))
+    scores, labels, _ = outputs_of(model, _loader(*data.test.pair, data))
     wrong = scores.argmax(1) != labels
     order = learning_order(torch.stack(fit.records))
     curvature = hessian(model, F.cross_entropy, _on(watched[: config.sharpness_batches], device))

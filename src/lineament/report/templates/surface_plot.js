@@ -1,6 +1,6 @@
 "use strict";
 (async () => {
-  const figures = [...document.querySelectorAll("[data-relief]")];
+  const figures = [...document.querySelectorAll("[data-surface-plot]")];
   const box = document.getElementById("plotly");
   if (!figures.length || !box) return;
 
@@ -9,7 +9,7 @@
     const note = figure.parentElement.querySelector(".refusal");
     note.textContent = why;
     note.hidden = false;
-    figure.dataset.relief = "refused";
+    figure.dataset.surfacePlot = "refused";
   });
   const context = document.createElement("canvas").getContext("webgl");
   if (!context) return refuse("This browser shows no WebGL, which turning the surface takes: the still picture stays.");
@@ -110,9 +110,9 @@
       figure.hidden = false;
       still.classList.add("replaced");
       await draw();
-      figure.dataset.relief = "drawn";
+      figure.dataset.surfacePlot = "drawn";
     } catch {
-      figure.dataset.relief = "failed";
+      figure.dataset.surfacePlot = "failed";
       figure.hidden = true;
       still.classList.remove("replaced");
       continue;

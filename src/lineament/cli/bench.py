@@ -1,0 +1,51 @@
+"""The command ``lineament bench``: ours against the peers, each row as soon as it is measured."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from lineament.cli.parser import Parser
+
+
+def add_parser(subparsers: Any) -> Parser:
+    """Add ``bench`` to the commands of :mod:`lineament.cli`."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="ours against the peers, side by side",
+        epilog="Each row is printed, and written to the file, as soon as it is measured; a killed run with --json goes on when the same "
+        "command is given again.",
+    )
+    parser.add_argument("slugs", metavar="SLUG", nargs="*", help="benchmarks to run (default: all)")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows to FILE")
+    parser.add_argument("--quick", action="store_true", help="small sizes, once each: all in five minutes")
+    parser.add_argument(
+        "--repeats", metavar="N", type=int, help="timings of each side (default: each file's own)"
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the benchmarks one after the other; 1 where one of them ended early."""
+    from lineament import bench
+    from lineament.cli import console
+    from lineament.core.checks import number
+    from lineament.report.text import printable
+
+    if arguments.repeats is not None:
+        number("repeats", arguments.repeats, low=1, integer=True)
+    rows: list[bench.Row] = []
+    failed = False
+    for item in bench.measure(
+        bench.chosen(arguments.slugs), repeats=arguments.repeats, quick=arguments.quick, json=arguments.json
+    ):
+        if isinstance(item, bench.Ended):
+            failed = True
+            print(f"lineament: bench {item.slug} ended early: {printable(item.reason)}", file=sys.stderr)
+        else:
+            rows.append(item)
+            console.show_row(item)
+    console.show_total(rows)
+    return int(failed)
