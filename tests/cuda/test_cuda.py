@@ -18,9 +18,11 @@ from lineament.core.curvature.eigenpairs import top_eigenpairs
 from lineament.core.curvature.matrices import hessian
 from lineament.core.curvature.traces import trace
 from lineament.core.readouts import ridge
-from lineament.explain.patching import activation_patching, attribution_patching, relevance_patching
+from lineament.explain.patching.activation import activation_patching
+from lineament.explain.patching.attribution import attribution_patching
 from lineament.explain.patching.metrics import logit_difference
-from lineament.explain.saliency import saliency
+from lineament.explain.patching.relevance import relevance_patching
+from lineament.explain.pixels.maps import saliency
 from lineament.explain.tokens.recursion import reagent
 from lineament.learn.tract.layer import tract
 from lineament.measure.collapse.profile import collapse

@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from lineament.data.blockmnist import null_pattern, stacked
 from lineament.data.signal_blocks import planted
-from lineament.explain.faithfulness.diffroar import DiffROAR
-from lineament.explain.faithfulness.diffroar.feature_leakage import (
+from lineament.explain.faithfulness.feature_leakage import (
     MaxMargin,
     leakage,
     null_fraction,
     null_mass,
 )
-from lineament.explain.faithfulness.diffroar.input_gradients import input_gradient
-from lineament.explain.faithfulness.diffroar.unmasking import Unmasked, fill_value, rank
+from lineament.explain.faithfulness.input_gradients import input_gradient
+from lineament.explain.faithfulness.retraining import DiffROAR
+from lineament.explain.faithfulness.unmasking import Unmasked, fill_value, rank
 from lineament.train.attacks import pgd
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "sigmoid": nn.Sigmoid}

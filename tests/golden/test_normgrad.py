@@ -10,11 +10,12 @@ from tests.golden.common import File, golden
 from torch import Tensor, nn
 
 from lineament.core.sites.activations import capture
-from lineament.explain.saliency import saliency
-from lineament.explain.saliency.aggregation import Window, aggregate_contributions, combined
-from lineament.explain.saliency.checks import class_sensitivity
-from lineament.explain.saliency.meta import meta_saliency
-from lineament.explain.saliency.pointing import PointingGame, points_at
+from lineament.explain.pixels.aggregation import Window, aggregate_contributions, combined
+from lineament.explain.pixels.checks import class_sensitivity
+from lineament.explain.pixels.maps import saliency
+from lineament.explain.pixels.meta import meta_saliency
+from lineament.explain.pixels.methods import Method
+from lineament.explain.pixels.pointing import PointingGame, points_at
 
 POOLINGS = {
     "global_average": lambda x: x.mean((2, 3)),
@@ -106,7 +107,7 @@ def check_maps(file: File) -> None:
         )
     size = (x.shape[2], x.shape[3])
     for name, m in file.arrays(r"combi_product\|(\w+)\|(\w+)").items():
-        maps = at_layers(extract=m[1], aggregate=m[2])
+        maps = at_layers(method=Method(m[1], m[2]))
         compare(name, combined(maps, size, how="plain_product")[0, 0])
     for name, m in file.arrays(r"weighted\|(\w+)\|(\w+)").items():
         weights = [file[f"{m[1]}_weights"][layer] for layer in file["combined_layers"]]
@@ -115,7 +116,7 @@ def check_maps(file: File) -> None:
     for name, m in file.arrays(r"raw\|(.+)\|(\w+)\|(\w+)").items():
         site, extract, aggregate = site_of(m[1]), m[2], m[3]
         compare(
-            name, saliency(net, first, target, site=site, extract=extract, aggregate=aggregate, **plain)[0, 0]
+            name, saliency(net, first, target, site=site, method=Method(extract, aggregate), **plain)[0, 0]
         )
         with capture(net, site, gradients=True) as seen:
             score = net(first)[0, target[0]]

@@ -21,12 +21,13 @@ from tests.golden.relp_networks import (
 from torch import Tensor, nn
 
 from lineament.core.sites.activations import capture, record
-from lineament.explain.patching import activation_patching, relevance_patching
+from lineament.explain.patching.activation import activation_patching
 from lineament.explain.patching.circuit_curves import circuit_curve
 from lineament.explain.patching.circuits import node_effects
 from lineament.explain.patching.metrics import logit_difference
+from lineament.explain.patching.relevance import relevance_patching
 from lineament.explain.patching.result import fidelity
-from lineament.explain.relevance import relevance_rules
+from lineament.explain.relevance.rules import relevance_rules
 
 NAMES = {"LN": "ln", "ID": "identity", "AH": "ah", "HALF": "half"}
 METRICS = {("normalized_logit_difference", -1): logit_difference}
@@ -56,7 +57,8 @@ class Patched:
         self.model = huggingface(weights, file) if known else Decoder(weights, file).eval()
         self.clean, self.corrupt, answers = (file.input(key) for key in ("clean", "corrupt", "answers"))
         self.metric = METRICS[file["metric"], file["position"]](answers[:, 0], answers[:, 1])
-        self.options: dict[str, Any] = {"sites": file["site"], "layout": None if known else LAYOUT}
+        kinds = ("blocks", *file["site"])
+        self.options: dict[str, Any] = {"sites": file["site"] if known else {k: LAYOUT[k] for k in kinds}}
         self.truth = activation_patching(self.model, self.clean, self.corrupt, self.metric, **self.options)
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -71,10 +73,8 @@ class Patched:
         parts = [NAMES[rule] for rule in case["rules"] if rule != "HALF" or case["gated_mlp"]]
         if "ah" not in parts or self.known:
             return {"rules": parts}
-        return {
-            "rules": [p for p in parts if p != "ah"],
-            "modules": {"blocks.*.q_proj": "detach", "blocks.*.k_proj": "detach"},
-        }
+        detached = {"blocks.*.q_proj": "detach", "blocks.*.k_proj": "detach"}
+        return {"rules": [*(p for p in parts if p != "ah"), detached]}
 
     def scores(self, case: Scope) -> tuple[Any, dict[str, float]]:
         """The scores of a rule set, and by site their correlation with activation patching."""

@@ -8,14 +8,15 @@ from tests.contracts.token_models import byte_tokenizer, model
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.explain.faithfulness.deletion import faithfulness
-from lineament.explain.faithfulness.diffroar import accuracy, diffroar
-from lineament.explain.faithfulness.diffroar.input_gradients import attribution, input_gradient
+from lineament.explain.faithfulness.deletion import deletion_insertion
+from lineament.explain.faithfulness.input_gradients import attribution, input_gradient
 from lineament.explain.faithfulness.pixel_scores import infidelity, score_maps, sensitivity
-from lineament.explain.patching import activation_patching, relevance_patching
+from lineament.explain.faithfulness.retraining import accuracy, diffroar
+from lineament.explain.patching.activation import activation_patching
 from lineament.explain.patching.edges import edge_patching
 from lineament.explain.patching.metrics import logit_difference
-from lineament.explain.saliency import saliency
+from lineament.explain.patching.relevance import relevance_patching
+from lineament.explain.pixels.maps import saliency
 from lineament.explain.tokens.recursion import reagent
 from lineament.train.attacks import pgd
 from lineament.train.stacked import Training
@@ -86,7 +87,7 @@ X, Y = data()[:2]
 CALLS = {
     "input_gradient": lambda net, x: input_gradient(net, x),
     "saliency": lambda net, x: saliency(net, x, site="0"),
-    "faithfulness": lambda net, x: faithfulness(net, x, torch.rand(len(x), 1, 8, 8)),
+    "faithfulness": lambda net, x: deletion_insertion(net, x, torch.rand(len(x), 1, 8, 8)),
     "infidelity": lambda net, x: infidelity(net, x, torch.rand(len(x), 1, *x.shape[-2:])),
     "score_maps": lambda net, x: score_maps(net, x, {"a": torch.rand(len(x), 1, *x.shape[-2:])}),
     "sensitivity": lambda net, x: sensitivity(lambda z: input_gradient(net, z), x),
@@ -126,7 +127,7 @@ def test_a_fault_of_the_models_own_keeps_its_name():
     "call",
     [
         lambda: input_gradient(network(), X[:4], torch.tensor([0, 1, 2, 7]), kind="loss"),
-        lambda: faithfulness(network(), X[:4], torch.rand(4, 1, 8, 8), [0, 1, 2, 7]),
+        lambda: deletion_insertion(network(), X[:4], torch.rand(4, 1, 8, 8), [0, 1, 2, 7]),
         lambda: pgd(network(), X[:4], torch.tensor([0, 1, 2, 7]), norm="l2", eps=1.0, step=0.1, steps=1),
         lambda: accuracy(network(), X[:4], torch.tensor([0, 1, 2, 7])),
         lambda: Training(network, epochs=1, select="last")(X[:4], torch.tensor([0, 1, 2, 7]), 0),

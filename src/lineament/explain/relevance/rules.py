@@ -20,8 +20,6 @@ from lineament.core.sites.hooks import eagerly
 from lineament.explain.relevance.functions import linear_map
 from lineament.explain.relevance.hooks import Coverage, set_rule, softcap_of
 
-__all__ = ["PRESETS", "RULES", "Coverage", "Rules", "assigned", "relevance_rules"]
-
 RULES = {
     "ln": "normalisation with its statistic held constant",
     "identity": "activation phi(x) as x times the constant phi(x)/x",
@@ -40,55 +38,17 @@ PRESETS = {
     "attnlrp": ("ln", "identity", "half", "uniform"),
     "gradient": (),
 }
-Rules = str | Sequence[str] | Mapping[Any, str]
+# A preset or rule; several of them, with mappings for exceptions; or a mapping that alone decides.
+Rules = str | Sequence[Any] | Mapping[Any, str]
 # Modules that need no rule: linear in their input, or without influence in eval mode.
-_LINEAR = (
-    "Linear",
-    "Conv1d",
-    "Conv2d",
-    "Conv3d",
-    "Conv1D",
-    "Embedding",
-    "Identity",
-    "Flatten",
-    "Unflatten",
-    "AvgPool1d",
-    "AvgPool2d",
-)
-_LINEAR += (
-    "AdaptiveAvgPool1d",
-    "AdaptiveAvgPool2d",
-    "BatchNorm1d",
-    "BatchNorm2d",
-    "Dropout",
-    "ZeroPad2d",
-    "Upsample",
-)
+_LINEAR = {
+    "Linear", "Conv1d", "Conv2d", "Conv3d", "Conv1D", "Embedding", "Identity", "Flatten", "Unflatten", "AvgPool1d", "AvgPool2d", "AdaptiveAvgPool1d",
+    "AdaptiveAvgPool2d", "BatchNorm1d", "BatchNorm2d", "Dropout", "ZeroPad2d", "Upsample",
+}  # fmt: skip
 _ACTIVATIONS = (
-    nn.GELU,
-    nn.SiLU,
-    nn.Mish,
-    nn.Hardswish,
-    nn.Tanh,
-    nn.ELU,
-    nn.CELU,
-    nn.SELU,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.PReLU,
-)
-_ACTIVATIONS += (
-    nn.Softsign,
-    nn.Softplus,
-    nn.Sigmoid,
-    nn.Hardsigmoid,
-    nn.Hardtanh,
-    nn.Softshrink,
-    nn.Hardshrink,
-    nn.Tanhshrink,
-    nn.LogSigmoid,
-)
+    nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Tanh, nn.ELU, nn.CELU, nn.SELU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Softsign, nn.Softplus,
+    nn.Sigmoid, nn.Hardsigmoid, nn.Hardtanh, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink, nn.LogSigmoid,
+)  # fmt: skip
 
 
 @contextmanager
@@ -96,7 +56,6 @@ def relevance_rules(
     model: nn.Module,
     rules: Rules = "relp",
     *,
-    modules: Mapping[Any, str] | None = None,
     eps: float = 1e-6,
     gamma: float = 0.25,
 ) -> Iterator[Coverage]:
@@ -116,10 +75,11 @@ def relevance_rules(
     Args:
         model: any module in eval mode. Norms, activations (also those of transformers), gated MLPs (``gate_proj``, ``up_proj``,
             ``down_proj``) and attention blocks of known layouts are found by themselves.
-        rules: a preset (``"relp"``: ln, identity, and half where there are gates; ``"relp+ah"``; ``"attnlrp"``; ``"gradient"``: none), a
-            sequence of rules, each of which must match, or a mapping that alone decides: ``{nn.LayerNorm: "ln", MyAct: "identity"}``.
-        modules: exceptions and additions, by module, class, name or glob: ``{"*.gate": "gradient", "blocks.*.q": "detach"}``. ``"half"`` is
-            given to the module that takes the product, ``"ah"`` and ``"uniform"`` to attention blocks, ``"detach"`` to anything.
+        rules: a preset (``"relp"``: ln, identity, and half where there are gates; ``"relp+ah"``; ``"attnlrp"``; ``"gradient"``: none); a rule, which must
+            match; or several of them. A mapping names modules by the module itself, class, name or glob, and alone decides,
+            ``{nn.LayerNorm: "ln", MyAct: "identity"}``; among several rules it makes exceptions and additions,
+            ``["relp", {"*.gate": "gradient", "blocks.*.q": "detach"}]``. ``"half"`` is given to the module that takes the product, ``"ah"`` and
+            ``"uniform"`` to attention blocks, ``"detach"`` to anything.
         eps: of the epsilon-rule. gamma: of the gamma-rule.
 
     Raises:
@@ -149,28 +109,33 @@ def relevance_rules(
     )
     coverage = Coverage()
     with ExitStack() as stack:
-        for name, module, rule in assigned(model, rules, modules or {}, named):
+        for name, module, rule in assigned(model, rules, named):
             set_rule(model, name, module, rule, coverage, stack, eps=eps, gamma=gamma)
         stack.enter_context(eagerly())
         yield coverage
 
 
 def assigned(
-    model: nn.Module, rules: Rules, extra: Mapping[Any, str], named: Mapping[str, nn.Module] | None = None
+    model: nn.Module, rules: Rules, named: Mapping[str, nn.Module] | None = None
 ) -> list[tuple[str, nn.Module, str]]:
     """(name, module, rule) of every module that gets a rule; see :func:`relevance_rules`. ``named``: all modules, where they are known."""
     named = _named(model) if named is None else named
-    strict, automatic = True, ()
-    if isinstance(rules, str):
-        one_of("rules", rules, [*PRESETS, *RULES])
-        strict, automatic = rules not in PRESETS, PRESETS.get(rules, (rules,))
-    elif isinstance(rules, Mapping):
-        extra = {**rules, **extra}
-    else:
-        automatic = tuple(rules)
-    for rule in (*automatic, *extra.values()):
+    parts = [rules] if isinstance(rules, (str, Mapping)) else list(rules)
+    extra: dict[Any, str] = {}
+    automatic: list[str] = []
+    # Rules of a preset need not match; others must.
+    strict: set[str] = set()
+    for part in parts:
+        if isinstance(part, Mapping):
+            extra |= part
+        elif one_of("rules", part, [*PRESETS, *RULES]) in PRESETS:
+            automatic += PRESETS[part]
+        else:
+            automatic.append(part)
+            strict.add(part)
+    for rule in extra.values():
         one_of("rules", rule, RULES)
-    wanted = {*automatic, *extra.values()}
+    strict |= set(extra.values())
     for a, b in (("ah", "uniform"), ("epsilon", "gamma")):
         require(
             not {a, b} <= set(automatic),
@@ -182,7 +147,7 @@ def assigned(
         matches = _matches(key, named)
         require(
             bool(matches),
-            f"modules: {show(key)} matches no module of {type(plain(model)).__name__}{suggest(str(key), [n for n in named if n])}",
+            f"rules: {show(key)} matches no module of {type(plain(model)).__name__}{suggest(str(key), [n for n in named if n])}",
         )
         for name in matches:
             decided.update((id(named[name]), late) for late in _sides(rule))
@@ -193,19 +158,18 @@ def assigned(
             if (id(module), *_sides(rule)) not in decided:
                 found.append((name, module, rule))
     matched = {rule for _, _, rule in found}
-    missing = sorted(wanted - matched - {"gradient"})
-    if strict:
-        require(
-            not missing,
-            f"rules: {', '.join(map(repr, missing))} matched no module of {type(plain(model)).__name__}; leave it out, or name the modules: "
-            "modules={'name or class': rule}",
-        )
-    elif automatic and not found:
-        others = sorted({type(m).__name__ for m in named.values() if not any(m.children())} - set(_LINEAR))
+    missing = sorted(strict - matched - {"gradient"})
+    require(
+        not missing,
+        f"rules: {', '.join(map(repr, missing))} matched no module of {type(plain(model)).__name__}; leave it out, or name the modules: "
+        "{'name or class': rule}",
+    )
+    if automatic and not found:
+        others = sorted({type(m).__name__ for m in named.values() if not any(m.children())} - _LINEAR)
         require(
             not others,
             f"rules: none of {list(automatic)} matched a module of {type(plain(model)).__name__} (leaf modules: {', '.join(others)}); name "
-            "them with modules={'name or class': rule}",
+            "them: rules=['relp', {'name or class': rule}]",
         )
     return found
 
@@ -231,7 +195,7 @@ def _matches(key: Any, named: Mapping[str, nn.Module]) -> list[str]:
     if isinstance(key, type):
         return [name for name, module in named.items() if isinstance(module, key)]
     if not isinstance(key, str):
-        raise InputError(f"modules: got {show(key)}, expected a module, a class, a name or a glob")
+        raise InputError(f"rules: got {show(key)}, expected a module, a class, a name or a glob")
     return [key] if key in named else [name for name in named if fnmatch.fnmatchcase(name, key)]
 
 

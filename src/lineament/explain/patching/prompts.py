@@ -1,4 +1,4 @@
-"""Pairs of prompts as a model takes them: token by token alike in length, padded without a trace, and judged by one metric."""
+"""Pairs of prompts as a model takes them: token by token of the same length, and padded so that padding changes no score."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Prompts = Tensor | Sequence[str]
 
 
 @dataclass(frozen=True)
-class Pair:
+class PromptPair:
     """Clean and corrupt inputs of one shape, their padding, and how the model is called with them."""
 
     clean: Tensor
@@ -56,7 +56,7 @@ class Pair:
         return [str(token) for token in self.tokenizer.convert_ids_to_tokens(self.clean[0].tolist())]
 
 
-def pair(
+def pair_prompts(
     model: nn.Module,
     clean: Prompts,
     corrupt: Prompts | None,
@@ -64,7 +64,7 @@ def pair(
     *,
     tokenizer: Any = None,
     attention_mask: Tensor | None = None,
-) -> Pair:
+) -> PromptPair:
     """Check and tokenise clean and corrupt prompts; ``corrupt=None`` stands for an ablation without a second run.
 
     Raises:
@@ -78,7 +78,7 @@ def pair(
     require(
         not language or not getattr(inner.config, "is_encoder_decoder", False),
         f"model: {type(inner).__name__} is an encoder-decoder, whose decoder reads tokens of its own; patching takes decoder-only models, or a module around "
-        "this one that calls it with both and returns its logits (with layout=...)",
+        "this one that calls it with both and returns its logits (with its sites named)",
     )
     second = clean if corrupt is None else corrupt
     if isinstance(clean, Tensor) or isinstance(second, Tensor):
@@ -142,7 +142,7 @@ def pair(
         right = mask is not None and not bool(mask[:, -1].all())
         if getattr(metric, "last_only", False) and "logits_to_keep" in accepted and not right:
             keywords["logits_to_keep"] = 1
-    return Pair(clean, second, mask, keywords, language, tokenizer)
+    return PromptPair(clean, second, mask, keywords, language, tokenizer)
 
 
 def _tokenised(

@@ -1,7 +1,7 @@
 """Where does a network look? Saliency maps at any site, as an extraction and an aggregation.
 
 Rebuffi, Fong, Ji, Vedaldi, "There and Back Again: Revisiting Backpropagation Saliency Methods", CVPR 2020, arXiv 2004.02866. Gradient,
-Grad-CAM, linear approximation, NormGrad and their relatives are settings of one function (:data:`~lineament.explain.saliency.methods.METHODS`); one forward and one backward
+Grad-CAM, linear approximation, NormGrad and their relatives are settings of one function (:data:`~lineament.explain.pixels.methods.METHODS`); one forward and one backward
 give all sites and methods. Maps explain the logit, not the probability; a positive gradient means that more of the feature raises it.
 """
 
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.batching import chunked
 from lineament.core.sites.activations import capture, sites
-from lineament.explain.saliency import layouts
-from lineament.explain.saliency.aggregation import (
+from lineament.explain.pixels import layouts
+from lineament.explain.pixels.aggregation import (
     Window,
     aggregate_contributions,
     combined,
@@ -30,17 +30,42 @@ from lineament.explain.saliency.aggregation import (
     resized,
     smoothed,
 )
-from lineament.explain.saliency.backward_rules import ExcitationBackward, GuidedBackward
-from lineament.explain.saliency.baselines import (
+from lineament.explain.pixels.backward_rules import ExcitationBackward, GuidedBackward
+from lineament.explain.pixels.baselines import (
     centre_map,
     class_activation,
     integrated_gradients,
     random_map,
 )
-from lineament.explain.saliency.methods import Method, settings_of
+from lineament.explain.pixels.methods import Method, settings_of
 from lineament.explain.scores import cotangent, differentiable, labels_of, prepared, scores_of
 
 _CLASSES_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class SaliencyOptions:
+    """What a saliency map rarely needs.
+
+    Attributes:
+        grid: (rows, columns) of a vision transformer's patch tokens, where they are not found from the model.
+        layout: ``"channels_first"``, ``"channels_last"`` or ``"tokens"`` where ``"auto"`` guesses wrong.
+        baseline, steps: of ``"integrated_gradients"``, which is taken at the image.
+
+    Raises:
+        InputError: an unknown layout.
+
+    >>> SaliencyOptions(layout="tokens").steps
+    50
+    """
+
+    grid: tuple[int, int] | None = None
+    layout: str = "auto"
+    baseline: Tensor | float = 0.0
+    steps: int = 50
+
+    def __post_init__(self) -> None:
+        checks.one_of("layout", self.layout, layouts.LAYOUTS)
 
 
 @torch.inference_mode(False)
@@ -50,61 +75,50 @@ def saliency(
     targets: Int[Tensor, "batch"] | Sequence[int] | int | str | None = None,
     *,
     site: str | Iterable[str] | None = None,
-    method: str | Sequence[str] = "norm_grad",
-    extract: str | None = None,
-    aggregate: str | None = None,
-    kernel: int | None = None,
+    method: str | Method | Sequence[str | Method] = "norm_grad",
     resize: bool | tuple[int, int] = True,
     smooth: float = 0.0,
     normalise: bool = False,
-    grid: tuple[int, int] | None = None,
-    layout: str = "auto",
-    baseline: Tensor | float = 0.0,
-    steps: int = 50,
     seed: int = 0,
     batch_size: int | str = "auto",
+    options: SaliencyOptions | None = None,
 ) -> Any:
     """Maps of where the model looks for a class: one forward and one backward for all sites and methods.
 
     A virtual identity layer behind the activation x at the site would have a weight gradient that is a sum over locations u;
-    the map at u aggregates the entries of its contribution (see :mod:`lineament.explain.saliency.aggregation`), made of x and g = ∂S_c/∂x.
+    the map at u aggregates the entries of its contribution (see :mod:`lineament.explain.pixels.aggregation`), made of x and g = ∂S_c/∂x.
 
     Args:
         images: a batch, as the model takes it.
         targets: the class to explain: one for each image, one for all, ``None`` for the class the model predicts, or ``"all"``
             for every class.
         site: where to take the maps: a module name, with ``:in`` or ``:out``; ``":in"`` is the image itself. ``None`` takes the
-            last convolutional block's output (:func:`lineament.explain.saliency.layouts.default_site` has the rule). Several sites, or a
+            last convolutional block's output (:func:`lineament.explain.pixels.layouts.default_site` has the rule). Several sites, or a
             glob that matches several, give a dict {site: maps}.
-        method: a name of :data:`~lineament.explain.saliency.methods.METHODS` (``"norm_grad_5x5"`` and the like too). Several give a dict {method: ...}.
-        extract, aggregate: choose the two phases instead of a method: ``"bias"``, ``"scaling"``, ``"conv"``, ``"depthwise"`` or
-            ``"proper"`` (the real convolution at the site), or the paper's ``"conv3x3"`` and ``"conv3x3_depthwise"``; with ``"sum"``,
-            ``"norm"``, ``"filter_norm"``, ``"max"`` or ``"max_abs"``.
-        kernel: N of the virtual N x N convolution; 1 unless the method says otherwise.
+        method: a name of :data:`~lineament.explain.pixels.methods.METHODS` (``"norm_grad_5x5"`` and the like too), or the two phases as a
+            :class:`~lineament.explain.pixels.methods.Method`. Several give a dict {method: ...}.
         resize: bring the maps to the images' size, or to this (height, width), bilinearly; ``False`` leaves the site's size.
         smooth: sigma of a Gaussian blur, as a fraction of the map's longer side; 0.02 is usual for maps at the image.
         normalise: scale each map to [0, 1]; constant maps become zeros, with a warning.
-        grid: (rows, columns) of a vision transformer's patch tokens, where they are not found from the model.
-        layout: ``"channels_first"``, ``"channels_last"`` or ``"tokens"`` where ``"auto"`` guesses wrong.
-        baseline, steps: of ``"integrated_gradients"``, which is taken at the image.
         seed: for ``"random"``.
         batch_size: images at a time, or ``"auto"``: all at once, halved when memory runs out.
+        options: what is rarely needed.
 
     Returns:
         (batch, 1, height, width), or (batch, classes, height, width) for ``targets="all"``, in dicts for several sites and methods.
 
     Raises:
-        InputError: wrong images, targets, methods, phases or sites; a site without a map, that is not reached or is reached twice;
+        InputError: wrong images, targets, methods or sites; a site without a map, that is not reached or is reached twice;
             a guided method on a network without ReLUs; excitation backpropagation through an operation it has no rule for.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     >>> saliency(net, torch.rand(2, 1, 8, 6), site="1", method="grad_cam").shape
     torch.Size([2, 1, 8, 6])
     """
-    settings = settings_of(method, extract, aggregate, kernel)
+    rare = options or SaliencyOptions()
+    settings = settings_of(method)
     images = prepared(model, images)
     given = labels_of(targets, len(images))
-    checks.one_of("layout", layout, layouts.LAYOUTS)
     checks.number("smooth", smooth, low=0)
     if not isinstance(resize, bool):
         pair = isinstance(resize, (tuple, list)) and len(resize) == 2
@@ -114,24 +128,20 @@ def saliency(
     if site is None:
         placed = any(m.extract for m in settings.values()) or "cam" in settings
         site = layouts.default_site(model, images) if placed else ":in"
-    names = list(
-        dict.fromkeys(n for p in ([site] if isinstance(site, str) else site) for n in sites(model, p))
-    )
+    patterns = [site] if isinstance(site, str) else site
+    names = list(dict.fromkeys(name for pattern in patterns for name in sites(model, pattern)))
     checks.require(len(names) > 0, "site: got none, expected at least one")
     single = isinstance(site, str) and len(names) == 1
-    shape = _Shape(images, layouts.patch_of(model, images.shape[1]), grid, layout)
+    shape = _Shape(images, layouts.patch_of(model, images.shape[1]), rare.grid, rare.layout)
 
-    def one(chunk: Tensor, *labels: Tensor) -> dict[str, dict[str, Tensor]]:
+    def one(chunk: Tensor, *labels: Tensor) -> dict[Any, dict[str, Tensor]]:
         wanted = labels[0] if labels else targets
-        made: dict[str, dict[str, Tensor]] = {}
+        made: dict[Any, dict[str, Tensor]] = {}
         for rule in dict.fromkeys(m.rule for m in settings.values() if m.extract):
             group = {key: m for key, m in settings.items() if m.extract and m.rule == rule}
             made.update(_maps(model, chunk, wanted, names, group, rule, shape))
         for key in (key for key, m in settings.items() if not m.extract):
-            made[key] = {}
-            for name in names:
-                options = {"baseline": baseline, "steps": steps, "seed": seed}
-                made[key][name] = _baseline(key, model, chunk, wanted, name, options)
+            made[key] = {name: _baseline(str(key), model, chunk, wanted, name, rare, seed) for name in names}
         return {
             key: {n: _finished(m, shape.size, resize, smooth) for n, m in found.items()}
             for key, found in made.items()
@@ -139,26 +149,29 @@ def saliency(
 
     tensors = [images] if given is None else [images, given.to(images.device)]
     # Noise and a baseline for each image are drawn for the batch as a whole.
-    whole = "random" in settings or (
-        isinstance(baseline, Tensor) and baseline.ndim == 4 and len(baseline) > 1
-    )
+    start = rare.baseline
+    whole = "random" in settings or (isinstance(start, Tensor) and start.ndim == 4 and len(start) > 1)
     found = one(*tensors) if whole and batch_size == "auto" else chunked(one, *tensors, batch_size=batch_size)
     if normalise:
         found = {key: {n: _scaled(m, key, n) for n, m in each.items()} for key, each in found.items()}
     answer = {key: each[names[0]] if single else each for key, each in found.items()}
-    return next(iter(answer.values())) if isinstance(method, str) else answer
+    return next(iter(answer.values())) if isinstance(method, (str, Method)) else answer
 
 
-def normgrad(model: nn.Module, images: Tensor, targets: Any = None, **options: Any) -> Any:
+def normgrad(
+    model: nn.Module, images: Tensor, targets: Any = None, *, kernel: int = 1, **options: Any
+) -> Any:
     """NormGrad: ‖g_u‖ · ‖x_u‖ at each location, the norm of its contribution to a virtual 1 x 1 convolution's gradient.
 
-    The arguments are those of :func:`saliency`; ``kernel=3`` takes a virtual 3 x 3 convolution.
+    Args:
+        kernel: N of the virtual N x N convolution.
+        options: as for :func:`saliency`.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     >>> normgrad(net, torch.rand(2, 1, 8, 8), 0, site="1", resize=False).shape
     torch.Size([2, 1, 6, 6])
     """
-    return saliency(model, images, targets, **{"method": "norm_grad", **options})
+    return saliency(model, images, targets, method=Method("conv", "norm", kernel), **options)
 
 
 def combined_saliency(
@@ -176,7 +189,7 @@ def combined_saliency(
     Args:
         site: sites in depth order, or a glob.
         how: ``"product"``, ``"sum"`` or ``"plain_product"``.
-        weights: ``"uniform"``, ``"linear"``, or a number for each site (:mod:`lineament.explain.saliency.layer_weights` measures some).
+        weights: ``"uniform"``, ``"linear"``, or a number for each site (:mod:`lineament.explain.pixels.weighting` measures some).
         options: as for :func:`saliency`, one method.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
@@ -215,10 +228,10 @@ def _maps(
     images: Tensor,
     targets: Any,
     names: list[str],
-    settings: dict[str, Method],
+    settings: dict[Any, Method],
     rule_name: str,
     shape: _Shape,
-) -> dict[str, dict[str, Tensor]]:
+) -> dict[Any, dict[str, Tensor]]:
     """{method: {site: (batch, 1 or classes, h, w)}} for methods that share how the signal flows backwards."""
     proper = any(m.extract == "proper" for m in settings.values())
     convs = {name: layouts.convolution_at(model, name) for name in names} if proper else {}
@@ -231,10 +244,10 @@ def _maps(
             scores, target = scores_of(model, source, targets)
         tensors = {name: acts[name] for name in names}
         if isinstance(rule, GuidedBackward):
-            rule.check(next(iter(settings)))
+            rule.check(str(next(iter(settings))))
         every = isinstance(targets, str)
         classes = [torch.full_like(target, c) for c in range(scores.shape[1])] if every else [target]
-        columns: dict[str, dict[str, list[Tensor]]] = {key: {n: [] for n in names} for key in settings}
+        columns: dict[Any, dict[str, list[Tensor]]] = {key: {n: [] for n in names} for key in settings}
         silent: set[str] = set()
         for signals in _signals(scores, classes, list(tensors.values()), rule, rule_name):
             for (name, x), g in zip(tensors.items(), signals):
@@ -300,18 +313,18 @@ def _signals(
 
 
 def _baseline(
-    key: str, model: nn.Module, images: Tensor, targets: Any, site: str, options: dict[str, Any]
+    key: str, model: nn.Module, images: Tensor, targets: Any, site: str, rare: SaliencyOptions, seed: int
 ) -> Float[Tensor, "batch columns height width"]:
     """The methods that are no extraction and aggregation."""
     if key in ("integrated_gradients", "cam") and isinstance(targets, str):
         classes = _class_count(model, images)
-        return torch.cat([_baseline(key, model, images, c, site, options) for c in range(classes)], dim=1)
+        return torch.cat([_baseline(key, model, images, c, site, rare, seed) for c in range(classes)], dim=1)
     if key == "integrated_gradients":
-        path = {name: options[name] for name in ("baseline", "steps")}
-        return integrated_gradients(model, images, targets, **path).sum(1, keepdim=True)
+        found = integrated_gradients(model, images, targets, baseline=rare.baseline, steps=rare.steps)
+        return found.sum(1, keepdim=True)
     if key == "cam":
         return class_activation(model, images, targets, site)[0]
-    maps = centre_map(images) if key == "center" else random_map(images, options["seed"])
+    maps = centre_map(images) if key == "center" else random_map(images, seed)
     return maps.expand(-1, _class_count(model, images), -1, -1) if isinstance(targets, str) else maps
 
 
@@ -328,7 +341,7 @@ def _finished(maps: Tensor, size: tuple[int, int], resize: bool | tuple[int, int
     return flat.reshape(*maps.shape[:2], *flat.shape[-2:])
 
 
-def _scaled(maps: Tensor, method: str, site: str) -> Tensor:
+def _scaled(maps: Tensor, method: Any, site: str) -> Tensor:
     flat = maps.flatten(0, 1)[:, None]
     constant = int(is_constant(flat).sum())
     if constant:

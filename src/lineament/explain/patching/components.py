@@ -1,8 +1,8 @@
-"""Where a transformer can be patched: the residual stream, attention, heads, MLPs and neurons, by layer, found from the configuration.
+"""What can be patched in a transformer: the residual stream, attention, heads, MLPs and neurons of every layer, found from its configuration.
 
-A place has a site to read (see :mod:`lineament.core.sites.activations`) and one to write. They differ where no module's edge carries the value: the residual
-stream between attention and MLP is read where the second norm takes it and written as a shift of the attention's output. What is added to the
-residual stream at the end of a block can be written as a shift of that, which spares running the block again.
+A component is read at one site and patched at one. They differ where no module takes or returns the value: the residual stream between attention and MLP
+is read where the second norm takes it, and patched by adding the difference to the attention's output. What a block adds to the residual stream at its end
+can be patched by adding the difference to that, which saves running the block again.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lineament.core.checks import InputError, one_of, require, show, suggest
-from lineament.core.sites.heads import PARTS, plain
+from lineament.core.checks import InputError, one_of, require, show
+from lineament.core.sites.heads import PARTS, HeadView, plain
 from lineament.core.sites.naming import Site, resolve
 
 KINDS = {
@@ -32,7 +32,8 @@ KINDS = {
     "z": "each head's mixed values, where the output projection takes them",
 }
 DEFAULT = ("resid_pre", "attn_out", "mlp_out")
-Layout = Mapping[str, str | tuple[str, str]]
+# A choice of kinds, or for architectures that are not known {kind: glob, or (glob to read, glob to patch)}.
+Sites = str | Iterable[str] | Mapping[str, str | tuple[str, str]]
 
 _LLAMA = {
     "blocks": "layers",
@@ -82,13 +83,13 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Place:
-    """One kind of site in one layer.
+class Component:
+    """One kind of component in one layer.
 
     Attributes:
-        read: where its value passes. write: where it is patched, by replacing (``shift`` False) or by adding the difference.
+        read: where its value passes. write: where it is patched, by replacing it or, with ``shift``, by adding the difference.
         stage: the first block that must run again after a patch; ``None`` without known blocks.
-        direct: the patch is a shift of the residual stream at that stage, so that no hook is needed.
+        direct: the patch is a change of the residual stream that enters that block, so that no hook is needed.
         units: ``""`` for a whole vector, ``"head"``, or ``"feature"``.
     """
 
@@ -102,33 +103,42 @@ class Place:
     units: str
 
     @property
+    def heads(self) -> HeadView | None:
+        """The view of the heads where each head is a node."""
+        return self.read.view if self.units == "head" else None
+
+    @property
     def count(self) -> int:
         """How many heads."""
-        return self.read.view.heads if self.read.view is not None and self.read.view.only is None else 1
+        return self.heads.heads if self.heads is not None and self.heads.only is None else 1
 
-
-_NOWHERE = Site("", nn.Identity(), "out")
+    def contracted(self, product: Tensor) -> Tensor:
+        """Sums of a product of the read side's shape over what makes one node: (batch, positions) or (batch, positions, units)."""
+        if self.heads is not None:
+            heads = self.heads.read(flat(product))
+            return heads.sum(-1, keepdim=self.heads.only is not None)
+        return flat(product) if self.units == "feature" else flat(product).sum(-1)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The blocks of a model and, by name, where a kind of site is in each."""
+    """The blocks of a model, and the names of its kinds of sites within a block."""
 
-    blocks: list[tuple[str, nn.Module]]
+    blocks: list[Site]
     names: Mapping[str, Any]
     parallel: bool = False
     root: str = ""
 
-    def at(self, key: str, layer: int) -> str:
-        """The site ``key`` (``attn_in``, ``mlp_out`` ...) of a layer."""
-        return f"{self.blocks[layer][0]}.{self.names[key]}"
+    def name(self, key: str, layer: int) -> str:
+        """The name of the site ``key`` (``attn_in``, ``mlp_out`` ...) of a layer."""
+        return f"{self.blocks[layer].name}.{self.names[key]}"
 
 
 def architecture(model: nn.Module) -> Architecture:
     """The blocks of a GPT-2, GPT-NeoX, Llama, Mistral, Qwen 2 and 3 or Gemma 1 to 3 model, with or without its head.
 
     Raises:
-        InputError: another architecture; it wants an explicit ``layout``.
+        InputError: another architecture, whose sites must be named.
     """
     for root, module in plain(model).named_modules():
         config: Any = getattr(module, "config", None)
@@ -136,110 +146,97 @@ def architecture(model: nn.Module) -> Architecture:
         blocks = getattr(module, names["blocks"], None) if names else None
         if names and isinstance(blocks, nn.ModuleList):
             prefix = f"{root}.{names['blocks']}" if root else names["blocks"]
-            named = [(f"{prefix}.{k}", plain(block)) for k, block in enumerate(blocks)]
+            found = [Site(f"{prefix}.{k}", plain(block)) for k, block in enumerate(blocks)]
             parallel = config.model_type == "gpt_neox" and bool(config.use_parallel_residual)
-            return Architecture(named, names, parallel, root)
+            return Architecture(found, names, parallel, root)
     kind = getattr(getattr(plain(model), "config", None), "model_type", None) or type(plain(model)).__name__
     raise InputError(
         f"model: the layout of {kind!r} is not known (known: {', '.join(_FAMILIES)}); name the sites, "
-        "layout={'blocks': 'layers.*', 'resid_pre': 'layers.*:in', 'attn_out': 'layers.*.attention'}"
+        "sites={'blocks': 'layers.*', 'resid_pre': 'layers.*:in', 'attn_out': 'layers.*.attention'}"
     )
 
 
-def places(
-    model: nn.Module, kinds: str | Iterable[str], layout: Layout | None = None
-) -> tuple[list[Place], list[nn.Module]]:
-    """The places of some kinds in every layer, and the model's blocks (none where a layout does not name them).
+def find_components(model: nn.Module, sites: Sites) -> tuple[list[Component], list[Site]]:
+    """The components of some kinds in every layer, and the model's blocks (none where they are not named).
 
     Args:
-        kinds: from :data:`KINDS`, or the names in ``layout``.
-        layout: for other architectures: each kind's sites in the order of the layers, as a glob (``"layers.*.mlp"``) or a pair of globs
-            (where to read, where to write the difference); ``"blocks"``, if each block takes the residual stream first and returns it, lets
-            activation patching start in the middle. Single features are the nodes of a kind called ``"neurons"``, heads those of ``":z"`` and its like.
+        sites: kinds from :data:`KINDS`. For other architectures a mapping: each kind's sites in the order of the layers, as a glob
+            (``"layers.*.mlp"``) or a pair of globs (where to read, where to add the difference); under ``"blocks"`` the blocks, if each takes the
+            residual stream first and returns it, which lets activation patching start in the middle. Single features are the nodes of a kind
+            called ``"neurons"``, heads those of ``":z"`` and its like.
 
     Raises:
         InputError: an unknown kind or architecture, a kind that the architecture has not, or a site that does not exist.
 
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
-    >>> [place.read.name for place in places(net, "hidden", {"hidden": "[01]"})[0]]
+    >>> [component.read.name for component in find_components(net, {"hidden": "[01]"})[0]]
     ['0', '1']
     """
-    wanted = [kinds] if isinstance(kinds, str) else list(kinds)
-    require(bool(wanted), "sites: got none, expected at least one kind of site")
-    if layout is not None:
-        return _explicit(model, wanted, layout)
-    for kind in wanted:
+    if isinstance(sites, Mapping):
+        return _named(model, sites)
+    kinds = [sites] if isinstance(sites, str) else list(sites)
+    require(bool(kinds), "sites: got none, expected at least one kind of site")
+    for kind in kinds:
         one_of("sites", kind, KINDS)
     known = architecture(model)
-    drafts = [_place(known, kind, layer) for kind in wanted for layer in range(len(known.blocks))]
+    drafts = [_draft(known, kind, layer) for kind in kinds for layer in range(len(known.blocks))]
     # All names at once: finding one walks through the whole model.
-    sites = resolve(model, [name for read, write, _ in drafts for name in (read, write)])
-    found = [replace(draft, read=sites[read], write=sites[write]) for read, write, draft in drafts]
-    return found, [block for _, block in known.blocks]
+    found = resolve(model, [name for read, write, _ in drafts for name in (read, write)])
+    return [
+        replace(draft, read=found[read], write=found[write]) for read, write, draft in drafts
+    ], known.blocks
 
 
-def _place(known: Architecture, kind: str, layer: int) -> tuple[str, str, Place]:
-    """The names of the sites to read and to write, and the place without them."""
-    name = known.blocks[layer][0]
+def _draft(known: Architecture, kind: str, layer: int) -> tuple[str, str, Component]:
+    """The names of the sites to read and to write, and the component without them."""
+    block = known.blocks[layer]
     units = "feature" if kind == "neurons" else "head" if kind in PARTS else ""
-    draft = Place(kind, layer, _NOWHERE, _NOWHERE, False, layer, False, units)
+    draft = Component(kind, layer, block, block, False, layer, False, units)
     if kind in PARTS:
-        site = f"{name}.{known.names['attention']}:{kind}"
+        site = f"{known.name('attention', layer)}:{kind}"
         return site, site, draft
     if kind == "resid_pre":
-        return f"{name}:in", f"{name}:in", replace(draft, direct=True)
+        return f"{block.name}:in", f"{block.name}:in", replace(draft, direct=True)
     if kind == "resid_post":
-        return name, name, replace(draft, direct=True, stage=layer + 1)
+        return block.name, block.name, replace(draft, direct=True, stage=layer + 1)
     if kind == "resid_mid":
         require(
             not known.parallel,
             "sites: 'resid_mid' does not exist where attention and MLP both read the residual stream before the block (parallel residual)",
         )
         read, write = known.names[kind]
-        return f"{name}.{read}", f"{name}.{write}", replace(draft, shift=True)
-    site = f"{name}.{known.names[kind]}"
+        return f"{block.name}.{read}", f"{block.name}.{write}", replace(draft, shift=True)
+    site = known.name(kind, layer)
     last = kind == "mlp_out" or (kind == "attn_out" and known.parallel)
     return site, site, replace(draft, shift=last, stage=layer + 1, direct=True) if last else draft
 
 
-def _explicit(model: nn.Module, wanted: list[str], layout: Layout) -> tuple[list[Place], list[nn.Module]]:
-    require(
-        isinstance(layout, Mapping), f"layout: got {show(layout)}, expected a mapping from kinds to sites"
-    )
-    blocks = (
-        [site.module for site in resolve(model, [str(layout["blocks"])]).values()]
-        if "blocks" in layout
-        else []
-    )
-    index = {id(block): k for k, block in enumerate(blocks)}
+def _named(model: nn.Module, named: Mapping[str, Any]) -> tuple[list[Component], list[Site]]:
+    blocks = list(resolve(model, str(named["blocks"])).values()) if "blocks" in named else []
+    kinds = {kind: pair for kind, pair in named.items() if kind != "blocks"}
+    require(bool(kinds), "sites: got none, expected at least one kind of site")
     found = []
-    for kind in wanted:
-        if kind not in layout or kind == "blocks":
-            raise InputError(
-                f"sites: {kind!r} is not in the layout{suggest(kind, [k for k in layout if k != 'blocks'])}"
-            )
-        pair = layout[kind]
+    for kind, pair in kinds.items():
         read, write = (pair, pair) if isinstance(pair, str) else pair
-        reads, writes = list(resolve(model, [read]).values()), list(resolve(model, [write]).values())
+        reads, writes = list(resolve(model, read).values()), list(resolve(model, write).values())
         require(
-            len(reads) == len(writes), f"layout: {kind!r} reads {len(reads)} sites and writes {len(writes)}"
+            len(reads) == len(writes), f"sites: {kind!r} reads {len(reads)} sites and writes {len(writes)}"
         )
         for layer, (r, w) in enumerate(zip(reads, writes)):
-            stage = stage_of(w.module, blocks)
             shift = pair is not read
-            at = index.get(id(w.module))
-            direct = at is not None and not shift and w.view is None
-            if direct and w.side == "out":
-                stage = (at or 0) + 1
+            edge = any(w.module is block.module for block in blocks)
+            direct = edge and not shift and w.view is None
+            stage = stage_of(w, blocks)
+            stage = stage + 1 if stage is not None and direct and w.side == "out" else stage
             units = "feature" if kind == "neurons" else "head" if r.view is not None else ""
-            found.append(Place(kind, layer, r, w, shift, stage, direct, units))
+            found.append(Component(kind, layer, r, w, shift, stage, direct, units))
     return found, blocks
 
 
-def stage_of(module: nn.Module, blocks: list[nn.Module]) -> int | None:
-    """The block that holds a module; what lies before the first block must run whole."""
+def stage_of(site: Site, blocks: list[Site]) -> int | None:
+    """The block that holds a site; what lies before the first block must run whole."""
     for k, block in enumerate(blocks):
-        if any(part is module for part in block.modules()):
+        if any(part is site.module for part in block.module.modules()):
             return k
     return None
 

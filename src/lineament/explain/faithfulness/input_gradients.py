@@ -105,7 +105,7 @@ def input_gradient(
 def attribution(
     model: nn.Module, kind: str = "logit_predicted", *, times_input: bool = False, seed: int = 0
 ) -> Callable[[Tensor], Tensor]:
-    """An attribution function ``inputs -> scores`` of one of the kinds that need no label, for :func:`lineament.explain.faithfulness.diffroar.retraining.diffroar`.
+    """An attribution function ``inputs -> scores`` of one of the kinds that need no label, for :func:`lineament.explain.faithfulness.retraining.diffroar`.
 
     Raises:
         InputError: a kind that needs the true label, which would leak into the masked test inputs.

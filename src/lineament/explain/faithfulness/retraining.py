@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.batching import chunked, progress
 from lineament.core.models import answered, frozen
-from lineament.explain.faithfulness.diffroar.unmasking import Group, Unmasked, fill_value, rank
+from lineament.explain.faithfulness.unmasking import Group, Unmasked, fill_value, rank
 
 FRACTIONS = (1.0, 0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05)
 _AT_ONCE = 1000
@@ -166,7 +166,7 @@ def diffroar(
         fractions: the kept shares k in [0, 1]; 1 keeps everything (DiffROAR is 0 exactly), 0 nothing (both ends learn the
             most frequent class).
         seeds: one run each; the same for both ends.
-        group: ``"coordinate"``, ``"pixel"`` or a block's size, see :func:`lineament.explain.faithfulness.diffroar.unmasking.rank`, as ``magnitude`` and ``ties``.
+        group: ``"coordinate"``, ``"pixel"`` or a block's size, see :func:`lineament.explain.faithfulness.unmasking.rank`, as ``magnitude`` and ``ties``.
         fill: what stands for a replaced coordinate: the training inputs' ``"mean"`` (per channel), ``"zero"``, a number or a tensor.
         jobs: trainings side by side, through joblib (its ``parallel_config`` chooses another backend, say Ray); -1 for all cores.
         chance_ok: go on when a model trained on everything is no better than chance (a control with shuffled labels).
