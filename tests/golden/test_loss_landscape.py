@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lineament.core.curvature.krylov import lanczos
 from lineament.core.curvature.matrices import hessian
-from lineament.core.curvature.traces import trace
 from lineament.core.gradients import flatten
 from lineament.measure.landscape.axes import Axis, given, hessian_axes, normalised
 from lineament.measure.landscape.criteria import density_curve, extreme_ratio, negative_ratio
