@@ -16,7 +16,7 @@ from lineament.core.curvature.fast import graph
 from lineament.core.curvature.krylov import lanczos
 from lineament.core.curvature.matrices import gauss_newton, hessian
 from lineament.core.gradients import per_sample_gradients
-from lineament.optim.gns import Network
+from lineament.optim.gns.network import Network
 
 
 class Net(nn.Module):
