@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.batching import is_out_of_memory
-from lineament.explain.pixels.aggregation import resized, smoothed
+from lineament.explain.saliency.aggregation import resized, smoothed
 from lineament.explain.scores import check_targets, class_scores, differentiable, prepared, scores_of
 
 Baseline = Literal["blur", "mean", "zero"]

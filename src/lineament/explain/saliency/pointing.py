@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.explain.pixels.aggregation import resized
+from lineament.explain.saliency.aggregation import resized
 
 
 def point_of(map_: Float[Tensor, "height width"]) -> tuple[int, int]:
