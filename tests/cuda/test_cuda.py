@@ -19,7 +19,7 @@ from lineament.explain.patching.activation import activation_patching
 from lineament.explain.patching.attribution import attribution_patching
 from lineament.explain.patching.metrics import logit_difference
 from lineament.explain.patching.relevance import relevance_patching
-from lineament.explain.pixels.maps import saliency
+from lineament.explain.saliency.maps import saliency
 from lineament.explain.tokens.recursion import reagent
 from lineament.learn.tract.layer import tract
 from lineament.measure.collapse.profile import collapse

@@ -13,7 +13,7 @@ from lineament.core.checks import InputError
 from lineament.explain.faithfulness.input_gradients import attribution, input_gradient
 from lineament.explain.faithfulness.retraining import DiffROAR, diffroar
 from lineament.explain.faithfulness.unmasking import Unmasked, fill_value, groups_of, rank
-from lineament.explain.pixels.maps import saliency
+from lineament.explain.saliency.maps import saliency
 from lineament.train.stacked import Training
 
 

@@ -7,17 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lineament.explain.pixels.aggregation import (
+from lineament.explain.saliency.aggregation import (
     AGGREGATES,
     Window,
     aggregate_contributions,
     combined,
     normalised,
 )
-from lineament.explain.pixels.baselines import integrated_gradients
-from lineament.explain.pixels.checks import class_sensitivity
-from lineament.explain.pixels.maps import saliency
-from lineament.explain.pixels.meta import meta_saliency
+from lineament.explain.saliency.baselines import integrated_gradients
+from lineament.explain.saliency.checks import class_sensitivity
+from lineament.explain.saliency.maps import saliency
+from lineament.explain.saliency.meta import meta_saliency
 
 
 def pair(seed=0, channels=4, size=(5, 6)):

@@ -14,12 +14,12 @@ from torch import nn
 
 from lineament.core.checks import InputError
 from lineament.explain.faithfulness.deletion import deletion_insertion, removed
-from lineament.explain.pixels.aggregation import combined, smoothed
-from lineament.explain.pixels.checks import class_sensitivity, randomisation, spearman
-from lineament.explain.pixels.maps import combined_saliency, saliency
-from lineament.explain.pixels.meta import meta_saliency, still_to_learn
-from lineament.explain.pixels.pointing import PointingGame, difficult, hits
-from lineament.explain.pixels.weighting import layer_weights
+from lineament.explain.saliency.aggregation import combined, smoothed
+from lineament.explain.saliency.checks import class_sensitivity, randomisation, spearman
+from lineament.explain.saliency.maps import combined_saliency, saliency
+from lineament.explain.saliency.meta import meta_saliency, still_to_learn
+from lineament.explain.saliency.pointing import PointingGame, difficult, hits
+from lineament.explain.saliency.weighting import layer_weights
 
 
 def linear(weights: torch.Tensor) -> nn.Module:

@@ -16,7 +16,7 @@ from lineament.explain.patching.activation import activation_patching
 from lineament.explain.patching.edges import edge_patching
 from lineament.explain.patching.metrics import logit_difference
 from lineament.explain.patching.relevance import relevance_patching
-from lineament.explain.pixels.maps import saliency
+from lineament.explain.saliency.maps import saliency
 from lineament.explain.tokens.recursion import reagent
 from lineament.train.attacks import pgd
 from lineament.train.stacked import Training

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.batching import chunked
 from lineament.core.results import axes
-from lineament.explain.pixels.aggregation import resized, smoothed
+from lineament.explain.saliency.aggregation import resized, smoothed
 from lineament.explain.scores import check_targets, class_scores, differentiable, prepared, scores_of
 
 Baseline = Literal["blur", "mean", "zero"]

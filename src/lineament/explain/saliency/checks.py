@@ -19,8 +19,8 @@ from lineament.core import checks
 from lineament.core.models import device_of
 from lineament.core.results import axes
 from lineament.core.sites.activations import sites
-from lineament.explain.pixels.aggregation import is_constant
-from lineament.explain.pixels.maps import saliency
+from lineament.explain.saliency.aggregation import is_constant
+from lineament.explain.saliency.maps import saliency
 from lineament.explain.scores import class_scores, differentiable, prepared, scores_of
 
 Explain = Callable[..., Any]
@@ -29,7 +29,7 @@ Explain = Callable[..., Any]
 def spearman(a: Float[Tensor, "batch ..."], b: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch"]:
     """Spearman's rank correlation of each pair of maps, ties at their average rank; NaN where a map is constant.
 
-    Constant is a map whose range is rounding noise (:func:`lineament.explain.pixels.aggregation.is_constant`): resizing leaves
+    Constant is a map whose range is rounding noise (:func:`lineament.explain.saliency.aggregation.is_constant`): resizing leaves
     such noise on it, and ranks would take it for a pattern.
 
     Args:
@@ -111,7 +111,7 @@ def class_sensitivity(
 
     Args:
         explain: ``explain(model, images, targets, **options) -> maps``.
-        options: as for :func:`~lineament.explain.pixels.maps.saliency`, one method and one site.
+        options: as for :func:`~lineament.explain.saliency.maps.saliency`, one method and one site.
 
     Returns:
         Spearman's correlation for each image between maps of the images' size, and their mean; lower is better.

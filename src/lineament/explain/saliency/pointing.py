@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lineament.core import checks
 from lineament.core.results import axes, plain
-from lineament.explain.pixels.aggregation import resized
+from lineament.explain.saliency.aggregation import resized
 
 
 def point_of(map_: Float[Tensor, "height width"]) -> tuple[int, int]:
