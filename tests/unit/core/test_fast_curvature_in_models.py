@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lineament.core.curvature.fast import graph
 from lineament.core.curvature.matrices import gauss_newton, hessian, lanczos
 from lineament.core.gradients import per_sample_gradients
-from lineament.optim.gns import Network
+from lineament.optim.gns.network import Network
 
 
 class Net(nn.Module):
