@@ -17,7 +17,7 @@ from typing import Any
 
 from lineament.core.checks import InputError, one_of, require
 from lineament.core.files import output_folder, write_json
-from lineament.recipes import PRESETS, configure, load
+from lineament.recipes.kit.configuration import PRESETS, configure, load
 from lineament.report.outcome import Outcome, versions
 from lineament.report.text import plain
 
