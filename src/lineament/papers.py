@@ -222,7 +222,7 @@ PAPERS: tuple[Paper, ...] = (
         "Dubey, Chakraborty, Roy, Mukherjee, Singh, Chaudhuri",
         "1909.11015",
         "Train with an Adam that slows each weight down where its gradient stands still.",
-        ("optim/diffgrad",),
+        ("optim/diffgrad.py",),
     ),
     Paper(
         "gns",

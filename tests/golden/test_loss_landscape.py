@@ -10,7 +10,8 @@ import torch
 from tests.golden.common import File, Scope, golden
 from torch import Tensor, nn
 
-from lineament.core.curvature.matrices import hessian, lanczos
+from lineament.core.curvature.krylov import lanczos
+from lineament.core.curvature.matrices import hessian
 from lineament.core.gradients import flatten
 from lineament.measure.landscape.axes import Axis, given, hessian_axes, normalised
 from lineament.measure.landscape.criteria import density_curve, extreme_ratio, negative_ratio
