@@ -55,6 +55,9 @@ def reproduce(
     Raises:
         InputError: unknown paper, preset or field, a value of the wrong type, or a folder that cannot be written or
             holds something else.
+
+    >>> reproduce("gns", "quick", out="runs/gns").outcome.claims[0].holds  # doctest: +SKIP
+    True
     """
     recipe = load(slug)
     config = configure(recipe.Config.preset(one_of("preset", preset, PRESETS)), values or {})
