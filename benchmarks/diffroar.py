@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lineament.bench import Row, compare
-from lineament.explain.faithfulness.diffroar.input_gradients import input_gradient
-from lineament.explain.faithfulness.diffroar.unmasking import Unmasked, rank
+from lineament.explain.faithfulness.input_gradients import input_gradient
 from lineament.explain.faithfulness.pixel_scores import infidelity, sensitivity
+from lineament.explain.faithfulness.unmasking import Unmasked, rank
 from lineament.train.attacks import PGD
 from lineament.train.stacked import Training
 

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from lineament.bench import Row, compare
-from lineament.explain.tokens import explain_continuation, reagent
+from lineament.explain.tokens.continuations import explain_continuation
+from lineament.explain.tokens.options import ReagentOptions
+from lineament.explain.tokens.recursion import reagent
 
 SLUG = "reagent"
 # The paper's prompts have 43 tokens on average.
@@ -50,7 +52,8 @@ def ours(model: Any, ids: Any, target: int, probes: int = PROBES, steps: int = S
     def run() -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return reagent(model, None, ids, target, probes=probes, max_steps=steps, keep=5)
+            options = ReagentOptions(max_steps=steps, keep=5)
+            return reagent(model, ids, target=target, probes=probes, options=options)
 
     return run
 
@@ -193,7 +196,7 @@ def rows(repeats: int = 5) -> Iterator[Row]:
         note="no way of asking for the same forwards can be faster than this",
     )
     made = torch.randint(WORDS - 1, (10,), generator=torch.Generator().manual_seed(1)).tolist()
-    options: dict[str, Any] = {"probes": 3, "max_steps": STEPS}
+    options: dict[str, Any] = {"probes": 3, "options": ReagentOptions(max_steps=STEPS)}
 
     def quietly(function: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
@@ -205,14 +208,13 @@ def rows(repeats: int = 5) -> Iterator[Row]:
 
     def one_by_one() -> None:
         for i in range(10):
-            reagent(
-                model, None, torch.cat([ids, torch.tensor(made[:i], dtype=torch.long)]), made[i], **options
-            )
+            prompt = torch.cat([ids, torch.tensor(made[:i], dtype=torch.long)])
+            reagent(model, prompt, target=made[i], **options)
 
     yield compare(
         SLUG,
         "a continuation of 10 tokens, explained together",
-        quietly(lambda: explain_continuation(model, None, ids, made, **options)),
+        quietly(lambda: explain_continuation(model, ids, made, **options)),
         "one token after the other",
         quietly(one_by_one),
         repeats=repeats,

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from lineament.bench import Row, compare
 from lineament.core.models import frozen
-from lineament.explain.patching import activation_patching, attribution_patching, relevance_patching
+from lineament.explain.patching.activation import activation_patching
+from lineament.explain.patching.attribution import attribution_patching
+from lineament.explain.patching.integrated import integrated_patching
 from lineament.explain.patching.metrics import logit_difference
-from lineament.explain.patching.paths import integrated_patching
+from lineament.explain.patching.relevance import relevance_patching
 
 SLUG = "relp"
 LAYERS, WIDTH, HEADS, WORDS, PAIRS, POSITIONS = 6, 256, 8, 4096, 8, 15

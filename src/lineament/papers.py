@@ -92,7 +92,7 @@ PAPERS: tuple[Paper, ...] = (
         "Rebuffi, Fong, Ji, Vedaldi",
         "2004.02866",
         "See which parts of an image a network's gradients point at, with one function for the whole Grad-CAM family.",
-        ("explain/saliency",),
+        ("explain/pixels",),
     ),
     Paper(
         "diffroar",
@@ -101,7 +101,7 @@ PAPERS: tuple[Paper, ...] = (
         "2102.12781",
         "Test whether input gradients mark the pixels that matter, by retraining on what they keep.",
         (
-            "explain/faithfulness/diffroar",
+            "explain/faithfulness",
             "data/blockmnist.py",
         ),
     ),

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.explain.faithfulness.diffroar.input_gradients import KINDS, attribution, input_gradient
-from lineament.explain.faithfulness.diffroar.unmasking import Unmasked, rank
+from lineament.explain.faithfulness.input_gradients import KINDS, attribution, input_gradient
 from lineament.explain.faithfulness.pixel_scores import score_maps
-from lineament.explain.saliency import METHODS, saliency
+from lineament.explain.faithfulness.unmasking import Unmasked, rank
+from lineament.explain.pixels.maps import saliency
+from lineament.explain.pixels.methods import METHODS
 from tests.contracts.unchanged import unchanged
 
 LABELLED = ("logit_true", "softmax_true", "loss")

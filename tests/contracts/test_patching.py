@@ -7,11 +7,14 @@ import torch
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.explain.patching import activation_patching, attribution_patching, relevance_patching
-from lineament.explain.patching.circuits import component_nodes, node_effects
+from lineament.explain.patching.activation import activation_patching
+from lineament.explain.patching.attribution import attribution_patching
+from lineament.explain.patching.circuit_nodes import component_nodes
+from lineament.explain.patching.circuits import node_effects
 from lineament.explain.patching.edges import edge_patching
+from lineament.explain.patching.integrated import integrated_patching
 from lineament.explain.patching.metrics import logit_difference
-from lineament.explain.patching.paths import integrated_patching
+from lineament.explain.patching.relevance import relevance_patching
 from tests.contracts.language_models import prompts, tiny
 from tests.contracts.unchanged import unchanged
 
@@ -184,8 +187,8 @@ def test_bad_options_are_refused_by_name(method):
         ({"corruption": "zero"}, "direction='noising'"),
         ({"positions": [9]}, "from -6 to 5"),
         ({"positions": "all"}, "positions"),
-        ({"layout": {"resid_pre": "h.*"}}, "no site"),
-        ({"layout": {"hidden": "transformer.h.*"}, "sites": "hiden"}, "nearest: 'hidden'"),
+        ({"sites": {"resid_pre": "h.*"}}, "no site"),
+        ({"sites": {"blocks": "transformer.h.*"}}, "at least one kind"),
         ({"attention_mask": torch.ones(3, 5)}, "attention_mask"),
         ({"attention_mask": torch.tensor([[1, 0, 1, 0, 1, 1]] * 3)}, "in its middle"),
     ):
@@ -208,4 +211,4 @@ def test_shared_modules_are_no_one_place():
     x = torch.randn(2, 4, 3)
     for method in (activation_patching, relevance_patching):
         with pytest.raises(InputError, match="ran twice in one forward"):
-            method(net, x[0], x[1], lambda y: y[:, 0], sites="hidden", layout={"hidden": "0"})
+            method(net, x[0], x[1], lambda y: y[:, 0], sites={"hidden": "0"})

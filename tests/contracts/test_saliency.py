@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.explain.saliency import METHODS, saliency
+from lineament.explain.pixels.maps import normgrad, saliency
+from lineament.explain.pixels.methods import METHODS, Method
 from tests.contracts.unchanged import unchanged
 
 PLACED = [m for m in METHODS if METHODS[m].extract or m == "cam"]
@@ -120,6 +121,6 @@ def test_unknown_methods_and_phases_name_the_nearest():
     with pytest.raises(InputError, match="nearest: 'grad_cam'"):
         saliency(net, x, method="gradcam")
     with pytest.raises(InputError, match="aggregate"):
-        saliency(net, x, site="2", extract="conv", aggregate="mean")
+        saliency(net, x, site="2", method=Method("conv", "mean"))
     with pytest.raises(InputError, match="odd"):
-        saliency(net, x, site="2", kernel=2)
+        normgrad(net, x, site="2", kernel=2)

@@ -9,27 +9,20 @@ import pytest
 import torch
 
 from lineament.core.checks import InputError
-from lineament.explain.tokens.baselines import METHODS, attribute_tokens
+from lineament.explain.tokens.methods import METHODS, attribute_tokens
+from lineament.explain.tokens.prompts import Reading
 from lineament.explain.tokens.results import NORMALIZATIONS
-from tests.contracts.token_models import BOTH_WAYS, CAUSAL, byte_tokenizer, copies, model
+from tests.contracts.token_models import BOTH_WAYS, CAUSAL, QUICK, byte_tokenizer, copies, model
 from tests.contracts.unchanged import unchanged
 
 PROMPT = torch.tensor([5, 40, 81, 12, 300, 33, 7])
-QUICK: dict[str, dict[str, Any]] = {
-    "reagent": {"max_steps": 4, "min_steps": 4, "stop": "dummy", "probes": 2},
-    "integrated_gradients": {"steps": 8},
-    "gradient_shap": {"n_samples": 6},
-    "lime": {"n_samples": 40},
-    "kernel_shap": {"n_samples": 40},
-    "bayesian": {"evaluations": 12, "batch": 6},
-}
 BLACK_BOX = ("reagent", "occlusion", "lime", "kernel_shap", "bayesian", "random")
 SOURCE_ONLY = ("rollout", "value_zeroing")
-DRAWN = ("reagent", "gradient_shap", "occlusion", "lime", "kernel_shap", "bayesian", "random")
+DRAWN = (*BLACK_BOX, "gradient_shap")
 
 
-def explain(net, method, prompt=PROMPT, **options):
-    return attribute_tokens(net, None, prompt, **{"method": method, **QUICK.get(method, {}), **options})
+def explain(net: Any, method: str, prompt: Any = PROMPT, **options: Any) -> Any:
+    return attribute_tokens(net, prompt, **{"method": method, **QUICK.get(method, {}), **options})
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -80,18 +73,17 @@ class TestContract:
         reference = explain(model("gpt2"), method, target=3).scores.double()
         double = explain(model("gpt2").double(), method, target=3).scores.double()
         torch.testing.assert_close(double, reference, rtol=1e-3, atol=1e-4)
-        half = explain(model("gpt2").bfloat16(), method, target=3).scores
-        assert torch.isfinite(half).all()
+        for dtype in (torch.float16, torch.bfloat16):
+            assert torch.isfinite(explain(model("gpt2").to(dtype), method, target=3).scores).all()
 
     def test_several_prompts_are_each_alone(self, method):
         net, other = model("gpt2"), torch.tensor([9, 31, 22, 8])
-        both = explain(
-            net, method, [PROMPT, other], target=[3, 4], **({"seed": 3} if method in DRAWN else {})
-        )
-        assert [a.target for a in both] == [3, 4] and [len(a.scores) for a in both] == [7, 4]
+        seed = {"seed": 3} if method in DRAWN else {}
+        both = explain(net, method, [PROMPT, other], target=[3, 4], contrast=[13, 14], **seed)
+        assert [(a.target, a.contrast, len(a.scores)) for a in both] == [(3, 13, 7), (4, 14, 4)]
         for k, (prompt, target) in enumerate(((PROMPT, 3), (other, 4))):
-            seed = {"seed": 3 + (k if method == "reagent" else 0)} if method in DRAWN else {}
-            alone = explain(net, method, prompt, target=target, **seed)
+            own = {"seed": 3 + k} if method == "reagent" else seed
+            alone = explain(net, method, prompt, target=target, contrast=target + 10, **own)
             torch.testing.assert_close(both[k].scores, alone.scores, rtol=1e-3, atol=1e-5)
 
     def test_special_tokens_are_neither_scored_nor_replaced(self, method):
@@ -101,58 +93,17 @@ class TestContract:
         handle = net.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
         )
-        found = attribute_tokens(net, words, ids, method=method, **QUICK.get(method, {}))
+        found = explain(net, method, ids, tokenizer=words)
         handle.remove()
         assert not found.scored[0] and found.scores[0] == 0 and found.scored[1:].all()
         assert all((rows[:, 0] == words.bos_token_id).all() for rows in seen if rows.shape[1] == len(ids))
 
     def test_a_span_and_a_contrast(self, method):
         net = model("gpt2")
-        found = explain(net, method, target=3, contrast=4, span=(2, 5))
+        found = explain(net, method, target=3, contrast=4, reading=Reading(span=(2, 5)))
         assert found.scored.nonzero()[:, 0].tolist() == [2, 3, 4] and found.contrast == 4
         with pytest.raises(InputError, match="the target itself"):
             explain(net, method, target=3, contrast=3)
-
-    def test_normalised_scores(self, method):
-        net = model("gpt2")
-        raw = explain(net, method).scores
-        for how in NORMALIZATIONS:
-            scores = explain(net, method, normalize=how).scores
-            if how in ("softmax", "abs-sum"):
-                assert abs(float(scores.sum()) - 1) < 1e-5 and (scores >= 0).all()
-            elif how == "minmax":
-                assert float(scores.min()) == 0 and abs(float(scores.max()) - 1) < 1e-6
-            else:
-                assert torch.equal(scores, raw)
-
-    def test_bad_prompts_and_targets_are_named(self, method):
-        net, words = model("gpt2"), byte_tokenizer()
-        options = QUICK.get(method, {})
-        for prompt, message in (
-            ("", "empty text"),
-            ([], "got no tokens"),
-            ([5], "1 of its 1 tokens"),
-            ([5, 999], "id 999"),
-            (torch.tensor([0.5, 1.0]), "integer"),
-            (torch.zeros(3, 2, dtype=torch.long), "shape"),
-            ([5] * 65, "at most 64"),
-            (7, "expected text or a list"),
-        ):
-            with pytest.raises(InputError, match=f"prompt: .*{message}"):
-                attribute_tokens(net, words, prompt, method=method, **options)
-        with pytest.raises(InputError, match="no tokenizer"):
-            explain(net, method, "text")
-        for target, message in (
-            (999, "999"),
-            (-1, "-1"),
-            (True, "True"),
-            ("the cat", "2 tokens"),
-            (1.5, "1.5"),
-        ):
-            with pytest.raises(InputError, match=f"target: .*{message}"):
-                attribute_tokens(net, words, "the cat sat", target, method=method, **options)
-        with pytest.raises(InputError, match="special tokens are not"):
-            attribute_tokens(net, words, [0, 0, 5], method=method, **options)
 
     def test_functions_that_give_probabilities(self, method):
         function = copies(2)
@@ -161,28 +112,79 @@ class TestContract:
                 explain(function, method, [1, 2, 3, 4])
             return
         found = explain(function, method, [1, 2, 3, 4])
-        assert found.target == 3 and (method == "random" or found.scores.shape == (4,))
+        assert found.target == 3 and found.scores.shape == (4,)
         log_version = explain(lambda ids: function(ids).log(), method, [1, 2, 3, 4])
         torch.testing.assert_close(log_version.scores, found.scores)
-        for bad, message in (
-            (lambda ids: torch.randn(len(ids), 9) * 5, "neither probabilities"),
-            (lambda ids: torch.full((len(ids), 9), float("nan")), "NaN"),
-            (lambda ids: torch.ones(3, 2, 2), "next-token probabilities of shape"),
-            (lambda ids: [0.5], "next-token probabilities"),
-        ):
-            with pytest.raises(InputError, match=message):
-                explain(bad, method, [1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("method", ["reagent", "occlusion", "grad_norm"])
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "prompt: got an empty text"), ([], "prompt: got no tokens"), ([5], "prompt: 1 of its 1 tokens"),
+        ([0, 0, 5], "special tokens are not"), ([5, 999], "prompt: got id 999"), (7, "prompt: .*expected text or a list"),
+        (torch.tensor([0.5, 1.0]), "prompt: .*integer"), (torch.zeros(3, 2, dtype=torch.long), "prompt: .*shape"),
+        ([5] * 65, "prompt: it has 65 tokens and the model takes at most 64"),
+        (["the cat", ""], r"prompt 1 of 2 \(from 0\): prompt: got an empty text"),
+        (["the cat", "the cat " * 60], r"prompt 1 of 2 \(from 0\): prompt: it has 121 tokens"),
+    ],
+)  # fmt: skip
+def test_bad_prompts_are_named(method, prompt, message):
+    with pytest.raises(InputError, match=message):
+        explain(model("gpt2"), method, prompt, tokenizer=byte_tokenizer())
+
+
+@pytest.mark.parametrize("what", ["target", "contrast"])
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        (9999, r"got 9999, expected an integer in \[0, 309\]"), (-1, "-1"), (True, "True"), (1.5, "1.5"), ([1, 2, 3], "got 3 for 1 prompts"),
+        ("", "got '', of which the tokenizer makes no token"),
+        ("the dog", r"'the dog' is 2 tokens \('the', ' dog'\), expected one"),
+    ],
+)  # fmt: skip
+def test_bad_targets_are_named(what, token, message):
+    with pytest.raises(InputError, match=f"{what}: .*{message}"):
+        explain(model("gpt2"), "random", "the cat sat", tokenizer=byte_tokenizer(), **{what: token})
+
+
+def test_normalised_scores():
+    raw = explain(model("gpt2"), "input_x_grad").scores
+    for how in NORMALIZATIONS:
+        scores = explain(model("gpt2"), "input_x_grad", normalize=how).scores
+        if how in ("softmax", "abs-sum"):
+            assert abs(float(scores.sum()) - 1) < 1e-5 and (scores >= 0).all()
+        elif how == "minmax":
+            assert float(scores.min()) == 0 and abs(float(scores.max()) - 1) < 1e-6
+        else:
+            assert torch.equal(scores, raw)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda ids: torch.randn(len(ids), 9) * 5, "neither probabilities"),
+        (lambda ids: torch.full((len(ids), 9), float("nan")), "NaN"),
+        (lambda ids: torch.ones(3, 2, 2), "next-token probabilities of shape"),
+        (lambda ids: [0.5], "next-token probabilities"),
+        (3, "model: got 3"),
+    ],
+)
+def test_functions_that_give_no_probabilities_are_named(function, message):
+    with pytest.raises(InputError, match=message):
+        explain(function, "random", [1, 2, 3, 4])
 
 
 def test_unknown_methods_and_options_are_named():
     with pytest.raises(InputError, match="nearest: 'rollout'"):
         explain(model("gpt2"), "rolout")
-    with pytest.raises(InputError, match="has no option 'stepz'"):
-        explain(model("gpt2"), "integrated_gradients", stepz=3)
+    for method in ("integrated_gradients", "reagent", "attention_all"):
+        with pytest.raises(InputError, match="has no option 'stepz'"):
+            explain(model("gpt2"), method, stepz=3)
     with pytest.raises(InputError, match="normalize"):
         explain(model("gpt2"), "random", normalize="sum")
-    with pytest.raises(InputError, match="model: got"):
-        explain(3, "random")
+    with pytest.raises(InputError, match="no tokenizer"):
+        explain(model("gpt2"), "random", "text")
 
 
 @pytest.mark.parametrize("method", ["attention_last", "attention_all", "rollout"])

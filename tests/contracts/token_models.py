@@ -14,6 +14,11 @@ TEXT = (
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 CAUSAL = ("gpt2", "llama", "opt", "gemma3")
 BOTH_WAYS = ("t5", "bart")
+# What makes each method quick.
+QUICK: dict[str, dict[str, Any]] = {
+    "reagent": {"steps": 4, "probes": 2}, "integrated_gradients": {"steps": 8}, "gradient_shap": {"n_samples": 6}, "lime": {"n_samples": 40},
+    "kernel_shap": {"n_samples": 40}, "bayesian": {"evaluations": 12, "batch": 6},
+}  # fmt: skip
 
 
 @functools.cache

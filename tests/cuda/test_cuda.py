@@ -15,10 +15,12 @@ from torch import nn
 from lineament.cli import main
 from lineament.core.curvature.matrices import hessian, spectral_density, top_eigenpairs, trace
 from lineament.core.readouts import ridge
-from lineament.explain.patching import activation_patching, attribution_patching, relevance_patching
+from lineament.explain.patching.activation import activation_patching
+from lineament.explain.patching.attribution import attribution_patching
 from lineament.explain.patching.metrics import logit_difference
-from lineament.explain.saliency import saliency
-from lineament.explain.tokens import reagent
+from lineament.explain.patching.relevance import relevance_patching
+from lineament.explain.pixels.maps import saliency
+from lineament.explain.tokens.recursion import reagent
 from lineament.learn.tract.layer import tract
 from lineament.measure.collapse.profile import collapse
 from lineament.measure.landscape.axes import random_axes
@@ -125,10 +127,7 @@ def test_patching(family, method):
 
 def test_reagent_draws_the_same_replacements():
     def made(device):
-        found = reagent(
-            tiny("gpt2").to(device), None, prompts()[0][:1].to(device), 7, max_steps=5, min_steps=5, seed=3
-        )
-        return found.scores
+        return reagent(tiny("gpt2").to(device), prompts()[0][:1].to(device), target=7, steps=5, seed=3).scores
 
     close(*both(made), tol=1e-3)
 

@@ -2,96 +2,104 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
-from torch import nn
+from tests.golden.common import Scope
+from torch import Tensor, nn
+
+ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "gelu_new": lambda: nn.GELU(approximate="tanh"),
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "silu": nn.SiLU,
+    "relu": nn.ReLU,
+}
+Weights = Mapping[str, Tensor]
+
+
+def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """x W + b."""
+    layer = nn.Linear(*weight.shape, bias=bias is not None).double()
+    layer.load_state_dict({"weight": weight.T} | ({} if bias is None else {"bias": bias}))
+    return layer
+
+
+def norm(weight: Tensor, bias: Tensor | None, eps: float, kind: str) -> nn.Module:
+    layer = {"LN": nn.LayerNorm, "RMS": nn.RMSNorm}[kind](len(weight), eps).double()
+    layer.load_state_dict({"weight": weight} | ({} if kind == "RMS" or bias is None else {"bias": bias}))
+    return layer
 
 
 class Attention(nn.Module):
-    """Attention with one matrix a head and part, as the golden README writes it."""
+    """From one matrix a head and part."""
 
-    def __init__(self, w, at):
+    def __init__(self, w: Weights, at: str, causal: bool):
         super().__init__()
-        heads, width, size = w[f"{at}.W_Q"].shape
         for part in "QKV":
-            linear = nn.Linear(width, heads * size).double()
-            linear.weight = nn.Parameter(w[f"{at}.W_{part}"].permute(0, 2, 1).reshape(heads * size, width))
-            linear.bias = nn.Parameter(w[f"{at}.b_{part}"].flatten())
-            setattr(self, f"{part.lower()}_proj", linear)
-        self.o_proj = nn.Linear(heads * size, width).double()
-        self.o_proj.weight = nn.Parameter(w[f"{at}.W_O"].reshape(heads * size, width).T)
-        self.o_proj.bias = nn.Parameter(w[f"{at}.b_O"])
-        self.heads = heads
+            made = linear(w[f"{at}.W_{part}"].permute(1, 0, 2).flatten(1), w[f"{at}.b_{part}"].flatten())
+            setattr(self, f"{part.lower()}_proj", made)
+        self.o_proj = linear(w[f"{at}.W_O"].flatten(0, 1), w[f"{at}.b_O"])
+        self.heads, self.causal = len(w[f"{at}.W_Q"]), causal
 
     def forward(self, x):
-        q, k, v = (
+        parts = (
             p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        z = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        z = nn.functional.scaled_dot_product_attention(*parts, is_causal=self.causal)
         return self.o_proj(z.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-    def __init__(self, w, at, act):
+    def __init__(self, w: Weights, at: str, act: nn.Module, gated: bool):
         super().__init__()
-        self.gated = f"{at}.W_gate" in w
-        for name, key in (("gate_proj", "W_gate"), ("up_proj", "W_in"), ("down_proj", "W_out")):
-            if f"{at}.{key}" in w:
-                matrix = w[f"{at}.{key}"]
-                linear = nn.Linear(*matrix.shape, bias=key == "W_out").double()
-                linear.weight = nn.Parameter(matrix.T)
-                setattr(self, name, linear)
-        self.down_proj.bias = nn.Parameter(w[f"{at}.b_out"])
-        self.b_in = nn.Parameter(w[f"{at}.b_in"])
+        self.up_proj, self.b_in = linear(w[f"{at}.W_in"]), nn.Parameter(w[f"{at}.b_in"])
+        self.down_proj = linear(w[f"{at}.W_out"], w[f"{at}.b_out"])
+        self.gate_proj = linear(w[f"{at}.W_gate"]) if gated else None
         self.act = act
 
     def forward(self, x):
-        if self.gated:
-            return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x) + self.b_in)
-        return self.down_proj(self.act(self.up_proj(x) + self.b_in))
+        if self.gate_proj is None:
+            return self.down_proj(self.act(self.up_proj(x) + self.b_in))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x) + self.b_in)
 
 
 class Block(nn.Module):
-    def __init__(self, w, at, norm, act):
+    def __init__(self, w: Weights, at: str, file: Scope):
         super().__init__()
-        self.ln1, self.ln2 = norm(f"{at}.ln1"), norm(f"{at}.ln2")
-        self.attn, self.mlp = Attention(w, f"{at}.attn"), MLP(w, f"{at}.mlp", act)
+        self.ln1, self.ln2 = (
+            norm(w[f"{at}.{n}.w"], w.get(f"{at}.{n}.b"), file["eps"], file["normalization_type"])
+            for n in ("ln1", "ln2")
+        )
+        self.attn = Attention(
+            w, f"{at}.attn", {"causal": True, "bidirectional": False}[file["attention_dir"]]
+        )
+        self.mlp = MLP(w, f"{at}.mlp", ACTIVATIONS[file["act_fn"]](), file["gated_mlp"])
 
     def forward(self, x):
         x = x + self.attn(self.ln1(x))
         return x + self.mlp(self.ln2(x))
 
 
+LAYOUT = {
+    "blocks": "blocks.?",
+    "resid_pre": "blocks.?:in",
+    "attn_out": "blocks.*.attn",
+    "mlp_out": "blocks.*.mlp",
+}
+
+
 class Decoder(nn.Module):
     """The golden model, written out: an architecture that the library does not know."""
 
-    def __init__(self, w, config):
+    def __init__(self, w: Weights, file: Scope):
         super().__init__()
-
-        def norm(at):
-            size = len(w[f"{at}.w"])
-            made = (
-                nn.LayerNorm(size, config["eps"])
-                if config["normalization_type"] == "LN"
-                else nn.RMSNorm(size, config["eps"])
-            )
-            made.weight = nn.Parameter(w[f"{at}.w"])
-            if isinstance(made, nn.LayerNorm):
-                made.bias = nn.Parameter(w[f"{at}.b"])
-            return made
-
-        act = {
-            "gelu_new": nn.GELU(approximate="tanh"),
-            "silu": nn.SiLU(),
-            "gelu": nn.GELU(),
-            "relu": nn.ReLU(),
-        }[config["act_fn"]]
         self.embed, self.place = nn.Embedding.from_pretrained(w["embed.W_E"]), w["pos_embed.W_pos"]
-        self.blocks = nn.ModuleList([Block(w, f"blocks.{k}", norm, act) for k in range(config["n_layers"])])
-        self.norm = norm("ln_final")
-        self.head = nn.Linear(*w["unembed.W_U"].shape).double()
-        self.head.weight, self.head.bias = nn.Parameter(w["unembed.W_U"].T), nn.Parameter(w["unembed.b_U"])
+        self.blocks = nn.ModuleList([Block(w, f"blocks.{k}", file) for k in range(file["n_layers"])])
+        self.norm = norm(w["ln_final.w"], w.get("ln_final.b"), file["eps"], file["normalization_type"])
+        self.head = linear(w["unembed.W_U"], w["unembed.b_U"])
 
     def forward(self, ids):
         x = self.embed(ids) + self.place[: ids.shape[1]]
@@ -100,90 +108,91 @@ class Decoder(nn.Module):
         return self.head(self.norm(x))
 
 
-def huggingface(w, config):
-    """The same weights in an unmodified transformers GPT-2, where they fit one."""
+def huggingface(w: Weights, file: Scope) -> nn.Module:
+    """The same weights in an unmodified transformers GPT-2."""
     transformers = pytest.importorskip("transformers")
     made = transformers.GPT2Config(
-        bos_token_id=0, eos_token_id=0, vocab_size=config["d_vocab"], n_positions=config["n_ctx"], n_embd=config["d_model"], n_layer=config["n_layers"],
-        n_head=config["n_heads"], n_inner=config["d_mlp"], activation_function=config["act_fn"],
-        layer_norm_epsilon=config["eps"], tie_word_embeddings=False,
+        bos_token_id=0, eos_token_id=0, vocab_size=file["d_vocab"], n_positions=file["n_ctx"], n_embd=file["d_model"],
+        n_layer=file["n_layers"], n_head=file["n_heads"], n_inner=file["d_mlp"], layer_norm_epsilon=file["eps"],
+        activation_function={"gelu_tanh": "gelu_new"}.get(file["act_fn"], file["act_fn"]), tie_word_embeddings=False,
     )  # fmt: skip
     model = transformers.GPT2LMHeadModel(made).double().eval()
     state = {"wte.weight": w["embed.W_E"], "wpe.weight": w["pos_embed.W_pos"]}
-    state |= {"ln_f.weight": w["ln_final.w"], "ln_f.bias": w["ln_final.b"]}
-    for k in range(config["n_layers"]):
+    names = {"ln_f": "ln_final"}
+    for k in range(file["n_layers"]):
         b = f"blocks.{k}"
-        state |= {
-            f"h.{k}.ln_{n}.{long}": w[f"{b}.ln{n}.{short}"]
-            for n in (1, 2)
-            for long, short in (("weight", "w"), ("bias", "b"))
-        }
-        state[f"h.{k}.attn.c_attn.weight"] = torch.cat(
-            [w[f"{b}.attn.W_{p}"].permute(1, 0, 2).flatten(1) for p in "QKV"], 1
-        )
-        state[f"h.{k}.attn.c_attn.bias"] = torch.cat([w[f"{b}.attn.b_{p}"].flatten() for p in "QKV"])
-        state[f"h.{k}.attn.c_proj.weight"] = w[f"{b}.attn.W_O"].flatten(0, 1)
-        state[f"h.{k}.attn.c_proj.bias"] = w[f"{b}.attn.b_O"]
-        for name, part in (("c_fc", "in"), ("c_proj", "out")):
-            state[f"h.{k}.mlp.{name}.weight"], state[f"h.{k}.mlp.{name}.bias"] = (
-                w[f"{b}.mlp.W_{part}"],
-                w[f"{b}.mlp.b_{part}"],
-            )
+        names |= {f"h.{k}.ln_1": f"{b}.ln1", f"h.{k}.ln_2": f"{b}.ln2"}
+        parts = [
+            (w[f"{b}.attn.W_{p}"].permute(1, 0, 2).flatten(1), w[f"{b}.attn.b_{p}"].flatten()) for p in "QKV"
+        ]
+        for name, weight, bias in (
+            ("attn.c_attn", torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts])),
+            ("attn.c_proj", w[f"{b}.attn.W_O"].flatten(0, 1), w[f"{b}.attn.b_O"]),
+            ("mlp.c_fc", w[f"{b}.mlp.W_in"], w[f"{b}.mlp.b_in"]),
+            ("mlp.c_proj", w[f"{b}.mlp.W_out"], w[f"{b}.mlp.b_out"]),
+        ):
+            state |= {f"h.{k}.{name}.weight": weight, f"h.{k}.{name}.bias": bias}
+    for name, ours in names.items():
+        state |= {f"{name}.weight": w[f"{ours}.w"], f"{name}.bias": w[f"{ours}.b"]}
     model.transformer.load_state_dict(state)
-    model.lm_head = nn.Linear(*w["unembed.W_U"].shape).double()
-    model.lm_head.weight, model.lm_head.bias = (
-        nn.Parameter(w["unembed.W_U"].T),
-        nn.Parameter(w["unembed.b_U"]),
-    )
+    model.lm_head = linear(w["unembed.W_U"], w["unembed.b_U"])
     return model.eval()
 
 
 class Conserving(nn.Module):
-    def __init__(self, d):
+    """One block without biases, with a read-out of one position."""
+
+    def __init__(self, file: Scope):
         super().__init__()
         for name in ("w1", "w2", "wf"):
-            norm = nn.RMSNorm(len(d[name]), 1e-6)
-            norm.weight = nn.Parameter(d[name])
-            setattr(self, f"norm_{name}", norm)
+            setattr(self, f"norm_{name}", norm(file.input(name), None, file["norm_eps"], "RMS"))
         for name in ("Wq", "Wk", "Wv", "Wo", "Wg", "Wu", "Wd"):
-            linear = nn.Linear(*d[name].shape, bias=False).double()
-            linear.weight = nn.Parameter(d[name].T)
-            setattr(self, name, linear)
-        self.act, self.y, self.z = nn.SiLU(), nn.Identity(), nn.Identity()
-        self.u = d["u"]
+            setattr(self, name, linear(file.input(name)))
+        self.act, self.y, self.z = ACTIVATIONS[file["act_fn"]](), nn.Identity(), nn.Identity()
+        self.u, self.heads, self.position = file.input("u"), file["n_heads"], file["position"]
+        self.attention = {"is_causal": file["causal"], "scale": file["attn_scale"]}
 
     def forward(self, x):
         h = self.norm_w1(x)
-        a = nn.functional.scaled_dot_product_attention(self.Wq(h), self.Wk(h), self.Wv(h), is_causal=True)
-        y = self.y(x + self.Wo(a))
+        parts = (p(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.Wq, self.Wk, self.Wv))
+        a = nn.functional.scaled_dot_product_attention(*parts, **self.attention)
+        y = self.y(x + self.Wo(a.transpose(1, 2).flatten(2)))
         h = self.norm_w2(y)
         z = self.z(y + self.Wd(self.act(self.Wg(h)) * self.Wu(h)))
-        return self.norm_wf(z)[..., -1, :] @ self.u
+        return self.norm_wf(z)[..., self.position, :] @ self.u
 
 
 class Dictionary:
-    def __init__(self, d):
-        self.d = d
+    """The sparse autoencoder of the file."""
+
+    def __init__(self, file: Scope):
+        self.W_enc, self.b_enc, self.W_dec, self.b_dec = (
+            file.input(f"sae_{key}") for key in ("W_enc", "b_enc", "W_dec", "b_dec")
+        )
 
     def encode(self, x):
-        return ((x - self.d["sae_b_dec"]) @ self.d["sae_W_enc"] + self.d["sae_b_enc"]).relu()
+        return ((x - self.b_dec) @ self.W_enc + self.b_enc).relu()
 
     def decode(self, f):
-        return f @ self.d["sae_W_dec"] + self.d["sae_b_dec"]
+        return f @ self.W_dec + self.b_dec
 
 
 class Downstream(nn.Module):
-    def __init__(self, d):
+    """What follows the features: a gated step, a running mean over the positions, a read-out of one of them."""
+
+    def __init__(self, file: Scope):
         super().__init__()
-        self.h, self.act = nn.Identity(), nn.GELU()
-        for name in ("first", "last"):
-            norm = nn.LayerNorm(len(d["ln_w"]))
-            norm.weight, norm.bias = nn.Parameter(d["ln_w"]), nn.Parameter(d["ln_b"])
-            setattr(self, name, norm)
-        self.d = d
+        self.h, self.act = nn.Identity(), ACTIVATIONS[file["act_fn"]]()
+        self.first, self.last = (
+            norm(file.input("ln_w"), file.input("ln_b"), file["norm_eps"], "LN") for _ in range(2)
+        )
+        self.W1, self.b1, self.W2, self.b2, self.u = (
+            file.input(key) for key in ("W1", "b1", "W2", "b2", "u")
+        )
+        self.position = file["position"]
 
     def forward(self, h):
         h = self.h(h)
-        y = h + self.act(self.first(h) @ self.d["W1"] + self.d["b1"]) @ self.d["W2"] + self.d["b2"]
+        y = h + self.act(self.first(h) @ self.W1 + self.b1) @ self.W2 + self.b2
         y = y.cumsum(1) / torch.arange(1, y.shape[1] + 1, dtype=y.dtype)[:, None]
-        return self.last(y)[:, -1] @ self.d["u"]
+        return self.last(y)[:, self.position] @ self.u

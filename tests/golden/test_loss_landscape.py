@@ -3,222 +3,211 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 
-import numpy as np
 import pytest
 import torch
-from tests.golden.common import files
-from torch import nn
+from tests.golden.common import File, Scope, golden
+from torch import Tensor, nn
 
-from lineament.core.curvature.matrices import hessian, lanczos, trace
+from lineament.core.curvature.matrices import hessian, lanczos
 from lineament.core.gradients import flatten
-from lineament.measure.landscape.axes import given, hessian_axes, normalised
+from lineament.measure.landscape.axes import Axis, given, hessian_axes, normalised
 from lineament.measure.landscape.criteria import density_curve, extreme_ratio, negative_ratio
 from lineament.measure.landscape.grids import adam_equation, interpolation, line, plane
 from lineament.measure.landscape.points import evaluate
 
-PATHS = files("loss-landscape")
-LOSS = nn.functional.cross_entropy
-MLP = ("l1.weight", "l1.bias", "l2.weight", "l2.bias")
-CONV = ("c.weight", "c.bias", "bn.weight", "bn.bias", "l.weight", "l.bias")
+ACTIVATIONS = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "sigmoid": nn.Sigmoid,
+    "softplus": nn.Softplus,
+}
+LOSSES = {"mean": nn.functional.cross_entropy}
+LANCZOS = {"full": lanczos}
+# Array: (normalisation, its options); the official code scales one-dimensional tensors as a whole.
+DIRECTIONS = {
+    "filter": ("filter", {"one_dim": "scale"}),
+    "layer": ("layer", {"one_dim": "scale"}),
+    "weight": ("weight", {}),
+    "model": ("model", {}),
+    "filter_L1": ("filter", {"one_dim": "scale", "order": 1}),
+}
 
 
-class Mlp(nn.Module):
-    def __init__(self, parameters):
-        super().__init__()
-        (h, d), (k, _) = parameters["l1.weight"].shape, parameters["l2.weight"].shape
-        self.l1, self.l2 = nn.Linear(d, h), nn.Linear(h, k)
-        self.double().load_state_dict(parameters)
-
-    def forward(self, x):
-        return self.l2(torch.tanh(self.l1(x)))
+def tensors(file: Scope, prefix: str, names: list[str]) -> dict[str, Tensor]:
+    """Arrays by the names of parameters: ``l1_weight`` is ``l1.weight``."""
+    layer = re.compile("_(?=weight|bias|running|num_batches)")
+    return {layer.sub(".", name): file.input(f"{prefix}_{name}") for name in names}
 
 
-class Conv(nn.Module):
-    def __init__(self, state):
-        super().__init__()
-        (c, inputs, side, _), (k, width) = state["c.weight"].shape, state["l.weight"].shape
-        self.c, self.bn = nn.Conv2d(inputs, c, side, padding=side // 2), nn.BatchNorm2d(c)
-        self.l = nn.Linear(width, k)
-        self.double().load_state_dict(state)
-        self.eval()
-
-    def forward(self, x):
-        return self.l(torch.relu(self.bn(self.c(x))).flatten(1))
-
-
-class Case:
-    def __init__(self, path):
-        self.arrays = {
-            k: torch.from_numpy(np.asarray(v)) for k, v in np.load(path, allow_pickle=False).items()
-        }
-        self.data = [(self["X"], self["y"])]
-        self.used = {"X", "y"}
-
-    def __getitem__(self, key):
-        if hasattr(self, "used"):
-            self.used.add(key)
-        return self.arrays[key]
-
-    def mlp(self, which):
-        return Mlp({name: self[f"{which}_{name.replace('.', '_')}"] for name in MLP})
-
-    def direction(self, prefix, names):
-        return {name: self[f"{prefix}_{name.replace('.', '_')}"] for name in names}
+def mlp(file: Scope, which: str) -> nn.Sequential:
+    """Linear layers with an activation between them."""
+    state = tensors(file, which, file["parameter"])
+    parts: OrderedDict[str, nn.Module] = OrderedDict()
+    for name in dict.fromkeys(key.split(".")[0] for key in state):
+        if parts:
+            parts[f"before {name}"] = ACTIVATIONS[file["activation"]]()
+        parts[name] = nn.Linear(*state[f"{name}.weight"].T.shape)
+    net = nn.Sequential(parts).double()
+    net.load_state_dict(state)
+    return net
 
 
-@pytest.fixture(params=PATHS, ids=lambda p: p.name)
-def case(request):
-    return Case(request.param)
+def convolution(file: Scope) -> nn.Sequential:
+    state = tensors(file, "conv", file["conv_parameter"] + file["conv_buffer"])
+    (channels, inputs, *_), (classes, width) = state["c.weight"].shape, state["l.weight"].shape
+    net = nn.Sequential(
+        OrderedDict(
+            c=nn.Conv2d(
+                inputs,
+                channels,
+                file["conv_kernel_size"],
+                padding=file["conv_padding"],
+                stride=file.get("conv_stride", 1),
+            ),
+            bn=nn.BatchNorm2d(channels, eps=file["bn_eps"]),
+            relu=nn.ReLU(),
+            flat=nn.Flatten(),
+            l=nn.Linear(width, classes),
+        )
+    ).double()
+    net.load_state_dict(state)
+    return net.eval()
 
 
-def close(found, expected, atol, rtol=0.0):
-    torch.testing.assert_close(
-        torch.as_tensor(found), expected.to(torch.as_tensor(found)), atol=atol, rtol=rtol
-    )
-
-
-@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
-def test_every_file_and_every_array_is_recognised(path):
-    assert path.suffix == ".npz", f"{path.name}: no adapter reads this file"
-    quantity = r"l[12]_(weight|bias)|loss|grad|hess|eigs|trace|v0|lanczos_(alpha|beta)|nodes|weights|hutch_single|re|K_[\d.]+|density(_grid)?(_s1e-2)?"
-    known = (
-        rf"X|y|(init|trained)_({quantity})|multi_(re|K_[\d.]+)|dir[12]_(l[12]_(weight|bias)|filter)|dir1_(layer|weight|model|filter_L1)|"
-        r"plane_(axis|filter|official_steps|official_filter_dist1|freeze_axis|freeze_from2|freeze_before2)|interp_(alpha|loss|official_steps5)|"
-        r"eigvec_top[12]|eigval_top2_mag|hess_plane(_axis)?|adam_[mv]|adameq_(steps|correct|a|b)|conv_.*|convdir_.*"
-    )
-    strange = [key for key in np.load(path, allow_pickle=False).files if not re.fullmatch(known, key)]
-    assert not strange, f"no adapter reads {strange}"
-
-
-@pytest.mark.parametrize("which", ["init", "trained"])
-def test_hessian_lanczos_and_hutchinson(case, which):
-    net = case.mlp(which)
-    operator = hessian(net, LOSS, case.data)
-    loss = LOSS(net(case["X"]), case["y"])
-    close(loss.detach(), case[f"{which}_loss"], 1e-9)
-    close(flatten(torch.autograd.grad(loss, list(net.parameters()))), case[f"{which}_grad"], 1e-9)
+def check_curvature(case: Scope, data: list[tuple[Tensor, Tensor]]) -> None:
+    at, loss_fn, net = case.name, LOSSES[case["reduction"]], mlp(case, case.name)
+    operator = hessian(net, loss_fn, data)
+    loss = loss_fn(net(data[0][0]), data[0][1])
     dense = operator.dense()
-    close(dense, case[f"{which}_hess"], 1e-9)
-    close(torch.linalg.eigvalsh(dense), case[f"{which}_eigs"], 1e-9)
-    close(torch.trace(dense), case[f"{which}_trace"], 1e-9)
-    estimate = trace(operator, 300)
-    assert abs(estimate.value - float(case[f"{which}_trace"])) < 1e-6
-    v = case[f"{which}_v0"]
-    close(v @ (operator @ v), case[f"{which}_hutch_single"], 1e-9)
-    run = lanczos(operator, len(case[f"{which}_lanczos_alpha"]), start=v)
-    close(run.diagonal, case[f"{which}_lanczos_alpha"], 1e-12, 1e-6)
-    close(run.off_diagonal[:-1], case[f"{which}_lanczos_beta"], 1e-12, 1e-6)
-    nodes, vectors = run.ritz()
-    close(nodes, case[f"{which}_nodes"], 1e-12, 1e-6)
-    close(vectors[0].square(), case[f"{which}_weights"], 1e-5)
+    case.compare(f"{at}_loss", loss)
+    case.compare(f"{at}_grad", flatten(torch.autograd.grad(loss, list(net.parameters()))))
+    case.compare(f"{at}_hess", dense)
+    case.compare(f"{at}_eigs", torch.linalg.eigvalsh(dense))
+    case.compare(f"{at}_trace", torch.trace(dense))
+    if case.has(f"{at}_v0"):
+        v = case.input(f"{at}_v0")
+        case.compare(f"{at}_hutch_single", v @ (operator @ v))
+        run = LANCZOS[case["reorthogonalize"]](operator, case["lanczos_steps"], start=v)
+        case.compare(f"{at}_lanczos_alpha", run.diagonal)
+        case.compare(f"{at}_lanczos_beta", run.off_diagonal[:-1])
+        nodes, vectors = run.ritz()
+        case.compare(f"{at}_nodes", nodes)
+        case.compare(f"{at}_weights", vectors[0].square())
+    # Criteria and densities are functions of the stored nodes and weights.
+    if case.has(f"{at}_nodes") and case.has(f"{at}_weights"):
+        nodes, weights = case.input(f"{at}_nodes"), case.input(f"{at}_weights")
+        case.compare(f"{at}_re", extreme_ratio(nodes))
+        for n in case["exponent"]:
+            case.compare(f"{at}_K_{n}", negative_ratio(nodes, weights, n))
+        for ending in (m[1] for key in case.values if (m := re.fullmatch(r"density(|_.+)_s2", key))):
+            variance, margin = case[f"density{ending}_s2"], case[f"density{ending}_ext"]
+            grid, height = density_curve(
+                nodes, weights, variance=variance, margin=margin, points=case["n_grid"]
+            )
+            case.compare(f"{at}_density_grid{ending}", grid)
+            case.compare(f"{at}_density{ending}", height)
 
 
-@pytest.mark.parametrize("which", ["init", "trained"])
-def test_criteria_and_density(case, which):
-    nodes, weights = case[f"{which}_nodes"], case[f"{which}_weights"]
-    close(extreme_ratio(nodes), case[f"{which}_re"], 1e-10)
-    exponents = [k.split("K_")[1] for k in case.arrays if k.startswith(f"{which}_K_")]
-    assert exponents
-    for n in exponents:
-        close(negative_ratio(nodes, weights, float(n)), case[f"{which}_K_{n}"], 1e-10)
-    for ending, variance, margin in (("", 1e-5, 1e-3), ("_s1e-2", 1e-2, 0.1)):
-        expected = case[f"{which}_density{ending}"]
-        grid, height = density_curve(nodes, weights, variance=variance, margin=margin, points=len(expected))
-        close(grid, case[f"{which}_density_grid{ending}"], 1e-9)
-        close(height, expected, 1e-9)
+def check_planes(file: File, data: list[tuple[Tensor, Tensor]]) -> None:
+    loss_fn, net = LOSSES[file["reduction"]], mlp(file, file["reference"])
+    axes: list[Axis] = []
+    for number in sorted({m[1] for m in file.arrays(r"dir(\d+)_.+").values()}):
+        raw = given(net, tensors(file, f"dir{number}", file["parameter"]))
+        for name, (how, options) in DIRECTIONS.items():
+            file.compare(f"dir{number}_{name}", normalised(net, raw, how, **options).vector)
+        axes.append(normalised(net, raw, "filter", one_dim="scale"))
+
+    def surface(axes: list[Axis], grid: Tensor) -> Tensor:
+        return plane(net, loss_fn, data, axes, at=(grid, grid)).loss
+
+    if file.has("plane_axis"):
+        file.compare("plane_filter", surface(axes, file.input("plane_axis")))
+    if file.has("plane_freeze_axis"):
+        count = file["freeze_tensor"]
+        for key, held in ((f"from{count}", count), (f"before{count}", -count)):
+            found = surface([axis.frozen(net, held) for axis in axes], file.input("plane_freeze_axis"))
+            file.compare(f"plane_freeze_{key}", found)
+    if file.has("plane_official_steps"):
+        # Their rows are shifted by one cell in turn; the same points by our evaluation give their numbers.
+        steps = int(file.input("plane_official_steps"))
+        cells = [
+            ((i - steps / 2) / steps, (j + (i % 2 == 0) - steps / 2) / steps)
+            for i in range(steps)
+            for j in range(steps)
+        ]
+        found = evaluate(net, loss_fn, data, axes, cells)["loss"].view(steps, steps)
+        file.compare("plane_official_filter_dist1", found)
+    if file.has("hess_plane_axis") or file.arrays("eig(vec|val)_top.+"):
+        wanted = file["n_eigenvectors"]
+        found = hessian_axes(hessian(net, loss_fn, data), indices=range(wanted), tol=1e-11)
+        values = torch.tensor([axis.info["eigenvalue"] for axis in found], dtype=torch.float64)
+        file.compare(f"eigval_top{wanted}_mag", values.abs())
+        for number, axis in enumerate(found, 1):
+            file.compare(f"eigvec_top{number}", axis.vector)
+        if file.has("hess_plane_axis"):
+            file.compare("hess_plane", surface(found[:2], file.input("hess_plane_axis")))
+    if file.has("adameq_steps"):
+        moments = [given(net, file.input(f"adam_{key}")) for key in "mv"]
+        adam = torch.optim.Adam(net.parameters())
+        found = adam_equation(
+            net, loss_fn, data, adam, steps=int(file.input("adameq_steps")), moments=moments
+        )
+        for key, value in (("a", found.a), ("b", found.b), ("correct", found.loss)):
+            file.compare(f"adameq_{key}", value)
 
 
-def test_criteria_are_means_over_probes(case):
-    nodes = torch.stack([case["init_nodes"], case["trained_nodes"]])
-    weights = torch.stack([case["init_weights"], case["trained_weights"]])
-    close(extreme_ratio(nodes).mean(), case["multi_re"], 1e-10)
-    for key in (k for k in case.arrays if k.startswith("multi_K_")):
-        close(negative_ratio(nodes, weights, float(key.split("K_")[1])).mean(), case[key], 1e-10)
-
-
-def axes_of(case, net, how="filter", **options):
-    raw = [given(net, case.direction(f"dir{k}", MLP)) for k in (1, 2)]
-    return [normalised(net, axis, how, **{"one_dim": "scale", **options}) for axis in raw]
-
-
-def test_directions(case):
-    net = case.mlp("trained")
-    for key, how, options in (
-        ("filter", "filter", {}),
-        ("layer", "layer", {}),
-        ("weight", "weight", {}),
-        ("model", "model", {}),
-        ("filter_L1", "filter", {"order": 1}),
-    ):
-        first, second = axes_of(case, net, how, **options)
-        close(first.vector, case[f"dir1_{key}"], 1e-8)
-        if f"dir2_{key}" in case.arrays:
-            close(second.vector, case[f"dir2_{key}"], 1e-8)
-
-
-def test_planes(case):
-    net = case.mlp("trained")
-    axes = axes_of(case, net)
-    grid = case["plane_axis"]
-    close(plane(net, LOSS, case.data, axes, at=(grid, grid)).loss, case["plane_filter"], 1e-8)
-    grid = case["plane_freeze_axis"]
-    for key, count in (("from2", 2), ("before2", -2)):
-        held = [axis.frozen(net, count) for axis in axes]
-        close(plane(net, LOSS, case.data, held, at=(grid, grid)).loss, case[f"plane_freeze_{key}"], 1e-8)
-
-
-def test_the_official_saw_tooth_is_understood(case):
-    """Their rows are shifted by one cell in turn; the same points by our evaluation give their numbers."""
-    net, steps = case.mlp("trained"), int(case["plane_official_steps"])
-    points = [
-        ((i - steps / 2) / steps, (j + (i % 2 == 0) - steps / 2) / steps)
-        for i in range(steps)
-        for j in range(steps)
-    ]
-    found = evaluate(net, LOSS, case.data, axes_of(case, net), points)["loss"]
-    close(found.view(steps, steps), case["plane_official_filter_dist1"], 1e-8)
-
-
-def test_interpolation(case):
-    start, end = case.mlp("init"), case.mlp("trained")
-    close(interpolation(start, LOSS, case.data, end, at=case["interp_alpha"]).loss, case["interp_loss"], 1e-8)
-    theirs = case["interp_official_steps5"]
-    at = torch.arange(1, len(theirs) + 1, dtype=torch.float64) / len(theirs)
-    close(interpolation(start, LOSS, case.data, end, at=at).loss, theirs, 1e-8)
-
-
-def test_hessian_axes_and_their_plane(case):
-    net = case.mlp("trained")
-    axes = hessian_axes(hessian(net, LOSS, case.data), tol=1e-11)
-    values = torch.tensor([axis.info["eigenvalue"] for axis in axes], dtype=torch.float64)
-    close(values, case["eigval_top2_mag"], 1e-9)
-    for number, axis in enumerate(axes, 1):
-        close(axis.vector, case[f"eigvec_top{number}"], 1e-8)
-    grid = case["hess_plane_axis"]
-    close(plane(net, LOSS, case.data, axes, at=(grid, grid)).loss, case["hess_plane"], 1e-8)
-
-
-def test_adam_equation(case):
-    net, steps = case.mlp("trained"), int(case["adameq_steps"])
-    moments = [given(net, case[f"adam_{k}"]) for k in "mv"]
-    found = adam_equation(
-        net, LOSS, case.data, torch.optim.Adam(net.parameters()), steps=steps, moments=moments
+def check_interpolation(file: File, data: list[tuple[Tensor, Tensor]]) -> None:
+    start = next((case.name for case in file.cases if case.name != file["reference"]), file["reference"])
+    first, last, loss_fn = mlp(file, start), mlp(file, file["reference"]), LOSSES[file["reduction"]]
+    if file.has("interp_alpha"):
+        found = interpolation(first, loss_fn, data, last, at=file.input("interp_alpha"))
+        file.compare("interp_loss", found.loss)
+    steps = file["interp_official_steps"]
+    at = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+    file.compare(
+        f"interp_official_steps{steps}", lambda: interpolation(first, loss_fn, data, last, at=at).loss
     )
-    close(found.a, case["adameq_a"], 1e-12)
-    close(found.b, case["adameq_b"], 1e-12)
-    close(found.loss, case["adameq_correct"], 1e-8)
 
 
-@pytest.mark.filterwarnings("ignore::lineament.measure.landscape.batchnorm_modes.LandscapeWarning")
-def test_batch_norm(case):
-    keys = [*CONV, "bn.running_mean", "bn.running_var", "bn.num_batches_tracked"]
-    net = Conv(case.direction("conv", keys))
-    raw = given(net, case.direction("convdir", CONV))
+def check_batch_norm(file: File) -> None:
+    net, loss_fn = convolution(file), nn.functional.cross_entropy
+    data = [(file.input("conv_X"), file.input("conv_y"))]
+    raw = given(net, tensors(file, "convdir", file["conv_parameter"]))
     scaled, ignored = normalised(net, raw, one_dim="scale"), normalised(net, raw)
-    close(scaled.vector, case["convdir_filter"], 1e-8)
-    close(ignored.vector, case["convdir_filter_biasbn_ignored"], 1e-8)
-    data, at = [(case["conv_X"], case["conv_y"])], case["conv_line_alpha"]
-    close(line(net, LOSS, data, scaled, at=at).loss, case["conv_line_eval"], 1e-8)
-    close(line(net, LOSS, data, scaled, at=at, batchnorm="batch").loss, case["conv_line_trainBN"], 1e-8)
-    close(line(net, LOSS, data, ignored, at=at).loss, case["conv_line_eval_biasbn_ignored"], 1e-8)
+    file.compare("convdir_filter", scaled.vector)
+    file.compare("convdir_filter_biasbn_ignored", ignored.vector)
+    at = file.input("conv_line_alpha")
+    file.compare("conv_line_eval", line(net, loss_fn, data, scaled, at=at).loss)
+    file.compare("conv_line_trainBN", line(net, loss_fn, data, scaled, at=at, batchnorm="batch").loss)
+    file.compare("conv_line_eval_biasbn_ignored", line(net, loss_fn, data, ignored, at=at).loss)
+    for name, buffer in net.named_buffers():  # left as they were
+        file.compare(f"conv_{name.replace('.', '_')}", buffer)
+
+
+def check_lla(file: File) -> None:
+    if file.has("conv_X"):
+        check_batch_norm(file)
+    if not file.has("X"):
+        return
+    data = [(file.input("X"), file.input("y"))]
+    if all(file.has(f"{which}_nodes") for which in file["repeats"]):
+        runs = [[file.input(f"{which}_{key}") for which in file["repeats"]] for key in ("nodes", "weights")]
+        nodes, weights, n = torch.stack(runs[0]), torch.stack(runs[1]), file["repeat_exponent"]
+        file.compare("multi_re", extreme_ratio(nodes).mean())
+        file.compare(f"multi_K_{n}", negative_ratio(nodes, weights, n).mean())
+    if file.has(f"{file['reference']}_{file['parameter'][0]}"):
+        check_interpolation(file, data)
+        check_planes(file, data)
+    for case in file.cases:
+        check_curvature(case, data)
+
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::lineament.measure.landscape.batchnorm_modes.LandscapeWarning"
+)
+test_golden, test_a_wrong_number_is_noticed = golden(
+    "loss-landscape", {"lla": check_lla}, fixed=("direction_eps", "adam_eps", "conv_bn_num_batches_tracked")
+)

@@ -2,194 +2,187 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from pathlib import Path
+from typing import Any
 
-import numpy as np
-import pytest
 import torch
-from tests.golden.common import files
-from torch import nn
+from tests.golden.common import File, golden
+from torch import Tensor, nn
 
-from lineament.core.sites.activations import capture, record
-from lineament.explain.saliency import METHODS, saliency
-from lineament.explain.saliency.aggregation import Window, aggregate_contributions, combined
-from lineament.explain.saliency.checks import class_sensitivity
-from lineament.explain.saliency.meta import meta_saliency
-from lineament.explain.saliency.pointing import PointingGame, points_at
+from lineament.core.sites.activations import capture
+from lineament.explain.pixels.aggregation import Window, aggregate_contributions, combined
+from lineament.explain.pixels.checks import class_sensitivity
+from lineament.explain.pixels.maps import saliency
+from lineament.explain.pixels.meta import meta_saliency
+from lineament.explain.pixels.methods import Method
+from lineament.explain.pixels.pointing import PointingGame, points_at
 
-TOLERANCE = 1e-9
+POOLINGS = {
+    "global_average": lambda x: x.mean((2, 3)),
+    "global_max": lambda x: x.amax((2, 3)),
+    "flatten": lambda x: x.flatten(1),
+}
+RESIZES = {("bilinear", False): True}
+SIGNS = {"neg0": False, "neg1": True}
+SCORES = {"logit": lambda net: net}
+DISTANCES = {"strict": points_at}
 
 
 class Net(nn.Module):
-    """The network of the golden files, rebuilt from its stored parameters: ReLU behind each convolution, one pooling."""
+    """Feature layers, a pooling and a classifier, as the file lists them."""
 
-    def __init__(self, parameters: dict[str, torch.Tensor]):
+    def __init__(self, file: File):
         super().__init__()
+        state = {m[1]: file.input(name) for name, m in file.arrays(r"param\|(.+)").items()}
 
-        def stack(prefix: str, pools: bool) -> nn.Sequential:
-            indices = sorted({int(k.split(".")[1]) for k in parameters if k.startswith(prefix)})
-            modules: list[nn.Module] = []
-            for index in indices:
-                # A gap of three between convolutions is ReLU and a max-pool, of two a ReLU.
-                while len(modules) < index:
-                    second = nn.MaxPool2d(2) if pools else nn.Identity()
-                    modules.append(second if isinstance(modules[-1], nn.ReLU) else nn.ReLU())
-                w = parameters[f"{prefix}.{index}.weight"]
-                modules.append(
-                    nn.Conv2d(w.shape[1], w.shape[0], w.shape[2], padding=w.shape[2] // 2)
-                    if pools
-                    else nn.Linear(w.shape[1], w.shape[0])
-                )
-            return nn.Sequential(*modules, *([nn.ReLU()] if pools else []))
+        def stack(prefix: str) -> nn.Sequential:
+            return nn.Sequential(
+                *(layer(spec, state.get(f"{prefix}.{k}.weight")) for k, spec in enumerate(file[prefix]))
+            )
 
-        self.features, self.classifier = stack("features", True), stack("classifier", False)
-        self.double().load_state_dict(parameters)
+        def layer(spec: dict[str, Any], weight: Tensor | None) -> nn.Module:
+            options = {key: value for key, value in spec.items() if key != "type"}
+            sizes: tuple[int, ...] = ()
+            if weight is not None:
+                outputs, *inputs = weight.shape[:2]
+                sizes = (*(n * options.get("groups", 1) for n in inputs), outputs)
+            return getattr(nn, spec["type"])(*sizes, **options)
+
+        self.features, self.classifier = stack("features"), stack("classifier")
+        self.pooling = POOLINGS[file["pooling"]]
+        self.double().load_state_dict(state)
         self.eval()
 
     def forward(self, x):
-        return self.classifier(self.features(x).mean((2, 3)))
-
-
-def load(path: Path):
-    arrays = {k: torch.from_numpy(v) for k, v in np.load(path, allow_pickle=False).items()}
-    net = Net({k.split("|")[1]: v for k, v in arrays.items() if k.startswith("param|")})
-    return net, arrays
-
-
-def network_files() -> list[Path]:
-    return [p for p in files("normgrad") if p.suffix == ".npz"]
-
-
-def scalars_for(path: Path) -> dict:
-    """The scalars that go with a network: the JSON with the same ending of its name, or the only one."""
-    ending = path.stem.removeprefix("network_maps")
-    candidates = [p for p in files("normgrad") if p.suffix == ".json"]
-    chosen = [p for p in candidates if p.stem.removeprefix("scalars") == ending] or candidates
-    return json.loads(chosen[0].read_text())
+        return self.classifier(self.pooling(self.features(x)))
 
 
 def site_of(name: str) -> str:
     return ":in" if name == "input" else name
 
 
-@pytest.mark.parametrize("path", files("normgrad"), ids=lambda p: p.name)
-def test_every_file_is_recognised(path):
-    if path.suffix == ".npz":
-        keys = set(np.load(path, allow_pickle=False).files)
-        known = (
-            "param",
-            "act",
-            "grad",
-            "raw",
-            "map",
-            "meta",
-            "weighted",
-            "map_resized",
-            "map_smooth",
-            "combi_product",
+def check_maps(file: File) -> None:
+    net, x = SCORES[file["score"]](Net(file)), file.input("x")
+    targets = torch.as_tensor(file["target"]).expand(len(x))
+    first, target, plain = (
+        x[:1],
+        targets[:1],
+        {"resize": not RESIZES[file["resize_mode"], file["align_corners"]]},
+    )
+    # Where the official code gives NaN or infinity, the library must not.
+    broken = {
+        name
+        for told in file.partners("scalars")
+        for name in told.nodes.get("nonfinite_in_official_output", [])
+    }
+
+    def compare(name: str, found: Tensor) -> None:
+        if name in broken:
+            assert bool(found.isfinite().all()), name
+            stored = file.input(name)
+            found = torch.where(stored.isfinite(), found, stored)
+        file.compare(name, found)
+
+    def at_layers(**options: Any) -> list[Tensor]:
+        return list(saliency(net, first, target, site=file["combined_layers"], **options, **plain).values())
+
+    file.compare("logits", net(x))
+    for name, m in file.arrays(r"(?:act|grad)\|(.+)").items():
+        with capture(net, site_of(m[1]), gradients=True) as seen:
+            score = net(first)[0, target[0]]
+        found = seen.gradients(score) if name.startswith("grad") else {site_of(m[1]): seen[site_of(m[1])]}
+        compare(name, found[site_of(m[1])][0])
+    for name, m in file.arrays(r"map_resized\|(\w+)\|(.+)").items():
+        width, height = file["resize_wh"]
+        compare(name, saliency(net, x, targets, site=site_of(m[2]), method=m[1], resize=(height, width)))
+    for name, m in file.arrays(r"map_smooth\|(\w+)\|(.+)").items():
+        compare(
+            name, saliency(net, x, targets, site=site_of(m[2]), method=m[1], smooth=file["smooth_fraction"])
         )
-        assert {"x", "logits"} <= keys
-        assert all(k.split("|")[0] in known for k in keys - {"x", "logits"})
-    else:
-        assert path.suffix == ".json", f"{path.name}: no adapter reads this file"
-        assert {"target", "class_sensitivity_spearman", "pointing_game"} <= set(json.loads(path.read_text()))
-
-
-@pytest.mark.parametrize("path", network_files(), ids=lambda p: p.name)
-def test_maps_are_those_of_the_official_code(path):
-    net, arrays = load(path)
-    scalars = scalars_for(path)
-    x, target = arrays["x"], int(scalars["target"])
-    torch.testing.assert_close(net(x).detach(), arrays["logits"], atol=TOLERANCE, rtol=0)
-    seen = 0
-    for key, expected in arrays.items():
-        kind, *rest = key.split("|")
-        plain = {"resize": False}
-        if kind == "map":
-            found = saliency(net, x, target, site=site_of(rest[1]), method=rest[0], **plain)
-        elif kind == "meta":
-            lr, negate = scalars["lr"], rest[1] == "neg1"
-            last = [n for n, m in net.named_modules() if n.startswith("features.")][-1]
-            found = meta_saliency(net, x, target, eps=lr, negate=negate, method=rest[0], site=last, **plain)
-        elif kind == "map_resized":
-            width, height = scalars["resize_wh"]
-            found = saliency(net, x, target, site=site_of(rest[1]), method=rest[0], resize=(height, width))
-        elif kind == "map_smooth":
-            fraction = scalars["smooth_fraction"]
-            found = saliency(net, x, target, site=site_of(rest[1]), method=rest[0], smooth=fraction)
-        elif kind == "raw":
-            site, extract, aggregate = rest
-            act, grad = arrays[f"act|{site}"][None], arrays[f"grad|{site}"][None]
-            shape = re.fullmatch(r"conv(\d+)x\1(_depthwise)?", extract)
-            window = Window.square(int(shape[1]) if shape else 1)
-            phase = extract if shape is None else "depthwise" if shape[2] else "conv"
-            found = aggregate_contributions(act, grad, phase, aggregate, window=window)[0, 0]
-            again = saliency(net, x[:1], target, site=site, extract=extract, aggregate=aggregate, **plain)
-            torch.testing.assert_close(again[0, 0], expected, atol=TOLERANCE, rtol=0)
-        elif kind == "act":
-            found = record(net, x[:1], site_of(rest[0]))[site_of(rest[0])][0]
-        elif kind == "grad":
-            with capture(net, site_of(rest[0]), gradients=True) as acts:
-                score = net(x[:1])[0, target]
-            found = acts.gradients(score)[site_of(rest[0])][0]
-        elif kind in ("combi_product", "weighted"):
-            sites = list(scalars["layer_weights"])
-            method = "norm_grad" if kind == "combi_product" else "norm_grad_selective"
-            maps = list(saliency(net, x[:1], target, site=sites, method=method, **plain).values())
-            size = tuple(x.shape[-2:])
-            if kind == "combi_product":
-                found = combined(maps, size, how="plain_product")[0, 0]
-            else:
-                weights = list(scalars["layer_weights"].values()) if rest[0] == "activation" else rest[0]
-                found = combined(maps, size, how=rest[1], weights=weights)
-        else:
-            assert key in ("x", "logits") or kind == "param", key
-            continue
-        seen += 1
-        tolerance = 1e-6 if kind == "map_smooth" else TOLERANCE
-        torch.testing.assert_close(
-            found, expected.to(found), atol=tolerance, rtol=0, msg=lambda m, k=key: f"{k}: {m}"
+    for name, m in file.arrays(r"meta\|(\w+)\|(\w+)").items():
+        step: dict[str, Any] = {"eps": file["lr"], "order": file["meta_steps"], "negate": SIGNS[m[2]]}
+        compare(
+            name,
+            meta_saliency(net, x, targets, site=site_of(file["meta_layer"]), method=m[1], **step, **plain),
         )
-        if kind == "map" and rest[0] == "excitation_backprop":
-            torch.testing.assert_close(
-                found.sum((1, 2, 3)), torch.ones(len(x)).double(), atol=TOLERANCE, rtol=0
-            )
-    assert seen > 0
-    assert {k.split("|")[1] for k in arrays if k.startswith("map|")} <= set(METHODS)
+    size = (x.shape[2], x.shape[3])
+    for name, m in file.arrays(r"combi_product\|(\w+)\|(\w+)").items():
+        maps = at_layers(method=Method(m[1], m[2]))
+        compare(name, combined(maps, size, how="plain_product")[0, 0])
+    for name, m in file.arrays(r"weighted\|(\w+)\|(\w+)").items():
+        weights = [file[f"{m[1]}_weights"][layer] for layer in file["combined_layers"]]
+        maps = at_layers(method=file["weighted_method"])
+        compare(name, combined(maps, size, how=m[2], weights=weights))
+    for name, m in file.arrays(r"raw\|(.+)\|(\w+)\|(\w+)").items():
+        site, extract, aggregate = site_of(m[1]), m[2], m[3]
+        compare(
+            name, saliency(net, first, target, site=site, method=Method(extract, aggregate), **plain)[0, 0]
+        )
+        with capture(net, site, gradients=True) as seen:
+            score = net(first)[0, target[0]]
+        size = re.fullmatch(r"conv(\d+)x\1(_depthwise)?", extract)
+        width, phase = (1, extract) if size is None else (int(size[1]), "depthwise" if size[2] else "conv")
+        window = Window((width, width), padding=(file["contribution_padding"] if width > 1 else 0,) * 4)
+        found = aggregate_contributions(
+            seen[site], seen.gradients(score)[site], phase, aggregate, window=window
+        )
+        compare(name, found[0, 0])
+    for name, m in file.arrays(r"map\|(\w+)\|(.+)").items():
+        found = saliency(net, x, targets, site=site_of(m[2]), method=m[1], **plain)
+        compare(name, found)
+        if m[1] == "excitation_backprop":
+            torch.testing.assert_close(found.sum((1, 2, 3)), torch.ones(len(x)).double())
 
 
-@pytest.mark.parametrize("path", network_files(), ids=lambda p: p.name)
-def test_class_sensitivity_is_that_of_the_official_code(path):
-    net, arrays = load(path)
-    scalars = scalars_for(path)
-    output = net(arrays["x"])
-    assert output.argmax(1).tolist() == scalars["argmax"] and output.argmin(1).tolist() == scalars["argmin"]
-    for key, expected in scalars["class_sensitivity_spearman"].items():
+def check_scalars(file: File) -> None:
+    arrays = file.partners("network_maps")[0]
+    net, x = Net(arrays), arrays.input("x")
+    output = net(x)
+    file.compare("argmax", output.argmax(1))
+    file.compare("argmin", output.argmin(1))
+    for key in file.nodes.get("class_sensitivity_spearman", {}):
         method, site = key.split("|")
-        found = class_sensitivity(net, arrays["x"], method=method, site=site_of(site))
-        for value, want in zip(found.per_image.tolist(), expected):
-            assert math.isnan(value) if want is None else abs(value - want) < 2e-3, key
-        assert found.undefined == sum(want is None for want in expected)
+        file.compare(
+            f"class_sensitivity_spearman.{key}",
+            class_sensitivity(net, x, method=method, site=site_of(site)).per_image,
+        )
+    for key in (
+        "target",
+        "lr",
+        "resize_wh",
+        "smooth_fraction",
+        "layer_weights",
+        "nonfinite_in_official_output",
+    ):
+        if key in file.nodes:
+            file.input(key)  # read for the maps
+    if "pointing_game" in file.nodes:
+        check_pointing_game(file)
 
 
-@pytest.mark.parametrize("path", [p for p in files("normgrad") if p.suffix == ".json"], ids=lambda p: p.name)
-def test_pointing_game_is_that_of_the_official_code(path):
-    game = json.loads(path.read_text())["pointing_game"]
-    count = PointingGame(game["num_classes"])
-    for case in game["cases"]:
-        row, column, height, width = case["box_y0x0hw"]
-        mask = torch.zeros(game["H"], game["W"], dtype=torch.bool)
-        mask[row : row + height, column : column + width] = True
-        hit = points_at(tuple(case["point_xy"]), mask, game["tolerance"])
-        assert hit == (case["hit"] == 1), case
-        count.add(case["class_id"], hit)
-    extra = {k: v for k, v in game.items() if k not in ("H", "W", "tolerance", "num_classes", "cases")}
-    per_class = [0.0 if a is None else a for a in count.accuracies()]
-    for name, value in extra.items():
-        if isinstance(value, list):
-            assert np.allclose(per_class, value), name
-        else:
-            assert math.isclose(count.mean(unseen_as_zero=True), value), name
+def check_pointing_game(file: File) -> None:
+    at = "pointing_game"
+    height, width, tolerance, classes = (
+        file.input(f"{at}.{key}") for key in ("H", "W", "tolerance", "num_classes")
+    )
+    count = PointingGame(classes)
+    for k in range(len(file.nodes[f"{at}.cases"])):
+        box, point, label = (
+            file.input(f"{at}.cases[{k}].{key}") for key in ("box_y0x0hw", "point_xy", "class_id")
+        )
+        mask = torch.zeros(height, width, dtype=torch.bool)
+        mask[box[0] : box[0] + box[2], box[1] : box[1] + box[3]] = True
+        hit = DISTANCES[file["pointing_distance"]](tuple(point), mask, tolerance)
+        count.add(label, hit)
+        file.compare(f"{at}.cases[{k}].hit", 1 if hit else -1)
+    file.compare(
+        f"{at}.class_accuracies", torch.tensor([a or 0.0 for a in count.accuracies()], dtype=torch.float64)
+    )
+    file.compare(f"{at}.mean_accuracy", count.mean(unseen_as_zero=True))
+
+
+test_golden, test_a_wrong_number_is_noticed = golden(
+    "normgrad",
+    {"network_maps": check_maps, "scalars": check_scalars},
+    fixed=("smooth_truncate", "smooth_padding", "contrast_layer", "constant_map_rtol"),
+)

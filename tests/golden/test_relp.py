@@ -2,263 +2,288 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any
 
-import numpy as np
-import pytest
 import torch
-from tests.golden.common import files
-from tests.golden.relp_networks import Conserving, Decoder, Dictionary, Downstream, huggingface
-from torch import nn
+from tests.golden.common import File, Scope, golden
+from tests.golden.relp_networks import (
+    ACTIVATIONS,
+    LAYOUT,
+    Conserving,
+    Decoder,
+    Dictionary,
+    Downstream,
+    huggingface,
+    linear,
+    norm,
+)
+from torch import Tensor, nn
 
 from lineament.core.sites.activations import capture, record
-from lineament.explain.patching import activation_patching, relevance_patching
+from lineament.explain.patching.activation import activation_patching
 from lineament.explain.patching.circuit_curves import circuit_curve
 from lineament.explain.patching.circuits import node_effects
 from lineament.explain.patching.metrics import logit_difference
+from lineament.explain.patching.relevance import relevance_patching
 from lineament.explain.patching.result import fidelity
-from lineament.explain.relevance import relevance_rules
+from lineament.explain.relevance.rules import relevance_rules
 
-KINDS = ["resid_pre", "attn_out", "mlp_out"]
-ACTS = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh"), "silu": nn.SiLU(), "relu": nn.ReLU()}
 NAMES = {"LN": "ln", "ID": "identity", "AH": "ah", "HALF": "half"}
-
-
-def arrays(path: Path) -> dict[str, torch.Tensor]:
-    return {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(path, allow_pickle=False).items()}
-
-
-def kind(path: Path) -> str:
-    if path.suffix == ".json":
-        return "config"
-    keys = set(np.load(path, allow_pickle=False).files)
-    for name, mark in (
-        ("model", "act_patch"),
-        ("rules", "act_x"),
-        ("sae", "sae_W_enc"),
-        ("conservation", "relevance_sums"),
-    ):
-        if mark in keys:
-            return name
-    raise AssertionError(f"{path.name}: no adapter reads this file")
-
-
-def of_kind(name: str) -> list[Path]:
-    return [p for p in files("relp") if p.suffix == ".npz" and kind(p) == name]
-
-
-def configs() -> dict:
-    found = {}
-    for path in files("relp"):
-        if path.suffix == ".json":
-            found |= json.loads(path.read_text())
-    return found
-
-
-@pytest.mark.parametrize("path", files("relp"), ids=lambda p: p.name)
-def test_every_file_is_recognised(path):
-    assert kind(path)
-    if kind(path) == "model":
-        assert path.stem in configs()
-
-
-LAYOUT = {
-    "blocks": "blocks.?",
-    "resid_pre": "blocks.?:in",
-    "attn_out": "blocks.*.attn",
-    "mlp_out": "blocks.*.mlp",
+METRICS = {("normalized_logit_difference", -1): logit_difference}
+SITES = {
+    False: {"resid_pre": "blocks.{}:in", "attn_out": "blocks.{}.attn", "mlp_out": "blocks.{}.mlp"},
+    True: {
+        "resid_pre": "transformer.h.{}:in",
+        "attn_out": "transformer.h.{}.attn",
+        "mlp_out": "transformer.h.{}.mlp",
+    },
 }
 
 
-def models():
-    for path in of_kind("model"):
-        config = configs()[path.stem]["config"]
-        yield pytest.param(path, "written out", id=f"{path.stem}-written-out")
-        if config["normalization_type"] == "LN" and not config.get("gated_mlp"):
-            yield pytest.param(path, "transformers", id=f"{path.stem}-transformers")
+class Patched:
+    """A model of a file and its patching, by activations and by rules."""
 
-
-@pytest.mark.parametrize(("path", "how"), list(models()))
-def test_scores_are_those_of_the_official_code(path, how):
-    d, config = arrays(path), configs()[path.stem]["config"]
-    w = {k[2:]: v for k, v in d.items() if k.startswith("w.")}
-    known = how == "transformers"
-    model = huggingface(w, config) if known else Decoder(w, config).eval()
-    options = {"sites": KINDS, "layout": None if known else LAYOUT}
-    metric = logit_difference(d["answers"][:, 0], d["answers"][:, 1])
-    with torch.no_grad():
-        for ids, logits in (("clean", "clean_logits"), ("corrupt", "corr_logits")):
-            out = model(d[ids])
-            torch.testing.assert_close(getattr(out, "logits", out), d[logits], atol=1e-9, rtol=0)
-    truth = activation_patching(model, d["clean"], d["corrupt"], metric, **options)
-    assert (
-        abs(truth.source - float(d["logit_diff"][0])) < 1e-9
-        and abs(truth.base - float(d["logit_diff"][1])) < 1e-9
-    )
-    for k, name in enumerate(KINDS):
-        torch.testing.assert_close(truth.scores[name], d["act_patch"][k], atol=1e-9, rtol=0)
-    pre = "transformer.h.{}:in" if known else "blocks.{}:in"
-    for ids, key in (("clean", "act_clean_resid_pre"), ("corrupt", "act_corr_resid_pre")):
-        found = record(
-            model,
-            {"input_ids": d[ids]} if known else d[ids],
-            [pre.format(k) for k in range(config["n_layers"])],
+    def __init__(self, file: File, known: bool):
+        weights = {name[2:]: file.input(name) for name in file.arrays(r"w\..+")}
+        sizes = tuple(file[key] for key in ("n_heads", "d_model", "d_head"))
+        assert tuple(weights["blocks.0.attn.W_Q"].shape) == sizes
+        assert (
+            weights["blocks.0.mlp.W_in"].shape[1] == file["d_mlp"]
+            and len(weights["embed.W_E"]) == file["d_vocab"]
         )
-        torch.testing.assert_close(torch.stack(list(found.values())), d[key], atol=1e-9, rtol=0)
-    named = sorted({k.split(".score_")[0] for k in d if ".score_" in k})
-    assert named
-    for rules in named:
-        parts = [] if rules == "atp" else [NAMES[p] for p in rules.removesuffix("_only").split("_")]
-        parts = [p for p in parts if p != "half" or config.get("gated_mlp")]
-        modules = {}
-        if "ah" in parts and not known:
-            parts.remove("ah")
-            modules = {"blocks.*.q_proj": "detach", "blocks.*.k_proj": "detach"}
-        result = relevance_patching(
-            model, d["clean"], d["corrupt"], metric, rules=parts, modules=modules, **options
+        assert len(weights["pos_embed.W_pos"]) == file["n_ctx"]
+        self.file, self.known = file, known
+        self.model = huggingface(weights, file) if known else Decoder(weights, file).eval()
+        self.clean, self.corrupt, answers = (file.input(key) for key in ("clean", "corrupt", "answers"))
+        self.metric = METRICS[file["metric"], file["position"]](answers[:, 0], answers[:, 1])
+        kinds = ("blocks", *file["site"])
+        self.options: dict[str, Any] = {"sites": file["site"] if known else {k: LAYOUT[k] for k in kinds}}
+        self.truth = activation_patching(self.model, self.clean, self.corrupt, self.metric, **self.options)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        out = self.model(ids)
+        return getattr(out, "logits", out)
+
+    def sites(self, kind: str) -> list[str]:
+        return [SITES[self.known][kind].format(k) for k in range(self.file["n_layers"])]
+
+    def rules(self, case: Scope) -> dict[str, Any]:
+        """Half acts on gates, and attention of an unknown model is told by its modules."""
+        parts = [NAMES[rule] for rule in case["rules"] if rule != "HALF" or case["gated_mlp"]]
+        if "ah" not in parts or self.known:
+            return {"rules": parts}
+        detached = {"blocks.*.q_proj": "detach", "blocks.*.k_proj": "detach"}
+        return {"rules": [*(p for p in parts if p != "ah"), detached]}
+
+    def scores(self, case: Scope) -> tuple[Any, dict[str, float]]:
+        """The scores of a rule set, and by site their correlation with activation patching."""
+        found = relevance_patching(
+            self.model, self.clean, self.corrupt, self.metric, **self.rules(case), **self.options
         )
-        for name in KINDS:
-            want = d[f"{rules}.score_{name}"]
-            # The official identity-rule divides by x + 1e-6 sign x.
-            tolerance = float(want.abs().max()) * 1e-4 if "identity" in parts else 1e-9
-            torch.testing.assert_close(
-                result.scores[name],
-                want,
-                atol=tolerance,
-                rtol=0,
-                msg=lambda m, r=rules, n=name: f"{r} {n}: {m}",
-            )
-        agreement = fidelity(result, truth)
-        recorded = configs()[path.stem]["pearson"][rules]
-        for name in KINDS:
-            tolerance = 1e-4 if "identity" in parts else 1e-8
-            assert abs(agreement[name].pearson - float(d[f"{rules}.pearson_{name}"])) < tolerance
-            assert abs(agreement[name].pearson - recorded[name]) < tolerance
-        sites = [pre.format(k) for k in range(config["n_layers"])]
-        with relevance_rules(model, parts, modules=modules), capture(model, sites, gradients=True) as acts:
-            out = model(d["corrupt"])
-            logits = getattr(out, "logits", out)
-            score = metric(logits).mean() / (truth.source - truth.base)
-        assert torch.equal(
-            logits.detach(), getattr(model(d["corrupt"]), "logits", model(d["corrupt"])).detach()
-        )
-        coefficients = torch.stack(list(acts.gradients(score).values()))
-        want = d[f"{rules}.coef_resid_pre"]
-        tolerance = float(want.abs().max()) * 1e-4 if "identity" in parts else 1e-9
-        torch.testing.assert_close(coefficients, want, atol=tolerance, rtol=0)
-
-
-@pytest.mark.parametrize("path", of_kind("rules"), ids=lambda p: p.name)
-def test_single_rules_are_the_closed_forms(path):
-    d = arrays(path)
-    close = {"atol": 1e-10, "rtol": 0}
-    for name in {k.rsplit("_", 1)[0] for k in d if k.endswith("_value")}:
-        x = d["act_x"].clone().requires_grad_()
-        module = ACTS[name].eval()
-        with relevance_rules(module, "identity"):
-            y = module(x)
-        torch.testing.assert_close(y.detach(), d[f"{name}_value"], **close)
-        torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], d[f"{name}_coef_exact"], **close)
-    size, eps = d["norm_x"].shape[-1], float(d["norm_eps"])
-    for norm, rules, want in (
-        (nn.LayerNorm(size, eps), "ln", "ln_coef"),
-        (nn.RMSNorm(size, eps), "ln", "rms_coef"),
-        (nn.LayerNorm(size, eps), "gradient", "ln_grad"),
-    ):
-        norm.weight = nn.Parameter(d["norm_w"])
-        if isinstance(norm, nn.LayerNorm):
-            norm.bias = nn.Parameter(d["norm_b"])
-        x = d["norm_x"].clone().requires_grad_()
-        with relevance_rules(norm.eval(), {nn.Module: rules}):
-            y = norm(x)
-        torch.testing.assert_close(torch.autograd.grad(y, x, d["norm_upstream"])[0], d[want], **close)
-
-    class Gate(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.down = nn.Identity()
-
-        def forward(self, p, q):
-            return self.down(p * q)
-
-    p, q = d["gate_p"].clone().requires_grad_(), d["gate_q"].clone().requires_grad_()
-    gate = Gate().eval()
-    with relevance_rules(gate, {"down": "half"}):
-        y = gate(p, q)
-    for found, want in zip(
-        torch.autograd.grad(y, [p, q], d["norm_upstream"]), ("half_coef_p", "half_coef_q")
-    ):
-        torch.testing.assert_close(found, d[want], **close)
-
-    class Attend(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q, self.k = nn.Identity(), nn.Identity()
-
-        def forward(self, q, k, v):
-            return nn.functional.scaled_dot_product_attention(self.q(q), self.k(k), v, is_causal=True)
-
-    q, k, v = (d[f"attn_{n}"].clone().requires_grad_() for n in "qkv")
-    attend = Attend().eval()
-    with relevance_rules(attend, {"q": "detach", "k": "detach"}):
-        y = attend(q[None], k[None], v[None])[0]
-    torch.testing.assert_close(y.detach(), d["attn_out"], **close)
-    dq, dk, dv = torch.autograd.grad(y, [q, k, v], d["attn_upstream"], allow_unused=True)
-    assert dq is None and dk is None
-    torch.testing.assert_close(dv, d["ah_coef_v"], **close)
-
-
-@pytest.mark.parametrize("path", of_kind("conservation"), ids=lambda p: p.name)
-def test_relevance_is_conserved_at_every_cut(path):
-    d = arrays(path)
-    model = Conserving(d).eval()
-    x = d["x"].clone().requires_grad_()
-    batched = x if x.ndim == 3 else x[None]
-    rules = {nn.RMSNorm: "ln", "act": "identity", "Wd": "half", "Wq": "detach", "Wk": "detach"}
-    with relevance_rules(model, rules), capture(model, ["y", "z"], gradients=True) as acts:
-        score = model(batched).sum()
-    torch.testing.assert_close(score.detach(), d["metric"].sum(), atol=1e-10, rtol=0)
-    found = torch.autograd.grad(score, [x, acts["y"], acts["z"]], retain_graph=True)
-    torch.testing.assert_close(found[0], d["coef_x"], atol=1e-10, rtol=0)
-    sums = torch.stack([(c * a).sum() for c, a in zip(found, (x, acts["y"], acts["z"]))]).detach()
-    torch.testing.assert_close(sums, d["relevance_sums"], atol=1e-10, rtol=0)
-    torch.testing.assert_close(sums, score.detach().expand(3), atol=1e-10, rtol=0)
-
-
-@pytest.mark.parametrize("path", of_kind("sae"), ids=lambda p: p.name)
-def test_dictionary_nodes_have_the_reference_effects(path):
-    d = arrays(path)
-    model, dictionaries = Downstream(d).eval(), {"h": Dictionary(d)}
-    close = {"atol": 1e-10, "rtol": 0}
-
-    def metric(output):
-        return output
-
-    torch.testing.assert_close(
-        model(d["h_patch"]).detach() - model(d["h_clean"]).detach(), d["total_effect"], **close
-    )
-    found = {}
-    for method in ("attrib", "relp", "ig", "exact"):
-        options = {
-            "dictionaries": dictionaries,
-            "method": method,
-            "steps": int(d["ig_steps"]),
-            "rules": ("ln", "identity"),
+        return found.scores, {
+            kind: agreement.pearson for kind, agreement in fidelity(found, self.truth).items()
         }
-        found[method] = node_effects(model, d["h_clean"], d["h_patch"], metric, **options)
-        torch.testing.assert_close(found[method].features["h"], d[f"{method}_feat"], **close)
-        torch.testing.assert_close(found[method].errors["h"], d[f"{method}_err"], **close)
-    curve = circuit_curve(
-        model,
-        d["h_clean"],
-        d["h_patch"],
-        metric,
-        found["relp"],
-        dictionaries=dictionaries,
-        thresholds=d["thresholds"].tolist(),
+
+    def coefficients(self, case: Scope, kind: str) -> Tensor:
+        sites = self.sites(kind)
+        with (
+            relevance_rules(self.model, **self.rules(case)),
+            capture(self.model, sites, gradients=True) as acts,
+        ):
+            logits = self.logits(self.corrupt)
+            score = self.metric(logits).mean() / (self.truth.source - self.truth.base)
+        assert torch.equal(logits, self.logits(self.corrupt))
+        found = acts.gradients(score)
+        return torch.stack([found[site] for site in sites])
+
+
+def patched(file: File) -> Iterator[Patched]:
+    yield Patched(file, known=False)
+    if (
+        file["normalization_type"] == "LN"
+        and not file["gated_mlp"]
+        and file["n_heads"] * file["d_head"] == file["d_model"]
+    ):
+        yield Patched(file, known=True)
+
+
+def check_model(file: File) -> None:
+    for run in patched(file):
+        for ids, logits, at in (
+            (run.clean, "clean_logits", "act_clean"),
+            (run.corrupt, "corr_logits", "act_corr"),
+        ):
+            file.compare(logits, run.logits(ids))
+            for name, m in file.arrays(rf"{at}_(.+)").items():
+                sites = run.sites(m[1])
+                found = record(run.model, {"input_ids": ids} if run.known else ids, sites)
+                file.compare(name, torch.stack([found[site] for site in sites]))
+        file.compare("logit_diff", torch.tensor([run.truth.source, run.truth.base], dtype=torch.float64))
+        file.compare("act_patch", torch.stack([run.truth.scores[kind] for kind in file["site"]]))
+        for case in file.cases:
+            scores, agreement = run.scores(case)
+            for kind in case["site"]:
+                case.compare(f"{case.name}.score_{kind}", scores[kind])
+                case.compare(f"{case.name}.pearson_{kind}", agreement[kind])
+                if case.has(f"{case.name}.coef_{kind}"):
+                    case.compare(f"{case.name}.coef_{kind}", run.coefficients(case, kind))
+
+
+def check_config(file: File) -> None:
+    for name in file["file"]:
+        if name not in file.nodes:
+            continue
+        file.input(f"{name}.config")  # the model's sizes
+        # Of the official flag, which the library does not have.
+        file.input(f"{name}.pearson.posthoc_equals_no_identity")
+        if (file.path.parent / f"{name}.npz").exists():
+            for run in patched(file.beside(f"{name}.npz")):
+                for case in run.file.cases:
+                    for kind, pearson in run.scores(case)[1].items():
+                        file.compare(f"{name}.pearson.{case.name}.{kind}", pearson)
+
+
+class Gate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Identity()
+
+    def forward(self, p, q):
+        return self.down(p * q)
+
+
+class Attend(nn.Module):
+    def __init__(self, file: Scope):
+        super().__init__()
+        self.q, self.k = nn.Identity(), nn.Identity()
+        self.options = {"is_causal": file["causal"], "scale": file["attn_scale"]}
+
+    def forward(self, q, k, v):
+        return nn.functional.scaled_dot_product_attention(
+            self.q(q)[None], self.k(k)[None], v[None], **self.options
+        )[0]
+
+
+def ruled(
+    module: nn.Module, rules: Any, inputs: list[Tensor], upstream: Tensor | None, **options: Any
+) -> tuple[Any, ...]:
+    """The output, and the coefficient of each input (none where nothing is handed down)."""
+    inputs = [x.requires_grad_() for x in inputs]
+    with relevance_rules(module.eval(), rules, **options):
+        y = module(*inputs)
+    upstream = torch.ones_like(y) if upstream is None else upstream
+    return y, *torch.autograd.grad(y, inputs, upstream, allow_unused=True)
+
+
+def check_rules(file: File) -> None:
+    for name in file["act"]:
+        act = ACTIVATIONS[name]()
+        value, coefficient = ruled(act, "identity", [file.input("act_x")], None)
+        file.compare(f"{name}_value", value)
+        file.compare(f"{name}_coef_exact", coefficient)
+        # The official form phi(x) / (x + eps sign x): the epsilon rule of a linear map with weight 1 before the activation.
+        both = nn.Sequential(linear(torch.ones(1, 1).double()), act)
+        _, coefficient = ruled(
+            both,
+            {"0": "epsilon", "1": "identity"},
+            [file.input("act_x")[:, None]],
+            None,
+            eps=file["identity_eps"],
+        )
+        for array in file.arrays(rf"{name}_coef_eps.+"):
+            file.compare(array, coefficient[:, 0])
+    if file.has("norm_x"):
+        v = file.input("norm_upstream")
+        for kind, rule, array in (
+            ("LN", "ln", "ln_coef"),
+            ("RMS", "ln", "rms_coef"),
+            ("LN", "gradient", "ln_grad"),
+        ):
+            module = norm(file.input("norm_w"), file.input("norm_b"), file["norm_eps"], kind)
+            file.compare(array, ruled(module, {nn.Module: rule}, [file.input("norm_x")], v)[1])
+    if file.has("gate_p"):
+        gates = [file.input("gate_p"), file.input("gate_q")]
+        for array, found in zip(
+            "pq", ruled(Gate(), {"down": "half"}, gates, file.input("norm_upstream"))[1:]
+        ):
+            file.compare(f"half_coef_{array}", found)
+    if file.has("attn_q"):
+        parts = [file.input(f"attn_{key}") for key in "qkv"]
+        y, dq, dk, dv = ruled(
+            Attend(file), {"q": "detach", "k": "detach"}, parts, file.input("attn_upstream")
+        )
+        assert dq is None and dk is None
+        file.compare("attn_out", y)
+        file.compare("ah_coef_v", dv)
+
+
+BLOCK_RULES: dict[str, dict[Any, str]] = {
+    "LN": {nn.RMSNorm: "ln"},
+    "ID": {"act": "identity"},
+    "HALF": {"Wd": "half"},
+    "AH": {"Wq": "detach", "Wk": "detach"},
+}
+
+
+def check_conservation(file: File) -> None:
+    model, x = Conserving(file).eval(), file.input("x").requires_grad_()
+    rules = {module: rule for name in file["rules"] for module, rule in BLOCK_RULES[name].items()}
+    with relevance_rules(model, rules), capture(model, ["y", "z"], gradients=True) as acts:
+        metric = model(x if x.ndim == 3 else x[None]).sum()
+    found = torch.autograd.grad(metric, [x, acts["y"], acts["z"]], retain_graph=True)
+    sums = torch.stack([(c * a).sum() for c, a in zip(found, (x, acts["y"], acts["z"]))])
+    file.compare("metric", metric)
+    file.compare("coef_x", found[0])
+    file.compare("relevance_sums", sums)
+    if set(file["rules"]) == set(BLOCK_RULES):
+        torch.testing.assert_close(sums, metric.expand(3))
+
+
+def check_features(file: File) -> None:
+    model, dictionaries = Downstream(file).eval(), {"h": Dictionary(file)}
+    clean, patch = file.input("h_clean"), file.input("h_patch")
+    options: dict[str, Any] = {"dictionaries": dictionaries}
+    told = (file["ig_rule"], file["ig_path"], file["ablation"])
+    assert told == ("left", "all nodes from clean to patch", "patch_mean_per_position"), (
+        f"the library has no {told}"
     )
-    assert list(curve.nodes) == d["n_nodes"].tolist()
-    assert abs(curve.full - float(d["m_full"])) < 1e-10 and abs(curve.empty - float(d["m_empty"])) < 1e-10
+    file.compare("total_effect", model(patch) - model(clean))
+    effects = {}
+    for method in dict.fromkeys([*file["attribution"], file["node_effect"]]):
+        rules = [NAMES[rule] for rule in file["rules"]]
+        effects[method] = node_effects(
+            model,
+            clean,
+            patch,
+            lambda y: y,
+            method=method,
+            steps=int(file["ig_steps"]),
+            rules=rules,
+            **options,
+        )
+        file.compare(f"{method}_feat", effects[method].features["h"])
+        file.compare(f"{method}_err", effects[method].errors["h"])
+    thresholds = file["thresholds"].tolist()
+    curve = circuit_curve(
+        model, clean, patch, lambda y: y, effects[file["node_effect"]], thresholds=thresholds, **options
+    )
+    file.compare("n_nodes", torch.tensor(curve.nodes))
+    file.compare("m_full", curve.full)
+    file.compare("m_empty", curve.empty)
     for name in ("faithfulness", "completeness"):
-        torch.testing.assert_close(torch.tensor(getattr(curve, name), dtype=torch.float64), d[name], **close)
+        file.compare(name, torch.tensor(getattr(curve, name), dtype=torch.float64))
+
+
+test_golden, test_a_wrong_number_is_noticed = golden(
+    "relp",
+    {
+        "model": check_model,
+        "config": check_config,
+        "rules": check_rules,
+        "sae_features": check_features,
+        "conservation": check_conservation,
+    },
+    # A key's bias shifts all logits of a query alike, and a read-out of the last position attends to all of them in any case.
+    fixed=("model:identity_eps", "w.blocks.*.b_K", "conservation:causal", "rules:norm_b"),
+)

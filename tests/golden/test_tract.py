@@ -2,97 +2,52 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-from tests.golden.common import files
-from torch import nn
+from tests.golden.common import File, Scope, golden
+from torch import Tensor, nn
 
 from lineament.learn.tract.layer import tract
 
-NEEDED = {"x", "weight", "z", "grad_z", "lam", "grad_weight", "grad_weight_vanilla", "grad_input"}
+LAYERS = {"linear": nn.Linear, "conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 
 
-def cases() -> list[tuple[Path, str]]:
-    return [
-        (path, case)
-        for path in files("tract")
-        for case in sorted({key.partition("__")[0] for key in np.load(path, allow_pickle=False).files})
-    ]
-
-
-def load(path: Path, case: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    stored = np.load(path, allow_pickle=False)
-    found = {k.partition("__")[2]: stored[k] for k in stored.files if k.partition("__")[0] == case}
-    return {
-        k: torch.from_numpy(np.asarray(v)).to(dtype)
-        if np.asarray(v).dtype.kind == "f"
-        else torch.from_numpy(np.asarray(v))
-        for k, v in found.items()
-    }
-
-
-def layer_of(arrays: dict[str, torch.Tensor]) -> nn.Module:
-    weight, bias = arrays["weight"], arrays.get("bias")
-    if weight.ndim == 2:
-        layer: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+def layer_of(case: Scope, weight: Tensor) -> nn.Module:
+    """The layer with the case's weight and bias."""
+    kind = LAYERS[case["layer"]]
+    if kind is nn.Linear:
+        layer: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias=case["bias"])
     else:
-        kind = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[weight.ndim]
-        dims = weight.ndim - 2
-
-        def sizes(name: str, default: int):
-            values = np.atleast_1d(arrays[name].numpy()).astype(int).tolist() if name in arrays else [default]
-            return tuple(values * dims) if len(values) == 1 else tuple(values)
-
-        groups = int(arrays["groups"]) if "groups" in arrays else 1
-        layer = kind(
-            weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), stride=sizes("stride", 1),
-            padding=sizes("padding", 0), dilation=sizes("dilation", 1), groups=groups, bias=bias is not None,
-        )  # fmt: skip
-    layer.to(weight.dtype)
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        if bias is not None:
-            layer.bias.copy_(bias)
+        given = {
+            key: case[key]
+            for key in ("kernel_size", "stride", "padding", "dilation", "groups")
+            if key in case.values
+        }
+        sizes = {key: v.tolist() if isinstance(v, Tensor) else v for key, v in given.items()}
+        inputs = weight.shape[1] * sizes.get("groups", 1)
+        layer = kind(inputs, weight.shape[0], bias=case["bias"], **sizes)
+    state = {"weight": weight} | ({"bias": case.input(f"{case.name}__bias")} if case["bias"] else {})
+    layer.to(weight.dtype).load_state_dict(state)
     return layer
 
 
-@pytest.mark.parametrize("path", files("tract"), ids=lambda p: p.name)
-def test_every_file_is_recognised(path):
-    assert path.suffix == ".npz", f"{path.name}: no adapter reads this file"
-    known = NEEDED | {"bias", "grad_bias", "stride", "padding", "dilation", "groups"}
-    for _, case in (c for c in cases() if c[0] == path):
-        arrays = set(load(path, case, torch.double))
-        assert arrays >= NEEDED, f"{case}: lacks {sorted(NEEDED - arrays)}"
-        assert arrays <= known, f"{case}: no adapter reads {sorted(arrays - known)}"
+def check_layers(file: File) -> None:
+    for case in file.cases:
+        for dtype in case.dtypes:
+            x, weight, grad_z = (
+                case.input(f"{case.name}__{key}").to(dtype) for key in ("x", "weight", "grad_z")
+            )
+            layer = layer_of(case, weight)
+            x.requires_grad_()
+            z = layer(x)
+            found = {"z": z, "grad_weight_vanilla": torch.autograd.grad(z, layer.weight, grad_z)[0]}
+            with tract(layer, lam=case["lam"]):
+                layer(x).backward(grad_z)
+            found |= {"grad_weight": layer.weight.grad, "grad_input": x.grad}
+            found |= {"grad_bias": layer.bias.grad} if case["bias"] else {}
+            for key, value in found.items():
+                case.compare(f"{case.name}__{key}", value, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.double, torch.float], ids=["float64", "float32"])
-@pytest.mark.parametrize(("path", "case"), cases(), ids=lambda v: v if isinstance(v, str) else v.stem)
-@pytest.mark.filterwarnings("ignore:.*mean square of its inputs")
-def test_gradients_are_those_of_the_official_code(path, case, dtype):
-    arrays = load(path, case, dtype)
-    layer, x = layer_of(arrays), arrays["x"].clone().requires_grad_()
-    if dtype == torch.double:
-        tolerance = 1e-9
-    else:
-        tolerance = 1e-2 if "illcond" in case else 1e-4
-    output = layer(x)
-
-    def close(found, name):
-        expected = arrays[name]
-        assert found.shape == expected.shape
-        error = float((found - expected).abs().max() / expected.abs().max())
-        assert error <= tolerance, f"{name}: {error:.1e} of the largest entry"
-
-    close(output.detach(), "z")
-    vanilla = torch.autograd.grad(output, layer.weight, arrays["grad_z"])[0]
-    close(vanilla, "grad_weight_vanilla")
-    with tract(layer, lam=float(arrays["lam"])):
-        layer(x).backward(arrays["grad_z"])
-    close(layer.weight.grad, "grad_weight")
-    close(x.grad, "grad_input")
-    if "bias" in arrays:
-        close(layer.bias.grad, "grad_bias")
+pytestmark = pytest.mark.filterwarnings("ignore:.*mean square of its inputs")
+test_golden, test_a_wrong_number_is_noticed = golden("tract", {"layers": check_layers})

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.golden.common import files
+from tests.golden.common import File, Scope, golden, listed
 from torch import Tensor, nn
 
 from lineament.learn.useful.separating import separating_epoch
@@ -17,125 +15,110 @@ from lineament.learn.useful.slow_examples import select_slow
 from lineament.learn.useful.two_layer_theory import fast_free_weights, train_cubic
 from lineament.optim import ASAM, SAM
 
-RTOL, ATOL = 1e-9, 1e-13
-# What the README of the numbers gives for each kind of case.
-SETTINGS = {
-    "sam": (SAM, 0.1, {"lr": 0.2, "momentum": 0.9, "weight_decay": 5e-4}),
-    "asam": (ASAM, 1.0, {"lr": 0.2, "momentum": 0.9, "weight_decay": 5e-4}),
-    "rho0": (SAM, 0.0, {"lr": 0.1, "momentum": 0.9}),
-}
+RULES = {(2, "larger mean loss", "squared_euclidean"): "clusters"}
+OPTIMIZERS = {"sam": SAM, "asam": ASAM}
 
 
-def close(found: Tensor | float, wanted: Tensor | float) -> None:
-    np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), rtol=RTOL, atol=ATOL)
-
-
-def cases(path: Path) -> dict[str, dict[str, Tensor]]:
-    """{case: {array: tensor}} of a file whose arrays are named CASE__ARRAY."""
-    found: dict[str, dict[str, Tensor]] = {}
-    with np.load(path, allow_pickle=False) as stored:
-        for key in stored.files:
-            case, _, name = key.partition("__")
-            found.setdefault(case, {})[name] = torch.from_numpy(np.asarray(stored[key]))
-    return found
-
-
-def check_selection(a: dict[str, Tensor]) -> None:
-    close(a["logits"].softmax(1), a["probs"])
-    for order in (torch.arange(len(a["labels"])), torch.arange(len(a["labels"]) - 1, -1, -1)):
-        found = select_slow(a["logits"][order], a["labels"][order])
-        assert torch.equal(found.mask, a["slow_mask"][order])
-        close(found.inertia, a["inertia"])
-        close(found.centers, a["centers_fast_slow"])
-    found = select_slow(a["logits"], a["labels"], losses=a["loss"])
-    for name in (n for n in a if n.startswith("indices_factor")):
-        assert torch.equal(found.indices(int(name.removeprefix("indices_factor"))), a[name])
-    close(found.weights(2), a["weights_factor2"])
+def check_selection(file: File) -> None:
+    for case in file.cases:
+        at = f"{case.name}__"
+        logits, labels = case.input(f"{at}logits"), case.input(f"{at}labels")
+        by = RULES[case["n_clusters"], case["slow"], case["distance"]]
+        case.compare(f"{at}probs", logits.softmax(1))
+        case.compare(f"{at}loss", F.cross_entropy(logits, labels, reduction="none"))
+        for order in (torch.arange(len(labels)), torch.arange(len(labels)).flip(0)):
+            found = select_slow(logits[order], labels[order], by=by)
+            case.compare(f"{at}slow_mask", found.mask[order.argsort()])
+            case.compare(f"{at}inertia", found.inertia)
+            case.compare(f"{at}centers_fast_slow", found.centers)
+        found = select_slow(logits, labels, by=by)
+        for factor in case["factor"]:
+            case.compare(f"{at}indices_factor{factor}", found.indices(factor))
+        for factor in case["weight_factor"]:
+            case.compare(f"{at}weights_factor{factor}", found.weights(factor))
 
 
 class Regression:
-    """The multinomial logistic regression of a case, its optimizer, and the losses that it saw."""
+    """The multinomial logistic regression of a case, and its optimizer."""
 
-    def __init__(self, case: str, a: dict[str, Tensor]) -> None:
-        kind, rho, options = SETTINGS[next(k for k in SETTINGS if case.startswith(k))]
-        self.X, self.y = a["X"], a["y"]
-        self.W, self.b = nn.Parameter(a["W0"].clone()), nn.Parameter(a["b0"].clone())
-        self.optimizer = kind(torch.optim.SGD([self.W, self.b], **options), rho=rho)
+    def __init__(self, case: Scope):
+        self.X, self.y, W, b = (case.input(f"{case.name}__{key}") for key in ("X", "y", "W0", "b0"))
+        self.reduction = {"full": case["reduction"]}[case["batch"]]
+        self.W, self.b = nn.Parameter(W), nn.Parameter(b)
+        options = {key: case[key] for key in ("lr", "momentum", "weight_decay", "dampening", "nesterov")}
+        self.optimizer = OPTIMIZERS[case["optimizer"]](
+            torch.optim.SGD([self.W, self.b], **options), rho=case["rho"]
+        )
         self.losses: list[float] = []
 
     def closure(self) -> Tensor:
         self.optimizer.zero_grad()
-        loss = F.cross_entropy(self.X @ self.W.T + self.b, self.y)
+        loss = F.cross_entropy(self.X @ self.W.T + self.b, self.y, reduction=self.reduction)
         loss.backward()
         self.losses.append(loss.item())
         return loss
 
-    def check(self, a: dict[str, Tensor], step: int) -> None:
-        close(self.W.detach(), a["W"][step])
-        close(self.b.detach(), a["b"][step])
+
+def check_sam(file: File) -> None:
+    for case in file.cases:
+        at = f"{case.name}__"
+        whole, halves = Regression(case), Regression(case)
+        after: list[list[Tensor]] = [[], [], [], []]
+        for step in range(case["steps"]):
+            whole.optimizer.step(whole.closure)
+            halves.closure()
+            first = [halves.W.detach().clone(), halves.b.detach().clone()]
+            if step == 0:
+                case.compare(f"{at}grad_W_step0", halves.W.grad)
+                case.compare(f"{at}grad_b_step0", halves.b.grad)
+            halves.optimizer.first_step()
+            if step == 0:
+                case.compare(f"{at}eps_W_step0", halves.W - first[0])
+                case.compare(f"{at}eps_b_step0", halves.b - first[1])
+            halves.closure()
+            if step == 0:
+                case.compare(f"{at}sam_grad_W_step0", halves.W.grad)
+            halves.optimizer.second_step()
+            for k, p in enumerate((whole.W, whole.b, halves.W, halves.b)):
+                after[k].append(p.detach().clone())
+        for key, values in zip(("W", "b", "W", "b"), after):
+            case.compare(f"{at}{key}", torch.stack(values))
+        for run in (whole, halves):
+            case.compare(f"{at}loss", torch.tensor(run.losses[0::2], dtype=torch.float64))
+            case.compare(f"{at}loss_perturbed", torch.tensor(run.losses[1::2], dtype=torch.float64))
 
 
-def check_sam(case: str, a: dict[str, Tensor]) -> None:
-    whole, halves = Regression(case, a), Regression(case, a)
-    for step in range(len(a["loss"])):
-        close(whole.optimizer.step(whole.closure).item(), a["loss"][step])
-        whole.check(a, step)
-        halves.closure()
-        if step == 0:
-            close(halves.W.grad, a["grad_W_step0"])
-            close(halves.b.grad, a["grad_b_step0"])
-        halves.optimizer.first_step()
-        if step == 0:
-            close(halves.W.detach() - a["W0"], a["eps_W_step0"])
-            close(halves.b.detach() - a["b0"], a["eps_b_step0"])
-        halves.closure()
-        if step == 0:
-            close(halves.W.grad, a["sam_grad_W_step0"])
-        halves.optimizer.second_step()
-        halves.check(a, step)
-    for run in (whole, halves):
-        close(np.array(run.losses[0::2]), a["loss"])
-        close(np.array(run.losses[1::2]), a["loss_perturbed"])
+def check_toy(file: File) -> None:
+    for case in file.cases:
+        at = f"{case.name}__"
+        x, y, has_fast, W = (case.input(f"{at}{key}") for key in ("x", "y", "has_fast", "W0"))
+        told = dict(zip(case["param_names"], torch.as_tensor(case["params"]).tolist()))
+        # Patch 0 holds the slow feature, patch 1 the fast one where there is one.
+        assert torch.equal(x[:, 0, 1], told["beta_d"] * y)
+        assert torch.equal(x[has_fast, 1, 0], (told["beta_e"] * y)[has_fast])
+        runs: dict[str, dict[str, Any]] = {"gd": {}, "sam": {"rho": told["rho"]}}
+        for factor in listed(case["upsampling_factor"]):
+            runs[f"gd_up{factor}"] = {"weights": fast_free_weights(has_fast, factor)}
+        for run in case["run"]:
+            path = train_cubic(W, x, y, steps=case["steps"], lr=told["lr"], **runs[run])
+            for key, found in (
+                ("grad0", path.first_gradient),
+                ("loss", path.loss),
+                ("align", path.alignments),
+                ("W", path.W),
+            ):
+                case.compare(f"{at}{run}_{key}", found)
 
 
-def check_toy(a: dict[str, Tensor]) -> None:
-    fast, slow, _, _, lr, rho = a["params"].tolist()
-    y = a["y"]
-    assert torch.equal(a["x"][:, 0, 1], slow * y) and torch.equal(
-        a["x"][a["has_fast"], 1, 0], (fast * y)[a["has_fast"]]
-    )
-    runs = {
-        "gd": {},
-        "sam": {"rho": rho},
-        "gd_up2": {"weights": fast_free_weights(a["has_fast"], 2)},
-    }
-    there = {name.rsplit("_", 1)[0] for name in a if name.endswith(("_loss", "_align", "_grad0"))}
-    assert there <= set(runs), f"runs {there - set(runs)} have no adapter"
-    for run in sorted(there):
-        path = train_cubic(a["W0"], a["x"], y, steps=len(a[f"{run}_loss"]), lr=lr, **runs[run])
-        close(path.first_gradient, a[f"{run}_grad0"])
-        close(path.loss, a[f"{run}_loss"])
-        close(path.alignments, a[f"{run}_align"])
-        close(path.W, a[f"{run}_W"])
+def check_scalars(file: File) -> None:
+    for k in range(len(file.nodes["separating_epoch"])):
+        curve = file.input(f"separating_epoch[{k}].error_curve")
+        file.compare(f"separating_epoch[{k}].epoch_index0", separating_epoch(curve))
 
 
-@pytest.mark.filterwarnings(
-    "ignore:classes .* have fewer than two:UserWarning", "ignore:more than 70%:UserWarning"
+pytestmark = pytest.mark.filterwarnings("ignore:classes .* have fewer than two", "ignore:more than 70%")
+test_golden, test_a_wrong_number_is_noticed = golden(
+    "useful",
+    {"selection": check_selection, "sam": check_sam, "toy_cnn": check_toy, "scalars": check_scalars},
+    fixed=("eps", "sam_eps", "power"),
 )
-@pytest.mark.parametrize("path", files("useful"), ids=lambda path: path.name)
-def test_golden(path):
-    if path.suffix == ".json":
-        stored = json.loads(path.read_text())
-        assert set(stored) == {"separating_epoch"}, f"{set(stored)} have no adapter"
-        for case in stored["separating_epoch"]:
-            assert separating_epoch(case["error_curve"]) == case["epoch_index0"]
-        return
-    for case, a in cases(path).items():
-        if {"logits", "labels", "slow_mask"} <= a.keys():
-            check_selection(a)
-        elif {"X", "W0", "loss_perturbed"} <= a.keys():
-            check_sam(case, a)
-        elif {"x", "has_fast", "params"} <= a.keys():
-            check_toy(a)
-        else:
-            pytest.fail(f"{path.name}, {case}: arrays {sorted(a)} are of no kind that an adapter knows")

@@ -19,10 +19,10 @@ from lineament.audit.subject import Subject
 from lineament.core.batching import chunked
 from lineament.core.checks import InputError
 from lineament.core.models import logits
-from lineament.explain.faithfulness.deletion import Faithfulness, faithfulness
-from lineament.explain.faithfulness.diffroar import DiffROAR, diffroar
-from lineament.explain.faithfulness.diffroar.input_gradients import input_gradient
+from lineament.explain.faithfulness.deletion import DeletionInsertion, deletion_insertion
+from lineament.explain.faithfulness.input_gradients import input_gradient
 from lineament.explain.faithfulness.pixel_scores import MapScores, score_maps
+from lineament.explain.faithfulness.retraining import DiffROAR, diffroar
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
 from lineament.report.section import Picture
@@ -41,7 +41,7 @@ _STEPS, _EPOCHS, _BATCH, _RATE, _WORK = 300, (15, 60), 64, 2e-3, 2e14
 class Truth:
     """Deletion and insertion of the maps and of random ones; ``gain``: the mean of the maps' lead with its 95 % interval."""
 
-    curves: Faithfulness
+    curves: DeletionInsertion
     gain: tuple[float, float, float]
 
     @property
@@ -80,7 +80,7 @@ def deletion_and_insertion(subject: Subject, rows: Tensor, maps: Tensor) -> Trut
     if subject.fixed_batch:
         count = max(subject.batch_size, count // subject.batch_size * subject.batch_size)
     chosen = torch.tensor(spread(len(rows), min(count, len(rows))))
-    found = faithfulness(
+    found = deletion_insertion(
         subject.model,
         subject.inputs(rows[chosen]),
         maps[chosen][:, None],

@@ -28,7 +28,7 @@ from lineament.core.checks import require, show, suggest
 from lineament.core.models import device_of
 from lineament.data.samples import Samples
 from lineament.data.shortcut_digits import MARK
-from lineament.explain.saliency import METHODS as SALIENCY
+from lineament.explain.pixels.methods import METHODS as SALIENCY
 from lineament.load.data import checked
 from lineament.load.data import load as load_data
 from lineament.load.language_models import is_language_model
@@ -83,7 +83,7 @@ def audit(
         image_size: bring images to this (height, width), in pixels; by default the size that the model names.
         normalize: (mean, deviation) per channel, for images scaled to [0, 1].
         task: ``"classification"``, ``"regression"`` or ``"auto"``.
-        method, gaze_site: of the saliency maps, see :func:`lineament.explain.saliency.saliency`.
+        method, gaze_site: of the saliency maps, see :func:`lineament.explain.pixels.saliency`.
         faithfulness: how the maps are judged: ``"scores"``, or ``"diffroar"``, which also trains the architecture anew on what they keep.
         samples: read at most so many, chosen at random from ``seed``.
         batch_size: samples at a time, but for an exported network of a fixed batch.

@@ -100,8 +100,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Explain, print the tokens, and say where the page is."""
     from lineament.core import checks
     from lineament.core.files import possible_file
-    from lineament.explain.tokens import explain_continuation
-    from lineament.explain.tokens.baselines import METHODS, attribute_tokens
+    from lineament.explain.tokens.continuations import explain_continuation
+    from lineament.explain.tokens.methods import METHODS, attribute_tokens
+    from lineament.explain.tokens.prompts import Reading
     from lineament.explain.tokens.results import NORMALIZATIONS
     from lineament.load.language_models import load_language_model
     from lineament.report import token_page
@@ -160,25 +161,19 @@ def run(arguments: argparse.Namespace) -> int:
     options: dict[str, Any] = {
         "method": a.method,
         "normalize": a.normalize,
-        "scope": a.scope,
+        "tokenizer": tokenizer,
+        "reading": Reading(target_prefix=a.target_prefix, scope=a.scope),
         **_options(a, tokenizer, corpus),
     }
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         if several is not None:
-            whole = explain_continuation(
-                model,
-                tokenizer,
-                text,
-                a.continuation,
-                max_new_tokens=a.new_tokens or 1,
-                explain=attribute_tokens,
-                **options,
-            )
+            new = a.new_tokens or 1
+            whole = explain_continuation(model, text, a.continuation, max_new_tokens=new, **options)
             found = list(whole.steps)
         else:
-            targets = {"contrast": _token(a.contrast), "target_prefix": a.target_prefix}
-            found = [attribute_tokens(model, tokenizer, text, _token(a.target), **targets, **options)]
+            targets = {"target": _token(a.target), "contrast": _token(a.contrast)}
+            found = [attribute_tokens(model, text, **targets, **options)]
     notes = [
         str(w.message) for w in said if "lineament" in str(w.filename) or issubclass(w.category, UserWarning)
     ]
@@ -278,14 +273,11 @@ def _options(a: argparse.Namespace, tokenizer: Any, corpus: list[str] | None) ->
         filler = load_language_model(a.mlm, device=a.device, masked=True, what="--mlm")
         sampler = MlmSampler(*filler, tokenizer)
     if a.method == "reagent":
-        budget = (
-            {"max_steps": a.steps}
-            if a.early_stop
-            else {"max_steps": a.steps, "min_steps": a.steps, "stop": "dummy"}
-        )
-        return {
-            "sampler": sampler, "ratio": a.ratio, "probes": a.probes, "seed": a.seed, "keep": _kept(a.keep), "top_k": a.top_k, **budget
-        }  # fmt: skip
+        from lineament.explain.tokens.options import ReagentOptions
+
+        rare = ReagentOptions(ratio=a.ratio, keep=_kept(a.keep), top_k=a.top_k, max_steps=a.steps)
+        steps = None if a.early_stop else a.steps
+        return {"sampler": sampler, "steps": steps, "probes": a.probes, "seed": a.seed, "options": rare}
     options = {"seed": a.seed} if a.method in _DRAW else {}
     return {**options, "absent": sampler} if a.method in _REPLACE else options
 

@@ -2,7 +2,7 @@
 
 Shah, Jain, Netrapalli, NeurIPS 2021, arXiv 2102.12781, section 5. With y = ±1 and j* uniform on the blocks that may carry the signal, block i is
 x_i = eta g_i + y u* [i = j*], g_i uniform in the unit ball. What a gradient should mark in one instance is j*; the theorem says what it
-marks instead (:mod:`lineament.explain.faithfulness.diffroar.feature_leakage`).
+marks instead (:mod:`lineament.explain.faithfulness.feature_leakage`).
 """
 
 from __future__ import annotations

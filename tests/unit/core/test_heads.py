@@ -6,74 +6,32 @@ import math
 
 import pytest
 import torch
+from tests.contracts.language_models import FAMILIES, GROUPED, SMALL, build, transformers
 from tests.contracts.unchanged import unchanged
 from torch import nn
 
 from lineament.core.checks import InputError
 from lineament.core.sites.activations import capture, patch, record, sites
 
-transformers = pytest.importorskip("transformers", reason="the extra 'lm' is not installed")
-
-SMALL = {
-    "vocab_size": 50,
-    "hidden_size": 24,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
-GROUPED = {**SMALL, "num_key_value_heads": 2, "head_dim": 8}
-
-# name: (configuration, attention blocks, output projection, key-value heads, head size)
-FAMILIES = {
-    "gpt2": (
-        lambda: transformers.GPT2Config(vocab_size=50, n_embd=24, n_layer=2, n_head=4, n_positions=32),
-        "transformer.h.*.attn",
-        "c_proj",
-        4,
-        6,
-    ),
-    "pythia": (
-        lambda: transformers.GPTNeoXConfig(**SMALL, rotary_pct=0.5, use_parallel_residual=True),
-        "gpt_neox.layers.*.attention",
-        "dense",
-        4,
-        6,
-    ),
-    "llama": (lambda: transformers.LlamaConfig(**GROUPED), "model.layers.*.self_attn", "o_proj", 2, 8),
-    "llama-ungrouped": (
-        lambda: transformers.LlamaConfig(**SMALL),
-        "model.layers.*.self_attn",
-        "o_proj",
-        4,
-        6,
-    ),
-    "gemma": (lambda: transformers.GemmaConfig(**GROUPED), "model.layers.*.self_attn", "o_proj", 2, 8),
-    "gemma2": (lambda: transformers.Gemma2Config(**GROUPED), "model.layers.*.self_attn", "o_proj", 2, 8),
-    "gemma3": (lambda: transformers.Gemma3TextConfig(**GROUPED), "model.layers.*.self_attn", "o_proj", 2, 8),
-    "qwen2": (
-        lambda: transformers.Qwen2Config(**{**SMALL, "num_key_value_heads": 1}),
-        "model.layers.*.self_attn",
-        "o_proj",
-        1,
-        6,
-    ),
-    "qwen3": (lambda: transformers.Qwen3Config(**GROUPED), "model.layers.*.self_attn", "o_proj", 2, 8),
+CONFIGS = {
+    **FAMILIES,
+    "llama-ungrouped": lambda: transformers.LlamaConfig(**SMALL),
+    "gemma": lambda: transformers.GemmaConfig(**GROUPED),
 }
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=CONFIGS)
 def family(request):
-    config, blocks, projection, groups, size = FAMILIES[request.param]
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config(), attn_implementation="eager").eval()
-    for parameter in model.parameters():  # biases start at zero, where mistakes would not show
-        nn.init.normal_(parameter, std=0.3)
+    """(model, tokens, glob of the attention blocks, output projection, key-value heads, head size)"""
+    config = CONFIGS[request.param]()
+    model = build(config)
     ids = torch.randint(3, 50, (2, 7))
-    return model, ids, blocks, projection, groups, size
+    blocks, projection = {
+        "gpt2": ("transformer.h.*.attn", "c_proj"),
+        "gpt_neox": ("gpt_neox.layers.*.attention", "dense"),
+    }.get(config.model_type, ("model.layers.*.self_attn", "o_proj"))
+    groups = getattr(config, "num_key_value_heads", None) or 4
+    return model, ids, blocks, projection, groups, getattr(config, "head_dim", None) or 6
 
 
 def _module(model, name):
@@ -222,7 +180,7 @@ def test_record_takes_what_a_tokenizer_gives(family):
 
 
 def test_heads_that_are_not_there():
-    config = FAMILIES["qwen2"][0]()
+    config = FAMILIES["qwen2"]()
     model = transformers.AutoModel.from_config(config)
     with pytest.raises(InputError, match=r"asks for head 1, but 'layers\.0\.self_attn' has 1 \(k\)"):
         sites(model, "layers.0.self_attn:k[1]")
@@ -234,7 +192,7 @@ def test_heads_that_are_not_there():
 
 
 def test_a_projection_of_another_width_is_not_mistaken_for_heads():
-    config = FAMILIES["llama"][0]()
+    config = FAMILIES["llama"]()
     model = transformers.AutoModel.from_config(config)
     model.layers[0].self_attn.q_proj = nn.Linear(24, 2 * 4 * 8)  # a gated query, as in later families
     assert sites(model, "*:q") == ["layers.1.self_attn:q"]
@@ -256,7 +214,7 @@ def test_cross_attention_of_gpt2():
 
 @pytest.mark.slow
 def test_heads_of_a_compiled_language_model():
-    model = transformers.AutoModelForCausalLM.from_config(FAMILIES["qwen3"][0]()).eval()
+    model = transformers.AutoModelForCausalLM.from_config(FAMILIES["qwen3"]()).eval()
     ids = torch.arange(3, 9)[None]
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():

@@ -88,7 +88,7 @@ def test_a_site_without_a_tensor_says_so():
         net(torch.ones(1))
     with pytest.raises(InputError, match=r"site '0': Speaker passed 'text', which holds no tensor"):
         acts["0"]
-    with pytest.raises(InputError, match="no tensor to replace"), patch(net, {"0": 0.0}):
+    with pytest.raises(InputError, match="'text' passed, which holds no tensor"), patch(net, {"0": 0.0}):
         net(torch.ones(1))
 
 

@@ -13,15 +13,15 @@ from lineament.core.checks import InputError
 from lineament.data.blockmnist import NULLS, block_mnist, null_pattern
 from lineament.data.digits import digit_images
 from lineament.data.signal_blocks import signal_blocks
-from lineament.explain.faithfulness.diffroar import accuracy
-from lineament.explain.faithfulness.diffroar.feature_leakage import (
+from lineament.explain.faithfulness.feature_leakage import (
     MaxMargin,
     leakage,
     null_fraction,
     null_mass,
     predicted_gradients,
 )
-from lineament.explain.faithfulness.diffroar.input_gradients import input_gradient
+from lineament.explain.faithfulness.input_gradients import input_gradient
+from lineament.explain.faithfulness.retraining import accuracy
 from lineament.train.stacked import Training
 
 DIGITS, LABELS = digit_images(split="train", count=600).pair

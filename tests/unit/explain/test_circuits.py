@@ -8,10 +8,13 @@ from tests.contracts.language_models import prompts, tiny
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.explain.patching import activation_patching, attribution_patching, relevance_patching
+from lineament.explain.patching.activation import activation_patching
+from lineament.explain.patching.attribution import attribution_patching
 from lineament.explain.patching.circuit_curves import CircuitCurve, averaged_curve, circuit_curve
-from lineament.explain.patching.circuits import Units, component_nodes, node_effects
+from lineament.explain.patching.circuit_nodes import Units, component_nodes
+from lineament.explain.patching.circuits import node_effects
 from lineament.explain.patching.metrics import logit_difference
+from lineament.explain.patching.relevance import relevance_patching
 
 METRIC = logit_difference([5, 6, 7], [8, 9, 10])
 NOISING = {"direction": "noising", "normalise": False}

@@ -10,10 +10,10 @@ from tests.contracts.unchanged import unchanged
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.explain.faithfulness.diffroar import DiffROAR, diffroar
-from lineament.explain.faithfulness.diffroar.input_gradients import attribution, input_gradient
-from lineament.explain.faithfulness.diffroar.unmasking import Unmasked, fill_value, groups_of, rank
-from lineament.explain.saliency import saliency
+from lineament.explain.faithfulness.input_gradients import attribution, input_gradient
+from lineament.explain.faithfulness.retraining import DiffROAR, diffroar
+from lineament.explain.faithfulness.unmasking import Unmasked, fill_value, groups_of, rank
+from lineament.explain.pixels.maps import saliency
 from lineament.train.stacked import Training
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tests.contracts.token_models import BOTH_WAYS, CAUSAL, byte_tokenizer, copies, model, wordpiece_tokenizer
@@ -9,9 +11,9 @@ from tests.contracts.unchanged import unchanged
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.explain.tokens.embeddings import through_embeddings
+from lineament.explain.tokens.gradients import through_embeddings
 from lineament.explain.tokens.next_token import NextToken
-from lineament.explain.tokens.prompts import read, token_id
+from lineament.explain.tokens.prompts import Reading, read, token_id
 
 ROWS = [
     torch.tensor([[5, 40, 81, 12], [6, 7, 8, 9]]),
@@ -132,13 +134,13 @@ def test_a_base_model_without_a_head_is_named():
 
 def test_prompts_of_encoder_decoders():
     face = NextToken(model("t5"))
-    source = read(face, [5, 6, 7], target_prefix=[9, 10])
+    source = read(face, [5, 6, 7], Reading([9, 10]))
     assert source.ids.tolist() == [5, 6, 7, 0, 9, 10] and source.source == 3
     assert source.scored.tolist() == [True] * 3 + [False] * 3
-    both = read(face, [5, 6, 7], target_prefix=[9, 10], scope="all")
+    both = read(face, [5, 6, 7], Reading([9, 10], scope="all"))
     assert both.scored.tolist() == [True] * 3 + [False] + [True] * 2
     with pytest.raises(InputError, match="scope"):
-        read(face, [5, 6, 7], scope="target")
+        read(face, [5, 6, 7], Reading(scope="target"))
     face.config.decoder_start_token_id = face.config.bos_token_id = None
     with pytest.raises(InputError, match="decoder_start_token_id"):
         read(face, [5, 6, 7])
@@ -147,7 +149,7 @@ def test_prompts_of_encoder_decoders():
 def test_text_is_read_as_the_tokenizer_reads_it():
     words = byte_tokenizer()
     face = NextToken(model("gpt2"), words)
-    prompt = read(face, "the cat<|endoftext|> sat", protect=words(" sat")["input_ids"])
+    prompt = read(face, "the cat<|endoftext|> sat", Reading(protect=words(" sat")["input_ids"]))
     assert prompt.tokens == ("the", " cat", "<|endoftext|>", " sat")
     assert prompt.scored.tolist() == [True, True, False, False]
     assert face.special == {0} and NextToken(copies(0)).special == frozenset()
@@ -162,3 +164,15 @@ def test_a_word_that_the_tokenizer_does_not_have_is_no_target():
         InputError, match=r"target: '猫' is not in the tokenizer's vocabulary, which reads it as '.UNK.'"
     ):
         token_id(face, "target", "猫", 10**6)
+
+
+def test_padding_among_the_ids_is_refused_and_a_tokenizer_without_it_is_no_obstacle():
+    words = wordpiece_tokenizer()
+    face = NextToken(model("gpt2"), words)
+    with pytest.raises(InputError, match=r"prompt: it holds 2 padding tokens \('\[PAD\]', id 0\)"):
+        read(face, [*words("the cat sat")["input_ids"], 0, 0])
+    # Where padding and end are one token, as many users set it, it may be text.
+    same = copy.deepcopy(byte_tokenizer())
+    assert same.pad_token is None and len(read(NextToken(model("gpt2"), same), "the cat sat").ids) == 3
+    same.pad_token = same.eos_token
+    assert read(NextToken(model("gpt2"), same), [0, 40, 41, 42]).scored.tolist() == [False, True, True, True]

@@ -9,17 +9,18 @@ from torch import nn
 
 from lineament.core.checks import InputError
 from lineament.core.sites.activations import capture, patch, record
-from lineament.explain.patching import activation_patching, attribution_patching, relevance_patching
+from lineament.explain.patching.activation import activation_patching
+from lineament.explain.patching.attribution import attribution_patching
+from lineament.explain.patching.components import KINDS, find_components
 from lineament.explain.patching.edges import edge_patching
+from lineament.explain.patching.integrated import integrated_patching
 from lineament.explain.patching.metrics import (
     logit_difference,
 )
-from lineament.explain.patching.paths import integrated_patching
-from lineament.explain.patching.sites import KINDS, places
-from lineament.explain.relevance import relevance_rules
+from lineament.explain.patching.relevance import relevance_patching
+from lineament.explain.relevance.rules import relevance_rules
 
 METRIC = logit_difference([5, 6, 7], [8, 9, 10])
-TINY_LAYOUT = {"hidden": "0", "blocks_out": "1"}
 
 
 def kinds_of(family):
@@ -38,7 +39,7 @@ def test_batched_patches_from_the_middle_are_patches_made_one_by_one(family):
     generator = torch.Generator().manual_seed(0)
     for kind in kinds:
         per_kind = result.scores[kind]
-        for place in places(model, kind)[0]:
+        for place in find_components(model, kind)[0]:
             name = place.read.name
             value = record(model, clean, name)[name]
             units = range(per_kind.shape[2]) if per_kind.ndim == 3 else [None]
@@ -76,7 +77,7 @@ def test_attribution_is_difference_times_gradient(family):
     kinds = [kind for kind in kinds_of(family) if kind != "resid_mid"]
     result = attribution_patching(model, clean, corrupt, METRIC, sites=kinds, normalise=False)
     for kind in kinds:
-        for place in places(model, kind)[0]:
+        for place in find_components(model, kind)[0]:
             name = place.read.name
             source = record(model, clean, name)[name]
             with capture(model, name, gradients=True) as acts:
@@ -128,7 +129,7 @@ def linear_network():
     return nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(3, 2)).double().eval()
 
 
-OPTIONS = {"sites": ["first", "second"], "layout": {"first": "0", "second": "1"}}
+OPTIONS = {"sites": {"first": "0", "second": "1"}}
 
 
 def difference(output):
@@ -167,11 +168,15 @@ def test_without_norms_relu_networks_need_no_rules():
     ):
         net = nn.Sequential(*body).double().eval()
         clean, corrupt = torch.randn(2, 5, 4).double()
-        options = {"sites": "hidden", "layout": {"hidden": "1" if len(body) > 3 else "0"}}
+        options = {"sites": {"hidden": "1" if len(body) > 3 else "0"}}
         plain = attribution_patching(net, clean, corrupt, difference, **options)
         relevance = relevance_patching(net, clean, corrupt, difference, **options)
         assert torch.equal(plain.scores["hidden"], relevance.scores["hidden"])
         assert relevance.coverage == {"identity": 1}
+
+
+def midpoints(count):
+    return [(k + 0.5) / count for k in range(count)]
 
 
 def test_integrated_gradients_add_up_to_the_effect_of_the_whole_site():
@@ -181,24 +186,18 @@ def test_integrated_gradients_add_up_to_the_effect_of_the_whole_site():
     whole = activation_patching(
         model, clean, corrupt, METRIC, positions="together", sites=kinds[:3], direction="noising"
     )
-    path = integrated_patching(model, clean, corrupt, METRIC, steps=60, rule="midpoint", **options)
+    path = integrated_patching(model, clean, corrupt, METRIC, steps=midpoints(60), **options)
     for kind in kinds[:3]:
         torch.testing.assert_close(
             path.scores[kind].sum(1, keepdim=True), whole.scores[kind], atol=2e-3, rtol=0
         )
-    few = integrated_patching(model, clean, corrupt, METRIC, steps=3, rule="midpoint", **options)
-    split = integrated_patching(model, clean, corrupt, METRIC, steps=3, rule="midpoint", **options)
-    for kind in kinds:
-        torch.testing.assert_close(few.scores[kind], split.scores[kind])
     left = integrated_patching(model, clean, corrupt, METRIC, steps=1, **options)
     plain = attribution_patching(model, clean, corrupt, METRIC, **options)
     inputs = integrated_patching(model, clean, corrupt, METRIC, steps=1, path="input", **options)
     for kind in kinds:
         torch.testing.assert_close(left.scores[kind], plain.scores[kind], atol=1e-9, rtol=1e-7)
         torch.testing.assert_close(inputs.scores[kind], plain.scores[kind], atol=1e-9, rtol=1e-7)
-    far = integrated_patching(
-        model, clean, corrupt, METRIC, steps=1, rule="right", path="input", sites="resid_pre"
-    )
+    far = integrated_patching(model, clean, corrupt, METRIC, steps=[1.0], path="input", sites="resid_pre")
     back = attribution_patching(model, clean, corrupt, METRIC, direction="noising", sites="resid_pre")
     torch.testing.assert_close(far.scores["resid_pre"], back.scores["resid_pre"], atol=1e-9, rtol=1e-7)
 

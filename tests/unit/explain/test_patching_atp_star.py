@@ -9,11 +9,13 @@ from torch import nn
 
 from lineament.core.checks import InputError
 from lineament.core.sites.activations import capture, patch, record
-from lineament.explain.patching import activation_patching, attribution_patching, relevance_patching
+from lineament.explain.patching.activation import activation_patching
 from lineament.explain.patching.atp_star import GradDrop
+from lineament.explain.patching.attribution import attribution_patching
+from lineament.explain.patching.components import find_components
 from lineament.explain.patching.metrics import logit_difference
-from lineament.explain.patching.sites import places
-from lineament.explain.relevance import relevance_rules
+from lineament.explain.patching.relevance import relevance_patching
+from lineament.explain.relevance.rules import relevance_rules
 
 METRIC = logit_difference([5, 6, 7], [8, 9, 10])
 
@@ -97,7 +99,7 @@ def by_hand(model, clean, corrupt, kind, dropped):
         return blocks[k].register_forward_hook(hook)
 
     found = []
-    for place in places(model, kind)[0]:
+    for place in find_components(model, kind)[0]:
         name = place.read.name
         source = record(model, clean, name)[name]
         handles = [skip(k) for k in dropped]
@@ -133,7 +135,7 @@ def test_with_no_block_dropped_grad_drop_is_the_size_of_the_score(family, rules,
     monkeypatch.setattr(
         GradDrop, "dropped", property(lambda self: None, lambda self, value: None), raising=False
     )
-    monkeypatch.setattr(GradDrop, "passes", lambda self, place: len(self.blocks))
+    monkeypatch.setattr(GradDrop, "passes", lambda self, component: len(self.blocks))
     found = relevance_patching(model, clean, corrupt, METRIC, grad_drop=True, **options)
     for kind in plain.scores:
         torch.testing.assert_close(found.per_example[kind], plain.per_example[kind].abs())

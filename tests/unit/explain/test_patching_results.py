@@ -7,7 +7,7 @@ import torch
 from tests.contracts.language_models import prompts, tiny
 
 from lineament.core.checks import InputError
-from lineament.explain.patching import activation_patching, relevance_patching
+from lineament.explain.patching.activation import activation_patching
 from lineament.explain.patching.metrics import (
     kl_divergence,
     logit_difference,
@@ -15,6 +15,7 @@ from lineament.explain.patching.metrics import (
     probability_difference,
     single_tokens,
 )
+from lineament.explain.patching.relevance import relevance_patching
 from lineament.explain.patching.result import fidelity
 
 METRIC = logit_difference([5, 6, 7], [8, 9, 10])

@@ -10,9 +10,9 @@ from tests.contracts.unchanged import unchanged
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.explain.faithfulness.diffroar import DiffROAR
-from lineament.explain.faithfulness.diffroar.input_gradients import input_gradient
+from lineament.explain.faithfulness.input_gradients import input_gradient
 from lineament.explain.faithfulness.pixel_scores import infidelity, score_maps, sensitivity
+from lineament.explain.faithfulness.retraining import DiffROAR
 
 
 def linear():

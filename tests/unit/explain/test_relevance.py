@@ -10,14 +10,14 @@ from torch import nn
 
 from lineament.core.checks import InputError
 from lineament.core.sites.activations import capture
-from lineament.explain.patching import relevance_patching
 from lineament.explain.patching.metrics import logit_difference
-from lineament.explain.relevance import relevance_rules
+from lineament.explain.patching.relevance import relevance_patching
+from lineament.explain.relevance.rules import relevance_rules
 
 
-def coefficients(net, x, rules, modules=None, **options):
+def coefficients(net, x, rules, **options):
     x = x.clone().requires_grad_()
-    with relevance_rules(net, rules, modules=modules, **options):
+    with relevance_rules(net, rules, **options):
         y = net(x)
     return torch.autograd.grad(y.sum(), x)[0], y.detach()
 
@@ -60,7 +60,7 @@ def test_activations_with_a_value_at_zero_have_no_identity_rule(act):
     net = nn.Sequential(nn.Linear(2, 2), act, nn.GELU()).eval()
     with pytest.raises(InputError, match=r"phi\(0\)"), relevance_rules(net):
         pass
-    with relevance_rules(net, modules={type(act): "gradient"}) as coverage:
+    with relevance_rules(net, ["relp", {type(act): "gradient"}]) as coverage:
         assert list(coverage.modules["identity"]) == ["2"]
 
 
@@ -205,7 +205,7 @@ CONSTANT = {"q_proj": "detach", "k_proj": "detach"}
 
 def test_relevance_is_conserved_without_biases():
     net, x = Gated(), torch.randn(2, 4, 6).double()
-    found, y = coefficients(net, x, "relp", CONSTANT)
+    found, y = coefficients(net, x, ["relp", CONSTANT])
     torch.testing.assert_close((found * x).sum(), y.sum())
     # Without the rule for attention it is not.
     assert abs(float((coefficients(net, x, "relp")[0] * x).sum() - y.sum())) > 1e-3
@@ -214,7 +214,7 @@ def test_relevance_is_conserved_without_biases():
 def test_biases_take_their_share():
     net, x = Gated(biases=True), torch.randn(2, 4, 6).double().requires_grad_()
     biased = [n for n, m in net.named_modules() if getattr(m, "bias", None) is not None and n not in CONSTANT]
-    with relevance_rules(net, "relp", modules=CONSTANT), capture(net, biased, gradients=True) as acts:
+    with relevance_rules(net, ["relp", CONSTANT]), capture(net, biased, gradients=True) as acts:
         y = net(x).sum()
     total = (torch.autograd.grad(y, x, retain_graph=True)[0] * x).sum()
     for name, c in acts.gradients(y).items():
@@ -247,7 +247,7 @@ def test_linear_rules_conserve_and_have_their_limits(rule):
         net, x = net.double().eval(), x.double()
         none = {"eps": 1e-12} if rule == "epsilon" else {"gamma": 0.0}
         found, y = coefficients(net, x, rule, **none)
-        torch.testing.assert_close(found, coefficients(net, x, {}, None)[0], atol=1e-8, rtol=1e-6)
+        torch.testing.assert_close(found, coefficients(net, x, {})[0], atol=1e-8, rtol=1e-6)
         some = {"eps": 0.3} if rule == "epsilon" else {"gamma": 0.5}
         found, again = coefficients(net, x, rule, **some)
         assert torch.equal(y, again) and not torch.allclose(found, coefficients(net, x, rule, **none)[0])
@@ -327,7 +327,7 @@ def test_scores_in_sequential_networks_are_gradient_times_difference():
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     x = torch.randn(2, 3, 4)
     result = relevance_patching(
-        net, x[0], torch.zeros(3, 4), logit_difference([0, 1, 2], [1, 2, 0]), sites="x", layout={"x": "0:in"}
+        net, x[0], torch.zeros(3, 4), logit_difference([0, 1, 2], [1, 2, 0]), sites={"x": "0:in"}
     )
     z = torch.zeros(3, 4, requires_grad=True)
     g = torch.autograd.grad(logit_difference([0, 1, 2], [1, 2, 0])(net(z)).sum(), z)[0]

@@ -10,8 +10,8 @@ from tests.contracts.unchanged import unchanged
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.explain.patching import relevance_patching
-from lineament.explain.relevance import PRESETS, relevance_rules
+from lineament.explain.patching.relevance import relevance_patching
+from lineament.explain.relevance.rules import PRESETS, relevance_rules
 
 
 def test_a_rule_that_matches_nothing_is_an_error():
@@ -37,7 +37,7 @@ def test_a_rule_that_matches_nothing_is_an_error():
         pass
     with (
         pytest.raises(InputError, match=r"nearest: 'transformer\.h\.0\.mlp'"),
-        relevance_rules(gpt2, modules={"transformer.h.0.mpl": "gradient"}),
+        relevance_rules(gpt2, ["relp", {"transformer.h.0.mpl": "gradient"}]),
     ):
         pass
     with pytest.raises(InputError, match="'ah' and 'uniform'"), relevance_rules(gpt2, ["ah", "uniform"]):
@@ -59,7 +59,7 @@ def test_a_rule_whose_modules_do_not_run_is_an_error():
 
     x = torch.randn(2, 4, 3)
     with pytest.raises(InputError, match="none of which ran"):
-        relevance_patching(Idle(), x[0], x[1], lambda y: y[:, 0], sites="hidden", layout={"hidden": "body"})
+        relevance_patching(Idle(), x[0], x[1], lambda y: y[:, 0], sites={"hidden": "body"})
 
 
 def test_users_modules_by_class_name_and_glob():
@@ -74,7 +74,7 @@ def test_users_modules_by_class_name_and_glob():
     assert coverage.calls == {"identity": {"1": 1, "3": 1}, "ln": {"2": 1}}
     with relevance_rules(net, {net[1]: "identity"}) as coverage:
         assert coverage.modules == {"identity": {"1": "MyAct"}}
-    with relevance_rules(net, "ln", modules={"[13]": "identity"}) as coverage:
+    with relevance_rules(net, ["ln", {"[13]": "identity"}]) as coverage:
         assert set(coverage.modules) == {"ln", "identity"}
 
 

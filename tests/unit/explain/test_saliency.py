@@ -9,16 +9,17 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.explain.saliency import integrated_gradients, saliency
-from lineament.explain.saliency.aggregation import (
+from lineament.explain.pixels.aggregation import (
     AGGREGATES,
     Window,
     aggregate_contributions,
     combined,
     normalised,
 )
-from lineament.explain.saliency.checks import class_sensitivity, randomisation, spearman
-from lineament.explain.saliency.meta import meta_saliency
+from lineament.explain.pixels.baselines import integrated_gradients
+from lineament.explain.pixels.checks import class_sensitivity, randomisation, spearman
+from lineament.explain.pixels.maps import saliency
+from lineament.explain.pixels.meta import meta_saliency
 
 
 def pair(seed=0, channels=4, size=(5, 6)):

@@ -13,13 +13,13 @@ from tests.contracts.unchanged import unchanged
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.explain.faithfulness.deletion import faithfulness, removed
-from lineament.explain.saliency import combined_saliency, saliency
-from lineament.explain.saliency.aggregation import combined, smoothed
-from lineament.explain.saliency.checks import class_sensitivity, randomisation, spearman
-from lineament.explain.saliency.layer_weights import layer_weights
-from lineament.explain.saliency.meta import meta_saliency, still_to_learn
-from lineament.explain.saliency.pointing import PointingGame, difficult, hits
+from lineament.explain.faithfulness.deletion import deletion_insertion, removed
+from lineament.explain.pixels.aggregation import combined, smoothed
+from lineament.explain.pixels.checks import class_sensitivity, randomisation, spearman
+from lineament.explain.pixels.maps import combined_saliency, saliency
+from lineament.explain.pixels.meta import meta_saliency, still_to_learn
+from lineament.explain.pixels.pointing import PointingGame, difficult, hits
+from lineament.explain.pixels.weighting import layer_weights
 
 
 def linear(weights: torch.Tensor) -> nn.Module:
@@ -42,13 +42,17 @@ def test_curves_of_a_linear_model_are_the_sorted_sums():
     torch.manual_seed(0)
     weights = torch.rand(1, 4, 5)
     net, x = linear(weights), torch.ones(2, 1, 4, 5)
-    found = faithfulness(net, x, weights.expand(2, 1, 4, 5), 0, steps=20, baseline="zero", output="logit")
+    found = deletion_insertion(
+        net, x, weights.expand(2, 1, 4, 5), 0, steps=20, baseline="zero", output="logit"
+    )
     falling = torch.cat([torch.zeros(1), weights.flatten().sort(descending=True).values.cumsum(0)])
     torch.testing.assert_close(found.insertion[0], falling)
     torch.testing.assert_close(found.deletion[1], weights.sum() - falling)
     torch.testing.assert_close(found.insertion_area[0], torch.trapezoid(falling, dx=1 / 20))
     assert found.gain > 0 and found.better_than_random == 1.0
-    worst = faithfulness(net, x, -weights.expand(2, 1, 4, 5), 0, steps=20, baseline="zero", output="logit")
+    worst = deletion_insertion(
+        net, x, -weights.expand(2, 1, 4, 5), 0, steps=20, baseline="zero", output="logit"
+    )
     assert worst.gain < 0 and worst.better_than_random == 0.0
     json.dumps(found.to_dict(), allow_nan=False)
 
@@ -58,8 +62,8 @@ def test_faithfulness_does_not_depend_on_the_batch_size_and_leaves_the_model():
     net.train()
     maps = torch.rand(3, 1, 6, 5)
     with unchanged(net):
-        found = faithfulness(net, x, maps, steps=7)
-        again = faithfulness(net, x, maps, steps=7, batch_size=4)
+        found = deletion_insertion(net, x, maps, steps=7)
+        again = deletion_insertion(net, x, maps, steps=7, batch_size=4)
     for name in ("deletion", "insertion", "random_deletion", "random_insertion"):
         torch.testing.assert_close(getattr(found, name), getattr(again, name))
     assert found.deletion.shape == (3, 8) and found.deletion.dtype == torch.float64
@@ -69,7 +73,7 @@ def test_faithfulness_does_not_depend_on_the_batch_size_and_leaves_the_model():
 
 def test_a_constant_map_is_no_better_than_chance():
     net, x = linear(torch.rand(1, 8, 8)), torch.ones(64, 1, 8, 8)
-    found = faithfulness(net, x, torch.ones(64, 1, 8, 8), 0, steps=16, baseline="zero", output="logit")
+    found = deletion_insertion(net, x, torch.ones(64, 1, 8, 8), 0, steps=16, baseline="zero", output="logit")
     assert abs(found.gain) < 0.3 * float(found.insertion_area.mean())
 
 
@@ -93,10 +97,10 @@ def test_bad_input_of_faithfulness_is_named():
         (torch.rand(2, 1, 5, 5), {"targets": "all"}, "targets"),
     ]:
         with pytest.raises(InputError, match=message):
-            faithfulness(net, x, maps, **options)
+            deletion_insertion(net, x, maps, **options)
     one = nn.Sequential(nn.Flatten(), nn.Linear(25, 1))
     with pytest.raises(InputError, match="output='logit'"):
-        faithfulness(one, x, torch.rand(2, 1, 5, 5))
+        deletion_insertion(one, x, torch.rand(2, 1, 5, 5))
 
 
 def test_pointing_is_strict_in_rows_and_columns_and_games_add_up():

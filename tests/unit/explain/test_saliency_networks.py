@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.explain.saliency import METHODS, combined_saliency, saliency
-from lineament.explain.saliency.baselines import class_activation
-from lineament.explain.saliency.layouts import default_site, layout
+from lineament.explain.pixels.baselines import class_activation
+from lineament.explain.pixels.layouts import default_site, layout
+from lineament.explain.pixels.maps import combined_saliency, saliency
+from lineament.explain.pixels.methods import METHODS, Method
 
 GRADIENT = ["gradient", "linear_approx", "grad_cam", "norm_grad", "norm_grad_3x3", "norm_grad_selective"]
 RULES = ["guided_backprop", "deconvnet", "excitation_backprop", "contrastive_excitation_backprop"]
@@ -76,7 +77,7 @@ def test_every_spelling_of_relus_and_sums_gives_the_same_map(method, style):
 def test_a_rule_changes_the_map_and_not_the_forward(method):
     net, x = residual("module"), torch.rand(2, 2, 7, 9, dtype=torch.float64)
     ruled = saliency(net, x, 1, site="stem", method=method)
-    plain = saliency(net, x, 1, site="stem", extract="bias", aggregate=METHODS[method].aggregate)
+    plain = saliency(net, x, 1, site="stem", method=Method("bias", METHODS[method].aggregate))
     assert not torch.allclose(ruled, plain)
 
 
@@ -186,10 +187,6 @@ def test_faults_of_sites_and_models_are_named():
         saliency(net, x, 0, site="unused")
     with pytest.raises(InputError, match=r"needs an nn\.Conv2d.*nearest"):
         saliency(net, x, 0, site="norms.0", method="norm_grad_proper")
-    with pytest.raises(InputError, match="choose the phases instead"):
-        saliency(net, x, 0, site="stem", method="grad_cam", extract="bias", aggregate="sum")
-    with pytest.raises(InputError, match="expected both"):
-        saliency(net, x, 0, site="stem", extract="bias")
     with pytest.raises(InputError, match="targets"):
         saliency(net, x, "every", site="stem")
     with torch.no_grad():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -17,14 +19,14 @@ from tests.contracts.token_models import (
 from tests.contracts.unchanged import unchanged
 
 from lineament.core.checks import InputError
-from lineament.explain.tokens import reagent
 from lineament.explain.tokens.infill import Alignment, MlmSampler, OtherModelSampler
 from lineament.explain.tokens.next_token import NextToken
+from lineament.explain.tokens.options import ReagentOptions
+from lineament.explain.tokens.recursion import reagent
 from lineament.explain.tokens.samplers import (
     InferentialSampler,
     PosSampler,
     UnigramSampler,
-    sampler_for,
     uniform,
 )
 
@@ -99,7 +101,7 @@ def test_pos_says_what_is_missing():
             InputError,
             match=r"nltk.download\('averaged_perceptron_tagger_eng'\).*PosSampler\(tokenizer, tag=",
         ):
-            reagent(model("gpt2"), byte_tokenizer(), PROMPT, sampler="pos")
+            reagent(model("gpt2"), PROMPT, tokenizer=byte_tokenizer(), sampler="pos")
     else:
         assert len(PosSampler(byte_tokenizer()).tags) == len(byte_tokenizer())
 
@@ -115,7 +117,7 @@ def test_inferential_gives_the_models_own_guesses():
     guesses = InferentialSampler(copies(0))(torch.tensor([[4, 1, 2]]), None, generator())
     assert guesses.tolist() == [[4, 4, 4]]
     with pytest.raises(InputError, match="causal models"):
-        reagent(model("t5"), None, [5, 6, 7], sampler="inferential")
+        reagent(model("t5"), [5, 6, 7], sampler="inferential")
 
 
 def test_spans_are_the_tokens_in_the_text():
@@ -203,25 +205,23 @@ def test_mlm_falls_back_where_no_fill_is_one_token():
     assert (sampler(ids_of(), torch.ones_like(ids_of()).bool(), generator()) == 77).all()
 
 
-def test_mlm_with_a_real_model_runs_through_reagent_and_leaves_it_as_it_was():
-    judge, net = masked_model().train(), model("gpt2")
-    for joint in (True, False):
-        sampler = MlmSampler(judge, wordpiece_tokenizer(), byte_tokenizer(), joint=joint)
-        with unchanged(judge):
-            found = [
-                reagent(
-                    net,
-                    byte_tokenizer(),
-                    PROMPT,
-                    sampler=sampler,
-                    probes=2,
-                    max_steps=6,
-                    top_k=60,
-                    lookahead=n,
-                )
-                for n in (1, 3)
-            ]
-        torch.testing.assert_close(found[0].scores, found[1].scores, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("joint", [True, False])
+def test_mlm_with_a_real_model_runs_through_reagent_and_leaves_it_as_it_was(joint):
+    judge, net, words = masked_model().train(), model("gpt2"), byte_tokenizer()
+    sampler = MlmSampler(judge, wordpiece_tokenizer(), words, joint=joint)
+    with unchanged(judge), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [
+            reagent(net, PROMPT, tokenizer=words, sampler=sampler, probes=2, options=ReagentOptions(max_steps=6, top_k=60, lookahead=n))
+            for n in (1, 3)
+        ]  # fmt: skip
+    torch.testing.assert_close(found[0].scores, found[1].scores, rtol=1e-4, atol=1e-6)
+    # A tokenizer without padding gives the same fills.
+    bare = copy.deepcopy(wordpiece_tokenizer())
+    bare.pad_token = None
+    alone = MlmSampler(judge, bare, words, joint=joint)
+    one, other = (reagent(net, PROMPT, tokenizer=words, sampler=s, steps=2) for s in (sampler, alone))
+    torch.testing.assert_close(one.scores, other.scores)
 
 
 def test_another_models_guesses_come_as_tokens_of_this_one():
@@ -253,8 +253,6 @@ def test_vocabularies_that_do_not_align_and_models_without_a_mask_are_refused():
         Alignment(Foreign(), byte_tokenizer())
     with pytest.raises(InputError, match="no mask token"):
         MlmSampler(masked_model(), byte_tokenizer(), byte_tokenizer())
-    with pytest.raises(InputError, match="expected a name, a sampler or a function"):
-        sampler_for(3, NextToken(copies(0)), 12)
 
 
 def test_a_users_function_may_ask_for_the_mask_and_the_generator():
@@ -270,18 +268,21 @@ def test_a_users_function_may_ask_for_the_mask_and_the_generator():
 
     for function in (plain, full):
         first, second = (
-            reagent(
-                copies(1),
-                None,
-                [1, 2, 3, 4],
-                sampler=function,
-                stop="dummy",
-                min_steps=4,
-                max_steps=4,
-                lookahead=n,
-            )
-            for n in (1, 4)
-        )
+            reagent(copies(1), [1, 2, 3, 4], sampler=function, steps=4, options=ReagentOptions(lookahead=n)) for n in (1, 4)
+        )  # fmt: skip
         torch.testing.assert_close(first.scores, second.scores)
         assert first.ids.tolist() == [1, 2, 3, 4]
     assert set(seen) == {(5, 4)}
+
+
+def test_models_of_another_kind_are_named():
+    net, words, other = model("gpt2"), byte_tokenizer(), wordpiece_tokenizer()
+    for call, message in (
+        (lambda: reagent(masked_model(), "cat", tokenizer=other), "BertForMaskedLM is a masked language model, which has no next token"),
+        (lambda: OtherModelSampler(masked_model(), other, words), "BertForMaskedLM is a masked language model"),
+        (lambda: MlmSampler(net, other, words), "GPT2LMHeadModel predicts next tokens and fills no masks"),
+        (lambda: MlmSampler(model("t5"), other, words), "T5ForConditionalGeneration predicts next tokens and fills no masks"),
+        (lambda: OtherModelSampler(model("t5"), words, words), "T5ForConditionalGeneration is an encoder-decoder, which does not continue"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            call()

@@ -2,133 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from tests.contracts.token_models import byte_tokenizer, copies, masked_model, model, wordpiece_tokenizer
+from tests.contracts.token_models import byte_tokenizer, model
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.explain.faithfulness.deletion import faithfulness
-from lineament.explain.faithfulness.diffroar import accuracy, diffroar
-from lineament.explain.faithfulness.diffroar.input_gradients import attribution, input_gradient
+from lineament.explain.faithfulness.deletion import deletion_insertion
+from lineament.explain.faithfulness.input_gradients import attribution, input_gradient
 from lineament.explain.faithfulness.pixel_scores import infidelity, score_maps, sensitivity
-from lineament.explain.patching import activation_patching, relevance_patching
+from lineament.explain.faithfulness.retraining import accuracy, diffroar
+from lineament.explain.patching.activation import activation_patching
 from lineament.explain.patching.edges import edge_patching
 from lineament.explain.patching.metrics import logit_difference
-from lineament.explain.saliency import saliency
-from lineament.explain.tokens import explain_continuation, reagent
-from lineament.explain.tokens.baselines import METHODS, attribute_tokens
-from lineament.explain.tokens.faithfulness import hard_faithfulness, soft_faithfulness
-from lineament.explain.tokens.infill import MlmSampler, OtherModelSampler
+from lineament.explain.patching.relevance import relevance_patching
+from lineament.explain.pixels.maps import saliency
+from lineament.explain.tokens.recursion import reagent
 from lineament.train.attacks import pgd
 from lineament.train.stacked import Training
 
 TEXT = "the cat sat on the mat"
-QUICK = {"max_steps": 2, "min_steps": 2, "stop": "dummy", "probes": 2}
-BUDGETS = {
-    "reagent": QUICK, "integrated_gradients": {"steps": 4}, "gradient_shap": {"n_samples": 4}, "lime": {"n_samples": 20},
-    "kernel_shap": {"n_samples": 20}, "bayesian": {"evaluations": 8, "batch": 4},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("method", ["reagent", "occlusion", "grad_norm"])
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [("", "got an empty text"), ("the cat " * 60, "it has 121 tokens and the model takes at most 64"), ("a", "1 of its 1 tokens can be scored")],
-)  # fmt: skip
-def test_of_several_prompts_the_wrong_one_is_named(method, other, message):
-    with pytest.raises(InputError, match=rf"prompt 1 of 2 \(from 0\): prompt: {message}"):
-        attribute_tokens(
-            model("gpt2"), byte_tokenizer(), [TEXT, other], method=method, **BUDGETS.get(method, {})
-        )
-
-
-@pytest.mark.parametrize(
-    ("target", "message"),
-    [
-        ("", "target: got '', of which the tokenizer makes no token"),
-        ("the dog", r"target: 'the dog' is 2 tokens \('the', ' dog'\), expected one"),
-        (9999, r"target: got 9999, expected an integer in \[0, 309\]"),
-    ],
-)
-def test_a_target_that_is_not_one_token(target, message):
-    with pytest.raises(InputError, match=message):
-        reagent(model("gpt2"), byte_tokenizer(), TEXT, target, **QUICK)
-    with pytest.raises(InputError, match=message.replace("target", "contrast")):
-        reagent(model("gpt2"), byte_tokenizer(), TEXT, " cat", contrast=target, **QUICK)
-
-
-@pytest.mark.parametrize(
-    ("continuation", "message"),
-    [
-        ("", "no tokens to explain \\(got ''\\)"),
-        ("the cat " * 40, "continuation: with its 81 tokens and the 6 before it the model would read 86, and it takes at most 64"),
-        ([5, 9999], r"continuation: got id 9999, expected ids from 0 to 309"),
-    ],
-)  # fmt: skip
-def test_continuations_that_cannot_be_explained(continuation, message):
-    with pytest.raises(InputError, match=message):
-        explain_continuation(model("gpt2"), byte_tokenizer(), TEXT, continuation, **QUICK)
-
-
-def test_the_last_token_of_a_continuation_needs_no_position():
-    found = explain_continuation(
-        model("gpt2"), None, [5] * 60, [6, 7, 8, 9, 10], explain=attribute_tokens, method="random"
-    )
-    assert found.matrix.shape == (5, 64)
-
-
-def test_padding_among_the_ids_is_refused_and_a_tokenizer_without_it_is_no_obstacle():
-    words = wordpiece_tokenizer()
-    net = model("gpt2")
-    ids = words("the cat sat")["input_ids"]
-    with pytest.raises(InputError, match=r"prompt: it holds 2 padding tokens \('\[PAD\]', id 0\)"):
-        reagent(net, words, [*ids, 0, 0], **QUICK)
-    # Where padding and end are one token, as many users set it, it may be text.
-    same = copy.deepcopy(byte_tokenizer())
-    same.pad_token = same.eos_token
-    assert reagent(net, same, [0, 40, 41, 42], **QUICK).scored.tolist() == [False, True, True, True]
-    assert byte_tokenizer().pad_token is None
-    both = reagent(net, byte_tokenizer(), [TEXT, "the dog"], **QUICK)
-    assert [len(a.tokens) for a in both] == [6, 2]
-
-
-def test_a_masked_model_whose_tokenizer_has_no_padding_gives_the_same_fills():
-    bare = copy.deepcopy(wordpiece_tokenizer())
-    bare.pad_token = None
-    found = [
-        reagent(
-            model("gpt2"),
-            byte_tokenizer(),
-            TEXT,
-            sampler=MlmSampler(masked_model(), words, byte_tokenizer()),
-            **QUICK,
-        ).scores
-        for words in (wordpiece_tokenizer(), bare)
-    ]
-    torch.testing.assert_close(*found)
-
-
-def test_models_of_another_kind_are_named():
-    net, words, other = model("gpt2"), byte_tokenizer(), wordpiece_tokenizer()
-    with pytest.raises(
-        InputError, match="BertForMaskedLM is a masked language model, which has no next token"
-    ):
-        reagent(masked_model(), other, TEXT, **QUICK)
-    with pytest.raises(InputError, match="BertForMaskedLM is a masked language model"):
-        OtherModelSampler(masked_model(), other, words)
-    with pytest.raises(InputError, match="GPT2LMHeadModel predicts next tokens and fills no masks"):
-        MlmSampler(net, other, words)
-    with pytest.raises(
-        InputError, match="T5ForConditionalGeneration predicts next tokens and fills no masks"
-    ):
-        MlmSampler(model("t5"), other, words)
-    with pytest.raises(
-        InputError, match="T5ForConditionalGeneration is an encoder-decoder, which does not continue"
-    ):
-        OtherModelSampler(model("t5"), words, words)
 
 
 @pytest.mark.parametrize("method", [activation_patching, relevance_patching, edge_patching])
@@ -141,33 +34,6 @@ def test_encoder_decoders_are_not_patched(method):
             logit_difference([5], [6]),
             tokenizer=byte_tokenizer(),
         )
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("method", METHODS)
-def test_half_precision_on_a_cpu_gives_finite_scores_or_says_that_it_overflows(method, dtype):
-    found = attribute_tokens(
-        model("gpt2").to(dtype), None, [5, 40, 81, 12], method=method, **BUDGETS.get(method, {})
-    )
-    assert bool(torch.isfinite(found.scores).all())
-    judged = soft_faithfulness(
-        model("gpt2").to(dtype), None, [5, 40, 81, 12], torch.full((4,), 0.25), n_samples=2
-    )
-    assert 0 <= float(judged.comprehensiveness) < 2
-
-
-def test_an_overflow_in_half_precision_is_no_score():
-    # T5 divides zero embeddings by their norm: the gradient there exceeds what 16 bits hold.
-    with pytest.raises(
-        InputError, match=r"'integrated_gradients': \d+ of 4 scores are NaN .*model\.float\(\)"
-    ):
-        attribute_tokens(model("t5").half(), None, [5, 40, 81, 12], method="integrated_gradients", steps=4)
-
-
-@pytest.mark.parametrize("ratios", [0.5, [0.0], [1.0], []])
-def test_ratios_are_shares_and_several(ratios):
-    with pytest.raises(InputError, match="ratios: got"):
-        hard_faithfulness(model("gpt2"), byte_tokenizer(), TEXT, torch.rand(6), ratios=ratios)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -185,11 +51,10 @@ def test_prompts_of_several_lengths_in_float64_give_numbers(name, attention):
         torch.testing.assert_close(
             both.per_example["mlp_out"][k], alone.per_example["mlp_out"][0], rtol=1e-4, atol=1e-6
         )
-    found = reagent(net, byte_tokenizer(), clean, **QUICK)
+    found = reagent(net, clean, tokenizer=byte_tokenizer(), steps=2, probes=2)
     for k, text in enumerate(clean):
-        torch.testing.assert_close(
-            found[k].scores, reagent(net, byte_tokenizer(), text, seed=k, **QUICK).scores
-        )
+        alone = reagent(net, text, tokenizer=byte_tokenizer(), steps=2, probes=2, seed=k)
+        torch.testing.assert_close(found[k].scores, alone.scores)
 
 
 def test_padding_that_a_model_cannot_hide_is_told():
@@ -222,7 +87,7 @@ X, Y = data()[:2]
 CALLS = {
     "input_gradient": lambda net, x: input_gradient(net, x),
     "saliency": lambda net, x: saliency(net, x, site="0"),
-    "faithfulness": lambda net, x: faithfulness(net, x, torch.rand(len(x), 1, 8, 8)),
+    "faithfulness": lambda net, x: deletion_insertion(net, x, torch.rand(len(x), 1, 8, 8)),
     "infidelity": lambda net, x: infidelity(net, x, torch.rand(len(x), 1, *x.shape[-2:])),
     "score_maps": lambda net, x: score_maps(net, x, {"a": torch.rand(len(x), 1, *x.shape[-2:])}),
     "sensitivity": lambda net, x: sensitivity(lambda z: input_gradient(net, z), x),
@@ -262,7 +127,7 @@ def test_a_fault_of_the_models_own_keeps_its_name():
     "call",
     [
         lambda: input_gradient(network(), X[:4], torch.tensor([0, 1, 2, 7]), kind="loss"),
-        lambda: faithfulness(network(), X[:4], torch.rand(4, 1, 8, 8), [0, 1, 2, 7]),
+        lambda: deletion_insertion(network(), X[:4], torch.rand(4, 1, 8, 8), [0, 1, 2, 7]),
         lambda: pgd(network(), X[:4], torch.tensor([0, 1, 2, 7]), norm="l2", eps=1.0, step=0.1, steps=1),
         lambda: accuracy(network(), X[:4], torch.tensor([0, 1, 2, 7])),
         lambda: Training(network, epochs=1, select="last")(X[:4], torch.tensor([0, 1, 2, 7]), 0),
@@ -312,8 +177,3 @@ def test_what_diffroar_cannot_use(options, message):
     }
     with pytest.raises(InputError, match=message):
         diffroar(**{**call, **options})
-
-
-def test_a_function_without_weights_has_no_soft_scores():
-    with pytest.raises(InputError, match="this needs the word embeddings"):
-        soft_faithfulness(copies(1), None, [1, 2, 3], torch.ones(3))

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations, prune
 from lineament.core.checks import InputError
 from lineament.core.curvature.matrices import fisher, gauss_newton, hessian
 from lineament.core.gradients import per_sample_gradients
-from lineament.explain.saliency import saliency
+from lineament.explain.pixels.maps import saliency
 from lineament.learn.tract.layer import tract
 from lineament.measure.landscape.axes import random_axes
 from lineament.measure.landscape.grids import plane

@@ -54,9 +54,8 @@ def test_training_solves_the_task():
 def test_a_run_in_miniature(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "BUDGETS", (1, 3))
     monkeypatch.setattr(recipe, "EXTRA", ("occlusion",))
-    small = {"stop": "dummy", "min_steps": 3, "max_steps": 3}
     monkeypatch.setattr(
-        recipe, "VARIANTS", {n: (small if "steps" in n else {"max_steps": 6}) for n in recipe.VARIANTS}
+        recipe, "VARIANTS", {n: ({"steps": 3} if "steps" in n else {}) for n in recipe.VARIANTS}
     )
     first = recipe.run(TINY, out=tmp_path)
     assert len(first.claims) == 7 and len(first.figures) == 2 and len(first.tables) == 4
@@ -70,9 +69,7 @@ def test_a_run_in_miniature(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_users_model_and_prompts(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "EXTRA", ())
-    monkeypatch.setattr(
-        recipe, "VARIANTS", {n: {"stop": "dummy", "min_steps": 2, "max_steps": 2} for n in recipe.VARIANTS}
-    )
+    monkeypatch.setattr(recipe, "VARIANTS", {n: {"steps": 2} for n in recipe.VARIANTS})
     model("gpt2").save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("the cat sat on the\n\nthe dog ran to the old house\n")

@@ -17,8 +17,9 @@ from lineament.audit.language import LanguageSubject
 from lineament.audit.phrases import compact, percent
 from lineament.core.checks import InputError
 from lineament.core.models import frozen, logits
-from lineament.explain.patching import activation_patching, relevance_patching
+from lineament.explain.patching.activation import activation_patching
 from lineament.explain.patching.metrics import logit_difference, single_tokens
+from lineament.explain.patching.relevance import relevance_patching
 from lineament.explain.patching.result import Fidelity, PatchingResult, fidelity
 from lineament.load.prompts import PromptPair
 from lineament.report.figures import picture

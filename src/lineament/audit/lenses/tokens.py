@@ -18,9 +18,9 @@ from lineament.audit.language import LanguageSubject
 from lineament.audit.phrases import compact, mean_interval, within
 from lineament.core.batching import progress
 from lineament.core.checks import InputError
-from lineament.explain.tokens import reagent
 from lineament.explain.tokens.controls import random_importance
 from lineament.explain.tokens.faithfulness import soft_faithfulness
+from lineament.explain.tokens.recursion import reagent
 from lineament.explain.tokens.results import TokenAttribution, entropy
 from lineament.explain.tokens.samplers import UnigramSampler
 from lineament.report.figures import picture
@@ -155,15 +155,14 @@ def _explained(subject: LanguageSubject, prompt: str, sampler: Any, number: int)
     most = min(_MOST_TOKENS, getattr(subject.model.config, "max_position_embeddings", None) or 2**20) - 4
     if len(kept) > most:
         prompt = subject.tokenizer.decode(kept[-most:])
-    budget: dict[str, Any] = {"max_steps": _STEPS, "min_steps": _STEPS, "stop": "dummy"}
     found = reagent(
         subject.model,
-        subject.tokenizer,
         prompt,
+        tokenizer=subject.tokenizer,
         sampler=sampler,
+        steps=_STEPS,
         probes=_PROBES,
         seed=subject.seed + number,
-        **budget,
     )
     n = found.source
     if n == 0:
@@ -186,10 +185,10 @@ def _judged(subject: LanguageSubject, prompt: str, a: TokenAttribution) -> dict[
     rows += list(random_importance(a.scored, seed=subject.seed, draws=4))
     soft = soft_faithfulness(
         subject.model,
-        subject.tokenizer,
         a.ids,
         # Of an encoder-decoder the decoder's start token has a score too, which is not used.
         torch.nn.functional.pad(torch.stack(rows).clamp(0, 1), (0, 0 if subject.decoder_only else 1)),
+        tokenizer=subject.tokenizer,
         n_samples=_DRAWS,
         seed=subject.seed,
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from lineament.core.checks import InputError, require, show, suggest
 from lineament.core.models import device_of, frozen
 from lineament.core.sites import main_tensor
 from lineament.core.sites.heads import plain
-from lineament.core.sites.hooks import RootCall, Seen, eagerly, stop_if_all_agree, watch
+from lineament.core.sites.hooks import RECORD, Function, RootCall, attach, eagerly, replace, stop_if_all_agree
 from lineament.core.sites.naming import Site, resolve, sites
 
 __all__ = ["Activations", "UnknownSite", "capture", "patch", "record", "sites"]
@@ -73,7 +74,7 @@ class Activations(Mapping[str, Tensor]):
         for value in self._calls[key]:
             if isinstance(value, str):
                 raise InputError(f"site {site!r}: {value}")
-            found.append(main_tensor.settle(value))
+            found.append(main_tensor.unwrapped(value))
         if not found:
             place = self._places[key]
             raise InputError(
@@ -196,7 +197,7 @@ def capture(
     with ExitStack() as stack:
         stack.callback(setattr, acts, "_open", False)
         for place in places.values():
-            watch(place, _observer(acts, place), stack, last=True)
+            attach(place, _recorder(acts, place), stack, RECORD, _without_tensor(acts, place))
         stack.enter_context(RootCall(plain(model), acts))
         stack.enter_context(eagerly())
         yield acts
@@ -255,67 +256,57 @@ def patch(
     require(
         isinstance(changes, Mapping), f"changes: got {show(changes)}, expected a mapping from sites to values"
     )
-    plans: list[tuple[Site, Any]] = []
-    for pattern, change in changes.items():
-        fits = callable(change) or isinstance(change, (Tensor, int, float))
-        require(
-            fits,
-            f"site {pattern!r}: got {show(change)}, expected a tensor, a number or a function of a tensor",
-        )
-        plans += [(place, change) for place in resolve(model, [pattern]).values()]
     with ExitStack() as stack:
-        for place, change in plans:
-            watch(place, _changer(place, change), stack, last=False)
-        stack.enter_context(eagerly())
+        for pattern, change in changes.items():
+            require(
+                callable(change) or isinstance(change, (Tensor, int, float)),
+                f"site {pattern!r}: got {show(change)}, expected a tensor, a number or a function of a tensor",
+            )
+            functions = {
+                place: partial(_fitted, place.name, change) for place in resolve(model, pattern).values()
+            }
+            stack.enter_context(replace(model, functions))
         yield
 
 
-def _observer(acts: Activations, site: Site) -> Seen:
-    """Records what passes; returns what to pass on where that is another tensor, else ``None``."""
+def _recorder(acts: Activations, site: Site) -> Function:
+    """Records what passes; returns what to pass on where that is another tensor."""
 
-    def observe(value: Any) -> Any:
+    def see(tensor: Tensor) -> Tensor | None:
         if not acts._open:
             return None
-        found = main_tensor.find(value)
-        if found is None:
-            acts._record(site, f"{type(site.module).__name__} passed {show(value)}, which holds no tensor")
-            return None
-        path, tensor = found
         differentiable = tensor.is_floating_point() or tensor.is_complex()
-        if not acts._gradients or not differentiable or not torch.is_grad_enabled():
-            tensor = tensor.detach()
-            acts._record(site, tensor.clone() if site.view is None else site.view.read(tensor))
+        kept = acts._gradients and differentiable and torch.is_grad_enabled()
+        # The heads of a view are a copy already.
+        copy = tensor if kept else tensor.detach()
+        copy = copy if site.view is not None else copy.clone()
+        if not kept:
+            acts._record(site, copy)
             return None
         # A node of its own on the way (so that only this way counts), and another copy behind it: an in-place
         # operation then changes the copy, and never the recorded tensor or its place in the graph.
-        seen = tensor.clone() if site.view is None else site.view.read(tensor)
-        if not seen.requires_grad and not main_tensor.transforming():
-            seen.requires_grad_()
-        acts._record(site, seen)
-        onward = seen.clone() if site.view is None else site.view.write(tensor, seen)
-        return main_tensor.replace(value, path, onward)
+        if not copy.requires_grad and not main_tensor.transforming():
+            copy.requires_grad_()
+        acts._record(site, copy)
+        return copy if site.view is not None else copy.clone()
 
-    return observe
+    return see
 
 
-def _changer(site: Site, change: Any) -> Seen:
-    def alter(value: Any) -> Any:
-        found = main_tensor.find(value)
-        if found is None:
-            raise InputError(f"site {site.name!r}: {show(value)} passed, which holds no tensor to replace")
-        path, tensor = found
-        old = tensor if site.view is None else site.view.read(tensor)
-        new = _fitted(site.name, old, change)
-        return main_tensor.replace(value, path, new if site.view is None else site.view.write(tensor, new))
+def _without_tensor(acts: Activations, site: Site) -> Callable[[Any], None]:
+    def see(value: Any) -> None:
+        if acts._open:
+            acts._record(site, f"{type(site.module).__name__} passed {show(value)}, which holds no tensor")
 
-    return alter
+    return see
 
 
-def _fitted(name: str, old: Tensor, change: Any) -> Tensor:
+def _fitted(name: str, change: Any, old: Tensor) -> Tensor:
     """The new tensor in the shape, dtype and device of the old one, in memory of its own."""
     new = change(old.clone()) if callable(change) else change
     if isinstance(new, (int, float)):
-        new = torch.as_tensor(new, device=old.device)
+        exact = old.is_floating_point() or old.is_complex()
+        new = torch.tensor(new, device=old.device, dtype=old.dtype if exact else None)
     if not isinstance(new, Tensor):
         raise InputError(f"site {name!r}: the function returned {show(new)}, expected a tensor")
     try:

@@ -34,7 +34,7 @@ class HeadView:
     step: int = 0
     only: int | None = None
 
-    def _columns(self, device: torch.device) -> Tensor:
+    def columns(self, device: torch.device) -> Tensor:
         heads = (
             torch.arange(self.heads, device=device)
             if self.only is None
@@ -44,7 +44,7 @@ class HeadView:
 
     def read(self, wide: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch heads size"]:
         """The heads (a copy); without the heads' dimension where one head was asked for."""
-        picked = wide.index_select(-1, self._columns(wide.device))
+        picked = wide.index_select(-1, self.columns(wide.device))
         return picked if self.only is not None else picked.unflatten(-1, (self.heads, self.size))
 
     def write(
@@ -52,7 +52,7 @@ class HeadView:
     ) -> Float[Tensor, "*batch columns"]:
         """``wide`` with these heads in it (a copy); gradients flow to both."""
         flat = heads if self.only is not None else heads.flatten(-2)
-        return wide.index_copy(-1, self._columns(wide.device), flat)
+        return wide.index_copy(-1, self.columns(wide.device), flat)
 
 
 def plain(module: Any) -> Any:

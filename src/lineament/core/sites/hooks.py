@@ -1,29 +1,122 @@
-"""The hooks behind the with-blocks of :mod:`lineament.core.sites.activations`: set, in the right order, and gone afterwards."""
+"""Hooks at sites: :func:`tap` sees what passes, :func:`replace` changes it, in an order that is kept, and gone after the block.
+
+Everything that hooks a model stands on these two: :mod:`lineament.core.sites.activations`, patching, relevance.
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lineament.core.sites.naming import Site
+from lineament.core.checks import InputError, show
+from lineament.core.sites import main_tensor
+from lineament.core.sites.naming import Site, resolve
 
-# What passes at the site comes in; what goes on instead comes out, or None where that is the same.
-Seen = Callable[[Any], Any]
+# What a hook does at a site, by its rank: hooks of one module run in this order, and those of one rank as they were set.
+CHANGE = 0  # puts another tensor in the place of what passes; also the rank of every hook of others
+RECORD = 1  # sees what goes on after all changes
+BEHIND = 2  # changes only the gradient, behind what was recorded
+
+Function = Callable[[Tensor], "Tensor | None"]
+Functions = Mapping[str, Function] | Mapping[Site, Function]
 
 
-def watch(site: Site, see: Seen, stack: ExitStack, *, last: bool) -> None:
-    """Call ``see`` with what passes at a site until ``stack`` closes.
+@contextmanager
+def tap(model: nn.Module, functions: Functions, *, rank: int = RECORD) -> Iterator[None]:
+    """Call a function with what passes at each site while the block runs, after all changes, and without a copy.
+
+    What a function returns goes on instead (the same values with a graph of their own, say); ``None`` changes nothing.
 
     Args:
-        last: come after all the hooks that are not ``last``, in whichever order they are set: what is recorded is what
-            goes on after all changes.
+        functions: by site, glob or :class:`Site`. Later in-place operations change the tensor that it gets: keep a clone.
+        rank: ``RECORD``, or ``BEHIND`` for what must come after all recording, so that only the gradient of what is
+            recorded differs.
+
+    Raises:
+        InputError: an unknown site; during the forward, a site that no tensor passes.
+
+    The second moment of what a layer takes, and the gradient of its weight times the inverse, in a few lines:
+
+    >>> layer = nn.Linear(2, 1, bias=False)
+    >>> x, seen = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), []
+    >>> with tap(layer, {":in": seen.append}):
+    ...     layer(x).sum().backward()
+    >>> moment = seen[0].T @ seen[0] / len(x)
+    >>> (layer.weight.grad @ moment.inverse()).tolist()
+    [[2.0, 1.0]]
+    """
+    with _hooked(model, functions, rank):
+        yield
+
+
+@contextmanager
+def replace(model: nn.Module, functions: Functions) -> Iterator[None]:
+    """Let what a function returns pass at each site, in the place of the tensor that it gets, while the block runs.
+
+    No copy, no check and no conversion, as :func:`lineament.core.sites.activations.patch` makes them; ``None`` changes nothing.
+
+    >>> net = nn.Sequential(nn.Identity())
+    >>> with replace(net, {"0": lambda x: x + 1}):
+    ...     net(torch.zeros(1)).item()
+    1.0
+    """
+    with _hooked(model, functions, CHANGE):
+        yield
+
+
+@contextmanager
+def _hooked(model: nn.Module, functions: Functions, rank: int) -> Iterator[None]:
+    with ExitStack() as stack:
+        for where, function in functions.items():
+            places = [where] if isinstance(where, Site) else resolve(model, where).values()
+            for site in places:
+                attach(site, function, stack, rank)
+        stack.enter_context(eagerly())
+        yield
+
+
+def attach(
+    site: Site,
+    function: Function,
+    stack: ExitStack,
+    rank: int,
+    otherwise: Callable[[Any], object] | None = None,
+) -> None:
+    """Set the hook of :func:`tap` or :func:`replace` at one site until ``stack`` closes.
+
+    Args:
+        otherwise: called with what passes where that holds no tensor; by default an error.
+    """
+
+    def see(value: Any) -> Any:
+        found = main_tensor.find(value)
+        if found is None:
+            if otherwise is None:
+                raise InputError(f"site {site.name!r}: {show(value)} passed, which holds no tensor")
+            otherwise(value)
+            return None
+        path, tensor = found
+        if site.view is None:
+            new = function(tensor)
+        else:
+            new = function(site.view.read(tensor))
+            new = None if new is None else site.view.write(tensor, new)
+        return None if new is None else main_tensor.put(value, path, new)
+
+    watch(site, see, stack, rank)
+
+
+def watch(site: Site, see: Callable[[Any], Any], stack: ExitStack, rank: int) -> None:
+    """Call ``see`` with all that passes at a site, (args, kwargs) or the output, until ``stack`` closes.
+
+    What it returns goes on instead; ``None`` changes nothing.
     """
     module = site.module
     hooks: Any
@@ -34,20 +127,12 @@ def watch(site: Site, see: Seen, stack: ExitStack, *, last: bool) -> None:
         hooks, hook = module._forward_hooks, _after(see)
         handle = module.register_forward_hook(hook)
     stack.callback(handle.remove)
-    hook.lineament_rank = int(last)
-    in_order(hooks)
-
-
-def in_order(hooks: Any) -> None:
-    """Let a module's hooks run by their ``lineament_rank``, and those of one rank as they were set.
-
-    0 (and every hook of others) changes what passes, 1 records what goes on, 2 changes only the gradient behind what was recorded.
-    """
-    for key, _ in sorted(hooks.items(), key=lambda item: getattr(item[1], "lineament_rank", 0)):
+    hook.lineament_rank = rank
+    for key, _ in sorted(hooks.items(), key=lambda item: getattr(item[1], "lineament_rank", CHANGE)):
         hooks.move_to_end(key)
 
 
-def _before(module: nn.Module, see: Seen) -> Any:
+def _before(module: nn.Module, see: Callable[[Any], Any]) -> Any:
     order: dict[str, int] = {}
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -64,7 +149,7 @@ def _before(module: nn.Module, see: Seen) -> Any:
     return before
 
 
-def _after(see: Seen) -> Any:
+def _after(see: Callable[[Any], Any]) -> Any:
     def after(_: nn.Module, __: Any, output: Any) -> Any:
         return see(output)
 

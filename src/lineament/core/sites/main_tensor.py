@@ -1,7 +1,7 @@
 """The one tensor that matters in whatever a module takes or returns: a tensor, a tuple, a dict, a dataclass.
 
-:func:`find` gives that tensor and the path to it, :func:`replace` the same structure with another tensor there (a
-copy: the original and its other members stay as they are). :func:`settle` undoes the wrappers of ``torch.func``.
+:func:`find` gives that tensor and the path to it, :func:`put` the same structure with another tensor there (a
+copy: the original and its other members stay as they are). :func:`unwrapped` undoes the wrappers of ``torch.func``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _functorch: Any = importlib.import_module("torch._C._functorch")
 
 
 def find(value: Any) -> tuple[Path, Tensor] | None:
-    """The path to the first tensor of a nest and that tensor, or ``None`` where there is none.
+    """The path to the first tensor of a structure and that tensor, or ``None`` where there is none.
 
     Tuples and lists are searched in order, dicts and dataclasses in the order of their members, depth first. A member
     named ``loss`` comes last: a model called with labels returns it before what it computed.
@@ -49,26 +49,26 @@ def _members(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from ((name, getattr(value, name, None)) for name in sorted(names, key="loss".__eq__))
 
 
-def replace(value: Any, path: Path, tensor: Tensor) -> Any:
-    """The nest ``value`` with ``tensor`` at ``path``; containers on the way are copied, nothing is changed in place.
+def put(value: Any, path: Path, tensor: Tensor) -> Any:
+    """The structure ``value`` with ``tensor`` at ``path``; containers on the way are copied, nothing is changed in place.
 
     >>> import torch
-    >>> replace((1, [torch.zeros(1), "kept"]), (1, 0), torch.ones(1))
+    >>> put((1, [torch.zeros(1), "kept"]), (1, 0), torch.ones(1))
     (1, [tensor([1.]), 'kept'])
     """
     if not path:
         return tensor
     key, rest = path[0], path[1:]
     if isinstance(value, (tuple, list)):
-        items = [*value[:key], replace(value[key], rest, tensor), *value[key + 1 :]]
+        items = [*value[:key], put(value[key], rest, tensor), *value[key + 1 :]]
         make: Any = getattr(type(value), "_make", type(value))  # a namedtuple takes its members one by one
         return make(items)
     if isinstance(value, Mapping):
         changed: Any = copy.copy(value) if hasattr(value, "__setitem__") else dict(value)
-        changed[key] = replace(value[key], rest, tensor)
+        changed[key] = put(value[key], rest, tensor)
         return changed
     changed = copy.copy(value)
-    object.__setattr__(changed, key, replace(getattr(value, key), rest, tensor))  # also where it is frozen
+    object.__setattr__(changed, key, put(getattr(value, key), rest, tensor))  # also where it is frozen
     return changed
 
 
@@ -77,7 +77,7 @@ def transforming() -> bool:
     return _functorch.maybe_current_level() is not None
 
 
-def settle(tensor: Tensor) -> Tensor:
+def unwrapped(tensor: Tensor) -> Tensor:
     """A tensor recorded inside a ``torch.func`` transform as a plain one, once the transform is over.
 
     Dimensions that ``vmap`` hid come back as the leading ones, the outermost ``vmap`` first. Inside a running

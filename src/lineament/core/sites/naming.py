@@ -22,12 +22,27 @@ _SUFFIX = re.compile(r"^(?P<name>.*):(?P<side>in|out|[qkvz])(\[(?P<head>\d+)\])?
 
 @dataclass(frozen=True)
 class Site:
-    """A place in a network: the module to watch, which side of it, and the head view where the site is one."""
+    """A place in a network: a module, a side of it (``"in"`` or ``"out"``), and the head view where the site is one."""
 
     name: str
     module: nn.Module
-    side: str
+    side: str = "out"
     view: HeadView | None = None
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """The identity of the tensor that passes here, whatever the site is called; heads of one projection share it."""
+        return id(self.module), self.side
+
+    @property
+    def whole(self) -> Site:
+        """The tensor that passes, with all its columns, where the site is a view of heads in it."""
+        return replace(self, view=None)
+
+    @property
+    def input(self) -> Site:
+        """What the module is given."""
+        return replace(self, side="in", view=None)
 
 
 def sites(model: nn.Module, pattern: str = "*") -> list[str]:

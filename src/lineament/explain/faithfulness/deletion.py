@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.batching import is_out_of_memory
-from lineament.explain.saliency.aggregation import resized, smoothed
+from lineament.explain.pixels.aggregation import resized, smoothed
 from lineament.explain.scores import check_targets, class_scores, differentiable, prepared, scores_of
 
 Baseline = Literal["blur", "mean", "zero"]
@@ -26,7 +26,7 @@ _AT_ONCE = 256
 
 
 @dataclass(frozen=True)
-class Faithfulness:
+class DeletionInsertion:
     """Deletion and insertion curves of maps, and of random maps beside them.
 
     Curves are (batch, steps + 1): the target's probability (or logit) after each share of the pixels, ``fractions`` from 0 to
@@ -101,7 +101,7 @@ class Faithfulness:
 
 
 @torch.inference_mode(False)
-def faithfulness(
+def deletion_insertion(
     model: nn.Module,
     images: Float[Tensor, "batch channels height width"],
     maps: Float[Tensor, "batch 1 h w"],
@@ -113,7 +113,7 @@ def faithfulness(
     random_maps: int = 1,
     seed: int = 0,
     batch_size: int | str = "auto",
-) -> Faithfulness:
+) -> DeletionInsertion:
     """Deletion and insertion curves of some maps, against random maps on the same images.
 
     Args:
@@ -129,7 +129,7 @@ def faithfulness(
         batch_size: masked images that run at once; ``"auto"`` is at most 256, halved when memory runs out.
 
     Returns:
-        A :class:`Faithfulness`.
+        A :class:`DeletionInsertion`.
 
     Raises:
         InputError: images, maps, targets or baseline of the wrong form.
@@ -137,7 +137,7 @@ def faithfulness(
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(16, 2, bias=False))
     >>> _ = nn.init.zeros_(net[1].weight); net[1].weight.data[0, 0] = 5.0
     >>> truth = torch.zeros(1, 1, 4, 4); truth[..., 0, 0] = 1.0
-    >>> found = faithfulness(net, torch.ones(1, 1, 4, 4), truth, 0, steps=16, baseline="zero", output="logit")
+    >>> found = deletion_insertion(net, torch.ones(1, 1, 4, 4), truth, 0, steps=16, baseline="zero", output="logit")
     >>> round(found.deletion_area.item(), 4), round(found.insertion_area.item(), 4)
     (0.1562, 4.8438)
     """
@@ -165,7 +165,7 @@ def faithfulness(
         ]
     random = [torch.stack(c).mean(0) for c in zip(*chance)]
     fractions = torch.linspace(0, 1, steps + 1, dtype=images.dtype, device=images.device)
-    return Faithfulness(fractions, ours[0], ours[1], random[0], random[1], output)
+    return DeletionInsertion(fractions, ours[0], ours[1], random[0], random[1], output)
 
 
 def removed(

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.batching import chunked
-from lineament.explain.faithfulness.deletion import Baseline, faithfulness, removed
-from lineament.explain.faithfulness.diffroar.retraining import DiffROAR
+from lineament.explain.faithfulness.deletion import Baseline, deletion_insertion, removed
+from lineament.explain.faithfulness.retraining import DiffROAR
 from lineament.explain.scores import class_scores, differentiable, prepared, scores_of
 
 Explain = Callable[[Tensor], Tensor]
@@ -75,7 +75,7 @@ def infidelity(
             them is its account (maps of importance); ``"noise"``: I is Gaussian noise, so that I·φ is a linear account (gradients).
         samples: draws of I for each image.
         scale: the standard deviation of the noise, in units of the images; for squares, their side over the image's.
-        baseline: what stands in the squares, as for :func:`lineament.explain.faithfulness.deletion.faithfulness`.
+        baseline: what stands in the squares, as for :func:`lineament.explain.faithfulness.deletion.deletion_insertion`.
         normalise: scale each map by the β that makes its infidelity least (β = E[I·φ Δf] / E[(I·φ)²]), as maps of arbitrary scale want.
         seed: of the draws; the same for every method, so that methods are compared on the same changes.
 
@@ -298,7 +298,7 @@ def score_maps(
         given = noise if name == "random" else method if isinstance(method, Tensor) else method(images)
         maps = checks.tensor(f"methods: {name}", given, floating=True).detach()
         one = maps.sum(1, keepdim=True) if maps.ndim == 4 else maps
-        curves = faithfulness(
+        curves = deletion_insertion(
             model, images, one, target, steps=steps, baseline=baseline, seed=seed, batch_size=batch_size
         )
         gain = curves.insertion_area - curves.random_insertion_area

@@ -1,4 +1,4 @@
-"""AtP*: two mends of attribution patching where its linear guess fails, for gradients and for LRP coefficients alike.
+"""AtP*: two fixes of attribution patching where its linear guess fails, for gradients and for LRP coefficients alike.
 
 Kramár, Lieberum, Shah, Nanda, "AtP*: An efficient and scalable method for localizing LLM behaviour to components", 2024 (arXiv 2403.00745). The **QK fix**
 recomputes the attention for a patched query or key and is linear only behind it, because a saturated softmax has no gradient to speak of. **GradDrop** keeps
@@ -8,9 +8,10 @@ The attention is recomputed by the module itself, so that rotary embeddings, gro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,57 +20,53 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lineament.core.checks import InputError, require, show
-from lineament.core.sites import main_tensor
-from lineament.core.sites.heads import HeadView, plain
-from lineament.core.sites.hooks import eagerly, watch
+from lineament.core.sites.heads import plain
+from lineament.core.sites.hooks import RECORD, replace, tap, watch
 from lineament.core.sites.naming import Site, resolve
-from lineament.explain.patching.engine import tapped
-from lineament.explain.patching.sites import Place
+from lineament.explain.patching.components import Component
+from lineament.explain.patching.runs import Values, receiving
 from lineament.explain.relevance.functions import wide
 
 
 class GradDrop:
     """Backward passes in each of which one block sends no coefficient into its attention and MLP."""
 
-    def __init__(self, blocks: Sequence[nn.Module]):
+    def __init__(self, blocks: Sequence[Site]):
         require(
             len(blocks) > 1,
-            f"grad_drop: got a model with {len(blocks)} known blocks, expected at least two; with a layout, name them under 'blocks'",
+            f"grad_drop: got a model with {len(blocks)} known blocks, expected at least two; where sites are named, name them under 'blocks'",
         )
         self.blocks = list(blocks)
         self.dropped: int | None = None
 
-    def watch(self, stack: ExitStack) -> None:
-        """Set the hooks; call it after those that record, so that they see what a block's own input and output receive."""
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Set the hooks; after those that record, so that these see what a block's own input and output receive."""
+        entered: dict[int, Tensor] = {}
 
-        def keeper(k: int, kept: dict[int, Tensor]) -> tuple[Any, Any]:
-            def before(value: Any) -> None:
-                found = main_tensor.find(value)
-                if found is not None:
-                    kept[k] = found[1]
+        def before(k: int, x: Tensor) -> None:
+            entered[k] = x
 
-            def after(value: Any) -> Any:
-                found = main_tensor.find(value)
-                x = kept.pop(k, None)
-                if found is None or x is None or x.shape != found[1].shape:
-                    raise InputError(
-                        f"grad_drop: block {k} takes {show(x)} and returns {show(value)}, expected a residual stream of one shape"
-                    )
-                return main_tensor.replace(value, found[0], _Skipped.apply(x, found[1], self, k))
+        def after(k: int, y: Tensor) -> Tensor:
+            x = entered.pop(k, None)
+            if x is None or x.shape != y.shape:
+                raise InputError(
+                    f"grad_drop: block {k} takes {show(x)} and returns {show(y)}, expected a residual stream of one shape"
+                )
+            return _Skipped.apply(x, y, self, k)  # pyright: ignore[reportReturnType]
 
-            return before, after
+        with ExitStack() as stack:
+            stack.callback(entered.clear)
+            for k, block in enumerate(self.blocks):
+                stack.enter_context(tap(block.module, {block.input: partial(before, k)}))
+                stack.enter_context(replace(block.module, {block: partial(after, k)}))
+            yield
 
-        kept: dict[int, Tensor] = {}
-        stack.callback(kept.clear)
-        for k, block in enumerate(self.blocks):
-            before, after = keeper(k, kept)
-            watch(Site(f"block {k}", block, "in"), before, stack, last=True)
-            watch(Site(f"block {k}", block, "out"), after, stack, last=False)
-
-    def passes(self, place: Place) -> int:
-        """The backward passes that reach a place: the one that drops its own block does not, unless it is the residual stream at its edge."""
-        edge = any(place.write.module is block for block in self.blocks)
-        inside = any(part is place.write.module for block in self.blocks for part in block.modules())
+    def passes(self, component: Component) -> int:
+        """The backward passes that reach a component: the one that drops its own block does not, unless it is the residual stream at its edge."""
+        module = component.write.module
+        edge = any(module is block.module for block in self.blocks)
+        inside = any(part is module for block in self.blocks for part in block.module.modules())
         return len(self.blocks) - int(inside and not edge)
 
 
@@ -98,18 +95,18 @@ class _Attention:
     call: tuple[Any, Any] = ((), {})
     mixed: Tensor | None = None
     coefficient: Tensor | None = None
-    places: list[tuple[int, Place, str]] = field(default_factory=list)
+    components: list[tuple[int, Component, str]] = field(default_factory=list)
 
 
 class QKFix:
     """The effect of queries and keys with the attention recomputed: Σ_t (z_t(patched) - z_t)·c_t, c the coefficient of the mixed values z."""
 
-    def __init__(self, model: nn.Module, places: Sequence[Place]):
+    def __init__(self, model: nn.Module, components: Sequence[Component]):
         modules = {name: plain(module) for name, module in plain(model).named_modules()}
         self.attentions: dict[str, _Attention] = {}
-        for index, place in enumerate(places):
-            view = place.read.view
-            name, _, part = place.read.name.rpartition(":")
+        for index, component in enumerate(components):
+            view = component.read.view
+            name, _, part = component.read.name.rpartition(":")
             if view is None or part[:1] not in ("q", "k"):
                 continue
             module = modules[name]
@@ -122,29 +119,28 @@ class QKFix:
             found = self.attentions.setdefault(
                 name, _Attention(module, resolve(model, [f"{name}:z"])[f"{name}:z"])
             )
-            found.places.append((index, place, part[0]))
+            found.components.append((index, component, part[0]))
         require(
             bool(self.attentions),
             "qk_fix: none of the sites is a query or a key, and other sites need no fix; add 'q' and 'k' to sites",
         )
 
-    def watch(self, stack: ExitStack) -> None:
+    @contextmanager
+    def watching(self) -> Iterator[None]:
         """Record each attention's call, mixed values and coefficients of the forward and the backward to come."""
-        for name, attention in self.attentions.items():
 
-            def called(value: Any, attention: _Attention = attention) -> None:
-                attention.call = value
+        def called(attention: _Attention, call: Any) -> None:
+            attention.call = call
 
-            def mixed(value: Any, attention: _Attention = attention) -> Any:
-                def back(gradient: Tensor) -> None:
-                    attention.coefficient = gradient.detach()
+        def mixed(attention: _Attention, z: Tensor) -> Tensor:
+            attention.mixed = z.detach()
+            return receiving(z, lambda c: setattr(attention, "coefficient", c.detach()))
 
-                found: Any = main_tensor.find(value)
-                attention.mixed = found[1].detach()
-                return tapped(value, back)
-
-            watch(Site(name, attention.module, "in"), called, stack, last=True)
-            watch(Site(name, attention.z.module, attention.z.side), mixed, stack, last=True)
+        with ExitStack() as stack:
+            for attention in self.attentions.values():
+                watch(Site("", attention.module, "in"), partial(called, attention), stack, RECORD)
+                stack.enter_context(tap(attention.module, {attention.z.whole: partial(mixed, attention)}))
+            yield
 
     def coefficients(self) -> dict[str, Tensor]:
         """What the last backward pass brought to each attention's mixed values; forgotten here."""
@@ -161,30 +157,33 @@ class QKFix:
     def scores(
         self,
         passes: Sequence[Mapping[str, Tensor]],
-        differences: Mapping[tuple[int, str], Tensor],
+        differences: Values,
         picks: Sequence[int | None],
     ) -> dict[int, Float[Tensor, "passes batch picks units"]]:
-        """The effect at every query and key place, by the place's index: one forward of the attention for all queries, one for each key position."""
+        """The effect at every query and key, by the component's index: one forward of the attention for all queries, one for each key position."""
         found = {}
         for name, attention in self.attentions.items():
             view: Any = attention.z.view
             c = torch.stack([wide(view.read(each[name])) for each in passes])
-            for index, place, part in attention.places:
-                mine: Any = place.read.view
-                move = differences[id(place.read.module), place.read.side]
+            for index, component, part in attention.components:
+                mine: Any = component.read.view
+                move = differences[component.read.key]
                 if part == "q":
-                    by_head = torch.einsum("pbtns,btns->pbtn", c, self._moved(attention, mine, move))
-                    by_head = (
-                        by_head.sum(2, keepdim=True) if list(picks) == [None] else by_head[:, :, list(picks)]
+                    change = self._moved(attention, component.read, move)
+                    by_query = torch.einsum("pbtns,btns->pbtn", c, change)
+                    by_head = torch.stack(
+                        [by_query.sum(2) if at is None else by_query[:, :, at] for at in picks], 2
                     )
                 else:
                     columns = []
                     for at in picks:
-                        moved = move if at is None else torch.zeros_like(move).index_copy(1, *_only(move, at))
+                        moved = move
+                        if at is not None:
+                            moved = torch.zeros_like(move)
+                            moved[:, at] = move[:, at]
                         if bool(mine.read(moved).any()):
-                            columns.append(
-                                torch.einsum("pbtns,btns->pbn", c, self._moved(attention, mine, moved))
-                            )
+                            change = self._moved(attention, component.read, moved)
+                            columns.append(torch.einsum("pbtns,btns->pbn", c, change))
                         else:
                             columns.append(c.new_zeros(*c.shape[:2], c.shape[3]))
                     by_head = torch.stack(columns, 2)
@@ -194,30 +193,16 @@ class QKFix:
         return found
 
     def _moved(
-        self, attention: _Attention, view: HeadView, move: Tensor
+        self, attention: _Attention, site: Site, move: Tensor
     ) -> Float[Tensor, "batch positions heads size"]:
         """The change of the mixed values when these queries or keys move, everything else as in the base run."""
         seen: list[Tensor] = []
-
-        def change(value: Any) -> Any:
-            path, wide_value = main_tensor.find(value) or ((), move)
-            new = view.write(wide_value, view.read(wide_value + move.to(wide_value.dtype)))
-            return main_tensor.replace(value, path, new)
-
-        def see(value: Any) -> None:
-            found: Any = main_tensor.find(value)
-            seen.append(found[1])
-
+        view: Any = site.view
         args, kwargs = attention.call
-        with ExitStack() as stack:
-            watch(Site("query or key", view.module, view.side), change, stack, last=False)
-            watch(Site("mixed values", attention.z.module, attention.z.side), see, stack, last=True)
-            stack.enter_context(eagerly())
+        with (
+            replace(attention.module, {site: lambda heads: heads + view.read(move).to(heads.dtype)}),
+            tap(attention.module, {attention.z: seen.append}),
+        ):
             attention.module(*args, **kwargs)
-        mixed: Any = attention.mixed
-        heads: Any = attention.z.view
-        return wide(heads.read(seen[0])) - wide(heads.read(mixed))
-
-
-def _only(move: Tensor, at: int) -> tuple[Tensor, Tensor]:
-    return torch.tensor([at], device=move.device), move[:, at : at + 1]
+        before: Any = attention.z.view
+        return wide(seen[0]) - wide(before.read(attention.mixed))

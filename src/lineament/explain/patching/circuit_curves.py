@@ -16,8 +16,8 @@ from lineament.core.checks import InputError, number, one_of, require, show
 from lineament.core.models import frozen
 from lineament.explain.patching.circuit_nodes import NodeSites
 from lineament.explain.patching.circuits import NodeEffects
-from lineament.explain.patching.inputs import Prompts
 from lineament.explain.patching.metrics import Metric
+from lineament.explain.patching.prompts import Prompts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,35 +90,41 @@ def circuit_curve(
 
     Args:
         clean, patch: the prompts to judge on (others than those the effects come from, for an honest curve), of the same length.
-        effects: from :func:`node_effects`; \\|mean over the examples\\| is compared with the thresholds.
+        effects: from :func:`lineament.explain.patching.circuits.node_effects`; \\|mean over the examples\\| is compared with the thresholds.
         thresholds: by default 15 from 1e-4 to 1, logarithmically.
         errors: the error nodes are nodes like others, all removed, or all kept.
         start_layer: sites in earlier blocks are left as they are, in the circuit, its complement and the empty one, and their nodes are not counted
             (Marks et al.: 2 of Pythia-70M's 6 layers, 8 of Gemma-2-2B's 26).
 
     Raises:
-        InputError: as :func:`node_effects`; also no site from the start layer on, a model that does no better than the empty circuit (less than 1e-4 apart).
+        InputError: as :func:`lineament.explain.patching.circuits.node_effects`; also no site from the start layer on, a model that does no better than the empty circuit (less than 1e-4 apart).
 
     Source: Marks et al. 2024, section 4.
     """
     one_of("errors", errors, ("default", "remove", "keep"))
-    levels = torch.logspace(-4, 0, 15).tolist() if thresholds is None else [float(t) for t in thresholds]
+    levels = (
+        torch.logspace(-4, 0, 15, dtype=torch.float64).tolist()
+        if thresholds is None
+        else [float(t) for t in thresholds]
+    )
     if not isinstance(effects, NodeEffects):
         raise InputError(f"effects: got {show(effects)}, expected the NodeEffects of node_effects")
-    work = NodeSites(model, clean, patch, metric, dictionaries, tokenizer, attention_mask)
+    nodes = NodeSites(model, clean, patch, metric, dictionaries, tokenizer, attention_mask)
     for name in dictionaries:
         require(name in effects.features, f"effects: has no site {name!r}; it has {list(effects.features)}")
     number("start_layer", start_layer, low=0, integer=True)
     # What lies outside the blocks (the embeddings, say) comes before them all.
-    judged_sites = [name for name in work.sites if start_layer == 0 or (work.stage[name] or 0) >= start_layer]
+    judged_sites = [
+        name for name in nodes.sites if start_layer == 0 or (nodes.stage[name] or 0) >= start_layer
+    ]
     require(
         bool(judged_sites),
-        f"start_layer: got {start_layer}, before which lie all sites ({', '.join(work.sites)}); expected an earlier layer",
+        f"start_layer: got {start_layer}, before which lie all sites ({', '.join(nodes.sites)}); expected an earlier layer",
     )
     with frozen(model):
-        target, _ = work.values(work.engine.source_inputs)
+        target, _ = nodes.values(nodes.runs.source_inputs)
         means = {name: (f.mean(0), e.mean(0)) for name, (f, e) in target.items()}
-        full = float(work.run({}).mean())
+        full = float(nodes.run({}).mean())
         everything = {name: effects.features[name].mean(0) for name in judged_sites}
         everything_e = {n: value.mean(0) for n, value in effects.errors.items() if n in everything}
 
@@ -135,8 +141,8 @@ def circuit_curve(
                         chosen = (everything_e[name].abs() > level)[:, None]
                         chosen = {"default": chosen, "remove": chosen & False, "keep": chosen | True}[errors]
                         e_keep = chosen if inside or errors == "keep" else ~chosen
-                changes[name] = _ablation(work, name, f_keep, e_keep, *means[name])
-            return float(work.run(changes).mean())
+                changes[name] = _ablation(nodes, name, f_keep, e_keep, *means[name])
+            return float(nodes.run(changes).mean())
 
         empty = judged(None, True)
         require(
@@ -144,22 +150,22 @@ def circuit_curve(
             f"metric: {full:.6g} for the whole model and {empty:.6g} with every node ablated are alike (less than 1e-4 apart), so that there is nothing to "
             "be faithful to",
         )
-        nodes, faithful, complete = [], [], []
+        counts, faithful, complete = [], [], []
         for level in levels:
             count = sum(int((value.abs() > level).sum()) for value in everything.values())
             if errors == "default":
                 count += sum(int((value.abs() > level).sum()) for value in everything_e.values())
-            nodes.append(count)
+            counts.append(count)
             faithful.append((judged(level, True) - empty) / (full - empty))
             complete.append((judged(level, False) - empty) / (full - empty))
-    return CircuitCurve(levels, nodes, faithful, complete, full, empty)
+    return CircuitCurve(levels, counts, faithful, complete, full, empty)
 
 
 def averaged_curve(curves: Sequence[CircuitCurve], nodes: Sequence[int] | None = None) -> CircuitCurve:
     """The mean of several tasks' curves at common numbers of nodes, each curve linearly between its points.
 
     Args:
-        nodes: where; by default 15 from the greatest of the curves' least sizes to the least of their greatest, logarithmically, so that no curve is asked
+        nodes: where; by default 15 from the largest of the curves' smallest sizes to the smallest of their largest, logarithmically, so that no curve is asked
             beyond its ends.
 
     Returns:
@@ -191,16 +197,16 @@ def averaged_curve(curves: Sequence[CircuitCurve], nodes: Sequence[int] | None =
 
 
 def _ablation(
-    work: NodeSites, name: str, f_keep: Tensor, e_keep: Tensor, f_mean: Tensor, e_mean: Tensor
+    nodes: NodeSites, name: str, f_keep: Tensor, e_keep: Tensor, f_mean: Tensor, e_mean: Tensor
 ) -> Callable[[Tensor], Tensor]:
     def change(x: Tensor) -> Tensor:
         require(
             x.shape[1] == f_keep.shape[0],
             f"effects: of {f_keep.shape[0]} positions at {name!r}, expected the {x.shape[1]} of these prompts",
         )
-        f, e = work.parts(name, x)
+        f, e = nodes.parts(name, x)
         keep = f_keep.repeat_interleave(f.shape[-1] // f_keep.shape[-1], -1)
         mixed = torch.where(keep, f, f_mean)
-        return work.dictionaries[name].decode(mixed) + torch.where(e_keep, e, e_mean)
+        return nodes.dictionaries[name].decode(mixed) + torch.where(e_keep, e, e_mean)
 
     return change

@@ -1,8 +1,8 @@
-"""What the nodes of a circuit are: features of a dictionary at a site with its error, neurons, heads or whole layers, where they sit in the model."""
+"""What the nodes of a circuit are: features of a dictionary at a site and its error, neurons, heads or whole layers; and the runs around them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from lineament.core.checks import InputError, require, show
 from lineament.core.sites.heads import plain
-from lineament.core.sites.naming import resolve
-from lineament.explain.patching.engine import Engine
-from lineament.explain.patching.inputs import pair
+from lineament.core.sites.hooks import Function
+from lineament.core.sites.naming import Site, resolve
+from lineament.explain.patching.components import Sites, architecture, find_components, flat, stage_of, unflat
 from lineament.explain.patching.metrics import Metric
-from lineament.explain.patching.sites import Layout, Place, flat, places, stage_of, unflat
+from lineament.explain.patching.prompts import pair_prompts
+from lineament.explain.patching.runs import Runs
 
 
 class Dictionary(Protocol):
@@ -42,23 +43,21 @@ class Units:
         return f
 
 
-def component_nodes(
-    model: nn.Module, kinds: str | Sequence[str] = ("z", "mlp_out"), layout: Layout | None = None
-) -> dict[str, Units]:
-    """Heads, MLPs, neurons or residual streams as nodes: {site: :class:`Units`} for :func:`node_effects`.
+def component_nodes(model: nn.Module, kinds: Sites = ("z", "mlp_out")) -> dict[str, Units]:
+    """Heads, MLPs, neurons or residual streams as nodes: {site: :class:`Units`} for :func:`lineament.explain.patching.circuits.node_effects`.
 
     Args:
         kinds: ``"z"`` (a node a head), ``"attn_out"``, ``"mlp_out"``, ``"resid_pre"`` ... (a node a layer), ``"neurons"`` (a node a neuron).
     """
     found: dict[str, Units] = {}
-    for place in places(model, kinds, layout)[0]:
-        require(place.kind not in ("q", "k", "v"), f"kinds: {place.kind!r} is no run of features; use 'z'")
-        name = place.read.name.rsplit(":", 1)[0] if place.read.view is not None else place.read.name
-        groups = {"head": place.count, "feature": None, "": 1}[place.units]
-        if place.read.view is not None:
-            inner = {id(m): n for n, m in plain(model).named_modules()}
-            name = f"{inner[id(place.read.module)]}:{place.read.side}"
-        found[name] = Units(groups)
+    names = {id(module): name for name, module in plain(model).named_modules()}
+    for component in find_components(model, kinds)[0]:
+        require(
+            component.kind not in ("q", "k", "v"), f"kinds: {component.kind!r} is no run of features; use 'z'"
+        )
+        site = component.read
+        name = site.name if site.view is None else f"{names[id(site.module)]}:{site.side}"
+        found[name] = Units({"head": component.count, "feature": None, "": 1}[component.units])
     return found
 
 
@@ -87,23 +86,20 @@ class NodeSites:
                 fits,
                 f"dictionaries: {name!r} has {show(dictionary)}, expected an object with encode(x) and decode(f)",
             )
-        self.model, self.dictionaries = model, dict(dictionaries)
-        self.sites = {name: next(iter(resolve(model, [name]).values())) for name in dictionaries}
+        self.dictionaries = dict(dictionaries)
+        self.sites = resolve(model, dictionaries)
         for name, site in self.sites.items():
             require(
                 site.view is None,
                 f"dictionaries: {name!r} is a view of heads; name the projection's side and use Units(groups=heads)",
             )
         try:
-            blocks = places(model, "resid_pre")[1]
+            blocks = architecture(model).blocks
         except InputError:
             blocks = []
-        self.stage = {name: stage_of(site.module, blocks) for name, site in self.sites.items()}
-        inputs = pair(model, clean, patch, metric, tokenizer=tokenizer, attention_mask=mask)
-        nodes = [
-            Place("node", k, site, site, False, None, False, "") for k, site in enumerate(self.sites.values())
-        ]
-        self.engine = Engine(model, inputs, metric, nodes, blocks, denoising=False)
+        self.stage = {name: stage_of(site, blocks) for name, site in self.sites.items()}
+        pair = pair_prompts(model, clean, patch, metric, tokenizer=tokenizer, attention_mask=mask)
+        self.runs = Runs(model, pair, metric, blocks, denoising=False)
 
     def exact(self, name: str) -> bool:
         return isinstance(self.dictionaries[name], Units)
@@ -123,11 +119,9 @@ class NodeSites:
     def values(
         self, inputs: Tensor, *, keep: bool = False
     ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-        seen, score = self.engine.values(inputs, keep=keep)
-        found = {}
-        for name, site in self.sites.items():
-            found[name] = self.parts(name, flat(seen[id(site.module), site.side]))
-        return found, score
+        """Features and error at every site, and the metric."""
+        seen, score = self.runs.values(inputs, self.sites.values(), keep=keep)
+        return {name: self.parts(name, flat(seen[site.key])) for name, site in self.sites.items()}, score
 
     def grouped(self, name: str, effects: Tensor) -> Tensor:
         groups = getattr(self.dictionaries[name], "groups", None) if self.exact(name) else None
@@ -137,16 +131,9 @@ class NodeSites:
         self, changes: Mapping[str, Callable[[Tensor], Tensor]], times: int = 1, start: int | None = None
     ) -> Tensor:
         """The metric (times, batch) with activations (batch, positions, width) changed at some sites."""
-        stream = None
-        if start is not None:
-            one = self.engine.stages[start]
-            stream = one.repeat(times, *[1] * (one.ndim - 1))
 
-        def whole(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def whole(change: Callable[[Tensor], Tensor]) -> Function:
             return lambda value: unflat(change(flat(value)), value.shape)
 
-        sites = {
-            (id(self.sites[n].module), self.sites[n].side): (self.sites[n], whole(c))
-            for n, c in changes.items()
-        }
-        return self.engine.forward(start, times, stream, sites)
+        functions: dict[Site, Function] = {self.sites[n]: whole(c) for n, c in changes.items()}
+        return self.runs.patched(start, times, functions)

@@ -8,30 +8,24 @@ counted twice. A circuit keeps its nodes; everything else takes its mean over th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lineament.core.checks import InputError, number, one_of, show
+from lineament.core.checks import number, one_of
 from lineament.core.models import frozen
-from lineament.core.sites import main_tensor
-from lineament.core.sites.hooks import watch
-from lineament.core.sites.naming import Site
-from lineament.explain.patching.circuit_nodes import NodeSites, Units, component_nodes
-from lineament.explain.patching.engine import tapped
-from lineament.explain.patching.inputs import Prompts
+from lineament.core.sites.hooks import tap
+from lineament.explain.patching.circuit_nodes import NodeSites
+from lineament.explain.patching.components import flat
 from lineament.explain.patching.metrics import Metric
-from lineament.explain.patching.sites import flat
-from lineament.explain.relevance.context import Rules, relevance_rules
+from lineament.explain.patching.prompts import Prompts
+from lineament.explain.patching.runs import TOKENS_AT_ONCE, receiving
 from lineament.explain.relevance.functions import wide
-
-__all__ = ["NodeEffects", "Units", "component_nodes", "node_effects"]
+from lineament.explain.relevance.rules import Rules, relevance_rules
 
 Method = Literal["attrib", "relp", "ig", "exact"]
-_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,6 @@ def node_effects(
     method: Method = "relp",
     steps: int = 10,
     rules: Rules = "relp",
-    modules: Mapping[Any, str] | None = None,
     tokenizer: Any = None,
     attention_mask: Tensor | None = None,
 ) -> NodeEffects:
@@ -78,15 +71,16 @@ def node_effects(
     the gradient's mean over (1-α) clean + α patch with α = 0, 1/N ... (N-1)/N, one site at a time; ``exact``: one run for each node that differs.
 
     Args:
-        model, clean, patch, metric, tokenizer, attention_mask: as in :func:`lineament.explain.patching.activation_patching`.
-        dictionaries: by site, any object with ``encode`` and ``decode``; :func:`component_nodes` gives heads, neurons and layers.
-        steps: N of ``ig``. rules, modules: of ``relp``.
+        model, clean, patch, metric, tokenizer, attention_mask: as in :func:`lineament.explain.patching.activation.activation_patching`.
+        dictionaries: by site, any object with ``encode`` and ``decode``; :func:`lineament.explain.patching.circuit_nodes.component_nodes` gives heads, neurons and layers.
+        steps: N of ``ig``. rules: of ``relp``.
 
     Raises:
         InputError: prompts of unequal length, an unknown site or method, a dictionary of another width.
 
     Source: Marks et al. 2024, section 3.1.
 
+    >>> from lineament.explain.patching.circuit_nodes import Units
     >>> net = nn.Sequential(nn.Identity(), nn.Linear(2, 1, bias=False))
     >>> _ = nn.init.ones_(net[1].weight)
     >>> clean, patch = torch.zeros(1, 2), torch.tensor([[1.0, 3.0]])
@@ -95,75 +89,68 @@ def node_effects(
     """
     one_of("method", method, ("attrib", "relp", "ig", "exact"))
     number("steps", steps, low=1, integer=True)
-    work = NodeSites(model, clean, patch, metric, dictionaries, tokenizer, attention_mask)
+    nodes = NodeSites(model, clean, patch, metric, dictionaries, tokenizer, attention_mask)
     with frozen(model):
-        target, _ = work.values(work.engine.source_inputs)
+        target, _ = nodes.values(nodes.runs.source_inputs)
         if method in ("attrib", "relp"):
-            return _first_order(
-                work,
-                target,
-                method,
-                rules if method == "relp" else "gradient",
-                modules if method == "relp" else None,
-            )
-        base, score = work.values(work.engine.base_inputs, keep=bool(work.engine.blocks))
-        return _path(work, base, target, steps) if method == "ig" else _exact(work, base, target, score)
+            return _first_order(nodes, target, method, rules if method == "relp" else "gradient")
+        base, score = nodes.values(nodes.runs.base_inputs, keep=True)
+        return _path(nodes, base, target, steps) if method == "ig" else _exact(nodes, base, target, score)
 
 
 def _first_order(
-    work: NodeSites, target: Mapping[str, tuple[Tensor, Tensor]], method: str, rules: Rules, modules: Any
+    nodes: NodeSites, target: Mapping[str, tuple[Tensor, Tensor]], method: str, rules: Rules
 ) -> NodeEffects:
-    features: dict[str, Tensor] = {}
-    errors: dict[str, Tensor] = {}
+    features = {name: nodes.grouped(name, torch.zeros_like(f)) for name, (f, _) in target.items()}
+    errors = {name: torch.zeros_like(e[..., 0]) for name, (_, e) in target.items()}
 
-    def tap(name: str) -> Callable[[Any], Any]:
-        def see(value: Any) -> Any:
-            found = main_tensor.find(value)
-            if found is None:
-                raise InputError(f"dictionaries: {name!r} passed {show(value)}, which holds no tensor")
-            f, e = work.parts(name, flat(found[1].detach()))
+    def at(name: str) -> Callable[[Tensor], Tensor]:
+        def see(x: Tensor) -> Tensor:
+            f, e = nodes.parts(name, flat(x.detach()))
             f_to, e_to = target[name]
 
-            def contract(gradient: Tensor) -> None:
-                g = flat(gradient)
-                features[name], errors[name] = _contracted(work, name, f, f_to - f, (e_to - e), g)
+            def receive(coefficient: Tensor) -> None:
+                g = flat(coefficient)
+                features[name], errors[name] = _contracted(nodes, name, f, f_to - f, e_to - e, g)
 
-            return tapped(value, contract)
+            return receiving(x, receive)
 
         return see
 
-    with (
-        torch.enable_grad(),
-        relevance_rules(work.model, rules, modules=modules) as coverage,
-        ExitStack() as stack,
-    ):
-        for name, site in work.sites.items():
-            watch(Site(site.name, site.module, site.side), tap(name), stack, last=True)
-        work.run({}).sum().backward()
-    for name, (f, e) in target.items():
-        features.setdefault(name, work.grouped(name, torch.zeros_like(f)))
-        errors.setdefault(name, torch.zeros_like(e[..., 0]))
-    features = {name: features[name] for name in work.sites}
-    errors = {name: errors[name] for name in work.sites if not work.exact(name)}
-    return NodeEffects(features, errors, method, coverage.active())
+    taps = {site: at(name) for name, site in nodes.sites.items()}
+    runs = nodes.runs
+    with torch.enable_grad(), relevance_rules(runs.model, rules) as coverage, tap(runs.model, taps):
+        nodes.run({}).sum().backward()
+    return _effects(nodes, features, errors, method, coverage.active())
+
+
+def _effects(
+    nodes: NodeSites,
+    features: Mapping[str, Tensor],
+    errors: Mapping[str, Tensor],
+    method: str,
+    coverage: Mapping[str, int] | None = None,
+) -> NodeEffects:
+    kept = {name: error for name, error in errors.items() if not nodes.exact(name)}
+    return NodeEffects(features, kept, method, coverage or {})
 
 
 def _contracted(
-    work: NodeSites, name: str, f: Tensor, df: Tensor, de: Tensor, g: Tensor
+    nodes: NodeSites, name: str, f: Tensor, df: Tensor, de: Tensor, g: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(f difference · coefficient through the decoder, e difference · coefficient)."""
-    if work.exact(name):
+    if nodes.exact(name):
         through = g
     else:
         with torch.enable_grad():
             leaf = f.detach().requires_grad_()
-            through = torch.autograd.grad(work.dictionaries[name].decode(leaf), leaf, g.to(leaf.dtype))[0]
-    return work.grouped(name, wide(df) * wide(through)), (wide(de) * wide(g)).sum(-1)
+            through = torch.autograd.grad(nodes.dictionaries[name].decode(leaf), leaf, g.to(leaf.dtype))[0]
+    return nodes.grouped(name, wide(df) * wide(through)), (wide(de) * wide(g)).sum(-1)
 
 
-def _path(work: NodeSites, base: Any, target: Any, steps: int) -> NodeEffects:
+def _path(nodes: NodeSites, base: Any, target: Any, steps: int) -> NodeEffects:
     features, errors = {}, {}
-    for name in work.sites:
+    for name in nodes.sites:
         (f, e), (f_to, e_to) = base[name], target[name]
         alphas = (torch.arange(steps, device=f.device, dtype=f.dtype) / steps).repeat_interleave(len(f))[
             :, None, None
@@ -172,30 +159,30 @@ def _path(work: NodeSites, base: Any, target: Any, steps: int) -> NodeEffects:
         mixed_e = (1 - alphas) * e.repeat(steps, 1, 1) + alphas * e_to.repeat(steps, 1, 1)
         with torch.enable_grad():
             leaf_f, leaf_e = mixed_f.requires_grad_(), mixed_e.requires_grad_()
-            x = work.dictionaries[name].decode(leaf_f) + leaf_e
-            score = work.run({name: lambda _, x=x: x}, steps, work.stage[name]).sum()
+            x = nodes.dictionaries[name].decode(leaf_f) + leaf_e
+            score = nodes.run({name: lambda _, x=x: x}, steps, nodes.stage[name]).sum()
             g_f, g_e = torch.autograd.grad(score, [leaf_f, leaf_e])
         g_f, g_e = (g.unflatten(0, (steps, -1)).mean(0) for g in (g_f, g_e))
-        features[name] = work.grouped(name, (f_to - f) * g_f)
+        features[name] = nodes.grouped(name, (f_to - f) * g_f)
         errors[name] = ((e_to - e) * g_e).sum(-1)
-    return NodeEffects(features, {n: e for n, e in errors.items() if not work.exact(n)}, "ig")
+    return _effects(nodes, features, errors, "ig")
 
 
 @torch.no_grad()
-def _exact(work: NodeSites, base: Any, target: Any, score: Tensor) -> NodeEffects:
+def _exact(nodes: NodeSites, base: Any, target: Any, score: Tensor) -> NodeEffects:
     features, errors = {}, {}
-    for name in work.sites:
+    for name in nodes.sites:
         (f, e), (f_to, e_to) = base[name], target[name]
-        decode = work.dictionaries[name].decode
-        groups = work.grouped(name, f).shape[-1]
+        decode = nodes.dictionaries[name].decode
+        groups = nodes.grouped(name, f).shape[-1]
         run = f.shape[-1] // groups
         features[name], errors[name] = f.new_zeros(*f.shape[:2], groups), f.new_zeros(f.shape[:2])
         differs = (f != f_to).unflatten(-1, (groups, run)).any(-1).any(0)
-        nodes: list[tuple[int, int | None]] = [(t, g) for t, g in differs.nonzero().tolist()]
-        nodes += [] if work.exact(name) else [(t, None) for t in range(f.shape[1])]
-        size = max(1, _ROWS // (f.shape[0] * f.shape[1]))
-        for first in range(0, len(nodes), size):
-            part = nodes[first : first + size]
+        changed: list[tuple[int, int | None]] = [(t, g) for t, g in differs.nonzero().tolist()]
+        changed += [] if nodes.exact(name) else [(t, None) for t in range(f.shape[1])]
+        size = max(1, TOKENS_AT_ONCE // (f.shape[0] * f.shape[1]))
+        for first in range(0, len(changed), size):
+            part = changed[first : first + size]
             rows_f, rows_e = f.repeat(len(part), 1, 1), e.repeat(len(part), 1, 1)
             for k, (t, g) in enumerate(part):
                 rows = slice(k * len(f), (k + 1) * len(f))
@@ -204,10 +191,10 @@ def _exact(work: NodeSites, base: Any, target: Any, score: Tensor) -> NodeEffect
                 else:
                     rows_f[rows, t, g * run : (g + 1) * run] = f_to[:, t, g * run : (g + 1) * run]
             x = decode(rows_f) + rows_e
-            change = work.run({name: lambda _, x=x: x}, len(part), work.stage[name]) - score
+            change = nodes.run({name: lambda _, x=x: x}, len(part), nodes.stage[name]) - score
             for (t, g), effect in zip(part, change):
                 if g is None:
                     errors[name][:, t] = effect
                 else:
                     features[name][:, t, g] = effect
-    return NodeEffects(features, {n: e for n, e in errors.items() if not work.exact(n)}, "exact")
+    return _effects(nodes, features, errors, "exact")

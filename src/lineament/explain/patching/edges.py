@@ -7,31 +7,79 @@ an attention block can be split into queries, keys and values, whole or by head:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from lineament.core.checks import one_of, require
+from lineament.core.checks import number, one_of, require
 from lineament.core.models import frozen
-from lineament.core.sites import main_tensor
-from lineament.core.sites.heads import HeadView, head_view
-from lineament.core.sites.hooks import eagerly, watch
+from lineament.core.sites.hooks import tap
 from lineament.core.sites.naming import Site, resolve
-from lineament.explain.patching.edge_result import EdgeResult
-from lineament.explain.patching.engine import Engine, tapped
-from lineament.explain.patching.inputs import Prompts, pair
+from lineament.explain.patching.components import Architecture, architecture
 from lineament.explain.patching.metrics import Metric
-from lineament.explain.patching.sites import Architecture, Place, architecture
-from lineament.explain.relevance.context import Rules, relevance_rules
+from lineament.explain.patching.prompts import Prompts, pair_prompts
+from lineament.explain.patching.result import heat_map
+from lineament.explain.patching.runs import Runs, Values, receiving
 from lineament.explain.relevance.functions import wide
+from lineament.explain.relevance.rules import Rules, relevance_rules
 
-__all__ = ["EdgeResult", "edge_patching"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Inputs = Literal["attention", "qkv", "qkv heads"]
+
+
+@dataclass(frozen=True)
+class EdgeResult:
+    """Scores of the edges, (upstream, downstream); NaN where there is no edge because the downstream component comes first.
+
+    Attributes:
+        upstream, downstream: the components' names: ``embed``, ``attn 0`` or ``head 0.3``, ``mlp 0`` ..., ``logits``; with the inputs of attention apart
+            ``q 0``, ``k 0``, ``v 0``, or ``q 0.3`` by head.
+        scores: the mean of ``per_example`` over the batch. method: how the coefficient was made.
+    """
+
+    scores: Float[Tensor, "upstream downstream"]
+    per_example: Float[Tensor, "batch upstream downstream"]
+    upstream: Sequence[str]
+    downstream: Sequence[str]
+    method: str
+    coverage: Mapping[str, int] = field(default_factory=dict)
+
+    def top(self, k: int = 10) -> list[tuple[str, str, float]]:
+        """The ``k`` edges with the largest absolute scores."""
+        number("k", k, low=1, integer=True)
+        size = self.scores.nan_to_num().abs().flatten()
+        found = size.topk(min(k, int((~self.scores.isnan()).sum()))).indices.tolist()
+        edges: list[tuple[str, str, float]] = []
+        for index in found:
+            row, column = divmod(index, len(self.downstream))
+            edges.append(
+                (str(self.upstream[row]), str(self.downstream[column]), float(self.scores[row, column]))
+            )
+        return edges
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """A heat map, upstream by downstream."""
+        ax = heat_map(self.scores, ax, labels=self.downstream)
+        ax.set_yticks(range(len(self.upstream)), list(self.upstream))
+        ax.set(xlabel="to", ylabel="from", title=f"edges: {self.method}")
+        return ax
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [[None if value != value else value for value in row] for row in self.scores.tolist()]
+        return {
+            "method": self.method,
+            "upstream": list(self.upstream),
+            "downstream": list(self.downstream),
+            "scores": rows,
+        }
 
 
 @dataclass(frozen=True)
@@ -51,7 +99,6 @@ def edge_patching(
     metric: Metric,
     *,
     rules: Rules = "relp",
-    modules: Mapping[Any, str] | None = None,
     heads: bool = False,
     inputs: Inputs = "attention",
     direction: str = "denoising",
@@ -62,7 +109,7 @@ def edge_patching(
     """The effect of every edge between components, approximated from two forwards and one backward.
 
     Upstream are the embeddings, each attention block (with ``heads`` each head) and each MLP; downstream each attention block's and MLP's input before
-    its norm, and the final norm's. Scores are summed over positions and are those of :func:`lineament.explain.patching.relevance_patching` split by
+    its norm, and the final norm's. Scores are summed over positions and are those of :func:`lineament.explain.patching.relevance.relevance_patching` split by
     where they go: over all downstream components, a row sums to its node's score.
 
     Args:
@@ -79,58 +126,43 @@ def edge_patching(
     """
     one_of("direction", direction, ("denoising", "noising"))
     one_of("inputs", inputs, ("attention", "qkv", "qkv heads"))
-    prompts = pair(model, clean, corrupt, metric, tokenizer=tokenizer, attention_mask=attention_mask)
+    pair = pair_prompts(model, clean, corrupt, metric, tokenizer=tokenizer, attention_mask=attention_mask)
     known = architecture(model)
     upstream, downstream = _ends(model, known)
     projections = _projections(model, known) if heads else {}
-    places = [
-        Place(end.name, k, end.site, end.site, False, None, False, "") for k, end in enumerate(upstream)
-    ]
-    places += [
-        Place("z", layer, site, site, False, None, False, "head")
-        for layer, (site, _, _) in projections.items()
-    ]
-    engine = Engine(model, prompts, metric, places, [], denoising=direction == "denoising")
+    sites = [end.site for end in upstream] + [site for site, _ in projections.values()]
+    runs = Runs(model, pair, metric, known.blocks, denoising=direction == "denoising")
     with frozen(model):
-        source_values, source = engine.values(engine.source_inputs)
-        base_values, base = engine.values(engine.base_inputs)
-        gap = float(source.mean()) - float(base.mean())
-        require(
-            not normalise or abs(gap) >= 1e-4,
-            f"metric: {float(source.mean()):.6g} and {float(base.mean()):.6g} on the two runs are alike (less than 1e-4 apart); choose pairs or a metric that tell "
-            "them apart, or normalise=False",
-        )
-        differences = _differences(source_values, base_values, prompts.mask)
-        names, orders, stacked = _moved(upstream, projections, differences)
+        source, source_score = runs.values(runs.source_inputs, sites)
+        base, base_score = runs.values(runs.base_inputs, sites)
+        if normalise:
+            runs.check_apart(base_score, source_score)
+        differences = {key: runs.masked(source[key] - value) for key, value in base.items()}
+        names, orders, moved = _moved(upstream, projections, differences)
         columns: dict[str, Tensor] = {}
 
         def score(name: str, order: int, coefficient: Tensor) -> None:
             rows = [k for k, o in enumerate(orders) if o < order]
-            columns[name][:, rows] = torch.einsum("ubtd,btd->bu", stacked[rows], wide(coefficient))
+            columns[name][:, rows] = torch.einsum("ubtd,btd->bu", moved[rows], wide(coefficient))
 
-        with (
-            torch.enable_grad(),
-            relevance_rules(model, rules, modules=modules) as coverage,
-            ExitStack() as stack,
-        ):
+        with torch.enable_grad(), relevance_rules(model, rules) as coverage, ExitStack() as stack:
             splits: list[_Split] = []
             for end in downstream:
                 split = inputs != "attention" and end.name.startswith("attn")
                 if split:
-                    name = f"{known.blocks[end.order // 2][0]}.{known.names['attention']}"
+                    name = known.name("attention", end.order // 2)
                     splits.append(_Split(model, name, end, by_head=inputs == "qkv heads"))
+                    stack.enter_context(tap(model, splits[-1].taps()))
+                else:
+                    receive = partial(score, end.name, end.order)
+                    stack.enter_context(tap(model, {end.site: lambda x, r=receive: receiving(x, r)}))
                 for name in splits[-1].views if split else [end.name]:
                     # A block that adds nothing back sends no coefficient: its edges are zero, not missing.
-                    columns[name] = stacked.new_full((engine.batch, len(names)), float("nan"))
+                    columns[name] = moved.new_full((runs.batch, len(names)), float("nan"))
                     columns[name][:, [k for k, o in enumerate(orders) if o < end.order]] = 0.0
-                if split:
-                    splits[-1].watch(stack)
-                else:
-                    see = _tap(lambda g, end=end: score(end.name, end.order, g))
-                    watch(Site(end.site.name, end.site.module, end.site.side), see, stack, last=True)
-            _rooted(known.blocks[0][1], stack)
-            stack.enter_context(eagerly())
-            engine.judge(prompts.call(model, engine.base_inputs))[0].sum().backward(retain_graph=bool(splits))
+            stack.enter_context(tap(model, {known.blocks[0].input: _rooted}))
+            logits = pair.call(model, runs.base_inputs)
+            runs.judge(logits)[0].sum().backward(retain_graph=bool(splits))
             for split in splits:
                 for name in split.views:
                     coefficient = split.coefficient(name)
@@ -138,8 +170,8 @@ def edge_patching(
                         score(name, split.end.order, coefficient)
     scores = torch.stack(list(columns.values()), 2)
     if normalise:
-        scores = scores / gap
-    method = "edge attribution" if rules == "gradient" and not modules else "edge relevance"
+        scores = scores / (source_score.mean() - base_score.mean())
+    method = "edge attribution" if rules == "gradient" else "edge relevance"
     return EdgeResult(scores.mean(0), scores, names, list(columns), method, coverage.active())
 
 
@@ -148,129 +180,106 @@ class _Split:
 
     def __init__(self, model: nn.Module, attention: str, end: _End, *, by_head: bool):
         self.end, layer = end, end.order // 2
-        self.views: dict[str, tuple[HeadView, int | None]] = {}
+        self.views: dict[str, tuple[Site, int | None]] = {}
         for part in "qkv":
-            view: Any = _site(model, f"{attention}:{part}").view
-            for head in range(view.heads) if by_head else [None]:
-                self.views[f"{part} {layer}" if head is None else f"{part} {layer}.{head}"] = view, head
+            site = _site(model, f"{attention}:{part}")
+            heads = site.view.heads if by_head and site.view is not None else None
+            for head in [None] if heads is None else range(heads):
+                self.views[f"{part} {layer}" if head is None else f"{part} {layer}.{head}"] = site, head
         self.start: Tensor | None = None
-        self.ends: dict[int, Tensor] = {}
-        self.back: dict[int, Tensor] = {}
+        self.outputs: dict[tuple[int, str], Tensor] = {}
+        self.back: dict[tuple[int, str], Tensor] = {}
 
-    def watch(self, stack: ExitStack) -> None:
+    def taps(self) -> dict[Site, Any]:
         """Record the block's input, what its projections return, and the coefficients that come back to these."""
 
-        def begin(value: Any) -> Any:
-            new = tapped(value, lambda gradient: None)
-            found: Any = main_tensor.find(new)
-            self.start = found[1]
-            return new
+        def begin(x: Tensor) -> Tensor:
+            self.start = receiving(x, lambda coefficient: None)
+            return self.start
 
-        def ending(key: int) -> Any:
-            def see(value: Any) -> Any:
-                found: Any = main_tensor.find(value)
-                self.ends[key] = found[1]
-                return tapped(value, lambda gradient: self.back.__setitem__(key, gradient.detach()))
+        def ending(site: Site, y: Tensor) -> Tensor:
+            self.outputs[site.key] = y
+            return receiving(y, lambda coefficient: self.back.__setitem__(site.key, coefficient.detach()))
 
-            return see
-
-        watch(Site(self.end.site.name, self.end.site.module, self.end.site.side), begin, stack, last=True)
-        for module in {id(view.module): view.module for view, _ in self.views.values()}.values():
-            watch(Site("projection", module, "out"), ending(id(module)), stack, last=True)
+        # Queries, keys and values may come from one projection.
+        ends = {site.key: site.whole for site, _ in self.views.values()}
+        return {self.end.site: begin, **{site: partial(ending, site) for site in ends.values()}}
 
     def coefficient(self, name: str) -> Tensor | None:
         """The coefficient of the block's input by this way alone; none where nothing flows back."""
-        view, head = self.views[name]
-        key = id(view.module)
-        if self.start is None or key not in self.back or not self.ends[key].requires_grad:
+        site, head = self.views[name]
+        view: Any = site.view
+        if self.start is None or site.key not in self.back or not self.outputs[site.key].requires_grad:
             return None
-        read = view.read(self.back[key])
+        back = self.back[site.key]
+        read = view.read(back)
         if head is not None:
-            read = read * torch.zeros(view.heads, 1, dtype=read.dtype, device=read.device).index_fill_(
-                0, torch.tensor([head], device=read.device), 1.0
-            )
-        only = view.write(torch.zeros_like(self.back[key]), read)
-        return torch.autograd.grad(self.ends[key], self.start, only, retain_graph=True, allow_unused=True)[0]
+            only = torch.zeros_like(read)
+            only[..., head, :] = read[..., head, :]
+            read = only
+        by_this_way = view.write(torch.zeros_like(back), read)
+        return torch.autograd.grad(
+            self.outputs[site.key], self.start, by_this_way, retain_graph=True, allow_unused=True
+        )[0]
+
+
+def _rooted(x: Tensor) -> Tensor | None:
+    """The graph begins at the first block's input, so that every way through the model is part of it."""
+    return None if x.requires_grad else x.detach().requires_grad_()
 
 
 def _ends(model: nn.Module, known: Architecture) -> tuple[list[_End], list[_End]]:
     """Where edges begin and where they end, in the order of the forward."""
-    upstream, downstream = [_End("embed", _site(model, f"{known.blocks[0][0]}:in"), -1)], []
+    upstream, downstream = [_End("embed", known.blocks[0].input, -1)], []
     for layer in range(len(known.blocks)):
-        upstream.append(_End(f"attn {layer}", _site(model, known.at("attn_out", layer)), 2 * layer))
-        upstream.append(_End(f"mlp {layer}", _site(model, known.at("mlp_out", layer)), 2 * layer + 1))
-        downstream.append(_End(f"attn {layer}", _site(model, known.at("attn_in", layer)), 2 * layer))
+        sites = {k: _site(model, known.name(k, layer)) for k in ("attn_out", "mlp_out", "attn_in", "mlp_in")}
+        upstream.append(_End(f"attn {layer}", sites["attn_out"], 2 * layer))
+        upstream.append(_End(f"mlp {layer}", sites["mlp_out"], 2 * layer + 1))
+        downstream.append(_End(f"attn {layer}", sites["attn_in"], 2 * layer))
         # In parallel blocks the MLP does not see its own layer's attention.
-        order = 2 * layer + (0 if known.parallel else 1)
-        downstream.append(_End(f"mlp {layer}", _site(model, known.at("mlp_in", layer)), order))
+        downstream.append(_End(f"mlp {layer}", sites["mlp_in"], 2 * layer + (0 if known.parallel else 1)))
     final = f"{known.root}.{known.names['final_in']}" if known.root else known.names["final_in"]
     downstream.append(_End("logits", _site(model, final), 2 * len(known.blocks)))
     return upstream, downstream
 
 
-def _projections(model: nn.Module, known: Architecture) -> dict[int, tuple[Site, Tensor, int]]:
-    """By layer, the site of the heads' mixed values, the weight (values, width) that adds them to the residual stream, and the number of heads."""
+def _projections(
+    model: nn.Module, known: Architecture
+) -> dict[int, tuple[Site, Float[Tensor, "heads size width"]]]:
+    """By layer, the site of the heads' mixed values, and the weight that adds them to the residual stream."""
     require(
         known.names["attn_out"] == known.names["attention"],
         "heads: this architecture normalises the sum of a block's heads, so that a head adds nothing of its own to the residual stream; give heads=False",
     )
     found = {}
-    for layer, (name, block) in enumerate(known.blocks):
-        attention = block.get_submodule(known.names["attention"])
-        view: Any = head_view(attention, "z", getattr(model, "config", None))
-        weight = view.module.weight.T if hasattr(view.module, "out_features") else view.module.weight
-        found[layer] = (_site(model, f"{name}.{known.names['attention']}:z"), weight, view.heads)
+    for layer in range(len(known.blocks)):
+        site = _site(model, f"{known.name('attention', layer)}:z")
+        view: Any = site.view
+        weight = site.module.get_parameter("weight").detach()
+        weight = weight.T if hasattr(site.module, "out_features") else weight
+        found[layer] = site.whole, weight.unflatten(0, (view.heads, -1))
     return found
 
 
 def _moved(
-    upstream: list[_End],
-    projections: Mapping[int, tuple[Site, Tensor, int]],
-    differences: Mapping[Any, Tensor],
-) -> tuple[list[str], list[int], Tensor]:
-    """Names, orders and (components, batch, positions, width): how what each upstream component adds differs between the runs."""
+    upstream: list[_End], projections: Mapping[int, tuple[Site, Tensor]], differences: Values
+) -> tuple[list[str], list[int], Float[Tensor, "components batch positions width"]]:
+    """Names, orders, and how what each upstream component adds differs between the runs."""
     names, orders, moved = [], [], []
     for end in upstream:
         layer = end.order // 2
         if end.name.startswith("attn") and layer in projections:
-            site, weight, count = projections[layer]
-            z = differences[id(site.module), site.side].unflatten(-1, (count, -1))
-            matrix = weight.detach().unflatten(0, (count, -1))
-            for head in range(count):
-                names.append(f"head {layer}.{head}")
-                moved.append(z[:, :, head] @ matrix[head])
-            orders += [end.order] * count
+            site, weight = projections[layer]
+            z = differences[site.key].unflatten(-1, (len(weight), -1))
+            names += [f"head {layer}.{head}" for head in range(len(weight))]
+            moved += [z[:, :, head] @ weight[head] for head in range(len(weight))]
+            orders += [end.order] * len(weight)
         else:
             names.append(end.name)
             orders.append(end.order)
-            moved.append(differences[id(end.site.module), end.site.side])
+            moved.append(differences[end.site.key])
     return names, orders, torch.stack([wide(m) for m in moved])
 
 
-def _tap(contract: Any) -> Any:
-    return lambda value: tapped(value, contract)
-
-
-def _rooted(block: nn.Module, stack: ExitStack) -> None:
-    """The graph begins at the first block's input, so that every way through the model is part of it."""
-
-    def see(value: Any) -> Any:
-        path, tensor = main_tensor.find(value) or ((), torch.empty(0))
-        return (
-            None
-            if tensor.requires_grad
-            else main_tensor.replace(value, path, tensor.detach().requires_grad_())
-        )
-
-    watch(Site("the first block", block, "in"), see, stack, last=True)
-
-
 def _site(model: nn.Module, name: str) -> Site:
-    return next(iter(resolve(model, [name]).values()))
-
-
-def _differences(
-    source: Mapping[Any, Tensor], base: Mapping[Any, Tensor], mask: Tensor | None
-) -> dict[Any, Tensor]:
-    found = {key: source[key] - value for key, value in base.items()}
-    return found if mask is None else {key: value * mask[..., None] for key, value in found.items()}
+    return resolve(model, name)[name]

@@ -1,4 +1,4 @@
-"""What patching gives: a score for every node, its pictures and its greatest entries; and how well one map stands for another."""
+"""What patching gives: a score for every node, its picture and its largest scores; and how well one map approximates another."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class PatchingResult:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def top(self, k: int = 10, *, kind: str | None = None) -> list[Node]:
-        """The ``k`` nodes of greatest absolute score, over all kinds or in one."""
+        """The ``k`` nodes with the largest absolute scores, over all kinds or in one."""
         number("k", k, low=1, integer=True)
         nodes: list[Node] = []
         for name in self._kinds(kind):
@@ -72,26 +72,16 @@ class PatchingResult:
 
     def plot(self, ax: Axes | None = None, *, kind: str | None = None) -> Axes:
         """A heat map of one kind (the first by default): layer by position, or layer by head."""
-        from matplotlib.figure import Figure
-
         name = self._kinds(kind)[0]
-        values = self.map(name).float().cpu()
-        if ax is None:
-            ax = Figure(layout="constrained").subplots()
-        top = float(values.abs().max()) or 1.0
-        image = ax.imshow(
-            values.numpy(), cmap="RdBu", vmin=-top, vmax=top, aspect="auto", interpolation="nearest"
-        )
-        ax.figure.colorbar(image, ax=ax, label="share of the metric")
+        values = self.map(name)
         by_position = self.scores[name].ndim == 2
+        ax = heat_map(values, ax, labels=self.labels if by_position else ())
         ax.set(
             ylabel="layer",
             xlabel="position" if by_position else "head or feature",
             title=f"{name}: {self.method}",
         )
         ax.set_yticks(range(values.shape[0]))
-        if by_position and len(self.labels) == values.shape[1]:
-            ax.set_xticks(range(len(self.labels)), list(self.labels), rotation=60, ha="right")
         return ax
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,14 +107,30 @@ class PatchingResult:
         return int(chosen[index]) if isinstance(chosen, (list, tuple)) else index
 
 
+def heat_map(values: Float[Tensor, "rows columns"], ax: Axes | None, *, labels: Sequence[str] = ()) -> Axes:
+    """Scores in red and blue about zero, with a colour bar; ``labels`` of the columns where there is one for each."""
+    from matplotlib.figure import Figure
+
+    if ax is None:
+        ax = Figure(layout="constrained").subplots()
+    top = float(values.nan_to_num().abs().max()) or 1.0
+    image = ax.imshow(
+        values.float().cpu().numpy(), cmap="RdBu", vmin=-top, vmax=top, aspect="auto", interpolation="nearest"
+    )
+    ax.figure.colorbar(image, ax=ax, label="share of the metric")
+    if len(labels) == values.shape[1]:
+        ax.set_xticks(range(len(labels)), list(labels), rotation=60, ha="right")
+    return ax
+
+
 @dataclass(frozen=True)
 class Fidelity:
-    """How well an approximation stands for activation patching, for one kind of site.
+    """How well an approximation agrees with activation patching, for one kind of site.
 
     Attributes:
         pearson, spearman: correlations of the flattened maps (NaN where one is constant).
         rmse: root mean square difference.
-        overlap: share of the k entries of greatest absolute truth that are among the approximation's k greatest.
+        overlap: share of the k entries with the largest absolute truth that are among the approximation's k largest.
         k, entries: of the overlap, and how many entries the map has.
     """
 
@@ -147,7 +153,7 @@ def fidelity(
 ) -> dict[str, Fidelity]:
     """Agreement of two sets of maps for every kind of site that both have: Pearson, Spearman, RMSE and top-k overlap.
 
-    Pearson follows a few great entries, and where clean and corrupt prompts begin alike, many entries are zero for every method: read all four.
+    Pearson follows a few large entries, and where clean and corrupt prompts begin alike, many entries are zero for every method: read all four.
 
     Raises:
         InputError: no kind in common, or maps of different shapes.

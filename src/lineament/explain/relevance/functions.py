@@ -127,7 +127,7 @@ def factor_of(module: nn.Module, name: str) -> Factor | None:
         return _gelu
     if kind in _FACTORS:
         return _FACTORS[kind]
-    zero = torch.zeros(1)
+    zero = torch.zeros(1, dtype=torch.float64)
     for tensor in (*module.parameters(), *module.buffers()):
         zero = torch.zeros(1, dtype=tensor.dtype, device=tensor.device)
         break
@@ -142,7 +142,7 @@ def factor_of(module: nn.Module, name: str) -> Factor | None:
     if float(value.detach()) != 0.0:
         raise InputError(
             f"rule 'identity': {name!r} ({kind}) has phi(0) = {float(value.detach()):g}, so that phi(x)/x has no limit at 0; "
-            f"leave it to the plain gradient with modules={{{name!r}: 'gradient'}}"
+            f"leave it to the plain gradient with {{{name!r}: 'gradient'}} among the rules"
         )
     at_zero = 0.0 if slope is None else float(slope)
 
@@ -192,7 +192,7 @@ def norm_rule(module: nn.Module, name: str) -> Callable[[Tensor, Tensor], Tensor
                     return normalised(effective, eps, centred=centred)
     raise InputError(
         f"rule 'ln': {name!r} ({type(module).__name__}) computes neither a layer norm nor an RMS norm of its last dimension; "
-        f"leave it to the plain gradient with modules={{{name!r}: 'gradient'}}"
+        f"leave it to the plain gradient with {{{name!r}: 'gradient'}} among the rules"
     )
 
 
@@ -201,7 +201,9 @@ def stabilised(eps: float) -> Callable[[Tensor, Tensor], Tensor]:
 
     def rule(z: Tensor, v: Tensor) -> Tensor:
         z = wide(z)
-        return wide(v) * z / (z + torch.where(z < 0, -eps, eps))
+        # A tensor of z's dtype: two numbers alone would be float32.
+        shift = z.new_tensor(eps)
+        return wide(v) * z / (z + torch.where(z < 0, -shift, shift))
 
     return rule
 

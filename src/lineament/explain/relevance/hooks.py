@@ -1,7 +1,7 @@
 """The hooks of the LRP rules: one function for each place where a rule acts, and the record of which module got which rule.
 
-Hooks run by rank (:func:`lineament.core.sites.hooks.in_order`): rules between a module's input and output come before whatever records the output, rules that
-change only the gradient behind a value come after it, so that the record is the coefficient which the value itself receives.
+Rules between a module's input and output come before whatever records the output; rules that change only the gradient behind a value come after it, so that
+the record is the coefficient which the value itself receives (see the ranks in :mod:`lineament.core.sites.hooks`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError, require
-from lineament.core.sites import main_tensor
 from lineament.core.sites.heads import plain
-from lineament.core.sites.hooks import in_order
-from lineament.core.sites.naming import resolve
+from lineament.core.sites.hooks import BEHIND, CHANGE, attach
+from lineament.core.sites.naming import Site, resolve
 from lineament.explain.relevance.functions import (
     Ruled,
     Scaled,
@@ -84,26 +83,27 @@ def set_rule(
         _set_softcap(model, name, module, coverage, stack)
         return
     called = coverage.add(rule, name, module)
+    site = Site(name, module)
     if rule in ("ln", "identity"):
         if rule == "ln":
             backward = norm_rule(module, name)
         else:
             factor = factor_of(module, name)
             backward = None if factor is None else identity(factor)
-        _hook_output(module, backward, called, stack, fresh=bool(getattr(module, "inplace", False)))
+        _between(site, backward, called, stack, overwrites=bool(getattr(module, "inplace", False)))
     elif rule == "half":
-        _hook_input(module, lambda x: Scaled.apply(x, 0.5), called, stack)
+        _with_gradient(site.input, lambda x: Scaled.apply(x, 0.5), called, stack, CHANGE)
     elif rule == "epsilon":
         share = stabilised(eps)
-        _hook_gradient(module, lambda y: Ruled.apply(y, y.detach().clone(), share), called, stack, rank=0)
+        _with_gradient(site, lambda y: Ruled.apply(y, y.detach().clone(), share), called, stack, CHANGE)
     elif rule == "gamma":
         require(
             linear_map(module) is not None,
             f"rule 'gamma': {name!r} ({type(module).__name__}) is no linear map or convolution",
         )
-        _hook_output(module, favoured(module, gamma), called, stack)
+        _between(site, favoured(module, gamma), called, stack)
     else:
-        _hook_gradient(module, Tensor.detach, called, stack, rank=2)
+        _with_gradient(site, Tensor.detach, called, stack, BEHIND)
 
 
 def _set_attention(
@@ -111,19 +111,18 @@ def _set_attention(
 ) -> None:
     factors = {"q": 0.0, "k": 0.0} if rule == "ah" else {"q": 0.25, "k": 0.25, "v": 0.5}
     called = coverage.add(rule, name, module)
-    wide_factors: dict[int, tuple[nn.Module, Tensor]] = {}
+    scales: dict[tuple[int, str], tuple[Site, Tensor]] = {}
     for part, factor in factors.items():
-        view: Any = resolve(model, [f"{name}:{part}"])[f"{name}:{part}"].view
-        weight = view.module.weight
-        width = weight.shape[0 if hasattr(view.module, "out_features") else 1]
-        _, scale = wide_factors.setdefault(
-            id(view.module), (view.module, torch.ones(width, dtype=weight.dtype, device=weight.device))
-        )
-        scale[view._columns(scale.device)] = factor
-    for k, (projection, scale) in enumerate(wide_factors.values()):
+        site = resolve(model, f"{name}:{part}")[f"{name}:{part}"]
+        view: Any = site.view
+        weight = site.module.get_parameter("weight")
+        width = weight.shape[0 if hasattr(site.module, "out_features") else 1]
+        _, scale = scales.setdefault(site.key, (site.whole, weight.new_ones(width)))
+        scale[view.columns(scale.device)] = factor
+    for k, (site, scale) in enumerate(scales.values()):
         constant = not bool(scale.any())
         change: Any = Tensor.detach if constant else lambda y, scale=scale: Scaled.apply(y, scale)
-        _hook_gradient(projection, change, called if k == 0 else lambda: None, stack, rank=2)
+        _with_gradient(site, change, called if k == 0 else lambda: None, stack, BEHIND)
 
 
 def _set_softcap(
@@ -142,92 +141,61 @@ def _set_softcap(
         u = z / cap
         return torch.where(u == 0, 1.0, torch.tanh(u) / torch.where(u == 0, 1.0, u))
 
-    def keep(_: nn.Module, __: Any, output: Tensor) -> None:
-        before[:] = [output]
+    def keep(z: Tensor) -> None:
+        before[:] = [z]
 
-    def after(_: nn.Module, __: Any, output: Any) -> Any:
-        seen = main_tensor.find(output)
-        if seen is None or not before or not torch.is_grad_enabled() or not before[0].requires_grad:
+    def after(logits: Tensor) -> Any:
+        if not before or not torch.is_grad_enabled() or not before[0].requires_grad:
             return None
         called()
-        return main_tensor.replace(
-            output, seen[0], Ruled.apply(before.pop(), seen[1].detach(), identity(factor))
-        )
+        return Ruled.apply(before.pop(), logits.detach(), identity(factor))
 
     # Behind whatever is recorded there, so that the record is on the way.
-    _register(head, head._forward_hooks, keep, stack, 2)
-    _register(plain(model), plain(model)._forward_hooks, after, stack, 0)
+    attach(Site("the head", head), keep, stack, BEHIND)
+    attach(Site("the model", plain(model)), after, stack, CHANGE)
 
 
-def _register(
-    module: nn.Module, hooks: Any, hook: Any, stack: ExitStack, rank: int, *, pre: bool = False
+def _between(
+    site: Site, backward: Any, called: Callable[[], None], stack: ExitStack, *, overwrites: bool = False
 ) -> None:
-    hook.lineament_rank = rank
-    if pre:
-        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    else:
-        handle = module.register_forward_hook(hook)
-    stack.callback(handle.remove)
-    in_order(hooks)
-
-
-def _hook_output(
-    module: nn.Module, backward: Any, called: Callable[[], None], stack: ExitStack, *, fresh: bool = False
-) -> None:
-    """The rule between a module's input and its output. ``fresh``: the module overwrites its input, which is copied before."""
+    """The rule between a module's input and its output. ``overwrites``: the module writes into its input, which is copied before."""
     kept: list[Tensor] = []
 
-    def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
-        seen = main_tensor.find((args, kwargs))
-        if seen is None or not torch.is_grad_enabled() or not seen[1].requires_grad:
+    def before(x: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled() or not x.requires_grad:
             return None
-        kept.append(seen[1])
-        return main_tensor.replace((args, kwargs), seen[0], seen[1].clone()) if fresh else None
+        kept.append(x)
+        return x.clone() if overwrites else None
 
-    def after(_: nn.Module, __: Any, output: Any) -> Any:
+    def after(output: Tensor) -> Any:
         if not torch.is_grad_enabled() or not kept:
             return None
         x = kept.pop()
         called()
         return None if backward is None else Ruled.apply(x, output.detach(), backward)
 
-    _register(module, module._forward_pre_hooks, before, stack, 2, pre=True)
-    _register(module, module._forward_hooks, after, stack, 0)
+    attach(site.input, before, stack, BEHIND, _ignore)
+    attach(site, after, stack, CHANGE, _ignore)
     # A forward that failed leaves its input here, and with it the graph.
     stack.callback(kept.clear)
 
 
-def _hook_input(
-    module: nn.Module, change: Callable[[Tensor], Any], called: Callable[[], None], stack: ExitStack
+def _with_gradient(
+    site: Site, change: Callable[[Tensor], Any], called: Callable[[], None], stack: ExitStack, rank: int
 ) -> None:
-    def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
-        seen = main_tensor.find((args, kwargs))
-        if seen is None or not torch.is_grad_enabled() or not seen[1].requires_grad:
+    """The same value with another gradient; of rank ``BEHIND`` it comes behind what is recorded there, so that the record is before the change."""
+
+    def see(tensor: Tensor) -> Any:
+        if not torch.is_grad_enabled() or not tensor.requires_grad:
             return None
         called()
-        return main_tensor.replace((args, kwargs), seen[0], change(seen[1]))
+        return change(tensor)
 
-    _register(module, module._forward_pre_hooks, before, stack, 0, pre=True)
+    attach(site, see, stack, rank, _ignore)
 
 
-def _hook_gradient(
-    module: nn.Module,
-    change: Callable[[Tensor], Any],
-    called: Callable[[], None],
-    stack: ExitStack,
-    *,
-    rank: int,
-) -> None:
-    """Another gradient behind a module's output; rank 2 comes behind what is recorded there, so that the record is before the change."""
-
-    def after(_: nn.Module, __: Any, output: Any) -> Any:
-        seen = main_tensor.find(output)
-        if seen is None or not torch.is_grad_enabled() or not seen[1].requires_grad:
-            return None
-        called()
-        return main_tensor.replace(output, seen[0], change(seen[1]))
-
-    _register(module, module._forward_hooks, after, stack, rank)
+def _ignore(value: Any) -> None:
+    """A module that passes no tensor has no gradient to change."""
 
 
 def softcap_of(model: nn.Module) -> tuple[float, nn.Module] | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,30 +19,14 @@ from lineament.core import checks
 from lineament.core.sites.activations import capture, patch
 from lineament.core.sites.heads import head_view
 from lineament.explain.tokens.next_token import NextToken
-from lineament.explain.tokens.question import Question
-from lineament.explain.tokens.rows import grouped, grouped_sources
+from lineament.explain.tokens.prompts import Question
 
 # Prompts whose weights, (layers, heads, tokens, tokens) each, are held together.
 _PROMPTS = 16
 
 
-def attention_last(question: Question) -> Float[Tensor, "scored"]:
-    """The last position's attention in the last layer, the mean over heads."""
-    return of_attention([question], "last")[0]
-
-
-def attention_all(question: Question) -> Float[Tensor, "scored"]:
-    """The last position's attention, the mean over heads and layers."""
-    return of_attention([question], "all")[0]
-
-
-def rollout(question: Question) -> Float[Tensor, "scored"]:
-    """The last row of Π_l (A_l / 2 + I / 2), later layers from the left (Abnar, Zuidema 2020)."""
-    return of_attention([question], "rollout")[0]
-
-
-def of_attention(questions: Sequence[Question], how: str) -> list[Float[Tensor, "scored"]]:
-    """The score of each prompt from forwards that they share."""
+def of_attention(questions: Sequence[Question], *, how: str) -> list[Float[Tensor, "scored"]]:
+    """The last position's attention, heads averaged: ``"last"`` layer, mean over ``"all"``, or ``"rollout"``; from forwards that prompts share."""
     face = questions[0].face
     checks.require(
         how != "rollout" or not face.encoder_decoder,
@@ -56,7 +39,9 @@ def of_attention(questions: Sequence[Question], how: str) -> list[Float[Tensor, 
 
 
 def from_attention(weights: Float[Tensor, "layers heads queries keys"], how: str) -> Float[Tensor, "keys"]:
-    """The last query's row of the last layer, of the mean over layers, or of the rollout; heads are averaged.
+    """The last query's row of the last layer, of the mean over layers, or of the rollout Π_l (A_l / 2 + I / 2) (Abnar, Zuidema 2020).
+
+    Heads are averaged; later layers of the rollout multiply from the left.
 
     >>> from_attention(torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]]), "rollout").tolist()
     [0.25, 0.75]
@@ -101,9 +86,7 @@ def _weights(
     for first in range(0, len(by_length), _PROMPTS):
         chosen = by_length[first : first + _PROMPTS]
         rows, sources = [questions[i].rows for i in chosen], [questions[i].prompt.source for i in chosen]
-        for ids, mask, source, index in (
-            grouped_sources(rows, sources) if face.encoder_decoder else grouped(rows, face.pad_at, _PROMPTS)
-        ):
+        for ids, mask, source, index in face.groups(rows, sources, _PROMPTS):
             layers = _layers(face, ids, mask, source)
             for row, at in enumerate(index.tolist()):
                 p = questions[chosen[at]].prompt
@@ -118,13 +101,8 @@ def _weights(
 
 def _layers(face: NextToken, ids: Tensor, mask: Tensor | None, source: int) -> list[Tensor]:
     face.forwards += 1
-    if face.encoder_decoder:
-        inputs: dict[str, Any] = {"input_ids": ids[:, :source], "decoder_input_ids": ids[:, source:]}
-        inputs |= {} if mask is None else {"attention_mask": mask[:, :source]}
-    else:
-        inputs = face.inputs(ids, mask)
     with _no_traces(face.model):
-        output = face.model(**inputs, output_attentions=True)
+        output = face.model(**face.inputs(ids, mask, source), output_attentions=True)
     found: Sequence[Tensor | None] | None = getattr(
         output, "cross_attentions" if face.encoder_decoder else "attentions", None
     )

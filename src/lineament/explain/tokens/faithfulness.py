@@ -7,7 +7,7 @@ it points at. So :mod:`lineament.explain.tokens.controls` brings methods to one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.explain.tokens.embeddings import through_embeddings
+from lineament.core.results import axes, plain
+from lineament.explain.tokens.gradients import through_embeddings
 from lineament.explain.tokens.next_token import NextToken, not_nan
-from lineament.explain.tokens.prompts import Prompt, read, token_id
+from lineament.explain.tokens.prompts import Prompt, Reading, read, token_id
 
 DISTANCES = ("hellinger", "squared_official", "kl", "probability")
 
@@ -45,27 +46,16 @@ class SoftFaithfulness:
     n_samples: int
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return plain(self)
 
     def plot(self, ax: Any = None) -> Any:
         """Bars of both, with their standard errors."""
-        if ax is None:
-            import matplotlib.pyplot as plt
-
-            ax = plt.subplots()[1]
+        ax = axes(ax)
         places = torch.arange(self.sufficiency.numel(), dtype=torch.float64)
         for shift, name in ((-0.2, "sufficiency"), (0.2, "comprehensiveness")):
-            heights, errors = (
-                getattr(self, name).flatten(),
-                getattr(self, f"{name}_error").flatten().nan_to_num(),
-            )
-            ax.bar(
-                (places + shift).tolist(),
-                heights.tolist(),
-                0.4,
-                yerr=errors.tolist(),
-                label=f"soft normalised {name}",
-            )
+            heights = getattr(self, name).flatten().tolist()
+            errors = getattr(self, f"{name}_error").flatten().nan_to_num().tolist()
+            ax.bar((places + shift).tolist(), heights, 0.4, yerr=errors, label=f"soft normalised {name}")
         ax.legend()
         return ax
 
@@ -96,18 +86,18 @@ def distance_between(
 
 def soft_faithfulness(
     model: Any,
-    tokenizer: Any,
     prompt: Any,
     scores: Float[Tensor, "*methods tokens"],
-    target: Any = None,
     *,
+    target: Any = None,
+    tokenizer: Any = None,
     distance: str = "hellinger",
     n_samples: int = 32,
     clip: bool = False,
     seed: int = 0,
     uniforms: tuple[Tensor, Tensor] | None = None,
     batch_size: int = 64,
-    **reading: Any,
+    reading: Reading | None = None,
 ) -> SoftFaithfulness:
     """Soft normalised sufficiency and comprehensiveness of importance scores.
 
@@ -124,7 +114,7 @@ def soft_faithfulness(
         clip: cut both to [0, 1], as the classification code of 2023 does (Soft-NC can exceed 1).
         uniforms: the draws written down, two tensors (samples, tokens, width) in [0, 1): a part is kept where they are below its chance.
         batch_size: rows a forward.
-        reading: ``target_prefix``, ``scope``, ``span``, ``protect`` of :func:`lineament.explain.tokens.attribution.reagent`.
+        reading: how the prompt was read when it was attributed.
 
     Raises:
         InputError: scores outside [0, 1] or of another length, a model without weights, an input that zeroing does not change.
@@ -142,30 +132,25 @@ def soft_faithfulness(
         else:
             draws = [checks.tensor("uniforms", u, shape=(None, len(p.ids), judge.width)) for u in uniforms]
             n_samples = len(draws[0])
-        moved = [
-            torch.stack([judge(u < q[:, None]) for q in qs])
-            for u, qs in zip(draws, (a.to(draws[0]), 1 - a.to(draws[0])))
-        ]
-    sufficient, comprehensive = judge.normalised(moved[0], moved[1], clip)
+        a = a.to(draws[0])
+        kept, removed = (
+            torch.stack([judge(u < q[:, None]) for q in chances]) for u, chances in zip(draws, (a, 1 - a))
+        )
+    sufficient, comprehensive = judge.normalised(kept, removed, clip)
 
     def error(values: Tensor) -> Tensor:
-        return (values.std(1) / values.shape[1] ** 0.5).reshape(shape)
+        # NaN for a single draw.
+        return (values.std(1) if n_samples > 1 else values[:, 0] * torch.nan).reshape(shape) / n_samples**0.5
 
     return SoftFaithfulness(
-        sufficient.mean(1).reshape(shape),
-        comprehensive.mean(1).reshape(shape),
-        error(sufficient) if n_samples > 1 else torch.full(shape, torch.nan),
-        error(comprehensive) if n_samples > 1 else torch.full(shape, torch.nan),
-        1 - moved[0].mean(1).reshape(shape),
-        moved[1].mean(1).reshape(shape),
-        1 - float(judge.zero),
-        distance,
-        n_samples,
-    )
+        sufficient.mean(1).reshape(shape), comprehensive.mean(1).reshape(shape), error(sufficient), error(comprehensive),
+        1 - kept.mean(1).reshape(shape), removed.mean(1).reshape(shape), 1 - float(judge.zero), distance, n_samples,
+    )  # fmt: skip
 
 
 def exact_soft_faithfulness(
-    model: Any, tokenizer: Any, prompt: Any, scores: Float[Tensor, "tokens"], target: Any = None, *, distance: str = "hellinger", **reading: Any
+    model: Any, prompt: Any, scores: Float[Tensor, "tokens"], *, target: Any = None, tokenizer: Any = None,
+    distance: str = "hellinger", reading: Reading | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """The expectation over all 2^(tokens · width) masks, for models tiny enough: what :func:`soft_faithfulness` estimates.
 
@@ -182,36 +167,36 @@ def exact_soft_faithfulness(
         checks.require(
             bits <= 16, f"prompt: it has {bits} embedding entries, expected at most 16 to enumerate all masks"
         )
-        masks = (
-            (torch.arange(2**bits)[:, None] >> torch.arange(bits) & 1)
-            .bool()
-            .reshape(-1, len(p.ids), judge.width)
-        )
+        masks = (torch.arange(2**bits)[:, None] >> torch.arange(bits) & 1).bool()
+        masks = masks.reshape(-1, len(p.ids), judge.width)
         moved = judge(masks)
-    found = {"zero_sufficiency": 1 - float(judge.zero)}
     sufficient, comprehensive = judge.normalised(moved, moved, False)
-    for name, keep, values, raw in (
-        ("sufficiency", a, sufficient, 1 - moved),
-        ("comprehensiveness", 1 - a, comprehensive, moved),
-    ):
+
+    def expected(keep: Tensor, values: Tensor) -> float:
         keep = keep.to(moved.dtype)[:, None]
-        chances = torch.where(masks, keep, 1 - keep).flatten(1).prod(1)
-        found[name], found[f"raw_{name}"] = float((chances * values).sum()), float((chances * raw).sum())
-    return found
+        return float((torch.where(masks, keep, 1 - keep).flatten(1).prod(1) * values).sum())
+
+    return {
+        "sufficiency": expected(a, sufficient),
+        "comprehensiveness": expected(1 - a, comprehensive),
+        "raw_sufficiency": expected(a, 1 - moved),
+        "raw_comprehensiveness": expected(1 - a, moved),
+        "zero_sufficiency": 1 - float(judge.zero),
+    }
 
 
 def hard_faithfulness(
     model: Any,
-    tokenizer: Any,
     prompt: Any,
     scores: Float[Tensor, "*methods tokens"],
-    target: Any = None,
     *,
+    target: Any = None,
+    tokenizer: Any = None,
     ratios: Sequence[float] = (0.05, 0.1, 0.2, 0.3, 0.5),
     distance: str = "hellinger",
     clip: bool = False,
     batch_size: int = 64,
-    **reading: Any,
+    reading: Reading | None = None,
 ) -> dict[str, Any]:
     """Normalised sufficiency and comprehensiveness with whole tokens: the top int(ratio · tokens) kept, or removed.
 
@@ -261,18 +246,14 @@ class _Judge:
         self.face, self.p, self.distance, self.batch_size = face, p, distance, batch_size
         self.fixed = ~p.scored.to(face.device)[:, None]
         seen: list[Tensor] = []
-        first, _, _ = through_embeddings(face, self._rows(1), p.source, lambda e, c: (seen.append(e), e)[1])
-        self.width, self.dtype = (
-            seen[0].shape[-1],
-            torch.float64 if first.dtype == torch.float64 else torch.float32,
-        )
-        self.original = not_nan(first).softmax(1)[0]
-        if distance == "probability":
-            self.target = (
-                int(first.argmax()) if target is None else token_id(face, "target", target, first.shape[1])
-            )
-        nothing = torch.zeros(1, len(p.ids), self.width, dtype=torch.bool)
-        self.zero = self(nothing)[0]
+        first = self._scores(1, lambda e, columns: (seen.append(e), e)[1])
+        self.width = seen[0].shape[-1]
+        self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        self.original = first.softmax(1)[0]
+        self.target = int(first.argmax())
+        if distance == "probability" and target is not None:
+            self.target = token_id(face, "target", target, first.shape[1])
+        self.zero = self(torch.zeros(1, len(p.ids), self.width, dtype=torch.bool))[0]
         checks.require(
             float(self.zero) > 1e-9,
             "prompt: with all embeddings zero the model predicts the same, so that there is nothing to normalise by",
@@ -282,39 +263,27 @@ class _Judge:
         found = []
         for part in keep.split(self.batch_size):
             part = part.to(self.face.device) | self.fixed
-            scores, _, _ = through_embeddings(
-                self.face,
-                self._rows(len(part)),
-                self.p.source,
-                lambda e, columns, part=part: e * part[:, columns],
-            )
-            chances = not_nan(scores).softmax(1)
-            target = getattr(self, "target", None)
-            found.append(distance_between(self.original, chances, self.distance, target).cpu())
+            scores = self._scores(len(part), lambda e, columns, part=part: e * part[:, columns])
+            found.append(distance_between(self.original, scores.softmax(1), self.distance, self.target).cpu())
         return torch.cat(found)
 
     def normalised(self, kept: Tensor, removed: Tensor, clip: bool) -> tuple[Tensor, Tensor]:
         sufficient, comprehensive = (self.zero - kept).clamp_min(0) / self.zero, removed / self.zero
         return sufficient, comprehensive.clamp_max(1) if clip else comprehensive
 
-    def _rows(self, count: int) -> Tensor:
-        return self.p.ids.to(self.face.device).expand(count, -1)
+    def _scores(self, count: int, change: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        rows = self.p.ids.to(self.face.device).expand(count, -1)
+        return not_nan(through_embeddings(self.face, rows, self.p.source, change)[0])
 
 
 def _opened(
-    model: Any,
-    tokenizer: Any,
-    prompt: Any,
-    scores: Any,
-    distance: str,
-    reading: dict[str, Any],
-    bounded: bool = True,
-) -> tuple[NextToken, Prompt, Tensor]:
+    model: Any, tokenizer: Any, prompt: Any, scores: Any, distance: str, reading: Reading | None, bounded: bool = True
+) -> tuple[NextToken, Prompt, Tensor]:  # fmt: skip
     checks.one_of("distance", distance, DISTANCES)
     checks.tensor("scores", scores, floating=True)
-    face = model if isinstance(model, NextToken) else NextToken(model, tokenizer)
+    face = NextToken.of(model, tokenizer)
     face.needs_weights("the word embeddings")
-    p = read(face, prompt, **reading)
+    p = read(face, prompt, reading)
     checks.require(
         scores.ndim in (1, 2) and scores.shape[-1] == len(p.ids),
         f"scores: got {checks.show(scores)} for a prompt of {len(p.ids)} tokens, expected one score a token",

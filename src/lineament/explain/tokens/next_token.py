@@ -1,8 +1,8 @@
 """What can be explained token by token: anything that gives the next token's probabilities.
 
-Three kinds are one here: a causal language model, an encoder-decoder (its source, or source and target prefix side by side in one row
-of ids), and a plain function ``ids -> probabilities`` such as a model behind an API. Prompts of several lengths go through few forwards
-(:mod:`lineament.explain.tokens.rows`); a prefix that all rows share is computed once and comes from the key-value cache.
+Three kinds have one interface here: a causal language model, an encoder-decoder (source and target prefix side by side in one row of ids), and a
+plain function ``ids -> probabilities``, such as a model behind an API. Prompts of several lengths go through few forwards, padded where the model
+takes a mask; a prefix that all rows share is computed once and comes from the key-value cache.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.batching import auto_batch
 from lineament.core.models import device_of, frozen, logits, masks_to_nan
-from lineament.explain.tokens.rows import grouped, grouped_sources
 
 # More rows than this in one forward are no faster on a CPU, and their logits no longer fit its caches.
 _ROWS_ON_CPU = 64
 # Below this many tokens, bringing a cached prefix to every row costs more than computing it again.
 _WORTH_CACHING = 8
+# What goes through one forward: ids, mask, how many columns are an encoder's source, and the rows' indices among all.
+Group = tuple[Tensor, Tensor | None, int, Tensor]
 
 
 class NextToken:
-    """One face for whatever predicts the next token.
+    """One interface for whatever predicts the next token.
 
     Args:
         model: a causal or encoder-decoder ``nn.Module`` (Hugging Face's, or one that returns logits for ids), or a function from ids
@@ -64,11 +65,10 @@ class NextToken:
         self._prefix: tuple[int, Any] | None = None
         self.forwards = 0
 
-    @property
-    def vocabulary(self) -> int | None:
-        """How many tokens the model scores, as far as it is known before a forward."""
-        found = getattr(self.text_config, "vocab_size", None)
-        return found if isinstance(found, int) else None
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any = None) -> NextToken:
+        """The model itself where it is a ``NextToken`` already."""
+        return model if isinstance(model, cls) else cls(model, tokenizer)
 
     @property
     def text_config(self) -> Any:
@@ -76,13 +76,18 @@ class NextToken:
         return get() if callable(get) else self.config
 
     @property
+    def vocabulary(self) -> int | None:
+        """How many tokens the model scores, as far as it is known before a forward."""
+        return self._size("vocab_size")
+
+    @property
     def most_tokens(self) -> int | None:
         """The longest context that the model's positions allow, or ``None``."""
-        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-            found = getattr(self.text_config, name, None)
-            if isinstance(found, int) and found > 0:
-                return found
-        return None
+        return self._size("max_position_embeddings", "n_positions", "max_seq_len")
+
+    def _size(self, *names: str) -> int | None:
+        found = (getattr(self.text_config, name, None) for name in names)
+        return next((n for n in found if isinstance(n, int) and n > 0), None)
 
     @property
     def special(self) -> frozenset[int]:
@@ -93,14 +98,6 @@ class NextToken:
                 found = getattr(self.config, name, None)
                 ids |= set(found) if isinstance(found, (list, tuple)) else {found}
         return frozenset(i for i in ids if isinstance(i, int))
-
-    @property
-    def pad_at(self) -> int | None:
-        """The column before which shorter rows are filled up; ``None`` for a model that takes no mask."""
-        if not self._pads or self.encoder_decoder or masks_to_nan(self.model):
-            return None
-        # What follows the shared prefix is padded on its left, not what comes before it.
-        return self._prefix[0] if self._prefix else 0
 
     @contextmanager
     def ready(self, *, gradients: bool = False) -> Iterator[NextToken]:
@@ -124,17 +121,12 @@ class NextToken:
                 padding; such models then go without.
         """
         wanted = len(ids) >= _WORTH_CACHING if use_cache is None else use_cache and len(ids) > 0
-        windows = [
+        windows = (
             getattr(self.text_config, name, None) for name in ("sliding_window", "attention_chunk_size")
-        ]
-        wanted = wanted and not (uneven and any(windows))
+        )
+        wanted = wanted and not (uneven and any(windows)) and not self.encoder_decoder and self._pads
         cache = None
-        if (
-            wanted
-            and not self.encoder_decoder
-            and {"past_key_values", "use_cache"} <= self._takes
-            and self._pads
-        ):
+        if wanted and {"past_key_values", "use_cache"} <= self._takes:
             output = self.model(input_ids=ids[None].to(self.device), use_cache=True, **self._last_only())
             cache = getattr(output, "past_key_values", None)
         self._prefix = (len(ids), cache) if hasattr(cache, "batch_repeat_interleave") else None
@@ -156,7 +148,7 @@ class NextToken:
         Args:
             rows: one (rows, tokens) tensor of ids for each prompt; the lengths may differ.
             sources: for an encoder-decoder, how many of each prompt's columns are its source; the rest is the target prefix.
-            then: ``then(logits, index)`` is applied to each chunk, ``index`` naming its rows among all; so that (rows, vocabulary)
+            then: ``then(logits, index)`` is applied to each chunk, ``index`` naming its rows among all, so that (rows, vocabulary)
                 is never held whole. It returns one entry a row.
             batch_size: rows at a time, or ``"auto"``: 64 on a CPU, elsewhere all at once, halved when memory runs out.
 
@@ -166,30 +158,74 @@ class NextToken:
         Raises:
             InputError: the model's output is no distribution over a vocabulary, or holds NaN.
         """
-        sources = [0] * len(rows) if sources is None else sources
         if batch_size == "auto" and self.device.type == "cpu":
             batch_size = _ROWS_ON_CPU
         found: list[tuple[Tensor, Tensor]] = []
-        placed = [r.to(self.device) for r in rows]
-        for ids, mask, source, index in (
-            grouped_sources(placed, sources)
-            if self.encoder_decoder
-            else grouped(placed, self.pad_at, batch_size)
-        ):
+        for group in self.groups([r.to(self.device) for r in rows], sources, batch_size):
 
-            def one(
-                start: int, stop: int, ids=ids, mask=mask, source=source, index=index
-            ) -> tuple[Tensor, Tensor]:
+            def one(start: int, stop: int, group: Group = group) -> tuple[Tensor, Tensor]:
+                ids, mask, source, index = group
                 part = index[start:stop]
                 scores = self._forward(ids[start:stop], None if mask is None else mask[start:stop], source)
                 return part, scores if then is None else then(scores, part)
 
-            found += list(auto_batch(one, len(ids), batch_size=batch_size, memory=self._forward))
+            found += list(auto_batch(one, len(group[0]), batch_size=batch_size, memory=self._forward))
         index = torch.cat([part for part, _ in found])
         values = found[0][1] if len(found) == 1 else torch.cat([value for _, value in found])
         # Prompts were sorted by length; most often there is one, and then no copy is made.
         in_order = bool((index[1:] > index[:-1]).all())
         return values if in_order else values[index.argsort().to(values.device)]
+
+    def groups(
+        self, rows: Sequence[Tensor], sources: Sequence[int] | None, most: int | str
+    ) -> Iterator[Group]:
+        """Rows of several lengths by forward, those of one prompt together: padded where the model takes a mask, else one forward a length.
+
+        >>> [ids.tolist() for ids, *_ in NextToken(len).groups([torch.tensor([[1, 2]]), torch.tensor([[3]])], None, 8)]
+        [[[3]], [[1, 2]]]
+        """
+        sources = [0] * len(rows) if sources is None else sources
+        index = torch.arange(sum(map(len, rows))).split([len(r) for r in rows])
+        if len({(r.shape[1], s) for r, s in zip(rows, sources)}) == 1:
+            yield torch.cat(list(rows)), None, sources[0], torch.cat(index)
+            return
+        for chosen in self._sharing_a_forward(rows, sources, most):
+            source, width = max(sources[i] for i in chosen), max(rows[i].shape[1] for i in chosen)
+            if self.encoder_decoder:
+                # Encoders number their positions from the left, whatever the mask: a source is padded on its right.
+                width = source + rows[chosen[0]].shape[1] - sources[chosen[0]]
+            padded = [
+                _padded(rows[i], width, sources[i] if self.encoder_decoder else self._pad_at or 0)
+                for i in chosen
+            ]
+            ids, mask = (torch.cat([pair[j] for pair in padded]) for j in (0, 1))
+            whole = not self.encoder_decoder and bool(mask.all())
+            yield ids, None if whole else mask, source, torch.cat([index[i] for i in chosen])
+
+    @property
+    def _pad_at(self) -> int | None:
+        """The column before which shorter rows are filled up; ``None`` for a model that takes no mask."""
+        if not self._pads or self.encoder_decoder or masks_to_nan(self.model):
+            return None
+        # What follows the shared prefix is padded on its left, not what comes before it.
+        return self._prefix[0] if self._prefix else 0
+
+    def _sharing_a_forward(
+        self, rows: Sequence[Tensor], sources: Sequence[int], most: int | str
+    ) -> list[list[int]]:
+        """Which prompts go through one forward: neighbours by length, so that little is padded, or those of one length."""
+        groups: list[list[int]] = []
+        if not self.encoder_decoder and self._pad_at is not None:
+            held = 0
+            for i in sorted(range(len(rows)), key=lambda i: rows[i].shape[1]):
+                if not groups or (isinstance(most, int) and held + len(rows[i]) > most):
+                    groups.append([])
+                    held = 0
+                groups[-1].append(i)
+                held += len(rows[i])
+            return groups
+        lengths = [r.shape[1] - s for r, s in zip(rows, sources)]
+        return [[i for i, n in enumerate(lengths) if n == length] for length in sorted(set(lengths))]
 
     def needs_weights(self, what: str) -> None:
         """Refuse a function, or a module without an embedding that can be found."""
@@ -204,28 +240,27 @@ class NextToken:
         self.forwards += 1
         if not self.is_module:
             return _as_logits(self.model(ids), len(ids))
-        if not self.encoder_decoder:
-            return self.last(self.model(**self.inputs(ids, mask)), len(ids))
-        inputs: dict[str, Any] = {"input_ids": ids[:, :source], "decoder_input_ids": ids[:, source:]}
-        inputs["attention_mask"] = torch.ones_like(ids[:, :source]) if mask is None else mask[:, :source]
-        return self.last(self.model(**inputs, **self._without_cache()), len(ids))
+        return self.last(self.model(**self.inputs(ids, mask, source)), len(ids))
 
-    def inputs(self, ids: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
-        """What a causal model is called with for these rows."""
-        inputs: dict[str, Any] = {"input_ids" if "input_ids" in self._takes else self._first(): ids}
+    def inputs(self, ids: Tensor, mask: Tensor | None = None, source: int = 0) -> dict[str, Any]:
+        """What the model is called with for these rows."""
+        if self.encoder_decoder:
+            mask = torch.ones_like(ids[:, :source]) if mask is None else mask[:, :source]
+            both = {"input_ids": ids[:, :source], "decoder_input_ids": ids[:, source:]}
+            return {**both, "attention_mask": mask, **self._without_cache()}
+        first = "input_ids"
+        if first not in self._takes:
+            first = next(iter(inspect.signature(self.model.forward).parameters))
+        inputs: dict[str, Any] = {first: ids}
         if mask is not None:
-            inputs |= {"attention_mask": mask, "position_ids": _positions(mask)}
-        if self._prefix is not None:
-            length, cache = self._prefix
-            cache = copy.deepcopy(cache)
-            cache.batch_repeat_interleave(len(ids))
-            inputs = {k: v if k == "attention_mask" else v[:, length:] for k, v in inputs.items()}
-            inputs |= {"past_key_values": cache, "use_cache": True}
-            return inputs | self._last_only()
-        return inputs | self._without_cache() | self._last_only()
-
-    def _first(self) -> str:
-        return next(iter(inspect.signature(self.model.forward).parameters))
+            inputs |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+        if self._prefix is None:
+            return inputs | self._without_cache() | self._last_only()
+        length, cache = self._prefix
+        cache = copy.deepcopy(cache)
+        cache.batch_repeat_interleave(len(ids))
+        inputs = {k: v if k == "attention_mask" else v[:, length:] for k, v in inputs.items()}
+        return inputs | {"past_key_values": cache, "use_cache": True} | self._last_only()
 
     def _without_cache(self) -> dict[str, Any]:
         return {"use_cache": False} if "use_cache" in self._takes else {}
@@ -251,15 +286,18 @@ def not_nan(values: Tensor) -> Tensor:
     return values
 
 
+def _padded(rows: Tensor, width: int, at: int) -> tuple[Tensor, Tensor]:
+    """Rows of this width with their mask; what is missing is put in before column ``at``. Any id will do: masked ones are not looked at."""
+    present, missing = torch.ones_like(rows), rows.new_zeros(len(rows), width - rows.shape[1])
+    ids, mask = (torch.cat([part[:, :at], missing, part[:, at:]], 1) for part in (rows, present))
+    return ids, mask
+
+
 def _parameters(function: Any) -> set[str]:
     try:
         return set(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return set()
-
-
-def _positions(mask: Tensor) -> Tensor:
-    return (mask.cumsum(1) - 1).clamp_min(0)
 
 
 def _as_logits(output: Any, count: int) -> Tensor:
@@ -269,8 +307,7 @@ def _as_logits(output: Any, count: int) -> Tensor:
         f"model: the function returned {checks.show(output)} for {count} rows of ids, expected next-token probabilities of shape "
         f"({count}, vocabulary)",
     )
-    scores = output if output.dtype == torch.float64 else output.float()
-    not_nan(scores)
+    scores = not_nan(output if output.dtype == torch.float64 else output.float())
     if bool((scores >= 0).all()):
         total = scores.sum(1)
         if torch.allclose(total, torch.ones_like(total), atol=1e-3):

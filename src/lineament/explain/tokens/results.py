@@ -1,8 +1,8 @@
-"""What a token attribution is: a score for each token of a prompt, and how it was come by."""
+"""What a token attribution is: a score for each token of a prompt, and how it was obtained."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.core.results import axes, plain
+from lineament.explain.tokens.prompts import Question, shown
 
 NORMALIZATIONS = ("none", "softmax", "abs-sum", "minmax")
 
@@ -54,31 +56,44 @@ class TokenAttribution:
     history: Float[Tensor, "steps probes scored"] | None = None
     hits: Bool[Tensor, "steps probes"] | None = None
 
+    @classmethod
+    def of(
+        cls, question: Question, scores: Float[Tensor, "scored"], method: str, **more: Any
+    ) -> TokenAttribution:
+        """The answer to a question: its scores, and what the question already says."""
+        p, q = question.prompt, question
+        texts = [
+            None if token is None else shown(q.face.tokenizer, [token])[0] for token in (q.target, q.contrast)
+        ]
+        return cls(
+            p.tokens, p.ids, p.spread(scores), p.scored, q.target, texts[0] or "", q.probability, method, q.contrast,
+            texts[1], p.source, forwards=q.face.forwards, **more,
+        )  # fmt: skip
+
     def ranking(self) -> list[int]:
         """Scored positions, most important first."""
         places = self.scored.nonzero()[:, 0]
         return places[self.scores[places].argsort(descending=True, stable=True)].tolist()
 
+    def normalized(self, how: str) -> TokenAttribution:
+        """The same with its scored tokens' scores on another scale, see :func:`normalized`."""
+        if how == "none":
+            return self
+        scores = self.scores.clone()
+        scores[self.scored] = normalized(self.scores[self.scored], how)
+        return replace(self, scores=scores, method=f"{self.method}, {how}")
+
     def to_dict(self) -> dict[str, Any]:
-        names = ("method", "target", "target_text", "contrast", "contrast_text", "probability", "source")
-        found = {
-            name: getattr(self, name) for name in (*names, "converged", "n_steps", "sequences", "forwards")
-        }
-        for name in ("ids", "scores", "scored"):
-            found[name] = getattr(self, name).tolist()
-        return {**found, "tokens": list(self.tokens), "rationale": list(self.rationale)}
+        large = ("probes", "stopped", "history", "hits")
+        return {name: plain(value) for name, value in vars(self).items() if name not in large}
 
     def plot(self, ax: Any = None) -> Any:
         """Bars, one a token; the rationale is marked by colour."""
-        if ax is None:
-            import matplotlib.pyplot as plt
-
-            ax = plt.subplots(figsize=(max(4.0, 0.45 * len(self.tokens)), 3))[1]
+        ax = axes(ax, figsize=(max(4.0, 0.45 * len(self.tokens)), 3))
         colours = ["C1" if i in self.rationale else "C0" for i in range(len(self.tokens))]
         ax.bar(range(len(self.tokens)), self.scores.tolist(), color=colours)
-        ax.set_xticks(
-            range(len(self.tokens)), [t.replace("\n", "\\n") for t in self.tokens], rotation=60, ha="right"
-        )
+        names = [t.replace("\n", "\\n") for t in self.tokens]
+        ax.set_xticks(range(len(self.tokens)), names, rotation=60, ha="right")
         ax.set(ylabel=f"{self.method} for {self.target_text!r}")
         return ax
 
@@ -99,21 +114,11 @@ class ContinuationAttribution:
     steps: tuple[TokenAttribution, ...] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "tokens": list(self.tokens),
-            "continuation": list(self.continuation),
-            "continuation_text": list(self.continuation_text),
-            "positions": list(self.positions),
-            "matrix": self.matrix.tolist(),
-            "steps": [step.to_dict() for step in self.steps],
-        }
+        return {**plain({**vars(self), "steps": ()}), "steps": [step.to_dict() for step in self.steps]}
 
     def plot(self, ax: Any = None) -> Any:
         """A heat map, targets downwards, context to the right."""
-        if ax is None:
-            import matplotlib.pyplot as plt
-
-            ax = plt.subplots(figsize=(max(4.0, 0.4 * len(self.tokens)), 1.5 + 0.3 * len(self.positions)))[1]
+        ax = axes(ax, figsize=(max(4.0, 0.4 * len(self.tokens)), 1.5 + 0.3 * len(self.positions)))
         ax.imshow(self.matrix.numpy(), aspect="auto")
         ax.set_xticks(range(len(self.tokens)), self.tokens, rotation=60, ha="right")
         ax.set_yticks(range(len(self.positions)), [step.target_text for step in self.steps])

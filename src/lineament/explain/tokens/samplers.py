@@ -169,7 +169,7 @@ class InferentialSampler:
     joint = False
 
     def __init__(self, model: Any, tokenizer: Any = None):
-        self.face = model if isinstance(model, NextToken) else NextToken(model, tokenizer)
+        self.face = NextToken.of(model, tokenizer)
         self._made: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, ids: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:

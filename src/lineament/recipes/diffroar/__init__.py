@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import require
-from lineament.explain.faithfulness.diffroar import FRACTIONS, DiffROAR
-from lineament.explain.faithfulness.diffroar.input_gradients import attribution
+from lineament.explain.faithfulness.input_gradients import attribution
+from lineament.explain.faithfulness.retraining import FRACTIONS, DiffROAR
 from lineament.recipes.diffroar import figures
 from lineament.recipes.diffroar.experiments import MODELS, PLACEMENTS, Demonstration, rebuilt, simplified
 from lineament.recipes.diffroar.photographs import on_photographs

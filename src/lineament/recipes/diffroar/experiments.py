@@ -12,9 +12,9 @@ from lineament.data.blockmnist import block_mnist
 from lineament.data.digits import digit_images
 from lineament.data.samples import Samples
 from lineament.data.signal_blocks import signal_blocks
-from lineament.explain.faithfulness.diffroar import DiffROAR, accuracy, diffroar
-from lineament.explain.faithfulness.diffroar.feature_leakage import leakage, null_fraction, null_mass
-from lineament.explain.faithfulness.diffroar.input_gradients import attribution, input_gradient
+from lineament.explain.faithfulness.feature_leakage import leakage, null_fraction, null_mass
+from lineament.explain.faithfulness.input_gradients import attribution, input_gradient
+from lineament.explain.faithfulness.retraining import DiffROAR, accuracy, diffroar
 from lineament.train.attacks import PGD, robust_accuracy
 from lineament.train.stacked import Training
 

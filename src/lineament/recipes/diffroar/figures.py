@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from lineament.explain.faithfulness.diffroar import DiffROAR
-from lineament.explain.faithfulness.diffroar.feature_leakage import predicted_gradients
-from lineament.explain.faithfulness.diffroar.input_gradients import input_gradient
+from lineament.explain.faithfulness.feature_leakage import predicted_gradients
+from lineament.explain.faithfulness.input_gradients import input_gradient
+from lineament.explain.faithfulness.retraining import DiffROAR
 from lineament.report.figures import picture, save
 from lineament.report.outcome import Figure
 

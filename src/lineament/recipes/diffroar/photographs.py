@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require
 from lineament.data.photographs import read_photographs
-from lineament.explain.faithfulness.diffroar import accuracy, diffroar
-from lineament.explain.faithfulness.diffroar.input_gradients import attribution
+from lineament.explain.faithfulness.input_gradients import attribution
+from lineament.explain.faithfulness.retraining import accuracy, diffroar
 from lineament.recipes.diffroar import figures
 from lineament.recipes.diffroar.experiments import perceptron, rebuilt
 from lineament.recipes.kit.networks import network

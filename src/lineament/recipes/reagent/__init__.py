@@ -20,10 +20,11 @@ from torch import Tensor
 from lineament.core.batching import progress
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError
-from lineament.explain.tokens.baselines import attribute_tokens
 from lineament.explain.tokens.controls import match_entropy, match_retention, random_importance
 from lineament.explain.tokens.faithfulness import hard_faithfulness, soft_faithfulness
+from lineament.explain.tokens.methods import attribute_tokens
 from lineament.explain.tokens.next_token import NextToken
+from lineament.explain.tokens.options import ReagentOptions
 from lineament.explain.tokens.results import entropy
 from lineament.load.language_models import load_language_model
 from lineament.recipes.kit.presets import presets
@@ -136,9 +137,10 @@ def attributions(
         with warnings.catch_warnings():
             # How many did not converge is in the table.
             warnings.simplefilter("ignore")
+            rare = ReagentOptions(keep=config.keep, ratio=options.get("ratio", 0.3))
             made = attribute_tokens(
-                model, None, _ids(tokenizer, prompts), method="reagent",
-                **{"sampler": sampler, "keep": config.keep, "seed": 1000 * config.seed, **options},
+                model, _ids(tokenizer, prompts), method="reagent", sampler=sampler, seed=1000 * config.seed, options=rare,
+                **{key: value for key, value in options.items() if key != "ratio"},
             )  # fmt: skip
         found[name] = {
             "scores": [a.scores.double() for a in made],
@@ -149,7 +151,7 @@ def attributions(
     for method in progress(list(BASELINES + EXTRA), "baselines"):
         options = {"absent": sampler} if method in ("occlusion", "lime", "kernel_shap") else {}
         made = attribute_tokens(
-            model, None, _ids(tokenizer, prompts), method=method, normalize="softmax", **options
+            model, _ids(tokenizer, prompts), method=method, normalize="softmax", **options
         )
         found[method] = {"scores": [a.scores.double() for a in made]}
     return found
@@ -178,9 +180,9 @@ def faithfulness(
         }
         stacked = torch.stack([a for form in forms for a in variants[form]]).clamp(0, 1)
         soft = soft_faithfulness(
-            model, None, ids, stacked, n_samples=config.draws, seed=config.seed + k, batch_size=512
+            model, ids, stacked, n_samples=config.draws, seed=config.seed + k, batch_size=512
         )
-        hard = hard_faithfulness(model, None, ids, torch.stack(plain))
+        hard = hard_faithfulness(model, ids, torch.stack(plain))
         both = zip(soft.sufficiency.split(len(names)), soft.comprehensiveness.split(len(names)))
         for form, (ns, nc) in zip(forms, both):
             for n, a, b in zip(names, ns.tolist(), nc.tolist()):
@@ -204,14 +206,9 @@ def budgets(
     """P@2 by rows asked of the model: fixed numbers of steps, and early stopping with 5 and 16 probes."""
     fixed = []
     for steps in BUDGETS:
-        options = {
-            "stop": "dummy",
-            "min_steps": steps,
-            "max_steps": steps,
-            "keep": config.keep,
-            "seed": 1000 * config.seed,
-        }
-        made = attribute_tokens(model, None, prompts, method="reagent", sampler=other_symbol, **options)
+        made = attribute_tokens(
+            model, prompts, sampler=other_symbol, steps=steps, seed=1000 * config.seed, options=ReagentOptions(keep=config.keep)
+        )  # fmt: skip
         rows = sum(a.sequences for a in made) / len(made)
         fixed.append([steps, rows, precision([a.scores for a in made], places)])
     early = [

@@ -15,8 +15,8 @@ BASELINES = (
 VARIANTS: dict[str, dict[str, Any]] = {
     "reagent": {},
     "reagent, 16 probes": {"probes": 16},
-    "reagent, 50 steps": {"stop": "dummy", "min_steps": 50, "max_steps": 50},
-    "reagent, 200 steps, r 0.1": {"stop": "dummy", "min_steps": 200, "max_steps": 200, "ratio": 0.1},
+    "reagent, 50 steps": {"steps": 50},
+    "reagent, 200 steps, r 0.1": {"steps": 200, "ratio": 0.1},
 }
 
 

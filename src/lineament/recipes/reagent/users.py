@@ -14,10 +14,9 @@ from torch import Tensor
 from lineament.core import checks
 from lineament.core.batching import progress
 from lineament.data.analogy_prompts import analogy_prompts, tokens_inside
-from lineament.explain.tokens import explain_continuation
-from lineament.explain.tokens.baselines import attribute_tokens
+from lineament.explain.tokens.continuations import explain_continuation, sequence_faithfulness
 from lineament.explain.tokens.next_token import NextToken
-from lineament.explain.tokens.sequence_faithfulness import sequence_faithfulness
+from lineament.explain.tokens.options import ReagentOptions
 from lineament.recipes.reagent.claims import BASELINES
 from lineament.report.outcome import Claim, Table
 
@@ -86,12 +85,7 @@ def sequences(
     for text in progress(starts, "generating"):
         try:
             made = explain_continuation(
-                model,
-                tokenizer,
-                text,
-                max_new_tokens=config.new_tokens,
-                explain=attribute_tokens,
-                method="random",
+                model, text, tokenizer=tokenizer, max_new_tokens=config.new_tokens, method="random"
             )
         except checks.InputError as error:
             # A text that the model ends at once, or has no room for, tells nothing.
@@ -106,7 +100,7 @@ def sequences(
             options = {
                 "method": method,
                 "sampler": config.sampler,
-                "keep": config.keep,
+                "options": ReagentOptions(keep=config.keep),
                 "seed": 1000 * config.seed,
             }
         with warnings.catch_warnings():
@@ -114,17 +108,13 @@ def sequences(
             warnings.simplefilter("ignore")
             made = [
                 explain_continuation(
-                    model,
-                    tokenizer,
-                    text,
-                    list(ids),
-                    stride=config.stride,
-                    explain=attribute_tokens,
-                    **options,
+                    model, text, list(ids), tokenizer=tokenizer, stride=config.stride, **options
                 )
                 for text, ids in said
             ]
-        judged = sequence_faithfulness(model, tokenizer, made, n_samples=config.draws, seed=config.seed)
+        judged = sequence_faithfulness(
+            model, made, tokenizer=tokenizer, n_samples=config.draws, seed=config.seed
+        )
         ratios = {"log NS": judged.log_sufficiency, "log NC": judged.log_comprehensiveness}
         found[method] = {k: None if math.isnan(v) else v for k, v in ratios.items()}
         found[method] |= {

@@ -16,11 +16,12 @@ from torch import Tensor
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require
 from lineament.data.patching_tasks import TokenPairs, ioi_pairs, save_language_model
-from lineament.explain.patching import activation_patching, relevance_patching
+from lineament.explain.patching.activation import activation_patching
+from lineament.explain.patching.integrated import integrated_patching
 from lineament.explain.patching.metrics import logit_difference, probability_difference, single_tokens
-from lineament.explain.patching.paths import integrated_patching
+from lineament.explain.patching.relevance import relevance_patching
 from lineament.explain.patching.result import fidelity
-from lineament.explain.relevance import relevance_rules
+from lineament.explain.relevance.rules import relevance_rules
 from lineament.load.language_models import load_language_model
 from lineament.recipes.kit.presets import presets
 from lineament.recipes.relp.circuits import COUNTS, circuits
