@@ -21,21 +21,13 @@ from torch import Tensor
 
 from lineament.bench import Row, compare
 from lineament.data.digits import digit_images
-from lineament.optim.gns import (
-    Backtracking,
-    Chebyshev,
-    Linear,
-    Logistic,
-    LogSumExp,
-    LowRank,
-    PowerOfResiduals,
-    Rosenbrock,
-    Softmax,
-    dense_curvature,
-    minimize,
-)
-from lineament.optim.gns.metric import Metric
-from lineament.optim.gns.solvers import system
+from lineament.optim.gns.algorithm import minimize
+from lineament.optim.gns.equations import Chebyshev, Linear, Rosenbrock
+from lineament.optim.gns.forms import LowRank
+from lineament.optim.gns.linear_algebra import Metric
+from lineament.optim.gns.problems import Logistic, LogSumExp, PowerOfResiduals, Softmax, dense_curvature
+from lineament.optim.gns.rules import Backtracking
+from lineament.optim.gns.solvers import StepOptions, system
 
 SLUG = "gns"
 EPS = 1e-8
@@ -208,7 +200,7 @@ def low_rank(repeats: int) -> Iterator[Row]:
         B = Metric(None, g)
 
         def run() -> None:
-            equations = system(form, B, g, g, solver=solver)
+            equations = system(form, B, g, g, StepOptions(solver=solver))
             equations.solve(1.0), equations.solve(2.0)
 
         return run

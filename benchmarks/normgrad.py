@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from lineament.bench import Row, compare
 from lineament.core.models import frozen
-from lineament.explain.pixels.aggregation import Window, aggregate_contributions
-from lineament.explain.pixels.baselines import integrated_gradients
-from lineament.explain.pixels.maps import saliency
+from lineament.explain.saliency.aggregation import Window, aggregate_contributions
+from lineament.explain.saliency.baselines import integrated_gradients
+from lineament.explain.saliency.maps import saliency
 
 SLUG = "normgrad"
 STAGES = [f"resnet.encoder.stages.{k}" for k in range(4)]

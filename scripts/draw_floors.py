@@ -27,7 +27,12 @@ def floors() -> list[list[str]]:
         "contracts"
     ]
     layers = next(c["layers"] for c in contracts if c["type"] == "layers")
-    return [[part.strip().removeprefix("lineament.") for part in layer.split("|")] for layer in layers]
+    # Wings in brackets may be empty still.
+    named = [
+        [part.strip().strip("()").removeprefix("lineament.") for part in layer.split("|")] for layer in layers
+    ]
+    there = [[wing for wing in wings if files_of(wing)] for wings in named]
+    return [wings for wings in there if wings]
 
 
 def wing_of(module: str) -> str:
@@ -37,7 +42,8 @@ def wing_of(module: str) -> str:
 def files_of(wing: str) -> list[str]:
     folder = PACKAGE / wing
     if folder.is_dir():
-        return sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
+        inside = [p.stem for p in folder.glob("*.py") if p.stem != "__init__"]
+        return sorted(inside + [f"{p.name}/" for p in folder.iterdir() if (p / "__init__.py").exists()])
     return [wing] if (PACKAGE / f"{wing}.py").exists() else []
 
 

@@ -2,7 +2,7 @@
 
 Start with :func:`lineament.audit.audit` (the command ``lineament audit``), or with one method:
 
->>> from lineament.explain.pixels.maps import normgrad
+>>> from lineament.explain.saliency.maps import normgrad
 >>> from lineament.measure.collapse.profile import collapse_metrics
 """
 

@@ -92,7 +92,7 @@ PAPERS: tuple[Paper, ...] = (
         "Rebuffi, Fong, Ji, Vedaldi",
         "2004.02866",
         "See which parts of an image a network's gradients point at, with one function for the whole Grad-CAM family.",
-        ("explain/pixels",),
+        ("explain/saliency",),
     ),
     Paper(
         "diffroar",
@@ -222,7 +222,7 @@ PAPERS: tuple[Paper, ...] = (
         "Dubey, Chakraborty, Roy, Mukherjee, Singh, Chaudhuri",
         "1909.11015",
         "Train with an Adam that slows each weight down where its gradient stands still.",
-        ("optim/diffgrad",),
+        ("optim/diffgrad.py",),
     ),
     Paper(
         "gns",

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from lineament.optim import ASAM, GNS, SAM, DiffGrad
+from lineament.optim.gns.rules import Smoothness
+from lineament.optim.gns.solvers import StepOptions
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,6 @@ DIFFGRAD = (
     ({"nonfinite": "drop"}, "nonfinite"),
     ({"rectify": "sgd"}, "rectify"),
     ({"fixed_friction": -1}, "fixed_friction"),
-    ({"differentiable": True}, "differentiable: got True"),
     ({"foreach": True, "compiled": True}, "foreach and compiled: got both"),
     (
         {"alias_previous_grad": True, "maximize": True},
@@ -104,14 +105,9 @@ def around(kind: type[SAM], name: str, rho: float) -> Maker:
 GNS_BAD = (
     ({"gamma": -0.1}, "gamma: got -0.1"),
     ({"gamma": float("nan")}, "gamma: got nan"),
-    ({"test": "armijo"}, "test: got 'armijo'"),
-    ({"constant": 3}, "constant: got 3"),
-    ({"form": "sparse"}, "form: got 'sparse'"),
-    ({"solver": "lu"}, "solver: got 'lu'"),
-    ({"indefinite": "ignore"}, "indefinite: got 'ignore'"),
-    ({"max_probes": 0}, "max_probes: got 0"),
-    ({"cg_tol": float("inf")}, "cg_tol: got inf"),
-    ({"rank": 0}, "rank: got 0"),
+    ({"rule": "armijo"}, "rule: got 'armijo'"),
+    ({"step": "cg"}, "step: got 'cg'"),
+    ({"dense": -1}, "dense: got -1"),
     ({"nonfinite": "propagate"}, "nonfinite: got 'propagate'"),
 )
 
@@ -138,9 +134,9 @@ def gns(name: str, **options: Any) -> Maker:
 MAKERS = [
     gns(""),
     gns("by products", dense=0),
-    gns("of low rank", form="low_rank", rank=3),
+    gns("of low rank", step=StepOptions(form="low_rank", rank=3)),
     gns("without curvature", curvature=None),
-    gns("by the gradient's test", test="gradient", constant=4),
+    gns("by the gradient's test", rule=Smoothness(test="gradient", constant=4)),
     around(SAM, "sam", 0.05),
     around(ASAM, "asam", 0.5),
     Maker("torch Adam", torch.optim.Adam, bad=[p for p in NUMBERS if p[0].get("lr", 0) == p[0].get("lr", 0)],

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from lineament.core.checks import InputError
-from lineament.optim.gns import Dense, Diagonal, LowRank, Operator, Zero
-from lineament.optim.gns.forms import as_dense
-from lineament.optim.gns.metric import Metric
-from lineament.optim.gns.solvers import system
+from lineament.optim.gns.forms import Dense, Diagonal, LowRank, Operator, Zero, as_dense
+from lineament.optim.gns.linear_algebra import Metric
+from lineament.optim.gns.solvers import StepOptions, system
 
 N = 9
 
@@ -65,7 +64,7 @@ def test_the_step_is_that_of_the_matrix(form, solver, metric, gamma, dtype):
     z = B.inverse(g)
     lam = B.dual(g, z) / gamma
     # In single precision a residual of 1e-12 does not exist; conjugate gradients end with the space.
-    h = system(H, B, g, z, solver=solver, cg_tol=1e-13).solve(lam)
+    h = system(H, B, g, z, StepOptions(solver=solver, cg_tol=1e-13)).solve(lam)
     matrix = torch.zeros(N, N, dtype=torch.float64) if form == "zero" else as_dense(H, N).double()
     exact = Metric(
         None if metric == "identity" else B.diagonal.double() if metric == "diagonal" else B.matrix.double(),
@@ -84,7 +83,7 @@ def test_indefinite_matrices_are_refused_shifted_or_projected(solver):
     H = torch.diag(torch.tensor([-2.0, 1.0, 3.0], dtype=torch.float64))
     g = torch.ones(3, dtype=torch.float64)
     B = Metric(None, g)
-    make = lambda mode: system(Dense(H), B, g, g, solver=solver, indefinite=mode, cg_tol=1e-12)  # noqa: E731
+    make = lambda mode: system(Dense(H), B, g, g, StepOptions(solver=solver, indefinite=mode, cg_tol=1e-12))  # noqa: E731
     assert make("reject").solve(1.0) is None
     torch.testing.assert_close(make("reject").solve(2.5), -1 / (H.diagonal() + 2.5))
     torch.testing.assert_close(make("shift").solve(1.0), -1 / (H.diagonal() + 2 + 1.0))
@@ -95,9 +94,9 @@ def test_a_solver_that_does_not_fit_is_named():
     g = torch.ones(N, dtype=torch.float64)
     B = Metric(None, g)
     with pytest.raises(InputError, match="solver: got 'woodbury' for a Dense form"):
-        system(form_of("dense", torch.float64), B, g, g, solver="woodbury")
+        system(form_of("dense", torch.float64), B, g, g, StepOptions(solver="woodbury"))
     with pytest.raises(InputError, match="expected a low-rank form of rank 1"):
-        system(form_of("low rank", torch.float64), B, g, g, solver="rank1")
+        system(form_of("low rank", torch.float64), B, g, g, StepOptions(solver="rank1"))
 
 
 def test_a_low_rank_form_plus_a_multiple_of_the_identity():

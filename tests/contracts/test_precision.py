@@ -13,8 +13,8 @@ from torch import nn
 from lineament.core.checks import InputError
 from lineament.core.sites.activations import patch
 from lineament.explain.faithfulness.input_gradients import KINDS, input_gradient
-from lineament.explain.pixels.methods import METHODS as SALIENCY
 from lineament.explain.relevance.rules import PRESETS, relevance_rules
+from lineament.explain.saliency.methods import METHODS as SALIENCY
 from lineament.explain.tokens.methods import METHODS as TOKENS
 from lineament.measure.collapse.metrics import collapse_metrics
 from lineament.measure.landscape.axes import given

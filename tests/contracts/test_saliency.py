@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.explain.pixels.maps import normgrad, saliency
-from lineament.explain.pixels.methods import METHODS, Method
+from lineament.explain.saliency.maps import normgrad, saliency
+from lineament.explain.saliency.methods import METHODS, Method
 from tests.contracts.unchanged import unchanged
 
 PLACED = [m for m in METHODS if METHODS[m].extract or m == "cam"]

@@ -13,13 +13,16 @@ from tests.contracts.language_models import prompts, tiny
 from torch import nn
 
 from lineament.cli import main
-from lineament.core.curvature.matrices import hessian, spectral_density, top_eigenpairs, trace
+from lineament.core.curvature.density import spectral_density
+from lineament.core.curvature.eigenpairs import top_eigenpairs
+from lineament.core.curvature.matrices import hessian
+from lineament.core.curvature.traces import trace
 from lineament.core.readouts import ridge
 from lineament.explain.patching.activation import activation_patching
 from lineament.explain.patching.attribution import attribution_patching
 from lineament.explain.patching.metrics import logit_difference
 from lineament.explain.patching.relevance import relevance_patching
-from lineament.explain.pixels.maps import saliency
+from lineament.explain.saliency.maps import saliency
 from lineament.explain.tokens.recursion import reagent
 from lineament.learn.tract.layer import tract
 from lineament.measure.collapse.profile import collapse

@@ -10,12 +10,12 @@ from tests.golden.common import File, golden
 from torch import Tensor, nn
 
 from lineament.core.sites.activations import capture
-from lineament.explain.pixels.aggregation import Window, aggregate_contributions, combined
-from lineament.explain.pixels.checks import class_sensitivity
-from lineament.explain.pixels.maps import saliency
-from lineament.explain.pixels.meta import meta_saliency
-from lineament.explain.pixels.methods import Method
-from lineament.explain.pixels.pointing import PointingGame, points_at
+from lineament.explain.saliency.aggregation import Window, aggregate_contributions, combined
+from lineament.explain.saliency.checks import class_sensitivity
+from lineament.explain.saliency.maps import saliency
+from lineament.explain.saliency.meta import meta_saliency
+from lineament.explain.saliency.methods import Method
+from lineament.explain.saliency.pointing import PointingGame, points_at
 
 POOLINGS = {
     "global_average": lambda x: x.mean((2, 3)),

@@ -89,10 +89,7 @@ def deletion_and_insertion(subject: Subject, rows: Tensor, maps: Tensor) -> Trut
         seed=subject.seed,
         batch_size=subject.batch_size if subject.fixed_batch else "auto",
     )
-    gains = (
-        found.insertion_area - found.random_insertion_area + found.random_deletion_area - found.deletion_area
-    )
-    return Truth(found, mean_interval(gains.cpu()))
+    return Truth(found, mean_interval(found.gains.cpu()))
 
 
 def scores(subject: Subject, rows: Tensor, explain: Explain) -> MapScores:

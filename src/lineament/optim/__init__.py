@@ -1,10 +1,10 @@
-"""Optimizers: each a ``torch.optim.Optimizer``, held to ``tests/contracts/test_optimizers.py``.
+"""Optimizers: SAM and ASAM, diffGrad, and Newton-type minimisation of functions and networks (GNS).
 
-``sam.py`` has SAM and ASAM, ``diffgrad/`` diffGrad and its friction, ``gns/`` Newton-type minimisation of functions and networks.
+Each is a ``torch.optim.Optimizer``, held to ``tests/contracts/test_optimizers.py``.
 """
 
 from lineament.optim.diffgrad import DiffGrad
-from lineament.optim.gns import GNS
+from lineament.optim.gns.optimizer import GNS
 from lineament.optim.sam import ASAM, SAM
 
 __all__ = ["ASAM", "GNS", "SAM", "DiffGrad"]

@@ -18,7 +18,7 @@ from lineament.core import checks
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import require
 from lineament.learn.tract.layer import tract
-from lineament.train.loop import Inputs, Loop
+from lineament.train.fitting_loop import Inputs, Loop
 from lineament.train.options import Options
 from lineament.train.processes import Processes, randomness
 from lineament.train.result import Fitted

@@ -19,7 +19,38 @@ from torch import nn
 from lineament.core.checks import InputError, require
 
 
-class Processes:
+class OneProcess:
+    """A training in this process alone; what :class:`Processes` has for several."""
+
+    rank, count = 0, 1
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that reads and writes files."""
+        return self.rank == 0
+
+    def wrapped(self, model: nn.Module, *, unused: bool = False) -> nn.Module:
+        return model
+
+    def unwrapped(self, model: nn.Module) -> None:
+        pass
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def summed(self, values: Sequence[float]) -> list[float]:
+        """Each number's sum over the processes."""
+        return list(values)
+
+    def agreed(self, value: Any) -> Any:
+        """What the first process passed, in all of them."""
+        return value
+
+
+class Processes(OneProcess):
     """This process among those that train together.
 
     Attributes:
@@ -91,11 +122,6 @@ class Processes:
                     f"--device: {str(device)!r} cannot be used here ({str(error).splitlines()[0]})"
                 ) from error
 
-    @property
-    def first(self) -> bool:
-        """Whether this is the process that reads and writes files."""
-        return self.rank == 0
-
     def wrapped(self, model: nn.Module, *, unused: bool = False) -> nn.Module:
         """The model that averages gradients over the processes; itself where there is one.
 
@@ -112,8 +138,10 @@ class Processes:
         if getattr(vars(inner).get("forward"), "__func__", None) is type(inner).forward:
             del inner.forward
 
+    def backward(self, loss: torch.Tensor) -> None:
+        self.accelerator.backward(loss)
+
     def summed(self, values: Sequence[float]) -> list[float]:
-        """Each number's sum over the processes."""
         if self.count == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -121,7 +149,6 @@ class Processes:
         return total.tolist()
 
     def agreed(self, value: Any) -> Any:
-        """What the first process passed, in all of them."""
         if self.count == 1:
             return value
         held = [value]
@@ -130,8 +157,8 @@ class Processes:
 
 
 @contextmanager
-def randomness(seed: int) -> Iterator[None]:
-    """The global random states of Python, NumPy and PyTorch under a seed, and as they were afterwards.
+def randomness(*numbers: int) -> Iterator[None]:
+    """The global random states of Python, NumPy and PyTorch as some numbers together decide, and as they were afterwards.
 
     >>> with randomness(0):
     ...     a = torch.rand(1)
@@ -142,7 +169,7 @@ def randomness(seed: int) -> Iterator[None]:
     before = random.getstate(), np.random.get_state()  # noqa: NPY002  (a user's network may draw from it)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
-            reseed(seed)
+            reseed(*numbers)
             yield
         finally:
             random.setstate(before[0])

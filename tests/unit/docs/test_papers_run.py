@@ -161,7 +161,7 @@ def encoder(act: type[nn.Module]) -> nn.Module:
 @pytest.mark.filterwarnings("ignore")
 def test_diffroar():
     captum = pytest.importorskip("captum.attr")
-    from lineament.explain.pixels.maps import saliency
+    from lineament.explain.saliency.maps import saliency
     from lineament.train.stacked import Training
 
     x = 0.3 * torch.rand(260, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.explain.pixels.baselines import class_activation
-from lineament.explain.pixels.layouts import default_site, layout
-from lineament.explain.pixels.maps import combined_saliency, saliency
-from lineament.explain.pixels.methods import METHODS, Method
+from lineament.explain.saliency.baselines import class_activation
+from lineament.explain.saliency.layouts import default_site, layout
+from lineament.explain.saliency.maps import combined_saliency, saliency
+from lineament.explain.saliency.methods import METHODS, Method
 
 GRADIENT = ["gradient", "linear_approx", "grad_cam", "norm_grad", "norm_grad_3x3", "norm_grad_selective"]
 RULES = ["guided_backprop", "deconvnet", "excitation_backprop", "contrastive_excitation_backprop"]

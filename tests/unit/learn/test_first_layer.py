@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.learn.tract.input_moments import divide, divide_wide, factorise, second_moment
 from lineament.learn.tract.layer import tract
+from lineament.learn.tract.rows import Use, divide, divide_wide, factorise, second_moment
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*mean square of its inputs")
 
@@ -65,10 +65,12 @@ def test_it_is_the_least_squares_solution(rows, lam):
 @given(st.integers(1, 12), st.integers(1, 12), st.floats(0.01, 2), st.integers(0, 10_000))
 def test_wide_and_tall_are_the_same(n, rows, lam, seed):
     layer, X, G = linear(n, 2, rows, seed)
-    total, count = second_moment(layer, X)
+    total, count = second_moment(Use(layer.weight.shape), X)
     tall = divide(G.T @ X, factorise(total / count, lam))
     if rows <= n:
-        torch.testing.assert_close(divide_wide(G.T @ X, layer, X, lam), tall, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            divide_wide(G.T @ X, Use(layer.weight.shape), X, lam), tall, rtol=1e-9, atol=1e-9
+        )
     torch.testing.assert_close(tall, closed_form(X, G, lam), rtol=1e-9, atol=1e-9)
 
 
@@ -88,7 +90,7 @@ def test_limits_of_lambda():
 def test_many_columns_in_blocks():
     for n in (257, 300):
         layer, X, G = linear(n, 3, 2 * n)
-        torch.testing.assert_close(second_moment(layer, X)[0][0], X.T @ X)
+        torch.testing.assert_close(second_moment(Use(layer.weight.shape), X)[0][0], X.T @ X)
         exact = closed_form(X, G, 0.1)
         torch.testing.assert_close(gradients(layer, X, G)[1], exact, rtol=1e-9, atol=1e-9)
         single = gradients(layer.float(), X.float(), G.float())[1]
@@ -200,7 +202,7 @@ def test_an_image_without_batch_and_chunks_of_patches(monkeypatch):
     g = torch.randn(6, 4, 6, 6, dtype=torch.double)
     torch.testing.assert_close(gradients(layer, x[0], g[0])[1], gradients(layer, x[:1], g[:1])[1])
     whole = gradients(layer, x, g)[1]
-    monkeypatch.setattr("lineament.learn.tract.input_moments._CHUNK", 1)
+    monkeypatch.setattr("lineament.learn.tract.rows._CHUNK", 1)
     torch.testing.assert_close(gradients(layer, x, g)[1], whole)
 
 

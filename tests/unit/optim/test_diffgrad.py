@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.optim.diffgrad import DiffGrad, friction, steps
-from lineament.optim.diffgrad.frictions import summarise
+from lineament.optim import diffgrad
+from lineament.optim.diffgrad import DiffGrad
+from lineament.optim.frictions import friction, summarise
 
 SHAPES = ((30, 20), (20,), (5, 3, 2, 2))
 
@@ -189,7 +190,7 @@ def test_every_eager_way_takes_the_same_steps(variant, dtype, monkeypatch):
     grads = gradients(dtype=dtype)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 2e-3}
     whole, _ = run(lambda p: DiffGrad(p, lr=0.01, **variant), grads)
-    monkeypatch.setattr(steps, "BLOCK", 7)
+    monkeypatch.setattr(diffgrad, "BATCH", 7)
     blocks, _ = run(lambda p: DiffGrad(p, lr=0.01, **variant), grads)
     close(blocks, whole, rtol=tolerance["rtol"], atol=tolerance["atol"])
     lists, _ = run(lambda p: DiffGrad(p, lr=0.01, foreach=True, **variant), grads)

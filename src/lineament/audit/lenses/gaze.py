@@ -31,7 +31,7 @@ from lineament.audit.subject import Subject
 from lineament.core.batching import progress
 from lineament.core.checks import InputError
 from lineament.explain.faithfulness.pixel_scores import MapScores
-from lineament.explain.pixels.maps import saliency
+from lineament.explain.saliency.maps import saliency
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
 from lineament.report.section import Finding, Picture, Section

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from lineament.core.checks import InputError, number, one_of, require, show
 from lineament.learn.tract.layer_choice import candidates, check_accumulation, choose_layer
-from lineament.learn.tract.ridge_gradient import RidgeGradient
-from lineament.learn.tract.weight_backward import is_swapped, register, release, swapped_class
+from lineament.learn.tract.ridge import RidgeGradient
+from lineament.learn.tract.rows import Use
+from lineament.learn.tract.weight_use import is_swapped, register, release, swapped_class
 
 
 def tract(
@@ -100,7 +101,7 @@ def tract(
     )
     others = [other for other in candidates(model) if other != name][:5]
     gradient = RidgeGradient(
-        name, module, lam=lam, samples=samples, every=every, momentum=momentum, group=group, nonfinite=nonfinite, seed=seed
+        name, lam=lam, samples=samples, every=every, momentum=momentum, group=group, nonfinite=nonfinite, seed=seed
     )  # fmt: skip
     return Tract(model, name, module, gradient, accumulate, others if layer is None else None)
 
@@ -143,7 +144,7 @@ class Tract:
         """Give the layer its ordinary backward again; a second call changes nothing."""
         if self._plain is None:
             return
-        release(self.module, self._number)
+        release(self._number)
         self._swap(self._plain)
         self._plain = None
         if self._hook is not None:
@@ -188,15 +189,15 @@ class Tract:
         )
         self.correct()
 
-    def backward(self, gradient: Tensor, x: Tensor) -> Tensor:
+    def backward(self, gradient: Tensor, x: Tensor, use: Use) -> Tensor:
         """The weight's gradient to go on with, from one use's ordinary gradient and the layer's input."""
         if not self._accumulates:
-            return self.gradient.of_batch(gradient, x)
+            return self.gradient.of_batch(gradient, x, use)
         weight = self.module.weight
         assert isinstance(weight, nn.Parameter)
         # A sum that was not zero and is now has been zeroed in place; micro-batches without a gradient keep their rows.
         anew = weight.grad is None or (self._summed and not _any(weight.grad))
-        self.gradient.gather(x, anew=anew)
+        self.gradient.gather(x, use, anew=anew)
         self._summed = (self._summed and not anew) or _any(gradient)
         return gradient
 

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lineament.core.checks import require, show, suggest
-
-KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+from lineament.core.checks import InputError, require, show, suggest
+from lineament.learn.tract.weight_use import USED_BY
 
 
 def candidates(model: nn.Module) -> dict[str, nn.Module]:
@@ -24,7 +23,7 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, KINDS) and not isinstance(module, unused)
+        if isinstance(module, tuple(USED_BY)) and not isinstance(module, unused)
     }
 
 
@@ -37,25 +36,56 @@ def choose_layer(model: nn.Module, layer: str | None) -> tuple[str, nn.Module]:
     """
     require(isinstance(model, nn.Module), f"model: got {show(model)}, expected a torch.nn.Module")
     found = candidates(model)
-    there = _listed(found)
-    if layer is None:
-        require(
-            bool(found),
-            f"model: {type(model).__name__} has no linear, convolution or embedding layer, which tract could train",
-        )
-        layer = next(iter(found))
+    require(
+        bool(found) or layer is not None,
+        f"model: {type(model).__name__} has no linear, convolution or embedding layer, which tract could train",
+    )
+    layer = next(iter(found)) if layer is None else layer
     require(isinstance(layer, str), f"layer: got {show(layer)}, expected the name of a layer")
+    there = ", ".join(f"{name!r} ({type(module).__name__})" for name, module in list(found.items())[:5])
+    there += f" and {len(found) - 5} more" if len(found) > 5 else ""
     if layer not in found:
         other = dict(model.named_modules()).get(layer)
         what = "which is no module of the model" if other is None else f"which is a {type(other).__name__}"
         near = suggest(layer, found) if other is None else f"; candidates: {there}"
-        require(
-            False, f"layer: got {layer!r}, {what}, expected a linear, convolution or embedding layer{near}"
+        raise InputError(
+            f"layer: got {layer!r}, {what}, expected a linear, convolution or embedding layer{near}"
         )
-    module = found[layer]
-    _refuse_shared(model, layer, module, there)
-    _refuse_unsupported(layer, module, there)
-    return layer, module
+    reason = _why_not(model, layer, found[layer])
+    require(not reason, f"layer {layer!r}: {reason} (candidates: {there})")
+    return layer, found[layer]
+
+
+def _why_not(model: nn.Module, layer: str, module: Any) -> str:
+    """What keeps this layer from training its pre-activations, or nothing."""
+    names = [name for name, other in model.named_modules(remove_duplicate=False) if other is module]
+    if len(names) > 1:
+        return (
+            f"the same module is used as {', '.join(map(repr, names))}; TrAct needs a first layer of its own"
+        )
+    own = {id(parameter) for parameter in module.parameters()}
+    tied = [
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in own and name.rpartition(".")[0] != layer and not name.startswith(f"{layer}.")
+    ]
+    if tied:
+        return (
+            f"its weight is shared with {', '.join(map(repr, tied))}, whose gradient would not be that of a first layer; untie them or "
+            "choose another layer"
+        )
+    weight = module.weight
+    if is_lazy(weight):
+        return "its shape is not known yet; run the model once before tract"
+    if not weight.is_floating_point():
+        return f"its weight is {show(weight)}, expected real floating-point numbers"
+    # The spectral norm of torch.nn.utils computes the weight from this one, and not before the first forward.
+    if not (weight.requires_grad or getattr(module, "weight_orig", weight).requires_grad):
+        return "its weight is frozen (requires_grad=False), so there is no gradient to change; unfreeze it or choose another layer"
+    for option in ("max_norm", "scale_grad_by_freq"):
+        if getattr(module, option, None):
+            return f"has {option}={getattr(module, option)!r}, which rescales what tract rescales; make the embedding without it"
+    return ""
 
 
 def check_accumulation(optimizer: Any, name: str, module: nn.Module, stochastic: bool) -> None:
@@ -65,61 +95,11 @@ def check_accumulation(optimizer: Any, name: str, module: nn.Module, stochastic:
         f"accumulate: got {show(optimizer)}, expected the optimizer whose step ends each round",
     )
     require(not stochastic, "accumulate: gathers every row; leave samples, every and momentum out")
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     require(
         isinstance(module.weight, nn.Parameter),
-        f"accumulate: the weight of layer {name!r} is parametrized, so that its gradient cannot be corrected afterwards",
+        f"accumulate: the weight of layer {name!r} is parametrized, so its gradient cannot be corrected afterwards",
     )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     require(
         id(module.weight) in held, f"accumulate: the optimizer does not hold the weight of layer {name!r}"
     )
-
-
-def _refuse_shared(model: nn.Module, layer: str, module: nn.Module, there: str) -> None:
-    names = [name for name, other in model.named_modules(remove_duplicate=False) if other is module]
-    require(
-        len(names) == 1,
-        f"layer {layer!r}: the same module is used as {', '.join(map(repr, names))}; TrAct needs a first layer of its own "
-        f"(candidates: {there})",
-    )
-    own = {id(parameter) for parameter in module.parameters()}
-    tied = [
-        name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if id(parameter) in own and name.rpartition(".")[0] != layer and not name.startswith(f"{layer}.")
-    ]
-    require(
-        not tied,
-        f"layer {layer!r}: its weight is shared with {', '.join(map(repr, tied))}, whose gradient would not be that of a first layer; "
-        f"untie them or choose another layer (candidates: {there})",
-    )
-
-
-def _refuse_unsupported(layer: str, module: Any, there: str) -> None:
-    weight = module.weight
-    require(
-        not is_lazy(weight),
-        f"layer {layer!r}: its shape is not known yet; run the model once before tract",
-    )
-    require(
-        weight.is_floating_point(),
-        f"layer {layer!r}: its weight is {show(weight)}, expected real floating-point numbers",
-    )
-    # The spectral norm of torch.nn.utils computes the weight from this one, and not before the first forward.
-    trained = getattr(module, "weight_orig", weight)
-    require(
-        weight.requires_grad or trained.requires_grad,
-        f"layer {layer!r}: its weight is frozen (requires_grad=False), so there is no gradient to change; unfreeze it or choose "
-        f"another layer (candidates: {there})",
-    )
-    if isinstance(module, nn.Embedding):
-        for option in ("max_norm", "scale_grad_by_freq"):
-            require(
-                not getattr(module, option),
-                f"layer {layer!r}: has {option}={getattr(module, option)!r}, which rescales what tract rescales; make the embedding without it",
-            )
-
-
-def _listed(found: dict[str, nn.Module], most: int = 5) -> str:
-    names = [f"{name!r} ({type(module).__name__})" for name, module in list(found.items())[:most]]
-    return ", ".join(names) + (f" and {len(found) - most} more" if len(found) > most else "")

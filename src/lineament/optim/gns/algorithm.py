@@ -3,7 +3,7 @@
 Semenov, Jaggi, Doikov (2025), *Gradient-Normalized Smoothness for Optimization with Approximate Hessians*, arXiv 2506.13710. The step is
 h = -(H + (‖g‖_*/γ) B)⁻¹ g, and γ is doubled and halved until f falls by ‖g_new‖_*²/(8λ): one number absorbs both the error of the Taylor
 model and that of H. What is not obvious: H is evaluated once an iteration, whatever the number of probes; and a factorisation
-that fails, or a value that has NaN or infinite values, is a rejected probe, so that no stale step is ever taken.
+that fails, or a value that is NaN or infinite, is a rejected probe, so no stale step is ever taken.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,11 @@ import torch
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.optim.gns.blas import at_home, like, tensor
-from lineament.optim.gns.forms import FORMS, Dense, Form, as_dense, as_form, reduced
-from lineament.optim.gns.functions import Problem, as_problem, is_problem
-from lineament.optim.gns.metric import Metric
-from lineament.optim.gns.result import MESSAGES, Minimum, Record
+from lineament.optim.gns.forms import Dense, Form, as_dense, as_form, reduced
+from lineament.optim.gns.functions import Problem, as_problem, starting_point
+from lineament.optim.gns.linear_algebra import Metric, at_home, like, tensor
 from lineament.optim.gns.rules import Cubic, Point, Rule, Trial, as_rule
-from lineament.optim.gns.solvers import INDEFINITE, SOLVERS, System, chosen_system
+from lineament.optim.gns.solvers import USUAL, StepOptions, System, system
 
 Evaluate = Callable[[Any], tuple[float, Any]]  # of a tensor, or of an array
 
@@ -38,18 +36,11 @@ def minimize(
     hess: Any = "exact",
     metric: Any = None,
     rule: str | Rule = "gns",
-    form: str = "as is",
-    rank: int = 10,
-    solver: str = "auto",
-    indefinite: str = "reject",
+    step: StepOptions = USUAL,
     grad_tol: float = 1e-8,
     f_star: float | None = None,
     eps: float = 1e-8,
     max_iters: int = 1000,
-    max_probes: int = 60,
-    cg_tol: float = 0.1,
-    cg_steps: int = 250,
-    seed: int = 0,
     callback: Callable[[Any, Record], Any] | None = None,
 ) -> Minimum:
     """Minimise a smooth function, convex or not, from ``x0``.
@@ -66,12 +57,9 @@ def minimize(
             ``None`` for the normalised gradient method.
         metric: B, symmetric positive definite: ``None``, (n,), (n, n), or a function of x that returns one (a preconditioner).
         rule: ``"gns"``, ``"super_universal"``, ``"cubic"``, ``"gradient"``, or a rule with its own settings such as ``Smoothness(start=0.1)``.
-        form: ``"as is"``, ``"dense"``, ``"diagonal"``, ``"low_rank"`` (Nyström of ``rank``) or ``"operator"``: what is kept of H.
-        solver: ``"auto"``, ``"cholesky"``, ``"eigh"``, ``"woodbury"``, ``"rank1"`` or ``"cg"``.
-        indefinite: what an H with negative eigenvalues gets: ``"reject"`` (the probe, until λ is large enough), ``"shift"``, ``"project"``.
+        step: what is kept of H and how a step is solved for, such as ``StepOptions(form="low_rank", rank=50)``.
         grad_tol: stop at ‖g‖_* < this. f_star, eps: stop at f - f_star < eps, when f_star is given.
-        max_iters, max_probes: iterations, and probes of one search. cg_tol, cg_steps: see :func:`system`.
-        seed: of the random directions in ``form``. callback: called with (x, record) at each iterate; a true answer stops.
+        max_iters: at most so many iterations. callback: called with (x, record) at each iterate; a true answer stops.
 
     Returns:
         A :class:`Minimum`; ``x`` is a NumPy array or a tensor as ``x0`` was.
@@ -87,78 +75,75 @@ def minimize(
     ('target', 51, 105)
     """
     chosen = as_rule(rule)
-    checks.one_of("form", form, FORMS)
-    checks.one_of("solver", solver, SOLVERS)
-    checks.one_of("indefinite", indefinite, INDEFINITE)
+    checks.require(isinstance(step, StepOptions), f"step: got {checks.show(step)}, expected a StepOptions")
     checks.number("grad_tol", grad_tol, low=0)
     checks.number("eps", eps, low=0)
-    for name, value in (("max_iters", max_iters), ("max_probes", max_probes), ("cg_steps", cg_steps)):
-        checks.number(name, value, low=0 if name == "max_iters" else 1, integer=True)
-    checks.number("cg_tol", cg_tol, low=0, open_low=True)
+    checks.number("max_iters", max_iters, low=0, integer=True)
     if f_star is not None:
         checks.number("f_star", f_star)
     x = starting_point(x0, fun)
     problem, hess = as_problem(fun, jac, hess, isinstance(x0, Tensor))
     out = (lambda v: v.clone()) if isinstance(x0, Tensor) else (lambda v: v.cpu().numpy().copy())
     moving = metric if callable(metric) else None
-    B = Metric(None if moving else metric, x)
     shape = x
     if at_home(x) and getattr(problem, "arrays", False):
         x = x.numpy()
         out = (lambda v: torch.from_numpy(v.copy())) if isinstance(x0, Tensor) else (lambda v: v.copy())
-    counts = Counts()
     rounding = getattr(problem, "eps", torch.finfo(shape.dtype).eps)
+    search = Search(
+        problem.value_and_grad, Metric(None if moving else metric, shape), chosen, step.max_probes, rounding
+    )
+    counts = search.counts
+    cubic = isinstance(chosen, Cubic)
+    solving = replace(step, solver="eigh") if cubic else step
     began = time.perf_counter()
 
     def curvature(x: Any) -> Form:
         counts.hessians += 1
         at = tensor(x)
-        found = as_form(problem.curvature(x, hess), at, symmetric=True)
-        if form != "as is":
-            found = reduced(found, form, at, rank=rank, seed=seed)
-        return Dense(as_dense(found, len(at)).to(at)) if isinstance(chosen, Cubic) else found
+        found = reduced(as_form(problem.curvature(x, hess), at, symmetric=True), at, step)
+        return Dense(as_dense(found, len(at)).to(at)) if cubic else found
 
-    value, gradient = counts.evaluate(problem.value_and_grad, x)
+    value, gradient = search.evaluated(x)
     bad = int((~torch.isfinite(tensor(gradient))).sum())
     checks.require(
         math.isfinite(value) and bad == 0,
         f"x0: f is {value:g} there and {bad} of {len(x)} entries of its gradient are not finite; expected a point where both are",
     )
-    here = measured(x, value, gradient, B)
+    here = measured(x, value, gradient, search.metric)
     number = chosen.start
     log: list[Record] = []
     status = ""
     for k in range(max_iters + 1):
         if moving is not None and here.norm > 0:
-            B = Metric(moving(out(here.x)), shape)
-            here = measured(here.x, here.f, here.g, B)
-        arrival = (*counts.columns(), time.perf_counter() - began)
+            search.metric = Metric(moving(out(here.x)), shape)
+            here = measured(here.x, here.f, here.g, search.metric)
+        arrival = Record(
+            k, here.f, here.norm, number, None, None, 0, *counts.columns(), time.perf_counter() - began
+        )
         status = "max_iters" if k == max_iters else ""
         if here.norm < grad_tol or here.norm == 0:
             status = "converged"
         if f_star is not None and here.f - f_star < eps:
             status = "target"
-        if callback is not None or status:
-            record = Record(k, here.f, here.norm, number, None, None, 0, *arrival)
-            if callback is not None and callback(out(here.x), record):
-                status = "stopped"
-            if status:
-                log.append(record)
-                break
-        solver_here = "eigh" if isinstance(chosen, Cubic) else solver
+        if callback is not None and callback(out(here.x), arrival):
+            status = "stopped"
+        if status:
+            log.append(arrival)
+            break
         g = tensor(here.g)
         z = g if here.z is here.g else tensor(here.z)
-        equations = chosen_system(curvature(here.x), B, g, z, solver_here, indefinite, cg_tol, cg_steps)
-        step = search(
-            problem.value_and_grad, here, equations, B, chosen, number, max_probes, counts, eps=rounding
-        )
+        equations = system(curvature(here.x), search.metric, g, z, solving)
+        step_taken = search.run(here, equations, number)
         counts.products += equations.products
-        if step.trial is None:
-            status = "precision" if step.tiny else "search_failed"
-            log.append(Record(k, here.f, here.norm, number, None, None, step.probes, *arrival))
+        if step_taken.trial is None:
+            status = "precision" if step_taken.tiny else "search_failed"
+            log.append(replace(arrival, probes=step_taken.probes))
             break
-        log.append(Record(k, here.f, here.norm, number, step.gamma, step.trial.lam, step.probes, *arrival))
-        number, here = step.number, step.trial.new
+        log.append(
+            replace(arrival, gamma=step_taken.gamma, lam=step_taken.trial.lam, probes=step_taken.probes)
+        )
+        number, here = step_taken.number, step_taken.trial.new
     return Minimum(
         x=out(here.x), fun=here.f, jac=out(here.g), success=status in ("converged", "target", "stopped"),
         status=status, message=MESSAGES[status], nit=len(log) - 1, nfev=counts.evaluations, njev=counts.evaluations,
@@ -174,10 +159,6 @@ class Counts:
     products: int = 0
     evaluations: int = 0
     hessians: int = 0
-
-    def evaluate(self, evaluate: Evaluate, x: Any) -> tuple[float, Any]:
-        self.evaluations += 1
-        return evaluate(x)
 
     def columns(self) -> tuple[int, int, int, int]:
         """In the order of a :class:`Record`."""
@@ -195,72 +176,61 @@ class Step:
     tiny: bool = False
 
 
-# A trial far out may overflow; it is rejected for that.
-@np.errstate(over="ignore", invalid="ignore")
-def search(
-    evaluate: Evaluate,
-    here: Point,
-    equations: System,
-    metric: Metric,
-    rule: Rule,
-    number: float,
-    max_probes: int,
-    counts: Counts,
-    eps: float = torch.finfo(torch.float64).eps,
-) -> Step:
-    """Probe until the rule accepts: the inner loop of Algorithm 3, for one H."""
-    first: Trial | None = None
-    for probe in range(1, max_probes + 1):
-        trial = _tried(evaluate, here, equations, metric, rule, number, counts, eps)
-        first = first or trial
-        if trial is not None and rule.accepts(trial):
-            probes = probe
-            while probe == 1 and getattr(rule, "aggressive", False) and probes < max_probes:
-                larger = rule.grow(number)
-                further = _tried(evaluate, here, equations, metric, rule, larger, counts, eps)
-                probes += 1
-                if (
-                    larger == number
-                    or further is None
-                    or not rule.accepts(further)
-                    or further.new.f >= trial.new.f
-                ):
-                    break
-                number, trial = larger, further
-            return Step(trial, rule.grow(number), rule.gamma(number, trial.lam, here.norm), probes)
-        number = rule.shrink(number)
-    # The fall that the first trial promised is below the rounding of f: nothing can be told any more.
-    tiny = first is not None and abs(float(here.g.dot(first.h))) <= 2 * first.rounding
-    return Step(None, number, 0.0, max_probes, tiny)
+@dataclass(slots=True)
+class Search:
+    """The inner loop of Algorithm 3: probes until the rule accepts, for one H after the other."""
 
+    evaluate: Evaluate
+    metric: Metric
+    rule: Rule
+    max_probes: int
+    eps: float  # the rounding of one value of f
+    counts: Counts = field(default_factory=Counts)
 
-def _tried(
-    evaluate: Evaluate,
-    here: Point,
-    equations: System,
-    metric: Metric,
-    rule: Rule,
-    number: float,
-    counts: Counts,
-    eps: float,
-) -> Trial | None:
-    """One probe: solve, evaluate; ``None`` where the solve failed or the values are not finite."""
-    counts.solves += 1
-    h, lam, model = rule.step(number, equations, here)
-    if h is None:
-        return None
-    h = like(h, here.x)
-    # The square of a step that is not finite is not.
-    if not math.isfinite(float(h.dot(h))):
-        return None
-    x = here.x + h
-    value, gradient = counts.evaluate(evaluate, x)
-    if not math.isfinite(value):
-        return None
-    new = measured(x, value, gradient, metric)
-    if not math.isfinite(new.norm):
-        return None
-    return Trial(here, new, h, lam, model, eps)
+    def evaluated(self, x: Any) -> tuple[float, Any]:
+        self.counts.evaluations += 1
+        return self.evaluate(x)
+
+    # A trial far out may overflow; it is rejected for that.
+    @np.errstate(over="ignore", invalid="ignore")
+    def run(self, here: Point, equations: System, number: float) -> Step:
+        rule, most = self.rule, self.max_probes
+        first: Trial | None = None
+        for probe in range(1, most + 1):
+            trial = self._tried(here, equations, number)
+            first = first or trial
+            if trial is not None and rule.accepts(trial):
+                probes = probe
+                while probe == 1 and getattr(rule, "aggressive", False) and probes < most:
+                    larger = rule.grow(number)
+                    further = self._tried(here, equations, larger)
+                    probes += 1
+                    better = further is not None and rule.accepts(further) and further.new.f < trial.new.f
+                    if larger == number or further is None or not better:
+                        break
+                    number, trial = larger, further
+                return Step(trial, rule.grow(number), rule.gamma(number, trial.lam, here.norm), probes)
+            number = rule.shrink(number)
+        # The fall that the first trial promised is below the rounding of f: nothing can be told any more.
+        tiny = first is not None and abs(float(here.g.dot(first.h))) <= 2 * first.rounding
+        return Step(None, number, 0.0, most, tiny)
+
+    def _tried(self, here: Point, equations: System, number: float) -> Trial | None:
+        """One probe: solve, evaluate; ``None`` where the solve failed or the values are not finite."""
+        self.counts.solves += 1
+        h, lam, model = self.rule.step(number, equations, here)
+        if h is None:
+            return None
+        h = like(h, here.x)
+        # The square of a step that is not finite is not finite.
+        if not math.isfinite(float(h.dot(h))):
+            return None
+        x = here.x + h
+        value, gradient = self.evaluated(x)
+        if not math.isfinite(value):
+            return None
+        new = measured(x, value, gradient, self.metric)
+        return Trial(here, new, h, lam, model, self.eps) if math.isfinite(new.norm) else None
 
 
 def measured(x: Any, value: float, gradient: Any, metric: Metric) -> Point:
@@ -269,24 +239,86 @@ def measured(x: Any, value: float, gradient: Any, metric: Metric) -> Point:
     return Point(x, value, gradient, z, metric.dual(gradient, z))
 
 
-def starting_point(x0: Any, fun: Any) -> Tensor:
-    """A copy of x0, of the size and dtype that a problem takes."""
-    if isinstance(x0, Tensor):
-        x = x0.detach().clone()
-        x = x if x.is_floating_point() or x.is_complex() else x.double()
-    else:
-        found = np.array(x0)
-        x = torch.from_numpy(found if np.iscomplexobj(found) else found.astype(np.float64))
-    checks.tensor("x0", x, shape=("n",))
-    checks.require(
-        x.dtype in (torch.float64, torch.float32),
-        f"x0: got {checks.show(x0)}, expected real numbers in float64 (or float32)",
-    )
-    if is_problem(fun):
-        size, dtype = getattr(fun, "size", None) or len(x), getattr(fun, "dtype", None) or x.dtype
-        if (len(x), x.dtype) != (size, dtype):
-            wanted = checks.show(torch.empty(size, dtype=dtype))
-            raise checks.InputError(
-                f"x0: got {checks.show(x0)}, expected {wanted} for this {type(fun).__name__}"
-            )
-    return x
+@dataclass(frozen=True)
+class Record:
+    """An iterate x_k and what led on from it; counts are cumulative, up to the arrival at x_k.
+
+    ``gamma_start`` is γ when the iteration began, ``gamma`` the accepted one (of other rules: ‖g‖_*/λ), ``lam`` its λ and ``probes``
+    the trials it took, all ``None``/0 at the last iterate. ``solves``: linear solves; ``products``: products with H;
+    ``evaluations``: of f with its gradient; ``hessians``: of H.
+    """
+
+    iteration: int
+    value: float
+    grad_norm: float
+    gamma_start: float
+    gamma: float | None = None
+    lam: float | None = None
+    probes: int = 0
+    solves: int = 0
+    products: int = 0
+    evaluations: int = 0
+    hessians: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """The result: SciPy's ``x``, ``fun``, ``jac``, ``success``, ``status``, ``message``, ``nit``, ``nfev``, ``njev``, ``nhev``; and ``nsolve``,
+    ``nprod`` and the ``log``.
+
+    ``status`` is ``"converged"`` (gradient), ``"target"`` (f - f* < eps), ``"max_iters"``, ``"precision"`` (f cannot tell the iterates apart
+    any more), ``"search_failed"`` or ``"stopped"`` (by the callback). ``x`` is always the best point seen.
+    """
+
+    x: Any
+    fun: float
+    jac: Any
+    success: bool
+    status: str
+    message: str
+    nit: int
+    nfev: int
+    njev: int
+    nhev: int
+    nsolve: int
+    nprod: int
+    log: tuple[Record, ...]
+
+    def column(self, name: str) -> list[Any]:
+        """One field of the log over the iterations.
+
+        Raises:
+            InputError: an unknown field.
+        """
+        checks.one_of("name", name, Record.__dataclass_fields__)
+        return [getattr(record, name) for record in self.log]
+
+    def to_dict(self) -> dict[str, Any]:
+        plain = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in ("x", "jac", "log")}
+        x, jac = ((v if isinstance(v, Tensor) else np.asarray(v)).tolist() for v in (self.x, self.jac))
+        return {**plain, "x": x, "jac": jac, "log": [asdict(record) for record in self.log]}
+
+    def plot(self, ax: Any = None) -> Any:
+        """f - (its smallest value) and ‖g‖_* over the iterations, on a logarithmic axis."""
+        import matplotlib.pyplot as plt
+
+        ax = plt.subplots()[1] if ax is None else ax
+        values = np.array(self.column("value"))
+        gap = values - values.min()
+        ax.semilogy(np.where(gap > 0, gap, np.nan), label="f minus its smallest value")
+        norms = np.array(self.column("grad_norm"))
+        ax.semilogy(np.where(norms > 0, norms, np.nan), "--", label="norm of the gradient")
+        ax.set(xlabel="iteration")
+        ax.legend()
+        return ax
+
+
+MESSAGES = {
+    "converged": "the norm of the gradient is below grad_tol",
+    "target": "f is within eps of f_star",
+    "max_iters": "max_iters iterations were made",
+    "precision": "f cannot tell the iterates apart any more: differences are below its rounding",
+    "search_failed": "no probe of the last search was accepted; x is the best point. Is the gradient that of f?",
+    "stopped": "the callback asked to stop",
+}

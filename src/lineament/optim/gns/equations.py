@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import hessian, jacrev, vjp
 
 from lineament.core import checks
-from lineament.optim.gns.blas import at_home, gemv, gemv_t, gram, like
+from lineament.optim.gns.linear_algebra import at_home, gemv, gemv_t, gram, like
 
 
 class Linear:

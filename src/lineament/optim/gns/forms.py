@@ -7,6 +7,7 @@ form to a cheaper one (its diagonal, a Nyström approximation), which stays posi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.optim.gns.blas import gram
-from lineament.optim.gns.metric import asymmetry, asymmetry_allowed
+from lineament.optim.gns.linear_algebra import gram, require_symmetric
 
 FORMS = ("as is", "dense", "diagonal", "low_rank", "operator")
-
-
-class NotFinite(checks.InputError):
-    """A Hessian has NaN or infinite values."""
 
 
 class Form:
@@ -84,7 +80,7 @@ class Zero(Form):
 
 @dataclass(frozen=True)
 class Operator(Form):
-    """A matrix known by ``operator @ v``: a :class:`~lineament.core.curvature.matrices.Curvature`, a SciPy ``LinearOperator``."""
+    """A matrix known by ``operator @ v``: a :class:`~lineament.core.curvature.operator.Curvature`, a SciPy ``LinearOperator``."""
 
     operator: Any
 
@@ -108,7 +104,7 @@ def _finite(values: Tensor, of: str = "") -> Tensor:
     # The sum of values of which one is not finite is not: to count them is slower.
     bad = 0 if math.isfinite(float(values.sum())) else int((~torch.isfinite(values)).sum())
     if bad:
-        raise NotFinite(
+        raise checks.NotFiniteError(
             f"hess: {bad} of {values.numel()} values {of}are NaN or infinite; expected finite values only"
         )
     return values
@@ -156,11 +152,7 @@ def as_form(value: Any, like: Float[Tensor, "n"], *, symmetric: bool = False) ->
     if value.ndim == 1:
         return Diagonal(value)
     if symmetric:
-        gap = asymmetry(value)
-        checks.require(
-            gap <= asymmetry_allowed(value),
-            f"hess: it differs from its transpose by {gap:.3g}, expected a symmetric matrix",
-        )
+        require_symmetric("hess", value)
     return Dense(value)
 
 
@@ -176,40 +168,36 @@ def as_dense(form: Form, n: int) -> Float[Tensor, "n n"]:
         return matrix
     if isinstance(form, Zero):
         return torch.zeros(n, n, dtype=torch.float64)
-    checks.require(isinstance(form, Operator), f"{form.describe()} has no matrix")
-    assert isinstance(form, Operator)
     checks.require(
         n <= 5000,
         f"solver: {n} parameters make a matrix of that side, expected at most 5000; use solver='cg'",
     )
-    dtype = (
-        form.operator.dtype
-        if isinstance(getattr(form.operator, "dtype", None), torch.dtype)
-        else torch.float64
-    )
-    return form.product(torch.eye(n, dtype=dtype, device=getattr(form.operator, "device", None)))
+    operator: Any = getattr(form, "operator", None)
+    dtype = getattr(operator, "dtype", None)
+    dtype = dtype if isinstance(dtype, torch.dtype) else torch.float64
+    return form.product(torch.eye(n, dtype=dtype, device=getattr(operator, "device", None)))
 
 
-def reduced(form: Form, kind: str, like: Float[Tensor, "n"], *, rank: int = 10, seed: int = 0) -> Form:
-    """The form in another kind.
+def reduced(form: Form, like: Float[Tensor, "n"], options: Any) -> Form:
+    """What is kept of a form, as the ``form``, ``rank`` and ``seed`` of a :class:`~lineament.optim.gns.solvers.StepOptions` say.
 
     - ``"dense"``, ``"operator"``: the same matrix, for the direct solvers and for conjugate gradients.
     - ``"diagonal"``: its diagonal, negative entries set to 0; of an operator, estimated from ``rank`` products with random signs.
     - ``"low_rank"``: the Nyström approximation Y (ΩᵀY)⁺ Yᵀ with Y = HΩ of ``rank`` random directions, its positive part.
 
-    >>> reduced(Dense(torch.diag(torch.tensor([2.0, -1.0]))), "diagonal", torch.zeros(2)).entries.tolist()
+    >>> from lineament.optim.gns.solvers import StepOptions
+    >>> reduced(Dense(torch.diag(torch.tensor([2.0, -1.0]))), torch.zeros(2), StepOptions(form="diagonal")).entries.tolist()
     [2.0, 0.0]
     """
-    checks.one_of("form", kind, FORMS)
-    checks.number("rank", rank, low=1, integer=True)
+    kind, rank = options.form, options.rank
     n = like.shape[0]
     if kind == "as is" or isinstance(form, Zero):
         return form
     if kind == "dense":
         return Dense(as_dense(form, n).to(like))
     if kind == "operator":
-        return form if isinstance(form, Operator) else Operator(_Products(form, like))
-    generator = torch.Generator().manual_seed(seed)
+        return form if isinstance(form, Operator) else Operator(Products(form.product, like))
+    generator = torch.Generator().manual_seed(options.seed)
     if kind == "diagonal":
         if isinstance(form, Dense):
             entries = form.matrix.diagonal()
@@ -232,11 +220,14 @@ def reduced(form: Form, kind: str, like: Float[Tensor, "n"], *, rank: int = 10, 
     return LowRank((Y @ (vectors[:, kept] / values[kept].sqrt())).T.contiguous())
 
 
-class _Products:
-    """Any form as an operator."""
+class Products:
+    """A function v -> H v as an operator with ``@``; with ``by_column`` the function takes vectors only."""
 
-    def __init__(self, form: Form, like: Tensor):
-        self.form, self.shape, self.dtype, self.device = form, (len(like),) * 2, like.dtype, like.device
+    def __init__(self, product: Callable[[Tensor], Tensor], like: Tensor, by_column: bool = False):
+        self.product, self.by_column = product, by_column
+        self.shape, self.dtype, self.device = (len(like),) * 2, like.dtype, like.device
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        return self.form.product(v)
+        if v.ndim == 1 or not self.by_column:
+            return self.product(v)
+        return torch.stack([self.product(column) for column in v.T], 1)

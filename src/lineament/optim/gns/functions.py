@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, jvp
 
 from lineament.core import checks
+from lineament.optim.gns.forms import Products
 
 # Above this many variables the exact Hessian of a PyTorch function is an operator: n products cost more than they save.
 _DENSE = 2000
@@ -65,6 +66,29 @@ def as_problem(fun: Any, jac: Any, hess: Any, tensors: bool) -> tuple[Problem, A
         f"jac: got {checks.show(jac)}; for NumPy functions expected the gradient, or True when fun returns (f, gradient)",
     )
     return _Functions(fun, jac, hess, tensors), hess
+
+
+def starting_point(x0: Any, fun: Any) -> Tensor:
+    """A copy of x0, of the size and dtype that a problem takes."""
+    if isinstance(x0, Tensor):
+        x = x0.detach().clone()
+        x = x if x.is_floating_point() or x.is_complex() else x.double()
+    else:
+        found = np.array(x0)
+        x = torch.from_numpy(found if np.iscomplexobj(found) else found.astype(np.float64))
+    checks.tensor("x0", x, shape=("n",))
+    checks.require(
+        x.dtype in (torch.float64, torch.float32),
+        f"x0: got {checks.show(x0)}, expected real numbers in float64 (or float32)",
+    )
+    if is_problem(fun):
+        size, dtype = getattr(fun, "size", None) or len(x), getattr(fun, "dtype", None) or x.dtype
+        if (len(x), x.dtype) != (size, dtype):
+            wanted = checks.show(torch.empty(size, dtype=dtype))
+            raise checks.InputError(
+                f"x0: got {checks.show(x0)}, expected {wanted} for this {type(fun).__name__}"
+            )
+    return x
 
 
 class _Flat:
@@ -142,17 +166,7 @@ class _Functions:
         if len(x) <= _DENSE:
             matrix = torch.func.hessian(self._scalar)(x)
             return (matrix + matrix.T) / 2
-        return _Products(lambda v: jvp(gradient, (x,), (v,))[1], x)
-
-
-class _Products:
-    """v -> H v as an operator, column by column."""
-
-    def __init__(self, product: Callable[[Tensor], Tensor], like: Tensor):
-        self.product, self.shape, self.dtype, self.device = product, (len(like),) * 2, like.dtype, like.device
-
-    def __matmul__(self, v: Tensor) -> Tensor:
-        return self.product(v) if v.ndim == 1 else torch.stack([self.product(column) for column in v.T], 1)
+        return Products(lambda v: jvp(gradient, (x,), (v,))[1], x, by_column=True)
 
 
 class _Secant:

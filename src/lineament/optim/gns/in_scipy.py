@@ -11,8 +11,8 @@ from scipy.optimize import OptimizeResult
 from scipy.sparse.linalg import LinearOperator
 
 from lineament.core import checks
-from lineament.optim.gns.algorithm import minimize
-from lineament.optim.gns.result import Record
+from lineament.optim.gns.algorithm import Record, minimize
+from lineament.optim.gns.solvers import StepOptions
 
 # SciPy's names of options.
 _NAMES = {"tol": "grad_tol", "gtol": "grad_tol", "maxiter": "max_iters"}
@@ -31,7 +31,8 @@ def scipy_method(
     callback: Any = None,
     **options: Any,
 ) -> OptimizeResult:
-    """A ``method`` for ``scipy.optimize.minimize``; ``options`` are those of :func:`lineament.optim.gns.minimize`.
+    """A ``method`` for ``scipy.optimize.minimize``; ``options`` are those of
+    :func:`~lineament.optim.gns.algorithm.minimize` and of :class:`~lineament.optim.gns.solvers.StepOptions`.
 
     SciPy's ``tol`` and ``gtol`` are ``grad_tol``, ``maxiter`` is ``max_iters``, and ``disp`` prints how it ended. The callback is SciPy's: called after
     each iteration with ``xk`` or ``intermediate_result``, it stops the run by ``StopIteration`` (then status 99, no success), not by what it returns.
@@ -64,9 +65,11 @@ def scipy_method(
         value = options.pop(theirs, None)
         if value is not None:
             options.setdefault(ours, value)
-    known = set(inspect.signature(minimize).parameters) - {"fun", "x0", "jac", "hess", "callback"}
+    inside = set(StepOptions.__dataclass_fields__)
+    known = set(inspect.signature(minimize).parameters) - {"fun", "x0", "jac", "hess", "callback", "step"}
     for name in options:
-        checks.one_of("options", name, sorted(known))
+        checks.one_of("options", name, sorted(known | inside))
+    step = StepOptions(**{name: options.pop(name) for name in inside & set(options)})
     wanted = curvature if callable(hess) or hessp is not None else hess
     found = minimize(
         lambda x: fun(x, *args),
@@ -74,6 +77,7 @@ def scipy_method(
         jac=lambda x: jac(x, *args),
         hess=wanted,
         callback=None if callback is None else _wrapped(callback),
+        step=step,
         **options,
     )
     if disp:

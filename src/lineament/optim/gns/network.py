@@ -15,11 +15,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lineament.core import checks
-from lineament.core.curvature.matrices import Curvature, fisher, gauss_newton, hessian
+from lineament.core.curvature.matrices import fisher, gauss_newton, hessian
+from lineament.core.curvature.operator import Curvature
 from lineament.core.curvature.risk import Risk
 from lineament.core.gradients import flatten, per_sample_gradients, unflatten
-from lineament.optim.gns.blas import gram
 from lineament.optim.gns.forms import Dense, Form, LowRank, Operator
+from lineament.optim.gns.linear_algebra import gram
 
 # Per-sample gradients are kept as a low-rank factor up to this size.
 _FACTOR_BYTES = 512 * 1024**2
@@ -38,7 +39,7 @@ class Network:
     Raises:
         InputError: as :func:`~lineament.core.curvature.matrices.hessian` does.
 
-    >>> from lineament.optim.gns import minimize
+    >>> from lineament.optim.gns.algorithm import minimize
     >>> net = nn.Linear(1, 1, bias=False).double()
     >>> data = [(torch.tensor([[1.0], [2.0]]).double(), torch.tensor([[3.0], [6.0]]).double())]
     >>> problem = Network(net, nn.functional.mse_loss, data)

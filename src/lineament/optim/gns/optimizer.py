@@ -19,18 +19,15 @@ from torch.optim import Optimizer
 
 from lineament.core import checks
 from lineament.core.gradients import flatten, unflatten
-from lineament.optim.gns.algorithm import Counts, measured, search
-from lineament.optim.gns.closure import ClosureHessian, differentiated
-from lineament.optim.gns.forms import FORMS, Form, NotFinite, Operator, as_form, finite, reduced
-from lineament.optim.gns.metric import Metric
+from lineament.optim.gns.algorithm import Counts, Search, measured
+from lineament.optim.gns.forms import Form, Operator, Products, as_form, finite, reduced
+from lineament.optim.gns.linear_algebra import Metric
 from lineament.optim.gns.rules import Smoothness
-from lineament.optim.gns.solvers import INDEFINITE, SOLVERS, system
+from lineament.optim.gns.solvers import USUAL, StepOptions, system
 from lineament.optim.sam import running_statistics_kept
 
-_JOINT = (
-    *("gamma", "test", "constant", "aggressive", "form", "rank", "solver", "indefinite", "max_probes", "cg_tol", "cg_steps"),
-    *("dense", "nonfinite", "seed"),
-)  # fmt: skip
+_JOINT = ("gamma", "rule", "step", "dense", "nonfinite")
+_RULE = Smoothness()
 _COUNTERS = ("steps", "solves", "products", "evaluations", "hessians", "skipped", "failed")
 
 
@@ -44,9 +41,9 @@ class GNS(Optimizer):
         curvature: ``"exact"`` (the Hessian of the closure's loss), ``None`` (normalised gradient), an operator over the same parameters that
             follows their weights (:func:`~lineament.core.curvature.matrices.gauss_newton`, :func:`~lineament.core.curvature.matrices.fisher`), or a function without
             arguments that returns a matrix, a diagonal, an operator or a form.
-        gamma: γ_0. test, constant, aggressive: see :class:`Smoothness`.
+        gamma: γ_0. rule: how γ grows and when a probe is accepted; its ``start`` does not count.
         metric: B, ``None``, (n,) or (n, n) over the flat parameters.
-        form, rank, solver, indefinite, max_probes, cg_tol, cg_steps, seed: see :func:`minimize`.
+        step: what is kept of H and how a step is solved for.
         dense: up to so many parameters the exact Hessian is a matrix; beyond, conjugate gradients.
         nonfinite: what a loss, gradient or curvature that is NaN or infinite at the present weights does: ``"raise"`` or ``"skip"`` the step.
         model: its batch-norm layers then gather their running statistics at the weights that a step begins with only: those of the probes, of
@@ -75,20 +72,11 @@ class GNS(Optimizer):
         *,
         curvature: Any = "exact",
         gamma: float = 1.0,
-        test: str = "decrease",
-        constant: float = 2.0,
-        aggressive: bool = False,
         metric: Any = None,
-        form: str = "as is",
-        rank: int = 10,
-        solver: str = "auto",
-        indefinite: str = "reject",
-        max_probes: int = 60,
-        cg_tol: float = 0.1,
-        cg_steps: int = 250,
+        rule: Smoothness = _RULE,
+        step: StepOptions = USUAL,
         dense: int = 1000,
         nonfinite: str = "raise",
-        seed: int = 0,
         model: nn.Module | None = None,
     ):
         checks.require(
@@ -97,8 +85,7 @@ class GNS(Optimizer):
         )
         self.curvature, self._metric, self.model = curvature, metric, model
         self._B: Metric | None = None
-        options = {k: v for k, v in locals().items() if k in _JOINT}
-        _check(options)
+        options = _checked({k: v for k, v in locals().items() if k in _JOINT})
         if isinstance(curvature, str):
             checks.one_of("curvature", curvature, ("exact",))
         super().__init__(params, options)
@@ -112,8 +99,7 @@ class GNS(Optimizer):
                     name in _JOINT or not near.startswith("; nearest"),
                     f"param group: unknown option {name!r}{near}",
                 )
-            given = {**self.defaults, **param_group}
-            _check(given)
+            given = _checked({**self.defaults, **param_group})
             held = self.param_groups[0] if self.param_groups else given
             for name in _JOINT:
                 checks.require(
@@ -146,7 +132,7 @@ class GNS(Optimizer):
                 not missing,
                 f"state_dict: got one without {', '.join(missing)}, expected one of {type(self).__name__}'s own",
             )
-            _check(group)
+            _checked(group)
         super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -196,13 +182,11 @@ class GNS(Optimizer):
         group, params, kept = self.param_groups[0], self._params, self._kept
         checks.require(len(params) > 0, "params: none of them asks for gradients")
         before = [p.detach().clone() for p in params]
-        rule = Smoothness(
-            group["gamma"], test=group["test"], constant=group["constant"], aggressive=group["aggressive"]
-        )
+        options = StepOptions(**group["step"])
         counts = Counts(**{k: int(kept[k]) for k in ("solves", "products", "evaluations", "hessians")})
         counts.evaluations += 1
         exact = isinstance(self.curvature, str)
-        loss, grads = differentiated(closure, params, second=exact)
+        loss, grads = _differentiated(closure, params, second=exact)
         x = flatten([b.double() for b in before])
         g = flatten([grad.detach().double() for grad in grads])
         result = loss.detach()
@@ -224,14 +208,13 @@ class GNS(Optimizer):
             self._keep(kept)
             return result
         counts.hessians += 1
-        solve = {name: group[name] for name in ("solver", "indefinite", "cg_tol", "cg_steps")}
         eps = max(torch.finfo(p.dtype).eps for p in params)
 
         def evaluate(at: Tensor) -> tuple[float, Tensor]:
             _write(params, at)
             try:
                 with nullcontext() if self.model is None else running_statistics_kept(self.model):
-                    value, found = differentiated(closure, params, second=False)
+                    value, found = _differentiated(closure, params, second=False)
             finally:
                 # The curvature may be asked for more products, which belong to the old weights.
                 _restore(params, before)
@@ -239,12 +222,10 @@ class GNS(Optimizer):
 
         try:
             form = finite(self._form(x, params, grads, group["dense"]))
-            form = reduced(form, group["form"], x, rank=group["rank"], seed=group["seed"])
-            equations = system(form, self._B, here.g, here.z, **solve)
-            step = search(
-                evaluate, here, equations, self._B, rule, kept["gamma"], group["max_probes"], counts, eps
-            )
-        except NotFinite as error:
+            equations = system(reduced(form, x, options), self._B, here.g, here.z, options)
+            search = Search(evaluate, self._B, Smoothness(**group["rule"]), options.max_probes, eps, counts)
+            step = search.run(here, equations, kept["gamma"])
+        except checks.NotFiniteError as error:
             if group["nonfinite"] == "raise":
                 raise checks.InputError(
                     f"curvature: it is not finite at these weights, which are as before ({error}); nonfinite='skip' leaves such steps out"
@@ -269,23 +250,26 @@ class GNS(Optimizer):
         if not isinstance(self.curvature, str):
             found = self.curvature() if callable(self.curvature) else self.curvature
             return as_form(found, x, symmetric=True)
-        operator = ClosureHessian(params, grads, x)
+        operator = Products(_hessian(params, grads), x, by_column=True)
         if len(x) > dense:
             return Operator(operator)
         matrix = operator @ torch.eye(len(x), dtype=x.dtype, device=x.device)
         return as_form((matrix + matrix.T) / 2, x)
 
 
-def _check(options: dict[str, Any]) -> None:
-    """Every option of the one problem."""
-    checks.number("gamma", options["gamma"], low=0, open_low=True)
-    Smoothness(test=options["test"], constant=options["constant"])
-    choices = {"form": FORMS, "solver": SOLVERS, "indefinite": INDEFINITE, "nonfinite": ("raise", "skip")}
-    for name, known in choices.items():
-        checks.one_of(name, options[name], known)
-    for name, low in (("max_probes", 1), ("dense", 0), ("cg_steps", 1), ("rank", 1), ("seed", 0)):
-        checks.number(name, options[name], low=low, integer=True)
-    checks.number("cg_tol", options["cg_tol"], low=0, open_low=True)
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of the one problem, its records as plain dicts, which a stored state can hold."""
+    made = dict(options)
+    checks.number("gamma", made["gamma"], low=0, open_low=True)
+    checks.number("dense", made["dense"], low=0, integer=True)
+    checks.one_of("nonfinite", made["nonfinite"], ("raise", "skip"))
+    for name, kind in (("rule", Smoothness), ("step", StepOptions)):
+        value = kind(**made[name]) if isinstance(made[name], dict) else made[name]
+        checks.require(
+            isinstance(value, kind), f"{name}: got {checks.show(value)}, expected a {kind.__name__}"
+        )
+        made[name] = asdict(value)
+    return made
 
 
 def _write(params: list[Tensor], x: Tensor) -> None:
@@ -296,3 +280,60 @@ def _write(params: list[Tensor], x: Tensor) -> None:
 def _restore(params: list[Tensor], values: list[Tensor]) -> None:
     for parameter, value in zip(params, values):
         parameter.copy_(value)
+
+
+def _differentiated(
+    closure: Callable[[], Any], params: list[Tensor], second: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss that a closure returns, and its gradients; with their graph for ``second`` derivatives.
+
+    Raises:
+        InputError: no tensor, more than one element, no graph, a graph that was freed, sparse gradients.
+    """
+    with torch.enable_grad():
+        loss = closure()
+        checks.require(
+            isinstance(loss, Tensor) and loss.numel() == 1,
+            f"closure: returned {checks.show(loss)} ({type(loss).__name__}), expected the loss, a tensor of one element",
+        )
+        checks.require(
+            loss.requires_grad,
+            "closure: its loss has no graph; expected one computed from the parameters, with gradients",
+        )
+        try:
+            grads = torch.autograd.grad(
+                loss.reshape(()), params, create_graph=second, allow_unused=True, materialize_grads=True
+            )
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise checks.InputError(
+                "closure: its graph was freed, by backward(); expected a closure that only computes and returns the loss"
+            ) from error
+    checks.require(
+        not any(grad.is_sparse for grad in grads),
+        "closure: a gradient of its loss is sparse, but the step needs every coordinate; use dense gradients "
+        "(nn.Embedding(sparse=False))",
+    )
+    return loss, list(grads)
+
+
+def _hessian(params: list[Tensor], grads: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """Products with the Hessian through the graph of the gradient."""
+    curved = [k for k, grad in enumerate(grads) if grad.requires_grad]
+
+    def product(v: Tensor) -> Tensor:
+        if not curved:
+            return torch.zeros_like(v)
+        parts = unflatten(v, params)
+        found = torch.autograd.grad(
+            [grads[k] for k in curved],
+            params,
+            [parts[k].to(grads[k].dtype) for k in curved],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return flatten(found).to(v)
+
+    return product

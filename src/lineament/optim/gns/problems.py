@@ -17,9 +17,17 @@ from torch import Tensor
 from torch.func import grad_and_value, hessian
 
 from lineament.core import checks
-from lineament.optim.gns.blas import add_outer_, gemv, gemv_t, gram, like, tensor, weighted_rows
 from lineament.optim.gns.forms import Dense, Form, LowRank, as_dense
-from lineament.optim.gns.metric import Metric
+from lineament.optim.gns.linear_algebra import (
+    Metric,
+    add_outer_,
+    gemv,
+    gemv_t,
+    gram,
+    like,
+    tensor,
+    weighted_rows,
+)
 
 
 class LogSumExp:

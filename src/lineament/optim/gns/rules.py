@@ -6,6 +6,7 @@ number (γ, M or L) goes in and comes out. A trial is judged by the values that 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.optim.gns.solvers import Spectral, System, cubic_step
+from lineament.optim.gns.solvers import Spectral, System
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -61,22 +62,8 @@ class Rule(Protocol):
     def gamma(self, number: float, lam: float, norm: float) -> float: ...
 
 
-class _Regularised:
-    """h = -(H + λB)⁻¹ g with a λ that the number and the gradient give."""
-
-    def lam(self, number: float, norm: float) -> float:
-        raise NotImplementedError
-
-    def step(self, number: float, system: System, old: Point) -> tuple[Tensor | None, float, float]:
-        lam = self.lam(number, old.norm)
-        return system.solve(lam), lam, 0.0
-
-    def gamma(self, number: float, lam: float, norm: float) -> float:
-        return norm / lam if lam else float("inf")
-
-
 @dataclass(frozen=True)
-class Smoothness(_Regularised):
+class Smoothness:
     """Gradient-normalised smoothness: λ = ‖g‖_* / γ, accepted when f - f_new ≥ ‖g_new‖_*² / (8λ).
 
     Args:
@@ -90,8 +77,8 @@ class Smoothness(_Regularised):
     Raises:
         InputError: factors or bounds that are not positive, growth ≤ 1, shrinkage ≥ 1, an unknown test.
 
-    >>> Smoothness().lam(2.0, 6.0)
-    3.0
+    >>> Smoothness().grow(2.0), Smoothness().shrink(2.0)
+    (4.0, 1.0)
     """
 
     start: float = 1.0
@@ -111,8 +98,9 @@ class Smoothness(_Regularised):
         checks.one_of("test", self.test, ("decrease", "gradient"))
         checks.require(self.constant in (2, 4), f"constant: got {self.constant!r}, expected 2 or 4")
 
-    def lam(self, number: float, norm: float) -> float:
-        return norm / number
+    def step(self, number: float, system: System, old: Point) -> tuple[Tensor | None, float, float]:
+        lam = old.norm / number
+        return system.solve(lam), lam, 0.0
 
     def accepts(self, trial: Trial) -> bool:
         if self.test == "gradient":
@@ -133,14 +121,14 @@ class Smoothness(_Regularised):
 
 
 @dataclass(frozen=True)
-class SuperUniversal(_Regularised):
+class SuperUniversal:
     """Super-universal Newton: λ = M ‖g‖_*^α, accepted when <g_new, -h> ≥ ‖g_new‖_*² / (4λ); M/4 then, 4M otherwise.
 
     α = 0, 1/2, 1 are made for (quasi-)self-concordant, Lipschitz-Hessian and Lipschitz-gradient functions; with α = 1 the step
     is that of γ = 1/M. Source: Doikov, Mishchenko, Nesterov (2024, arXiv 2208.05888).
 
-    >>> SuperUniversal(alpha=0.5).lam(2.0, 9.0)
-    6.0
+    >>> SuperUniversal(alpha=0.5).grow(2.0)
+    0.5
     """
 
     alpha: float = 1.0
@@ -154,8 +142,9 @@ class SuperUniversal(_Regularised):
         checks.number("factor", self.factor, low=1, open_low=True)
         checks.number("least", self.least, low=0, open_low=True)
 
-    def lam(self, number: float, norm: float) -> float:
-        return number * norm**self.alpha
+    def step(self, number: float, system: System, old: Point) -> tuple[Tensor | None, float, float]:
+        lam = number * old.norm**self.alpha
+        return system.solve(lam), lam, 0.0
 
     def accepts(self, trial: Trial) -> bool:
         return float(trial.new.g.dot(trial.h)) <= -(trial.new.norm**2) / (4 * trial.lam)
@@ -166,13 +155,13 @@ class SuperUniversal(_Regularised):
     def shrink(self, number: float) -> float:
         return number * self.factor
 
+    def gamma(self, number: float, lam: float, norm: float) -> float:
+        return norm / lam if lam else float("inf")
+
 
 @dataclass(frozen=True)
-class Backtracking(_Regularised):
-    """The gradient method with backtracking, h = -B⁻¹g / L, accepted when f_new ≤ f - ‖g‖_*² / (2L); L/2 then, 2L otherwise.
-
-    Give it no curvature (``hess=None``): the baseline, preconditioned by the metric.
-    """
+class _Halving:
+    """A number that is halved after an accepted trial and doubled after a rejected one; f may not rise beyond what the trial promises."""
 
     start: float = 1.0
     least: float = 1e-5
@@ -181,46 +170,9 @@ class Backtracking(_Regularised):
         checks.number("start", self.start, low=0, open_low=True)
         checks.number("least", self.least, low=0, open_low=True)
 
-    def lam(self, number: float, norm: float) -> float:
-        return number
-
     def accepts(self, trial: Trial) -> bool:
         fall = trial.old.f - trial.new.f
-        if fall >= trial.old.norm**2 / (2 * trial.lam):
-            return True
-        return abs(fall) <= trial.rounding and trial.new.norm <= trial.old.norm
-
-    def grow(self, number: float) -> float:
-        return max(number / 2, self.least)
-
-    def shrink(self, number: float) -> float:
-        return number * 2
-
-
-@dataclass(frozen=True)
-class Cubic:
-    """Adaptive cubic Newton: h minimises <g,h> + <Hh,h>/2 + (M/6)‖h‖³; accepted when f_new ≤ f + that; M/2 then, 2M otherwise.
-
-    The minimiser is global for indefinite H too. One decomposition of (H, B) an iteration.
-    Source: Nesterov and Polyak (2006).
-    """
-
-    start: float = 1.0
-    least: float = 1e-5
-
-    def __post_init__(self) -> None:
-        checks.number("start", self.start, low=0, open_low=True)
-        checks.number("least", self.least, low=0, open_low=True)
-
-    def step(self, number: float, system: System, old: Point) -> tuple[Tensor | None, float, float]:
-        assert isinstance(system, Spectral)
-        return cubic_step(system, number)
-
-    def accepts(self, trial: Trial) -> bool:
-        fall = trial.old.f - trial.new.f
-        if fall >= -trial.model:
-            return True
-        return abs(fall) <= trial.rounding and trial.new.norm <= trial.old.norm
+        return fall >= -trial.model or (abs(fall) <= trial.rounding and trial.new.norm <= trial.old.norm)
 
     def grow(self, number: float) -> float:
         return max(number / 2, self.least)
@@ -230,6 +182,62 @@ class Cubic:
 
     def gamma(self, number: float, lam: float, norm: float) -> float:
         return norm / lam if lam else float("inf")
+
+
+@dataclass(frozen=True)
+class Backtracking(_Halving):
+    """The gradient method with backtracking, h = -B⁻¹g / L, accepted when f_new ≤ f - ‖g‖_*² / (2L); L/2 then, 2L otherwise.
+
+    Give it no curvature (``hess=None``): the baseline, preconditioned by the metric.
+    """
+
+    def step(self, number: float, system: System, old: Point) -> tuple[Tensor | None, float, float]:
+        return system.solve(number), number, -(old.norm**2) / (2 * number)
+
+
+@dataclass(frozen=True)
+class Cubic(_Halving):
+    """Adaptive cubic Newton: h minimises <g,h> + <Hh,h>/2 + (M/6)‖h‖³; accepted when f_new ≤ f + that; M/2 then, 2M otherwise.
+
+    The minimiser is global for indefinite H too. One decomposition of (H, B) an iteration.
+    Source: Nesterov and Polyak (2006).
+    """
+
+    def step(self, number: float, system: System, old: Point) -> tuple[Tensor | None, float, float]:
+        assert isinstance(system, Spectral)
+        return cubic_step(system, number)
+
+
+def cubic_step(spectral: Spectral, M: float) -> tuple[Any, float, float]:
+    """The global minimiser of <g,h> + <Hh,h>/2 + (M/6)‖h‖³: (h, λ = M‖h‖/2, the model's value there).
+
+    With d and c of :class:`Spectral`, r = ‖h‖ solves r² = Σ c_i² / (d_i + M r / 2)², found by bisection in r above
+    max(0, -2 d_min / M); in the hard case the rest of the length goes along the least eigenvector.
+
+    >>> d, c = torch.zeros(1), torch.tensor([-2.0])
+    >>> h, lam, value = cubic_step(Spectral(d, c, lambda y: y), 1.0)
+    >>> h.item(), lam
+    (2.0, 1.0)
+    """
+    d, c = spectral.d.double(), spectral.c.double()
+
+    def length(r: float) -> float:
+        return float((c / (d + 0.5 * M * r)).norm())
+
+    low = max(0.0, -2 * float(d[0]) / M)
+    high = max(2 * low, 1e-300, math.sqrt(2 * float(c.norm()) / M) + 2 * low)
+    for _ in range(200):
+        r = 0.5 * (low + high)
+        if r in (low, high):
+            break
+        low, high = (r, high) if length(r) > r else (low, r)
+    r = high
+    y = -c / (d + 0.5 * M * r)
+    short = r * r - float(y @ y)
+    if float(d[0]) < 0 and short > 1e-8 * r * r:
+        y[0] += math.copysign(math.sqrt(short), -float(c[0]) or 1.0)
+    value = float(c @ y + 0.5 * (d * y) @ y) + M / 6 * r**3
+    return spectral.back(y.to(spectral.c.dtype)), 0.5 * M * r, value
 
 
 RULES = {"gns": Smoothness, "super_universal": SuperUniversal, "cubic": Cubic, "gradient": Backtracking}

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -19,12 +20,53 @@ from scipy.linalg.lapack import dptsv  # pyright: ignore[reportAttributeAccessIs
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.optim.gns.blas import Positive
-from lineament.optim.gns.forms import Diagonal, Form, LowRank, Operator, Zero, as_dense
-from lineament.optim.gns.metric import Metric
+from lineament.optim.gns.forms import FORMS, Diagonal, Form, LowRank, Operator, Zero, as_dense
+from lineament.optim.gns.linear_algebra import Metric, Positive
 
 SOLVERS = ("auto", "cholesky", "eigh", "woodbury", "rank1", "cg")
 INDEFINITE = ("reject", "shift", "project")
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How a step is computed. Rarely needed.
+
+    Args:
+        form: what is kept of H: ``"as is"``, ``"dense"``, ``"diagonal"``, ``"low_rank"`` (Nyström of ``rank``) or ``"operator"``.
+        rank: directions of the low-rank form, and products that estimate an operator's diagonal.
+        solver: ``"cholesky"``, n³/3 a probe; ``"eigh"``, one decomposition of (H, B), then n² a probe; ``"woodbury"`` (``"rank1"``)
+            for a low-rank H, n r² a point and n r a probe; ``"cg"``, products only; ``"auto"``, what fits the form.
+        indefinite: what an H with negative eigenvalues gets: ``"reject"`` the probe, until λ is large enough; ``"shift"`` H by its
+            smallest eigenvalue; ``"project"`` negative eigenvalues to 0.
+        max_probes: at most so many probes in one search.
+        cg_tol: the residual allowed, as a multiple of λ‖h‖. cg_steps: products at most.
+        seed: of the random directions in ``form``.
+
+    Raises:
+        InputError: unknown names, numbers out of range.
+
+    >>> StepOptions(form="low_rank", rank=50).solver
+    'auto'
+    """
+
+    form: str = "as is"
+    rank: int = 10
+    solver: str = "auto"
+    indefinite: str = "reject"
+    max_probes: int = 60
+    cg_tol: float = 0.1
+    cg_steps: int = 250
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in (("form", FORMS), ("solver", SOLVERS), ("indefinite", INDEFINITE)):
+            checks.one_of(name, getattr(self, name), choices)
+        for name, low in (("rank", 1), ("max_probes", 1), ("cg_steps", 1), ("seed", 0)):
+            checks.number(name, getattr(self, name), low=low, integer=True)
+        checks.number("cg_tol", self.cg_tol, low=0, open_low=True)
+
+
+USUAL = StepOptions()
 
 
 class System(Protocol):
@@ -38,24 +80,9 @@ class System(Protocol):
 
 
 def system(
-    form: Form,
-    metric: Metric,
-    g: Float[Tensor, "n"],
-    z: Float[Tensor, "n"],
-    *,
-    solver: str = "auto",
-    indefinite: str = "reject",
-    cg_tol: float = 0.1,
-    cg_steps: int = 250,
+    form: Form, metric: Metric, g: Float[Tensor, "n"], z: Float[Tensor, "n"], options: StepOptions = USUAL
 ) -> System:
-    """The solver for one point.
-
-    Args:
-        form: H. metric: B. g, z: the gradient and B⁻¹g, both (n,).
-        solver: ``"cholesky"`` n³/3 a probe; ``"eigh"`` one decomposition of (H, B), then n² a probe; ``"woodbury"`` (``"rank1"``)
-            for a low-rank H, n r² a point and n r a probe; ``"cg"`` products only; ``"auto"`` what fits the form.
-        indefinite: ``"reject"`` the probe; ``"shift"`` H by its least eigenvalue; ``"project"`` negative eigenvalues to 0.
-        cg_tol: the residual allowed, as a multiple of λ‖h‖. cg_steps: products at most.
+    """The solver for one point: H in its form, B, the gradient g and z = B⁻¹g.
 
     Raises:
         InputError: a solver that does not fit the form.
@@ -65,22 +92,7 @@ def system(
     >>> system(Dense(torch.eye(2, dtype=torch.float64)), B, g, g).solve(1.0)
     tensor([-1.5000, -2.0000], dtype=torch.float64)
     """
-    checks.one_of("solver", solver, SOLVERS)
-    checks.one_of("indefinite", indefinite, INDEFINITE)
-    return chosen_system(form, metric, g, z, solver, indefinite, cg_tol, cg_steps)
-
-
-def chosen_system(
-    form: Form,
-    metric: Metric,
-    g: Tensor,
-    z: Tensor,
-    solver: str,
-    indefinite: str,
-    cg_tol: float,
-    cg_steps: int,
-) -> System:
-    """:func:`system` for options that were checked, as they are once for many points."""
+    solver, indefinite = options.solver, options.indefinite
     if isinstance(form, Zero):
         return _ZeroSystem(z)
     if isinstance(form, Diagonal) and metric.kind != "matrix" and solver == "auto":
@@ -97,7 +109,7 @@ def chosen_system(
         assert isinstance(form, LowRank)
         return _WoodburySystem(form, metric, g, z)
     if solver == "cg":
-        return _KrylovSystem(form, metric, g, indefinite, cg_tol, cg_steps)
+        return _KrylovSystem(form, metric, g, options)
     H = as_dense(form, g.shape[0]).to(g)
     if solver == "eigh" or indefinite == "project":
         return Spectral.of(H, metric, g, indefinite)
@@ -116,7 +128,7 @@ class _DiagonalSystem:
     def __init__(self, entries: Tensor, metric: Metric, g: Tensor, indefinite: str):
         self.products = 0
         self.base = metric.diagonal
-        self.entries = _mended(entries / self.base, indefinite) * self.base
+        self.entries = _repaired(entries / self.base, indefinite) * self.base
         self.g = g
 
     def solve(self, lam: float) -> Tensor | None:
@@ -151,7 +163,7 @@ class Spectral:
     def of(cls, H: Tensor, metric: Metric, g: Tensor, indefinite: str) -> Spectral:
         A = metric.half(metric.half(H).T)
         d, Q = torch.linalg.eigh((A + A.T) / 2)
-        return cls(_mended(d, indefinite), Q.T @ metric.half(g), lambda y: metric.half_t(Q @ y))
+        return cls(_repaired(d, indefinite), Q.T @ metric.half(g), lambda y: metric.half_t(Q @ y))
 
     def solve(self, lam: float) -> Tensor | None:
         if not float(self.d[0]) + lam > 0:
@@ -186,17 +198,15 @@ class _WoodburySystem:
 class _KrylovSystem:
     """Conjugate gradients on A + λI with A = L⁻¹HL⁻ᵀ, run as the Lanczos process: one basis for every λ."""
 
-    def __init__(
-        self, form: Form, metric: Metric, g: Tensor, indefinite: str, tol: float, steps: int
-    ) -> None:
-        self.form, self.metric, self.indefinite, self.tol = form, metric, indefinite, tol
+    def __init__(self, form: Form, metric: Metric, g: Tensor, options: StepOptions):
+        self.form, self.metric, self.indefinite, self.tol = form, metric, options.indefinite, options.cg_tol
         self.products = 0
         start = metric.half(g)
         self.length = float(start.norm())
         self.basis = [start / self.length]
         self.alpha: list[float] = []
         self.beta: list[float] = []
-        self.steps = min(steps, len(g))
+        self.steps = min(options.cg_steps, len(g))
         self.exhausted = False
 
     def solve(self, lam: float) -> Tensor | None:
@@ -218,14 +228,14 @@ class _KrylovSystem:
         inside = self.beta[: len(self.alpha) - 1]
         rhs = torch.zeros(len(self.alpha), dtype=torch.float64)
         rhs[0] = -self.length
-        if self.indefinite == "reject" or not inside:
-            if not inside:
-                d = max(self.alpha[0], 0.0) if self.indefinite != "reject" else self.alpha[0]
-                return rhs / (d + lam) if d + lam > 0 else None
+        if not inside:
+            d = max(self.alpha[0], 0.0) if self.indefinite != "reject" else self.alpha[0]
+            return rhs / (d + lam) if d + lam > 0 else None
+        if self.indefinite == "reject":
             _, _, y, info = dptsv([a + lam for a in self.alpha], inside, rhs.numpy())
             return torch.from_numpy(y).reshape(-1) if info == 0 else None
         values, vectors = eigh_tridiagonal(self.alpha, inside)
-        d = _mended(torch.from_numpy(values), self.indefinite)
+        d = _repaired(torch.from_numpy(values), self.indefinite)
         Q = torch.from_numpy(vectors)
         return Q @ (Q[0] * -self.length / (d + lam))
 
@@ -246,40 +256,8 @@ class _KrylovSystem:
         self.basis.append(w / length)
 
 
-def _mended(values: Tensor, indefinite: str) -> Tensor:
-    """Eigenvalues made non-negative: all shifted by the least one, or the negative ones set to zero; or left."""
+def _repaired(values: Tensor, indefinite: str) -> Tensor:
+    """Eigenvalues made non-negative: all shifted by the smallest, or the negative ones set to zero; or left."""
     if indefinite == "shift":
         return values - values.min().clamp(max=0)
     return values.clamp(min=0) if indefinite == "project" else values
-
-
-def cubic_step(spectral: Spectral, M: float) -> tuple[Any, float, float]:
-    """The global minimiser of <g,h> + <Hh,h>/2 + (M/6)‖h‖³: (h, λ = M‖h‖/2, the model's value there).
-
-    With d and c of :class:`Spectral`, r = ‖h‖ solves r² = Σ c_i² / (d_i + M r / 2)², found by bisection in r above
-    max(0, -2 d_min / M); in the hard case the rest of the length goes along the least eigenvector.
-
-    >>> d, c = torch.zeros(1), torch.tensor([-2.0])
-    >>> h, lam, value = cubic_step(Spectral(d, c, lambda y: y), 1.0)
-    >>> h.item(), lam
-    (2.0, 1.0)
-    """
-    d, c = spectral.d.double(), spectral.c.double()
-
-    def length(r: float) -> float:
-        return float((c / (d + 0.5 * M * r)).norm())
-
-    low = max(0.0, -2 * float(d[0]) / M)
-    high = max(2 * low, 1e-300, math.sqrt(2 * float(c.norm()) / M) + 2 * low)
-    for _ in range(200):
-        r = 0.5 * (low + high)
-        if r in (low, high):
-            break
-        low, high = (r, high) if length(r) > r else (low, r)
-    r = high
-    y = -c / (d + 0.5 * M * r)
-    short = r * r - float(y @ y)
-    if float(d[0]) < 0 and short > 1e-8 * r * r:
-        y[0] += math.copysign(math.sqrt(short), -float(c[0]) or 1.0)
-    value = float(c @ y + 0.5 * (d * y) @ y) + M / 6 * r**3
-    return spectral.back(y.to(spectral.c.dtype)), 0.5 * M * r, value

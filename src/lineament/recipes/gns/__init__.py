@@ -16,23 +16,14 @@ from torch import Tensor
 
 from lineament.core.checkpoint import Checkpoint
 from lineament.data.digits import digit_images
-from lineament.optim.gns import (
-    Backtracking,
-    Chebyshev,
-    Linear,
-    Logistic,
-    LogSumExp,
-    PowerOfResiduals,
-    Rosenbrock,
-    Softmax,
-    SuperUniversal,
-    dense_curvature,
-    fast_gradient,
-    minimize,
-    self_concordant,
-    smoothness,
-)
+from lineament.optim.gns.algorithm import minimize
+from lineament.optim.gns.equations import Chebyshev, Linear, Rosenbrock
+from lineament.optim.gns.problems import Logistic, LogSumExp, PowerOfResiduals, Softmax, dense_curvature
+from lineament.optim.gns.rules import Backtracking, SuperUniversal
+from lineament.optim.gns.solvers import StepOptions
+from lineament.optim.gns.theory import self_concordant, smoothness
 from lineament.recipes.gns.claims import POWERS, claims
+from lineament.recipes.gns.fast_gradient import fast_gradient
 from lineament.recipes.gns.figures import draw_all
 from lineament.recipes.kit.presets import presets
 from lineament.report.outcome import Outcome, Table
@@ -187,7 +178,9 @@ def chebyshev(config: Config) -> dict[str, Any]:
     problem = PowerOfResiduals(Chebyshev(), p=4)
     runs = {
         "exact": minimize(problem, x0, f_star=0.0, grad_tol=0.0),
-        "exact, shifted": minimize(problem, x0, f_star=0.0, grad_tol=0.0, indefinite="shift"),
+        "exact, shifted": minimize(
+            problem, x0, f_star=0.0, grad_tol=0.0, step=StepOptions(indefinite="shift")
+        ),
         "Gauss-Newton": minimize(problem, x0, hess="gauss_newton", f_star=0.0, grad_tol=0.0),
         "gradient method": minimize(
             problem, x0, hess=None, rule=Backtracking(), f_star=0.0, grad_tol=0.0, max_iters=200

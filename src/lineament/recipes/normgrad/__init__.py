@@ -19,11 +19,11 @@ from lineament.core.batching import progress
 from lineament.core.checkpoint import Checkpoint
 from lineament.data.digit_scenes import digit_scenes
 from lineament.data.samples import Samples
-from lineament.explain.pixels.aggregation import combined
-from lineament.explain.pixels.checks import class_sensitivity
-from lineament.explain.pixels.maps import saliency
-from lineament.explain.pixels.meta import meta_saliency
-from lineament.explain.pixels.pointing import hits
+from lineament.explain.saliency.aggregation import combined
+from lineament.explain.saliency.checks import class_sensitivity
+from lineament.explain.saliency.maps import saliency
+from lineament.explain.saliency.meta import meta_saliency
+from lineament.explain.saliency.pointing import hits
 from lineament.recipes.normgrad.claims import COMBINED, META, photograph_claims, scene_claims
 from lineament.recipes.normgrad.figures import correlation_figure, picture_grid, pointing_figure
 from lineament.recipes.normgrad.networks import photographs_model

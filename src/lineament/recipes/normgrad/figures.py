@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from lineament.data.samples import Samples
-from lineament.explain.pixels.aggregation import normalised
-from lineament.explain.pixels.maps import saliency
+from lineament.explain.saliency.aggregation import normalised
+from lineament.explain.saliency.maps import saliency
 from lineament.report.figures import picture, save
 from lineament.report.outcome import Figure
 

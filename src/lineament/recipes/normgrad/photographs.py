@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.batching import progress
 from lineament.data.located import Located, coco, voc
-from lineament.explain.pixels.aggregation import combined
-from lineament.explain.pixels.maps import saliency
-from lineament.explain.pixels.meta import meta_saliency
-from lineament.explain.pixels.pointing import PointingGame, difficult, hits
+from lineament.explain.saliency.aggregation import combined
+from lineament.explain.saliency.maps import saliency
+from lineament.explain.saliency.meta import meta_saliency
+from lineament.explain.saliency.pointing import PointingGame, difficult, hits
 
 _MEAN, _SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -10,7 +10,12 @@ from torch import nn
 
 from lineament.core.checks import InputError
 from lineament.core.curvature.matrices import fisher, gauss_newton
-from lineament.optim.gns import GNS, Dense, LowRank, Network, Operator, Smoothness, minimize
+from lineament.optim.gns.algorithm import minimize
+from lineament.optim.gns.forms import Dense, LowRank, Operator
+from lineament.optim.gns.network import Network
+from lineament.optim.gns.optimizer import GNS
+from lineament.optim.gns.rules import Smoothness
+from lineament.optim.gns.solvers import StepOptions
 
 LOSS = nn.functional.cross_entropy
 
@@ -36,14 +41,14 @@ def test_the_optimizer_walks_where_the_function_walks(kind, dense):
     form = problem.curvature(problem.x0, kind)
     small = kind == "fisher"
     assert isinstance(form, LowRank if small else Dense if dense else Operator)
-    found = minimize(problem, problem.x0, hess=kind, max_iters=8, rule=Smoothness(), cg_tol=1e-6)
+    found = minimize(problem, problem.x0, hess=kind, max_iters=8, step=StepOptions(cg_tol=1e-6))
     curvature = {
         "exact": "exact",
         "gauss_newton": gauss_newton(net, LOSS, data),
         "fisher": fisher(net, LOSS, data, kind="empirical"),
         "true_fisher": fisher(net, LOSS, data, kind="exact"),
     }[kind]
-    optimizer = GNS(net.parameters(), curvature=curvature, dense=dense, cg_tol=1e-6)
+    optimizer = GNS(net.parameters(), curvature=curvature, dense=dense, step=StepOptions(cg_tol=1e-6))
     gammas, losses = [], []
     for _ in range(8):
         gammas.append(optimizer.gamma)
@@ -145,7 +150,7 @@ NAN = torch.full((2, 2), float("nan"), dtype=torch.float64)
     [
         {},
         {"dense": 0},
-        {"dense": 0, "form": "diagonal"},
+        {"dense": 0, "step": StepOptions(form="diagonal")},
         {"curvature": lambda: NAN},
         {"curvature": lambda: NAN[0]},
         {"curvature": lambda: LowRank(NAN[:1])},
@@ -190,7 +195,7 @@ def test_a_failed_search_changes_nothing():
         calls.append(1)
         return (w**2).sum() + 10 * len(calls)
 
-    optimizer = GNS([w], max_probes=5)
+    optimizer = GNS([w], step=StepOptions(max_probes=5))
     optimizer.step(rising)
     assert optimizer.counters["failed"] == 1 and w.tolist() == [1.0, 1.0] and optimizer.gamma == 1.0
 
@@ -215,12 +220,12 @@ BAD = {
     "closure: returned a float32 tensor": lambda: GNS([W]).step(lambda: W * 2),
     "closure: its loss has no graph": lambda: GNS([W]).step(lambda: torch.tensor(1.0)),
     "closure: its graph was freed": freed,
-    "max_probes: got 3 for one group and 60 for the first": lambda: GNS(
-        [{"params": [W]}, {"params": [nn.Parameter(torch.ones(1))], "max_probes": 3}]
+    "dense: got 3 for one group and 1000 for the first": lambda: GNS(
+        [{"params": [W]}, {"params": [nn.Parameter(torch.ones(1))], "dense": 3}]
     ),
-    "param group: unknown option 'max_prob'; nearest: 'max_probes'": lambda: GNS(
-        [{"params": [W], "max_prob": 3}]
-    ),
+    "param group: unknown option 'gama'; nearest: 'gamma'": lambda: GNS([{"params": [W], "gama": 3}]),
+    "step: got 'cg', expected a StepOptions": lambda: GNS([W], step="cg"),
+    "rule: got 'gns', expected a Smoothness": lambda: GNS([W], rule="gns"),
     "its loss is sparse": lambda: GNS(E.parameters()).step(lambda: E(torch.tensor([1])).square().sum()),
     "params: got .*real": lambda: GNS([nn.Parameter(torch.ones(1, dtype=torch.complex64))]),
     "gamma: got -1": lambda: GNS([W], gamma=-1.0),
@@ -260,7 +265,7 @@ def test_groups_are_one_problem():
     net, x, y = network()
     whole = GNS(net.parameters())
     other = copy.deepcopy(net)
-    grouped = GNS([{"params": other[0].parameters()}, {"params": [other[3].weight], "max_probes": 60}])
+    grouped = GNS([{"params": other[0].parameters()}, {"params": [other[3].weight], "dense": 1000}])
     grouped.add_param_group({"params": [other[3].bias]})
     for _ in range(5):
         assert torch.equal(whole.step(closure_of(net, x, y)), grouped.step(closure_of(other, x, y)))
@@ -275,9 +280,11 @@ def test_nothing_is_there_for_a_scheduler_of_the_rate():
 
 def test_a_stored_state_holds_the_options_too():
     w, v = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    optimizer, other = GNS([w], test="gradient", max_probes=9, form="diagonal"), GNS([v])
+    optimizer = GNS([w], rule=Smoothness(test="gradient"), step=StepOptions(max_probes=9, form="diagonal"))
+    other = GNS([v])
     other.load_state_dict(optimizer.state_dict())
-    assert other.param_groups[0]["test"] == "gradient" and other.param_groups[0]["max_probes"] == 9
+    group = other.param_groups[0]
+    assert group["rule"]["test"] == "gradient" and group["step"]["max_probes"] == 9
     assert "GNS" in repr(copy.deepcopy(other)) and copy.deepcopy(other).curvature == "exact"
 
 
@@ -288,8 +295,8 @@ def test_a_state_that_is_refused_changes_nothing(which):
     optimizer.step(lambda: (w**2).sum())
     before = copy.deepcopy(optimizer.state_dict())
     bad = torch.optim.Adam([w]).state_dict() if which == "Adam's" else copy.deepcopy(before)
-    bad["param_groups"][0]["max_probes"] = 0
+    bad["param_groups"][0]["dense"] = -1
     message = "state_dict: got one without gamma, .*expected one of GNS's own"
-    with pytest.raises(InputError, match=message if which == "Adam's" else "max_probes: got 0"):
+    with pytest.raises(InputError, match=message if which == "Adam's" else "dense: got -1"):
         optimizer.load_state_dict(bad)
     assert optimizer.state_dict() == before

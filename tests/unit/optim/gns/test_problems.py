@@ -11,24 +11,20 @@ from torch import nn
 
 from lineament.core.checks import InputError
 from lineament.core.curvature.matrices import fisher
-from lineament.optim.gns import (
-    Chebyshev,
+from lineament.optim.gns import network as network_module
+from lineament.optim.gns.algorithm import minimize
+from lineament.optim.gns.equations import Chebyshev, Equations, Linear, Rosenbrock
+from lineament.optim.gns.forms import Dense, as_dense
+from lineament.optim.gns.network import Network
+from lineament.optim.gns.problems import (
     Composite,
-    Dense,
-    Equations,
-    Linear,
     Logistic,
     LogSumExp,
-    Network,
     PowerOfResiduals,
-    Rosenbrock,
     Softmax,
     dense_curvature,
-    fast_gradient,
-    minimize,
 )
-from lineament.optim.gns import network as network_module
-from lineament.optim.gns.forms import as_dense
+from lineament.optim.gns.solvers import StepOptions
 
 F64 = torch.float64
 
@@ -75,9 +71,8 @@ def test_derivatives_against_finite_differences(name):
 SIZED = [name for name in PROBLEMS if PROBLEMS[name][0].size]
 
 
-@pytest.mark.parametrize("solve", [minimize, fast_gradient])
 @pytest.mark.parametrize("name", SIZED)
-def test_a_start_that_does_not_fit_is_named(name, solve):
+def test_a_start_that_does_not_fit_is_named(name):
     problem, n = PROBLEMS[name]
     for size in (n - 1, n + 1):
         for x0 in (torch.ones(size, dtype=F64), np.ones(size)):
@@ -85,15 +80,15 @@ def test_a_start_that_does_not_fit_is_named(name, solve):
                 InputError,
                 match=rf"x0: got .*\({size},\), expected .*\({n},\) for this {type(problem).__name__}",
             ):
-                solve(problem, x0)
+                minimize(problem, x0)
     if problem.dtype is not None:
         with pytest.raises(InputError, match=r"x0: got a float32 tensor .*, expected a float64 tensor"):
-            solve(problem, torch.ones(n))
+            minimize(problem, torch.ones(n))
     for dtype in (torch.float16, torch.bfloat16, torch.complex128):
         with pytest.raises(InputError, match=r"x0: got .*, expected real numbers in float64 \(or float32\)"):
-            solve(problem, torch.ones(n, dtype=dtype))
+            minimize(problem, torch.ones(n, dtype=dtype))
     with pytest.raises(InputError, match="x0: got a complex128 array"):
-        solve(problem, np.ones(n) + 0j)
+        minimize(problem, np.ones(n) + 0j)
 
 
 def test_problems_of_float32_take_starts_of_float32():
@@ -190,7 +185,12 @@ def test_every_form_of_every_problem_descends(name, form, rank):
     problem, n = PROBLEMS[name]
     kind = problem.kinds[1]
     found = minimize(
-        problem, torch.ones(n, dtype=F64), hess=kind, form=form, rank=rank, max_iters=40, grad_tol=1e-6
+        problem,
+        torch.ones(n, dtype=F64),
+        hess=kind,
+        step=StepOptions(form=form, rank=rank),
+        max_iters=40,
+        grad_tol=1e-6,
     )
     values = found.column("value")
     assert values == sorted(values, reverse=True) and found.log[-1].grad_norm < 0.1 * found.log[0].grad_norm

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from lineament.core.checks import InputError
-from lineament.optim.gns import Dense, Diagonal, LowRank, Operator, Zero, minimize
-from lineament.optim.gns.forms import as_dense, as_form, reduced
-from lineament.optim.gns.metric import Metric
-from lineament.optim.gns.solvers import Spectral, cubic_step, system
+from lineament.optim.gns.algorithm import minimize
+from lineament.optim.gns.forms import Dense, Diagonal, LowRank, Operator, Zero, as_dense, as_form, reduced
+from lineament.optim.gns.linear_algebra import Metric
+from lineament.optim.gns.rules import cubic_step
+from lineament.optim.gns.solvers import Spectral, StepOptions, system
 
 F64 = torch.float64
 
@@ -23,16 +24,22 @@ def test_reductions_keep_what_they_say():
     like = V[0]
     low, dense = LowRank(V), Dense(V.T @ V)
     for form in (low, dense, Operator(V.T @ V)):
-        nystrom = reduced(form, "low_rank", like, rank=3, seed=1)
+        nystrom = reduced(form, like, StepOptions(form="low_rank", rank=3, seed=1))
         torch.testing.assert_close(as_dense(nystrom, 40), V.T @ V, rtol=1e-7, atol=1e-7)
-    torch.testing.assert_close(reduced(low, "diagonal", like).entries, dense.matrix.diagonal())
-    torch.testing.assert_close(reduced(dense, "diagonal", like).entries, dense.matrix.diagonal())
+    torch.testing.assert_close(
+        reduced(low, like, StepOptions(form="diagonal")).entries, dense.matrix.diagonal()
+    )
+    torch.testing.assert_close(
+        reduced(dense, like, StepOptions(form="diagonal")).entries, dense.matrix.diagonal()
+    )
     pinned = Operator(torch.diag(like.abs()))
-    torch.testing.assert_close(reduced(pinned, "diagonal", like, rank=2).entries, like.abs())
-    torch.testing.assert_close(reduced(low, "dense", like).matrix, dense.matrix)
-    assert isinstance(reduced(Zero(), "low_rank", like), Zero)
+    torch.testing.assert_close(
+        reduced(pinned, like, StepOptions(form="diagonal", rank=2)).entries, like.abs()
+    )
+    torch.testing.assert_close(reduced(low, like, StepOptions(form="dense")).matrix, dense.matrix)
+    assert isinstance(reduced(Zero(), like, StepOptions(form="low_rank")), Zero)
     indefinite = Dense(torch.diag(torch.tensor([3.0, -2.0], dtype=F64)))
-    found = as_dense(reduced(indefinite, "low_rank", like[:2], rank=2), 2)
+    found = as_dense(reduced(indefinite, like[:2], StepOptions(form="low_rank", rank=2)), 2)
     assert float(torch.linalg.eigvalsh(found)[0]) > -1e-12
     assert isinstance(as_form(LowRank(random(9, 4)), like[:4]), Dense)
     with pytest.raises(InputError, match="at most 5000"):
@@ -44,7 +51,7 @@ def test_the_krylov_space_serves_every_shift():
     H = H @ H.T / 60
     g = random(60, seed=1)
     B = Metric(None, g)
-    equations = system(Operator(H), B, g, g, cg_tol=1e-12, cg_steps=60)
+    equations = system(Operator(H), B, g, g, StepOptions(cg_tol=1e-12, cg_steps=60))
     equations.solve(1e-2)
     spent = equations.products
     for lam in (1e-1, 1.0, 10.0):
@@ -62,7 +69,7 @@ def test_conjugate_gradients_meet_their_tolerance_and_the_ball():
     z = B.inverse(g)
     gamma = 0.5
     lam = B.dual(g, z) / gamma
-    h = system(Operator(H), B, g, z, cg_tol=0.1).solve(lam)
+    h = system(Operator(H), B, g, z, StepOptions(cg_tol=0.1)).solve(lam)
     residual = H @ h + lam * B.apply(h) + g
     assert B.dual(residual, B.inverse(residual)) <= 0.1 * lam * B.norm(h) * (1 + 1e-9)
     assert B.norm(h) <= gamma and float(g @ h) < 0

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from lineament.core.checks import InputError, require
-from lineament.learn.tract.input_moments import (
-    NotFinite,
+from lineament.core.checks import InputError, NotFiniteError, require
+from lineament.learn.tract.rows import (
+    Use,
     divide,
     divide_wide,
     factorise,
@@ -41,7 +41,6 @@ class RidgeGradient:
     def __init__(
         self,
         name: str,
-        layer: nn.Module,
         *,
         lam: float,
         samples: int | None,
@@ -53,7 +52,7 @@ class RidgeGradient:
     ):
         self.lam, self.count = lam, 0
         self.gathered: tuple[Tensor, int] | None = None
-        self._name, self._layer = name, layer
+        self._name = name
         self._samples, self._every, self._momentum = samples, every, momentum
         self._group, self._nonfinite = group, nonfinite
         self._generator = torch.Generator().manual_seed(seed)
@@ -62,20 +61,22 @@ class RidgeGradient:
         self._kept: tuple[float, Tensor] | None = None  # λ and the factor
         self._measured = False
 
-    def of_batch(self, gradient: Tensor, x: Tensor) -> Tensor:
-        """The TrAct gradient of one batch, from the ordinary gradient and the layer's input."""
-        simple = self._samples is None and self._every == 1 and not self._momentum and self._group is None
-        with torch.no_grad(), full_precision(x.device):
-            if simple and self.lam > 0 and wide(self._layer, x):
-                if not self._measured:
-                    self._measure(mean_square(self._layer, x))
-                return self._guarded(gradient, lambda: divide_wide(gradient, self._layer, x, self.lam))
-            return self._guarded(gradient, lambda: self._divided(gradient, self._factor(x)))
+    def of_batch(self, gradient: Tensor, x: Tensor, use: Use) -> Tensor:
+        """The TrAct gradient of one batch, from the ordinary gradient and the input."""
+        exact = self._samples is None and self._every == 1 and not self._momentum and self._group is None
 
-    def gather(self, x: Tensor, *, anew: bool) -> None:
+        def make() -> Tensor:
+            if exact and self.lam > 0 and wide(use, x):
+                self._measure(lambda: mean_square(use, x))
+                return divide_wide(gradient, use, x, self.lam)
+            return self._divided(gradient, self._factor(x, use))
+
+        return self._guarded(gradient, make)
+
+    def gather(self, x: Tensor, use: Use, *, anew: bool) -> None:
         """Add a micro-batch's rows; ``anew`` forgets those before, whose gradient is no longer there."""
         with torch.no_grad(), full_precision(x.device):
-            total, rows = second_moment(self._layer, x)
+            total, rows = second_moment(use, x)
             if self.gathered is not None and not anew:
                 total, rows = total.add_(self.gathered[0]), rows + self.gathered[1]
             self.gathered = total, rows
@@ -85,10 +86,7 @@ class RidgeGradient:
         require(self.gathered is not None, "of_gathered: nothing was gathered")
         assert self.gathered is not None
         (total, rows), self.gathered = self.gathered, None
-        with torch.no_grad(), full_precision(total.device):
-            return self._guarded(
-                gradient, lambda: self._divided(gradient, self._factorised(self._joined(total, rows)))
-            )
+        return self._guarded(gradient, lambda: self._divided(gradient, self._factorised(total, rows)))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if it had not stopped."""
@@ -109,12 +107,13 @@ class RidgeGradient:
     def _guarded(self, gradient: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """The gradient that ``make`` makes, or what the user wants where values are not finite."""
         try:
+            with torch.no_grad(), full_precision(gradient.device):
+                # The moments come first: with several processes all of them must take part in the sum.
+                made = make()
             values = gradient._values() if gradient.is_sparse else gradient
-            # The moments come first: with several processes all of them must take part in the sum.
-            made = make()
             if self._nonfinite != "pass" and not bool(torch.isfinite(values).all()):
-                raise NotFinite("the gradient of its weight holds NaN or infinite values")
-        except NotFinite as error:
+                raise NotFiniteError("the gradient of its weight holds NaN or infinite values")
+        except NotFiniteError as error:
             if self._nonfinite == "skip":
                 return torch.zeros_like(gradient)
             if self._nonfinite == "pass":
@@ -131,31 +130,21 @@ class RidgeGradient:
     def _divided(self, gradient: Tensor, factor: Tensor | None) -> Tensor:
         return torch.zeros_like(gradient) if factor is None else divide(gradient, factor)
 
-    def _factor(self, x: Tensor) -> Tensor | None:
+    def _factor(self, x: Tensor, use: Use) -> Tensor | None:
         """The factor for this backward pass; ``None`` where there is no row at all."""
         due = self._passes % self._every == 0
         self._passes += 1
         if not due and self._kept is not None and self._kept[0] == self.lam:
             return self._kept[1]
-        total = second_moment(self._layer, x, samples=self._samples, generator=self._generator)
-        moment = self._joined(*total)
-        if moment is None:
-            return None
-        if self._momentum:
-            fresh = 1 - self._momentum
-            past, weight = self._mean or (torch.zeros_like(moment), 0.0)
-            self._mean = past * self._momentum + moment * fresh, weight * self._momentum + fresh
-            moment = self._mean[0] / self._mean[1]
-        factor = self._factorised(moment)
+        factor = self._factorised(
+            *second_moment(use, x, samples=self._samples, generator=self._generator), averaged=True
+        )
         if self._every > 1 and factor is not None:
             self._kept = self.lam, factor
         return factor
 
-    def _factorised(self, moment: Tensor | None) -> Tensor | None:
-        return None if moment is None else factorise(moment, self.lam)
-
-    def _joined(self, total: Tensor, rows: int) -> Tensor | None:
-        """Xᵀ X / N over all processes of the group; ``None`` for N = 0."""
+    def _factorised(self, total: Tensor, rows: int, averaged: bool = False) -> Tensor | None:
+        """The factor of Xᵀ X / N + λ I over all processes of the group, or of its running mean; ``None`` for N = 0."""
         if self._group is not None:
             everything = torch.cat([total.flatten().double(), total.new_full((1,), rows, dtype=torch.double)])
             dist.all_reduce(everything, group=self._group)
@@ -164,14 +153,22 @@ class RidgeGradient:
             return None
         moment = total / rows
         if not finite(moment):
-            raise NotFinite("its input holds NaN or infinite values")
-        if not self._measured and moment.ndim > 1:
-            self._measure(float(moment.diagonal(dim1=-2, dim2=-1).mean()))
-        return moment
+            raise NotFiniteError("its input holds NaN or infinite values")
+        if moment.ndim > 1:
+            self._measure(lambda: float(moment.diagonal(dim1=-2, dim2=-1).mean()))
+        if averaged and self._momentum:
+            fresh = 1 - self._momentum
+            past, weight = self._mean or (torch.zeros_like(moment), 0.0)
+            self._mean = past * self._momentum + moment * fresh, weight * self._momentum + fresh
+            moment = self._mean[0] / self._mean[1]
+        return factorise(moment, self.lam)
 
-    def _measure(self, size: float) -> None:
+    def _measure(self, mean_square: Callable[[], float]) -> None:
         """Warn, once, of inputs that are far from standardised."""
-        # What is not finite is said elsewhere, and measured at the next batch.
+        if self._measured:
+            return
+        size = mean_square()
+        # What is not finite is reported elsewhere, and measured at the next batch.
         self._measured = math.isfinite(size)
         if self._measured and not 0.01 <= size <= 100:
             warnings.warn(

@@ -7,21 +7,16 @@ convolution has one moment for each group. With fewer rows than columns the same
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from lineament.core.checks import InputError
-
-
-class NotFinite(InputError):
-    """The layer's input or gradient holds NaN or infinite values."""
-
+from lineament.core.checks import InputError, NotFiniteError
 
 # Elements of unfolded patches held at a time.
 _CHUNK = 2**23
@@ -29,38 +24,57 @@ _CHUNK = 2**23
 _SMALL = 256
 
 
+class Use(NamedTuple):
+    """How a weight is multiplied with its input: by ``F.linear`` or ``F.embedding`` (the shape only), or by a convolution.
+
+    ``sides`` are the padded entries before and after each dimension, the last dimension first, as ``F.pad`` takes them.
+    """
+
+    shape: Sequence[int]  # of the weight
+    stride: Sequence[int] = ()
+    sides: Sequence[int] = ()
+    dilation: Sequence[int] = ()
+    groups: int = 1
+
+    @property
+    def columns(self) -> int:
+        return torch.Size(self.shape[1:]).numel()
+
+    @property
+    def places(self) -> int:
+        """How many leading dimensions of the windows say where a row is: (rows,) or (batch, *places)."""
+        return max(1, len(self.shape) - 1)
+
+
 def second_moment(
-    layer: Any, x: Tensor, *, samples: int | None = None, generator: torch.Generator | None = None
+    use: Use, x: Tensor, *, samples: int | None = None, generator: torch.Generator | None = None
 ) -> tuple[Tensor, int]:
-    """The sum XᵀX over the rows of a layer's input, and the number of rows N.
+    """The sum XᵀX over the rows of an input, and the number of rows N.
 
     Args:
-        x: the layer's input: (..., n), (batch, channels, ...) or token numbers.
+        x: the input: (..., n), (batch, channels, ...) or token numbers.
         samples: take this many rows at random, with replacement, instead of all; not for embeddings, where counting is cheap.
         generator: for ``samples``.
 
     Returns:
         (groups, n, n) with n the columns of one group, or (tokens,) for an embedding; and N.
 
-    >>> total, rows = second_moment(nn.Linear(2, 1), torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+    >>> total, rows = second_moment(Use((1, 2)), torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
     >>> total.tolist(), rows
     ([[[10.0, 2.0], [2.0, 4.0]]], 2)
     """
-    if isinstance(layer, nn.Embedding):
-        counts = torch.bincount(x.reshape(-1), minlength=layer.num_embeddings)
-        return counts.to(layer.weight.dtype if layer.weight.dtype == torch.double else torch.float), x.numel()
-    windows = _windows(layer, _working(x))
-    rows = row_count(layer, windows)
+    if not x.is_floating_point():
+        counts = torch.bincount(x.reshape(-1), minlength=use.shape[0])
+        return counts.to(torch.float if x.device.type == "mps" else torch.double), x.numel()
+    windows = _windows(use, _working(x))
+    rows = windows.shape[: use.places].numel()
     if samples is not None and samples < rows:
-        places = torch.randint(rows, (samples,), generator=generator).to(x.device)
-        windows = windows[torch.unravel_index(places, windows.shape[: _places(layer)])]
+        at = torch.randint(rows, (samples,), generator=generator).to(x.device)
+        windows = windows[torch.unravel_index(at, windows.shape[: use.places])]
         rows = samples
-    total = None
-    for columns in _chunks(layer, windows):
-        total = _add_product(total, columns)
-    if total is None:
-        n = layer.weight[0].numel()
-        total = windows.new_zeros(_groups(layer), n, n)
+    total = windows.new_zeros(use.groups, use.columns, use.columns)
+    for columns in _chunks(use, windows):
+        _add_product(total, columns)
     return _whole(total), rows
 
 
@@ -80,7 +94,7 @@ def factorise(moment: Tensor, lam: float) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrix)
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
     if not finite(moment):
-        raise NotFinite("the layer's input holds NaN or infinite values")
+        raise NotFiniteError("the layer's input holds NaN or infinite values")
     least, most = diagonal.square().amin(-1), diagonal.square().amax(-1)
     # Rounding can let a singular matrix pass; the data's own precision decides, not that of the solve.
     singular = least <= moment.shape[-1] * torch.finfo(moment.dtype).eps * most
@@ -103,7 +117,7 @@ def divide(gradient: Tensor, factor: Tensor) -> Tensor:
     if factor.ndim == 1:
         if gradient.is_sparse:
             gradient = gradient.coalesce()
-            values = gradient.values() / factor[gradient.indices()[0]][:, None]
+            values = (gradient.values() / factor[gradient.indices()[0]][:, None]).to(gradient.dtype)
             return torch.sparse_coo_tensor(
                 gradient.indices(), values, gradient.shape, is_coalesced=True, check_invariants=False
             )
@@ -112,40 +126,35 @@ def divide(gradient: Tensor, factor: Tensor) -> Tensor:
     return torch.cholesky_solve(rows.mT, factor).mT.reshape(gradient.shape).to(gradient.dtype)
 
 
-def wide(layer: Any, x: Tensor) -> bool:
-    """Whether the layer's input has fewer rows than columns, so that the N x N form is the cheaper one."""
-    if isinstance(layer, nn.Embedding) or x.numel() == 0:
+def wide(use: Use, x: Tensor) -> bool:
+    """Whether the input has fewer rows than columns, so that the N x N form is the cheaper one."""
+    if not x.is_floating_point() or x.numel() == 0:
         return False
-    return row_count(layer, _windows(layer, x)) < layer.weight[0].numel()
+    return _windows(use, x).shape[: use.places].numel() < use.columns
 
 
-def mean_square(layer: Any, x: Tensor) -> float:
+def mean_square(use: Use, x: Tensor) -> float:
     """The mean entry of the rows, squared: the mean of the second moment's diagonal, where no moment is made.
 
-    >>> mean_square(nn.Linear(2, 1), torch.tensor([[1.0, 3.0]]))
+    >>> mean_square(Use((1, 2)), torch.tensor([[1.0, 3.0]]))
     5.0
     """
-    return float(_windows(layer, _working(x)).square().mean())
+    return float(_windows(use, _working(x)).square().mean())
 
 
-def divide_wide(gradient: Tensor, layer: Any, x: Tensor, lam: float) -> Tensor:
+def divide_wide(gradient: Tensor, use: Use, x: Tensor, lam: float) -> Tensor:
     """``gradient @ (XᵀX / N + lam I)⁻¹`` from an N x N system.
 
     With Xᵀ = Q R the gradient's rows lie in the span of Q, where the moment is R Rᵀ / N. This takes the rounding noise outside that
     span out of the gradient, which a solve in n dimensions, or a difference divided by lam, would multiply by 1 / lam.
     """
-    columns = torch.cat(list(_chunks(layer, _windows(layer, _working(x)))), -1)
+    columns = torch.cat(list(_chunks(use, _windows(use, _working(x)))), -1)
     basis, triangle = torch.linalg.qr(columns)
     triangle = triangle.to(_solving(triangle))
     factor = factorise(triangle @ triangle.mT / columns.shape[-1], lam)
-    rows = gradient.reshape(len(columns), -1, columns.shape[-2]).to(basis.dtype) @ basis
+    rows = gradient.reshape(use.groups, -1, use.columns).to(basis.dtype) @ basis
     inner = torch.cholesky_solve(rows.mT.to(factor.dtype), factor).mT
     return (inner.to(basis.dtype) @ basis.mT).reshape(gradient.shape).to(gradient.dtype)
-
-
-def row_count(layer: Any, windows: Tensor) -> int:
-    """N: tokens of a linear layer, patches of a convolution, over the whole batch."""
-    return windows.shape[: _places(layer)].numel()
 
 
 @contextmanager
@@ -172,19 +181,13 @@ def _solving(x: Tensor) -> torch.dtype:
     return torch.double if x.shape[-1] <= _SMALL and x.device.type != "mps" else x.dtype
 
 
-def _add_product(total: Tensor | None, columns: Tensor) -> Tensor:
-    """The sum so far plus Xᵀ X, of which only blocks on and below the diagonal are made where there are several."""
+def _add_product(total: Tensor, columns: Tensor) -> None:
+    """Add XᵀX; of a large matrix only blocks on and below the diagonal."""
     width = columns.shape[-2]
-    if width <= _SMALL:
-        product = columns @ columns.mT
-        return product if total is None else total.add_(product)
-    if total is None:
-        total = columns.new_zeros(len(columns), width, width)
-    step = -(-width // 6)
+    step = width if width <= _SMALL else -(-width // 6)
     for start in range(0, width, step):
         block = slice(start, start + step)
         total[:, block, : block.stop] += columns[:, block] @ columns[:, : block.stop].mT
-    return total
 
 
 def _whole(total: Tensor) -> Tensor:
@@ -192,58 +195,32 @@ def _whole(total: Tensor) -> Tensor:
     return total if total.shape[-1] <= _SMALL else total.tril() + total.tril(-1).mT
 
 
-def _groups(layer: Any) -> int:
-    return 1 if isinstance(layer, nn.Linear) else int(layer.groups)
-
-
-def _places(layer: Any) -> int:
-    """How many leading dimensions of the windows say where a row is: (rows,) or (batch, *places)."""
-    return 1 if isinstance(layer, nn.Linear) else layer.weight.ndim - 1
-
-
-def _windows(layer: Any, x: Tensor) -> Tensor:
+def _windows(use: Use, x: Tensor) -> Tensor:
     """A view of the input with a row at each place: (rows, n), or (batch, *places, channels, *kernel) behind the padding."""
-    if isinstance(layer, nn.Linear):
-        return x.reshape(-1, layer.in_features)
-    dims = layer.weight.ndim - 2
+    dims = len(use.shape) - 2
+    if not dims:
+        return x.reshape(-1, use.shape[1])
     x = x if x.ndim == dims + 2 else x[None]
-    sides = _padding(layer)
-    if any(sides):
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        x = F.pad(x, sides, mode=mode)
-    for d in range(dims):
-        step = layer.dilation[d]
-        x = x.unfold(2 + d, step * (layer.kernel_size[d] - 1) + 1, layer.stride[d])[..., ::step]
+    if any(use.sides):
+        x = F.pad(x, list(use.sides))
+    for d, (size, stride, step) in enumerate(zip(use.shape[2:], use.stride, use.dilation)):
+        x = x.unfold(2 + d, step * (size - 1) + 1, stride)[..., ::step]
     # (batch, channels, *places, *kernel) -> the channels go behind the places
     return x.movedim(1, 1 + dims)
 
 
-def _padding(layer: Any) -> list[int]:
-    """Pixels before and after, the last dimension first, as ``F.pad`` takes them."""
-    sides: list[int] = []
-    for d in reversed(range(len(layer.kernel_size))):
-        if layer.padding == "same":
-            total = layer.dilation[d] * (layer.kernel_size[d] - 1)
-            sides += [total // 2, total - total // 2]
-        else:
-            sides += [0 if layer.padding == "valid" else layer.padding[d]] * 2
-    return sides
-
-
-def _chunks(layer: Any, windows: Tensor) -> Iterator[Float[Tensor, "groups columns rows"]]:
+def _chunks(use: Use, windows: Tensor) -> Iterator[Float[Tensor, "groups columns rows"]]:
     """The transposed rows, some leading places at a time, so that unfolded patches never need more than a bounded memory."""
-    if isinstance(layer, nn.Linear):
-        if len(windows):
-            yield windows.mT[None]
+    if windows.numel() == 0:
+        return
+    if len(use.shape) == 2:
+        yield windows.mT[None]
         return
     # A random choice of patches has one leading dimension, a whole batch has batch and places.
-    inner = windows.ndim - layer.weight.ndim + 1
-    size = max(1, _CHUNK // max(1, windows[:1].numel()))
-    shape = (_groups(layer), layer.weight[0].numel())
-    for part in windows.split(size) if windows.numel() else ():
-        places, window = range(inner), range(inner, part.ndim)
-        if layer.stride[-1] == 1:
+    inner = windows.ndim - len(use.shape) + 1
+    for part in windows.split(max(1, _CHUNK // windows[:1].numel())):
+        if use.stride[-1] == 1:
             # Neighbouring places are neighbours in memory, neighbouring columns of a patch only a few.
-            yield part.permute(*window, *places).reshape(*shape, -1)
+            yield part.permute(*range(inner, part.ndim), *range(inner)).reshape(use.groups, use.columns, -1)
         else:
-            yield part.reshape(-1, *shape).permute(1, 2, 0)
+            yield part.reshape(-1, use.groups, use.columns).permute(1, 2, 0)

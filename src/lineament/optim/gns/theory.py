@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lineament.core import checks
 from lineament.optim.gns.forms import as_form
-from lineament.optim.gns.metric import Metric
+from lineament.optim.gns.linear_algebra import Metric
 
 # e^t = 1 + 2t: the constant of quasi-self-concordance.
 QSC = 1.2564312086261697
@@ -143,17 +143,6 @@ def lower_bound(grad_norm: float, constants: Mapping[float, float]) -> float:
     return 1 / total if total else math.inf
 
 
-def hoelder_hessian(grad_norm: float, L: float, nu: float = 1.0) -> float:
-    """((1+ν)‖g‖/L)^{1/(1+ν)}: the bound for an exact Hessian that is Hölder with exponent ν; √(2‖g‖/L) for ν = 1.
-
-    >>> hoelder_hessian(8.0, 1.0)
-    4.0
-    """
-    checks.number("nu", nu, low=0, high=1)
-    checks.number("L", L, low=0, open_low=True)
-    return ((1 + nu) * checks.number("grad_norm", grad_norm, low=0) / L) ** (1 / (1 + nu))
-
-
 def self_concordant(M: float) -> float:
     """t*/M with e^{t*} = 1 + 2t*: the bound for an exact Hessian of a quasi-self-concordant function, wherever x is.
 
@@ -173,17 +162,6 @@ def harmonic(*gammas: float) -> float:
         1 / checks.number("gamma", gamma, low=0, open_low=True) for gamma in gammas if gamma != math.inf
     )
     return 1 / total if total else math.inf
-
-
-def swap_smoothness(grad_norm: float, *, C1: float, C2: float = 0.0, beta: float = 0.0) -> float:
-    """γ_12 of an approximation with ‖∇²f - H‖ ≤ C1 + C2‖g‖_*^{1-β}: (C1/‖g‖ + C2/‖g‖^β)⁻¹.
-
-    >>> swap_smoothness(2.0, C1=1.0)
-    2.0
-    """
-    return lower_bound(
-        grad_norm, {1.0: C1} if not C2 else {1.0: C1 + C2 * (beta == 1), **({} if beta == 1 else {beta: C2})}
-    )
 
 
 def nonconvex_iterations(gap: float, least_gamma: float, first_norm: float, eps: float) -> float:

@@ -1,14 +1,15 @@
-"""The dense products and solves of the method, from one library: SciPy's BLAS and LAPACK for float64 on a CPU, PyTorch otherwise.
+"""The dense products and solves of the method, and the metric B in which steps and gradients are measured.
 
-For Semenov, Jaggi, Doikov (2025, arXiv 2506.13710). What is not obvious: NumPy, SciPy and PyTorch each bring threads of their own, which wait for
-work by spinning. A loop that goes from one library to the next makes them fight for the cores, and at n = 200 that took twenty times the
-arithmetic. And on a vector of two entries NumPy takes a third of PyTorch's time, so that small problems are computed on arrays: what is said
-to take vectors takes tensors or arrays, and gives back what it got.
+For Semenov, Jaggi, Doikov (2025, arXiv 2506.13710), section 2. What is not obvious: all of it comes from one library, SciPy's BLAS and LAPACK
+for float64 on a CPU and PyTorch otherwise. NumPy, SciPy and PyTorch each bring threads of their own, which wait for work by spinning; a loop
+that goes from one library to the next makes them fight for the cores. And on a vector of two entries NumPy takes a third of PyTorch's time,
+so small problems are computed on arrays: whatever takes vectors takes tensors or arrays, and gives back what it got. This is the only module
+(besides :mod:`~lineament.optim.gns.problems`, which starts them) that knows the difference.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from jaxtyping import Float
 from scipy.linalg.blas import dgemm, dgemv, dger, dsyrk  # pyright: ignore[reportAttributeAccessIssue]
 from scipy.linalg.lapack import dposv, dpotrf, dpotrs  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
+
+from lineament.core import checks
 
 Vector = Tensor | np.ndarray
 
@@ -152,3 +155,107 @@ class Positive:
         total = self.H.clone()
         total.diagonal().add_(lam if self.B is None else self.B * lam)
         return total
+
+
+def require_symmetric(name: str, matrix: Float[Tensor, "n n"]) -> None:
+    """Refuse a matrix that differs from its transpose by more than 1e-8 of its largest entry, or what its dtype rounds."""
+    held: Any = matrix.detach().numpy() if at_home(matrix) else matrix
+    gap, largest = float(abs(held - held.T).max()), float(abs(held).max())
+    checks.require(
+        gap <= max(1e-8, 64 * torch.finfo(matrix.dtype).eps) * largest,
+        f"{name}: it differs from its transpose by {gap:.3g}, expected a symmetric matrix",
+    )
+
+
+class Metric:
+    """A symmetric positive definite B: ``None`` for the identity, (n,) for a diagonal, (n, n) for a matrix.
+
+    Args:
+        B: the matrix. like: a vector (n,) whose size, dtype and device it follows.
+
+    Raises:
+        InputError: a wrong shape, not symmetric (beyond 1e-8 relative), not positive definite, not finite.
+
+    >>> like = torch.zeros(2, dtype=torch.float64)
+    >>> Metric(torch.tensor([4.0, 1.0]), like).norm(torch.ones(2, dtype=torch.float64))
+    2.23606797749979
+    """
+
+    def __init__(self, B: Any, like: Tensor):
+        n = len(like)
+        self.kind: Literal["identity", "diagonal", "matrix"] = "identity"
+        self.diagonal = torch.ones(n, dtype=like.dtype, device=like.device)
+        if B is None:
+            return
+        B = torch.as_tensor(B).to(like)
+        checks.require(
+            tuple(B.shape) in ((n,), (n, n)),
+            f"metric: got {checks.show(B)}, expected a vector ({n},) or a matrix ({n}, {n})",
+        )
+        # Without a kernel of PyTorch's over the whole matrix, whose threads would wait beside the solver's.
+        fine = at_home(B) and bool(np.isfinite(B.numpy()).all())
+        checks.tensor("metric", B, floating=True, finite=not fine)
+        if B.ndim == 1:
+            least = float(B.min())
+            checks.require(least > 0, f"metric: its smallest entry is {least:g}, expected positive entries")
+            self.kind, self.diagonal = "diagonal", B
+            self._root = B.sqrt()
+            return
+        require_symmetric("metric", B)
+        L, info = cholesky(B)
+        checks.require(
+            info == 0,
+            f"metric: its leading minor of order {info} is not positive, expected a positive definite matrix; "
+            "add a small multiple of the identity",
+        )
+        self.kind, self.matrix, self._L = "matrix", B, L
+        self.diagonal = B.diagonal()
+
+    def apply(self, v: Any) -> Any:
+        """B v for v of shape (n,)."""
+        if self.kind == "identity":
+            return v
+        return (
+            like(self.diagonal * torch.as_tensor(v), v) if self.kind == "diagonal" else gemv(self.matrix, v)
+        )
+
+    def inverse(self, v: Any) -> Any:
+        """B⁻¹ v for v of shape (n,) or (n, k)."""
+        if self.kind == "identity":
+            return v
+        if self.kind == "diagonal":
+            return like(torch.as_tensor(v) / (self.diagonal if v.ndim == 1 else self.diagonal[:, None]), v)
+        return cholesky_solve(v, self._L)
+
+    def half(self, v: Tensor) -> Tensor:
+        """L⁻¹ v for B = LLᵀ and v of shape (n,) or (n, k): ‖s‖_* is the Euclidean norm of L⁻¹s."""
+        return self._halved(v, transposed=False)
+
+    def half_t(self, v: Tensor) -> Tensor:
+        """L⁻ᵀ v: takes a Euclidean vector to a step of the same length in the metric."""
+        return self._halved(v, transposed=True)
+
+    def _halved(self, v: Tensor, transposed: bool) -> Tensor:
+        if self.kind == "identity":
+            return v
+        if self.kind == "diagonal":
+            return v / (self._root if v.ndim == 1 else self._root[:, None])
+        L = self._L.T if transposed else self._L
+        wide = v[:, None] if v.ndim == 1 else v
+        found = torch.linalg.solve_triangular(L, wide, upper=transposed)
+        return found[:, 0] if v.ndim == 1 else found
+
+    @property
+    def stored(self) -> Tensor | None:
+        """B as it was given: ``None`` for the identity, (n,) for a diagonal, (n, n)."""
+        if self.kind == "identity":
+            return None
+        return self.diagonal if self.kind == "diagonal" else self.matrix
+
+    def norm(self, h: Any) -> float:
+        """‖h‖ of a step."""
+        return max(float(h.dot(self.apply(h))), 0.0) ** 0.5
+
+    def dual(self, s: Any, z: Any) -> float:
+        """‖s‖_* of a gradient, given z = B⁻¹s."""
+        return max(float(s.dot(z)), 0.0) ** 0.5

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.batching import chunked
 from lineament.core.sites.activations import record, sites
-from lineament.explain.pixels.layouts import layout, patch_of
-from lineament.explain.pixels.maps import saliency
-from lineament.explain.pixels.pointing import hits
+from lineament.explain.saliency.layouts import layout, patch_of
+from lineament.explain.saliency.maps import saliency
+from lineament.explain.saliency.pointing import hits
 from lineament.explain.scores import prepared
 
 WEIGHTS = ("uniform", "linear", "spread", "accuracy", "pointing")
@@ -40,7 +40,7 @@ def layer_weights(
     batch_size: int | str = "auto",
     **options: Any,
 ) -> dict[str, float]:
-    """A weight ≥ 0 for each site, summing to one, for :func:`~lineament.explain.pixels.maps.combined_saliency`.
+    """A weight ≥ 0 for each site, summing to one, for :func:`~lineament.explain.saliency.maps.combined_saliency`.
 
     Args:
         images: what to measure on; not the images to be explained, if the result is to be judged on them.
@@ -52,7 +52,7 @@ def layer_weights(
         masks: for ``"pointing"``, where each image's class is, (batch, height, width).
         tolerance: of ``"pointing"``, in pixels.
         folds: of the cross-validation.
-        options: for ``"pointing"``, as for :func:`~lineament.explain.pixels.maps.saliency` (``method``).
+        options: for ``"pointing"``, as for :func:`~lineament.explain.saliency.maps.saliency` (``method``).
 
     Raises:
         InputError: missing labels or masks; fewer images of a class than folds; weights that are all zero.

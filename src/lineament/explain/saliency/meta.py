@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.models import frozen
-from lineament.explain.pixels.checks import Similarity
-from lineament.explain.pixels.layouts import default_site
-from lineament.explain.pixels.maps import saliency
+from lineament.explain.saliency.checks import Similarity
+from lineament.explain.saliency.layouts import default_site
+from lineament.explain.saliency.maps import saliency
 from lineament.explain.scores import class_scores, differentiable, prepared, scores_of
 
 
@@ -44,10 +44,10 @@ def meta_saliency(
             small network with batch norm wanted a tenth of it.
         order: inner steps; 0 is the plain map, 1 the paper's method.
         negate: ascend instead, for what speaks against c.
-        options: as for :func:`~lineament.explain.pixels.maps.saliency`.
+        options: as for :func:`~lineament.explain.saliency.maps.saliency`.
 
     Returns:
-        What :func:`~lineament.explain.pixels.maps.saliency` returns for these options.
+        What :func:`~lineament.explain.saliency.maps.saliency` returns for these options.
 
     Raises:
         InputError: as there; a negative ``eps`` or ``order``; ``targets="all"``; a model with a single output, which has no

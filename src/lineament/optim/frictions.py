@@ -1,7 +1,7 @@
-"""diffGrad's friction: the factor between a gradient's change and the step, and what it was over a whole network.
+"""diffGrad's friction: the factor that the change of a gradient gives the step, and what it was over a whole network.
 
-Dubey et al., arXiv 1909.11015. Versions 0 to 2 are confirmed by several codes; 3 to 5 (the change weighed by the coordinate's own
-statistics) rest on one port and are experimental. Near 1/2 everywhere means that diffGrad is Adam at half the rate.
+Dubey et al., arXiv 1909.11015. Versions 0 to 2 are confirmed by several codes; 3 to 5 (the change weighted by the coordinate's own
+statistics) rest on one port and are experimental. Near 1/2 everywhere means that diffGrad is Adam at half the learning rate.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ VERSIONS = (0, 1, 2, 3, 4, 5)
 STATISTICAL = (3, 4, 5)
 _LEVELS = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 _SAMPLE = 2**20
+_kernels: Any = torch
 
 
 def friction(
@@ -53,27 +54,33 @@ def friction(
     tensor([0.5000, 0.8808, 0.8808])
     """
     checks.tensor("change", change, floating=True, finite=False, empty=True)
-    known_version(version)
-    if version in STATISTICAL:
-        checks.require(
-            mean is not None and deviation is not None,
-            f"mean and deviation: friction version {version} needs both, got {checks.show(mean)} and {checks.show(deviation)}",
+    check_version(version)
+    if version not in STATISTICAL:
+        return friction_([change.clone()], version)[0]
+    if mean is None or deviation is None:
+        raise checks.InputError(
+            f"mean and deviation: friction version {version} needs both, got {checks.show(mean)} and {checks.show(deviation)}"
         )
-    return friction_(change.clone(), version, mean, deviation)
+    return statistical_(change.clone(), version, mean, deviation)
 
 
-def friction_(change: Tensor, version: int, mean: Tensor | None, deviation: Tensor | None) -> Tensor:
-    """:func:`friction` in the change's own memory, unchecked."""
-    if version == 1:
-        return change.sigmoid_()
-    change.abs_()
+def friction_(changes: list[Tensor], version: int) -> list[Tensor]:
+    """Versions 0 to 2 of :func:`friction` for a list of changes, in their own memory, unchecked."""
+    if version != 1:
+        _kernels._foreach_abs_(changes)
     if version == 2:
-        return change.mul_(0.5).sigmoid_().mul_(9).sub_(4)
-    if mean is not None and deviation is not None:
-        if version != 3:
-            deviation = deviation * deviation if version == 4 else deviation.sqrt()
-        change.mul_(deviation).sub_(mean)
-    return change.sigmoid_()
+        _kernels._foreach_mul_(changes, 0.5)
+    _kernels._foreach_sigmoid_(changes)
+    if version == 2:
+        _kernels._foreach_mul_(changes, 9.0)
+        _kernels._foreach_sub_(changes, 4.0)
+    return changes
+
+
+def statistical_(change: Tensor, version: int, mean: Tensor, deviation: Tensor) -> Tensor:
+    """Versions 3 to 5 of :func:`friction`, in the change's own memory, unchecked."""
+    weight = {3: deviation, 4: deviation * deviation, 5: deviation.sqrt()}[version]
+    return change.abs_().mul_(weight).sub_(mean).sigmoid_()
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class FrictionSummary:
     """The friction of one step over all coordinates: what fraction of Adam's step was taken.
 
     ``quantiles`` are exact up to 2^20 coordinates and of an evenly spaced sample of them beyond. ``still`` is the share of
-    coordinates below 0.51, which move as under Adam at half the rate. ``by_parameter`` holds means.
+    coordinates below 0.51, which move as under Adam at half the learning rate. ``by_parameter`` holds means.
     """
 
     mean: float
@@ -96,7 +103,7 @@ class FrictionSummary:
         return asdict(self)
 
     def plot(self, ax: Any = None) -> Any:
-        """Bars of each parameter's mean friction, with lines at the step of Adam at half the rate and at the full one."""
+        """Bars of each parameter's mean friction, with lines at the steps of Adam at half and at the full learning rate."""
         if ax is None:
             from matplotlib.figure import Figure
 
@@ -115,34 +122,25 @@ def summarise(frictions: Iterable[tuple[str, Tensor]]) -> FrictionSummary:
     >>> summarise([("w", torch.tensor([0.5, 0.75])), ("b", torch.tensor([1.0]))]).mean
     0.75
     """
-    kept, means, ends, still, count = [], {}, [], 0, 0
     named = [(name, xi.flatten()) for name, xi in frictions if xi.numel()]
     checks.require(bool(named), "friction_summary: no coordinate has a gradient yet")
-    stride = -(-sum(len(xi) for _, xi in named) // _SAMPLE)
-    total = 0.0
-    for name, xi in named:
-        low, high = torch.aminmax(xi)
-        ends += [float(low), float(high)]
-        amount = float(xi.sum(dtype=torch.float64))
-        means[name] = amount / len(xi)
-        total += amount
-        still += int((xi < 0.51).sum())
-        count += len(xi)
-        kept.append(xi[::stride].double().cpu())
+    count = sum(len(xi) for _, xi in named)
+    sums = {name: float(xi.sum(dtype=torch.float64)) for name, xi in named}
+    stride = -(-count // _SAMPLE)
+    sample = torch.cat([xi[::stride].double().cpu() for _, xi in named])
     levels = torch.tensor(_LEVELS, dtype=torch.float64)
-    quantiles = torch.quantile(torch.cat(kept), levels).tolist()
     return FrictionSummary(
-        mean=total / count,
-        minimum=min(ends),
-        maximum=max(ends),
-        quantiles=dict(zip(_LEVELS, quantiles)),
-        still=still / count,
+        mean=sum(sums.values()) / count,
+        minimum=min(float(xi.min()) for _, xi in named),
+        maximum=max(float(xi.max()) for _, xi in named),
+        quantiles=dict(zip(_LEVELS, torch.quantile(sample, levels).tolist())),
+        still=sum(int((xi < 0.51).sum()) for _, xi in named) / count,
         count=count,
-        by_parameter=means,
+        by_parameter={name: sums[name] / len(xi) for name, xi in named},
     )
 
 
-def known_version(version: Any) -> None:
+def check_version(version: Any) -> None:
     known = isinstance(version, int) and not isinstance(version, bool) and version in VERSIONS
     checks.require(
         known, f"version: got {checks.show(version)}, expected a friction version: one of {VERSIONS}"

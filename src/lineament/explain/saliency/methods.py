@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lineament.core import checks
-from lineament.explain.pixels.aggregation import AGGREGATES, EXTRACTS, Window
+from lineament.explain.saliency.aggregation import AGGREGATES, EXTRACTS, Window
 
 
 @dataclass(frozen=True)

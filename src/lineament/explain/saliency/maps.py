@@ -1,7 +1,7 @@
 """Where does a network look? Saliency maps at any site, as an extraction and an aggregation.
 
 Rebuffi, Fong, Ji, Vedaldi, "There and Back Again: Revisiting Backpropagation Saliency Methods", CVPR 2020, arXiv 2004.02866. Gradient,
-Grad-CAM, linear approximation, NormGrad and their relatives are settings of one function (:data:`~lineament.explain.pixels.methods.METHODS`); one forward and one backward
+Grad-CAM, linear approximation, NormGrad and their relatives are settings of one function (:data:`~lineament.explain.saliency.methods.METHODS`); one forward and one backward
 give all sites and methods. Maps explain the logit, not the probability; a positive gradient means that more of the feature raises it.
 """
 
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.batching import chunked
 from lineament.core.sites.activations import capture, sites
-from lineament.explain.pixels import layouts
-from lineament.explain.pixels.aggregation import (
+from lineament.explain.saliency import layouts
+from lineament.explain.saliency.aggregation import (
     Window,
     aggregate_contributions,
     combined,
@@ -30,14 +30,14 @@ from lineament.explain.pixels.aggregation import (
     resized,
     smoothed,
 )
-from lineament.explain.pixels.backward_rules import ExcitationBackward, GuidedBackward
-from lineament.explain.pixels.baselines import (
+from lineament.explain.saliency.backward_rules import ExcitationBackward, GuidedBackward
+from lineament.explain.saliency.baselines import (
     centre_map,
     class_activation,
     integrated_gradients,
     random_map,
 )
-from lineament.explain.pixels.methods import Method, settings_of
+from lineament.explain.saliency.methods import Method, settings_of
 from lineament.explain.scores import cotangent, differentiable, labels_of, prepared, scores_of
 
 _CLASSES_AT_ONCE = 8
@@ -86,17 +86,17 @@ def saliency(
     """Maps of where the model looks for a class: one forward and one backward for all sites and methods.
 
     A virtual identity layer behind the activation x at the site would have a weight gradient that is a sum over locations u;
-    the map at u aggregates the entries of its contribution (see :mod:`lineament.explain.pixels.aggregation`), made of x and g = ∂S_c/∂x.
+    the map at u aggregates the entries of its contribution (see :mod:`lineament.explain.saliency.aggregation`), made of x and g = ∂S_c/∂x.
 
     Args:
         images: a batch, as the model takes it.
         targets: the class to explain: one for each image, one for all, ``None`` for the class the model predicts, or ``"all"``
             for every class.
         site: where to take the maps: a module name, with ``:in`` or ``:out``; ``":in"`` is the image itself. ``None`` takes the
-            last convolutional block's output (:func:`lineament.explain.pixels.layouts.default_site` has the rule). Several sites, or a
+            last convolutional block's output (:func:`lineament.explain.saliency.layouts.default_site` has the rule). Several sites, or a
             glob that matches several, give a dict {site: maps}.
-        method: a name of :data:`~lineament.explain.pixels.methods.METHODS` (``"norm_grad_5x5"`` and the like too), or the two phases as a
-            :class:`~lineament.explain.pixels.methods.Method`. Several give a dict {method: ...}.
+        method: a name of :data:`~lineament.explain.saliency.methods.METHODS` (``"norm_grad_5x5"`` and the like too), or the two phases as a
+            :class:`~lineament.explain.saliency.methods.Method`. Several give a dict {method: ...}.
         resize: bring the maps to the images' size, or to this (height, width), bilinearly; ``False`` leaves the site's size.
         smooth: sigma of a Gaussian blur, as a fraction of the map's longer side; 0.02 is usual for maps at the image.
         normalise: scale each map to [0, 1]; constant maps become zeros, with a warning.
@@ -189,7 +189,7 @@ def combined_saliency(
     Args:
         site: sites in depth order, or a glob.
         how: ``"product"``, ``"sum"`` or ``"plain_product"``.
-        weights: ``"uniform"``, ``"linear"``, or a number for each site (:mod:`lineament.explain.pixels.weighting` measures some).
+        weights: ``"uniform"``, ``"linear"``, or a number for each site (:mod:`lineament.explain.saliency.weighting` measures some).
         options: as for :func:`saliency`, one method.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
