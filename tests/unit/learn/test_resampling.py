@@ -17,7 +17,8 @@ from lineament.core.checks import InputError
 from lineament.learn.useful.early_outputs import outputs_of, recalibrated
 from lineament.learn.useful.resampling import UpsamplingSampler, find_slow, useful
 from lineament.optim import SAM
-from lineament.recipes.useful import Config, networks, run, runs
+from lineament.recipes.kit import networks
+from lineament.recipes.useful import Config, run, runs
 from lineament.train.epochs import Fit
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
@@ -252,7 +253,7 @@ def test_what_cannot_be_used_is_named():
 
 @pytest.mark.parametrize("kind", sorted(networks.NETWORKS))
 def test_every_network_of_the_recipe_runs(kind):
-    model = networks.network(kind, torch.Size([3, 32, 32]), 5, 8, 0)
+    model = networks.network(kind, (3, 32, 32), 5, seed=0)
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
 
 

@@ -251,7 +251,7 @@ def _on_a_model(config: Config, stages: Stages, out: Path) -> Outcome:
         raise InputError(
             f"model_folder: {str(folder)!r} is no folder; save a causal language model with its tokenizer there (save_pretrained)"
         )
-    model, tokenizer = load_language_model(str(folder), what="model_folder")
+    model, tokenizer = load_language_model(str(folder), argument="model_folder")
     require(
         not getattr(model.config, "is_encoder_decoder", False),
         f"model_folder: {str(folder)!r} is an encoder-decoder; patching takes decoder-only models",
