@@ -22,9 +22,6 @@ from torch import Tensor
 from lineament.core import checks
 from lineament.core.checks import require
 from lineament.core.statistics.accumulation import ROWS, Products, Stream, centre, finite, rows_of, working
-from lineament.core.statistics.class_scatter import ClassScatter
-
-__all__ = ["ClassScatter", "Covariance", "CrossCovariance", "Moments"]
 
 
 class Moments(Stream):

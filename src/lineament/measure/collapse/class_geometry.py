@@ -83,18 +83,6 @@ def nc1_from_variances(variances: Float[Tensor, " rank"], between: Between, clas
     return float((variances / between.scales.square()).sum()) / classes
 
 
-def nc1_pinv(within: Float[Tensor, "features features"], between: Between, *, rcond: float = 1e-10) -> float:
-    """NC1 = (1/K) tr(S_W S_B⁺) by the pseudo-inverse itself: features x features, the textbook form.
-
-    ``rcond`` is relative to the greatest singular value of Mc/√K; S_B's own eigenvalues are the squares.
-    Its rounding limits it: eigenvalues of S_B below about 1e-15 of the greatest are noise. Prefer the thin form.
-    """
-    directions, scales = between.directions, between.scales
-    matrix = (directions * scales.square()) @ directions.T
-    inverse = torch.linalg.pinv(matrix, hermitian=True, rtol=max(rcond**2, 1e-14))
-    return float((within * inverse).sum()) / len(between.means)
-
-
 def simplex_distance(matrix: Float[Tensor, "classes classes"]) -> float:
     """‖A/‖A‖_F - (I - 11ᵀ/K)/√(K-1)‖_F: how far A is from the Gram matrix of a simplex equiangular tight frame.
 

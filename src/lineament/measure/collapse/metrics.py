@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lineament.core import checks
+from lineament.core import checks, results
 from lineament.core.checks import require
 from lineament.core.statistics.class_scatter import ClassScatter
 from lineament.measure.collapse import class_geometry as geometry
@@ -70,9 +70,7 @@ class CollapseMetrics:
 
     def plot(self, ax: Any = None) -> Any:
         """The cosines between the centred class means; collapsed features show -1/(K-1) everywhere off the diagonal."""
-        import matplotlib.pyplot as plt
-
-        ax = ax if ax is not None else plt.subplots()[1]
+        ax = results.axes(ax)
         image = ax.imshow(self.cosines.cpu().numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
         ax.figure.colorbar(image, ax=ax, label="cosine between centred class means")
         ax.set(xlabel="class", ylabel="class", title=f"NC1~ {self.nc1_tilde:.3g}, NC2 {self.nc2:.3g}")

@@ -15,24 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lineament.core import checks
+from lineament.core import checks, results
 from lineament.core.batching import progress
 from lineament.core.checks import InputError, require
 from lineament.core.models import device_of, frozen, logits
 from lineament.core.sites.activations import capture
 from lineament.core.sites.activations import sites as site_names
-from lineament.measure.collapse.metrics import CollapseMeter, CollapseMetrics, SecondLook, collapse_metrics
-
-__all__ = [
-    "CollapseMeter",
-    "CollapseMetrics",
-    "CollapseProfile",
-    "SecondLook",
-    "collapse",
-    "collapse_metrics",
-    "find_head",
-    "pooled",
-]
+from lineament.measure.collapse.metrics import CollapseMeter, CollapseMetrics, SecondLook
 
 Pool = str | Callable[[Tensor], Tensor]
 Samples = tuple[Tensor, Tensor, Tensor | None]  # features, labels, decisions
@@ -65,9 +54,7 @@ class CollapseProfile:
 
     def plot(self, ax: Any = None) -> Any:
         """NC1~ (left axis, logarithmic) and NC2 (right axis) from site to site."""
-        import matplotlib.pyplot as plt
-
-        ax = ax if ax is not None else plt.subplots()[1]
+        ax = results.axes(ax)
         names, values = list(self.metrics), list(self.metrics.values())
         places = range(len(names))
         lines = ax.semilogy(places, [m.nc1_tilde for m in values], "o-", color="C0", label="NC1~")

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lineament.core import checks
+from lineament.core import checks, results
 from lineament.core.checks import require
 
 
@@ -223,9 +223,7 @@ class Minimum:
 
     def plot(self, ax: Any = None) -> Any:
         """The features as a picture, one column a sample, class by class."""
-        import matplotlib.pyplot as plt
-
-        ax = ax if ax is not None else plt.subplots()[1]
+        ax = results.axes(ax)
         image = ax.imshow(self.H.cpu().numpy(), aspect="auto", cmap="RdBu_r")
         ax.figure.colorbar(image, ax=ax)
         ax.set(xlabel="sample, class by class", ylabel="feature")

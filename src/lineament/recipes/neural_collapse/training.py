@@ -16,7 +16,8 @@ from lineament.data.augmentation import flip_and_crop
 from lineament.data.digits import digit_images
 from lineament.data.photographs import Standardise, read_photographs
 from lineament.data.samples import Samples
-from lineament.measure.collapse.profile import collapse, collapse_metrics
+from lineament.measure.collapse.metrics import collapse_metrics
+from lineament.measure.collapse.profile import collapse
 from lineament.recipes.kit import networks
 
 # Weight decay of the feature layers and of the last one, as multiples of the baseline's.
