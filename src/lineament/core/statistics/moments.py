@@ -25,7 +25,7 @@ from lineament.core.statistics.accumulation import ROWS, Products, Stream, centr
 
 
 class Moments(Stream):
-    """Mean, variance, skewness, kurtosis, least and greatest value of each feature, in one pass (Pébay 2008).
+    """Mean, variance, skewness, kurtosis, minimum and maximum of each feature, in one pass (Pébay 2008).
 
     Args:
         correction: the variance is the sum of squares over ``count - correction`` (1: unbiased).

@@ -28,7 +28,7 @@ class Between:
     """The thin singular value decomposition of the centred, weighted class means: S_B = V diag(s²) Vᵀ.
 
     ``means`` is Mc (classes x features), ``center`` h_G; ``directions`` V (features x rank, rank < classes) and
-    ``scales`` s keep the singular values above ``rcond`` times the greatest one; ``trace`` is tr S_B.
+    ``scales`` s keep the singular values above ``rcond`` times the largest one; ``trace`` is tr S_B.
     """
 
     means: Tensor
@@ -44,7 +44,7 @@ def between(scatter: ClassScatter, *, weighting: str = "class", rcond: float | N
     Args:
         scatter: what was gathered; every class must have a sample.
         weighting: ``"class"`` (each class counts the same) or ``"sample"``.
-        rcond: singular values of Mc/√K below this fraction of the greatest are dropped; by default 1e-5 for
+        rcond: singular values of Mc/√K below this fraction of the largest are dropped; by default 1e-5 for
             features in float32 or less, 1e-10 in float64.
 
     >>> s = ClassScatter(); s.update(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([0, 1]))

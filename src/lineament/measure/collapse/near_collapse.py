@@ -110,7 +110,7 @@ class PerturbationMap:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Distinct values, their multiplicities, and what each belongs to, from the greatest value down."""
+    """Distinct values, their multiplicities, and what each belongs to, from the largest value down."""
 
     values: tuple[float, ...]
     multiplicities: tuple[int, ...]

@@ -208,7 +208,7 @@ class ReducedHessian:
 
 @dataclass(frozen=True)
 class Minimum:
-    """A stationary point of (2) reached from H0; ``gradient`` is the greatest entry of Kn ∇f, ``value`` is f."""
+    """A stationary point of (2) reached from H0; ``gradient`` is the largest entry of Kn ∇f, ``value`` is f."""
 
     W: Float[Tensor, "classes d"]
     H: Float[Tensor, "d columns"]
@@ -245,7 +245,7 @@ def minimise(
     Args:
         H0: the features to stay near; d x Kn, class by class.
         beta: β ≥ 0.
-        tolerance: on the greatest entry of Kn ∇f; by default 1e-12 in float64 and 1e-5 in float32.
+        tolerance: on the largest entry of Kn ∇f; by default 1e-12 in float64 and 1e-5 in float32.
         max_iterations: of L-BFGS; the Newton iteration that follows takes at most 50.
 
     Returns:
@@ -296,8 +296,8 @@ def minimise(
         x, steps = _lbfgs(x, lambda v: float(joint(v)), slope_of, tolerance, max_iterations)
         x, more = _newton(x, slope_of, along, tolerance)
         W, H, slope = x[:, :k].T.contiguous(), x[:, k:].contiguous(), slope_of(x)
-    greatest = float(slope.abs().max())
-    return Minimum(W, H, problem.value(W, H, H0, beta), greatest, steps + more, greatest <= tolerance)
+    largest = float(slope.abs().max())
+    return Minimum(W, H, problem.value(W, H, H0, beta), largest, steps + more, largest <= tolerance)
 
 
 def _lbfgs(

@@ -90,7 +90,7 @@ class Trajectory:
     """The plane in which a training moved most.
 
     Attributes:
-        axes: unit principal directions, greatest first.
+        axes: unit principal directions, largest first.
         coordinates: (checkpoints, axes), where each checkpoint lies, the model itself at the origin.
         shares: of the trajectory's squared length that each axis holds.
     """
