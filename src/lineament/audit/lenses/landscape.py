@@ -25,7 +25,8 @@ from lineament.core.curvature.traces import trace
 from lineament.measure.landscape.axes import Axis, signed
 from lineament.measure.landscape.batchnorm_modes import LandscapeWarning
 from lineament.measure.landscape.criteria import Criteria, criteria
-from lineament.measure.landscape.grids import Plane, plane
+from lineament.measure.landscape.grids import plane
+from lineament.measure.landscape.results import Plane
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
 from lineament.report.section import Finding, Picture, Section
