@@ -104,6 +104,8 @@ class FastGraph(TorchFunctionMode):
         made, self._convolved = self._convolved, None
         if made is not None and made.gave(input) and input.dtype == scale.dtype == shift.dtype:
             self._around.append(weakref.ref(input))
+            # The convolution's own result was counted, and is not kept.
+            self.bytes -= input.element_size() * input.numel() * input.requires_grad
             return convolutions.scaled(input, made.parts, scale, shift)
         shape = (-1, *[1] * (input.ndim - 2))
         return (input * scale.reshape(shape) + shift.reshape(shape)).to(input.dtype)
