@@ -1,4 +1,5 @@
 from .tract.layer import tract as tract
+from .useful.early_outputs import outputs_of as outputs_of
 from .useful.learning_order import learning_order as learning_order
 from .useful.resampling import UpsamplingSampler as UpsamplingSampler
 from .useful.resampling import find_slow as find_slow
