@@ -22,7 +22,10 @@ from lineament.audit.stages import threads
 from lineament.audit.subject import Subject
 from lineament.cli import console
 from lineament.cli.option_values import classes, image_size, normalize
+from lineament.cli.train_fit import fit
+from lineament.cli.train_options import Options
 from lineament.cli.train_output import BOARD, FILES, Log, say, write
+from lineament.cli.train_result import Fitted
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require, show
 from lineament.core.files import output_folder, possible_folder, write_json
@@ -32,10 +35,7 @@ from lineament.load.loaded import Loaded
 from lineament.load.model_and_data import bring_together, one_output, two_logits
 from lineament.load.models import digest, load
 from lineament.report.outcome import versions
-from lineament.train.fitting import fit
-from lineament.train.options import Options
 from lineament.train.processes import Processes, randomness
-from lineament.train.result import Fitted
 
 _STAGES, _UNFINISHED = ".stages", "unfinished.json"
 _HELD = 256
