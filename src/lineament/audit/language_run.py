@@ -17,8 +17,8 @@ from lineament.core import checks
 from lineament.core.checks import InputError, require, show
 from lineament.core.models import device_of
 from lineament.load.language_models import load_language_model
-from lineament.load.models import digest
 from lineament.load.prompts import Prompts, load_prompts
+from lineament.load.weights import digest
 from lineament.report.outcome import versions
 
 

@@ -52,12 +52,9 @@ def deletion_and_insertion(subject: Subject, rows: Tensor, maps: Tensor) -> dict
         seed=subject.seed,
         batch_size=subject.batch_size if subject.fixed_batch else "auto",
     )
-    gains = (
-        found.insertion_area - found.random_insertion_area + found.random_deletion_area - found.deletion_area
-    )
     return {
         **{k: v for k, v in found.to_dict().items() if k != "gain"},
-        "gain": list(mean_interval(gains.cpu())),
+        "gain": list(mean_interval(found.gains.cpu())),
         "images": len(chosen),
     }
 

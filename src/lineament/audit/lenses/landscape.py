@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lineament.audit.phrases import compact, percent
 from lineament.audit.subject import Subject
-from lineament.core.curvature.density import Density, spectral_density, top_eigenpairs
+from lineament.core.curvature.density import Density, spectral_density
+from lineament.core.curvature.eigenpairs import top_eigenpairs
 from lineament.core.curvature.matrices import hessian
 from lineament.core.curvature.traces import trace
 from lineament.measure.landscape.axes import Axis, signed

@@ -189,7 +189,7 @@ def pull(
             outputs, leaves, u, retain_graph=True, allow_unused=True, materialize_grads=True
         )
 
-    # Not by ``is_grads_batched``, which passes over the rules for blocks that core.twice brings along.
+    # Not by ``is_grads_batched``, which ignores the vmap rules of the fast convolutions.
     return vmap(one)(vectors) if block else one(vectors)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lineament.core import checks
-from lineament.core.curvature.fast.graph import Twice
+from lineament.core.curvature.fast.graph import FastGraph
 from lineament.core.models import frozen, holding, logits
 
 T = TypeVar("T")
@@ -147,14 +147,14 @@ class Risk:
         return value
 
     @contextmanager
-    def ready(self) -> Iterator[Twice]:
+    def ready(self) -> Iterator[FastGraph]:
         """For building a graph: the model in the wanted mode (dropout is off in either), attention on the kernel
         that can be differentiated twice."""
         with (
             frozen(self.model, requires_grad=None),
             torch.enable_grad(),
             sdpa_kernel(SDPBackend.MATH),
-            Twice(not self.plain) as seen,
+            FastGraph(not self.plain) as seen,
         ):
             if self.batchnorm == "train":
                 for module in self.model.modules():

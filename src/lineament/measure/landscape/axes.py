@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lineament.core import checks
-from lineament.core.curvature.density import Eigenpairs, top_eigenpairs
+from lineament.core.curvature.eigenpairs import Eigenpairs, top_eigenpairs
 from lineament.core.curvature.krylov import Operator
-from lineament.core.curvature.matrices import Curvature
+from lineament.core.curvature.operator import Curvature
 from lineament.core.curvature.risk import chosen_parameters
 from lineament.core.gradients import flatten, unflatten
 
@@ -271,7 +271,7 @@ def power_iteration(
     """The eigenvalues of greatest magnitude by power iteration with deflation, as the official code finds them.
 
     Each vector stops when vᵀ A v changes by less than ``tol`` of itself: a rule of the value, not of the vector. Lanczos
-    (:func:`~lineament.core.curvature.density.top_eigenpairs`) is faster and knows its error; this is for comparison.
+    (:func:`~lineament.core.curvature.eigenpairs.top_eigenpairs`) is faster and knows its error; this is for comparison.
 
     >>> power_iteration(torch.diag(torch.tensor([5.0, -7.0, 1.0]))).values.round(decimals=1).tolist()
     [-7.0, 5.0]

@@ -93,6 +93,11 @@ class Trajectory:
         axes: unit principal directions, greatest first.
         coordinates: (checkpoints, axes), where each checkpoint lies, the model itself at the origin.
         shares: of the trajectory's squared length that each axis holds.
+
+    >>> net = nn.Linear(1, 1, bias=False); _ = net.weight.data.fill_(1.0)
+    >>> found = trajectory_axes(net, [{"weight": torch.tensor([[3.0]])}, {"weight": torch.tensor([[2.0]])}], count=1)
+    >>> found.shares.tolist()
+    [1.0]
     """
 
     axes: list[Axis]

@@ -224,7 +224,7 @@ def _on_a_model(config: Config, stages: Checkpoint, out: Path) -> Outcome:
         raise InputError(
             f"--model-folder: {str(folder)!r} is no folder; save a causal language model with its tokenizer there (save_pretrained)"
         )
-    model, tokenizer = load_language_model(str(folder), what="--model-folder")
+    model, tokenizer = load_language_model(str(folder), argument="model_folder")
     require(
         not getattr(model.config, "is_encoder_decoder", False),
         f"--model-folder: {str(folder)!r} is an encoder-decoder; patching takes decoder-only models",

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import one_of, require
-from lineament.core.curvature.matrices import hessian, top_eigenpairs
+from lineament.core.curvature.eigenpairs import top_eigenpairs
+from lineament.core.curvature.matrices import hessian
 from lineament.data.augmentation import flip_and_crop, trivial_augment
 from lineament.learn.useful.early_outputs import outputs_of
 from lineament.learn.useful.learning_order import learning_order
