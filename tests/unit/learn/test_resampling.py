@@ -14,16 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lineament.core.checks import InputError
 from lineament.learn.useful.early_outputs import outputs_of, recalibrated
-<<<<<<< HEAD
 from lineament.learn.useful.resampling import UpsamplingSampler, find_slow, trainer, useful
 from lineament.recipes.useful import Config, run, runs
-=======
-from lineament.learn.useful.resampling import UpsamplingSampler, find_slow, useful
-from lineament.optim import SAM
-from lineament.recipes.kit import networks
-from lineament.recipes.useful import Config, run, runs
-from lineament.train.epochs import Fit
->>>>>>> house
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] + 0.5 * X[:, 1] > 0).long()
@@ -178,15 +170,6 @@ def test_what_cannot_be_used_is_named():
     assert same(model, before)
 
 
-<<<<<<< HEAD
-=======
-@pytest.mark.parametrize("kind", sorted(networks.NETWORKS))
-def test_every_network_of_the_recipe_runs(kind):
-    model = networks.network(kind, (3, 32, 32), 5, seed=0)
-    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
-
-
->>>>>>> house
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:more than 70%:UserWarning", "ignore:classes .* have fewer:UserWarning")
 def test_a_killed_recipe_goes_on_with_the_same_result(tmp_path, monkeypatch):
