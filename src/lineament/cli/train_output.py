@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lineament.cli.train_result import Fitted
 from lineament.core.files import atomic_write, write_json, write_text
 from lineament.load.loaded import Loaded
 from lineament.report import figures
 from lineament.report.outcome import versions
 from lineament.report.text import duration, printable
-from lineament.train.result import Fitted
 
 BOARD = "tensorboard"
 FILES = ("model.safetensors", "train.json", "history.csv", "learning-curve.svg", "learning-curve-dark.svg")
