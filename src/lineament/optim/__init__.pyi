@@ -5,8 +5,8 @@ from .gns.in_scipy import scipy_method as scipy_method
 from .gns.network import Network as Network
 from .gns.optimizer import GNS as GNS
 from .gns.problems import Composite as Composite
-from .gns.problems import LogSumExp as LogSumExp
 from .gns.problems import Logistic as Logistic
+from .gns.problems import LogSumExp as LogSumExp
 from .gns.problems import PowerOfResiduals as PowerOfResiduals
 from .gns.problems import Softmax as Softmax
 from .gns.rules import Smoothness as Smoothness
