@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lineament.bench import Row, compare
-from lineament.core.curvature.matrices import hessian, spectral_density
+from lineament.core.curvature.density import spectral_density
+from lineament.core.curvature.matrices import hessian
 from lineament.core.gradients import unflatten
 
 SLUG = "core-curvature"

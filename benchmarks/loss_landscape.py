@@ -16,7 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineament.bench import Row, compare
-from lineament.core.curvature.matrices import Curvature, hessian, top_eigenpairs, trace
+from lineament.core.curvature.eigenpairs import top_eigenpairs
+from lineament.core.curvature.matrices import hessian
+from lineament.core.curvature.operator import Curvature
+from lineament.core.curvature.traces import trace
 from lineament.measure.landscape.axes import random_axes
 from lineament.measure.landscape.criteria import hessian_criteria
 from lineament.measure.landscape.grids import plane

@@ -13,7 +13,10 @@ from tests.contracts.language_models import prompts, tiny
 from torch import nn
 
 from lineament.cli import main
-from lineament.core.curvature.matrices import hessian, spectral_density, top_eigenpairs, trace
+from lineament.core.curvature.density import spectral_density
+from lineament.core.curvature.eigenpairs import top_eigenpairs
+from lineament.core.curvature.matrices import hessian
+from lineament.core.curvature.traces import trace
 from lineament.core.readouts import ridge
 from lineament.explain.patching.activation import activation_patching
 from lineament.explain.patching.attribution import attribution_patching

@@ -8,91 +8,100 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lineament.audit import default
-from lineament.audit.findings import findings
+from lineament.audit.catalogue import chosen as chosen_lenses
 from lineament.audit.language_run import audit_language
-from lineament.audit.lenses import ALIASES, LANGUAGE, LENSES
 from lineament.audit.phrases import places, sentence
-from lineament.audit.stages import STAGES, Report, fresh, opened, sections, threads, written
+from lineament.audit.stages import STAGES, Report, fresh, opened, sections, threads, verdict, written
 from lineament.audit.subject import Subject
 from lineament.core import checks
 from lineament.core.checkpoint import Checkpoint
-from lineament.core.checks import require, show, suggest
+from lineament.core.checks import InputError, require, show, suggest
 from lineament.core.models import device_of
-from lineament.data.samples import Samples
+from lineament.core.sites.depth import default_sites
+from lineament.core.sites.naming import sites as site_names
 from lineament.data.shortcut_digits import MARK
 from lineament.explain.saliency.methods import METHODS as SALIENCY
-from lineament.load.data import checked
-from lineament.load.data import load as load_data
+from lineament.load.data import Data, load_data
 from lineament.load.language_models import is_language_model
 from lineament.load.loaded import Loaded
-from lineament.load.model_and_data import bring_together, one_output, two_logits
-from lineament.load.models import digest, load
+from lineament.load.model_and_data import bring_together
+from lineament.load.models import load_model
 from lineament.load.prompts import TASKS, is_prompts
+from lineament.load.weights import digest
 from lineament.report.outcome import versions
-from lineament.report.page import Finding
-from lineament.report.section import Section
+from lineament.report.section import Finding, Section
+
+
+@dataclass(frozen=True)
+class AuditOptions:
+    """What an audit rarely needs to be told.
+
+    Attributes:
+        weights: a ``.safetensors`` file for a network that a factory makes.
+        sites: sites or globs; by default the blocks of the network, up to eight, and the input of its head.
+        inputs, targets, split: which arrays or columns of the data to read, and which part, see :func:`lineament.load.data.load_data`.
+        image_size: bring images to this (height, width), in pixels; by default the size that the model names.
+        normalize: (mean, deviation) per channel, for images scaled to [0, 1].
+        task: ``"classification"``, ``"regression"`` or ``"auto"``.
+        method, gaze_site: of the saliency maps, see :func:`lineament.explain.saliency.maps.saliency`.
+        faithfulness: how the maps are judged: ``"scores"``, or ``"diffroar"``, which also trains the architecture anew on what they keep.
+        batch_size: samples at a time, but for an exported network of a fixed batch.
+    """
+
+    weights: str | Path | None = None
+    sites: Sequence[str] = ()
+    inputs: str | None = None
+    targets: str | None = None
+    split: str | None = None
+    image_size: int | tuple[int, int] | None = None
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None
+    task: str = "auto"
+    method: str = "norm_grad"
+    gaze_site: str | None = None
+    faithfulness: str = "scores"
+    batch_size: int = 64
 
 
 def audit(
     model: nn.Module | str | None = None,
-    data: str | Path | Samples | tuple[Any, Any] | None = None,
+    data: Data | None = None,
     *,
     out: str | Path,
-    weights: str | Path | None = None,
     lenses: Sequence[str] | None = None,
-    sites: Sequence[str] = (),
     classes: Sequence[str] | None = None,
     groups: Any = None,
-    inputs: str | None = None,
-    targets: str | None = None,
-    split: str | None = None,
-    image_size: int | tuple[int, int] | None = None,
-    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
-    task: str = "auto",
-    method: str = "norm_grad",
-    gaze_site: str | None = None,
-    faithfulness: str = "scores",
     samples: int = 2000,
-    batch_size: int = 64,
     device: str | torch.device | None = None,
     seed: int = 0,
     overwrite: bool = False,
     note: Callable[[str], None] = lambda line: None,
+    options: AuditOptions = AuditOptions(),
 ) -> Report:
     """What does this network rely on, and how does it hold it?
 
     Args:
-        model: an ``nn.Module``, or what :func:`lineament.load.models.load` takes; ``None``, without data, trains a small network on digits
+        model: an ``nn.Module``, or what :func:`lineament.load.models.load_model` takes; ``None``, without data, trains a small network on digits
             with a planted mark and audits that.
-        data: what :func:`lineament.load.data.load` takes, or a pair ``(inputs, targets)`` of tensors or arrays. Prompts
+        data: what :func:`lineament.load.data.load_data` takes. Prompts
             (:func:`lineament.load.prompts.load_prompts`) go with a language model: see :func:`lineament.audit.language_run.audit_language`.
         out: the folder for `report.html` and `report.json`.
-        weights: a ``.safetensors`` file for a network that a factory makes.
-        lenses: names of :data:`lineament.audit.lenses.LENSES`; all by default.
-        sites: sites or globs; by default the blocks of the network, up to eight, and the input of its head.
+        lenses: names of the files in :mod:`lineament.audit.lenses`; all by default.
         classes: names of the classes 0, 1, ...
         groups: the array that names each sample's group, by name; for a pair, the array itself.
-        inputs, targets, split: which arrays or columns of the data to read, and which part, see :func:`lineament.load.data.load`.
-        image_size: bring images to this (height, width), in pixels; by default the size that the model names.
-        normalize: (mean, deviation) per channel, for images scaled to [0, 1].
-        task: ``"classification"``, ``"regression"`` or ``"auto"``.
-        method, gaze_site: of the saliency maps, see :func:`lineament.explain.saliency.saliency`.
-        faithfulness: how the maps are judged: ``"scores"``, or ``"diffroar"``, which also trains the architecture anew on what they keep.
         samples: read at most so many, chosen at random from ``seed``.
-        batch_size: samples at a time, but for an exported network of a fixed batch.
         device: where to look at the model; where it is, by default.
         seed: of every random choice.
         overwrite: replace a finished report in ``out``.
-        note: called with a line for each step, for who waits.
+        note: a progress callback, called with a line for each step.
+        options: what is rarely needed.
 
     Returns:
         A :class:`Report`; the model is left as it was.
@@ -118,77 +127,70 @@ def audit(
             overwrite=overwrite,
             note=note,
         )
-    chosen = _chosen(lenses)
-    checks.one_of("task", task, ("auto", "classification", "regression"))
-    checks.one_of("method", method, list(SALIENCY))
-    checks.one_of("faithfulness", faithfulness, ("scores", "diffroar"))
-    for what, value, least in (("samples", samples, 2), ("batch_size", batch_size, 1)):
-        checks.number(what, value, low=least, integer=True)
+    chosen = chosen_lenses(lenses, language=False)
+    checks.one_of("method", options.method, list(SALIENCY))
+    checks.one_of("faithfulness", options.faithfulness, ("scores", "diffroar"))
+    checks.number("samples", samples, low=2, integer=True)
+    checks.number("batch_size", options.batch_size, low=1, integer=True)
     checks.seed("seed", seed)
-    pair = _normalization(normalize)
     folder = fresh(out, overwrite)
 
     note("reading the model and the data")
-    embedded = model is None
-    if embedded:
+    if model is None:
         require(
-            data is None and weights is None, "MODEL: got none, but data or weights; pass the model first"
+            data is None and options.weights is None,
+            "model: got none, but data or weights; pass the model first",
         )
-        key = {"default": seed, "torch": torch.__version__, "epoch": 1}
-        trained = Checkpoint(opened(folder) / STAGES / "training", key)
-        with threads(0.0):
-            state = trained.stage("train", lambda: default.train(seed))
-        network = default.small_cnn(seed).eval()
-        network.load_state_dict(state)
-        loaded = Loaded(network, "a small network trained just now on digits with a planted mark", "default")
+        loaded = _embedded(folder, seed)
         held = load_data("shortcut-digits", samples=samples, seed=seed, classes=classes)
     else:
-        require(
-            data is not None,
-            "DATA: got none, expected an .npz file, a folder of images by class, a Hugging Face data set or 'digits'",
-        )
-        loaded = load(model, weights=weights)  # pyright: ignore[reportArgumentType]
-        size = image_size if image_size is not None else loaded.size
-        held = _samples(
+        if data is None:
+            raise InputError(
+                "data: got none, expected an .npz file, a folder of images by class, a Hugging Face data set or 'digits'"
+            )
+        loaded = load_model(model, weights=options.weights)
+        held = load_data(
             data,
             samples=samples,
             seed=seed,
-            inputs=inputs,
-            targets=targets,
+            inputs=options.inputs,
+            targets=options.targets,
             groups=groups,
             classes=classes,
-            split=split,
-            image_size=size,
+            split=options.split,
+            image_size=loaded.size if options.image_size is None else options.image_size,
         )
-    widen = one_output(loaded, held, task)
-    with two_logits(loaded.model, widen):
-        subject = bring_together(
-            loaded,
-            held,
-            task=task,
-            sites=sites,
-            normalize=pair,
-            device=device,
-            batch_size=batch_size,
-            method=method,
-            gaze_site=gaze_site,
-            seed=seed,
+    named = _site_names(loaded.model, options.sites, options.gaze_site)
+    fitting = bring_together(
+        loaded,
+        held,
+        task=options.task,
+        normalize=options.normalize,
+        device=device,
+        batch_size=options.batch_size,
+        seed=seed,
+    )
+    with fitting as fitted:
+        example = fitted.inputs(torch.arange(min(loaded.batch or 2, len(fitted))))
+        subject = Subject(
+            **vars(fitted),
+            sites=named or default_sites(loaded.model, example),
+            method=options.method,
+            gaze_site=options.gaze_site,
+            faithfulness=options.faithfulness,
+            fresh=_drawn_anew(loaded),
         )
-        subject = replace(subject, faithfulness=faithfulness, fresh=_drawn_anew(loaded))
-        if widen:
-            subject = replace(
-                subject, notes=(*subject.notes, "one output z for two classes is read as the logits (0, z)")
-            )
         for line in subject.notes:
             note(line)
-        with threads(subject.flops * batch_size):
+        with threads(subject.flops * options.batch_size):
             found, checkpoint = sections(folder, _key(subject, loaded), chosen, subject, note)
-    told = findings(found)
-    if embedded:
+    told = verdict(chosen, found)
+    if model is None:
         told = [*_planted(found), *told]
     return written(
         folder,
         checkpoint,
+        chosen,
         _title(loaded),
         _facts(subject, loaded),
         told,
@@ -202,12 +204,23 @@ def audit(
     )
 
 
+def _embedded(folder: Path, seed: int) -> Loaded:
+    """The built-in example, trained now, or by an earlier run that was cut off."""
+    key = {"default": seed, "torch": torch.__version__, "epoch": 1}
+    trained = Checkpoint(opened(folder) / STAGES / "training", key)
+    with threads(0.0):
+        state = trained.stage("train", lambda: default.train(seed))
+    network = default.small_cnn(seed).eval()
+    network.load_state_dict(state)
+    return Loaded(network, "a small network trained just now on digits with a planted mark", "default")
+
+
 def _is_language(model: Any, data: Any) -> bool:
     """Whether this is a language model and prompts; one without the other is refused."""
     if is_language_model(model):
         require(
             is_prompts(data),
-            f"DATA: got {'none' if data is None else show(data)} for a language model, expected a .txt file of prompts, a .jsonl file of prompts or prompt pairs, "
+            f"data: got {'none' if data is None else show(data)} for a language model, expected a .txt file of prompts, a .jsonl file of prompts or prompt pairs, "
             f"or a task{suggest(str(data), TASKS)}",
         )
         return True
@@ -216,24 +229,9 @@ def _is_language(model: Any, data: Any) -> bool:
     # What is not on this disk may be a name of the hub.
     require(
         isinstance(model, str) and ":" not in model and not Path(model).exists(),
-        f"MODEL: {show(model)} is no language model, and {str(data)!r} holds prompts; expected a Hugging Face directory or name of one",
+        f"model: {show(model)} is no language model, and {str(data)!r} holds prompts; expected a Hugging Face directory or name of one",
     )
     return True
-
-
-def _chosen(lenses: Sequence[str] | None) -> list[str]:
-    own = [name for name in LENSES if name not in LANGUAGE]
-    if lenses is None:
-        return own
-    require(len(lenses) > 0, "lenses: got none, expected at least one of " + ", ".join(own))
-    lenses = [ALIASES.get(name, name) for name in lenses]
-    for name in lenses:
-        checks.one_of("lenses", name, list(LENSES))
-        require(
-            name not in LANGUAGE,
-            f"lenses: {name!r} is for language models; for this network there are: {', '.join(own)}",
-        )
-    return [name for name in own if name in lenses]
 
 
 def _planted(sections: Sequence[Section]) -> list[Finding]:
@@ -260,61 +258,12 @@ def _planted(sections: Sequence[Section]) -> list[Finding]:
     return [Finding("note", "The planted mark was not found to decide the network's answers.", "gaze")]
 
 
-def _samples(
-    data: Any, *, groups: Any, classes: Sequence[str] | None, samples: int, seed: int, **options: Any
-) -> Samples:
-    if isinstance(data, (str, Path)):
-        require(
-            groups is None or isinstance(groups, str),
-            f"groups: got {show(groups)}, expected the name of an array of the data",
-        )
-        return load_data(data, samples=samples, seed=seed, groups=groups, classes=classes, **options)
-    from lineament.load.data import Budget, coded, with_groups
-
-    if not isinstance(data, Samples):
-        require(
-            isinstance(data, (tuple, list)) and len(data) == 2,
-            f"data: got {show(data)}, expected a path, a name or a pair (inputs, targets)",
-        )
-        x, y = (
-            v.detach().cpu()
-            if isinstance(v, Tensor)
-            else torch.as_tensor(np.asarray(v))
-            if not _strings(v)
-            else v
-            for v in data
-        )
-        numbers, names = coded("targets", np.asarray(y))
-        x = x if x.dtype == torch.uint8 else x.float()
-        data = Samples(x, numbers, names, source="arrays")
-    if classes is not None:
-        data = replace(data, classes=tuple(map(str, classes)))
-    if groups is not None:
-        data = with_groups(data, np.asarray(groups))
-    require(
-        len(data.inputs) == len(data.targets),
-        f"data: {len(data.inputs)} inputs and {len(data.targets)} targets, expected as many",
-    )
-    return checked(data[Budget(samples, seed).choose(len(data))])
-
-
-def _strings(value: Any) -> bool:
-    return np.asarray(value).dtype.kind in "SU"
-
-
-def _normalization(normalize: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    if normalize is None:
-        return None
-    require(len(normalize) == 2, f"normalize: got {show(normalize)}, expected (mean, deviation)")
-    mean, std = (
-        tuple(float(v) for v in ([values] if isinstance(values, (int, float)) else values))
-        for values in normalize
-    )
-    require(
-        len(mean) == len(std) and len(mean) > 0 and all(s > 0 for s in std),
-        f"normalize: got mean {mean} and deviation {std}, expected as many of each and deviations above 0",
-    )
-    return mean, std
+def _site_names(model: nn.Module, sites: Sequence[str], gaze_site: str | None) -> tuple[str, ...]:
+    """The sites that the patterns name, each once."""
+    if gaze_site is not None:
+        named = site_names(model, gaze_site)
+        require(len(named) == 1, f"gaze_site: {gaze_site!r} names {len(named)} sites, expected one")
+    return tuple(dict.fromkeys(name for pattern in sites for name in site_names(model, pattern)))
 
 
 def _key(subject: Subject, loaded: Loaded) -> dict[str, Any]:

@@ -270,7 +270,7 @@ def _options(a: argparse.Namespace, tokenizer: Any, corpus: list[str] | None) ->
         from lineament.explain.tokens.infill import MlmSampler
         from lineament.load.language_models import load_language_model
 
-        filler = load_language_model(a.mlm, device=a.device, masked=True, what="--mlm")
+        filler = load_language_model(a.mlm, device=a.device, masked=True, argument="mlm")
         sampler = MlmSampler(*filler, tokenizer)
     if a.method == "reagent":
         from lineament.explain.tokens.options import ReagentOptions

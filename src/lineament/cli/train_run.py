@@ -19,23 +19,23 @@ from typing import Any
 import torch
 
 from lineament.audit.stages import threads
-from lineament.audit.subject import Subject
 from lineament.cli import console
 from lineament.cli.option_values import classes, image_size, normalize
+from lineament.cli.train_fit import fit
+from lineament.cli.train_options import Options
 from lineament.cli.train_output import BOARD, FILES, Log, say, write
+from lineament.cli.train_result import Fitted
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require, show
 from lineament.core.files import output_folder, possible_folder, write_json
 from lineament.data.samples import Samples
-from lineament.load.data import load as load_data
+from lineament.load.data import load_data
 from lineament.load.loaded import Loaded
-from lineament.load.model_and_data import bring_together, one_output, two_logits
-from lineament.load.models import digest, load
+from lineament.load.model_and_data import ModelAndData, bring_together
+from lineament.load.models import load_model
+from lineament.load.weights import digest
 from lineament.report.outcome import versions
-from lineament.train.fitting import fit
-from lineament.train.options import Options
 from lineament.train.processes import Processes, randomness
-from lineament.train.result import Fitted
 
 _STAGES, _UNFINISHED = ".stages", "unfinished.json"
 _HELD = 256
@@ -52,16 +52,14 @@ def train(a: argparse.Namespace, options: Options) -> int:
 
     note("reading the model and the data")
     with randomness(options.seed):
-        loaded = load(a.model, weights=a.weights)
+        loaded = load_model(a.model, weights=a.weights)
     require(
         loaded.kind == "factory",
         f"MODEL: {a.model!r} is no factory, and the audit could not open its new weights; expected file.py:factory, where factory() "
         "makes the network (and may load what it starts from)",
     )
     samples = _samples(a)
-    widen = one_output(loaded, samples, "classification")
-    with two_logits(loaded.model, widen):
-        subject = _fitted_together(loaded, samples, a, options)
+    with _brought_together(loaded, samples, a, options) as subject:
         asked = _asked(a, options, subject, samples)
         new = not folder.exists()
         checkpoint = _opened(folder, asked, a.overwrite) if processes.first else None
@@ -169,33 +167,38 @@ def _samples(a: argparse.Namespace) -> Samples:
     return replace(samples, targets=samples.targets.long())
 
 
-def _fitted_together(loaded: Loaded, samples: Samples, a: argparse.Namespace, options: Options) -> Subject:
+@contextmanager
+def _brought_together(
+    loaded: Loaded, samples: Samples, a: argparse.Namespace, options: Options
+) -> Iterator[ModelAndData]:
     """Network and data as the audit would see them, judged on a few samples of every class; then the labels of all."""
     labels = samples.targets
     low = int(labels.min())
     require(low >= 0, f"DATA: targets: got label {low}, expected labels from 0 on")
     firsts = [int((labels == c).nonzero()[0]) for c in labels.unique().tolist()]
     rows = torch.tensor([*firsts, *range(min(_HELD, len(samples)))]).unique()
-    pair = normalize(a.normalize)
-    subject = bring_together(
+    together = bring_together(
         loaded,
         samples[rows],
         task="classification",
-        normalize=None if pair is None else (tuple(pair[0]), tuple(pair[1])),
+        normalize=normalize(a.normalize),
         batch_size=options.batch_size,
         seed=options.seed,
     )
-    width = subject.outputs.shape[1]
-    empty = (torch.bincount(labels, minlength=width) == 0).nonzero()[:, 0].tolist()
-    names = ", ".join(subject.class_name(c) for c in empty[:4]) + (", ..." if len(empty) > 4 else "")
-    require(
-        not empty,
-        f"DATA: {len(empty)} of the model's {width} classes have no example: {names}; every output needs examples to learn from",
-    )
-    return subject
+    with together as subject:
+        width = subject.outputs.shape[1]
+        empty = (torch.bincount(labels, minlength=width) == 0).nonzero()[:, 0].tolist()
+        names = ", ".join(subject.class_name(c) for c in empty[:4]) + (", ..." if len(empty) > 4 else "")
+        require(
+            not empty,
+            f"DATA: {len(empty)} of the model's {width} classes have no example: {names}; every output needs examples to learn from",
+        )
+        yield subject
 
 
-def _asked(a: argparse.Namespace, options: Options, subject: Subject, samples: Samples) -> dict[str, Any]:
+def _asked(
+    a: argparse.Namespace, options: Options, subject: ModelAndData, samples: Samples
+) -> dict[str, Any]:
     """Everything that decides the result, flat, so that what differs can be named."""
     data = hashlib.sha256()
     for value in (samples.inputs, samples.targets):

@@ -13,17 +13,17 @@ import torch
 
 from lineament.core.checks import InputError, require
 from lineament.data.samples import Samples
-from lineament.load.data import Budget, coded, named_one, with_groups
+from lineament.load.columns import Choose, as_inputs, as_targets, find_column, with_groups
 
 _INPUTS = ("x", "images", "inputs", "data", "image", "features", "x_test", "x_val", "x_train")
 _TARGETS = ("y", "labels", "targets", "label", "target", "y_test", "y_val", "y_train")
 _NAMES = ("classes", "class_names", "label_names", "names")
 
 
-def npz(
-    path: Path, budget: Budget, *, inputs: str | None, targets: str | None, groups: str | None
+def read_arrays(
+    path: Path, choose: Choose, *, inputs: str | None, targets: str | None, groups: str | None
 ) -> Samples:
-    """Samples from named arrays.
+    """Samples from the named arrays of an `.npz` file.
 
     Raises:
         InputError: a corrupt file, arrays of Python objects (which only a pickle could restore), unequal lengths.
@@ -33,45 +33,37 @@ def npz(
             there = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
             require(
                 len(there) > 0,
-                f"DATA: {str(path)!r} holds no arrays; numpy.savez(path, x=..., y=...) writes them",
+                f"data: {str(path)!r} holds no arrays; numpy.savez(path, x=..., y=...) writes them",
             )
-            first = named_one("inputs", inputs, _INPUTS, there)
-            second = named_one("targets", targets, _paired(first), there)
-            total = _header(archive, second)[0]
+            first = find_column("inputs", inputs, _INPUTS, there)
+            second = find_column("targets", targets, _paired(first), there)
+            shape, total = _header(archive, first)[0], _header(archive, second)[0]
             require(
-                len(total) > 0, f"DATA: array {second!r} is a single number, expected one target a sample"
+                len(total) > 0,
+                f"targets: array {second!r} is a single number, expected one target a sample",
             )
-            count = total[0]
-            shape = _header(archive, first)[0]
             require(
-                len(shape) >= 2 and shape[0] == count,
-                f"DATA: array {first!r} has shape {shape} and {second!r} {total}, expected as many samples in both",
+                len(shape) >= 2 and shape[0] == total[0],
+                f"data: array {first!r} has shape {shape} and {second!r} {total}, expected as many samples in both",
             )
-            rows = budget.choose(count)
-            x = _rows(archive, first, rows)
-            y = _rows(archive, second, rows)
+            rows = choose(total[0])
+            x, y = _rows(archive, first, rows), _rows(archive, second, rows)
+            group = None
+            if groups is not None:
+                group = _rows(archive, find_column("groups", groups, (), there), rows)
             names = next((n for n in _NAMES if n in there and n not in (first, second)), None)
-            listed: tuple[str, ...] = ()
+            values = np.empty(0)
             if names is not None:
                 values = _rows(archive, names, np.arange(_header(archive, names)[0][0]))
-                listed = (
-                    tuple(str(v) for v in values) if values.dtype.kind == "U" and values.ndim == 1 else ()
-                )
-            group = _rows(archive, groups, rows) if groups is not None and groups in there else None
-            if groups is not None and groups not in there and not Path(groups).is_file():
-                named_one("groups", groups, (), there)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
-        raise InputError(f"DATA: {str(path)!r} is corrupt or no .npz file ({error})") from error
-    require(
-        x.dtype.kind in "iubf",
-        f"DATA: array {first!r} holds {x.dtype}, expected numbers; choose another with --inputs NAME",
-    )
-    labels, classes = coded(f"DATA: array {second!r}", y, listed)
+        raise InputError(f"data: {str(path)!r} is corrupt or no .npz file ({error})") from error
+    listed = tuple(map(str, values)) if values.dtype.kind == "U" and values.ndim == 1 else ()
+    labels, classes = as_targets(f"array {second!r}", y, listed)
     found = Samples(
-        inputs=torch.from_numpy(x if x.dtype == np.uint8 else x.astype(np.float32)),
+        inputs=as_inputs(f"array {first!r}", x),
         targets=labels,
         index=torch.from_numpy(rows),
-        total=count,
+        total=total[0],
         source=path.name,
         classes=classes,
         notes=(f"inputs are array {first!r} {tuple(shape)}, targets array {second!r}",),
@@ -95,10 +87,10 @@ def _open(archive: zipfile.ZipFile, name: str) -> tuple[IO[bytes], tuple[int, ..
         )
         shape, fortran, dtype = read(file)
     except ValueError as error:
-        raise InputError(f"DATA: array {name!r} has a damaged header ({error})") from error
+        raise InputError(f"data: array {name!r} has a damaged header ({error})") from error
     require(
         not dtype.hasobject,
-        f"DATA: array {name!r} holds Python objects, which only a pickle can restore and which are never loaded; "
+        f"data: array {name!r} holds Python objects, which only a pickle can restore and which are never loaded; "
         "save numbers or strings instead (numpy.savez with arrays of a fixed dtype)",
     )
     return file, shape, fortran, dtype
@@ -117,13 +109,13 @@ def _rows(archive: zipfile.ZipFile, name: str, rows: np.ndarray) -> np.ndarray:
     with file:
         require(
             len(shape) > 0 and (not len(rows) or int(rows[-1]) < shape[0]),
-            f"DATA: array {name!r} has shape {shape}, expected at least {int(rows[-1]) + 1 if len(rows) else 0} entries",
+            f"data: array {name!r} has shape {shape}, expected at least {int(rows[-1]) + 1 if len(rows) else 0} entries",
         )
         # A header may claim any size: what the archive holds is known before anything of that size is made.
         whole_size = math.prod(shape) * dtype.itemsize
         require(
             archive.getinfo(f"{name}.npy").file_size >= whole_size,
-            f"DATA: array {name!r} ends too early; the file is cut off",
+            f"data: array {name!r} ends too early; the file is cut off",
         )
         if fortran and len(shape) > 1:
             whole = _exactly(file, whole_size, name)
@@ -133,7 +125,7 @@ def _rows(archive: zipfile.ZipFile, name: str, rows: np.ndarray) -> np.ndarray:
             found = np.empty((len(rows), *shape[1:]), dtype)
         except MemoryError as error:
             raise InputError(
-                f"DATA: {len(rows)} entries of array {name!r} take {len(rows) * width / 2**30:,.1f} GiB, more memory than there is; read fewer with --samples"
+                f"DATA: {len(rows)} entries of array {name!r} take {len(rows) * width / 2**30:,.1f} GiB, more memory than there is; read fewer `samples`"
             ) from error
         if not width or not len(rows):
             return found
@@ -152,5 +144,5 @@ def _rows(archive: zipfile.ZipFile, name: str, rows: np.ndarray) -> np.ndarray:
 
 def _exactly(file: IO[bytes], size: int, name: str) -> bytes:
     data = file.read(size)
-    require(len(data) == size, f"DATA: array {name!r} ends too early; the file is cut off")
+    require(len(data) == size, f"data: array {name!r} ends too early; the file is cut off")
     return data

@@ -1,6 +1,6 @@
-"""Users' data as they have it: `.npz`, image folders, Hugging Face data sets, scikit-learn's digits.
+"""Users' data as they have it: tensors, arrays, a ``Dataset`` or ``DataLoader``, `.npz`, image folders, Hugging Face data sets.
 
-:func:`load` reads at most a budget of samples, chosen at random from a seed, so that memory is bounded by the budget and
+:func:`load_data` reads at most a number of samples, chosen at random from a seed, so that memory is bounded by that number and
 not by the data: compressed arrays are read as a stream, images are opened one by one. Values stay as they are stored
 (uint8 images stay uint8); how they become a model's input is decided where the model is known.
 Names of classes, groups and files are the user's and stay raw here; what shows them makes them printable.
@@ -10,48 +10,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from lineament.core import checks
-from lineament.core.checks import InputError, require, show, suggest
+from lineament.core.checks import InputError, NotFiniteError, require, show
 from lineament.data.digits import digit_images
 from lineament.data.samples import Samples
 from lineament.data.shortcut_digits import shortcut_digits
+from lineament.load.columns import BUILT_IN, Choose, as_targets, chosen_rows, groups_file, with_groups
+
+Data: TypeAlias = "str | Path | Samples | Dataset[Any] | DataLoader[Any] | tuple[Any, Any]"
 
 _TABLES = ("dataset_dict.json", "dataset_info.json", "state.json")
+_EXPECTED = "an .npz file, a folder of images by class, a Hugging Face data set or 'digits'"
 
 
-class Budget:
-    """Which samples to read: at most ``samples`` of however many there are, in ascending order.
-
-    >>> Budget(3, seed=0).choose(2).tolist(), len(Budget(3, seed=0).choose(100))
-    ([0, 1], 3)
-    """
-
-    def __init__(self, samples: int, seed: int):
-        self.samples, self.seed = samples, seed
-
-    def choose(self, total: int) -> np.ndarray:
-        require(total > 0, "DATA: it is empty; expected at least one sample")
-        if total <= self.samples:
-            return np.arange(total)
-        chosen = np.random.default_rng(self.seed).choice(total, self.samples, replace=False)
-        return np.sort(chosen)
-
-
-def load(
-    data: str | Path,
+def load_data(
+    data: Data,
     *,
     samples: int = 2000,
     seed: int = 0,
     inputs: str | None = None,
     targets: str | None = None,
-    groups: str | None = None,
+    groups: Any = None,
     classes: Sequence[str] | None = None,
     split: str | None = None,
     image_size: int | tuple[int, int] | None = None,
@@ -59,13 +47,15 @@ def load(
     """Read a sample of a user's data.
 
     Args:
-        data: an ``.npz`` file, a folder with one folder of images per class, a Hugging Face data set saved to disk or by name,
-            ``"digits"`` (scikit-learn's) or ``"shortcut-digits"`` (the same with a planted mark, see
+        data: a pair ``(inputs, targets)`` of tensors or arrays, :class:`~lineament.data.samples.Samples`, a ``Dataset`` or ``DataLoader``
+            of such pairs, an ``.npz`` file, a folder with one folder of images per class, a Hugging Face data set saved to disk or by
+            name, ``"digits"`` (scikit-learn's) or ``"shortcut-digits"`` (the same with a planted mark, see
             :mod:`lineament.data.shortcut_digits`).
-        samples: read at most so many, chosen at random.
+        samples: read at most so many, chosen at random; of a ``DataLoader`` the first.
         seed: of that choice.
         inputs, targets: names of the arrays or columns; found by their usual names by default.
-        groups: the array or column that names each sample's group, or a ``.npy`` or ``.txt`` file with one entry a sample.
+        groups: the array or column that names each sample's group, or a ``.npy`` or ``.txt`` file with one entry a sample; of data in
+            memory the groups themselves.
         classes: names of the classes 0, 1, ...
         split: of a Hugging Face data set; ``test``, ``validation`` or ``train`` by default, whichever is there first.
         image_size: bring the images of a folder or a Hugging Face data set to this (height, width).
@@ -73,183 +63,139 @@ def load(
     Raises:
         InputError: a missing or corrupt file, no such array, lengths that differ, labels that are no labels.
 
-    >>> digits = load("digits", samples=100)
+    >>> digits = load_data("digits", samples=100)
     >>> tuple(digits.inputs.shape), digits.total, len(digits.classes)
     ((100, 1, 8, 8), 1797, 10)
     """
     checks.number("samples", samples, low=1, integer=True)
-    checks.number("seed", seed, low=0, integer=True)
-    size = _size(image_size)
-    path = Path(data)
-    budget = Budget(samples, seed)
-    options = {"inputs": inputs, "targets": targets, "groups": groups}
-    if str(data) in ("digits", "shortcut-digits"):
-        found = _builtin(str(data), budget, seed)
-    elif path.is_dir() and any((path / name).is_file() for name in _TABLES):
-        from lineament.load.hub_data import saved
-
-        found = saved(path, budget, split=split, size=size, **options)
-    elif path.is_dir():
-        from lineament.load.folders import image_folder
-
-        found = image_folder(path, budget, size=size)
-    elif path.is_file():
-        from lineament.load.arrays import npz
-
+    choose = partial(chosen_rows, samples=samples, seed=checks.seed("seed", seed))
+    if isinstance(data, (str, Path)):
         require(
-            path.suffix.lower() == ".npz",
-            f"DATA: {str(data)!r} is a file of kind {path.suffix or 'unknown'!r}, expected an .npz file, a folder of images by "
-            "class, a Hugging Face data set or 'digits'; numpy.savez('data.npz', x=..., y=...) makes one",
+            groups is None or isinstance(groups, str),
+            f"groups: got {show(groups)}, expected the name of an array of the data, or a file",
         )
-        found = npz(path, budget, **options)
+        file = (
+            groups if groups and Path(groups).suffix in (".npy", ".txt") and Path(groups).is_file() else None
+        )
+        named = {"inputs": inputs, "targets": targets, "groups": None if file else groups}
+        found = _read(str(data), choose, seed, split=split, size=_size(image_size), **named)
+        if file is not None:
+            found = with_groups(found, groups_file(file, found.total)[found.index.numpy()])
+        require(
+            groups is None or found.groups is not None,
+            f"groups: {groups!r} is neither an array of the data nor a .npy or .txt file with one entry a sample",
+        )
     else:
-        is_path = path.suffix in (".npz", ".npy", ".h5", ".pkl", ".zip") or str(data).startswith(
-            (".", "/", "~")
-        )
-        require(
-            not is_path and bool(str(data)),
-            f"DATA: {str(data)!r} does not exist; expected an .npz file, a folder of images by class, "
-            "a Hugging Face data set (a folder or a name) or 'digits'",
-        )
-        from lineament.load.hub_data import named
-
-        found = named(str(data), budget, split=split, size=size, **options)
-    if groups is not None and (found.groups is None or str(data) == "shortcut-digits"):
-        found = with_groups(found, groups_file(groups, found.total)[found.index.numpy()])
+        found = in_memory(data, choose, samples=samples, groups=groups)
     if classes is not None:
         found = replace(found, classes=tuple(str(name) for name in classes))
-    return checked(found)
+    return usable(found)
 
 
-def checked(samples: Samples) -> Samples:
+def in_memory(data: Any, choose: Choose, *, samples: int, groups: Any = None) -> Samples:
+    """The chosen samples of a pair of tensors or arrays, of Samples, or of a ``Dataset``; of a ``DataLoader`` the first.
+
+    Raises:
+        InputError: data of another form.
+
+    >>> in_memory((np.zeros((2, 3)), ["cat", "dog"]), choose=np.arange, samples=10).classes
+    ('cat', 'dog')
+    """
+    if isinstance(data, Dataset) and not isinstance(data, Samples) and hasattr(data, "__len__"):
+        # Only what was chosen is fetched: a data set can be larger than the memory.
+        total = len(data)  # pyright: ignore[reportArgumentType]
+        rows = choose(total)
+        some = in_memory(_columns([data[int(row)] for row in rows]), np.arange, samples=samples)
+        some = replace(some, index=torch.from_numpy(rows), total=total)
+        return some if groups is None else with_groups(some, np.asarray(groups)[rows])
+    if isinstance(data, DataLoader):
+        batches: list[Any] = []
+        for batch in data:
+            batches.append(batch)
+            if sum(len(each[1]) for each in batches) >= samples:
+                break
+        data = (
+            tuple(torch.cat([each[k] for each in batches])[:samples] for k in (0, 1)) if batches else ((), ())
+        )
+    whole = data if isinstance(data, Samples) else _from_pair(data)
+    whole = whole if groups is None else with_groups(whole, np.asarray(groups))
+    return whole[choose(len(whole))]
+
+
+def _columns(pairs: list[Any]) -> tuple[Any, Any]:
+    return tuple(torch.stack([torch.as_tensor(pair[k]) for pair in pairs]) for k in (0, 1))  # pyright: ignore[reportReturnType]
+
+
+def _from_pair(data: Any) -> Samples:
+    require(
+        isinstance(data, (tuple, list)) and len(data) == 2,
+        f"data: got {show(data)}, expected a pair (inputs, targets), a Dataset or DataLoader of such pairs, or {_EXPECTED}",
+    )
+    x, y = (v.detach().cpu() if isinstance(v, Tensor) else v for v in data)
+    x = x if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))
+    numbers, names = as_targets("data", np.asarray(y))
+    require(len(x) == len(numbers), f"data: {len(x)} inputs and {len(numbers)} targets, expected as many")
+    return Samples(x if x.dtype == torch.uint8 else x.float(), numbers, names, source="arrays")
+
+
+def usable(samples: Samples) -> Samples:
     """The same samples, if they can be used.
 
     Raises:
-        InputError: no samples, not as many targets or groups as inputs, NaN or infinite values (names the first sample).
+        InputError: no samples, not as many targets as inputs, NaN or infinite values (names the first sample).
     """
-    require(len(samples.inputs) > 0, "DATA: it is empty; expected at least one sample")
+    require(len(samples.inputs) > 0, "data: it is empty; expected at least one sample")
     require(
         len(samples.inputs) == len(samples.targets),
-        f"DATA: {len(samples.inputs)} inputs and {len(samples.targets)} targets, expected as many of one as of the other",
+        f"data: {len(samples.inputs)} inputs and {len(samples.targets)} targets, expected as many",
     )
     for what, value in (("inputs", samples.inputs), ("targets", samples.targets)):
-        if value.is_floating_point():
-            bad = (~torch.isfinite(value)).reshape(len(value), -1).any(1)
-            if bool(bad.any()):
-                first = int(samples.index[int(bad.nonzero()[0])])
-                raise InputError(
-                    f"DATA: the {what} hold NaN or infinite values in {int(bad.sum())} of {len(bad)} samples read, "
-                    f"first in sample {first}; clean the data first"
-                )
-    require(
-        samples.groups is None or len(samples.groups) == len(samples.targets),
-        f"DATA: {0 if samples.groups is None else len(samples.groups)} groups for {len(samples.targets)} samples",
-    )
+        bad = (~torch.isfinite(value)).reshape(len(value), -1).any(1)
+        if bool(bad.any()):
+            first = int(samples.index[int(bad.nonzero()[0])])
+            raise NotFiniteError(
+                f"data: the {what} hold NaN or infinite values in {int(bad.sum())} of {len(bad)} samples read, "
+                f"first in sample {first}; clean the data first"
+            )
     return samples
 
 
-def coded(what: str, values: np.ndarray, names: tuple[str, ...] = ()) -> tuple[Tensor, tuple[str, ...]]:
-    """Targets as a tensor, int64 for class labels and float32 for values, and the names of the classes.
+def _read(
+    data: str,
+    choose: Choose,
+    seed: int,
+    *,
+    split: str | None,
+    size: tuple[int, int] | None,
+    **named: str | None,
+) -> Samples:
+    """Samples of what a path or a name stands for."""
+    path = Path(data)
+    if data in BUILT_IN:
+        whole = digit_images() if data == "digits" else shortcut_digits("test", seed=seed)
+        return whole[choose(len(whole))]
+    if path.is_dir() and any((path / name).is_file() for name in _TABLES):
+        from lineament.load.hub_data import saved_data_set
 
-    Args:
-        what: how an error calls them.
-        values: (sample,) class names, which become classes in sorted order, or class numbers; or (sample, ...) real values.
-        names: the classes' names, where ``values`` are numbers.
+        return saved_data_set(path, choose, split=split, size=size, **named)
+    if path.is_dir():
+        from lineament.load.folders import image_folder
 
-    Raises:
-        InputError: rows instead of single class numbers, or values of another kind.
+        return image_folder(path, choose, size=size)
+    if path.is_file():
+        from lineament.load.arrays import read_arrays
 
-    >>> coded("y", np.array(["dog", "cat", "dog"]))
-    (tensor([1, 0, 1]), ('cat', 'dog'))
-    """
-    if values.dtype.kind in "SU":
-        found, number = np.unique(values, return_inverse=True)
-        return torch.from_numpy(number.reshape(-1).astype(np.int64)), tuple(_text(v) for v in found)
-    if values.dtype.kind in "iub":
-        if values.ndim == 2 and values.shape[1] == 1:
-            values = values[:, 0]
         require(
-            values.ndim == 1,
-            f"{what}: got {show(values)}, expected one class number a sample (one-hot rows: pass their argmax)",
+            path.suffix.lower() == ".npz",
+            f"data: {data!r} is a file of kind {path.suffix or 'unknown'!r}, expected {_EXPECTED}; "
+            "numpy.savez('data.npz', x=..., y=...) makes an .npz file",
         )
-        return torch.from_numpy(values.astype(np.int64)), names
-    require(
-        values.dtype.kind == "f",
-        f"{what}: got {show(values)}, expected class numbers, class names or real values",
-    )
-    return torch.from_numpy(values.astype(np.float32)), names
+        return read_arrays(path, choose, **named)
+    if not data or path.suffix in (".npz", ".npy", ".h5", ".pkl", ".zip") or data.startswith((".", "/", "~")):
+        raise InputError(f"data: {data!r} does not exist; expected {_EXPECTED}")
+    from lineament.load.hub_data import named_data_set
 
-
-def with_groups(samples: Samples, values: np.ndarray) -> Samples:
-    """The same samples with the group of each: strings, integers or truth values, one a sample.
-
-    Raises:
-        InputError: not one entry a sample, or more than 200 different ones.
-    """
-    require(
-        values.ndim == 1 and len(values) == len(samples),
-        f"groups: got {show(values)}, expected one entry for each of {len(samples)} samples",
-    )
-    found, number = np.unique(values, return_inverse=True)
-    require(
-        len(found) <= 200,
-        f"groups: got {len(found)} different values in {len(values)} samples, expected at most 200 groups",
-    )
-    return replace(
-        samples,
-        groups=torch.from_numpy(number.reshape(-1).astype(np.int64)),
-        group_names=tuple(_text(v) for v in found),
-    )
-
-
-def groups_file(groups: str, total: int) -> np.ndarray:
-    """Groups from a ``.npy`` file or a text file with one group a line, (total,).
-
-    Raises:
-        InputError: no such file, one that cannot be read without a pickle, or not ``total`` entries.
-    """
-    path = Path(groups)
-    require(
-        path.is_file() and path.suffix in (".npy", ".txt"),
-        f"--groups: {groups!r} is neither an array of the data nor a .npy or .txt file with one entry a sample",
-    )
-    try:
-        text = path.suffix == ".txt"
-        values = np.array(path.read_text("utf-8").splitlines()) if text else np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"--groups: {groups!r} cannot be read ({error})") from error
-    require(
-        values.ndim == 1 and len(values) == total,
-        f"--groups: {groups!r} holds {show(values)}, expected one entry for each of {total} samples",
-    )
-    return values
-
-
-def named_one(what: str, given: str | None, usual: Sequence[str], there: Sequence[str]) -> str:
-    """The array or column to read: the one asked for, else the first usual name that is there.
-
-    Raises:
-        InputError: the one asked for is not there (names the nearest), or none with a usual name is.
-
-    >>> named_one("inputs", None, ("x", "images"), ("labels", "Images"))
-    'Images'
-    """
-    if given is not None:
-        require(given in there, f"--{what}: {given!r} is not in the data{suggest(given, there)}")
-        return given
-    lower = {name.lower(): name for name in reversed(list(there))}
-    for name in usual:
-        if name in lower:
-            return lower[name]
-    raise InputError(
-        f"DATA: no array called {', '.join(map(repr, usual[:4]))} ...; it holds {', '.join(map(repr, there))}; "
-        f"say which with --{what} NAME"
-    )
-
-
-def _builtin(name: str, budget: Budget, seed: int) -> Samples:
-    whole = digit_images() if name == "digits" else shortcut_digits("test", seed=seed)
-    return whole[budget.choose(len(whole))]
+    return named_data_set(data, choose, split=split, size=size, **named)
 
 
 def _size(value: Any) -> tuple[int, int] | None:
@@ -260,7 +206,3 @@ def _size(value: Any) -> tuple[int, int] | None:
     for side in pair:
         checks.number("image_size", side, low=1, integer=True)
     return pair[0], pair[1]
-
-
-def _text(value: Any) -> str:
-    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)

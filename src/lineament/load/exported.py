@@ -17,18 +17,18 @@ from lineament.load.loaded import Loaded
 
 def exported(path: Path) -> Loaded:
     """A program of ``torch.export``, refused where loading it would unpickle."""
-    require(path.is_file(), f"MODEL: {str(path)!r} does not exist")
+    require(path.is_file(), f"model: {str(path)!r} does not exist")
     _no_pickles(path)
     try:
         with warnings.catch_warnings():
-            # What torch says to itself of its own names is no matter of the user's.
+            # Deprecations inside torch are not the user's concern.
             warnings.simplefilter("ignore", FutureWarning)
             program = torch.export.load(path)
             inputs = [node for node in program.graph.nodes if node.op == "placeholder"][-1].meta["val"]
             model = _modules(program)
     except Exception as error:
         raise InputError(
-            f"MODEL: {str(path)!r} is corrupt or was written by another version of torch.export ({type(error).__name__}: {error})"
+            f"model: {str(path)!r} is corrupt or was written by another version of torch.export ({type(error).__name__}: {error})"
         ) from error
     shape: tuple[Any, ...] = tuple(getattr(inputs, "shape", ()))
     batch = shape[0] if shape and isinstance(shape[0], int) else None
@@ -45,7 +45,7 @@ def _modules(program: Any) -> Any:
         return torch.export.unflatten(program)
     except Exception:
         flat = program.module()
-        # torch forbids to switch it to eval mode, in which it stays anyhow: what it does was fixed by the export.
+        # torch forbids switching it to eval mode, where it already is: the export fixed what it does.
         for name in ("train", "eval"):
             vars(flat).pop(name, None)
         return flat
@@ -71,9 +71,9 @@ def _no_pickles(path: Path) -> None:
                 except Exception:
                     risky.append(name)
     except (zipfile.BadZipFile, OSError, ValueError, AttributeError, KeyError) as error:
-        raise InputError(f"MODEL: {str(path)!r} is corrupt or no torch.export file ({error})") from error
+        raise InputError(f"model: {str(path)!r} is corrupt or no torch.export file ({error})") from error
     require(
         not risky,
-        f"MODEL: {str(path)!r} holds pickled Python objects ({', '.join(risky[:3])}), which can run code when loaded; "
+        f"model: {str(path)!r} holds pickled Python objects ({', '.join(risky[:3])}), which can run code when loaded; "
         "export a module whose parts are tensors only",
     )

@@ -12,13 +12,13 @@ from PIL import Image
 
 from lineament.core.checks import InputError, require
 from lineament.data.samples import Samples
-from lineament.load.data import Budget
+from lineament.load.columns import Choose
 
 _PIXELS = 64_000_000
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
-def image_folder(path: Path, budget: Budget, *, size: tuple[int, int] | None = None) -> Samples:
+def image_folder(path: Path, choose: Choose, *, size: tuple[int, int] | None = None) -> Samples:
     """Samples from ``path/CLASS/**/*.png`` (or jpg ...); classes in the order of their names.
 
     Raises:
@@ -29,7 +29,7 @@ def image_folder(path: Path, budget: Budget, *, size: tuple[int, int] | None = N
     >>> for name in ("cat", "dog"):
     ...     (folder / name).mkdir()
     ...     Image.new("L", (6, 4)).save(folder / name / "1.png")
-    >>> found = image_folder(folder, Budget(10, seed=0))
+    >>> found = image_folder(folder, np.arange)
     >>> found.classes, tuple(found.inputs.shape)
     (('cat', 'dog'), (2, 4, 6))
     """
@@ -40,18 +40,18 @@ def image_folder(path: Path, budget: Budget, *, size: tuple[int, int] | None = N
     filled = [folder for folder in folders if listed[folder]]
     if not filled:
         raise InputError(
-            f"DATA: {str(path)!r} holds no folders with images; expected one folder a class with "
+            f"data: {str(path)!r} holds no folders with images; expected one folder a class with "
             f"{', '.join(sorted(_IMAGES)[:4])} ... files, an .npz file, or a Hugging Face data set"
         )
     splits = {"train", "test", "val", "valid", "validation"} & {folder.name for folder in filled}
     if len(splits) == len(filled):
         example = path / sorted(splits)[0]
         raise InputError(
-            f"DATA: {str(path)!r} holds the splits {', '.join(sorted(splits))}, not classes; pass one: {str(example)!r}"
+            f"data: {str(path)!r} holds the splits {', '.join(sorted(splits))}, not classes; pass one: {str(example)!r}"
         )
     # A folder without images keeps its number: leaving it out would move every class behind it to its neighbour's output.
     files = [(file, number) for number, folder in enumerate(folders) for file in listed[folder]]
-    rows = budget.choose(len(files))
+    rows = choose(len(files))
     notes = []
     empty = [folder.name for folder in folders if not listed[folder]]
     if empty:
@@ -89,8 +89,8 @@ def stacked(
         first = first or picture
         if size is None and picture.size != first.size:
             raise InputError(
-                f"DATA: images of different sizes (the first is {_by(first)}, {name!r} is {_by(picture)}); "
-                "say what the model takes with --image-size HEIGHT,WIDTH"
+                f"data: images of different sizes (the first is {_by(first)}, {name!r} is {_by(picture)}); "
+                "say what the model takes as `image_size` (height, width)"
             )
         plain = _bytes(name, picture)
         if size is not None and plain.size != (size[1], size[0]):
@@ -106,7 +106,7 @@ def _room(size: tuple[int, int], count: int) -> None:
     height, width = size
     require(
         height * width <= _PIXELS,
-        f"--image-size: {height} x {width} are {height * width:,} pixels an image, expected at most 64 million",
+        f"image_size: {height} x {width} are {height * width:,} pixels an image, expected at most 64 million",
     )
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -115,8 +115,8 @@ def _room(size: tuple[int, int], count: int) -> None:
     need = 3 * height * width * count
     require(
         need <= memory / 2,
-        f"--image-size: {count} images of {height} x {width} pixels take {need / 2**30:.0f} GiB, more than half of this machine's memory; "
-        "choose a smaller size or fewer --samples",
+        f"image_size: {count} images of {height} x {width} pixels take {need / 2**30:.0f} GiB, more than half of this machine's memory; "
+        "choose a smaller size or fewer `samples`",
     )
 
 
@@ -127,12 +127,12 @@ def _bytes(name: str, picture: Image.Image) -> Image.Image:
         values = np.asarray(picture)
         require(
             int(values.min()) >= 0 and int(values.max()) < 1 << 16,
-            f"DATA: image {name!r} holds values from {values.min()} to {values.max()}, expected 8 or 16 bits a channel",
+            f"data: image {name!r} holds values from {values.min()} to {values.max()}, expected 8 or 16 bits a channel",
         )
         return Image.fromarray((values >> 8).astype(np.uint8))
     require(
         picture.mode != "F",
-        f"DATA: image {name!r} holds real numbers, whose black and white are not known, expected 8 or 16 bits a channel; "
+        f"data: image {name!r} holds real numbers, whose black and white are not known, expected 8 or 16 bits a channel; "
         "pass real-valued images as arrays in an .npz file",
     )
     return picture.convert("L" if picture.mode in ("L", "1") else "RGB")
@@ -148,14 +148,14 @@ def _read(file: Path) -> Image.Image:
         with Image.open(file) as picture:
             require(
                 picture.width * picture.height <= _PIXELS,
-                f"DATA: image {str(file)!r} has {picture.width} x {picture.height} pixels, expected at most 64 million",
+                f"data: image {str(file)!r} has {picture.width} x {picture.height} pixels, expected at most 64 million",
             )
             picture.load()
             return picture.copy()
     except InputError:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"DATA: image {str(file)!r} cannot be read ({error})") from error
+        raise InputError(f"data: image {str(file)!r} cannot be read ({error})") from error
 
 
 def _by(picture: Image.Image) -> str:

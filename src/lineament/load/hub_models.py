@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lineament.core.checks import InputError, require
-from lineament.load.loaded import Loaded, listing
+from lineament.load.hub import first_line, quiet_transformers
+from lineament.load.loaded import Loaded
+from lineament.load.weights import mismatches
 
 
 def hugging_face(name: str, *, local: bool) -> Loaded:
@@ -16,59 +18,38 @@ def hugging_face(name: str, *, local: bool) -> Loaded:
     if local:
         require(
             (Path(name) / "config.json").is_file(),
-            f"MODEL: folder {name!r} holds no config.json, expected a Hugging Face model saved with save_pretrained",
+            f"model: folder {name!r} holds no config.json, expected a Hugging Face model saved with save_pretrained",
         )
         files = {p.name for p in Path(name).iterdir()}
         has = any(f.endswith(".safetensors") for f in files)
         if not has and any(f.endswith((".bin", ".pt", ".pth")) for f in files):
             raise InputError(
-                f"MODEL: {name!r} holds a pickle (pytorch_model.bin) where safetensors is expected; convert it once, where you trust it: "
+                f"model: {name!r} holds a pickle (pytorch_model.bin) where safetensors is expected; convert it once, where you trust it: "
                 "load it and call model.save_pretrained(folder, safe_serialization=True)"
             )
-        require(has, f"MODEL: {name!r} holds no model.safetensors")
-    try:
-        import transformers
-    except ImportError as error:
-        raise InputError(
-            "MODEL: Hugging Face models need the package 'transformers'; install lineament[hub]"
-        ) from error
-    quiet = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        model, info = transformers.AutoModelForImageClassification.from_pretrained(
-            name,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        where = (
-            "cannot be loaded as an image classifier"
-            if local
-            else "is no file or folder here, and as a Hugging Face model it cannot be loaded; without network, pass a saved directory"
-        )
-        raise InputError(f"MODEL: {name!r} {where} ({reason})") from error
-    finally:
-        transformers.logging.set_verbosity(quiet)
-    problems = [
-        text
-        for text in (
-            listing("missing in the file", sorted(map(str, info.get("missing_keys", ())))),
-            listing("unexpected in the file", sorted(map(str, info.get("unexpected_keys", ())))),
-            listing(
-                "of another shape",
-                sorted(str(m[0] if isinstance(m, tuple) else m) for m in info.get("mismatched_keys", ())),
-            ),
-        )
-        if text
-    ]
-    require(
-        not problems,
-        f"MODEL: the weights of {name!r} do not fit {type(model).__name__}: {'; '.join(problems)}",
+        require(has, f"model: {name!r} holds no model.safetensors")
+    with quiet_transformers("model", "hub") as transformers:
+        try:
+            model, info = transformers.AutoModelForImageClassification.from_pretrained(
+                name,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        except Exception as error:
+            where = (
+                "cannot be loaded as an image classifier"
+                if local
+                else "is no file or folder here, and as a Hugging Face model it cannot be loaded; without network, pass a saved directory"
+            )
+            raise InputError(f"model: {name!r} {where} ({first_line(error)})") from error
+    problems = mismatches(
+        missing=sorted(map(str, info.get("missing_keys", ()))),
+        unexpected=sorted(map(str, info.get("unexpected_keys", ()))),
+        shapes=sorted(str(m[0] if isinstance(m, tuple) else m) for m in info.get("mismatched_keys", ())),
     )
+    require(not problems, f"model: the weights of {name!r} do not fit {type(model).__name__}: {problems}")
     size, mean, std, notes = _processor(name, local)
     config = model.config
     wanted = getattr(config, "image_size", None)
@@ -90,7 +71,7 @@ def _processor(name: str, local: bool) -> tuple[Any, tuple[float, ...], tuple[fl
             try:
                 raw = json.loads(file.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise InputError(f"MODEL: {str(file)!r} is no JSON ({error})") from error
+                raise InputError(f"model: {str(file)!r} is no JSON ({error})") from error
     else:
         from transformers import ImageProcessingMixin
 

@@ -13,6 +13,7 @@ from lineament.core.checks import InputError, require, show
 from lineament.core.models import device_of, dtype_of, frozen, logits
 from lineament.core.sites.depth import expected_input
 from lineament.data.samples import Samples
+from lineament.load.hub import first_line
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,13 @@ class Layout:
 
 def find_layout(
     model: nn.Module, samples: Samples, mean: tuple[float, ...], std: tuple[float, ...], count: int
-) -> tuple[Layout, str]:
-    """The first layout of the first samples that the model takes, and what was decided."""
+) -> tuple[Layout, Tensor, str]:
+    """The first layout of the first samples that the model takes, its outputs for them, and what was decided."""
     raw = samples.inputs[:count]
     wanted = expected_input(model)
     tried: list[str] = []
     for kind in _candidates(raw, wanted):
         layout = Layout(kind, mean, std)
-        if mean and not (len(mean) == len(std) and all(s > 0 for s in std)):
-            raise InputError(
-                f"--normalize: got mean {mean} and deviation {std}, expected as many of each, deviations above 0"
-            )
         x = layout.apply(raw).to(device=device_of(model), dtype=dtype_of(model))
         if mean and x.ndim == 4 and len(mean) not in (1, x.shape[1]):
             tried.append(f"{tuple(x.shape)}: {len(mean)} means for {x.shape[1]} channels")
@@ -75,20 +72,22 @@ def find_layout(
         except InputError:
             raise
         except Exception as error:
-            tried.append(
-                f"{tuple(x.shape)}: {(str(error).strip().splitlines() or [type(error).__name__])[0][:160]}"
-            )
+            tried.append(f"{tuple(x.shape)}: {first_line(error)[:160]}")
             continue
         output = logits(output)
         require(
             output.ndim in (1, 2) and len(output) == len(x),
-            f"the model answers {len(x)} samples with {show(output)}, expected one row of logits or values a sample",
+            f"model: it answers {len(x)} samples with {show(output)}, expected one row of logits or values a sample",
         )
-        return layout, f"samples {tuple(samples.inputs.shape[1:])} go in as {tuple(x.shape[1:])} ({kind})"
+        return (
+            layout,
+            output,
+            f"samples {tuple(samples.inputs.shape[1:])} go in as {tuple(x.shape[1:])} ({kind})",
+        )
     raise InputError(
-        f"DATA: samples of shape {tuple(samples.inputs.shape[1:])} do not fit the model, which expects {wanted.text}; tried "
+        f"data: samples of shape {tuple(samples.inputs.shape[1:])} do not fit the model, which expects {wanted.text}; tried "
         + "; ".join(tried)
-        + ". Bring the data to that shape (for image folders: --image-size)"
+        + ". Bring the data to that shape (for image folders, by `image_size`)"
     )
 
 

@@ -7,14 +7,12 @@ named before its weights are read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lineament.core.checks import InputError, require
+from lineament.load.hub import first_line, quiet_transformers
+from lineament.load.weights import require_finite
 
 # Endings of the names of classes that complete a text.
 _COMPLETES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -44,7 +42,7 @@ def load_language_model(
     device: str | None = None,
     attention: str | None = None,
     masked: bool = False,
-    what: str = "MODEL",
+    argument: str = "model",
 ) -> tuple[Any, Any]:
     """A Hugging Face language model in eval mode, and its tokenizer.
 
@@ -53,80 +51,75 @@ def load_language_model(
         tokenizer: where the tokenizer is, if not with the model.
         attention: the implementation to choose (``"eager"`` where attention weights are needed).
         masked: a masked language model instead.
-        what: how an error calls the model.
+        argument: how an error calls the model.
 
     Raises:
         InputError: transformers is not installed; no such folder; no language model; missing weights; no tokenizer; an unusable device.
+
+    >>> model, tokenizer = load_language_model("./gpt2-saved")  # doctest: +SKIP
     """
-    transformers = _transformers(what)
     require(
         Path(name).is_dir() or not name.startswith((".", "/", "~")),
-        f"{what}: {name!r} is no folder; expected a Hugging Face directory or name",
+        f"{argument}: {name!r} is no folder; expected a Hugging Face directory or name",
     )
     require(
         Path(name).is_dir() or ".py:" not in name,
-        f"{what}: {name!r} names a function of a file; language models are read from a Hugging Face directory that save_pretrained wrote, so save yours there",
+        f"{argument}: {name!r} names a function of a file; language models are read from a Hugging Face directory that save_pretrained wrote, so save yours there",
     )
     require(
         tokenizer is None or Path(tokenizer).is_dir() or not tokenizer.startswith((".", "/", "~")),
-        f"--tokenizer: {tokenizer!r} is no folder; expected a Hugging Face directory or name",
+        f"tokenizer: {tokenizer!r} is no folder; expected a Hugging Face directory or name",
     )
-    with _quiet(transformers):
-        model = _weights(transformers, name, attention, masked, what)
+    with quiet_transformers(argument, "lm") as transformers:
+        model = _weights(transformers, name, attention, masked, argument)
         try:
             words = transformers.AutoTokenizer.from_pretrained(tokenizer or name)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"--tokenizer: none could be loaded from {tokenizer or name!r} ({_first_line(error)})"
+                f"tokenizer: none could be loaded from {tokenizer or name!r} ({first_line(error)})"
             ) from error
     if tokenizer is not None and tokenizer != name:
         _refuse_other_tokenizer(model, words, tokenizer)
     # Where there are no tokenizer files, transformers makes one that knows no word.
     require(
         len(words) > len(words.all_special_ids),
-        f"--tokenizer: there is none in {tokenizer or name!r}; say where it is with --tokenizer DIR",
+        f"tokenizer: there is none in {tokenizer or name!r}; say where it is",
     )
     if device is not None:
         try:
             model.to(device)
         except (RuntimeError, AssertionError) as error:
-            raise InputError(f"--device: {device!r} cannot be used ({_first_line(error)})") from error
+            raise InputError(f"device: {device!r} cannot be used ({first_line(error)})") from error
     return model.eval(), words
 
 
-def _weights(transformers: Any, name: str, attention: str | None, masked: bool, what: str) -> Any:
+def _weights(transformers: Any, name: str, attention: str | None, masked: bool, argument: str) -> Any:
     kind: Any = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         if not masked and config.is_encoder_decoder:
             kind = transformers.AutoModelForSeq2SeqLM
-        _refuse_other_kind(config, name, masked, what)
+        _refuse_other_kind(config, name, masked, argument)
         options = {} if attention is None else {"attn_implementation": attention}
         model, loaded = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
     except InputError:
         raise
     except (OSError, ValueError, KeyError) as error:
         require(
-            Path(name).is_dir() or "connect" not in _first_line(error),
-            f"{what}: {name!r} is no folder here, and no such name is in the cache of the hub, which cannot be reached; expected a Hugging Face "
+            Path(name).is_dir() or "connect" not in first_line(error),
+            f"{argument}: {name!r} is no folder here, and no such name is in the cache of the hub, which cannot be reached; expected a Hugging Face "
             "directory that save_pretrained wrote",
         )
         kind = "masked language model" if masked else "language model"
-        raise InputError(f"{what}: {name!r} cannot be loaded as a {kind} ({_first_line(error)})") from error
+        raise InputError(
+            f"{argument}: {name!r} cannot be loaded as a {kind} ({first_line(error)})"
+        ) from error
     missing = sorted(loaded["missing_keys"])
     require(
         not missing,
-        f"{what}: {name!r} lacks weights of a {'masked ' if masked else ''}language model, the first is {missing[0] if missing else ''}; is the file whole?",
+        f"{argument}: {name!r} lacks weights of a {'masked ' if masked else ''}language model, the first is {missing[0] if missing else ''}; is the file whole?",
     )
-    bad = [
-        n
-        for n, v in model.state_dict().items()
-        if v.is_floating_point() and not bool(torch.isfinite(v).all())
-    ]
-    require(
-        not bad,
-        f"{what}: NaN or infinite values in {', '.join(bad[:3])}; was the training stable and the file whole?",
-    )
+    require_finite(model.state_dict(), argument)
     return model
 
 
@@ -135,11 +128,11 @@ def _refuse_other_tokenizer(model: Any, words: Any, tokenizer: str) -> None:
     size, known = model.get_input_embeddings().num_embeddings, len(words)
     require(
         size / 2 <= known <= 1.1 * size,
-        f"--tokenizer: {tokenizer!r} has {known:,} tokens and the model's embedding {size:,}; expected the tokenizer that the model was trained with",
+        f"tokenizer: {tokenizer!r} has {known:,} tokens and the model's embedding {size:,}; expected the tokenizer that the model was trained with",
     )
 
 
-def _refuse_other_kind(config: Any, name: str, masked: bool, what: str) -> None:
+def _refuse_other_kind(config: Any, name: str, masked: bool, argument: str) -> None:
     """Say what a directory holds where its configuration names another kind of model than is wanted."""
     words = [str(word) for word in getattr(config, "architectures", None) or ()]
     if not words:
@@ -149,46 +142,18 @@ def _refuse_other_kind(config: Any, name: str, masked: bool, what: str) -> None:
         for endings in (("ForMaskedLM", "ForPreTraining"), _COMPLETES)
     )
     if masked:
-        hint = "give it as MODEL" if completes else "its head is another"
+        hint = "give it as `model`" if completes else "its head is another"
         require(
             fills,
-            f"{what}: {name!r} is a {words[0]}, which fills no masks ({hint}); expected a masked language model such as BERT or RoBERTa",
+            f"{argument}: {name!r} is a {words[0]}, which fills no masks ({hint}); expected a masked language model such as BERT or RoBERTa",
         )
         return
     require(
         not fills or completes,
-        f"{what}: {name!r} is a masked language model ({words[0]}), which has no next token; give it as --mlm",
+        f"{argument}: {name!r} is a masked language model ({words[0]}), which has no next token; it can only fill masks",
     )
     others = ("Classification", "ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction")
     require(
         completes or not words[0].endswith(others),
-        f"{what}: {name!r} is a {words[0]}, which predicts no tokens; expected a causal or encoder-decoder language model",
+        f"{argument}: {name!r} is a {words[0]}, which predicts no tokens; expected a causal or encoder-decoder language model",
     )
-
-
-def _transformers(what: str) -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise InputError(f"{what}: transformers is not installed; pip install 'lineament[lm]'") from error
-    return transformers
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without the library's own messages and bars, which are put back as they were."""
-    verbosity = transformers.logging.get_verbosity()
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -23,12 +23,4 @@ class Loaded:
     std: tuple[float, ...] = ()
     classes: tuple[str, ...] = ()
     batch: int | None = None
-    notes: tuple[str, ...] = field(default=())
-
-
-def listing(what: str, names: list[str]) -> str:
-    """The first names of a list, for a message; empty where there are none."""
-    if not names:
-        return ""
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"{what}: {', '.join(names[:4])}{more}"
+    notes: tuple[str, ...] = ()

@@ -1,145 +1,252 @@
-"""A model and data brought together before any work: the layout, the task, the sites; whatever does not fit is said at once."""
+"""A model and data brought together before any work: how samples become inputs, what the task is; whatever does not fit is said at once."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lineament.audit.subject import Subject
 from lineament.core import checks
-from lineament.core.checks import InputError, require, show
+from lineament.core.checks import InputError, NotFiniteError, require, show
 from lineament.core.models import device_of, dtype_of, frozen, logits
-from lineament.core.sites.activations import sites as site_names
-from lineament.core.sites.depth import default_sites
 from lineament.data.samples import Samples
-from lineament.load.input_layout import find_layout
+from lineament.load.input_layout import Layout, find_layout
 from lineament.load.loaded import Loaded
 
 
+@dataclass(frozen=True)
+class ModelAndData:
+    """One model and one data set that fit each other.
+
+    Attributes:
+        layout: how stored samples become the model's input.
+        task: ``"classification"`` or ``"regression"``.
+        outputs: (sample, class or value), the model's answers to all samples, on the CPU.
+        classes: their names, where they are known.
+        fixed_batch: whether the model takes batches of ``batch_size`` only.
+        flops: floating-point operations of one sample's forward.
+        notes: what was decided on the way.
+    """
+
+    model: nn.Module
+    samples: Samples
+    layout: Layout
+    task: str
+    outputs: Tensor
+    classes: tuple[str, ...]
+    batch_size: int
+    fixed_batch: bool
+    flops: float
+    seed: int = 0
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def targets(self) -> Tensor:
+        return self.samples.targets
+
+    @property
+    def images(self) -> bool:
+        """Whether the model takes images (batch, channels, height, width) of a size worth a picture."""
+        shape = self.inputs(torch.tensor([0])).shape
+        return len(shape) == 4 and min(shape[-2:]) >= 4
+
+    def inputs(self, rows: Tensor) -> Tensor:
+        """Some samples as the model takes them, on its device and in its precision."""
+        return self.layout.apply(self.samples.inputs[rows]).to(
+            device=device_of(self.model), dtype=dtype_of(self.model)
+        )
+
+    def batches(self, rows: Tensor | None = None) -> Batches:
+        """Batches ``(inputs, targets)`` that can be walked as often as one likes."""
+        return Batches(self, torch.arange(len(self)) if rows is None else rows)
+
+    def subset(self, count: int, salt: int = 0) -> Tensor:
+        """At most ``count`` samples, spread over the classes, the same for the same seed."""
+        if self.fixed_batch:
+            count = max(self.batch_size, count // self.batch_size * self.batch_size)
+        count = min(count, len(self))
+        generator = torch.Generator().manual_seed((self.seed * 1000 + salt) % 2**63)
+        order = torch.randperm(len(self), generator=generator)
+        if self.task == "classification" and count < len(self):
+            # One of each class before the second of any: a small subset still holds every class.
+            rank = torch.zeros(len(order), dtype=torch.long)
+            seen: dict[int, int] = {}
+            for position, row in enumerate(order.tolist()):
+                label = int(self.targets[row])
+                rank[position] = seen[label] = seen.get(label, -1) + 1
+            order = order[torch.argsort(rank, stable=True)]
+        return order[:count].sort().values
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss: cross-entropy for classes, squared error for values."""
+        if self.task == "classification":
+            return F.cross_entropy(outputs, targets)
+        return F.mse_loss(
+            outputs.reshape(len(targets), -1), targets.reshape(len(targets), -1).to(outputs.dtype)
+        )
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss of each sample."""
+        if self.task == "classification":
+            return F.cross_entropy(outputs, targets, reduction="none")
+        error = outputs.reshape(len(targets), -1) - targets.reshape(len(targets), -1).to(outputs.dtype)
+        return error.square().mean(1)
+
+    def answer(self, rows: Tensor, change: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """The model's outputs for some samples, without gradients, on the CPU; ``change(inputs, rows)`` alters each batch."""
+        found = []
+        with frozen(self.model), torch.no_grad():
+            for part in self.parts(rows):
+                x = self.inputs(part)
+                found.append(logits(self.model(x if change is None else change(x, part))).float().cpu())
+        return torch.cat(found)
+
+    def parts(self, rows: Tensor) -> Iterator[Tensor]:
+        yield from rows.split(self.batch_size)
+
+    def display(self, row: int) -> Tensor:
+        """A sample as a picture (height, width) or (height, width, 3) with values in [0, 1]."""
+        image = self.layout.picture(self.samples.inputs[row : row + 1])[0]
+        low, high = image.min(), image.max()
+        if float(low) < 0 or float(high) > 1:
+            image = (image - low) / (high - low).clamp_min(1e-12)
+        return image[0] if len(image) == 1 else image[:3].movedim(0, -1)
+
+    def class_name(self, number: int) -> str:
+        return self.classes[number] if number < len(self.classes) else str(number)
+
+
+class Batches(Sequence[tuple[Tensor, Tensor]]):
+    """Samples in batches: a sequence, so that it has a length and can be walked again."""
+
+    def __init__(self, subject: ModelAndData, rows: Tensor):
+        self.subject = subject
+        self.parts = list(rows.split(subject.batch_size))
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: Any) -> Any:
+        rows = self.parts[number]
+        return self.subject.inputs(rows), self.subject.targets[rows].to(device_of(self.subject.model))
+
+
+@contextmanager
 def bring_together(
     loaded: Loaded,
     samples: Samples,
     *,
     task: str = "auto",
-    sites: Sequence[str] = (),
-    normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
     device: str | torch.device | None = None,
     batch_size: int = 64,
-    method: str = "norm_grad",
-    gaze_site: str | None = None,
     seed: int = 0,
-) -> Subject:
-    """Fit a model and data to each other.
+) -> Iterator[ModelAndData]:
+    """Fit a model and data to each other while the block runs.
+
+    A network with one output z for two classes answers with the logits (0, z) in the block.
+
+    Args:
+        task: ``"classification"``, ``"regression"``, or ``"auto"``: by the targets and the outputs.
+        normalize: (mean, deviation) per channel, for images scaled to [0, 1]; by default the model's own.
 
     Raises:
         InputError: no layout of the data that the model takes, outputs that are no logits, labels without an output, NaN in the
-            outputs, one class only, an unknown site.
+            outputs, one class only.
     """
+    checks.one_of("task", task, ("auto", "classification", "regression"))
     model = loaded.model
     if device is not None:
         try:
             model.to(torch.device(device))
             torch.zeros(1, device=device)
         except (RuntimeError, AssertionError, ValueError) as error:
-            raise InputError(
-                f"--device: {str(device)!r} cannot be used here ({str(error).splitlines()[0]})"
-            ) from error
-    named = [name for pattern in sites for name in site_names(model, pattern)]
-    if gaze_site is not None:
-        named_gaze = site_names(model, gaze_site)
-        require(
-            len(named_gaze) == 1, f"--gaze-site: {gaze_site!r} names {len(named_gaze)} sites, expected one"
-        )
-    notes = list(loaded.notes) + list(samples.notes)
+            reason = str(error).splitlines()[0]
+            raise InputError(f"device: {str(device)!r} cannot be used here ({reason})") from error
+    notes = [*loaded.notes, *samples.notes]
     if loaded.batch is not None:
         batch_size = loaded.batch
         keep = len(samples) // batch_size * batch_size
         require(
             keep > 0,
-            f"DATA: {len(samples)} samples, expected at least {batch_size}: the model was exported for that batch",
+            f"data: {len(samples)} samples, expected at least {batch_size}: the model was exported for that batch",
         )
-        samples = _first(samples, keep)
-    mean, std = normalize or (loaded.mean, loaded.std)
-    layout, note = find_layout(model, samples, mean, std, loaded.batch or 2)
+        samples = samples[:keep]
+    mean, std = _normalization(normalize) or (loaded.mean, loaded.std)
+    layout, output, note = find_layout(model, samples, mean, std, loaded.batch or 2)
     notes.append(note)
-    if loaded.classes and samples.classes and samples.classes != loaded.classes:
-        samples, said = _renumbered(samples, loaded.classes)
-        notes += [said] if said else []
-    start = Subject(
-        model,
-        samples,
-        layout,
-        "regression",
-        (),
-        torch.zeros(0),
-        (),
-        batch_size,
-        loaded.batch is not None,
-        1.0,
-    )
+    labels = not samples.targets.is_floating_point() and int(samples.targets.max()) <= 1
+    one = labels and task != "regression" and output[0].numel() == 1
+    with _two_logits(model) if one else nullcontext():
+        found = ModelAndData(
+            model, samples, layout, task, torch.zeros(0), (), batch_size, loaded.batch is not None, 1.0, seed
+        )
+        found = _answered(found, loaded.classes, notes)
+        last = ("one output z for two classes is read as the logits (0, z)",) if one else ()
+        yield replace(found, notes=(*found.notes, *last))
+
+
+def _answered(start: ModelAndData, own_classes: tuple[str, ...], notes: list[str]) -> ModelAndData:
+    """The same with the model's outputs, the task and the classes, if outputs and targets fit."""
+    samples, layout = start.samples, start.layout
+    if own_classes and samples.classes and samples.classes != own_classes:
+        samples, said = _renumbered(samples, own_classes)
+        notes += said
     outputs = start.answer(torch.arange(len(samples)))
     bad = int((~torch.isfinite(outputs)).flatten(1).any(1).sum())
-    require(
-        bad == 0,
-        f"the model answers {bad} of {len(outputs)} samples with NaN or infinite values; check its weights and the data's scale "
-        f"(the inputs lie between {float(layout.picture(samples.inputs[:64]).min()):.3g} and "
-        f"{float(layout.picture(samples.inputs[:64]).max()):.3g})",
-    )
-    chosen, samples, reason = _task(task, outputs, samples)
-    notes += [reason] if reason else []
-    if chosen == "classification":
-        counts = torch.bincount(samples.targets)
-        require(
-            int((counts > 0).sum()) > 1,
-            f"DATA: {f'all {len(samples)} samples read are' if len(samples) > 1 else 'the only sample is'} of class {int(samples.targets[0])}, expected samples of at least two classes",
+    if bad:
+        some = layout.picture(samples.inputs[:64])
+        raise NotFiniteError(
+            f"model: it answers {bad} of {len(outputs)} samples with NaN or infinite values; check its weights and the data's scale "
+            f"(the inputs lie between {float(some.min()):.3g} and {float(some.max()):.3g})"
         )
-    classes = samples.classes or loaded.classes
+    task, samples, said = _task(start.task, outputs, samples)
+    notes += said
     width = outputs.shape[1]
-    require(
-        chosen == "regression" or not samples.classes or len(samples.classes) <= width,
-        f"DATA: {len(samples.classes)} class names for a model with {width} outputs, expected at most {width}",
-    )
-    if chosen == "classification" and samples.classes:
-        top = int(samples.targets.max())
-        require(
-            top < len(samples.classes),
-            f"DATA: {len(samples.classes)} class names for labels up to {top}, expected a name for each class from 0 to {top} (--classes)",
-        )
-    if chosen == "classification" and not samples.classes and len(classes) != width:
-        classes = ()
-    example = start.inputs(torch.arange(min(loaded.batch or 2, len(samples))))
-    return Subject(
-        model=model,
+    classes = samples.classes or own_classes
+    if task == "classification":
+        _check_classes(samples, width)
+        if not samples.classes and len(classes) != width:
+            classes = ()
+    example = start.inputs(torch.arange(min(start.batch_size if start.fixed_batch else 2, len(samples))))
+    return replace(
+        start,
         samples=samples,
-        layout=layout,
-        task=chosen,
-        sites=tuple(dict.fromkeys(named)) or default_sites(model, example),
+        task=task,
         outputs=outputs,
         classes=tuple(classes),
-        batch_size=batch_size,
-        fixed_batch=loaded.batch is not None,
-        flops=_flops(model, example),
-        method=method,
-        gaze_site=gaze_site,
-        seed=seed,
+        flops=_flops(start.model, example),
         notes=tuple(notes),
     )
 
 
-@contextmanager
-def two_logits(model: nn.Module, needed: bool) -> Iterator[None]:
-    """A network with one output for two classes answers with the logits (0, z) while the block runs."""
-    if not needed:
-        yield
-        return
+def _normalization(normalize: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    if normalize is None:
+        return None
+    require(len(normalize) == 2, f"normalize: got {show(normalize)}, expected (mean, deviation)")
+    mean, std = (
+        tuple(float(v) for v in ([values] if isinstance(values, (int, float)) else values))
+        for values in normalize
+    )
+    require(
+        len(mean) == len(std) and len(mean) > 0 and all(s > 0 for s in std),
+        f"normalize: got mean {mean} and deviation {std}, expected as many of each and deviations above 0",
+    )
+    return mean, std
 
+
+@contextmanager
+def _two_logits(model: nn.Module) -> Iterator[None]:
     def widen(_: nn.Module, _args: Any, output: Any) -> Tensor:
         z = logits(output)
         z = z.reshape(len(z))
@@ -152,78 +259,71 @@ def two_logits(model: nn.Module, needed: bool) -> Iterator[None]:
         handle.remove()
 
 
-def one_output(loaded: Loaded, samples: Samples, task: str) -> bool:
-    """Whether these are two classes for a network with a single output; the network is run on the first samples only."""
-    if task == "regression" or samples.targets.is_floating_point() or int(samples.targets.max()) > 1:
-        return False
-    layout, _ = find_layout(loaded.model, samples, loaded.mean, loaded.std, loaded.batch or 2)
-    with frozen(loaded.model), torch.no_grad():
-        x = layout.apply(samples.inputs[: loaded.batch or 2])
-        out = logits(loaded.model(x.to(device=device_of(loaded.model), dtype=dtype_of(loaded.model))))
-    return out.ndim == 1 or (out.ndim == 2 and out.shape[1] == 1)
-
-
-def _task(task: str, outputs: Tensor, samples: Samples) -> tuple[str, Samples, str]:
+def _task(task: str, outputs: Tensor, samples: Samples) -> tuple[str, Samples, list[str]]:
     """The task, with targets of the kind it needs, and why."""
-    checks.one_of("task", task, ("auto", "classification", "regression"))
     width = outputs.shape[1] if outputs.ndim == 2 else 1
     targets = samples.targets
-    reason = ""
+    reason = []
     if task == "auto":
         labels = not targets.is_floating_point()
         task = "classification" if labels and (width > 1 or int(targets.max()) <= 1) else "regression"
-        reason = f"taken as {task}: {'whole-number' if labels else 'real-valued'} targets and {width} output{'s' * (width != 1)}"
+        kind = "whole-number" if labels else "real-valued"
+        reason = [f"taken as {task}: {kind} targets and {width} output{'s' * (width != 1)}"]
     if task == "regression":
         values = targets.float()
         per = 1 if values.ndim == 1 else math.prod(values.shape[1:])
         require(
             per == width,
-            f"DATA: {per} target value{'s' * (per != 1)} a sample for a model with {width} output{'s' * (width != 1)}; "
-            "pass --task classification if the targets are classes",
+            f"targets: {per} value{'s' * (per != 1)} a sample for a model with {width} output{'s' * (width != 1)}; "
+            "if the targets are classes, pass task='classification'",
         )
-        return task, _with_targets(samples, values), reason
+        return task, replace(samples, targets=values), reason
     if targets.is_floating_point():
         require(
             targets.ndim == 1 and bool((targets == targets.round()).all()),
-            f"DATA: targets are {show(targets)} and not whole numbers, expected class labels; pass --task regression",
+            f"targets: {show(targets)} of real values, expected class labels; pass task='regression'",
         )
         targets = targets.long()
     require(
         outputs.ndim == 2 and width > 1,
-        f"the model answers with {show(outputs)}, expected a row of at least two logits a sample",
+        f"model: it answers with {show(outputs)}, expected a row of at least two logits a sample",
     )
     try:
-        targets = checks.labels("DATA: targets", targets, classes=width)
+        targets = checks.labels("targets", targets, classes=width)
     except InputError as error:
         raise InputError(f"{error}; the model has {width} outputs, counted from 0") from None
-    return task, _with_targets(samples, targets), reason
+    return task, replace(samples, targets=targets), reason
 
 
-def _renumbered(samples: Samples, classes: tuple[str, ...]) -> tuple[Samples, str]:
-    """Labels in the order of the model's own names, where both have the same names."""
-    if samples.targets.is_floating_point() or not set(samples.classes) <= set(classes):
-        return samples, ""
-    order = torch.tensor([classes.index(name) for name in samples.classes])
-    return (
-        replace(samples, targets=order[samples.targets], classes=classes),
-        "the data's classes were put in the order of the model's own names",
+def _check_classes(samples: Samples, width: int) -> None:
+    """Samples of at least two classes, and a name for each where there are names."""
+    present = torch.bincount(samples.targets) > 0
+    require(
+        int(present.sum()) > 1,
+        f"data: {f'all {len(samples)} samples read are' if len(samples) > 1 else 'the only sample is'} of class {int(samples.targets[0])}, expected samples of at least two classes",
+    )
+    names, top = len(samples.classes), len(present) - 1
+    require(
+        not names or top < names <= width,
+        f"classes: {names} class names for labels up to {top} and a model with {width} outputs, expected a name for each class from 0 to {top}, at most {width}",
     )
 
 
-def _with_targets(samples: Samples, targets: Tensor) -> Samples:
-    return replace(samples, targets=targets)
-
-
-def _first(samples: Samples, count: int) -> Samples:
-    return samples[:count]
+def _renumbered(samples: Samples, classes: tuple[str, ...]) -> tuple[Samples, list[str]]:
+    """Labels in the order of the model's own names, where both have the same names."""
+    if samples.targets.is_floating_point() or not set(samples.classes) <= set(classes):
+        return samples, []
+    order = torch.tensor([classes.index(name) for name in samples.classes])
+    samples = replace(samples, targets=order[samples.targets], classes=classes)
+    return samples, ["the data's classes were put in the order of the model's own names"]
 
 
 def _flops(model: nn.Module, example: Tensor) -> float:
     """Floating-point operations of one sample's forward; at least the weights' count, where none is known."""
-    least = float(sum(p.numel() for p in model.parameters()))
+    weights = float(sum(p.numel() for p in model.parameters()))
     try:
         with frozen(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(example)
-        return max(counter.get_total_flops() / len(example), least)
+        return max(counter.get_total_flops() / len(example), weights)
     except Exception:
-        return max(2 * least, 1.0)
+        return max(2 * weights, 1.0)

@@ -47,11 +47,11 @@ class Prompts:
         return len(self.prompts)
 
 
-def load_prompts(source: str | Path, *, samples: int = 200, seed: int = 0, least_words: int = 4) -> Prompts:
+def load_prompts(data: str | Path, *, samples: int = 200, seed: int = 0, min_words: int = 4) -> Prompts:
     """Read prompts, at most ``samples`` of them, chosen at random where there are more.
 
     Args:
-        source: a text file (each line of at least ``least_words`` words is a prompt); a ``.jsonl`` file, each line an object with ``"prompt"``, or
+        data: a text file (each line of at least ``min_words`` words is a prompt); a ``.jsonl`` file, each line an object with ``"prompt"``, or
             with ``"clean"``, ``"corrupt"``, ``"answer"`` and ``"wrong"``; or ``"ioi"`` or ``"greater-than"``, pairs made here.
 
     Raises:
@@ -61,23 +61,23 @@ def load_prompts(source: str | Path, *, samples: int = 200, seed: int = 0, least
     >>> len(made.pairs), made.pairs[0].clean == made.prompts[0]
     (2, True)
     """
-    name = str(source)
-    path = Path(source)
+    name = str(data)
+    path = Path(data)
     if name in TASKS:
         pairs = _made(name, samples, seed)
         return Prompts(tuple(pair.clean for pair in pairs), tuple(pairs), f"{name} (made here)", len(pairs))
     require(
         path.is_file(),
-        f"DATA: {name!r} does not exist; expected a .txt file of prompts, a .jsonl file of prompts or prompt pairs, or a task"
+        f"data: {name!r} does not exist; expected a .txt file of prompts, a .jsonl file of prompts or prompt pairs, or a task"
         f"{suggest(name, TASKS)}",
     )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"DATA: {name!r} cannot be read as UTF-8 text ({error})") from error
+        raise InputError(f"data: {name!r} cannot be read as UTF-8 text ({error})") from error
     read: Callable[[str, int], list[Any]] = _objects if path.suffix in (".jsonl", ".ndjson") else _lines
-    found = read(text, least_words)
-    require(bool(found), f"DATA: {name!r} holds no prompt of at least {least_words} words")
+    found = read(text, min_words)
+    require(bool(found), f"data: {name!r} holds no prompt of at least {min_words} words")
     kept = found
     if len(found) > samples:
         order = np.random.default_rng(seed).permutation(len(found))[:samples]
@@ -87,18 +87,18 @@ def load_prompts(source: str | Path, *, samples: int = 200, seed: int = 0, least
     return Prompts(prompts, pairs, path.name, len(found))
 
 
-def is_prompts(source: Any) -> bool:
-    """Whether a name on the command line means prompts: by its ending, or a task of ours."""
-    return isinstance(source, (str, Path)) and (
-        str(source) in TASKS or Path(source).suffix in (".txt", ".jsonl", ".ndjson")
+def is_prompts(data: Any) -> bool:
+    """Whether a name means prompts: by its ending, or as one of :data:`TASKS`."""
+    return isinstance(data, (str, Path)) and (
+        str(data) in TASKS or Path(data).suffix in (".txt", ".jsonl", ".ndjson")
     )
 
 
-def _lines(text: str, least_words: int) -> list[str]:
-    return [line.strip() for line in text.splitlines() if len(line.split()) >= least_words]
+def _lines(text: str, min_words: int) -> list[str]:
+    return [line.strip() for line in text.splitlines() if len(line.split()) >= min_words]
 
 
-def _objects(text: str, _least_words: int) -> list[str | PromptPair]:
+def _objects(text: str, _min_words: int) -> list[str | PromptPair]:
     found: list[str | PromptPair] = []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
@@ -106,7 +106,7 @@ def _objects(text: str, _least_words: int) -> list[str | PromptPair]:
         try:
             raw = json.loads(line)
         except ValueError as error:
-            raise InputError(f"DATA: line {number} is no JSON ({error})") from error
+            raise InputError(f"data: line {number} is no JSON ({error})") from error
         fits = isinstance(raw, dict) and all(isinstance(raw.get(key), str) and raw[key] for key in _PAIR)
         if fits:
             found.append(PromptPair(*(raw[key] for key in _PAIR)))
@@ -115,7 +115,7 @@ def _objects(text: str, _least_words: int) -> list[str | PromptPair]:
         else:
             keys = list(raw) if isinstance(raw, dict) else show(raw)
             raise InputError(
-                f"DATA: line {number} holds {keys}, expected an object with 'prompt', or with 'clean', 'corrupt', 'answer' and 'wrong', each a text"
+                f"data: line {number} holds {keys}, expected an object with 'prompt', or with 'clean', 'corrupt', 'answer' and 'wrong', each a text"
             )
     return found
 

@@ -108,7 +108,7 @@ X, Y = np.random.default_rng(0).random((20, 8, 8)), np.arange(20) % 10
         (lambda: changed(data=saved("e.npz", x=X[:0], y=Y[:0])), "it is empty"),
         (lambda: changed(data=saved("o.npz", x=X, y=Y * 0)), "at least two classes"),
         (lambda: changed(data=saved("u.npz", x=X, y=Y[:9])), "as many samples"),
-        (lambda: changed(data=saved("a.npz", a=X, b=Y)), "--inputs NAME"),
+        (lambda: changed(data=saved("a.npz", a=X, b=Y)), "--inputs: the data has no array called"),
         (lambda: changed(data=saved("j.npz", x=X, y=np.array([{}] * 20, dtype=object))), "pickle"),
         (lambda: changed(out="net.py"), "is a file"),
         (lambda: [*GOOD, "--sites", "7"], "there are: '0', '1', '2', '3', '4'"),

@@ -205,7 +205,7 @@ def test_bad_input_is_one_line_before_any_page(folders, tmp_path, capsys, monkey
         ((gpt, "the cat", "--corpus", "there.html", "--method", "rollout"), "--corpus: rollout replaces no tokens"),
         ((gpt, "the cat", "--keep", "many"), "--keep: got 'many'"),
         ((gpt, "the cat", "--keep", "2"), "the stop test would keep 2 of 2 scored tokens"),
-        ((gpt, "the cat", "--top-k", "0"), "top_k: got 0"),
+        ((gpt, "the cat", "--top-k", "0"), "--top-k: got 0"),
         ((gpt, "the cat", "--mlm", folders / "bert", "--method", "rollout"), "--mlm: rollout replaces no tokens"),
         ((gpt, "the cat", "--sampler", "pos", "--method", "rollout"), "--sampler: rollout replaces no tokens"),
         ((gpt, "the cat", "--ratio", "0.2", "--method", "lime"), "--ratio: it is an option of reagent"),

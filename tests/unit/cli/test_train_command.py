@@ -131,7 +131,7 @@ def test_images_in_folders_two_classes_one_output(files, capsys):
         (lambda: [*GOOD, "--lr", "-1"], "lr: got -1.0"),
         (lambda: [*GOOD, "--lr", "nan"], "lr: got nan"),
         (lambda: [*GOOD, "--sam", "inf"], "sam: got inf"),
-        (lambda: [*GOOD, "--weight-decay", "-0.1"], "weight_decay"),
+        (lambda: [*GOOD, "--weight-decay", "-0.1"], "--weight-decay"),
         (lambda: [*GOOD, "--optimizer", "adamm"], "nearest: 'adam'"),
         (lambda: [*GOOD, "--optimiser", "adam"], "nearest: '--optimizer'"),
         (lambda: [*GOOD, "--useful", "9"], "useful"),

@@ -11,7 +11,11 @@ from torch import nn
 from torch.func import functional_call
 
 from lineament.core.checks import InputError
-from lineament.core.curvature import matrices
+from lineament.core.curvature.density import spectral_density
+from lineament.core.curvature.eigenpairs import top_eigenpairs
+from lineament.core.curvature.krylov import basis_size, lanczos
+from lineament.core.curvature.matrices import fisher, gauss_newton, hessian
+from lineament.core.curvature.traces import trace
 from lineament.core.gradients import flatten, per_sample_gradients, unflatten
 
 
@@ -44,14 +48,14 @@ def dense_hessian(net, loss_fn, x, y, *, training=False):
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_hessian_is_the_dense_one_over_uneven_batches(loss, cache_bytes, chunk):
     net, loss_fn, loader, x, y = problem(loss)
-    operator = matrices.hessian(net, loss_fn, loader, cache_bytes=cache_bytes, chunk=chunk)
+    operator = hessian(net, loss_fn, loader, cache_bytes=cache_bytes, chunk=chunk)
     for _ in range(2):
         torch.testing.assert_close(operator.dense(), dense_hessian(net, loss_fn, x, y))
 
 
 def test_a_block_is_its_columns_and_the_operator_is_symmetric():
     net, loss_fn, loader, *_ = problem()
-    operator = matrices.hessian(net, loss_fn, loader)
+    operator = hessian(net, loss_fn, loader)
     # Enough vectors to go through the graph together, and two that are left over.
     block = torch.randn(operator.shape[0], 10, dtype=torch.float64)
     product = operator @ block
@@ -63,7 +67,7 @@ def test_a_block_is_its_columns_and_the_operator_is_symmetric():
 def test_train_mode_batch_norm_uses_the_batch_and_leaves_the_running_statistics():
     net, loss_fn, _, x, y = problem()
     before = [b.clone() for b in net.buffers()]
-    found = matrices.hessian(net, loss_fn, [(x, y)], batchnorm="train").dense()
+    found = hessian(net, loss_fn, [(x, y)], batchnorm="train").dense()
     assert all(torch.equal(a, b) for a, b in zip(before, net.buffers()))
     torch.testing.assert_close(found, dense_hessian(net, loss_fn, x, y, training=True))
 
@@ -87,8 +91,8 @@ def test_gauss_newton_is_the_sandwich_and_the_exact_fisher(loss):
         p = z[i].softmax(0)
         middle = torch.diag(p) - torch.outer(p, p) if loss == "ce" else 2 / 3 * torch.eye(3).double()
         expected += j[i].T @ middle @ j[i] / len(x)
-    torch.testing.assert_close(matrices.gauss_newton(net, loss_fn, loader).dense(), expected)
-    torch.testing.assert_close(matrices.fisher(net, loss_fn, loader, kind="exact").dense(), expected)
+    torch.testing.assert_close(gauss_newton(net, loss_fn, loader).dense(), expected)
+    torch.testing.assert_close(fisher(net, loss_fn, loader, kind="exact").dense(), expected)
 
 
 @pytest.mark.parametrize("loss", ["ce", "mse"])
@@ -96,21 +100,19 @@ def test_empirical_fisher_is_the_mean_of_outer_products(loss):
     net, loss_fn, loader, x, y = problem(loss)
     per_sample = per_sample_gradients(net, loss_fn, x, y)
     g = torch.cat([v.flatten(1) for v in per_sample.values()], dim=1)
-    torch.testing.assert_close(
-        matrices.fisher(net, loss_fn, loader, kind="empirical").dense(), g.T @ g / len(x)
-    )
+    torch.testing.assert_close(fisher(net, loss_fn, loader, kind="empirical").dense(), g.T @ g / len(x))
 
 
 @pytest.mark.parametrize("loss", ["ce", "mse"])
 def test_sampled_fisher_tends_to_the_exact_one_and_is_one_matrix(loss):
     net, loss_fn, loader, *_ = problem(loss)
-    exact = matrices.fisher(net, loss_fn, loader, kind="exact").dense()
-    few = matrices.fisher(net, loss_fn, loader, samples=2, cache_bytes=0)
+    exact = fisher(net, loss_fn, loader, kind="exact").dense()
+    few = fisher(net, loss_fn, loader, samples=2, cache_bytes=0)
     v = torch.randn(few.shape[0], dtype=torch.float64)
     assert torch.equal(few @ v, few @ v)
 
     def error(samples):
-        return (matrices.fisher(net, loss_fn, loader, samples=samples).dense() - exact).norm() / exact.norm()
+        return (fisher(net, loss_fn, loader, samples=samples).dense() - exact).norm() / exact.norm()
 
     assert error(300) < 0.12
     assert error(300) < error(4)
@@ -118,7 +120,7 @@ def test_sampled_fisher_tends_to_the_exact_one_and_is_one_matrix(loss):
 
 def test_a_change_of_the_weights_is_noticed():
     net, loss_fn, loader, x, y = problem()
-    operator = matrices.hessian(net, loss_fn, loader)
+    operator = hessian(net, loss_fn, loader)
     operator.dense()
     with torch.no_grad():
         net[0].weight.mul_(1.5)
@@ -127,8 +129,8 @@ def test_a_change_of_the_weights_is_noticed():
 
 def test_a_subset_of_the_parameters_is_a_block_of_the_matrix():
     net, loss_fn, loader, *_ = problem()
-    whole = matrices.hessian(net, loss_fn, loader).dense()
-    part = matrices.hessian(net, loss_fn, loader, params="3.*")
+    whole = hessian(net, loss_fn, loader).dense()
+    part = hessian(net, loss_fn, loader, params="3.*")
     assert part.names == ["3.weight", "3.bias"]
     torch.testing.assert_close(part.dense(), whole[-18:, -18:])
 
@@ -138,7 +140,7 @@ def test_nothing_is_left_behind():
     net.train()
     net[0].weight.requires_grad_(False)
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    operator = matrices.hessian(net, loss_fn, loader)
+    operator = hessian(net, loss_fn, loader)
     operator @ torch.ones(operator.shape[0], dtype=torch.float64)
     assert net.training and all(p.grad is None for p in net.parameters()) and not net[0].weight.requires_grad
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
@@ -159,14 +161,14 @@ def test_fused_attention_has_its_second_derivative():
 
     net = Attend().double()
     x, y = torch.randn(3, 5, 4).double(), torch.randint(0, 4, (3,))
-    found = matrices.hessian(net, F.cross_entropy, [(x, y)]).dense()
+    found = hessian(net, F.cross_entropy, [(x, y)]).dense()
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         torch.testing.assert_close(found, dense_hessian(net, F.cross_entropy, x, y))
 
 
 def test_scipy_takes_the_operator():
     net, loss_fn, loader, *_ = problem()
-    operator = matrices.hessian(net, loss_fn, loader)
+    operator = hessian(net, loss_fn, loader)
     values = eigsh(operator.to_scipy(), k=3, which="LA", return_eigenvectors=False)
     assert np.allclose(sorted(values), torch.linalg.eigvalsh(operator.dense())[-3:].numpy())
 
@@ -174,11 +176,11 @@ def test_scipy_takes_the_operator():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda n, f, d: matrices.hessian(n, f, []), "empty"),
-        (lambda n, f, d: matrices.hessian(n, f, iter(d)), "walked only once"),
-        (lambda n, f, d: matrices.hessian(n, f, d, params="5.*"), "names no parameter"),
-        (lambda n, f, d: matrices.hessian(n, f, [d[0][0]]), "expected \\(inputs, targets\\)"),
-        (lambda n, f, d: matrices.fisher(n, lambda z, y: z.sum(), d), "cannot be known from the loss"),
+        (lambda n, f, d: hessian(n, f, []), "empty"),
+        (lambda n, f, d: hessian(n, f, iter(d)), "walked only once"),
+        (lambda n, f, d: hessian(n, f, d, params="5.*"), "names no parameter"),
+        (lambda n, f, d: hessian(n, f, [d[0][0]]), "expected \\(inputs, targets\\)"),
+        (lambda n, f, d: fisher(n, lambda z, y: z.sum(), d), "cannot be known from the loss"),
     ],
 )
 def test_bad_input_is_named_before_any_work(make, message):
@@ -191,16 +193,16 @@ def test_nan_in_the_loss_the_data_or_the_weights_is_said():
     net, loss_fn, loader, x, y = problem()
     v = torch.ones(sum(p.numel() for p in net.parameters())).double()
     with pytest.raises(InputError, match="NaN or infinite"):
-        matrices.hessian(net, loss_fn, [(x * float("nan"), y)]) @ v
+        hessian(net, loss_fn, [(x * float("nan"), y)]) @ v
     with pytest.raises(InputError, match="expected a scalar"):
-        matrices.hessian(net, lambda z, t: F.cross_entropy(z, t, reduction="none"), loader) @ v
+        hessian(net, lambda z, t: F.cross_entropy(z, t, reduction="none"), loader) @ v
     with torch.no_grad():
         net[0].weight[0, 0] = float("nan")
     with pytest.raises(InputError, match=r"weights hold NaN.*0\.weight"):
-        matrices.hessian(net, loss_fn, loader)
+        hessian(net, loss_fn, loader)
 
 
-@pytest.mark.parametrize("make", [matrices.gauss_newton, matrices.fisher])
+@pytest.mark.parametrize("make", [gauss_newton, fisher])
 def test_a_block_of_gauss_newton_and_fisher_is_its_columns(make):
     net, loss_fn, loader, *_ = problem()
     operator = make(net, loss_fn, loader)
@@ -225,7 +227,7 @@ def test_a_model_whose_operations_know_no_blocks_is_multiplied_column_by_column(
 
     net = Net(3, 2).double()
     x, y = torch.randn(5, 3).double(), torch.randn(5, 2).double()
-    operator = matrices.gauss_newton(net, F.mse_loss, [(x, y)])
+    operator = gauss_newton(net, F.mse_loss, [(x, y)])
     block = torch.randn(8, 3).double()
     torch.testing.assert_close(operator @ block, torch.stack([operator @ v for v in block.T], 1))
 
@@ -248,8 +250,8 @@ def test_the_fisher_of_token_models_averages_over_positions(last):
 
     net = Tokens().double()
     loader = [(torch.randn(6, 4, 2).double(), torch.randint(0, 3, (6, 4)))]
-    exact = matrices.gauss_newton(net, loss_fn, loader).dense()
-    found = matrices.fisher(net, loss_fn, loader, likelihood="categorical", samples=4000).dense()
+    exact = gauss_newton(net, loss_fn, loader).dense()
+    found = fisher(net, loss_fn, loader, likelihood="categorical", samples=4000).dense()
     assert (found - exact).norm() / exact.norm() < 0.05
 
 
@@ -257,8 +259,8 @@ def test_the_fisher_of_independent_answers_is_the_gauss_newton_matrix():
     torch.manual_seed(0)
     net = nn.Linear(2, 4).double()
     loader = [(torch.randn(6, 2).double(), torch.randint(0, 2, (6, 4)).double())]
-    exact = matrices.fisher(net, F.binary_cross_entropy_with_logits, loader, kind="exact").dense()
-    found = matrices.fisher(net, nn.BCEWithLogitsLoss(), loader, samples=4000).dense()
+    exact = fisher(net, F.binary_cross_entropy_with_logits, loader, kind="exact").dense()
+    found = fisher(net, nn.BCEWithLogitsLoss(), loader, samples=4000).dense()
     assert (found - exact).norm() / exact.norm() < 0.05
 
 
@@ -277,7 +279,7 @@ def test_tied_weights_count_once_and_a_dict_holds_the_logits():
     torch.manual_seed(0)
     net = Tied().double()
     tokens, y = torch.randint(0, 5, (7, 4)), torch.randint(0, 5, (7,))
-    operator = matrices.hessian(net, F.cross_entropy, [({"tokens": tokens}, y)])
+    operator = hessian(net, F.cross_entropy, [({"tokens": tokens}, y)])
     assert operator.names == ["embed.weight"]
 
     def risk(w):
@@ -300,7 +302,7 @@ def test_a_transformer_is_taken_as_it_is():
     def loss_fn(z, y):
         return F.cross_entropy(z[:, :-1].transpose(1, 2), y[:, 1:])
 
-    operator = matrices.hessian(net, loss_fn, [({"input_ids": tokens}, tokens)])
+    operator = hessian(net, loss_fn, [({"input_ids": tokens}, tokens)])
     u, v = torch.randn(2, operator.shape[0], dtype=torch.float64)
     torch.testing.assert_close(u @ (operator @ v), v @ (operator @ u))
 
@@ -326,7 +328,7 @@ class Counted:
 def test_a_shuffling_loader_gives_one_matrix_and_is_walked_once_where_memory_allows(cache_bytes):
     net, loss_fn, loader, x, y = problem()
     counted = Counted(loader)
-    operator = matrices.hessian(net, loss_fn, counted, cache_bytes=cache_bytes)
+    operator = hessian(net, loss_fn, counted, cache_bytes=cache_bytes)
     v = torch.randn(operator.shape[0]).double()
     expected = dense_hessian(net, loss_fn, x, y) @ v
     for _ in range(3):
@@ -337,12 +339,12 @@ def test_a_shuffling_loader_gives_one_matrix_and_is_walked_once_where_memory_all
 def test_train_mode_batches_cannot_be_split():
     net, loss_fn, loader, *_ = problem()
     with pytest.raises(InputError, match="cannot be split"):
-        matrices.hessian(net, loss_fn, loader, batchnorm="train", chunk=2)
+        hessian(net, loss_fn, loader, batchnorm="train", chunk=2)
 
 
 def test_new_running_statistics_are_noticed():
     net, loss_fn, loader, x, y = problem()
-    operator = matrices.hessian(net, loss_fn, loader)
+    operator = hessian(net, loss_fn, loader)
     operator.dense()
     net[2].running_var.mul_(3.0)
     torch.testing.assert_close(operator.dense(), dense_hessian(net, loss_fn, x, y))
@@ -356,16 +358,14 @@ def symmetric(eigenvalues, seed=0):
 
 def test_lanczos_is_orthonormal_and_reproduces_the_matrix():
     matrix = symmetric(torch.linspace(-1, 3, 30))
-    run = matrices.lanczos(matrix, 30)
+    run = lanczos(matrix, 30)
     torch.testing.assert_close(run.basis.T @ run.basis, torch.eye(30).double())
     torch.testing.assert_close(run.ritz()[0], torch.linspace(-1, 3, 30).double())
 
 
 def test_lanczos_finds_repeated_eigenvalues_after_a_breakdown():
     matrix = symmetric([2.0] * 5 + [1.0] * 3)
-    torch.testing.assert_close(
-        matrices.lanczos(matrix, 8).ritz()[0], torch.tensor([1.0] * 3 + [2.0] * 5).double()
-    )
+    torch.testing.assert_close(lanczos(matrix, 8).ritz()[0], torch.tensor([1.0] * 3 + [2.0] * 5).double())
 
 
 def spiked():
@@ -377,7 +377,7 @@ def spiked():
 
 def ghosts(how: str, window: int = 10) -> int:
     """How often the greatest eigenvalue comes back."""
-    found = matrices.spectral_density(spiked(), steps=80, probes=1, reorthogonalise=how, window=window)
+    found = spectral_density(spiked(), steps=80, probes=1, reorthogonalise=how, window=window)
     return int((found.nodes > 1000).sum()) - 1
 
 
@@ -386,36 +386,34 @@ def test_each_reorthogonalisation_does_what_its_name_says():
     assert ghosts("none") >= 2 and ghosts("window", 3) >= 2
     assert ghosts("full") == ghosts("selective") == 0
     # A window as long as the run is all of it.
-    wide = matrices.spectral_density(spiked(), steps=80, probes=1, reorthogonalise="window", window=80)
-    full = matrices.spectral_density(spiked(), steps=80, probes=1)
+    wide = spectral_density(spiked(), steps=80, probes=1, reorthogonalise="window", window=80)
+    full = spectral_density(spiked(), steps=80, probes=1)
     torch.testing.assert_close(wide.nodes, full.nodes)
 
 
 @pytest.mark.parametrize("how", ["full", "window", "selective", "none"])
 def test_moments_hold_with_any_reorthogonalisation(how):
     # Ghosts share a weight between copies of an eigenvalue, so that no moment feels them.
-    found = matrices.spectral_density(spiked(), steps=80, probes=2, reorthogonalise=how, seed=3)
-    full = matrices.spectral_density(spiked(), steps=80, probes=2, seed=3)
+    found = spectral_density(spiked(), steps=80, probes=2, reorthogonalise=how, seed=3)
+    full = spectral_density(spiked(), steps=80, probes=2, seed=3)
     torch.testing.assert_close(found.weights.sum(1), torch.ones(2).double())
     torch.testing.assert_close(found.moments, full.moments, rtol=1e-4, atol=0)
     assert found.to_dict()["seed"] == 3
 
 
 def test_what_is_kept_follows_the_reorthogonalisation():
-    from lineament.core.curvature.krylov import kept
-
-    assert [kept(80, how, 10) for how in ("full", "selective", "window", "none")] == [80, 80, 10, 2]
+    assert [basis_size(80, how, 10) for how in ("full", "selective", "window", "none")] == [80, 80, 10, 2]
     with pytest.raises(InputError, match="reorthogonalise"):
-        matrices.spectral_density(torch.eye(3), reorthogonalise="fully")
+        spectral_density(torch.eye(3), reorthogonalise="fully")
     with pytest.raises(InputError, match="window"):
-        matrices.spectral_density(torch.eye(3), reorthogonalise="window", window=1)
+        spectral_density(torch.eye(3), reorthogonalise="window", window=1)
 
 
 @pytest.mark.parametrize("which", ["largest", "smallest", "both", "magnitude"])
 def test_top_eigenpairs_at_either_end(which):
     values = torch.cat([torch.linspace(-1, 1, 190), torch.tensor([9.0, 5.0, 3.0, -7.0, -4.0])]).double()
     matrix = symmetric(values)
-    found = matrices.top_eigenpairs(matrix, 2, which=which, tol=1e-9)
+    found = top_eigenpairs(matrix, 2, which=which, tol=1e-9)
     expected = {"largest": [9, 5], "smallest": [-7, -4], "both": [9, 5, -7, -4], "magnitude": [9, -7]}[which]
     assert found.converged and found.products < 195
     torch.testing.assert_close(found.values, torch.tensor(expected).double())
@@ -426,7 +424,7 @@ def test_top_eigenpairs_at_either_end(which):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_least_eigenvalue_is_not_just_any_that_is_small_beside_the_greatest(seed):
     values = torch.cat([torch.linspace(-0.02, 0.02, 300), torch.tensor([10.0, 4.0, -0.2, -0.15])]).double()
-    found = matrices.top_eigenpairs(symmetric(values), 1, which="both", tol=2e-2, seed=seed)
+    found = top_eigenpairs(symmetric(values), 1, which="both", tol=2e-2, seed=seed)
     assert found.converged
     torch.testing.assert_close(found.values, torch.tensor([10.0, -0.2]).double(), rtol=2e-2, atol=0)
 
@@ -436,8 +434,8 @@ def test_the_least_eigenvalue_is_not_just_any_that_is_small_beside_the_greatest(
 def test_values_alone_are_as_accurate_as_asked_for_in_fewer_products(tol, seed):
     values = torch.cat([torch.linspace(-1, 1, 290), torch.tensor([3.0, 2.5, 2.0, -1.8])]).double()
     matrix = symmetric(values)
-    vectors = matrices.top_eigenpairs(matrix, 2, tol=tol, seed=seed)
-    found = matrices.top_eigenpairs(matrix, 2, tol=tol, accurate="values", seed=seed)
+    vectors = top_eigenpairs(matrix, 2, tol=tol, seed=seed)
+    found = top_eigenpairs(matrix, 2, tol=tol, accurate="values", seed=seed)
     assert found.converged and found.products <= vectors.products
     assert float((found.values - torch.tensor([3.0, 2.5]).double()).abs().max()) <= tol * 3
     if tol < 1e-3:
@@ -445,21 +443,21 @@ def test_values_alone_are_as_accurate_as_asked_for_in_fewer_products(tol, seed):
 
 
 def test_values_alone_of_a_matrix_smaller_than_the_space():
-    found = matrices.top_eigenpairs(symmetric([3.0, 1.0, -2.0]), 3, accurate="values", which="magnitude")
+    found = top_eigenpairs(symmetric([3.0, 1.0, -2.0]), 3, accurate="values", which="magnitude")
     assert found.converged
     torch.testing.assert_close(found.values, torch.tensor([3.0, -2.0, 1.0]).double())
     with pytest.raises(InputError, match="accurate"):
-        matrices.top_eigenpairs(symmetric([3.0, 1.0]), 1, accurate="value")  # pyright: ignore
+        top_eigenpairs(symmetric([3.0, 1.0]), 1, accurate="value")  # pyright: ignore
 
 
 def test_top_eigenpairs_restart_when_the_spectrum_is_dense_and_say_when_they_stop_short():
     matrix = symmetric(torch.linspace(0, 1, 400))
-    found = matrices.top_eigenpairs(matrix, 3, tol=1e-6, max_products=2000)
+    found = top_eigenpairs(matrix, 3, tol=1e-6, max_products=2000)
     assert found.converged
     torch.testing.assert_close(
         found.values, torch.linspace(0, 1, 400).double().flip(0)[:3], atol=1e-6, rtol=0
     )
-    short = matrices.top_eigenpairs(matrix, 3, tol=1e-12, max_products=20)
+    short = top_eigenpairs(matrix, 3, tol=1e-12, max_products=20)
     assert not short.converged and short.products <= 20
 
 
@@ -467,7 +465,7 @@ def test_top_eigenpairs_restart_when_the_spectrum_is_dense_and_say_when_they_sto
 def test_trace_is_unbiased_and_its_error_is_honest(method):
     matrix = symmetric([2.0**-i for i in range(60)] + [-0.01] * 20)
     true = float(torch.trace(matrix))
-    runs = [matrices.trace(matrix, 24, method=method, seed=s) for s in range(200)]
+    runs = [trace(matrix, 24, method=method, seed=s) for s in range(200)]
     values = torch.tensor([r.value for r in runs])
     spread = float(values.std())
     assert abs(float(values.mean()) - true) < 4 * spread / 200**0.5
@@ -476,10 +474,10 @@ def test_trace_is_unbiased_and_its_error_is_honest(method):
 
 def test_xtrace_is_exact_on_low_rank_and_better_than_hutchinson():
     low = symmetric([5.0, -3.0, 1.0] + [0.0] * 40)
-    assert abs(matrices.trace(low, 20).value - 3.0) < 1e-10
+    assert abs(trace(low, 20).value - 3.0) < 1e-10
     matrix = symmetric([2.0**-i for i in range(80)])
     errors = {
-        m: sum(abs(matrices.trace(matrix, 24, method=m, seed=s).value - 2) for s in range(20))
+        m: sum(abs(trace(matrix, 24, method=m, seed=s).value - 2) for s in range(20))
         for m in ("xtrace", "hutch++", "hutchinson")
     }
     assert errors["xtrace"] < errors["hutch++"] < errors["hutchinson"]
@@ -487,7 +485,7 @@ def test_xtrace_is_exact_on_low_rank_and_better_than_hutchinson():
 
 def test_density_has_the_moments_and_the_mass_of_the_matrix():
     values = torch.cat([torch.zeros(150), torch.linspace(1, 2, 50)]).double()
-    density = matrices.spectral_density(symmetric(values), steps=30, probes=12)
+    density = spectral_density(symmetric(values), steps=30, probes=12)
     torch.testing.assert_close(density.weights.sum(1), torch.ones(12).double())
     for power in range(1, 5):
         error = abs(float(density.moments[power - 1] - (values**power).mean()))
@@ -500,7 +498,7 @@ def test_density_has_the_moments_and_the_mass_of_the_matrix():
 
 def test_results_plot_and_give_plain_numbers():
     matrix = symmetric([3.0, 2.0, 1.0])
-    for result in (matrices.top_eigenpairs(matrix, 2), matrices.spectral_density(matrix, steps=3)):
+    for result in (top_eigenpairs(matrix, 2), spectral_density(matrix, steps=3)):
         assert result.plot().get_xlabel()
         assert isinstance(result.to_dict(), dict)
 
@@ -508,7 +506,7 @@ def test_results_plot_and_give_plain_numbers():
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
 def test_repeated_eigenvalues_are_found_as_often_as_they_are_there(k):
     matrix = symmetric([5.0] * 3 + [3.0] * 2 + [0.0] * 100 + [-1.0] * 2)
-    found = matrices.top_eigenpairs(matrix, k, tol=1e-8)
+    found = top_eigenpairs(matrix, k, tol=1e-8)
     torch.testing.assert_close(found.values, torch.tensor([5.0, 5.0, 5.0, 3.0, 3.0]).double()[:k])
     torch.testing.assert_close(found.vectors.T @ found.vectors, torch.eye(k).double())
 
@@ -526,7 +524,7 @@ def test_no_more_products_than_allowed(limit):
             calls += 1 if v.ndim == 1 else v.shape[1]
             return matrix @ v
 
-    found = matrices.top_eigenpairs(Counting(), 3, tol=1e-12, max_products=limit)
+    found = top_eigenpairs(Counting(), 3, tol=1e-12, max_products=limit)
     assert calls == found.products <= limit and not found.converged
     actual = (matrix @ found.vectors - found.vectors * found.values).norm(dim=0)
     torch.testing.assert_close(actual, found.residuals)
@@ -534,9 +532,9 @@ def test_no_more_products_than_allowed(limit):
 
 def test_probes_in_step_are_those_run_one_after_another(monkeypatch):
     matrix = symmetric([2.0] * 5 + [1.0] * 3 + [-1.0] * 4)
-    together = matrices.spectral_density(matrix, steps=8, probes=3)
+    together = spectral_density(matrix, steps=8, probes=3)
     monkeypatch.setattr("lineament.core.curvature.density._BASES_BYTES", 1)
-    apart = matrices.spectral_density(matrix, steps=8, probes=3)
+    apart = spectral_density(matrix, steps=8, probes=3)
     torch.testing.assert_close(together.moments, apart.moments)
     torch.testing.assert_close(together.moment_errors, apart.moment_errors)
 
@@ -545,14 +543,14 @@ def test_the_quadrature_is_exact_up_to_its_degree():
     matrix = symmetric(torch.linspace(-1, 2, 40))
     start = torch.randn(40).double()
     start /= start.norm()
-    values, vectors = matrices.lanczos(matrix, 4, start=start).ritz()
+    values, vectors = lanczos(matrix, 4, start=start).ritz()
     for power in range(8):
         exact = start @ torch.linalg.matrix_power(matrix, power) @ start
         torch.testing.assert_close((vectors[0].square() * values**power).sum(), exact)
 
 
 def test_a_trace_plots_with_its_error():
-    found = matrices.trace(symmetric([3.0, 2.0, 1.0, 0.5]), 3, method="hutchinson")
+    found = trace(symmetric([3.0, 2.0, 1.0, 0.5]), 3, method="hutchinson")
     assert found.plot().get_ylabel() == "trace"
     assert found.to_dict()["products"] == 3
-    assert matrices.trace(torch.eye(3), 1, method="hutchinson").to_dict()["standard_error"] is None
+    assert trace(torch.eye(3), 1, method="hutchinson").to_dict()["standard_error"] is None

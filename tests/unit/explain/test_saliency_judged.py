@@ -153,7 +153,8 @@ def test_a_second_meta_step_starts_from_the_first_and_negating_turns_it_round():
     with unchanged(net):
         found = meta_saliency(net, x, 3, eps=eps, order=2, site="5")
         negated = meta_saliency(net, x, 3, eps=eps, negate=True, site="5")
-    for sign, steps, maps in ((1, 2, found), (-1, 1, negated)):
+        once = meta_saliency(net, x, 3, eps=eps, site="5")
+    for sign, steps, maps in ((1, 2, found), (-1, 1, negated), (1, 1, once)):
         other = copy.deepcopy(net).eval()
         for _ in range(steps):
             loss = F.cross_entropy(other(x[1:]), torch.tensor([3]))
@@ -181,6 +182,9 @@ def test_spearman_ranks_raw_values_in_float64_and_knows_rounding_noise():
     constant = F.interpolate(torch.full((1, 1, 3, 5), 0.1), (48, 37), mode="bilinear") * 7.3
     noisy = constant + 1e-8 * torch.randn(constant.shape)
     assert spearman(noisy, torch.rand(1, 1, 48, 37)).isnan().all()
+    tied = [torch.randint(0, 4, (5, 30)).double() for _ in range(2)]
+    expected = [spearmanr(x, y).statistic for x, y in zip(*tied)]
+    assert spearman(*tied).tolist() == pytest.approx(expected)
     ranked = torch.arange(30.0).reshape(1, 1, 5, 6)
     assert spearman(ranked, ranked.square()).item() == 1.0 and spearman(ranked, -ranked).item() == -1.0
 
@@ -190,9 +194,15 @@ def test_randomised_weights_by_layer():
     with unchanged(net):
         found = randomisation(net, x, site=":in", method="linear_approx", layers=["0", "4"])
         alone = randomisation(net, x, site=":in", method="linear_approx", layers="4", mode="independent")
+        both = [
+            randomisation(net, x, site=":in", method="linear_approx", mode=m)
+            for m in ("cascading", "independent")
+        ]
         moving = randomisation(net, x, site=":in", method="linear_approx", layers="0", retarget=True)
     assert found.layers == ["4", "0"] and alone.layers == ["4"] and found.skipped == []
     assert not torch.equal(alone.raw[0].per_image, found.raw[0].per_image)
+    # The same weights are drawn in both modes: the first layer from the output is alone in both.
+    torch.testing.assert_close(both[0].raw[0].per_image, both[1].raw[0].per_image)
     assert found.raw[1].mean < 0.9 and moving.layers == ["0"]
     json.dumps(found.to_dict(), allow_nan=False)
     with pytest.raises(InputError, match="mode"):

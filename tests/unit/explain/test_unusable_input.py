@@ -144,36 +144,3 @@ def test_labels_from_another_range_are_named_by_place(call):
 def test_a_model_with_one_output_has_no_accuracy():
     with pytest.raises(InputError, match="with at least two classes"):
         accuracy(nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), X, Y)
-
-
-TRAIN = Training(network, epochs=10, lr=1e-2, select="last")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"fractions": 0.5}, "fractions: got 0.5, expected a list of kept shares"),
-        ({"fractions": []}, "fractions: got none"),
-        ({"fractions": [1.5]}, r"fractions: got 1.5, expected a number in \[0, 1\]"),
-        ({"fractions": [-0.1]}, "fractions: got -0.1"),
-        ({"fractions": [10]}, "fractions: got 10"),
-        ({"seeds": 3}, r"seeds: got 3, expected a list of seeds, such as range\(3\)"),
-        ({"train_fn": lambda x, y: network()}, r"train_fn\(inputs, targets, seed\) and takes \(x, y\)"),
-        ({"train_fn": lambda x, y, seed: network()}, "looks untrained"),
-        ({"train_fn": Training(network, epochs=1, lr=1e-9, select="last")}, "looks untrained"),
-        ({"attribute_fn": lambda x: None}, "attribute_fn: it returned None for 200 inputs"),
-        ({"attribute_fn": lambda x: x[:, :, :4]}, r"expected \(batch, 1, 8, 8\)$"),
-        ({"data": data()[:3]}, "data: got 3 parts, expected four"),
-        ({"data": (X, Y + 1, X, Y + 1)}, "targets: got label 3 at position"),
-    ],
-)
-def test_what_diffroar_cannot_use(options, message):
-    call = {
-        "attribute_fn": attribution(network()),
-        "train_fn": TRAIN,
-        "data": data(),
-        "fractions": [0.5],
-        "seeds": [0],
-    }
-    with pytest.raises(InputError, match=message):
-        diffroar(**{**call, **options})

@@ -5,15 +5,18 @@ from __future__ import annotations
 import pickle
 import sys
 import zipfile
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lineament.core.checks import InputError
+from lineament.data.samples import Samples
 from lineament.load import arrays
-from lineament.load.data import load
+from lineament.load.data import load_data
 
 HOSTILE = ["<script>alert(1)<", "a\u202eb", "quote\"'&", "tab\there"]
 
@@ -31,12 +34,12 @@ def images():
 def test_npz_reads_the_chosen_rows_and_only_those(tmp_path, images):
     x = np.arange(10_000 * 7, dtype=np.float64).reshape(10_000, 7)
     path = save(tmp_path / "a.npz", x=x, y=np.arange(10_000) % 3)
-    found = load(path, samples=50, seed=3)
+    found = load_data(path, samples=50, seed=3)
     assert len(found) == 50 and found.total == 10_000
     assert torch.equal(found.inputs, torch.from_numpy(x[found.index.numpy()]).float())
     assert torch.equal(found.targets, found.index % 3)
-    assert torch.equal(found.index, load(path, samples=50, seed=3).index)
-    assert not torch.equal(found.index, load(path, samples=50, seed=4).index)
+    assert torch.equal(found.index, load_data(path, samples=50, seed=3).index)
+    assert not torch.equal(found.index, load_data(path, samples=50, seed=4).index)
 
 
 def test_npz_holds_no_more_than_the_budget(tmp_path):
@@ -44,7 +47,7 @@ def test_npz_holds_no_more_than_the_budget(tmp_path):
 
     path = save(tmp_path / "a.npz", x=np.zeros((200, 500, 500), np.uint8), y=np.arange(200) % 2)
     tracemalloc.start()
-    found = load(path, samples=4)
+    found = load_data(path, samples=4)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert found.inputs.shape == (4, 500, 500)
@@ -54,7 +57,7 @@ def test_npz_holds_no_more_than_the_budget(tmp_path):
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_npz_in_either_memory_order(tmp_path, images, order):
     path = save(tmp_path / "a.npz", images=np.asarray(images, order=order), labels=np.arange(30) % 2)
-    found = load(path, samples=11)
+    found = load_data(path, samples=11)
     assert found.inputs.dtype == torch.uint8
     assert np.array_equal(found.inputs.numpy(), images[found.index.numpy()])
 
@@ -66,21 +69,21 @@ def test_npz_names_targets_classes_and_groups(tmp_path, images):
         kind=np.array(["cat", "dog", "<b>"] * 10),
         site=np.array(["north", "south"] * 15),
     )
-    found = load(path, inputs="pictures", targets="kind", groups="site")
+    found = load_data(path, inputs="pictures", targets="kind", groups="site")
     assert found.classes == ("<b>", "cat", "dog") and found.targets[:3].tolist() == [1, 2, 0]
     assert found.group_names == ("north", "south") and found.groups is not None
     assert found.groups[:4].tolist() == [0, 1, 0, 1]
-    with pytest.raises(InputError, match=r"--groups: 'sites' is not in the data; nearest: 'site'"):
-        load(path, inputs="pictures", targets="kind", groups="sites")
-    with pytest.raises(InputError, match=r"holds 'pictures', 'kind', 'site'.*--inputs NAME"):
-        load(path)
+    with pytest.raises(InputError, match=r"groups: 'sites' is not in the data; nearest: 'site'"):
+        load_data(path, inputs="pictures", targets="kind", groups="sites")
+    with pytest.raises(InputError, match=r"say which of 'pictures', 'kind', 'site'"):
+        load_data(path)
 
 
 def test_npz_targets_go_with_their_inputs(tmp_path, images):
     path = save(
         tmp_path / "a.npz", x_train=images, y_train=np.ones(30, int), x_test=images[:4], y_test=np.arange(4)
     )
-    found = load(path)
+    found = load_data(path)
     assert found.targets.tolist() == [0, 1, 2, 3]
 
 
@@ -89,11 +92,11 @@ def test_groups_from_files_follow_the_budget(tmp_path, images):
     (tmp_path / "g.txt").write_text("\n".join(f"g{i % 3}" for i in range(30)))
     np.save(tmp_path / "g.npy", np.arange(30) % 3)
     for name in ("g.txt", "g.npy"):
-        found = load(path, samples=9, groups=str(tmp_path / name))
+        found = load_data(path, samples=9, groups=str(tmp_path / name))
         assert found.groups is not None and torch.equal(found.groups, found.index % 3)
     np.save(tmp_path / "short.npy", np.arange(7))
     with pytest.raises(InputError, match="expected one entry for each of 30 samples"):
-        load(path, groups=str(tmp_path / "short.npy"))
+        load_data(path, groups=str(tmp_path / "short.npy"))
 
 
 def test_npz_that_cannot_be_used(tmp_path, images):
@@ -103,13 +106,13 @@ def test_npz_that_cannot_be_used(tmp_path, images):
         "lengths": ({"x": images, "y": y[:7]}, "expected as many samples in both"),
         "nan": ({"x": np.where(images > 250, np.nan, 1.0), "y": y}, r"NaN or infinite values in \d+ of 30"),
         "onehot": ({"x": images, "y": np.eye(2, dtype=int)[y]}, "one-hot rows: pass their argmax"),
-        "words": ({"x": np.array([["a"]] * 30), "y": y}, "expected numbers"),
+        "words": ({"x": np.array([["a"]] * 30), "y": y}, "expected images or numbers"),
         "complex": ({"x": images, "y": y.astype(complex)}, "expected class numbers"),
         "scalar": ({"x": images, "y": np.array(3)}, "is a single number"),
     }
     for name, (found, message) in cases.items():
         with pytest.raises(InputError, match=message):
-            load(save(tmp_path / f"{name}.npz", **found))
+            load_data(save(tmp_path / f"{name}.npz", **found))
 
 
 def test_npz_of_python_objects_is_never_unpickled(tmp_path, images):
@@ -122,7 +125,7 @@ def test_npz_of_python_objects_is_never_unpickled(tmp_path, images):
     path = tmp_path / "a.npz"
     np.savez(path, x=np.array([Bomb()] * 2, dtype=object), y=np.arange(2))
     with pytest.raises(InputError, match="holds Python objects, which only a pickle can restore"):
-        load(path)
+        load_data(path)
     assert not bomb.exists()
 
 
@@ -131,7 +134,7 @@ def test_corrupt_npz(tmp_path, images, cut):
     path = save(tmp_path / "a.npz", x=images, y=np.arange(30))
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(InputError, match=r"corrupt or no \.npz file"):
-        load(path)
+        load_data(path)
 
 
 def test_npz_with_a_damaged_middle(tmp_path, images):
@@ -141,7 +144,7 @@ def test_npz_with_a_damaged_middle(tmp_path, images):
     raw[400:440] = bytes(40)
     path.write_bytes(raw)
     with pytest.raises(InputError, match=r"corrupt|damaged|ends too early"):
-        load(path)
+        load_data(path)
 
 
 def test_npz_whose_header_lies(tmp_path):
@@ -154,16 +157,16 @@ def test_npz_whose_header_lies(tmp_path):
                 + f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n" + b"\0" * 8,
             )  # fmt: skip
     with pytest.raises(InputError, match="ends too early"):
-        load(path)
+        load_data(path)
 
 
 def test_missing_or_foreign_files(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
-        load(tmp_path / "nothing.npz")
+        load_data(tmp_path / "nothing.npz")
     other = tmp_path / "data.pkl"
     other.write_bytes(pickle.dumps([1, 2]))
     with pytest.raises(InputError, match=r"kind '\.pkl', expected an \.npz file"):
-        load(other)
+        load_data(other)
 
 
 @pytest.fixture
@@ -177,11 +180,11 @@ def folder(tmp_path):
 
 
 def test_image_folder_keeps_hostile_names_raw(folder):
-    found = load(folder)
+    found = load_data(folder)
     assert found.classes == tuple(sorted(HOSTILE)) and found.inputs.shape == (12, 6, 8, 3)
     assert found.targets.bincount().tolist() == [3, 3, 3, 3]
-    assert load(folder, image_size=(4, 5)).inputs.shape == (12, 4, 5, 3)
-    assert len(load(folder, samples=5)) == 5
+    assert load_data(folder, image_size=(4, 5)).inputs.shape == (12, 4, 5, 3)
+    assert len(load_data(folder, samples=5)) == 5
 
 
 def test_image_folder_reads_no_more_than_the_budget(folder, monkeypatch):
@@ -190,36 +193,36 @@ def test_image_folder_reads_no_more_than_the_budget(folder, monkeypatch):
     opened = []
     real = folders._read
     monkeypatch.setattr(folders, "_read", lambda file: opened.append(file) or real(file))
-    load(folder, samples=5)
+    load_data(folder, samples=5)
     assert len(opened) == 5
 
 
 def test_image_folders_that_cannot_be_used(tmp_path, folder):
     Image.new("RGB", (9, 9)).save(folder / HOSTILE[0] / "z.png")
-    with pytest.raises(InputError, match=r"different sizes.*--image-size"):
-        load(folder)
+    with pytest.raises(InputError, match=r"different sizes.*`image_size`"):
+        load_data(folder)
     (folder / HOSTILE[1] / "broken.jpg").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"broken\.jpg.*cannot be read"):
-        load(folder, image_size=4)
+        load_data(folder, image_size=4)
     (tmp_path / "bare").mkdir()
     with pytest.raises(InputError, match="holds no folders with images"):
-        load(tmp_path / "bare")
+        load_data(tmp_path / "bare")
     for split in ("train", "test"):
         (tmp_path / "splits" / split / "cat").mkdir(parents=True)
         Image.new("L", (4, 4)).save(tmp_path / "splits" / split / "cat" / "a.png")
     with pytest.raises(InputError, match=r"splits test, train, not classes; pass one"):
-        load(tmp_path / "splits")
+        load_data(tmp_path / "splits")
 
 
 def test_grey_image_folder(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         Image.new("L", (7, 5), 9).save(tmp_path / name / "i.png")
-    assert load(tmp_path).inputs.shape == (2, 5, 7)
+    assert load_data(tmp_path).inputs.shape == (2, 5, 7)
 
 
 def test_digits():
-    found = load("digits")
+    found = load_data("digits")
     assert found.inputs.shape == (1797, 1, 8, 8) and float(found.inputs.max()) == 1.0
 
 
@@ -245,27 +248,27 @@ def test_hugging_face_data_set(tmp_path):
     }
     table = datasets.Dataset.from_dict(rows, features=features)
     table.save_to_disk(tmp_path / "one")
-    found = load(tmp_path / "one", groups="place")
+    found = load_data(tmp_path / "one", groups="place")
     assert found.inputs.shape == (8, 6, 6) and found.classes == tuple(HOSTILE[:2])
     assert found.groups is not None and found.groups.tolist() == [0, 0, 1, 1] * 2
     DatasetDict(train=table, test=table.select(range(2))).save_to_disk(tmp_path / "both")
-    assert len(load(tmp_path / "both")) == 2
-    assert len(load(tmp_path / "both", split="train", samples=3)) == 3
-    with pytest.raises(InputError, match=r"--split: 'tset' is not in the data; nearest: 'test'"):
-        load(tmp_path / "both", split="tset")
+    assert len(load_data(tmp_path / "both")) == 2
+    assert len(load_data(tmp_path / "both", split="train", samples=3)) == 3
+    with pytest.raises(InputError, match=r"split: 'tset' is not in the data; nearest: 'test'"):
+        load_data(tmp_path / "both", split="tset")
     with pytest.raises(InputError, match="'nowhere' is not in the data"):
-        load(tmp_path / "one", groups="nowhere")
+        load_data(tmp_path / "one", groups="nowhere")
     for file in (tmp_path / "one").glob("*.arrow"):
         file.write_bytes(b"cut")
     with pytest.raises(InputError, match="no readable Hugging Face data set"):
-        load(tmp_path / "one")
+        load_data(tmp_path / "one")
 
 
 def test_without_the_hub_extra(tmp_path, monkeypatch):
     (tmp_path / "state.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"install lineament\[hub\]"):
-        load(tmp_path)
+        load_data(tmp_path)
 
 
 def test_a_class_folder_without_images_keeps_its_number(tmp_path):
@@ -273,7 +276,7 @@ def test_a_class_folder_without_images_keeps_its_number(tmp_path):
         (tmp_path / name).mkdir()
     for name in ("ant", "cat"):
         Image.new("L", (4, 4), 200).save(tmp_path / name / "a.png")
-    found = load(str(tmp_path), samples=10)
+    found = load_data(str(tmp_path), samples=10)
     assert found.classes == ("ant", "bee", "cat") and found.targets.tolist() == [0, 2]
     assert any("'bee'" in note for note in found.notes)
 
@@ -282,7 +285,7 @@ def test_pictures_of_sixteen_bits_are_not_clipped(tmp_path):
     for name, value in (("dark", 64 << 8), ("light", 200 << 8)):
         (tmp_path / name).mkdir()
         Image.fromarray(np.full((4, 4), value, dtype=np.uint16)).save(tmp_path / name / "a.png")
-    found = load(str(tmp_path), samples=10)
+    found = load_data(str(tmp_path), samples=10)
     assert found.inputs.dtype == torch.uint8 and found.inputs[:, 0, 0].tolist() == [64, 200]
 
 
@@ -299,8 +302,8 @@ def test_a_size_that_no_memory_holds_is_refused_before_any_image_is_enlarged(
     for index in range(3):
         Image.new("L", (4, 4)).save(tmp_path / "cat" / f"{index}.png")
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1 << 16}.__getitem__)
-    with pytest.raises(InputError, match=f"--image-size: .*{said}"):
-        load(tmp_path, image_size=size)
+    with pytest.raises(InputError, match=f"image_size: .*{said}"):
+        load_data(tmp_path, image_size=size)
 
 
 def test_a_header_that_claims_more_than_the_file_holds_makes_nothing_of_that_size(tmp_path):
@@ -310,4 +313,55 @@ def test_a_header_that_claims_more_than_the_file_holds_makes_nothing_of_that_siz
             file, {"descr": "|u1", "fortran_order": False, "shape": (10, 10**6, 10**6)}
         )
     with pytest.raises(InputError, match="ends too early"):
-        load(path)
+        load_data(path)
+
+
+def in_memory_forms():
+    x, y = torch.arange(60.0).view(20, 3), torch.arange(20) % 4
+    pair = TensorDataset(x, y)
+    return {
+        "tensors": (x, y),
+        "arrays": (x.numpy(), y.numpy()),
+        "lists": (x.tolist(), y.tolist()),
+        "samples": Samples(x, y),
+        "dataset": pair,
+        "subset": Subset(pair, range(20)),
+        "loader": DataLoader(pair, batch_size=6),
+    }
+
+
+@pytest.mark.parametrize("form", in_memory_forms())
+def test_data_in_memory_come_in_every_form(form):
+    data = in_memory_forms()[form]
+    whole = load_data(data, groups=["a", "b"] * 10, classes=["n", "e", "s", "w"])
+    assert torch.equal(whole.inputs, torch.arange(60.0).view(20, 3)) and whole.classes == ("n", "e", "s", "w")
+    assert whole.targets.tolist() == [k % 4 for k in range(20)] and whole.groups.tolist() == [0, 1] * 10
+    some = load_data(data, samples=7, seed=1)
+    assert len(some) == 7 and torch.equal(some.inputs[:, 0], 3.0 * some.index)
+    assert form == "loader" or some.total == 20
+
+
+def test_data_in_memory_of_another_form_are_refused():
+    for data, said in (
+        (5, "expected a pair"),
+        ((torch.zeros(3, 2), torch.zeros(2)), "3 inputs and 2 targets"),
+        (DataLoader(TensorDataset(torch.zeros(0, 2), torch.zeros(0))), "it is empty"),
+        ((torch.full((2, 2), torch.nan), torch.tensor([0, 1])), "NaN or infinite values in 2 of 2"),
+    ):
+        with pytest.raises(InputError, match=said):
+            load_data(data)
+
+
+def test_a_dataset_larger_than_the_memory_is_not_read_whole():
+    class Large(Dataset):
+        fetched: ClassVar[list] = []
+
+        def __len__(self):
+            return 10**9
+
+        def __getitem__(self, row):
+            self.fetched.append(row)
+            return torch.zeros(2), row % 2
+
+    found = load_data(Large(), samples=5)
+    assert len(Large.fetched) == 5 and found.total == 10**9 and found.index.tolist() == Large.fetched

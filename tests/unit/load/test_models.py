@@ -14,7 +14,8 @@ from torch import nn
 from lineament.core.checks import InputError
 from lineament.core.models import frozen
 from lineament.core.sites.depth import default_sites, expected_input
-from lineament.load.models import digest, load
+from lineament.load.models import load_model
+from lineament.load.weights import digest
 
 NET = """
     from torch import nn
@@ -49,12 +50,12 @@ def net(tmp_path):
 
 
 def test_factory_in_a_file_and_in_a_module(net, tmp_path, monkeypatch):
-    assert isinstance(load(f"{net}:make").model[1], nn.Linear)
-    assert load(f"{net}:Small").model.weight.shape == (3, 16)
-    assert load(f"{net}:ready").model.in_features == 4
+    assert isinstance(load_model(f"{net}:make").model[1], nn.Linear)
+    assert load_model(f"{net}:Small").model.weight.shape == (3, 16)
+    assert load_model(f"{net}:ready").model.in_features == 4
     monkeypatch.chdir(tmp_path)
-    assert len(load("net:make").model) == 4
-    assert not load("net:make").model.training
+    assert len(load_model("net:make").model) == 4
+    assert not load_model("net:make").model.training
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_factory_in_a_file_and_in_a_module(net, tmp_path, monkeypatch):
 )
 def test_factories_that_make_no_network(net, name, message):
     with pytest.raises(InputError, match=message):
-        load(f"{net}:{name}")
+        load_model(f"{net}:{name}")
 
 
 def test_files_that_are_no_model(tmp_path, net):
@@ -77,7 +78,7 @@ def test_files_that_are_no_model(tmp_path, net):
     for name, message in cases.items():
         (tmp_path / name).write_bytes(b"\x80\x04")
         with pytest.raises(InputError, match=message):
-            load(str(tmp_path / name))
+            load_model(str(tmp_path / name))
     (tmp_path / "bad.py").write_text("1 / 0")
     for text, message in (
         (f"{tmp_path}/bad.py:make", r"importing .* failed \(ZeroDivisionError"),
@@ -88,47 +89,47 @@ def test_files_that_are_no_model(tmp_path, net):
         ("nowhere_at_all:make", r"importing 'nowhere_at_all' failed \(ModuleNotFoundError"),
     ):
         with pytest.raises(InputError, match=message):
-            load(text)
+            load_model(text)
 
 
 def test_weights_fit_exactly_or_are_refused(net, tmp_path):
-    state = load(f"{net}:make").model.state_dict()
+    state = load_model(f"{net}:make").model.state_dict()
     good = {name: torch.ones_like(value) for name, value in state.items()}
     path = tmp_path / "w.safetensors"
     save_file(good, path)
-    assert float(load(f"{net}:make", weights=path).model[3].weight.sum()) == 18
+    assert float(load_model(f"{net}:make", weights=path).model[3].weight.sum()) == 18
     wrong = {**good, "extra": torch.ones(1), "1.weight": torch.ones(2, 2)}
     del wrong["3.bias"]
     save_file(wrong, path)
     with pytest.raises(InputError) as caught:
-        load(f"{net}:make", weights=path)
+        load_model(f"{net}:make", weights=path)
     text = str(caught.value)
     assert "missing in the file: 3.bias" in text and "unexpected in the file: extra" in text
     assert "1.weight is (2, 2) in the file and (6, 16) in the model" in text
     save_file({**good, "1.bias": torch.full((6,), float("nan"))}, path)
     with pytest.raises(InputError, match=r"NaN or infinite values in weights: 1\.bias"):
-        load(f"{net}:make", weights=path)
+        load_model(f"{net}:make", weights=path)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_pickle_where_safetensors_is_expected(net, tmp_path, legacy):
     path = tmp_path / "w.pt"
-    state = load(f"{net}:make").model.state_dict()
+    state = load_model(f"{net}:make").model.state_dict()
     torch.save(state, path, _use_new_zipfile_serialization=not legacy)
     with pytest.raises(
         InputError, match=r"is a pickle .*torch\.load\(.*weights_only=True\), 'model\.safetensors'\)"
     ):
-        load(f"{net}:make", weights=path)
+        load_model(f"{net}:make", weights=path)
 
 
 def test_corrupt_or_missing_weights(net, tmp_path):
     path = tmp_path / "w.safetensors"
-    save_file(load(f"{net}:make").model.state_dict(), path)
+    save_file(load_model(f"{net}:make").model.state_dict(), path)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(InputError, match="no safetensors file or is corrupt"):
-        load(f"{net}:make", weights=path)
+        load_model(f"{net}:make", weights=path)
     with pytest.raises(InputError, match="does not exist"):
-        load(f"{net}:make", weights=tmp_path / "gone.safetensors")
+        load_model(f"{net}:make", weights=tmp_path / "gone.safetensors")
 
 
 def test_tied_weights_load(tmp_path):
@@ -142,7 +143,7 @@ def test_tied_weights_load(tmp_path):
     from safetensors.torch import save_model
 
     save_model(Tied(), str(tmp_path / "w.safetensors"))
-    found = load(Tied(), weights=tmp_path / "w.safetensors").model
+    found = load_model(Tied(), weights=tmp_path / "w.safetensors").model
     assert found.a.weight is found.b.weight
 
 
@@ -165,14 +166,14 @@ def test_export(tmp_path, dynamic):
     torch.export.save(torch.export.export(net, (torch.zeros(4, 1, 8, 8),), dynamic_shapes=shapes), path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = load(str(path))
+        found = load_model(str(path))
     assert found.batch == (None if dynamic else 4) and found.size == (8, 8)
     x = torch.rand(4, 1, 8, 8)
     assert torch.allclose(found.model(x), net(x), atol=1e-6)
     assert default_sites(found.model, x)[-1] == "head:in"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(InputError, match=r"corrupt or no torch\.export file"):
-        load(str(path))
+        load_model(str(path))
 
 
 @pytest.mark.slow
@@ -180,7 +181,7 @@ def test_an_export_that_cannot_be_nested_is_read_flat(tmp_path, monkeypatch):
     net = Body().eval()
     torch.export.save(torch.export.export(net, (torch.zeros(4, 1, 8, 8),)), tmp_path / "net.pt2")
     monkeypatch.setattr(torch.export, "unflatten", lambda program: 1 / 0)
-    found = load(str(tmp_path / "net.pt2"))
+    found = load_model(str(tmp_path / "net.pt2"))
     x = torch.rand(4, 1, 8, 8)
     with frozen(found.model):
         assert torch.allclose(found.model(x), net(x), atol=1e-6)
@@ -205,7 +206,7 @@ def test_export_with_a_pickle_inside_is_refused(tmp_path):
             data = source.read(name)
             target.writestr(name, pickle.dumps(Bomb()) if name.endswith("sample_inputs/model.pt") else data)
     with pytest.raises(InputError, match="pickled Python objects"):
-        load(str(evil))
+        load_model(str(evil))
     assert not bomb.exists()
 
 
@@ -226,11 +227,11 @@ def test_hugging_face_directory(resnet):
         "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 2], "do_normalize": True,
     }  # fmt: skip
     (resnet / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    found = load(str(resnet))
+    found = load_model(str(resnet))
     assert (found.size, found.mean, found.std) == ((32, 32), (0.1, 0.2, 0.3), (1.0, 1.0, 2.0))
     assert found.classes == ("cat", "dog", "<b>")
     with pytest.raises(InputError, match="brings its own weights"):
-        load(str(resnet), weights="w.safetensors")
+        load_model(str(resnet), weights="w.safetensors")
 
 
 def test_hugging_face_weights_must_match(resnet):
@@ -242,10 +243,10 @@ def test_hugging_face_weights_must_match(resnet):
     with pytest.raises(
         InputError, match=r"missing in the file: classifier\.1\.weight; unexpected in the file: old"
     ):
-        load(str(resnet))
+        load_model(str(resnet))
     (resnet / "model.safetensors").rename(resnet / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"pickle .* where safetensors is expected"):
-        load(str(resnet))
+        load_model(str(resnet))
 
 
 def test_hub_name_without_network(monkeypatch, tmp_path):
@@ -255,7 +256,7 @@ def test_hub_name_without_network(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(InputError, match=r"no file or folder here.*without network, pass a saved directory"):
-        load("nobody/no-such-model")
+        load_model("nobody/no-such-model")
 
 
 def test_digest_tells_networks_apart():
@@ -269,7 +270,7 @@ def test_digest_tells_networks_apart():
 
 def test_default_sites_are_in_depth_order_and_end_before_the_head(resnet):
     x = torch.zeros(2, 3, 32, 32)
-    found = default_sites(load(str(resnet)).model, x)
+    found = default_sites(load_model(str(resnet)).model, x)
     assert found == (
         "resnet.encoder.stages.0",
         "resnet.encoder.stages.1",
@@ -281,4 +282,4 @@ def test_default_sites_are_in_depth_order_and_end_before_the_head(resnet):
     chosen = default_sites(deep, torch.zeros(2, 4))
     assert len(chosen) == 8 and chosen[0] == "1" and chosen[-1] == "40:in"
     assert default_sites(nn.Linear(4, 2), torch.zeros(2, 4)) == (":in",) or True
-    assert "3 channels" in expected_input(load(str(resnet)).model).text
+    assert "3 channels" in expected_input(load_model(str(resnet)).model).text

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lineament.core.checks import InputError
+from lineament.core.curvature.density import spectral_density
 from lineament.core.curvature.krylov import random_signs
-from lineament.core.curvature.matrices import hessian, spectral_density, trace
+from lineament.core.curvature.matrices import hessian
+from lineament.core.curvature.traces import trace
 from lineament.measure.landscape.batchnorm_modes import LandscapeWarning
 from lineament.measure.landscape.criteria import (
     criteria,

@@ -1,7 +1,7 @@
-"""Eigenvalues and spectral density of a symmetric operator that is known by its products only.
+"""The density of a symmetric operator's eigenvalues, from products with it alone.
 
-Everything here takes any object with ``@``, ``.shape``, ``.dtype`` and ``.device``: a :class:`~lineament.core.curvature.matrices.Curvature`, or
-a matrix as a tensor.
+It takes any object with ``@``, ``.shape``, ``.dtype`` and ``.device``: a :class:`~lineament.core.curvature.operator.Curvature`, or a
+matrix as a tensor.
 """
 
 from __future__ import annotations
@@ -14,28 +14,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lineament.core import checks
-from lineament.core.curvature.eigenpairs import Eigenpairs, top_eigenpairs
+from lineament.core import checks, results
 from lineament.core.curvature.krylov import (
     REORTHOGONALISE,
-    Lanczos,
     Operator,
-    kept,
-    lanczos,
+    basis_size,
+    lanczos_runs,
     random_signs,
-    runs,
-    side,
+    side_length,
 )
-
-__all__ = [
-    "Density",
-    "Eigenpairs",
-    "Lanczos",
-    "Operator",
-    "lanczos",
-    "spectral_density",
-    "top_eigenpairs",
-]
 
 # Probes whose bases fit in this much memory run in step.
 _BASES_BYTES = 2 * 1024**3
@@ -88,9 +75,7 @@ class Density:
 
     def plot(self, ax: Any = None) -> Any:
         """The smoothed density on a logarithmic axis."""
-        import matplotlib.pyplot as plt
-
-        ax = plt.subplots()[1] if ax is None else ax
+        ax = results.axes(ax)
         grid, values = self.curve()
         ax.semilogy(grid.tolist(), values.clamp_min(1e-7).tolist())
         ax.set(xlabel="eigenvalue", ylabel="density")
@@ -100,7 +85,7 @@ class Density:
 def spectral_density(
     operator: Operator,
     *,
-    steps: int = 40,
+    steps: int = 20,
     probes: int = 2,
     reorthogonalise: str = "full",
     window: int = 10,
@@ -114,7 +99,7 @@ def spectral_density(
 
     Args:
         operator: a symmetric (P, P) matrix: a tensor, or anything with a shape and ``@``.
-        steps: products per probe.
+        steps: products per probe; more of them resolve finer parts of the spectrum.
         probes: independent random vectors; the standard errors need two.
         reorthogonalise: ``"full"`` keeps steps · size numbers a probe; ``"window"`` (the last ``window`` vectors) and ``"none"`` need less
             memory, and count converged eigenvalues more than once; ``"selective"`` orthogonalises against converged Ritz vectors.
@@ -125,7 +110,7 @@ def spectral_density(
     >>> round(spectral_density(torch.diag(torch.tensor([1.0, 1.0, 4.0, 4.0])), steps=2).moments[0].item(), 4)
     2.5
     """
-    size = side(operator)
+    size = side_length(operator)
     checks.number("probes", probes, low=1, integer=True)
     checks.number("steps", steps, low=1, integer=True)
     checks.one_of("reorthogonalise", reorthogonalise, REORTHOGONALISE)
@@ -134,11 +119,13 @@ def spectral_density(
     starts = [random_signs(operator, (size,), generator) for _ in range(probes)]
     generators = [torch.Generator().manual_seed(seed + probe + 1) for probe in range(probes)]
     itemsize = torch.finfo(operator.dtype).bits // 8
-    together = max(1, _BASES_BYTES // (kept(min(steps, size), reorthogonalise, window) * size * itemsize))
+    together = max(
+        1, _BASES_BYTES // (basis_size(min(steps, size), reorthogonalise, window) * size * itemsize)
+    )
     nodes, weights = [], []
     for first in range(0, probes, together):
         part = slice(first, first + together)
-        for run in runs(operator, steps, starts[part], generators[part], reorthogonalise, window):
+        for run in lanczos_runs(operator, steps, starts[part], generators[part], reorthogonalise, window):
             # Past an exhausted Krylov space a run goes on from another vector, which has no weight in this probe.
             values, vectors = run.ritz()
             nodes.append(values)

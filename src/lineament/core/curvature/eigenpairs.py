@@ -13,10 +13,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lineament.core import checks
-from lineament.core.curvature.krylov import Operator, against, apply, negligible, random_normal, side
+from lineament.core import checks, results
+from lineament.core.batching import progress
+from lineament.core.curvature.krylov import (
+    Operator,
+    apply,
+    negligible,
+    orthogonal_part,
+    random_normal,
+    side_length,
+)
 
-# Eigenvalues below this share of the greatest count as if they were so large.
+# Eigenvalues below this share of the largest are held to the accuracy of one of that size.
 _SMALL = 0.01
 
 
@@ -48,9 +56,7 @@ class Eigenpairs:
 
     def plot(self, ax: Any = None) -> Any:
         """The eigenvalues as stems, in order."""
-        import matplotlib.pyplot as plt
-
-        ax = plt.subplots()[1] if ax is None else ax
+        ax = results.axes(ax)
         ax.stem(range(1, len(self.values) + 1), self.values.tolist(), basefmt=" ")
         ax.set(xlabel="eigenvalue number", ylabel="eigenvalue")
         return ax
@@ -73,8 +79,8 @@ def top_eigenpairs(
     Args:
         k: how many; with ``which="both"`` that many at each end, largest first.
         which: the end of the spectrum (``"largest"`` and ``"smallest"`` are algebraic).
-        tol: a pair is converged when its error is at most tol · |λ|, or tol · 0.01 · max |λ| where that is more. (By the greatest
-            |λ| alone, almost any vector would pass for the least of a spectrum that hardly reaches below zero.)
+        tol: a pair is converged when its error is at most tol · |λ|, or tol · 0.01 · max |λ| where that is more. (Measured by the
+            largest |λ| alone, almost any vector would pass for the smallest eigenvalue of a spectrum that hardly reaches below zero.)
         accurate: what must be as accurate as that. ``"vectors"``: the residual ‖A v - λ v‖. ``"values"``: only the eigenvalue, whose
             error is estimated by the smaller of the residual and its square over the distance to the other eigenvalues
             (Parlett 1980, theorem 11.7.1), and by its last change; that takes fewer products where the vectors are not needed. It is
@@ -90,7 +96,7 @@ def top_eigenpairs(
     >>> top_eigenpairs(torch.diag(torch.tensor([5.0, -7.0, 1.0, 2.0])), 1, which="magnitude").values.round(decimals=4).tolist()
     [-7.0]
     """
-    size = side(operator)
+    size = side_length(operator)
     checks.one_of("which", which, ("largest", "smallest", "both", "magnitude"))
     checks.number("k", k, low=1, high=size, integer=True)
     checks.number("tol", tol, low=0, open_low=True)
@@ -107,7 +113,8 @@ def top_eigenpairs(
     block, _ = _extend(operator, fresh, basis[:0], generator)
     filled = products = 0
     before = matrix.new_empty(0)
-    while True:
+    # One round past the limit: the last one always returns.
+    for _ in progress(range(max_products // width + 1), "eigenpairs (at most)"):
         images = apply(operator, block, f"top_eigenpairs: product {products + 1}")
         products += len(block)
         end = filled + len(block)
@@ -147,6 +154,7 @@ def top_eigenpairs(
             filled = len(keep)
             matrix.zero_()
             matrix[range(filled), range(filled)] = values[keep]
+    raise AssertionError("unreachable: the last round spends the products")
 
 
 def _extend(
@@ -158,15 +166,15 @@ def _extend(
     leftovers = torch.zeros_like(images)
     for index, image in enumerate(images):
         scale = float(image.norm())
-        outside = against(image, basis)
+        outside = orthogonal_part(image, basis)
         leftovers[index] = outside
-        part = against(outside, torch.stack(rows)) if rows else outside
+        part = orthogonal_part(outside, torch.stack(rows)) if rows else outside
         length = float(part.norm())
         if len(basis) + len(rows) >= size:
             break
         if negligible(length, scale, operator):
             part = random_normal(operator, (size,), generator)
-            part = against(part, torch.cat([basis, *(row[None] for row in rows)]))
+            part = orthogonal_part(part, torch.cat([basis, *(row[None] for row in rows)]))
             length = float(part.norm())
         rows.append(part / length)
     found = torch.stack(rows) if rows else images[:0]

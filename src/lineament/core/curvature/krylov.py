@@ -1,4 +1,4 @@
-"""The Krylov space of a symmetric operator that is known by its products only: Lanczos, and what every user of it needs.
+"""The Lanczos process of a symmetric operator known by its products only, and what every user of it needs.
 
 Lanczos keeps its basis and orthogonalises against all of it: without that, converged eigenvalues come back as ghosts. Where the basis does
 not fit, a window of it may do, at the price of ghosts (:data:`REORTHOGONALISE`).
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.core.batching import progress
 
 # Against what each new vector is made orthogonal: all vectors, the last few, the converged Ritz vectors (Parlett and Scott 1979, on a
 # basis that is kept), or the last two only, as the bare recurrence has it.
@@ -66,7 +67,7 @@ def lanczos(operator: Operator, steps: int, *, start: Tensor | None = None, seed
     >>> lanczos(torch.diag(torch.tensor([1.0, 2.0, 3.0])), 3).ritz()[0].float().round(decimals=4).tolist()
     [1.0, 2.0, 3.0]
     """
-    size = side(operator)
+    size = side_length(operator)
     checks.number("steps", steps, low=1, integer=True)
     generator = torch.Generator().manual_seed(seed)
     vector = (
@@ -75,10 +76,10 @@ def lanczos(operator: Operator, steps: int, *, start: Tensor | None = None, seed
         else checks.tensor("start", start, shape=(size,))
     )
     checks.require(float(vector.norm()) > 0, "start: got a vector of zeros, expected a direction")
-    return runs(operator, steps, [vector], [generator])[0]
+    return lanczos_runs(operator, steps, [vector], [generator])[0]
 
 
-def runs(
+def lanczos_runs(
     operator: Operator,
     steps: int,
     starts: list[Tensor],
@@ -90,14 +91,14 @@ def runs(
 
     Only what the reorthogonalisation needs is kept: of a ``"window"`` or of ``"none"`` the basis holds the last vectors, in a ring.
     """
-    size, count = side(operator), len(starts)
+    size, count = side_length(operator), len(starts)
     steps = min(steps, size)
     vectors = [(v / v.norm()).to(operator.dtype).to(operator.device) for v in starts]
-    held = kept(steps, reorthogonalise, window)
+    held = basis_size(steps, reorthogonalise, window)
     bases = torch.zeros(count, held, size, dtype=operator.dtype, device=operator.device)
     diagonal = torch.zeros(count, steps, dtype=torch.float64)
     off_diagonal = torch.zeros(count, steps, dtype=torch.float64)
-    for step in range(steps):
+    for step in progress(range(steps), "Lanczos"):
         images = apply(operator, torch.stack(vectors), f"lanczos: step {step + 1} of {steps}")
         for run, image in enumerate(images):
             bases[run, step % held] = vectors[run]
@@ -109,14 +110,14 @@ def runs(
             if step:
                 image.sub_(bases[run, (step - 1) % held], alpha=off_diagonal[run, step - 1].item())
             if reorthogonalise == "selective":
-                image = _against_converged(image, basis, diagonal[run, : step + 1], off_diagonal[run, :step])
+                image = _without_converged(image, basis, diagonal[run, : step + 1], off_diagonal[run, :step])
             elif reorthogonalise != "none":
-                image = against(image, basis)
+                image = orthogonal_part(image, basis)
             length = float(image.norm())
             if step + 1 < steps:
                 if negligible(length, scale, operator):
                     off_diagonal[run, step] = 0.0
-                    image = against(random_normal(operator, (size,), generators[run]), basis)
+                    image = orthogonal_part(random_normal(operator, (size,), generators[run]), basis)
                     vectors[run] = image / image.norm()
                     continue
                 vectors[run] = image / length
@@ -124,14 +125,14 @@ def runs(
     return [Lanczos(diagonal[r], off_diagonal[r], bases[r].T) for r in range(count)]
 
 
-def kept(steps: int, reorthogonalise: str, window: int) -> int:
+def basis_size(steps: int, reorthogonalise: str, window: int) -> int:
     """How many vectors of a basis are kept."""
-    least = {"full": steps, "selective": steps, "window": window, "none": 2}[reorthogonalise]
-    return min(max(least, 2), steps)
+    needed = {"full": steps, "selective": steps, "window": window, "none": 2}[reorthogonalise]
+    return min(max(needed, 2), steps)
 
 
-def _against_converged(vector: Tensor, basis: Tensor, diagonal: Tensor, off_diagonal: Tensor) -> Tensor:
-    """The part of a vector orthogonal to the Ritz vectors whose residuals are below √eps of the greatest eigenvalue."""
+def _without_converged(vector: Tensor, basis: Tensor, diagonal: Tensor, off_diagonal: Tensor) -> Tensor:
+    """The part of a vector orthogonal to the Ritz vectors whose residuals are below √eps of the largest eigenvalue."""
     t = torch.diag(diagonal) + torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1)
     values, ritz = torch.linalg.eigh(t)
     bound = math.sqrt(torch.finfo(basis.dtype).eps) * float(values.abs().max())
@@ -152,10 +153,12 @@ def apply(operator: Operator, rows: Tensor, what: str) -> Tensor:
 
 def negligible(length: float, scale: float, operator: Operator) -> bool:
     """Whether what orthogonalisation left of a vector is rounding."""
-    return length <= 10 * torch.finfo(operator.dtype).eps * max(scale, 1e-30) * math.sqrt(side(operator))
+    return length <= 10 * torch.finfo(operator.dtype).eps * max(scale, 1e-30) * math.sqrt(
+        side_length(operator)
+    )
 
 
-def side(operator: Operator) -> int:
+def side_length(operator: Operator) -> int:
     shape = tuple(operator.shape)
     square = len(shape) == 2 and shape[0] == shape[1] and shape[0] > 0
     checks.require(square, f"operator: got shape {shape}, expected a square matrix or operator")
@@ -175,7 +178,7 @@ def random_signs(operator: Operator, shape: tuple[int, ...], generator: torch.Ge
     return bits.to(operator.dtype).mul_(2).sub_(1).to(operator.device)
 
 
-def against(vector: Tensor, basis: Tensor) -> Tensor:
+def orthogonal_part(vector: Tensor, basis: Tensor) -> Tensor:
     """The part of a vector orthogonal to the rows of a basis.
 
     A second pass removes what rounding left, where the first took much away (Daniel, Gragg, Kaufman and Stewart 1976).

@@ -15,33 +15,9 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from lineament.core import checks
-from lineament.core.curvature.density import (
-    Density,
-    Eigenpairs,
-    Lanczos,
-    lanczos,
-    spectral_density,
-    top_eigenpairs,
-)
 from lineament.core.curvature.likelihoods import draw, likelihood_of
 from lineament.core.curvature.operator import CACHE_BYTES, Curvature, Product, Vectors, pull, sandwich
 from lineament.core.curvature.risk import Chunk, Risk
-from lineament.core.curvature.traces import Trace, trace
-
-__all__ = [
-    "Curvature",
-    "Density",
-    "Eigenpairs",
-    "Lanczos",
-    "Trace",
-    "fisher",
-    "gauss_newton",
-    "hessian",
-    "lanczos",
-    "spectral_density",
-    "top_eigenpairs",
-    "trace",
-]
 
 
 def hessian(

@@ -163,7 +163,7 @@ class Curvature:
 def _keep_memory() -> None:
     """Keep what small products free from going back to the system at once, from where it returns page by page.
 
-    glibc gives the end of its heap back when it is free, above a threshold that follows the greatest block freed so far, up to one of 32 MiB:
+    glibc gives the end of its heap back when it is free, above a threshold that follows the largest block freed so far, up to one of 32 MiB:
     a block that nothing is written to sets it. Measured for a perceptron: 200 page faults a product, a fifth of its time, before.
     """
     torch.empty(31 * 1024**2, dtype=torch.uint8)
@@ -189,7 +189,7 @@ def pull(
             outputs, leaves, u, retain_graph=True, allow_unused=True, materialize_grads=True
         )
 
-    # Not by ``is_grads_batched``, which passes over the rules for blocks that core.twice brings along.
+    # Not by ``is_grads_batched``, which ignores the vmap rules of the fast convolutions.
     return vmap(one)(vectors) if block else one(vectors)
 
 

@@ -1,7 +1,7 @@
 """The trace of a symmetric operator that is known by its products only, with a standard error.
 
-Three unbiased estimators of growing cunning. The standard errors come from the estimates' own spread; those of Hutch++ and XTrace
-are an approximation, since their parts share a sketch.
+Three unbiased estimators, in order of sophistication. The standard errors come from the spread of the estimates; those of Hutch++ and
+XTrace are approximate, because their parts share a sketch.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lineament.core import checks
-from lineament.core.curvature.krylov import Operator, random_normal, random_signs, side
+from lineament.core import checks, results
+from lineament.core.batching import progress
+from lineament.core.curvature.krylov import Operator, random_normal, random_signs, side_length
 
-# so many probes at a time
-_BLOCK = 8
+_PROBES = 8  # random vectors at a time
+_BLOCK_NUMBERS = 2**21  # small operators multiply many vectors faster at once
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,7 @@ class Trace:
 
     def plot(self, ax: Any = None) -> Any:
         """The estimate with two standard errors to either side."""
-        import matplotlib.pyplot as plt
-
-        ax = plt.subplots()[1] if ax is None else ax
+        ax = results.axes(ax)
         error = 0.0 if math.isnan(self.standard_error) else 2 * self.standard_error
         ax.errorbar([self.method], [self.value], yerr=[error], fmt="o", capsize=4)
         ax.set(ylabel="trace")
@@ -54,7 +53,7 @@ class Trace:
 
 def trace(
     operator: Operator,
-    products: int = 60,
+    products: int = 30,
     *,
     method: Literal["xtrace", "hutch++", "hutchinson"] = "xtrace",
     seed: int = 0,
@@ -79,37 +78,37 @@ def trace(
     checks.number(
         "products", products, low={"xtrace": 2, "hutch++": 3, "hutchinson": 1}[method], integer=True
     )
-    size = side(operator)
+    size = side_length(operator)
     generator = torch.Generator().manual_seed(seed)
     if method == "hutchinson":
         return _average(_forms(operator, products, generator), 0.0, products, method)
     if method == "hutch++":
         width = min(products // 3, size)
-        sketch = operator @ random_signs(operator, (size, width), generator)
+        sketch = _images(operator, random_signs(operator, (size, width), generator))
         q = torch.linalg.qr(sketch).Q
-        known = float((q * (operator @ q)).sum())
+        known = float((q * _images(operator, q)).sum())
         rest = products - 2 * width
         signs = random_signs(operator, (size, rest), generator)
         signs = signs - q @ (q.T @ signs)
         if width == size:
             return Trace(known, 0.0, 2 * width, method)
-        return _average((signs * (operator @ signs)).sum(0), known, products, method)
+        return _average((signs * _images(operator, signs)).sum(0), known, products, method)
     return _xtrace(operator, min(products // 2, size), generator)
 
 
 def _forms(operator: Operator, count: int, generator: torch.Generator) -> Tensor:
     """vᵀ A v of random signs; a few at a time, so that the memory does not grow with their number."""
     found = []
-    for start in range(0, count, _BLOCK):
-        signs = random_signs(operator, (min(_BLOCK, count - start), side(operator)), generator)
+    for start in progress(range(0, count, _PROBES), "trace"):
+        signs = random_signs(operator, (min(_PROBES, count - start), side_length(operator)), generator)
         found.append((signs * (operator @ signs.T).T).sum(1, dtype=torch.float64))
     return torch.cat(found)
 
 
 def _xtrace(operator: Operator, width: int, generator: torch.Generator) -> Trace:
-    size = side(operator)
+    size = side_length(operator)
     omega = random_normal(operator, (size, width), generator)
-    image = (operator @ omega).double()
+    image = _images(operator, omega).double()
     omega = omega.double()
     left, singular, _ = torch.linalg.svd(image, full_matrices=False)
     noise = float(singular[0]) * max(image.shape) * torch.finfo(operator.dtype).eps
@@ -117,10 +116,10 @@ def _xtrace(operator: Operator, width: int, generator: torch.Generator) -> Trace
     if rank < width or width == size:
         # The sketch holds the whole range, so that nothing is left to sample: the trace on it is the trace.
         q = left[:, : max(rank, 1)]
-        value = float((q * (operator @ q.to(operator.dtype)).double()).sum())
+        value = float((q * _images(operator, q.to(operator.dtype)).double()).sum())
         return Trace(value, 0.0, width + q.shape[1], "xtrace")
     q, r = torch.linalg.qr(image)
-    z = (operator @ q.to(operator.dtype)).double()
+    z = _images(operator, q.to(operator.dtype)).double()
     h = q.T @ z
     # Column i of s is the direction of range(q) that leaves with test vector i.
     s = torch.linalg.inv(r).T
@@ -132,6 +131,12 @@ def _xtrace(operator: Operator, width: int, generator: torch.Generator) -> Trace
     sampled = (size - width + 1) * quadratic / outside.square().sum(0)
     estimates = torch.trace(h) - (s * (h @ s)).sum(0) + sampled
     return _average(estimates, 0.0, 2 * width, "xtrace")
+
+
+def _images(operator: Operator, columns: Tensor) -> Tensor:
+    """A times each column, a few at a time."""
+    blocks = columns.split(max(_PROBES, _BLOCK_NUMBERS // len(columns)), dim=1)
+    return torch.cat([operator @ block for block in progress(blocks, "trace")], 1)
 
 
 def _average(samples: Tensor, known: float, products: int, method: str) -> Trace:

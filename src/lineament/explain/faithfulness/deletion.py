@@ -16,13 +16,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lineament.core import checks
-from lineament.core.batching import is_out_of_memory
+from lineament.core.batching import chunked
+from lineament.core.results import axes
 from lineament.explain.saliency.aggregation import resized, smoothed
 from lineament.explain.scores import check_targets, class_scores, differentiable, prepared, scores_of
 
 Baseline = Literal["blur", "mean", "zero"]
 BASELINES = ("blur", "mean", "zero")
 _AT_ONCE = 256
+_CURVES = ("deletion", "insertion", "random_deletion", "random_insertion")
 
 
 @dataclass(frozen=True)
@@ -43,53 +45,40 @@ class DeletionInsertion:
 
     @property
     def deletion_area(self) -> Float[Tensor, "batch"]:
-        return _area(self.deletion, self.fractions)
+        return self._area("deletion")
 
     @property
     def insertion_area(self) -> Float[Tensor, "batch"]:
-        return _area(self.insertion, self.fractions)
+        return self._area("insertion")
 
     @property
-    def random_deletion_area(self) -> Float[Tensor, "batch"]:
-        return _area(self.random_deletion, self.fractions)
-
-    @property
-    def random_insertion_area(self) -> Float[Tensor, "batch"]:
-        return _area(self.random_insertion, self.fractions)
+    def gains(self) -> Float[Tensor, "batch"]:
+        """How much better than chance each image's map is."""
+        gained = self.insertion_area - self._area("random_insertion")
+        return gained + self._area("random_deletion") - self.deletion_area
 
     @property
     def gain(self) -> float:
-        gains = self.insertion_area - self.random_insertion_area
-        return float((gains + self.random_deletion_area - self.deletion_area).mean())
+        return float(self.gains.mean())
 
     @property
     def better_than_random(self) -> float:
         """The share of images whose insertion area less deletion area beats the random map's."""
-        ours = self.insertion_area - self.deletion_area
-        return float((ours > self.random_insertion_area - self.random_deletion_area).double().mean())
+        return float((self.gains > 0).double().mean())
+
+    def _area(self, curve: str) -> Tensor:
+        return torch.trapezoid(getattr(self, curve), self.fractions, dim=1)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "output": self.output,
-            "fractions": self.fractions.tolist(),
-            **{
-                name: getattr(self, name).mean(0).tolist()
-                for name in ("deletion", "insertion", "random_deletion", "random_insertion")
-            },
-            "deletion_area": float(self.deletion_area.mean()),
-            "insertion_area": float(self.insertion_area.mean()),
-            "random_deletion_area": float(self.random_deletion_area.mean()),
-            "random_insertion_area": float(self.random_insertion_area.mean()),
-            "gain": self.gain,
-            "better_than_random": self.better_than_random,
-        }
+        found: dict[str, Any] = {"output": self.output, "fractions": self.fractions.tolist()}
+        for name in _CURVES:
+            found[name] = getattr(self, name).mean(0).tolist()
+            found[f"{name}_area"] = float(self._area(name).mean())
+        return {**found, "gain": self.gain, "better_than_random": self.better_than_random}
 
     def plot(self, ax: Any = None) -> Any:
         """The mean curves; dashed for random maps."""
-        if ax is None:
-            import matplotlib.pyplot as plt
-
-            ax = plt.subplots()[1]
+        ax = axes(ax)
         x = 100 * self.fractions.cpu()
         for color, name in (("C0", "insertion"), ("C1", "deletion")):
             ax.plot(x, getattr(self, name).mean(0).cpu(), color=color, label=name)
@@ -156,12 +145,11 @@ def deletion_insertion(
             output == "logit" or scores.shape[1] > 1,
             "output: a single output has no probability over classes; pass output='logit'",
         )
-        curves = _Curves(model, images, empty, target, steps, output, batch_size)
+        judge = _Judge(model, images, empty, target, steps, output, batch_size)
         size = (images.shape[-2], images.shape[-1])
-        order = _order(resized(maps.to(images.device), size), generator)
-        ours = curves.of(order)
+        ours = judge.curves(_order(resized(maps.to(images.device), size), generator))
         chance = [
-            curves.of(_order(torch.zeros(len(images), 1, *size), generator)) for _ in range(random_maps)
+            judge.curves(_order(torch.zeros(len(images), 1, *size), generator)) for _ in range(random_maps)
         ]
     random = [torch.stack(c).mean(0) for c in zip(*chance)]
     fractions = torch.linspace(0, 1, steps + 1, dtype=images.dtype, device=images.device)
@@ -195,64 +183,48 @@ def removed(
     return smoothed(images.flatten(0, 1)[:, None], 0.1).reshape(images.shape)
 
 
-class _Curves:
+@dataclass(frozen=True)
+class _Judge:
     """The score of partly removed images, for many images and steps in the same batches."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        empty: Tensor,
-        target: Tensor,
-        steps: int,
-        output: str,
-        batch_size: int | str,
-    ):
-        self.model, self.images, self.empty, self.target = model, images, empty, target
-        self.steps, self.output = steps, output
-        if batch_size != "auto":
-            checks.number("batch_size", batch_size, low=1, integer=True)
-        self.fixed = batch_size != "auto"
-        self.at_once = int(batch_size) if self.fixed else _AT_ONCE
+    model: nn.Module
+    images: Tensor
+    empty: Tensor
+    target: Tensor
+    steps: int
+    output: str
+    batch_size: int | str
 
-    def of(self, rank: Tensor) -> tuple[Tensor, Tensor]:
+    def curves(self, rank: Tensor) -> tuple[Tensor, Tensor]:
         """(deletion, insertion), each (batch, steps + 1), for the rank of each pixel (0 is the most important)."""
         rank = rank.to(self.images.device)
-        pixels = rank.shape[1]
-        counts = torch.linspace(0, pixels, self.steps + 1).round().to(rank)
+        counts = torch.linspace(0, rank.shape[1], self.steps + 1).round().to(rank)
+        points = torch.arange(len(self.images) * len(counts), device=rank.device)
+        scores = torch.empty(2, len(points), dtype=self.images.dtype, device=self.images.device)
         # Deletion's last point and insertion's first are the same empty image, and the other way round: each runs once.
-        points = len(self.images) * (self.steps + 1)
-        scores = torch.empty(2, points, dtype=self.images.dtype, device=self.images.device)
-        for keep in (False, True):
-            inner = (
-                range(points) if not keep else [i for i in range(points) if 0 < i % len(counts) < self.steps]
-            )
-            self._fill(scores[int(keep)], torch.tensor(list(inner)), rank, counts, keep)
+        step = points % len(counts)
+        inner = points[(step > 0) & (step < self.steps)]
+        scores[0] = self._scores(points, rank, counts, False)
+        scores[1, inner] = self._scores(inner, rank, counts, True)
         deletion, insertion = scores.reshape(2, len(self.images), -1)
         insertion[:, 0], insertion[:, -1] = deletion[:, -1], deletion[:, 0]
         return deletion, insertion
 
-    def _fill(self, scores: Tensor, points: Tensor, rank: Tensor, counts: Tensor, keep: bool) -> None:
-        start = 0
-        while start < len(points):
-            chunk = points[start : start + self.at_once].to(rank.device)
-            image, step = chunk // len(counts), chunk % len(counts)
-            try:
-                first = (rank[image] < counts[step, None]).reshape(-1, 1, *self.images.shape[-2:])
-                mixed = torch.where(first == keep, self.images[image], self.empty[image])
-                scores[chunk] = self._score(mixed, self.target[image])
-            except Exception as error:
-                if self.fixed or self.at_once == 1 or not is_out_of_memory(error):
-                    raise
-                self.at_once = max(1, self.at_once // 2)
-                continue
-            start += len(chunk)
+    def _scores(self, points: Tensor, rank: Tensor, counts: Tensor, keep: bool) -> Tensor:
+        def some(points: Tensor) -> Tensor:
+            image, step = points // len(counts), points % len(counts)
+            first = (rank[image] < counts[step, None]).reshape(-1, 1, *self.images.shape[-2:])
+            mixed, target = (
+                torch.where(first == keep, self.images[image], self.empty[image]),
+                self.target[image],
+            )
+            scores = class_scores(scores_of(self.model, mixed, target)[0])
+            scores = F.softmax(scores, 1) if self.output == "probability" else scores
+            return scores.gather(1, target[:, None])[:, 0]
 
-    def _score(self, images: Tensor, target: Tensor) -> Tensor:
-        scores = class_scores(scores_of(self.model, images, target)[0])
-        if self.output == "probability":
-            scores = F.softmax(scores, 1)
-        return scores.gather(1, target[:, None])[:, 0]
+        if len(points) == 0:
+            return points.to(self.images)
+        return chunked(some, points, batch_size=self.batch_size, most=_AT_ONCE)
 
 
 def _order(maps: Tensor, generator: torch.Generator) -> Tensor:
@@ -262,7 +234,3 @@ def _order(maps: Tensor, generator: torch.Generator) -> Tensor:
     shuffle = shuffle.to(flat.device)
     best_first = flat.gather(1, shuffle).argsort(dim=1, descending=True, stable=True)
     return torch.argsort(shuffle.gather(1, best_first), dim=1)
-
-
-def _area(curves: Tensor, fractions: Tensor) -> Tensor:
-    return torch.trapezoid(curves, fractions, dim=1)

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lineament.core import checks
+from lineament.core.results import axes
 
 
 def null_fraction(
@@ -74,10 +75,7 @@ class Leakage:
 
     def plot(self, ax: Any = None) -> Any:
         """The shares as bars."""
-        if ax is None:
-            import matplotlib.pyplot as plt
-
-            ax = plt.subplots()[1]
+        ax = axes(ax)
         ax.bar(["own block", "other signal blocks", "noise blocks"], [self.own, self.other, self.noise])
         ax.set(ylabel="share of the gradient", ylim=(0, 1))
         return ax

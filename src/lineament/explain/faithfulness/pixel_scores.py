@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.batching import chunked
+from lineament.core.results import axes
 from lineament.explain.faithfulness.deletion import Baseline, deletion_insertion, removed
 from lineament.explain.faithfulness.retraining import DiffROAR
 from lineament.explain.scores import class_scores, differentiable, prepared, scores_of
@@ -42,10 +43,7 @@ class Infidelity:
 
     def plot(self, ax: Any = None) -> Any:
         """How the relative infidelity is spread over images."""
-        if ax is None:
-            import matplotlib.pyplot as plt
-
-            ax = plt.subplots()[1]
+        ax = axes(ax)
         ax.hist(self.relative[self.relative.isfinite()].tolist(), bins=20)
         ax.set(xlabel="relative infidelity", ylabel="images")
         return ax
@@ -143,10 +141,7 @@ class Sensitivity:
 
     def plot(self, ax: Any = None) -> Any:
         """How the greatest change of the map is spread over images."""
-        if ax is None:
-            import matplotlib.pyplot as plt
-
-            ax = plt.subplots()[1]
+        ax = axes(ax)
         ax.hist(self.largest[self.largest.isfinite()].tolist(), bins=20)
         ax.set(xlabel="largest relative change of the map", ylabel="images")
         return ax
@@ -238,10 +233,7 @@ class MapScores:
 
     def plot(self, ax: Any = None) -> Any:
         """The gain of each method over a random order."""
-        if ax is None:
-            import matplotlib.pyplot as plt
-
-            ax = plt.subplots()[1]
+        ax = axes(ax)
         ax.barh(list(self.rows), [float(row["gain"].mean()) for row in self.rows.values()])
         ax.axvline(0, color="C7", linewidth=0.8)
         ax.invert_yaxis()
@@ -301,13 +293,12 @@ def score_maps(
         curves = deletion_insertion(
             model, images, one, target, steps=steps, baseline=baseline, seed=seed, batch_size=batch_size
         )
-        gain = curves.insertion_area - curves.random_insertion_area
         told = infidelity(
             model, images, maps, target, samples=samples, scale=scale, baseline=baseline, seed=seed,
             batch_size=batch_size,
         )  # fmt: skip
         rows[name] = {
-            "gain": gain + curves.random_deletion_area - curves.deletion_area,
+            "gain": curves.gains,
             "deletion": curves.deletion_area,
             "insertion": curves.insertion_area,
             "infidelity": told.relative,

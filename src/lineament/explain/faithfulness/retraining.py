@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.batching import chunked, progress
 from lineament.core.models import answered, frozen
+from lineament.core.results import axes, plain
 from lineament.explain.faithfulness.unmasking import Group, Unmasked, fill_value, rank
 
 FRACTIONS = (1.0, 0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05)
@@ -99,30 +100,13 @@ class DiffROAR:
         return float(self.mean[self.fractions.index(fraction)])
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "fractions": list(self.fractions),
-            "mean": self.mean.tolist(),
-            "std": self.std.tolist(),
-            "interval": self.interval().tolist(),
-            "keep_top": self.keep_top.tolist(),
-            "keep_bottom": self.keep_bottom.tolist(),
-            "roar": self.roar.tolist(),
-            "kar": self.kar.tolist(),
-            "seeds": list(self.seeds),
-            "unmasked": self.unmasked,
-            "chance": self.chance,
-            "zero_share": list(self.zero_share),
-            "setting": self.setting,
-            "tests": self.tests,
-            "test_error": self.test_error.tolist(),
-        }
+        derived = ("mean", "std", "roar", "kar", "test_error")
+        found = {name: getattr(self, name) for name in derived}
+        return plain({**vars(self), **found, "interval": self.interval()})
 
     def plot(self, ax: Any = None, label: str = "DiffROAR", color: str = "C0") -> Any:
         """DiffROAR against the kept fraction, with one standard deviation over pairs of runs."""
-        if ax is None:
-            import matplotlib.pyplot as plt
-
-            ax = plt.subplots()[1]
+        ax = axes(ax)
         at = [100 * f for f in self.fractions]
         ax.errorbar(
             at, self.mean.tolist(), self.std.tolist(), marker="o", capsize=2, color=color, label=label

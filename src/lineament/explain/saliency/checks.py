@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.models import device_of
-from lineament.core.sites.activations import sites
+from lineament.core.results import axes
+from lineament.core.sites.naming import sites
 from lineament.explain.saliency.aggregation import is_constant
 from lineament.explain.saliency.maps import saliency
 from lineament.explain.scores import class_scores, differentiable, prepared, scores_of
@@ -85,15 +86,14 @@ class Similarity:
         return cls(found, float(found.nanmean()), int(found.isnan().sum()))
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "per_image": [None if v != v else v for v in self.per_image.tolist()],
-            "mean": None if self.mean != self.mean else self.mean,
-            "undefined": self.undefined,
-        }
+        each, mean = (
+            [None if v != v else v for v in values] for values in (self.per_image.tolist(), [self.mean])
+        )
+        return {"per_image": each, "mean": mean[0], "undefined": self.undefined}
 
     def plot(self, ax: Any = None) -> Any:
         """How the correlations are spread over the images."""
-        ax = _axes(ax)
+        ax = axes(ax)
         ax.hist(self.per_image[~self.per_image.isnan()].cpu().numpy(), bins=20, range=(-1, 1))
         ax.set(xlabel="Spearman correlation", ylabel="images")
         return ax
@@ -147,16 +147,12 @@ class Randomisation:
     skipped: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "layers": self.layers,
-            "raw": [s.to_dict() for s in self.raw],
-            "magnitude": [s.to_dict() for s in self.magnitude],
-            "skipped": self.skipped,
-        }
+        both = {name: [s.to_dict() for s in getattr(self, name)] for name in ("raw", "magnitude")}
+        return {"layers": self.layers, **both, "skipped": self.skipped}
 
     def plot(self, ax: Any = None) -> Any:
         """Mean similarity against the layers, from the output downwards."""
-        ax = _axes(ax)
+        ax = axes(ax)
         places = range(len(self.layers))
         ax.plot(places, [s.mean for s in self.raw], marker="o", label="signed")
         ax.plot(places, [s.mean for s in self.magnitude], marker="s", label="magnitude")
@@ -248,11 +244,3 @@ def _single(maps: Any) -> Tensor:
         "explain: it returned several maps for an image, expected one site and one method",
     )
     return maps
-
-
-def _axes(ax: Any) -> Any:
-    if ax is not None:
-        return ax
-    import matplotlib.pyplot as plt
-
-    return plt.subplots()[1]

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.core.results import axes, plain
 from lineament.explain.saliency.aggregation import resized
 
 
@@ -90,14 +91,11 @@ class Pointing:
     cases: list[int]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"accuracies": self.accuracies, "mean": self.mean, "hits": self.hits, "cases": self.cases}
+        return plain(self)
 
     def plot(self, ax: Any = None) -> Any:
         """A bar for each class that occurred."""
-        if ax is None:
-            import matplotlib.pyplot as plt
-
-            ax = plt.subplots()[1]
+        ax = axes(ax)
         there = [(k, a) for k, a in enumerate(self.accuracies) if a is not None]
         ax.bar([str(k) for k, _ in there], [100 * a for _, a in there])
         ax.axhline(100 * self.mean, color="C7", linestyle="--")

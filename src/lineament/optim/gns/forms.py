@@ -80,7 +80,7 @@ class Zero(Form):
 
 @dataclass(frozen=True)
 class Operator(Form):
-    """A matrix known by ``operator @ v``: a :class:`~lineament.core.curvature.matrices.Curvature`, a SciPy ``LinearOperator``."""
+    """A matrix known by ``operator @ v``: a :class:`~lineament.core.curvature.operator.Curvature`, a SciPy ``LinearOperator``."""
 
     operator: Any
 

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lineament.core import checks
-from lineament.core.curvature.matrices import Curvature, fisher, gauss_newton, hessian
+from lineament.core.curvature.matrices import fisher, gauss_newton, hessian
+from lineament.core.curvature.operator import Curvature
 from lineament.core.curvature.risk import Risk
 from lineament.core.gradients import flatten, per_sample_gradients, unflatten
 from lineament.optim.gns.forms import Dense, Form, LowRank, Operator

@@ -89,13 +89,15 @@ def read(config: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
         held = read_photographs("cifar10", data_folder=config.data_folder)
         x = held.inputs.float() / 255
     else:
-        from lineament.load.data import load
+        from lineament.load.data import load_data
 
         require(
             config.data_folder is not None,
             "data_folder: dataset 'images' needs a folder with one folder a class",
         )
-        held = load(config.data_folder, samples=10**9, seed=config.seed, image_size=(config.image_size,) * 2)
+        held = load_data(
+            config.data_folder, samples=10**9, seed=config.seed, image_size=(config.image_size,) * 2
+        )
         x = held.inputs.float() / (255 if held.inputs.dtype == torch.uint8 else 1)
         x = x.movedim(-1, 1) if x.shape[-1] in (1, 3) and x.ndim == 4 else x[:, None] if x.ndim == 3 else x
     y, classes = held.targets, len(held.classes)

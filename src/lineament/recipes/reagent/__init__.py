@@ -98,7 +98,7 @@ def run(config: Config, *, out: Path) -> Outcome:
     else:
         # Eager attention has weights to show.
         model, tokenizer = load_language_model(
-            str(config.model_folder), attention="eager", what="--model-folder"
+            str(config.model_folder), attention="eager", argument="model_folder"
         )
         if getattr(model.config, "is_encoder_decoder", False):
             raise InputError(

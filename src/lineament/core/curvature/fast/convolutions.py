@@ -17,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lineament.core.curvature.fast.recording import Recorded, call
-
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 # The functions replaced, with the number of axes that each slides along.
 CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
@@ -49,12 +47,12 @@ def prepare(
     plain = isinstance(padding, str) or input.ndim != count + 2 or input.dtype != weight.dtype
     if plain or input.is_complex() or torch.is_autocast_enabled(input.device.type):
         return None
-    geometry = (each(stride, count), each(padding, count), each(dilation, count), groups)
+    geometry = (_per_axis(stride, count), _per_axis(padding, count), _per_axis(dilation, count), groups)
     return Convolution(laid_out(input), weight, bias, geometry)
 
 
 def convolve(x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """w * x + bias, recorded so that it differentiates well twice."""
+    """w * x + bias, recorded with a cheap second derivative."""
     return _Forward.apply(x, w, bias, geometry, None)
 
 
@@ -79,7 +77,7 @@ def _over_places(tensor: Tensor) -> list[int]:
     return [0, *range(2, tensor.ndim)]
 
 
-class _Forward(Recorded):
+class _Forward(torch.autograd.Function):
     """y = w * x + bias, which may be known already."""
 
     @staticmethod
@@ -107,11 +105,11 @@ class _Forward(Recorded):
         need_x, need_w, need_bias, *_ = ctx.needs_input_grad
         to_w = to_bias = None
         if need_w:
-            to_w, *rest = call(_ToWeight, x, g, ctx.geometry, tuple(w.shape), need_bias)
+            to_w, *rest = _ToWeight.apply(x, g, ctx.geometry, tuple(w.shape), need_bias)
             to_bias = rest[0] if rest else None
         elif need_bias:
             to_bias = g.sum(_over_places(g))
-        to_x = call(_ToInput, g, w, ctx.geometry, tuple(x.shape)) if need_x else None
+        to_x = _ToInput.apply(g, w, ctx.geometry, tuple(x.shape)) if need_x else None
         return to_x, to_w, to_bias, None, None
 
     @staticmethod
@@ -132,7 +130,7 @@ class _Forward(Recorded):
         return result, 1
 
 
-class _ToInput(Recorded):
+class _ToInput(torch.autograd.Function):
     """The derivative of <w * x, g> with respect to x."""
 
     @staticmethod
@@ -152,8 +150,8 @@ class _ToInput(Recorded):
         g, w = ctx.saved_tensors
         need_g, need_w, *_ = ctx.needs_input_grad
         return (
-            call(_Forward, u, w, None, ctx.geometry, None) if need_g else None,
-            call(_ToWeight, u, g, ctx.geometry, tuple(w.shape), False)[0] if need_w else None,
+            _Forward.apply(u, w, None, ctx.geometry, None) if need_g else None,
+            _ToWeight.apply(u, g, ctx.geometry, tuple(w.shape), False)[0] if need_w else None,
             None,
             None,
         )
@@ -171,7 +169,7 @@ class _ToInput(Recorded):
         return _one_by_one(_ToInput, info, in_dims, g, w, geometry, shape), 0
 
 
-class _ToWeight(Recorded):
+class _ToWeight(torch.autograd.Function):
     """The derivatives of <w * x + bias, g> with respect to w and, where it is wanted, bias."""
 
     @staticmethod
@@ -193,9 +191,9 @@ class _ToWeight(Recorded):
         need_x, need_g, *_ = ctx.needs_input_grad
         to_x = to_g = None
         if need_x and u is not None:
-            to_x = call(_ToInput, g, u, ctx.geometry, tuple(x.shape))
+            to_x = _ToInput.apply(g, u, ctx.geometry, tuple(x.shape))
         if need_g and u is not None:
-            to_g = call(_Forward, x, u, w, ctx.geometry, None)
+            to_g = _Forward.apply(x, u, w, ctx.geometry, None)
         elif need_g and w is not None:
             to_g = _by_channel(w, g).expand_as(g)
         return to_x, to_g, None, None, None
@@ -269,7 +267,7 @@ def channels_first(tensor: Tensor) -> Tensor:
     return _First.apply(tensor) if channels_last(tensor) else tensor
 
 
-class _First(Recorded):
+class _First(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         # The input itself would be a view, which the model may not change in place.
@@ -281,14 +279,14 @@ class _First(Recorded):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
-        return call(_First, outputs[0])
+        return _First.apply(outputs[0])
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor) -> Any:
         return _First.apply(x.movedim(in_dims[0], 0)), 0
 
 
-def each(value: Any, count: int) -> tuple[int, ...]:
+def _per_axis(value: Any, count: int) -> tuple[int, ...]:
     values = (value,) if isinstance(value, Integral) else tuple(value)
     return tuple(int(v) for v in (values * count if len(values) == 1 else values))
 

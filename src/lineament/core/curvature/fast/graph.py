@@ -1,13 +1,12 @@
-"""A way of building a graph whose second derivative is as fast as its first.
+"""Record graphs whose second derivative is as fast as their first.
 
-PyTorch's own second derivatives are correct, and slow where they are put together from many small operations or take another
-road than the library's fast kernels. :class:`Twice` replaces the operations where that shows (convolutions, max pooling,
-batch norm in eval mode, linear layers, activations, cross-entropy) while a graph is built; the model and its results stay the same. Batch norm with fixed
-statistics multiplies each channel by a number: after a convolution that number goes into its weights, so that
-no pass over the activations is left. ReLU and max pooling change places where one follows the other, so that it is the small result that is cut.
+PyTorch's own second derivative of a convolution takes another road than the library's fast kernels. :class:`FastGraph` replaces
+convolutions, batch norm in eval mode, ReLU and, on some processors, linear layers while a graph is built; the model and its results stay
+the same. Batch norm with fixed statistics multiplies each channel by a number: after a convolution that number goes into its weights, so
+that no pass over the activations is left. What else was tried (max pooling, GELU, cross-entropy) gained too little.
 
-What a model does with a tensor between two such operations (a hook, a change in place, a gradient of its own) is looked for; where the
-replacements cannot give what PyTorch gives, :class:`Unsuited` says so before anything is computed from it.
+What a model does with a tensor between two such operations (a hook, a change in place, a gradient of its own) is watched; where the
+replacements cannot give what PyTorch gives, :class:`UnsupportedOperation` says so before anything is computed from it.
 """
 
 from __future__ import annotations
@@ -21,34 +20,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lineament.core.curvature.fast import convolutions, entropies, pointwise, pooling, products
-from lineament.core.curvature.fast.recording import transformed
-
-# What is replaced, and how many tensors of its result's size the replacement keeps.
-_REPLACED: dict[Any, tuple[Callable[..., Tensor], int]] = {
-    F.linear: (products.linear, 2),
-    torch.addmm: (products.addmm, 2),
-    F.max_pool2d: (pooling.max_pool2d, 3),
-    F.gelu: (pointwise.gelu, 3),
-    F.silu: (pointwise.silu, 3),
-    F.cross_entropy: (entropies.cross_entropy, 3),
-    F.log_softmax: (entropies.log_softmax, 3),
-    F.relu: (pointwise.relu, 1),
-    torch.relu: (pointwise.relu, 1),
-}
+from lineament.core.curvature.fast import convolutions, products
+from lineament.core.curvature.fast.relu import relu
 
 
-class Unsuited(Exception):
+class UnsupportedOperation(Exception):
     """The model does what only PyTorch's own operations can follow."""
 
 
-class Twice(TorchFunctionMode):
-    """A with-block in which operations are recorded in a form that differentiates well twice.
+class FastGraph(TorchFunctionMode):
+    """A with-block in which operations are recorded with cheap second derivatives.
 
     ``bytes`` holds about what the graph recorded so far keeps. Without ``replace`` it is only counted.
 
     >>> x, w = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3)
-    >>> with Twice():
+    >>> with FastGraph():
     ...     ours = F.conv2d(x, w, padding=1)
     >>> torch.allclose(ours, F.conv2d(x, w, padding=1))
     True
@@ -59,7 +45,6 @@ class Twice(TorchFunctionMode):
         self.bytes = 0
         self._replace = replace
         self._convolved: _Made | None = None
-        self._cut: _Made | None = None
         # Results that the graph goes around, and copies that the model takes for views.
         self._around: list[weakref.ref[Tensor]] = []
         self._copies: list[_Copy] = []
@@ -67,32 +52,24 @@ class Twice(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # The replacements know of vmap over their derivatives, not of what a model does with torch.func inside.
-        if not self._replace or transformed():
-            result = func(*args, **kwargs)
-            self._count(func, args, result, 1)
-            return result
-        replacement, copies = _REPLACED.get(func, (func, 1))
-        form = _FORMS.get(func)
-        result = replacement(*args, **kwargs) if form is None else form(self, func, *args, **kwargs)
-        if replacement is pointwise.relu and args and result is not args[0]:
-            self._cut = _Made.of(result, args[:1])
+        form = _REPLACED.get(func) if self._replace and not _transformed() else None
+        result = func(*args, **kwargs) if form is None else form(self, func, *args, **kwargs)
         if self._copies:
             self._copies = [copy for copy in self._copies if copy.unwritten()]
-        self._count(func, args, result, copies)
+        self._count(func, args, result)
         return result
 
-    def _count(self, func: Any, args: Any, result: Any, copies: int) -> None:
+    def _count(self, func: Any, args: Any, result: Any) -> None:
         if func is F.cross_entropy and args and args[0].requires_grad:
             # The logarithms of the probabilities, and these.
             self.bytes += 2 * args[0].element_size() * args[0].numel()
         if func is F.scaled_dot_product_attention and len(args) > 1:
-            # The scores inside, before and after the softmax, are seen by nobody.
+            # The scores before and after the softmax are no result of a call.
             query, key = args[:2]
             self.bytes += 2 * query.element_size() * query.numel() // query.shape[-1] * key.shape[-2]
-        # A view keeps nothing of its own, but for what a replacement reshapes at its end.
-        new = isinstance(result, Tensor) and (result._base is None or func in _REPLACED)
-        if new and result.requires_grad:
-            self.bytes += copies * result.element_size() * result.numel()
+        # A view keeps nothing of its own.
+        if isinstance(result, Tensor) and result._base is None and result.requires_grad:
+            self.bytes += result.element_size() * result.numel()
 
     def _convolve(self, func: Any, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         made = convolutions.prepare(func, input, weight, *args, **kwargs)
@@ -102,17 +79,6 @@ class Twice(TorchFunctionMode):
         inputs = [input, weight] if made.bias is None else [input, weight, made.bias]
         self._convolved = _Made.of(result, inputs, made)
         return result
-
-    def _pool(self, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        cut, self._cut = self._cut, None
-        if cut is None or not cut.gave(input):
-            return pooling.max_pool2d(input, *args, **kwargs)
-        pooled = pooling.max_pool2d(cut.inputs[0], *args, **kwargs)
-        if not isinstance(pooled, Tensor):
-            # With the places of the greatest entries, which are asked for of what was cut.
-            return pooling.max_pool2d(input, *args, **kwargs)
-        self._around.append(weakref.ref(input))
-        return pointwise.relu_of_own(pooled)
 
     def _batch_norm(
         self,
@@ -138,6 +104,8 @@ class Twice(TorchFunctionMode):
         made, self._convolved = self._convolved, None
         if made is not None and made.gave(input) and input.dtype == scale.dtype == shift.dtype:
             self._around.append(weakref.ref(input))
+            # The convolution's own result was counted, and is not kept.
+            self.bytes -= input.element_size() * input.numel() * input.requires_grad
             return convolutions.scaled(input, made.parts, scale, shift)
         shape = (-1, *[1] * (input.ndim - 2))
         return (input * scale.reshape(shape) + shift.reshape(shape)).to(input.dtype)
@@ -158,7 +126,7 @@ class Twice(TorchFunctionMode):
 
     def _by_strides(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if _channels_last(tensor):
-            raise Unsuited(f"{func.__name__}: the channels lie last in memory here")
+            raise UnsupportedOperation(f"{func.__name__}: the channels lie last in memory here")
         return func(tensor, *args, **kwargs)
 
     def _in_the_middle(self, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -166,39 +134,40 @@ class Twice(TorchFunctionMode):
         of = args[1] if func is torch.autograd.grad and len(args) > 1 else kwargs.get("inputs", args[:1])
         wanted = [of] if isinstance(of, Tensor) else list(of or ())
         if any(gone() is tensor for gone in self._around for tensor in wanted):
-            raise Unsuited("what the model asks a gradient of is not in the graph here")
+            raise UnsupportedOperation("what the model asks a gradient of is not in the graph here")
         return func(*args, **kwargs)
 
     def _data(self, func: Any, tensor: Tensor) -> Tensor:
         # Changes through ``.data`` are not counted anywhere.
-        self._convolved = self._cut = None
+        self._convolved = None
         return func(tensor)
 
 
-_FORMS: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys(convolutions.CONVOLUTIONS, Twice._convolve),
-    F.max_pool2d: Twice._pool,
-    F.batch_norm: Twice._batch_norm,
-    F.group_norm: Twice._norm,
-    F.instance_norm: Twice._norm,
-    **dict.fromkeys((Tensor.view, Tensor.view_as, Tensor.reshape, Tensor.reshape_as), Twice._view),
-    **dict.fromkeys((Tensor.flatten, Tensor.ravel, Tensor.contiguous), Twice._view),
-    **dict.fromkeys((torch.reshape, torch.flatten, torch.ravel), Twice._view),
-    **dict.fromkeys((Tensor.as_strided, torch.as_strided), Twice._by_strides),
-    **dict.fromkeys((torch.autograd.grad, Tensor.backward, Tensor.register_hook), Twice._in_the_middle),
-    Tensor.data.__get__: Twice._data,  # pyright: ignore[reportAttributeAccessIssue]
+_REPLACED: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(convolutions.CONVOLUTIONS, FastGraph._convolve),
+    F.linear: lambda graph, func, *args, **kwargs: products.linear(*args, **kwargs),
+    torch.addmm: lambda graph, func, *args, **kwargs: products.addmm(*args, **kwargs),
+    **dict.fromkeys((F.relu, torch.relu), lambda graph, func, *args, **kwargs: relu(*args, **kwargs)),
+    F.batch_norm: FastGraph._batch_norm,
+    **dict.fromkeys((F.group_norm, F.instance_norm), FastGraph._norm),
+    **dict.fromkeys((Tensor.view, Tensor.view_as, Tensor.reshape, Tensor.reshape_as), FastGraph._view),
+    **dict.fromkeys((Tensor.flatten, Tensor.ravel, Tensor.contiguous), FastGraph._view),
+    **dict.fromkeys((torch.reshape, torch.flatten, torch.ravel), FastGraph._view),
+    **dict.fromkeys((Tensor.as_strided, torch.as_strided), FastGraph._by_strides),
+    **dict.fromkeys((torch.autograd.grad, Tensor.backward, Tensor.register_hook), FastGraph._in_the_middle),
+    Tensor.data.__get__: FastGraph._data,  # pyright: ignore[reportAttributeAccessIssue]
 }  # fmt: skip
 
 
 class _Made:
-    """A result, as long as somebody else holds it, and what it was made of, as long as neither is changed."""
+    """A convolution's result, as long as somebody else holds it, and what it was made of, as long as neither is changed."""
 
-    def __init__(self, result: Tensor, inputs: Sequence[Tensor], parts: Any):
-        self._result, self.inputs, self.parts = weakref.ref(result), inputs, parts
+    def __init__(self, result: Tensor, inputs: Sequence[Tensor], parts: convolutions.Convolution):
+        self._result, self._inputs, self.parts = weakref.ref(result), inputs, parts
         self._state = self._look(result)
 
     @classmethod
-    def of(cls, result: Tensor, inputs: Sequence[Tensor], parts: Any = None) -> _Made | None:
+    def of(cls, result: Tensor, inputs: Sequence[Tensor], parts: convolutions.Convolution) -> _Made | None:
         # Tensors of inference mode count no changes.
         return None if any(t.is_inference() for t in (result, *inputs)) else cls(result, inputs, parts)
 
@@ -207,7 +176,7 @@ class _Made:
         return self._result() is tensor and not tensor._backward_hooks and self._look(tensor) == self._state
 
     def _look(self, result: Tensor) -> tuple[Any, ...]:
-        changes = [t._version for t in (result, *self.inputs)]
+        changes = [t._version for t in (result, *self._inputs)]
         return torch.is_grad_enabled(), result.requires_grad, result.is_leaf, changes
 
 
@@ -222,16 +191,21 @@ class _Copy:
         """Whether it is still to be watched: both are held by somebody.
 
         Raises:
-            Unsuited: one was changed, which the other should show.
+            UnsupportedOperation: one was changed, which the other should show.
         """
         tensor, copy = (each() for each in self._pair)
         if tensor is None or copy is None:
             return False
         if (tensor._version, copy._version) != self._versions:
-            raise Unsuited("a view of a convolution's result is changed in place")
+            raise UnsupportedOperation("a view of a convolution's result is changed in place")
         return True
 
 
 def _channels_last(tensor: Tensor) -> bool:
-    """Whether a convolution or pooling here may have put the channels of this tensor last."""
+    """Whether a convolution here may have put the channels of this tensor last."""
     return tensor.ndim in (4, 5) and tensor.stride(1) == 1 and not tensor.is_contiguous()
+
+
+def _transformed() -> bool:
+    """Whether what is computed now is transformed (``torch.func``), or carries tangents (``torch.autograd.forward_ad``)."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0

@@ -1,0 +1,139 @@
+"""What readers of every form share: which samples to read, which array or column holds what, labels from what is stored there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lineament.core.checks import InputError, require, show, suggest
+from lineament.data.samples import Samples
+
+# Data sets by name that are always there.
+BUILT_IN = ("digits", "shortcut-digits")
+# Given how many samples there are, the numbers of those to read.
+Choose = Callable[[int], np.ndarray]
+
+
+def chosen_rows(total: int, *, samples: int, seed: int) -> np.ndarray:
+    """At most ``samples`` of ``total`` rows, at random from ``seed``, in ascending order.
+
+    >>> chosen_rows(2, samples=3, seed=0).tolist(), len(chosen_rows(100, samples=3, seed=0))
+    ([0, 1], 3)
+    """
+    require(total > 0, "data: it is empty; expected at least one sample")
+    if total <= samples:
+        return np.arange(total)
+    return np.sort(np.random.default_rng(seed).choice(total, samples, replace=False))
+
+
+def find_column(argument: str, given: str | None, usual: Sequence[str], there: Sequence[str]) -> str:
+    """The array or column to read: the one asked for, else the first usual name that is there.
+
+    Raises:
+        InputError: the one asked for is not there (names the nearest), or none with a usual name is.
+
+    >>> find_column("inputs", None, ("x", "images"), ("labels", "Images"))
+    'Images'
+    """
+    if given is not None:
+        require(given in there, f"{argument}: {given!r} is not in the data{suggest(given, there)}")
+        return given
+    lower = {name.lower(): name for name in reversed(list(there))}
+    for name in usual:
+        if name in lower:
+            return lower[name]
+    raise InputError(
+        f"{argument}: the data has no array called {', '.join(map(repr, usual[:4]))} ...; say which of {', '.join(map(repr, there))} it is"
+    )
+
+
+def as_inputs(what: str, values: np.ndarray) -> Tensor:
+    """Bytes as they are, other numbers as float32.
+
+    Raises:
+        InputError: no numbers.
+    """
+    require(
+        values.dtype.kind in "iubf",
+        f"inputs: {what} holds {values.dtype}, expected images or numbers; choose another",
+    )
+    return torch.from_numpy(values if values.dtype == np.uint8 else values.astype(np.float32))
+
+
+def as_targets(what: str, values: np.ndarray, names: tuple[str, ...] = ()) -> tuple[Tensor, tuple[str, ...]]:
+    """Targets as a tensor, int64 for class labels and float32 for real values, and the names of the classes.
+
+    Args:
+        what: how an error calls them.
+        values: (sample,) class names, which become classes in sorted order, or class numbers; or (sample, ...) real values.
+        names: the classes' names, where ``values`` are numbers.
+
+    Raises:
+        InputError: rows instead of single class numbers, or values of another kind.
+
+    >>> as_targets("y", np.array(["dog", "cat", "dog"]))
+    (tensor([1, 0, 1]), ('cat', 'dog'))
+    """
+    if values.dtype.kind in "SU":
+        found, number = np.unique(values, return_inverse=True)
+        return torch.from_numpy(number.reshape(-1).astype(np.int64)), tuple(_text(v) for v in found)
+    if values.dtype.kind == "f":
+        return torch.from_numpy(values.astype(np.float32)), names
+    require(
+        values.dtype.kind in "iub",
+        f"targets: {what} holds {show(values)}, expected class numbers, class names or real values",
+    )
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    require(
+        values.ndim == 1,
+        f"targets: {what} holds {show(values)}, expected one class number a sample (one-hot rows: pass their argmax)",
+    )
+    return torch.from_numpy(values.astype(np.int64)), names
+
+
+def with_groups(samples: Samples, values: np.ndarray) -> Samples:
+    """The same samples with the group of each: strings, integers or truth values, one a sample.
+
+    Raises:
+        InputError: not one entry a sample, or more than 200 different ones.
+    """
+    require(
+        values.ndim == 1 and len(values) == len(samples),
+        f"groups: got {show(values)}, expected one entry for each of {len(samples)} samples",
+    )
+    found, number = np.unique(values, return_inverse=True)
+    require(
+        len(found) <= 200,
+        f"groups: got {len(found)} different values in {len(values)} samples, expected at most 200 groups",
+    )
+    numbers = torch.from_numpy(number.reshape(-1).astype(np.int64))
+    return replace(samples, groups=numbers, group_names=tuple(_text(v) for v in found))
+
+
+def groups_file(groups: str, total: int) -> np.ndarray:
+    """Groups from a ``.npy`` file or a text file with one group a line, (total,).
+
+    Raises:
+        InputError: one that cannot be read without a pickle, or not ``total`` entries.
+    """
+    path = Path(groups)
+    try:
+        text = path.suffix == ".txt"
+        values = np.array(path.read_text("utf-8").splitlines()) if text else np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"groups: {groups!r} cannot be read ({error})") from error
+    require(
+        values.ndim == 1 and len(values) == total,
+        f"groups: {groups!r} holds {show(values)}, expected one entry for each of {total} samples",
+    )
+    return values
+
+
+def _text(value: object) -> str:
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
