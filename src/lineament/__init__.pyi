@@ -1,3 +1,5 @@
+__version__: str
+
 from . import data as data
 from . import explain as explain
 from . import learn as learn
