@@ -31,7 +31,7 @@ def pointing_figure(layers: dict[str, Any], sites: list[str], labels: list[str],
     shown = picture(
         draw,
         alt=f"Pointing accuracy against the layer, one line a method. At the first layer: {early}.",
-        caption="How often the map's greatest value lies on the digit that was asked for, by layer.",
+        caption="How often the map's largest value lies on the digit that was asked for, by layer.",
     )
     return save(shown, out, "pointing")
 
