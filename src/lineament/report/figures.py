@@ -146,6 +146,14 @@ def picture(
     return Picture(light=light, dark=dark, kind=kind, caption=caption, alt=alt, surfaces=tuple(surfaces))
 
 
+def shades(ax: Axes, colour: str, *, below: str = "") -> Any:
+    """A colormap from the page's own shade to ``colour``; for signed values from ``below`` over the page's shade."""
+    from matplotlib.colors import LinearSegmentedColormap, to_rgb
+
+    ends = [to_rgb(below)] if below else []
+    return LinearSegmentedColormap.from_list("shades", [*ends, to_rgb(ax.get_facecolor()), to_rgb(colour)])
+
+
 def save(shown: Picture, folder: str | Path, name: str) -> Figure:
     """Write a picture into a run's folder as ``NAME.svg`` (or png) with its dark twin ``NAME-dark.svg`` beside it.
 

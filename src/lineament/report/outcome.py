@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,12 @@ class Table:
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str | float | int | None]]
+
+    @classmethod
+    def of(cls, title: str, columns: Mapping[str, str], records: Iterable[Any]) -> Table:
+        """A row for each record; ``columns`` names the attribute that each column shows."""
+        rows = [[getattr(record, attribute) for attribute in columns.values()] for record in records]
+        return cls(title, list(columns), rows)
 
 
 @dataclass(frozen=True)
