@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lineament.bench import Row, compare
-from lineament.measure.collapse.profile import collapse, collapse_metrics
+from lineament.measure.collapse.metrics import collapse_metrics
+from lineament.measure.collapse.profile import collapse
 from lineament.recipes.kit.networks import network
 
 SLUG = "neural-collapse"

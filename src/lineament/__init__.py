@@ -1,9 +1,15 @@
 """Lineament: find, measure, test and change the features that neural networks learn.
 
-Start with :func:`lineament.audit.audit` (the command ``lineament audit``), or with one method:
+Everything is loaded when it is touched, and Tab shows what there is: :func:`lineament.audit` is the main job, the command ``lineament audit``;
+each wing lists what a user calls.
 
->>> from lineament.explain.saliency.maps import normgrad
->>> from lineament.measure.collapse.profile import collapse_metrics
+>>> import lineament
+>>> lineament.explain.saliency.__name__, lineament.curvature.hessian.__name__
+('saliency', 'hessian')
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 __version__ = "0.1.0"

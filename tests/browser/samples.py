@@ -8,8 +8,8 @@ import numpy as np
 
 from lineament.report.figures import picture, save
 from lineament.report.outcome import Claim, Figure, Outcome, Table
-from lineament.report.page import Finding, write
-from lineament.report.section import Section
+from lineament.report.page import write
+from lineament.report.section import Finding, Section
 from lineament.report.surface_plot import SurfacePlot
 from lineament.report.text import printable
 from tests.browser.chrome import HOSTILE

@@ -20,15 +20,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 OWN = Path(__file__).parent / "data"
 ROOT = Path(os.environ.get("LINEAMENT_GOLDEN", OWN))
 Checks = Mapping[str, Callable[["File"], None]]
 
 
-class Differs(AssertionError):
-    """A number differs from the stored one."""
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "gelu_new": lambda: nn.GELU(approximate="tanh"),
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "silu": nn.SiLU,
+    "sigmoid": nn.Sigmoid,
+    "softplus": nn.Softplus,
+}
 
 
 class Scope:
@@ -73,12 +81,8 @@ class Scope:
         """Require ``found`` (or what it returns) to be the stored array within its tolerance; nothing is done where there is none."""
         if self.has(array):
             found = found() if callable(found) else found
-            found = (
-                torch.tensor(found, dtype=torch.float64)
-                if isinstance(found, float)
-                else torch.as_tensor(found).detach()
-            )
-            self.file.record(array, found, self.tolerance(array, dtype), self.name)
+            found = torch.as_tensor(found, dtype=torch.float64 if isinstance(found, float) else None)
+            self.file.record(array, found.detach(), self.tolerance(array, dtype), self.name)
 
     def differs(self, array: str, found: Tensor) -> None:
         """Require ``found`` not to be the stored array: what a fault of the reference code gives."""
@@ -88,22 +92,25 @@ class Scope:
     @property
     def dtypes(self) -> list[torch.dtype]:
         """float64, and float32 where there is a tolerance for it."""
-        low = any("float32" in t for t in (self.values.get("tolerance", {}), self.file.spec["tolerance"]))
+        low = any(
+            "float32" in (t or {}) for t in (self.values.get("tolerance"), self.file.spec.get("tolerance"))
+        )
         return [torch.float64, torch.float32] if low else [torch.float64]
 
     def tolerance(self, array: str, dtype: torch.dtype) -> dict[str, Any]:
         """The case's own tolerance, else the file's; in either the array's, else the general one."""
-        low = dtype == torch.float32
-        if self.file.spec["tolerance"] is None:  # settings: nothing measured
+        low, general = dtype == torch.float32, self.file.spec.get("tolerance")
+        if general is None:  # settings: nothing measured
             return {"rtol": 0, "atol": 0}
-        for whole in (self.values.get("tolerance"), self.file.spec["tolerance"]):
-            named = (t for p, t in (whole or {}).get("arrays", {}).items() if self.fits(p, array))
-            for found in (*named, whole or {}):
+        for whole in (self.values.get("tolerance") or {}, general):
+            for found in (*(t for p, t in whole.get("arrays", {}).items() if self.fits(p, array)), whole):
                 if low and "float32" in found:
                     return found["float32"]
-                exact = "atol" in found and not (found["rtol"] or found["atol"])
-                if exact or ("atol" in found and not low):
-                    return found
+                told = {"rtol", "atol"} & found.keys()
+                if told and not (
+                    low and any(found[key] for key in told)
+                ):  # what is to be equal is so in float32 too
+                    return {"rtol": 0, "atol": 0, **found}
         raise AssertionError(f"cases.json has no tolerance for {self.file.path.name}, {array}")
 
     def fits(self, pattern: str, array: str) -> bool:
@@ -125,7 +132,7 @@ class File(Scope):
 
     def __init__(self, path: Path, spec: dict[str, Any], only: str = ""):
         self.path, self.spec, self.only = path, spec, only
-        super().__init__(self, "", spec["defaults"])
+        super().__init__(self, "", spec.get("defaults", {}))
         self.compared: list[tuple[str, Tensor, dict[str, Any], str]] = []
         self.inputs: set[str] = set()
         self.problems: list[str] = []
@@ -148,11 +155,12 @@ class File(Scope):
     @cached_property
     def cases(self) -> list[Scope]:
         """The cases that the file has arrays of."""
-        there = {name: re.compile(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])") for name in self.spec["cases"]}
+        told = {name: case for name, case in self.spec.get("cases", {}).items() if self.only in ("", name)}
+        there = {name: re.compile(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])") for name in told}
         return [
-            Scope(self, name, {**self.spec["defaults"], **self.spec["cases"][name]})
-            for name, pattern in there.items()
-            if (name == self.only or not self.only) and any(pattern.search(array) for array in self.data)
+            Scope(self, name, {**self.values, **case})
+            for name, case in told.items()
+            if any(there[name].search(array) for array in self.data)
         ]
 
     def read(self, array: str) -> Any:
@@ -167,29 +175,26 @@ class File(Scope):
         if problem := mismatch(found, self.data[array], tolerance):
             self.problems.append(f"{case or 'file'}: {array}: {problem}")
             if self.at_once:
-                raise Differs(self.problems[-1])
+                raise AssertionError(self.problems[-1])
 
     def beside(self, name: str) -> File:
-        """Another file of the folder."""
+        """Another file of the folder, or of one above it."""
         if name not in self.opened:
-            path = self.path.parent / name
-            self.opened[name] = File(path, described(path))
-            opened = self.opened[name]
-            opened.opened, opened.problems, opened.at_once = self.opened, self.problems, self.at_once
+            path = next(p for folder in self.path.parents if (p := folder / name).exists())
+            other = self.opened[name] = opened(path)
+            other.opened, other.problems, other.at_once = self.opened, self.problems, self.at_once
         return self.opened[name]
 
     def partners(self, kind: str) -> list[File]:
         """The files of a kind beside this one, first the one that takes values from it or from which it does, then that of its name."""
-        found = [
-            f for f in files(self.path.parent) if f.spec["kind"] == kind and f.path.parent == self.path.parent
-        ]
 
         def far(file: File) -> tuple[bool, bool]:
-            linked = f"{self.path.name}#" in json.dumps(file.spec) or f"{file.path.name}#" in json.dumps(
-                self.spec
-            )
-            return not linked, file.path.stem != self.path.stem
+            links = [(self.path.name, file.spec), (file.path.name, self.spec)]
+            return not any(
+                f"{name}#" in json.dumps(spec) for name, spec in links
+            ), file.path.stem != self.path.stem
 
+        found = [f for path in paths(self.path.parent, "*") if (f := opened(path)).spec["kind"] == kind]
         return [self.beside(f.path.name) for f in sorted(found, key=far)]
 
 
@@ -222,26 +227,23 @@ def tensor(value: Any) -> Any:
     return torch.from_numpy(made.astype(float) if made.dtype == object or not made.size else made)
 
 
-def files(folder: Path) -> list[File]:
-    """Every file of numbers in a folder and below it, as the nearest cases.json above it describes it."""
-    found = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        if path.suffix in (".npz", ".json") and path.name != "cases.json":
-            found.append(File(path, described(path)))
-        else:
-            assert path.name in ("cases.json", "README.md"), f"{path}: no adaptor reads this kind of file"
-    assert found, f"no golden files in {folder}"
-    return found
+def paths(folder: Path, pattern: str = "**/*") -> list[Path]:
+    """Every file of a folder and below it but what says what they are; so none is passed over."""
+    return sorted(
+        p for p in folder.glob(pattern) if p.is_file() and p.name not in ("cases.json", "README.md")
+    )
 
 
-def described(path: Path) -> dict[str, Any]:
+def opened(path: Path) -> File:
+    """The file, as the nearest cases.json above it that knows it says."""
+    assert path.suffix in (".npz", ".json"), f"{path}: no adaptor reads this kind of file"
     for folder in path.parents:
         if (folder / "cases.json").exists():
             told = json.loads((folder / "cases.json").read_text())["files"]
             for name in (path.relative_to(folder).as_posix(), path.name):
                 if name in told:
-                    return told[name]
-    raise AssertionError(f"{path}: no cases.json above it says what this file holds")
+                    return File(path, told[name])
+    raise AssertionError(f"{path}: no cases.json says what this file holds")
 
 
 def mismatch(found: Tensor, stored: Tensor, tolerance: dict[str, Any]) -> str:
@@ -274,28 +276,38 @@ def run(file: File, checks: Checks) -> File:
     return file
 
 
-def spoiled(stored: Tensor, everywhere: bool = False) -> Tensor:
-    """The array with one finite entry wrong, or turned round and rescaled."""
-    wrong = stored.clone()
-    if stored.dtype == torch.bool or not stored.numel():
-        return ~wrong if stored.numel() else torch.ones(1)
-    if not everywhere:
-        flat = wrong.flatten()
-        place = int(flat.isfinite().int().argmax())
-        other = flat[place].nan_to_num(0).mul(2).abs() + 1
-        return torch.cat([flat[:place], other[None], flat[place + 1 :]]).view(stored.shape)
+def with_a_wrong_entry(stored: Tensor) -> Tensor:
+    """An output with one finite entry wrong; an empty one with an entry."""
+    if not stored.numel():
+        return torch.ones(1)
+    place = int(stored.flatten().isfinite().int().argmax())
+    wrong = stored.flatten().double()
+    wrong[place] = (
+        1 - wrong[place] if stored.dtype == torch.bool else wrong[place].nan_to_num(0).abs() * 2 + 1
+    )
+    return wrong.view(stored.shape)
+
+
+def turned_round(stored: Tensor) -> Tensor:
+    """An input that is another one in every entry."""
+    if stored.dtype == torch.bool:
+        return ~stored
+    turned = stored.flip(tuple(range(stored.ndim)))
     if stored.is_floating_point():
-        return wrong.flip(tuple(range(stored.ndim))) * 1.5 + 0.1
-    turned = wrong.flip(tuple(range(stored.ndim)))
-    return turned if not torch.equal(turned, stored) else turned + 1
+        return turned * 1.5 + 0.1
+    return turned + 1 if torch.equal(turned, stored) else turned
 
 
 def others(value: Any) -> Iterator[tuple[Any, ...]]:
     """Wrong values of a hyper-parameter, a few for each number, word or flag in it; lists of words name arrays and stay."""
-    if isinstance(value, (dict, list)):
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            for wrong in others(part) if isinstance(value, dict) or not isinstance(part, str) else ():
-                yield tuple(_with(value, key, w) for w in wrong)
+    if isinstance(value, dict):
+        yield from (
+            tuple({**value, k: w} for w in wrong) for k, part in value.items() for wrong in others(part)
+        )
+    elif isinstance(value, list):
+        numbers = [(k, part) for k, part in enumerate(value) if not isinstance(part, str)]
+        for k, part in numbers:
+            yield from (tuple([*value[:k], w, *value[k + 1 :]] for w in wrong) for wrong in others(part))
     elif isinstance(value, str):
         yield (f"not {value}",)
     elif isinstance(value, bool):
@@ -304,18 +316,11 @@ def others(value: Any) -> Iterator[tuple[Any, ...]]:
         yield (value + 1, value - 1) if isinstance(value, int) else (value + 0.5, value / 10)
 
 
-def _with(value: Any, key: Any, part: Any) -> Any:
-    changed = copy.copy(value)
-    changed[key] = part
-    return changed
-
-
 def changed_files(file: File) -> Iterator[tuple[str, list[File]]]:
     """The file with one hyper-parameter wrong, in a few ways; those that are arrays of the file are spoiled there."""
     for case, values in {"": file.spec["defaults"], **file.spec["cases"]}.items():
         scope = Scope(file, case, values)
-        for key in values:
-            told = values[key]
+        for key, told in values.items():
             if isinstance(told, dict) and "from" in told:
                 told = scope[key] if "#" in told["from"] else None
             for wrong in others(told):
@@ -325,10 +330,12 @@ def changed_files(file: File) -> Iterator[tuple[str, list[File]]]:
                 yield f"{key}={wrong!r} {case}", [File(file.path, spec, only=case) for spec in specs]
 
 
-def fails(file: File, checks: Checks) -> bool:
-    file.at_once = True
+def fails(file: File, checks: Checks, array: str = "") -> bool:
+    """Whether anything of the file fails, or the comparison of one array."""
+    file.at_once = not array
     try:
-        return bool(run(file, checks).problems)
+        problems = run(file, checks).problems
+        return any(not array or f": {array}: " in problem for problem in problems)
     except Exception:
         return True
 
@@ -342,37 +349,37 @@ def golden(
     numbers), arrays that are told and not used; ``KIND:NAME`` for one kind of file, globs allowed.
     """
 
-    def parametrized(root: Path) -> Any:
-        found = files(root / slug)
-        return pytest.mark.parametrize(
-            "file", found, ids=[f.path.relative_to(root / slug).as_posix() for f in found]
-        )
+    there = paths(ROOT / slug) or [ROOT / slug]
+    own = [opened(path) for path in paths(OWN / slug)]
 
-    @parametrized(ROOT)
-    def test_golden(file: File) -> None:
-        file = run(File(file.path, file.spec), checks)
-        assert not file.problems, f"{file.path.name}\n" + "\n".join(file.problems)
+    @pytest.mark.parametrize("path", there, ids=[os.path.relpath(path, ROOT / slug) for path in there])
+    def test_golden(path: Path) -> None:
+        file = run(opened(path), checks)
+        assert not file.problems, f"{path.name}\n" + "\n".join(file.problems)
 
-    @pytest.mark.parametrize("kind", sorted({f.spec["kind"] for f in files(OWN / slug)}))
+    @pytest.mark.parametrize("kind", sorted({file.spec["kind"] for file in own}))
     def test_a_wrong_number_is_noticed(kind: str) -> None:
         still = ["tolerance", *(name.removeprefix(f"{kind}:") for name in fixed)]
         # Outputs in every file; inputs and hyper-parameters in one of the kind, for the limiting cases do not depend on all of them.
         noticed: dict[str, bool] = {}
-        for file in (f for f in files(OWN / slug) if f.spec["kind"] == kind):
+        for file in (f for f in own if f.spec["kind"] == kind):
             base = run(File(file.path, file.spec), checks)
             outputs = {array for array, *_ in base.compared}
             for array in outputs - base.inputs:  # on which no result depends, for none was read
-                wrong = spoiled(base.data[array])
+                wrong = with_a_wrong_entry(base.data[array])
                 found = any(mismatch(value, wrong, t) for name, value, t, _ in base.compared if name == array)
                 noticed[f"{file.path.name} {array}"] = found
-            changes: list[tuple[str, list[File]]] = []
             for array in base.inputs if file.path.suffix == ".npz" else ():
                 changed = File(file.path, file.spec)
-                changed.data[array] = spoiled(base.data[array], everywhere=array not in outputs)
-                changes.append((array, [changed]))
-            for what, changed in (*changes, *changed_files(base)):
+                changed.data[array] = turned_round(base.data[array])
+                if not any(fnmatch(array, pattern) for pattern in still):
+                    found = noticed.get(array, False) or fails(
+                        changed, checks, array if array in outputs else ""
+                    )
+                    noticed[array] = found
+            for what, wrongly in changed_files(base):
                 if not any(fnmatch(what.split("=")[0], pattern) for pattern in still):
-                    noticed[what] = noticed.get(what, False) or any(fails(f, checks) for f in changed)
+                    noticed[what] = noticed.get(what, False) or any(fails(f, checks) for f in wrongly)
         unnoticed = sorted(name for name, found in noticed.items() if not found)
         assert not unnoticed, f"{kind}: wrong values go unnoticed: {unnoticed}"
 

@@ -6,16 +6,9 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from tests.golden.common import Scope
+from tests.golden.common import ACTIVATIONS, Scope
 from torch import Tensor, nn
 
-ACTIVATIONS = {
-    "gelu": nn.GELU,
-    "gelu_new": lambda: nn.GELU(approximate="tanh"),
-    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
-    "silu": nn.SiLU,
-    "relu": nn.ReLU,
-}
 Weights = Mapping[str, Tensor]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tests.golden.common import File, Scope, golden
+from tests.golden.common import ACTIVATIONS, File, Scope, golden
 from torch import Tensor, nn
 
 from lineament.data.blockmnist import null_pattern, stacked
@@ -19,7 +19,6 @@ from lineament.explain.faithfulness.retraining import DiffROAR
 from lineament.explain.faithfulness.unmasking import Unmasked, fill_value, rank
 from lineament.train.attacks import pgd
 
-ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "sigmoid": nn.Sigmoid}
 KINDS = {"loss_sum": "loss"}  # the others have the library's names
 OBJECTIVES = {"plusone_targeted": "plus_one"}
 KEPT = {("top", "desc"): "bottom", ("bottom", "asc"): "top"}  # the top removed is the bottom kept

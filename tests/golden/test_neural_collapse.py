@@ -7,8 +7,8 @@ from tests.golden.common import File, Scope, golden
 from torch import Tensor
 
 from lineament.measure.collapse.central_path import central_path
+from lineament.measure.collapse.metrics import CollapseMeter, CollapseMetrics, collapse_metrics
 from lineament.measure.collapse.near_collapse import PerturbationMap, block_spectrum, cross_norm, map_spectrum
-from lineament.measure.collapse.profile import CollapseMeter, CollapseMetrics, collapse_metrics
 from lineament.measure.collapse.ufm import UFM, minimise
 
 FIELDS = {

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from tests.golden.common import File, Scope, golden
+from tests.golden.common import ACTIVATIONS, File, Scope, golden
 from tests.golden.relp_networks import (
-    ACTIVATIONS,
     LAYOUT,
     Conserving,
     Decoder,

@@ -9,12 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from lineament.audit.findings import findings
+from lineament.audit.catalogue import chosen as chosen_lenses
 from lineament.audit.language import LanguageSubject
-from lineament.audit.lenses import LANGUAGE, LENSES
-from lineament.audit.stages import Report, fresh, sections, written
+from lineament.audit.stages import Report, fresh, sections, verdict, written
 from lineament.core import checks
-from lineament.core.checks import InputError, require, show
 from lineament.core.models import device_of
 from lineament.load.language_models import load_language_model
 from lineament.load.prompts import Prompts, load_prompts
@@ -39,13 +37,13 @@ def audit_language(
     Args:
         model: a Hugging Face directory or name, or a pair (model, tokenizer).
         data: what :func:`lineament.load.prompts.load_prompts` takes, or its result.
-        lenses: of :data:`lineament.audit.lenses.LANGUAGE`; both by default.
+        lenses: those for language models in :mod:`lineament.audit.lenses`; all by default.
         samples: read at most so many prompts.
 
     Raises:
         InputError: whatever cannot be used, before any lens looks.
     """
-    chosen = _chosen(lenses)
+    chosen = chosen_lenses(lenses, language=True)
     checks.number("samples", samples, low=1, integer=True)
     checks.seed("seed", seed)
     folder = fresh(out, overwrite)
@@ -60,20 +58,7 @@ def audit_language(
     subject = LanguageSubject(network, tokenizer, prompts, source, seed)
     found, checkpoint = sections(folder, _key(subject), chosen, subject, note)
     extra = {"task": "language", "prompts": len(prompts), "pairs": len(prompts.pairs)}
-    return written(folder, checkpoint, source, _facts(subject), findings(found), found, extra)
-
-
-def _chosen(lenses: Sequence[str] | None) -> list[str]:
-    if lenses is None:
-        return list(LANGUAGE)
-    require(len(lenses) > 0, "lenses: got none, expected at least one of " + ", ".join(LANGUAGE))
-    for name in lenses:
-        checks.one_of("lenses", name, list(LENSES))
-        if name not in LANGUAGE:
-            raise InputError(
-                f"lenses: {show(name)} looks at labelled samples; for a language model there are: {', '.join(LANGUAGE)}"
-            )
-    return [name for name in LANGUAGE if name in lenses]
+    return written(folder, checkpoint, chosen, source, _facts(subject), verdict(chosen, found), found, extra)
 
 
 def _facts(subject: LanguageSubject) -> list[tuple[str, Any]]:

@@ -19,7 +19,7 @@ from lineament.audit.subject import Subject
 from lineament.core.batching import chunked
 from lineament.core.checks import InputError
 from lineament.core.models import logits
-from lineament.explain.faithfulness.deletion import deletion_insertion
+from lineament.explain.faithfulness.deletion import DeletionInsertion, deletion_insertion
 from lineament.explain.faithfulness.input_gradients import input_gradient
 from lineament.explain.faithfulness.pixel_scores import MapScores, score_maps
 from lineament.explain.faithfulness.retraining import DiffROAR, diffroar
@@ -37,7 +37,44 @@ _FRACTIONS, _LEVEL = (1.0, 0.5, 0.2, 0.1), 0.1
 _STEPS, _EPOCHS, _BATCH, _RATE, _WORK = 300, (15, 60), 64, 2e-3, 2e14
 
 
-def deletion_and_insertion(subject: Subject, rows: Tensor, maps: Tensor) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Truth:
+    """Deletion and insertion of the maps and of random ones; ``gain``: the mean of the maps' lead with its 95 % interval."""
+
+    curves: DeletionInsertion
+    gain: tuple[float, float, float]
+
+    @property
+    def images(self) -> int:
+        return len(self.curves.deletion)
+
+    @property
+    def faint(self) -> bool:
+        """Whether the gain is no more than rounding."""
+        return max(abs(end) for end in self.gain[1:]) < _FAINT
+
+    @property
+    def better_than_random(self) -> bool:
+        """Whether the maps' order of pixels beats a random one by more than chance and more than rounding."""
+        return self.gain[1] > 0 and not self.faint
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.curves.to_dict(), "gain": list(self.gain), "images": self.images}
+
+    def sentence(self, method: str) -> str:
+        """What the gain says."""
+        gain, low, high = self.gain
+        interval = f"gain {gain:.2f}, 95 % interval {low:.2f} to {high:.2f}".replace("-", "−")
+        if self.faint:
+            return f"Whether the maps ({method}) are true cannot be told: the answers stay as sure whichever pixels are taken away ({interval})."
+        if low > 0:
+            return f"The maps ({method}) are truer than chance: taking pixels away or giving them back in their order beats a random order ({interval})."
+        if high < 0:
+            return f"The maps ({method}) mislead: a random order of pixels does better than theirs ({interval}), so do not read much into them."
+        return f"Whether the maps ({method}) are truer than chance cannot be told from {self.images} images ({interval})."
+
+
+def deletion_and_insertion(subject: Subject, rows: Tensor, maps: Tensor) -> Truth:
     """Deletion and insertion of the maps and of random ones, with the paired gain's interval."""
     count = subject.affordable(3e12, 90, most=_TRUTH, least=8)
     if subject.fixed_batch:
@@ -52,37 +89,7 @@ def deletion_and_insertion(subject: Subject, rows: Tensor, maps: Tensor) -> dict
         seed=subject.seed,
         batch_size=subject.batch_size if subject.fixed_batch else "auto",
     )
-    return {
-        **{k: v for k, v in found.to_dict().items() if k != "gain"},
-        "gain": list(mean_interval(found.gains.cpu())),
-        "images": len(chosen),
-    }
-
-
-def better_than_random(truth: dict[str, Any]) -> bool:
-    """Whether the maps' order of pixels beats a random one by more than chance and more than rounding.
-
-    >>> better_than_random({"gain": [0.2, 0.1, 0.3]}), better_than_random({"gain": [1e-9, 5e-10, 2e-9]})
-    (True, False)
-    """
-    return truth["gain"][1] > 0 and not _faint(truth)
-
-
-def _faint(truth: dict[str, Any]) -> bool:
-    return max(abs(end) for end in truth["gain"][1:]) < _FAINT
-
-
-def gain_words(truth: dict[str, Any], method: str) -> str:
-    """What the gain of deletion and insertion says, in a sentence."""
-    gain, low, high = truth["gain"]
-    interval = f"gain {gain:.2f}, 95 % interval {low:.2f} to {high:.2f}".replace("-", "−")
-    if _faint(truth):
-        return f"Whether the maps ({method}) are true cannot be told: the answers stay as sure whichever pixels are taken away ({interval})."
-    if low > 0:
-        return f"The maps ({method}) are truer than chance: taking pixels away or giving them back in their order beats a random order ({interval})."
-    if high < 0:
-        return f"The maps ({method}) mislead: a random order of pixels does better than theirs ({interval}), so do not read much into them."
-    return f"Whether the maps ({method}) are truer than chance cannot be told from {truth['images']} images ({interval})."
+    return Truth(found, mean_interval(found.gains.cpu()))
 
 
 def scores(subject: Subject, rows: Tensor, explain: Explain) -> MapScores:
@@ -272,14 +279,20 @@ def _retrained_words(found: dict[str, DiffROAR], method: str, count: int) -> str
     return told.replace("+-", "−").replace(" -", " −")
 
 
-def curves(truth: dict[str, Any]) -> Picture:
+def curves(truth: Truth) -> Picture:
     """The curves of deletion and insertion."""
 
+    found = truth.curves
+    means = {
+        name: getattr(found, name).mean(0).tolist()
+        for name in ("deletion", "insertion", "random_deletion", "random_insertion")
+    }
+
     def draw(axes: Any) -> None:
-        at = truth["fractions"]
+        at = found.fractions.tolist()
         for ax, name, colour in zip(axes[0], ("deletion", "insertion"), ("C1", "C0")):
-            ax.plot(at, truth[name], color=colour, label="in the map's order")
-            ax.plot(at, truth[f"random_{name}"], color="C7", linestyle="--", label="in random order")
+            ax.plot(at, means[name], color=colour, label="in the map's order")
+            ax.plot(at, means[f"random_{name}"], color="C7", linestyle="--", label="in random order")
             ax.set(
                 title="pixels taken away" if name == "deletion" else "pixels given back",
                 xlabel="share of pixels",
@@ -294,6 +307,6 @@ def curves(truth: dict[str, Any]) -> Picture:
         panels=(1, 2),
         size=(7.0, 2.9),
         caption="Are the maps true? If they are, the answer fades fast when their brightest pixels are taken away, and comes back fast when they are given back.",
-        alt=f"Deletion area {truth['deletion_area']:.2f} against {truth['random_deletion_area']:.2f} at random; insertion area "
-        f"{truth['insertion_area']:.2f} against {truth['random_insertion_area']:.2f}.",
+        alt=f"Deletion area {float(found.deletion_area.mean()):.2f} against {float(found.random_deletion_area.mean()):.2f} at random; insertion area "
+        f"{float(found.insertion_area.mean()):.2f} against {float(found.random_insertion_area.mean()):.2f}.",
     )

@@ -1,4 +1,4 @@
-"""Does a network rely on one fixed place of its images, whatever they show? Found by looking, decided by intervening.
+"""Does a network rely on one fixed patch of its images, whatever they show? Found by looking, decided by intervening.
 
 Each small window of the frame is exchanged, in every image, with the same window of an image that the network answers otherwise. If the
 answer goes with the window, the window decides; covering it with the mean image says how much accuracy hangs on it.
@@ -8,8 +8,8 @@ choice cannot flatter the result.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -40,15 +40,21 @@ class Window:
             and other.left < self.left + self.width
         )
 
-    def words(self, height: int, width: int) -> str:
-        """Where it lies, as one says it."""
+    def where(self, height: int, width: int) -> str:
+        """Where it lies in an image of this size, and its pixels.
+
+        >>> Window(0, 0, 4, 4).where(20, 20)
+        'the top left (rows 1–4, columns 1–4)'
+        """
         row = ("top", "middle", "bottom")[min(int(3 * (self.top + self.height / 2) / height), 2)]
         column = ("left", "centre", "right")[min(int(3 * (self.left + self.width / 2) / width), 2)]
-        return "the centre" if (row, column) == ("middle", "centre") else f"the {row} {column}"
+        name = "the centre" if (row, column) == ("middle", "centre") else f"the {row} {column}"
+        rows = f"rows {self.top + 1}–{self.top + self.height}"
+        return f"{name} ({rows}, columns {self.left + 1}–{self.left + self.width})"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Exchange:
     """What the intervention showed on the samples that did not choose the window; shares, with 95 % intervals.
 
     ``followed``: images whose answer became that of the image that lent the window, and the same for other windows;
@@ -74,11 +80,8 @@ class Verdict:
     map: list[list[float]]
     windows: int
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-def examine(subject: Subject, rows: Tensor, mean_map: Tensor, *, fraction: float = 0.2) -> Verdict:
+def examine(subject: Subject, rows: Tensor, mean_map: Tensor, *, fraction: float = 0.2) -> Exchange:
     """Find the window that decides most, and measure how much it does.
 
     Args:
@@ -121,7 +124,7 @@ def examine(subject: Subject, rows: Tensor, mean_map: Tensor, *, fraction: float
     covered_excess = mean_interval(o_covered - covered)
     share = mean_map[best.cut()].sum() / mean_map.sum().clamp_min(1e-30)
     columns = len({w.left for w in grid})
-    return Verdict(
+    return Exchange(
         window=best,
         area=best.height * best.width / (height * width),
         samples=len(measure),
@@ -178,15 +181,22 @@ class _Trial:
         return follows, right, (covered == self.targets).float()
 
     def swap(self, x: Tensor, part: Tensor, window: Window) -> Tensor:
-        donors = self.subject.inputs(torch.tensor([self.donor_of[row] for row in part.tolist()]))
-        x = x.clone()
-        x[(..., *window.cut())] = donors[(..., *window.cut())]
-        return x
+        return exchanged(self.subject, x, part, self.donor_of, window)
 
     def cover(self, x: Tensor, window: Window) -> Tensor:
         x = x.clone()
         x[(..., *window.cut())] = self.average.to(x)[(..., *window.cut())]
         return x
+
+
+def exchanged(
+    subject: Subject, x: Tensor, part: Tensor, donor_of: Mapping[int, int], window: Window
+) -> Tensor:
+    """Inputs with the window taken from the inputs of their donors."""
+    donors = subject.inputs(torch.tensor([donor_of[row] for row in part.tolist()]))
+    x = x.clone()
+    x[(..., *window.cut())] = donors[(..., *window.cut())]
+    return x
 
 
 def donors(subject: Subject, rows: Tensor) -> Tensor:

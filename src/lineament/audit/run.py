@@ -15,11 +15,10 @@ import torch
 from torch import nn
 
 from lineament.audit import default
-from lineament.audit.findings import findings
+from lineament.audit.catalogue import chosen as chosen_lenses
 from lineament.audit.language_run import audit_language
-from lineament.audit.lenses import ALIASES, LANGUAGE, LENSES
 from lineament.audit.phrases import places, sentence
-from lineament.audit.stages import STAGES, Report, fresh, opened, sections, threads, written
+from lineament.audit.stages import STAGES, Report, fresh, opened, sections, threads, verdict, written
 from lineament.audit.subject import Subject
 from lineament.core import checks
 from lineament.core.checkpoint import Checkpoint
@@ -37,8 +36,7 @@ from lineament.load.models import load_model
 from lineament.load.prompts import TASKS, is_prompts
 from lineament.load.weights import digest
 from lineament.report.outcome import versions
-from lineament.report.page import Finding
-from lineament.report.section import Section
+from lineament.report.section import Finding, Section
 
 
 def audit(
@@ -76,7 +74,7 @@ def audit(
             (:func:`lineament.load.prompts.load_prompts`) go with a language model: see :func:`lineament.audit.language_run.audit_language`.
         out: the folder for `report.html` and `report.json`.
         weights: a ``.safetensors`` file for a network that a factory makes.
-        lenses: names of :data:`lineament.audit.lenses.LENSES`; all by default.
+        lenses: names of the files in :mod:`lineament.audit.lenses`; all by default.
         sites: sites or globs; by default the blocks of the network, up to eight, and the input of its head.
         classes: names of the classes 0, 1, ...
         groups: the array that names each sample's group, by name; for a pair, the array itself.
@@ -117,7 +115,7 @@ def audit(
             overwrite=overwrite,
             note=note,
         )
-    chosen = _chosen(lenses)
+    chosen = chosen_lenses(lenses, language=False)
     checks.one_of("method", method, list(SALIENCY))
     checks.one_of("faithfulness", faithfulness, ("scores", "diffroar"))
     for what, value, least in (("samples", samples, 2), ("batch_size", batch_size, 1)):
@@ -175,12 +173,13 @@ def audit(
             note(line)
         with threads(subject.flops * batch_size):
             found, checkpoint = sections(folder, _key(subject, loaded), chosen, subject, note)
-    told = findings(found)
+    told = verdict(chosen, found)
     if embedded:
         told = [*_planted(found), *told]
     return written(
         folder,
         checkpoint,
+        chosen,
         _title(loaded),
         _facts(subject, loaded),
         told,
@@ -211,21 +210,6 @@ def _is_language(model: Any, data: Any) -> bool:
         f"model: {show(model)} is no language model, and {str(data)!r} holds prompts; expected a Hugging Face directory or name of one",
     )
     return True
-
-
-def _chosen(lenses: Sequence[str] | None) -> list[str]:
-    own = [name for name in LENSES if name not in LANGUAGE]
-    if lenses is None:
-        return own
-    require(len(lenses) > 0, "lenses: got none, expected at least one of " + ", ".join(own))
-    lenses = [ALIASES.get(name, name) for name in lenses]
-    for name in lenses:
-        checks.one_of("lenses", name, list(LENSES))
-        require(
-            name not in LANGUAGE,
-            f"lenses: {name!r} is for language models; for this network there are: {', '.join(own)}",
-        )
-    return [name for name in own if name in lenses]
 
 
 def _planted(sections: Sequence[Section]) -> list[Finding]:

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from lineament.audit.lenses import LENSES, lens
+from lineament.audit.catalogue import Lens
 from lineament.core import checks
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require
@@ -27,20 +27,9 @@ from lineament.core.files import output_folder, possible_folder
 from lineament.papers import search
 from lineament.report import page
 from lineament.report.outcome import versions
-from lineament.report.page import Finding
-from lineament.report.section import Section
+from lineament.report.section import SEVERITIES, Finding, Section
 
 STAGES = ".stages"
-_SOURCES = {
-    "calibration": ("On calibration of modern neural networks", 2017, "1706.04599"),
-    "effective-rank": ("RankMe: effective rank of learned features", 2022, "2210.02885"),
-    "hessian-density": (
-        "An investigation into neural net optimization via Hessian eigenvalue density",
-        2019,
-        "1901.10159",
-    ),
-    "ablation": ("Ablation studies in artificial neural networks", 2019, "1901.08644"),
-}
 
 
 @dataclass(frozen=True)
@@ -73,7 +62,7 @@ class Report:
 
 
 def sections(
-    folder: Path, key: Mapping[str, Any], chosen: Sequence[str], subject: Any, note: Callable[[str], None]
+    folder: Path, key: Mapping[str, Any], chosen: Sequence[Lens], subject: Any, note: Callable[[str], None]
 ) -> tuple[list[Section], Checkpoint]:
     """The sections of the chosen lenses, each looked at once however often the run is cut off.
 
@@ -84,16 +73,23 @@ def sections(
     if checkpoint.resumed:
         note("an earlier run of the same audit was cut off; going on where it stopped")
     found = []
-    for number, name in enumerate(chosen, 1):
-        note(f"{number}/{len(chosen)} {name}: {LENSES[name]}")
-        stored = checkpoint.stage(name, lambda name=name: look(name, subject).to_dict())
-        found.append(Section.from_dict(stored))
+    for number, lens in enumerate(chosen, 1):
+        note(f"{number}/{len(chosen)} {lens.name}: {lens.help}")
+        found.append(checkpoint.stage(lens.name, lambda lens=lens: look(lens, subject), Section))
     return found, checkpoint
+
+
+def verdict(chosen: Sequence[Lens], sections: Sequence[Section]) -> list[Finding]:
+    """What the sections found, worst first; among equals what the network relies on, then how it holds it."""
+    ranked = sorted(zip(chosen, sections), key=lambda pair: pair[0].verdict_order)
+    found = [finding for _, section in ranked for finding in section.findings]
+    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
 def written(
     folder: Path,
     checkpoint: Checkpoint,
+    chosen: Sequence[Lens],
     title: str,
     facts: Sequence[tuple[str, Any]],
     findings: Sequence[Finding],
@@ -109,7 +105,7 @@ def written(
         findings,
         found,
         command=_command(),
-        methods=_methods(found),
+        methods=_methods(chosen),
         versions=versions(),
         notes=extra.get("notes", ()),
         extra={name: value for name, value in extra.items() if name != "notes"},
@@ -119,12 +115,12 @@ def written(
     return Report(title, findings, found, html, json)
 
 
-def look(name: str, subject: Any) -> Section:
-    module = lens(name)
-    start = time.perf_counter()
+def look(lens: Lens, subject: Any) -> Section:
+    """The lens's section; one that fails or does not apply says so in its own."""
+    module, name, start = lens.module(), lens.name, time.perf_counter()
     reason = module.applies(subject)
     if reason:
-        return Section(name, module.TITLE, "skipped", "", "", reason, method="")
+        return Section(name, lens.title, "skipped", "", "", reason)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -133,7 +129,7 @@ def look(name: str, subject: Any) -> Section:
         # One lens that fails must not take the others' answers away.
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
         return Section(
-            name, module.TITLE, "failed", "", "", f"This lens failed, which stopped no other. {kind}{error}",
+            name, lens.title, "failed", "", "", f"This lens failed, which stopped no other. {kind}{error}",
             seconds=time.perf_counter() - start,
         )  # fmt: skip
     return replace(section, numbers=page.plain(section.numbers), seconds=time.perf_counter() - start)
@@ -181,14 +177,15 @@ def opened(folder: Path) -> Path:
     return folder
 
 
-def _methods(sections: Iterable[Section]) -> dict[str, dict[str, Any]]:
+def _methods(chosen: Sequence[Lens]) -> dict[str, dict[str, Any]]:
+    """The papers behind the lenses, by slug: Lineament's own, or those that the lenses name."""
+    found = {}
+    for lens in chosen:
+        if lens.source is not None:
+            title, year, number = lens.source
+            found[lens.method] = {"title": title, "year": year, "url": f"https://arxiv.org/abs/{number}"}
     papers = {paper.slug: {"title": paper.title, "year": paper.year, "url": paper.url} for paper in search()}
-    others = {
-        slug: {"title": t, "year": y, "url": f"https://arxiv.org/abs/{n}"}
-        for slug, (t, y, n) in _SOURCES.items()
-    }
-    known = {**others, **papers}
-    return {s.method: known[s.method] for s in sections if s.method in known}
+    return {**found, **{lens.method: papers[lens.method] for lens in chosen if lens.method in papers}}
 
 
 def _command() -> str:

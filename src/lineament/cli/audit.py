@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lineament.audit.lenses import LENSES
+from lineament.audit.catalogue import all_lenses
 from lineament.cli.data_options import add_data_options
 
 _EPILOG = (
     "lenses:\n"
-    + "\n".join(f"  {name:<10} {what}" for name, what in LENSES.items())
+    + "\n".join(f"  {lens.name:<10} {lens.help}" for lens in all_lenses().values())
     + """
 
 examples:

@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Build the site, and say where it is."""
     from lineament.cli import console
     from lineament.papers import search
-    from lineament.recipes import preset_configs
+    from lineament.recipes.kit.configuration import preset_configs
     from lineament.report.gallery import build
 
     catalogue = [paper.to_dict() for paper in search()]

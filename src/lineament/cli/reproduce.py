@@ -53,7 +53,7 @@ def prepare(argv: list[str], parser: Parser) -> tuple[list[str], bool]:
         if slug is None:
             return argv, False
         from lineament.cli import console
-        from lineament.recipes import fields
+        from lineament.recipes.kit.configuration import fields
 
         found = fields(slug)
         parser.print_help()

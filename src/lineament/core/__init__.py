@@ -1,1 +1,5 @@
 """The ground floor: tensors and modules, no method and no paper."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -51,6 +51,30 @@ def logits(output: Any) -> Tensor:
     )
 
 
+def called(model: Callable[..., Any], inputs: Any) -> Any:
+    """The model's answer to inputs as loaders give them: a tensor, a tuple of arguments, or a dict of keyword arguments.
+
+    >>> called(nn.Bilinear(2, 2, 1), (torch.ones(3, 2), torch.ones(3, 2))).shape
+    torch.Size([3, 1])
+    """
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Every tensor in a tensor, mapping, tuple or list on a device.
+
+    >>> moved({"ids": torch.ones(2)}, torch.device("meta"))["ids"].device
+    device(type='meta')
+    """
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: moved(item, device) for key, item in value.items()}
+    return type(value)(moved(item, device) for item in value) if isinstance(value, (tuple, list)) else value
+
+
 def answered(model: Callable[..., Any], inputs: Tensor, what: str = "images") -> Tensor:
     """``logits(model(inputs))``; inputs that do not fit the model are named by their shape.
 
@@ -143,7 +167,7 @@ def looked_at(module: nn.Module) -> bool:
 def masks_to_nan(model: nn.Module) -> bool:
     """Whether a row of attention in which everything is masked comes out as NaN, so that padding must not come before the text.
 
-    Eager attention of transformers' Llama and its kin takes the softmax in float32, where the least number of float64 is -inf; GPT-2's does not.
+    Eager attention of transformers' Llama and its kin takes the softmax in float32, where the lowest number of float64 is -inf; GPT-2's does not.
     """
     config: Any = getattr(model, "config", None)
     eager = getattr(config, "_attn_implementation", None) == "eager"

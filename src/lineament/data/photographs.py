@@ -46,6 +46,11 @@ def read_photographs(
 
     Raises:
         InputError: no folder, none of the files in it, or a damaged one.
+
+    >>> import tempfile, numpy as np; folder = Path(tempfile.mkdtemp())
+    >>> np.savez(folder / "train.npz", x=np.zeros((5, 32, 32, 3), np.uint8), y=np.arange(5))
+    >>> tuple(read_photographs("npz", data_folder=folder).inputs.shape)
+    (5, 3, 32, 32)
     """
     checks.one_of("name", name, (*_BINARY, "npz"))
     checks.one_of("split", split, ("train", "test"))

@@ -1,1 +1,5 @@
 """What users bring: models, weights, data and text, and how the two fit together."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

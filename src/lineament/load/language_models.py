@@ -55,6 +55,8 @@ def load_language_model(
 
     Raises:
         InputError: transformers is not installed; no such folder; no language model; missing weights; no tokenizer; an unusable device.
+
+    >>> model, tokenizer = load_language_model("./gpt2-saved")  # doctest: +SKIP
     """
     require(
         Path(name).is_dir() or not name.startswith((".", "/", "~")),

@@ -3,8 +3,6 @@
 Each is a ``torch.optim.Optimizer``, held to ``tests/contracts/test_optimizers.py``.
 """
 
-from lineament.optim.diffgrad import DiffGrad
-from lineament.optim.gns.optimizer import GNS
-from lineament.optim.sam import ASAM, SAM
+import lazy_loader
 
-__all__ = ["ASAM", "GNS", "SAM", "DiffGrad"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

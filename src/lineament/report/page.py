@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -20,10 +19,8 @@ from markupsafe import Markup
 from lineament.core.checks import one_of, require
 from lineament.core.files import write_json, write_text
 from lineament.report.interactive import drawings, kinds, library
-from lineament.report.section import Picture, Section
+from lineament.report.section import SEVERITIES, Finding, Picture, Section
 from lineament.report.text import cell, duration, plain, printable
-
-Severity = Literal["warning", "note", "good"]
 
 # A state is a word and a shape before it is a colour.
 STATES = {
@@ -33,23 +30,6 @@ STATES = {
     "failed": ("Failed", "✕"),
     "skipped": ("Does not apply", "–"),
 }
-_SEVERITIES = ("warning", "note", "good")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One sentence of the verdict; ``section`` is the name of the section that shows it, or "".
-
-    ``advice`` says what a reader can do about it, or is "" where there is nothing to do.
-    """
-
-    severity: Severity
-    sentence: str
-    section: str = ""
-    advice: str = ""
-
-    def to_dict(self) -> dict[str, str]:
-        return asdict(self)
 
 
 def render(
@@ -86,7 +66,7 @@ def render(
     (True, False)
     """
     for finding in findings:
-        one_of("severity of a finding", finding.severity, _SEVERITIES)
+        one_of("severity of a finding", finding.severity, SEVERITIES)
     names = [section.name for section in sections]
     twice = sorted({name for name in names if names.count(name) > 1})
     require(not twice, f"sections: got the name {twice[:1]} more than once, expected each name once")
@@ -99,7 +79,7 @@ def render(
             subtitle=subtitle,
             kicker=kicker,
             facts=facts,
-            findings=sorted(findings, key=lambda f: _SEVERITIES.index(f.severity)),
+            findings=sorted(findings, key=lambda f: SEVERITIES.index(f.severity)),
             sections=sections,
             anchors=anchors,
             unanswered=[s for s in sections if s.status in ("failed", "skipped")],

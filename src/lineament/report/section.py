@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from lineament.report.outcome import Table
 from lineament.report.surface_plot import SurfacePlot
 
 Status = Literal["good", "note", "warning", "skipped", "failed"]
+Severity = Literal["warning", "note", "good"]
+SEVERITIES = ("warning", "note", "good")  # worst first
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence of the verdict; ``section`` is the name of the section that shows it, or "".
+
+    ``advice`` says what a reader can do about it, or is "" where there is nothing to do.
+    """
+
+    severity: Severity
+    sentence: str
+    section: str = ""
+    advice: str = ""
+
+    def to_dict(self) -> dict[str, str]:
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -37,17 +55,6 @@ class Picture:
             **({"surfaces": [each.to_dict() for each in self.surfaces]} if self.surfaces else {}),
         }
 
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> Picture:
-        return cls(
-            base64.b64decode(raw["light"]),
-            base64.b64decode(raw["dark"]),
-            raw["kind"],
-            raw["caption"],
-            raw["alt"],
-            [SurfacePlot.from_dict(each) for each in raw.get("surfaces", ())],
-        )
-
 
 @dataclass(frozen=True)
 class Section:
@@ -55,7 +62,8 @@ class Section:
 
     ``number`` is the one figure a reader should remember, as text ("31.4 %"), and ``unit`` what it counts ("accuracy
     in the worst group"). ``sentence`` says what it means, in plain words. ``method`` is the slug of the paper behind
-    it, or "". ``numbers`` is everything measured, for `report.json` (JSON values only), and ``seconds`` how long the lens took.
+    it, or "". ``numbers`` is everything measured, for `report.json` (JSON values only), ``findings`` what it means for the verdict, and
+    ``seconds`` how long the lens took.
 
     >>> Section("accuracy", "How often is it right?", "good", "98 %", "of samples right", "It is right for 98 of 100.").to_dict()["number"]
     '98 %'
@@ -71,6 +79,7 @@ class Section:
     tables: Sequence[Table] = ()
     method: str = ""
     numbers: dict[str, Any] = field(default_factory=dict)
+    findings: Sequence[Finding] = ()
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,24 +96,3 @@ class Section:
             "pictures": [p.to_dict() for p in self.pictures],
             "seconds": self.seconds,
         }
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> Section:
-        return cls(
-            **{
-                k: raw[k]
-                for k in (
-                    "name",
-                    "title",
-                    "status",
-                    "number",
-                    "unit",
-                    "sentence",
-                    "method",
-                    "numbers",
-                    "seconds",
-                )
-            },
-            pictures=[Picture.from_dict(p) for p in raw["pictures"]],
-            tables=[Table(t["title"], t["columns"], t["rows"]) for t in raw["tables"]],
-        )

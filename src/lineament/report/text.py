@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 # Cc control, Cf format (bidi marks, zero width), Cs lone surrogates, Co private use, Zl/Zp line separators.
@@ -89,7 +90,7 @@ def duration(seconds: float) -> str:
 
 
 def plain(value: Any) -> Any:
-    """``value`` as strict JSON allows it: NaN and infinities become ``None``, tensors and arrays nested lists.
+    """``value`` as strict JSON allows it: NaN and infinities become ``None``, tensors and arrays nested lists, dataclasses dicts.
 
     >>> plain({"a": float("inf"), "b": (1, 2.5)})
     {'a': None, 'b': [1, 2.5]}
@@ -101,6 +102,10 @@ def plain(value: Any) -> Any:
     if isinstance(value, str):
         # A file name that is no UTF-8 reaches Python with lone surrogates, which cannot be written.
         return value.encode("utf-8", "backslashreplace").decode()
+    if hasattr(value, "to_dict"):
+        return plain(value.to_dict())
+    if is_dataclass(value):
+        return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, Mapping):
         return {plain(str(key)): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

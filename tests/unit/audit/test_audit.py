@@ -12,7 +12,7 @@ from tests.contracts.unchanged import unchanged
 from torch import nn
 
 from lineament.audit import stages
-from lineament.audit.lenses import LANGUAGE, LENSES
+from lineament.audit.catalogue import all_lenses
 from lineament.audit.patch_exchange import needed
 from lineament.audit.run import audit
 from lineament.core.checks import InputError
@@ -39,7 +39,7 @@ def test_the_default_finds_the_planted_mark(planted):
 
 @pytest.mark.slow
 def test_every_section_has_a_picture_a_number_and_a_sentence(planted):
-    assert [section.name for section in planted.sections] == [name for name in LENSES if name not in LANGUAGE]
+    assert [section.name for section in planted.sections] == list(all_lenses(language=False))
     for section in planted.sections:
         assert section.status in ("good", "note", "warning"), section.sentence
         assert section.number and section.sentence and section.pictures and section.numbers
@@ -54,9 +54,7 @@ def test_every_section_has_a_picture_a_number_and_a_sentence(planted):
     ]
     assert "default-src 'none'" in page and "script-src 'sha256-" in page
     stored = json.loads(planted.json.read_text(encoding="utf-8"))
-    assert [section["name"] for section in stored["sections"]] == [
-        name for name in LENSES if name not in LANGUAGE
-    ]
+    assert [section["name"] for section in stored["sections"]] == list(all_lenses(language=False))
     assert {path.name for path in planted.html.parent.iterdir()} == {"report.html", "report.json"}
 
 
@@ -248,11 +246,11 @@ def test_an_interrupted_audit_goes_on_with_the_same_result(tmp_path, monkeypatch
     whole = audit(model, (images, targets), out=tmp_path / "whole", lenses=lenses)
     seen = []
 
-    def look(name, subject, original=stages.look):
-        seen.append(name)
-        if name == "spectrum" and seen.count("spectrum") == 1:
+    def look(lens, subject, original=stages.look):
+        seen.append(lens.name)
+        if lens.name == "spectrum" and seen.count("spectrum") == 1:
             raise KeyboardInterrupt
-        return original(name, subject)
+        return original(lens, subject)
 
     monkeypatch.setattr(stages, "look", look)
     with pytest.raises(KeyboardInterrupt):

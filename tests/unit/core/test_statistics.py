@@ -13,7 +13,8 @@ from scipy import stats
 
 from lineament.core.checks import InputError
 from lineament.core.statistics.accumulation import Products
-from lineament.core.statistics.moments import ClassScatter, Covariance, CrossCovariance, Moments
+from lineament.core.statistics.class_scatter import ClassScatter
+from lineament.core.statistics.moments import Covariance, CrossCovariance, Moments
 
 
 def _data(rows: int, columns: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from lineament.core.checks import InputError
-from lineament.recipes.neural_collapse import Config, _decay_claims, run, training
+from lineament.recipes import neural_collapse
+from lineament.recipes.neural_collapse import Config, load_data, run, weight_decay_run
+from lineament.recipes.neural_collapse.claims import Collapsed, decay_claims
 
 TINY = {
     "layers": 2,
@@ -19,7 +21,6 @@ TINY = {
     "epochs": 2,
     "milestones": (1,),
     "widths": (16,),
-    "every": 1,
     "losses": ("mse", "ce"),
     "lambda_h": (0.1, 0.25),
 }
@@ -46,15 +47,15 @@ def test_a_killed_run_goes_on_with_the_same_result(tmp_path, monkeypatch):
     theory = {c.name: c for c in whole.claims[2:7]}
     assert all(claim.holds for claim in theory.values()), theory
 
-    original, calls = training.weight_decay_run, []
+    calls = []
 
-    def killed(*args, **kwargs):
-        calls.append(kwargs["setting"])
+    def killed(*args):
+        calls.append(args[3])
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return original(*args, **kwargs)
+        return weight_decay_run(*args)
 
-    monkeypatch.setattr(training, "weight_decay_run", killed)
+    monkeypatch.setattr(neural_collapse, "weight_decay_run", killed)
     with pytest.raises(KeyboardInterrupt):
         run(config, out=tmp_path / "cut")
     again = run(config, out=tmp_path / "cut")
@@ -68,13 +69,11 @@ def test_a_killed_run_goes_on_with_the_same_result(tmp_path, monkeypatch):
 def test_the_full_scale_network_runs_on_a_users_cifar(tmp_path):
     x = np.random.default_rng(0).integers(0, 255, (20, 3, 32, 32), dtype=np.uint8)
     np.savez(tmp_path / "train.npz", x=x.transpose(0, 2, 3, 1), y=np.arange(20) % 10)
-    data = training.load_data("cifar10", str(tmp_path))
+    config = dataclasses.replace(Config.preset("paper"), data_folder=str(tmp_path), epochs=1, batch_size=10)
+    data = load_data(config)
     assert torch.allclose(data.inputs.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
-    curve = training.weight_decay_run(
-        data, kind="resnet18", widths=(), setting="0 features", loss="ce", epochs=1, milestones=[], lr=0.01,
-        weight_decay=5e-4, batch_size=10, every=1, seed=0, device="cpu",
-    )  # fmt: skip
-    assert curve["epoch"] == [1] and np.isfinite(curve["nc1_tilde"] + curve["nc2"] + curve["nc3"]).all()
+    found = weight_decay_run(config, data, "ce", "0 features", 0)
+    assert np.isfinite([found.nc1_tilde, found.nc2, found.nc3]).all()
 
 
 def test_missing_or_wrong_data_is_named_before_any_work(tmp_path, monkeypatch):
@@ -87,7 +86,7 @@ def test_missing_or_wrong_data_is_named_before_any_work(tmp_path, monkeypatch):
 
 
 def test_claims_fall_when_the_numbers_do():
-    def ends(features_2x: float, features_0: float, last: float, accuracy: float = 1.0):
+    def holds(features_2x: float, features_0: float, last: float, accuracy: float = 1.0):
         values = {
             "baseline": 1.0,
             "2x last": last,
@@ -95,10 +94,10 @@ def test_claims_fall_when_the_numbers_do():
             "2x features": features_2x,
             "0 features": features_0,
         }
-        return {s: {"nc1_tilde": v, "nc1": v, "nc2": v, "accuracy": accuracy} for s, v in values.items()}
+        ends = {s: Collapsed(v, v, v, v, v, accuracy) for s, v in values.items()}
+        return [claim.holds for claim in decay_claims("mse", ends)]
 
-    assert all(c.holds for c in _decay_claims("mse", ends(0.8, 1.2, 1.05)))
-    assert [c.holds for c in _decay_claims("mse", ends(1.1, 1.2, 1.05))][1:3] == [True, False]
-    assert [c.holds for c in _decay_claims("mse", ends(0.99, 1.01, 1.5))][1:3] == [False, True]
-    fallen = _decay_claims("ce", ends(0.8, 1.2, 1.05, accuracy=0.9))[0]
-    assert not fallen.holds and fallen.reason
+    assert holds(0.8, 1.2, 1.05) == [True] * 7
+    assert holds(1.1, 1.2, 1.05)[1:3] == [True, False]
+    assert holds(0.99, 1.01, 1.5)[1:3] == [False, True]
+    assert not holds(0.8, 1.2, 1.05, accuracy=0.9)[0]

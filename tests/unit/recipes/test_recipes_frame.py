@@ -15,8 +15,8 @@ import pytest
 from lineament import recipes
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError
-from lineament.recipes import configure
 from lineament.recipes.kit import run as runs
+from lineament.recipes.kit.configuration import configure
 from lineament.recipes.kit.presets import presets
 from lineament.report.outcome import Claim, Figure, Outcome, Table
 

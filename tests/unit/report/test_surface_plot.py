@@ -15,7 +15,7 @@ from lineament.report.figures import picture
 from lineament.report.interactive import drawings, kinds
 from lineament.report.outcome import Figure, Outcome
 from lineament.report.page import render
-from lineament.report.section import Picture, Section
+from lineament.report.section import Section
 from lineament.report.surface_plot import SurfacePlot
 
 
@@ -147,8 +147,7 @@ def test_a_page_has_scripts_only_for_what_turns_and_they_are_named_by_hash():
 
 def test_pictures_and_figures_keep_them(tmp_path):
     shown = picture(lambda ax: ax.plot([0, 1]), alt="a", caption="", surfaces=[SurfacePlot.of(bowl())])
-    again = Picture.from_dict(json.loads(json.dumps(shown.to_dict())))
-    assert again.surfaces[0].to_dict() == shown.surfaces[0].to_dict()
+    assert shown.to_dict()["surfaces"] == [SurfacePlot.of(bowl()).to_dict()]
     assert "surfaces" not in picture(lambda ax: ax.plot([0, 1]), alt="a", caption="").to_dict()
     outcome = Outcome("s", "t", "quick", {}, [], [], [Figure("a.svg", "", "", shown.surfaces)])
     read = Outcome.read(outcome.write(tmp_path))

@@ -6,6 +6,8 @@ calibration error over 15 bins (Guo et al. 2017, arXiv 1706.04599). For real-val
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +17,88 @@ from lineament.audit.phrases import compact, percent, wilson
 from lineament.audit.subject import Subject
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
-from lineament.report.section import Picture, Section
-from lineament.report.text import printable
+from lineament.report.section import Finding, Picture, Section
+from lineament.report.text import plain, printable
 
 TITLE = "How often is it right, and for whom?"
+HELP = "how often it is right, by class and group, and whether its confidence can be trusted"
+ORDER = 10
 METHOD = "calibration"
+SOURCE = ("On calibration of modern neural networks", 2017, "1706.04599")
 BINS = 15
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many samples of a class or group are right, with a 95 % interval."""
+
+    name: str
+    accuracy: float
+    low: float
+    high: float
+    count: int
+
+    @property
+    def quoted(self) -> str:
+        return f"“{printable(self.name, limit=60)}”"
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The samples of about one confidence: how sure the network is of them, and how often it is right."""
+
+    confidence: float
+    accuracy: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The expected calibration error, the mean confidence and accuracy, and the bins that hold samples."""
+
+    error: float
+    confidence: float
+    accuracy: float
+    bins: Sequence[Bin]
+
+    @property
+    def gap(self) -> float:
+        """By how much it is surer than right."""
+        return self.confidence - self.accuracy
+
+
+@dataclass(frozen=True)
+class Classes:
+    """How often a classifier is right: in all, by class and by group; ``majority``: the share of the most frequent class."""
+
+    overall: Share
+    balanced: float
+    majority: float
+    classes: Sequence[Share]
+    groups: Sequence[Share]
+    calibration: Calibration
+    confusion: Sequence[Sequence[int]]
+    task: str = "classification"
+
+
+@dataclass(frozen=True)
+class Errors:
+    """R² and the mean absolute error of a group's answers."""
+
+    name: str
+    r2: float
+    mae: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Values:
+    """How far real-valued answers are off, in all and by group, and how far always answering the mean would be."""
+
+    overall: Errors
+    groups: Sequence[Errors]
+    mean_predictor_mae: float
+    task: str = "regression"
 
 
 def applies(subject: Subject) -> str:
@@ -31,10 +109,10 @@ def look(subject: Subject) -> Section:
     return _classes(subject) if subject.task == "classification" else _values(subject)
 
 
-def calibration(probabilities: Tensor, targets: Tensor, bins: int = BINS) -> dict[str, Any]:
+def calibration(probabilities: Tensor, targets: Tensor, bins: int = BINS) -> Calibration:
     """Expected calibration error: Σ_b n_b/N · |accuracy_b - confidence_b| over equal bins of the top probability.
 
-    >>> calibration(torch.tensor([[0.8, 0.2]] * 5), torch.tensor([0, 0, 0, 0, 1]))["error"] < 1e-6
+    >>> calibration(torch.tensor([[0.8, 0.2]] * 5), torch.tensor([0, 0, 0, 0, 1])).error < 1e-6
     True
     """
     confidence, decision = probabilities.double().max(1)
@@ -45,15 +123,13 @@ def calibration(probabilities: Tensor, targets: Tensor, bins: int = BINS) -> dic
     hit = torch.zeros(bins, dtype=torch.float64).index_add_(0, number, right)
     error = float((hit - sure).abs().sum() / len(targets))
     filled = count > 0
-    return {
-        "error": error,
-        "confidence": float(confidence.mean()),
-        "accuracy": float(right.mean()),
-        "bins": [
-            {"confidence": float(s / n), "accuracy": float(h / n), "count": int(n)}
-            for s, h, n in zip(sure[filled], hit[filled], count[filled])
-        ],
-    }
+    bins_filled = zip(sure[filled], hit[filled], count[filled])
+    return Calibration(
+        error,
+        float(confidence.mean()),
+        float(right.mean()),
+        [Bin(float(s / n), float(h / n), int(n)) for s, h, n in bins_filled],
+    )
 
 
 def _classes(subject: Subject) -> Section:
@@ -64,36 +140,37 @@ def _classes(subject: Subject) -> Section:
     width = subject.outputs.shape[1]
     confusion = torch.bincount(targets * width + decisions, minlength=width * width).reshape(width, width)
     classes = [_share(subject.class_name(k), right[targets == k]) for k in present]
-    groups = _groups(subject, right)
-    known = calibration(torch.softmax(subject.outputs.double(), 1), targets)
-    overall = _share("all", right)
-    balanced = sum(c["accuracy"] for c in classes) / len(classes)
-    low, high = overall["low"], overall["high"]
-    majority = float(confusion.sum(1).max()) / len(right)
-    worst_class = min(classes, key=lambda c: c["accuracy"])
+    found = Classes(
+        _share("all", right),
+        balanced=sum(c.accuracy for c in classes) / len(classes),
+        majority=float(confusion.sum(1).max()) / len(right),
+        classes=classes,
+        groups=_groups(subject, right),
+        calibration=calibration(torch.softmax(subject.outputs.double(), 1), targets),
+        confusion=confusion.tolist() if width <= 200 else [],
+    )
+    overall, groups, known = found.overall, found.groups, found.calibration
+    hardest = min(classes, key=lambda c: c.accuracy)
     sentence = (
-        f"It is right for {right.sum()} of {len(right)} samples (95 % interval {percent(low)} to {percent(high)}); guessing the most frequent "
-        f"class would be right for {percent(majority)}. "
+        f"It is right for {right.sum()} of {len(right)} samples (95 % interval {percent(overall.low)} to {percent(overall.high)}); guessing the most frequent "
+        f"class would be right for {percent(found.majority)}. "
     )
     sentence += _between(groups) if len(groups) > 1 else ""
-    if worst_class["accuracy"] < max(c["accuracy"] for c in classes):
-        alike = sum(c["accuracy"] == worst_class["accuracy"] for c in classes)
+    if hardest.accuracy < max(c.accuracy for c in classes):
+        alike = sum(c.accuracy == hardest.accuracy for c in classes)
         sentence += (
-            f"The hardest class is “{printable(worst_class['name'], limit=60)}” ({percent(worst_class['accuracy'])}). "
+            f"The hardest class is {hardest.quoted} ({percent(hardest.accuracy)}). "
             if alike == 1
-            else f"Of {len(classes)} classes, {alike} are hardest alike ({percent(worst_class['accuracy'])}). "
+            else f"Of {len(classes)} classes, {alike} are hardest alike ({percent(hardest.accuracy)}). "
         )
-    gap = known["confidence"] - known["accuracy"]
-    sentence += f"On average it is {percent(known['confidence'])} sure, " + (
+    sentence += f"On average it is {percent(known.confidence)} sure, " + (
         "which fits how often it is right."
-        if abs(gap) < 0.03
-        else f"which is {'more' if gap > 0 else 'less'} than its accuracy warrants."
+        if abs(known.gap) < 0.03
+        else f"which is {'more' if known.gap > 0 else 'less'} than its accuracy warrants."
     )
-    worst_gap = max(
-        (overall["accuracy"] - g["accuracy"] for g in groups if g["high"] < overall["low"]), default=0.0
-    )
-    weak = known["error"] > 0.1 or worst_gap > 0 or overall["accuracy"] < 0.8
-    status = "warning" if worst_gap > 0.1 or low <= majority else "note" if weak else "good"
+    worst_gap = max((overall.accuracy - g.accuracy for g in groups if g.high < overall.low), default=0.0)
+    weak = known.error > 0.1 or worst_gap > 0 or overall.accuracy < 0.8
+    poor = worst_gap > 0.1 or overall.low <= found.majority
     pictures = [*([_bars(groups, "group")] if len(groups) > 1 else []), _bars(classes, "class")]
     pictures += [
         _reliability(known),
@@ -102,8 +179,8 @@ def _classes(subject: Subject) -> Section:
     return Section(
         name="accuracy",
         title=TITLE,
-        status=status,
-        number=percent(overall["accuracy"]),
+        status="warning" if poor else "note" if weak else "good",
+        number=percent(overall.accuracy),
         unit="of samples right",
         sentence=sentence,
         pictures=pictures,
@@ -113,40 +190,84 @@ def _classes(subject: Subject) -> Section:
             *([_mistakes(subject, confusion)] if not bool(right.all()) else []),
         ],
         method=METHOD,
-        numbers={
-            "task": "classification",
-            "overall": overall,
-            "balanced": balanced,
-            "majority": majority,
-            "classes": classes,
-            "groups": groups,
-            "calibration": known,
-            "confusion": confusion.tolist() if width <= 200 else [],
-        },
+        numbers=plain(found),
+        findings=_class_findings(found),
     )
 
 
-def _between(groups: list[dict[str, Any]]) -> str:
+def _between(groups: Sequence[Share]) -> str:
     """How far apart the groups are, and whether chance would do that."""
-    worst, best = min(groups, key=lambda g: g["accuracy"]), max(groups, key=lambda g: g["accuracy"])
-    if worst["accuracy"] == best["accuracy"]:
+    worst, best = min(groups, key=lambda g: g.accuracy), max(groups, key=lambda g: g.accuracy)
+    if worst.accuracy == best.accuracy:
         return f"It is right equally often in all {len(groups)} groups. "
-    ends = (
-        f"{percent(best['accuracy'])} in “{printable(best['name'], limit=60)}” but {percent(worst['accuracy'])} in "
-        f"“{printable(worst['name'], limit=60)}”"
-    )
-    if worst["high"] < best["low"]:
+    ends = f"{percent(best.accuracy)} in {best.quoted} but {percent(worst.accuracy)} in {worst.quoted}"
+    if worst.high < best.low:
         return f"Groups differ: {ends}. "
     return f"Groups hardly differ, as far as so many samples can tell: {ends}. "
 
 
-def _share(name: str, right: Tensor) -> dict[str, Any]:
+def _class_findings(found: Classes) -> list[Finding]:
+    overall, groups, known = found.overall, found.groups, found.calibration
+    told = []
+    if len(groups) > 1:
+        best, worst = max(groups, key=lambda g: g.accuracy), min(groups, key=lambda g: g.accuracy)
+        if worst.high < best.low:
+            told.append(
+                Finding(
+                    "warning" if best.accuracy - worst.accuracy > 0.1 else "note",
+                    f"Accuracy falls from {percent(best.accuracy)} in group {best.quoted} to {percent(worst.accuracy)} in group {worst.quoted}.",
+                    "accuracy",
+                    advice="Look at what sets that group apart, and train on more samples of it or weigh them up; give the accuracy by group wherever you give it.",
+                )
+            )
+        else:
+            alike = f"Its {len(groups)} groups fare alike, as far as {overall.count} samples can tell."
+            told.append(Finding("good", alike, "accuracy"))
+    worst = min(found.classes, key=lambda c: c.accuracy)
+    if worst.high < overall.low and overall.accuracy - worst.accuracy > 0.1:
+        told.append(
+            Finding(
+                "note",
+                f"Class {worst.quoted} is right in {percent(worst.accuracy)} only, against {percent(overall.accuracy)} overall.",
+                "accuracy",
+                advice="See what it is taken for (the table of mistakes), check the labels of a few of these samples, and train on more of them.",
+            )
+        )
+    if known.error > 0.05 and abs(known.gap) > 0.03:
+        told.append(
+            Finding(
+                "warning" if known.gap > 0.15 else "note",
+                f"It is {'over' if known.gap > 0 else 'under'}confident: {percent(known.confidence)} sure on average, and right in {percent(known.accuracy)}.",
+                "accuracy",
+                advice="Do not use its confidence as it is: divide the logits by one temperature that you fit on held-out data (the paper that the section names says how).",
+            )
+        )
+    poor = overall.low <= found.majority
+    no_better = "is" if overall.accuracy <= found.majority else "may be"
+    told.append(
+        Finding(
+            "warning" if poor else "good" if overall.accuracy >= 0.8 else "note",
+            f"It is right for {percent(overall.accuracy)} of {overall.count} samples"
+            + (
+                f", which {no_better} no better than always naming the most frequent class ({percent(found.majority)})."
+                if poor
+                else "."
+            ),
+            "accuracy",
+            advice="Make sure first that samples reach it as they did in training (their size and normalisation) and that class numbers mean the same to both; then train it longer or on more data."
+            if poor
+            else "",
+        )
+    )
+    return told
+
+
+def _share(name: str, right: Tensor) -> Share:
     hits, total = int(right.sum()), len(right)
-    low, high = wilson(hits, total)
-    return {"name": name, "accuracy": hits / total, "low": low, "high": high, "count": total}
+    return Share(name, hits / total, *wilson(hits, total), total)
 
 
-def _groups(subject: Subject, right: Tensor) -> list[dict[str, Any]]:
+def _groups(subject: Subject, right: Tensor) -> list[Share]:
     numbers = subject.samples.groups
     if numbers is None:
         return []
@@ -155,15 +276,12 @@ def _groups(subject: Subject, right: Tensor) -> list[dict[str, Any]]:
     ]
 
 
-def _table(title: str, what: str, rows: list[dict[str, Any]]) -> Table:
-    ordered = sorted(rows, key=lambda r: r["accuracy"])[:20]
+def _table(title: str, what: str, rows: Sequence[Share]) -> Table:
+    ordered = sorted(rows, key=lambda r: r.accuracy)[:20]
     return Table(
         title,
         (what, "accuracy", "95 % interval", "samples"),
-        [
-            (r["name"], percent(r["accuracy"]), f"{percent(r['low'])} to {percent(r['high'])}", r["count"])
-            for r in ordered
-        ],
+        [(r.name, percent(r.accuracy), f"{percent(r.low)} to {percent(r.high)}", r.count) for r in ordered],
     )
 
 
@@ -185,40 +303,40 @@ def _mistakes(subject: Subject, confusion: Tensor) -> Table:
     return Table("Most frequent mistakes", ("true class", "taken for", "times", "of that class"), rows)
 
 
-def _bars(rows: list[dict[str, Any]], what: str) -> Picture:
-    shown = sorted(rows, key=lambda r: r["accuracy"])
+def _bars(rows: Sequence[Share], what: str) -> Picture:
+    shown = sorted(rows, key=lambda r: r.accuracy)
     clipped = len(shown) > 24
     shown = shown[:24]
 
     def draw(ax: Any) -> None:
         places = range(len(shown))
-        values = [r["accuracy"] for r in shown]
-        errors = [[r["accuracy"] - r["low"] for r in shown], [r["high"] - r["accuracy"] for r in shown]]
+        values = [r.accuracy for r in shown]
+        errors = [[r.accuracy - r.low for r in shown], [r.high - r.accuracy for r in shown]]
         ax.barh(
             places, values, xerr=errors, color="C0", height=0.7, error_kw={"ecolor": "C7", "elinewidth": 1.2}
         )
-        ax.set_yticks(places, [printable(r["name"], limit=22) for r in shown])
+        ax.set_yticks(places, [printable(r.name, limit=22) for r in shown])
         ax.invert_yaxis()
         ax.set(xlim=(0, 1), xlabel="share of samples right")
         ax.xaxis.set_major_formatter(lambda v, _: f"{100 * v:.0f} %")
 
     plural = {"class": "classes", "group": "groups"}[what]
-    lowest, highest = shown[0], max(rows, key=lambda r: r["accuracy"])
+    lowest, highest = shown[0], max(rows, key=lambda r: r.accuracy)
     return picture(
         draw,
         size=(6.4, 0.9 + 0.27 * len(shown)),
         caption=f"Accuracy by {what}, worst first{f' (24 of {len(rows)} {plural})' if clipped else ''}; lines are 95 % intervals.",
-        alt=f"Bars of accuracy by {what}, from {percent(lowest['accuracy'])} ({printable(lowest['name'], limit=40)}) "
-        f"to {percent(highest['accuracy'])} ({printable(highest['name'], limit=40)}).",
+        alt=f"Bars of accuracy by {what}, from {percent(lowest.accuracy)} ({printable(lowest.name, limit=40)}) "
+        f"to {percent(highest.accuracy)} ({printable(highest.name, limit=40)}).",
     )
 
 
-def _reliability(known: dict[str, Any]) -> Picture:
+def _reliability(known: Calibration) -> Picture:
     def draw(ax: Any) -> None:
         ax.plot([0, 1], [0, 1], color="C7", linewidth=1, linestyle="--", label="sure as often as right")
-        sizes = [12 + 160 * b["count"] / max(x["count"] for x in known["bins"]) for b in known["bins"]]
-        at = [b["confidence"] for b in known["bins"]]
-        hit = [b["accuracy"] for b in known["bins"]]
+        sizes = [12 + 160 * b.count / max(x.count for x in known.bins) for b in known.bins]
+        at = [b.confidence for b in known.bins]
+        hit = [b.accuracy for b in known.bins]
         ax.plot(at, hit, color="C0", linewidth=1.2)
         ax.scatter(at, hit, s=sizes, color="C0", alpha=0.8, label="the network (size: samples)")
         ax.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="how sure it is", ylabel="how often it is right")
@@ -228,9 +346,9 @@ def _reliability(known: dict[str, Any]) -> Picture:
     return picture(
         draw,
         size=(5.2, 3.4),
-        caption=f"Calibration: points below the line are overconfident. Expected calibration error {percent(known['error'])}.",
-        alt=f"Reliability diagram in {len(known['bins'])} bins; mean confidence {percent(known['confidence'])}, "
-        f"accuracy {percent(known['accuracy'])}.",
+        caption=f"Calibration: points below the line are overconfident. Expected calibration error {percent(known.error)}.",
+        alt=f"Reliability diagram in {len(known.bins)} bins; mean confidence {percent(known.confidence)}, "
+        f"accuracy {percent(known.accuracy)}.",
     )
 
 
@@ -277,36 +395,34 @@ def _confusion(subject: Subject, confusion: Tensor, present: list[int]) -> Pictu
 
 def _values(subject: Subject) -> Section:
     targets = subject.targets.reshape(len(subject), -1).double()
-    found = subject.outputs.reshape(len(subject), -1).double()
-    error = (found - targets).abs().mean(1)
+    answers = subject.outputs.reshape(len(subject), -1).double()
+    error = (answers - targets).abs().mean(1)
     groups = subject.samples.groups
-    overall = {"name": "all", "r2": r2(found, targets), "mae": float(error.mean()), "count": len(targets)}
+
+    def errors(name: str, rows: Tensor | slice) -> Errors:
+        chosen = targets[rows]
+        return Errors(name, r2(answers[rows], chosen), float(error[rows].mean()), len(chosen))
+
     by_group = [
-        {
-            "name": subject.samples.group_names[g],
-            "r2": r2(found[groups == g], targets[groups == g]),
-            "mae": float(error[groups == g].mean()),
-            "count": int((groups == g).sum()),
-        }
+        errors(subject.samples.group_names[g], groups == g)
         for g in (torch.unique(groups).tolist() if groups is not None else [])
     ]
-    spread = float((targets - targets.mean(0)).abs().mean())
+    overall = errors("all", slice(None))
+    found = Values(overall, by_group, float((targets - targets.mean(0)).abs().mean()))
     sentence = (
-        f"Its answers explain {percent(overall['r2'])} of the targets' variance; they are off by {compact(overall['mae'])} on average, "
-        f"where always answering the mean would be off by {compact(spread)}."
-        if overall["r2"] >= 0
-        else f"Its answers are worse than always answering the mean: off by {compact(overall['mae'])} against {compact(spread)} on average."
+        f"Its answers explain {percent(overall.r2)} of the targets' variance; they are off by {compact(overall.mae)} on average, "
+        f"where always answering the mean would be off by {compact(found.mean_predictor_mae)}."
+        if overall.r2 >= 0
+        else f"Its answers are worse than always answering the mean: off by {compact(overall.mae)} against {compact(found.mean_predictor_mae)} on average."
     )
-    worst = max(by_group, key=lambda g: g["mae"], default=None)
+    worst = max(by_group, key=lambda g: g.mae, default=None)
     if worst is not None and len(by_group) > 1:
-        sentence += (
-            f" The worst group is “{printable(worst['name'], limit=60)}”, off by {compact(worst['mae'])}."
-        )
-    uneven = worst is not None and worst["mae"] > 1.5 * overall["mae"]
+        sentence += f" The worst group is “{printable(worst.name, limit=60)}”, off by {compact(worst.mae)}."
+    uneven = worst is not None and worst.mae > 1.5 * overall.mae
 
     def draw(ax: Any) -> None:
         count = min(len(targets), 2000)
-        ax.scatter(targets[:count, 0], found[:count, 0], s=9, alpha=0.5, color="C0", linewidth=0)
+        ax.scatter(targets[:count, 0], answers[:count, 0], s=9, alpha=0.5, color="C0", linewidth=0)
         ends = [float(targets[:, 0].min()), float(targets[:, 0].max())]
         ax.plot(ends, ends, color="C7", linestyle="--", linewidth=1)
         ax.set(xlabel="target", ylabel="answer")
@@ -314,8 +430,8 @@ def _values(subject: Subject) -> Section:
     return Section(
         name="accuracy",
         title=TITLE,
-        status="warning" if overall["r2"] < 0 else "note" if uneven else "good",
-        number=compact(overall["r2"]),
+        status="warning" if overall.r2 < 0 else "note" if uneven else "good",
+        number=compact(overall.r2),
         unit="R², the share of variance explained",
         sentence=sentence,
         pictures=[
@@ -324,18 +440,47 @@ def _values(subject: Subject) -> Section:
                 size=(5.2, 3.6),
                 kind="png",
                 caption="Answers against targets; a perfect network lies on the line.",
-                alt=f"Scatter of answers against targets with R² {compact(overall['r2'])}.",
+                alt=f"Scatter of answers against targets with R² {compact(overall.r2)}.",
             )
         ],
         tables=[
             Table(
                 "Errors",
                 ("group", "R²", "mean absolute error", "samples"),
-                [(g["name"], g["r2"], g["mae"], g["count"]) for g in (overall, *by_group)],
+                [(g.name, g.r2, g.mae, g.count) for g in (overall, *by_group)],
             )
         ],
-        numbers={"task": "regression", "overall": overall, "groups": by_group, "mean_predictor_mae": spread},
+        numbers=plain(found),
+        findings=_value_findings(found),
     )
+
+
+def _value_findings(found: Values) -> list[Finding]:
+    told = []
+    worst = max(found.groups, key=lambda g: g.mae, default=None)
+    best = min(found.groups, key=lambda g: g.mae, default=None)
+    if worst and best and worst.mae > 1.5 * best.mae:
+        told.append(
+            Finding(
+                "warning",
+                f"Its error rises from {compact(best.mae)} in group “{printable(best.name, limit=60)}” to {compact(worst.mae)} in group “{printable(worst.name, limit=60)}”.",
+                "accuracy",
+                advice="Look at what sets that group apart, and train on more samples of it; give the error by group wherever you give it.",
+            )
+        )
+    useless = found.overall.r2 < 0
+    told.append(
+        Finding(
+            "warning" if useless else "good",
+            f"It explains {percent(max(found.overall.r2, 0))} of the targets' variance and is off by {compact(found.overall.mae)} on average"
+            + (", worse than always answering the mean." if useless else "."),
+            "accuracy",
+            advice="Make sure that inputs and targets are scaled as they were in training."
+            if useless
+            else "",
+        )
+    )
+    return told
 
 
 def r2(found: Tensor, targets: Tensor) -> float:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,12 +20,41 @@ from lineament.core.batching import progress
 from lineament.measure.collapse.profile import collapse
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
-from lineament.report.section import Section
+from lineament.report.section import Finding, Section
+from lineament.report.text import plain
 
 TITLE = "How does it hold its classes, layer by layer?"
+HELP = "how far its features have collapsed to one point per class, layer by layer"
+ORDER = 30
 METHOD = "neural-collapse"
 # Fewer samples a class than this: a class mean is its samples' own.
 _FEW = 10
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Neural collapse at one site; ``None`` where it cannot be measured."""
+
+    site: str
+    nc1_tilde: float
+    nc1: float | None
+    nc2: float | None
+    nc3: float | None
+    nc4: float | None
+    cdnv: float | None
+    nearest_mean_accuracy: float | None
+    agreement: float | None
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """Neural collapse by site, in depth order; ``few``: too few samples a class to tell."""
+
+    sites: Sequence[Layer]
+    head: str | None
+    samples: int
+    classes: int
+    few: bool
 
 
 def applies(subject: Subject) -> str:
@@ -46,24 +77,24 @@ def look(subject: Subject) -> Section:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         found = collapse(subject.model, _Lazy(loader), sites=list(subject.sites))
-    rows = []
-    for site, m in found.metrics.items():
-        agreement = None if m.nc4 is None or not every else 1 - m.nc4
-        rows.append(
-            {
-                "site": site,
-                "nc1_tilde": m.nc1_tilde,
-                "nc1": m.nc1,
-                "nc2": m.nc2,
-                "nc3": m.nc3 if every else None,
-                "nc4": m.nc4 if every else None,
-                "cdnv": m.cdnv,
-                "nearest_mean_accuracy": m.nearest_mean_accuracy,
-                "agreement": agreement,
-            }
+    layers = [
+        Layer(
+            site,
+            m.nc1_tilde,
+            m.nc1,
+            m.nc2,
+            m.nc3 if every else None,
+            m.nc4 if every else None,
+            m.cdnv,
+            m.nearest_mean_accuracy,
+            None if m.nc4 is None or not every else 1 - m.nc4,
         )
-    last, first = rows[-1], rows[0]
-    value = last["nc1_tilde"]
+        for site, m in found.metrics.items()
+    ]
+    each = len(labels) / len(present)
+    measured = Collapse(layers, found.head, found.samples, len(present), each < _FEW)
+    last, first = layers[-1], layers[0]
+    value = last.nc1_tilde
     how = (
         "have all but collapsed to one point per class"
         if value < 0.1
@@ -74,25 +105,23 @@ def look(subject: Subject) -> Section:
         else "are spread far more within classes than between them"
     )
     sentence = (
-        f"At the last place looked at ({short(last['site'], 40)}), features {how}: their variance within classes is {compact(value)} times "
-        f"that between class means ({compact(first['nc1_tilde'])} at the first, {short(first['site'], 40)}). "
+        f"At the last place looked at ({short(last.site, 40)}), features {how}: their variance within classes is {compact(value)} times "
+        f"that between class means ({compact(first.nc1_tilde)} at the first, {short(first.site, 40)}). "
     )
-    if last["nearest_mean_accuracy"] is not None:
-        sentence += f"The nearest class mean alone would be right for {percent(last['nearest_mean_accuracy'])} of samples. "
-    each = len(labels) / len(present)
-    few = each < _FEW
-    if few:
+    if last.nearest_mean_accuracy is not None:
+        sentence += f"The nearest class mean alone would be right for {percent(last.nearest_mean_accuracy)} of samples. "
+    if measured.few:
         sentence += f"With {compact(each)} samples a class, each sample is much of its own class's mean, which makes classes look tighter and the nearest mean righter than they are. "
     if not every:
         sentence += f"Only {len(present)} of {subject.outputs.shape[1]} classes occur in the data, so NC3 and NC4 are left out. "
     return Section(
         name="collapse",
         title=TITLE,
-        status="good" if value < 0.7 and not few else "note",
+        status="good" if value < 0.7 and not measured.few else "note",
         number=compact(value),
         unit="variance within classes / between them, at the last place",
         sentence=sentence.strip(),
-        pictures=[_by_depth(rows)],
+        pictures=[_by_depth(layers)],
         tables=[
             Table(
                 "Neural collapse by place, in depth order (NC1~: variance within / between classes; NC1: the same, direction by direction; "
@@ -100,26 +129,48 @@ def look(subject: Subject) -> Section:
                 ("place", "NC1~", "NC1", "NC2", "NC4", "nearest mean right"),
                 [
                     (
-                        r["site"],
-                        _finite(r["nc1_tilde"]),
-                        _finite(r["nc1"]),
-                        _finite(r["nc2"]),
-                        None if r["nc4"] is None else percent(r["nc4"]),
-                        None if r["nearest_mean_accuracy"] is None else percent(r["nearest_mean_accuracy"]),
+                        layer.site,
+                        _finite(layer.nc1_tilde),
+                        _finite(layer.nc1),
+                        _finite(layer.nc2),
+                        None if layer.nc4 is None else percent(layer.nc4),
+                        None if layer.nearest_mean_accuracy is None else percent(layer.nearest_mean_accuracy),
                     )
-                    for r in rows
+                    for layer in layers
                 ],
             )
         ],
         method=METHOD,
-        numbers={
-            "sites": rows,
-            "head": found.head,
-            "samples": found.samples,
-            "classes": len(present),
-            "few": few,
-        },
+        numbers=plain(measured),
+        findings=[_finding(measured)],
     )
+
+
+def _finding(found: Collapse) -> Finding:
+    if found.few:
+        few = "There are too few samples of each class to tell how tightly it holds them."
+        return Finding("note", few, "collapse", "Audit more samples of each class.")
+    last = found.sites[-1]
+    value = last.nc1_tilde
+    if not math.isfinite(value):
+        return Finding(
+            "warning",
+            "At the last place its features are the same for every class.",
+            "collapse",
+            advice="Make sure that its inputs differ and are scaled as in training; a network that answers the same to all has to be trained anew.",
+        )
+    near = last.nearest_mean_accuracy
+    right = "" if near is None else f"; the nearest class mean is right for {percent(near)}"
+    if value < 0.1:
+        text = f"It holds each class as nearly one point (variance within classes {compact(value)} of that between){right}."
+    elif value < 0.7:
+        text = f"It holds each class as a cluster of its own (variance within classes {compact(value)} of that between){right}."
+    else:
+        text = f"Its classes overlap at the last place (variance within classes {compact(value)} times that between){right}."
+    if value < 0.7:
+        return Finding("good", text, "collapse")
+    advice = "Nothing, if it is right often enough; otherwise train it longer, or a larger one."
+    return Finding("note", text, "collapse", advice)
 
 
 class _Lazy:
@@ -136,34 +187,34 @@ class _Lazy:
             yield make(number, part)
 
 
-def _by_depth(rows: list[dict[str, Any]]) -> Any:
+def _by_depth(layers: Sequence[Layer]) -> Any:
     def draw(axes: Any) -> None:
         left, right = axes[0]
-        places = list(range(len(rows)))
-        values = [
-            r["nc1_tilde"] if math.isfinite(r["nc1_tilde"]) and r["nc1_tilde"] > 0 else math.nan for r in rows
-        ]
+        places = list(range(len(layers)))
+        spreads = [layer.nc1_tilde for layer in layers]
+        values = [v if math.isfinite(v) and v > 0 else math.nan for v in spreads]
         left.plot(values, places, "o-", color="C0")
         if any(math.isfinite(v) for v in values):
             left.set_xscale("log")
-        left.set_yticks(places, [short(r["site"]) for r in rows])
+        left.set_yticks(places, [short(layer.site) for layer in layers])
         left.set(xlabel="variance within / between classes", title="Collapse (left is tighter)")
-        near = [math.nan if r["nearest_mean_accuracy"] is None else r["nearest_mean_accuracy"] for r in rows]
+        near = [layer.nearest_mean_accuracy for layer in layers]
+        near = [math.nan if v is None else v for v in near]
         right.plot(near, places, "o-", color="C2")
         right.set_yticks(places, [])
         right.set(xlim=(0, 1.03), xlabel="right by the nearest class mean", title="Separation")
         right.xaxis.set_major_formatter(lambda v, _: f"{100 * v:.0f} %")
         for ax in (left, right):
-            ax.set_ylim(len(rows) - 0.5, -0.5)
+            ax.set_ylim(len(layers) - 0.5, -0.5)
             ax.grid(axis="y")
 
     return picture(
         draw,
         panels=(1, 2),
-        size=(7.0, 1.5 + 0.32 * len(rows)),
+        size=(7.0, 1.5 + 0.32 * len(layers)),
         caption="From the first place (top) to the last (bottom), maps averaged over their positions. Training pulls each class together; the further to the left, the tighter.",
-        alt=f"Within-class over between-class variance by place, from {compact(rows[0]['nc1_tilde'])} at the first to "
-        f"{compact(rows[-1]['nc1_tilde'])} at the last.",
+        alt=f"Within-class over between-class variance by place, from {compact(layers[0].nc1_tilde)} at the first to "
+        f"{compact(layers[-1].nc1_tilde)} at the last.",
     )
 
 

@@ -6,6 +6,8 @@ checked in front of the reader against activation patching, the ground truth, on
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,14 +20,17 @@ from lineament.core.models import frozen, logits
 from lineament.explain.patching.activation import activation_patching
 from lineament.explain.patching.metrics import logit_difference, single_tokens
 from lineament.explain.patching.relevance import relevance_patching
-from lineament.explain.patching.result import PatchingResult, fidelity
+from lineament.explain.patching.result import Fidelity, PatchingResult, fidelity
 from lineament.load.prompts import PromptPair
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
-from lineament.report.section import Picture, Section
-from lineament.report.text import printable
+from lineament.report.section import Finding, Picture, Section
+from lineament.report.text import plain, printable
 
 TITLE = "Which components carry the behaviour?"
+HELP = "which layers and heads of a language model carry a behaviour"
+ORDER = 80
+LANGUAGE = True
 METHOD = "relp"
 _PAIRS, _CHECKED = 64, 8
 # Less than a tenth of the preference gone with the corrupt prompts: they do not take away what decides.
@@ -37,6 +42,49 @@ _NAMES = {
     "mlp_out": "MLP output",
     "z": "attention head",
 }
+
+
+@dataclass(frozen=True)
+class Head:
+    """An attention head, and the share of the behaviour that it brings back."""
+
+    layer: int
+    head: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Carriers:
+    """What each component brings back of the behaviour, and how well that agrees with activation patching."""
+
+    patching: PatchingResult
+    heads: Sequence[Sequence[float]]
+    agreement: Mapping[str, Fidelity]
+    top_head: Head
+    five_heads: float
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """How often the right answer is preferred on clean prompts, and on corrupt ones; ``carriers`` where the pairs' difference matters."""
+
+    right: float
+    right_when_corrupt: float
+    pairs: int
+    left_out: Sequence[str]
+    carriers: Carriers | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        found = vars(self) | {"hangs_on_what_differs": self.carriers is not None}
+        carriers = found.pop("carriers")
+        return found if carriers is None else {**found, **vars(carriers)}
+
+    @property
+    def note(self) -> str:
+        """What was left out, as a sentence with a space before it."""
+        if not self.left_out:
+            return ""
+        return f" {len(self.left_out)} pairs were left out, the first because {self.left_out[0]}."
 
 
 def applies(subject: LanguageSubject) -> str:
@@ -55,9 +103,10 @@ def look(subject: LanguageSubject) -> Section:
     clean, corrupt = [p.clean for p in pairs], [p.corrupt for p in pairs]
     source, base = (_preference(subject, prompts, answers, wrong) for prompts in (clean, corrupt))
     right, kept = (float((found > 0).double().mean()) for found in (source, base))
+    behaviour = Behaviour(right, kept, len(pairs), left_out)
     ends = float(source.mean()), float(base.mean())
     if abs(ends[0] - ends[1]) <= _LEAST * max(map(abs, ends)):
-        return _unmoved(right, kept, ends, len(pairs), left_out)
+        return _unmoved(behaviour, ends)
     metric = logit_difference(answers, wrong)
     shared: dict[str, Any] = {"tokenizer": subject.tokenizer}
     found = relevance_patching(subject.model, clean, corrupt, metric, sites=_KINDS, **shared)
@@ -77,9 +126,11 @@ def look(subject: LanguageSubject) -> Section:
         per_head.clamp_min(0).flatten().topk(min(5, per_head.numel())).values.sum()
         / per_head.clamp_min(0).sum().clamp_min(1e-12)
     )
+    carriers = Carriers(found, per_head.tolist(), agreement, Head(layer, head, strongest), covered)
+    behaviour = replace(behaviour, carriers=carriers)
     sentence = (
         f"It prefers the right answer in {percent(right, 0)} of {len(pairs)} pairs (logit difference {compact(found.source)} on clean prompts, {compact(found.base)} on corrupt ones). "
-        f"The weightiest attention head is {head} of layer {layer}, which brings back {percent(strongest, 0)} of that difference; the five weightiest hold {percent(covered, 0)} of what all heads bring back. "
+        f"The most important attention head is {head} of layer {layer}, which brings back {percent(strongest, 0)} of that difference; the five most important hold {percent(covered, 0)} of what all heads bring back. "
         + (
             f"Activation patching on {len(clean[few])} pairs agrees (correlation {trusted:.2f} or more at every kind of place)."
             if trusted >= 0.8
@@ -88,8 +139,7 @@ def look(subject: LanguageSubject) -> Section:
     )
     if right < 0.6:
         sentence += " It hardly has the behaviour that these pairs ask for."
-    if left_out:
-        sentence += f" {len(left_out)} pairs were left out, the first because {left_out[0]}."
+    sentence += behaviour.note
     return Section(
         name="components",
         title=TITLE,
@@ -98,20 +148,35 @@ def look(subject: LanguageSubject) -> Section:
         unit=f"of the behaviour comes back with head {head} of layer {layer}",
         sentence=sentence,
         pictures=[_maps(found), _heads(per_head), _check(ours, truth)],
-        tables=[_weightiest(found, heads), _agreement(agreement)],
+        tables=[_most_important(found, heads), _agreement(agreement)],
         method=METHOD,
-        numbers={
-            "right": right,
-            "right_when_corrupt": kept,
-            "hangs_on_what_differs": True,
-            "pairs": len(pairs),
-            "left_out": left_out,
-            "patching": found.to_dict(),
-            "heads": per_head.tolist(),
-            "agreement": {kind: a.to_dict() for kind, a in agreement.items()},
-            "top_head": {"layer": layer, "head": head, "score": strongest},
-            "five_heads": covered,
-        },
+        numbers=plain(behaviour),
+        findings=[_finding(behaviour)],
+    )
+
+
+def _finding(found: Behaviour) -> Finding:
+    if found.right < 0.6:
+        return Finding(
+            "warning",
+            f"It prefers the right answer in {percent(found.right, 0)} of the prompt pairs only: it hardly has the behaviour that they ask for.",
+            "components",
+            advice="Choose pairs that it answers rightly; what carries a behaviour can only be found where there is one.",
+        )
+    if found.carriers is None:
+        return Finding(
+            "warning",
+            f"What the prompt pairs change hardly matters to it: it prefers the right answer in {percent(found.right, 0)} of clean prompts, and the same answer in "
+            f"{percent(found.right_when_corrupt, 0)} of corrupt ones.",
+            "components",
+            advice="Choose pairs whose corrupt prompt asks for the wrong answer.",
+        )
+    top = found.carriers.top_head
+    return Finding(
+        "good",
+        f"It prefers the right answer in {percent(found.right, 0)} of the prompt pairs; head {top.head} of layer {top.layer} alone brings back {percent(top.score, 0)} of "
+        f"the difference, and five heads hold {percent(found.carriers.five_heads, 0)} of what all heads bring back.",
+        "components",
     )
 
 
@@ -161,46 +226,37 @@ def _preference(subject: LanguageSubject, prompts: list[str], answers: list[int]
     return last[rows, torch.tensor(answers)] - last[rows, torch.tensor(wrong)]
 
 
-def _unmoved(
-    right: float, kept: float, ends: tuple[float, float], pairs: int, left_out: list[str]
-) -> Section:
+def _unmoved(behaviour: Behaviour, ends: tuple[float, float]) -> Section:
     """Patching gives shares of the difference between the prompts; where there is none, there is nothing to share out."""
     sentence = (
-        f"It prefers the right answer in {percent(right, 0)} of {pairs} clean prompts, but the same answer in {percent(kept, 0)} of the corrupt ones, nearly as much "
+        f"It prefers the right answer in {percent(behaviour.right, 0)} of {behaviour.pairs} clean prompts, but the same answer in {percent(behaviour.right_when_corrupt, 0)} of the corrupt ones, nearly as much "
         f"(logit difference {compact(ends[0])} on clean prompts, {compact(ends[1])} on corrupt ones). What the pairs change hardly matters to it, so that no component can be "
-        "said to carry it. Choose pairs whose corrupt prompt asks for the wrong answer."
+        f"said to carry it. Choose pairs whose corrupt prompt asks for the wrong answer.{behaviour.note}"
     )
-    if left_out:
-        sentence += f" {len(left_out)} pairs were left out, the first because {left_out[0]}."
     return Section(
         name="components",
         title=TITLE,
         status="warning",
-        number=percent(kept, 0),
+        number=percent(behaviour.right_when_corrupt, 0),
         unit="of answers stay the same on the corrupt prompts",
         sentence=sentence,
         method=METHOD,
-        numbers={
-            "right": right,
-            "right_when_corrupt": kept,
-            "hangs_on_what_differs": False,
-            "pairs": pairs,
-            "left_out": left_out,
-        },
+        numbers=plain(behaviour),
+        findings=[_finding(behaviour)],
     )
 
 
-def _word(label: object, limit: int) -> str:
+def _token_text(label: object, limit: int) -> str:
     """A token as its vocabulary has it, without the mark that stands for a space before it.
 
-    >>> _word("Ġkeys", 9), _word("▁", 9)
+    >>> _token_text("Ġkeys", 9), _token_text("▁", 9)
     ('keys', '␣')
     """
     return printable(str(label).replace("Ġ", "").replace("▁", "") or "␣", limit=limit)
 
 
 def _maps(found: PatchingResult) -> Picture:
-    labels = [_word(label, 9) for label in found.labels]
+    labels = [_token_text(label, 9) for label in found.labels]
 
     def draw(axes: Any) -> None:
         for ax, kind in zip(axes.flat, _KINDS):
@@ -219,7 +275,7 @@ def _maps(found: PatchingResult) -> Picture:
         panels=(1, 3),
         size=(10.5, 1.9 + 0.16 * found.map("resid_pre").shape[0]),
         caption="How much of the behaviour each place carries, layer by position; 1 brings all of it back. The tokens are those of the first clean prompt.",
-        alt=f"Three heat maps of layer by position. The greatest score, {score:.2f}, is at the {_NAMES[kind]} of layer {layer}, position {position}.",
+        alt=f"Three heat maps of layer by position. The maximum score, {score:.2f}, is at the {_NAMES[kind]} of layer {layer}, position {position}.",
     )
 
 
@@ -234,7 +290,7 @@ def _heads(scores: Tensor) -> Picture:
         draw,
         size=(5.2, 1.6 + 0.2 * scores.shape[0]),
         caption="How much of the behaviour each attention head carries, over all positions.",
-        alt=f"Heat map of layer by head; the weightiest is head {head} of layer {layer} with {float(scores[layer, head]):.2f}.",
+        alt=f"Heat map of layer by head; the most important is head {head} of layer {layer} with {float(scores[layer, head]):.2f}.",
     )
 
 
@@ -266,7 +322,7 @@ def _check(ours: PatchingResult, truth: PatchingResult) -> Picture:
     )
 
 
-def _weightiest(found: PatchingResult, heads: PatchingResult) -> Table:
+def _most_important(found: PatchingResult, heads: PatchingResult) -> Table:
     labels = list(found.labels)
     rows = []
     for node in sorted(
@@ -276,13 +332,15 @@ def _weightiest(found: PatchingResult, heads: PatchingResult) -> Table:
         where = (
             "all"
             if node.position is None
-            else f"{node.position} ({_word(labels[node.position], 16)})"
+            else f"{node.position} ({_token_text(labels[node.position], 16)})"
             if node.position < len(labels)
             else node.position
         )
         unit = "" if node.unit is None else f" {node.unit}"
         rows.append([f"{_NAMES[node.kind]}{unit}", node.layer, where, node.score])
-    return Table("The weightiest components", ["component", "layer", "position", "share brought back"], rows)
+    return Table(
+        "The most important components", ["component", "layer", "position", "share brought back"], rows
+    )
 
 
 def _agreement(agreement: dict[str, Any]) -> Table:

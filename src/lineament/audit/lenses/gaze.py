@@ -7,6 +7,8 @@ propose: that the network *relies* on something is said where an intervention sh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,29 +17,54 @@ from torch import Tensor
 
 from lineament.audit.map_checks import (
     Explain,
-    better_than_random,
+    Retrained,
+    Truth,
     curves,
     deletion_and_insertion,
-    gain_words,
     retrained,
     scores,
     scores_table,
 )
-from lineament.audit.patch_exchange import Verdict, Window, donors, examine
+from lineament.audit.patch_exchange import Exchange, Window, donors, examine, exchanged
 from lineament.audit.phrases import percent, points, spread
 from lineament.audit.subject import Subject
 from lineament.core.batching import progress
 from lineament.core.checks import InputError
+from lineament.explain.faithfulness.pixel_scores import MapScores
 from lineament.explain.saliency.maps import saliency
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
-from lineament.report.section import Picture, Section
-from lineament.report.text import printable
+from lineament.report.section import Finding, Picture, Section
+from lineament.report.text import plain, printable
 
 TITLE = "Where does it look?"
+HELP = "where it looks, and whether it relies on one fixed patch of the image"
+ORDER = 20
+VERDICT_ORDER = 0  # what it relies on comes first
 METHOD = "normgrad"
 _MAPS, _TRIALS = 256, 400
 _SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Gaze:
+    """What one patch decides (``place``), and of the maps, where there are any: their scores, retraining, and the pictures shown."""
+
+    place: Exchange
+    size: tuple[int, int]
+    method: str
+    faithfulness: Truth | None = None
+    scores: MapScores | None = None
+    diffroar: Retrained | None = None
+    picked: tuple[Sequence[int], Sequence[int]] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        found = {name: value for name, value in vars(self).items() if value is not None}
+        if self.scores is not None:
+            found["scores"] = self.scores.to_dict()["scores"]
+        if self.picked is not None:
+            found["picked"] = dict(zip(("hits", "misses"), self.picked))
+        return found
 
 
 def applies(subject: Subject) -> str:
@@ -62,70 +89,77 @@ def look(subject: Subject) -> Section:
     height, width = subject.inputs(rows[:1]).shape[-2:]
     trial_rows = subject.subset(subject.affordable(6e12, 70, most=_TRIALS, least=48), salt=5)
     flat = torch.ones(height, width)
-    verdict = examine(subject, trial_rows, flat if mean_map is None else mean_map)
-    pictures: list[Picture] = []
+    place = examine(subject, trial_rows, flat if mean_map is None else mean_map)
+    found = Gaze(place, (height, width), subject.method)
+    sentence = _place_sentence(found)
+    pictures = [_exchange(subject, trial_rows, place), _frame(subject, rows, mean_map, place)]
     tables: list[Table] = []
-    numbers: dict[str, Any] = {"place": verdict.to_dict(), "size": [height, width], "method": subject.method}
-    sentence = _place_words(verdict, height, width)
-    pictures.append(_exchange(subject, trial_rows, verdict))
-    pictures.append(_frame(subject, rows, mean_map, verdict))
     if maps is None:
         sentence += f" Saliency maps are missing: {trouble}"
         if subject.faithfulness == "diffroar":
             sentence += " DiffROAR judges maps, so that there was nothing to retrain on."
     else:
-        truth = deletion_and_insertion(subject, rows, maps)
-        numbers["faithfulness"] = truth
-        sentence += " " + gain_words(truth, subject.method)
-        judged = scores(subject, rows, _explain(subject))
+        explain = _explain(subject)
+        truth, judged = deletion_and_insertion(subject, rows, maps), scores(subject, rows, explain)
+        sentence += " " + truth.sentence(subject.method)
         tables.append(scores_table(judged))
-        numbers["scores"] = judged.to_dict()["scores"]
-        if subject.faithfulness == "diffroar":
-            found = retrained(subject, _explain(subject))
-            numbers["diffroar"] = found.to_dict()
-            sentence += " " + found.sentence
-            tables += found.tables()
-            pictures += found.pictures()
+        anew = retrained(subject, explain) if subject.faithfulness == "diffroar" else None
+        if anew is not None:
+            sentence += " " + anew.sentence
+            tables += anew.tables()
+            pictures += anew.pictures()
         hits, misses = _picked(subject, rows)
-        numbers["picked"] = {"hits": rows[hits].tolist(), "misses": rows[misses].tolist()}
+        shown = (rows[hits].tolist(), rows[misses].tolist())
+        found = replace(found, faithfulness=truth, scores=judged, diffroar=anew, picked=shown)
         pictures += [_overlay(subject, rows, maps, hits, misses), curves(truth)]
-    tables.insert(0, _table(verdict))
+    tables.insert(0, _table(place))
     number, unit = (
-        (percent(verdict.followed, 0), "of answers follow one small patch of the frame")
-        if verdict.decides
+        (percent(place.followed, 0), "of answers follow one small patch of the image")
+        if place.decides
         else (
-            percent(max(verdict.lost_excess[0], 0.0), 0),
+            percent(max(place.lost_excess[0], 0.0), 0),
             "of answers hang on the most decisive small patch",
         )
     )
-    untrue = maps is not None and not better_than_random(numbers["faithfulness"])
+    trusted = found.faithfulness is not None and found.faithfulness.better_than_random
     return Section(
         name="gaze",
         title=TITLE,
-        status="warning"
-        if verdict.decides
-        else "note"
-        if verdict.matters or maps is None or untrue
-        else "good",
+        status="warning" if place.decides else "note" if place.matters or not trusted else "good",
         number=number,
         unit=unit,
         sentence=sentence,
         pictures=pictures,
         tables=tables,
         method=METHOD,
-        numbers=numbers,
+        numbers=plain(found),
+        findings=[_finding(found)],
     )
 
 
-def where(window: Window, height: int, width: int) -> str:
-    """A window in words: where it lies, and its pixels.
-
-    >>> where(Window(0, 0, 4, 4), 20, 20)
-    'the top left (rows 1–4, columns 1–4)'
-    """
-    rows = f"rows {window.top + 1}–{window.top + window.height}"
-    columns = f"columns {window.left + 1}–{window.left + window.width}"
-    return f"{window.words(height, width)} ({rows}, {columns})"
+def _finding(found: Gaze) -> Finding:
+    v, where = found.place, found.place.window.where(*found.size)
+    if v.decides:
+        return Finding(
+            "warning",
+            f"It relies on one small patch at {where}, {percent(v.area, 0)} of the image: a shortcut, unless that is where the answer lies. Taking that patch alone from another image "
+            f"turns {percent(v.followed, 0)} of answers into the answer to that image; patches elsewhere turn {percent(v.others_followed, 0)}. "
+            f"Accuracy falls from {percent(v.accuracy)} to {percent(v.swapped_accuracy)}.",
+            "gaze",
+            advice="Look at that place in your images (the section shows some). If the answer does not lie there, cover or mix that patch across the classes of the training data, train again and audit again.",
+        )
+    if v.matters:
+        return Finding(
+            "note",
+            f"Where it looks matters most at {where}: taking that patch from another image costs {points(v.accuracy - v.swapped_accuracy)} of accuracy. No single patch decides the answer.",
+            "gaze",
+            advice="See whether what you ask about always lies there; if not, vary its place in the training data.",
+        )
+    return Finding(
+        "good",
+        f"It relies on no single fixed place of the image: of {v.windows} patches tried, none decides the answer.",
+        "gaze",
+    )
 
 
 def _maps(subject: Subject, rows: Tensor) -> Tensor:
@@ -149,8 +183,8 @@ def _explain(subject: Subject) -> Explain:
     return explain
 
 
-def _place_words(v: Verdict, height: int, width: int) -> str:
-    place = where(v.window, height, width)
+def _place_sentence(found: Gaze) -> str:
+    v, place = found.place, found.place.window.where(*found.size)
     area = percent(v.area, 0)
     gaze = (
         f" The maps put {percent(v.gaze_share, 0)} of their weight there, {v.gaze_share / v.area:.1f} times its share of the area."
@@ -160,22 +194,22 @@ def _place_words(v: Verdict, height: int, width: int) -> str:
     lost, others = v.accuracy - v.swapped_accuracy, v.accuracy - v.others_swapped_accuracy
     if v.decides:
         return (
-            f"The network relies on one fixed place of the image: a patch of {area} of the frame at {place}. When only this patch is taken from "
+            f"The network relies on one fixed place of the image: a patch of {area} of the image at {place}. When only this patch is taken from "
             f"another image, {percent(v.followed, 0)} of answers change to what the network says of that other image ({percent(v.others_followed, 0)} for patches elsewhere), and accuracy falls "
-            f"from {percent(v.accuracy)} to {percent(v.swapped_accuracy)}. {gaze}"
+            f"from {percent(v.accuracy)} to {percent(v.swapped_accuracy)}.{gaze}"
         )
     if v.matters:
         return (
-            f"The place that matters most is {place}, {area} of the frame: taking it from another image costs {points(lost)} of accuracy, "
+            f"The place that matters most is {place}, {area} of the image: taking it from another image costs {points(lost)} of accuracy, "
             f"against {points(others)} for patches of the same size elsewhere; but only {percent(v.followed, 0)} of answers follow the patch, so that it alone does not decide.{gaze}"
         )
     return (
-        f"No small fixed place decides: of {v.windows} patches tried, the most decisive ({place}, {area} of the frame) costs {points(lost)} of accuracy when taken "
+        f"No small fixed place decides: of {v.windows} patches tried, the most decisive ({place}, {area} of the image) costs {points(lost)} of accuracy when taken "
         f"from another image, against {points(others)} elsewhere.{gaze}"
     )
 
 
-def _table(v: Verdict) -> Table:
+def _table(v: Exchange) -> Table:
     def interval(x: tuple[float, float, float]) -> str:
         return f"{percent(x[0])} ({percent(x[1])} to {percent(x[2])})"
 
@@ -224,6 +258,13 @@ def _bare(ax: Any) -> None:
         spine.set_visible(False)
 
 
+def _outline(ax: Any, window: Window, width: float) -> None:
+    from matplotlib.patches import Rectangle
+
+    corner = (window.left - 0.5, window.top - 0.5)
+    ax.add_patch(Rectangle(corner, window.width, window.height, fill=False, edgecolor="C1", linewidth=width))
+
+
 def _overlay(subject: Subject, rows: Tensor, maps: Tensor, hits: Tensor, misses: Tensor) -> Picture:
     lines = [("right", hits), ("wrong", misses)]
     lines = [(word, chosen) for word, chosen in lines if len(chosen)]
@@ -264,7 +305,7 @@ def _overlay(subject: Subject, rows: Tensor, maps: Tensor, hits: Tensor, misses:
     )
 
 
-def _exchange(subject: Subject, rows: Tensor, v: Verdict) -> Picture:
+def _exchange(subject: Subject, rows: Tensor, v: Exchange) -> Picture:
     """Image, image that lends its patch, and what comes out: the intervention as one sees it."""
     lent = donors(subject, rows)
     right = (subject.outputs[rows].argmax(1) == subject.targets[rows]).nonzero().flatten()
@@ -278,18 +319,13 @@ def _exchange(subject: Subject, rows: Tensor, v: Verdict) -> Picture:
     partner = dict(zip(chosen.tolist(), givers.tolist()))
 
     def swapped(x: Tensor, part: Tensor) -> Tensor:
-        other = subject.inputs(torch.tensor([partner[r] for r in part.tolist()]))
-        x = x.clone()
-        x[(..., *v.window.cut())] = other[(..., *v.window.cut())]
-        return x
+        return exchanged(subject, x, part, partner, v.window)
 
     answers = subject.answer(chosen, swapped).argmax(1)
     said = subject.outputs.argmax(1)
     count = len(at)
 
     def draw(axes: Any) -> None:
-        from matplotlib.patches import Rectangle
-
         for column in range(count):
             row, giver = int(chosen[column]), int(givers[column])
             image, other = subject.display(row).clone(), subject.display(giver)
@@ -301,12 +337,7 @@ def _exchange(subject: Subject, rows: Tensor, v: Verdict) -> Picture:
                 ax = axes[line, column]
                 _show(ax, shown.numpy())
                 ax.set_title(f"{word} {printable(name, limit=14)}", fontsize=8, loc="center")
-                ax.add_patch(
-                    Rectangle(
-                        (v.window.left - 0.5, v.window.top - 0.5), v.window.width, v.window.height,
-                        fill=False, edgecolor="C1", linewidth=1.6,
-                    )
-                )  # fmt: skip
+                _outline(ax, v.window, 1.6)
 
     return picture(
         draw,
@@ -319,12 +350,10 @@ def _exchange(subject: Subject, rows: Tensor, v: Verdict) -> Picture:
     )
 
 
-def _frame(subject: Subject, rows: Tensor, mean_map: Tensor | None, v: Verdict) -> Picture:
+def _frame(subject: Subject, rows: Tensor, mean_map: Tensor | None, v: Exchange) -> Picture:
     mean = torch.stack([subject.display(int(r)) for r in rows[:100]]).mean(0)
 
     def draw(axes: Any) -> None:
-        from matplotlib.patches import Rectangle
-
         panels = list(axes[0])
         _show(panels[0], mean.numpy())
         panels[0].set_title("the mean image")
@@ -346,12 +375,7 @@ def _frame(subject: Subject, rows: Tensor, mean_map: Tensor | None, v: Verdict) 
         bar.outline.set_visible(False)
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
         for ax in panels:
-            ax.add_patch(
-                Rectangle(
-                    (v.window.left - 0.5, v.window.top - 0.5), v.window.width, v.window.height,
-                    fill=False, edgecolor="C1", linewidth=1.8,
-                )
-            )  # fmt: skip
+            _outline(ax, v.window, 1.8)
 
     return picture(
         draw,
@@ -360,6 +384,6 @@ def _frame(subject: Subject, rows: Tensor, mean_map: Tensor | None, v: Verdict) 
         size=(7.4, 2.5),
         caption="Looking and intervening: the frame marks the patch that decides most. "
         "On the right, how many answers follow each patch when it is taken from another image.",
-        alt=f"Mean image, mean saliency map and map of the intervention; the framed patch at {where(v.window, *mean.shape[:2])} "
+        alt=f"Mean image, mean saliency map and map of the intervention; the framed patch at {v.window.where(*mean.shape[:2])} "
         f"decides {percent(v.followed, 0)} of answers, patches elsewhere {percent(v.others_followed, 0)}.",
     )

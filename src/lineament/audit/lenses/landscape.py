@@ -1,6 +1,6 @@
 """How does the loss look around its weights, and is that the curvature of a settled minimum?
 
-The plane along the two eigenvectors of greatest curvature, the spectral density of the Hessian (stochastic Lanczos quadrature), and the
+The plane along the two eigenvectors of largest curvature, the spectral density of the Hessian (stochastic Lanczos quadrature), and the
 criteria r_e and K_H0.5 made of it with what they mean (Gabdullin 2024, arXiv 2412.10146). Batch norm keeps its running statistics, as
 the network is used; eigenvectors put no weight on directions that only change the scale of what batch norm undoes.
 """
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,23 +25,68 @@ from lineament.core.curvature.traces import trace
 from lineament.measure.landscape.axes import Axis, signed
 from lineament.measure.landscape.batchnorm_modes import LandscapeWarning
 from lineament.measure.landscape.criteria import Criteria, criteria
-from lineament.measure.landscape.grids import Plane, plane
+from lineament.measure.landscape.grids import plane
+from lineament.measure.landscape.results import Plane
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
-from lineament.report.section import Section
+from lineament.report.section import Finding, Picture, Section
 from lineament.report.surface_plot import SurfacePlot
+from lineament.report.text import plain
 
 TITLE = "What does the loss look like around its weights?"
+HELP = "what the loss looks like around its weights, and whether that is a settled minimum"
+ORDER = 50
 METHOD = "loss-landscape"
+ALIASES = ("sharpness",)
 _TOP, _PRODUCTS, _STEPS, _PROBES, _TRACE = 2, 48, 20, 2, 20
 _GRID = 21
 _NAMES = {
     1: ["eigenvalue"],
-    2: ["greatest eigenvalue", "least eigenvalue"],
-    3: ["greatest eigenvalue", "second greatest", "least eigenvalue"],
-    4: ["greatest eigenvalue", "second greatest", "least eigenvalue", "second least"],
+    2: ["largest eigenvalue", "smallest eigenvalue"],
+    3: ["largest eigenvalue", "second largest", "smallest eigenvalue"],
+    4: ["largest eigenvalue", "second largest", "smallest eigenvalue", "second smallest"],
 }
 _WORK, _PLANE_WORK = 5e11, 1e11
+_SETTLE = "Make sure that these are data like those it was trained on; if they are, train it longer or at a smaller rate (sharpness-aware minimisation, SAM, seeks flatter places)."
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """The spectrum of the Hessian over some samples: its ends, its trace, its density, the criteria made of it, the loss around.
+
+    ``settled``: a minimum, as far as the ends of the spectrum are known; the shares are of weight directions that curve downwards,
+    and of those that are nearly flat.
+    """
+
+    top: float
+    bottom: float
+    eigenvalues: Sequence[float]
+    residuals: Sequence[float]
+    converged: bool
+    settled: bool
+    loss: float
+    trace: float
+    trace_standard_error: float
+    weights: int
+    samples: int
+    negative_share: float
+    flat_share: float
+    density: Density
+    criteria: Criteria
+    plane: Plane | None
+
+    @property
+    def saddle(self) -> bool:
+        return self.bottom < -0.1 * max(self.top, 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        nodes, weights = self.density.nodes.double(), self.density.weights.double()
+        found = self.criteria
+        return {
+            **vars(self),
+            "density": {"nodes": nodes.flatten().tolist(), "weights": weights.flatten().tolist()},
+            "criteria": {k: getattr(found, k) for k in ("re", "k", "verdict", "negative", "effective_rank")},
+        }
 
 
 def applies(subject: Subject) -> str:
@@ -75,22 +122,38 @@ def look(subject: Subject) -> Section:
     negative = float(weights[nodes < -1e-3 * max(abs(top), abs(bottom))].sum() / weights.sum())
     flat = float(weights[nodes.abs() < 1e-2 * max(abs(top), 1e-30)].sum() / weights.sum())
     step = 2 / top if top > 0 else math.inf
-    saddle = bottom < -0.1 * max(top, 0)
     # The ends of the spectrum are known well enough when what is left of them could not make a saddle of a minimum.
     sure = float(ends.residuals.max()) <= 0.05 * abs(top)
-    settled = not saddle and sure and found.verdict == "settled"
+    curvature = Curvature(
+        top,
+        bottom,
+        values,
+        ends.residuals.double().tolist(),
+        ends.converged,
+        settled=bottom >= -0.1 * max(top, 0) and sure and found.verdict == "settled",
+        loss=loss,
+        trace=total.value,
+        trace_standard_error=total.standard_error,
+        weights=size,
+        samples=len(rows),
+        negative_share=negative,
+        flat_share=flat,
+        density=density,
+        criteria=found,
+        plane=around,
+    )
     sentence = (
         f"Over {len(rows)} samples, the steepest direction has curvature {compact(top)}: plain gradient descent with a step above {compact(step)} could not stay "
         f"here. Of {size:,} weight directions, {percent(flat)} are nearly flat (below 1 % of that). "
         + (
-            f"The loss also curves steeply downwards (least eigenvalue {compact(bottom)}), so that this is no minimum on these samples. "
-            if saddle
+            f"The loss also curves steeply downwards (smallest eigenvalue {compact(bottom)}), so that this is no minimum on these samples. "
+            if curvature.saddle
             else (
                 "Nothing curves downwards"
                 if bottom >= 0
                 else f"The steepest way down has curvature {compact(bottom)}"
             )
-            + (": it sits in a minimum, as far as these samples tell. " if settled else ". ")
+            + (": it sits in a minimum, as far as these samples tell. " if curvature.settled else ". ")
         )
         + f"Two numbers sum up the whole spectrum, both 0 in a minimum and near 1 in an untrained network: r_e = {_estimate(found.re) if found.reach > 0 else 0} (how far it reaches below "
         f"zero, against above) and K_H0.5 = {_estimate(found.k)} (how much of it is below). {found.meaning}"
@@ -102,9 +165,9 @@ def look(subject: Subject) -> Section:
     return Section(
         name="landscape",
         title=TITLE,
-        status="good" if settled else "note",
+        status="good" if curvature.settled else "note",
         number=compact(top),
-        unit="greatest curvature of the loss",
+        unit="largest curvature of the loss",
         sentence=sentence,
         pictures=[*_landscape(around), _figure(density, values)],
         tables=[
@@ -115,31 +178,35 @@ def look(subject: Subject) -> Section:
                     *((name, v, float(r)) for name, v, r in zip(_NAMES[len(values)], values, ends.residuals)),
                     ("trace", total.value, _or_none(total.standard_error)),
                     ("trace / weights", total.value / size, _or_none(total.standard_error / size)),
-                    ("r_e (least over greatest)", _or_none(float(found.re.mean())), _spread(found.re)),
+                    ("r_e (smallest over largest)", _or_none(float(found.re.mean())), _spread(found.re)),
                     ("K_H0.5 (downwards over upwards)", _or_none(float(found.k.mean())), _spread(found.k)),
                 ],
             )
         ],
         method=METHOD,
-        numbers={
-            "top": top,
-            "bottom": bottom,
-            "eigenvalues": values,
-            "residuals": ends.residuals.double().tolist(),
-            "converged": ends.converged,
-            "settled": settled,
-            "loss": loss,
-            "trace": total.value,
-            "trace_standard_error": _or_none(total.standard_error),
-            "weights": size,
-            "samples": len(rows),
-            "negative_share": negative,
-            "flat_share": flat,
-            "density": {"nodes": nodes.flatten().tolist(), "weights": weights.flatten().tolist()},
-            "criteria": _numbers(found),
-            "plane": None if around is None else around.to_dict(),
-        },
+        numbers=plain(curvature),
+        findings=[_finding(curvature)],
     )
+
+
+def _finding(found: Curvature) -> Finding:
+    ends = f"smallest eigenvalue {compact(found.bottom)}, largest {compact(found.top)}"
+    if found.saddle:
+        text = f"It does not sit in a minimum: the loss curves downwards ({ends})."
+        return Finding("note", text, "landscape", _SETTLE)
+    if found.criteria.verdict == "flat":
+        text = "Its loss on these samples has no curvature at all: small changes of the weights do not matter to it, or only in a straight line."
+        return Finding("note", text, "landscape")
+    if found.criteria.verdict != "settled":
+        k = [v for v in found.criteria.k.tolist() if math.isfinite(v)]
+        share = f" (K_H0.5 = {compact(sum(k) / len(k))})" if k else ""
+        text = f"Nothing curves steeply downwards where it is ({ends}), but many directions do gently{share}: not quite a minimum."
+        return Finding("note", text, "landscape", _SETTLE)
+    if not found.settled:
+        text = f"Nothing was found that curves steeply downwards where it is, but the search for the spectrum's ends ({compact(found.bottom)} and {compact(found.top)}) had not settled."
+        return Finding("note", text, "landscape", "Audit with another seed or more samples, and compare.")
+    text = f"It sits in a minimum of largest curvature {compact(found.top)}; {percent(found.flat_share, 0)} of weight directions are nearly flat."
+    return Finding("good", text, "landscape")
 
 
 def _rounding(subject: Subject) -> float:
@@ -163,11 +230,19 @@ def _nothing_left(loss: float, samples: int) -> Section:
         "rounding, so that neither a minimum nor a saddle can be told. Audit samples that the network was not trained on, or harder ones, to learn how settled it is.",
         method=METHOD,
         numbers={"settled": None, "loss": loss, "samples": samples},
+        findings=[
+            Finding(
+                "note",
+                f"Its loss on these samples is zero within rounding ({compact(loss)}), so that how settled it is cannot be told from them.",
+                "landscape",
+                advice="Audit samples that it was not trained on.",
+            )
+        ],
     )
 
 
 def _around(subject: Subject, ends: Any, names: tuple[str, ...], rows: Any) -> Plane | None:
-    """The plane along the two greatest eigenvectors, as far as the loss rises well above where it is."""
+    """The plane along the two eigenvectors of largest curvature, as far as the loss rises well above where it is."""
     count = min(_TOP, ends.vectors.shape[1])
     if count < 2 or float(ends.values[0]) <= 0:
         return None
@@ -187,7 +262,7 @@ def _around(subject: Subject, ends: Any, names: tuple[str, ...], rows: Any) -> P
     return plane(subject.model, subject.loss, subject.batches(some), axes, dist=dist, steps=_GRID)
 
 
-def _landscape(around: Plane | None) -> list[Any]:
+def _landscape(around: Plane | None) -> list[Picture]:
     if around is None:
         return []
     low, high = float(around.loss.nan_to_num().min()), float(around.loss.nan_to_num().max())
@@ -204,7 +279,7 @@ def _landscape(around: Plane | None) -> list[Any]:
     ]
 
 
-def _figure(density: Density, values: list[float]) -> Any:
+def _figure(density: Density, values: list[float]) -> Picture:
     grid, height = density.curve()
 
     def draw(ax: Any) -> None:
@@ -219,7 +294,7 @@ def _figure(density: Density, values: list[float]) -> Any:
                 value,
                 color="C1",
                 linewidth=1,
-                label="greatest and least eigenvalues" if number == 0 else None,
+                label="largest and smallest eigenvalues" if number == 0 else None,
             )
         ax.set(xlabel="curvature (eigenvalue of the Hessian)", ylabel="share of directions (density)")
         # Above the axes: inside, an eigenvalue may run through it.
@@ -230,16 +305,6 @@ def _figure(density: Density, values: list[float]) -> Any:
         caption="How many weight directions have which curvature: a high peak at zero means that most directions hardly change the loss.",
         alt=f"Spectral density of the Hessian between {compact(min(values))} and {compact(max(values))}, with most of its weight near zero.",
     )
-
-
-def _numbers(found: Criteria) -> dict[str, Any]:
-    return {
-        "re": [_or_none(v) for v in found.re.tolist()],
-        "k": [_or_none(v) for v in found.k.tolist()],
-        "verdict": found.verdict,
-        "negative": found.negative,
-        "effective_rank": found.effective_rank,
-    }
 
 
 def _spread(values: Any) -> float | None:

@@ -7,6 +7,8 @@ say about a sample; zero also takes away what they always add.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -20,12 +22,83 @@ from lineament.core.models import frozen
 from lineament.core.sites.activations import capture, patch
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
-from lineament.report.section import Section
+from lineament.report.section import Finding, Section
+from lineament.report.text import plain
 
 TITLE = "Which parts can it do without?"
+HELP = "which channels can be silenced, at what cost"
+ORDER = 60
 METHOD = "ablation"
+SOURCE = ("Ablation studies in artificial neural networks", 2019, "1901.08644")
 _GROUPS = 8
 _WORK = 1.5e12
+
+
+@dataclass(frozen=True)
+class Silenced:
+    """What silencing a group of channels does: the rise of the loss, its standard error, and the share of answers that change.
+
+    For values, ``changed`` is how far answers move in units of their spread, and no accuracy is lost.
+    """
+
+    cost: float
+    error: float
+    changed: float
+    accuracy_lost: float | None
+
+    def to_dict(self) -> dict[str, float]:
+        found = {"cost": self.cost, "error": self.error, "changed": self.changed}
+        return found if self.accuracy_lost is None else {**found, "accuracy_lost": self.accuracy_lost}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring channels of one site, held at their mean and, separately, at zero."""
+
+    site: str
+    start: int
+    stop: int
+    mean: Silenced
+    zero: Silenced
+
+    @property
+    def channels(self) -> str:
+        """Counted from 0 as the network counts them."""
+        alone = self.start == self.stop - 1
+        return f"channel {self.start}" if alone else f"channels {self.start} to {self.stop - 1}"
+
+    def to_dict(self) -> dict[str, Any]:
+        found = {
+            "site": self.site,
+            "from": self.start,
+            "to": self.stop - 1,
+            "channels": self.stop - self.start,
+        }
+        for how, silenced in (("mean", self.mean), ("zero", self.zero)):
+            found |= {f"{how}_{name}": value for name, value in silenced.to_dict().items()}
+        return found
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What each group of channels is worth; ``free``: how many can be silenced with hardly an answer changing."""
+
+    loss: float
+    samples: int
+    groups: Sequence[Group]
+    free: int
+    task: str
+
+    @property
+    def top(self) -> Group:
+        return max(self.groups, key=lambda g: g.mean.changed)
+
+    @property
+    def effect(self) -> tuple[str, str]:
+        """What silencing does to answers, before and after the number."""
+        if self.task == "classification":
+            return "changes ", " of answers"
+        return "moves the answers by ", " of their spread"
 
 
 def applies(subject: Subject) -> str:
@@ -42,36 +115,31 @@ def look(subject: Subject) -> Section:
     classify = subject.task == "classification"
     right = before.argmax(1) == targets if classify else None
     work = [(site, group) for site in subject.sites for group in _split(widths[site])]
-    found: list[dict[str, Any]] = []
+    groups = []
     for site, (start, stop) in progress(work, "silencing channels"):
-        row: dict[str, Any] = {"site": site, "from": start, "to": stop - 1, "channels": stop - start}
-        for how, value in (("mean", means[site][start:stop]), ("zero", torch.zeros(stop - start))):
+        outcomes = []
+        for value in (means[site][start:stop], torch.zeros(stop - start)):
             with patch(subject.model, {site: _silence(start, stop, value)}):
                 after = subject.answer(rows)
             cost = (subject.losses(after, targets) - base).double()
-            row[f"{how}_cost"] = float(cost.mean())
-            row[f"{how}_error"] = float(cost.std() / len(cost) ** 0.5) if len(cost) > 1 else 0.0
-            row[f"{how}_changed"] = _changed(before, after, classify)
+            lost = None
             if right is not None:
-                row[f"{how}_accuracy_lost"] = float(
-                    (right.float() - (after.argmax(1) == targets).float()).mean()
-                )
-        found.append(row)
+                lost = float((right.float() - (after.argmax(1) == targets).float()).mean())
+            error = float(cost.std() / len(cost) ** 0.5) if len(cost) > 1 else 0.0
+            outcomes.append(Silenced(float(cost.mean()), error, _changed(before, after, classify), lost))
+        groups.append(Group(site, start, stop, *outcomes))
     loss = float(base.mean())
-    ranked = sorted(found, key=lambda r: -r["mean_changed"])
-    free = [r for r in found if r["mean_changed"] < 0.01]
-    top = ranked[0]
-    effect = (
-        f"changes {percent(top['mean_changed'])} of answers"
-        if classify
-        else f"moves the answers by {percent(top['mean_changed'])} of their spread"
-    )
-    direction = "raises" if top["mean_cost"] >= 0 else "lowers"
+    ranked = sorted(groups, key=lambda g: -g.mean.changed)
+    free = sum(g.mean.changed < 0.01 for g in groups)
+    found = Parts(loss, len(rows), groups, free, subject.task)
+    top, changed = ranked[0], ranked[0].mean.changed
+    effect = percent(changed).join(found.effect)
+    direction = "raises" if top.mean.cost >= 0 else "lowers"
     sentence = (
-        f"Silencing {_channels(top)} at {short(top['site'], 40)} {effect}, the most of {len(found)} groups tried, and {direction} the loss "
-        f"from {compact(loss)} to {compact(loss + top['mean_cost'])}. "
-        if top["mean_changed"] > 0
-        else f"Silencing any one of {len(found)} groups of channels changes no answer. "
+        f"Silencing {top.channels} at {short(top.site, 40)} {effect}, the most of {len(groups)} groups tried, and {direction} the loss "
+        f"from {compact(loss)} to {compact(loss + top.mean.cost)}. "
+        if changed > 0
+        else f"Silencing any one of {len(groups)} groups of channels changes no answer. "
     )
     little = (
         "fewer than 1 % of answers changing"
@@ -79,17 +147,17 @@ def look(subject: Subject) -> Section:
         else "the answers moving by less than 1 % of their spread"
     )
     told = (
-        f"{len(free)} groups ({percent(len(free) / len(found), 0)}) can each be silenced with {little}."
-        if 0 < len(free) < len(found)
-        else f"Each of the {len(found)} groups can be silenced alone with {little}."
+        f"{free} groups ({percent(free / len(groups), 0)}) can each be silenced with {little}."
+        if 0 < free < len(groups)
+        else f"Each of the {len(groups)} groups can be silenced alone with {little}."
         if free
         else f"No group can be silenced with {little}."
     )
-    sentence += told if top["mean_changed"] > 0 else ""
-    helped = min(found, key=lambda r: r["mean_cost"])
-    if helped["mean_cost"] < -3 * max(helped["mean_error"], 1e-12) and helped is not top:
+    sentence += told if changed > 0 else ""
+    helped = min(groups, key=lambda g: g.mean.cost)
+    if helped.mean.cost < -3 * max(helped.mean.error, 1e-12) and helped is not top:
         sentence += (
-            f" Silencing {_channels(helped)} at {short(helped['site'], 40)} even lowers the loss, to {compact(loss + helped['mean_cost'])}: "
+            f" Silencing {helped.channels} at {short(helped.site, 40)} even lowers the loss, to {compact(loss + helped.mean.cost)}: "
             "on these data, what they say misleads."
         )
     columns = ("place", "channels", "answers changed" if classify else "answers moved", "loss + (mean)", "± s.e.", "loss + (zero)",
@@ -97,37 +165,49 @@ def look(subject: Subject) -> Section:
     return Section(
         name="parts",
         title=TITLE,
-        status="note" if len(free) > 0.5 * len(found) else "good",
-        number=percent(len(free) / len(found), 0),
+        status="note" if free > 0.5 * len(groups) else "good",
+        number=percent(free / len(groups), 0),
         unit="of channel groups are dispensable, one at a time",
         sentence=sentence,
-        pictures=[_figure(subject, found, classify)],
+        pictures=[_figure(subject, found)],
         tables=[
             Table(
-                f"The weightiest of {len(found)} groups",
+                f"The most important of {len(groups)} groups",
                 columns,
                 [
                     (
-                        r["site"],
-                        _channels(r).partition(" ")[2],
-                        percent(r["mean_changed"]),
-                        r["mean_cost"],
-                        r["mean_error"],
-                        r["zero_cost"],
-                        *((percent(r["mean_accuracy_lost"]),) if classify else ()),
+                        g.site,
+                        g.channels.partition(" ")[2],
+                        percent(g.mean.changed),
+                        g.mean.cost,
+                        g.mean.error,
+                        g.zero.cost,
+                        *((percent(g.mean.accuracy_lost or 0.0),) if classify else ()),
                     )
-                    for r in ranked[:12]
+                    for g in ranked[:12]
                 ],
             )
         ],
         method=METHOD,
-        numbers={
-            "loss": loss,
-            "samples": len(rows),
-            "groups": found,
-            "free": len(free),
-            "task": subject.task,
-        },
+        numbers=plain(found),
+        findings=[_finding(found)],
+    )
+
+
+def _finding(found: Parts) -> Finding:
+    share = found.free / len(found.groups)
+    if share > 0.5:
+        return Finding(
+            "note",
+            f"{percent(share, 0)} of its channel groups can each be silenced with hardly an answer changing: it has room to spare.",
+            "parts",
+            advice="Nothing, if its size is no burden; otherwise train one with fewer channels, or take groups away one after the other and measure again.",
+        )
+    effect = percent(found.top.mean.changed, 0).join(found.effect)
+    return Finding(
+        "good",
+        f"It uses {'most' if found.free else 'all'} of its parts: {percent(share, 0) if found.free else 'none'} of its channel groups can be silenced unnoticed; silencing the most important, at {short(found.top.site, 40)}, {effect}.",
+        "parts",
     )
 
 
@@ -174,16 +254,6 @@ def _silence(start: int, stop: int, value: Tensor) -> Any:
     return change
 
 
-def _channels(row: dict[str, Any]) -> str:
-    """The channels of a group, counted from 0 as the network counts them.
-
-    >>> _channels({"from": 3, "to": 3}), _channels({"from": 4, "to": 7})
-    ('channel 3', 'channels 4 to 7')
-    """
-    alone = row["from"] == row["to"]
-    return f"channel {row['from']}" if alone else f"channels {row['from']} to {row['to']}"
-
-
 def _changed(before: Tensor, after: Tensor, classify: bool) -> float:
     """The share of answers that change; for values, how far they move in units of their spread."""
     if classify:
@@ -192,9 +262,10 @@ def _changed(before: Tensor, after: Tensor, classify: bool) -> float:
     return float((after - before).double().square().mean().sqrt()) / spread if spread > 0 else 0.0
 
 
-def _figure(subject: Subject, found: list[dict[str, Any]], classify: bool) -> Any:
+def _figure(subject: Subject, found: Parts) -> Any:
+    classify = found.task == "classification"
     sites = list(subject.sites)
-    rows = [[r["mean_changed"] for r in found if r["site"] == site] for site in sites]
+    rows = [[g.mean.changed for g in found.groups if g.site == site] for site in sites]
     width = max(len(r) for r in rows)
     grid = [[*r, *([float("nan")] * (width - len(r)))] for r in rows]
 
@@ -218,7 +289,7 @@ def _figure(subject: Subject, found: list[dict[str, Any]], classify: bool) -> An
         bar.set_label("answers changed" if classify else "answers moved")
         bar.ax.yaxis.set_major_formatter(lambda v, _: f"{100 * v:.3g} %")
 
-    worst = max(found, key=lambda r: r["mean_changed"])
+    top = found.top
     return picture(
         draw,
         size=(6.8, 1.5 + 0.36 * len(sites)),
@@ -229,5 +300,5 @@ def _figure(subject: Subject, found: list[dict[str, Any]], classify: bool) -> An
             else "how far answers move, in percent of their spread,"
         )
         + " when it is held at its mean, places in depth order. Fields without colour are parts it can do without.",
-        alt=f"Grid of {len(sites)} places by up to {width} channel groups; the weightiest is group {worst['from']} to {worst['to']} at {short(worst['site'])}.",
+        alt=f"Grid of {len(sites)} places by up to {width} channel groups; the most important is group {top.start} to {top.stop - 1} at {short(top.site)}.",
     )

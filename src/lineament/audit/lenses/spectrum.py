@@ -7,6 +7,8 @@ With λ the eigenvalues of the features' covariance and p = λ/Σλ: the partici
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,11 +22,44 @@ from lineament.core.sites.activations import capture
 from lineament.measure.collapse.profile import pooled
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
-from lineament.report.section import Section
+from lineament.report.section import Finding, Section
+from lineament.report.text import plain
 
 TITLE = "How many directions do its features use?"
+HELP = "how many directions its features use, layer by layer"
+ORDER = 40
 METHOD = "effective-rank"
+SOURCE = ("RankMe: effective rank of learned features", 2022, "2210.02885")
 _MOST = 1000
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """Effective dimensions of a site's units, and how many never vary (silent) or nearly copy another (doubled)."""
+
+    site: str
+    units: int
+    samples: int
+    effective_rank: float
+    participation_ratio: float
+    dims90: int
+    silent: int
+    doubled: int
+    eigenvalues: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Effective dimensions by site, in depth order; ``used_share`` of those that the last site could have."""
+
+    sites: Sequence[Dimensions]
+    samples: int
+    used_share: float
+
+    @property
+    def idle(self) -> float:
+        """The share of all units that never vary or copy another."""
+        return sum(s.silent + s.doubled for s in self.sites) / sum(s.units for s in self.sites)
 
 
 def applies(subject: Subject) -> str:
@@ -44,25 +79,27 @@ def look(subject: Subject) -> Section:
                 subject.model(subject.inputs(part))
             for site in subject.sites:
                 gathered[site].append(pooled(acts[site].float()).cpu())
-    layers = [{"site": site, **dimensions(torch.cat(parts))} for site, parts in gathered.items()]
+    layers = [dimensions(torch.cat(parts), site) for site, parts in gathered.items()]
     last = layers[-1]
-    share = last["effective_rank"] / max(min(last["units"], last["samples"] - 1), 1)
+    share = last.effective_rank / max(min(last.units, last.samples - 1), 1)
+    found = Spectrum(layers, len(rows), share)
     classes = subject.outputs.shape[1] if subject.task == "classification" else None
     sentence = (
-        f"At the last place ({short(last['site'], 40)}), {last['units']} units behave like {compact(last['effective_rank'])} independent directions; "
-        f"{last['dims90']} directions hold 90 % of the variance"
+        f"At the last place ({short(last.site, 40)}), {last.units} units behave like {compact(last.effective_rank)} independent directions; "
+        f"{last.dims90} directions hold 90 % of the variance"
         + (f", for {classes} classes. " if classes else ". ")
     )
-    doubled, silent = (sum(layer[k] for layer in layers) for k in ("doubled", "silent"))
-    total = sum(layer["units"] for layer in layers)
+    doubled, silent, total = (
+        sum(getattr(layer, k) for layer in layers) for k in ("doubled", "silent", "units")
+    )
     sentence += f"Of all {total} units looked at, {percent(silent / total)} never vary and {percent(doubled / total)} almost copy another (correlation above 0.95)."
-    narrow = last["effective_rank"] < 2 and last["units"] > 4
+    narrow = last.effective_rank < 2 and last.units > 4
     return Section(
         name="spectrum",
         title=TITLE,
-        status="note" if narrow or (silent + doubled) / total > 0.25 else "good",
-        number=compact(last["effective_rank"]),
-        unit=f"effective directions of {last['units']} units, at the last place",
+        status="note" if narrow or found.idle > 0.25 else "good",
+        number=compact(last.effective_rank),
+        unit=f"effective directions of {last.units} units, at the last place",
         sentence=sentence,
         pictures=[_figure(layers)],
         tables=[
@@ -79,29 +116,43 @@ def look(subject: Subject) -> Section:
                 ),
                 [
                     (
-                        layer["site"],
-                        layer["units"],
-                        layer["effective_rank"],
-                        layer["participation_ratio"],
-                        layer["dims90"],
-                        layer["silent"],
-                        layer["doubled"],
+                        layer.site,
+                        layer.units,
+                        layer.effective_rank,
+                        layer.participation_ratio,
+                        layer.dims90,
+                        layer.silent,
+                        layer.doubled,
                     )
                     for layer in layers
                 ],
             )
         ],
         method=METHOD,
-        numbers={"sites": layers, "samples": len(rows), "used_share": share},
+        numbers=plain(found),
+        findings=[_finding(found)],
     )
 
 
-def dimensions(features: Tensor) -> dict[str, Any]:
+def _finding(found: Spectrum) -> Finding:
+    last = found.sites[-1]
+    text = f"At {short(last.site, 40)}, its {last.units} units span about {compact(last.effective_rank)} dimensions"
+    if found.idle > 0.25:
+        return Finding(
+            "note",
+            f"{text}; {percent(found.idle, 0)} of all units never vary or copy another.",
+            "spectrum",
+            advice="Nothing, if it is right often enough: a network with fewer channels may do as well.",
+        )
+    return Finding("good", f"{text}.", "spectrum")
+
+
+def dimensions(features: Tensor, site: str = "") -> Dimensions:
     """Effective dimensions of features (sample, unit), and how many units never vary or nearly copy another.
 
     >>> x = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)) @ torch.eye(3, 6)
     >>> found = dimensions(x)
-    >>> round(found["participation_ratio"]), found["silent"], found["units"]
+    >>> round(found.participation_ratio), found.silent, found.units
     (3, 3, 6)
     """
     x = features.double()
@@ -114,56 +165,54 @@ def dimensions(features: Tensor) -> dict[str, Any]:
     total = float(values.sum())
     alive = scale > 1e-6 * max(float(scale.max()), 1e-30)
     if total <= 1e-20:
-        return {
-            "units": d, "samples": n, "effective_rank": 0.0, "participation_ratio": 0.0, "dims90": 0,
-            "silent": d, "doubled": 0, "eigenvalues": [],
-        }  # fmt: skip
+        return Dimensions(site, d, n, 0.0, 0.0, 0, silent=d, doubled=0, eigenvalues=())
     p = values / total
     entropy = -float((p * p.clamp_min(1e-300).log()).sum())
     units = (x / scale.clamp_min(1e-30))[:, alive][:, :4096]
     close = (units.T @ units / n).abs() > 0.95
     # A unit is a copy when one before it says the same; so a pair counts once.
     doubled = int(close.tril(-1).any(1).sum())
-    return {
-        "units": d,
-        "samples": n,
-        "effective_rank": math.exp(entropy),
-        "participation_ratio": total**2 / float(values.square().sum()),
-        "dims90": int((p.cumsum(0) < 0.9).sum()) + 1,
-        "silent": int((~alive).sum()),
-        "doubled": doubled,
-        "eigenvalues": p[:200].tolist(),
-    }
+    return Dimensions(
+        site,
+        d,
+        n,
+        effective_rank=math.exp(entropy),
+        participation_ratio=total**2 / float(values.square().sum()),
+        dims90=int((p.cumsum(0) < 0.9).sum()) + 1,
+        silent=int((~alive).sum()),
+        doubled=doubled,
+        eigenvalues=p[:200].tolist(),
+    )
 
 
-def _figure(layers: list[dict[str, Any]]) -> Any:
+def _figure(layers: Sequence[Dimensions]) -> Any:
     def draw(axes: Any) -> None:
         left, right = axes[0]
         places = list(range(len(layers)))
         left.barh(
-            places, [layer["units"] for layer in layers], color="C7", alpha=0.35, height=0.7, label="units"
+            places, [layer.units for layer in layers], color="C7", alpha=0.35, height=0.7, label="units"
         )
         left.barh(
             places,
-            [layer["effective_rank"] for layer in layers],
+            [layer.effective_rank for layer in layers],
             color="C0",
             height=0.45,
             label="effective directions",
         )
-        left.set_yticks(places, [short(layer["site"]) for layer in layers])
+        left.set_yticks(places, [short(layer.site) for layer in layers])
         left.set_ylim(len(layers) - 0.5, -0.5)
         left.set_xscale("log")
         left.set_xlim(left=0.8)
         left.set(xlabel="number (logarithmic)")
         left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         for number, layer in enumerate(layers):
-            if layer["eigenvalues"]:
+            if layer.eigenvalues:
                 shade = 0.25 + 0.75 * number / max(len(layers) - 1, 1)
                 last = number == len(layers) - 1
-                ranks = range(1, len(layer["eigenvalues"]) + 1)
+                ranks = range(1, len(layer.eigenvalues) + 1)
                 right.loglog(
                     ranks,
-                    [max(v, 1e-9) for v in layer["eigenvalues"]],
+                    [max(v, 1e-9) for v in layer.eigenvalues],
                     color="C1" if last else "C0",
                     alpha=1 if last else shade,
                 )
@@ -182,8 +231,7 @@ def _figure(layers: list[dict[str, Any]]) -> Any:
         caption="Left: units and the directions they really use. Right: how the variance falls from direction to direction, one line a place; steep means few directions.",
         alt="Effective directions by place: "
         + ", ".join(
-            f"{compact(layer['effective_rank'])} of {layer['units']} at {short(layer['site'])}"
-            for layer in layers
+            f"{compact(layer.effective_rank)} of {layer.units} at {short(layer.site)}" for layer in layers
         )
         + ".",
     )

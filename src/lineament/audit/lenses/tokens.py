@@ -7,7 +7,8 @@ its own values dealt out to other tokens at random.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,13 +25,47 @@ from lineament.explain.tokens.results import TokenAttribution, entropy
 from lineament.explain.tokens.samplers import UnigramSampler
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
-from lineament.report.section import Picture, Section
-from lineament.report.text import printable
+from lineament.report.section import Finding, Picture, Section
+from lineament.report.text import plain, printable
 
 TITLE = "Which words decide what it says next?"
+HELP = "which words of a prompt decide what a language model says next"
+ORDER = 70
+LANGUAGE = True
 METHOD = "reagent"
 _PROMPTS, _SHOWN, _MOST_TOKENS = 24, 6, 100
 _STEPS, _PROBES, _DRAWS = 60, 5, 32
+# The importances that are judged: ReAGent's, its values on other tokens, random ones.
+_JUDGED = {"ours": "ReAGent", "dealt": "its values on other tokens", "random": "random importances"}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Attributions of prompts' next tokens: how far back half of each lies (``reach``), and how they fare when judged.
+
+    ``soft`` holds soft sufficiency (``ns``) and comprehensiveness (``nc``) of each prompt, ``gain`` the lead over the same values
+    on other tokens with its 95 % interval.
+    """
+
+    prompts: Sequence[TokenAttribution]
+    reach: Sequence[int]
+    near: float
+    soft: Mapping[str, Tensor]
+    gain: Mapping[str, tuple[float, float, float]]
+    left_out: Sequence[str]
+
+    @property
+    def true(self) -> bool:
+        """Whether the tokens named decide more than others."""
+        return self.gain["nc"][1] > 0 and self.gain["ns"][0] > 0
+
+    @property
+    def contradicted(self) -> bool:
+        """Whether others decide more than the tokens named."""
+        return self.gain["nc"][2] < 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "true": self.true, "contradicted": self.contradicted}
 
 
 def applies(subject: LanguageSubject) -> str:
@@ -43,21 +78,27 @@ def look(subject: LanguageSubject) -> Section:
         raise InputError(f"no prompt could be explained; the first reason: {left_out[0]}")
     judged = [_judged(subject, prompt, a) for prompt, a in progress(found, "judging attributions")]
     scores = {name: torch.tensor([row[name] for row in judged]) for name in judged[0]}
-    gain = {m: mean_interval(scores[f"{m}_ours"] - scores[f"{m}_dealt"]) for m in ("ns", "nc")}
     reach = torch.tensor([_reach(a) for _, a in found])
+    measured = Tokens(
+        [a for _, a in found],
+        reach.tolist(),
+        near=float((reach <= 4).double().mean()),
+        soft=scores,
+        gain={m: mean_interval(scores[f"{m}_ours"] - scores[f"{m}_dealt"]) for m in ("ns", "nc")},
+        left_out=left_out,
+    )
     sharp = torch.tensor([float(entropy(a.scores[a.scored])) for _, a in found]).exp()
-    true = gain["nc"][1] > 0 and gain["ns"][0] > 0
-    contradicted = gain["nc"][2] < 0
     verdict = (
         "the tokens named do decide: taking them away moves the answer further than taking away others as strongly "
-        if true
+        if measured.true
         else "others, taken away as strongly, move the answer further, so do not trust the tokens named "
-        if contradicted
+        if measured.contradicted
         else "whether the tokens named decide more than others cannot be told from these prompts "
     )
-    near = float((reach <= 4).double().mean())
+    middle = float(reach.median())
+    plural = middle != 1
     sentence = (
-        f"Half of what decides the next token lies {within(float(reach.median()))} (median of {len(found)} prompts), spread over about "
+        f"Half of what decides the next token lies {within(middle)} (median of {len(found)} prompts), spread over about "
         f"{compact(float(sharp.median()))} tokens of the prompt. By soft comprehensiveness, {verdict}"
         f"({compact(float(scores['nc_ours'].mean()))} against {compact(float(scores['nc_dealt'].mean()))}; random importances reach {compact(float(scores['nc_random'].mean()))})."
     )
@@ -66,24 +107,30 @@ def look(subject: LanguageSubject) -> Section:
     return Section(
         name="tokens",
         title=TITLE,
-        status="warning" if contradicted else "good" if true else "note",
-        number=compact(float(reach.median())),
-        unit=f"token{'s' * (float(reach.median()) != 1)} from the end hold{'s' * (float(reach.median()) == 1)} half of what decides",
+        status="warning" if measured.contradicted else "good" if measured.true else "note",
+        number=compact(middle),
+        unit=f"token{'s' if plural else ''} from the end hold{'' if plural else 's'} half of what decides",
         sentence=sentence,
-        pictures=[_strips(found), _distances(found), _bars(scores)],
-        tables=[_weightiest(found), _judgement(scores)],
+        pictures=[_strips(measured.prompts), _distances(measured.prompts), _bars(scores)],
+        tables=[_most_important(measured.prompts), _judgement(scores)],
         method=METHOD,
-        numbers={
-            "prompts": [a.to_dict() for _, a in found],
-            "reach": reach.tolist(),
-            "near": near,
-            "soft": {name: values.tolist() for name, values in scores.items()},
-            "gain": {name: list(values) for name, values in gain.items()},
-            "left_out": left_out,
-            "true": true,
-            "contradicted": contradicted,
-        },
+        numbers=plain(measured),
+        findings=[_finding(measured)],
     )
+
+
+def _finding(found: Tokens) -> Finding:
+    reach = sorted(found.reach)[len(found.reach) // 2]
+    text = f"Half of what decides its next token lies {within(reach)} (median of {len(found.reach)} prompts)"
+    if found.contradicted:
+        return Finding(
+            "warning",
+            f"{text}, but the attribution fails its own test: other tokens decide more.",
+            "tokens",
+            advice="Do not rely on the tokens named here: try more prompts, or another method, such as integrated gradients.",
+        )
+    proof = "" if found.true else "; whether the tokens named are the right ones cannot be told from these"
+    return Finding("good" if found.true else "note", f"{text}{proof}.", "tokens")
 
 
 def _attributions(subject: LanguageSubject) -> tuple[list[tuple[str, TokenAttribution]], list[str]]:
@@ -159,9 +206,9 @@ def _reach(a: TokenAttribution) -> int:
     return int((behind < 0.5 * behind[-1]).sum()) + 1
 
 
-def _strips(found: list[tuple[str, TokenAttribution]]) -> Picture:
+def _strips(found: Sequence[TokenAttribution]) -> Picture:
     """A few prompts, token by token: the fuller the colour, the more it matters."""
-    shown = [a for _, a in found[:_SHOWN]]
+    shown = found[:_SHOWN]
     most = min(12, max(len(a.tokens) for a in shown))
     # Few columns have room for larger letters; the figure is shrunk to the page, and its letters with it.
     size = 10 if most <= 9 else 8.5
@@ -176,17 +223,17 @@ def _strips(found: list[tuple[str, TokenAttribution]]) -> Picture:
             grid[i, most - len(tail) :] = tail / tail.max().clamp_min(1e-12)
         ax.imshow(grid.numpy(), cmap=shade, vmin=0, vmax=1, aspect="auto")
         for i, a in enumerate(shown):
-            words = a.tokens[-most:]
-            for j, word in enumerate(words):
+            shown_tokens = a.tokens[-most:]
+            for j, token in enumerate(shown_tokens):
                 ax.text(
-                    most - len(words) + j,
+                    most - len(shown_tokens) + j,
                     i,
-                    printable(word.strip() or "␣", limit=9),
+                    printable(token.strip() or "␣", limit=9),
                     ha="center",
                     va="center",
                     fontsize=size,
                     # On the full colour the page's own shade is the one that can be read.
-                    color=ax.get_facecolor() if float(grid[i, most - len(words) + j]) > 0.6 else None,
+                    color=ax.get_facecolor() if float(grid[i, most - len(shown_tokens) + j]) > 0.6 else None,
                 )
         ax.set_yticks(
             range(len(shown)), [printable("→ " + a.target_text.strip(), limit=14) for a in shown], fontsize=9
@@ -205,14 +252,14 @@ def _strips(found: list[tuple[str, TokenAttribution]]) -> Picture:
         draw,
         size=(9.6, 0.6 + 0.42 * len(shown)),
         caption=f"The last {most} tokens of {len(shown)} prompts and, at the right, the token that the model finds most probable next. The fuller a field's colour, the more its token decides.",
-        alt=f"Tokens of {len(shown)} prompts shaded by importance. The weightiest, {best}.",
+        alt=f"Tokens of {len(shown)} prompts shaded by importance. The most important, {best}.",
     )
 
 
-def _distances(found: list[tuple[str, TokenAttribution]]) -> Picture:
+def _distances(found: Sequence[TokenAttribution]) -> Picture:
     most = 20
     sums, counts = torch.zeros(most), torch.zeros(most)
-    for _, a in found:
+    for a in found:
         tail = (a.scores / a.scores.sum().clamp_min(1e-12)).flip(0)[:most].float()
         sums[: len(tail)] += tail
         counts[: len(tail)] += 1
@@ -231,11 +278,10 @@ def _distances(found: list[tuple[str, TokenAttribution]]) -> Picture:
 
 
 def _bars(scores: dict[str, Tensor]) -> Picture:
-    names = {"ours": "ReAGent", "dealt": "its values on other tokens", "random": "random importances"}
-    means = {k: [float(scores[f"{m}_{k}"].mean()) for m in ("ns", "nc")] for k in names}
+    means = {k: [float(scores[f"{m}_{k}"].mean()) for m in ("ns", "nc")] for k in _JUDGED}
 
     def draw(ax: Any) -> None:
-        for k, (key, name) in enumerate(names.items()):
+        for k, (key, name) in enumerate(_JUDGED.items()):
             ax.bar(
                 [x + 0.27 * (k - 1) for x in range(2)],
                 means[key],
@@ -255,10 +301,10 @@ def _bars(scores: dict[str, Tensor]) -> Picture:
     )
 
 
-def _weightiest(found: list[tuple[str, TokenAttribution]]) -> Table:
+def _most_important(found: Sequence[TokenAttribution]) -> Table:
     """The tokens that decide most where they occur, over all prompts."""
     sums: dict[str, list[float]] = {}
-    for _, a in found:
+    for a in found:
         for token, score, scored in zip(a.tokens, a.scores.tolist(), a.scored.tolist()):
             if scored:
                 sums.setdefault(token, []).append(score * int(a.scored.sum()))
@@ -272,11 +318,7 @@ def _weightiest(found: list[tuple[str, TokenAttribution]]) -> Table:
 
 def _judgement(scores: dict[str, Tensor]) -> Table:
     rows = []
-    for key, name in (
-        ("ours", "ReAGent"),
-        ("dealt", "its values on other tokens"),
-        ("random", "random importances"),
-    ):
+    for key, name in _JUDGED.items():
         row: list[Any] = [name]
         for m in ("ns", "nc"):
             mean, low, high = mean_interval(scores[f"{m}_{key}"])

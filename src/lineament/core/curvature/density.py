@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lineament.core import checks
+from lineament.core import checks, results
 from lineament.core.curvature.krylov import (
     REORTHOGONALISE,
     Operator,
@@ -75,9 +75,7 @@ class Density:
 
     def plot(self, ax: Any = None) -> Any:
         """The smoothed density on a logarithmic axis."""
-        import matplotlib.pyplot as plt
-
-        ax = plt.subplots()[1] if ax is None else ax
+        ax = results.axes(ax)
         grid, values = self.curve()
         ax.semilogy(grid.tolist(), values.clamp_min(1e-7).tolist())
         ax.set(xlabel="eigenvalue", ylabel="density")

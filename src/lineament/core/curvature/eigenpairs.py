@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lineament.core import checks
+from lineament.core import checks, results
 from lineament.core.batching import progress
 from lineament.core.curvature.krylov import (
     Operator,
@@ -56,9 +56,7 @@ class Eigenpairs:
 
     def plot(self, ax: Any = None) -> Any:
         """The eigenvalues as stems, in order."""
-        import matplotlib.pyplot as plt
-
-        ax = plt.subplots()[1] if ax is None else ax
+        ax = results.axes(ax)
         ax.stem(range(1, len(self.values) + 1), self.values.tolist(), basefmt=" ")
         ax.set(xlabel="eigenvalue number", ylabel="eigenvalue")
         return ax

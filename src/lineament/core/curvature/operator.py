@@ -163,7 +163,7 @@ class Curvature:
 def _keep_memory() -> None:
     """Keep what small products free from going back to the system at once, from where it returns page by page.
 
-    glibc gives the end of its heap back when it is free, above a threshold that follows the greatest block freed so far, up to one of 32 MiB:
+    glibc gives the end of its heap back when it is free, above a threshold that follows the largest block freed so far, up to one of 32 MiB:
     a block that nothing is written to sets it. Measured for a perceptron: 200 page faults a product, a fifth of its time, before.
     """
     torch.empty(31 * 1024**2, dtype=torch.uint8)

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lineament.core import checks
 from lineament.core.curvature.fast.graph import FastGraph
-from lineament.core.models import frozen, holding, logits
+from lineament.core.models import called, frozen, holding, logits, moved
 
 T = TypeVar("T")
 
@@ -108,17 +108,10 @@ class Risk:
 
     def outputs(self, chunk: Chunk) -> Tensor:
         """The model's logits on a chunk; call inside :meth:`ready`."""
-        inputs = chunk.inputs
-        args: tuple[Any, ...] = ()
-        kwargs: dict[str, Any] = {}
-        if isinstance(inputs, Mapping):
-            kwargs = dict(inputs)
-        else:
-            args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
         # Batch norm in train mode writes its running statistics into these copies, never into the model.
         buffers = {name: b.clone() for name, b in self.model.named_buffers()}
         with holding(self.model, {**self._sources, **self.leaves, **buffers}):
-            return logits(self.model(*args, **kwargs))
+            return logits(called(self.model, chunk.inputs))
 
     def loss(self, chunk: Chunk) -> Tensor:
         """The mean loss of a chunk; call inside :meth:`ready`."""
@@ -190,7 +183,7 @@ class Risk:
                     f"loader: it yields {checks.show(batch)}, expected (inputs, targets) pairs"
                 )
             if _length(batch[0]) > 0:
-                yield _moved(batch[0], device), _moved(batch[1], device)
+                yield moved(batch[0], device), moved(batch[1], device)
 
 
 def chosen_parameters(model: nn.Module, params: str | Sequence[str] | None) -> list[str]:
@@ -237,11 +230,3 @@ def _sliced(inputs: Any, part: slice) -> Any:
     if isinstance(inputs, Mapping):
         return {key: value[part] for key, value in inputs.items()}
     return type(inputs)(x[part] for x in inputs) if isinstance(inputs, (tuple, list)) else inputs[part]
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _moved(item, device) for key, item in value.items()}
-    return type(value)(_moved(item, device) for item in value) if isinstance(value, (tuple, list)) else value

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lineament.core import checks
+from lineament.core import checks, results
 from lineament.core.batching import progress
 from lineament.core.curvature.krylov import Operator, random_normal, random_signs, side_length
 
@@ -44,9 +44,7 @@ class Trace:
 
     def plot(self, ax: Any = None) -> Any:
         """The estimate with two standard errors to either side."""
-        import matplotlib.pyplot as plt
-
-        ax = plt.subplots()[1] if ax is None else ax
+        ax = results.axes(ax)
         error = 0.0 if math.isnan(self.standard_error) else 2 * self.standard_error
         ax.errorbar([self.method], [self.value], yerr=[error], fmt="o", capsize=4)
         ax.set(ylabel="trace")

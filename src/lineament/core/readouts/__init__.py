@@ -4,9 +4,6 @@
 all targets in step along a path of penalties. Both take (samples, features) and (samples, targets).
 """
 
-from __future__ import annotations
+import lazy_loader
 
-from lineament.core.readouts.logistic_readout import Logistic, logistic
-from lineament.core.readouts.ridge_readout import Ridge, ridge
-
-__all__ = ["Logistic", "Ridge", "logistic", "ridge"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

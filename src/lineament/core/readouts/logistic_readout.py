@@ -90,9 +90,9 @@ def logistic(
         x: features, shared by all targets.
         y: class labels, (samples, targets), or (samples,) for one.
         penalties: λ > 0, one or several; each starts from the one before (go from large to small).
-        classes: K, the same for all targets; ``None`` takes the greatest label plus one.
+        classes: K, the same for all targets; ``None`` takes the largest label plus one.
         intercept: fit b, not penalised.
-        tolerance: on the gradient of the mean loss (greatest entry); by default 1e-10 in float64, 1e-6 in float32.
+        tolerance: on the gradient of the mean loss (largest entry); by default 1e-10 in float64, 1e-6 in float32.
         max_iterations: a penalty.
 
     Returns:

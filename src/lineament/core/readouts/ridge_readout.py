@@ -2,7 +2,7 @@
 
 With the centred features X = U S Vᵀ every penalty is a rescaling, w(λ) = V diag(s/(s²+λ)) Uᵀ Y, and so is the
 leave-one-out error: the residual of sample i in the fit without it is r_i / (1 - h_i), h_i = 1/n + Σ_j u_ij² s_j²/(s_j²+λ)
-(Allen 1974). The decomposition is that of the smaller Gram matrix, or of X itself where the least penalty is too small for it.
+(Allen 1974). The decomposition is that of the smaller Gram matrix, or of X itself where the smallest penalty is too small for it.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ def ridge(
 
     Args:
         x: features; y: targets, (samples, targets) or (samples,) for one.
-        penalties: λ, one or many, ≥ 0 (0 gives the least-squares fit of least norm).
-        choose: ``"target"`` takes the best λ for each target, ``"shared"`` one for all (least mean error).
+        penalties: λ, one or many, ≥ 0 (0 gives the least-squares fit of minimum norm).
+        choose: ``"target"`` takes the best λ for each target, ``"shared"`` one for all (lowest mean error).
         intercept: fit b, which is not penalised.
         method: ``"eigh"`` (eigenvectors of the smaller of XᵀX and XXᵀ, in float64), ``"svd"`` (of X, in its dtype), or ``"auto"``:
-            eigh unless the least penalty is within its rounding.
+            eigh unless the smallest penalty is within its rounding.
 
     Returns:
         :class:`Ridge`, in x's dtype.
@@ -144,14 +144,14 @@ def _ratio(squares: Tensor, penalty: float) -> Tensor:
     )
 
 
-def _decompose(x: Tensor, least: float, method: str) -> tuple[Tensor, Tensor, Tensor]:
+def _decompose(x: Tensor, smallest: float, method: str) -> tuple[Tensor, Tensor, Tensor]:
     """U, s (float64), V of x, by the smaller Gram matrix in float64 or by the singular value decomposition."""
     samples, features = x.shape
     eps = torch.finfo(x.dtype).eps
     if method == "auto":
-        # Gram's eigenvalues are known to 2e-16 of the greatest: a penalty has to stand above what that leaves.
+        # Gram's eigenvalues are known to 2e-16 of the largest: a penalty has to stand above what that leaves.
         scale = float(torch.linalg.matrix_norm(x).double().square())
-        method = "eigh" if least > 1e-9 * scale / min(samples, features) else "svd"
+        method = "eigh" if smallest > 1e-9 * scale / min(samples, features) else "svd"
     if method == "svd":
         u, s, vh = torch.linalg.svd(x, full_matrices=False)
         keep = s > eps * max(samples, features) * (s[0] if len(s) else 0)

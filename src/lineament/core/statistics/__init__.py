@@ -1,1 +1,5 @@
 """One-pass statistics that merge: moments, covariances, cross-covariances, class scatter."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -99,7 +99,7 @@ class Products:
 
 
 class Stream:
-    """What the statistics share: a nest of tensors and numbers that can be stored, read back and joined."""
+    """What the statistics share: nested tensors and numbers that can be stored, read back and joined."""
 
     _saved: tuple[str, ...] = ()
 

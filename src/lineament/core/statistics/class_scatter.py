@@ -24,7 +24,7 @@ class ClassScatter(Stream):
     Σ (h - h_k)(h - h_k)ᵀ is gathered only with ``scatter=True``.
 
     Args:
-        classes: how many classes there are; ``None`` takes the greatest label seen plus one.
+        classes: how many classes there are; ``None`` takes the largest label seen plus one.
         scatter: also gather the features-by-features matrix :attr:`within`.
 
     >>> stream = ClassScatter(2, scatter=True)

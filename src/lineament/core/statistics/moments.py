@@ -22,13 +22,10 @@ from torch import Tensor
 from lineament.core import checks
 from lineament.core.checks import require
 from lineament.core.statistics.accumulation import ROWS, Products, Stream, centre, finite, rows_of, working
-from lineament.core.statistics.class_scatter import ClassScatter
-
-__all__ = ["ClassScatter", "Covariance", "CrossCovariance", "Moments"]
 
 
 class Moments(Stream):
-    """Mean, variance, skewness, kurtosis, least and greatest value of each feature, in one pass (Pébay 2008).
+    """Mean, variance, skewness, kurtosis, minimum and maximum of each feature, in one pass (Pébay 2008).
 
     Args:
         correction: the variance is the sum of squares over ``count - correction`` (1: unbiased).

@@ -100,6 +100,17 @@ def circuit_curve(
         InputError: as :func:`lineament.explain.patching.circuits.node_effects`; also no site from the start layer on, a model that does no better than the empty circuit (less than 1e-4 apart).
 
     Source: Marks et al. 2024, section 4.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> net = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2)).eval()
+    >>> from lineament.explain import component_nodes, node_effects
+    >>> clean, other = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 4, 3]])
+    >>> metric = lambda logits: 100 * (logits[:, -1, 5] - logits[:, -1, 6])
+    >>> nodes = component_nodes(net)
+    >>> effects = node_effects(net, clean, other, metric, dictionaries=nodes)
+    >>> curve = circuit_curve(net, clean, other, metric, effects, dictionaries=nodes, thresholds=[0.0])
+    >>> round(float(curve.faithfulness[0]), 3)  # with every node in it, a circuit is the model
+    1.0
     """
     one_of("errors", errors, ("default", "remove", "keep"))
     levels = (

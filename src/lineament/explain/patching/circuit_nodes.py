@@ -48,6 +48,11 @@ def component_nodes(model: nn.Module, kinds: Sites = ("z", "mlp_out")) -> dict[s
 
     Args:
         kinds: ``"z"`` (a node a head), ``"attn_out"``, ``"mlp_out"``, ``"resid_pre"`` ... (a node a layer), ``"neurons"`` (a node a neuron).
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> net = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=2, n_head=2)).eval()
+    >>> list(component_nodes(net, ("z",)))
+    ['transformer.h.0.attn.c_proj:in', 'transformer.h.1.attn.c_proj:in']
     """
     found: dict[str, Units] = {}
     names = {id(module): name for name, module in plain(model).named_modules()}

@@ -123,6 +123,13 @@ def edge_patching(
             its own to the residual stream.
 
     Source: Syed et al. 2023; Rezaei Jafari et al. 2025.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> net = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2)).eval()
+    >>> clean, corrupt = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 4, 3]])
+    >>> result = edge_patching(net, clean, corrupt, lambda logits: logits[:, -1, 5] - logits[:, -1, 6])
+    >>> len(result.upstream), len(result.downstream)  # embeddings, attention, MLP to attention, MLP, the final norm
+    (3, 3)
     """
     one_of("direction", direction, ("denoising", "noising"))
     one_of("inputs", inputs, ("attention", "qkv", "qkv heads"))

@@ -117,6 +117,13 @@ def single_tokens(tokenizer: Any, words: Sequence[str]) -> Int[Tensor, "words"]:
 
     Raises:
         InputError: a word that is not one token; the message shows its pieces.
+
+    >>> class Words:  # a tokenizer with three words
+    ...     vocabulary = {"is": 0, "are": 1, "was": 2}
+    ...     def __call__(self, text, **_): return {"input_ids": [self.vocabulary[word] for word in text.split()]}
+    ...     def decode(self, ids): return " ".join(list(self.vocabulary)[i] for i in ids)
+    >>> single_tokens(Words(), ["are", "is"]).tolist()
+    [1, 0]
     """
     tokens = []
     for word in words:

@@ -176,6 +176,13 @@ def sequence_faithfulness(
 
     Raises:
         InputError: as :func:`~lineament.explain.tokens.faithfulness.soft_faithfulness`; no continuation.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> net = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2)).eval()
+    >>> found = explain_continuation(net, [1, 2, 3], [4, 5], method="random")
+    >>> judged = sequence_faithfulness(net, found, normalize="softmax", n_samples=2)
+    >>> judged.sufficiency.shape
+    torch.Size([1])
     """
     one = isinstance(found, ContinuationAttribution)
     several = [found] if one else checks.listed("found", found, "continuations")

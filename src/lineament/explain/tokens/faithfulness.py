@@ -118,6 +118,12 @@ def soft_faithfulness(
 
     Raises:
         InputError: scores outside [0, 1] or of another length, a model without weights, an input that zeroing does not change.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> net = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2)).eval()
+    >>> everything = soft_faithfulness(net, [1, 2, 3, 4], torch.ones(4))
+    >>> round(float(everything.sufficiency), 3), round(float(everything.comprehensiveness), 3)  # all is kept, and all is taken away
+    (1.0, 1.0)
     """
     checks.number("n_samples", n_samples, low=1, integer=True)
     checks.number("batch_size", batch_size, low=1, integer=True)
@@ -210,6 +216,12 @@ def hard_faithfulness(
 
     Raises:
         InputError: a ratio outside (0, 1), scores of another length; as :func:`soft_faithfulness`, but scores of any range.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> net = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2)).eval()
+    >>> found = hard_faithfulness(net, [1, 2, 3, 4], torch.tensor([0.1, 0.2, 0.3, 0.4]), ratios=(0.5,))
+    >>> sorted(found)[:2], found["sufficiency"].shape
+    (['aopc_comprehensiveness', 'aopc_sufficiency'], torch.Size([1]))
     """
     ratios = checks.listed("ratios", ratios, "shares in (0, 1), such as [0.2, 0.5]")
     for ratio in ratios:

@@ -115,6 +115,10 @@ class MlmSampler:
 
     Raises:
         InputError: no mask token; vocabularies that do not align.
+
+    >>> from transformers import AutoModelForMaskedLM, AutoTokenizer  # doctest: +SKIP
+    >>> mlm = AutoModelForMaskedLM.from_pretrained("./bert"), AutoTokenizer.from_pretrained("./bert")  # doctest: +SKIP
+    >>> reagent(model, "The capital of France is", tokenizer=tokenizer, sampler=MlmSampler(*mlm, tokenizer))  # doctest: +SKIP
     """
 
     def __init__(

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lineament.core import checks
+from lineament.core import checks, results
 from lineament.core.checks import require
 from lineament.measure.collapse.ufm import UFM
 
@@ -45,9 +45,7 @@ class CentralPath:
 
     def plot(self, ax: Any = None) -> Any:
         """NC1~ and the two scaled traces, each relative to its start: the first two fall, the last rises."""
-        import matplotlib.pyplot as plt
-
-        ax = ax if ax is not None else plt.subplots()[1]
+        ax = results.axes(ax)
         curves = {
             "NC1~": self.nc1_tilde,
             "exp(2 lambda_H t) tr S_W": self.scaled_within,

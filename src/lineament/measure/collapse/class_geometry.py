@@ -28,7 +28,7 @@ class Between:
     """The thin singular value decomposition of the centred, weighted class means: S_B = V diag(s²) Vᵀ.
 
     ``means`` is Mc (classes x features), ``center`` h_G; ``directions`` V (features x rank, rank < classes) and
-    ``scales`` s keep the singular values above ``rcond`` times the greatest one; ``trace`` is tr S_B.
+    ``scales`` s keep the singular values above ``rcond`` times the largest one; ``trace`` is tr S_B.
     """
 
     means: Tensor
@@ -44,7 +44,7 @@ def between(scatter: ClassScatter, *, weighting: str = "class", rcond: float | N
     Args:
         scatter: what was gathered; every class must have a sample.
         weighting: ``"class"`` (each class counts the same) or ``"sample"``.
-        rcond: singular values of Mc/√K below this fraction of the greatest are dropped; by default 1e-5 for
+        rcond: singular values of Mc/√K below this fraction of the largest are dropped; by default 1e-5 for
             features in float32 or less, 1e-10 in float64.
 
     >>> s = ClassScatter(); s.update(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([0, 1]))
@@ -81,18 +81,6 @@ def nc1_from_variances(variances: Float[Tensor, " rank"], between: Between, clas
     No pseudo-inverse and no features-by-features matrix is needed.
     """
     return float((variances / between.scales.square()).sum()) / classes
-
-
-def nc1_pinv(within: Float[Tensor, "features features"], between: Between, *, rcond: float = 1e-10) -> float:
-    """NC1 = (1/K) tr(S_W S_B⁺) by the pseudo-inverse itself: features x features, the textbook form.
-
-    ``rcond`` is relative to the greatest singular value of Mc/√K; S_B's own eigenvalues are the squares.
-    Its rounding limits it: eigenvalues of S_B below about 1e-15 of the greatest are noise. Prefer the thin form.
-    """
-    directions, scales = between.directions, between.scales
-    matrix = (directions * scales.square()) @ directions.T
-    inverse = torch.linalg.pinv(matrix, hermitian=True, rtol=max(rcond**2, 1e-14))
-    return float((within * inverse).sum()) / len(between.means)
 
 
 def simplex_distance(matrix: Float[Tensor, "classes classes"]) -> float:

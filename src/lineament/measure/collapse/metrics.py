@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lineament.core import checks
+from lineament.core import checks, results
 from lineament.core.checks import require
 from lineament.core.statistics.class_scatter import ClassScatter
 from lineament.measure.collapse import class_geometry as geometry
@@ -70,9 +70,7 @@ class CollapseMetrics:
 
     def plot(self, ax: Any = None) -> Any:
         """The cosines between the centred class means; collapsed features show -1/(K-1) everywhere off the diagonal."""
-        import matplotlib.pyplot as plt
-
-        ax = ax if ax is not None else plt.subplots()[1]
+        ax = results.axes(ax)
         image = ax.imshow(self.cosines.cpu().numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
         ax.figure.colorbar(image, ax=ax, label="cosine between centred class means")
         ax.set(xlabel="class", ylabel="class", title=f"NC1~ {self.nc1_tilde:.3g}, NC2 {self.nc2:.3g}")
@@ -128,7 +126,7 @@ class CollapseMeter:
     distances to the final means: feed the batches again to :meth:`second_look` and pass that to :meth:`compute`.
 
     Args:
-        classes: how many classes; ``None`` takes the greatest label seen plus one.
+        classes: how many classes; ``None`` takes the largest label seen plus one.
         weighting: ``"class"`` (S_B and the center weigh classes equally) or ``"sample"``.
         scatter: gather the within-class scatter matrix, so that NC1 is known after one pass.
         rcond: which singular values of the centred means count as zero (see :func:`class_geometry.between`).
@@ -170,7 +168,7 @@ class CollapseMeter:
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that was gathered, as a nest of tensors and numbers."""
+        """Everything that was gathered, as nested tensors and numbers."""
         return {"weighting": self.weighting, "rcond": self.rcond, "stream": self.stream.state_dict()}
 
     @classmethod
@@ -285,7 +283,7 @@ def collapse_metrics(
         labels: class of each sample, 0 to K-1; each class must occur.
         weight, bias: the head's, for NC3, self-duality and NC4 (the bias for NC4 only).
         decisions: the classes that the network chose; instead of those of ``weight`` and ``bias`` for NC4.
-        classes: K; ``None`` takes the greatest label plus one.
+        classes: K; ``None`` takes the largest label plus one.
         weighting: ``"class"`` or ``"sample"``, see :mod:`lineament.measure.collapse.class_geometry`.
         rcond: which singular values of the centred means count as zero.
 

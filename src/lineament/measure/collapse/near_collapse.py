@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lineament.core import checks
+from lineament.core import checks, results
 from lineament.core.checks import require
 from lineament.measure.collapse.ufm import UFM, ReducedHessian, conjugate_gradients
 
@@ -110,7 +110,7 @@ class PerturbationMap:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Distinct values, their multiplicities, and what each belongs to, from the greatest value down."""
+    """Distinct values, their multiplicities, and what each belongs to, from the largest value down."""
 
     values: tuple[float, ...]
     multiplicities: tuple[int, ...]
@@ -133,9 +133,7 @@ class Spectrum:
 
     def plot(self, ax: Any = None) -> Any:
         """The values in descending order; flat pieces are the closed form's levels."""
-        import matplotlib.pyplot as plt
-
-        ax = ax if ax is not None else plt.subplots()[1]
+        ax = results.axes(ax)
         ax.step(range(sum(self.multiplicities)), self.expanded(), where="mid")
         ax.set(xlabel="index", ylabel="value")
         return ax

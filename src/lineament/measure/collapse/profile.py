@@ -15,24 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lineament.core import checks
+from lineament.core import checks, results
 from lineament.core.batching import progress
 from lineament.core.checks import InputError, require
-from lineament.core.models import device_of, frozen, logits
+from lineament.core.models import called, device_of, frozen, logits, moved
 from lineament.core.sites.activations import capture
 from lineament.core.sites.activations import sites as site_names
-from lineament.measure.collapse.metrics import CollapseMeter, CollapseMetrics, SecondLook, collapse_metrics
-
-__all__ = [
-    "CollapseMeter",
-    "CollapseMetrics",
-    "CollapseProfile",
-    "SecondLook",
-    "collapse",
-    "collapse_metrics",
-    "find_head",
-    "pooled",
-]
+from lineament.measure.collapse.metrics import CollapseMeter, CollapseMetrics, SecondLook
 
 Pool = str | Callable[[Tensor], Tensor]
 Samples = tuple[Tensor, Tensor, Tensor | None]  # features, labels, decisions
@@ -65,9 +54,7 @@ class CollapseProfile:
 
     def plot(self, ax: Any = None) -> Any:
         """NC1~ (left axis, logarithmic) and NC2 (right axis) from site to site."""
-        import matplotlib.pyplot as plt
-
-        ax = ax if ax is not None else plt.subplots()[1]
+        ax = results.axes(ax)
         names, values = list(self.metrics), list(self.metrics.values())
         places = range(len(names))
         lines = ax.semilogy(places, [m.nc1_tilde for m in values], "o-", color="C0", label="NC1~")
@@ -146,7 +133,7 @@ def collapse(
         sites: sites or globs; by default the input of the head, the penultimate features.
         pool: how maps and token sequences become vectors, see :func:`pooled`.
         head: name of the linear classifier, for NC3; by default the last linear layer.
-        classes: number of classes; ``None`` takes the greatest label plus one.
+        classes: number of classes; ``None`` takes the largest label plus one.
         weighting, rcond: see :func:`~lineament.measure.collapse.metrics.collapse_metrics`.
         keep_bytes: pooled features are kept up to this size, from the last site backwards, so that NC4 needs no second
             forward. For a site that does not fit, NC1 comes from its scatter matrix and NC4 is ``None``.
@@ -273,7 +260,7 @@ def _walk(
             flat = checks.tensor("labels", labels, floating=False).flatten()
             checks.labels("labels", flat[flat >= 0] if labels.ndim == 2 else flat, classes=classes)
             try:
-                decisions = logits(_call(model, inputs, device)).argmax(-1)
+                decisions = logits(called(model, moved(inputs, device))).argmax(-1)
             except InputError:
                 decisions = None
             there = labels.to(device)
@@ -285,17 +272,6 @@ def _joined(batches: list[Samples]) -> Samples:
     known = [d for d in decisions if d is not None]
     whole = torch.cat(known) if len(known) == len(decisions) else None
     return torch.cat(features), torch.cat(labels), whole
-
-
-def _call(model: nn.Module, inputs: Any, device: torch.device) -> Any:
-    def moved(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    if isinstance(inputs, Mapping):
-        return model(**{key: moved(value) for key, value in inputs.items()})
-    if isinstance(inputs, (tuple, list)):
-        return model(*map(moved, inputs))
-    return model(moved(inputs))
 
 
 def _samples(features: Tensor, labels: Tensor, decisions: Tensor | None, pool: Pool) -> Samples:

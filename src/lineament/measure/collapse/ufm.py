@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lineament.core import checks
+from lineament.core import checks, results
 from lineament.core.checks import require
 
 
@@ -208,7 +208,7 @@ class ReducedHessian:
 
 @dataclass(frozen=True)
 class Minimum:
-    """A stationary point of (2) reached from H0; ``gradient`` is the greatest entry of Kn ∇f, ``value`` is f."""
+    """A stationary point of (2) reached from H0; ``gradient`` is the largest entry of Kn ∇f, ``value`` is f."""
 
     W: Float[Tensor, "classes d"]
     H: Float[Tensor, "d columns"]
@@ -223,9 +223,7 @@ class Minimum:
 
     def plot(self, ax: Any = None) -> Any:
         """The features as a picture, one column a sample, class by class."""
-        import matplotlib.pyplot as plt
-
-        ax = ax if ax is not None else plt.subplots()[1]
+        ax = results.axes(ax)
         image = ax.imshow(self.H.cpu().numpy(), aspect="auto", cmap="RdBu_r")
         ax.figure.colorbar(image, ax=ax)
         ax.set(xlabel="sample, class by class", ylabel="feature")
@@ -247,7 +245,7 @@ def minimise(
     Args:
         H0: the features to stay near; d x Kn, class by class.
         beta: β ≥ 0.
-        tolerance: on the greatest entry of Kn ∇f; by default 1e-12 in float64 and 1e-5 in float32.
+        tolerance: on the largest entry of Kn ∇f; by default 1e-12 in float64 and 1e-5 in float32.
         max_iterations: of L-BFGS; the Newton iteration that follows takes at most 50.
 
     Returns:
@@ -298,8 +296,8 @@ def minimise(
         x, steps = _lbfgs(x, lambda v: float(joint(v)), slope_of, tolerance, max_iterations)
         x, more = _newton(x, slope_of, along, tolerance)
         W, H, slope = x[:, :k].T.contiguous(), x[:, k:].contiguous(), slope_of(x)
-    greatest = float(slope.abs().max())
-    return Minimum(W, H, problem.value(W, H, H0, beta), greatest, steps + more, greatest <= tolerance)
+    largest = float(slope.abs().max())
+    return Minimum(W, H, problem.value(W, H, H0, beta), largest, steps + more, largest <= tolerance)
 
 
 def _lbfgs(

@@ -16,8 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lineament.core import checks
-from lineament.core.curvature.eigenpairs import Eigenpairs, top_eigenpairs
-from lineament.core.curvature.krylov import Operator
+from lineament.core.curvature.eigenpairs import top_eigenpairs
 from lineament.core.curvature.operator import Curvature
 from lineament.core.curvature.risk import chosen_parameters
 from lineament.core.gradients import flatten, unflatten
@@ -202,17 +201,15 @@ def hessian_axes(
     indices: Sequence[int] = (0, 1),
     tol: float = 1e-3,
     max_products: int = 500,
-    method: str = "lanczos",
     seed: int = 0,
 ) -> list[Axis]:
-    """Unit eigenvectors of a curvature matrix; the entry of greatest magnitude is positive.
+    """Unit eigenvectors of a curvature matrix; the entry of largest magnitude is positive.
 
     Args:
         operator: of :mod:`lineament.core.curvature.matrices`, which has chosen the loss, the data and the parameters.
-        which: ``"magnitude"`` (greatest |λ|, the official choice), ``"largest"`` or ``"smallest"`` (algebraic), or ``"ends"``: the greatest
-            and the least eigenvalue.
+        which: ``"magnitude"`` (largest |λ|, the official choice), ``"largest"`` or ``"smallest"`` (algebraic), or ``"ends"``: the largest
+            and the smallest eigenvalue.
         indices: which of that order, counted from 0; for ``"ends"`` not used.
-        method: ``"lanczos"`` or ``"power"`` (power iteration with deflation, the official one; ``"magnitude"`` only).
 
     Returns:
         The axes; ``axis.info`` holds ``eigenvalue``, ``residual`` ‖H v - λ v‖ and whether they ``converged``.
@@ -228,11 +225,6 @@ def hessian_axes(
         f"operator: got {checks.show(operator)}, expected a curvature such as hessian(model, loss_fn, loader)",
     )
     checks.one_of("which", which, ("magnitude", "largest", "smallest", "ends"))
-    checks.one_of("method", method, ("lanczos", "power"))
-    checks.require(
-        method == "lanczos" or which == "magnitude",
-        f"method: power iteration finds the greatest magnitudes, not which={which!r}; use 'lanczos'",
-    )
     size = operator.shape[0]
     chosen = [0, 1] if which == "ends" else list(indices)
     checks.require(len(chosen) > 0, "indices: got none, expected at least one")
@@ -243,9 +235,7 @@ def hessian_axes(
     for index in chosen:
         checks.number("indices", index, low=0, high=size - 1, integer=True)
     options: dict[str, Any] = {"tol": tol, "max_products": max_products, "seed": seed}
-    if method == "power":
-        pairs = power_iteration(operator, max(chosen) + 1, tol=tol, seed=seed)
-    elif which == "ends":
+    if which == "ends":
         pairs = top_eigenpairs(operator, 1, which="both", **options)
     else:
         kind: Any = which
@@ -263,51 +253,6 @@ def hessian_axes(
         label = f"eigenvector of curvature {value:.3g}"
         axes.append(Axis(vector, tuple(operator.names), "hessian", label, info=info))
     return axes
-
-
-def power_iteration(
-    operator: Operator, k: int = 2, *, tol: float = 1e-3, max_iterations: int = 100, seed: int = 0
-) -> Eigenpairs:
-    """The eigenvalues of greatest magnitude by power iteration with deflation, as the official code finds them.
-
-    Each vector stops when vᵀ A v changes by less than ``tol`` of itself: a rule of the value, not of the vector. Lanczos
-    (:func:`~lineament.core.curvature.eigenpairs.top_eigenpairs`) is faster and knows its error; this is for comparison.
-
-    >>> power_iteration(torch.diag(torch.tensor([5.0, -7.0, 1.0]))).values.round(decimals=1).tolist()
-    [-7.0, 5.0]
-    """
-    checks.number("k", k, low=1, high=int(operator.shape[0]), integer=True)
-    checks.number("tol", tol, low=0, open_low=True)
-    checks.number("max_iterations", max_iterations, low=1, integer=True)
-    generator = torch.Generator().manual_seed(seed)
-    found: list[Tensor] = []
-    values: list[float] = []
-    residuals: list[float] = []
-    products, converged = 0, True
-    for _ in range(k):
-        v = torch.randn(int(operator.shape[0]), generator=generator, dtype=torch.float64)
-        v = v.to(operator.dtype).to(operator.device)
-        value, done = float("nan"), False
-        image = v
-        for _ in range(max_iterations):
-            v = image
-            for u in found:
-                v = v - (v @ u) * u
-            v = v / v.norm().clamp_min(torch.finfo(v.dtype).tiny)
-            image = operator @ v
-            products += 1
-            before, value = value, float(v @ image)
-            done = abs(value - before) <= tol * abs(before)
-            if done:
-                break
-        found.append(v)
-        values.append(value)
-        residuals.append(float((image - value * v).norm()))
-        converged &= done
-    as_tensor = {"dtype": operator.dtype, "device": operator.device}
-    return Eigenpairs(
-        torch.tensor(values, **as_tensor), torch.stack(found, 1), torch.tensor(residuals, **as_tensor), converged, products
-    )  # fmt: skip
 
 
 def given(model: nn.Module, vector: Tensor | Mapping[str, Tensor], *, label: str = "given") -> Axis:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lineament.core import checks
+from lineament.core.models import called
 
 MODES = ("eval", "batch", "recalibrate")
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -57,8 +58,8 @@ def batchnorm_mode(model: nn.Module, mode: str) -> Iterator[None]:
             module.training, module.track_running_stats, module.momentum = training, tracks, momentum
 
 
-def recalibrate(model: nn.Module, batches: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
-    """Running statistics as the mean over some batches, at the weights as they are; momentum and modes are put back."""
+def recalibrate(model: nn.Module, inputs: Sequence[Any]) -> None:
+    """Running statistics as the mean over the inputs of some batches, at the weights as they are; momentum and modes are put back."""
     norms = [m for m in batchnorms(model).values() if m.running_mean is not None]
     flags = [(m, m.training, m.momentum) for m in norms]
     try:
@@ -67,8 +68,8 @@ def recalibrate(model: nn.Module, batches: Sequence[tuple[tuple[Any, ...], dict[
             module.momentum = None  # PyTorch's word for a plain average over batches
             module.train()
         with torch.no_grad():
-            for args, kwargs in batches:
-                model(*args, **kwargs)
+            for each in inputs:
+                called(model, each)
     finally:
         for module, training, momentum in flags:
             module.training, module.momentum = training, momentum

@@ -56,7 +56,7 @@ def density_curve(
 ) -> tuple[Float[Tensor, "points"], Float[Tensor, "points"]]:
     """The density on a grid as the official code draws it: Gaussians of variance ``variance`` · max(1, range), scaled to sum to one.
 
-    The grid goes from the mean least node less a margin to the mean greatest one plus it. (:meth:`Density.curve` chooses its width
+    The grid goes from the mean smallest node less a margin to the mean largest one plus it. (:meth:`Density.curve` chooses its width
     by the spectrum instead, which shows more of small curvatures.)
 
     >>> grid, height = density_curve(torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5]), variance=1e-2, margin=1.0)

@@ -22,20 +22,6 @@ from lineament.measure.landscape.network_axes import between, optimizer_axes
 from lineament.measure.landscape.points import evaluate
 from lineament.measure.landscape.results import Line, Perturbations, Plane
 
-__all__ = [
-    "Line",
-    "Perturbations",
-    "Plane",
-    "adam_equation",
-    "interpolation",
-    "line",
-    "panels",
-    "perturbations",
-    "plane",
-    "random_lines",
-    "random_planes",
-]
-
 Grid = Sequence[float] | Tensor
 Loss = Callable[..., Tensor]
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lineament.core import checks
+from lineament.core import checks, results
 from lineament.core.curvature.risk import chosen_parameters
 from lineament.measure.landscape.axes import Axis, Weights, flat_weights, normalised, signed
 
@@ -90,9 +90,14 @@ class Trajectory:
     """The plane in which a training moved most.
 
     Attributes:
-        axes: unit principal directions, greatest first.
+        axes: unit principal directions, largest first.
         coordinates: (checkpoints, axes), where each checkpoint lies, the model itself at the origin.
         shares: of the trajectory's squared length that each axis holds.
+
+    >>> net = nn.Linear(1, 1, bias=False); _ = net.weight.data.fill_(1.0)
+    >>> found = trajectory_axes(net, [{"weight": torch.tensor([[3.0]])}, {"weight": torch.tensor([[2.0]])}], count=1)
+    >>> found.shares.tolist()
+    [1.0]
     """
 
     axes: list[Axis]
@@ -104,9 +109,7 @@ class Trajectory:
 
     def plot(self, ax: Any = None) -> Any:
         """The path in its first two axes, the model at the origin."""
-        import matplotlib.pyplot as plt
-
-        ax = plt.subplots()[1] if ax is None else ax
+        ax = results.axes(ax)
         x = self.coordinates[:, 0].tolist()
         y = self.coordinates[:, 1].tolist() if self.coordinates.shape[1] > 1 else [0.0] * len(x)
         ax.plot(x, y, "o-", color="C1", markersize=3, linewidth=1.2)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.batching import progress
 from lineament.core.curvature.risk import Risk
-from lineament.core.models import frozen, logits
+from lineament.core.models import called, frozen, logits
 from lineament.measure.landscape.axes import Axis, flat_weights
 from lineament.measure.landscape.batchnorm_modes import MODES, batchnorm_mode, caution, recalibrate
 
@@ -161,8 +161,7 @@ def _visit(
     gradients = "gradient_norm" in metrics.values()
 
     def look(index: int, chunk: Any) -> None:
-        args, kwargs = _arguments(chunk.inputs)
-        outputs = logits(model(*args, **kwargs))
+        outputs = logits(called(model, chunk.inputs))
         loss = loss_fn(outputs, chunk.targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise checks.InputError(
@@ -206,7 +205,7 @@ def _visit(
             for index, point in enumerate(progress(points, "landscape", len(points))):
                 move(point)
                 if batchnorm == "recalibrate":
-                    recalibrate(model, [_arguments(chunk.inputs) for chunk in calibrating])
+                    recalibrate(model, [chunk.inputs for chunk in calibrating])
                 for chunk in own:
                     look(index, chunk)
                 if gradients:
@@ -297,14 +296,8 @@ def _chosen(metrics: Mapping[str, Metric] | Sequence[str]) -> dict[str, Metric]:
     return found
 
 
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
-
-
 def _right(outputs: Tensor, targets: Any) -> tuple[float, float]:
-    """The share of labels that are the greatest output, and how many labels there are."""
+    """The share of labels that are the largest output, and how many labels there are."""
     labelled = _labelled("accuracy", outputs, targets)
     count = float(labelled.sum())
     right = float(((outputs.argmax(1) == targets) & labelled).sum())

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lineament.core.results import axes
+
 
 @dataclass(frozen=True)
 class Line:
@@ -48,9 +50,7 @@ class Line:
 
     def plot(self, ax: Any = None, metric: str | None = None) -> Any:
         """The loss, or a metric, along the line."""
-        import matplotlib.pyplot as plt
-
-        ax = plt.subplots()[1] if ax is None else ax
+        ax = axes(ax)
         ax.plot(self.at.tolist(), (self.loss if metric is None else self.metrics[metric]).tolist())
         ax.set(xlabel=self.label, ylabel=metric or "loss")
         return ax
@@ -93,9 +93,7 @@ class Plane:
 
     def plot(self, ax: Any = None, metric: str | None = None, levels: int = 14) -> Any:
         """Contours, logarithmic in the height above the lowest point; a cross at the network itself."""
-        import matplotlib.pyplot as plt
-
-        ax = plt.subplots()[1] if ax is None else ax
+        ax = axes(ax)
         z = self._shown(metric)
         x, y = self.a.tolist(), self.b.tolist()
         if float(z.max()) > float(z.min()):
@@ -115,10 +113,9 @@ class Plane:
         self, ax: Any = None, metric: str | None = None, *, azimuth: float = 35.0, elevation: float = 28.0
     ) -> Any:
         """The plane as a landscape seen from above and aside, drawn back to front on plain axes."""
-        import matplotlib.pyplot as plt
         from matplotlib.collections import PolyCollection
 
-        ax = plt.subplots()[1] if ax is None else ax
+        ax = axes(ax)
         z = self._shown(metric)
         span = max(float(z.max() - z.min()), 1e-300)
         height = (z - z.min()) / span
@@ -143,7 +140,7 @@ class Plane:
         return ax
 
     def _shown(self, metric: str | None) -> Tensor:
-        """Finite values for a drawing; what is not finite is shown as the greatest that is."""
+        """Finite values for a drawing; what is not finite is shown as the largest finite value."""
         z = (self.loss if metric is None else self.metrics[metric]).double()
         finite = z[torch.isfinite(z)]
         top = float(finite.max()) if len(finite) else 0.0
@@ -164,9 +161,7 @@ class Perturbations:
 
     def plot(self, ax: Any = None) -> Any:
         """Their histogram."""
-        import matplotlib.pyplot as plt
-
-        ax = plt.subplots()[1] if ax is None else ax
+        ax = axes(ax)
         ax.hist(self.rises[torch.isfinite(self.rises)].tolist(), bins=20)
         ax.set(xlabel=f"rise of the loss at radius {self.radius:g}", ylabel="random places")
         return ax

@@ -17,7 +17,7 @@ from typing import Any
 
 from lineament.core.checks import InputError, one_of, require
 from lineament.core.files import output_folder, write_json
-from lineament.recipes import PRESETS, configure, load
+from lineament.recipes.kit.configuration import PRESETS, configure, load
 from lineament.report.outcome import Outcome, versions
 from lineament.report.text import plain
 
@@ -55,6 +55,9 @@ def reproduce(
     Raises:
         InputError: unknown paper, preset or field, a value of the wrong type, or a folder that cannot be written or
             holds something else.
+
+    >>> reproduce("gns", "quick", out="runs/gns").outcome.claims[0].holds  # doctest: +SKIP
+    True
     """
     recipe = load(slug)
     config = configure(recipe.Config.preset(one_of("preset", preset, PRESETS)), values or {})

@@ -5,34 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lineament.measure.landscape.results import Plane
+from lineament.recipes.loss_landscape.claims import Measured
 from lineament.report.figures import picture, save
 from lineament.report.outcome import Figure
 from lineament.report.surface_plot import SurfacePlot
 
 
-def draw_all(runs: dict[str, dict[str, Any]], out: Path) -> list[Figure]:
+def draw_all(runs: dict[str, Measured], out: Path) -> list[Figure]:
     """Write the recipe's figures into ``out``."""
     return [_planes(runs, out), _densities(runs, out), _scatter(runs, out)]
 
 
-def _planes(runs: dict[str, dict[str, Any]], out: Path) -> Figure:
+def _planes(runs: dict[str, Measured], out: Path) -> Figure:
     name, run = next((n, r) for n, r in runs.items() if "batch norm" in n)
     titles = {
         "random, eval": "random, running statistics",
         "random, batch": "random, batch statistics",
         "hessian, eval": "Hessian, running statistics",
     }
-    shown = [
-        (
-            title,
-            Plane(
-                *(run["planes"][key][part] for part in ("a", "b", "loss")),
-                labels=run["planes"][key]["labels"],
-            ),
-        )
-        for key, title in titles.items()
-    ]
+    shown = [(title, run.planes[key]) for key, title in titles.items()]
 
     def draw(axes: Any) -> None:
         for column, (title, found) in enumerate(shown):
@@ -55,17 +46,17 @@ def _planes(runs: dict[str, dict[str, Any]], out: Path) -> Figure:
     )
 
 
-def _densities(runs: dict[str, dict[str, Any]], out: Path) -> Figure:
+def _densities(runs: dict[str, Measured], out: Path) -> Figure:
     name, run = next(iter(runs.items()))
 
     def draw(axes: Any) -> None:
         for ax, when in zip(axes[0], ("init", "trained")):
-            grid, height = run["curves"][when]
+            grid, height = run.curves[when]
             ax.semilogy(grid.tolist(), height.clamp_min(1e-7).tolist())
             ax.set_ylim(bottom=1e-5 * float(height.max()))
             ax.axvline(0, color="C7", linewidth=0.8)
-            numbers = run[when]
-            ax.set_title(f"{when}: r_e {numbers['re']:.3g}, K {numbers['k']:.3g}")
+            numbers = run.init if when == "init" else run.trained
+            ax.set_title(f"{when}: r_e {numbers.re:.3g}, K {numbers.k:.3g}")
             ax.set(xlabel="eigenvalue", ylabel="density")
 
     return save(
@@ -81,15 +72,13 @@ def _densities(runs: dict[str, dict[str, Any]], out: Path) -> Figure:
     )
 
 
-def _scatter(runs: dict[str, dict[str, Any]], out: Path) -> Figure:
+def _scatter(runs: dict[str, Measured], out: Path) -> Figure:
     def draw(axes: Any) -> None:
         for ax, key, label in zip(axes[0], ("re", "k"), ("r_e", "K_H0.5")):
             for number, (name, run) in enumerate(runs.items()):
-                points = run["shifts"]
-                colour = f"C{number % 7}"
-                ax.plot(
-                    [p["accuracy"] for p in points], [p[key] for p in points], "o", color=colour, label=name
-                )
+                points = [p.spectrum for p in run.shifts]
+                x, y = [p.accuracy for p in points], [getattr(p, key) for p in points]
+                ax.plot(x, y, "o", color=f"C{number % 7}", label=name)
             ax.set_yscale("log")
             ax.set(xlabel="accuracy on the shifted test set", ylabel=label)
         axes[0, 0].legend()

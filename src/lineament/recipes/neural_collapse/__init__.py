@@ -7,28 +7,56 @@ weight decay of the feature layers moves collapse more than that of the last one
 
 from __future__ import annotations
 
-import itertools
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import require
+from lineament.data.augmentation import flip_and_crop
+from lineament.data.digits import digit_images
+from lineament.data.photographs import Standardise, read_photographs
 from lineament.data.samples import Samples
 from lineament.measure.collapse.central_path import central_path
+from lineament.measure.collapse.metrics import collapse_metrics
 from lineament.measure.collapse.near_collapse import PerturbationMap, block_spectrum, cross_norm, map_spectrum
+from lineament.measure.collapse.profile import collapse
 from lineament.measure.collapse.ufm import UFM, minimise
+from lineament.recipes.kit.networks import network
 from lineament.recipes.kit.presets import presets
+from lineament.recipes.kit.stages import Stages
 from lineament.recipes.kit.threads import few_threads
-from lineament.recipes.neural_collapse import training
+from lineament.recipes.neural_collapse.claims import (
+    LOSSES,
+    Collapsed,
+    Depth,
+    Near,
+    Theory,
+    decay_claims,
+    depth_claims,
+    theory_claims,
+)
 from lineament.recipes.neural_collapse.figures import draw_all
-from lineament.report.outcome import Claim, Outcome, Table
+from lineament.report.outcome import Outcome, Table
+from lineament.train.callbacks import Augment, Schedule
+from lineament.train.loop import fit
 
 SLUG = "neural-collapse"
 TITLE = "Perturbation Analysis of Neural Collapse"
+# Weight decay of the feature layers and of the last one, as multiples of the baseline's.
+SETTINGS = {
+    "baseline": (1.0, 1.0),
+    "2x last": (1.0, 2.0),
+    "0 last": (1.0, 0.0),
+    "2x features": (2.0, 1.0),
+    "0 features": (0.0, 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +81,6 @@ class Config:
     lr: float = 0.1
     weight_decay: float = 5e-4
     batch_size: int = 128
-    every: int = 20
 
     lambda_w: float = math.sqrt(2)
     lambda_h: tuple[float, ...] = (0.05, 0.1, 0.25, 0.5)
@@ -63,114 +90,109 @@ class Config:
     preset: str = presets(
         quick={},
         small={
-            "layers": 6,
-            "layer_epochs": 40,
-            "layer_seeds": (0, 1),
-            "losses": ("mse", "ce"),
-            "seeds": (0, 1),
-            "epochs": 150,
-            "milestones": (75, 112),
-            "lr": 0.05,
-            "batch_size": 64,
+            "layers": 6, "layer_epochs": 40, "layer_seeds": (0, 1),
+            "losses": ("mse", "ce"), "seeds": (0, 1),
+            "epochs": 150, "milestones": (75, 112), "lr": 0.05, "batch_size": 64,
         },
         paper={
-            "data": "cifar10",
-            "layers": 10,
-            "layer_width": 1024,
-            "layer_epochs": 100,
-            "layer_seeds": (0, 1, 2),
-            "network": "resnet18",
-            "losses": ("mse", "ce"),
-            "seeds": (0, 1, 2),
-            "epochs": 160,
-            "milestones": (40, 80, 120),
-            "lr": 0.05,
-            "every": 5,
+            "data": "cifar10", "layers": 10, "layer_width": 1024, "layer_epochs": 100, "layer_seeds": (0, 1, 2),
+            "network": "resnet18", "losses": ("mse", "ce"), "seeds": (0, 1, 2),
+            "epochs": 160, "milestones": (40, 80, 120), "lr": 0.05,
         },
-    )
+    )  # fmt: skip
 
 
 def run(config: Config, *, out: Path) -> Outcome:
     """Run the recipe into ``out``; a killed run goes on from its last finished stage."""
-    unknown = sorted(set(config.losses) - {"mse", "ce"})
+    unknown = sorted(set(config.losses) - set(LOSSES))
     require(not unknown, f"losses: got {unknown}, expected 'mse' and 'ce'")
-    data = training.load_data(config.data, config.data_folder)
-    device = config.device
+    data, device = load_data(config), config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    stages = Checkpoint(out / ".stages", asdict(config))
-
+    stages = Stages(out, config)
+    data = data.to(device)
     with few_threads(data.inputs, device):
-        depth, curves = _train(config, data, stages, device)
-    theory = stages.stage("theory", lambda: theory_panel(config))
-    ends = {loss: {setting: _ends(runs) for setting, runs in found.items()} for loss, found in curves.items()}
-    claims = [*_depth_claims(depth), *_theory_claims(theory)]
-    for loss in config.losses:
-        claims += _decay_claims(loss, ends[loss])
-    return Outcome(
-        SLUG,
-        TITLE,
-        config.preset,
-        asdict(config),
-        claims,
-        _tables(depth, ends, theory, config),
-        draw_all(depth, ends, theory, config, out),
-    )
-
-
-def _train(
-    config: Config, data: Samples, stages: Checkpoint, device: str
-) -> tuple[list[dict[str, Any]], dict[str, dict[str, list[dict[str, list[float]]]]]]:
-    """The layer-wise trainings by seed, and the weight-decay study's curves by loss, setting and seed."""
-    depth = [
-        stages.stage(
-            f"layers, seed {seed}",
-            lambda seed=seed: training.layerwise(
-                data,
-                width=config.layer_width,
-                layers=config.layers,
-                epochs=config.layer_epochs,
-                seed=seed,
-                device=device,
-            ),
+        depth = stages.each(
+            "layers, seed {}", config.layer_seeds, lambda seed: layerwise(config, data, seed), Depth
         )
-        for seed in config.layer_seeds
-    ]
-    curves: dict[str, dict[str, list[dict[str, list[float]]]]] = {
-        loss: {setting: [] for setting in training.SETTINGS} for loss in config.losses
-    }
+        ends = {
+            loss: {setting: _decay_runs(stages, config, data, loss, setting) for setting in SETTINGS}
+            for loss in config.losses
+        }
+    theory = stages("theory", lambda: theory_panel(config), Theory)
+    found = list(depth.values())
+    claims = [*depth_claims(found), *theory_claims(theory)]
     for loss in config.losses:
-        for setting, found in curves[loss].items():
-            for seed in config.seeds:
-                found.append(
-                    stages.stage(
-                        f"{loss}, {setting}, seed {seed}",
-                        lambda loss=loss, setting=setting, seed=seed: training.weight_decay_run(
-                            data,
-                            kind=config.network,
-                            widths=config.widths,
-                            setting=setting,
-                            loss=loss,
-                            epochs=config.epochs,
-                            milestones=list(config.milestones),
-                            lr=config.lr,
-                            weight_decay=config.weight_decay,
-                            batch_size=config.batch_size,
-                            every=config.every,
-                            seed=seed,
-                            device=device,
-                        ),
-                    )
-                )
-    return depth, curves
+        claims += decay_claims(loss, ends[loss])
+    tables, figures = _tables(config, found, ends, theory), draw_all(found, ends, theory, config, out)
+    return Outcome(SLUG, TITLE, config.preset, asdict(config), claims, tables, figures)
 
 
-def _ends(runs: list[dict[str, list[float]]]) -> dict[str, float]:
-    """The last value of each metric, a mean over seeds."""
-    return {name: sum(r[name][-1] for r in runs) / len(runs) for name in runs[0]}
+def load_data(config: Config) -> Samples:
+    """1,300 of scikit-learn's digits, or CIFAR's training images, standardised."""
+    if config.data == "digits":
+        digits = digit_images()
+        return digits[np.random.default_rng(0).permutation(len(digits))[:1300]]
+    found = read_photographs(config.data, data_folder=config.data_folder)
+    return replace(found, inputs=Standardise(found.inputs)(found.inputs))
 
 
-def theory_panel(config: Config) -> dict[str, Any]:
+def layerwise(config: Config, data: Samples, seed: int) -> Depth:
+    """NC1 and NC1~ of the input and after each new hidden layer, which is trained with its own head on the frozen ones."""
+    x, y, classes = data.inputs.flatten(1), data.targets, len(data.classes)
+    found = [collapse_metrics(x, y, classes=classes)]
+    for layer in range(config.layers):
+        own = 1000 * seed + layer
+        model = network("mlp", x.shape[1:], classes, seed=own, widths=config.layer_width).to(x.device)
+        fit(
+            model, (x, y), epochs=config.layer_epochs, batch_size=64, seed=own, name=f"layer {layer + 1}",
+            optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4),
+        )  # fmt: skip
+        with torch.no_grad():
+            x = model.features(x)
+        found.append(collapse_metrics(x, y, classes=classes))
+    return Depth([float(m.nc1 or 0) for m in found], [m.nc1_tilde for m in found])
+
+
+def weight_decay_run(config: Config, data: Samples, loss: str, setting: str, seed: int) -> Collapsed:
+    """One training of the weight-decay study. The last layer has a bias under cross-entropy only, as in the paper."""
+    widths = config.widths if config.network == "mlp" else None
+    model = network(
+        config.network, data.inputs.shape[1:], len(data.classes), seed=seed, widths=widths, head_bias=loss == "ce"
+    ).to(data.inputs.device)  # fmt: skip
+    groups = [
+        {"params": part.parameters(), "weight_decay": times * config.weight_decay}
+        for part, times in zip((model.features, model.head), SETTINGS[setting])
+    ]
+    steps = Schedule(lambda sgd, _: torch.optim.lr_scheduler.MultiStepLR(sgd, list(config.milestones)))
+    augment = [Augment(flip_and_crop)] if data.inputs.shape[1] == 3 else []
+    fit(
+        model, data.pair, loss=_half_square if loss == "mse" else F.cross_entropy, epochs=config.epochs, batch_size=config.batch_size,
+        optimizer=torch.optim.SGD(groups, lr=config.lr, momentum=0.9), callbacks=[*augment, steps], seed=seed,
+        name=f"{loss}, {setting}, seed {seed}",
+    )  # fmt: skip
+    batches = list(zip(data.inputs.split(500), data.targets.split(500)))
+    metrics = collapse(model, batches, classes=len(data.classes), head="head", keep_bytes=2**30)["head:in"]
+    model.eval()
+    with torch.no_grad():
+        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches)
+    numbers = [getattr(metrics, name) for name in ("nc1", "nc1_tilde", "nc2", "nc3", "nc4")]
+    return Collapsed(*(math.nan if n is None else n for n in numbers), accuracy=right / len(data))
+
+
+def _half_square(scores: Tensor, y: Tensor) -> Tensor:
+    """Half the squared distance to the one-hot label, a mean over the batch."""
+    return (scores - F.one_hot(y, scores.shape[1])).square().sum(1).mean() / 2
+
+
+def _decay_runs(stages: Stages, config: Config, data: Samples, loss: str, setting: str) -> Collapsed:
+    """The mean over seeds."""
+    measure: Callable[[int], Collapsed] = lambda seed: weight_decay_run(config, data, loss, setting, seed)  # noqa: E731
+    runs = stages.each(f"{loss}, {setting}, seed {{}}", config.seeds, measure, Collapsed).values()
+    return Collapsed(*(sum(getattr(r, f.name) for r in runs) / len(runs) for f in fields(Collapsed)))
+
+
+def theory_panel(config: Config) -> Theory:
     """Flow, minimisers along β, spectra and the first-order map; K = 4 classes, n = 10, d = 10 as in the paper."""
     classes, samples, d = 4, 10, 10
     generator = torch.Generator().manual_seed(config.theory_seed)
@@ -180,208 +202,67 @@ def theory_panel(config: Config) -> dict[str, Any]:
     H0 = problem.spread(means) + 0.7 * H0
     path = central_path(problem, H0, torch.linspace(0, 6, 61))
     betas = torch.logspace(-1, 4, 21, dtype=torch.float64).tolist()
-    ratios = []
-    for beta in betas:
-        within, between = problem.traces(minimise(problem, H0, beta).H)
-        ratios.append(within / between)
+    traces = [problem.traces(minimise(problem, H0, beta).H) for beta in betas]
 
-    spectra, errors = [], []
+    near, errors = [], []
     for lambda_h in config.lambda_h:
-        near = UFM(classes, samples, config.lambda_w, lambda_h)
-        _, star = near.collapsed(d, generator=generator)
-        expansion = PerturbationMap(near, star, beta=config.beta, method="expansion")
-        exact = PerturbationMap(near, star, beta=config.beta)
-        cross = torch.linalg.svdvals(expansion.block(0, 1))
-        spectra.append(
-            {
-                "lambda_h": lambda_h,
-                "block": torch.linalg.svdvals(expansion.block(0, 0)),
-                "block_closed": block_spectrum(near, d, config.beta).expanded(),
-                "cross": cross[:2].tolist(),
-                "cross_closed": cross_norm(near, config.beta),
-                "map": torch.linalg.eigvalsh(exact.dense()).flip(0),
-                "map_closed": map_spectrum(near, d, config.beta).expanded(),
-                "in_span": near.lambda_h / near.lambda_w,
-            }
+        model = UFM(classes, samples, config.lambda_w, lambda_h)
+        _, star = model.collapsed(d, generator=generator)
+        expansion = PerturbationMap(model, star, beta=config.beta, method="expansion")
+        exact = PerturbationMap(model, star, beta=config.beta)
+        near.append(
+            Near(
+                lambda_h,
+                torch.linalg.svdvals(expansion.block(0, 0)),
+                block_spectrum(model, d, config.beta).expanded(),
+                torch.linalg.svdvals(expansion.block(0, 1))[:2].tolist(),
+                cross_norm(model, config.beta),
+                torch.linalg.eigvalsh(exact.dense()).flip(0),
+                map_spectrum(model, d, config.beta).expanded(),
+            )
         )
         change = torch.randn(star.shape, generator=generator, dtype=torch.float64)
         change *= 1e-4 / change.norm()
-        moved = minimise(near, star + change, config.beta).H - star
+        moved = minimise(model, star + change, config.beta).H - star
         errors.append(float((exact @ change - moved).norm() / moved.norm()))
-    return {
-        "path": {name: value for name, value in vars(path).items() if name != "features"},
-        "betas": betas,
-        "ratios": ratios,
-        "start": float(path.nc1_tilde[0]),
-        "spectra": spectra,
-        "errors": errors,
-    }
-
-
-def _falls(values: list[float]) -> bool:
-    return all(b < a for a, b in itertools.pairwise(values))
-
-
-def _depth_claims(depth: list[dict[str, Any]]) -> list[Claim]:
-    claims = []
-    for name, shown in (("nc1_tilde", "NC1~"), ("nc1", "NC1")):
-        values = [run[name] for run in depth]
-        claims.append(
-            Claim(
-                f"{shown} falls with every layer that is added and trained",
-                "decreases with the number of hidden layers (figure, CIFAR-10)",
-                "; ".join(" ".join(f"{v:.3g}" for v in run) for run in values),
-                all(_falls(run) for run in values),
-            )
-        )
-    return claims
-
-
-def _decay_claims(loss: str, ends: dict[str, dict[str, float]]) -> list[Claim]:
-    """Predicates: |Δ| of the feature layers exceeds that of the last; 2x is below the baseline, 0 above."""
-    name = {"mse": "squared loss", "ce": "cross-entropy"}[loss]
-    least = min(e["accuracy"] for e in ends.values())
-    claims = [
-        Claim(
-            f"{name}: zero training error in every setting",
-            "after about 40 epochs",
-            f"least training accuracy {least:.4f}",
-            least >= 0.999,
-            ""
-            if least >= 0.999
-            else "too few epochs at this preset; the other claims of this loss lack their premise",
-        )
-    ]
-    for metric, shown in (("nc1_tilde", "NC1~"), ("nc1", "NC1"), ("nc2", "NC2")):
-        base = ends["baseline"][metric]
-        value = {setting: e[metric] for setting, e in ends.items()}
-        reach = {
-            which: max(abs(value[f"{times} {which}"] - base) for times in ("2x", "0"))
-            for which in ("features", "last")
-        }
-        observed = ", ".join(f"{setting} {v:.4g}" for setting, v in value.items())
-        stronger = reach["features"] > reach["last"]
-        ordered = value["2x features"] < base < value["0 features"]
-        far = (
-            f"training has not come near collapse here (NC1~ of the baseline {ends['baseline']['nc1_tilde']:.2g}), "
-            "where the theory holds"
-        )
-        noisy = (
-            "NC1 divides by the between-class variance of each direction, so that the weakest one rules it, and ranks the "
-            "settings otherwise than NC1~, the metric of the paper's theorems"
-            if metric == "nc1"
-            else "the network or the number of seeds is too small for the effect"
-        )
-        why = far if ends["baseline"]["nc1_tilde"] > 0.1 else noisy
-        claims += [
-            Claim(
-                f"{name}: weight decay of the feature layers moves {shown} more than that of the last layer",
-                "much more (curves)",
-                f"{observed}; greatest change {reach['features']:.3g} against {reach['last']:.3g}",
-                stronger,
-                "" if stronger else why,
-            ),
-            Claim(
-                f"{name}: feature decay 0 is further from collapse by {shown}, 2x is closer",
-                "0 further, 2x closer (curves)",
-                f"2x {value['2x features']:.4g}, baseline {base:.4g}, 0 {value['0 features']:.4g}",
-                ordered,
-                "" if ordered else why,
-            ),
-        ]
-    return claims
-
-
-def _theory_claims(theory: dict[str, Any]) -> list[Claim]:
-    path, spectra = theory["path"], theory["spectra"]
-    flow = {
-        "NC1~ falls": bool((path["nc1_tilde"].diff() < 0).all()),
-        "scaled tr S_W falls": bool((path["scaled_within"].diff() < 0).all()),
-        "scaled tr S_B rises": bool((path["scaled_between"].diff() > 0).all()),
-    }
-    apart = max(float((s[a] - s[f"{a}_closed"]).abs().max()) for s in spectra for a in ("block", "map"))
-    crossed = max(
-        max(abs(s["cross"][0] - s["cross_closed"]), s["cross"][1] if len(s["cross"]) > 1 else 0.0)
-        for s in spectra
-    )
-    large = [r for b, r in zip(theory["betas"], theory["ratios"]) if b >= 10]
-    # The same index of two spectra is the same kind of direction only by rank: ask that no value grows.
-    ordered = sorted(spectra, key=lambda s: s["lambda_h"])
-    weaker = [float((b["map"] <= a["map"] + 1e-12).double().mean()) for a, b in itertools.pairwise(ordered)]
-    return [
-        Claim(
-            "Along the central path NC1~ and e^(2 lH t) tr S_W fall strictly, e^(2 lH t) tr S_B rises",
-            "theorem",
-            ", ".join(f"{k}: {'yes' if v else 'no'}" for k, v in flow.items()),
-            all(flow.values()),
-        ),
-        Claim(
-            "The minimiser of (2) has a smaller NC1~ than H0 for every large enough beta",
-            "corollary",
-            f"H0 {theory['start']:.4g}; minimisers, beta from 10 to 10,000: {min(large):.4g} to {max(large):.4g}",
-            max(large) < theory["start"],
-        ),
-        Claim(
-            "At collapse the spectra of the perturbation map are the closed forms",
-            "sigma_max = 1, sigma_min = 1 - sqrt(lH/lW)/beta, cross blocks of rank 1",
-            f"greatest difference {apart:.1e} (blocks and whole map), {crossed:.1e} (cross blocks)",
-            apart < 1e-10 and crossed < 1e-10,
-        ),
-        Claim(
-            "The first-order map predicts the true minimiser",
-            "first order in the perturbation",
-            "relative errors at norm 1e-4: " + ", ".join(f"{e:.1e}" for e in theory["errors"]),
-            max(theory["errors"]) < 1e-5,
-        ),
-        Claim(
-            "A larger lH attenuates almost every direction more",
-            "almost every direction",
-            "share of eigenvalues that do not grow from one lH to the next: "
-            + (", ".join(f"{w:.1%}" for w in weaker) or "one lH only"),
-            bool(weaker) and min(weaker) > 0.9,
-        ),
-    ]
+    ratios = [within / between for within, between in traces]
+    curves = (path.times, path.nc1_tilde, path.scaled_within, path.scaled_between)
+    return Theory(*curves, betas, ratios, near, errors)
 
 
 def _tables(
-    depth: list[dict[str, Any]],
-    ends: dict[str, dict[str, dict[str, float]]],
-    theory: dict[str, Any],
-    config: Config,
+    config: Config, depth: list[Depth], ends: dict[str, dict[str, Collapsed]], theory: Theory
 ) -> list[Table]:
-    columns = ["metric, seed", "input", *(f"layer {k + 1}" for k in range(config.layers))]
-    rows = [
-        [f"{shown}, seed {seed}", *run[name]]
-        for name, shown in (("nc1_tilde", "NC1~"), ("nc1", "NC1"))
-        for seed, run in zip(config.layer_seeds, depth)
+    tables = [
+        Table(
+            "Layer-wise training",
+            ["metric, seed", "input", *(f"layer {k + 1}" for k in range(config.layers))],
+            [
+                [f"{shown}, seed {seed}", *getattr(run, name)]
+                for name, shown in (("nc1_tilde", "NC1~"), ("nc1", "NC1"))
+                for seed, run in zip(config.layer_seeds, depth)
+            ],
+        )
     ]
-    tables = [Table("Layer-wise training", columns, rows)]
     for loss, found in ends.items():
         tables.append(
             Table(
-                f"Weight decay study, {'squared loss' if loss == 'mse' else 'cross-entropy'} (mean of {len(config.seeds)} seeds)",
+                f"Weight decay study, {LOSSES[loss]} (mean of {len(config.seeds)} seeds)",
                 ["setting", "NC1~", "NC1", "NC2", "NC3", "NC4", "training accuracy"],
-                [
-                    [s, *(e[k] for k in ("nc1_tilde", "nc1", "nc2", "nc3", "nc4", "accuracy"))]
-                    for s, e in found.items()
-                ],
+                [[s, e.nc1_tilde, e.nc1, e.nc2, e.nc3, e.nc4, e.accuracy] for s, e in found.items()],
             )
         )
-    tables.append(
-        Table(
-            f"Diagonal block at collapse (K=4, d=10, n=10, beta={config.beta:g}, lW={config.lambda_w:.4g})",
-            ["lH", "greatest", "least", "least, closed form", "cross block", "cross block, closed form"],
-            [
-                [
-                    s["lambda_h"],
-                    float(s["block"][0]),
-                    float(s["block"][-1]),
-                    float(s["block_closed"][-1]),
-                    s["cross"][0],
-                    s["cross_closed"],
-                ]
-                for s in theory["spectra"]
-            ],
-        )
-    )
-    return tables
+    rows = [
+        [n.lambda_h, float(n.block[0]), float(n.block[-1]), float(n.block_closed[-1]), n.cross[0], n.cross_closed]
+        for n in theory.near
+    ]  # fmt: skip
+    title = f"Diagonal block at collapse (K=4, d=10, n=10, beta={config.beta:g}, lW={config.lambda_w:.4g})"
+    columns = [
+        "lH",
+        "largest",
+        "smallest",
+        "smallest, closed form",
+        "cross block",
+        "cross block, closed form",
+    ]
+    return [*tables, Table(title, columns, rows)]

@@ -5,18 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lineament.recipes.neural_collapse.claims import LOSSES, Collapsed, Depth, Theory
 from lineament.report.figures import picture, save
 from lineament.report.outcome import Figure
 
-_LOSSES = {"mse": "squared loss", "ce": "cross-entropy"}
-
 
 def draw_all(
-    depth: list[dict[str, Any]],
-    ends: dict[str, dict[str, dict[str, float]]],
-    theory: dict[str, Any],
-    config: Any,
-    out: Path,
+    depth: list[Depth], ends: dict[str, dict[str, Collapsed]], theory: Theory, config: Any, out: Path
 ) -> list[Figure]:
     """Write the recipe's five figures into ``out``."""
     return [
@@ -28,18 +23,18 @@ def draw_all(
     ]
 
 
-def _depth(depth: list[dict[str, Any]], config: Any, out: Path) -> Figure:
+def _depth(depth: list[Depth], config: Any, out: Path) -> Figure:
     def draw(ax: Any) -> None:
         for index, (seed, run) in enumerate(zip(config.layer_seeds, depth)):
-            layers = range(len(run["nc1"]))
-            ax.semilogy(layers, run["nc1_tilde"], "o-", color=f"C{index}", label=f"NC1~, seed {seed}")
-            ax.semilogy(layers, run["nc1"], "s--", color=f"C{index}", label=f"NC1, seed {seed}", alpha=0.7)
+            layers = range(len(run.nc1))
+            ax.semilogy(layers, run.nc1_tilde, "o-", color=f"C{index}", label=f"NC1~, seed {seed}")
+            ax.semilogy(layers, run.nc1, "s--", color=f"C{index}", label=f"NC1, seed {seed}", alpha=0.7)
         ax.set_xlabel("hidden layers, each trained on the frozen ones before it (0: the input)")
         ax.set_ylabel("within-class variability")
         ax.set_xticks(list(range(config.layers + 1)))
         ax.legend()
 
-    first, last = depth[0]["nc1_tilde"][0], depth[0]["nc1_tilde"][-1]
+    first, last = depth[0].nc1_tilde[0], depth[0].nc1_tilde[-1]
     shown = picture(
         draw,
         alt=f"Lines of NC1 and NC1~ over the number of layers; NC1~ goes from {first:.2f} at the input to {last:.2f}.",
@@ -48,17 +43,17 @@ def _depth(depth: list[dict[str, Any]], config: Any, out: Path) -> Figure:
     return save(shown, out, "layerwise")
 
 
-def _decay(ends: dict[str, dict[str, dict[str, float]]], out: Path) -> Figure:
+def _decay(ends: dict[str, dict[str, Collapsed]], out: Path) -> Figure:
     def draw(axes: Any) -> None:
         for row, (loss, found) in enumerate(ends.items()):
             for ax, (metric, name) in zip(axes[row], (("nc1_tilde", "NC1~"), ("nc1", "NC1"), ("nc2", "NC2"))):
-                base = found["baseline"][metric]
+                base = getattr(found["baseline"], metric)
                 others = [s for s in found if s != "baseline"]
-                change = [100 * (found[s][metric] / base - 1) for s in others]
+                change = [100 * (getattr(found[s], metric) / base - 1) for s in others]
                 colours = ["C0" if "features" in s else "C7" for s in others]
                 ax.barh(others[::-1], change[::-1], color=colours[::-1])
                 ax.axvline(0, color="C7", linewidth=0.8)
-                ax.set_title(f"{name}, {_LOSSES[loss]}")
+                ax.set_title(f"{name}, {LOSSES[loss]}")
                 ax.set_xlabel("change against the baseline, %")
                 if metric != "nc1_tilde":
                     ax.set_yticklabels([])
@@ -73,17 +68,15 @@ def _decay(ends: dict[str, dict[str, dict[str, float]]], out: Path) -> Figure:
     return save(shown, out, "weight-decay")
 
 
-def _flow(theory: dict[str, Any], out: Path) -> Figure:
-    path = theory["path"]
-
+def _flow(theory: Theory, out: Path) -> Figure:
     def draw(ax: Any) -> None:
         for name, label, style in (
             ("nc1_tilde", "NC1~", "-"),
             ("scaled_within", "exp(2 λ_H t) tr S_W", "--"),
             ("scaled_between", "exp(2 λ_H t) tr S_B", ":"),
         ):
-            curve = path[name]
-            ax.semilogy(path["times"].numpy(), (curve / curve[0]).numpy(), style, label=label)
+            curve = getattr(theory, name)
+            ax.semilogy(theory.times.numpy(), (curve / curve[0]).numpy(), style, label=label)
         ax.set_xlabel("time of the flow, t ~ 1/β")
         ax.set_ylabel("relative to the start")
         ax.legend()
@@ -96,15 +89,13 @@ def _flow(theory: dict[str, Any], out: Path) -> Figure:
     return save(shown, out, "central-path")
 
 
-def _spectra(theory: dict[str, Any], config: Any, out: Path) -> Figure:
+def _spectra(theory: Theory, config: Any, out: Path) -> Figure:
     def draw(ax: Any) -> None:
-        for index, s in enumerate(theory["spectra"]):
-            ranks = range(1, len(s["block"]) + 1)
-            label = f"λ_H = {s['lambda_h']:g}"
-            ax.plot(ranks, s["block"].numpy(), ".", color=f"C{index}", label=label, markersize=6)
-            ax.plot(
-                ranks, s["block_closed"].numpy(), "-", color=f"C{index}", linewidth=1, drawstyle="steps-mid"
-            )
+        for index, s in enumerate(theory.near):
+            ranks = range(1, len(s.block) + 1)
+            label = f"λ_H = {s.lambda_h:g}"
+            ax.plot(ranks, s.block.numpy(), ".", color=f"C{index}", label=label, markersize=6)
+            ax.plot(ranks, s.block_closed.numpy(), "-", color=f"C{index}", linewidth=1, drawstyle="steps-mid")
         ax.set_xlabel("index of the singular value")
         ax.set_ylabel("singular value of the block F_kk")
         ax.legend()
@@ -118,11 +109,11 @@ def _spectra(theory: dict[str, Any], config: Any, out: Path) -> Figure:
     return save(shown, out, "spectrum")
 
 
-def _betas(theory: dict[str, Any], out: Path) -> Figure:
-    gains = [1 - ratio / theory["start"] for ratio in theory["ratios"]]
+def _betas(theory: Theory, out: Path) -> Figure:
+    gains = [1 - ratio / float(theory.nc1_tilde[0]) for ratio in theory.ratios]
 
     def draw(ax: Any) -> None:
-        ax.loglog(theory["betas"], gains, "o-")
+        ax.loglog(theory.betas, gains, "o-")
         ax.set_xlabel("β, the weight of staying near H0")
         ax.set_ylabel("fall of NC1~ from that of H0, relative")
 

@@ -52,7 +52,7 @@ def prepare(
 
 
 def convolve(x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """w * x + bias, recorded so that it differentiates well twice."""
+    """w * x + bias, recorded with a cheap second derivative."""
     return _Forward.apply(x, w, bias, geometry, None)
 
 

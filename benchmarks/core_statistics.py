@@ -9,7 +9,7 @@ import torch
 from lineament.bench import Row, compare
 from lineament.core.statistics.moments import Covariance
 
-SLUG = "core-streams"
+SLUG = "core-statistics"
 FEATURES = 4096
 SAMPLES = 10**6
 BATCH = 1024

@@ -1,0 +1,17 @@
+from . import data as data
+from . import explain as explain
+from . import learn as learn
+from . import load as load
+from . import measure as measure
+from . import optim as optim
+from . import papers as papers
+from . import recipes as recipes
+from . import train as train
+from .audit.run import audit as audit
+from .core import curvature as curvature
+from .core import readouts as readouts
+from .core import statistics as statistics
+from .core.sites.activations import capture as capture
+from .core.sites.activations import patch as patch
+from .core.sites.activations import record as record
+from .core.sites.naming import sites as sites

@@ -1,0 +1,2 @@
+from .logistic_readout import logistic as logistic
+from .ridge_readout import ridge as ridge

@@ -1,0 +1,14 @@
+from .diffgrad import DiffGrad as DiffGrad
+from .gns.algorithm import minimize as minimize
+from .gns.in_scipy import scipy_method as scipy_method
+from .gns.network import Network as Network
+from .gns.optimizer import GNS as GNS
+from .gns.problems import Logistic as Logistic
+from .gns.problems import LogSumExp as LogSumExp
+from .gns.problems import PowerOfResiduals as PowerOfResiduals
+from .gns.problems import Softmax as Softmax
+from .gns.rules import Smoothness as Smoothness
+from .gns.rules import SuperUniversal as SuperUniversal
+from .gns.solvers import StepOptions as StepOptions
+from .sam import ASAM as ASAM
+from .sam import SAM as SAM
