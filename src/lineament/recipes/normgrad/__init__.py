@@ -61,7 +61,7 @@ class Config:
     """One run. The first group is for every data set, the second for digit scenes, the third for photographs."""
 
     preset: str = presets(
-        quick={"test_images": 30, "train_images": 1500, "epochs": 5},
+        quick={"test_images": 30, "train_images": 1500, "epochs": 5, "sweep": ()},
         small={},
         paper={"dataset": "voc", "test_images": None, "tolerance": 15.0, "meta_eps": 2.5e-3},
     )
@@ -146,6 +146,8 @@ def _on_scenes(config: Config, stages: Stages, out: Path) -> Outcome:
         ),
         Table("The classifier", ["measure", "value"], [["both digits right, test, %", _percent(correct)]]),
     ]  # fmt: skip
+    if not config.sweep:
+        del tables[3]
     figures = [
         pointing_figure(points.layers, list(SITES.values()), relus, out),
         correlation_figure(alike, meta, SITES, out),
