@@ -44,7 +44,7 @@ def prompts() -> tuple[Tensor, Tensor, Any]:
 
 
 def bare(model: Any, clean: Tensor, corrupt: Tensor, metric: Any) -> Callable[[], Any]:
-    """The least that any approximation needs: a forward, a forward with graph, and a backward to the first residual stream."""
+    """The minimum that any approximation needs: a forward, a forward with graph, and a backward to the first residual stream."""
 
     def run() -> Any:
         with frozen(model):
@@ -162,7 +162,7 @@ def rows(repeats: int = 7) -> Iterator[Row]:
         repeats=max(repeats, 15),
         note="the limit is 1: the rest is 36 copies of activations, their differences and contractions, and the hooks",
     )
-    yield from star(model, clean, corrupt, metric, repeats)
+    yield from atp_star(model, clean, corrupt, metric, repeats)
     peer = hooked(model)
     whole = {"sites": ("resid_pre", "attn_out", "mlp_out")}
     name = "TransformerLens"
@@ -215,8 +215,8 @@ def rows(repeats: int = 7) -> Iterator[Row]:
     )
 
 
-def star(model: Any, clean: Tensor, corrupt: Tensor, metric: Any, repeats: int) -> Iterator[Row]:
-    """What AtP*'s two mends cost beside attribution patching of the same queries, keys and values."""
+def atp_star(model: Any, clean: Tensor, corrupt: Tensor, metric: Any, repeats: int) -> Iterator[Row]:
+    """What AtP*'s two fixes cost beside attribution patching of the same queries, keys and values."""
     nodes: dict[str, Any] = {"sites": ("q", "k", "v")}
     for what, options in (
         ("QK fix", {"qk_fix": True}),

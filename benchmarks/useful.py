@@ -13,7 +13,7 @@ from lineament.data.pixel_digits import pixel_digits
 from lineament.learn.useful.slow_examples import select_slow
 from lineament.optim import ASAM, SAM
 from lineament.recipes.kit.networks import network
-from lineament.train.epochs import Fit
+from lineament.train.loop import fit
 
 SLUG = "useful"
 
@@ -70,14 +70,14 @@ def rows(repeats: int = 7) -> Iterator[Row]:
     digits = pixel_digits()
     x, y = digits.inputs, digits.targets
     model = network("tiny-cnn", x.shape[1:], 10, seed=0)
-    fit = Fit(x, y, lambda net: torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9), batch_size=32)
+    sgd = lambda net: torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)  # noqa: E731
     scores, labels = _outputs(len(y), 10)
     yield compare(
         SLUG,
         "clustering and resampling, 900 digits",
         lambda: select_slow(scores, labels).indices(2),
         "their 30 epochs of training, timed on one",
-        lambda: list(fit(model, None, 1)),
+        lambda: fit(model, (x, y), optimizer=sgd, batch_size=32),
         target=50.0,
         scale=30,
         repeats=repeats,
@@ -85,14 +85,13 @@ def rows(repeats: int = 7) -> Iterator[Row]:
     )
     images, targets = torch.randn(64, 3, 32, 32), torch.arange(64) % 10
     large = network("resnet18", (3, 32, 32), 10, seed=0)
-    batch = Fit(images, targets, lambda net: torch.optim.SGD(net.parameters(), lr=0.01), batch_size=64)
     many, answers = _outputs(50_000, 10)
     yield compare(
         SLUG,
         "clustering and resampling, 50,000 outputs of 10 classes",
         lambda: select_slow(many, answers).indices(2),
         "200 epochs of ResNet-18, timed on one batch of 64",
-        lambda: list(batch(large, None, 1)),
+        lambda: fit(large, (images, targets), optimizer=sgd),
         target=50.0,
         scale=200 * 50_000 / 64,
         repeats=min(repeats, 3),

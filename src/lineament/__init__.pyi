@@ -1,3 +1,5 @@
+__version__: str
+
 from . import data as data
 from . import explain as explain
 from . import learn as learn
@@ -14,4 +16,6 @@ from .core import statistics as statistics
 from .core.sites.activations import capture as capture
 from .core.sites.activations import patch as patch
 from .core.sites.activations import record as record
+from .core.sites.hooks import replace as replace
+from .core.sites.hooks import tap as tap
 from .core.sites.naming import sites as sites

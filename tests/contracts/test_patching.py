@@ -59,12 +59,11 @@ def numbers(result):
 @pytest.mark.parametrize("name", METHODS)
 class TestContract:
     def test_scores_are_finite_and_of_the_models_dtype(self, name):
-        for dtype in (torch.float32, torch.float64):
-            model, (clean, corrupt) = tiny("gpt2", dtype), prompts()
-            scores = numbers(METHODS[name](model, clean, corrupt, METRIC))
-            assert len(scores) == 3 and scores.dtype == dtype and not scores.requires_grad
-            assert torch.isfinite(scores[~scores.isnan()]).all() and scores.nan_to_num().abs().max() > 0
-            assert scores.isnan().any() == name.startswith("edges")
+        model, (clean, corrupt) = tiny("gpt2"), prompts()
+        scores = numbers(METHODS[name](model, clean, corrupt, METRIC))
+        assert len(scores) == 3 and scores.dtype == torch.float32 and not scores.requires_grad
+        assert torch.isfinite(scores[~scores.isnan()]).all() and scores.nan_to_num().abs().max() > 0
+        assert scores.isnan().any() == name.startswith("edges")
 
     def test_a_batch_is_its_examples(self, name):
         model, (clean, corrupt) = tiny("gpt2", torch.float64), prompts()
@@ -169,14 +168,6 @@ class TestContract:
         model, (clean, corrupt) = tiny("gpt2"), prompts()
         assert json.loads(json.dumps(METHODS[name](model, clean, corrupt, METRIC).to_dict(), allow_nan=False))
 
-    def test_half_precision_is_scored_in_float32(self, name):
-        model, (clean, corrupt) = tiny("gpt2", torch.bfloat16), prompts()
-        options = {"normalise": False} if name in NORMALISED else {}
-        scores = numbers(METHODS[name](model, clean, corrupt, METRIC, **options))
-        exact = numbers(METHODS[name](tiny("gpt2"), clean, corrupt, METRIC, **options))
-        scores, exact = scores.float().nan_to_num().flatten(), exact.nan_to_num().flatten()
-        assert torch.corrcoef(torch.stack([scores, exact]))[0, 1] > 0.95
-
 
 @pytest.mark.parametrize("method", [activation_patching, relevance_patching])
 def test_bad_options_are_refused_by_name(method):
@@ -198,7 +189,7 @@ def test_bad_options_are_refused_by_name(method):
         method(model, clean, None, METRIC)
     with pytest.raises(InputError, match="parallel residual"):
         method(tiny("pythia"), clean, corrupt, METRIC, sites="resid_mid")
-    with pytest.raises(InputError, match="layout of 'Sequential' is not known"):
+    with pytest.raises(InputError, match="architecture of 'Sequential' is not known"):
         method(nn.Sequential(nn.Linear(2, 2)), torch.ones(2, 2), torch.zeros(2, 2), lambda y: y[:, 0])
     if method is activation_patching:
         with pytest.raises(InputError, match="batch_size"):

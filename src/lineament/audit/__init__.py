@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lineament.audit.run import Report, audit
+    from lineament.audit.run import AuditOptions, Report, audit
 
-__all__ = ["Report", "audit"]
+__all__ = ["AuditOptions", "Report", "audit"]
 
 
 def __getattr__(name: str) -> Any:

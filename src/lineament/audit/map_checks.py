@@ -281,18 +281,13 @@ def _retrained_words(found: dict[str, DiffROAR], method: str, count: int) -> str
 
 def curves(truth: Truth) -> Picture:
     """The curves of deletion and insertion."""
-
-    found = truth.curves
-    means = {
-        name: getattr(found, name).mean(0).tolist()
-        for name in ("deletion", "insertion", "random_deletion", "random_insertion")
-    }
+    found = truth.curves.to_dict()
 
     def draw(axes: Any) -> None:
-        at = found.fractions.tolist()
+        at = found["fractions"]
         for ax, name, colour in zip(axes[0], ("deletion", "insertion"), ("C1", "C0")):
-            ax.plot(at, means[name], color=colour, label="in the map's order")
-            ax.plot(at, means[f"random_{name}"], color="C7", linestyle="--", label="in random order")
+            ax.plot(at, found[name], color=colour, label="in the map's order")
+            ax.plot(at, found[f"random_{name}"], color="C7", linestyle="--", label="in random order")
             ax.set(
                 title="pixels taken away" if name == "deletion" else "pixels given back",
                 xlabel="share of pixels",
@@ -307,6 +302,6 @@ def curves(truth: Truth) -> Picture:
         panels=(1, 2),
         size=(7.0, 2.9),
         caption="Are the maps true? If they are, the answer fades fast when their brightest pixels are taken away, and comes back fast when they are given back.",
-        alt=f"Deletion area {float(found.deletion_area.mean()):.2f} against {float(found.random_deletion_area.mean()):.2f} at random; insertion area "
-        f"{float(found.insertion_area.mean()):.2f} against {float(found.random_insertion_area.mean()):.2f}.",
+        alt=f"Deletion area {found['deletion_area']:.2f} against {found['random_deletion_area']:.2f} at random; insertion area "
+        f"{found['insertion_area']:.2f} against {found['random_insertion_area']:.2f}.",
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from lineament.core import checks
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require, show, suggest
 from lineament.core.models import device_of
-from lineament.core.sites.activations import sites as site_names
 from lineament.core.sites.depth import default_sites
+from lineament.core.sites.naming import sites as site_names
 from lineament.data.shortcut_digits import MARK
 from lineament.explain.saliency.methods import METHODS as SALIENCY
 from lineament.load.data import Data, load_data
@@ -39,31 +40,50 @@ from lineament.report.outcome import versions
 from lineament.report.section import Finding, Section
 
 
+@dataclass(frozen=True)
+class AuditOptions:
+    """What an audit rarely needs to be told.
+
+    Attributes:
+        weights: a ``.safetensors`` file for a network that a factory makes.
+        sites: sites or globs; by default the blocks of the network, up to eight, and the input of its head.
+        inputs, targets, split: which arrays or columns of the data to read, and which part, see :func:`lineament.load.data.load_data`.
+        image_size: bring images to this (height, width), in pixels; by default the size that the model names.
+        normalize: (mean, deviation) per channel, for images scaled to [0, 1].
+        task: ``"classification"``, ``"regression"`` or ``"auto"``.
+        method, gaze_site: of the saliency maps, see :func:`lineament.explain.saliency.maps.saliency`.
+        faithfulness: how the maps are judged: ``"scores"``, or ``"diffroar"``, which also trains the architecture anew on what they keep.
+        batch_size: samples at a time, but for an exported network of a fixed batch.
+    """
+
+    weights: str | Path | None = None
+    sites: Sequence[str] = ()
+    inputs: str | None = None
+    targets: str | None = None
+    split: str | None = None
+    image_size: int | tuple[int, int] | None = None
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None
+    task: str = "auto"
+    method: str = "norm_grad"
+    gaze_site: str | None = None
+    faithfulness: str = "scores"
+    batch_size: int = 64
+
+
 def audit(
     model: nn.Module | str | None = None,
     data: Data | None = None,
     *,
     out: str | Path,
-    weights: str | Path | None = None,
     lenses: Sequence[str] | None = None,
-    sites: Sequence[str] = (),
     classes: Sequence[str] | None = None,
     groups: Any = None,
-    inputs: str | None = None,
-    targets: str | None = None,
-    split: str | None = None,
-    image_size: int | tuple[int, int] | None = None,
-    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
-    task: str = "auto",
-    method: str = "norm_grad",
-    gaze_site: str | None = None,
-    faithfulness: str = "scores",
     samples: int = 2000,
-    batch_size: int = 64,
     device: str | torch.device | None = None,
     seed: int = 0,
     overwrite: bool = False,
     note: Callable[[str], None] = lambda line: None,
+    options: AuditOptions = AuditOptions(),
 ) -> Report:
     """What does this network rely on, and how does it hold it?
 
@@ -73,23 +93,15 @@ def audit(
         data: what :func:`lineament.load.data.load_data` takes. Prompts
             (:func:`lineament.load.prompts.load_prompts`) go with a language model: see :func:`lineament.audit.language_run.audit_language`.
         out: the folder for `report.html` and `report.json`.
-        weights: a ``.safetensors`` file for a network that a factory makes.
         lenses: names of the files in :mod:`lineament.audit.lenses`; all by default.
-        sites: sites or globs; by default the blocks of the network, up to eight, and the input of its head.
         classes: names of the classes 0, 1, ...
         groups: the array that names each sample's group, by name; for a pair, the array itself.
-        inputs, targets, split: which arrays or columns of the data to read, and which part, see :func:`lineament.load.data.load_data`.
-        image_size: bring images to this (height, width), in pixels; by default the size that the model names.
-        normalize: (mean, deviation) per channel, for images scaled to [0, 1].
-        task: ``"classification"``, ``"regression"`` or ``"auto"``.
-        method, gaze_site: of the saliency maps, see :func:`lineament.explain.saliency.saliency`.
-        faithfulness: how the maps are judged: ``"scores"``, or ``"diffroar"``, which also trains the architecture anew on what they keep.
         samples: read at most so many, chosen at random from ``seed``.
-        batch_size: samples at a time, but for an exported network of a fixed batch.
         device: where to look at the model; where it is, by default.
         seed: of every random choice.
         overwrite: replace a finished report in ``out``.
-        note: called with a line for each step, for who waits.
+        note: a progress callback, called with a line for each step.
+        options: what is rarely needed.
 
     Returns:
         A :class:`Report`; the model is left as it was.
@@ -116,65 +128,64 @@ def audit(
             note=note,
         )
     chosen = chosen_lenses(lenses, language=False)
-    checks.one_of("method", method, list(SALIENCY))
-    checks.one_of("faithfulness", faithfulness, ("scores", "diffroar"))
-    for what, value, least in (("samples", samples, 2), ("batch_size", batch_size, 1)):
-        checks.number(what, value, low=least, integer=True)
+    checks.one_of("method", options.method, list(SALIENCY))
+    checks.one_of("faithfulness", options.faithfulness, ("scores", "diffroar"))
+    checks.number("samples", samples, low=2, integer=True)
+    checks.number("batch_size", options.batch_size, low=1, integer=True)
     checks.seed("seed", seed)
     folder = fresh(out, overwrite)
 
     note("reading the model and the data")
-    embedded = model is None
-    if embedded:
+    if model is None:
         require(
-            data is None and weights is None, "model: got none, but data or weights; pass the model first"
+            data is None and options.weights is None,
+            "model: got none, but data or weights; pass the model first",
         )
-        key = {"default": seed, "torch": torch.__version__, "epoch": 1}
-        trained = Checkpoint(opened(folder) / STAGES / "training", key)
-        with threads(0.0):
-            state = trained.stage("train", lambda: default.train(seed))
-        network = default.small_cnn(seed).eval()
-        network.load_state_dict(state)
-        loaded = Loaded(network, "a small network trained just now on digits with a planted mark", "default")
+        loaded = _embedded(folder, seed)
         held = load_data("shortcut-digits", samples=samples, seed=seed, classes=classes)
     else:
         if data is None:
             raise InputError(
                 "data: got none, expected an .npz file, a folder of images by class, a Hugging Face data set or 'digits'"
             )
-        loaded = load_model(model, weights=weights)  # pyright: ignore[reportArgumentType]
-        size = image_size if image_size is not None else loaded.size
+        loaded = load_model(model, weights=options.weights)
         held = load_data(
             data,
             samples=samples,
             seed=seed,
-            inputs=inputs,
-            targets=targets,
+            inputs=options.inputs,
+            targets=options.targets,
             groups=groups,
             classes=classes,
-            split=split,
-            image_size=size,
+            split=options.split,
+            image_size=loaded.size if options.image_size is None else options.image_size,
         )
-    named = _site_names(loaded.model, sites, gaze_site)
-    together = bring_together(
-        loaded, held, task=task, normalize=normalize, device=device, batch_size=batch_size, seed=seed
+    named = _site_names(loaded.model, options.sites, options.gaze_site)
+    fitting = bring_together(
+        loaded,
+        held,
+        task=options.task,
+        normalize=options.normalize,
+        device=device,
+        batch_size=options.batch_size,
+        seed=seed,
     )
-    with together as fitted:
+    with fitting as fitted:
         example = fitted.inputs(torch.arange(min(loaded.batch or 2, len(fitted))))
         subject = Subject(
             **vars(fitted),
             sites=named or default_sites(loaded.model, example),
-            method=method,
-            gaze_site=gaze_site,
-            faithfulness=faithfulness,
+            method=options.method,
+            gaze_site=options.gaze_site,
+            faithfulness=options.faithfulness,
             fresh=_drawn_anew(loaded),
         )
         for line in subject.notes:
             note(line)
-        with threads(subject.flops * batch_size):
+        with threads(subject.flops * options.batch_size):
             found, checkpoint = sections(folder, _key(subject, loaded), chosen, subject, note)
     told = verdict(chosen, found)
-    if embedded:
+    if model is None:
         told = [*_planted(found), *told]
     return written(
         folder,
@@ -191,6 +202,17 @@ def audit(
             "classes": list(subject.classes),
         },
     )
+
+
+def _embedded(folder: Path, seed: int) -> Loaded:
+    """The built-in example, trained now, or by an earlier run that was cut off."""
+    key = {"default": seed, "torch": torch.__version__, "epoch": 1}
+    trained = Checkpoint(opened(folder) / STAGES / "training", key)
+    with threads(0.0):
+        state = trained.stage("train", lambda: default.train(seed))
+    network = default.small_cnn(seed).eval()
+    network.load_state_dict(state)
+    return Loaded(network, "a small network trained just now on digits with a planted mark", "default")
 
 
 def _is_language(model: Any, data: Any) -> bool:

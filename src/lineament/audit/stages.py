@@ -118,9 +118,10 @@ def written(
 def look(lens: Lens, subject: Any) -> Section:
     """The lens's section; one that fails or does not apply says so in its own."""
     module, name, start = lens.module(), lens.name, time.perf_counter()
+    frame = Section(name, lens.title)
     reason = module.applies(subject)
     if reason:
-        return Section(name, lens.title, "skipped", "", "", reason)
+        return replace(frame, status="skipped", sentence=reason)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -128,11 +129,17 @@ def look(lens: Lens, subject: Any) -> Section:
     except Exception as error:
         # One lens that fails must not take the others' answers away.
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        return Section(
-            name, lens.title, "failed", "", "", f"This lens failed, which stopped no other. {kind}{error}",
-            seconds=time.perf_counter() - start,
-        )  # fmt: skip
-    return replace(section, numbers=page.plain(section.numbers), seconds=time.perf_counter() - start)
+        told = f"This lens failed, which stopped no other. {kind}{error}"
+        return replace(frame, status="failed", sentence=told, seconds=time.perf_counter() - start)
+    return replace(
+        section,
+        name=name,
+        title=lens.title,
+        method=lens.method,
+        numbers=page.plain(section.numbers),
+        findings=[replace(finding, section=name) for finding in section.findings],
+        seconds=time.perf_counter() - start,
+    )
 
 
 @contextmanager
@@ -155,7 +162,7 @@ def fresh(out: str | Path, overwrite: bool) -> Path:
         finished = "report.html" in present
         require(
             overwrite or not finished,
-            f"--out: {str(out)!r} already holds a finished report; give --overwrite to replace it, or choose another folder",
+            f"out: {str(out)!r} already holds a finished report; pass overwrite=True to replace it, or choose another folder",
         )
         own = {
             name
@@ -165,7 +172,7 @@ def fresh(out: str | Path, overwrite: bool) -> Path:
         foreign = sorted(present - own)
         require(
             not foreign,
-            f"--out: {str(out)!r} holds files that are no report's ({checks.show(foreign[0]) if foreign else ''} ...); choose an empty or new folder",
+            f"out: {str(out)!r} holds files that are no report's ({checks.show(foreign[0]) if foreign else ''} ...); choose an empty or new folder",
         )
     return folder
 

@@ -103,21 +103,14 @@ def add_parser(subparsers: Any) -> Any:
 
 def run(arguments: argparse.Namespace) -> int:
     """Audit, and say where the report is; 1 where lenses failed and none has an answer."""
-    from lineament.audit.run import audit
+    from lineament.audit.run import AuditOptions, audit
     from lineament.cli.console import note
     from lineament.cli.option_values import classes, image_size, normalize, words
     from lineament.report.text import printable
 
-    found = audit(
-        arguments.model,
-        arguments.data,
-        out=arguments.out,
-        overwrite=arguments.overwrite,
+    options = AuditOptions(
         weights=arguments.weights,
-        lenses=None if arguments.lenses is None else [n for text in arguments.lenses for n in words(text)],
         sites=arguments.sites,
-        classes=classes(arguments.classes),
-        groups=arguments.groups,
         inputs=arguments.inputs,
         targets=arguments.targets,
         split=arguments.split,
@@ -127,11 +120,21 @@ def run(arguments: argparse.Namespace) -> int:
         method=arguments.method,
         gaze_site=arguments.gaze_site,
         faithfulness=arguments.faithfulness,
-        samples=arguments.samples,
         batch_size=arguments.batch_size,
+    )
+    found = audit(
+        arguments.model,
+        arguments.data,
+        out=arguments.out,
+        overwrite=arguments.overwrite,
+        lenses=None if arguments.lenses is None else [n for text in arguments.lenses for n in words(text)],
+        classes=classes(arguments.classes),
+        groups=arguments.groups,
+        samples=arguments.samples,
         device=arguments.device,
         seed=arguments.seed,
         note=note,
+        options=options,
     )
     for finding in found.findings:
         print(f"{finding.severity:>8}  {printable(finding.sentence)}")

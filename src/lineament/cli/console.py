@@ -16,11 +16,11 @@ from lineament.report.text import cell, duration, printable
 
 if TYPE_CHECKING:
     from lineament.bench import Row
+    from lineament.cli.train_result import Fitted
     from lineament.papers import Paper
     from lineament.recipes.kit.run import Run
     from lineament.report.gallery import Site
     from lineament.report.token_page import TokenBlock
-    from lineament.train.result import Fitted
 
 WIDE = 100
 

@@ -75,6 +75,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--weights", metavar="FILE", help="start from this .safetensors file")
     add_data_options(parser, split="train")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: what Accelerate chooses)")
+    parser.names["nonfinite"] = "--on-nan"
     parser.set_defaults(run=run)
     return parser
 
@@ -101,8 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     require(a.out is not None, "--out: got none, expected the folder for this run")
 
+    from lineament.cli.train_options import Options
     from lineament.cli.train_run import train
-    from lineament.train.options import Options
 
     names = ("optimizer", "lr", "momentum", "weight_decay", "epochs", "batch_size", "schedule", "seed")
     names += ("sam", "asam", "tract", "validation", "on_nan")

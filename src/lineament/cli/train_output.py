@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lineament.core.files import write_json, write_text, writing
+from lineament.cli.train_result import Fitted
+from lineament.core.files import atomic_write, write_json, write_text
 from lineament.load.loaded import Loaded
 from lineament.report import figures
 from lineament.report.outcome import versions
 from lineament.report.text import duration, printable
-from lineament.train.result import Fitted
 
 BOARD = "tensorboard"
 FILES = ("model.safetensors", "train.json", "history.csv", "learning-curve.svg", "learning-curve-dark.svg")
@@ -65,7 +65,7 @@ def write(folder: Path, fitted: Fitted, loaded: Loaded, asked: dict[str, Any]) -
     from safetensors.torch import save_model
 
     (folder / "train.json").unlink(missing_ok=True)
-    with writing(folder / "model.safetensors") as temporary:
+    with atomic_write(folder / "model.safetensors") as temporary:
         save_model(loaded.model, str(temporary))
     figures.save(_curves(fitted), folder, "learning-curve")
     value = {"model": asked["model"], "data": asked["data"], **fitted.to_dict(), "asked": asked}

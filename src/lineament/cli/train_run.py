@@ -21,7 +21,10 @@ import torch
 from lineament.audit.stages import threads
 from lineament.cli import console
 from lineament.cli.option_values import classes, image_size, normalize
+from lineament.cli.train_fit import fit
+from lineament.cli.train_options import Options
 from lineament.cli.train_output import BOARD, FILES, Log, say, write
+from lineament.cli.train_result import Fitted
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require, show
 from lineament.core.files import output_folder, possible_folder, write_json
@@ -32,10 +35,7 @@ from lineament.load.model_and_data import ModelAndData, bring_together
 from lineament.load.models import load_model
 from lineament.load.weights import digest
 from lineament.report.outcome import versions
-from lineament.train.fitting import fit
-from lineament.train.options import Options
 from lineament.train.processes import Processes, randomness
-from lineament.train.result import Fitted
 
 _STAGES, _UNFINISHED = ".stages", "unfinished.json"
 _HELD = 256

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lineament import __version__
 from lineament.core.checks import InputError, number, require, show
-from lineament.core.files import output_folder, write_json, write_text, writing
+from lineament.core.files import atomic_write, output_folder, write_json, write_text
 from lineament.core.serialization import pack, unpack
 
 T = TypeVar("T")
@@ -191,7 +191,7 @@ class Checkpoint:
         digest = _digest(content)
         # The content names the file: what an older index names stays until the new index is there.
         data = self.folder / f"{index.stem}-{digest[:16]}.safetensors"
-        with writing(data) as temporary:
+        with atomic_write(data) as temporary:
             temporary.write_bytes(content)
         body = {"name": name, "tensors": data.name, "sha256": digest, "structure": structure}
         # ASCII, because text may hold what UTF-8 has no bytes for.

@@ -1,4 +1,4 @@
-"""Writing without halves: every output goes to a temporary name beside its place and is renamed when complete."""
+"""Atomic writes: every output goes to a temporary file beside its place and is renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lineament.core.checks import require
 
 
 @contextmanager
-def writing(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """A with-block that yields a temporary path and renames it to ``path`` at the end; removed on an exception.
 
     >>> import tempfile; folder = Path(tempfile.mkdtemp())
-    >>> with writing(folder / "a.txt") as temporary:
+    >>> with atomic_write(folder / "a.txt") as temporary:
     ...     _ = temporary.write_text("whole")
     >>> (folder / "a.txt").read_text(), len(list(folder.iterdir()))
     ('whole', 1)
@@ -41,19 +41,19 @@ def writing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all; folders on the way are made.
+    """Write UTF-8 text atomically; missing folders are made.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "new" / "a.txt"
     >>> write_text(path, "ü"); path.read_bytes()
     b'\\xc3\\xbc'
     """
-    with writing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON (indented, keys in the given order), whole or not at all.
+    """Write JSON (indented, keys in the given order) atomically.
 
     Raises:
         ValueError: NaN or infinity, which JSON has none of.
@@ -72,20 +72,20 @@ def possible_folder(path: str | Path) -> Path:
     Raises:
         InputError: an empty name, a file, or a place that this user cannot write to.
     """
-    require(str(path) != "", "--out: got an empty name, expected a folder to write into ('.' for this one)")
+    require(str(path) != "", "out: got an empty name, expected a folder to write into ('.' for this one)")
     path = Path(path)
-    require(not path.is_file(), f"--out: {str(path)!r} is a file, expected a folder to write into")
+    require(not path.is_file(), f"out: {str(path)!r} is a file, expected a folder to write into")
     nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
     require(
         nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK),
-        f"--out: {str(path)!r} cannot be written ({str(nearest)!r} is closed to this user or no folder); "
+        f"out: {str(path)!r} cannot be written ({str(nearest)!r} is closed to this user or no folder); "
         "choose a folder that can be",
     )
     return path
 
 
 def possible_file(what: str, path: str | Path) -> Path:
-    """``path``, if it can become a file that can be written; it is not made. ``what`` is the option that named it.
+    """``path``, if it can become a file that can be written; it is not made. ``what`` is the argument that named it.
 
     Raises:
         InputError: an empty name, a folder, or a place that this user cannot write to.
@@ -115,5 +115,5 @@ def output_folder(path: str | Path) -> Path:
             pass
     except OSError as error:
         reason = error.strerror or str(error)
-        require(False, f"--out: {str(path)!r} cannot be written ({reason}); choose a folder that can be")
+        require(False, f"out: {str(path)!r} cannot be written ({reason}); choose a folder that can be")
     return path

@@ -1,5 +1,9 @@
 from .faithfulness.deletion import deletion_insertion as deletion_insertion
+from .faithfulness.feature_leakage import MaxMargin as MaxMargin
 from .faithfulness.feature_leakage import leakage as leakage
+from .faithfulness.feature_leakage import null_fraction as null_fraction
+from .faithfulness.feature_leakage import null_mass as null_mass
+from .faithfulness.input_gradients import attribution as attribution
 from .faithfulness.input_gradients import input_gradient as input_gradient
 from .faithfulness.pixel_scores import infidelity as infidelity
 from .faithfulness.pixel_scores import score_maps as score_maps
@@ -7,6 +11,7 @@ from .faithfulness.pixel_scores import sensitivity as sensitivity
 from .faithfulness.retraining import diffroar as diffroar
 from .patching.activation import activation_patching as activation_patching
 from .patching.attribution import attribution_patching as attribution_patching
+from .patching.circuit_curves import averaged_curve as averaged_curve
 from .patching.circuit_curves import circuit_curve as circuit_curve
 from .patching.circuit_nodes import component_nodes as component_nodes
 from .patching.circuits import node_effects as node_effects

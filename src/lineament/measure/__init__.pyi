@@ -6,7 +6,9 @@ from .collapse.near_collapse import map_spectrum as map_spectrum
 from .collapse.profile import collapse as collapse
 from .collapse.ufm import UFM as UFM
 from .collapse.ufm import minimise as minimise
+from .landscape.axes import completed as completed
 from .landscape.axes import hessian_axes as hessian_axes
+from .landscape.axes import normalised as normalised
 from .landscape.axes import random_axes as random_axes
 from .landscape.criteria import hessian_criteria as hessian_criteria
 from .landscape.grids import interpolation as interpolation

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lineament.core.checks import InputError, number, one_of, require
-from lineament.core.files import writing
+from lineament.core.files import atomic_write
 from lineament.report.outcome import Figure
 from lineament.report.section import Picture
 from lineament.report.surface_plot import SurfacePlot
@@ -158,7 +158,7 @@ def save(shown: Picture, folder: str | Path, name: str) -> Figure:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise InputError(f"name: got {name!r}, expected letters, digits, '-', '_' and '.' only")
     for end, data in (("", shown.light), ("-dark", shown.dark)):
-        with writing(Path(folder) / f"{name}{end}.{shown.kind}") as temporary:
+        with atomic_write(Path(folder) / f"{name}{end}.{shown.kind}") as temporary:
             temporary.write_bytes(data)
     return Figure(file=f"{name}.{shown.kind}", caption=shown.caption, alt=shown.alt, surfaces=shown.surfaces)
 

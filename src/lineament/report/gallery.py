@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lineament.core.checks import InputError, require, show
-from lineament.core.files import output_folder, write_json, write_text, writing
+from lineament.core.files import atomic_write, output_folder, write_json, write_text
 from lineament.report.interactive import library
 from lineament.report.outcome import Outcome
 from lineament.report.page import environment
@@ -79,7 +79,7 @@ def build(
     ('index.html', 1)
     """
     runs = Path(runs)
-    require(runs.is_dir(), f"RUNS: {str(runs)!r} is no folder, expected one with runs in it")
+    require(runs.is_dir(), f"runs: {str(runs)!r} is no folder, expected one with runs in it")
     site = output_folder(out)
     old = _earlier(site)
     # Written first as well: a build that is killed leaves a folder that the next one knows as its own.
@@ -151,7 +151,7 @@ def _earlier(site: Path) -> set[str]:
     others = sorted(entry.name for entry in site.iterdir() if not entry.name.startswith("."))
     require(
         not others,
-        f"--out: {str(site)!r} holds other files ({', '.join(map(repr, others[:3]))}); choose an empty or new folder",
+        f"out: {str(site)!r} holds other files ({', '.join(map(repr, others[:3]))}); choose an empty or new folder",
     )
     return set()
 
@@ -263,7 +263,7 @@ def _copy(folder: Path, name: Path, site: Path, target: str) -> str:
     kind = "png" if head.startswith(b"\x89PNG\r\n\x1a\n") else "svg" if b"<svg" in head else ""
     require(bool(kind), "it is neither PNG nor SVG")
     relative = f"figures/{target}.{kind}"
-    with writing(site / relative) as temporary:
+    with atomic_write(site / relative) as temporary:
         shutil.copyfile(real, temporary)
     return relative
 

@@ -89,7 +89,7 @@ class Outcome:
         return asdict(self)
 
     def write(self, folder: str | Path) -> Path:
-        """Write ``outcome.json`` into ``folder``, whole or not at all; returns its path."""
+        """Write ``outcome.json`` into ``folder`` atomically; returns its path."""
         path = Path(folder) / "outcome.json"
         write_json(path, self.to_dict())
         return path

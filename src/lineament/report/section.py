@@ -62,19 +62,19 @@ class Section:
 
     ``number`` is the one figure a reader should remember, as text ("31.4 %"), and ``unit`` what it counts ("accuracy
     in the worst group"). ``sentence`` says what it means, in plain words. ``method`` is the slug of the paper behind
-    it, or "". ``numbers`` is everything measured, for `report.json` (JSON values only), ``findings`` what it means for the verdict, and
+    it, or "". The audit fills in ``name``, ``title`` and ``method`` from the lens's file. ``numbers`` is everything measured, for `report.json` (JSON values only), ``findings`` what it means for the verdict, and
     ``seconds`` how long the lens took.
 
     >>> Section("accuracy", "How often is it right?", "good", "98 %", "of samples right", "It is right for 98 of 100.").to_dict()["number"]
     '98 %'
     """
 
-    name: str
-    title: str
-    status: Status
-    number: str
-    unit: str
-    sentence: str
+    name: str = ""
+    title: str = ""
+    status: Status = "good"
+    number: str = ""
+    unit: str = ""
+    sentence: str = ""
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
     method: str = ""
@@ -83,11 +83,9 @@ class Section:
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
+        words = ("name", "title", "status", "number", "unit", "sentence", "method")
         return {
-            **{
-                k: getattr(self, k)
-                for k in ("name", "title", "status", "number", "unit", "sentence", "method")
-            },
+            **{word: getattr(self, word) for word in words},
             "numbers": self.numbers,
             "tables": [
                 {"title": t.title, "columns": list(t.columns), "rows": [list(r) for r in t.rows]}

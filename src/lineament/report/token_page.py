@@ -51,7 +51,7 @@ class TokenBlock:
         ]
 
     def summary(self) -> str:
-        """The weightiest tokens in a sentence.
+        """The most important tokens in a sentence.
 
         >>> TokenBlock(" are", "", ["The", " keys", " on"], [0.1, 0.9, -0.4], [True] * 3).summary()
         'Most for it: “ keys” (0.9), then “The” (0.1). Most against it: “ on” (−0.4).'
@@ -105,6 +105,6 @@ def render(
 
 
 def write(path: str | Path, *arguments: Any, **options: Any) -> Path:
-    """Write :func:`render`'s page, whole or not at all."""
+    """Write :func:`render`'s page atomically."""
     write_text(path, render(*arguments, **options))
     return Path(path)

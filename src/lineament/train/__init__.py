@@ -1,1 +1,5 @@
 """One training loop with callbacks, many small networks as one program, processes, and attacks."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -57,7 +57,12 @@ class Attack:
 
 @dataclass(frozen=True)
 class PGD:
-    """The settings of an attack; called as ``attack(model, inputs, targets)`` it is :func:`pgd` with them."""
+    """The settings of an attack; called as ``attack(model, inputs, targets)`` it is :func:`pgd` with them.
+
+    >>> net = nn.Linear(1, 2); _ = net.weight.data.copy_(torch.tensor([[1.0], [-1.0]])); _ = net.bias.data.zero_()
+    >>> PGD(eps=0.1, step=0.1, steps=1)(net, torch.tensor([[0.5]]), torch.tensor([0])).delta.allclose(torch.tensor(-0.1))
+    True
+    """
 
     norm: str = "linf"
     eps: float = 8 / 255

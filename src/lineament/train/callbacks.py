@@ -95,6 +95,10 @@ class Rows:
     Args:
         rows: indices, or ``rows(epoch)`` with epochs counted from 0; ``None`` for all samples.
         shuffle: ``False`` shows them in their order.
+
+    >>> curriculum = Rows(lambda epoch: torch.arange(10 * (epoch + 1)))  # ten more samples an epoch
+    >>> curriculum.rows(2).tolist()[-1]
+    29
     """
 
     def __init__(
@@ -138,6 +142,9 @@ class MixUp:
     """Each batch is mixed with a permutation of itself, λ x + (1 - λ) x' with λ ~ Beta(α, α), and the loss is λ of the one and 1 - λ of the other.
 
     Zhang et al. 2018, arXiv 1710.09412.
+
+    >>> MixUp(0.2).alpha
+    0.2
     """
 
     def __init__(self, alpha: float):
@@ -152,7 +159,10 @@ class MixUp:
 
 
 class ExampleWeights:
-    """Each sample's loss is multiplied by its weight over the mean weight of the samples shown; the loss has to take ``reduction="none"``."""
+    """Each sample's loss is multiplied by its weight over the mean weight of the samples shown; the loss has to take ``reduction="none"``.
+
+    >>> weigh = ExampleWeights(torch.tensor([1.0, 3.0]))  # the second sample counts three times as much
+    """
 
     def __init__(self, weights: Float[Tensor, "samples"]):
         self.weights = checks.tensor("weights", weights, shape=("samples",), floating=True)
@@ -170,7 +180,11 @@ class ExampleWeights:
 
 
 class ClipGradients:
-    """Scale the gradients down to a joint norm of at most ``norm`` before each step."""
+    """Scale the gradients down to a joint norm of at most ``norm`` before each step.
+
+    >>> ClipGradients(1.0).norm
+    1.0
+    """
 
     def __init__(self, norm: float):
         self.norm = checks.number("norm", norm, low=0, open_low=True)
@@ -180,7 +194,10 @@ class ClipGradients:
 
 
 class Autocast:
-    """Mixed precision: forward passes and losses in bfloat16 where that is safe, weights in their own dtype."""
+    """Mixed precision: forward passes and losses in bfloat16 where that is safe, weights in their own dtype.
+
+    >>> callbacks = [Autocast(), ClipGradients(1.0)]
+    """
 
     def on_start(self, run: Run) -> None:
         run.autocast = torch.autocast(run.device.type, torch.bfloat16)
@@ -208,6 +225,13 @@ class Validation:
     Args:
         data: in any form that :func:`~lineament.train.loop.fit` takes.
         batch_size: that of the training by default.
+
+    >>> from lineament.train.loop import fit
+    >>> x = torch.eye(2); y = torch.tensor([0, 1])
+    >>> sgd = lambda model: torch.optim.SGD(model.parameters(), lr=1.0)
+    >>> done = fit(nn.Linear(2, 2), (x, y), optimizer=sgd, epochs=20, callbacks=[Validation((x, y))])
+    >>> done.curve("validation_accuracy")[-1]
+    1.0
     """
 
     def __init__(self, data: Any, *, batch_size: int | None = None):
@@ -240,6 +264,8 @@ class KeepBest:
         name: what to judge by: ``"loss"``, ``"accuracy"``, or what a callback before this one measures.
         lower: whether lower is better; by default it is for names that end in ``loss``.
         patience: stop after so many epochs without a better one.
+
+    >>> callbacks = [Validation((torch.eye(2), torch.tensor([0, 1]))), KeepBest(patience=5)]
     """
 
     def __init__(

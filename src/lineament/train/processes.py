@@ -106,11 +106,11 @@ class Processes(OneProcess):
         )
         require(
             self.accelerator.gradient_accumulation_steps == 1,
-            "accelerate: configured for gradient accumulation, expected 1 step; lower --batch-size instead",
+            "accelerate: configured for gradient accumulation, expected 1 step; lower the batch size instead",
         )
         require(
             device is None or self.count == 1,
-            f"--device: got {str(device)!r} with {self.count} processes, which have one device each; leave it out",
+            f"device: got {str(device)!r} with {self.count} processes, which have one device each; leave it out",
         )
         self.device = self.accelerator.device
         if device is not None:
@@ -119,7 +119,7 @@ class Processes(OneProcess):
                 torch.zeros(1, device=self.device)
             except (RuntimeError, AssertionError, ValueError) as error:
                 raise InputError(
-                    f"--device: {str(device)!r} cannot be used here ({str(error).splitlines()[0]})"
+                    f"device: {str(device)!r} cannot be used here ({str(error).splitlines()[0]})"
                 ) from error
 
     def wrapped(self, model: nn.Module, *, unused: bool = False) -> nn.Module:
@@ -169,16 +169,11 @@ def randomness(*numbers: int) -> Iterator[None]:
     before = random.getstate(), np.random.get_state()  # noqa: NPY002  (a user's network may draw from it)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
-            reseed(*numbers)
+            seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
+            torch.manual_seed(seed)
             yield
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])  # noqa: NPY002
-
-
-def reseed(*numbers: int) -> None:
-    """Seed the global random states by some numbers together."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-    torch.manual_seed(seed)

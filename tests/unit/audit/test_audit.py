@@ -14,7 +14,7 @@ from torch import nn
 from lineament.audit import stages
 from lineament.audit.catalogue import all_lenses
 from lineament.audit.patch_exchange import needed
-from lineament.audit.run import audit
+from lineament.audit.run import AuditOptions, audit
 from lineament.core.checks import InputError
 from lineament.data.digits import digit_images
 
@@ -219,7 +219,7 @@ def test_nothing_is_made_where_the_input_cannot_be_used(tmp_path):
         ((images, targets[:9]), {}, "expected as many"),
         ((images[targets == 3], targets[targets == 3]), {}, "at least two classes"),
         ((images * float("nan"), targets), {}, "NaN"),
-        ((images, targets), {"sites": ["layer9"]}, "layer9"),
+        ((images, targets), {"options": AuditOptions(sites=["layer9"])}, "layer9"),
         ((images, targets), {"lenses": ["gaz"]}, "nearest: 'gaze'"),
     ):
         with pytest.raises(InputError, match=message):
@@ -231,7 +231,7 @@ def test_a_finished_report_is_not_replaced_unasked(tmp_path):
     images, targets = digits()
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     audit(model, (images, targets), out=tmp_path / "r", lenses=["accuracy"])
-    with pytest.raises(InputError, match="--overwrite"):
+    with pytest.raises(InputError, match="overwrite=True"):
         audit(model, (images, targets), out=tmp_path / "r", lenses=["accuracy"])
     audit(model, (images, targets), out=tmp_path / "r", lenses=["accuracy"], overwrite=True)
     (tmp_path / "r" / "thesis.txt").write_text("mine")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lineament.audit.run import audit
+from lineament.audit.run import AuditOptions, audit
 from lineament.core.checks import InputError
 
 
@@ -18,7 +18,8 @@ def network():
 
 
 def looked(tmp_path, model, **options):
-    return audit(model, "digits", out=tmp_path / "out", lenses=["gaze"], samples=300, **options)["gaze"]
+    options = AuditOptions(**options)
+    return audit(model, "digits", out=tmp_path / "out", lenses=["gaze"], samples=300, options=options)["gaze"]
 
 
 @pytest.mark.slow

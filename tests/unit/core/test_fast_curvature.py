@@ -213,3 +213,17 @@ def test_linear_layers_differentiate_a_third_time(rows, wide_registers):
             value = sum(g.pow(2).mean() for g in torch.autograd.grad(value, leaves, create_graph=True))
         found.append(torch.autograd.grad(value, leaves))
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_relu(inplace, block):
+    torch.manual_seed(0)
+    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in [(5, 4), (4, 6)]]
+
+    def function(x, w):
+        return torch.relu(F.relu(x * 1, inplace) @ w).pow(3).mean()
+
+    torch.testing.assert_close(
+        products(function, leaves, True, block), products(function, leaves, False, False)
+    )

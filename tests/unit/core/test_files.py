@@ -9,13 +9,13 @@ import stat
 import pytest
 
 from lineament.core.checks import InputError
-from lineament.core.files import output_folder, possible_file, write_json, write_text, writing
+from lineament.core.files import atomic_write, output_folder, possible_file, write_json, write_text
 
 
 def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "result.txt"
     write_text(path, "old")
-    with pytest.raises(RuntimeError), writing(path) as temporary:
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old"
@@ -23,7 +23,7 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_folders_are_made_and_the_suffix_is_kept(tmp_path):
-    with writing(tmp_path / "a" / "b" / "map.png") as temporary:
+    with atomic_write(tmp_path / "a" / "b" / "map.png") as temporary:
         assert temporary.suffix == ".png"
         temporary.write_bytes(b"png")
     assert (tmp_path / "a" / "b" / "map.png").read_bytes() == b"png"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
@@ -98,61 +96,13 @@ def test_bad_sizes_are_refused():
 @pytest.mark.slow
 def test_models_are_saved_as_hugging_face_directories(tmp_path):
     transformers = pytest.importorskip("transformers")
-    from lineament.recipes.relp.training import network
+    from lineament.recipes.kit.networks import gpt2
 
     pairs = synthetic_ioi(3)
-    model = network(len(pairs.vocabulary), 12, layers=1, width=16, heads=2, seed=0)
+    model = gpt2(len(pairs.vocabulary), 12, layers=1, width=16, heads=2, seed=0)
     folder = save_language_model(model, pairs.vocabulary, tmp_path / "model")
     again = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text = " ".join(pairs.vocabulary[t] for t in pairs.clean[0])
     assert tokenizer(text)["input_ids"] == pairs.clean[0].tolist()
     torch.testing.assert_close(again(pairs.clean).logits, model(pairs.clean).logits)
-
-
-@pytest.mark.slow
-def test_the_recipe_runs_and_reports_its_claims_as_they_fall(tmp_path):
-    pytest.importorskip("transformers")
-    from lineament.recipes.relp import Config, run
-
-    config = Config(
-        pairs=4, ig_steps=2, seeds=(0,), layers=2, width=16, heads=2, steps=3, circuit_seeds=(0,), latents=32, dictionary_steps=2,
-        other_tasks=("greater-than",),
-    )  # fmt: skip
-    outcome = run(config, out=tmp_path)
-    holds = {claim.name.split(" (")[0]: claim.holds for claim in outcome.claims}
-    assert len(outcome.claims) == 12 and not holds["Control: the models solve the task"]
-    assert holds[
-        "The rules were active: every rule ran, the identity rule changed the scores, and no logit changed"
-    ]
-    assert {f.file for f in outcome.figures} == {"scatter.svg", "maps.svg", "rules.svg", "circuits.svg"}
-    again = run(config, out=tmp_path)
-    assert json.dumps(again.to_dict(), default=str) == json.dumps(outcome.to_dict(), default=str)
-
-
-@pytest.mark.slow
-def test_the_recipe_takes_a_language_model_of_the_users(tmp_path):
-    pytest.importorskip("transformers")
-    from lineament.recipes.relp import Config, run
-    from lineament.recipes.relp.training import network
-
-    words = sorted(
-        {w for side in (ioi_pairs(60).clean, ioi_pairs(60).corrupt) for text in side for w in text.split()}
-    )
-    vocabulary = ["<bos>", "<end>", *words, *(n for n in NAMES if n not in words)]
-    model = network(len(vocabulary), 24, layers=2, width=16, heads=2, seed=0)
-    folder = save_language_model(model, vocabulary, tmp_path / "model")
-    outcome = run(Config(pairs=20, ig_steps=1, seeds=(0,), model_folder=str(folder)), out=tmp_path)
-    assert "pairs of" in outcome.tables[0].title and len(outcome.claims) == 7
-    with pytest.raises(InputError, match="is no folder"):
-        run(Config(model_folder=str(tmp_path / "nothing")), out=tmp_path / "other")
-    with pytest.raises(InputError, match="heads cannot share evenly"):
-        run(Config(heads=5), out=tmp_path / "other")
-    from tests.contracts.token_models import byte_tokenizer
-    from tests.contracts.token_models import model as made
-
-    for name, message in (("gpt2", "pairs 0 have names that are one token"), ("t5", "encoder-decoder")):
-        made(name).save_pretrained(tmp_path / name)
-        byte_tokenizer().save_pretrained(tmp_path / name)
-        with pytest.raises(InputError, match=message):
-            run(Config(pairs=8, seeds=(0,), model_folder=str(tmp_path / name)), out=tmp_path / "other")

@@ -105,7 +105,7 @@ def test_relp():
         "input_ids": ids[0], "answer": 5,
     }  # fmt: skip
     pages = blocks("relp")
-    assert "layout = {" in pages[1]
+    assert "sites = {" in pages[1]
     for k, block in enumerate(pages):
         if "component_nodes(model" in block:
             # Metrics belong to the prompts of their block.

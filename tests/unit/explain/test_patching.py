@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from tests.contracts.language_models import FAMILIES, GATED, prompts, tiny
@@ -14,9 +16,7 @@ from lineament.explain.patching.attribution import attribution_patching
 from lineament.explain.patching.components import KINDS, find_components
 from lineament.explain.patching.edges import edge_patching
 from lineament.explain.patching.integrated import integrated_patching
-from lineament.explain.patching.metrics import (
-    logit_difference,
-)
+from lineament.explain.patching.metrics import logit_difference
 from lineament.explain.patching.relevance import relevance_patching
 from lineament.explain.relevance.rules import relevance_rules
 
@@ -31,11 +31,10 @@ def kinds_of(family):
 def test_batched_patches_from_the_middle_are_patches_made_one_by_one(family):
     """Every kind of site, with blocks skipped and nodes side by side, against one whole forward with one hook."""
     model, (clean, corrupt) = tiny(family), prompts()
-    kinds = [kind for kind in kinds_of(family) if kind not in ("resid_mid",)]
+    kinds = [kind for kind in kinds_of(family) if kind != "resid_mid"]
     result = activation_patching(
         model, clean, corrupt, METRIC, sites=kinds, positions=[1, 4], batch_size=7, normalise=False
     )
-    rest = ["resid_mid"] if "resid_mid" in kinds_of(family) else []
     generator = torch.Generator().manual_seed(0)
     for kind in kinds:
         per_kind = result.scores[kind]
@@ -65,7 +64,7 @@ def test_batched_patches_from_the_middle_are_patches_made_one_by_one(family):
                         position,
                         unit,
                     )
-    if rest:
+    if "resid_mid" in kinds_of(family):
         # Everything after the middle of a block, clean at all positions, is the clean run from there on.
         middle = activation_patching(model, clean, corrupt, METRIC, sites="resid_mid", positions="together")
         torch.testing.assert_close(middle.scores["resid_mid"], torch.ones(2, 1), atol=1e-3, rtol=0)
@@ -103,17 +102,8 @@ def test_rules_change_the_coefficients_and_not_the_logits(family, rules):
     want = {"ln", "identity"} | ({"half"} if family in GATED else set())
     want |= {"relp": set(), "relp+ah": {"ah"}, "attnlrp": {"uniform"}}[rules]
     assert coverage.modules.keys() == want and not coverage.idle()
-    norms = {
-        "gpt2": 5,
-        "pythia": 5,
-        "neox-serial": 5,
-        "llama": 5,
-        "qwen2": 5,
-        "qwen3": 9,
-        "gemma2": 9,
-        "gemma3": 13,
-    }
-    assert len(coverage.modules["ln"]) == norms[family] and len(coverage.modules["identity"]) == 2
+    norms = {"qwen3": 9, "gemma2": 9, "gemma3": 13}.get(family, 5)
+    assert len(coverage.modules["ln"]) == norms and len(coverage.modules["identity"]) == 2
     result = relevance_patching(model, clean, corrupt, METRIC, rules=rules, sites=["mlp_out", "q", "k", "v"])
     plain = attribution_patching(model, clean, corrupt, METRIC, sites=["mlp_out", "q", "k", "v"])
     assert not torch.allclose(result.scores["mlp_out"], plain.scores["mlp_out"])
@@ -315,18 +305,26 @@ def test_zero_and_mean_corruption_put_in_zeros_and_means():
         torch.testing.assert_close(linear.per_example["mlp_out"][:, 1], want.detach(), atol=1e-4, rtol=1e-4)
 
 
+PADDED = {
+    "activation": activation_patching,
+    "attribution": attribution_patching,
+    "relevance": relevance_patching,
+    "integrated": integrated_patching,
+    "AtP*": partial(attribution_patching, qk_fix=True, grad_drop=True),
+}
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
 def test_padding_changes_no_score(side, family):
     model, (clean, corrupt) = tiny(family), prompts()
     filler = torch.full((3, 2), 2)
     both = (lambda x: torch.cat([filler, x], 1)) if side == "left" else (lambda x: torch.cat([x, filler], 1))
-    mask = both(torch.ones_like(clean)) * 1
-    mask[:, :2] = 0 if side == "left" else 1
-    mask[:, -2:] = 1 if side == "left" else 0
     real = slice(2, None) if side == "left" else slice(None, -2)
-    for method in (activation_patching, attribution_patching, relevance_patching, integrated_patching):
-        kinds = ["resid_pre", "z", "mlp_out"]
+    mask = torch.zeros(3, clean.shape[1] + 2, dtype=torch.long)
+    mask[:, real] = 1
+    for name, method in PADDED.items():
+        kinds = ["q", "k", "mlp_out"] if name == "AtP*" else ["resid_pre", "z", "mlp_out"]
         want = method(model, clean, corrupt, METRIC, sites=kinds)
         found = method(model, both(clean), both(corrupt), METRIC, sites=kinds, attention_mask=mask)
         for kind in kinds:

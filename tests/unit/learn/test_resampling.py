@@ -12,14 +12,10 @@ from tests.contracts.unchanged import unchanged
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError
 from lineament.learn.useful.early_outputs import outputs_of, recalibrated
-from lineament.learn.useful.resampling import UpsamplingSampler, find_slow, useful
-from lineament.optim import SAM
-from lineament.recipes.kit import networks
+from lineament.learn.useful.resampling import UpsamplingSampler, find_slow, trainer, useful
 from lineament.recipes.useful import Config, run, runs
-from lineament.train.epochs import Fit
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] + 0.5 * X[:, 1] > 0).long()
@@ -36,6 +32,9 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
+FIT = trainer((X, Y), optimizer=sgd, batch_size=16)
+
+
 def same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
 
@@ -43,11 +42,11 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 def test_the_early_part_leaves_the_model_at_its_start():
     model = net()
     before = copy.deepcopy(model)
-    early = find_slow(model, Fit(X, Y, sgd, batch_size=16), LOADER, epochs=40)
+    early = find_slow(model, FIT, LOADER, epochs=40)
     assert same(model, before)
     # 2 % to 15 % of 40, one more epoch and one for the smoothing.
     assert 2 <= early.epoch <= 6 and len(early.errors) == 8
-    fixed = find_slow(model, Fit(X, Y, sgd, batch_size=16), LOADER, epochs=40, separating=early.epoch)
+    fixed = find_slow(model, FIT, LOADER, epochs=40, separating=early.epoch)
     assert torch.equal(fixed.selection.mask, early.selection.mask)
     json.dumps(early.to_dict())
     early.plot()
@@ -55,16 +54,15 @@ def test_the_early_part_leaves_the_model_at_its_start():
 
 def test_the_final_training_starts_from_the_same_weights_on_the_enlarged_data():
     model, plain, seen = net(), net(), []
-    fit = Fit(X, Y, sgd, batch_size=16)
 
     def watched(model, rows, epochs, **options):
         seen.append((copy.deepcopy(model), rows, options))
-        yield from fit(model, rows, epochs, **options)
+        yield from FIT(model, rows, epochs, **options)
 
     done = useful(model, watched, LOADER, epochs=6, separating=3, factor=3)
     assert same(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], torch.arange(60))
     assert torch.equal(seen[1][1], done.early.selection.indices(3)) and len(done.errors) == 6
-    list(fit(plain, done.rows, 6))
+    list(FIT(plain, done.rows, 6))
     assert same(model, plain)
     assert done.cost == pytest.approx(len(done.rows) / 60 + 3 / 6)
     useful(net(), watched, LOADER, epochs=2, separating=1, weigh=True)
@@ -83,99 +81,21 @@ def test_an_order_that_changes_after_the_first_walks_is_seen():
             return iter([(x.flip(0), y.flip(0)) for x, y in LOADER] if self.walks > 2 else LOADER)
 
     with pytest.raises(InputError, match="other labels at each walk"):
-        find_slow(net(), Fit(X, Y, sgd), Turning(), epochs=5, separating=1)
+        find_slow(net(), FIT, Turning(), epochs=5, separating=1)
 
 
 def test_a_class_without_examples_is_left_out_where_that_is_allowed():
     wide = nn.Sequential(nn.Linear(4, 3))
     with pytest.warns(UserWarning, match=r"classes \[2\]"):
-        early = find_slow(wide, Fit(X, Y, sgd), LOADER, epochs=5, separating=1, allow_empty=True)
+        early = find_slow(wide, FIT, LOADER, epochs=5, separating=1, allow_empty=True)
     assert early.selection.counts[2].tolist() == [0, 0] and bool(early.selection.mask.any())
-
-
-@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.LayerNorm])
-def test_a_last_batch_of_one_is_left_to_another_epoch_where_there_is_batch_norm(kind):
-    seen = []
-    model = nn.Sequential(nn.Linear(4, 3), kind(3), nn.Linear(3, 2))
-    model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    list(Fit(X, Y, sgd, batch_size=16)(model, torch.arange(33), 2))
-    assert seen == ([16, 16] if kind is nn.BatchNorm1d else [16, 16, 1]) * 2
-
-
-@pytest.mark.parametrize("around", [False, True])
-def test_nan_raises_with_the_step_or_is_skipped_whole(around):
-    def make(model):
-        return SAM(sgd(model), rho=0.1, model=model) if around else sgd(model)
-
-    bad, order = X.clone(), torch.randperm(60, generator=torch.Generator().manual_seed(0))
-    bad[order[20], 1] = float("nan")  # in the second batch of the first epoch
-    with pytest.raises(
-        InputError, match=r"training: the loss is NaN or infinite at step 2 of epoch 1; .*nonfinite='skip'"
-    ):
-        list(Fit(bad, Y, make, batch_size=16)(broken := net(), None, 2))
-    assert all(bool(torch.isfinite(value).all()) for value in broken.state_dict().values())
-    skipped, kept = net(), net()
-    list(Fit(bad, Y, make, batch_size=16, nonfinite="skip")(skipped, None, 1))
-    # The other three batches of that epoch, by hand.
-    optimizer = make(kept.train())
-    for rows in (order[:16], order[32:48], order[48:]):
-
-        def closure(rows=rows):
-            optimizer.zero_grad()
-            loss = torch.nn.functional.cross_entropy(kept(X[rows]), Y[rows])
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-    assert same(skipped, kept)
-    with pytest.raises(InputError, match="all 4 steps of epoch 1 had a NaN"):
-        list(Fit(X * float("nan"), Y, make, batch_size=16, nonfinite="skip")(net(), None, 1))
-    with pytest.raises(InputError, match="the loss is NaN"):  # weights that sum to nothing
-        list(Fit(X, Y, make, weights=torch.zeros(60))(net(), None, 1))
-    with pytest.raises(InputError, match="nonfinite: got 'ignore'"):
-        Fit(X, Y, make, nonfinite="ignore")
 
 
 def test_a_factor_of_one_is_plain_training():
     model, plain = net(), net()
-    fit = Fit(X, Y, sgd, batch_size=16)
-    useful(model, fit, LOADER, epochs=3, separating=1, factor=1)
-    list(fit(plain, torch.arange(60), 3))
+    useful(model, FIT, LOADER, epochs=3, separating=1, factor=1)
+    list(FIT(plain, torch.arange(60), 3))
     assert same(model, plain)
-
-
-def test_copies_and_weights_are_the_same_in_full_batches():
-    one, two = (nn.Linear(4, 2) for _ in range(2))
-    two.load_state_dict(one.state_dict())
-    weights = 1.0 + (torch.arange(60) < 20).double()
-    rows = torch.cat([torch.arange(60), torch.arange(20)])
-    list(Fit(X, Y, sgd, batch_size=100)(one, rows, 5))
-    list(Fit(X, Y, sgd, batch_size=100, weights=weights)(two, None, 5))
-    assert torch.allclose(one.weight, two.weight, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["sgd", "sam"])
-def test_a_killed_training_goes_on_with_the_same_bits(tmp_path, kind):
-    def optimizer(model):
-        return sgd(model) if kind == "sgd" else SAM(sgd(model), rho=0.1, model=model)
-
-    def schedule(optimizer, epochs):
-        return torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
-
-    def fit(run, records):
-        return Fit(
-            X, Y, optimizer, schedule, batch_size=16, mixup=0.3, run=run, record=lambda m: 1, records=records
-        )
-
-    whole, cut, again = net(), net(), net()
-    errors = list(fit(None, [])(whole, None, 6))
-    run, records = Checkpoint(tmp_path / "run", {}), []
-    for epoch, _ in enumerate(fit(run, [])(cut, None, 6)):
-        if epoch == 3:
-            break
-    every = fit(run, records)
-    assert list(every(again, None, 6)) == errors and len(records) == 6
-    assert same(whole, again)
 
 
 def test_outputs_leave_no_trace_and_statistics_come_back():
@@ -208,30 +128,29 @@ def test_the_sampler_repeats_indices_and_shares_them_among_processes():
 
 
 def test_what_cannot_be_used_is_named():
-    fit = Fit(X, Y, sgd)
     never = lambda model, rows, epochs: pytest.fail("trained")  # noqa: E731
     with pytest.raises(InputError, match=r"1 of 2 classes have no example, first class \[1\]"):
         find_slow(net(), never, [(X, torch.zeros(60).long())], epochs=5, separating=1)
     with pytest.raises(InputError, match=r"labels: .*2"):
         find_slow(net(), never, [(X, torch.arange(60) % 3)], epochs=5, separating=1)
-    with pytest.raises(InputError, match="loader: it is empty"):
+    with pytest.raises(InputError, match="data: it is empty"):
         find_slow(net(), never, [], epochs=5, separating=1)
     with pytest.raises(InputError, match="walked again"):
-        find_slow(net(), fit, iter(LOADER), epochs=5, separating=1)
+        find_slow(net(), FIT, iter(LOADER), epochs=5, separating=1)
     with pytest.raises(InputError, match=r"other labels at each walk.*shuffle=False"):
         shuffled = DataLoader(TensorDataset(X, Y), batch_size=30, shuffle=True)
         find_slow(net(), never, shuffled, epochs=5, separating=1)
-    with pytest.raises(InputError, match=r"loader: 1 of 60 samples hold NaN .*leave out sample 31 "):
+    with pytest.raises(InputError, match=r"data: 1 of 60 samples hold NaN .*leave out sample 31 "):
         bad = torch.where(torch.arange(60)[:, None] == 31, torch.inf, X)
         find_slow(net(), never, [(bad[:25], Y[:25]), (bad[25:], Y[25:])], epochs=5, separating=1)
     with pytest.raises(InputError, match="separating"):
-        find_slow(net(), fit, LOADER, epochs=5, separating=9)
+        find_slow(net(), FIT, LOADER, epochs=5, separating=9)
     with pytest.raises(InputError, match="too few to see"):
-        find_slow(net(), fit, LOADER, epochs=2)
+        find_slow(net(), FIT, LOADER, epochs=2)
     with pytest.raises(InputError, match="ended after 1 epochs"):
         find_slow(net(), lambda m, r, e: [0.5], LOADER, epochs=5, separating=3)
     with pytest.raises(InputError, match="site"):
-        find_slow(net(), fit, LOADER, epochs=5, separating=1, output="features")
+        find_slow(net(), FIT, LOADER, epochs=5, separating=1, output="features")
     with pytest.raises(InputError, match="rank"):
         UpsamplingSampler(torch.arange(4), rank=2, replicas=2)
     for options in ({"factor": 3}, {"balance": "shares"}):
@@ -249,12 +168,6 @@ def test_what_cannot_be_used_is_named():
     with pytest.raises(InputError, match="training error"):
         find_slow(model, lambda m, r, e: [float("nan")], LOADER, epochs=5, separating=1)
     assert same(model, before)
-
-
-@pytest.mark.parametrize("kind", sorted(networks.NETWORKS))
-def test_every_network_of_the_recipe_runs(kind):
-    model = networks.network(kind, (3, 32, 32), 5, seed=0)
-    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
 
 
 @pytest.mark.slow

@@ -5,13 +5,16 @@ from __future__ import annotations
 import pickle
 import sys
 import zipfile
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lineament.core.checks import InputError
+from lineament.data.samples import Samples
 from lineament.load import arrays
 from lineament.load.data import load_data
 
@@ -311,3 +314,54 @@ def test_a_header_that_claims_more_than_the_file_holds_makes_nothing_of_that_siz
         )
     with pytest.raises(InputError, match="ends too early"):
         load_data(path)
+
+
+def in_memory_forms():
+    x, y = torch.arange(60.0).view(20, 3), torch.arange(20) % 4
+    pair = TensorDataset(x, y)
+    return {
+        "tensors": (x, y),
+        "arrays": (x.numpy(), y.numpy()),
+        "lists": (x.tolist(), y.tolist()),
+        "samples": Samples(x, y),
+        "dataset": pair,
+        "subset": Subset(pair, range(20)),
+        "loader": DataLoader(pair, batch_size=6),
+    }
+
+
+@pytest.mark.parametrize("form", in_memory_forms())
+def test_data_in_memory_come_in_every_form(form):
+    data = in_memory_forms()[form]
+    whole = load_data(data, groups=["a", "b"] * 10, classes=["n", "e", "s", "w"])
+    assert torch.equal(whole.inputs, torch.arange(60.0).view(20, 3)) and whole.classes == ("n", "e", "s", "w")
+    assert whole.targets.tolist() == [k % 4 for k in range(20)] and whole.groups.tolist() == [0, 1] * 10
+    some = load_data(data, samples=7, seed=1)
+    assert len(some) == 7 and torch.equal(some.inputs[:, 0], 3.0 * some.index)
+    assert form == "loader" or some.total == 20
+
+
+def test_data_in_memory_of_another_form_are_refused():
+    for data, said in (
+        (5, "expected a pair"),
+        ((torch.zeros(3, 2), torch.zeros(2)), "3 inputs and 2 targets"),
+        (DataLoader(TensorDataset(torch.zeros(0, 2), torch.zeros(0))), "it is empty"),
+        ((torch.full((2, 2), torch.nan), torch.tensor([0, 1])), "NaN or infinite values in 2 of 2"),
+    ):
+        with pytest.raises(InputError, match=said):
+            load_data(data)
+
+
+def test_a_dataset_larger_than_the_memory_is_not_read_whole():
+    class Large(Dataset):
+        fetched: ClassVar[list] = []
+
+        def __len__(self):
+            return 10**9
+
+        def __getitem__(self, row):
+            self.fetched.append(row)
+            return torch.zeros(2), row % 2
+
+    found = load_data(Large(), samples=5)
+    assert len(Large.fetched) == 5 and found.total == 10**9 and found.index.tolist() == Large.fetched

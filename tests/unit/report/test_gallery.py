@@ -211,7 +211,7 @@ def test_the_site_may_lie_among_the_runs(tmp_path):
 
 
 def test_folders_that_cannot_be_used(tmp_path):
-    with pytest.raises(InputError, match="RUNS"):
+    with pytest.raises(InputError, match="runs: "):
         build(tmp_path / "none", tmp_path / "site", catalogue=CATALOGUE)
     (tmp_path / "home").mkdir()
     (tmp_path / "home/index.html").write_text("my own page")

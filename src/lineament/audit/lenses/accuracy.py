@@ -177,8 +177,6 @@ def _classes(subject: Subject) -> Section:
         *([_confusion(subject, confusion, present)] if len(present) <= 30 else []),
     ]
     return Section(
-        name="accuracy",
-        title=TITLE,
         status="warning" if poor else "note" if weak else "good",
         number=percent(overall.accuracy),
         unit="of samples right",
@@ -189,7 +187,6 @@ def _classes(subject: Subject) -> Section:
             _table("By class" + (", the 20 hardest" if len(classes) > 20 else ""), "class", classes),
             *([_mistakes(subject, confusion)] if not bool(right.all()) else []),
         ],
-        method=METHOD,
         numbers=plain(found),
         findings=_class_findings(found),
     )
@@ -216,20 +213,18 @@ def _class_findings(found: Classes) -> list[Finding]:
                 Finding(
                     "warning" if best.accuracy - worst.accuracy > 0.1 else "note",
                     f"Accuracy falls from {percent(best.accuracy)} in group {best.quoted} to {percent(worst.accuracy)} in group {worst.quoted}.",
-                    "accuracy",
                     advice="Look at what sets that group apart, and train on more samples of it or weigh them up; give the accuracy by group wherever you give it.",
                 )
             )
         else:
             alike = f"Its {len(groups)} groups fare alike, as far as {overall.count} samples can tell."
-            told.append(Finding("good", alike, "accuracy"))
+            told.append(Finding("good", alike))
     worst = min(found.classes, key=lambda c: c.accuracy)
     if worst.high < overall.low and overall.accuracy - worst.accuracy > 0.1:
         told.append(
             Finding(
                 "note",
                 f"Class {worst.quoted} is right in {percent(worst.accuracy)} only, against {percent(overall.accuracy)} overall.",
-                "accuracy",
                 advice="See what it is taken for (the table of mistakes), check the labels of a few of these samples, and train on more of them.",
             )
         )
@@ -238,7 +233,6 @@ def _class_findings(found: Classes) -> list[Finding]:
             Finding(
                 "warning" if known.gap > 0.15 else "note",
                 f"It is {'over' if known.gap > 0 else 'under'}confident: {percent(known.confidence)} sure on average, and right in {percent(known.accuracy)}.",
-                "accuracy",
                 advice="Do not use its confidence as it is: divide the logits by one temperature that you fit on held-out data (the paper that the section names says how).",
             )
         )
@@ -253,7 +247,6 @@ def _class_findings(found: Classes) -> list[Finding]:
                 if poor
                 else "."
             ),
-            "accuracy",
             advice="Make sure first that samples reach it as they did in training (their size and normalisation) and that class numbers mean the same to both; then train it longer or on more data."
             if poor
             else "",
@@ -428,8 +421,6 @@ def _values(subject: Subject) -> Section:
         ax.set(xlabel="target", ylabel="answer")
 
     return Section(
-        name="accuracy",
-        title=TITLE,
         status="warning" if overall.r2 < 0 else "note" if uneven else "good",
         number=compact(overall.r2),
         unit="R², the share of variance explained",
@@ -464,7 +455,6 @@ def _value_findings(found: Values) -> list[Finding]:
             Finding(
                 "warning",
                 f"Its error rises from {compact(best.mae)} in group “{printable(best.name, limit=60)}” to {compact(worst.mae)} in group “{printable(worst.name, limit=60)}”.",
-                "accuracy",
                 advice="Look at what sets that group apart, and train on more samples of it; give the error by group wherever you give it.",
             )
         )
@@ -474,7 +464,6 @@ def _value_findings(found: Values) -> list[Finding]:
             "warning" if useless else "good",
             f"It explains {percent(max(found.overall.r2, 0))} of the targets' variance and is off by {compact(found.overall.mae)} on average"
             + (", worse than always answering the mean." if useless else "."),
-            "accuracy",
             advice="Make sure that inputs and targets are scaled as they were in training."
             if useless
             else "",

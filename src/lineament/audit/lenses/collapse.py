@@ -115,8 +115,6 @@ def look(subject: Subject) -> Section:
     if not every:
         sentence += f"Only {len(present)} of {subject.outputs.shape[1]} classes occur in the data, so NC3 and NC4 are left out. "
     return Section(
-        name="collapse",
-        title=TITLE,
         status="good" if value < 0.7 and not measured.few else "note",
         number=compact(value),
         unit="variance within classes / between them, at the last place",
@@ -140,7 +138,6 @@ def look(subject: Subject) -> Section:
                 ],
             )
         ],
-        method=METHOD,
         numbers=plain(measured),
         findings=[_finding(measured)],
     )
@@ -149,14 +146,13 @@ def look(subject: Subject) -> Section:
 def _finding(found: Collapse) -> Finding:
     if found.few:
         few = "There are too few samples of each class to tell how tightly it holds them."
-        return Finding("note", few, "collapse", "Audit more samples of each class.")
+        return Finding("note", few, advice="Audit more samples of each class.")
     last = found.sites[-1]
     value = last.nc1_tilde
     if not math.isfinite(value):
         return Finding(
             "warning",
             "At the last place its features are the same for every class.",
-            "collapse",
             advice="Make sure that its inputs differ and are scaled as in training; a network that answers the same to all has to be trained anew.",
         )
     near = last.nearest_mean_accuracy
@@ -168,9 +164,9 @@ def _finding(found: Collapse) -> Finding:
     else:
         text = f"Its classes overlap at the last place (variance within classes {compact(value)} times that between){right}."
     if value < 0.7:
-        return Finding("good", text, "collapse")
+        return Finding("good", text)
     advice = "Nothing, if it is right often enough; otherwise train it longer, or a larger one."
-    return Finding("note", text, "collapse", advice)
+    return Finding("note", text, advice=advice)
 
 
 class _Lazy:

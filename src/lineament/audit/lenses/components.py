@@ -141,15 +141,12 @@ def look(subject: LanguageSubject) -> Section:
         sentence += " It hardly has the behaviour that these pairs ask for."
     sentence += behaviour.note
     return Section(
-        name="components",
-        title=TITLE,
         status="warning" if right < 0.6 else "good" if trusted >= 0.8 else "note",
         number=percent(strongest, 0),
         unit=f"of the behaviour comes back with head {head} of layer {layer}",
         sentence=sentence,
         pictures=[_maps(found), _heads(per_head), _check(ours, truth)],
         tables=[_most_important(found, heads), _agreement(agreement)],
-        method=METHOD,
         numbers=plain(behaviour),
         findings=[_finding(behaviour)],
     )
@@ -160,7 +157,6 @@ def _finding(found: Behaviour) -> Finding:
         return Finding(
             "warning",
             f"It prefers the right answer in {percent(found.right, 0)} of the prompt pairs only: it hardly has the behaviour that they ask for.",
-            "components",
             advice="Choose pairs that it answers rightly; what carries a behaviour can only be found where there is one.",
         )
     if found.carriers is None:
@@ -168,7 +164,6 @@ def _finding(found: Behaviour) -> Finding:
             "warning",
             f"What the prompt pairs change hardly matters to it: it prefers the right answer in {percent(found.right, 0)} of clean prompts, and the same answer in "
             f"{percent(found.right_when_corrupt, 0)} of corrupt ones.",
-            "components",
             advice="Choose pairs whose corrupt prompt asks for the wrong answer.",
         )
     top = found.carriers.top_head
@@ -176,7 +171,6 @@ def _finding(found: Behaviour) -> Finding:
         "good",
         f"It prefers the right answer in {percent(found.right, 0)} of the prompt pairs; head {top.head} of layer {top.layer} alone brings back {percent(top.score, 0)} of "
         f"the difference, and five heads hold {percent(found.carriers.five_heads, 0)} of what all heads bring back.",
-        "components",
     )
 
 
@@ -234,13 +228,10 @@ def _unmoved(behaviour: Behaviour, ends: tuple[float, float]) -> Section:
         f"said to carry it. Choose pairs whose corrupt prompt asks for the wrong answer.{behaviour.note}"
     )
     return Section(
-        name="components",
-        title=TITLE,
         status="warning",
         number=percent(behaviour.right_when_corrupt, 0),
         unit="of answers stay the same on the corrupt prompts",
         sentence=sentence,
-        method=METHOD,
         numbers=plain(behaviour),
         findings=[_finding(behaviour)],
     )

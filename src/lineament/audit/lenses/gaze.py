@@ -123,15 +123,12 @@ def look(subject: Subject) -> Section:
     )
     trusted = found.faithfulness is not None and found.faithfulness.better_than_random
     return Section(
-        name="gaze",
-        title=TITLE,
         status="warning" if place.decides else "note" if place.matters or not trusted else "good",
         number=number,
         unit=unit,
         sentence=sentence,
         pictures=pictures,
         tables=tables,
-        method=METHOD,
         numbers=plain(found),
         findings=[_finding(found)],
     )
@@ -145,20 +142,17 @@ def _finding(found: Gaze) -> Finding:
             f"It relies on one small patch at {where}, {percent(v.area, 0)} of the image: a shortcut, unless that is where the answer lies. Taking that patch alone from another image "
             f"turns {percent(v.followed, 0)} of answers into the answer to that image; patches elsewhere turn {percent(v.others_followed, 0)}. "
             f"Accuracy falls from {percent(v.accuracy)} to {percent(v.swapped_accuracy)}.",
-            "gaze",
             advice="Look at that place in your images (the section shows some). If the answer does not lie there, cover or mix that patch across the classes of the training data, train again and audit again.",
         )
     if v.matters:
         return Finding(
             "note",
             f"Where it looks matters most at {where}: taking that patch from another image costs {points(v.accuracy - v.swapped_accuracy)} of accuracy. No single patch decides the answer.",
-            "gaze",
             advice="See whether what you ask about always lies there; if not, vary its place in the training data.",
         )
     return Finding(
         "good",
         f"It relies on no single fixed place of the image: of {v.windows} patches tried, none decides the answer.",
-        "gaze",
     )
 
 

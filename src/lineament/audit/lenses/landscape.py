@@ -163,8 +163,6 @@ def look(subject: Subject) -> Section:
             f"Over {len(rows)} samples, none of {size:,} weight directions has any curvature. {found.meaning}"
         )
     return Section(
-        name="landscape",
-        title=TITLE,
         status="good" if curvature.settled else "note",
         number=compact(top),
         unit="largest curvature of the loss",
@@ -183,7 +181,6 @@ def look(subject: Subject) -> Section:
                 ],
             )
         ],
-        method=METHOD,
         numbers=plain(curvature),
         findings=[_finding(curvature)],
     )
@@ -193,20 +190,20 @@ def _finding(found: Curvature) -> Finding:
     ends = f"smallest eigenvalue {compact(found.bottom)}, largest {compact(found.top)}"
     if found.saddle:
         text = f"It does not sit in a minimum: the loss curves downwards ({ends})."
-        return Finding("note", text, "landscape", _SETTLE)
+        return Finding("note", text, advice=_SETTLE)
     if found.criteria.verdict == "flat":
         text = "Its loss on these samples has no curvature at all: small changes of the weights do not matter to it, or only in a straight line."
-        return Finding("note", text, "landscape")
+        return Finding("note", text)
     if found.criteria.verdict != "settled":
         k = [v for v in found.criteria.k.tolist() if math.isfinite(v)]
         share = f" (K_H0.5 = {compact(sum(k) / len(k))})" if k else ""
         text = f"Nothing curves steeply downwards where it is ({ends}), but many directions do gently{share}: not quite a minimum."
-        return Finding("note", text, "landscape", _SETTLE)
+        return Finding("note", text, advice=_SETTLE)
     if not found.settled:
         text = f"Nothing was found that curves steeply downwards where it is, but the search for the spectrum's ends ({compact(found.bottom)} and {compact(found.top)}) had not settled."
-        return Finding("note", text, "landscape", "Audit with another seed or more samples, and compare.")
+        return Finding("note", text, advice="Audit with another seed or more samples, and compare.")
     text = f"It sits in a minimum of largest curvature {compact(found.top)}; {percent(found.flat_share, 0)} of weight directions are nearly flat."
-    return Finding("good", text, "landscape")
+    return Finding("good", text)
 
 
 def _rounding(subject: Subject) -> float:
@@ -221,20 +218,16 @@ def _rounding(subject: Subject) -> float:
 def _nothing_left(loss: float, samples: int) -> Section:
     """No loss is below zero, so that at zero neither the sign nor the size of the curvature means anything."""
     return Section(
-        name="landscape",
-        title=TITLE,
         status="note",
         number=compact(loss),
         unit="loss on these samples: zero, within rounding",
         sentence=f"Over {samples} samples the loss is {compact(loss)}, which is zero within rounding: it cannot fall further, and how it curves there is no more than "
         "rounding, so that neither a minimum nor a saddle can be told. Audit samples that the network was not trained on, or harder ones, to learn how settled it is.",
-        method=METHOD,
         numbers={"settled": None, "loss": loss, "samples": samples},
         findings=[
             Finding(
                 "note",
                 f"Its loss on these samples is zero within rounding ({compact(loss)}), so that how settled it is cannot be told from them.",
-                "landscape",
                 advice="Audit samples that it was not trained on.",
             )
         ],

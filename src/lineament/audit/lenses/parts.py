@@ -163,8 +163,6 @@ def look(subject: Subject) -> Section:
     columns = ("place", "channels", "answers changed" if classify else "answers moved", "loss + (mean)", "± s.e.", "loss + (zero)",
                *(("accuracy lost",) if classify else ()))  # fmt: skip
     return Section(
-        name="parts",
-        title=TITLE,
         status="note" if free > 0.5 * len(groups) else "good",
         number=percent(free / len(groups), 0),
         unit="of channel groups are dispensable, one at a time",
@@ -188,7 +186,6 @@ def look(subject: Subject) -> Section:
                 ],
             )
         ],
-        method=METHOD,
         numbers=plain(found),
         findings=[_finding(found)],
     )
@@ -200,14 +197,12 @@ def _finding(found: Parts) -> Finding:
         return Finding(
             "note",
             f"{percent(share, 0)} of its channel groups can each be silenced with hardly an answer changing: it has room to spare.",
-            "parts",
             advice="Nothing, if its size is no burden; otherwise train one with fewer channels, or take groups away one after the other and measure again.",
         )
     effect = percent(found.top.mean.changed, 0).join(found.effect)
     return Finding(
         "good",
         f"It uses {'most' if found.free else 'all'} of its parts: {percent(share, 0) if found.free else 'none'} of its channel groups can be silenced unnoticed; silencing the most important, at {short(found.top.site, 40)}, {effect}.",
-        "parts",
     )
 
 

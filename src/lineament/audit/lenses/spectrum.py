@@ -95,8 +95,6 @@ def look(subject: Subject) -> Section:
     sentence += f"Of all {total} units looked at, {percent(silent / total)} never vary and {percent(doubled / total)} almost copy another (correlation above 0.95)."
     narrow = last.effective_rank < 2 and last.units > 4
     return Section(
-        name="spectrum",
-        title=TITLE,
         status="note" if narrow or found.idle > 0.25 else "good",
         number=compact(last.effective_rank),
         unit=f"effective directions of {last.units} units, at the last place",
@@ -128,7 +126,6 @@ def look(subject: Subject) -> Section:
                 ],
             )
         ],
-        method=METHOD,
         numbers=plain(found),
         findings=[_finding(found)],
     )
@@ -141,10 +138,9 @@ def _finding(found: Spectrum) -> Finding:
         return Finding(
             "note",
             f"{text}; {percent(found.idle, 0)} of all units never vary or copy another.",
-            "spectrum",
             advice="Nothing, if it is right often enough: a network with fewer channels may do as well.",
         )
-    return Finding("good", f"{text}.", "spectrum")
+    return Finding("good", f"{text}.")
 
 
 def dimensions(features: Tensor, site: str = "") -> Dimensions:

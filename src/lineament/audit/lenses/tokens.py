@@ -105,15 +105,12 @@ def look(subject: LanguageSubject) -> Section:
     if left_out:
         sentence += f" {len(left_out)} prompts were left out, the first because: {left_out[0]}"
     return Section(
-        name="tokens",
-        title=TITLE,
         status="warning" if measured.contradicted else "good" if measured.true else "note",
         number=compact(middle),
         unit=f"token{'s' if plural else ''} from the end hold{'' if plural else 's'} half of what decides",
         sentence=sentence,
         pictures=[_strips(measured.prompts), _distances(measured.prompts), _bars(scores)],
         tables=[_most_important(measured.prompts), _judgement(scores)],
-        method=METHOD,
         numbers=plain(measured),
         findings=[_finding(measured)],
     )
@@ -126,11 +123,10 @@ def _finding(found: Tokens) -> Finding:
         return Finding(
             "warning",
             f"{text}, but the attribution fails its own test: other tokens decide more.",
-            "tokens",
             advice="Do not rely on the tokens named here: try more prompts, or another method, such as integrated gradients.",
         )
     proof = "" if found.true else "; whether the tokens named are the right ones cannot be told from these"
-    return Finding("good" if found.true else "note", f"{text}{proof}.", "tokens")
+    return Finding("good" if found.true else "note", f"{text}{proof}.")
 
 
 def _attributions(subject: LanguageSubject) -> tuple[list[tuple[str, TokenAttribution]], list[str]]:

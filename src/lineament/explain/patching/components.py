@@ -151,7 +151,7 @@ def architecture(model: nn.Module) -> Architecture:
             return Architecture(found, names, parallel, root)
     kind = getattr(getattr(plain(model), "config", None), "model_type", None) or type(plain(model)).__name__
     raise InputError(
-        f"model: the layout of {kind!r} is not known (known: {', '.join(_FAMILIES)}); name the sites, "
+        f"model: the architecture of {kind!r} is not known (known: {', '.join(_FAMILIES)}); name the sites, "
         "sites={'blocks': 'layers.*', 'resid_pre': 'layers.*:in', 'attn_out': 'layers.*.attention'}"
     )
 

@@ -5,7 +5,7 @@ After an epoch or two batch norm's running statistics lag behind weights that ch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,22 +15,27 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lineament.core import checks
-from lineament.core.models import device_of, frozen, logits
+from lineament.core.models import device_of, dtype_of, frozen
 from lineament.core.sites.activations import capture
+from lineament.train.batches import moved, source
+from lineament.train.loop import outputs_of as answers
+
+# Samples at a time, of data that are not in batches.
+_BATCH = 500
 
 
 def outputs_of(
-    model: nn.Module, loader: Iterable[Any], *, site: str | None = None, recalibrate: bool = False
+    model: nn.Module, data: Any, *, site: str | None = None, recalibrate: bool = False
 ) -> tuple[Float[Tensor, "samples classes"], Int[Tensor, "samples"], Float[Tensor, "samples dims"] | None]:
     """The model's logits on all of the data, the labels, and features where a site is named; eval mode, single precision.
 
     Args:
-        loader: walks the un-augmented data in the order of its indices, in batches (inputs, labels).
+        data: un-augmented, in the order of its indices, in any form that :func:`~lineament.train.loop.fit` takes.
         site: a site whose output is returned too; spatial dimensions are averaged.
         recalibrate: take the statistics of batch norm from the data first, and put the old ones back.
 
     Raises:
-        InputError: an empty loader, batches that are no pair.
+        InputError: no data, or batches that are no pair.
 
     >>> net = nn.Linear(2, 3)
     >>> scores, labels, _ = outputs_of(net, [(torch.ones(4, 2), torch.zeros(4).long())])
@@ -39,15 +44,15 @@ def outputs_of(
     """
     device = device_of(model)
     found: list[tuple[Tensor, Tensor, Tensor | None]] = []
-    with torch.no_grad(), frozen(model), recalibrated(model, loader) if recalibrate else nullcontext():
-        for x, y in batches(loader):
+    with torch.no_grad(), frozen(model), recalibrated(model, data) if recalibrate else nullcontext():
+        for x, y in batches(data):
             with nullcontext({}) if site is None else capture(model, [site]) as seen:
-                scores = logits(model(x.to(device)))
+                scores = answers(model, moved(x, device, dtype_of(model)))
             features = seen[next(iter(seen))] if site is not None else None
             if features is not None:
                 features = (features.flatten(2).mean(2) if features.ndim > 2 else features).float().cpu()
             found.append((scores.float().cpu(), y.cpu(), features))
-    checks.require(len(found) > 0, "loader: it is empty; expected batches of (inputs, labels)")
+    checks.require(len(found) > 0, "data: it is empty; expected (inputs, labels), or batches of them")
     features = [f for _, _, f in found if f is not None]
     return (
         torch.cat([s for s, _, _ in found]),
@@ -57,7 +62,7 @@ def outputs_of(
 
 
 @contextmanager
-def recalibrated(model: nn.Module, loader: Iterable[Any]) -> Iterator[None]:
+def recalibrated(model: nn.Module, data: Any) -> Iterator[None]:
     """Batch norm with the statistics of the whole data under the present weights; the old ones afterwards.
 
     After an epoch or two the running statistics lag behind weights that still change fast.
@@ -77,8 +82,8 @@ def recalibrated(model: nn.Module, loader: Iterable[Any]) -> Iterator[None]:
                 m.reset_running_stats()
                 m.momentum = None
                 m.train()
-            for x, _ in batches(loader) if layers else ():
-                model(x.to(device))
+            for x, _ in batches(data) if layers else ():
+                answers(model, moved(x, device, dtype_of(model)))
         yield
     finally:
         for m, momentum, training, buffers in held:
@@ -87,8 +92,8 @@ def recalibrated(model: nn.Module, loader: Iterable[Any]) -> Iterator[None]:
                 m.get_buffer(name).copy_(value)
 
 
-def unusable(model: nn.Module, loader: Iterable[Any]) -> list[int]:
-    """The samples whose inputs hold NaN or infinite values that come out of the network too, by their place in the loader.
+def unusable(model: nn.Module, data: Any) -> list[int]:
+    """The samples whose inputs hold NaN or infinite values that come out of the network too, by their place in the data.
 
     Batch norm's statistics, taken afresh, would spread them over all samples.
 
@@ -96,26 +101,19 @@ def unusable(model: nn.Module, loader: Iterable[Any]) -> list[int]:
     [1]
     """
     device, found, start = device_of(model), [], 0
-    for x, y in batches(loader):
+    for x, y in batches(data):
         finite = torch.isfinite(x)
         if not bool(finite.all()):
             bad = (~finite.flatten(1).all(1)).nonzero()[:, 0]
             with torch.no_grad(), frozen(model):
-                scores = logits(model(x[bad].to(device)))
+                scores = answers(model, moved(x[bad], device, dtype_of(model)))
             bad = bad[~torch.isfinite(scores).all(1).to(bad.device)]
             found += (start + bad).tolist()
         start += len(y)
     return found
 
 
-def batches(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The loader's (inputs, labels); an iterator, which can be walked only once, is refused."""
-    if isinstance(loader, Iterator) or not isinstance(loader, Iterable):
-        raise checks.InputError(
-            f"loader: got {checks.show(loader)}, expected a DataLoader or a list of (inputs, labels), which can be walked again"
-        )
-    for batch in loader:
-        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-            raise checks.InputError(f"loader: got a batch {checks.show(batch)}, expected (inputs, labels)")
-        inputs, targets = list(batch)[:2]
-        yield inputs, targets
+def batches(data: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """The data's (inputs, labels) in the order of their indices, batch by batch."""
+    for batch in source(data).in_order(_BATCH):
+        yield batch.inputs, batch.targets

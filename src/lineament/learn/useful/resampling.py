@@ -2,14 +2,14 @@
 
 Nguyen, Haddad, Gan, Mirzasoleiman, NeurIPS 2024, arXiv 2404.17768. Gradient descent learns fast features first and may never need the
 others; a second copy of the examples that lack the fast feature evens this out, for any optimizer. The training itself is yours: a
-function that trains on the rows it is given and yields each epoch's training error (:class:`lineament.train.epochs.Fit` is one).
+function that trains on the rows it is given and yields each epoch's training error; :func:`trainer` makes one of the training loop.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from lineament.core import checks
 from lineament.learn.useful.early_outputs import batches, outputs_of, unusable
 from lineament.learn.useful.separating import separating_epoch, window_of
 from lineament.learn.useful.slow_examples import Selection, refuse_empty, select_slow
+from lineament.train.callbacks import ExampleWeights, Rows
+from lineament.train.loop import epochs as walk
 
 # fit(model, rows, epochs): trains on these rows of the data, yields the training error after each epoch.
 Fitting = Callable[..., Iterable[float]]
@@ -147,10 +149,31 @@ class Useful:
         return ax
 
 
+def trainer(data: Any, *, callbacks: Sequence[Any] = (), **options: Any) -> Fitting:
+    """The training loop as :func:`useful` and :func:`find_slow` want it: ``fit(model, rows, epochs)`` yields the training errors.
+
+    Args:
+        data, callbacks, options: as for :func:`lineament.train.loop.fit`.
+
+    >>> x = torch.tensor([[-1.0], [1.0]])
+    >>> fit = trainer((x, torch.tensor([0, 1])), optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=1.0))
+    >>> list(fit(nn.Linear(1, 2), torch.arange(2), 5))[-1]
+    0.0
+    """
+
+    def fit(model: nn.Module, rows: Tensor, epochs: int, *, weights: Tensor | None = None) -> Iterator[float]:
+        weigh = [] if weights is None else [ExampleWeights(weights)]
+        for done in walk(model, data, epochs=epochs, callbacks=[Rows(rows), *weigh, *callbacks], **options):
+            assert done.accuracy is not None
+            yield 1 - done.accuracy
+
+    return fit
+
+
 def find_slow(
     model: nn.Module,
     fit: Fitting,
-    loader: Iterable[Any],
+    data: Any,
     *,
     epochs: int,
     separating: int | str = "auto",
@@ -169,7 +192,7 @@ def find_slow(
         model: at its initialisation.
         fit: ``fit(model, rows, epochs)`` trains on these rows and yields the training error after each epoch; it is not walked to its
             end, so that schedules may be those of the whole training. For a final training with SAM it is still plain SGD.
-        loader: the un-augmented training data in the order of its indices, in batches (inputs, labels).
+        data: the un-augmented training data in the order of its indices, in any form that :func:`~lineament.train.loop.fit` takes.
         epochs: E, the epochs of the whole training.
         separating: t; ``"auto"`` trains to the end of ``window`` (and as far as the smoothing looks ahead), applies
             :func:`~lineament.learn.useful.separating.separating_epoch` to the errors and takes the weights of that epoch, copies of which are kept on the way.
@@ -181,10 +204,9 @@ def find_slow(
         InputError: before any training, wrong arguments and labels that leave a class empty, samples whose inputs are NaN; a loader that
             shuffles; a ``fit`` that ends too early or yields no errors.
 
-    >>> from lineament.train.epochs import Fit
     >>> x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)); y = (x[:, 0] + 0.5 * x[:, 1] > 0).long()
-    >>> net = nn.Linear(4, 2); fit = Fit(x, y, lambda net: torch.optim.SGD(net.parameters(), lr=0.1))
-    >>> early = find_slow(net, fit, [(x, y)], epochs=40, separating=3)
+    >>> fit = trainer((x, y), optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=0.1))
+    >>> early = find_slow(nn.Linear(4, 2), fit, (x, y), epochs=40, separating=3)
     >>> early.epoch, len(early.errors), 0 < early.selection.fraction < 1
     (3, 3, True)
     """
@@ -203,7 +225,7 @@ def find_slow(
         last = min(high + 1 + smooth // 2, epochs)
     else:
         low = high = last = checks.number("separating", separating, low=1, high=epochs, integer=True)
-    known = _checked(model, loader, allow_empty)
+    known = _checked(model, data, allow_empty)
     initial = copy.deepcopy(model.state_dict())
     try:
         kept: dict[int, Any] = {}
@@ -224,7 +246,7 @@ def find_slow(
         if low != high:
             chosen = 1 + separating_epoch(errors, epochs=epochs, window=window, smooth=smooth)
             model.load_state_dict(kept[chosen])
-        scores, labels, features = outputs_of(model, loader, site=site, recalibrate=chosen < 3)
+        scores, labels, features = outputs_of(model, data, site=site, recalibrate=chosen < 3)
     finally:
         model.load_state_dict(initial)
     _refuse_other_order(known, labels)
@@ -235,16 +257,16 @@ def find_slow(
     return Early(selection, chosen, tuple(errors))
 
 
-def _checked(model: nn.Module, loader: Iterable[Any], allow_empty: bool) -> Tensor:
-    """The labels in the loader's order; those that do not fit the model's outputs are refused before any training."""
-    first = next(batches(loader), None)
+def _checked(model: nn.Module, data: Any, allow_empty: bool) -> Tensor:
+    """The labels in the data's order; those that do not fit the model's outputs are refused before any training."""
+    first = next(batches(data), None)
     if first is None:
-        raise checks.InputError("loader: it is empty; expected batches of (inputs, labels)")
+        raise checks.InputError("data: it is empty; expected (inputs, labels), or batches of them")
     scores, _, _ = outputs_of(model, [first])
-    labels = torch.cat([y.cpu() for _, y in batches(loader)])
+    labels = torch.cat([y.cpu() for _, y in batches(data)])
     refuse_empty(checks.labels("labels", labels, classes=scores.shape[1]), scores.shape[1], allow_empty)
     _refuse_other_order(first[1], labels[: len(first[1])])
-    refuse_unusable("loader", unusable(model, loader), len(labels))
+    refuse_unusable("data", unusable(model, data), len(labels))
     return labels
 
 
@@ -261,7 +283,7 @@ def _refuse_other_order(once: Tensor, again: Tensor) -> None:
     """Two walks that give other labels are in no order of indices: what is selected would be examples at random."""
     checks.require(
         torch.equal(once.cpu(), again.cpu()),
-        "loader: it gives other labels at each walk, expected the training data in the order of its indices; make it with shuffle=False "
+        "data: it gives other labels at each walk, expected the training data in the order of its indices; make it with shuffle=False "
         "(and without a random sampler)",
     )
 
@@ -269,7 +291,7 @@ def _refuse_other_order(once: Tensor, again: Tensor) -> None:
 def useful(
     model: nn.Module,
     fit: Fitting,
-    loader: Iterable[Any],
+    data: Any,
     *,
     epochs: int,
     factor: int = 2,
@@ -283,7 +305,7 @@ def useful(
     """USEFUL: train a little, select the examples learned late, start again with ``factor`` copies of them; trains ``model``.
 
     Args:
-        model, fit, loader, epochs: as for :func:`find_slow`. The final training is ``fit(model, rows, epochs)`` with repeated rows, by a
+        model, fit, data, epochs: as for :func:`find_slow`. The final training is ``fit(model, rows, epochs)`` with repeated rows, by a
             fresh optimizer and schedule.
         factor, balance: as for :meth:`Selection.indices`. An epoch has 1 + (factor - 1)|S|/n times the steps.
         weigh: multiply the slow examples' loss instead: ``fit(model, rows, epochs, weights=...)``.
@@ -294,15 +316,14 @@ def useful(
 
     Source: Nguyen et al. (2024).
 
-    >>> from lineament.train.epochs import Fit
     >>> x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)); y = (x[:, 0] + 0.5 * x[:, 1] > 0).long()
-    >>> net = nn.Linear(4, 2); fit = Fit(x, y, lambda net: torch.optim.SGD(net.parameters(), lr=0.1))
-    >>> done = useful(net, fit, [(x, y)], epochs=20, separating=2)
+    >>> fit = trainer((x, y), optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=0.1))
+    >>> done = useful(nn.Linear(4, 2), fit, (x, y), epochs=20, separating=2)
     >>> len(done.rows) == 60 + int(done.early.selection.mask.sum()), len(done.errors)
     (True, 20)
     """
     checks.number("factor", factor, low=1, integer=True)
-    early = find_slow(model, early_fit or fit, loader, epochs=epochs, seed=seed, **options)
+    early = find_slow(model, early_fit or fit, data, epochs=epochs, seed=seed, **options)
     if restart is not None:
         restart(model)
     if weigh:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lineament.recipes.diffgrad.runs import FUNCTIONS
+from lineament.recipes.diffgrad.functions import FUNCTIONS
 from lineament.report.figures import picture, save
 from lineament.report.outcome import Figure
 
@@ -13,7 +13,7 @@ _COLOURS = {"diffGrad": "C0", "Adam": "C1", "Adam (half the rate)": "C2"}
 _SCALES = {"diffGrad (loss / 1000)": "C7", "diffGrad": "C0", "diffGrad (loss x 1000)": "C3"}
 
 
-def draw_all(walks: dict[str, Any], found: dict[Any, Any], timing: dict[str, Any], out: Path) -> list[Figure]:
+def draw_all(walks: dict[str, Any], found: dict[Any, Any], timing: Any, out: Path) -> list[Figure]:
     """Write the recipe's figures into ``out``; training is shown for the first activation and batch size."""
     first = next(iter(found))[:2]
     curves = {name: each for (activation, batch, name), each in found.items() if (activation, batch) == first}
@@ -33,8 +33,8 @@ def _walks(walks: dict[str, Any], out: Path) -> Figure:
             top.plot(xs, [min(FUNCTIONS[name].value(x), 1.2) for x in xs], color="C7", linewidth=1.2)
             top.set_title(name if len(name) < 4 else f"{name[:2]}, derivative as released")
             for who, walk in each.items():
-                ax.plot(walk["x"], color=_COLOURS[who], label=who, linewidth=1.3)
-                top.plot(walk["x"][-1], FUNCTIONS[name].value(walk["x"][-1]), "o", color=_COLOURS[who])
+                ax.plot(walk.x, color=_COLOURS[who], label=who, linewidth=1.3)
+                top.plot(walk.x[-1], FUNCTIONS[name].value(walk.x[-1]), "o", color=_COLOURS[who])
             ax.axhline(FUNCTIONS[name].minimum, color="C7", linewidth=0.8, linestyle="--")
             ax.set_xlabel("step")
         axes[0, 0].set_ylabel("F(x)")
@@ -42,7 +42,7 @@ def _walks(walks: dict[str, Any], out: Path) -> Figure:
         axes[1, 0].legend(fontsize=8)
 
     ends = "; ".join(
-        f"{name}: " + ", ".join(f"{who} {walk['x'][-1]:.3f}" for who, walk in each.items())
+        f"{name}: " + ", ".join(f"{who} {walk.x[-1]:.3f}" for who, walk in each.items())
         for name, each in walks.items()
     )
     shown = picture(
@@ -61,8 +61,8 @@ def _losses(curves: dict[str, Any], out: Path) -> Figure:
             for index, each in enumerate(curves.get(name, [])):
                 dashed = "--" if name == "diffGrad" else "-"
                 ax.semilogy(
-                    range(1, len(each["losses"]) + 1),
-                    each["losses"],
+                    range(1, len(each.losses) + 1),
+                    each.losses,
                     dashed,
                     color=colour,
                     alpha=0.8,
@@ -74,7 +74,7 @@ def _losses(curves: dict[str, Any], out: Path) -> Figure:
         ax.legend()
 
     ends = ", ".join(
-        f"{name} {sum(r['losses'][-1] for r in curves[name]) / len(curves[name]):.4f}"
+        f"{name} {sum(r.losses[-1] for r in curves[name]) / len(curves[name]):.4f}"
         for name in _COLOURS
         if name in curves
     )
@@ -90,9 +90,9 @@ def _friction(curves: dict[str, Any], out: Path) -> Figure:
     def draw(ax: Any) -> None:
         for name, colour in _SCALES.items():
             if name in curves:
-                friction = curves[name][0]["friction"]
-                ax.plot(friction["step"], friction["mean"], color=colour, label=name)
-                ax.fill_between(friction["step"], friction["low"], friction["high"], color=colour, alpha=0.25)
+                friction = curves[name][0].friction
+                ax.plot(friction.step, friction.mean, color=colour, label=name)
+                ax.fill_between(friction.step, friction.low, friction.high, color=colour, alpha=0.25)
         for level in (0.5, 1.0):
             ax.axhline(level, color="C7", linewidth=0.8)
         ax.set_ylim(0.48, 1.02)
@@ -102,7 +102,7 @@ def _friction(curves: dict[str, Any], out: Path) -> Figure:
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(_SCALES), fontsize=8)
 
     means = ", ".join(
-        f"{name} {sum(curves[name][0]['friction']['mean']) / len(curves[name][0]['friction']['mean']):.4f}"
+        f"{name} {sum(curves[name][0].friction.mean) / len(curves[name][0].friction.mean):.4f}"
         for name in _SCALES
         if name in curves
     )
@@ -114,11 +114,11 @@ def _friction(curves: dict[str, Any], out: Path) -> Figure:
     return save(shown, out, "friction")
 
 
-def _timing(timing: dict[str, Any], out: Path) -> Figure:
+def _timing(timing: Any, out: Path) -> Figure:
     def draw(ax: Any) -> None:
-        for index, (name, seconds) in enumerate(timing["seconds"].items()):
+        for index, (name, seconds) in enumerate(timing.seconds.items()):
             ax.loglog(
-                timing["sizes"],
+                timing.sizes,
                 [1e3 * s for s in seconds],
                 "o--" if name.startswith("Adam") else "o-",
                 color=f"C{index}",
@@ -129,8 +129,8 @@ def _timing(timing: dict[str, Any], out: Path) -> Figure:
         ax.legend(fontsize=8)
 
     largest = ", ".join(
-        f"{name} {seconds[-1] / timing['seconds']['Adam, fused'][-1]:.1f}"
-        for name, seconds in timing["seconds"].items()
+        f"{name} {seconds[-1] / timing.seconds['Adam, fused'][-1]:.1f}"
+        for name, seconds in timing.seconds.items()
     )
     shown = picture(
         draw,

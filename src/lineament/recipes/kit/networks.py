@@ -5,6 +5,7 @@ Every image network is ``features`` and a linear ``head``, drawn from a seed alo
 | name | what it is | usual width |
 | --- | --- | --- |
 | ``mlp`` | a perceptron; hidden layers as wide as ``widths`` says | (128, 128) |
+| ``two-conv`` | two convolutions, one pooling and a hidden layer | 16 |
 | ``tiny-cnn`` | two convolutions with pooling and a hidden layer | 16 |
 | ``cnn`` | three blocks of convolution, norm and pooling | 32 |
 | ``cnn7`` | seven convolutions with norm (two of the width, two of twice, three of four times) and three poolings | 12 |
@@ -131,6 +132,15 @@ def _mlp(shape: tuple[int, ...], widths: tuple[int, ...], parts: Parts) -> Featu
     return layers, inputs
 
 
+def _two_conv(shape: tuple[int, ...], widths: tuple[int, ...], parts: Parts) -> Features:
+    width = widths[0]
+    inside = 2 * width * (shape[1] // 2) * (shape[2] // 2)
+    return [
+        *(*parts.conv(shape[0], width), parts.act(), *parts.conv(width, 2 * width), parts.act()),
+        *(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(inside, 4 * width), parts.act()),
+    ], 4 * width
+
+
 def _tiny_cnn(shape: tuple[int, ...], widths: tuple[int, ...], parts: Parts) -> Features:
     width = widths[0]
     side = (shape[1] // 4) * (shape[2] // 4)
@@ -215,6 +225,7 @@ def _vit(shape: tuple[int, ...], widths: tuple[int, ...], parts: Parts) -> Featu
 # What makes each, its usual widths, and whether it usually has batch norm.
 NETWORKS: dict[str, tuple[Callable[..., Features], tuple[int, ...], bool]] = {
     "mlp": (_mlp, (128, 128), False),
+    "two-conv": (_two_conv, (16,), False),
     "tiny-cnn": (_tiny_cnn, (16,), False),
     "cnn": (_cnn, (32,), True),
     "cnn7": (_cnn7, (12,), True),

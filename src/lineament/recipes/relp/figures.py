@@ -2,49 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from lineament.recipes.relp.circuits import Circuits
+from lineament.recipes.relp.claims import COUNTS, KINDS, Comparison, mean_of
 from lineament.report.figures import picture, save
 from lineament.report.outcome import Figure
 
 
-def scatter(
-    truth: Mapping[str, Tensor], maps: Mapping[str, Mapping[str, Tensor]], kinds: Sequence[str], out: Path
-) -> Figure:
+def scatter(run: Comparison, methods: Sequence[str], out: Path) -> Figure:
     def draw(axes: Any) -> None:
-        for k, kind in enumerate(kinds):
+        for k, kind in enumerate(KINDS):
             ax = axes[0, k]
-            exact = truth[kind].flatten().numpy()
+            exact = run.truth[kind].flatten().numpy()
             low, high = min(0.0, float(exact.min())), max(1.0, float(exact.max()))
             ax.plot([low, high], [low, high], color="C7", linewidth=0.8)
-            for c, (name, of) in enumerate(maps.items()):
-                ax.plot(
-                    exact,
-                    of[kind].flatten().numpy(),
-                    "o" if c else "x",
-                    color=f"C{c}",
-                    label=name,
-                    markersize=4,
-                )
+            for c, name in enumerate(methods):
+                found = run.maps[name][kind].flatten().numpy()
+                ax.plot(exact, found, "o" if c else "x", color=f"C{c}", label=name, markersize=4)
             ax.set(title=kind, xlabel="activation patching", ylabel="approximation" if k == 0 else "")
         axes[0, 0].legend()
 
     shown = picture(
         draw,
-        alt=f"Approximated against measured effects of every layer and position, one panel for each of {', '.join(kinds)}.",
+        alt=f"Approximated against measured effects of every layer and position, one panel for each of {', '.join(KINDS)}.",
         caption="Every layer and position: the approximation against the measured effect. The line is equality.",
         size=(8.4, 3.2),
-        panels=(1, len(kinds)),
+        panels=(1, len(KINDS)),
     )
     return save(shown, out, "scatter")
 
 
-def heat(maps: Mapping[str, Tensor], out: Path) -> Figure:
+def heat(run: Comparison, methods: Sequence[str], out: Path) -> Figure:
     """The residual stream's maps beside each other on one scale."""
+    maps = {"activation patching": run.truth["resid_pre"], **{m: run.maps[m]["resid_pre"] for m in methods}}
     top = max(float(values.abs().max()) for values in maps.values())
 
     def draw(axes: Any) -> None:
@@ -64,38 +57,40 @@ def heat(maps: Mapping[str, Tensor], out: Path) -> Figure:
     return save(shown, out, "maps")
 
 
-def rule_sets(means: Mapping[str, Mapping[str, float]], kinds: Sequence[str], out: Path) -> Figure:
+def rule_sets(runs: Sequence[Comparison], out: Path) -> Figure:
+    means = {method: {kind: mean_of(runs, method, kind) for kind in KINDS} for method in runs[0].maps}
+
     def draw(ax: Any) -> None:
         # Points, not bars: what counts lies near 1, and the length of a bar would want the axis to begin at 0.
-        width = 0.5 / len(kinds)
-        for c, (kind, marker) in enumerate(zip(kinds, "os^Dv*")):
-            at = [k + (c - (len(kinds) - 1) / 2) * width for k in range(len(means))]
+        width = 0.5 / len(KINDS)
+        for c, (kind, marker) in enumerate(zip(KINDS, "os^Dv*")):
+            at = [k + (c - (len(KINDS) - 1) / 2) * width for k in range(len(means))]
             ax.plot(at, [row[kind] for row in means.values()], marker, color=f"C{c}", label=kind)
         ax.grid(axis="y", color="C7", alpha=0.3)
         ax.set_xticks(range(len(means)), [name.replace(", ", ",\n") for name in means], fontsize=8)
         ax.set(ylabel="Pearson with activation patching", ylim=(None, 1.02))
-        ax.legend(ncols=len(kinds), loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
+        ax.legend(ncols=len(KINDS), loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
 
-    listed = "; ".join(f"{name} {row[kinds[0]]:.3f}" for name, row in means.items())
+    listed = "; ".join(f"{name} {row[KINDS[0]]:.3f}" for name, row in means.items())
     shown = picture(
         draw,
-        alt=f"Correlation with activation patching by rule set and kind of site. {kinds[0]}: {listed}.",
+        alt=f"Correlation with activation patching by rule set and kind of site. {KINDS[0]}: {listed}.",
         caption="Correlation with activation patching, mean over the seeds, by rule set.",
         size=(8.0, 3.6),
     )
     return save(shown, out, "rules")
 
 
-def curves(runs: Sequence[Mapping[str, Any]], counts: Sequence[int], out: Path) -> Figure:
+def curves(runs: Sequence[Circuits], out: Path) -> Figure:
     """Faithfulness (left) and completeness (right) against the number of nodes, mean over the seeds."""
 
     def draw(axes: Any) -> None:
         for k, which in enumerate(("faithfulness", "completeness")):
             ax = axes[0, k]
             for c, method in enumerate(("attrib", "relp", "ig", "random")):
-                rows = [run["curves"][method][which] for run in runs]
+                rows = [getattr(run.curves[method], which) for run in runs]
                 mean = [sum(values) / len(values) for values in zip(*rows)]
-                ax.plot(counts, mean, marker="o", color="C7" if method == "random" else f"C{c}", label=method)
+                ax.plot(COUNTS, mean, marker="o", color="C7" if method == "random" else f"C{c}", label=method)
             ax.set(xscale="log", xlabel="nodes", ylabel=which)
         axes[0, 0].legend()
 

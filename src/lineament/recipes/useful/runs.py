@@ -21,12 +21,13 @@ from lineament.core.curvature.matrices import hessian
 from lineament.data.augmentation import flip_and_crop, trivial_augment
 from lineament.learn.useful.early_outputs import outputs_of
 from lineament.learn.useful.learning_order import learning_order
-from lineament.learn.useful.resampling import find_slow
+from lineament.learn.useful.resampling import find_slow, trainer
 from lineament.learn.useful.slow_examples import select_slow
 from lineament.optim import ASAM, SAM
 from lineament.recipes.kit.networks import Network, network
 from lineament.recipes.useful.data import Data
-from lineament.train.epochs import Fit
+from lineament.train.callbacks import Augment, ExampleWeights, Measure, MixUp, Rows, Schedule
+from lineament.train.loop import fit
 
 OPTIMIZERS = ("sgd", "sam", "asam")
 # The partition, and how its examples are used: copies each, or a weight of the loss.
@@ -88,7 +89,9 @@ def _loader(x: Tensor, y: Tensor, data: Data) -> list[tuple[Tensor, Tensor]]:
     return [(data.prepared(x[i : i + 500]), y[i : i + 500]) for i in range(0, len(x), 500)]
 
 
-def _fit(recipe: Recipe, config: Any, data: Data, seed: int, **options: Any) -> Fit:
+def _training(recipe: Recipe, config: Any, data: Data, seed: int) -> dict[str, Any]:
+    """The options of a training by this method."""
+
     def optimizer(model: nn.Module) -> torch.optim.Optimizer:
         base = torch.optim.SGD(
             model.parameters(), lr=config.lr, momentum=0.9, weight_decay=config.weight_decay, foreach=True
@@ -113,17 +116,9 @@ def _fit(recipe: Recipe, config: Any, data: Data, seed: int, **options: Any) -> 
         not recipe.trivial or data.train.inputs.dtype == torch.uint8,
         "methods: TrivialAugment (+ta) needs uint8 images; the digits are floating",
     )
-    return Fit(
-        data.train.inputs,
-        data.train.targets,
-        optimizer,
-        schedule,
-        batch_size=config.batch_size,
-        augment=augment,
-        mixup=config.mixup,
-        seed=seed,
-        **options,
-    )
+    mixed = [MixUp(config.mixup)] if config.mixup else []
+    callbacks = [Schedule(schedule), Augment(augment), *mixed]
+    return {"optimizer": optimizer, "batch_size": config.batch_size, "seed": seed, "callbacks": callbacks}
 
 
 def early(config: Any, data: Data, seed: int, device: str, trivial: bool) -> dict[str, Any]:
@@ -131,7 +126,8 @@ def early(config: Any, data: Data, seed: int, device: str, trivial: bool) -> dic
     start = time.perf_counter()
     model = _network(config, data, seed)
     model.to(device)
-    fit = _fit(Recipe("sgd", trivial=trivial), config, data, seed, name=f"early training, seed {seed}")
+    options = _training(Recipe("sgd", trivial=trivial), config, data, seed)
+    fit = trainer(data.train, name=f"early training, seed {seed}", **options)
     loader = _loader(data.train.inputs, data.train.targets, data)
     seen: dict[str, Any] = {}
 
@@ -203,20 +199,20 @@ def final(
         scores, labels, _ = outputs_of(net, watched)
         return scores.argmax(1) == labels
 
-    fit = _fit(
-        recipe, config, data, seed, record=right, run=run, name=f"{name}, seed {seed}", weights=weights
-    )
+    options = _training(recipe, config, data, seed)
+    weigh = [] if weights is None else [ExampleWeights(weights)]
+    options["callbacks"] = [Rows(rows), *weigh, *options["callbacks"], Measure(right=right)]
     start = time.perf_counter()
-    errors = list(fit(model, rows, epochs))
+    done = fit(model, data.train, epochs=epochs, checkpoint=run, name=f"{name}, seed {seed}", **options)
     seconds = time.perf_counter() - start
     scores, labels, _ = outputs_of(model, _loader(*data.test.pair, data))
     wrong = scores.argmax(1) != labels
-    order = learning_order(torch.stack(fit.records))
+    order = learning_order(torch.stack(done.curve("right")))
     curvature = hessian(model, F.cross_entropy, _on(watched[: config.sharpness_batches], device))
     top = top_eigenpairs(curvature, 5, tol=1e-2, max_products=150).values
     answer: dict[str, Any] = {
         "test": 100 * float(wrong.double().mean()),
-        "train": 100 * errors[-1],
+        "train": 100 * (1 - done.curve("accuracy")[-1]),
         "seconds": seconds,
         "steps": epochs * -(-len(rows) // config.batch_size),
         "selected": selected,

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from lineament.cli.train_options import Options
 from lineament.core.checks import InputError, one_of
-from lineament.train.options import Options
 
 
 @dataclass(frozen=True)

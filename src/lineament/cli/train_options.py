@@ -28,7 +28,7 @@ SCHEDULES = ("cosine", "step", "none")
 
 @dataclass(frozen=True)
 class Options:
-    """The options of :func:`lineament.train.fitting.fit`.
+    """The options of :func:`lineament.cli.train_fit.fit`.
 
     Args:
         optimizer: ``"sgd"``, ``"adam"``, ``"adamw"`` or ``"diffgrad"``.
@@ -49,8 +49,8 @@ class Options:
     Raises:
         InputError: a number out of its range or not finite, an unknown name, options that exclude each other.
 
-    >>> Options(epochs=10).rate(0.5)  # half of .05
-    0.025
+    >>> Options(schedule="step").factor(0.5)
+    0.1
     >>> Options("adam", lr=float("nan"))
     Traceback (most recent call last):
     ...
@@ -103,14 +103,13 @@ class Options:
             checks.number("tract", self.tract, low=0)
         self._check_useful()
 
-    def rate(self, done: float) -> float:
-        """The learning rate when the share ``done`` of the training, in [0, 1], lies behind."""
-        assert self.lr is not None
+    def factor(self, done: float) -> float:
+        """What the learning rate is multiplied by when the share ``done`` of the training, in [0, 1], lies behind."""
         if self.schedule == "cosine":
-            return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+            return 0.5 * (1 + math.cos(math.pi * done))
         if self.schedule == "step":
-            return self.lr * (1.0 if done < 0.5 else 0.1 if done < 0.75 else 0.01)
-        return self.lr
+            return 1.0 if done < 0.5 else 0.1 if done < 0.75 else 0.01
+        return 1.0
 
     def make(self, model: nn.Module, *, plain: bool = False) -> torch.optim.Optimizer:
         """The optimizer of the model's trainable parameters; ``plain``: without SAM around it."""
