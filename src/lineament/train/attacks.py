@@ -79,6 +79,20 @@ class PGD:
         return pgd(model, inputs, targets, **vars(self), seed=seed)
 
 
+class Adversarial:
+    """A callback of the training loop: every batch is seen as the attack changes it, so that the loss is that of the worst inputs found.
+
+    >>> callbacks = [Adversarial(PGD(eps=0.1, step=0.05, steps=3))]
+    """
+
+    def __init__(self, attack: PGD):
+        self.attack = attack
+
+    def on_batch(self, run: Any, batch: Any) -> None:
+        seed = (run.seed * 1_000_003 + run.epoch * 10_007 + run.batch) % 2**63
+        batch.inputs = batch.inputs + self.attack(run.model, batch.inputs, batch.targets, seed=seed).delta
+
+
 @torch.inference_mode(False)
 def pgd(
     model: nn.Module,
