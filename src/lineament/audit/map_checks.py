@@ -1,4 +1,4 @@
-"""Are the saliency maps of an audit true? Scores without retraining for all, and DiffROAR with it for who asks.
+"""Are the saliency maps of an audit true? Scores without retraining for all, and DiffROAR where it is asked for.
 
 Deletion and insertion (Petsiuk et al. 2018), infidelity and sensitivity (Yeh et al. 2019), beside the plain gradient and a random map; DiffROAR
 (Shah et al. 2021, arXiv 2102.12781) retrains the audited architecture, freshly drawn, on what the maps keep of the audit's own samples.

@@ -116,7 +116,7 @@ def picture(
     Args:
         draw: called twice, with one ``Axes`` or, for several panels, with an array of them of shape ``panels``;
             colours it names as ``"C0"`` ... ``"C7"`` (``"C7"`` is the quiet grey) follow the theme.
-        alt: what the picture shows, for who cannot see it.
+        alt: the alt text, what the picture shows.
         caption: the line below the picture.
         size: width and height in inches.
         kind: ``"svg"`` for lines and bars, ``"png"`` for images and thousands of points.

@@ -57,7 +57,7 @@ def drawings(surfaces: Sequence[SurfacePlot]) -> Markup:
 
 
 def kinds(surfaces: Sequence[SurfacePlot]) -> list[tuple[str, str]]:
-    """The drawings that any of the surfaces has, each with the words for who cannot see it."""
+    """The drawings that any of the surfaces has, each with its alt text."""
     there = {kind: each.labels[2] for each in surfaces for kind in each.drawings()}
     return [(kind, words.format(there[kind])) for kind, words in _WORDS.items() if kind in there]
 
