@@ -205,7 +205,7 @@ def scores(model: nn.Module, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, top: int = 1) -> float:
-    """Per cent of labels among the ``top`` greatest scores."""
+    """Per cent of labels among the ``top`` largest scores."""
     model.eval()
     right = 0
     for a, b in zip(x.split(500), y.split(500)):
