@@ -102,7 +102,7 @@ def rows(repeats: int = 5) -> Iterator[Row]:
     yield compare(
         SLUG,
         "48 perceptrons of 2,410 weights, 5 epochs",
-        lambda: training.together(views, labels, range(48)),
+        lambda: training.stacked(views, labels, range(48)),
         "one after the other",
         lambda: [training(view.whole(), labels, seed) for seed, view in enumerate(views)],
         target=1.0,

@@ -6,11 +6,10 @@ The network learns to read the mark, because the mark is easier than the digit; 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineament.core.batching import progress
 from lineament.data.shortcut_digits import SIDE, shortcut_digits
+from lineament.train.loop import fit
 
 
 class SmallCNN(nn.Module):
@@ -43,15 +42,8 @@ def train(seed: int = 0, *, epochs: int = 15, batch_size: int = 64) -> dict[str,
     (10,)
     """
     data = shortcut_digits("train", seed=seed)
-    model = small_cnn(seed).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, weight_decay=1e-4)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in progress(range(epochs), "training a small network on marked digits"):
-        for rows in torch.randperm(len(data), generator=generator).split(batch_size):
-            loss = F.cross_entropy(model(data.inputs[rows]), data.targets[rows])
-            for parameter, gradient in zip(
-                model.parameters(), torch.autograd.grad(loss, list(model.parameters()))
-            ):
-                parameter.grad = gradient
-            optimizer.step()
+    model = small_cnn(seed)
+    adam = torch.optim.Adam(model.parameters(), lr=2e-3, weight_decay=1e-4)
+    name = "training a small network on marked digits"
+    fit(model, data, optimizer=adam, epochs=epochs, batch_size=batch_size, seed=seed, name=name)
     return {name: value.detach() for name, value in model.state_dict().items()}

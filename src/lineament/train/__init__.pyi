@@ -1,4 +1,5 @@
 from .attacks import PGD as PGD
+from .attacks import Adversarial as Adversarial
 from .attacks import pgd as pgd
 from .attacks import robust_accuracy as robust_accuracy
 from .callbacks import Augment as Augment

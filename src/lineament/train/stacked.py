@@ -1,4 +1,4 @@
-"""A training as a value: the same small recipe for one network, for a robust one, and for dozens of the same architecture at once.
+"""A training as a value: the same recipe for one network, for a robust one, and for dozens of the same architecture as one program.
 
 What DiffROAR retrains with (Shah, Jain, Netrapalli 2021, arXiv 2102.12781). Networks that differ in seed and data only are stacked
 (``torch.func``): one batched matrix product a layer serves all of them, and each gets the weights that it would get alone, up to
@@ -8,7 +8,8 @@ rounding, since a sum of their losses has each network's own gradient in its own
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,16 +20,14 @@ from torch.func import stack_module_state, vmap
 
 from lineament.core import checks
 from lineament.core.batching import progress
-from lineament.core.models import answered, frozen, holding, logits
-from lineament.train.attacks import PGD
-
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "sgd": torch.optim.SGD,
-}
+from lineament.core.models import frozen, holding, logits
+from lineament.train.attacks import PGD, Adversarial
+from lineament.train.callbacks import KeepBest, Rate, Rows, Validation
+from lineament.train.loop import Run, fit
 
 _SMALL, _STACK = 2**14, 64
+# The share of the data that the epoch is chosen by.
+_HELD = 0.1
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,14 @@ class Training:
 
     Args:
         factory: makes the network without arguments; its initialisation is drawn under the seed.
-        epochs, batch_size, lr: as usual; ``batch_size`` rows of a fresh permutation at each step.
-        optimizer: ``"adam"``, ``"adamw"`` or ``"sgd"``; ``momentum`` is SGD's.
-        decay: multiply the rate by this every ``decay_every`` epochs, down to ``lr_floor``.
+        epochs, batch_size: as for :func:`~lineament.train.loop.fit`.
+        lr: of Adam, where no ``optimizer`` is given.
+        optimizer: makes an optimizer from the network (or from a stack of them).
+        schedule: the factor of the learning rate when a share of the training is done, as for :class:`~lineament.train.callbacks.Rate`.
         attack: train against this attack (adversarial training): min over weights of E max over δ of the cross-entropy.
         select: ``"validation"`` keeps the epoch with the best accuracy on a tenth of the data that is not trained on, ``"last"`` the last.
             Never the test data: the official trainer does that.
-        at_once: networks that :meth:`together` stacks in one program. ``None`` decides: 64 on an accelerator or for networks of at most
+        at_once: networks that :meth:`stacked` trains in one program. ``None`` decides: 64 on an accelerator or for networks of at most
             16,384 weights; on a CPU larger ones are trained one after the other, since a stack's optimizer state leaves the caches
             and costs more than the calls it saves.
 
@@ -57,15 +57,10 @@ class Training:
     epochs: int = 10
     batch_size: int = 100
     lr: float = 1e-3
-    optimizer: str = "adam"
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    decay: float = 1.0
-    decay_every: int = 1
-    lr_floor: float = 0.0
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None
+    schedule: Callable[[float], float] | None = None
     attack: PGD | None = None
     select: str = "validation"
-    validation: float = 0.1
     at_once: int | None = None
 
     def __post_init__(self) -> None:
@@ -73,58 +68,30 @@ class Training:
             callable(self.factory),
             f"factory: got {checks.show(self.factory)}, expected a function that makes the network",
         )
-        checks.one_of("optimizer", self.optimizer, OPTIMIZERS)
         checks.one_of("select", self.select, ("validation", "last"))
-        for name in (
-            "epochs",
-            "batch_size",
-            "decay_every",
-            *(("at_once",) if self.at_once is not None else ()),
-        ):
+        for name in ("epochs", "batch_size", *(("at_once",) if self.at_once is not None else ())):
             checks.number(name, getattr(self, name), low=1, integer=True)
         checks.number("lr", self.lr, low=0, open_low=True)
-        checks.number("validation", self.validation, low=0, high=1, open_low=True, open_high=True)
 
     def __call__(self, inputs: Tensor, targets: Tensor, seed: int = 0) -> nn.Module:
         targets = checks.labels("targets", targets, count=len(inputs))
         model = self.fresh(seed).to(inputs.device)
         rows, held = self._rows(len(targets), seed)
-        optimizer = self._optimizer(list(model.parameters()))
-        generator = torch.Generator().manual_seed(seed)
-        best: tuple[float, dict[str, Tensor]] = (-1.0, {})
-        for epoch in progress(range(self.epochs), "training"):
-            self._rate(optimizer, epoch)
-            model.train()
-            for number, batch in enumerate(
-                rows[torch.randperm(len(rows), generator=generator)].split(self.batch_size)
-            ):
-                x, y = inputs[batch], targets[batch]
-                if self.attack is not None:
-                    own = (seed * 1_000_003 + epoch * 10_007 + number) % 2**63
-                    x = x + self.attack(model, x, y, seed=own).delta
-                z = answered(model, x, "inputs")
-                if epoch == number == 0:
-                    checks.labels("targets", targets, classes=z.shape[-1])
-                loss = F.cross_entropy(z, y)
-                _step(optimizer, list(model.parameters()), loss)
-            if self.select == "validation":
-                with frozen(model), torch.no_grad():
-                    found = float((logits(model(inputs[held])).argmax(1) == targets[held]).double().mean())
-                if found > best[0]:
-                    best = found, {k: v.clone() for k, v in model.state_dict().items()}
-        if best[1]:
-            model.load_state_dict(best[1])
-        model.zero_grad(set_to_none=True)
-        return model.eval()
+        callbacks: list[Any] = [Rows(rows)]
+        if self.attack is not None:
+            callbacks.append(Adversarial(self.attack))
+        if len(held):
+            callbacks += [Validation((inputs[held], targets[held])), KeepBest()]
+        return self._fit(model, (inputs, targets), callbacks, seed=seed, name="training")
 
-    def together(self, views: Sequence[Any], targets: Tensor, seeds: Sequence[int]) -> list[nn.Module]:
+    def stacked(self, views: Sequence[Any], targets: Tensor, seeds: Sequence[int]) -> list[nn.Module]:
         """All trainings of one architecture as one program: the i-th from ``seeds[i]`` on the inputs ``views[i]``, whose rows are asked for.
 
         Networks trained against an attack are trained one after the other.
 
         >>> views = [torch.eye(2), torch.eye(2).flip(0)]
         >>> train = Training(lambda: nn.Linear(2, 2), epochs=50, lr=0.1, select="last")
-        >>> [model(torch.eye(2)).argmax(1).tolist() for model in train.together(views, torch.tensor([0, 1]), [0, 0])]
+        >>> [model(torch.eye(2)).argmax(1).tolist() for model in train.stacked(views, torch.tensor([0, 1]), [0, 0])]
         [[0, 1], [1, 0]]
         """
         checks.require(
@@ -157,53 +124,31 @@ class Training:
         return replace(self, attack=attack)
 
     def _stacked(self, views: Sequence[Any], targets: Tensor, seeds: Sequence[int]) -> list[nn.Module]:
-        device = views[0][torch.tensor([0])].device
-        models = [self.fresh(seed).to(device).train() for seed in seeds]
-        parameters, buffers = stack_module_state(models)
-        bare = copy.deepcopy(models[0]).to("meta")
-        optimizer = self._optimizer(list(parameters.values()))
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        split = [self._rows(len(targets), seed) for seed in seeds]
-        best = torch.full((len(models),), -1.0, dtype=torch.float64, device=device)
-        kept = {k: v.detach().clone() for k, v in {**parameters, **buffers}.items()}
+        models = [self.fresh(seed).to(views[0][torch.tensor([0])].device) for seed in seeds]
+        stack = Stack(models)
+        splits = [self._rows(len(targets), seed) for seed in seeds]
+        rows, held = (torch.stack(part) for part in zip(*splits))
+        batches = _StackedBatches(views, targets, rows, seeds, self.batch_size)
+        keep = [_KeepBestOfEach(batches, held)] if held.numel() else []
 
-        def scores(p: Any, b: Any, x: Tensor) -> Tensor:
-            with holding(bare, {**p, **b}):
-                return logits(bare(x))
+        def loss(z: Tensor, y: Tensor) -> Tensor:
+            # The sum over networks of each one's mean loss: every network's slice gets its own gradient.
+            checks.labels("targets", y.flatten(), classes=z.shape[-1])
+            return F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="sum") / z.shape[1]
 
-        run = vmap(scores, randomness="different")
-        for epoch in progress(range(self.epochs), f"training {len(models)} networks at once"):
-            self._rate(optimizer, epoch)
-            bare.train()
-            orders = [rows[torch.randperm(len(rows), generator=g)] for (rows, _), g in zip(split, generators)]
-            for batch in torch.stack(orders).split(self.batch_size, dim=1):
-                x = torch.stack([view[rows] for view, rows in zip(views, batch)])
-                z = run(parameters, buffers, x)
-                if epoch == 0:
-                    checks.labels("targets", targets, classes=z.shape[-1])
-                # The sum over networks of each one's mean loss: every network's slice gets its own gradient.
-                loss = (
-                    F.cross_entropy(z.flatten(0, 1), targets[batch].flatten(), reduction="sum")
-                    / batch.shape[1]
-                )
-                _step(optimizer, list(parameters.values()), loss)
-            if self.select == "validation":
-                bare.eval()
-                held = torch.stack([rows for _, rows in split])
-                with torch.no_grad():
-                    z = run(parameters, buffers, torch.stack([v[r] for v, r in zip(views, held)]))
-                found = (z.argmax(2) == targets[held]).double().mean(1)
-                better = found > best
-                best = torch.where(better, found, best)
-                for name, value in {**parameters, **buffers}.items():
-                    kept[name][better] = value.detach()[better]
-        final = kept if self.select == "validation" else {**parameters, **buffers}
-        for number, model in enumerate(models):
-            model.load_state_dict(
-                {name: value[number].detach() for name, value in final.items()}, strict=False
-            )
-            model.eval()
-        return models
+        name = f"training {len(models)} networks at once"
+        self._fit(stack, batches, keep, loss=loss, name=name)
+        stack.unstack(models)
+        return [model.eval() for model in models]
+
+    def _fit(self, model: nn.Module, data: Any, callbacks: list[Any], **options: Any) -> nn.Module:
+        adam = lambda net: torch.optim.Adam(net.parameters(), lr=self.lr, fused=True)  # noqa: E731
+        rate = [] if self.schedule is None else [Rate(self.schedule)]
+        fit(
+            model, data, optimizer=self.optimizer or adam, epochs=self.epochs, batch_size=self.batch_size,
+            callbacks=[*callbacks, *rate], **options,
+        )  # fmt: skip
+        return model.eval()
 
     def _stack(self, device: torch.device) -> int:
         if self.attack is not None:
@@ -217,31 +162,88 @@ class Training:
         """The rows to train on, and those to choose the epoch by."""
         if self.select == "last":
             return torch.arange(count), torch.arange(0)
-        held = max(1, round(self.validation * count))
+        held = max(1, round(_HELD * count))
         checks.require(count > held, f"inputs: got {count}, too few to hold {held} out for validation")
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + 2**20))
         return order[held:], order[:held]
 
-    def _optimizer(self, parameters: list[Any]) -> torch.optim.Optimizer:
-        options = {"momentum": self.momentum} if self.optimizer == "sgd" else {}
-        return OPTIMIZERS[self.optimizer](
-            parameters, lr=self.lr, weight_decay=self.weight_decay, fused=True, **options
-        )
 
-    def _rate(self, optimizer: torch.optim.Optimizer, epoch: int) -> None:
-        for group in optimizer.param_groups:
-            group["lr"] = max(
-                self.lr * self.decay ** (epoch // self.decay_every), min(self.lr_floor, self.lr)
-            )
+class Stack(nn.Module):
+    """Networks of one architecture as one: inputs (networks, batch, ...) give logits (networks, batch, classes).
+
+    >>> nets = [nn.Linear(2, 3) for _ in range(4)]
+    >>> Stack(nets)(torch.ones(4, 5, 2)).shape
+    torch.Size([4, 5, 3])
+    """
+
+    def __init__(self, models: Sequence[nn.Module]):
+        super().__init__()
+        parameters, buffers = stack_module_state(list(models))
+        self.names = [*parameters], [*buffers]
+        self.weights = nn.ParameterList(parameters.values())
+        for number, value in enumerate(buffers.values()):
+            self.register_buffer(f"buffer{number}", value)
+        # Not a part of this module: its weights hold nothing.
+        self.bare = (copy.deepcopy(models[0]).to("meta"),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def answer(parameters: Sequence[Tensor], buffers: Sequence[Tensor], x: Tensor) -> Tensor:
+            held = dict(zip([*self.names[0], *self.names[1]], [*parameters, *buffers]))
+            with holding(self.bare[0], held):
+                return logits(self.bare[0](x))
+
+        return vmap(answer, randomness="different")([*self.weights], [*self.buffers()], x)
+
+    def train(self, mode: bool = True) -> Stack:
+        self.bare[0].train(mode)
+        return super().train(mode)
+
+    def unstack(self, models: Sequence[nn.Module]) -> None:
+        """Give each network its slice."""
+        values = dict(zip([*self.names[0], *self.names[1]], [*self.weights, *self.buffers()]))
+        for number, model in enumerate(models):
+            model.load_state_dict({k: v[number].detach() for k, v in values.items()}, strict=False)
 
 
-def _step(optimizer: torch.optim.Optimizer, parameters: list[Any], loss: Tensor) -> None:
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
-        # A fused step on the CPU reads the gradient in the parameter's order of memory, whatever its own (stacks have it transposed).
-        if gradient.stride() != parameter.stride():
-            gradient = torch.empty_like(parameter).copy_(gradient)
-        parameter.grad = gradient
-    optimizer.step()
+class _StackedBatches:
+    """Batches of every network's own inputs in its own order, a fresh one each epoch."""
+
+    def __init__(self, views: Any, targets: Tensor, rows: Tensor, seeds: Sequence[int], batch_size: int):
+        self.views, self.targets, self.rows, self.batch_size = views, targets, rows, batch_size
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __len__(self) -> int:
+        return math.ceil(self.rows.shape[1] / self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        orders = [rows[torch.randperm(len(rows), generator=g)] for rows, g in zip(self.rows, self.generators)]
+        return map(self.take, torch.stack(orders).split(self.batch_size, dim=1))
+
+    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.stack([view[own] for view, own in zip(self.views, rows)]), self.targets[rows]
+
+
+class _KeepBestOfEach:
+    """Of every network in a stack the epoch with the best accuracy on the rows held out for it."""
+
+    def __init__(self, batches: _StackedBatches, held: Tensor):
+        self.batches, self.held = batches, held
+
+    def on_start(self, run: Run) -> None:
+        self.best = torch.full((len(self.held),), -1.0, dtype=torch.float64, device=run.device)
+        self.kept = {name: value.clone() for name, value in run.model.state_dict().items()}
+
+    def on_epoch_end(self, run: Run) -> None:
+        x, y = self.batches.take(self.held)
+        with frozen(run.model, requires_grad=None), torch.no_grad():
+            found = (run.model(x).argmax(2) == y).double().mean(1)
+        better = found > self.best
+        self.best = torch.where(better, found, self.best)
+        for name, value in run.model.state_dict().items():
+            self.kept[name][better] = value[better]
+
+    def on_end(self, run: Run) -> None:
+        run.model.load_state_dict(self.kept)
 
 
 def refreshed(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -201,7 +201,7 @@ def test_a_trained_wide_network_spreads_its_gradient_over_all_signal_blocks():
     data = signal_blocks(1000, blocks=10)
     train = Training(
         lambda: nn.Sequential(nn.Linear(10, 1000), nn.ReLU(), nn.Linear(1000, 2)),
-        epochs=60, batch_size=250, lr=0.1, optimizer="sgd", select="last",
+        epochs=60, batch_size=250, optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=0.1), select="last",
     )  # fmt: skip
     net = train(*data.pair, 0)
     found = leakage(input_gradient(net, data.inputs), data.extras["own"], 5)

@@ -131,7 +131,7 @@ def test_a_fault_of_the_models_own_keeps_its_name():
         lambda: pgd(network(), X[:4], torch.tensor([0, 1, 2, 7]), norm="l2", eps=1.0, step=0.1, steps=1),
         lambda: accuracy(network(), X[:4], torch.tensor([0, 1, 2, 7])),
         lambda: Training(network, epochs=1, select="last")(X[:4], torch.tensor([0, 1, 2, 7]), 0),
-        lambda: Training(network, epochs=1, at_once=2).together([X, X], torch.where(torch.arange(200) == 3, 7, Y), [0, 1]),
+        lambda: Training(network, epochs=1, at_once=2).stacked([X, X], torch.where(torch.arange(200) == 3, 7, Y), [0, 1]),
     ],
 )  # fmt: skip
 def test_labels_from_another_range_are_named_by_place(call):

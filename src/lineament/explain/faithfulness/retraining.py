@@ -144,7 +144,7 @@ def diffroar(
         attribute_fn: ``attribute_fn(inputs) -> scores`` of the inputs' shape or one map (batch, 1, height, width); or a Captum attribution
             object, which is asked for the class that its model predicts.
         train_fn: ``train_fn(inputs, targets, seed) -> model``, a callable ``inputs -> logits``, freshly initialised from the seed.
-            If it has a method ``together(views, targets, seeds) -> models``, as :class:`lineament.train.stacked.Training` has, all
+            If it has a method ``stacked(views, targets, seeds) -> models``, as :class:`lineament.train.stacked.Training` has, all
             trainings (of a worker) are given to it at once; ``views[i][rows]`` are rows of the i-th training's inputs.
         data: (training inputs, training targets, test inputs, test targets), class labels from 0.
         fractions: the kept shares k in [0, 1]; 1 keeps everything (DiffROAR is 0 exactly), 0 nothing (both ends learn the
@@ -303,8 +303,8 @@ def _trained(
 
 
 def _several(train_fn: Any, views: list[Any], y: Tensor, y_test: Tensor, seeds: list[int]) -> list[float]:
-    if callable(getattr(train_fn, "together", None)):
-        models = train_fn.together([train for train, _ in views], y, seeds)
+    if callable(getattr(train_fn, "stacked", None)):
+        models = train_fn.stacked([train for train, _ in views], y, seeds)
         return [_right(model, test, y_test) for model, (_, test) in zip(models, views)]
     work = progress(zip(views, seeds), "retraining", total=len(views))
     return [_right(train_fn(train.whole(), y, seed), test, y_test) for (train, test), seed in work]

@@ -149,12 +149,16 @@ def simplified(config: Any, name: str) -> dict[str, Any]:
         lambda: perceptron(blocks, widths, 2),
         epochs=config.robust_epochs if name == "robust" else config.simple_epochs,
         batch_size=250,
-        lr=5e-3 if name == "robust" else 0.1,
-        optimizer="adam" if name == "robust" else "sgd",
+        lr=5e-3,
+        optimizer=None if name == "robust" else _sgd,
         attack=attack,
         select="last",
     )
     return seen(training(*data.pair, config.seed), test, signals)
+
+
+def _sgd(net: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(net.parameters(), lr=0.1, fused=True)
 
 
 def seen(model: nn.Module, data: Samples, signals: int) -> dict[str, Any]:

@@ -132,12 +132,10 @@ def on_photographs(config: Any, stages: Checkpoint, out: Path, slug: str, title:
         fresh,
         epochs=config.photograph_epochs,
         batch_size=config.batch_size,
-        lr=config.photograph_lr,
-        optimizer="sgd",
-        momentum=0.9,
-        weight_decay=5e-4,
-        decay=0.1,
-        decay_every=max(1, config.photograph_epochs // 3),
+        optimizer=lambda net: torch.optim.SGD(
+            net.parameters(), lr=config.photograph_lr, momentum=0.9, weight_decay=5e-4, fused=True
+        ),
+        schedule=lambda done: 0.1 ** int(3 * done),
         at_once=1,
     )
     judged, rows = {}, []
