@@ -19,3 +19,5 @@ from .core.sites.activations import record as record
 from .core.sites.hooks import replace as replace
 from .core.sites.hooks import tap as tap
 from .core.sites.naming import sites as sites
+
+__version__: str

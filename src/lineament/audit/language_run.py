@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from lineament.audit.catalogue import chosen as chosen_lenses
-from lineament.audit.language import LanguageSubject
 from lineament.audit.stages import Report, fresh, sections, verdict, written
+from lineament.audit.subject import LanguageSubject
 from lineament.core import checks
 from lineament.core.models import device_of
 from lineament.load.language_models import load_language_model

@@ -95,19 +95,6 @@ def within(tokens: float) -> str:
     return "in the last token" if tokens == 1 else f"within the last {compact(tokens)} tokens"
 
 
-def listed(names: Sequence[str], most: int = 3) -> str:
-    """Names in a sentence.
-
-    >>> listed(["a", "b", "c", "d"], 2)
-    'a, b and 2 more'
-    """
-    shown = [printable(name, limit=40) for name in names[:most]]
-    rest = len(names) - len(shown)
-    if rest:
-        return f"{', '.join(shown)} and {rest} more"
-    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}" if shown else ""
-
-
 def sentence(text: str) -> str:
     """A remark as a sentence.
 

@@ -25,8 +25,8 @@ from lineament.core import checks
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require, show, suggest
 from lineament.core.models import device_of
-from lineament.core.sites.activations import sites as site_names
 from lineament.core.sites.depth import default_sites
+from lineament.core.sites.naming import sites as site_names
 from lineament.data.shortcut_digits import MARK
 from lineament.explain.saliency.methods import METHODS as SALIENCY
 from lineament.load.data import Data, load_data

@@ -1,14 +1,19 @@
-"""What every lens looks at: one model and one data set that fit each other, and where and how to look."""
+"""What lenses look at: a model and data that fit each other, or a language model and prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from lineament.core.batching import progress
+from lineament.core.models import frozen
+from lineament.core.sites.activations import capture
 from lineament.load.model_and_data import ModelAndData
+from lineament.load.prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -20,9 +25,32 @@ class Subject(ModelAndData):
     gaze_site: str | None = None
     faithfulness: str = "scores"
     fresh: Callable[[int], nn.Module] | None = None
-    cache: dict[str, Any] = field(default_factory=dict)
 
     def affordable(self, work: float, passes: float, most: int, least: int = 16) -> int:
         """How many samples fit into ``work`` floating-point operations when each is passed forward ``passes`` times."""
         count = int(work / max(self.flops * passes, 1.0))
         return max(least, min(most, count, len(self)))
+
+    def activations(self, rows: Tensor, description: str) -> Iterator[dict[str, Tensor]]:
+        """What passes at each site for some samples, a batch at a time, with a progress bar of this description."""
+        with frozen(self.model), torch.no_grad():
+            for part in progress(list(self.parts(rows)), description):
+                with capture(self.model, self.sites, stop_early=True) as acts:
+                    self.model(self.inputs(part))
+                yield {site: acts[site] for site in self.sites}
+
+
+@dataclass(frozen=True)
+class LanguageSubject:
+    """What a lens for language models is given."""
+
+    model: nn.Module
+    tokenizer: Any
+    prompts: Prompts
+    source: str
+    seed: int = 0
+    task: str = "language"
+
+    @property
+    def decoder_only(self) -> bool:
+        return not getattr(self.model.config, "is_encoder_decoder", False)

@@ -26,7 +26,7 @@ WIDE = 100
 
 
 def note(line: str) -> None:
-    """A line on standard error for who waits; work goes on when nobody reads it any more."""
+    """A progress line on standard error; work goes on when nobody reads it any more."""
     with suppress(BrokenPipeError):
         print(f"lineament: {printable(line)}", file=sys.stderr, flush=True)
 

@@ -51,3 +51,5 @@ from .tokens.options import ReagentOptions as ReagentOptions
 from .tokens.prompts import Reading as Reading
 from .tokens.recursion import rationale as rationale
 from .tokens.recursion import reagent as reagent
+from .tokens.samplers import PosSampler as PosSampler
+from .tokens.samplers import UnigramSampler as UnigramSampler

@@ -42,7 +42,7 @@ def scores_of(model: nn.Module, images: Tensor, targets: Any) -> tuple[Tensor, T
 
     Args:
         images: a batch, as the model takes it.
-        targets: one class for each image, an int for all, or ``None`` for the class with the greatest logit.
+        targets: one class for each image, an int for all, or ``None`` for the class with the largest logit.
 
     Returns:
         (batch, classes) logits, or (batch, classes, h, w) of a fully convolutional network; int64 classes (batch,).

@@ -116,7 +116,7 @@ def picture(
     Args:
         draw: called twice, with one ``Axes`` or, for several panels, with an array of them of shape ``panels``;
             colours it names as ``"C0"`` ... ``"C7"`` (``"C7"`` is the quiet grey) follow the theme.
-        alt: what the picture shows, for who cannot see it.
+        alt: the alt text, what the picture shows.
         caption: the line below the picture.
         size: width and height in inches.
         kind: ``"svg"`` for lines and bars, ``"png"`` for images and thousands of points.
@@ -144,6 +144,14 @@ def picture(
         number("panels", count, low=1, integer=True)
     light, dark = (_render(draw, theme, size, kind, panels) for theme in ("light", "dark"))
     return Picture(light=light, dark=dark, kind=kind, caption=caption, alt=alt, surfaces=tuple(surfaces))
+
+
+def shades(ax: Axes, colour: str, *, below: str = "") -> Any:
+    """A colormap from the page's own shade to ``colour``; for signed values from ``below`` over the page's shade."""
+    from matplotlib.colors import LinearSegmentedColormap, to_rgb
+
+    ends = [to_rgb(below)] if below else []
+    return LinearSegmentedColormap.from_list("shades", [*ends, to_rgb(ax.get_facecolor()), to_rgb(colour)])
 
 
 def save(shown: Picture, folder: str | Path, name: str) -> Figure:
@@ -185,8 +193,8 @@ def _render(
         for ax in figure.get_axes():
             _plain_log_labels(ax)
             _printable_labels(ax)
-        for words in figure.findobj(Text):
-            words.set_text(printable(words.get_text(), keep="\n"))
+        for label in figure.findobj(Text):
+            label.set_text(printable(label.get_text(), keep="\n"))
         hidden = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
         figure.savefig(buffer, format=kind, metadata=hidden)
     data = buffer.getvalue()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,16 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str | float | int | None]]
 
+    @classmethod
+    def of(cls, title: str, columns: Mapping[str, str], records: Iterable[Any]) -> Table:
+        """A row for each record; ``columns`` names the attribute that each column shows."""
+        rows = [[getattr(record, attribute) for attribute in columns.values()] for record in records]
+        return cls(title, list(columns), rows)
+
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture beside `outcome.json`: its file name, what it shows (caption) and the same for who cannot see it (alt).
+    """A picture beside `outcome.json`: its file name, its caption and its alt text.
 
     ``surfaces`` are the values of a landscape in it, which the gallery lets the reader turn and read.
     """

@@ -42,7 +42,7 @@ class Attack:
         }
 
     def plot(self, ax: Any = None) -> Any:
-        """The sizes of the perturbations, apart for who was fooled and who was not."""
+        """The sizes of the perturbations, apart for inputs that were fooled and that were not."""
         if ax is None:
             import matplotlib.pyplot as plt
 
@@ -121,10 +121,10 @@ def pgd(
         eps, step: in units of the inputs; eps = 0 gives δ = 0.
         objective: ascend the loss of the label (``"untargeted"``), descend that of the label (``"targeted"``), of label + 1
             (``"plus_one"``), of a class drawn anew at each step (``"random_target"``); of two classes, descend L(1 - y) - L(y) (``"hybrid"``).
-        loss: the cross-entropy ``"ce"``, or ``"margin"``: the greatest other logit minus the label's, which does not saturate.
+        loss: the cross-entropy ``"ce"``, or ``"margin"``: the largest other logit minus the label's, which does not saturate.
         random_start: size of the start: uniform in ±size (linf), or one random direction each, as long as size times one uniform
             number for the batch (l2).
-        restarts: that many starts; of each input the one with the greatest objective is kept.
+        restarts: that many starts; of each input the one with the largest objective is kept.
         minimal: no projection to eps: each input walks until it is misclassified (or, targeted, taken for its target), and stops there.
         bounds: (low, high) of valid inputs, or ``None``.
 

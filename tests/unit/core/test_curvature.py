@@ -376,7 +376,7 @@ def spiked():
 
 
 def ghosts(how: str, window: int = 10) -> int:
-    """How often the greatest eigenvalue comes back."""
+    """How often the largest eigenvalue comes back."""
     found = spectral_density(spiked(), steps=80, probes=1, reorthogonalise=how, window=window)
     return int((found.nodes > 1000).sum()) - 1
 

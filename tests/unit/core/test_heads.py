@@ -11,7 +11,8 @@ from tests.contracts.unchanged import unchanged
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.core.sites.activations import capture, patch, record, sites
+from lineament.core.sites.activations import capture, patch, record
+from lineament.core.sites.naming import sites
 
 CONFIGS = {
     **FAMILIES,

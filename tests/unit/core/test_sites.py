@@ -14,7 +14,9 @@ from tests.contracts.unchanged import unchanged
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.core.sites.activations import capture, patch, record, sites
+from lineament.core.sites.activations import capture, patch, record
+from lineament.core.sites.hooks import BEHIND, replace, tap
+from lineament.core.sites.naming import resolve, sites
 
 
 @pytest.fixture
@@ -310,6 +312,59 @@ def test_record_is_one_forward_in_eval_mode(x):
     assert list(found) == ["0", "0.bn", "1.bn"] and not found["0"].requires_grad
     torch.testing.assert_close(found["0"], out_of_place(net, x)["0"].detach(), rtol=1e-5, atol=1e-6)
     assert torch.equal(record(net, {"input": x}, ":in")[":in"], x)
+
+
+def test_hooks_run_by_rank_whatever_the_order_in_which_they_were_set(x):
+    net = network()
+    seen = []
+
+    def note(name, change=0.0):
+        def see(tensor):
+            seen.append((name, float(tensor.detach().flatten()[0])))
+            return tensor + change if change else None
+
+        return see
+
+    start = float(net[0](x).detach().flatten()[0])
+    with (
+        unchanged(net),
+        tap(net, {"0": note("behind")}, rank=BEHIND),
+        tap(net, {"0": note("tap")}),
+        replace(net, {"0": note("change", 1.0)}),
+        replace(net, {"0:out": note("second change", 10.0)}),
+    ):
+        net(x)
+    assert [name for name, _ in seen] == ["change", "second change", "tap", "behind"]
+    assert [value - start for _, value in seen] == pytest.approx([0, 1, 11, 11], abs=1e-5)
+
+
+def test_a_tap_sees_the_tensor_itself_and_may_give_it_another_graph(x):
+    net = network()
+    same, received = [], []
+    with tap(net, {":in": lambda t: same.append(t is x)}):
+        net(x)
+    assert same == [True]
+
+    def own_graph(tensor):
+        onward = tensor.detach().requires_grad_()
+        onward.register_hook(received.append)
+        return onward
+
+    with tap(net, {"1:in": own_graph}):
+        net(x).sum().backward()
+    with capture(net, "1:in", gradients=True) as acts:
+        score = net(x).sum()
+    torch.testing.assert_close(received[0], acts.gradients(score)["1:in"])
+    assert net[0].conv.weight.grad is None
+    with pytest.raises(InputError, match="is no site of"), tap(net, {"nowhere": print}):
+        pass
+
+
+def test_a_sites_key_is_that_of_the_tensor_that_passes():
+    net = network()
+    found = {**resolve(net, ["0.conv", "0.conv:in", "*.conv:out"])}
+    assert found["0.conv"].key == found["0.conv:out"].key != found["0.conv:in"].key
+    assert found["0.conv"].input.key == found["0.conv:in"].key and found["0.conv"] in {found["0.conv"]}
 
 
 def test_the_examples_of_the_guide():

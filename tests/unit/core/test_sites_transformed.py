@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lineament.core.checks import InputError
-from lineament.core.sites.activations import capture, patch, record, sites
+from lineament.core.sites.activations import capture, patch, record
+from lineament.core.sites.naming import sites
 
 
 @pytest.fixture

@@ -94,11 +94,11 @@ def test_a_killed_run_goes_on_to_the_same_outcome(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(normgrad, "with_meta_step", killed)
+        patched.setattr(normgrad, "after_step", killed)
         with pytest.raises(KeyboardInterrupt):
             normgrad.run(config, out=tmp_path / "resumed")
     with monkeypatch.context() as patched:
-        patched.setattr(normgrad, "train", killed)
+        patched.setattr(normgrad, "trained", killed)
         resumed = normgrad.run(config, out=tmp_path / "resumed")
     assert resumed.claims == whole.claims and list(resumed.tables) == list(whole.tables)
     assert len(whole.claims) == 7 and all((tmp_path / "whole" / f.file).exists() for f in whole.figures)

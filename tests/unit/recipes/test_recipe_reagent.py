@@ -12,7 +12,8 @@ from tests.contracts.token_models import byte_tokenizer, model
 from lineament.core.checks import InputError
 from lineament.data.analogy_prompts import analogy_prompts
 from lineament.recipes import reagent as recipe
-from lineament.recipes.reagent.task import MARKER, QUESTION, TOKENS, as_directory, examples, network, train
+from lineament.recipes.reagent.claims import Attributed
+from lineament.recipes.reagent.task import MARKER, QUESTION, TOKENS, as_directory, examples, network, trained
 from lineament.recipes.reagent.users import distractor_table, user_prompts
 
 TINY = replace(recipe.Config.preset("quick"), prompts=4, draws=4, train_steps=40)
@@ -44,7 +45,7 @@ def test_the_model_is_an_ordinary_directory(tmp_path):
 @pytest.mark.slow
 def test_training_solves_the_task():
     net = network()
-    net.load_state_dict(train(0, 150))
+    net.load_state_dict(trained(0, 150))
     ids, target, _ = examples(300, torch.Generator().manual_seed(9))
     with torch.no_grad():
         assert float((net.eval()(ids).logits[:, -1].argmax(1) == target).double().mean()) > 0.9
@@ -61,7 +62,7 @@ def test_a_run_in_miniature(tmp_path, monkeypatch):
     assert len(first.claims) == 7 and len(first.figures) == 2 and len(first.tables) == 4
     assert all((tmp_path / figure.file).is_file() for figure in first.figures)
     assert all(claim.holds or claim.reason for claim in first.claims)
-    monkeypatch.setattr(recipe, "train", lambda *a: pytest.fail("a finished stage runs again"))
+    monkeypatch.setattr(recipe, "trained", lambda *a: pytest.fail("a finished stage runs again"))
     again = recipe.run(TINY, out=tmp_path)
     assert again.claims == first.claims and again.tables == first.tables
 
@@ -86,7 +87,7 @@ def test_a_users_model_and_prompts(tmp_path, monkeypatch):
     assert [row[0] for row in outcome.tables[-1].rows] == ["reagent", *recipe.BASELINES]
     with pytest.raises(InputError, match="of 360 the model completes 0 rightly; give a file"):
         recipe.run(replace(config, prompts_file=None), out=tmp_path / "other")
-    with pytest.raises(InputError, match=r"--sequence-file: .* does not exist"):
+    with pytest.raises(InputError, match=r"sequence_file: .* does not exist"):
         recipe.run(replace(config, sequence_file="none.txt"), out=tmp_path / "other")
     model("t5").save_pretrained(tmp_path / "t5")
     byte_tokenizer().save_pretrained(tmp_path / "t5")
@@ -94,7 +95,7 @@ def test_a_users_model_and_prompts(tmp_path, monkeypatch):
         recipe.run(replace(config, model_folder=str(tmp_path / "t5")), out=tmp_path / "third")
     counted = recipe.run(replace(config, keep=2.0, prompts=1), out=tmp_path / "counted")
     assert counted.config["keep"] == 2 and isinstance(counted.config["keep"], int)
-    with pytest.raises(InputError, match="--model-folder"):
+    with pytest.raises(InputError, match="model_folder"):
         recipe.run(replace(config, model_folder=str(tmp_path)), out=tmp_path / "third")
 
 
@@ -108,7 +109,7 @@ def test_analogies_that_the_model_completes_are_kept_with_their_distractors():
         told = words.decode([i for i, yes in zip(ids, mask.tolist()) if yes])
         between = prompt[prompt.index("(") : prompt.index(")")]
         assert re.findall(r"\w+", told) == re.findall(r"\w+", between)
-    table = distractor_table({"even": {"scores": [torch.ones(len(m)) for m in inside]}}, inside)
+    table = distractor_table({"even": Attributed([torch.ones(len(m)) for m in inside])}, inside)
     assert table.rows[0][1] == table.rows[1][1] and 0.2 < table.rows[0][1] < 0.6
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lineament.audit.phrases import compact, percent, wilson
 from lineament.audit.subject import Subject
-from lineament.report.figures import picture
+from lineament.report.figures import picture, shades
 from lineament.report.outcome import Table
 from lineament.report.section import Finding, Picture, Section
 from lineament.report.text import plain, printable
@@ -352,11 +352,7 @@ def _confusion(subject: Subject, confusion: Tensor, present: list[int]) -> Pictu
     shares = shares[:, shown]
 
     def draw(ax: Any) -> None:
-        from matplotlib.colors import LinearSegmentedColormap, to_rgb
-
-        page = ax.get_facecolor()
-        shade = LinearSegmentedColormap.from_list("share", [page, to_rgb("C0")])
-        ax.imshow(shares, cmap=shade, vmin=0, vmax=1)
+        ax.imshow(shares, cmap=shades(ax, "C0"), vmin=0, vmax=1)
         limit = 14 if len(shown) <= 15 else 9
         ax.set_xticks(
             range(len(shown)), [printable(subject.class_name(k), limit=limit) for k in shown], rotation=90
@@ -374,7 +370,7 @@ def _confusion(subject: Subject, confusion: Tensor, present: list[int]) -> Pictu
                             ha="center",
                             va="center",
                             fontsize=7.5,
-                            color=page if shares[i, j] > 0.55 else None,
+                            color=ax.get_facecolor() if shares[i, j] > 0.55 else None,
                         )
 
     side = 1.6 + 0.3 * max(len(shown), 4)
@@ -435,10 +431,10 @@ def _values(subject: Subject) -> Section:
             )
         ],
         tables=[
-            Table(
+            Table.of(
                 "Errors",
-                ("group", "R²", "mean absolute error", "samples"),
-                [(g.name, g.r2, g.mae, g.count) for g in (overall, *by_group)],
+                {"group": "name", "R²": "r2", "mean absolute error": "mae", "samples": "count"},
+                [overall, *by_group],
             )
         ],
         numbers=plain(found),

@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from lineament.audit.phrases import compact, percent, short
 from lineament.audit.subject import Subject
-from lineament.core.batching import progress
 from lineament.measure.collapse.profile import collapse
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
@@ -68,15 +67,11 @@ def applies(subject: Subject) -> str:
 def look(subject: Subject) -> Section:
     present, labels = torch.unique(subject.targets, return_inverse=True)
     every = len(present) == subject.outputs.shape[1]
-    batches = subject.batches()
     # Classes without a sample have no mean; the others are numbered anew, and NC3, which needs all, is left out.
-    loader = [
-        (lambda number, part: (batches[number][0], labels[part].to(batches[number][0].device)), number, part)
-        for number, part in enumerate(batches.parts)
-    ]
+    numbered = replace(subject, samples=replace(subject.samples, targets=labels))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        found = collapse(subject.model, _Lazy(loader), sites=list(subject.sites))
+        found = collapse(subject.model, numbered.batches(), sites=list(subject.sites))
     layers = [
         Layer(
             site,
@@ -167,20 +162,6 @@ def _finding(found: Collapse) -> Finding:
         return Finding("good", text)
     advice = "Nothing, if it is right often enough; otherwise train it longer, or a larger one."
     return Finding("note", text, advice=advice)
-
-
-class _Lazy:
-    """Batches made when they are asked for, as often as they are."""
-
-    def __init__(self, parts: list[Any]):
-        self.parts = parts
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __iter__(self):
-        for make, number, part in progress(self.parts, "collapse"):
-            yield make(number, part)
 
 
 def _by_depth(layers: Sequence[Layer]) -> Any:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lineament.audit.language import LanguageSubject
 from lineament.audit.phrases import compact, percent
+from lineament.audit.subject import LanguageSubject
 from lineament.core.checks import InputError
 from lineament.core.models import frozen, logits
 from lineament.explain.patching.activation import activation_patching
@@ -22,7 +22,7 @@ from lineament.explain.patching.metrics import logit_difference, single_tokens
 from lineament.explain.patching.relevance import relevance_patching
 from lineament.explain.patching.result import Fidelity, PatchingResult, fidelity
 from lineament.load.prompts import PromptPair
-from lineament.report.figures import picture
+from lineament.report.figures import picture, shades
 from lineament.report.outcome import Table
 from lineament.report.section import Finding, Picture, Section
 from lineament.report.text import plain, printable
@@ -286,11 +286,15 @@ def _heads(scores: Tensor) -> Picture:
 
 
 def _heat(ax: Any, values: Tensor, title: str) -> None:
-    from matplotlib.colors import LinearSegmentedColormap, to_rgb
-
-    shade = LinearSegmentedColormap.from_list("signed", [to_rgb("C1"), ax.get_facecolor(), to_rgb("C0")])
     top = float(values.abs().max()) or 1.0
-    image = ax.imshow(values.numpy(), cmap=shade, vmin=-top, vmax=top, aspect="auto", interpolation="nearest")
+    image = ax.imshow(
+        values.numpy(),
+        cmap=shades(ax, "C0", below="C1"),
+        vmin=-top,
+        vmax=top,
+        aspect="auto",
+        interpolation="nearest",
+    )
     ax.figure.colorbar(image, ax=ax, shrink=0.85).outline.set_visible(False)
     ax.set(title=title, ylabel="layer", yticks=range(values.shape[0]))
 

@@ -18,9 +18,8 @@ from torch import Tensor
 from lineament.audit.phrases import compact, percent, short
 from lineament.audit.subject import Subject
 from lineament.core.batching import progress
-from lineament.core.models import frozen
-from lineament.core.sites.activations import capture, patch
-from lineament.report.figures import picture
+from lineament.core.sites.activations import patch
+from lineament.report.figures import picture, shades
 from lineament.report.outcome import Table
 from lineament.report.section import Finding, Section
 from lineament.report.text import plain
@@ -109,12 +108,12 @@ def look(subject: Subject) -> Section:
     tries = 2 * _GROUPS * len(subject.sites) + 2
     rows = subject.subset(subject.affordable(_WORK, tries, most=512, least=32), salt=3)
     targets = subject.targets[rows]
-    means, widths = _means(subject, rows)
+    means = _means(subject, rows)
     before = subject.answer(rows)
     base = subject.losses(before, targets)
     classify = subject.task == "classification"
     right = before.argmax(1) == targets if classify else None
-    work = [(site, group) for site in subject.sites for group in _split(widths[site])]
+    work = [(site, group) for site in subject.sites for group in _split(len(means[site]))]
     groups = []
     for site, (start, stop) in progress(work, "silencing channels"):
         outcomes = []
@@ -211,22 +210,15 @@ def _axis(x: Tensor) -> int:
     return 1 if x.ndim != 3 else 2
 
 
-def _means(subject: Subject, rows: Tensor) -> tuple[dict[str, Tensor], dict[str, int]]:
+def _means(subject: Subject, rows: Tensor) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    with frozen(subject.model), torch.no_grad():
-        for part in subject.parts(rows):
-            with capture(subject.model, subject.sites, stop_early=True) as acts:
-                subject.model(subject.inputs(part))
-            for site in subject.sites:
-                x = acts[site].movedim(_axis(acts[site]), -1).flatten(0, -2).double()
-                sums[site] = sums.get(
-                    site, torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-                ) + x.sum(0)
-                counts[site] = counts.get(site, 0) + len(x)
-    return {site: (sums[site] / counts[site]).float() for site in sums}, {
-        site: len(s) for site, s in sums.items()
-    }
+    for acts in subject.activations(rows, "mean activations"):
+        for site, x in acts.items():
+            x = x.movedim(_axis(x), -1).flatten(0, -2).double()
+            sums[site] = sums[site] + x.sum(0) if site in sums else x.sum(0)
+            counts[site] = counts.get(site, 0) + len(x)
+    return {site: (total / counts[site]).float() for site, total in sums.items()}
 
 
 def _split(width: int) -> list[tuple[int, int]]:
@@ -265,12 +257,9 @@ def _figure(subject: Subject, found: Parts) -> Any:
     grid = [[*r, *([float("nan")] * (width - len(r)))] for r in rows]
 
     def draw(ax: Any) -> None:
-        from matplotlib.colors import LinearSegmentedColormap, to_rgb
-
-        shade = LinearSegmentedColormap.from_list("cost", [ax.get_facecolor(), to_rgb("C1")])
         top = max(max((v for v in row if v == v), default=0.0) for row in grid)
         # Where nothing changes, the bar still wants an end that its labels tell from zero.
-        image = ax.imshow(grid, cmap=shade, vmin=0, vmax=max(top, 0.05), aspect="auto")
+        image = ax.imshow(grid, cmap=shades(ax, "C1"), vmin=0, vmax=max(top, 0.05), aspect="auto")
         ax.set_yticks(range(len(sites)), [short(site) for site in sites])
         ax.set_xticks(range(width), [str(i + 1) for i in range(width)])
         ax.set(xlabel="group of neighbouring channels")

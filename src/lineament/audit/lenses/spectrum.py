@@ -16,9 +16,6 @@ from torch import Tensor
 
 from lineament.audit.phrases import compact, percent, short
 from lineament.audit.subject import Subject
-from lineament.core.batching import progress
-from lineament.core.models import frozen
-from lineament.core.sites.activations import capture
 from lineament.measure.collapse.profile import pooled
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
@@ -73,12 +70,9 @@ def applies(subject: Subject) -> str:
 def look(subject: Subject) -> Section:
     rows = subject.subset(_MOST, salt=1)
     gathered: dict[str, list[Tensor]] = {site: [] for site in subject.sites}
-    with frozen(subject.model), torch.no_grad():
-        for part in progress(list(subject.parts(rows)), "spectrum"):
-            with capture(subject.model, subject.sites, stop_early=True) as acts:
-                subject.model(subject.inputs(part))
-            for site in subject.sites:
-                gathered[site].append(pooled(acts[site].float()).cpu())
+    for acts in subject.activations(rows, "spectrum"):
+        for site, x in acts.items():
+            gathered[site].append(pooled(x.float()).cpu())
     layers = [dimensions(torch.cat(parts), site) for site, parts in gathered.items()]
     last = layers[-1]
     share = last.effective_rank / max(min(last.units, last.samples - 1), 1)
@@ -101,29 +95,18 @@ def look(subject: Subject) -> Section:
         sentence=sentence,
         pictures=[_figure(layers)],
         tables=[
-            Table(
+            Table.of(
                 "Dimension by place, in depth order",
-                (
-                    "place",
-                    "units",
-                    "effective rank",
-                    "participation ratio",
-                    "directions for 90\u00a0%",
-                    "never vary",
-                    "copies",
-                ),
-                [
-                    (
-                        layer.site,
-                        layer.units,
-                        layer.effective_rank,
-                        layer.participation_ratio,
-                        layer.dims90,
-                        layer.silent,
-                        layer.doubled,
-                    )
-                    for layer in layers
-                ],
+                {
+                    "place": "site",
+                    "units": "units",
+                    "effective rank": "effective_rank",
+                    "participation ratio": "participation_ratio",
+                    "directions for 90\u00a0%": "dims90",
+                    "never vary": "silent",
+                    "copies": "doubled",
+                },
+                layers,
             )
         ],
         numbers=plain(found),

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lineament.audit.language import LanguageSubject
 from lineament.audit.phrases import compact, mean_interval, within
+from lineament.audit.subject import LanguageSubject
 from lineament.core.batching import progress
 from lineament.core.checks import InputError
 from lineament.explain.tokens.controls import random_importance
@@ -23,7 +23,7 @@ from lineament.explain.tokens.faithfulness import soft_faithfulness
 from lineament.explain.tokens.recursion import reagent
 from lineament.explain.tokens.results import TokenAttribution, entropy
 from lineament.explain.tokens.samplers import UnigramSampler
-from lineament.report.figures import picture
+from lineament.report.figures import picture, shades
 from lineament.report.outcome import Table
 from lineament.report.section import Finding, Picture, Section
 from lineament.report.text import plain, printable
@@ -210,14 +210,11 @@ def _strips(found: Sequence[TokenAttribution]) -> Picture:
     size = 10 if most <= 9 else 8.5
 
     def draw(ax: Any) -> None:
-        from matplotlib.colors import LinearSegmentedColormap, to_rgb
-
-        shade = LinearSegmentedColormap.from_list("weight", [ax.get_facecolor(), to_rgb("C1")])
         grid = torch.full((len(shown), most), torch.nan)
         for i, a in enumerate(shown):
             tail = a.scores[-most:]
             grid[i, most - len(tail) :] = tail / tail.max().clamp_min(1e-12)
-        ax.imshow(grid.numpy(), cmap=shade, vmin=0, vmax=1, aspect="auto")
+        ax.imshow(grid.numpy(), cmap=shades(ax, "C1"), vmin=0, vmax=1, aspect="auto")
         for i, a in enumerate(shown):
             shown_tokens = a.tokens[-most:]
             for j, token in enumerate(shown_tokens):

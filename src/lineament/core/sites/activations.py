@@ -25,9 +25,7 @@ from lineament.core.models import device_of, frozen
 from lineament.core.sites import main_tensor
 from lineament.core.sites.heads import plain
 from lineament.core.sites.hooks import RECORD, Function, RootCall, attach, eagerly, replace, stop_if_all_agree
-from lineament.core.sites.naming import Site, resolve, sites
-
-__all__ = ["Activations", "UnknownSite", "capture", "patch", "record", "sites"]
+from lineament.core.sites.naming import Site, resolve
 
 
 class Activations(Mapping[str, Tensor]):

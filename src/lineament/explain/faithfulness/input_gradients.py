@@ -50,7 +50,7 @@ def input_gradient(
         inputs: a batch of any shape, as the model takes it.
         targets: the true class of each; only ``"logit_true"``, ``"softmax_true"`` and ``"loss"`` need it.
         kind: one of :data:`KINDS`, or several, which gives a dict. ``"logit_predicted"`` is ∂z_ŷ/∂x with ŷ the class with the
-            greatest logit; ``"loss"`` is ∂(-log p_y)/∂x and ``"loss_predicted"`` the same for ŷ; ``"random"`` is N(0, 1), the control.
+            largest logit; ``"loss"`` is ∂(-log p_y)/∂x and ``"loss_predicted"`` the same for ŷ; ``"random"`` is N(0, 1), the control.
         times_input: multiply by the input.
         seed: of the random scores, which are drawn for the batch as a whole.
         batch_size: samples at a time, or ``"auto"``: all at once (32 on a CPU), halved when memory runs out.

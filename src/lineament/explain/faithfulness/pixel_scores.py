@@ -131,7 +131,7 @@ def infidelity(
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """For each image, the greatest and the mean ‖φ(x + δ) - φ(x)‖ / ‖φ(x)‖ over small δ."""
+    """For each image, the largest and the mean ‖φ(x + δ) - φ(x)‖ / ‖φ(x)‖ over small δ."""
 
     largest: Float[Tensor, "batch"]
     mean: Float[Tensor, "batch"]
@@ -140,7 +140,7 @@ class Sensitivity:
         return {"largest": float(self.largest.nanmean()), "mean": float(self.mean.nanmean())}
 
     def plot(self, ax: Any = None) -> Any:
-        """How the greatest change of the map is spread over images."""
+        """How the largest change of the map is spread over images."""
         ax = axes(ax)
         ax.hist(self.largest[self.largest.isfinite()].tolist(), bins=20)
         ax.set(xlabel="largest relative change of the map", ylabel="images")

@@ -74,7 +74,7 @@ class Window:
         return summed.reshape(batch, channels, *summed.shape[-2:])
 
     def most(self, x: Float[Tensor, "batch channels height width"]) -> Tensor:
-        """The greatest value in each location's window, the zeros of the padding among them."""
+        """The largest value in each location's window, the zeros of the padding among them."""
         if self.trivial:
             return x
         return F.max_pool2d(
@@ -175,7 +175,7 @@ def _outer(x: Tensor, g: Tensor, aggregate: str, window: Window) -> Tensor:
         return window.most(x.abs().amax(1, keepdim=True)) * g.abs().amax(1, keepdim=True)
     x_most, x_least = window.most(x.amax(1, keepdim=True)), -window.most(-x.amin(1, keepdim=True))
     g_most, g_least = g.amax(1, keepdim=True), g.amin(1, keepdim=True)
-    # A product of two ranges is greatest at one of its four corners.
+    # A product of two ranges is largest at one of its four corners.
     corners = [x_most * g_most, x_most * g_least, x_least * g_most, x_least * g_least]
     return torch.stack(corners).amax(0)
 
@@ -218,7 +218,7 @@ def smoothed(
 def normalised(
     maps: Float[Tensor, "batch 1 height width"],
 ) -> tuple[Float[Tensor, "batch 1 height width"], Tensor]:
-    """Each map scaled to [0, 1] by its least and greatest value; and which maps were constant (they become zeros).
+    """Each map scaled to [0, 1] by its minimum and maximum; and which maps were constant (they become zeros).
 
     >>> normalised(torch.tensor([[[[1.0, 3.0]]], [[[2.0, 2.0]]]]))[0].flatten().tolist()
     [0.0, 1.0, 0.0, 0.0]
@@ -230,7 +230,7 @@ def normalised(
 
 
 def is_constant(maps: Float[Tensor, "batch 1 height width"]) -> Bool[Tensor, "batch"]:
-    """Which maps have a range that is rounding noise: at most max(1e-10, 8 ulp) of their greatest absolute value.
+    """Which maps have a range that is rounding noise: at most max(1e-10, 8 ulp) of their largest absolute value.
 
     >>> is_constant(torch.tensor([[[[1.0, 1.0 + 1e-7]]], [[[1.0, 1.1]]]])).tolist()
     [True, False]

@@ -130,7 +130,7 @@ def class_activation(
 
 
 def centre_map(images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch 1 height width"]:
-    """A map that is greatest at the image's centre and falls off with the squared distance, whatever the image.
+    """A map that is largest at the image's centre and falls off with the squared distance, whatever the image.
 
     >>> centre_map(torch.zeros(1, 3, 3, 3))[0, 0, 1].tolist()
     [-1.0, 0.0, -1.0]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.models import device_of
 from lineament.core.results import axes
-from lineament.core.sites.activations import sites
+from lineament.core.sites.naming import sites
 from lineament.explain.saliency.aggregation import is_constant
 from lineament.explain.saliency.maps import saliency
 from lineament.explain.scores import class_scores, differentiable, prepared, scores_of

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.batching import chunked
-from lineament.core.sites.activations import capture, sites
+from lineament.core.sites.activations import capture
+from lineament.core.sites.naming import sites
 from lineament.explain.saliency import layouts
 from lineament.explain.saliency.aggregation import (
     Window,

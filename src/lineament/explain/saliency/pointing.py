@@ -1,4 +1,4 @@
-"""The pointing game: does a map's greatest value lie on the object? Zhang et al. 2016 (arXiv 1608.00507).
+"""The pointing game: does a map's largest value lie on the object? Zhang et al. 2016 (arXiv 1608.00507).
 
 A point is (column, row) and a mask [row, column]. A hit is a point whose distance to some pixel of the class's mask is strictly
 below the tolerance (15 pixels on the benchmarks); accuracy is taken for each class and averaged over the classes that occurred.

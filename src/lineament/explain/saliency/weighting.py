@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.batching import chunked
-from lineament.core.sites.activations import record, sites
+from lineament.core.sites.activations import record
+from lineament.core.sites.naming import sites
 from lineament.explain.saliency.layouts import layout, patch_of
 from lineament.explain.saliency.maps import saliency
 from lineament.explain.saliency.pointing import hits

@@ -35,7 +35,7 @@ def random_importance(
 def match_entropy(scores: Float[Tensor, "tokens"], wanted: float) -> Float[Tensor, "tokens"]:
     """The same ranking at a given entropy (nats): softmax(minmax(scores) / temperature), the temperature found by bisection.
 
-    Scores that are all equal cannot be sharpened and stay uniform; with m tokens sharing the greatest score the entropy cannot fall below log m.
+    Scores that are all equal cannot be sharpened and stay uniform; with m tokens sharing the largest score the entropy cannot fall below log m.
 
     >>> a = match_entropy(torch.tensor([3.0, 1.0, 0.0, 0.0]), 0.5)
     >>> round(float(entropy(a)), 4), a.argmax().item()
@@ -49,7 +49,7 @@ def match_entropy(scores: Float[Tensor, "tokens"], wanted: float) -> Float[Tenso
 def match_retention(scores: Float[Tensor, "tokens"], wanted: float) -> Float[Tensor, "tokens"]:
     """The same ranking at a given mean importance: minmax(scores)^power, so that all methods keep as much of the input on average.
 
-    The mean lies between the share of tokens with the greatest score and the share of those above the least.
+    The mean lies between the share of tokens with the largest score and the share of those above the smallest.
 
     >>> round(match_retention(torch.tensor([4.0, 3.0, 1.0, 0.0]), 0.4).mean().item(), 4)
     0.4

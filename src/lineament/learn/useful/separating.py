@@ -1,7 +1,7 @@
 """After how many epochs are fast and slow examples best told apart? Where the training error's fall first slows down clearly.
 
 Nguyen, Haddad, Gan, Mirzasoleiman, NeurIPS 2024, arXiv 2404.17768: choosing the epoch so gave the lowest test error in the paper's ablation. That
-"slows down" means the greatest second difference is our reading.
+"slows down" means the largest second difference is our reading.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def select_slow(
         by: ``"clusters"``, the method; or what the paper compares with: ``"quantile"``, the highest losses of each class, as many as the
             clusters would select; ``"misclassified"``, also the rule of JTT (which then repeats them more often); ``"random"``, as
             many as the clusters would select; ``"eiil"``, the side of EIIL's environments with the higher loss. EIIL's penalty
-            (Σ q_i g_i)² + (Σ (1 - q_i) g_i)², with g_i the slope of the loss in the logits' scale, is greatest where q_i = [g_i > 0],
+            (Σ q_i g_i)² + (Σ (1 - q_i) g_i)², with g_i the slope of the loss in the logits' scale, is largest where q_i = [g_i > 0],
             so no optimiser is needed.
         output: what is clustered: ``"softmax"`` probabilities, ``"logits"``, or rows of your own, such as last-layer features.
         losses: instead of the cross-entropy of the logits.

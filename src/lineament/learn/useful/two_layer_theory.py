@@ -73,7 +73,7 @@ class Path:
         ax = plt.subplots()[1] if ax is None else ax
         for column, name in enumerate(("fast feature", "slow feature")):
             ax.plot(range(1, len(self.loss) + 1), self.alignments[:, column].tolist(), label=name)
-        ax.set(xlabel="step", ylabel="greatest alignment of a filter")
+        ax.set(xlabel="step", ylabel="largest alignment of a filter")
         ax.legend()
         return ax
 

@@ -20,7 +20,7 @@ from lineament.core.batching import progress
 from lineament.core.checks import InputError, require
 from lineament.core.models import called, device_of, frozen, logits, moved
 from lineament.core.sites.activations import capture
-from lineament.core.sites.activations import sites as site_names
+from lineament.core.sites.naming import sites as site_names
 from lineament.measure.collapse.metrics import CollapseMeter, CollapseMetrics, SecondLook
 
 Pool = str | Callable[[Tensor], Tensor]

@@ -140,7 +140,7 @@ class Softmax:
     ``"fisher"``, the empirical (1/N) Σ g_n g_nᵀ.
 
     Args:
-        A: (N, d). labels: (N,) classes. classes: K, by default the greatest label and one.
+        A: (N, d). labels: (N,) classes. classes: K, by default the largest label and one.
 
     Raises:
         InputError: shapes that do not fit, values that are not finite, labels out of range, l2 < 0.
@@ -326,7 +326,7 @@ class Composite:
         least = float(values[0])
         checks.require(
             least >= -1e-8 * float(values.abs().max()),
-            f"outer: the least eigenvalue of its Hessian is {least:.3g} at the residuals of x, expected a convex function",
+            f"outer: the smallest eigenvalue of its Hessian is {least:.3g} at the residuals of x, expected a convex function",
         )
         factor = (vectors * values.clamp(min=0).sqrt()).T @ self.equations.jacobian(x)
         if kind == "gauss_newton":

@@ -212,7 +212,7 @@ def cubic_step(spectral: Spectral, M: float) -> tuple[Any, float, float]:
     """The global minimiser of <g,h> + <Hh,h>/2 + (M/6)‖h‖³: (h, λ = M‖h‖/2, the model's value there).
 
     With d and c of :class:`Spectral`, r = ‖h‖ solves r² = Σ c_i² / (d_i + M r / 2)², found by bisection in r above
-    max(0, -2 d_min / M); in the hard case the rest of the length goes along the least eigenvector.
+    max(0, -2 d_min / M); in the hard case the rest of the length goes along the eigenvector of the smallest eigenvalue.
 
     >>> d, c = torch.zeros(1), torch.tensor([-2.0])
     >>> h, lam, value = cubic_step(Spectral(d, c, lambda y: y), 1.0)

@@ -1,6 +1,6 @@
 """γ(x) itself: how far the linear model of the gradient is right, measured; its calculus, and the bounds of the theory.
 
-Semenov, Jaggi, Doikov (2025, arXiv 2506.13710), Definition 1. γ(x) is the greatest γ with ‖∇f(x+h) - ∇f(x) - Hh‖_* ≤ ‖g‖_*‖h‖/γ for
+Semenov, Jaggi, Doikov (2025, arXiv 2506.13710), Definition 1. γ(x) is the largest γ with ‖∇f(x+h) - ∇f(x) - Hh‖_* ≤ ‖g‖_*‖h‖/γ for
 all h with ‖h‖ ≤ γ and <Hh,h> + <g,h> ≤ 0. What is not obvious: that is an infimum without γ in its condition,
 
     γ(x) = inf over such h of max(‖h‖, ‖g‖_*‖h‖ / ‖∇f(x+h) - ∇f(x) - Hh‖_*),
@@ -101,9 +101,9 @@ def _along(
     grid: int,
     best: float,
 ) -> float:
-    """The infimum along t d, 0 < t ≤ the edge of the region: a logarithmic grid, then golden section around its least value."""
+    """The infimum along t d, 0 < t ≤ the edge of the region: a logarithmic grid, then golden section around its smallest value."""
     edge = -slope / curve if curve > 0 else math.inf
-    # No t above the least value found matters, for max(t, .) ≥ t.
+    # No t above the smallest value found matters, for max(t, .) ≥ t.
     top = min(edge, best, 1e6 * norm)
 
     def value(t: float) -> float:

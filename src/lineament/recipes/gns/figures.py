@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lineament.recipes.gns.runs import Gammas, Runs
 from lineament.report.figures import picture, save
 from lineament.report.outcome import Figure
 
@@ -18,20 +19,19 @@ _STYLES = {
 }
 
 
-def draw_all(found: dict[str, Any], config: Any, out: Path) -> list[Figure]:
+def draw_all(lse: Runs, gamma: Gammas, config: Any, out: Path) -> list[Figure]:
     """Write the three figures into ``out``."""
-    return [_gaps(found["lse"], config, out), _rules(found["lse"], out), _measured(found["gamma"], out)]
+    return [_gaps(lse, config, out), _rules(lse, out), _measured(gamma, out)]
 
 
-def _gaps(lse: dict[str, Any], config: Any, out: Path) -> Figure:
+def _gaps(lse: Runs, config: Any, out: Path) -> Figure:
     measures = {"iterations": "iteration, from 1", "solves": "linear solves", "seconds": "seconds"}
 
     def draw(axes: Any) -> None:
         for ax, (measure, words) in zip(axes[0], measures.items()):
             for name, (colour, line) in _STYLES.items():
-                values = [max(gap, 1e-9) for gap in lse[name]["gaps"]]
-                spent = lse[name]["spent"]
-                at = range(1, len(values) + 1) if measure == "iterations" else spent[measure]
+                values = [max(gap, 1e-9) for gap in lse[name].gaps]
+                at = range(1, len(values) + 1) if measure == "iterations" else getattr(lse[name], measure)
                 # The fast gradient method solves nothing; before the first solve there is no place on the axis.
                 pairs = [(x, y) for x, y in zip(at, values) if x > 0]
                 if pairs:
@@ -47,7 +47,7 @@ def _gaps(lse: dict[str, Any], config: Any, out: Path) -> Figure:
         # Above the panels: each of them is full of curves.
         axes[0, 0].figure.legend(handles, names, loc="outside upper center", ncols=3, fontsize=8)
 
-    steps = {name: lse[name]["iterations"] for name in _STYLES}
+    steps = {name: lse[name].iterations for name in _STYLES}
     shown = picture(
         draw,
         alt="Curves of f minus f* over iterations, linear solves and seconds: "
@@ -60,12 +60,12 @@ def _gaps(lse: dict[str, Any], config: Any, out: Path) -> Figure:
     return save(shown, out, "log-sum-exp")
 
 
-def _rules(lse: dict[str, Any], out: Path) -> Figure:
+def _rules(lse: Runs, out: Path) -> Figure:
     names = ["exact", "weighted Gauss-Newton", *(name for name in lse if name.startswith("super"))]
 
     def draw(ax: Any) -> None:
         for index, name in enumerate(names):
-            gammas = lse[name]["gammas"]
+            gammas = lse[name].gammas
             label = {"exact": "this rule, exact H"}.get(name, name)
             line = "-" if index < 2 else "--"
             ax.semilogy(range(len(gammas)), gammas, line, color=f"C{index}", label=label)
@@ -81,18 +81,18 @@ def _rules(lse: dict[str, Any], out: Path) -> Figure:
     return save(shown, out, "gamma-rules")
 
 
-def _measured(gamma: dict[str, Any], out: Path) -> Figure:
+def _measured(gamma: Gammas, out: Path) -> Figure:
     def draw(ax: Any) -> None:
-        ks = range(len(gamma["sampled"]))
-        ax.semilogy(ks, gamma["sampled"], "o-", label="γ(x), measured by sampling")
-        ax.semilogy(ks, gamma["accepted"], "s--", label="γ accepted by the search")
-        ax.axhline(gamma["bound"], color="C7", label="bound of the theory")
+        ks = range(len(gamma.sampled))
+        ax.semilogy(ks, gamma.sampled, "o-", label="γ(x), measured by sampling")
+        ax.semilogy(ks, gamma.accepted, "s--", label="γ accepted by the search")
+        ax.axhline(gamma.bound, color="C7", label="bound of the theory")
         ax.set(xlabel="iteration", ylabel="γ")
         ax.legend()
 
     shown = picture(
         draw,
-        alt=f"Measured γ between {min(gamma['sampled']):.2g} and {max(gamma['sampled']):.2g}, above the bound {gamma['bound']:.2g}; "
+        alt=f"Measured γ between {min(gamma.sampled):.2g} and {max(gamma.sampled):.2g}, above the bound {gamma.bound:.2g}; "
         "the accepted γ doubles from 1.",
         caption="Log-sum-exp, 40 x 10: the definition's γ(x) along a run, what the search used, and the bound.",
     )

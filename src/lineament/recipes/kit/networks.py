@@ -8,6 +8,7 @@ Every image network is ``features`` and a linear ``head``, drawn from a seed alo
 | ``two-conv`` | two convolutions, one pooling and a hidden layer | 16 |
 | ``tiny-cnn`` | two convolutions with pooling and a hidden layer | 16 |
 | ``cnn`` | three blocks of convolution, norm and pooling | 32 |
+| ``cnn7`` | seven convolutions with norm (two of the width, two of twice, three of four times) and three poolings | 12 |
 | ``small-resnet`` | one residual block for each of three widths | 16 |
 | ``resnet18``, ``resnet34``, ``resnet50`` | He et al. 2016, with a 3 x 3 stem of stride 1 and no pooling before the blocks | 64 |
 | ``vgg19`` | Simonyan and Zisserman 2015, with batch norm and one linear layer | 64 |
@@ -26,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lineament.core.checks import one_of, require
+from lineament.core.checks import InputError, one_of, require
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -159,6 +160,16 @@ def _cnn(shape: tuple[int, ...], widths: tuple[int, ...], parts: Parts) -> Featu
     return [*layers, Mean(2, 3)], inputs
 
 
+def _cnn7(shape: tuple[int, ...], widths: tuple[int, ...], parts: Parts) -> Features:
+    layers: list[nn.Module] = []
+    inputs = shape[0]
+    for index, times in enumerate((1, 1, 2, 2, 4, 4, 4), start=1):
+        layers += [*parts.conv(inputs, times * widths[0]), parts.act()]
+        layers += [nn.MaxPool2d(2)] if index in (2, 4, 6) else []
+        inputs = times * widths[0]
+    return [*layers, Mean(2, 3)], inputs
+
+
 def _resnet(*blocks: int, bottleneck: bool = False) -> Callable[..., Features]:
     def make(shape: tuple[int, ...], widths: tuple[int, ...], parts: Parts) -> Features:
         layers: list[nn.Module] = [*parts.conv(shape[0], widths[0]), parts.act()]
@@ -217,6 +228,7 @@ NETWORKS: dict[str, tuple[Callable[..., Features], tuple[int, ...], bool]] = {
     "two-conv": (_two_conv, (16,), False),
     "tiny-cnn": (_tiny_cnn, (16,), False),
     "cnn": (_cnn, (32,), True),
+    "cnn7": (_cnn7, (12,), True),
     "small-resnet": (_resnet(1, 1, 1), (16,), True),
     "resnet18": (_resnet(2, 2, 2, 2), (64,), True),
     "resnet34": (_resnet(3, 4, 6, 3), (64,), True),
@@ -323,3 +335,37 @@ def gpt2(
                 if parameter.ndim == 2:
                     nn.init.normal_(parameter, std=std[0] if "wte" in name or "wpe" in name else std[1])
     return model
+
+
+def vision_transformer(
+    width: int,
+    layers: int,
+    heads: int,
+    *,
+    image: int = 32,
+    patch: int = 4,
+    classes: int = 10,
+    seed: int | None = None,
+) -> nn.Module:
+    """A ViT of transformers without dropout, drawn from ``seed`` alone, or from the global random state."""
+    try:
+        from transformers import ViTConfig, ViTForImageClassification
+    except ImportError as error:
+        raise InputError(
+            "networks: 'vit' needs the package transformers; install lineament[hub], or use other networks"
+        ) from error
+    sizes: dict[str, Any] = {
+        "image_size": image,
+        "patch_size": patch,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_labels": classes,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        return ViTForImageClassification(ViTConfig(**sizes))

@@ -50,7 +50,7 @@ class Stages:
         keys = list(keys)
         left = [key for key in keys if not self.checkpoint.finished(name.format(key), tuple[kind, float])]
         if jobs > 1 and len(left) > 1:
-            results = Parallel(n_jobs=jobs, return_as="generator")(
+            results: Any = Parallel(n_jobs=jobs, return_as="generator")(
                 delayed(_timed)(compute, key) for key in left
             )
             for key, result in zip(left, results):

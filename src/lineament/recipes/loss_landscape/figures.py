@@ -35,7 +35,7 @@ def _planes(runs: dict[str, Measured], out: Path) -> Figure:
         picture(
             draw,
             alt="Contours and surfaces of the loss around one network, along two random directions under running and under batch statistics, and along two eigenvectors.",
-            caption=f"The loss around one network ({name}): filter-normalised random directions with batch norm's running statistics and with each batch's, and the two eigenvectors of greatest curvature.",
+            caption=f"The loss around one network ({name}): filter-normalised random directions with batch norm's running statistics and with each batch's, and the two eigenvectors of largest curvature.",
             size=(12.6, 7.0),
             panels=(2, 3),
             kind="png",

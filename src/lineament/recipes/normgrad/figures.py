@@ -10,13 +10,9 @@ from torch import nn
 from lineament.data.samples import Samples
 from lineament.explain.saliency.aggregation import normalised
 from lineament.explain.saliency.maps import saliency
+from lineament.recipes.normgrad.claims import AfterStep, Correlations, number
 from lineament.report.figures import picture, save
 from lineament.report.outcome import Figure
-
-
-def number(value: float | None) -> str:
-    """A correlation in a sentence."""
-    return "undefined" if value is None else f"{value:.3f}"
 
 
 def pointing_figure(layers: dict[str, Any], sites: list[str], labels: list[str], out: Path) -> Figure:
@@ -31,21 +27,19 @@ def pointing_figure(layers: dict[str, Any], sites: list[str], labels: list[str],
     shown = picture(
         draw,
         alt=f"Pointing accuracy against the layer, one line a method. At the first layer: {early}.",
-        caption="How often the map's greatest value lies on the digit that was asked for, by layer.",
+        caption="How often the map's largest value lies on the digit that was asked for, by layer.",
     )
     return save(shown, out, "pointing")
 
 
-def correlation_figure(
-    alike: dict[str, Any], meta: dict[str, Any], sites: dict[str, str], out: Path
-) -> Figure:
+def correlation_figure(alike: Correlations, meta: AfterStep, sites: dict[str, str], out: Path) -> Figure:
     def draw(ax: Any) -> None:
-        for k, method in enumerate(alike):
-            means = [alike[method][s]["mean"] for s in sites.values()]
+        for k, method in enumerate(alike.mean):
+            means = [alike.mean[method][s] for s in sites.values()]
             values = [float("nan") if m is None else m for m in means]
             ax.plot([f"ReLU {n}" for n in sites], values, marker="o", color=f"C{k}", label=method)
-            if method in meta:
-                late = [meta[method][sites[n]]["correlation"] for n in ("6", "7")]
+            if method in meta.correlation:
+                late = [meta.correlation[method][sites[n]] for n in ("6", "7")]
                 ax.plot(
                     ["ReLU 6", "ReLU 7"],
                     late,
@@ -58,8 +52,8 @@ def correlation_figure(
         ax.legend(ncols=2, fontsize=7)
 
     changes = []
-    for m in meta:
-        before, after = alike[m][sites["7"]]["mean"], meta[m][sites["7"]]["correlation"]
+    for m in meta.correlation:
+        before, after = alike.mean[m][sites["7"]], meta.correlation[m][sites["7"]]
         changes.append(f"{m} {number(before)}, with the step {number(after)}")
     late = f"At the last layer: {'; '.join(changes)}."
     shown = picture(

@@ -44,7 +44,7 @@ def photographs_model(source: str) -> tuple[nn.Module, list[str], tuple[str, ...
     checks.require(
         path.is_dir(),
         f"model_folder: {source!r} is no folder; expected a transformers ResNet fine-tuned for several labels, as save_pretrained "
-        "writes it, or VGG16's weights as a .safetensors file (--model-folder PATH)",
+        "writes it, or VGG16's weights as a .safetensors file",
     )
     classifier = AutoModelForImageClassification.from_pretrained(source, local_files_only=True)
     labels = classifier.config.id2label

@@ -27,8 +27,8 @@ def photographs(dataset: str, data_folder: str | None, limit: int | None) -> Ite
     folder = data_folder or os.environ.get("LINEAMENT_DATA")
     if not folder:
         raise checks.InputError(
-            "data_folder: the paper preset reads VOC2007 or COCO from your disk; pass --data-folder FOLDER (which holds VOC2007/ or "
-            "coco/) or set LINEAMENT_DATA"
+            "data_folder: the paper preset reads VOC2007 or COCO from your disk; give the folder that holds VOC2007/ or "
+            "coco/, or set LINEAMENT_DATA"
         )
     if dataset == "voc":
         return voc(Path(folder) / "VOC2007", "test", limit=limit)

@@ -9,7 +9,7 @@ three times: as it is, at ReAGent's entropy, and at one mean retention.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,24 @@ import torch
 from torch import Tensor
 
 from lineament.core.batching import progress
-from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError
 from lineament.explain.tokens.controls import match_entropy, match_retention, random_importance
 from lineament.explain.tokens.faithfulness import hard_faithfulness, soft_faithfulness
 from lineament.explain.tokens.methods import attribute_tokens
 from lineament.explain.tokens.next_token import NextToken
 from lineament.explain.tokens.options import ReagentOptions
+from lineament.explain.tokens.recursion import reagent
 from lineament.explain.tokens.results import entropy
 from lineament.load.language_models import load_language_model
 from lineament.recipes.kit.presets import presets
-from lineament.recipes.reagent.claims import BASELINES, VARIANTS, claims, tables
+from lineament.recipes.kit.stages import Stages
+from lineament.recipes.reagent.claims import BASELINES, VARIANTS, Attributed, Budgets, claims, tables
 from lineament.recipes.reagent.figures import figures
 from lineament.recipes.reagent.task import (
     as_directory,
     examples,
     other_symbol,
-    train,
+    trained,
 )
 from lineament.recipes.reagent.users import (
     distractor_table,
@@ -84,10 +85,10 @@ def run(config: Config, *, out: Path) -> Outcome:
     if config.keep >= 1 and float(config.keep).is_integer():
         # The command line gives every number of such a field as a float.
         config = replace(config, keep=int(config.keep))
-    stages = Checkpoint(out / ".stages", asdict(config))
+    stages = Stages(out, config)
     known = config.model_folder is None
     if known:
-        weights = stages.stage("train", lambda: train(config.seed, config.train_steps))
+        weights = stages("train", lambda: trained(config.seed, config.train_steps), dict[str, Tensor])
         model, tokenizer = as_directory(weights, out / "model")
         ids, answers, places = examples(config.prompts, torch.Generator().manual_seed(config.seed + 1))
         prompts: list[Any] = list(ids)
@@ -102,25 +103,35 @@ def run(config: Config, *, out: Path) -> Outcome:
         )
         if getattr(model.config, "is_encoder_decoder", False):
             raise InputError(
-                f"--model-folder: {config.model_folder!r} is an encoder-decoder; the recipe compares methods on causal language models"
+                f"model_folder: {config.model_folder!r} is an encoder-decoder; the recipe compares methods on causal language models"
             )
         starts = sequence_starts(config)
         prompts, distractors = user_prompts(
             model, tokenizer, config.prompts_file, config.prompts, config.seed
         )
         places, sampler, correct = None, config.sampler, None
-    scores = stages.stage("attributions", lambda: attributions(model, tokenizer, prompts, sampler, config))
-    judged = stages.stage("faithfulness", lambda: faithfulness(model, tokenizer, prompts, scores, config))
+    scores = stages(
+        "attributions",
+        lambda: attributions(model, tokenizer, prompts, sampler, config),
+        dict[str, Attributed],
+    )
+    judged = stages(
+        "faithfulness", lambda: faithfulness(model, tokenizer, prompts, scores, config), dict[str, dict[str, list[float]]]
+    )  # fmt: skip
     table = summary(scores, judged, places)
     curve = None
     if places is not None:
-        curve = stages.stage("budgets", lambda: budgets(model, prompts, places, scores, config))
+        curve = stages("budgets", lambda: budgets(model, prompts, places, scores, config), Budgets)
     made = tables(table, scores, correct, len(prompts))
     judgements = claims(table, known)
     if distractors is not None:
         made.append(distractor_table(scores, distractors))
     if starts:
-        whole = stages.stage("sequences", lambda: sequences(model, tokenizer, starts, config))
+        whole = stages(
+            "sequences",
+            lambda: sequences(model, tokenizer, starts, config),
+            dict[str, dict[str, float | None]],
+        )
         made.append(sequence_table(whole))
         judgements += sequence_claims(whole)
     return Outcome(
@@ -130,40 +141,36 @@ def run(config: Config, *, out: Path) -> Outcome:
 
 def attributions(
     model: Any, tokenizer: Any, prompts: list[Any], sampler: Any, config: Config
-) -> dict[str, Any]:
-    """{method: {"scores": importances of each prompt, "steps", "converged", "sequences"}}, all through a softmax but ReAGent's."""
-    found: dict[str, Any] = {}
+) -> dict[str, Attributed]:
+    """Importances by method, all through a softmax but ReAGent's."""
+    found: dict[str, Attributed] = {}
+    ids = _ids(tokenizer, prompts)
     for name, options in progress(list(VARIANTS.items()), "reagent"):
+        own = dict(options)
+        rare = ReagentOptions(keep=config.keep, ratio=own.pop("ratio", 0.3))
         with warnings.catch_warnings():
             # How many did not converge is in the table.
             warnings.simplefilter("ignore")
-            rare = ReagentOptions(keep=config.keep, ratio=options.get("ratio", 0.3))
-            made = attribute_tokens(
-                model, _ids(tokenizer, prompts), method="reagent", sampler=sampler, seed=1000 * config.seed, options=rare,
-                **{key: value for key, value in options.items() if key != "ratio"},
-            )  # fmt: skip
-        found[name] = {
-            "scores": [a.scores.double() for a in made],
-            "steps": [a.n_steps for a in made],
-            "converged": [a.converged for a in made],
-            "sequences": [a.sequences for a in made],
-        }
+            made = reagent(model, ids, sampler=sampler, seed=1000 * config.seed, options=rare, **own)
+        found[name] = Attributed(
+            [a.scores.double() for a in made], [a.n_steps for a in made], [a.converged for a in made], [a.sequences for a in made]
+        )  # fmt: skip
     for method in progress(list(BASELINES + EXTRA), "baselines"):
         options = {"absent": sampler} if method in ("occlusion", "lime", "kernel_shap") else {}
-        made = attribute_tokens(
-            model, _ids(tokenizer, prompts), method=method, normalize="softmax", **options
-        )
-        found[method] = {"scores": [a.scores.double() for a in made]}
+        made = attribute_tokens(model, ids, method=method, normalize="softmax", **options)
+        found[method] = Attributed([a.scores.double() for a in made])
     return found
 
 
 def faithfulness(
-    model: Any, tokenizer: Any, prompts: list[Any], scores: Mapping[str, Any], config: Config
-) -> dict[str, Any]:
+    model: Any, tokenizer: Any, prompts: list[Any], scores: dict[str, Attributed], config: Config
+) -> dict[str, dict[str, list[float]]]:
     """Soft-NS and Soft-NC of each method as it is, at ReAGent's entropy and at one mean retention; hard ones; one entry a prompt."""
     names = [*scores, "random"]
     forms = ("plain", "entropy", "retention")
-    found: dict[str, Any] = {n: {f"{form} {m}": [] for form in forms for m in ("NS", "NC")} for n in names}
+    found: dict[str, dict[str, list[float]]] = {
+        n: {f"{form} {m}": [] for form in forms for m in ("NS", "NC")} for n in names
+    }
     for n in names:
         found[n] |= {"hard NS": [], "hard NC": []}
     special = NextToken(model).special
@@ -171,8 +178,8 @@ def faithfulness(
         # Special tokens are never masked and take no part in what is matched.
         scored = ~torch.isin(ids, torch.tensor(sorted(special), dtype=torch.long))
         chance = random_importance(scored, seed=config.seed + k)[0]
-        plain = [*(scores[n]["scores"][k] for n in scores), chance]
-        level = float(entropy(scores["reagent"]["scores"][k]))
+        plain = [*(each.scores[k] for each in scores.values()), chance]
+        level = float(entropy(scores["reagent"].scores[k]))
         variants = {
             "plain": plain,
             "entropy": [_among(scored, a, lambda x, level=level: match_entropy(x, level)) for a in plain],
@@ -201,25 +208,25 @@ def precision(scores: list[Tensor], places: Tensor) -> float:
 
 
 def budgets(
-    model: Any, prompts: list[Any], places: Tensor, scores: dict[str, Any], config: Config
-) -> dict[str, Any]:
+    model: Any, prompts: list[Any], places: Tensor, scores: dict[str, Attributed], config: Config
+) -> Budgets:
     """P@2 by rows asked of the model: fixed numbers of steps, and early stopping with 5 and 16 probes."""
     fixed = []
     for steps in BUDGETS:
-        made = attribute_tokens(
+        made = reagent(
             model, prompts, sampler=other_symbol, steps=steps, seed=1000 * config.seed, options=ReagentOptions(keep=config.keep)
         )  # fmt: skip
         rows = sum(a.sequences for a in made) / len(made)
-        fixed.append([steps, rows, precision([a.scores for a in made], places)])
+        fixed.append((steps, rows, precision([a.scores for a in made], places)))
     early = [
-        [name, sum(scores[name]["sequences"]) / len(prompts), precision(scores[name]["scores"], places)]
+        (name, sum(scores[name].sequences) / len(prompts), precision(scores[name].scores, places))
         for name in ("reagent", "reagent, 16 probes")
     ]
-    return {"fixed": fixed, "early": early}
+    return Budgets(fixed, early)
 
 
 def summary(
-    scores: dict[str, Any], judged: dict[str, Any], places: Tensor | None
+    scores: dict[str, Attributed], judged: dict[str, dict[str, list[float]]], places: Tensor | None
 ) -> dict[str, dict[str, float | None]]:
     """Means over prompts, log ratios to random importances (means before the logarithm), and P@2."""
     table: dict[str, dict[str, float | None]] = {}
@@ -230,9 +237,9 @@ def summary(
                 own, chance = (torch.tensor(judged[n][f"{form} {m}"]).mean() for n in (name, "random"))
                 row[f"log {form} {m}"] = float((own / chance).log()) if own > 0 and chance > 0 else None
         if name != "random":
-            row["sharpness"] = float(torch.stack([entropy(a) for a in scores[name]["scores"]]).mean())
+            row["sharpness"] = float(torch.stack([entropy(a) for a in scores[name].scores]).mean())
         if places is not None and name != "random":
-            row["P@2"] = precision(scores[name]["scores"], places)
+            row["P@2"] = precision(scores[name].scores, places)
         table[name] = row
     return table
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lineament.report.outcome import Claim, Table
 
@@ -18,6 +20,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "reagent, 50 steps": {"steps": 50},
     "reagent, 200 steps, r 0.1": {"steps": 200, "ratio": 0.1},
 }
+
+
+@dataclass(frozen=True)
+class Attributed:
+    """The importances of each prompt, and what ReAGent took for them."""
+
+    scores: list[Tensor]
+    steps: list[int] = field(default_factory=list)
+    converged: list[bool] = field(default_factory=list)
+    sequences: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """P@2 by what was asked of the model: (steps, rows, P@2) of fixed budgets, (variant, rows, P@2) of early stopping."""
+
+    fixed: list[tuple[int, float, float]]
+    early: list[tuple[str, float, float]]
 
 
 def claims(table: dict[str, dict[str, Any]], known: bool) -> list[Claim]:
@@ -93,26 +113,15 @@ def claims(table: dict[str, dict[str, Any]], known: bool) -> list[Claim]:
 
 
 def tables(
-    table: dict[str, dict[str, Any]], scores: dict[str, Any], correct: float | None, prompts: int
+    table: dict[str, dict[str, Any]], scores: dict[str, Attributed], correct: float | None, prompts: int
 ) -> list[Table]:
     columns = [
         "P@2",
         "sharpness",
-        "plain NS",
-        "plain NC",
-        "log plain NS",
-        "log plain NC",
-        "hard NS",
-        "hard NC",
+        *(f"{form} {m}" for form in ("plain", "log plain", "hard") for m in ("NS", "NC")),
     ]
-    matched = [
-        "entropy NS",
-        "entropy NC",
-        "log entropy NC",
-        "retention NS",
-        "retention NC",
-        "log retention NC",
-    ]
+    matched = [f"{form} {m}" for form in ("entropy", "retention") for m in ("NS", "NC")]
+    matched = [*matched[:2], "log entropy NC", *matched[2:], "log retention NC"]
     found = [
         Table(
             "Faithfulness as published (soft, Hellinger; hard: mean over ratios 0.05 to 0.5; sharpness: mean entropy, nats)",
@@ -129,8 +138,8 @@ def tables(
             ["variant", "median steps", "most steps", "converged, %", "mean rows asked"],
             [
                 [
-                    n, int(torch.tensor(scores[n]["steps"]).median()), max(scores[n]["steps"]),
-                    round(100 * sum(scores[n]["converged"]) / prompts, 1), round(sum(scores[n]["sequences"]) / prompts, 1),
+                    n, int(torch.tensor(scores[n].steps).median()), max(scores[n].steps),
+                    round(100 * sum(scores[n].converged) / prompts, 1), round(sum(scores[n].sequences) / prompts, 1),
                 ]
                 for n in VARIANTS
             ],

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lineament.recipes.reagent.claims import Budgets
 from lineament.report.figures import picture, save
 from lineament.report.outcome import Figure
 
 
-def figures(table: dict[str, dict[str, Any]], curve: dict[str, Any] | None, out: Path) -> list[Figure]:
+def figures(table: dict[str, dict[str, Any]], curve: Budgets | None, out: Path) -> list[Figure]:
     shown = [_bars(table, out)]
     return shown if curve is None else [*shown, _budgets(curve, out)]
 
@@ -46,23 +47,23 @@ def _bars(table: dict[str, dict[str, Any]], out: Path) -> Figure:
     )
 
 
-def _budgets(curve: dict[str, Any], out: Path) -> Figure:
+def _budgets(curve: Budgets, out: Path) -> Figure:
     def draw(ax: Any) -> None:
         ax.plot(
-            [row[1] for row in curve["fixed"]],
-            [row[2] for row in curve["fixed"]],
+            [row[1] for row in curve.fixed],
+            [row[2] for row in curve.fixed],
             marker="o",
             label="fixed steps, 5 probes",
         )
-        for k, (name, rows, value) in enumerate(curve["early"], start=1):
+        for k, (name, rows, value) in enumerate(curve.early, start=1):
             ax.plot(
                 [rows], [value], marker="s", linestyle="none", color=f"C{k}", label=f"{name}, early stopping"
             )
         ax.set(xscale="log", xlabel="rows asked of the model, a prompt", ylabel="P@2", ylim=(0, 1.03))
         ax.legend(loc="lower right")
 
-    fixed = ", ".join(f"{steps} steps {value:.2f}" for steps, _, value in curve["fixed"])
-    early = ", ".join(f"{name} {value:.2f} at {rows:.0f} rows" for name, rows, value in curve["early"])
+    fixed = ", ".join(f"{steps} steps {value:.2f}" for steps, _, value in curve.fixed)
+    early = ", ".join(f"{name} {value:.2f} at {rows:.0f} rows" for name, rows, value in curve.early)
     return save(
         picture(
             draw,

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lineament.core.batching import progress
+from lineament.recipes.kit.networks import gpt2
+from lineament.train.loop import fit
 
 SYMBOLS = [chr(ord("a") + k) for k in range(20)]
 MARKER, QUESTION = len(SYMBOLS), len(SYMBOLS) + 1
@@ -35,36 +36,33 @@ def other_symbol(ids: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randint(len(SYMBOLS), ids.shape, generator=generator)
 
 
-def network() -> Any:
+def network(seed: int = 0) -> Any:
     """Two layers, four heads, width 64."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+    return gpt2(len(SYMBOLS) + 2, TOKENS, seed=seed, tied=True)
 
-    settings: dict[str, Any] = {"attn_implementation": "eager"}
-    config = GPT2Config(
-        vocab_size=len(SYMBOLS) + 2, n_positions=TOKENS, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, bos_token_id=None, eos_token_id=None, **settings,
+
+class Fresh:
+    """New examples for every batch; the training ends after the epoch whose mean loss is below 0.01."""
+
+    def __init__(self, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def on_batch(self, run: Any, batch: Any) -> None:
+        batch.inputs["input_ids"], batch.targets, _ = examples(len(batch), self.generator)
+
+    def on_epoch_end(self, run: Any) -> None:
+        run.stop = run.measured["loss"] < 0.01
+
+
+def trained(seed: int, steps: int) -> dict[str, Tensor]:
+    """Weights after AdamW (2e-3, batches of 96) until the loss of 20 batches is below 0.01, or ``steps`` steps."""
+    model = network(seed)
+    ids, targets, _ = examples(20 * 96, torch.Generator().manual_seed(seed))
+    fit(
+        model, ({"input_ids": ids}, targets), optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=2e-3), batch_size=96,
+        epochs=-(-steps // 20), loss=lambda scores, target: F.cross_entropy(scores[:, -1], target), callbacks=[Fresh(seed)], seed=seed,
     )  # fmt: skip
-    return GPT2LMHeadModel(config)
-
-
-def train(seed: int, most: int) -> dict[str, Tensor]:
-    """Weights after AdamW (2e-3, batches of 96) until the loss of 20 batches is below 0.01, or ``most`` steps."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = network()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    recent: list[float] = []
-    for _ in progress(range(most), "training"):
-        ids, target, _ = examples(96, generator)
-        loss = F.cross_entropy(model(ids, logits_to_keep=1).logits[:, -1], target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        recent = [*recent[-19:], float(loss.detach())]
-        if len(recent) == 20 and sum(recent) / 20 < 0.01:
-            break
-    return {name: value.clone() for name, value in model.state_dict().items()}
+    return dict(model.state_dict())
 
 
 def as_directory(weights: dict[str, Tensor], folder: Path) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from lineament.data.analogy_prompts import analogy_prompts, tokens_inside
 from lineament.explain.tokens.continuations import explain_continuation, sequence_faithfulness
 from lineament.explain.tokens.next_token import NextToken
 from lineament.explain.tokens.options import ReagentOptions
-from lineament.recipes.reagent.claims import BASELINES
+from lineament.recipes.reagent.claims import BASELINES, Attributed
 from lineament.report.outcome import Claim, Table
 
 # As many of the analogies are tried for one that is wanted; the paper kept 28 to 197 prompts.
@@ -29,7 +29,7 @@ def user_prompts(
 ) -> tuple[list[str], list[Tensor] | None]:
     """The first prompts of a text file, one a line; without a file analogies that the model completes rightly, and which of their tokens are the distractor."""
     if path is not None:
-        return _lines("--prompts-file", path, limit), None
+        return _lines("prompts_file", path, limit), None
     made = analogy_prompts(min(_TRIED * limit, 360), seed=seed)
     face = NextToken(model, tokenizer)
     rows = [torch.tensor([tokenizer(prompt)["input_ids"]]) for prompt in made.prompts]
@@ -43,7 +43,7 @@ def user_prompts(
             kept += [k] if answer == [token] else []
     checks.require(
         len(kept) >= 2,
-        f"--prompts-file: without one the prompts are analogies in English, and of {len(made)} the model completes {len(kept)} rightly; give a file of "
+        f"prompts_file: without one the prompts are analogies in English, and of {len(made)} the model completes {len(kept)} rightly; give a file of "
         "prompts, one a line",
     )
     kept = kept[:limit]
@@ -51,14 +51,13 @@ def user_prompts(
     return [made.prompts[k] for k in kept], masks
 
 
-def distractor_table(scores: dict[str, Any], distractors: list[Bool[Tensor, "tokens"]]) -> Table:
+def distractor_table(scores: dict[str, Attributed], distractors: list[Bool[Tensor, "tokens"]]) -> Table:
     """How much of each method's importance lies where nothing can matter, beside the share of tokens there."""
     chance = sum(float(inside.double().mean()) for inside in distractors) / len(distractors)
     rows: list[list[Any]] = []
     for name, each in scores.items():
         shares = [
-            float(a[inside].sum() / a.sum().clamp_min(1e-12))
-            for a, inside in zip(each["scores"], distractors)
+            float(a[inside].sum() / a.sum().clamp_min(1e-12)) for a, inside in zip(each.scores, distractors)
         ]
         rows.append([name, round(sum(shares) / len(shares), 3)])
     rows.append(["share of the tokens", round(chance, 3)])
@@ -73,7 +72,7 @@ def sequence_starts(config: Any) -> list[str]:
     """The texts to go on from, if a file of them is given."""
     if config.sequence_file is None:
         return []
-    return _lines("--sequence-file", config.sequence_file, config.sequence_prompts)
+    return _lines("sequence_file", config.sequence_file, config.sequence_prompts)
 
 
 def sequences(
@@ -92,7 +91,7 @@ def sequences(
             reason = str(error)
             continue
         said.append((text, list(made.continuation)))
-    checks.require(bool(said), f"--sequence-file: no text could be continued; the last: {reason}")
+    checks.require(bool(said), f"sequence_file: no text could be continued; the last: {reason}")
     found: dict[str, dict[str, float | None]] = {}
     for method in progress(["reagent", *BASELINES], "sequences"):
         options: dict[str, Any] = {"method": method, "normalize": "softmax"}
@@ -161,9 +160,9 @@ def sequence_claims(found: dict[str, dict[str, float | None]]) -> list[Claim]:
     return claims
 
 
-def _lines(option: str, path: str, limit: int) -> list[str]:
+def _lines(name: str, path: str, limit: int) -> list[str]:
     file = Path(path)
-    checks.require(file.is_file(), f"{option}: {str(file)!r} does not exist")
+    checks.require(file.is_file(), f"{name}: {str(file)!r} does not exist")
     found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()][:limit]
-    checks.require(bool(found), f"{option}: {str(file)!r} holds no line of text")
+    checks.require(bool(found), f"{name}: {str(file)!r} holds no line of text")
     return found

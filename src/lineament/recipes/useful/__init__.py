@@ -196,7 +196,7 @@ def theory_panel(config: Config) -> dict[str, Any]:
 
 
 def _recursion_error(alpha: float) -> dict[str, float]:
-    """The greatest difference between a noise-free training and the recursion of its alignments, plain and upsampled."""
+    """The largest difference between a noise-free training and the recursion of its alignments, plain and upsampled."""
     found = {}
     for name, factor in (("GD", 1), ("GD, fast-free x2", 2)):
         data = fast_slow_patches(200, dims=6, slow=0.5, alpha=alpha, noise=0.0, seed=1)

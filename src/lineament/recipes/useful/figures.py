@@ -39,7 +39,7 @@ def _theory(config: Any, theory: dict[str, Any], out: Path) -> Figure:
             ax.set_title(f"slow feature of strength {slow:g}")
             ax.set_xlabel("step")
             if column == 0:
-                ax.set_ylabel("greatest alignment of a filter")
+                ax.set_ylabel("largest alignment of a filter")
                 ax.legend()
 
     shown = picture(

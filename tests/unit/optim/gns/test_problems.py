@@ -155,7 +155,7 @@ def test_a_robust_fit_passes_over_outliers_and_what_is_not_convex_is_refused():
     for kind in ("exact", "gauss_newton"):
         found = minimize(robust, torch.tensor([1.0, 1.0], dtype=F64), hess=kind, grad_tol=1e-6)
         assert found.success and found.x.tolist() == pytest.approx([2.0, 1.5], abs=0.01)
-    with pytest.raises(InputError, match="outer: the least eigenvalue of its Hessian is -1"):
+    with pytest.raises(InputError, match="outer: the smallest eigenvalue of its Hessian is -1"):
         Composite(lambda u: u.cos().sum(), Linear(random(3, 2), torch.zeros(3, dtype=F64))).curvature(
             torch.zeros(2, dtype=F64), "gauss_newton"
         )
