@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lineament.bench import Row, compare
 from lineament.core.checks import InputError
+from lineament.core.models import logits
 from lineament.learn.tract.layer import tract
-from lineament.recipes.kit.networks import network
-from lineament.recipes.tract.training import scores, vision_transformer
+from lineament.recipes.kit.networks import network, vision_transformer
 
 SLUG = "tract"
 
@@ -55,7 +55,7 @@ def step(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
 
     def run() -> None:
         optimizer.zero_grad()
-        F.cross_entropy(scores(model, x), y).backward()
+        F.cross_entropy(logits(model(x)), y).backward()
         optimizer.step()
 
     return run

@@ -1,4 +1,4 @@
-"""Are the saliency maps of an audit true? Scores without retraining for all, and DiffROAR where it is asked for.
+"""Are the saliency maps of an audit true? Scores without retraining for all, and DiffROAR, which retrains, on request.
 
 Deletion and insertion (Petsiuk et al. 2018), infidelity and sensitivity (Yeh et al. 2019), beside the plain gradient and a random map; DiffROAR
 (Shah et al. 2021, arXiv 2102.12781) retrains the audited architecture, freshly drawn, on what the maps keep of the audit's own samples.
@@ -235,7 +235,7 @@ def retrained(subject: Subject, explain: Explain) -> Retrained:
             )  # fmt: skip
     except InputError as error:
         return Retrained(f"DiffROAR could not be measured: {error}.", {})
-    return Retrained(_retrained_words(found, subject.method, cut), found)
+    return Retrained(_retrained_sentence(found, subject.method, cut), found)
 
 
 def _factory(fresh: Callable[[int], nn.Module], width: int, device: Any) -> Callable[[], nn.Module]:
@@ -262,7 +262,7 @@ class _Widened(nn.Module):
         return torch.stack([torch.zeros_like(z), z], 1)
 
 
-def _retrained_words(found: dict[str, DiffROAR], method: str, count: int) -> str:
+def _retrained_sentence(found: dict[str, DiffROAR], method: str, count: int) -> str:
     ours, chance = next(iter(found.values())), found["random"]
     k = min(ours.fractions)
     gap, noise = 100 * ours.at(k), 100 * chance.at(k)

@@ -244,7 +244,7 @@ class DiffGrad(torch.optim.Optimizer):
         if counters:
             _kernels._foreach_add_(counters, 1)
         if group["capturable"]:
-            numbers = [coefficients(group, t.double() if t.device.type != "mps" else t) for t in counters]
+            numbers = captured_coefficients(group, counters)
         else:
             counts = [t.item() for t in counters]
             known = {t: coefficients(group, t) for t in set(counts)}
@@ -343,6 +343,18 @@ def coefficients(group: dict[str, Any], t: float | Tensor) -> Coefficients:
     before = torch.where(t > 1, 1 / (t - 1), 0) if captured else 1 / (t - 1) if t > 1 else 0.0
     decay = group["weight_decay"]
     return Coefficients(1 - beta1, 1 - beta2, step, plain, eps, decay, 1 - lr * decay, before, 1 / t)
+
+
+def captured_coefficients(group: dict[str, Any], counters: Sequence[Tensor]) -> list[Coefficients]:
+    """The numbers of each parameter's step where the counters are on its device: those of a device in one computation."""
+    found: dict[int, Coefficients] = {}
+    for device in {t.device for t in counters}:
+        places = [k for k, t in enumerate(counters) if t.device == device]
+        steps = torch.stack([counters[k] for k in places])
+        together = coefficients(group, steps if device.type == "mps" else steps.double())  # no float64 there
+        columns = [x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * len(places) for x in together]
+        found |= {k: Coefficients(*each) for k, each in zip(places, zip(*columns))}
+    return [found[k] for k in range(len(counters))]
 
 
 def update(rows: Sequence[Row], rule: Rule) -> None:

@@ -193,8 +193,8 @@ def _render(
         for ax in figure.get_axes():
             _plain_log_labels(ax)
             _printable_labels(ax)
-        for words in figure.findobj(Text):
-            words.set_text(printable(words.get_text(), keep="\n"))
+        for label in figure.findobj(Text):
+            label.set_text(printable(label.get_text(), keep="\n"))
         hidden = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
         figure.savefig(buffer, format=kind, metadata=hidden)
     data = buffer.getvalue()

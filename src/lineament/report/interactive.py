@@ -21,7 +21,7 @@ from lineament.report.surface_plot import SurfacePlot
 from lineament.report.text import printable
 
 # What a screen reader says of each drawing.
-_WORDS = {
+_ALT_TEXTS = {
     "contour": "{} as contours. The arrow keys walk over the grid and read the value below.",
     "surface": "{} as a surface. The arrow keys turn it; plus and minus come nearer and go away.",
     "curve": "{} as a curve. The arrow keys left and right walk along it and read the value below.",
@@ -59,7 +59,7 @@ def drawings(surfaces: Sequence[SurfacePlot]) -> Markup:
 def kinds(surfaces: Sequence[SurfacePlot]) -> list[tuple[str, str]]:
     """The drawings that any of the surfaces has, each with its alt text."""
     there = {kind: each.labels[2] for each in surfaces for kind in each.drawings()}
-    return [(kind, words.format(there[kind])) for kind, words in _WORDS.items() if kind in there]
+    return [(kind, text.format(there[kind])) for kind, text in _ALT_TEXTS.items() if kind in there]
 
 
 @functools.cache

@@ -53,7 +53,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture beside `outcome.json`: its file name, what it shows (caption) and its alt text.
+    """A picture beside `outcome.json`: its file name, its caption and its alt text.
 
     ``surfaces`` are the values of a landscape in it, which the gallery lets the reader turn and read.
     """

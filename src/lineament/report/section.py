@@ -83,9 +83,9 @@ class Section:
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        words = ("name", "title", "status", "number", "unit", "sentence", "method")
+        texts = ("name", "title", "status", "number", "unit", "sentence", "method")
         return {
-            **{word: getattr(self, word) for word in words},
+            **{name: getattr(self, name) for name in texts},
             "numbers": self.numbers,
             "tables": [
                 {"title": t.title, "columns": list(t.columns), "rows": [list(r) for r in t.rows]}

@@ -13,17 +13,17 @@ import torch
 from lineament.core.checks import InputError
 from lineament.recipes import tract as recipe
 from lineament.recipes.tract import Config, run, training
-from lineament.recipes.tract.claims import ablation_claims, cifar_claims, digit_claims, speed_up
+from lineament.recipes.tract.claims import (
+    Best,
+    Digits,
+    Pair,
+    ablation_claims,
+    cifar_claims,
+    digit_claims,
+    speed_up,
+)
 
 TINY = {"lams": (0.1,), "lengths": (1, 4, 16), "seeds": 1, "ablation_lengths": (4,), "ablation_seeds": 1}
-
-
-def test_presets_name_themselves_and_hold_no_path():
-    for name in ("quick", "small", "paper"):
-        config = Config.preset(name)
-        assert config.preset == name and config.data_folder is None
-        json.dumps(dataclasses.asdict(config))
-    assert Config.preset("paper").networks == ("resnet18", "vit-paper")
 
 
 def test_digits_of_varied_contrast():
@@ -59,7 +59,7 @@ def test_the_transformer():
     pytest.importorskip("transformers")
     net = training.network("vit", 0)
     assert training.first_weight(net).shape == (96, 3, 4, 4)
-    assert training.scores(net, torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert net(torch.zeros(2, 3, 32, 32)).logits.shape == (2, 10)
 
 
 @pytest.mark.slow
@@ -140,18 +140,15 @@ def test_claims_fall_when_the_numbers_do():
             "0.1": {"4": [ours], "16": [95.0]},
             "0.05": {"4": [other], "16": [95.0]},
         }
-        return {
-            "accuracies": arms,
-            "rates": {"4": 0.3, "16": 0.1},
-            "own": {"4": [0.3, [ours]], "16": [0.1, [95.0]]},
-        }
+        own = {"4": Best(0.3, [ours]), "16": Best(0.1, [95.0])}
+        return Digits({"4": 0.3, "16": 0.1}, arms, own)
 
     assert all(c.holds for c in digit_claims(digits(93.0, 92.0, 93.5), [80.1], config))
     assert [c.holds for c in digit_claims(digits(91.0, 92.0, 79.0), [82.0], config)] == [False] * 4
-    same = {"same contrast for all": {"4": {"rate": 0.1, "ordinary": [95.0], "tract": [97.0]}}}
-    raw = {"ordinary": [0.1, [80.0]], "0.1": [0.1, [90.0]], "0.05": [0.1, [90.5]]}
+    same = {"same contrast for all": {"4": Pair(0.1, [95.0], [97.0])}}
+    raw = {"ordinary": Best(0.1, [80.0]), "0.1": Best(0.1, [90.0]), "0.05": Best(0.1, [90.5])}
     assert all(c.holds for c in ablation_claims(digits(93.0, 92.0, 93.5), same, raw))
-    raw["0.05"] = [0.1, [95.0]]
+    raw["0.05"] = Best(0.1, [95.0])
     assert [c.holds for c in ablation_claims(digits(81.0, 92.0, 93.5), same, raw)] == [False, False]
     curves = {"resnet": {"ordinary": {"4": [[50.0]], "8": [[60.0]]}, "0.1": {"4": [[61.0]], "8": [[62.0]]}}}
     assert all(c.holds for c in cifar_claims(curves, config))

@@ -326,8 +326,8 @@ def _exchange(subject: Subject, rows: Tensor, v: Exchange) -> Picture:
             mixed = image.clone()
             mixed[v.window.cut()] = other[v.window.cut()]
             names = [subject.class_name(int(k)) for k in (said[row], said[giver], answers[column])]
-            words = ("it says", "it says", "now it says")
-            for line, (shown, word, name) in enumerate(zip((image, other, mixed), words, names)):
+            says = ("it says", "it says", "now it says")
+            for line, (shown, word, name) in enumerate(zip((image, other, mixed), says, names)):
                 ax = axes[line, column]
                 _show(ax, shown.numpy())
                 ax.set_title(f"{word} {printable(name, limit=14)}", fontsize=8, loc="center")

@@ -54,9 +54,9 @@ def heat_maps(models: Mapping[str, Mapping[str, nn.Module]], data: Mapping[str, 
         for line, (placement, each) in enumerate(models.items()):
             test = data[placement][1]
             # The first image, and the first of another class.
-            other = int((test.labels != test.labels[0]).nonzero()[0])
+            other = int((test.targets != test.targets[0]).nonzero()[0])
             for part, k in enumerate((0, other)):
-                image = test.images[k : k + 1]
+                image = test.inputs[k : k + 1]
                 panels: list[tuple[str, Any, str]] = [(f"signal {placement}", image[0, 0], "gray")]
                 panels += [(n, input_gradient(m, image)[0, 0].abs(), "inferno") for n, m in each.items()]
                 for column, (title, values, colours) in enumerate(panels):

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lineament.core.checks import one_of, require
+from lineament.core.checks import InputError, one_of, require
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -335,3 +335,37 @@ def gpt2(
                 if parameter.ndim == 2:
                     nn.init.normal_(parameter, std=std[0] if "wte" in name or "wpe" in name else std[1])
     return model
+
+
+def vision_transformer(
+    width: int,
+    layers: int,
+    heads: int,
+    *,
+    image: int = 32,
+    patch: int = 4,
+    classes: int = 10,
+    seed: int | None = None,
+) -> nn.Module:
+    """A ViT of transformers without dropout, drawn from ``seed`` alone, or from the global random state."""
+    try:
+        from transformers import ViTConfig, ViTForImageClassification
+    except ImportError as error:
+        raise InputError(
+            "networks: 'vit' needs the package transformers; install lineament[hub], or use other networks"
+        ) from error
+    sizes: dict[str, Any] = {
+        "image_size": image,
+        "patch_size": patch,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_labels": classes,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        return ViTForImageClassification(ViTConfig(**sizes))

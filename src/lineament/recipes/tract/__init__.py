@@ -6,6 +6,7 @@ Petersen, Borgelt, Ermon, NeurIPS 2024, arXiv 2410.23970. Digits whose contrast 
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from dataclasses import asdict, dataclass
@@ -14,14 +15,18 @@ from typing import Any, Literal
 
 import torch
 
-from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import require
 from lineament.recipes.kit.presets import presets
+from lineament.recipes.kit.stages import Stages
 from lineament.recipes.kit.threads import few_threads
 from lineament.recipes.tract import training
 from lineament.recipes.tract.claims import (
     NAMES,
     ORDINARY,
+    Best,
+    Curve,
+    Digits,
+    Pair,
     ablation_claims,
     cifar_claims,
     digit_claims,
@@ -120,15 +125,15 @@ def run(config: Config, *, out: Path) -> Outcome:
         if config.networks
         else None
     )
-    stages = Checkpoint(out / ".stages", asdict(config))
+    stages = Stages(out, config)
     with few_threads(training.digits(0).x, "cpu"):
-        digits = stages.stage("digits", lambda: digit_study(config))
-        control = stages.stage("control", lambda: huge_lambda(config, digits))
-        ablations = {
-            name: stages.stage(f"ablation {name}", lambda name=name: ablation(config, name))
-            for name in (VARIANTS if config.ablation_lengths else ())
-        }
-        raw = stages.stage("bytes", lambda: bytes_study(config)) if config.ablation_lengths else None
+        digits = stages("digits", lambda: digit_study(config), Digits)
+        control = stages("control", lambda: huge_lambda(config, digits), list[float])
+        variants = VARIANTS if config.ablation_lengths else ()
+        ablations = stages.each("ablation {}", variants, lambda name: ablation(config, name), dict[str, Pair])
+        raw = (
+            stages("bytes", lambda: bytes_study(config), dict[str, Best]) if config.ablation_lengths else None
+        )
     curves, tops = (
         ({}, {}) if photographs is None else cifar_study(config, photographs.to(device), stages, device)
     )
@@ -160,135 +165,112 @@ def one(
 ) -> float:
     """Test accuracy of one training on digits."""
     split = training.digits(seed, **(data or {}))
-    return training.train(
-        training.network(kind, seed), split, epochs=epochs, rate=rate, lam=lam, seed=seed, **options
-    )[-1]
+    net = training.network(kind, seed)
+    return training.train(net, split, epochs=epochs, rate=rate, lam=lam, seed=seed, **options)[-1]
 
 
-def best(
-    epochs: int, rates: tuple[float, ...], seeds: int, lam: float | None, **options: Any
-) -> tuple[float, list[float]]:
+def best(epochs: int, rates: tuple[float, ...], seeds: int, lam: float | None, **options: Any) -> Best:
     """The rate with the best mean accuracy over seeds, and its accuracies."""
     found = {rate: [one(epochs, rate, seed, lam, **options) for seed in range(seeds)] for rate in rates}
     rate = max(found, key=lambda r: mean(found[r]))
-    return rate, found[rate]
+    return Best(rate, found[rate])
 
 
-def digit_study(config: Config) -> dict[str, Any]:
-    """{"rates": {length: rate}, "accuracies": {"ordinary" or lam: {length: [by seed]}}}; the rate is the best for ordinary training.
-
-    Besides, "own": {length: [rate, accuracies]} has lambda 0.1 at the rate that is best for it.
-    """
-    found: dict[str, Any] = {
-        "rates": {},
-        "own": {},
-        "accuracies": {ORDINARY: {}, **{f"{lam:g}": {} for lam in config.lams}},
-    }
-    for epochs in config.lengths:
-        rate, accuracies = best(epochs, RATES["sgd"], config.seeds, None)
-        found["rates"][str(epochs)] = rate
-        found["accuracies"][ORDINARY][str(epochs)] = accuracies
-        found["own"][str(epochs)] = list(best(epochs, RATES["sgd"], config.seeds, 0.1))
-        for lam in config.lams:
-            found["accuracies"][f"{lam:g}"][str(epochs)] = [
-                one(epochs, rate, seed, lam) for seed in range(config.seeds)
-            ]
-    return found
+def digit_study(config: Config) -> Digits:
+    """Ordinary training at its best rate and TrAct at the same, by length; besides, lambda 0.1 at the rate that is best for it."""
+    ordinary, own = (
+        {str(e): best(e, RATES["sgd"], config.seeds, lam) for e in config.lengths} for lam in (None, 0.1)
+    )
+    rates = {e: b.rate for e, b in ordinary.items()}
+    accuracies = {ORDINARY: {e: b.accuracies for e, b in ordinary.items()}}
+    for lam in config.lams:
+        accuracies[f"{lam:g}"] = {
+            e: [one(int(e), rate, seed, lam) for seed in range(config.seeds)] for e, rate in rates.items()
+        }
+    return Digits(rates, accuracies, own)
 
 
-def huge_lambda(config: Config, digits: dict[str, Any]) -> list[float]:
+def huge_lambda(config: Config, digits: Digits) -> list[float]:
     """Four epochs with lambda = 1e4 and the first weight's rate multiplied by it: ordinary training by another way."""
-    rate = digits["rates"]["4"]
+    rate = digits.rates["4"]
     return [one(4, rate, seed, 1e4, first_rate=1e4 * rate) for seed in range(config.seeds)]
 
 
-def ablation(config: Config, name: str) -> dict[str, Any]:
-    """{length: {"rate", "ordinary", "tract"}} with lambda 0.1, the rate best for ordinary training."""
+def ablation(config: Config, name: str) -> dict[str, Pair]:
+    """By length, with lambda 0.1, at the rate best for ordinary training."""
     data, options = VARIANTS[name]
     rates = RATES[options.get("optimizer", "sgd")]
     plain = {k: v for k, v in options.items() if k != "kfac"}
     found = {}
     for epochs in config.ablation_lengths:
-        rate, accuracies = best(epochs, rates, config.ablation_seeds, None, data=data, **plain)
-        changed = [
-            one(epochs, rate, seed, 0.1, data=data, **options) for seed in range(config.ablation_seeds)
-        ]
-        found[str(epochs)] = {"rate": rate, "ordinary": accuracies, "tract": changed}
+        usual = best(epochs, rates, config.ablation_seeds, None, data=data, **plain)
+        seeds = range(config.ablation_seeds)
+        changed = [one(epochs, usual.rate, seed, 0.1, data=data, **options) for seed in seeds]
+        found[str(epochs)] = Pair(usual.rate, usual.accuracies, changed)
     return found
 
 
-def bytes_study(config: Config) -> dict[str, Any]:
-    """Pixels in [0, 255]: {"ordinary" or lam: [rate, accuracies]} after 4 epochs, each at its own best rate."""
-    data = {"scale": "bytes"}
+def bytes_study(config: Config) -> dict[str, Best]:
+    """Pixels in [0, 255]: ordinary training and each lambda after 4 epochs, each at its own best rate."""
     arms: dict[str, float | None] = {ORDINARY: None, **{f"{lam:g}": lam for lam in config.lams}}
     return {
-        name: list(best(4, BYTE_RATES, config.ablation_seeds, lam, data=data)) for name, lam in arms.items()
+        name: best(4, BYTE_RATES, config.ablation_seeds, lam, data={"scale": "bytes"})
+        for name, lam in arms.items()
     }
 
 
 def cifar_study(
-    config: Config, data: training.Split, stages: Checkpoint, device: str
+    config: Config, data: training.Split, stages: Stages, device: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """{network: {"ordinary" or lam: {length: [test accuracy by epoch, by seed]}}}, and the same of the last epoch's top-5 accuracies."""
-    curves: dict[str, Any] = {kind: {} for kind in config.networks}
-    tops: dict[str, Any] = {kind: {} for kind in config.networks}
-    for kind in config.networks:
-        for lam in (None, *config.cifar_lams):
-            arm = ORDINARY if lam is None else f"{lam:g}"
-            curves[kind][arm], tops[kind][arm] = {}, {}
-            for e in config.epochs:
-                runs = [
-                    photograph_run(config, data, stages, device, kind, lam, e, s)
-                    for s in range(config.cifar_seeds)
-                ]
-                curves[kind][arm][str(e)] = [r["curve"] for r in runs]
-                tops[kind][arm][str(e)] = [r["top5"] for r in runs]
+    curves: dict[str, Any] = {}
+    tops: dict[str, Any] = {}
+    for kind, lam, epochs in itertools.product(config.networks, (None, *config.cifar_lams), config.epochs):
+        arm = ORDINARY if lam is None else f"{lam:g}"
+        found = stages.each(
+            f"{kind}, {arm}, {epochs} epochs, seed {{}}",
+            range(config.cifar_seeds),
+            lambda seed, kind=kind, lam=lam, epochs=epochs: photograph_run(
+                config, data, device, kind, lam, epochs, seed
+            ),
+            Curve,
+        ).values()
+        curves.setdefault(kind, {}).setdefault(arm, {})[str(epochs)] = [c.accuracies for c in found]
+        tops.setdefault(kind, {}).setdefault(arm, {})[str(epochs)] = [c.top5 for c in found]
     return curves, tops
 
 
 def photograph_run(
-    config: Config,
-    data: training.Split,
-    stages: Checkpoint,
-    device: str,
-    kind: str,
-    lam: float | None,
-    epochs: int,
-    seed: int,
-) -> dict[str, Any]:
-    """One stored training on CIFAR: test accuracy after each epoch, and top-5 accuracy after the last."""
+    config: Config, data: training.Split, device: str, kind: str, lam: float | None, epochs: int, seed: int
+) -> Curve:
+    """One training on CIFAR."""
     optimizer, rate, smoothing = TRAINED[kind]
-    name = f"{kind}, {ORDINARY if lam is None else f'{lam:g}'}, {epochs} epochs, seed {seed}"
-
-    def compute() -> dict[str, Any]:
-        model = training.network(kind, seed, 10 if config.photographs == "cifar10" else 100).to(device)
-        curve = training.train(
-            model, data, epochs=epochs, rate=rate, lam=lam, seed=seed, optimizer=optimizer,
-            smoothing=smoothing, batch_size=config.batch_size, augment=True, every_epoch=True, what=name,
-        )  # fmt: skip
-        return {"curve": curve, "top5": training.accuracy(model, data.test_x, data.test_y, top=5)}
-
-    return stages.stage(name, compute)
+    model = training.network(kind, seed, 10 if config.photographs == "cifar10" else 100).to(device)
+    accuracies = training.train(
+        model, data, epochs=epochs, rate=rate, lam=lam, seed=seed, optimizer=optimizer,
+        smoothing=smoothing, batch_size=config.batch_size, augment=True,
+    )  # fmt: skip
+    return Curve(accuracies, training.top_accuracy(model, data.test_x, data.test_y, top=5))
 
 
 def _shown(values: list[float]) -> str:
     return f"{mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def _own(digits: dict[str, Any], epochs: int) -> tuple[float, str]:
-    rate, values = digits["own"][str(epochs)]
-    return rate, _shown(values)
+def _own(digits: Digits, epochs: int) -> tuple[float, str]:
+    own = digits.own[str(epochs)]
+    return own.rate, _shown(own.accuracies)
 
 
 def _tables(
-    digits: dict[str, Any],
-    ablations: dict[str, Any],
-    raw: dict[str, Any] | None,
+    digits: Digits,
+    ablations: dict[str, dict[str, Pair]],
+    raw: dict[str, Best] | None,
     curves: dict[str, Any],
     tops: dict[str, Any],
     config: Config,
 ) -> list[Table]:
-    arms = list(digits["accuracies"])
+    arms = list(digits.accuracies)
     tables = [
         Table(
             f"Digits of varied contrast: test accuracy, %, mean ± deviation of {config.seeds} seeds",
@@ -302,8 +284,8 @@ def _tables(
             [
                 [
                     e,
-                    digits["rates"][str(e)],
-                    *(_shown(digits["accuracies"][a][str(e)]) for a in arms),
+                    digits.rates[str(e)],
+                    *(_shown(digits.accuracies[a][str(e)]) for a in arms),
                     *_own(digits, e),
                 ]
                 for e in config.lengths
@@ -316,7 +298,7 @@ def _tables(
                 f"What else could be done, lambda 0.1: test accuracy, %, {config.ablation_seeds} seeds",
                 ["variant", "epochs", "rate", "ordinary", "TrAct"],
                 [
-                    [n, int(e), f["rate"], _shown(f["ordinary"]), _shown(f["tract"])]
+                    [n, int(e), f.rate, _shown(f.ordinary), _shown(f.tract)]
                     for n, by in ablations.items()
                     for e, f in by.items()
                 ],
@@ -327,10 +309,10 @@ def _tables(
             Table(
                 "Pixels in [0, 255], not standardised, 4 epochs, each at its own best rate",
                 ["training", "rate", "test accuracy, %"],
-                [[arm, rate, _shown(values)] for arm, (rate, values) in raw.items()],
+                [[arm, found.rate, _shown(found.accuracies)] for arm, found in raw.items()],
             )
         )
-    ends = {"digits of varied contrast": digits["accuracies"]}
+    ends = {"digits of varied contrast": digits.accuracies}
     for kind, found in curves.items():
         ends[f"{NAMES[config.photographs]}, {kind}"] = {
             a: {e: [c[-1] for c in runs] for e, runs in by.items()} for a, by in found.items()

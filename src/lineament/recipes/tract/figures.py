@@ -6,13 +6,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from lineament.recipes.tract.claims import NAMES
+from lineament.recipes.tract.claims import NAMES, Digits, Pair
 from lineament.report.figures import picture, save
 from lineament.report.outcome import Figure
 
 
 def draw_all(
-    digits: dict[str, Any], ablations: dict[str, Any], curves: dict[str, Any], config: Any, out: Path
+    digits: Digits, ablations: dict[str, dict[str, Pair]], curves: dict[str, Any], config: Any, out: Path
 ) -> list[Figure]:
     """Write the recipe's figures into ``out``: accuracy over epochs, gains of the variants, curves on CIFAR-10."""
     figures = [_lengths(digits, config, out)]
@@ -23,8 +23,8 @@ def draw_all(
     return figures
 
 
-def _lengths(digits: dict[str, Any], config: Any, out: Path) -> Figure:
-    found = digits["accuracies"]
+def _lengths(digits: Digits, config: Any, out: Path) -> Figure:
+    found = digits.accuracies
 
     def draw(ax: Any) -> None:
         for index, (arm, by) in enumerate(found.items()):
@@ -57,10 +57,10 @@ def _lengths(digits: dict[str, Any], config: Any, out: Path) -> Figure:
     return save(shown, out, "lengths")
 
 
-def _gains(digits: dict[str, Any], ablations: dict[str, Any], out: Path) -> Figure:
+def _gains(digits: Digits, ablations: dict[str, dict[str, Pair]], out: Path) -> Figure:
     lengths = list(next(iter(ablations.values())))
     rows = {"as in the figure above (SGD, varied contrast)": {
-        e: {"ordinary": digits["accuracies"]["ordinary"][e], "tract": digits["accuracies"]["0.1"][e]} for e in lengths if e in digits["rates"]
+        e: Pair(digits.rates[e], digits.accuracies["ordinary"][e], digits.accuracies["0.1"][e]) for e in lengths if e in digits.rates
     }}  # fmt: skip
     rows.update(ablations)
 
@@ -68,7 +68,7 @@ def _gains(digits: dict[str, Any], ablations: dict[str, Any], out: Path) -> Figu
         for index, e in enumerate(lengths):
             places = [k + 0.38 * (index - (len(lengths) - 1) / 2) for k in range(len(rows))]
             gains = [
-                statistics.fmean(by[e]["tract"]) - statistics.fmean(by[e]["ordinary"]) if e in by else 0.0
+                statistics.fmean(by[e].tract) - statistics.fmean(by[e].ordinary) if e in by else 0.0
                 for by in rows.values()
             ]
             ax.barh(places, gains, height=0.36, color=f"C{index}", label=f"{e} epochs")

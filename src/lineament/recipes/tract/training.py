@@ -1,10 +1,9 @@
-"""Data, networks and the training loop of the tract recipe: digits whose contrast varies, and CIFAR."""
+"""Data and one training of the tract recipe: digits whose contrast varies, and CIFAR."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineament.core.batching import progress
-from lineament.core.checks import InputError
+from lineament.core.models import logits
 from lineament.data.augmentation import flip_and_crop
 from lineament.data.digits import digit_images
 from lineament.data.photographs import Standardise, read_photographs
 from lineament.learn.tract.layer import tract
-from lineament.recipes.kit import networks
+from lineament.recipes.kit.networks import network as of_kit
+from lineament.recipes.kit.networks import vision_transformer
+from lineament.train.callbacks import Augment, Schedule, Validation
+from lineament.train.loop import fit
 
 
 @dataclass(frozen=True)
@@ -87,42 +88,17 @@ class DualNorm(nn.Module):
 
 def network(kind: str, seed: int, classes: int = 10) -> nn.Module:
     """``"mlp"`` (64-64-10), ``"dual-norm"`` (the same with DualPatchNorm), ``"resnet"``, ``"resnet18"``, ``"vit"`` or ``"vit-paper"``."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if kind == "mlp":
-            return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-        if kind == "dual-norm":
-            return nn.Sequential(DualNorm(64, 64), nn.ReLU(), nn.Linear(64, 10))
-        if kind in ("resnet", "resnet18"):
-            name = "small-resnet" if kind == "resnet" else kind
-            return networks.network(name, (3, 32, 32), classes, seed=seed)
-        # The paper's network for CIFAR: 7 layers, 12 heads, width 384.
-        width, layers, heads = (384, 7, 12) if kind == "vit-paper" else (96, 2, 3)
-        return vision_transformer(width, layers, heads, classes=classes)
-
-
-def vision_transformer(
-    width: int, layers: int, heads: int, *, image: int = 32, patch: int = 4, classes: int = 10
-) -> nn.Module:
-    """A Hugging Face ViT, drawn anew."""
-    try:
-        from transformers import ViTConfig, ViTForImageClassification
-    except ImportError as error:
-        raise InputError(
-            "networks: 'vit' needs the package transformers; install lineament[hub], or use --networks resnet"
-        ) from error
-    sizes: dict[str, Any] = {
-        "image_size": image,
-        "patch_size": patch,
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_labels": classes,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }
-    return ViTForImageClassification(ViTConfig(**sizes))
+    if kind == "mlp":
+        return of_kit("mlp", (64,), classes, widths=64, seed=seed)
+    if kind in ("resnet", "resnet18"):
+        return of_kit("small-resnet" if kind == "resnet" else kind, (3, 32, 32), classes, seed=seed)
+    if kind == "dual-norm":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return nn.Sequential(DualNorm(64, 64), nn.ReLU(), nn.Linear(64, classes))
+    # The paper's network for CIFAR: 7 layers, 12 heads, width 384.
+    width, layers, heads = (384, 7, 12) if kind == "vit-paper" else (96, 2, 3)
+    return vision_transformer(width, layers, heads, classes=classes, seed=seed)
 
 
 def first_weight(model: nn.Module) -> nn.Parameter:
@@ -158,71 +134,57 @@ def train(
     smoothing: float = 0.0,
     augment: bool = False,
     kfac: bool = False,
-    every_epoch: bool = False,
-    what: str | None = None,
 ) -> list[float]:
-    """Test accuracies in per cent: after each epoch, or only the last; ``lam=None`` is ordinary training.
+    """Test accuracies in per cent after each epoch; ``lam=None`` is ordinary training.
 
     The rate falls to zero along a cosine. ``kfac`` preconditions the first layer by both Kronecker factors with damping ``lam`` instead.
     """
-    steps = epochs * -(-len(data.x) // batch_size)
-    chosen = optimizers(optimizer, model, rate, first_rate)
-    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, steps) for o in chosen]
-    draw = torch.Generator().manual_seed(seed)
-    curve: list[float] = []
-    # The layer norm before it is trainable; that it is named says that this is meant.
-    layer = "0.first" if isinstance(next(model.children()), DualNorm) else None
-    changed: Any = nullcontext() if lam is None or kfac else tract(model, lam=lam, layer=layer)
-    factors = KroneckerFactors(model, lam or 0.1) if kfac else None
-    with changed, warnings.catch_warnings():
+    changes: list[Any] = [Augment(flip_and_crop)] if augment else []
+    if kfac:
+        changes.append(KroneckerFactors(model, lam or 0.1))
+    elif lam is not None:
+        # The layer norm before it is trainable; that it is named says that this is meant.
+        changes.append(
+            tract(model, lam=lam, layer="0.first" if isinstance(next(model.children()), DualNorm) else None)
+        )
+    cosine = Schedule(torch.optim.lr_scheduler.CosineAnnealingLR, by="step")
+    with warnings.catch_warnings():
         # Unusual scales of the input are what some of the runs are about.
         warnings.filterwarnings("ignore", message="layer .*(mean square|outside the paper)")
-        for epoch in progress(range(epochs), what) if what else range(epochs):
-            model.train()
-            for rows in torch.randperm(len(data.x), generator=draw).split(batch_size):
-                rows = rows.to(data.x.device)
-                x = flip_and_crop(data.x[rows], draw) if augment else data.x[rows]
-                loss = F.cross_entropy(scores(model, x), data.y[rows], label_smoothing=smoothing)
-                for o in chosen:
-                    o.zero_grad()
-                loss.backward()
-                if factors is not None:
-                    factors.precondition()
-                for o, schedule in zip(chosen, schedules):
-                    o.step()
-                    schedule.step()
-            if every_epoch or epoch == epochs - 1:
-                curve.append(accuracy(model, data.test_x, data.test_y))
-    if factors is not None:
-        factors.remove()
-    return curve
-
-
-def scores(model: nn.Module, x: Tensor) -> Tensor:
-    out = model(x)
-    return out if isinstance(out, Tensor) else out.logits
+        done = fit(
+            model, (data.x, data.y), optimizer=lambda net: optimizers(optimizer, net, rate, first_rate), epochs=epochs,
+            batch_size=batch_size, loss=functools.partial(F.cross_entropy, label_smoothing=smoothing), seed=seed,
+            callbacks=[*changes, cosine, Validation((data.test_x, data.test_y), batch_size=500)],
+        )  # fmt: skip
+    return [100 * accuracy for accuracy in done.curve("validation_accuracy")]
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor, top: int = 1) -> float:
-    """Per cent of labels among the ``top`` largest scores."""
+def top_accuracy(model: nn.Module, x: Tensor, y: Tensor, top: int) -> float:
+    """Per cent of labels among the ``top`` highest scores."""
     model.eval()
     right = 0
     for a, b in zip(x.split(500), y.split(500)):
-        right += int((scores(model, a).topk(top, 1).indices == b[:, None]).sum())
+        right += int((logits(model(a)).topk(top, 1).indices == b[:, None]).sum())
     return 100 * right / len(y)
 
 
 class KroneckerFactors:
     """K-FAC of the first linear layer: grad <- (GᵀG N + lam)⁻¹ grad (XᵀX / N + lam)⁻¹, running means over 20 batches, rescaled to the
-    size that TrAct's gradient has, so that the same rates make sense."""
+    size that TrAct's gradient has, so that the same rates make sense. A callback."""
 
     def __init__(self, model: nn.Module, lam: float):
         self.layer = next(m for m in model.modules() if isinstance(m, nn.Linear))
         self.lam, self.steps = lam, 0
         self.factors: dict[str, Any] = {}
         self._x = torch.empty(0)
+
+    def __enter__(self) -> KroneckerFactors:
         self.handle = self.layer.register_forward_hook(self._see)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
 
     def _see(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if output.requires_grad:
@@ -234,7 +196,7 @@ class KroneckerFactors:
             self.factors[name] = 0.95 * self.factors.get(name, 0.0) + 0.05 * value
 
     @torch.no_grad()
-    def precondition(self) -> None:
+    def on_gradients(self, run: Any) -> None:
         self._add(input=self._x.T @ self._x / len(self._x))
         self.steps += 1
         correction = 1 - 0.95**self.steps
@@ -246,6 +208,3 @@ class KroneckerFactors:
         tracted = grad @ inverse["input"]
         full = inverse["output"] @ tracted
         grad.copy_(full * (tracted.norm() / full.norm().clamp_min(1e-20)))
-
-    def remove(self) -> None:
-        self.handle.remove()
