@@ -16,7 +16,7 @@ from lineament import recipes
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError
 from lineament.recipes.kit import run as runs
-from lineament.recipes.kit.configuration import configure
+from lineament.recipes.kit.configuration import PRESETS, configure
 from lineament.recipes.kit.presets import presets
 from lineament.report.outcome import Claim, Figure, Outcome, Table
 
@@ -101,7 +101,7 @@ def test_registry_finds_files_and_names_the_nearest():
     for slug in recipes.available():
         module = recipes.load(slug)
         assert slug == module.SLUG
-        for preset in recipes.PRESETS:
+        for preset in PRESETS:
             assert module.Config.preset(preset).preset == preset
     with pytest.raises(InputError, match="nearest: 'neural-collapse'"):
         recipes.load("neural-colapse")
