@@ -166,6 +166,10 @@ class Run:
         """The share of the training that lies behind, from 0 to 1."""
         return (self.epoch + self.batch / (self.batches or self.batch + 1)) / self.epochs
 
+    def has(self, hook: str) -> bool:
+        """Whether some callback has this method."""
+        return bool(self._hooks[hook])
+
     def call(self, hook: str, *arguments: Any) -> None:
         for function in self._hooks[hook]:
             result = function(self, *arguments)
@@ -319,6 +323,7 @@ def _epoch(run: Run, name: str) -> Epoch:
     loss, seen, skipped, lr = 0.0, 0, 0, math.nan
     right: list[Tensor | None] = []
     run.batch, run.stop = 0, False
+    changed = run.has("on_batch")
     buffers = [*run.model.buffers()]
     parameters = [p for each in run.optimizers for group in each.param_groups for p in group["params"]]
     with randomness(run.seed, run.epoch, processes.rank), _modes_kept(run.model):
@@ -326,8 +331,10 @@ def _epoch(run: Run, name: str) -> Epoch:
         run.forward.train()
         for number, batch in enumerate(run.data.batches(run)):
             run.batch = number
-            batch.inputs, batch.targets = (moved(v, run.device) for v in (batch.inputs, batch.targets))
-            run.call("on_batch", batch)
+            batch.targets = moved(batch.targets, run.device)
+            if changed:
+                batch.inputs = moved(batch.inputs, run.device)
+                run.call("on_batch", batch)
             batch.inputs = moved(batch.inputs, run.device, dtype)
             lr = run.optimizer.param_groups[0]["lr"] if math.isnan(lr) else lr
             bad = _step(run, batch, parameters, buffers)

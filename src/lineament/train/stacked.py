@@ -131,9 +131,12 @@ class Training:
         batches = _StackedBatches(views, targets, rows, seeds, self.batch_size)
         keep = [_KeepBestOfEach(batches, held)] if held.numel() else []
 
+        seen: list[Tensor] = []
+
         def loss(z: Tensor, y: Tensor) -> Tensor:
+            if not seen:
+                seen.append(checks.labels("targets", targets, classes=z.shape[-1]))
             # The sum over networks of each one's mean loss: every network's slice gets its own gradient.
-            checks.labels("targets", y.flatten(), classes=z.shape[-1])
             return F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="sum") / z.shape[1]
 
         name = f"training {len(models)} networks at once"

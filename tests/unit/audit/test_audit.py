@@ -195,7 +195,7 @@ def test_the_landscape_goes_by_its_earlier_name_too(tmp_path):
 
 
 def test_a_lens_that_fails_says_so_and_the_rest_goes_on(tmp_path, monkeypatch):
-    import lineament.audit.lenses.spectrum as spectrum
+    from lineament.audit.lenses import spectrum
 
     def look(subject):
         raise ZeroDivisionError("<b>by nothing</b>")

@@ -152,7 +152,7 @@ def test_the_report_is_where_it_says(files, capsys):
 
 
 def test_a_report_in_which_every_lens_failed_is_no_success(files, capsys, monkeypatch):
-    import lineament.audit.lenses.spectrum as spectrum
+    from lineament.audit.lenses import spectrum
 
     def look(subject):
         raise ZeroDivisionError("by nothing")
