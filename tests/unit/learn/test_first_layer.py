@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lineament.core.checks import InputError
+from lineament.learn.tract import rows as row_products
 from lineament.learn.tract.layer import tract
-from lineament.learn.tract import rows
 from lineament.learn.tract.rows import Use, divide, divide_wide, factorise, second_moment
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*mean square of its inputs")
@@ -203,7 +203,7 @@ def test_an_image_without_batch_and_chunks_of_patches(monkeypatch):
     g = torch.randn(6, 4, 6, 6, dtype=torch.double)
     torch.testing.assert_close(gradients(layer, x[0], g[0])[1], gradients(layer, x[:1], g[:1])[1])
     whole = gradients(layer, x, g)[1]
-    monkeypatch.setattr(rows, "_CHUNK", 1)
+    monkeypatch.setattr(row_products, "_CHUNK", 1)
     torch.testing.assert_close(gradients(layer, x, g)[1], whole)
 
 
