@@ -18,7 +18,10 @@ from lineament.load.prompts import Prompts
 
 @dataclass(frozen=True)
 class Subject(ModelAndData):
-    """What a lens is given."""
+    """What a lens is given.
+
+    ``sites`` are the outputs of blocks, in depth order; the last is what the head reads, which may be flattened (positions are then units).
+    """
 
     sites: tuple[str, ...] = ()
     method: str = "norm_grad"

@@ -67,7 +67,7 @@ class Risk:
         self.refresh()
         if not isinstance(loader, Iterable):
             raise checks.InputError(
-                f"loader: got {checks.show(loader)}, expected batches of (inputs, targets)"
+                f"loader: got {checks.show(loader)}, expected batches of (inputs, targets), such as a DataLoader"
             )
         checks.require(
             not isinstance(loader, Iterator),
