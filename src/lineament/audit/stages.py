@@ -135,7 +135,7 @@ def look(lens: Lens, subject: Any) -> Section:
         section,
         name=name,
         title=lens.title,
-        method=lens.method,
+        method=lens.method if section.method is None else section.method,
         numbers=page.plain(section.numbers),
         findings=[replace(finding, section=name) for finding in section.findings],
         seconds=time.perf_counter() - start,

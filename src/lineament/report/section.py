@@ -62,7 +62,7 @@ class Section:
 
     ``number`` is the one figure a reader should remember, as text ("31.4 %"), and ``unit`` what it counts ("accuracy
     in the worst group"). ``sentence`` says what it means, in plain words. ``method`` is the slug of the paper behind
-    it, or "". The audit fills in ``name``, ``title`` and ``method`` from the lens's file. ``numbers`` is everything measured, for `report.json` (JSON values only), ``findings`` what it means for the verdict, and
+    it, or "" where there is none. The audit fills in ``name`` and ``title``, and a ``method`` that is ``None``, from the lens's file. ``numbers`` is everything measured, for `report.json` (JSON values only), ``findings`` what it means for the verdict, and
     ``seconds`` how long the lens took.
 
     >>> Section("accuracy", "How often is it right?", "good", "98 %", "of samples right", "It is right for 98 of 100.").to_dict()["number"]
@@ -77,15 +77,16 @@ class Section:
     sentence: str = ""
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
-    method: str = ""
+    method: str | None = None
     numbers: dict[str, Any] = field(default_factory=dict)
     findings: Sequence[Finding] = ()
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        texts = ("name", "title", "status", "number", "unit", "sentence", "method")
+        texts = ("name", "title", "status", "number", "unit", "sentence")
         return {
             **{name: getattr(self, name) for name in texts},
+            "method": self.method or "",
             "numbers": self.numbers,
             "tables": [
                 {"title": t.title, "columns": list(t.columns), "rows": [list(r) for r in t.rows]}

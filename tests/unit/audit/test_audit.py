@@ -152,6 +152,7 @@ def test_a_regression_network_is_told_what_does_not_apply(tmp_path):
     assert set(skipped) == {"gaze", "collapse"} and all("real values" in text for text in skipped.values())
     assert {s.name for s in found.sections if s.status == "failed"} == set()
     assert found["accuracy"].numbers["overall"]["r2"] > 0.5
+    assert found["accuracy"].method == "", "calibration is about classes"
 
 
 @pytest.mark.slow

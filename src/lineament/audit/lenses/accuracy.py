@@ -417,6 +417,7 @@ def _values(subject: Subject) -> Section:
         ax.set(xlabel="target", ylabel="answer")
 
     return Section(
+        method="",  # that of the lens is about classes
         status="warning" if overall.r2 < 0 else "note" if uneven else "good",
         number=compact(overall.r2),
         unit="R², the share of variance explained",
