@@ -136,7 +136,8 @@ class Run:
             f"batch_size: got {batch_size}, expected a multiple of the {count} processes",
         )
         self.device = self.processes.device
-        model.to(self.device)
+        if processes is not None:
+            model.to(self.device)
         self.data = source(data)
         self.rows, self.shuffle = torch.arange(len(self.data)), True
         made: Any = optimizer if isinstance(optimizer, Optimizer) else optimizer(model)
@@ -324,10 +325,10 @@ def _epoch(run: Run, name: str) -> Epoch:
     right: list[Tensor | None] = []
     run.batch, run.stop = 0, False
     changed = run.has("on_batch")
-    buffers = [*run.model.buffers()]
-    parameters = [p for each in run.optimizers for group in each.param_groups for p in group["params"]]
     with randomness(run.seed, run.epoch, processes.rank), _modes_kept(run.model):
         run.call("on_epoch")
+        buffers = [*run.model.buffers()]
+        parameters = [p for each in run.optimizers for group in each.param_groups for p in group["params"]]
         run.forward.train()
         for number, batch in enumerate(run.data.batches(run)):
             run.batch = number

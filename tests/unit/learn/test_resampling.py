@@ -1,9 +1,8 @@
-"""USEFUL's stages: what is trained on what, restarting, the sampler, a killed run; augmentation and planted pixels."""
+"""USEFUL: what its stages train on, restarting, early outputs, the sampler."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 
 import pytest
@@ -15,7 +14,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from lineament.core.checks import InputError
 from lineament.learn.useful.early_outputs import outputs_of, recalibrated
 from lineament.learn.useful.resampling import UpsamplingSampler, find_slow, trainer, useful
-from lineament.recipes.useful import Config, run, runs
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] + 0.5 * X[:, 1] > 0).long()
@@ -158,39 +156,9 @@ def test_what_cannot_be_used_is_named():
             UpsamplingSampler(torch.arange(5), **options)
     with pytest.raises(InputError, match="negative"):
         UpsamplingSampler(torch.tensor([-1]))
-    with pytest.raises(InputError, match="at most one way"):
-        runs.parsed("sgd+useful+random")
-    with pytest.raises(InputError, match="methods: got 'sag'"):
-        runs.parsed("sag+useful")
     model = net()
     before = copy.deepcopy(model)
     model[0].weight.data[0, 0] = before[0].weight.data[0, 0]
     with pytest.raises(InputError, match="training error"):
         find_slow(model, lambda m, r, e: [float("nan")], LOADER, epochs=5, separating=1)
     assert same(model, before)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:more than 70%:UserWarning", "ignore:classes .* have fewer:UserWarning")
-def test_a_killed_recipe_goes_on_with_the_same_result(tmp_path, monkeypatch):
-    config = dataclasses.replace(
-        Config.preset("quick"), epochs=3, separating=2, train=150, theory_steps=10, theory_samples=40,
-        theory_slow=(0.6,), methods=("sgd", "sgd+useful", "sgd+steps", "sgd+upweight", "asam+jtt"), label_noise=0.1,
-    )  # fmt: skip
-    whole = run(config, out=tmp_path / "whole")
-    for figure in whole.figures:
-        assert (tmp_path / "whole" / figure.file).stat().st_size < 200_000 and figure.alt
-    original, calls = runs.final, []
-
-    def killed(name, *rest):
-        calls.append(name)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(name, *rest)
-
-    monkeypatch.setattr(runs, "final", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run(config, out=tmp_path / "cut")
-    again = run(config, out=tmp_path / "cut")
-    assert calls[3:] == ["sgd+steps", "sgd+upweight", "asam+jtt"]
-    assert [c.observed for c in again.claims] == [c.observed for c in whole.claims]

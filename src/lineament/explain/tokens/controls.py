@@ -59,15 +59,6 @@ def match_retention(scores: Float[Tensor, "tokens"], wanted: float) -> Float[Ten
     return _bisect(lambda log_p: z**2.0 ** (-log_p), lambda a: a.mean(-1), wanted, -20.0, 20.0)
 
 
-def log_ratio(scores: Float[Tensor, "prompts"], chance: Float[Tensor, "prompts"]) -> float:
-    """log(mean score / mean score of random importances): the paper's unit; the means come before the logarithm.
-
-    >>> log_ratio(torch.tensor([0.2, 0.4]), torch.tensor([0.1, 0.2]))
-    0.6931471824645996
-    """
-    return float((scores.mean() / chance.mean()).log())
-
-
 def _bisect(
     make: Callable[[float], Tensor],
     measure: Callable[[Tensor], Tensor],

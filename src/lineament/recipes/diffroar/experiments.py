@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,20 +16,13 @@ from lineament.data.signal_blocks import signal_blocks
 from lineament.explain.faithfulness.feature_leakage import leakage, null_fraction, null_mass
 from lineament.explain.faithfulness.input_gradients import attribution, input_gradient
 from lineament.explain.faithfulness.retraining import DiffROAR, accuracy, diffroar
+from lineament.recipes.diffroar.claims import Described, Simplified
+from lineament.recipes.kit.networks import network
 from lineament.train.attacks import PGD, robust_accuracy
 from lineament.train.stacked import Training
 
-PLACEMENTS = ("random", "top")
-MODELS = ("standard", "robust")
-
-
-def perceptron(inputs: int, widths: tuple[int, ...], classes: int) -> nn.Sequential:
-    """Flatten, fully connected ReLU layers, a linear head."""
-    parts: list[nn.Module] = [nn.Flatten()]
-    for width in widths:
-        parts += [nn.Linear(inputs, width), nn.ReLU()]
-        inputs = width
-    return nn.Sequential(*parts, nn.Linear(inputs, classes))
+PLACEMENTS: tuple[str, ...] = ("random", "top")
+MODELS: tuple[str, ...] = ("standard", "robust")
 
 
 class Demonstration:
@@ -53,11 +47,10 @@ class Demonstration:
         small = self.source != "MNIST"
         eps = config.eps if config.eps is not None else 1.0 if small else 2.0
         self.attack = PGD(norm="l2", eps=eps, step=eps / config.attack_steps, steps=config.attack_steps)
-        shape = self.data["random"][0].inputs.shape[1:]
-        self.inputs = shape.numel()
 
     def fresh(self) -> nn.Module:
-        return perceptron(self.inputs, self.config.widths, 10)
+        shape = self.data["random"][0].inputs.shape[1:]
+        return network("mlp", shape, 10, seed=None, widths=self.config.widths)
 
     def training(self, epochs: int) -> Training:
         return Training(
@@ -74,22 +67,22 @@ class Demonstration:
         model.load_state_dict(weights)
         return model.eval()
 
-    def describe(self, model: nn.Module, placement: str) -> dict[str, float]:
+    def describe(self, model: nn.Module, placement: str) -> Described:
         """Accuracy, accuracy under attack, and how much of the gradient lies in the null blocks."""
         _, test = self.data[placement]
         gradient = input_gradient(model, test.inputs)
         attack = self.attack
-        return {
-            "accuracy": accuracy(model, *test.pair),
-            "attacked": robust_accuracy(model, *test.pair, attack),
-            "no_gradient": attack(model, *test.pair).to_dict()["no_gradient"],
-            "null_fraction": float(null_fraction(gradient, test.extras["null_mask"], 0.1).mean()),
-            "null_mass": float(null_mass(gradient, test.extras["null_mask"]).mean()),
-        }
+        return Described(
+            accuracy(model, *test.pair),
+            robust_accuracy(model, *test.pair, attack),
+            attack(model, *test.pair).to_dict()["no_gradient"],
+            float(null_fraction(gradient, test.extras["null_mask"], 0.1).mean()),
+            float(null_mass(gradient, test.extras["null_mask"]).mean()),
+        )
 
-    def judge(self, attribute: Any, *, fractions: Any, runs: int, fill: Any = "zero") -> dict[str, Any]:
+    def judge(self, attribute: Any, fractions: Sequence[float], runs: int, fill: str = "zero") -> DiffROAR:
         train, test = self.data["random"]
-        found = diffroar(
+        return diffroar(
             attribute,
             self.training(self.config.retrain_epochs),
             (*train.pair, *test.pair),
@@ -98,9 +91,8 @@ class Demonstration:
             fill=fill,
             jobs=self.config.jobs,
         )
-        return found.to_dict()
 
-    def shuffled(self) -> dict[str, Any]:
+    def shuffled(self) -> DiffROAR:
         """The control against leaking labels: a standard model of shuffled labels, judged on shuffled labels."""
         train, test = self.data["random"]
         generator = torch.Generator().manual_seed(self.config.seed)
@@ -114,26 +106,10 @@ class Demonstration:
             seeds=(self.config.seed + 1,),
             fill="zero",
             chance_ok=True,
-        ).to_dict()
+        )
 
 
-def rebuilt(stored: dict[str, Any]) -> DiffROAR:
-    """A stored result as the object that it was."""
-    top, bottom = (torch.tensor(stored[k], dtype=torch.float64) for k in ("keep_top", "keep_bottom"))
-    return DiffROAR(
-        tuple(stored["fractions"]),
-        top,
-        bottom,
-        tuple(stored["seeds"]),
-        stored["unmasked"],
-        stored["chance"],
-        tuple(stored["zero_share"]),
-        stored["setting"],
-        stored["tests"],
-    )
-
-
-def simplified(config: Any, name: str) -> dict[str, Any]:
+def simplified(config: Any, name: str) -> Simplified:
     """One network on the simplified data: where its gradient lies, and how often it is right.
 
     ``linear`` and ``wide`` are trained by SGD, ``robust`` by Adam against a sign attack, with the signal in half of the blocks; ``everywhere`` is
@@ -146,7 +122,7 @@ def simplified(config: Any, name: str) -> dict[str, Any]:
     attack = PGD(norm="linf", eps=0.35, step=0.35 / 4, steps=8, bounds=None) if name == "robust" else None
     widths = {"linear": (), "robust": (config.robust_width,)}.get(name, (config.wide,))
     training = Training(
-        lambda: perceptron(blocks, widths, 2),
+        lambda: network("mlp", (blocks,), 2, seed=None, widths=widths),
         epochs=config.robust_epochs if name == "robust" else config.simple_epochs,
         batch_size=250,
         lr=5e-3,
@@ -154,21 +130,16 @@ def simplified(config: Any, name: str) -> dict[str, Any]:
         attack=attack,
         select="last",
     )
-    return seen(training(*data.pair, config.seed), test, signals)
+    model = training(*data.pair, config.seed)
+    gradient, own = input_gradient(model, test.inputs), test.extras["own"]
+    sizes = gradient.reshape(*own.shape, -1).norm(dim=2)
+    return Simplified(
+        leakage(gradient, own, signals),
+        accuracy(model, *test.pair),
+        float(F.cosine_similarity(gradient, test.inputs, dim=1).abs().mean()),
+        (sizes / sizes.sum(1, keepdim=True)).mean(0).tolist(),
+    )
 
 
 def _sgd(net: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(net.parameters(), lr=0.1, fused=True)
-
-
-def seen(model: nn.Module, data: Samples, signals: int) -> dict[str, Any]:
-    """Leakage of a trained network's gradient, the mean size of the gradient on each block, |cos(x, gradient)|, and accuracy."""
-    gradient = input_gradient(model, data.inputs)
-    own = data.extras["own"]
-    sizes = gradient.reshape(*own.shape, -1).norm(dim=2)
-    return {
-        **leakage(gradient, own, signals).to_dict(),
-        "accuracy": accuracy(model, *data.pair),
-        "cosine": float(F.cosine_similarity(gradient, data.inputs, dim=1).abs().mean()),
-        "sizes": (sizes / sizes.sum(1, keepdim=True)).mean(0).tolist(),
-    }

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from lineament.data.samples import Samples
 from lineament.explain.faithfulness.feature_leakage import predicted_gradients
 from lineament.explain.faithfulness.input_gradients import input_gradient
 from lineament.explain.faithfulness.retraining import DiffROAR
+from lineament.recipes.diffroar.claims import Simplified
 from lineament.report.figures import picture, save
 from lineament.report.outcome import Figure
 
@@ -47,18 +49,22 @@ def curves(found: Mapping[str, DiffROAR], out: Path) -> Figure:
     return save(shown, out, "diffroar")
 
 
-def heat_maps(models: Mapping[str, Mapping[str, nn.Module]], data: Mapping[str, Any], out: Path) -> Figure:
-    names = list(next(iter(models.values())))
+def heat_maps(
+    models: Mapping[tuple[str, str], nn.Module], data: Mapping[str, tuple[Samples, Samples]], out: Path
+) -> Figure:
+    names, placements = (list(dict.fromkeys(part)) for part in zip(*models))
 
     def draw(axes: Any) -> None:
-        for line, (placement, each) in enumerate(models.items()):
+        for line, placement in enumerate(placements):
             test = data[placement][1]
             # The first image, and the first of another class.
             other = int((test.targets != test.targets[0]).nonzero()[0])
             for part, k in enumerate((0, other)):
                 image = test.inputs[k : k + 1]
                 panels: list[tuple[str, Any, str]] = [(f"signal {placement}", image[0, 0], "gray")]
-                panels += [(n, input_gradient(m, image)[0, 0].abs(), "inferno") for n, m in each.items()]
+                panels += [
+                    (n, input_gradient(models[n, placement], image)[0, 0].abs(), "inferno") for n in names
+                ]
                 for column, (title, values, colours) in enumerate(panels):
                     ax = axes[line, (1 + len(names)) * part + column]
                     ax.imshow(values.numpy(), cmap=colours)
@@ -70,17 +76,17 @@ def heat_maps(models: Mapping[str, Mapping[str, nn.Module]], data: Mapping[str, 
         "gradient lies on both blocks where the digit may be in either.",
         caption="Images and the size of the gradient of the predicted class. A digit that can be in either block draws the standard "
         "model's gradient into the empty one; a digit that is always on top does not.",
-        size=(7.6, 2.6 * len(models)),
+        size=(7.6, 2.6 * len(placements)),
         kind="png",
-        panels=(len(models), 2 * (1 + len(names))),
+        panels=(len(placements), 2 * (1 + len(names))),
     )
     return save(shown, out, "gradients")
 
 
-def theorem(found: Mapping[str, Mapping[str, Any]], blocks: int, out: Path) -> Figure:
+def theorem(found: Mapping[str, Simplified], blocks: int, out: Path) -> Figure:
     signals = blocks // 2
     lines = {"theorem": predicted_gradients(signals, blocks).tolist()}
-    lines |= {name: found[name]["sizes"] for name in ("wide", "robust")}
+    lines |= {name: found[name].sizes for name in ("wide", "robust")}
 
     def draw(axes: Any) -> None:
         left, right = axes[0]
@@ -92,19 +98,19 @@ def theorem(found: Mapping[str, Mapping[str, Any]], blocks: int, out: Path) -> F
         names = [n for n in ("linear", "wide", "robust") if n in found]
         base = [0.0] * len(names)
         for k, part in enumerate(("own", "other", "noise")):
-            values = [found[n][part] for n in names]
+            values = [getattr(found[n].leakage, part) for n in names]
             right.bar(names, values, bottom=base, color=f"C{k}", label=part)
             base = [a + b for a, b in zip(base, values)]
         right.set(ylabel="share of the gradient", ylim=(0, 1.02))
         right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
-    wide, robust = found["wide"], found["robust"]
+    wide, robust = found["wide"].leakage, found["robust"].leakage
     shown = picture(
         draw,
         panels=(1, 2),
         size=(7.4, 3.2),
-        alt=f"Gradient by block: the theorem gives 1/{signals} to each of the first {signals} blocks; the wide network puts {wide['own']:.2f} on the "
-        f"instance's own block and {wide['other']:.2f} on the other signal blocks, the robust one {robust['own']:.2f} and {robust['other']:.2f}.",
+        alt=f"Gradient by block: the theorem gives 1/{signals} to each of the first {signals} blocks; the wide network puts {wide.own:.2f} on the "
+        f"instance's own block and {wide.other:.2f} on the other signal blocks, the robust one {robust.own:.2f} and {robust.other:.2f}.",
         caption="Simplified data. Left: the mean size of the gradient on each block. Right: the instance's own block, blocks that carry the "
         "signal in other instances, and blocks that never do.",
     )

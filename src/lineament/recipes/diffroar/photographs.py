@@ -6,23 +6,20 @@ The paper's later version has perceptrons with two hidden layers on SVHN and Fas
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lineament.core.checkpoint import Checkpoint
-from lineament.core.checks import InputError, require
+from lineament.core.checks import require
 from lineament.data.photographs import read_photographs
 from lineament.explain.faithfulness.input_gradients import attribution
-from lineament.explain.faithfulness.retraining import accuracy, diffroar
-from lineament.recipes.diffroar import figures
-from lineament.recipes.diffroar.experiments import perceptron, rebuilt
+from lineament.explain.faithfulness.retraining import DiffROAR, accuracy, diffroar
 from lineament.recipes.kit.networks import network
-from lineament.report.outcome import Claim, Outcome, Table
+from lineament.recipes.kit.stages import Stages
+from lineament.report.outcome import Claim, Table
 from lineament.train.attacks import PGD, robust_accuracy
 from lineament.train.stacked import Training
 
@@ -40,24 +37,7 @@ class Normalised(nn.Module):
         self.register_buffer("deviation", deviation)
 
     def forward(self, x: Tensor) -> Tensor:
-        found = self.network((x - self.mean) / self.deviation)
-        return found if isinstance(found, Tensor) else found.logits
-
-
-def resnet50(channels: int, classes: int) -> nn.Module:
-    """ResNet-50 with a 3 x 3 stem of stride 1 and no pooling before the blocks, as it is used on CIFAR."""
-    try:
-        from transformers import ResNetConfig, ResNetForImageClassification
-    except ImportError as error:
-        raise InputError(
-            "network: resnet50 needs the package 'transformers'; install lineament[hub]"
-        ) from error
-    config: Any = ResNetConfig(num_channels=channels)
-    config.num_labels = classes
-    model = ResNetForImageClassification(config)
-    stem = nn.Sequential(nn.Conv2d(channels, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
-    model.get_submodule("resnet").register_module("embedder", stem)
-    return model
+        return self.network((x - self.mean) / self.deviation)
 
 
 def parsed(text: str) -> PGD:
@@ -107,7 +87,7 @@ def read(config: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     return x[first], y[first], x[second], y[second], classes
 
 
-def on_photographs(config: Any, stages: Checkpoint, out: Path, slug: str, title: str) -> Outcome:
+def on_photographs(config: Any, stages: Stages) -> tuple[list[Claim], list[Table], dict[str, DiffROAR]]:
     """Standard and robust models, their accuracy under attack, and the DiffROAR of their gradients."""
     attacks = {text: parsed(text) for text in config.attacks}
     x, y, x_test, y_test, classes = read(config)
@@ -120,13 +100,10 @@ def on_photographs(config: Any, stages: Checkpoint, out: Path, slug: str, title:
     mean, deviation = x.mean((0, 2, 3), keepdim=True).cpu(), x.std((0, 2, 3), keepdim=True).cpu()
 
     def fresh() -> nn.Module:
-        if config.network == "mlp":
-            inner: nn.Module = perceptron(x[0].numel(), config.widths, classes)
-        elif config.network == "resnet18":
-            inner = network("resnet18", x.shape[1:], classes, seed=None, widths=config.network_width)
-        else:
-            inner = resnet50(x.shape[1], classes)
-        return Normalised(inner, mean, deviation)
+        wide = config.widths if config.network == "mlp" else config.network_width
+        return Normalised(
+            network(config.network, tuple(x.shape[1:]), classes, seed=None, widths=wide), mean, deviation
+        )
 
     training = Training(
         fresh,
@@ -140,28 +117,23 @@ def on_photographs(config: Any, stages: Checkpoint, out: Path, slug: str, title:
     )
     judged, rows = {}, []
     for name in ("standard", *attacks):
-        weights = stages.stage(
+        weights = stages(
             f"train {name}",
             lambda n=name: dict(training.against(attacks.get(n))(x, y, config.seed).cpu().state_dict()),
+            dict[str, Tensor],
         )
         model = fresh()
         model.load_state_dict(weights)
         model.to(device).eval()
         attacked = [robust_accuracy(model, x_test, y_test, evaluation(attack)) for attack in attacks.values()]
         rows.append([name, accuracy(model, x_test, y_test), *attacked])
-        judged[name] = rebuilt(
-            stages.stage(
-                f"diffroar {name}",
-                lambda m=model: diffroar(
-                    attribution(m),
-                    training,
-                    (x, y, x_test, y_test),
-                    fractions=config.fractions,
-                    seeds=range(1, config.runs + 1),
-                    jobs=config.jobs,
-                ).to_dict(),
-            )
-        )
+        judged[name] = stages(
+            f"diffroar {name}",
+            lambda m=model: diffroar(
+                attribution(m), training, (x, y, x_test, y_test), fractions=config.fractions, seeds=range(1, config.runs + 1), jobs=config.jobs
+            ),
+            DiffROAR,
+        )  # fmt: skip
     tables = [
         Table("Accuracy, and under each attack", ["model", "accuracy", *attacks], rows),
         Table(
@@ -186,4 +158,4 @@ def on_photographs(config: Any, stages: Checkpoint, out: Path, slug: str, title:
             all(each.at(k) >= 0.05 for each in robust.values()),
         ),
     ]
-    return Outcome(slug, title, config.preset, asdict(config), claims, tables, [figures.curves(judged, out)])
+    return claims, tables, judged

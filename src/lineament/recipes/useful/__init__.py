@@ -9,27 +9,21 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from lineament.core.batching import progress
-from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import number
-from lineament.data.fast_slow_patches import fast_slow_patches
-from lineament.learn.useful.two_layer_theory import (
-    alignment_recursion,
-    cubic_network,
-    fast_free_weights,
-    train_cubic,
-    upsampled_share,
-)
 from lineament.recipes.kit.presets import presets
-from lineament.recipes.useful import runs
+from lineament.recipes.kit.stages import Stages
 from lineament.recipes.useful.claims import claims_of
 from lineament.recipes.useful.data import load_data, long_tailed, mislabelled
 from lineament.recipes.useful.figures import draw_all
+from lineament.recipes.useful.theory import Theory, theory_panel
+from lineament.recipes.useful.training import Early, Final, early, final, parsed
 from lineament.report.outcome import Outcome, Table
 
 SLUG = "useful"
@@ -119,171 +113,94 @@ class Config:
 
 def run(config: Config, *, out: Path) -> Outcome:
     """Run the recipe into ``out``; a killed run goes on from its last finished epoch."""
-    recipes = {name: runs.parsed(name) for name in config.methods}
+    methods = {name: parsed(name) for name in config.methods}
     number("separating", config.separating, low=0, high=config.epochs, integer=True)
     number("factor", config.factor, low=1, integer=True)
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     first = load_data(config.data, config.data_folder, train=config.train, seed=0)
-    stages = Checkpoint(out / ".stages", asdict(config))
-    theory = stages.stage("theory", lambda: theory_panel(config))
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in config.methods}
-    early: list[dict[str, Any]] = []
+    stages = Stages(out, config)
+    theory = stages("theory", lambda: theory_panel(config), Theory)
+    found: dict[str, list[Final]] = {name: [] for name in config.methods}
+    selected: list[Early] = []
     for seed in progress(config.seeds, "seeds"):
         # Digits are drawn anew for each seed; the images of a folder are the same.
         digits = config.data in ("pixel-digits", "digits")
         data = load_data(config.data, None, train=config.train, seed=seed) if digits else first
         data = mislabelled(long_tailed(data, config.imbalance, seed), config.label_noise, seed)
-        masks: dict[bool, dict[str, Any]] = {}
-        for trivial in sorted({r.trivial for r in recipes.values() if r.partition or r.steps}):
-            masks[trivial] = stages.stage(
-                f"early, seed {seed}, {trivial}",
-                lambda data=data, seed=seed, trivial=trivial: runs.early(config, data, seed, device, trivial),
+        kinds = sorted({m.trivial for m in methods.values() if m.selects})
+        select = partial(early, config, data, seed, device)
+        each = stages.each(f"early, seed {seed}, {{}}", kinds, select, Early)
+        selected += list(each.values())[:1]
+        for name, method in methods.items():
+            train = partial(
+                final, name, config, data, each.get(method.trivial), seed, device, stages.checkpoint
             )
-        early += [e for trivial, e in masks.items() if not trivial or False not in masks]
-        for name, recipe in recipes.items():
-            found[name].append(
-                stages.stage(
-                    f"{name}, seed {seed}",
-                    lambda name=name, data=data, seed=seed, recipe=recipe, masks=masks: runs.final(
-                        name, config, data, masks.get(recipe.trivial), seed, device, stages
-                    ),
-                )
-            )
+            found[name].append(stages(f"{name}, seed {seed}", train, Final))
     return Outcome(
         SLUG,
         TITLE,
         config.preset,
         asdict(config),
-        claims_of(config, theory, early, found),
-        tables(config, theory, early, found),
-        draw_all(config, theory, early, found, out),
+        claims_of(config, theory, selected, found),
+        tables(config, theory, selected, found),
+        draw_all(config, theory, selected, found, out),
     )
 
 
-def theory_panel(config: Config) -> dict[str, Any]:
-    """The two-layer network by GD, SAM and with fast-free examples twice: alignments and test accuracy; and the recursion without noise."""
-    marks = [m for m in (200, 400, 1200) if m <= config.theory_steps] or [config.theory_steps]
-    panel: dict[str, Any] = {"marks": marks, "runs": {}}
-    for slow in config.theory_slow:
-        for seed in config.theory_seeds:
-            options: dict[str, Any] = {"slow": slow, "alpha": config.theory_alpha}
-            data = fast_slow_patches(config.theory_samples, seed=2 * seed, **options)
-            test = fast_slow_patches(2000, seed=2 * seed + 1, **options)
-            W = 0.1 * torch.randn(
-                20, 50, generator=torch.Generator().manual_seed(seed + 100), dtype=torch.float64
-            )
-            settings: dict[str, dict[str, Any]] = {
-                "GD": {},
-                "SAM": {"rho": config.theory_rho},
-                "GD, fast-free x2": {"weights": fast_free_weights(data.extras["has_fast"])},
-            }
-            for name, setting in settings.items():
-                paths, accuracy, start = [], [], W
-                for steps in (b - a for a, b in zip([0, *marks], marks)):
-                    path = train_cubic(start, *data.pair, steps=steps, lr=0.1, **setting)
-                    start = path.W
-                    paths.append(path.alignments)
-                    accuracy.append(
-                        float((cubic_network(start, test.inputs).sign() == test.targets).double().mean())
-                    )
-                panel["runs"].setdefault(f"{slow:g}|{name}", []).append(
-                    {"alignments": torch.cat(paths), "accuracy": accuracy}
-                )
-    panel["recursion"] = _recursion_error(config.theory_alpha)
-    return panel
-
-
-def _recursion_error(alpha: float) -> dict[str, float]:
-    """The largest difference between a noise-free training and the recursion of its alignments, plain and upsampled."""
-    found = {}
-    for name, factor in (("GD", 1), ("GD, fast-free x2", 2)):
-        data = fast_slow_patches(200, dims=6, slow=0.5, alpha=alpha, noise=0.0, seed=1)
-        W = 0.3 * torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        weights = fast_free_weights(data.extras["has_fast"], factor)
-        path = train_cubic(W, *data.pair, steps=300, lr=0.1, weights=weights)
-        share = upsampled_share(float(data.extras["has_fast"].double().mean()), factor)
-        a, b = alignment_recursion(W[:, 0], W[:, 1], steps=300, lr=0.1, fast=1.0, slow=0.5, alpha=share)
-        last = torch.stack([a[-1], b[-1]], 1)
-        found[name] = float((path.W[:, :2] - last).abs().max())
-    return found
-
-
 def tables(
-    config: Config,
-    theory: dict[str, Any],
-    early: list[dict[str, Any]],
-    found: dict[str, list[dict[str, Any]]],
+    config: Config, theory: Theory, selected: list[Early], found: dict[str, list[Final]]
 ) -> list[Table]:
-    marks = theory["marks"]
-    rows = []
-    for key, trained in theory["runs"].items():
-        slow, name = key.split("|")
-        row: list[Any] = [slow, name]
-        for index, mark in enumerate(marks):
-            at = torch.stack([r["alignments"][mark - 1] for r in trained]).mean(0)
-            row += [float(at[0]), float(at[1]), statistics.fmean(r["accuracy"][index] for r in trained)]
-        rows.append(row)
-    columns = [
-        "beta_d",
-        "run",
-        *(f"{what}, t={m}" for m in marks for what in ("fast", "slow", "test accuracy")),
-    ]
-    made = [Table(f"Two-layer theory (mean of {len(config.theory_seeds)} seeds; alignments)", columns, rows)]
-    if early:
-        names = [k for k in ("recall", "precision", "noisy_selected") if k in early[0]]
+    """The theory's trainings, the early selections, the methods."""
+    rows: list[list[Any]] = []
+    for slow, ways in theory.walks.items():
+        for way, walks in ways.items():
+            row: list[Any] = [slow, way]
+            for index, mark in enumerate(theory.marks):
+                at = torch.stack([w.alignments[mark - 1] for w in walks]).mean(0).tolist()
+                row += [*at, statistics.fmean(w.accuracy[index] for w in walks)]
+            rows.append(row)
+    marks = [f"{what}, t={m}" for m in theory.marks for what in ("fast", "slow", "test accuracy")]
+    title = f"Two-layer theory (mean of {len(config.theory_seeds)} seeds; alignments)"
+    made = [Table(title, ["beta_d", "run", *marks], rows)]
+    if selected:
+        names = [k for k in ("recall", "precision", "noisy_selected") if getattr(selected[0], k) is not None]
         made.append(
             Table(
                 "Early selection by seed",
                 ["seed", "separating epoch", "selected", *names, "seconds"],
                 [
-                    [
-                        s,
-                        e["epoch"],
-                        float(e["masks"]["clusters"].double().mean()),
-                        *(e[k] for k in names),
-                        e["seconds"],
-                    ]
-                    for s, e in zip(config.seeds, early)
+                    [s, e.epoch, float(e.masks["clusters"].double().mean()), *(getattr(e, k) for k in names), e.seconds]
+                    for s, e in zip(config.seeds, selected)
                 ],
             )
-        )
-    base = found.get("sgd")
-    groups = max((len(r.get("groups", ())) for trained in found.values() for r in trained), default=0)
-    fields = ("steps", "lambda_max", "bulk", "l1", "forgetting", "first_learned", "learned")
+        )  # fmt: skip
+    groups = max((len(r.groups) for trained in found.values() for r in trained), default=0)
+    further = {
+        "steps": "steps", "lambda_max": "lambda_max", "bulk": "lambda_1/lambda_5", "l1": "L1 of weights",
+        "forgetting": "forgetting", "first_learned": "first learned", "learned": "learned",
+    }  # fmt: skip
     rows = []
     for name, trained in found.items():
-        errors = [r["test"] for r in trained]
-        time = statistics.fmean(r["seconds"] for r in trained)
-        relative = time / statistics.fmean(r["seconds"] for r in base) if base else None
+
+        def mean(field: str, of: list[Final] = trained) -> float:
+            return statistics.fmean(getattr(r, field) for r in of)
+
+        errors = [r.test for r in trained]
         rows.append(
             [
                 name,
-                statistics.fmean(errors),
+                mean("test"),
                 statistics.stdev(errors) if len(errors) > 1 else None,
-                *(statistics.fmean(r["groups"][g] for r in trained) for g in range(groups)),
-                statistics.fmean(r["train"] for r in trained),
-                100 * statistics.fmean(r["selected"] for r in trained),
-                relative,
-                *(statistics.fmean(r[f] for r in trained) for f in fields),
+                *(statistics.fmean(r.groups[g] for r in trained) for g in range(groups)),
+                mean("train"),
+                100 * mean("selected"),
+                mean("seconds") / mean("seconds", found["sgd"]) if "sgd" in found else None,
+                *(mean(field) for field in further),
             ]
         )
     head = ["method", "test error %", "sd", *(f"group {g} error %" for g in range(groups)), "train error %"]
-    words = [
-        "steps",
-        "lambda_max",
-        "lambda_1/lambda_5",
-        "L1 of weights",
-        "forgetting",
-        "first learned",
-        "learned",
-    ]
-    made.append(
-        Table(
-            f"Methods (mean of {len(config.seeds)} seeds; time without the early training)",
-            [*head, "selected %", "time / sgd", *words],
-            rows,
-        )
-    )
+    title = f"Methods (mean of {len(config.seeds)} seeds; time without the early training)"
+    made.append(Table(title, [*head, "selected %", "time / sgd", *further.values()], rows))
     return made

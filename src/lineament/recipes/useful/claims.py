@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-import torch
-
+from lineament.recipes.useful.theory import WAYS, Theory
+from lineament.recipes.useful.training import Early, Final
 from lineament.report.outcome import Claim
 
 # Better method, worse one, the paper's words. Judged by the mean paired difference of the last epoch's test errors.
@@ -33,14 +33,14 @@ _PAIRS = (
 
 def claims_of(
     config: Any,
-    theory: dict[str, Any],
-    early: list[dict[str, Any]],
-    found: dict[str, list[dict[str, Any]]],
+    theory: Theory,
+    early: list[Early],
+    found: dict[str, list[Final]],
 ) -> list[Claim]:
     claims = _theory(config, theory)
-    if early and "recall" in early[0]:
-        recall = statistics.fmean(e["recall"] for e in early)
-        precision = statistics.fmean(e["precision"] for e in early)
+    if early and early[0].recall is not None:
+        recall = statistics.fmean(e.recall or 0.0 for e in early)
+        precision = statistics.fmean(e.precision or 0.0 for e in early)
         claims.append(
             Claim(
                 "Early outputs tell the examples without the fast feature from the rest",
@@ -54,7 +54,7 @@ def claims_of(
         if better in found and worse in found:
             claims.append(_paired(better, worse, name, paper, found))
     if {"sam+useful+ta", "sgd"} <= set(found):
-        means = {name: statistics.fmean(r["test"] for r in trained) for name, trained in found.items()}
+        means = {name: statistics.fmean(r.test for r in trained) for name, trained in found.items()}
         best = min(means, key=lambda n: means[n])
         claims.append(
             Claim(
@@ -68,10 +68,10 @@ def claims_of(
     return claims
 
 
-def _paired(better: str, worse: str, name: str, paper: str, found: dict[str, list[dict[str, Any]]]) -> Claim:
-    change = [a["test"] - b["test"] for a, b in zip(found[better], found[worse])]
+def _paired(better: str, worse: str, name: str, paper: str, found: dict[str, list[Final]]) -> Claim:
+    change = [a.test - b.test for a, b in zip(found[better], found[worse])]
     mean = statistics.fmean(change)
-    means = [statistics.fmean(r["test"] for r in found[n]) for n in (better, worse)]
+    means = [statistics.fmean(r.test for r in found[n]) for n in (better, worse)]
     spread = statistics.stdev(change) / len(change) ** 0.5 if len(change) > 1 else float("nan")
     wins = sum(c < 0 for c in change)
     why = "" if mean < 0 else _why(better, worse, mean, spread, len(change))
@@ -83,11 +83,11 @@ def _paired(better: str, worse: str, name: str, paper: str, found: dict[str, lis
     return Claim(name, paper, observed, mean < 0, why)
 
 
-def _not_told_apart(early: list[dict[str, Any]]) -> str:
+def _not_told_apart(early: list[Early]) -> str:
     found = early[0]
-    if found.get("noisy_selected", 0) >= 0.5:
-        return f"wrong labels are learned late too: {found['noisy_selected']:.0%} of them are selected"
-    shares = found["class_shares"]
+    if (found.noisy_selected or 0) >= 0.5:
+        return f"wrong labels are learned late too: {found.noisy_selected:.0%} of them are selected"
+    shares = found.class_shares
     if max(shares) - min(shares) >= 0.3:
         return f"some classes are learned late as a whole: {min(shares):.0%} to {max(shares):.0%} of a class is selected"
     return "the network has not separated them at this epoch"
@@ -105,21 +105,20 @@ def _why(better: str, worse: str, mean: float, spread: float, seeds: int) -> str
     )
 
 
-def _theory(config: Any, theory: dict[str, Any]) -> list[Claim]:
+def _theory(config: Any, theory: Theory) -> list[Claim]:
     """Early is step 200 (or the first mark); the slow feature is compared at step 400 (or the second)."""
-    marks = theory["marks"]
+    marks = theory.marks
     at, later = marks[0] - 1, marks[min(1, len(marks) - 1)] - 1
 
-    def mean(slow: float, run: str, step: int) -> torch.Tensor:
-        return torch.stack([r["alignments"][step] for r in theory["runs"][f"{slow:g}|{run}"]]).mean(0)
-
     slows = config.theory_slow
-    first = {s: mean(s, "GD", at) for s in slows}
-    gaps = {s: [float(mean(s, r, at)[0] - mean(s, r, at)[1]) for r in ("GD", "SAM")] for s in slows}
-    learned = {s: [float(mean(s, r, later)[1]) for r in ("GD", "SAM", "GD, fast-free x2")] for s in slows}
+    first = {s: theory.mean(s, "GD")[at] for s in slows}
+    gaps = {
+        s: [float(theory.mean(s, r)[at][0] - theory.mean(s, r)[at][1]) for r in ("GD", "SAM")] for s in slows
+    }
+    learned = {s: [float(theory.mean(s, r)[later][1]) for r in WAYS] for s in slows}
     faster = all(v[2] > max(v[:2]) for v in learned.values())
     closer = all(sam < gd for gd, sam in gaps.values())
-    wrong = max(theory["recursion"].values())
+    wrong = max(theory.recursion.values())
     return [
         Claim(
             "Gradient descent learns the fast feature first",
@@ -154,9 +153,7 @@ def _theory(config: Any, theory: dict[str, Any]) -> list[Claim]:
         Claim(
             "Without noise training is the recursion of the alignments, with alpha' = alpha / (alpha + k (1 - alpha))",
             "derived from the theory",
-            ", ".join(
-                f"{name}: difference {e:.1e} after 300 steps" for name, e in theory["recursion"].items()
-            ),
+            ", ".join(f"{name}: difference {e:.1e} after 300 steps" for name, e in theory.recursion.items()),
             wrong < 1e-10,
         ),
     ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from lineament.core.checks import number
 from lineament.data.photographs import Standardise, read_photographs
@@ -28,6 +29,11 @@ class Data:
     def prepared(self) -> Standardise:
         """What the network sees."""
         return Standardise(self.train.inputs)
+
+    @cached_property
+    def prepared_train(self) -> tuple[Tensor, Tensor]:
+        """The training data as the network sees them, without augmentation."""
+        return self.prepared(self.train.inputs), self.train.targets
 
 
 def load_data(name: str, data_folder: str | None, *, train: int, seed: int) -> Data:

@@ -6,17 +6,17 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from lineament.recipes.useful.theory import WAYS, Theory
+from lineament.recipes.useful.training import Early, Final
 from lineament.report.figures import picture, save
 from lineament.report.outcome import Figure
 
 
 def draw_all(
     config: Any,
-    theory: dict[str, Any],
-    early: list[dict[str, Any]],
-    found: dict[str, list[dict[str, Any]]],
+    theory: Theory,
+    early: list[Early],
+    found: dict[str, list[Final]],
     out: Path,
 ) -> list[Figure]:
     figures = [_theory(config, theory, out), _errors(found, out)]
@@ -25,14 +25,12 @@ def draw_all(
     return figures
 
 
-def _theory(config: Any, theory: dict[str, Any], out: Path) -> Figure:
-    names = ("GD", "SAM", "GD, fast-free x2")
-
+def _theory(config: Any, theory: Theory, out: Path) -> Figure:
     def draw(axes: Any) -> None:
         for column, slow in enumerate(config.theory_slow):
             ax = axes[0][column] if len(config.theory_slow) > 1 else axes
-            for index, name in enumerate(names):
-                mean = torch.stack([r["alignments"] for r in theory["runs"][f"{slow:g}|{name}"]]).mean(0)
+            for index, name in enumerate(WAYS):
+                mean = theory.mean(slow, name)
                 steps = range(1, len(mean) + 1)
                 ax.plot(steps, mean[:, 0].tolist(), "--", color=f"C{index}", linewidth=1.1)
                 ax.plot(steps, mean[:, 1].tolist(), color=f"C{index}", label=name)
@@ -52,12 +50,12 @@ def _theory(config: Any, theory: dict[str, Any], out: Path) -> Figure:
     return save(shown, out, "theory")
 
 
-def _errors(found: dict[str, list[dict[str, Any]]], out: Path) -> Figure:
+def _errors(found: dict[str, list[Final]], out: Path) -> Figure:
     names = list(found)[::-1]
 
     def draw(ax: Any) -> None:
         for row, name in enumerate(names):
-            errors = [r["test"] for r in found[name]]
+            errors = [r.test for r in found[name]]
             colour = "C0" if "useful" in name else "C7"
             ax.plot(errors, [row] * len(errors), "o", color=colour, alpha=0.45, markersize=4)
             ax.plot([statistics.fmean(errors)], [row], "|", color=colour, markersize=16, markeredgewidth=2.5)
@@ -68,7 +66,7 @@ def _errors(found: dict[str, list[dict[str, Any]]], out: Path) -> Figure:
     shown = picture(
         draw,
         alt="Test errors by method: "
-        + ", ".join(f"{n} {statistics.fmean(r['test'] for r in found[n]):.2f}" for n in found)
+        + ", ".join(f"{n} {statistics.fmean(r.test for r in found[n]):.2f}" for n in found)
         + ".",
         caption="Test error of the last epoch; methods with USEFUL are coloured.",
         size=(6.6, 0.9 + 0.3 * len(names)),
@@ -76,20 +74,20 @@ def _errors(found: dict[str, list[dict[str, Any]]], out: Path) -> Figure:
     return save(shown, out, "errors")
 
 
-def _early(early: list[dict[str, Any]], out: Path) -> Figure:
+def _early(early: list[Early], out: Path) -> Figure:
     def draw(axes: Any) -> None:
         left, right = axes[0]
         for index, e in enumerate(early):
             colour = f"C{index % 7}"
-            left.plot(range(1, len(e["errors"]) + 1), [100 * v for v in e["errors"]], "o-", color=colour)
-            right.plot(range(len(e["class_shares"])), [100 * v for v in e["class_shares"]], "o", color=colour)
+            left.plot(range(1, len(e.errors) + 1), [100 * v for v in e.errors], "o-", color=colour)
+            right.plot(range(len(e.class_shares)), [100 * v for v in e.class_shares], "o", color=colour)
         left.set_xlabel("epoch of the early training")
         left.set_ylabel("training error, %")
         right.set_xlabel("class")
         right.set_ylabel("selected, %")
         right.set_ylim(0, 100)
 
-    share = statistics.fmean(float(e["masks"]["clusters"].double().mean()) for e in early)
+    share = statistics.fmean(float(e.masks["clusters"].double().mean()) for e in early)
     shown = picture(
         draw,
         alt=f"Training error over the first epochs, and the share of each class that is selected; {share:.0%} on the whole.",
