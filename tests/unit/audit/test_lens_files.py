@@ -53,6 +53,7 @@ def test_a_file_dropped_in_is_a_lens_of_the_audit(dropped, tmp_path):
         section.numbers == {"outputs": 3, "dead": 1}
         and finding.sentence == "1 of 3 outputs never rise above zero."
     )
+    assert section.method == "dead-units" and section.title == "Which outputs are dead?"
     page = found.html.read_text(encoding="utf-8")
     assert (
         "Which outputs are dead?" in page
