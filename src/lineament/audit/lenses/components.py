@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lineament.audit.phrases import compact, mean_interval, percent
+from lineament.audit.phrases import compact, mean_interval, percent, several
 from lineament.audit.subject import LanguageSubject
-from lineament.core.checks import InputError
+from lineament.core.checks import InputError, require, show
 from lineament.core.models import frozen, logits
 from lineament.explain.patching.activation import activation_patching, patch_nodes
 from lineament.explain.patching.metrics import logit_difference, single_tokens
@@ -112,7 +112,8 @@ class Behaviour:
         """What was left out, as a sentence with a space before it."""
         if not self.left_out:
             return ""
-        return f" {len(self.left_out)} pairs were left out, the first because {self.left_out[0]}."
+        count = len(self.left_out)
+        return f" {count} pair{'s were' if count > 1 else ' was'} left out: {several(self.left_out)}."
 
 
 def applies(subject: LanguageSubject) -> str:
@@ -242,32 +243,37 @@ def _usable(subject: LanguageSubject) -> tuple[list[PromptPair], list[int], list
     left_out: list[str] = []
     most = getattr(subject.model.config, "max_position_embeddings", None)
     for pair in subject.prompts.pairs:
-        lengths = [len(subject.tokenizer(text)["input_ids"]) for text in (pair.clean, pair.corrupt)]
-        if most is not None and max(lengths) > most:
-            left_out.append(f"its prompts have {max(lengths)} tokens and the model takes at most {most}")
-            continue
-        if pair.clean == pair.corrupt:
-            left_out.append("its two prompts are alike")
-            continue
-        if lengths[0] != lengths[1]:
-            left_out.append(f"its prompts have {lengths[0]} and {lengths[1]} tokens")
-            continue
         try:
-            answer, wrong = single_tokens(subject.tokenizer, [pair.answer, pair.wrong]).tolist()
+            length, *answers = _checked(subject.tokenizer, pair, most)
         except InputError as error:
-            left_out.append(str(error))
+            left_out.append(f"{show(pair.clean, 40)}: {error}")
             continue
-        kept.setdefault(lengths[0], []).append((pair, answer, wrong))
+        kept.setdefault(length, []).append((pair, answers[0], answers[1]))
     if not kept:
         raise InputError(
             f"none of the {len(subject.prompts.pairs)} pairs can be used; the first: {left_out[0]}"
         )
     # Maps by position can be averaged over prompts of one length only.
     commonest = max(kept, key=lambda length: len(kept[length]))
-    others = sum(len(v) for length, v in kept.items() if length != commonest)
-    left_out += [f"it is not {commonest} tokens long, as most pairs are"] * others
+    for length, others in kept.items():
+        reason = f"a pair of {length} tokens, where most have {commonest}"
+        left_out += [reason] * (len(others) if length != commonest else 0)
+    left_out += [f"a pair beyond the first {_PAIRS}"] * (len(kept[commonest]) - _PAIRS)
     pairs, answers, wrong = zip(*kept[commonest][:_PAIRS])
     return list(pairs), list(answers), list(wrong), left_out
+
+
+def _checked(tokenizer: Any, pair: PromptPair, most: int | None) -> tuple[int, int, int]:
+    """How many tokens the prompts of a pair have, and its two answers as tokens."""
+    clean, corrupt = (len(tokenizer(text)["input_ids"]) for text in (pair.clean, pair.corrupt))
+    require(
+        most is None or max(clean, corrupt) <= most,
+        f"its prompts have {max(clean, corrupt)} tokens and the model takes at most {most}",
+    )
+    require(pair.clean != pair.corrupt, "its two prompts are alike")
+    require(clean == corrupt, f"its prompts have {clean} and {corrupt} tokens")
+    answer, wrong = single_tokens(tokenizer, [pair.answer, pair.wrong], after=pair.clean).tolist()
+    return clean, answer, wrong
 
 
 def _preference(subject: LanguageSubject, prompts: list[str], answers: list[int], wrong: list[int]) -> Tensor:

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.core.text_parts import one_token
 from lineament.explain.tokens.next_token import NextToken, not_nan
 
 
@@ -116,9 +117,9 @@ def ask(face: NextToken, prompt: Any, target: Any, contrast: Any, reading: Readi
         first = not_nan(face.logits([p.ids[None] for p in prompts], [p.source for p in prompts])).cpu()
     found, size = [], first.shape[1]
     for p, row, wanted, other in zip(prompts, first, targets, contrasts):
-        own = int(row.argmax()) if wanted is None else token_id(face, "target", wanted, size)
+        own = int(row.argmax()) if wanted is None else token_id(face, "target", wanted, size, p)
         if other is not None:
-            other = token_id(face, "contrast", other, size)
+            other = token_id(face, "contrast", other, size, p)
             checks.require(
                 other != own,
                 f"contrast: got {shown(face.tokenizer, [other])[0]!r} (id {other}), which is the target itself; choose another token",
@@ -244,15 +245,15 @@ def refuse_unknown_ids(face: NextToken, what: str, ids: Sequence[int]) -> None:
     )
 
 
-def token_id(face: NextToken, what: str, token: Any, vocabulary: int) -> int:
-    """One token as an id: an id, or a text that is one token.
+def token_id(face: NextToken, what: str, token: Any, vocabulary: int, p: Prompt | None = None) -> int:
+    """One token as an id: an id, or a text that is one token where it follows the prompt.
 
     Raises:
         InputError: text of no or several tokens (they are listed), a word that the tokenizer does not have, or an id outside the vocabulary.
     """
     if isinstance(token, str):
         checks.require(face.tokenizer is not None, f"{what}: got text and no tokenizer; give an id")
-        ids = face.tokenizer(token, add_special_tokens=False)["input_ids"]
+        ids = one_token(face.tokenizer, text_before(face, p), token)
         pieces = shown(face.tokenizer, ids)
         checks.require(
             len(ids) > 0,
@@ -273,6 +274,14 @@ def token_id(face: NextToken, what: str, token: Any, vocabulary: int) -> int:
     if isinstance(token, Tensor) and token.numel() == 1 and not token.is_floating_point():
         token = int(token)
     return checks.number(what, token, low=0, high=vocabulary - 1, integer=True)
+
+
+def text_before(face: NextToken, p: Prompt | None) -> str:
+    """What the next token continues, as text: the prompt, or what a decoder has said so far."""
+    if p is None:
+        return "\n"
+    ids = p.ids[p.source + 1 if face.encoder_decoder else 0 :].tolist()
+    return str(face.tokenizer.decode([i for i in ids if i not in face.special]))
 
 
 def _per_prompt(what: str, value: Any, count: int) -> list[Any]:
