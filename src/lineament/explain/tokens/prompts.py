@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.core.text_parts import one_token
+from lineament.core.text_parts import one_token, refuse_padding
 from lineament.explain.tokens.next_token import NextToken, not_nan
 
 
@@ -166,7 +166,12 @@ def read(face: NextToken, prompt: Any, reading: Reading | None = None) -> Prompt
             reading.target_prefix is None,
             "target_prefix: it is for an encoder-decoder; a causal model continues the prompt, so append it there",
         )
-    _refuse_padding(face, ids[: source or len(ids)])
+    refuse_padding(
+        "prompt",
+        face.tokenizer,
+        ids[: source or len(ids)],
+        "give each prompt without padding, several as a list",
+    )
     most, longest = face.most_tokens, max(source, len(ids) - source)
     checks.require(
         most is None or longest <= most,
@@ -191,19 +196,6 @@ def read(face: NextToken, prompt: Any, reading: Reading | None = None) -> Prompt
         f"prompt: {count} of its {len(ids)} tokens can be scored (special tokens are not), expected at least 2",
     )
     return Prompt(ids, scored, source, tuple(shown(face.tokenizer, ids)))
-
-
-def _refuse_padding(face: NextToken, ids: Tensor) -> None:
-    """Padding that came with the ids has no mask here and would be read as text."""
-    padding, *others = (
-        getattr(face.tokenizer, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "unk")
-    )
-    count = 0 if padding is None or padding in others else int((ids == padding).sum())
-    checks.require(
-        count == 0,
-        f"prompt: it holds {count} padding tokens ({shown(face.tokenizer, [padding or 0])[0]!r}, id {padding}), which would be read as text; give each "
-        "prompt without padding, several as a list",
-    )
 
 
 def _ids(face: NextToken, what: str, prompt: Any, *, specials: bool = True) -> Tensor:
