@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.curvature.density import Density, density_of
-from lineament.core.curvature.krylov import Lanczos, Operator, apply, lanczos_runs, random_signs, side_length
+from lineament.core.curvature.krylov import (
+    Lanczos,
+    Operator,
+    apply,
+    at_least_single,
+    lanczos_runs,
+    random_signs,
+    rounding,
+    side_length,
+)
 from lineament.core.curvature.risk import Risk
 
 # The bases of the probes that run in step take at most so much memory, and one alone has as many steps as fit.
@@ -82,6 +91,7 @@ def spectrum(operator: Operator, *, steps: int = 24, probes: int = 3, seed: int 
     ([5.0, 1.0, 1.0, -2.0], 5.0)
     """
     size = side_length(operator)
+    operator = at_least_single(operator)
     checks.number("steps", steps, low=1, integer=True)
     checks.number("probes", probes, low=1, integer=True)
     row = size * torch.finfo(operator.dtype).bits // 8
@@ -106,7 +116,7 @@ def spectrum(operator: Operator, *, steps: int = 24, probes: int = 3, seed: int 
         values,
         vectors,
         residuals,
-        density_of(runs, size, seed),
+        density_of(operator, runs, seed),
         sum(traces) / probes,
         float(torch.tensor(traces, dtype=torch.float64).std()) if probes > 1 else math.nan,
     )
@@ -140,7 +150,9 @@ def _rayleigh_ritz(operator: Operator, candidates: Tensor) -> tuple[Tensor, Tens
     order += [at for at in range(min(_ENDS, count) - 1, -1, -1) if at not in order]
     vectors = q @ ritz[:, order].to(q)
     residuals = (images @ ritz[:, order].to(q) - vectors * values[order].to(q)).norm(dim=0)
-    return values[order].cpu(), vectors, residuals.double().cpu()
+    # No product is known better than to its own rounding.
+    least = rounding(operator) * float(values.abs().max())
+    return values[order].cpu(), vectors, residuals.double().cpu().clamp_min(least)
 
 
 class Pooled:
