@@ -115,6 +115,24 @@ def answered(model: Callable[..., Any], inputs: Tensor, what: str = "images") ->
     return logits(output)
 
 
+def unwrapped(model: Any) -> Any:
+    """The module inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``, or the model itself.
+
+    >>> net = nn.Linear(1, 1)
+    >>> unwrapped(nn.DataParallel(torch.compile(net))) is net
+    True
+    """
+    # Asking a module for an attribute that it lacks takes microseconds, many times over in walks through whole models.
+    while (parts := getattr(model, "_modules", None)) is not None:
+        if "_orig_mod" in parts:
+            model = parts["_orig_mod"]
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = parts["module"]
+        else:
+            break
+    return model
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device of the first parameter or buffer; the CPU for a model without any."""
     for tensor in chain(model.parameters(), model.buffers()):
