@@ -213,8 +213,8 @@ class PowerOfResiduals:
     Raises:
         InputError: p < 2, or a G that is not symmetric positive definite.
 
-    >>> PowerOfResiduals(Linear(torch.eye(2), torch.ones(2)), p=4).value_and_grad(torch.zeros(2))[0]
-    1.0
+    >>> PowerOfResiduals(Linear(torch.eye(1), torch.ones(1)), p=4).value_and_grad(torch.zeros(1))[0]
+    0.25
     """
 
     kinds = ("exact", "gauss_newton", "fisher")
