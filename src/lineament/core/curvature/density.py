@@ -7,6 +7,7 @@ matrix as a tensor.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,13 @@ from torch import Tensor
 from lineament.core import checks, results
 from lineament.core.curvature.krylov import (
     REORTHOGONALISE,
+    Lanczos,
     Operator,
+    at_least_single,
     basis_size,
     lanczos_runs,
     random_signs,
+    rounding,
     side_length,
 )
 
@@ -35,7 +39,7 @@ class Density:
     Attributes:
         nodes, weights: (probes, steps), nodes in the units of the eigenvalues; the weights of a probe sum to one.
         moments: ``moments[p - 1]`` estimates tr(A^p) / size for p = 1 to 4.
-        moment_errors: their standard errors over the probes; NaN from a single one.
+        moment_errors: their standard errors over the probes; NaN where these cannot tell (a single one, or all the same).
         size: P of the (P, P) matrix.
         products: how many products with the matrix it took.
     """
@@ -111,6 +115,7 @@ def spectral_density(
     2.5
     """
     size = side_length(operator)
+    operator = at_least_single(operator)
     checks.number("probes", probes, low=1, integer=True)
     checks.number("steps", steps, low=1, integer=True)
     checks.one_of("reorthogonalise", reorthogonalise, REORTHOGONALISE)
@@ -122,17 +127,27 @@ def spectral_density(
     together = max(
         1, _BASES_BYTES // (basis_size(min(steps, size), reorthogonalise, window) * size * itemsize)
     )
-    nodes, weights = [], []
+    runs = []
     for first in range(0, probes, together):
         part = slice(first, first + together)
-        for run in lanczos_runs(operator, steps, starts[part], generators[part], reorthogonalise, window):
-            # Past an exhausted Krylov space a run goes on from another vector, which has no weight in this probe.
-            values, vectors = run.ritz()
-            nodes.append(values)
-            weights.append(vectors[0].square())
+        found = lanczos_runs(operator, steps, starts[part], generators[part], reorthogonalise, window)
+        # The bases are let go.
+        runs += [Lanczos(run.diagonal, run.off_diagonal, run.basis[:, :0]) for run in found]
+    return density_of(operator, runs, seed)
+
+
+def density_of(operator: Operator, runs: Sequence[Lanczos], seed: int) -> Density:
+    """The density that Lanczos runs of an operator from random signs have seen, one a probe."""
+    nodes, weights = [], []
+    for run in runs:
+        # Past an exhausted Krylov space a run goes on from another vector, which has no weight in this probe.
+        values, vectors = run.ritz()
+        nodes.append(values)
+        weights.append(vectors[0].square())
     theta, tau = torch.stack(nodes), torch.stack(weights)
     powers = torch.stack([(tau * theta**p).sum(1) for p in range(1, 5)], dim=1)
-    errors = (
-        powers.std(0) / math.sqrt(probes) if probes > 1 else torch.full((4,), math.nan, dtype=torch.float64)
-    )
-    return Density(theta, tau, powers.mean(0), errors, size, probes * theta.shape[1], seed)
+    moments, count = powers.mean(0), len(runs)
+    spread = powers.std(0) if count > 1 else torch.zeros_like(moments)
+    errors = torch.maximum(spread / math.sqrt(count), rounding(operator) * moments.abs())
+    errors = torch.where(spread > 0, errors, math.nan)
+    return Density(theta, tau, moments, errors, side_length(operator), count * theta.shape[1], seed)
