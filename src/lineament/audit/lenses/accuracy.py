@@ -214,11 +214,12 @@ def _class_findings(found: Classes) -> list[Finding]:
                     "warning" if best.accuracy - worst.accuracy > 0.1 else "note",
                     f"Accuracy falls from {percent(best.accuracy)} in group {best.quoted} to {percent(worst.accuracy)} in group {worst.quoted}.",
                     advice="Look at what sets that group apart, and train on more samples of it or weigh them up; give the accuracy by group wherever you give it.",
+                    key="groups differ",
                 )
             )
         else:
             alike = f"Its {len(groups)} groups fare alike, as far as {overall.count} samples can tell."
-            told.append(Finding("good", alike))
+            told.append(Finding("good", alike, key="groups alike"))
     worst = min(found.classes, key=lambda c: c.accuracy)
     if worst.high < overall.low and overall.accuracy - worst.accuracy > 0.1:
         told.append(
@@ -226,6 +227,7 @@ def _class_findings(found: Classes) -> list[Finding]:
                 "note",
                 f"Class {worst.quoted} is right in {percent(worst.accuracy)} only, against {percent(overall.accuracy)} overall.",
                 advice="See what it is taken for (the table of mistakes), check the labels of a few of these samples, and train on more of them.",
+                key="class behind",
             )
         )
     if known.error > 0.05 and abs(known.gap) > 0.03:
@@ -234,6 +236,7 @@ def _class_findings(found: Classes) -> list[Finding]:
                 "warning" if known.gap > 0.15 else "note",
                 f"It is {'over' if known.gap > 0 else 'under'}confident: {percent(known.confidence)} sure on average, and right in {percent(known.accuracy)}.",
                 advice="Do not use its confidence as it is: divide the logits by one temperature that you fit on held-out data (the paper that the section names says how).",
+                key="overconfident" if known.gap > 0 else "underconfident",
             )
         )
     poor = overall.low <= found.majority
@@ -250,6 +253,7 @@ def _class_findings(found: Classes) -> list[Finding]:
             advice="Make sure first that samples reach it as they did in training (their size and normalisation) and that class numbers mean the same to both; then train it longer or on more data."
             if poor
             else "",
+            key="no better than the majority" if poor else "accuracy",
         )
     )
     return told
