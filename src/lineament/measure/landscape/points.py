@@ -42,7 +42,8 @@ def evaluate(
 
     Args:
         loss_fn: ``loss_fn(logits, targets)``, the mean over a batch.
-        loader: batches ``(inputs, targets)``; walked once. An uneven last batch counts by its samples.
+        loader: batches ``(inputs, targets)``; walked once. Each counts by what the loss divides by there, as for
+            :func:`~lineament.core.curvature.matrices.hessian`.
         axes: directions of the same parameters.
         points: (points, axes), the coefficients.
         metrics: names of :data:`NAMED`, or a dict of such names and functions ``metric(logits, targets)`` that return a batch's mean.
@@ -91,7 +92,7 @@ def evaluate(
     model = getattr(model, "_orig_mod", model)
     # Risk checks the model, the loss, the parameters and that the loader has samples; an iterator is walked only here.
     batches = list(loader) if not isinstance(loader, list) else loader
-    risk = Risk(model, loss_fn, batches, params=list(names))
+    risk = Risk(model, loss_fn, batches, params=list(names), wide=False)
     checks.require(tuple(risk.names) == names, "axes: their parameters are not in the model's order")
     total = sum(leaf.numel() for leaf in risk.leaves.values())
     for axis in axes:
@@ -146,7 +147,7 @@ def _visit(
     batchnorm: str,
     calibration: list[Any] | None,
 ) -> dict[str, Tensor]:
-    risk = Risk(model, loss_fn, batches, params=list(axes[0].names))
+    risk = Risk(model, loss_fn, batches, params=list(axes[0].names), wide=False)
     sums: dict[str, list[Any]] = {name: [None] * len(points) for name in ("loss", *metrics)}
     weights: dict[str, list[Any]] = {name: [0.0] * len(points) for name in sums}
 
@@ -159,15 +160,21 @@ def _visit(
         weights[name][index] = weights[name][index] + weight
 
     gradients = "gradient_norm" in metrics.values()
+    counts: dict[int, float] = {}  # what the loss divides by on each chunk
 
     def look(index: int, chunk: Any) -> None:
         outputs = logits(called(model, chunk.inputs))
+        if chunk.index not in counts:
+            counts[chunk.index] = risk.weight(chunk, outputs.detach())
+        count = counts[chunk.index]
+        if not count:
+            return
         loss = loss_fn(outputs, chunk.targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise checks.InputError(
                 f"loss_fn: it returned {checks.show(loss)}, expected a scalar, the mean over the batch"
             )
-        add(index, "loss", loss.item(), chunk.count)
+        add(index, "loss", loss.item(), count)
         for name, metric in metrics.items():
             if metric == "gradient_norm":
                 leaves = [dict(model.named_parameters())[n] for n in axes[0].names]
@@ -175,7 +182,7 @@ def _visit(
                     loss.reshape(()), leaves, allow_unused=True, materialize_grads=True
                 )
                 # The mean over batches is taken of gradients; the norm comes at the end.
-                add(index, name, torch.cat([g.reshape(-1).double() for g in pulled]), chunk.count)
+                add(index, name, torch.cat([g.reshape(-1).double() for g in pulled]), count)
             elif metric == "class_loss":
                 value, seen = _by_class(loss_fn, outputs.detach(), chunk.targets)
                 add(index, name, value, seen)
@@ -197,7 +204,7 @@ def _visit(
         if batchnorm == "recalibrate" or gradients:
             own = list(risk.chunks())
             source = (
-                Risk(model, loss_fn, calibration, params=list(axes[0].names))
+                Risk(model, loss_fn, calibration, params=list(axes[0].names), wide=False)
                 if calibration is not None
                 else None
             )
