@@ -274,7 +274,7 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         if not isinstance(module, _BatchNorm) or module.training
         for key, tensor in module._buffers.items()
-        if tensor is not None and tensor.dtype != torch.bool
+        if tensor is not None and tensor.dtype != torch.bool and not tensor.is_meta
     ]
     try:
         yield
