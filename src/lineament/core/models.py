@@ -75,6 +75,19 @@ def moved(value: Any, device: torch.device) -> Any:
     return type(value)(moved(item, device) for item in value) if isinstance(value, (tuple, list)) else value
 
 
+def widened(value: Any) -> Any:
+    """Every tensor of half precision in a tensor, mapping, tuple or list, in float32.
+
+    >>> widened([torch.ones(1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.long)])
+    [tensor([1.]), tensor([1])]
+    """
+    if isinstance(value, Tensor):
+        return value.float() if is_half(value.dtype) else value
+    if isinstance(value, Mapping):
+        return {key: widened(item) for key, item in value.items()}
+    return type(value)(widened(item) for item in value) if isinstance(value, (tuple, list)) else value
+
+
 def answered(model: Callable[..., Any], inputs: Tensor, what: str = "images") -> Tensor:
     """``logits(model(inputs))``; inputs that do not fit the model are named by their shape.
 
