@@ -84,15 +84,6 @@ def ordinary(value: Any) -> Any:
         return _each(value, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
 
-def at_least_single(value: Any) -> Any:
-    """Every tensor in a tensor, mapping, tuple or list in float32, where it holds real numbers with less precision.
-
-    >>> at_least_single({"x": torch.ones(2).half(), "n": torch.ones(2).int()})
-    {'x': tensor([1., 1.]), 'n': tensor([1, 1], dtype=torch.int32)}
-    """
-    return _each(value, lambda tensor: tensor.float() if is_half(tensor.dtype) else tensor)
-
-
 def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
@@ -102,6 +93,15 @@ def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         items = [_each(item, change) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
+
+
+def widened(value: Any) -> Any:
+    """Every tensor of half precision in a tensor, mapping, tuple or list, in float32.
+
+    >>> widened([torch.ones(1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.long)])
+    [tensor([1.]), tensor([1])]
+    """
+    return _each(value, lambda tensor: tensor.float() if is_half(tensor.dtype) else tensor)
 
 
 def answered(model: Callable[..., Any], inputs: Tensor, what: str = "images") -> Tensor:

@@ -22,7 +22,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lineament.core import checks
 from lineament.core.curvature.fast.graph import FastGraph
 from lineament.core.models import (
-    at_least_single,
     called,
     frozen,
     holding,
@@ -31,6 +30,7 @@ from lineament.core.models import (
     moved,
     ordinary,
     unwrapped,
+    widened,
 )
 
 T = TypeVar("T")
@@ -58,7 +58,6 @@ class Risk:
         params: str | Sequence[str] | None = None,
         batchnorm: str = "eval",
         chunk: int | None = None,
-        wide: bool = True,
     ):
         checks.require(
             isinstance(model, nn.Module), f"model: got {checks.show(model)}, expected a torch.nn.Module"
@@ -67,8 +66,6 @@ class Risk:
         # A compiled model cannot be differentiated twice; the module it was made of can.
         self.model: nn.Module = unwrapped(model)
         self.loss_fn, self.loader = loss_fn, loader
-        # Whether data of half precision are widened, as the weights are in :meth:`outputs`; not for who calls the model itself.
-        self._wide = wide
         self.batchnorm = checks.one_of("batchnorm", batchnorm, ("eval", "train"))
         self.chunk = None if chunk is None else checks.number("chunk", chunk, low=1, integer=True)
         checks.require(
@@ -108,7 +105,7 @@ class Risk:
         if not self._sources or state != self._state:
             bad = [n for (n, p), each in zip(parameters.items(), sums) if not _finite(p, each)]
             checks.require(not bad, f"model: the weights hold NaN or infinite values, first in {bad[:1]}")
-            self._sources = {n: at_least_single(ordinary(p).detach()) for n, p in parameters.items()}
+            self._sources = {n: widened(ordinary(p).detach()) for n, p in parameters.items()}
             self.leaves = {n: self._sources[n].detach().requires_grad_() for n in self.names}
             self._state = state
         return state
@@ -130,7 +127,7 @@ class Risk:
     def outputs(self, chunk: Chunk, leaves: Mapping[str, Tensor] | None = None) -> Tensor:
         """The model's logits on a chunk, at other leaves where given; call inside :meth:`ready`."""
         # What a forward writes into its buffers goes into these copies, never into the model.
-        buffers = {name: at_least_single(b.clone()) for name, b in self.model.named_buffers()}
+        buffers = {name: widened(b.clone()) for name, b in self.model.named_buffers()}
         with holding(self.model, {**self._sources, **(leaves or self.leaves), **buffers}):
             return logits(called(self.model, chunk.inputs))
 
@@ -264,8 +261,7 @@ class Risk:
                     f"loader: it yields {checks.show(batch)}, expected (inputs, targets) pairs"
                 )
             if _length(batch[0]) > 0:
-                inputs, targets = (ordinary(moved(part, device)) for part in batch)
-                yield (at_least_single(inputs), at_least_single(targets)) if self._wide else (inputs, targets)
+                yield tuple(widened(ordinary(moved(part, device))) for part in batch)
 
 
 def chosen_parameters(model: nn.Module, params: str | Sequence[str] | None) -> list[str]:

@@ -1,6 +1,6 @@
 """Evaluate a network at many points of its weight space, its weights moved in place along axes.
 
-What is not obvious: for the time of the evaluation every parameter's ``.data`` is a view of one flat vector, so that a point costs one
+What is not obvious: for the time of the evaluation every parameter's ``.data`` is a view of one flat vector, in float32 at least, so that a point costs one
 addition however many tensors there are, and the model's own memory is never written: putting it back is exact, also after an
 exception. A batch is loaded once for all points.
 """
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.batching import progress
-from lineament.core.curvature.risk import Risk
-from lineament.core.models import called, frozen, logits
+from lineament.core.curvature.risk import Chunk, Risk
+from lineament.core.models import called, frozen, is_half, logits
 from lineament.measure.landscape.axes import Axis, flat_weights
 from lineament.measure.landscape.batchnorm_modes import MODES, batchnorm_mode, caution, recalibrate
 
@@ -92,7 +92,7 @@ def evaluate(
     model = getattr(model, "_orig_mod", model)
     # Risk checks the model, the loss, the parameters and that the loader has samples; an iterator is walked only here.
     batches = list(loader) if not isinstance(loader, list) else loader
-    risk = Risk(model, loss_fn, batches, params=list(names), wide=False)
+    risk = Risk(model, loss_fn, batches, params=list(names))
     checks.require(tuple(risk.names) == names, "axes: their parameters are not in the model's order")
     total = sum(leaf.numel() for leaf in risk.leaves.values())
     for axis in axes:
@@ -147,7 +147,7 @@ def _visit(
     batchnorm: str,
     calibration: list[Any] | None,
 ) -> dict[str, Tensor]:
-    risk = Risk(model, loss_fn, batches, params=list(axes[0].names), wide=False)
+    risk = Risk(model, loss_fn, batches, params=list(axes[0].names))
     sums: dict[str, list[Any]] = {name: [None] * len(points) for name in ("loss", *metrics)}
     weights: dict[str, list[Any]] = {name: [0.0] * len(points) for name in sums}
 
@@ -162,7 +162,7 @@ def _visit(
     gradients = "gradient_norm" in metrics.values()
     counts: dict[int, float] = {}  # what the loss divides by on each chunk
 
-    def look(index: int, chunk: Any) -> None:
+    def look(index: int, chunk: Chunk) -> None:
         outputs = logits(called(model, chunk.inputs))
         if chunk.index not in counts:
             counts[chunk.index] = risk.weight(chunk, outputs.detach())
@@ -204,7 +204,7 @@ def _visit(
         if batchnorm == "recalibrate" or gradients:
             own = list(risk.chunks())
             source = (
-                Risk(model, loss_fn, calibration, params=list(axes[0].names), wide=False)
+                Risk(model, loss_fn, calibration, params=list(axes[0].names))
                 if calibration is not None
                 else None
             )
@@ -252,11 +252,15 @@ def _moving(model: nn.Module, axes: Sequence[Axis]) -> Iterator[Callable[[Sequen
     place, base = origin.clone(), origin.clone()
     pieces = place.split([size + gap for size, gap in zip(sizes, gaps)])
     parts = [piece[: p.numel()].view_as(p) for piece, p in zip(pieces, leaves)]
+    # A step may be less than half precision tells apart: such numbers are held in float32 for the time.
+    narrow = [t for t in (*known.values(), *buffers.values()) if is_half(t.dtype)]
+    wide = {id(t): t.detach().float() for t in narrow}
     # A parameter of another precision than the vector's gets memory of its own, and a copy at each point.
-    apart = [(p.detach().clone(), part) for p, part in zip(leaves, parts) if p.dtype != place.dtype]
+    held = [wide.get(id(p), p) for p in leaves]
+    apart = [(p.detach().clone(), part) for p, part in zip(held, parts) if p.dtype != place.dtype]
     copies = iter(apart)
-    views = [part if p.dtype == place.dtype else next(copies)[0] for p, part in zip(leaves, parts)]
-    own = [(t, t.data) for t in (*leaves, *buffers.values())]
+    views = [part if p.dtype == place.dtype else next(copies)[0] for p, part in zip(held, parts)]
+    own = [(t, t.data) for t in (*leaves, *buffers.values(), *narrow)]
     travelling = {name: [axis.buffers.get(name) for axis in axes] for name in buffers}
     travelling = {name: steps for name, steps in travelling.items() if any(s is not None for s in steps)}
     starts = {name: buffers[name].detach().clone() for name in travelling}
@@ -280,10 +284,13 @@ def _moving(model: nn.Module, axes: Sequence[Axis]) -> Iterator[Callable[[Sequen
                     buffers[name].add_(step, alpha=c)
 
     try:
+        for tensor in narrow:
+            tensor.data = wide[id(tensor)]
         for parameter, view in zip(leaves, views):
             parameter.data = view
         for buffer in buffers.values():
-            buffer.data = buffer.data.clone()
+            if id(buffer) not in wide:
+                buffer.data = buffer.data.clone()
         yield torch.no_grad()(move)
     finally:
         for tensor, data in own:

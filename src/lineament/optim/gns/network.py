@@ -19,9 +19,9 @@ from lineament.core.curvature.matrices import fisher, gauss_newton, hessian
 from lineament.core.curvature.operator import Curvature
 from lineament.core.curvature.risk import Risk
 from lineament.core.gradients import flatten, per_sample_gradients, unflatten
-from lineament.core.models import at_least_single
-from lineament.optim.gns.forms import Dense, Form, LowRank, Operator
+from lineament.core.models import widened
 from lineament.optim.gns.linear_algebra import gram
+from lineament.optim.gns.solvers import Dense, Form, LowRank, Operator
 
 # Per-sample gradients are kept as a low-rank factor up to this size.
 _FACTOR_BYTES = 512 * 1024**2
@@ -69,7 +69,7 @@ class Network:
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self._copy = copy.deepcopy(self.model)
         for tensor in (*self._copy.parameters(), *self._copy.buffers()):
-            tensor.data = at_least_single(tensor.data)
+            tensor.data = widened(tensor.data)
         self._options: dict[str, Any] = {"params": params, "batchnorm": batchnorm, "chunk": chunk}
         self._loss_fn, self._loader = loss_fn, loader
         self.risk = Risk(self._copy, loss_fn, loader, **self._options)
