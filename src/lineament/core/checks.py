@@ -18,6 +18,10 @@ class InputError(ValueError):
     """The caller passed something that cannot be used; the message says what, why and how to fix it."""
 
 
+class NoGradientError(InputError):
+    """Gradients cannot pass through the model, so that nothing can be said of its derivatives: it is quantised, or detaches what it computes."""
+
+
 class NotFiniteError(InputError):
     """NaN or infinity where only finite numbers can be used: in the data, the weights, a loss or a gradient."""
 
