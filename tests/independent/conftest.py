@@ -63,15 +63,6 @@ class Normed(nn.Module):
         return self.fc2(torch.tanh(self.fc1(x.flatten(1))))
 
 
-class Softmax(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(64, 12), nn.Linear(12, 10)
-
-    def forward(self, x):
-        return torch.softmax(self.fc2(torch.tanh(self.fc1(x.flatten(1)))), 1)
-
-
 def trained(network, x, y, *, loss=F.cross_entropy, epochs=12, rate=0.1, decay=1e-4):
     generator = torch.Generator().manual_seed(0)
     sgd = torch.optim.SGD(network.parameters(), rate, momentum=0.9, weight_decay=decay)
@@ -102,14 +93,12 @@ def networks(digits):
         torch.manual_seed(0)
         residual = trained(ResNet(), x, y)
         normed = trained(Normed(), x, y, epochs=60, decay=0)
-        softmax = trained(Softmax(), x, y, loss=lambda p, t: F.nll_loss(p.log(), t), epochs=30)
         return {
             "residual": (residual, x, y, lambda z: z),
             # Pixels from 0 to 255 where it learned standardised ones.
             "misnormalised": (residual, ((x * STD + MEAN) * 8).round(), y, lambda z: z),
             "bfloat16": (copy.deepcopy(residual).bfloat16(), x, y, lambda z: z),
             "normed": (normed, x, y, lambda z: z),
-            "softmax": (softmax, x, y, torch.log),
         }
 
 

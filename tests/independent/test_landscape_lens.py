@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from scipy.sparse.linalg import LinearOperator, eigsh
 
-NAMES = ["residual", "misnormalised", "bfloat16", "normed", "softmax"]
+NAMES = ["residual", "misnormalised", "bfloat16", "normed"]
 
 
 class Measured:
