@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lineament.core.models import unwrapped
+
 PARTS = ("q", "k", "v", "z")
 
 
@@ -55,14 +57,6 @@ class HeadView:
         return wide.index_copy(-1, self.columns(wide.device), flat)
 
 
-def plain(module: Any) -> Any:
-    """The module that ``torch.compile`` wrapped, or the module itself."""
-    # Asking a module for an attribute that it lacks takes microseconds, many times over in walks through whole models.
-    if "_orig_mod" in getattr(module, "_modules", ()):
-        return module._orig_mod
-    return module
-
-
 def head_view(attention: nn.Module, part: str, config: Any) -> HeadView | None:
     """The view of ``part`` (``q``, ``k``, ``v`` or ``z``) of an attention block, or ``None`` where it has none.
 
@@ -76,7 +70,7 @@ def head_view(attention: nn.Module, part: str, config: Any) -> HeadView | None:
         return None
     groups = getattr(config, "num_key_value_heads", None) or count
     size = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None) or width // count
-    children = {name: plain(child) for name, child in attention.named_children()}
+    children = {name: unwrapped(child) for name, child in attention.named_children()}
     index, all_heads = PARTS.index(part), count * size
     if part == "z":
         output = next((children[name] for name in ("o_proj", "c_proj", "dense") if name in children), None)

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from lineament.core import checks
-from lineament.core.models import device_of, frozen, logits
+from lineament.core.models import device_of, frozen, logits, unwrapped
 from lineament.explain.tokens.next_token import NextToken
 from lineament.explain.tokens.samplers import Sampler, Weighted, _ordinary
 
@@ -56,12 +56,13 @@ class Alignment:
         self.table = torch.full((2, size), -1, dtype=torch.long)
         known = [i for i, word in enumerate(words) if word]
         for space in (0, 1):
-            texts = [" " * space + words[i] for i in known]
-            for i, ids in zip(
-                known, tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-            ):
-                if len(ids) == 1 and bool(ordinary[ids[0]]):
-                    self.table[space, i] = ids[0]
+            # Behind a line break, so that no word stands at the beginning of a text.
+            texts = ["\n", *("\n" + " " * space + words[i] for i in known)]
+            before, *found = tokenizer(texts, add_special_tokens=False)["input_ids"]
+            for i, ids in zip(known, found):
+                own = ids[len(before) :]
+                if len(own) == 1 and ids[: len(before)] == before and bool(ordinary[own[0]]):
+                    self.table[space, i] = own[0]
         found = int((self.table >= 0).any(0).sum())
         checks.require(
             found >= min(TOP, size // 2),
@@ -139,7 +140,12 @@ class MlmSampler:
             getattr(mlm_tokenizer, "mask_token_id", None) is not None,
             f"mlm_tokenizer: {type(mlm_tokenizer).__name__} has no mask token; give a masked language model's",
         )
-        self.model, self.mlm_tokenizer, self.joint, self.greedy = model, mlm_tokenizer, joint, greedy
+        self.model, self.mlm_tokenizer, self.joint, self.greedy = (
+            unwrapped(model),
+            mlm_tokenizer,
+            joint,
+            greedy,
+        )
         self.fallback = fallback or Weighted(_ordinary(tokenizer, len(tokenizer), frozenset()).double())
         self._single: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._texts: dict[tuple[int, ...], tuple[str, list[tuple[int, int]]]] = {}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.batching import auto_batch
-from lineament.core.models import device_of, frozen, logits, masks_to_nan
+from lineament.core.models import device_of, frozen, logits, masks_to_nan, unwrapped
 
 # More rows than this in one forward are no faster on a CPU, and their logits no longer fit its caches.
 _ROWS_ON_CPU = 64
@@ -46,6 +46,7 @@ class NextToken:
     """
 
     def __init__(self, model: Any, tokenizer: Any = None):
+        model = unwrapped(model)
         checks.require(
             callable(model),
             f"model: got {checks.show(model)}, expected a language model or a function from ids to next-token probabilities",
