@@ -20,7 +20,8 @@ from lineament.explain.tokens.recursion import reagent
 
 SLUG = "reagent"
 # The paper's prompts have 43 tokens on average.
-WORDS, TOKENS, PROBES, STEPS = 50257, 43, 16, 8
+WORDS, TOKENS = 50257, 43
+PROBES, STEPS = (4, 4) if quick() else (16, 8)
 
 
 def network(layers: int = 4, width: int = 256) -> Any:
