@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks, results
 from lineament.core.curvature.risk import chosen_parameters
+from lineament.core.results import Readable
 from lineament.measure.landscape.axes import Axis, Weights, flat_weights, normalised, signed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -86,7 +87,7 @@ def optimizer_axes(
 
 
 @dataclass(frozen=True)
-class Trajectory:
+class Trajectory(Readable):
     """The plane in which a training moved most.
 
     Attributes:
