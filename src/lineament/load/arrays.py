@@ -125,7 +125,7 @@ def _rows(archive: zipfile.ZipFile, name: str, rows: np.ndarray) -> np.ndarray:
             found = np.empty((len(rows), *shape[1:]), dtype)
         except MemoryError as error:
             raise InputError(
-                f"DATA: {len(rows)} entries of array {name!r} take {len(rows) * width / 2**30:,.1f} GiB, more memory than there is; read fewer `samples`"
+                f"data: {len(rows)} entries of array {name!r} take {len(rows) * width / 2**30:,.1f} GiB, more memory than there is; read fewer `samples`"
             ) from error
         if not width or not len(rows):
             return found

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError, require, show
 from lineament.core.models import device_of, dtype_of, frozen, logits
-from lineament.core.sites.depth import expected_input
+from lineament.core.sites.depth import layer_kind
 from lineament.data.samples import Samples
 from lineament.load.hub import first_line
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The input of the first layer with weights: ``size`` channels or features, whether images, and in words."""
+
+    size: int
+    images: bool | None
+    text: str
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,28 @@ def find_layout(
     )
 
 
-def _candidates(raw: Tensor, wanted: Any) -> list[str]:
+def expected_input(model: nn.Module) -> Expected:
+    """What the first convolution or linear layer says about the input.
+
+    >>> expected_input(nn.Sequential(nn.Conv2d(3, 8, 3))).text
+    'images with 3 channels (batch, 3, height, width)'
+    """
+    config = getattr(model, "config", None)
+    side = getattr(config, "image_size", None)
+    for module in model.modules():
+        kind = layer_kind(module)
+        if kind == "convolution":
+            channels = module.get_parameter("weight").shape[1] * int(getattr(module, "groups", 1))
+            size = f", {side}, {side}" if isinstance(side, int) else ", height, width"
+            return Expected(channels, True, f"images with {channels} channels (batch, {channels}{size})")
+        if isinstance(module, nn.Linear):
+            return Expected(
+                module.in_features, None, f"{module.in_features} features in its first linear layer"
+            )
+    return Expected(-1, None, "an input that its layers do not tell")
+
+
+def _candidates(raw: Tensor, wanted: Expected) -> list[str]:
     """Layouts in the order of trust: first those whose channels fit the first convolution."""
     shape = tuple(raw.shape[1:])
     if len(shape) == 2:
