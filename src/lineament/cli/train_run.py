@@ -59,6 +59,8 @@ def train(a: argparse.Namespace, options: Options) -> int:
         "makes the network (and may load what it starts from)",
     )
     samples = _samples(a)
+    if a.classes:
+        loaded = replace(loaded, classes=())  # those given come before the model's own
     with _brought_together(loaded, samples, a, options) as subject:
         asked = _asked(a, options, subject, samples)
         new = not folder.exists()

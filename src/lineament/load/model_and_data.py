@@ -17,6 +17,7 @@ from lineament.core import checks
 from lineament.core.checks import InputError, NotFiniteError, require, show
 from lineament.core.models import device_of, dtype_of, frozen, logits
 from lineament.data.samples import Samples
+from lineament.load.columns import folded, in_order
 from lineament.load.input_layout import Layout, find_layout
 from lineament.load.loaded import Loaded
 
@@ -199,9 +200,11 @@ def bring_together(
 def _answered(start: ModelAndData, own_classes: tuple[str, ...], notes: list[str]) -> ModelAndData:
     """The same with the model's outputs, the task and the classes, if outputs and targets fit."""
     samples, layout = start.samples, start.layout
-    if own_classes and samples.classes and samples.classes != own_classes:
-        samples, said = _renumbered(samples, own_classes)
-        notes += said
+    # Other names than the model's own may be a user's words for the same classes; only some of them, a mistake.
+    if {*map(folded, own_classes)} & {*map(folded, samples.classes)}:
+        before = len(samples.notes)
+        samples = in_order(samples, own_classes)
+        notes += samples.notes[before:]
     outputs = start.answer(torch.arange(len(samples)))
     bad = int((~torch.isfinite(outputs)).flatten(1).any(1).sum())
     if bad:
@@ -307,15 +310,6 @@ def _check_classes(samples: Samples, width: int) -> None:
         not names or top < names <= width,
         f"classes: {names} class names for labels up to {top} and a model with {width} outputs, expected a name for each class from 0 to {top}, at most {width}",
     )
-
-
-def _renumbered(samples: Samples, classes: tuple[str, ...]) -> tuple[Samples, list[str]]:
-    """Labels in the order of the model's own names, where both have the same names."""
-    if samples.targets.is_floating_point() or not set(samples.classes) <= set(classes):
-        return samples, []
-    order = torch.tensor([classes.index(name) for name in samples.classes])
-    samples = replace(samples, targets=order[samples.targets], classes=classes)
-    return samples, ["the data's classes were put in the order of the model's own names"]
 
 
 def _flops(model: nn.Module, example: Tensor) -> float:

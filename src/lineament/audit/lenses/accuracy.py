@@ -7,10 +7,11 @@ calibration error over 15 bins (Guo et al. 2017, arXiv 1706.04599). For real-val
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lineament.audit.phrases import compact, percent, wilson
@@ -69,7 +70,11 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Classes:
-    """How often a classifier is right: in all, by class and by group; ``majority``: the share of the most frequent class."""
+    """How often a classifier is right: in all, by class and by group; ``majority``: the share of the most frequent class.
+
+    ``reordered``: how often it would be right were its outputs in the order that suits half of the samples best, on the other half;
+    only where that explains its answers and the given order does not.
+    """
 
     overall: Share
     balanced: float
@@ -78,7 +83,13 @@ class Classes:
     groups: Sequence[Share]
     calibration: Calibration
     confusion: Sequence[Sequence[int]]
+    reordered: Share | None = None
     task: str = "classification"
+
+    @property
+    def poor(self) -> bool:
+        """Whether it may be no better than always naming the most frequent class."""
+        return self.overall.low <= self.majority
 
 
 @dataclass(frozen=True)
@@ -149,6 +160,7 @@ def _classes(subject: Subject) -> Section:
         calibration=calibration(torch.softmax(subject.outputs.double(), 1), targets),
         confusion=confusion.tolist() if width <= 200 else [],
     )
+    found = replace(found, reordered=_reordered(found, targets, decisions, width))
     overall, groups, known = found.overall, found.groups, found.calibration
     hardest = min(classes, key=lambda c: c.accuracy)
     sentence = (
@@ -170,7 +182,7 @@ def _classes(subject: Subject) -> Section:
     )
     worst_gap = max((overall.accuracy - g.accuracy for g in groups if g.high < overall.low), default=0.0)
     weak = known.error > 0.1 or worst_gap > 0 or overall.accuracy < 0.8
-    poor = worst_gap > 0.1 or overall.low <= found.majority
+    poor = worst_gap > 0.1 or found.poor or found.reordered is not None
     pictures = [*([_bars(groups, "group")] if len(groups) > 1 else []), _bars(classes, "class")]
     pictures += [
         _reliability(known),
@@ -206,6 +218,16 @@ def _between(groups: Sequence[Share]) -> str:
 def _class_findings(found: Classes) -> list[Finding]:
     overall, groups, known = found.overall, found.groups, found.calibration
     told = []
+    if found.reordered is not None:
+        other = found.reordered
+        told.append(
+            Finding(
+                "warning",
+                f"Its outputs seem to be in another order than the class numbers: it is right for {percent(overall.accuracy)} of {overall.count} samples, and would be right for "
+                f"{percent(other.accuracy)} of {other.count} (95 % interval {percent(other.low)} to {percent(other.high)}) in the order that suits the other {overall.count - other.count} best.",
+                advice="Give the names of the classes in the order of the model's outputs (`classes`): labels then follow their names. Until then no number by class means anything.",
+            )
+        )
     if len(groups) > 1:
         best, worst = max(groups, key=lambda g: g.accuracy), min(groups, key=lambda g: g.accuracy)
         if worst.high < best.low:
@@ -236,7 +258,7 @@ def _class_findings(found: Classes) -> list[Finding]:
                 advice="Do not use its confidence as it is: divide the logits by one temperature that you fit on held-out data (the paper that the section names says how).",
             )
         )
-    poor = overall.low <= found.majority
+    poor = found.poor
     no_better = "is" if overall.accuracy <= found.majority else "may be"
     told.append(
         Finding(
@@ -253,6 +275,17 @@ def _class_findings(found: Classes) -> list[Finding]:
         )
     )
     return told
+
+
+def _reordered(found: Classes, targets: Tensor, decisions: Tensor, width: int) -> Share | None:
+    """How often it is right with its outputs reordered, where that and only that explains its answers."""
+    half = torch.arange(len(targets)) % 2 == 0
+    counts = torch.bincount(targets[half] * width + decisions[half], minlength=width * width)
+    _, best = linear_sum_assignment(counts.reshape(width, width).numpy(), maximize=True)
+    other = _share("reordered", torch.from_numpy(best)[targets[~half]] == decisions[~half])
+    # Halfway from always naming the most frequent class to always right; a better order is no mere improvement.
+    explains = other.low > (1 + found.majority) / 2
+    return other if explains and (found.poor or other.low > 2 * found.overall.high) else None
 
 
 def _share(name: str, right: Tensor) -> Share:
