@@ -50,7 +50,7 @@ class AuditOptions:
         inputs, targets, split: which arrays or columns of the data to read, and which part, see :func:`lineament.load.data.load_data`.
         image_size: bring images to this (height, width), in pixels; by default the size that the model names.
         normalize: (mean, deviation) per channel, for images scaled to [0, 1].
-        task: ``"classification"``, ``"regression"`` or ``"auto"``.
+        task: ``"classification"``, ``"multi-label"``, ``"regression"`` or ``"auto"``.
         method, gaze_site: of the saliency maps, see :func:`lineament.explain.saliency.maps.saliency`.
         faithfulness: how the maps are judged: ``"scores"``, or ``"diffroar"``, which also trains the architecture anew on what they keep.
         batch_size: samples at a time, but for an exported network of a fixed batch.
@@ -326,6 +326,8 @@ def _facts(subject: Subject, loaded: Loaded) -> list[tuple[str, Any]]:
     ]
     if subject.task == "classification":
         facts.append(("Classes", subject.outputs.shape[1]))
+    elif subject.task == "multi-label":
+        facts.append(("Labels", subject.outputs.shape[1]))
     else:
         facts.append(("Task", "real-valued targets"))
     if samples.groups is not None:

@@ -53,7 +53,7 @@ def find_column(argument: str, given: str | None, usual: Sequence[str], there: S
 
 
 def as_inputs(what: str, values: np.ndarray) -> Tensor:
-    """Bytes as they are, other numbers as float32.
+    """Bytes and whole numbers as they are, which may be token ids, real numbers as float32.
 
     Raises:
         InputError: no numbers.
@@ -62,7 +62,9 @@ def as_inputs(what: str, values: np.ndarray) -> Tensor:
         values.dtype.kind in "iubf",
         f"inputs: {what} holds {values.dtype}, expected images or numbers; choose another",
     )
-    return torch.from_numpy(values if values.dtype == np.uint8 else values.astype(np.float32))
+    if values.dtype != np.uint8:
+        values = values.astype(np.int64 if values.dtype.kind in "iu" else np.float32)
+    return torch.from_numpy(values)
 
 
 def as_targets(what: str, values: np.ndarray, names: tuple[str, ...] = ()) -> tuple[Tensor, tuple[str, ...]]:
@@ -70,7 +72,7 @@ def as_targets(what: str, values: np.ndarray, names: tuple[str, ...] = ()) -> tu
 
     Args:
         what: how an error calls them.
-        values: (sample,) class names or class numbers; or (sample, ...) real values.
+        values: (sample,) class names or class numbers; (sample, label) 0s and 1s; or (sample, ...) real values.
         names: the classes' names in the order of their numbers; by default names among ``values`` are numbered in sorted order.
 
     Raises:
@@ -103,8 +105,8 @@ def as_targets(what: str, values: np.ndarray, names: tuple[str, ...] = ()) -> tu
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     require(
-        values.ndim == 1,
-        f"targets: {what} holds {show(values)}, expected one class number a sample (one-hot rows: pass their argmax)",
+        values.ndim == 1 or (values.ndim == 2 and bool(((values == 0) | (values == 1)).all())),
+        f"targets: {what} holds {show(values)}, expected one class number a sample, or a row of 0s and 1s",
     )
     return torch.from_numpy(values.astype(np.int64)), names
 
@@ -122,7 +124,7 @@ def in_order(samples: Samples, classes: Sequence[str]) -> Samples:
     ([2, 0], [0, 1])
     """
     names, own = tuple(map(str, classes)), samples.classes
-    if not own or samples.targets.is_floating_point() and samples.targets.ndim == 1:
+    if not own or (samples.targets.is_floating_point() and samples.targets.ndim == 1):
         return replace(samples, classes=names)
     exact = {name: number for number, name in enumerate(names)}
     alike = {folded(name): number for name, number in exact.items()}

@@ -150,7 +150,7 @@ def _named(samples: Samples, data: Any) -> Samples:
     """With the names of the classes that a ``Dataset`` carries as ``classes``, as torchvision's do."""
     while isinstance(data, Subset):
         data = data.dataset
-    names = getattr(data, "classes", None)
+    names: Any = getattr(data, "classes", None)
     whole = samples.targets.ndim == 1 and not samples.targets.is_floating_point()
     fits = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
     if samples.classes or not whole or not fits or len(names) <= int(samples.targets.max()):
@@ -167,7 +167,9 @@ def _from_pair(data: Any) -> Samples:
     x = x if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))
     numbers, names = as_targets("data", np.asarray(y))
     require(len(x) == len(numbers), f"data: {len(x)} inputs and {len(numbers)} targets, expected as many")
-    return Samples(x if x.dtype == torch.uint8 else x.float(), numbers, names, source="arrays")
+    if x.dtype != torch.uint8:
+        x = x.float() if x.is_floating_point() or x.dtype == torch.bool else x.long()
+    return Samples(x, numbers, names, source="arrays")
 
 
 def usable(samples: Samples) -> Samples:

@@ -32,7 +32,14 @@ class Layout:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
+    def given(self, raw: Tensor, model: nn.Module) -> Tensor:
+        """Samples as a model takes them, on its device and in its precision; token ids stay whole numbers."""
+        x = self.apply(raw).to(device_of(model))
+        return x.to(dtype_of(model)) if x.is_floating_point() else x
+
     def apply(self, raw: Tensor) -> Tensor:
+        if self.kind == "token ids":
+            return raw.long()
         x = self.picture(raw)
         if self.mean and x.ndim == 4:
             channels = x.shape[1]
@@ -63,14 +70,22 @@ class Layout:
 
 def find_layout(
     model: nn.Module, samples: Samples, mean: tuple[float, ...], std: tuple[float, ...], count: int
-) -> tuple[Layout, Tensor, str]:
-    """The first layout of the first samples that the model takes, its outputs for them, and what was decided."""
+) -> tuple[Layout, str]:
+    """The first layout of the first samples that the model takes, and what was decided."""
     raw = samples.inputs[:count]
     wanted = expected_input(model)
     tried: list[str] = []
-    for kind in _candidates(raw, wanted):
+    vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0)
+    kinds = _candidates(raw, wanted)
+    if vocabulary and not raw.is_floating_point():
+        low, high = int(samples.inputs.min()), int(samples.inputs.max())
+        if low >= 0 and high < vocabulary:
+            kinds = ["token ids", *kinds]
+        else:
+            tried.append(f"token ids from {low} to {high}: its embeddings have {vocabulary} rows")
+    for kind in kinds:
         layout = Layout(kind, mean, std)
-        x = layout.apply(raw).to(device=device_of(model), dtype=dtype_of(model))
+        x = layout.given(raw, model)
         if mean and x.ndim == 4 and len(mean) not in (1, x.shape[1]):
             tried.append(f"{tuple(x.shape)}: {len(mean)} means for {x.shape[1]} channels")
             continue
@@ -89,7 +104,6 @@ def find_layout(
         )
         return (
             layout,
-            output,
             f"samples {tuple(samples.inputs.shape[1:])} go in as {tuple(x.shape[1:])} ({kind})",
         )
     raise InputError(

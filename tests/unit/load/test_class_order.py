@@ -16,7 +16,6 @@ from lineament.load.columns import in_order
 from lineament.load.data import load_data
 from lineament.load.loaded import Loaded
 from lineament.load.model_and_data import bring_together
-from lineament.load.models import load_model
 
 NAMES = ["ship", "airplane", "automobile"]  # in the model's order, which is not the alphabet's
 NET = """

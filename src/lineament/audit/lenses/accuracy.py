@@ -93,6 +93,22 @@ class Classes:
 
 
 @dataclass(frozen=True)
+class Labels:
+    """How often single labels are right: in all (the interval is over samples), by label and by group; ``exact``: of all labels of a sample.
+
+    ``majority`` is what naming the more frequent value of each label would be right for.
+    """
+
+    overall: Share
+    exact: Share
+    majority: float
+    labels: Sequence[Share]
+    groups: Sequence[Share]
+    calibration: Calibration
+    task: str = "multi-label"
+
+
+@dataclass(frozen=True)
 class Errors:
     """R² and the mean absolute error of a group's answers."""
 
@@ -117,7 +133,8 @@ def applies(subject: Subject) -> str:
 
 
 def look(subject: Subject) -> Section:
-    return _classes(subject) if subject.task == "classification" else _values(subject)
+    kinds = {"classification": _classes, "multi-label": _labels, "regression": _values}
+    return kinds[subject.task](subject)
 
 
 def calibration(probabilities: Tensor, targets: Tensor, bins: int = BINS) -> Calibration:
@@ -250,14 +267,7 @@ def _class_findings(found: Classes) -> list[Finding]:
                 advice="See what it is taken for (the table of mistakes), check the labels of a few of these samples, and train on more of them.",
             )
         )
-    if known.error > 0.05 and abs(known.gap) > 0.03:
-        told.append(
-            Finding(
-                "warning" if known.gap > 0.15 else "note",
-                f"It is {'over' if known.gap > 0 else 'under'}confident: {percent(known.confidence)} sure on average, and right in {percent(known.accuracy)}.",
-                advice="Do not use its confidence as it is: divide the logits by one temperature that you fit on held-out data (the paper that the section names says how).",
-            )
-        )
+    told += _confidence(known)
     poor = found.poor
     no_better = "is" if overall.accuracy <= found.majority else "may be"
     told.append(
@@ -275,6 +285,18 @@ def _class_findings(found: Classes) -> list[Finding]:
         )
     )
     return told
+
+
+def _confidence(known: Calibration) -> list[Finding]:
+    if known.error <= 0.05 or abs(known.gap) <= 0.03:
+        return []
+    return [
+        Finding(
+            "warning" if known.gap > 0.15 else "note",
+            f"It is {'over' if known.gap > 0 else 'under'}confident: {percent(known.confidence)} sure on average, and right in {percent(known.accuracy)}.",
+            advice="Do not use its confidence as it is: divide the logits by one temperature that you fit on held-out data (the paper that the section names says how).",
+        )
+    ]
 
 
 def _reordered(found: Classes, targets: Tensor, decisions: Tensor, width: int) -> Share | None:
@@ -346,7 +368,7 @@ def _bars(rows: Sequence[Share], what: str) -> Picture:
         ax.set(xlim=(0, 1), xlabel="share of samples right")
         ax.xaxis.set_major_formatter(lambda v, _: f"{100 * v:.0f} %")
 
-    plural = {"class": "classes", "group": "groups"}[what]
+    plural = {"class": "classes", "group": "groups", "label": "labels"}[what]
     lowest, highest = shown[0], max(rows, key=lambda r: r.accuracy)
     return picture(
         draw,
@@ -413,6 +435,71 @@ def _confusion(subject: Subject, confusion: Tensor, present: list[int]) -> Pictu
         caption="Confusions: each row is a true class, the fuller the colour, the more often it is taken for the column's class.",
         alt=f"Confusion matrix of {len(present)} classes; {percent(float(confusion.diagonal().sum() / confusion.sum()))} lies on its diagonal.",
     )
+
+
+def _labels(subject: Subject) -> Section:
+    targets, chance = subject.targets > 0.5, subject.outputs.double().sigmoid()
+    right = (chance > 0.5) == targets
+    groups = subject.samples.groups
+    found = Labels(
+        _mean_share("all", right),
+        _share("all labels", right.all(1)),
+        majority=float(torch.maximum(targets.double().mean(0), 1 - targets.double().mean(0)).mean()),
+        labels=[_share(subject.class_name(k), right[:, k]) for k in range(right.shape[1])],
+        groups=[
+            _mean_share(subject.samples.group_names[g], right[groups == g])
+            for g in (torch.unique(groups).tolist() if groups is not None else [])
+        ],
+        calibration=calibration(torch.stack([1 - chance, chance], 2).flatten(0, 1), targets.long().flatten()),
+    )
+    overall, known = found.overall, found.calibration
+    hardest = min(found.labels, key=lambda share: share.accuracy)
+    poor = overall.low <= found.majority
+    told = f"It is right for {percent(overall.accuracy)} of {right.numel()} labels on {overall.count} samples (95 % interval {percent(overall.low)} to {percent(overall.high)})"
+    sentence = (
+        f"{told}, and for every label of {percent(found.exact.accuracy)} of samples; naming the more frequent value of each label would be right for {percent(found.majority)} of labels. "
+        f"The hardest label is {hardest.quoted} ({percent(hardest.accuracy)}). On average it is {percent(known.confidence)} sure."
+    )
+    return Section(
+        status="warning" if poor else "note" if overall.accuracy < 0.8 or known.error > 0.1 else "good",
+        number=percent(overall.accuracy),
+        unit="of labels right",
+        sentence=sentence,
+        pictures=[
+            *([_bars(found.groups, "group")] if len(found.groups) > 1 else []),
+            _bars(found.labels, "label"),
+            _reliability(known),
+        ],
+        tables=[
+            *([_table("By group", "group", found.groups)] if found.groups else []),
+            _table(
+                "By label" + (", the 20 hardest" if len(found.labels) > 20 else ""), "label", found.labels
+            ),
+        ],
+        numbers=plain(found),
+        findings=[
+            *_confidence(known),
+            Finding(
+                "warning" if poor else "good" if overall.accuracy >= 0.8 else "note",
+                told
+                + (
+                    f", no better than naming the more frequent value of each ({percent(found.majority)})."
+                    if poor
+                    else "."
+                ),
+                advice="Make sure first that samples reach it as they did in training (their size and normalisation) and that labels stand in the same order in both."
+                if poor
+                else "",
+            ),
+        ],
+    )
+
+
+def _mean_share(name: str, right: Tensor) -> Share:
+    """The share of labels that are right; labels of one sample are not independent, so the interval is over samples."""
+    each = right.double().mean(1)
+    mean, error = float(each.mean()), float(each.std()) / len(each) ** 0.5 if len(each) > 1 else 0.5
+    return Share(name, mean, max(mean - 1.96 * error, 0.0), min(mean + 1.96 * error, 1.0), len(each))
 
 
 def _values(subject: Subject) -> Section:
