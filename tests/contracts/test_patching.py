@@ -7,14 +7,16 @@ import torch
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.explain.patching.activation import activation_patching
+from lineament.explain.patching.activation import activation_patching, patch_nodes
 from lineament.explain.patching.attribution import attribution_patching
 from lineament.explain.patching.circuit_nodes import component_nodes
 from lineament.explain.patching.circuits import node_effects
+from lineament.explain.patching.components import KINDS
 from lineament.explain.patching.edges import edge_patching
 from lineament.explain.patching.integrated import integrated_patching
 from lineament.explain.patching.metrics import logit_difference
 from lineament.explain.patching.relevance import relevance_patching
+from lineament.explain.patching.result import Node
 from tests.contracts.language_models import prompts, tiny
 from tests.contracts.unchanged import unchanged
 
@@ -203,3 +205,29 @@ def test_shared_modules_are_no_one_place():
     for method in (activation_patching, relevance_patching):
         with pytest.raises(InputError, match="ran twice in one forward"):
             method(net, x[0], x[1], lambda y: y[:, 0], sites={"hidden": "0"})
+
+
+@pytest.mark.parametrize("family", ["gpt2", "pythia", "neox-serial", "llama", "gemma3"])
+def test_nodes_patched_by_themselves_are_those_of_activation_patching(family):
+    """Every kind of place that is ranked, at one position or at all: the same numbers as in the whole map; a group is patched at once."""
+    model, (clean, corrupt) = tiny(family, torch.float64), prompts()
+    kinds = [k for k in KINDS if not (k == "resid_mid" and family == "pythia")]
+    for positions in ("each", "together"):
+        whole = activation_patching(model, clean, corrupt, METRIC, sites=kinds, positions=positions)
+        nodes = [node for kind in kinds for node in whole.top(2, kind=kind)]
+        alone = patch_nodes(model, clean, corrupt, METRIC, nodes)
+        assert alone.shape == (len(nodes), 3)
+        torch.testing.assert_close(alone.mean(1).tolist(), [node.score for node in nodes])
+    streams = [Node("resid_pre", 1, None, None, 0.0), Node("z", 0, 1, 2, 0.0)]
+    both, first = patch_nodes(model, clean, corrupt, METRIC, [streams, streams[0]])
+    torch.testing.assert_close(both, first)  # what the later block reads is replaced whole
+    heads = [[Node("z", 0, None, h, 0.0) for h in range(4)], Node("attn_out", 0, None, None, 0.0)]
+    if family != "gemma3":  # whose attention output is behind a norm
+        every, output = patch_nodes(model, clean, corrupt, METRIC, heads)
+        torch.testing.assert_close(every, output)
+
+
+def test_a_node_that_the_model_has_not_is_named():
+    model, (clean, corrupt) = tiny("gpt2"), prompts()
+    with pytest.raises(InputError, match="there is no 'z' in layer 7; expected layers from 0 to 1"):
+        patch_nodes(model, clean, corrupt, METRIC, [Node("z", 7, None, 0, 0.0)])

@@ -67,6 +67,31 @@ def wordpiece_tokenizer() -> Any:
     )
 
 
+@functools.cache
+def sentencepiece_tokenizer(kind: str = "unigram") -> Any:
+    """Pieces that begin with the mark of a space, which every text gets, as Llama (BPE) and T5 (unigram) have them; with a padding token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    trainer = None
+    if kind == "unigram":
+        words = sorted({f"▁{word}" for word in TEXT.split()})
+        scores = [*((piece, 0.0) for piece in special), ("▁", -6.0), *((piece, -4.0) for piece in words)]
+        scores += [(letter, -8.0) for letter in sorted(set(TEXT) - {" "}) if letter not in words]
+        made = Tokenizer(models.Unigram(scores, unk_id=0))
+    else:
+        made = Tokenizer(models.BPE(unk_token="<unk>"))
+        trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=special, show_progress=False)
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    if trainer is not None:
+        made.train_from_iterator([TEXT] * 20, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
 def model(name: str, attention: str = "eager", seed: int = 0) -> Any:
     """A model with random weights, sharpened so that it has opinions."""
     import transformers as t

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lineament.audit.catalogue import chosen as chosen_lenses
+from lineament.audit.phrases import several
 from lineament.audit.stages import Report, fresh, sections, verdict, written
 from lineament.audit.subject import LanguageSubject
 from lineament.core import checks
@@ -64,12 +65,15 @@ def audit_language(
 def _facts(subject: LanguageSubject) -> list[tuple[str, Any]]:
     prompts = subject.prompts
     used = f"{len(prompts):,}" + (f" of {prompts.total:,}" if prompts.total > len(prompts) else "")
+    others = prompts.total - len(prompts) - len(prompts.left_out)
+    used += f", chosen at random ({others:,} not used)" if others else ""
     return [
         ("Network", type(subject.model).__name__),
         ("Weights", f"{sum(p.numel() for p in subject.model.parameters()):,}"),
         ("Vocabulary", f"{len(subject.tokenizer):,}"),
         ("Data", prompts.source),
         ("Prompts", used),
+        *([("Left out", several(prompts.left_out))] if prompts.left_out else []),
         ("Pairs", len(prompts.pairs)),
         ("Device", str(device_of(subject.model))),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -134,3 +135,15 @@ def spread(count: int, most: int) -> list[int]:
     if count <= most:
         return list(range(count))
     return sorted(set(torch.linspace(0, count - 1, most).round().long().tolist()))
+
+
+def several(reasons: Sequence[str], most: int = 3) -> str:
+    """Reasons in one line, alike ones once, and how many more there are.
+
+    >>> several(["a is short", "b is short", "b is short", "c is empty"], most=2)
+    'a is short; b is short (2 times); 1 more'
+    """
+    counts = Counter(reasons)
+    shown = [reason + (f" ({n} times)" if n > 1 else "") for reason, n in list(counts.items())[:most]]
+    rest = sum(list(counts.values())[most:])
+    return "; ".join([*shown, *([f"{rest:,} more"] if rest else [])])

@@ -117,6 +117,15 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return torch.get_default_dtype()
 
 
+def is_half(dtype: torch.dtype) -> bool:
+    """Whether a dtype holds real numbers with less than single precision.
+
+    >>> is_half(torch.bfloat16), is_half(torch.float32), is_half(torch.int8)
+    (True, False, False)
+    """
+    return dtype.is_floating_point and dtype.itemsize < 4
+
+
 @contextmanager
 def holding(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """A block in which other tensors, by name, stand in every place of a parameter or buffer.

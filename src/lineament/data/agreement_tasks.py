@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from lineament.core.checks import InputError, number, one_of
+from lineament.core.text_parts import one_token
 from lineament.data.patching_tasks import Draw, TextPairs, TokenPairs
 
 Construction = Literal["simple", "rc", "within_rc", "nounpp"]
@@ -159,9 +160,7 @@ def _fitting(name: str, forms: Forms, tokenizer: Any, *, single: bool) -> Forms:
     """The words whose two forms take equally many tokens, or one each."""
     if tokenizer is None:
         return forms
-    sizes = [
-        [len(tokenizer(f" {word}", add_special_tokens=False)["input_ids"]) for word in pair] for pair in forms
-    ]
+    sizes = [[len(one_token(tokenizer, "the", f" {word}")) for word in pair] for pair in forms]
     kept = [pair for pair, (a, b) in zip(forms, sizes) if a == b and (a == 1 or not single)]
     if len(kept) < 2:
         raise InputError(

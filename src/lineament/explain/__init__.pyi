@@ -10,6 +10,7 @@ from .faithfulness.pixel_scores import score_maps as score_maps
 from .faithfulness.pixel_scores import sensitivity as sensitivity
 from .faithfulness.retraining import diffroar as diffroar
 from .patching.activation import activation_patching as activation_patching
+from .patching.activation import patch_nodes as patch_nodes
 from .patching.attribution import attribution_patching as attribution_patching
 from .patching.circuit_curves import averaged_curve as averaged_curve
 from .patching.circuit_curves import circuit_curve as circuit_curve

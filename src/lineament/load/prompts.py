@@ -7,7 +7,6 @@ example.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +35,13 @@ class PromptPair:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts to complete, and pairs where the file holds pairs; ``total`` is how many the source has."""
+    """Prompts to complete, and pairs where the file holds pairs; ``total`` is how many the source has, ``left_out`` why some are no prompts."""
 
     prompts: tuple[str, ...]
     pairs: tuple[PromptPair, ...]
     source: str
     total: int
+    left_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -75,8 +75,8 @@ def load_prompts(data: str | Path, *, samples: int = 200, seed: int = 0, min_wor
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"data: {name!r} cannot be read as UTF-8 text ({error})") from error
-    read: Callable[[str, int], list[Any]] = _objects if path.suffix in (".jsonl", ".ndjson") else _lines
-    found = read(text, min_words)
+    objects = path.suffix in (".jsonl", ".ndjson")
+    found, left_out = (_objects(text), []) if objects else _lines(text, min_words)
     require(bool(found), f"data: {name!r} holds no prompt of at least {min_words} words")
     kept = found
     if len(found) > samples:
@@ -84,7 +84,7 @@ def load_prompts(data: str | Path, *, samples: int = 200, seed: int = 0, min_wor
         kept = [found[i] for i in sorted(order.tolist())]
     pairs = tuple(item for item in kept if isinstance(item, PromptPair))
     prompts = tuple(item.clean if isinstance(item, PromptPair) else item for item in kept)
-    return Prompts(prompts, pairs, path.name, len(found))
+    return Prompts(prompts, pairs, path.name, len(found) + len(left_out), tuple(left_out))
 
 
 def is_prompts(data: Any) -> bool:
@@ -94,11 +94,23 @@ def is_prompts(data: Any) -> bool:
     )
 
 
-def _lines(text: str, min_words: int) -> list[str]:
-    return [line.strip() for line in text.splitlines() if len(line.split()) >= min_words]
+def _lines(text: str, min_words: int) -> tuple[list[Any], list[str]]:
+    """The lines that are prompts, and why others are none."""
+    found: list[Any] = []
+    left_out = []
+    for number, line in enumerate(text.splitlines(), 1):
+        count = len(line.split())
+        if count >= min_words:
+            found.append(line.strip())
+        elif count:
+            words = f"{count} word{'s' if count > 1 else ''}"
+            left_out.append(
+                f"line {number}, {show(line.strip(), 40)}, has {words}, expected {min_words} at least"
+            )
+    return found, left_out
 
 
-def _objects(text: str, _min_words: int) -> list[str | PromptPair]:
+def _objects(text: str) -> list[str | PromptPair]:
     found: list[str | PromptPair] = []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():

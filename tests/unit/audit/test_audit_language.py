@@ -83,6 +83,10 @@ def test_pairs_show_components_and_say_what_was_left_out(folder, files):
     assert section.status in ("good", "note", "warning"), section.sentence
     numbers = section.numbers
     assert numbers["pairs"] == 3 and len(numbers["left_out"]) == 2
+    assert (
+        "2 pairs were left out: 'the cat': its prompts have 2 and 3 tokens; 'the cat saw':"
+        in section.sentence
+    )
     assert set(numbers["agreement"]) == {"resid_pre", "attn_out", "mlp_out"}
     assert len(numbers["heads"]) == 2 and len(numbers["heads"][0]) == 2
     assert {finding.section for finding in found.findings} == {"tokens", "components"}
@@ -161,6 +165,27 @@ def test_built_in_pairs_and_a_budget(files):
     assert len(some) == 7 and some == again and some.total == 50
 
 
+def test_lines_that_are_no_prompts_are_named(folder, files):
+    from lineament.audit.language_run import _facts
+    from lineament.audit.subject import LanguageSubject
+    from lineament.load.language_models import load_language_model
+
+    (files / "five.txt").write_text(
+        "one two three four\nshort\na b c d\n\nnot three words\nw x y z and more\n"
+    )
+    read = load_prompts(files / "five.txt")
+    assert (len(read), read.total) == (3, 5)
+    facts = dict(_facts(LanguageSubject(*load_language_model(str(folder)), read, "")))
+    assert facts["Prompts"] == "3 of 5"
+    assert facts["Left out"] == (
+        "line 2, 'short', has 1 word, expected 4 at least; line 5, 'not three words', has 3 words, expected 4 at least"
+    )
+    some = load_prompts(files / "five.txt", samples=2)
+    assert dict(_facts(LanguageSubject(*load_language_model(str(folder)), some, "")))["Prompts"] == (
+        "2 of 5, chosen at random (1 not used)"
+    )
+
+
 @pytest.mark.slow
 def test_an_encoder_decoder_has_the_tokens_of_its_source_explained(files):
     from tests.contracts.token_models import byte_tokenizer, model
@@ -195,7 +220,7 @@ def test_prompts_longer_than_the_model_are_cut_and_pairs_of_that_length_left_out
     ].numbers
     assert (
         numbers["pairs"] == 2
-        and numbers["left_out"][0] == "its prompts have 40 tokens and the model takes at most 32"
+        and "its prompts have 40 tokens and the model takes at most 32" in numbers["left_out"][0]
     )
 
 

@@ -554,3 +554,86 @@ def test_a_trace_plots_with_its_error():
     assert found.plot().get_ylabel() == "trace"
     assert found.to_dict()["products"] == 3
     assert trace(torch.eye(3), 1, method="hutchinson").to_dict()["standard_error"] is None
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+class Products:
+    """A matrix known by its products alone, each rounded as its dtype has it."""
+
+    def __init__(self, matrix):
+        self.matrix = matrix
+        self.shape, self.dtype, self.device = matrix.shape, matrix.dtype, matrix.device
+
+    def __matmul__(self, other):
+        return self.matrix @ other
+
+
+@pytest.mark.parametrize("made", [lambda matrix: matrix, Products], ids=["matrix", "products"])
+@pytest.mark.parametrize("dtype", DTYPES)
+class TestRounding:
+    """No threshold takes for rounding what is a direction, in any precision and at any size."""
+
+    @pytest.mark.parametrize("method", ["xtrace", "hutch++", "hutchinson"])
+    def test_trace(self, method, dtype, made):
+        found = trace(made(torch.eye(256, dtype=dtype)), 20, method=method)
+        # Hutch++ samples what its sketch leaves, in which signs are not signs any more.
+        sampled = 4 * found.standard_error if method == "hutch++" else 0.0
+        assert abs(found.value - 256) <= sampled + 256 * torch.finfo(dtype).eps
+        assert found.standard_error != 0 and not found.standard_error > 4
+
+    @pytest.mark.parametrize("method", ["xtrace", "hutch++"])
+    def test_trace_of_one_direction_above_many(self, method, dtype, made):
+        high = 1e4 if dtype == torch.float16 else 1e5
+        diagonal = torch.cat([torch.tensor([high]), torch.ones(999)]).to(dtype)
+        found = trace(made(torch.diag(diagonal)), 30, method=method)
+        wrong = abs(found.value - float(diagonal.double().sum()))
+        assert found.standard_error > 0 and wrong < 4 * found.standard_error
+        if dtype not in (torch.float16, torch.bfloat16):
+            assert found.standard_error < 2
+
+    def test_trace_of_low_rank(self, dtype, made):
+        diagonal = torch.cat([torch.ones(3), torch.zeros(297)]).to(dtype)
+        found = trace(made(torch.diag(diagonal)), 30)
+        assert found.value == pytest.approx(3, rel=4 * torch.finfo(dtype).eps) and found.standard_error > 0
+
+    def test_eigenpairs(self, dtype, made):
+        matrix = torch.diag(torch.tensor([3.0] + [1.0] * 99)).to(dtype)
+        found = top_eigenpairs(made(matrix), 1)
+        assert float(found.values) == pytest.approx(3, rel=max(1e-3, torch.finfo(dtype).eps))
+        true = matrix.double() @ found.vectors.double() - found.vectors.double() * found.values.double()
+        assert float(true.norm()) < 1.5 * max(float(found.residuals), 1e-3)
+        assert found.values.dtype == torch.promote_types(dtype, torch.float32)
+
+    def test_density(self, dtype, made):
+        matrix = torch.diag(torch.tensor([3.0] + [1.0] * 99)).to(dtype)
+        found = spectral_density(made(matrix), steps=4)
+        assert float(found.moments[1]) == pytest.approx(1.08, rel=24 * torch.finfo(dtype).eps)
+        assert float(found.nodes.max()) == pytest.approx(3, rel=24 * torch.finfo(dtype).eps)
+
+
+def test_no_error_is_zero_where_all_samples_are_the_same():
+    swap = torch.zeros(50, 50)
+    swap[0, 1] = swap[1, 0] = 1.0
+    seeds = [trace(swap, 2, method="hutchinson", seed=seed) for seed in range(8)]
+    same = [found for found in seeds if abs(found.value) == 2]
+    assert same and all(np.isnan(found.standard_error) for found in same)
+    assert bool(spectral_density(torch.eye(50), steps=2).moment_errors.isnan().all())
+
+
+@pytest.mark.parametrize("products", [4, 9])
+def test_the_trace_is_exact_with_as_many_products_as_directions(products):
+    matrix = symmetric([5.0, 1.0, -3.0, 0.0])
+    for method in ("xtrace", "hutch++"):
+        found = trace(matrix, products, method=method)
+        assert found.value == pytest.approx(3, abs=1e-12)
+        assert (found.standard_error, found.products) == (0.0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nearly_parallel_images_leave_an_orthonormal_basis(dtype):
+    matrix = symmetric([5.0] * 3 + [3.0] * 2 + [0.0] * 100 + [-1.0] * 2).to(dtype)
+    found = top_eigenpairs(matrix, 3, tol=1e-5)
+    torch.testing.assert_close(found.values, torch.full((3,), 5.0, dtype=dtype), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.vectors.T @ found.vectors, torch.eye(3, dtype=dtype), rtol=0, atol=1e-4)

@@ -1,11 +1,13 @@
 """Which layers, positions and heads carry a behaviour that pairs of prompts define?
 
-Relevance patching (Rezaei Jafari et al. 2025, arXiv 2508.21258): two forwards and one backward for every component at once. What it says is
-checked in front of the reader against activation patching, the ground truth, on some of the same pairs.
+Relevance patching (Rezaei Jafari et al. 2025, arXiv 2508.21258) estimates every component at once, with two forwards and one backward. The components
+that it ranks first are then patched one by one, on all pairs: sentences and the table say what these really bring back. How far the estimates can be
+relied on elsewhere is shown by activation patching of every place on some of the pairs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lineament.audit.phrases import compact, percent
+from lineament.audit.phrases import compact, mean_interval, percent, several
 from lineament.audit.subject import LanguageSubject
-from lineament.core.checks import InputError
+from lineament.core.checks import InputError, require, show
 from lineament.core.models import frozen, logits
-from lineament.explain.patching.activation import activation_patching
+from lineament.explain.patching.activation import activation_patching, patch_nodes
 from lineament.explain.patching.metrics import logit_difference, single_tokens
 from lineament.explain.patching.relevance import relevance_patching
-from lineament.explain.patching.result import Fidelity, PatchingResult, fidelity
+from lineament.explain.patching.result import Fidelity, Node, PatchingResult, fidelity
 from lineament.load.prompts import PromptPair
 from lineament.report.figures import picture, shades
 from lineament.report.outcome import Table
@@ -33,6 +35,8 @@ ORDER = 80
 LANGUAGE = True
 METHOD = "relp"
 _PAIRS, _CHECKED = 64, 8
+# How many of the components that relevance patching ranks first are patched: attention heads, and places of each kind.
+_HEADS, _PLACES = 16, 4
 # Less than a tenth of the preference gone with the corrupt prompts: they do not take away what decides.
 _LEAST = 0.1
 _KINDS = ("resid_pre", "attn_out", "mlp_out")
@@ -45,23 +49,47 @@ _NAMES = {
 
 
 @dataclass(frozen=True)
-class Head:
-    """An attention head, and the share of the behaviour that it brings back."""
+class Patched:
+    """A component that was patched: the share of the behaviour that it brings back, its 95 % interval over pairs, and what was estimated."""
 
-    layer: int
-    head: int
+    node: Node
     score: float
+    interval: tuple[float, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        where = {"kind": self.node.kind, "layer": self.node.layer, "position": self.node.position}
+        return {
+            **where,
+            "head": self.node.unit,
+            "score": self.score,
+            "interval": list(self.interval),
+            "estimate": self.node.score,
+        }
 
 
 @dataclass(frozen=True)
 class Carriers:
-    """What each component brings back of the behaviour, and how well that agrees with activation patching."""
+    """What each component brings back of the behaviour: an estimate for all, how well that agrees with patching, and the first ones patched.
+
+    ``heads`` holds the estimates of all attention heads, ``patched`` what was patched, the most important first; ``five_heads`` is the share
+    that the five best patched heads bring back when they are patched at once, and ``heads_patched`` is out of how many these were chosen.
+    """
 
     patching: PatchingResult
     heads: Sequence[Sequence[float]]
     agreement: Mapping[str, Fidelity]
-    top_head: Head
+    patched: Sequence[Patched]
     five_heads: float
+    heads_patched: int
+
+    @property
+    def top_head(self) -> Patched:
+        """The attention head that brings back most, of those patched."""
+        return next(each for each in self.patched if each.node.kind == "z")
+
+    def to_dict(self) -> dict[str, Any]:
+        patched = [each.to_dict() for each in self.patched]
+        return {**vars(self), "patched": patched, "top_head": self.top_head.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -76,15 +104,16 @@ class Behaviour:
 
     def to_dict(self) -> dict[str, Any]:
         found = vars(self) | {"hangs_on_what_differs": self.carriers is not None}
-        carriers = found.pop("carriers")
-        return found if carriers is None else {**found, **vars(carriers)}
+        del found["carriers"]
+        return found if self.carriers is None else {**found, **self.carriers.to_dict()}
 
     @property
     def note(self) -> str:
         """What was left out, as a sentence with a space before it."""
         if not self.left_out:
             return ""
-        return f" {len(self.left_out)} pairs were left out, the first because {self.left_out[0]}."
+        count = len(self.left_out)
+        return f" {count} pair{'s were' if count > 1 else ' was'} left out: {several(self.left_out)}."
 
 
 def applies(subject: LanguageSubject) -> str:
@@ -120,21 +149,20 @@ def look(subject: LanguageSubject) -> Section:
     agreement = fidelity(ours, truth)
     trusted = min(a.pearson if a.pearson == a.pearson else 0.0 for a in agreement.values())
     per_head = heads.scores["z"].flatten(1)
-    layer, head = divmod(int(per_head.abs().argmax()), per_head.shape[1])
-    strongest = float(per_head[layer, head])
-    covered = float(
-        per_head.clamp_min(0).flatten().topk(min(5, per_head.numel())).values.sum()
-        / per_head.clamp_min(0).sum().clamp_min(1e-12)
-    )
-    carriers = Carriers(found, per_head.tolist(), agreement, Head(layer, head, strongest), covered)
+    nodes = [*heads.top(_HEADS), *(node for kind in _KINDS for node in found.top(_PLACES, kind=kind))]
+    patched, five = _patched(subject, (clean, corrupt, logit_difference(answers, wrong)), nodes)
+    tried = min(_HEADS, per_head.numel())
+    carriers = Carriers(found, per_head.tolist(), agreement, patched, five, tried)
     behaviour = replace(behaviour, carriers=carriers)
+    top = carriers.top_head
     sentence = (
         f"It prefers the right answer in {percent(right, 0)} of {len(pairs)} pairs (logit difference {compact(found.source)} on clean prompts, {compact(found.base)} on corrupt ones). "
-        f"The most important attention head is {head} of layer {layer}, which brings back {percent(strongest, 0)} of that difference; the five most important hold {percent(covered, 0)} of what all heads bring back. "
+        f"{_strongest(carriers, per_head.numel())} "
         + (
-            f"Activation patching on {len(clean[few])} pairs agrees (correlation {trusted:.2f} or more at every kind of place)."
+            f"Activation patching of every place on {len(clean[few])} pairs agrees with the estimates (correlation {trusted:.2f} or more at every kind of place)."
             if trusted >= 0.8
-            else f"Activation patching on {len(clean[few])} pairs agrees less well (correlation {trusted:.2f} at the worst kind of place): read single scores with care."
+            else f"Activation patching of every place on {len(clean[few])} pairs agrees less well with the estimates (correlation {trusted:.2f} at the worst kind of place): read those that "
+            "were not patched with care."
         )
     )
     if right < 0.6:
@@ -142,11 +170,11 @@ def look(subject: LanguageSubject) -> Section:
     sentence += behaviour.note
     return Section(
         status="warning" if right < 0.6 else "good" if trusted >= 0.8 else "note",
-        number=percent(strongest, 0),
-        unit=f"of the behaviour comes back with head {head} of layer {layer}",
+        number=percent(top.score, 0),
+        unit=f"of the behaviour comes back with head {top.node.unit} of layer {top.node.layer}",
         sentence=sentence,
-        pictures=[_maps(found), _heads(per_head), _check(ours, truth)],
-        tables=[_most_important(found, heads), _agreement(agreement)],
+        pictures=[_maps(found, patched), _heads(per_head, top), _check(ours, truth)],
+        tables=[_most_important(patched, found.labels, len(pairs)), _agreement(agreement)],
         numbers=plain(behaviour),
         findings=[_finding(behaviour)],
     )
@@ -169,9 +197,44 @@ def _finding(found: Behaviour) -> Finding:
     top = found.carriers.top_head
     return Finding(
         "good",
-        f"It prefers the right answer in {percent(found.right, 0)} of the prompt pairs; head {top.head} of layer {top.layer} alone brings back {percent(top.score, 0)} of "
-        f"the difference, and five heads hold {percent(found.carriers.five_heads, 0)} of what all heads bring back.",
+        f"It prefers the right answer in {percent(found.right, 0)} of the prompt pairs; patching head {top.node.unit} of layer {top.node.layer} alone brings back {percent(top.score, 0)} of "
+        f"the difference, and {_five(found.carriers)}.",
     )
+
+
+def _patched(
+    subject: LanguageSubject, pairs: tuple[Any, Any, Any], nodes: Sequence[Node]
+) -> tuple[list[Patched], float]:
+    """Each node patched by itself on all pairs, the most important first, and the share that the best five heads bring back at once."""
+    effects = patch_nodes(subject.model, *pairs, nodes, tokenizer=subject.tokenizer)
+    found = []
+    for node, values in zip(nodes, effects):
+        mean, low, high = mean_interval(values)
+        found.append(Patched(node, mean, (low, high)))
+    found.sort(key=lambda each: -abs(each.score))
+    five = sorted((each for each in found if each.node.kind == "z"), key=lambda each: -each.score)[:5]
+    together = patch_nodes(subject.model, *pairs, [[each.node for each in five]], tokenizer=subject.tokenizer)
+    return found, float(together.mean())
+
+
+def _strongest(carriers: Carriers, heads: int) -> str:
+    top, tried = carriers.top_head, carriers.heads_patched
+    among = (
+        f"Of the {heads} attention heads"
+        if tried == heads
+        else f"Of the {tried} attention heads that relevance patching ranks highest (of {heads})"
+    )
+    low, high = (percent(end, 0) for end in top.interval)
+    interval = f" (95 % interval {low} to {high})" if math.isfinite(top.interval[0]) else ""
+    return (
+        f"{among}, each patched by itself, head {top.node.unit} of layer {top.node.layer} matters most: it brings back {percent(top.score, 0)} of that difference{interval}; "
+        f"{_five(carriers)}."
+    )
+
+
+def _five(carriers: Carriers) -> str:
+    count = min(5, carriers.heads_patched)
+    return f"the {count} best heads patched at once bring back {percent(carriers.five_heads, 0)}"
 
 
 def _usable(subject: LanguageSubject) -> tuple[list[PromptPair], list[int], list[int], list[str]]:
@@ -180,32 +243,37 @@ def _usable(subject: LanguageSubject) -> tuple[list[PromptPair], list[int], list
     left_out: list[str] = []
     most = getattr(subject.model.config, "max_position_embeddings", None)
     for pair in subject.prompts.pairs:
-        lengths = [len(subject.tokenizer(text)["input_ids"]) for text in (pair.clean, pair.corrupt)]
-        if most is not None and max(lengths) > most:
-            left_out.append(f"its prompts have {max(lengths)} tokens and the model takes at most {most}")
-            continue
-        if pair.clean == pair.corrupt:
-            left_out.append("its two prompts are alike")
-            continue
-        if lengths[0] != lengths[1]:
-            left_out.append(f"its prompts have {lengths[0]} and {lengths[1]} tokens")
-            continue
         try:
-            answer, wrong = single_tokens(subject.tokenizer, [pair.answer, pair.wrong]).tolist()
+            length, *answers = _checked(subject.tokenizer, pair, most)
         except InputError as error:
-            left_out.append(str(error))
+            left_out.append(f"{show(pair.clean, 40)}: {error}")
             continue
-        kept.setdefault(lengths[0], []).append((pair, answer, wrong))
+        kept.setdefault(length, []).append((pair, answers[0], answers[1]))
     if not kept:
         raise InputError(
             f"none of the {len(subject.prompts.pairs)} pairs can be used; the first: {left_out[0]}"
         )
     # Maps by position can be averaged over prompts of one length only.
     commonest = max(kept, key=lambda length: len(kept[length]))
-    others = sum(len(v) for length, v in kept.items() if length != commonest)
-    left_out += [f"it is not {commonest} tokens long, as most pairs are"] * others
+    for length, others in kept.items():
+        reason = f"a pair of {length} tokens, where most have {commonest}"
+        left_out += [reason] * (len(others) if length != commonest else 0)
+    left_out += [f"a pair beyond the first {_PAIRS}"] * (len(kept[commonest]) - _PAIRS)
     pairs, answers, wrong = zip(*kept[commonest][:_PAIRS])
     return list(pairs), list(answers), list(wrong), left_out
+
+
+def _checked(tokenizer: Any, pair: PromptPair, most: int | None) -> tuple[int, int, int]:
+    """How many tokens the prompts of a pair have, and its two answers as tokens."""
+    clean, corrupt = (len(tokenizer(text)["input_ids"]) for text in (pair.clean, pair.corrupt))
+    require(
+        most is None or max(clean, corrupt) <= most,
+        f"its prompts have {max(clean, corrupt)} tokens and the model takes at most {most}",
+    )
+    require(pair.clean != pair.corrupt, "its two prompts are alike")
+    require(clean == corrupt, f"its prompts have {clean} and {corrupt} tokens")
+    answer, wrong = single_tokens(tokenizer, [pair.answer, pair.wrong], after=pair.clean).tolist()
+    return clean, answer, wrong
 
 
 def _preference(subject: LanguageSubject, prompts: list[str], answers: list[int], wrong: list[int]) -> Tensor:
@@ -246,7 +314,7 @@ def _token_text(label: object, limit: int) -> str:
     return printable(str(label).replace("Ġ", "").replace("▁", "") or "␣", limit=limit)
 
 
-def _maps(found: PatchingResult) -> Picture:
+def _maps(found: PatchingResult, patched: Sequence[Patched]) -> Picture:
     labels = [_token_text(label, 9) for label in found.labels]
 
     def draw(axes: Any) -> None:
@@ -260,19 +328,17 @@ def _maps(found: PatchingResult) -> Picture:
                 fontsize=7,
             )
 
-    kind, layer, position, _, score = found.top(1)[0]
+    top = next(each for each in patched if each.node.kind != "z")
     return picture(
         draw,
         panels=(1, 3),
         size=(10.5, 1.9 + 0.16 * found.map("resid_pre").shape[0]),
-        caption="How much of the behaviour each place carries, layer by position; 1 brings all of it back. The tokens are those of the first clean prompt.",
-        alt=f"Three heat maps of layer by position. The maximum score, {score:.2f}, is at the {_NAMES[kind]} of layer {layer}, position {position}.",
+        caption="How much of the behaviour each place carries, as relevance patching estimates it, layer by position; 1 brings all of it back. The tokens are those of the first clean prompt.",
+        alt=f"Three heat maps of layer by position. Of the places ranked highest, the {_NAMES[top.node.kind]} of layer {top.node.layer}, position {top.node.position}, brings back most when patched: {top.score:.2f}.",
     )
 
 
-def _heads(scores: Tensor) -> Picture:
-    layer, head = divmod(int(scores.abs().argmax()), scores.shape[1])
-
+def _heads(scores: Tensor, top: Patched) -> Picture:
     def draw(ax: Any) -> None:
         _heat(ax, scores.float().cpu(), "attention heads")
         ax.set(xlabel="head", xticks=range(scores.shape[1]))
@@ -280,8 +346,8 @@ def _heads(scores: Tensor) -> Picture:
     return picture(
         draw,
         size=(5.2, 1.6 + 0.2 * scores.shape[0]),
-        caption="How much of the behaviour each attention head carries, over all positions.",
-        alt=f"Heat map of layer by head; the most important is head {head} of layer {layer} with {float(scores[layer, head]):.2f}.",
+        caption="How much of the behaviour each attention head carries over all positions, as relevance patching estimates it; the table has what the highest bring back when patched.",
+        alt=f"Heat map of layer by head; patched, head {top.node.unit} of layer {top.node.layer} brings back most: {top.score:.2f}.",
     )
 
 
@@ -317,13 +383,10 @@ def _check(ours: PatchingResult, truth: PatchingResult) -> Picture:
     )
 
 
-def _most_important(found: PatchingResult, heads: PatchingResult) -> Table:
-    labels = list(found.labels)
+def _most_important(patched: Sequence[Patched], labels: Sequence[str], pairs: int) -> Table:
     rows = []
-    for node in sorted(
-        [*found.top(8, kind="attn_out"), *found.top(8, kind="mlp_out"), *heads.top(6)],
-        key=lambda n: -abs(n.score),
-    )[:16]:
+    for each in patched:
+        node = each.node
         where = (
             "all"
             if node.position is None
@@ -332,9 +395,16 @@ def _most_important(found: PatchingResult, heads: PatchingResult) -> Table:
             else node.position
         )
         unit = "" if node.unit is None else f" {node.unit}"
-        rows.append([f"{_NAMES[node.kind]}{unit}", node.layer, where, node.score])
+        interval = (
+            f"{compact(each.interval[0])} to {compact(each.interval[1])}"
+            if math.isfinite(each.interval[0])
+            else "–"
+        )
+        rows.append([f"{_NAMES[node.kind]}{unit}", node.layer, where, each.score, interval, node.score])
     return Table(
-        "The most important components", ["component", "layer", "position", "share brought back"], rows
+        f"The components ranked highest, each patched by itself ({pairs} pairs)",
+        ["component", "layer", "position", "share brought back", "95 % interval", "estimate"],
+        rows,
     )
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lineament.audit.phrases import compact, mean_interval, within
+from lineament.audit.phrases import compact, mean_interval, several, within
 from lineament.audit.subject import LanguageSubject
 from lineament.core.batching import progress
-from lineament.core.checks import InputError
+from lineament.core.checks import InputError, show
 from lineament.explain.tokens.controls import random_importance
 from lineament.explain.tokens.faithfulness import soft_faithfulness
 from lineament.explain.tokens.recursion import reagent
@@ -103,7 +103,7 @@ def look(subject: LanguageSubject) -> Section:
         f"({compact(float(scores['nc_ours'].mean()))} against {compact(float(scores['nc_dealt'].mean()))}; random importances reach {compact(float(scores['nc_random'].mean()))})."
     )
     if left_out:
-        sentence += f" {len(left_out)} prompts were left out, the first because: {left_out[0]}"
+        sentence += f" {len(left_out)} prompt{'s were' if len(left_out) > 1 else ' was'} left out: {several(left_out)}."
     return Section(
         status="warning" if measured.contradicted else "good" if measured.true else "note",
         number=compact(middle),
@@ -141,8 +141,9 @@ def _attributions(subject: LanguageSubject) -> tuple[list[tuple[str, TokenAttrib
         try:
             found.append((prompt, _explained(subject, prompt, sampler, number)))
         except InputError as error:
-            left_out.append(f"{error}")
-    return found, left_out
+            left_out.append(f"{show(prompt, 40)}: {error}")
+    more = len(subject.prompts.prompts) - len(prompts)
+    return found, left_out + [f"a prompt beyond the first {_PROMPTS}"] * more
 
 
 def _explained(subject: LanguageSubject, prompt: str, sampler: Any, number: int) -> TokenAttribution:

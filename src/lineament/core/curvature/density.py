@@ -18,9 +18,11 @@ from lineament.core import checks, results
 from lineament.core.curvature.krylov import (
     REORTHOGONALISE,
     Operator,
+    at_least_single,
     basis_size,
     lanczos_runs,
     random_signs,
+    rounding,
     side_length,
 )
 
@@ -35,7 +37,7 @@ class Density:
     Attributes:
         nodes, weights: (probes, steps), nodes in the units of the eigenvalues; the weights of a probe sum to one.
         moments: ``moments[p - 1]`` estimates tr(A^p) / size for p = 1 to 4.
-        moment_errors: their standard errors over the probes; NaN from a single one.
+        moment_errors: their standard errors over the probes; NaN where these cannot tell (a single one, or all the same).
         size: P of the (P, P) matrix.
         products: how many products with the matrix it took.
     """
@@ -111,6 +113,7 @@ def spectral_density(
     2.5
     """
     size = side_length(operator)
+    operator = at_least_single(operator)
     checks.number("probes", probes, low=1, integer=True)
     checks.number("steps", steps, low=1, integer=True)
     checks.one_of("reorthogonalise", reorthogonalise, REORTHOGONALISE)
@@ -132,7 +135,8 @@ def spectral_density(
             weights.append(vectors[0].square())
     theta, tau = torch.stack(nodes), torch.stack(weights)
     powers = torch.stack([(tau * theta**p).sum(1) for p in range(1, 5)], dim=1)
-    errors = (
-        powers.std(0) / math.sqrt(probes) if probes > 1 else torch.full((4,), math.nan, dtype=torch.float64)
-    )
-    return Density(theta, tau, powers.mean(0), errors, size, probes * theta.shape[1], seed)
+    moments = powers.mean(0)
+    spread = powers.std(0) if probes > 1 else torch.zeros_like(moments)
+    errors = torch.maximum(spread / math.sqrt(probes), rounding(operator) * moments.abs())
+    errors = torch.where(spread > 0, errors, math.nan)
+    return Density(theta, tau, moments, errors, size, probes * theta.shape[1], seed)

@@ -18,9 +18,11 @@ from lineament.core.batching import progress
 from lineament.core.curvature.krylov import (
     Operator,
     apply,
+    at_least_single,
     negligible,
     orthogonal_part,
     random_normal,
+    rounding,
     side_length,
 )
 
@@ -35,7 +37,7 @@ class Eigenpairs:
     Attributes:
         values: (k,), in the order asked for.
         vectors: (size, k), of unit length, one a column.
-        residuals: (k,), ‖A v - λ v‖ of each.
+        residuals: (k,), ‖A v - λ v‖ of each, never below the rounding of the products.
         converged: whether all of them reached the tolerance.
         products: how many products with the matrix it took.
     """
@@ -97,6 +99,7 @@ def top_eigenpairs(
     [-7.0]
     """
     size = side_length(operator)
+    operator = at_least_single(operator)
     checks.one_of("which", which, ("largest", "smallest", "both", "magnitude"))
     checks.number("k", k, low=1, high=size, integer=True)
     checks.number("tol", tol, low=0, open_low=True)
@@ -127,7 +130,7 @@ def top_eigenpairs(
         values, ritz = torch.linalg.eigh(0.5 * (matrix[:end, :end] + matrix[:end, :end].T))
         order = _order(values, which, min(wanted, end))
         every = (leftover @ ritz[filled:end]).norm(dim=0)
-        residuals = every[order]
+        residuals = every[order].clamp_min(rounding(operator) * float(values.abs().max()))
         sizes = values[order].abs().clamp_min(_SMALL * float(values.abs().max()))
         errors = residuals
         if accurate == "values":
@@ -172,8 +175,10 @@ def _extend(
         length = float(part.norm())
         if len(basis) + len(rows) >= size:
             break
-        if negligible(length, scale, operator):
-            part = random_normal(operator, (size,), generator)
+        nothing = negligible(length, scale, operator)
+        if nothing or length < 0.1 * float(outside.norm()):
+            # What the block's own rows leave may be mostly rounding, which lies anywhere, in the basis too.
+            part = random_normal(operator, (size,), generator) if nothing else part
             part = orthogonal_part(part, torch.cat([basis, *(row[None] for row in rows)]))
             length = float(part.norm())
         rows.append(part / length)

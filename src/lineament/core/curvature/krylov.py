@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lineament.core import checks
 from lineament.core.batching import progress
+from lineament.core.models import is_half
 
 # Against what each new vector is made orthogonal: all vectors, the last few, the converged Ritz vectors (Parlett and Scott 1979, on a
 # basis that is kept), or the last two only, as the bare recurrence has it.
@@ -33,6 +34,37 @@ class Operator(Protocol):
     @property
     def device(self) -> torch.device: ...
     def __matmul__(self, other: Tensor, /) -> Tensor: ...
+
+
+def at_least_single(operator: Operator) -> Operator:
+    """The operator with products in float32 at least: half precision cannot hold what orthogonalisation leaves of a vector.
+
+    A matrix in half precision is widened, and then multiplies exactly; of anything else the products stay as it computes them.
+
+    >>> at_least_single(torch.eye(2, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
+    if not is_half(operator.dtype):
+        return operator
+    return operator.float() if isinstance(operator, Tensor) else _Widened(operator)
+
+
+class _Widened:
+    """An operator of half precision that takes and gives float32."""
+
+    dtype = torch.float32
+
+    def __init__(self, operator: Operator):
+        self._operator = operator
+        self.shape, self.device, self.precision = operator.shape, operator.device, operator.dtype
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return (self._operator @ other.to(self.precision)).float()
+
+
+def rounding(operator: Operator) -> float:
+    """The relative rounding error of an operator's products."""
+    return torch.finfo(getattr(operator, "precision", operator.dtype)).eps
 
 
 @dataclass(frozen=True)
@@ -68,6 +100,7 @@ def lanczos(operator: Operator, steps: int, *, start: Tensor | None = None, seed
     [1.0, 2.0, 3.0]
     """
     size = side_length(operator)
+    operator = at_least_single(operator)
     checks.number("steps", steps, low=1, integer=True)
     generator = torch.Generator().manual_seed(seed)
     vector = (
@@ -152,10 +185,12 @@ def apply(operator: Operator, rows: Tensor, what: str) -> Tensor:
 
 
 def negligible(length: float, scale: float, operator: Operator) -> bool:
-    """Whether what orthogonalisation left of a vector is rounding."""
-    return length <= 10 * torch.finfo(operator.dtype).eps * max(scale, 1e-30) * math.sqrt(
-        side_length(operator)
-    )
+    """Whether what orthogonalisation left of a vector is rounding.
+
+    The bound does not grow with the vector's length: rounding that passes for a direction is orthogonal to the others, and harms nothing; a
+    direction that passes for rounding is lost.
+    """
+    return length <= 10 * torch.finfo(operator.dtype).eps * max(scale, 1e-30)
 
 
 def side_length(operator: Operator) -> int:
@@ -181,9 +216,10 @@ def random_signs(operator: Operator, shape: tuple[int, ...], generator: torch.Ge
 def orthogonal_part(vector: Tensor, basis: Tensor) -> Tensor:
     """The part of a vector orthogonal to the rows of a basis.
 
-    A second pass removes what rounding left, where the first took much away (Daniel, Gragg, Kaufman and Stewart 1976).
+    Another pass removes what rounding left, where one took much away (Daniel, Gragg, Kaufman and Stewart 1976); a third only of a vector
+    that was rounding.
     """
-    for _ in range(2):
+    for _ in range(3):
         before = float(vector.norm())
         vector = vector - basis.T @ (basis @ vector)
         if float(vector.norm()) > 0.7 * before:

@@ -15,10 +15,19 @@ from torch import Tensor
 
 from lineament.core import checks, results
 from lineament.core.batching import progress
-from lineament.core.curvature.krylov import Operator, random_normal, random_signs, side_length
+from lineament.core.curvature.krylov import (
+    Operator,
+    at_least_single,
+    random_normal,
+    random_signs,
+    rounding,
+    side_length,
+)
 
 _PROBES = 8  # random vectors at a time
 _BLOCK_NUMBERS = 2**21  # small operators multiply many vectors faster at once
+# A sketch whose singular values reach below so many rounding errors of the largest is not inverted.
+_ROUNDING = 100
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,8 @@ class Trace:
 
     Attributes:
         value: the estimate.
-        standard_error: of ``value``, in its units; NaN from a single sample.
+        standard_error: of ``value``, in its units; 0 only where ``value`` is exact, and NaN where the samples cannot tell (a single one, or
+            all of them the same).
         products: how many products with the matrix it took.
         method: ``"xtrace"``, ``"hutch++"`` or ``"hutchinson"``.
     """
@@ -62,7 +72,8 @@ def trace(
 
     ``"hutchinson"`` averages vᵀ A v over random signs. ``"hutch++"`` (Meyer et al. 2021, arXiv 2010.09649) takes the trace on the range of a
     sketch exactly and samples the rest. ``"xtrace"`` (Epperly, Tropp and Webber 2024, arXiv 2301.07825) does so once for each test vector left out,
-    which makes use of every product twice; best where the spectrum decays.
+    which makes use of every product twice; best where the spectrum decays. Where there are products for every direction, either takes the
+    trace itself.
 
     Args:
         operator: a (P, P) matrix: a tensor, or anything with a shape and ``@``.
@@ -79,21 +90,29 @@ def trace(
         "products", products, low={"xtrace": 2, "hutch++": 3, "hutchinson": 1}[method], integer=True
     )
     size = side_length(operator)
+    operator = at_least_single(operator)
     generator = torch.Generator().manual_seed(seed)
+    if method != "hutchinson" and products >= size:
+        every = torch.eye(size, dtype=operator.dtype, device=operator.device)
+        return Trace(float(_images(operator, every).double().trace()), 0.0, size, method)
     if method == "hutchinson":
-        return _average(_forms(operator, products, generator), 0.0, products, method)
+        return _average(operator, _forms(operator, products, generator), 0.0, products, method)
     if method == "hutch++":
-        width = min(products // 3, size)
+        width = products // 3
         sketch = _images(operator, random_signs(operator, (size, width), generator))
-        q = torch.linalg.qr(sketch).Q
-        known = float((q * _images(operator, q)).sum())
-        rest = products - 2 * width
-        signs = random_signs(operator, (size, rest), generator)
-        signs = signs - q @ (q.T @ signs)
-        if width == size:
-            return Trace(known, 0.0, 2 * width, method)
-        return _average((signs * _images(operator, signs)).sum(0), known, products, method)
-    return _xtrace(operator, min(products // 2, size), generator)
+        return _hutchpp(operator, torch.linalg.qr(sketch).Q, width, products, generator, method)
+    return _xtrace(operator, products // 2, generator)
+
+
+def _hutchpp(
+    operator: Operator, q: Tensor, spent: int, products: int, generator: torch.Generator, method: str
+) -> Trace:
+    """The trace on the range of q, and that outside it from as many samples as there are products left."""
+    known = float((q * _images(operator, q)).sum(dtype=torch.float64))
+    signs = random_signs(operator, (side_length(operator), products - spent - q.shape[1]), generator)
+    signs = signs - q @ (q.T @ signs)
+    samples = (signs * _images(operator, signs)).sum(0, dtype=torch.float64)
+    return _average(operator, samples, known, products, method)
 
 
 def _forms(operator: Operator, count: int, generator: torch.Generator) -> Tensor:
@@ -111,13 +130,15 @@ def _xtrace(operator: Operator, width: int, generator: torch.Generator) -> Trace
     image = _images(operator, omega).double()
     omega = omega.double()
     left, singular, _ = torch.linalg.svd(image, full_matrices=False)
-    noise = float(singular[0]) * max(image.shape) * torch.finfo(operator.dtype).eps
-    rank = int((singular > noise).sum())
-    if rank < width or width == size:
-        # The sketch holds the whole range, so that nothing is left to sample: the trace on it is the trace.
-        q = left[:, : max(rank, 1)]
-        value = float((q * _images(operator, q.to(operator.dtype)).double()).sum())
-        return Trace(value, 0.0, width + q.shape[1], "xtrace")
+    if not float(singular[0]):
+        return Trace(
+            0.0, 0.0, width, "xtrace"
+        )  # normal vectors, and nothing left of them: the matrix is zero
+    rank = int((singular > _ROUNDING * rounding(operator) * float(singular[0])).sum())
+    if 1 < width != rank:
+        # Which directions leave with a test vector cannot be told from rounding. New vectors sample what lies outside, if anything does.
+        q = left[:, : min(rank, width - 2)].to(operator.dtype)
+        return _hutchpp(operator, q, width, 2 * width, generator, "xtrace")
     q, r = torch.linalg.qr(image)
     z = _images(operator, q.to(operator.dtype)).double()
     h = q.T @ z
@@ -130,7 +151,7 @@ def _xtrace(operator: Operator, width: int, generator: torch.Generator) -> Trace
     quadratic = (omega * image).sum(0) - 2 * (x * (z.T @ omega)).sum(0) + (x * (h @ x)).sum(0)
     sampled = (size - width + 1) * quadratic / outside.square().sum(0)
     estimates = torch.trace(h) - (s * (h @ s)).sum(0) + sampled
-    return _average(estimates, 0.0, 2 * width, "xtrace")
+    return _average(operator, estimates, 0.0, 2 * width, "xtrace")
 
 
 def _images(operator: Operator, columns: Tensor) -> Tensor:
@@ -139,7 +160,10 @@ def _images(operator: Operator, columns: Tensor) -> Tensor:
     return torch.cat([operator @ block for block in progress(blocks, "trace")], 1)
 
 
-def _average(samples: Tensor, known: float, products: int, method: str) -> Trace:
+def _average(operator: Operator, samples: Tensor, known: float, products: int, method: str) -> Trace:
     count = samples.numel()
-    error = float(samples.double().std()) / math.sqrt(count) if count > 1 else math.nan
-    return Trace(known + float(samples.double().mean()), error, products, method)
+    value = known + float(samples.double().mean())
+    spread = float(samples.double().std()) if count > 1 else 0.0
+    # What is sampled may be nothing; what the products round stays.
+    error = max(spread / math.sqrt(count), rounding(operator) * abs(value)) if spread else math.nan
+    return Trace(value, error, products, method)

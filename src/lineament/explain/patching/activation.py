@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lineament.core.batching import auto_batch
@@ -18,14 +19,17 @@ from lineament.core.models import frozen
 from lineament.core.sites.hooks import Function
 from lineament.core.sites.naming import Site
 from lineament.explain.patching.components import DEFAULT, Component, Sites, flat, unflat
-from lineament.explain.patching.experiment import Corruption, Direction, Experiment, Positions
+from lineament.explain.patching.experiment import Corruption, Direction, Experiment, Options, Positions
 from lineament.explain.patching.metrics import Metric
 from lineament.explain.patching.prompts import Prompts
-from lineament.explain.patching.result import PatchingResult
+from lineament.explain.patching.result import Node, PatchingResult
 from lineament.explain.patching.runs import Values
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 # A node: the component's index, the position, and the head or feature; None is all of them.
-Node = tuple[int, int | None, int | None]
+_Place = tuple[int, int | None, int | None]
 
 
 @torch.inference_mode(False)
@@ -91,13 +95,15 @@ def activation_patching(
             [(index, position, unit) for position, unit in experiment.nodes(component)]
             for index, component in enumerate(experiment.components)
         ]
-        by_stage: dict[int | None, list[Node]] = {}
+        by_stage: dict[int | None, list[_Place]] = {}
         for component, members in zip(experiment.components, nodes):
             by_stage.setdefault(component.stage, []).extend(members)
         size = _rows(batch_size, experiment.runs.rows_at_once)
-        found: dict[Node, Tensor] = {}
+        found: dict[_Place, Tensor] = {}
         for stage, members in by_stage.items():
-            patched = auto_batch(partial(effects, stage, members), len(members), most=size)
+            patched = auto_batch(
+                partial(effects, stage, [[member] for member in members]), len(members), most=size
+            )
             found.update(zip(members, torch.cat(list(patched))))
         scores = []
         for component, members in zip(experiment.components, nodes):
@@ -106,26 +112,100 @@ def activation_patching(
     return experiment.result("activation patching", scores, base_score, source_score)
 
 
+@torch.inference_mode(False)
+def patch_nodes(
+    model: nn.Module,
+    clean: Prompts,
+    corrupt: Prompts | None,
+    metric: Metric,
+    nodes: Sequence[Node | Sequence[Node]],
+    *,
+    batch_size: int | str = "auto",
+    **options: Unpack[Options],
+) -> Float[Tensor, "nodes batch"]:
+    """The measured effect of some nodes, such as those that an approximation ranks first: of each alone, or of several patched at once.
+
+    Args:
+        nodes: what :meth:`~lineament.explain.patching.result.PatchingResult.top` returns (its scores are not looked at); a list among them is patched together.
+        options: as in :func:`activation_patching`; ``sites`` only where it maps kinds to the places of an architecture that is not known, and no ``positions``.
+
+    Returns:
+        (nodes, batch): each example's share, on the scale of ``activation_patching``'s ``per_example``.
+
+    Raises:
+        InputError: as :func:`activation_patching`; a node of a kind or layer that the model has not.
+
+    >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
+    >>> _ = [nn.init.ones_(layer.weight) for layer in net]
+    >>> node = Node("hidden", 0, None, None, 0.0)
+    >>> patch_nodes(net, torch.ones(1, 2), torch.zeros(1, 2), lambda y: y[:, 0], [node], sites={"hidden": "[0]"}).tolist()
+    [[1.0]]
+    """
+    groups = [[entry] if isinstance(entry, Node) else list(entry) for entry in nodes]
+    members = [node for group in groups for node in group]
+    require(
+        bool(groups) and all(groups) and all(isinstance(node, Node) for node in members),
+        f"nodes: got {show(nodes)}, expected nodes as PatchingResult.top returns them, at least one in each group",
+    )
+    kinds: Any = list(dict.fromkeys(node.kind for node in members))
+    experiment = Experiment(
+        model, clean, corrupt, metric, **{"sites": kinds, **options, "positions": "together"}
+    )
+    index = {(c.kind, c.layer): k for k, c in enumerate(experiment.components)}
+    for node in members:
+        require(
+            (node.kind, node.layer) in index,
+            f"nodes: there is no {node.kind!r} in layer {node.layer}; expected layers from 0 to {max((at for _, at in index), default=0)}",
+        )
+    with frozen(model), torch.no_grad():
+        source, source_score = experiment.source()
+        base, base_score = experiment.base()
+        experiment.settle(base, (base_score, source_score))
+        effects = _Effects(experiment, experiment.ablated(source, base), base)
+        places = [
+            [(index[node.kind, node.layer], node.position, node.unit) for node in group] for group in groups
+        ]
+        found = torch.empty(
+            len(places), experiment.runs.batch, dtype=base_score.dtype, device=base_score.device
+        )
+        by_stage: dict[int | None, list[int]] = {}
+        for k, group in enumerate(places):
+            stages = [experiment.components[at].stage for at, *_ in group]
+            # A group begins where the first of its nodes does.
+            known = [stage for stage in stages if stage is not None]
+            by_stage.setdefault(min(known) if len(known) == len(stages) else None, []).append(k)
+        size = _rows(batch_size, experiment.runs.rows_at_once)
+        for stage, mine in by_stage.items():
+            rows = auto_batch(partial(effects, stage, [places[k] for k in mine]), len(mine), most=size)
+            found[mine] = torch.cat(list(rows))
+    found = found - base_score
+    if experiment.normalise and source_score is not None:
+        found = found / (source_score.mean() - base_score.mean())
+    return found
+
+
 class _Effects:
-    """The metric of many patched nodes at once: rows of one forward that starts at their layer."""
+    """The metric of many patched groups of nodes at once: rows of one forward that starts at their layer."""
 
     def __init__(self, experiment: Experiment, source: Values, base: Values):
         self.experiment, self.source, self.base = experiment, source, base
 
-    def __call__(self, stage: int | None, members: Sequence[Node], start: int, stop: int) -> Tensor:
-        nodes = members[start:stop]
+    def __call__(
+        self, stage: int | None, groups: Sequence[Sequence[_Place]], start: int, stop: int
+    ) -> Tensor:
+        groups = groups[start:stop]
         runs = self.experiment.runs
-        stream = None if stage is None else runs.stream(stage, len(nodes))
-        writes: dict[tuple[int, str], tuple[Site, list[tuple[slice, Component, Node]]]] = {}
-        for k, node in enumerate(nodes):
+        stream = None if stage is None else runs.stream(stage, len(groups))
+        writes: dict[tuple[int, str], tuple[Site, list[tuple[slice, Component, _Place]]]] = {}
+        for k, node in ((k, node) for k, group in enumerate(groups) for node in group):
             component, rows = self.experiment.components[node[0]], slice(k * runs.batch, (k + 1) * runs.batch)
-            if component.direct and stream is not None:
+            if component.direct and component.stage == stage and stream is not None:
                 self._patch(flat(stream)[rows], component, node, shift=True)
             else:
                 site = component.write.whole
                 writes.setdefault(site.key, (site, []))[1].append((rows, component, node))
 
-        def changer(entries: list[tuple[slice, Component, Node]]) -> Function:
+        def changer(entries: list[tuple[slice, Component, _Place]]) -> Function:
             def change(value: Tensor) -> Tensor:
                 new = flat(value).clone()
                 for rows, component, node in entries:
@@ -135,9 +215,9 @@ class _Effects:
             return change
 
         changes = {site: changer(entries) for site, entries in writes.values()}
-        return runs.patched(stage, len(nodes), changes, stream)
+        return runs.patched(stage, len(groups), changes, stream)
 
-    def _patch(self, rows: Tensor, component: Component, node: Node, *, shift: bool) -> None:
+    def _patch(self, rows: Tensor, component: Component, node: _Place, *, shift: bool) -> None:
         """Patch one node into its rows (batch, positions, features), in place."""
         _, position, unit = node
         source = flat(self.source[component.read.key])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lineament.core import checks
 from lineament.core.checks import InputError, require, show
+from lineament.core.text_parts import one_token
 
 Metric = Callable[[Tensor], Tensor]
 
@@ -112,8 +113,11 @@ def kl_divergence(reference: Float[Tensor, "batch vocabulary"]) -> Metric:
     return _last_only(metric)
 
 
-def single_tokens(tokenizer: Any, words: Sequence[str]) -> Int[Tensor, "words"]:
-    """The token of each word (with its leading space, where the vocabulary has one).
+def single_tokens(tokenizer: Any, words: Sequence[str], *, after: str = "\n") -> Int[Tensor, "words"]:
+    """The token of each word (with its leading space, where the vocabulary has one) as it is read behind a prompt.
+
+    Args:
+        after: the prompt; it matters only where the tokens of a word depend on what is before it.
 
     Raises:
         InputError: a word that is not one token; the message shows its pieces.
@@ -127,7 +131,7 @@ def single_tokens(tokenizer: Any, words: Sequence[str]) -> Int[Tensor, "words"]:
     """
     tokens = []
     for word in words:
-        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+        ids = one_token(tokenizer, after, word)
         if len(ids) != 1 or ids[0] == getattr(tokenizer, "unk_token_id", None):
             pieces = tokenizer.convert_ids_to_tokens(ids)
             raise InputError(

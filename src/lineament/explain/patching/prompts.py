@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lineament.core.checks import InputError, require, show
 from lineament.core.models import device_of, logits, masks_to_nan
 from lineament.core.sites.heads import plain
+from lineament.core.text_parts import refuse_padding
 from lineament.explain.patching.metrics import Metric
 
 Prompts = Tensor | Sequence[str]
@@ -102,6 +103,11 @@ def pair_prompts(
             f"clean and corrupt: got {show(clean)} and {show(second)}, expected the same dtype",
         )
         mask = attention_mask
+        for name, value in (("clean", clean), ("corrupt", second)):
+            if language and mask is None and not value.is_floating_point():
+                refuse_padding(
+                    name, tokenizer, value, "give attention_mask, ones at tokens and zeros at padding"
+                )
     else:
         clean, second, mask = _tokenised(clean, second, tokenizer, left=not masks_to_nan(inner))
     for name, value in (("clean", clean), ("corrupt", second)):

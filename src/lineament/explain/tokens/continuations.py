@@ -18,11 +18,12 @@ from torch import Tensor
 
 from lineament.core import checks
 from lineament.core.results import axes, plain
+from lineament.core.text_parts import tail_tokens
 from lineament.explain.tokens.controls import random_importance
 from lineament.explain.tokens.faithfulness import SoftFaithfulness, soft_faithfulness
 from lineament.explain.tokens.methods import attribute_tokens
 from lineament.explain.tokens.next_token import NextToken
-from lineament.explain.tokens.prompts import Prompt, Reading, read, refuse_unknown_ids, shown
+from lineament.explain.tokens.prompts import Prompt, Reading, read, refuse_unknown_ids, shown, text_before
 from lineament.explain.tokens.results import ContinuationAttribution, TokenAttribution, normalized
 
 
@@ -61,7 +62,7 @@ def explain_continuation(
         made = _greedy(face, context, max_new_tokens)
     elif isinstance(continuation, str):
         checks.require(tokenizer is not None, "continuation: got text and no tokenizer; give ids")
-        made = list(tokenizer(continuation, add_special_tokens=False)["input_ids"])
+        made = tail_tokens(tokenizer, text_before(face, context), continuation)
     else:
         made = [int(i) for i in continuation]
     ended = "the model ended at once" if continuation is None else f"got {checks.show(continuation)}"

@@ -264,7 +264,7 @@ class _Judge:
         self.original = first.softmax(1)[0]
         self.target = int(first.argmax())
         if distance == "probability" and target is not None:
-            self.target = token_id(face, "target", target, first.shape[1])
+            self.target = token_id(face, "target", target, first.shape[1], p)
         self.zero = self(torch.zeros(1, len(p.ids), self.width, dtype=torch.bool))[0]
         checks.require(
             float(self.zero) > 1e-9,

@@ -56,12 +56,13 @@ class Alignment:
         self.table = torch.full((2, size), -1, dtype=torch.long)
         known = [i for i, word in enumerate(words) if word]
         for space in (0, 1):
-            texts = [" " * space + words[i] for i in known]
-            for i, ids in zip(
-                known, tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-            ):
-                if len(ids) == 1 and bool(ordinary[ids[0]]):
-                    self.table[space, i] = ids[0]
+            # Behind a line break, so that no word stands at the beginning of a text.
+            texts = ["\n", *("\n" + " " * space + words[i] for i in known)]
+            before, *found = tokenizer(texts, add_special_tokens=False)["input_ids"]
+            for i, ids in zip(known, found):
+                own = ids[len(before) :]
+                if len(own) == 1 and ids[: len(before)] == before and bool(ordinary[own[0]]):
+                    self.table[space, i] = own[0]
         found = int((self.table >= 0).any(0).sum())
         checks.require(
             found >= min(TOP, size // 2),

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.core.text_parts import one_token, refuse_padding
 from lineament.explain.tokens.next_token import NextToken, not_nan
 
 
@@ -116,9 +117,9 @@ def ask(face: NextToken, prompt: Any, target: Any, contrast: Any, reading: Readi
         first = not_nan(face.logits([p.ids[None] for p in prompts], [p.source for p in prompts])).cpu()
     found, size = [], first.shape[1]
     for p, row, wanted, other in zip(prompts, first, targets, contrasts):
-        own = int(row.argmax()) if wanted is None else token_id(face, "target", wanted, size)
+        own = int(row.argmax()) if wanted is None else token_id(face, "target", wanted, size, p)
         if other is not None:
-            other = token_id(face, "contrast", other, size)
+            other = token_id(face, "contrast", other, size, p)
             checks.require(
                 other != own,
                 f"contrast: got {shown(face.tokenizer, [other])[0]!r} (id {other}), which is the target itself; choose another token",
@@ -165,7 +166,12 @@ def read(face: NextToken, prompt: Any, reading: Reading | None = None) -> Prompt
             reading.target_prefix is None,
             "target_prefix: it is for an encoder-decoder; a causal model continues the prompt, so append it there",
         )
-    _refuse_padding(face, ids[: source or len(ids)])
+    refuse_padding(
+        "prompt",
+        face.tokenizer,
+        ids[: source or len(ids)],
+        "give each prompt without padding, several as a list",
+    )
     most, longest = face.most_tokens, max(source, len(ids) - source)
     checks.require(
         most is None or longest <= most,
@@ -190,19 +196,6 @@ def read(face: NextToken, prompt: Any, reading: Reading | None = None) -> Prompt
         f"prompt: {count} of its {len(ids)} tokens can be scored (special tokens are not), expected at least 2",
     )
     return Prompt(ids, scored, source, tuple(shown(face.tokenizer, ids)))
-
-
-def _refuse_padding(face: NextToken, ids: Tensor) -> None:
-    """Padding that came with the ids has no mask here and would be read as text."""
-    padding, *others = (
-        getattr(face.tokenizer, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "unk")
-    )
-    count = 0 if padding is None or padding in others else int((ids == padding).sum())
-    checks.require(
-        count == 0,
-        f"prompt: it holds {count} padding tokens ({shown(face.tokenizer, [padding or 0])[0]!r}, id {padding}), which would be read as text; give each "
-        "prompt without padding, several as a list",
-    )
 
 
 def _ids(face: NextToken, what: str, prompt: Any, *, specials: bool = True) -> Tensor:
@@ -244,15 +237,15 @@ def refuse_unknown_ids(face: NextToken, what: str, ids: Sequence[int]) -> None:
     )
 
 
-def token_id(face: NextToken, what: str, token: Any, vocabulary: int) -> int:
-    """One token as an id: an id, or a text that is one token.
+def token_id(face: NextToken, what: str, token: Any, vocabulary: int, p: Prompt | None = None) -> int:
+    """One token as an id: an id, or a text that is one token where it follows the prompt.
 
     Raises:
         InputError: text of no or several tokens (they are listed), a word that the tokenizer does not have, or an id outside the vocabulary.
     """
     if isinstance(token, str):
         checks.require(face.tokenizer is not None, f"{what}: got text and no tokenizer; give an id")
-        ids = face.tokenizer(token, add_special_tokens=False)["input_ids"]
+        ids = one_token(face.tokenizer, text_before(face, p), token)
         pieces = shown(face.tokenizer, ids)
         checks.require(
             len(ids) > 0,
@@ -273,6 +266,14 @@ def token_id(face: NextToken, what: str, token: Any, vocabulary: int) -> int:
     if isinstance(token, Tensor) and token.numel() == 1 and not token.is_floating_point():
         token = int(token)
     return checks.number(what, token, low=0, high=vocabulary - 1, integer=True)
+
+
+def text_before(face: NextToken, p: Prompt | None) -> str:
+    """What the next token continues, as text: the prompt, or what a decoder has said so far."""
+    if p is None:
+        return "\n"
+    ids = p.ids[p.source + 1 if face.encoder_decoder else 0 :].tolist()
+    return str(face.tokenizer.decode([i for i in ids if i not in face.special]))
 
 
 def _per_prompt(what: str, value: Any, count: int) -> list[Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lineament.core import checks
 from lineament.core.batching import progress
+from lineament.core.text_parts import one_token
 from lineament.data.analogy_prompts import analogy_prompts, tokens_inside
 from lineament.explain.tokens.continuations import explain_continuation, sequence_faithfulness
 from lineament.explain.tokens.next_token import NextToken
@@ -39,7 +40,7 @@ def user_prompts(
         with face.ready():
             said = face.logits([rows[k] for k in fits], then=lambda scores, index: scores.argmax(1)).tolist()
         for k, token in zip(fits, said):
-            answer = tokenizer(made.answers[k], add_special_tokens=False)["input_ids"]
+            answer = one_token(tokenizer, made.prompts[k], made.answers[k])
             kept += [k] if answer == [token] else []
     checks.require(
         len(kept) >= 2,

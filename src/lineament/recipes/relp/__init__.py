@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lineament.core.checks import InputError, require
+from lineament.core.text_parts import one_token
 from lineament.data.patching_tasks import (
     TokenPairs,
     ioi_pairs,
@@ -275,7 +276,7 @@ def _pairs_for(tokenizer: Any, config: Config, name: str) -> TokenPairs:
     commonest = max(set(lengths), key=lengths.count)
 
     def whole(word: str) -> bool:
-        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+        ids = one_token(tokenizer, "\n", word)
         return len(ids) == 1 and ids[0] != getattr(tokenizer, "unk_token_id", None)
 
     keep = [
