@@ -143,6 +143,7 @@ def in_order(samples: Samples, classes: Sequence[str]) -> Samples:
         f"classes: the data's class {missing[0] if missing else ''!r} is not among the {len(names)} names given"
         f"{suggest(missing[0], names) if missing else ''}; expected every class of the data, in the order of the model's outputs",
     )
+    numbers = [number for number in numbers if number is not None]
     order = torch.tensor(numbers)
     for name, number in zip(own, numbers):
         once = names.count(names[number]) == 1 and numbers.count(number) == 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError, require, show
-from lineament.core.models import device_of, dtype_of, frozen, logits
+from lineament.core.models import device_of, dtype_of, frozen, logits, weight_of
 from lineament.core.sites.depth import layer_kind
 from lineament.data.samples import Samples
 from lineament.load.hub import first_line
@@ -124,7 +124,7 @@ def expected_input(model: nn.Module) -> Expected:
     for module in model.modules():
         kind = layer_kind(module)
         if kind == "convolution":
-            channels = module.get_parameter("weight").shape[1] * int(getattr(module, "groups", 1))
+            channels = weight_of(module).shape[1] * int(getattr(module, "groups", 1))
             size = f", {side}, {side}" if isinstance(side, int) else ", height, width"
             return Expected(channels, True, f"images with {channels} channels (batch, {channels}{size})")
         if isinstance(module, nn.Linear):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lineament.core.models import frozen
 from lineament.core.sites.activations import capture
+from lineament.core.sites.data_flow import last_features
 from lineament.core.sites.main_tensor import find
 
 _ACTIVATIONS = (
@@ -31,19 +32,23 @@ def default_sites(model: nn.Module, example: Tensor, most: int = 8) -> tuple[str
     """
     modules = dict(model.named_modules())
     ran = _ran_once(model, example)
-    head = next((name for name in reversed(ran) if layer_kind(modules[name]) == "linear"), None)
+    last, around = last_features(model, example) or (None, ())
+    head = around[-1] if around else None
     composite = [name for name in ran if _composite(modules[name])]
     blocks = _numbered(composite, modules) or _named(composite) or _activations(ran, modules, head)
-    if head is not None:
-        # What contains the head, or is the head, is the answer and no feature of it.
-        blocks = [name for name in blocks if name != head and not head.startswith(f"{name}.")]
-        if blocks and _passes_on(model, example, blocks[-1], head):
+    if last is not None:
+        # What contains the head, or is the head, is the answer and no feature of it; so is what comes behind it.
+        blocks = [name for name in blocks if name not in around and name != last]
+        end = next((name for name in (head, last) if name in ran), None)
+        if end is not None:
+            blocks = [name for name in blocks if ran.index(name) < ran.index(end)]
+        if blocks and _passes_on(model, example, blocks[-1], last):
             blocks = blocks[:-1]
-    room = most - 1 if head is not None else most
+    room = most - 1 if last is not None else most
     if len(blocks) > room:
         picked = torch.linspace(0, len(blocks) - 1, room).round().long().tolist()
         blocks = [blocks[i] for i in dict.fromkeys(picked)]
-    chosen = [*blocks, *([f"{head}:in"] if head is not None else [])]
+    chosen = [*blocks, *([last] if last is not None else [])]
     return tuple(chosen or ran[-most:])
 
 
@@ -53,8 +58,12 @@ def layer_kind(module: nn.Module) -> str:
         return "convolution"
     if isinstance(module, nn.Linear):
         return "linear"
-    weight = module._parameters.get("weight")
-    if weight is None or any(True for _ in module.children()) or isinstance(module, nn.Embedding):
+    weight = getattr(module, "weight", None)  # also one that is computed anew at each use
+    if (
+        not isinstance(weight, Tensor)
+        or any(True for _ in module.children())
+        or isinstance(module, nn.Embedding)
+    ):
         return ""
     return {2: "linear", 4: "convolution"}.get(weight.ndim, "")
 
@@ -88,11 +97,11 @@ def _composite(module: nn.Module) -> bool:
     return any(True for _ in module.children()) and any(True for _ in module.parameters())
 
 
-def _passes_on(model: nn.Module, example: Tensor, block: str, head: str) -> bool:
-    """Whether what a block returns is, unchanged, what the head takes: one place, not two."""
-    with frozen(model), torch.no_grad(), capture(model, [block, f"{head}:in"]) as acts:
+def _passes_on(model: nn.Module, example: Tensor, block: str, last: str) -> bool:
+    """Whether what a block returns is, unchanged, what the head reads: one place, not two."""
+    with frozen(model), torch.no_grad(), capture(model, [block, last]) as acts:
         model(example)
-    given, taken = acts[block], acts[f"{head}:in"]
+    given, taken = acts[block], acts[last]
     return given.shape == taken.shape and torch.equal(given, taken)
 
 

@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lineament.core.models import plain
+
 PARTS = ("q", "k", "v", "z")
 
 
@@ -53,14 +55,6 @@ class HeadView:
         """``wide`` with these heads in it (a copy); gradients flow to both."""
         flat = heads if self.only is not None else heads.flatten(-2)
         return wide.index_copy(-1, self.columns(wide.device), flat)
-
-
-def plain(module: Any) -> Any:
-    """The module that ``torch.compile`` wrapped, or the module itself."""
-    # Asking a module for an attribute that it lacks takes microseconds, many times over in walks through whole models.
-    if "_orig_mod" in getattr(module, "_modules", ()):
-        return module._orig_mod
-    return module
 
 
 def head_view(attention: nn.Module, part: str, config: Any) -> HeadView | None:

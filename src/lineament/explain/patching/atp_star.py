@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lineament.core.checks import InputError, require, show
-from lineament.core.sites.heads import plain
+from lineament.core.models import plain
 from lineament.core.sites.hooks import RECORD, replace, tap, watch
 from lineament.core.sites.naming import Site, resolve
 from lineament.explain.patching.components import Component

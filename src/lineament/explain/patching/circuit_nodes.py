@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError, require, show
-from lineament.core.sites.heads import plain
+from lineament.core.models import plain
 from lineament.core.sites.hooks import Function
 from lineament.core.sites.naming import Site, resolve
 from lineament.explain.patching.components import Sites, architecture, find_components, flat, stage_of, unflat

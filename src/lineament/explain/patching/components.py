@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError, one_of, require, show
-from lineament.core.sites.heads import PARTS, HeadView, plain
+from lineament.core.models import plain
+from lineament.core.sites.heads import PARTS, HeadView
 from lineament.core.sites.naming import Site, resolve
 
 KINDS = {

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import number, one_of, require
-from lineament.core.models import frozen
-from lineament.core.sites.heads import plain
+from lineament.core.models import frozen, plain
 from lineament.core.sites.hooks import replace, tap
 from lineament.core.sites.naming import Site
 from lineament.explain.patching.attribution import check_rules_acted

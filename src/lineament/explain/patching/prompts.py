@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError, require, show
-from lineament.core.models import device_of, logits, masks_to_nan
-from lineament.core.sites.heads import plain
+from lineament.core.models import device_of, logits, masks_to_nan, plain
 from lineament.core.text_parts import refuse_padding
 from lineament.explain.patching.metrics import Metric
 

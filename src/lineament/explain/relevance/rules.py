@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError, number, one_of, require, show, suggest
-from lineament.core.sites.heads import head_view, plain
+from lineament.core.models import plain
+from lineament.core.sites.heads import head_view
 from lineament.core.sites.hooks import eagerly
 from lineament.explain.relevance.functions import linear_map
 from lineament.explain.relevance.hooks import Coverage, set_rule, softcap_of

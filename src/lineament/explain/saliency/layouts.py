@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core import checks
-from lineament.core.models import frozen
-from lineament.core.sites.heads import plain
+from lineament.core.models import frozen, plain
 
 LAYOUTS = ("auto", "channels_first", "channels_last", "tokens")
 _MOST_PREFIX = 16

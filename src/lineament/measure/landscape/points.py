@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.batching import progress
 from lineament.core.curvature.risk import Risk
-from lineament.core.models import called, frozen, logits
+from lineament.core.models import called, frozen, logits, plain
 from lineament.measure.landscape.axes import Axis, flat_weights
 from lineament.measure.landscape.batchnorm_modes import MODES, batchnorm_mode, caution, recalibrate
 
@@ -88,7 +88,7 @@ def evaluate(
         raise checks.InputError(
             f"jobs: got {checks.show(jobs)}, expected a number of processes, or -1 for one a core"
         )
-    model = getattr(model, "_orig_mod", model)
+    model = plain(model)
     # Risk checks the model, the loss, the parameters and that the loader has samples; an iterator is walked only here.
     batches = list(loader) if not isinstance(loader, list) else loader
     risk = Risk(model, loss_fn, batches, params=list(names))
@@ -170,7 +170,7 @@ def _visit(
         add(index, "loss", loss.item(), chunk.count)
         for name, metric in metrics.items():
             if metric == "gradient_norm":
-                leaves = [dict(model.named_parameters())[n] for n in axes[0].names]
+                leaves = [dict(plain(model).named_parameters())[n] for n in axes[0].names]
                 pulled = torch.autograd.grad(
                     loss.reshape(()), leaves, allow_unused=True, materialize_grads=True
                 )
@@ -193,7 +193,7 @@ def _visit(
         stack.enter_context(torch.enable_grad() if gradients else torch.no_grad())
         if gradients:
             for name in axes[0].names:
-                dict(model.named_parameters())[name].requires_grad_(True)
+                dict(plain(model).named_parameters())[name].requires_grad_(True)
         if batchnorm == "recalibrate" or gradients:
             own = list(risk.chunks())
             source = (
@@ -228,7 +228,7 @@ def _visit(
 @contextmanager
 def _moving(model: nn.Module, axes: Sequence[Axis]) -> Iterator[Callable[[Sequence[float]], None]]:
     """A function that moves the model's weights to a point; as they were afterwards."""
-    known = dict(model.named_parameters())
+    known = dict(plain(model).named_parameters())
     leaves = [known[name] for name in axes[0].names]
     buffers = dict(model.named_buffers())
     flat = flat_weights(model, axes[0].names)
