@@ -75,6 +75,19 @@ def moved(value: Any, device: torch.device) -> Any:
     return type(value)(moved(item, device) for item in value) if isinstance(value, (tuple, list)) else value
 
 
+def widened(value: Any) -> Any:
+    """Every tensor of half precision in a tensor, mapping, tuple or list, in float32.
+
+    >>> widened([torch.ones(1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.long)])
+    [tensor([1.]), tensor([1])]
+    """
+    if isinstance(value, Tensor):
+        return value.float() if is_half(value.dtype) else value
+    if isinstance(value, Mapping):
+        return {key: widened(item) for key, item in value.items()}
+    return type(value)(widened(item) for item in value) if isinstance(value, (tuple, list)) else value
+
+
 def answered(model: Callable[..., Any], inputs: Tensor, what: str = "images") -> Tensor:
     """``logits(model(inputs))``; inputs that do not fit the model are named by their shape.
 
@@ -102,21 +115,22 @@ def answered(model: Callable[..., Any], inputs: Tensor, what: str = "images") ->
     return logits(output)
 
 
-def plain(module: Any) -> Any:
-    """The module itself inside whatever ``torch.compile``, ``DataParallel`` or ``DistributedDataParallel`` wrapped around it.
+def unwrapped(model: Any) -> Any:
+    """The module inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``, or the model itself.
 
     >>> net = nn.Linear(1, 1)
-    >>> plain(nn.DataParallel(net)) is net, plain(net) is net
-    (True, True)
+    >>> unwrapped(nn.DataParallel(torch.compile(net))) is net
+    True
     """
-    while True:
-        # Asking a module for an attribute that it lacks takes microseconds, many times over in walks through whole models.
-        if "_orig_mod" in getattr(module, "_modules", ()):
-            module = module._orig_mod
-        elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            module = module.module
+    # Asking a module for an attribute that it lacks takes microseconds, many times over in walks through whole models.
+    while (parts := getattr(model, "_modules", None)) is not None:
+        if "_orig_mod" in parts:
+            model = parts["_orig_mod"]
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = parts["module"]
         else:
-            return module
+            break
+    return model
 
 
 def plain_name(name: str, known: Container[str] = ()) -> str:

@@ -56,7 +56,9 @@ def test_a_wrapped_model_is_the_model_in_it(kind):
 
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_a_wrapped_model_is_audited(kind, tmp_path):
-    found = audit(WRAPPERS[kind](network()), data(), out=tmp_path / "r", lenses=["accuracy", "collapse", "spectrum"])
+    found = audit(
+        WRAPPERS[kind](network()), data(), out=tmp_path / "r", lenses=["accuracy", "collapse", "spectrum"]
+    )
     assert [s.sentence for s in found.sections if s.status in ("failed", "skipped")] == []
 
 
@@ -103,4 +105,9 @@ def test_reparametrised_weights_are_audited_and_trained(kind, tmp_path):
     model, file = f"{tmp_path}/net.py:make", f"{tmp_path}/d.npz"
     assert main(["train", model, file, "--out", str(tmp_path / "t"), "--epochs", "1"]) == 0
     weights = str(next((tmp_path / "t").glob("*.safetensors")))
-    assert main(["audit", model, file, "--weights", weights, "--out", str(tmp_path / "a"), "--lenses", "accuracy"]) == 0
+    assert (
+        main(
+            ["audit", model, file, "--weights", weights, "--out", str(tmp_path / "a"), "--lenses", "accuracy"]
+        )
+        == 0
+    )

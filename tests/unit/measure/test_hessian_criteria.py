@@ -80,7 +80,9 @@ def test_a_spectrum_above_zero_is_a_settled_minimum():
     """Its r_e is the inverse of a condition number, near 1 in a round bowl."""
     found = criteria(spectral_density(torch.diag(torch.tensor([2.0, 2.5, 3.0])).double(), steps=3))
     assert float(found.re.mean()) == pytest.approx(2 / 3)
-    assert found.reach == 0 and found.verdict == "settled" and "Hardly anything" in found.meaning
+    assert (
+        found.reach == 0 and found.verdict == "settled" and "reaches 0 % as far below zero" in found.meaning
+    )
 
 
 def test_a_spectrum_of_zeros_is_flat():
@@ -156,5 +158,8 @@ def test_the_meaning_of_gentle_and_of_steep_descents_differs():
     steep = torch.diag(torch.tensor([10.0] * 50 + [-5.0] * 5 + [0.1] * 45))
     found = [criteria(spectral_density(m, steps=3, probes=4)) for m in (gentle, steep)]
     assert [c.verdict for c in found] == ["unsettled", "unsettled"]
-    assert found[0].meaning.startswith("No direction curves steeply downwards, but many do gently")
+    assert found[0].meaning.startswith(
+        "The curvature reaches 0.5 % as far below zero as above, but many directions"
+    )
+    assert "No direction" not in found[0].meaning, "an end of the spectrum is a number, not a word"
     assert found[1].meaning.startswith("A good part curves downwards")

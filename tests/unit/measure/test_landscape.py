@@ -15,6 +15,7 @@ from lineament.core.checks import InputError
 from lineament.core.curvature.matrices import hessian
 from lineament.measure.landscape.axes import (
     NORMALISATIONS,
+    Axis,
     completed,
     given,
     hessian_axes,
@@ -474,3 +475,29 @@ def test_what_bad_input_gets():
     net[0].weight.data[0] = float("nan")
     with pytest.raises(InputError, match="NaN"):
         plane(net, F.cross_entropy, data, axes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("batchnorm", ["eval", "batch", "recalibrate"])
+def test_a_network_in_half_precision_has_the_losses_of_its_weights_in_float64(dtype, batchnorm):
+    """Steps that half precision does not tell apart, and losses that it rounds."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2)).eval().to(dtype)
+    x, y = torch.randn(20, 3).to(dtype), torch.arange(20) % 2
+    exact = copy.deepcopy(net).double()
+    axis = given(exact, torch.randn(sum(p.numel() for p in exact.parameters())))
+    for names in (axis.names, axis.names[:2]):
+        size = sum(exact.get_parameter(name).numel() for name in names)
+        part = Axis(axis.vector[:size], names)
+        options = {"at": [-1e-3, 0.0, 1e-3], "batchnorm": batchnorm, "metrics": ["gradient_norm"]}
+        before = [t.clone() for t in (*net.parameters(), *net.buffers())]
+        ours, right = (
+            line(model, F.cross_entropy, [(inputs, y)], part, **options)
+            for model, inputs in ((net, x), (exact, x.double()))
+        )
+        torch.testing.assert_close(ours.loss, right.loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            ours.metrics["gradient_norm"], right.metrics["gradient_norm"], rtol=1e-3, atol=0
+        )
+        after = [*net.parameters(), *net.buffers()]
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(after, before))

@@ -1,32 +1,36 @@
 """How does the loss look around its weights, and is that the curvature of a settled minimum?
 
-The plane along the two eigenvectors of largest curvature, the spectral density of the Hessian (stochastic Lanczos quadrature), and the
-criteria r_e and K_H0.5 made of it with what they mean (Gabdullin 2024, arXiv 2412.10146). Batch norm keeps its running statistics, as
+The spectral density of the Hessian (stochastic Lanczos quadrature), its ends, its trace, the criteria r_e and K_H0.5 made of it
+(Gabdullin 2024, arXiv 2412.10146), the gradient beside its own sampling noise, and the plane along the two directions of largest curvature. As many samples as half a minute
+allows; each number is measured again on either half of them, and nothing is said that a half contradicts. Batch norm keeps its running statistics, as
 the network is used; eigenvectors put no weight on directions that only change the scale of what batch norm undoes.
 """
 
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lineament.audit.estimates import Estimate
 from lineament.audit.phrases import compact, percent
 from lineament.audit.subject import Subject
-from lineament.core.curvature.density import Density, spectral_density
-from lineament.core.curvature.eigenpairs import top_eigenpairs
+from lineament.core.curvature.density import Density
 from lineament.core.curvature.matrices import hessian
-from lineament.core.curvature.traces import trace
-from lineament.measure.landscape.axes import Axis, signed
+from lineament.core.curvature.risk import Risk
+from lineament.measure.landscape.axes import Axis, random_axes, signed
 from lineament.measure.landscape.batchnorm_modes import LandscapeWarning
 from lineament.measure.landscape.criteria import Criteria, criteria
-from lineament.measure.landscape.grids import plane
+from lineament.measure.landscape.grids import line, plane
 from lineament.measure.landscape.results import Plane
+from lineament.measure.landscape.spectrum import MeanGradient, Pooled, Spectrum, mean_gradient, spectrum
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
 from lineament.report.section import Finding, Picture, Section
@@ -38,46 +42,61 @@ HELP = "what the loss looks like around its weights, and whether that is a settl
 ORDER = 50
 METHOD = "loss-landscape"
 ALIASES = ("sharpness",)
-_TOP, _PRODUCTS, _STEPS, _PROBES, _TRACE = 2, 48, 20, 2, 20
+_STEPS, _PROBES, _FEWEST_STEPS = 24, 3, 8
+# Seconds for all products with the Hessian, and for the plane; samples, a power of two of them.
+_SECONDS, _PLANE_SECONDS = 30.0, 10.0
+_FEWEST, _MOST, _PLANE_MOST = 16, 2048, 256
 _GRID = 21
+# Below this share of the largest curvature a downward one is as small as a trained network's; above, the place is a saddle.
+_STEEP = 0.1
+# From this K_H0.5 on, about as much curves downwards as in a network that has not learned.
+_MANY = 0.5
+# A gradient of zero measures one noise on average; above so many it is one that sampling hardly makes.
+_NOISES = 2.0
 _NAMES = {
     1: ["eigenvalue"],
     2: ["largest eigenvalue", "smallest eigenvalue"],
     3: ["largest eigenvalue", "second largest", "smallest eigenvalue"],
-    4: ["largest eigenvalue", "second largest", "smallest eigenvalue", "second smallest"],
+    4: ["largest eigenvalue", "second largest", "second smallest", "smallest eigenvalue"],
 }
-_WORK, _PLANE_WORK = 5e11, 1e11
-_SETTLE = "Make sure that these are data like those it was trained on; if they are, train it longer or at a smaller rate (sharpness-aware minimisation, SAM, seeks flatter places)."
+_SETTLE = "On samples that it did not learn from this is usual: audit its training samples to learn how settled it is. If these are, train it longer or at a smaller rate (sharpness-aware minimisation, SAM, seeks flatter places)."
 
 
 @dataclass(frozen=True)
 class Curvature:
     """The spectrum of the Hessian over some samples: its ends, its trace, its density, the criteria made of it, the loss around.
 
-    ``settled``: a minimum, as far as the ends of the spectrum are known; the shares are of weight directions that curve downwards,
-    and of those that are nearly flat.
+    ``settled``: whether it is a minimum, ``None`` where these samples do not tell; ``why``: what is against it, or what they leave open.
+    ``errors`` and ``halves`` are of the numbers by name; ``rows`` the samples of each half, by their numbers in the data.
     """
 
     top: float
     bottom: float
+    trace: float
+    flat_share: float
+    re: float
+    k: float
+    errors: dict[str, float]
+    halves: dict[str, tuple[float, ...]]
     eigenvalues: Sequence[float]
     residuals: Sequence[float]
-    converged: bool
-    settled: bool
+    settled: bool | None
+    why: Sequence[str]
     loss: float
-    trace: float
-    trace_standard_error: float
+    constant_loss: float
+    accuracy: float | None
+    chance: float | None
+    gradient_norm: float | None
+    gradient_noise: float | None
+    gradient_parts: int
     weights: int
     samples: int
-    negative_share: float
-    flat_share: float
+    rows: Sequence[Sequence[int]]
+    steps: int
+    probes: int
     density: Density
     criteria: Criteria
     plane: Plane | None
-
-    @property
-    def saddle(self) -> bool:
-        return self.bottom < -0.1 * max(self.top, 0)
 
     def to_dict(self) -> dict[str, Any]:
         nodes, weights = self.density.nodes.double(), self.density.weights.double()
@@ -91,119 +110,367 @@ class Curvature:
 
 def applies(subject: Subject) -> str:
     if not any(p.is_floating_point() for p in subject.model.parameters()):
-        return "The network has no parameters that could be moved."
+        return (
+            "The network has no parameters that gradients could reach: it has none, or holds them quantised."
+        )
     return ""
 
 
 def look(subject: Subject) -> Section:
-    passes = 5.0 * (_PRODUCTS + _STEPS * _PROBES + _TRACE)
-    rows = subject.subset(subject.affordable(_WORK, passes, most=256), salt=2)
-    names = [name for name, p in subject.model.named_parameters() if p.is_floating_point()]
-    loss = float(subject.losses(subject.outputs[rows].double(), subject.targets[rows]).mean())
-    if loss < _rounding(subject):
-        return _nothing_left(loss, len(rows))
     # Fused attention has no second derivative; the plain formula has.
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.simplefilter("ignore", LandscapeWarning)  # the section says it in words
-        operator = hessian(subject.model, subject.loss, subject.batches(rows), params=names)
-        size = operator.shape[0]
-        ends = top_eigenpairs(
-            operator, min(_TOP, size), which="both", tol=2e-2, max_products=_PRODUCTS, seed=subject.seed
+        return _look(subject)
+
+
+def _look(subject: Subject) -> Section:
+    unit = subject.batch_size if subject.fixed_batch else 1
+    generator = torch.Generator().manual_seed((subject.seed * 1000 + 2) % 2**63)
+    # At random, not so many of each class: the loss is the mean over these data.
+    order = torch.randperm(len(subject), generator=generator)
+    names, missed = _reached(subject, order[: max(2, unit)])
+    if not names:
+        return _no_gradients()
+    count, steps, seconds = _affordable(subject, names, order, unit)
+    parts = _halves(order[:count], unit)
+    rows = torch.cat(parts)
+    loss = float(subject.losses(subject.outputs[rows].double(), subject.targets[rows]).mean())
+    if loss < _rounding(subject):
+        return _nothing_left(loss, len(rows))
+    operators = [hessian(subject.model, subject.loss, subject.batches(part), params=names) for part in parts]
+    pooled = Pooled(operators, [len(part) for part in parts])
+    found = spectrum(pooled, steps=steps, probes=_PROBES, seed=subject.seed)
+    size = pooled.shape[0]
+    if found.top == found.bottom == 0 and not _linear(subject, names, rows):
+        return _no_gradients()
+    # The same probes on each half, so that differences are the samples'.
+    halves = [
+        replace(spectrum(o, steps=steps, probes=_PROBES, seed=subject.seed), vectors=found.vectors[:, :0])
+        for o in (operators if len(parts) > 1 else [])
+    ]
+    around = _around(subject, found, tuple(operators[0].names), rows, seconds / len(rows))
+    del operators, pooled
+    gradient = _gradient(subject, names, rows, unit)
+    return _section(subject, found, halves, gradient, around, parts, loss, size, missed)
+
+
+def _section(
+    subject: Subject,
+    found: Spectrum,
+    halves: list[Spectrum],
+    gradient: MeanGradient | None,
+    around: Plane | None,
+    parts: list[Tensor],
+    loss: float,
+    size: int,
+    missed: int,
+) -> Section:
+    rows = torch.cat(parts)
+    made = {id(each): criteria(each.density) for each in (found, *halves)}
+    own, nodes = made[id(found)], found.density.nodes.double()
+    flats = found.flat_shares()
+    estimates = {
+        "top": Estimate.of(lambda s: s.top, found, halves, float(found.residuals[0])),
+        "bottom": Estimate.of(lambda s: s.bottom, found, halves, float(found.residuals[-1])),
+        "trace": Estimate.of(lambda s: s.trace, found, halves, found.trace_error),
+        "flat_share": Estimate.of(lambda s: float(s.flat_shares().mean()), found, halves, _spread(flats)),
+        "re": Estimate.of(_reach, found, halves, _spread((nodes.amin(-1) / nodes.amax(-1)).clamp(max=0))),
+        "k": Estimate.of(lambda s: float(made[id(s)].k.mean()), found, halves, _spread(own.k)),
+    }
+    constant, accuracy, chance = _without_learning(subject, rows)
+    loss = loss if gradient is None else gradient.loss
+    against, open_ = _objections(estimates, gradient, loss, constant, accuracy, chance)
+    if float(found.residuals.max()) > 0.05 * abs(found.top):
+        open_.append(
+            f"the search for the ends of the spectrum had not settled after {found.density.nodes.shape[1]} steps"
         )
-        density = spectral_density(operator, steps=min(_STEPS, size), probes=_PROBES, seed=subject.seed)
-        total = trace(operator, max(2, min(_TRACE, size)), seed=subject.seed)
-        found = criteria(density)
-        around = _around(subject, ends, tuple(operator.names), rows)
-    values = ends.values.double().tolist()
-    weights, nodes = density.weights.double(), density.nodes.double()
-    # No eigenvalue estimate reaches beyond the spectrum, so of two searches for its ends the farther is the nearer to the truth.
-    seen = nodes[weights > 1e-9]
-    top, bottom = max(*values, float(seen.max())), min(*values, float(seen.min()))
-    negative = float(weights[nodes < -1e-3 * max(abs(top), abs(bottom))].sum() / weights.sum())
-    flat = float(weights[nodes.abs() < 1e-2 * max(abs(top), 1e-30)].sum() / weights.sum())
-    step = 2 / top if top > 0 else math.inf
-    # The ends of the spectrum are known well enough when what is left of them could not make a saddle of a minimum.
-    sure = float(ends.residuals.max()) <= 0.05 * abs(top)
+    settled = False if against else None if open_ else True
     curvature = Curvature(
-        top,
-        bottom,
-        values,
-        ends.residuals.double().tolist(),
-        ends.converged,
-        settled=bottom >= -0.1 * max(top, 0) and sure and found.verdict == "settled",
+        **{name: each.value for name, each in estimates.items()},
+        errors={name: each.error for name, each in estimates.items()},
+        halves={name: each.halves for name, each in estimates.items()},
+        eigenvalues=found.values.tolist(),
+        residuals=found.residuals.tolist(),
+        settled=settled,
+        why=against or open_,
         loss=loss,
-        trace=total.value,
-        trace_standard_error=total.standard_error,
+        constant_loss=constant,
+        accuracy=accuracy,
+        chance=chance,
+        gradient_norm=None if gradient is None else gradient.norm,
+        gradient_noise=None if gradient is None else gradient.noise,
+        gradient_parts=0 if gradient is None else gradient.parts,
         weights=size,
         samples=len(rows),
-        negative_share=negative,
-        flat_share=flat,
-        density=density,
-        criteria=found,
+        rows=[subject.samples.index[part].tolist() for part in parts],
+        steps=found.density.nodes.shape[1],
+        probes=_PROBES,
+        density=found.density,
+        criteria=own,
         plane=around,
     )
-    sentence = (
-        f"Over {len(rows)} samples, the steepest direction has curvature {compact(top)}: plain gradient descent with a step above {compact(step)} could not stay "
-        f"here. Of {size:,} weight directions, {percent(flat)} are nearly flat (below 1 % of that). "
-        + (
-            f"The loss also curves steeply downwards (smallest eigenvalue {compact(bottom)}), so that this is no minimum on these samples. "
-            if curvature.saddle
-            else (
-                "Nothing curves downwards"
-                if bottom >= 0
-                else f"The steepest way down has curvature {compact(bottom)}"
-            )
-            + (": it sits in a minimum, as far as these samples tell. " if curvature.settled else ". ")
+    over = _over(subject, len(rows), len(halves))
+    if found.top == found.bottom == 0:
+        sentence = f"{over}, none of {size:,} weight directions has any curvature. {own.meaning}"
+        text = "Its loss on these samples has no curvature at all: small changes of the weights do not matter to it, or only in a straight line."
+        return Section(
+            status="note",
+            number="0",
+            unit="largest curvature of the loss",
+            sentence=sentence,
+            pictures=[_figure(found.density, curvature.eigenvalues)],
+            numbers=plain(curvature),
+            findings=[Finding("note", text)],
         )
-        + f"Two numbers sum up the whole spectrum, both 0 in a minimum and near 1 in an untrained network: r_e = {_estimate(found.re) if found.reach > 0 else 0} (how far it reaches below "
-        f"zero, against above) and K_H0.5 = {_estimate(found.k)} (how much of it is below). {found.meaning}"
+    sentence = " ".join(
+        (
+            f"{over}, the steepest direction has curvature {estimates['top'].words()}{_step(estimates['top'])}.",
+            f"Of {size:,} weight directions, {estimates['flat_share'].words(percent)} are nearly flat (below 1 % of that); the lowest curvature is {estimates['bottom'].words()}.",
+            _verdict(curvature),
+            f"Two numbers sum up the whole spectrum, both small in a minimum and near 1 in an untrained network: r_e = {estimates['re'].words()} (how far it reaches below "
+            f"zero, against above) and K_H0.5 = {estimates['k'].words()} (how much of it is below; {_PROBES} probes of {curvature.steps} steps).",
+        )
     )
-    if found.verdict == "flat":
-        sentence = (
-            f"Over {len(rows)} samples, none of {size:,} weight directions has any curvature. {found.meaning}"
-        )
+    if missed:
+        sentence += f" No gradient reaches {missed:,} further weights, which are left out."
     return Section(
-        status="good" if curvature.settled else "note",
-        number=compact(top),
+        status="good" if settled else "note",
+        number=compact(found.top),
         unit="largest curvature of the loss",
         sentence=sentence,
-        pictures=[*_landscape(around), _figure(density, values)],
-        tables=[
-            Table(
-                "Curvature",
-                ("quantity", "value", "error"),
-                [
-                    *((name, v, float(r)) for name, v, r in zip(_NAMES[len(values)], values, ends.residuals)),
-                    ("trace", total.value, _or_none(total.standard_error)),
-                    ("trace / weights", total.value / size, _or_none(total.standard_error / size)),
-                    ("r_e (smallest over largest)", _or_none(float(found.re.mean())), _spread(found.re)),
-                    ("K_H0.5 (downwards over upwards)", _or_none(float(found.k.mean())), _spread(found.k)),
-                ],
-            )
-        ],
+        pictures=[*_landscape(around), _figure(found.density, curvature.eigenvalues)],
+        tables=[_table(curvature, estimates)],
         numbers=plain(curvature),
-        findings=[_finding(curvature)],
+        findings=[_finding(curvature, estimates)],
     )
 
 
-def _finding(found: Curvature) -> Finding:
-    ends = f"smallest eigenvalue {compact(found.bottom)}, largest {compact(found.top)}"
-    if found.saddle:
-        text = f"It does not sit in a minimum: the loss curves downwards ({ends})."
-        return Finding("note", text, advice=_SETTLE)
-    if found.criteria.verdict == "flat":
-        text = "Its loss on these samples has no curvature at all: small changes of the weights do not matter to it, or only in a straight line."
-        return Finding("note", text)
-    if found.criteria.verdict != "settled":
-        k = [v for v in found.criteria.k.tolist() if math.isfinite(v)]
-        share = f" (K_H0.5 = {compact(sum(k) / len(k))})" if k else ""
-        text = f"Nothing curves steeply downwards where it is ({ends}), but many directions do gently{share}: not quite a minimum."
-        return Finding("note", text, advice=_SETTLE)
+def _over(subject: Subject, count: int, halves: int) -> str:
+    of = f" of {len(subject):,}" if count < len(subject) else ""
+    how = (
+        ", and again over either half of them"
+        if halves
+        else ", which are one batch, so that errors are of the method only"
+    )
+    return f"Over {count:,}{of} samples{how}"
+
+
+def _step(top: Estimate) -> str:
+    """Which step of gradient descent no part of the samples bears, if the parts agree well enough to say so."""
+    if top.low <= 0:
+        return ""
+    if top.error >= 0.5 * top.value:
+        return ", too uncertain to say which step would be too large for gradient descent"
+    return f": plain gradient descent with a step above {compact(2 / min(top.low, top.value - top.error))} could not stay here"
+
+
+def _objections(
+    estimates: dict[str, Estimate],
+    gradient: MeanGradient | None,
+    loss: float,
+    constant: float,
+    accuracy: float | None,
+    chance: float | None,
+) -> tuple[list[str], list[str]]:
+    """What is against a minimum on all samples and on either half, and what these leave open."""
+    top, bottom, k = estimates["top"], estimates["bottom"], estimates["k"]
+    against, open_ = [], []
+    if not loss < 0.5 * constant:
+        against.append(
+            f"the loss, {compact(loss)}, is not half of what the best constant answer has ({compact(constant)})"
+        )
+    if accuracy is not None and chance is not None and accuracy <= chance:
+        against.append(
+            f"it is right for {percent(accuracy)}, and the most frequent class alone would be for {percent(chance)}"
+        )
+    if gradient is None:
+        open_.append("a single batch does not tell how far the gradient is from zero")
+    elif gradient.ratio > _NOISES:
+        against.append(
+            f"the gradient is not zero there (norm {compact(gradient.norm)}, {compact(gradient.ratio)} times what sampling makes of none, {compact(gradient.noise)})"
+        )
+    tops, bottoms = (top.value, *top.halves), (bottom.value, *bottom.halves)
+    steep = [b < -_STEEP * max(t, 0) for t, b in zip(tops, bottoms)]
+    many = [not each < _MANY for each in (k.value, *k.halves)]
+    for found, text in (
+        (
+            steep,
+            f"the loss curves steeply downwards (lowest curvature {bottom.words()}, highest {top.words()})",
+        ),
+        (many, f"many directions curve downwards (K_H0.5 = {k.words()})"),
+    ):
+        if all(found):
+            against.append(text)
+        elif any(found):
+            open_.append(f"{text}, on some of the samples and not on others")
+    return against, open_
+
+
+def _verdict(found: Curvature) -> str:
+    if found.settled is None:
+        return f"Whether it sits in a minimum these samples do not tell: {'; '.join(found.why)}."
     if not found.settled:
-        text = f"Nothing was found that curves steeply downwards where it is, but the search for the spectrum's ends ({compact(found.bottom)} and {compact(found.top)}) had not settled."
-        return Finding("note", text, advice="Audit with another seed or more samples, and compare.")
-    text = f"It sits in a minimum of largest curvature {compact(found.top)}; {percent(found.flat_share, 0)} of weight directions are nearly flat."
+        return f"It does not sit in a minimum on these samples: {'; '.join(found.why)}."
+    right = "" if found.accuracy is None else f" and it is right for {percent(found.accuracy)}"
+    return (
+        f"It sits in a minimum, as far as these samples tell: the gradient (norm {compact(found.gradient_norm or 0)}) is within {compact(_NOISES)} times what sampling makes of none "
+        f"({compact(found.gradient_noise or 0)}, from {found.gradient_parts} parts), nothing curves downwards by more than a tenth of the steepest, and the loss is {compact(found.loss)}, where the best "
+        f"constant answer has {compact(found.constant_loss)}{right}."
+    )
+
+
+def _finding(found: Curvature, estimates: dict[str, Estimate]) -> Finding:
+    if found.settled is None:
+        text = (
+            f"Whether it sits in a minimum of the loss on {found.samples:,} samples is open: {found.why[0]}."
+        )
+        return Finding("note", text, advice="Audit more samples, or with another seed, and compare.")
+    if not found.settled:
+        text = f"It does not sit in a minimum of the loss on {found.samples:,} samples: {found.why[0]}."
+        return Finding("note", text, advice=_SETTLE)
+    text = f"It sits in a minimum of the loss on {found.samples:,} samples, of largest curvature {estimates['top'].words()}; {estimates['flat_share'].words(percent)} of weight directions are nearly flat."
     return Finding("good", text)
+
+
+def _table(found: Curvature, estimates: dict[str, Estimate]) -> Table:
+    errors = dict(zip(_NAMES[len(found.eigenvalues)], found.residuals))
+    errors["largest eigenvalue"] = estimates["top"].error
+    errors["smallest eigenvalue"] = estimates["bottom"].error
+    rows: list[tuple[Any, ...]] = [
+        (name, value, errors[name], *_of_halves(estimates[end].halves if end else ()))
+        for name, value, end in zip(
+            _NAMES[len(found.eigenvalues)],
+            found.eigenvalues,
+            ("top", *("",) * (len(found.eigenvalues) - 2), "bottom")[: len(found.eigenvalues)],
+        )
+    ]
+    trace = estimates["trace"]
+    for name, each, scale in (
+        ("trace", trace, 1),
+        ("trace / weights", trace, found.weights),
+        ("r_e (smallest over largest)", estimates["re"], 1),
+        ("K_H0.5 (downwards over upwards)", estimates["k"], 1),
+        ("share of nearly flat directions", estimates["flat_share"], 1),
+    ):
+        rows.append(
+            (
+                name,
+                _or_none(each.value / scale),
+                _or_none(each.error / scale),
+                *_of_halves(h / scale for h in each.halves),
+            )
+        )
+    if found.gradient_norm is not None:
+        rows.append(("norm of the gradient", found.gradient_norm, found.gradient_noise, None, None))
+    return Table(
+        f"Curvature over {found.samples:,} samples, with batch norm as it is used (error: the larger of the halves' distance and of what probes or solver leave open; "
+        "of the middle eigenvalues the solver's alone, of the gradient its sampling noise)",
+        ("quantity", "value", "error", "first half", "second half"),
+        rows,
+    )
+
+
+def _of_halves(values: Any) -> tuple[float | None, float | None]:
+    first, second = (*map(_or_none, values), None, None)[:2]
+    return first, second
+
+
+def _reached(subject: Subject, rows: Tensor) -> tuple[list[str], int]:
+    """The parameters that a gradient of the loss reaches, and how many numbers are in the others."""
+    names = [name for name, p in subject.model.named_parameters() if p.is_floating_point()]
+    risk = Risk(subject.model, subject.loss, subject.batches(rows), params=names)
+    chunk = next(risk.chunks())
+    with risk.ready():
+        value = risk.loss(chunk)
+        leaves = list(risk.leaves.values())
+        grads = (
+            torch.autograd.grad(value, leaves, allow_unused=True)
+            if value.requires_grad
+            else [None] * len(leaves)
+        )
+    found = [name for name, g in zip(risk.leaves, grads) if g is not None]
+    return found, sum(leaf.numel() for leaf, g in zip(leaves, grads) if g is None)
+
+
+def _affordable(subject: Subject, names: list[str], order: Tensor, unit: int) -> tuple[int, int, float]:
+    """For how many samples all products fit the time, how many Lanczos steps, and the seconds of a product: measured, not reckoned."""
+    most = min(len(order), _MOST) // unit * unit
+    count = min(max(_FEWEST, 2 * unit), most)
+    # The halves together cost as much as all samples.
+    products = 2 * (_PROBES * _STEPS + 5 * _PROBES)
+    while True:
+        operator = hessian(subject.model, subject.loss, subject.batches(order[:count]), params=names)
+        vector = torch.ones(operator.shape[0], dtype=operator.dtype, device=operator.device)
+        float((operator @ vector)[0])  # makes the graphs
+        start = time.perf_counter()
+        float((operator @ vector)[0])
+        seconds = time.perf_counter() - start
+        fit = count
+        while fit < most and seconds / count * min(2 * fit, most) * products <= _SECONDS:
+            fit = min(2 * fit, most)
+        if fit == count:
+            steps = int(_STEPS * min(1.0, _SECONDS / (seconds * products)))
+            return count, max(_FEWEST_STEPS, steps), seconds
+        count = fit // unit * unit
+
+
+def _halves(order: Tensor, unit: int) -> list[Tensor]:
+    half = len(order) // 2 // unit * unit
+    return [part.sort().values for part in ((order[:half], order[half:]) if half else (order,))]
+
+
+def _gradient(subject: Subject, names: list[str], rows: Tensor, unit: int) -> MeanGradient | None:
+    """The gradient over at most sixteen parts, drawn at random, of whole batches where the model takes no others."""
+    generator = torch.Generator().manual_seed((subject.seed * 1000 + 3) % 2**63)
+    groups = list(rows[torch.randperm(len(rows), generator=generator)].split(unit))
+    count = min(16 if len(groups) >= 128 else 8, len(groups))
+    if count < 2:
+        return None
+    size = len(groups) // count
+    parts = [torch.cat(groups[k * size : (k + 1) * size if k + 1 < count else None]) for k in range(count)]
+    return mean_gradient(subject.model, subject.loss, [subject.batches(part) for part in parts], params=names)
+
+
+def _without_learning(subject: Subject, rows: Tensor) -> tuple[float, float | None, float | None]:
+    """The loss of the best constant answer on these samples; for classes how often it is right, and the most frequent class."""
+    targets = subject.targets[rows]
+    if subject.task == "classification":
+        shares = targets.bincount().double() / len(targets)
+        right = float((subject.outputs[rows].argmax(1) == targets).double().mean())
+        return float(torch.special.entr(shares).sum()), right, float(shares.max())
+    values = targets.double().reshape(len(targets), -1)
+    mean = values.mean(0)
+    if subject.task == "regression":
+        return float((values - mean).square().mean()), None, None
+    return float((torch.special.entr(mean) + torch.special.entr(1 - mean)).mean()), None, None
+
+
+def _linear(subject: Subject, names: list[str], rows: Tensor) -> bool:
+    """Whether a loss without curvature is indeed linear, along a random direction: else its derivatives are not those of the loss."""
+    some = rows[: max(_FEWEST, subject.batch_size if subject.fixed_batch else 0)]
+    axis = random_axes(subject.model, 1, params=names, normalise="model", seed=subject.seed)[0]
+    found = line(subject.model, subject.loss, subject.batches(some), axis, at=[-0.5, 0.0, 0.5]).loss
+    return abs(float(found[0] - 2 * found[1] + found[2])) <= 1e-4 * float(found.abs().max())
+
+
+def _no_gradients() -> Section:
+    text = (
+        "Gradients cannot pass through this network to its weights, so that its curvature cannot be measured"
+    )
+    return Section(
+        status="note",
+        sentence=f"{text}: it is quantised, or rounds or detaches on the way from its weights to its answers. Audit the network that it was made of.",
+        numbers={"settled": None},
+        findings=[
+            Finding(
+                "note", f"{text}.", advice="Audit the network that it was made of, before it was quantised."
+            )
+        ],
+    )
+
+
+def _reach(found: Spectrum) -> float:
+    return max(-found.bottom, 0.0) / found.top if found.top > 0 else math.inf
 
 
 def _rounding(subject: Subject) -> float:
@@ -234,25 +501,32 @@ def _nothing_left(loss: float, samples: int) -> Section:
     )
 
 
-def _around(subject: Subject, ends: Any, names: tuple[str, ...], rows: Any) -> Plane | None:
-    """The plane along the two eigenvectors of largest curvature, as far as the loss rises well above where it is."""
-    count = min(_TOP, ends.vectors.shape[1])
-    if count < 2 or float(ends.values[0]) <= 0:
+def _around(
+    subject: Subject, found: Spectrum, names: tuple[str, ...], rows: Tensor, seconds: float
+) -> Plane | None:
+    """The plane along the two eigenvectors of largest curvature, as far as the loss rises well above where it is.
+
+    ``seconds``: of a product with the Hessian, for one sample; a forward takes about a third of that.
+    """
+    if len(found.values) < 2 or float(found.values[0]) <= 0:
         return None
     axes = [
         Axis(
-            signed(ends.vectors[:, k]),
+            signed(found.vectors[:, k]),
             names,
             "hessian",
-            f"eigenvector of curvature {compact(float(ends.values[k]))}",
+            f"eigenvector of curvature {compact(float(found.values[k]))}",
         )
         for k in range(2)
     ]
-    few = subject.affordable(_PLANE_WORK, float(_GRID**2), most=len(rows), least=min(16, len(rows)))
-    some = rows[:: max(1, len(rows) // few)][:few]
+    unit = subject.batch_size if subject.fixed_batch else 1
+    few = int(_PLANE_SECONDS / (_GRID**2 * seconds / 3))
+    few = max(min(few, _PLANE_MOST, len(rows)), min(_FEWEST, len(rows))) // unit * unit
     # At this distance the quadratic alone would add about 2 to the loss; weights' own size is the other measure.
-    dist = 2 / math.sqrt(float(ends.values[0]))
-    return plane(subject.model, subject.loss, subject.batches(some), axes, dist=dist, steps=_GRID)
+    dist = 2 / math.sqrt(float(found.values[0]))
+    some = rows[torch.linspace(0, len(rows) - 1, max(few, unit)).long()]
+    around = plane(subject.model, subject.loss, subject.batches(some), axes, dist=dist, steps=_GRID)
+    return replace(around, record={**around.record, "samples": len(some)})
 
 
 def _landscape(around: Plane | None) -> list[Picture]:
@@ -266,13 +540,13 @@ def _landscape(around: Plane | None) -> list[Picture]:
             panels=(1, 2),
             kind="png",
             surfaces=[SurfacePlot.of(around)],
-            caption="The loss in the plane of the two steepest directions (the mark: these weights), as contours and as a surface; the axes say how far the weights are moved. Along every other direction it is flatter.",
+            caption=f"The loss on {around.record['samples']} of these samples in the plane of the two steepest directions (the mark: these weights), as contours and as a surface; the axes say how far the weights are moved. Along every other direction it is flatter.",
             alt=f"Contours and surface of the loss around the weights, {compact(around.centre)} in the middle, from {compact(low)} to {compact(high)}.",
         )
     ]
 
 
-def _figure(density: Density, values: list[float]) -> Picture:
+def _figure(density: Density, values: Sequence[float]) -> Picture:
     grid, height = density.curve()
 
     def draw(ax: Any) -> None:
@@ -300,14 +574,9 @@ def _figure(density: Density, values: list[float]) -> Picture:
     )
 
 
-def _spread(values: Any) -> float | None:
-    return _or_none(float(values.std())) if len(values) > 1 else None
-
-
-def _estimate(values: Any) -> str:
-    """The mean over probes, and their spread where that is a tenth of it or more."""
-    mean, spread = float(values.mean()), _spread(values) or 0.0
-    return compact(mean) + (f" ± {compact(spread)}" if spread > 0.1 * abs(mean) else "")
+def _spread(values: Tensor) -> float:
+    values = values.double()
+    return float(values.std()) if len(values) > 1 else math.nan
 
 
 def _or_none(value: float | None) -> float | None:

@@ -7,6 +7,7 @@ matrix as a tensor.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from lineament.core import checks, results
 from lineament.core.curvature.krylov import (
     REORTHOGONALISE,
+    Lanczos,
     Operator,
     at_least_single,
     basis_size,
@@ -125,18 +127,27 @@ def spectral_density(
     together = max(
         1, _BASES_BYTES // (basis_size(min(steps, size), reorthogonalise, window) * size * itemsize)
     )
-    nodes, weights = [], []
+    runs = []
     for first in range(0, probes, together):
         part = slice(first, first + together)
-        for run in lanczos_runs(operator, steps, starts[part], generators[part], reorthogonalise, window):
-            # Past an exhausted Krylov space a run goes on from another vector, which has no weight in this probe.
-            values, vectors = run.ritz()
-            nodes.append(values)
-            weights.append(vectors[0].square())
+        found = lanczos_runs(operator, steps, starts[part], generators[part], reorthogonalise, window)
+        # The bases are let go.
+        runs += [Lanczos(run.diagonal, run.off_diagonal, run.basis[:, :0]) for run in found]
+    return density_of(operator, runs, seed)
+
+
+def density_of(operator: Operator, runs: Sequence[Lanczos], seed: int) -> Density:
+    """The density that Lanczos runs of an operator from random signs have seen, one a probe."""
+    nodes, weights = [], []
+    for run in runs:
+        # Past an exhausted Krylov space a run goes on from another vector, which has no weight in this probe.
+        values, vectors = run.ritz()
+        nodes.append(values)
+        weights.append(vectors[0].square())
     theta, tau = torch.stack(nodes), torch.stack(weights)
     powers = torch.stack([(tau * theta**p).sum(1) for p in range(1, 5)], dim=1)
-    moments = powers.mean(0)
-    spread = powers.std(0) if probes > 1 else torch.zeros_like(moments)
-    errors = torch.maximum(spread / math.sqrt(probes), rounding(operator) * moments.abs())
+    moments, count = powers.mean(0), len(runs)
+    spread = powers.std(0) if count > 1 else torch.zeros_like(moments)
+    errors = torch.maximum(spread / math.sqrt(count), rounding(operator) * moments.abs())
     errors = torch.where(spread > 0, errors, math.nan)
-    return Density(theta, tau, moments, errors, size, probes * theta.shape[1], seed)
+    return Density(theta, tau, moments, errors, side_length(operator), count * theta.shape[1], seed)

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lineament.core import checks
 from lineament.core.curvature.fast.graph import FastGraph
-from lineament.core.models import called, frozen, holding, logits, moved, plain, plain_name
+from lineament.core.models import called, frozen, holding, logits, moved, plain_name, unwrapped
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ class Risk:
         )
         checks.require(callable(loss_fn), f"loss_fn: got {checks.show(loss_fn)}, expected a function")
         # A compiled model cannot be differentiated twice; the module it was made of can.
-        self.model: nn.Module = plain(model)
+        self.model: nn.Module = unwrapped(model)
         self.loss_fn, self.loader = loss_fn, loader
         self.batchnorm = checks.one_of("batchnorm", batchnorm, ("eval", "train"))
         self.chunk = None if chunk is None else checks.number("chunk", chunk, low=1, integer=True)
@@ -192,7 +192,7 @@ def chosen_parameters(model: nn.Module, params: str | Sequence[str] | None) -> l
     >>> chosen_parameters(nn.Linear(2, 2), "b*")
     ['bias']
     """
-    known = dict(plain(model).named_parameters())
+    known = dict(unwrapped(model).named_parameters())
     if params is None:
         found = [name for name, p in known.items() if p.requires_grad]
     else:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError, require, show, suggest
-from lineament.core.models import device_of, frozen, plain, plain_name
+from lineament.core.models import device_of, frozen, plain_name, unwrapped
 from lineament.core.sites import main_tensor
 from lineament.core.sites.hooks import RECORD, Function, RootCall, attach, eagerly, replace, stop_if_all_agree
 from lineament.core.sites.naming import Site, resolve
@@ -195,7 +195,7 @@ def capture(
         stack.callback(setattr, acts, "_open", False)
         for place in places.values():
             attach(place, _recorder(acts, place), stack, RECORD, _without_tensor(acts, place))
-        stack.enter_context(RootCall(plain(model), acts))
+        stack.enter_context(RootCall(unwrapped(model), acts))
         stack.enter_context(eagerly())
         yield acts
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lineament.core.models import plain
+from lineament.core.models import unwrapped
 
 PARTS = ("q", "k", "v", "z")
 
@@ -70,7 +70,7 @@ def head_view(attention: nn.Module, part: str, config: Any) -> HeadView | None:
         return None
     groups = getattr(config, "num_key_value_heads", None) or count
     size = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None) or width // count
-    children = {name: plain(child) for name, child in attention.named_children()}
+    children = {name: unwrapped(child) for name, child in attention.named_children()}
     index, all_heads = PARTS.index(part), count * size
     if part == "z":
         output = next((children[name] for name in ("o_proj", "c_proj", "dense") if name in children), None)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from lineament.core.checks import InputError, require, show, suggest
-from lineament.core.models import plain, plain_name
+from lineament.core.models import plain_name, unwrapped
 from lineament.core.sites.heads import PARTS, HeadView, head_view
 
 _SUFFIX = re.compile(r"^(?P<name>.*):(?P<side>in|out|[qkvz])(\[(?P<head>\d+)\])?$", re.DOTALL)
@@ -60,7 +60,7 @@ def sites(model: nn.Module, pattern: str = "*") -> list[str]:
     >>> sites(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "*:in")
     ['0:in', '1:in']
     """
-    if pattern == "*" and isinstance(model, nn.Module) and not any(plain(model).children()):
+    if pattern == "*" and isinstance(model, nn.Module) and not any(unwrapped(model).children()):
         return []
     return list(resolve(model, [pattern]))
 
@@ -73,7 +73,7 @@ def resolve(model: nn.Module, patterns: str | Iterable[str]) -> dict[str, Site]:
     require(len(wanted) > 0, "sites: got none, expected at least one site or glob")
     modules: dict[str, nn.Module] = {}
     configs: dict[str, Any] = {}
-    for name, module, config in _walk(plain(model), "", None, ()):
+    for name, module, config in _walk(unwrapped(model), "", None, ()):
         modules[name], configs[name] = module, config
     places: dict[str, Site] = {}
     for pattern in wanted:
@@ -82,7 +82,7 @@ def resolve(model: nn.Module, patterns: str | Iterable[str]) -> dict[str, Site]:
         )
         found = _resolve_one(pattern, modules, configs)
         if not found:
-            kind = type(plain(model)).__name__
+            kind = type(unwrapped(model)).__name__
             nearest = suggest(pattern.rpartition(":")[0] or pattern, [name for name in modules if name])
             raise InputError(f"sites: {pattern!r} is no site of {kind}{nearest}")
         places.update((site.name, site) for site in found)
@@ -100,7 +100,7 @@ def _walk(
     config = config if own is None else own
     yield name, module, config
     for key, child in module._modules.items():
-        child = plain(child)
+        child = unwrapped(child)
         if child is not None and id(child) not in above and child is not module:
             yield from _walk(child, f"{name}.{key}" if name else key, config, (*above, id(module)))
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lineament.core.checks import InputError, require, show
-from lineament.core.models import plain
+from lineament.core.models import unwrapped
 from lineament.core.sites.hooks import RECORD, replace, tap, watch
 from lineament.core.sites.naming import Site, resolve
 from lineament.explain.patching.components import Component
@@ -102,7 +102,7 @@ class QKFix:
     """The effect of queries and keys with the attention recomputed: Σ_t (z_t(patched) - z_t)·c_t, c the coefficient of the mixed values z."""
 
     def __init__(self, model: nn.Module, components: Sequence[Component]):
-        modules = {name: plain(module) for name, module in plain(model).named_modules()}
+        modules = {name: unwrapped(module) for name, module in unwrapped(model).named_modules()}
         self.attentions: dict[str, _Attention] = {}
         for index, component in enumerate(components):
             view = component.read.view

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError, require, show
-from lineament.core.models import plain
+from lineament.core.models import unwrapped
 from lineament.core.sites.hooks import Function
 from lineament.core.sites.naming import Site, resolve
 from lineament.explain.patching.components import Sites, architecture, find_components, flat, stage_of, unflat
@@ -55,7 +55,7 @@ def component_nodes(model: nn.Module, kinds: Sites = ("z", "mlp_out")) -> dict[s
     ['transformer.h.0.attn.c_proj:in', 'transformer.h.1.attn.c_proj:in']
     """
     found: dict[str, Units] = {}
-    names = {id(module): name for name, module in plain(model).named_modules()}
+    names = {id(module): name for name, module in unwrapped(model).named_modules()}
     for component in find_components(model, kinds)[0]:
         require(
             component.kind not in ("q", "k", "v"), f"kinds: {component.kind!r} is no run of features; use 'z'"

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError, one_of, require, show
-from lineament.core.models import plain
+from lineament.core.models import unwrapped
 from lineament.core.sites.heads import PARTS, HeadView
 from lineament.core.sites.naming import Site, resolve
 
@@ -141,16 +141,19 @@ def architecture(model: nn.Module) -> Architecture:
     Raises:
         InputError: another architecture, whose sites must be named.
     """
-    for root, module in plain(model).named_modules():
+    for root, module in unwrapped(model).named_modules():
         config: Any = getattr(module, "config", None)
         names = _FAMILIES.get(getattr(config, "model_type", None) or "")
         blocks = getattr(module, names["blocks"], None) if names else None
         if names and isinstance(blocks, nn.ModuleList):
             prefix = f"{root}.{names['blocks']}" if root else names["blocks"]
-            found = [Site(f"{prefix}.{k}", plain(block)) for k, block in enumerate(blocks)]
+            found = [Site(f"{prefix}.{k}", unwrapped(block)) for k, block in enumerate(blocks)]
             parallel = config.model_type == "gpt_neox" and bool(config.use_parallel_residual)
             return Architecture(found, names, parallel, root)
-    kind = getattr(getattr(plain(model), "config", None), "model_type", None) or type(plain(model)).__name__
+    kind = (
+        getattr(getattr(unwrapped(model), "config", None), "model_type", None)
+        or type(unwrapped(model)).__name__
+    )
     raise InputError(
         f"model: the architecture of {kind!r} is not known (known: {', '.join(_FAMILIES)}); name the sites, "
         "sites={'blocks': 'layers.*', 'resid_pre': 'layers.*:in', 'attn_out': 'layers.*.attention'}"

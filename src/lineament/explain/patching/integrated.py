@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import number, one_of, require
-from lineament.core.models import frozen, plain
+from lineament.core.models import frozen, unwrapped
 from lineament.core.sites.hooks import replace, tap
 from lineament.core.sites.naming import Site
 from lineament.explain.patching.attribution import check_rules_acted
@@ -148,7 +148,7 @@ def _along_inputs(
     """The sums of the coefficients at all components while the inputs (a language model's token embeddings) go from base to source."""
     sums: dict[tuple[int, str], Tensor] = {}
     ends = runs.base_inputs, runs.source_inputs
-    inner: Any = plain(runs.model)
+    inner: Any = unwrapped(runs.model)
     embedding = inner.get_input_embeddings() if runs.pair.language else None
     if embedding is not None:
         with torch.no_grad():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError, require, show
-from lineament.core.models import device_of, logits, masks_to_nan, plain
+from lineament.core.models import device_of, logits, masks_to_nan, unwrapped
 from lineament.core.text_parts import refuse_padding
 from lineament.explain.patching.metrics import Metric
 
@@ -73,7 +73,7 @@ def pair_prompts(
     if not isinstance(model, nn.Module):
         raise InputError(f"model: got {show(model)}, expected a torch.nn.Module")
     require(callable(metric), f"metric: got {show(metric)}, expected a function of the logits")
-    inner: Any = plain(model)
+    inner: Any = unwrapped(model)
     language = hasattr(inner, "get_input_embeddings") and hasattr(inner, "config")
     require(
         not language or not getattr(inner.config, "is_encoder_decoder", False),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError, require
-from lineament.core.models import plain, weight_of
+from lineament.core.models import unwrapped, weight_of
 from lineament.core.sites.hooks import BEHIND, CHANGE, attach
 from lineament.core.sites.naming import Site, resolve
 from lineament.explain.relevance.functions import (
@@ -152,7 +152,7 @@ def _set_softcap(
 
     # Behind whatever is recorded there, so that the record is on the way.
     attach(Site("the head", head), keep, stack, BEHIND)
-    attach(Site("the model", plain(model)), after, stack, CHANGE)
+    attach(Site("the model", unwrapped(model)), after, stack, CHANGE)
 
 
 def _between(
@@ -199,7 +199,7 @@ def _ignore(value: Any) -> None:
 
 
 def softcap_of(model: nn.Module) -> tuple[float, nn.Module] | None:
-    model = plain(model)
+    model = unwrapped(model)
     config: Any = getattr(model, "config", None)
     if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config()

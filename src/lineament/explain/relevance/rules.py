@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError, number, one_of, require, show, suggest
-from lineament.core.models import plain
+from lineament.core.models import unwrapped
 from lineament.core.sites.heads import head_view
 from lineament.core.sites.hooks import eagerly
 from lineament.explain.relevance.functions import linear_map
@@ -148,7 +148,7 @@ def assigned(
         matches = _matches(key, named)
         require(
             bool(matches),
-            f"rules: {show(key)} matches no module of {type(plain(model)).__name__}{suggest(str(key), [n for n in named if n])}",
+            f"rules: {show(key)} matches no module of {type(unwrapped(model)).__name__}{suggest(str(key), [n for n in named if n])}",
         )
         for name in matches:
             decided.update((id(named[name]), late) for late in _sides(rule))
@@ -162,14 +162,14 @@ def assigned(
     missing = sorted(strict - matched - {"gradient"})
     require(
         not missing,
-        f"rules: {', '.join(map(repr, missing))} matched no module of {type(plain(model)).__name__}; leave it out, or name the modules: "
+        f"rules: {', '.join(map(repr, missing))} matched no module of {type(unwrapped(model)).__name__}; leave it out, or name the modules: "
         "{'name or class': rule}",
     )
     if automatic and not found:
         others = sorted({type(m).__name__ for m in named.values() if not any(m.children())} - _LINEAR)
         require(
             not others,
-            f"rules: none of {list(automatic)} matched a module of {type(plain(model)).__name__} (leaf modules: {', '.join(others)}); name "
+            f"rules: none of {list(automatic)} matched a module of {type(unwrapped(model)).__name__} (leaf modules: {', '.join(others)}); name "
             "them: rules=['relp', {'name or class': rule}]",
         )
     return found
@@ -178,10 +178,10 @@ def assigned(
 def _named(model: nn.Module) -> dict[str, nn.Module]:
     """Every module by name, without what ``torch.compile`` put around it."""
     found: dict[str, nn.Module] = {}
-    for name, module in plain(model).named_modules():
+    for name, module in unwrapped(model).named_modules():
         if "_orig_mod" in name:
             name = ".".join(part for part in name.split(".") if part != "_orig_mod")
-        found[name] = plain(module)
+        found[name] = unwrapped(module)
     return found
 
 
@@ -192,7 +192,7 @@ def _sides(rule: str) -> tuple[bool, ...]:
 
 def _matches(key: Any, named: Mapping[str, nn.Module]) -> list[str]:
     if isinstance(key, nn.Module):
-        return [name for name, module in named.items() if module is plain(key)][:1]
+        return [name for name, module in named.items() if module is unwrapped(key)][:1]
     if isinstance(key, type):
         return [name for name, module in named.items() if isinstance(module, key)]
     if not isinstance(key, str):
@@ -216,7 +216,7 @@ def _candidates(
         elif rule == "half":
             parts = module._modules.keys()
             if {"gate_proj", "up_proj", "down_proj"} <= parts or {"gate_up_proj", "down_proj"} <= parts:
-                yield f"{name}.down_proj" if name else "down_proj", plain(module.down_proj)
+                yield f"{name}.down_proj" if name else "down_proj", unwrapped(module.down_proj)
             fits = False
         elif rule in ("ah", "uniform"):
             fits = any(head_view(module, "q", config) is not None for config in _configs(model, module))
@@ -233,6 +233,6 @@ def _candidates(
 def _configs(model: nn.Module, module: nn.Module) -> list[Any]:
     return [
         config
-        for config in (getattr(module, "config", None), getattr(plain(model), "config", None))
+        for config in (getattr(module, "config", None), getattr(unwrapped(model), "config", None))
         if config is not None
     ]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core import checks
-from lineament.core.models import frozen, plain
+from lineament.core.models import frozen, unwrapped
 
 LAYOUTS = ("auto", "channels_first", "channels_last", "tokens")
 _MOST_PREFIX = 16
@@ -95,7 +95,7 @@ def default_site(model: nn.Module, images: Tensor) -> str:
     >>> default_site(net, torch.zeros(1, 1, 8, 8))
     '1'
     """
-    body = plain(model)
+    body = unwrapped(model)
     finished: list[tuple[str, nn.Module, tuple[int, ...]]] = []
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -150,7 +150,7 @@ def convolution_at(model: nn.Module, site: str) -> nn.Conv2d:
     >>> convolution_at(nn.Sequential(nn.Conv2d(1, 2, 3)), "0").kernel_size
     (3, 3)
     """
-    modules = dict(plain(model).named_modules())
+    modules = dict(unwrapped(model).named_modules())
     module = modules.get(site.removesuffix(":out"))
     if not isinstance(module, nn.Conv2d):
         convolutions = [name for name, m in modules.items() if isinstance(m, nn.Conv2d)]

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from lineament.core import checks
-from lineament.core.models import device_of, frozen, logits
+from lineament.core.models import device_of, frozen, logits, unwrapped
 from lineament.explain.tokens.next_token import NextToken
 from lineament.explain.tokens.samplers import Sampler, Weighted, _ordinary
 
@@ -140,7 +140,12 @@ class MlmSampler:
             getattr(mlm_tokenizer, "mask_token_id", None) is not None,
             f"mlm_tokenizer: {type(mlm_tokenizer).__name__} has no mask token; give a masked language model's",
         )
-        self.model, self.mlm_tokenizer, self.joint, self.greedy = model, mlm_tokenizer, joint, greedy
+        self.model, self.mlm_tokenizer, self.joint, self.greedy = (
+            unwrapped(model),
+            mlm_tokenizer,
+            joint,
+            greedy,
+        )
         self.fallback = fallback or Weighted(_ordinary(tokenizer, len(tokenizer), frozenset()).double())
         self._single: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._texts: dict[tuple[int, ...], tuple[str, list[tuple[int, int]]]] = {}

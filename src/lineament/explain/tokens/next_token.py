@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.batching import auto_batch
-from lineament.core.models import device_of, frozen, logits, masks_to_nan, plain
+from lineament.core.models import device_of, frozen, logits, masks_to_nan, unwrapped
 
 # More rows than this in one forward are no faster on a CPU, and their logits no longer fit its caches.
 _ROWS_ON_CPU = 64
@@ -46,6 +46,7 @@ class NextToken:
     """
 
     def __init__(self, model: Any, tokenizer: Any = None):
+        model = unwrapped(model)
         checks.require(
             callable(model),
             f"model: got {checks.show(model)}, expected a language model or a function from ids to next-token probabilities",
@@ -60,7 +61,7 @@ class NextToken:
         self.config: Any = getattr(model, "config", None) if self.is_module else None
         self.encoder_decoder = bool(getattr(self.config, "is_encoder_decoder", False))
         self.device = device_of(model) if isinstance(model, nn.Module) else torch.device("cpu")
-        self._takes = _parameters(plain(model).forward if isinstance(model, nn.Module) else model)
+        self._takes = _parameters(model.forward if isinstance(model, nn.Module) else model)
         self._pads = self.is_module and {"attention_mask", "position_ids"} <= self._takes
         self._prefix: tuple[int, Any] | None = None
         self.forwards = 0
@@ -250,7 +251,7 @@ class NextToken:
             return {**both, "attention_mask": mask, **self._without_cache()}
         first = "input_ids"
         if first not in self._takes:
-            first = next(iter(inspect.signature(plain(self.model).forward).parameters))
+            first = next(iter(inspect.signature(self.model.forward).parameters))
         inputs: dict[str, Any] = {first: ids}
         if mask is not None:
             inputs |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}

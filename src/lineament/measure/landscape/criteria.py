@@ -125,10 +125,11 @@ class Criteria:
     @property
     def meaning(self) -> str:
         """One sentence that says what the numbers say; the bounds are this library's reading, not the paper's."""
+        reach = f"{100 * self.reach:.3g} % as far below zero as above"
         if self.verdict == "unsettled" and self.reach < 0.3:
-            return "No direction curves steeply downwards, but many do gently: training has not quite settled, or these are not quite data like those it was trained on."
+            return f"The curvature reaches {reach}, but many directions curve gently downwards: training has not quite settled, or these are not quite data like those it was trained on."
         return {
-            "settled": "Hardly anything curves downwards: the spectrum of a trained network on data like those it was trained on.",
+            "settled": f"The curvature reaches {reach}, and few directions curve downwards: the spectrum of a trained network on data like those it was trained on.",
             "unsettled": "A good part curves downwards: training has not settled, or these are not data like those it was trained on.",
             "untrained": "As much curves downwards as upwards: the nearly symmetric spectrum of a network that has not learned these data.",
             "flat": "Nothing curves either way: the loss is a linear function of these weights, or does not depend on them.",

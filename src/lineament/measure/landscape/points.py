@@ -1,6 +1,6 @@
 """Evaluate a network at many points of its weight space, its weights moved in place along axes.
 
-What is not obvious: for the time of the evaluation every parameter's ``.data`` is a view of one flat vector, so that a point costs one
+What is not obvious: for the time of the evaluation every parameter's ``.data`` is a view of one flat vector, in float32 at least, so that a point costs one
 addition however many tensors there are, and the model's own memory is never written: putting it back is exact, also after an
 exception. A batch is loaded once for all points.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.batching import progress
-from lineament.core.curvature.risk import Risk
-from lineament.core.models import called, frozen, logits, plain
+from lineament.core.curvature.risk import Chunk, Risk
+from lineament.core.models import called, frozen, is_half, logits, unwrapped, widened
 from lineament.measure.landscape.axes import Axis, flat_weights
 from lineament.measure.landscape.batchnorm_modes import MODES, batchnorm_mode, caution, recalibrate
 
@@ -88,7 +89,7 @@ def evaluate(
         raise checks.InputError(
             f"jobs: got {checks.show(jobs)}, expected a number of processes, or -1 for one a core"
         )
-    model = plain(model)
+    model = unwrapped(model)
     # Risk checks the model, the loss, the parameters and that the loader has samples; an iterator is walked only here.
     batches = list(loader) if not isinstance(loader, list) else loader
     risk = Risk(model, loss_fn, batches, params=list(names))
@@ -159,8 +160,17 @@ def _visit(
         weights[name][index] = weights[name][index] + weight
 
     gradients = "gradient_norm" in metrics.values()
+    half = any(is_half(t.dtype) for t in (*model.parameters(), *model.buffers()))
 
-    def look(index: int, chunk: Any) -> None:
+    def chunks(risk: Risk) -> Iterator[Chunk]:
+        for chunk in risk.chunks():
+            yield (
+                replace(chunk, inputs=widened(chunk.inputs), targets=widened(chunk.targets))
+                if half
+                else chunk
+            )
+
+    def look(index: int, chunk: Chunk) -> None:
         outputs = logits(called(model, chunk.inputs))
         loss = loss_fn(outputs, chunk.targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -170,7 +180,7 @@ def _visit(
         add(index, "loss", loss.item(), chunk.count)
         for name, metric in metrics.items():
             if metric == "gradient_norm":
-                leaves = [dict(plain(model).named_parameters())[n] for n in axes[0].names]
+                leaves = [dict(unwrapped(model).named_parameters())[n] for n in axes[0].names]
                 pulled = torch.autograd.grad(
                     loss.reshape(()), leaves, allow_unused=True, materialize_grads=True
                 )
@@ -193,15 +203,15 @@ def _visit(
         stack.enter_context(torch.enable_grad() if gradients else torch.no_grad())
         if gradients:
             for name in axes[0].names:
-                dict(plain(model).named_parameters())[name].requires_grad_(True)
+                dict(unwrapped(model).named_parameters())[name].requires_grad_(True)
         if batchnorm == "recalibrate" or gradients:
-            own = list(risk.chunks())
+            own = list(chunks(risk))
             source = (
                 Risk(model, loss_fn, calibration, params=list(axes[0].names))
                 if calibration is not None
                 else None
             )
-            calibrating = own if source is None else list(source.chunks())
+            calibrating = own if source is None else list(chunks(source))
             for index, point in enumerate(progress(points, "landscape", len(points))):
                 move(point)
                 if batchnorm == "recalibrate":
@@ -213,7 +223,7 @@ def _visit(
                         mean = sums[name][index] / weights[name][index]
                         sums[name][index], weights[name][index] = mean.norm().cpu(), 1.0
         else:
-            for chunk in risk.chunks():
+            for chunk in chunks(risk):
                 for index, point in enumerate(progress(points, "landscape", len(points))):
                     move(point)
                     look(index, chunk)
@@ -228,7 +238,7 @@ def _visit(
 @contextmanager
 def _moving(model: nn.Module, axes: Sequence[Axis]) -> Iterator[Callable[[Sequence[float]], None]]:
     """A function that moves the model's weights to a point; as they were afterwards."""
-    known = dict(plain(model).named_parameters())
+    known = dict(unwrapped(model).named_parameters())
     leaves = [known[name] for name in axes[0].names]
     buffers = dict(model.named_buffers())
     flat = flat_weights(model, axes[0].names)
@@ -245,11 +255,15 @@ def _moving(model: nn.Module, axes: Sequence[Axis]) -> Iterator[Callable[[Sequen
     place, base = origin.clone(), origin.clone()
     pieces = place.split([size + gap for size, gap in zip(sizes, gaps)])
     parts = [piece[: p.numel()].view_as(p) for piece, p in zip(pieces, leaves)]
+    # A step may be less than half precision tells apart: such numbers are held in float32 for the time.
+    narrow = [t for t in (*known.values(), *buffers.values()) if is_half(t.dtype)]
+    wide = {id(t): t.detach().float() for t in narrow}
     # A parameter of another precision than the vector's gets memory of its own, and a copy at each point.
-    apart = [(p.detach().clone(), part) for p, part in zip(leaves, parts) if p.dtype != place.dtype]
+    held = [wide.get(id(p), p) for p in leaves]
+    apart = [(p.detach().clone(), part) for p, part in zip(held, parts) if p.dtype != place.dtype]
     copies = iter(apart)
-    views = [part if p.dtype == place.dtype else next(copies)[0] for p, part in zip(leaves, parts)]
-    own = [(t, t.data) for t in (*leaves, *buffers.values())]
+    views = [part if p.dtype == place.dtype else next(copies)[0] for p, part in zip(held, parts)]
+    own = [(t, t.data) for t in (*leaves, *buffers.values(), *narrow)]
     travelling = {name: [axis.buffers.get(name) for axis in axes] for name in buffers}
     travelling = {name: steps for name, steps in travelling.items() if any(s is not None for s in steps)}
     starts = {name: buffers[name].detach().clone() for name in travelling}
@@ -273,10 +287,13 @@ def _moving(model: nn.Module, axes: Sequence[Axis]) -> Iterator[Callable[[Sequen
                     buffers[name].add_(step, alpha=c)
 
     try:
+        for tensor in narrow:
+            tensor.data = wide[id(tensor)]
         for parameter, view in zip(leaves, views):
             parameter.data = view
         for buffer in buffers.values():
-            buffer.data = buffer.data.clone()
+            if id(buffer) not in wide:
+                buffer.data = buffer.data.clone()
         yield torch.no_grad()(move)
     finally:
         for tensor, data in own:

@@ -19,7 +19,7 @@ from lineament.core.curvature.matrices import fisher, gauss_newton, hessian
 from lineament.core.curvature.operator import Curvature
 from lineament.core.curvature.risk import Risk
 from lineament.core.gradients import flatten, per_sample_gradients, unflatten
-from lineament.core.models import plain
+from lineament.core.models import unwrapped
 from lineament.optim.gns.forms import Dense, Form, LowRank, Operator
 from lineament.optim.gns.linear_algebra import gram
 
@@ -66,7 +66,7 @@ class Network:
             isinstance(model, nn.Module), f"model: got {checks.show(model)}, expected a torch.nn.Module"
         )
         self.dense = checks.number("dense", dense, low=0, integer=True)
-        self.model: nn.Module = plain(model)
+        self.model: nn.Module = unwrapped(model)
         self._copy = copy.deepcopy(self.model)
         self._options: dict[str, Any] = {"params": params, "batchnorm": batchnorm, "chunk": chunk}
         self._loss_fn, self._loader = loss_fn, loader
