@@ -33,7 +33,7 @@ from lineament.load.data import load_data
 from lineament.load.loaded import Loaded
 from lineament.load.model_and_data import ModelAndData, bring_together, one_hot_labels
 from lineament.load.models import load_model
-from lineament.load.weights import digest
+from lineament.load.weights import digest, require_savable
 from lineament.report.outcome import versions
 from lineament.train.processes import Processes, randomness
 
@@ -58,6 +58,8 @@ def train(a: argparse.Namespace, options: Options) -> int:
         f"MODEL: {a.model!r} is no factory, and the audit could not open its new weights; expected file.py:factory, where factory() "
         "makes the network (and may load what it starts from)",
     )
+    if processes.first:
+        require_savable(loaded.model)
     samples = _samples(a)
     if a.classes:
         loaded = replace(loaded, classes=())  # those given come before the model's own
