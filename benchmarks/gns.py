@@ -22,12 +22,18 @@ from torch import Tensor
 from lineament.bench import Row, compare
 from lineament.data.digits import digit_images
 from lineament.optim.gns.algorithm import minimize
-from lineament.optim.gns.equations import Chebyshev, Linear, Rosenbrock
-from lineament.optim.gns.forms import LowRank
 from lineament.optim.gns.linear_algebra import Metric
-from lineament.optim.gns.problems import Logistic, LogSumExp, PowerOfResiduals, Softmax, dense_curvature
+from lineament.optim.gns.problems import (
+    Linear,
+    Logistic,
+    LogSumExp,
+    PowerOfResiduals,
+    Softmax,
+    dense_curvature,
+)
 from lineament.optim.gns.rules import Backtracking
-from lineament.optim.gns.solvers import StepOptions, system
+from lineament.optim.gns.solvers import LowRank, StepOptions, system
+from lineament.recipes.gns.equations import Chebyshev, Rosenbrock
 
 SLUG = "gns"
 EPS = 1e-8

@@ -16,6 +16,7 @@ from lineament.data.digits import digit_images
 from lineament.data.fast_slow_patches import fast_slow_patches
 from lineament.data.photographs import read_photographs
 from lineament.data.pixel_digits import pixel_digits
+from lineament.data.planted_cues import CUES, planted_cues
 from lineament.data.samples import Samples
 from lineament.data.shortcut_digits import shortcut_digits
 from lineament.data.signal_blocks import signal_blocks
@@ -30,6 +31,7 @@ DATA_SETS = {
     "pixels": partial(pixel_digits, train=100),
     "shortcuts": partial(shortcut_digits, "test"),
     "signals": partial(signal_blocks, 30, eta=0.5),
+    **{cue: partial(planted_cues, cue, "test") for cue in CUES},
     "photographs": partial(read_photographs, "npz", count=20),
 }
 

@@ -6,9 +6,17 @@ import pytest
 import torch
 
 from lineament.core.checks import InputError
-from lineament.optim.gns.forms import Dense, Diagonal, LowRank, Operator, Zero, as_dense
 from lineament.optim.gns.linear_algebra import Metric
-from lineament.optim.gns.solvers import StepOptions, system
+from lineament.optim.gns.solvers import (
+    Dense,
+    Diagonal,
+    LowRank,
+    Operator,
+    StepOptions,
+    Zero,
+    as_dense,
+    system,
+)
 
 N = 9
 

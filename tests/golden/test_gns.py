@@ -9,13 +9,19 @@ from tests.golden.common import File, Scope, golden
 from torch import Tensor
 
 from lineament.optim.gns.algorithm import minimize
-from lineament.optim.gns.equations import Chebyshev, Linear, Rosenbrock
-from lineament.optim.gns.forms import Dense
 from lineament.optim.gns.linear_algebra import Metric
-from lineament.optim.gns.problems import Logistic, LogSumExp, PowerOfResiduals, Softmax, dense_curvature
+from lineament.optim.gns.problems import (
+    Linear,
+    Logistic,
+    LogSumExp,
+    PowerOfResiduals,
+    Softmax,
+    dense_curvature,
+)
 from lineament.optim.gns.rules import Smoothness
-from lineament.optim.gns.solvers import StepOptions, system
+from lineament.optim.gns.solvers import Dense, StepOptions, system
 from lineament.optim.gns.theory import smoothness
+from lineament.recipes.gns.equations import Chebyshev, Rosenbrock
 
 PROBLEMS = {
     "lse": lambda case, a: LogSumExp(a("A"), a("b"), mu=case["mu"]),

@@ -3,7 +3,7 @@
 Each small window of the frame is exchanged, in every image, with the same window of an image that the network answers otherwise. If the
 answer goes with the window, the window decides; covering it with the mean image says how much accuracy hangs on it.
 The window is chosen on one half of the samples and measured on the other, against equally large windows elsewhere, so that the
-choice cannot flatter the result.
+choice cannot flatter the result. A window that decides one answer only is looked for beside: whoever lends it, the others are its control.
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lineament.audit.cue_exchange import DECIDES, Interval, difference, share
 from lineament.audit.phrases import mean_interval
 from lineament.audit.subject import Subject
 from lineament.core.batching import progress
+
+# Fewer donors with an answer do not tell whether it goes with a window.
+_LEAST = 8
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,22 @@ class Window:
 
 
 @dataclass(frozen=True)
+class OneAnswer:
+    """A window that one answer goes with, on the samples that chose neither; shares with 95 % intervals.
+
+    ``followed``: images that get the window from one with this answer and then get the answer; ``control``: those that get the window from others.
+    """
+
+    window: Window
+    answer: int
+    samples: int
+    followed: Interval
+    control: float
+    excess: Interval
+    decides: bool
+
+
+@dataclass(frozen=True)
 class Exchange:
     """What the intervention showed on the samples that did not choose the window; shares, with 95 % intervals.
 
@@ -79,6 +99,7 @@ class Exchange:
     matters: bool
     map: list[list[float]]
     windows: int
+    one: OneAnswer | None = None
 
 
 def examine(subject: Subject, rows: Tensor, mean_map: Tensor, *, fraction: float = 0.2) -> Exchange:
@@ -100,14 +121,18 @@ def examine(subject: Subject, rows: Tensor, mean_map: Tensor, *, fraction: float
     scan: list[tuple[float, Window]] = []
     shown = torch.zeros(len(grid))
     trial = _Trial(subject, choose, average)
+    single: list[tuple[float, int, Window]] = []
     for number, window in enumerate(progress([*grid, *peaks], "exchanging windows")):
-        follows, swapped, _ = trial.outcome(window, cover=False)
+        answer = trial.swapped(window)
+        follows, swapped = (answer == trial.lent).float(), (answer == trial.targets).float()
         effect = float(follows.mean() + (trial.right - swapped).mean())
         scan.append((effect, window))
+        single += [(trial.excess(answer, each)[1], each, window) for each in trial.frequent()]
         if number < len(grid):
             shown[number] = float(follows.mean())
     best = max(scan, key=lambda item: item[0])[1]
     trial = _Trial(subject, measure, average)
+    one = _one(trial, *max(single, key=lambda item: item[0])[1:]) if single else None
     follows, swapped, covered = trial.outcome(best)
     others = [w for w in grid if not w.overlaps(best)]
     others = [
@@ -144,6 +169,22 @@ def examine(subject: Subject, rows: Tensor, mean_map: Tensor, *, fraction: float
         matters=lost_excess[1] > 0.05 or covered_excess[1] > 0.05,
         map=shown.reshape(-1, columns).tolist(),
         windows=len(scan),
+        one=one,
+    )
+
+
+def _one(trial: _Trial, answer: int, window: Window) -> OneAnswer:
+    swapped = trial.swapped(window)
+    lent, others = trial.halves(answer)
+    excess = trial.excess(swapped, answer)
+    return OneAnswer(
+        window,
+        answer,
+        int(lent.sum()),
+        share(swapped[lent] == answer),
+        share(swapped[others] == answer)[0],
+        excess,
+        excess[1] > DECIDES,
     )
 
 
@@ -166,17 +207,34 @@ class _Trial:
         self.targets = subject.targets[rows]
         self.donors = donors(subject, rows)
         decisions = subject.outputs.argmax(1)
-        self.lent = decisions[self.donors]
+        self.own, self.lent = decisions[rows], decisions[self.donors]
         self.right = (decisions[rows] == self.targets).float()
         self.donor_of = dict(zip(rows.tolist(), self.donors.tolist()))
 
-    def outcome(self, window: Window, cover: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    def swapped(self, window: Window) -> Tensor:
+        """The answers after the exchange."""
+        return self.subject.answer(self.rows, lambda x, part: self.swap(x, part, window)).argmax(1)
+
+    def halves(self, answer: int) -> tuple[Tensor, Tensor]:
+        """The samples whose donor has this answer, and those of which neither they nor their donor has."""
+        lent = self.lent == answer
+        return lent, ~lent & (self.own != answer)
+
+    def frequent(self) -> list[int]:
+        """The answers that enough donors have."""
+        answers, counts = self.lent.unique(return_counts=True)
+        return answers[counts >= _LEAST].tolist()
+
+    def excess(self, swapped: Tensor, answer: int) -> Interval:
+        """How much more often this answer comes where the donor has it than where it has not."""
+        lent, others = self.halves(answer)
+        return difference(swapped[lent] == answer, swapped[others] == answer)
+
+    def outcome(self, window: Window) -> tuple[Tensor, Tensor, Tensor]:
         """For each sample whether the answer followed the donor, was right after the exchange, and right when covered."""
-        answer = self.subject.answer(self.rows, lambda x, part: self.swap(x, part, window)).argmax(1)
+        answer = self.swapped(window)
         follows = (answer == self.lent).float()
         right = (answer == self.targets).float()
-        if not cover:
-            return follows, right, right
         covered = self.subject.answer(self.rows, lambda x, _part: self.cover(x, window)).argmax(1)
         return follows, right, (covered == self.targets).float()
 

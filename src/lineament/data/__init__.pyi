@@ -15,6 +15,7 @@ from .patching_tasks import synthetic_ioi as synthetic_ioi
 from .photographs import Standardise as Standardise
 from .photographs import read_photographs as read_photographs
 from .pixel_digits import pixel_digits as pixel_digits
+from .planted_cues import planted_cues as planted_cues
 from .samples import Samples as Samples
 from .shortcut_digits import shortcut_digits as shortcut_digits
 from .signal_blocks import signal_blocks as signal_blocks

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lineament.core import checks
 from lineament.core.checks import InputError, NotFiniteError, require, show
 from lineament.core.models import device_of, dtype_of, frozen, logits
+from lineament.core.results import Readable
 from lineament.data.samples import Samples
 from lineament.load.columns import folded, in_order
 from lineament.load.input_layout import Layout, find_layout
@@ -24,7 +25,7 @@ from lineament.load.outputs import Change, read_as_logits, reading
 
 
 @dataclass(frozen=True)
-class ModelAndData:
+class ModelAndData(Readable):
     """One model and one data set that fit each other.
 
     Attributes:

@@ -1,10 +1,10 @@
 from .diffgrad import DiffGrad as DiffGrad
 from .gns.algorithm import minimize as minimize
-from .gns.equations import Equations as Equations
 from .gns.in_scipy import scipy_method as scipy_method
 from .gns.network import Network as Network
 from .gns.optimizer import GNS as GNS
 from .gns.problems import Composite as Composite
+from .gns.problems import Equations as Equations
 from .gns.problems import Logistic as Logistic
 from .gns.problems import LogSumExp as LogSumExp
 from .gns.problems import PowerOfResiduals as PowerOfResiduals

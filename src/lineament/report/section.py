@@ -19,13 +19,15 @@ SEVERITIES = ("warning", "note", "good")  # worst first
 class Finding:
     """One sentence of the verdict; ``section`` is the name of the section that shows it, or "".
 
-    ``advice`` says what a reader can do about it, or is "" where there is nothing to do.
+    ``advice`` says what a reader can do about it, or is "" where there is nothing to do; ``key`` names what was found for programs, whatever
+    the words ("place", "overconfident"), or is "".
     """
 
     severity: Severity
     sentence: str
     section: str = ""
     advice: str = ""
+    key: str = ""
 
     def to_dict(self) -> dict[str, str]:
         return asdict(self)

@@ -1,8 +1,8 @@
-"""Where does it look, is that picture of it true, and does it rely on one fixed place of the image?
+"""Where does it look, is that picture of it true, and does it rely on one fixed place of the image, or on a cue that is anywhere?
 
 Saliency maps (Rebuffi et al. 2020, arXiv 2004.02866, and its relatives) on hits and misses; deletion and insertion (Petsiuk et al. 2018)
-against random maps on the same images, as a paired difference, with the other scores of :mod:`lineament.audit.map_checks`; and the intervention of :mod:`lineament.audit.patch_exchange`. Maps only
-propose: that the network *relies* on something is said where an intervention shows it.
+against random maps on the same images, as a paired difference, with the other scores of :mod:`lineament.audit.map_checks`; and the interventions of :mod:`lineament.audit.patch_exchange` (one place) and :mod:`lineament.audit.cue_exchange` (a patch that
+moves, colour, brightness, frequencies, the object's place). Maps only propose: that the network *relies* on something is said where an intervention shows it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lineament.audit.cue_exchange import PATCH, Cue, Cues, exchange_cues
 from lineament.audit.map_checks import (
     Explain,
     Retrained,
@@ -25,7 +26,7 @@ from lineament.audit.map_checks import (
     scores,
     scores_table,
 )
-from lineament.audit.patch_exchange import Exchange, Window, donors, examine, exchanged
+from lineament.audit.patch_exchange import Exchange, OneAnswer, Window, donors, examine, exchanged
 from lineament.audit.phrases import percent, points, spread
 from lineament.audit.subject import Subject
 from lineament.core.batching import progress
@@ -38,21 +39,23 @@ from lineament.report.section import Finding, Picture, Section
 from lineament.report.text import plain, printable
 
 TITLE = "Where does it look?"
-HELP = "where it looks, and whether it relies on one fixed patch of the image"
+HELP = "where it looks, and whether it relies on one patch, a tint or a texture of the image"
 ORDER = 20
 VERDICT_ORDER = 0  # what it relies on comes first
 METHOD = "normgrad"
 _MAPS, _TRIALS = 256, 400
 _SHOWN = 3
+_LOOK = "Look at that place in your images (the section shows some). If the answer does not lie there, cover or mix that patch across the classes of the training data, train again and audit again."
 
 
 @dataclass(frozen=True)
 class Gaze:
-    """What one patch decides (``place``), and of the maps, where there are any: their scores, retraining, and the pictures shown."""
+    """What one patch decides (``place``) and what other cues do (``cues``), and of the maps, where there are any: their scores, retraining, and the pictures shown."""
 
     place: Exchange
     size: tuple[int, int]
     method: str
+    cues: Cues | None = None
     faithfulness: Truth | None = None
     scores: MapScores | None = None
     diffroar: Retrained | None = None
@@ -62,6 +65,8 @@ class Gaze:
         found = {name: value for name, value in vars(self).items() if value is not None}
         if self.scores is not None:
             found["scores"] = self.scores.to_dict()["scores"]
+        if self.cues is not None:
+            found["cues"] = self.cues.to_dict()
         if self.picked is not None:
             found["picked"] = dict(zip(("hits", "misses"), self.picked))
         return found
@@ -90,8 +95,10 @@ def look(subject: Subject) -> Section:
     trial_rows = subject.subset(subject.affordable(6e12, 70, most=_TRIALS, least=48), salt=5)
     flat = torch.ones(height, width)
     place = examine(subject, trial_rows, flat if mean_map is None else mean_map)
-    found = Gaze(place, (height, width), subject.method)
-    sentence = _place_sentence(found)
+    cues = exchange_cues(subject, None if maps is None else _explain(subject))
+    found = Gaze(place, (height, width), subject.method, cues)
+    deciding = _deciding(found)
+    sentence = _place_sentence(subject, found) + " " + _cues_sentence(subject, cues)
     pictures = [_exchange(subject, trial_rows, place), _frame(subject, rows, mean_map, place)]
     tables: list[Table] = []
     if maps is None:
@@ -112,47 +119,223 @@ def look(subject: Subject) -> Section:
         shown = (rows[hits].tolist(), rows[misses].tolist())
         found = replace(found, faithfulness=truth, scores=judged, diffroar=anew, picked=shown)
         pictures += [_overlay(subject, rows, maps, hits, misses), curves(truth)]
-    tables.insert(0, _table(place))
-    number, unit = (
-        (percent(place.followed, 0), "of answers follow one small patch of the image")
-        if place.decides
-        else (
-            percent(max(place.lost_excess[0], 0.0), 0),
-            "of answers hang on the most decisive small patch",
-        )
-    )
+    tables[:0] = [_table(place), *([_cues_table(subject, cues)] if cues else [])]
+    pictures += [_cue_picture(subject, cues, cue) for cue in deciding[:1] if cues]
+    number, unit = _headline(subject, found, deciding)
     trusted = found.faithfulness is not None and found.faithfulness.better_than_random
     return Section(
-        status="warning" if place.decides else "note" if place.matters or not trusted else "good",
+        status="warning"
+        if place.decides or _one(found) or deciding
+        else "note"
+        if place.matters or not trusted
+        else "good",
         number=number,
         unit=unit,
         sentence=sentence,
         pictures=pictures,
         tables=tables,
         numbers=plain(found),
-        findings=[_finding(found)],
+        findings=[_finding(subject, found), *(_cue_finding(subject, cues, cue) for cue in deciding if cues)],
     )
 
 
-def _finding(found: Gaze) -> Finding:
+def _one(found: Gaze) -> OneAnswer | None:
+    """The answer that goes with one fixed place, where not all do."""
+    one = found.place.one
+    return one if one is not None and one.decides and not found.place.decides else None
+
+
+def _deciding(found: Gaze) -> list[Cue]:
+    """The cues that answers follow: of each answer the strongest, since a patch has a brightness and a texture too; none that a fixed place outdoes."""
+    one, told = _one(found), dict[int | None, float]()
+    if found.place.decides:
+        told[None] = found.place.followed
+    if one is not None:
+        told[one.answer] = one.followed[0]
+    chosen = []
+    for cue in sorted(found.cues.deciding if found.cues else [], key=lambda cue: -cue.excess[0]):
+        if max(told.get(cue.answer, 0.0), told.get(None, 0.0)) < cue.followed[0]:
+            chosen.append(cue)
+            told[cue.answer] = 1.0
+    return chosen
+
+
+def _headline(subject: Subject, found: Gaze, deciding: Sequence[Cue]) -> tuple[str, str]:
+    v, one = found.place, _one(found)
+    if v.decides:
+        return percent(v.followed, 0), "of answers follow one small patch of the image"
+    if one is not None:
+        return percent(
+            one.followed[0], 0
+        ), f"of answers become {_quoted(subject, one.answer)} with one small patch of the image"
+    if deciding:
+        cue = deciding[0]
+        become = "follow" if cue.answer is None else f"become {_quoted(subject, cue.answer)} with"
+        return percent(cue.followed[0], 0), f"of answers {become} the {cue.name} of another image"
+    return percent(max(v.lost_excess[0], 0.0), 0), "of answers hang on the most decisive small patch"
+
+
+def _quoted(subject: Subject, answer: int) -> str:
+    return f"“{printable(subject.class_name(answer), limit=40)}”"
+
+
+def _interval(x: tuple[float, float, float]) -> str:
+    return f"{percent(x[0])} ({percent(x[1])} to {percent(x[2])})"
+
+
+def _finding(subject: Subject, found: Gaze) -> Finding:
     v, where = found.place, found.place.window.where(*found.size)
+    one = _one(found)
+    if one is not None:
+        return Finding(
+            "warning",
+            f"It takes one small patch at {one.window.where(*found.size)}, {percent(v.area, 0)} of the image, for {_quoted(subject, one.answer)}: a shortcut, unless that is where the answer lies. "
+            f"Taking that patch alone from images answered so turns {percent(one.followed[0], 0)} of {one.samples} other answers into it (95 % interval {percent(one.followed[1], 0)} to "
+            f"{percent(one.followed[2], 0)}); taking it from others {percent(one.control, 0)}.",
+            advice=_LOOK,
+            key="place",
+        )
     if v.decides:
         return Finding(
             "warning",
             f"It relies on one small patch at {where}, {percent(v.area, 0)} of the image: a shortcut, unless that is where the answer lies. Taking that patch alone from another image "
             f"turns {percent(v.followed, 0)} of answers into the answer to that image; patches elsewhere turn {percent(v.others_followed, 0)}. "
             f"Accuracy falls from {percent(v.accuracy)} to {percent(v.swapped_accuracy)}.",
-            advice="Look at that place in your images (the section shows some). If the answer does not lie there, cover or mix that patch across the classes of the training data, train again and audit again.",
+            advice=_LOOK,
+            key="place",
         )
     if v.matters:
         return Finding(
             "note",
-            f"Where it looks matters most at {where}: taking that patch from another image costs {points(v.accuracy - v.swapped_accuracy)} of accuracy. No single patch decides the answer.",
+            f"Where it looks matters most at {where}: taking that patch from another image costs {points(v.accuracy - v.swapped_accuracy)} of accuracy. No patch at one fixed place decides the answer.",
             advice="See whether what you ask about always lies there; if not, vary its place in the training data.",
+            key="place matters",
         )
+    also = ""
+    if found.cues is not None and not found.cues.deciding:
+        also = f" Nor do answers follow {_listed([cue.name for cue in found.cues.tried], 'or')}. Other cues were not tested."
     return Finding(
         "good",
-        f"It relies on no single fixed place of the image: of {v.windows} patches tried, none decides the answer.",
+        f"It relies on no single fixed place of the image: of {v.windows} patches tried, none decides the answer.{also}",
+        key="no place",
+    )
+
+
+def _cue_finding(subject: Subject, cues: Cues, cue: Cue) -> Finding:
+    whose = "that" if cue.answer is None else _quoted(subject, cue.answer)
+    from_one = "another image" if cue.answer is None else f"images answered {whose}"
+    into = "the answer to that image" if cue.answer is None else whose
+    change = (
+        f"Cutting out of {from_one} the patch of {_area(subject, cues)} that their answer hangs on, and pasting it elsewhere into another,"
+        if cue.name == PATCH
+        else f"Giving images the {cue.name} of {from_one}"
+    )
+    keep = (
+        f"; of images answered {whose}, {percent(cue.kept[0], 0)} keep that answer without it"
+        if cue.answer is not None
+        else ""
+    )
+    relies = "on a small patch wherever it lies" if cue.name == PATCH else f"on the {cue.name} of the image"
+    only = "" if cue.answer is None else f" for {whose}"
+    return Finding(
+        "warning",
+        f"It relies {relies}{only}: a shortcut, unless that is what you ask about. {change} turns {percent(cue.followed[0], 0)} of {cue.samples} answers into {into} "
+        f"(95 % interval {percent(cue.followed[1], 0)} to {percent(cue.followed[2], 0)}); {_listed_controls(cue)}{keep}.",
+        advice=f"Look at the images that the section shows. If the {'patch' if cue.name == PATCH else cue.name} says nothing about what you ask, vary it within each class of the training data, train again and audit again.",
+        key=f"cue {cue.name}",
+    )
+
+
+def _listed_controls(cue: Cue) -> str:
+    return _listed(
+        [f"the same with {name}, {percent(value, 0)}" for name, value in cue.controls.items()], "and"
+    )
+
+
+def _listed(words: Sequence[str], last: str) -> str:
+    return f"{', '.join(words[:-1])} {last} {words[-1]}" if len(words) > 1 else "".join(words)
+
+
+def _area(subject: Subject, cues: Cues) -> str:
+    height, width = subject.inputs(torch.tensor([0])).shape[-2:]
+    return f"{percent(cues.patch[0] * cues.patch[1] / (height * width), 0)} of the image"
+
+
+def _cues_sentence(subject: Subject, cues: Cues | None) -> str:
+    """What the cues that lie anywhere showed, and what was not tested."""
+    if cues is None:
+        return "It gives all samples one answer, so that no cue could be exchanged between answers."
+    names, strongest = [cue.name for cue in cues.tried], cues.tried[0]
+    out = f", and {cues.left_out} answers with too few samples one by one" if cues.left_out else ""
+    untested = f" Not tested: shapes, larger parts, cues that count only together{out}."
+    if not cues.deciding:
+        whose = "" if strongest.answer is None else f" for {_quoted(subject, strongest.answer)}"
+        return (
+            f"Exchanged between images, none of these decides either: {_listed(names, 'and')} (the most: {strongest.name}{whose}, which {_interval(strongest.excess)} of {strongest.samples} "
+            f"answers follow beyond the controls).{untested}"
+        )
+    told = []
+    for cue in cues.deciding:
+        whose = "all answers" if cue.answer is None else _quoted(subject, cue.answer)
+        told.append(
+            f"{cue.name} ({whose}: {_interval(cue.followed)} of {cue.samples} answers follow, at most {percent(max(cue.controls.values()))} with the controls)"
+        )
+    rest = [cue.name for cue in cues.tried if not cue.decides]
+    nor = f" Not so: {_listed(rest, 'and')}." if rest else ""
+    return f"Exchanged between images, answers follow the {_listed(told, 'and the')}.{nor}{untested}"
+
+
+def _cues_table(subject: Subject, cues: Cues) -> Table:
+    return Table(
+        f"What answers follow when it is exchanged between images (patches of {_area(subject, cues)}, proposed by {cues.proposed_by})",
+        (
+            "cue",
+            "of images answered",
+            "pairs",
+            "answers that follow it",
+            "beyond the stronger control",
+            "keep their answer without it",
+            "control",
+        ),
+        [
+            (
+                cue.name,
+                "anything" if cue.answer is None else subject.class_name(cue.answer),
+                cue.samples,
+                _interval(cue.followed),
+                _interval(cue.excess),
+                _interval(cue.kept),
+                percent(cue.kept_control),
+            )
+            for cue in cues.tried
+        ],
+    )
+
+
+def _cue_picture(subject: Subject, cues: Cues, cue: Cue) -> Picture:
+    """Some images, those that give the cue, and what comes out."""
+    at, images = cues.examples(subject, cue, 4)
+    pairs, said = cues.pairs, subject.outputs.argmax(1)
+    answers = cues.answers(subject, cue, at)
+    count = len(at)
+
+    def draw(axes: Any) -> None:
+        for column, (position, trio) in enumerate(zip(at.tolist(), images)):
+            row, giver = int(pairs.receivers[position]), int(pairs.givers[position])
+            names = [subject.class_name(int(k)) for k in (said[row], said[giver], answers[column])]
+            for line, (shown, word, name) in enumerate(
+                zip(trio, ("it says", "it says", "now it says"), names)
+            ):
+                _show(axes[line, column], shown.numpy())
+                axes[line, column].set_title(f"{word} {printable(name, limit=14)}", fontsize=8)
+
+    return picture(
+        draw,
+        kind="png",
+        panels=(3, count),
+        size=(1.5 * count + 0.4, 5.4),
+        caption=f"Each image (top) gets only the {cue.name} of another image (middle); what the network says of all three.",
+        alt=f"{count} images that each get the {cue.name} of another; {percent(cue.followed[0], 0)} of {cue.samples} answers follow.",
     )
 
 
@@ -177,9 +360,14 @@ def _explain(subject: Subject) -> Explain:
     return explain
 
 
-def _place_sentence(found: Gaze) -> str:
+def _place_sentence(subject: Subject, found: Gaze) -> str:
     v, place = found.place, found.place.window.where(*found.size)
-    area = percent(v.area, 0)
+    area, one = percent(v.area, 0), _one(found)
+    if one is not None:
+        return (
+            f"The network takes one fixed place of the image for {_quoted(subject, one.answer)}: a patch of {area} of the image at {one.window.where(*found.size)}. When only this patch is taken from "
+            f"an image answered so, {_interval(one.followed)} of {one.samples} other answers become {_quoted(subject, one.answer)}; when it is taken from others, {percent(one.control)}."
+        )
     gaze = (
         f" The maps put {percent(v.gaze_share, 0)} of their weight there, {v.gaze_share / v.area:.1f} times its share of the area."
         if v.gaze_share > 1.5 * v.area
@@ -204,9 +392,6 @@ def _place_sentence(found: Gaze) -> str:
 
 
 def _table(v: Exchange) -> Table:
-    def interval(x: tuple[float, float, float]) -> str:
-        return f"{percent(x[0])} ({percent(x[1])} to {percent(x[2])})"
-
     return Table(
         f"What one patch decides, on {v.samples} images that did not choose it",
         ("intervention", "this patch", "other patches", "difference (95 % interval)"),
@@ -215,19 +400,19 @@ def _table(v: Exchange) -> Table:
                 "answers follow the exchanged patch",
                 percent(v.followed),
                 percent(v.others_followed),
-                interval(v.followed_excess),
+                _interval(v.followed_excess),
             ),
             (
                 "accuracy with the patch exchanged",
                 percent(v.swapped_accuracy),
                 percent(v.others_swapped_accuracy),
-                interval(v.lost_excess),
+                _interval(v.lost_excess),
             ),
             (
                 "accuracy with the patch covered",
                 percent(v.covered_accuracy),
                 percent(v.others_covered_accuracy),
-                interval(v.covered_excess),
+                _interval(v.covered_excess),
             ),
         ],
     )

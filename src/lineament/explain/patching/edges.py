@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lineament.core.checks import number, one_of, require
 from lineament.core.models import frozen, weight_of
+from lineament.core.results import Readable
 from lineament.core.sites.hooks import tap
 from lineament.core.sites.naming import Site, resolve
 from lineament.explain.patching.components import Architecture, architecture
@@ -36,7 +37,7 @@ Inputs = Literal["attention", "qkv", "qkv heads"]
 
 
 @dataclass(frozen=True)
-class EdgeResult:
+class EdgeResult(Readable):
     """Scores of the edges, (upstream, downstream); NaN where there is no edge because the downstream component comes first.
 
     Attributes:

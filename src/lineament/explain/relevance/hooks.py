@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lineament.core.checks import InputError, require
 from lineament.core.models import unwrapped, weight_of
+from lineament.core.results import Readable
 from lineament.core.sites.hooks import BEHIND, CHANGE, attach
 from lineament.core.sites.naming import Site, resolve
 from lineament.explain.relevance.functions import (
@@ -31,7 +32,7 @@ from lineament.explain.relevance.functions import (
 
 
 @dataclass
-class Coverage:
+class Coverage(Readable):
     """Which module got which rule, and how often each rule acted.
 
     Attributes:

@@ -21,6 +21,7 @@ from lineament.core.curvature.operator import Curvature
 from lineament.core.curvature.risk import chosen_parameters
 from lineament.core.gradients import flatten, unflatten
 from lineament.core.models import unwrapped
+from lineament.core.results import Readable
 
 NORMALISATIONS: tuple[str | None, ...] = ("filter", "layer", "model", "weight", None)
 ONE_DIM = ("ignore", "scale", "copy")
@@ -29,7 +30,7 @@ Weights = nn.Module | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Axis:
+class Axis(Readable):
     """A direction in the space of some parameters.
 
     Attributes:

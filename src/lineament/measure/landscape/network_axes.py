@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lineament.core import checks, results
 from lineament.core.curvature.risk import chosen_parameters
 from lineament.core.models import plain_name, unwrapped
+from lineament.core.results import Readable
 from lineament.measure.landscape.axes import Axis, Weights, flat_weights, normalised, signed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -87,7 +88,7 @@ def optimizer_axes(
 
 
 @dataclass(frozen=True)
-class Trajectory:
+class Trajectory(Readable):
     """The plane in which a training moved most.
 
     Attributes:

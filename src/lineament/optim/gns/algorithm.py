@@ -19,11 +19,21 @@ import torch
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.optim.gns.forms import Dense, Form, as_dense, as_form, reduced
+from lineament.core.results import Readable
 from lineament.optim.gns.functions import Problem, as_problem, starting_point
-from lineament.optim.gns.linear_algebra import Metric, at_home, like, tensor
+from lineament.optim.gns.linear_algebra import Metric, at_home, blas_threads, like, tensor
 from lineament.optim.gns.rules import Cubic, Point, Rule, Trial, as_rule
-from lineament.optim.gns.solvers import USUAL, StepOptions, System, system
+from lineament.optim.gns.solvers import (
+    USUAL,
+    Dense,
+    Form,
+    StepOptions,
+    System,
+    as_dense,
+    as_form,
+    reduced,
+    system,
+)
 
 Evaluate = Callable[[Any], tuple[float, Any]]  # of a tensor, or of an array
 
@@ -81,69 +91,62 @@ def minimize(
     checks.number("max_iters", max_iters, low=0, integer=True)
     if f_star is not None:
         checks.number("f_star", f_star)
-    x = starting_point(x0, fun)
+    x = shape = starting_point(x0, fun)
     problem, hess = as_problem(fun, jac, hess, isinstance(x0, Tensor))
-    out = (lambda v: v.clone()) if isinstance(x0, Tensor) else (lambda v: v.cpu().numpy().copy())
-    moving = metric if callable(metric) else None
-    shape = x
     if at_home(x) and getattr(problem, "arrays", False):
         x = x.numpy()
-        out = (lambda v: torch.from_numpy(v.copy())) if isinstance(x0, Tensor) else (lambda v: v.copy())
+    moving = metric if callable(metric) else None
+    solving = replace(step, solver="eigh") if isinstance(chosen, Cubic) else step
     rounding = getattr(problem, "eps", torch.finfo(shape.dtype).eps)
-    search = Search(
-        problem.value_and_grad, Metric(None if moving else metric, shape), chosen, step.max_probes, rounding
-    )
-    counts = search.counts
-    cubic = isinstance(chosen, Cubic)
-    solving = replace(step, solver="eigh") if cubic else step
     began = time.perf_counter()
+
+    def out(v: Any) -> Any:
+        copy = tensor(v).clone()
+        return copy if isinstance(x0, Tensor) else copy.cpu().numpy()
 
     def curvature(x: Any) -> Form:
         counts.hessians += 1
-        at = tensor(x)
-        found = reduced(as_form(problem.curvature(x, hess), at, symmetric=True), at, step)
-        return Dense(as_dense(found, len(at)).to(at)) if cubic else found
+        at, given = tensor(x), None if hess == "zero" else problem.curvature(x, hess)
+        found = reduced(as_form(given, at, symmetric=True), at, step)
+        return Dense(as_dense(found, len(at)).to(at)) if solving is not step else found
 
-    value, gradient = search.evaluated(x)
-    bad = int((~torch.isfinite(tensor(gradient))).sum())
-    checks.require(
-        math.isfinite(value) and bad == 0,
-        f"x0: f is {value:g} there and {bad} of {len(x)} entries of its gradient are not finite; expected a point where both are",
-    )
-    here = measured(x, value, gradient, search.metric)
-    number = chosen.start
-    log: list[Record] = []
-    status = ""
-    for k in range(max_iters + 1):
-        if moving is not None and here.norm > 0:
-            search.metric = Metric(moving(out(here.x)), shape)
-            here = measured(here.x, here.f, here.g, search.metric)
-        arrival = Record(
-            k, here.f, here.norm, number, None, None, 0, *counts.columns(), time.perf_counter() - began
+    with blas_threads(len(x)):
+        B = Metric(None if moving else metric, shape)
+        search = Search(problem.value_and_grad, B, chosen, step.max_probes, rounding)
+        counts = search.counts
+        value, gradient = search.evaluated(x)
+        bad = int((~torch.isfinite(tensor(gradient))).sum())
+        checks.require(
+            math.isfinite(value) and bad == 0,
+            f"x0: f is {value:g} there and {bad} of {len(x)} entries of its gradient are not finite; expected a point where both are",
         )
-        status = "max_iters" if k == max_iters else ""
-        if here.norm < grad_tol or here.norm == 0:
-            status = "converged"
-        if f_star is not None and here.f - f_star < eps:
-            status = "target"
-        if callback is not None and callback(out(here.x), arrival):
-            status = "stopped"
-        if status:
-            log.append(arrival)
-            break
-        g = tensor(here.g)
-        z = g if here.z is here.g else tensor(here.z)
-        equations = system(curvature(here.x), search.metric, g, z, solving)
-        step_taken = search.run(here, equations, number)
-        counts.products += equations.products
-        if step_taken.trial is None:
-            status = "precision" if step_taken.tiny else "search_failed"
-            log.append(replace(arrival, probes=step_taken.probes))
-            break
-        log.append(
-            replace(arrival, gamma=step_taken.gamma, lam=step_taken.trial.lam, probes=step_taken.probes)
-        )
-        number, here = step_taken.number, step_taken.trial.new
+        here, number, status = measured(x, value, gradient, B), chosen.start, ""
+        log: list[Record] = []
+        for k in range(max_iters + 1):
+            if moving is not None and here.norm > 0:
+                search.metric = Metric(moving(out(here.x)), shape)
+                here = measured(here.x, here.f, here.g, search.metric)
+            seconds = time.perf_counter() - began
+            arrival = Record(k, here.f, here.norm, number, None, None, 0, *counts.columns(), seconds)
+            status = "max_iters" if k == max_iters else ""
+            if here.norm < grad_tol or here.norm == 0:
+                status = "converged"
+            if f_star is not None and here.f - f_star < eps:
+                status = "target"
+            if callback is not None and callback(out(here.x), arrival):
+                status = "stopped"
+            if status:
+                log.append(arrival)
+                break
+            equations = system(curvature(here.x), search.metric, tensor(here.g), tensor(here.z), solving)
+            taken = search.run(here, equations, number)
+            counts.products += equations.products
+            if taken.trial is None:
+                status = "precision" if taken.tiny else "search_failed"
+                log.append(replace(arrival, probes=taken.probes))
+                break
+            log.append(replace(arrival, gamma=taken.gamma, lam=taken.trial.lam, probes=taken.probes))
+            number, here = taken.number, taken.trial.new
     return Minimum(
         x=out(here.x), fun=here.f, jac=out(here.g), success=status in ("converged", "target", "stopped"),
         status=status, message=MESSAGES[status], nit=len(log) - 1, nfev=counts.evaluations, njev=counts.evaluations,
@@ -263,7 +266,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Minimum:
+class Minimum(Readable):
     """The result: SciPy's ``x``, ``fun``, ``jac``, ``success``, ``status``, ``message``, ``nit``, ``nfev``, ``njev``, ``nhev``; and ``nsolve``,
     ``nprod`` and the ``log``.
 

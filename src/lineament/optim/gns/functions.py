@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, jvp
 
 from lineament.core import checks
-from lineament.optim.gns.forms import Products
+from lineament.optim.gns.solvers import Products
 
 # Above this many variables the exact Hessian of a PyTorch function is an operator: n products cost more than they save.
 _DENSE = 2000
@@ -40,32 +40,29 @@ def is_problem(fun: Any) -> TypeGuard[Problem]:
 
 
 def as_problem(fun: Any, jac: Any, hess: Any, tensors: bool) -> tuple[Problem, Any]:
-    """``fun`` as a problem, and what of its curvature is wanted."""
+    """``fun`` as a problem, and what of its curvature is wanted: ``"zero"`` for none."""
+    own = callable(hess) or isinstance(hess, HessianUpdateStrategy)
+    kind = "zero" if hess is None else hess
     if is_problem(fun):
         checks.require(jac is None, "jac: a problem brings its own gradient; expected None")
-        if callable(hess) or isinstance(hess, HessianUpdateStrategy):
+        if own:
             return _Functions(fun.value_and_grad, True, hess, True), hess
-        kind = "zero" if hess is None else hess
-        checks.one_of("hess", kind, (*fun.kinds, "zero"))
-        return (_Flat(fun), kind) if kind == "zero" else (fun, kind)
+        return fun, checks.one_of("hess", kind, (*fun.kinds, "zero"))
     checks.require(callable(fun), f"fun: got {checks.show(fun)}, expected a function or a problem")
     checks.require(
-        hess is None
-        or callable(hess)
-        or hess in ("exact", "zero")
-        or isinstance(hess, HessianUpdateStrategy),
+        own or kind in ("exact", "zero"),
         f"hess: got {checks.show(hess)}, expected a function, 'exact', None or a HessianUpdateStrategy; "
         "names such as 'fisher' belong to problems",
     )
     checks.require(
-        hess != "exact" or tensors,
+        kind != "exact" or tensors,
         "hess: 'exact' differentiates a PyTorch function; for NumPy functions give hess=, or x0 as a tensor",
     )
     checks.require(
         callable(jac) or jac is True or tensors,
         f"jac: got {checks.show(jac)}; for NumPy functions expected the gradient, or True when fun returns (f, gradient)",
     )
-    return _Functions(fun, jac, hess, tensors), hess
+    return _Functions(fun, jac, hess, tensors), kind
 
 
 def starting_point(x0: Any, fun: Any) -> Tensor:
@@ -91,32 +88,16 @@ def starting_point(x0: Any, fun: Any) -> Tensor:
     return x
 
 
-class _Flat:
-    """A problem whose curvature is left out."""
-
-    kinds = ("zero",)
-
-    def __init__(self, problem: Problem):
-        self.value_and_grad = problem.value_and_grad
-        self.arrays = getattr(problem, "arrays", False)
-
-    def curvature(self, x: Any, kind: Any) -> None:
-        return None
-
-
 class _Functions:
     """A user's functions."""
 
-    kinds = ("exact", "zero")
+    kinds = ("exact",)
 
     def __init__(self, fun: Callable[..., Any], jac: Any, hess: Any, tensors: bool):
         self.fun, self.jac, self.hess, self.tensors = fun, jac, hess, tensors
         self.arrays = not tensors
-        self._secant: _Secant | None = None
-        if jac is None or jac is False:
-            self._both = grad_and_value(self._scalar)
-        if isinstance(hess, HessianUpdateStrategy):
-            self._secant = _Secant(hess)
+        self._both = grad_and_value(self._scalar)
+        self._last: tuple[Any, Any] | None = None  # the point and gradient of the last quasi-Newton update
 
     def _scalar(self, x: Tensor) -> Tensor:
         value = self.fun(x)
@@ -147,19 +128,16 @@ class _Functions:
         # A copy: a user's function may fill one array again and again.
         if isinstance(x, np.ndarray):
             found = np.array(gradient, dtype=np.float64).reshape(-1)
-            shown: Any = gradient
         else:
-            shown = torch.as_tensor(gradient)
-            found = shown.detach().reshape(-1).to(x, copy=True)
+            gradient = torch.as_tensor(gradient)
+            found = gradient.detach().reshape(-1).to(x, copy=True)
         if len(found) != len(x):
-            raise checks.InputError(f"jac: it returned {checks.show(shown)}, expected shape ({len(x)},)")
+            raise checks.InputError(f"jac: it returned {checks.show(gradient)}, expected shape ({len(x)},)")
         return value, found
 
     def curvature(self, x: Any, kind: Any) -> Any:
-        if self.hess is None or (isinstance(kind, str) and kind == "zero"):
-            return None
-        if self._secant is not None:
-            return self._secant.at(x, self.value_and_grad(x)[1])
+        if isinstance(self.hess, HessianUpdateStrategy):
+            return self._secant(self.hess, np.array(x), np.array(self.value_and_grad(x)[1]))
         if callable(self.hess):
             return self.hess(x if self.tensors else np.asarray(x))
         gradient = grad(self._scalar)
@@ -168,20 +146,12 @@ class _Functions:
             return (matrix + matrix.T) / 2
         return Products(lambda v: jvp(gradient, (x,), (v,))[1], x, by_column=True)
 
-
-class _Secant:
-    """A quasi-Newton matrix of SciPy, updated from one iterate to the next."""
-
-    def __init__(self, strategy: HessianUpdateStrategy):
-        self.strategy = strategy
-        self._last: tuple[Any, Any] | None = None
-
-    def at(self, x: Any, g: Any) -> Any:
-        x, g = np.array(x), np.array(g)
+    def _secant(self, strategy: HessianUpdateStrategy, x: np.ndarray, g: np.ndarray) -> np.ndarray:
+        """SciPy's quasi-Newton matrix, updated from one iterate to the next."""
         if self._last is None:
-            self.strategy.initialize(len(x), "hess")
+            strategy.initialize(len(x), "hess")
         else:
-            self.strategy.update(x - self._last[0], g - self._last[1])
+            strategy.update(x - self._last[0], g - self._last[1])
         self._last = (x, g)
-        matrix: Any = self.strategy.get_matrix()
+        matrix: Any = strategy.get_matrix()
         return np.array(matrix)

@@ -1,21 +1,22 @@
-"""The dense products and solves of the method, and the metric B in which steps and gradients are measured.
+"""The dense arithmetic of the method, and the metric B in which steps and gradients are measured.
 
-For Semenov, Jaggi, Doikov (2025, arXiv 2506.13710), section 2. What is not obvious: all of it comes from one library, SciPy's BLAS and LAPACK
-for float64 on a CPU and PyTorch otherwise. NumPy, SciPy and PyTorch each bring threads of their own, which wait for work by spinning; a loop
-that goes from one library to the next makes them fight for the cores. And on a vector of two entries NumPy takes a third of PyTorch's time,
-so small problems are computed on arrays: whatever takes vectors takes tensors or arrays, and gives back what it got. This is the only module
-(besides :mod:`~lineament.optim.gns.problems`, which starts them) that knows the difference.
+For Semenov, Jaggi, Doikov (2025, arXiv 2506.13710), section 2. What is not obvious: float64 on a CPU goes through SciPy's BLAS and LAPACK, which
+has the products that a symmetric matrix needs, and everything else through PyTorch. And on a vector of two entries NumPy takes a third of
+PyTorch's time, so small problems are computed on arrays: whatever takes vectors takes tensors or arrays, and gives back what it got.
 """
 
 from __future__ import annotations
 
+import functools
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.linalg.blas import dgemm, dgemv, dger, dsyrk  # pyright: ignore[reportAttributeAccessIssue]
-from scipy.linalg.lapack import dposv, dpotrf, dpotrs  # pyright: ignore[reportAttributeAccessIssue]
+from scipy.linalg.blas import dgemm, dger, dsyrk  # pyright: ignore[reportAttributeAccessIssue]
+from scipy.linalg.lapack import dpotrs  # pyright: ignore[reportAttributeAccessIssue]
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from lineament.core import checks
@@ -24,6 +25,8 @@ Vector = Tensor | np.ndarray
 
 # Rows that are mirrored at a time: a block and its mirror image stay in the cache.
 _BLOCK = 64
+# From this many variables on a factorisation is worth more than one thread.
+_LARGE = 2000
 
 
 def at_home(t: Tensor) -> bool:
@@ -41,31 +44,23 @@ def tensor(v: Vector) -> Tensor:
     return torch.from_numpy(v) if isinstance(v, np.ndarray) else v
 
 
-def gemv(A: Float[Tensor, "m n"], x: Any) -> Any:
-    """A x for a vector (n,).
+def blas_threads(n: int) -> AbstractContextManager[Any]:
+    """One thread for the BLAS of NumPy and of SciPy where there are few variables, as before afterwards.
 
-    >>> gemv(torch.eye(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)).tolist()
-    [1.0, 1.0]
+    Their threads and PyTorch's wait for work by spinning. A loop that goes from one library to the next makes them fight for the cores, which
+    costs up to sixty times the arithmetic (n = 300, two cores).
     """
-    plain = isinstance(x, np.ndarray)
-    if not plain and not (at_home(A) and x.dtype is A.dtype):
-        return A @ x
-    a, v = A.detach().numpy(), x if plain else x.detach().numpy()
-    # Fortran's order: a matrix by rows is the transpose of one by columns.
-    found = dgemv(1.0, a, v) if a.flags.f_contiguous else dgemv(1.0, a.T, v, trans=1)
-    return found if plain else torch.from_numpy(found)
+    return _libraries().limit(limits=1 if n < _LARGE else None, user_api="blas")
 
 
-def gemv_t(A: Float[Tensor, "m n"], v: Any) -> Any:
-    """Aᵀ v for a vector (m,)."""
-    return gemv(A.T, v)
+@functools.cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()  # looks through all loaded libraries, which takes milliseconds
 
 
-def weighted_rows(A: Float[Tensor, "m n"], weights: Float[Tensor, "m"]) -> Float[Tensor, "m n"]:
-    """diag(w) A."""
-    if at_home(A):
-        return torch.from_numpy(A.detach().numpy() * weights.numpy()[:, None])
-    return A * weights[:, None]
+def matvec(A: Float[Tensor, "m n"], x: Any) -> Any:
+    """A x for a vector (n,)."""
+    return A.numpy() @ x if isinstance(x, np.ndarray) else A @ x
 
 
 def gram(V: Float[Tensor, "r n"]) -> Float[Tensor, "n n"]:
@@ -97,64 +92,13 @@ def add_outer_(H: Any, w: Any, alpha: float) -> Any:
     return H
 
 
-def cholesky(B: Float[Tensor, "n n"]) -> tuple[Float[Tensor, "n n"], int]:
-    """L with B = LLᵀ, and the order of the first leading minor that is not positive (0 where all are)."""
-    if not at_home(B):
-        L, info = torch.linalg.cholesky_ex(B)
-        return L, int(info)
-    U, info = dpotrf(B.detach().numpy(), lower=0, clean=1)
-    return torch.from_numpy(U.T), info
-
-
 def cholesky_solve(v: Any, L: Float[Tensor, "n n"]) -> Any:
     """(LLᵀ)⁻¹ v for v of shape (n,) or (n, k)."""
-    if isinstance(v, np.ndarray):
-        return dpotrs(L.numpy().T, v, lower=0)[0]
-    if at_home(L) and v.dtype is L.dtype:
-        return torch.from_numpy(dpotrs(L.numpy().T, v.detach().numpy(), lower=0)[0])
+    if isinstance(v, np.ndarray) or (at_home(L) and v.dtype is L.dtype):
+        # Fortran's order: a matrix by rows is the transpose of one by columns.
+        found = dpotrs(L.numpy().T, np.asarray(v), lower=0)[0]
+        return found if isinstance(v, np.ndarray) else torch.from_numpy(found)
     return torch.cholesky_solve(v if v.ndim == 2 else v[:, None], L).reshape(v.shape)
-
-
-class Positive:
-    """H + λB for one H and many λ: its solutions, by a Cholesky factorisation each.
-
-    >>> solver = Positive(torch.eye(2, dtype=torch.float64), None, torch.ones(2, dtype=torch.float64))
-    >>> solver.solve(1.0).round(decimals=6).tolist(), solver.solve(-2.0)
-    ([-0.5, -0.5], None)
-    """
-
-    def __init__(self, H: Float[Tensor, "n n"], B: Tensor | None, g: Float[Tensor, "n"]):
-        """``B``: ``None`` for the identity, (n,) for a diagonal, (n, n)."""
-        self.H, self.B, self.g = H, B, g
-        self.home = at_home(H)
-        if self.home:
-            self._h, self._down = H.numpy(), -g.numpy()
-            self._b = None if B is None else B.numpy()
-            # One memory for every probe: fresh pages cost more than the copy.
-            self._room = np.empty(self._h.shape)
-            self._diagonal = self._room.reshape(-1)[:: H.shape[0] + 1]
-
-    def solve(self, lam: float) -> Tensor | None:
-        """-(H + λB)⁻¹ g, or ``None`` where that matrix is not positive definite."""
-        if not self.home:
-            L, info = torch.linalg.cholesky_ex(self._total(lam))
-            return None if int(info) else -torch.cholesky_solve(self.g[:, None], L)[:, 0]
-        room, b = self._room, self._b
-        if b is not None and b.ndim == 2:
-            np.multiply(b, lam, room)
-            room += self._h
-        else:
-            room[...] = self._h
-            self._diagonal += lam if b is None else b * lam
-        _, x, info = dposv(room.T, self._down, lower=1, overwrite_a=1)
-        return None if info else torch.from_numpy(x)
-
-    def _total(self, lam: float) -> Tensor:
-        if self.B is not None and self.B.ndim == 2:
-            return torch.add(self.H, self.B, alpha=lam)
-        total = self.H.clone()
-        total.diagonal().add_(lam if self.B is None else self.B * lam)
-        return total
 
 
 def require_symmetric(name: str, matrix: Float[Tensor, "n n"]) -> None:
@@ -192,9 +136,7 @@ class Metric:
             tuple(B.shape) in ((n,), (n, n)),
             f"metric: got {checks.show(B)}, expected a vector ({n},) or a matrix ({n}, {n})",
         )
-        # Without a kernel of PyTorch's over the whole matrix, whose threads would wait beside the solver's.
-        fine = at_home(B) and bool(np.isfinite(B.numpy()).all())
-        checks.tensor("metric", B, floating=True, finite=not fine)
+        checks.tensor("metric", B, floating=True)
         if B.ndim == 1:
             least = float(B.min())
             checks.require(least > 0, f"metric: its smallest entry is {least:g}, expected positive entries")
@@ -202,13 +144,13 @@ class Metric:
             self._root = B.sqrt()
             return
         require_symmetric("metric", B)
-        L, info = cholesky(B)
+        L, info = torch.linalg.cholesky_ex(B)
         checks.require(
-            info == 0,
-            f"metric: its leading minor of order {info} is not positive, expected a positive definite matrix; "
+            int(info) == 0,
+            f"metric: its leading minor of order {int(info)} is not positive, expected a positive definite matrix; "
             "add a small multiple of the identity",
         )
-        self.kind, self.matrix, self._L = "matrix", B, L
+        self.kind, self.matrix, self._L = "matrix", B, L.contiguous()
         self.diagonal = B.diagonal()
 
     def apply(self, v: Any) -> Any:
@@ -216,7 +158,7 @@ class Metric:
         if self.kind == "identity":
             return v
         return (
-            like(self.diagonal * torch.as_tensor(v), v) if self.kind == "diagonal" else gemv(self.matrix, v)
+            like(self.diagonal * torch.as_tensor(v), v) if self.kind == "diagonal" else matvec(self.matrix, v)
         )
 
     def inverse(self, v: Any) -> Any:
@@ -244,13 +186,6 @@ class Metric:
         wide = v[:, None] if v.ndim == 1 else v
         found = torch.linalg.solve_triangular(L, wide, upper=transposed)
         return found[:, 0] if v.ndim == 1 else found
-
-    @property
-    def stored(self) -> Tensor | None:
-        """B as it was given: ``None`` for the identity, (n,) for a diagonal, (n, n)."""
-        if self.kind == "identity":
-            return None
-        return self.diagonal if self.kind == "diagonal" else self.matrix
 
     def norm(self, h: Any) -> float:
         """‖h‖ of a step."""

@@ -20,8 +20,8 @@ from lineament.core.curvature.operator import Curvature
 from lineament.core.curvature.risk import Risk
 from lineament.core.gradients import flatten, per_sample_gradients, unflatten
 from lineament.core.models import unwrapped
-from lineament.optim.gns.forms import Dense, Form, LowRank, Operator
 from lineament.optim.gns.linear_algebra import gram
+from lineament.optim.gns.solvers import Dense, Form, LowRank, Operator
 
 # Per-sample gradients are kept as a low-rank factor up to this size.
 _FACTOR_BYTES = 512 * 1024**2

@@ -20,10 +20,19 @@ from torch.optim import Optimizer
 from lineament.core import checks
 from lineament.core.gradients import flatten, unflatten
 from lineament.optim.gns.algorithm import Counts, Search, measured
-from lineament.optim.gns.forms import Form, Operator, Products, as_form, finite, reduced
-from lineament.optim.gns.linear_algebra import Metric
+from lineament.optim.gns.linear_algebra import Metric, blas_threads
 from lineament.optim.gns.rules import Smoothness
-from lineament.optim.gns.solvers import USUAL, StepOptions, system
+from lineament.optim.gns.solvers import (
+    USUAL,
+    Form,
+    Operator,
+    Products,
+    StepOptions,
+    as_form,
+    finite,
+    reduced,
+    system,
+)
 from lineament.optim.sam import running_statistics_kept
 
 _JOINT = ("gamma", "rule", "step", "dense", "nonfinite")
@@ -221,10 +230,12 @@ class GNS(Optimizer):
             return float(value.detach()), flatten([grad.detach().double() for grad in found])
 
         try:
-            form = finite(self._form(x, params, grads, group["dense"]))
-            equations = system(reduced(form, x, options), self._B, here.g, here.z, options)
-            search = Search(evaluate, self._B, Smoothness(**group["rule"]), options.max_probes, eps, counts)
-            step = search.run(here, equations, kept["gamma"])
+            with blas_threads(len(x)):
+                form = finite(self._form(x, params, grads, group["dense"]))
+                equations = system(reduced(form, x, options), self._B, here.g, here.z, options)
+                rule = Smoothness(**group["rule"])
+                search = Search(evaluate, self._B, rule, options.max_probes, eps, counts)
+                step = search.run(here, equations, kept["gamma"])
         except checks.NotFiniteError as error:
             if group["nonfinite"] == "raise":
                 raise checks.InputError(

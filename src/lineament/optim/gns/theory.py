@@ -1,4 +1,4 @@
-"""γ(x) itself: how far the linear model of the gradient is right, measured; its calculus, and the bounds of the theory.
+"""γ(x) itself: how far the linear model of the gradient is right, measured, and its bound for self-concordant functions.
 
 Semenov, Jaggi, Doikov (2025, arXiv 2506.13710), Definition 1. γ(x) is the largest γ with ‖∇f(x+h) - ∇f(x) - Hh‖_* ≤ ‖g‖_*‖h‖/γ for
 all h with ‖h‖ ≤ γ and <Hh,h> + <g,h> ≤ 0. What is not obvious: that is an infimum without γ in its condition,
@@ -11,7 +11,7 @@ so that sampled directions give an upper bound, which is exact in one dimension 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.optim.gns.forms import as_form
 from lineament.optim.gns.linear_algebra import Metric
+from lineament.optim.gns.solvers import as_form
 
 # e^t = 1 + 2t: the constant of quasi-self-concordance.
 QSC = 1.2564312086261697
@@ -128,21 +128,6 @@ def _along(
     return min(values[k], value(0.5 * (low + high)))
 
 
-def lower_bound(grad_norm: float, constants: Mapping[float, float]) -> float:
-    """π(‖g‖) = (Σ_α M_{1-α} ‖g‖^{-α})⁻¹, the bound of a class of functions; ``constants`` is {α: M_{1-α}}.
-
-    >>> lower_bound(4.0, {1: 2.0})  # a 2-Lipschitz gradient, H = 0: ‖g‖/L
-    2.0
-    """
-    checks.number("grad_norm", grad_norm, low=0, open_low=True)
-    checks.require(len(constants) > 0, "constants: got none, expected {alpha: M}")
-    for alpha, M in constants.items():
-        checks.number("alpha", alpha, low=0, high=1)
-        checks.number("M", M, low=0)
-    total = sum(M * grad_norm**-alpha for alpha, M in constants.items())
-    return 1 / total if total else math.inf
-
-
 def self_concordant(M: float) -> float:
     """t*/M with e^{t*} = 1 + 2t*: the bound for an exact Hessian of a quasi-self-concordant function, wherever x is.
 
@@ -150,26 +135,3 @@ def self_concordant(M: float) -> float:
     0.6282
     """
     return QSC / checks.number("M", M, low=0, open_low=True)
-
-
-def harmonic(*gammas: float) -> float:
-    """(Σ 1/γ_i)⁻¹: the bound for a sum of functions, and for another H with ‖H_1 - H_2‖ ≤ ‖g‖_*/γ_12.
-
-    >>> harmonic(2.0, 2.0)
-    1.0
-    """
-    total = sum(
-        1 / checks.number("gamma", gamma, low=0, open_low=True) for gamma in gammas if gamma != math.inf
-    )
-    return 1 / total if total else math.inf
-
-
-def nonconvex_iterations(gap: float, least_gamma: float, first_norm: float, eps: float) -> float:
-    """The most iterations until some ‖g_k‖_* ≤ ε, convex or not: 8(f_0 - f*)/(γ_min ε) + ln(‖g_0‖_*/ε).
-
-    >>> nonconvex_iterations(1.0, 1.0, 1.0, 1.0)
-    8.0
-    """
-    for name, value in (("gap", gap), ("least_gamma", least_gamma), ("first_norm", first_norm), ("eps", eps)):
-        checks.number(name, value, low=0, open_low=name != "gap")
-    return 8 * gap / (least_gamma * eps) + max(0.0, math.log(first_norm / eps))

@@ -12,11 +12,18 @@ from torch import Tensor
 
 from lineament.data.digits import digit_images
 from lineament.optim.gns.algorithm import Minimum, minimize
-from lineament.optim.gns.equations import Chebyshev, Linear, Rosenbrock
-from lineament.optim.gns.problems import Logistic, LogSumExp, PowerOfResiduals, Softmax, dense_curvature
+from lineament.optim.gns.problems import (
+    Linear,
+    Logistic,
+    LogSumExp,
+    PowerOfResiduals,
+    Softmax,
+    dense_curvature,
+)
 from lineament.optim.gns.rules import Backtracking, SuperUniversal
 from lineament.optim.gns.solvers import StepOptions
 from lineament.optim.gns.theory import self_concordant, smoothness
+from lineament.recipes.gns.equations import Chebyshev, Rosenbrock
 from lineament.recipes.gns.fast_gradient import fast_gradient
 
 POWERS = (2, 3, 4, 5, 6, 8)

@@ -11,11 +11,10 @@ from torch import nn
 from lineament.core.checks import InputError
 from lineament.core.curvature.matrices import fisher, gauss_newton
 from lineament.optim.gns.algorithm import minimize
-from lineament.optim.gns.forms import Dense, LowRank, Operator
 from lineament.optim.gns.network import Network
 from lineament.optim.gns.optimizer import GNS
 from lineament.optim.gns.rules import Smoothness
-from lineament.optim.gns.solvers import StepOptions
+from lineament.optim.gns.solvers import Dense, LowRank, Operator, StepOptions
 
 LOSS = nn.functional.cross_entropy
 

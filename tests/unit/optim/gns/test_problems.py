@@ -13,18 +13,19 @@ from lineament.core.checks import InputError
 from lineament.core.curvature.matrices import fisher
 from lineament.optim.gns import network as network_module
 from lineament.optim.gns.algorithm import minimize
-from lineament.optim.gns.equations import Chebyshev, Equations, Linear, Rosenbrock
-from lineament.optim.gns.forms import Dense, as_dense
 from lineament.optim.gns.network import Network
 from lineament.optim.gns.problems import (
     Composite,
+    Equations,
+    Linear,
     Logistic,
     LogSumExp,
     PowerOfResiduals,
     Softmax,
     dense_curvature,
 )
-from lineament.optim.gns.solvers import StepOptions
+from lineament.optim.gns.solvers import Dense, StepOptions, as_dense
+from lineament.recipes.gns.equations import Chebyshev, Rosenbrock
 
 F64 = torch.float64
 

@@ -7,10 +7,21 @@ import torch
 
 from lineament.core.checks import InputError
 from lineament.optim.gns.algorithm import minimize
-from lineament.optim.gns.forms import Dense, Diagonal, LowRank, Operator, Zero, as_dense, as_form, reduced
 from lineament.optim.gns.linear_algebra import Metric
 from lineament.optim.gns.rules import cubic_step
-from lineament.optim.gns.solvers import Spectral, StepOptions, system
+from lineament.optim.gns.solvers import (
+    Dense,
+    Diagonal,
+    LowRank,
+    Operator,
+    Spectral,
+    StepOptions,
+    Zero,
+    as_dense,
+    as_form,
+    reduced,
+    system,
+)
 
 F64 = torch.float64
 

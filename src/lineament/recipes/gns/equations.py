@@ -1,59 +1,17 @@
-"""Systems of equations u(x) = 0 with their derivatives: linear, Rosenbrock's, the Chebyshev chain, and a user's own.
+"""The paper's systems of equations u(x) = 0, with their derivatives: Rosenbrock's, and the Chebyshev chain.
 
-For :class:`~lineament.optim.gns.problems.PowerOfResiduals`. Each gives u, Jᵀv, J and Σ_i v_i ∇²u_i (``second``: a matrix, its diagonal
-or ``None``), and ``normal``, JᵀJ, where that is cheaper than a product. Those with ``arrays`` take NumPy arrays as well as tensors;
-``size`` and ``dtype`` are those that x must have, where that is known.
+For :class:`~lineament.optim.gns.problems.PowerOfResiduals`, which says what each method gives. Written for arrays and tensors alike, since a
+problem of two unknowns is computed three times as fast on arrays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
-from torch.func import hessian, jacrev, vjp
 
 from lineament.core import checks
-from lineament.optim.gns.linear_algebra import at_home, gemv, gemv_t, gram, like
-
-
-class Linear:
-    """u = Ax - b.
-
-    >>> Linear(torch.eye(2), torch.ones(2)).residuals(torch.zeros(2)).tolist()
-    [-1.0, -1.0]
-    """
-
-    def __init__(self, A: Float[Tensor, "m n"], b: Float[Tensor, "m"]):
-        self.A = checks.tensor("A", A, shape=("m", "n"), floating=True)
-        self.b = checks.tensor("b", b, shape=(len(A),), floating=True)
-        self.size, self.dtype = A.shape[1], A.dtype
-        self._normal: Tensor | None = None
-
-    @property
-    def arrays(self) -> bool:
-        return at_home(self.A)
-
-    def residuals(self, x: Any) -> Any:
-        return gemv(self.A, x) - like(self.b, x)
-
-    def pulled(self, x: Any, v: Any) -> Any:
-        return gemv_t(self.A, v)
-
-    def jacobian(self, x: Any) -> Any:
-        return like(self.A, x)
-
-    def normal(self, x: Any) -> Any:
-        """JᵀJ, the same everywhere."""
-        if self._normal is None:
-            self._normal = gram(self.A)
-        return self._normal.numpy().copy() if isinstance(x, np.ndarray) else self._normal.clone()
-
-    def second(self, x: Any, v: Any) -> None:
-        return None
 
 
 class Rosenbrock:
@@ -134,34 +92,6 @@ class Chebyshev:
         found = 0 * x
         found[:-1] = -4 * v[1:]
         return found
-
-
-class Equations:
-    """A PyTorch function u(x) of the user's; PyTorch takes its derivatives.
-
-    >>> Equations(lambda x: x**2).jacobian(torch.tensor([3.0])).tolist()
-    [[6.0]]
-    """
-
-    def __init__(self, function: Callable[[Tensor], Tensor]):
-        checks.require(
-            callable(function), f"function: got {checks.show(function)}, expected a function of a tensor"
-        )
-        self.function = function
-
-    def residuals(self, x: Tensor) -> Tensor:
-        return checks.tensor(
-            "equations", self.function(x).detach(), shape=("m",), floating=True, finite=False
-        )
-
-    def pulled(self, x: Tensor, v: Tensor) -> Tensor:
-        return vjp(self.function, x)[1](v)[0]
-
-    def jacobian(self, x: Tensor) -> Tensor:
-        return jacrev(self.function)(x)
-
-    def second(self, x: Tensor, v: Tensor) -> Tensor:
-        return hessian(lambda at: v @ self.function(at))(x)
 
 
 def _small(like: Any, values: list[Any]) -> Any:
