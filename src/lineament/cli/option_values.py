@@ -25,7 +25,7 @@ def classes(text: str | None) -> list[str] | None:
             raise InputError(f"--classes: file {text!r} cannot be read as UTF-8 text ({error})") from error
         require(bool(names), f"--classes: file {text!r} is empty, expected one name a line")
         return names
-    return text.split(",")
+    return [name.strip() for name in text.split(",")]
 
 
 def _numbers(what: str, text: str) -> list[float]:

@@ -16,7 +16,7 @@ from torch.func import grad, vmap
 
 from lineament.core import checks
 from lineament.core.curvature.risk import chosen_parameters
-from lineament.core.models import frozen, holding, logits
+from lineament.core.models import frozen, holding, logits, unwrapped
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -152,6 +152,7 @@ def per_sample_gradients(
         len(inputs) == len(targets),
         f"targets: got {checks.show(targets)}, expected {len(inputs)} of them, as many as inputs",
     )
+    model = unwrapped(model)
     known = dict(model.named_parameters())
     names = chosen_parameters(model, params)
     for name, module in model.named_modules():

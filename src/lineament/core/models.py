@@ -7,7 +7,7 @@ scores out of it, so that no method has to know.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
@@ -50,6 +50,15 @@ def logits(output: Any) -> Tensor:
         f"the model returned {show(output)} ({type(output).__name__}), expected a tensor of logits; "
         "wrap the model so that it returns its logits"
     )
+
+
+def decided(scores: Tensor, dim: int = -1) -> Tensor:
+    """The class of each sample: the largest score's; of a single logit, 1 where it is positive.
+
+    >>> decided(torch.tensor([[0.2, 0.7]])).tolist(), decided(torch.tensor([[-1.0], [2.0]])).tolist()
+    ([1], [0, 1])
+    """
+    return scores.argmax(dim) if scores.shape[dim] > 1 else (scores.squeeze(dim) > 0).long()
 
 
 def called(model: Callable[..., Any], inputs: Any) -> Any:
@@ -147,6 +156,30 @@ def unwrapped(model: Any) -> Any:
         else:
             break
     return model
+
+
+def plain_name(name: str, known: Container[str] = ()) -> str:
+    """The name of a module or parameter without what wrappers put into it.
+
+    >>> plain_name("module._orig_mod.layer.weight", {"layer.weight"}), plain_name("module.0", {"module.0"})
+    ('layer.weight', 'module.0')
+    """
+    name = ".".join(part for part in name.split(".") if part != "_orig_mod")
+    inner = name.removeprefix("module.")
+    return inner if name not in known and inner in known else name
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """A layer's weight as its forward uses it: a parameter, or computed (weight norm, spectral norm, pruning masks, parametrizations).
+
+    >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 3))
+    >>> weight_of(layer).shape
+    torch.Size([3, 2])
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise InputError(f"model: {type(module).__name__} has no weight")
+    return weight
 
 
 def device_of(model: nn.Module) -> torch.device:

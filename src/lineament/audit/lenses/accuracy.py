@@ -7,10 +7,11 @@ calibration error over 15 bins (Guo et al. 2017, arXiv 1706.04599). For real-val
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lineament.audit.phrases import compact, percent, wilson
@@ -69,7 +70,11 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Classes:
-    """How often a classifier is right: in all, by class and by group; ``majority``: the share of the most frequent class."""
+    """How often a classifier is right: in all, by class and by group; ``majority``: the share of the most frequent class.
+
+    ``reordered``: how often it would be right were its outputs in the order that suits half of the samples best, on the other half;
+    only where that explains its answers and the given order does not.
+    """
 
     overall: Share
     balanced: float
@@ -78,7 +83,29 @@ class Classes:
     groups: Sequence[Share]
     calibration: Calibration
     confusion: Sequence[Sequence[int]]
+    reordered: Share | None = None
     task: str = "classification"
+
+    @property
+    def poor(self) -> bool:
+        """Whether it may be no better than always naming the most frequent class."""
+        return self.overall.low <= self.majority
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How often single labels are right: in all (the interval is over samples), by label and by group; ``exact``: of all labels of a sample.
+
+    ``majority`` is what naming the more frequent value of each label would be right for.
+    """
+
+    overall: Share
+    exact: Share
+    majority: float
+    labels: Sequence[Share]
+    groups: Sequence[Share]
+    calibration: Calibration
+    task: str = "multi-label"
 
 
 @dataclass(frozen=True)
@@ -106,7 +133,8 @@ def applies(subject: Subject) -> str:
 
 
 def look(subject: Subject) -> Section:
-    return _classes(subject) if subject.task == "classification" else _values(subject)
+    kinds = {"classification": _classes, "multi-label": _labels, "regression": _values}
+    return kinds[subject.task](subject)
 
 
 def calibration(probabilities: Tensor, targets: Tensor, bins: int = BINS) -> Calibration:
@@ -149,6 +177,7 @@ def _classes(subject: Subject) -> Section:
         calibration=calibration(torch.softmax(subject.outputs.double(), 1), targets),
         confusion=confusion.tolist() if width <= 200 else [],
     )
+    found = replace(found, reordered=_reordered(found, targets, decisions, width))
     overall, groups, known = found.overall, found.groups, found.calibration
     hardest = min(classes, key=lambda c: c.accuracy)
     sentence = (
@@ -170,7 +199,7 @@ def _classes(subject: Subject) -> Section:
     )
     worst_gap = max((overall.accuracy - g.accuracy for g in groups if g.high < overall.low), default=0.0)
     weak = known.error > 0.1 or worst_gap > 0 or overall.accuracy < 0.8
-    poor = worst_gap > 0.1 or overall.low <= found.majority
+    poor = worst_gap > 0.1 or found.poor or found.reordered is not None
     pictures = [*([_bars(groups, "group")] if len(groups) > 1 else []), _bars(classes, "class")]
     pictures += [
         _reliability(known),
@@ -206,6 +235,16 @@ def _between(groups: Sequence[Share]) -> str:
 def _class_findings(found: Classes) -> list[Finding]:
     overall, groups, known = found.overall, found.groups, found.calibration
     told = []
+    if found.reordered is not None:
+        other = found.reordered
+        told.append(
+            Finding(
+                "warning",
+                f"Its outputs seem to be in another order than the class numbers: it is right for {percent(overall.accuracy)} of {overall.count} samples, and would be right for "
+                f"{percent(other.accuracy)} of {other.count} (95 % interval {percent(other.low)} to {percent(other.high)}) in the order that suits the other {overall.count - other.count} best.",
+                advice="Give the names of the classes in the order of the model's outputs (`classes`): labels then follow their names. Until then no number by class means anything.",
+            )
+        )
     if len(groups) > 1:
         best, worst = max(groups, key=lambda g: g.accuracy), min(groups, key=lambda g: g.accuracy)
         if worst.high < best.low:
@@ -228,15 +267,8 @@ def _class_findings(found: Classes) -> list[Finding]:
                 advice="See what it is taken for (the table of mistakes), check the labels of a few of these samples, and train on more of them.",
             )
         )
-    if known.error > 0.05 and abs(known.gap) > 0.03:
-        told.append(
-            Finding(
-                "warning" if known.gap > 0.15 else "note",
-                f"It is {'over' if known.gap > 0 else 'under'}confident: {percent(known.confidence)} sure on average, and right in {percent(known.accuracy)}.",
-                advice="Do not use its confidence as it is: divide the logits by one temperature that you fit on held-out data (the paper that the section names says how).",
-            )
-        )
-    poor = overall.low <= found.majority
+    told += _confidence(known)
+    poor = found.poor
     no_better = "is" if overall.accuracy <= found.majority else "may be"
     told.append(
         Finding(
@@ -253,6 +285,29 @@ def _class_findings(found: Classes) -> list[Finding]:
         )
     )
     return told
+
+
+def _confidence(known: Calibration) -> list[Finding]:
+    if known.error <= 0.05 or abs(known.gap) <= 0.03:
+        return []
+    return [
+        Finding(
+            "warning" if known.gap > 0.15 else "note",
+            f"It is {'over' if known.gap > 0 else 'under'}confident: {percent(known.confidence)} sure on average, and right in {percent(known.accuracy)}.",
+            advice="Do not use its confidence as it is: divide the logits by one temperature that you fit on held-out data (the paper that the section names says how).",
+        )
+    ]
+
+
+def _reordered(found: Classes, targets: Tensor, decisions: Tensor, width: int) -> Share | None:
+    """How often it is right with its outputs reordered, where that and only that explains its answers."""
+    half = torch.arange(len(targets)) % 2 == 0
+    counts = torch.bincount(targets[half] * width + decisions[half], minlength=width * width)
+    _, best = linear_sum_assignment(counts.reshape(width, width).numpy(), maximize=True)
+    other = _share("reordered", torch.from_numpy(best)[targets[~half]] == decisions[~half])
+    # Halfway from always naming the most frequent class to always right; a better order is no mere improvement.
+    explains = other.low > (1 + found.majority) / 2
+    return other if explains and (found.poor or other.low > 2 * found.overall.high) else None
 
 
 def _share(name: str, right: Tensor) -> Share:
@@ -313,7 +368,7 @@ def _bars(rows: Sequence[Share], what: str) -> Picture:
         ax.set(xlim=(0, 1), xlabel="share of samples right")
         ax.xaxis.set_major_formatter(lambda v, _: f"{100 * v:.0f} %")
 
-    plural = {"class": "classes", "group": "groups"}[what]
+    plural = {"class": "classes", "group": "groups", "label": "labels"}[what]
     lowest, highest = shown[0], max(rows, key=lambda r: r.accuracy)
     return picture(
         draw,
@@ -380,6 +435,71 @@ def _confusion(subject: Subject, confusion: Tensor, present: list[int]) -> Pictu
         caption="Confusions: each row is a true class, the fuller the colour, the more often it is taken for the column's class.",
         alt=f"Confusion matrix of {len(present)} classes; {percent(float(confusion.diagonal().sum() / confusion.sum()))} lies on its diagonal.",
     )
+
+
+def _labels(subject: Subject) -> Section:
+    targets, chance = subject.targets > 0.5, subject.outputs.double().sigmoid()
+    right = (chance > 0.5) == targets
+    groups = subject.samples.groups
+    found = Labels(
+        _mean_share("all", right),
+        _share("all labels", right.all(1)),
+        majority=float(torch.maximum(targets.double().mean(0), 1 - targets.double().mean(0)).mean()),
+        labels=[_share(subject.class_name(k), right[:, k]) for k in range(right.shape[1])],
+        groups=[
+            _mean_share(subject.samples.group_names[g], right[groups == g])
+            for g in (torch.unique(groups).tolist() if groups is not None else [])
+        ],
+        calibration=calibration(torch.stack([1 - chance, chance], 2).flatten(0, 1), targets.long().flatten()),
+    )
+    overall, known = found.overall, found.calibration
+    hardest = min(found.labels, key=lambda share: share.accuracy)
+    poor = overall.low <= found.majority
+    told = f"It is right for {percent(overall.accuracy)} of {right.numel()} labels on {overall.count} samples (95 % interval {percent(overall.low)} to {percent(overall.high)})"
+    sentence = (
+        f"{told}, and for every label of {percent(found.exact.accuracy)} of samples; naming the more frequent value of each label would be right for {percent(found.majority)} of labels. "
+        f"The hardest label is {hardest.quoted} ({percent(hardest.accuracy)}). On average it is {percent(known.confidence)} sure."
+    )
+    return Section(
+        status="warning" if poor else "note" if overall.accuracy < 0.8 or known.error > 0.1 else "good",
+        number=percent(overall.accuracy),
+        unit="of labels right",
+        sentence=sentence,
+        pictures=[
+            *([_bars(found.groups, "group")] if len(found.groups) > 1 else []),
+            _bars(found.labels, "label"),
+            _reliability(known),
+        ],
+        tables=[
+            *([_table("By group", "group", found.groups)] if found.groups else []),
+            _table(
+                "By label" + (", the 20 hardest" if len(found.labels) > 20 else ""), "label", found.labels
+            ),
+        ],
+        numbers=plain(found),
+        findings=[
+            *_confidence(known),
+            Finding(
+                "warning" if poor else "good" if overall.accuracy >= 0.8 else "note",
+                told
+                + (
+                    f", no better than naming the more frequent value of each ({percent(found.majority)})."
+                    if poor
+                    else "."
+                ),
+                advice="Make sure first that samples reach it as they did in training (their size and normalisation) and that labels stand in the same order in both."
+                if poor
+                else "",
+            ),
+        ],
+    )
+
+
+def _mean_share(name: str, right: Tensor) -> Share:
+    """The share of labels that are right; labels of one sample are not independent, so the interval is over samples."""
+    each = right.double().mean(1)
+    mean, error = float(each.mean()), float(each.std()) / len(each) ** 0.5 if len(each) > 1 else 0.5
+    return Share(name, mean, max(mean - 1.96 * error, 0.0), min(mean + 1.96 * error, 1.0), len(each))
 
 
 def _values(subject: Subject) -> Section:

@@ -66,7 +66,7 @@ class Collapse:
 
 def applies(subject: Subject) -> str:
     if subject.task != "classification":
-        return "Neural collapse is about classes; this network answers with real values."
+        return f"Neural collapse is about one class a sample; this network answers with {'several labels' if subject.task == 'multi-label' else 'real values'}."
     if subject.samples.targets.bincount().max() < 2:
         return "Every class has a single sample, so that there is no spread within classes to measure."
     return ""

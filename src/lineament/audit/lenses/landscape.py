@@ -480,7 +480,7 @@ def _reach(found: Spectrum) -> float:
 def _rounding(subject: Subject) -> float:
     """The mean loss below which there is nothing left to fall: what the last digits of single precision make of it."""
     eps = torch.finfo(torch.float32).eps
-    if subject.task == "classification":
+    if subject.task != "regression":
         return 10 * eps
     targets = subject.targets.double()
     return (10 * eps) ** 2 * max(float(targets.square().mean()), 1e-30)

@@ -29,6 +29,7 @@ from lineament.core.models import (
     logits,
     moved,
     ordinary,
+    plain_name,
     unwrapped,
     widened,
 )
@@ -270,11 +271,11 @@ def chosen_parameters(model: nn.Module, params: str | Sequence[str] | None) -> l
     >>> chosen_parameters(nn.Linear(2, 2), "b*")
     ['bias']
     """
-    known = dict(model.named_parameters())
+    known = dict(unwrapped(model).named_parameters())
     if params is None:
         found = [name for name, p in known.items() if p.requires_grad]
     else:
-        patterns = [params] if isinstance(params, str) else list(params)
+        patterns = [plain_name(p, known) for p in ([params] if isinstance(params, str) else params)]
         for pattern in patterns:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in known):
                 raise checks.InputError(

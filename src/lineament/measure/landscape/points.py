@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.batching import progress
 from lineament.core.curvature.risk import Chunk, Risk
-from lineament.core.models import called, frozen, is_half, logits
+from lineament.core.models import called, frozen, is_half, logits, unwrapped
 from lineament.measure.landscape.axes import Axis, flat_weights
 from lineament.measure.landscape.batchnorm_modes import MODES, batchnorm_mode, caution, recalibrate
 
@@ -89,7 +89,7 @@ def evaluate(
         raise checks.InputError(
             f"jobs: got {checks.show(jobs)}, expected a number of processes, or -1 for one a core"
         )
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     # Risk checks the model, the loss, the parameters and that the loader has samples; an iterator is walked only here.
     batches = list(loader) if not isinstance(loader, list) else loader
     risk = Risk(model, loss_fn, batches, params=list(names))
@@ -177,7 +177,7 @@ def _visit(
         add(index, "loss", loss.item(), count)
         for name, metric in metrics.items():
             if metric == "gradient_norm":
-                leaves = [dict(model.named_parameters())[n] for n in axes[0].names]
+                leaves = [dict(unwrapped(model).named_parameters())[n] for n in axes[0].names]
                 pulled = torch.autograd.grad(
                     loss.reshape(()), leaves, allow_unused=True, materialize_grads=True
                 )
@@ -200,7 +200,7 @@ def _visit(
         stack.enter_context(torch.enable_grad() if gradients else torch.no_grad())
         if gradients:
             for name in axes[0].names:
-                dict(model.named_parameters())[name].requires_grad_(True)
+                dict(unwrapped(model).named_parameters())[name].requires_grad_(True)
         if batchnorm == "recalibrate" or gradients:
             own = list(risk.chunks())
             source = (
@@ -235,7 +235,7 @@ def _visit(
 @contextmanager
 def _moving(model: nn.Module, axes: Sequence[Axis]) -> Iterator[Callable[[Sequence[float]], None]]:
     """A function that moves the model's weights to a point; as they were afterwards."""
-    known = dict(model.named_parameters())
+    known = dict(unwrapped(model).named_parameters())
     leaves = [known[name] for name in axes[0].names]
     buffers = dict(model.named_buffers())
     flat = flat_weights(model, axes[0].names)

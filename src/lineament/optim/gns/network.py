@@ -19,7 +19,7 @@ from lineament.core.curvature.matrices import fisher, gauss_newton, hessian
 from lineament.core.curvature.operator import Curvature
 from lineament.core.curvature.risk import Risk
 from lineament.core.gradients import flatten, per_sample_gradients, unflatten
-from lineament.core.models import widened
+from lineament.core.models import unwrapped, widened
 from lineament.optim.gns.linear_algebra import gram
 from lineament.optim.gns.solvers import Dense, Form, LowRank, Operator
 
@@ -66,7 +66,7 @@ class Network:
             isinstance(model, nn.Module), f"model: got {checks.show(model)}, expected a torch.nn.Module"
         )
         self.dense = checks.number("dense", dense, low=0, integer=True)
-        self.model: nn.Module = getattr(model, "_orig_mod", model)
+        self.model: nn.Module = unwrapped(model)
         self._copy = copy.deepcopy(self.model)
         for tensor in (*self._copy.parameters(), *self._copy.buffers()):
             tensor.data = widened(tensor.data)
