@@ -185,9 +185,9 @@ class SmallNetwork(nn.Sequential):
         )
 
 
-def trained(cue: str, seed: int, epochs: int = 20, **options: Any) -> nn.Module:
+def trained(cue: str, seed: int, *, lr: float = 5e-3, **options: Any) -> nn.Module:
     data = planted_cues(cue, seed=seed, **options)
-    training = Training(SmallNetwork, epochs=epochs, lr=5e-3, select="last")
+    training = Training(SmallNetwork, epochs=20, lr=lr, select="last")
     return training(data.inputs, data.targets, seed)
 
 
@@ -393,7 +393,7 @@ def _unit_case(dead: int, copied: int, seed: int) -> Case:
     """Of the second convolution's channels some are silenced, and others are made copies of the first."""
 
     def make() -> Made:
-        model = trained("none", seed, epochs=8)
+        model = trained("none", seed, lr=1e-3)
         layer: Any = model[1][0]  # type: ignore[index]
         with torch.no_grad():
             for channel in range(1, 1 + dead):

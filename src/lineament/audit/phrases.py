@@ -13,13 +13,17 @@ from lineament.report.text import printable
 
 
 def percent(share: float, digits: int = 1) -> str:
-    r"""A share as a reader says it; the space does not break.
+    r"""A share as a reader says it; the space does not break. Only all is 100 %, and only none 0 %.
 
-    >>> percent(0.1234), percent(1.0)
-    ('12.3\xa0%', '100\xa0%')
+    >>> percent(0.1234), percent(1.0), percent(0.9996), percent(0.99996), percent(0.0001)
+    ('12.3\xa0%', '100\xa0%', '99.96\xa0%', '99.996\xa0%', '0.01\xa0%')
     """
     if not math.isfinite(share):
         return "–"
+    while digits < 6 and any(
+        abs(share - end) > 1e-8 and round(abs(share - end), digits + 2) == 0 for end in (0, 1)
+    ):
+        digits += 1
     text = f"{100 * share:.{digits}f}"
     return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−") + "\u00a0%"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class AuditOptions:
         inputs, targets, split: which arrays or columns of the data to read, and which part, see :func:`lineament.load.data.load_data`.
         image_size: bring images to this (height, width), in pixels; by default the size that the model names.
         normalize: (mean, deviation) per channel, for images scaled to [0, 1].
-        task: ``"classification"``, ``"regression"`` or ``"auto"``.
+        task: ``"classification"``, ``"multi-label"``, ``"regression"`` or ``"auto"``.
         method, gaze_site: of the saliency maps, see :func:`lineament.explain.saliency.maps.saliency`.
         faithfulness: how the maps are judged: ``"scores"``, or ``"diffroar"``, which also trains the architecture anew on what they keep.
         batch_size: samples at a time, but for an exported network of a fixed batch.
@@ -94,7 +94,7 @@ def audit(
             (:func:`lineament.load.prompts.load_prompts`) go with a language model: see :func:`lineament.audit.language_run.audit_language`.
         out: the folder for `report.html` and `report.json`.
         lenses: names of the files in :mod:`lineament.audit.lenses`; all by default.
-        classes: names of the classes 0, 1, ...
+        classes: names of the classes in the order of the model's outputs; where the data name their classes, labels follow the names.
         groups: the array that names each sample's group, by name; for a pair, the array itself.
         samples: read at most so many, chosen at random from ``seed``.
         device: where to look at the model; where it is, by default.
@@ -160,6 +160,8 @@ def audit(
             split=options.split,
             image_size=loaded.size if options.image_size is None else options.image_size,
         )
+        if classes is not None:
+            loaded = replace(loaded, classes=())  # those given come before the model's own
     named = _site_names(loaded.model, options.sites, options.gaze_site)
     fitting = bring_together(
         loaded,
@@ -324,6 +326,8 @@ def _facts(subject: Subject, loaded: Loaded) -> list[tuple[str, Any]]:
     ]
     if subject.task == "classification":
         facts.append(("Classes", subject.outputs.shape[1]))
+    elif subject.task == "multi-label":
+        facts.append(("Labels", subject.outputs.shape[1]))
     else:
         facts.append(("Task", "real-valued targets"))
     if samples.groups is not None:

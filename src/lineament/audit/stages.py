@@ -24,6 +24,7 @@ from lineament.core import checks
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require
 from lineament.core.files import output_folder, possible_folder
+from lineament.core.results import Readable
 from lineament.papers import search
 from lineament.report import page
 from lineament.report.outcome import versions
@@ -33,7 +34,7 @@ STAGES = ".stages"
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Readable):
     """What an audit found: the verdict, one section a lens, and where the page is."""
 
     title: str

@@ -69,7 +69,12 @@ def add_parser(subparsers: Any) -> Any:
         help="the array or column that names each sample's group, or a .npy or .txt file",
     )
     add_data_options(parser, split="test, validation or train")
-    add("--task", default="auto", metavar="KIND", help="classification, regression or auto (default)")
+    add(
+        "--task",
+        default="auto",
+        metavar="KIND",
+        help="classification, multi-label, regression or auto (default)",
+    )
     add(
         "--method",
         default="norm_grad",

@@ -11,7 +11,7 @@ def add_data_options(parser: argparse.ArgumentParser, *, split: str) -> None:
     add(
         "--classes",
         metavar="NAMES",
-        help="names of the classes 0, 1, ..., with commas between them, or a text file with one a line",
+        help="names of the classes in the order of the model's outputs, with commas between them, or a text file with one a line",
     )
     add("--inputs", metavar="ARRAY", help="the array or column with the inputs")
     add("--targets", metavar="ARRAY", help="the array or column with the targets")

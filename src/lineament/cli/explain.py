@@ -92,6 +92,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--tokenizer", metavar="DIR", help="where the tokenizer is (default: with the model)")
     add("--device", metavar="NAME", help="cpu, cuda, mps (default: cpu)")
     add("--seed", metavar="N", type=int, default=0, help="of every random choice (default: 0)")
+    parser.names["explain_continuation"] = "--continuation"
     parser.set_defaults(run=run)
     return parser
 

@@ -25,7 +25,7 @@ def classes(text: str | None) -> list[str] | None:
             raise InputError(f"--classes: file {text!r} cannot be read as UTF-8 text ({error})") from error
         require(bool(names), f"--classes: file {text!r} is empty, expected one name a line")
         return names
-    return text.split(",")
+    return [name.strip() for name in text.split(",")]
 
 
 def _numbers(what: str, text: str) -> list[float]:
@@ -39,10 +39,10 @@ def image_size(text: str | None) -> tuple[int, int] | None:
     """(height, width) from ``HEIGHT,WIDTH`` or one side."""
     if text is None:
         return None
-    sides = _numbers("--image-size", text)
+    sides = words(text)
     require(
-        len(sides) in (1, 2) and all(s == int(s) and s > 0 for s in sides),
-        f"--image-size: got {text!r}, expected HEIGHT,WIDTH in pixels",
+        len(sides) in (1, 2) and all(side.isdecimal() and int(side) > 0 for side in sides),
+        f"--image-size: got {text!r}, expected HEIGHT,WIDTH in pixels, such as 32,32, or one side of a square",
     )
     return int(sides[0]), int(sides[-1])
 

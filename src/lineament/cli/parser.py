@@ -34,10 +34,36 @@ class Parser(argparse.ArgumentParser):
 
     def options(self) -> list[str]:
         """The long options."""
-        return sorted(name for name in self.names.values() if name.startswith("--"))
+        return sorted({name for name in self.names.values() if name.startswith("--")})
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{self.prog.removeprefix('lineament ')}: {message} (see {self.prog} --help)")
+        command = self.prog.removeprefix("lineament ")
+        raise UsageError(f"{command}: {_in_our_words(message, self.prog)} (see {self.prog} --help)")
+
+
+_KINDS = {"int": "an integer", "float": "a number", "_count": "an integer"}
+
+
+def _in_our_words(message: str, prog: str) -> str:
+    """What argparse says as every other error here: what was passed, what was expected.
+
+    >>> _in_our_words("argument --epochs: invalid int value: 'zero'", "toy")
+    "--epochs: got 'zero', expected an integer"
+    >>> _in_our_words("the following arguments are required: MODEL, --out", "toy")
+    'MODEL, --out: got none, expected toy with all of them'
+    """
+    found = re.fullmatch(r"argument (\S+): invalid (\w+) value: ('.*')", message, re.S)
+    if found:
+        return f"{found[1]}: got {found[3]}, expected {_KINDS.get(found[2], found[2])}"
+    found = re.fullmatch(r"argument (\S+): invalid choice: ('.*') \(choose from (.*)\)", message, re.S)
+    if found:
+        choices = [choice.strip().strip("'") for choice in found[3].split(",")]
+        return f"{found[1]}: got {found[2]}, which is not a choice{nearest(found[2].strip(chr(39)), choices)}"
+    found = re.fullmatch(r"argument (\S+): expected (.* arguments?)", message)
+    if found:
+        return f"{found[1]}: got too few values, expected {found[2]}"
+    found = re.fullmatch(r"the following arguments are required: (.*)", message)
+    return f"{found[1]}: got none, expected {prog} with all of them" if found else message
 
 
 def in_options(message: str, parser: Parser) -> str:
@@ -69,7 +95,9 @@ def in_options(message: str, parser: Parser) -> str:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """The choice that is most like ``word``, or all of them, as the end of a message."""
+    """The choice that is most like ``word``, or all of them where they are few, as the end of a message."""
     choices = list(choices)
-    near = difflib.get_close_matches(word.split("=")[0], choices, n=1, cutoff=0.4)
-    return f"; nearest: {near[0]!r}" if near else f"; there are: {', '.join(choices)}"
+    near = difflib.get_close_matches(word.split("=")[0], choices, n=1, cutoff=0.6)
+    if near:
+        return f"; nearest: {near[0]!r}"
+    return f"; there are: {', '.join(choices)}" if len(choices) <= 12 else ""

@@ -31,9 +31,9 @@ from lineament.core.files import output_folder, possible_folder, write_json
 from lineament.data.samples import Samples
 from lineament.load.data import load_data
 from lineament.load.loaded import Loaded
-from lineament.load.model_and_data import ModelAndData, bring_together
+from lineament.load.model_and_data import ModelAndData, bring_together, one_hot_labels
 from lineament.load.models import load_model
-from lineament.load.weights import digest
+from lineament.load.weights import digest, require_savable
 from lineament.report.outcome import versions
 from lineament.train.processes import Processes, randomness
 
@@ -58,7 +58,11 @@ def train(a: argparse.Namespace, options: Options) -> int:
         f"MODEL: {a.model!r} is no factory, and the audit could not open its new weights; expected file.py:factory, where factory() "
         "makes the network (and may load what it starts from)",
     )
+    if processes.first:
+        require_savable(loaded.model)
     samples = _samples(a)
+    if a.classes:
+        loaded = replace(loaded, classes=())  # those given come before the model's own
     with _brought_together(loaded, samples, a, options) as subject:
         asked = _asked(a, options, subject, samples)
         new = not folder.exists()
@@ -157,12 +161,13 @@ def _samples(a: argparse.Namespace) -> Samples:
         split=a.split or ("train" if parts else None),
         image_size=image_size(a.image_size),
     )
+    samples = replace(samples, targets=one_hot_labels(samples.targets))
     whole = not samples.targets.is_floating_point() or bool(
         (samples.targets == samples.targets.round()).all()
     )
     require(
         whole and samples.targets.ndim == 1,
-        f"DATA: targets are {show(samples.targets)} of real values, expected class labels; train makes classifiers only",
+        f"DATA: targets are {show(samples.targets)}, expected one class label a sample; train makes classifiers only",
     )
     return replace(samples, targets=samples.targets.long())
 

@@ -18,6 +18,10 @@ class InputError(ValueError):
     """The caller passed something that cannot be used; the message says what, why and how to fix it."""
 
 
+class NoGradientError(InputError):
+    """Gradients cannot pass through the model, so that nothing can be said of its derivatives: it is quantised, or detaches what it computes."""
+
+
 class NotFiniteError(InputError):
     """NaN or infinity where only finite numbers can be used: in the data, the weights, a loss or a gradient."""
 
@@ -55,9 +59,11 @@ def suggest(name: str, choices: Iterable[str], most: int = 3) -> str:
 
     >>> suggest("layer5", ["layer1", "layer4"])
     "; nearest: 'layer4', 'layer1'"
+    >>> suggest("zebra", ["layer1", "layer4"])
+    "; there are: 'layer1', 'layer4'"
     """
     choices = [str(c) for c in choices]
-    near = difflib.get_close_matches(str(name), choices, n=most, cutoff=0.4)
+    near = difflib.get_close_matches(str(name), choices, n=most, cutoff=0.6)
     if near:
         return "; nearest: " + ", ".join(repr(c) for c in near)
     if 0 < len(choices) <= 12:
@@ -75,7 +81,7 @@ def one_of(what: str, value: Any, choices: Sequence[str] | Iterable[str]) -> str
     >>> one_of("method", "gradcam", ["grad_cam", "norm_grad"])
     Traceback (most recent call last):
     ...
-    lineament.core.checks.InputError: method: got 'gradcam', which is not a choice; nearest: 'grad_cam', 'norm_grad'
+    lineament.core.checks.InputError: method: got 'gradcam', which is not a choice; nearest: 'grad_cam'
     """
     choices = list(choices)
     # Looking for the nearest takes long: only when it is to be named.

@@ -16,7 +16,7 @@ from torch.func import grad, vmap
 
 from lineament.core import checks
 from lineament.core.curvature.risk import chosen_parameters
-from lineament.core.models import frozen, holding, logits
+from lineament.core.models import frozen, holding, logits, unwrapped
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -152,6 +152,7 @@ def per_sample_gradients(
         len(inputs) == len(targets),
         f"targets: got {checks.show(targets)}, expected {len(inputs)} of them, as many as inputs",
     )
+    model = unwrapped(model)
     known = dict(model.named_parameters())
     names = chosen_parameters(model, params)
     for name, module in model.named_modules():
@@ -168,10 +169,32 @@ def per_sample_gradients(
         with holding(model, {**weights, **rest, **buffers}):
             return loss_fn(logits(model(x[None])), y[None])
 
+    def one(x: Tensor, y: Tensor) -> list[Tensor]:
+        # Copies, because embeddings with a largest norm shorten their rows in place.
+        leaves = {name: w.clone().requires_grad_() for name, w in wanted.items()}
+        with torch.enable_grad(), holding(model, {n: w.clone() for n, w in {**rest, **buffers}.items()}):
+            found = torch.autograd.grad(
+                _loss_at(leaves, x, y), list(leaves.values()), allow_unused=True, materialize_grads=True
+            )
+        return [g.to_dense() if g.is_sparse else g for g in found]
+
+    def _loss_at(leaves: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        # In-place changes of a copy, which a leaf does not allow where gradients are asked for.
+        with holding(model, leaves):
+            return loss_fn(logits(model(x[None])), y[None]).reshape(())
+
     with frozen(model, requires_grad=None):
-        return vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=chunk, randomness="different")(
-            wanted, inputs, targets
-        )
+        try:
+            return vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=chunk, randomness="different")(
+                wanted, inputs, targets
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            # Recurrent layers, functions of the user's own, sparse gradients: what vmap does not know runs sample by sample. If it is another
+            # error, it comes again.
+            rows = [one(x, y) for x, y in zip(inputs, targets)]
+            return {name: torch.stack(column) for name, column in zip(wanted, zip(*rows))}
 
 
 def _row_norm(x: Tensor) -> Tensor:

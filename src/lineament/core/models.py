@@ -7,13 +7,14 @@ scores out of it, so that no method has to know.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lineament.core.checks import InputError, show
 
@@ -51,6 +52,15 @@ def logits(output: Any) -> Tensor:
     )
 
 
+def decided(scores: Tensor, dim: int = -1) -> Tensor:
+    """The class of each sample: the largest score's; of a single logit, 1 where it is positive.
+
+    >>> decided(torch.tensor([[0.2, 0.7]])).tolist(), decided(torch.tensor([[-1.0], [2.0]])).tolist()
+    ([1], [0, 1])
+    """
+    return scores.argmax(dim) if scores.shape[dim] > 1 else (scores.squeeze(dim) > 0).long()
+
+
 def called(model: Callable[..., Any], inputs: Any) -> Any:
     """The model's answer to inputs as loaders give them: a tensor, a tuple of arguments, or a dict of keyword arguments.
 
@@ -68,11 +78,30 @@ def moved(value: Any, device: torch.device) -> Any:
     >>> moved({"ids": torch.ones(2)}, torch.device("meta"))["ids"].device
     device(type='meta')
     """
+    return _each(value, lambda tensor: tensor.to(device))
+
+
+def ordinary(value: Any) -> Any:
+    """Every tensor in a tensor, mapping, tuple or list as one that may enter a graph: those made under inference mode are cloned.
+
+    >>> with torch.inference_mode():
+    ...     made = torch.ones(2)
+    >>> made.is_inference(), ordinary([made])[0].is_inference()
+    (True, False)
+    """
+    with torch.inference_mode(False):
+        return _each(value, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+
+
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device)
+        return change(value)
     if isinstance(value, Mapping):
-        return {key: moved(item, device) for key, item in value.items()}
-    return type(value)(moved(item, device) for item in value) if isinstance(value, (tuple, list)) else value
+        return {key: _each(item, change) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        items = [_each(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
 
 
 def widened(value: Any) -> Any:
@@ -81,11 +110,7 @@ def widened(value: Any) -> Any:
     >>> widened([torch.ones(1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.long)])
     [tensor([1.]), tensor([1])]
     """
-    if isinstance(value, Tensor):
-        return value.float() if is_half(value.dtype) else value
-    if isinstance(value, Mapping):
-        return {key: widened(item) for key, item in value.items()}
-    return type(value)(widened(item) for item in value) if isinstance(value, (tuple, list)) else value
+    return _each(value, lambda tensor: tensor.float() if is_half(tensor.dtype) else tensor)
 
 
 def answered(model: Callable[..., Any], inputs: Tensor, what: str = "images") -> Tensor:
@@ -131,6 +156,30 @@ def unwrapped(model: Any) -> Any:
         else:
             break
     return model
+
+
+def plain_name(name: str, known: Container[str] = ()) -> str:
+    """The name of a module or parameter without what wrappers put into it.
+
+    >>> plain_name("module._orig_mod.layer.weight", {"layer.weight"}), plain_name("module.0", {"module.0"})
+    ('layer.weight', 'module.0')
+    """
+    name = ".".join(part for part in name.split(".") if part != "_orig_mod")
+    inner = name.removeprefix("module.")
+    return inner if name not in known and inner in known else name
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """A layer's weight as its forward uses it: a parameter, or computed (weight norm, spectral norm, pruning masks, parametrizations).
+
+    >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 3))
+    >>> weight_of(layer).shape
+    torch.Size([3, 2])
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise InputError(f"model: {type(module).__name__} has no weight")
+    return weight
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -220,7 +269,8 @@ def frozen(
 ) -> Iterator[nn.Module]:
     """The model in eval mode with its parameters not asking for gradients, and as it was afterwards.
 
-    Every module's mode and every parameter's ``requires_grad`` is put back, also after an exception.
+    Every module's mode, every parameter's ``requires_grad`` and every buffer (:func:`buffers_kept`) is put back, also after an exception.
+    Weights made under inference mode, which can be in no graph, are replaced by clones meanwhile.
     ``training=True`` puts it in train mode instead; ``requires_grad=None`` leaves those flags alone.
 
     >>> net = nn.Dropout()
@@ -230,6 +280,48 @@ def frozen(
     >>> net.training
     True
     """
+    named = (*model.named_parameters(), *model.named_buffers())
+    inference = {name: ordinary(tensor) for name, tensor in named if tensor.is_inference()}
+    with ExitStack() as stack:
+        if inference:
+            stack.enter_context(holding(model, inference))
+        stack.enter_context(buffers_kept(model))
+        stack.enter_context(_modes_kept(model, training, requires_grad))
+        yield model
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """A block after which every buffer is the tensor, with the values, that it was: what forwards write there is gone.
+
+    But for the statistics of batch norms in eval mode, which no forward changes, and masks.
+
+    >>> net = nn.InstanceNorm1d(1, track_running_stats=True)
+    >>> with buffers_kept(net):
+    ...     _ = net(torch.ones(2, 1, 3))
+    >>> net.running_mean.item()
+    0.0
+    """
+    held = [
+        (module._buffers, key, tensor, tensor.detach().clone())
+        for module in model.modules()
+        if not isinstance(module, _BatchNorm) or module.training
+        for key, tensor in module._buffers.items()
+        if tensor is not None and tensor.dtype != torch.bool and not tensor.is_meta
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for table, key, tensor, copy in held:
+                table[key] = tensor
+                # Batch norm's own writes are not counted in its tensors' versions.
+                if not torch.equal(tensor, copy):
+                    tensor.copy_(copy)
+
+
+@contextmanager
+def _modes_kept(model: nn.Module, training: bool, requires_grad: bool | None) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for module, _ in modes:
@@ -239,7 +331,7 @@ def frozen(
         if requires_grad is not None:
             for parameter, _ in flags:
                 parameter.requires_grad_(requires_grad)
-        yield model
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
@@ -247,4 +339,5 @@ def frozen(
             if not _LOOKED_AT[id(module)]:
                 del _LOOKED_AT[id(module)]
         for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)

@@ -15,6 +15,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from lineament.core.checks import number, require
+from lineament.core.results import Readable
 from lineament.data.patching_tasks import Draw
 
 # Where {a} is named, the distractor in brackets, and the text that the answer follows.
@@ -56,7 +57,7 @@ DISTRACTORS = (
 
 
 @dataclass(frozen=True)
-class AnalogyPrompts:
+class AnalogyPrompts(Readable):
     """Prompts, the word that completes each (with its space), and the characters that the distractor takes: its brackets and what is between them."""
 
     prompts: list[str]

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.core.results import Readable
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
@@ -28,7 +29,7 @@ VOC_CLASSES = (
 
 
 @dataclass(frozen=True)
-class Located:
+class Located(Readable):
     """One photograph: pixels in [0, 1], and where each class in it is. ``hard`` names classes whose boxes are all flagged difficult."""
 
     name: str

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from lineament.core.checks import number, one_of, require
+from lineament.core.results import Readable
 
 NAMES = (
     "Alice", "Anna", "Arthur", "Ben", "Carl", "Clara", "Daniel", "David", "Emma", "Frank", "George", "Grace", "Henry", "Jack", "James", "Jane", "John",
@@ -47,7 +48,7 @@ EVENTS = ("war", "journey", "siege", "reign", "trial", "strike", "voyage", "disp
 
 
 @dataclass(frozen=True)
-class TextPairs:
+class TextPairs(Readable):
     """Pairs of prompts as text.
 
     Attributes:
@@ -67,7 +68,7 @@ class TextPairs:
 
 
 @dataclass(frozen=True)
-class TokenPairs:
+class TokenPairs(Readable):
     """Pairs of prompts as tokens, and their answers.
 
     Attributes:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lineament.core.results import Readable
+
 
 @dataclass(frozen=True, eq=False)
-class Samples(Dataset[tuple[Tensor, Tensor]]):
+class Samples(Readable, Dataset[tuple[Tensor, Tensor]]):
     """Some samples of a data set, in memory; its length is their number.
 
     Attributes:

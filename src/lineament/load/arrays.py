@@ -48,6 +48,8 @@ def read_arrays(
             )
             rows = choose(total[0])
             x, y = _rows(archive, first, rows), _rows(archive, second, rows)
+            # Names are numbered by all of them: a rare one that was not chosen keeps its place.
+            every = np.unique(_rows(archive, second, np.arange(total[0]))) if y.dtype.kind in "SU" else ()
             group = None
             if groups is not None:
                 group = _rows(archive, find_column("groups", groups, (), there), rows)
@@ -58,6 +60,8 @@ def read_arrays(
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
         raise InputError(f"data: {str(path)!r} is corrupt or no .npz file ({error})") from error
     listed = tuple(map(str, values)) if values.dtype.kind == "U" and values.ndim == 1 else ()
+    if not listed and len(every):
+        listed = as_targets("", np.asarray(every))[1]
     labels, classes = as_targets(f"array {second!r}", y, listed)
     found = Samples(
         inputs=as_inputs(f"array {first!r}", x),
@@ -125,7 +129,7 @@ def _rows(archive: zipfile.ZipFile, name: str, rows: np.ndarray) -> np.ndarray:
             found = np.empty((len(rows), *shape[1:]), dtype)
         except MemoryError as error:
             raise InputError(
-                f"DATA: {len(rows)} entries of array {name!r} take {len(rows) * width / 2**30:,.1f} GiB, more memory than there is; read fewer `samples`"
+                f"data: {len(rows)} entries of array {name!r} take {len(rows) * width / 2**30:,.1f} GiB, more memory than there is; read fewer `samples`"
             ) from error
         if not width or not len(rows):
             return found

@@ -53,7 +53,7 @@ def find_column(argument: str, given: str | None, usual: Sequence[str], there: S
 
 
 def as_inputs(what: str, values: np.ndarray) -> Tensor:
-    """Bytes as they are, other numbers as float32.
+    """Bytes and whole numbers as they are, which may be token ids, real numbers as float32.
 
     Raises:
         InputError: no numbers.
@@ -62,7 +62,9 @@ def as_inputs(what: str, values: np.ndarray) -> Tensor:
         values.dtype.kind in "iubf",
         f"inputs: {what} holds {values.dtype}, expected images or numbers; choose another",
     )
-    return torch.from_numpy(values if values.dtype == np.uint8 else values.astype(np.float32))
+    if values.dtype != np.uint8:
+        values = values.astype(np.int64 if values.dtype.kind in "iu" else np.float32)
+    return torch.from_numpy(values)
 
 
 def as_targets(what: str, values: np.ndarray, names: tuple[str, ...] = ()) -> tuple[Tensor, tuple[str, ...]]:
@@ -70,18 +72,30 @@ def as_targets(what: str, values: np.ndarray, names: tuple[str, ...] = ()) -> tu
 
     Args:
         what: how an error calls them.
-        values: (sample,) class names, which become classes in sorted order, or class numbers; or (sample, ...) real values.
-        names: the classes' names, where ``values`` are numbers.
+        values: (sample,) class names or class numbers; (sample, label) 0s and 1s; or (sample, ...) real values.
+        names: the classes' names in the order of their numbers; by default names among ``values`` are numbered in sorted order.
 
     Raises:
-        InputError: rows instead of single class numbers, or values of another kind.
+        InputError: rows instead of single class numbers, values of another kind, or a class name that is not in ``names``.
 
     >>> as_targets("y", np.array(["dog", "cat", "dog"]))
     (tensor([1, 0, 1]), ('cat', 'dog'))
+    >>> as_targets("y", np.array(["dog", "cat", "dog"]), ("dog", "cat"))
+    (tensor([0, 1, 0]), ('dog', 'cat'))
     """
     if values.dtype.kind in "SU":
         found, number = np.unique(values, return_inverse=True)
-        return torch.from_numpy(number.reshape(-1).astype(np.int64)), tuple(_text(v) for v in found)
+        labels = torch.from_numpy(number.reshape(-1).astype(np.int64))
+        own = tuple(_text(v) for v in found)
+        if not names:
+            return labels, own
+        unknown = [name for name in own if name not in names]
+        require(
+            not unknown,
+            f"targets: {what} holds the class {unknown[0] if unknown else ''!r}, which is not among the data's own {len(names)} class names"
+            f"{suggest(unknown[0], names) if unknown else ''}",
+        )
+        return torch.tensor([names.index(name) for name in own])[labels], names
     if values.dtype.kind == "f":
         return torch.from_numpy(values.astype(np.float32)), names
     require(
@@ -91,10 +105,63 @@ def as_targets(what: str, values: np.ndarray, names: tuple[str, ...] = ()) -> tu
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     require(
-        values.ndim == 1,
-        f"targets: {what} holds {show(values)}, expected one class number a sample (one-hot rows: pass their argmax)",
+        values.ndim == 1 or (values.ndim == 2 and bool(((values == 0) | (values == 1)).all())),
+        f"targets: {what} holds {show(values)}, expected one class number a sample, or a row of 0s and 1s",
     )
     return torch.from_numpy(values.astype(np.int64)), names
+
+
+def in_order(samples: Samples, classes: Sequence[str]) -> Samples:
+    """The same samples with their classes in the given order, the order of a model's outputs: labels follow their names.
+
+    Samples without names of their own, or with names of which none is given (folder codes, say), keep their numbers and take the given names.
+
+    Raises:
+        InputError: some names of the data are given and others are not, one is given twice, or other names are not as many.
+
+    >>> two = Samples(torch.zeros(2, 1), torch.tensor([0, 1]), ("cat", "dog"))
+    >>> in_order(two, ("dog", "emu", "cat")).targets.tolist(), in_order(two, ("Katze", "Hund")).targets.tolist()
+    ([2, 0], [0, 1])
+    """
+    names, own = tuple(map(str, classes)), samples.classes
+    if not own or (samples.targets.is_floating_point() and samples.targets.ndim == 1):
+        return replace(samples, classes=names)
+    exact = {name: number for number, name in enumerate(names)}
+    alike = {folded(name): number for name, number in exact.items()}
+    numbers = [exact.get(name, alike.get(folded(name))) for name in own]
+    missing = [name for name, number in zip(own, numbers) if number is None]
+    if len(missing) == len(own):
+        require(
+            len(names) == len(own),
+            f"classes: none of the {len(names)} names is one of the data's {len(own)} classes ({', '.join(own[:4])}{' ...' if len(own) > 4 else ''}); "
+            "expected the data's names in the order of the model's outputs",
+        )
+        note = f"the data's classes {', '.join(own[:4])}{' ...' if len(own) > 4 else ''} are called by the given names, in this order"
+        return replace(samples, classes=names, notes=(*samples.notes, note))
+    require(
+        not missing,
+        f"classes: the data's class {missing[0] if missing else ''!r} is not among the {len(names)} names given"
+        f"{suggest(missing[0], names) if missing else ''}; expected every class of the data, in the order of the model's outputs",
+    )
+    numbers = [number for number in numbers if number is not None]
+    order = torch.tensor(numbers)
+    for name, number in zip(own, numbers):
+        once = names.count(names[number]) == 1 and numbers.count(number) == 1
+        require(once, f"classes: {name!r} is there twice, expected one name for each class of the data")
+    targets = samples.targets
+    if targets.ndim == 1:
+        targets = order[targets]
+    else:
+        targets = targets.new_zeros(len(targets), len(names)).index_copy(1, order, targets)
+    note = (
+        "" if numbers == list(range(len(own))) else "the data's classes were put in the order of the model's"
+    )
+    return replace(samples, targets=targets, classes=names, notes=(*samples.notes, *([note] if note else [])))
+
+
+def folded(name: str) -> str:
+    """A class name without what differs between a folder's and a model's way to write it."""
+    return " ".join(name.replace("_", " ").replace("-", " ").casefold().split())
 
 
 def with_groups(samples: Samples, values: np.ndarray) -> Samples:

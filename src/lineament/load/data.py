@@ -17,14 +17,22 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from lineament.core import checks
 from lineament.core.checks import InputError, NotFiniteError, require, show
 from lineament.data.digits import digit_images
 from lineament.data.samples import Samples
 from lineament.data.shortcut_digits import shortcut_digits
-from lineament.load.columns import BUILT_IN, Choose, as_targets, chosen_rows, groups_file, with_groups
+from lineament.load.columns import (
+    BUILT_IN,
+    Choose,
+    as_targets,
+    chosen_rows,
+    groups_file,
+    in_order,
+    with_groups,
+)
 
 Data: TypeAlias = "str | Path | Samples | Dataset[Any] | DataLoader[Any] | tuple[Any, Any]"
 
@@ -56,7 +64,7 @@ def load_data(
         inputs, targets: names of the arrays or columns; found by their usual names by default.
         groups: the array or column that names each sample's group, or a ``.npy`` or ``.txt`` file with one entry a sample; of data in
             memory the groups themselves.
-        classes: names of the classes 0, 1, ...
+        classes: names of the classes in the order of the model's outputs; where the data name their classes, labels follow the names.
         split: of a Hugging Face data set; ``test``, ``validation`` or ``train`` by default, whichever is there first.
         image_size: bring the images of a folder or a Hugging Face data set to this (height, width).
 
@@ -88,7 +96,7 @@ def load_data(
     else:
         found = in_memory(data, choose, samples=samples, groups=groups)
     if classes is not None:
-        found = replace(found, classes=tuple(str(name) for name in classes))
+        found = in_order(found, classes)
     return usable(found)
 
 
@@ -106,7 +114,7 @@ def in_memory(data: Any, choose: Choose, *, samples: int, groups: Any = None) ->
         total = len(data)  # pyright: ignore[reportArgumentType]
         rows = choose(total)
         some = in_memory(_columns([data[int(row)] for row in rows]), np.arange, samples=samples)
-        some = replace(some, index=torch.from_numpy(rows), total=total)
+        some = _named(replace(some, index=torch.from_numpy(rows), total=total), data)
         return some if groups is None else with_groups(some, np.asarray(groups)[rows])
     if isinstance(data, DataLoader):
         batches: list[Any] = []
@@ -114,16 +122,40 @@ def in_memory(data: Any, choose: Choose, *, samples: int, groups: Any = None) ->
             batches.append(batch)
             if sum(len(each[1]) for each in batches) >= samples:
                 break
-        data = (
-            tuple(torch.cat([each[k] for each in batches])[:samples] for k in (0, 1)) if batches else ((), ())
+        pair = (
+            tuple(_joined([each[k] for each in batches])[:samples] for k in (0, 1)) if batches else ((), ())
         )
-    whole = data if isinstance(data, Samples) else _from_pair(data)
+        whole = _named(_from_pair(pair), data.dataset)
+    else:
+        whole = data if isinstance(data, Samples) else _from_pair(data)
     whole = whole if groups is None else with_groups(whole, np.asarray(groups))
     return whole[choose(len(whole))]
 
 
 def _columns(pairs: list[Any]) -> tuple[Any, Any]:
-    return tuple(torch.stack([torch.as_tensor(pair[k]) for pair in pairs]) for k in (0, 1))  # pyright: ignore[reportReturnType]
+    return tuple(
+        _joined([[pair[k]] if isinstance(pair[k], str) else torch.as_tensor(pair[k])[None] for pair in pairs])
+        for k in (0, 1)
+    )  # pyright: ignore[reportReturnType]
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Batches of inputs or targets in one: tensors, or class names in a list."""
+    if all(isinstance(part, Tensor) for part in parts):
+        return torch.cat(parts)
+    return [name for part in parts for name in part]
+
+
+def _named(samples: Samples, data: Any) -> Samples:
+    """With the names of the classes that a ``Dataset`` carries as ``classes``, as torchvision's do."""
+    while isinstance(data, Subset):
+        data = data.dataset
+    names: Any = getattr(data, "classes", None)
+    whole = samples.targets.ndim == 1 and not samples.targets.is_floating_point()
+    fits = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    if samples.classes or not whole or not fits or len(names) <= int(samples.targets.max()):
+        return samples
+    return replace(samples, classes=tuple(names))
 
 
 def _from_pair(data: Any) -> Samples:
@@ -135,7 +167,9 @@ def _from_pair(data: Any) -> Samples:
     x = x if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))
     numbers, names = as_targets("data", np.asarray(y))
     require(len(x) == len(numbers), f"data: {len(x)} inputs and {len(numbers)} targets, expected as many")
-    return Samples(x if x.dtype == torch.uint8 else x.float(), numbers, names, source="arrays")
+    if x.dtype != torch.uint8:
+        x = x.float() if x.is_floating_point() or x.dtype == torch.bool else x.long()
+    return Samples(x, numbers, names, source="arrays")
 
 
 def usable(samples: Samples) -> Samples:

@@ -106,10 +106,14 @@ def _samples(
             values = np.asarray(part.with_format("numpy")[first][:])
         except ValueError as error:
             raise InputError(f"data: column {first!r} holds rows of different shapes ({error})") from error
+        if getattr(found.features[first], "dtype", "") == "uint8":
+            values = values.astype(np.uint8)  # the numpy format widens it
         x = as_inputs(f"column {first!r}", values)
-    labels, classes = as_targets(
-        f"column {second!r}", np.asarray(part[second][:]), _class_names(found.features[second])
-    )
+    names, values = _class_names(found.features[second]), np.asarray(part[second][:])
+    if values.dtype.kind == "U":
+        # Names are numbered by all of them: a rare one that was not chosen keeps its place.
+        names = tuple(sorted(found.unique(second)))
+    labels, classes = as_targets(f"column {second!r}", values, names)
     result = Samples(
         inputs=x,
         targets=labels,

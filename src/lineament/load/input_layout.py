@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError, require, show
-from lineament.core.models import device_of, dtype_of, frozen, logits
-from lineament.core.sites.depth import expected_input
+from lineament.core.models import device_of, dtype_of, frozen, logits, weight_of
+from lineament.core.sites.depth import layer_kind
 from lineament.data.samples import Samples
 from lineament.load.hub import first_line
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The input of the first layer with weights: ``size`` channels or features, whether images, and in words."""
+
+    size: int
+    images: bool | None
+    text: str
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,14 @@ class Layout:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
+    def given(self, raw: Tensor, model: nn.Module) -> Tensor:
+        """Samples as a model takes them, on its device and in its precision; token ids stay whole numbers."""
+        x = self.apply(raw).to(device_of(model))
+        return x.to(dtype_of(model)) if x.is_floating_point() else x
+
     def apply(self, raw: Tensor) -> Tensor:
+        if self.kind == "token ids":
+            return raw.long()
         x = self.picture(raw)
         if self.mean and x.ndim == 4:
             channels = x.shape[1]
@@ -55,14 +70,22 @@ class Layout:
 
 def find_layout(
     model: nn.Module, samples: Samples, mean: tuple[float, ...], std: tuple[float, ...], count: int
-) -> tuple[Layout, Tensor, str]:
-    """The first layout of the first samples that the model takes, its outputs for them, and what was decided."""
+) -> tuple[Layout, str]:
+    """The first layout of the first samples that the model takes, and what was decided."""
     raw = samples.inputs[:count]
     wanted = expected_input(model)
     tried: list[str] = []
-    for kind in _candidates(raw, wanted):
+    vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0)
+    kinds = _candidates(raw, wanted)
+    if vocabulary and not raw.is_floating_point():
+        low, high = int(samples.inputs.min()), int(samples.inputs.max())
+        if low >= 0 and high < vocabulary:
+            kinds = ["token ids", *kinds]
+        else:
+            tried.append(f"token ids from {low} to {high}: its embeddings have {vocabulary} rows")
+    for kind in kinds:
         layout = Layout(kind, mean, std)
-        x = layout.apply(raw).to(device=device_of(model), dtype=dtype_of(model))
+        x = layout.given(raw, model)
         if mean and x.ndim == 4 and len(mean) not in (1, x.shape[1]):
             tried.append(f"{tuple(x.shape)}: {len(mean)} means for {x.shape[1]} channels")
             continue
@@ -81,7 +104,6 @@ def find_layout(
         )
         return (
             layout,
-            output,
             f"samples {tuple(samples.inputs.shape[1:])} go in as {tuple(x.shape[1:])} ({kind})",
         )
     raise InputError(
@@ -91,7 +113,28 @@ def find_layout(
     )
 
 
-def _candidates(raw: Tensor, wanted: Any) -> list[str]:
+def expected_input(model: nn.Module) -> Expected:
+    """What the first convolution or linear layer says about the input.
+
+    >>> expected_input(nn.Sequential(nn.Conv2d(3, 8, 3))).text
+    'images with 3 channels (batch, 3, height, width)'
+    """
+    config = getattr(model, "config", None)
+    side = getattr(config, "image_size", None)
+    for module in model.modules():
+        kind = layer_kind(module)
+        if kind == "convolution":
+            channels = weight_of(module).shape[1] * int(getattr(module, "groups", 1))
+            size = f", {side}, {side}" if isinstance(side, int) else ", height, width"
+            return Expected(channels, True, f"images with {channels} channels (batch, {channels}{size})")
+        if isinstance(module, nn.Linear):
+            return Expected(
+                module.in_features, None, f"{module.in_features} features in its first linear layer"
+            )
+    return Expected(-1, None, "an input that its layers do not tell")
+
+
+def _candidates(raw: Tensor, wanted: Expected) -> list[str]:
     """Layouts in the order of trust: first those whose channels fit the first convolution."""
     shape = tuple(raw.shape[1:])
     if len(shape) == 2:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lineament.core.results import Readable
+
 
 @dataclass(frozen=True)
-class Loaded:
+class Loaded(Readable):
     """A network and what its files say about its inputs.
 
     ``size`` is the (height, width) it wants, ``mean`` and ``std`` what images are normalised with (after scaling to [0, 1]), ``classes``

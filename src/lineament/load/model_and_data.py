@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,20 +16,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from lineament.core import checks
 from lineament.core.checks import InputError, NotFiniteError, require, show
 from lineament.core.models import device_of, dtype_of, frozen, logits
+from lineament.core.results import Readable
 from lineament.data.samples import Samples
+from lineament.load.columns import folded, in_order
 from lineament.load.input_layout import Layout, find_layout
 from lineament.load.loaded import Loaded
+from lineament.load.outputs import Change, read_as_logits, reading
 
 
 @dataclass(frozen=True)
-class ModelAndData:
+class ModelAndData(Readable):
     """One model and one data set that fit each other.
 
     Attributes:
         layout: how stored samples become the model's input.
-        task: ``"classification"`` or ``"regression"``.
-        outputs: (sample, class or value), the model's answers to all samples, on the CPU.
-        classes: their names, where they are known.
+        task: ``"classification"``, ``"multi-label"`` (several 0/1 labels a sample) or ``"regression"``.
+        outputs: (sample, class, label or value), the model's answers to all samples, on the CPU; logits of classes and labels.
+        classes: names of classes or labels, where they are known.
         fixed_batch: whether the model takes batches of ``batch_size`` only.
         flops: floating-point operations of one sample's forward.
         notes: what was decided on the way.
@@ -62,9 +65,7 @@ class ModelAndData:
 
     def inputs(self, rows: Tensor) -> Tensor:
         """Some samples as the model takes them, on its device and in its precision."""
-        return self.layout.apply(self.samples.inputs[rows]).to(
-            device=device_of(self.model), dtype=dtype_of(self.model)
-        )
+        return self.layout.given(self.samples.inputs[rows], self.model)
 
     def batches(self, rows: Tensor | None = None) -> Batches:
         """Batches ``(inputs, targets)`` that can be walked as often as one likes."""
@@ -88,27 +89,31 @@ class ModelAndData:
         return order[:count].sort().values
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss: cross-entropy for classes, squared error for values."""
+        """The mean loss: cross-entropy for classes and labels, squared error for values."""
         if self.task == "classification":
             return F.cross_entropy(outputs, targets)
-        return F.mse_loss(
-            outputs.reshape(len(targets), -1), targets.reshape(len(targets), -1).to(outputs.dtype)
-        )
+        outputs, targets = (v.reshape(len(targets), -1).to(outputs.dtype) for v in (outputs, targets))
+        if self.task == "multi-label":
+            return F.binary_cross_entropy_with_logits(outputs, targets)
+        return F.mse_loss(outputs, targets)
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss of each sample."""
         if self.task == "classification":
             return F.cross_entropy(outputs, targets, reduction="none")
-        error = outputs.reshape(len(targets), -1) - targets.reshape(len(targets), -1).to(outputs.dtype)
-        return error.square().mean(1)
+        outputs, targets = (v.reshape(len(targets), -1).to(outputs.dtype) for v in (outputs, targets))
+        if self.task == "multi-label":
+            return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(1)
+        return (outputs - targets).square().mean(1)
 
     def answer(self, rows: Tensor, change: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
-        """The model's outputs for some samples, without gradients, on the CPU; ``change(inputs, rows)`` alters each batch."""
+        """The model's outputs, (sample, output), without gradients, on the CPU; ``change(inputs, rows)`` alters each batch."""
         found = []
         with frozen(self.model), torch.no_grad():
             for part in self.parts(rows):
                 x = self.inputs(part)
-                found.append(logits(self.model(x if change is None else change(x, part))).float().cpu())
+                output = logits(self.model(x if change is None else change(x, part)))
+                found.append(output.reshape(len(part), -1).float().cpu())
         return torch.cat(found)
 
     def parts(self, rows: Tensor) -> Iterator[Tensor]:
@@ -154,17 +159,18 @@ def bring_together(
 ) -> Iterator[ModelAndData]:
     """Fit a model and data to each other while the block runs.
 
-    A network with one output z for two classes answers with the logits (0, z) in the block.
+    Outputs are taken for what they are (:mod:`lineament.load.outputs`): in the block the model answers with logits, also where it ends in a
+    softmax or a sigmoid, or has one output for two classes.
 
     Args:
-        task: ``"classification"``, ``"regression"``, or ``"auto"``: by the targets and the outputs.
+        task: ``"classification"``, ``"multi-label"``, ``"regression"``, or ``"auto"``: by the targets and the outputs.
         normalize: (mean, deviation) per channel, for images scaled to [0, 1]; by default the model's own.
 
     Raises:
         InputError: no layout of the data that the model takes, outputs that are no logits, labels without an output, NaN in the
             outputs, one class only.
     """
-    checks.one_of("task", task, ("auto", "classification", "regression"))
+    checks.one_of("task", task, ("auto", "classification", "multi-label", "regression"))
     model = loaded.model
     if device is not None:
         try:
@@ -183,25 +189,26 @@ def bring_together(
         )
         samples = samples[:keep]
     mean, std = _normalization(normalize) or (loaded.mean, loaded.std)
-    layout, output, note = find_layout(model, samples, mean, std, loaded.batch or 2)
+    layout, note = find_layout(model, samples, mean, std, loaded.batch or 2)
     notes.append(note)
-    labels = not samples.targets.is_floating_point() and int(samples.targets.max()) <= 1
-    one = labels and task != "regression" and output[0].numel() == 1
-    with _two_logits(model) if one else nullcontext():
-        found = ModelAndData(
-            model, samples, layout, task, torch.zeros(0), (), batch_size, loaded.batch is not None, 1.0, seed
-        )
-        found = _answered(found, loaded.classes, notes)
-        last = ("one output z for two classes is read as the logits (0, z)",) if one else ()
-        yield replace(found, notes=(*found.notes, *last))
+    start = ModelAndData(
+        model, samples, layout, task, torch.zeros(0), (), batch_size, loaded.batch is not None, 1.0, seed
+    )
+    found, change = _answered(start, loaded.classes, notes)
+    with read_as_logits(model, change):
+        yield found
 
 
-def _answered(start: ModelAndData, own_classes: tuple[str, ...], notes: list[str]) -> ModelAndData:
-    """The same with the model's outputs, the task and the classes, if outputs and targets fit."""
+def _answered(
+    start: ModelAndData, own_classes: tuple[str, ...], notes: list[str]
+) -> tuple[ModelAndData, Change | None]:
+    """The same with the model's outputs, the task and the classes, if outputs and targets fit; and what makes logits of the outputs."""
     samples, layout = start.samples, start.layout
-    if own_classes and samples.classes and samples.classes != own_classes:
-        samples, said = _renumbered(samples, own_classes)
-        notes += said
+    # Other names than the model's own may be a user's words for the same classes; only some of them, a mistake.
+    if {*map(folded, own_classes)} & {*map(folded, samples.classes)}:
+        before = len(samples.notes)
+        samples = in_order(samples, own_classes)
+        notes += samples.notes[before:]
     outputs = start.answer(torch.arange(len(samples)))
     bad = int((~torch.isfinite(outputs)).flatten(1).any(1).sum())
     if bad:
@@ -211,15 +218,17 @@ def _answered(start: ModelAndData, own_classes: tuple[str, ...], notes: list[str
             f"(the inputs lie between {float(some.min()):.3g} and {float(some.max()):.3g})"
         )
     task, samples, said = _task(start.task, outputs, samples)
-    notes += said
+    read = reading(outputs, task, dtype_of(start.model))
+    outputs = outputs if read.change is None else read.change(outputs)
+    notes += [*said, *([read.said] if read.said else [])]
     width = outputs.shape[1]
     classes = samples.classes or own_classes
     if task == "classification":
         _check_classes(samples, width)
-        if not samples.classes and len(classes) != width:
-            classes = ()
+    if len(classes) != width and not (samples.classes and task == "classification"):
+        classes = ()
     example = start.inputs(torch.arange(min(start.batch_size if start.fixed_batch else 2, len(samples))))
-    return replace(
+    found = replace(
         start,
         samples=samples,
         task=task,
@@ -228,6 +237,7 @@ def _answered(start: ModelAndData, own_classes: tuple[str, ...], notes: list[str
         flops=_flops(start.model, example),
         notes=tuple(notes),
     )
+    return found, read.change
 
 
 def _normalization(normalize: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -245,53 +255,69 @@ def _normalization(normalize: Any) -> tuple[tuple[float, ...], tuple[float, ...]
     return mean, std
 
 
-@contextmanager
-def _two_logits(model: nn.Module) -> Iterator[None]:
-    def widen(_: nn.Module, _args: Any, output: Any) -> Tensor:
-        z = logits(output)
-        z = z.reshape(len(z))
-        return torch.stack([torch.zeros_like(z), z], 1)
+def one_hot_labels(targets: Tensor, width: int = 0) -> Tensor:
+    """Class labels of one-hot rows, of ``width`` classes where that is given; other targets as they are.
 
-    handle = model.register_forward_hook(widen)
-    try:
-        yield
-    finally:
-        handle.remove()
+    >>> one_hot_labels(torch.tensor([[0, 1], [1, 0]])).tolist(), one_hot_labels(torch.tensor([[1, 1], [1, 0]])).tolist()
+    ([1, 0], [[1, 1], [1, 0]])
+    """
+    rows = targets.ndim == 2 and targets.shape[1] > 1 and targets.shape[1] == (width or targets.shape[1])
+    if rows and _binary(targets) and bool((targets.sum(1) == 1).all()):
+        return targets.argmax(1)
+    return targets
+
+
+def _binary(targets: Tensor) -> bool:
+    return bool(((targets == 0) | (targets == 1)).all())
 
 
 def _task(task: str, outputs: Tensor, samples: Samples) -> tuple[str, Samples, list[str]]:
     """The task, with targets of the kind it needs, and why."""
-    width = outputs.shape[1] if outputs.ndim == 2 else 1
-    targets = samples.targets
-    reason = []
+    width, targets = outputs.shape[1], samples.targets
+    several, reason = f"{width} output{'s' * (width != 1)}", []
+    if task != "regression":
+        labels = one_hot_labels(targets, max(width, 2))
+        if labels is not targets:
+            reason = [f"one-hot targets of {targets.shape[1]} classes are read as class labels"]
+            targets = labels
+    many = targets.ndim == 2 and targets.shape[1] == width > 1 and _binary(targets)
+    if targets.ndim == 2 and targets.shape[1] == 1:
+        targets = targets[:, 0]
     if task == "auto":
-        labels = not targets.is_floating_point()
-        task = "classification" if labels and (width > 1 or int(targets.max()) <= 1) else "regression"
-        kind = "whole-number" if labels else "real-valued"
-        reason = [f"taken as {task}: {kind} targets and {width} output{'s' * (width != 1)}"]
+        whole = targets.ndim == 1 and bool(((targets == targets.round()) & (targets >= 0)).all())
+        # Whole numbers stored as real ones are class labels where the model could not answer with a value each.
+        labels = not targets.is_floating_point() or (whole and (width > 1 or _binary(targets)))
+        labels = labels and targets.ndim == 1 and (width > 1 or int(targets.max()) <= 1)
+        task = "multi-label" if many else "classification" if labels else "regression"
+        kind = (
+            f"0/1 targets for {width} labels"
+            if many
+            else f"{'whole-number' if whole else 'real-valued'} targets"
+        )
+        reason.append(f"taken as {task}: {kind} and {several}")
     if task == "regression":
-        values = targets.float()
-        per = 1 if values.ndim == 1 else math.prod(values.shape[1:])
+        per = math.prod(samples.targets.shape[1:])
         require(
             per == width,
-            f"targets: {per} value{'s' * (per != 1)} a sample for a model with {width} output{'s' * (width != 1)}; "
+            f"targets: {per} value{'s' * (per != 1)} a sample for a model with {several}; "
             "if the targets are classes, pass task='classification'",
         )
-        return task, replace(samples, targets=values), reason
-    if targets.is_floating_point():
+        return task, replace(samples, targets=samples.targets.float()), reason
+    if task == "multi-label":
+        require(
+            many, f"targets: {show(targets)}, expected a row of 0s and 1s a sample, one for each of {several}"
+        )
+        return task, replace(samples, targets=targets.float()), reason
+    if targets.is_floating_point() or targets.ndim != 1:
         require(
             targets.ndim == 1 and bool((targets == targets.round()).all()),
-            f"targets: {show(targets)} of real values, expected class labels; pass task='regression'",
+            f"targets: {show(targets)}, expected one class label a sample; pass task='multi-label' for several, task='regression' for real values",
         )
         targets = targets.long()
-    require(
-        outputs.ndim == 2 and width > 1,
-        f"model: it answers with {show(outputs)}, expected a row of at least two logits a sample",
-    )
     try:
-        targets = checks.labels("targets", targets, classes=width)
+        targets = checks.labels("targets", targets, classes=max(width, 2))
     except InputError as error:
-        raise InputError(f"{error}; the model has {width} outputs, counted from 0") from None
+        raise InputError(f"{error}; the model has {several}, counted from 0") from None
     return task, replace(samples, targets=targets), reason
 
 
@@ -307,15 +333,6 @@ def _check_classes(samples: Samples, width: int) -> None:
         not names or top < names <= width,
         f"classes: {names} class names for labels up to {top} and a model with {width} outputs, expected a name for each class from 0 to {top}, at most {width}",
     )
-
-
-def _renumbered(samples: Samples, classes: tuple[str, ...]) -> tuple[Samples, list[str]]:
-    """Labels in the order of the model's own names, where both have the same names."""
-    if samples.targets.is_floating_point() or not set(samples.classes) <= set(classes):
-        return samples, []
-    order = torch.tensor([classes.index(name) for name in samples.classes])
-    samples = replace(samples, targets=order[samples.targets], classes=classes)
-    return samples, ["the data's classes were put in the order of the model's own names"]
 
 
 def _flops(model: nn.Module, example: Tensor) -> float:

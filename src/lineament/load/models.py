@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lineament.core.checks import InputError, require, show, suggest
+from lineament.core.models import unwrapped
 from lineament.load.exported import exported
 from lineament.load.hub_models import hugging_face
 from lineament.load.loaded import Loaded
@@ -38,7 +39,7 @@ def load_model(model: str | nn.Module, *, weights: str | Path | None = None) -> 
     ('Linear', 'module', True)
     """
     if isinstance(model, nn.Module):
-        found = Loaded(model, type(model).__name__, "module")
+        found = Loaded(unwrapped(model), type(unwrapped(model)).__name__, "module")
     else:
         require(
             isinstance(model, str) and bool(model),
@@ -127,7 +128,7 @@ def _factory(place: str, name: str) -> nn.Module:
         isinstance(made, nn.Module),
         f"model: {place}:{name}() returned {show(made)} ({type(made).__name__}), expected a torch.nn.Module",
     )
-    return made
+    return unwrapped(made)
 
 
 def _run_file(path: Path) -> ModuleType:

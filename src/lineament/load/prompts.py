@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lineament.core.checks import InputError, require, show, suggest
+from lineament.core.results import Readable
 
 TASKS = ("ioi", "greater-than")
 _PAIR = ("clean", "corrupt", "answer", "wrong")
@@ -34,7 +35,7 @@ class PromptPair:
 
 
 @dataclass(frozen=True)
-class Prompts:
+class Prompts(Readable):
     """Prompts to complete, and pairs where the file holds pairs; ``total`` is how many the source has, ``left_out`` why some are no prompts."""
 
     prompts: tuple[str, ...]

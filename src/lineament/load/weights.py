@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,39 @@ def require_finite(state: Mapping[str, Tensor], argument: str = "model") -> None
         raise NotFiniteError(
             f"{argument}: NaN or infinite values in weights: {listed(bad)}; was the training stable and the file whole?"
         )
+
+
+def require_savable(model: nn.Module) -> None:
+    """Refuse a network whose weights safetensors cannot hold: several that share memory without being one tensor.
+
+    >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    >>> whole = torch.zeros(3, 2)
+    >>> net[0].weight, net[1].weight = nn.Parameter(whole[:2]), nn.Parameter(whole[1:])
+    >>> require_savable(net)
+    Traceback (most recent call last):
+    ...
+    lineament.core.checks.InputError: model: its weights 0.weight, 1.weight share memory and could not be saved (slices of one tensor, or one transposed); give \
+each layer its own tensor, or compute one from the other in the forward
+    """
+    from safetensors.torch import save_model
+
+    # Tried, because only the format itself knows what it takes.
+    with TemporaryDirectory() as folder:
+        try:
+            save_model(model, f"{folder}/weights.safetensors")
+            return
+        except (RuntimeError, ValueError) as error:
+            said = str(error).splitlines()[0]
+    sharing: dict[int, list[str]] = {}
+    for name, value in model.state_dict().items():
+        sharing.setdefault(value.untyped_storage().data_ptr(), []).append(name)
+    names = [name for group in sharing.values() if len(group) > 1 for name in group]
+    raise InputError(
+        f"model: its weights {listed(names)} share memory and could not be saved (slices of one tensor, or one transposed); give each layer its own "
+        "tensor, or compute one from the other in the forward"
+        if names
+        else f"model: its weights could not be saved ({said})"
+    )
 
 
 def digest(model: nn.Module) -> str:

@@ -1,7 +1,7 @@
 """diffGrad's step compiled into one pass over memory: which tensors move together, and what is kept from step to step.
 
 The kernel runs at the speed of memory, so what is left to save is the calls:
-eight tensors share one, and its arguments are kept, all but the gradients, for as long as the same tensors move. (After a pass over memory
+eight tensors share one (where a group has so many), and its arguments are kept, all but the gradients, for as long as the same tensors move. (After a pass over memory
 nothing of Python is left in the caches, so each line of a step costs several times what it does in a test.)
 """
 
@@ -63,17 +63,19 @@ class Passes:
                 lanes.setdefault((shared[at], row.p.dtype, row.p.device), []).append((at, order))
                 self._moved.append(row.p)
         for lane in lanes.values():
-            for start in range(0, len(lane), SHARED):
-                places, orders = zip(*lane[start : start + SHARED])
+            # A kernel for one tensor compiles faster than one for eight, and few tensors have no calls to save.
+            count = SHARED if len(lane) >= SHARED else 1
+            for start in range(0, len(lane), count):
+                places, orders = zip(*lane[start : start + count])
                 # A view remembers the shape it is a view of, and each such shape would be compiled for: ``data`` forgets it, and the
                 # parameter's version, by which autograd knows that it was changed.
                 flat = [
                     [in_memory(t, order).data for t in _tensors(rows[at])]
                     for at, order in zip(places, orders)
                 ]
-                padding, more = _examples(flat[0], SHARED - len(places), 32)
+                padding, more = _examples(flat[0], count - len(places), 32)
                 others = [t for tensors in flat for t in tensors]
-                run = _compiled(self.rule, len(flat[0]), flat[0][0].dtype, flat[0][0].device)
+                run = _compiled(self.rule, count, len(flat[0]), flat[0][0].dtype, flat[0][0].device)
                 self._calls.append(_Call(run, places, orders, [*others, *more], padding))
 
 
@@ -153,7 +155,9 @@ def _friction(change: Tensor, rule: Rule, mean: Tensor | None, deviation: Tensor
 
 
 @functools.cache
-def _compiled(rule: Rule, width: int, dtype: torch.dtype, device: torch.device) -> Callable[..., None]:
+def _compiled(
+    rule: Rule, count: int, width: int, dtype: torch.dtype, device: torch.device
+) -> Callable[..., None]:
     # A code object for each kind: a compiler keeps few versions of one. Sizes are dynamic, so that another shape compiles nothing.
     code = _traced.__code__.replace(co_name="diffgrad")
     # The guards look at each tensor; that nobody has changed this module and the rule need not be asked at each call, nor the sizes asked twice.
@@ -161,7 +165,7 @@ def _compiled(rule: Rule, width: int, dtype: torch.dtype, device: torch.device) 
     run = torch.compile(types.FunctionType(code, globals()), dynamic=True, options=options)
     # Sizes that are equal at the first call would be compiled as always equal.
     like = [torch.empty(0, dtype=dtype, device=device)] * width
-    run(*_examples(like, SHARED, 4096), like[0].new_zeros(len(Coefficients._fields)), rule)
+    run(*_examples(like, count, 4096), like[0].new_zeros(len(Coefficients._fields)), rule)
     return run
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.core.results import Readable
 
 VERSIONS = (0, 1, 2, 3, 4, 5)
 # Their friction needs the running mean and spread of each coordinate's gradient.
@@ -84,7 +85,7 @@ def statistical_(change: Tensor, version: int, mean: Tensor, deviation: Tensor) 
 
 
 @dataclass(frozen=True)
-class FrictionSummary:
+class FrictionSummary(Readable):
     """The friction of one step over all coordinates: what fraction of Adam's step was taken.
 
     ``quantiles`` are exact up to 2^20 coordinates and of an evenly spaced sample of them beyond. ``still`` is the share of

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lineament.core import checks
+from lineament.core.models import buffers_kept
 
 _TINY = 1e-12
 # Elements of a block, for each thread.
@@ -321,7 +322,7 @@ class ASAM(SAM):
 
 @contextmanager
 def running_statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Batch-norm (and instance-norm) layers in train mode use their batch's statistics but do not gather them.
+    """Layers in train mode use their batch's statistics but do not gather them: batch norms, and whatever else writes into a buffer.
 
     >>> net = nn.BatchNorm1d(2)
     >>> with running_statistics_kept(net):
@@ -329,11 +330,15 @@ def running_statistics_kept(model: nn.Module) -> Iterator[None]:
     >>> net.running_mean.tolist(), int(net.num_batches_tracked)
     ([0.0, 0.0], 0)
     """
-    layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    layers = [
+        m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats
+    ]
     for layer in layers:
         layer.track_running_stats = False
     try:
-        yield
+        # A batch norm's are not even written; for all others there is only the way back.
+        with buffers_kept(model):
+            yield
     finally:
         for layer in layers:
             layer.track_running_stats = True

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.models import answered, frozen, logits
+from lineament.core.results import Readable
 
 NORMS = ("linf", "l2")
 OBJECTIVES = ("untargeted", "targeted", "plus_one", "random_target", "hybrid")
@@ -24,7 +25,7 @@ LOSSES = ("ce", "margin")
 
 
 @dataclass(frozen=True)
-class Attack:
+class Attack(Readable):
     """What :func:`pgd` found: ``delta`` to add, its ``objective``, whom it ``fooled``, and whose gradient was zero at every step."""
 
     delta: Float[Tensor, "batch *shape"]

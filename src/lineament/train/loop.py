@@ -24,6 +24,7 @@ from lineament.core import checks
 from lineament.core.batching import progress
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.models import answered, device_of, dtype_of, frozen, logits
+from lineament.core.results import Readable
 from lineament.train.batches import Batch, is_labels, moved, source
 from lineament.train.processes import OneProcess, Processes, randomness
 
@@ -32,7 +33,7 @@ _HOOKS = ("on_start", "on_epoch", "on_batch", "on_gradients", "on_step", "on_epo
 
 
 @dataclass(frozen=True)
-class Epoch:
+class Epoch(Readable):
     """What one epoch came to; ``loss`` and ``accuracy`` are means over the batches as they were trained on.
 
     Attributes:
@@ -58,7 +59,7 @@ class Epoch:
 
 
 @dataclass(frozen=True)
-class Trained:
+class Trained(Readable):
     """A finished training: one record for each epoch."""
 
     history: tuple[Epoch, ...]

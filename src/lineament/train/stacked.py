@@ -21,6 +21,7 @@ from torch.func import stack_module_state, vmap
 from lineament.core import checks
 from lineament.core.batching import progress
 from lineament.core.models import frozen, holding, logits
+from lineament.core.results import Readable
 from lineament.train.attacks import PGD, Adversarial
 from lineament.train.callbacks import KeepBest, Rate, Rows, Validation
 from lineament.train.loop import Run, fit
@@ -31,7 +32,7 @@ _HELD = 0.1
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Readable):
     """Train a fresh network: ``training(inputs, targets, seed) -> model``, in eval mode.
 
     Args:

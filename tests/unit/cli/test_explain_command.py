@@ -307,3 +307,28 @@ def test_every_scored_token_can_be_reached_and_read_without_a_pointer():
     assert shares == [1.0, 0.5, 0.2, 0.0, 0.0], (
         "what is not scored is not coloured, and does not set the scale"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["explain", "m", "t", "--steps", "zero"], "--steps: got 'zero', expected an integer"),
+        (["explain", "m", "t", "--ratio", "few"], "--ratio: got 'few', expected a number"),
+        (["explain"], "MODEL, TEXT: got none, expected lineament explain with all of them"),
+        (["explain", "m", "t", "--zebra"], "no option or argument '--zebra' (see"),
+    ],
+)
+def test_the_parser_speaks_as_the_library_does(words, said, capsys):
+    from lineament import cli
+
+    assert cli.main(words) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and said in lines[0], lines
+
+
+def test_a_method_of_the_library_is_named_by_its_option():
+    from lineament.cli import build_parser
+    from lineament.cli.parser import in_options
+
+    message = "target: ' a b' is 2 tokens, expected one; explain the whole with `explain_continuation`"
+    assert in_options(message, build_parser()[1]["explain"]).endswith("explain the whole with --continuation")

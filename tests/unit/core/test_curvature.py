@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from scipy.sparse.linalg import eigsh
 from torch import nn
 from torch.func import functional_call
 
-from lineament.core.checks import InputError
+from lineament.core.checks import InputError, NoGradientError
 from lineament.core.curvature.density import spectral_density
 from lineament.core.curvature.eigenpairs import top_eigenpairs
 from lineament.core.curvature.krylov import basis_size, lanczos
@@ -637,3 +640,172 @@ def test_nearly_parallel_images_leave_an_orthonormal_basis(dtype):
     found = top_eigenpairs(matrix, 3, tol=1e-5)
     torch.testing.assert_close(found.values, torch.full((3,), 5.0, dtype=dtype), rtol=1e-5, atol=0)
     torch.testing.assert_close(found.vectors.T @ found.vectors, torch.eye(3, dtype=dtype), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5, 6, 8])
+def test_a_strided_convolution_of_one_place_has_its_hessian(channels):
+    """The shortcut of a narrow residual network: the kernel for channels that lie last wrote past its memory."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(channels, 6, 1, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(6 * 16, 3))
+    x, y = torch.randn(2, channels, 8, 8), torch.tensor([0, 2])
+    v = torch.randn(sum(p.numel() for p in net.parameters()))
+    for _ in range(10):
+        found = hessian(net, F.cross_entropy, [(x, y)]) @ v
+    exact = hessian(copy.deepcopy(net).double(), F.cross_entropy, [(x.double(), y)]) @ v.double()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-5)
+
+
+OPERATORS = {"hessian": hessian, "gauss_newton": gauss_newton, "empirical": fisher}
+
+
+@pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS.keys())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_network_of_half_precision_is_differentiated_in_single(make, dtype):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.BatchNorm1d(4), nn.Linear(4, 2)).to(dtype)
+    x, y = torch.randn(12, 3).to(dtype), torch.randint(0, 2, (12,))
+    operator = make(net, F.cross_entropy, [(x, y)], **({"kind": "exact"} if make is fisher else {}))
+    assert operator.dtype == torch.float32 and all(p.dtype == dtype for p in net.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = operator.dense()
+    reference = make(
+        net.double(), F.cross_entropy, [(x.double(), y)], **({"kind": "exact"} if make is fisher else {})
+    )
+    torch.testing.assert_close(found, reference.dense().float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS.keys())
+@pytest.mark.parametrize("before", [[], [nn.Conv1d(1, 2, 1), nn.Flatten()]], ids=["all", "a part"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_network_is_said_to_let_no_gradient_through(make, before):
+    net = nn.Sequential(*before, nn.Linear(4, 2))
+    quantised = torch.ao.quantization.quantize_dynamic(net, {nn.Linear})
+    x = torch.randn(3, 1, 2) if before else torch.randn(3, 4)
+    with pytest.raises(NoGradientError, match="gradients cannot pass through its quantised layer"):
+        make(quantised, F.mse_loss, [(x, torch.randn(3, 2))])
+
+
+@pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS.keys())
+def test_a_network_that_detaches_lets_no_gradient_through(make):
+    class Detached(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).detach()
+
+    operator = make(
+        Detached(2, 2),
+        F.mse_loss,
+        [(torch.randn(3, 2), torch.randn(3, 2))],
+        **({"likelihood": "gaussian"} if make is fisher else {}),
+    )
+    with pytest.raises(NoGradientError, match="cannot pass from its output to 'weight'"):
+        operator @ torch.ones(6)
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *g):
+        return 2 * g[0] * ctx.saved_tensors[0]
+
+
+class Then(nn.Module):
+    """A linear layer and a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.gate = nn.Linear(2, 2).double(), nn.Module()
+        self.gate.forward = function
+
+    def forward(self, x):
+        return self.gate(self.layer(x))
+
+
+SINGLE = {
+    "hardsigmoid": (F.hardsigmoid, lambda z: (z / 6 + 0.5).clamp(0, 1)),
+    "cdist": (lambda z: torch.cdist(z, z.new_ones(3, 2)), lambda z: (z[:, None] - 1).square().sum(-1).sqrt().repeat(1, 3)),
+    "cdist of p 1": (lambda z: torch.cdist(z, z.new_ones(3, 2), p=1.0), lambda z: (z[:, None] - 1).abs().sum(-1).repeat(1, 3)),
+    "once": (Once.apply, torch.square),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS.keys())
+@pytest.mark.parametrize("what", SINGLE)
+@pytest.mark.parametrize("columns", [1, 30])
+def test_operations_without_a_second_derivative(make, what, columns):
+    function, twice = SINGLE[what]
+    x, width = torch.randn(5, 2, dtype=torch.float64), 3 if "cdist" in what else 2
+    data = [(x, torch.randn(5, width, dtype=torch.float64))]
+    options = {"kind": "empirical"} if make is fisher else {}
+    operator = make(Then(function), F.mse_loss, data, **options)
+    block = torch.randn(6, columns, dtype=torch.float64)
+    if what == "once" and make is hessian:
+        with pytest.raises(
+            InputError, match=r"model: 'gate' \(Module\) has no second derivative.*use gauss_newton"
+        ):
+            operator @ block
+        return
+    torch.testing.assert_close(operator @ block, make(Then(twice), F.mse_loss, data, **options) @ block)
+
+
+WEIGHTS = torch.tensor([1.0, 5.0, 0.2])
+UNEVEN = {
+    "functional": F.cross_entropy,
+    "ignored": nn.CrossEntropyLoss(ignore_index=0),
+    "weighted": nn.CrossEntropyLoss(weight=WEIGHTS.double()),
+    "partial": functools.partial(F.cross_entropy, weight=WEIGHTS.double(), ignore_index=2),
+    "measured": lambda z, y: F.cross_entropy(z, y, weight=WEIGHTS.double(), ignore_index=2),
+}
+
+
+@pytest.mark.parametrize("make", [hessian, gauss_newton])
+@pytest.mark.parametrize("loss", UNEVEN.values(), ids=UNEVEN.keys())
+def test_the_chunk_never_changes_the_matrix(make, loss):
+    torch.manual_seed(0)
+    net = nn.Linear(2, 3).double()
+    x, y = torch.randn(12, 2).double(), torch.tensor([0, 0, 0, 2, 2, 2, 1, 0, 1, 2, -100, 1])
+    y = y if loss is F.cross_entropy else y.clamp_min(0)
+    whole = make(net, loss, [(x, y)]).dense()
+    torch.testing.assert_close(whole, dense_hessian(net, loss, x, y))
+    for chunk in (1, 3, 5):
+        torch.testing.assert_close(make(net, loss, [(x, y)], chunk=chunk).dense(), whole)
+
+
+@pytest.mark.parametrize("kind", ["true", "exact", "empirical"])
+@pytest.mark.parametrize("positions", [(), (4,)])
+def test_the_chunk_never_changes_a_fisher_with_ignored_targets(kind, positions):
+    torch.manual_seed(0)
+    net = nn.Linear(2, 3).double()
+    x = torch.randn(6, *positions, 2, dtype=torch.float64)
+    y = torch.randint(0, 3, (6, *positions))
+    y[0] = -100
+    y[2:, ...].view(-1)[::3] = -100
+
+    def loss(z, y):
+        return F.cross_entropy(z.movedim(-1, 1), y)
+
+    options = {"kind": kind, "likelihood": "categorical", "samples": 2000 if kind == "true" else 1}
+    whole = fisher(net, loss, [(x, y)], **options).dense()
+    exact = gauss_newton(net, loss, [(x, y)]).dense()
+    if kind != "empirical":
+        assert (whole - exact).norm() < (0.1 if kind == "true" else 1e-9) * exact.norm()
+    for chunk in (1, 4):
+        found = fisher(net, loss, [(x, y)], chunk=chunk, **options).dense()
+        # Each chunk has draws of its own.
+        assert (found - whole).norm() < (0.1 if kind == "true" else 1e-9) * whole.norm()
+
+
+@pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS.keys())
+def test_everything_may_be_made_and_multiplied_in_inference_mode(make):
+    options = {"kind": "empirical"} if make is fisher else {}
+    with torch.inference_mode():
+        net = nn.Linear(1, 1)
+        data = [(torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1))]
+        found = make(net, F.mse_loss, data, **options) @ torch.ones(2)
+    assert not found.is_inference() and net.weight.is_inference()
+    torch.testing.assert_close(found, make(net, F.mse_loss, data, **options) @ torch.ones(2))

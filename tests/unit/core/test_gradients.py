@@ -111,3 +111,52 @@ def test_layer_cosine_ignores_biases_and_the_scale_of_a_unit():
     other = [b[0] * torch.tensor([2.0, 5.0, 1.0]).reshape(3, 1, 1), b[1] + 7, 3 * b[2]]
     found = gradients.distance(a, other, "layer_cosine", eps=0.0)
     assert torch.isclose(found, gradients.distance(a, b, "layer_cosine", eps=0.0))
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, *g):
+        return 2 * g[0] * ctx.saved_tensors[0]
+
+
+class Through(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        found = self.layer(x)
+        return (found[0] if isinstance(found, tuple) else Square.apply(found)).flatten(1)
+
+
+LAYERS = {
+    "gru": lambda: nn.GRU(1, 1),
+    "rnn": lambda: nn.RNN(1, 1),
+    "float64 lstm": lambda: nn.LSTM(1, 1).double(),
+    "own function": lambda: nn.Linear(1, 2),
+    "max_norm": lambda: nn.Embedding(5, 2, max_norm=0.5),
+    "sparse": lambda: nn.Embedding(5, 2, sparse=True),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:Sparse CSR")
+def test_what_vmap_cannot_run_goes_sample_by_sample(layer):
+    torch.manual_seed(0)
+    net = Through(layer())
+    like = next(net.parameters())
+    x = torch.randint(0, 5, (3, 2)) if isinstance(net.layer, nn.Embedding) else torch.randn(3, 4, 1).to(like)
+    before = [p.clone() for p in net.parameters()]
+    found = gradients.per_sample_gradients(net, lambda z, y: z.square().mean(), x, torch.zeros(3))
+    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before))
+    for index in range(3):
+        net.zero_grad()
+        net(x[index : index + 1]).square().mean().backward()
+        for name, p in net.named_parameters():
+            own = p.grad.to_dense() if p.grad.is_sparse else p.grad
+            torch.testing.assert_close(found[name][index], own)

@@ -185,7 +185,7 @@ def test_faults_of_sites_and_models_are_named():
     net.unused = nn.Conv2d(2, 2, 1)
     with pytest.raises(InputError, match="not reached"):
         saliency(net, x, 0, site="unused")
-    with pytest.raises(InputError, match=r"needs an nn\.Conv2d.*nearest"):
+    with pytest.raises(InputError, match=r"needs an nn\.Conv2d.*there are: 'stem'"):
         saliency(net, x, 0, site="norms.0", method="norm_grad_proper")
     with pytest.raises(InputError, match="targets"):
         saliency(net, x, "every", site="stem")

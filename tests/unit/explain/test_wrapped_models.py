@@ -10,8 +10,8 @@ from lineament.explain import activation_patching, attribute_tokens, logit_diffe
 from lineament.explain.tokens.methods import METHODS
 
 pytest.importorskip("transformers", reason="the extra 'lm' is not installed")
-from tests.contracts.language_models import prompts, tiny  # noqa: E402
-from tests.contracts.token_models import QUICK  # noqa: E402
+from tests.contracts.language_models import prompts, tiny
+from tests.contracts.token_models import QUICK
 
 WRAPPERS = {
     "compiled": torch.compile,

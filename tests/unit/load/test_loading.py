@@ -105,7 +105,7 @@ def test_npz_that_cannot_be_used(tmp_path, images):
         "empty": ({"x": images[:0], "y": y[:0]}, "it is empty"),
         "lengths": ({"x": images, "y": y[:7]}, "expected as many samples in both"),
         "nan": ({"x": np.where(images > 250, np.nan, 1.0), "y": y}, r"NaN or infinite values in \d+ of 30"),
-        "onehot": ({"x": images, "y": np.eye(2, dtype=int)[y]}, "one-hot rows: pass their argmax"),
+        "rows": ({"x": images, "y": 3 * np.eye(2, dtype=int)[y]}, "a row of 0s and 1s"),
         "words": ({"x": np.array([["a"]] * 30), "y": y}, "expected images or numbers"),
         "complex": ({"x": images, "y": y.astype(complex)}, "expected class numbers"),
         "scalar": ({"x": images, "y": np.array(3)}, "is a single number"),

@@ -6,14 +6,17 @@ calibration error over 15 bins (Guo et al. 2017, arXiv 1706.04599). For real-val
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import Any
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from lineament.audit.phrases import compact, percent, wilson
+from lineament.audit.phrases import compact, percent, points, wilson
 from lineament.audit.subject import Subject
 from lineament.report.figures import picture, shades
 from lineament.report.outcome import Table
@@ -60,6 +63,7 @@ class Calibration:
     confidence: float
     accuracy: float
     bins: Sequence[Bin]
+    gap_error: float = math.inf
 
     @property
     def gap(self) -> float:
@@ -69,7 +73,11 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Classes:
-    """How often a classifier is right: in all, by class and by group; ``majority``: the share of the most frequent class."""
+    """How often a classifier is right: in all, by class and by group; ``majority``: the share of the most frequent class.
+
+    ``reordered``: how often it would be right were its outputs in the order that suits half of the samples best, on the other half;
+    only where that explains its answers and the given order does not.
+    """
 
     overall: Share
     balanced: float
@@ -78,17 +86,40 @@ class Classes:
     groups: Sequence[Share]
     calibration: Calibration
     confusion: Sequence[Sequence[int]]
+    reordered: Share | None = None
     task: str = "classification"
+
+    @property
+    def poor(self) -> bool:
+        """Whether it may be no better than always naming the most frequent class."""
+        return self.overall.low <= self.majority
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How often single labels are right: in all (the interval is over samples), by label and by group; ``exact``: of all labels of a sample.
+
+    ``majority`` is what naming the more frequent value of each label would be right for.
+    """
+
+    overall: Share
+    exact: Share
+    majority: float
+    labels: Sequence[Share]
+    groups: Sequence[Share]
+    calibration: Calibration
+    task: str = "multi-label"
 
 
 @dataclass(frozen=True)
 class Errors:
-    """R² and the mean absolute error of a group's answers."""
+    """R² and the mean absolute error of a group's answers, with its standard error over samples."""
 
     name: str
     r2: float
     mae: float
     count: int
+    mae_error: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -106,7 +137,8 @@ def applies(subject: Subject) -> str:
 
 
 def look(subject: Subject) -> Section:
-    return _classes(subject) if subject.task == "classification" else _values(subject)
+    kinds = {"classification": _classes, "multi-label": _labels, "regression": _values}
+    return kinds[subject.task](subject)
 
 
 def calibration(probabilities: Tensor, targets: Tensor, bins: int = BINS) -> Calibration:
@@ -129,6 +161,7 @@ def calibration(probabilities: Tensor, targets: Tensor, bins: int = BINS) -> Cal
         float(confidence.mean()),
         float(right.mean()),
         [Bin(float(s / n), float(h / n), int(n)) for s, h, n in bins_filled],
+        float((confidence - right).std()) / math.sqrt(len(right)) if len(right) > 1 else math.inf,
     )
 
 
@@ -149,6 +182,7 @@ def _classes(subject: Subject) -> Section:
         calibration=calibration(torch.softmax(subject.outputs.double(), 1), targets),
         confusion=confusion.tolist() if width <= 200 else [],
     )
+    found = replace(found, reordered=_reordered(found, targets, decisions, width))
     overall, groups, known = found.overall, found.groups, found.calibration
     hardest = min(classes, key=lambda c: c.accuracy)
     sentence = (
@@ -168,9 +202,11 @@ def _classes(subject: Subject) -> Section:
         if abs(known.gap) < 0.03
         else f"which is {'more' if known.gap > 0 else 'less'} than its accuracy warrants."
     )
-    worst_gap = max((overall.accuracy - g.accuracy for g in groups if g.high < overall.low), default=0.0)
+    worst_gap = max(
+        (overall.accuracy - g.accuracy for g in groups if _below(g, overall, len(groups))), default=0.0
+    )
     weak = known.error > 0.1 or worst_gap > 0 or overall.accuracy < 0.8
-    poor = worst_gap > 0.1 or overall.low <= found.majority
+    poor = worst_gap > 0.1 or found.poor or found.reordered is not None
     pictures = [*([_bars(groups, "group")] if len(groups) > 1 else []), _bars(classes, "class")]
     pictures += [
         _reliability(known),
@@ -198,7 +234,7 @@ def _between(groups: Sequence[Share]) -> str:
     if worst.accuracy == best.accuracy:
         return f"It is right equally often in all {len(groups)} groups. "
     ends = f"{percent(best.accuracy)} in {best.quoted} but {percent(worst.accuracy)} in {worst.quoted}"
-    if worst.high < best.low:
+    if _below(worst, best, len(groups)):
         return f"Groups differ: {ends}. "
     return f"Groups hardly differ, as far as so many samples can tell: {ends}. "
 
@@ -206,9 +242,20 @@ def _between(groups: Sequence[Share]) -> str:
 def _class_findings(found: Classes) -> list[Finding]:
     overall, groups, known = found.overall, found.groups, found.calibration
     told = []
+    if found.reordered is not None:
+        other = found.reordered
+        told.append(
+            Finding(
+                "warning",
+                f"Its outputs seem to be in another order than the class numbers: it is right for {percent(overall.accuracy)} of {overall.count} samples, and would be right for "
+                f"{percent(other.accuracy)} of {other.count} (95 % interval {percent(other.low)} to {percent(other.high)}) in the order that suits the other {overall.count - other.count} best.",
+                advice="Give the names of the classes in the order of the model's outputs (`classes`): labels then follow their names. Until then no number by class means anything.",
+                key="outputs reordered",
+            )
+        )
     if len(groups) > 1:
         best, worst = max(groups, key=lambda g: g.accuracy), min(groups, key=lambda g: g.accuracy)
-        if worst.high < best.low:
+        if _below(worst, best, len(groups)):
             told.append(
                 Finding(
                     "warning" if best.accuracy - worst.accuracy > 0.1 else "note",
@@ -221,7 +268,7 @@ def _class_findings(found: Classes) -> list[Finding]:
             alike = f"Its {len(groups)} groups fare alike, as far as {overall.count} samples can tell."
             told.append(Finding("good", alike, key="groups alike"))
     worst = min(found.classes, key=lambda c: c.accuracy)
-    if worst.high < overall.low and overall.accuracy - worst.accuracy > 0.1:
+    if _below(worst, overall, len(found.classes)) and overall.accuracy - worst.accuracy > 0.1:
         told.append(
             Finding(
                 "note",
@@ -230,16 +277,8 @@ def _class_findings(found: Classes) -> list[Finding]:
                 key="class behind",
             )
         )
-    if known.error > 0.05 and abs(known.gap) > 0.03:
-        told.append(
-            Finding(
-                "warning" if known.gap > 0.15 else "note",
-                f"It is {'over' if known.gap > 0 else 'under'}confident: {percent(known.confidence)} sure on average, and right in {percent(known.accuracy)}.",
-                advice="Do not use its confidence as it is: divide the logits by one temperature that you fit on held-out data (the paper that the section names says how).",
-                key="overconfident" if known.gap > 0 else "underconfident",
-            )
-        )
-    poor = overall.low <= found.majority
+    told += _confidence(known)
+    poor = found.poor
     no_better = "is" if overall.accuracy <= found.majority else "may be"
     told.append(
         Finding(
@@ -257,6 +296,49 @@ def _class_findings(found: Classes) -> list[Finding]:
         )
     )
     return told
+
+
+def _confidence(known: Calibration) -> list[Finding]:
+    sure = abs(known.gap) - 1.96 * known.gap_error
+    if known.error <= 0.05 or sure <= 0.03:
+        return []
+    return [
+        Finding(
+            "warning" if known.gap > 0 and sure > 0.1 else "note",
+            f"It is {'over' if known.gap > 0 else 'under'}confident: {percent(known.confidence)} sure on average, and right in {percent(known.accuracy)}, a gap of {points(known.gap)} ± {points(1.96 * known.gap_error)} (95 % interval).",
+            advice="Do not use its confidence as it is: divide the logits by one temperature that you fit on held-out data (the paper that the section names says how).",
+            key="overconfident" if known.gap > 0 else "underconfident",
+        )
+    ]
+
+
+def _reordered(found: Classes, targets: Tensor, decisions: Tensor, width: int) -> Share | None:
+    """How often it is right with its outputs reordered, where that and only that explains its answers."""
+    half = torch.arange(len(targets)) % 2 == 0
+    counts = torch.bincount(targets[half] * width + decisions[half], minlength=width * width)
+    _, best = linear_sum_assignment(counts.reshape(width, width).numpy(), maximize=True)
+    other = _share("reordered", torch.from_numpy(best)[targets[~half]] == decisions[~half])
+    # Halfway from always naming the most frequent class to always right; a better order is no mere improvement.
+    explains = other.low > (1 + found.majority) / 2
+    return other if explains and (found.poor or other.low > 2 * found.overall.high) else None
+
+
+def compared(count: int) -> float:
+    """Half the width, in standard errors, of intervals whose ends are compared: the worst of many is low by chance, so that more of them ask for more.
+
+    95 % for two; for more of them each has its part of the 5 % (Bonferroni).
+
+    >>> round(compared(2), 2), round(compared(10), 2)
+    (1.96, 2.77)
+    """
+    return NormalDist().inv_cdf(1 - 0.025 / max(count - 1, 1))
+
+
+def _below(worst: Share, other: Share, count: int) -> bool:
+    """Whether the worst of so many is right less often than another, beyond what chance does to the worst."""
+    z = compared(count)
+    ends = [wilson(round(s.accuracy * s.count), s.count, z) for s in (worst, other)]
+    return ends[0][1] < ends[1][0]
 
 
 def _share(name: str, right: Tensor) -> Share:
@@ -317,7 +399,7 @@ def _bars(rows: Sequence[Share], what: str) -> Picture:
         ax.set(xlim=(0, 1), xlabel="share of samples right")
         ax.xaxis.set_major_formatter(lambda v, _: f"{100 * v:.0f} %")
 
-    plural = {"class": "classes", "group": "groups"}[what]
+    plural = {"class": "classes", "group": "groups", "label": "labels"}[what]
     lowest, highest = shown[0], max(rows, key=lambda r: r.accuracy)
     return picture(
         draw,
@@ -386,6 +468,72 @@ def _confusion(subject: Subject, confusion: Tensor, present: list[int]) -> Pictu
     )
 
 
+def _labels(subject: Subject) -> Section:
+    targets, chance = subject.targets > 0.5, subject.outputs.double().sigmoid()
+    right = (chance > 0.5) == targets
+    groups = subject.samples.groups
+    found = Labels(
+        _mean_share("all", right),
+        _share("all labels", right.all(1)),
+        majority=float(torch.maximum(targets.double().mean(0), 1 - targets.double().mean(0)).mean()),
+        labels=[_share(subject.class_name(k), right[:, k]) for k in range(right.shape[1])],
+        groups=[
+            _mean_share(subject.samples.group_names[g], right[groups == g])
+            for g in (torch.unique(groups).tolist() if groups is not None else [])
+        ],
+        calibration=calibration(torch.stack([1 - chance, chance], 2).flatten(0, 1), targets.long().flatten()),
+    )
+    overall, known = found.overall, found.calibration
+    hardest = min(found.labels, key=lambda share: share.accuracy)
+    poor = overall.low <= found.majority
+    told = f"It is right for {percent(overall.accuracy)} of {right.numel()} labels on {overall.count} samples (95 % interval {percent(overall.low)} to {percent(overall.high)})"
+    sentence = (
+        f"{told}, and for every label of {percent(found.exact.accuracy)} of samples; naming the more frequent value of each label would be right for {percent(found.majority)} of labels. "
+        f"The hardest label is {hardest.quoted} ({percent(hardest.accuracy)}). On average it is {percent(known.confidence)} sure."
+    )
+    return Section(
+        status="warning" if poor else "note" if overall.accuracy < 0.8 or known.error > 0.1 else "good",
+        number=percent(overall.accuracy),
+        unit="of labels right",
+        sentence=sentence,
+        pictures=[
+            *([_bars(found.groups, "group")] if len(found.groups) > 1 else []),
+            _bars(found.labels, "label"),
+            _reliability(known),
+        ],
+        tables=[
+            *([_table("By group", "group", found.groups)] if found.groups else []),
+            _table(
+                "By label" + (", the 20 hardest" if len(found.labels) > 20 else ""), "label", found.labels
+            ),
+        ],
+        numbers=plain(found),
+        findings=[
+            *_confidence(known),
+            Finding(
+                "warning" if poor else "good" if overall.accuracy >= 0.8 else "note",
+                told
+                + (
+                    f", no better than naming the more frequent value of each ({percent(found.majority)})."
+                    if poor
+                    else "."
+                ),
+                advice="Make sure first that samples reach it as they did in training (their size and normalisation) and that labels stand in the same order in both."
+                if poor
+                else "",
+                key="no better than the majority" if poor else "accuracy",
+            ),
+        ],
+    )
+
+
+def _mean_share(name: str, right: Tensor) -> Share:
+    """The share of labels that are right; labels of one sample are not independent, so the interval is over samples."""
+    each = right.double().mean(1)
+    mean, error = float(each.mean()), float(each.std()) / len(each) ** 0.5 if len(each) > 1 else 0.5
+    return Share(name, mean, max(mean - 1.96 * error, 0.0), min(mean + 1.96 * error, 1.0), len(each))
+
+
 def _values(subject: Subject) -> Section:
     targets = subject.targets.reshape(len(subject), -1).double()
     answers = subject.outputs.reshape(len(subject), -1).double()
@@ -394,7 +542,9 @@ def _values(subject: Subject) -> Section:
 
     def errors(name: str, rows: Tensor | slice) -> Errors:
         chosen = targets[rows]
-        return Errors(name, r2(answers[rows], chosen), float(error[rows].mean()), len(chosen))
+        own = error[rows].flatten(1).mean(1) if error.ndim > 1 else error[rows]
+        spread = float(own.std()) / math.sqrt(len(own)) if len(own) > 1 else math.inf
+        return Errors(name, r2(answers[rows], chosen), float(own.mean()), len(chosen), spread)
 
     by_group = [
         errors(subject.samples.group_names[g], groups == g)
@@ -451,12 +601,19 @@ def _value_findings(found: Values) -> list[Finding]:
     told = []
     worst = max(found.groups, key=lambda g: g.mae, default=None)
     best = min(found.groups, key=lambda g: g.mae, default=None)
-    if worst and best and worst.mae > 1.5 * best.mae:
+    z = compared(len(found.groups))
+    if (
+        worst
+        and best
+        and worst.mae - z * worst.mae_error > best.mae + z * best.mae_error
+        and worst.mae > 1.5 * best.mae
+    ):
         told.append(
             Finding(
                 "warning",
                 f"Its error rises from {compact(best.mae)} in group “{printable(best.name, limit=60)}” to {compact(worst.mae)} in group “{printable(worst.name, limit=60)}”.",
                 advice="Look at what sets that group apart, and train on more samples of it; give the error by group wherever you give it.",
+                key="groups differ",
             )
         )
     useless = found.overall.r2 < 0
@@ -468,6 +625,7 @@ def _value_findings(found: Values) -> list[Finding]:
             advice="Make sure that inputs and targets are scaled as they were in training."
             if useless
             else "",
+            key="worse than the mean" if useless else "accuracy",
         )
     )
     return told

@@ -20,6 +20,7 @@ from lineament.audit.subject import LanguageSubject
 from lineament.core.checks import InputError, require, show
 from lineament.core.models import frozen, logits
 from lineament.explain.patching.activation import activation_patching, patch_nodes
+from lineament.explain.patching.components import architecture
 from lineament.explain.patching.metrics import logit_difference, single_tokens
 from lineament.explain.patching.relevance import relevance_patching
 from lineament.explain.patching.result import Fidelity, Node, PatchingResult, fidelity
@@ -137,19 +138,25 @@ def look(subject: LanguageSubject) -> Section:
     if abs(ends[0] - ends[1]) <= _LEAST * max(map(abs, ends)):
         return _unmoved(behaviour, ends)
     metric = logit_difference(answers, wrong)
+    has = architecture(subject.model, trace=True).kinds()
+    require(
+        "z" in has,
+        "no attention heads were found in its blocks; patch what it has by explain.activation_patching",
+    )
+    kinds = [kind for kind in _KINDS if kind in has]
     shared: dict[str, Any] = {"tokenizer": subject.tokenizer}
-    found = relevance_patching(subject.model, clean, corrupt, metric, sites=_KINDS, **shared)
+    found = relevance_patching(subject.model, clean, corrupt, metric, sites=kinds, **shared)
     heads = relevance_patching(
         subject.model, clean, corrupt, metric, sites="z", positions="together", **shared
     )
     few = slice(0, _CHECKED)
     metric = logit_difference(answers[few], wrong[few])
-    truth = activation_patching(subject.model, clean[few], corrupt[few], metric, sites=_KINDS, **shared)
-    ours = relevance_patching(subject.model, clean[few], corrupt[few], metric, sites=_KINDS, **shared)
+    truth = activation_patching(subject.model, clean[few], corrupt[few], metric, sites=kinds, **shared)
+    ours = relevance_patching(subject.model, clean[few], corrupt[few], metric, sites=kinds, **shared)
     agreement = fidelity(ours, truth)
     trusted = min(a.pearson if a.pearson == a.pearson else 0.0 for a in agreement.values())
     per_head = heads.scores["z"].flatten(1)
-    nodes = [*heads.top(_HEADS), *(node for kind in _KINDS for node in found.top(_PLACES, kind=kind))]
+    nodes = [*heads.top(_HEADS), *(node for kind in kinds for node in found.top(_PLACES, kind=kind))]
     patched, five = _patched(subject, (clean, corrupt, logit_difference(answers, wrong)), nodes)
     tried = min(_HEADS, per_head.numel())
     carriers = Carriers(found, per_head.tolist(), agreement, patched, five, tried)
@@ -318,10 +325,10 @@ def _token_text(label: object, limit: int) -> str:
 
 
 def _maps(found: PatchingResult, patched: Sequence[Patched]) -> Picture:
-    labels = [_token_text(label, 9) for label in found.labels]
+    labels, kinds = [_token_text(label, 9) for label in found.labels], list(found.scores)
 
     def draw(axes: Any) -> None:
-        for ax, kind in zip(axes.flat, _KINDS):
+        for ax, kind in zip(axes.flat, kinds):
             values = found.map(kind).float().cpu()
             _heat(ax, values, _NAMES[kind])
             ax.set_xticks(
@@ -334,10 +341,10 @@ def _maps(found: PatchingResult, patched: Sequence[Patched]) -> Picture:
     top = next(each for each in patched if each.node.kind != "z")
     return picture(
         draw,
-        panels=(1, 3),
+        panels=(1, len(kinds)),
         size=(10.5, 1.9 + 0.16 * found.map("resid_pre").shape[0]),
         caption="How much of the behaviour each place carries, as relevance patching estimates it, layer by position; 1 brings all of it back. The tokens are those of the first clean prompt.",
-        alt=f"Three heat maps of layer by position. Of the places ranked highest, the {_NAMES[top.node.kind]} of layer {top.node.layer}, position {top.node.position}, brings back most when patched: {top.score:.2f}.",
+        alt=f"{len(kinds)} heat maps of layer by position. Of the places ranked highest, the {_NAMES[top.node.kind]} of layer {top.node.layer}, position {top.node.position}, brings back most when patched: {top.score:.2f}.",
     )
 
 
@@ -369,8 +376,10 @@ def _heat(ax: Any, values: Tensor, title: str) -> None:
 
 
 def _check(ours: PatchingResult, truth: PatchingResult) -> Picture:
+    kinds = list(truth.scores)
+
     def draw(axes: Any) -> None:
-        for ax, kind in zip(axes.flat, _KINDS):
+        for ax, kind in zip(axes.flat, kinds):
             x, y = truth.scores[kind].flatten().tolist(), ours.scores[kind].flatten().tolist()
             low, high = min([*x, *y]), max([*x, *y])
             ax.plot([low, high], [low, high], color="C7", linewidth=1)
@@ -379,10 +388,10 @@ def _check(ours: PatchingResult, truth: PatchingResult) -> Picture:
 
     return picture(
         draw,
-        panels=(1, 3),
+        panels=(1, len(kinds)),
         size=(9.6, 3.1),
         caption="Is it true? Every place as relevance patching scores it, against what patching it really does. On the line they agree.",
-        alt="Three scatter plots of relevance patching against activation patching, one a kind of place.",
+        alt=f"{len(kinds)} scatter plots of relevance patching against activation patching, one a kind of place.",
     )
 
 

@@ -74,7 +74,7 @@ class Gaze:
 
 def applies(subject: Subject) -> str:
     if subject.task != "classification":
-        return "Maps explain the score of a class; this network answers with real values."
+        return f"Maps explain the score of the class that it names; this network answers with {'several labels' if subject.task == 'multi-label' else 'real values'}."
     if not subject.images:
         return "Its inputs are no images (batch, channels, height, width) of at least 4 x 4 pixels, so there is no place to look at."
     return ""

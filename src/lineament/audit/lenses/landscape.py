@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lineament.audit.estimates import Estimate
 from lineament.audit.phrases import compact, percent
 from lineament.audit.subject import Subject
+from lineament.core.checks import NoGradientError
 from lineament.core.curvature.density import Density
 from lineament.core.curvature.matrices import hessian
 from lineament.core.curvature.risk import Risk
@@ -120,7 +121,10 @@ def look(subject: Subject) -> Section:
     # Fused attention has no second derivative; the plain formula has.
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.simplefilter("ignore", LandscapeWarning)  # the section says it in words
-        return _look(subject)
+        try:
+            return _look(subject)
+        except NoGradientError:
+            return _no_gradients()
 
 
 def _look(subject: Subject) -> Section:
@@ -275,9 +279,9 @@ def _objections(
     """What is against a minimum on all samples and on either half, and what these leave open."""
     top, bottom, k = estimates["top"], estimates["bottom"], estimates["k"]
     against, open_ = [], []
-    if not loss < 0.5 * constant:
+    if not loss < constant:
         against.append(
-            f"the loss, {compact(loss)}, is not half of what the best constant answer has ({compact(constant)})"
+            f"the loss, {compact(loss)}, is not below what the best constant answer has ({compact(constant)})"
         )
     if accuracy is not None and chance is not None and accuracy <= chance:
         against.append(
@@ -478,7 +482,7 @@ def _reach(found: Spectrum) -> float:
 def _rounding(subject: Subject) -> float:
     """The mean loss below which there is nothing left to fall: what the last digits of single precision make of it."""
     eps = torch.finfo(torch.float32).eps
-    if subject.task == "classification":
+    if subject.task != "regression":
         return 10 * eps
     targets = subject.targets.double()
     return (10 * eps) ** 2 * max(float(targets.square().mean()), 1e-30)

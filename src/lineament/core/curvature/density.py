@@ -27,13 +27,14 @@ from lineament.core.curvature.krylov import (
     rounding,
     side_length,
 )
+from lineament.core.results import Readable
 
 # Probes whose bases fit in this much memory run in step.
 _BASES_BYTES = 2 * 1024**3
 
 
 @dataclass(frozen=True)
-class Density:
+class Density(Readable):
     """The spectral density as weighted nodes.
 
     Attributes:

@@ -25,13 +25,14 @@ from lineament.core.curvature.krylov import (
     rounding,
     side_length,
 )
+from lineament.core.results import Readable
 
 # Eigenvalues below this share of the largest are held to the accuracy of one of that size.
 _SMALL = 0.01
 
 
 @dataclass(frozen=True)
-class Eigenpairs:
+class Eigenpairs(Readable):
     """Eigenvalues and eigenvectors.
 
     Attributes:

@@ -18,6 +18,7 @@ from torch import Tensor
 from lineament.core import checks
 from lineament.core.batching import progress
 from lineament.core.models import is_half
+from lineament.core.results import Readable
 
 # Against what each new vector is made orthogonal: all vectors, the last few, the converged Ritz vectors (Parlett and Scott 1979, on a
 # basis that is kept), or the last two only, as the bare recurrence has it.
@@ -68,7 +69,7 @@ def rounding(operator: Operator) -> float:
 
 
 @dataclass(frozen=True)
-class Lanczos:
+class Lanczos(Readable):
     """A V ≈ V T: the orthonormal ``basis`` V (size, steps) and the tridiagonal T (``diagonal``, ``off_diagonal``)."""
 
     diagonal: Float[Tensor, "steps"]

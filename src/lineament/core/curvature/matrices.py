@@ -7,7 +7,8 @@ shares one pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +17,18 @@ from torch.func import vmap
 
 from lineament.core import checks
 from lineament.core.curvature.likelihoods import draw, likelihood_of
-from lineament.core.curvature.operator import CACHE_BYTES, Curvature, Product, Vectors, pull, sandwich
+from lineament.core.curvature.operator import (
+    CACHE_BYTES,
+    Curvature,
+    Vectors,
+    Weighed,
+    once_only,
+    pull,
+    sandwich,
+    underivable,
+)
 from lineament.core.curvature.risk import Chunk, Risk
+from lineament.core.sites.hooks import tap
 
 
 def hessian(
@@ -36,8 +47,9 @@ def hessian(
         model: any module whose output is its logits (or holds them, as Hugging Face models' do).
         loss_fn: ``loss_fn(logits, targets)``, the mean over a batch.
         loader: any iterable that can be walked more than once and yields ``(inputs, targets)``; inputs may be a tensor, a
-            tuple of arguments or a dict of keyword arguments. An uneven last batch counts by its samples. A loader
-            that augments at random makes another matrix of each product that walks it.
+            tuple of arguments or a dict of keyword arguments. Each batch counts by what the loss divides by there (its samples, their
+            class weights, the targets that are not ignored), so that no batch size changes the matrix. A loader that augments at random
+            makes another matrix of each product that walks it.
         params: names or globs of the parameters to differentiate; those that ask for gradients by default.
         batchnorm: ``"eval"`` (running statistics) or ``"train"`` (the statistics of each batch; the running ones stay).
             Dropout is off in either.
@@ -46,7 +58,10 @@ def hessian(
 
     Raises:
         InputError: an empty loader or one that can be walked only once, unknown parameters, NaN in the weights or the
-            loss, a loss that is no scalar.
+            loss, a loss that is no scalar, an operation without a second derivative.
+        NoGradientError: gradients cannot pass through the model.
+
+    A model of half precision is differentiated in float32, on a copy of its parameters.
 
     Source: Pearlmutter (1994), *Fast exact multiplication by the Hessian*.
 
@@ -57,17 +72,29 @@ def hessian(
     """
     risk = Risk(model, loss_fn, loader, params=params, batchnorm=batchnorm, chunk=chunk)
 
-    def product(chunk: Chunk) -> Product:
+    def product(chunk: Chunk) -> Weighed | None:
         leaves = list(risk.leaves.values())
-        grads = torch.autograd.grad(risk.loss(chunk), leaves, create_graph=True, materialize_grads=True)
+        outputs = risk.reached(risk.outputs(chunk))
+        weight = risk.weight(chunk, outputs)
+        if not weight:
+            return None
+        loss = risk.scalar(loss_fn(outputs, chunk.targets))
+        grads = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
         curved = [index for index, g in enumerate(grads) if g.requires_grad]
+        if said := once_only([grads[i] for i in curved]):
+            raise no_second_derivative(risk, chunk, said)
 
         def apply(vectors: Vectors, block: bool) -> Sequence[Tensor]:
             if not curved:
                 return [torch.zeros_like(v) for v in vectors]
-            return pull([grads[i] for i in curved], leaves, [vectors[i] for i in curved], block)
+            try:
+                return pull([grads[i] for i in curved], leaves, [vectors[i] for i in curved], block)
+            except RuntimeError as error:
+                if not underivable(error):
+                    raise
+                raise no_second_derivative(risk, chunk, str(error)) from error
 
-        return apply
+        return apply, weight
 
     return Curvature(risk, product, cache_bytes)
 
@@ -96,16 +123,23 @@ def gauss_newton(
     """
     risk = Risk(model, loss_fn, loader, params=params, batchnorm=batchnorm, chunk=chunk)
 
-    def product(chunk: Chunk) -> Product:
-        outputs = risk.outputs(chunk)
+    def product(chunk: Chunk) -> Weighed | None:
+        outputs = risk.reached(risk.outputs(chunk))
+        weight = risk.weight(chunk, outputs)
+        if not weight:
+            return None
         place = outputs.detach().requires_grad_()
         loss = risk.scalar(loss_fn(place, chunk.targets))
         slope = torch.autograd.grad(loss, place, create_graph=True, materialize_grads=True)[0]
+        checks.require(
+            not once_only([slope]),
+            "loss_fn: it has no second derivative, which Gauss-Newton needs; use fisher(..., kind='empirical'), which does not",
+        )
 
         def curve(u: Tensor, block: bool) -> Tensor:
             return pull([slope], [place], [u], block)[0] if slope.requires_grad else torch.zeros_like(u)
 
-        return sandwich(outputs, list(risk.leaves.values()), curve)
+        return sandwich(risk, lambda at: outputs if at is None else risk.outputs(chunk, at), curve), weight
 
     return Curvature(risk, product, cache_bytes)
 
@@ -129,7 +163,8 @@ def fisher(
     ``kind="true"`` draws the targets from the model's own prediction (fixed by ``seed``, so that the operator is one
     matrix); ``"exact"`` takes that expectation in closed form, which is the Gauss-Newton matrix for the likelihoods here;
     ``"empirical"`` keeps the data's targets, which is another matrix. Where a sample has T positions (tokens, pixels,
-    outputs) and the loss is their mean, the true Fisher is that mean too: E[g gᵀ] is taken T times.
+    outputs) and the loss is their mean, the true Fisher is that mean too: E[g gᵀ] is taken T times. Targets below zero, such as
+    cross-entropy's ignore_index of -100, are none.
 
     Args:
         kind: ``"true"``, ``"exact"`` or ``"empirical"``.
@@ -162,22 +197,78 @@ def fisher(
     def one(z: Tensor, y: Tensor) -> Tensor:
         return loss_fn(z[None], y[None])
 
-    def product(chunk: Chunk) -> Product:
-        outputs = risk.outputs(chunk)
-        targets, times = chunk.targets[None], 1
+    def product(chunk: Chunk) -> Weighed | None:
+        outputs = risk.reached(risk.outputs(chunk))
+        given = chunk.targets
+        targets, times = given[None], 1
+        labelled = torch.ones_like(given, dtype=torch.bool)
+        if not given.is_floating_point() and (family or "categorical") == "categorical":
+            labelled = given >= 0
         if kind == "true":
             # Drawn anew for each graph from a generator of the chunk's own: nothing to store, always the same draws.
             generator = torch.Generator().manual_seed((seed * 1_000_003 + chunk.index) % 2**63)
-            draws = [draw(family, outputs.detach(), chunk.targets, generator) for _ in range(samples)]
+            draws = [draw(family, outputs.detach(), given, generator) for _ in range(samples)]
             targets = torch.stack([y for y, _ in draws])
+            if targets.shape[1:] == given.shape and not bool(labelled.all()):
+                targets = torch.where(labelled, targets, given)
             times = draws[0][1]
         checks.require(
             len(outputs) == targets.shape[1],
             f"targets: got {targets.shape[1]} of them for {len(outputs)} rows of outputs, expected as many",
         )
-        repeated = outputs.expand(len(targets), *outputs.shape).flatten(0, 1)
-        losses = risk.checked(vmap(one)(repeated, targets.flatten(0, 1)))
-        scale = times / losses.numel()
-        return sandwich(losses, list(risk.leaves.values()), lambda u, block: u * scale)
+        # A sample counts by its positions that have a target, T² E[g gᵀ] for the mean over T of them.
+        parts = labelled.flatten(1).double().mean(1) if labelled.ndim > 1 else labelled.double()
+        keep = parts > 0
+        if not bool(keep.any()):
+            return None
+        parts = (times * parts[keep] if kind == "true" else torch.ones_like(parts[keep])).to(outputs.dtype)
+        scale = (parts.square() / (parts.sum() * len(targets))).repeat(len(targets))
+
+        def forward(at: Mapping[str, Tensor] | None) -> Tensor:
+            z = (outputs if at is None else risk.outputs(chunk, at))[keep]
+            repeated = z.expand(len(targets), *z.shape).flatten(0, 1)
+            return risk.checked(vmap(one)(repeated, targets[:, keep].flatten(0, 1)))
+
+        return sandwich(risk, forward, lambda u, block: u * scale), float(parts.sum())
 
     return Curvature(risk, product, cache_bytes)
+
+
+def no_second_derivative(risk: Risk, chunk: Chunk, said: str) -> checks.InputError:
+    """The error that names the module whose operation cannot be differentiated twice, and what can be done without."""
+    names = [name for name, _ in risk.model.named_modules()]
+    entered: dict[str, Tensor] = {}
+    found: list[str] = []
+
+    def leave(name: str, y: Tensor) -> None:
+        x = entered[name]
+        own = [*risk.leaves.values(), *([x] if x.requires_grad else [])]
+        if found or not y.requires_grad or not own:
+            return
+        grads = torch.autograd.grad(
+            y.square().sum(), own, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        curved = [g for g in grads if g.requires_grad]
+        bad = bool(once_only(curved))
+        try:
+            if curved and not bad:
+                pull(curved, own, [torch.ones_like(g) for g in curved], False)
+        except RuntimeError:
+            bad = True
+        if bad:
+            found.append(name)
+
+    before = {f"{name}:in": functools.partial(entered.__setitem__, name) for name in names}
+    behind = {f"{name}:out": functools.partial(leave, name) for name in names}
+    with risk.ready(), tap(risk.model, before), tap(risk.model, behind):
+        risk.outputs(chunk)
+    kind = {name: type(module).__name__ for name, module in risk.model.named_modules()}
+    where = (
+        f"model: {found[0] or 'the model'!r} ({kind[found[0]]})"
+        if found
+        else "model or loss_fn: an operation"
+    )
+    return checks.InputError(
+        f"{where} has no second derivative ({said.splitlines()[0].rstrip('.')}); use gauss_newton or fisher, which need first derivatives of the "
+        "model only, or params that do not lie before it"
+    )

@@ -7,19 +7,22 @@ further product costs one pass through it: a Lanczos run pays for the forward an
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from jaxtyping import Float
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 from torch.func import vmap
 
 from lineament.core import checks
-from lineament.core.curvature.risk import Chunk, Risk
+from lineament.core.curvature.risk import Chunk, Risk, refuse_quantised
 from lineament.core.gradients import unflatten
+from lineament.core.models import ordinary
 
 CACHE_BYTES = 2 * 1024**3
 # A block of vectors goes through the graph at once up to this size, and from so many vectors on. On the CPU that pays only for
@@ -31,6 +34,8 @@ _LEAST_BLOCK = {"cpu": 24}
 Vectors = list[Tensor]
 # Takes vectors in the parameters' shapes, with an axis of vectors in front when the flag says so.
 Product = Callable[[Vectors, bool], Sequence[Tensor]]
+# A chunk's product, and what it weighs in the mean; none of a chunk that weighs nothing.
+Weighed = tuple[Product, float]
 
 
 class Curvature:
@@ -40,7 +45,11 @@ class Curvature:
     Products follow the weights: when they change, graphs kept for the old ones are dropped.
     """
 
-    def __init__(self, risk: Risk, product: Callable[[Chunk], Product], cache_bytes: float = CACHE_BYTES):
+    @torch.inference_mode(False)
+    def __init__(
+        self, risk: Risk, product: Callable[[Chunk], Weighed | None], cache_bytes: float = CACHE_BYTES
+    ):
+        refuse_quantised(risk.model)
         self._risk = risk
         self._product = product
         self._limit = checks.number("cache_bytes", cache_bytes, low=0)
@@ -54,19 +63,22 @@ class Curvature:
         _keep_memory()
         total = sum(leaf.numel() for leaf in leaves)
         self.shape = (total, total)
-        self.dtype, self.device = leaves[0].dtype, leaves[0].device
+        self.dtype = functools.reduce(torch.promote_types, [leaf.dtype for leaf in leaves])
+        self.device = leaves[0].device
 
+    @torch.inference_mode(False)
     def __matmul__(self, other: Tensor) -> Tensor:
         checks.tensor("vector", other, floating=True, finite=False)
         if other.ndim not in (1, 2) or other.shape[0] != self.shape[0]:
             raise checks.InputError(
                 f"vector: got {checks.show(other)}, expected shape ({self.shape[0]},) or ({self.shape[0]}, k)"
             )
-        other = other.detach().to(device=self.device, dtype=self.dtype)
+        other = ordinary(other).detach().to(device=self.device, dtype=self.dtype)
         # Column by column: a transposed copy of a tall matrix misses the cache at every entry.
         turned = other.ndim == 2 and not other.T.is_contiguous()
         rows = torch.stack([*other.T]) if turned else other.t().contiguous()
-        result = self._risk.either(lambda: self._mean(rows))
+        with torch.autocast(self.device.type, enabled=False):
+            result = self._risk.either(lambda: self._mean(rows))
         return result.T if other.ndim == 2 else result
 
     def split(self, vector: Float[Tensor, "total"]) -> dict[str, Tensor]:
@@ -91,16 +103,19 @@ class Curvature:
 
     def _mean(self, rows: Tensor) -> Tensor:
         result: Tensor | None = None
-        seen = 0
+        seen = 0.0
         for kept in self._products():
             found = self._apply(kept, rows)
-            seen += kept.count
+            seen += kept.weight
             if result is None:
                 result = found
             else:
-                share = kept.count / seen
+                share = kept.weight / seen
                 result.mul_(1 - share).add_(found, alpha=share)
-        assert result is not None  # Risk.chunks raises when there is no data
+        if result is None:
+            raise checks.InputError(
+                "loss_fn: it ignores every target of the loader, so that there is nothing to average"
+            )
         return result
 
     def _apply(self, kept: _Kept, rows: Tensor) -> Tensor:
@@ -146,9 +161,11 @@ class Curvature:
         held = 0.0
         for chunk in self._risk.chunks():
             with self._risk.ready() as seen:
-                product = self._product(chunk)
+                weighed = self._product(chunk)
+                if weighed is None:
+                    continue
                 # The first backward keeps about twice what the forward does.
-                kept = _Kept(product, chunk.count, 3 * seen.bytes)
+                kept = _Kept(*weighed, 3 * seen.bytes)
             held += kept.bytes
             self._streams = self._streams or held > self._limit
             if self._streams:
@@ -172,7 +189,7 @@ def _keep_memory() -> None:
 @dataclass(frozen=True)
 class _Kept:
     product: Product
-    count: int
+    weight: float
     bytes: float
 
 
@@ -193,18 +210,101 @@ def pull(
     return vmap(one)(vectors) if block else one(vectors)
 
 
-def sandwich(outputs: Tensor, leaves: list[Tensor], middle: Callable[[Tensor, bool], Tensor]) -> Product:
-    """v -> Jᵀ middle(J v) for J = ∂outputs/∂leaves; J v is the derivative of uᵀJ with respect to u."""
+def sandwich(
+    risk: Risk,
+    forward: Callable[[Mapping[str, Tensor] | None], Tensor],
+    middle: Callable[[Tensor, bool], Tensor],
+) -> Product:
+    """v -> Jᵀ middle(J v) for J = ∂forward/∂leaves; J v is the derivative of uᵀJ with respect to u.
+
+    That differentiates the backward. Where the model has an operation whose backward has no derivative, J v comes by forward mode; where the operation does
+    not know that either, row by row from Jᵀ.
+    """
+    leaves = list(risk.leaves.values())
+    outputs = forward(None)
+    ways = [_by_backward(outputs, leaves), _by_forward(risk, forward), _by_rows(outputs, leaves)]
+
+    def apply(vectors: Vectors, block: bool) -> Sequence[Tensor]:
+        while True:
+            try:
+                pushed = ways[0](vectors, block)
+                break
+            except RuntimeError as error:
+                if len(ways) == 1 or not underivable(error):
+                    raise
+                ways.pop(0)
+        return pull(outputs, leaves, middle(pushed, block), block)
+
+    return apply
+
+
+def _by_backward(outputs: Tensor, leaves: list[Tensor]) -> Callable[[Vectors, bool], Tensor]:
     dummy = torch.zeros_like(outputs, requires_grad=True)
     pulled = torch.autograd.grad(
         outputs, leaves, dummy, create_graph=True, allow_unused=True, materialize_grads=True
     )
     live = [index for index, g in enumerate(pulled) if g.requires_grad]
+    cut = once_only([pulled[i] for i in live])
 
-    def apply(vectors: Vectors, block: bool) -> Sequence[Tensor]:
+    def push(vectors: Vectors, block: bool) -> Tensor:
+        if cut:
+            raise NotImplementedError(cut)
         if not live:
-            return [torch.zeros_like(v) for v in vectors]
-        pushed = pull([pulled[i] for i in live], [dummy], [vectors[i] for i in live], block)[0]
-        return pull(outputs, leaves, middle(pushed, block), block)
+            front = vectors[0].shape[:1] if block else ()
+            return outputs.new_zeros((*front, *outputs.shape))
+        return pull([pulled[i] for i in live], [dummy], [vectors[i] for i in live], block)[0]
 
-    return apply
+    return push
+
+
+def _by_forward(
+    risk: Risk, forward: Callable[[Mapping[str, Tensor] | None], Tensor]
+) -> Callable[[Vectors, bool], Tensor]:
+    def push(vectors: Vectors, block: bool) -> Tensor:
+        if block:
+            return torch.stack([push([v[k] for v in vectors], False) for k in range(len(vectors[0]))])
+        with risk.ready(), torch.no_grad(), forward_ad.dual_level():
+            pairs = zip(risk.leaves.items(), vectors)
+            duals = {name: forward_ad.make_dual(leaf.detach(), v) for (name, leaf), v in pairs}
+            value, tangent = forward_ad.unpack_dual(forward(duals))
+            return torch.zeros_like(value) if tangent is None else tangent.clone()
+
+    return push
+
+
+def _by_rows(outputs: Tensor, leaves: list[Tensor]) -> Callable[[Vectors, bool], Tensor]:
+    def push(vectors: Vectors, block: bool) -> Tensor:
+        rows = []
+        for unit in torch.eye(outputs.numel(), dtype=outputs.dtype, device=outputs.device):
+            found = pull(outputs, leaves, unit.view_as(outputs), False)
+            rows.append(sum((g * v).flatten(int(block)).sum(-1) for g, v in zip(found, vectors)))
+        return torch.stack(rows, -1).reshape(*(vectors[0].shape[:1] if block else ()), *outputs.shape)
+
+    return push
+
+
+def once_only(tensors: Sequence[Tensor]) -> str:
+    """The name of an operation in the graph of some gradients that cannot be differentiated once more, or ``""``.
+
+    Autograd raises only where such an operation lies on the way to what is asked for; a backward marked ``once_differentiable`` does not,
+    and its part would be zero without a word.
+    """
+    nodes = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if type(node).__name__ in ("Error", "NotImplemented"):
+            return f"a derivative is not implemented ({node.name()})"
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                nodes.append(child)
+    return ""
+
+
+def underivable(error: RuntimeError) -> bool:
+    """Whether PyTorch says that it cannot differentiate an operation in the way asked for."""
+    return (
+        re.search(r"derivative .*not implemented|differentiate twice|forward AD|jvp function", str(error))
+        is not None
+    )

@@ -1,24 +1,38 @@
 """The empirical risk of a model over a loader, chunk by chunk, as a function of leaves that are not the model's own.
 
 R(θ) = (1/N) Σ_i ℓ(f_θ(x_i), y_i). The leaves share the parameters' memory, so that nothing is copied, and nothing is
-written to the model: neither gradients nor running statistics nor modes.
+written to the model: neither gradients nor running statistics nor modes. Weights, buffers and data of half precision are copied to float32,
+which holds four bytes a weight as long as the risk lives: what a second derivative is made of does not survive bfloat16.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lineament.core import checks
 from lineament.core.curvature.fast.graph import FastGraph
-from lineament.core.models import called, frozen, holding, logits, moved
+from lineament.core.models import (
+    called,
+    frozen,
+    holding,
+    is_half,
+    logits,
+    moved,
+    ordinary,
+    plain_name,
+    unwrapped,
+    widened,
+)
 
 T = TypeVar("T")
 
@@ -51,7 +65,7 @@ class Risk:
         )
         checks.require(callable(loss_fn), f"loss_fn: got {checks.show(loss_fn)}, expected a function")
         # A compiled model cannot be differentiated twice; the module it was made of can.
-        self.model: nn.Module = getattr(model, "_orig_mod", model)
+        self.model: nn.Module = unwrapped(model)
         self.loss_fn, self.loader = loss_fn, loader
         self.batchnorm = checks.one_of("batchnorm", batchnorm, ("eval", "train"))
         self.chunk = None if chunk is None else checks.number("chunk", chunk, low=1, integer=True)
@@ -62,6 +76,8 @@ class Risk:
         )
         self.names = chosen_parameters(self.model, params)
         self._sources: dict[str, Tensor] = {}
+        # A sample by which the others are weighed: outputs, target and the gradient of its own loss.
+        self._joined: tuple[Tensor, Tensor, Tensor] | None = None
         # Whether graphs are made of PyTorch's own operations only.
         self.plain = False
         self.refresh()
@@ -81,14 +97,17 @@ class Risk:
         parameters = dict(self.model.named_parameters())
         buffers = dict(self.model.named_buffers())
         # PyTorch counts no changes that are made through ``.data``: the sums tell.
-        sums = [p.detach().sum() for p in parameters.values()]
-        counts = [(_address(t), t._version) for t in (*parameters.values(), *buffers.values())]
+        wide = {n: torch.float32 if is_half(p.dtype) else None for n, p in parameters.items()}
+        sums = [p.detach().sum(dtype=wide[n]) for n, p in parameters.items()]
+        # Tensors of inference mode count no changes.
+        tensors = (*parameters.values(), *buffers.values())
+        counts = [(_address(t), 0 if t.is_inference() else t._version) for t in tensors]
         state = (*counts, *(each.item() for each in sums))
         if not self._sources or state != self._state:
             bad = [n for (n, p), each in zip(parameters.items(), sums) if not _finite(p, each)]
             checks.require(not bad, f"model: the weights hold NaN or infinite values, first in {bad[:1]}")
-            self._sources = {n: p.detach() for n, p in parameters.items()}
-            self.leaves = {n: parameters[n].detach().requires_grad_() for n in self.names}
+            self._sources = {n: widened(ordinary(p).detach()) for n, p in parameters.items()}
+            self.leaves = {n: self._sources[n].detach().requires_grad_() for n in self.names}
             self._state = state
         return state
 
@@ -106,12 +125,71 @@ class Risk:
                 index += 1
         checks.require(index > 0, "loader: it is empty; expected at least one (inputs, targets) batch")
 
-    def outputs(self, chunk: Chunk) -> Tensor:
-        """The model's logits on a chunk; call inside :meth:`ready`."""
-        # Batch norm in train mode writes its running statistics into these copies, never into the model.
-        buffers = {name: b.clone() for name, b in self.model.named_buffers()}
-        with holding(self.model, {**self._sources, **self.leaves, **buffers}):
+    def outputs(self, chunk: Chunk, leaves: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The model's logits on a chunk, at other leaves where given; call inside :meth:`ready`."""
+        # What a forward writes into its buffers goes into these copies, never into the model.
+        buffers = {name: widened(b.clone()) for name, b in self.model.named_buffers()}
+        with holding(self.model, {**self._sources, **(leaves or self.leaves), **buffers}):
             return logits(called(self.model, chunk.inputs))
+
+    def reached(self, outputs: Tensor) -> Tensor:
+        """``outputs``, if gradients pass from them to the leaves.
+
+        Raises:
+            NoGradientError: they do not.
+        """
+        if not outputs.requires_grad:
+            raise checks.NoGradientError(
+                f"model: gradients cannot pass from its output to {self.names[0]!r}, or to any other of the {len(self.names)} parameters asked "
+                "for: the output does not depend on them, or the model detaches or rounds it on the way; choose other params, or the "
+                "network as it was trained"
+            )
+        return outputs
+
+    def weight(self, chunk: Chunk, outputs: Tensor) -> float:
+        """What the loss divides by on a chunk, up to a factor that all chunks share: its samples, or their class weights, or those not ignored.
+
+        It is the sum over the mean for losses that can give both, else measured by how much a sample joined to the chunk counts in the mean.
+        """
+        z = torch.linspace(0.1, 0.9, max(outputs.numel(), 1), dtype=outputs.dtype, device=outputs.device)
+        z = z[: outputs.numel()].reshape(outputs.shape)
+        y = chunk.targets
+        with torch.no_grad():
+            total = _summed(self.loss_fn, z, y)
+            if total is not None:
+                mean = float(self.loss_fn(z, y))
+                found = total / mean if math.isfinite(mean) and mean else (0.0 if math.isnan(mean) else None)
+                return float(chunk.count) if found is None else _whole(found)
+        with torch.enable_grad():
+            return _whole(self._measured(z, y, chunk.count))
+
+    def _measured(self, z: Tensor, y: Any, count: int) -> float:
+        if not isinstance(y, Tensor) or z.ndim == 0 or len(y) != len(z):
+            return float(count)
+        try:
+            for row in range(len(z)) if self._joined is None else ():
+                alone = self._slope(z[row : row + 1], y[row : row + 1])
+                if bool(torch.isfinite(alone).all()) and bool(alone.any()):
+                    self._joined = z[row : row + 1], y[row : row + 1], alone[0]
+                    break
+            if self._joined is None:
+                # No sample has a loss of its own: all are ignored, or it is no loss of single samples.
+                return 0.0 if bool(self.loss_fn(z, y).isnan().all()) else float(count)
+            if self._joined[0].shape[1:] != z.shape[1:]:
+                return float(count)
+            one, label, alone = self._joined
+            share = self._slope(torch.cat([z, one]), torch.cat([y, label]))[-1]
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return float(count)  # a loss that takes no other number of samples
+        part = float((share * alone).sum() / alone.square().sum())
+        # A loss that is no mean over samples gives the joined one another gradient, not a share of its own.
+        if not 0 < part <= 1 + 1e-6 or float((share - part * alone).norm()) > 1e-4 * float(share.norm()):
+            return float(count)
+        return max(1 / part - 1, 0.0)
+
+    def _slope(self, z: Tensor, y: Tensor) -> Tensor:
+        z = z.detach().requires_grad_()
+        return torch.autograd.grad(self.loss_fn(z, y).reshape(()), z, materialize_grads=True)[0]
 
     def loss(self, chunk: Chunk) -> Tensor:
         """The mean loss of a chunk; call inside :meth:`ready`."""
@@ -146,6 +224,7 @@ class Risk:
         with (
             frozen(self.model, requires_grad=None),
             torch.enable_grad(),
+            torch.autocast(next(iter(self.leaves.values())).device.type, enabled=False),
             sdpa_kernel(SDPBackend.MATH),
             FastGraph(not self.plain) as seen,
         ):
@@ -183,7 +262,7 @@ class Risk:
                     f"loader: it yields {checks.show(batch)}, expected (inputs, targets) pairs"
                 )
             if _length(batch[0]) > 0:
-                yield moved(batch[0], device), moved(batch[1], device)
+                yield tuple(widened(ordinary(moved(part, device))) for part in batch)
 
 
 def chosen_parameters(model: nn.Module, params: str | Sequence[str] | None) -> list[str]:
@@ -192,23 +271,62 @@ def chosen_parameters(model: nn.Module, params: str | Sequence[str] | None) -> l
     >>> chosen_parameters(nn.Linear(2, 2), "b*")
     ['bias']
     """
-    known = dict(model.named_parameters())
+    known = dict(unwrapped(model).named_parameters())
     if params is None:
         found = [name for name, p in known.items() if p.requires_grad]
     else:
-        patterns = [params] if isinstance(params, str) else list(params)
+        patterns = [plain_name(p, known) for p in ([params] if isinstance(params, str) else params)]
         for pattern in patterns:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in known):
                 raise checks.InputError(
                     f"params: {pattern!r} names no parameter{checks.suggest(pattern, known)}"
                 )
         found = [n for n in known if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
-    checks.require(len(found) > 0, "params: the model has no parameter that asks for gradients")
+    if not found:
+        refuse_quantised(model)
+        raise checks.InputError("params: the model has no parameter that asks for gradients")
     whole = [n for n in found if not known[n].is_floating_point()]
     checks.require(
         not whole, f"params: {whole[:1]} holds no real numbers, so that nothing can be differentiated"
     )
     return found
+
+
+def refuse_quantised(model: nn.Module) -> None:
+    """Raise where a layer has been quantised by PyTorch, whose integer arithmetic lets no gradient through.
+
+    Raises:
+        NoGradientError: such a layer, by name.
+    """
+    for name, module in model.named_modules():
+        if ".quantized." in type(module).__module__:
+            raise checks.NoGradientError(
+                f"model: gradients cannot pass through its quantised layer {name!r} ({type(module).__name__}); give the network as it was "
+                "before it was quantised"
+            )
+
+
+def _summed(loss_fn: Any, z: Tensor, y: Any) -> float | None:
+    """The loss summed up instead of averaged, where PyTorch's own way of asking for that is known to it."""
+    if isinstance(loss_fn, nn.Module):
+        if getattr(loss_fn, "reduction", None) != "mean":
+            return None
+        setattr(loss_fn, "reduction", "sum")  # noqa: B010
+        try:
+            return float(loss_fn(z, y))
+        finally:
+            setattr(loss_fn, "reduction", "mean")  # noqa: B010
+    function = getattr(loss_fn, "func", loss_fn)
+    if getattr(function, "__module__", "") != F.__name__:
+        return None
+    if getattr(loss_fn, "keywords", {}).get("reduction", "mean") != "mean":
+        return None
+    return float(loss_fn(z, y, reduction="sum"))
+
+
+def _whole(value: float) -> float:
+    """A count, freed of the rounding that it was measured with."""
+    return float(round(value)) if abs(value - round(value)) < 1e-5 * value else value
 
 
 def _address(tensor: Tensor) -> int:

@@ -23,6 +23,7 @@ from lineament.core.curvature.krylov import (
     rounding,
     side_length,
 )
+from lineament.core.results import Readable
 
 _PROBES = 8  # random vectors at a time
 _BLOCK_NUMBERS = 2**21  # small operators multiply many vectors faster at once
@@ -31,7 +32,7 @@ _ROUNDING = 100
 
 
 @dataclass(frozen=True)
-class Trace:
+class Trace(Readable):
     """An estimate of the trace.
 
     Attributes:

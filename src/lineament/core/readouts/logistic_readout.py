@@ -17,13 +17,14 @@ from torch import Tensor
 
 from lineament.core import checks
 from lineament.core.checks import require
+from lineament.core.results import Readable
 
 _HISTORY = 12
 _LOGITS = 2**20  # logits (samples x targets x classes) held at once
 
 
 @dataclass(frozen=True)
-class Logistic:
+class Logistic(Readable):
     """Logistic read-outs: the logits of target t are ``x @ weight[t].T + bias[t]``.
 
     Attributes:

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from lineament.core import checks
 from lineament.core.checks import require
+from lineament.core.results import Readable
 
 _ROWS = 4096
 
 
 @dataclass(frozen=True)
-class Ridge:
+class Ridge(Readable):
     """A ridge read-out: ``predict(x) = x @ weight.T + bias``.
 
     Attributes:

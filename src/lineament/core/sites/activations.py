@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError, require, show, suggest
-from lineament.core.models import device_of, frozen, unwrapped
+from lineament.core.models import device_of, frozen, plain_name, unwrapped
 from lineament.core.sites import main_tensor
 from lineament.core.sites.hooks import RECORD, Function, RootCall, attach, eagerly, replace, stop_if_all_agree
 from lineament.core.sites.naming import Site, resolve
@@ -151,7 +151,7 @@ class Activations(Mapping[str, Tensor]):
 
     def _key(self, site: str) -> str | None:
         """The name under which a site was asked for: ``"fc"`` and ``"fc:out"`` are the same place."""
-        site = ".".join(part for part in site.split(".") if part != "_orig_mod")
+        site = plain_name(site, self._places)
         other = site.removesuffix(":out") if site.endswith(":out") else f"{site}:out"
         return next((name for name in (site, other) if name in self._places), None)
 

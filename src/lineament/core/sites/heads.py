@@ -6,6 +6,7 @@ output projection takes them. Numbers of heads, of key-value heads and head size
 
 - GPT-2: ``c_attn`` returns all queries, then all keys, then all values; ``c_proj`` takes ``z``;
 - GPT-NeoX and Pythia: ``query_key_value`` returns query, key and value of head 0, then of head 1 ...; ``dense`` takes ``z``;
+- OPT, BART, Phi, GPT-Neo, GPT-J (``out_proj`` or ``dense``), T5 (``q``, ``k``, ``v``, ``o``) alike; of Bloom and Falcon only ``z``;
 - Llama, Gemma 1 to 3, Qwen2, Qwen3 and their like: ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj``, with fewer key-value
   heads than query heads where these are grouped.
 """
@@ -22,6 +23,9 @@ from torch import Tensor, nn
 from lineament.core.models import unwrapped
 
 PARTS = ("q", "k", "v", "z")
+# What the projections of an attention block are called: that which takes the heads' mixed values, and those that make queries.
+_OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "o")
+_INPUTS = ("q_proj", "c_attn", "query_key_value", "q", "qkv_proj", "Wqkv")
 
 
 @dataclass(frozen=True)
@@ -69,17 +73,20 @@ def head_view(attention: nn.Module, part: str, config: Any) -> HeadView | None:
     if not isinstance(count, int) or not isinstance(width, int):
         return None
     groups = getattr(config, "num_key_value_heads", None) or count
-    size = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None) or width // count
+    named = ((attention, "head_dim"), (attention, "key_value_proj_dim"), (config, "head_dim"))
+    size = next((n for where, what in named if (n := getattr(where, what, None))), width // count)
     children = {name: unwrapped(child) for name, child in attention.named_children()}
     index, all_heads = PARTS.index(part), count * size
     if part == "z":
-        output = next((children[name] for name in ("o_proj", "c_proj", "dense") if name in children), None)
-        view = HeadView(output, "in", count, size, 0, size) if _layout(children, config) and output else None
+        output = next((children[name] for name in _OUTPUTS if name in children), None)
+        reads = any(name in children for name in _INPUTS)
+        view = HeadView(output, "in", count, size, 0, size) if reads and output is not None else None
         return view if view and _width(view) == all_heads else None
     match _layout(children, config):
         case "apart":
             heads = count if part == "q" else groups
-            view, width = HeadView(children[f"{part}_proj"], "out", heads, size, 0, size), heads * size
+            projection = children[f"{part}_proj" if f"{part}_proj" in children else part]
+            view, width = HeadView(projection, "out", heads, size, 0, size), heads * size
         case "side by side":
             view, width = (
                 HeadView(children["c_attn"], "out", count, size, index * all_heads, size),
@@ -101,7 +108,7 @@ def head_view(attention: nn.Module, part: str, config: Any) -> HeadView | None:
 def _layout(children: dict[str, Any], config: Any) -> str | None:
     """How a block lays out its projections; ``crossed``: the queries apart, keys and values of another sequence together."""
     names = children.keys()
-    if {"q_proj", "k_proj", "v_proj", "o_proj"} <= names:
+    if {"q_proj", "k_proj", "v_proj"} <= names or {"q", "k", "v", "o"} <= names:
         return "apart"
     if {"c_attn", "c_proj"} <= names:
         return "crossed" if "q_attn" in names else "side by side"

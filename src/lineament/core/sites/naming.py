@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from lineament.core.checks import InputError, require, show, suggest
-from lineament.core.models import unwrapped
+from lineament.core.models import plain_name, unwrapped
 from lineament.core.sites.heads import PARTS, HeadView, head_view
 
 _SUFFIX = re.compile(r"^(?P<name>.*):(?P<side>in|out|[qkvz])(\[(?P<head>\d+)\])?$", re.DOTALL)
@@ -106,7 +106,7 @@ def _walk(
 
 
 def _resolve_one(pattern: str, modules: dict[str, nn.Module], configs: dict[str, Any]) -> list[Site]:
-    cleaned = ".".join(part for part in pattern.split(".") if part != "_orig_mod")
+    cleaned = plain_name(pattern, modules)
     match = None if cleaned in modules else _SUFFIX.match(cleaned)
     name, side = (match["name"], match["side"]) if match else (cleaned, "out")
     head = int(match["head"]) if match and match["head"] else None

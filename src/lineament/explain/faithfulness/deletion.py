@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.batching import chunked
-from lineament.core.results import axes
+from lineament.core.results import Readable, axes
 from lineament.explain.saliency.aggregation import resized, smoothed
 from lineament.explain.scores import check_targets, class_scores, differentiable, prepared, scores_of
 
@@ -28,7 +28,7 @@ _CURVES = ("deletion", "insertion", "random_deletion", "random_insertion")
 
 
 @dataclass(frozen=True)
-class DeletionInsertion:
+class DeletionInsertion(Readable):
     """Deletion and insertion curves of maps, and of random maps beside them.
 
     Curves are (batch, steps + 1): the target's probability (or logit) after each share of the pixels, ``fractions`` from 0 to

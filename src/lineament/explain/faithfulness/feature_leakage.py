@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lineament.core import checks
-from lineament.core.results import axes
+from lineament.core.results import Readable, axes
 
 
 def null_fraction(
@@ -53,7 +53,7 @@ def null_mass(
 
 
 @dataclass(frozen=True)
-class Leakage:
+class Leakage(Readable):
     """Where the gradient of instances with one signal block lies, as shares of its mass, averaged over instances.
 
     ``own`` is the instance's own block, ``other`` those that carry the signal elsewhere, ``noise`` those that never do. ``top_is_own`` and

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.batching import chunked
-from lineament.core.results import axes
+from lineament.core.results import Readable, axes
 from lineament.explain.faithfulness.deletion import Baseline, deletion_insertion, removed
 from lineament.explain.faithfulness.retraining import DiffROAR
 from lineament.explain.scores import class_scores, differentiable, prepared, scores_of
@@ -29,7 +29,7 @@ _AT_ONCE = 256
 
 
 @dataclass(frozen=True)
-class Infidelity:
+class Infidelity(Readable):
     """For each image: ``value`` E[(I·φ - Δf)²], and ``relative``, the same over E[Δf²] with φ scaled at best.
 
     ``relative`` is 1 for a map that tells nothing of what a change does to the score and 0 for one that tells all of it.
@@ -130,7 +130,7 @@ def infidelity(
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Readable):
     """For each image, the largest and the mean ‖φ(x + δ) - φ(x)‖ / ‖φ(x)‖ over small δ."""
 
     largest: Float[Tensor, "batch"]
@@ -194,7 +194,7 @@ def sensitivity(
 
 
 @dataclass(frozen=True)
-class MapScores:
+class MapScores(Readable):
     """One row a method, the last one ``"random"``; each value is {score: one number an image}. ``retrained`` adds DiffROAR."""
 
     rows: Mapping[str, Mapping[str, Float[Tensor, "batch"]]]

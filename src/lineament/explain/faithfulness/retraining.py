@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.batching import chunked, progress
 from lineament.core.models import answered, frozen
-from lineament.core.results import axes, plain
+from lineament.core.results import Readable, axes, plain
 from lineament.explain.faithfulness.unmasking import Group, Unmasked, fill_value, rank
 
 FRACTIONS = (1.0, 0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05)
@@ -30,7 +30,7 @@ _AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
-class DiffROAR:
+class DiffROAR(Readable):
     """Test accuracies of models trained on either end, (levels, runs), for each kept fraction; every run has a seed.
 
     ``unmasked`` is the accuracy with nothing replaced, ``chance`` that of always answering the most frequent class, ``zero_share`` the share

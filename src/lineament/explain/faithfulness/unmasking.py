@@ -17,13 +17,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.core.results import Readable
 
 Group = str | int | tuple[int, int]
 TIES = ("stable", "random")
 
 
 @dataclass(frozen=True)
-class Ranking:
+class Ranking(Readable):
     """The place of each group of coordinates in each input's order, 0 for the most important.
 
     ``ranks`` is (batch, groups) in the smallest integer type that holds it, ``group_of`` (*shape) says to which group each coordinate
@@ -197,7 +198,7 @@ def fill_value(fill: Any, inputs: Tensor) -> Float[Tensor, "*shape"]:
 
 
 @dataclass(frozen=True)
-class Unmasked:
+class Unmasked(Readable):
     """Inputs of which only a share is kept, made when rows of it are asked for: ``view[rows]`` is (rows, *shape)."""
 
     inputs: Float[Tensor, "batch *shape"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lineament.core.checks import InputError, number, one_of, require, show
 from lineament.core.models import frozen
+from lineament.core.results import Readable
 from lineament.explain.patching.circuit_nodes import NodeSites
 from lineament.explain.patching.circuits import NodeEffects
 from lineament.explain.patching.metrics import Metric
@@ -26,7 +27,7 @@ Errors = Literal["default", "remove", "keep"]
 
 
 @dataclass(frozen=True)
-class CircuitCurve:
+class CircuitCurve(Readable):
     """Faithfulness (of the circuit) and completeness (of what is outside; low is good) against the size of the circuit."""
 
     thresholds: Sequence[float]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lineament.core.checks import number, one_of
 from lineament.core.models import frozen
+from lineament.core.results import Readable
 from lineament.core.sites.hooks import tap
 from lineament.explain.patching.circuit_nodes import NodeSites
 from lineament.explain.patching.components import flat
@@ -29,7 +30,7 @@ Method = Literal["attrib", "relp", "ig", "exact"]
 
 
 @dataclass(frozen=True)
-class NodeEffects:
+class NodeEffects(Readable):
     """The effect of replacing each node by its value on the patch input, on the metric (not normalised), for each example.
 
     Attributes:

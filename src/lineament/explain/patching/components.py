@@ -19,6 +19,7 @@ from lineament.core.checks import InputError, one_of, require, show
 from lineament.core.models import unwrapped
 from lineament.core.sites.heads import PARTS, HeadView
 from lineament.core.sites.naming import Site, resolve
+from lineament.explain.patching.tracing import traced
 
 KINDS = {
     "resid_pre": "residual stream before the block",
@@ -134,9 +135,25 @@ class Architecture:
         """The name of the site ``key`` (``attn_in``, ``mlp_out`` ...) of a layer."""
         return f"{self.blocks[layer].name}.{self.names[key]}"
 
+    def kinds(self) -> list[str]:
+        """The kinds of :data:`KINDS` that the blocks have as sites; where a model flattens its positions there is none."""
+        flattened = self.names.get("flattened", ())
+        has = {key for key, name in self.names.items() if key == "attention" or name not in flattened}
+        has |= {"resid_pre", "resid_post"}
+        return [kind for kind in KINDS if ("attention" if kind in PARTS else kind) in has]
 
-def architecture(model: nn.Module) -> Architecture:
+    def check(self, kind: str) -> None:
+        require(
+            kind in self.kinds(),
+            f"sites: {kind!r} is no site of this architecture; it has {', '.join(self.kinds())}; others can be named, sites={{kind: glob}}",
+        )
+
+
+def architecture(model: nn.Module, *, trace: bool = False) -> Architecture:
     """The blocks of a GPT-2, GPT-NeoX, Llama, Mistral, Qwen 2 and 3 or Gemma 1 to 3 model, with or without its head.
+
+    Args:
+        trace: find the parts of other language models by what passes in them.
 
     Raises:
         InputError: another architecture, whose sites must be named.
@@ -150,6 +167,9 @@ def architecture(model: nn.Module) -> Architecture:
             found = [Site(f"{prefix}.{k}", unwrapped(block)) for k, block in enumerate(blocks)]
             parallel = config.model_type == "gpt_neox" and bool(config.use_parallel_residual)
             return Architecture(found, names, parallel, root)
+    if trace and hasattr(unwrapped(model), "get_input_embeddings"):
+        prefix, blocks, names, parallel = traced(model)
+        return Architecture(blocks, names, parallel, prefix.rpartition(".")[0])
     kind = (
         getattr(getattr(unwrapped(model), "config", None), "model_type", None)
         or type(unwrapped(model)).__name__
@@ -182,7 +202,9 @@ def find_components(model: nn.Module, sites: Sites) -> tuple[list[Component], li
     require(bool(kinds), "sites: got none, expected at least one kind of site")
     for kind in kinds:
         one_of("sites", kind, KINDS)
-    known = architecture(model)
+    known = architecture(model, trace=True)
+    for kind in kinds:
+        known.check(kind)
     drafts = [_draft(known, kind, layer) for kind in kinds for layer in range(len(known.blocks))]
     # All names at once: finding one walks through the whole model.
     found = resolve(model, [name for read, write, _ in drafts for name in (read, write)])

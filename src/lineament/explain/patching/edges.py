@@ -18,7 +18,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lineament.core.checks import number, one_of, require
-from lineament.core.models import frozen
+from lineament.core.models import frozen, weight_of
+from lineament.core.results import Readable
 from lineament.core.sites.hooks import tap
 from lineament.core.sites.naming import Site, resolve
 from lineament.explain.patching.components import Architecture, architecture
@@ -36,7 +37,7 @@ Inputs = Literal["attention", "qkv", "qkv heads"]
 
 
 @dataclass(frozen=True)
-class EdgeResult:
+class EdgeResult(Readable):
     """Scores of the edges, (upstream, downstream); NaN where there is no edge because the downstream component comes first.
 
     Attributes:
@@ -262,7 +263,7 @@ def _projections(
     for layer in range(len(known.blocks)):
         site = _site(model, f"{known.name('attention', layer)}:z")
         view: Any = site.view
-        weight = site.module.get_parameter("weight").detach()
+        weight = weight_of(site.module).detach()
         weight = weight.T if hasattr(site.module, "out_features") else weight
         found[layer] = site.whole, weight.unflatten(0, (view.heads, -1))
     return found

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lineament.core.checks import number, require, suggest
+from lineament.core.results import Readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +28,7 @@ class Node(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PatchingResult:
+class PatchingResult(Readable):
     """The effect of patching each node, or its approximation.
 
     Attributes:
@@ -124,7 +125,7 @@ def heat_map(values: Float[Tensor, "rows columns"], ax: Axes | None, *, labels: 
 
 
 @dataclass(frozen=True)
-class Fidelity:
+class Fidelity(Readable):
     """How well an approximation agrees with activation patching, for one kind of site.
 
     Attributes:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError, require
-from lineament.core.models import unwrapped
+from lineament.core.models import unwrapped, weight_of
+from lineament.core.results import Readable
 from lineament.core.sites.hooks import BEHIND, CHANGE, attach
 from lineament.core.sites.naming import Site, resolve
 from lineament.explain.relevance.functions import (
@@ -31,7 +32,7 @@ from lineament.explain.relevance.functions import (
 
 
 @dataclass
-class Coverage:
+class Coverage(Readable):
     """Which module got which rule, and how often each rule acted.
 
     Attributes:
@@ -115,7 +116,7 @@ def _set_attention(
     for part, factor in factors.items():
         site = resolve(model, f"{name}:{part}")[f"{name}:{part}"]
         view: Any = site.view
-        weight = site.module.get_parameter("weight")
+        weight = weight_of(site.module)
         width = weight.shape[0 if hasattr(site.module, "out_features") else 1]
         _, scale = scales.setdefault(site.key, (site.whole, weight.new_ones(width)))
         scale[view.columns(scale.device)] = factor

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.models import device_of
-from lineament.core.results import axes
+from lineament.core.results import Readable, axes
 from lineament.core.sites.naming import sites
 from lineament.explain.saliency.aggregation import is_constant
 from lineament.explain.saliency.maps import saliency
@@ -68,7 +68,7 @@ def _ranks(maps: Tensor) -> Float[Tensor, "batch cells"]:
 
 
 @dataclass(frozen=True)
-class Similarity:
+class Similarity(Readable):
     """Rank correlations of one comparison: one for each image, their mean where defined, and how many were not."""
 
     per_image: Float[Tensor, "batch"]
@@ -134,7 +134,7 @@ def class_sensitivity(
 
 
 @dataclass(frozen=True)
-class Randomisation:
+class Randomisation(Readable):
     """Similarity to the trained model's maps, stage by stage, from the output downwards.
 
     ``raw`` compares the maps, ``magnitude`` their absolute values. ``skipped`` are modules with weights that have no way to

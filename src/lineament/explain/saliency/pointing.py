@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.core.results import axes, plain
+from lineament.core.results import Readable, axes, plain
 from lineament.explain.saliency.aggregation import resized
 
 
@@ -82,7 +82,7 @@ def difficult(mask: Bool[Tensor, "height width"], others: bool) -> bool:
 
 
 @dataclass(frozen=True)
-class Pointing:
+class Pointing(Readable):
     """The game's result: for each class hits over cases (``None`` where there was none), their mean, and the counts."""
 
     accuracies: list[float | None]

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.core.results import axes, plain
+from lineament.core.results import Readable, axes, plain
 from lineament.core.text_parts import tail_tokens
 from lineament.explain.tokens.controls import random_importance
 from lineament.explain.tokens.faithfulness import SoftFaithfulness, soft_faithfulness
@@ -113,7 +113,7 @@ def _greedy(face: NextToken, context: Prompt, most: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class SequenceFaithfulness:
+class SequenceFaithfulness(Readable):
     """Soft-NS and Soft-NC of several continuations' attributions, one entry a continuation: means over its targets, ours and chance's.
 
     Attributes:

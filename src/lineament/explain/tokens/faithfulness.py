@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.core.results import axes, plain
+from lineament.core.results import Readable, axes, plain
 from lineament.explain.tokens.gradients import through_embeddings
 from lineament.explain.tokens.next_token import NextToken, not_nan
 from lineament.explain.tokens.prompts import Prompt, Reading, read, token_id
@@ -25,7 +25,7 @@ DISTANCES = ("hellinger", "squared_official", "kl", "probability")
 
 
 @dataclass(frozen=True)
-class SoftFaithfulness:
+class SoftFaithfulness(Readable):
     """Soft-NS and Soft-NC of one attribution or of several (one entry each), with the standard errors of their draws.
 
     Attributes:

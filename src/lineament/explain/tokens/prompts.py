@@ -254,7 +254,7 @@ def token_id(face: NextToken, what: str, token: Any, vocabulary: int, p: Prompt 
         checks.require(
             len(ids) == 1,
             f"{what}: {token!r} is {len(ids)} tokens ({', '.join(map(repr, pieces))}), expected one; choose one of them, or explain the whole with "
-            "explain_continuation",
+            "`explain_continuation`",
         )
         # A tokenizer without the word gives its token for unknown words, which is no answer to what was asked.
         known = ids[0] != getattr(face.tokenizer, "unk_token_id", None) and ids[0] not in face.special

@@ -10,14 +10,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lineament.core import checks
-from lineament.core.results import axes, plain
+from lineament.core.results import Readable, axes, plain
 from lineament.explain.tokens.prompts import Question, shown
 
 NORMALIZATIONS = ("none", "softmax", "abs-sum", "minmax")
 
 
 @dataclass(frozen=True)
-class TokenAttribution:
+class TokenAttribution(Readable):
     """A score for each token of one prompt, for one next token.
 
     Attributes:
@@ -99,7 +99,7 @@ class TokenAttribution:
 
 
 @dataclass(frozen=True)
-class ContinuationAttribution:
+class ContinuationAttribution(Readable):
     """The attribution of every token of a continuation: a matrix, one row a generated token.
 
     ``matrix[i, t]`` is the importance of token ``t`` (of the prompt, then of the continuation) for the token at position

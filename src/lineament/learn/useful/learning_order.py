@@ -13,10 +13,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.core.results import Readable
 
 
 @dataclass(frozen=True)
-class LearningOrder:
+class LearningOrder(Readable):
     """Per example; epochs count from 1, and ``epochs + 1`` stands for never."""
 
     forgetting: Int[Tensor, "samples"]

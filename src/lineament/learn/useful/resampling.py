@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from lineament.core import checks
+from lineament.core.results import Readable
 from lineament.learn.useful.early_outputs import batches, outputs_of, unusable
 from lineament.learn.useful.separating import separating_epoch, window_of
 from lineament.learn.useful.slow_examples import Selection, refuse_empty, select_slow
@@ -99,7 +100,7 @@ class UpsamplingSampler(Sampler[int]):
 
 
 @dataclass(frozen=True)
-class Early:
+class Early(Readable):
     """The first two stages: after how many epochs the examples were separated, the errors until then, and the slow examples."""
 
     selection: Selection
@@ -121,7 +122,7 @@ class Early:
 
 
 @dataclass(frozen=True)
-class Useful:
+class Useful(Readable):
     """A whole run: its early part, the rows that were trained on, the training error after each epoch."""
 
     early: Early

@@ -19,13 +19,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.core.results import Readable
 
 PARTITIONS = ("clusters", "quantile", "misclassified", "eiil", "random")
 _MOST = 0.7
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selection(Readable):
     """The slow examples of a data set, and what the partition of each class looked like.
 
     ``centers`` and ``cluster_losses`` hold the fast and the slow cluster of each class, NaN where the class was skipped or the partition

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.core.results import Readable
 
 
 def cubic_network(
@@ -50,7 +51,7 @@ def logistic_gradient(
 
 
 @dataclass(frozen=True)
-class Path:
+class Path(Readable):
     """A training: the loss before each step, max_j ⟨w_j, v⟩ of the fast and the slow feature after it, the last weights."""
 
     loss: Float[Tensor, "steps"]

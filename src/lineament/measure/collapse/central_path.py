@@ -21,13 +21,14 @@ from torch import Tensor
 
 from lineament.core import checks, results
 from lineament.core.checks import require
+from lineament.core.results import Readable
 from lineament.measure.collapse.ufm import UFM
 
 _SMALL = 20_000  # numbers in H up to which the adaptive integrator (in scipy, on the CPU) is the default
 
 
 @dataclass(frozen=True)
-class CentralPath:
+class CentralPath(Readable):
     """The flow at given times: features, traces, NC1~ and loss L; ``scaled_*`` are the traces times e^{2 λ_H t}."""
 
     times: Float[Tensor, " times"]

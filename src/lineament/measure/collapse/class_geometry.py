@@ -18,13 +18,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.core.results import Readable
 from lineament.core.statistics.class_scatter import ClassScatter
 
 _ROWS = 2048
 
 
 @dataclass(frozen=True)
-class Between:
+class Between(Readable):
     """The thin singular value decomposition of the centred, weighted class means: S_B = V diag(s²) Vᵀ.
 
     ``means`` is Mc (classes x features), ``center`` h_G; ``directions`` V (features x rank, rank < classes) and

@@ -23,12 +23,13 @@ from torch import Tensor
 
 from lineament.core import checks, results
 from lineament.core.checks import require
+from lineament.core.results import Readable
 from lineament.core.statistics.class_scatter import ClassScatter
 from lineament.measure.collapse import class_geometry as geometry
 
 
 @dataclass(frozen=True)
-class CollapseMetrics:
+class CollapseMetrics(Readable):
     """Neural-collapse metrics of one set of features. ``None``: not measured (no head, no second look at the samples).
 
     Attributes:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lineament.core import checks, results
 from lineament.core.checks import require
+from lineament.core.results import Readable
 from lineament.measure.collapse.ufm import UFM, ReducedHessian, conjugate_gradients
 
 _LARGEST = 4000
@@ -109,7 +110,7 @@ class PerturbationMap:
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class Spectrum(Readable):
     """Distinct values, their multiplicities, and what each belongs to, from the largest value down."""
 
     values: tuple[float, ...]

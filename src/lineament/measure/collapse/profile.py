@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from lineament.core import checks, results
 from lineament.core.batching import progress
 from lineament.core.checks import InputError, require
-from lineament.core.models import called, device_of, frozen, logits, moved
+from lineament.core.models import called, decided, device_of, frozen, logits, moved
+from lineament.core.results import Readable
 from lineament.core.sites.activations import capture
 from lineament.core.sites.naming import sites as site_names
 from lineament.measure.collapse.metrics import CollapseMeter, CollapseMetrics, SecondLook
@@ -30,7 +31,7 @@ _WIDEST = 8192  # a features x features matrix in float64 of this width takes 51
 
 
 @dataclass(frozen=True)
-class CollapseProfile:
+class CollapseProfile(Readable):
     """Collapse metrics of several sites of one model, in the order in which the sites were given.
 
     Attributes:
@@ -260,7 +261,7 @@ def _walk(
             flat = checks.tensor("labels", labels, floating=False).flatten()
             checks.labels("labels", flat[flat >= 0] if labels.ndim == 2 else flat, classes=classes)
             try:
-                decisions = logits(called(model, moved(inputs, device))).argmax(-1)
+                decisions = decided(logits(called(model, moved(inputs, device))))
             except InputError:
                 decisions = None
             there = labels.to(device)

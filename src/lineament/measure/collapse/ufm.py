@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lineament.core import checks, results
 from lineament.core.checks import require
+from lineament.core.results import Readable
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ class ReducedHessian:
 
 
 @dataclass(frozen=True)
-class Minimum:
+class Minimum(Readable):
     """A stationary point of (2) reached from H0; ``gradient`` is the largest entry of Kn ∇f, ``value`` is f."""
 
     W: Float[Tensor, "classes d"]

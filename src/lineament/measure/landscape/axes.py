@@ -20,6 +20,8 @@ from lineament.core.curvature.eigenpairs import top_eigenpairs
 from lineament.core.curvature.operator import Curvature
 from lineament.core.curvature.risk import chosen_parameters
 from lineament.core.gradients import flatten, unflatten
+from lineament.core.models import unwrapped
+from lineament.core.results import Readable
 
 NORMALISATIONS: tuple[str | None, ...] = ("filter", "layer", "model", "weight", None)
 ONE_DIM = ("ignore", "scale", "copy")
@@ -28,7 +30,7 @@ Weights = nn.Module | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Axis:
+class Axis(Readable):
     """A direction in the space of some parameters.
 
     Attributes:
@@ -68,7 +70,7 @@ class Axis:
 
     def split(self, model: nn.Module) -> dict[str, Tensor]:
         """The parts of the axis by parameter."""
-        known = dict(model.named_parameters())
+        known = dict(unwrapped(model).named_parameters())
         return dict(zip(self.names, unflatten(self.vector, [known[name] for name in self.names])))
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def flat_weights(model: Weights, names: Sequence[str]) -> Float[Tensor, "total"]
     >>> flat_weights({"a": torch.ones(2), "b": torch.zeros(1)}, ["b", "a"]).tolist()
     [0.0, 1.0, 1.0]
     """
-    known = dict(model.named_parameters()) if isinstance(model, nn.Module) else model
+    known = dict(unwrapped(model).named_parameters()) if isinstance(model, nn.Module) else model
     parts = [known[name].detach() for name in names]
     wide = max((part.dtype for part in parts), key=lambda d: torch.finfo(d).bits)
     wide = torch.float32 if torch.finfo(wide).bits < 32 else wide
@@ -132,7 +134,7 @@ def normalised(
     elif how == "model":
         vector = axis.vector * (_norm(weights, order) / (_norm(axis.vector, order) + _TINY))
     else:
-        shapes = [dict(model.named_parameters())[name] for name in axis.names]
+        shapes = [dict(unwrapped(model).named_parameters())[name] for name in axis.names]
         parts = []
         for d, w in zip(unflatten(axis.vector, shapes), unflatten(weights, shapes)):
             if d.ndim < 2 and one_dim != "scale":
@@ -263,14 +265,16 @@ def given(model: nn.Module, vector: Tensor | Mapping[str, Tensor], *, label: str
     """
     if isinstance(vector, Tensor):
         names = chosen_parameters(model, None)
-        total = sum(dict(model.named_parameters())[name].numel() for name in names)
+        total = sum(dict(unwrapped(model).named_parameters())[name].numel() for name in names)
         checks.tensor("vector", vector, shape=(total,), floating=True)
         return Axis(vector.detach().to(flat_weights(model, names)), tuple(names), "given", label)
     checks.require(len(vector) > 0, "vector: got an empty mapping, expected tensors by parameter name")
     names = chosen_parameters(model, list(vector))
     for name in names:
         checks.tensor(
-            f"vector[{name!r}]", vector[name], shape=tuple(dict(model.named_parameters())[name].shape)
+            f"vector[{name!r}]",
+            vector[name],
+            shape=tuple(dict(unwrapped(model).named_parameters())[name].shape),
         )
     return Axis(flat_weights(vector, names).to(flat_weights(model, names)), tuple(names), "given", label)
 

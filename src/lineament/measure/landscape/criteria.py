@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.curvature.density import Density, spectral_density
 from lineament.core.curvature.matrices import fisher, gauss_newton, hessian
+from lineament.core.results import Readable
 from lineament.measure.landscape.batchnorm_modes import LandscapeWarning
 
 MATRICES = {"hessian": hessian, "gauss_newton": gauss_newton, "fisher": fisher}
@@ -77,7 +78,7 @@ def density_curve(
 
 
 @dataclass(frozen=True)
-class Criteria:
+class Criteria(Readable):
     """The criteria of a spectrum, one of each for each probe, and the density they come from.
 
     Attributes:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from lineament.core import checks, results
 from lineament.core.curvature.risk import chosen_parameters
+from lineament.core.models import plain_name, unwrapped
+from lineament.core.results import Readable
 from lineament.measure.landscape.axes import Axis, Weights, flat_weights, normalised, signed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -48,7 +50,7 @@ def optimizer_axes(
         isinstance(optimizer, torch.optim.Optimizer),
         f"optimizer: got {checks.show(optimizer)}, expected a torch.optim.Optimizer",
     )
-    known = dict(model.named_parameters())
+    known = dict(unwrapped(model).named_parameters())
     names = chosen_parameters(model, params)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     checks.require(
@@ -86,7 +88,7 @@ def optimizer_axes(
 
 
 @dataclass(frozen=True)
-class Trajectory:
+class Trajectory(Readable):
     """The plane in which a training moved most.
 
     Attributes:
@@ -211,8 +213,9 @@ def _like(model: nn.Module, other: Any, names: Sequence[str], what: str) -> Tens
         isinstance(other, (nn.Module, Mapping)),
         f"{what}: got {checks.show(other)}, expected a model or a state dict",
     )
-    theirs = dict(other.named_parameters()) if isinstance(other, nn.Module) else other
-    ours = dict(model.named_parameters())
+    theirs = dict(unwrapped(other).named_parameters()) if isinstance(other, nn.Module) else other
+    theirs = {plain_name(name, names): value for name, value in theirs.items()}
+    ours = dict(unwrapped(model).named_parameters())
     for name in names:
         checks.require(
             name in theirs, f"{what}: it has no parameter {name!r}{checks.suggest(name, list(theirs))}"

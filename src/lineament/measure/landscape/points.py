@@ -10,7 +10,6 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.batching import progress
 from lineament.core.curvature.risk import Chunk, Risk
-from lineament.core.models import called, frozen, is_half, logits, widened
+from lineament.core.models import called, frozen, is_half, logits, unwrapped
 from lineament.measure.landscape.axes import Axis, flat_weights
 from lineament.measure.landscape.batchnorm_modes import MODES, batchnorm_mode, caution, recalibrate
 
@@ -43,7 +42,8 @@ def evaluate(
 
     Args:
         loss_fn: ``loss_fn(logits, targets)``, the mean over a batch.
-        loader: batches ``(inputs, targets)``; walked once. An uneven last batch counts by its samples.
+        loader: batches ``(inputs, targets)``; walked once. Each counts by what the loss divides by there, as for
+            :func:`~lineament.core.curvature.matrices.hessian`.
         axes: directions of the same parameters.
         points: (points, axes), the coefficients.
         metrics: names of :data:`NAMED`, or a dict of such names and functions ``metric(logits, targets)`` that return a batch's mean.
@@ -89,7 +89,7 @@ def evaluate(
         raise checks.InputError(
             f"jobs: got {checks.show(jobs)}, expected a number of processes, or -1 for one a core"
         )
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     # Risk checks the model, the loss, the parameters and that the loader has samples; an iterator is walked only here.
     batches = list(loader) if not isinstance(loader, list) else loader
     risk = Risk(model, loss_fn, batches, params=list(names))
@@ -160,32 +160,29 @@ def _visit(
         weights[name][index] = weights[name][index] + weight
 
     gradients = "gradient_norm" in metrics.values()
-    half = any(is_half(t.dtype) for t in (*model.parameters(), *model.buffers()))
-
-    def chunks(risk: Risk) -> Iterator[Chunk]:
-        for chunk in risk.chunks():
-            yield (
-                replace(chunk, inputs=widened(chunk.inputs), targets=widened(chunk.targets))
-                if half
-                else chunk
-            )
+    counts: dict[int, float] = {}  # what the loss divides by on each chunk
 
     def look(index: int, chunk: Chunk) -> None:
         outputs = logits(called(model, chunk.inputs))
+        if chunk.index not in counts:
+            counts[chunk.index] = risk.weight(chunk, outputs.detach())
+        count = counts[chunk.index]
+        if not count:
+            return
         loss = loss_fn(outputs, chunk.targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise checks.InputError(
                 f"loss_fn: it returned {checks.show(loss)}, expected a scalar, the mean over the batch"
             )
-        add(index, "loss", loss.item(), chunk.count)
+        add(index, "loss", loss.item(), count)
         for name, metric in metrics.items():
             if metric == "gradient_norm":
-                leaves = [dict(model.named_parameters())[n] for n in axes[0].names]
+                leaves = [dict(unwrapped(model).named_parameters())[n] for n in axes[0].names]
                 pulled = torch.autograd.grad(
                     loss.reshape(()), leaves, allow_unused=True, materialize_grads=True
                 )
                 # The mean over batches is taken of gradients; the norm comes at the end.
-                add(index, name, torch.cat([g.reshape(-1).double() for g in pulled]), chunk.count)
+                add(index, name, torch.cat([g.reshape(-1).double() for g in pulled]), count)
             elif metric == "class_loss":
                 value, seen = _by_class(loss_fn, outputs.detach(), chunk.targets)
                 add(index, name, value, seen)
@@ -203,15 +200,15 @@ def _visit(
         stack.enter_context(torch.enable_grad() if gradients else torch.no_grad())
         if gradients:
             for name in axes[0].names:
-                dict(model.named_parameters())[name].requires_grad_(True)
+                dict(unwrapped(model).named_parameters())[name].requires_grad_(True)
         if batchnorm == "recalibrate" or gradients:
-            own = list(chunks(risk))
+            own = list(risk.chunks())
             source = (
                 Risk(model, loss_fn, calibration, params=list(axes[0].names))
                 if calibration is not None
                 else None
             )
-            calibrating = own if source is None else list(chunks(source))
+            calibrating = own if source is None else list(source.chunks())
             for index, point in enumerate(progress(points, "landscape", len(points))):
                 move(point)
                 if batchnorm == "recalibrate":
@@ -223,7 +220,7 @@ def _visit(
                         mean = sums[name][index] / weights[name][index]
                         sums[name][index], weights[name][index] = mean.norm().cpu(), 1.0
         else:
-            for chunk in chunks(risk):
+            for chunk in risk.chunks():
                 for index, point in enumerate(progress(points, "landscape", len(points))):
                     move(point)
                     look(index, chunk)
@@ -238,7 +235,7 @@ def _visit(
 @contextmanager
 def _moving(model: nn.Module, axes: Sequence[Axis]) -> Iterator[Callable[[Sequence[float]], None]]:
     """A function that moves the model's weights to a point; as they were afterwards."""
-    known = dict(model.named_parameters())
+    known = dict(unwrapped(model).named_parameters())
     leaves = [known[name] for name in axes[0].names]
     buffers = dict(model.named_buffers())
     flat = flat_weights(model, axes[0].names)

@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lineament.core.results import axes
+from lineament.core.results import Readable, axes
 
 
 @dataclass(frozen=True)
-class Line:
+class Line(Readable):
     """The loss along one axis; ``metrics`` likewise, ``record`` says how the axis was made."""
 
     at: Float[Tensor, "positions"]
@@ -57,7 +57,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Plane:
+class Plane(Readable):
     """The loss on a grid: ``loss[i, j]`` at ``a[i]`` along the first axis and ``b[j]`` along the second."""
 
     a: Float[Tensor, "rows"]
@@ -148,7 +148,7 @@ class Plane:
 
 
 @dataclass(frozen=True)
-class Perturbations:
+class Perturbations(Readable):
     """By how much the loss rises at random places at one distance from a network."""
 
     loss: float

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.core.results import Readable
 from lineament.optim.gns.functions import Problem, as_problem, starting_point
 from lineament.optim.gns.linear_algebra import Metric, at_home, blas_threads, like, tensor
 from lineament.optim.gns.rules import Cubic, Point, Rule, Trial, as_rule
@@ -265,7 +266,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Minimum:
+class Minimum(Readable):
     """The result: SciPy's ``x``, ``fun``, ``jac``, ``success``, ``status``, ``message``, ``nit``, ``nfev``, ``njev``, ``nhev``; and ``nsolve``,
     ``nprod`` and the ``log``.
 

@@ -19,6 +19,7 @@ from lineament.core.curvature.matrices import fisher, gauss_newton, hessian
 from lineament.core.curvature.operator import Curvature
 from lineament.core.curvature.risk import Risk
 from lineament.core.gradients import flatten, per_sample_gradients, unflatten
+from lineament.core.models import unwrapped, widened
 from lineament.optim.gns.linear_algebra import gram
 from lineament.optim.gns.solvers import Dense, Form, LowRank, Operator
 
@@ -65,8 +66,10 @@ class Network:
             isinstance(model, nn.Module), f"model: got {checks.show(model)}, expected a torch.nn.Module"
         )
         self.dense = checks.number("dense", dense, low=0, integer=True)
-        self.model: nn.Module = getattr(model, "_orig_mod", model)
+        self.model: nn.Module = unwrapped(model)
         self._copy = copy.deepcopy(self.model)
+        for tensor in (*self._copy.parameters(), *self._copy.buffers()):
+            tensor.data = widened(tensor.data)
         self._options: dict[str, Any] = {"params": params, "batchnorm": batchnorm, "chunk": chunk}
         self._loss_fn, self._loader = loss_fn, loader
         self.risk = Risk(self._copy, loss_fn, loader, **self._options)
@@ -95,11 +98,15 @@ class Network:
         return self.risk.either(lambda: self._value_and_grad(x))
 
     def _value_and_grad(self, x: Tensor) -> tuple[float, Tensor]:
-        value, total, seen = 0.0, torch.zeros_like(x), 0
+        value, total, seen = 0.0, torch.zeros_like(x), 0.0
         with self.risk.ready():
             leaves = list(self.risk.leaves.values())
             for chunk in self.risk.chunks():
-                loss = self._loss_fn(self.risk.outputs(chunk), chunk.targets)
+                outputs = self.risk.outputs(chunk)
+                weight = self.risk.weight(chunk, outputs)
+                if not weight:
+                    continue
+                loss = self._loss_fn(outputs, chunk.targets)
                 checks.require(
                     isinstance(loss, Tensor) and loss.numel() == 1,
                     f"loss_fn: it returned {checks.show(loss)} ({type(loss).__name__}), expected a scalar, the mean over the batch",
@@ -107,8 +114,8 @@ class Network:
                 found = torch.autograd.grad(
                     loss.reshape(()), leaves, allow_unused=True, materialize_grads=True
                 )
-                seen += chunk.count
-                share = chunk.count / seen
+                seen += weight
+                share = weight / seen
                 value += (float(loss.detach()) - value) * share
                 total.lerp_(flatten(found).to(total), share)
         return value, total

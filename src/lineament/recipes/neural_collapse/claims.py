@@ -85,8 +85,8 @@ def decay_claims(loss: str, ends: dict[str, Collapsed]) -> list[Claim]:
             f"{name}: zero training error in every setting",
             "after about 40 epochs",
             f"lowest training accuracy {lowest:.4f}",
-            lowest >= 0.999,
-            "" if lowest >= 0.999 else short,
+            lowest == 1,
+            "" if lowest == 1 else short,
         )
     ]
     for metric, shown in (("nc1_tilde", "NC1~"), ("nc1", "NC1"), ("nc2", "NC2")):

@@ -52,7 +52,7 @@ class FastGraph(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # The replacements know of vmap over their derivatives, not of what a model does with torch.func inside.
-        form = _REPLACED.get(func) if self._replace and not _transformed() else None
+        form = _TWICE.get(func) or (_REPLACED.get(func) if self._replace and not _transformed() else None)
         result = func(*args, **kwargs) if form is None else form(self, func, *args, **kwargs)
         if self._copies:
             self._copies = [copy for copy in self._copies if copy.unwritten()]
@@ -157,6 +157,49 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.autograd.grad, Tensor.backward, Tensor.register_hook), FastGraph._in_the_middle),
     Tensor.data.__get__: FastGraph._data,  # pyright: ignore[reportAttributeAccessIssue]
 }  # fmt: skip
+
+
+def _hardsigmoid(graph: FastGraph, func: Any, input: Tensor, inplace: bool = False) -> Tensor:
+    return func(input, True) if inplace and not input.requires_grad else F.relu6(input + 3) / 6
+
+
+def _distances(
+    graph: FastGraph, func: Any, x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None
+) -> Tensor:
+    apart = x1.unsqueeze(-2) - x2.unsqueeze(-3)
+    if p != 2:
+        return torch.linalg.vector_norm(apart, ord=p, dim=-1)
+    square = apart.square().sum(-1)
+    # The norm has no second derivative at zero; as PyTorch's, its first is zero there.
+    zero = square == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
+
+
+def _embedding(
+    graph: FastGraph,
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    if max_norm is not None:
+        # PyTorch shortens the rows in place, before it reads them; the model's own stay as they are here.
+        norms = torch.linalg.vector_norm(weight.detach(), ord=norm_type, dim=1, keepdim=True)
+        factor = torch.where(norms > max_norm, max_norm / (norms + 1e-7), 1.0)
+        weight = weight + (weight.detach() * factor - weight.detach())
+    return func(input, weight, padding_idx, None, 2.0, scale_grad_by_freq, False)
+
+
+# Operations whose backward PyTorch cannot differentiate, or not as a dense tensor, by others of the same value.
+_TWICE: dict[Any, Callable[..., Any]] = {
+    F.hardsigmoid: _hardsigmoid,
+    torch.cdist: _distances,
+    F.embedding: _embedding,
+}
 
 
 class _Made:

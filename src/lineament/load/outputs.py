@@ -1,0 +1,93 @@
+"""What a network's outputs are, told by their values: logits, probabilities or their logarithms; all are read as logits.
+
+For classes log p is a row of logits, because softmax(log p) = p / Σp; for a label of its own it is log p - log(1 - p).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lineament.core.models import logits
+
+Change = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How outputs are read: what makes logits of them (``None``: they are logits), and what is said of it."""
+
+    change: Change | None = None
+    said: str = ""
+
+
+def reading(outputs: Tensor, task: str, dtype: torch.dtype = torch.float32) -> Reading:
+    """What the outputs of all samples, (sample, output), are.
+
+    Args:
+        task: ``"classification"``, ``"multi-label"`` or ``"regression"``.
+        dtype: the precision in which they were computed.
+
+    >>> reading(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), "classification").said
+    'its outputs are probabilities (none below 0, rows sum to 1); their logarithm is read as the logits'
+    >>> reading(torch.tensor([[9.0, 1.0], [2.0, 8.0]]), "classification").said
+    ''
+    """
+    if task == "regression":
+        return Reading()
+    width, tolerance = outputs.shape[1], 1e-3 if dtype in (torch.float32, torch.float64) else 2e-2
+    z = outputs.double()
+    # A network whose answers leave one half of [0, 1] empty says nothing that logits could not say.
+    unit = bool((z >= -1e-6).all() and (z <= 1 + 1e-6).all()) and float(z.min()) < 0.5 < float(z.max())
+    if task == "multi-label":
+        said = "its outputs lie in [0, 1] and are read as the probability of each label; their log-odds are the logits"
+        return Reading(_log_odds, said) if unit else Reading()
+    if width == 1:
+        if unit:
+            said = "one output p in [0, 1] for two classes is read as the probabilities (1 - p, p); their logarithm as the logits"
+            return Reading(lambda p: torch.stack([_log(1 - p, p), _log(p)], 1).flatten(1), said)
+        said = "one output z for two classes is read as the logits (0, z)"
+        return Reading(lambda z: torch.stack([torch.zeros_like(z), z], 1).flatten(1), said)
+    if bool((z >= -1e-6).all() and ((z.sum(1) - 1).abs() < tolerance).all()):
+        said = "its outputs are probabilities (none below 0, rows sum to 1); their logarithm is read as the logits"
+        return Reading(_log, said)
+    if bool((z <= 1e-6).all() and (z.logsumexp(1).abs() < tolerance).all()):
+        return Reading(None, "its outputs are log-probabilities (their exponentials sum to 1)")
+    if unit:
+        said = "its outputs lie in [0, 1] without summing to 1 and are read as a probability of each class on its own; their logarithm is read as the logits"
+        return Reading(_log, said)
+    return Reading()
+
+
+@contextmanager
+def read_as_logits(model: nn.Module, change: Change | None) -> Iterator[None]:
+    """Let the model answer with logits while the block runs."""
+    if change is None:
+        yield
+        return
+
+    def answer(_: nn.Module, _args: object, output: object) -> Tensor:
+        found = logits(output)
+        return change(found.reshape(len(found), -1))
+
+    handle = model.register_forward_hook(answer)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _log(p: Tensor, near: Tensor | None = None) -> Tensor:
+    """log p in float32 at least, bounded by the smallest number, or by the rounding of 1 - ``near``."""
+    wide = p if p.dtype == torch.float64 else p.float()
+    info = torch.finfo(wide.dtype)
+    low = info.tiny if near is None else info.eps / 2
+    return wide.clamp_min(low).log().to(p.dtype)
+
+
+def _log_odds(p: Tensor) -> Tensor:
+    return _log(p) - _log(1 - p, p)
