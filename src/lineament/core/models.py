@@ -61,6 +61,15 @@ def decided(scores: Tensor, dim: int = -1) -> Tensor:
     return scores.argmax(dim) if scores.shape[dim] > 1 else (scores.squeeze(dim) > 0).long()
 
 
+def class_logits(scores: Tensor) -> Tensor:
+    """(batch, classes) with a column for each class: a single logit z of two classes becomes (0, z).
+
+    >>> class_logits(torch.tensor([[-1.0], [2.0]])).tolist()
+    [[0.0, -1.0], [0.0, 2.0]]
+    """
+    return torch.cat([torch.zeros_like(scores), scores], 1) if scores.shape[1] == 1 else scores
+
+
 def called(model: Callable[..., Any], inputs: Any) -> Any:
     """The model's answer to inputs as loaders give them: a tensor, a tuple of arguments, or a dict of keyword arguments.
 

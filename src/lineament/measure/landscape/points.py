@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.batching import progress
 from lineament.core.curvature.risk import Chunk, Risk
-from lineament.core.models import called, frozen, is_half, logits, unwrapped
+from lineament.core.models import called, decided, frozen, is_half, logits, unwrapped
 from lineament.measure.landscape.axes import Axis, flat_weights
 from lineament.measure.landscape.batchnorm_modes import MODES, batchnorm_mode, caution, recalibrate
 
@@ -314,14 +314,14 @@ def _right(outputs: Tensor, targets: Any) -> tuple[float, float]:
     """The share of labels that are the largest output, and how many labels there are."""
     labelled = _labelled("accuracy", outputs, targets)
     count = float(labelled.sum())
-    right = float(((outputs.argmax(1) == targets) & labelled).sum())
+    right = float(((decided(outputs, 1) == targets) & labelled).sum())
     return right / max(count, 1.0), count
 
 
 def _by_class(loss_fn: Callable[..., Tensor], outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
     """The mean loss of each class and how many of it there are; NaN for none."""
     labelled = _labelled("class_loss", outputs, targets)
-    classes = outputs.shape[1]
+    classes = max(outputs.shape[1], 2)
     values = torch.full((classes,), float("nan"), dtype=torch.float64)
     counts = torch.zeros(classes, dtype=torch.float64)
     for k in targets[labelled].unique().tolist():
@@ -339,10 +339,10 @@ def _labelled(name: str, outputs: Tensor, targets: Any) -> Tensor:
         f"metrics: {name!r} needs class labels, integers of shape {places} for outputs of shape {tuple(outputs.shape)}, and the loader's "
         f"targets are {checks.show(targets)}; leave it out, or give a function metric(logits, targets)",
     )
-    top = int(targets.max())
+    top, last = int(targets.max()), max(outputs.shape[1], 2) - 1
     checks.require(
-        top < outputs.shape[1],
-        f"metrics: {name!r} got label {top}, expected labels from 0 to {outputs.shape[1] - 1}, or negative ones for what has none",
+        top <= last,
+        f"metrics: {name!r} got label {top}, expected labels from 0 to {last}, or negative ones for what has none",
     )
     return targets >= 0
 
