@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lineament.bench import Row, compare
+from lineament.bench import Row, compare, quick
 from lineament.core.curvature.density import spectral_density
 from lineament.core.curvature.matrices import hessian
 from lineament.core.gradients import unflatten
@@ -76,8 +76,10 @@ class Block(nn.Module):
 
 def problems() -> Iterator[tuple[str, nn.Module, Tensor, Tensor]]:
     torch.manual_seed(0)
-    yield "ResNet-8, 64 pictures", resnet8(), torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,))
-    yield "GPT-2 block, 4 x 64 tokens", Block(), torch.randn(4, 64, 768), torch.randint(0, 1000, (4, 64))
+    n, texts = (16, 1) if quick() else (64, 4)
+    yield f"ResNet-8, {n} pictures", resnet8(), torch.randn(n, 3, 32, 32), torch.randint(0, 10, (n,))
+    x, y = torch.randn(texts, 64, 768), torch.randint(0, 1000, (texts, 64))
+    yield f"GPT-2 block, {texts} x 64 tokens", Block(), x, y
 
 
 def peer(name: str) -> Any:
@@ -186,10 +188,10 @@ def rows(repeats: int = 7) -> Iterator[Row]:
             note="the least arithmetic is 17 gradients against 3, which is 0.18",
         )
     _, net, x, y = next(problems())
-    steps, probes = 20, 2
+    steps, probes, part = 20, 2, len(x) // 4
     for what, data in {
-        "one batch of 64 pictures": [(x, y)],
-        "a loader of 4 x 16 pictures": list(zip(x.split(16), y.split(16))),
+        f"one batch of {len(x)} pictures": [(x, y)],
+        f"a loader of 4 x {part} pictures": list(zip(x.split(part), y.split(part))),
     }.items():
         yield compare(
             SLUG,

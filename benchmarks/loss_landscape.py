@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineament.bench import Row, compare
+from lineament.bench import Row, compare, quick
 from lineament.core.curvature.eigenpairs import top_eigenpairs
 from lineament.core.curvature.matrices import hessian
 from lineament.core.curvature.operator import Curvature
@@ -26,7 +26,6 @@ from lineament.measure.landscape.grids import plane
 from lineament.recipes.kit.networks import network
 
 SLUG = "loss-landscape"
-PROBES = 60
 
 
 def lenet() -> nn.Module:
@@ -42,7 +41,9 @@ def perceptron() -> nn.Module:
     ).eval()
 
 
-def peer(what: str, net: nn.Module, x: Tensor, y: Tensor, steps: int, tol: float) -> Callable[[], Any] | None:
+def peer(
+    what: str, net: nn.Module, x: Tensor, y: Tensor, steps: int, tol: float, probes: int
+) -> Callable[[], Any] | None:
     try:
         package = importlib.import_module("pyhessian")
     except ImportError:
@@ -65,7 +66,7 @@ def peer(what: str, net: nn.Module, x: Tensor, y: Tensor, steps: int, tol: float
                 if what in ("eigenvalues", "all"):
                     found["eigenvalues"] = made.eigenvalues(maxIter=100, tol=tol, top_n=2)
                 if what in ("trace", "all"):
-                    found["trace"] = made.trace(maxIter=PROBES, tol=0.0 if what == "trace" else tol)
+                    found["trace"] = made.trace(maxIter=probes, tol=0.0 if what == "trace" else tol)
             finally:
                 del torch.eig  # pyright: ignore[reportAttributeAccessIssue]
         for parameter in net.parameters():
@@ -78,10 +79,11 @@ def peer(what: str, net: nn.Module, x: Tensor, y: Tensor, steps: int, tol: float
 def rows(repeats: int = 5) -> Iterator[Row]:
     torch.manual_seed(0)
     loss = F.cross_entropy
+    side = 5 if quick() else 41
     problems = [
-        ("perceptron 64-128-128-10, 1,000 samples", perceptron(), torch.randn(1000, 64), torch.randint(0, 10, (1000,)), 41),
-        ("LeNet, 256 images", lenet(), torch.randn(256, 1, 28, 28), torch.randint(0, 10, (256,)), 41),
-        ("ResNet-18 of width 16, 32 images", network("resnet18", (3, 32, 32), 10, seed=0, widths=16).eval(), torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,)), 11),
+        ("perceptron 64-128-128-10, 1,000 samples", perceptron(), torch.randn(1000, 64), torch.randint(0, 10, (1000,)), side),
+        ("LeNet, 256 images", lenet(), torch.randn(256, 1, 28, 28), torch.randint(0, 10, (256,)), side),
+        ("ResNet-18 of width 16, 32 images", network("resnet18", (3, 32, 32), 10, seed=0, widths=16).eval(), torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,)), min(side, 11)),
     ]  # fmt: skip
     for what, net, x, y, side in problems:
 
@@ -99,12 +101,20 @@ def rows(repeats: int = 5) -> Iterator[Row]:
             SLUG, f"a plane of {side} x {side}, {what}", ours, "its forward passes", forwards, target=1 / 1.1,
             repeats=min(3, repeats), note="the limit is 1; drawing the two axes is included",
         )  # fmt: skip
-    for what, net, x, y, _ in problems[:2]:
-        yield from criteria(what, net, x, y, repeats)
+    few = {"steps": 20, "probes": 10} if quick() else {}
+    for what, net, x, y, _ in problems[: 1 if quick() else 2]:
+        yield from criteria(what, net, x, y, repeats, **few)
 
 
 def criteria(
-    what: str, net: nn.Module, x: Tensor, y: Tensor, repeats: int, steps: int = 60, tol: float = 1e-3
+    what: str,
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    repeats: int,
+    steps: int = 60,
+    probes: int = 60,
+    tol: float = 1e-3,
 ) -> Iterator[Row]:
     def operator() -> Curvature:
         return hessian(net, F.cross_entropy, [(x, y)])
@@ -125,7 +135,10 @@ def criteria(
         return f"{float(((values - exact) / exact).abs().max()):.0e}"
 
     loose, theirs_off, trace_off = tol, "?", "?"
-    sides = {name: peer(name, net, x, y, steps, tol) for name in ("spectrum", "eigenvalues", "trace", "all")}
+    sides = {
+        name: peer(name, net, x, y, steps, tol, probes)
+        for name in ("spectrum", "eigenvalues", "trace", "all")
+    }
     if sides["eigenvalues"] is not None and sides["trace"] is not None:
         torch.manual_seed(0)
         found, vectors = sides["eigenvalues"]()["eigenvalues"]
@@ -135,11 +148,11 @@ def criteria(
         images = [operator() @ v for v in flat]
         residuals = [float((u - (u @ v) * v).norm()) for u, v in zip(images, flat)]
         loose = max(residuals) / float(exact.abs().max())
-        probes = torch.tensor(sides["trace"]()["trace"], dtype=torch.float64)
-        ours = trace(operator(), PROBES, method="hutchinson")
+        theirs = torch.tensor(sides["trace"]()["trace"], dtype=torch.float64)
+        ours = trace(operator(), probes, method="hutchinson")
         trace_off = (
             f"{ours.value:.2f} ± {ours.standard_error:.2f} and "
-            f"{float(probes.mean()):.2f} ± {float(probes.std()) / len(probes) ** 0.5:.2f}"
+            f"{float(theirs.mean()):.2f} ± {float(theirs.std()) / len(theirs) ** 0.5:.2f}"
         )
     nodes = spectrum().density.nodes[0]
     ends = nodes[nodes.abs().argsort(descending=True)[:2]]
@@ -166,8 +179,8 @@ def criteria(
         (
             "trace",
             "trace",
-            lambda: trace(operator(), PROBES, method="hutchinson"),
-            f"{PROBES} Hutchinson probes on both sides: {trace_off}",
+            lambda: trace(operator(), probes, method="hutchinson"),
+            f"{probes} Hutchinson probes on both sides: {trace_off}",
         ),
         (
             "all",

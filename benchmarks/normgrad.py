@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lineament.bench import Row, compare
+from lineament.bench import Row, compare, quick
 from lineament.core.models import frozen
 from lineament.explain.saliency.aggregation import Window, aggregate_contributions
 from lineament.explain.saliency.baselines import integrated_gradients
@@ -102,7 +102,8 @@ def peak(side: str) -> str:
 
 def rows(repeats: int = 7) -> Iterator[Row]:
     warnings.filterwarnings("ignore", module="captum")
-    model, x = network(), torch.rand(2, 3, 224, 224)
+    side = 64 if quick() else 224
+    model, x = network(), torch.rand(2, 3, side, side)
     site = STAGES[1]
     yield compare(
         SLUG,

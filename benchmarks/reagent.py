@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 
-from lineament.bench import Row, compare
+from lineament.bench import Row, compare, quick
 from lineament.explain.tokens.continuations import explain_continuation
 from lineament.explain.tokens.options import ReagentOptions
 from lineament.explain.tokens.recursion import reagent
 
 SLUG = "reagent"
 # The paper's prompts have 43 tokens on average.
-WORDS, TOKENS, PROBES, STEPS = 50257, 43, 16, 8
+WORDS, TOKENS = 50257, 43
+PROBES, STEPS = (4, 4) if quick() else (16, 8)
 
 
 def network(layers: int = 4, width: int = 256) -> Any:
@@ -164,10 +165,11 @@ def rows(repeats: int = 5) -> Iterator[Row]:
         repeats=repeats,
         note="the limit is 1: the rest is drawing, and reading probabilities and ranks off 50257 logits a row",
     )
-    large, few = network(12, 768), 3
+    large, few = network(*((2, 256) if quick() else (12, 768))), 3
+    size = f"{large.config.n_layer} layers of width {large.config.n_embd}"
     yield compare(
         SLUG,
-        f"the same, GPT-2's own size (12 layers of width 768), 5 probes, {few} steps",
+        f"the same, {size}, 5 probes, {few} steps",
         ours(large, ids, target, 5, few),
         "inseq reagent",
         inseqs(large, tokenizer, text, f"w{target}", 5, few),

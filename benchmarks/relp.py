@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lineament.bench import Row, compare
+from lineament.bench import Row, compare, quick
 from lineament.core.models import frozen
 from lineament.explain.patching.activation import activation_patching
 from lineament.explain.patching.attribution import attribution_patching
@@ -21,7 +21,8 @@ from lineament.explain.patching.metrics import logit_difference
 from lineament.explain.patching.relevance import relevance_patching
 
 SLUG = "relp"
-LAYERS, WIDTH, HEADS, WORDS, PAIRS, POSITIONS = 6, 256, 8, 4096, 8, 15
+LAYERS, WIDTH, HEADS, WORDS, PAIRS, POSITIONS = 2 if quick() else 6, 256, 8, 4096, 8, 15
+NODES = f"{3 * LAYERS * POSITIONS} nodes"
 
 
 def network() -> Any:
@@ -154,7 +155,7 @@ def rows(repeats: int = 7) -> Iterator[Row]:
     clean, corrupt, metric = prompts()
     yield compare(
         SLUG,
-        "relevance patching, 270 nodes",
+        f"relevance patching, {NODES}",
         lambda: relevance_patching(model, clean, corrupt, metric),
         "two bare forwards and one backward",
         bare(model, clean, corrupt, metric),
@@ -175,7 +176,7 @@ def rows(repeats: int = 7) -> Iterator[Row]:
     torch.testing.assert_close(torch.stack(list(check.scores.values())), theirs(), atol=2e-3, rtol=1e-2)
     yield compare(
         SLUG,
-        "attribution patching, 270 nodes",
+        f"attribution patching, {NODES}",
         lambda: attribution_patching(model, clean, corrupt, metric, **whole),
         name,
         theirs,
@@ -189,7 +190,7 @@ def rows(repeats: int = 7) -> Iterator[Row]:
     torch.testing.assert_close(torch.stack(list(truth.scores.values())), theirs(), atol=2e-3, rtol=1e-2)
     yield compare(
         SLUG,
-        "activation patching of all 270 nodes",
+        f"activation patching of all {NODES}",
         lambda: activation_patching(model, clean, corrupt, metric, **whole),
         name,
         theirs,
@@ -199,7 +200,7 @@ def rows(repeats: int = 7) -> Iterator[Row]:
     )
     yield compare(
         SLUG,
-        "relevance patching against the 270 patches that it approximates",
+        f"relevance patching against the patches of {NODES} that it approximates",
         lambda: relevance_patching(model, clean, corrupt, metric),
         "activation patching (ours)",
         lambda: activation_patching(model, clean, corrupt, metric, **whole),

@@ -61,6 +61,8 @@ class _Settings:
 
 
 _settings = _Settings()
+# A run of so many seconds is not repeated where the benchmarks are to be quick.
+_LONG = 0.5
 
 
 def quick() -> bool:
@@ -86,7 +88,8 @@ def compare(
     Args:
         ours, theirs: functions without arguments; ``theirs`` is ``None`` when the peer is not installed.
         target: the smallest acceptable ``peer_s / ours_s``.
-        repeats, warmup: timings of each side, and runs before them; one and none where :func:`quick`.
+        repeats, warmup: timings of each side, and runs before them. Where :func:`quick` one of each at most, and a first run that
+            took over half a second is the timing.
         scale: multiplies the peer's time, when the peer is timed on a known fraction of the work.
         note: what the reader must know (the physical limit, the gap to it).
     """
@@ -103,15 +106,14 @@ def compare(
         return time.perf_counter() - start
 
     sides = [ours] if theirs is None else [ours, theirs]
-    for _ in range(warmup):
-        for side in sides:
-            side()
-    times: list[list[float]] = [[] for _ in sides]
+    first = [[seconds(side) for _ in range(warmup)] for side in sides]
+    times = [[t for t in side if quick() and t > _LONG] for side in first]
     for repeat in range(repeats):
         # Swap who goes first, so that whatever one side leaves in the caches falls on both alike.
         order = range(len(sides)) if repeat % 2 == 0 else reversed(range(len(sides)))
         for index in order:
-            times[index].append(seconds(sides[index]))
+            if not (quick() and times[index]):
+                times[index].append(seconds(sides[index]))
     ours_s = statistics.median(times[0])
     peer_s = None if theirs is None else statistics.median(times[1]) * scale
     ratio = None if peer_s is None else peer_s / ours_s

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
+from torch import Tensor
+
 from lineament.audit.phrases import compact
 
 T = TypeVar("T")
@@ -68,3 +71,22 @@ class Estimate:
             ends = [form(end) for end in (min(self.halves), max(self.halves))]
             return f"{text} (between {ends[0]} and {ends[1]} on halves of these samples)"
         return f"{text} ± {form(float(f'{self.error:.2g}'))}"
+
+
+def halves(rows: Tensor, seed: int, labels: Tensor | None = None) -> list[Tensor]:
+    """Two disjoint halves of some rows, drawn at random, each in ascending order; none of a single row.
+
+    Args:
+        labels: the class of each row: of every class the halves then have as many, to one; none where a class has fewer than four rows.
+
+    >>> first, second = halves(torch.arange(10), 0, torch.tensor([0] * 6 + [1] * 4))
+    >>> len(first), len(second), int((first > 5).sum()), int((second > 5).sum())
+    (5, 5, 2, 2)
+    """
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed % 2**63))
+    if labels is not None:
+        order = order[torch.argsort(labels[order], stable=True)]
+    parts = [rows[order[0::2]].sort().values, rows[order[1::2]].sort().values]
+    if labels is not None and int(torch.unique(labels, return_counts=True)[1].min()) < 4:
+        return []
+    return parts if len(rows) > 1 else []

@@ -52,6 +52,15 @@ def logits(output: Any) -> Tensor:
     )
 
 
+def decided(scores: Tensor, dim: int = -1) -> Tensor:
+    """The class of each sample: the largest score's; of a single logit, 1 where it is positive.
+
+    >>> decided(torch.tensor([[0.2, 0.7]])).tolist(), decided(torch.tensor([[-1.0], [2.0]])).tolist()
+    ([1], [0, 1])
+    """
+    return scores.argmax(dim) if scores.shape[dim] > 1 else (scores.squeeze(dim) > 0).long()
+
+
 def called(model: Callable[..., Any], inputs: Any) -> Any:
     """The model's answer to inputs as loaders give them: a tensor, a tuple of arguments, or a dict of keyword arguments.
 

@@ -139,3 +139,20 @@ def test_the_greatest_seed_is_as_good_as_any(tmp_path):
     assert all(section.status != "failed" for section in look(torch.arange(60) % 3, tmp_path / "r").sections)
     with pytest.raises(InputError, match="seed: got 9223372036854775808"):
         answering(x, seed=2**63)(torch.arange(60) % 3, tmp_path / "other")
+
+
+@pytest.mark.parametrize("kind", ["detached", "rounded"])
+def test_gradients_that_cannot_pass_are_not_a_loss_without_curvature(tmp_path, kind):
+    class Cut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x):
+            z = 8 * self.fc(x)
+            return z.detach() if kind == "detached" else z.round() / 8
+
+    x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    found = audit(Cut(), (x, torch.arange(60) % 3), out=tmp_path / "r", lenses=["landscape"])
+    assert found["landscape"].status == "note" and "Gradients cannot pass" in found.findings[0].sentence
+    assert "linear function" not in found["landscape"].sentence

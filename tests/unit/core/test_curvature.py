@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import numpy as np
@@ -639,6 +640,19 @@ def test_nearly_parallel_images_leave_an_orthonormal_basis(dtype):
     found = top_eigenpairs(matrix, 3, tol=1e-5)
     torch.testing.assert_close(found.values, torch.full((3,), 5.0, dtype=dtype), rtol=1e-5, atol=0)
     torch.testing.assert_close(found.vectors.T @ found.vectors, torch.eye(3, dtype=dtype), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5, 6, 8])
+def test_a_strided_convolution_of_one_place_has_its_hessian(channels):
+    """The shortcut of a narrow residual network: the kernel for channels that lie last wrote past its memory."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(channels, 6, 1, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(6 * 16, 3))
+    x, y = torch.randn(2, channels, 8, 8), torch.tensor([0, 2])
+    v = torch.randn(sum(p.numel() for p in net.parameters()))
+    for _ in range(10):
+        found = hessian(net, F.cross_entropy, [(x, y)]) @ v
+    exact = hessian(copy.deepcopy(net).double(), F.cross_entropy, [(x.double(), y)]) @ v.double()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-5)
 
 
 OPERATORS = {"hessian": hessian, "gauss_newton": gauss_newton, "empirical": fisher}

@@ -375,3 +375,13 @@ def test_no_warning_in_ordinary_use(problem):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         collapse(net, loader, sites=["conv", "head:in"])
+
+
+def test_one_logit_decides_by_its_sign():
+    from lineament.measure.collapse.profile import collapse
+
+    net = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(net.weight)
+    x = torch.tensor([[-1.0], [-2.0], [1.0], [2.0]])
+    found = collapse(net, [(x, torch.tensor([0, 0, 1, 1]))])
+    assert found.metrics[":in"].nc4 == 0

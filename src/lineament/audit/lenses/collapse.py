@@ -1,7 +1,8 @@
 """How far have its features collapsed to one point per class, layer by layer?
 
 Neural collapse (Papyan et al. 2020; Tirer et al. 2022, arXiv 2210.16658): NC1~ is the variance within classes in units of that
-between them, NC2 the distance of the class means from a simplex, NC4 how often the network differs from the nearest class mean.
+between them, NC2 the distance of the class means from a simplex, NC4 how often the network differs from the nearest class mean. All samples
+are measured, and again either half of each class, whose differences are the errors.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 
 import torch
 
-from lineament.audit.phrases import compact, percent, short
+from lineament.audit.estimates import Estimate, halves
+from lineament.audit.phrases import compact, percent, short, wilson
 from lineament.audit.subject import Subject
 from lineament.measure.collapse.profile import collapse
 from lineament.report.figures import picture
@@ -32,10 +34,15 @@ _FEW = 10
 
 @dataclass(frozen=True)
 class Layer:
-    """Neural collapse at one site; ``None`` where it cannot be measured."""
+    """Neural collapse at one site; ``None`` where it cannot be measured.
+
+    ``halves`` are NC1~ of either half of the samples, and ``error`` the larger distance of these from ``nc1_tilde``.
+    """
 
     site: str
     nc1_tilde: float
+    error: float
+    halves: tuple[float, ...]
     nc1: float | None
     nc2: float | None
     nc3: float | None
@@ -47,13 +54,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Collapse:
-    """Neural collapse by site, in depth order; ``few``: too few samples a class to tell."""
+    """Neural collapse by site, in depth order; ``few``: too few samples a class to tell; ``rows``: the samples of each half, by their numbers in the data."""
 
     sites: Sequence[Layer]
     head: str | None
     samples: int
     classes: int
     few: bool
+    rows: Sequence[Sequence[int]]
 
 
 def applies(subject: Subject) -> str:
@@ -69,61 +77,73 @@ def look(subject: Subject) -> Section:
     every = len(present) == subject.outputs.shape[1]
     # Classes without a sample have no mean; the others are numbered anew, and NC3, which needs all, is left out.
     numbered = replace(subject, samples=replace(subject.samples, targets=labels))
+    rows = torch.arange(len(subject))
+    parts = [] if subject.fixed_batch else halves(rows, subject.seed, labels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        found = collapse(subject.model, numbered.batches(), sites=list(subject.sites))
-    layers = [
-        Layer(
-            site,
-            m.nc1_tilde,
-            m.nc1,
-            m.nc2,
-            m.nc3 if every else None,
-            m.nc4 if every else None,
-            m.cdnv,
-            m.nearest_mean_accuracy,
-            None if m.nc4 is None or not every else 1 - m.nc4,
+        found, *again = (
+            collapse(subject.model, numbered.batches(part), sites=list(subject.sites))
+            for part in (rows, *parts)
         )
-        for site, m in found.metrics.items()
-    ]
+    layers = []
+    for site, m in found.metrics.items():
+        spread = Estimate.of(lambda profile: profile[site].nc1_tilde, found, again)  # noqa: B023
+        layers.append(
+            Layer(
+                site,
+                m.nc1_tilde,
+                spread.error,
+                spread.halves,
+                m.nc1,
+                m.nc2,
+                m.nc3 if every else None,
+                m.nc4 if every else None,
+                m.cdnv,
+                m.nearest_mean_accuracy,
+                None if m.nc4 is None or not every else 1 - m.nc4,
+            )
+        )
     each = len(labels) / len(present)
-    measured = Collapse(layers, found.head, found.samples, len(present), each < _FEW)
+    measured = Collapse(
+        layers,
+        found.head,
+        found.samples,
+        len(present),
+        each < _FEW,
+        [subject.samples.index[part].tolist() for part in parts],
+    )
     last, first = layers[-1], layers[0]
     value = last.nc1_tilde
-    how = (
-        "have all but collapsed to one point per class"
-        if value < 0.1
-        else "form clear clusters, one per class"
-        if value < 0.7
-        else "overlap: samples of a class differ about as much from each other as the classes do"
-        if value < 2
-        else "are spread far more within classes than between them"
-    )
     sentence = (
-        f"At the last place looked at ({short(last.site, 40)}), features {how}: their variance within classes is {compact(value)} times "
-        f"that between class means ({compact(first.nc1_tilde)} at the first, {short(first.site, 40)}). "
+        f"Over {found.samples:,} samples of {len(present)} classes{', and again over either half of each class' if parts else ''}: at the last place looked at ({short(last.site, 40)}), features "
+        f"{_how(last)}: their variance within classes is {_estimate(last)} times that between class means ({_estimate(first)} at the first, {short(first.site, 40)}). "
     )
     if last.nearest_mean_accuracy is not None:
-        sentence += f"The nearest class mean alone would be right for {percent(last.nearest_mean_accuracy)} of samples. "
+        low, high = wilson(round(last.nearest_mean_accuracy * found.samples), found.samples)
+        sentence += (
+            f"The nearest class mean alone would be right for {percent(last.nearest_mean_accuracy)} of these samples, whose own means they are (95 % interval of samples like "
+            f"these {percent(low)} to {percent(high)}). "
+        )
     if measured.few:
         sentence += f"With {compact(each)} samples a class, each sample is much of its own class's mean, which makes classes look tighter and the nearest mean righter than they are. "
     if not every:
         sentence += f"Only {len(present)} of {subject.outputs.shape[1]} classes occur in the data, so NC3 and NC4 are left out. "
     return Section(
-        status="good" if value < 0.7 and not measured.few else "note",
+        status=_finding(measured).severity,
         number=compact(value),
         unit="variance within classes / between them, at the last place",
         sentence=sentence.strip(),
         pictures=[_by_depth(layers)],
         tables=[
             Table(
-                "Neural collapse by place, in depth order (NC1~: variance within / between classes; NC1: the same, direction by direction; "
+                f"Neural collapse by place over {found.samples:,} samples, in depth order (NC1~: variance within / between classes; error: the larger distance of the halves' NC1~; NC1: the same, direction by direction; "
                 "NC2: distance of the class means from a simplex; NC4: answers that are not the nearest class mean)",
-                ("place", "NC1~", "NC1", "NC2", "NC4", "nearest mean right"),
+                ("place", "NC1~", "error", "NC1", "NC2", "NC4", "nearest mean right"),
                 [
                     (
                         layer.site,
                         _finite(layer.nc1_tilde),
+                        _finite(layer.error),
                         _finite(layer.nc1),
                         _finite(layer.nc2),
                         None if layer.nc4 is None else percent(layer.nc4),
@@ -136,6 +156,28 @@ def look(subject: Subject) -> Section:
         numbers=plain(measured),
         findings=[_finding(measured)],
     )
+
+
+_KINDS = (
+    (0.1, "have all but collapsed to one point per class"),
+    (0.7, "form clear clusters, one per class"),
+    (2.0, "overlap: samples of a class differ about as much from each other as the classes do"),
+    (math.inf, "are spread far more within classes than between them"),
+)
+
+
+def _how(layer: Layer) -> str:
+    """What the number means, and what else it would on a half of the samples."""
+    kinds = [
+        next((text for limit, text in _KINDS if v < limit), _KINDS[-1][1])
+        for v in (layer.nc1_tilde, *layer.halves)
+    ]
+    other = next((kind for kind in kinds[1:] if kind != kinds[0]), None)
+    return kinds[0] if other is None else f"{kinds[0]}, or on a half of the samples {other}"
+
+
+def _estimate(layer: Layer) -> str:
+    return Estimate(layer.nc1_tilde, layer.halves, layer.error).words()
 
 
 def _finding(found: Collapse) -> Finding:
@@ -152,13 +194,18 @@ def _finding(found: Collapse) -> Finding:
         )
     near = last.nearest_mean_accuracy
     right = "" if near is None else f"; the nearest class mean is right for {percent(near)}"
-    if value < 0.1:
-        text = f"It holds each class as nearly one point (variance within classes {compact(value)} of that between){right}."
+    # Of the kinds that the halves and all samples say, the loosest.
+    worst = max(value, *last.halves) if last.halves else value
+    spread = f"(variance within classes {_estimate(last)} times that between, over {found.samples:,} samples){right}."
+    if worst < 0.1:
+        text = f"It holds each class as nearly one point {spread}"
+    elif worst < 0.7:
+        text = f"It holds each class as a cluster of its own {spread}"
     elif value < 0.7:
-        text = f"It holds each class as a cluster of its own (variance within classes {compact(value)} of that between){right}."
+        text = f"It holds each class as a cluster of its own, but not on each half of the samples {spread}"
     else:
-        text = f"Its classes overlap at the last place (variance within classes {compact(value)} times that between){right}."
-    if value < 0.7:
+        text = f"Its classes overlap at the last place {spread}"
+    if worst < 0.7:
         return Finding("good", text)
     advice = "Nothing, if it is right often enough; otherwise train it longer, or a larger one."
     return Finding("note", text, advice=advice)

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lineament.audit.estimates import Estimate
 from lineament.audit.phrases import compact, percent
 from lineament.audit.subject import Subject
+from lineament.core.checks import NoGradientError
 from lineament.core.curvature.density import Density
 from lineament.core.curvature.matrices import hessian
 from lineament.core.curvature.risk import Risk
@@ -120,7 +121,10 @@ def look(subject: Subject) -> Section:
     # Fused attention has no second derivative; the plain formula has.
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.simplefilter("ignore", LandscapeWarning)  # the section says it in words
-        return _look(subject)
+        try:
+            return _look(subject)
+        except NoGradientError:
+            return _no_gradients()
 
 
 def _look(subject: Subject) -> Section:

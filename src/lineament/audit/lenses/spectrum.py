@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lineament.audit.estimates import Estimate, halves
 from lineament.audit.phrases import compact, percent, short
 from lineament.audit.subject import Subject
 from lineament.measure.collapse.profile import pooled
@@ -32,7 +33,10 @@ _MOST = 1000
 
 @dataclass(frozen=True)
 class Dimensions:
-    """Effective dimensions of a site's units, and how many never vary (silent) or nearly copy another (doubled)."""
+    """Effective dimensions of a site's units, and how many never vary (silent) or nearly copy another (doubled).
+
+    ``halves`` are the effective ranks of either half of the samples, and ``error`` the larger distance of these from ``effective_rank``.
+    """
 
     site: str
     units: int
@@ -43,20 +47,25 @@ class Dimensions:
     silent: int
     doubled: int
     eigenvalues: Sequence[float]
+    error: float = math.nan
+    halves: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Effective dimensions by site, in depth order; ``used_share`` of those that the last site could have."""
+    """Effective dimensions by site, in depth order; ``used_share`` of those that the last site could have; ``rows``: the samples of each half, by their numbers in the data."""
 
     sites: Sequence[Dimensions]
     samples: int
     used_share: float
+    rows: Sequence[Sequence[int]]
+    idle: float
+    idle_halves: tuple[float, ...]
 
     @property
-    def idle(self) -> float:
-        """The share of all units that never vary or copy another."""
-        return sum(s.silent + s.doubled for s in self.sites) / sum(s.units for s in self.sites)
+    def wasteful(self) -> bool:
+        """Whether more than a quarter of the units never vary or copy another, on all samples and on either half."""
+        return min(self.idle, *self.idle_halves) > 0.25
 
 
 def applies(subject: Subject) -> str:
@@ -73,34 +82,54 @@ def look(subject: Subject) -> Section:
     for acts in subject.activations(rows, "spectrum"):
         for site, x in acts.items():
             gathered[site].append(pooled(x.float()).cpu())
-    layers = [dimensions(torch.cat(parts), site) for site, parts in gathered.items()]
+    features = {site: torch.cat(parts) for site, parts in gathered.items()}
+    parts = halves(torch.arange(len(rows)), subject.seed)
+    again = [[dimensions(x[part], site) for site, x in features.items()] for part in parts]
+    layers = []
+    for number, (site, x) in enumerate(features.items()):
+        found = dimensions(x, site)
+        spread = Estimate.of(lambda d: d.effective_rank, found, [half[number] for half in again])
+        layers.append(replace(found, error=spread.error, halves=spread.halves))
     last = layers[-1]
     share = last.effective_rank / max(min(last.units, last.samples - 1), 1)
-    found = Spectrum(layers, len(rows), share)
+    idle = Estimate.of(_idle, layers, again)
+    found = Spectrum(
+        layers,
+        len(rows),
+        share,
+        [subject.samples.index[rows[part]].tolist() for part in parts],
+        idle.value,
+        idle.halves,
+    )
     classes = subject.outputs.shape[1] if subject.task == "classification" else None
+    of = f" of {len(subject):,}" if len(rows) < len(subject) else ""
+    dims = Estimate.of(lambda ds: float(ds[-1].dims90), layers, again)
     sentence = (
-        f"At the last place ({short(last.site, 40)}), {last.units} units behave like {compact(last.effective_rank)} independent directions; "
-        f"{last.dims90} directions hold 90 % of the variance"
+        f"Over {len(rows):,}{of} samples, and again over either half of them, maps averaged over their positions: at the last place ({short(last.site, 40)}), {last.units} units behave like "
+        f"{_estimate(last)} independent directions; {dims.words()} directions hold 90 % of the variance"
         + (f", for {classes} classes. " if classes else ". ")
     )
-    doubled, silent, total = (
-        sum(getattr(layer, k) for layer in layers) for k in ("doubled", "silent", "units")
+    total = sum(layer.units for layer in layers)
+    silent, doubled = (
+        Estimate.of(lambda ds: sum(getattr(d, kind) for d in ds) / total, layers, again)  # noqa: B023
+        for kind in ("silent", "doubled")
     )
-    sentence += f"Of all {total} units looked at, {percent(silent / total)} never vary and {percent(doubled / total)} almost copy another (correlation above 0.95)."
-    narrow = last.effective_rank < 2 and last.units > 4
+    sentence += f"Of all {total} units looked at, {silent.words(percent)} never vary on these samples and {doubled.words(percent)} almost copy another (correlation above 0.95)."
+    narrow = max(last.effective_rank, *last.halves) < 2 and last.units > 4
     return Section(
-        status="note" if narrow or found.idle > 0.25 else "good",
+        status="note" if narrow or found.wasteful else "good",
         number=compact(last.effective_rank),
         unit=f"effective directions of {last.units} units, at the last place",
         sentence=sentence,
         pictures=[_figure(layers)],
         tables=[
             Table.of(
-                "Dimension by place, in depth order",
+                f"Dimension by place over {len(rows):,} samples, in depth order (error: the larger distance of the halves' effective rank)",
                 {
                     "place": "site",
                     "units": "units",
                     "effective rank": "effective_rank",
+                    "error": "error",
                     "participation ratio": "participation_ratio",
                     "directions for 90\u00a0%": "dims90",
                     "never vary": "silent",
@@ -114,10 +143,19 @@ def look(subject: Subject) -> Section:
     )
 
 
+def _idle(layers: Sequence[Dimensions]) -> float:
+    """The share of all units that never vary or copy another."""
+    return sum(layer.silent + layer.doubled for layer in layers) / sum(layer.units for layer in layers)
+
+
+def _estimate(layer: Dimensions) -> str:
+    return Estimate(layer.effective_rank, layer.halves, layer.error).words()
+
+
 def _finding(found: Spectrum) -> Finding:
     last = found.sites[-1]
-    text = f"At {short(last.site, 40)}, its {last.units} units span about {compact(last.effective_rank)} dimensions"
-    if found.idle > 0.25:
+    text = f"At {short(last.site, 40)}, its {last.units} units span about {_estimate(last)} dimensions (over {found.samples:,} samples)"
+    if found.wasteful:
         return Finding(
             "note",
             f"{text}; {percent(found.idle, 0)} of all units never vary or copy another.",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lineament.core import checks, results
 from lineament.core.batching import progress
 from lineament.core.checks import InputError, require
-from lineament.core.models import called, device_of, frozen, logits, moved
+from lineament.core.models import called, decided, device_of, frozen, logits, moved
 from lineament.core.results import Readable
 from lineament.core.sites.activations import capture
 from lineament.core.sites.naming import sites as site_names
@@ -261,7 +261,7 @@ def _walk(
             flat = checks.tensor("labels", labels, floating=False).flatten()
             checks.labels("labels", flat[flat >= 0] if labels.ndim == 2 else flat, classes=classes)
             try:
-                decisions = logits(called(model, moved(inputs, device))).argmax(-1)
+                decisions = decided(logits(called(model, moved(inputs, device))))
             except InputError:
                 decisions = None
             there = labels.to(device)

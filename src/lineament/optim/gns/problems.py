@@ -337,15 +337,20 @@ class Last:
         self._found: Any = None
 
     def keep(self, x: Any, found: Any) -> None:
-        # A copy: the caller may go on in the same memory.
-        self._point, self._found = 1 * x, found
+        self._point, self._found = self._by_value(x), found
 
     def at(self, x: Any, compute: Callable[[Any], Any]) -> Any:
         """What was kept for ``x``; ``compute`` keeps it anew where that was another point."""
-        kept = self._point
-        if type(kept) is not type(x) or kept.dtype != x.dtype or len(kept) != len(x) or not (kept == x).all():
+        if self._point != self._by_value(x):
             compute(x)
         return self._found
+
+    @staticmethod
+    def _by_value(x: Any) -> tuple[Any, ...]:
+        # The caller may go on in the same memory.
+        if isinstance(x, np.ndarray):
+            return x.dtype, x.tobytes()
+        return x.dtype, x.device, x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 class Linear:

@@ -356,8 +356,9 @@ class _CholeskySystem:
         self._home = at_home(H)
         if self._home:
             self._h, self._down, self._whole = self.H.numpy(), -g.numpy(), metric.kind == "matrix"
-            B = metric.matrix if self._whole else metric.diagonal
-            self._b: Any = 1.0 if metric.kind == "identity" else B.numpy()
+            self._b: Any = 1.0
+            if metric.kind != "identity":
+                self._b = (metric.matrix if self._whole else metric.diagonal).numpy()
             # One memory for every probe: fresh pages cost more than the copy.
             self._room = np.empty(H.shape)
             self._diagonal = self._room.reshape(-1)[:: len(g) + 1]

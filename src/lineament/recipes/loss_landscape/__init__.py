@@ -65,7 +65,7 @@ class Config:
     jobs: int = 1
 
     preset: str = presets(
-        quick={"jobs": 2},
+        quick={"probes": 4, "jobs": 2},
         small={"seeds": (0, 1), "probes": 12, "grid": 41, "jobs": 2},
         paper={
             "data": "cifar10", "network": "resnet18", "seeds": (0, 1, 2), "epochs": 60, "lr": 1e-3, "batch_size": 128,

@@ -1,0 +1,122 @@
+"""Networks as people have them, trained here in seconds, and what the audit's report.json says of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from lineament.audit.lenses import landscape
+from lineament.audit.run import audit
+
+MEAN, STD = 0.3, 0.4
+
+
+class Block(nn.Module):
+    def __init__(self, inside, outside, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outside)
+        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outside)
+        self.shortcut = nn.Sequential()
+        if stride > 1 or inside != outside:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside)
+            )
+
+    def forward(self, x):
+        inner = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(inner)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """As for CIFAR, but small: a stem, three blocks, global pooling, a linear classifier."""
+
+    def __init__(self, width=6):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = Block(width, width, 1)
+        self.layer2 = Block(width, 2 * width, 2)
+        self.fc = nn.Linear(2 * width, 10)
+
+    def forward(self, x):
+        x = self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x)))))
+        return self.fc(x.mean((2, 3)))
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1 = weight_norm(nn.Linear(64, 12))
+        self.fc2 = weight_norm(nn.Linear(12, 10))
+
+    def forward(self, x):
+        return self.fc2(torch.tanh(self.fc1(x.flatten(1))))
+
+
+def trained(network, x, y, *, loss=F.cross_entropy, epochs=12, rate=0.1, decay=1e-4):
+    generator = torch.Generator().manual_seed(0)
+    sgd = torch.optim.SGD(network.parameters(), rate, momentum=0.9, weight_decay=decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, epochs)
+    network.train()
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x), generator=generator).split(64):
+            sgd.zero_grad()
+            loss(network(x[rows]), y[rows]).backward()
+            sgd.step()
+        schedule.step()
+    return network.eval()
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """(x, y): scikit-learn's digits, images (sample, 1, 8, 8) as the networks were trained on them."""
+    pixels, labels = load_digits(return_X_y=True)
+    x = torch.from_numpy((pixels / 16).astype(np.float32)).reshape(-1, 1, 8, 8)
+    return (x - MEAN) / STD, torch.from_numpy(labels).long()
+
+
+@pytest.fixture(scope="session")
+def networks(digits):
+    """{name: (network, x, y, logits)}; ``logits`` makes of the network's answers the logits that its loss is taken of."""
+    x, y = digits
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        residual = trained(ResNet(), x, y)
+        normed = trained(Normed(), x, y, epochs=60, decay=0)
+        return {
+            "residual": (residual, x, y, lambda z: z),
+            # Pixels from 0 to 255 where it learned standardised ones.
+            "misnormalised": (residual, ((x * STD + MEAN) * 8).round(), y, lambda z: z),
+            "bfloat16": (copy.deepcopy(residual).bfloat16(), x, y, lambda z: z),
+            "normed": (normed, x, y, lambda z: z),
+        }
+
+
+@pytest.fixture(scope="session")
+def reports(networks, tmp_path_factory):
+    """A function: the sections of a network's report.json by name, of an audit with a short time for the landscape."""
+    found = {}
+
+    def report(name):
+        if name not in found:
+            network, x, y, _ = networks[name]
+            out = tmp_path_factory.mktemp(name) / "report"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(landscape, "_SECONDS", 1.5)
+                patch.setattr(landscape, "_PLANE_SECONDS", 0.2)
+                audit(network, (x, y), out=out, lenses=["collapse", "spectrum", "landscape"])
+            stored = json.loads((out / "report.json").read_text(encoding="utf-8"))
+            found[name] = {section["name"]: section for section in stored["sections"]}
+        return found[name]
+
+    return report
