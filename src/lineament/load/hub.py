@@ -109,10 +109,10 @@ def _is_module(name: str) -> bool:
 def _cached(name: str, kind: str) -> bool:
     if kind == "data":
         try:
-            import datasets
+            from datasets import config
         except ImportError:
             return False
-        return (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()
+        return (Path(config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()
     try:
         from huggingface_hub import try_to_load_from_cache
 

@@ -120,12 +120,13 @@ def _told(fit: _Fit, content: Any, source: str, others: Sequence[str]) -> list[s
     """What was unwrapped, in one line; nothing where the file holds the weights and no more."""
     where, prefix, inside = "", fit.head, content
     while prefix and isinstance(inside, (Mapping, list, tuple)):
-        keys = [str(k) for k in (inside if isinstance(inside, Mapping) else range(len(inside)))]
-        key = next((k for k in keys if prefix.startswith(f"{k}.")), None)
+        members = {
+            str(k): v for k, v in (inside.items() if isinstance(inside, Mapping) else enumerate(inside))
+        }
+        key = next((k for k in members if prefix.startswith(f"{k}.")), None)
         if key is None:
             break
-        where, prefix = f"{where}{key}.", prefix[len(key) + 1 :]
-        inside = inside[key if isinstance(inside, Mapping) else int(key)]
+        where, prefix, inside = f"{where}{key}.", prefix[len(key) + 1 :], members[key]
     parts = [f"weights are {where[:-1]!r} of {source}"] if where else []
     gone = [
         *([prefix] if prefix else []),
