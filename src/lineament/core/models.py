@@ -7,7 +7,7 @@ scores out of it, so that no method has to know.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
@@ -82,7 +82,7 @@ def moved(value: Any, device: torch.device) -> Any:
 
 
 def ordinary(value: Any) -> Any:
-    """Every tensor in a tensor, mapping, tuple or list as one that may enter a graph: those made under inference mode are cloned.
+    """Every tensor in a tensor, mapping, tuple or list as one that may enter a graph: those made under inference mode are cloned, as leaves.
 
     >>> with torch.inference_mode():
     ...     made = torch.ones(2)
@@ -90,7 +90,29 @@ def ordinary(value: Any) -> Any:
     (True, False)
     """
     with torch.inference_mode(False):
-        return _each(value, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+        return _each(
+            value, lambda t: t.detach().clone().requires_grad_(t.requires_grad) if t.is_inference() else t
+        )
+
+
+def made_trainable(tensors: Iterable[Tensor]) -> None:
+    """Make parameters and buffers of inference mode ordinary ones, in place: whoever holds them, a model or an optimizer, can train them then.
+
+    >>> with torch.inference_mode():
+    ...     net = nn.Linear(1, 1)
+    >>> weight = net.weight
+    >>> made_trainable(net.parameters())
+    >>> weight is net.weight, weight.is_inference()
+    (True, False)
+    """
+    with torch.inference_mode(False):
+        for tensor in tensors:
+            if tensor.is_inference():
+                other = ordinary(tensor)
+                other = (
+                    nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other
+                )
+                torch.utils.swap_tensors(tensor, other)
 
 
 def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
