@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lineament.core import checks
-from lineament.core.models import ordinary
+from lineament.core.models import decided, ordinary
 
 _GATHERED = 2**22
 
@@ -52,7 +52,7 @@ class Batch:
         labels = self.targets
         if self.mixed is not None and self.mixed[0] < 0.5:
             labels = self.mixed[1]
-        return outputs.argmax(1) == labels if outputs.ndim == 2 and is_labels(labels) else None
+        return decided(outputs) == labels if outputs.ndim == 2 and is_labels(labels) else None
 
 
 def is_labels(targets: Any) -> bool:

@@ -448,15 +448,11 @@ def _refuse_other_labels(run: Run, batch: Batch, outputs: Tensor) -> None:
 def _has_unused(run: Run) -> bool:
     """Whether a parameter gets no gradient from a batch; what the pass does to buffers is put back."""
     batch = next(iter(run.data.in_order(run.batch_size)))
-    held = [b.clone() for b in run.model.buffers()]
     trained = [p for p in run.model.parameters() if p.requires_grad]
     with randomness(run.seed), frozen(run.model, training=True, requires_grad=None):
         inputs = moved(batch.inputs, run.device, dtype_of(run.model))
         loss = run.loss(outputs_of(run.model, inputs), moved(batch.targets, run.device))
         found = torch.autograd.grad(loss, trained, allow_unused=True)
-    with torch.no_grad():
-        for buffer, before in zip(run.model.buffers(), held):
-            buffer.copy_(before)
     return any(gradient is None for gradient in found)
 
 
