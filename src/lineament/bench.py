@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Trial:
     planted: str
     truth: dict[str, float]
     found: dict[str, str]
-    numbers: dict[str, Sequence[float]]
+    numbers: Mapping[str, Sequence[float]]
     chooses: bool
     ours_s: float
     met: None = None
