@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -39,7 +41,7 @@ def load_model(model: str | nn.Module, *, weights: str | Path | None = None) -> 
     ('Linear', 'module', True)
     """
     if isinstance(model, nn.Module):
-        found = Loaded(unwrapped(model), type(unwrapped(model)).__name__, "module")
+        found = Loaded(_hookable(unwrapped(model)), type(unwrapped(model)).__name__, "module")
     else:
         require(
             isinstance(model, str) and bool(model),
@@ -126,4 +128,20 @@ def _factory(place: str, name: str) -> nn.Module:
         isinstance(made, nn.Module),
         f"model: {place}:{name}() returned {show(made)} ({type(made).__name__}), expected a torch.nn.Module",
     )
-    return unwrapped(made)
+    return _hookable(unwrapped(made))
+
+
+class Scripted(nn.Module):
+    """A TorchScript network in a module of plain PyTorch, which takes hooks as it does not; what lies in it stays out of reach."""
+
+    def __init__(self, network: torch.jit.ScriptModule):
+        super().__init__()
+        self.network = network
+        self.train(network.training)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.network(*inputs)
+
+
+def _hookable(model: nn.Module) -> nn.Module:
+    return Scripted(model) if isinstance(model, torch.jit.ScriptModule) else model

@@ -279,7 +279,7 @@ def far_hub(monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         began = time.perf_counter()
         yield server
-        assert time.perf_counter() - began < 3
+        assert time.perf_counter() - began < 20  # with its own retries it took 46
 
 
 @pytest.mark.parametrize(
