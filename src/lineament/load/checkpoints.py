@@ -93,7 +93,7 @@ def tensors_in(found: Any) -> Any:
         return found.detach().clone()
     if not isinstance(found, (Mapping, list, tuple)):
         state = getattr(found, "state_dict", None)
-        found = state() if callable(state) else {}
+        found = state() if callable(state) else getattr(found, "tensors", ())
     members = found.items() if isinstance(found, Mapping) else enumerate(found)
     kept = {str(key): tensors_in(value) for key, value in members}
     return {key: value for key, value in kept.items() if isinstance(value, Tensor) or value}
