@@ -172,7 +172,10 @@ def compare(
         return time.perf_counter() - start
 
     sides = [ours] if theirs is None else [ours, theirs]
-    first = [[seconds(side) for _ in range(warmup)] for side in sides]
+    first: list[list[float]] = [[] for _ in sides]
+    for _ in range(warmup):
+        for taken, side in zip(first, sides):
+            taken.append(seconds(side))
     times = [[t for t in side if quick() and t > _LONG] for side in first]
     for repeat in range(repeats):
         # Swap who goes first, so that whatever one side leaves in the caches falls on both alike.
