@@ -106,8 +106,8 @@ def compare(
         return time.perf_counter() - start
 
     sides = [ours] if theirs is None else [ours, theirs]
-    first = [[seconds(side) for _ in range(warmup)] for side in sides]
-    times = [[t for t in side if quick() and t > _LONG] for side in first]
+    rounds = [[seconds(side) for side in sides] for _ in range(warmup)]
+    times = [[r[k] for r in rounds if quick() and r[k] > _LONG] for k in range(len(sides))]
     for repeat in range(repeats):
         # Swap who goes first, so that whatever one side leaves in the caches falls on both alike.
         order = range(len(sides)) if repeat % 2 == 0 else reversed(range(len(sides)))
