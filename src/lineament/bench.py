@@ -1,8 +1,9 @@
-"""Ours against a peer, side by side in one process: the rows that `lineament bench` prints and writes.
+"""Ours against a peer, or against a known truth: the rows that `lineament bench` prints and writes.
 
 A benchmark file defines ``rows() -> Iterator[Row]`` and calls :func:`compare` for each line of its table. The
 two sides run alternately (A B A B ...), so a drift of the machine's speed falls on both alike. ``ratio`` is
-``peer_s / ours_s``: how many times the peer's speed ours reaches, so a ratio below ``target`` is a miss.
+``peer_s / ours_s``: how many times the peer's speed ours reaches, so a ratio below ``target`` is a miss. A file that
+asks how often something is right gives a :class:`Trial` for each object of known truth, and a :class:`Rate` for each share made of them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,64 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """One object of known truth, and what was found of it.
+
+    ``truth``: what there is to find, by name, and how strong it is (0: it is not there); ``found``: what was found, by name, and how severe it is called;
+    ``numbers``: (value, low, high, true value) of what was measured with an interval; ``chooses``: whether thresholds may be chosen on it.
+    """
+
+    slug: str
+    what: str
+    planted: str
+    truth: dict[str, float]
+    found: dict[str, str]
+    numbers: Mapping[str, Sequence[float]]
+    chooses: bool
+    ours_s: float
+    met: None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"row": "trial", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How often something was found, of ``count`` trials, with its 95 % interval; ``at_most``: the target is a ceiling."""
+
+    slug: str
+    what: str
+    hits: int
+    count: int
+    low: float
+    high: float
+    target: float | None
+    at_most: bool
+    met: bool | None
+    note: str = ""
+
+    @property
+    def share(self) -> float:
+        return self.hits / self.count
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"row": "rate", **asdict(self)}
+
+
+AnyRow = Row | Trial | Rate
+
+
+def row_of(stored: dict[str, Any]) -> AnyRow:
+    """The row that ``to_dict`` wrote."""
+    kinds: dict[str, Any] = {"comparison": Row, "trial": Trial, "rate": Rate}
+    return kinds[stored.get("row", "comparison")](**{k: v for k, v in stored.items() if k != "row"})
+
+
+def _name(row: AnyRow) -> tuple[str, str, str]:
+    return row.slug, row.what, row.peer if isinstance(row, Row) else ""
+
+
+@dataclass(frozen=True)
 class Ended:
     """A benchmark whose process ended before its last row, and why."""
 
@@ -57,7 +116,7 @@ class _Settings:
     """What this process was told: whether to be quick, and the rows that an earlier run has measured already."""
 
     quick: bool = False
-    measured: dict[tuple[str, str, str], Row] = field(default_factory=dict)
+    measured: dict[tuple[str, str, str], AnyRow] = field(default_factory=dict)
 
 
 _settings = _Settings()
@@ -68,6 +127,12 @@ _LONG = 0.5
 def quick() -> bool:
     """Whether ``lineament bench --quick`` asked for small sizes."""
     return _settings.quick
+
+
+def earlier(slug: str, what: str) -> Trial | None:
+    """The trial that an unfinished run has made already."""
+    found = _settings.measured.get((slug, what, ""))
+    return found if isinstance(found, Trial) else None
 
 
 def compare(
@@ -93,8 +158,9 @@ def compare(
         scale: multiplies the peer's time, when the peer is timed on a known fraction of the work.
         note: what the reader must know (the physical limit, the gap to it).
     """
-    if (slug, what, peer) in _settings.measured:
-        return _settings.measured[slug, what, peer]
+    known = _settings.measured.get((slug, what, peer))
+    if isinstance(known, Row):
+        return known
     if quick():
         repeats, warmup = 1, min(warmup, 1)
 
@@ -106,7 +172,10 @@ def compare(
         return time.perf_counter() - start
 
     sides = [ours] if theirs is None else [ours, theirs]
-    first = [[seconds(side) for _ in range(warmup)] for side in sides]
+    first: list[list[float]] = [[] for _ in sides]
+    for _ in range(warmup):
+        for taken, side in zip(first, sides):
+            taken.append(seconds(side))
     times = [[t for t in side if quick() and t > _LONG] for side in first]
     for repeat in range(repeats):
         # Swap who goes first, so that whatever one side leaves in the caches falls on both alike.
@@ -130,7 +199,7 @@ os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 from lineament import bench
 told = json.loads(sys.stdin.read())
 bench._settings.quick = told["quick"]
-bench._settings.measured = {(r["slug"], r["what"], r["peer"]): bench.Row(**r) for r in told["measured"]}
+bench._settings.measured = {bench._name(r): r for r in map(bench.row_of, told["measured"])}
 spec = importlib.util.spec_from_file_location("benchmark", told["path"])
 module = importlib.util.module_from_spec(spec)
 sys.modules["benchmark"] = module
@@ -165,7 +234,7 @@ def measure(
     repeats: int | None = None,
     quick: bool = False,
     json: str | Path | None = None,
-) -> Iterator[Row | Ended]:
+) -> Iterator[AnyRow | Ended]:
     """Every row of some benchmarks as soon as it is measured; a process that ends early ends with an :class:`Ended`.
 
     Args:
@@ -178,7 +247,7 @@ def measure(
     Raises:
         InputError: ``json`` cannot be written.
     """
-    rows: list[Row] = []
+    rows: list[AnyRow] = []
     request = {"slugs": list(benchmarks), "repeats": repeats, "quick": quick}
     target = unfinished = None
     if json is not None:
@@ -192,7 +261,7 @@ def measure(
         known = [row for row in rows if row.slug == slug]
         yield from known
         for item in _rows(slug, path, {} if repeats is None else {"repeats": repeats}, quick, known):
-            if isinstance(item, Row):
+            if not isinstance(item, Ended):
                 rows.append(item)
                 if target is not None:
                     write_json(target, plain([row.to_dict() for row in rows]))
@@ -201,19 +270,19 @@ def measure(
         unfinished.unlink(missing_ok=True)
 
 
-def _earlier(target: Path, unfinished: Path, request: dict[str, Any]) -> list[Row]:
+def _earlier(target: Path, unfinished: Path, request: dict[str, Any]) -> list[AnyRow]:
     """The rows of an unfinished run that was asked for the same."""
     try:
         if json.loads(unfinished.read_text(encoding="utf-8")) == request:
-            return [Row(**row) for row in json.loads(target.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError):
+            return [row_of(row) for row in json.loads(target.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         pass
     return []
 
 
 def _rows(
-    slug: str, path: Path, options: dict[str, int], quick: bool, known: Iterable[Row]
-) -> Iterator[Row | Ended]:
+    slug: str, path: Path, options: dict[str, int], quick: bool, known: Iterable[AnyRow]
+) -> Iterator[AnyRow | Ended]:
     """The rows of one file that are not known yet."""
     told = {
         "path": str(path),
@@ -221,7 +290,7 @@ def _rows(
         "quick": quick,
         "measured": [row.to_dict() for row in known],
     }
-    there = {(row.slug, row.what, row.peer) for row in known}
+    there = {_name(row) for row in known}
     with subprocess.Popen(
         [sys.executable, "-c", _WORKER],
         stdin=subprocess.PIPE,
@@ -241,11 +310,11 @@ def _rows(
             process.stdin.close()
             for line in process.stdout:
                 try:
-                    row = Row(**json.loads(line))
-                except (ValueError, TypeError):
+                    row = row_of(json.loads(line))
+                except (ValueError, TypeError, KeyError, AttributeError):
                     # The last line of a killed process may be cut off.
                     continue
-                if (row.slug, row.what, row.peer) not in there:
+                if _name(row) not in there:
                     yield row
         except BaseException:
             process.kill()

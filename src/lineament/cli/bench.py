@@ -13,7 +13,7 @@ def add_parser(subparsers: Any) -> Parser:
     """Add ``bench`` to the commands of :mod:`lineament.cli`."""
     parser = subparsers.add_parser(
         "bench",
-        help="ours against the peers, side by side",
+        help="ours against the peers, side by side, and the audit against networks of known truth",
         epilog="Each row is printed, and written to the file, as soon as it is measured; a killed run with --json goes on when the same "
         "command is given again.",
     )
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.repeats is not None:
         number("repeats", arguments.repeats, low=1, integer=True)
-    rows: list[bench.Row] = []
+    rows: list[bench.AnyRow] = []
     failed = False
     for item in bench.measure(
         bench.chosen(arguments.slugs), repeats=arguments.repeats, quick=arguments.quick, json=arguments.json

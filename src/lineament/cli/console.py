@@ -15,7 +15,7 @@ from rich.text import Text
 from lineament.report.text import cell, duration, printable
 
 if TYPE_CHECKING:
-    from lineament.bench import Row
+    from lineament.bench import AnyRow
     from lineament.cli.train_result import Fitted
     from lineament.papers import Paper
     from lineament.recipes.kit.run import Run
@@ -200,28 +200,54 @@ def show_site(site: Site) -> None:
     _console().print(f"{runs} on {site.pages} pages. Open {site.index}", soft_wrap=True)
 
 
-def show_row(row: Row) -> None:
-    """One comparison of a benchmark, as soon as it is measured."""
+def show_row(row: AnyRow) -> None:
+    """One row of a benchmark, as soon as it is measured."""
+    from lineament.bench import Rate, Trial
+
+    console = _console()
+    if isinstance(row, Trial):
+        found = ", ".join(f"{name} ({severity})" for name, severity in row.found.items())
+        console.print(
+            Text.assemble(
+                (row.slug, "bold"),
+                f"  {printable(row.what)}: {printable(found) or 'nothing found'}; {_seconds(row.ours_s)}",
+            ),
+            soft_wrap=True,
+        )
+        return
     met = {True: ("met", "green"), False: ("missed", "yellow"), None: ("", "")}[row.met]
-    line = Text.assemble((row.slug, "bold"), "  ", printable(row.what), ": ", _seconds(row.ours_s))
+    line = Text.assemble((row.slug, "bold"), "  ", printable(row.what), ": ")
+    if isinstance(row, Rate):
+        line.append(
+            f"{row.hits} of {row.count}, {_share(row.share)} ({_share(row.low)} to {_share(row.high)})"
+        )
+        if row.target is not None:
+            bound = f"{'at most' if row.at_most else 'at least'} {_share(row.target)}"
+            line.append_text(Text.assemble(f" (target {bound}, ", met, ")"))
+        console.print(line, soft_wrap=True)
+        return
+    line.append(_seconds(row.ours_s))
     if row.peer_s is None:
         line.append(f"; {printable(row.peer)} is not installed")
     else:
         line.append(f" against {_seconds(row.peer_s)} of {printable(row.peer)}, ratio {cell(row.ratio, 3)}")
     if row.target is not None and row.ratio is not None:
         line.append_text(Text.assemble(f" (target {cell(row.target, 3)}, ", met, ")"))
-    console = _console()
     console.print(line, soft_wrap=True)
     if row.note:
         console.print(Text(f"    {printable(row.note)}", "dim"), soft_wrap=True)
 
 
-def show_total(rows: Sequence[Row]) -> None:
+def show_total(rows: Sequence[AnyRow]) -> None:
     """How many targets the rows meet."""
     compared = [row for row in rows if row.met is not None]
     _console().print(
         f"{sum(bool(row.met) for row in compared)} of {len(compared)} targets met; {len(rows)} rows."
     )
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"
 
 
 def _seconds(value: float | None) -> str:

@@ -11,7 +11,9 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -101,6 +103,24 @@ def style(theme: str) -> dict[str, Any]:
     }
 
 
+_drawn: ContextVar[bool] = ContextVar("drawn", default=True)
+
+
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Within the block pictures keep their words and stay empty: for who wants the numbers of many reports.
+
+    >>> with undrawn():
+    ...     picture(lambda ax: ax.plot([0, 1]), alt="a line", caption="").light
+    b''
+    """
+    token = _drawn.set(False)
+    try:
+        yield
+    finally:
+        _drawn.reset(token)
+
+
 def picture(
     draw: Callable[[Any], Any],
     *,
@@ -142,7 +162,9 @@ def picture(
         number("size", inches, low=0, open_low=True)
     for count in panels:
         number("panels", count, low=1, integer=True)
-    light, dark = (_render(draw, theme, size, kind, panels) for theme in ("light", "dark"))
+    light, dark = (
+        _render(draw, theme, size, kind, panels) if _drawn.get() else b"" for theme in ("light", "dark")
+    )
     return Picture(light=light, dark=dark, kind=kind, caption=caption, alt=alt, surfaces=tuple(surfaces))
 
 

@@ -6,15 +6,18 @@ calibration error over 15 bins (Guo et al. 2017, arXiv 1706.04599). For real-val
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from lineament.audit.phrases import compact, percent, wilson
+from lineament.audit.phrases import compact, percent, points, wilson
+from lineament.audit.preprocessing import Preprocessing, better_preprocessing
 from lineament.audit.subject import Subject
 from lineament.report.figures import picture, shades
 from lineament.report.outcome import Table
@@ -61,6 +64,7 @@ class Calibration:
     confidence: float
     accuracy: float
     bins: Sequence[Bin]
+    gap_error: float = math.inf
 
     @property
     def gap(self) -> float:
@@ -72,7 +76,7 @@ class Calibration:
 class Classes:
     """How often a classifier is right: in all, by class and by group; ``majority``: the share of the most frequent class.
 
-    ``reordered``: how often it would be right were its outputs in the order that suits half of the samples best, on the other half;
+    ``otherwise``: another preprocessing under which it is right more often, looked for where it is near chance; ``reordered``: how often it would be right were its outputs in the order that suits half of the samples best, on the other half;
     only where that explains its answers and the given order does not.
     """
 
@@ -84,6 +88,7 @@ class Classes:
     calibration: Calibration
     confusion: Sequence[Sequence[int]]
     reordered: Share | None = None
+    otherwise: Preprocessing | None = None
     task: str = "classification"
 
     @property
@@ -110,12 +115,13 @@ class Labels:
 
 @dataclass(frozen=True)
 class Errors:
-    """R² and the mean absolute error of a group's answers."""
+    """R² and the mean absolute error of a group's answers, with its standard error over samples."""
 
     name: str
     r2: float
     mae: float
     count: int
+    mae_error: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,7 @@ def calibration(probabilities: Tensor, targets: Tensor, bins: int = BINS) -> Cal
         float(confidence.mean()),
         float(right.mean()),
         [Bin(float(s / n), float(h / n), int(n)) for s, h, n in bins_filled],
+        float((confidence - right).std()) / math.sqrt(len(right)) if len(right) > 1 else math.inf,
     )
 
 
@@ -178,6 +185,9 @@ def _classes(subject: Subject) -> Section:
         confusion=confusion.tolist() if width <= 200 else [],
     )
     found = replace(found, reordered=_reordered(found, targets, decisions, width))
+    lost = found.poor or float(subject.loss(subject.outputs, targets)) > math.log(max(width, 2))
+    if lost and found.reordered is None:
+        found = replace(found, otherwise=better_preprocessing(subject))
     overall, groups, known = found.overall, found.groups, found.calibration
     hardest = min(classes, key=lambda c: c.accuracy)
     sentence = (
@@ -197,7 +207,9 @@ def _classes(subject: Subject) -> Section:
         if abs(known.gap) < 0.03
         else f"which is {'more' if known.gap > 0 else 'less'} than its accuracy warrants."
     )
-    worst_gap = max((overall.accuracy - g.accuracy for g in groups if g.high < overall.low), default=0.0)
+    worst_gap = max(
+        (overall.accuracy - g.accuracy for g in groups if _below(g, overall, len(groups))), default=0.0
+    )
     weak = known.error > 0.1 or worst_gap > 0 or overall.accuracy < 0.8
     poor = worst_gap > 0.1 or found.poor or found.reordered is not None
     pictures = [*([_bars(groups, "group")] if len(groups) > 1 else []), _bars(classes, "class")]
@@ -227,7 +239,7 @@ def _between(groups: Sequence[Share]) -> str:
     if worst.accuracy == best.accuracy:
         return f"It is right equally often in all {len(groups)} groups. "
     ends = f"{percent(best.accuracy)} in {best.quoted} but {percent(worst.accuracy)} in {worst.quoted}"
-    if worst.high < best.low:
+    if _below(worst, best, len(groups)):
         return f"Groups differ: {ends}. "
     return f"Groups hardly differ, as far as so many samples can tell: {ends}. "
 
@@ -243,28 +255,42 @@ def _class_findings(found: Classes) -> list[Finding]:
                 f"Its outputs seem to be in another order than the class numbers: it is right for {percent(overall.accuracy)} of {overall.count} samples, and would be right for "
                 f"{percent(other.accuracy)} of {other.count} (95 % interval {percent(other.low)} to {percent(other.high)}) in the order that suits the other {overall.count - other.count} best.",
                 advice="Give the names of the classes in the order of the model's outputs (`classes`): labels then follow their names. Until then no number by class means anything.",
+                key="outputs reordered",
+            )
+        )
+    if found.otherwise is not None:
+        other = found.otherwise
+        told.append(
+            Finding(
+                "warning",
+                f"With {other.name} it would be right for {percent(other.accuracy)} instead of {percent(other.now)} of {other.count} samples (95 % interval {percent(other.low)} to "
+                f"{percent(other.high)}; the best of {other.tried} tried): samples do not reach it as they did in training.",
+                advice="Give the normalisation of its training (`normalize`), or store the samples as they were then, and audit again: until then no other number means anything.",
+                key="preprocessing",
             )
         )
     if len(groups) > 1:
         best, worst = max(groups, key=lambda g: g.accuracy), min(groups, key=lambda g: g.accuracy)
-        if worst.high < best.low:
+        if _below(worst, best, len(groups)):
             told.append(
                 Finding(
                     "warning" if best.accuracy - worst.accuracy > 0.1 else "note",
                     f"Accuracy falls from {percent(best.accuracy)} in group {best.quoted} to {percent(worst.accuracy)} in group {worst.quoted}.",
                     advice="Look at what sets that group apart, and train on more samples of it or weigh them up; give the accuracy by group wherever you give it.",
+                    key="groups differ",
                 )
             )
         else:
             alike = f"Its {len(groups)} groups fare alike, as far as {overall.count} samples can tell."
-            told.append(Finding("good", alike))
+            told.append(Finding("good", alike, key="groups alike"))
     worst = min(found.classes, key=lambda c: c.accuracy)
-    if worst.high < overall.low and overall.accuracy - worst.accuracy > 0.1:
+    if _below(worst, overall, len(found.classes)) and overall.accuracy - worst.accuracy > 0.1:
         told.append(
             Finding(
                 "note",
                 f"Class {worst.quoted} is right in {percent(worst.accuracy)} only, against {percent(overall.accuracy)} overall.",
                 advice="See what it is taken for (the table of mistakes), check the labels of a few of these samples, and train on more of them.",
+                key="class behind",
             )
         )
     told += _confidence(known)
@@ -282,19 +308,22 @@ def _class_findings(found: Classes) -> list[Finding]:
             advice="Make sure first that samples reach it as they did in training (their size and normalisation) and that class numbers mean the same to both; then train it longer or on more data."
             if poor
             else "",
+            key="no better than the majority" if poor else "accuracy",
         )
     )
     return told
 
 
 def _confidence(known: Calibration) -> list[Finding]:
-    if known.error <= 0.05 or abs(known.gap) <= 0.03:
+    sure = abs(known.gap) - 1.96 * known.gap_error
+    if known.error <= 0.05 or sure <= 0.03:
         return []
     return [
         Finding(
-            "warning" if known.gap > 0.15 else "note",
-            f"It is {'over' if known.gap > 0 else 'under'}confident: {percent(known.confidence)} sure on average, and right in {percent(known.accuracy)}.",
+            "warning" if known.gap > 0 and sure > 0.1 else "note",
+            f"It is {'over' if known.gap > 0 else 'under'}confident: {percent(known.confidence)} sure on average, and right in {percent(known.accuracy)}, a gap of {points(known.gap)} ± {points(1.96 * known.gap_error)} (95 % interval).",
             advice="Do not use its confidence as it is: divide the logits by one temperature that you fit on held-out data (the paper that the section names says how).",
+            key="overconfident" if known.gap > 0 else "underconfident",
         )
     ]
 
@@ -308,6 +337,24 @@ def _reordered(found: Classes, targets: Tensor, decisions: Tensor, width: int) -
     # Halfway from always naming the most frequent class to always right; a better order is no mere improvement.
     explains = other.low > (1 + found.majority) / 2
     return other if explains and (found.poor or other.low > 2 * found.overall.high) else None
+
+
+def compared(count: int) -> float:
+    """Half the width, in standard errors, of intervals whose ends are compared: the worst of many is low by chance, so that more of them ask for more.
+
+    95 % for two; for more of them each has its part of the 5 % (Bonferroni).
+
+    >>> round(compared(2), 2), round(compared(10), 2)
+    (1.96, 2.77)
+    """
+    return NormalDist().inv_cdf(1 - 0.025 / max(count - 1, 1))
+
+
+def _below(worst: Share, other: Share, count: int) -> bool:
+    """Whether the worst of so many is right less often than another, beyond what chance does to the worst."""
+    z = compared(count)
+    ends = [wilson(round(s.accuracy * s.count), s.count, z) for s in (worst, other)]
+    return ends[0][1] < ends[1][0]
 
 
 def _share(name: str, right: Tensor) -> Share:
@@ -490,6 +537,7 @@ def _labels(subject: Subject) -> Section:
                 advice="Make sure first that samples reach it as they did in training (their size and normalisation) and that labels stand in the same order in both."
                 if poor
                 else "",
+                key="no better than the majority" if poor else "accuracy",
             ),
         ],
     )
@@ -510,7 +558,9 @@ def _values(subject: Subject) -> Section:
 
     def errors(name: str, rows: Tensor | slice) -> Errors:
         chosen = targets[rows]
-        return Errors(name, r2(answers[rows], chosen), float(error[rows].mean()), len(chosen))
+        own = error[rows].flatten(1).mean(1) if error.ndim > 1 else error[rows]
+        spread = float(own.std()) / math.sqrt(len(own)) if len(own) > 1 else math.inf
+        return Errors(name, r2(answers[rows], chosen), float(own.mean()), len(chosen), spread)
 
     by_group = [
         errors(subject.samples.group_names[g], groups == g)
@@ -567,12 +617,19 @@ def _value_findings(found: Values) -> list[Finding]:
     told = []
     worst = max(found.groups, key=lambda g: g.mae, default=None)
     best = min(found.groups, key=lambda g: g.mae, default=None)
-    if worst and best and worst.mae > 1.5 * best.mae:
+    z = compared(len(found.groups))
+    if (
+        worst
+        and best
+        and worst.mae - z * worst.mae_error > best.mae + z * best.mae_error
+        and worst.mae > 1.5 * best.mae
+    ):
         told.append(
             Finding(
                 "warning",
                 f"Its error rises from {compact(best.mae)} in group “{printable(best.name, limit=60)}” to {compact(worst.mae)} in group “{printable(worst.name, limit=60)}”.",
                 advice="Look at what sets that group apart, and train on more samples of it; give the error by group wherever you give it.",
+                key="groups differ",
             )
         )
     useless = found.overall.r2 < 0
@@ -584,6 +641,7 @@ def _value_findings(found: Values) -> list[Finding]:
             advice="Make sure that inputs and targets are scaled as they were in training."
             if useless
             else "",
+            key="worse than the mean" if useless else "accuracy",
         )
     )
     return told

@@ -183,7 +183,7 @@ def _estimate(layer: Layer) -> str:
 def _finding(found: Collapse) -> Finding:
     if found.few:
         few = "There are too few samples of each class to tell how tightly it holds them."
-        return Finding("note", few, advice="Audit more samples of each class.")
+        return Finding("note", few, advice="Audit more samples of each class.", key="too few a class")
     last = found.sites[-1]
     value = last.nc1_tilde
     if not math.isfinite(value):
@@ -191,6 +191,7 @@ def _finding(found: Collapse) -> Finding:
             "warning",
             "At the last place its features are the same for every class.",
             advice="Make sure that its inputs differ and are scaled as in training; a network that answers the same to all has to be trained anew.",
+            key="features alike",
         )
     near = last.nearest_mean_accuracy
     right = "" if near is None else f"; the nearest class mean is right for {percent(near)}"
@@ -206,9 +207,9 @@ def _finding(found: Collapse) -> Finding:
     else:
         text = f"Its classes overlap at the last place {spread}"
     if worst < 0.7:
-        return Finding("good", text)
+        return Finding("good", text, key="classes apart")
     advice = "Nothing, if it is right often enough; otherwise train it longer, or a larger one."
-    return Finding("note", text, advice=advice)
+    return Finding("note", text, advice=advice, key="classes overlap")
 
 
 def _by_depth(layers: Sequence[Layer]) -> Any:

@@ -193,6 +193,7 @@ def _finding(found: Behaviour) -> Finding:
             "warning",
             f"It prefers the right answer in {percent(found.right, 0)} of the prompt pairs only: it hardly has the behaviour that they ask for.",
             advice="Choose pairs that it answers rightly; what carries a behaviour can only be found where there is one.",
+            key="no behaviour",
         )
     if found.carriers is None:
         return Finding(
@@ -200,12 +201,14 @@ def _finding(found: Behaviour) -> Finding:
             f"What the prompt pairs change hardly matters to it: it prefers the right answer in {percent(found.right, 0)} of clean prompts, and the same answer in "
             f"{percent(found.right_when_corrupt, 0)} of corrupt ones.",
             advice="Choose pairs whose corrupt prompt asks for the wrong answer.",
+            key="difference does not matter",
         )
     top = found.carriers.top_head
     return Finding(
         "good",
         f"It prefers the right answer in {percent(found.right, 0)} of the prompt pairs; patching head {top.node.unit} of layer {top.node.layer} alone brings back {percent(top.score, 0)} of "
         f"the difference, and {_five(found.carriers)}.",
+        key="behaviour",
     )
 
 

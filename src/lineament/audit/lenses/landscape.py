@@ -224,7 +224,7 @@ def _section(
             sentence=sentence,
             pictures=[_figure(found.density, curvature.eigenvalues)],
             numbers=plain(curvature),
-            findings=[Finding("note", text)],
+            findings=[Finding("note", text, key="flat")],
         )
     sentence = " ".join(
         (
@@ -279,9 +279,9 @@ def _objections(
     """What is against a minimum on all samples and on either half, and what these leave open."""
     top, bottom, k = estimates["top"], estimates["bottom"], estimates["k"]
     against, open_ = [], []
-    if not loss < 0.5 * constant:
+    if not loss < constant:
         against.append(
-            f"the loss, {compact(loss)}, is not half of what the best constant answer has ({compact(constant)})"
+            f"the loss, {compact(loss)}, is not below what the best constant answer has ({compact(constant)})"
         )
     if accuracy is not None and chance is not None and accuracy <= chance:
         against.append(
@@ -328,12 +328,14 @@ def _finding(found: Curvature, estimates: dict[str, Estimate]) -> Finding:
         text = (
             f"Whether it sits in a minimum of the loss on {found.samples:,} samples is open: {found.why[0]}."
         )
-        return Finding("note", text, advice="Audit more samples, or with another seed, and compare.")
+        return Finding(
+            "note", text, advice="Audit more samples, or with another seed, and compare.", key="minimum open"
+        )
     if not found.settled:
         text = f"It does not sit in a minimum of the loss on {found.samples:,} samples: {found.why[0]}."
-        return Finding("note", text, advice=_SETTLE)
+        return Finding("note", text, advice=_SETTLE, key="no minimum")
     text = f"It sits in a minimum of the loss on {found.samples:,} samples, of largest curvature {estimates['top'].words()}; {estimates['flat_share'].words(percent)} of weight directions are nearly flat."
-    return Finding("good", text)
+    return Finding("good", text, key="minimum")
 
 
 def _table(found: Curvature, estimates: dict[str, Estimate]) -> Table:
@@ -503,6 +505,7 @@ def _nothing_left(loss: float, samples: int) -> Section:
                 "note",
                 f"Its loss on these samples is zero within rounding ({compact(loss)}), so that how settled it is cannot be told from them.",
                 advice="Audit samples that it was not trained on.",
+                key="minimum open",
             )
         ],
     )

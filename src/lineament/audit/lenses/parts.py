@@ -197,11 +197,13 @@ def _finding(found: Parts) -> Finding:
             "note",
             f"{percent(share, 0)} of its channel groups can each be silenced with hardly an answer changing: it has room to spare.",
             advice="Nothing, if its size is no burden; otherwise train one with fewer channels, or take groups away one after the other and measure again.",
+            key="room to spare",
         )
     effect = percent(found.top.mean.changed, 0).join(found.effect)
     return Finding(
         "good",
         f"It uses {'most' if found.free else 'all'} of its parts: {percent(share, 0) if found.free else 'none'} of its channel groups can be silenced unnoticed; silencing the most important, at {short(found.top.site, 40)}, {effect}.",
+        key="parts used",
     )
 
 

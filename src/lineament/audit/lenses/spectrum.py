@@ -158,8 +158,9 @@ def _finding(found: Spectrum) -> Finding:
             "note",
             f"{text}; {percent(found.idle, 0)} of all units never vary or copy another.",
             advice="Nothing, if it is right often enough: a network with fewer channels may do as well.",
+            key="units idle",
         )
-    return Finding("good", f"{text}.")
+    return Finding("good", f"{text}.", key="dimensions")
 
 
 def dimensions(features: Tensor, site: str = "") -> Dimensions:

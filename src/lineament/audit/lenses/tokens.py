@@ -124,9 +124,14 @@ def _finding(found: Tokens) -> Finding:
             "warning",
             f"{text}, but the attribution fails its own test: other tokens decide more.",
             advice="Do not rely on the tokens named here: try more prompts, or another method, such as integrated gradients.",
+            key="attribution fails",
         )
     proof = "" if found.true else "; whether the tokens named are the right ones cannot be told from these"
-    return Finding("good" if found.true else "note", f"{text}{proof}.")
+    return Finding(
+        "good" if found.true else "note",
+        f"{text}{proof}.",
+        key="attribution holds" if found.true else "attribution open",
+    )
 
 
 def _attributions(subject: LanguageSubject) -> tuple[list[tuple[str, TokenAttribution]], list[str]]:
