@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -27,7 +29,7 @@ def load_model(model: str | nn.Module, *, weights: str | Path | None = None) -> 
     """Bring up a trained network in eval mode.
 
     Args:
-        model: ``package.module:factory`` or ``file.py:factory`` (a function or class that takes no arguments), a ``torch.export``
+        model: ``package.module:factory`` or ``file.py:factory`` (a function or class that takes no arguments, or a network itself), a ``torch.export``
             file ``.pt2``, a Hugging Face directory or name (an image classifier), or an ``nn.Module``.
         weights: a ``.safetensors`` file with exactly the module's parameters and buffers.
 
@@ -67,7 +69,7 @@ def _from_text(model: str, weights: str | Path | None) -> Loaded:
     path = Path(model)
     place, colon, factory = model.rpartition(":")
     if colon and factory.isidentifier() and not path.exists():
-        return Loaded(_factory(place, factory), model, "factory")
+        return _made(place, factory, model)
     if path.suffix == ".pt2":
         return exported(path)
     if path.is_dir():
@@ -98,7 +100,8 @@ def _from_text(model: str, weights: str | Path | None) -> Loaded:
     return hugging_face(model, local=False)
 
 
-def _factory(place: str, name: str) -> nn.Module:
+def _made(place: str, name: str, source: str) -> Loaded:
+    """What a factory makes, or the network itself where the name is one."""
     path = Path(place) if place.endswith(".py") else None
     require(path is None or path.is_file(), f"model: file {place!r} does not exist")
     # A user's file imports what lies beside it; a module is looked for where the command was called.
@@ -115,9 +118,17 @@ def _factory(place: str, name: str) -> nn.Module:
         sys.path.remove(folder)
     public = [key for key in vars(module) if not key.startswith("_")]
     require(hasattr(module, name), f"model: {place!r} has no {name!r}{suggest(name, public)}")
-    made = getattr(module, name)
-    if not isinstance(made, nn.Module):
+    made, notes = getattr(module, name), ()
+    if isinstance(made, nn.Module):
+        notes = (f"{source!r} is a network, not a factory: it is taken as it is",)
+    else:
         require(callable(made), f"model: {name!r} in {place!r} is {show(made)}, expected a function or class")
+        wanted = _required(made)
+        require(
+            not wanted,
+            f"model: {place}:{name} needs {' and '.join(map(repr, wanted))}, expected a function or class that takes no arguments; write one beside it that "
+            f"returns {name}({', '.join(f'{each}=...' for each in wanted)})",
+        )
         try:
             made = made()
         except (Exception, SystemExit) as error:
@@ -128,7 +139,17 @@ def _factory(place: str, name: str) -> nn.Module:
         isinstance(made, nn.Module),
         f"model: {place}:{name}() returned {show(made)} ({type(made).__name__}), expected a torch.nn.Module",
     )
-    return unwrapped(made)
+    return Loaded(unwrapped(made), source, "factory", notes=notes)
+
+
+def _required(made: Callable[..., object]) -> list[str]:
+    """The arguments without which it cannot be called."""
+    try:
+        taken = inspect.signature(made).parameters.values()
+    except (TypeError, ValueError):  # some built-in ones do not say
+        return []
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [each.name for each in taken if each.default is each.empty and each.kind not in optional]
 
 
 def _run_file(path: Path) -> ModuleType:

@@ -14,7 +14,8 @@ from lineament.core.checks import InputError, NotFiniteError, require
 
 CONVERT = (
     "convert it once, where you trust the file: "
-    "safetensors.torch.save_file(torch.load({name!r}, weights_only=True), 'model.safetensors')"
+    "safetensors.torch.save_file(torch.load({name!r}, weights_only=True), 'model.safetensors'), and of a "
+    "checkpoint that holds more only its weights, such as torch.load(...)['state_dict']"
 )
 
 
