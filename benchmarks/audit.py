@@ -42,6 +42,7 @@ CUES = {
 }
 CARRIED = {
     "mark": (
+        "cue place of the object",
         "cue patch that moves",
         "cue texture and fine frequencies",
         "cue coarse frequencies",
@@ -126,18 +127,25 @@ def rates(trials: list[Trial]) -> Iterator[Rate]:
     for trial in trials:
         for name, strength in trial.truth.items():
             hit = name in trial.found
-            if strength >= DECIDES:
-                band = "from 0.6" if strength >= 0.6 else "0.3 to 0.6"
+            if strength > 0:
+                band = (
+                    "from 0.6"
+                    if strength >= 0.6
+                    else f"{DECIDES} to 0.6"
+                    if strength >= DECIDES
+                    else f"below {DECIDES}"
+                )
                 detected[f"“{name}” found: {trial.planted}, strength {band}"].append((trial.chooses, hit))
-            elif strength > 0:
-                detected[f"“{name}” found: {trial.planted}, strength below 0.3"].append((trial.chooses, hit))
             else:
-                severity = "note" if NOTES.get(name) else "warning"
+                severity = "note" if name in NOTES else "warning"
                 false[name, severity].append((trial.chooses, hit and trial.found[name] != "good"))
         for name, (_, low, high, true) in trial.numbers.items():
             inside[name].append((trial.chooses, low <= true <= high))
     for what, outcomes in detected.items():
-        target = None if "below" in what else DETECTED
+        # Marks are to be found from a share of answers on that they decide, other cues where they decide most.
+        marked = any(f"“{CUES[cue]}”" in what for cue in ("mark", "moving mark"))
+        asked = "from 0.6" in what or (marked and "to 0.6" in what)
+        target = DETECTED if asked and "under 4 %" not in what else None
         yield from _rate(what, outcomes, target, at_most=False)
     for (name, severity), outcomes in false.items():
         yield from _rate(
@@ -167,10 +175,7 @@ def _rate(
 
 
 # Findings that are notes; others are warnings.
-NOTES = dict.fromkeys(
-    ("class behind", "underconfident", "units idle", "classes overlap", "no minimum", "decoy head named"),
-    True,
-)
+NOTES = ("class behind", "underconfident", "units idle", "classes overlap", "no minimum", "decoy head named")
 
 
 class SmallNetwork(nn.Sequential):
@@ -185,7 +190,7 @@ class SmallNetwork(nn.Sequential):
         )
 
 
-def trained(cue: str, seed: int, *, lr: float = 5e-3, **options: Any) -> nn.Module:
+def trained(cue: str, seed: int, *, lr: float = 5e-3, **options: Any) -> Any:
     data = planted_cues(cue, seed=seed, **options)
     training = Training(SmallNetwork, epochs=20, lr=lr, select="last")
     return training(data.inputs, data.targets, seed)
@@ -235,6 +240,7 @@ def _cue_case(cue: str, seed: int, options: dict[str, Any]) -> Case:
 
     said = ", ".join(f"{name} {value}" for name, value in options.items())
     one = " of one class" if "one" in options else ""
+    one += " under 4 % of the image" if options.get("size") == 3 else ""
     return Case(
         f"{cue}{f' ({said})' if said else ''}, seed {seed}",
         f"{cue}{one}" if cue != "none" else "no cue",
@@ -394,7 +400,7 @@ def _unit_case(dead: int, copied: int, seed: int) -> Case:
 
     def make() -> Made:
         model = trained("none", seed, lr=1e-3)
-        layer: Any = model[1][0]  # type: ignore[index]
+        layer: Any = model[1][0]
         with torch.no_grad():
             for channel in range(1, 1 + dead):
                 layer.weight[channel], layer.bias[channel] = 0, -1
@@ -403,7 +409,7 @@ def _unit_case(dead: int, copied: int, seed: int) -> Case:
         test = planted_cues("none", "test", seed=seed)
         # Training leaves dead channels of its own: what idles is counted in all places, by hand.
         with torch.no_grad():
-            maps = [model[0](test.inputs), model[1](model[0](test.inputs))]  # type: ignore[index]
+            maps = [model[0](test.inputs), model[1](model[0](test.inputs))]
         places = [maps[0].mean((2, 3)), maps[1].mean((2, 3)), maps[1].flatten(1)]
         silent, idle = zip(*(_idle(place.double()) for place in places))
         share = sum(idle) / (8 + 16 + 256)
@@ -528,7 +534,7 @@ def _settle(model: nn.Module, x: Tensor, labels: Tensor) -> None:
         return loss
 
     for _ in range(3):
-        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)  # pyright: ignore[reportArgumentType]
     model.float().zero_grad()
 
 
@@ -610,7 +616,7 @@ def _pairs(kind: str, seed: int) -> Prompts:
             words[-1] = words[_KEY - 1]
         clean, corrupt = ([*words[:_KEY], name, *words[_KEY + 1 :]] for name in (answer, wrong))
         texts = [" ".join(WORDS[word] for word in each) for each in (clean, corrupt)]
-        pairs.append(PromptPair(*texts, f" {WORDS[answer]}", f" {WORDS[wrong]}"))
+        pairs.append(PromptPair(texts[0], texts[1], f" {WORDS[answer]}", f" {WORDS[wrong]}"))
     return Prompts(tuple(pair.clean for pair in pairs), tuple(pairs), "made by hand", len(pairs))
 
 
@@ -637,7 +643,7 @@ def written_by_hand(kind: str, layer: int, head: int, decoy: int) -> nn.Module:
     config = GPT2Config(
         vocab_size=count, n_positions=24, n_embd=width, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=12, eos_token_id=12
     )  # fmt: skip
-    model = GPT2LMHeadModel(config).eval()
+    model: Any = GPT2LMHeadModel(config).eval()
     place, before, rest = count, count + 24, 2 * count + 24
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -142,27 +142,31 @@ class Cues:
 
 
 def exchange_cues(
-    subject: Subject, explain: Callable[..., Tensor] | None, *, fraction: float = 0.25
+    subject: Subject, explain: Callable[..., Tensor] | None, *, fractions: Sequence[float] = (0.25, 0.375)
 ) -> Cues | None:
     """Exchange every cue between images, or ``None`` where the network gives all samples one answer.
 
     Args:
         explain: the saliency maps, ``explain(inputs, targets)``, whose peaks are among the patches tried; ``None`` where there are none.
-        fraction: a patch's side as a fraction of the image's.
+        fractions: a patch's side as a fraction of the image's; of several the one that is followed most is measured.
     """
     pairs, left_out = draw_pairs(subject)
     if not len(pairs):
         return None
     height, width = subject.inputs(pairs.receivers[:1]).shape[-2:]
-    patch = (max(2, math.ceil(fraction * height)), max(2, math.ceil(fraction * width)))
+    sizes = [(max(2, math.ceil(f * height)), max(2, math.ceil(f * width))) for f in fractions]
     found: list[Cue] = []
     shown: dict[str, PairChange] = {}
     changes = whole_image_changes(subject)
     for name, change in progress(list(changes.items()), "exchanging whole-image cues"):
-        found.append(_whole(subject, pairs, name, change))
+        found.append(_whole(subject, pairs, name, change)[0])
         shown[name] = lambda x, giver, _, change=change: change(x, giver)
-    marks, proposed_by = _marks(subject, pairs, patch, explain)
-    cue, shown[PATCH], places = _patches(subject, pairs, patch, marks)
+    proposed_by, patches = "", []
+    for patch in sizes:
+        marks, proposed_by = _marks(subject, pairs, patch, explain)
+        patches.append((*_patches(subject, pairs, patch, marks), patch))
+    # Chosen on the pairs that do not measure.
+    cue, _, shown[PATCH], places, patch = max(patches, key=lambda item: item[1])
     found.append(cue)
     found.sort(key=lambda cue: -cue.excess[1])
     return Cues(found, patch, left_out, proposed_by, places, pairs, shown)
@@ -279,7 +283,7 @@ def pasted(x: Tensor, giver: Tensor, to: Tensor, taken: Tensor, patch: tuple[int
     return x
 
 
-def _whole(subject: Subject, pairs: Pairs, name: str, change: Change) -> Cue:
+def _whole(subject: Subject, pairs: Pairs, name: str, change: Change) -> tuple[Cue, float]:
     def answers(givers: Tensor) -> Tensor:
         return _answers(subject, pairs.receivers, lambda x, at: change(x, subject.inputs(givers[at])))
 
@@ -297,7 +301,7 @@ def _whole(subject: Subject, pairs: Pairs, name: str, change: Change) -> Cue:
 
 def _patches(
     subject: Subject, pairs: Pairs, patch: tuple[int, int], marks: dict[int, Tensor]
-) -> tuple[Cue, PairChange, dict[str, Any]]:
+) -> tuple[Cue, float, PairChange, dict[str, Any]]:
     """The patch that decides the giver's answer, pasted over the one that decides the receiver's; its own place does not come along."""
     draw = torch.Generator().manual_seed(subject.seed + 31)
     height, width = subject.inputs(pairs.receivers[:1]).shape[-2:]
@@ -337,10 +341,10 @@ def _patches(
     aside = elsewhere(marked)
     control = answers(pairs.givers, aside, pairs.receivers, aside) == pairs.lent
     controls = {name: found == pairs.lent for name, found in controls.items()}
-    cue = _cue(PATCH, pairs, follows, controls, kept, control)
+    cue, bound = _cue(PATCH, pairs, follows, controls, kept, control)
     places = {"to": to, "taken": marked, "another": another, "theirs": theirs}
     told = {name: corners.tolist() for name, corners in places.items()}
-    return cue, lambda x, giver, at: pasted(x, giver, to[at], marked[at], patch), told
+    return cue, bound, lambda x, giver, at: pasted(x, giver, to[at], marked[at], patch), told
 
 
 def _marks(
@@ -438,8 +442,8 @@ def _answers(subject: Subject, rows: Tensor, change: Callable[[Tensor, Tensor], 
 
 def _cue(
     name: str, pairs: Pairs, follows: Tensor, controls: dict[str, Tensor], kept: Tensor, kept_control: Tensor
-) -> Cue:
-    """The answer to speak of and the stronger control, chosen on some pairs, and what the others say of it."""
+) -> tuple[Cue, float]:
+    """The answer to speak of and the stronger control, chosen on some pairs, and what the others say of it; how sure the choice was."""
     choose, measure = ~pairs.measure, pairs.measure
 
     def excess(part: Tensor) -> tuple[Interval, str]:
@@ -457,7 +461,7 @@ def _cue(
         if found[1] > best[1] + (0.1 if answer is None else 0):
             answer, best, worst = each, found, control
     part = measure & (every if answer is None else pairs.lent == answer)
-    return Cue(
+    cue = Cue(
         name,
         answer,
         int(part.sum()),
@@ -467,6 +471,7 @@ def _cue(
         share(kept[part]),
         share(kept_control[part])[0],
     )
+    return cue, best[1]
 
 
 def difference(ours: Tensor, theirs: Tensor) -> Interval:

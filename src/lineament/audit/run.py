@@ -45,7 +45,7 @@ class AuditOptions:
     """What an audit rarely needs to be told.
 
     Attributes:
-        weights: a ``.safetensors`` file for a network that a factory makes.
+        weights: a checkpoint for a network that a factory makes, see :func:`lineament.load.checkpoints.read_checkpoint`.
         sites: sites or globs; by default the blocks of the network, up to eight, and the input of its head.
         inputs, targets, split: which arrays or columns of the data to read, and which part, see :func:`lineament.load.data.load_data`.
         image_size: bring images to this (height, width), in pixels; by default the size that the model names.

@@ -29,6 +29,13 @@ class Subject(ModelAndData):
     faithfulness: str = "scores"
     fresh: Callable[[int], nn.Module] | None = None
 
+    @property
+    def sealed(self) -> str:
+        """Why nothing inside the network can be looked at, or ``""``."""
+        if self.sites:
+            return ""
+        return "No module inside this network can be watched (a TorchScript network keeps its own to itself); audit the PyTorch module that it was made from."
+
     def affordable(self, work: float, passes: float, most: int, least: int = 16) -> int:
         """How many samples fit into ``work`` floating-point operations when each is passed forward ``passes`` times."""
         count = int(work / max(self.flops * passes, 1.0))

@@ -118,7 +118,9 @@ def _is_input_error(error: Exception) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    """An error's text on one line, with nothing in it that could act on a terminal."""
+    """An error's text on one line, with nothing in it that could act on a terminal; lines of code, set in by four spaces, stay lines."""
     from lineament.report.text import printable
 
-    return printable(" ".join(str(error).split()), limit=2000)
+    said, *code = str(error).split("\n    ")
+    lines = [printable(" ".join(said.split()), limit=2000), *(printable(line, limit=500) for line in code)]
+    return "\n    ".join(lines)

@@ -53,7 +53,11 @@ def add_parser(subparsers: Any) -> Any:
         help="the folder for the report (default: lineament-report)",
     )
     add("--overwrite", action="store_true", help="replace a finished report in that folder")
-    add("--weights", metavar="FILE", help="a .safetensors file for a factory's network")
+    add(
+        "--weights",
+        metavar="FILE",
+        help="a checkpoint for a factory's network: .safetensors, .pt, .pth, .ckpt, .bin, or an index of shards",
+    )
     add("--lenses", "--lens", metavar="NAMES", action="append", help="only these, with commas between them")
     add(
         "--sites",

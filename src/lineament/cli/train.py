@@ -72,7 +72,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         default="raise",
         help="a loss or gradient that is NaN or infinite: raise (default), or skip the step",
     )
-    add("--weights", metavar="FILE", help="start from this .safetensors file")
+    add("--weights", metavar="FILE", help="start from this checkpoint (.safetensors, .pt, .pth, .ckpt, .bin)")
     add_data_options(parser, split="train")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: what Accelerate chooses)")
     parser.names["nonfinite"] = "--on-nan"

@@ -7,7 +7,7 @@ scores out of it, so that no method has to know.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
@@ -61,6 +61,15 @@ def decided(scores: Tensor, dim: int = -1) -> Tensor:
     return scores.argmax(dim) if scores.shape[dim] > 1 else (scores.squeeze(dim) > 0).long()
 
 
+def class_logits(scores: Tensor) -> Tensor:
+    """(batch, classes) with a column for each class: a single logit z of two classes becomes (0, z).
+
+    >>> class_logits(torch.tensor([[-1.0], [2.0]])).tolist()
+    [[0.0, -1.0], [0.0, 2.0]]
+    """
+    return torch.cat([torch.zeros_like(scores), scores], 1) if scores.shape[1] == 1 else scores
+
+
 def called(model: Callable[..., Any], inputs: Any) -> Any:
     """The model's answer to inputs as loaders give them: a tensor, a tuple of arguments, or a dict of keyword arguments.
 
@@ -82,7 +91,7 @@ def moved(value: Any, device: torch.device) -> Any:
 
 
 def ordinary(value: Any) -> Any:
-    """Every tensor in a tensor, mapping, tuple or list as one that may enter a graph: those made under inference mode are cloned.
+    """Every tensor in a tensor, mapping, tuple or list as one that may enter a graph: those made under inference mode are cloned, as leaves.
 
     >>> with torch.inference_mode():
     ...     made = torch.ones(2)
@@ -90,7 +99,29 @@ def ordinary(value: Any) -> Any:
     (True, False)
     """
     with torch.inference_mode(False):
-        return _each(value, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+        return _each(
+            value, lambda t: t.detach().clone().requires_grad_(t.requires_grad) if t.is_inference() else t
+        )
+
+
+def made_trainable(tensors: Iterable[Tensor]) -> None:
+    """Make parameters and buffers of inference mode ordinary ones, in place: whoever holds them, a model or an optimizer, can train them then.
+
+    >>> with torch.inference_mode():
+    ...     net = nn.Linear(1, 1)
+    >>> weight = net.weight
+    >>> made_trainable(net.parameters())
+    >>> weight is net.weight, weight.is_inference()
+    (True, False)
+    """
+    with torch.inference_mode(False):
+        for tensor in tensors:
+            if tensor.is_inference():
+                other = ordinary(tensor)
+                other = (
+                    nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other
+                )
+                torch.utils.swap_tensors(tensor, other)
 
 
 def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -285,8 +316,9 @@ def frozen(
     with ExitStack() as stack:
         if inference:
             stack.enter_context(holding(model, inference))
-        stack.enter_context(buffers_kept(model))
         stack.enter_context(_modes_kept(model, training, requires_grad))
+        # In the mode of the block, in which most batch norms write nothing.
+        stack.enter_context(buffers_kept(model))
         yield model
 
 
@@ -302,13 +334,7 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
     >>> net.running_mean.item()
     0.0
     """
-    held = [
-        (module._buffers, key, tensor, tensor.detach().clone())
-        for module in model.modules()
-        if not isinstance(module, _BatchNorm) or module.training
-        for key, tensor in module._buffers.items()
-        if tensor is not None and tensor.dtype != torch.bool and not tensor.is_meta
-    ]
+    held = [(table, key, tensor, tensor.detach().clone()) for table, key, tensor in written_buffers(model)]
     try:
         yield
     finally:
@@ -318,6 +344,21 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
                 # Batch norm's own writes are not counted in its tensors' versions.
                 if not torch.equal(tensor, copy):
                     tensor.copy_(copy)
+
+
+def written_buffers(model: nn.Module) -> list[tuple[dict[str, Tensor | None], str, Tensor]]:
+    """The buffers that a forward in the present modes may change, as (table, key, tensor).
+
+    >>> len(written_buffers(nn.BatchNorm1d(1))), len(written_buffers(nn.BatchNorm1d(1).eval()))
+    (3, 0)
+    """
+    return [
+        (module._buffers, key, tensor)
+        for module in model.modules()
+        if not isinstance(module, _BatchNorm) or module.training
+        for key, tensor in module._buffers.items()
+        if tensor is not None and tensor.dtype != torch.bool and not tensor.is_meta
+    ]
 
 
 @contextmanager

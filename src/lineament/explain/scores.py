@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core import checks
-from lineament.core.models import answered, device_of, dtype_of, frozen
+from lineament.core.models import answered, device_of, dtype_of, frozen, ordinary
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def labels_of(targets: Any, count: int) -> Tensor | None:
     check_targets(targets, count)
     if targets is None or isinstance(targets, str):
         return None
-    return torch.as_tensor(targets).long().expand(count)
+    return ordinary(torch.as_tensor(targets)).long().expand(count)
 
 
 def check_targets(targets: Any, count: int, *, every: bool = True) -> None:

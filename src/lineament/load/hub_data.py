@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from lineament.core.checks import InputError, require, suggest
 from lineament.data.samples import Samples
 from lineament.load.columns import BUILT_IN, Choose, as_inputs, as_targets, find_column, with_groups
 from lineament.load.folders import stacked
-from lineament.load.hub import first_line
+from lineament.load.hub import findable, first_line
 
 _INPUTS = ("image", "img", "images", "pixel_values", "x", "inputs", "data", "features")
 _TARGETS = ("label", "labels", "y", "target", "targets", "class", "fine_label")
@@ -42,13 +41,12 @@ def named_data_set(name: str, choose: Choose, *, split: str | None, **options: A
         InputError: the package datasets is not installed, or there is no such data set, split or column.
     """
     datasets = _library()
+    findable("data", name, "data", BUILT_IN)
     try:
         found = datasets.load_dataset(name)
     except Exception as error:
-        near = get_close_matches(name, BUILT_IN, n=1)
         raise InputError(
-            f"data: {name!r} is no file or folder here, and as a Hugging Face data set it cannot be loaded ({first_line(error)}); "
-            f"without network, use a data set saved with save_to_disk{f'; nearest of those built in: {near[0]!r}' if near else ''}"
+            f"data: {name!r} is no file or folder here, and as a Hugging Face data set it cannot be loaded ({first_line(error)})"
         ) from error
     return _samples(found, name, choose, split=split, **options)
 

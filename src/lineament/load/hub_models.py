@@ -8,31 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from lineament.core.checks import InputError, require
+from lineament.load.checkpoints import read_checkpoint
 from lineament.load.hub import first_line, quiet_transformers
 from lineament.load.loaded import Loaded
-from lineament.load.weights import mismatches
+from lineament.load.weight_names import mismatches
 
 
-def hugging_face(name: str, *, local: bool) -> Loaded:
+def hugging_face(name: str, *, local: bool, cached_only: bool = False) -> Loaded:
     """An image classifier with its processor's size and normalisation and its names of the classes."""
+    safe = True
     if local:
         require(
             (Path(name) / "config.json").is_file(),
             f"model: folder {name!r} holds no config.json, expected a Hugging Face model saved with save_pretrained",
         )
-        files = {p.name for p in Path(name).iterdir()}
-        has = any(f.endswith(".safetensors") for f in files)
-        if not has and any(f.endswith((".bin", ".pt", ".pth")) for f in files):
-            raise InputError(
-                f"model: {name!r} holds a pickle (pytorch_model.bin) where safetensors is expected; convert it once, where you trust it: "
-                "load it and call model.save_pretrained(folder, safe_serialization=True)"
-            )
-        require(has, f"model: {name!r} holds no model.safetensors")
+        # Refuses what only an unrestricted pickle could read, before transformers tries.
+        safe = any(Path(name).glob("*.safetensors"))
+        if not safe:
+            read_checkpoint(name, "model")
     with quiet_transformers("model", "hub") as transformers:
         try:
             model, info = transformers.AutoModelForImageClassification.from_pretrained(
                 name,
-                use_safetensors=True,
+                use_safetensors=safe,
+                local_files_only=cached_only,
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lineament.core.checks import InputError, require
-from lineament.load.hub import first_line, quiet_transformers
+from lineament.load.hub import findable, first_line, quiet_transformers
 from lineament.load.weights import require_finite
 
 # Endings of the names of classes that complete a text.
@@ -70,10 +70,13 @@ def load_language_model(
         tokenizer is None or Path(tokenizer).is_dir() or not tokenizer.startswith((".", "/", "~")),
         f"tokenizer: {tokenizer!r} is no folder; expected a Hugging Face directory or name",
     )
+    cached_only = not Path(name).is_dir() and findable(argument, name, "model")
     with quiet_transformers(argument, "lm") as transformers:
-        model = _weights(transformers, name, attention, masked, argument)
+        model = _weights(transformers, name, attention, masked, argument, cached_only)
         try:
-            words = transformers.AutoTokenizer.from_pretrained(tokenizer or name)
+            words = transformers.AutoTokenizer.from_pretrained(
+                tokenizer or name, local_files_only=cached_only and tokenizer in (None, name)
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"tokenizer: none could be loaded from {tokenizer or name!r} ({first_line(error)})"
@@ -93,23 +96,21 @@ def load_language_model(
     return model.eval(), words
 
 
-def _weights(transformers: Any, name: str, attention: str | None, masked: bool, argument: str) -> Any:
+def _weights(
+    transformers: Any, name: str, attention: str | None, masked: bool, argument: str, cached_only: bool
+) -> Any:
     kind: Any = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, local_files_only=cached_only)
         if not masked and config.is_encoder_decoder:
             kind = transformers.AutoModelForSeq2SeqLM
         _refuse_other_kind(config, name, masked, argument)
-        options = {} if attention is None else {"attn_implementation": attention}
+        options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+        options["local_files_only"] = cached_only
         model, loaded = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
     except InputError:
         raise
     except (OSError, ValueError, KeyError) as error:
-        require(
-            Path(name).is_dir() or "connect" not in first_line(error),
-            f"{argument}: {name!r} is no folder here, and no such name is in the cache of the hub, which cannot be reached; expected a Hugging Face "
-            "directory that save_pretrained wrote",
-        )
         kind = "masked language model" if masked else "language model"
         raise InputError(
             f"{argument}: {name!r} cannot be loaded as a {kind} ({first_line(error)})"

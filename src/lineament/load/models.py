@@ -1,28 +1,30 @@
 """Trained networks as users have them: a factory with weights, a `torch.export` file, a Hugging Face model.
 
-Nothing here unpickles: weights are safetensors, and a `.pt2` archive is refused when a part of it would need a pickle. A user's
-own factory is code that the user asks to run, and is run.
+Nothing here unpickles without restriction: see :mod:`lineament.load.checkpoints` for weights; a `.pt2` archive is refused when a part of it would need a
+pickle. A user's own factory is code that the user asks to run, and is run.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lineament.core.checks import InputError, require, show, suggest
+from lineament.core.checks import InputError, require, show
 from lineament.core.models import unwrapped
+from lineament.load.checkpoints import ENDINGS, kind_of, listed, read_checkpoint, tensors_by_path
 from lineament.load.exported import exported
+from lineament.load.hub import findable
 from lineament.load.hub_models import hugging_face
 from lineament.load.loaded import Loaded
-from lineament.load.weights import CONVERT, listed, load_weights, require_finite
+from lineament.load.user_code import named_in
+from lineament.load.weights import load_weights, require_finite
 
 
 def load_model(model: str | nn.Module, *, weights: str | Path | None = None) -> Loaded:
@@ -31,7 +33,7 @@ def load_model(model: str | nn.Module, *, weights: str | Path | None = None) -> 
     Args:
         model: ``package.module:factory`` or ``file.py:factory`` (a function or class that takes no arguments, or a network itself), a ``torch.export``
             file ``.pt2``, a Hugging Face directory or name (an image classifier), or an ``nn.Module``.
-        weights: a ``.safetensors`` file with exactly the module's parameters and buffers.
+        weights: a checkpoint with exactly the module's parameters and buffers, see :func:`lineament.load.checkpoints.read_checkpoint`.
 
     Raises:
         InputError: what cannot be found, read or matched; pickles; NaN in the weights; lazy layers that have no weights yet.
@@ -41,7 +43,7 @@ def load_model(model: str | nn.Module, *, weights: str | Path | None = None) -> 
     ('Linear', 'module', True)
     """
     if isinstance(model, nn.Module):
-        found = Loaded(unwrapped(model), type(unwrapped(model)).__name__, "module")
+        found = Loaded(_hookable(unwrapped(model)), type(unwrapped(model)).__name__, "module")
     else:
         require(
             isinstance(model, str) and bool(model),
@@ -58,7 +60,7 @@ def load_model(model: str | nn.Module, *, weights: str | Path | None = None) -> 
             found.kind in ("factory", "module"),
             f"weights: {found.source!r} brings its own weights, so give none",
         )
-        load_weights(found.model, weights)
+        found = replace(found, notes=(*found.notes, *load_weights(found.model, weights)))
     require_finite(found.model.state_dict())
     if found.kind != "module":
         found.model.eval()
@@ -79,46 +81,44 @@ def _from_text(model: str, weights: str | Path | None) -> Loaded:
             raise InputError(
                 f"model: {model!r} names no factory; expected {model + ':NAME'!r}, where NAME() makes the network"
             )
-        if path.suffix == ".safetensors":
-            raise InputError(
-                f"model: {model!r} holds weights without a network; pass it as `weights` of 'file.py:factory', or pass a Hugging Face directory"
-            )
-        if path.suffix in (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt"):
-            raise InputError(
-                f"model: {model!r} is a pickle, which can run code when loaded, and is never opened; pass "
-                "'file.py:factory' and `weights` in safetensors. To get there, " + CONVERT.format(name=model)
-            )
-        raise InputError(
-            f"model: {model!r} is a file of kind {path.suffix!r}, expected file.py:factory, a .pt2 file, or a Hugging Face directory"
-        )
-    if path.suffix in (".py", ".pt", ".pth", ".safetensors", ".onnx") or model.startswith(
-        ("/", "./", "../", "~")
-    ):
+        raise _no_network(path)
+    if path.suffix in (".py", ".onnx", *ENDINGS) or model.startswith(("/", "./", "../", "~")):
         raise InputError(
             f"model: {model!r} does not exist; expected package.module:factory, file.py:factory, a .pt2 file, or a Hugging Face directory or name"
         )
-    return hugging_face(model, local=False)
+    cached_only = findable("model", model, "factory")
+    return hugging_face(model, local=False, cached_only=cached_only)
+
+
+def _no_network(path: Path) -> InputError:
+    """What to pass where a file of weights, or of something else, was given as the model."""
+    factory = (
+        f"pass a function that makes the network, and {str(path)!r} as `weights`: 'net.py:make' with, in net.py,\n    def make():\n"
+        "        return Network()  # of the class and the sizes that were trained"
+    )
+    kind = kind_of(path)
+    if kind == "script":
+        return InputError(
+            f"model: {str(path)!r} is a TorchScript archive, whose code shows no module to look into; {factory}\n"
+            f"and, since only its weights are needed, export them once where you trust it:\n    import torch\n"
+            f"    torch.save(torch.jit.load({str(path)!r}, map_location='cpu').state_dict(), {path.stem + '-weights.pt'!r})"
+        )
+    if not kind:
+        return InputError(
+            f"model: {str(path)!r} is a file of kind {path.suffix!r}, expected file.py:factory, a .pt2 file, or a Hugging Face directory"
+        )
+    try:
+        names = [name for name, _ in tensors_by_path(read_checkpoint(path, "model"))]
+    except InputError as error:
+        # A whole module, or a damaged file: the reason is told as it is for weights.
+        return InputError(f"{error}\n    Then {factory}" if "\n" in str(error) else str(error))
+    held = f"{len(names)} tensors: {listed(names)}" if names else "no tensors"
+    return InputError(f"model: {str(path)!r} holds weights without a network ({held}); {factory}")
 
 
 def _made(place: str, name: str, source: str) -> Loaded:
     """What a factory makes, or the network itself where the name is one."""
-    path = Path(place) if place.endswith(".py") else None
-    require(path is None or path.is_file(), f"model: file {place!r} does not exist")
-    # A user's file imports what lies beside it; a module is looked for where the command was called.
-    folder = str(Path.cwd() if path is None else path.resolve().parent)
-    sys.path.insert(0, folder)
-    try:
-        module = importlib.import_module(place) if path is None else _run_file(path)
-    except InputError:
-        raise
-    except (Exception, SystemExit) as error:
-        # A script that exits would end this process too, and with the status of work that was done.
-        raise InputError(f"model: importing {place!r} failed ({type(error).__name__}: {error})") from error
-    finally:
-        sys.path.remove(folder)
-    public = [key for key in vars(module) if not key.startswith("_")]
-    require(hasattr(module, name), f"model: {place!r} has no {name!r}{suggest(name, public)}")
-    made, notes = getattr(module, name), ()
+    made, notes = named_in("model", place, name), ()
     if isinstance(made, nn.Module):
         notes = (f"{source!r} is a network, not a factory: it is taken as it is",)
     else:
@@ -139,7 +139,7 @@ def _made(place: str, name: str, source: str) -> Loaded:
         isinstance(made, nn.Module),
         f"model: {place}:{name}() returned {show(made)} ({type(made).__name__}), expected a torch.nn.Module",
     )
-    return Loaded(unwrapped(made), source, "factory", notes=notes)
+    return Loaded(_hookable(unwrapped(made)), source, "factory", notes=notes)
 
 
 def _required(made: Callable[..., object]) -> list[str]:
@@ -152,12 +152,17 @@ def _required(made: Callable[..., object]) -> list[str]:
     return [each.name for each in taken if each.default is each.empty and each.kind not in optional]
 
 
-def _run_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"lineament_user_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"model: {str(path)!r} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    # Its dataclasses and pickles look up their module by name.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+class Scripted(nn.Module):
+    """A TorchScript network in a module of plain PyTorch, which takes hooks as it does not; what lies in it stays out of reach."""
+
+    def __init__(self, network: torch.jit.ScriptModule):
+        super().__init__()
+        self.network = network
+        self.train(network.training)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.network(*inputs)
+
+
+def _hookable(model: nn.Module) -> nn.Module:
+    return Scripted(model) if isinstance(model, torch.jit.ScriptModule) else model

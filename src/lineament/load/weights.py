@@ -1,82 +1,40 @@
-"""Weights: a safetensors file into a network, whether they are finite, and a network's fingerprint."""
+"""Weights: a checkpoint into a network, whether they are finite, and a network's fingerprint."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 
-from lineament.core.checks import InputError, NotFiniteError, require
-
-CONVERT = (
-    "convert it once, where you trust the file: "
-    "safetensors.torch.save_file(torch.load({name!r}, weights_only=True), 'model.safetensors'), and of a "
-    "checkpoint that holds more only its weights, such as torch.load(...)['state_dict']"
-)
+from lineament.core.checks import InputError, NotFiniteError
+from lineament.load.checkpoints import listed, read_checkpoint
+from lineament.load.weight_names import weights_for
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a safetensors file into a module; every key must match.
+def load_weights(model: nn.Module, path: str | Path) -> tuple[str, ...]:
+    """Load a checkpoint into a module, which it must fit exactly, and say what was unwrapped to get at the weights.
+
+    Args:
+        path: what :func:`lineament.load.checkpoints.read_checkpoint` reads.
 
     Raises:
-        InputError: a missing file, a pickle (with the conversion to make), a corrupt file, keys or shapes that do not match.
+        InputError: a missing or corrupt file; what only an unrestricted pickle could read; names or shapes that do not match.
 
     >>> import tempfile; from safetensors.torch import save_file
     >>> path = f"{tempfile.mkdtemp()}/net.safetensors"
     >>> save_file({"weight": torch.full((1, 2), 3.0), "bias": torch.zeros(1)}, path)
     >>> net = nn.Linear(2, 1)
-    >>> load_weights(net, path)
-    >>> net.weight.tolist()
-    [[3.0, 3.0]]
+    >>> load_weights(net, path), net.weight.tolist()
+    ((), [[3.0, 3.0]])
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = Path(path)
-    require(
-        path.is_file(),
-        f"weights: {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}, expected a .safetensors file",
-    )
-    with path.open("rb") as file:
-        start = file.read(8)
-    if start[:1] == b"\x80" or start[:2] == b"PK":
-        raise InputError(
-            f"weights: {str(path)!r} is a pickle (torch.save), which can run code when loaded, expected safetensors; "
-            + CONVERT.format(name=str(path))
-        )
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"weights: {str(path)!r} is no safetensors file or is corrupt ({error})") from error
-    own = model.state_dict()
-    # safetensors holds a shared tensor once; the module's other names for it are not missing.
-    shared = {tensor.data_ptr() for name, tensor in own.items() if name in state and tensor.numel()}
-    problems = mismatches(
-        missing=[name for name in own if name not in state and own[name].data_ptr() not in shared],
-        unexpected=[name for name in state if name not in own],
-        shapes=[
-            f"{name} is {tuple(state[name].shape)} in the file and {tuple(own[name].shape)} in the model"
-            for name in own
-            if name in state and state[name].shape != own[name].shape
-        ],
-    )
-    require(not problems, f"weights: {str(path)!r} does not fit {type(model).__name__}: {problems}")
+    content = read_checkpoint(path)
+    state, notes = weights_for(model.state_dict(), content, Path(path).name, type(model).__name__)
     model.load_state_dict(state, strict=False)
-
-
-def mismatches(missing: Sequence[str], unexpected: Sequence[str], shapes: Sequence[str]) -> str:
-    """What of a file's weights does not fit a network; empty where everything does."""
-    found = {"missing in the file": missing, "unexpected in the file": unexpected, "of another shape": shapes}
-    return "; ".join(f"{what}: {listed(names)}" for what, names in found.items() if names)
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first names of a list, for a message."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return tuple(notes)
 
 
 def require_finite(state: Mapping[str, Tensor], argument: str = "model") -> None:

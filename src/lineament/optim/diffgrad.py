@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core import checks
+from lineament.core.models import made_trainable
 from lineament.optim import frictions
 from lineament.optim.diffgrad_options import check, translated
 from lineament.optim.frictions import FrictionSummary
@@ -112,6 +113,7 @@ class DiffGrad(torch.optim.Optimizer):
                 )
             check({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        made_trainable(self.param_groups[-1]["params"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "skipped_steps": self.skipped_steps, "_friction": self._friction}
@@ -143,6 +145,7 @@ class DiffGrad(torch.optim.Optimizer):
             names = ", ".join(sorted(missing))
             warnings.warn(f"the loaded state has no {names}: starting from zero", stacklevel=2)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Take one step; ``closure`` computes the loss and its gradients anew and returns the loss."""

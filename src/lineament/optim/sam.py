@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lineament.core import checks
-from lineament.core.models import buffers_kept
+from lineament.core.models import buffers_kept, made_trainable
 
 _TINY = 1e-12
 # Elements of a block, for each thread.
@@ -117,7 +117,9 @@ class SAM(Optimizer):
             self.base.add_param_group({k: v for k, v in param_group.items() if k != self._key})
             param_group = self.base.param_groups[-1]
         param_group[self._key] = rho
+        made_trainable(param_group["params"])
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
         """Climb: w becomes w + e with the gradients that are there."""
@@ -149,6 +151,7 @@ class SAM(Optimizer):
         if zero_grad:
             self.zero_grad()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
         """Go back to w, exactly, and let the wrapped optimizer step with the gradients taken at w + e."""
@@ -163,6 +166,7 @@ class SAM(Optimizer):
         if zero_grad:
             self.zero_grad()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def restore(self) -> None:
         """Put the weights back without a step; nothing happens where they are not moved.
@@ -173,6 +177,7 @@ class SAM(Optimizer):
             torch._foreach_copy_(self._moved, [self._copies[p] for p in self._moved])  # pyright: ignore[reportPrivateImportUsage]
         self._moved, self._phase = [], ""
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step of both passes; returns the loss at w. Without a closure, the second half of a step that was begun."""

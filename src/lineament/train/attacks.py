@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lineament.core import checks
-from lineament.core.models import answered, frozen, logits
+from lineament.core.models import answered, class_logits, decided, frozen, logits
 from lineament.core.results import Readable
 
 NORMS = ("linf", "l2")
@@ -189,7 +189,7 @@ def robust_accuracy(
     for number, (x, y) in enumerate(zip(inputs.split(batch_size), targets.split(batch_size))):
         found = attack(model, x, y, seed=seed + number)
         with frozen(model), torch.no_grad():
-            right += int((logits(model(x + found.delta)).argmax(1) == y.to(x.device)).sum())
+            right += int((decided(logits(model(x + found.delta))) == y.to(x.device)).sum())
     return right / len(inputs)
 
 
@@ -306,8 +306,9 @@ def _better(a: Attack, b: Attack) -> Attack:
 def _scores(model: nn.Module, x: Tensor, y: Tensor, goal: _Goal) -> Tensor:
     z = answered(model, x, "inputs")
     good = z.ndim == 2 and len(z) == len(x)
-    if not good or int(y.max()) >= z.shape[1]:
-        checks.require(good, f"model: its logits are {checks.show(z)}, expected shape (batch, classes)")
+    checks.require(good, f"model: its logits are {checks.show(z)}, expected shape (batch, classes)")
+    z = class_logits(z)
+    if int(y.max()) >= z.shape[1]:
         checks.labels("targets", y, classes=z.shape[1])
     if goal.kind == "hybrid" and z.shape[1] != 2:
         raise checks.InputError(f"objective: 'hybrid' is for two classes, the model has {z.shape[1]}")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lineament.core import checks
+from lineament.core.models import decided, ordinary
 
 _GATHERED = 2**22
 
@@ -51,7 +52,7 @@ class Batch:
         labels = self.targets
         if self.mixed is not None and self.mixed[0] < 0.5:
             labels = self.mixed[1]
-        return outputs.argmax(1) == labels if outputs.ndim == 2 and is_labels(labels) else None
+        return decided(outputs) == labels if outputs.ndim == 2 and is_labels(labels) else None
 
 
 def is_labels(targets: Any) -> bool:
@@ -64,6 +65,7 @@ def moved(value: Any, device: torch.device, dtype: torch.dtype | None = None) ->
         return {key: moved(item, device, dtype) for key, item in value.items()}
     if not isinstance(value, Tensor):
         return value
+    value = ordinary(value)
     dtype = dtype if value.is_floating_point() and dtype else value.dtype
     return value if value.device == device and value.dtype == dtype else value.to(device, dtype)
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.optim import Optimizer
 from lineament.core import checks
 from lineament.core.batching import progress
 from lineament.core.checkpoint import Checkpoint
-from lineament.core.models import answered, device_of, dtype_of, frozen, logits
+from lineament.core.models import answered, device_of, dtype_of, frozen, logits, made_trainable
 from lineament.core.results import Readable
 from lineament.train.batches import Batch, is_labels, moved, source
 from lineament.train.processes import OneProcess, Processes, randomness
@@ -104,6 +105,7 @@ class Run:
         stop: set it to end the training after the present epoch.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: nn.Module,
@@ -125,6 +127,7 @@ class Run:
             any(p.requires_grad for p in model.parameters()),
             "model: it has no parameter that asks for gradients; there is nothing to train",
         )
+        made_trainable(chain(model.parameters(), model.buffers()))
         self.model, self.loss, self.callbacks = model, loss, tuple(callbacks)
         self.epochs = checks.number("epochs", epochs, low=1, integer=True)
         self.batch_size = checks.number("batch_size", batch_size, low=1, integer=True)
@@ -272,6 +275,7 @@ def epochs(
     return _epochs(Run(model, data, **options), checkpoint, name)
 
 
+@torch.inference_mode(False)
 def _epochs(run: Run, checkpoint: Checkpoint | None, name: str) -> Iterator[Epoch]:
     given = 0
     with ExitStack() as stack:
@@ -444,15 +448,11 @@ def _refuse_other_labels(run: Run, batch: Batch, outputs: Tensor) -> None:
 def _has_unused(run: Run) -> bool:
     """Whether a parameter gets no gradient from a batch; what the pass does to buffers is put back."""
     batch = next(iter(run.data.in_order(run.batch_size)))
-    held = [b.clone() for b in run.model.buffers()]
     trained = [p for p in run.model.parameters() if p.requires_grad]
     with randomness(run.seed), frozen(run.model, training=True, requires_grad=None):
         inputs = moved(batch.inputs, run.device, dtype_of(run.model))
         loss = run.loss(outputs_of(run.model, inputs), moved(batch.targets, run.device))
         found = torch.autograd.grad(loss, trained, allow_unused=True)
-    with torch.no_grad():
-        for buffer, before in zip(run.model.buffers(), held):
-            buffer.copy_(before)
     return any(gradient is None for gradient in found)
 
 

@@ -74,6 +74,7 @@ class Training(Readable):
             checks.number(name, getattr(self, name), low=1, integer=True)
         checks.number("lr", self.lr, low=0, open_low=True)
 
+    @torch.inference_mode(False)
     def __call__(self, inputs: Tensor, targets: Tensor, seed: int = 0) -> nn.Module:
         targets = checks.labels("targets", targets, count=len(inputs))
         model = self.fresh(seed).to(inputs.device)
@@ -85,6 +86,7 @@ class Training(Readable):
             callbacks += [Validation((inputs[held], targets[held])), KeepBest()]
         return self._fit(model, (inputs, targets), callbacks, seed=seed, name="training")
 
+    @torch.inference_mode(False)
     def stacked(self, views: Sequence[Any], targets: Tensor, seeds: Sequence[int]) -> list[nn.Module]:
         """All trainings of one architecture as one program: the i-th from ``seeds[i]`` on the inputs ``views[i]``, whose rows are asked for.
 

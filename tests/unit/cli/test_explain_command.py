@@ -219,7 +219,7 @@ def test_bad_input_is_one_line_before_any_page(folders, tmp_path, capsys, monkey
         ((gpt, "a"), "1 of its 1 tokens can be scored"),
         ((folders / "t5", "the cat", "--method", "rollout"), "for an encoder-decoder choose 'attention_all'"),
         ((folders / "t5", "the cat", "--sampler", "inferential"), "choose another for an encoder-decoder"),
-        (("nowhere/none", "the cat"), "is no folder here, and no such name is in the cache"),
+        (("nowhere/none", "the cat"), "is no file or folder here, it is not in the cache"),
         ((folders / "bare", "the cat"), "--tokenizer"),
         ((gpt, "the cat", "--targt", " cat"), "nearest: '--target'"),
         ((gpt,), "TEXT"),

@@ -10,7 +10,11 @@ from torch import nn
 from lineament.core.curvature.matrices import fisher, gauss_newton, hessian
 from lineament.core.gradients import per_sample_gradients
 from lineament.core.models import buffers_kept, frozen
+from lineament.learn.useful.early_outputs import outputs_of
+from lineament.measure.landscape.axes import random_axes
+from lineament.measure.landscape.grids import line
 from lineament.optim.sam import running_statistics_kept
+from lineament.train.loop import Run, _has_unused
 
 
 class InPlace(nn.Module):
@@ -65,7 +69,43 @@ def looked(net, x):
         net(x)
 
 
+def trained(net, x):
+    with frozen(net.eval(), training=True):
+        net(x)
+
+
+def outputs(net, x):
+    outputs_of(net, [(x, torch.zeros(4))], recalibrate=True)
+
+
+def loss_line(mode):
+    def call(net, x):
+        data, options = [(x, torch.zeros_like(x))], {"batchnorm": mode}
+        if mode == "recalibrate" and not isinstance(net[1], nn.BatchNorm1d):
+            net.append(nn.BatchNorm1d(1))
+        line(net, F.mse_loss, data, random_axes(net, 1)[0], steps=3, **options)
+
+    return call
+
+
+def unused(net, x):
+    _has_unused(
+        Run(
+            net,
+            [(x, torch.zeros_like(x))],
+            optimizer=lambda n: torch.optim.SGD(n.parameters(), lr=0.1),
+            loss=F.mse_loss,
+        )
+    )
+
+
 CALLS = {
+    "trained": trained,
+    "outputs": outputs,
+    "line": loss_line("eval"),
+    "line of batch statistics": loss_line("batch"),
+    "recalibrated line": loss_line("recalibrate"),
+    "unused": unused,
     "sam": sam,
     "kept": kept,
     "frozen": looked,
@@ -73,6 +113,7 @@ CALLS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::lineament.measure.landscape.batchnorm_modes.LandscapeWarning")
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS.keys())
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 def test_buffers_are_as_they_were(norm, call):
@@ -88,3 +129,17 @@ def test_per_sample_gradients_leave_instance_norm_as_it_was():
     net = nn.Sequential(nn.Conv1d(1, 1, 1), InPlace())
     per_sample_gradients(net, F.mse_loss, torch.randn(4, 1, 3), torch.zeros(4, 1, 3))
     assert float(net[1].mean) == 0
+
+
+@pytest.mark.parametrize("batchnorm", ["eval", "recalibrate"])
+@pytest.mark.parametrize("norm", [InPlace, Rebound])
+def test_no_point_of_a_landscape_sees_what_another_left(norm, batchnorm):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(1, 1, 1), norm(), nn.BatchNorm1d(1))
+    net(torch.randn(4, 1, 3))
+    x = torch.randn(4, 1, 3) + 1
+    axis, options = random_axes(net, 1)[0], {"batchnorm": batchnorm, "metrics": ["gradient_norm"]}
+    many = line(net, F.mse_loss, [(x, x)], axis, at=[0.7, -0.3, 0.0], **options)
+    alone = [line(net, F.mse_loss, [(x, x)], axis, at=[a], **options) for a in (0.7, -0.3, 0.0)]
+    assert many.loss.tolist() == [one.loss.item() for one in alone]
+    assert many.metrics["gradient_norm"].tolist() == [one.metrics["gradient_norm"].item() for one in alone]

@@ -54,6 +54,8 @@ def test_factory_in_a_file_and_in_a_module(net, tmp_path, monkeypatch):
     assert isinstance(load_model(f"{net}:make").model[1], nn.Linear)
     assert load_model(f"{net}:Small").model.weight.shape == (3, 16)
     assert load_model(f"{net}:ready").model.in_features == 4
+    assert "is a network, not a factory" in load_model(f"{net}:ready").notes[0]
+    assert load_model(f"{net}:make").notes == ()
     monkeypatch.chdir(tmp_path)
     assert len(load_model("net:make").model) == 4
     assert not load_model("net:make").model.training
@@ -66,7 +68,7 @@ def test_factory_in_a_file_and_in_a_module(net, tmp_path, monkeypatch):
         ("number", "is 3, expected a function or class"),
         ("none", r"returned .* \(dict\), expected a torch.nn.Module"),
         ("broken", r"broken\(\) failed \(RuntimeError: no weights here\)"),
-        ("needs", "must make the network without arguments"),
+        ("needs", r"net.py:needs needs 'width', expected a function or class that takes no arguments"),
     ],
 )
 def test_factories_that_make_no_network(net, name, message):
@@ -75,9 +77,15 @@ def test_factories_that_make_no_network(net, name, message):
 
 
 def test_files_that_are_no_model(tmp_path, net):
-    cases = {"a.pt": "is a pickle", "a.onnx": "of kind", "w.safetensors": "weights without a network"}
+    cases = {
+        "a.pt": "is corrupt or no file of torch",
+        "a.txt": "of kind",
+        "w.safetensors": "weights without a network",
+    }
     for name, message in cases.items():
-        (tmp_path / name).write_bytes(b"\x80\x04")
+        (tmp_path / name).write_bytes(b"\x80\x04" if name != "a.txt" else b"hello")
+        if name == "w.safetensors":
+            save_file({"weight": torch.ones(1)}, tmp_path / name)
         with pytest.raises(InputError, match=message):
             load_model(str(tmp_path / name))
     (tmp_path / "bad.py").write_text("1 / 0")
@@ -109,17 +117,6 @@ def test_weights_fit_exactly_or_are_refused(net, tmp_path):
     assert "1.weight is (2, 2) in the file and (6, 16) in the model" in text
     save_file({**good, "1.bias": torch.full((6,), float("nan"))}, path)
     with pytest.raises(InputError, match=r"NaN or infinite values in weights: 1\.bias"):
-        load_model(f"{net}:make", weights=path)
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_a_pickle_where_safetensors_is_expected(net, tmp_path, legacy):
-    path = tmp_path / "w.pt"
-    state = load_model(f"{net}:make").model.state_dict()
-    torch.save(state, path, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(
-        InputError, match=r"is a pickle .*torch\.load\(.*weights_only=True\), 'model\.safetensors'\)"
-    ):
         load_model(f"{net}:make", weights=path)
 
 
@@ -245,18 +242,98 @@ def test_hugging_face_weights_must_match(resnet):
         InputError, match=r"missing in the file: classifier\.1\.weight; unexpected in the file: old"
     ):
         load_model(str(resnet))
-    (resnet / "model.safetensors").rename(resnet / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"pickle .* where safetensors is expected"):
+
+
+def test_hugging_face_directory_of_an_older_form(resnet, tmp_path):
+    """``pytorch_model.bin``, which is read without a pickle's freedom, or refused before anything runs."""
+    from safetensors.torch import load_file
+
+    state = load_file(resnet / "model.safetensors")
+    (resnet / "model.safetensors").unlink()
+    torch.save(state, resnet / "pytorch_model.bin")
+    found = load_model(str(resnet)).model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "exploded"), "w"))
+
+    torch.save({**state, "bomb": Bomb()}, resnet / "pytorch_model.bin")
+    with pytest.raises(InputError, match="could restore"):
         load_model(str(resnet))
+    assert not (tmp_path / "exploded").exists()
 
 
-def test_hub_name_without_network(monkeypatch, tmp_path):
-    pytest.importorskip("transformers", reason="the extra 'hub' is not installed")
-    import huggingface_hub.constants
+@pytest.fixture
+def far_hub(monkeypatch):
+    """A hub that takes the call and never answers; counts who calls."""
+    import socket
+    import time
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(InputError, match=r"no file or folder here.*without network, pass a saved directory"):
+    import lineament.load.hub as hub
+
+    constants = pytest.importorskip("huggingface_hub", reason="the extra 'hub' is not installed").constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "_PATIENCE", 0.4)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        began = time.perf_counter()
+        yield server
+        assert time.perf_counter() - began < 20  # with its own retries it took 46
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nets.dig", "no file or folder here; nearest: 'nets:dig'"),
+        ("torch.nn.Linear", "nearest: 'torch.nn:Linear'"),
+        ("nets", r"nearest: 'nets\.py:NAME'"),
+        ("resnet.p2", r"nearest: 'resnet\.pt2'"),
+        ("folder/inside", "no name of the Hugging Face hub"),
+        ("two words", "no name of the Hugging Face hub"),
+        ("a/b/c", "no name of the Hugging Face hub"),
+        ("nobody/no-such-model", "the hub does not answer; without network, pass a saved directory"),
+    ],
+)
+def test_a_name_that_is_nothing_here_is_answered_at_once(name, said, tmp_path, monkeypatch, far_hub):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text("1 / 0")
+    (tmp_path / "resnet.pt2").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=said):
+        load_model(name)
+
+
+def test_data_and_language_models_by_name_are_answered_at_once_too(tmp_path, monkeypatch, far_hub):
+    from lineament.load.data import load_data
+    from lineament.load.language_models import load_language_model
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for name, said in (
+        ("digts", "nearest: 'digits'"),
+        ("photo", "nearest: 'photos'"),
+        ("no/such", "does not answer"),
+    ):
+        with pytest.raises(InputError, match=f"^data: '{name}' is no file or folder here.*{said}"):
+            load_data(name)
+    with pytest.raises(InputError, match=r"^model: 'no/such' is no file or folder here.*does not answer"):
+        load_language_model("no/such")
+
+
+def test_a_hub_that_says_no_is_believed(monkeypatch, tmp_path, far_hub):
+    import threading
+
+    def answer():
+        caller, _ = far_hub.accept()
+        with caller:
+            caller.recv(4096)
+            caller.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+
+    threading.Thread(target=answer, daemon=True).start()
+    with pytest.raises(InputError, match="the Hugging Face hub has none of that name"):
         load_model("nobody/no-such-model")
 
 

@@ -69,7 +69,7 @@ def applies(subject: Subject) -> str:
         return f"Neural collapse is about one class a sample; this network answers with {'several labels' if subject.task == 'multi-label' else 'real values'}."
     if subject.samples.targets.bincount().max() < 2:
         return "Every class has a single sample, so that there is no spread within classes to measure."
-    return ""
+    return subject.sealed
 
 
 def look(subject: Subject) -> Section:

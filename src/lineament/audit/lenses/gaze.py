@@ -92,7 +92,7 @@ def look(subject: Subject) -> Section:
         None if maps is None else (maps / maps.flatten(1).sum(1).clamp_min(1e-30)[:, None, None]).mean(0)
     )
     height, width = subject.inputs(rows[:1]).shape[-2:]
-    trial_rows = subject.subset(subject.affordable(6e12, 70, most=_TRIALS, least=48), salt=5)
+    trial_rows = subject.subset(subject.affordable(6e12, 120, most=_TRIALS, least=48), salt=5)
     flat = torch.ones(height, width)
     place = examine(subject, trial_rows, flat if mean_map is None else mean_map)
     cues = exchange_cues(subject, None if maps is None else _explain(subject))
@@ -146,17 +146,18 @@ def _one(found: Gaze) -> OneAnswer | None:
 
 
 def _deciding(found: Gaze) -> list[Cue]:
-    """The cues that answers follow: of each answer the strongest, since a patch has a brightness and a texture too; none that a fixed place outdoes."""
-    one, told = _one(found), dict[int | None, float]()
-    if found.place.decides:
-        told[None] = found.place.followed
+    """The cues that answers follow, of each answer one: what lies in a place or a patch has a brightness and a texture too, so these come first."""
+    one, told = _one(found), set[int | None]()
     if one is not None:
-        told[one.answer] = one.followed[0]
+        told.add(one.answer)
     chosen = []
-    for cue in sorted(found.cues.deciding if found.cues else [], key=lambda cue: -cue.excess[0]):
-        if max(told.get(cue.answer, 0.0), told.get(None, 0.0)) < cue.followed[0]:
+    for cue in sorted(
+        found.cues.deciding if found.cues else [], key=lambda cue: (cue.name != PATCH, -cue.excess[0])
+    ):
+        outdone = found.place.decides and (cue.name == PATCH or cue.followed[0] < found.place.followed)
+        if cue.answer not in told and not outdone:
             chosen.append(cue)
-            told[cue.answer] = 1.0
+            told.add(cue.answer)
     return chosen
 
 
@@ -191,7 +192,7 @@ def _finding(subject: Subject, found: Gaze) -> Finding:
     if one is not None:
         return Finding(
             "warning",
-            f"It takes one small patch at {one.window.where(*found.size)}, {percent(v.area, 0)} of the image, for {_quoted(subject, one.answer)}: a shortcut, unless that is where the answer lies. "
+            f"It takes one small patch at {one.window.where(*found.size)}, {percent(one.window.area(*found.size), 0)} of the image, for {_quoted(subject, one.answer)}: a shortcut, unless that is where the answer lies. "
             f"Taking that patch alone from images answered so turns {percent(one.followed[0], 0)} of {one.samples} other answers into it (95 % interval {percent(one.followed[1], 0)} to "
             f"{percent(one.followed[2], 0)}); taking it from others {percent(one.control, 0)}.",
             advice=_LOOK,
@@ -367,7 +368,7 @@ def _place_sentence(subject: Subject, found: Gaze) -> str:
     area, one = percent(v.area, 0), _one(found)
     if one is not None:
         return (
-            f"The network takes one fixed place of the image for {_quoted(subject, one.answer)}: a patch of {area} of the image at {one.window.where(*found.size)}. When only this patch is taken from "
+            f"The network takes one fixed place of the image for {_quoted(subject, one.answer)}: a patch of {percent(one.window.area(*found.size), 0)} of the image at {one.window.where(*found.size)}. When only this patch is taken from "
             f"an image answered so, {_interval(one.followed)} of {one.samples} other answers become {_quoted(subject, one.answer)}; when it is taken from others, {percent(one.control)}."
         )
     gaze = (

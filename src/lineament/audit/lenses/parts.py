@@ -115,7 +115,7 @@ class Parts:
 
 
 def applies(subject: Subject) -> str:
-    return ""
+    return subject.sealed
 
 
 def look(subject: Subject) -> Section:

@@ -69,11 +69,9 @@ class Spectrum:
 
 
 def applies(subject: Subject) -> str:
-    return (
-        ""
-        if len(subject) >= 8
-        else f"A spectrum of {len(subject)} samples says nothing; expected at least 8."
-    )
+    if len(subject) < 8:
+        return f"A spectrum of {len(subject)} samples says nothing; expected at least 8."
+    return subject.sealed
 
 
 def look(subject: Subject) -> Section:

@@ -86,7 +86,7 @@ def _ran_once(model: nn.Module, example: Tensor) -> list[str]:
 
     with ExitStack() as hooks, frozen(model), torch.no_grad():
         for name, module in model.named_modules():
-            if name:
+            if name and not isinstance(module, torch.jit.ScriptModule):
                 hooks.callback(module.register_forward_hook(hook(name)).remove)
         model(example)
     return [name for name in ran if calls[name] == 1]

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from lineament.core.checks import InputError, require, show, suggest
@@ -85,7 +86,12 @@ def resolve(model: nn.Module, patterns: str | Iterable[str]) -> dict[str, Site]:
             kind = type(unwrapped(model)).__name__
             nearest = suggest(pattern.rpartition(":")[0] or pattern, [name for name in modules if name])
             raise InputError(f"sites: {pattern!r} is no site of {kind}{nearest}")
-        places.update((site.name, site) for site in found)
+        for site in found:
+            require(
+                not isinstance(site.module, torch.jit.ScriptModule),
+                f"sites: {site.name!r} is a TorchScript module, which cannot be watched; expected modules of plain PyTorch",
+            )
+            places[site.name] = site
     return places
 
 

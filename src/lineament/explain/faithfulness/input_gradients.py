@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.batching import chunked
-from lineament.core.models import answered, device_of, dtype_of, frozen
+from lineament.core.models import answered, class_logits, decided, device_of, dtype_of, frozen
 
 KINDS = (
     "logit_predicted",
@@ -142,16 +142,19 @@ def _gradients(model: nn.Module, x: Tensor, y: Tensor | None, kinds: Sequence[st
         z.ndim == 2 and len(z) == len(x),
         f"model: its logits are {checks.show(z)} for {len(x)} inputs, expected shape (batch, classes)",
     )
-    predicted = z.detach().argmax(1)
+    pair, predicted = class_logits(z), decided(z.detach())
     if y is not None:
-        y = checks.labels("targets", y, count=len(x), classes=z.shape[1])
+        y = checks.labels("targets", y, count=len(x), classes=pair.shape[1])
     found = {}
     for name in wanted:
         label = predicted if name.endswith("predicted") or y is None else y
         if name.startswith("loss"):
-            score = F.cross_entropy(z, label, reduction="sum")
+            score = F.cross_entropy(pair, label, reduction="sum")
+        elif name.startswith("logit"):
+            # A single logit is explained itself, whatever it decides.
+            score = z.gather(1, label.clamp_max(z.shape[1] - 1)[:, None]).sum()
         else:
-            score = (z if name.startswith("logit") else z.softmax(1)).gather(1, label[:, None]).sum()
+            score = pair.softmax(1).gather(1, label[:, None]).sum()
         last = name == wanted[-1]
         gradient = torch.autograd.grad(score, x, retain_graph=not last, allow_unused=True)[0]
         found[name] = torch.zeros_like(x) if gradient is None else gradient

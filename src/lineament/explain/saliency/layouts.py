@@ -111,7 +111,7 @@ def default_site(model: nn.Module, images: Tensor) -> str:
         stack.enter_context(frozen(model, requires_grad=None))
         stack.enter_context(torch.no_grad())
         for name, module in body.named_modules():
-            if name:
+            if name and not isinstance(module, torch.jit.ScriptModule):
                 stack.callback(module.register_forward_hook(watch(name)).remove)
         body(images[:1])
     lists = {

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from lineament.core import checks
+from lineament.core.models import class_logits
 from lineament.core.results import Readable
 from lineament.learn.useful.early_outputs import batches, outputs_of, unusable
 from lineament.learn.useful.separating import separating_epoch, window_of
@@ -265,7 +266,8 @@ def _checked(model: nn.Module, data: Any, allow_empty: bool) -> Tensor:
         raise checks.InputError("data: it is empty; expected (inputs, labels), or batches of them")
     scores, _, _ = outputs_of(model, [first])
     labels = torch.cat([y.cpu() for _, y in batches(data)])
-    refuse_empty(checks.labels("labels", labels, classes=scores.shape[1]), scores.shape[1], allow_empty)
+    classes = (class_logits(scores) if bool(labels.any()) else scores).shape[1]
+    refuse_empty(checks.labels("labels", labels, classes=classes), classes, allow_empty)
     _refuse_other_order(first[1], labels[: len(first[1])])
     refuse_unusable("data", unusable(model, data), len(labels))
     return labels

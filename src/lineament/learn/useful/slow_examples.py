@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.core.models import class_logits
 from lineament.core.results import Readable
 
 PARTITIONS = ("clusters", "quantile", "misclassified", "eiil", "random")
@@ -141,7 +142,7 @@ def select_slow(
     Of each class, S_c is the cluster of {f(x_i): y_i = c} under 2-means whose mean loss is higher; at equal losses the smaller cluster.
 
     Args:
-        logits: f(x), one row an example.
+        logits: f(x), one row an example; a single logit z of two classes counts as (0, z).
         labels: their classes.
         by: ``"clusters"``, the method; or what the paper compares with: ``"quantile"``, the highest losses of each class, as many as the
             clusters would select; ``"misclassified"``, also the rule of JTT (which then repeats them more often); ``"random"``, as
@@ -171,8 +172,9 @@ def select_slow(
     [False, False, True, False, False, True]
     """
     logits = checks.tensor("logits", logits, shape=("samples", "classes"), floating=True).detach()
+    labels = checks.labels("labels", labels, count=len(logits), classes=max(logits.shape[1], 2))
+    logits, labels = class_logits(logits) if bool(labels.any()) else logits, labels.to(logits.device)
     count, classes = logits.shape
-    labels = checks.labels("labels", labels, count=count, classes=classes).to(logits.device)
     checks.one_of("by", by, PARTITIONS)
     checks.number("starts", starts, low=1, integer=True)
     refuse_empty(labels, classes, allow_empty)

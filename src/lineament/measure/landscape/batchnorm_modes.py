@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lineament.core import checks
-from lineament.core.models import called
+from lineament.core.models import buffers_kept, called
 
 MODES = ("eval", "batch", "recalibrate")
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -59,15 +59,17 @@ def batchnorm_mode(model: nn.Module, mode: str) -> Iterator[None]:
 
 
 def recalibrate(model: nn.Module, inputs: Sequence[Any]) -> None:
-    """Running statistics as the mean over the inputs of some batches, at the weights as they are; momentum and modes are put back."""
+    """Running statistics as the mean over the inputs of some batches, at the weights as they are; momentum, modes and all other buffers are put back."""
     norms = [m for m in batchnorms(model).values() if m.running_mean is not None]
     flags = [(m, m.training, m.momentum) for m in norms]
     try:
         for module in norms:
-            module.reset_running_stats()
-            module.momentum = None  # PyTorch's word for a plain average over batches
-            module.train()
-        with torch.no_grad():
+            module.eval()
+        with torch.no_grad(), buffers_kept(model):
+            for module in norms:
+                module.reset_running_stats()
+                module.momentum = None  # PyTorch's word for a plain average over batches
+                module.train()
             for each in inputs:
                 called(model, each)
     finally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.batching import progress
 from lineament.core.curvature.risk import Chunk, Risk
-from lineament.core.models import called, frozen, is_half, logits, unwrapped
+from lineament.core.models import (
+    buffers_kept,
+    called,
+    decided,
+    frozen,
+    is_half,
+    logits,
+    unwrapped,
+    written_buffers,
+)
 from lineament.measure.landscape.axes import Axis, flat_weights
 from lineament.measure.landscape.batchnorm_modes import MODES, batchnorm_mode, caution, recalibrate
 
@@ -193,8 +202,13 @@ def _visit(
                 value = _value(name, metric(outputs.detach(), chunk.targets))
                 add(index, name, value, chunk.count)
 
+    def kept() -> AbstractContextManager[None]:
+        return buffers_kept(model) if writes else nullcontext()
+
     with ExitStack() as stack:
         stack.enter_context(frozen(model, requires_grad=None))
+        # A norm of the user's own may write at each forward: no point is to see what another left.
+        writes = bool(written_buffers(model))
         move = stack.enter_context(_moving(model, axes))
         stack.enter_context(batchnorm_mode(model, batchnorm))
         stack.enter_context(torch.enable_grad() if gradients else torch.no_grad())
@@ -214,7 +228,8 @@ def _visit(
                 if batchnorm == "recalibrate":
                     recalibrate(model, [chunk.inputs for chunk in calibrating])
                 for chunk in own:
-                    look(index, chunk)
+                    with kept():
+                        look(index, chunk)
                 if gradients:
                     for name in [n for n, m in metrics.items() if m == "gradient_norm"]:
                         mean = sums[name][index] / weights[name][index]
@@ -223,7 +238,8 @@ def _visit(
             for chunk in risk.chunks():
                 for index, point in enumerate(progress(points, "landscape", len(points))):
                     move(point)
-                    look(index, chunk)
+                    with kept():
+                        look(index, chunk)
     return {
         name: torch.stack(
             [torch.as_tensor(v, dtype=torch.float64) / w for v, w in zip(values, weights[name])]
@@ -314,14 +330,14 @@ def _right(outputs: Tensor, targets: Any) -> tuple[float, float]:
     """The share of labels that are the largest output, and how many labels there are."""
     labelled = _labelled("accuracy", outputs, targets)
     count = float(labelled.sum())
-    right = float(((outputs.argmax(1) == targets) & labelled).sum())
+    right = float(((decided(outputs, 1) == targets) & labelled).sum())
     return right / max(count, 1.0), count
 
 
 def _by_class(loss_fn: Callable[..., Tensor], outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
     """The mean loss of each class and how many of it there are; NaN for none."""
     labelled = _labelled("class_loss", outputs, targets)
-    classes = outputs.shape[1]
+    classes = max(outputs.shape[1], 2)
     values = torch.full((classes,), float("nan"), dtype=torch.float64)
     counts = torch.zeros(classes, dtype=torch.float64)
     for k in targets[labelled].unique().tolist():
@@ -339,10 +355,10 @@ def _labelled(name: str, outputs: Tensor, targets: Any) -> Tensor:
         f"metrics: {name!r} needs class labels, integers of shape {places} for outputs of shape {tuple(outputs.shape)}, and the loader's "
         f"targets are {checks.show(targets)}; leave it out, or give a function metric(logits, targets)",
     )
-    top = int(targets.max())
+    top, last = int(targets.max()), max(outputs.shape[1], 2) - 1
     checks.require(
-        top < outputs.shape[1],
-        f"metrics: {name!r} got label {top}, expected labels from 0 to {outputs.shape[1] - 1}, or negative ones for what has none",
+        top <= last,
+        f"metrics: {name!r} got label {top}, expected labels from 0 to {last}, or negative ones for what has none",
     )
     return targets >= 0
 

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from lineament.core import checks
 from lineament.core.gradients import flatten, unflatten
+from lineament.core.models import made_trainable
 from lineament.optim.gns.algorithm import Counts, Search, measured
 from lineament.optim.gns.linear_algebra import Metric, blas_threads
 from lineament.optim.gns.rules import Smoothness
@@ -118,6 +119,7 @@ class GNS(Optimizer):
                 param_group[name] = held[name]
         super().add_param_group(param_group)
         group = self.param_groups[-1]["params"]
+        made_trainable(group)
         problem = ""
         for p in group:
             if not p.is_floating_point():
@@ -177,6 +179,7 @@ class GNS(Optimizer):
         """γ for the next step."""
         return float(self._kept["gamma"])
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One search. Returns the loss before the step; where no probe is accepted the weights stay as they were.
