@@ -174,12 +174,13 @@ def within(mixed, x, giver):
 
 
 def frequencies(x, giver, fine):
-    """The giver's amplitudes at fine or coarse frequencies, with the image's own phases, within the values of both."""
-    own, other = np.fft.fft2(x), np.fft.fft2(giver)
-    radius = np.hypot(np.fft.fftfreq(x.shape[-2])[:, None], np.fft.fftfreq(x.shape[-1]))
-    band = radius >= 0.125 if fine else (radius < 0.125) & (radius > 0)
-    mixed = np.fft.ifft2(np.where(band, np.abs(other) * np.exp(1j * np.angle(own)), own)).real
-    return within(mixed, x, giver)
+    """The giver's amplitudes at fine or coarse frequencies, with the image's own phases; in float32, where the phase of a frequency that an image lacks is rounding."""
+    own, other = (torch.fft.rfft2(torch.from_numpy(image)) for image in (x, giver))
+    radius = np.hypot(np.fft.fftfreq(x.shape[-2])[:, None], np.fft.rfftfreq(x.shape[-1]))
+    band = torch.from_numpy(radius >= 0.125 if fine else (radius < 0.125) & (radius > 0))
+    turn = own * other.conj()
+    mixed = torch.where(band, other * (turn / turn.abs().clamp_min(1e-12)), own)
+    return within(torch.fft.irfft2(mixed, s=x.shape[-2:]).numpy(), x, giver)
 
 
 def light(x, giver):
@@ -222,7 +223,7 @@ def exchanged(cue, cues, network, x):
     else:
         change = CHANGES[cue["name"]]
         found = [
-            torch.from_numpy(change(own.double().numpy(), other.double().numpy())).float()
+            torch.from_numpy(change(own.numpy(), other.numpy()))
             for own, other in (
                 (receivers, givers),
                 (receivers, same),
@@ -249,7 +250,7 @@ def test_cues_that_are_exchanged_between_images(case):
         part = torch.tensor(pairs["measure"])
         part &= True if cue["answer"] is None else lent == cue["answer"]
         assert cue["samples"] == int(part.sum())
-        # Frequencies that an image hardly has are of no certain phase, which may turn an answer or two.
+        # Rounding may turn an answer or two.
         near = 2.5 / int(part.sum())
         assert cue["followed"] == pytest.approx(share(follows[part]), abs=near)
         assert list(cue["controls"].values()) == pytest.approx(

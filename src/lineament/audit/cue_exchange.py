@@ -502,8 +502,8 @@ def _matched(x: Tensor, giver: Tensor, over: tuple[int, ...]) -> Tensor:
 
 
 def _clamped(changed: Tensor, x: Tensor, giver: Tensor) -> Tensor:
-    """Within the values that these images have, channel by channel: what is changed stays an image."""
-    over = (0, 2, 3)
+    """Within the values that an image and its giver have, channel by channel: what is changed stays an image, whichever others share its batch."""
+    over = (2, 3)
     low = torch.minimum(x.amin(over, keepdim=True), giver.amin(over, keepdim=True))
     high = torch.maximum(x.amax(over, keepdim=True), giver.amax(over, keepdim=True))
     return changed.clamp(low, high)
