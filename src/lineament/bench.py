@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Trial:
     planted: str
     truth: dict[str, float]
     found: dict[str, str]
-    numbers: dict[str, Sequence[float]]
+    numbers: Mapping[str, Sequence[float]]
     chooses: bool
     ours_s: float
     met: None = None
@@ -172,7 +172,10 @@ def compare(
         return time.perf_counter() - start
 
     sides = [ours] if theirs is None else [ours, theirs]
-    first = [[seconds(side) for _ in range(warmup)] for side in sides]
+    first: list[list[float]] = [[] for _ in sides]
+    for _ in range(warmup):
+        for taken, side in zip(first, sides):
+            taken.append(seconds(side))
     times = [[t for t in side if quick() and t > _LONG] for side in first]
     for repeat in range(repeats):
         # Swap who goes first, so that whatever one side leaves in the caches falls on both alike.

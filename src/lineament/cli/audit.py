@@ -43,7 +43,7 @@ def add_parser(subparsers: Any) -> Any:
         "data",
         nargs="?",
         metavar="DATA",
-        help=".npz, a folder of images by class, a Hugging Face data set, or digits; for a language model a .txt of prompts, a .jsonl of "
+        help=".npz, .npy, .pt, .csv, .parquet, a folder of images, of MNIST or CIFAR, a Hugging Face data set, file.py:function, or digits; for a language model a .txt of prompts, a .jsonl of "
         "prompts or prompt pairs (clean, corrupt, answer, wrong), or ioi",
     )
     add(

@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "data",
         nargs="?",
         metavar="DATA",
-        help=".npz, a folder of images by class, a Hugging Face data set, or digits",
+        help=".npz, .npy, .pt, .csv, .parquet, a folder of images, of MNIST or CIFAR, a Hugging Face data set, file.py:function, or digits",
     )
     add("--out", metavar="DIR", help="the run's folder")
     add("--overwrite", action="store_true", help="replace an earlier run in that folder")

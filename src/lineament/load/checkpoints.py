@@ -93,7 +93,7 @@ def tensors_in(found: Any) -> Any:
         return found.detach().clone()
     if not isinstance(found, (Mapping, list, tuple)):
         state = getattr(found, "state_dict", None)
-        found = state() if callable(state) else {}
+        found = state() if callable(state) else getattr(found, "tensors", ())
     members = found.items() if isinstance(found, Mapping) else enumerate(found)
     kept = {str(key): tensors_in(value) for key, value in members}
     return {key: value for key, value in kept.items() if isinstance(value, Tensor) or value}
@@ -127,11 +127,10 @@ def _whole(path: Path, argument: str) -> Path:
             "pytorch_model.bin.index.json",
             "pytorch_model.bin",
         )
-        there = [path / name for name in usual if (path / name).is_file()] or sorted(
-            path.glob("*.safetensors")
-        )
+        there = [path / name for name in usual if (path / name).is_file()]
         require(
-            len(there) > 0, f"{argument}: {str(path)!r} is a folder without weights, expected {_EXPECTED}"
+            len(there) > 0,
+            f"{argument}: {str(path)!r} is a folder without {usual[1]} or an index of shards, expected {_EXPECTED}",
         )
         return there[0]
     require(path.is_file(), f"{argument}: {str(path)!r} does not exist, expected {_EXPECTED}")

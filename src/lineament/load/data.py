@@ -1,4 +1,4 @@
-"""Users' data as they have it: tensors, arrays, a ``Dataset`` or ``DataLoader``, `.npz`, image folders, Hugging Face data sets.
+"""Users' data as they have it: tensors, arrays, a ``Dataset`` or ``DataLoader``, files of arrays, tables, folders, Hugging Face data sets.
 
 :func:`load_data` reads at most a number of samples, chosen at random from a seed, so that memory is bounded by that number and
 not by the data: compressed arrays are read as a stream, images are opened one by one. Values stay as they are stored
@@ -8,7 +8,7 @@ Names of classes, groups and files are the user's and stay raw here; what shows 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,27 +17,36 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from lineament.core import checks
 from lineament.core.checks import InputError, NotFiniteError, require, show
 from lineament.data.digits import digit_images
 from lineament.data.samples import Samples
 from lineament.data.shortcut_digits import shortcut_digits
+from lineament.load.arrays import read_arrays
 from lineament.load.columns import (
     BUILT_IN,
     Choose,
     as_targets,
     chosen_rows,
+    find_column,
     groups_file,
     in_order,
     with_groups,
 )
+from lineament.load.user_code import named_in
 
 Data: TypeAlias = "str | Path | Samples | Dataset[Any] | DataLoader[Any] | tuple[Any, Any]"
 
+_INPUTS = ("image", "images", "pixel_values", "img", "x", "inputs", "input", "data", "features", "input_ids")
+_TARGETS = ("label", "labels", "y", "target", "targets", "class")
 _TABLES = ("dataset_dict.json", "dataset_info.json", "state.json")
-_EXPECTED = "an .npz file, a folder of images by class, a Hugging Face data set or 'digits'"
+_EXPECTED = (
+    "arrays (.npz, .npy, .pt, .safetensors), a table (.csv, .tsv, .parquet), a folder of images by class or with labels.csv, of MNIST or CIFAR, "
+    "a Hugging Face data set, file.py:function or 'digits'"
+)
+_ARRAYS = (".npz", ".npy", ".pt", ".pth", ".safetensors")
 
 
 def load_data(
@@ -56,16 +65,17 @@ def load_data(
 
     Args:
         data: a pair ``(inputs, targets)`` of tensors or arrays, :class:`~lineament.data.samples.Samples`, a ``Dataset`` or ``DataLoader``
-            of such pairs, an ``.npz`` file, a folder with one folder of images per class, a Hugging Face data set saved to disk or by
-            name, ``"digits"`` (scikit-learn's) or ``"shortcut-digits"`` (the same with a planted mark, see
-            :mod:`lineament.data.shortcut_digits`).
+            of such pairs or of dictionaries; a path of arrays (``.npz``; ``.npy`` with those beside it; ``.pt`` or ``.safetensors`` tensors), of a table
+            (``.csv``, ``.tsv``, ``.parquet``), of a folder of images by class or with ``labels.csv``, of MNIST's or CIFAR's own files, of a Hugging Face data set;
+            such a data set by name; ``"file.py:function"``, which returns any of these; ``"digits"`` (scikit-learn's) or ``"shortcut-digits"`` (the same
+            with a planted mark, see :mod:`lineament.data.shortcut_digits`).
         samples: read at most so many, chosen at random; of a ``DataLoader`` the first.
         seed: of that choice.
-        inputs, targets: names of the arrays or columns; found by their usual names by default.
+        inputs, targets: names of the arrays or columns, of a table also several with commas between them; found by their usual names by default.
         groups: the array or column that names each sample's group, or a ``.npy`` or ``.txt`` file with one entry a sample; of data in
             memory the groups themselves.
         classes: names of the classes in the order of the model's outputs; where the data name their classes, labels follow the names.
-        split: of a Hugging Face data set; ``test``, ``validation`` or ``train`` by default, whichever is there first.
+        split: of a Hugging Face data set, MNIST or CIFAR; ``test``, ``validation`` or ``train`` by default, whichever is there first.
         image_size: bring the images of a folder or a Hugging Face data set to this (height, width).
 
     Raises:
@@ -77,6 +87,7 @@ def load_data(
     """
     checks.number("samples", samples, low=1, integer=True)
     choose = partial(chosen_rows, samples=samples, seed=checks.seed("seed", seed))
+    data = _called(data)
     if isinstance(data, (str, Path)):
         require(
             groups is None or isinstance(groups, str),
@@ -100,6 +111,22 @@ def load_data(
     return usable(found)
 
 
+def _called(data: Any) -> Any:
+    """What the function returns that ``file.py:function`` names; other data as they are."""
+    place, colon, name = data.rpartition(":") if isinstance(data, str) else ("", "", "")
+    if not (place and colon and name.isidentifier()) or Path(data).exists():
+        return data
+    made = named_in("data", place, name)
+    if callable(made) and not isinstance(made, (Dataset, DataLoader)):
+        try:
+            made = made()
+        except (Exception, SystemExit) as error:
+            raise InputError(
+                f"data: {data}() failed ({type(error).__name__}: {error}); it must return the data without arguments"
+            ) from error
+    return made
+
+
 def in_memory(data: Any, choose: Choose, *, samples: int, groups: Any = None) -> Samples:
     """The chosen samples of a pair of tensors or arrays, of Samples, or of a ``Dataset``; of a ``DataLoader`` the first.
 
@@ -116,23 +143,43 @@ def in_memory(data: Any, choose: Choose, *, samples: int, groups: Any = None) ->
         some = in_memory(_columns([data[int(row)] for row in rows]), np.arange, samples=samples)
         some = _named(replace(some, index=torch.from_numpy(rows), total=total), data)
         return some if groups is None else with_groups(some, np.asarray(groups)[rows])
-    if isinstance(data, DataLoader):
+    if isinstance(data, (DataLoader, IterableDataset)):
         batches: list[Any] = []
-        for batch in data:
-            batches.append(batch)
+        for batch in data if isinstance(data, DataLoader) else DataLoader(data, batch_size=1):
+            batches.append(_pair(batch))
             if sum(len(each[1]) for each in batches) >= samples:
                 break
         pair = (
             tuple(_joined([each[k] for each in batches])[:samples] for k in (0, 1)) if batches else ((), ())
         )
-        whole = _named(_from_pair(pair), data.dataset)
+        whole = _named(_from_pair(pair), getattr(data, "dataset", data))
     else:
         whole = data if isinstance(data, Samples) else _from_pair(data)
     whole = whole if groups is None else with_groups(whole, np.asarray(groups))
     return whole[choose(len(whole))]
 
 
-def _columns(pairs: list[Any]) -> tuple[Any, Any]:
+def _pair(item: Any) -> tuple[Any, Any]:
+    """Inputs and targets of a sample or a batch as data sets give them: the first two of several, or by their usual names."""
+    if isinstance(item, Mapping):
+        names = list(map(str, item))
+        first, second = (
+            find_column("inputs", None, _INPUTS, names),
+            find_column("targets", None, _TARGETS, names),
+        )
+        return item[first], item[second]
+    if not isinstance(item, (tuple, list)) or len(item) < 2:
+        raise InputError(f"data: a sample is {show(item)}, expected (input, target), or a dictionary of both")
+    first, second, *_ = item
+    require(
+        not isinstance(first, (Mapping, tuple)),
+        f"data: the input of a sample is {show(first)}, expected one tensor",
+    )
+    return first, second
+
+
+def _columns(samples: list[Any]) -> tuple[Any, Any]:
+    pairs = [_pair(sample) for sample in samples]
     return tuple(
         _joined([[pair[k]] if isinstance(pair[k], str) else torch.as_tensor(pair[k])[None] for pair in pairs])
         for k in (0, 1)
@@ -212,20 +259,36 @@ def _read(
         from lineament.load.hub_data import saved_data_set
 
         return saved_data_set(path, choose, split=split, size=size, **named)
+    if path.exists():
+        from lineament.load.packed import packed_data_set
+
+        packed = packed_data_set(path, choose, split=split)
+        if packed is not None:
+            return packed
     if path.is_dir():
-        from lineament.load.folders import image_folder
+        from lineament.load.folders import image_folder, labelled_folder
 
-        return image_folder(path, choose, size=size)
+        if (path / "labels.csv").is_file():
+            return labelled_folder(path, choose, size=size, **named)
+        return (
+            read_arrays(path, choose, **named)
+            if any(path.glob("*.npy"))
+            else image_folder(path, choose, size=size)
+        )
+    ending = path.suffix.lower()
     if path.is_file():
-        from lineament.load.arrays import read_arrays
+        from lineament.load.tables import TABLES, read_table
 
+        if ending in TABLES:
+            return read_table(path, choose, **named)
         require(
-            path.suffix.lower() == ".npz",
+            ending in _ARRAYS,
             f"data: {data!r} is a file of kind {path.suffix or 'unknown'!r}, expected {_EXPECTED}; "
             "numpy.savez('data.npz', x=..., y=...) makes an .npz file",
         )
         return read_arrays(path, choose, **named)
-    if not data or path.suffix in (".npz", ".npy", ".h5", ".pkl", ".zip") or data.startswith((".", "/", "~")):
+    gone = (*_ARRAYS, ".csv", ".tsv", ".parquet", ".h5", ".pkl", ".zip")
+    if not data or ending in gone or data.startswith((".", "/", "~")):
         raise InputError(f"data: {data!r} does not exist; expected {_EXPECTED}")
     from lineament.load.hub_data import named_data_set
 

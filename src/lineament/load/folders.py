@@ -1,9 +1,9 @@
-"""A folder with one folder of images per class."""
+"""Folders of images: one folder per class, or the labels in a ``labels.csv``."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,10 @@ from PIL import Image
 
 from lineament.core.checks import InputError, require
 from lineament.data.samples import Samples
-from lineament.load.columns import Choose
+from lineament.load.columns import Choose, find_column, with_groups
 
 _PIXELS = 64_000_000
+_FILES = ("file", "filename", "file_name", "image", "path", "img", "name", "id", "image_id")
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
@@ -22,7 +23,7 @@ def image_folder(path: Path, choose: Choose, *, size: tuple[int, int] | None = N
     """Samples from ``path/CLASS/**/*.png`` (or jpg ...); classes in the order of their names.
 
     Raises:
-        InputError: no class folders, an image that cannot be read, images of different sizes without ``size``.
+        InputError: no class folders, no image that can be read, images of different sizes without ``size``.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -59,9 +60,12 @@ def image_folder(path: Path, choose: Choose, *, size: tuple[int, int] | None = N
             f"classes without an image, which keep their place among the model's outputs: {', '.join(map(repr, empty[:5]))}"
             + (" ..." if len(empty) > 5 else "")
         )
-    pictures = ((str(files[row][0].relative_to(path)), _read(files[row][0])) for row in rows)
+    pictures = ((str(files[row][0].relative_to(path)), files[row][0]) for row in rows)
+    images, kept, left_out = readable(pictures, size, len(rows))
+    notes += left_out
+    rows = rows[kept]
     return Samples(
-        inputs=stacked(pictures, size, len(rows)),
+        inputs=images,
         targets=torch.tensor([files[row][1] for row in rows]),
         index=torch.from_numpy(rows),
         total=len(files),
@@ -69,6 +73,85 @@ def image_folder(path: Path, choose: Choose, *, size: tuple[int, int] | None = N
         classes=tuple(folder.name for folder in folders),
         notes=tuple(notes),
     )
+
+
+def labelled_folder(
+    path: Path, choose: Choose, *, size: tuple[int, int] | None = None, **named: str | None
+) -> Samples:
+    """Samples from the images that ``path/labels.csv`` names, one a row, with its label.
+
+    Args:
+        named: ``inputs``, the column of file names; ``targets`` and ``groups``; by their usual names by default.
+
+    Raises:
+        InputError: no such column, a file outside the folder; as :func:`image_folder` and :func:`lineament.load.tables.read_table`.
+    """
+    from lineament.load.tables import TARGETS, CsvTable, surveyed, targets_of
+
+    table = CsvTable(path / "labels.csv")
+    first = find_column("inputs", named.get("inputs"), _FILES, table.names)
+    second = find_column("targets", named.get("targets"), TARGETS, table.names)
+    group = named.get("groups")
+    columns = [first, second, *([find_column("groups", group, (), table.names)] if group else [])]
+    total, classes = surveyed(table, [second])
+    rows = choose(total)
+    cells = list(table.walk(columns, set(rows.tolist())))
+    files = [_inside(path, row[0]) for row in cells]
+    pictures = ((row[0], file) for row, file in zip(cells, files))
+    images, kept, notes = readable(pictures, size, len(rows))
+    labels, names = targets_of([[cells[k][1] for k in kept]], classes)
+    found = Samples(
+        inputs=images,
+        targets=labels,
+        index=torch.from_numpy(rows[kept]),
+        total=total,
+        source=path.name or str(path),
+        classes=names,
+        notes=(*notes, f"inputs are the files of column {first!r} in labels.csv, targets column {second!r}"),
+    )
+    return with_groups(found, np.array([cells[k][2] for k in kept])) if group else found
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file of that name in a folder, with or without its ending."""
+    file = folder / name
+    inside = folder.resolve() in file.resolve().parents
+    require(inside, f"data: labels.csv names {name!r}, expected files in {str(folder)!r}")
+    ends = ("", *sorted(_IMAGES)) if file.suffix.lower() not in _IMAGES else ("",)
+    places = (folder / part / f"{name}{end}" for end in ends for part in ("", "images"))
+    return next((place for place in places if place.is_file()), file)
+
+
+def readable(
+    files: Iterable[tuple[str, Path]], size: tuple[int, int] | None, count: int
+) -> tuple[torch.Tensor, list[int], list[str]]:
+    """The images of some files, which of the files they are, and what is said of those that cannot be read, which are left out."""
+    kept: list[int] = []
+    broken: list[str] = []
+
+    def pictures() -> Iterator[tuple[str, Image.Image]]:
+        for number, (name, file) in enumerate(files):
+            try:
+                picture = _read(file)
+            except InputError as error:
+                broken.append(str(error).removeprefix("data: "))
+                continue
+            kept.append(number)
+            yield name, picture
+
+    try:
+        images = stacked(pictures(), size, count)
+    except _NoImages:
+        raise InputError(f"data: none of {len(broken)} images can be read; {broken[0]}") from None
+    several = f" and {len(broken) - 2} more" if len(broken) > 2 else ""
+    notes = (
+        [f"{len(broken)} of {count} images are left out: {'; '.join(broken[:2])}{several}"] if broken else []
+    )
+    return images, kept, notes
+
+
+class _NoImages(InputError):
+    """Not one image."""
 
 
 def stacked(
@@ -96,6 +179,8 @@ def stacked(
         if size is not None and plain.size != (size[1], size[0]):
             plain = plain.resize((size[1], size[0]), Image.Resampling.BILINEAR)
         arrays.append(np.asarray(plain, dtype=np.uint8))
+    if not arrays:
+        raise _NoImages("data: holds no images")
     if any(array.ndim == 3 for array in arrays):
         arrays = [array if array.ndim == 3 else np.repeat(array[..., None], 3, 2) for array in arrays]
     return torch.from_numpy(np.stack(arrays))

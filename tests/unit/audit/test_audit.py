@@ -17,6 +17,7 @@ from lineament.audit.patch_exchange import needed
 from lineament.audit.run import AuditOptions, audit
 from lineament.core.checks import InputError
 from lineament.data.digits import digit_images
+from lineament.report.figures import undrawn
 
 
 @pytest.fixture(scope="module")
@@ -262,3 +263,68 @@ def test_an_interrupted_audit_goes_on_with_the_same_result(tmp_path, monkeypatch
     for ours, theirs in zip(whole.sections, again.sections):
         assert (ours.numbers, ours.sentence, ours.status) == (theirs.numbers, theirs.sentence, theirs.status)
     assert [f.sentence for f in whole.findings] == [f.sentence for f in again.findings]
+
+
+def sampled(accuracies, each, seed=0):
+    """Answers of which so many are right, by group, and the labels."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.arange(each * len(accuracies)) % 5
+    right = torch.rand(len(labels), generator=draw) < torch.tensor(accuracies).repeat_interleave(each)
+    said = torch.where(right, labels, (labels + 1) % 5)
+    return torch.eye(5)[said] * 4, labels, [f"g{k // each}" for k in range(len(labels))]
+
+
+def same(temperature=1.0):
+    layer = nn.Linear(5, 5, bias=False)
+    layer.weight.data = torch.eye(5) / temperature
+    return nn.Sequential(layer)
+
+
+@pytest.mark.parametrize(("accuracies", "differ"), [([0.9] * 8, False), ([0.9] * 7 + [0.6], True)])
+def test_the_worst_of_many_equal_groups_is_not_accused(tmp_path, accuracies, differ):
+    """By chance the worst of eight groups lies far below the best: of twenty draws none may be told of, where the eighth is as good as the others."""
+    keys = []
+    for seed in range(20 if not differ else 3):
+        x, y, groups = sampled(accuracies, 60, seed)
+        with undrawn():
+            found = audit(same(), (x, y), out=tmp_path / str(seed), lenses=["accuracy"], groups=groups)
+        keys += [
+            finding.key for finding in found.findings if finding.key in ("groups differ", "class behind")
+        ]
+    assert keys == (["groups differ"] * 3 if differ else [])
+
+
+@pytest.mark.parametrize(
+    ("temperature", "expected"), [(1.0, set()), (0.4, {"overconfident"}), (4.0, {"underconfident"})]
+)
+def test_a_calibrated_network_is_not_called_sure_by_chance(tmp_path, temperature, expected):
+    """Labels drawn with the probabilities that the outputs stand for."""
+    found = set()
+    for seed in range(10):
+        draw = torch.Generator().manual_seed(seed)
+        x = 2 * torch.randn(150, 5, generator=draw)
+        y = torch.multinomial(x.softmax(1), 1, generator=draw)[:, 0]
+        with undrawn():
+            report = audit(same(temperature), (x, y), out=tmp_path / str(seed), lenses=["accuracy"])
+        found |= {finding.key for finding in report.findings if finding.key.endswith("confident")}
+    assert found == expected
+
+
+def test_a_minimum_with_noisy_labels_is_a_minimum(tmp_path):
+    """Logistic regression is convex: where its gradient is zero it sits in its minimum, however much of the loss is noise."""
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(300, 4, generator=draw)
+    y = (2 * x[:, :3] + 1.5 * torch.randn(300, 3, generator=draw)).argmax(1)
+    model = nn.Sequential(nn.Linear(4, 3))
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=500, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with undrawn():
+        found = audit(model, (x, y), out=tmp_path / "r", lenses=["landscape"])
+    assert [finding.key for finding in found.findings] == ["minimum"]

@@ -134,3 +134,37 @@ def test_a_json_file_that_cannot_be_written_is_said_before_any_work(benchmarks, 
     ):
         with pytest.raises(InputError, match=message):
             measured(json=target)
+
+
+TRIALS = """
+from lineament.bench import Rate, Trial, earlier
+def rows():
+    for what in ("one", "two"):
+        yield earlier("truth", what) or Trial("truth", what, "a cue", {"cue": 1.0}, {"cue": "warning"}, {"x": [1, 0, 2, 1.5]}, False, 0.1)
+    yield Rate("truth", "cue found", 2, 2, 0.34, 1.0, 0.95, False, True)
+"""
+
+
+def test_trials_of_known_truth_and_rates_are_rows_too(benchmarks, tmp_path, capsys):
+    (benchmarks / "truth.py").write_text(textwrap.dedent(TRIALS))
+    target = tmp_path / "rows.json"
+    assert cli.main(["bench", "truth", "--json", str(target)]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "one: cue (warning)" in said
+        and "2 of 2, 100.0 % (34.0 % to 100.0 %) (target at least 95.0 %, met)" in said
+    )
+    stored = json.loads(target.read_text(encoding="utf-8"))
+    assert [row["row"] for row in stored] == ["trial", "trial", "rate"]
+    assert bench.row_of(stored[0]) == bench.Trial(
+        "truth", "one", "a cue", {"cue": 1.0}, {"cue": "warning"}, {"x": [1, 0, 2, 1.5]}, False, 0.1
+    )
+    # An unfinished run goes on with the trials that are there.
+    stored[0]["found"] = {"from before": "note"}
+    target.write_text(json.dumps(stored[:1]), encoding="utf-8")
+    request = {"slugs": ["truth"], "repeats": None, "quick": False}
+    (tmp_path / ".rows.json.unfinished").write_text(json.dumps(request), encoding="utf-8")
+    rows = measured("truth", json=target)
+    assert [row.what for row in rows] == ["one", "two", "cue found"] and rows[0].found == {
+        "from before": "note"
+    }

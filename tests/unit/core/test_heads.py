@@ -42,7 +42,7 @@ def _module(model, name):
 def test_heads_are_found_from_the_configuration(family):
     model, ids, blocks, _, groups, size = family
     names = [name for part in "qkvz" for name in sites(model, f"{blocks}:{part}")]
-    assert len(names) == 8 and sites(model, "*:z") == sites(model, f"{blocks}:z")
+    assert len(names) == 8 and sites(model, "**:z") == sites(model, f"{blocks}:z")
     with unchanged(model), torch.no_grad(), capture(model, names) as acts:
         model(ids)
     for name in names:
@@ -196,7 +196,7 @@ def test_a_projection_of_another_width_is_not_mistaken_for_heads():
     config = FAMILIES["llama"]()
     model = transformers.AutoModel.from_config(config)
     model.layers[0].self_attn.q_proj = nn.Linear(24, 2 * 4 * 8)  # a gated query, as in later families
-    assert sites(model, "*:q") == ["layers.1.self_attn:q"]
+    assert sites(model, "**:q") == ["layers.1.self_attn:q"]
 
 
 def test_cross_attention_of_gpt2():
@@ -220,7 +220,7 @@ def test_heads_of_a_compiled_language_model():
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         compiled(ids)
-        with capture(compiled, "*:z") as acts, patch(compiled, {"model.layers.0.self_attn:z[0]": 0.0}):
+        with capture(compiled, "**:z") as acts, patch(compiled, {"model.layers.0.self_attn:z[0]": 0.0}):
             compiled(ids)
     assert acts["model.layers.0.self_attn:z"][:, :, 0].abs().sum() == 0
     torch.compiler.reset()

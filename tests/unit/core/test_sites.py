@@ -240,11 +240,69 @@ def test_nothing_keeps_the_recorded_tensors_alive(x):
 
 def test_which_sites_a_forward_came_by(x):
     net = nn.ModuleDict({"used": nn.Identity(), "unused": nn.Identity()})
-    with capture(net, "*") as acts:
+    with capture(net, "**") as acts:
         assert acts.reached() == []
         net["used"](x)
         net["used"](x)
     assert acts.reached() == ["used"]
+
+
+class Everything(nn.Module):
+    """Blocks in a list, which never runs itself; one that returns no tensor, one that runs twice, one that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.h = nn.ModuleList([nn.Sequential(nn.Linear(3, 3), nn.ReLU()) for _ in range(2)])
+        self.twice, self.unused, self.count = nn.Tanh(), nn.Linear(3, 3), Count()
+
+    def forward(self, x):
+        for block in self.h:
+            x = self.twice(block(x))
+        self.count(x)
+        return x
+
+
+class Count(nn.Module):
+    def forward(self, x):
+        return len(x)
+
+
+def test_everything_that_passes_is_kept_and_the_rest_skipped():
+    net, x = Everything(), torch.randn(2, 3)
+    for chosen in ((), ("**",)):
+        with capture(net, *chosen, gradients=True) as acts:
+            score = net(x).sum()
+        passed = ["h.0", "h.0.0", "h.0.1", "h.1", "h.1.0", "h.1.1"]
+        assert list(acts) == passed == list(acts.gradients(score)) and len(acts) == 6
+        assert torch.equal(dict(acts)["h.0"], net.h[0](x)) and len(acts.calls("twice")) == 2
+        assert acts.reached() == ["h.0", "h.0.0", "h.0.1", "h.1", "h.1.0", "h.1.1", "twice"]
+    assert list(record(net, x, "**")) == passed
+    with capture(net, ["**", "unused"]) as acts:
+        net(x)
+    with pytest.raises(InputError, match="'unused' was not reached"):
+        dict(acts)
+
+
+@pytest.mark.parametrize(
+    ("glob", "found"),
+    [
+        ("h.*", ["h.0", "h.1"]),
+        ("*", ["h", "twice", "unused", "count"]),
+        ("h.**", ["h.0", "h.0.0", "h.0.1", "h.1", "h.1.0", "h.1.1"]),
+        ("**.0", ["h.0", "h.0.0", "h.1.0"]),
+        ("h.[!0].?", ["h.1.0", "h.1.1"]),
+        ("**1:in", ["h.0.1:in", "h.1:in", "h.1.1:in"]),
+    ],
+)
+def test_a_star_stops_at_a_dot_and_two_cross_it(glob, found):
+    assert sites(Everything(), glob) == found
+
+
+def test_a_star_that_would_have_to_cross_a_dot_says_so():
+    with pytest.raises(
+        InputError, match=r"'h\*1' is no site of Everything; \* stops at a dot, 'h\*\*1' crosses it"
+    ):
+        sites(Everything(), "h*1")
 
 
 def test_a_forward_ends_once_every_site_was_reached(x):

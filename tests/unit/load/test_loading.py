@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lineament.core.checks import InputError
 from lineament.data.samples import Samples
-from lineament.load import arrays
+from lineament.load.array_files import NpzFile
 from lineament.load.data import load_data
 
 HOSTILE = ["<script>alert(1)<", "a\u202eb", "quote\"'&", "tab\there"]
@@ -165,7 +165,7 @@ def test_missing_or_foreign_files(tmp_path):
         load_data(tmp_path / "nothing.npz")
     other = tmp_path / "data.pkl"
     other.write_bytes(pickle.dumps([1, 2]))
-    with pytest.raises(InputError, match=r"kind '\.pkl', expected an \.npz file"):
+    with pytest.raises(InputError, match=r"kind '\.pkl', expected arrays \(\.npz"):
         load_data(other)
 
 
@@ -202,8 +202,13 @@ def test_image_folders_that_cannot_be_used(tmp_path, folder):
     with pytest.raises(InputError, match=r"different sizes.*`image_size`"):
         load_data(folder)
     (folder / HOSTILE[1] / "broken.jpg").write_bytes(b"no image")
-    with pytest.raises(InputError, match=r"broken\.jpg.*cannot be read"):
-        load_data(folder, image_size=4)
+    found = load_data(folder, image_size=4)
+    assert len(found) == 13 and found.total == 14
+    assert "1 of 14 images are left out: image" in found.notes[-1] and "broken.jpg" in found.notes[-1]
+    (tmp_path / "all" / "cat").mkdir(parents=True)
+    (tmp_path / "all" / "cat" / "broken.jpg").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"none of 1 images can be read; .*broken\.jpg.*cannot be read"):
+        load_data(tmp_path / "all")
     (tmp_path / "bare").mkdir()
     with pytest.raises(InputError, match="holds no folders with images"):
         load_data(tmp_path / "bare")
@@ -232,7 +237,7 @@ def test_stream_reads_across_blocks(tmp_path, monkeypatch):
     path = save(tmp_path / "a.npz", x=x, y=np.zeros(1000, int))
     rows = np.array([0, 1, 476, 477, 999])
     with zipfile.ZipFile(path) as archive:
-        assert np.array_equal(arrays._rows(archive, "x", rows), x[rows])
+        assert np.array_equal(NpzFile(archive).rows("x", rows), x[rows])
 
 
 def test_hugging_face_data_set(tmp_path):

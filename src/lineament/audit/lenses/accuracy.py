@@ -17,6 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lineament.audit.phrases import compact, percent, points, wilson
+from lineament.audit.preprocessing import Preprocessing, better_preprocessing
 from lineament.audit.subject import Subject
 from lineament.report.figures import picture, shades
 from lineament.report.outcome import Table
@@ -83,7 +84,7 @@ class Calibration:
 class Classes:
     """How often a classifier is right: in all, by class and by group; ``majority``: the share of the most frequent class.
 
-    ``reordered``: how often it would be right were its outputs in the order that suits half of the samples best, on the other half;
+    ``otherwise``: another preprocessing under which it is right more often, looked for where it is near chance; ``reordered``: how often it would be right were its outputs in the order that suits half of the samples best, on the other half;
     only where that explains its answers and the given order does not.
     """
 
@@ -95,6 +96,7 @@ class Classes:
     calibration: Calibration
     confusion: Sequence[Sequence[int]]
     reordered: Share | None = None
+    otherwise: Preprocessing | None = None
     task: str = "classification"
 
     @property
@@ -196,6 +198,9 @@ def _classes(subject: Subject) -> Section:
         confusion=confusion.tolist() if width <= 200 else [],
     )
     found = replace(found, reordered=_reordered(found, targets, decisions, width))
+    lost = found.poor or float(subject.loss(subject.outputs, targets)) > math.log(max(width, 2))
+    if lost and found.reordered is None:
+        found = replace(found, otherwise=better_preprocessing(subject))
     overall, groups, known = found.overall, found.groups, found.calibration
     hardest = min(classes, key=lambda c: c.accuracy)
     sentence = (
@@ -264,6 +269,17 @@ def _class_findings(found: Classes) -> list[Finding]:
                 f"{other.counted} ({other.interval}) in the order that suits the other {overall.count - other.count} best.",
                 advice="Give the names of the classes in the order of the model's outputs (`classes`): labels then follow their names. Until then no number by class means anything.",
                 key="outputs reordered",
+            )
+        )
+    if found.otherwise is not None:
+        other = found.otherwise
+        told.append(
+            Finding(
+                "warning",
+                f"With {other.name} it would be right for {percent(other.accuracy)} instead of {percent(other.now)} of {other.count} samples (95 % interval {percent(other.low)} to "
+                f"{percent(other.high)}; the best of {other.tried} tried): samples do not reach it as they did in training.",
+                advice="Give the normalisation of its training (`normalize`), or store the samples as they were then, and audit again: until then no other number means anything.",
+                key="preprocessing",
             )
         )
     if len(groups) > 1:

@@ -2,7 +2,7 @@
 
 A **site** is a module's name as ``named_modules()`` gives it, with ``:in`` or ``:out`` (the default) for the side:
 ``"layer4"``, ``"layer4:in"``; ``""`` is the model's own output and ``":in"`` its input. ``*``, ``?`` and ``[...]`` are
-globs (``*`` also crosses dots: ``"h.*.mlp"``). Attention blocks of known families have ``:q``, ``:k``, ``:v`` and
+globs (``"h.*.mlp"``; ``*`` stops at a dot, ``**`` crosses it; ``"**"`` is everything). Attention blocks of known families have ``:q``, ``:k``, ``:v`` and
 ``:z``, (batch, position, head, size), and single heads, ``"h.0.attn:z[3]"`` (see :mod:`lineament.core.sites.heads`).
 
 What is recorded is a copy made when it passes, so that no in-place operation further on (``nn.ReLU(inplace=True)``,
@@ -12,7 +12,7 @@ everything that ``torch.compile`` made runs eagerly, because compiled code does 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -28,9 +28,19 @@ from lineament.core.sites.naming import Site, resolve
 
 
 class Activations(Mapping[str, Tensor]):
-    """What passed at each site during the last forward: a mapping from the site's name to its tensor."""
+    """What passed at each site during the last forward: a mapping from the site's name to its tensor.
 
-    def __init__(self, places: Mapping[str, Site], gradients: bool, stop_early: bool):
+    Sites that only ``**`` named are in it when it is walked where one tensor passed there: not those that never ran, hold no tensor or ran several times.
+    """
+
+    def __init__(
+        self,
+        places: Mapping[str, Site],
+        gradients: bool,
+        stop_early: bool,
+        asked: Container[str] | None = None,
+    ):
+        self._asked = places if asked is None else asked
         self._places = dict(places)
         self._gradients = gradients
         self._stop_early = stop_early
@@ -50,10 +60,10 @@ class Activations(Mapping[str, Tensor]):
         return calls[0]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return (name for name in self._places if name in self._asked or self._passed(name))
 
     def __len__(self) -> int:
-        return len(self._places)
+        return sum(1 for _ in self)
 
     def __contains__(self, site: object) -> bool:
         return isinstance(site, str) and self._key(site) is not None
@@ -81,7 +91,7 @@ class Activations(Mapping[str, Tensor]):
         return found
 
     def reached(self) -> list[str]:
-        """The sites that the last forward came by with a tensor; after a capture of ``"*"`` not all are."""
+        """The sites that the last forward came by with a tensor; after a capture of ``"**"`` not all are."""
         return [
             name for name, calls in self._calls.items() if calls and all(isinstance(c, Tensor) for c in calls)
         ]
@@ -107,7 +117,9 @@ class Activations(Mapping[str, Tensor]):
             score.requires_grad,
             "score: it does not depend on anything that asks for gradients; was the forward run under torch.no_grad()?",
         )
-        tensors = {name: self[name] for name in self._places}
+        tensors = {name: self[name] for name in self}
+        # Of everything that passed, integers and what was computed without a graph have no gradient.
+        tensors = {n: tensor for n, tensor in tensors.items() if n in self._asked or tensor.requires_grad}
         for name, tensor in tensors.items():
             require(
                 tensor.requires_grad,
@@ -149,6 +161,10 @@ class Activations(Mapping[str, Tensor]):
         if self._running and self.satisfied():
             stop_if_all_agree(self)
 
+    def _passed(self, name: str) -> bool:
+        calls = self._calls[name]
+        return len(calls) == 1 and isinstance(calls[0], Tensor)
+
     def _key(self, site: str) -> str | None:
         """The name under which a site was asked for: ``"fc"`` and ``"fc:out"`` are the same place."""
         site = plain_name(site, self._places)
@@ -165,7 +181,7 @@ class UnknownSite(InputError, KeyError):
 
 @contextmanager
 def capture(
-    model: nn.Module, sites: str | Iterable[str], *, gradients: bool = False, stop_early: bool = False
+    model: nn.Module, sites: str | Iterable[str] = "**", *, gradients: bool = False, stop_early: bool = False
 ) -> Iterator[Activations]:
     """Record what passes at some sites while the block runs; every new forward of ``model`` starts afresh.
 
@@ -174,7 +190,7 @@ def capture(
     after an exception; what was recorded stays readable.
 
     Args:
-        sites: a site or a glob, or several.
+        sites: a site or a glob, or several; by default everything: each tensor that passes at a module, and not what is no tensor or never runs.
         gradients: keep the tensors in the graph, for :meth:`Activations.gradients` or a loss of one's own; also where no
             parameter asks for gradients. Otherwise they are detached.
         stop_early: ``model(x)`` ends as soon as every site was reached once, and returns ``None``.
@@ -189,8 +205,10 @@ def capture(
     >>> acts["0"].tolist(), acts.gradients(score)["0"].tolist()
     ([[-2.0, -2.0]], [[0.0, 0.0]])
     """
-    places = resolve(model, sites)
-    acts = Activations(places, gradients, stop_early)
+    wanted = [sites] if isinstance(sites, str) else list(sites)
+    places = resolve(model, wanted)
+    named = [pattern for pattern in wanted if "**" not in pattern]
+    acts = Activations(places, gradients, stop_early, resolve(model, named) if named else ())
     with ExitStack() as stack:
         stack.callback(setattr, acts, "_open", False)
         for place in places.values():

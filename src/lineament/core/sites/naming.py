@@ -6,7 +6,6 @@ suffix: ``:in`` and ``:out`` for the sides, ``:q``, ``:k``, ``:v``, ``:z`` for t
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -47,13 +46,13 @@ class Site:
         return replace(self, side="in", view=None)
 
 
-def sites(model: nn.Module, pattern: str = "*") -> list[str]:
+def sites(model: nn.Module, pattern: str = "**") -> list[str]:
     """The names of the sites that a pattern matches, in the order of ``named_modules()``.
 
     Args:
         model: any module.
-        pattern: a site or a glob, with its suffix (``"h.*.mlp:in"``, ``"*:z"``); ``*`` crosses dots, and ``"*"`` alone is
-            every module but the model itself. A module that has several names comes under the first.
+        pattern: a site or a glob, with its suffix (``"h.*.mlp:in"``, ``"**:z"``); ``*`` stops at a dot and ``**`` crosses it, so that ``"h.*"`` are the
+            blocks and ``"**"`` is every module but the model itself. A module that has several names comes under the first.
 
     Raises:
         InputError: no site has this name or matches; the message names the nearest.
@@ -61,7 +60,7 @@ def sites(model: nn.Module, pattern: str = "*") -> list[str]:
     >>> sites(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "*:in")
     ['0:in', '1:in']
     """
-    if pattern == "*" and isinstance(model, nn.Module) and not any(unwrapped(model).children()):
+    if pattern == "**" and isinstance(model, nn.Module) and not any(unwrapped(model).children()):
         return []
     return list(resolve(model, [pattern]))
 
@@ -85,6 +84,9 @@ def resolve(model: nn.Module, patterns: str | Iterable[str]) -> dict[str, Site]:
         if not found:
             kind = type(unwrapped(model)).__name__
             nearest = suggest(pattern.rpartition(":")[0] or pattern, [name for name in modules if name])
+            crossing = re.sub(r"(?<!\*)\*(?!\*)", "**", pattern)
+            if crossing != pattern and _resolve_one(crossing, modules, configs):
+                nearest = f"; * stops at a dot, {crossing!r} crosses it"
             raise InputError(f"sites: {pattern!r} is no site of {kind}{nearest}")
         for site in found:
             require(
@@ -137,8 +139,34 @@ def _resolve_one(pattern: str, modules: dict[str, nn.Module], configs: dict[str,
 
 def _matching(glob: str, modules: dict[str, nn.Module]) -> list[str]:
     """The names that match, one for each module; the model itself has to be asked for by its name, ``""``."""
-    names = {}
+    pattern, names = _pattern(glob), {}
     for name, module in modules.items():
-        if name and fnmatch.fnmatchcase(name, glob):
+        if name and pattern.fullmatch(name):
             names.setdefault(id(module), name)
     return list(names.values())
+
+
+def _pattern(glob: str) -> re.Pattern[str]:
+    """``*`` and ``?`` for anything within one part of a name, ``**`` for anything, ``[...]`` for a choice.
+
+    >>> [bool(_pattern(glob).fullmatch("h.0.mlp")) for glob in ("h.*", "h.*.mlp", "h.**", "**.mlp", "h.[12].*")]
+    [False, True, True, True, False]
+    """
+    found = []
+    for token in re.findall(r"^\*\*\.|\*\*|\[!?[^]]+\]|.", glob, re.DOTALL):
+        match token:
+            case "**.":
+                found.append(r"(?:.*\.)?")
+            case "**":
+                found.append(".*")
+            case "*":
+                found.append(r"[^.]*")
+            case "?":
+                found.append(r"[^.]")
+            case _ if len(token) > 1:
+                found.append(
+                    "[" + re.escape(token[1:-1]).replace(r"\-", "-").replace("!", "^", token[1] == "!") + "]"
+                )
+            case _:
+                found.append(re.escape(token))
+    return re.compile("".join(found), re.DOTALL)
