@@ -270,7 +270,7 @@ def _cues_sentence(subject: Subject, cues: Cues | None) -> str:
         return "It gives all samples one answer, so that no cue could be exchanged between answers."
     names, strongest = [cue.name for cue in cues.tried], cues.tried[0]
     out = f", and {cues.left_out} answers with too few samples one by one" if cues.left_out else ""
-    untested = f" Not tested: shapes, larger parts, cues that count only together{out}."
+    untested = f" Not tested: shapes, larger parts, cues that count only together{out}. A cue that decides fewer than about half of an answer's samples can go unseen."
     if not cues.deciding:
         whose = "" if strongest.answer is None else f" for {_quoted(subject, strongest.answer)}"
         return (
