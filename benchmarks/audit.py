@@ -103,6 +103,11 @@ def cases() -> list[Case]:
     return every[:: max(1, len(every) // 12)][:12] if quick() else every
 
 
+def _seed(number: int) -> int:
+    """Of the half that chooses small seeds, with which thresholds were tried out; of the other half large ones, which were run once."""
+    return number if number % 2 == 0 else number + 1000
+
+
 def _tried(case: Case, chooses: bool) -> Trial:
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
@@ -229,7 +234,7 @@ def _cue_cases() -> list[Case]:
     for cue in ("tint", "brightness", "texture", "frequency", "place"):
         plans += [(cue, {"strength": strength}) for strength in (1.0, 1.0, 0.4, 0.4)]
         plans += [(cue, {"strength": 1.0, "one": one}) for one in (1, 8)]
-    return [_cue_case(cue, number, options) for number, (cue, options) in enumerate(plans)]
+    return [_cue_case(cue, _seed(number), options) for number, (cue, options) in enumerate(plans)]
 
 
 def _cue_case(cue: str, seed: int, options: dict[str, Any]) -> Case:
@@ -239,7 +244,7 @@ def _cue_case(cue: str, seed: int, options: dict[str, Any]) -> Case:
         if cue != "none":
             truth[CUES[cue]] = max(followed(model, cue, seed, **options), 1e-6)
         test = planted_cues(cue, "test", seed=seed, **options)
-        return Made(model, (test.inputs, test.targets), truth, ("gaze",))
+        return Made(model, (test.inputs, test.targets), {**truth, "preprocessing": 0.0}, ("gaze", "accuracy"))
 
     said = ", ".join(f"{name} {value}" for name, value in options.items())
     one = " of one class" if "one" in options else ""
@@ -271,7 +276,7 @@ def _confidence_cases() -> list[Case]:
         for temperature in (1.0, 1.0, 1.0, 1.0, 0.3, 0.3, 0.5, 0.5, 2.0, 2.0, 4.0, 4.0)
         for count in (300, 300, 2000, 2000)
     ]
-    return [_confidence_case(temperature, count, seed) for seed, (temperature, count) in enumerate(plans)]
+    return [_confidence_case(*plan, _seed(number)) for number, plan in enumerate(plans)]
 
 
 def _confidence_case(temperature: float, count: int, seed: int) -> Case:
@@ -311,7 +316,7 @@ def _group_cases() -> list[Case]:
         for each in (60, 400)
         for _ in range(2)
     ]
-    return [_group_case(gap, groups, each, seed) for seed, (gap, groups, each) in enumerate(plans)]
+    return [_group_case(*plan, _seed(number)) for number, plan in enumerate(plans)]
 
 
 def _group_case(gap: float, groups: int, each: int, seed: int) -> Case:
@@ -357,7 +362,7 @@ def _broken_cases() -> list[Case]:
         "channels in the wrong order",
         "works",
     )
-    return [_broken_case(kind, seed) for kind in kinds for seed in (1, 2)]
+    return [_broken_case(kind, seed) for kind in kinds for seed in (2, 1001)]
 
 
 def _broken_case(kind: str, seed: int) -> Case:
@@ -381,9 +386,14 @@ def _broken_case(kind: str, seed: int) -> Case:
         other = planted_cues(cue, seed=seed + 100)
         right = float((answers(model, fed(other.inputs)) == other.targets).double().mean())
         most = float(other.targets.bincount().max()) / len(other)
+        # Whether inputs are known to go in otherwise than in training; other changes than a scale are not what is asked.
+        fit = 1.0 if kind == "scaled inputs" else 0.1 if cue == "tint" or kind == "inverted inputs" else 0.0
         poor = 1.0 if right < most + 0.02 else 0.0 if right > most + 0.1 else 0.1
         return Made(
-            model, (fed(test.inputs), test.targets), {"no better than the majority": poor}, ("accuracy",)
+            model,
+            (fed(test.inputs), test.targets),
+            {"no better than the majority": poor, "preprocessing": fit},
+            ("accuracy",),
         )
 
     return Case(f"{kind}, seed {seed}", f"a network that does not work ({kind})", make)
@@ -393,9 +403,9 @@ def _unit_cases() -> list[Case]:
     plans = [
         (dead, copied, seed)
         for dead, copied in ((0, 0), (2, 0), (0, 2), (8, 0), (0, 8), (5, 5))
-        for seed in (1, 2)
+        for seed in (2, 1001)
     ]
-    return [_unit_case(*plan) for plan in [*plans, (0, 0, 3), (0, 0, 4)]]
+    return [_unit_case(*plan) for plan in [*plans, (0, 0, 4), (0, 0, 1003)]]
 
 
 def _unit_case(dead: int, copied: int, seed: int) -> Case:
@@ -437,7 +447,7 @@ def _idle(features: Tensor) -> tuple[int, int]:
 
 
 def _cluster_cases() -> list[Case]:
-    return [_cluster_case(ratio, seed) for ratio in (0.02, 0.3, 0.5, 1.2, 3.0) for seed in (1, 2, 3, 4)]
+    return [_cluster_case(ratio, seed) for ratio in (0.02, 0.3, 0.5, 1.2, 3.0) for seed in (2, 1001, 4, 1003)]
 
 
 def _cluster_case(ratio: float, seed: int) -> Case:
@@ -482,7 +492,7 @@ def _minimum_cases() -> list[Case]:
         "untrained",
         "scaled inputs",
     )
-    return [_minimum_case(kind, seed) for kind in kinds for seed in (1, 2)]
+    return [_minimum_case(kind, seed) for kind in kinds for seed in (2, 1001)]
 
 
 def _minimum_case(kind: str, seed: int) -> Case:
