@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lineament.core.checks import InputError
 from lineament.core.curvature.eigenpairs import top_eigenpairs
 from lineament.core.curvature.matrices import fisher, gauss_newton, hessian
 from lineament.core.curvature.traces import trace
@@ -94,3 +95,10 @@ def test_per_sample_gradients_are_each_samples_own_in_chunks_of_any_size(loss):
             own = torch.autograd.grad(loss(net(x[row : row + 1]), y[row : row + 1]), list(net.parameters()))
             for gradient, expected in zip(found.values(), own):
                 torch.testing.assert_close(gradient[row], expected, equal_nan=True)
+
+
+def test_a_loss_that_ignores_every_target_is_refused():
+    x, y = samples()
+    net = network()
+    with pytest.raises(InputError, match="ignores every target"):
+        line(net, nn.CrossEntropyLoss(), [(x, torch.full_like(y, -100))], axis(net, 1), steps=3)

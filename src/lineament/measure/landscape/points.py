@@ -242,6 +242,10 @@ def _visit(
                     move(point)
                     with kept():
                         look(index, chunk)
+    checks.require(
+        sums["loss"][0] is not None,
+        "loss_fn: it ignores every target of the loader, so that there is nothing to average",
+    )
     return {
         name: torch.stack(
             [torch.as_tensor(v, dtype=torch.float64) / w for v, w in zip(values, weights[name])]
