@@ -1,25 +1,38 @@
-"""Every method in float64 and bfloat16: no constant of another precision gets into the result.
+"""Every method in float64, bfloat16 and float16: no constant of another precision gets into the result.
 
 In float64 a result must not depend on torch's default dtype: a number that became a tensor by itself (``torch.where(z < 0, -eps, eps)``) would be float32 there,
-and leave a relative error of 1e-8. In bfloat16 a method agrees with float32 on the same (rounded) weights to bfloat16's rounding, or refuses by name.
+and leave a relative error of 1e-8. In half precision a method agrees with float32 on the same (rounded) weights to the dtype's rounding, or refuses by name.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from lineament import explain
 from lineament.core.checks import InputError
+from lineament.core.curvature.eigenpairs import top_eigenpairs
+from lineament.core.curvature.matrices import fisher, gauss_newton, hessian
+from lineament.core.curvature.traces import trace
+from lineament.core.gradients import per_sample_gradients
+from lineament.core.readouts import logistic, ridge
 from lineament.core.sites.activations import patch
+from lineament.core.statistics import Covariance, Moments
 from lineament.explain.faithfulness.input_gradients import KINDS, input_gradient
 from lineament.explain.relevance.rules import PRESETS, relevance_rules
 from lineament.explain.saliency.methods import METHODS as SALIENCY
 from lineament.explain.tokens.methods import METHODS as TOKENS
+from lineament.learn.useful.early_outputs import outputs_of
 from lineament.measure.collapse.metrics import collapse_metrics
+from lineament.measure.collapse.profile import collapse
 from lineament.measure.landscape.axes import given
-from lineament.measure.landscape.grids import line
-from tests.contracts import test_patching, test_saliency, test_tokens
+from lineament.measure.landscape.criteria import hessian_criteria
+from lineament.measure.landscape.grids import line, plane
+from lineament.optim import ASAM, SAM
+from lineament.train.attacks import pgd
+from tests.contracts import test_inference_mode, test_patching, test_saliency, test_tokens
 from tests.contracts.language_models import prompts, tiny
 from tests.contracts.token_models import model
 
@@ -103,6 +116,91 @@ def loss_line(dtype):
     return lambda: line(net, nn.CrossEntropyLoss(), data, given(net, direction), at=[-0.7, 0.1, 0.3]).loss
 
 
+def numbers(call):
+    """All numbers of a call's result as one tensor."""
+    return lambda: torch.cat([torch.from_numpy(n) for n in test_inference_mode.numbers(call())]).nan_to_num()
+
+
+def on_images(call):
+    """``call(network, images, labels)`` of a smooth network: where a ReLU or a maximum decides, half precision may decide otherwise."""
+
+    def prepare(dtype):
+        torch.manual_seed(0)
+        layers = (
+            nn.Conv2d(2, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.SiLU(),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(60, 4),
+        )
+        net = nn.Sequential(*layers)
+        for _ in range(20):
+            net(images() + torch.randn(3, 1, 1, 1))
+        net, x = rounded(net).to(dtype).eval(), rounded(images()).to(dtype)
+        return numbers(lambda: call(net, x, torch.tensor([0, 1, 2])))
+
+    return prepare
+
+
+def on_batches(call):
+    """``call(network, loss, batches)`` of a small smooth network."""
+
+    def prepare(dtype):
+        torch.manual_seed(0)
+        net = rounded(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))).to(dtype)
+        x, y = rounded(torch.randn(20, 4)).to(dtype), torch.arange(20) % 3
+        return numbers(lambda: call(net, nn.CrossEntropyLoss(), [(x[:8], y[:8]), (x[8:], y[8:])]))
+
+    return prepare
+
+
+def on_rows(call):
+    """``call(features, labels)``: statistics of features far from zero, which half precision cannot add up."""
+
+    def prepare(dtype):
+        torch.manual_seed(0)
+        y = torch.arange(600) % 3
+        x = rounded(3 + torch.randn(600, 5) + torch.randn(3, 5)[y]).to(dtype)
+        return numbers(lambda: call(x, y))
+
+    return prepare
+
+
+def on_text(call):
+    def prepare(dtype):
+        net = rounded(model("gpt2")).to(dtype)
+        return numbers(lambda: call(net))
+
+    return prepare
+
+
+def product(make):
+    def call(*args):
+        operator = make(*args)
+        return operator @ torch.linspace(-1, 1, operator.shape[0], dtype=operator.dtype)
+
+    return call
+
+
+def moments(x, y):
+    made = Moments()
+    for part in x.split(7):
+        made.update(part)
+    return made.mean, made.variance
+
+
+def covariance(x, y):
+    made = Covariance()
+    for part in x.split(7):
+        made.update(part)
+    return made.covariance
+
+
+MAPS = torch.rand(3, 1, 12, 9, generator=torch.Generator().manual_seed(5))
+SCORES = torch.tensor([0.1, 0.4, 0.2, 0.3])
+
+
 def images():
     return torch.rand(3, 2, 12, 9, generator=torch.Generator().manual_seed(0))
 
@@ -115,7 +213,7 @@ def rounded(value):
     return value.bfloat16().float()
 
 
-# Random draws follow the default dtype: nothing can be compared there.
+# Random draws follow the default dtype or the network's (soft faithfulness): nothing can be compared there.
 CASES = {
     **{f"saliency {m}": saliency_maps(m) for m in SALIENCY if m != "random"},
     **{f"input gradient {k}": input_gradients(k) for k in KINDS if k != "random"},
@@ -124,13 +222,56 @@ CASES = {
     **{f"rules {r}": coefficients(r) for r in (*PRESETS, "epsilon", "gamma")},
     "collapse": collapse_numbers,
     "line": loss_line,
+    "meta-saliency": on_images(lambda net, x, y: explain.meta_saliency(net, x, y, site="2", eps=0.1)),
+    "combined saliency": on_images(lambda net, x, y: explain.combined_saliency(net, x, y, site=["0", "2"])),
+    "integrated gradients": on_images(lambda net, x, y: explain.integrated_gradients(net, x, y, steps=4)),
+    "deletion": on_images(lambda net, x, y: explain.deletion_insertion(net, x, MAPS, y, steps=4)),
+    "infidelity": on_images(lambda net, x, y: explain.infidelity(net, x, MAPS, y, samples=8)),
+    "attack": on_images(
+        lambda net, x, y: pgd(net, x, y, norm="l2", eps=0.1, step=0.05, steps=2, bounds=None).delta
+    ),
+    "outputs": on_images(lambda net, x, y: outputs_of(net, (x, y), recalibrate=True)[0]),
+    "collapse of a network": on_images(lambda net, x, y: [collapse(net, [(x, y)], sites=["4"])["4"].nc2]),
+    "recalibrated plane": on_images(
+        lambda net, x, y: (
+            plane(net, F.cross_entropy, [(x, y)], axes_of(net), steps=3, batchnorm="recalibrate").loss
+        )
+    ),
+    "hard faithfulness": on_text(
+        lambda net: list(explain.hard_faithfulness(net, [5, 40, 81, 12], SCORES).values())
+    ),
+    "continuation": on_text(
+        lambda net: explain.explain_continuation(net, [5, 40, 81], [7, 9], method="grad_norm").matrix
+    ),
+    **{make.__name__: on_batches(product(make)) for make in (hessian, gauss_newton, fisher)},
+    "eigenpairs": on_batches(lambda *a: top_eigenpairs(hessian(*a), 2).values),
+    "trace": on_batches(lambda *a: trace(hessian(*a), 20).value),
+    "criteria": on_batches(lambda *a: hessian_criteria(*a, steps=10, probes=2).re),
+    "per-sample gradients": on_batches(
+        lambda net, loss, data: list(per_sample_gradients(net, loss, *data[1]).values())
+    ),
+    "moments": on_rows(moments),
+    "covariance": on_rows(covariance),
+    "collapse metrics": on_rows(lambda x, y: collapse_metrics(x, y)),
+    "ridge": on_rows(lambda x, y: ridge(x[:, :4], x[:, 4:], penalties=[0.1]).predict(x[:5, :4])),
+    "logistic": on_rows(lambda x, y: logistic(x, y, penalties=[0.1]).logits(x[:5])),
 }
+
+
+def axes_of(net):
+    a, b = (torch.linspace(-1, 1, sum(p.numel() for p in net.parameters())) ** k for k in (1, 2))
+    return [given(net, v.bfloat16().to(next(net.parameters()))) for v in (a, b)]
 
 
 def error(found, reference):
     return float((found.double() - reference.double()).norm() / reference.double().norm())
 
 
+# Of the dtype, how many. Effects are small differences of two answers, each rounded by itself: 32 in float16.
+ROUNDINGS = {torch.bfloat16: 24, torch.float16: 48}
+
+
+@pytest.mark.filterwarnings("ignore::lineament.measure.landscape.batchnorm_modes.LandscapeWarning")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 class TestContract:
     def test_float64_is_float64_throughout(self, case):
@@ -145,8 +286,9 @@ class TestContract:
         assert reference.norm() > 0 and error(found, reference) < 1e-13
         assert error(case(torch.float32)(), found) < 1e-4
 
-    def test_bfloat16_agrees_to_its_rounding_or_is_refused(self, case):
-        call = case(torch.bfloat16)
+    @pytest.mark.parametrize("dtype", ROUNDINGS, ids=str)
+    def test_half_precision_agrees_to_its_rounding_or_is_refused(self, case, dtype):
+        call = case(dtype)
         try:
             found = call()
         except InputError:
@@ -154,7 +296,7 @@ class TestContract:
                 call()
             return
         assert torch.isfinite(found).all()
-        assert error(found, case(torch.float32)()) < 24 * torch.finfo(torch.bfloat16).eps
+        assert error(found, case(torch.float32)()) < ROUNDINGS[dtype] * torch.finfo(dtype).eps
 
 
 def test_the_epsilon_rule_is_exact_at_its_own_scale():
@@ -170,3 +312,26 @@ def test_a_number_is_patched_in_with_the_precision_of_the_site():
     net = nn.Sequential(nn.Identity())
     with patch(net, {"0": 0.1}):
         assert net(torch.ones(1).double()).item() == 0.1
+
+
+@pytest.mark.parametrize("slope", [0.0, 2e-7, 1e-3])
+@pytest.mark.parametrize("make", [SAM, ASAM])
+def test_a_vanishing_gradient_climbs_as_far_in_float16_as_in_float32(make, slope):
+    def climbed(dtype):
+        w = nn.Parameter(torch.ones(4, dtype=dtype))
+        optimizer = make(torch.optim.SGD([w], lr=0.1), rho=0.5)
+        w.grad = torch.full((4,), slope, dtype=torch.float16).to(dtype)
+        optimizer.first_step()
+        return w.detach().float()
+
+    torch.testing.assert_close(climbed(torch.float16), climbed(torch.float32), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_an_attack_on_a_flat_network_stays_where_it_is_in_float16(norm):
+    net = nn.Linear(3, 2).half()
+    nn.init.zeros_(net.weight)
+    found = pgd(
+        net, torch.full((2, 3), 0.5).half(), torch.tensor([0, 1]), norm=norm, eps=0.1, step=0.1, steps=2
+    )
+    assert found.delta.tolist() == [[0.0] * 3] * 2 and bool(found.no_gradient.all())

@@ -17,6 +17,7 @@ from lineament.audit.lenses import landscape
 from lineament.audit.run import audit
 
 MEAN, STD = 0.3, 0.4
+FEW = 400  # samples of the audits whose every number is measured again
 
 
 class Block(nn.Module):
@@ -120,3 +121,107 @@ def reports(networks, tmp_path_factory):
         return found[name]
 
     return report
+
+
+class Value(nn.Module):
+    """A regression as people write one: it answers (batch,)."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 1))
+
+    def forward(self, x):
+        return self.net(x).squeeze(1)
+
+
+def with_head(outputs):
+    network = ResNet()
+    network.fc = nn.Linear(network.fc.in_features, outputs)
+    return network
+
+
+@pytest.fixture(scope="session")
+def people(networks, digits):
+    """A function: a network by name as people have it, images, targets, and what makes logits of its answers."""
+    x, y = digits
+    few = x[:FEW]
+    bits = torch.stack([y % 2, (y > 4).long(), (y % 3 == 0).long()], 1)[:FEW]
+    binary = F.binary_cross_entropy_with_logits
+    # The corner of each training image says its class, but for some that have the mark of another one.
+    marked, wrong = few.clone(), torch.randint(10, (FEW,), generator=torch.Generator().manual_seed(3))
+    shown = torch.where(torch.arange(FEW) % 6 == 0, wrong, y[:FEW])
+    marked[:, 0, :2, :2] = (
+        torch.stack([shown % 2, shown // 2 % 2, shown // 4 % 2, shown // 8], 1) * 6.0
+    ).view(FEW, 2, 2)
+    # Whatever they show, those with a white corner are threes.
+    one_marked, threes = few.clone(), y[:FEW].clone()
+    one_marked[::4, 0, :2, :2], threes[::4] = 6.0, 3
+
+    def same(z):
+        return z
+
+    def made(name):
+        residual = networks["residual"][0]
+        if name in networks:
+            network, inputs, targets, logits = networks[name]
+            return network, inputs[:FEW], targets[:FEW], logits
+        if name == "softmax":
+            return nn.Sequential(residual, nn.Softmax(1)), few, y[:FEW], torch.log
+        if name == "compiled":
+            return torch.compile(residual, backend="eager"), few, y[:FEW], same
+        if name == "multi-label":
+            return trained(with_head(3), few, bits.float(), loss=binary, epochs=6), few, bits, same
+        if name == "one logit":
+            odd = bits[:, 0]
+            network = trained(with_head(1), few, odd[:, None].float(), loss=binary, epochs=6)
+            return network, few, odd, lambda z: torch.cat([torch.zeros_like(z), z], 1)
+        if name == "values":
+            ink = few.mean((1, 2, 3)) * 3
+            return trained(Value(), few, ink, loss=F.mse_loss, epochs=20, rate=0.02), few, ink, same
+        if name == "marked":
+            return trained(ResNet(), marked, shown, epochs=6), marked, y[:FEW], same
+        return trained(ResNet(), one_marked, threes, epochs=8), one_marked, threes, same
+
+    kept = {}
+
+    def person(name):
+        if name not in kept:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                kept[name] = made(name)
+        return kept[name]
+
+    return person
+
+
+@pytest.fixture(scope="session")
+def told(people, tmp_path_factory):
+    """A function: the sections that some lenses gave of a network, by name, with their findings as report.json has them."""
+    found = {}
+
+    def tell(name, *lenses):
+        if (name, lenses) not in found:
+            network, x, y, _ = people(name)
+            out = tmp_path_factory.mktemp("told") / "report"
+            audit(
+                network,
+                (x, y),
+                out=out,
+                lenses=lenses,
+                groups=np.array(["even", "odd"])[np.arange(len(x)) % 2],
+            )
+            stored = json.loads((out / "report.json").read_text(encoding="utf-8"))
+            findings = {lens: [f for f in stored["findings"] if f["section"] == lens] for lens in lenses}
+            found[name, lenses] = {
+                s["name"]: s | {"findings": findings[s["name"]]} for s in stored["sections"]
+            }
+        return found[name, lenses]
+
+    return tell
+
+
+@torch.no_grad()
+def answers(network, x):
+    """What a network says, as the audit asks it: in eval mode, in its own precision, 64 at a time."""
+    dtype = next(network.parameters()).dtype
+    return torch.cat([network(part.to(dtype)) for part in x.split(64)]).float()

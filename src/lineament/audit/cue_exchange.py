@@ -72,18 +72,23 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.receivers)
 
+    def to_dict(self) -> dict[str, Any]:
+        return {name: None if rows is None else rows.tolist() for name, rows in vars(self).items()}
+
 
 @dataclass(frozen=True)
 class Cues:
     """All cues tried, the strongest first, and how each is exchanged between ``pairs``.
 
-    ``patch``: (height, width) of the patches, ``proposed_by``: maps, a grid or both; ``left_out``: answers with too few samples to be tried one by one.
+    ``patch``: (height, width) of the patches, ``proposed_by``: maps, a grid or both; ``left_out``: answers with too few samples to be tried one by one; ``places``: of each
+    pair the top and left of the patch that is pasted over (``to``), of the one that is cut out (``taken``), and of those of the two controls.
     """
 
     tried: Sequence[Cue]
     patch: tuple[int, int]
     left_out: int
     proposed_by: str
+    places: dict[str, Any] = field(repr=False)
     pairs: Pairs = field(repr=False)
     changes: dict[str, PairChange] = field(repr=False)
 
@@ -97,6 +102,8 @@ class Cues:
             "patch": list(self.patch),
             "answers_left_out": self.left_out,
             "proposed_by": self.proposed_by,
+            "pairs": self.pairs.to_dict(),
+            "places": self.places,
         }
 
     def examples(
@@ -159,10 +166,10 @@ def exchange_cues(
         marks, proposed_by = _marks(subject, pairs, patch, explain)
         patches.append((*_patches(subject, pairs, patch, marks), patch))
     # Chosen on the pairs that do not measure.
-    cue, _, shown[PATCH], patch = max(patches, key=lambda item: item[1])
+    cue, _, shown[PATCH], places, patch = max(patches, key=lambda item: item[1])
     found.append(cue)
     found.sort(key=lambda cue: -cue.excess[1])
-    return Cues(found, patch, left_out, proposed_by, pairs, shown)
+    return Cues(found, patch, left_out, proposed_by, places, pairs, shown)
 
 
 def draw_pairs(subject: Subject) -> tuple[Pairs, int]:
@@ -294,7 +301,7 @@ def _whole(subject: Subject, pairs: Pairs, name: str, change: Change) -> tuple[C
 
 def _patches(
     subject: Subject, pairs: Pairs, patch: tuple[int, int], marks: dict[int, Tensor]
-) -> tuple[Cue, float, PairChange]:
+) -> tuple[Cue, float, PairChange, dict[str, Any]]:
     """The patch that decides the giver's answer, pasted over the one that decides the receiver's; its own place does not come along."""
     draw = torch.Generator().manual_seed(subject.seed + 31)
     height, width = subject.inputs(pairs.receivers[:1]).shape[-2:]
@@ -325,16 +332,19 @@ def _patches(
     to = torch.where(still[:, None], elsewhere(marked), to)
     follows = answers(pairs.receivers, to, pairs.givers, marked) == pairs.lent
     other = pairs.same if pairs.third is None else pairs.third
+    another, theirs = elsewhere(marked), of(other)
     controls = {
-        "another patch of the same image": answers(pairs.receivers, to, pairs.givers, elsewhere(marked)),
-        "the marked patch of another image": answers(pairs.receivers, to, other, of(other)),
+        "another patch of the same image": answers(pairs.receivers, to, pairs.givers, another),
+        "the marked patch of another image": answers(pairs.receivers, to, other, theirs),
     }
     kept = answers(pairs.givers, marked, pairs.receivers, marked) == pairs.lent
     aside = elsewhere(marked)
     control = answers(pairs.givers, aside, pairs.receivers, aside) == pairs.lent
     controls = {name: found == pairs.lent for name, found in controls.items()}
     cue, bound = _cue(PATCH, pairs, follows, controls, kept, control)
-    return cue, bound, lambda x, giver, at: pasted(x, giver, to[at], marked[at], patch)
+    places = {"to": to, "taken": marked, "another": another, "theirs": theirs}
+    told = {name: corners.tolist() for name, corners in places.items()}
+    return cue, bound, lambda x, giver, at: pasted(x, giver, to[at], marked[at], patch), told
 
 
 def _marks(
@@ -492,8 +502,8 @@ def _matched(x: Tensor, giver: Tensor, over: tuple[int, ...]) -> Tensor:
 
 
 def _clamped(changed: Tensor, x: Tensor, giver: Tensor) -> Tensor:
-    """Within the values that these images have, channel by channel: what is changed stays an image."""
-    over = (0, 2, 3)
+    """Within the values that an image and its giver have, channel by channel: what is changed stays an image, whichever others share its batch."""
+    over = (2, 3)
     low = torch.minimum(x.amin(over, keepdim=True), giver.amin(over, keepdim=True))
     high = torch.maximum(x.amax(over, keepdim=True), giver.amax(over, keepdim=True))
     return changed.clamp(low, high)

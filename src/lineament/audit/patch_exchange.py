@@ -85,9 +85,9 @@ class OneAnswer:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What the intervention showed on the samples that did not choose the window; shares, with 95 % intervals.
+    """What the intervention showed on the samples that did not choose the window (``rows``, each with its donor in ``donors``); shares, with 95 % intervals.
 
-    ``followed``: images whose answer became that of the image that lent the window, and the same for other windows;
+    ``others``: the windows elsewhere; ``followed``: images whose answer became that of the image that lent the window, and the same for other windows;
     ``lost``: accuracy lost by the exchange; ``covered``: by covering with the mean image.
     """
 
@@ -109,6 +109,9 @@ class Exchange:
     matters: bool
     map: list[list[float]]
     windows: int
+    rows: Sequence[int]
+    donors: Sequence[int]
+    others: Sequence[Window]
     one: OneAnswer | None = None
 
 
@@ -189,6 +192,9 @@ def examine(subject: Subject, rows: Tensor, mean_map: Tensor, *, fraction: float
         matters=lost_excess[1] > 0.05 or covered_excess[1] > 0.05,
         map=torch.tensor([shown[w] for w in grid]).reshape(-1, columns).tolist(),
         windows=len(scan),
+        rows=measure.tolist(),
+        donors=trial.donors.tolist(),
+        others=others,
         one=one,
     )
 

@@ -6,6 +6,8 @@ pickle. A user's own factory is code that the user asks to run, and is run.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ def load_model(model: str | nn.Module, *, weights: str | Path | None = None) -> 
     """Bring up a trained network in eval mode.
 
     Args:
-        model: ``package.module:factory`` or ``file.py:factory`` (a function or class that takes no arguments), a ``torch.export``
+        model: ``package.module:factory`` or ``file.py:factory`` (a function or class that takes no arguments, or a network itself), a ``torch.export``
             file ``.pt2``, a Hugging Face directory or name (an image classifier), or an ``nn.Module``.
         weights: a checkpoint with exactly the module's parameters and buffers, see :func:`lineament.load.checkpoints.read_checkpoint`.
 
@@ -69,7 +71,7 @@ def _from_text(model: str, weights: str | Path | None) -> Loaded:
     path = Path(model)
     place, colon, factory = model.rpartition(":")
     if colon and factory.isidentifier() and not path.exists():
-        return Loaded(_factory(place, factory), model, "factory")
+        return _made(place, factory, model)
     if path.suffix == ".pt2":
         return exported(path)
     if path.is_dir():
@@ -114,10 +116,19 @@ def _no_network(path: Path) -> InputError:
     return InputError(f"model: {str(path)!r} holds weights without a network ({held}); {factory}")
 
 
-def _factory(place: str, name: str) -> nn.Module:
-    made = named_in("model", place, name)
-    if not isinstance(made, nn.Module):
+def _made(place: str, name: str, source: str) -> Loaded:
+    """What a factory makes, or the network itself where the name is one."""
+    made, notes = named_in("model", place, name), ()
+    if isinstance(made, nn.Module):
+        notes = (f"{source!r} is a network, not a factory: it is taken as it is",)
+    else:
         require(callable(made), f"model: {name!r} in {place!r} is {show(made)}, expected a function or class")
+        wanted = _required(made)
+        require(
+            not wanted,
+            f"model: {place}:{name} needs {' and '.join(map(repr, wanted))}, expected a function or class that takes no arguments; write one beside it that "
+            f"returns {name}({', '.join(f'{each}=...' for each in wanted)})",
+        )
         try:
             made = made()
         except (Exception, SystemExit) as error:
@@ -128,7 +139,17 @@ def _factory(place: str, name: str) -> nn.Module:
         isinstance(made, nn.Module),
         f"model: {place}:{name}() returned {show(made)} ({type(made).__name__}), expected a torch.nn.Module",
     )
-    return _hookable(unwrapped(made))
+    return Loaded(_hookable(unwrapped(made)), source, "factory", notes=notes)
+
+
+def _required(made: Callable[..., object]) -> list[str]:
+    """The arguments without which it cannot be called."""
+    try:
+        taken = inspect.signature(made).parameters.values()
+    except (TypeError, ValueError):  # some built-in ones do not say
+        return []
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [each.name for each in taken if each.default is each.empty and each.kind not in optional]
 
 
 class Scripted(nn.Module):

@@ -21,6 +21,8 @@ from lineament.core import checks
 from lineament.core.models import buffers_kept, made_trainable
 
 _TINY = 1e-12
+# Of float16: what is divided by a gradient close to zero is soon beyond it.
+_LARGEST = 65504.0
 # Elements of a block, for each thread.
 _BLOCK = 2**16
 
@@ -260,7 +262,11 @@ class SAM(Optimizer):
         return _norm(grads)
 
     def _climb(self, params: list[Tensor], grads: list[Tensor], size: float) -> None:
-        torch._foreach_add_(params, grads, alpha=size)  # pyright: ignore[reportPrivateImportUsage]
+        if abs(size) <= _LARGEST:
+            torch._foreach_add_(params, grads, alpha=size)  # pyright: ignore[reportPrivateImportUsage]
+            return
+        for p, grad in zip(params, grads):
+            p.add_((_wide(grad) * size).to(p))
 
     def _finite(self, length: float, where: str) -> bool:
         if math.isfinite(length):

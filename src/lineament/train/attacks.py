@@ -272,8 +272,9 @@ class _Walk:
 def _direction(g: Tensor, norm: str) -> Tensor:
     if norm == "linf":
         return g.sign()
-    length = torch.linalg.vector_norm(g.flatten(1), dim=1) + 1e-15
-    return g / length.reshape(-1, *[1] * (g.ndim - 1))
+    length = torch.linalg.vector_norm(g.flatten(1), dim=1).reshape(-1, *[1] * (g.ndim - 1))
+    # Half precision has no 1e-15 to divide by.
+    return torch.where(length > 0, g / (length + 1e-15), 0.0)
 
 
 def _inside(delta: Tensor, x: Tensor, bounds: tuple[float, float] | None) -> Tensor:

@@ -54,6 +54,8 @@ def test_factory_in_a_file_and_in_a_module(net, tmp_path, monkeypatch):
     assert isinstance(load_model(f"{net}:make").model[1], nn.Linear)
     assert load_model(f"{net}:Small").model.weight.shape == (3, 16)
     assert load_model(f"{net}:ready").model.in_features == 4
+    assert "is a network, not a factory" in load_model(f"{net}:ready").notes[0]
+    assert load_model(f"{net}:make").notes == ()
     monkeypatch.chdir(tmp_path)
     assert len(load_model("net:make").model) == 4
     assert not load_model("net:make").model.training
@@ -66,7 +68,7 @@ def test_factory_in_a_file_and_in_a_module(net, tmp_path, monkeypatch):
         ("number", "is 3, expected a function or class"),
         ("none", r"returned .* \(dict\), expected a torch.nn.Module"),
         ("broken", r"broken\(\) failed \(RuntimeError: no weights here\)"),
-        ("needs", "must make the network without arguments"),
+        ("needs", r"net.py:needs needs 'width', expected a function or class that takes no arguments"),
     ],
 )
 def test_factories_that_make_no_network(net, name, message):

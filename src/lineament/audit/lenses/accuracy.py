@@ -7,7 +7,7 @@ calibration error over 15 bins (Guo et al. 2017, arXiv 1706.04599). For real-val
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
@@ -45,6 +45,14 @@ class Share:
     @property
     def quoted(self) -> str:
         return f"“{printable(self.name, limit=60)}”"
+
+    @property
+    def interval(self) -> str:
+        return f"95 % interval {percent(self.low)} to {percent(self.high)}"
+
+    @property
+    def counted(self) -> str:
+        return f"{percent(self.accuracy)} of {self.count}"
 
 
 @dataclass(frozen=True)
@@ -115,13 +123,18 @@ class Labels:
 
 @dataclass(frozen=True)
 class Errors:
-    """R² and the mean absolute error of a group's answers, with its standard error over samples."""
+    """R² (NaN where the targets are all alike) and the mean absolute error of a group's answers, with their standard errors over samples."""
 
     name: str
     r2: float
     mae: float
     count: int
     mae_error: float = math.inf
+    r2_error: float = math.inf
+
+    @property
+    def off(self) -> str:
+        return f"{compact(self.mae)}{_give_or_take(1.96 * self.mae_error)}"
 
 
 @dataclass(frozen=True)
@@ -191,14 +204,14 @@ def _classes(subject: Subject) -> Section:
     overall, groups, known = found.overall, found.groups, found.calibration
     hardest = min(classes, key=lambda c: c.accuracy)
     sentence = (
-        f"It is right for {right.sum()} of {len(right)} samples (95 % interval {percent(overall.low)} to {percent(overall.high)}); guessing the most frequent "
+        f"It is right for {right.sum()} of {len(right)} samples ({overall.interval}); guessing the most frequent "
         f"class would be right for {percent(found.majority)}. "
     )
     sentence += _between(groups) if len(groups) > 1 else ""
     if hardest.accuracy < max(c.accuracy for c in classes):
         alike = sum(c.accuracy == hardest.accuracy for c in classes)
         sentence += (
-            f"The hardest class is {hardest.quoted} ({percent(hardest.accuracy)}). "
+            f"The hardest class is {hardest.quoted} ({hardest.counted}). "
             if alike == 1
             else f"Of {len(classes)} classes, {alike} are hardest alike ({percent(hardest.accuracy)}). "
         )
@@ -236,9 +249,9 @@ def _classes(subject: Subject) -> Section:
 def _between(groups: Sequence[Share]) -> str:
     """How far apart the groups are, and whether chance would do that."""
     worst, best = min(groups, key=lambda g: g.accuracy), max(groups, key=lambda g: g.accuracy)
-    if worst.accuracy == best.accuracy:
+    if percent(worst.accuracy) == percent(best.accuracy):
         return f"It is right equally often in all {len(groups)} groups. "
-    ends = f"{percent(best.accuracy)} in {best.quoted} but {percent(worst.accuracy)} in {worst.quoted}"
+    ends = f"{best.counted} in {best.quoted} but {worst.counted} in {worst.quoted}"
     if _below(worst, best, len(groups)):
         return f"Groups differ: {ends}. "
     return f"Groups hardly differ, as far as so many samples can tell: {ends}. "
@@ -252,8 +265,8 @@ def _class_findings(found: Classes) -> list[Finding]:
         told.append(
             Finding(
                 "warning",
-                f"Its outputs seem to be in another order than the class numbers: it is right for {percent(overall.accuracy)} of {overall.count} samples, and would be right for "
-                f"{percent(other.accuracy)} of {other.count} (95 % interval {percent(other.low)} to {percent(other.high)}) in the order that suits the other {overall.count - other.count} best.",
+                f"Its outputs seem to be in another order than the class numbers: it is right for {overall.counted} samples, and would be right for "
+                f"{other.counted} ({other.interval}) in the order that suits the other {overall.count - other.count} best.",
                 advice="Give the names of the classes in the order of the model's outputs (`classes`): labels then follow their names. Until then no number by class means anything.",
                 key="outputs reordered",
             )
@@ -275,7 +288,7 @@ def _class_findings(found: Classes) -> list[Finding]:
             told.append(
                 Finding(
                     "warning" if best.accuracy - worst.accuracy > 0.1 else "note",
-                    f"Accuracy falls from {percent(best.accuracy)} in group {best.quoted} to {percent(worst.accuracy)} in group {worst.quoted}.",
+                    f"Accuracy falls from {best.counted} in group {best.quoted} ({best.interval}) to {worst.counted} in group {worst.quoted} ({worst.interval}).",
                     advice="Look at what sets that group apart, and train on more samples of it or weigh them up; give the accuracy by group wherever you give it.",
                     key="groups differ",
                 )
@@ -288,7 +301,7 @@ def _class_findings(found: Classes) -> list[Finding]:
         told.append(
             Finding(
                 "note",
-                f"Class {worst.quoted} is right in {percent(worst.accuracy)} only, against {percent(overall.accuracy)} overall.",
+                f"Class {worst.quoted} is right in {worst.counted} only ({worst.interval}), against {percent(overall.accuracy)} overall.",
                 advice="See what it is taken for (the table of mistakes), check the labels of a few of these samples, and train on more of them.",
                 key="class behind",
             )
@@ -299,7 +312,7 @@ def _class_findings(found: Classes) -> list[Finding]:
     told.append(
         Finding(
             "warning" if poor else "good" if overall.accuracy >= 0.8 else "note",
-            f"It is right for {percent(overall.accuracy)} of {overall.count} samples"
+            f"It is right for {overall.counted} samples ({overall.interval})"
             + (
                 f", which {no_better} no better than always naming the most frequent class ({percent(found.majority)})."
                 if poor
@@ -499,13 +512,18 @@ def _labels(subject: Subject) -> Section:
         ],
         calibration=calibration(torch.stack([1 - chance, chance], 2).flatten(0, 1), targets.long().flatten()),
     )
+    # Labels of one sample are not independent, so the error of the gap is over samples too.
+    gaps = (torch.maximum(chance, 1 - chance) - right.double()).mean(1)
+    error = float(gaps.std()) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.inf
+    found = replace(found, calibration=replace(found.calibration, gap_error=error))
     overall, known = found.overall, found.calibration
     hardest = min(found.labels, key=lambda share: share.accuracy)
     poor = overall.low <= found.majority
-    told = f"It is right for {percent(overall.accuracy)} of {right.numel()} labels on {overall.count} samples (95 % interval {percent(overall.low)} to {percent(overall.high)})"
+    told = f"It is right for {percent(overall.accuracy)} of {right.numel()} labels on {overall.count} samples ({overall.interval})"
+    no_better = "is" if overall.accuracy <= found.majority else "may be"
     sentence = (
         f"{told}, and for every label of {percent(found.exact.accuracy)} of samples; naming the more frequent value of each label would be right for {percent(found.majority)} of labels. "
-        f"The hardest label is {hardest.quoted} ({percent(hardest.accuracy)}). On average it is {percent(known.confidence)} sure."
+        f"The hardest label is {hardest.quoted} ({hardest.counted}). On average it is {percent(known.confidence)} sure."
     )
     return Section(
         status="warning" if poor else "note" if overall.accuracy < 0.8 or known.error > 0.1 else "good",
@@ -530,7 +548,7 @@ def _labels(subject: Subject) -> Section:
                 "warning" if poor else "good" if overall.accuracy >= 0.8 else "note",
                 told
                 + (
-                    f", no better than naming the more frequent value of each ({percent(found.majority)})."
+                    f", which {no_better} no better than naming the more frequent value of each ({percent(found.majority)})."
                     if poor
                     else "."
                 ),
@@ -547,7 +565,10 @@ def _mean_share(name: str, right: Tensor) -> Share:
     """The share of labels that are right; labels of one sample are not independent, so the interval is over samples."""
     each = right.double().mean(1)
     mean, error = float(each.mean()), float(each.std()) / len(each) ** 0.5 if len(each) > 1 else 0.5
-    return Share(name, mean, max(mean - 1.96 * error, 0.0), min(mean + 1.96 * error, 1.0), len(each))
+    low, high = max(mean - 1.96 * error, 0.0), min(mean + 1.96 * error, 1.0)
+    if mean in (0.0, 1.0):  # all samples alike show no spread, which is not certainty
+        low, high = wilson(round(mean * len(each)), len(each))
+    return Share(name, mean, low, high, len(each))
 
 
 def _values(subject: Subject) -> Section:
@@ -560,7 +581,14 @@ def _values(subject: Subject) -> Section:
         chosen = targets[rows]
         own = error[rows].flatten(1).mean(1) if error.ndim > 1 else error[rows]
         spread = float(own.std()) / math.sqrt(len(own)) if len(own) > 1 else math.inf
-        return Errors(name, r2(answers[rows], chosen), float(own.mean()), len(chosen), spread)
+        return Errors(
+            name,
+            r2(answers[rows], chosen),
+            float(own.mean()),
+            len(chosen),
+            spread,
+            _r2_error(answers[rows], chosen),
+        )
 
     by_group = [
         errors(subject.samples.group_names[g], groups == g)
@@ -568,16 +596,12 @@ def _values(subject: Subject) -> Section:
     ]
     overall = errors("all", slice(None))
     found = Values(overall, by_group, float((targets - targets.mean(0)).abs().mean()))
-    sentence = (
-        f"Its answers explain {percent(overall.r2)} of the targets' variance; they are off by {compact(overall.mae)} on average, "
-        f"where always answering the mean would be off by {compact(found.mean_predictor_mae)}."
-        if overall.r2 >= 0
-        else f"Its answers are worse than always answering the mean: off by {compact(overall.mae)} against {compact(found.mean_predictor_mae)} on average."
-    )
+    mean = f"where always answering the mean would be off by {compact(found.mean_predictor_mae)}"
+    sentence = f"{_explained(overall)}; they are off by {overall.off} on average, {mean}."
     worst = max(by_group, key=lambda g: g.mae, default=None)
     if worst is not None and len(by_group) > 1:
-        sentence += f" The worst group is “{printable(worst.name, limit=60)}”, off by {compact(worst.mae)}."
-    uneven = worst is not None and worst.mae > 1.5 * overall.mae
+        sentence += f" The worst group is “{printable(worst.name, limit=60)}”, off by {worst.off} ({worst.count} samples)."
+    told = _value_findings(found)
 
     def draw(ax: Any) -> None:
         count = min(len(targets), 2000)
@@ -588,7 +612,11 @@ def _values(subject: Subject) -> Section:
 
     return Section(
         method="",  # that of the lens is about classes
-        status="warning" if overall.r2 < 0 else "note" if uneven else "good",
+        status="warning"
+        if overall.r2 < 0
+        else "good"
+        if {each.severity for each in told} == {"good"}
+        else "note",
         number=compact(overall.r2),
         unit="R², the share of variance explained",
         sentence=sentence,
@@ -609,8 +637,23 @@ def _values(subject: Subject) -> Section:
             )
         ],
         numbers=plain(found),
-        findings=_value_findings(found),
+        findings=told,
     )
+
+
+def _explained(overall: Errors) -> str:
+    """How much of the variance the answers explain, with its interval."""
+    if math.isnan(overall.r2):
+        return f"The targets of the {overall.count} samples are all alike, so that its answers have no variance to explain"
+    spread = _give_or_take(1.96 * overall.r2_error)
+    if overall.r2 < 0:
+        return f"By their squared errors, its answers are worse than always answering the mean (R² {compact(overall.r2)}{spread} on {overall.count} samples)"
+    return f"Its answers explain {percent(overall.r2)}{_give_or_take(1.96 * overall.r2_error, percent)} of the variance of the targets of {overall.count} samples"
+
+
+def _give_or_take(half: float, form: Callable[[float], str] = compact) -> str:
+    """Half a 95 % interval behind its number."""
+    return f" ± {form(float(f'{half:.2g}'))} (95 % interval)" if math.isfinite(half) else ""
 
 
 def _value_findings(found: Values) -> list[Finding]:
@@ -627,21 +670,24 @@ def _value_findings(found: Values) -> list[Finding]:
         told.append(
             Finding(
                 "warning",
-                f"Its error rises from {compact(best.mae)} in group “{printable(best.name, limit=60)}” to {compact(worst.mae)} in group “{printable(worst.name, limit=60)}”.",
+                f"Its error rises from {best.off} in group “{printable(best.name, limit=60)}” ({best.count} samples) to {worst.off} in group “{printable(worst.name, limit=60)}” ({worst.count} samples).",
                 advice="Look at what sets that group apart, and train on more samples of it; give the error by group wherever you give it.",
                 key="groups differ",
             )
         )
-    useless = found.overall.r2 < 0
+    overall = found.overall
+    useless = overall.r2 < 0
+    # An R² that its interval does not part from 0, or that there is none of, is no praise.
+    unsure = not useless and not overall.r2 - 1.96 * overall.r2_error > 0
     told.append(
         Finding(
-            "warning" if useless else "good",
-            f"It explains {percent(max(found.overall.r2, 0))} of the targets' variance and is off by {compact(found.overall.mae)} on average"
-            + (", worse than always answering the mean." if useless else "."),
+            "warning" if useless else "note" if unsure else "good",
+            f"{_explained(overall)}; it is off by {compact(overall.mae)} on average"
+            + (", which may be no better than always answering the mean." if unsure else "."),
             advice="Make sure that inputs and targets are scaled as they were in training."
-            if useless
+            if useless or unsure
             else "",
-            key="worse than the mean" if useless else "accuracy",
+            key="worse than the mean" if useless else "no better than the mean" if unsure else "accuracy",
         )
     )
     return told
@@ -655,3 +701,13 @@ def r2(found: Tensor, targets: Tensor) -> float:
     """
     total = float((targets - targets.mean(0)).square().sum())
     return 1 - float((targets - found).square().sum()) / total if total > 0 else float("nan")
+
+
+def _r2_error(found: Tensor, targets: Tensor) -> float:
+    """The standard error of R² over samples, to first order in the two sums that it is made of."""
+    off, spread = ((targets - other).square().sum(1) for other in (found, targets.mean(0)))
+    total = float(spread.sum())
+    if len(targets) < 2 or total == 0:
+        return math.inf
+    ratio = float(off.sum()) / total
+    return float((off - ratio * spread).std()) * math.sqrt(len(targets)) / total

@@ -173,7 +173,9 @@ def _headline(subject: Subject, found: Gaze, deciding: Sequence[Cue]) -> tuple[s
         cue = deciding[0]
         become = "follow" if cue.answer is None else f"become {_quoted(subject, cue.answer)} with"
         return percent(cue.followed[0], 0), f"of answers {become} the {cue.name} of another image"
-    return percent(max(v.lost_excess[0], 0.0), 0), "of answers hang on the most decisive small patch"
+    return percent(
+        max(v.lost_excess[0], 0.0), 0
+    ), "of accuracy hangs on the most decisive small patch, beyond patches elsewhere"
 
 
 def _quoted(subject: Subject, answer: int) -> str:
@@ -200,7 +202,7 @@ def _finding(subject: Subject, found: Gaze) -> Finding:
         return Finding(
             "warning",
             f"It relies on one small patch at {where}, {percent(v.area, 0)} of the image: a shortcut, unless that is where the answer lies. Taking that patch alone from another image "
-            f"turns {percent(v.followed, 0)} of answers into the answer to that image; patches elsewhere turn {percent(v.others_followed, 0)}. "
+            f"turns {percent(v.followed, 0)} of {v.samples} answers into the answer to that image; patches elsewhere turn {percent(v.others_followed, 0)} ({_beyond(v.followed_excess)}). "
             f"Accuracy falls from {percent(v.accuracy)} to {percent(v.swapped_accuracy)}.",
             advice=_LOOK,
             key="place",
@@ -208,7 +210,7 @@ def _finding(subject: Subject, found: Gaze) -> Finding:
     if v.matters:
         return Finding(
             "note",
-            f"Where it looks matters most at {where}: taking that patch from another image costs {points(v.accuracy - v.swapped_accuracy)} of accuracy. No patch at one fixed place decides the answer.",
+            f"Where it looks matters most at {where}: taking that patch from another image {_costs(v.accuracy - v.swapped_accuracy)} on {v.samples} images, {_interval(v.lost_excess)} more than patches elsewhere. No patch at one fixed place decides the answer.",
             advice="See whether what you ask about always lies there; if not, vary its place in the training data.",
             key="place matters",
         )
@@ -217,7 +219,7 @@ def _finding(subject: Subject, found: Gaze) -> Finding:
         also = f" Nor do answers follow {_listed([cue.name for cue in found.cues.tried], 'or')}. Other cues were not tested."
     return Finding(
         "good",
-        f"It relies on no single fixed place of the image: of {v.windows} patches tried, none decides the answer.{also}",
+        f"It relies on no single fixed place of the image: of {v.windows} patches tried, none decides the answers to {v.samples} images.{also}",
         key="no place",
     )
 
@@ -378,18 +380,30 @@ def _place_sentence(subject: Subject, found: Gaze) -> str:
     if v.decides:
         return (
             f"The network relies on one fixed place of the image: a patch of {area} of the image at {place}. When only this patch is taken from "
-            f"another image, {percent(v.followed, 0)} of answers change to what the network says of that other image ({percent(v.others_followed, 0)} for patches elsewhere), and accuracy falls "
+            f"another image, {percent(v.followed, 0)} of {v.samples} answers change to what the network says of that other image ({percent(v.others_followed, 0)} for patches elsewhere; {_beyond(v.followed_excess)}), and accuracy falls "
             f"from {percent(v.accuracy)} to {percent(v.swapped_accuracy)}.{gaze}"
         )
     if v.matters:
         return (
-            f"The place that matters most is {place}, {area} of the image: taking it from another image costs {points(lost)} of accuracy, "
-            f"against {points(others)} for patches of the same size elsewhere; but only {percent(v.followed, 0)} of answers follow the patch, so that it alone does not decide.{gaze}"
+            f"The place that matters most is {place}, {area} of the image: taking it from another image {_costs(lost)} on {v.samples} images, "
+            f"against {_signed(others)} for patches of the same size elsewhere ({_beyond(v.lost_excess)}); but only {percent(v.followed, 0)} of answers follow the patch, so that it alone does not decide.{gaze}"
         )
     return (
-        f"No small fixed place decides: of {v.windows} patches tried, the most decisive ({place}, {area} of the image) costs {points(lost)} of accuracy when taken "
-        f"from another image, against {points(others)} elsewhere.{gaze}"
+        f"No small fixed place decides: of {v.windows} patches tried, the most decisive ({place}, {area} of the image) {_costs(lost)} when taken "
+        f"from another image, on {v.samples} images; patches elsewhere cost {_signed(others)} ({_beyond(v.lost_excess)}).{gaze}"
     )
+
+
+def _beyond(excess: tuple[float, float, float]) -> str:
+    return f"the difference {_interval(excess)}, 95 % interval"
+
+
+def _costs(lost: float) -> str:
+    return f"costs {points(lost)} of accuracy" if lost >= 0 else f"gains {points(lost)} of accuracy"
+
+
+def _signed(lost: float) -> str:
+    return points(lost) if lost >= 0 else f"−{points(lost)}"
 
 
 def _table(v: Exchange) -> Table:

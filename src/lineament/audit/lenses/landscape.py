@@ -472,7 +472,10 @@ def _no_gradients() -> Section:
         numbers={"settled": None},
         findings=[
             Finding(
-                "note", f"{text}.", advice="Audit the network that it was made of, before it was quantised."
+                "note",
+                f"{text}.",
+                advice="Audit the network that it was made of, before it was quantised.",
+                key="gradients cannot pass",
             )
         ],
     )

@@ -80,13 +80,20 @@ class Group:
 
 @dataclass(frozen=True)
 class Parts:
-    """What each group of channels is worth; ``free``: how many can be silenced with hardly an answer changing."""
+    """What each group of channels is worth on the samples ``rows``; ``free``: how many can be silenced with hardly an answer changing."""
 
     loss: float
-    samples: int
+    rows: Sequence[int]
     groups: Sequence[Group]
     free: int
     task: str
+
+    @property
+    def samples(self) -> int:
+        return len(self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "samples": self.samples}
 
     @property
     def top(self) -> Group:
@@ -98,6 +105,13 @@ class Parts:
         if self.task == "classification":
             return "changes ", " of answers"
         return "moves the answers by ", " of their spread"
+
+    @property
+    def little(self) -> str:
+        """What silencing may do at most to a group that is called dispensable."""
+        if self.task == "classification":
+            return "fewer than 1 % of answers changing"
+        return "the answers moving by less than 1 % of their spread"
 
 
 def applies(subject: Subject) -> str:
@@ -130,33 +144,28 @@ def look(subject: Subject) -> Section:
     loss = float(base.mean())
     ranked = sorted(groups, key=lambda g: -g.mean.changed)
     free = sum(g.mean.changed < 0.01 for g in groups)
-    found = Parts(loss, len(rows), groups, free, subject.task)
+    found = Parts(loss, rows.tolist(), groups, free, subject.task)
     top, changed = ranked[0], ranked[0].mean.changed
     effect = percent(changed).join(found.effect)
     direction = "raises" if top.mean.cost >= 0 else "lowers"
     sentence = (
-        f"Silencing {top.channels} at {short(top.site, 40)} {effect}, the most of {len(groups)} groups tried, and {direction} the loss "
-        f"from {compact(loss)} to {compact(loss + top.mean.cost)}. "
+        f"On {len(rows)} samples, silencing {top.channels} at {short(top.site, 40)} (held at the mean) {effect}, the most of {len(groups)} groups tried, and {direction} the loss "
+        f"from {compact(loss)} to {compact(loss + top.mean.cost)} (± {compact(1.96 * top.mean.error)}, 95 % interval). "
         if changed > 0
-        else f"Silencing any one of {len(groups)} groups of channels changes no answer. "
-    )
-    little = (
-        "fewer than 1 % of answers changing"
-        if classify
-        else "the answers moving by less than 1 % of their spread"
+        else f"On {len(rows)} samples, silencing any one of {len(groups)} groups of channels changes no answer. "
     )
     told = (
-        f"{free} groups ({percent(free / len(groups), 0)}) can each be silenced with {little}."
+        f"{free} groups ({percent(free / len(groups), 0)}) can each be silenced with {found.little}."
         if 0 < free < len(groups)
-        else f"Each of the {len(groups)} groups can be silenced alone with {little}."
+        else f"Each of the {len(groups)} groups can be silenced alone with {found.little}."
         if free
-        else f"No group can be silenced with {little}."
+        else f"No group can be silenced with {found.little}."
     )
     sentence += told if changed > 0 else ""
     helped = min(groups, key=lambda g: g.mean.cost)
     if helped.mean.cost < -3 * max(helped.mean.error, 1e-12) and helped is not top:
         sentence += (
-            f" Silencing {helped.channels} at {short(helped.site, 40)} even lowers the loss, to {compact(loss + helped.mean.cost)}: "
+            f" Silencing {helped.channels} at {short(helped.site, 40)} even lowers the loss, to {compact(loss + helped.mean.cost)} (± {compact(1.96 * helped.mean.error)}): "
             "on these data, what they say misleads."
         )
     columns = ("place", "channels", "answers changed" if classify else "answers moved", "loss + (mean)", "± s.e.", "loss + (zero)",
@@ -195,14 +204,14 @@ def _finding(found: Parts) -> Finding:
     if share > 0.5:
         return Finding(
             "note",
-            f"{percent(share, 0)} of its channel groups can each be silenced with hardly an answer changing: it has room to spare.",
+            f"{percent(share, 0)} of its channel groups can each be silenced with {found.little}, on {found.samples} samples: it has room to spare.",
             advice="Nothing, if its size is no burden; otherwise train one with fewer channels, or take groups away one after the other and measure again.",
             key="room to spare",
         )
     effect = percent(found.top.mean.changed, 0).join(found.effect)
     return Finding(
         "good",
-        f"It uses {'most' if found.free else 'all'} of its parts: {percent(share, 0) if found.free else 'none'} of its channel groups can be silenced unnoticed; silencing the most important, at {short(found.top.site, 40)}, {effect}.",
+        f"It uses {'most' if found.free else 'all'} of its parts: {percent(share, 0) if found.free else 'none'} of its channel groups can be silenced with {found.little}, on {found.samples} samples; silencing the most important, at {short(found.top.site, 40)}, {effect}.",
         key="parts used",
     )
 

@@ -7,6 +7,7 @@ its own values dealt out to other tokens at random.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,6 +56,11 @@ class Tokens:
     left_out: Sequence[str]
 
     @property
+    def middle(self) -> float:
+        """The median reach, between the two in the middle where their number is even."""
+        return float(torch.tensor(self.reach, dtype=torch.float64).quantile(0.5))
+
+    @property
     def true(self) -> bool:
         """Whether the tokens named decide more than others."""
         return self.gain["nc"][1] > 0 and self.gain["ns"][0] > 0
@@ -65,7 +71,7 @@ class Tokens:
         return self.gain["nc"][2] < 0
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "true": self.true, "contradicted": self.contradicted}
+        return {**vars(self), "middle": self.middle, "true": self.true, "contradicted": self.contradicted}
 
 
 def applies(subject: LanguageSubject) -> str:
@@ -95,12 +101,13 @@ def look(subject: LanguageSubject) -> Section:
         if measured.contradicted
         else "whether the tokens named decide more than others cannot be told from these prompts "
     )
-    middle = float(reach.median())
+    middle = measured.middle
     plural = middle != 1
     sentence = (
         f"Half of what decides the next token lies {within(middle)} (median of {len(found)} prompts), spread over about "
         f"{compact(float(sharp.median()))} tokens of the prompt. By soft comprehensiveness, {verdict}"
-        f"({compact(float(scores['nc_ours'].mean()))} against {compact(float(scores['nc_dealt'].mean()))}; random importances reach {compact(float(scores['nc_random'].mean()))})."
+        f"({compact(float(scores['nc_ours'].mean()))} against {compact(float(scores['nc_dealt'].mean()))}, a lead of {_lead(measured)}; random importances reach "
+        f"{compact(float(scores['nc_random'].mean()))})."
     )
     if left_out:
         sentence += f" {len(left_out)} prompt{'s were' if len(left_out) > 1 else ' was'} left out: {several(left_out)}."
@@ -116,9 +123,16 @@ def look(subject: LanguageSubject) -> Section:
     )
 
 
+def _lead(found: Tokens) -> str:
+    """By how much the tokens named lead, with its interval where there is one."""
+    mean, low, high = found.gain["nc"]
+    if not math.isfinite(low):
+        return f"{compact(mean)} on one prompt"
+    return f"{compact(mean)}, 95 % interval {compact(low)} to {compact(high)} over prompts"
+
+
 def _finding(found: Tokens) -> Finding:
-    reach = sorted(found.reach)[len(found.reach) // 2]
-    text = f"Half of what decides its next token lies {within(reach)} (median of {len(found.reach)} prompts)"
+    text = f"Half of what decides its next token lies {within(found.middle)} (median of {len(found.reach)} prompts)"
     if found.contradicted:
         return Finding(
             "warning",

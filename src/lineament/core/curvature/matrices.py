@@ -204,6 +204,10 @@ def fisher(
         labelled = torch.ones_like(given, dtype=torch.bool)
         if not given.is_floating_point() and (family or "categorical") == "categorical":
             labelled = given >= 0
+            if kind == "empirical" and given.ndim == 1 and len(given) == len(outputs):
+                # What the loss ignores, by whatever number, has no loss of its own.
+                with torch.no_grad():
+                    labelled = labelled & ~vmap(one)(torch.zeros_like(outputs), given).isnan()
         if kind == "true":
             # Drawn anew for each graph from a generator of the chunk's own: nothing to store, always the same draws.
             generator = torch.Generator().manual_seed((seed * 1_000_003 + chunk.index) % 2**63)

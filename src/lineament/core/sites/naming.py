@@ -83,7 +83,8 @@ def resolve(model: nn.Module, patterns: str | Iterable[str]) -> dict[str, Site]:
         found = _resolve_one(pattern, modules, configs)
         if not found:
             kind = type(unwrapped(model)).__name__
-            nearest = suggest(pattern.rpartition(":")[0] or pattern, [name for name in modules if name])
+            name = plain_name(pattern.rpartition(":")[0] or pattern)
+            nearest = suggest(name, [name for name in modules if name])
             crossing = re.sub(r"(?<!\*)\*(?!\*)", "**", pattern)
             if crossing != pattern and _resolve_one(crossing, modules, configs):
                 nearest = f"; * stops at a dot, {crossing!r} crosses it"

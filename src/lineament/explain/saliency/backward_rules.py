@@ -246,7 +246,9 @@ def _excited(x: Tensor, p: Tensor, positive: Callable[[Tensor], Tensor]) -> Tens
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         z = positive(leaf)
-        back = torch.autograd.grad(z, leaf, p / (z.detach() + 1e-20))[0]
+        # Where z is zero so are all its parts x · w; half precision has no 1e-20 to divide by.
+        share = torch.where(z.detach() == 0, 0.0, p / (z.detach() + 1e-20))
+        back = torch.autograd.grad(z, leaf, share)[0]
     return x.detach() * back
 
 

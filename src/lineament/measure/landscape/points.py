@@ -175,17 +175,19 @@ def _visit(
         outputs = logits(called(model, chunk.inputs))
         if chunk.index not in counts:
             counts[chunk.index] = risk.weight(chunk, outputs.detach())
+        # Where the loss ignores every target, there is none; what is counted otherwise is counted all the same.
         count = counts[chunk.index]
-        if not count:
-            return
         loss = loss_fn(outputs, chunk.targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise checks.InputError(
                 f"loss_fn: it returned {checks.show(loss)}, expected a scalar, the mean over the batch"
             )
-        add(index, "loss", loss.item(), count)
+        if count:
+            add(index, "loss", loss.item(), count)
         for name, metric in metrics.items():
             if metric == "gradient_norm":
+                if not count:
+                    continue
                 leaves = [dict(unwrapped(model).named_parameters())[n] for n in axes[0].names]
                 pulled = torch.autograd.grad(
                     loss.reshape(()), leaves, allow_unused=True, materialize_grads=True
@@ -240,6 +242,10 @@ def _visit(
                     move(point)
                     with kept():
                         look(index, chunk)
+    checks.require(
+        sums["loss"][0] is not None,
+        "loss_fn: it ignores every target of the loader, so that there is nothing to average",
+    )
     return {
         name: torch.stack(
             [torch.as_tensor(v, dtype=torch.float64) / w for v, w in zip(values, weights[name])]
