@@ -200,6 +200,11 @@ def plain_name(name: str, known: Container[str] = ()) -> str:
     return inner if name not in known and inner in known else name
 
 
+def takes_hooks(module: nn.Module) -> bool:
+    """Whether a module can be watched; those of TorchScript cannot."""
+    return not isinstance(module, torch.jit.RecursiveScriptModule)  # pyright: ignore[reportPrivateImportUsage]
+
+
 def weight_of(module: nn.Module) -> Tensor:
     """A layer's weight as its forward uses it: a parameter, or computed (weight norm, spectral norm, pruning masks, parametrizations).
 

@@ -7,6 +7,7 @@ pickle. A user's own factory is code that the user asks to run, and is run.
 from __future__ import annotations
 
 import inspect
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lineament.core.checks import InputError, require, show
-from lineament.core.models import unwrapped
+from lineament.core.models import takes_hooks, unwrapped
 from lineament.load.checkpoints import ENDINGS, kind_of, listed, read_checkpoint, tensors_by_path
 from lineament.load.exported import exported
 from lineament.load.hub import findable
@@ -164,5 +165,13 @@ class Scripted(nn.Module):
         return self.network(*inputs)
 
 
-def _hookable(model: nn.Module) -> nn.Module:
-    return Scripted(model) if isinstance(model, torch.jit.ScriptModule) else model
+def _hookable(model: Any) -> nn.Module:
+    if not isinstance(model, torch.jit.ScriptModule):
+        return model
+    if takes_hooks(model):
+        # A traced network takes hooks that never run; as a file brings it back, it refuses them.
+        held = io.BytesIO()
+        torch.jit.save(model, held)
+        held.seek(0)
+        model = torch.jit.load(held)
+    return Scripted(model)

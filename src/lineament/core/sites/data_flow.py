@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from lineament.core.models import frozen
+from lineament.core.models import frozen, takes_hooks
 from lineament.core.sites.hooks import eagerly
 
 _PRODUCTS = (
@@ -91,7 +91,7 @@ def last_features(model: nn.Module, example: Tensor) -> tuple[str, tuple[str, ..
 
     with ExitStack() as stack, frozen(model), torch.no_grad(), eagerly():
         for name, module in model.named_modules():
-            if name and not isinstance(module, torch.jit.ScriptModule):
+            if name and takes_hooks(module):
                 for hook in (module.register_forward_pre_hook(enter(name), with_kwargs=True), module.register_forward_hook(leave(name), with_kwargs=True)):  # fmt: skip
                     stack.callback(hook.remove)
         with flow:

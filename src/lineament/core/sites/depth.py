@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from lineament.core.models import frozen
+from lineament.core.models import frozen, takes_hooks
 from lineament.core.sites.activations import capture
 from lineament.core.sites.data_flow import last_features
 from lineament.core.sites.main_tensor import find
@@ -86,7 +86,7 @@ def _ran_once(model: nn.Module, example: Tensor) -> list[str]:
 
     with ExitStack() as hooks, frozen(model), torch.no_grad():
         for name, module in model.named_modules():
-            if name and not isinstance(module, torch.jit.ScriptModule):
+            if name and takes_hooks(module):
                 hooks.callback(module.register_forward_hook(hook(name)).remove)
         model(example)
     return [name for name in ran if calls[name] == 1]

@@ -125,6 +125,7 @@ def edge_patching(
 
     Source: Syed et al. 2023; Rezaei Jafari et al. 2025.
 
+    >>> _ = torch.manual_seed(0)
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> net = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2)).eval()
     >>> clean, corrupt = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 4, 3]])

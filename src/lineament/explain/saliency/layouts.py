@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core import checks
-from lineament.core.models import frozen, unwrapped
+from lineament.core.models import frozen, takes_hooks, unwrapped
 
 LAYOUTS = ("auto", "channels_first", "channels_last", "tokens")
 _MOST_PREFIX = 16
@@ -111,7 +111,7 @@ def default_site(model: nn.Module, images: Tensor) -> str:
         stack.enter_context(frozen(model, requires_grad=None))
         stack.enter_context(torch.no_grad())
         for name, module in body.named_modules():
-            if name and not isinstance(module, torch.jit.ScriptModule):
+            if name and takes_hooks(module):
                 stack.callback(module.register_forward_hook(watch(name)).remove)
         body(images[:1])
     lists = {
