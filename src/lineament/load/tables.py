@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,11 @@ import torch
 from torch import Tensor
 
 from lineament.core.checks import InputError, require, show, suggest
-from lineament.core.results import Readable
 from lineament.data.samples import Samples
 from lineament.load.columns import Choose, as_targets, find_column, with_groups
 
 TABLES = (".csv", ".tsv", ".parquet")
 TARGETS = ("label", "labels", "target", "targets", "y", "class", "outcome")
-TEXTS = ("text", "sentence", "review", "content", "document", "prompt", "body", "title")
 _EMPTY = {"", "na", "n/a", "nan", "null", "none", "?"}
 _WORDS = {"true": 1.0, "false": 0.0}
 # More names than this are no classes.
@@ -85,50 +82,6 @@ def read_table(
     return found if group is None else with_groups(found, np.array(kept[group]))
 
 
-@dataclass(frozen=True)
-class Texts(Readable):
-    """Labelled texts; ``index`` says which of the ``total`` in the file they are."""
-
-    texts: tuple[str, ...]
-    targets: Tensor
-    classes: tuple[str, ...]
-    index: Tensor
-    total: int
-    source: str
-    notes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-
-def read_texts(path: Path, choose: Choose, *, text: str | None = None, targets: str | None = None) -> Texts:
-    """Labelled texts from a table, or from a `.jsonl` file with one object a line.
-
-    Args:
-        text, targets: the columns; found by their usual names by default.
-
-    Raises:
-        InputError: an unreadable file, no such column, no rows.
-    """
-    table = table_of(path)
-    first = find_column("inputs", text, TEXTS, table.names)
-    second = find_column("targets", targets, TARGETS, table.names)
-    total, classes = surveyed(table, [second])
-    rows = choose(total)
-    cells: dict[str, list[str]] = {first: [], second: []}
-    for row in table.walk([first, second], set(rows.tolist())):
-        for name, cell in zip(cells, row):
-            cells[name].append(cell)
-    whole = [bool(words.strip()) and not _empty(label) for words, label in zip(*cells.values())]
-    notes = _left_out(cells, (first, second), rows, whole)
-    rows = rows[np.array(whole)]
-    require(len(rows) > 0, f"data: every row read of {str(path)!r} has an empty cell")
-    kept = {name: [cell for cell, good in zip(column, whole) if good] for name, column in cells.items()}
-    labels, names = targets_of([kept[second]], classes)
-    notes = (*notes, f"texts are column {first!r}, targets column {second!r}")
-    return Texts(tuple(kept[first]), labels, names, torch.from_numpy(rows), total, path.name, notes)
-
-
 class CsvTable:
     """A file with one row a line, cells between commas, semicolons or tabs, quoted or not."""
 
@@ -168,41 +121,6 @@ class CsvTable:
             raise InputError(f"data: {str(self.path)!r} cannot be read as a table ({error})") from error
 
 
-class JsonLines:
-    """A file with one JSON object a line."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.names = list(next(self._rows(), {}))
-        require(bool(self.names), f"data: {str(path)!r} is empty, expected one JSON object a line")
-
-    def walk(self, names: Sequence[str], rows: set[int] | None) -> Iterator[list[str]]:
-        for number, row in enumerate(self._rows()):
-            if rows is None or number in rows:
-                yield ["" if row.get(name) is None else str(row[name]) for name in names]
-
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        import json
-
-        try:
-            with self.path.open(encoding="utf-8-sig") as file:
-                for number, line in enumerate(file, 1):
-                    if not line.strip():
-                        continue
-                    row = json.loads(line)
-                    require(
-                        isinstance(row, dict),
-                        f"data: line {number} of {str(self.path)!r} holds {show(row)}, expected a JSON object",
-                    )
-                    yield row
-        except (UnicodeDecodeError, OSError) as error:
-            raise InputError(f"data: {str(self.path)!r} cannot be read ({error})") from error
-        except InputError:
-            raise
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"data: {str(self.path)!r} holds a line that is no JSON ({error})") from error
-
-
 class ParquetTable:
     """A parquet file, through pyarrow where that is installed."""
 
@@ -237,11 +155,10 @@ class ParquetTable:
             raise InputError(f"data: {str(self.path)!r} is no readable parquet file ({error})") from error
 
 
-def table_of(path: Path) -> CsvTable | JsonLines | ParquetTable:
+def table_of(path: Path) -> CsvTable | ParquetTable:
     """The table in a file, by its ending."""
-    kinds = {".parquet": ParquetTable, ".jsonl": JsonLines, ".ndjson": JsonLines}
     try:
-        return kinds.get(path.suffix.lower(), CsvTable)(path)
+        return ParquetTable(path) if path.suffix.lower() == ".parquet" else CsvTable(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"data: {str(path)!r} cannot be read as a table ({error})") from error
 

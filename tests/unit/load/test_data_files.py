@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from lineament.core.checks import InputError
 from lineament.load.columns import chosen_rows
 from lineament.load.data import load_data
-from lineament.load.tables import read_texts
 
 X = np.random.default_rng(0).integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)
 Y = np.arange(12) % 4
@@ -192,27 +191,6 @@ def test_parquet(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
     with pytest.raises(InputError, match=r"need the package 'pyarrow'.*\.csv"):
         load_data(tmp_path / "a.parquet")
-
-
-def test_labelled_texts_of_tables_and_lines(tmp_path):
-    table = write(tmp_path / "a.csv", 'id,review,label\n1,"good, very",pos\n2,,neg\n3,bad,neg\n')
-    lines = write(tmp_path / "a.jsonl", '{"text": "good", "label": 1}\n\n{"text": "bad", "label": 0}\n')
-    found = read_texts(table, all_rows)
-    assert (
-        found.texts == ("good, very", "bad")
-        and found.targets.tolist() == [1, 0]
-        and found.classes == ("neg", "pos")
-    )
-    assert found.index.tolist() == [0, 2] and "row 2 ('review')" in found.notes[0]
-    assert read_texts(lines, all_rows).texts == ("good", "bad") and read_texts(
-        lines, all_rows
-    ).targets.tolist() == [1, 0]
-    with pytest.raises(InputError, match=r"targets: .*no array called"):
-        read_texts(lines, all_rows, targets=None, text="label") if False else read_texts(
-            write(tmp_path / "b.jsonl", '{"text": "good"}\n'), all_rows
-        )
-    with pytest.raises(InputError, match="no JSON"):
-        read_texts(write(tmp_path / "c.jsonl", '{"text": "a", "label": 1}\n{\n'), all_rows)
 
 
 def idx(path, values):

@@ -87,10 +87,7 @@ def activation_patching(
         tokenizer=tokenizer, attention_mask=attention_mask,
     )  # fmt: skip
     with frozen(model), torch.no_grad():
-        source, source_score = experiment.source()
-        base, base_score = experiment.base()
-        experiment.settle(base, (base_score, source_score))
-        effects = _Effects(experiment, experiment.ablated(source, base), base)
+        effects, base_score, source_score = _prepared(experiment)
         nodes = [
             [(index, position, unit) for position, unit in experiment.nodes(component)]
             for index, component in enumerate(experiment.components)
@@ -158,10 +155,7 @@ def patch_nodes(
             f"nodes: there is no {node.kind!r} in layer {node.layer}; expected layers from 0 to {max((at for _, at in index), default=0)}",
         )
     with frozen(model), torch.no_grad():
-        source, source_score = experiment.source()
-        base, base_score = experiment.base()
-        experiment.settle(base, (base_score, source_score))
-        effects = _Effects(experiment, experiment.ablated(source, base), base)
+        effects, base_score, source_score = _prepared(experiment)
         places = [
             [(index[node.kind, node.layer], node.position, node.unit) for node in group] for group in groups
         ]
@@ -182,6 +176,14 @@ def patch_nodes(
     if experiment.normalise and source_score is not None:
         found = found / (source_score.mean() - base_score.mean())
     return found
+
+
+def _prepared(experiment: Experiment) -> tuple[_Effects, Tensor, Tensor | None]:
+    """Both runs of an experiment: what patches its nodes, and the metric before and where the values come from."""
+    source, source_score = experiment.source()
+    base, base_score = experiment.base()
+    experiment.settle(base, (base_score, source_score))
+    return _Effects(experiment, experiment.ablated(source, base), base), base_score, source_score
 
 
 class _Effects:
