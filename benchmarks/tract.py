@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineament.bench import Row, compare
+from lineament.bench import Row, compare, quick
 from lineament.core.checks import InputError
 from lineament.core.models import logits
 from lineament.learn.tract.layer import tract
@@ -65,16 +65,17 @@ def rows(repeats: int = 7) -> Iterator[Row]:
     draw = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        many, few = (8, 2) if quick() else (32, 8)
         made: list[tuple[str, int, int, Callable[[], nn.Module]]] = [
             (
-                "ResNet-18 (width 64, batch 32 of 32 x 32)",
-                32,
+                f"ResNet-18 (width 64, batch {many} of 32 x 32)",
+                many,
                 32,
                 lambda: network("resnet18", (3, 32, 32), 10, seed=0),
             ),
             (
-                "ViT-Ti (patch 16, batch 8 of 224 x 224)",
-                8,
+                f"ViT-Ti (patch 16, batch {few} of 224 x 224)",
+                few,
                 224,
                 lambda: vision_transformer(192, 12, 3, image=224, patch=16),
             ),
