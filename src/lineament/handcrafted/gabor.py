@@ -57,15 +57,13 @@ def gabor(
     made = []
     filters = len(list(frequencies)) * len(_angles(orientations))
     for part in grey.split(max(1, _PART // (16 * filters * grey[0].numel()))):
-        found = responses(
-            part, frequencies, orientations, bandwidth=bandwidth, dc=dc, border=border
-        )
+        found = responses(part, frequencies, orientations, bandwidth=bandwidth, dc=dc, border=border)
         power = found.square().sum(2)
         still = power == 0  # where the root has no slope
         size = torch.where(still, 0, torch.where(still, 1, power).sqrt())
         mean = rows @ size @ columns.mT
         # By deviations from the cell's mean, as a difference of squares cancels.
-        spread = (rows @ (size - _spread_out(mean, size)).square() @ columns.mT)
+        spread = rows @ (size - _spread_out(mean, size)).square() @ columns.mT
         flat = spread <= torch.finfo(spread.dtype).eps ** 2 * mean.square()
         spread = torch.where(flat, 0, torch.where(flat, 1, spread).sqrt())
         made.append(torch.stack([mean, spread], 2).flatten(1))
@@ -160,7 +158,8 @@ def gabor_kernel_opencv(
     rows, columns = (size, size) if isinstance(size, int) else size
     for side in (rows, columns):
         require(
-            isinstance(side, int) and side > 0 and side % 2 == 1, f"size: got {show(size)}, expected odd sizes"
+            isinstance(side, int) and side > 0 and side % 2 == 1,
+            f"size: got {show(size)}, expected odd sizes",
         )
     number("sigma", sigma, low=0, open_low=True)
     number("wavelength", wavelength, low=0, open_low=True)
@@ -207,9 +206,7 @@ def _through(grey: Tensor, left: Tensor, right: Tensor) -> Tensor:
     half = half.permute(1, 0, 2, 3, 4).reshape(filters, -1, width)
     real, imaginary = (half @ right[:, part] for part in (0, 1))
     real, imaginary = (v.view(filters, count, 2, height, width) for v in (real, imaginary))
-    found = torch.stack(
-        [real[:, :, 0] - imaginary[:, :, 1], real[:, :, 1] + imaginary[:, :, 0]], 2
-    )
+    found = torch.stack([real[:, :, 0] - imaginary[:, :, 1], real[:, :, 1] + imaginary[:, :, 0]], 2)
     return found.transpose(0, 1)
 
 
