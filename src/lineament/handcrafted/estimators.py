@@ -22,6 +22,7 @@ class _Images(TransformerMixin, BaseEstimator):
     """What they share: rows of numbers become images, images become rows of features with names."""
 
     image_shape: Any
+    n_features_in_: int
 
     def fit(self, X: Any, y: Any = None) -> Any:
         """Learn the shape of the images; nothing else, unless the class says so."""
@@ -72,7 +73,7 @@ class _Images(TransformerMixin, BaseEstimator):
             shape = X.shape[1:]
         else:
             flat, shape = X, None
-        flat = validate_data(self, flat, reset=reset, dtype=[np.float64, np.float32, np.uint8])
+        flat: Any = validate_data(self, flat, reset=reset, dtype=[np.float64, np.float32, np.uint8])
         if shape is None:
             shape = self._shape(flat.shape[1])
         images = torch.from_numpy(np.require(flat, requirements=["C", "W"]).reshape(len(flat), *shape))

@@ -122,7 +122,7 @@ def gabor_kernel(
         frequency: f, in cycles a pixel; theta: radians; bandwidth: b, in octaves; n_stds: half the size in σ; offset: phase in radians.
 
     >>> gabor_kernel(0.25).shape
-    torch.Size([13, 13])
+    torch.Size([15, 15])
     """
     number("frequency", frequency, low=0, open_low=True)
     number("n_stds", n_stds, low=0, open_low=True)

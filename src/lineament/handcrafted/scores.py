@@ -71,7 +71,7 @@ def class_scores(
     known = seen if labels is None else listed("labels", labels, "the classes in their order")
     strange = [label for label in seen if label not in known]
     require(not strange, f"labels: {strange[:5]} occur, expected only {known}")
-    each = precision_recall_fscore_support(true, predicted, labels=known, zero_division=zero_division)  # pyright: ignore
+    each: Any = precision_recall_fscore_support(true, predicted, labels=known, zero_division=zero_division)  # pyright: ignore
     macro, weighted, micro = (
         tuple(float(v) for v in precision_recall_fscore_support(
             true, predicted, labels=known, average=how, zero_division=zero_division  # pyright: ignore
