@@ -5,3 +5,7 @@ from .autoencoders import Neurons as Neurons
 from .autoencoders import ReLU as ReLU
 from .autoencoders import TopK as TopK
 from .selection import Selection as Selection
+from .splice import splice as splice
+from .steering import Steer as Steer
+from .steering import as_bias as as_bias
+from .steering import steer as steer
