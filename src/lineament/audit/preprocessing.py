@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lineament.audit.phrases import wilson
+from lineament.core.statistics.shares import wilson
 from lineament.load.model_and_data import ModelAndData
 
 SAMPLES = 300

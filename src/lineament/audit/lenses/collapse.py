@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from lineament.audit.estimates import Estimate, halves
-from lineament.audit.phrases import compact, percent, short, wilson
+from lineament.audit.phrases import compact, percent, short
 from lineament.audit.subject import Subject
+from lineament.core.statistics.shares import wilson
 from lineament.measure.collapse.profile import collapse
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
