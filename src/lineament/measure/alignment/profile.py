@@ -51,7 +51,15 @@ from lineament.measure.alignment.similarity import (
     ridge,
     similarity,
 )
-from lineament.measure.alignment.units import Collected, Reading, Step, Transform, gather, steps_of, text_steps
+from lineament.measure.alignment.units import (
+    Collected,
+    Reading,
+    Step,
+    Transform,
+    gather,
+    steps_of,
+    text_steps,
+)
 
 NULLS = ("shuffled", "rotated", "untrained")
 Sites = str | Sequence[str] | Mapping[str, str] | None
@@ -229,7 +237,11 @@ class SiteAlignment(Readable):
         """Plain numbers and lists, without the moments and the matrix of correlations."""
         left_out = ("moments", "nets", "correlations")
         return {
-            **{name: results.plain(getattr(self, name)) for name in self.__dataclass_fields__ if name not in left_out},
+            **{
+                name: results.plain(getattr(self, name))
+                for name in self.__dataclass_fields__
+                if name not in left_out
+            },
         }
 
     def plot(self, ax: Any = None) -> Any:
@@ -242,7 +254,13 @@ class SiteAlignment(Readable):
         ax.plot(matched[order].numpy(), ".", color="C1", label="one to one")
         for number, (name, null) in enumerate(self.nulls.items()):
             values = null.match.sort(descending=True).values
-            ax.plot(torch.linspace(0, len(order) - 1, len(values)).numpy(), values.numpy(), ":", color=f"C{number + 2}", label=name)
+            ax.plot(
+                torch.linspace(0, len(order) - 1, len(values)).numpy(),
+                values.numpy(),
+                ":",
+                color=f"C{number + 2}",
+                label=name,
+            )
         ax.set(xlabel=f"units of {self.site_a}", ylabel="correlation")
         ax.legend()
         return ax
@@ -318,7 +336,9 @@ class Alignment(Readable):
         ax = results.axes(ax)
         names, values = list(self.sites), list(self.sites.values())
         bars = [site.mean_errors[1] if site.mean_errors else 0.0 for site in values]
-        ax.errorbar(range(len(names)), [site.match_mean for site in values], yerr=bars, fmt="o-", label="one to one")
+        ax.errorbar(
+            range(len(names)), [site.match_mean for site in values], yerr=bars, fmt="o-", label="one to one"
+        )
         for name in dict.fromkeys(null for site in values for null in site.nulls):
             means = [float(site.nulls[name].match.mean()) for site in values]
             ax.plot(range(len(names)), means, ":", label=name)
@@ -357,6 +377,9 @@ class AlignmentOptions:
         tokenizers: of two language models, for which ``data`` is a list of texts.
         keep: rows kept beside the moments, for mutual information.
         checkpoint: a pass that is cut off goes on from there with the same numbers.
+
+    >>> AlignmentOptions().keep
+    4096
     """
 
     resize: str | None = None
@@ -444,7 +467,10 @@ def alignments(
     """
     models = checks.listed("models", models, "networks")
     require(len(models) >= 2, f"models: got {len(models)}, expected at least two networks")
-    require("untrained" not in nulls, "nulls: 'untrained' is for two networks; align an untrained pair beside these")
+    require(
+        "untrained" not in nulls,
+        "nulls: 'untrained' is for two networks; align an untrained pair beside these",
+    )
     changes: list[Transform | None] = [None] * len(models)
     found, groups, notes = _pass(models, data, sites, positions, nulls, blocks, changes, seed, options)
     pairs = [(n, m) for n in range(len(models)) for m in range(n + 1, len(models))]
@@ -489,16 +515,23 @@ def _pass(
     return found, groups, notes
 
 
-def _groups(models: Sequence[nn.Module], sites: Sites, first: Step) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+def _groups(
+    models: Sequence[nn.Module], sites: Sites, first: Step
+) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     """The sites that are aligned with each other, one of each network."""
     if isinstance(sites, Mapping):
-        require(len(models) == 2, f"sites: got a mapping for {len(models)} networks, expected names that all have")
+        require(
+            len(models) == 2, f"sites: got a mapping for {len(models)} networks, expected names that all have"
+        )
         for model, names in zip(models, (list(sites), list(sites.values()))):
             resolve(model, names)
         return list(sites.items()), ()
     if sites is not None and sites != "nearest":
         patterns = [sites] if isinstance(sites, str) else list(sites)
-        own = [list(dict.fromkeys(n for pattern in patterns for n in site_names(model, pattern))) for model in models]
+        own = [
+            list(dict.fromkeys(n for pattern in patterns for n in site_names(model, pattern)))
+            for model in models
+        ]
         common = [name for name in own[0] if all(name in names for names in own[1:])]
         require(
             bool(common),
@@ -550,7 +583,9 @@ def _pair(
     if len(used) > 1 and min(whole.count - kernel.count for kernel in used) >= 4:
         left = [sum(other for other in used if other is not kernel) for kernel in used]
         errors = jackknife([normalised_hsic(each.hsic())[rows][:, columns] for each in left])  # pyright: ignore[reportAttributeAccessIssue]
-    tops = [{group[net]: found.top_samples[number * k + net] for k, group in enumerate(groups)} for net in nets]
+    tops = [
+        {group[net]: found.top_samples[number * k + net] for k, group in enumerate(groups)} for net in nets
+    ]
     return Alignment(sites, found.samples, cka, errors, tops[0], tops[1], notes)
 
 

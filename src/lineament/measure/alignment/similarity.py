@@ -28,7 +28,11 @@ from lineament.measure.alignment.clusters import principal_cosines
 from lineament.measure.alignment.matching import matching, semi_matching
 from lineament.measure.alignment.sparse import least_squares
 
-_ANY, _ROTATION, _ORDER = "any invertible linear map", "rotation and one scale", "order and scale of the units"
+_ANY, _ROTATION, _ORDER = (
+    "any invertible linear map",
+    "rotation and one scale",
+    "order and scale of the units",
+)
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,9 @@ def soft_matching(scores: Float[Tensor, "units_a units_b"]) -> float:
     rows, columns = scores.shape
     if max(rows, columns) % min(rows, columns) == 0:
         # A unit of the narrower side is as many units of the same score: an assignment.
-        wide = scores.repeat_interleave(max(1, columns // rows), 0).repeat_interleave(max(1, rows // columns), 1)
+        wide = scores.repeat_interleave(max(1, columns // rows), 0).repeat_interleave(
+            max(1, rows // columns), 1
+        )
         return matching(wide).mean
     cost = 1 - scores.detach().cpu().double().numpy()
     weights = np.full(rows, 1 / rows), np.full(columns, 1 / columns)
@@ -143,8 +149,9 @@ def _transport(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
     from scipy.sparse import eye, kron, vstack
 
     n, m = cost.shape
-    sums = vstack([kron(eye(n), np.ones((1, m))), kron(np.ones((1, n)), eye(m))], format="csr")
-    found = linprog(cost.ravel(), A_eq=sums[:-1], b_eq=np.concatenate([a, b])[:-1], method="highs")
+    # The last column's sum follows from the others.
+    sums = vstack([kron(eye(n), np.ones((1, m))), kron(np.ones((1, n)), eye(m - 1, m))])
+    found = linprog(cost.ravel(), A_eq=sums, b_eq=np.concatenate([a, b[:-1]]), method="highs")
     return float(found.fun)
 
 
@@ -176,7 +183,11 @@ class KernelSums(Stream):
         zero = torch.zeros(layers, sum(self.sizes), dtype=torch.float64)
         # Of k_i = |x_i - shift|² for each layer: Σ k, Σ k kᵀ, Σ k (x - shift)ᵀ.
         self.shift = shift
-        self.norms, self.products, self.weighted = zero.new_zeros(layers), zero.new_zeros(layers, layers), zero
+        self.norms, self.products, self.weighted = (
+            zero.new_zeros(layers),
+            zero.new_zeros(layers, layers),
+            zero,
+        )
 
     @property
     def count(self) -> int:
@@ -239,7 +250,9 @@ class KernelSums(Stream):
         norms = self.norms - 2 * spread @ sums + n * length
         kk = self.products - 2 * along - 2 * along.T + 4 * spread @ moments @ spread.T
         lone = self.norms - 2 * spread @ sums  # Σ (k - 2 m·u)
-        products = kk + torch.outer(lone, length) + torch.outer(length, lone) + n * torch.outer(length, length)
+        products = (
+            kk + torch.outer(lone, length) + torch.outer(length, lone) + n * torch.outer(length, length)
+        )
         ku = self.weighted - 2 * spread @ moments + torch.outer(length, sums)
         return norms, products, ku - torch.outer(norms, move)
 
@@ -249,9 +262,8 @@ class KernelSums(Stream):
         n = self.count
         norms, products, _ = self._around(self.covariance.mean.cpu())
         scatter = self.covariance.scatter.cpu().square()
-        ends = np.cumsum([0, *self.sizes])
-        rows = torch.stack([scatter[i:j].sum(0) for i, j in zip(ends, ends[1:])])
-        squares = torch.stack([rows[:, i:j].sum(1) for i, j in zip(ends, ends[1:])], 1)
+        rows = torch.stack([part.sum(0) for part in scatter.split(self.sizes)])
+        squares = torch.stack([part.sum(1) for part in rows.split(self.sizes, 1)], 1)
         found = squares - products * (1 + 2 / (n - 2)) + torch.outer(norms, norms) / ((n - 1) * (n - 2))
         return found / (n * (n - 3))
 
@@ -264,6 +276,12 @@ class BatchKernels(Stream):
     """Debiased HSIC averaged over batches (Nguyen, Raghu, Kornblith 2021), for features too wide for :class:`KernelSums`: flattened maps.
 
     Each layer's kernel of a batch is made once and all pairs are one product; it is unbiased as well, and noisier the smaller the batches.
+
+    >>> maps = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    >>> kernels = BatchKernels(2)
+    >>> kernels.update([maps, 2 * maps])
+    >>> round(float(kernels.cka()[0, 1]), 6)
+    1.0
     """
 
     _saved = ("layers", "count", "total")
@@ -373,5 +391,3 @@ def _explained(a: Tensor, b: Tensor, ab: Tensor, a2: Tensor, b2: Tensor, ab2: Te
     rest = b2.diagonal() - 2 * (weights * ab2).sum(0) + (weights * (a2 @ weights)).sum(0)
     living = b2.diagonal() > 0
     return float((1 - rest[living] / b2.diagonal()[living]).mean()) if bool(living.any()) else 0.0
-
-

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.batching import auto_batch, progress
-from lineament.core.checks import InputError, NotFiniteError, require, show
 from lineament.core.checkpoint import Checkpoint
+from lineament.core.checks import InputError, NotFiniteError, require, show
 from lineament.core.models import called, device_of, frozen, moved, unwrapped
 from lineament.core.sites.activations import Activations, capture
 from lineament.data.samples import Samples
@@ -190,9 +190,11 @@ def _fitted(
     """The same places of every network, (sample, place, unit)."""
     spaces = [tuple(each.shape[1:-1]) for each in held]
     if len(set(spaces)) > 1:
-        named = " and ".join(f"{site!r} of {' x '.join(map(str, s)) or 'no'} positions" for site, s in zip(group, spaces))
+        named = " and ".join(
+            f"{site!r} of {' x '.join(map(str, s)) or 'no'} positions" for site, s in zip(group, spaces)
+        )
         require(
-            reading.resize == "pool" and len({len(s) for s in spaces if s} ) <= 1,
+            reading.resize == "pool" and len({len(s) for s in spaces if s}) <= 1,
             f"sites: {named} do not meet; choose sites of one size, or resize='pool' to average the larger map down to the smaller",
         )
         least = tuple(map(min, zip(*spaces))) if all(spaces) else ()
@@ -300,14 +302,19 @@ def steps_of(models: Sequence[nn.Module], data: Any, others: Any = None, *, seed
     if isinstance(data, (str, Path, Samples)):
         samples = data if isinstance(data, Samples) else load_data(data, samples=2**31)
         layouts = [find_layout(model, samples, (), (), 2)[0] for model in models]
-        views = [Indexed(_Given(samples, layout, model), samples.targets) for model, layout in zip(models, layouts)]
+        views = [
+            Indexed(_Given(samples, layout, model), samples.targets) for model, layout in zip(models, layouts)
+        ]
     else:
         views = [source(_batched(data))] * len(models)
     if others is not None:
         views = [views[0], *[source(_batched(others))] * (len(models) - 1)]
     if all(isinstance(view, Indexed) for view in views):
         counts = [len(view) for view in views]
-        require(len(set(counts)) == 1, f"data: {counts[0]} samples for one network and {max(counts[1:])} for the other, expected the same samples")
+        require(
+            len(set(counts)) == 1,
+            f"data: {counts[0]} samples for one network and {max(counts[1:])} for the other, expected the same samples",
+        )
         return _Shuffled(views, seed)
     return _Streamed(views)
 
@@ -391,21 +398,29 @@ def _batched(data: Any) -> Any:
     return data
 
 
-def text_steps(texts: Sequence[str], tokenizers: Sequence[Any], *, positions: int, seed: int = 0) -> list[Step]:
+def text_steps(
+    texts: Sequence[str], tokenizers: Sequence[Any], *, positions: int, seed: int = 0
+) -> list[Step]:
     """Texts for several language models: at the ends of the words that every tokenizer cuts there.
 
     Raises:
         InputError: a tokenizer that does not say which characters its tokens stand for; texts without a common place.
     """
     texts = checks.listed("data", texts, "texts")
-    require(all(isinstance(text, str) for text in texts), f"data: got {show(texts)}, expected texts, as there are tokenizers")
+    require(
+        all(isinstance(text, str) for text in texts),
+        f"data: got {show(texts)}, expected texts, as there are tokenizers",
+    )
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
     steps = []
     for rows in order.split(16):
         cut = [[_tokens(tokenizer, texts[int(row)]) for row in rows] for tokenizer in tokenizers]
         kept, places = [], []
         for at, row in enumerate(rows.tolist()):
-            ends = [{end: token for token, end in enumerate(net[at][1]) if _word_ends(texts[row], end)} for net in cut]
+            ends = [
+                {end: token for token, end in enumerate(net[at][1]) if _word_ends(texts[row], end)}
+                for net in cut
+            ]
             common = sorted(set.intersection(*map(set, ends)))
             if len(common) > positions:
                 generator = torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63)
@@ -424,7 +439,9 @@ def text_steps(texts: Sequence[str], tokenizers: Sequence[Any], *, positions: in
         ]
         inputs = [_padded([net[at][0] for at in kept]) for net in cut]
         steps.append(Step(inputs, rows[kept], index, present))
-    require(bool(steps), "data: in no text do the tokenizers end a word at the same place; expected plain texts")
+    require(
+        bool(steps), "data: in no text do the tokenizers end a word at the same place; expected plain texts"
+    )
     return steps
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -107,7 +108,9 @@ def test_other_architectures_meet_at_the_same_depth(images) -> None:
 
 def test_other_sizes_are_refused_or_pooled(images) -> None:
     pair = prepared(cnn()), prepared(cnn(1, stride=2))
-    with pytest.raises(InputError, match="'1' of 6 x 6 positions and '1' of 3 x 3 positions do not meet.*resize='pool'"):
+    with pytest.raises(
+        InputError, match=r"'1' of 6 x 6 positions and '1' of 3 x 3 positions do not meet.*resize='pool'"
+    ):
         alignment(*pair, images, sites="1")
     found = alignment(*pair, images, sites="1", options=AlignmentOptions(resize="pool"))
     assert found["1"].samples == 120 * 9
@@ -127,7 +130,9 @@ def test_other_samples_are_refused(images, nets) -> None:
     loaders = [DataLoader(TensorDataset(*images), batch_size=30), [(images[0][:30], images[1][:30])]]
     with pytest.raises(InputError, match="ends before the other"):
         alignment(*nets, loaders[0], sites="1", options=AlignmentOptions(data_b=loaders[1]))
-    scaled = alignment(nets[0], nets[0], images, sites="1", options=AlignmentOptions(data_b=(2 * images[0], images[1])))
+    scaled = alignment(
+        nets[0], nets[0], images, sites="1", options=AlignmentOptions(data_b=(2 * images[0], images[1]))
+    )
     assert scaled["1"].match_mean > 0.9
 
 
@@ -197,7 +202,9 @@ def test_precision_and_compiled_networks(kind: str, images, nets) -> None:
     dtype = getattr(torch, kind)
     pair = [copy.deepcopy(net).to(dtype) for net in nets]
     found = alignment(*pair, (x.to(dtype), images[1]), sites="1")["1"]
-    torch.testing.assert_close(found.correlations, whole.correlations, rtol=0, atol=1e-5 if kind == "double" else 0.03)
+    torch.testing.assert_close(
+        found.correlations, whole.correlations, rtol=0, atol=1e-5 if kind == "double" else 0.03
+    )
 
 
 def test_all_pairs_in_one_pass(images) -> None:
@@ -240,7 +247,7 @@ def test_language_models_meet_at_common_word_ends() -> None:
             for at in range(1, len(text) + 1):
                 if at == len(text) or text[at] == " " or at - cuts[-1] == self.size:
                     cuts.append(at)
-            pairs = list(zip(cuts, cuts[1:]))
+            pairs = list(pairwise(cuts))
             return {"input_ids": [sum(map(ord, text[a:b])) % 50 for a, b in pairs], "offset_mapping": pairs}
 
     class Toy(nn.Module):
@@ -252,7 +259,24 @@ def test_language_models_meet_at_common_word_ends() -> None:
         def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
             return self.mix(self.embed(input_ids).cumsum(1))
 
-    words = "the cat sat on a mat while another animal was looking at it from the roof".split()
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "a",
+        "mat",
+        "while",
+        "another",
+        "animal",
+        "was",
+        "looking",
+        "at",
+        "it",
+        "from",
+        "the",
+        "roof",
+    ]
     texts = [" ".join(words[k % 9 : k % 9 + 3 + k % 5]) for k in range(40)]
     options = AlignmentOptions(tokenizers=(Words(3), Words(2)))
     found = alignment(Toy(0), Toy(1), texts, sites="mix", options=options)["mix"]

@@ -38,9 +38,9 @@ def measured(name: str, x: Tensor, y: Tensor) -> float:
 
 def song(x: Tensor, y: Tensor) -> float:
     n = len(x)
-    k, l = ((v @ v.T).fill_diagonal_(0.0) for v in (x, y))
+    k, m = ((v @ v.T).fill_diagonal_(0.0) for v in (x, y))
     ones = torch.ones(n, dtype=x.dtype)
-    value = (k @ l).trace() + k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * ones @ k @ l @ ones
+    value = (k @ m).trace() + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * ones @ k @ m @ ones
     return float(value / (n * (n - 3)))
 
 
@@ -83,7 +83,9 @@ def test_debiased_cka_is_songs_estimator(shift: float) -> None:
     for i, a in enumerate(centred):
         for j, b in enumerate(centred):
             assert float(found[i, j]) == pytest.approx(song(a, b), rel=1e-10 if shift else 1e-12)
-    assert float(KernelSums.from_state_dict(parts[0].state_dict()).hsic()[0, 1]) == float(parts[0].hsic()[0, 1])
+    assert float(KernelSums.from_state_dict(parts[0].state_dict()).hsic()[0, 1]) == float(
+        parts[0].hsic()[0, 1]
+    )
 
 
 def test_one_batch_of_kernels_is_the_whole() -> None:
