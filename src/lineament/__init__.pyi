@@ -12,6 +12,7 @@ from . import optim as optim
 from . import papers as papers
 from . import recipes as recipes
 from . import train as train
+from .audit.compare import compare as compare
 from .audit.run import audit as audit
 from .core import curvature as curvature
 from .core import readouts as readouts

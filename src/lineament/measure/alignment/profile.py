@@ -9,7 +9,7 @@ its nulls: other images at the same position ("shuffled"), the other network's u
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -138,7 +138,7 @@ class SiteAlignment(Readable):
         return _parts(self.moments.total(), self.moments, self.nets)
 
     def sparse_maps(
-        self, penalties: Sequence[float] = sparse.PENALTIES, *, reverse: bool = False
+        self, penalties: Sequence[float] = sparse.PENALTIES, *, reverse: bool = False, tolerance: float = 1e-6
     ) -> sparse.SparseMaps:
         """Each unit of b from a few units of a (``reverse``: of a from b's), fitted on some images and judged on the others.
 
@@ -161,7 +161,7 @@ class SiteAlignment(Readable):
         )
         (g, q), (g2, q2) = ((t[used[0]][:, used[0]], t[used[0]][:, used[1]]) for t in tables)
         v, v2 = (t.diagonal()[used[1]] for t in tables)
-        weights = sparse.lasso_path(g, q, penalties, polish=False)
+        weights = sparse.lasso_path(g, q, penalties, tolerance=tolerance, polish=False)
         best = q.abs().argmax(0)
         targets = torch.arange(len(best))
         single = torch.zeros_like(q.T)
@@ -477,6 +477,31 @@ def alignments(
     return Alignments({pair: _pair(found, groups, pair, nulls, held_out, seed, notes) for pair in pairs})
 
 
+def aligned(
+    models: Sequence[nn.Module],
+    sites: Sites,
+    steps: Sequence[Step],
+    reading: Reading,
+    checkpoint: Checkpoint | None = None,
+    nulls: Sequence[str] = ("shuffled", "rotated"),
+) -> tuple[Alignment, list[Tensor]]:
+    """The alignment of two networks over steps that were made for them, and what each answered where ``reading`` asks for it, by the samples' numbers."""
+    groups, notes = _groups(models, sites, steps[0])
+    if sites == "nearest" or (sites is None and any(len(set(group)) > 1 for group in groups)):
+        reading = replace(reading, resize="pool")
+    found = gather(models, groups, steps, reading, checkpoint=checkpoint)
+    _enough(found, reading.blocks)
+    answers = [found.answered(net) for net in range(len(found.answers))]
+    return _pair(found, groups, (0, 1), nulls, 0.5, reading.seed, notes), answers
+
+
+def _enough(found: Collected, blocks: int) -> None:
+    require(
+        found.samples >= 2 * blocks,
+        f"data: got {found.samples} samples in {blocks} blocks, expected at least {2 * blocks}, or fewer blocks",
+    )
+
+
 def _pass(
     models: Sequence[nn.Module],
     data: Any,
@@ -508,10 +533,7 @@ def _pass(
     resize = "pool" if nearest else options.resize
     reading = Reading(positions, blocks, gathered, resize, seed, options.keep)
     found = gather(models, groups, steps, reading, transforms=changes, checkpoint=options.checkpoint)
-    require(
-        found.samples >= 2 * blocks,
-        f"data: got {found.samples} samples in {blocks} blocks, expected at least {2 * blocks}, or fewer blocks",
-    )
+    _enough(found, blocks)
     return found, groups, notes
 
 

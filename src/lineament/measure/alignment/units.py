@@ -23,7 +23,7 @@ from lineament.core import checks
 from lineament.core.batching import auto_batch, progress
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, NotFiniteError, require, show
-from lineament.core.models import called, device_of, frozen, moved, unwrapped
+from lineament.core.models import called, device_of, frozen, logits, moved, unwrapped
 from lineament.core.sites.activations import Activations, capture
 from lineament.data.samples import Samples
 from lineament.load.data import load_data
@@ -57,6 +57,8 @@ class Collected:
     kernels: list[KernelSums] = field(default_factory=list)  # by blocks of images
     top_values: list[Tensor] = field(default_factory=list)  # of each site of each network (k, units)
     top_samples: list[Tensor] = field(default_factory=list)
+    answers: list[Tensor] = field(default_factory=list)  # of each network, in the order of ``order``
+    order: list[Tensor] = field(default_factory=list)
     samples: int = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,6 +67,8 @@ class Collected:
             "kernels": [each.state_dict() for each in self.kernels],
             "top_values": self.top_values,
             "top_samples": self.top_samples,
+            "answers": self.answers,
+            "order": self.order,
             "samples": self.samples,
         }
 
@@ -72,7 +76,13 @@ class Collected:
         self.moments = [JointMoments.from_state_dict(each) for each in state["moments"]]
         self.kernels = [KernelSums.from_state_dict(each) for each in state["kernels"]]
         self.top_values, self.top_samples = list(state["top_values"]), list(state["top_samples"])
+        self.answers, self.order = list(state["answers"]), list(state["order"])
         self.samples = state["samples"]
+
+    def answered(self, net: int) -> Float[Tensor, "samples outputs"]:
+        """What a network answered, by the samples' numbers."""
+        order = torch.cat(self.order)
+        return self.answers[net][order.argsort()]
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,7 @@ class Reading:
     resize: str | None = None
     seed: int = 0
     keep: int = 4096
+    answers: bool = False  # keep what the networks answer, too
 
 
 def gather(
@@ -108,11 +119,15 @@ def gather(
         for number, model in enumerate(models):
             stack.enter_context(frozen(model, requires_grad=None))
             sites = list(dict.fromkeys(group[number] for group in groups))
-            acts.append(stack.enter_context(capture(model, sites, stop_early=True)))
+            acts.append(stack.enter_context(capture(model, sites, stop_early=not reading.answers)))
         stack.enter_context(torch.no_grad())
         for step in _walked(steps, collected, checkpoint):
-            for part, units in _read(models, groups, step, acts, transforms, reading):
+            for part, units, answers in _read(models, groups, step, acts, transforms, reading):
                 _take(collected, part, units, reading)
+                if reading.answers:
+                    before = collected.answers or [answer[:0] for answer in answers]
+                    collected.answers = [torch.cat(pair) for pair in zip(before, answers)]
+                    collected.order.append(part.samples)
     require(collected.samples > 0, "data: got no batches, expected at least one")
     return collected
 
@@ -132,18 +147,22 @@ def _read(
     acts: Sequence[Activations],
     transforms: Sequence[Transform | None],
     reading: Reading,
-) -> Iterator[tuple[Step, list[list[Tensor]]]]:
-    """What the units of each group hold, (sample, place, unit) of each network; fewer samples at a time where memory runs out."""
+) -> Iterator[tuple[Step, list[list[Tensor]], list[Tensor]]]:
+    """What the units of each group hold, (sample, place, unit) of each network, and what the networks answer; fewer samples at a time where memory runs out."""
 
-    def forward(start: int, stop: int) -> tuple[Step, list[list[Tensor]]]:
+    def forward(start: int, stop: int) -> tuple[Step, list[list[Tensor]], list[Tensor]]:
         part = Step(
             [_rows(inputs, start, stop) for inputs in step.inputs],
             step.samples[start:stop],
             None if step.places is None else [p[start:stop] for p in step.places],
             None if step.present is None else step.present[start:stop],
         )
-        for model, inputs in zip(models, part.inputs):
-            called(model, moved(inputs, device_of(model)))
+        answers = [
+            called(model, moved(inputs, device_of(model))) for model, inputs in zip(models, part.inputs)
+        ]
+        answers = (
+            [logits(a).reshape(stop - start, -1).float().cpu() for a in answers] if reading.answers else []
+        )
         found = []
         for group in groups:
             held = [
@@ -151,7 +170,7 @@ def _read(
                 for n, site in enumerate(group)
             ]
             found.append(_fitted(group, held, transforms, reading))
-        return part, found
+        return part, found, answers
 
     yield from auto_batch(forward, len(step.samples), memory=(gather, tuple(map(id, models))))
 
