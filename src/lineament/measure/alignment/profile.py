@@ -25,11 +25,11 @@ from lineament.core.results import Readable
 from lineament.core.sites.depth import default_sites
 from lineament.core.sites.naming import resolve
 from lineament.core.sites.naming import sites as site_names
-from lineament.core.statistics.moments import Covariance
 from lineament.measure.alignment import information, sparse
 from lineament.measure.alignment.clusters import UnitClusters, unit_clusters
 from lineament.measure.alignment.joint import (
     JointMoments,
+    Second,
     alive,
     correlations_of,
     jackknife,
@@ -45,7 +45,7 @@ from lineament.measure.alignment.matching import (
 )
 from lineament.measure.alignment.similarity import (
     MEASURES,
-    KernelSums,
+    kernel_blocks,
     normalised_hsic,
     refused,
     ridge,
@@ -212,7 +212,7 @@ class SiteAlignment(Readable):
         found = []
         living = [~torch.isin(torch.arange(len(m)), torch.tensor(d, dtype=torch.long)) for m, d in
                   ((self._moments[0], self.dead_a), (self._moments[1], self.dead_b))]  # fmt: skip
-        wholes = self.moments.left_out() if errors else []
+        wholes = self.moments.left_out() if errors else ()
         left = [_alive_parts(_parts(whole, self.moments, self.nets), living) for whole in wholes]
         for name in list(MEASURES) if names is None else names:
             measure = MEASURES[checks.one_of("names", name, MEASURES)]
@@ -598,13 +598,9 @@ def _pair(
         sites[name] = made
     number = len(groups[0])
     rows, columns = ([number * k + net for k in range(len(groups))] for net in nets)
-    whole: KernelSums = sum(found.kernels)  # pyright: ignore[reportAssignmentType]
-    cka = whole.cka()[rows][:, columns]
-    errors = None
-    used = [kernel for kernel in found.kernels if kernel.count]
-    if len(used) > 1 and min(whole.count - kernel.count for kernel in used) >= 4:
-        left = [sum(other for other in used if other is not kernel) for kernel in used]
-        errors = jackknife([normalised_hsic(each.hsic())[rows][:, columns] for each in left])  # pyright: ignore[reportAttributeAccessIssue]
+    whole, left = kernel_blocks(found.kernels)
+    cka = normalised_hsic(whole)[rows][:, columns]
+    errors = jackknife([normalised_hsic(each)[rows][:, columns] for each in left]) if left else None
     tops = [
         {group[net]: found.top_samples[number * k + net] for k, group in enumerate(groups)} for net in nets
     ]
@@ -673,7 +669,7 @@ def _mean(values: Tensor) -> Tensor:
     return values.double().mean() if len(values) else torch.zeros((), dtype=torch.float64)
 
 
-def _parts(whole: Covariance, moments: JointMoments, nets: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def _parts(whole: Second, moments: JointMoments, nets: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     covariance = whole.covariance.cpu()
     one, two = moments.slice(nets[0]), moments.slice(nets[1])
     return covariance[one, one], covariance[two, two], covariance[one, two]

@@ -254,8 +254,10 @@ def _take(collected: Collected, step: Step, units: list[list[Tensor]], reading: 
             )
         flat = [each for group in units for each in group]
         widths = [each.shape[2] for each in flat]
+        # One point near the data for all blocks, so that their sums add up as they are.
+        centre = torch.cat([_mean(each, step.present).double().cpu().mean(0) for each in flat])
         number = min(reading.blocks, max(_KERNEL_BYTES // (8 * sum(widths) ** 2), 1))
-        collected.kernels = [KernelSums(widths) for _ in range(number)]
+        collected.kernels = [KernelSums(widths, centre) for _ in range(number)]
         collected.top_values = [torch.zeros(0, each.shape[2]) for each in flat]
         collected.top_samples = [torch.zeros(0, each.shape[2], dtype=torch.long) for each in flat]
     dealt = collected.moments[0]._dealt(len(step.samples))
