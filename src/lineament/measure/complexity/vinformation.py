@@ -401,7 +401,7 @@ class Residuals:
             form: ``"ratio"`` gives 1 - MSE / Var over these samples, ``"difference"`` (Var - MSE) over the variance of the training samples. Both
                 take the deviations from the training mean.
         """
-        _kinds(variance, form)
+        kinds(variance, form)
         require(self.count > 0, "samples: got none to judge the read-outs on, expected at least one")
         n, readouts = self.count, self.readouts
         constant = readouts.variance.isnan() | (self.high <= self.low)
@@ -460,7 +460,7 @@ class Residuals:
         ]
 
 
-def _kinds(variance: str, form: str) -> None:
+def kinds(variance: str, form: str) -> None:
     checks.one_of("variance", variance, ("fixed", "learned"))
     checks.one_of("form", form, ("ratio", "difference"))
 
@@ -512,7 +512,7 @@ def vinformation(
     >>> [round(value, 4) for value in found.complexity.tolist()]
     [0.0, 1.0]
     """
-    _kinds(variance, form)
+    kinds(variance, form)
     moments = ReadoutMoments()
     named = _named(activations)
     moments.update(named, z)
