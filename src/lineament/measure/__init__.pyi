@@ -19,3 +19,7 @@ from .landscape.network_axes import Trajectory as Trajectory
 from .landscape.network_axes import optimizer_axes as optimizer_axes
 from .landscape.network_axes import trajectory_axes as trajectory_axes
 from .landscape.points import evaluate as evaluate
+from .shortcuts.ntk import empirical_ntk as empirical_ntk
+from .shortcuts.ntk import kernel_ridge as kernel_ridge
+from .shortcuts.reliance import linear_reliance as linear_reliance
+from .shortcuts.reliance import reliance as reliance
