@@ -38,7 +38,10 @@ def without(result: Complexity, *sites: str) -> Float[Tensor, " features"]:
     [0.0]
     """
     for site in sites:
-        require(site in result.sites, f"sites: got {site!r}, which was not read{checks.suggest(site, result.sites)}")
+        require(
+            site in result.sites,
+            f"sites: got {site!r}, which was not read{checks.suggest(site, result.sites)}",
+        )
     left = [number for number, site in enumerate(result.sites) if site not in sites]
     require(bool(left), "sites: none would be left")
     return 1 - result.information[left].mean(0)
@@ -74,6 +77,7 @@ def temporal_score(
         InputError: no checkpoint, one that does not fit the network, features without a site where none is given.
 
     >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2))
     >>> found = temporal_score(net, [net.state_dict()], (x, torch.zeros(200)), "1", site="2:in")
     >>> found.sites, bool(found.complexity.max() < 0.01)
@@ -82,8 +86,13 @@ def temporal_score(
     kinds(variance, form)
     named = _named(checkpoints)
     place = site or site_of(model, features)
-    require(place is not None, "site: the features have none of their own; name the site where the checkpoints are read")
-    reading = Reading(model, data, features, sites=str(place), pool=pool, rows=rows, heldout=heldout, seed=seed)
+    require(
+        place is not None,
+        "site: the features have none of their own; name the site where the checkpoints are read",
+    )
+    reading = Reading(
+        model, data, features, sites=str(place), pool=pool, rows=rows, heldout=heldout, seed=seed
+    )
     require(len(reading.sites) == 1, f"site: {site!r} names {len(reading.sites)} sites, expected one")
     states = {name: weights_of(model, value, name) for name, value in named.items()}
     moments = ReadoutMoments()
@@ -98,7 +107,9 @@ def temporal_score(
 
 
 def _named(checkpoints: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
-    several = isinstance(checkpoints, Mapping) and not any(isinstance(v, Tensor) for v in checkpoints.values())
+    several = isinstance(checkpoints, Mapping) and not any(
+        isinstance(v, Tensor) for v in checkpoints.values()
+    )
     if several:
         found = dict(checkpoints)  # pyright: ignore[reportArgumentType]
     else:
@@ -118,7 +129,9 @@ def weights_of(model: nn.Module, checkpoint: Any, name: str) -> dict[str, Tensor
         from lineament.load.weight_names import weights_for
 
         path = Path(checkpoint)
-        checkpoint = weights_for(model.state_dict(), read_checkpoint(path), path.name, type(model).__name__)[0]
+        checkpoint = weights_for(model.state_dict(), read_checkpoint(path), path.name, type(model).__name__)[
+            0
+        ]
     state = checkpoint.state_dict() if isinstance(checkpoint, nn.Module) else checkpoint
     require(
         isinstance(state, Mapping),
@@ -210,6 +223,7 @@ def training_dynamics(
 
     >>> from types import SimpleNamespace
     >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2))
     >>> units = SimpleNamespace(site="2:in", atoms=torch.eye(6), encode=lambda x: x, decode=lambda z: z)
     >>> training_dynamics(net, [net.state_dict()], (x, torch.zeros(200)), lambda net: units, sites="1").mean.shape

@@ -85,8 +85,7 @@ class Reading:
             self.heldout = in_one_order(heldout)
         self.pool = pool if pool == "full" else checks.number("pool", pool, low=1, integer=True)
         self.seed = checks.seed("seed", seed)
-        inputs, targets, _ = next(iter(batches(self.data)), (None, None, None))
-        require(inputs is not None, "data: got no batches, expected at least one")
+        inputs, targets = first_batch(self.data)
         self.tokens = reads_tokens(inputs)
         self.rows = checks.one_of("rows", rows or ("positions" if self.tokens else "samples"), ROWS)
         if sites is None:
@@ -137,7 +136,7 @@ class Reading:
         choose = None
         if part != "all" and not elsewhere:
             choose = Choice(self.heldout, self.seed, part == "heldout")
-        read = list(dict.fromkeys([*self.sites, *([self.site] if self.site else [])]))
+        read = [*self.sites, *([self.site] if self.site and self.site not in self.sites else [])]
         with frozen(self.model, requires_grad=None), torch.no_grad(), capture(self.model, read, stop_early=True) as acts:  # fmt: skip
             for inputs, targets, index in progress(batches(data, choose), what):
                 given = self._given(inputs)
@@ -233,7 +232,8 @@ def site_of(model: nn.Module, features: Any) -> str | None:
             return None
         found = site_names(model, features)
         require(
-            len(found) == 1, f"features: {features!r} names {len(found)} sites ({', '.join(found)}), expected one"
+            len(found) == 1,
+            f"features: {features!r} names {len(found)} sites ({', '.join(found)}), expected one",
         )
         return found[0]
     if hasattr(features, "encode"):
@@ -404,6 +404,13 @@ def batches(data: Any, choose: Callable[[int], Tensor] | None = None) -> Iterato
         start += count
 
 
+def first_batch(data: Any) -> tuple[Any, Any]:
+    """Inputs and targets of the first samples."""
+    for inputs, targets, _ in batches(data):
+        return inputs, targets
+    raise InputError("data: got no batches, expected at least one")
+
+
 def _pair(data: Any) -> bool:
     return isinstance(data, (list, tuple)) and len(data) == 2 and isinstance(data[0], (Tensor, np.ndarray))
 
@@ -449,6 +456,7 @@ def feature_function(
         rows: ``"samples"`` averages activations over positions before they are encoded, ``"max"`` takes the maximum over positions.
         gradients: let gradients flow to the inputs.
 
+    >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
     >>> feature_function(net, "1")(torch.zeros(4, 2)).shape
     torch.Size([4, 2])

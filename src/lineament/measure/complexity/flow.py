@@ -17,12 +17,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lineament.core import checks, results
-from lineament.core.checks import InputError, require
+from lineament.core.checks import require
 from lineament.core.models import called, device_of, dtype_of, frozen
 from lineament.core.results import Readable
 from lineament.core.sites.activations import capture
-from lineament.measure.complexity.features import Features, Reading, batches, in_one_order, moved
+from lineament.measure.complexity.features import Features, Reading, first_batch, in_one_order
 from lineament.measure.complexity.vinformation import ReadoutMoments, Residuals
+from lineament.train.batches import moved
 
 FORMS = ("usual", "squared_gram", "debiased")
 
@@ -207,6 +208,8 @@ def residual_branches(model: nn.Module, inputs: Any) -> tuple[Branches, ...]:
     >>> [(b.sum, b.residual, b.main) for b in residual_branches(nn.Sequential(Block(), Block()), torch.randn(2, 3))]
     [('0', '0:in', '0.fc'), ('1', '1:in', '1.fc')]
     """
+    if isinstance(inputs, Tensor):
+        checks.tensor("inputs", inputs)
     given = moved(inputs, device_of(model), dtype_of(model))
     with frozen(model), torch.no_grad(), capture(model, ["**", "**:in"]) as acts:
         called(model, given)
@@ -230,7 +233,14 @@ def residual_branches(model: nn.Module, inputs: Any) -> tuple[Branches, ...]:
         bool(found),
         "model: no residual sum found (a block whose output, or the input of one of whose parts, is the sum of two of its activations)",
     )
-    return tuple(found[site] for site in there if site in found)
+
+    def ends(site: str) -> int:
+        inner = f"{site}."
+        return max(
+            at for at, name in enumerate(named) if f"{name}:in" == site or f"{name}.".startswith(inner)
+        )
+
+    return tuple(found[site] for site in sorted(found, key=ends))
 
 
 class _Seen:
@@ -253,7 +263,8 @@ def _addends(there: dict[str, _Seen], target: str, before: list[str]) -> tuple[s
         return None
     some = torch.stack([there[site].some for site in fitting])
     largest = max(float(total.abs().max()), float(some.abs().max()))
-    tolerance = 64 * torch.finfo(total.dtype).eps * max(largest, 1e-30)
+    tolerance = 4 * torch.finfo(total.dtype).eps * max(largest, 1e-30)
+    best: tuple[float, tuple[str, str]] | None = None
     for first, site in enumerate(fitting):
         sums = some[first] + some[first + 1 :]
         wanted = there[target].some
@@ -262,12 +273,13 @@ def _addends(there: dict[str, _Seen], target: str, before: list[str]) -> tuple[s
             other = fitting[first + 1 + second]
             one, two = there[site].value, there[other].value
             added = one + two
-            # A branch that is 0, or is the whole of a ReLU's output, tells nothing.
+            # A branch that is 0 tells nothing.
             if torch.equal(added, one) or torch.equal(added, two):
                 continue
-            if any(float((form - total).abs().max()) <= tolerance for form in (added, added.relu())):
-                return site, other
-    return None
+            error = min(float((form - total).abs().max()) for form in (added, added.relu()))
+            if error <= tolerance and (best is None or error < best[0]):
+                best = error, (site, other)
+    return None if best is None else best[1]
 
 
 def _ordered(there: dict[str, _Seen], pair: tuple[str, str], streams: list[str]) -> tuple[str, str]:
@@ -317,6 +329,7 @@ def flow(
     ...         self.fc = nn.Linear(3, 3)
     ...     def forward(self, x):
     ...         return torch.relu(x + self.fc(x))
+    >>> _ = torch.manual_seed(0)
     >>> net, x = nn.Sequential(Block(), Block(), nn.Linear(3, 2)), torch.randn(40, 3)
     >>> flow(net, (x, torch.zeros(40)), "1").residual_cka.shape
     torch.Size([2, 3])
@@ -324,9 +337,8 @@ def flow(
     checks.one_of("form", form, FORMS)
     data = in_one_order(data)
     if branches is None:
-        first = next(iter(_some(data)), None)
-        require(first is not None, "data: got no batches, expected at least one")
-        branches = residual_branches(model, first)
+        inputs = first_batch(data)[0]
+        branches = residual_branches(model, inputs[:4] if isinstance(inputs, Tensor) else inputs)
     sums = tuple(branches)
     places = list(dict.fromkeys(site for b in sums for site in (b.residual, b.main)))
     reading = Reading(model, data, features, sites=places, pool=pool, rows=rows, heldout=heldout, seed=seed)
@@ -360,11 +372,3 @@ def flow(
         form=form,
         samples=information.samples,
     )
-
-
-def _some(data: Any) -> Iterable[Any]:
-    """A few inputs of each batch."""
-    for inputs, _, _ in batches(data, lambda count: torch.arange(min(count, 4))):
-        if inputs is None:
-            raise InputError("data: got a batch without inputs")
-        yield inputs

@@ -2,7 +2,7 @@
 
 Fel et al. (NeurIPS 2024, arXiv 2407.06076, sections 3 and 5): the Hoyer score of an atom tells one unit (1) from all alike (0); k-means on the atoms and
 a tree over them give meta-features, with the mean complexity and importance of each. MACO (Fel et al. 2023, arXiv 2306.06805), which
-draws what a feature responds to, is called through the package ``horama``.
+draws what a feature responds to by fixing the magnitude of an image's spectrum, takes :func:`feature_objective` (package ``horama``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lineament.core import checks, results
-from lineament.core.checks import InputError, require
+from lineament.core.checks import require
 from lineament.core.results import Readable
 from lineament.measure.complexity.features import Features, feature_function
 
@@ -72,12 +72,16 @@ class MetaFeatures(Readable):
         ax = results.axes(ax)
         colour = self.labels if self.complexity is None else self.complexity[self.labels]
         image = ax.scatter(*self.plane.T, c=colour, cmap="viridis", s=12)
-        ax.figure.colorbar(image, ax=ax, label="group" if self.complexity is None else "mean complexity of the group")
+        ax.figure.colorbar(
+            image, ax=ax, label="group" if self.complexity is None else "mean complexity of the group"
+        )
         ax.set(xticks=[], yticks=[], xlabel=self.projection)
         return ax
 
 
-def mean_by_group(values: Float[Tensor, " features"], labels: Int[Tensor, " features"]) -> Float[Tensor, " groups"]:
+def mean_by_group(
+    values: Float[Tensor, " features"], labels: Int[Tensor, " features"]
+) -> Float[Tensor, " groups"]:
     """The mean of each group over its values that are not NaN; NaN for a group without.
 
     >>> mean_by_group(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([0, 0, 1])).tolist()
@@ -122,7 +126,7 @@ def meta_features(
     checks.number("groups", groups, low=1, high=k, integer=True)
     checks.seed("seed", seed)
     x = atoms.detach().double().cpu()
-    fitted = KMeans(groups, n_init=4, random_state=seed % 2**32).fit(x.numpy())
+    fitted = KMeans(groups, random_state=seed % 2**32).fit(x.numpy())
     labels = torch.from_numpy(fitted.labels_).long()
 
     def mean_of(name: str, values: Tensor | None) -> Tensor | None:
@@ -152,12 +156,23 @@ def _plane(x: Tensor, seed: int) -> tuple[Tensor, str]:
         flat = u[:, :2] * s[:2]
         return torch.cat([flat, flat.new_zeros(len(flat), 2 - flat.shape[1])], 1), "principal components"
     near = min(15, len(x) - 1)
-    return torch.from_numpy(UMAP(n_neighbors=near, random_state=seed % 2**32).fit_transform(x.numpy())), "UMAP"
+    return torch.from_numpy(
+        UMAP(n_neighbors=near, random_state=seed % 2**32).fit_transform(x.numpy())
+    ), "UMAP"
 
 
 def feature_objective(model: nn.Module, features: Features, feature: int) -> Any:
-    """The mean value of one feature over a batch of images, as a differentiable function of them.
+    """The mean value of one feature over a batch of images, as a differentiable function of them: what feature visualisation maximises.
 
+    ``horama.maco(feature_objective(model, dictionary, 7), total_steps=1000, image_size=512, model_input_size=224)`` draws it by MACO.
+
+    Args:
+        features: a dictionary, a site or a function of the images. feature: which of them.
+
+    Raises:
+        InputError: when called, a feature that does not exist.
+
+    >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     >>> feature_objective(net, "1", 2)(torch.ones(1, 3, 8, 8, requires_grad=True)).requires_grad
     True
@@ -170,19 +185,3 @@ def feature_objective(model: nn.Module, features: Features, feature: int) -> Any
         return z[:, feature].mean()
 
     return objective
-
-
-def maco(model: nn.Module, features: Features, feature: int, **options: Any) -> tuple[Tensor, Tensor]:
-    """An image that one feature responds to, and how much each pixel mattered, by MACO: the spectrum's magnitude is fixed, its phase optimised.
-
-    Args:
-        options: of ``horama.maco``, such as ``total_steps=1000, image_size=512, model_input_size=224``.
-
-    Raises:
-        InputError: ``horama`` is not installed.
-    """
-    try:
-        import horama  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise InputError("maco: needs the package horama; pip install horama") from None
-    return horama.maco(feature_objective(model, features, feature), **options)

@@ -23,6 +23,7 @@ from lineament.core.models import called, device_of, dtype_of, frozen, logits, m
 from lineament.core.results import Readable
 from lineament.core.sites.activations import capture, patch
 from lineament.measure.complexity.features import batches, encoded, in_one_order, positions, site_of
+from lineament.measure.complexity.vinformation import finite_rows
 
 Classes = str | int | Tensor
 _CELLS = 2**24
@@ -133,9 +134,7 @@ def linear_importance(
     return sums.result(classes)
 
 
-def _effects(
-    codes: Tensor, atoms: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _effects(codes: Tensor, atoms: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """(features, classes): what a unit of each feature adds to each logit; and the bias."""
     checks.tensor("codes", codes, shape=("samples", "features"))
     checks.tensor("atoms", atoms, shape=(codes.shape[1], "width"))
@@ -220,7 +219,9 @@ class Splice:
         """Activations as they pass, their codes (samples, positions, features), and the logits."""
         with torch.no_grad(), capture(self.model, self.site) as acts:
             answer = logits(called(self.model, inputs))
-        return acts[self.site], encoded(self.dictionary, positions(self.site, acts[self.site])), answer
+        x = positions(self.site, acts[self.site])
+        finite_rows(f"site {self.site!r}", x.flatten(1), None, len(x))
+        return acts[self.site], encoded(self.dictionary, x), answer
 
     def placed(self, x: Tensor, like: Tensor) -> Tensor:
         """(samples, positions, width) in the form in which it passes at the site."""
@@ -267,6 +268,7 @@ def importance(
         InputError: a dictionary without a site or of another width, targets that are no classes.
 
     >>> from types import SimpleNamespace
+    >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 3))
     >>> units = SimpleNamespace(site="2:in", atoms=torch.eye(2), encode=lambda x: x, decode=lambda z: z)
     >>> importance(net, (torch.randn(10, 2), torch.zeros(10)), units).samples
@@ -332,7 +334,9 @@ class Support(Readable):
         ax = results.axes(ax)
         ax.plot([m / self.features for m in self.kept], self.agreement.cpu(), "o-", label="agreement")
         if self.accuracy is not None:
-            ax.plot([m / self.features for m in self.kept], self.accuracy.cpu(), "s--", label="relative accuracy")
+            ax.plot(
+                [m / self.features for m in self.kept], self.accuracy.cpu(), "s--", label="relative accuracy"
+            )
         ax.set(xlabel="share of features kept, the most important first", ylabel="share of samples")
         ax.legend()
         return ax
@@ -356,6 +360,7 @@ def support_features(
         InputError: an order that is not one of all features, m beyond their number.
 
     >>> from types import SimpleNamespace
+    >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 3))
     >>> units = SimpleNamespace(site="2:in", atoms=torch.eye(2), encode=lambda x: x, decode=lambda z: z)
     >>> support_features(net, (torch.randn(10, 2), torch.zeros(10)), units, torch.arange(2)).agreement[-1].item()
@@ -363,10 +368,14 @@ def support_features(
     """
     k = len(dictionary.atoms)
     order = checks.labels("order", order, count=k, classes=k)
-    require(len(order.unique()) == k, f"order: names {len(order.unique())} of {k} features, expected each once")
+    require(
+        len(order.unique()) == k, f"order: names {len(order.unique())} of {k} features, expected each once"
+    )
     if kept is None:
         kept = sorted({0, k, *(round(k ** (i / 10)) for i in range(11))})
-    counts = [checks.number("kept", m, low=0, high=k, integer=True) for m in checks.listed("kept", kept, "numbers")]
+    counts = [
+        checks.number("kept", m, low=0, high=k, integer=True) for m in checks.listed("kept", kept, "numbers")
+    ]
     splice = Splice(model, dictionary)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(k)
@@ -427,6 +436,7 @@ def dictionary_quality(model: nn.Module, data: Any, dictionary: Dictionary) -> D
     """Relative error of a dictionary, and the decisions that survive when its reconstruction takes the activations' place.
 
     >>> from types import SimpleNamespace
+    >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 3))
     >>> units = SimpleNamespace(site="2:in", atoms=torch.eye(2), encode=lambda x: x, decode=lambda z: z)
     >>> dictionary_quality(net, (torch.randn(10, 2), torch.zeros(10)), units).relative_error
@@ -465,4 +475,3 @@ def dictionary_quality(model: nn.Module, data: Any, dictionary: Dictionary) -> D
         features=len(seen),
         samples=total,
     )
-

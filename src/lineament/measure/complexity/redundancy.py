@@ -95,7 +95,9 @@ def redundancy_from_moments(
 def _tell(empty: int, count: int) -> None:
     if empty:
         warnings.warn(
-            f"{empty} of {count} masks leave no unit that varies: they are not counted", RuntimeWarning, stacklevel=3
+            f"{empty} of {count} masks leave no unit that varies: they are not counted",
+            RuntimeWarning,
+            stacklevel=3,
         )
 
 
@@ -123,6 +125,7 @@ def redundancy(
         InputError: a probability that is not above 0, features without a site where none is given.
 
     >>> x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+    >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> redundancy(net, (x, torch.zeros(64)), "1", keep=1.0).values.unique().round(decimals=6).tolist()
     [1.0]
@@ -132,7 +135,9 @@ def redundancy(
         checks.number("keep", share, low=0, high=1, open_low=True)
     checks.number("masks", masks, low=1, integer=True)
     place = site or site_of(model, features)
-    require(place is not None, "site: the features have none of their own; name the site whose units are masked")
+    require(
+        place is not None, "site: the features have none of their own; name the site whose units are masked"
+    )
     reading = Reading(model, data, features, sites=str(place), pool=pool, rows=rows, seed=seed)
     require(len(reading.sites) == 1, f"site: {site!r} names {len(reading.sites)} sites, expected one")
     name = reading.sites[0]

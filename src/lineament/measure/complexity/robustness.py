@@ -77,7 +77,9 @@ def robustness(
     1.0
     """
     inputs = checks.tensor("inputs", inputs, floating=True)
-    levels = [checks.number("scales", scale, low=0) for scale in checks.listed("scales", scales, "deviations")]
+    levels = [
+        checks.number("scales", scale, low=0) for scale in checks.listed("scales", scales, "deviations")
+    ]
     if noise is None:
         checks.number("draws", draws, low=2, integer=True)
     else:
@@ -95,7 +97,7 @@ def robustness(
             found.ndim == 2 and len(found) == len(x),
             f"function(inputs): got {checks.show(found)}, expected ({len(x)}, features)",
         )
-        return found.double()
+        return checks.tensor("function(inputs)", found).double()
 
     count, state = 0, {}
     for draw in progress(range(draws), "robustness"):

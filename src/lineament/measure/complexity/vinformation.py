@@ -27,7 +27,9 @@ from lineament.core.statistics.accumulation import working
 from lineament.core.statistics.moments import Covariance, CrossCovariance
 
 Activations = Mapping[str, Tensor]
-_FLOOR = 1e-12  # of a feature's unit variance: the smallest error that variance="learned" takes the logarithm of
+_FLOOR = (
+    1e-12  # of a feature's unit variance: the smallest error that variance="learned" takes the logarithm of
+)
 _ELEMENTS = 2**22  # of the residuals that are held at once
 
 
@@ -48,6 +50,7 @@ class Complexity(Readable):
         ridge: the penalty.
         rows: what one row was: ``"samples"``, ``"positions"`` or ``"max"``.
         pool: the grid to which maps were averaged.
+        others: the same for the other penalties.
     """
 
     sites: tuple[str, ...]
@@ -62,6 +65,7 @@ class Complexity(Readable):
     ridge: float
     rows: str = "samples"
     pool: int | str = 1
+    others: tuple[Complexity, ...] = ()
 
     @property
     def constant(self) -> Bool[Tensor, " features"]:
@@ -84,19 +88,20 @@ class Complexity(Readable):
 
     def plot(self, ax: Any = None) -> Any:
         """The layer curves, coloured by complexity."""
-        import matplotlib.pyplot as plt
+        from matplotlib import colormaps
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import Normalize
 
         ax = results.axes(ax)
-        colours, spread = plt.get_cmap("viridis"), self.complexity[~self.constant]
+        colours, spread = colormaps["viridis"], self.complexity[~self.constant]
         low, high = (float(spread.min()), float(spread.max())) if len(spread) else (0.0, 1.0)
         for index in self.order.tolist():
             at = (float(self.complexity[index]) - low) / max(high - low, 1e-12)
             ax.plot(range(len(self.sites)), self.information[:, index].cpu(), color=colours(at), alpha=0.7)
         ax.set_xticks(range(len(self.sites)), self.sites, rotation=30, ha="right", parse_math=False)
         ax.set_ylabel("variance that a linear read-out explains")
-        ax.figure.colorbar(
-            plt.cm.ScalarMappable(plt.Normalize(low, high), "viridis"), ax=ax, label="complexity K"
-        )
+        scale = ScalarMappable(Normalize(low, high), "viridis")
+        ax.figure.colorbar(scale, ax=ax, label="complexity K")
         return ax
 
 
@@ -321,7 +326,9 @@ class Residuals:
         z = finite_rows("features", z, len(self.readouts.mean), len(z))
         rows = {}
         for site in self.readouts.weights:
-            require(site in activations, f"activations: lack site {site!r}{checks.suggest(site, activations)}")
+            require(
+                site in activations, f"activations: lack site {site!r}{checks.suggest(site, activations)}"
+            )
             width = len(self.readouts.means[site])
             rows[site] = finite_rows(f"site {site!r}", activations[site], width, len(z))
         self.low = torch.minimum(self.low, z.amin(0).double())
@@ -381,7 +388,9 @@ class Residuals:
 
     def __add__(self, other: Residuals) -> Residuals:
         require(
-            all(torch.equal(w, other.readouts.weights.get(s, w[:0])) for s, w in self.readouts.weights.items()),
+            all(
+                torch.equal(w, other.readouts.weights.get(s, w[:0])) for s, w in self.readouts.weights.items()
+            ),
             "+: the residuals are those of different read-outs",
         )
         joined = Residuals(self.readouts)
@@ -393,13 +402,16 @@ class Residuals:
     def __radd__(self, other: Any) -> Any:
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
-    def compute(self, *, variance: str = "fixed", form: str = "ratio") -> list[Complexity]:
+    def compute(
+        self, *, variance: str = "fixed", form: str = "ratio", floor: float = 1e-12
+    ) -> list[Complexity]:
         """The information and complexity for each penalty.
 
         Args:
             variance: ``"fixed"`` gives R², ``"learned"`` ½ ln(Var(z) / MSE), in nats, without an upper bound.
             form: ``"ratio"`` gives 1 - MSE / Var over these samples, ``"difference"`` (Var - MSE) over the variance of the training samples. Both
                 take the deviations from the training mean.
+            floor: the smallest error, of a feature of unit variance, that ``"learned"`` takes the logarithm of.
         """
         kinds(variance, form)
         require(self.count > 0, "samples: got none to judge the read-outs on, expected at least one")
@@ -422,7 +434,7 @@ class Residuals:
         total, product = e.mean(1), ev.mean(1)
         mm = self.mm / n
         if variance == "learned":
-            floored = torch.maximum(e, _FLOOR * unit)
+            floored = torch.maximum(e, floor * unit)
             values = 0.5 * (v / floored).log()
             spread = vv / v.square() - 2 * ev / (v * floored) + ee / floored.square()
             errors = 0.5 * (spread.clamp(min=0) * correction / n).sqrt()
@@ -483,6 +495,7 @@ def vinformation(
     scale: bool = True,
     variance: str = "fixed",
     form: str = "ratio",
+    floor: float = 1e-12,
 ) -> Complexity:
     """V-information and complexity of features whose activations are in memory.
 
@@ -497,6 +510,7 @@ def vinformation(
         scale: standardise activations before the penalty.
         variance: ``"fixed"``, or ``"learned"`` for ½ ln(Var(z) / MSE) in nats.
         form: ``"ratio"``: 1 - MSE / Var on the held-out samples; ``"difference"``: (Var - MSE) over the training variance.
+        floor: the smallest error, of a feature of unit variance, that ``"learned"`` takes the logarithm of.
 
     Returns:
         :class:`Complexity`.
@@ -525,7 +539,7 @@ def vinformation(
             f"heldout: got {checks.show(heldout)}, expected (activations, features)",
         )
         residuals.update(_named(heldout[0]), heldout[1])
-    return residuals.compute(variance=variance, form=form)[0]
+    return residuals.compute(variance=variance, form=form, floor=floor)[0]
 
 
 def _named(activations: Activations | Sequence[Tensor]) -> dict[str, Tensor]:
