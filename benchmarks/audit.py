@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from lineament.audit import audit
 from lineament.audit.language_run import audit_language
-from lineament.audit.phrases import wilson
 from lineament.bench import Rate, Trial, earlier, quick
+from lineament.core.statistics.shares import wilson
 from lineament.data.planted_cues import planted_cues
 from lineament.load.prompts import PromptPair, Prompts
 from lineament.report.figures import undrawn

@@ -1,6 +1,7 @@
 __version__: str
 
 from . import data as data
+from . import dictionaries as dictionaries
 from . import explain as explain
 from . import learn as learn
 from . import load as load

@@ -165,6 +165,13 @@ class File(Scope):
 
     def read(self, array: str) -> Any:
         known = self.nodes if self.path.suffix == ".json" else self.data
+        # An entry of a list of numbers, which is one array.
+        entry = re.fullmatch(r"(.+?)((\[\d+\])+)", array)
+        if array not in known and entry and isinstance(known.get(entry[1]), list):
+            value = self.read(entry[1])
+            for place in re.findall(r"\d+", entry[2]):
+                value = value[int(place)]
+            return value
         assert array in known, f"{self.path.name} has no {array!r}"
         below = (f"{array}.", f"{array}[")
         self.inputs |= {name for name in self.data if name == array or name.startswith(below)}

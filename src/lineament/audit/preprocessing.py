@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lineament.audit.phrases import compact, mean_interval, percent, wilson
+from lineament.audit.phrases import compact, mean_interval, percent
+from lineament.core.statistics.shares import wilson
 from lineament.load.model_and_data import ModelAndData
 
 SAMPLES = 300

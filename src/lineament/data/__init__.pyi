@@ -19,3 +19,5 @@ from .planted_cues import planted_cues as planted_cues
 from .samples import Samples as Samples
 from .shortcut_digits import shortcut_digits as shortcut_digits
 from .signal_blocks import signal_blocks as signal_blocks
+from .two_latents import TwoLatents as TwoLatents
+from .two_latents import two_latents as two_latents

@@ -16,9 +16,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from lineament.audit.phrases import compact, percent, points, wilson
+from lineament.audit.phrases import compact, percent, points
 from lineament.audit.preprocessing import Preprocessing, better_preprocessing
 from lineament.audit.subject import Subject
+from lineament.core.statistics.shares import wilson
 from lineament.report.figures import picture, shades
 from lineament.report.outcome import Table
 from lineament.report.section import Finding, Picture, Section

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from lineament.audit.estimates import Estimate, halved, joined, split, without
-from lineament.audit.phrases import compact, percent, short, wilson
+from lineament.audit.phrases import compact, percent, short
 from lineament.audit.subject import Subject
+from lineament.core.statistics.shares import wilson
 from lineament.measure.collapse.metrics import CollapseMeter
 from lineament.measure.collapse.profile import collapse, pooled
 from lineament.report.figures import picture
