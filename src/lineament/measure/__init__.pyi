@@ -1,3 +1,12 @@
+from .alignment.clusters import unit_clusters as unit_clusters
+from .alignment.information import mutual_information as mutual_information
+from .alignment.joint import JointMoments as JointMoments
+from .alignment.matching import core_units as core_units
+from .alignment.matching import cycle_order as cycle_order
+from .alignment.matching import matching as matching
+from .alignment.matching import self_matching as self_matching
+from .alignment.matching import semi_matching as semi_matching
+from .alignment.sparse import lasso_path as lasso_path
 from .collapse.central_path import central_path as central_path
 from .collapse.metrics import CollapseMeter as CollapseMeter
 from .collapse.metrics import collapse_metrics as collapse_metrics
