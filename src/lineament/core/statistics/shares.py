@@ -34,6 +34,7 @@ def share(values: Tensor) -> Interval:
 def difference(ours: Tensor, theirs: Tensor) -> Interval:
     """The difference of two shares with its 95 % interval (Newcombe 1998, from Wilson's), which has a width at 0 and 1 too.
 
+    >>> import torch
     >>> yes, no = torch.ones(20, dtype=torch.bool), torch.zeros(20, dtype=torch.bool)
     >>> [round(x, 2) for x in difference(yes, no)]
     [1.0, 0.77, 1.0]
