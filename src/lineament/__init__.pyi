@@ -1,7 +1,10 @@
 __version__: str
 
 from . import data as data
+from . import dictionaries as dictionaries
 from . import explain as explain
+from . import handcrafted as handcrafted
+from . import kernels as kernels
 from . import learn as learn
 from . import load as load
 from . import measure as measure

@@ -6,6 +6,8 @@ from .batching import chunked as chunked
 from .batching import progress as progress
 from .checkpoint import Checkpoint as Checkpoint
 from .checks import InputError as InputError
+from .codes import Codes as Codes
+from .codes import Dictionary as Dictionary
 from .gradients import distance as distance
 from .gradients import flatten as flatten
 from .gradients import per_sample_gradients as per_sample_gradients

@@ -42,7 +42,7 @@ def unpadded(model: Any) -> Iterator[None]:
     transformers' causal classifiers (GPT-2's, Llama's) take a row's last token that is not the padding's, and no batch at all where their
     configuration names no padding token.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if callable(getattr(config, "get_text_config", None)) else config
     before = getattr(config, "pad_token_id", -1)
     if before is not None:

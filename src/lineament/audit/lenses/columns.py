@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lineament.audit.cue_exchange import difference, share
 from lineament.audit.phrases import compact, mean_interval, percent, points
 from lineament.audit.subject import Subject
 from lineament.core.batching import progress
+from lineament.core.statistics.shares import difference, share
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
 from lineament.report.section import Finding, Picture, Section

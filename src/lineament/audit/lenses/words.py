@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lineament.audit.cue_exchange import difference
 from lineament.audit.phrases import compact, mean_interval, percent, points, several
 from lineament.audit.subject import Subject
 from lineament.audit.token_maps import bars, judged, judgement, most_important, strips
 from lineament.core.batching import progress
 from lineament.core.checks import InputError
+from lineament.core.statistics.shares import difference
 from lineament.explain.tokens.infill import MlmSampler
 from lineament.explain.tokens.methods import attribute_tokens
 from lineament.explain.tokens.next_token import NextToken
@@ -392,8 +392,11 @@ def _finding(found: Words) -> Finding:
             key="attribution fails",
         )
     proof = "" if found.true else "; whether the words named are the right ones cannot be told from these"
-    key = "attribution holds" if found.true else "attribution open"
-    return Finding("good" if found.true else "note", f"{text}{proof}.", key=key)
+    return Finding(
+        "good" if found.true else "note",
+        f"{text}{proof}.",
+        key="attribution holds" if found.true else "attribution open",
+    )
 
 
 def _table(words: Sequence[Word]) -> Table:

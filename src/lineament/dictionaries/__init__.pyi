@@ -1,0 +1,14 @@
+from .autoencoders import BatchTopK as BatchTopK
+from .autoencoders import Gated as Gated
+from .autoencoders import JumpReLU as JumpReLU
+from .autoencoders import Neurons as Neurons
+from .autoencoders import ReLU as ReLU
+from .autoencoders import TopK as TopK
+from .formats.loading import load_dictionary as load_dictionary
+from .formats.saelens import export_saelens as export_saelens
+from .normalised import Normalised as Normalised
+from .selection import Selection as Selection
+from .splice import splice as splice
+from .steering import Steer as Steer
+from .steering import as_bias as as_bias
+from .steering import steer as steer

@@ -1,0 +1,36 @@
+"""Small dictionaries of every kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lineament.dictionaries.autoencoders import BatchTopK, Gated, JumpReLU, Neurons, ReLU, TopK
+from lineament.dictionaries.selection import Selection
+
+D, WIDTH = 6, 200
+OPTIONS = {"d": D, "width": WIDTH, "site": "layer"}
+MEMBERS = {
+    "relu": lambda: ReLU(**OPTIONS),
+    "gated": lambda: Gated(**OPTIONS),
+    "jumprelu": lambda: JumpReLU(**OPTIONS),
+    "topk": lambda: TopK(**OPTIONS, k=3),
+    "topk of uncentred inputs": lambda: TopK(**OPTIONS, k=3, subtract_bias=False),
+    "batchtopk": lambda: BatchTopK(**OPTIONS, k=3),
+    "gradient topk": lambda: TopK(**OPTIONS, k=3, selection=Selection(beta=2.0, influence_scale=0.5)),
+    "neurons": lambda: Neurons(D, site="layer"),
+    "k neurons": lambda: Neurons(D, k=2, site="layer"),
+}
+
+
+def made(name: str) -> Any:
+    """A member with weights of its own: atoms of norm 1, some features on and some off."""
+    dictionary = MEMBERS[name]()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in dictionary.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (1 if key[0] == "W" else 0.1))
+        if hasattr(dictionary, "W_dec"):
+            dictionary.W_dec.div_(dictionary.W_dec.norm(dim=1, keepdim=True))
+    return dictionary
