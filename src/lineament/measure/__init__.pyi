@@ -40,6 +40,11 @@ from .complexity.layers import complexity as complexity
 from .complexity.redundancy import redundancy as redundancy
 from .complexity.robustness import robustness as robustness
 from .complexity.vinformation import vinformation as vinformation
+from .embeddings.verification import fold_accuracy as fold_accuracy
+from .embeddings.verification import roc as roc
+from .embeddings.verification import separation as separation
+from .embeddings.verification import tar_at_far as tar_at_far
+from .embeddings.verification import template_features as template_features
 from .landscape.axes import completed as completed
 from .landscape.axes import hessian_axes as hessian_axes
 from .landscape.axes import normalised as normalised
