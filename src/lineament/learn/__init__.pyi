@@ -1,3 +1,5 @@
+from .boosting.estimators import GBNNClassifier as GBNNClassifier
+from .boosting.estimators import GBNNRegressor as GBNNRegressor
 from .tract.layer import tract as tract
 from .useful.early_outputs import outputs_of as outputs_of
 from .useful.learning_order import learning_order as learning_order

@@ -1,0 +1,12 @@
+from .class_head import ClassHead as ClassHead
+from .margins import AdaFace as AdaFace
+from .margins import ArcFace as ArcFace
+from .margins import Combined as Combined
+from .margins import CosFace as CosFace
+from .margins import Cosine as Cosine
+from .margins import CurricularFace as CurricularFace
+from .margins import Elastic as Elastic
+from .margins import MagFace as MagFace
+from .margins import SphereFace as SphereFace
+from .unpg import UNPG as UNPG
+from .unpg import negative_pairs as negative_pairs
