@@ -57,7 +57,7 @@ class Scope:
         if pointer:
             return self.file.beside(source).input(joined(pointer.split("/")))
         found = self.input(source)
-        return found.item() if found.ndim == 0 else found
+        return found.item() if isinstance(found, Tensor) and found.ndim == 0 else found
 
     def get(self, parameter: str, default: Any = None) -> Any:
         return self[parameter] if parameter in self.values else default
@@ -77,12 +77,18 @@ class Scope:
         """A stored tensor (of a JSON file, the value) that results are computed from."""
         return self.file.read(array)
 
-    def compare(self, array: str, found: Any, dtype: torch.dtype = torch.float64) -> None:
-        """Require ``found`` (or what it returns) to be the stored array within its tolerance; nothing is done where there is none."""
+    def compare(
+        self, array: str, found: Any, dtype: torch.dtype = torch.float64, either: Tensor | None = None
+    ) -> None:
+        """Require ``found`` (or what it returns) to be the stored array within its tolerance; nothing is done where there is none.
+
+        Entries of ``either`` are ties, in which any value is right.
+        """
         if self.has(array):
             found = found() if callable(found) else found
             found = torch.as_tensor(found, dtype=torch.float64 if isinstance(found, float) else None)
-            self.file.record(array, found.detach(), self.tolerance(array, dtype), self.name)
+            tolerance = self.tolerance(array, dtype) | ({} if either is None else {"either": either})
+            self.file.record(array, found.detach(), tolerance, self.name)
 
     def differs(self, array: str, found: Tensor) -> None:
         """Require ``found`` not to be the stored array: what a fault of the reference code gives."""
@@ -257,7 +263,7 @@ def mismatch(found: Tensor, stored: Tensor, tolerance: dict[str, Any]) -> str:
     """How ``found`` differs from ``stored`` beyond |stored| * rtol + atol, or nothing."""
     if found.shape != stored.shape:
         return f"has the shape {tuple(found.shape)}, stored is {tuple(stored.shape)}"
-    found, stored = found.double(), stored.double()
+    found, stored = (torch.view_as_real(v) if v.is_complex() else v.double() for v in (found, stored))
     scale = stored.abs()
     if tolerance.get("relative_to") == "largest" and scale.numel():
         scale = scale.nan_to_num(0).max().expand_as(scale)
@@ -266,6 +272,8 @@ def mismatch(found: Tensor, stored: Tensor, tolerance: dict[str, Any]) -> str:
         limit = torch.full_like(stored, 0) + limit
         limit[: tolerance["first_entries"]] = tolerance["first_atol"]
     wrong = ~((found - stored).abs() <= limit) & (found != stored) & ~(found.isnan() & stored.isnan())
+    if "either" in tolerance:
+        wrong &= ~tolerance["either"]
     if not wrong.any():
         return ""
     place = tuple(int(v) for v in wrong.nonzero()[0])
@@ -288,7 +296,7 @@ def with_a_wrong_entry(stored: Tensor) -> Tensor:
     if not stored.numel():
         return torch.ones(1)
     place = int(stored.flatten().isfinite().int().argmax())
-    wrong = stored.flatten().double()
+    wrong = stored.flatten().to(torch.complex128 if stored.is_complex() else torch.float64)
     wrong[place] = (
         1 - wrong[place] if stored.dtype == torch.bool else wrong[place].nan_to_num(0).abs() * 2 + 1
     )

@@ -86,7 +86,7 @@ class TwoLatents(Readable):
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> Samples:
-        """Balanced samples; ``extras["latents"]`` are their z (sample, 2), targets 1 for y = +1 and 0 for y = -1.
+        """Balanced samples, of either class in turn; ``extras["latents"]`` are their z (sample, 2), targets 1 for y = +1 and 0 for y = -1.
 
         Args:
             samples: an even number.
@@ -103,7 +103,7 @@ class TwoLatents(Readable):
             samples % 2 == 0, f"samples: got {samples}, expected an even number, half of each class"
         )
         draw = np.random.default_rng([checks.seed("seed", seed), 0])
-        labels = torch.from_numpy(draw.permutation(np.repeat([-1.0, 1.0], samples // 2)))
+        labels = torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat(samples // 2)
         noise = torch.from_numpy(draw.standard_normal((samples, 2)))
         z = self.latents(labels, noise)
         if stratified:

@@ -8,6 +8,9 @@ from .evaluation import error_metrics as error_metrics
 from .evaluation import output_metrics as output_metrics
 from .evaluation import usage as usage
 from .harvest import harvest as harvest
+from .formats.loading import load_dictionary as load_dictionary
+from .formats.saelens import export_saelens as export_saelens
+from .normalised import Normalised as Normalised
 from .selection import Selection as Selection
 from .splice import splice as splice
 from .steering import Steer as Steer

@@ -22,7 +22,15 @@ FORMAT = "lineament dictionary"
 # Where each kind is defined; a file chooses among these and nothing else.
 KINDS = {
     **dict.fromkeys(("TopK", "BatchTopK", "ReLU", "JumpReLU", "Gated", "Neurons"), "autoencoders"),
+    "Normalised": "normalised",
 }
+
+
+def made_by_kind(kind: Any, settings: dict[str, Any], **options: Any) -> Any:
+    """A dictionary of one of :data:`KINDS`, with its weights as they begin."""
+    one_of("kind", kind, KINDS)
+    made: Any = getattr(import_module(f"lineament.dictionaries.{KINDS[kind]}"), kind)
+    return made(**settings, **options)
 
 
 class Saved(nn.Module):
@@ -114,10 +122,9 @@ def read(folder: str | Path) -> Any:
         hashlib.sha256(content).hexdigest() == config.get("sha256"),
         f"folder: {WEIGHTS!r} in {str(folder)!r} is not the file that {CONFIG!r} describes (its SHA-256 differs); is it whole?",
     )
-    made: Any = getattr(import_module(f"lineament.dictionaries.{KINDS[kind]}"), kind)
     try:
         tensors = load(content)
-        dictionary = made(**config["settings"], site=config["site"])
+        dictionary = made_by_kind(kind, config["settings"], site=config["site"])
         dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
         dictionary.to(dtype).load_state_dict(tensors)
     except (SafetensorError, RuntimeError, TypeError, KeyError, AttributeError) as error:

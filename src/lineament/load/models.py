@@ -22,18 +22,18 @@ from lineament.core.models import takes_hooks, unwrapped
 from lineament.load.checkpoints import ENDINGS, kind_of, listed, read_checkpoint, tensors_by_path
 from lineament.load.exported import exported
 from lineament.load.hub import findable
-from lineament.load.hub_models import hugging_face
+from lineament.load.hub_models import hugging_face, text_classifier
 from lineament.load.loaded import Loaded
 from lineament.load.user_code import named_in
 from lineament.load.weights import load_weights, require_finite
 
 
-def load_model(model: str | nn.Module, *, weights: str | Path | None = None) -> Loaded:
+def load_model(model: Any, *, weights: str | Path | None = None) -> Loaded:
     """Bring up a trained network in eval mode.
 
     Args:
         model: ``package.module:factory`` or ``file.py:factory`` (a function or class that takes no arguments, or a network itself), a ``torch.export``
-            file ``.pt2``, a Hugging Face directory or name (an image classifier), or an ``nn.Module``.
+            file ``.pt2``, a Hugging Face directory or name (a classifier of images or texts), an ``nn.Module``, or for texts a pair (module, tokenizer).
         weights: a checkpoint with exactly the module's parameters and buffers, see :func:`lineament.load.checkpoints.read_checkpoint`.
 
     Raises:
@@ -43,14 +43,17 @@ def load_model(model: str | nn.Module, *, weights: str | Path | None = None) -> 
     >>> found.source, found.kind, found.model.training
     ('Linear', 'module', True)
     """
-    if isinstance(model, nn.Module):
+    if isinstance(model, (tuple, list)) and len(model) == 2 and isinstance(model[0], nn.Module):
+        own = unwrapped(model[0])
+        found = text_classifier(own, model[1], type(own).__name__, "module")
+    elif isinstance(model, nn.Module):
         found = Loaded(_hookable(unwrapped(model)), type(unwrapped(model)).__name__, "module")
     else:
         require(
             isinstance(model, str) and bool(model),
             f"model: got {show(model)}, expected a string or a torch.nn.Module",
         )
-        found = _from_text(model, weights)
+        found = _from_text(str(model), weights)
     lazy = [name for name, parameter in found.model.named_parameters() if is_lazy(parameter)]
     require(
         not lazy,
