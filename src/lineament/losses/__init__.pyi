@@ -1,4 +1,11 @@
 from .class_head import ClassHead as ClassHead
+from .contrastive import NTXent as NTXent
+from .contrastive import Spectral as Spectral
+from .contrastive import SupCon as SupCon
+from .feature_transform import NegativeInterpolation as NegativeInterpolation
+from .feature_transform import PositiveExtrapolation as PositiveExtrapolation
+from .info_nce import InfoNCE as InfoNCE
+from .info_nce import score_statistics as score_statistics
 from .margins import AdaFace as AdaFace
 from .margins import ArcFace as ArcFace
 from .margins import Combined as Combined
@@ -8,5 +15,6 @@ from .margins import CurricularFace as CurricularFace
 from .margins import Elastic as Elastic
 from .margins import MagFace as MagFace
 from .margins import SphereFace as SphereFace
+from .queue import Queue as Queue
 from .unpg import UNPG as UNPG
 from .unpg import negative_pairs as negative_pairs

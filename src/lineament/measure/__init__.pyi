@@ -26,7 +26,7 @@ from .collapse.ufm import minimise as minimise
 from .complexity.checkpoints import temporal_score as temporal_score
 from .complexity.checkpoints import training_dynamics as training_dynamics
 from .complexity.features import feature_function as feature_function
-from .complexity.flow import cka as cka
+from .complexity.flow import feature_cka as feature_cka
 from .complexity.flow import flow as flow
 from .complexity.flow import residual_branches as residual_branches
 from .complexity.groups import feature_objective as feature_objective
