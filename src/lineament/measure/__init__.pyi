@@ -62,4 +62,5 @@ from .shortcuts.ntk import empirical_ntk as empirical_ntk
 from .shortcuts.ntk import kernel_ridge as kernel_ridge
 from .shortcuts.reliance import linear_reliance as linear_reliance
 from .shortcuts.reliance import reliance as reliance
+from .shortcuts.suspects import suspects as suspects
 from .shortcuts.votes import shortcut_bias as shortcut_bias
