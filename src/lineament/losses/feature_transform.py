@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -139,6 +140,6 @@ def drawn(
         # Exactly Beta(a, a), without rejection (Ulrich 1984).
         turn = torch.cos(2 * math.pi * torch.rand(size, **options))
         return 0.5 + 0.5 * (1 - u.pow(2 / (2 * alpha - 1))).clamp(min=0).sqrt() * turn
-    whole = torch.full(size, alpha, dtype=options["dtype"], device=generator.device)
-    one, two = (torch._standard_gamma(whole, generator=generator) for _ in range(2))
-    return one / (one + two).clamp(min=torch.finfo(one.dtype).tiny)
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    found = np.random.default_rng(seed).beta(alpha, alpha, size)
+    return torch.as_tensor(found, dtype=options["dtype"], device=generator.device)
