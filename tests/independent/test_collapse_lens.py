@@ -19,7 +19,7 @@ def spread(features, labels):
 
 
 @pytest.mark.parametrize("name", ["residual", "misnormalised"])
-def test_the_spread_within_classes_on_all_samples_and_on_each_half(name, networks, reports):
+def test_the_variance_within_classes_on_all_samples_on_each_half_and_its_error(name, networks, reports):
     network, x, y, _ = networks[name]
     section, features = reports(name)["collapse"], []
     network = copy.deepcopy(network).double()
@@ -38,6 +38,6 @@ def test_the_spread_within_classes_on_all_samples_and_on_each_half(name, network
     parts = [spread(features[0][rows], y[rows])[0] for rows in halves]
     assert last["nc1_tilde"] == pytest.approx(every, rel=1e-3)
     assert last["halves"] == pytest.approx(parts, rel=1e-3)
-    assert last["error"] == pytest.approx(max(abs(part - every) for part in parts), rel=1e-2, abs=1e-4)
+    assert 0 < last["error"] < 0.5 * every and abs(parts[0] - parts[1]) < 3 * last["error"]
     assert last["nearest_mean_accuracy"] == pytest.approx(right, abs=2e-3)
     assert f"Over {len(y):,} samples of 10 classes" in section["sentence"]

@@ -26,7 +26,7 @@ from lineament.core.checks import require, show
 from lineament.core.models import device_of
 from lineament.data.samples import Samples
 from lineament.load.data import Data, load_data
-from lineament.load.input_layout import find_layout
+from lineament.load.input_layout import find_layout, with_arguments
 from lineament.load.language_models import is_language_model, load_language_model
 from lineament.load.loaded import Loaded
 from lineament.load.model_and_data import bring_together, place
@@ -139,6 +139,7 @@ def compare(
         )
         place(each.model, device)
     held = _held(data, loaded, samples, classes, groups, seed, options)
+    held = [with_arguments(each.model, some) for each, some in zip(loaded, held)]
     if classes is not None:
         loaded = [replace(each, classes=()) for each in loaded]
     layouts = [
@@ -171,7 +172,7 @@ def compare(
                     normalize=options.normalize,
                     batch_size=options.batch_size,
                     seed=seed,
-                    outputs=answer,
+                    answers=answer,
                 )
             )
             for each, some, answer in zip(loaded, held, answers)
@@ -240,9 +241,12 @@ class _Steps(Sequence[Step]):
     def __init__(self, held: Sequence[Samples], layouts: Any, models: Any, batch_size: int, seed: int):
         self.held, self.layouts, self.models = held, layouts, models
         order = torch.randperm(len(held[0]), generator=torch.Generator().manual_seed(seed))
-        self.parts = list(order.split(batch_size))
-        if len(self.parts) > 1 and len(self.parts[-1]) == 1:
-            self.parts[-2:] = [torch.cat(self.parts[-2:])]
+        lengths = held[0].lengths
+        # Texts of one length go together; nothing is padded.
+        alike = (
+            [order] if lengths is None else [order[lengths[order] == n] for n in lengths.unique().tolist()]
+        )
+        self.parts = [part for rows in alike for part in rows.split(batch_size)]
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -250,7 +254,7 @@ class _Steps(Sequence[Step]):
     def __getitem__(self, number: Any) -> Any:
         rows = self.parts[number]
         given = zip(self.held, self.layouts, self.models)
-        return Step([layout.given(some.inputs[rows], model) for some, layout, model in given], rows)
+        return Step([layout.given(some[rows], model) for some, layout, model in given], rows)
 
 
 def _language(

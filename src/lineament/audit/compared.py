@@ -79,8 +79,8 @@ def _units_and_spaces(
     maps = [
         Maps(
             name,
-            site.sparse_maps(_PENALTIES, tolerance=1e-4),
-            site.sparse_maps(_PENALTIES, reverse=True, tolerance=1e-4),
+            site.sparse_maps(_PENALTIES, tolerance=1e-3),
+            site.sparse_maps(_PENALTIES, reverse=True, tolerance=1e-3),
         )
         for name, site in found.sites.items()
         if len(site.dead_a) < len(site.semi.values) and len(site.dead_b) < len(site.back.values)
@@ -491,25 +491,27 @@ def _names(rows: Tensor, named: Callable[[int], str]) -> str:
 def _gallery(
     found: Alignment, chosen: Sequence[tuple[str, int, int, float]], shown: Callable[[int], Any]
 ) -> Picture:
+    def strip(rows: Tensor) -> Any:
+        """The samples side by side, a white line between them."""
+        images = [torch.as_tensor(shown(int(row))) for row in rows]
+        images = [image[..., None].expand(*image.shape, 3) if image.ndim == 2 else image for image in images]
+        line = images[0].new_ones(images[0].shape[0], max(1, images[0].shape[1] // 16), 3)
+        return torch.cat([part for image in images for part in (image, line)][:-1], 1).clamp(0, 1).numpy()
+
     def draw(axes: Any) -> None:
         for panels, (name, i, j, value) in zip(axes, chosen):
             site = found.sites[name]
-            tops = [
-                *found.top_a[site.site_a][:_SHOWN, i].tolist(),
-                *found.top_b[site.site_b][:_SHOWN, j].tolist(),
-            ]
-            for at, panel in enumerate(panels):
+            tops = found.top_a[site.site_a][:_SHOWN, i], found.top_b[site.site_b][:_SHOWN, j]
+            titles = f"{short(name, 14)}: unit {i} of A", f"unit {j} of B: {compact(value)}"
+            for panel, rows, title in zip(panels, tops, titles):
+                panel.imshow(strip(rows))
                 panel.set_axis_off()
-                if at < len(tops):
-                    image = shown(int(tops[at]))
-                    panel.imshow(image, cmap="gray" if image.ndim == 2 else None, vmin=0, vmax=1)
-            panels[0].set_title(f"{short(name, 14)}: A {i}", fontsize=7)
-            panels[_SHOWN].set_title(f"B {j}: {compact(value)}", fontsize=7)
+                panel.set_title(title, fontsize=8)
 
     return picture(
         draw,
-        panels=(len(chosen), 2 * _SHOWN),
-        size=(7.4, 0.85 * len(chosen) + 0.3),
+        panels=(len(chosen), 2),
+        size=(7.4, 0.95 * len(chosen) + 0.3),
         kind="png",
         caption="The best and the worst pair of each place: left the samples that move A's unit most, right those that move B's; the number is their correlation.",
         alt="Samples that move matched units most: "

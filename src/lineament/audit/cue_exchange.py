@@ -24,6 +24,8 @@ from lineament.core.statistics.shares import Interval, difference, share
 from lineament.measure.shortcuts.exchanges import Change, moved, pasted, recoloured, relit, respectrum
 
 PairChange = Callable[[Tensor, Tensor, Tensor], Tensor]
+# On the pairs that choose: whether all of an interval says that a cue decides, and by how much it is followed.
+Strength = tuple[bool, float]
 # The excess over the controls whose lower bound must be passed before a cue is said to decide.
 DECIDES = 0.15
 PATCH = "patch that moves"
@@ -231,7 +233,7 @@ def whole_image_changes(subject: Subject) -> dict[str, Change]:
     }
 
 
-def _whole(subject: Subject, pairs: Pairs, name: str, change: Change) -> tuple[Cue, float]:
+def _whole(subject: Subject, pairs: Pairs, name: str, change: Change) -> tuple[Cue, Strength]:
     def answers(givers: Tensor) -> Tensor:
         return _answers(subject, pairs.receivers, lambda x, at: change(x, subject.inputs(givers[at])))
 
@@ -249,7 +251,7 @@ def _whole(subject: Subject, pairs: Pairs, name: str, change: Change) -> tuple[C
 
 def _patches(
     subject: Subject, pairs: Pairs, patch: tuple[int, int], marks: dict[int, Tensor]
-) -> tuple[Cue, float, PairChange, dict[str, Any]]:
+) -> tuple[Cue, Strength, PairChange, dict[str, Any]]:
     """The patch that decides the giver's answer, pasted over the one that decides the receiver's; its own place does not come along."""
     draw = torch.Generator().manual_seed(subject.seed + 31)
     height, width = subject.inputs(pairs.receivers[:1]).shape[-2:]
@@ -390,7 +392,7 @@ def _answers(subject: Subject, rows: Tensor, change: Callable[[Tensor, Tensor], 
 
 def _cue(
     name: str, pairs: Pairs, follows: Tensor, controls: dict[str, Tensor], kept: Tensor, kept_control: Tensor
-) -> tuple[Cue, float]:
+) -> tuple[Cue, Strength]:
     """The answer to speak of and the stronger control, chosen on some pairs, and what the others say of it; how sure the choice was."""
     choose, measure = ~pairs.measure, pairs.measure
 
@@ -400,13 +402,15 @@ def _cue(
 
     every = torch.ones_like(choose)
     answer, (best, worst) = None, excess(choose)
+    # Where all answers do not follow, the few pairs of one can hardly prove that it does: its share itself chooses, and the others measure.
+    at = 1 if best[1] > DECIDES else 0
     for each in pairs.lent.unique().tolist():
         part = choose & (pairs.lent == each)
         if int(part.sum()) < _LEAST // 3:
             continue
         found, control = excess(part)
         # One answer is spoken of only where it stands out from all.
-        if found[1] > best[1] + (0.1 if answer is None else 0):
+        if found[at] > best[at] + (0.1 if answer is None else 0):
             answer, best, worst = each, found, control
     part = measure & (every if answer is None else pairs.lent == answer)
     cue = Cue(
@@ -419,4 +423,4 @@ def _cue(
         share(kept[part]),
         share(kept_control[part])[0],
     )
-    return cue, best[1]
+    return cue, (best[1] > DECIDES, best[at])

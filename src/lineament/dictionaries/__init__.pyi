@@ -4,6 +4,10 @@ from .autoencoders import JumpReLU as JumpReLU
 from .autoencoders import Neurons as Neurons
 from .autoencoders import ReLU as ReLU
 from .autoencoders import TopK as TopK
+from .evaluation import error_metrics as error_metrics
+from .evaluation import output_metrics as output_metrics
+from .evaluation import usage as usage
+from .harvest import harvest as harvest
 from .formats.loading import load_dictionary as load_dictionary
 from .formats.saelens import export_saelens as export_saelens
 from .normalised import Normalised as Normalised
@@ -12,3 +16,5 @@ from .splice import splice as splice
 from .steering import Steer as Steer
 from .steering import as_bias as as_bias
 from .steering import steer as steer
+from .training import TrainingOptions as TrainingOptions
+from .training import train_dictionary as train_dictionary

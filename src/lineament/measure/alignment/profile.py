@@ -142,17 +142,21 @@ class SiteAlignment(Readable):
     ) -> sparse.SparseMaps:
         """Each unit of b from a few units of a (``reverse``: of a from b's), fitted on some images and judged on the others.
 
-        Units are brought to mean 0 and variance 1 by the images of the fit.
+        Units are brought to variance 1 over all images and to mean 0 over those of the fit.
         """
         source, target = self.nets[::-1] if reverse else self.nets
         fit, judge = self.moments.halves(self.held_out)
-        living = alive(fit, self.moments.resolution)
-        scale = torch.where(living, (fit.scatter.diagonal() / fit.count).sqrt(), torch.ones_like(fit.mean))
+        living = alive(fit, self.moments.resolution) & alive(judge, self.moments.resolution)
+        # By all images: a unit that only one of the halves sees active would be divided by nearly nothing.
+        whole = Second.of([fit, judge])
+        scale = torch.where(
+            living, (whole.scatter.diagonal() / whole.count).sqrt(), torch.ones_like(fit.mean)
+        )
         away = (judge.mean - fit.mean) / scale
         tables = []
         for moments, shift in ((fit, torch.zeros_like(away)), (judge, away)):
-            whole = moments.scatter / moments.count / torch.outer(scale, scale) + torch.outer(shift, shift)
-            tables.append(whole.cpu())
+            table = moments.covariance / torch.outer(scale, scale) + torch.outer(shift, shift)
+            tables.append(table.cpu())
         at = [torch.arange(len(living))[self.moments.slice(net)] for net in (source, target)]
         used = [rows[living.cpu()[rows]] for rows in at]
         require(

@@ -27,7 +27,7 @@ from lineament.core.models import called, device_of, frozen, logits, moved, unwr
 from lineament.core.sites.activations import Activations, capture
 from lineament.data.samples import Samples
 from lineament.load.data import load_data
-from lineament.load.input_layout import find_layout
+from lineament.load.input_layout import find_layout, with_arguments
 from lineament.measure.alignment.joint import JointMoments
 from lineament.measure.alignment.similarity import KernelSums
 from lineament.train.batches import Indexed, source
@@ -322,10 +322,7 @@ def steps_of(models: Sequence[nn.Module], data: Any, others: Any = None, *, seed
     """
     if isinstance(data, (str, Path, Samples)):
         samples = data if isinstance(data, Samples) else load_data(data, samples=2**31)
-        layouts = [find_layout(model, samples, (), (), 2)[0] for model in models]
-        views = [
-            Indexed(_Given(samples, layout, model), samples.targets) for model, layout in zip(models, layouts)
-        ]
+        views = [Indexed(_Given(with_arguments(model, samples), model), samples.targets) for model in models]
     else:
         views = [source(_batched(data))] * len(models)
     if others is not None:
@@ -343,14 +340,15 @@ def steps_of(models: Sequence[nn.Module], data: Any, others: Any = None, *, seed
 class _Given:
     """Stored samples as one network takes them, by their numbers."""
 
-    def __init__(self, samples: Samples, layout: Any, model: nn.Module):
-        self.samples, self.layout, self.model = samples, layout, model
+    def __init__(self, samples: Samples, model: nn.Module):
+        self.samples, self.model = samples, model
+        self.layout, _ = find_layout(model, samples, (), (), 2)
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, rows: Any) -> Tensor:
-        return self.layout.given(self.samples.inputs[rows], self.model)
+    def __getitem__(self, rows: Any) -> Any:
+        return self.layout.given(self.samples[rows], self.model)
 
 
 class _Shuffled(Sequence[Step]):
