@@ -23,17 +23,19 @@ from lineament.report.text import plain, printable
 
 _PENALTIES = (0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
 _FEW = 8  # units that a sparse map may use
+_TARGETS = 64  # units that are mapped sparsely at a place
 _SHOWN = 5
 _UNPREDICTED = 0.4  # half-MSE; 0.5 is what the mean alone gives
 
 
 @dataclass(frozen=True)
 class Maps:
-    """The maps of one site, both ways: b's units from a's, and a's from b's."""
+    """Maps at one site: some of b's units from a few of a's, and the held-out half-MSE of each unit of either from all of the other's (NaN: dead)."""
 
     site: str
-    b_from_a: SparseMaps
-    a_from_b: SparseMaps
+    few: SparseMaps
+    errors_a: Tensor
+    errors_b: Tensor
 
 
 def sections(
@@ -79,8 +81,9 @@ def _units_and_spaces(
     maps = [
         Maps(
             name,
-            site.sparse_maps(_PENALTIES, tolerance=1e-3),
-            site.sparse_maps(_PENALTIES, reverse=True, tolerance=1e-3),
+            site.sparse_maps(_PENALTIES, most=_TARGETS, tolerance=1e-3),
+            site.unpredicted(reverse=True)[1],
+            site.unpredicted()[1],
         )
         for name, site in found.sites.items()
         if len(site.dead_a) < len(site.semi.values) and len(site.dead_b) < len(site.back.values)
@@ -376,23 +379,15 @@ def _sentence(found: Alignment, maps: Sequence[Maps], counts: dict[str, int]) ->
 def _space_not_units(found: Alignment, name: str, maps: Sequence[Maps], counts: dict[str, int]) -> bool:
     """Whether most units have no partner of their own, and yet combinations of a's units predict most of b's held-out variance."""
     site = found.sites[name]
-    dense = [each.b_from_a for each in maps if each.site == name]
+    dense = [each.errors_b for each in maps if each.site == name]
     if not dense or 2 * counts[name] >= len(site.match.values):
         return False
-    return float(_best(dense[0]).mean()) < 0.25 or bool(
-        float(site.semi_mean) < 0.5 and float(_cka(found, name)) > 0.7
-    )
+    return float(dense[0].nanmean()) < 0.25 or float(_cka(found, name)) > 0.7
 
 
 def _cka(found: Alignment, name: str) -> Tensor:
     at = list(found.sites).index(name)
     return found.cka[at, at]
-
-
-def _best(maps: SparseMaps) -> Tensor:
-    """The held-out half-MSE of each unit at the penalty that is best for all, or of the dense map."""
-    sparse = maps.half_mse[int(maps.half_mse.mean(1).argmin())]
-    return sparse if float(sparse.mean()) <= float(maps.dense_half_mse.mean()) else maps.dense_half_mse
 
 
 def _curves(sites: dict[str, SiteAlignment]) -> Picture:
@@ -521,29 +516,32 @@ def _gallery(
 
 
 def _missing(found: Alignment, maps: Sequence[Maps], named: Callable[[int], str]) -> Section:
-    counted, tops = [], []
+    counted, tops, few = [], [], []
     whole = [0, 0, 0, 0]
     for each in maps:
+        units = max(len(each.errors_a), len(each.errors_b))
+        if found.sites[each.site].samples < 4 * units:  # half of them are for the fit
+            few.append(f"{short(each.site, 30)} ({units} units, {found.sites[each.site].samples:,} samples)")
+            continue
         site = found.sites[each.site]
         parts = []
-        for way, (m, top) in enumerate(
-            ((each.a_from_b, found.top_a[site.site_a]), (each.b_from_a, found.top_b[site.site_b]))
+        for way, (errors, top) in enumerate(
+            ((each.errors_a, found.top_a[site.site_a]), (each.errors_b, found.top_b[site.site_b]))
         ):
-            errors = _best(m)
+            live = int((~errors.isnan()).sum())
             alone = errors > _UNPREDICTED
-            parts += [f"{int(alone.sum())} of {len(errors)}", round(float(errors.mean()), 3)]
+            parts += [f"{int(alone.sum())} of {live}", round(float(errors.nanmean()), 3)]
             whole[2 * way] += int(alone.sum())
-            whole[2 * way + 1] += len(errors)
-            for at in errors.argsort(descending=True)[:1].tolist():
-                if bool(alone[at]):
-                    unit = int(m.targets[at])
-                    tops.append(
-                        (each.site, "AB"[way], unit, round(float(errors[at]), 3), _names(top[:, unit], named))
-                    )
+            whole[2 * way + 1] += live
+            unit = int(errors.nan_to_num(0).argmax())
+            if bool(alone[unit]):
+                error = round(float(errors[unit]), 3)
+                tops.append((each.site, "AB"[way], unit, error, _names(top[:, unit], named)))
         counted.append((each.site, *parts))
     text = (
         f"{whole[0]} of {whole[1]} units of A are in no linear combination of B's units at the same place, and {whole[2]} of {whole[3]} of B's in none of A's "
         f"(on held-out images a map leaves more than {percent(2 * _UNPREDICTED, 0)} of their variance)."
+        + (f" Too few samples to say at {', '.join(few)}." if few else "")
     )
     share = (whole[0] + whole[2]) / max(whole[1] + whole[3], 1)
     return Section(
@@ -621,11 +619,11 @@ def _spaces(found: Alignment) -> Section:
 def _codes(found: Alignment, maps: Sequence[Maps]) -> Section:
     rows, ladders = [], {}
     for each in maps:
-        site, m = found.sites[each.site], each.b_from_a
+        site, m = found.sites[each.site], each.few
         used = m.nonzeros.double().mean(1)
         allowed = (used <= _FEW).nonzero().flatten().tolist()
         at = min(allowed, key=lambda k: float(m.half_mse[k].mean())) if allowed else 0
-        ladder = float(m.single_half_mse.mean()), float(m.half_mse[at].mean()), float(_best(m).mean())
+        ladder = float(m.single_half_mse.mean()), float(m.half_mse[at].mean()), float(m.dense_half_mse.mean())
         ladders[each.site] = ladder
         k = max(2, min(len(site.semi.values), len(site.back.values)) // 2)
         groups = site.clusters(k, method="hierarchical")

@@ -138,56 +138,75 @@ class SiteAlignment(Readable):
         return _parts(self.moments.total(), self.moments, self.nets)
 
     def sparse_maps(
-        self, penalties: Sequence[float] = sparse.PENALTIES, *, reverse: bool = False, tolerance: float = 1e-6
+        self,
+        penalties: Sequence[float] = sparse.PENALTIES,
+        *,
+        reverse: bool = False,
+        most: int | None = None,
+        tolerance: float = 1e-6,
+        seed: int = 0,
     ) -> sparse.SparseMaps:
         """Each unit of b from a few units of a (``reverse``: of a from b's), fitted on some images and judged on the others.
 
-        Units are brought to variance 1 over all images and to mean 0 over those of the fit.
+        Units are brought to variance 1 over all images and to mean 0 over those of the fit. ``most``: map so many units, drawn from ``seed``.
         """
+        halves, sources, targets = self._halves(reverse)
+        if most is not None and len(targets) > most:
+            order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
+            chosen = order[:most].sort().values
+            halves, targets = [(g, q[:, chosen], v[chosen]) for g, q, v in halves], targets[chosen]
+        fit, judge = halves
+        weights = sparse.lasso_path(*fit[:2], penalties, tolerance=tolerance, polish=False)
+        own = fit[0].diagonal()
+        best = (fit[1].abs() / own.sqrt()[:, None]).argmax(0)
+        each = torch.arange(len(best))
+        single = torch.zeros_like(fit[1].T)
+        single[each, best] = fit[1][best, each] / own[best]
+        return sparse.SparseMaps(
+            tuple(map(float, penalties)),
+            weights,
+            sparse.half_mse(weights, *judge),
+            sparse.half_mse(weights, *fit),
+            (weights != 0).sum(-1),
+            sparse.half_mse(single, *judge),
+            sparse.dense_half_mse(fit, judge),
+            targets,
+            sources,
+        )
+
+    def unpredicted(self, *, reverse: bool = False, above: float = 0.4) -> tuple[Tensor, Tensor]:
+        """The units of b that no combination of a's predicts (``reverse``: of a, from b's), and the held-out half-MSE of all.
+
+        A unit is among them where the best dense map of all leaves more than ``above``; 0.5 is what its mean alone leaves, and a dead unit is left out.
+        """
+        (fit, judge), _, targets = self._halves(reverse)
+        errors = torch.full(
+            (self.moments.sizes[self.nets[0 if reverse else 1]],), torch.nan, dtype=torch.float64
+        )
+        errors[targets] = sparse.dense_half_mse(fit, judge)
+        return (errors > above).nonzero().flatten(), errors
+
+    def _halves(self, reverse: bool) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor, Tensor]:
+        """For the images of the fit and the others: E[x xᵀ], E[x y], E[y²] of the live units; and which units these are."""
         source, target = self.nets[::-1] if reverse else self.nets
         fit, judge = self.moments.halves(self.held_out)
         living = alive(fit, self.moments.resolution) & alive(judge, self.moments.resolution)
         # By all images: a unit that only one of the halves sees active would be divided by nearly nothing.
         whole = Second.of([fit, judge])
-        scale = torch.where(
-            living, (whole.scatter.diagonal() / whole.count).sqrt(), torch.ones_like(fit.mean)
-        )
-        away = (judge.mean - fit.mean) / scale
-        tables = []
-        for moments, shift in ((fit, torch.zeros_like(away)), (judge, away)):
-            table = moments.covariance / torch.outer(scale, scale) + torch.outer(shift, shift)
-            tables.append(table.cpu())
+        variance = whole.scatter.diagonal() / whole.count
+        scale = torch.where(living, variance.clamp_min(1e-300).sqrt(), torch.ones_like(variance))
         at = [torch.arange(len(living))[self.moments.slice(net)] for net in (source, target)]
-        used = [rows[living.cpu()[rows]] for rows in at]
+        x, y = (rows[living.cpu()[rows]] for rows in at)
         require(
-            all(map(len, used)),
+            len(x) > 0 and len(y) > 0,
             f"site {self.site_a!r}: every unit of one network is dead, so that there is nothing to map",
         )
-        (g, q), (g2, q2) = ((t[used[0]][:, used[0]], t[used[0]][:, used[1]]) for t in tables)
-        v, v2 = (t.diagonal()[used[1]] for t in tables)
-        weights = sparse.lasso_path(g, q, penalties, tolerance=tolerance, polish=False)
-        best = q.abs().argmax(0)
-        targets = torch.arange(len(best))
-        single = torch.zeros_like(q.T)
-        single[targets, best] = q[best, targets]
-        dense = sparse.least_squares(g, q).T
-        return sparse.SparseMaps(
-            tuple(map(float, penalties)),
-            weights,
-            sparse.half_mse(weights, g2, q2, v2),
-            sparse.half_mse(weights, g, q, v),
-            (weights != 0).sum(-1),
-            sparse.half_mse(single, g2, q2, v2),
-            sparse.half_mse(dense, g2, q2, v2),
-            used[1] - int(at[1][0]),
-            used[0] - int(at[0][0]),
-            True,
-        )
-
-    def unpredicted(self, *, reverse: bool = False, above: float = 0.4) -> Int[Tensor, " units"]:
-        """The units of b that no combination of a's predicts (``reverse``: of a, from b's): held-out half-MSE above ``above``, at the best penalty of all."""
-        maps = self.sparse_maps(reverse=reverse)
-        return maps.targets[maps.half_mse[maps.best(torch.inf)] > above]
+        away = (judge.mean - fit.mean) / scale
+        found = []
+        for moments, shift in ((fit, torch.zeros_like(away)), (judge, away)):
+            table = (moments.covariance / torch.outer(scale, scale) + torch.outer(shift, shift)).cpu()
+            found.append((table[x][:, x], table[x][:, y], table.diagonal()[y]))
+        return found, x - int(at[0][0]), y - int(at[1][0])
 
     def clusters(self, clusters: int, *, method: str = "spectral", seed: int = 0) -> UnitClusters:
         """Groups of the units of both networks, see :func:`~lineament.measure.alignment.clusters.unit_clusters`."""
@@ -568,7 +587,7 @@ def _groups(
     blocks = [_blocks(model, inputs) for model, inputs in zip(models, first.inputs)]
     if sites is None:
         common = [name for name in blocks[0] if all(name in names for names in blocks[1:])]
-        if 2 * len(common) >= len(blocks[0]):
+        if 2 * len(common) > max(map(len, blocks)):
             return [(name,) * len(models) for name in common], ()
     groups = []
     for at, name in enumerate(blocks[0]):
