@@ -85,7 +85,7 @@ def test_patching_what_is_there_changes_nothing_and_another_value_goes_on(model,
 def test_collapse_of_what_passes_inside(model):
     found = collapse(model, [(IDS, LABELS)], sites=[*INSIDE, "head:in"])
     by_hand = slow(model)["encoder.layers.1"].mean(1).double()
-    means = torch.stack([by_hand[LABELS == k].mean(0) for k in (0, 1)])
+    means = torch.stack([by_hand[k == LABELS].mean(0) for k in (0, 1)])
     within = (by_hand - means[LABELS]).square().sum(1).mean()
     between = (means - means.mean(0)).square().sum(1).mean()
     assert found["encoder.layers.1"].nc1_tilde == pytest.approx(float(within / between), rel=1e-4)
