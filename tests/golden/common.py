@@ -57,7 +57,7 @@ class Scope:
         if pointer:
             return self.file.beside(source).input(joined(pointer.split("/")))
         found = self.input(source)
-        return found.item() if found.ndim == 0 else found
+        return found.item() if isinstance(found, Tensor) and found.ndim == 0 else found
 
     def get(self, parameter: str, default: Any = None) -> Any:
         return self[parameter] if parameter in self.values else default

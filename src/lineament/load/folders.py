@@ -127,6 +127,7 @@ def readable(
 ) -> tuple[torch.Tensor, list[int], list[str]]:
     """The images of some files, which of the files they are, and what is said of those that cannot be read, which are left out."""
     kept: list[int] = []
+    resized: list[int] = []
     broken: list[str] = []
 
     def pictures() -> Iterator[tuple[str, Image.Image]]:
@@ -137,6 +138,8 @@ def readable(
                 broken.append(str(error).removeprefix("data: "))
                 continue
             kept.append(number)
+            if size is not None and picture.size != (size[1], size[0]):
+                resized.append(number)
             yield name, picture
 
     try:
@@ -147,6 +150,8 @@ def readable(
     notes = (
         [f"{len(broken)} of {count} images are left out: {'; '.join(broken[:2])}{several}"] if broken else []
     )
+    if resized and size is not None:
+        notes.append(f"{len(resized)} of {len(kept)} images are brought to {size[0]} x {size[1]} pixels")
     return images, kept, notes
 
 

@@ -6,6 +6,14 @@ from .alignment.matching import cycle_order as cycle_order
 from .alignment.matching import matching as matching
 from .alignment.matching import self_matching as self_matching
 from .alignment.matching import semi_matching as semi_matching
+from .alignment.profile import AlignmentOptions as AlignmentOptions
+from .alignment.profile import alignment as alignment
+from .alignment.profile import alignments as alignments
+from .alignment.similarity import BatchKernels as BatchKernels
+from .alignment.similarity import KernelSums as KernelSums
+from .alignment.similarity import cka as cka
+from .alignment.similarity import similarity as similarity
+from .alignment.similarity import soft_matching as soft_matching
 from .alignment.sparse import lasso_path as lasso_path
 from .collapse.central_path import central_path as central_path
 from .collapse.metrics import CollapseMeter as CollapseMeter
@@ -18,7 +26,7 @@ from .collapse.ufm import minimise as minimise
 from .complexity.checkpoints import temporal_score as temporal_score
 from .complexity.checkpoints import training_dynamics as training_dynamics
 from .complexity.features import feature_function as feature_function
-from .complexity.flow import cka as cka
+from .complexity.flow import feature_cka as feature_cka
 from .complexity.flow import flow as flow
 from .complexity.flow import residual_branches as residual_branches
 from .complexity.groups import feature_objective as feature_objective
@@ -32,6 +40,11 @@ from .complexity.layers import complexity as complexity
 from .complexity.redundancy import redundancy as redundancy
 from .complexity.robustness import robustness as robustness
 from .complexity.vinformation import vinformation as vinformation
+from .embeddings.verification import fold_accuracy as fold_accuracy
+from .embeddings.verification import roc as roc
+from .embeddings.verification import separation as separation
+from .embeddings.verification import tar_at_far as tar_at_far
+from .embeddings.verification import template_features as template_features
 from .landscape.axes import completed as completed
 from .landscape.axes import hessian_axes as hessian_axes
 from .landscape.axes import normalised as normalised
