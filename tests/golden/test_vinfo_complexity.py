@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lineament.dictionaries.factorisations import multiplicative_step
 from lineament.dictionaries.nnls import METHODS, nnls, residual
-from lineament.measure.complexity.flow import cka
+from lineament.measure.complexity.flow import feature_cka
 from lineament.measure.complexity.groups import hoyer
 from lineament.measure.complexity.importance import keeping_top, linear_importance
 from lineament.measure.complexity.redundancy import redundancy_from_moments
@@ -81,8 +81,8 @@ def check_layers(file: File, layers: list[Tensor], z: Tensor) -> None:
         capped = learned >= 0.5 * math.log(1 / floor) - 0.01
         atol = torch.where(capped, tolerance.get("capped_atol", tolerance["atol"]), tolerance["atol"])
         file.record("vinfo_learned_variance_nats", learned, {**tolerance, "atol": atol}, "")
-    file.compare("cka_layers_features", torch.stack([cka(a, z) for a in layers]))
-    squared = torch.stack([cka(a, z, form="squared_gram") for a in layers])
+    file.compare("cka_layers_features", torch.stack([feature_cka(a, z) for a in layers]))
+    squared = torch.stack([feature_cka(a, z, form="squared_gram") for a in layers])
     file.compare("cka_variant_squared_gram", squared)
 
 
