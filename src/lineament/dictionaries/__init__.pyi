@@ -4,6 +4,9 @@ from .autoencoders import JumpReLU as JumpReLU
 from .autoencoders import Neurons as Neurons
 from .autoencoders import ReLU as ReLU
 from .autoencoders import TopK as TopK
+from .evaluation import error_metrics as error_metrics
+from .evaluation import output_metrics as output_metrics
+from .evaluation import usage as usage
 from .factorisations import NMF as NMF
 from .factorisations import PCA as PCA
 from .factorisations import ConvexNMF as ConvexNMF
@@ -15,6 +18,7 @@ from .factorisations import pca as pca
 from .factorisations import semi_nmf as semi_nmf
 from .formats.loading import load_dictionary as load_dictionary
 from .formats.saelens import export_saelens as export_saelens
+from .harvest import harvest as harvest
 from .nnls import nnls as nnls
 from .normalised import Normalised as Normalised
 from .selection import Selection as Selection
@@ -22,3 +26,5 @@ from .splice import splice as splice
 from .steering import Steer as Steer
 from .steering import as_bias as as_bias
 from .steering import steer as steer
+from .training import TrainingOptions as TrainingOptions
+from .training import train_dictionary as train_dictionary

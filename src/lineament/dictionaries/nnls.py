@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lineament.core import checks
 from lineament.core.checks import require
+from lineament.core.models import is_half
 
 _SAMPLES, _ATOMS = 2048, 32
 _EXACT = 64  # atoms up to which small systems, one a row, are solved
@@ -83,6 +84,9 @@ def nnls(
     x = checks.tensor("x", x, shape=("samples", "width"), floating=True, empty=True).detach()
     atoms = checks.tensor("atoms", atoms, shape=("atoms", x.shape[1]), floating=True).detach().to(x)
     checks.one_of("method", method, METHODS)
+    if is_half(x.dtype):
+        found = nnls(x.float(), atoms, method=method, ridge=ridge, sparsity=sparsity, tolerance=tolerance, steps=steps)  # fmt: skip
+        return found.to(x.dtype)
     for name, value in (("ridge", ridge), ("sparsity", sparsity)):
         checks.number(name, value, low=0)
     close = torch.finfo(x.dtype).eps ** (2 / 3) if tolerance is None else tolerance
