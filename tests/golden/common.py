@@ -156,7 +156,9 @@ class File(Scope):
         if self.path.suffix == ".json":
             return {name: tensor(value) for name, value in self.nodes.items() if not branches(value)}
         with np.load(self.path, allow_pickle=False) as stored:
-            return {name: torch.from_numpy(np.asarray(stored[name])) for name in stored.files}
+            arrays = {name: np.asarray(stored[name]) for name in stored.files}
+        texts = {name: a.tolist() for name, a in arrays.items() if a.dtype.kind == "U"}
+        return {name: texts[name] if name in texts else torch.from_numpy(a) for name, a in arrays.items()}
 
     @cached_property
     def cases(self) -> list[Scope]:
@@ -310,8 +312,10 @@ def with_a_wrong_entry(stored: Tensor) -> Tensor:
     return wrong.view(stored.shape)
 
 
-def turned_round(stored: Tensor) -> Tensor:
+def turned_round(stored: Tensor | list[str]) -> Tensor | list[str]:
     """An input that is another one in every entry."""
+    if isinstance(stored, list):
+        return [f"not {text}" for text in stored]
     if stored.dtype == torch.bool:
         return ~stored
     turned = stored.flip(tuple(range(stored.ndim)))

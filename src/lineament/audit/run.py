@@ -316,7 +316,7 @@ def _drawn_anew(loaded: Loaded) -> Callable[[int], nn.Module] | None:
     """What makes the audited architecture with fresh weights, under the random state of the caller; ``None`` if nothing can."""
     from lineament.train.stacked import refreshed
 
-    if loaded.kind == "export":
+    if loaded.kind in ("export", "script", "onnx"):
         return None
     if loaded.kind == "default":
         return default.small_cnn

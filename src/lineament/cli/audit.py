@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> Any:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="package.module:factory, file.py:factory, a torch.export .pt2, or a Hugging Face directory or name of a classifier of images or texts, or of a "
+        help="package.module:factory, file.py:factory, a torch.export .pt2, a TorchScript or .onnx file, or a Hugging Face directory or name of a classifier of images or texts, or of a "
         "language model",
     )
     add(

@@ -52,6 +52,22 @@ class Layout:
             return {samples.argument: x, **others}
         return (x, *(others[place] for place in sorted(others, key=int))) if others else x
 
+    def steps(self, samples: Samples, model: nn.Module) -> str:
+        """Everything that is done to a stored sample on its way into the model, in order."""
+        raw = _cut(samples).inputs
+        x = self.apply(raw)
+        found = [] if self.kind in ("as it is", "token ids") else [self.kind]
+        if raw.dtype == torch.uint8 and self.kind != "token ids":
+            found.append("divided by 255")
+        if self.mean and x.ndim == 4:
+            mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (self.mean, self.std))
+            found.append(f"less mean {mean} and over deviation {std}")
+        wanted = dtype_of(model) if x.is_floating_point() else x.dtype
+        form = f"{tuple(x.shape[1:])} {str(wanted).removeprefix('torch.')}"
+        stored = f"{tuple(raw.shape[1:])} {str(raw.dtype).removeprefix('torch.')}"
+        how = ", ".join(found) or ("as token ids" if self.kind == "token ids" else "unchanged")
+        return f"samples, stored as {stored}, go in as {form}: {how}"
+
     def apply(self, raw: Tensor) -> Tensor:
         if self.kind == "token ids":
             return raw.long()
@@ -164,10 +180,7 @@ def find_layout(
                 or f"model: it answers {len(x)} samples with {show(output)}, expected one row of logits or values a sample"
             )
             continue
-        return (
-            layout,
-            f"samples {tuple(samples.inputs.shape[1:])} go in as {tuple(x.shape[1:])} ({kind})",
-        )
+        return layout, layout.steps(some, model)
     require(not unlike, unlike)
     raise InputError(
         f"data: samples of shape {tuple(samples.inputs.shape[1:])} do not fit the model, which expects {wanted.text}; tried "
