@@ -7,6 +7,7 @@ from . import handcrafted as handcrafted
 from . import kernels as kernels
 from . import learn as learn
 from . import load as load
+from . import losses as losses
 from . import measure as measure
 from . import optim as optim
 from . import papers as papers

@@ -57,7 +57,7 @@ class Scope:
         if pointer:
             return self.file.beside(source).input(joined(pointer.split("/")))
         found = self.input(source)
-        return found.item() if found.ndim == 0 else found
+        return found.item() if isinstance(found, Tensor) and found.ndim == 0 else found
 
     def get(self, parameter: str, default: Any = None) -> Any:
         return self[parameter] if parameter in self.values else default
@@ -156,7 +156,9 @@ class File(Scope):
         if self.path.suffix == ".json":
             return {name: tensor(value) for name, value in self.nodes.items() if not branches(value)}
         with np.load(self.path, allow_pickle=False) as stored:
-            return {name: torch.from_numpy(np.asarray(stored[name])) for name in stored.files}
+            arrays = {name: np.asarray(stored[name]) for name in stored.files}
+        texts = {name: a.tolist() for name, a in arrays.items() if a.dtype.kind == "U"}
+        return {name: texts[name] if name in texts else torch.from_numpy(a) for name, a in arrays.items()}
 
     @cached_property
     def cases(self) -> list[Scope]:
@@ -303,8 +305,10 @@ def with_a_wrong_entry(stored: Tensor) -> Tensor:
     return wrong.view(stored.shape)
 
 
-def turned_round(stored: Tensor) -> Tensor:
+def turned_round(stored: Tensor | list[str]) -> Tensor | list[str]:
     """An input that is another one in every entry."""
+    if isinstance(stored, list):
+        return [f"not {text}" for text in stored]
     if stored.dtype == torch.bool:
         return ~stored
     turned = stored.flip(tuple(range(stored.ndim)))

@@ -26,7 +26,7 @@ from .collapse.ufm import minimise as minimise
 from .complexity.checkpoints import temporal_score as temporal_score
 from .complexity.checkpoints import training_dynamics as training_dynamics
 from .complexity.features import feature_function as feature_function
-from .complexity.flow import cka as cka
+from .complexity.flow import feature_cka as feature_cka
 from .complexity.flow import flow as flow
 from .complexity.flow import residual_branches as residual_branches
 from .complexity.groups import feature_objective as feature_objective
@@ -40,6 +40,11 @@ from .complexity.layers import complexity as complexity
 from .complexity.redundancy import redundancy as redundancy
 from .complexity.robustness import robustness as robustness
 from .complexity.vinformation import vinformation as vinformation
+from .embeddings.verification import fold_accuracy as fold_accuracy
+from .embeddings.verification import roc as roc
+from .embeddings.verification import separation as separation
+from .embeddings.verification import tar_at_far as tar_at_far
+from .embeddings.verification import template_features as template_features
 from .landscape.axes import completed as completed
 from .landscape.axes import hessian_axes as hessian_axes
 from .landscape.axes import normalised as normalised
@@ -53,8 +58,12 @@ from .landscape.network_axes import Trajectory as Trajectory
 from .landscape.network_axes import optimizer_axes as optimizer_axes
 from .landscape.network_axes import trajectory_axes as trajectory_axes
 from .landscape.points import evaluate as evaluate
+from .merging.merge import Merged as Merged
+from .merging.merge import merge as merge
+from .merging.merge import merge_as_published as merge_as_published
 from .shortcuts.ntk import empirical_ntk as empirical_ntk
 from .shortcuts.ntk import kernel_ridge as kernel_ridge
 from .shortcuts.reliance import linear_reliance as linear_reliance
 from .shortcuts.reliance import reliance as reliance
+from .shortcuts.suspects import suspects as suspects
 from .shortcuts.votes import shortcut_bias as shortcut_bias

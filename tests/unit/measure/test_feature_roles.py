@@ -10,7 +10,7 @@ from torch import nn
 
 from lineament.core.checks import InputError
 from lineament.measure.complexity.features import feature_function
-from lineament.measure.complexity.flow import cka, flow, residual_branches
+from lineament.measure.complexity.flow import feature_cka, flow, residual_branches
 from lineament.measure.complexity.groups import feature_objective
 from lineament.measure.complexity.importance import (
     dictionary_quality,
@@ -50,27 +50,30 @@ def test_cka_is_its_definition_by_gram_matrices():
         squared = (one @ two).norm() ** 2 / ((one @ one).norm() * (two @ two).norm())
         debiased = unbiased(one, two) / (unbiased(one, one) * unbiased(two, two)).sqrt()
         for form, value in (("usual", usual), ("squared_gram", squared), ("debiased", debiased)):
-            torch.testing.assert_close(cka(A, Z, form=form)[i], value, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(feature_cka(A, Z, form=form)[i], value, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", ["usual", "squared_gram", "debiased"])
 def test_cka_ignores_scale_rotation_and_shift_and_is_one_for_the_feature_itself(form):
     turn, _ = torch.linalg.qr(normal(5, 5, seed=2))
-    torch.testing.assert_close(cka(3 * A @ turn + 7, 2 - Z, form=form), cka(A, Z, form=form))
-    torch.testing.assert_close(cka(Z[:, :1], Z[:, :1], form=form), torch.ones(1).double())
-    assert cka(A, torch.ones(30, 1).double(), form=form).isnan().all()
+    torch.testing.assert_close(feature_cka(3 * A @ turn + 7, 2 - Z, form=form), feature_cka(A, Z, form=form))
+    torch.testing.assert_close(feature_cka(Z[:, :1], Z[:, :1], form=form), torch.ones(1).double())
+    assert feature_cka(A, torch.ones(30, 1).double(), form=form).isnan().all()
 
 
 def test_the_debiased_form_is_about_zero_for_independent_features_and_the_usual_is_not():
     wide, z = normal(40, 200, seed=3), normal(40, 300, seed=4)
-    assert float(cka(wide, z).mean()) > 0.1 and abs(float(cka(wide, z, form="debiased").mean())) < 0.02
+    assert (
+        float(feature_cka(wide, z).mean()) > 0.1
+        and abs(float(feature_cka(wide, z, form="debiased").mean())) < 0.02
+    )
 
 
 def test_redundancy_is_cka_of_masked_activations():
     masks = (normal(6, 5, seed=5) > 0).double()
     masks[0], masks[1] = 1.0, normal(5, seed=6).abs()  # all units, and weights other than 0 and 1
     covariance, cross = torch.cov(A.T, correction=0), (A - A.mean(0)).T @ (Z - Z.mean(0)) / 30
-    expected = torch.stack([cka(A * m, Z) / cka(A, Z) for m in masks])
+    expected = torch.stack([feature_cka(A * m, Z) / feature_cka(A, Z) for m in masks])
     torch.testing.assert_close(masked_ratios(covariance, cross, masks), expected, equal_nan=True)
     torch.testing.assert_close(expected[0], torch.ones(4).double())
     one_unit = masked_ratios(torch.eye(5), torch.eye(5)[:, :1], torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0]]))
@@ -277,10 +280,10 @@ def test_flow_measures_each_branch_as_by_hand(form):
         torch.rand(60, generator=torch.Generator().manual_seed(0), dtype=torch.float64) >= 0.2
     ).nonzero()[:, 0]
     torch.testing.assert_close(
-        found.residual_cka[0], cka(x.mean((2, 3))[train], z[train], form=form), rtol=1e-3, atol=1e-4
+        found.residual_cka[0], feature_cka(x.mean((2, 3))[train], z[train], form=form), rtol=1e-3, atol=1e-4
     )
     torch.testing.assert_close(
-        found.residual_cka[1], cka(shortcut[train], z[train], form=form), rtol=1e-3, atol=1e-4
+        found.residual_cka[1], feature_cka(shortcut[train], z[train], form=form), rtol=1e-3, atol=1e-4
     )
     assert found.branches[1].residual == "1.downsample" and found.errors.shape == (2, 2, 4)
 

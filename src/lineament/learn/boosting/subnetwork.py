@@ -72,7 +72,7 @@ def fitted(
 
 def _descended(start: Sub, X: Array, r: Array, weights: Array, l2: float, max_iter: int, tol: float) -> Sub:
     act, slope = ACTIVATIONS[start.activation]
-    n, d = X.shape
+    d = X.shape[1]
     units, outputs = start.W2.shape
     cut = np.cumsum([d * units, units, units * outputs])
     total = weights.sum()

@@ -53,7 +53,7 @@ def cka_from_moments(
     return torch.where(whole > 0, shared / whole, torch.nan)
 
 
-def cka(
+def feature_cka(
     activations: Float[Tensor, "samples width"],
     z: Float[Tensor, "samples features"],
     *,
@@ -70,7 +70,7 @@ def cka(
         InputError: shapes that do not match, NaN, fewer than 2 samples (4 for ``"debiased"``).
 
     >>> x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    >>> round(cka(x[:, :1], x[:, :1]).item(), 6), round(cka(x[:, :1], x[:, :1], form="debiased").item(), 6)
+    >>> round(feature_cka(x[:, :1], x[:, :1]).item(), 6), round(feature_cka(x[:, :1], x[:, :1], form="debiased").item(), 6)
     (1.0, 1.0)
     """
     checks.one_of("form", form, FORMS)
