@@ -5,11 +5,12 @@ from .autoencoders import Neurons as Neurons
 from .autoencoders import ReLU as ReLU
 from .autoencoders import TopK as TopK
 from .evaluation import error_metrics as error_metrics
+from .evaluation import evaluate as evaluate
 from .evaluation import output_metrics as output_metrics
 from .evaluation import usage as usage
-from .harvest import harvest as harvest
 from .formats.loading import load_dictionary as load_dictionary
 from .formats.saelens import export_saelens as export_saelens
+from .harvest import harvest as harvest
 from .normalised import Normalised as Normalised
 from .selection import Selection as Selection
 from .splice import splice as splice
