@@ -8,9 +8,6 @@ from .evaluation import error_metrics as error_metrics
 from .evaluation import evaluate as evaluate
 from .evaluation import output_metrics as output_metrics
 from .evaluation import usage as usage
-from .formats.loading import load_dictionary as load_dictionary
-from .formats.saelens import export_saelens as export_saelens
-from .harvest import harvest as harvest
 from .factorisations import NMF as NMF
 from .factorisations import PCA as PCA
 from .factorisations import ConvexNMF as ConvexNMF
@@ -20,6 +17,9 @@ from .factorisations import nmf as nmf
 from .factorisations import nmf_per_class as nmf_per_class
 from .factorisations import pca as pca
 from .factorisations import semi_nmf as semi_nmf
+from .formats.loading import load_dictionary as load_dictionary
+from .formats.saelens import export_saelens as export_saelens
+from .harvest import harvest as harvest
 from .nnls import nnls as nnls
 from .normalised import Normalised as Normalised
 from .selection import Selection as Selection
