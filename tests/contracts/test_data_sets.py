@@ -14,12 +14,14 @@ from lineament.data.blockmnist import block_mnist
 from lineament.data.digit_scenes import digit_scenes
 from lineament.data.digits import digit_images
 from lineament.data.fast_slow_patches import fast_slow_patches
+from lineament.data.footprint import footprint
 from lineament.data.photographs import read_photographs
 from lineament.data.pixel_digits import pixel_digits
 from lineament.data.planted_cues import CUES, planted_cues
 from lineament.data.samples import Samples
 from lineament.data.shortcut_digits import shortcut_digits
 from lineament.data.signal_blocks import signal_blocks
+from lineament.data.two_latents import two_latents
 
 DIGITS = digit_images(count=50, seed=3)
 DATA_SETS = {
@@ -30,6 +32,8 @@ DATA_SETS = {
     "patches": partial(fast_slow_patches, 30),
     "pixels": partial(pixel_digits, train=100),
     "shortcuts": partial(shortcut_digits, "test"),
+    "latents": lambda seed=0: two_latents(dims=8, nesting=(0, 1), seed=seed).draw(30, seed=seed),
+    "footprints": lambda seed=0: footprint(2.0, size=16, base=3, seed=seed).draw(30, seed=seed),
     "signals": partial(signal_blocks, 30, eta=0.5),
     **{cue: partial(planted_cues, cue, "test") for cue in CUES},
     "photographs": partial(read_photographs, "npz", count=20),

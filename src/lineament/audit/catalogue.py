@@ -5,7 +5,8 @@ Nothing is imported for it, so that the command can list the lenses at once. A f
 - ``TITLE``, the question that its section answers, and ``HELP``, what the command says of it;
 - ``ORDER``, where its section stands in the report, and ``VERDICT_ORDER`` where its findings stand among those as severe (default: ``ORDER``);
 - ``METHOD``, the slug of the paper behind it, and ``SOURCE``, its title, year and arXiv id where it is none of the papers of Lineament;
-- ``LANGUAGE = True`` where it looks at a language model and prompts, and ``ALIASES``, earlier names.
+- ``LANGUAGE = True`` where it looks at a language model and prompts, ``OPTIONAL = True`` where a report has nothing of it unless it applies or was
+  asked for, and ``ALIASES``, earlier names.
 
 It defines ``applies(subject)``, the reason why it does not apply or "", and ``look(subject) -> Section``, whose ``findings`` say what its
 numbers mean.
@@ -38,6 +39,7 @@ class Lens:
     method: str
     source: tuple[str, int, str] | None
     language: bool
+    optional: bool
     aliases: tuple[str, ...]
 
     def module(self) -> ModuleType:
@@ -116,5 +118,6 @@ def _read(path: Path, name: str) -> Lens:
         method=constants["METHOD"],
         source=constants.get("SOURCE"),
         language=constants.get("LANGUAGE", False),
+        optional=constants.get("OPTIONAL", False),
         aliases=tuple(constants.get("ALIASES", ())),
     )

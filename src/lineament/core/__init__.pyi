@@ -1,6 +1,7 @@
 from . import curvature as curvature
 from . import readouts as readouts
 from . import statistics as statistics
+from . import surgery as surgery
 from .batching import auto_batch as auto_batch
 from .batching import chunked as chunked
 from .batching import progress as progress

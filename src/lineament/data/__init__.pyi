@@ -3,10 +3,14 @@ from .agreement_tasks import synthetic_agreement as synthetic_agreement
 from .analogy_prompts import analogy_prompts as analogy_prompts
 from .augmentation import flip_and_crop as flip_and_crop
 from .augmentation import trivial_augment as trivial_augment
+from .availability import change_background as change_background
+from .availability import composite as composite
+from .availability import scale_foreground as scale_foreground
 from .blockmnist import block_mnist as block_mnist
 from .digit_scenes import digit_scenes as digit_scenes
 from .digits import digit_images as digit_images
 from .fast_slow_patches import fast_slow_patches as fast_slow_patches
+from .footprint import footprint as footprint
 from .patching_tasks import greater_than_pairs as greater_than_pairs
 from .patching_tasks import ioi_pairs as ioi_pairs
 from .patching_tasks import synthetic_greater_than as synthetic_greater_than

@@ -29,6 +29,7 @@ from lineament.core.models import (
     moved,
     ordinary,
     plain_name,
+    rows_in,
     unwrapped,
     widened,
 )
@@ -115,13 +116,13 @@ class Risk:
         """The data, in the loader's order, in parts of at most ``chunk`` samples."""
         index = 0
         for inputs, targets in self._batches():
-            total = _length(inputs)
+            total = rows_in(inputs)
             step = self.chunk or total
             for start in range(0, total, step):
                 part = slice(start, start + step)
                 whole = step >= total
                 x, y = (inputs, targets) if whole else (_sliced(inputs, part), _sliced(targets, part))
-                yield Chunk(index, x, y, _length(x))
+                yield Chunk(index, x, y, rows_in(x))
                 index += 1
         checks.require(index > 0, "loader: it is empty; expected at least one (inputs, targets) batch")
 
@@ -261,7 +262,7 @@ class Risk:
                 raise checks.InputError(
                     f"loader: it yields {checks.show(batch)}, expected (inputs, targets) pairs"
                 )
-            if _length(batch[0]) > 0:
+            if rows_in(batch[0]) > 0:
                 yield tuple(widened(ordinary(moved(part, device))) for part in batch)
 
 
@@ -336,12 +337,6 @@ def _address(tensor: Tensor) -> int:
 def _finite(tensor: Tensor, total: Tensor) -> bool:
     # A finite sum needs one pass and no memory; the exact test is for a sum that overflows.
     return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor.detach()).all())
-
-
-def _length(inputs: Any) -> int:
-    if isinstance(inputs, Mapping):
-        return len(next(iter(inputs.values())))
-    return len(inputs[0]) if isinstance(inputs, (tuple, list)) else len(inputs)
 
 
 def _sliced(inputs: Any, part: slice) -> Any:

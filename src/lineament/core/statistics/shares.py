@@ -25,20 +25,21 @@ def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
     return min(max(centre - half, 0.0), share), max(min(centre + half, 1.0), share)
 
 
-def share(values: Tensor) -> Interval:
+def share(values: Tensor, z: float = 1.96) -> Interval:
     """How many of some values are true, with Wilson's 95 % interval."""
     hits, total = int(values.sum()), len(values)
-    return hits / max(total, 1), *wilson(hits, total)
+    return hits / max(total, 1), *wilson(hits, total, z)
 
 
-def difference(ours: Tensor, theirs: Tensor) -> Interval:
+def difference(ours: Tensor, theirs: Tensor, z: float = 1.96) -> Interval:
     """The difference of two shares with its 95 % interval (Newcombe 1998, from Wilson's), which has a width at 0 and 1 too.
 
+    >>> import torch
     >>> yes, no = torch.ones(20, dtype=torch.bool), torch.zeros(20, dtype=torch.bool)
     >>> [round(x, 2) for x in difference(yes, no)]
     [1.0, 0.77, 1.0]
     """
     if not len(ours) or not len(theirs):
         return 0.0, -1.0, 1.0
-    (p, p_low, p_high), (q, q_low, q_high) = share(ours), share(theirs)
+    (p, p_low, p_high), (q, q_low, q_high) = share(ours, z), share(theirs, z)
     return p - q, p - q - math.hypot(p - p_low, q_high - q), p - q + math.hypot(p_high - p, q - q_low)

@@ -113,7 +113,12 @@ def default_site(model: nn.Module, images: Tensor) -> str:
         for name, module in body.named_modules():
             if name and takes_hooks(module):
                 stack.callback(module.register_forward_hook(watch(name)).remove)
-        body(images[:1])
+        try:
+            body(images[:1])
+        except RuntimeError:
+            # Exported for batches of one size only.
+            finished.clear()
+            body(images)
     lists = {
         name for name, module in body.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))
     }

@@ -82,7 +82,7 @@ class UnitClusters(Readable):
             dendrogram(self.merges.numpy(), ax=ax, no_labels=True, color_threshold=0)
             ax.set(ylabel="1 - |correlation|", xlabel="units")
         elif self.eigenvalues is not None:
-            ax.plot(range(1, len(self.eigenvalues) + 1), self.eigenvalues, "o-", ms=3)
+            ax.plot(range(1, len(self.eigenvalues) + 1), self.eigenvalues.numpy(), "o-", ms=3)
             ax.axvline(len(self.clusters), color="C1", ls="--")
             ax.set(xlabel="eigenvalue", ylabel="of the normalised Laplacian")
         return ax

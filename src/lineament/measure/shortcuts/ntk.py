@@ -150,14 +150,19 @@ def empirical_ntk(
 def availability_sign(scales: tuple[float, float], means: tuple[float, float]) -> int:
     """Which of two latents a wide two-layer ReLU network is the more sensitive to: 1 the first, -1 the second, 0 neither.
 
-    The sign of (a₁²μ₁² - a₂²μ₂²)(a₁ - a₂), which the paper gives for the first derivative (the ninth) in which the two differ. *Unverified*: the
-    paper states no measure for the alignment that is differentiated, and nothing here has reproduced it; take it as the paper's word.
+    The sign of (a₁²μ₁² - a₂²μ₂²)|a₁ - a₂|, the first difference (of ninth derivatives) that the paper finds. *Unverified*: the paper states no measure
+    for the alignment that is differentiated. It prints (a₁ - a₂), which stays the same when the two latents are exchanged and so can only be meant
+    for a₁ ≥ a₂.
+
+    Args:
+        scales: a, of either latent's amplification.
+        means: μ, from their predictivities.
 
     >>> availability_sign((2.0, 1.0), (1.0, 1.0)), availability_sign((2.0, 1.0), (0.1, 1.0))
     (1, -1)
     """
     (a, b), (m, n) = scales, means
-    value = ((a * m) ** 2 - (b * n) ** 2) * (a - b)
+    value = ((a * m) ** 2 - (b * n) ** 2) * abs(a - b)
     return (value > 0) - (value < 0)
 
 

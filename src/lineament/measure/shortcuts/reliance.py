@@ -11,7 +11,6 @@ round (weights (0, 1) and (-0.8, 1) both give -1 on a fine grid), so both terms 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +126,3 @@ def linear_reliance(weights: Float[Tensor, "2"], means: Float[Tensor, "2"]) -> f
         return -linear_reliance(weights.flip(0), means.flip(0))
     half = abs(p) / (2 * abs(q))
     return (p > 0) * half - (p < 0) * half - math.copysign(1 - half, q)
-
-
-Rule = Callable[[Tensor], Tensor]
