@@ -52,7 +52,9 @@ class ErrorMeter(Stream):
         self.count = self.d = 0
         self.mean = self.mean_other = torch.zeros(0, dtype=torch.float64)
         self.spread = self.spread_other = self.shared = torch.zeros((), dtype=torch.float64)
-        self.sums = torch.zeros(3, dtype=torch.float64)  # squared error, its share of |x|^2, cosine
+        self.sums = torch.zeros(
+            4, dtype=torch.float64
+        )  # squared error, its share of |x|^2, cosine, rows other than 0
 
     def update(self, x: Tensor, reconstruction: Tensor) -> None:
         require(
@@ -63,10 +65,10 @@ class ErrorMeter(Stream):
         if not len(x):
             return
         error, size = (x - y).square().sum(1), x.square().sum(1)
-        cosine = (x * y).sum(1) / (size * y.square().sum(1)).sqrt().clamp_min(1e-300)
-        self.sums = self.sums + torch.stack(
-            [error.sum(), (error / size.clamp_min(1e-300)).sum(), cosine.sum()]
-        )
+        some = size > 0  # rows of zeros have no relative error and no direction
+        cosine = (x * y).sum(1)[some] / (size * y.square().sum(1)).sqrt()[some].clamp_min(1e-300)
+        relative = (error[some] / size[some]).sum()
+        self.sums = self.sums + torch.stack([error.sum(), relative, cosine.sum(), some.sum().double()])
         other = ErrorMeter()
         other.count, other.d, other.mean, other.mean_other = len(x), x.shape[1], x.mean(0), y.mean(0)
         a, b = x - other.mean, y - other.mean_other
@@ -98,13 +100,14 @@ class ErrorMeter(Stream):
 
     def compute(self) -> dict[str, float]:
         self._some()
-        error, relative, cosine = self.sums.tolist()
+        error, relative, cosine, rows = self.sums.tolist()
+        rows = rows or float("nan")
         spread = float(self.spread)
         return {
             "mse": error / (self.count * self.d),
             "fvu": error / spread if spread > 0 else float("nan"),
-            "nmse": relative / self.count,
-            "cosine": cosine / self.count,
+            "nmse": relative / rows,
+            "cosine": cosine / rows,
             "shrinkage": float(self.shared / self.spread_other) if self.spread_other > 0 else float("nan"),
         }
 

@@ -58,6 +58,9 @@ from .landscape.network_axes import Trajectory as Trajectory
 from .landscape.network_axes import optimizer_axes as optimizer_axes
 from .landscape.network_axes import trajectory_axes as trajectory_axes
 from .landscape.points import evaluate as evaluate
+from .merging.merge import Merged as Merged
+from .merging.merge import merge as merge
+from .merging.merge import merge_as_published as merge_as_published
 from .shortcuts.ntk import empirical_ntk as empirical_ntk
 from .shortcuts.ntk import kernel_ridge as kernel_ridge
 from .shortcuts.reliance import linear_reliance as linear_reliance
