@@ -14,6 +14,7 @@ from .examples import windows as windows
 from .fit import Fit as Fit
 from .fit import fit_of as fit_of
 from .evaluation import error_metrics as error_metrics
+from .evaluation import evaluate as evaluate
 from .evaluation import output_metrics as output_metrics
 from .evaluation import usage as usage
 from .factorisations import NMF as NMF
