@@ -144,7 +144,7 @@ def train(a: argparse.Namespace) -> int:
             isinstance(told, dict) and told.get("format") == saving.FORMAT,
             f"--config: {a.config!r} is no config.json of a trained dictionary",
         )
-    info = told.get("info") or {}
+    info = (told.get("info") or {}).get("training") or {}
     out = possible_folder(a.out)
     checks.require(
         a.overwrite or not (out / saving.CONFIG).exists(),
@@ -169,7 +169,6 @@ def train(a: argparse.Namespace) -> int:
     found = train_dictionary(
         model, data.data, site=site, dictionary=made, checkpoint=out / "training", **options, **({"options": rare} if rare else {})
     )  # fmt: skip
-    found.dictionary.info.setdefault("command", shlex.join(["lineament", *sys.argv[1:]]))
     found.dictionary.save_pretrained(out)
     last = found.history[-1]
     print(
@@ -202,7 +201,7 @@ def _made(a: argparse.Namespace, told: dict[str, Any], site: str) -> tuple[Any, 
     }.get(a.kind)
     kind = kind or str(told.get("kind") or "TopK")
     checks.require(
-        hasattr(autoencoders, kind) and kind != "Neurons" and kind in saving.KINDS,
+        hasattr(autoencoders, kind) and kind in saving.KINDS and kind != "Neurons",
         f"--config: a {kind} is not trained by steps; expected one of {', '.join(_KINDS)}",
     )
     if kind != told.get("kind"):

@@ -41,14 +41,14 @@ def token_sequences(
     )
     if path.suffix == ".npy":
         try:
-            ids = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.int64))
+            found = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.int64))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"data: {str(path)!r} is no array of token ids ({first_line(error)})") from error
         require(
-            ids.ndim == 2 and ids.numel() > 0,
-            f"data: {str(path)!r} has shape {tuple(ids.shape)}, expected (sequences, positions)",
+            found.ndim == 2 and found.numel() > 0,
+            f"data: {str(path)!r} has shape {tuple(found.shape)}, expected (sequences, positions)",
         )
-        return ids[:most]
+        return found[:most]
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
