@@ -9,6 +9,7 @@ from . import learn as learn
 from . import load as load
 from . import losses as losses
 from . import measure as measure
+from . import modules as modules
 from . import optim as optim
 from . import papers as papers
 from . import recipes as recipes
