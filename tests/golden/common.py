@@ -156,7 +156,9 @@ class File(Scope):
         if self.path.suffix == ".json":
             return {name: tensor(value) for name, value in self.nodes.items() if not branches(value)}
         with np.load(self.path, allow_pickle=False) as stored:
-            return {name: torch.from_numpy(np.asarray(stored[name])) for name in stored.files}
+            arrays = {name: np.asarray(stored[name]) for name in stored.files}
+        texts = {name: a.tolist() for name, a in arrays.items() if a.dtype.kind == "U"}
+        return {name: texts[name] if name in texts else torch.from_numpy(a) for name, a in arrays.items()}
 
     @cached_property
     def cases(self) -> list[Scope]:
@@ -233,11 +235,18 @@ def nodes(value: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
 
 
 def tensor(value: Any) -> Any:
-    """A number or (nested) list of numbers, null being NaN; texts stay."""
+    """A number or (nested) list of numbers, null being NaN; texts and lists with texts stay."""
     if isinstance(value, (str, bool)):
         return value if isinstance(value, str) else torch.tensor(value)
+    if texts(value):
+        return value
     made = np.array(value)
     return torch.from_numpy(made.astype(float) if made.dtype == object or not made.size else made)
+
+
+def texts(value: Any) -> bool:
+    """Whether a (nested) list has a text in it."""
+    return any(map(texts, value)) if isinstance(value, list) else isinstance(value, str)
 
 
 def paths(folder: Path, pattern: str = "**/*") -> list[Path]:
@@ -285,7 +294,11 @@ def run(file: File, checks: Checks) -> File:
     assert kind in checks, f"{file.path.name}: no adaptor for the kind {kind!r}"
     checks[kind](file)
     seen = file.inputs | {array for array, *_ in file.compared}
-    left = [array for array, value in file.data.items() if array not in seen and not isinstance(value, str)]
+    left = [
+        array
+        for array, value in file.data.items()
+        if array not in seen and not isinstance(value, (str, list))
+    ]
     if left and not file.only:
         file.problems.append(f"no adaptor compares {left}")
     return file
@@ -303,8 +316,10 @@ def with_a_wrong_entry(stored: Tensor) -> Tensor:
     return wrong.view(stored.shape)
 
 
-def turned_round(stored: Tensor) -> Tensor:
+def turned_round(stored: Tensor | list[str]) -> Tensor | list[str]:
     """An input that is another one in every entry."""
+    if isinstance(stored, list):
+        return [f"not {text}" for text in stored]
     if stored.dtype == torch.bool:
         return ~stored
     turned = stored.flip(tuple(range(stored.ndim)))

@@ -308,7 +308,8 @@ class ReLU(Autoencoder):
 class JumpReLU(Autoencoder):
     """A latent above its own threshold is on, with the value z (Rajamanoharan et al. 2024, arXiv 2407.14435).
 
-    Thresholds are positive, kept as logarithms; the step's gradient is that of a window of ``bandwidth`` around the threshold.
+    Thresholds are positive, kept as logarithms; the step's gradient is that of a window of ``bandwidth`` around the threshold, in the units of x (``None``:
+    a training chooses a thousandth of the typical norm).
 
     >>> sae = JumpReLU(1, 1)
     >>> with torch.no_grad():
@@ -317,8 +318,9 @@ class JumpReLU(Autoencoder):
     [[0.0], [1.5]]
     """
 
-    def __init__(self, d: int, width: int, *, bandwidth: float = 0.001, **options: Any):
-        number("bandwidth", bandwidth, low=0, open_low=True)
+    def __init__(self, d: int, width: int, *, bandwidth: float | None = None, **options: Any):
+        if bandwidth is not None:
+            number("bandwidth", bandwidth, low=0, open_low=True)
         super().__init__(d, width, bandwidth=bandwidth, **options)
         self.bandwidth = bandwidth
         self.log_threshold = nn.Parameter(torch.full((width,), -6.907755))
@@ -328,18 +330,18 @@ class JumpReLU(Autoencoder):
         return self.log_threshold.exp()
 
     def activate(self, z: Tensor) -> Tensor:
-        return _Jump.apply(z, self.threshold, self.bandwidth)  # pyright: ignore[reportReturnType]
+        return _Jump.apply(z, self.threshold, self.bandwidth or 1e-3)  # pyright: ignore[reportReturnType]
 
     def on(self, z: Tensor) -> Tensor:
         """1 where a latent is on, with the gradient of the window: its mean is the L0 of the training's penalty."""
-        return _Step.apply(z, self.threshold, self.bandwidth)  # pyright: ignore[reportReturnType]
+        return _Step.apply(z, self.threshold, self.bandwidth or 1e-3)  # pyright: ignore[reportReturnType]
 
     @torch.no_grad()
     def rescale_(self, factor: float) -> Any:
         super().rescale_(factor)
         self.log_threshold.add_(torch.tensor(factor).log().to(self.log_threshold))
-        self.bandwidth *= factor
-        self.settings["bandwidth"] = self.bandwidth
+        if self.bandwidth is not None:
+            self.bandwidth = self.settings["bandwidth"] = self.bandwidth * factor
         return self
 
 

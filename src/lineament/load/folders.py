@@ -71,6 +71,7 @@ def image_folder(path: Path, choose: Choose, *, size: tuple[int, int] | None = N
         total=len(files),
         source=path.name or str(path),
         classes=tuple(folder.name for folder in folders),
+        extras=_facts(files[row][0] for row in rows),
         notes=tuple(notes),
     )
 
@@ -107,9 +108,20 @@ def labelled_folder(
         total=total,
         source=path.name or str(path),
         classes=names,
+        extras=_facts(files[k] for k in kept),
         notes=(*notes, f"inputs are the files of column {first!r} in labels.csv, targets column {second!r}"),
     )
     return with_groups(found, np.array([cells[k][2] for k in kept])) if group else found
+
+
+def _facts(files: Iterable[Path]) -> dict[str, torch.Tensor]:
+    """What a file says of its sample before it is looked at, and a network should not learn: bytes, and width over height as stored."""
+    rows = []
+    for file in files:
+        with Image.open(file) as picture:
+            rows.append((float(file.stat().st_size), picture.width / picture.height))
+    size, shape = torch.tensor(rows, dtype=torch.float64).unbind(1)
+    return {"file_size": size, "aspect_ratio": shape}
 
 
 def _inside(folder: Path, name: str) -> Path:

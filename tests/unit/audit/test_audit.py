@@ -36,6 +36,8 @@ def test_the_default_finds_the_planted_mark(planted):
     assert place["decides"] and place["followed"] > 0.3 > 10 * place["others_followed"]
     window = place["window"]
     assert window["top"] <= 1 and window["left"] <= 1, "the mark is in the top left corner"
+    first = planted["shortcuts"].numbers["suspects"]["tried"][0]
+    assert (first["name"], first["decides"]) == ("corners", True), "where the mark is"
     groups = {group["name"]: group for group in planted["accuracy"].numbers["groups"]}
     assert groups["mark agrees"]["low"] > groups["mark misleads"]["high"]
 

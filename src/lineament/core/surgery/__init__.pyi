@@ -1,3 +1,4 @@
+from .folding import fold_norms as fold_norms
 from .groups import ChannelGroup as ChannelGroup
 from .groups import ChannelGroups as ChannelGroups
 from .groups import Entry as Entry

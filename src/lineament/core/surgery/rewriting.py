@@ -33,7 +33,13 @@ _WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "mlp_dim")
 Matrices = tuple[Float[Tensor, "new old"], Float[Tensor, "old new"]]
 
 
-def rewrite(model: nn.Module, changes: Mapping[ChannelGroup, Matrices], *, example: Any = None) -> nn.Module:
+def rewrite(
+    model: nn.Module,
+    changes: Mapping[ChannelGroup, Matrices],
+    *,
+    example: Any = None,
+    through_norms: bool = False,
+) -> nn.Module:
     """The network whose groups hold other channels: what makes them is multiplied by ``write``, what reads them by ``read``.
 
     Rows of ones choose (``remove``) or reorder (``permute``); sums and means merge. With ``write = diag(1, 1, 1)`` and its transpose nothing changes.
@@ -42,6 +48,7 @@ def rewrite(model: nn.Module, changes: Mapping[ChannelGroup, Matrices], *, examp
         model: the network that the groups are of; it stays as it was.
         changes: {group of :func:`channel_groups`: (write (new x old), read (old x new))}.
         example: inputs on which the new network has to run.
+        through_norms: mix the vectors of batch norms in the same way, which is wrong for their variances.
 
     Returns:
         A network of the same class, really narrower, called in the same way.
@@ -62,7 +69,7 @@ def rewrite(model: nn.Module, changes: Mapping[ChannelGroup, Matrices], *, examp
     """
     model = plain_network(model)
     for group, (write, read) in changes.items():
-        _check(group, write, read)
+        _check(group, write, read, through_norms)
     new = copy.deepcopy(model)
     tensors = {**dict(new.named_parameters()), **dict(new.named_buffers())}
     by_axis: dict[tuple[str, int], list[tuple[Entry, Tensor]]] = {}
@@ -166,7 +173,7 @@ def runs(model: nn.Module, example: Any) -> Any:
         ) from error
 
 
-def _check(group: ChannelGroup, write: Tensor, read: Tensor) -> None:
+def _check(group: ChannelGroup, write: Tensor, read: Tensor, through_norms: bool) -> None:
     require(
         isinstance(group, ChannelGroup),
         f"changes: keys are groups, as channel_groups(model, example) gives them, got {show(group)}",
@@ -191,7 +198,7 @@ def _check(group: ChannelGroup, write: Tensor, read: Tensor) -> None:
     )
     norms = group.having("norm")
     require(
-        not norms or not mixes,
+        not norms or not mixes or through_norms,
         f"changes: channels of {group.name!r} pass a batch norm ({norms[0].parameter if norms else ''}), whose statistics a mixture does not keep; fold it first",
     )
     require(
@@ -321,6 +328,10 @@ def _reconfigure(model: nn.Module, steps: Sequence[Mapping[str, Any]]) -> None:
     narrow = [s for s in steps if not s["heads"]]
     for name in _WIDTHS:
         value = getattr(config, name, None)
+        if (
+            value is None and name == "n_inner" and hasattr(config, name)
+        ):  # GPT-2's word for four times the width
+            value = 4 * config.hidden_size
         there = [s for s in narrow if s["of"] == value]
         if value is not None and len(there) == layers and len({s["size"] for s in there}) == 1:
             setattr(config, name, there[0]["size"])
