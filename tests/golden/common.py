@@ -294,7 +294,11 @@ def run(file: File, checks: Checks) -> File:
     assert kind in checks, f"{file.path.name}: no adaptor for the kind {kind!r}"
     checks[kind](file)
     seen = file.inputs | {array for array, *_ in file.compared}
-    left = [array for array, value in file.data.items() if array not in seen and not isinstance(value, (str, list))]
+    left = [
+        array
+        for array, value in file.data.items()
+        if array not in seen and not isinstance(value, (str, list))
+    ]
     if left and not file.only:
         file.problems.append(f"no adaptor compares {left}")
     return file

@@ -76,3 +76,10 @@ from .shortcuts.reliance import reliance as reliance
 from .shortcuts.suspects import suspects as suspects
 from .shortcuts.sweep import shortcut_sweep as shortcut_sweep
 from .shortcuts.votes import shortcut_bias as shortcut_bias
+from .merging.equivalence import Complexity as Complexity
+from .merging.equivalence import feature_complexity as feature_complexity
+from .merging.equivalence import equivalence_error as equivalence_error
+from .merging.equivalence import group_pictures as group_pictures
+from .merging.equivalence import mean_activation as mean_activation
+from .merging.equivalence import swap_test as swap_test
+from .merging.repair import repair as repair
