@@ -3,7 +3,7 @@
 A **site** is a module's name as ``named_modules()`` gives it, with ``:in`` or ``:out`` (the default) for the side:
 ``"layer4"``, ``"layer4:in"``; ``""`` is the model's own output and ``":in"`` its input. ``*``, ``?`` and ``[...]`` are
 globs (``"h.*.mlp"``; ``*`` stops at a dot, ``**`` crosses it; ``"**"`` is everything). Attention blocks of known families have ``:q``, ``:k``, ``:v`` and
-``:z``, (batch, position, head, size), and single heads, ``"h.0.attn:z[3]"`` (see :mod:`lineament.core.sites.heads`).
+``:z``, (batch, position, head, size), single heads, ``"h.0.attn:z[3]"``, and with eager attention ``:pattern``, the probabilities (batch, head, query, key) (see :mod:`lineament.core.sites.heads`).
 
 What is recorded is a copy made when it passes, so that no in-place operation further on (``nn.ReLU(inplace=True)``,
 ``out += identity``) changes it; a copy costs little beside the module that made the values. Inside the blocks
