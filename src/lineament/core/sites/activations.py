@@ -186,7 +186,7 @@ def capture(
     """Record what passes at some sites while the block runs; every new forward of ``model`` starts afresh.
 
     A site whose module takes or returns a tuple, a dict or a dataclass gives its first tensor (``last_hidden_state``,
-    ``logits``). A module that runs twice has two :meth:`Activations.calls`. All hooks are removed at the end, also
+    ``logits``), and sequences of several lengths come padded with zeros to the longest. A module that runs twice has two :meth:`Activations.calls`. All hooks are removed at the end, also
     after an exception; what was recorded stays readable.
 
     Args:

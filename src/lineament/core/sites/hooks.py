@@ -116,13 +116,14 @@ def attach(
                 raise InputError(f"site {site.name!r}: {show(value)} passed, which holds no tensor")
             otherwise(value)
             return None
-        path, tensor = found
+        path, passed = found
+        tensor = main_tensor.padded(passed)
         if site.view is None:
             new = function(tensor)
         else:
             new = function(site.view.read(tensor))
             new = None if new is None else site.view.write(tensor, new)
-        return None if new is None else main_tensor.put(value, path, new)
+        return None if new is None else main_tensor.put(value, path, main_tensor.as_ragged_as(passed, new))
 
     watch(site, see, stack, rank)
 

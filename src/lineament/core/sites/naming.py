@@ -158,6 +158,30 @@ def _matching(glob: str, modules: dict[str, nn.Module]) -> list[str]:
     return list(names.values())
 
 
+def matching(glob: str, names: Iterable[str]) -> list[str]:
+    """The names that a glob means, of modules or parameters: ``*`` stops at a dot and ``**`` crosses it, wherever the library takes globs.
+
+    >>> matching("layer4.*", ["layer4.bias", "layer4.0.bias"]), matching("layer4.**", ["layer4.bias", "layer4.0.bias"])
+    (['layer4.bias'], ['layer4.bias', 'layer4.0.bias'])
+    """
+    names = list(names)
+    if glob in names:
+        return [glob]
+    pattern = _pattern(glob)
+    return [name for name in names if pattern.fullmatch(name)]
+
+
+def crossing(glob: str, names: Iterable[str]) -> str:
+    """What to add to an error where a glob means nothing since its ``*`` stops at a dot, or ``""``.
+
+    >>> crossing("layer4.*", ["layer4.0.bias"])
+    "; '*' stops at a dot: 'layer4.**' would name 1"
+    """
+    wider = re.sub(r"\*+", "**", glob)
+    found = matching(wider, names) if wider != glob else []
+    return f"; '*' stops at a dot: {wider!r} would name {len(found)}" if found else ""
+
+
 def _pattern(glob: str) -> re.Pattern[str]:
     """``*`` and ``?`` for anything within one part of a name, ``**`` for anything, ``[...]`` for a choice.
 
