@@ -2,6 +2,7 @@ __version__: str
 
 from . import data as data
 from . import dictionaries as dictionaries
+from . import edit as edit
 from . import explain as explain
 from . import handcrafted as handcrafted
 from . import kernels as kernels
