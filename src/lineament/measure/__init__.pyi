@@ -66,7 +66,6 @@ from .landscape.network_axes import Trajectory as Trajectory
 from .landscape.network_axes import optimizer_axes as optimizer_axes
 from .landscape.network_axes import trajectory_axes as trajectory_axes
 from .landscape.points import evaluate as evaluate
-from .merging.merge import Merged as Merged
 from .merging.merge import merge as merge
 from .merging.merge import merge_as_published as merge_as_published
 from .shortcuts.ntk import empirical_ntk as empirical_ntk
@@ -76,7 +75,6 @@ from .shortcuts.reliance import reliance as reliance
 from .shortcuts.suspects import suspects as suspects
 from .shortcuts.sweep import shortcut_sweep as shortcut_sweep
 from .shortcuts.votes import shortcut_bias as shortcut_bias
-from .merging.equivalence import Complexity as Complexity
 from .merging.equivalence import feature_complexity as feature_complexity
 from .merging.equivalence import equivalence_error as equivalence_error
 from .merging.equivalence import group_pictures as group_pictures
