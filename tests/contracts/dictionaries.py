@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lineament.dictionaries.autoencoders import BatchTopK, Gated, JumpReLU, Neurons, ReLU, TopK
+from lineament.dictionaries.factorisations import NMF, PCA, ConvexNMF, SemiNMF
 from lineament.dictionaries.selection import Selection
 
 D, WIDTH = 6, 200
@@ -21,6 +22,11 @@ MEMBERS = {
     "gradient topk": lambda: TopK(**OPTIONS, k=3, selection=Selection(beta=2.0, influence_scale=0.5)),
     "neurons": lambda: Neurons(D, site="layer"),
     "k neurons": lambda: Neurons(D, k=2, site="layer"),
+    "nmf": lambda: NMF(D, 4, site="layer"),
+    "overcomplete nmf": lambda: NMF(D, 9, site="layer", ridge=0.1),
+    "semi-nmf": lambda: SemiNMF(D, 4, site="layer"),
+    "convex nmf": lambda: ConvexNMF(D, 4, site="layer"),
+    "pca": lambda: PCA(D, 4, site="layer"),
 }
 
 
@@ -33,4 +39,9 @@ def made(name: str) -> Any:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * (1 if key[0] == "W" else 0.1))
         if hasattr(dictionary, "W_dec"):
             dictionary.W_dec.div_(dictionary.W_dec.norm(dim=1, keepdim=True))
+        if hasattr(dictionary, "basis"):
+            basis = torch.randn(dictionary.basis.shape, generator=generator)
+            basis = basis.abs() if isinstance(dictionary, NMF) else basis
+            basis = torch.linalg.qr(basis.T)[0].T if isinstance(dictionary, PCA) else basis
+            dictionary.basis.copy_(basis / basis.norm(dim=1, keepdim=True))
     return dictionary

@@ -23,6 +23,7 @@ FORMAT = "lineament dictionary"
 KINDS = {
     **dict.fromkeys(("TopK", "BatchTopK", "ReLU", "JumpReLU", "Gated", "Neurons"), "autoencoders"),
     "Normalised": "normalised",
+    **dict.fromkeys(("NMF", "SemiNMF", "ConvexNMF", "PCA"), "factorisations"),
 }
 
 
