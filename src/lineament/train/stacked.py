@@ -131,7 +131,7 @@ class Training(Readable):
         stack = Stack(models)
         splits = [self._rows(len(targets), seed) for seed in seeds]
         rows, held = (torch.stack(part) for part in zip(*splits))
-        batches = _StackedBatches(views, targets, rows, seeds, self.batch_size)
+        batches = StackedBatches(views, targets, rows, seeds, self.batch_size)
         keep = [_KeepBestOfEach(batches, held)] if held.numel() else []
 
         seen: list[Tensor] = []
@@ -211,7 +211,7 @@ class Stack(nn.Module):
             model.load_state_dict({k: v[number].detach() for k, v in values.items()}, strict=False)
 
 
-class _StackedBatches:
+class StackedBatches:
     """Batches of every network's own inputs in its own order, a fresh one each epoch."""
 
     def __init__(self, views: Any, targets: Tensor, rows: Tensor, seeds: Sequence[int], batch_size: int):
@@ -232,7 +232,7 @@ class _StackedBatches:
 class _KeepBestOfEach:
     """Of every network in a stack the epoch with the best accuracy on the rows held out for it."""
 
-    def __init__(self, batches: _StackedBatches, held: Tensor):
+    def __init__(self, batches: StackedBatches, held: Tensor):
         self.batches, self.held = batches, held
 
     def on_start(self, run: Run) -> None:
