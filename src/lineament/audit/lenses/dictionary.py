@@ -33,7 +33,7 @@ from lineament.report.text import plain
 
 TITLE = "Which directions are features?"
 HELP = "a small dictionary of features at one place, what it keeps, and what its most important features are"
-ORDER = 48
+ORDER = 47
 ON_REQUEST = True
 METHOD = "topk-dictionary"
 SOURCE = ("Scaling and evaluating sparse autoencoders", 2024, "2406.04093")
