@@ -194,6 +194,7 @@ def audit(
             fresh=_drawn_anew(loaded),
             tokenizer=loaded.tokenizer,
             filler=filler,
+            folder=str(folder),
         )
         if lenses is None:
             chosen = [lens for lens in chosen if not lens.optional or not lens.module().applies(subject)]
