@@ -13,6 +13,7 @@ from . import measure as measure
 from . import modules as modules
 from . import optim as optim
 from . import papers as papers
+from . import privacy as privacy
 from . import recipes as recipes
 from . import train as train
 from .audit.run import audit as audit

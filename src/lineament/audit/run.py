@@ -194,6 +194,7 @@ def audit(
             fresh=_drawn_anew(loaded),
             tokenizer=loaded.tokenizer,
             filler=filler,
+            folder=str(folder),
         )
         if lenses is None:
             chosen = [
