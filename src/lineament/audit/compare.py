@@ -139,6 +139,10 @@ def compare(
         )
         place(each.model, device)
     held = _held(data, loaded, samples, classes, groups, seed, options)
+    require(
+        held[0].targets.ndim < 3,
+        f"data: targets are {show(held[0].targets)}, expected one answer a sample; networks that answer each pixel are not compared",
+    )
     held = [with_arguments(each.model, some) for each, some in zip(loaded, held)]
     if classes is not None:
         loaded = [replace(each, classes=()) for each in loaded]
