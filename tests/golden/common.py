@@ -235,11 +235,18 @@ def nodes(value: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
 
 
 def tensor(value: Any) -> Any:
-    """A number or (nested) list of numbers, null being NaN; texts stay."""
+    """A number or (nested) list of numbers, null being NaN; texts and lists with texts stay."""
     if isinstance(value, (str, bool)):
         return value if isinstance(value, str) else torch.tensor(value)
+    if texts(value):
+        return value
     made = np.array(value)
     return torch.from_numpy(made.astype(float) if made.dtype == object or not made.size else made)
+
+
+def texts(value: Any) -> bool:
+    """Whether a (nested) list has a text in it."""
+    return any(map(texts, value)) if isinstance(value, list) else isinstance(value, str)
 
 
 def paths(folder: Path, pattern: str = "**/*") -> list[Path]:
@@ -287,7 +294,11 @@ def run(file: File, checks: Checks) -> File:
     assert kind in checks, f"{file.path.name}: no adaptor for the kind {kind!r}"
     checks[kind](file)
     seen = file.inputs | {array for array, *_ in file.compared}
-    left = [array for array, value in file.data.items() if array not in seen and not isinstance(value, str)]
+    left = [
+        array
+        for array, value in file.data.items()
+        if array not in seen and not isinstance(value, (str, list))
+    ]
     if left and not file.only:
         file.problems.append(f"no adaptor compares {left}")
     return file

@@ -57,6 +57,9 @@ class TrainingOptions:
         variance: the loss's denominator: ``"data"``, measured once, or ``"batch"``, each batch's own.
         exclude, buffer: of :func:`lineament.dictionaries.harvest`.
         log: a folder for TensorBoard.
+
+    >>> TrainingOptions(k_aux=16).alpha
+    0.03125
     """
 
     warmup: float = 0.05

@@ -15,6 +15,14 @@ from .alignment.similarity import cka as cka
 from .alignment.similarity import similarity as similarity
 from .alignment.similarity import soft_matching as soft_matching
 from .alignment.sparse import lasso_path as lasso_path
+from .bias.consequences import pca_decoding as pca_decoding
+from .bias.consequences import rdm as rdm
+from .bias.consequences import readout_reliance as readout_reliance
+from .bias.consequences import rsa as rsa
+from .bias.interventions import flips as flips
+from .bias.interventions import intervene as intervene
+from .bias.variance import representation_variance as representation_variance
+from .bias.variance import variance_explained as variance_explained
 from .collapse.central_path import central_path as central_path
 from .collapse.metrics import CollapseMeter as CollapseMeter
 from .collapse.metrics import collapse_metrics as collapse_metrics
@@ -59,7 +67,6 @@ from .landscape.network_axes import Trajectory as Trajectory
 from .landscape.network_axes import optimizer_axes as optimizer_axes
 from .landscape.network_axes import trajectory_axes as trajectory_axes
 from .landscape.points import evaluate as evaluate
-from .merging.merge import Merged as Merged
 from .merging.merge import merge as merge
 from .merging.merge import merge_as_published as merge_as_published
 from .shortcuts.ntk import empirical_ntk as empirical_ntk
@@ -67,4 +74,11 @@ from .shortcuts.ntk import kernel_ridge as kernel_ridge
 from .shortcuts.reliance import linear_reliance as linear_reliance
 from .shortcuts.reliance import reliance as reliance
 from .shortcuts.suspects import suspects as suspects
+from .shortcuts.sweep import shortcut_sweep as shortcut_sweep
 from .shortcuts.votes import shortcut_bias as shortcut_bias
+from .merging.equivalence import feature_complexity as feature_complexity
+from .merging.equivalence import equivalence_error as equivalence_error
+from .merging.equivalence import group_pictures as group_pictures
+from .merging.equivalence import mean_activation as mean_activation
+from .merging.equivalence import swap_test as swap_test
+from .merging.repair import repair as repair

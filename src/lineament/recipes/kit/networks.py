@@ -36,6 +36,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
     "selu": nn.SELU,
     "gelu": nn.GELU,
+    "tanh": nn.Tanh,
 }
 _VGG19 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 256, 0, 512, 512, 512, 512, 0, 512, 512, 512, 512, 0)
 
@@ -152,6 +153,16 @@ def _tiny_cnn(shape: tuple[int, ...], widths: tuple[int, ...], parts: Parts) -> 
     ], 4 * width
 
 
+def _strided_cnn(shape: tuple[int, ...], widths: tuple[int, ...], parts: Parts) -> Features:
+    layers: list[nn.Module] = []
+    inputs = shape[0]
+    for outputs in (widths[0], 2 * widths[0], 4 * widths[0]):
+        norm = [nn.BatchNorm2d(outputs)] if parts.norm else []
+        layers += [nn.Conv2d(inputs, outputs, 3, 2, 1, bias=not parts.norm), *norm, parts.act()]
+        inputs = outputs
+    return [*layers, Mean(2, 3)], inputs
+
+
 def _cnn(shape: tuple[int, ...], widths: tuple[int, ...], parts: Parts) -> Features:
     layers: list[nn.Module] = []
     inputs = shape[0]
@@ -228,6 +239,7 @@ NETWORKS: dict[str, tuple[Callable[..., Features], tuple[int, ...], bool]] = {
     "mlp": (_mlp, (128, 128), False),
     "two-conv": (_two_conv, (16,), False),
     "tiny-cnn": (_tiny_cnn, (16,), False),
+    "strided-cnn": (_strided_cnn, (16,), True),
     "cnn": (_cnn, (32,), True),
     "cnn7": (_cnn7, (12,), True),
     "small-resnet": (_resnet(1, 1, 1), (16,), True),
