@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def rows(repeats: int = 5) -> Iterator[Row]:
 
     from sklearn.linear_model import Ridge
 
-    def theirs() -> object:
+    def theirs() -> Any:
         scale = x.numpy().std(0)
         return Ridge(alpha=1e-3 * n, solver="cholesky").fit(x.numpy() / scale, z.numpy())
 
@@ -92,14 +93,17 @@ def rows(repeats: int = 5) -> Iterator[Row]:
     a = torch.rand(n, d, generator=generator)
     atoms = torch.rand(k, d, generator=generator)
     codes = torch.rand(n, k, generator=generator)
+    peer: Callable[[], object] | None = None
     try:
         from overcomplete.optimization.nmf import hierarchical_als  # pyright: ignore[reportMissingImports]
     except ImportError:
-        peer = None
+        pass
     else:
 
-        def peer() -> object:
+        def updated() -> object:
             return hierarchical_als(a, codes.clone(), atoms, update_Z=True, update_D=False, max_iter=1)
+
+        peer = updated
 
     yield compare(
         SLUG,
@@ -127,7 +131,10 @@ def rows(repeats: int = 5) -> Iterator[Row]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             w, h = (np.ascontiguousarray(part.numpy()) for part in begin)
-            return NMF(k, init="custom", max_iter=3, tol=0).fit_transform(a.numpy(), W=w.copy(), H=h.copy())
+            parts: Any = k
+            return NMF(parts, init="custom", max_iter=3, tol=0).fit_transform(
+                a.numpy(), W=w.copy(), H=h.copy()
+            )
 
     yield compare(
         SLUG, f"three rounds of NMF, n = {n:,}, d = {d}, k = {k}", factorise, "scikit-learn cd", sklearn, target=1.2, repeats=repeats

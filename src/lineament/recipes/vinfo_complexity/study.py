@@ -176,7 +176,8 @@ def study(config: Any, train: Samples, test: Samples, seed: int) -> Study:
     for name, place in places.items():
         controls[f"mean K, {name}"] = float(read.complexity[place].nanmean())
         if name != "NMF":
-            late = temporal_score(model, checkpoints, train.pair, SimpleNamespace(site=SITE, atoms=every.atoms, encode=kinds[name]), ridge=config.ridge, heldout=test.pair)  # fmt: skip
+            alone: Any = SimpleNamespace(site=SITE, atoms=every.atoms, encode=kinds[name])
+            late = temporal_score(model, checkpoints, train.pair, alone, ridge=config.ridge, heldout=test.pair)  # fmt: skip
             controls[f"K and Lambda, {name}"] = pearson(read.complexity[place], late.complexity)
     fresh = network(config.network, tuple(train.inputs.shape[1:]), len(train.classes), seed=seed + 1, widths=config.width).to(x.device)  # fmt: skip
     controls["mean K, untrained network (NMF)"] = complexity(fresh, train.pair, extract(fresh), sites=sites, ridge=config.ridge, **options).mean  # fmt: skip
