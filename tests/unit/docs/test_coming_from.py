@@ -34,7 +34,9 @@ def test_every_block_of_ours_runs(tmp_path, monkeypatch):
             OrderedDict([*stages, ("flatten", nn.Flatten()), ("fc", nn.Linear(16, 3))])
         ).eval()
         images, labels = torch.rand(24, 1, 8, 8), torch.arange(24) % 3
-        config = GPT2Config(vocab_size=6, n_positions=8, n_embd=8, n_layer=2, n_head=2)
+        config = GPT2Config(
+            vocab_size=6, n_positions=8, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        )
         language_model = GPT2LMHeadModel(config).eval()
     names = {
         "model": model,
@@ -50,9 +52,6 @@ def test_every_block_of_ours_runs(tmp_path, monkeypatch):
         exec(compile(block, f"coming-from.md, block {number}", "exec"), names)
     assert names["maps"].shape == (24, 1, 8, 8)
     assert names["cache"]["transformer.h.1"].shape == (1, 3, 8)
-    assert (
-        names["cache"]["transformer.h.1.attn:z"].shape[-2:] == (2, 4)
-        or names["cache"]["transformer.h.1.attn:z"].numel() == 24
-    )
+    assert names["cache"]["transformer.h.1.attn:z"].shape == (1, 3, 2, 4)
     assert names["logits"].shape == (1, 3, 6)
     assert names["found"].values.shape == (2,) and names["report"].findings
