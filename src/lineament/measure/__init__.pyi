@@ -43,6 +43,7 @@ from .complexity.groups import meta_features as meta_features
 from .complexity.importance import dictionary_quality as dictionary_quality
 from .complexity.importance import importance as importance
 from .complexity.importance import linear_importance as linear_importance
+from .complexity.importance import removal_costs as removal_costs
 from .complexity.importance import support_features as support_features
 from .complexity.layers import complexity as complexity
 from .complexity.redundancy import redundancy as redundancy
