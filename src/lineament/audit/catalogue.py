@@ -6,7 +6,8 @@ Nothing is imported for it, so that the command can list the lenses at once. A f
 - ``ORDER``, where its section stands in the report, and ``VERDICT_ORDER`` where its findings stand among those as severe (default: ``ORDER``);
 - ``METHOD``, the slug of the paper behind it, and ``SOURCE``, its title, year and arXiv id where it is none of the papers of Lineament;
 - ``LANGUAGE = True`` where it looks at a language model and prompts, ``OPTIONAL = True`` where a report has nothing of it unless it applies or was
-  asked for, ``ON_REQUEST = True`` where only those who ask for it get it, and ``ALIASES``, earlier names.
+  asked for, ``ON_REQUEST = True`` where only those who ask for it get it, ``DENSE = True`` where it serves networks that answer for every pixel,
+  and ``ALIASES``, earlier names.
 
 It defines ``applies(subject)``, the reason why it does not apply or "", and ``look(subject) -> Section``, whose ``findings`` say what its
 numbers mean.
@@ -40,6 +41,7 @@ class Lens:
     source: tuple[str, int, str] | None
     language: bool
     optional: bool
+    dense: bool
     on_request: bool
     aliases: tuple[str, ...]
 
@@ -120,6 +122,7 @@ def _read(path: Path, name: str) -> Lens:
         source=constants.get("SOURCE"),
         language=constants.get("LANGUAGE", False),
         optional=constants.get("OPTIONAL", False),
+        dense=constants.get("DENSE", False),
         on_request=constants.get("ON_REQUEST", False),
         aliases=tuple(constants.get("ALIASES", ())),
     )
