@@ -26,7 +26,7 @@ from lineament.report.text import plain, printable
 
 TITLE = "Which pixels are right?"
 HELP = "of a network that answers for every pixel: intersection over union by class, and accuracy at edges"
-ORDER = 11
+ORDER = 21
 METHOD = "intersection over union"
 SOURCE = ("Fully convolutional networks for semantic segmentation", 2014, "1411.4038")
 OPTIONAL = True
