@@ -170,6 +170,9 @@ def ablation_effects(
 
     Args:
         places: for each feature the sequences to look at; features that are off in all of them are left out.
+
+    >>> ablation_effects(model, dictionary, texts, {1234: [0, 7]})  # doctest: +SKIP
+    {1234: 0.0021}
     """
     site, sequences = site_in(model, dictionary), Sequences(model, data, exclude=exclude)
     require(sequences.indexed, "data: it has no index; expected data whose sequences can be taken by number")

@@ -321,6 +321,10 @@ def windows(
     Args:
         data: the same data. features: by default all that were ever on.
         before, after: how many tokens around an example.
+
+    >>> found = max_examples(model, dictionary, texts)  # doctest: +SKIP
+    >>> windows(model, dictionary, texts, found, features=[1234])[1234]["top"][0].tokens  # doctest: +SKIP
+    (464, 3290, 318, 319)
     """
     site, sequences = site_in(model, dictionary), Sequences(model, data, exclude=exclude)
     chosen = (examples.maxima != 0).nonzero()[:, 0].tolist() if features is None else list(features)
@@ -391,6 +395,10 @@ def detection_score(
 
     Raises:
         InputError: a judge that answers something other than one truth value for each snippet.
+
+    >>> judge = lambda shown, unknown: ["dog" in text for text in unknown]
+    >>> detection_score(windows(model, dictionary, texts, found), judge, decode=tokenizer.decode)  # doctest: +SKIP
+    {1234: 0.9}
     """
     number("shown", shown, low=1, integer=True)
     number("asked", asked, low=1, integer=True)
