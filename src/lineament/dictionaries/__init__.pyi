@@ -4,12 +4,14 @@ from .autoencoders import JumpReLU as JumpReLU
 from .autoencoders import Neurons as Neurons
 from .autoencoders import ReLU as ReLU
 from .autoencoders import TopK as TopK
+from .effects import SteeringEffects as SteeringEffects
 from .effects import ablation_effects as ablation_effects
 from .effects import steering_effects as steering_effects
 from .evaluation import error_metrics as error_metrics
 from .evaluation import evaluate as evaluate
 from .evaluation import output_metrics as output_metrics
 from .evaluation import usage as usage
+from .examples import Examples as Examples
 from .examples import detection_score as detection_score
 from .examples import max_examples as max_examples
 from .examples import windows as windows
@@ -22,6 +24,7 @@ from .factorisations import nmf as nmf
 from .factorisations import nmf_per_class as nmf_per_class
 from .factorisations import pca as pca
 from .factorisations import semi_nmf as semi_nmf
+from .fit import Fit as Fit
 from .fit import fit_of as fit_of
 from .formats.loading import load_dictionary as load_dictionary
 from .formats.saelens import export_saelens as export_saelens
