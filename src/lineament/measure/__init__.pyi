@@ -66,8 +66,14 @@ from .landscape.network_axes import Trajectory as Trajectory
 from .landscape.network_axes import optimizer_axes as optimizer_axes
 from .landscape.network_axes import trajectory_axes as trajectory_axes
 from .landscape.points import evaluate as evaluate
+from .merging.equivalence import equivalence_error as equivalence_error
+from .merging.equivalence import feature_complexity as feature_complexity
+from .merging.equivalence import group_pictures as group_pictures
+from .merging.equivalence import mean_activation as mean_activation
+from .merging.equivalence import swap_test as swap_test
 from .merging.merge import merge as merge
 from .merging.merge import merge_as_published as merge_as_published
+from .merging.repair import repair as repair
 from .shortcuts.ntk import empirical_ntk as empirical_ntk
 from .shortcuts.ntk import kernel_ridge as kernel_ridge
 from .shortcuts.reliance import linear_reliance as linear_reliance
@@ -75,9 +81,3 @@ from .shortcuts.reliance import reliance as reliance
 from .shortcuts.suspects import suspects as suspects
 from .shortcuts.sweep import shortcut_sweep as shortcut_sweep
 from .shortcuts.votes import shortcut_bias as shortcut_bias
-from .merging.equivalence import feature_complexity as feature_complexity
-from .merging.equivalence import equivalence_error as equivalence_error
-from .merging.equivalence import group_pictures as group_pictures
-from .merging.equivalence import mean_activation as mean_activation
-from .merging.equivalence import swap_test as swap_test
-from .merging.repair import repair as repair

@@ -88,9 +88,7 @@ def _depth(deep: list[Depth]) -> list[Claim]:
         )
     ]
     if len(deep) >= 4:
-        rank = float(
-            spearmanr([statistics.mean(d.shares) for d in deep], [d.accuracy for d in deep]).statistic
-        )
+        rank = float(spearmanr([statistics.mean(d.shares) for d in deep], [d.accuracy for d in deep])[0])  # pyright: ignore[reportArgumentType]
         claims.append(
             judged(
                 f"Among {len(deep)} seeds, networks of higher complexity are more accurate: a rank correlation of at least 0.5",
