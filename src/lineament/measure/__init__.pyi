@@ -9,6 +9,8 @@ from .alignment.matching import semi_matching as semi_matching
 from .alignment.profile import AlignmentOptions as AlignmentOptions
 from .alignment.profile import alignment as alignment
 from .alignment.profile import alignments as alignments
+from .alignment.reorder import barrier as barrier
+from .alignment.reorder import permuted as permuted
 from .alignment.similarity import BatchKernels as BatchKernels
 from .alignment.similarity import KernelSums as KernelSums
 from .alignment.similarity import cka as cka
@@ -43,6 +45,7 @@ from .complexity.groups import meta_features as meta_features
 from .complexity.importance import dictionary_quality as dictionary_quality
 from .complexity.importance import importance as importance
 from .complexity.importance import linear_importance as linear_importance
+from .complexity.importance import removal_costs as removal_costs
 from .complexity.importance import support_features as support_features
 from .complexity.layers import complexity as complexity
 from .complexity.redundancy import redundancy as redundancy
@@ -66,9 +69,14 @@ from .landscape.network_axes import Trajectory as Trajectory
 from .landscape.network_axes import optimizer_axes as optimizer_axes
 from .landscape.network_axes import trajectory_axes as trajectory_axes
 from .landscape.points import evaluate as evaluate
-from .merging.merge import Merged as Merged
+from .merging.equivalence import equivalence_error as equivalence_error
+from .merging.equivalence import feature_complexity as feature_complexity
+from .merging.equivalence import group_pictures as group_pictures
+from .merging.equivalence import mean_activation as mean_activation
+from .merging.equivalence import swap_test as swap_test
 from .merging.merge import merge as merge
 from .merging.merge import merge_as_published as merge_as_published
+from .merging.repair import repair as repair
 from .shortcuts.ntk import empirical_ntk as empirical_ntk
 from .shortcuts.ntk import kernel_ridge as kernel_ridge
 from .shortcuts.reliance import linear_reliance as linear_reliance
@@ -76,10 +84,3 @@ from .shortcuts.reliance import reliance as reliance
 from .shortcuts.suspects import suspects as suspects
 from .shortcuts.sweep import shortcut_sweep as shortcut_sweep
 from .shortcuts.votes import shortcut_bias as shortcut_bias
-from .merging.equivalence import Complexity as Complexity
-from .merging.equivalence import feature_complexity as feature_complexity
-from .merging.equivalence import equivalence_error as equivalence_error
-from .merging.equivalence import group_pictures as group_pictures
-from .merging.equivalence import mean_activation as mean_activation
-from .merging.equivalence import swap_test as swap_test
-from .merging.repair import repair as repair
