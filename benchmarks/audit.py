@@ -463,7 +463,8 @@ def _cluster_case(ratio: float, seed: int) -> Case:
     """Features around five class means, whose variance within classes is known beside that between them, and so their spectrum."""
 
     def make() -> Made:
-        draw = torch.Generator().manual_seed(30_000 + seed)
+        # Each ratio with noise of its own: rates are of independent networks.
+        draw = torch.Generator().manual_seed(30_000 + seed + round(10_000 * ratio))
         classes, width, count = 5, 16, 500
         means, labels = torch.eye(classes, width), torch.arange(count) % classes
         between = 1 - 1 / classes

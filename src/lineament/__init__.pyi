@@ -2,6 +2,7 @@ __version__: str
 
 from . import data as data
 from . import dictionaries as dictionaries
+from . import edit as edit
 from . import explain as explain
 from . import handcrafted as handcrafted
 from . import kernels as kernels
@@ -12,6 +13,7 @@ from . import measure as measure
 from . import modules as modules
 from . import optim as optim
 from . import papers as papers
+from . import privacy as privacy
 from . import recipes as recipes
 from . import train as train
 from .audit.run import audit as audit

@@ -112,4 +112,8 @@ CHECKS = {
     "official_kernel": check_kernel,
     "inexact_topk": check_inexact,
 }
-test_golden, test_a_wrong_number_is_noticed = golden("ssa", CHECKS)
+test_golden, test_a_wrong_number_is_noticed = golden(
+    "ssa",
+    CHECKS,
+    fixed=("inexact_topk:kernel_block_mask",),  # a defect, which must only not be repeated
+)

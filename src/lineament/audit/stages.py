@@ -120,7 +120,12 @@ def look(lens: Lens, subject: Any) -> Section:
     """The lens's section; one that fails or does not apply says so in its own."""
     module, name, start = lens.module(), lens.name, time.perf_counter()
     frame = Section(name, lens.title)
-    reason = module.applies(subject)
+    dense = getattr(subject, "task", "") == "dense" and not lens.dense
+    reason = (
+        "This network answers for every pixel, and this lens asks about one answer a sample."
+        if dense
+        else module.applies(subject)
+    )
     if reason:
         return replace(frame, status="skipped", sentence=reason)
     try:

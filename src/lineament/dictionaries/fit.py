@@ -23,6 +23,7 @@ from lineament.core.sites.hooks import replace
 from lineament.core.sites.naming import resolve
 from lineament.dictionaries.sequences import Sequences
 from lineament.dictionaries.splice import features_back, features_last, site_in, splice
+from lineament.dictionaries.training import weights_hash
 
 _HALF = 0.5  # an alternative is named where it leaves at most this share of the unexplained variance
 _SCALES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.4, 2.0, 3.0, 5.0, 10.0, 20.0)
@@ -173,7 +174,11 @@ def _kls(
 
 def _recorded(dictionary: Any, model: nn.Module) -> list[str]:
     """What the dictionary itself says of the model that it was made for."""
-    known = str(getattr(dictionary, "info", {}).get("model") or "")
+    info = getattr(dictionary, "info", {})
+    sha = (info.get("training") or {}).get("model_sha256")
+    if sha is not None and sha != weights_hash(model):
+        return ["model: its weights are not those that the dictionary was trained on (their SHA-256 differs)"]
+    known = str(info.get("model") or "")
     here = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     plain = [name.rstrip("/").rpartition("/")[2].lower().removesuffix("-small") for name in (known, here)]
     if known and here and plain[0] != plain[1]:

@@ -6,7 +6,6 @@ Nothing but the hook at the site is needed, so that whatever calls the model is 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from lineament.core.checks import InputError, number, one_of, require, show
 from lineament.core.models import unwrapped
+from lineament.core.redrawing import copied
 from lineament.core.sites.families import blocks_of, hook_of_site
 from lineament.core.sites.hooks import CHANGE, Function, eagerly, replace, watch
 from lineament.core.sites.naming import Site
@@ -330,7 +330,7 @@ def as_bias(model: nn.Module, steers: Steer | Sequence[Steer], *, units: Any = N
             each.add is not None,
             f"steers: latent {each.latent} is {'clamped' if each.clamp is not None else 'scaled'}, which depends on the input; only add=... is a constant",
         )
-    made = copy.deepcopy(unwrapped(model))
+    made = copied(unwrapped(model))
     for each in listed:
         site = site_in(made, each.dictionary)
         constant = _Edit(each, units).constant

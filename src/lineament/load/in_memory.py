@@ -80,7 +80,8 @@ def _fields(item: Any, *, pair: bool = False) -> Fields:
         raise InputError(f"data: a sample is {show(item)}, expected (input, target), or a dictionary of both")
     first, second, *_ = item
     if isinstance(first, Mapping):
-        return _by_name(first), second
+        # What stands apart from the target is all input: without a usual name the first is the main one.
+        return _by_name(first, any(name.lower() in _INPUTS for name in first)), second
     held = isinstance(first, (tuple, list)) and all(isinstance(v, (Tensor, np.ndarray)) for v in first)
     if held and len(first) > 1 and (isinstance(first, tuple) or not _one_each(first, second, pair)):
         return {str(place): value for place, value in enumerate(first)}, second
@@ -98,12 +99,10 @@ def _count(targets: Any) -> int:
     return 0 if getattr(targets, "ndim", 1) == 0 or not hasattr(targets, "__len__") else len(targets)
 
 
-def _by_name(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    main = (
-        find_column("inputs", None, _INPUTS, list(map(str, inputs)))
-        if len(inputs) > 1
-        else next(iter(inputs))
-    )
+def _by_name(inputs: Mapping[str, Any], usual: bool = True) -> dict[str, Any]:
+    several = len(inputs) > 1 and usual
+    main = find_column("inputs", None, _INPUTS, list(map(str, inputs))) if several else next(iter(inputs), "")
+    require(bool(inputs), "data: the inputs are an empty dictionary, expected at least one")
     others = {name: value for name, value in inputs.items() if name != main and not _is_text(value)}
     return {main: inputs[main], **others}
 

@@ -91,7 +91,9 @@ def test_what_the_forward_does_not_take_is_left_out_and_said():
 def test_every_lens_audits_a_model_of_several_inputs(tmp_path):
     found = audit(Masked(), ({"x": X, "mask": MASK}, Y), out=tmp_path / "r")
     status = {section.name: section.status for section in found.sections}
-    assert status.pop("gaze") == "skipped" and not {"failed", "skipped"} & {*status.values()}
+    assert {status.pop("gaze"), status.pop("shortcuts")} == {"skipped"} and not {"failed", "skipped"} & {
+        *status.values()
+    }
     assert (
         '"Input", "x: 5, mask: 5"' in found.json.read_text().replace("\n", "").replace("  ", "")
         or "x: 5, mask: 5" in found.html.read_text()
@@ -210,3 +212,15 @@ def test_a_list_with_an_array_for_each_sample():
 def test_a_data_set_of_tensors_is_as_it_was():
     found = load_data(TensorDataset(X, Y))
     assert torch.equal(found.inputs, X) and found.lengths is None and not found.others
+
+
+def test_training_on_the_command_line_refuses_sequences_of_several_lengths(tmp_path, monkeypatch, capsys):
+    from lineament.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom torch import nn\ndef make(): return nn.Sequential(nn.Flatten(), nn.Linear(12, 2))\n"
+        "def data(): return [torch.ones(2, 3), torch.ones(4, 3)] * 5, [0, 1] * 5\n"
+    )
+    assert main(["train", "net.py:make", "net.py:data", "--out", "run"]) == 2
+    assert "samples differ in length, expected all alike" in capsys.readouterr().err

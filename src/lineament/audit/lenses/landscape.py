@@ -417,7 +417,9 @@ def _affordable(subject: Subject, names: list[str], order: Tensor, unit: int) ->
     # The sixths together cost as much as all samples, and so do the halves.
     products = 3 * (_PROBES * _STEPS + 5 * _PROBES)
     while True:
-        operator = hessian(subject.model, subject.loss, subject.batches(order[:count]), params=names)
+        parts = _parts(order[:count], unit)
+        operators = [hessian(subject.model, subject.loss, subject.batches(p), params=names) for p in parts]
+        operator = Pooled(operators, [len(part) for part in parts])
         vector = torch.ones(operator.shape[0], dtype=operator.dtype, device=operator.device)
         times: list[float] = []
         # The first makes the graphs; of the others the fastest, since what else runs on the machine only slows a product down.

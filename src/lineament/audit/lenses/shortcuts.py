@@ -99,6 +99,9 @@ def _has_groups(subject: Subject) -> bool:
 
 def _has_attributes(subject: Subject) -> bool:
     first = subject.inputs(torch.tensor([0]))
+    # Several inputs, and sequences of several lengths, have no counterpart in one another.
+    if not isinstance(first, Tensor) or subject.samples.lengths is not None:
+        return False
     return subject.images or (first.ndim == 2 and not first.is_floating_point())
 
 

@@ -41,7 +41,7 @@ class Tokens:
     """Attributions of prompts' next tokens: how far back half of each lies (``reach``), and how they fare when judged.
 
     ``soft`` holds soft sufficiency (``ns``) and comprehensiveness (``nc``) of each prompt, ``gain`` the lead over the same values
-    on other tokens with its 95 % interval.
+    on other tokens with its 95 % interval; of ``cut`` prompts only the last ``longest`` tokens were explained.
     """
 
     prompts: Sequence[TokenAttribution]
@@ -50,6 +50,8 @@ class Tokens:
     soft: Mapping[str, Tensor]
     gain: Mapping[str, tuple[float, float, float]]
     left_out: Sequence[str]
+    cut: int
+    longest: int
 
     @property
     def middle(self) -> float:
@@ -75,7 +77,7 @@ def applies(subject: LanguageSubject) -> str:
 
 
 def look(subject: LanguageSubject) -> Section:
-    found, left_out = _attributions(subject)
+    found, left_out, cut = _attributions(subject)
     if not found:
         raise InputError(f"no prompt could be explained; the first reason: {left_out[0]}")
     rows = [
@@ -91,6 +93,8 @@ def look(subject: LanguageSubject) -> Section:
         soft=scores,
         gain={m: mean_interval(scores[f"{m}_ours"] - scores[f"{m}_dealt"]) for m in ("ns", "nc")},
         left_out=left_out,
+        cut=cut,
+        longest=_longest(subject),
     )
     sharp = torch.tensor([float(entropy(a.scores[a.scored])) for _, a in found]).exp()
     verdict = (
@@ -108,6 +112,8 @@ def look(subject: LanguageSubject) -> Section:
         f"({compact(float(scores['nc_ours'].mean()))} against {compact(float(scores['nc_dealt'].mean()))}, a lead of {_lead(measured)}; random importances reach "
         f"{compact(float(scores['nc_random'].mean()))})."
     )
+    if cut:
+        sentence += f" {cut} prompt{'s were' if cut > 1 else ' was'} longer than {measured.longest} tokens, of which the last {measured.longest} are explained."
     if left_out:
         sentence += f" {len(left_out)} prompt{'s were' if len(left_out) > 1 else ' was'} left out: {several(left_out)}."
     return Section(
@@ -147,29 +153,34 @@ def _finding(found: Tokens) -> Finding:
     )
 
 
-def _attributions(subject: LanguageSubject) -> tuple[list[tuple[str, TokenAttribution]], list[str]]:
+def _longest(subject: LanguageSubject) -> int:
+    """How many tokens of a prompt are explained: a few positions are left for special tokens, and for text that is tokenised otherwise from its middle on."""
+    return min(_MOST_TOKENS, getattr(subject.model.config, "max_position_embeddings", None) or 2**20) - 4
+
+
+def _attributions(subject: LanguageSubject) -> tuple[list[tuple[str, TokenAttribution]], list[str], int]:
+    """What was explained, what was left out and why, and how many prompts were cut."""
     prompts = subject.prompts.prompts[:_PROMPTS]
     sampler: Any = "uniform"
     # Words as often as these prompts have them keep the replaced prompts among what the model knows; few words would repeat themselves.
     corpus = UnigramSampler(subject.tokenizer, subject.prompts.prompts)
     if int((corpus.weights > 0).sum()) >= 100:
         sampler = corpus
-    found, left_out = [], []
+    found, left_out, cut = [], [], 0
     for number, prompt in enumerate(progress(prompts, "explaining prompts")):
+        kept = subject.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        most = _longest(subject)
+        part = prompt if len(kept) <= most else subject.tokenizer.decode(kept[-most:])
         try:
-            found.append((prompt, _explained(subject, prompt, sampler, number)))
+            found.append((prompt, _explained(subject, part, sampler, number)))
+            cut += part is not prompt
         except InputError as error:
             left_out.append(f"{show(prompt, 40)}: {error}")
     more = len(subject.prompts.prompts) - len(prompts)
-    return found, left_out + [f"a prompt beyond the first {_PROMPTS}"] * more
+    return found, left_out + [f"a prompt beyond the first {_PROMPTS}"] * more, cut
 
 
 def _explained(subject: LanguageSubject, prompt: str, sampler: Any, number: int) -> TokenAttribution:
-    kept = subject.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    # A few positions are left for special tokens, and for text that is tokenised otherwise from its middle on.
-    most = min(_MOST_TOKENS, getattr(subject.model.config, "max_position_embeddings", None) or 2**20) - 4
-    if len(kept) > most:
-        prompt = subject.tokenizer.decode(kept[-most:])
     found = reagent(
         subject.model,
         prompt,

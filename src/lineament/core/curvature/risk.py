@@ -7,7 +7,6 @@ which holds four bytes a weight as long as the risk lives: what a second derivat
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from lineament.core.models import (
     unwrapped,
     widened,
 )
+from lineament.core.sites.naming import crossing, matching
 
 T = TypeVar("T")
 
@@ -278,11 +278,11 @@ def chosen_parameters(model: nn.Module, params: str | Sequence[str] | None) -> l
     else:
         patterns = [plain_name(p, known) for p in ([params] if isinstance(params, str) else params)]
         for pattern in patterns:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in known):
-                raise checks.InputError(
-                    f"params: {pattern!r} names no parameter{checks.suggest(pattern, known)}"
-                )
-        found = [n for n in known if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
+            if not matching(pattern, known):
+                hint = crossing(pattern, known) or checks.suggest(pattern, known)
+                raise checks.InputError(f"params: {pattern!r} names no parameter{hint}")
+        wanted = {name for pattern in patterns for name in matching(pattern, known)}
+        found = [name for name in known if name in wanted]
     if not found:
         refuse_quantised(model)
         raise checks.InputError("params: the model has no parameter that asks for gradients")

@@ -82,10 +82,11 @@ def _folded(model: nn.Module, pairs: dict[str, str]) -> nn.Module:
         for norm_name, layer_name in pairs.items():
             norm: Any = model.get_submodule(norm_name)
             layer = modules[layer_name]
+            vector: Any = layer.bias
             scale = (norm.running_var.double() + norm.eps).rsqrt()
             if norm.weight is not None:
                 scale = scale * norm.weight.double()
-            bias = (layer.bias.double() - norm.running_mean.double()) * scale
+            bias = (vector.double() - norm.running_mean.double()) * scale
             if norm.bias is not None:
                 bias = bias + norm.bias.double()
             weight = layer.weight.double()
@@ -97,7 +98,7 @@ def _folded(model: nn.Module, pairs: dict[str, str]) -> nn.Module:
             else:
                 weight = weight * scale.view(-1, *(1,) * (weight.ndim - 1))
             layer.weight.copy_(weight)
-            layer.bias.copy_(bias)
+            vector.copy_(bias)
     return new
 
 

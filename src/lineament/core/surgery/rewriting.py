@@ -328,6 +328,10 @@ def _reconfigure(model: nn.Module, steps: Sequence[Mapping[str, Any]]) -> None:
     narrow = [s for s in steps if not s["heads"]]
     for name in _WIDTHS:
         value = getattr(config, name, None)
+        if (
+            value is None and name == "n_inner" and hasattr(config, name)
+        ):  # GPT-2's word for four times the width
+            value = 4 * config.hidden_size
         there = [s for s in narrow if s["of"] == value]
         if value is not None and len(there) == layers and len({s["size"] for s in there}) == 1:
             setattr(config, name, there[0]["size"])

@@ -44,8 +44,9 @@ class Merged(Readable):
         parameters, flops: of the network before and after; the operations of one forward on the example.
         whole: {parameter axis or layer: why it was not merged}.
         beta: the threshold, or ``None`` where a size was asked for.
-        centres: {layer: mean of each merged channel before its activation}, where a folded batch norm told it.
+        norms: {layer: (shift, scale) of each original channel}, where one batch norm was folded.
         layers: {layer: the modules that make its channels}.
+        original: the network before, with its batch norms folded; channels: {layer: its group there}.
     """
 
     model: nn.Module
@@ -56,9 +57,10 @@ class Merged(Readable):
     flops: tuple[int, int]
     whole: dict[str, str]
     beta: float | None
-    centres: dict[str, Tensor] = field(default_factory=dict)
-    layers: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    original: nn.Module | None = None
+    norms: dict[str, tuple[Tensor, Tensor]]
+    layers: dict[str, tuple[str, ...]]
+    original: nn.Module = field(repr=False)
+    channels: dict[str, ChannelGroup] = field(repr=False)
 
     @property
     def knee(self) -> dict[str, float]:
@@ -434,7 +436,7 @@ class Plan:
 
     def finished(self, beta: float | None) -> Merged:
         base, through = self.base, self.norms != "fold"
-        changes, groups, sizes, centres, layers = {}, {}, {}, {}, {}
+        changes, groups, sizes, told, layers = {}, {}, {}, {}, {}
         for name, channels in self.channels.items():
             order = channels.order()
             n = channels.group.size
@@ -451,14 +453,13 @@ class Plan:
             layers[name] = tuple(
                 dict.fromkeys(e.parameter.rpartition(".")[0] for e in channels.group.having("write"))
             )
-            told = [self._centre(layer) for layer in layers[name] if layer in self.folded.values()]
-            if len(told) == 1 and len(layers[name]) == 1:
-                centres[name] = write @ told[0]
+            if len(layers[name]) == 1 and layers[name][0] in self.folded.values():
+                told[name] = self._norm(layers[name][0])
         new = self._rewritten(base, changes, through)
         return Merged(
             new, groups, sizes, {n: torch.tensor(t, dtype=torch.float64) for n, t in self.trace.items()},
             (self.cost.count(self.original), self.cost.count(new)), (self.cost.operations(self.original), self.cost.operations(new)),
-            self.whole, beta, centres, layers, base,
+            self.whole, beta, told, layers, base, {n: c.group for n, c in self.channels.items()},
         )  # fmt: skip
 
     def _rewritten(self, base: nn.Module, changes: dict[Any, Any], through: bool) -> nn.Module:
@@ -480,13 +481,12 @@ class Plan:
         runs(new, self.example)
         return new
 
-    def _centre(self, layer: str) -> Tensor:
+    def _norm(self, layer: str) -> tuple[Tensor, Tensor]:
+        """Shift and scale of the batch norm that was folded into a layer."""
         norm: Any = self.original.get_submodule(next(n for n, of in self.folded.items() if of == layer))
-        return (
-            norm.running_mean.new_zeros(norm.num_features).double()
-            if norm.bias is None
-            else norm.bias.detach().double().cpu()
-        )
+        zero = torch.zeros(norm.num_features, dtype=torch.float64)
+        shift = zero if norm.bias is None else norm.bias.detach().double().cpu()
+        return shift, zero + 1 if norm.weight is None else norm.weight.detach().double().cpu().abs()
 
 
 def _in_sigma(model: nn.Module, inward: bool) -> nn.Module:

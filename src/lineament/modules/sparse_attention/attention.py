@@ -48,8 +48,8 @@ def weights(
 ) -> Tensor:
     """The attention weights, [batch, tokens, query heads, tokens]."""
     groups = check_heads(q, k)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    logits = torch.einsum("bthd,bjhd->bthj", q, k.repeat_interleave(groups, 2)) * scale
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    logits = torch.einsum("bthd,bjhd->bthj", q, k.repeat_interleave(groups, 2)) * factor
     allowed = visible(q.shape[1], q.device)[:, None]
     if blocks is not None:
         allowed = allowed & token_mask(blocks, q, block_size)
