@@ -16,6 +16,7 @@ from . import papers as papers
 from . import privacy as privacy
 from . import recipes as recipes
 from . import train as train
+from .audit.compare import compare as compare
 from .audit.run import audit as audit
 from .core import curvature as curvature
 from .core import readouts as readouts

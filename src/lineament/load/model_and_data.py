@@ -176,6 +176,7 @@ def bring_together(
     batch_size: int = 64,
     seed: int = 0,
     output: str | int | None = None,
+    answers: Tensor | None = None,
 ) -> Iterator[ModelAndData]:
     """Fit a model and data to each other while the block runs.
 
@@ -186,6 +187,7 @@ def bring_together(
         task: ``"classification"``, ``"multi-label"``, ``"regression"``, ``"dense"``, or ``"auto"``: by the targets and the outputs.
         normalize: (mean, deviation) per channel, for images scaled to [0, 1]; by default the model's own.
         output: which of several outputs is the answer, see :func:`lineament.load.outputs.one_output`.
+        answers: what the model answers to all samples, where that is known already.
 
     Raises:
         InputError: no layout of the data that the model takes, outputs that are no logits, labels without an output, NaN in the
@@ -193,13 +195,7 @@ def bring_together(
     """
     checks.one_of("task", task, ("auto", "classification", "multi-label", "regression", "dense"))
     model = loaded.model
-    if device is not None:
-        try:
-            model.to(torch.device(device))
-            torch.zeros(1, device=device)
-        except (RuntimeError, AssertionError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"device: {str(device)!r} cannot be used here ({reason})") from error
+    place(model, device)
     samples = with_arguments(model, samples)
     notes = [*loaded.notes, *samples.notes]
     if loaded.batch is not None:
@@ -224,13 +220,28 @@ def bring_together(
             task != "dense",
             f"task: 'dense' was asked for, and targets are {show(samples.targets)}, expected a class for each pixel (sample, height, width)",
         )
-        found, change = _answered(start, loaded.classes, notes)
+        found, change = _answered(start, loaded.classes, notes, answers)
         with read_as_logits(model, change):
             yield found
 
 
+def place(model: nn.Module, device: str | torch.device | None) -> None:
+    """Move a model to a device; ``None`` leaves it where it is.
+
+    Raises:
+        InputError: a device that cannot be used here.
+    """
+    if device is not None:
+        try:
+            model.to(torch.device(device))
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"device: {str(device)!r} cannot be used here ({reason})") from error
+
+
 def _answered(
-    start: ModelAndData, own_classes: tuple[str, ...], notes: list[str]
+    start: ModelAndData, own_classes: tuple[str, ...], notes: list[str], known: Tensor | None
 ) -> tuple[ModelAndData, Change | None]:
     """The same with the model's outputs, the task and the classes, if outputs and targets fit; and what makes logits of the outputs."""
     samples, layout = start.samples, start.layout
@@ -239,7 +250,7 @@ def _answered(
         before = len(samples.notes)
         samples = in_order(samples, own_classes)
         notes += samples.notes[before:]
-    outputs = start.answer(torch.arange(len(samples)))
+    outputs = start.answer(torch.arange(len(samples))) if known is None else known
     bad = int((~torch.isfinite(outputs)).flatten(1).any(1).sum())
     if bad:
         some = layout.picture(samples.inputs[:64])

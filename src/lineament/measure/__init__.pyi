@@ -9,6 +9,8 @@ from .alignment.matching import semi_matching as semi_matching
 from .alignment.profile import AlignmentOptions as AlignmentOptions
 from .alignment.profile import alignment as alignment
 from .alignment.profile import alignments as alignments
+from .alignment.reorder import barrier as barrier
+from .alignment.reorder import permuted as permuted
 from .alignment.similarity import BatchKernels as BatchKernels
 from .alignment.similarity import KernelSums as KernelSums
 from .alignment.similarity import cka as cka
