@@ -10,7 +10,19 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "lineament"
-WINGS = ("core", "data", "load", "train", "optim", "explain", "measure", "learn", "report", "audit")
+WINGS = (
+    "core",
+    "data",
+    "load",
+    "train",
+    "optim",
+    "dictionaries",
+    "explain",
+    "measure",
+    "learn",
+    "report",
+    "audit",
+)
 
 
 def on_files(files: Files, config: Any) -> Files:

@@ -13,8 +13,10 @@ from . import measure as measure
 from . import modules as modules
 from . import optim as optim
 from . import papers as papers
+from . import privacy as privacy
 from . import recipes as recipes
 from . import train as train
+from .audit.compare import compare as compare
 from .audit.run import audit as audit
 from .core import curvature as curvature
 from .core import readouts as readouts

@@ -8,6 +8,7 @@ import torch
 
 from lineament.dictionaries.autoencoders import BatchTopK, Gated, JumpReLU, Neurons, ReLU, TopK
 from lineament.dictionaries.factorisations import NMF, PCA, ConvexNMF, SemiNMF
+from lineament.dictionaries.normalised import Normalised
 from lineament.dictionaries.selection import Selection
 
 D, WIDTH = 6, 200
@@ -20,6 +21,9 @@ MEMBERS = {
     "topk of uncentred inputs": lambda: TopK(**OPTIONS, k=3, subtract_bias=False),
     "batchtopk": lambda: BatchTopK(**OPTIONS, k=3),
     "gradient topk": lambda: TopK(**OPTIONS, k=3, selection=Selection(beta=2.0, influence_scale=0.5)),
+    "layer-normalised topk": lambda: Normalised(TopK(**OPTIONS, k=3), form="layer_norm"),
+    "relu of a constant norm": lambda: Normalised(ReLU(**OPTIONS), form="constant_norm"),
+    "centred gated": lambda: Normalised(Gated(**OPTIONS), form="centred"),
     "neurons": lambda: Neurons(D, site="layer"),
     "k neurons": lambda: Neurons(D, k=2, site="layer"),
     "nmf": lambda: NMF(D, 4, site="layer"),
@@ -36,9 +40,11 @@ def made(name: str) -> Any:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, parameter in dictionary.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (1 if key[0] == "W" else 0.1))
-        if hasattr(dictionary, "W_dec"):
-            dictionary.W_dec.div_(dictionary.W_dec.norm(dim=1, keepdim=True))
+            large = key.rpartition(".")[2][0] == "W"
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (1 if large else 0.1))
+        inner = getattr(dictionary, "inner", dictionary)
+        if hasattr(inner, "W_dec"):
+            inner.W_dec.div_(inner.W_dec.norm(dim=1, keepdim=True))
         if hasattr(dictionary, "basis"):
             basis = torch.randn(dictionary.basis.shape, generator=generator)
             basis = basis.abs() if isinstance(dictionary, NMF) else basis

@@ -53,7 +53,7 @@ class AuditOptions:
         output: which of a model's outputs is looked at, by name or number, where it gives a tuple, a dictionary or a dataclass; ``logits`` by default.
         filler: a masked language model (a Hugging Face directory or name), whose words stand in for those that are taken from a text.
         normalize: (mean, deviation) per channel, for images scaled to [0, 1].
-        task: ``"classification"``, ``"multi-label"``, ``"regression"`` or ``"auto"``.
+        task: ``"classification"``, ``"multi-label"``, ``"regression"``, ``"dense"`` or ``"auto"``.
         method, gaze_site: of the saliency maps, see :func:`lineament.explain.saliency.maps.saliency`.
         faithfulness: how the maps are judged: ``"scores"``, or ``"diffroar"``, which also trains the architecture anew on what they keep.
         batch_size: samples at a time, but for an exported network of a fixed batch.
@@ -194,9 +194,15 @@ def audit(
             fresh=_drawn_anew(loaded),
             tokenizer=loaded.tokenizer,
             filler=filler,
+            folder=str(folder),
         )
         if lenses is None:
-            chosen = [lens for lens in chosen if not lens.optional or not lens.module().applies(subject)]
+            chosen = [
+                lens
+                for lens in chosen
+                if not lens.optional
+                or not (lens.module().applies(subject) or (subject.task == "dense" and not lens.dense))
+            ]
         for line in subject.notes:
             note(line)
         with threads(subject.flops * options.batch_size):
@@ -358,6 +364,8 @@ def _facts(subject: Subject, loaded: Loaded) -> list[tuple[str, Any]]:
     ]
     if subject.task == "classification":
         facts.append(("Classes", subject.outputs.shape[1]))
+    elif subject.task == "dense":
+        facts.append(("Classes of a pixel", subject.width))
     elif subject.task == "multi-label":
         facts.append(("Labels", subject.outputs.shape[1]))
     else:

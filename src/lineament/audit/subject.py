@@ -21,6 +21,7 @@ class Subject(ModelAndData):
     """What a lens is given.
 
     ``sites`` are the outputs of blocks, in depth order; the last is what the head reads, which may be flattened (positions are then units).
+    ``folder`` is that of the report, for pages beside it.
     Of a text classifier ``tokenizer`` makes ids of texts, and ``filler``, a masked language model with its own, proposes other words.
     """
 
@@ -31,6 +32,7 @@ class Subject(ModelAndData):
     fresh: Callable[[int], nn.Module] | None = None
     tokenizer: Any = None
     filler: tuple[Any, Any] | None = None
+    folder: str = ""
 
     @property
     def sealed(self) -> str:

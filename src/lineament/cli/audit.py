@@ -80,7 +80,7 @@ def add_parser(subparsers: Any) -> Any:
         "--task",
         default="auto",
         metavar="KIND",
-        help="classification, multi-label, regression or auto (default)",
+        help="classification, multi-label, regression, dense or auto (default)",
     )
     add(
         "--output",

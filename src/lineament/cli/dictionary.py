@@ -150,8 +150,8 @@ def train(a: argparse.Namespace) -> int:
         a.overwrite or not (out / saving.CONFIG).exists(),
         f"--out: {a.out!r} holds a finished dictionary; give --overwrite to replace it, or another folder",
     )
-    site = a.site or told.get("site")
-    checks.require(bool(site), "--site: got none, expected where to train, such as --site transformer.h.7:in")
+    site = str(a.site or told.get("site") or "")
+    checks.require(site != "", "--site: got none, expected where to train, such as --site transformer.h.7:in")
     options: dict[str, Any] = {}
     for name, default in (
         ("tokens", 1_000_000),
@@ -192,14 +192,14 @@ def _made(a: argparse.Namespace, told: dict[str, Any], site: str) -> tuple[Any, 
     given = _given(a)
     width = Harvest(given.model, given.data, site=site).width
     settings = dict(told.get("settings") or {})
-    kind = {
+    names = {
         "topk": "TopK",
         "batchtopk": "BatchTopK",
         "relu": "ReLU",
         "gated": "Gated",
         "jumprelu": "JumpReLU",
-    }.get(a.kind)
-    kind = kind or str(told.get("kind") or "TopK")
+    }
+    kind = names[a.kind] if a.kind is not None else str(told.get("kind") or "TopK")
     checks.require(
         hasattr(autoencoders, kind) and kind in saving.KINDS and kind != "Neurons",
         f"--config: a {kind} is not trained by steps; expected one of {', '.join(_KINDS)}",
@@ -225,9 +225,8 @@ def _rare(info: dict[str, Any]) -> Any:
     if not isinstance(held, dict):
         return None
     known = {each.name for each in fields(TrainingOptions)}
-    return TrainingOptions(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in held.items() if k in known}
-    )
+    kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in held.items() if k in known}
+    return TrainingOptions(**kept)
 
 
 class _Given:

@@ -38,6 +38,12 @@ class SteeringEffects(Readable):
         kl_active, kl_silent: the mean KL over contexts where the feature is on and where it is not; NaN where there are none.
         random_kl, random_logit_change, random_entropy: the same of random directions of equal norm, one for each latent.
         above: the share of latents whose KL is above 95 % of the random directions'.
+
+    >>> from lineament.dictionaries import Neurons
+    >>> net = nn.Sequential(nn.Identity(), nn.Linear(2, 3))
+    >>> found = steering_effects(net, Neurons(2, site="0"), torch.ones(5, 2), typical_norm=1.0)
+    >>> found.contexts, found.latents.tolist()
+    (5, [0, 1])
     """
 
     latents: Tensor
@@ -170,6 +176,13 @@ def ablation_effects(
 
     Args:
         places: for each feature the sequences to look at; features that are off in all of them are left out.
+
+    >>> from lineament.dictionaries import Neurons
+    >>> net = nn.Sequential(nn.Identity(), nn.Linear(2, 2, bias=False))
+    >>> _ = net[1].weight.data.copy_(torch.eye(2))
+    >>> found = ablation_effects(net, Neurons(2, site="0"), torch.tensor([[0.0, 2.0]]), {0: [0], 1: [0]})
+    >>> {feature: round(value, 3) for feature, value in found.items()}
+    {1: 0.328}
     """
     site, sequences = site_in(model, dictionary), Sequences(model, data, exclude=exclude)
     require(sequences.indexed, "data: it has no index; expected data whose sequences can be taken by number")

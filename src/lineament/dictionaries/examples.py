@@ -43,6 +43,11 @@ class Examples(Readable):
         top, top_places: (width, top), its largest values, one a sequence, and where; 0 and -1 where there are fewer.
         sample, sample_places: the same for values drawn at random from all that are not 0.
         histogram: (width, bins), counts of values. edges: (bins + 1).
+
+    >>> from lineament.dictionaries import Neurons
+    >>> found = max_examples(nn.Sequential(nn.Identity()), Neurons(1, site="0"), torch.tensor([[1.0], [4.0]]))
+    >>> found.places(0)  # (sequence, position, value)
+    [(1, 0, 4.0), (0, 0, 1.0)]
     """
 
     width: int
@@ -321,6 +326,14 @@ def windows(
     Args:
         data: the same data. features: by default all that were ever on.
         before, after: how many tokens around an example.
+
+    >>> from lineament.dictionaries import Neurons
+    >>> net, ids = nn.Sequential(nn.Embedding(9, 2)), torch.tensor([[1, 2, 3, 4]])
+    >>> _ = net[0].weight.data.copy_(torch.arange(18.0).view(9, 2))
+    >>> sae = Neurons(2, site="0")
+    >>> found = windows(net, sae, ids, max_examples(net, sae, ids, top=1), features=[0], before=1)
+    >>> found[0]["top"][0].tokens, found[0]["top"][0].values
+    ((3, 4), (6.0, 8.0))
     """
     site, sequences = site_in(model, dictionary), Sequences(model, data, exclude=exclude)
     chosen = (examples.maxima != 0).nonzero()[:, 0].tolist() if features is None else list(features)
@@ -391,6 +404,10 @@ def detection_score(
 
     Raises:
         InputError: a judge that answers something other than one truth value for each snippet.
+
+    >>> found = {f: {"top": [Window(i, 0, 1.0, 0, (f, i)) for i in range(8)]} for f in (1, 2)}
+    >>> detection_score(found, lambda shown, asked: [text[0] == shown[0][0] for text in asked], decode=lambda ids: f"{ids[0]} {ids[1]}")
+    {1: 1.0, 2: 1.0}
     """
     number("shown", shown, low=1, integer=True)
     number("asked", asked, low=1, integer=True)

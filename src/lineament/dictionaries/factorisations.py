@@ -26,6 +26,7 @@ ORDERS = ("codes, dictionary", "dictionary, codes")
 SOLVERS = ("hals", "multiplicative", "minibatch")
 INITS = ("nndsvda", "random")
 _ROWS = 4096
+_PASSES = 300  # of HALS over the atoms at most, where rows are coded
 
 
 class Factorisation(Saved):
@@ -50,9 +51,8 @@ class Factorisation(Saved):
     def coded(self, rows: Tensor) -> Tensor:
         """(n, d) -> (n, width)."""
         settings = self.settings
-        return nnls(
-            rows, self.basis, ridge=settings.get("ridge", 0.0), sparsity=settings.get("sparsity", 0.0)
-        )
+        penalties = {name: settings.get(name, 0.0) for name in ("ridge", "sparsity")}
+        return nnls(rows, self.basis, steps=_PASSES, **penalties)
 
     def encode(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., width), dense; no gradient passes."""

@@ -41,6 +41,9 @@ class Fit(Readable):
         kl_permuted: the KL on the reconstructions of other tokens, dealt out at random.
         likely: what is likely wrong, one sentence each; none where nothing was found.
         fits: whether it explains more than chance and more than half of the variance.
+
+    >>> Fit(100, fvu=0.2, l0=8.0, kl=0.1, kl_ablated=0.9, kl_permuted=1.2, chance_fvu=0.8, likely=()).fits
+    True
     """
 
     tokens: int

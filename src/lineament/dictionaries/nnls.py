@@ -16,6 +16,7 @@ from lineament.core.checks import require
 from lineament.core.models import is_half
 
 _SAMPLES, _ATOMS = 2048, 32
+_PIVOTS = 6
 _EXACT = 64  # atoms up to which small systems, one a row, are solved
 METHODS = ("hals", "fista")
 
@@ -109,7 +110,7 @@ def _hals(x: Tensor, atoms: Tensor, ridge: float, sparsity: float, tolerance: fl
         before = z.clone()
         sweep(z, b, gram, ridge)
         going = (z - before).abs().amax(0) > tolerance * z.abs().amax(0)
-        if exact and step % 8 == 7:
+        if exact and step % 4 == 1:
             going &= ~_solved(z, b, gram, ridge)
         if bool(going.all()):
             continue
@@ -123,18 +124,28 @@ def _hals(x: Tensor, atoms: Tensor, ridge: float, sparsity: float, tolerance: fl
 
 
 def _solved(z: Tensor, b: Tensor, gram: Tensor, ridge: float) -> Tensor:
-    """Which columns are, in place, the exact minimum now: the solution on the support of the code, where that is non-negative and no other atom wants in."""
+    """Which columns are, in place, the exact minimum now: systems on a support that begins with the code's, and lets atoms out and in a few times."""
     on = (z > 0).T
-    system = gram * on[:, :, None] * on[:, None, :]
-    system.diagonal(dim1=1, dim2=2).add_(torch.where(on, ridge, 1.0))
-    factor, failed = torch.linalg.cholesky_ex(system)
-    wanted = torch.where(on, b.T, 0)
-    code = torch.cholesky_solve(wanted[..., None], factor)[..., 0] * on
-    slope = code @ gram + ridge * code - b.T
     size = b.abs().amax(0)[:, None] * 1e3 * torch.finfo(z.dtype).eps
-    fits = (failed == 0) & (code >= 0).all(1) & ((slope >= -size) & (~on | (slope <= size))).all(1)
-    z.copy_(torch.where(fits, code.T, z))
-    return fits
+    done = torch.zeros_like(on[:, 0])
+    code = torch.zeros_like(b.T)
+    jitter = 4 * torch.finfo(z.dtype).eps * float(gram.diagonal().mean())  # atoms that are nearly alike
+    for _ in range(_PIVOTS):
+        system = gram * on[:, :, None] * on[:, None, :]
+        system.diagonal(dim1=1, dim2=2).add_(torch.where(on, ridge + jitter, 1.0))
+        factor, failed = torch.linalg.cholesky_ex(system)
+        code = torch.where(
+            done[:, None], code, torch.cholesky_solve((b.T * on)[..., None], factor)[..., 0] * on
+        )
+        slope = code @ gram + ridge * code - b.T
+        out, into = on & (code < 0), ~on & (slope < -size)
+        exact = ~(out | into).any(1) & (~on | (slope.abs() <= size)).all(1)
+        done |= (failed == 0) & exact
+        if bool(done.all()):
+            break
+        on = torch.where(done[:, None], on, (on & ~out) | into)
+    z.copy_(torch.where(done, code.T, z))
+    return done
 
 
 def _fista(x: Tensor, atoms: Tensor, ridge: float, sparsity: float, tolerance: float, steps: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lineament.core.checks import InputError, one_of, require, show
 from lineament.core.codes import Codes
+from lineament.dictionaries.autoencoders import checked_rows
 from lineament.dictionaries.saving import Saved, made_by_kind
 from lineament.dictionaries.topk.step import decoded
 
@@ -65,13 +66,13 @@ class Normalised(Saved):
 
     def normalise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(normalised x, (..., carriers): what it was divided by and the mean that was taken, as the form has them)."""
-        x = x.to(self.inner.W_dec)
+        x = checked_rows(x, self.d).to(self.inner.W_dec).reshape(x.shape).contiguous()
         mean = x.mean(-1, keepdim=True)
         if self.form == "centred":
             return x - mean, mean
         if self.form == "layer_norm":
             # A token of equal numbers has no deviation, and nothing is left to divide.
-            by = (x - mean).std(-1, keepdim=True)
+            by = ((x - mean).square().sum(-1, keepdim=True) / max(self.d - 1, 1)).sqrt()
             return (x - mean) / (by + 1e-5), torch.cat([by, mean], -1)
         by = x.norm(dim=-1, keepdim=True) / self.d**0.5
         require(

@@ -35,6 +35,10 @@ class Steer:
         add: add so many typical norms of the site along the feature's direction, whatever its value.
         clamp: set it to so many times its maximum. scale: multiply it; 0 turns it off.
         unit: what 1 of ``add`` or ``clamp`` is, in the units of the activation; by default what was measured (see :func:`steer`).
+
+    >>> from lineament.dictionaries import Neurons
+    >>> Steer(Neurons(2, site="0"), 1, add=4.0).direction.tolist()
+    [0.0, 1.0]
     """
 
     dictionary: Any

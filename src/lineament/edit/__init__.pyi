@@ -1,4 +1,3 @@
-from .fidelity import ComponentScores as ComponentScores
 from .fidelity import best_subsets as best_subsets
 from .fidelity import compensation as compensation
 from .fidelity import component_scores as component_scores

@@ -173,7 +173,10 @@ def find_layout(
             tried.append(f"{tuple(x.shape)}: {first_line(error)[:160]}")
             continue
         output = logits(output)
-        if output.ndim not in (1, 2) or len(output) != len(x):
+        dense = (
+            samples.targets.ndim == 3 and output.ndim == 4 and output.shape[2:] == samples.targets.shape[1:]
+        )
+        if (output.ndim not in (1, 2) and not dense) or len(output) != len(x):
             # Another form of the same numbers may give what is expected.
             unlike = (
                 unlike

@@ -31,8 +31,10 @@ class ModelAndData(Readable):
 
     Attributes:
         layout: how stored samples become the model's input.
-        task: ``"classification"``, ``"multi-label"`` (several 0/1 labels a sample) or ``"regression"``.
-        outputs: (sample, class, label or value), the model's answers to all samples, on the CPU; logits of classes and labels.
+        task: ``"classification"``, ``"multi-label"`` (several 0/1 labels a sample), ``"regression"`` or ``"dense"`` (a class for each pixel).
+        outputs: (sample, class, label or value), the model's answers to all samples, on the CPU; logits of classes and labels. Of every pixel only the
+            class that is named, (sample, height, width).
+        width: how many outputs the model has (for a pixel).
         classes: names of classes or labels, where they are known.
         fixed_batch: whether the model takes batches of ``batch_size`` only.
         flops: floating-point operations of one sample's forward.
@@ -50,6 +52,7 @@ class ModelAndData(Readable):
     flops: float
     seed: int = 0
     notes: tuple[str, ...] = ()
+    width: int = 0
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -173,6 +176,7 @@ def bring_together(
     batch_size: int = 64,
     seed: int = 0,
     output: str | int | None = None,
+    answers: Tensor | None = None,
 ) -> Iterator[ModelAndData]:
     """Fit a model and data to each other while the block runs.
 
@@ -180,23 +184,18 @@ def bring_together(
     softmax or a sigmoid, or has one output for two classes.
 
     Args:
-        task: ``"classification"``, ``"multi-label"``, ``"regression"``, or ``"auto"``: by the targets and the outputs.
+        task: ``"classification"``, ``"multi-label"``, ``"regression"``, ``"dense"``, or ``"auto"``: by the targets and the outputs.
         normalize: (mean, deviation) per channel, for images scaled to [0, 1]; by default the model's own.
         output: which of several outputs is the answer, see :func:`lineament.load.outputs.one_output`.
+        answers: what the model answers to all samples, where that is known already.
 
     Raises:
         InputError: no layout of the data that the model takes, outputs that are no logits, labels without an output, NaN in the
             outputs, one class only.
     """
-    checks.one_of("task", task, ("auto", "classification", "multi-label", "regression"))
+    checks.one_of("task", task, ("auto", "classification", "multi-label", "regression", "dense"))
     model = loaded.model
-    if device is not None:
-        try:
-            model.to(torch.device(device))
-            torch.zeros(1, device=device)
-        except (RuntimeError, AssertionError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"device: {str(device)!r} cannot be used here ({reason})") from error
+    place(model, device)
     samples = with_arguments(model, samples)
     notes = [*loaded.notes, *samples.notes]
     if loaded.batch is not None:
@@ -214,13 +213,35 @@ def bring_together(
         start = ModelAndData(
             model, samples, layout, task, torch.zeros(0), (), batch_size, loaded.batch is not None, 1.0, seed
         )
-        found, change = _answered(start, loaded.classes, notes)
+        if samples.targets.ndim == 3 and not samples.targets.is_floating_point():
+            yield _pixels_answered(start, loaded.classes, notes)
+            return
+        require(
+            task != "dense",
+            f"task: 'dense' was asked for, and targets are {show(samples.targets)}, expected a class for each pixel (sample, height, width)",
+        )
+        found, change = _answered(start, loaded.classes, notes, answers)
         with read_as_logits(model, change):
             yield found
 
 
+def place(model: nn.Module, device: str | torch.device | None) -> None:
+    """Move a model to a device; ``None`` leaves it where it is.
+
+    Raises:
+        InputError: a device that cannot be used here.
+    """
+    if device is not None:
+        try:
+            model.to(torch.device(device))
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"device: {str(device)!r} cannot be used here ({reason})") from error
+
+
 def _answered(
-    start: ModelAndData, own_classes: tuple[str, ...], notes: list[str]
+    start: ModelAndData, own_classes: tuple[str, ...], notes: list[str], known: Tensor | None
 ) -> tuple[ModelAndData, Change | None]:
     """The same with the model's outputs, the task and the classes, if outputs and targets fit; and what makes logits of the outputs."""
     samples, layout = start.samples, start.layout
@@ -229,7 +250,7 @@ def _answered(
         before = len(samples.notes)
         samples = in_order(samples, own_classes)
         notes += samples.notes[before:]
-    outputs = start.answer(torch.arange(len(samples)))
+    outputs = start.answer(torch.arange(len(samples))) if known is None else known
     bad = int((~torch.isfinite(outputs)).flatten(1).any(1).sum())
     if bad:
         some = layout.picture(samples.inputs[:64])
@@ -258,6 +279,40 @@ def _answered(
         notes=tuple(notes),
     )
     return found, read.change
+
+
+def _pixels_answered(start: ModelAndData, own_classes: tuple[str, ...], notes: list[str]) -> ModelAndData:
+    """The same with the class that the model names for each pixel."""
+    require(
+        start.task in ("auto", "dense"),
+        f"task: {start.task!r} was asked for, and targets are a class for each pixel ({show(start.samples.targets)}); expected 'dense'",
+    )
+    said, width = [], 0
+    with frozen(start.model), torch.no_grad():
+        for part in start.parts(torch.arange(len(start))):
+            output = logits(called(start.model, start.inputs(part)))
+            width = output.shape[1]
+            require(
+                output.shape[2:] == start.samples.targets.shape[1:] and width > 1,
+                f"model: it answers with {show(output)}, expected logits (batch, classes, height, width) of the targets' size {tuple(start.samples.targets.shape[1:])}",
+            )
+            bad = int((~torch.isfinite(output)).flatten(1).any(1).sum())
+            if bad:
+                raise NotFiniteError(
+                    f"model: it answers {bad} of {len(part)} samples with NaN or infinite values; check its weights and the data's scale"
+                )
+            said.append(output.argmax(1).to(torch.int16).cpu())
+    classes = start.samples.classes or own_classes
+    notes.append(f"taken as dense: a class for each pixel, of {width}")
+    return replace(
+        start,
+        task="dense",
+        outputs=torch.cat(said),
+        width=width,
+        classes=tuple(classes) if len(classes) == width else (),
+        flops=_flops(start.model, start.inputs(start.example)),
+        notes=tuple(notes),
+    )
 
 
 def _normalization(normalize: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:

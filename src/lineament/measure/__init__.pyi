@@ -9,6 +9,8 @@ from .alignment.matching import semi_matching as semi_matching
 from .alignment.profile import AlignmentOptions as AlignmentOptions
 from .alignment.profile import alignment as alignment
 from .alignment.profile import alignments as alignments
+from .alignment.reorder import barrier as barrier
+from .alignment.reorder import permuted as permuted
 from .alignment.similarity import BatchKernels as BatchKernels
 from .alignment.similarity import KernelSums as KernelSums
 from .alignment.similarity import cka as cka
@@ -43,6 +45,7 @@ from .complexity.groups import meta_features as meta_features
 from .complexity.importance import dictionary_quality as dictionary_quality
 from .complexity.importance import importance as importance
 from .complexity.importance import linear_importance as linear_importance
+from .complexity.importance import removal_costs as removal_costs
 from .complexity.importance import support_features as support_features
 from .complexity.layers import complexity as complexity
 from .complexity.redundancy import redundancy as redundancy

@@ -65,6 +65,26 @@ def test_with_and_without_cache_alike(models, family, positions):
                 assert torch.equal(*found)
 
 
+def test_an_assistant_changes_nothing(models):
+    from tests.contracts.language_models import build
+
+    model, assistant = models["llama"], build(models["llama"].config, std=0.2)
+    sae = dictionary(24, 64, 8, "model.layers.0")
+    ids = torch.randint(3, 50, (1, 6), generator=torch.Generator().manual_seed(3))
+    asked = {
+        "max_new_tokens": 5,
+        "min_new_tokens": 5,
+        "do_sample": False,
+        "pad_token_id": 2,
+        "attention_mask": torch.ones_like(ids),
+    }
+    for edit in EDITS.values():
+        with unchanged(model), steer(model, Steer(sae, 7, **edit)):
+            assert torch.equal(
+                model.generate(ids, **asked), model.generate(ids, assistant_model=assistant, **asked)
+            )
+
+
 def test_which_tokens_are_steered(models):
     model = models["gpt2"]
     site = "transformer.h.0"

@@ -212,3 +212,15 @@ def test_a_list_with_an_array_for_each_sample():
 def test_a_data_set_of_tensors_is_as_it_was():
     found = load_data(TensorDataset(X, Y))
     assert torch.equal(found.inputs, X) and found.lengths is None and not found.others
+
+
+def test_training_on_the_command_line_refuses_sequences_of_several_lengths(tmp_path, monkeypatch, capsys):
+    from lineament.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom torch import nn\ndef make(): return nn.Sequential(nn.Flatten(), nn.Linear(12, 2))\n"
+        "def data(): return [torch.ones(2, 3), torch.ones(4, 3)] * 5, [0, 1] * 5\n"
+    )
+    assert main(["train", "net.py:make", "net.py:data", "--out", "run"]) == 2
+    assert "samples differ in length, expected all alike" in capsys.readouterr().err

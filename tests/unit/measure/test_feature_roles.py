@@ -17,6 +17,7 @@ from lineament.measure.complexity.importance import (
     importance,
     keeping_top,
     linear_importance,
+    removal_costs,
     support_features,
 )
 from lineament.measure.complexity.redundancy import masked_ratios, redundancy, redundancy_from_moments
@@ -300,3 +301,21 @@ def test_features_of_images_can_be_maximised():
         feature_objective(net, "0", 3)(images)
     with pytest.raises(InputError, match="says nothing of other inputs"):
         feature_function(net, images.detach())
+
+
+@pytest.mark.parametrize("site", ["act", "out:in"])
+def test_removing_a_feature_costs_what_it_does_by_hand(site):
+    net = Head()
+    found = removal_costs(net, (X, Y), units(site), torch.tensor([4, 1]))
+    with torch.no_grad():
+        z = net.act(net.fc(X))
+        right = (net.out(z).argmax(1) == Y).double()
+        assert found.accuracy == float(right.mean())
+        for at, feature in enumerate((4, 1)):
+            other = z.clone()
+            other[:, feature] = 0
+            change = right - (net.out(other).argmax(1) == Y).double()
+            assert abs(float(found.lost[at] - change.mean())) < 1e-12
+            assert abs(float(found.errors[at] - change.std() / 5)) < 1e-6
+    with pytest.raises(InputError, match="features: got label 6"):
+        removal_costs(net, (X, Y), units(site), torch.tensor([6]))

@@ -26,6 +26,7 @@ from lineament.report.text import plain
 TITLE = "How many directions do its features use?"
 HELP = "how many directions its features use, layer by layer"
 ORDER = 40
+DENSE = True
 METHOD = "effective-rank"
 SOURCE = ("RankMe: effective rank of learned features", 2022, "2210.02885")
 _MOST = 1000

@@ -9,7 +9,8 @@ position kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,40 @@ from lineament.core.statistics.accumulation import Stream, working
 from lineament.core.statistics.moments import Covariance, CrossCovariance
 
 _MIX = 1_000_003  # spreads small seeds and counters over the generators' seeds
+
+
+@dataclass(frozen=True)
+class Second:
+    """Count, means and scatter of some blocks together, or of all but one."""
+
+    count: int
+    mean: Float[Tensor, " units"]
+    scatter: Float[Tensor, "units units"]
+
+    @classmethod
+    def of(cls, blocks: Sequence[Covariance | Second]) -> Second:
+        """The blocks together: S = Σ S_b + Σ n_b (μ_b - μ)(μ_b - μ)ᵀ."""
+        counts = torch.tensor([float(block.count) for block in blocks], dtype=torch.float64)
+        means = torch.stack([block.mean for block in blocks])
+        counts = counts.to(means.device)
+        mean = (counts[:, None] * means).sum(0) / counts.sum()
+        away = (means - mean) * counts.sqrt()[:, None]
+        scatter = away.T @ away
+        for block in blocks:
+            scatter += block.scatter
+        return cls(int(counts.sum()), mean, scatter)
+
+    def without(self, block: Covariance | Second) -> Second:
+        """What is left when a block is taken out again."""
+        count = self.count - block.count
+        mean = (self.count * self.mean - block.count * block.mean) / count
+        away = block.mean - mean
+        scatter = self.scatter - block.scatter
+        return Second(count, mean, scatter.addr_(away, away, alpha=-count * block.count / self.count))
+
+    @property
+    def covariance(self) -> Float[Tensor, "units units"]:
+        return self.scatter / self.count
 
 
 class JointMoments(Stream):
@@ -209,14 +244,13 @@ class JointMoments(Stream):
         start = sum(self.sizes[:net])
         return slice(start, start + self.sizes[net])
 
-    def total(self, chosen: Callable[[int], bool] = lambda block: True) -> Covariance:
-        """The moments of some blocks, all by default; means, covariances and correlations are over all units."""
+    def total(self, chosen: Callable[[int], bool] = lambda block: True) -> Second:
+        """The moments of some blocks, all by default."""
         found = [block for number, block in enumerate(self.blocks) if block.count and chosen(number)]
         require(bool(found), "JointMoments: 0 samples seen, expected at least one in each half")
-        joined: Covariance = sum(found)  # pyright: ignore[reportAssignmentType]
-        return joined
+        return Second.of(found)
 
-    def halves(self, held_out: float = 0.5) -> tuple[Covariance, Covariance]:
+    def halves(self, held_out: float = 0.5) -> tuple[Second, Second]:
         """The moments for fitting, and those of a share of the images for judging."""
         checks.number("held_out", held_out, low=0, high=1, open_low=True, open_high=True)
         number = len(self.blocks)
@@ -224,10 +258,12 @@ class JointMoments(Stream):
         judged = min(max(round(number * held_out), 1), number - 1)
         return self.total(lambda block: block >= judged), self.total(lambda block: block < judged)
 
-    def left_out(self) -> list[Covariance]:
-        """The moments without each block in turn, for the errors of what is computed from them."""
-        seen = [number for number, block in enumerate(self.blocks) if block.count]
-        return [self.total(lambda block, out=out: block != out) for out in seen] if len(seen) > 1 else []
+    def left_out(self) -> Iterator[Second]:
+        """The moments without each block in turn, for the errors of what is computed from them; none where there is one block."""
+        seen = [block for block in self.blocks if block.count]
+        if len(seen) > 1:
+            whole = Second.of(seen)
+            yield from (whole.without(block) for block in seen)
 
     def means(self, net: int) -> Float[Tensor, " units"]:
         return self.total().mean[self.slice(net)]
@@ -264,7 +300,7 @@ class JointMoments(Stream):
         return matrix if n < m else matrix.T
 
 
-def alive(moments: Covariance, resolution: float) -> Bool[Tensor, " units"]:
+def alive(moments: Second, resolution: float) -> Bool[Tensor, " units"]:
     """Which units vary by more than the rounding of what they were computed in."""
     return _alive(moments.scatter.diagonal() / moments.count, moments.mean, resolution)
 
@@ -273,10 +309,13 @@ def _alive(variance: Tensor, mean: Tensor, resolution: float) -> Tensor:
     return variance > (4 * resolution * mean.abs()).square()
 
 
-def correlations_of(moments: Covariance, resolution: float = 0.0) -> Float[Tensor, "units units"]:
+def correlations_of(moments: Second, resolution: float = 0.0) -> Float[Tensor, "units units"]:
     """Correlations of all units, 0 beside a dead one."""
     living = alive(moments, resolution)
-    return moments.correlation * (living[:, None] & living[None])
+    scale = torch.where(
+        living, moments.scatter.diagonal().clamp_min(1e-300).rsqrt(), torch.zeros_like(moments.mean)
+    )
+    return (moments.scatter * scale * scale[:, None]).clamp_(-1, 1)
 
 
 def rotated_correlations(

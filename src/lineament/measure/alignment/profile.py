@@ -9,7 +9,7 @@ its nulls: other images at the same position ("shuffled"), the other network's u
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,11 +25,11 @@ from lineament.core.results import Readable
 from lineament.core.sites.depth import default_sites
 from lineament.core.sites.naming import resolve
 from lineament.core.sites.naming import sites as site_names
-from lineament.core.statistics.moments import Covariance
 from lineament.measure.alignment import information, sparse
 from lineament.measure.alignment.clusters import UnitClusters, unit_clusters
 from lineament.measure.alignment.joint import (
     JointMoments,
+    Second,
     alive,
     correlations_of,
     jackknife,
@@ -45,7 +45,7 @@ from lineament.measure.alignment.matching import (
 )
 from lineament.measure.alignment.similarity import (
     MEASURES,
-    KernelSums,
+    kernel_blocks,
     normalised_hsic,
     refused,
     ridge,
@@ -138,52 +138,75 @@ class SiteAlignment(Readable):
         return _parts(self.moments.total(), self.moments, self.nets)
 
     def sparse_maps(
-        self, penalties: Sequence[float] = sparse.PENALTIES, *, reverse: bool = False
+        self,
+        penalties: Sequence[float] = sparse.PENALTIES,
+        *,
+        reverse: bool = False,
+        most: int | None = None,
+        tolerance: float = 1e-6,
+        seed: int = 0,
     ) -> sparse.SparseMaps:
         """Each unit of b from a few units of a (``reverse``: of a from b's), fitted on some images and judged on the others.
 
-        Units are brought to mean 0 and variance 1 by the images of the fit.
+        Units are brought to variance 1 over all images and to mean 0 over those of the fit. ``most``: map so many units, drawn from ``seed``.
         """
-        source, target = self.nets[::-1] if reverse else self.nets
-        fit, judge = self.moments.halves(self.held_out)
-        living = alive(fit, self.moments.resolution)
-        scale = torch.where(living, (fit.scatter.diagonal() / fit.count).sqrt(), torch.ones_like(fit.mean))
-        away = (judge.mean - fit.mean) / scale
-        tables = []
-        for moments, shift in ((fit, torch.zeros_like(away)), (judge, away)):
-            whole = moments.scatter / moments.count / torch.outer(scale, scale) + torch.outer(shift, shift)
-            tables.append(whole.cpu())
-        at = [torch.arange(len(living))[self.moments.slice(net)] for net in (source, target)]
-        used = [rows[living.cpu()[rows]] for rows in at]
-        require(
-            all(map(len, used)),
-            f"site {self.site_a!r}: every unit of one network is dead, so that there is nothing to map",
-        )
-        (g, q), (g2, q2) = ((t[used[0]][:, used[0]], t[used[0]][:, used[1]]) for t in tables)
-        v, v2 = (t.diagonal()[used[1]] for t in tables)
-        weights = sparse.lasso_path(g, q, penalties, polish=False)
-        best = q.abs().argmax(0)
-        targets = torch.arange(len(best))
-        single = torch.zeros_like(q.T)
-        single[targets, best] = q[best, targets]
-        dense = sparse.least_squares(g, q).T
+        halves, sources, targets = self._halves(reverse)
+        if most is not None and len(targets) > most:
+            order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
+            chosen = order[:most].sort().values
+            halves, targets = [(g, q[:, chosen], v[chosen]) for g, q, v in halves], targets[chosen]
+        fit, judge = halves
+        weights = sparse.lasso_path(*fit[:2], penalties, tolerance=tolerance, polish=False)
+        own = fit[0].diagonal()
+        best = (fit[1].abs() / own.sqrt()[:, None]).argmax(0)
+        each = torch.arange(len(best))
+        single = torch.zeros_like(fit[1].T)
+        single[each, best] = fit[1][best, each] / own[best]
         return sparse.SparseMaps(
             tuple(map(float, penalties)),
             weights,
-            sparse.half_mse(weights, g2, q2, v2),
-            sparse.half_mse(weights, g, q, v),
+            sparse.half_mse(weights, *judge),
+            sparse.half_mse(weights, *fit),
             (weights != 0).sum(-1),
-            sparse.half_mse(single, g2, q2, v2),
-            sparse.half_mse(dense, g2, q2, v2),
-            used[1] - int(at[1][0]),
-            used[0] - int(at[0][0]),
-            True,
+            sparse.half_mse(single, *judge),
+            sparse.dense_half_mse(fit, judge),
+            targets,
+            sources,
         )
 
-    def unpredicted(self, *, reverse: bool = False, above: float = 0.4) -> Int[Tensor, " units"]:
-        """The units of b that no combination of a's predicts (``reverse``: of a, from b's): held-out half-MSE above ``above``, at the best penalty of all."""
-        maps = self.sparse_maps(reverse=reverse)
-        return maps.targets[maps.half_mse[maps.best(torch.inf)] > above]
+    def unpredicted(self, *, reverse: bool = False, above: float = 0.4) -> tuple[Tensor, Tensor]:
+        """The units of b that no combination of a's predicts (``reverse``: of a, from b's), and the held-out half-MSE of all.
+
+        A unit is among them where the best dense map of all leaves more than ``above``; 0.5 is what its mean alone leaves, and a dead unit is left out.
+        """
+        (fit, judge), _, targets = self._halves(reverse)
+        errors = torch.full(
+            (self.moments.sizes[self.nets[0 if reverse else 1]],), torch.nan, dtype=torch.float64
+        )
+        errors[targets] = sparse.dense_half_mse(fit, judge)
+        return (errors > above).nonzero().flatten(), errors
+
+    def _halves(self, reverse: bool) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor, Tensor]:
+        """For the images of the fit and the others: E[x xᵀ], E[x y], E[y²] of the live units; and which units these are."""
+        source, target = self.nets[::-1] if reverse else self.nets
+        fit, judge = self.moments.halves(self.held_out)
+        living = alive(fit, self.moments.resolution) & alive(judge, self.moments.resolution)
+        # By all images: a unit that only one of the halves sees active would be divided by nearly nothing.
+        whole = Second.of([fit, judge])
+        variance = whole.scatter.diagonal() / whole.count
+        scale = torch.where(living, variance.clamp_min(1e-300).sqrt(), torch.ones_like(variance))
+        at = [torch.arange(len(living))[self.moments.slice(net)] for net in (source, target)]
+        x, y = (rows[living.cpu()[rows]] for rows in at)
+        require(
+            len(x) > 0 and len(y) > 0,
+            f"site {self.site_a!r}: every unit of one network is dead, so that there is nothing to map",
+        )
+        away = (judge.mean - fit.mean) / scale
+        found = []
+        for moments, shift in ((fit, torch.zeros_like(away)), (judge, away)):
+            table = (moments.covariance / torch.outer(scale, scale) + torch.outer(shift, shift)).cpu()
+            found.append((table[x][:, x], table[x][:, y], table.diagonal()[y]))
+        return found, x - int(at[0][0]), y - int(at[1][0])
 
     def clusters(self, clusters: int, *, method: str = "spectral", seed: int = 0) -> UnitClusters:
         """Groups of the units of both networks, see :func:`~lineament.measure.alignment.clusters.unit_clusters`."""
@@ -212,7 +235,7 @@ class SiteAlignment(Readable):
         found = []
         living = [~torch.isin(torch.arange(len(m)), torch.tensor(d, dtype=torch.long)) for m, d in
                   ((self._moments[0], self.dead_a), (self._moments[1], self.dead_b))]  # fmt: skip
-        wholes = self.moments.left_out() if errors else []
+        wholes = self.moments.left_out() if errors else ()
         left = [_alive_parts(_parts(whole, self.moments, self.nets), living) for whole in wholes]
         for name in list(MEASURES) if names is None else names:
             measure = MEASURES[checks.one_of("names", name, MEASURES)]
@@ -477,6 +500,31 @@ def alignments(
     return Alignments({pair: _pair(found, groups, pair, nulls, held_out, seed, notes) for pair in pairs})
 
 
+def aligned(
+    models: Sequence[nn.Module],
+    sites: Sites,
+    steps: Sequence[Step],
+    reading: Reading,
+    checkpoint: Checkpoint | None = None,
+    nulls: Sequence[str] = ("shuffled", "rotated"),
+) -> tuple[Alignment, list[Tensor]]:
+    """The alignment of two networks over steps that were made for them, and what each answered where ``reading`` asks for it, by the samples' numbers."""
+    groups, notes = _groups(models, sites, steps[0])
+    if sites == "nearest" or (sites is None and any(len(set(group)) > 1 for group in groups)):
+        reading = replace(reading, resize="pool")
+    found = gather(models, groups, steps, reading, checkpoint=checkpoint)
+    _enough(found, reading.blocks)
+    answers = [found.answered(net) for net in range(len(found.answers))]
+    return _pair(found, groups, (0, 1), nulls, 0.5, reading.seed, notes), answers
+
+
+def _enough(found: Collected, blocks: int) -> None:
+    require(
+        found.samples >= 2 * blocks,
+        f"data: got {found.samples} samples in {blocks} blocks, expected at least {2 * blocks}, or fewer blocks",
+    )
+
+
 def _pass(
     models: Sequence[nn.Module],
     data: Any,
@@ -508,10 +556,7 @@ def _pass(
     resize = "pool" if nearest else options.resize
     reading = Reading(positions, blocks, gathered, resize, seed, options.keep)
     found = gather(models, groups, steps, reading, transforms=changes, checkpoint=options.checkpoint)
-    require(
-        found.samples >= 2 * blocks,
-        f"data: got {found.samples} samples in {blocks} blocks, expected at least {2 * blocks}, or fewer blocks",
-    )
+    _enough(found, blocks)
     return found, groups, notes
 
 
@@ -542,7 +587,7 @@ def _groups(
     blocks = [_blocks(model, inputs) for model, inputs in zip(models, first.inputs)]
     if sites is None:
         common = [name for name in blocks[0] if all(name in names for names in blocks[1:])]
-        if 2 * len(common) >= len(blocks[0]):
+        if 2 * len(common) > max(map(len, blocks)):
             return [(name,) * len(models) for name in common], ()
     groups = []
     for at, name in enumerate(blocks[0]):
@@ -576,13 +621,9 @@ def _pair(
         sites[name] = made
     number = len(groups[0])
     rows, columns = ([number * k + net for k in range(len(groups))] for net in nets)
-    whole: KernelSums = sum(found.kernels)  # pyright: ignore[reportAssignmentType]
-    cka = whole.cka()[rows][:, columns]
-    errors = None
-    used = [kernel for kernel in found.kernels if kernel.count]
-    if len(used) > 1 and min(whole.count - kernel.count for kernel in used) >= 4:
-        left = [sum(other for other in used if other is not kernel) for kernel in used]
-        errors = jackknife([normalised_hsic(each.hsic())[rows][:, columns] for each in left])  # pyright: ignore[reportAttributeAccessIssue]
+    whole, left = kernel_blocks(found.kernels)
+    cka = normalised_hsic(whole)[rows][:, columns]
+    errors = jackknife([normalised_hsic(each)[rows][:, columns] for each in left]) if left else None
     tops = [
         {group[net]: found.top_samples[number * k + net] for k, group in enumerate(groups)} for net in nets
     ]
@@ -651,7 +692,7 @@ def _mean(values: Tensor) -> Tensor:
     return values.double().mean() if len(values) else torch.zeros((), dtype=torch.float64)
 
 
-def _parts(whole: Covariance, moments: JointMoments, nets: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def _parts(whole: Second, moments: JointMoments, nets: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     covariance = whole.covariance.cpu()
     one, two = moments.slice(nets[0]), moments.slice(nets[1])
     return covariance[one, one], covariance[two, two], covariance[one, two]

@@ -25,6 +25,7 @@ from lineament.core.results import Readable
 from lineament.core.statistics.accumulation import Stream, working
 from lineament.core.statistics.moments import Covariance
 from lineament.measure.alignment.clusters import principal_cosines
+from lineament.measure.alignment.joint import Second
 from lineament.measure.alignment.matching import matching, semi_matching
 from lineament.measure.alignment.sparse import least_squares
 
@@ -231,45 +232,79 @@ class KernelSums(Stream):
             return KernelSums.from_state_dict((self if self.count else other).state_dict())
         joined = KernelSums(self.sizes, self.shift)
         joined.covariance = self.covariance + other.covariance
-        norms, products, weighted = other._around(self.shift)
-        joined.norms, joined.products = self.norms + norms, self.products + products
-        joined.weighted = self.weighted + weighted
+        for name, mine, theirs in zip(
+            ("norms", "products", "weighted"), self.around(self.shift), other.around(self.shift)
+        ):
+            setattr(joined, name, mine + theirs)
         return joined
 
-    def _around(self, centre: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The three sums with another shift."""
+    def around(self, centre: Any, of: Second | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The three sums with another shift, from the moments of the same samples."""
         assert self.shift is not None
-        n, move = self.count, centre - self.shift
-        own = move.split(self.sizes)
-        sums = n * (self.covariance.mean.cpu() - self.shift)
-        moments = self.covariance.scatter.cpu() + torch.outer(sums, sums) / n  # Σ u uᵀ
-        # k' = k - 2 m·u + |m|² and u' = u - m, layer by layer.
-        spread = torch.block_diag(*[part[None] for part in own]) if own else move.new_zeros(0, 0)
-        length = torch.stack([part.square().sum() for part in own])
-        along = self.weighted @ spread.T  # Σ k_a (m_b·u_b)
-        norms = self.norms - 2 * spread @ sums + n * length
-        kk = self.products - 2 * along - 2 * along.T + 4 * spread @ moments @ spread.T
-        lone = self.norms - 2 * spread @ sums  # Σ (k - 2 m·u)
-        products = (
-            kk + torch.outer(lone, length) + torch.outer(length, lone) + n * torch.outer(length, length)
-        )
-        ku = self.weighted - 2 * spread @ moments + torch.outer(length, sums)
-        return norms, products, ku - torch.outer(norms, move)
+        of = Second.of([self.covariance]) if of is None else of
+        return _shifted((self.norms, self.products, self.weighted), of, self.shift, centre, self.sizes)
 
     def hsic(self) -> Float[Tensor, "layers layers"]:
         """Song's unbiased estimate for every pair of layers, with the linear kernel."""
         self._some(4)
-        n = self.count
-        norms, products, _ = self._around(self.covariance.mean.cpu())
-        scatter = self.covariance.scatter.cpu().square()
-        rows = torch.stack([part.sum(0) for part in scatter.split(self.sizes)])
-        squares = torch.stack([part.sum(1) for part in rows.split(self.sizes, 1)], 1)
-        found = squares - products * (1 + 2 / (n - 2)) + torch.outer(norms, norms) / ((n - 1) * (n - 2))
-        return found / (n * (n - 3))
+        return kernel_blocks([self])[0]
 
     def cka(self) -> Float[Tensor, "layers layers"]:
         """HSIC_ab / √(HSIC_aa HSIC_bb); 0 beside a layer that holds nothing beyond chance."""
         return normalised_hsic(self.hsic())
+
+
+def kernel_blocks(blocks: Sequence[KernelSums]) -> tuple[Tensor, list[Tensor]]:
+    """Song's estimate for every pair of layers over all blocks of samples, and without each block in turn (none where too few are left)."""
+    used = [block for block in blocks if block.count]
+    require(
+        sum(block.count for block in used) >= 4, "KernelSums: fewer than 4 samples seen, expected at least 4"
+    )
+    sizes, shift = used[0].sizes, used[0].shift
+    assert shift is not None
+    seconds = [Second.of([block.covariance]) for block in used]
+    sums = [block.around(shift, second) for block, second in zip(used, seconds)]
+    whole = Second.of(seconds)
+    total = tuple(torch.stack(parts).sum(0) for parts in zip(*sums))
+    found = _hsic(total, whole, shift, sizes)
+    left = []
+    if len(used) > 1 and whole.count - max(block.count for block in used) >= 4:
+        for second, part in zip(seconds, sums):
+            rest = tuple(all_ - own for all_, own in zip(total, part))
+            left.append(_hsic(rest, whole.without(second), shift, sizes))
+    return found, left
+
+
+def _hsic(sums: Sequence[Tensor], of: Second, shift: Tensor, sizes: list[int]) -> Tensor:
+    n = of.count
+    norms, products, _ = _shifted(sums, of, shift, of.mean.cpu(), sizes)
+    scatter = of.scatter.cpu().square()
+    rows = torch.stack([part.sum(0) for part in scatter.split(sizes)])
+    squares = torch.stack([part.sum(1) for part in rows.split(sizes, 1)], 1)
+    found = squares - products * (1 + 2 / (n - 2)) + torch.outer(norms, norms) / ((n - 1) * (n - 2))
+    return found / (n * (n - 3))
+
+
+def _shifted(
+    sums: Sequence[Tensor], of: Second, shift: Tensor, centre: Tensor, sizes: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ k, Σ k kᵀ and Σ k (x - shift)ᵀ, k_i = |x_i - shift|² of each layer, with ``centre`` for the shift."""
+    norms, products, weighted = sums
+    if torch.equal(centre, shift):
+        return norms, products, weighted
+    n, move = of.count, centre - shift
+    total = n * (of.mean.cpu() - shift)  # Σ u, u = x - shift
+    # k' = k - 2 m·u + |m|² and u' = u - m, layer by layer; Σ u uᵀ m is needed only along each layer's own m.
+    spread = torch.block_diag(*[part[None] for part in move.split(sizes)])
+    across = spread @ of.scatter.cpu() + torch.outer(spread @ total, total) / n
+    length = torch.stack([part.square().sum() for part in move.split(sizes)])
+    along = weighted @ spread.T  # Σ k_a (m_b·u_b)
+    lone = norms - 2 * spread @ total  # Σ (k - 2 m·u)
+    square = products - 2 * along - 2 * along.T + 4 * across @ spread.T
+    square = square + torch.outer(lone, length) + torch.outer(length, lone) + n * torch.outer(length, length)
+    moved = lone + n * length
+    ku = weighted - 2 * across + torch.outer(length, total)
+    return moved, square, ku - torch.outer(moved, move)
 
 
 class BatchKernels(Stream):

@@ -31,10 +31,11 @@ class SparseMaps(Readable):
     """Maps from the units of network a to each unit of network b, one for each penalty.
 
     Attributes:
-        half_mse: ½ E[(y_j - W_j·x)²] on the samples that the maps were judged on: held out unless ``held_out`` is false.
-        fitted_half_mse: the same on the samples of the fit.
+        half_mse: ½ E[(y_j - W_j·x)²] on the images that the maps were not fitted to.
+        fitted_half_mse: the same on those that they were.
         nonzeros: the weights that are not zero.
-        single_half_mse: of the best single unit, ½ (1 - max_i c_ij²) with its slope from the fit; ``dense_half_mse``: of ordinary least squares.
+        single_half_mse: of the best single unit of the fit.
+        dense_half_mse: of a dense map (:func:`dense_half_mse`).
         targets, sources: which units of b and of a (dead ones are left out).
     """
 
@@ -47,7 +48,6 @@ class SparseMaps(Readable):
     dense_half_mse: Float[Tensor, " targets"]
     targets: Int[Tensor, " targets"]
     sources: Int[Tensor, " sources"]
-    held_out: bool
 
     def used(self, target: int, penalty: int, threshold: float = 0.0) -> dict[int, float]:
         """The units of a that a map uses for the ``target``-th unit, {unit: weight}, the largest weight first."""
@@ -146,6 +146,17 @@ def half_mse(
     """½ E[(y_j - W_j·x)²] from second moments: G = E[x xᵀ], Q = E[x y], E[y²]."""
     bilinear = ((weights @ gram) * weights).sum(-1) - 2 * (weights * cross.T).sum(-1)
     return (variances + bilinear) / 2
+
+
+def dense_half_mse(
+    fit: tuple[Tensor, Tensor, Tensor], judge: tuple[Tensor, Tensor, Tensor]
+) -> Float[Tensor, " targets"]:
+    """Held-out half-MSE of a dense map: of the ridge that leaves the least on average, of five from none to the variance of a unit.
+
+    ``fit`` and ``judge`` are (E[x xᵀ], E[x y], E[y²]) of either half. With as many units as samples least squares alone predicts nothing.
+    """
+    found = [half_mse(least_squares(*fit[:2], r).T, *judge) for r in (0.0, 1e-3, 1e-2, 0.1, 1.0)]
+    return min(found, key=lambda each: float(each.mean()))
 
 
 def _shrunk(w: Tensor, by: float) -> Tensor:

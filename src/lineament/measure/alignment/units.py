@@ -23,11 +23,11 @@ from lineament.core import checks
 from lineament.core.batching import auto_batch, progress
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, NotFiniteError, require, show
-from lineament.core.models import called, device_of, frozen, moved, unwrapped
+from lineament.core.models import called, device_of, frozen, logits, moved, unwrapped
 from lineament.core.sites.activations import Activations, capture
 from lineament.data.samples import Samples
 from lineament.load.data import load_data
-from lineament.load.input_layout import find_layout
+from lineament.load.input_layout import find_layout, with_arguments
 from lineament.measure.alignment.joint import JointMoments
 from lineament.measure.alignment.similarity import KernelSums
 from lineament.train.batches import Indexed, source
@@ -57,6 +57,8 @@ class Collected:
     kernels: list[KernelSums] = field(default_factory=list)  # by blocks of images
     top_values: list[Tensor] = field(default_factory=list)  # of each site of each network (k, units)
     top_samples: list[Tensor] = field(default_factory=list)
+    answers: list[Tensor] = field(default_factory=list)  # of each network, in the order of ``order``
+    order: list[Tensor] = field(default_factory=list)
     samples: int = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,6 +67,8 @@ class Collected:
             "kernels": [each.state_dict() for each in self.kernels],
             "top_values": self.top_values,
             "top_samples": self.top_samples,
+            "answers": self.answers,
+            "order": self.order,
             "samples": self.samples,
         }
 
@@ -72,7 +76,13 @@ class Collected:
         self.moments = [JointMoments.from_state_dict(each) for each in state["moments"]]
         self.kernels = [KernelSums.from_state_dict(each) for each in state["kernels"]]
         self.top_values, self.top_samples = list(state["top_values"]), list(state["top_samples"])
+        self.answers, self.order = list(state["answers"]), list(state["order"])
         self.samples = state["samples"]
+
+    def answered(self, net: int) -> Float[Tensor, "samples outputs"]:
+        """What a network answered, by the samples' numbers."""
+        order = torch.cat(self.order)
+        return self.answers[net][order.argsort()]
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,7 @@ class Reading:
     resize: str | None = None
     seed: int = 0
     keep: int = 4096
+    answers: bool = False  # keep what the networks answer, too
 
 
 def gather(
@@ -108,11 +119,15 @@ def gather(
         for number, model in enumerate(models):
             stack.enter_context(frozen(model, requires_grad=None))
             sites = list(dict.fromkeys(group[number] for group in groups))
-            acts.append(stack.enter_context(capture(model, sites, stop_early=True)))
+            acts.append(stack.enter_context(capture(model, sites, stop_early=not reading.answers)))
         stack.enter_context(torch.no_grad())
         for step in _walked(steps, collected, checkpoint):
-            for part, units in _read(models, groups, step, acts, transforms, reading):
+            for part, units, answers in _read(models, groups, step, acts, transforms, reading):
                 _take(collected, part, units, reading)
+                if reading.answers:
+                    before = collected.answers or [answer[:0] for answer in answers]
+                    collected.answers = [torch.cat(pair) for pair in zip(before, answers)]
+                    collected.order.append(part.samples)
     require(collected.samples > 0, "data: got no batches, expected at least one")
     return collected
 
@@ -132,18 +147,22 @@ def _read(
     acts: Sequence[Activations],
     transforms: Sequence[Transform | None],
     reading: Reading,
-) -> Iterator[tuple[Step, list[list[Tensor]]]]:
-    """What the units of each group hold, (sample, place, unit) of each network; fewer samples at a time where memory runs out."""
+) -> Iterator[tuple[Step, list[list[Tensor]], list[Tensor]]]:
+    """What the units of each group hold, (sample, place, unit) of each network, and what the networks answer; fewer samples at a time where memory runs out."""
 
-    def forward(start: int, stop: int) -> tuple[Step, list[list[Tensor]]]:
+    def forward(start: int, stop: int) -> tuple[Step, list[list[Tensor]], list[Tensor]]:
         part = Step(
             [_rows(inputs, start, stop) for inputs in step.inputs],
             step.samples[start:stop],
             None if step.places is None else [p[start:stop] for p in step.places],
             None if step.present is None else step.present[start:stop],
         )
-        for model, inputs in zip(models, part.inputs):
-            called(model, moved(inputs, device_of(model)))
+        answers = [
+            called(model, moved(inputs, device_of(model))) for model, inputs in zip(models, part.inputs)
+        ]
+        answers = (
+            [logits(a).reshape(stop - start, -1).float().cpu() for a in answers] if reading.answers else []
+        )
         found = []
         for group in groups:
             held = [
@@ -151,7 +170,7 @@ def _read(
                 for n, site in enumerate(group)
             ]
             found.append(_fitted(group, held, transforms, reading))
-        return part, found
+        return part, found, answers
 
     yield from auto_batch(forward, len(step.samples), memory=(gather, tuple(map(id, models))))
 
@@ -235,8 +254,10 @@ def _take(collected: Collected, step: Step, units: list[list[Tensor]], reading: 
             )
         flat = [each for group in units for each in group]
         widths = [each.shape[2] for each in flat]
+        # One point near the data for all blocks, so that their sums add up as they are.
+        centre = torch.cat([_mean(each, step.present).double().cpu().mean(0) for each in flat])
         number = min(reading.blocks, max(_KERNEL_BYTES // (8 * sum(widths) ** 2), 1))
-        collected.kernels = [KernelSums(widths) for _ in range(number)]
+        collected.kernels = [KernelSums(widths, centre) for _ in range(number)]
         collected.top_values = [torch.zeros(0, each.shape[2]) for each in flat]
         collected.top_samples = [torch.zeros(0, each.shape[2], dtype=torch.long) for each in flat]
     dealt = collected.moments[0]._dealt(len(step.samples))
@@ -301,10 +322,7 @@ def steps_of(models: Sequence[nn.Module], data: Any, others: Any = None, *, seed
     """
     if isinstance(data, (str, Path, Samples)):
         samples = data if isinstance(data, Samples) else load_data(data, samples=2**31)
-        layouts = [find_layout(model, samples, (), (), 2)[0] for model in models]
-        views = [
-            Indexed(_Given(samples, layout, model), samples.targets) for model, layout in zip(models, layouts)
-        ]
+        views = [Indexed(_Given(with_arguments(model, samples), model), samples.targets) for model in models]
     else:
         views = [source(_batched(data))] * len(models)
     if others is not None:
@@ -322,14 +340,15 @@ def steps_of(models: Sequence[nn.Module], data: Any, others: Any = None, *, seed
 class _Given:
     """Stored samples as one network takes them, by their numbers."""
 
-    def __init__(self, samples: Samples, layout: Any, model: nn.Module):
-        self.samples, self.layout, self.model = samples, layout, model
+    def __init__(self, samples: Samples, model: nn.Module):
+        self.samples, self.model = samples, model
+        self.layout, _ = find_layout(model, samples, (), (), 2)
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, rows: Any) -> Tensor:
-        return self.layout.given(self.samples.inputs[rows], self.model)
+    def __getitem__(self, rows: Any) -> Any:
+        return self.layout.given(self.samples[rows], self.model)
 
 
 class _Shuffled(Sequence[Step]):

@@ -30,7 +30,7 @@ from lineament.train.batches import Indexed, moved, source
 
 Features: TypeAlias = "Dictionary | str | Tensor | np.ndarray[Any, Any] | Callable[[Any], Tensor]"
 ROWS = ("samples", "positions", "max")
-_BATCH = 128
+_BATCH = 256
 _WIDEST = 16384  # the covariance of a site of this width takes 2 GiB
 
 
@@ -310,7 +310,7 @@ def pooled(site: str, activations: Tensor, pool: int | str = 1, keep: Tensor | N
         if keep is not None and pool == 1 and activations.ndim == 3 and keep.shape == activations.shape[:2]:
             return masked_mean(activations, keep)
         if pool == 1:
-            activations = positions(site, activations).mean(1)
+            activations = activations.mean(1) if activations.ndim == 3 else activations.flatten(2).mean(2)
         else:
             maps = activations.transpose(1, 2) if activations.ndim == 3 else activations
             reduce = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(grid)]

@@ -475,3 +475,87 @@ def dictionary_quality(model: nn.Module, data: Any, dictionary: Dictionary) -> D
         features=len(seen),
         samples=total,
     )
+
+
+@dataclass(frozen=True)
+class RemovalCosts(Readable):
+    """What removing single features does to the model's accuracy.
+
+    Attributes:
+        features: which; lost: the accuracy lost by removing each from the activations; errors: its standard error over the samples.
+        accuracy: of the model itself; samples: how many.
+    """
+
+    features: Int[Tensor, " removed"]
+    lost: Float[Tensor, " removed"]
+    errors: Float[Tensor, " removed"]
+    accuracy: float
+    samples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists."""
+        return {name: results.plain(value) for name, value in vars(self).items()}
+
+    def plot(self, ax: Any = None) -> Any:
+        """Accuracy lost, a bar a feature."""
+        ax = results.axes(ax)
+        ax.bar(range(len(self.features)), self.lost.cpu(), yerr=self.errors.cpu())
+        ax.set_xticks(range(len(self.features)), [str(i) for i in self.features.tolist()])
+        ax.set(xlabel="feature removed", ylabel="accuracy lost")
+        return ax
+
+
+def removal_costs(
+    model: nn.Module, data: Any, dictionary: Dictionary, features: Int[Tensor, " removed"] | None = None
+) -> RemovalCosts:
+    """The accuracy that is lost when one feature is taken out of the activations, x - z_i d_i; what the dictionary does not see stays.
+
+    Args:
+        data: with class labels. features: which; all by default.
+
+    Raises:
+        InputError: targets that are no class labels, a feature that does not exist.
+
+    >>> from types import SimpleNamespace
+    >>> _ = torch.manual_seed(0)
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 3))
+    >>> units = SimpleNamespace(site="2:in", atoms=torch.eye(2), encode=lambda x: x, decode=lambda z: z)
+    >>> removal_costs(net, (torch.randn(10, 2), torch.zeros(10, dtype=torch.long)), units).lost.shape
+    torch.Size([2])
+    """
+    atoms = dictionary.atoms.detach()
+    k = len(atoms)
+    chosen = torch.arange(k) if features is None else features
+    if len(chosen):
+        chosen = checks.labels("features", chosen, classes=k)
+    splice = Splice(model, dictionary)
+    head = splice.head()
+    right, total = 0, 0
+    lost, squares = (
+        torch.zeros(len(chosen), dtype=torch.float64),
+        torch.zeros(len(chosen), dtype=torch.float64),
+    )
+    with frozen(model), torch.no_grad():
+        for inputs, targets, _ in progress(batches(in_one_order(data)), "removing features"):
+            require(isinstance(targets, Tensor), "data: have no targets, expected class labels")
+            given = splice.given(inputs)
+            like, z, answer = splice.look(given)
+            labels = checks.labels("targets", targets, count=len(answer), classes=answer.shape[-1]).to(
+                answer.device
+            )
+            own = answer.argmax(1) == labels
+            right, total = right + int(own.sum()), total + len(own)
+            for at, feature in enumerate(chosen.tolist()):
+                part = z[..., feature, None] * atoms[feature]
+                if head is not None and like.ndim == 2:
+                    other = answer - part[:, 0].to(answer.dtype) @ head[0].T.to(answer.dtype)
+                else:
+                    with patch(model, {splice.site: like - splice.placed(part, like)}):
+                        other = logits(called(model, given))
+                change = own.double() - (other.argmax(1) == labels).double()
+                lost[at] += change.sum().cpu()
+                squares[at] += change.square().sum().cpu()
+    require(total > 0, "data: got no samples, expected some")
+    mean = lost / total
+    errors = ((squares / total - mean.square()).clamp(min=0) / max(total - 1, 1)).sqrt()
+    return RemovalCosts(chosen, mean, errors, right / total, total)

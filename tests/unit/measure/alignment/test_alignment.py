@@ -232,7 +232,7 @@ def test_subspaces_without_units_are_told_apart(images, nets) -> None:
     assert float(maps.dense_half_mse.max()) < 1e-3 < 0.05 < float(maps.single_half_mse.mean())
     rows = {row.name: row for row in found.similarities()}
     assert rows["cca"].value == pytest.approx(1, abs=1e-3) and (rows["matching"].value or 0) < 0.95
-    assert not len(found.unpredicted())
+    assert not len(found.unpredicted()[0]) and not len(found.unpredicted(reverse=True)[0])
 
 
 def test_language_models_meet_at_common_word_ends() -> None:
