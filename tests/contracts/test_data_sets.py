@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lineament.core.checks import InputError
+from lineament.data.bit_features import bit_features
 from lineament.data.blockmnist import block_mnist
 from lineament.data.digit_scenes import digit_scenes
 from lineament.data.digits import digit_images
@@ -32,6 +33,7 @@ DATA_SETS = {
     "patches": partial(fast_slow_patches, 30),
     "pixels": partial(pixel_digits, train=100),
     "shortcuts": partial(shortcut_digits, "test"),
+    "bits": partial(bit_features, 30),
     "latents": lambda seed=0: two_latents(dims=8, nesting=(0, 1), seed=seed).draw(30, seed=seed),
     "footprints": lambda seed=0: footprint(2.0, size=16, base=3, seed=seed).draw(30, seed=seed),
     "signals": partial(signal_blocks, 30, eta=0.5),
