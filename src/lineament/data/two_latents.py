@@ -205,7 +205,9 @@ class VectorEmbedding:
 
     def __call__(self, z: Float[Tensor, "sample 2"]) -> Float[Tensor, "sample dims"]:
         if not any(map(len, self.nesting)):
-            return (z * torch.tensor(self.amplification, dtype=z.dtype, device=z.device)) @ self.directions.to(z)
+            return (
+                z * torch.tensor(self.amplification, dtype=z.dtype, device=z.device)
+            ) @ self.directions.to(z)
         found = torch.zeros(())
         for i, (alpha, w, layers) in enumerate(zip(self.amplification, self.directions, self.nesting)):
             e = alpha * z[:, i : i + 1] * w.to(z)
