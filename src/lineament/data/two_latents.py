@@ -114,7 +114,7 @@ class TwoLatents(Readable):
                 levels = torch.from_numpy(ndtri(((ranks + 0.5) / (samples // 2)).numpy()))
                 z[own] = label * self.means + levels
         return Samples(
-            self.embed(z).to(dtype),
+            self.embed(z.to(dtype)).to(dtype),
             (labels > 0).long(),
             ("-1", "+1"),
             extras={"latents": z},
@@ -204,6 +204,10 @@ class VectorEmbedding:
         self.nesting, self.activation = nesting, activation
 
     def __call__(self, z: Float[Tensor, "sample 2"]) -> Float[Tensor, "sample dims"]:
+        if not any(map(len, self.nesting)):
+            return (
+                z * torch.tensor(self.amplification, dtype=z.dtype, device=z.device)
+            ) @ self.directions.to(z)
         found = torch.zeros(())
         for i, (alpha, w, layers) in enumerate(zip(self.amplification, self.directions, self.nesting)):
             e = alpha * z[:, i : i + 1] * w.to(z)

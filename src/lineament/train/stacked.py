@@ -212,7 +212,7 @@ class Stack(nn.Module):
 
 
 class StackedBatches:
-    """Batches of every network's own inputs in its own order, a fresh one each epoch."""
+    """Batches of every network's own inputs in its own order, a fresh one each epoch; ``views`` may be one tensor (network, sample, ...)."""
 
     def __init__(self, views: Any, targets: Tensor, rows: Tensor, seeds: Sequence[int], batch_size: int):
         self.views, self.targets, self.rows, self.batch_size = views, targets, rows, batch_size
@@ -226,6 +226,11 @@ class StackedBatches:
         return map(self.take, torch.stack(orders).split(self.batch_size, dim=1))
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(self.views, Tensor):
+            # One gather for all networks.
+            first = torch.arange(len(rows))[:, None] * self.views.shape[1]
+            found = self.views.flatten(0, 1).index_select(0, (rows + first).flatten())
+            return found.view(*rows.shape, *found.shape[1:]), self.targets[rows]
         return torch.stack([view[own] for view, own in zip(self.views, rows)]), self.targets[rows]
 
 

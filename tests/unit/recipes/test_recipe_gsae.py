@@ -27,7 +27,9 @@ def test_a_killed_run_goes_on_with_the_same_result(tmp_path, monkeypatch):
     config = dataclasses.replace(Config.preset("quick"), **TINY, **SPEECH)
     whole = run(config, out=tmp_path / "whole")
     assert len(whole.claims) == 14 and len(whole.figures) == 2 and len(whole.tables) == 2
-    assert len(whole.tables[0].rows) == 9 + 7  # eight dictionaries less the late one, with neurons and PCA; seven select by gradient
+    assert (
+        len(whole.tables[0].rows) == 9 + 7
+    )  # eight dictionaries less the late one, with neurons and PCA; seven select by gradient
     original = gsae.spoken
     monkeypatch.setattr(gsae, "spoken", lambda config, out: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -60,7 +62,12 @@ def test_claims_fall_when_the_numbers_do():
 
     assert all(claim.holds for claim in planted_claims(found(better)))
     worse = dataclasses.replace(one, kl=0.097, recovered=0.42, dead=0.2, fvu=0.11)
-    assert [claim.holds for claim in planted_claims(found(worse))] == [False] * 3 + [True] + [False] * 2 + [True] * 2 + [False]
+    assert [claim.holds for claim in planted_claims(found(worse))] == [False] * 3 + [True] + [False] * 2 + [
+        True
+    ] * 2 + [False]
     said = Spoken("TopK", "activation", 2.0, 2.1, 0.01, 0.1, 0.01, 0.9, 0.1, 0.1, 0.3)
-    others = [dataclasses.replace(said, name="g-SAE", mode=mode, ce_substituted=2.2, kl=0.2, dead=0.2) for mode in ("activation", "gradient")]
+    others = [
+        dataclasses.replace(said, name="g-SAE", mode=mode, ce_substituted=2.2, kl=0.2, dead=0.2)
+        for mode in ("activation", "gradient")
+    ]
     assert not any(claim.holds for claim in language_claims([said, *others]))

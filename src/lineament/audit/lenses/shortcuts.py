@@ -26,7 +26,7 @@ from lineament.report.text import plain, printable
 
 TITLE = "Does it take a shortcut?"
 HELP = "whether it decides by an easy attribute: a group, brightness, colour, border or corners"
-ORDER = 25
+ORDER = 24
 METHOD = "shortcut-learning"
 _MOST, _PAIRS, _SHOWN = 1000, 300, 4
 _NUMBERS = 10**8  # numbers of the inputs that are held at once

@@ -77,10 +77,10 @@ class Channels:
         self.makes, self.reads = counted(self.group.entries, self.weights.tensors, self.distance)
         self.inside = self._gram(self.makes)
         self.outside = self._gram(self.reads)
-        self.stale = True
-        self.near = np.zeros(
-            n
-        )  # of each position: the distance to the nearest other, which that is, and the same for the furthest
+        self.squares = self._squares()
+        self.stale, self.linked = True, False
+        # Of each position: the distance to the nearest other, which that is, and the same for the furthest.
+        self.near = np.zeros(n)
         self.near_at = np.zeros(n, dtype=np.int64)
         self.far = np.zeros(n)
         self.far_at = np.zeros(n, dtype=np.int64)
@@ -95,9 +95,14 @@ class Channels:
             gram = rows @ rows.T if gram is None else gram.addmm_(rows, rows.T)
         return None if gram is None else gram.cpu().numpy()
 
+    def _squares(self) -> np.ndarray:
+        """The squared norms of the slices: the diagonals, which lie far apart in memory."""
+        return np.sum([g.diagonal() for g in (self.inside, self.outside) if g is not None], 0)
+
     def regrouped(self) -> None:
         """Compute the Gram matrices anew, where the group reads what it makes itself."""
         self.inside, self.outside, self.stale = self._gram(self.makes), self._gram(self.reads), True
+        self.squares = self._squares()
 
     def matrix(self) -> np.ndarray:
         """All squared distances (channels x channels), zero on the diagonal."""
@@ -107,17 +112,46 @@ class Channels:
 
     def _rows(self, rows: np.ndarray | slice) -> np.ndarray:
         n = len(self)
-        parts = [g[:n, :n] for g in (self.inside, self.outside) if g is not None]
-        found, diagonal = parts[0][rows], parts[0].diagonal()
-        if len(parts) > 1:
-            found, diagonal = found + parts[1][rows], diagonal + parts[1].diagonal()
+        first, *others = [g[:n, :n] for g in (self.inside, self.outside) if g is not None]
+        squares = self.squares[:n]
+        found = first[rows] + others[0][rows] if others else first[rows].copy()
         if self.distance == "cosine":
-            norms = np.sqrt(np.maximum(diagonal, 1e-300))
+            norms = np.sqrt(np.maximum(squares, 1e-300))
             return 2 - 2 * found / norms[rows, None] / norms[None]
-        found = found * -2
-        found += diagonal
-        found += diagonal[rows, None]
+        found *= -2
+        found += squares
+        found += squares[rows, None]
         return found
+
+    def _survey(self) -> tuple[np.ndarray, float]:
+        """The positions with a nearest neighbour as near as any, and the largest distance; where neighbours change everything between two merges."""
+        n = len(self)
+        far, half, room = 0.0, self.squares[:n] / 2, np.empty((_ROWS, n))
+        grams = [g[:n, :n] for g in (self.inside, self.outside) if g is not None]
+        for start in range(0, n, _ROWS):
+            rows = slice(start, min(start + _ROWS, n))
+            found, places = room[: rows.stop - start], np.arange(rows.stop - start)
+            if self.distance == "cosine":
+                found[:] = self._rows(rows) / 2
+            else:  # half of it, in as few passes as there can be
+                np.subtract(
+                    half,
+                    grams[0][rows] if len(grams) == 1 else np.add(*(g[rows] for g in grams), out=found),
+                    out=found,
+                )
+                found += half[rows, None]
+            far = max(far, 2 * float(found.max()))
+            found[places, places + start] = np.inf
+            self.near[rows] = 2 * found.min(1)
+        there = np.flatnonzero(self.near[:n] <= self.near[:n].min() + self._noise())[:256]
+        found = self._rows(there)
+        found[np.arange(len(there)), there] = np.inf
+        self.near_at[there] = found.argmin(1)
+        return there, far
+
+    def _noise(self) -> float:
+        """What rounding may add to a distance that comes from Gram entries."""
+        return 1e-12 * (1.0 if self.distance == "cosine" else float(self.squares[: len(self)].max()))
 
     def _look(self, rows: np.ndarray) -> None:
         """Find the nearest and the furthest of these positions."""
@@ -154,16 +188,14 @@ class Channels:
     def closest(self) -> tuple[int, int, float, float]:
         """The closest two positions (in the order of the channels), their squared distance and the furthest two's."""
         n = len(self)
-        if self.stale:
-            self._look(np.arange(n))
-            self.stale = False
-        far = float(self.far[:n].max())
-        scale = 1e-12 * max(
-            float(g[:n, :n].diagonal().max()) for g in (self.inside, self.outside) if g is not None
-        )
-        if self.distance == "cosine":
-            scale = 1e-12
-        there = np.flatnonzero(self.near[:n] <= self.near[:n].min() + scale)[:256]
+        if self.linked and self.stale:
+            there, far = self._survey()
+        else:
+            if self.stale:
+                self._look(np.arange(n))
+                self.stale = False
+            far = float(self.far[:n].max())
+            there = np.flatnonzero(self.near[:n] <= self.near[:n].min() + self._noise())[:256]
         pairs = {tuple(sorted((int(p), int(self.near_at[p])), key=lambda q: self.stamp[q])) for p in there}
         order = sorted((self.exactly(i, j), int(self.stamp[i]), int(self.stamp[j]), i, j) for i, j in pairs)
         distance, _, _, i, j = order[0]
@@ -188,6 +220,7 @@ class Channels:
             gram[j, :n] = gram[last, :n]
             gram[:n, j] = gram[:n, last]
             gram[j, j] = gram[last, last]
+        self.squares[i] = sum(float(g[i, i]) for g in (self.inside, self.outside) if g is not None)
         first, second = int(self.first[i]), int(self.first[j])
         for e in self.group.entries:
             a, b = read if e.role == "read" else made
@@ -195,7 +228,16 @@ class Channels:
         self.count[i] += self.count[j]
         self.members[i] = self.members[i] + self.members[j]
         self.stamp[i] = self.stamp[:n].max() + 1
-        for array in (self.first, self.count, self.stamp, self.near, self.near_at, self.far, self.far_at):
+        for array in (
+            self.first,
+            self.count,
+            self.stamp,
+            self.squares,
+            self.near,
+            self.near_at,
+            self.far,
+            self.far_at,
+        ):
             array[j] = array[last]
         self.members[j] = self.members[last]
         self.members.pop()
@@ -231,7 +273,9 @@ class Channels:
         c = columns[torch.from_numpy(self.first[:n])].numpy()
         x, y = c[:, 0], c[:, 1]
         left = np.concatenate([(a * a - 1) * x + a * b * y, a * b * x + (b * b - 1) * y], 1)
-        gram[:n, :n] += left @ np.concatenate([x, y], 1).T
+        both = np.concatenate([x, y], 1)
+        torch.from_numpy(gram)[:n, :n].addmm_(torch.from_numpy(left), torch.from_numpy(both).T)
+        self.squares[:n] += np.einsum("ik,ik->i", left, both)
         self.stale = True
 
     def order(self) -> list[list[int]]:

@@ -103,7 +103,8 @@ class HeadChannels(Channels):
                 self.factors[part] = _complex(self.factors[part])
         self.inside = self._product("q", "k").numpy() if distance != "out" else None
         self.outside = self._product("z", "v").numpy() if distance != "in" else None
-        self.stale = True
+        self.squares = self._squares()
+        self.stale, self.linked = True, False
         self.near, self.far = np.zeros(n), np.zeros(n)
         self.near_at, self.far_at = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
 
@@ -170,6 +171,7 @@ class HeadChannels(Channels):
         m = len(self)
         self.inside = None if self.inside is None else self._product("q", "k").numpy()
         self.outside = None if self.outside is None else self._product("z", "v").numpy()
+        self.squares = self._squares()
         self.near, self.far = np.zeros(m), np.zeros(m)
         self.near_at, self.far_at = np.zeros(m, dtype=np.int64), np.zeros(m, dtype=np.int64)
         self.stale = True

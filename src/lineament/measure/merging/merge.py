@@ -325,6 +325,9 @@ class Plan:
         self.trace: dict[str, list[float]] = {name: [] for name in channels}
         self.cost = Cost(base, example, [c.group for c in channels.values()])
         self.links = {name: self._linked(name) for name in channels}
+        for links in self.links.values():
+            for _, _, other, _ in links:
+                channels[other].linked = True
 
     def _linked(self, name: str) -> list[tuple[Entry, Entry, str, str]]:
         """(entry of this group, entry of another on the same parameter, the other's name, its side) for every shared weight."""

@@ -113,7 +113,8 @@ def _together(
     goals, held_goals = (2.0 * part[0].targets - 1 for part in (train, held))
     stack = Stack(models)
     rows = torch.arange(samples).expand(len(jobs), -1)
-    batches = StackedBatches([part.inputs for part in train], goals, rows, seeds, batch_size)
+    inputs = torch.stack([part.inputs for part in train])
+    batches = StackedBatches(inputs, goals, rows, seeds, batch_size)
     best = _Best(torch.stack([part.inputs for part in held]), held_goals)
 
     def loss(z: Tensor, y: Tensor) -> Tensor:
@@ -125,11 +126,11 @@ def _together(
         loss=loss, callbacks=[best], name=f"training {len(jobs)} networks at once",
     )  # fmt: skip
     grids = [world.grid(points) for world in worlds]
-    inputs = torch.stack([world.embed(z).float() for world, z in zip(worlds, grids)])
-    last = _scores(stack, inputs)
-    losses = (_scores(stack, torch.stack([part.inputs for part in train])) - goals).square().mean(1).tolist()
+    cells = torch.stack([world.embed(z.float()) for world, z in zip(worlds, grids)])
+    last = _scores(stack, cells)
+    losses = (_scores(stack, inputs) - goals).square().mean(1).tolist()
     stack.load_state_dict(best.kept)
-    chosen = _scores(stack, inputs)
+    chosen = _scores(stack, cells)
     trials = []
     for k, ((name, seed), world, z) in enumerate(zip(jobs, worlds, grids)):
         ours, end, optimal = (reliance(s, z) for s in (chosen[k], last[k], z @ world.optimal_weights))
