@@ -7,6 +7,7 @@ run goes on where it stopped and gives the same report. A lens that fails says s
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -138,6 +139,11 @@ def audit(
     checks.number("samples", samples, low=2, integer=True)
     checks.number("batch_size", options.batch_size, low=1, integer=True)
     checks.seed("seed", seed)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    require(
+        started == 1,
+        f"processes: {started} were started together (WORLD_SIZE), but an audit runs in one and would write one folder from all; start it alone",
+    )
     folder = fresh(out, overwrite)
 
     note("reading the model and the data")

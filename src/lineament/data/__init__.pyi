@@ -13,6 +13,7 @@ from .coloured_digits import coloured_digits as coloured_digits
 from .digit_scenes import digit_scenes as digit_scenes
 from .digits import digit_images as digit_images
 from .fast_slow_patches import fast_slow_patches as fast_slow_patches
+from .feature_sequences import feature_sequences as feature_sequences
 from .footprint import footprint as footprint
 from .patching_tasks import greater_than_pairs as greater_than_pairs
 from .patching_tasks import ioi_pairs as ioi_pairs
@@ -24,6 +25,7 @@ from .photographs import read_photographs as read_photographs
 from .pixel_digits import pixel_digits as pixel_digits
 from .planted_cues import planted_cues as planted_cues
 from .samples import Samples as Samples
+from .shape_texture_colour import shape_texture_colour as shape_texture_colour
 from .shortcut_digits import shortcut_digits as shortcut_digits
 from .signal_blocks import signal_blocks as signal_blocks
 from .two_latents import TwoLatents as TwoLatents

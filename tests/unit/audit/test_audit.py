@@ -332,3 +332,10 @@ def test_a_minimum_with_noisy_labels_is_a_minimum(tmp_path):
     with undrawn():
         found = audit(model, (x, y), out=tmp_path / "r", lenses=["landscape"])
     assert [finding.key for finding in found.findings] == ["minimum"]
+
+
+def test_several_processes_started_together_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="2 were started together"):
+        audit(nn.Linear(2, 2), (torch.randn(8, 2), torch.arange(8) % 2), out=tmp_path / "report")
+    assert not (tmp_path / "report").exists()

@@ -14,6 +14,8 @@ from torch import nn
 
 from lineament.core.checks import InputError
 from lineament.data.bit_features import bit_feature, bit_features, truth_table
+from lineament.data.feature_sequences import feature_sequences
+from lineament.data.shape_texture_colour import shape_texture_colour
 from lineament.measure.bias.consequences import pca_decoding, rdm, readout_reliance, rsa
 from lineament.measure.bias.density import cumulative, density, participation
 from lineament.measure.bias.interventions import flips, intervene, linear_readout
@@ -205,6 +207,35 @@ def test_features_of_bits_are_independent_until_they_are_made_to_agree():
     count, f = bit_feature("parity4")
     block = (tied.inputs[:, 8 : 8 + count] > 0).long()
     assert torch.equal(f(block).float(), tied.targets[:, 1])
+
+
+def test_written_features_are_those_of_the_tokens_in_any_order_and_extent():
+    for extent, places in (("near", [0, 1, 2, 3]), ("far", [0, 2, 5, 7])):
+        data = feature_sequences(200, ("linear", "parity4"), order=(1, 0), extent=extent)
+        block = data.inputs[:, 8:16] >= 8
+        assert torch.equal(block[:, places].sum(1) % 2, data.inputs[:, 17] - 17)
+        assert torch.equal(data.targets[:, 1].long(), (data.inputs[:, 0] >= 8).long())
+        assert data.classes == ("parity4", "linear") and (data.inputs[:, 16] == 16).all()
+    with pytest.raises(InputError, match="order: got"):
+        feature_sequences(5, ("linear", "xor"), order=(0, 0))
+
+
+def test_shape_texture_and_colour_are_independent_and_can_be_seen():
+    data = shape_texture_colour(1500, noise=0.0)
+    values = torch.stack([data.extras[n] for n in ("shape", "texture", "colour")]).double()
+    assert (torch.corrcoef(values) - torch.eye(3)).abs().max() < 0.08
+    inside = (data.inputs - 0.5).abs().amax(1) > 0.01
+    assert inside.flatten(1).any(1).all(), "no object is outside its image"
+    colour = (data.inputs * inside[:, None]).sum((2, 3))
+    for k in range(8):
+        tints = torch.nn.functional.normalize(colour[data.extras["colour"] == k], dim=1)
+        assert (tints - tints.mean(0)).abs().max() < 1e-3, "a colour is one colour, whatever the texture"
+    plain = data.inputs.amax(1).flatten(1)[data.extras["texture"] == 0]
+    striped = data.inputs.amax(1).flatten(1)[data.extras["texture"] == 1]
+    assert (
+        plain.std(1).mean() < striped.std(1).mean() + 0.2
+        and len(shape_texture_colour(5, shapes=2).classes) == 2
+    )
 
 
 PHI = randn(20, 3)
