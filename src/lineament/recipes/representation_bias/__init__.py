@@ -45,9 +45,7 @@ class Config:
         quick={},
         small={
             "conditions": tuple(CONDITIONS),
-            "widths": (256, 128, 64, 64),
-            "steps": 4000,
-            "lr": 1e-3,
+            "steps": 2000,
             "seeds": 8,
         },
         paper={
