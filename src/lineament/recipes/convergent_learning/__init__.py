@@ -51,6 +51,7 @@ class Config:
 
     network: Literal["cnn", "resnet18"] = "cnn"
     width: int = 16
+    norm: bool = False
     seeds: tuple[int, ...] = (0, 1)
     epochs: int = 20
     lr: float = 0.05
@@ -64,7 +65,7 @@ class Config:
         quick={},
         small={"seeds": (0, 1, 2, 3), "epochs": 40},
         paper={
-            "data": "cifar10", "network": "resnet18", "width": 64, "seeds": (0, 1, 2, 3), "epochs": 200, "lr": 0.1, "batch_size": 128,
+            "data": "cifar10", "network": "resnet18", "width": 64, "norm": True, "seeds": (0, 1, 2, 3), "epochs": 200, "lr": 0.1, "batch_size": 128,
         },
     )  # fmt: skip
 
@@ -103,9 +104,9 @@ def load_data(config: Config) -> Samples:
 
 def made(config: Config, data: Samples, seed: int) -> Network:
     shape = tuple(data.inputs.shape[1:])
-    return network(config.network, shape, len(data.classes), seed=seed, widths=config.width).to(
-        data.inputs.device
-    )
+    return network(
+        config.network, shape, len(data.classes), seed=seed, widths=config.width, norm=config.norm
+    ).to(data.inputs.device)
 
 
 def trained(config: Config, data: Samples, seed: int) -> dict[str, Tensor]:
