@@ -63,7 +63,7 @@ def test_claims_can_hold_and_fall():
 
         found = {(w, d): [net(w, d)] for w in config.widths for d in config.decays}
         low, high = (0.5, 0.9) if good else (0.9, 0.5)
-        accuracy = {"merging": high, "L2 removal": low, "random merging": low}
+        accuracy = {"whole network": 0.95, "merging": high, "L2 removal": low, "random merging": low}
         trial = Trial(0.25, {}, accuracy, {"merging": high, "k-means folding": low}, high, low, [])
         shape = [0.2, 0.5, 0.3] if good else [0.5, 0.3, 0.2]
         deep = [Depth(0.9 + (k if good else -k) / 100, [s + k / 100 for s in shape]) for k in range(4)]
