@@ -35,7 +35,7 @@ from lineament.report.text import plain, printable
 
 TITLE = "Which words decide its answer?"
 HELP = "which words decide the class of a text, and whether it relies on a single one"
-ORDER = 24
+ORDER = 23
 VERDICT_ORDER = 1  # what it relies on comes first
 METHOD = "reagent"
 OPTIONAL = True

@@ -160,6 +160,8 @@ class JointMoments(Stream):
     def _dealt(self, images: int) -> Int[Tensor, " images"]:
         """The block of each image: every run of as many images as there are blocks has one of each."""
         number = len(self.blocks)
+        if number == 1:
+            return torch.zeros(images, dtype=torch.long)
         first, last = self.images // number, (self.images + images - 1) // number
         rounds = []
         for turn in range(first, last + 1):

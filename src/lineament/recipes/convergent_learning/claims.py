@@ -93,6 +93,7 @@ def all_claims(layers: Sequence[Layer], copied: float) -> list[Claim]:
             "clusters of units span matched subspaces",
             f"canonical / one to one by layer: {told('subspace', 'match')}",
             every(lambda layer: layer.subspace > layer.match),
+            "the units match so well there that the weakest directions of the space, which count as much as any in a canonical correlation, lie below them",
         ),
         Claim(
             "The spectra of mean activations agree between networks: the sorted means correlate at 0.9 or more in every layer",
@@ -106,6 +107,7 @@ def all_claims(layers: Sequence[Layer], copied: float) -> list[Claim]:
             "not measured",
             f"untrained / trained by layer: {told('untrained', 'match')}",
             last.untrained > last.match,
+            "here training makes the last layer more alike than the images alone do",
         ),
         Claim(
             "Control: a copy with its units in another order is matched unit by unit, every correlation 1 to 1e-4",
