@@ -357,9 +357,26 @@ def _measured(
     return VarianceExplained(tuple(found), reduction, len(fit_rows), len(judge_rows), pairs, tuple(notes))
 
 
+@dataclass(frozen=True)
+class _Moments:
+    """What a pass leaves of a site: sums of squares of units, and products of the features' columns with them."""
+
+    count: int
+    mean_x: Tensor
+    mean_y: Tensor
+    squares_y: Tensor
+    scatter: Tensor
+
+
+@dataclass(frozen=True)
+class _Columns:
+    scatter: Tensor
+    correlation: Tensor
+
+
 def _gathered(
     walk: Any, F: Tensor, rows: Tensor, names: Sequence[str], kept: Sequence[list[Tensor]]
-) -> tuple[dict[str, CrossCovariance], Covariance]:
+) -> tuple[dict[str, _Moments], _Columns]:
     """Sums of features and representations over some samples, in one pass."""
     streams = {name: CrossCovariance() for name in names}
     own = Covariance()
@@ -370,10 +387,13 @@ def _gathered(
             streams[name].update(F[part], phi)
             if len(rows) * phi.shape[1] <= _KEPT:
                 store.append(phi)
-    return streams, own
+    found = {
+        name: _Moments(len(rows), s.mean_x, s.mean_y, s.squares_y, s.scatter) for name, s in streams.items()
+    }
+    return found, _Columns(own.scatter, own.correlation)
 
 
-def _weights(own: Covariance, cross: CrossCovariance, place: Tensor) -> Tensor:
+def _weights(own: _Columns, cross: _Moments, place: Tensor) -> Tensor:
     """The least-squares map of least norm from centred columns to centred units; columns of one scale, so that none looks like rounding."""
     S = own.scatter[place][:, place]
     scale = S.diagonal().sqrt().clamp_min(1e-300)
@@ -381,9 +401,7 @@ def _weights(own: Covariance, cross: CrossCovariance, place: Tensor) -> Tensor:
     return (inverse / scale[:, None] / scale) @ cross.scatter[place]
 
 
-def _sums(
-    W: Tensor, place: Tensor, fit: CrossCovariance, judge: CrossCovariance, own: Covariance
-) -> tuple[Tensor, Tensor]:
+def _sums(W: Tensor, place: Tensor, fit: _Moments, judge: _Moments, own: _Columns) -> tuple[Tensor, Tensor]:
     """Of each unit Σ_T (φ - μ - W f)² and Σ_T (φ - μ)², with the means of V."""
     n = judge.count
     shift, moved = judge.mean_y - fit.mean_y, (judge.mean_x - fit.mean_x)[place]
@@ -393,14 +411,12 @@ def _sums(
     return total - 2 * (W * cross).sum(0) + (W * (S @ W)).sum(0), total
 
 
-def _share(W: Tensor, place: Tensor, fit: CrossCovariance, judge: CrossCovariance, own: Covariance) -> float:
+def _share(W: Tensor, place: Tensor, fit: _Moments, judge: _Moments, own: _Columns) -> float:
     left, total = _sums(W, place, fit, judge, own)
     return 1 - float(left.sum() / total.sum())
 
 
-def _units(
-    W: Tensor, place: Tensor, fit: CrossCovariance, judge: CrossCovariance, own: Covariance, dead: float
-) -> Tensor:
+def _units(W: Tensor, place: Tensor, fit: _Moments, judge: _Moments, own: _Columns, dead: float) -> Tensor:
     left, total = _sums(W, place, fit, judge, own)
     alive = total > dead
     return torch.where(alive, 1 - left / torch.where(alive, total, 1.0), 0.0)
@@ -411,10 +427,10 @@ def _per_sample(
     F: Tensor,
     rows: Tensor,
     names: Sequence[str],
-    fit: Mapping[str, CrossCovariance],
+    fit: Mapping[str, _Moments],
     weights: Mapping[str, Mapping[str, Tensor]],
     kept: Sequence[list[Tensor]],
-) -> tuple[dict[str, CrossCovariance], Covariance, dict[str, dict[str, float]]]:
+) -> tuple[dict[str, _Moments], _Columns, dict[str, dict[str, float]]]:
     """The same sums, and of each site and set of columns the mean over samples of 1 - ‖φ - μ - W f‖² / ‖φ - μ‖²."""
     sums = {site: dict.fromkeys(weights[site], 0.0) for site in names}
     places = _places(weights, F.shape[1], names)
