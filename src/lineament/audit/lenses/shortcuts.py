@@ -266,7 +266,12 @@ def _group_tables(subject: Subject, groups: GroupBias | None) -> list[Table]:
     if groups is None:
         return []
     rows = [
-        (printable(c.values[0], limit=40), subject.class_name(c.label), c.samples, _interval(c.accuracy))
+        (
+            printable(c.values[0], limit=20),
+            printable(subject.class_name(c.label), limit=20),
+            c.samples,
+            _interval(c.accuracy),
+        )
         for c in sorted(groups.cells, key=lambda c: c.accuracy[0])[:40]
     ]
     return [Table("By group and class, the worst first", ("group", LABEL, "samples", "right"), rows)]
