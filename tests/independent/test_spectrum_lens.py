@@ -30,4 +30,4 @@ def test_the_effective_rank_on_all_samples_and_on_each_half(name, networks, repo
     assert last["effective_rank"] == pytest.approx(every, rel=1e-3)
     assert last["halves"] == pytest.approx(parts, rel=1e-3)
     assert 0 < last["error"] < 0.5 * every and abs(parts[0] - parts[1]) < 3 * last["error"]
-    assert "Over 1,000 of 1,100 samples" in section["sentence"]
+    assert "Over 1,000 of 1,797 samples" in section["sentence"]
