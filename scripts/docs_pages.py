@@ -10,7 +10,25 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "lineament"
-WINGS = ("core", "data", "load", "train", "optim", "explain", "measure", "learn", "report", "audit")
+WINGS = (
+    "core",
+    "data",
+    "load",
+    "train",
+    "optim",
+    "losses",
+    "modules",
+    "dictionaries",
+    "explain",
+    "measure",
+    "learn",
+    "edit",
+    "privacy",
+    "kernels",
+    "handcrafted",
+    "report",
+    "audit",
+)
 
 
 def on_files(files: Files, config: Any) -> Files:

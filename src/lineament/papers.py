@@ -169,7 +169,7 @@ PAPERS: tuple[Paper, ...] = (
         "Chen, Zhou, Yan",
         "2310.06756",
         "Count the distinct channels of each layer, and merge the redundant ones without any data.",
-        ("measure/merging", "core/surgery.py"),
+        ("measure/merging", "core/surgery"),
     ),
     Paper(
         "neural-collapse",

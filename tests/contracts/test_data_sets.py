@@ -10,16 +10,21 @@ import torch
 from torch.utils.data import DataLoader
 
 from lineament.core.checks import InputError
+from lineament.data.bit_features import bit_features
 from lineament.data.blockmnist import block_mnist
 from lineament.data.digit_scenes import digit_scenes
 from lineament.data.digits import digit_images
 from lineament.data.fast_slow_patches import fast_slow_patches
+from lineament.data.feature_sequences import feature_sequences
+from lineament.data.footprint import footprint
 from lineament.data.photographs import read_photographs
 from lineament.data.pixel_digits import pixel_digits
 from lineament.data.planted_cues import CUES, planted_cues
 from lineament.data.samples import Samples
+from lineament.data.shape_texture_colour import shape_texture_colour
 from lineament.data.shortcut_digits import shortcut_digits
 from lineament.data.signal_blocks import signal_blocks
+from lineament.data.two_latents import two_latents
 
 DIGITS = digit_images(count=50, seed=3)
 DATA_SETS = {
@@ -30,6 +35,11 @@ DATA_SETS = {
     "patches": partial(fast_slow_patches, 30),
     "pixels": partial(pixel_digits, train=100),
     "shortcuts": partial(shortcut_digits, "test"),
+    "bits": partial(bit_features, 30),
+    "sequences": partial(feature_sequences, 30, extent="far"),
+    "objects": partial(shape_texture_colour, 30),
+    "latents": lambda seed=0: two_latents(dims=8, nesting=(0, 1), seed=seed).draw(30, seed=seed),
+    "footprints": lambda seed=0: footprint(2.0, size=16, base=3, seed=seed).draw(30, seed=seed),
     "signals": partial(signal_blocks, 30, eta=0.5),
     **{cue: partial(planted_cues, cue, "test") for cue in CUES},
     "photographs": partial(read_photographs, "npz", count=20),
@@ -54,7 +64,12 @@ def test_the_record_has_one_form(make):
     samples = make()
     assert isinstance(samples, Samples) and len(samples) > 0 and samples.source
     assert all(len(value) == len(samples) for value in tensors(samples).values())
-    assert samples.inputs.dtype in (torch.uint8, torch.float32, torch.float64)
+    assert samples.inputs.dtype in (
+        torch.uint8,
+        torch.float32,
+        torch.float64,
+        torch.int64,
+    )  # token ids are whole
     assert torch.isfinite(samples.inputs.double()).all()
     assert samples.targets.dtype == torch.int64 or samples.targets.is_floating_point()
     if samples.targets.dtype == torch.int64:

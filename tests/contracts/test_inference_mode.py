@@ -165,6 +165,8 @@ CASES = {
     "perturbations": lambda: measure.perturbations(dense(), F.cross_entropy, batches(), count=2),
     "criteria": lambda: measure.hessian_criteria(dense(), F.cross_entropy, batches(), steps=4, probes=2),
     "hessian axes": lambda: measure.hessian_axes(curvature.hessian(dense(), F.cross_entropy, batches()))[0].vector,
+    "alignment": lambda: measure.alignment(dense(), dense(), batches(), blocks=2, nulls=("shuffled",)),
+    "barrier": lambda: measure.barrier(dense(), dense(), batches(), points=3),
     "collapse": lambda: measure.collapse(dense(), batches()),
     "collapse metrics": lambda: measure.collapse_metrics(rows()[0], rows()[1], weight=dense()[0].weight[:2]),
     "central path": lambda: measure.central_path(measure.UFM(2, 2), torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), [0.0, 1.0]),

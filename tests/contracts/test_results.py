@@ -13,7 +13,19 @@ from torch import nn
 import lineament
 from lineament.core.results import Readable
 
-WINGS = ("core", "load", "data", "train", "optim", "losses", "modules", "explain", "measure", "learn")
+WINGS = (
+    "core",
+    "load",
+    "data",
+    "train",
+    "optim",
+    "losses",
+    "modules",
+    "dictionaries",
+    "explain",
+    "measure",
+    "learn",
+)
 
 
 def results():

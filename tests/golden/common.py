@@ -57,7 +57,7 @@ class Scope:
         if pointer:
             return self.file.beside(source).input(joined(pointer.split("/")))
         found = self.input(source)
-        return found.item() if found.ndim == 0 else found
+        return found.item() if isinstance(found, Tensor) and found.ndim == 0 else found
 
     def get(self, parameter: str, default: Any = None) -> Any:
         return self[parameter] if parameter in self.values else default
@@ -77,12 +77,18 @@ class Scope:
         """A stored tensor (of a JSON file, the value) that results are computed from."""
         return self.file.read(array)
 
-    def compare(self, array: str, found: Any, dtype: torch.dtype = torch.float64) -> None:
-        """Require ``found`` (or what it returns) to be the stored array within its tolerance; nothing is done where there is none."""
+    def compare(
+        self, array: str, found: Any, dtype: torch.dtype = torch.float64, either: Tensor | None = None
+    ) -> None:
+        """Require ``found`` (or what it returns) to be the stored array within its tolerance; nothing is done where there is none.
+
+        Entries of ``either`` are ties, in which any value is right.
+        """
         if self.has(array):
             found = found() if callable(found) else found
             found = torch.as_tensor(found, dtype=torch.float64 if isinstance(found, float) else None)
-            self.file.record(array, found.detach(), self.tolerance(array, dtype), self.name)
+            tolerance = self.tolerance(array, dtype) | ({} if either is None else {"either": either})
+            self.file.record(array, found.detach(), tolerance, self.name)
 
     def differs(self, array: str, found: Tensor) -> None:
         """Require ``found`` not to be the stored array: what a fault of the reference code gives."""
@@ -150,7 +156,9 @@ class File(Scope):
         if self.path.suffix == ".json":
             return {name: tensor(value) for name, value in self.nodes.items() if not branches(value)}
         with np.load(self.path, allow_pickle=False) as stored:
-            return {name: torch.from_numpy(np.asarray(stored[name])) for name in stored.files}
+            arrays = {name: np.asarray(stored[name]) for name in stored.files}
+        texts = {name: a.tolist() for name, a in arrays.items() if a.dtype.kind == "U"}
+        return {name: texts[name] if name in texts else torch.from_numpy(a) for name, a in arrays.items()}
 
     @cached_property
     def cases(self) -> list[Scope]:
@@ -165,6 +173,13 @@ class File(Scope):
 
     def read(self, array: str) -> Any:
         known = self.nodes if self.path.suffix == ".json" else self.data
+        # An entry of a list of numbers, which is one array.
+        entry = re.fullmatch(r"(.+?)((\[\d+\])+)", array)
+        if array not in known and entry and isinstance(known.get(entry[1]), list):
+            value = self.read(entry[1])
+            for place in re.findall(r"\d+", entry[2]):
+                value = value[int(place)]
+            return value
         assert array in known, f"{self.path.name} has no {array!r}"
         below = (f"{array}.", f"{array}[")
         self.inputs |= {name for name in self.data if name == array or name.startswith(below)}
@@ -220,11 +235,18 @@ def nodes(value: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
 
 
 def tensor(value: Any) -> Any:
-    """A number or (nested) list of numbers, null being NaN; texts stay."""
+    """A number or (nested) list of numbers, null being NaN; texts and lists with texts stay."""
     if isinstance(value, (str, bool)):
         return value if isinstance(value, str) else torch.tensor(value)
+    if texts(value):
+        return value
     made = np.array(value)
     return torch.from_numpy(made.astype(float) if made.dtype == object or not made.size else made)
+
+
+def texts(value: Any) -> bool:
+    """Whether a (nested) list has a text in it."""
+    return any(map(texts, value)) if isinstance(value, list) else isinstance(value, str)
 
 
 def paths(folder: Path, pattern: str = "**/*") -> list[Path]:
@@ -250,7 +272,7 @@ def mismatch(found: Tensor, stored: Tensor, tolerance: dict[str, Any]) -> str:
     """How ``found`` differs from ``stored`` beyond |stored| * rtol + atol, or nothing."""
     if found.shape != stored.shape:
         return f"has the shape {tuple(found.shape)}, stored is {tuple(stored.shape)}"
-    found, stored = found.double(), stored.double()
+    found, stored = (torch.view_as_real(v) if v.is_complex() else v.double() for v in (found, stored))
     scale = stored.abs()
     if tolerance.get("relative_to") == "largest" and scale.numel():
         scale = scale.nan_to_num(0).max().expand_as(scale)
@@ -259,6 +281,8 @@ def mismatch(found: Tensor, stored: Tensor, tolerance: dict[str, Any]) -> str:
         limit = torch.full_like(stored, 0) + limit
         limit[: tolerance["first_entries"]] = tolerance["first_atol"]
     wrong = ~((found - stored).abs() <= limit) & (found != stored) & ~(found.isnan() & stored.isnan())
+    if "either" in tolerance:
+        wrong &= ~tolerance["either"]
     if not wrong.any():
         return ""
     place = tuple(int(v) for v in wrong.nonzero()[0])
@@ -270,7 +294,11 @@ def run(file: File, checks: Checks) -> File:
     assert kind in checks, f"{file.path.name}: no adaptor for the kind {kind!r}"
     checks[kind](file)
     seen = file.inputs | {array for array, *_ in file.compared}
-    left = [array for array, value in file.data.items() if array not in seen and not isinstance(value, str)]
+    left = [
+        array
+        for array, value in file.data.items()
+        if array not in seen and not isinstance(value, (str, list))
+    ]
     if left and not file.only:
         file.problems.append(f"no adaptor compares {left}")
     return file
@@ -281,15 +309,17 @@ def with_a_wrong_entry(stored: Tensor) -> Tensor:
     if not stored.numel():
         return torch.ones(1)
     place = int(stored.flatten().isfinite().int().argmax())
-    wrong = stored.flatten().double()
+    wrong = stored.flatten().to(torch.complex128 if stored.is_complex() else torch.float64)
     wrong[place] = (
         1 - wrong[place] if stored.dtype == torch.bool else wrong[place].nan_to_num(0).abs() * 2 + 1
     )
     return wrong.view(stored.shape)
 
 
-def turned_round(stored: Tensor) -> Tensor:
+def turned_round(stored: Tensor | list[str]) -> Tensor | list[str]:
     """An input that is another one in every entry."""
+    if isinstance(stored, list):
+        return [f"not {text}" for text in stored]
     if stored.dtype == torch.bool:
         return ~stored
     turned = stored.flip(tuple(range(stored.ndim)))

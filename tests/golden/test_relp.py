@@ -72,7 +72,7 @@ class Patched:
         parts = [NAMES[rule] for rule in case["rules"] if rule != "HALF" or case["gated_mlp"]]
         if "ah" not in parts or self.known:
             return {"rules": parts}
-        detached = {"blocks.*.q_proj": "detach", "blocks.*.k_proj": "detach"}
+        detached = {"blocks.**.q_proj": "detach", "blocks.**.k_proj": "detach"}
         return {"rules": [*(p for p in parts if p != "ah"), detached]}
 
     def scores(self, case: Scope) -> tuple[Any, dict[str, float]]:

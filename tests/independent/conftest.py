@@ -39,7 +39,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """As for CIFAR, but small: a stem, three blocks, global pooling, a linear classifier."""
+    """As for CIFAR, but small: a stem, two blocks, global pooling, a linear classifier."""
 
     def __init__(self, width=6):
         super().__init__()
@@ -105,7 +105,7 @@ def networks(digits):
 
 @pytest.fixture(scope="session")
 def reports(networks, tmp_path_factory):
-    """A function: the sections of a network's report.json by name, of an audit with a short time for the landscape."""
+    """A function: the sections of a network's report.json by name, of an audit with few samples for the landscape."""
     found = {}
 
     def report(name):
@@ -113,8 +113,13 @@ def reports(networks, tmp_path_factory):
             network, x, y, _ = networks[name]
             out = tmp_path_factory.mktemp(name) / "report"
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(landscape, "_SECONDS", 1.5)
-                patch.setattr(landscape, "_PLANE_SECONDS", 0.2)
+                # So many samples and all steps, however busy the machine is.
+                patch.setattr(landscape, "_MOST", 96)
+                patch.setattr(landscape, "PARTS", 3)
+                patch.setattr(landscape, "_PROBES", 2)
+                patch.setattr(landscape, "_SECONDS", 1e6)
+                patch.setattr(landscape, "_PLANE_MOST", 16)
+                patch.setattr(landscape, "_GRID", 7)
                 audit(network, (x, y), out=out, lenses=["collapse", "spectrum", "landscape"])
             stored = json.loads((out / "report.json").read_text(encoding="utf-8"))
             found[name] = {section["name"]: section for section in stored["sections"]}

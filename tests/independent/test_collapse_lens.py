@@ -9,17 +9,15 @@ import torch
 
 
 def spread(features, labels):
-    """tr S_W / tr S_B, each class counted alike, and how often the nearest class mean is right."""
+    """tr S_W / tr S_B, the means of the classes counted alike, and how often the nearest class mean is right."""
     means = torch.stack([features[labels == k].mean(0) for k in range(10)])
-    within = torch.stack(
-        [(features[labels == k] - means[k]).square().sum(1).mean() for k in range(10)]
-    ).mean()
+    within = (features - means[labels]).square().sum(1).mean()
     between = (means - means.mean(0)).square().sum(1).mean()
     return float(within / between), float((torch.cdist(features, means).argmin(1) == labels).double().mean())
 
 
 @pytest.mark.parametrize("name", ["residual", "misnormalised"])
-def test_the_spread_within_classes_on_all_samples_and_on_each_half(name, networks, reports):
+def test_the_variance_within_classes_on_all_samples_on_each_half_and_its_error(name, networks, reports):
     network, x, y, _ = networks[name]
     section, features = reports(name)["collapse"], []
     network = copy.deepcopy(network).double()
@@ -38,6 +36,6 @@ def test_the_spread_within_classes_on_all_samples_and_on_each_half(name, network
     parts = [spread(features[0][rows], y[rows])[0] for rows in halves]
     assert last["nc1_tilde"] == pytest.approx(every, rel=1e-3)
     assert last["halves"] == pytest.approx(parts, rel=1e-3)
-    assert last["error"] == pytest.approx(max(abs(part - every) for part in parts), rel=1e-2, abs=1e-4)
+    assert 0 < last["error"] < 0.5 * every and abs(parts[0] - parts[1]) < 3 * last["error"]
     assert last["nearest_mean_accuracy"] == pytest.approx(right, abs=2e-3)
     assert f"Over {len(y):,} samples of 10 classes" in section["sentence"]

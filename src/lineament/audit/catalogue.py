@@ -5,7 +5,9 @@ Nothing is imported for it, so that the command can list the lenses at once. A f
 - ``TITLE``, the question that its section answers, and ``HELP``, what the command says of it;
 - ``ORDER``, where its section stands in the report, and ``VERDICT_ORDER`` where its findings stand among those as severe (default: ``ORDER``);
 - ``METHOD``, the slug of the paper behind it, and ``SOURCE``, its title, year and arXiv id where it is none of the papers of Lineament;
-- ``LANGUAGE = True`` where it looks at a language model and prompts, and ``ALIASES``, earlier names.
+- ``LANGUAGE = True`` where it looks at a language model and prompts, ``OPTIONAL = True`` where a report has nothing of it unless it applies or was
+  asked for, ``ON_REQUEST = True`` where only those who ask for it get it, ``DENSE = True`` where it serves networks that answer for every pixel,
+  and ``ALIASES``, earlier names.
 
 It defines ``applies(subject)``, the reason why it does not apply or "", and ``look(subject) -> Section``, whose ``findings`` say what its
 numbers mean.
@@ -38,6 +40,9 @@ class Lens:
     method: str
     source: tuple[str, int, str] | None
     language: bool
+    optional: bool
+    dense: bool
+    on_request: bool
     aliases: tuple[str, ...]
 
     def module(self) -> ModuleType:
@@ -61,7 +66,7 @@ def all_lenses(*, language: bool | None = None) -> dict[str, Lens]:
 
 
 def chosen(names: Sequence[str] | None, *, language: bool) -> list[Lens]:
-    """The lenses of these names, or all that look at such a model, in the order of the report.
+    """The lenses of these names, or all that look at such a model but those on request, in the order of the report.
 
     Raises:
         InputError: no name, an unknown one, or one of a lens for other models.
@@ -78,7 +83,7 @@ def chosen(names: Sequence[str] | None, *, language: bool) -> list[Lens]:
     every = all_lenses()
     own = {name: lens for name, lens in every.items() if lens.language == language}
     if names is None:
-        return list(own.values())
+        return [lens for lens in own.values() if not lens.on_request]
     require(len(names) > 0, "lenses: got none, expected at least one of " + ", ".join(own))
     aliases = {alias: lens.name for lens in every.values() for alias in lens.aliases}
     names = [aliases.get(name, name) for name in names]
@@ -116,5 +121,8 @@ def _read(path: Path, name: str) -> Lens:
         method=constants["METHOD"],
         source=constants.get("SOURCE"),
         language=constants.get("LANGUAGE", False),
+        optional=constants.get("OPTIONAL", False),
+        dense=constants.get("DENSE", False),
+        on_request=constants.get("ON_REQUEST", False),
         aliases=tuple(constants.get("ALIASES", ())),
     )

@@ -17,13 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lineament.audit.phrases import spread, wilson
+from lineament.audit.phrases import spread
 from lineament.audit.subject import Subject
 from lineament.core.batching import progress
+from lineament.core.statistics.shares import Interval, difference, share
+from lineament.measure.shortcuts.exchanges import Change, moved, pasted, recoloured, relit, respectrum
 
-Change = Callable[[Tensor, Tensor], Tensor]
 PairChange = Callable[[Tensor, Tensor, Tensor], Tensor]
-Interval = tuple[float, float, float]
+# On the pairs that choose: whether all of an interval says that a cue decides, and by how much it is followed.
+Strength = tuple[bool, float]
 # The excess over the controls whose lower bound must be passed before a cue is said to decide.
 DECIDES = 0.15
 PATCH = "patch that moves"
@@ -231,59 +233,7 @@ def whole_image_changes(subject: Subject) -> dict[str, Change]:
     }
 
 
-def relit(x: Tensor, giver: Tensor) -> Tensor:
-    """The brightness and contrast (mean and deviation over all pixels and channels) of another image.
-
-    >>> x = torch.tensor([[[[0.0, 1.0]]]]); bool((relit(x, 3 + 2 * x) == 3 + 2 * x).all())
-    True
-    """
-    return _clamped(_matched(x, giver, (1, 2, 3)), x, giver)
-
-
-def recoloured(x: Tensor, giver: Tensor) -> Tensor:
-    """The colour of another image (each channel's mean and deviation beside those of all), with the image's own brightness and contrast."""
-    coloured = _matched(x, giver, (2, 3))
-    return _clamped(_matched(coloured, x, (1, 2, 3)), x, giver)
-
-
-def respectrum(x: Tensor, giver: Tensor, *, fine: bool) -> Tensor:
-    """The amplitudes of another image's frequencies, above an eighth of a cycle a pixel or below, with the image's own phases (of its grey) and mean."""
-    own, other = torch.fft.rfft2(x.float()), torch.fft.rfft2(giver.float())
-    down = torch.fft.fftfreq(x.shape[-2], device=x.device)[:, None]
-    across = torch.fft.rfftfreq(x.shape[-1], device=x.device)
-    radius = (down.square() + across.square()).sqrt()
-    band = radius >= 0.125 if fine else (radius < 0.125) & (radius > 0)
-    # All channels turn alike, since phases of their own would tear a pattern of one colour apart.
-    turn = own.sum(1, keepdim=True) * other.sum(1, keepdim=True).conj()
-    turned = other * turn / turn.abs().clamp_min(1e-12)
-    changed = torch.fft.irfft2(torch.where(band, turned, own), s=x.shape[-2:])
-    return _clamped(changed.to(x.dtype), x, giver)
-
-
-def moved(x: Tensor, giver: Tensor) -> Tensor:
-    """The image rolled so that its half-size window of most contrast comes to lie where another's does."""
-    shift = _busiest(giver) - _busiest(x)
-    height, width = x.shape[-2:]
-    down = (torch.arange(height, device=x.device) - shift[:, :1]) % height
-    across = (torch.arange(width, device=x.device) - shift[:, 1:]) % width
-    image = torch.arange(len(x), device=x.device)[:, None, None]
-    return x[image, :, down[:, :, None], across[:, None, :]].movedim(-1, 1)
-
-
-def pasted(x: Tensor, giver: Tensor, to: Tensor, taken: Tensor, patch: tuple[int, int]) -> Tensor:
-    """Images with a patch at ``to`` (image, 2: top and left) that is cut from other images at ``taken``."""
-    down, across = (torch.arange(side) for side in patch)
-    image = torch.arange(len(x))[:, None, None]
-
-    def at(corner: Tensor) -> Any:
-        return image, slice(None), (corner[:, :1] + down)[:, :, None], (corner[:, 1:] + across)[:, None, :]
-
-    x = x.clone()
-    x[at(to)] = giver[at(taken)]
-    return x
-
-
-def _whole(subject: Subject, pairs: Pairs, name: str, change: Change) -> tuple[Cue, float]:
+def _whole(subject: Subject, pairs: Pairs, name: str, change: Change) -> tuple[Cue, Strength]:
     def answers(givers: Tensor) -> Tensor:
         return _answers(subject, pairs.receivers, lambda x, at: change(x, subject.inputs(givers[at])))
 
@@ -301,7 +251,7 @@ def _whole(subject: Subject, pairs: Pairs, name: str, change: Change) -> tuple[C
 
 def _patches(
     subject: Subject, pairs: Pairs, patch: tuple[int, int], marks: dict[int, Tensor]
-) -> tuple[Cue, float, PairChange, dict[str, Any]]:
+) -> tuple[Cue, Strength, PairChange, dict[str, Any]]:
     """The patch that decides the giver's answer, pasted over the one that decides the receiver's; its own place does not come along."""
     draw = torch.Generator().manual_seed(subject.seed + 31)
     height, width = subject.inputs(pairs.receivers[:1]).shape[-2:]
@@ -442,7 +392,7 @@ def _answers(subject: Subject, rows: Tensor, change: Callable[[Tensor, Tensor], 
 
 def _cue(
     name: str, pairs: Pairs, follows: Tensor, controls: dict[str, Tensor], kept: Tensor, kept_control: Tensor
-) -> tuple[Cue, float]:
+) -> tuple[Cue, Strength]:
     """The answer to speak of and the stronger control, chosen on some pairs, and what the others say of it; how sure the choice was."""
     choose, measure = ~pairs.measure, pairs.measure
 
@@ -452,13 +402,15 @@ def _cue(
 
     every = torch.ones_like(choose)
     answer, (best, worst) = None, excess(choose)
+    # Where all answers do not follow, the few pairs of one can hardly prove that it does: its share itself chooses, and the others measure.
+    at = 1 if best[1] > DECIDES else 0
     for each in pairs.lent.unique().tolist():
         part = choose & (pairs.lent == each)
         if int(part.sum()) < _LEAST // 3:
             continue
         found, control = excess(part)
         # One answer is spoken of only where it stands out from all.
-        if found[1] > best[1] + (0.1 if answer is None else 0):
+        if found[at] > best[at] + (0.1 if answer is None else 0):
             answer, best, worst = each, found, control
     part = measure & (every if answer is None else pairs.lent == answer)
     cue = Cue(
@@ -471,49 +423,4 @@ def _cue(
         share(kept[part]),
         share(kept_control[part])[0],
     )
-    return cue, best[1]
-
-
-def difference(ours: Tensor, theirs: Tensor) -> Interval:
-    """The difference of two shares with its 95 % interval (Newcombe 1998, from Wilson's), which has a width at 0 and 1 too.
-
-    >>> yes, no = torch.ones(20, dtype=torch.bool), torch.zeros(20, dtype=torch.bool)
-    >>> [round(x, 2) for x in difference(yes, no)]
-    [1.0, 0.77, 1.0]
-    """
-    if not len(ours) or not len(theirs):
-        return 0.0, -1.0, 1.0
-    (p, p_low, p_high), (q, q_low, q_high) = share(ours), share(theirs)
-    return p - q, p - q - math.hypot(p - p_low, q_high - q), p - q + math.hypot(p_high - p, q - q_low)
-
-
-def share(values: Tensor) -> Interval:
-    """How many of some values are true, with Wilson's 95 % interval."""
-    hits, total = int(values.sum()), len(values)
-    return hits / max(total, 1), *wilson(hits, total)
-
-
-def _matched(x: Tensor, giver: Tensor, over: tuple[int, ...]) -> Tensor:
-    """The mean and deviation of another image over some dimensions; contrast is raised at most fourfold, which else would be noise."""
-    mean, deviation = x.mean(over, keepdim=True), x.std(over, keepdim=True, correction=0)
-    wanted = giver.std(over, keepdim=True, correction=0)
-    gain = (wanted / deviation.clamp_min(1e-12)).clamp(0.0, 4.0)
-    return (x - mean) * gain + giver.mean(over, keepdim=True)
-
-
-def _clamped(changed: Tensor, x: Tensor, giver: Tensor) -> Tensor:
-    """Within the values that an image and its giver have, channel by channel: what is changed stays an image, whichever others share its batch."""
-    over = (2, 3)
-    low = torch.minimum(x.amin(over, keepdim=True), giver.amin(over, keepdim=True))
-    high = torch.maximum(x.amax(over, keepdim=True), giver.amax(over, keepdim=True))
-    return changed.clamp(low, high)
-
-
-def _busiest(x: Tensor) -> Tensor:
-    """Where the half-size window of most contrast lies: (image, 2), its top and left."""
-    height, width = x.shape[-2:]
-    middle = x.flatten(2).median(2).values[..., None, None]
-    energy = (x - middle).float().square().sum(1, keepdim=True)
-    sums = F.avg_pool2d(energy, (max(1, height // 2), max(1, width // 2)), stride=1)[:, 0]
-    best = sums.flatten(1).argmax(1)
-    return torch.stack([best // sums.shape[2], best % sums.shape[2]], 1)
+    return cue, (best[1] > DECIDES, best[at])

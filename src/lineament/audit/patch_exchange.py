@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lineament.audit.cue_exchange import Interval, difference, share
 from lineament.audit.phrases import mean_interval
 from lineament.audit.subject import Subject
 from lineament.core.batching import progress
+from lineament.core.statistics.shares import Interval, difference, share
 
 # Fewer donors with an answer do not tell whether it goes with a window.
 _LEAST = 8

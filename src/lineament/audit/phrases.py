@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lineament.core.statistics.shares import wilson as wilson
 from lineament.report.text import printable
 
 
@@ -35,22 +36,6 @@ def points(difference: float) -> str:
     '12.3 points'
     """
     return percent(abs(difference)).replace("\u00a0%", " points")
-
-
-def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927), which stays inside [0, 1].
-
-    >>> [round(x, 3) for x in wilson(8, 10)]
-    [0.49, 0.943]
-    """
-    if total == 0:
-        return 0.0, 1.0
-    share = hits / total
-    scale = 1 + z * z / total
-    centre = (share + z * z / (2 * total)) / scale
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / scale
-    # At 0 and 1 the ends are exact; rounding must not push them past the share itself.
-    return min(max(centre - half, 0.0), share), max(min(centre + half, 1.0), share)
 
 
 def mean_interval(values: Tensor, z: float = 1.96) -> tuple[float, float, float]:

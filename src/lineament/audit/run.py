@@ -7,6 +7,7 @@ run goes on where it stopped and gives the same report. A lens that fails says s
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,11 +31,12 @@ from lineament.core.sites.naming import sites as site_names
 from lineament.data.shortcut_digits import MARK
 from lineament.explain.saliency.methods import METHODS as SALIENCY
 from lineament.load.data import Data, load_data
-from lineament.load.language_models import is_language_model
+from lineament.load.hub import is_text_classifier
+from lineament.load.language_models import is_language_model, load_language_model
 from lineament.load.loaded import Loaded
 from lineament.load.model_and_data import bring_together
 from lineament.load.models import load_model
-from lineament.load.prompts import TASKS, is_prompts
+from lineament.load.prompts import TASKS, holds_objects, is_prompts
 from lineament.load.weights import digest
 from lineament.report.outcome import versions
 from lineament.report.section import Finding, Section
@@ -49,8 +51,10 @@ class AuditOptions:
         sites: sites or globs; by default the blocks of the network, up to eight, and the input of its head.
         inputs, targets, split: which arrays or columns of the data to read, and which part, see :func:`lineament.load.data.load_data`.
         image_size: bring images to this (height, width), in pixels; by default the size that the model names.
+        output: which of a model's outputs is looked at, by name or number, where it gives a tuple, a dictionary or a dataclass; ``logits`` by default.
+        filler: a masked language model (a Hugging Face directory or name), whose words stand in for those that are taken from a text.
         normalize: (mean, deviation) per channel, for images scaled to [0, 1].
-        task: ``"classification"``, ``"multi-label"``, ``"regression"`` or ``"auto"``.
+        task: ``"classification"``, ``"multi-label"``, ``"regression"``, ``"dense"`` or ``"auto"``.
         method, gaze_site: of the saliency maps, see :func:`lineament.explain.saliency.maps.saliency`.
         faithfulness: how the maps are judged: ``"scores"``, or ``"diffroar"``, which also trains the architecture anew on what they keep.
         batch_size: samples at a time, but for an exported network of a fixed batch.
@@ -68,10 +72,12 @@ class AuditOptions:
     gaze_site: str | None = None
     faithfulness: str = "scores"
     batch_size: int = 64
+    output: str | int | None = None
+    filler: str | None = None
 
 
 def audit(
-    model: nn.Module | str | None = None,
+    model: Any = None,
     data: Data | None = None,
     *,
     out: str | Path,
@@ -88,7 +94,7 @@ def audit(
     """What does this network rely on, and how does it hold it?
 
     Args:
-        model: an ``nn.Module``, or what :func:`lineament.load.models.load_model` takes; ``None``, without data, trains a small network on digits
+        model: an ``nn.Module``, for texts a pair (module, tokenizer), or what :func:`lineament.load.models.load_model` takes; ``None``, without data, trains a small network on digits
             with a planted mark and audits that.
         data: what :func:`lineament.load.data.load_data` takes. Prompts
             (:func:`lineament.load.prompts.load_prompts`) go with a language model: see :func:`lineament.audit.language_run.audit_language`.
@@ -133,6 +139,11 @@ def audit(
     checks.number("samples", samples, low=2, integer=True)
     checks.number("batch_size", options.batch_size, low=1, integer=True)
     checks.seed("seed", seed)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    require(
+        started == 1,
+        f"processes: {started} were started together (WORLD_SIZE), but an audit runs in one and would write one folder from all; start it alone",
+    )
     folder = fresh(out, overwrite)
 
     note("reading the model and the data")
@@ -159,6 +170,7 @@ def audit(
             classes=classes,
             split=options.split,
             image_size=loaded.size if options.image_size is None else options.image_size,
+            tokenizer=loaded.tokenizer,
         )
         if classes is not None:
             loaded = replace(loaded, classes=())  # those given come before the model's own
@@ -171,9 +183,14 @@ def audit(
         device=device,
         batch_size=options.batch_size,
         seed=seed,
+        output=options.output,
     )
+    filler = None
+    if options.filler is not None:
+        require(loaded.tokenizer is not None, "filler: it fills in words, and this network takes no texts")
+        filler = load_language_model(options.filler, masked=True, argument="filler")
     with fitting as fitted:
-        example = fitted.inputs(torch.arange(min(loaded.batch or 2, len(fitted))))
+        example = fitted.inputs(fitted.example)
         subject = Subject(
             **vars(fitted),
             sites=named or default_sites(loaded.model, example),
@@ -181,7 +198,17 @@ def audit(
             gaze_site=options.gaze_site,
             faithfulness=options.faithfulness,
             fresh=_drawn_anew(loaded),
+            tokenizer=loaded.tokenizer,
+            filler=filler,
+            folder=str(folder),
         )
+        if lenses is None:
+            chosen = [
+                lens
+                for lens in chosen
+                if not lens.optional
+                or not (lens.module().applies(subject) or (subject.task == "dense" and not lens.dense))
+            ]
         for line in subject.notes:
             note(line)
         with threads(subject.flops * options.batch_size):
@@ -226,7 +253,7 @@ def _is_language(model: Any, data: Any) -> bool:
             f"or a task{suggest(str(data), TASKS)}",
         )
         return True
-    if not is_prompts(data):
+    if not is_prompts(data) or is_text_classifier(model) or (holds_objects(data) and ":" in str(model)):
         return False
     # What is not on this disk may be a name of the hub.
     require(
@@ -271,7 +298,9 @@ def _site_names(model: nn.Module, sites: Sequence[str], gaze_site: str | None) -
 def _key(subject: Subject, loaded: Loaded) -> dict[str, Any]:
     """Everything that decides a section: the network, the samples, the options."""
     data = hashlib.sha256()
-    for value in (subject.samples.inputs, subject.samples.targets, subject.samples.groups, subject.outputs):
+    held = subject.samples
+    every = (held.inputs, held.targets, held.groups, held.lengths, *held.others.values(), subject.outputs)
+    for value in every:
         if value is not None:
             data.update(f"{value.dtype}{tuple(value.shape)}".encode())
             data.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -288,6 +317,7 @@ def _key(subject: Subject, loaded: Loaded) -> dict[str, Any]:
             subject.batch_size,
             subject.seed,
             subject.faithfulness,
+            None if subject.filler is None else digest(subject.filler[0]),
         ],
         "device": str(device_of(subject.model)),
         "versions": versions(),
@@ -298,7 +328,7 @@ def _drawn_anew(loaded: Loaded) -> Callable[[int], nn.Module] | None:
     """What makes the audited architecture with fresh weights, under the random state of the caller; ``None`` if nothing can."""
     from lineament.train.stacked import refreshed
 
-    if loaded.kind == "export":
+    if loaded.kind in ("export", "script", "onnx"):
         return None
     if loaded.kind == "default":
         return default.small_cnn
@@ -313,6 +343,20 @@ def _title(loaded: Loaded) -> str:
     return "A small network on digits with a planted mark" if loaded.kind == "default" else loaded.source
 
 
+def _input(subject: Subject) -> str:
+    """The form of one sample; of several inputs, of each."""
+    x = subject.inputs(torch.tensor([0]))
+    forms = x if isinstance(x, dict) else dict(enumerate(x, 1)) if isinstance(x, tuple) else {"": x}
+    found = []
+    for name, value in forms.items():
+        form = " × ".join(map(str, value.shape[1:])) or "one number"
+        if subject.samples.lengths is not None and value.ndim > 1:
+            low, high = int(subject.samples.lengths.min()), int(subject.samples.lengths.max())
+            form = form.replace(str(value.shape[1]), f"{low} to {high}", 1)
+        found.append(f"{name}: {form}" if len(forms) > 1 else form)
+    return ", ".join(found)
+
+
 def _facts(subject: Subject, loaded: Loaded) -> list[tuple[str, Any]]:
     samples = subject.samples
     used = f"{len(samples):,}" + (f" of {samples.total:,}" if samples.total > len(samples) else "")
@@ -322,10 +366,12 @@ def _facts(subject: Subject, loaded: Loaded) -> list[tuple[str, Any]]:
         ("Weights", f"{weights:,}"),
         ("Data", samples.source),
         ("Samples", used),
-        ("Input", " × ".join(map(str, subject.inputs(torch.tensor([0])).shape[1:]))),
+        ("Input", _input(subject)),
     ]
     if subject.task == "classification":
         facts.append(("Classes", subject.outputs.shape[1]))
+    elif subject.task == "dense":
+        facts.append(("Classes of a pixel", subject.width))
     elif subject.task == "multi-label":
         facts.append(("Labels", subject.outputs.shape[1]))
     else:

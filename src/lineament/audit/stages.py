@@ -105,7 +105,7 @@ def written(
         facts,
         findings,
         found,
-        command=_command(),
+        command=command("lineament.audit(model, data, out=...)"),
         methods=_methods(chosen),
         versions=versions(),
         notes=extra.get("notes", ()),
@@ -120,7 +120,12 @@ def look(lens: Lens, subject: Any) -> Section:
     """The lens's section; one that fails or does not apply says so in its own."""
     module, name, start = lens.module(), lens.name, time.perf_counter()
     frame = Section(name, lens.title)
-    reason = module.applies(subject)
+    dense = getattr(subject, "task", "") == "dense" and not lens.dense
+    reason = (
+        "This network answers for every pixel, and this lens asks about one answer a sample."
+        if dense
+        else module.applies(subject)
+    )
     if reason:
         return replace(frame, status="skipped", sentence=reason)
     try:
@@ -155,12 +160,12 @@ def threads(work: float) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def fresh(out: str | Path, overwrite: bool) -> Path:
-    """The output folder: new, empty, or of an unfinished run; another only with ``overwrite``."""
+def fresh(out: str | Path, overwrite: bool, report: str = "report") -> Path:
+    """The output folder for ``REPORT.html``: new, empty, or of an unfinished run; another only with ``overwrite``."""
     folder = possible_folder(out)
     if folder.is_dir():
         present = {p.name for p in folder.iterdir()}
-        finished = "report.html" in present
+        finished = f"{report}.html" in present
         require(
             overwrite or not finished,
             f"out: {str(out)!r} already holds a finished report; pass overwrite=True to replace it, or choose another folder",
@@ -168,7 +173,7 @@ def fresh(out: str | Path, overwrite: bool) -> Path:
         own = {
             name
             for name in present
-            if name in ("report.html", "report.json", STAGES) or name.startswith(".report-")
+            if name in (f"{report}.html", f"{report}.json", STAGES) or name.startswith(f".{report}-")
         }
         foreign = sorted(present - own)
         require(
@@ -178,9 +183,9 @@ def fresh(out: str | Path, overwrite: bool) -> Path:
     return folder
 
 
-def opened(folder: Path) -> Path:
+def opened(folder: Path, report: str = "report") -> Path:
     """Make the folder, now that there is something to write; without what a killed run had half written."""
-    for leftover in output_folder(folder).glob(".report-*"):
+    for leftover in output_folder(folder).glob(f".{report}-*"):
         leftover.unlink(missing_ok=True)
     return folder
 
@@ -196,8 +201,9 @@ def _methods(chosen: Sequence[Lens]) -> dict[str, dict[str, Any]]:
     return {**found, **{lens.method: papers[lens.method] for lens in chosen if lens.method in papers}}
 
 
-def _command() -> str:
+def command(call: str) -> str:
+    """The command line of this process, or the call that it was made by."""
     name = Path(sys.argv[0]).name if sys.argv else ""
     if name in ("lineament", "__main__.py"):
         return shlex.join(["lineament", *sys.argv[1:]])
-    return "lineament.audit.audit(model, data, out=...)"
+    return call

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core.batching import progress
-from lineament.core.models import frozen
+from lineament.core.models import called, frozen
 from lineament.core.sites.activations import capture
 from lineament.load.model_and_data import ModelAndData
 from lineament.load.prompts import Prompts
@@ -21,6 +21,8 @@ class Subject(ModelAndData):
     """What a lens is given.
 
     ``sites`` are the outputs of blocks, in depth order; the last is what the head reads, which may be flattened (positions are then units).
+    ``folder`` is that of the report, for pages beside it.
+    Of a text classifier ``tokenizer`` makes ids of texts, and ``filler``, a masked language model with its own, proposes other words.
     """
 
     sites: tuple[str, ...] = ()
@@ -28,6 +30,9 @@ class Subject(ModelAndData):
     gaze_site: str | None = None
     faithfulness: str = "scores"
     fresh: Callable[[int], nn.Module] | None = None
+    tokenizer: Any = None
+    filler: tuple[Any, Any] | None = None
+    folder: str = ""
 
     @property
     def sealed(self) -> str:
@@ -46,7 +51,7 @@ class Subject(ModelAndData):
         with frozen(self.model), torch.no_grad():
             for part in progress(list(self.parts(rows)), description):
                 with capture(self.model, self.sites, stop_early=True) as acts:
-                    self.model(self.inputs(part))
+                    called(self.model, self.inputs(part))
                 yield {site: acts[site] for site in self.sites}
 
 

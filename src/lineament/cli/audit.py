@@ -17,6 +17,7 @@ examples:
   lineament audit --out report
   lineament audit net.py:make data.npz --weights net.safetensors --groups site --out report
   lineament audit ./resnet-saved ./photos --out report --samples 500 --lenses accuracy,gaze
+  lineament audit ./bert-classifier reviews.csv --out report
   lineament audit ./gpt2-saved pairs.jsonl --out report
 
 A run that was cut off goes on where it stopped when the same command is given again."""
@@ -37,13 +38,15 @@ def add_parser(subparsers: Any) -> Any:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="package.module:factory, file.py:factory, a torch.export .pt2, or a Hugging Face directory or name",
+        help="package.module:factory, file.py:factory, a torch.export .pt2, a TorchScript or .onnx file, or a Hugging Face directory or name of a classifier of images or texts, or of a "
+        "language model",
     )
     add(
         "data",
         nargs="?",
         metavar="DATA",
-        help=".npz, .npy, .pt, .csv, .parquet, a folder of images, of MNIST or CIFAR, a Hugging Face data set, file.py:function, or digits; for a language model a .txt of prompts, a .jsonl of "
+        help=".npz, .npy, .pt, .csv, .jsonl, .parquet, a folder of images, of MNIST or CIFAR, a Hugging Face data set, file.py:function, or digits; for a text classifier a table "
+        "with a column of texts; for a language model a .txt of prompts, a .jsonl of "
         "prompts or prompt pairs (clean, corrupt, answer, wrong), or ioi",
     )
     add(
@@ -77,7 +80,17 @@ def add_parser(subparsers: Any) -> Any:
         "--task",
         default="auto",
         metavar="KIND",
-        help="classification, multi-label, regression or auto (default)",
+        help="classification, multi-label, regression, dense or auto (default)",
+    )
+    add(
+        "--output",
+        metavar="NAME",
+        help="which of several outputs of the network to look at, by name or number (default: logits)",
+    )
+    add(
+        "--filler",
+        metavar="MODEL",
+        help="a masked language model, whose words stand in for those of a text that are replaced",
     )
     add(
         "--method",
@@ -130,6 +143,8 @@ def run(arguments: argparse.Namespace) -> int:
         gaze_site=arguments.gaze_site,
         faithfulness=arguments.faithfulness,
         batch_size=arguments.batch_size,
+        output=arguments.output,
+        filler=arguments.filler,
     )
     found = audit(
         arguments.model,

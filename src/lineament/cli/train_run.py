@@ -161,6 +161,10 @@ def _samples(a: argparse.Namespace) -> Samples:
         split=a.split or ("train" if parts else None),
         image_size=image_size(a.image_size),
     )
+    require(
+        samples.lengths is None,
+        "DATA: samples differ in length, expected all alike; train.fit in Python takes a DataLoader with its collate_fn",
+    )
     samples = replace(samples, targets=one_hot_labels(samples.targets))
     whole = not samples.targets.is_floating_point() or bool(
         (samples.targets == samples.targets.round()).all()

@@ -1,11 +1,14 @@
 from . import curvature as curvature
 from . import readouts as readouts
 from . import statistics as statistics
+from . import surgery as surgery
 from .batching import auto_batch as auto_batch
 from .batching import chunked as chunked
 from .batching import progress as progress
 from .checkpoint import Checkpoint as Checkpoint
 from .checks import InputError as InputError
+from .codes import Codes as Codes
+from .codes import Dictionary as Dictionary
 from .gradients import distance as distance
 from .gradients import flatten as flatten
 from .gradients import per_sample_gradients as per_sample_gradients

@@ -40,7 +40,7 @@ def logits(output: Any) -> Tensor:
             return found
         raise InputError(
             f"the model returned a dict with keys {list(output)}, expected a tensor or a 'logits' entry; "
-            "wrap the model so that it returns its logits"
+            "say which it is (`output`), or wrap the model so that it returns its logits"
         )
     if isinstance(getattr(output, "logits", None), Tensor):
         return output.logits
@@ -48,7 +48,7 @@ def logits(output: Any) -> Tensor:
         return output[0]
     raise InputError(
         f"the model returned {show(output)} ({type(output).__name__}), expected a tensor of logits; "
-        "wrap the model so that it returns its logits"
+        "say which output that is (`output`), or wrap the model so that it returns its logits"
     )
 
 
@@ -79,6 +79,17 @@ def called(model: Callable[..., Any], inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def rows_in(inputs: Any) -> int:
+    """How many samples a batch holds: the rows of its first tensor.
+
+    >>> rows_in({"ids": torch.ones(3, 2), "mask": torch.ones(3, 2)})
+    3
+    """
+    if isinstance(inputs, Mapping):
+        inputs = next(iter(inputs.values()))
+    return rows_in(inputs[0]) if isinstance(inputs, (tuple, list)) else len(inputs)
 
 
 def moved(value: Any, device: torch.device) -> Any:

@@ -7,6 +7,7 @@ reads ``▁Paris`` and ``Paris``. The tokens of a piece are therefore those that
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +33,26 @@ def one_token(tokenizer: Any, before: str, piece: str) -> list[int]:
     """As :func:`tail_tokens`; or another reading of the piece, by itself or behind a line break, where only that is a single token."""
     readings = list(_readings(tokenizer, before, piece))
     return next((ids for ids in readings if len(ids) == 1), readings[0])
+
+
+@contextmanager
+def unpadded(model: Any) -> Iterator[None]:
+    """A block in which a classifier of rows that hold no padding reads each to its end.
+
+    transformers' causal classifiers (GPT-2's, Llama's) take a row's last token that is not the padding's, and no batch at all where their
+    configuration names no padding token.
+    """
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if callable(getattr(config, "get_text_config", None)) else config
+    before = getattr(config, "pad_token_id", -1)
+    if before is not None:
+        yield
+        return
+    config.pad_token_id = -1
+    try:
+        yield
+    finally:
+        config.pad_token_id = before
 
 
 def refuse_padding(what: str, tokenizer: Any, ids: Tensor, instead: str) -> None:

@@ -3,10 +3,18 @@ from .agreement_tasks import synthetic_agreement as synthetic_agreement
 from .analogy_prompts import analogy_prompts as analogy_prompts
 from .augmentation import flip_and_crop as flip_and_crop
 from .augmentation import trivial_augment as trivial_augment
+from .availability import change_background as change_background
+from .availability import composite as composite
+from .availability import scale_foreground as scale_foreground
+from .bit_features import bit_feature as bit_feature
+from .bit_features import bit_features as bit_features
 from .blockmnist import block_mnist as block_mnist
+from .coloured_digits import coloured_digits as coloured_digits
 from .digit_scenes import digit_scenes as digit_scenes
 from .digits import digit_images as digit_images
 from .fast_slow_patches import fast_slow_patches as fast_slow_patches
+from .feature_sequences import feature_sequences as feature_sequences
+from .footprint import footprint as footprint
 from .patching_tasks import greater_than_pairs as greater_than_pairs
 from .patching_tasks import ioi_pairs as ioi_pairs
 from .patching_tasks import synthetic_greater_than as synthetic_greater_than
@@ -17,5 +25,8 @@ from .photographs import read_photographs as read_photographs
 from .pixel_digits import pixel_digits as pixel_digits
 from .planted_cues import planted_cues as planted_cues
 from .samples import Samples as Samples
+from .shape_texture_colour import shape_texture_colour as shape_texture_colour
 from .shortcut_digits import shortcut_digits as shortcut_digits
 from .signal_blocks import signal_blocks as signal_blocks
+from .two_latents import TwoLatents as TwoLatents
+from .two_latents import two_latents as two_latents

@@ -27,6 +27,10 @@ class Samples(Readable, Dataset[tuple[Tensor, Tensor]]):
         classes: the classes' names; where there are none, classes are called by their numbers.
         groups: the number of each sample's group, or ``None``. group_names: the groups' names.
         extras: further tensors with one row a sample: masks, the position of a signal, ...
+        others: further inputs of a model that takes several, by the argument's name, or by its place (``"1"`` is the second).
+        argument: the name of the argument that ``inputs`` are for, where the model takes them by name.
+        columns: the names of the columns that ``inputs`` (sample, column) are, where it has any.
+        lengths: of sequences that are not alike in length, how much of each row is its own; what stands behind is padding.
         index: which samples of the data set these are, of ``total``.
         source: where they are from. notes: what was decided on the way.
 
@@ -41,6 +45,10 @@ class Samples(Readable, Dataset[tuple[Tensor, Tensor]]):
     groups: Tensor | None = None
     group_names: tuple[str, ...] = ()
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+    argument: str = ""
+    columns: tuple[str, ...] = ()
+    lengths: Tensor | None = None
     index: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     total: int = 0
     source: str = ""
@@ -79,6 +87,8 @@ class Samples(Readable, Dataset[tuple[Tensor, Tensor]]):
             targets=change(self.targets),
             groups=None if self.groups is None else change(self.groups),
             extras={name: change(value) for name, value in self.extras.items()},
+            others={name: change(value) for name, value in self.others.items()},
+            lengths=None if self.lengths is None else change(self.lengths),
             index=change(self.index),
         )
 

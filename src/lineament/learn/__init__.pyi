@@ -1,3 +1,14 @@
+from .boosting.estimators import GBNNClassifier as GBNNClassifier
+from .boosting.estimators import GBNNRegressor as GBNNRegressor
+from .condensation.coresets import herding as herding
+from .condensation.coresets import k_centers as k_centers
+from .condensation.matching import condense as condense
+from .condensation.matching import matching_loss as matching_loss
+from .projection.heads import Reweighting as Reweighting
+from .projection.heads import SymmetricReLU as SymmetricReLU
+from .projection.heads import WithHead as WithHead
+from .projection.heads import projection_head as projection_head
+from .projection.theory import feature_weights as feature_weights
 from .tract.layer import tract as tract
 from .useful.early_outputs import outputs_of as outputs_of
 from .useful.learning_order import learning_order as learning_order

@@ -8,16 +8,13 @@ Names of classes, groups and files are the user's and stay raw here; what shows 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from lineament.core import checks
 from lineament.core.checks import InputError, NotFiniteError, require, show
@@ -28,22 +25,19 @@ from lineament.load.arrays import read_arrays
 from lineament.load.columns import (
     BUILT_IN,
     Choose,
-    as_targets,
     chosen_rows,
-    find_column,
     groups_file,
     in_order,
     with_groups,
 )
+from lineament.load.in_memory import in_memory
 from lineament.load.user_code import named_in
 
 Data: TypeAlias = "str | Path | Samples | Dataset[Any] | DataLoader[Any] | tuple[Any, Any]"
 
-_INPUTS = ("image", "images", "pixel_values", "img", "x", "inputs", "input", "data", "features", "input_ids")
-_TARGETS = ("label", "labels", "y", "target", "targets", "class")
 _TABLES = ("dataset_dict.json", "dataset_info.json", "state.json")
 _EXPECTED = (
-    "arrays (.npz, .npy, .pt, .safetensors), a table (.csv, .tsv, .parquet), a folder of images by class or with labels.csv, of MNIST or CIFAR, "
+    "arrays (.npz, .npy, .pt, .safetensors), a table (.csv, .tsv, .jsonl, .parquet), a folder of images by class or with labels.csv, of MNIST or CIFAR, "
     "a Hugging Face data set, file.py:function or 'digits'"
 )
 _ARRAYS = (".npz", ".npy", ".pt", ".pth", ".safetensors")
@@ -60,13 +54,14 @@ def load_data(
     classes: Sequence[str] | None = None,
     split: str | None = None,
     image_size: int | tuple[int, int] | None = None,
+    tokenizer: Any = None,
 ) -> Samples:
     """Read a sample of a user's data.
 
     Args:
         data: a pair ``(inputs, targets)`` of tensors or arrays, :class:`~lineament.data.samples.Samples`, a ``Dataset`` or ``DataLoader``
-            of such pairs or of dictionaries; a path of arrays (``.npz``; ``.npy`` with those beside it; ``.pt`` or ``.safetensors`` tensors), of a table
-            (``.csv``, ``.tsv``, ``.parquet``), of a folder of images by class or with ``labels.csv``, of MNIST's or CIFAR's own files, of a Hugging Face data set;
+            of such pairs or of dictionaries, whose inputs may be a tuple or a dictionary of several, or texts; a path of arrays (``.npz``; ``.npy`` with those beside it; ``.pt`` or ``.safetensors`` tensors), of a table
+            (``.csv``, ``.tsv``, ``.jsonl``, ``.parquet``), of a folder of images by class or with ``labels.csv``, of MNIST's or CIFAR's own files, of a Hugging Face data set;
             such a data set by name; ``"file.py:function"``, which returns any of these; ``"digits"`` (scikit-learn's) or ``"shortcut-digits"`` (the same
             with a planted mark, see :mod:`lineament.data.shortcut_digits`).
         samples: read at most so many, chosen at random; of a ``DataLoader`` the first.
@@ -77,6 +72,7 @@ def load_data(
         classes: names of the classes in the order of the model's outputs; where the data name their classes, labels follow the names.
         split: of a Hugging Face data set, MNIST or CIFAR; ``test``, ``validation`` or ``train`` by default, whichever is there first.
         image_size: bring the images of a folder or a Hugging Face data set to this (height, width).
+        tokenizer: of a text classifier, which makes ids of texts: of a table's column of texts, of a Hugging Face data set's, or of lists of texts.
 
     Raises:
         InputError: a missing or corrupt file, no such array, lengths that differ, labels that are no labels.
@@ -97,7 +93,9 @@ def load_data(
             groups if groups and Path(groups).suffix in (".npy", ".txt") and Path(groups).is_file() else None
         )
         named = {"inputs": inputs, "targets": targets, "groups": None if file else groups}
-        found = _read(str(data), choose, seed, split=split, size=_size(image_size), **named)
+        found = _read(
+            str(data), choose, seed, split=split, size=_size(image_size), tokenizer=tokenizer, **named
+        )
         if file is not None:
             found = with_groups(found, groups_file(file, found.total)[found.index.numpy()])
         require(
@@ -105,7 +103,7 @@ def load_data(
             f"groups: {groups!r} is neither an array of the data nor a .npy or .txt file with one entry a sample",
         )
     else:
-        found = in_memory(data, choose, samples=samples, groups=groups)
+        found = in_memory(data, choose, samples=samples, groups=groups, tokenizer=tokenizer)
     if classes is not None:
         found = in_order(found, classes)
     return usable(found)
@@ -125,98 +123,6 @@ def _called(data: Any) -> Any:
                 f"data: {data}() failed ({type(error).__name__}: {error}); it must return the data without arguments"
             ) from error
     return made
-
-
-def in_memory(data: Any, choose: Choose, *, samples: int, groups: Any = None) -> Samples:
-    """The chosen samples of a pair of tensors or arrays, of Samples, or of a ``Dataset``; of a ``DataLoader`` the first.
-
-    Raises:
-        InputError: data of another form.
-
-    >>> in_memory((np.zeros((2, 3)), ["cat", "dog"]), choose=np.arange, samples=10).classes
-    ('cat', 'dog')
-    """
-    if isinstance(data, Dataset) and not isinstance(data, Samples) and hasattr(data, "__len__"):
-        # Only what was chosen is fetched: a data set can be larger than the memory.
-        total = len(data)  # pyright: ignore[reportArgumentType]
-        rows = choose(total)
-        some = in_memory(_columns([data[int(row)] for row in rows]), np.arange, samples=samples)
-        some = _named(replace(some, index=torch.from_numpy(rows), total=total), data)
-        return some if groups is None else with_groups(some, np.asarray(groups)[rows])
-    if isinstance(data, (DataLoader, IterableDataset)):
-        batches: list[Any] = []
-        for batch in data if isinstance(data, DataLoader) else DataLoader(data, batch_size=1):
-            batches.append(_pair(batch))
-            if sum(len(each[1]) for each in batches) >= samples:
-                break
-        pair = (
-            tuple(_joined([each[k] for each in batches])[:samples] for k in (0, 1)) if batches else ((), ())
-        )
-        whole = _named(_from_pair(pair), getattr(data, "dataset", data))
-    else:
-        whole = data if isinstance(data, Samples) else _from_pair(data)
-    whole = whole if groups is None else with_groups(whole, np.asarray(groups))
-    return whole[choose(len(whole))]
-
-
-def _pair(item: Any) -> tuple[Any, Any]:
-    """Inputs and targets of a sample or a batch as data sets give them: the first two of several, or by their usual names."""
-    if isinstance(item, Mapping):
-        names = list(map(str, item))
-        first, second = (
-            find_column("inputs", None, _INPUTS, names),
-            find_column("targets", None, _TARGETS, names),
-        )
-        return item[first], item[second]
-    if not isinstance(item, (tuple, list)) or len(item) < 2:
-        raise InputError(f"data: a sample is {show(item)}, expected (input, target), or a dictionary of both")
-    first, second, *_ = item
-    require(
-        not isinstance(first, (Mapping, tuple)),
-        f"data: the input of a sample is {show(first)}, expected one tensor",
-    )
-    return first, second
-
-
-def _columns(samples: list[Any]) -> tuple[Any, Any]:
-    pairs = [_pair(sample) for sample in samples]
-    return tuple(
-        _joined([[pair[k]] if isinstance(pair[k], str) else torch.as_tensor(pair[k])[None] for pair in pairs])
-        for k in (0, 1)
-    )  # pyright: ignore[reportReturnType]
-
-
-def _joined(parts: list[Any]) -> Any:
-    """Batches of inputs or targets in one: tensors, or class names in a list."""
-    if all(isinstance(part, Tensor) for part in parts):
-        return torch.cat(parts)
-    return [name for part in parts for name in part]
-
-
-def _named(samples: Samples, data: Any) -> Samples:
-    """With the names of the classes that a ``Dataset`` carries as ``classes``, as torchvision's do."""
-    while isinstance(data, Subset):
-        data = data.dataset
-    names: Any = getattr(data, "classes", None)
-    whole = samples.targets.ndim == 1 and not samples.targets.is_floating_point()
-    fits = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
-    if samples.classes or not whole or not fits or len(names) <= int(samples.targets.max()):
-        return samples
-    return replace(samples, classes=tuple(names))
-
-
-def _from_pair(data: Any) -> Samples:
-    require(
-        isinstance(data, (tuple, list)) and len(data) == 2,
-        f"data: got {show(data)}, expected a pair (inputs, targets), a Dataset or DataLoader of such pairs, or {_EXPECTED}",
-    )
-    x, y = (v.detach().cpu() if isinstance(v, Tensor) else v for v in data)
-    x = x if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))
-    numbers, names = as_targets("data", np.asarray(y))
-    require(len(x) == len(numbers), f"data: {len(x)} inputs and {len(numbers)} targets, expected as many")
-    if x.dtype != torch.uint8:
-        x = x.float() if x.is_floating_point() or x.dtype == torch.bool else x.long()
-    return Samples(x, numbers, names, source="arrays")
 
 
 def usable(samples: Samples) -> Samples:
@@ -248,6 +154,7 @@ def _read(
     *,
     split: str | None,
     size: tuple[int, int] | None,
+    tokenizer: Any,
     **named: str | None,
 ) -> Samples:
     """Samples of what a path or a name stands for."""
@@ -258,7 +165,7 @@ def _read(
     if path.is_dir() and any((path / name).is_file() for name in _TABLES):
         from lineament.load.hub_data import saved_data_set
 
-        return saved_data_set(path, choose, split=split, size=size, **named)
+        return saved_data_set(path, choose, split=split, size=size, tokenizer=tokenizer, **named)
     if path.exists():
         from lineament.load.packed import packed_data_set
 
@@ -280,19 +187,19 @@ def _read(
         from lineament.load.tables import TABLES, read_table
 
         if ending in TABLES:
-            return read_table(path, choose, **named)
+            return read_table(path, choose, tokenizer=tokenizer, **named)
         require(
             ending in _ARRAYS,
             f"data: {data!r} is a file of kind {path.suffix or 'unknown'!r}, expected {_EXPECTED}; "
             "numpy.savez('data.npz', x=..., y=...) makes an .npz file",
         )
         return read_arrays(path, choose, **named)
-    gone = (*_ARRAYS, ".csv", ".tsv", ".parquet", ".h5", ".pkl", ".zip")
+    gone = (*_ARRAYS, ".csv", ".tsv", ".jsonl", ".parquet", ".h5", ".pkl", ".zip")
     if not data or ending in gone or data.startswith((".", "/", "~")):
         raise InputError(f"data: {data!r} does not exist; expected {_EXPECTED}")
     from lineament.load.hub_data import named_data_set
 
-    return named_data_set(data, choose, split=split, size=size, **named)
+    return named_data_set(data, choose, split=split, size=size, tokenizer=tokenizer, **named)
 
 
 def _size(value: Any) -> tuple[int, int] | None:

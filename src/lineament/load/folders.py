@@ -71,6 +71,7 @@ def image_folder(path: Path, choose: Choose, *, size: tuple[int, int] | None = N
         total=len(files),
         source=path.name or str(path),
         classes=tuple(folder.name for folder in folders),
+        extras=_facts(files[row][0] for row in rows),
         notes=tuple(notes),
     )
 
@@ -107,9 +108,20 @@ def labelled_folder(
         total=total,
         source=path.name or str(path),
         classes=names,
+        extras=_facts(files[k] for k in kept),
         notes=(*notes, f"inputs are the files of column {first!r} in labels.csv, targets column {second!r}"),
     )
     return with_groups(found, np.array([cells[k][2] for k in kept])) if group else found
+
+
+def _facts(files: Iterable[Path]) -> dict[str, torch.Tensor]:
+    """What a file says of its sample before it is looked at, and a network should not learn: bytes, and width over height as stored."""
+    rows = []
+    for file in files:
+        with Image.open(file) as picture:
+            rows.append((float(file.stat().st_size), picture.width / picture.height))
+    size, shape = torch.tensor(rows, dtype=torch.float64).unbind(1)
+    return {"file_size": size, "aspect_ratio": shape}
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -127,6 +139,7 @@ def readable(
 ) -> tuple[torch.Tensor, list[int], list[str]]:
     """The images of some files, which of the files they are, and what is said of those that cannot be read, which are left out."""
     kept: list[int] = []
+    resized: list[int] = []
     broken: list[str] = []
 
     def pictures() -> Iterator[tuple[str, Image.Image]]:
@@ -137,6 +150,8 @@ def readable(
                 broken.append(str(error).removeprefix("data: "))
                 continue
             kept.append(number)
+            if size is not None and picture.size != (size[1], size[0]):
+                resized.append(number)
             yield name, picture
 
     try:
@@ -147,6 +162,8 @@ def readable(
     notes = (
         [f"{len(broken)} of {count} images are left out: {'; '.join(broken[:2])}{several}"] if broken else []
     )
+    if resized and size is not None:
+        notes.append(f"{len(resized)} of {len(kept)} images are brought to {size[0]} x {size[1]} pixels")
     return images, kept, notes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import json
 import re
 import threading
 import urllib.error
@@ -43,6 +44,32 @@ def quiet_transformers(argument: str, extra: str) -> Iterator[Any]:
         transformers.logging.set_verbosity(verbosity)
         if bars:
             transformers.utils.logging.enable_progress_bar()
+
+
+def architectures(name: Any) -> tuple[str, ...]:
+    """What the configuration of a Hugging Face directory, or of a name in the hub's cache, says that it is; the hub is not asked.
+
+    >>> architectures("no/such/folder")
+    ()
+    """
+    if not isinstance(name, (str, Path)):
+        return ()
+    file = Path(name) / "config.json"
+    try:
+        if not file.is_file():
+            from huggingface_hub import try_to_load_from_cache
+
+            file = Path(str(try_to_load_from_cache(str(name), "config.json")))
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (ImportError, OSError, ValueError):
+        return ()
+    kinds = raw.get("architectures") if isinstance(raw, dict) else None
+    return tuple(map(str, kinds or ()))
+
+
+def is_text_classifier(name: Any) -> bool:
+    """Whether :func:`architectures` tells of a classifier of whole texts."""
+    return any(kind.endswith("ForSequenceClassification") for kind in architectures(name))
 
 
 def first_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from lineament.data.samples import Samples
 from lineament.load.columns import BUILT_IN, Choose, as_inputs, as_targets, find_column, with_groups
 from lineament.load.folders import stacked
 from lineament.load.hub import findable, first_line
+from lineament.load.texts import TEXTS, text_samples
 
 _INPUTS = ("image", "img", "images", "pixel_values", "x", "inputs", "data", "features")
 _TARGETS = ("label", "labels", "y", "target", "targets", "class", "fine_label")
@@ -72,6 +73,7 @@ def _samples(
     groups: str | None,
     split: str | None,
     size: tuple[int, int] | None,
+    tokenizer: Any = None,
 ) -> Samples:
     import datasets
 
@@ -87,19 +89,20 @@ def _samples(
     pictures = [name for name in columns if isinstance(found.features[name], datasets.Image)]
     coded_columns = [name for name in columns if isinstance(found.features[name], datasets.ClassLabel)]
     first = inputs or (pictures[0] if pictures else None)
-    first = find_column("inputs", first, _INPUTS, columns)
+    first = find_column("inputs", first, _INPUTS if tokenizer is None else TEXTS, columns)
     usual = next((name for name in _TARGETS if name in columns), None)
     second = find_column(
         "targets", targets or usual or (coded_columns[0] if coded_columns else None), _TARGETS, columns
     )
     rows = choose(len(found))
     part = found.select(rows)
-    if isinstance(found.features[first], datasets.Image):
+    x = None
+    if tokenizer is None and isinstance(found.features[first], datasets.Image):
         # Undecoded first, so that a broken picture is named by its row and not by a library's traceback.
         raw = part.cast_column(first, datasets.Image(decode=False))
         pictures = ((f"row {row}", _picture(item, row)) for row, item in zip(rows, raw[first]))
         x = stacked(pictures, size, len(rows))
-    else:
+    elif tokenizer is None:
         try:
             values = np.asarray(part.with_format("numpy")[first][:])
         except ValueError as error:
@@ -112,15 +115,15 @@ def _samples(
         # Names are numbered by all of them: a rare one that was not chosen keeps its place.
         names = tuple(sorted(found.unique(second)))
     labels, classes = as_targets(f"column {second!r}", values, names)
-    result = Samples(
-        inputs=x,
-        targets=labels,
-        index=torch.from_numpy(rows),
-        total=len(found),
-        source=source,
-        classes=classes,
-        notes=(*notes, f"inputs are column {first!r}, targets column {second!r}"),
-    )
+    rest: dict[str, Any] = {
+        "targets": labels,
+        "index": torch.from_numpy(rows),
+        "total": len(found),
+        "source": source,
+        "classes": classes,
+        "notes": (*notes, f"inputs are column {first!r}, targets column {second!r}"),
+    }
+    result = text_samples(part[first][:], tokenizer, **rest) if x is None else Samples(inputs=x, **rest)
     if groups is None:
         return result
     values = np.asarray(part[find_column("groups", groups, (), columns)][:])

@@ -1,21 +1,22 @@
-"""Image classifiers of Hugging Face, from a saved directory or by name: safetensors only, no code of the repository's."""
+"""Classifiers of images and texts of Hugging Face, from a saved directory or by name: safetensors only, no code of the repository's."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lineament.core.checks import InputError, require
+from lineament.core.checks import InputError, require, show
 from lineament.load.checkpoints import read_checkpoint
-from lineament.load.hub import first_line, quiet_transformers
+from lineament.load.hub import first_line, is_text_classifier, quiet_transformers
 from lineament.load.loaded import Loaded
 from lineament.load.weight_names import mismatches
 
 
 def hugging_face(name: str, *, local: bool, cached_only: bool = False) -> Loaded:
-    """An image classifier with its processor's size and normalisation and its names of the classes."""
+    """A classifier with its names of the classes: of images with its processor's size and normalisation, of texts with its tokenizer."""
     safe = True
     if local:
         require(
@@ -26,9 +27,17 @@ def hugging_face(name: str, *, local: bool, cached_only: bool = False) -> Loaded
         safe = any(Path(name).glob("*.safetensors"))
         if not safe:
             read_checkpoint(name, "model")
+    texts = is_text_classifier(name)
+    what = "a text classifier" if texts else "an image classifier"
+    tokenizer = None
     with quiet_transformers("model", "hub") as transformers:
+        kind = (
+            transformers.AutoModelForSequenceClassification
+            if texts
+            else transformers.AutoModelForImageClassification
+        )
         try:
-            model, info = transformers.AutoModelForImageClassification.from_pretrained(
+            model, info = kind.from_pretrained(
                 name,
                 use_safetensors=safe,
                 local_files_only=cached_only,
@@ -38,27 +47,75 @@ def hugging_face(name: str, *, local: bool, cached_only: bool = False) -> Loaded
             )
         except Exception as error:
             where = (
-                "cannot be loaded as an image classifier"
+                f"cannot be loaded as {what}"
                 if local
                 else "is no file or folder here, and as a Hugging Face model it cannot be loaded; without network, pass a saved directory"
             )
             raise InputError(f"model: {name!r} {where} ({first_line(error)})") from error
+        if texts:
+            tokenizer = load_tokenizer(transformers, name, cached_only)
     problems = mismatches(
         missing=sorted(map(str, info.get("missing_keys", ()))),
         unexpected=sorted(map(str, info.get("unexpected_keys", ()))),
         shapes=sorted(str(m[0] if isinstance(m, tuple) else m) for m in info.get("mismatched_keys", ())),
     )
     require(not problems, f"model: the weights of {name!r} do not fit {type(model).__name__}: {problems}")
+    if texts:
+        return text_classifier(model, tokenizer, name, "hugging face")
     size, mean, std, notes = _processor(name, local)
     config = model.config
     wanted = getattr(config, "image_size", None)
     if size is None and wanted is not None:
         size = (wanted, wanted) if isinstance(wanted, int) else (int(wanted[0]), int(wanted[1]))
+    return Loaded(model, name, "hugging face", size, mean, std, class_names(config), None, tuple(notes))
+
+
+def text_classifier(model: Any, tokenizer: Any, source: str, kind: str) -> Loaded:
+    """A text classifier with its tokenizer, which is told how many tokens the model takes.
+
+    Raises:
+        InputError: no tokenizer.
+    """
+    require(
+        callable(tokenizer) and hasattr(tokenizer, "decode"),
+        f"model: got {show(tokenizer)} beside the network, expected its tokenizer",
+    )
+    config = getattr(model, "config", None)
+    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    padding = getattr(config, "pad_token_id", None)
+    if isinstance(most, int) and most > 0:
+        # RoBERTa and its kin number positions from behind the padding's.
+        offset = (padding or 0) + 1 if "roberta" in str(getattr(config, "model_type", "")) else 0
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.model_max_length = min(most - offset, tokenizer.model_max_length)
+    return Loaded(model, source, kind, classes=class_names(config), tokenizer=tokenizer)
+
+
+def class_names(config: Any) -> tuple[str, ...]:
+    """The classes as a configuration names them; none where it only numbers them."""
     named = getattr(config, "id2label", None) or {}
     classes = tuple(str(named[key]) for key in sorted(named))
-    if all(label == f"LABEL_{key}" for key, label in enumerate(classes)):
-        classes = ()
-    return Loaded(model, name, "hugging face", size, mean, std, classes, None, tuple(notes))
+    return () if all(label == f"LABEL_{key}" for key, label in enumerate(classes)) else classes
+
+
+def load_tokenizer(transformers: Any, name: str, cached_only: bool) -> Any:
+    """The tokenizer that belongs to a text classifier.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        words = transformers.AutoTokenizer.from_pretrained(name, local_files_only=cached_only)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"model: {name!r} is a text classifier, and no tokenizer could be loaded from it ({first_line(error)})"
+        ) from error
+    # Where there are no tokenizer files, transformers makes one that knows no word.
+    require(
+        len(words) > len(words.all_special_ids),
+        f"model: {name!r} is a text classifier without a tokenizer; save it there too",
+    )
+    return words
 
 
 def _processor(name: str, local: bool) -> tuple[Any, tuple[float, ...], tuple[float, ...], list[str]]:

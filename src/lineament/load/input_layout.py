@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError, require, show
-from lineament.core.models import device_of, dtype_of, frozen, logits, weight_of
+from lineament.core.models import called, device_of, dtype_of, frozen, logits, weight_of
 from lineament.core.sites.depth import layer_kind
 from lineament.data.samples import Samples
 from lineament.load.hub import first_line
@@ -17,11 +19,12 @@ from lineament.load.hub import first_line
 
 @dataclass(frozen=True)
 class Expected:
-    """The input of the first layer with weights: ``size`` channels or features, whether images, and in words."""
+    """The input of the first layer with weights: ``size`` channels or features, whether images, in words, and whether signals."""
 
     size: int
     images: bool | None
     text: str
+    signals: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,38 @@ class Layout:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
-    def given(self, raw: Tensor, model: nn.Module) -> Tensor:
-        """Samples as a model takes them, on its device and in its precision; token ids stay whole numbers."""
-        x = self.apply(raw).to(device_of(model))
-        return x.to(dtype_of(model)) if x.is_floating_point() else x
+    def given(self, samples: Samples, model: nn.Module) -> Any:
+        """Samples, alike in length, as a model takes them, on its device and in its precision; whole numbers stay what they are.
+
+        A tensor, or where the model takes several inputs, a tuple or a dict of them.
+        """
+
+        def brought(x: Tensor) -> Tensor:
+            x = x.to(device_of(model))
+            return x.to(dtype_of(model)) if x.is_floating_point() else x
+
+        samples = _cut(samples)
+        x = brought(self.apply(samples.inputs))
+        others = {name: brought(value) for name, value in samples.others.items()}
+        if samples.argument:
+            return {samples.argument: x, **others}
+        return (x, *(others[place] for place in sorted(others, key=int))) if others else x
+
+    def steps(self, samples: Samples, model: nn.Module) -> str:
+        """Everything that is done to a stored sample on its way into the model, in order."""
+        raw = _cut(samples).inputs
+        x = self.apply(raw)
+        found = [] if self.kind in ("as it is", "token ids") else [self.kind]
+        if raw.dtype == torch.uint8 and self.kind != "token ids":
+            found.append("divided by 255")
+        if self.mean and x.ndim == 4:
+            mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (self.mean, self.std))
+            found.append(f"less mean {mean} and over deviation {std}")
+        wanted = dtype_of(model) if x.is_floating_point() else x.dtype
+        form = f"{tuple(x.shape[1:])} {str(wanted).removeprefix('torch.')}"
+        stored = f"{tuple(raw.shape[1:])} {str(raw.dtype).removeprefix('torch.')}"
+        how = ", ".join(found) or ("as token ids" if self.kind == "token ids" else "unchanged")
+        return f"samples, stored as {stored}, go in as {form}: {how}"
 
     def apply(self, raw: Tensor) -> Tensor:
         if self.kind == "token ids":
@@ -60,6 +91,8 @@ class Layout:
             )
         if self.kind == "no channel":
             return x[:, 0]
+        if self.kind == "one channel":
+            return x[:, None]
         if self.kind.startswith("channels last"):
             return x.movedim(-1, 1)
         if self.kind == "colour as grey":
@@ -68,13 +101,55 @@ class Layout:
         return x
 
 
+def _cut(samples: Samples) -> Samples:
+    """The rows without what stands behind the longest of them."""
+    if samples.lengths is None:
+        return samples
+    width, most = samples.inputs.shape[1], int(samples.lengths.max())
+    others = {
+        name: value[:, :most] if value.ndim > 1 and value.shape[1] == width else value
+        for name, value in samples.others.items()
+    }
+    return replace(samples, inputs=samples.inputs[:, :most], others=others)
+
+
+def with_arguments(model: nn.Module, samples: Samples) -> Samples:
+    """The samples with those further inputs that the model's forward takes, by its own names.
+
+    >>> two = Samples(torch.zeros(1, 2), torch.zeros(1), others={"mask": torch.ones(1, 2), "row": torch.ones(1)}, argument="x")
+    >>> class Masked(nn.Module):
+    ...     def forward(self, values, mask): return values * mask
+    >>> found = with_arguments(Masked(), two)
+    >>> found.argument, list(found.others), found.notes
+    ('values', ['mask'], ("'row' is no argument of Masked.forward and is left out",))
+    """
+    if all(name.isdigit() for name in samples.others):
+        return replace(samples, argument="") if not samples.argument or not samples.others else samples
+    taken = inspect.signature(model.forward).parameters.values()
+    named = [p.name for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if not named:
+        # forward(**batch) takes whatever the batch holds.
+        return samples
+    others = {name: value for name, value in samples.others.items() if name in named}
+    spare = ", ".join(repr(name) for name in samples.others if name not in others)
+    notes = [f"{spare} is no argument of {type(model).__name__}.forward and is left out"] if spare else []
+    argument = samples.argument if samples.argument in named else named[0]
+    return replace(
+        samples, others=others, argument=argument if others else "", notes=(*samples.notes, *notes)
+    )
+
+
 def find_layout(
     model: nn.Module, samples: Samples, mean: tuple[float, ...], std: tuple[float, ...], count: int
 ) -> tuple[Layout, str]:
     """The first layout of the first samples that the model takes, and what was decided."""
-    raw = samples.inputs[:count]
+    some = samples[:count]
+    if samples.lengths is not None:
+        some = samples[(samples.lengths == samples.lengths[0]).nonzero()[:count, 0]]
+    raw = some.inputs
     wanted = expected_input(model)
     tried: list[str] = []
+    unlike = ""
     vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0)
     kinds = _candidates(raw, wanted)
     if vocabulary and not raw.is_floating_point():
@@ -85,27 +160,31 @@ def find_layout(
             tried.append(f"token ids from {low} to {high}: its embeddings have {vocabulary} rows")
     for kind in kinds:
         layout = Layout(kind, mean, std)
-        x = layout.given(raw, model)
+        x = layout.apply(raw)
         if mean and x.ndim == 4 and len(mean) not in (1, x.shape[1]):
             tried.append(f"{tuple(x.shape)}: {len(mean)} means for {x.shape[1]} channels")
             continue
         try:
             with frozen(model), torch.no_grad():
-                output = model(x)
+                output = called(model, layout.given(some, model))
         except InputError:
             raise
         except Exception as error:
             tried.append(f"{tuple(x.shape)}: {first_line(error)[:160]}")
             continue
         output = logits(output)
-        require(
-            output.ndim in (1, 2) and len(output) == len(x),
-            f"model: it answers {len(x)} samples with {show(output)}, expected one row of logits or values a sample",
+        dense = (
+            samples.targets.ndim == 3 and output.ndim == 4 and output.shape[2:] == samples.targets.shape[1:]
         )
-        return (
-            layout,
-            f"samples {tuple(samples.inputs.shape[1:])} go in as {tuple(x.shape[1:])} ({kind})",
-        )
+        if (output.ndim not in (1, 2) and not dense) or len(output) != len(x):
+            # Another form of the same numbers may give what is expected.
+            unlike = (
+                unlike
+                or f"model: it answers {len(x)} samples with {show(output)}, expected one row of logits or values a sample"
+            )
+            continue
+        return layout, layout.steps(some, model)
+    require(not unlike, unlike)
     raise InputError(
         f"data: samples of shape {tuple(samples.inputs.shape[1:])} do not fit the model, which expects {wanted.text}; tried "
         + "; ".join(tried)
@@ -127,6 +206,11 @@ def expected_input(model: nn.Module) -> Expected:
             channels = weight_of(module).shape[1] * int(getattr(module, "groups", 1))
             size = f", {side}, {side}" if isinstance(side, int) else ", height, width"
             return Expected(channels, True, f"images with {channels} channels (batch, {channels}{size})")
+        if isinstance(module, nn.Conv1d):
+            channels = module.in_channels
+            return Expected(
+                channels, False, f"signals with {channels} channels (batch, {channels}, steps)", True
+            )
         if isinstance(module, nn.Linear):
             return Expected(
                 module.in_features, None, f"{module.in_features} features in its first linear layer"
@@ -137,7 +221,10 @@ def expected_input(model: nn.Module) -> Expected:
 def _candidates(raw: Tensor, wanted: Expected) -> list[str]:
     """Layouts in the order of trust: first those whose channels fit the first convolution."""
     shape = tuple(raw.shape[1:])
-    if len(shape) == 2:
+    if wanted.signals and len(shape) in (1, 2):
+        # A signal without a channel would be taken for one sample of many channels.
+        kinds = {"as it is": shape[0], "channels last": shape[-1]} if len(shape) == 2 else {"one channel": 1}
+    elif len(shape) == 2:
         kinds = {"grey": 1, "grey as colour": 3, "flat": math.prod(shape), "as it is": 0}
     elif len(shape) == 3:
         kinds = {}

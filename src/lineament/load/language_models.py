@@ -6,12 +6,11 @@ named before its weights are read.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lineament.core.checks import InputError, require
-from lineament.load.hub import findable, first_line, quiet_transformers
+from lineament.load.hub import architectures, findable, first_line, quiet_transformers
 from lineament.load.weights import require_finite
 
 # Endings of the names of classes that complete a text.
@@ -24,15 +23,8 @@ def is_language_model(name: Any) -> bool:
     >>> is_language_model("no/such/folder")
     False
     """
-    file = Path(name) / "config.json" if isinstance(name, (str, Path)) else None
-    if file is None or not file.is_file():
-        return False
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    kinds = raw.get("architectures") if isinstance(raw, dict) else None
-    return any(str(kind).endswith(_COMPLETES) for kind in kinds or ())
+    here = isinstance(name, (str, Path)) and Path(name).is_dir()
+    return here and any(kind.endswith(_COMPLETES) for kind in architectures(name))
 
 
 def load_language_model(

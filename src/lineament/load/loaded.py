@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -14,7 +15,7 @@ class Loaded(Readable):
     """A network and what its files say about its inputs.
 
     ``size`` is the (height, width) it wants, ``mean`` and ``std`` what images are normalised with (after scaling to [0, 1]), ``classes``
-    its names of the classes, ``batch`` the only batch size it takes (``None``: any).
+    its names of the classes, ``batch`` the only batch size it takes (``None``: any), ``tokenizer`` what makes ids of texts for a text classifier.
     """
 
     model: nn.Module
@@ -26,3 +27,4 @@ class Loaded(Readable):
     classes: tuple[str, ...] = ()
     batch: int | None = None
     notes: tuple[str, ...] = ()
+    tokenizer: Any = None

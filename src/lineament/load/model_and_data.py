@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,13 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lineament.core import checks
 from lineament.core.checks import InputError, NotFiniteError, require, show
-from lineament.core.models import device_of, dtype_of, frozen, logits
+from lineament.core.models import called, device_of, dtype_of, frozen, logits, rows_in
 from lineament.core.results import Readable
+from lineament.core.text_parts import unpadded
 from lineament.data.samples import Samples
 from lineament.load.columns import folded, in_order
-from lineament.load.input_layout import Layout, find_layout
+from lineament.load.input_layout import Layout, find_layout, with_arguments
 from lineament.load.loaded import Loaded
-from lineament.load.outputs import Change, read_as_logits, reading
+from lineament.load.outputs import Change, one_output, read_as_logits, reading
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,10 @@ class ModelAndData(Readable):
 
     Attributes:
         layout: how stored samples become the model's input.
-        task: ``"classification"``, ``"multi-label"`` (several 0/1 labels a sample) or ``"regression"``.
-        outputs: (sample, class, label or value), the model's answers to all samples, on the CPU; logits of classes and labels.
+        task: ``"classification"``, ``"multi-label"`` (several 0/1 labels a sample), ``"regression"`` or ``"dense"`` (a class for each pixel).
+        outputs: (sample, class, label or value), the model's answers to all samples, on the CPU; logits of classes and labels. Of every pixel only the
+            class that is named, (sample, height, width).
+        width: how many outputs the model has (for a pixel).
         classes: names of classes or labels, where they are known.
         fixed_batch: whether the model takes batches of ``batch_size`` only.
         flops: floating-point operations of one sample's forward.
@@ -49,6 +52,7 @@ class ModelAndData(Readable):
     flops: float
     seed: int = 0
     notes: tuple[str, ...] = ()
+    width: int = 0
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -60,12 +64,17 @@ class ModelAndData(Readable):
     @property
     def images(self) -> bool:
         """Whether the model takes images (batch, channels, height, width) of a size worth a picture."""
-        shape = self.inputs(torch.tensor([0])).shape
-        return len(shape) == 4 and min(shape[-2:]) >= 4
+        x = self.inputs(torch.tensor([0]))
+        return isinstance(x, Tensor) and x.ndim == 4 and min(x.shape[-2:]) >= 4
 
-    def inputs(self, rows: Tensor) -> Tensor:
-        """Some samples as the model takes them, on its device and in its precision."""
-        return self.layout.given(self.samples.inputs[rows], self.model)
+    def inputs(self, rows: Tensor) -> Any:
+        """Some samples, alike in length, as the model takes them, on its device and in its precision: a tensor, or where it takes several a tuple or a dict."""
+        return self.layout.given(self.samples[rows], self.model)
+
+    @property
+    def example(self) -> Tensor:
+        """A few samples that one forward takes."""
+        return self.parts(torch.arange(len(self)))[0][: self.batch_size if self.fixed_batch else 2]
 
     def batches(self, rows: Tensor | None = None) -> Batches:
         """Batches ``(inputs, targets)`` that can be walked as often as one likes."""
@@ -109,15 +118,25 @@ class ModelAndData(Readable):
     def answer(self, rows: Tensor, change: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
         """The model's outputs, (sample, output), without gradients, on the CPU; ``change(inputs, rows)`` alters each batch."""
         found = []
+        positions = self._positions(rows)
         with frozen(self.model), torch.no_grad():
-            for part in self.parts(rows):
+            for at in positions:
+                part = rows[at]
                 x = self.inputs(part)
-                output = logits(self.model(x if change is None else change(x, part)))
+                output = logits(called(self.model, x if change is None else change(x, part)))
                 found.append(output.reshape(len(part), -1).float().cpu())
-        return torch.cat(found)
+        return torch.cat(found)[torch.cat(positions).argsort()]
 
-    def parts(self, rows: Tensor) -> Iterator[Tensor]:
-        yield from rows.split(self.batch_size)
+    def parts(self, rows: Tensor) -> list[Tensor]:
+        """The rows in batches; sequences of one length go together, so that no padding is ever looked at."""
+        return [rows[at] for at in self._positions(rows)]
+
+    def _positions(self, rows: Tensor) -> list[Tensor]:
+        every = torch.arange(len(rows))
+        if self.samples.lengths is None:
+            return list(every.split(self.batch_size))
+        own = self.samples.lengths[rows]
+        return [part for n in own.unique() for part in every[own == n].split(self.batch_size)]
 
     def display(self, row: int) -> Tensor:
         """A sample as a picture (height, width) or (height, width, 3) with values in [0, 1]."""
@@ -136,7 +155,7 @@ class Batches(Sequence[tuple[Tensor, Tensor]]):
 
     def __init__(self, subject: ModelAndData, rows: Tensor):
         self.subject = subject
-        self.parts = list(rows.split(subject.batch_size))
+        self.parts = subject.parts(rows)
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -156,6 +175,8 @@ def bring_together(
     device: str | torch.device | None = None,
     batch_size: int = 64,
     seed: int = 0,
+    output: str | int | None = None,
+    answers: Tensor | None = None,
 ) -> Iterator[ModelAndData]:
     """Fit a model and data to each other while the block runs.
 
@@ -163,22 +184,19 @@ def bring_together(
     softmax or a sigmoid, or has one output for two classes.
 
     Args:
-        task: ``"classification"``, ``"multi-label"``, ``"regression"``, or ``"auto"``: by the targets and the outputs.
+        task: ``"classification"``, ``"multi-label"``, ``"regression"``, ``"dense"``, or ``"auto"``: by the targets and the outputs.
         normalize: (mean, deviation) per channel, for images scaled to [0, 1]; by default the model's own.
+        output: which of several outputs is the answer, see :func:`lineament.load.outputs.one_output`.
+        answers: what the model answers to all samples, where that is known already.
 
     Raises:
         InputError: no layout of the data that the model takes, outputs that are no logits, labels without an output, NaN in the
             outputs, one class only.
     """
-    checks.one_of("task", task, ("auto", "classification", "multi-label", "regression"))
+    checks.one_of("task", task, ("auto", "classification", "multi-label", "regression", "dense"))
     model = loaded.model
-    if device is not None:
-        try:
-            model.to(torch.device(device))
-            torch.zeros(1, device=device)
-        except (RuntimeError, AssertionError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"device: {str(device)!r} cannot be used here ({reason})") from error
+    place(model, device)
+    samples = with_arguments(model, samples)
     notes = [*loaded.notes, *samples.notes]
     if loaded.batch is not None:
         batch_size = loaded.batch
@@ -189,18 +207,41 @@ def bring_together(
         )
         samples = samples[:keep]
     mean, std = _normalization(normalize) or (loaded.mean, loaded.std)
-    layout, note = find_layout(model, samples, mean, std, loaded.batch or 2)
-    notes.append(note)
-    start = ModelAndData(
-        model, samples, layout, task, torch.zeros(0), (), batch_size, loaded.batch is not None, 1.0, seed
-    )
-    found, change = _answered(start, loaded.classes, notes)
-    with read_as_logits(model, change):
-        yield found
+    with one_output(model, output), unpadded(model) if loaded.tokenizer is not None else nullcontext():
+        layout, note = find_layout(model, samples, mean, std, loaded.batch or 2)
+        notes.append(note)
+        start = ModelAndData(
+            model, samples, layout, task, torch.zeros(0), (), batch_size, loaded.batch is not None, 1.0, seed
+        )
+        if samples.targets.ndim == 3 and not samples.targets.is_floating_point():
+            yield _pixels_answered(start, loaded.classes, notes)
+            return
+        require(
+            task != "dense",
+            f"task: 'dense' was asked for, and targets are {show(samples.targets)}, expected a class for each pixel (sample, height, width)",
+        )
+        found, change = _answered(start, loaded.classes, notes, answers)
+        with read_as_logits(model, change):
+            yield found
+
+
+def place(model: nn.Module, device: str | torch.device | None) -> None:
+    """Move a model to a device; ``None`` leaves it where it is.
+
+    Raises:
+        InputError: a device that cannot be used here.
+    """
+    if device is not None:
+        try:
+            model.to(torch.device(device))
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"device: {str(device)!r} cannot be used here ({reason})") from error
 
 
 def _answered(
-    start: ModelAndData, own_classes: tuple[str, ...], notes: list[str]
+    start: ModelAndData, own_classes: tuple[str, ...], notes: list[str], known: Tensor | None
 ) -> tuple[ModelAndData, Change | None]:
     """The same with the model's outputs, the task and the classes, if outputs and targets fit; and what makes logits of the outputs."""
     samples, layout = start.samples, start.layout
@@ -209,7 +250,7 @@ def _answered(
         before = len(samples.notes)
         samples = in_order(samples, own_classes)
         notes += samples.notes[before:]
-    outputs = start.answer(torch.arange(len(samples)))
+    outputs = start.answer(torch.arange(len(samples))) if known is None else known
     bad = int((~torch.isfinite(outputs)).flatten(1).any(1).sum())
     if bad:
         some = layout.picture(samples.inputs[:64])
@@ -227,7 +268,7 @@ def _answered(
         _check_classes(samples, width)
     if len(classes) != width and not (samples.classes and task == "classification"):
         classes = ()
-    example = start.inputs(torch.arange(min(start.batch_size if start.fixed_batch else 2, len(samples))))
+    example = start.inputs(start.example)
     found = replace(
         start,
         samples=samples,
@@ -238,6 +279,40 @@ def _answered(
         notes=tuple(notes),
     )
     return found, read.change
+
+
+def _pixels_answered(start: ModelAndData, own_classes: tuple[str, ...], notes: list[str]) -> ModelAndData:
+    """The same with the class that the model names for each pixel."""
+    require(
+        start.task in ("auto", "dense"),
+        f"task: {start.task!r} was asked for, and targets are a class for each pixel ({show(start.samples.targets)}); expected 'dense'",
+    )
+    said, width = [], 0
+    with frozen(start.model), torch.no_grad():
+        for part in start.parts(torch.arange(len(start))):
+            output = logits(called(start.model, start.inputs(part)))
+            width = output.shape[1]
+            require(
+                output.shape[2:] == start.samples.targets.shape[1:] and width > 1,
+                f"model: it answers with {show(output)}, expected logits (batch, classes, height, width) of the targets' size {tuple(start.samples.targets.shape[1:])}",
+            )
+            bad = int((~torch.isfinite(output)).flatten(1).any(1).sum())
+            if bad:
+                raise NotFiniteError(
+                    f"model: it answers {bad} of {len(part)} samples with NaN or infinite values; check its weights and the data's scale"
+                )
+            said.append(output.argmax(1).to(torch.int16).cpu())
+    classes = start.samples.classes or own_classes
+    notes.append(f"taken as dense: a class for each pixel, of {width}")
+    return replace(
+        start,
+        task="dense",
+        outputs=torch.cat(said),
+        width=width,
+        classes=tuple(classes) if len(classes) == width else (),
+        flops=_flops(start.model, start.inputs(start.example)),
+        notes=tuple(notes),
+    )
 
 
 def _normalization(normalize: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -335,12 +410,12 @@ def _check_classes(samples: Samples, width: int) -> None:
     )
 
 
-def _flops(model: nn.Module, example: Tensor) -> float:
+def _flops(model: nn.Module, example: Any) -> float:
     """Floating-point operations of one sample's forward; at least the weights' count, where none is known."""
     weights = float(sum(p.numel() for p in model.parameters()))
     try:
         with frozen(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(example)
-        return max(counter.get_total_flops() / len(example), weights)
+            called(model, example)
+        return max(counter.get_total_flops() / rows_in(example), weights)
     except Exception:
         return max(2 * weights, 1.0)

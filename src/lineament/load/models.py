@@ -21,19 +21,19 @@ from lineament.core.checks import InputError, require, show
 from lineament.core.models import takes_hooks, unwrapped
 from lineament.load.checkpoints import ENDINGS, kind_of, listed, read_checkpoint, tensors_by_path
 from lineament.load.exported import exported
-from lineament.load.hub import findable
-from lineament.load.hub_models import hugging_face
+from lineament.load.hub import findable, first_line
+from lineament.load.hub_models import hugging_face, text_classifier
 from lineament.load.loaded import Loaded
 from lineament.load.user_code import named_in
 from lineament.load.weights import load_weights, require_finite
 
 
-def load_model(model: str | nn.Module, *, weights: str | Path | None = None) -> Loaded:
+def load_model(model: Any, *, weights: str | Path | None = None) -> Loaded:
     """Bring up a trained network in eval mode.
 
     Args:
         model: ``package.module:factory`` or ``file.py:factory`` (a function or class that takes no arguments, or a network itself), a ``torch.export``
-            file ``.pt2``, a Hugging Face directory or name (an image classifier), or an ``nn.Module``.
+            file ``.pt2``, a TorchScript archive, an ONNX file (extra ``onnx``), a Hugging Face directory or name (a classifier of images or texts), an ``nn.Module``, or for texts a pair (module, tokenizer).
         weights: a checkpoint with exactly the module's parameters and buffers, see :func:`lineament.load.checkpoints.read_checkpoint`.
 
     Raises:
@@ -43,14 +43,17 @@ def load_model(model: str | nn.Module, *, weights: str | Path | None = None) -> 
     >>> found.source, found.kind, found.model.training
     ('Linear', 'module', True)
     """
-    if isinstance(model, nn.Module):
+    if isinstance(model, (tuple, list)) and len(model) == 2 and isinstance(model[0], nn.Module):
+        own = unwrapped(model[0])
+        found = text_classifier(own, model[1], type(own).__name__, "module")
+    elif isinstance(model, nn.Module):
         found = Loaded(_hookable(unwrapped(model)), type(unwrapped(model)).__name__, "module")
     else:
         require(
             isinstance(model, str) and bool(model),
             f"model: got {show(model)}, expected a string or a torch.nn.Module",
         )
-        found = _from_text(model, weights)
+        found = _from_text(str(model), weights)
     lazy = [name for name, parameter in found.model.named_parameters() if is_lazy(parameter)]
     require(
         not lazy,
@@ -75,6 +78,8 @@ def _from_text(model: str, weights: str | Path | None) -> Loaded:
         return _made(place, factory, model)
     if path.suffix == ".pt2":
         return exported(path)
+    if path.suffix == ".onnx" and path.is_file():
+        return _from_onnx(path)
     if path.is_dir():
         return hugging_face(model, local=True)
     if path.is_file():
@@ -82,10 +87,12 @@ def _from_text(model: str, weights: str | Path | None) -> Loaded:
             raise InputError(
                 f"model: {model!r} names no factory; expected {model + ':NAME'!r}, where NAME() makes the network"
             )
+        if kind_of(path) == "script":
+            return _from_script(path)
         raise _no_network(path)
     if path.suffix in (".py", ".onnx", *ENDINGS) or model.startswith(("/", "./", "../", "~")):
         raise InputError(
-            f"model: {model!r} does not exist; expected package.module:factory, file.py:factory, a .pt2 file, or a Hugging Face directory or name"
+            f"model: {model!r} does not exist; expected package.module:factory, file.py:factory, a .pt2, TorchScript or .onnx file, or a Hugging Face directory or name"
         )
     cached_only = findable("model", model, "factory")
     return hugging_face(model, local=False, cached_only=cached_only)
@@ -97,16 +104,9 @@ def _no_network(path: Path) -> InputError:
         f"pass a function that makes the network, and {str(path)!r} as `weights`: 'net.py:make' with, in net.py,\n    def make():\n"
         "        return Network()  # of the class and the sizes that were trained"
     )
-    kind = kind_of(path)
-    if kind == "script":
+    if not kind_of(path):
         return InputError(
-            f"model: {str(path)!r} is a TorchScript archive, whose code shows no module to look into; {factory}\n"
-            f"and, since only its weights are needed, export them once where you trust it:\n    import torch\n"
-            f"    torch.save(torch.jit.load({str(path)!r}, map_location='cpu').state_dict(), {path.stem + '-weights.pt'!r})"
-        )
-    if not kind:
-        return InputError(
-            f"model: {str(path)!r} is a file of kind {path.suffix!r}, expected file.py:factory, a .pt2 file, or a Hugging Face directory"
+            f"model: {str(path)!r} is a file of kind {path.suffix!r}, expected file.py:factory, a .pt2, TorchScript or .onnx file, or a Hugging Face directory"
         )
     try:
         names = [name for name, _ in tensors_by_path(read_checkpoint(path, "model"))]
@@ -115,6 +115,36 @@ def _no_network(path: Path) -> InputError:
         return InputError(f"{error}\n    Then {factory}" if "\n" in str(error) else str(error))
     held = f"{len(names)} tensors: {listed(names)}" if names else "no tensors"
     return InputError(f"model: {str(path)!r} holds weights without a network ({held}); {factory}")
+
+
+def _from_script(path: Path) -> Loaded:
+    """A TorchScript archive as the network that it is; its code is TorchScript's own and no pickle's."""
+    try:
+        network = torch.jit.load(path, map_location="cpu")
+    except (RuntimeError, OSError, ValueError) as error:
+        raise InputError(
+            f"model: {str(path)!r} is a TorchScript archive that this PyTorch ({torch.__version__}) cannot load ({first_line(error)})"
+        ) from error
+    note = "a TorchScript archive: it runs, and shows no module to look into; a factory of the network it was made from shows more"
+    return Loaded(_hookable(network), path.name, "script", notes=(note,))
+
+
+def _from_onnx(path: Path) -> Loaded:
+    """An ONNX file as a module, through onnx2torch (extra ``onnx``)."""
+    try:
+        import onnx2torch  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise InputError(
+            f"model: {str(path)!r} is an ONNX file, which needs the package 'onnx2torch'; install lineament[onnx], or export the network with torch.export"
+        ) from error
+    try:
+        network = onnx2torch.convert(str(path))
+    except Exception as error:
+        raise InputError(
+            f"model: {str(path)!r} cannot be converted from ONNX ({first_line(error)})"
+        ) from error
+    note = "converted from ONNX: modules are those that onnx2torch makes of its operators"
+    return Loaded(network, path.name, "onnx", notes=(note,))
 
 
 def _made(place: str, name: str, source: str) -> Loaded:

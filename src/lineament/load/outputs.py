@@ -5,13 +5,15 @@ For classes log p is a row of logits, because softmax(log p) = p / Σp; for a la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lineament.core.checks import require, show, suggest
 from lineament.core.models import logits
 
 Change = Callable[[Tensor], Tensor]
@@ -61,6 +63,49 @@ def reading(outputs: Tensor, task: str, dtype: torch.dtype = torch.float32) -> R
         said = "its outputs lie in [0, 1] without summing to 1 and are read as a probability of each class on its own; their logarithm is read as the logits"
         return Reading(_log, said)
     return Reading()
+
+
+@contextmanager
+def one_output(model: nn.Module, which: str | int | None) -> Iterator[None]:
+    """Let the model answer with one of its outputs while the block runs, by name or number.
+
+    Raises:
+        InputError: when it answers, it has no such output.
+
+    >>> class Two(nn.Module):
+    ...     def forward(self, x): return {"aux": x, "classes": 2 * x}
+    >>> net = Two()
+    >>> with one_output(net, "classes"):
+    ...     net(torch.ones(1)).item()
+    2.0
+    """
+    if which is None:
+        yield
+        return
+
+    def answer(_: nn.Module, _args: object, output: Any) -> Any:
+        there: dict[str, Any]
+        if isinstance(output, Mapping):
+            there = {str(name): value for name, value in output.items()}
+        elif isinstance(output, (tuple, list)) and not hasattr(output, "_fields"):
+            there = {str(number): value for number, value in enumerate(output)}
+        elif isinstance(output, Tensor):
+            there = {}
+        else:
+            names = getattr(output, "_fields", None) or vars(output)
+            there = {name: getattr(output, name) for name in names if not name.startswith("_")}
+        require(
+            str(which) in there,
+            f"output: the model has none called {which!r}; it answers with {show(output)}"
+            f"{suggest(str(which), there) if there else ', which is the only one'}",
+        )
+        return there[str(which)]
+
+    handle = model.register_forward_hook(answer)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -76,8 +76,7 @@ def load_prompts(data: str | Path, *, samples: int = 200, seed: int = 0, min_wor
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"data: {name!r} cannot be read as UTF-8 text ({error})") from error
-    objects = path.suffix in (".jsonl", ".ndjson")
-    found, left_out = (_objects(text), []) if objects else _lines(text, min_words)
+    found, left_out = (_objects(text), []) if holds_objects(data) else _lines(text, min_words)
     require(bool(found), f"data: {name!r} holds no prompt of at least {min_words} words")
     kept = found
     if len(found) > samples:
@@ -93,6 +92,11 @@ def is_prompts(data: Any) -> bool:
     return isinstance(data, (str, Path)) and (
         str(data) in TASKS or Path(data).suffix in (".txt", ".jsonl", ".ndjson")
     )
+
+
+def holds_objects(data: Any) -> bool:
+    """Whether a name is that of a file of one JSON object a line: prompts, or labelled rows."""
+    return isinstance(data, (str, Path)) and Path(data).suffix in (".jsonl", ".ndjson")
 
 
 def _lines(text: str, min_words: int) -> tuple[list[Any], list[str]]:

@@ -1,4 +1,4 @@
-"""Tables with named columns, `.csv`, `.tsv` and `.parquet`: rows of numbers, or texts, with a target each; read as streams.
+"""Tables with named columns, `.csv`, `.tsv`, `.jsonl` and `.parquet`: rows of numbers, or texts, with a target each; read as streams.
 
 A row with an empty cell in a column that is read is left out, counted and named. A table of any length is walked twice and never held: once to
 count it and to number the names of its classes, once for the chosen rows.
@@ -7,6 +7,7 @@ count it and to number the names of its classes, once for the chosen rows.
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from torch import Tensor
 from lineament.core.checks import InputError, require, show, suggest
 from lineament.data.samples import Samples
 from lineament.load.columns import Choose, as_targets, find_column, with_groups
+from lineament.load.texts import NONE, TEXTS, text_samples
 
-TABLES = (".csv", ".tsv", ".parquet")
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 TARGETS = ("label", "labels", "target", "targets", "y", "class", "outcome")
 _EMPTY = {"", "na", "n/a", "nan", "null", "none", "?"}
 _WORDS = {"true": 1.0, "false": 0.0}
@@ -28,12 +30,19 @@ _MOST = 100_000
 
 
 def read_table(
-    path: Path, choose: Choose, *, inputs: str | None, targets: str | None, groups: str | None
+    path: Path,
+    choose: Choose,
+    *,
+    inputs: str | None,
+    targets: str | None,
+    groups: str | None,
+    tokenizer: Any = None,
 ) -> Samples:
-    """Samples from the columns of a table: inputs (sample, column).
+    """Samples from the columns of a table: inputs (sample, column), or with a tokenizer the texts of one column.
 
     Args:
-        inputs, targets: one column, or several with commas between them; by default the inputs are all other columns that hold numbers.
+        inputs, targets: one column, or several with commas between them; by default the inputs are all other columns that hold numbers, or that
+            with a usual name for texts.
 
     Raises:
         InputError: an unreadable file, no such column, cells that are no numbers, no rows.
@@ -41,6 +50,8 @@ def read_table(
     table = table_of(path)
     second = _several("targets", targets, table.names) or [find_column("targets", None, TARGETS, table.names)]
     first = _several("inputs", inputs, table.names)
+    if tokenizer is not None:
+        first = [find_column("inputs", inputs, TEXTS, table.names)]
     group = None if groups is None else find_column("groups", groups, (), table.names)
     wanted = first or [name for name in table.names if name not in (*second, group)]
     total, classes = surveyed(table, second)
@@ -59,26 +70,37 @@ def read_table(
         require(
             bool(wanted),
             f"data: {str(path)!r} has no column of numbers beside {_listed(second)} (its columns: {_listed(table.names)}); "
-            "texts are read for a text classifier only",
+            f"{NONE}",
         )
-    for name in wanted:
+    for name in wanted if tokenizer is None else ():
         word = _no_number(cells[name])
         require(word is None, f"inputs: column {name!r} holds {show(word)}, expected numbers")
-    whole = [not any(_empty(cells[name][k]) for name in (*wanted, *second)) for k in range(len(rows))]
-    rows, notes = rows[np.array(whole)], [*notes, *_left_out(cells, (*wanted, *second), rows, whole)]
+    # A text may say "none"; only an empty one is none.
+    missing = {
+        n: [_empty(c) if tokenizer is None or n in second else not c for c in cells[n]]
+        for n in (*wanted, *second)
+    }
+    whole = [not any(column[k] for column in missing.values()) for k in range(len(rows))]
+    rows, notes = rows[np.array(whole)], [*notes, *_left_out(missing, rows, whole)]
     require(len(rows) > 0, f"data: every row read of {str(path)!r} has an empty cell")
     kept = {name: [cell for cell, good in zip(column, whole) if good] for name, column in cells.items()}
-    values = [[_number(cell) for cell in kept[name]] for name in wanted]
     labels, names = targets_of([kept[name] for name in second], classes)
-    found = Samples(
-        inputs=torch.tensor(values, dtype=torch.float32).T.contiguous(),
-        targets=labels,
-        classes=names,
-        index=torch.from_numpy(rows),
-        total=total,
-        source=path.name,
-        notes=(*notes, f"inputs are {len(wanted)} columns ({_listed(wanted)}), targets {_listed(second)}"),
-    )
+    rest: dict[str, Any] = {
+        "targets": labels,
+        "classes": names,
+        "index": torch.from_numpy(rows),
+        "total": total,
+        "source": path.name,
+    }
+    said = f"targets {_listed(second)}"
+    if tokenizer is not None:
+        notes.append(f"texts are column {first[0]!r}, {said}")
+        found = text_samples(kept[first[0]], tokenizer, notes=tuple(notes), **rest)
+    else:
+        values = [[_number(cell) for cell in kept[name]] for name in wanted]
+        notes.append(f"inputs are {len(wanted)} columns ({_listed(wanted)}), {said}")
+        x = torch.tensor(values, dtype=torch.float32).T.contiguous()
+        found = Samples(inputs=x, columns=tuple(wanted), notes=tuple(notes), **rest)
     return found if group is None else with_groups(found, np.array(kept[group]))
 
 
@@ -121,6 +143,40 @@ class CsvTable:
             raise InputError(f"data: {str(self.path)!r} cannot be read as a table ({error})") from error
 
 
+class JsonLines:
+    """A file with one JSON object a line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.names = list(next(self._rows(), {}))
+        require(bool(self.names), f"data: {str(path)!r} is empty, expected one JSON object a line")
+
+    def walk(self, names: Sequence[str], rows: set[int] | None) -> Iterator[list[str]]:
+        for number, row in enumerate(self._rows()):
+            if rows is None or number in rows:
+                yield ["" if row.get(name) is None else str(row[name]).strip() for name in names]
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        number = 0
+        try:
+            with self.path.open(encoding="utf-8-sig") as file:
+                for number, line in enumerate(file, 1):
+                    if not line.strip():
+                        continue
+                    row = json.loads(line)
+                    require(
+                        isinstance(row, dict),
+                        f"data: line {number} of {str(self.path)!r} holds {show(row)}, expected a JSON object",
+                    )
+                    yield row
+        except InputError:
+            raise
+        except (UnicodeDecodeError, OSError) as error:
+            raise InputError(f"data: {str(self.path)!r} cannot be read ({error})") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"data: line {number} of {str(self.path)!r} is no JSON ({error})") from error
+
+
 class ParquetTable:
     """A parquet file, through pyarrow where that is installed."""
 
@@ -155,10 +211,11 @@ class ParquetTable:
             raise InputError(f"data: {str(self.path)!r} is no readable parquet file ({error})") from error
 
 
-def table_of(path: Path) -> CsvTable | ParquetTable:
+def table_of(path: Path) -> CsvTable | JsonLines | ParquetTable:
     """The table in a file, by its ending."""
+    kinds = {".parquet": ParquetTable, ".jsonl": JsonLines, ".ndjson": JsonLines}
     try:
-        return ParquetTable(path) if path.suffix.lower() == ".parquet" else CsvTable(path)
+        return kinds.get(path.suffix.lower(), CsvTable)(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"data: {str(path)!r} cannot be read as a table ({error})") from error
 
@@ -195,15 +252,11 @@ def targets_of(columns: Sequence[Sequence[str]], classes: Sequence[str]) -> tupl
     return as_targets("the column", values[:, 0] if values.shape[1] == 1 else values)
 
 
-def _left_out(
-    cells: dict[str, list[str]], names: Sequence[str], rows: np.ndarray, whole: Sequence[bool]
-) -> list[str]:
+def _left_out(missing: dict[str, list[bool]], rows: np.ndarray, whole: Sequence[bool]) -> list[str]:
     bad = [k for k, good in enumerate(whole) if not good]
     if not bad:
         return []
-    places = [
-        f"row {rows[k] + 1} ({next(name for name in names if _empty(cells[name][k]))!r})" for k in bad[:4]
-    ]
+    places = [f"row {rows[k] + 1} ({next(n for n in missing if missing[n][k])!r})" for k in bad[:4]]
     return [
         f"{len(bad)} of {len(whole)} rows read are left out for an empty cell: {', '.join(places)}{' ...' if len(bad) > 4 else ''}"
     ]

@@ -106,10 +106,12 @@ def write(
     versions: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
     extra: Mapping[str, Any] | None = None,
+    name: str = "report",
+    kicker: str = "Lineament audit",
 ) -> tuple[Path, Path]:
-    """Write ``report.html`` and ``report.json`` into ``folder``, each whole or not at all; returns their paths.
+    """Write ``NAME.html`` and ``NAME.json`` into ``folder``, each whole or not at all; returns their paths.
 
-    ``report.json`` holds ``title``, ``subtitle``, ``facts``, ``findings``, ``sections``, ``command``, ``versions``,
+    The JSON file holds ``title``, ``subtitle``, ``facts``, ``findings``, ``sections``, ``command``, ``versions``,
     ``notes`` and whatever ``extra`` adds; NaN and infinities are ``null`` there. The other arguments are those of :func:`render`.
 
     Raises:
@@ -129,6 +131,7 @@ def write(
         methods=methods,
         versions=versions,
         notes=notes,
+        kicker=kicker,
     )
     record = {
         "title": title,
@@ -141,7 +144,7 @@ def write(
         "notes": list(notes),
         **(extra or {}),
     }
-    html, json = Path(folder) / "report.html", Path(folder) / "report.json"
+    html, json = Path(folder) / f"{name}.html", Path(folder) / f"{name}.json"
     write_json(json, plain(record))
     write_text(html, page)
     return html, json

@@ -65,7 +65,7 @@ class Section:
     ``number`` is the one figure a reader should remember, as text ("31.4 %"), and ``unit`` what it counts ("accuracy
     in the worst group"). ``sentence`` says what it means, in plain words. ``method`` is the slug of the paper behind
     it, or "" where there is none. The audit fills in ``name`` and ``title``, and a ``method`` that is ``None``, from the lens's file. ``numbers`` is everything measured, for `report.json` (JSON values only), ``findings`` what it means for the verdict, and
-    ``seconds`` how long the lens took.
+    ``seconds`` how long the lens took. ``links`` are (words, address) of pages beside the report.
 
     >>> Section("accuracy", "How often is it right?", "good", "98 %", "of samples right", "It is right for 98 of 100.").to_dict()["number"]
     '98 %'
@@ -83,6 +83,7 @@ class Section:
     numbers: dict[str, Any] = field(default_factory=dict)
     findings: Sequence[Finding] = ()
     seconds: float = 0.0
+    links: Sequence[tuple[str, str]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         texts = ("name", "title", "status", "number", "unit", "sentence")
@@ -96,4 +97,5 @@ class Section:
             ],
             "pictures": [p.to_dict() for p in self.pictures],
             "seconds": self.seconds,
+            **({"links": [list(link) for link in self.links]} if self.links else {}),
         }

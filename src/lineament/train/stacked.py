@@ -7,7 +7,6 @@ rounding, since a sum of their losses has each network's own gradient in its own
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from torch.func import stack_module_state, vmap
 from lineament.core import checks
 from lineament.core.batching import progress
 from lineament.core.models import frozen, holding, logits
+from lineament.core.redrawing import copied, redraw, reset_of, weighted
 from lineament.core.results import Readable
 from lineament.train.attacks import PGD, Adversarial
 from lineament.train.callbacks import KeepBest, Rate, Rows, Validation
@@ -131,7 +131,7 @@ class Training(Readable):
         stack = Stack(models)
         splits = [self._rows(len(targets), seed) for seed in seeds]
         rows, held = (torch.stack(part) for part in zip(*splits))
-        batches = _StackedBatches(views, targets, rows, seeds, self.batch_size)
+        batches = StackedBatches(views, targets, rows, seeds, self.batch_size)
         keep = [_KeepBestOfEach(batches, held)] if held.numel() else []
 
         seen: list[Tensor] = []
@@ -190,7 +190,7 @@ class Stack(nn.Module):
         for number, value in enumerate(buffers.values()):
             self.register_buffer(f"buffer{number}", value)
         # Not a part of this module: its weights hold nothing.
-        self.bare = (copy.deepcopy(models[0]).to("meta"),)
+        self.bare = (copied(models[0]).to("meta"),)
 
     def forward(self, x: Tensor) -> Tensor:
         def answer(parameters: Sequence[Tensor], buffers: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -211,8 +211,8 @@ class Stack(nn.Module):
             model.load_state_dict({k: v[number].detach() for k, v in values.items()}, strict=False)
 
 
-class _StackedBatches:
-    """Batches of every network's own inputs in its own order, a fresh one each epoch."""
+class StackedBatches:
+    """Batches of every network's own inputs in its own order, a fresh one each epoch; ``views`` may be one tensor (network, sample, ...)."""
 
     def __init__(self, views: Any, targets: Tensor, rows: Tensor, seeds: Sequence[int], batch_size: int):
         self.views, self.targets, self.rows, self.batch_size = views, targets, rows, batch_size
@@ -226,13 +226,18 @@ class _StackedBatches:
         return map(self.take, torch.stack(orders).split(self.batch_size, dim=1))
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(self.views, Tensor):
+            # One gather for all networks.
+            first = torch.arange(len(rows))[:, None] * self.views.shape[1]
+            found = self.views.flatten(0, 1).index_select(0, (rows + first).flatten())
+            return found.view(*rows.shape, *found.shape[1:]), self.targets[rows]
         return torch.stack([view[own] for view, own in zip(self.views, rows)]), self.targets[rows]
 
 
 class _KeepBestOfEach:
     """Of every network in a stack the epoch with the best accuracy on the rows held out for it."""
 
-    def __init__(self, batches: _StackedBatches, held: Tensor):
+    def __init__(self, batches: StackedBatches, held: Tensor):
         self.batches, self.held = batches, held
 
     def on_start(self, run: Run) -> None:
@@ -262,15 +267,15 @@ def refreshed(model: nn.Module, seed: int = 0) -> nn.Module:
     >>> bool((refreshed(net).weight != 0).all())
     True
     """
-    fresh = copy.deepcopy(model)
+    fresh = copied(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        own_weights = set(weighted(fresh))
         for name, module in fresh.named_modules():
-            own = list(module.named_parameters(recurse=False))
-            reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
-            if callable(reset):
-                reset()
-            elif own:
+            if reset_of(module) is not None:
+                redraw(module)
+            elif name in own_weights:
+                own = [*module.named_parameters(recurse=False), ("weight", None)]
                 raise checks.InputError(
                     f"model: parameter {name + '.' if name else ''}{own[0][0]} cannot be drawn anew, since its module "
                     f"{type(module).__name__} has no reset_parameters; pass a factory that makes the network"

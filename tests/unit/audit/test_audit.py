@@ -19,6 +19,10 @@ from lineament.core.checks import InputError
 from lineament.data.digits import digit_images
 from lineament.report.figures import undrawn
 
+_ALWAYS = [
+    lens.name for lens in all_lenses(language=False).values() if not lens.optional and not lens.on_request
+]
+
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
@@ -34,13 +38,16 @@ def test_the_default_finds_the_planted_mark(planted):
     assert place["decides"] and place["followed"] > 0.3 > 10 * place["others_followed"]
     window = place["window"]
     assert window["top"] <= 1 and window["left"] <= 1, "the mark is in the top left corner"
+    first = planted["shortcuts"].numbers["suspects"]["tried"][0]
+    assert (first["name"], first["decides"]) == ("corners", True), "where the mark is"
     groups = {group["name"]: group for group in planted["accuracy"].numbers["groups"]}
     assert groups["mark agrees"]["low"] > groups["mark misleads"]["high"]
 
 
 @pytest.mark.slow
 def test_every_section_has_a_picture_a_number_and_a_sentence(planted):
-    assert [section.name for section in planted.sections] == list(all_lenses(language=False))
+    lenses = all_lenses(language=False)
+    assert [section.name for section in planted.sections if not lenses[section.name].optional] == _ALWAYS
     for section in planted.sections:
         assert section.status in ("good", "note", "warning"), section.sentence
         assert section.number and section.sentence and section.pictures and section.numbers
@@ -55,7 +62,7 @@ def test_every_section_has_a_picture_a_number_and_a_sentence(planted):
     ]
     assert "default-src 'none'" in page and "script-src 'sha256-" in page
     stored = json.loads(planted.json.read_text(encoding="utf-8"))
-    assert [section["name"] for section in stored["sections"]] == list(all_lenses(language=False))
+    assert [section["name"] for section in stored["sections"]] == [s.name for s in planted.sections]
     assert {path.name for path in planted.html.parent.iterdir()} == {"report.html", "report.json"}
 
 
@@ -150,7 +157,9 @@ def test_a_regression_network_is_told_what_does_not_apply(tmp_path):
     model = fit(convolutional(1), images[:, None], ink, nn.functional.mse_loss)
     found = audit(model, (images, ink[:, 0]), out=tmp_path / "r")
     skipped = {s.name: s.sentence for s in found.sections if s.status == "skipped"}
-    assert set(skipped) == {"gaze", "collapse"} and all("real values" in text for text in skipped.values())
+    assert set(skipped) == {"gaze", "collapse", "shortcuts"} and all(
+        "real values" in text for text in skipped.values()
+    )
     assert {s.name for s in found.sections if s.status == "failed"} == set()
     assert found["accuracy"].numbers["overall"]["r2"] > 0.5
     assert found["accuracy"].method == "", "calibration is about classes"
@@ -328,3 +337,10 @@ def test_a_minimum_with_noisy_labels_is_a_minimum(tmp_path):
     with undrawn():
         found = audit(model, (x, y), out=tmp_path / "r", lenses=["landscape"])
     assert [finding.key for finding in found.findings] == ["minimum"]
+
+
+def test_several_processes_started_together_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="2 were started together"):
+        audit(nn.Linear(2, 2), (torch.randn(8, 2), torch.arange(8) % 2), out=tmp_path / "report")
+    assert not (tmp_path / "report").exists()

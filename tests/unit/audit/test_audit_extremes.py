@@ -120,8 +120,8 @@ def test_the_report_says_how_samples_go_in_and_how_places_are_named(tmp_path):
         model, (images, torch.arange(40) % 2), out=tmp_path / "r", lenses=["accuracy"], note=told.append
     )
     page = found.html.read_text(encoding="utf-8")
-    assert "(colour as grey)" in page and "&#39;3:in&#39; what goes into &#39;3&#39;" in page
-    assert any("(colour as grey)" in line for line in told)
+    assert ": colour as grey" in page and "&#39;3:in&#39; what goes into &#39;3&#39;" in page
+    assert any(": colour as grey" in line for line in told)
 
 
 def test_no_class_is_called_the_hardest_where_several_are(tmp_path):

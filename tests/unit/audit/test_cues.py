@@ -7,23 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from lineament.audit import audit
-from lineament.audit.cue_exchange import (
-    PATCH,
-    Cues,
-    difference,
-    exchange_cues,
-    moved,
-    pasted,
-    recoloured,
-    relit,
-    respectrum,
-)
+from lineament.audit.cue_exchange import PATCH, Cues, exchange_cues
 from lineament.audit.patch_exchange import examine
 from lineament.audit.subject import Subject
+from lineament.core.statistics.shares import difference
 from lineament.data import planted_cues
 from lineament.load.data import load_data
 from lineament.load.loaded import Loaded
 from lineament.load.model_and_data import bring_together
+from lineament.measure.shortcuts.exchanges import moved, pasted, recoloured, relit, respectrum
 
 SIDE = 16
 TAG = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]])

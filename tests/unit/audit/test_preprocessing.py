@@ -56,6 +56,28 @@ def test_the_preprocessing_of_its_training_is_found(trained):
         assert found.name == trained and (found.accuracy, found.now, found.count) == (1.0, 0.5, 60)
 
 
+class Proportional(nn.Module):
+    """Without biases: 255 times the input gives 255 times the logits, and the same answers, some of them wrong."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.1]]))
+
+    def forward(self, x):
+        return 6 * x.mean((2, 3)) @ self.weight.T
+
+
+def test_inputs_scaled_by_255_are_found_where_answers_do_not_change(tmp_path):
+    images, labels = colours()
+    wrong = torch.where(torch.arange(60) % 10 == 0, 1 - labels, labels)
+    found = audit(Proportional(), (images.float(), wrong), out=tmp_path / "huge", lenses=["accuracy"])
+    (said,) = [f.sentence.replace("\xa0", " ") for f in found.findings if f.key == "preprocessing"]
+    assert said.startswith("With values from 0 to 1 its loss would be 0.") and "instead of" in said
+    assert "right for 90 % instead of 90 % of 60 samples" in said
+    fits = audit(Proportional(), (images.float() / 255, wrong), out=tmp_path / "fits", lenses=["accuracy"])
+    assert not [f for f in fits.findings if f.key == "preprocessing"]
+
+
 def test_the_report_says_what_it_would_give(tmp_path):
     found = audit(ByHand(TRAINED["ImageNet normalisation"]), colours(), out=tmp_path, lenses=["accuracy"])
     said = [finding.sentence.replace("\xa0", " ") for finding in found.findings]

@@ -1,4 +1,4 @@
-"""Every Python block of three papers' pages runs as it stands, on small models under the names that the page uses."""
+"""Every Python block of four papers' pages runs as it stands, on small models under the names that the page uses."""
 
 from __future__ import annotations
 
@@ -189,3 +189,10 @@ def test_diffroar():
             exec(compile(block, f"diffroar.md, block {k}", "exec"), names)
     assert names["found"].fractions == (1.0, 0.5, 0.2, 0.1)
     assert round(names["MaxMargin"](5, blocks=10).margin, 4) == 0.2041
+
+
+def test_gsae(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the page saves a dictionary
+    names = run("gsae", {})
+    assert names["found"].mode == "gradient" and names["found"].kl < names["found"].kl_random
+    assert (tmp_path / "my-dictionary" / "config.json").is_file()

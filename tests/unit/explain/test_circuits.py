@@ -221,3 +221,90 @@ def test_bad_dictionaries_are_refused_by_name():
         circuit_curve(
             model, clean[:1], clean[:1], logit_difference([5], [6]), effects, dictionaries=dictionaries
         )
+
+
+class Dense:
+    """A dictionary without its sparse face."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def encode(self, x):
+        return self.inner.encode(x)
+
+    def decode(self, f):
+        return self.inner.decode(f)
+
+
+def sparse_dictionary(kind, width=24, count=40, k=5):
+    from lineament import dictionaries
+
+    generator = torch.Generator().manual_seed(3)
+    made = getattr(dictionaries, kind)(width, count, **({"k": k} if kind == "TopK" else {})).double()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return made.requires_grad_(False)
+
+
+@pytest.mark.parametrize("method", ["attrib", "relp", "ig", "exact"])
+@pytest.mark.parametrize("kind", ["TopK", "ReLU"])
+def test_active_latents_have_the_effects_that_all_latents_have(kind, method):
+    model, clean, corrupt = case()
+    sites = ("transformer.h.0", "transformer.h.1.mlp")
+    sae = sparse_dictionary(kind)
+    options = {"method": method, "steps": 3}
+    sparse = node_effects(model, clean, corrupt, METRIC, dictionaries=dict.fromkeys(sites, sae), **options)
+    dense = node_effects(
+        model, clean, corrupt, METRIC, dictionaries=dict.fromkeys(sites, Dense(sae)), **options
+    )
+    for site in sites:
+        assert dense.features[site].abs().max() > 1e-4
+        torch.testing.assert_close(sparse.features[site].dense(), dense.features[site], atol=1e-9, rtol=1e-7)
+        torch.testing.assert_close(sparse.errors[site], dense.errors[site], atol=1e-9, rtol=1e-7)
+        torch.testing.assert_close(sparse.mean(site), dense.features[site].mean(0), atol=1e-9, rtol=1e-7)
+    if method == "exact":
+        return
+    levels = [0.0, 1e-3, 1e-2, 10.0]
+    curves = [
+        circuit_curve(
+            model, clean, corrupt, METRIC, effects, dictionaries=dict.fromkeys(sites, each), thresholds=levels
+        )
+        for effects, each in ((sparse, sae), (dense, Dense(sae)))
+    ]
+    assert curves[0].nodes == curves[1].nodes and len(set(curves[0].nodes)) > 2
+    for which in ("faithfulness", "completeness"):
+        a, b = (torch.tensor(getattr(curve, which)) for curve in curves)
+        torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-6)
+
+
+def test_a_wide_dictionary_costs_what_is_active(monkeypatch):
+    """No tensor of batch x positions x latents is made, in the effects or in the curve; the encoder works in chunks of rows."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from lineament.dictionaries.topk import select
+
+    sizes = [0]
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            made = [
+                each
+                for each in (out if isinstance(out, (tuple, list)) else [out])
+                if isinstance(each, torch.Tensor)
+            ]
+            sizes.extend(each.untyped_storage().nbytes() for each in made)
+            return out
+
+    monkeypatch.setattr(select, "BYTES", 2**21)
+    model, (clean, corrupt) = tiny("gpt2"), prompts(batch=24, length=16)
+    width, site = 20000, "transformer.h.0"
+    sae, metric = sparse_dictionary("TopK", count=width).float(), logit_difference([5] * 24, [8] * 24)
+    with Sizes():
+        effects = node_effects(model, clean, corrupt, metric, dictionaries={site: sae})
+        circuit_curve(
+            model, clean, corrupt, metric, effects, dictionaries={site: sae}, thresholds=[0.0, 1e-2]
+        )
+    dense = 24 * 16 * width * 4
+    assert max(sizes) <= dense / 10, (max(sizes), dense)

@@ -279,19 +279,47 @@ def test_a_file_that_is_cut_off(cut, zipped, tmp_path):
         loaded_as(path)
 
 
-@pytest.mark.parametrize("form", ["weights", "module", "script", "empty"])
+@pytest.mark.parametrize("form", ["weights", "module", "empty"])
 def test_a_checkpoint_given_as_the_model_is_told_how_a_factory_looks(form, tmp_path):
     path = tmp_path / "best.pth"
-    if form == "script":
-        torch.jit.script(network()).save(path)
-    else:
-        torch.save({"weights": {"state_dict": STATE}, "module": network(), "empty": {}}[form], path)
+    torch.save({"weights": {"state_dict": STATE}, "module": network(), "empty": {}}[form], path)
     with pytest.raises(InputError) as caught:
         load_model(str(path))
     text = str(caught.value)
     assert "'net.py:make'" in text and "def make():" in text and "`weights`" in text
-    said = {"weights": "7 tensors", "module": "Sequential", "script": "torch.jit.load", "empty": "no tensors"}
+    said = {"weights": "7 tensors", "module": "Sequential", "empty": "no tensors"}
     assert said[form].replace("7", str(len(STATE))) in text
+
+
+def test_a_torchscript_archive_given_as_the_model_runs(tmp_path):
+    x = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    torch.jit.script(network().eval()).save(tmp_path / "net.pt")
+    found = load_model(str(tmp_path / "net.pt"))
+    with torch.no_grad():
+        assert torch.allclose(found.model(x), network().eval()(x), atol=1e-6)
+    assert found.kind == "script" and "TorchScript archive" in found.notes[0]
+    with pytest.raises(InputError, match="brings its own weights"):
+        load_model(str(tmp_path / "net.pt"), weights=tmp_path / "net.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "net.pt").read_bytes()[:-300])
+    with pytest.raises(InputError, match=r"cut\.pt"):
+        load_model(str(tmp_path / "cut.pt"))
+
+
+def test_an_onnx_file_runs_or_says_what_is_missing(tmp_path, monkeypatch):
+    (tmp_path / "net.onnx").write_bytes(b"no protocol buffer")
+    monkeypatch.setitem(__import__("sys").modules, "onnx2torch", None)
+    with pytest.raises(InputError, match=r"install lineament\[onnx\]"):
+        load_model(str(tmp_path / "net.onnx"))
+    monkeypatch.undo()
+    pytest.importorskip("onnx2torch")
+    with pytest.raises(InputError, match="cannot be converted from ONNX"):
+        load_model(str(tmp_path / "net.onnx"))
+    x = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    torch.onnx.export(network().eval(), (x,), tmp_path / "good.onnx")
+    with torch.no_grad():
+        assert torch.allclose(
+            load_model(str(tmp_path / "good.onnx")).model(x), network().eval()(x), atol=1e-5
+        )
 
 
 def test_scripted_weights_are_exported_as_the_message_says(tmp_path, monkeypatch):

@@ -16,9 +16,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from lineament.audit.phrases import compact, percent, points, wilson
+from lineament.audit.phrases import compact, percent, points
 from lineament.audit.preprocessing import Preprocessing, better_preprocessing
 from lineament.audit.subject import Subject
+from lineament.core.statistics.shares import wilson
 from lineament.report.figures import picture, shades
 from lineament.report.outcome import Table
 from lineament.report.section import Finding, Picture, Section
@@ -276,8 +277,7 @@ def _class_findings(found: Classes) -> list[Finding]:
         told.append(
             Finding(
                 "warning",
-                f"With {other.name} it would be right for {percent(other.accuracy)} instead of {percent(other.now)} of {other.count} samples (95 % interval {percent(other.low)} to "
-                f"{percent(other.high)}; the best of {other.tried} tried): samples do not reach it as they did in training.",
+                f"{other.words}: samples do not reach it as they did in training.",
                 advice="Give the normalisation of its training (`normalize`), or store the samples as they were then, and audit again: until then no other number means anything.",
                 key="preprocessing",
             )

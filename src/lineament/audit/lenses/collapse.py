@@ -2,7 +2,7 @@
 
 Neural collapse (Papyan et al. 2020; Tirer et al. 2022, arXiv 2210.16658): NC1~ is the variance within classes in units of that
 between them, NC2 the distance of the class means from a simplex, NC4 how often the network differs from the nearest class mean. All samples
-are measured, and again either half of each class, whose differences are the errors.
+are measured, and again without each sixth of them, whose differences give the errors, and on either half of each class.
 """
 
 from __future__ import annotations
@@ -11,14 +11,19 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lineament.audit.estimates import Estimate, halves
-from lineament.audit.phrases import compact, percent, short, wilson
+from lineament.audit.estimates import Estimate, halved, joined, split, without
+from lineament.audit.phrases import compact, percent, short
 from lineament.audit.subject import Subject
-from lineament.measure.collapse.profile import collapse
+from lineament.core.statistics.shares import wilson
+from lineament.measure.collapse.metrics import CollapseMeter
+from lineament.measure.collapse.profile import collapse, pooled
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
 from lineament.report.section import Finding, Section
@@ -36,7 +41,7 @@ _FEW = 10
 class Layer:
     """Neural collapse at one site; ``None`` where it cannot be measured.
 
-    ``halves`` are NC1~ of either half of the samples, and ``error`` the larger distance of these from ``nc1_tilde``.
+    ``halves`` are NC1~ of either half of the samples, and ``error`` is half the width of its 95 % interval.
     """
 
     site: str
@@ -78,31 +83,36 @@ def look(subject: Subject) -> Section:
     # Classes without a sample have no mean; the others are numbered anew, and NC3, which needs all, is left out.
     numbered = replace(subject, samples=replace(subject.samples, targets=labels))
     rows = torch.arange(len(subject))
-    parts = [] if subject.fixed_batch else halves(rows, subject.seed, labels)
+    parts = split(rows, subject.seed, labels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        found, *again = (
-            collapse(subject.model, numbered.batches(part), sites=list(subject.sites))
-            for part in (rows, *parts)
-        )
-    layers = []
-    for site, m in found.metrics.items():
-        spread = Estimate.of(lambda profile: profile[site].nc1_tilde, found, again)  # noqa: B023
-        layers.append(
-            Layer(
-                site,
-                m.nc1_tilde,
-                spread.error,
-                spread.halves,
-                m.nc1,
-                m.nc2,
-                m.nc3 if every else None,
-                m.nc4 if every else None,
-                m.cdnv,
-                m.nearest_mean_accuracy,
-                None if m.nc4 is None or not every else 1 - m.nc4,
+        found = collapse(subject.model, numbered.batches(rows), sites=list(subject.sites))
+        again = _parts(subject, parts, labels)
+        layers = []
+        for site, m in found.metrics.items():
+            meters = [part[site] for part in again]
+            spread = Estimate.of(
+                lambda some: m.nc1_tilde if some is None else reduce(add, some).compute().nc1_tilde,  # noqa: B023
+                None,
+                without(meters),
+                halved(meters),
+                left_out=True,
             )
-        )
+            layers.append(
+                Layer(
+                    site,
+                    m.nc1_tilde,
+                    spread.error,
+                    spread.halves,
+                    m.nc1,
+                    m.nc2,
+                    m.nc3 if every else None,
+                    m.nc4 if every else None,
+                    m.cdnv,
+                    m.nearest_mean_accuracy,
+                    None if m.nc4 is None or not every else 1 - m.nc4,
+                )
+            )
     each = len(labels) / len(present)
     measured = Collapse(
         layers,
@@ -110,12 +120,12 @@ def look(subject: Subject) -> Section:
         found.samples,
         len(present),
         each < _FEW,
-        [subject.samples.index[part].tolist() for part in parts],
+        [subject.samples.index[joined(half)].tolist() for half in halved(parts)],
     )
     last, first = layers[-1], layers[0]
     value = last.nc1_tilde
     sentence = (
-        f"Over {found.samples:,} samples of {len(present)} classes{', and again over either half of each class' if parts else ''}: at the last place looked at ({short(last.site, 40)}), features "
+        f"Over {found.samples:,} samples of {len(present)} classes{', and again without each sixth of them' if parts else ''}: at the last place looked at ({short(last.site, 40)}), features "
         f"{_how(last)}: their variance within classes is {_estimate(last)} times that between class means ({_estimate(first)} at the first, {short(first.site, 40)}). "
     )
     if last.nearest_mean_accuracy is not None:
@@ -136,7 +146,7 @@ def look(subject: Subject) -> Section:
         pictures=[_by_depth(layers)],
         tables=[
             Table(
-                f"Neural collapse by place over {found.samples:,} samples, in depth order (NC1~: variance within / between classes; error: the larger distance of the halves' NC1~; NC1: the same, direction by direction; "
+                f"Neural collapse by place over {found.samples:,} samples, in depth order (NC1~: variance within / between classes; error: half the width of its 95 % interval, which is what many more such samples would give; NC1: the same, direction by direction; "
                 "NC2: distance of the class means from a simplex; NC4: answers that are not the nearest class mean)",
                 ("place", "NC1~", "error", "NC1", "NC2", "NC4", "nearest mean right"),
                 [
@@ -156,6 +166,24 @@ def look(subject: Subject) -> Section:
         numbers=plain(measured),
         findings=[_finding(measured)],
     )
+
+
+def _parts(subject: Subject, parts: Sequence[Tensor], labels: Tensor) -> list[dict[str, CollapseMeter]]:
+    """What each part of the samples gives at each site, to be added."""
+    meters = [{site: CollapseMeter(scatter=False) for site in subject.sites} for _ in parts]
+    if not parts:
+        return meters
+    part_of = torch.empty(len(labels), dtype=torch.long)
+    for number, part in enumerate(parts):
+        part_of[part] = number
+    rows = torch.arange(len(labels))
+    for at, acts in zip(subject.parts(rows), subject.activations(rows, "collapse, part by part")):
+        for site, features in acts.items():
+            vectors, which = pooled(features), part_of[at]
+            for number in which.unique().tolist():
+                mine = which == number
+                meters[number][site].update(vectors[mine.to(vectors.device)], labels[at][mine])
+    return meters
 
 
 _KINDS = (

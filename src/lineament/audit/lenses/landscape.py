@@ -2,7 +2,8 @@
 
 The spectral density of the Hessian (stochastic Lanczos quadrature), its ends, its trace, the criteria r_e and K_H0.5 made of it
 (Gabdullin 2024, arXiv 2412.10146), the gradient beside its own sampling noise, and the plane along the two directions of largest curvature. As many samples as half a minute
-allows; each number is measured again on either half of them, and nothing is said that a half contradicts. Batch norm keeps its running statistics, as
+allows; each number is measured again on sixths of them, whose spread is its error, and on either half; nothing is said
+that a half contradicts. Batch norm keeps its running statistics, as
 the network is used; eigenvectors put no weight on directions that only change the scale of what batch norm undoes.
 """
 
@@ -11,15 +12,16 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lineament.audit.estimates import Estimate
+from lineament.audit.estimates import PARTS, Estimate, halved, interval, joined
 from lineament.audit.phrases import compact, percent
 from lineament.audit.subject import Subject
 from lineament.core.checks import NoGradientError
@@ -68,7 +70,8 @@ class Curvature:
     """The spectrum of the Hessian over some samples: its ends, its trace, its density, the criteria made of it, the loss around.
 
     ``settled``: whether it is a minimum, ``None`` where these samples do not tell; ``why``: what is against it, or what they leave open.
-    ``errors`` and ``halves`` are of the numbers by name; ``rows`` the samples of each half, by their numbers in the data.
+    ``errors`` (half the width of a 95 % interval) and ``halves`` are of the numbers by name; ``rows`` the samples of each half and ``parts`` of each
+    part, by their numbers in the data.
     """
 
     top: float
@@ -93,6 +96,7 @@ class Curvature:
     weights: int
     samples: int
     rows: Sequence[Sequence[int]]
+    parts: Sequence[Sequence[int]]
     steps: int
     probes: int
     density: Density
@@ -136,7 +140,7 @@ def _look(subject: Subject) -> Section:
     if not names:
         return _no_gradients()
     count, steps, seconds = _affordable(subject, names, order, unit)
-    parts = _halves(order[:count], unit)
+    parts = _parts(order[:count], unit)
     rows = torch.cat(parts)
     loss = float(subject.losses(subject.outputs[rows].double(), subject.targets[rows]).mean())
     if loss < _rounding(subject):
@@ -147,20 +151,22 @@ def _look(subject: Subject) -> Section:
     size = pooled.shape[0]
     if found.top == found.bottom == 0 and not _linear(subject, names, rows):
         return _no_gradients()
-    # The same probes on each half, so that differences are the samples'.
-    halves = [
-        replace(spectrum(o, steps=steps, probes=_PROBES, seed=subject.seed), vectors=found.vectors[:, :0])
-        for o in (operators if len(parts) > 1 else [])
-    ]
+    # The same probes on each part and half, so that differences are the samples'.
+    several = list(zip(operators, map(len, parts))) if len(parts) > 1 else []
+    each, halves = (
+        [_again(part, subject.seed, steps) for part in some]
+        for some in ([[one] for one in several], halved(several))
+    )
     around = _around(subject, found, tuple(operators[0].names), rows, seconds / len(rows))
-    del operators, pooled
+    del operators, pooled, several
     gradient = _gradient(subject, names, rows, unit)
-    return _section(subject, found, halves, gradient, around, parts, loss, size, missed)
+    return _section(subject, found, each, halves, gradient, around, parts, loss, size, missed)
 
 
 def _section(
     subject: Subject,
     found: Spectrum,
+    each: list[Spectrum],
     halves: list[Spectrum],
     gradient: MeanGradient | None,
     around: Plane | None,
@@ -170,16 +176,21 @@ def _section(
     missed: int,
 ) -> Section:
     rows = torch.cat(parts)
-    made = {id(each): criteria(each.density) for each in (found, *halves)}
+    made = {id(some): criteria(some.density) for some in (found, *each, *halves)}
     own, nodes = made[id(found)], found.density.nodes.double()
-    flats = found.flat_shares()
+
+    def estimate(measure: Callable[[Spectrum], float], method: float) -> Estimate:
+        return Estimate.of(measure, found, each, halves, left_out=False, method=method)
+
     estimates = {
-        "top": Estimate.of(lambda s: s.top, found, halves, float(found.residuals[0])),
-        "bottom": Estimate.of(lambda s: s.bottom, found, halves, float(found.residuals[-1])),
-        "trace": Estimate.of(lambda s: s.trace, found, halves, found.trace_error),
-        "flat_share": Estimate.of(lambda s: float(s.flat_shares().mean()), found, halves, _spread(flats)),
-        "re": Estimate.of(_reach, found, halves, _spread((nodes.amin(-1) / nodes.amax(-1)).clamp(max=0))),
-        "k": Estimate.of(lambda s: float(made[id(s)].k.mean()), found, halves, _spread(own.k)),
+        "top": estimate(lambda s: s.top, float(found.residuals[0])),
+        "bottom": estimate(lambda s: s.bottom, float(found.residuals[-1])),
+        "trace": estimate(lambda s: s.trace, interval(found.traces)),
+        "flat_share": estimate(
+            lambda s: float(s.flat_shares().mean()), interval(found.flat_shares().tolist())
+        ),
+        "re": estimate(_reach, interval((nodes.amin(-1) / nodes.amax(-1)).clamp(max=0).tolist())),
+        "k": estimate(lambda s: float(made[id(s)].k.mean()), interval(own.k.tolist())),
     }
     constant, accuracy, chance = _without_learning(subject, rows)
     loss = loss if gradient is None else gradient.loss
@@ -206,14 +217,15 @@ def _section(
         gradient_parts=0 if gradient is None else gradient.parts,
         weights=size,
         samples=len(rows),
-        rows=[subject.samples.index[part].tolist() for part in parts],
+        rows=[subject.samples.index[joined(half)].tolist() for half in halved(parts) or [parts]],
+        parts=[subject.samples.index[part].tolist() for part in parts],
         steps=found.density.nodes.shape[1],
         probes=_PROBES,
         density=found.density,
         criteria=own,
         plane=around,
     )
-    over = _over(subject, len(rows), len(halves))
+    over = _over(subject, len(rows), len(parts))
     if found.top == found.bottom == 0:
         sentence = f"{over}, none of {size:,} weight directions has any curvature. {own.meaning}"
         text = "Its loss on these samples has no curvature at all: small changes of the weights do not matter to it, or only in a straight line."
@@ -249,11 +261,11 @@ def _section(
     )
 
 
-def _over(subject: Subject, count: int, halves: int) -> str:
+def _over(subject: Subject, count: int, parts: int) -> str:
     of = f" of {len(subject):,}" if count < len(subject) else ""
     how = (
-        ", and again over either half of them"
-        if halves
+        f", and again over {parts} parts of them"
+        if parts > 1
         else ", which are one batch, so that errors are of the method only"
     )
     return f"Over {count:,}{of} samples{how}"
@@ -369,7 +381,7 @@ def _table(found: Curvature, estimates: dict[str, Estimate]) -> Table:
     if found.gradient_norm is not None:
         rows.append(("norm of the gradient", found.gradient_norm, found.gradient_noise, None, None))
     return Table(
-        f"Curvature over {found.samples:,} samples, with batch norm as it is used (error: the larger of the halves' distance and of what probes or solver leave open; "
+        f"Curvature over {found.samples:,} samples, with batch norm as it is used (error: half the width of a 95 % interval over samples and probes, from sixths of the samples; "
         "of the middle eigenvalues the solver's alone, of the gradient its sampling noise)",
         ("quantity", "value", "error", "first half", "second half"),
         rows,
@@ -402,10 +414,12 @@ def _affordable(subject: Subject, names: list[str], order: Tensor, unit: int) ->
     """For how many samples all products fit the time, how many Lanczos steps, and the seconds of a product: measured, not reckoned."""
     most = min(len(order), _MOST) // unit * unit
     count = min(max(_FEWEST, 2 * unit), most)
-    # The halves together cost as much as all samples.
-    products = 2 * (_PROBES * _STEPS + 5 * _PROBES)
+    # The sixths together cost as much as all samples, and so do the halves.
+    products = 3 * (_PROBES * _STEPS + 5 * _PROBES)
     while True:
-        operator = hessian(subject.model, subject.loss, subject.batches(order[:count]), params=names)
+        parts = _parts(order[:count], unit)
+        operators = [hessian(subject.model, subject.loss, subject.batches(p), params=names) for p in parts]
+        operator = Pooled(operators, [len(part) for part in parts])
         vector = torch.ones(operator.shape[0], dtype=operator.dtype, device=operator.device)
         times: list[float] = []
         # The first makes the graphs; of the others the fastest, since what else runs on the machine only slows a product down.
@@ -423,9 +437,17 @@ def _affordable(subject: Subject, names: list[str], order: Tensor, unit: int) ->
         count = fit // unit * unit
 
 
-def _halves(order: Tensor, unit: int) -> list[Tensor]:
-    half = len(order) // 2 // unit * unit
-    return [part.sort().values for part in ((order[:half], order[half:]) if half else (order,))]
+def _parts(order: Tensor, unit: int) -> list[Tensor]:
+    """Disjoint parts of about as many samples, of whole batches where the model takes no others."""
+    units = len(order) // unit
+    count = max(min(PARTS, units), 1)
+    ends = [number * units // count * unit for number in range(count)] + [len(order)]
+    return [order[start:end].sort().values for start, end in pairwise(ends)]
+
+
+def _again(part: list[tuple[Any, int]], seed: int, steps: int) -> Spectrum:
+    found = spectrum(Pooled(*zip(*part)), steps=steps, probes=_PROBES, seed=seed)
+    return replace(found, vectors=found.vectors[:, :0])
 
 
 def _gradient(subject: Subject, names: list[str], rows: Tensor, unit: int) -> MeanGradient | None:
@@ -585,11 +607,6 @@ def _figure(density: Density, values: Sequence[float]) -> Picture:
         caption="How many weight directions have which curvature: a high peak at zero means that most directions hardly change the loss.",
         alt=f"Spectral density of the Hessian between {compact(min(values))} and {compact(max(values))}, with most of its weight near zero.",
     )
-
-
-def _spread(values: Tensor) -> float:
-    values = values.double()
-    return float(values.std()) if len(values) > 1 else math.nan
 
 
 def _or_none(value: float | None) -> float | None:

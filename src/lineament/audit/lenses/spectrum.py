@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lineament.audit.estimates import Estimate, halves
+from lineament.audit.estimates import Estimate, halved, joined, split, without
 from lineament.audit.phrases import compact, percent, short
 from lineament.audit.subject import Subject
 from lineament.measure.collapse.profile import pooled
@@ -26,6 +26,7 @@ from lineament.report.text import plain
 TITLE = "How many directions do its features use?"
 HELP = "how many directions its features use, layer by layer"
 ORDER = 40
+DENSE = True
 METHOD = "effective-rank"
 SOURCE = ("RankMe: effective rank of learned features", 2022, "2210.02885")
 _MOST = 1000
@@ -35,7 +36,7 @@ _MOST = 1000
 class Dimensions:
     """Effective dimensions of a site's units, and how many never vary (silent) or nearly copy another (doubled).
 
-    ``halves`` are the effective ranks of either half of the samples, and ``error`` the larger distance of these from ``effective_rank``.
+    ``halves`` are the effective ranks of either half of the samples, and ``error`` is half the width of its 95 % interval.
     """
 
     site: str
@@ -81,35 +82,51 @@ def look(subject: Subject) -> Section:
         for site, x in acts.items():
             gathered[site].append(pooled(x.float()).cpu())
     features = {site: torch.cat(parts) for site, parts in gathered.items()}
-    parts = halves(torch.arange(len(rows)), subject.seed)
-    again = [[dimensions(x[part], site) for site, x in features.items()] for part in parts]
+    parts = split(torch.arange(len(rows)), subject.seed)
+    halves = halved(parts)
+    less, again = (
+        [[dimensions(x[joined(part)], site) for site, x in features.items()] for part in some]
+        for some in (without(parts), halves)
+    )
     layers = []
     for number, (site, x) in enumerate(features.items()):
         found = dimensions(x, site)
-        spread = Estimate.of(lambda d: d.effective_rank, found, [half[number] for half in again])
+        spread = Estimate.of(
+            lambda d: d.effective_rank,
+            found,
+            [some[number] for some in less],
+            [half[number] for half in again],
+            left_out=True,
+        )
         layers.append(replace(found, error=spread.error, halves=spread.halves))
     last = layers[-1]
     share = last.effective_rank / max(min(last.units, last.samples - 1), 1)
-    idle = Estimate.of(_idle, layers, again)
+    idle = Estimate.of(_idle, layers, less, again, left_out=True)
     found = Spectrum(
         layers,
         len(rows),
         share,
-        [subject.samples.index[rows[part]].tolist() for part in parts],
+        [subject.samples.index[rows[joined(half)]].tolist() for half in halves],
         idle.value,
         idle.halves,
     )
     classes = subject.outputs.shape[1] if subject.task == "classification" else None
     of = f" of {len(subject):,}" if len(rows) < len(subject) else ""
-    dims = Estimate.of(lambda ds: float(ds[-1].dims90), layers, again)
+    dims = Estimate.of(lambda ds: float(ds[-1].dims90), layers, less, again, left_out=True)
     sentence = (
-        f"Over {len(rows):,}{of} samples, and again over either half of them, maps averaged over their positions: at the last place ({short(last.site, 40)}), {last.units} units behave like "
+        f"Over {len(rows):,}{of} samples, and again without each sixth of them, maps averaged over their positions: at the last place ({short(last.site, 40)}), {last.units} units behave like "
         f"{_estimate(last)} independent directions; {dims.words()} directions hold 90 % of the variance"
         + (f", for {classes} classes. " if classes else ". ")
     )
     total = sum(layer.units for layer in layers)
     silent, doubled = (
-        Estimate.of(lambda ds: sum(getattr(d, kind) for d in ds) / total, layers, again)  # noqa: B023
+        Estimate.of(
+            lambda ds: sum(getattr(d, kind) for d in ds) / total,  # noqa: B023
+            layers,
+            less,
+            again,
+            left_out=True,
+        )
         for kind in ("silent", "doubled")
     )
     sentence += f"Of all {total} units looked at, {silent.words(percent)} never vary on these samples and {doubled.words(percent)} almost copy another (correlation above 0.95)."
@@ -122,7 +139,7 @@ def look(subject: Subject) -> Section:
         pictures=[_figure(layers)],
         tables=[
             Table.of(
-                f"Dimension by place over {len(rows):,} samples, in depth order (error: the larger distance of the halves' effective rank)",
+                f"Dimension by place over {len(rows):,} samples, in depth order (error: half the width of the effective rank's 95 % interval, which is what many more such samples would give)",
                 {
                     "place": "site",
                     "units": "units",

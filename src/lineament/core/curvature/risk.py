@@ -7,7 +7,6 @@ which holds four bytes a weight as long as the risk lives: what a second derivat
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,9 +29,11 @@ from lineament.core.models import (
     moved,
     ordinary,
     plain_name,
+    rows_in,
     unwrapped,
     widened,
 )
+from lineament.core.sites.naming import crossing, matching
 
 T = TypeVar("T")
 
@@ -115,13 +116,13 @@ class Risk:
         """The data, in the loader's order, in parts of at most ``chunk`` samples."""
         index = 0
         for inputs, targets in self._batches():
-            total = _length(inputs)
+            total = rows_in(inputs)
             step = self.chunk or total
             for start in range(0, total, step):
                 part = slice(start, start + step)
                 whole = step >= total
                 x, y = (inputs, targets) if whole else (_sliced(inputs, part), _sliced(targets, part))
-                yield Chunk(index, x, y, _length(x))
+                yield Chunk(index, x, y, rows_in(x))
                 index += 1
         checks.require(index > 0, "loader: it is empty; expected at least one (inputs, targets) batch")
 
@@ -261,7 +262,7 @@ class Risk:
                 raise checks.InputError(
                     f"loader: it yields {checks.show(batch)}, expected (inputs, targets) pairs"
                 )
-            if _length(batch[0]) > 0:
+            if rows_in(batch[0]) > 0:
                 yield tuple(widened(ordinary(moved(part, device))) for part in batch)
 
 
@@ -277,11 +278,11 @@ def chosen_parameters(model: nn.Module, params: str | Sequence[str] | None) -> l
     else:
         patterns = [plain_name(p, known) for p in ([params] if isinstance(params, str) else params)]
         for pattern in patterns:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in known):
-                raise checks.InputError(
-                    f"params: {pattern!r} names no parameter{checks.suggest(pattern, known)}"
-                )
-        found = [n for n in known if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
+            if not matching(pattern, known):
+                hint = crossing(pattern, known) or checks.suggest(pattern, known)
+                raise checks.InputError(f"params: {pattern!r} names no parameter{hint}")
+        wanted = {name for pattern in patterns for name in matching(pattern, known)}
+        found = [name for name in known if name in wanted]
     if not found:
         refuse_quantised(model)
         raise checks.InputError("params: the model has no parameter that asks for gradients")
@@ -336,12 +337,6 @@ def _address(tensor: Tensor) -> int:
 def _finite(tensor: Tensor, total: Tensor) -> bool:
     # A finite sum needs one pass and no memory; the exact test is for a sum that overflows.
     return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor.detach()).all())
-
-
-def _length(inputs: Any) -> int:
-    if isinstance(inputs, Mapping):
-        return len(next(iter(inputs.values())))
-    return len(inputs[0]) if isinstance(inputs, (tuple, list)) else len(inputs)
 
 
 def _sliced(inputs: Any, part: slice) -> Any:

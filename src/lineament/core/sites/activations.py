@@ -3,7 +3,7 @@
 A **site** is a module's name as ``named_modules()`` gives it, with ``:in`` or ``:out`` (the default) for the side:
 ``"layer4"``, ``"layer4:in"``; ``""`` is the model's own output and ``":in"`` its input. ``*``, ``?`` and ``[...]`` are
 globs (``"h.*.mlp"``; ``*`` stops at a dot, ``**`` crosses it; ``"**"`` is everything). Attention blocks of known families have ``:q``, ``:k``, ``:v`` and
-``:z``, (batch, position, head, size), and single heads, ``"h.0.attn:z[3]"`` (see :mod:`lineament.core.sites.heads`).
+``:z``, (batch, position, head, size), single heads, ``"h.0.attn:z[3]"``, and with eager attention ``:pattern``, the probabilities (batch, head, query, key) (see :mod:`lineament.core.sites.heads`).
 
 What is recorded is a copy made when it passes, so that no in-place operation further on (``nn.ReLU(inplace=True)``,
 ``out += identity``) changes it; a copy costs little beside the module that made the values. Inside the blocks
@@ -186,7 +186,7 @@ def capture(
     """Record what passes at some sites while the block runs; every new forward of ``model`` starts afresh.
 
     A site whose module takes or returns a tuple, a dict or a dataclass gives its first tensor (``last_hidden_state``,
-    ``logits``). A module that runs twice has two :meth:`Activations.calls`. All hooks are removed at the end, also
+    ``logits``), and sequences of several lengths come padded with zeros to the longest. A module that runs twice has two :meth:`Activations.calls`. All hooks are removed at the end, also
     after an exception; what was recorded stays readable.
 
     Args:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from lineament.core.models import frozen, takes_hooks
+from lineament.core.models import called, frozen, takes_hooks
 from lineament.core.sites.hooks import eagerly
 
 _PRODUCTS = (
@@ -34,11 +34,11 @@ class _Step:
 
 
 class _Flow(TorchFunctionMode):
-    def __init__(self, data: Tensor):
+    def __init__(self, data: Any):
         super().__init__()
         # Everything stays alive, so that no memory and no identity is used twice.
         self.steps: list[_Step] = []
-        self.known = {id(data): data}
+        self.known = {id(t): t for t in _tensors(data)}
         self.around: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -61,7 +61,7 @@ def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def last_features(model: nn.Module, example: Tensor) -> tuple[str, tuple[str, ...]] | None:
+def last_features(model: nn.Module, example: Any) -> tuple[str, tuple[str, ...]] | None:
     """The site whose tensor the last layer reads, and the modules that layer runs in; ``None`` where no layer is seen.
 
     >>> last_features(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2), nn.Softmax(1)), torch.zeros(2, 4))
@@ -95,7 +95,7 @@ def last_features(model: nn.Module, example: Tensor) -> tuple[str, tuple[str, ..
                 for hook in (module.register_forward_pre_hook(enter(name), with_kwargs=True), module.register_forward_hook(leave(name), with_kwargs=True)):  # fmt: skip
                     stack.callback(hook.remove)
         with flow:
-            output = model(example)
+            output = called(model, example)
     head = _last_product(flow, _tensors(output))
     if head is None or head.head is None:
         return None

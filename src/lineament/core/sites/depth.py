@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lineament.core.models import frozen, takes_hooks
+from lineament.core.models import called, frozen, rows_in, takes_hooks
 from lineament.core.sites.activations import capture
 from lineament.core.sites.data_flow import last_features
 from lineament.core.sites.main_tensor import find
@@ -19,7 +20,7 @@ _ACTIVATIONS = (
 )  # fmt: skip
 
 
-def default_sites(model: nn.Module, example: Tensor, most: int = 8) -> tuple[str, ...]:
+def default_sites(model: nn.Module, example: Any, most: int = 8) -> tuple[str, ...]:
     """Up to ``most`` sites in depth order: the outputs of the blocks, and last the input of the head.
 
     Blocks are modules numbered in a row (``layer.0``, ``layer.1``) or, in a plain network, its activations or layers.
@@ -68,7 +69,7 @@ def layer_kind(module: nn.Module) -> str:
     return {2: "linear", 4: "convolution"}.get(weight.ndim, "")
 
 
-def _ran_once(model: nn.Module, example: Tensor) -> list[str]:
+def _ran_once(model: nn.Module, example: Any) -> list[str]:
     """The modules that ran once and returned floating-point rows, one a sample, in the order in which they finished."""
     calls: Counter[str] = Counter()
     ran: list[str] = []
@@ -79,7 +80,7 @@ def _ran_once(model: nn.Module, example: Tensor) -> list[str]:
             found = find(output)
             if found is None or not found[1].is_floating_point():
                 return
-            if found[1].ndim >= 2 and len(found[1]) == len(example):
+            if found[1].ndim >= 2 and len(found[1]) == rows_in(example):
                 ran.append(name)
 
         return seen
@@ -88,7 +89,7 @@ def _ran_once(model: nn.Module, example: Tensor) -> list[str]:
         for name, module in model.named_modules():
             if name and takes_hooks(module):
                 hooks.callback(module.register_forward_hook(hook(name)).remove)
-        model(example)
+        called(model, example)
     return [name for name in ran if calls[name] == 1]
 
 
@@ -97,10 +98,10 @@ def _composite(module: nn.Module) -> bool:
     return any(True for _ in module.children()) and any(True for _ in module.parameters())
 
 
-def _passes_on(model: nn.Module, example: Tensor, block: str, last: str) -> bool:
+def _passes_on(model: nn.Module, example: Any, block: str, last: str) -> bool:
     """Whether what a block returns is, unchanged, what the head reads: one place, not two."""
     with frozen(model), torch.no_grad(), capture(model, [block, last]) as acts:
-        model(example)
+        called(model, example)
     given, taken = acts[block], acts[last]
     return given.shape == taken.shape and torch.equal(given, taken)
 

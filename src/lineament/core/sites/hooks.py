@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lineament.core.checks import InputError, show
+from lineament.core.checks import InputError, require, show
 from lineament.core.sites import main_tensor
+from lineament.core.sites.heads import attention_pattern
 from lineament.core.sites.naming import Site, resolve
 
 # What a hook does at a site, by its rank: hooks of one module run in this order, and those of one rank as they were set.
@@ -77,6 +78,10 @@ def _hooked(model: nn.Module, functions: Functions, rank: int) -> Iterator[None]
         for where, function in functions.items():
             places = [where] if isinstance(where, Site) else resolve(model, where).values()
             for site in places:
+                require(
+                    rank == RECORD or site.side != "pattern",
+                    f"site {site.name!r}: the probabilities are mixed already when the block returns them; they can be recorded, and ':z' changed",
+                )
                 attach(site, function, stack, rank)
         stack.enter_context(eagerly())
         yield
@@ -96,19 +101,29 @@ def attach(
     """
 
     def see(value: Any) -> Any:
+        if site.side == "pattern":
+            pattern = attention_pattern(value)
+            if pattern is None:
+                raise InputError(
+                    f"site {site.name!r}: {type(site.module).__name__} returned no attention probabilities; fused attention computes none, so call "
+                    "model.set_attn_implementation('eager') first"
+                )
+            function(pattern)
+            return None
         found = main_tensor.find(value)
         if found is None:
             if otherwise is None:
                 raise InputError(f"site {site.name!r}: {show(value)} passed, which holds no tensor")
             otherwise(value)
             return None
-        path, tensor = found
+        path, passed = found
+        tensor = main_tensor.padded(passed)
         if site.view is None:
             new = function(tensor)
         else:
             new = function(site.view.read(tensor))
             new = None if new is None else site.view.write(tensor, new)
-        return None if new is None else main_tensor.put(value, path, new)
+        return None if new is None else main_tensor.put(value, path, main_tensor.as_ragged_as(passed, new))
 
     watch(site, see, stack, rank)
 

@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch  # noqa: F401, the examples use it
+import torch
 from torch import Tensor
 
 Path = tuple[Any, ...]
@@ -70,6 +70,24 @@ def put(value: Any, path: Path, tensor: Tensor) -> Any:
     changed = copy.copy(value)
     object.__setattr__(changed, key, put(getattr(value, key), rest, tensor))  # also where it is frozen
     return changed
+
+
+def padded(tensor: Tensor) -> Tensor:
+    """A tensor of sequences of several lengths (a ``TransformerEncoder`` makes one of a padding mask) with zeros up to the longest; others as they are."""
+    return torch.nested.to_padded_tensor(tensor, 0.0) if tensor.is_nested else tensor
+
+
+def as_ragged_as(tensor: Tensor, new: Tensor) -> Tensor:
+    """What stands for the padded form of a tensor, in the lengths of that tensor.
+
+    >>> old = torch.nested.nested_tensor([torch.zeros(1, 2), torch.zeros(3, 2)])
+    >>> [len(row) for row in as_ragged_as(old, padded(old) + 1).unbind()]
+    [1, 3]
+    """
+    if not tensor.is_nested or new.is_nested:
+        return new
+    rows = [row[tuple(map(slice, part.shape))] for row, part in zip(new, tensor.unbind())]
+    return torch.nested.as_nested_tensor(rows, layout=tensor.layout)
 
 
 def transforming() -> bool:

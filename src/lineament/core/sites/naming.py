@@ -1,7 +1,8 @@
 """What a site's name means: the module, the side of it, the attention head; and what the nearest names are.
 
 A name is that of ``named_modules()`` (without the ``_orig_mod`` of compiled models), a glob over such names, and a
-suffix: ``:in`` and ``:out`` for the sides, ``:q``, ``:k``, ``:v``, ``:z`` for the heads of an attention block, ``:z[3]`` for one.
+suffix: ``:in`` and ``:out`` for the sides, ``:q``, ``:k``, ``:v``, ``:z`` for the heads of an attention block, ``:z[3]`` for one, ``:pattern`` for
+its probabilities.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from lineament.core.checks import InputError, require, show, suggest
 from lineament.core.models import plain_name, unwrapped
 from lineament.core.sites.heads import PARTS, HeadView, head_view
 
-_SUFFIX = re.compile(r"^(?P<name>.*):(?P<side>in|out|[qkvz])(\[(?P<head>\d+)\])?$", re.DOTALL)
+_SUFFIX = re.compile(r"^(?P<name>.*):(?P<side>in|out|[qkvz]|pattern)(\[(?P<head>\d+)\])?$", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place in a network: a module, a side of it (``"in"`` or ``"out"``), and the head view where the site is one."""
+    """A place in a network: a module, a side of it (``"in"``, ``"out"`` or ``"pattern"``), and the head view where the site is one."""
 
     name: str
     module: nn.Module
@@ -121,10 +122,20 @@ def _resolve_one(pattern: str, modules: dict[str, nn.Module], configs: dict[str,
     head = int(match["head"]) if match and match["head"] else None
     ending = cleaned[len(name) :]
     names = [name] if name in modules else _matching(name, modules)
-    if side not in PARTS:
+    if side == "pattern" and head is None:
+        blocks = [each for each in names if head_view(modules[each], "z", configs[each])]
+        if blocks or not names:
+            return [Site(each + ending, modules[each], side) for each in blocks]
+    if side not in (*PARTS, "pattern"):
         require(head is None, f"sites: {pattern!r} has a head number, which belongs to :q, :k, :v or :z")
         return [Site(each + ending, modules[each], side) for each in names]
-    views = {each: head_view(modules[each], side, configs[each]) for each in names}
+    require(
+        side != "pattern" or head is None,
+        f"sites: {pattern!r} has a head number; :pattern has all heads, (batch, head, query, key)",
+    )
+    views = {
+        each: None if side == "pattern" else head_view(modules[each], side, configs[each]) for each in names
+    }
     found = {each: view for each, view in views.items() if view is not None}
     if names and not found:
         known = [each for each in modules if head_view(modules[each], "z", configs[each])]
@@ -145,6 +156,30 @@ def _matching(glob: str, modules: dict[str, nn.Module]) -> list[str]:
         if name and pattern.fullmatch(name):
             names.setdefault(id(module), name)
     return list(names.values())
+
+
+def matching(glob: str, names: Iterable[str]) -> list[str]:
+    """The names that a glob means, of modules or parameters: ``*`` stops at a dot and ``**`` crosses it, wherever the library takes globs.
+
+    >>> matching("layer4.*", ["layer4.bias", "layer4.0.bias"]), matching("layer4.**", ["layer4.bias", "layer4.0.bias"])
+    (['layer4.bias'], ['layer4.bias', 'layer4.0.bias'])
+    """
+    names = list(names)
+    if glob in names:
+        return [glob]
+    pattern = _pattern(glob)
+    return [name for name in names if pattern.fullmatch(name)]
+
+
+def crossing(glob: str, names: Iterable[str]) -> str:
+    """What to add to an error where a glob means nothing since its ``*`` stops at a dot, or ``""``.
+
+    >>> crossing("layer4.*", ["layer4.0.bias"])
+    "; '*' stops at a dot: 'layer4.**' would name 1"
+    """
+    wider = re.sub(r"\*+", "**", glob)
+    found = matching(wider, names) if wider != glob else []
+    return f"; '*' stops at a dot: {wider!r} would name {len(found)}" if found else ""
 
 
 def _pattern(glob: str) -> re.Pattern[str]:

@@ -19,7 +19,14 @@ from lineament.core import checks
 from lineament.core.batching import chunked
 from lineament.core.results import Readable, axes
 from lineament.explain.saliency.aggregation import resized, smoothed
-from lineament.explain.scores import check_targets, class_scores, differentiable, prepared, scores_of
+from lineament.explain.scores import (
+    check_targets,
+    class_scores,
+    differentiable,
+    prepared,
+    scores_of,
+    takes_signals,
+)
 
 Baseline = Literal["blur", "mean", "zero"]
 BASELINES = ("blur", "mean", "zero")
@@ -89,6 +96,7 @@ class DeletionInsertion(Readable):
         return ax
 
 
+@takes_signals
 @torch.inference_mode(False)
 def deletion_insertion(
     model: nn.Module,
@@ -106,7 +114,7 @@ def deletion_insertion(
     """Deletion and insertion curves of some maps, against random maps on the same images.
 
     Args:
-        images: a batch, as the model takes it.
+        images: a batch, as the model takes it; also signals (batch, channels, steps) and rows (batch, features), with maps (batch, 1, steps).
         maps: one for each image, of any size; brought to the images' size.
         targets: the explained class: one for each image, one for all, or ``None`` for what the model predicts.
         steps: how many equal shares of the pixels are taken one after the other.

@@ -21,7 +21,7 @@ from lineament.core.batching import chunked
 from lineament.core.results import Readable, axes
 from lineament.explain.faithfulness.deletion import Baseline, deletion_insertion, removed
 from lineament.explain.faithfulness.retraining import DiffROAR
-from lineament.explain.scores import class_scores, differentiable, prepared, scores_of
+from lineament.explain.scores import class_scores, differentiable, prepared, scores_of, takes_signals
 
 Explain = Callable[[Tensor], Tensor]
 PERTURBATIONS = ("removal", "noise")
@@ -49,6 +49,7 @@ class Infidelity(Readable):
         return ax
 
 
+@takes_signals
 @torch.inference_mode(False)
 def infidelity(
     model: nn.Module,
@@ -170,7 +171,8 @@ def sensitivity(
     >>> sensitivity(lambda x: 2 * x, torch.ones(1, 1, 2, 2), radius=0.1).largest.item() <= 0.1 + 1e-6
     True
     """
-    checks.tensor("images", images, shape=("batch", "channels", "height", "width"), floating=True)
+    checks.tensor("images", images, floating=True)
+    checks.require(images.ndim > 1, f"images: got {checks.show(images)}, expected (batch, ...)")
     checks.number("radius", radius, low=0, open_low=True)
     checks.number("samples", samples, low=1, integer=True)
     generator = torch.Generator().manual_seed(checks.number("seed", seed, integer=True))
@@ -241,6 +243,7 @@ class MapScores(Readable):
         return ax
 
 
+@takes_signals
 def score_maps(
     model: nn.Module,
     images: Float[Tensor, "batch channels height width"],

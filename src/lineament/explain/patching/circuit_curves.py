@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError, number, one_of, require, show
+from lineament.core.codes import Codes
 from lineament.core.models import frozen
 from lineament.core.results import Readable
+from lineament.explain.patching.active_nodes import kept_or_mean, mean_over_batch
 from lineament.explain.patching.circuit_nodes import NodeSites
 from lineament.explain.patching.circuits import NodeEffects
 from lineament.explain.patching.metrics import Metric
@@ -135,9 +137,12 @@ def circuit_curve(
     )
     with frozen(model):
         target, _ = nodes.values(nodes.runs.source_inputs)
-        means = {name: (f.mean(0), e.mean(0)) for name, (f, e) in target.items()}
+        means = {
+            name: (mean_over_batch(f) if isinstance(f, Codes) else f.mean(0), e.mean(0))
+            for name, (f, e) in target.items()
+        }
         full = float(nodes.run({}).mean())
-        everything = {name: effects.features[name].mean(0) for name in judged_sites}
+        everything = {name: effects.mean(name) for name in judged_sites}
         everything_e = {n: value.mean(0) for n, value in effects.errors.items() if n in everything}
 
         def judged(level: float | None, inside: bool) -> float:
@@ -217,6 +222,9 @@ def _ablation(
             f"effects: of {f_keep.shape[0]} positions at {name!r}, expected the {x.shape[1]} of these prompts",
         )
         f, e = nodes.parts(name, x)
+        if isinstance(f, Codes):
+            mixed = kept_or_mean(nodes.dictionaries[name], f, f_keep, f_mean)
+            return mixed + torch.where(e_keep, e, e_mean)
         keep = f_keep.repeat_interleave(f.shape[-1] // f_keep.shape[-1], -1)
         mixed = torch.where(keep, f, f_mean)
         return nodes.dictionaries[name].decode(mixed) + torch.where(e_keep, e, e_mean)

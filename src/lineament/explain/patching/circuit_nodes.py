@@ -20,7 +20,10 @@ from lineament.explain.patching.runs import Runs
 
 
 class Dictionary(Protocol):
-    """Whatever encodes activations (..., width) into features (..., count) and decodes them."""
+    """Whatever encodes activations (..., width) into features (..., count) and decodes them.
+
+    One that has ``codes`` and ``atoms`` too (:class:`lineament.core.codes.Dictionary`) is looked at through the features that are on, so that its size costs nothing.
+    """
 
     def encode(self, x: Tensor, /) -> Tensor: ...
     def decode(self, f: Tensor, /) -> Tensor: ...
@@ -109,21 +112,19 @@ class NodeSites:
     def exact(self, name: str) -> bool:
         return isinstance(self.dictionaries[name], Units)
 
-    def parts(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and error of an activation (batch, positions, width)."""
+    def parts(self, name: str, x: Tensor) -> tuple[Any, Tensor]:
+        """Features and error of an activation (batch, positions, width); the features are :class:`Codes` where the dictionary gives these."""
         dictionary = self.dictionaries[name]
         with torch.no_grad():
-            f = dictionary.encode(x)
+            f = dictionary.codes(x) if callable(getattr(dictionary, "codes", None)) else dictionary.encode(x)
             back = dictionary.decode(f)
             if back.shape != x.shape:
                 raise InputError(
                     f"dictionaries: {name!r} decodes to {show(back)}, expected the site's shape {tuple(x.shape)}"
                 )
-            return f, x - back
+            return f, (x - back).to(x.dtype)
 
-    def values(
-        self, inputs: Tensor, *, keep: bool = False
-    ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+    def values(self, inputs: Tensor, *, keep: bool = False) -> tuple[dict[str, tuple[Any, Tensor]], Tensor]:
         """Features and error at every site, and the metric."""
         seen, score = self.runs.values(inputs, self.sites.values(), keep=keep)
         return {name: self.parts(name, flat(seen[site.key])) for name, site in self.sites.items()}, score

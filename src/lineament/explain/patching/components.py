@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lineament.core.checks import InputError, one_of, require, show
 from lineament.core.models import unwrapped
+from lineament.core.sites.families import FAMILIES, blocks_of
 from lineament.core.sites.heads import PARTS, HeadView
 from lineament.core.sites.naming import Site, resolve
 from lineament.explain.patching.tracing import traced
@@ -36,52 +37,6 @@ KINDS = {
 DEFAULT = ("resid_pre", "attn_out", "mlp_out")
 # A choice of kinds, or for architectures that are not known {kind: glob, or (glob to read, glob to patch)}.
 Sites = str | Iterable[str] | Mapping[str, str | tuple[str, str]]
-
-_LLAMA = {
-    "blocks": "layers",
-    "attention": "self_attn",
-    "resid_mid": ("post_attention_layernorm:in", "self_attn"),
-    "attn_out": "self_attn",
-    "mlp_out": "mlp",
-    "neurons": "mlp.down_proj:in",
-    "attn_in": "input_layernorm:in",
-    "mlp_in": "post_attention_layernorm:in",
-    "final_in": "norm:in",
-}
-# Gemma 2 and 3 normalise what attention and MLP return before they add it.
-_GEMMA = {
-    **_LLAMA,
-    "resid_mid": ("pre_feedforward_layernorm:in", "post_attention_layernorm"),
-    "attn_out": "post_attention_layernorm",
-    "mlp_out": "post_feedforward_layernorm",
-    "mlp_in": "pre_feedforward_layernorm:in",
-}
-_FAMILIES: dict[str, dict[str, Any]] = {
-    "gpt2": {
-        "blocks": "h",
-        "attention": "attn",
-        "resid_mid": ("ln_2:in", "attn"),
-        "attn_out": "attn",
-        "mlp_out": "mlp",
-        "neurons": "mlp.c_proj:in",
-        "attn_in": "ln_1:in",
-        "mlp_in": "ln_2:in",
-        "final_in": "ln_f:in",
-    },
-    "gpt_neox": {
-        "blocks": "layers",
-        "attention": "attention",
-        "resid_mid": ("post_attention_layernorm:in", "attention"),
-        "attn_out": "attention",
-        "mlp_out": "mlp",
-        "neurons": "mlp.dense_4h_to_h:in",
-        "attn_in": "input_layernorm:in",
-        "mlp_in": "post_attention_layernorm:in",
-        "final_in": "final_layer_norm:in",
-    },
-    **dict.fromkeys(("llama", "mistral", "gemma", "qwen2", "qwen3"), _LLAMA),
-    **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA),
-}
 
 
 @dataclass(frozen=True)
@@ -158,15 +113,13 @@ def architecture(model: nn.Module, *, trace: bool = False) -> Architecture:
     Raises:
         InputError: another architecture, whose sites must be named.
     """
-    for root, module in unwrapped(model).named_modules():
-        config: Any = getattr(module, "config", None)
-        names = _FAMILIES.get(getattr(config, "model_type", None) or "")
-        blocks = getattr(module, names["blocks"], None) if names else None
-        if names and isinstance(blocks, nn.ModuleList):
-            prefix = f"{root}.{names['blocks']}" if root else names["blocks"]
-            found = [Site(f"{prefix}.{k}", unwrapped(block)) for k, block in enumerate(blocks)]
-            parallel = config.model_type == "gpt_neox" and bool(config.use_parallel_residual)
-            return Architecture(found, names, parallel, root)
+    found = blocks_of(model)
+    if found is not None:
+        root, names, config, blocks = found
+        prefix = f"{root}.{names['blocks']}" if root else names["blocks"]
+        parallel = config.model_type == "gpt_neox" and bool(config.use_parallel_residual)
+        sites = [Site(f"{prefix}.{k}", unwrapped(block)) for k, block in enumerate(blocks)]
+        return Architecture(sites, names, parallel, root)
     if trace and hasattr(unwrapped(model), "get_input_embeddings"):
         prefix, blocks, names, parallel = traced(model)
         return Architecture(blocks, names, parallel, prefix.rpartition(".")[0])
@@ -175,7 +128,7 @@ def architecture(model: nn.Module, *, trace: bool = False) -> Architecture:
         or type(unwrapped(model)).__name__
     )
     raise InputError(
-        f"model: the architecture of {kind!r} is not known (known: {', '.join(_FAMILIES)}); name the sites, "
+        f"model: the architecture of {kind!r} is not known (known: {', '.join(FAMILIES)}); name the sites, "
         "sites={'blocks': 'layers.*', 'resid_pre': 'layers.*:in', 'attn_out': 'layers.*.attention'}"
     )
 

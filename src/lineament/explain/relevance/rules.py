@@ -7,7 +7,6 @@ hooks when the block begins and are gone when it ends; the forward results are t
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from lineament.core.checks import InputError, number, one_of, require, show, sug
 from lineament.core.models import unwrapped
 from lineament.core.sites.heads import head_view
 from lineament.core.sites.hooks import eagerly
+from lineament.core.sites.naming import crossing, matching
 from lineament.explain.relevance.functions import linear_map
 from lineament.explain.relevance.hooks import Coverage, set_rule, softcap_of
 
@@ -79,7 +79,7 @@ def relevance_rules(
         rules: a preset (``"relp"``: ln, identity, and half where there are gates; ``"relp+ah"``; ``"attnlrp"``; ``"gradient"``: none); a rule, which must
             match; or several of them. A mapping names modules by the module itself, class, name or glob, and alone decides,
             ``{nn.LayerNorm: "ln", MyAct: "identity"}``; among several rules it makes exceptions and additions,
-            ``["relp", {"*.gate": "gradient", "blocks.*.q": "detach"}]``. ``"half"`` is given to the module that takes the product, ``"ah"`` and
+            ``["relp", {"**.gate": "gradient", "blocks.*.q": "detach"}]``. ``"half"`` is given to the module that takes the product, ``"ah"`` and
             ``"uniform"`` to attention blocks, ``"detach"`` to anything.
         eps: of the epsilon-rule. gamma: of the gamma-rule.
 
@@ -148,7 +148,7 @@ def assigned(
         matches = _matches(key, named)
         require(
             bool(matches),
-            f"rules: {show(key)} matches no module of {type(unwrapped(model)).__name__}{suggest(str(key), [n for n in named if n])}",
+            f"rules: {show(key)} matches no module of {type(unwrapped(model)).__name__}{crossing(str(key), named) or suggest(str(key), [n for n in named if n])}",
         )
         for name in matches:
             decided.update((id(named[name]), late) for late in _sides(rule))
@@ -197,7 +197,7 @@ def _matches(key: Any, named: Mapping[str, nn.Module]) -> list[str]:
         return [name for name, module in named.items() if isinstance(module, key)]
     if not isinstance(key, str):
         raise InputError(f"rules: got {show(key)}, expected a module, a class, a name or a glob")
-    return [key] if key in named else [name for name in named if fnmatch.fnmatchcase(name, key)]
+    return matching(key, named)
 
 
 def _candidates(

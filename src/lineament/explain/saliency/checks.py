@@ -6,7 +6,6 @@ fall together; a constant map has no rank correlation: it is counted as undefine
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.models import device_of
+from lineament.core.redrawing import copied, redraw, reset_of, weighted
 from lineament.core.results import Readable, axes
 from lineament.core.sites.naming import sites
 from lineament.explain.saliency.aggregation import is_constant
@@ -195,8 +195,8 @@ def randomisation(
     checks.one_of("mode", mode, ("cascading", "independent"))
     checks.number("seed", seed, integer=True)
     images = prepared(model, images)
-    weighted = [name for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
-    known = [name for name in weighted if _reset(model.get_submodule(name)) is not None]
+    names = weighted(model)
+    known = [name for name in names if reset_of(model.get_submodule(name)) is not None]
     checks.require(bool(known), "model: no module has reset_parameters(), so that nothing can be drawn anew")
     wanted = known
     if layers is not None:
@@ -209,33 +209,27 @@ def randomisation(
     with differentiable(model), torch.no_grad():
         _, target = scores_of(model, images, targets)
     trained = _single(explain(model, images, target, **options))
-    changed = copy.deepcopy(model)
+    changed = copied(model)
     raw, magnitude = [], []
     for name in reversed(known):
         if mode == "independent":
             if name not in wanted:
                 continue
-            changed = copy.deepcopy(model)
+            changed = copied(model)
         _redraw(changed.get_submodule(name), seed + known.index(name))
         if name not in wanted:
             continue
         maps = _single(explain(changed, images, None if retarget else target, **options))
         raw.append(Similarity.of(trained, maps))
         magnitude.append(Similarity.of(trained.abs(), maps.abs()))
-    return Randomisation(wanted[::-1], raw, magnitude, [name for name in weighted if name not in known])
-
-
-def _reset(module: Any) -> Callable[[], Any] | None:
-    return getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+    return Randomisation(wanted[::-1], raw, magnitude, [name for name in names if name not in known])
 
 
 def _redraw(module: nn.Module, seed: int) -> None:
     device = device_of(module)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        reset = _reset(module)
-        assert reset is not None
-        reset()
+        redraw(module)
 
 
 def _single(maps: Any) -> Tensor:

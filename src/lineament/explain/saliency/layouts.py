@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.models import frozen, takes_hooks, unwrapped
+from lineament.explain.scores import of_signals
 
 LAYOUTS = ("auto", "channels_first", "channels_last", "tokens")
 _MOST_PREFIX = 16
@@ -52,6 +53,17 @@ def layout(
     if heads and x.ndim == 4:
         rows, columns = _token_grid(x.flatten(2), site, image_size, patch, grid)
         return lambda t: _tokens_to_map(t.flatten(2), rows, columns)
+    if of_signals.get() and x.ndim in (2, 3):
+        width = image_size[1]
+        if x.ndim == 2:
+            checks.require(
+                x.shape[1] == width,
+                f"site {site!r}: got {checks.show(x)}, which has no position of its own for each of {width} features; choose ':in'",
+            )
+            return lambda t: t[:, None, None]
+        # Steps come last, as convolutions have them, but where only the other dimension can be steps.
+        tokens = kind == "tokens" or (kind == "auto" and x.shape[1] == width != x.shape[2])
+        return (lambda t: t.transpose(1, 2)[:, :, None]) if tokens else (lambda t: t[:, :, None])
     if x.ndim == 3 and kind in ("auto", "tokens"):
         rows, columns = _token_grid(x, site, image_size, patch, grid)
         return lambda t: _tokens_to_map(t, rows, columns)
@@ -113,10 +125,27 @@ def default_site(model: nn.Module, images: Tensor) -> str:
         for name, module in body.named_modules():
             if name and takes_hooks(module):
                 stack.callback(module.register_forward_hook(watch(name)).remove)
-        body(images[:1])
+        try:
+            body(images[:1])
+        except RuntimeError:
+            # Exported for batches of one size only.
+            finished.clear()
+            body(images)
     lists = {
         name for name, module in body.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))
     }
+    if of_signals.get():
+        # Of rows, and of signals that no convolution reads, the input itself.
+        found = [
+            (name, shape)
+            for name, m, shape in finished
+            if isinstance(m, nn.Conv1d) and len(shape) == 3 and shape[2] > 1
+        ]
+        if not found:
+            return ":in"
+        order = [name for name, _, _ in finished]
+        behind = finished[order.index(found[-1][0]) :]
+        return [name for name, _, shape in behind if len(shape) == 3 and shape[2:] == found[-1][1][2:]][-1]
     convolutions = [
         i
         for i, (_, module, shape) in enumerate(finished)

@@ -6,7 +6,6 @@ image gets steps of its own (one step from a whole batch would be another method
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.models import frozen
+from lineament.core.redrawing import copied
 from lineament.explain.saliency.checks import Similarity
 from lineament.explain.saliency.layouts import default_site
 from lineament.explain.saliency.maps import saliency
@@ -74,7 +74,7 @@ def meta_saliency(
         options["site"] = default_site(model, images)
     if order == 0:
         return saliency(model, images, target, **options)
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     found: list[Any] = []
     for image, label in zip(images.split(1), target.split(1)):
         _step(model, twin, image, label, -eps if negate else eps, order)

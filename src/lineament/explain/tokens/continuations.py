@@ -57,6 +57,10 @@ def explain_continuation(
     checks.number("stride", stride, low=1, integer=True)
     checks.number("max_new_tokens", max_new_tokens, low=1, integer=True)
     face = NextToken(model, tokenizer)
+    checks.require(
+        not face.classifier,
+        f"model: {type(face.model).__name__} is a classifier, which continues no text; explain its class with attribute_tokens",
+    )
     context = read(face, prompt)
     if continuation is None:
         made = _greedy(face, context, max_new_tokens)

@@ -83,7 +83,7 @@ def attribute_tokens(
     """
     checks.one_of("method", method, METHODS)
     checks.one_of("normalize", normalize, NORMALIZATIONS)
-    questions = ask(NextToken(model, tokenizer), prompt, target, contrast, reading or Reading())
+    questions = ask(NextToken.of(model, tokenizer), prompt, target, contrast, reading or Reading())
     try:
         with questions[0].face.ready(gradients=method != "reagent"):
             raws = METHODS[method](questions, **options)

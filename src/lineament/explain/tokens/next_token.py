@@ -1,6 +1,6 @@
-"""What can be explained token by token: anything that gives the next token's probabilities.
+"""What can be explained token by token: anything that gives the next token's probabilities, or a text's class.
 
-Three kinds have one interface here: a causal language model, an encoder-decoder (source and target prefix side by side in one row of ids), and a
+Four kinds have one interface here: a causal language model, an encoder-decoder (source and target prefix side by side in one row of ids), a text classifier, whose classes are then the tokens that it could say, and a
 plain function ``ids -> probabilities``, such as a model behind an API. Prompts of several lengths go through few forwards, padded where the model
 takes a mask; a prefix that all rows share is computed once and comes from the key-value cache.
 """
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.batching import auto_batch
 from lineament.core.models import device_of, frozen, logits, masks_to_nan, unwrapped
+from lineament.core.text_parts import unpadded
 
 # More rows than this in one forward are no faster on a CPU, and their logits no longer fit its caches.
 _ROWS_ON_CPU = 64
@@ -36,6 +37,7 @@ class NextToken:
         model: a causal or encoder-decoder ``nn.Module`` (Hugging Face's, or one that returns logits for ids), or a function from ids
             (batch, tokens) to next-token probabilities or log-probabilities (batch, vocabulary).
         tokenizer: of the model; ``None`` where prompts are given as ids.
+        classifier: whether it names a text's class and no next token; ``None`` tells it by the name of transformers' classes.
 
     Raises:
         InputError: something that is neither a module nor a function.
@@ -45,7 +47,7 @@ class NextToken:
     [0.25, 0.25, 0.25, 0.25]
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None):
+    def __init__(self, model: Any, tokenizer: Any = None, *, classifier: bool | None = None):
         model = unwrapped(model)
         checks.require(
             callable(model),
@@ -59,10 +61,15 @@ class NextToken:
         self.model, self.tokenizer = model, tokenizer
         self.is_module = isinstance(model, nn.Module)
         self.config: Any = getattr(model, "config", None) if self.is_module else None
-        self.encoder_decoder = bool(getattr(self.config, "is_encoder_decoder", False))
+        named = type(model).__name__.endswith("ForSequenceClassification")
+        self.classifier = named if classifier is None else classifier
+        encoder_decoder = bool(getattr(self.config, "is_encoder_decoder", False))
+        self.encoder_decoder = encoder_decoder and not self.classifier
         self.device = device_of(model) if isinstance(model, nn.Module) else torch.device("cpu")
         self._takes = _parameters(model.forward if isinstance(model, nn.Module) else model)
-        self._pads = self.is_module and {"attention_mask", "position_ids"} <= self._takes
+        # Padding on the left moves what some classifiers read: their texts go by length.
+        pads = self.is_module and not self.classifier
+        self._pads = pads and {"attention_mask", "position_ids"} <= self._takes
         self._prefix: tuple[int, Any] | None = None
         self.forwards = 0
 
@@ -80,6 +87,12 @@ class NextToken:
     def vocabulary(self) -> int | None:
         """How many tokens the model scores, as far as it is known before a forward."""
         return self._size("vocab_size")
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Of a classifier, the classes as its configuration names them."""
+        named = getattr(self.config, "id2label", None) or {}
+        return tuple(str(named[key]) for key in sorted(named)) if self.classifier else ()
 
     @property
     def most_tokens(self) -> int | None:
@@ -105,7 +118,7 @@ class NextToken:
         """The model in eval mode and nothing recorded, and all as it was afterwards; ``gradients`` allows some to be taken inside."""
         with torch.inference_mode(not gradients), torch.no_grad():
             if isinstance(self.model, nn.Module):
-                with frozen(self.model, requires_grad=False if gradients else None):
+                with frozen(self.model, requires_grad=False if gradients else None), unpadded(self.model):
                     yield self
             else:
                 yield self

@@ -60,7 +60,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Question:
-    """A model, a prompt, and the token asked about; with ``contrast``, why it rather than that one."""
+    """A model, a prompt, and the token, or class, asked about; with ``contrast``, why it rather than that one.
+
+    ``vocabulary`` is how many tokens there are, ``answers`` how many of them, or how many classes, the model chooses among.
+    """
 
     face: NextToken
     prompt: Prompt
@@ -68,6 +71,7 @@ class Question:
     contrast: int | None
     probability: float
     vocabulary: int
+    answers: int
 
     @property
     def rows(self) -> Int[Tensor, "1 tokens"]:
@@ -122,10 +126,11 @@ def ask(face: NextToken, prompt: Any, target: Any, contrast: Any, reading: Readi
             other = token_id(face, "contrast", other, size, p)
             checks.require(
                 other != own,
-                f"contrast: got {shown(face.tokenizer, [other])[0]!r} (id {other}), which is the target itself; choose another token",
+                f"contrast: got {answer_text(face, other)!r} (id {other}), which is the target itself; choose another token",
             )
         chance = probability(row[None], torch.tensor([own]), None if other is None else torch.tensor([other]))
-        found.append(Question(face, p, own, other, float(chance), size))
+        tokens = (face.vocabulary or len(face.tokenizer or ()) or size) if face.classifier else size
+        found.append(Question(face, p, own, other, float(chance), tokens, size))
     return found
 
 
@@ -243,6 +248,9 @@ def token_id(face: NextToken, what: str, token: Any, vocabulary: int, p: Prompt 
     Raises:
         InputError: text of no or several tokens (they are listed), a word that the tokenizer does not have, or an id outside the vocabulary.
     """
+    if isinstance(token, str) and face.classifier:
+        checks.one_of(what, token, face.classes)
+        return face.classes.index(token)
     if isinstance(token, str):
         checks.require(face.tokenizer is not None, f"{what}: got text and no tokenizer; give an id")
         ids = one_token(face.tokenizer, text_before(face, p), token)
@@ -287,6 +295,13 @@ def _per_prompt(what: str, value: Any, count: int) -> list[Any]:
         f"{what}: got {len(value)} for {count} prompts, expected one each or one for all",
     )
     return list(value)
+
+
+def answer_text(face: NextToken, answer: int) -> str:
+    """A token, or of a classifier a class, as text."""
+    if face.classifier:
+        return face.classes[answer] if answer < len(face.classes) else str(answer)
+    return shown(face.tokenizer, [answer])[0]
 
 
 def shown(tokenizer: Any, ids: Sequence[int] | Tensor) -> list[str]:

@@ -48,9 +48,11 @@ def reagent(
     that passed the stop test of softmax(score).
 
     Args:
-        model: a causal or encoder-decoder language model, or a function from ids (batch, tokens) to next-token probabilities.
+        model: a causal or encoder-decoder language model, a text classifier of transformers', or a function from ids (batch, tokens) to next-token
+            probabilities.
         prompt: text or ids; a list of texts or of id vectors explains all of them together.
-        target: the next token asked about: an id, a text that is one token, ``None`` for the most probable; one for each prompt or one for all.
+        target: the next token asked about: an id, a text that is one token, ``None`` for the most probable; one for each prompt or one for all. Of a
+            classifier the class, by number or name.
         contrast: explain the target rather than this token: p is then p(target) / (p(target) + p(contrast)), and the stop test also asks
             that the target be the more probable one.
         tokenizer: the model's; ``None`` for prompts given as ids.
@@ -76,7 +78,7 @@ def reagent(
     >>> reagent(parrot, [3, 7, 5, 1], steps=40).scores.argmax().item()
     1
     """
-    questions = ask(NextToken(model, tokenizer), prompt, target, contrast, reading or Reading())
+    questions = ask(NextToken.of(model, tokenizer), prompt, target, contrast, reading or Reading())
     found = recursion(
         questions, sampler=sampler, steps=steps, probes=probes, seed=seed, batch_size=batch_size, options=options
     )  # fmt: skip
@@ -94,7 +96,8 @@ def recursion(
     options: ReagentOptions | None = None,
 ) -> list[TokenAttribution]:
     """ReAGent's answer to each question; see :func:`reagent`."""
-    rules = options or ReagentOptions()
+    # Of two classes, one is always among the three most probable.
+    rules = options or ReagentOptions(top_k=1 if questions[0].face.classifier else 3)
     if steps is not None:
         checks.number("steps", steps, low=1, integer=True)
         rules = replace(rules, min_steps=steps, max_steps=steps, stop="none")
@@ -104,9 +107,10 @@ def recursion(
         rules.script is None or len(questions) == 1, "script: it is for one prompt, with draws of its own"
     )
     face, vocabulary = questions[0].face, questions[0].vocabulary
+    answers = questions[0].answers
     checks.require(
-        rules.top_k < vocabulary,
-        f"top_k: got {rules.top_k}, expected less than the vocabulary ({vocabulary})",
+        rules.top_k < answers,
+        f"top_k: got {rules.top_k}, expected less than the {'classes' if face.classifier else 'vocabulary'} ({answers})",
     )
     every = []
     made = sampler_for(sampler, face, vocabulary) if rules.script is None else None

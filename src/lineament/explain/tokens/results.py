@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lineament.core import checks
 from lineament.core.results import Readable, axes, plain
-from lineament.explain.tokens.prompts import Question, shown
+from lineament.explain.tokens.prompts import Question, answer_text
 
 NORMALIZATIONS = ("none", "softmax", "abs-sum", "minmax")
 
@@ -62,9 +62,7 @@ class TokenAttribution(Readable):
     ) -> TokenAttribution:
         """The answer to a question: its scores, and what the question already says."""
         p, q = question.prompt, question
-        texts = [
-            None if token is None else shown(q.face.tokenizer, [token])[0] for token in (q.target, q.contrast)
-        ]
+        texts = [None if token is None else answer_text(q.face, token) for token in (q.target, q.contrast)]
         return cls(
             p.tokens, p.ids, p.spread(scores), p.scored, q.target, texts[0] or "", q.probability, method, q.contrast,
             texts[1], p.source, forwards=q.face.forwards, **more,

@@ -48,15 +48,26 @@ class Spectrum:
         vectors: (size, k), of unit length.
         residuals: (k,), ‖A v - λ v‖ of each.
         density: nodes and weights of each probe.
-        trace, trace_error: the mean of one estimate a probe, and their standard deviation (NaN from a single probe).
+        traces: one estimate of the trace a probe.
     """
 
     values: Float[Tensor, "k"]
     vectors: Float[Tensor, "size k"]
     residuals: Float[Tensor, "k"]
     density: Density
-    trace: float
-    trace_error: float
+    traces: tuple[float, ...]
+
+    @property
+    def trace(self) -> float:
+        """The mean of the probes' estimates."""
+        return sum(self.traces) / len(self.traces)
+
+    @property
+    def trace_error(self) -> float:
+        """The standard deviation of the probes' estimates (NaN of a single one)."""
+        return (
+            float(torch.tensor(self.traces, dtype=torch.float64).std()) if len(self.traces) > 1 else math.nan
+        )
 
     @property
     def top(self) -> float:
@@ -117,8 +128,7 @@ def spectrum(operator: Operator, *, steps: int = 24, probes: int = 3, seed: int 
         vectors,
         residuals,
         density_of(operator, runs, seed),
-        sum(traces) / probes,
-        float(torch.tensor(traces, dtype=torch.float64).std()) if probes > 1 else math.nan,
+        tuple(traces),
     )
 
 

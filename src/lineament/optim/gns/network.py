@@ -6,7 +6,6 @@ For Semenov, Jaggi, Doikov (2025, arXiv 2506.13710). Values and products are tak
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from lineament.core.curvature.operator import Curvature
 from lineament.core.curvature.risk import Risk
 from lineament.core.gradients import flatten, per_sample_gradients, unflatten
 from lineament.core.models import unwrapped, widened
+from lineament.core.redrawing import copied
 from lineament.optim.gns.linear_algebra import gram
 from lineament.optim.gns.solvers import Dense, Form, LowRank, Operator
 
@@ -67,7 +67,7 @@ class Network:
         )
         self.dense = checks.number("dense", dense, low=0, integer=True)
         self.model: nn.Module = unwrapped(model)
-        self._copy = copy.deepcopy(self.model)
+        self._copy = copied(self.model)
         for tensor in (*self._copy.parameters(), *self._copy.buffers()):
             tensor.data = widened(tensor.data)
         self._options: dict[str, Any] = {"params": params, "batchnorm": batchnorm, "chunk": chunk}

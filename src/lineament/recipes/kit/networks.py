@@ -10,6 +10,7 @@ Every image network is ``features`` and a linear ``head``, drawn from a seed alo
 | ``cnn`` | three blocks of convolution, norm and pooling | 32 |
 | ``cnn7`` | seven convolutions with norm (two of the width, two of twice, three of four times) and three poolings | 12 |
 | ``small-resnet`` | one residual block for each of three widths | 16 |
+| ``resnet14`` | two residual blocks for each of three widths | 16 |
 | ``resnet18``, ``resnet34``, ``resnet50`` | He et al. 2016, with a 3 x 3 stem of stride 1 and no pooling before the blocks | 64 |
 | ``vgg19`` | Simonyan and Zisserman 2015, with batch norm and one linear layer | 64 |
 | ``densenet121`` | Huang et al. 2017; the growth is half the width | 64 |
@@ -35,6 +36,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
     "selu": nn.SELU,
     "gelu": nn.GELU,
+    "tanh": nn.Tanh,
 }
 _VGG19 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 256, 0, 512, 512, 512, 512, 0, 512, 512, 512, 512, 0)
 
@@ -151,6 +153,16 @@ def _tiny_cnn(shape: tuple[int, ...], widths: tuple[int, ...], parts: Parts) -> 
     ], 4 * width
 
 
+def _strided_cnn(shape: tuple[int, ...], widths: tuple[int, ...], parts: Parts) -> Features:
+    layers: list[nn.Module] = []
+    inputs = shape[0]
+    for outputs in (widths[0], 2 * widths[0], 4 * widths[0]):
+        norm = [nn.BatchNorm2d(outputs)] if parts.norm else []
+        layers += [nn.Conv2d(inputs, outputs, 3, 2, 1, bias=not parts.norm), *norm, parts.act()]
+        inputs = outputs
+    return [*layers, Mean(2, 3)], inputs
+
+
 def _cnn(shape: tuple[int, ...], widths: tuple[int, ...], parts: Parts) -> Features:
     layers: list[nn.Module] = []
     inputs = shape[0]
@@ -227,9 +239,11 @@ NETWORKS: dict[str, tuple[Callable[..., Features], tuple[int, ...], bool]] = {
     "mlp": (_mlp, (128, 128), False),
     "two-conv": (_two_conv, (16,), False),
     "tiny-cnn": (_tiny_cnn, (16,), False),
+    "strided-cnn": (_strided_cnn, (16,), True),
     "cnn": (_cnn, (32,), True),
     "cnn7": (_cnn7, (12,), True),
     "small-resnet": (_resnet(1, 1, 1), (16,), True),
+    "resnet14": (_resnet(2, 2, 2), (16,), True),
     "resnet18": (_resnet(2, 2, 2, 2), (64,), True),
     "resnet34": (_resnet(3, 4, 6, 3), (64,), True),
     "resnet50": (_resnet(3, 4, 6, 3, bottleneck=True), (64,), True),

@@ -1,0 +1,209 @@
+"""How well does it name the class of every pixel, for which classes, and up to their edges?
+
+The intersection over union of each class (the Jaccard index) and its mean over classes, from the pixels of all images together; the share of pixels that
+are right, of all and of those within two pixels of an edge between classes. Images vary as wholes, so that intervals are over images: by leaving each
+out in turn (the jackknife).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lineament.audit.phrases import percent
+from lineament.audit.subject import Subject
+from lineament.core.batching import progress
+from lineament.report.figures import picture
+from lineament.report.outcome import Table
+from lineament.report.section import Finding, Picture, Section
+from lineament.report.text import plain, printable
+
+TITLE = "Which pixels are right?"
+HELP = "of a network that answers for every pixel: intersection over union by class, and accuracy at edges"
+ORDER = 21
+METHOD = "intersection over union"
+SOURCE = ("Fully convolutional networks for semantic segmentation", 2014, "1411.4038")
+OPTIONAL = True
+DENSE = True
+_EDGE, _SHOWN = 2, 20
+Interval = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A class: its intersection over union with a 95 % interval, and the share of pixels that are of it."""
+
+    name: str
+    iou: Interval
+    share: float
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Mean intersection over union of the classes that occur, and the shares of pixels that are right: of all, and near edges.
+
+    ``edge_pixels`` is the share of pixels that are near an edge, ``ignored`` that of labels outside the classes, which count nowhere.
+    """
+
+    miou: Interval
+    accuracy: Interval
+    edges: Interval | None
+    inside: Interval | None
+    edge_pixels: float
+    ignored: float
+    majority: float
+    images: int
+    classes: Sequence[Region]
+
+    @property
+    def poor(self) -> bool:
+        """Whether it may be no better than always naming the most frequent class."""
+        return self.accuracy[1] <= self.majority
+
+
+def applies(subject: Subject) -> str:
+    return "" if subject.task == "dense" else "It gives one answer a sample, and none for each pixel."
+
+
+def look(subject: Subject) -> Section:
+    targets, width = subject.targets, int(subject.width)
+    counts, right = [], []
+    for rows in progress(list(torch.arange(len(subject)).split(64)), "comparing pixels"):
+        y, said = targets[rows].flatten(1), subject.outputs[rows].long().flatten(1)
+        known = (y >= 0) & (y < width)
+        pairs = torch.where(known, y * width + said, width * width)
+        counts.append(torch.stack([torch.bincount(p, minlength=width * width + 1)[:-1] for p in pairs]))
+        near = edges(targets[rows]).flatten(1)
+        hit = (said == y) & known
+        # Per image: right and all, of all pixels, near edges, and elsewhere.
+        parts = [known, known & near, known & ~near]
+        right.append(torch.stack([torch.stack([(hit & p).sum(1), p.sum(1)], 1) for p in parts], 1))
+    confusion = torch.cat(counts).double().reshape(-1, width, width)
+    hits = torch.cat(right).double()
+    total = confusion.sum(0)
+    present = total.sum(1) > 0
+    accuracy, near, inside = (_jackknife(hits[:, k], lambda s: s[..., 0] / s[..., 1]) for k in range(3))
+    pixels = float(total.sum())
+    found = Pixels(
+        _jackknife(confusion, lambda c: _iou(c)[..., present].mean(-1)),
+        accuracy,
+        near if float(hits[:, 1, 1].sum()) else None,
+        inside if float(hits[:, 2, 1].sum()) else None,
+        float(hits[:, 1, 1].sum()) / pixels,
+        1 - pixels / targets.numel(),
+        float(total.sum(1).max()) / pixels,
+        len(subject),
+        [
+            Region(
+                subject.class_name(k),
+                _jackknife(confusion, lambda c, k=k: _iou(c)[..., k]),
+                float(total[k].sum()) / pixels,
+            )
+            for k in present.nonzero()[:, 0].tolist()
+        ],
+    )
+    worst = min(found.classes, key=lambda region: region.iou[0])
+    sentence = (
+        f"Over {found.images} images, intersection over union is {_interval(found.miou)} on average over {len(found.classes)} classes (95 % intervals, over images), the least for "
+        f"“{printable(worst.name, limit=60)}”, {_interval(worst.iou)}. {_interval(found.accuracy)} of pixels are right; naming the most frequent class everywhere would be right for {percent(found.majority)}."
+    )
+    if found.edges is not None and found.inside is not None:
+        sentence += f" Within {_EDGE} pixels of an edge ({percent(found.edge_pixels)} of pixels) {_interval(found.edges)} are right, elsewhere {_interval(found.inside)}."
+    if found.ignored:
+        sentence += f" {percent(found.ignored)} of pixels have a label that is none of the {width} classes, and count nowhere."
+    return Section(
+        status="warning" if found.poor else "note" if found.miou[0] < 0.5 else "good",
+        number=percent(found.miou[0]),
+        unit="mean intersection over union",
+        sentence=sentence,
+        pictures=[_bars(found)],
+        tables=[
+            Table(
+                "By class" + (f", the {_SHOWN} hardest" if len(found.classes) > _SHOWN else ""),
+                ("class", "intersection over union", "95 % interval", "share of pixels"),
+                [
+                    (
+                        r.name,
+                        percent(r.iou[0]),
+                        f"{percent(r.iou[1])} to {percent(r.iou[2])}",
+                        percent(r.share),
+                    )
+                    for r in sorted(found.classes, key=lambda r: r.iou[0])[:_SHOWN]
+                ],
+            )
+        ],
+        numbers=plain(found),
+        findings=[_finding(found)],
+    )
+
+
+def edges(labels: Tensor) -> Tensor:
+    """Where a label map (image, height, width) has another class within two pixels, up, down or to a side.
+
+    >>> edges(torch.tensor([[[0, 0, 0, 0, 1, 1, 1, 1]]]))[0, 0].long().tolist()
+    [0, 0, 1, 1, 1, 1, 0, 0]
+    """
+    x = labels[:, None].float()
+    window = 2 * _EDGE + 1
+    high, low = (F.max_pool2d(sign * x, window, stride=1, padding=_EDGE) for sign in (1, -1))
+    return (high != -low)[:, 0]
+
+
+def _iou(confusion: Tensor) -> Tensor:
+    """Intersection over union of each class, from true rows and named columns; 0 where a class is neither there nor named."""
+    both = confusion.diagonal(dim1=-2, dim2=-1)
+    either = confusion.sum(-1) + confusion.sum(-2) - both
+    return both / either.clamp_min(1)
+
+
+def _jackknife(each: Tensor, value: Any) -> Interval:
+    """A value of sums over images with its 95 % interval, from the sums without each image."""
+    total, count = each.sum(0), len(each)
+    found = float(value(total))
+    if count < 2:
+        return found, -math.inf, math.inf
+    without = torch.stack([value(total - one) for one in each]).nan_to_num(found)
+    error = float(((count - 1) / count * (without - without.mean()).square().sum()).sqrt())
+    return found, max(found - 1.96 * error, 0.0), min(found + 1.96 * error, 1.0)
+
+
+def _interval(x: Interval) -> str:
+    return f"{percent(x[0])} ({percent(x[1])} to {percent(x[2])})" if math.isfinite(x[1]) else percent(x[0])
+
+
+def _finding(found: Pixels) -> Finding:
+    told = f"Its mean intersection over union is {_interval(found.miou)} over {found.images} images, and {percent(found.accuracy[0])} of pixels are right"
+    if found.poor:
+        return Finding(
+            "warning",
+            f"{told}, which may be no better than naming the most frequent class everywhere ({percent(found.majority)}).",
+            advice="Make sure first that images reach it as they did in training and that class numbers mean the same to both.",
+            key="pixels no better than the majority",
+        )
+    return Finding("good" if found.miou[0] >= 0.5 else "note", f"{told}.", key="pixels")
+
+
+def _bars(found: Pixels) -> Picture:
+    shown = sorted(found.classes, key=lambda r: r.iou[0])[:_SHOWN]
+
+    def draw(ax: Any) -> None:
+        places = list(range(len(shown)))
+        ax.barh(places, [100 * r.iou[0] for r in shown], color="C0", height=0.6)
+        ax.set_yticks(places, [printable(r.name, limit=24) for r in shown])
+        ax.set_ylim(len(shown) - 0.5, -0.5)
+        ax.set(xlabel="intersection over union, %", xlim=(0, 100))
+
+    return picture(
+        draw,
+        size=(6.4, 1.2 + 0.3 * len(shown)),
+        caption="Intersection over union by class, the hardest first.",
+        alt="Bars by class: "
+        + ", ".join(f"{percent(r.iou[0], 0)} for {printable(r.name, limit=24)}" for r in shown[:6])
+        + ".",
+    )

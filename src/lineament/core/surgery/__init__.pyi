@@ -1,0 +1,10 @@
+from .folding import fold_norms as fold_norms
+from .groups import ChannelGroup as ChannelGroup
+from .groups import ChannelGroups as ChannelGroups
+from .groups import Entry as Entry
+from .groups import channel_groups as channel_groups
+from .rewriting import permute as permute
+from .rewriting import remove as remove
+from .rewriting import rewrite as rewrite
+from .saving import load as load
+from .saving import save as save

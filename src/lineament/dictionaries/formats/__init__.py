@@ -1,0 +1,1 @@
+"""Dictionaries that other libraries wrote, read as ours; one file a format."""

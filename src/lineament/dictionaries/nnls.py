@@ -1,0 +1,241 @@
+"""Non-negative codes of activations in given atoms: argmin_{z >= 0} ½‖x - z D‖² + ½ λ‖z‖² + s Σ z, row by row.
+
+HALS goes over the atoms one after the other, in blocks: one matrix product brings a block of gradients up to date, and the updates inside it touch
+what fits into the cache; of few atoms, the code whose support the passes have found is solved for exactly. FISTA (Beck and Teboulle 2009, with restarts) moves all codes at once, and needs no atoms-by-atoms matrix where there are more
+atoms than twice the width. Each row stops by itself, so that its code does not depend on which rows are coded with it.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lineament.core import checks
+from lineament.core.checks import require
+from lineament.core.models import is_half
+
+_SAMPLES, _ATOMS = 2048, 32
+_PIVOTS = 6
+_EXACT = 64  # atoms up to which small systems, one a row, are solved
+METHODS = ("hals", "fista")
+
+
+def sweep(
+    codes: Float[Tensor, "atoms samples"],
+    products: Float[Tensor, "atoms samples"],
+    gram: Float[Tensor, "atoms atoms"],
+    ridge: float = 0.0,
+) -> Float[Tensor, "atoms samples"]:
+    """One pass of HALS over all atoms, in place: z_j <- max(0, z_j + (b_j - Σ_i z_i G_ij - λ z_j) / (G_jj + λ)), with b = D xᵀ and G = D Dᵀ.
+
+    >>> sweep(torch.zeros(1, 2), torch.tensor([[2.0, -1.0]]), torch.tensor([[4.0]])).tolist()
+    [[0.5, 0.0]]
+    """
+    steps = gram.diagonal() + ridge
+    inverse = torch.where(steps > 0, 1 / steps.clamp(min=1e-30), 0).tolist()
+    for first in range(0, codes.shape[1], _SAMPLES):
+        z = codes[:, first : first + _SAMPLES]
+        b = products[:, first : first + _SAMPLES]
+        for start in range(0, len(codes), _ATOMS):
+            block = slice(start, start + _ATOMS)
+            left = torch.addmm(b[block], gram[block], z, alpha=-1)
+            if ridge:
+                left.sub_(z[block], alpha=ridge)
+            inner = gram[block, block]
+            for at in range(len(left)):
+                old = z[start + at]
+                new = torch.add(old, left[at], alpha=inverse[start + at]).clamp_(min=0)
+                change = new - old
+                old.copy_(new)
+                if at + 1 < len(left):
+                    left[at + 1 :].addr_(inner[at + 1 :, at], change, alpha=-1)
+    return codes
+
+
+def nnls(
+    x: Float[Tensor, "samples width"],
+    atoms: Float[Tensor, "atoms width"],
+    *,
+    method: str = "hals",
+    ridge: float = 0.0,
+    sparsity: float = 0.0,
+    tolerance: float | None = None,
+    steps: int = 10_000,
+) -> Float[Tensor, "samples atoms"]:
+    """Codes of each row, from 0: argmin_{z >= 0} ½‖x - z D‖² + ½ λ‖z‖² + s Σ z.
+
+    With more atoms than numbers in a row the code is not unique (the reconstruction is) unless ``ridge`` is above 0; the
+    solver starts at 0, so that the answer is at least always the same.
+
+    Args:
+        x: rows; atoms: directions, of any sign.
+        method: ``"hals"`` or ``"fista"``.
+        ridge: λ; sparsity: s.
+        tolerance: a row ends when no code moves by more than this times its largest in one pass (FISTA: when the duality gap is below its square
+            times ½‖x‖² where atoms are non-negative or ``ridge`` is above 0); by default the rounding of the dtype to the power 2/3.
+        steps: passes at most.
+
+    Raises:
+        InputError: shapes that do not match, NaN.
+
+    >>> nnls(torch.tensor([[1.0, 2.0], [-1.0, 1.0]]), torch.eye(2)).round(decimals=4).abs().tolist()
+    [[1.0, 2.0], [0.0, 1.0]]
+    """
+    x = checks.tensor("x", x, shape=("samples", "width"), floating=True, empty=True).detach()
+    atoms = checks.tensor("atoms", atoms, shape=("atoms", x.shape[1]), floating=True).detach().to(x)
+    checks.one_of("method", method, METHODS)
+    if is_half(x.dtype):
+        found = nnls(x.float(), atoms, method=method, ridge=ridge, sparsity=sparsity, tolerance=tolerance, steps=steps)  # fmt: skip
+        return found.to(x.dtype)
+    for name, value in (("ridge", ridge), ("sparsity", sparsity)):
+        checks.number(name, value, low=0)
+    close = torch.finfo(x.dtype).eps ** (2 / 3) if tolerance is None else tolerance
+    checks.number("tolerance", close, low=0)
+    parts = [
+        (_hals if method == "hals" else _fista)(part, atoms, ridge, sparsity, close, steps)
+        for part in x.split(_SAMPLES)
+        if len(part)
+    ]
+    return torch.cat(parts) if parts else x.new_zeros(0, len(atoms))
+
+
+def _hals(x: Tensor, atoms: Tensor, ridge: float, sparsity: float, tolerance: float, steps: int) -> Tensor:
+    gram, products = atoms @ atoms.T, atoms @ x.T - sparsity
+    codes = torch.zeros_like(products)
+    rows = torch.arange(len(x), device=x.device)
+    z, b = codes, products
+    exact = len(atoms) <= _EXACT
+    for step in range(steps):
+        before = z.clone()
+        sweep(z, b, gram, ridge)
+        going = (z - before).abs().amax(0) > tolerance * z.abs().amax(0)
+        if exact and step % 4 == 1:
+            going &= ~_solved(z, b, gram, ridge)
+        if bool(going.all()):
+            continue
+        codes[:, rows[~going]] = z[:, ~going].clone()
+        rows, z, b = rows[going], z[:, going].contiguous(), b[:, going].contiguous()
+        if not len(rows):
+            break
+    if z is not codes:
+        codes[:, rows] = z
+    return codes.T.contiguous()
+
+
+def _solved(z: Tensor, b: Tensor, gram: Tensor, ridge: float) -> Tensor:
+    """Which columns are, in place, the exact minimum now: systems on a support that begins with the code's, and lets atoms out and in a few times."""
+    on = (z > 0).T
+    size = b.abs().amax(0)[:, None] * 1e3 * torch.finfo(z.dtype).eps
+    done = torch.zeros_like(on[:, 0])
+    code = torch.zeros_like(b.T)
+    jitter = 4 * torch.finfo(z.dtype).eps * float(gram.diagonal().mean())  # atoms that are nearly alike
+    for _ in range(_PIVOTS):
+        system = gram * on[:, :, None] * on[:, None, :]
+        system.diagonal(dim1=1, dim2=2).add_(torch.where(on, ridge + jitter, 1.0))
+        factor, failed = torch.linalg.cholesky_ex(system)
+        code = torch.where(
+            done[:, None], code, torch.cholesky_solve((b.T * on)[..., None], factor)[..., 0] * on
+        )
+        slope = code @ gram + ridge * code - b.T
+        out, into = on & (code < 0), ~on & (slope < -size)
+        exact = ~(out | into).any(1) & (~on | (slope.abs() <= size)).all(1)
+        done |= (failed == 0) & exact
+        if bool(done.all()):
+            break
+        on = torch.where(done[:, None], on, (on & ~out) | into)
+    z.copy_(torch.where(done, code.T, z))
+    return done
+
+
+def _fista(x: Tensor, atoms: Tensor, ridge: float, sparsity: float, tolerance: float, steps: int) -> Tensor:
+    few = len(atoms) < 2 * atoms.shape[1]
+    small = atoms @ atoms.T if few else atoms.T @ atoms
+    bound = float(torch.linalg.eigvalsh(small.double())[-1]) + ridge
+    if bound <= 0:
+        return x.new_zeros(len(x), len(atoms))
+    products = x @ atoms.T - sparsity
+
+    def slope(z: Tensor, x: Tensor, b: Tensor) -> Tensor:
+        found = z @ small - b if few else (z @ atoms - x) @ atoms.T + sparsity
+        return found + ridge * z if ridge else found
+
+    codes = torch.zeros_like(products)
+    rows = torch.arange(len(x), device=x.device)
+    z, y = codes.clone(), codes.clone()
+    t = torch.ones(len(x), 1, dtype=x.dtype, device=x.device)
+    for step in range(steps):
+        here, b = x[rows], products[rows]
+        new = (y - slope(y, here, b) / bound).clamp_(min=0)
+        moved = new - z
+        # A row that went uphill starts its momentum again (O'Donoghue and Candès 2015).
+        t = torch.where(((y - new) * moved).sum(1, keepdim=True) > 0, torch.ones_like(t), t)
+        after = (1 + (1 + 4 * t.square()).sqrt()) / 2
+        y = new + (t - 1) / after * moved
+        z, t = new, after
+        if step % 10 != 9:
+            continue
+        gap = duality_gap(here, atoms, z, ridge=ridge, sparsity=sparsity)
+        known = ~gap.isnan()
+        going = torch.where(
+            known,
+            gap > tolerance**2 * here.square().sum(1) / 2,
+            moved.abs().amax(1) > tolerance * z.abs().amax(1),
+        )
+        # The gap of a code at the limit of its rounding falls no further.
+        going &= moved.abs().amax(1) > torch.finfo(x.dtype).eps * z.abs().amax(1)
+        if bool(going.all()):
+            continue
+        codes[rows[~going]] = z[~going]
+        rows, z, y, t = rows[going], z[going], y[going], t[going]
+        if not len(rows):
+            return codes
+    codes[rows] = z
+    return codes
+
+
+def duality_gap(
+    x: Float[Tensor, "samples width"],
+    atoms: Float[Tensor, "atoms width"],
+    codes: Float[Tensor, "samples atoms"],
+    *,
+    ridge: float = 0.0,
+    sparsity: float = 0.0,
+) -> Float[Tensor, " samples"]:
+    """How far the objective of each row's code can be above the minimum, at most.
+
+    With a ridge λ: ‖projected gradient‖² / 2λ. Without, for non-negative atoms: the residual minus the least constant that makes D θ <= s
+    is feasible in the dual, whose value is ⟨x, θ⟩ - ½‖θ‖². NaN where neither is there.
+
+    >>> duality_gap(torch.tensor([[1.0, 2.0]]), torch.eye(2), torch.tensor([[1.0, 2.0]])).tolist()
+    [0.0]
+    """
+    left = x - codes @ atoms
+    over = left @ atoms.T - sparsity
+    if ridge:
+        slope = ridge * codes - over
+        projected = torch.where(codes > 0, slope, slope.clamp(max=0))
+        return projected.square().sum(1) / (2 * ridge)
+    sums = atoms.sum(1)
+    if bool((atoms < 0).any()) or bool((sums <= 0).any()):
+        return x.new_full((len(x),), torch.nan)
+    feasible = left - (over / sums).amax(1, keepdim=True).clamp(min=0)
+    primal = left.square().sum(1) / 2 + sparsity * codes.sum(1)
+    return (primal - (x * feasible).sum(1) + feasible.square().sum(1) / 2).clamp(min=0)
+
+
+def residual(
+    x: Float[Tensor, "samples width"],
+    atoms: Float[Tensor, "atoms width"],
+    codes: Float[Tensor, "samples atoms"],
+) -> Float[Tensor, " samples"]:
+    """‖x - z D‖ of each row.
+
+    >>> residual(torch.tensor([[3.0, 4.0]]), torch.eye(2), torch.zeros(1, 2)).tolist()
+    [5.0]
+    """
+    require(
+        codes.shape == (len(x), len(atoms)),
+        f"codes: got {checks.show(codes)}, expected ({len(x)}, {len(atoms)})",
+    )
+    return torch.linalg.vector_norm(x - codes @ atoms, dim=1)

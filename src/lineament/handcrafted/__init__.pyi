@@ -1,0 +1,12 @@
+from .estimators import GaborFeatures as GaborFeatures
+from .estimators import HogFeatures as HogFeatures
+from .estimators import InkImages as InkImages
+from .estimators import LbpFeatures as LbpFeatures
+from .gabor import gabor as gabor
+from .gabor import gabor_kernel as gabor_kernel
+from .gabor import gabor_kernel_opencv as gabor_kernel_opencv
+from .hog import hog as hog
+from .ink import ink as ink
+from .lbp import lbp as lbp
+from .lbp import lbp_codes as lbp_codes
+from .scores import class_scores as class_scores

@@ -1,0 +1,205 @@
+"""Which way do the edges of an image run, place by place? Histograms of oriented gradients.
+
+Dalal, Triggs, "Histograms of Oriented Gradients for Human Detection", CVPR 2005; as a descriptor of digits in Wahid, Shahriar, Sobuj 2022,
+arXiv 2201.10102. Two conventions are in use and their numbers differ: scikit-image votes for one bin of one cell; OpenCV shares each
+vote among the two nearest bins and the four nearest cells, and weighs it by its place in the block. Orientations are compared with the
+edges of the bins, not rounded to degrees, so an edge at exactly 45 degrees falls into the same bin on every machine.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lineament.core.checks import number, one_of, require, show
+from lineament.handcrafted.images import batch_of
+
+NORMS = ("L1", "L1-sqrt", "L2", "L2-Hys")
+Pair = int | tuple[int, int]
+
+
+def hog(
+    images: Tensor,
+    orientations: int = 9,
+    cell: Pair = 8,
+    block: Pair = 2,
+    *,
+    norm: Literal["L1", "L1-sqrt", "L2", "L2-Hys"] = "L2-Hys",
+    sqrt: bool = False,
+    signed: bool = False,
+    binning: Literal["hard", "linear"] = "hard",
+    like: Literal["skimage", "opencv"] = "skimage",
+) -> Tensor:
+    """Block-normalised histograms of gradient orientations.
+
+    Differences g_r = I[r+1] - I[r-1] and g_c (zero at the border), votes of size ``hypot(g_r, g_c)`` for the orientation
+    ``atan2(g_r, g_c)``, summed in cells, and overlapping blocks of cells normalised. Of several channels, the one with the largest
+    gradient votes.
+
+    Args:
+        images: [n, height, width] or [n, channels, height, width]; integers are taken as they are.
+        orientations: bins in 180 degrees (360 where ``signed``).
+        cell: pixels of a cell; rows and columns beyond the last whole cell are left out.
+        block: cells of a block, which moves by one cell.
+        norm: ``v / (|v|₁ + ε)``, its square root, ``v / sqrt(|v|₂² + ε²)``, or that, clipped at 0.2 and normalised again; ε = 1e-5.
+            OpenCV has L2-Hys only, with other ε.
+        sqrt: square roots of the intensities first (gamma 1/2).
+        binning: ``"linear"`` shares a vote between the two nearest bins, and is differentiable in the images.
+        like: ``"opencv"`` equals ``HOGDescriptor.compute`` (its order of numbers, too): linear binning, bilinear cells, a Gaussian over
+            the block.
+
+    Returns:
+        [n, block rows * block columns * cells of a block * orientations], in that order; zeros where an image is constant.
+
+    Raises:
+        InputError: fewer cells than a block needs, negative intensities with ``sqrt``, an unknown word, images that are none.
+
+    >>> digit = torch.zeros(1, 32, 32)
+    >>> digit[:, :, 16:] = 1
+    >>> hog(digit).shape, int(hog(digit)[0].view(-1, 9).sum(0).argmax())
+    (torch.Size([1, 324]), 0)
+    """
+    images = batch_of(images)
+    one_of("norm", norm, NORMS)
+    one_of("binning", binning, ("hard", "linear"))
+    one_of("like", like, ("skimage", "opencv"))
+    number("orientations", orientations, low=1, integer=True)
+    cells, blocks = pair("cell", cell), pair("block", block)
+    require(
+        like == "skimage" or norm == "L2-Hys", f"norm: OpenCV's descriptor has 'L2-Hys' only, got {norm!r}"
+    )
+    grid = tuple(size // side for size, side in zip(images.shape[-2:], cells))
+    require(
+        all(have >= need for have, need in zip(grid, blocks)),
+        f"block: got {show(block)} cells of {show(cell)} pixels, but an image of {images.shape[-2]} x {images.shape[-1]} has "
+        f"{grid[0]} x {grid[1]} cells; expected a smaller block or smaller cells",
+    )
+    if sqrt:
+        require(bool((images >= 0).all()), "sqrt: an image has negative intensities")
+        images = images.sqrt()
+    vertical, horizontal = _gradient(images)
+    size = torch.hypot(vertical, horizontal)
+    if images.shape[1] > 1:
+        strongest = size.argmax(1, keepdim=True)
+        vertical, horizontal, size = (v.gather(1, strongest) for v in (vertical, horizontal, size))
+    vertical, horizontal, size = vertical[:, 0], horizontal[:, 0], size[:, 0]
+    if like == "opencv":
+        votes = _shared(vertical, horizontal, size, orientations, signed)
+        return _opencv(votes, cells, blocks)
+    if binning == "linear":
+        votes = _shared(vertical, horizontal, size, orientations, signed)
+    else:
+        chosen = _bins(vertical, horizontal, orientations, signed)
+        votes = size.new_zeros(len(size), orientations, *size.shape[1:]).scatter_(
+            1, chosen[:, None], size[:, None]
+        )
+    histogram = F.avg_pool2d(votes, cells)
+    # [n, bins, block rows, block columns, cell rows, cell columns]
+    found = histogram.unfold(2, blocks[0], 1).unfold(3, blocks[1], 1)
+    found = found.permute(0, 2, 3, 4, 5, 1).flatten(3)
+    return _normalised(found, norm).flatten(1)
+
+
+def hog_length(
+    height: int, width: int, orientations: int = 9, cell: Pair = 8, block: Pair = 2
+) -> tuple[int, int, int, int, int]:
+    """Block rows, block columns, cell rows and cell columns of a block, and bins: the sizes of :func:`hog`'s numbers, in order.
+
+    >>> hog_length(32, 32)
+    (3, 3, 2, 2, 9)
+    """
+    cells, blocks = pair("cell", cell), pair("block", block)
+    rows, columns = (size // side - b + 1 for size, side, b in zip((height, width), cells, blocks))
+    return rows, columns, *blocks, orientations
+
+
+def pair(what: str, value: Pair) -> tuple[int, int]:
+    """One size for both sides, or one for each."""
+    sides = value if isinstance(value, (tuple, list)) else (value, value)
+    require(len(sides) == 2, f"{what}: got {show(value)}, expected a whole number or a pair of them")
+    for side in sides:
+        number(what, side, low=1, integer=True)
+    return int(sides[0]), int(sides[1])
+
+
+def _gradient(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Central differences along rows and columns of [n, channels, h, w], zero at the border."""
+    rows = F.pad(images[:, :, 2:] - images[:, :, :-2], (0, 0, 1, 1)) if images.shape[2] > 2 else None
+    columns = F.pad(images[..., 2:] - images[..., :-2], (1, 1)) if images.shape[3] > 2 else None
+    zero = torch.zeros_like(images)
+    return zero if rows is None else rows, zero if columns is None else columns
+
+
+def _bins(vertical: Tensor, horizontal: Tensor, count: int, signed: bool) -> Tensor:
+    """The bin of each gradient: how many bin edges its direction has reached, decided by the sign of a cross product."""
+    flat = vertical.abs() <= torch.finfo(vertical.dtype).eps * horizontal.abs()
+    vertical = torch.where(flat, 0, vertical)
+    below = (vertical < 0) | ((vertical == 0) & (horizontal < 0))
+    turn = torch.where(below, -1, 1)
+    up, right = vertical * turn, horizontal * turn
+    whole = 360 if signed else 180
+    found = torch.zeros_like(turn)
+    for k in range(1, count):
+        degrees = whole * k / count
+        cosine, sine = _direction(degrees % 180)
+        reached = up * cosine >= right * sine
+        if signed:
+            # An edge in the lower half is reached by what is in the lower half and has passed it; one in the upper half by all below.
+            reached = (below & reached) if degrees > 180 else (below if degrees == 180 else below | reached)
+        found += reached
+    return found
+
+
+def _direction(degrees: float) -> tuple[float, float]:
+    """Cosine and sine, exact to the last bit where a comparison needs it: at 45, 90 and 135 degrees."""
+    exact = {0.0: (1.0, 0.0), 45.0: (1.0, 1.0), 90.0: (0.0, 1.0), 135.0: (-1.0, 1.0)}
+    radians = math.radians(degrees)
+    return exact.get(degrees, (math.cos(radians), math.sin(radians)))
+
+
+def _shared(vertical: Tensor, horizontal: Tensor, size: Tensor, count: int, signed: bool) -> Tensor:
+    """Votes [n, bins, h, w], each shared between the two bins whose centres are nearest."""
+    still = size == 0
+    angle = torch.atan2(vertical, torch.where(still, torch.ones_like(horizontal), horizontal))
+    place = angle * (count / (2 * math.pi if signed else math.pi)) - 0.5
+    low = place.detach().floor()
+    part = place - low
+    votes = size.new_zeros(len(size), count, *size.shape[1:])
+    lower = low.long().remainder(count)[:, None]
+    votes = votes.scatter_add(1, lower, (size * (1 - part))[:, None])
+    return votes.scatter_add(1, (lower + 1) % count, (size * part)[:, None])
+
+
+def _normalised(found: Tensor, norm: str, eps: float = 1e-5) -> Tensor:
+    if norm in ("L1", "L1-sqrt"):
+        found = found / (found.abs().sum(-1, keepdim=True) + eps)
+        return found.sqrt() if norm == "L1-sqrt" else found
+    found = _length_one(found, eps)
+    return _length_one(found.clamp(max=0.2), eps) if norm == "L2-Hys" else found
+
+
+def _length_one(found: Tensor, eps: float) -> Tensor:
+    return found / (found.square().sum(-1, keepdim=True) + eps**2).sqrt()
+
+
+def _opencv(votes: Tensor, cells: tuple[int, int], blocks: tuple[int, int]) -> Tensor:
+    """Blocks as OpenCV makes them: every pixel of a block votes for the four cells around it, columns of blocks and cells come first."""
+    sides = [side * count for side, count in zip(cells, blocks)]
+    sigma = sum(sides) / 8
+    bells, corners = [], []
+    for side, count, cell in zip(sides, blocks, cells):
+        at = torch.arange(side, dtype=votes.dtype, device=votes.device)
+        bells.append(torch.exp(-((at - side / 2) ** 2) / (2 * sigma**2)))
+        centre = (torch.arange(count, dtype=votes.dtype, device=votes.device) + 0.5) * cell
+        corners.append((1 - (at + 0.5 - centre[:, None]).abs() / cell).clamp(min=0))
+    rows, columns = (corner * bell for corner, bell in zip(corners, bells))
+    found = votes.unfold(2, sides[0], cells[0]).unfold(3, sides[1], cells[1])
+    # [n, block columns, block rows, cell columns, cell rows, bins]
+    found = torch.einsum("nbyxhw,ih,jw->nxyjib", found, rows, columns).flatten(3)
+    found = found / (found.square().sum(-1, keepdim=True).sqrt() + 0.1 * found.shape[-1])
+    found = found.clamp(max=0.2)
+    return (found / (found.square().sum(-1, keepdim=True).sqrt() + 1e-3)).flatten(1)

@@ -1,0 +1,62 @@
+"""What the descriptors take: a batch of images of one size, grey or with channels, and cells over them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lineament.core.checks import InputError, require, show
+
+
+def batch_of(images: Tensor) -> Tensor:
+    """Images as [n, channels, height, width] numbers: [n, h, w] are grey, integers and booleans become float64.
+
+    Raises:
+        InputError: not 3 or 4 dimensions, an empty image, NaN or infinity.
+    """
+    if not isinstance(images, Tensor):
+        raise InputError(f"images: got {show(images)}, expected a tensor [n, height, width]")
+    require(
+        images.ndim in (3, 4) and 0 not in images.shape[1:],
+        f"images: got {show(images)}, expected [n, height, width] or [n, channels, height, width]"
+        + (", so one image is images[None]" if images.ndim == 2 else ""),
+    )
+    require(not images.is_complex(), f"images: got {show(images)}, expected real numbers")
+    if not images.is_floating_point():
+        images = images.double()
+    elif images.dtype in (torch.float16, torch.bfloat16):
+        images = images.float()
+    bad = ~images.isfinite().flatten(1).all(1)
+    require(not bool(bad.any()), f"images: number {int(bad.int().argmax())} has NaN or infinity")
+    return images if images.ndim == 4 else images[:, None]
+
+
+def grey_of(images: Tensor) -> Tensor:
+    """Images as [n, height, width]: three channels by their luma (0.299, 0.587, 0.114), other numbers of channels by their mean."""
+    images = batch_of(images)
+    if images.shape[1] == 1:
+        return images[:, 0]
+    if images.shape[1] == 3:
+        return torch.einsum("nchw,c->nhw", images, images.new_tensor([0.299, 0.587, 0.114]))
+    return images.mean(1)
+
+
+def check_grid(grid: int, images: Tensor) -> int:
+    """Return ``grid`` if an image [..., height, width] has so many cells along each side."""
+    smaller = min(images.shape[-2:])
+    require(
+        isinstance(grid, int) and not isinstance(grid, bool) and 1 <= grid <= smaller,
+        f"grid: got {show(grid)}, expected a whole number from 1 to {smaller} (the image's smaller side), or None for the whole image",
+    )
+    return grid
+
+
+def cell_of(size: int, grid: int, device: torch.device) -> Tensor:
+    """Which of ``grid`` cells of (nearly) equal size each of ``size`` pixels lies in."""
+    return torch.arange(size, device=device) * grid // size
+
+
+def cell_weights(size: int, grid: int, like: Tensor) -> Tensor:
+    """[grid, size]: row i averages the pixels of cell i."""
+    inside = cell_of(size, grid, like.device) == torch.arange(grid, device=like.device)[:, None]
+    return inside.to(like.dtype) / inside.sum(1, keepdim=True)

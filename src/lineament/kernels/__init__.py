@@ -1,0 +1,5 @@
+"""Infinitely wide and deep networks as kernel machines."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

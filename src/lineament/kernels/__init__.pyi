@@ -1,0 +1,11 @@
+from .duals import Dual as Dual
+from .duals import dual_of as dual_of
+from .hermite import hermite_coefficients as hermite_coefficients
+from .recursion import log_nngp as log_nngp
+from .recursion import log_ntk as log_ntk
+from .recursion import log_psi as log_psi
+from .regimes import optimal_activation as optimal_activation
+from .regimes import optimal_dual as optimal_dual
+from .regimes import regime as regime
+from .scores import hilbert_scores as hilbert_scores
+from .scores import kernel_scores as kernel_scores

@@ -1,0 +1,98 @@
+"""Scores of the kernel machine y' K⁻¹ k(x), where kernels are e^(-1000) and only their ratios can be told.
+
+Radhakrishnan, Belkin, Uhler 2022, arXiv 2204.14126, section 1.2.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from scipy.linalg import LinAlgError, cho_factor, cho_solve
+
+from lineament.core.checks import InputError, one_of, require
+from lineament.kernels.recursion import log_nngp, log_ntk
+
+Array = np.ndarray
+
+
+def half_squares(X: Array, Y: Array) -> Array:
+    """δ = 1 - cos = |x - y|² / 2 of unit rows, by differences where they are close, [n, m].
+
+    >>> half_squares(np.eye(2), np.eye(2)).tolist()
+    [[0.0, 1.0], [1.0, 0.0]]
+    """
+    delta = np.clip(1 - X @ Y.T, 0, None)
+    close = np.argwhere(delta < 1e-4)
+    for part in np.array_split(close, max(1, len(close) // 100_000)):
+        i, j = part.T
+        delta[i, j] = np.square(X[i] - Y[j]).sum(1) / 2
+    return np.minimum(delta, 1.0)
+
+
+def kernel_scores(
+    activation: Any,
+    depth: int,
+    X: Array,
+    y: Array,
+    Z: Array,
+    *,
+    kernel: Literal["nngp", "ntk"] = "nngp",
+    ridge: float = 0.0,
+) -> tuple[Array, Array]:
+    """y' (K + ridge)⁻¹ k(z) for each row of Z: its sign-carrying factor, and the logarithm of what multiplies it.
+
+    Args:
+        X, Z: unit rows with cosines that are not negative. y: [n] or [n, classes].
+        ridge: added to the diagonal, in units of K(1).
+
+    Returns:
+        (factor [m] or [m, classes], log [m]); the score is ``factor * exp(log)``.
+
+    Raises:
+        InputError: K is singular: two equal rows, or too little depth without a ridge.
+
+    >>> factor, log = kernel_scores("square", 4, np.eye(2), np.array([1.0, -1.0]), np.array([[0.8, 0.6]]))
+    >>> np.sign(factor).tolist(), (log / np.log(0.8)).round(6).tolist()
+    ([1.0], [16.0])
+    """
+    one_of("kernel", kernel, ("nngp", "ntk"))
+    logs = log_nngp if kernel == "nngp" else log_ntk
+    top = float(logs(activation, depth, delta=np.zeros(())))
+    inside = half_squares(X, X)
+    np.fill_diagonal(inside, 0.0)
+    matrix = np.exp(logs(activation, depth, delta=inside) - top)
+    np.fill_diagonal(matrix, 1 + ridge)
+    try:
+        weights = cho_solve(cho_factor(matrix, lower=True), y)
+    except LinAlgError as error:
+        raise InputError(
+            f"ridge: the kernel matrix of {len(X)} points is singular at depth {depth} (two equal points, or an activation that makes all "
+            f"alike); expected a ridge above {ridge:g}, or more depth"
+        ) from error
+    across = logs(activation, depth, delta=half_squares(Z, X)) - top
+    shift = across.max(1)
+    require(bool(np.isfinite(shift).all()), "Z: a row is orthogonal to all of X, so that its kernel is zero")
+    return np.exp(across - shift[:, None]) @ weights, shift
+
+
+def hilbert_scores(X: Array, y: Array, Z: Array, exponent: float) -> Array:
+    """Σ y r^-d / Σ r^-d of the distances r: the Hilbert kernel rule. A point of X has its own label.
+
+    >>> hilbert_scores(np.eye(2), np.array([1.0, -1.0]), np.eye(2), 2.0).tolist()
+    [1.0, -1.0]
+    """
+    with np.errstate(divide="ignore"):
+        log = -exponent / 2 * np.log(2 * half_squares(Z, X))
+    top = log.max(1, keepdims=True)
+    weights = np.where(np.isinf(top), np.isinf(log), np.exp(log - np.where(np.isinf(top), 0, top)))
+    return weights @ y / weights.sum(1)
+
+
+def nearest(X: Array, y: Array, Z: Array) -> Array:
+    """The label of each row's nearest neighbour in X; the first of equals.
+
+    >>> nearest(np.eye(2), np.array([3, 5]), np.eye(2)).tolist()
+    [3, 5]
+    """
+    return y[half_squares(Z, X).argmin(1)]

@@ -1,0 +1,1 @@
+"""Networks grown by gradient boosting (arXiv 1909.12098)."""

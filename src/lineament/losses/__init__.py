@@ -1,0 +1,5 @@
+"""Losses over embeddings: margins, negatives, contrastive."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,85 @@
+"""Similar people as negatives: every pair of unlike samples of a batch joins the denominator of a class head's loss.
+
+Jung et al., "Unified Negative Pair Generation toward Well-discriminative Feature Space for Face Recognition", BMVC 2022, arXiv 2203.11593. With L the
+log-sum-exp of the pairs' scaled similarities the loss of a sample is logaddexp(lse, L) - target: nothing is concatenated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lineament.core.checks import number
+from lineament.core.results import Readable
+from lineament.losses.class_head import ClassHead
+
+
+class UNPG(nn.Module):
+    """A class head whose denominators also hold the batch's negative pairs, without outliers.
+
+    Args:
+        head: any :class:`ClassHead`.
+        whisker: pairs outside Q1 - r IQR to Q3 + r IQR are left out: above are suspected wrong labels, below are trivial pairs.
+            1.5 for MS1MV2, 1 for K-FACE, infinity for no filter.
+
+    >>> loss = UNPG(ClassHead(5, 4))
+    >>> loss(torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 3])).ndim
+    0
+    """
+
+    def __init__(self, head: ClassHead, whisker: float = 1.5):
+        super().__init__()
+        self.head = head
+        self.whisker = whisker if whisker == float("inf") else number("whisker", whisker, low=0)
+
+    def forward(self, embeddings: Tensor, labels: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
+        """The loss of embeddings [B, d] with labels [B]; rows of label -1 form no pairs. Without negatives it is the head's own."""
+        lse, target, rows = self.head.parts(embeddings, labels)
+        if not self.training:
+            return self.head.reduced(lse, target, rows, sample_weight)
+        pairs = negative_pairs(embeddings[rows], labels[rows], self.whisker)
+        extra = self.head.margin.extra(embeddings[rows].norm(dim=1))
+        if extra is not None:  # the margin's own term stays outside of the logarithm
+            lse = lse - extra
+        lse = torch.logaddexp(lse, pairs.logsumexp(self.head.scale))
+        return self.head.reduced(lse if extra is None else lse + extra, target, rows, sample_weight)
+
+
+@dataclass(frozen=True)
+class NegativePairs(Readable):
+    """Similarities [B, B], and which of them are kept: i < j, unlike labels, within the whiskers ``low`` to ``high``."""
+
+    similarities: Tensor
+    kept: Tensor
+    quartiles: tuple[Tensor, Tensor]
+    low: Tensor
+    high: Tensor
+
+    def logsumexp(self, scale: float) -> Tensor:
+        """ln Σ exp(scale * similarity) over the kept pairs; -inf where there are none."""
+        return (scale * self.similarities).masked_fill(~self.kept, -torch.inf).flatten().logsumexp(0)
+
+
+def negative_pairs(embeddings: Tensor, labels: Tensor, whisker: float = 1.5) -> NegativePairs:
+    """The pairs of unlike samples, filtered by box and whisker: quartiles are sorted[⌊q n⌋], bounds inclusive, no gradient through either.
+
+    >>> int(negative_pairs(torch.eye(3), torch.tensor([0, 0, 1])).kept.sum())
+    2
+    """
+    unit = F.normalize(
+        embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings, dim=1
+    )
+    found = unit @ unit.T
+    unlike = (labels[:, None] != labels).triu(1)
+    with torch.no_grad():
+        # Pairs that are none sort last.
+        ordered = found.masked_fill(~unlike, torch.inf).flatten().sort().values
+        count = unlike.sum()
+        first, third = (ordered[(q * count).floor().long().clamp(max=len(ordered) - 1)] for q in (0.25, 0.75))
+        reach = whisker * (third - first) if whisker != float("inf") else torch.full_like(first, torch.inf)
+        low, high = first - reach, third + reach
+        kept = unlike & (found >= low) & (found <= high)
+    return NegativePairs(found, kept, (first, third), low, high)

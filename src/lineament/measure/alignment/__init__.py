@@ -1,0 +1,1 @@
+"""Units of several networks, aligned: matching, mutual information, sparse maps, clusters, similarities."""

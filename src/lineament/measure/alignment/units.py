@@ -1,0 +1,487 @@
+"""Several networks look at the same samples, a batch at a time: what their units hold at the same places.
+
+A unit is a channel of a map, a feature of a token, or an entry of a vector; a place is a position of the map, a token, or the whole sample.
+Every batch passes each network once. A few places of each image are enough, for neighbours say the same; all images of a batch are read at the
+same ones. Language models with different tokenizers meet at the ends of words that both of them cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lineament.core import checks
+from lineament.core.batching import auto_batch, progress
+from lineament.core.checkpoint import Checkpoint
+from lineament.core.checks import InputError, NotFiniteError, require, show
+from lineament.core.models import called, device_of, frozen, logits, moved, unwrapped
+from lineament.core.sites.activations import Activations, capture
+from lineament.data.samples import Samples
+from lineament.load.data import load_data
+from lineament.load.input_layout import find_layout, with_arguments
+from lineament.measure.alignment.joint import JointMoments
+from lineament.measure.alignment.similarity import KernelSums
+from lineament.train.batches import Indexed, source
+
+Transform = Callable[[Tensor], Tensor]
+_CHANNELS_SECOND = (nn.Conv1d, nn.BatchNorm1d, nn.MaxPool1d, nn.AvgPool1d, nn.ConvTranspose1d)
+_BATCH = 64
+_TOP = 6
+_KERNEL_BYTES = 2**28  # the blocks of the sums for CKA together
+
+
+@dataclass
+class Step:
+    """One batch: the inputs of each network, the samples' numbers, and at which tokens they meet where they do not everywhere."""
+
+    inputs: list[Any]
+    samples: Tensor
+    places: list[Tensor] | None = None  # of each network (sample, place), indices of tokens
+    present: Tensor | None = None  # (sample, place)
+
+
+@dataclass
+class Collected:
+    """What is kept of a pass: moments of each group of sites, sums for CKA between all of them, and the samples that move a unit most."""
+
+    moments: list[JointMoments] = field(default_factory=list)
+    kernels: list[KernelSums] = field(default_factory=list)  # by blocks of images
+    top_values: list[Tensor] = field(default_factory=list)  # of each site of each network (k, units)
+    top_samples: list[Tensor] = field(default_factory=list)
+    answers: list[Tensor] = field(default_factory=list)  # of each network, in the order of ``order``
+    order: list[Tensor] = field(default_factory=list)
+    samples: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "moments": [each.state_dict() for each in self.moments],
+            "kernels": [each.state_dict() for each in self.kernels],
+            "top_values": self.top_values,
+            "top_samples": self.top_samples,
+            "answers": self.answers,
+            "order": self.order,
+            "samples": self.samples,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.moments = [JointMoments.from_state_dict(each) for each in state["moments"]]
+        self.kernels = [KernelSums.from_state_dict(each) for each in state["kernels"]]
+        self.top_values, self.top_samples = list(state["top_values"]), list(state["top_samples"])
+        self.answers, self.order = list(state["answers"]), list(state["order"])
+        self.samples = state["samples"]
+
+    def answered(self, net: int) -> Float[Tensor, "samples outputs"]:
+        """What a network answered, by the samples' numbers."""
+        order = torch.cat(self.order)
+        return self.answers[net][order.argsort()]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the pass reads its networks; see :func:`lineament.measure.alignment.profile.alignment`."""
+
+    positions: int = 64
+    blocks: int = 10
+    nulls: tuple[str, ...] = ("shuffled",)
+    resize: str | None = None
+    seed: int = 0
+    keep: int = 4096
+    answers: bool = False  # keep what the networks answer, too
+
+
+def gather(
+    models: Sequence[nn.Module],
+    groups: Sequence[Sequence[str]],
+    steps: Sequence[Step] | Iterable[Step],
+    reading: Reading,
+    *,
+    transforms: Sequence[Transform | None] | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Collected:
+    """One pass of all networks over the steps; with a checkpoint, one that goes on where it was cut off.
+
+    Args:
+        groups: sites that are aligned with each other, one of each network.
+    """
+    collected = Collected()
+    transforms = [None] * len(models) if transforms is None else list(transforms)
+    with ExitStack() as stack:
+        acts = []
+        for number, model in enumerate(models):
+            stack.enter_context(frozen(model, requires_grad=None))
+            sites = list(dict.fromkeys(group[number] for group in groups))
+            acts.append(stack.enter_context(capture(model, sites, stop_early=not reading.answers)))
+        stack.enter_context(torch.no_grad())
+        for step in _walked(steps, collected, checkpoint):
+            for part, units, answers in _read(models, groups, step, acts, transforms, reading):
+                _take(collected, part, units, reading)
+                if reading.answers:
+                    before = collected.answers or [answer[:0] for answer in answers]
+                    collected.answers = [torch.cat(pair) for pair in zip(before, answers)]
+                    collected.order.append(part.samples)
+    require(collected.samples > 0, "data: got no batches, expected at least one")
+    return collected
+
+
+def _walked(steps: Any, collected: Collected, checkpoint: Checkpoint | None) -> Iterator[Step]:
+    if checkpoint is None:
+        yield from progress(steps, "alignment")
+        return
+    for number in progress(checkpoint.loop("moments", len(steps), {"collected": collected}), "alignment"):
+        yield steps[number]
+
+
+def _read(
+    models: Sequence[nn.Module],
+    groups: Sequence[Sequence[str]],
+    step: Step,
+    acts: Sequence[Activations],
+    transforms: Sequence[Transform | None],
+    reading: Reading,
+) -> Iterator[tuple[Step, list[list[Tensor]], list[Tensor]]]:
+    """What the units of each group hold, (sample, place, unit) of each network, and what the networks answer; fewer samples at a time where memory runs out."""
+
+    def forward(start: int, stop: int) -> tuple[Step, list[list[Tensor]], list[Tensor]]:
+        part = Step(
+            [_rows(inputs, start, stop) for inputs in step.inputs],
+            step.samples[start:stop],
+            None if step.places is None else [p[start:stop] for p in step.places],
+            None if step.present is None else step.present[start:stop],
+        )
+        answers = [
+            called(model, moved(inputs, device_of(model))) for model, inputs in zip(models, part.inputs)
+        ]
+        answers = (
+            [logits(a).reshape(stop - start, -1).float().cpu() for a in answers] if reading.answers else []
+        )
+        found = []
+        for group in groups:
+            held = [
+                _held(models[n], site, acts[n][site], None if part.places is None else part.places[n])
+                for n, site in enumerate(group)
+            ]
+            found.append(_fitted(group, held, transforms, reading))
+        return part, found, answers
+
+    yield from auto_batch(forward, len(step.samples), memory=(gather, tuple(map(id, models))))
+
+
+def _rows(inputs: Any, start: int, stop: int) -> Any:
+    if isinstance(inputs, Mapping):
+        return {key: _rows(value, start, stop) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(_rows(value, start, stop) for value in inputs)
+    return inputs[start:stop] if isinstance(inputs, Tensor) else inputs
+
+
+def _held(model: nn.Module, site: str, tensor: Tensor, places: Tensor | None) -> Tensor:
+    """(sample, *places, unit)."""
+    require(
+        tensor.ndim >= 2 and tensor.is_floating_point(),
+        f"site {site!r}: got {show(tensor)}, expected (batch, units), tokens or a map",
+    )
+    if site.split("[")[0].endswith((":q", ":k", ":v", ":z")):
+        tensor = tensor.flatten(2)
+    elif tensor.ndim == 3:
+        module = dict(unwrapped(model).named_modules()).get(site.removesuffix(":in").removesuffix(":out"))
+        tensor = tensor.transpose(1, 2) if isinstance(module, _CHANNELS_SECOND) else tensor
+    elif tensor.ndim >= 4 and not (tensor.shape[1] == tensor.shape[2] != tensor.shape[-1]):
+        tensor = tensor.movedim(1, -1)
+    if places is None:
+        return tensor
+    require(tensor.ndim == 3, f"site {site!r}: got {show(tensor)}, expected (batch, tokens, units)")
+    at = places.to(tensor.device)[..., None].expand(-1, -1, tensor.shape[-1])
+    return tensor.gather(1, at)
+
+
+def _fitted(
+    group: Sequence[str], held: list[Tensor], transforms: Sequence[Transform | None], reading: Reading
+) -> list[Tensor]:
+    """The same places of every network, (sample, place, unit)."""
+    spaces = [tuple(each.shape[1:-1]) for each in held]
+    if len(set(spaces)) > 1:
+        named = " and ".join(
+            f"{site!r} of {' x '.join(map(str, s)) or 'no'} positions" for site, s in zip(group, spaces)
+        )
+        require(
+            reading.resize == "pool" and len({len(s) for s in spaces if s}) <= 1,
+            f"sites: {named} do not meet; choose sites of one size, or resize='pool' to average the larger map down to the smaller",
+        )
+        least = tuple(map(min, zip(*spaces))) if all(spaces) else ()
+        held = [_pooled(each, least) for each in held]
+    flat = [each.flatten(1, -2) if each.ndim > 2 else each[:, None] for each in held]
+    return [
+        each if change is None else _transformed(change, each, site)
+        for each, change, site in zip(flat, transforms, group)
+    ]
+
+
+def _pooled(each: Tensor, space: tuple[int, ...]) -> Tensor:
+    if each.shape[1:-1] == space:
+        return each
+    if not space:
+        return each.flatten(1, -2).mean(1)
+    pool = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(space)]
+    return pool(each.movedim(-1, 1), space).movedim(1, -1)  # pyright: ignore[reportArgumentType]
+
+
+def _transformed(change: Transform, each: Tensor, site: str) -> Tensor:
+    found = change(each.flatten(0, 1))
+    require(
+        isinstance(found, Tensor) and found.ndim == 2 and len(found) == each.shape[0] * each.shape[1],
+        f"transform: it returned {show(found)} for {show(each.flatten(0, 1))} of site {site!r}, expected one row of features a row",
+    )
+    return found.unflatten(0, each.shape[:2]).to_dense()
+
+
+def _take(collected: Collected, step: Step, units: list[list[Tensor]], reading: Reading) -> None:
+    if not collected.moments:
+        for group in units:
+            sizes = [each.shape[2] for each in group]
+            collected.moments.append(
+                JointMoments(
+                    sizes, blocks=reading.blocks, nulls=reading.nulls, keep=reading.keep, seed=reading.seed
+                )
+            )
+        flat = [each for group in units for each in group]
+        widths = [each.shape[2] for each in flat]
+        # One point near the data for all blocks, so that their sums add up as they are.
+        centre = torch.cat([_mean(each, step.present).double().cpu().mean(0) for each in flat])
+        number = min(reading.blocks, max(_KERNEL_BYTES // (8 * sum(widths) ** 2), 1))
+        collected.kernels = [KernelSums(widths, centre) for _ in range(number)]
+        collected.top_values = [torch.zeros(0, each.shape[2]) for each in flat]
+        collected.top_samples = [torch.zeros(0, each.shape[2], dtype=torch.long) for each in flat]
+    dealt = collected.moments[0]._dealt(len(step.samples))
+    chosen = _chosen(units, step, collected.samples, reading)
+    for moments, group in zip(collected.moments, chosen):
+        try:
+            moments.update(group, None if step.present is None else step.present.to(group[0].device))
+        except NotFiniteError as error:
+            raise NotFiniteError(f"sites: {error}") from error
+    flat = [each for group in units for each in group]
+    means = [_mean(each, step.present) for each in flat]
+    for number, kernel in enumerate(collected.kernels):
+        inside = dealt % len(collected.kernels) == number
+        if bool(inside.any()):
+            kernel.update([each[inside.to(each.device)] for each in means])
+    for number, each in enumerate(flat):
+        if step.present is not None:
+            each = each.masked_fill(~step.present.to(each.device)[..., None], -torch.inf)
+        values = torch.cat([collected.top_values[number], each.amax(1).float().cpu()])
+        names = step.samples[:, None].expand(-1, each.shape[2])
+        names = torch.cat([collected.top_samples[number], names])
+        best = values.topk(min(_TOP, len(values)), dim=0)
+        collected.top_values[number], collected.top_samples[number] = (
+            best.values,
+            names.gather(0, best.indices),
+        )
+    collected.samples += len(step.samples)
+
+
+def _chosen(units: list[list[Tensor]], step: Step, seen: int, reading: Reading) -> list[list[Tensor]]:
+    """A few places, the same for all samples of a batch and all networks; other ones in the next batch."""
+    if step.present is not None:
+        return units
+    found = []
+    for group in units:
+        there = group[0].shape[1]
+        if there > reading.positions:
+            generator = torch.Generator().manual_seed((reading.seed * 1_000_003 + seen) % 2**63)
+            at = torch.randperm(there, generator=generator)[: reading.positions].sort().values
+            group = [each[:, at.to(each.device)] for each in group]
+        found.append(group)
+    return found
+
+
+def _mean(each: Tensor, present: Tensor | None) -> Float[Tensor, "samples units"]:
+    if present is None:
+        return each.mean(1)
+    there = present.to(each.device, each.dtype)[..., None]
+    return (each * there).sum(1) / there.sum(1).clamp_min(1)
+
+
+# What the networks are given
+
+
+def steps_of(models: Sequence[nn.Module], data: Any, others: Any = None, *, seed: int = 0) -> Iterable[Step]:
+    """The batches of a user's data for each network: of one source, or of one for each with the same samples in the same order.
+
+    Data that can be indexed are walked in an order drawn from ``seed``, so that the images of a batch are any images.
+
+    Raises:
+        InputError: sources whose numbers of samples or targets differ.
+    """
+    if isinstance(data, (str, Path, Samples)):
+        samples = data if isinstance(data, Samples) else load_data(data, samples=2**31)
+        views = [Indexed(_Given(with_arguments(model, samples), model), samples.targets) for model in models]
+    else:
+        views = [source(_batched(data))] * len(models)
+    if others is not None:
+        views = [views[0], *[source(_batched(others))] * (len(models) - 1)]
+    if all(isinstance(view, Indexed) for view in views):
+        counts = [len(view) for view in views]
+        require(
+            len(set(counts)) == 1,
+            f"data: {counts[0]} samples for one network and {max(counts[1:])} for the other, expected the same samples",
+        )
+        return _Shuffled(views, seed)
+    return _Streamed(views)
+
+
+class _Given:
+    """Stored samples as one network takes them, by their numbers."""
+
+    def __init__(self, samples: Samples, model: nn.Module):
+        self.samples, self.model = samples, model
+        self.layout, _ = find_layout(model, samples, (), (), 2)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, rows: Any) -> Any:
+        return self.layout.given(self.samples[rows], self.model)
+
+
+class _Shuffled(Sequence[Step]):
+    def __init__(self, views: Sequence[Any], seed: int):
+        self.views = views
+        order = torch.randperm(len(views[0]), generator=torch.Generator().manual_seed(seed))
+        self.parts = list(order.split(_BATCH))
+        if len(self.parts) > 1 and len(self.parts[-1]) == 1:  # which would have no other to be exchanged with
+            self.parts[-2:] = [torch.cat(self.parts[-2:])]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: Any) -> Any:
+        rows = self.parts[number]
+        first = self.views[0].take(rows)
+        batches = [first, *(first if view is self.views[0] else view.take(rows) for view in self.views[1:])]
+        _same_targets([batch.targets for batch in batches])
+        return Step([batch.inputs for batch in batches], rows)
+
+
+class _Streamed:
+    def __init__(self, views: Sequence[Any]):
+        self.views = views
+
+    def __iter__(self) -> Iterator[Step]:
+        seen = 0
+        own = list(dict.fromkeys(self.views))
+        walks = [iter(view.in_order(_BATCH)) for view in own]
+        ended = object()
+        while True:
+            batches = [next(walk, ended) for walk in walks]
+            if all(batch is ended for batch in batches):
+                return
+            require(
+                not any(batch is ended for batch in batches),
+                "data: one of the two sources ends before the other, expected the same samples in the same batches",
+            )
+            _same_targets([batch.targets for batch in batches])  # pyright: ignore[reportAttributeAccessIssue]
+            count = len(batches[0])  # pyright: ignore[reportArgumentType]
+            by = {id(view): batch for view, batch in zip(own, batches)}
+            inputs = [by[id(view)].inputs for view in self.views]  # pyright: ignore[reportAttributeAccessIssue]
+            yield Step(inputs, torch.arange(seen, seen + count))
+            seen += count
+
+
+def _same_targets(targets: Sequence[Any]) -> None:
+    found = {_hash(each) for each in targets}
+    require(
+        len(found) == 1,
+        "data: the two sources have other targets in one batch, expected the same samples in the same order (do not shuffle them)",
+    )
+
+
+def _hash(value: Any) -> str:
+    value = torch.as_tensor(value).detach().cpu().contiguous()
+    return hashlib.sha256(str(tuple(value.shape)).encode() + value.double().numpy().tobytes()).hexdigest()
+
+
+def _batched(data: Any) -> Any:
+    """Inputs alone, without targets, as a pair or as batches of pairs."""
+    if isinstance(data, Tensor):
+        return data, torch.zeros(len(data), dtype=torch.long)
+    if isinstance(data, list) and data and all(isinstance(each, Tensor) for each in data) and len(data) != 2:
+        return [(each, torch.zeros(len(each), dtype=torch.long)) for each in data]
+    return data
+
+
+def text_steps(
+    texts: Sequence[str], tokenizers: Sequence[Any], *, positions: int, seed: int = 0
+) -> list[Step]:
+    """Texts for several language models: at the ends of the words that every tokenizer cuts there.
+
+    Raises:
+        InputError: a tokenizer that does not say which characters its tokens stand for; texts without a common place.
+    """
+    texts = checks.listed("data", texts, "texts")
+    require(
+        all(isinstance(text, str) for text in texts),
+        f"data: got {show(texts)}, expected texts, as there are tokenizers",
+    )
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
+    steps = []
+    for rows in order.split(16):
+        cut = [[_tokens(tokenizer, texts[int(row)]) for row in rows] for tokenizer in tokenizers]
+        kept, places = [], []
+        for at, row in enumerate(rows.tolist()):
+            ends = [
+                {end: token for token, end in enumerate(net[at][1]) if _word_ends(texts[row], end)}
+                for net in cut
+            ]
+            common = sorted(set.intersection(*map(set, ends)))
+            if len(common) > positions:
+                generator = torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63)
+                some = torch.randperm(len(common), generator=generator)[:positions].sort().values
+                common = [common[i] for i in some.tolist()]
+            if common:
+                kept.append(at)
+                places.append([[end[place] for place in common] for end in ends])
+        if not kept:
+            continue
+        longest = max(len(each[0]) for each in places)
+        present = torch.tensor([[k < len(each[0]) for k in range(longest)] for each in places])
+        index = [
+            torch.tensor([each[n] + [0] * (longest - len(each[n])) for each in places])
+            for n in range(len(tokenizers))
+        ]
+        inputs = [_padded([net[at][0] for at in kept]) for net in cut]
+        steps.append(Step(inputs, rows[kept], index, present))
+    require(
+        bool(steps), "data: in no text do the tokenizers end a word at the same place; expected plain texts"
+    )
+    return steps
+
+
+def _tokens(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """Token ids, and where in the text each ends (0 where it stands for nothing)."""
+    try:
+        found = tokenizer(text, return_offsets_mapping=True)
+    except NotImplementedError as error:
+        raise InputError(
+            f"tokenizers: {type(tokenizer).__name__} does not say which characters a token stands for, expected a fast tokenizer"
+        ) from error
+    return list(found["input_ids"]), [end if end > start else 0 for start, end in found["offset_mapping"]]
+
+
+def _word_ends(text: str, end: int) -> bool:
+    return end > 0 and not text[end - 1].isspace() and (end == len(text) or text[end].isspace())
+
+
+def _padded(ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    longest = max(map(len, ids))
+    return {
+        "input_ids": torch.tensor([[*each, *[0] * (longest - len(each))] for each in ids]),
+        "attention_mask": torch.tensor([[1] * len(each) + [0] * (longest - len(each)) for each in ids]),
+    }

@@ -1,0 +1,1 @@
+"""What an embedding is worth: verification, retrieval, geometry."""

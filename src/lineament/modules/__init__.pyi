@@ -1,0 +1,9 @@
+from .sparse_attention.attention import alignment_loss as alignment_loss
+from .sparse_attention.attention import attention as attention
+from .sparse_attention.attention import sparsity_report as sparsity_report
+from .sparse_attention.layer import SparseSparseAttention as SparseSparseAttention
+from .sparse_attention.selection import select_blocks as select_blocks
+from .unified_embedding.collisions import expected_collisions as expected_collisions
+from .unified_embedding.hashing import fingerprint as fingerprint
+from .unified_embedding.hashing import mix64 as mix64
+from .unified_embedding.table import UnifiedEmbedding as UnifiedEmbedding

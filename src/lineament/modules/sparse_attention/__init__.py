@@ -1,0 +1,1 @@
+"""Sparse and full attention, aligned (arXiv 2511.20102)."""

@@ -1,0 +1,1 @@
+"""One table for all features (arXiv 2305.12102)."""

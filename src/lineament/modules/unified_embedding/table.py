@@ -1,0 +1,220 @@
+"""One table for all features: each value of each feature is hashed, with the feature's own salt, to some of its rows.
+
+Coleman et al., "Unified Embedding", NeurIPS 2023, arXiv 2305.12102. Values of different features that share a row are told apart by the layers
+that read them; only values of one feature that share all rows are merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lineament.core.checks import InputError, number, one_of, require, show, suggest
+from lineament.modules.unified_embedding.hashing import (
+    as_texts,
+    bucket,
+    fingerprint,
+    mix64,
+    mixed_salt,
+    remainder,
+    siphash,
+)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A feature of a table: its number, look-ups, combiner, the id that stands for nothing, and its first look-up's number."""
+
+    name: str
+    number: int
+    lookups: int
+    combiner: str
+    padding: int | None
+    first: int
+
+
+class UnifiedEmbedding(nn.Module):
+    """Embeddings of any number of features out of one table of narrow rows.
+
+    Args:
+        rows: of each sub-table. chunk: width of a row. tables: sub-tables; look-ups take turns.
+        hash: ``"mix64"`` of integer ids (strings by their fingerprint), or ``"siphash"``, the bits of TensorFlow Recommenders.
+        seed: of the hashes; it is part of the model, and weights do not load under another one.
+        salt: of a feature's hashes: its ``"name"``, or the ``"order"`` in which it was added, which changes all later ones when one is inserted.
+        assign: which sub-table a feature's look-ups start at: by its name, or going on from the last feature ("order").
+        sparse: gradients of the rows that were read only.
+
+    ``add`` features, then call it with {name: ids}. A feature's output has ``lookups * chunk`` numbers.
+
+    >>> table = UnifiedEmbedding(1000, 8)
+    >>> table.add("user"); table.add("item", lookups=3)
+    >>> table({"user": torch.tensor([1, 2]), "item": torch.tensor([7, 7])}).shape
+    torch.Size([2, 40])
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        chunk: int,
+        tables: int = 1,
+        *,
+        hash: Literal["mix64", "siphash"] = "mix64",
+        seed: int = 0,
+        salt: Literal["name", "order"] = "name",
+        assign: Literal["name", "order"] = "name",
+        sparse: bool = False,
+    ):
+        super().__init__()
+        self.rows = number("rows", rows, low=1, high=(1 << 31) - 1, integer=True)
+        self.chunk = number("chunk", chunk, low=1, integer=True)
+        self.tables = number("tables", tables, low=1, integer=True)
+        self.hash = one_of("hash", hash, ("mix64", "siphash"))
+        self.seed = number("seed", seed, low=0, high=(1 << 63) - 1, integer=True)
+        self.salt = one_of("salt", salt, ("name", "order"))
+        self.assign = one_of("assign", assign, ("name", "order"))
+        self.sparse = sparse
+        self.features: dict[str, Feature] = {}
+        self.weight = nn.Parameter(torch.empty(tables * rows, chunk))
+        # Keras' range; the normal distribution of nn.Embedding costs several points of AUC.
+        nn.init.uniform_(self.weight, -0.05, 0.05, generator=torch.Generator().manual_seed(seed))
+
+    def add(
+        self,
+        name: str,
+        lookups: int = 2,
+        *,
+        combiner: Literal["mean", "sum", "sqrtn"] = "mean",
+        padding: int | None = None,
+    ) -> None:
+        """Add a feature.
+
+        Args:
+            lookups: rows of each value. combiner: of several values. padding: an id that gives zeros.
+        """
+        require(name not in self.features, f"name: there is a feature {name!r} already")
+        number("lookups", lookups, low=1, integer=True)
+        one_of("combiner", combiner, ("mean", "sum", "sqrtn"))
+        first = sum(feature.lookups for feature in self.features.values())
+        self.features[name] = Feature(name, len(self.features), lookups, combiner, padding, first)
+
+    def forward(self, inputs: Mapping[str, Any], *, as_dict: bool = False) -> Any:
+        """Embeddings of each feature's values.
+
+        Args:
+            inputs: {feature: ids}; ids are int64 [batch] or [batch, values], strings, or (ids, offsets) as ``nn.EmbeddingBag`` takes them.
+
+        Returns:
+            [batch, sum of widths] in the order in which features were added, or {feature: [batch, width]}.
+        """
+        for name in inputs:
+            require(
+                name in self.features,
+                f"inputs: there is no feature {name!r}{suggest(name, self.features)}",
+            )
+        found = {
+            name: self._embedded(self.features[name], inputs[name])
+            for name in self.features
+            if name in inputs
+        }
+        return found if as_dict else torch.cat(list(found.values()), 1)
+
+    def rows_of(self, name: str, ids: Tensor | Sequence[Any]) -> Tensor:
+        """The row in its sub-table of each value and look-up, [n, lookups]."""
+        feature = self.features[name]
+        if self.hash == "siphash":
+            texts = as_texts(ids)
+            hashed = [siphash(texts, (feature.number, j)) for j in range(feature.lookups)]
+            return torch.stack([remainder(h, self.rows) for h in hashed], 1).to(self.weight.device)
+        ids = self._ids(ids)
+        return torch.stack(
+            [bucket(mix64(ids, self._salt(feature, j)), self.rows) for j in range(feature.lookups)], 1
+        )
+
+    def tables_of(self, name: str) -> Tensor:
+        """The sub-table of each look-up, [lookups]."""
+        feature = self.features[name]
+        start = feature.first if self.assign == "order" else mixed_salt(_name(name)) % self.tables
+        return (torch.arange(feature.lookups) + start) % self.tables
+
+    def _salt(self, feature: Feature, lookup: int) -> int:
+        own = _name(feature.name) if self.salt == "name" else feature.number
+        return mixed_salt(mixed_salt(mixed_salt(self.seed) ^ own) ^ lookup)
+
+    def _ids(self, ids: Tensor | Sequence[Any]) -> Tensor:
+        if not isinstance(ids, Tensor):
+            return fingerprint(as_texts(ids)).to(self.weight.device)
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise InputError(f"inputs: got {show(ids)}, expected whole ids")
+        return ids.long()
+
+    def _embedded(self, feature: Feature, given: Any) -> Tensor:
+        offsets = None
+        if isinstance(given, tuple):
+            given, offsets = given
+            falling = len(offsets) and (int(offsets[0]) != 0 or bool((offsets.diff() < 0).any()))
+            require(not falling, f"inputs: the offsets of {feature.name!r} must start at 0 and not fall")
+        several = isinstance(given, Tensor) and given.ndim == 2
+        batch = len(given)
+        if several:
+            offsets = torch.arange(0, given.numel() + 1, given.shape[1], device=given.device)[:-1]
+            given = given.reshape(-1)
+        at = self.rows_of(feature.name, given) + (self.tables_of(feature.name) * self.rows).to(
+            self.weight.device
+        )
+        there = None
+        if feature.padding is not None and isinstance(given, Tensor):
+            there = given != feature.padding
+        if offsets is None:
+            found = F.embedding(at, self.weight, sparse=self.sparse).flatten(1)
+            return found if there is None else found * there[:, None]
+        return self._pooled(feature, at, offsets, there, len(offsets) if not several else batch)
+
+    def _pooled(
+        self, feature: Feature, at: Tensor, offsets: Tensor, there: Tensor | None, batch: int
+    ) -> Tensor:
+        """Each bag's rows combined by look-up; an empty bag is zeros."""
+        weights = torch.ones(len(at), device=at.device) if there is None else there.float()
+        bag = torch.bucketize(torch.arange(len(at), device=at.device), offsets, right=True) - 1
+        size = torch.zeros(batch, device=at.device).index_add_(0, bag, weights)
+        power = {"mean": 1.0, "sum": 0.0, "sqrtn": 0.5}[feature.combiner]
+        share = (weights / size.clamp(min=1)[bag].pow(power)).to(self.weight.dtype)
+        made = [
+            F.embedding_bag(
+                at[:, j], self.weight, offsets, mode="sum", sparse=self.sparse, per_sample_weights=share
+            )
+            for j in range(feature.lookups)
+        ]
+        return torch.cat(made, 1)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What the rows' meaning depends on; weights load only where it is the same."""
+        return {
+            key: getattr(self, key) for key in ("rows", "chunk", "tables", "hash", "seed", "salt", "assign")
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        ours = self.get_extra_state()
+        other = {key: (state.get(key), value) for key, value in ours.items() if state.get(key) != value}
+        if other:
+            told = ", ".join(f"{key} {theirs!r} (here {mine!r})" for key, (theirs, mine) in other.items())
+            raise InputError(
+                f"state_dict: the table was saved with {told}, so that its rows mean other values"
+            )
+
+
+def _name(name: str) -> int:
+    return int(fingerprint([name])[0]) & ((1 << 64) - 1)
+
+
+def lexicographic(lookups: int) -> list[int]:
+    """The order in which the official layer joins its chunks: by the text of their numbers, 0, 1, 10, 11, 2, ...
+
+    >>> lexicographic(11)
+    [0, 1, 10, 2, 3, 4, 5, 6, 7, 8, 9]
+    """
+    return sorted(range(lookups), key=str)

@@ -1,0 +1,5 @@
+"""What a shared gradient reveals: an audit of one's own messages."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,162 @@
+"""Gradient distances, matching losses, the miniature schedule, augmentations and coresets against the released functions."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from tests.golden.common import File, Scope, golden, listed
+from torch import Tensor, nn
+
+from lineament.core.checks import InputError
+from lineament.learn.condensation import augmentation, coresets
+from lineament.learn.condensation.distances import gradient_distance, row_distance
+from lineament.learn.condensation.matching import Schedule, condense, loops, matching_loss
+
+KINDS = {"ours": "rows", "mse": "squares", "cos": "cosine"}
+
+
+def network(file: File, state: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """The file's network: convolution, group norm, ReLU and average pooling at each level, then a linear layer."""
+    layers: list[nn.Module] = []
+    channels = state["features.0.weight"].shape[1]
+    width, norm, pool = (
+        int(file["width"]),
+        file["norm"],
+        {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}[file["pooling"]],
+    )
+    for level in range(int(file["depth"])):
+        padding = file["first_padding"] if level == 0 else file["padding"]
+        layers.append(nn.Conv2d(channels, width, file["kernel_size"], padding=padding))
+        groups = {"instancenorm": width, "layernorm": 1}[norm]
+        layers += [nn.GroupNorm(groups, width, eps=file["norm_eps"]), nn.ReLU(), pool(file["pool_size"])]
+        channels = width
+    head = nn.Linear(state["classifier.weight"].shape[1], int(file["num_classes"]))
+    net = nn.Sequential()
+    net.add_module("features", nn.Sequential(*layers))
+    net.add_module("flat", nn.Flatten())
+    net.add_module("classifier", head)
+    net.to(dtype).load_state_dict(state)
+    return net
+
+
+def check_arrays(file: File) -> None:
+    values = file.partners("values")[0]
+    for dtype in file.dtypes:
+        check_matching(file, values, dtype)
+    check_augmentations(file)
+    for name in file.arrays(r"dist_\w+|core_feats|ntk_J\d+"):  # what the values are of
+        file.input(name)
+
+
+def setting(file: File, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor, Tensor, list[Tensor]]:
+    names = [name for name in listed(file["parameter"]) if file.has(f"net_{name}")]
+    state = {name: file.input(f"net_{name}").to(dtype) for name in names}
+    real, syn = file.input("real").to(dtype), file.input("syn").to(dtype)
+    assert real.shape[:2] == (int(file["num_classes"]), int(file["n_real_per_class"]))
+    labels = torch.arange(len(real)).repeat_interleave(int(file["ipc"]))
+    return state, syn, labels, list(real)
+
+
+def check_matching(file: File, values: File, dtype: torch.dtype) -> None:
+    state, syn, labels, real = setting(file, dtype)
+    net, kind = network(file, state, dtype), KINDS[file["distance"]]
+    for name, summed in (("class", False), ("sum", True)):
+        x = syn.clone().requires_grad_()
+        loss = matching_loss(net, x, labels, real, summed=summed, kind=kind, eps=file["eps"])
+        file.compare(f"grad_{name}", torch.autograd.grad(loss, x)[0], dtype)
+    assert file["momentum_net"] == 0
+    schedule = Schedule(
+        *(
+            int(file[key])
+            for key in ("outer_loop", "inner_loop", "net_steps", "outer_warmup", "inner_warmup")
+        ),
+        picture_rate=file["lr_img"],
+        picture_momentum=file["momentum_img"],
+        network_rate=file["lr_net"],
+    )
+    nets: list[nn.Module] = []
+
+    def fresh(outer: int) -> nn.Module:
+        made = copy.deepcopy(net)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.mul_(1 + file["outer_parameter_growth"] * outer)
+        nets.append(made)
+        return made
+
+    found = condense(fresh, syn, labels, lambda outer, inner: real, schedule, kind=kind)
+    file.compare("sched_trace", found.trace, dtype)
+    file.compare("sched_syn_final", found.pictures, dtype)
+    for name, parameter in nets[-1].named_parameters():
+        file.compare(f"sched_net_final_{name}", parameter, dtype)
+
+
+def drawn(case: Scope) -> Any:
+    p = case["params"]
+    if case["op"] == "color":
+        amounts = (case["brightness"], case["saturation"], case["contrast"])
+        numbers = [p[f"r_{name}"] for name in ("brightness", "saturation", "contrast")]
+        return lambda x: augmentation.color(x, *numbers, amounts=amounts)
+    if case["op"] in ("scale", "rotate"):
+        assert (case["padding_mode"], case["mode"], case["align_corners"]) == ("zeros", "bilinear", False)
+    return {
+        "crop": lambda x: augmentation.shift(x, p["tx"], p["ty"]),
+        "cutout": lambda x: augmentation.cutout(x, p["ox"], p["oy"], tuple(p["size"])),
+        "flip": lambda x: augmentation.flip(x, p["r"], probability=case["prob_flip"]),
+        "scale": lambda x: augmentation.scale(x, p["sx"], p["sy"]),
+        "rotate": lambda x: augmentation.rotate(x, p["angle_rad"]),
+    }[case["op"]]
+
+
+def check_augmentations(file: File) -> None:
+    for case in file.cases:
+        case.compare(f"aug_{case.name}", drawn(case)(file.input("aug_x").float()))
+
+
+def check_values(file: File) -> None:
+    arrays = file.partners("arrays")[0]
+    numbers = [k for k in listed(arrays["tensor"]) if arrays.has(f"dist_syn{k}")]
+    sides = [[arrays.input(f"dist_{side}{k}") for k in numbers] for side in ("syn", "real")]
+    for told, kind in KINDS.items():
+        file.compare(f"distance.{told}", gradient_distance(*sides, kind, eps=file["eps"]))
+    each = [row_distance(a, b, eps=file["eps"]) for a, b in zip(*sides)]
+    file.compare("distance_per_tensor_layerwise", torch.stack(each))
+    state, syn, labels, real = setting(arrays, torch.float64)
+    net = network(arrays, state, torch.float64)
+    for name, summed in (("class", False), ("sum", True)):
+        loss = matching_loss(
+            net, syn, labels, real, summed=summed, kind=KINDS[arrays["distance"]], eps=arrays["eps"]
+        )
+        file.compare(f"loss_{name}", loss)
+    for name in file.arrays(r"loops\[\d+\]"):
+        told = file.input(name)
+        try:
+            found = list(loops(int(name[6:-1])))
+        except InputError:
+            found = [0, 0]
+        assert torch.as_tensor(told).tolist() == found, name
+    features, count = arrays.input("core_feats"), file["n_select"]
+    file.compare("herding_mean_matching", torch.tensor(coresets.herding(features, count)))
+    file.compare("k_center_greedy_from_nearest_to_mean", torch.tensor(coresets.k_centers(features, count)))
+    distance = coresets.kernel_distance(arrays.input("ntk_J1"), arrays.input("ntk_J2"))
+    file.compare("kernel_distance", distance)
+    file.compare("kernel_velocity", distance / file["kernel_velocity_dt"])
+    for name in ("schedule", "net", "aug_params"):  # settings, which the arrays' cases take
+        file.input(name)
+
+
+test_golden, test_a_wrong_number_is_noticed = golden(
+    "dcc",
+    {"arrays": check_arrays, "values": check_values},
+    fixed=(
+        *(
+            "arrays:seed",
+            "arrays:params",
+            "arrays:tensor",
+            "arrays:parameter",
+        ),  # they name arrays, or are drawn from
+        *("arrays:dist_*", "arrays:core_feats", "arrays:ntk_J*"),  # what the values are of
+    ),
+)

@@ -1,0 +1,78 @@
+"""Networks that answer for every pixel: intersection over union and edges by hand, and what other lenses say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lineament.audit.run import AuditOptions, audit
+from lineament.core.checks import InputError
+
+GENERATOR = torch.Generator().manual_seed(0)
+IMAGES = torch.rand(12, 1, 16, 16, generator=GENERATOR)
+MASKS = (
+    (torch.arange(16)[None, :, None] + torch.arange(12)[:, None, None] > 14).long().expand(12, 16, 16).clone()
+)
+
+
+class Named(nn.Module):
+    """Says the classes that it was given, whatever it sees; a convolution makes it a network."""
+
+    def __init__(self, said, width=2):
+        super().__init__()
+        self.conv = nn.Conv2d(1, width, 1)
+        self.said, self.width = said, width
+        self.seen = {row.sum().item(): k for k, row in enumerate(IMAGES)}
+
+    def forward(self, x):
+        rows = torch.tensor([self.seen[row.sum().item()] for row in x])
+        wanted = nn.functional.one_hot(self.said[rows], self.width).movedim(-1, 1).float()
+        return 0 * self.conv(x) + 9 * wanted
+
+
+def section(said, masks=MASKS, tmp_path=None, **more):
+    return audit(Named(said, **more), (IMAGES, masks), out=tmp_path / "r", lenses=["pixels"])["pixels"]
+
+
+def test_intersection_over_union_by_hand(tmp_path):
+    said = MASKS.clone()
+    said[:, :, :4] = 0
+    numbers = section(said, tmp_path=tmp_path).numbers
+    for k in (0, 1):
+        both = ((said == k) & (k == MASKS)).sum().item()
+        either = ((said == k) | (k == MASKS)).sum().item()
+        assert numbers["classes"][k]["iou"][0] == pytest.approx(both / either)
+    assert numbers["miou"][0] == pytest.approx(sum(c["iou"][0] for c in numbers["classes"]) / 2)
+    assert numbers["accuracy"][0] == pytest.approx((said == MASKS).double().mean().item())
+    low, high = numbers["miou"][1:]
+    assert low < numbers["miou"][0] < high
+
+
+def test_edges_are_told_apart(tmp_path):
+    """Wrong exactly in the row behind each edge."""
+    said = MASKS.clone()
+    first = (MASKS == 1) & (MASKS.roll(1, 1) == 0)
+    first[:, 0] = False
+    said[first] = 0
+    numbers = section(said, tmp_path=tmp_path).numbers
+    assert numbers["inside"][0] == 1 and numbers["edges"][0] < 0.8
+
+
+def test_labels_outside_the_classes_count_nowhere(tmp_path):
+    masks = MASKS.clone()
+    masks[:, :, :8] = 255
+    numbers = section(MASKS, masks, tmp_path).numbers
+    assert numbers["miou"][0] == 1 and numbers["ignored"] == pytest.approx(0.5)
+
+
+def test_other_lenses_say_that_they_do_not_serve_it(tmp_path):
+    found = audit(Named(MASKS), (IMAGES, MASKS), out=tmp_path / "r")
+    status = {s.name: s.status for s in found.sections}
+    assert status["pixels"] == "good" and status["accuracy"] == "skipped" and "failed" not in status.values()
+    assert "answers for every pixel" in found["collapse"].sentence
+    with pytest.raises(InputError, match="expected 'dense'"):
+        audit(Named(MASKS), (IMAGES, MASKS), out=tmp_path / "s", options=AuditOptions(task="regression"))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(256, 2))
+    with pytest.raises(InputError, match="task: 'dense' was asked for"):
+        audit(net, (IMAGES, torch.arange(12) % 2), out=tmp_path / "t", options=AuditOptions(task="dense"))
