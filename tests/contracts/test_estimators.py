@@ -89,12 +89,15 @@ def test_a_truncated_network_is_its_stage_and_one_plain_network(solver):
     np.testing.assert_array_equal(other.decision_function(X), net.decision_function(X))
 
 
-def test_swapped_labels_mirror_the_scores():
+def test_the_larger_label_has_the_positive_scores_and_the_start_is_the_log_odds():
     X, y = load_iris(return_X_y=True)
-    X, y = X[y < 2], y[y < 2]
-    one = GBNNClassifier(6, 2, max_iter=10, random_state=0).fit(X, y).decision_function(X)
-    F0 = GBNNClassifier(6, 2, max_iter=10, random_state=0).fit(X, 1 - y).network_.F0
-    assert one.shape == (100,) and abs(float(F0[0])) < 1e-12
+    X, y = X[20:100], y[20:100]
+    net = GBNNClassifier(12, 2, 1.0, max_iter=50, random_state=0).fit(X, y)
+    assert float(net.network_.F0[0]) == pytest.approx(0.5 * np.log(50 / 30))
+    assert ((net.decision_function(X) > 0) == (y == 1)).all()
+    swapped = GBNNClassifier(12, 2, 1.0, max_iter=50, random_state=0).fit(X, 1 - y)
+    assert float(swapped.network_.F0[0]) == pytest.approx(-0.5 * np.log(50 / 30))
+    assert ((swapped.decision_function(X) > 0) == (y == 0)).all()
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,6 @@ class Inversion(Readable):
     """The picture of the stage whose gradient fits best, normalised and clipped.
 
     ``variables``: what each stage ended with; ``scores``: each stage's matching cost; ``objective``: at every step of all stages.
-
-    >>> Inversion.__dataclass_params__.frozen
-    True
     """
 
     best: Tensor

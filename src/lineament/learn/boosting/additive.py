@@ -17,7 +17,7 @@ import torch
 from lineament.core.checks import number
 from lineament.core.results import Readable
 from lineament.learn.boosting.losses import Array, Loss, step_size
-from lineament.learn.boosting.subnetwork import ACTIVATIONS, Sub, fitted, initial
+from lineament.learn.boosting.subnetwork import Sub, fitted, initial
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,3 @@ def grow(
         if stop is not None and stop(grown):
             break
     return grown
-
-
-__all__ = ["ACTIVATIONS", "Additive", "Grown", "Growth", "grow"]

@@ -6,6 +6,7 @@ them are a smaller network that needs no training.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from lineament.core.checks import number, one_of, require
-from lineament.learn.boosting.additive import Additive, Grown, Growth, grow
+from lineament.learn.boosting.additive import Grown, Growth, grow
 from lineament.learn.boosting.losses import (
     Array,
     Binary,
@@ -63,8 +64,6 @@ class _Boosted(BaseEstimator):
     def truncate(self, units: int) -> Any:
         """A copy that keeps the first ``units`` units, whole steps only."""
         check_is_fitted(self)
-        import copy
-
         made = copy.copy(self)
         made.network_ = self.network_.truncated(units)
         made.grown_ = None
@@ -117,7 +116,6 @@ class _Boosted(BaseEstimator):
         F0 = self.network_.F0 if before is not None else loss.start(y, weights)
         if stop is not None:
             stop.F = np.repeat(F0[None], len(stop.X), 0)
-        # A part that was left out once gets its place again when growing goes on.
         grown = grow(loss, X, y, F0, growth, rng, weights=weights, before=before, stop=stop)
         self.loss_ = loss
         self.grown_ = grown if self.warm_start else None
@@ -365,6 +363,3 @@ class GBNNRegressor(RegressorMixin, _Boosted):
     def staged_predict(self, X: Any) -> Iterator[Array]:
         """:meth:`predict` after each step."""
         return (self._told(F) for F in self._stages(X))
-
-
-__all__ = ["Additive", "GBNNClassifier", "GBNNRegressor"]
