@@ -39,36 +39,15 @@ def step_rows(repeats: int) -> Iterator[Row]:
     limit = (
         "one GEMM of 2 B d M for the plain step's five, and a pass over encoder, decoder and Adam's moments"
     )
-    yield compare(
-        SLUG,
-        f"TopK step, {what}",
-        step,
-        "the same equations with dense tensors and autograd",
-        _dense(sae, x),
-        target=4.0,
-        repeats=repeats,
-        note=limit,
-    )
-    yield compare(
-        SLUG,
-        f"TopK step, {what}",
-        step,
-        "dictionary_learning's TopKTrainer",
-        _dictionary_learning(sae, x),
-        target=4.0,
-        repeats=repeats,
-        note=limit,
-    )
-    yield compare(
-        SLUG,
-        f"TopK step, {what}",
-        step,
-        "sparsify's SparseCoder",
-        _sparsify(sae, x),
-        target=1.2,
-        repeats=repeats,
-        note=limit,
-    )
+    peers = {
+        "the same equations with dense tensors and autograd": (_dense, 4.0),
+        "dictionary_learning's TopKTrainer": (_dictionary_learning, 4.0),
+        "sparsify's SparseCoder": (_sparsify, 1.2),
+    }
+    for peer, (made, target) in peers.items():
+        yield compare(
+            SLUG, f"TopK step, {what}", step, peer, made(sae, x), target=target, repeats=repeats, note=limit
+        )
     yield compare(
         SLUG,
         f"gradient-aware TopK step, exact, {what}",
