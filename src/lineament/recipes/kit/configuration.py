@@ -18,8 +18,8 @@ PRESETS = ("quick", "small", "paper")
 def available() -> list[str]:
     """The slugs that have a recipe, in alphabetical order.
 
-    >>> available()[:2]
-    ['diffgrad', 'diffroar']
+    >>> "normgrad" in available()
+    True
     """
     found = {
         module.name.replace("_", "-") for module in pkgutil.iter_modules([str(Path(__file__).parents[1])])
