@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lineament.core.checks import number
 from lineament.core.results import Readable
-from lineament.losses.class_head import ClassHead
+from lineament.losses.class_head import ClassHead, checked
 
 
 class UNPG(nn.Module):
@@ -37,15 +37,11 @@ class UNPG(nn.Module):
 
     def forward(self, embeddings: Tensor, labels: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of embeddings [B, d] with labels [B]; rows of label -1 form no pairs. Without negatives it is the head's own."""
-        lse, target, rows = self.head.parts(embeddings, labels)
         if not self.training:
-            return self.head.reduced(lse, target, rows, sample_weight)
+            return self.head(embeddings, labels, sample_weight=sample_weight)
+        rows = checked(embeddings, labels, len(self.head.weight))
         pairs = negative_pairs(embeddings[rows], labels[rows], self.whisker)
-        extra = self.head.margin.extra(embeddings[rows].norm(dim=1))
-        if extra is not None:  # the margin's own term stays outside of the logarithm
-            lse = lse - extra
-        lse = torch.logaddexp(lse, pairs.logsumexp(self.head.scale))
-        return self.head.reduced(lse if extra is None else lse + extra, target, rows, sample_weight)
+        return self.head(embeddings, labels, sample_weight=sample_weight, also=pairs.logsumexp(self.head.scale))
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ def negative_pairs(embeddings: Tensor, labels: Tensor, whisker: float = 1.5) -> 
     unlike = (labels[:, None] != labels).triu(1)
     with torch.no_grad():
         # Pairs that are none sort last.
-        ordered = found.masked_fill(~unlike, torch.inf).flatten().sort().values
+        ordered = F.pad(found.masked_fill(~unlike, torch.inf).flatten().sort().values, (0, 1), value=torch.inf)
         count = unlike.sum()
         first, third = (ordered[(q * count).floor().long().clamp(max=len(ordered) - 1)] for q in (0.25, 0.75))
         reach = whisker * (third - first) if whisker != float("inf") else torch.full_like(first, torch.inf)
