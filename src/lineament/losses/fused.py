@@ -125,8 +125,8 @@ def _passes(
                 _add_product(d_weight, shares, x * each[:, None], low)
             return loss
 
-        most = max(1, _ENTRIES // len(weight))
-        loss = sum(auto_batch(part, len(rows), batch_size=chunk, memory=_Loss, most=most), rows.new_zeros(()))
+        most, kind_of = max(1, _ENTRIES // len(weight)), (weight.shape, weight.dtype, weight.device)
+        loss = sum(auto_batch(part, len(rows), batch_size=chunk, memory=(_Loss, kind_of), most=most), rows.new_zeros(()))
         if not wanted:
             return loss, None
         d_own, d_norms = torch.autograd.grad(
