@@ -62,18 +62,19 @@ def recognise(
     seed: int,
     lr: float = 0.1,
     batch_size: int = 128,
-    watch: object | None = None,
+    after: Callable[[nn.Module], Any] = lambda net: None,
 ) -> Recognised:
-    """Train with SGD along a cosine; ``loss(classes, size, seed)`` makes the loss, called with embeddings and labels."""
+    """Train with SGD along a cosine; ``loss(classes, size, seed)`` makes the loss, ``after`` is called with the trained network."""
     made = loss(int(train.targets.max()) + 1, 64, seed)
     net = Embedder(train.inputs[0].numel(), made, seed=seed)
     with few_threads(train.inputs, "cpu"):
         done = fit(
             net, train, optimizer=lambda net: torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=5e-4), epochs=epochs,
-            batch_size=batch_size, loss=made, seed=seed, callbacks=[Cosine(), *([] if watch is None else [watch])],
+            batch_size=batch_size, loss=made, seed=seed, callbacks=[Cosine()],
         )  # fmt: skip
         net.eval()
         with torch.no_grad():
+            after(net)
             return judged_on(net(unseen.inputs), unseen.targets, done.curve("loss"))
 
 
