@@ -68,7 +68,11 @@ def identities(
 
 
 def orl_faces(
-    people: int = 24, *, size: tuple[int, int] = (28, 23), data_folder: str | Path | None = None, seed: int = 0
+    people: int = 24,
+    *,
+    size: tuple[int, int] = (28, 23),
+    data_folder: str | Path | None = None,
+    seed: int = 0,
 ) -> tuple[Samples, Samples] | None:
     """The AT&T / ORL photographs of 40 people, 10 of each: so many random people to train on, and the others; ``None`` where they are not found.
 

@@ -101,7 +101,9 @@ class ClassHead(nn.Module):
         each = each if self.reduction == "sum" else each / each.sum()
 
         def target(cosines: Tensor, norms: Tensor) -> Tensor:
-            return self._target(cosines, norms, margins, rows) * (norms if self.margin.by_norm else self.scale)
+            return self._target(cosines, norms, margins, rows) * (
+                norms if self.margin.by_norm else self.scale
+            )
 
         loss = cosine_softmax_loss(
             F.normalize(x, dim=1), norms, weight, y, target, scale=None if self.margin.by_norm else self.scale,
@@ -180,9 +182,7 @@ class ClassHead(nn.Module):
             return wide(x), self.weight, y
         return wide(x), F.embedding(kept, self.weight, sparse=self.sparse), torch.searchsorted(kept, y)
 
-    def _target(
-        self, cosines: Tensor, norms: Tensor, margins: Tensor | None, rows: Tensor
-    ) -> Tensor:
+    def _target(self, cosines: Tensor, norms: Tensor, margins: Tensor | None, rows: Tensor) -> Tensor:
         """The targets' cosines with their margin."""
         if not self.training:
             return cosines

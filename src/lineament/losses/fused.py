@@ -46,7 +46,9 @@ def cosine_softmax_loss(
     0.3133
     """
     rows = unit * (norms[:, None] if scale is None else scale)
-    return _Loss.apply(rows, unit, norms, weight, labels, target, weights, also, chunk, torch.is_grad_enabled())  # pyright: ignore
+    return _Loss.apply(
+        rows, unit, norms, weight, labels, target, weights, also, chunk, torch.is_grad_enabled()
+    )  # pyright: ignore
 
 
 class _Loss(torch.autograd.Function):
@@ -65,7 +67,9 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         if ctx.found is None:  # a second backward: the first gave its gradients away
             rows, unit, norms, weight, labels, weights, also = ctx.saved_tensors
-            ctx.found = _passes(rows, unit, norms, weight, labels, ctx.goal, weights, also, ctx.chunk, True)[1]
+            ctx.found = _passes(rows, unit, norms, weight, labels, ctx.goal, weights, also, ctx.chunk, True)[
+                1
+            ]
         found, ctx.found = ctx.found, None
         upstream = grads[0]
         d_rows, d_unit, d_norms, d_weight, d_also = (
@@ -126,7 +130,10 @@ def _passes(
             return loss
 
         most, kind_of = max(1, _ENTRIES // len(weight)), (weight.shape, weight.dtype, weight.device)
-        loss = sum(auto_batch(part, len(rows), batch_size=chunk, memory=(_Loss, kind_of), most=most), rows.new_zeros(()))
+        loss = sum(
+            auto_batch(part, len(rows), batch_size=chunk, memory=(_Loss, kind_of), most=most),
+            rows.new_zeros(()),
+        )
         if not wanted:
             return loss, None
         d_own, d_norms = torch.autograd.grad(

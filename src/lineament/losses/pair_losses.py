@@ -58,7 +58,10 @@ class ContrastiveLoss(PairLoss):
 
     def __init__(self, positive: float = 0.0, negative: float = 1.0):
         super().__init__()
-        self.positive, self.negative = number("positive", positive, low=0), number("negative", negative, low=0)
+        self.positive, self.negative = (
+            number("positive", positive, low=0),
+            number("negative", negative, low=0),
+        )
 
     def of(self, unit: Tensor, like: Tensor, unlike: Tensor) -> Tensor:
         distance = _distances(unit)
@@ -96,7 +99,9 @@ class MultiSimilarityLoss(PairLoss):
 
     def __init__(self, alpha: float = 2.0, beta: float = 50.0, base: float = 0.5):
         super().__init__()
-        self.alpha, self.beta = (number(k, v, low=0, open_low=True) for k, v in (("alpha", alpha), ("beta", beta)))
+        self.alpha, self.beta = (
+            number(k, v, low=0, open_low=True) for k, v in (("alpha", alpha), ("beta", beta))
+        )
         self.base = number("base", base)
 
     def of(self, unit: Tensor, like: Tensor, unlike: Tensor) -> Tensor:

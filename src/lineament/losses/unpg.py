@@ -54,7 +54,9 @@ class UNPG(nn.Module):
             return base + self.weight * self.pairs(embeddings, labels)
         rows = checked(embeddings, labels, len(self.head.weight))
         pairs = self.negatives(embeddings[rows], labels[rows])
-        return self.head(embeddings, labels, sample_weight=sample_weight, also=pairs.logsumexp(self.head.scale))
+        return self.head(
+            embeddings, labels, sample_weight=sample_weight, also=pairs.logsumexp(self.head.scale)
+        )
 
     def negatives(self, embeddings: Tensor, labels: Tensor) -> NegativePairs:
         """The pairs that join the denominators, of the batch's labelled rows."""
@@ -89,7 +91,9 @@ def negative_pairs(embeddings: Tensor, labels: Tensor, whisker: float = 1.5) -> 
     unlike = (labels[:, None] != labels).triu(1)
     with torch.no_grad():
         # Pairs that are none sort last.
-        ordered = F.pad(found.masked_fill(~unlike, torch.inf).flatten().sort().values, (0, 1), value=torch.inf)
+        ordered = F.pad(
+            found.masked_fill(~unlike, torch.inf).flatten().sort().values, (0, 1), value=torch.inf
+        )
         count = unlike.sum()
         first, third = (ordered[(q * count).floor().long().clamp(max=len(ordered) - 1)] for q in (0.25, 0.75))
         reach = whisker * (third - first) if whisker != float("inf") else torch.full_like(first, torch.inf)

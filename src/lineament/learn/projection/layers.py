@@ -115,7 +115,9 @@ def layers_worth(
         for name, g, labels in zip(("train", "test"), groups, (y, y_test)):
             require(len(g) == len(labels), f"groups: got {len(g)} for {len(labels)} {name} samples")
     found = [
-        _layer(site, own[site], y.to(own[site].device), other[site], y_test.to(own[site].device), groups, penalty)
+        _layer(
+            site, own[site], y.to(own[site].device), other[site], y_test.to(own[site].device), groups, penalty
+        )
         for site in own
     ]
     return LayersWorth(tuple(found), len(y), len(y_test))
@@ -154,7 +156,10 @@ def _layer(
     classes = int(max(y.max(), y_test.max())) + 1
     goals = F.one_hot(y, classes).to(x)
     scores = {}
-    for name, (a, b) in {"": (x, x_test), "_standardised": ((x - centre) / spread, (x_test - centre) / spread)}.items():
+    for name, (a, b) in {
+        "": (x, x_test),
+        "_standardised": ((x - centre) / spread, (x_test - centre) / spread),
+    }.items():
         fit = logistic(a, y, penalty, classes=classes)
         scores["logistic" + name] = float((fit.predict(b)[:, 0] == y_test).double().mean())
         linear = ridge(a, goals, choose="shared").predict(b).argmax(1)
@@ -164,7 +169,9 @@ def _layer(
     worst = mean = None
     if groups is not None:
         rows = balanced(groups[0])
-        right = (logistic(x[rows], y[rows], penalty, classes=classes).predict(x_test)[:, 0] == y_test).double()
+        right = (
+            logistic(x[rows], y[rows], penalty, classes=classes).predict(x_test)[:, 0] == y_test
+        ).double()
         each = [float(right[groups[1] == g].mean()) for g in groups[1].unique()]
         worst, mean = min(each), sum(each) / len(each)
     return Layer(
@@ -182,14 +189,21 @@ def balanced(groups: Tensor, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     each = [(groups == g).nonzero()[:, 0] for g in groups.unique()]
     count = min(map(len, each))
-    return torch.cat([rows[torch.randperm(len(rows), generator=generator)[:count]] for rows in each]).sort().values
+    return (
+        torch.cat([rows[torch.randperm(len(rows), generator=generator)[:count]] for rows in each])
+        .sort()
+        .values
+    )
 
 
 def _pair(name: str, data: Any) -> tuple[Tensor, Tensor]:
     inputs, labels = data.pair if hasattr(data, "pair") else data
     inputs, labels = torch.as_tensor(inputs), torch.as_tensor(labels)
     require(
-        labels.ndim == 1 and len(labels) == len(inputs) and not labels.is_floating_point() and len(labels) > 1,
+        labels.ndim == 1
+        and len(labels) == len(inputs)
+        and not labels.is_floating_point()
+        and len(labels) > 1,
         f"{name}: got labels {show(labels)} beside {show(inputs)}, expected a class of each sample",
     )
     return inputs, labels.long()

@@ -87,7 +87,9 @@ def run(config: Config, *, out: Path) -> Outcome:
     stages, seeds, found = Stages(out, config), range(config.seeds), Found()
 
     def trained(name: str, seed: int, wrong: float) -> Recognised:
-        return recognise(maker(name, config.sigma), *_people(config, seed, wrong), epochs=config.epochs, seed=seed)
+        return recognise(
+            maker(name, config.sigma), *_people(config, seed, wrong), epochs=config.epochs, seed=seed
+        )
 
     for kind, heads, wrong in (("wrong", config.heads, config.wrong), ("clean", config.clean_heads, 0.0)):
         for name in heads:
@@ -109,7 +111,11 @@ def run(config: Config, *, out: Path) -> Outcome:
                 split = orl_faces(seed=seed, data_folder=config.data_folder)
                 if split is None:
                     break
-                made = stages(f"ORL, {name}, seed {seed}", lambda n=name, s=split, k=seed: _faces(config, n, s, k), Recognised)
+                made = stages(
+                    f"ORL, {name}, seed {seed}",
+                    lambda n=name, s=split, k=seed: _faces(config, n, s, k),
+                    Recognised,
+                )
                 found.faces.setdefault(name, []).append(made)
     for how in ("independent", "rank", "official", "reversed"):
         match = None if how == "independent" else how

@@ -17,13 +17,20 @@ from lineament.report.outcome import Figure
 def draw_all(found: Found, config: Any, out: Path) -> list[Figure]:
     """Write the recipe's figures into ``out``."""
     groups = {"wrong labels": found.wrong, "clean labels": found.clean, "tuned, wrong labels": found.tuned}
-    shown = bars({kind: runs for kind, runs in groups.items() if runs}, "tar3", "TAR at FAR 1e-3, people never seen", config.seeds)
+    shown = bars(
+        {kind: runs for kind, runs in groups.items() if runs},
+        "tar3",
+        "TAR at FAR 1e-3, people never seen",
+        config.seeds,
+    )
     return [save(shown, out, "recognition"), _matching(found, config, out)]
 
 
 def _matching(found: Found, config: Any, out: Path) -> Figure:
     def draw(axes: Any) -> None:
-        for ax, (name, match) in zip(axes[0], (("independent", None), ("rank", "rank"), ("official", "official"))):
+        for ax, (name, match) in zip(
+            axes[0], (("independent", None), ("rank", "rank"), ("official", "official"))
+        ):
             generator = torch.Generator().manual_seed(0)
             cosines = torch.rand(256, generator=generator)
             drawn = Elastic("arc", sigma=config.sigma, match=match).draw(cosines, generator)  # pyright: ignore

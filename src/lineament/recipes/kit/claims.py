@@ -53,7 +53,9 @@ class Paired:
         return f"{self.mean:+.3f} ± {self.error:.3f} ({self.count} seeds)"
 
 
-def higher(name: str, paper: str, ours: Sequence[float], theirs: Sequence[float], *, otherwise: str = "") -> Claim:
+def higher(
+    name: str, paper: str, ours: Sequence[float], theirs: Sequence[float], *, otherwise: str = ""
+) -> Claim:
     """A claim that ``ours`` is higher than ``theirs``, paired over seeds: by more than two standard errors.
 
     >>> claim = higher("a > b", "higher", [0.8, 0.81], [0.5, 0.5])

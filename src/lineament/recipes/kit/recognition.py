@@ -141,7 +141,8 @@ def bars(groups: Mapping[str, Mapping[str, Sequence[Recognised]]], what: str, la
             ax.set(title=title, xlabel=label if ax is panels[0] else "")
 
     said = "; ".join(
-        f"{title}: " + ", ".join(f"{name} {statistics.mean(column(each, what)):.3f}" for name, each in runs.items())
+        f"{title}: "
+        + ", ".join(f"{name} {statistics.mean(column(each, what)):.3f}" for name, each in runs.items())
         for title, runs in groups.items()
     )
     return picture(

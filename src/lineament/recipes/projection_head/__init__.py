@@ -78,14 +78,26 @@ def run(config: Config, *, out: Path) -> Outcome:
     stages, seeds = Stages(out, config), range(config.seeds)
     found = Found(stages("linear network", lambda: linear_weights(config.linear_steps), Weights))
     for name in config.kinds:
-        each = stages.each(f"{name}, seed {{}}", seeds, lambda seed, n=name: by_parity(n, config, seed), Probed)
+        each = stages.each(
+            f"{name}, seed {{}}", seeds, lambda seed, n=name: by_parity(n, config, seed), Probed
+        )
         found.kinds[name] = list(each.values())
     for drop in config.drops:
-        each = stages.each(f"drop {drop}, seed {{}}", seeds, lambda seed, d=drop: dropped_digit(d, config, seed), Pair)
+        each = stages.each(
+            f"drop {drop}, seed {{}}", seeds, lambda seed, d=drop: dropped_digit(d, config, seed), Pair
+        )
         found.drops[drop] = list(each.values())
     groups = stages.each("groups, seed {}", seeds, lambda seed: worst_group(config, seed), Pair)
     found.groups = list(groups.values())
-    return Outcome(SLUG, TITLE, config.preset, asdict(config), claims_of(found), _tables(found, config), _figures(found, out))
+    return Outcome(
+        SLUG,
+        TITLE,
+        config.preset,
+        asdict(config),
+        claims_of(found),
+        _tables(found, config),
+        _figures(found, out),
+    )
 
 
 _SIDES = ("before", "after", "untrained", "components")
@@ -103,7 +115,14 @@ def _tables(found: Found, config: Config) -> list[Table]:
     return [
         Table(
             f"Digits trained by parity: accuracy of a logistic read-out (means of {config.seeds} seeds)",
-            ["training", "features", "digit, standardised", "digit, as it is", "parity, as it is", "sd of the first"],
+            [
+                "training",
+                "features",
+                "digit, standardised",
+                "digit, as it is",
+                "parity, as it is",
+                "sd of the first",
+            ],
             rows,
         ),
         Table(
@@ -114,7 +133,10 @@ def _tables(found: Found, config: Config) -> list[Table]:
         Table(
             "Views that drop the digit, and digits with a mark",
             ["setting", "before the head", "after the head"],
-            [[name, statistics.mean(p.before for p in e), statistics.mean(p.after for p in e)] for name, e in pairs],
+            [
+                [name, statistics.mean(p.before for p in e), statistics.mean(p.after for p in e)]
+                for name, e in pairs
+            ],
         ),
     ]
 
@@ -123,7 +145,10 @@ def _figures(found: Found, out: Path) -> list[Figure]:
     w = found.weights
 
     def weights(ax: Any) -> None:
-        for name, ours, theory, colour in (("before", w.before, w.before_theory, "C0"), ("after", w.after, w.after_theory, "C1")):
+        for name, ours, theory, colour in (
+            ("before", w.before, w.before_theory, "C0"),
+            ("after", w.after, w.after_theory, "C1"),
+        ):
             ax.plot(w.strength, ours, "o", color=colour, label=f"{name} the head")
             ax.plot(w.strength, theory, "-", color=colour, linewidth=1)
         ax.set(xscale="log", xlabel="strength of the feature", ylabel="weight")
@@ -140,7 +165,11 @@ def _figures(found: Found, out: Path) -> list[Figure]:
         ax.legend(fontsize=7)
 
     said = "; ".join(
-        f"{name}: " + ", ".join(f"{side} {statistics.mean(values(found.kinds[name], side, 'fine_standardised')):.3f}" for side in _SIDES)
+        f"{name}: "
+        + ", ".join(
+            f"{side} {statistics.mean(values(found.kinds[name], side, 'fine_standardised')):.3f}"
+            for side in _SIDES
+        )
         for name in names
     )
     largest = max(abs(a - b) for a, b in zip(w.before + w.after, w.before_theory + w.after_theory))
@@ -156,6 +185,11 @@ def _figures(found: Found, out: Path) -> list[Figure]:
         )
     ]
     if names:
-        shown = picture(fine, size=(6.4, 3.0), caption="Digits read out of networks trained by parity, means over seeds.", alt=f"Bars. {said}.")
+        shown = picture(
+            fine,
+            size=(6.4, 3.0),
+            caption="Digits read out of networks trained by parity, means over seeds.",
+            alt=f"Bars. {said}.",
+        )
         figures.append(save(shown, out, "fine"))
     return figures

@@ -67,18 +67,46 @@ def _fine(kinds: dict[str, list[Probed]]) -> list[Claim]:
         )  # fmt: skip
         untrained = values(mlp, "untrained", "fine_standardised")
         claims.append(
-            higher(f"{how}: an untrained head of the same shape loses less than the trained one", "implied; no such control", untrained, after)
+            higher(
+                f"{how}: an untrained head of the same shape loses less than the trained one",
+                "implied; no such control",
+                untrained,
+                after,
+            )
         )
         components = values(mlp, "components", "fine_standardised")
         claims.append(
-            higher(f"{how}: as many principal components keep more than the head", "implied; no such control", components, after)
+            higher(
+                f"{how}: as many principal components keep more than the head",
+                "implied; no such control",
+                components,
+                after,
+            )
         )
     if {"SCL, no head", "SCL, MLP head"} <= set(kinds):
-        ours, theirs = (values(kinds[k], "before", "fine_standardised") for k in ("SCL, MLP head", "SCL, no head"))
-        claims.append(higher("SCL: training with an MLP head and dropping it beats none", "better representation", ours, theirs))
+        ours, theirs = (
+            values(kinds[k], "before", "fine_standardised") for k in ("SCL, MLP head", "SCL, no head")
+        )
+        claims.append(
+            higher(
+                "SCL: training with an MLP head and dropping it beats none",
+                "better representation",
+                ours,
+                theirs,
+            )
+        )
     if {"SCL, no head", "SCL, fixed head"} <= set(kinds):
-        ours, theirs = (values(kinds[k], "before", "fine_standardised") for k in ("SCL, fixed head", "SCL, no head"))
-        claims.append(higher("SCL: training with a fixed head and dropping it beats none", "a controllable substitute", ours, theirs))
+        ours, theirs = (
+            values(kinds[k], "before", "fine_standardised") for k in ("SCL, fixed head", "SCL, no head")
+        )
+        claims.append(
+            higher(
+                "SCL: training with a fixed head and dropping it beats none",
+                "a controllable substitute",
+                ours,
+                theirs,
+            )
+        )
     for how in ("SL", "SCL"):
         fixed = kinds.get(f"{how}, fixed head")
         if fixed is not None:
@@ -87,7 +115,9 @@ def _fine(kinds: dict[str, list[Probed]]) -> list[Claim]:
 
 
 def _blind(how: str, fixed: list[Probed]) -> list[Claim]:
-    apart = Paired.of(values(fixed, "before", "fine_standardised"), values(fixed, "after", "fine_standardised"))
+    apart = Paired.of(
+        values(fixed, "before", "fine_standardised"), values(fixed, "after", "fine_standardised")
+    )
     plain = Paired.of(values(fixed, "before", "fine"), values(fixed, "after", "fine"))
     return [
         judged(
@@ -115,7 +145,11 @@ def _drops(drops: dict[float, list[Pair]]) -> list[Claim]:
         worst = drops[max(drops)]
         losses: list[Any] = [[p.before - p.after for p in each] for each in (worst, drops[0.0])]
         claims.append(
-            higher(f"The head loses more of the digit when views always differ in it ({max(drops):g} against 0)", "grows with the disruption", *losses)
+            higher(
+                f"The head loses more of the digit when views always differ in it ({max(drops):g} against 0)",
+                "grows with the disruption",
+                *losses,
+            )
         )
     return claims
 

@@ -114,7 +114,12 @@ def by_parity(name: str, config: Any, seed: int) -> Probed:
     (how, head), (train, test) = KINDS[name], _split(seed)
     net = encoder(64, seed, head, config.kappa)
     parity = train.targets % 2
-    options: dict[str, Any] = {"epochs": config.epochs, "seed": seed, "batch_size": 128, "callbacks": [Cosine()]}
+    options: dict[str, Any] = {
+        "epochs": config.epochs,
+        "seed": seed,
+        "batch_size": 128,
+        "callbacks": [Cosine()],
+    }
     with few_threads(train.inputs, "cpu"):
         if how == "sl":
             fit(Classified(net, 2, seed), (train.inputs, parity), optimizer=_sgd(0.1), **options)
@@ -124,7 +129,14 @@ def by_parity(name: str, config: Any, seed: int) -> Probed:
         return probed(net, (train.inputs, train.targets), (test.inputs, test.targets), head, config, seed)
 
 
-def probed(net: WithHead, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], head: str, config: Any, seed: int) -> Probed:
+def probed(
+    net: WithHead,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    head: str,
+    config: Any,
+    seed: int,
+) -> Probed:
     """Read-outs of fine classes and parity."""
     net.eval()
     fresh = encoder(64, seed + 500, head, config.kappa).head
@@ -177,7 +189,10 @@ def dropped_digit(drop: float, config: Any, seed: int) -> Pair:
             seed=seed, batch_size=256, loss=lambda z, _: loss(z), callbacks=[Augment(views)],
         )  # fmt: skip
         whole = torch.ones(len(train)), torch.ones(len(test))
-        data = (scene(train.inputs, whole[0], own), train.targets), (scene(test.inputs, whole[1], others), test.targets)
+        data = (
+            (scene(train.inputs, whole[0], own), train.targets),
+            (scene(test.inputs, whole[1], others), test.targets),
+        )
         found = layers_worth(net, *data, sites=["encoder", "head"])
     return Pair(found["encoder"].logistic, found["head"].logistic)
 
@@ -193,7 +208,9 @@ def worst_group(config: Any, seed: int) -> Pair:
         )  # fmt: skip
         order = torch.randperm(len(held), generator=torch.Generator().manual_seed(seed))
         tune, judge = held[order[: len(order) // 2]], held[order[len(order) // 2 :]]
-        found = layers_worth(net, tune.pair, judge.pair, sites=["encoder", "head"], groups=(tune.groups, judge.groups))
+        found = layers_worth(
+            net, tune.pair, judge.pair, sites=["encoder", "head"], groups=(tune.groups, judge.groups)
+        )
     before, after = found["encoder"].worst_group, found["head"].worst_group
     assert before is not None and after is not None
     return Pair(before, after)

@@ -73,16 +73,30 @@ def run(config: Config, *, out: Path) -> Outcome:
     for kind, names, wrong in (("wrong", config.losses, config.wrong), ("clean", config.clean_losses, 0.0)):
         for name in names:
             label = f"{kind} labels, {name}, seed {{}}"
-            each = stages.each(label, range(config.seeds), lambda seed, n=name, w=wrong: trained(n, seed, w), Trained)
+            each = stages.each(
+                label, range(config.seeds), lambda seed, n=name, w=wrong: trained(n, seed, w), Trained
+            )
             getattr(found, kind)[name] = [t.found for t in each.values()]
             if name == UNIFIED and kind == "wrong":
                 found.dropped = [t.dropped for t in each.values()]
     groups = {f"{config.wrong:.0%} wrong labels": found.wrong, "clean labels": found.clean}
     groups = {title: runs for title, runs in groups.items() if runs}
     tables = [
-        Table(f"People never seen, {title} in training (means of {config.seeds} seeds)", ["loss", *columns], rows)
+        Table(
+            f"People never seen, {title} in training (means of {config.seeds} seeds)",
+            ["loss", *columns],
+            rows,
+        )
         for title, runs in groups.items()
         for columns, rows in [summary(runs)]
     ]
     shown = bars(groups, "tar3", "TAR at FAR 1e-3, people never seen", config.seeds)
-    return Outcome(SLUG, TITLE, config.preset, asdict(config), claims_of(found), tables, [save(shown, out, "recognition")])
+    return Outcome(
+        SLUG,
+        TITLE,
+        config.preset,
+        asdict(config),
+        claims_of(found),
+        tables,
+        [save(shown, out, "recognition")],
+    )
