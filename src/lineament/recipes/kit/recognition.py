@@ -83,7 +83,8 @@ def judged_on(embeddings: Tensor, labels: Tensor, losses: list[float]) -> Recogn
     found = recognition(embeddings, labels, fars=(1e-2, 1e-3, 1e-4))
     pairs, same = verification_pairs(labels, 6000)
     folds = fold_accuracy(F.normalize(embeddings, dim=1)[pairs.flatten()], same)
-    return Recognised(*found.tar, folds.mean, found.recall, found.precision, found.gap, losses)
+    tar2, tar3, tar4 = found.tar
+    return Recognised(tar2, tar3, tar4, folds.mean, found.recall, found.precision, found.gap, losses)
 
 
 def verification_pairs(labels: Tensor, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -101,19 +101,16 @@ def _controls(found: Found, config: Any) -> list[Claim]:
                 aucs(pair[1]),
             )
         )
-    for key, words in ((("unified 2x8, one salt", "random"), "One salt for all features makes no difference"), (("unified 2x8", "shuffled"), "Renumbered ids make no difference")):  # fmt: skip
+    same = {
+        ("unified 2x8, one salt", "random"): "One salt for all features makes no difference",
+        ("unified 2x8", "shuffled"): "Renumbered ids make no difference",
+    }
+    for key, words in same.items():
         each = found.controls.get(key)
         if each:
             apart = Paired.of(aucs(each), aucs(base["unified"]))
-            claims.append(
-                judged(
-                    f"{words}: the mean difference is within 0.005, {at}",
-                    "not reported",
-                    str(apart),
-                    abs(apart.mean) <= 0.005,
-                    "it does",
-                )  # fmt: skip
-            )
+            name = f"{words}: the mean difference is within 0.005, {at}"
+            claims.append(judged(name, "not reported", str(apart), abs(apart.mean) <= 0.005, "it does"))
     return claims
 
 

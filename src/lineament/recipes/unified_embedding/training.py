@@ -143,6 +143,8 @@ def auc(scores: Tensor, labels: Tensor) -> float:
 class Linear(nn.Module):
     """Σ_t <θ_t, E[h_t(x_t)]>, all θ_t equal at first."""
 
+    starts: Tensor
+
     def __init__(self, sizes: list[int], rows: int | None, seed: int):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
