@@ -325,7 +325,9 @@ def test_ranked_in_bfloat16_the_kept_values_are_exact(candidates: int) -> None:
         assert torch.allclose(dense[on], z[on], atol=1e-6) and (on.sum(1) <= 4).all()
     full = dictionary().float().encode(x).detach()
     assert float(((sae.encode(x) != 0) == (full != 0)).float().mean()) > 0.97
-    assert float(z[full != 0].sum()) == pytest.approx(float(sae.encode(x).detach().sum()), rel=0.01), "nearly the best"
+    assert float(z[full != 0].sum()) == pytest.approx(float(sae.encode(x).detach().sum()), rel=0.01), (
+        "nearly the best"
+    )
 
 
 @pytest.mark.parametrize(
