@@ -199,11 +199,11 @@ class Inputs:
     """The inputs of data in any form, in batches, as often as they are asked for."""
 
     def __init__(self, data: Any, batch_size: int = 64):
-        if isinstance(data, (str, Path)) or (isinstance(data, Dataset) and not isinstance(data, DataLoader)):
-            data = load_data(data)  # a bounded number of samples
-            data = data.inputs
-        elif hasattr(data, "inputs") and isinstance(data.inputs, Tensor):  # Samples
-            data = data.inputs
+        own: Any = data
+        if isinstance(data, (str, Path)) or isinstance(data, Dataset):
+            own = load_data(own)  # a bounded number of samples
+        if isinstance(getattr(own, "inputs", None), Tensor):  # Samples
+            data = own.inputs
         elif isinstance(data, tuple) and len(data) == 2:
             data = torch.as_tensor(data[0])
         if isinstance(data, Tensor):

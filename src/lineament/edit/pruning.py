@@ -54,6 +54,9 @@ class PruneOptions:
         multiple: group sizes are brought to a multiple of this; by default 64 for language models with layers of at least 512, else 1.
         batch_size, seed: of the calibration and of ``criterion="random"``.
         checkpoint: store each group's step there, and go on after those that are stored.
+
+    >>> PruneOptions().allot
+    'group'
     """
 
     sites: str | Sequence[str] | None = None

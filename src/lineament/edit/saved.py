@@ -44,6 +44,13 @@ def load(folder: str | Path, build: Callable[[], nn.Module] | None = None) -> nn
 
     Raises:
         InputError: no such folder, a network of other shapes, or no ``build`` where one is needed.
+
+    >>> import tempfile
+    >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+    >>> from lineament.edit import prune
+    >>> small = prune(net, torch.randn(20, 2), keep=0.5)
+    >>> load(small.save(tempfile.mkdtemp()), lambda: nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1)))[0]
+    Linear(in_features=2, out_features=2, bias=True)
     """
     folder = Path(folder)
     require(folder.is_dir(), f"folder: {str(folder)!r} does not exist")
