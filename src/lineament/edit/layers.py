@@ -200,27 +200,27 @@ class Inputs:
 
     def __init__(self, data: Any, batch_size: int = 64):
         own: Any = data
-        if isinstance(data, (str, Path)) or isinstance(data, Dataset):
+        if isinstance(data, (str, Path, Dataset)):
             own = load_data(own)  # a bounded number of samples
         if isinstance(getattr(own, "inputs", None), Tensor):  # Samples
-            data = own.inputs
-        elif isinstance(data, tuple) and len(data) == 2:
-            data = torch.as_tensor(data[0])
-        if isinstance(data, Tensor):
-            require(len(data) > 0, "data: it is empty; expected at least one sample")
-            self.batches: Any = list(data.split(batch_size))
-        elif isinstance(data, Mapping):
-            size = rows_in(data)
+            own = own.inputs
+        elif isinstance(own, tuple) and len(own) == 2:
+            own = torch.as_tensor(own[0])
+        if isinstance(own, Tensor):
+            require(len(own) > 0, "data: it is empty; expected at least one sample")
+            self.batches: Any = list(own.split(batch_size))
+        elif isinstance(own, Mapping):
+            size = rows_in(own)
             self.batches = [
-                {key: value[at : at + batch_size] for key, value in data.items()}
+                {key: value[at : at + batch_size] for key, value in own.items()}
                 for at in range(0, size, batch_size)
             ]
         else:
             require(
-                isinstance(data, Iterable),
-                f"data: got {show(data)}, expected inputs: a tensor, batches, a data set, a DataLoader or a path",
+                isinstance(own, Iterable),
+                f"data: got {show(own)}, expected inputs: a tensor, batches, a data set, a DataLoader or a path",
             )
-            self.batches = data if isinstance(data, (list, DataLoader)) else list(data)
+            self.batches = own if isinstance(own, (list, DataLoader)) else list(own)
         first = next(iter(self.batches), None)
         require(first is not None, "data: it is empty; expected at least one sample")
 
