@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from lineament.audit.phrases import compact, percent
 from lineament.core.checks import InputError, require
@@ -27,8 +28,8 @@ def averaging(a: ModelAndData, b: ModelAndData) -> Section:
         )
         straight = barrier(a.model, b.model, data, points=3, loss=a.loss)
         groups = channel_groups(b.model, example)
-        makers = [g.name for g in groups.groups.values() if not g.heads]
-        at = [name for name in makers if name in dict(a.model.named_modules())]
+        modules = dict(a.model.named_modules())
+        at = [name for name in groups if isinstance(getattr(modules.get(name), "weight", None), Tensor)]
         bare = AlignmentOptions(keep=0)
         units = alignment(a.model, b.model, data, sites=at, nulls=(), blocks=2, options=bare) if at else None
         by = "weights" if units is None else "activations"
