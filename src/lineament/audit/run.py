@@ -31,7 +31,7 @@ from lineament.core.sites.naming import sites as site_names
 from lineament.data.shortcut_digits import MARK
 from lineament.explain.saliency.methods import METHODS as SALIENCY
 from lineament.load.data import Data, load_data
-from lineament.load.hub import is_text_classifier
+from lineament.load.hub import architectures, text_task
 from lineament.load.language_models import is_language_model, load_language_model
 from lineament.load.loaded import Loaded
 from lineament.load.model_and_data import bring_together
@@ -171,6 +171,9 @@ def audit(
             split=options.split,
             image_size=loaded.size if options.image_size is None else options.image_size,
             tokenizer=loaded.tokenizer,
+            text_task="tokens"
+            if options.task == "dense" and loaded.text_task == "classes"
+            else loaded.text_task,
         )
         if classes is not None:
             loaded = replace(loaded, classes=())  # those given come before the model's own
@@ -253,7 +256,10 @@ def _is_language(model: Any, data: Any) -> bool:
             f"or a task{suggest(str(data), TASKS)}",
         )
         return True
-    if not is_prompts(data) or is_text_classifier(model) or (holds_objects(data) and ":" in str(model)):
+    if not is_prompts(data) or (text_task(architectures(model)) and str(data) not in TASKS):
+        return False
+    pair = isinstance(model, (tuple, list)) and len(model) == 2 and text_task([type(model[0]).__name__])
+    if pair or (holds_objects(data) and ":" in str(model)):
         return False
     # What is not on this disk may be a name of the hub.
     require(
@@ -371,7 +377,7 @@ def _facts(subject: Subject, loaded: Loaded) -> list[tuple[str, Any]]:
     if subject.task == "classification":
         facts.append(("Classes", subject.outputs.shape[1]))
     elif subject.task == "dense":
-        facts.append(("Classes of a pixel", subject.width))
+        facts.append((f"Classes of a {subject.unit}", subject.width))
     elif subject.task == "multi-label":
         facts.append(("Labels", subject.outputs.shape[1]))
     else:

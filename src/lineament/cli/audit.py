@@ -38,15 +38,15 @@ def add_parser(subparsers: Any) -> Any:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="package.module:factory, file.py:factory, a torch.export .pt2, a TorchScript or .onnx file, or a Hugging Face directory or name of a classifier of images or texts, or of a "
-        "language model",
+        help="package.module:factory, file.py:factory, a torch.export .pt2, a TorchScript or .onnx file, or a Hugging Face directory or name of a classifier of images, texts or words, or of a "
+        "masked, causal or encoder-decoder language model",
     )
     add(
         "data",
         nargs="?",
         metavar="DATA",
         help=".npz, .npy, .pt, .csv, .jsonl, .parquet, a folder of images, of MNIST or CIFAR, a Hugging Face data set, file.py:function, or digits; for a text classifier a table "
-        "with a column of texts; for a language model a .txt of prompts, a .jsonl of "
+        "with a column of texts; for a token classifier one with words and their tags, or a CoNLL file; for a masked language model a .txt of texts; for a language model a .txt of prompts, a .jsonl of "
         "prompts or prompt pairs (clean, corrupt, answer, wrong), or ioi",
     )
     add(
