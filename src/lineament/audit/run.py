@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class AuditOptions:
         task: ``"classification"``, ``"multi-label"``, ``"regression"``, ``"dense"`` or ``"auto"``.
         method, gaze_site: of the saliency maps, see :func:`lineament.explain.saliency.maps.saliency`.
         faithfulness: how the maps are judged: ``"scores"``, or ``"diffroar"``, which also trains the architecture anew on what they keep.
+        layout: of a language model of no known family, see :func:`lineament.audit.language_run.audit_language`.
         batch_size: samples at a time, but for an exported network of a fixed batch.
     """
 
@@ -74,6 +75,7 @@ class AuditOptions:
     batch_size: int = 64
     output: str | int | None = None
     filler: str | None = None
+    layout: Mapping[str, str] | None = None
 
 
 def audit(
@@ -132,7 +134,11 @@ def audit(
             seed=seed,
             overwrite=overwrite,
             note=note,
+            layout=options.layout,
         )
+    require(
+        not options.layout, "layout: it says where the components of a language model are, and this is none"
+    )
     chosen = chosen_lenses(lenses, language=False)
     checks.one_of("method", options.method, list(SALIENCY))
     checks.one_of("faithfulness", options.faithfulness, ("scores", "diffroar"))

@@ -93,6 +93,12 @@ def add_parser(subparsers: Any) -> Any:
         help="a masked language model, whose words stand in for those of a text that are replaced",
     )
     add(
+        "--layout",
+        metavar="KIND=GLOB",
+        action="append",
+        help="where the components of a language model of no known family are (may be repeated): blocks, z, attn_out, mlp_out ..., such as z=model.layers.*.attention:z",
+    )
+    add(
         "--method",
         default="norm_grad",
         metavar="NAME",
@@ -127,7 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Audit, and say where the report is; 1 where lenses failed and none has an answer."""
     from lineament.audit.run import AuditOptions, audit
     from lineament.cli.console import note
-    from lineament.cli.option_values import classes, image_size, normalize, words
+    from lineament.cli.option_values import classes, image_size, normalize, pairs, words
     from lineament.report.text import printable
 
     options = AuditOptions(
@@ -145,6 +151,7 @@ def run(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         output=arguments.output,
         filler=arguments.filler,
+        layout=pairs("--layout", arguments.layout),
     )
     found = audit(
         arguments.model,
