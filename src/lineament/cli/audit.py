@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from lineament.audit.catalogue import all_lenses
-from lineament.cli.data_options import add_data_options
+from lineament.cli.data_options import add_data_options, add_sample_options
 
 _EPILOG = (
     "lenses:\n"
@@ -70,17 +70,9 @@ def add_parser(subparsers: Any) -> Any:
         default=[],
         help="places to look at (may be repeated; default: the network's blocks)",
     )
-    add(
-        "--groups",
-        metavar="ARRAY",
-        help="the array or column that names each sample's group, or a .npy or .txt file",
-    )
     add_data_options(parser, split="test, validation or train")
-    add(
-        "--task",
-        default="auto",
-        metavar="KIND",
-        help="classification, multi-label, regression, dense or auto (default)",
+    add_sample_options(
+        parser, samples=2000, tasks="classification, multi-label, regression, dense", models="model is"
     )
     add(
         "--output",
@@ -115,16 +107,6 @@ def add_parser(subparsers: Any) -> Any:
         metavar="HOW",
         help="how the maps are judged: scores (default), or diffroar, which also trains the architecture anew on what they keep",
     )
-    add(
-        "--samples",
-        type=int,
-        default=2000,
-        metavar="N",
-        help="look at no more samples than this (default: 2000)",
-    )
-    add("--batch-size", type=int, default=64, metavar="N", help="samples at a time (default: 64)")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: where the model is)")
-    add("--seed", type=int, default=0, metavar="N", help="of every random choice (default: 0)")
     parser.set_defaults(run=run)
     return parser
 
