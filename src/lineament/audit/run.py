@@ -30,6 +30,7 @@ from lineament.core.sites.depth import default_sites
 from lineament.core.sites.naming import sites as site_names
 from lineament.data.shortcut_digits import MARK
 from lineament.explain.saliency.methods import METHODS as SALIENCY
+from lineament.load.arrays import arrays_for
 from lineament.load.data import Data, load_data
 from lineament.load.hub import architectures, text_task
 from lineament.load.language_models import is_language_model, load_language_model
@@ -170,7 +171,7 @@ def audit(
             data,
             samples=samples,
             seed=seed,
-            inputs=options.inputs,
+            inputs=options.inputs or arrays_for(loaded.model, data),
             targets=options.targets,
             groups=groups,
             classes=classes,

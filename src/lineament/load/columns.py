@@ -105,8 +105,10 @@ def as_targets(what: str, values: np.ndarray, names: tuple[str, ...] = ()) -> tu
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     require(
-        values.ndim in (1, 2, 3) or (values.ndim == 4 and values.shape[1] == 1),
-        f"targets: {what} holds {show(values)}, expected one class number a sample (or one for each pixel or token of it), or a row of 0s and 1s",
+        values.ndim in (1, 3)
+        or (values.ndim == 2 and bool(((values == 0) | (values == 1)).all() or (values == -100).any()))
+        or (values.ndim == 4 and values.shape[1] == 1),
+        f"targets: {what} holds {show(values)}, expected one class number a sample (or one for each pixel or token of it; -100 where a token has none), or a row of 0s and 1s",
     )
     return torch.from_numpy(values.astype(np.int64)), names
 

@@ -133,11 +133,16 @@ def with_arguments(model: nn.Module, samples: Samples) -> Samples:
     """
     if all(name.isdigit() for name in samples.others):
         return replace(samples, argument="") if not samples.argument or not samples.others else samples
-    taken = inspect.signature(model.forward).parameters.values()
+    taken = list(inspect.signature(model.forward).parameters.values())
     named = [p.name for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if not named:
         # forward(**batch) takes whatever the batch holds.
         return samples
+    required = [p for p in taken if p.default is p.empty]
+    if not {samples.argument, *samples.others} & set(named) and len(required) == 1 + len(samples.others):
+        # Other names for as many: in the order in which they were given.
+        places = {str(place): value for place, value in enumerate(samples.others.values(), 1)}
+        return replace(samples, others=places, argument="")
     others = {name: value for name, value in samples.others.items() if name in named}
     spare = ", ".join(repr(name) for name in samples.others if name not in others)
     notes = [f"{spare} is no argument of {type(model).__name__}.forward and is left out"] if spare else []
