@@ -223,6 +223,7 @@ def audit(
             note(line)
         with threads(subject.flops * options.batch_size):
             found, checkpoint = sections(folder, _key(subject, loaded), chosen, subject, note)
+            found = _linked(found)
     told = verdict(chosen, found)
     if model is None:
         told = [*_planted(found), *told]
@@ -241,6 +242,14 @@ def audit(
             "classes": list(subject.classes),
         },
     )
+
+
+def _linked(sections: Sequence[Section]) -> list[Section]:
+    """Simple attributes are asked for by one lens, simple features by another: the first leads to the second where both have an answer."""
+    if not any(s.name == "complexity" and s.status not in ("skipped", "failed") for s in sections):
+        return list(sections)
+    link = ("The features that are simple, and whether they decide", "#complexity")
+    return [replace(s, links=[*s.links, link]) if s.name == "shortcuts" else s for s in sections]
 
 
 def _embedded(folder: Path, seed: int) -> Loaded:
