@@ -183,8 +183,9 @@ def test_a_batched_search_finds_what_separate_fits_find():
         alone.append(net.score(X[test], y[test]))
     assert found.mean == pytest.approx(np.mean(alone), abs=0.04)
     values = X[:, 0] + 0.5 * X[:, 1] ** 2
-    tuned = search(X, values, {"total_units": [8], "learning_rate": [1e-6, 0.5]}, outer=3, inner=2)
-    assert tuned.mean > 0.8 and [s["learning_rate"] for s in tuned.chosen] == [0.5] * 3
+    grid = {"total_units": [16], "units_per_step": [2], "subsample": [1.0], "learning_rate": [1e-6, 0.5]}
+    tuned = search(X, values, grid, outer=3, inner=2)
+    assert tuned.mean > 0.9 and [s["learning_rate"] for s in tuned.chosen] == [0.5] * 3
     assert tuned.cv_results_["rank_test_score"].tolist() == [2, 1]
     with pytest.raises(InputError, match="learning_rate"):
         search(X, y, {"learning_rte": [0.1]})
