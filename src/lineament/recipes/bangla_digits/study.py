@@ -152,9 +152,10 @@ def controls(config: Any, held: dict[str, Held], first: str) -> Controls:
     train, test = split(data, config.seeds[0], config.train, config.test)
     images, y, z = data.images, data.labels[train], data.labels[test]
     pick = lambda rows: images[torch.from_numpy(rows)]  # noqa: E731
-    svm = lambda X, Z, labels=y: float(
-        (SVC(C=10.0).fit(X - X.mean(0), labels).predict(Z - X.mean(0)) == z).mean()
-    )
+
+    def svm(X: Array, Z: Array, labels: Array = y) -> float:
+        return float((SVC(C=10.0).fit(X - X.mean(0), labels).predict(Z - X.mean(0)) == z).mean())
+
     whole = described("gabor", pick(np.concatenate([train, test])))
     gabor_train, gabor_test = whole[: len(train)], whole[len(train) :]
     accuracy: dict[str, float | None] = {"Gabor on a grid, SVM": svm(gabor_train, gabor_test)}

@@ -137,16 +137,23 @@ def scored(name: str, seed: int, iterations: int) -> Score:
     trees: Any = HistGradientBoostingClassifier if classes else HistGradientBoostingRegressor
     linear: Any = LogisticRegression(max_iter=500) if classes else RidgeCV()
     rng = np.random.default_rng(seed)
-    random = lambda V: np.tanh(V @ weights + bias)  # noqa: E731
     weights, bias = (
         rng.normal(size=(X.shape[1], told.units)) / np.sqrt(X.shape[1]),
         rng.normal(size=told.units),
     )
     rivals = {
-        "MLP, 200 units, L-BFGS": mlp((200,), solver="lbfgs", max_iter=200, random_state=seed),
-        "MLP, same units, L-BFGS": mlp((told.units,), solver="lbfgs", max_iter=200, random_state=seed),
+        "MLP, 200 units, L-BFGS": mlp(
+            hidden_layer_sizes=(200,), solver="lbfgs", max_iter=200, random_state=seed
+        ),
+        "MLP, same units, L-BFGS": mlp(
+            hidden_layer_sizes=(told.units,), solver="lbfgs", max_iter=200, random_state=seed
+        ),
         "MLP, 200 units, Adam, early stopping": mlp(
-            (200,), early_stopping=True, learning_rate_init=0.01, max_iter=200, random_state=seed
+            hidden_layer_sizes=(200,),
+            early_stopping=True,
+            learning_rate_init=0.01,
+            max_iter=200,
+            random_state=seed,
         ),
         "HistGB": trees(random_state=seed, max_iter=60),
     }
@@ -157,7 +164,9 @@ def scored(name: str, seed: int, iterations: int) -> Score:
         found["boosted, rho = 1"] = score_of(plain, Z, z)
         for label, rival in rivals.items():
             found[label] = score_of(rival.fit(X, y), Z, z)
-        found["random hidden units"] = score_of(linear.fit(random(X), y), random(Z), z)
+        found["random hidden units"] = score_of(
+            linear.fit(np.tanh(X @ weights + bias), y), np.tanh(Z @ weights + bias), z
+        )
     return Score(found, float(np.diff(net.train_losses_).max(initial=0.0)))
 
 

@@ -60,7 +60,7 @@ def claims_of(
             "a deeper network is better on these data",
         ),
         judged(
-            "The leave-one-out exponent is within 2 of the estimated dimension on digits",
+            "The leave-one-out exponent is less than 2 from the estimated dimension on digits",
             "the exponent must be the manifold's dimension",
             "; ".join(f"{r.components} components: {r.chosen:g} for {(r.two_nn * r.likelihood) ** 0.5:.1f}" for r in seen),
             # The search looks at neighbours within two and a half of it, so that the end of that range counts against the claim.
