@@ -359,11 +359,10 @@ def _by_size(
             some = train_test_split(train, train_size=size, random_state=seed, stratify=y[train])[0]
         if len(np.unique(y[some])) < classes:
             continue
+        anew: Any = clone(made)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found.append(
-                (len(some), float((clone(made).fit(X[some], y[some]).predict(X[test]) == y[test]).mean()))
-            )
+            found.append((len(some), float((anew.fit(X[some], y[some]).predict(X[test]) == y[test]).mean())))
     return found
 
 
@@ -371,7 +370,7 @@ def _table(
     pairs: Sequence[Pair], names: Sequence[str], kinds: Sequence[str], train: int, test: int, splits: int
 ) -> Section:
     accuracy = np.array([[_mean(pairs, n, c) for c in kinds] for n in names])
-    row, column = np.unravel_index(accuracy.argmax(), accuracy.shape)
+    row, column = divmod(int(accuracy.argmax()), len(kinds))
     rows = []
     for n in names:
         for c in kinds:
@@ -469,7 +468,7 @@ def _best(top: Pair, truth: np.ndarray, test: np.ndarray, held: Samples, images:
             )
         )  # fmt: skip
     worst = counts - np.diag(np.diag(counts))
-    i, j = np.unravel_index(worst.argmax(), worst.shape)
+    i, j = divmod(int(worst.argmax()), len(names))
     told = (
         f"most often {names[i]} is called {names[j]} ({int(worst[i, j])} of {int(counts[i].sum())})"
         if worst.any()

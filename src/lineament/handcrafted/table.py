@@ -247,6 +247,6 @@ def _boosted_trees(effort: str, seed: int) -> tuple[Any, dict[str, list[Any]]]:
             model = XGBClassifier(n_estimators=100, random_state=seed, n_jobs=1, tree_method="hist")
             leaves, count = {"max_depth": [4, 6]}, "n_estimators"
         except ImportError:
-            model = HistGradientBoostingClassifier(random_state=seed, early_stopping=False)
+            model = HistGradientBoostingClassifier(random_state=seed, early_stopping=False)  # pyright: ignore
             leaves, count = {"max_leaf_nodes": [15, 31]}, "max_iter"
     return model, {"learning_rate": rates, count: rounds, **(leaves if effort == "full" else {})}

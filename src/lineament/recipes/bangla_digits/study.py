@@ -64,7 +64,7 @@ def sets(config: Any) -> dict[str, Held]:
         if held is not None:
             found[name] = held
     if not found:
-        x, y = load_digits(return_X_y=True)
+        x, y = (np.asarray(v) for v in load_digits(return_X_y=True))
         images = torch.from_numpy(x).reshape(-1, 8, 8).float() / 16
         found["digits"] = Held(
             "scikit-learn digits, as no Bangla digits were found", ink(images, crop=False).images, y, 0

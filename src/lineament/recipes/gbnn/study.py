@@ -101,8 +101,8 @@ def parts(name: str, seed: int) -> tuple[Array, Array, Array, Array]:
     X, y = table(name)
     stratify = y if REFERENCE[name].classes else None
     X, Z, y, z = train_test_split(X, y, test_size=0.3, random_state=seed, stratify=stratify)
-    scale = StandardScaler().fit(X)
-    return scale.transform(X), scale.transform(Z), y, z
+    scale: Any = StandardScaler().fit(X)
+    return scale.transform(X), scale.transform(Z), np.asarray(y), np.asarray(z)
 
 
 def score_of(net: Any, Z: Array, z: Array) -> float:
