@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError
+from lineament.dictionaries import training
 from lineament.dictionaries.autoencoders import BatchTopK, Gated, JumpReLU, Neurons, ReLU, TopK
 from lineament.dictionaries.end_to_end import train_end_to_end
 from lineament.dictionaries.evaluation import error_metrics, evaluate, usage
@@ -361,3 +364,61 @@ def test_end_to_end_refuses() -> None:
         train_end_to_end(net, x, site="0", dictionary=TopK(5, 8, k=1), tokens=8)
     with pytest.raises(InputError, match="walked in order"):
         train_end_to_end(net, [x], site="0", dictionary=TopK(4, 8, k=1), tokens=8)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(planted: Any, tmp_path: Any, monkeypatch: Any) -> None:
+    """The write that finds no room fails; what was stored before it is what a second run goes on from, to the same bits."""
+    from lineament.core import checkpoint
+
+    plan: dict[str, Any] = {"tokens": 1200, "gradient": "labels"}
+    whole = trained(planted, TopK(D, 32, k=2), **plan)
+    loop, write = checkpoint.Checkpoint.loop, Path.write_bytes
+    monkeypatch.setattr(
+        checkpoint.Checkpoint, "loop", lambda self, *a, **o: loop(self, *a, **{**o, "every": 3})
+    )
+    written = []
+
+    def full(self: Path, content: bytes) -> int:
+        written.append(self)
+        if len(written) < 3:
+            return write(self, content)
+        write(self, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        trained(planted, TopK(D, 32, k=2), checkpoint=tmp_path / "run", **plan)
+    monkeypatch.setattr(Path, "write_bytes", write)
+    seen = []
+    step = training.Trainer.step
+    monkeypatch.setattr(
+        training.Trainer, "step", lambda self, rows, at, steps: (seen.append(at), step(self, rows, at, steps))
+    )
+    again = trained(planted, TopK(D, 32, k=2), checkpoint=tmp_path / "run", **plan)
+    assert seen[0] == 6, "two stores of three steps were whole"
+    for name, value in whole.dictionary.state_dict().items():
+        assert torch.equal(value, again.dictionary.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("gradient", "width"), [(None, 33), ("labels", 34)])
+def test_out_of_memory_halves_the_chunk_and_not_the_batch(
+    planted: Any, gradient: Any, width: int, monkeypatch: Any
+) -> None:
+    plan: dict[str, Any] = {"tokens": 600, "gradient": gradient}
+    expected = trained(planted, TopK(D, width, k=2), **plan)
+    product, sizes = torch.addmm, []
+
+    def small(bias: Tensor, x: Tensor, weights: Tensor, **o: Any) -> Tensor:
+        sizes.append(len(x))
+        if len(x) > 40:
+            raise torch.OutOfMemoryError("out of memory")
+        return product(bias, x, weights, **o)
+
+    monkeypatch.setattr(torch, "addmm", small)
+    found = trained(planted, TopK(D, width, k=2), **plan)
+    failed = [size for size in sizes if size > 40]
+    assert failed == [256, 128, 64], "halved at the start, and what fitted is remembered"
+    assert set(sizes[3:]) == {32, 4}, "a batch of 100 rows stays one, in chunks"
+    assert found.tokens == 600 and len(found.history) == len(expected.history)
+    for name, value in expected.dictionary.state_dict().items():
+        assert torch.allclose(value, found.dictionary.state_dict()[name], atol=1e-6), name
