@@ -173,7 +173,8 @@ def fresh(out: str | Path, overwrite: bool, report: str = "report") -> Path:
         own = {
             name
             for name in present
-            if name in (f"{report}.html", f"{report}.json", STAGES) or name.startswith(f".{report}-")
+            if name in (f"{report}.html", f"{report}.json", STAGES)
+            or name.startswith((f".{report}-", f"{report}-"))
         }
         foreign = sorted(present - own)
         require(
