@@ -1,5 +1,8 @@
 from .boosting.estimators import GBNNClassifier as GBNNClassifier
 from .boosting.estimators import GBNNRegressor as GBNNRegressor
+from .boosting.network import SiteFeatures as SiteFeatures
+from .boosting.network import boosted_head as boosted_head
+from .boosting.search import search as search
 from .condensation.coresets import herding as herding
 from .condensation.coresets import k_centers as k_centers
 from .condensation.matching import condense as condense
@@ -8,6 +11,7 @@ from .projection.heads import Reweighting as Reweighting
 from .projection.heads import SymmetricReLU as SymmetricReLU
 from .projection.heads import WithHead as WithHead
 from .projection.heads import projection_head as projection_head
+from .projection.layers import layers_worth as layers_worth
 from .projection.theory import feature_weights as feature_weights
 from .tract.layer import tract as tract
 from .useful.early_outputs import outputs_of as outputs_of
