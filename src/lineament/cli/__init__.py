@@ -23,13 +23,14 @@ COMMANDS = (
     "train",
     "dictionary",
     "baseline",
+    "leak",
     "papers",
     "reproduce",
     "gallery",
     "bench",
 )
 # What these had finished when they were interrupted is used again.
-_RESUMED = ("audit", "compare", "train", "baseline", "reproduce", "bench")
+_RESUMED = ("audit", "compare", "train", "baseline", "leak", "reproduce", "bench")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
