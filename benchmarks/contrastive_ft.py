@@ -36,6 +36,8 @@ def stepper(loss: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Callable
 def lightly_loss(size: int, d: int) -> Any:
     class Stub(types.ModuleType):
         def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
             return MagicMock()
 
     try:
@@ -46,6 +48,7 @@ def lightly_loss(size: int, d: int) -> Any:
             "torchvision.transforms",
             "torchvision.transforms.functional",
             "torchvision.models",
+            "torchvision.ops",
         ):
             stub = Stub(name)
             stub.__path__ = []

@@ -69,14 +69,16 @@ class InfoNCE(nn.Module):
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
         """The mean loss; the untransformed keys are enqueued where there is a queue and the module trains."""
         positive, others, rows = self.compared(query, key)
+        watch = self.training and self.log is not None and self.log.due()
         if rows is None:
             negatives = self._in_batch(others)
             count, lse = negatives.shape[1], (negatives / self.temperature).logsumexp(1)
             variance, mean = torch.var_mean(negatives.detach(), 1)
         else:
-            count, (lse, (variance, mean)) = len(rows), negatives_logsumexp(others, rows, self.temperature)
+            count = len(rows)
+            lse, (variance, mean) = negatives_logsumexp(others, rows, self.temperature, watch=watch)
         s = positive / self.temperature
-        if self.training and self.log is not None and self.log.due():
+        if watch and self.log is not None:
             log = lse.detach() - math.log(count)
             found = ScoreStatistics(mean, variance, positive.detach(), log, s.detach())
             self.log.add(found, raw=(query * key).sum(1).detach())
@@ -119,39 +121,38 @@ class InfoNCE(nn.Module):
 
 
 def negatives_logsumexp(
-    query: Tensor, rows: Tensor, temperature: float
+    query: Tensor, rows: Tensor, temperature: float, *, watch: bool = True
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """ln Σ_n exp(query · n / T) of each query, [B], and the unbiased variance and mean of its scores, [B] each.
+    """ln Σ_n exp(query · n / T) of each query, [B], and the unbiased variance and mean of its scores, [B] each (NaN without ``watch``).
 
     The gradient to the query is made with it, so that the rows may change before the backward pass; they get none.
 
     >>> round(negatives_logsumexp(torch.zeros(1, 2), torch.ones(4, 2), 1.0)[0].item(), 4) == round(math.log(4), 4)
     True
     """
-    found: Any = _NegativesLogSumExp.apply(query, rows.detach(), temperature, torch.is_grad_enabled())
+    found: Any = _NegativesLogSumExp.apply(query, rows.detach(), temperature, watch, torch.is_grad_enabled())
     return found[0], (found[1], found[2])
 
 
 class _NegativesLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        query, rows, temperature, grad = arguments
-        lse, mean, variance = (query.new_empty(len(query)) for _ in range(3))
+        query, rows, temperature, watch, grad = arguments
+        lse, mean, variance = (query.new_full((len(query),), math.nan) for _ in range(3))
         wanted = grad and ctx.needs_input_grad[0]
         gradient = torch.empty_like(query) if wanted else None
         size = max(1, _ENTRIES // len(rows))
         for start in range(0, len(query), size):
             at = slice(start, start + size)
-            scores = query[at] @ rows.T
-            mean[at] = scores.mean(1)
-            variance[at] = torch.linalg.vector_norm(scores, dim=1).square() - len(rows) * mean[at].square()
-            scores.div_(temperature)
+            scores = (query[at] / temperature) @ rows.T
+            if watch:
+                variance[at], mean[at] = torch.var_mean(scores, 1)
             top = scores.amax(1)
             total = scores.sub_(top[:, None]).exp_().sum(1)
             lse[at] = total.log() + top
             if gradient is not None:
                 torch.div(scores @ rows, (temperature * total)[:, None], out=gradient[at])
-        variance.div_(max(len(rows) - 1, 1)).clamp_(min=0)
+        mean, variance = mean * temperature, variance * temperature**2
         ctx.gradient = gradient
         ctx.mark_non_differentiable(mean, variance)
         return lse, variance, mean
@@ -159,7 +160,7 @@ class _NegativesLogSumExp(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        return None if ctx.gradient is None else ctx.gradient * grads[0][:, None], None, None, None
+        return (None if ctx.gradient is None else ctx.gradient * grads[0][:, None]), None, None, None, None
 
 
 class ScoreLog:

@@ -292,13 +292,19 @@ def test_signals_have_channels_not_steps(tmp_path):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv1d(1, 6, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 20, 2))
     x, y = torch.randn(24, 1, 20), torch.arange(24) % 2
-    found = audit(net, (x, y), out=tmp_path / "r", lenses=["spectrum", "parts"])
+    found = audit(net, (x, y), out=tmp_path / "r", lenses=["spectrum", "parts", "collapse"])
     first = found["spectrum"].numbers["sites"][0]
     assert (first["site"], first["units"]) == ("1", 6)
     groups = [group for group in found["parts"].numbers["groups"] if group["site"] == "1"]
     assert [(g["from"], g["to"]) for g in groups] == [(k, k) for k in range(6)]
     with torch.no_grad():
         acts = net[:2](x)
+        features = acts.mean(2).double()
+        means = torch.stack([features[y == k].mean(0) for k in (0, 1)])
+        within = (features - means[y]).square().sum(1).mean()
+        between = (means - means.mean(0)).square().sum(1).mean()
+        layer = next(s for s in found["collapse"].numbers["sites"] if s["site"] == "1")
+        assert layer["nc1_tilde"] == pytest.approx(float(within / between), rel=1e-4)
         held = acts.clone()
         held[:, 2] = acts[:, 2].mean()
         changed = (net[2:](held).argmax(1) != net(x).argmax(1)).double().mean()

@@ -12,6 +12,8 @@ from lineament.core.checks import InputError
 from lineament.losses import ClassHead, CosFace
 from lineament.optim import RowAdagrad, RowAdam, RowSGD
 
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+
 MAKERS = {
     "sgd": lambda p: RowSGD(p, 0.1, momentum=0.9, weight_decay=0.01),
     "adagrad": lambda p: RowAdagrad(p, 0.1, weight_decay=0.01),

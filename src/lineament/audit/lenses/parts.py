@@ -237,7 +237,7 @@ def _means(subject: Subject, rows: Tensor) -> dict[str, Tensor]:
     counts: dict[str, int] = {}
     for acts in subject.activations(rows, "mean activations"):
         for site, x in acts.items():
-            x = x.movedim(1 if x.ndim != 3 else 2, -1).flatten(0, -2).double()
+            x = x.movedim(channel_axis(subject.model, site, x), -1).flatten(0, -2).double()
             sums[site] = sums[site] + x.sum(0) if site in sums else x.sum(0)
             counts[site] = counts.get(site, 0) + len(x)
     return {site: (total / counts[site]).float() for site, total in sums.items()}

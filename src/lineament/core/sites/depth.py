@@ -85,6 +85,15 @@ def channel_axis(model: nn.Module, site: str, x: Tensor) -> int:
     return 1 if isinstance(last, _SIGNALS) and last.out_channels == x.shape[1] else 2
 
 
+def tokens_of(model: nn.Module, site: str, x: Tensor) -> Tensor:
+    """What passes at a site, a signal (batch, channels, steps) as the sequence (batch, steps, channels) that it is; all else as it is.
+
+    >>> tokens_of(nn.Sequential(nn.Conv1d(1, 4, 3)), "0", torch.ones(2, 4, 7)).shape
+    torch.Size([2, 7, 4])
+    """
+    return x.transpose(1, 2) if x.ndim == 3 and channel_axis(model, site, x) == 1 else x
+
+
 def layer_kind(module: nn.Module) -> str:
     """``"convolution"``, ``"linear"`` or ``""``, also in an exported network, whose modules have lost their classes."""
     if isinstance(module, nn.Conv2d):
