@@ -114,3 +114,13 @@ def test_an_edge_is_one_bin_and_a_turned_filter_its_conjugate():
     one, other = gabor_kernel(0.2, 0.4), gabor_kernel(0.2, 0.4 + np.pi)
     torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other).conj(), rtol=0, atol=1e-12)
     assert class_scores([0, 1, 1, 2], [0, 1, 2, 2]).confusion == ((1, 0, 0), (0, 1, 1), (0, 0, 1))
+
+
+def test_no_images_are_no_rows_and_many_are_as_one_by_one():
+    assert hog(torch.rand(0, 32, 32)).shape == (0, 324)
+    assert lbp(torch.zeros(0, 32, 32, dtype=torch.uint8)).shape == (0, 944)
+    many = torch.rand(130, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole = hog(many, cell=4)
+    torch.testing.assert_close(torch.cat([hog(one[None], cell=4) for one in many]), whole, rtol=0, atol=1e-12)
+    x = many[:1].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: hog(v, cell=8, block=1, binning="linear", norm="L2"), x)
