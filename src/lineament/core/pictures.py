@@ -71,7 +71,8 @@ def ssim(
     else:
         smaller = min(first.shape[2:])
         require(
-            smaller >= window, f"window: got {window}, the picture's smaller side is {smaller}; use at most that"
+            smaller >= window,
+            f"window: got {window}, the picture's smaller side is {smaller}; use at most that",
         )
         bell = first.new_full((window,), 1 / window)
         padding, unbiased = 0, window**2 / (window**2 - 1)

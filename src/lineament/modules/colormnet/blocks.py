@@ -39,7 +39,9 @@ def with_frame(conv: nn.Conv2d, frame: Tensor, objects: Tensor) -> Tensor:
     """``conv`` of the channels [frame, objects], its frame part computed once for all objects."""
     width = frame.shape[1]
     shared = F.conv2d(frame, conv.weight[:, :width], conv.bias, conv.stride, conv.padding)
-    own = over_objects(lambda g: F.conv2d(g, conv.weight[:, width:], None, conv.stride, conv.padding), objects)
+    own = over_objects(
+        lambda g: F.conv2d(g, conv.weight[:, width:], None, conv.stride, conv.padding), objects
+    )
     return own + shared[:, None]
 
 
@@ -124,7 +126,11 @@ class UpsampleBlock(nn.Module):
 
     def __init__(self, skip: int, inside: int, outside: int, *, factor: int = 2):
         super().__init__()
-        self.skip_conv, self.out_conv, self.factor = conv3(skip, inside), ResidualBlock(inside, outside), factor
+        self.skip_conv, self.out_conv, self.factor = (
+            conv3(skip, inside),
+            ResidualBlock(inside, outside),
+            factor,
+        )
 
     def forward(self, skip: Tensor, objects: Tensor) -> Tensor:
         return self.out_conv(resized(objects, self.factor) + self.skip_conv(skip)[:, None])

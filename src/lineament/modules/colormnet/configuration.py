@@ -54,13 +54,22 @@ class ColorMNetConfig:
         one_of("layer_type", self.layer_type, ("basic", "bottleneck"))
         for name in ("stages", "depths", "value_stages", "value_depths"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-            require(len(getattr(self, name)) == 3, f"{name}: got {getattr(self, name)}, expected three numbers")
+            require(
+                len(getattr(self, name)) == 3, f"{name}: got {getattr(self, name)}, expected three numbers"
+            )
         for field in fields(self):
             for value in (
-                getattr(self, field.name) if isinstance(getattr(self, field.name), tuple) else (getattr(self, field.name),)
+                getattr(self, field.name)
+                if isinstance(getattr(self, field.name), tuple)
+                else (getattr(self, field.name),)
             ):
                 if not isinstance(value, str):
-                    number(field.name, value, low=0 if field.name in ("window", "hidden_width") else 1, integer=True)
+                    number(
+                        field.name,
+                        value,
+                        low=0 if field.name in ("window", "hidden_width") else 1,
+                        integer=True,
+                    )
         require(
             self.dino_width % self.dino_heads == 0,
             f"dino_heads: {self.dino_heads} heads cannot share a width of {self.dino_width} evenly",
@@ -73,12 +82,12 @@ class ColorMNetConfig:
     @classmethod
     def tiny(cls, **changes: Any) -> ColorMNetConfig:
         """A network of a few hundred thousand parameters, for small clips and tests."""
-        small: dict[str, Any] = dict(
-            key_width=16, value_width=32, hidden_width=8, window=2, dino_width=32, dino_layers=2, dino_heads=2,
-            dino_patch=16, dino_image=64, dino_taken=1, stem=16, stages=(24, 32, 48), depths=(1, 1, 1),
-            layer_type="basic", value_stem=16, value_stages=(16, 24, 32), value_depths=(1, 1, 1), fusion_heads=4,
-            fused=32, decoded=32,
-        )  # fmt: skip
+        small: dict[str, Any] = {
+            "key_width": 16, "value_width": 32, "hidden_width": 8, "window": 2, "dino_width": 32, "dino_layers": 2,
+            "dino_heads": 2, "dino_patch": 16, "dino_image": 64, "dino_taken": 1, "stem": 16, "stages": (24, 32, 48),
+            "depths": (1, 1, 1), "layer_type": "basic", "value_stem": 16, "value_stages": (16, 24, 32),
+            "value_depths": (1, 1, 1), "fusion_heads": 4, "fused": 32, "decoded": 32,
+        }  # fmt: skip
         return cls(**(small | changes))
 
     @property
@@ -93,12 +102,16 @@ class ColorMNetConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ColorMNetConfig:
         """The record of :meth:`to_dict`; an unknown name is refused."""
         known = [field.name for field in fields(cls)]
         for name in values:
-            require(name in known, f"config: has {name!r}, which is no setting of ColorMNet{suggest(name, known)}")
+            require(
+                name in known, f"config: has {name!r}, which is no setting of ColorMNet{suggest(name, known)}"
+            )
         return cls(**values)

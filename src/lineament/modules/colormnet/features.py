@@ -32,10 +32,16 @@ class ChannelNorm(nn.Module):
 
     def __init__(self, width: int, eps: float = 1e-6):
         super().__init__()
-        self.weight, self.bias, self.eps = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width)), eps
+        self.weight, self.bias, self.eps = (
+            nn.Parameter(torch.ones(width)),
+            nn.Parameter(torch.zeros(width)),
+            eps,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias, self.eps).movedim(-1, 1)
+        return F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias, self.eps).movedim(
+            -1, 1
+        )
 
 
 class CrossChannelAttention(nn.Module):
@@ -132,7 +138,12 @@ def _shift(by: int, size: int) -> tuple[slice, slice]:
 
 
 def resampled_positions(
-    table: Tensor, grid: tuple[int, int], *, offset: float = 0.1, mode: str = "bicubic", source: tuple[int, int] | None = None
+    table: Tensor,
+    grid: tuple[int, int],
+    *,
+    offset: float = 0.1,
+    mode: str = "bicubic",
+    source: tuple[int, int] | None = None,
 ) -> Tensor:
     """A ViT's position embeddings [1, 1 + patches, width] for another grid of patches, as DINOv2 resamples them.
 
@@ -187,12 +198,18 @@ class Semantics(nn.Module):
         return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
-def residual_network(stem: int, stages: tuple[int, ...], depths: tuple[int, ...], layer_type: str, channels: int) -> nn.Module:
+def residual_network(
+    stem: int, stages: tuple[int, ...], depths: tuple[int, ...], layer_type: str, channels: int
+) -> nn.Module:
     """transformers' residual network without its head."""
     transformers = _transformers()
     return transformers.ResNetModel(
         transformers.ResNetConfig(
-            num_channels=channels, embedding_size=stem, hidden_sizes=list(stages), depths=list(depths), layer_type=layer_type
+            num_channels=channels,
+            embedding_size=stem,
+            hidden_sizes=list(stages),
+            depths=list(depths),
+            layer_type=layer_type,
         )
     )
 
@@ -216,14 +233,10 @@ class FrameEncoder(nn.Module):
             self.detail = residual_network(config.stem, config.stages, config.depths, config.layer_type, 3)
         if self.kind != "resnet":
             self.network2 = Semantics(config)
+            kinds = {"fusion": FusionBlock, "concatenation": Joined, "dino": Projected}
+            heads = {"heads": config.fusion_heads} if self.kind == "fusion" else {}
             for name, width in zip(("fuse3", "fuse2", "fuse1"), config.stages):
-                semantics = config.semantics_width
-                block = {
-                    "fusion": lambda: FusionBlock(semantics, width, config.fusion_heads),
-                    "concatenation": lambda: Joined(semantics, width),
-                    "dino": lambda: Projected(semantics, width),
-                }[self.kind]
-                setattr(self, name, block())
+                setattr(self, name, kinds[self.kind](config.semantics_width, width, **heads))
 
     def forward(self, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         f4, f8, f16 = stages_of(self.detail, frame) if self.kind != "dino" else (None, None, None)
@@ -238,7 +251,9 @@ class KeyProjection(nn.Module):
 
     def __init__(self, inside: int, key: int):
         super().__init__()
-        self.key_proj, self.d_proj, self.e_proj = (nn.Conv2d(inside, width, 3, padding=1) for width in (key, 1, key))
+        self.key_proj, self.d_proj, self.e_proj = (
+            nn.Conv2d(inside, width, 3, padding=1) for width in (key, 1, key)
+        )
         nn.init.orthogonal_(self.key_proj.weight)
         nn.init.zeros_(self.key_proj.bias)  # type: ignore[arg-type]
 

@@ -9,9 +9,9 @@ With ``local_source="memory"`` and without permanent exemplars this is the publi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -20,10 +20,11 @@ from torch.nn import functional as F
 
 from lineament.core.checks import number, one_of, require
 from lineament.modules.colormnet.features import FrameFeatures
-from lineament.modules.colormnet.memory import Memory, MemoryOptions
+from lineament.modules.colormnet.memory import Memory, MemoryOptions, Store
 from lineament.modules.colormnet.network import ColorMNet
 
 Padding = tuple[int, int, int, int]
+_KEPT = ("hidden", "key", "time", "last_memory", "last_deep", "confidence", "cut")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class FilmState:
         self.key: Tensor | None = None  # of the frame before
         self.time, self.last_memory = -1, 0
         self.last_deep = -(options.deep_every or 0)
-        self.confidence = 1.0
+        self.confidence, self.cut = 1.0, False
 
     @torch.no_grad()
     def step(
@@ -141,9 +142,10 @@ class FilmState:
         told = given is not None or bool(exemplars)
         frame = self._frame(lightness)
         features = model.encode_frame(frame) if features is None else features
-        if not told and self.is_cut(features.key):
+        self.cut = not told and self.is_cut(features.key)
+        if self.cut:
             self.forget()
-        stored = (self.time - self.last_memory >= options.every or told) and not last
+        stored = (self.time - self.last_memory >= options.every or told or self.cut) and not last
         due = stored if options.deep_every is None else self.time - self.last_deep >= options.deep_every
         deep, update = due and not last, not last and (options.deep_every is not None or not due)
         if self.hidden is None:
@@ -176,14 +178,37 @@ class FilmState:
         self.key = features.key
         return unpadded(ab, margins(*lightness.shape[-2:], model.config.multiple))
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that the frames so far have left, in plain values and tensors."""
+        return {
+            **{name: getattr(self, name) for name in _KEPT},
+            "reference": list(self.reference or ()),
+            "objects": self.memory.objects,
+            "working": dict(vars(self.memory.working)),
+            "long": dict(vars(self.memory.long)),
+            "permanent": [dict(vars(store)) for store in self.memory.permanent],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        for name in _KEPT:
+            setattr(self, name, state[name])
+        self.reference = tuple(state["reference"]) or None  # type: ignore[assignment]
+        self.memory.objects = state["objects"]
+        self.memory.working, self.memory.long = Store(**state["working"]), Store(**state["long"])
+        self.memory.permanent = [Store(**stored) for stored in state["permanent"]]
+
     def is_cut(self, key: Tensor) -> bool:
         """Whether the frame of a key has little in common with the one before."""
         if self.options.cuts is None or self.key is None:
             return False
-        return float((key - self.key).square().mean().sqrt() / self.key.square().mean().sqrt()) > self.options.cuts
+        return (
+            float((key - self.key).square().mean().sqrt() / self.key.square().mean().sqrt())
+            > self.options.cuts
+        )
 
     def forget(self) -> None:
-        """Leave exemplars only: the hidden state and what the scene before showed go."""
+        """A scene ends: the hidden state and working memory go; exemplars and long-term memory stay."""
         if self.memory.permanent:
             self.memory.clear_working()
         self.hidden = self.reference = None

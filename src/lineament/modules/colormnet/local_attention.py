@@ -81,7 +81,10 @@ def _inside(h: int, w: int, reach: int, device: torch.device) -> Tensor:
 
 def _window_index(h: int, w: int, reach: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """For each pair of places the entry of the first's window that is the second, and whether there is one."""
-    y, x = torch.arange(h * w, device=device).div(w, rounding_mode="floor"), torch.arange(h * w, device=device) % w
+    y, x = (
+        torch.arange(h * w, device=device).div(w, rounding_mode="floor"),
+        torch.arange(h * w, device=device) % w,
+    )
     dy, dx = y[None] - y[:, None] + reach, x[None] - x[:, None] + reach
     side = 2 * reach + 1
     near = (dy >= 0) & (dy < side) & (dx >= 0) & (dx < side)
@@ -121,7 +124,9 @@ class LocalAttention(nn.Module):
     ``layer(q, k, v)`` with keys [batch, key, h, w] and values [batch, objects, value, h, w] gives what is added to the memory's answer.
     """
 
-    def __init__(self, key: int, values: int, reach: int = 7, *, heads: int = 1, kernel: int = 5, dropout: float = 0.1):
+    def __init__(
+        self, key: int, values: int, reach: int = 7, *, heads: int = 1, kernel: int = 5, dropout: float = 0.1
+    ):
         super().__init__()
         self.reach, self.heads, self.dropout = reach, heads, dropout
         self.form: Form = "auto"

@@ -184,14 +184,18 @@ class Memory:
         """Elements of working and of long-term memory."""
         return len(self.working), len(self.long)
 
-    def add(self, key: Tensor, shrinkage: Tensor, selection: Tensor, value: Tensor, *, permanent: bool = False) -> None:
+    def add(
+        self, key: Tensor, shrinkage: Tensor, selection: Tensor, value: Tensor, *, permanent: bool = False
+    ) -> None:
         """A frame: maps [1, channels, h, w], values [1, objects, width, h, w]."""
         self.objects, places = value.shape[1], key.shape[2] * key.shape[3]
         store = self.working
         if permanent:
             store = Store()
             self.permanent.append(store)
-        store.add(*(x[0].flatten(1).mT for x in (key, shrinkage, selection)), value[0].flatten(0, 1).flatten(1).mT)
+        store.add(
+            *(x[0].flatten(1).mT for x in (key, shrinkage, selection)), value[0].flatten(0, 1).flatten(1).mT
+        )
         options = self.options
         if options.long_term and len(self.working) >= options.max_frames * places:
             room = options.max_long - options.prototypes
@@ -207,7 +211,9 @@ class Memory:
         memory = torch.cat([store.side for store in stores])  # type: ignore[arg-type]
         # Half precision has too few digits for differences of squares.
         low = memory.dtype in (torch.float16, torch.bfloat16)
-        found = top_weights(*((memory.float(), query.float()) if low else (memory, query)), self.options.top_k)
+        found = top_weights(
+            *((memory.float(), query.float()) if low else (memory, query)), self.options.top_k
+        )
         if self.options.long_term:
             used = usage_of(found, len(memory)).split([len(store) for store in stores])
             for store, usage in zip(stores, used):
@@ -219,13 +225,15 @@ class Memory:
         return answer.mT.unflatten(0, (self.objects, -1)).unflatten(2, key.shape[2:])[None]
 
     def clear_working(self) -> None:
-        """Forget all but what is permanent: after a cut."""
-        self.working, self.long = Store(), Store()
+        """Forget the latest frames: after a cut."""
+        self.working = Store()
 
     def _forget(self, room: int) -> None:
         """Leave the most used elements of long-term memory; ties at the border go too."""
         if not self.options.count_long:
-            return self.long.keep(torch.arange(len(self.long) - room, len(self.long), device=self.long.usage.device))
+            return self.long.keep(
+                torch.arange(len(self.long) - room, len(self.long), device=self.long.usage.device)
+            )
         usage = self.long.usage
         border = usage.topk(len(usage) - room, largest=False).values[-1]
         self.long.keep(usage > border)
@@ -240,7 +248,11 @@ class Memory:
         key, shrinkage = working.key[leaving], working.shrinkage[leaving]
         chosen = working.usage[leaving].topk(min(self.options.prototypes, len(key))).indices
         # Of all that leaves, not of the top_k alone.
-        weights = similarity(key.mT, shrinkage.mT, key[chosen].mT, working.selection[leaving][chosen].mT).softmax(0).mT
+        weights = (
+            similarity(key.mT, shrinkage.mT, key[chosen].mT, working.selection[leaving][chosen].mT)
+            .softmax(0)
+            .mT
+        )
         self.long.add(key[chosen], weights @ shrinkage, None, weights @ working.value[leaving])
         rest = torch.ones(len(working), dtype=torch.bool, device=key.device)
         rest[leaving] = False

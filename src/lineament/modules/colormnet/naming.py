@@ -22,7 +22,14 @@ LICENCE = "ColorMNet's published weights: CC BY-NC-SA 4.0 (no commercial use; sh
 
 _VIT = "key_encoder.network2.backbone."
 # transformers 5, transformers 4.
-_ATTENTION = {"q_proj": 0, "attention.query": 0, "k_proj": 1, "attention.key": 1, "v_proj": 2, "attention.value": 2}
+_ATTENTION = {
+    "q_proj": 0,
+    "attention.query": 0,
+    "k_proj": 1,
+    "attention.key": 1,
+    "v_proj": 2,
+    "attention.value": 2,
+}
 _RULES = [
     (r"embeddings\.(cls_token|mask_token)", r"\1"),
     (r"embeddings\.position_embeddings", "pos_embed"),
@@ -44,9 +51,9 @@ def published_name(own: str) -> tuple[str, int | None]:
     """
     if own.startswith(_VIT):
         inner = own.removeprefix(_VIT)
-        if found := re.fullmatch(r"encoder\.layer\.(\d+)\.attention\.(\w+|attention\.\w+)\.(weight|bias)", inner):
-            if found[2] in _ATTENTION:
-                return f"{_VIT}blocks.{found[1]}.attn.qkv.{found[3]}", _ATTENTION[found[2]]
+        found = re.fullmatch(r"encoder\.layer\.(\d+)\.attention\.(\w+|attention\.\w+)\.(weight|bias)", inner)
+        if found and found[2] in _ATTENTION:
+            return f"{_VIT}blocks.{found[1]}.attn.qkv.{found[3]}", _ATTENTION[found[2]]
         for pattern, name in _RULES:
             if found := re.fullmatch(pattern, inner):
                 return _VIT + found.expand(name), None
@@ -61,7 +68,8 @@ def _residual(inner: str, first: str) -> str:
     if found := re.fullmatch(r"embedder\.embedder\.(convolution|normalization)\.(\w+)", inner):
         return f"{kind[found[1]]}1.{found[2]}"
     found = re.fullmatch(
-        r"encoder\.stages\.(\d)\.layers\.(\d+)\.(?:layer\.(\d)|(shortcut))\.(convolution|normalization)\.(\w+)", inner
+        r"encoder\.stages\.(\d)\.layers\.(\d+)\.(?:layer\.(\d)|(shortcut))\.(convolution|normalization)\.(\w+)",
+        inner,
     )
     assert found, inner
     stage = first if found[1] == "0" else f"layer{int(found[1]) + 1}"
@@ -91,7 +99,10 @@ def from_published(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         if name.endswith("num_batches_tracked"):
             continue
         told, third = published_name(name)
-        require(told in state, f"weights: {told!r} is missing; expected a checkpoint of ColorMNet with this configuration")
+        require(
+            told in state,
+            f"weights: {told!r} is missing; expected a checkpoint of ColorMNet with this configuration",
+        )
         found = state[told] if third is None else state[told].chunk(3)[third]
         if told == "value_encoder.conv1.weight" and found.shape[1] == tensor.shape[1] - 1:
             # A network of one object sees no other one: a channel of zeros.
@@ -120,7 +131,10 @@ def from_official(path: str | Path) -> ColorMNet:
     from lineament.modules.colormnet.network import ColorMNet
 
     path = Path(path)
-    require(path.is_file(), f"path: {str(path)!r} is no file; expected the published checkpoint, a .pth or .safetensors")
+    require(
+        path.is_file(),
+        f"path: {str(path)!r} is no file; expected the published checkpoint, a .pth or .safetensors",
+    )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -17,7 +17,13 @@ from torch.nn import functional as F
 
 from lineament.core.checks import InputError, require, show
 from lineament.core.files import atomic_write, write_json
-from lineament.modules.colormnet.blocks import DecoderCell, ObjectFusion, UpsampleBlock, ValueCell, over_objects
+from lineament.modules.colormnet.blocks import (
+    DecoderCell,
+    ObjectFusion,
+    UpsampleBlock,
+    ValueCell,
+    over_objects,
+)
 from lineament.modules.colormnet.configuration import ColorMNetConfig
 from lineament.modules.colormnet.features import (
     FrameEncoder,
@@ -37,7 +43,9 @@ class ValueEncoder(nn.Module):
 
     def __init__(self, config: ColorMNetConfig):
         super().__init__()
-        self.chroma = residual_network(config.value_stem, config.value_stages, config.value_depths, "basic", 5)
+        self.chroma = residual_network(
+            config.value_stem, config.value_stages, config.value_depths, "basic", 5
+        )
         value = config.value_width
         self.fuser = ObjectFusion(config.stages[-1], config.value_stages[-1], value, value)
         self.hidden_reinforce = ValueCell(value, config.hidden_width) if config.hidden_width else None
@@ -111,7 +119,9 @@ class ColorMNet(nn.Module):
     def encode_frame(self, frame: Float[Tensor, "batch 3 height width"]) -> FrameFeatures:
         """What the frame alone says; sides must be multiples of ``config.multiple``."""
         require(
-            frame.ndim == 4 and frame.shape[1] == 3 and not any(side % self.config.multiple for side in frame.shape[2:]),
+            frame.ndim == 4
+            and frame.shape[1] == 3
+            and not any(side % self.config.multiple for side in frame.shape[2:]),
             f"frame: got {show(frame)}, expected (batch, 3, height, width) with sides that are multiples of "
             f"{self.config.multiple}; pad it with padded()",
         )

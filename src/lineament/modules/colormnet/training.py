@@ -38,7 +38,8 @@ def clip_losses(
         now = features[t]
         earlier = range(t) if references is None else references[t]
         key, shrinkage = (
-            torch.cat([getattr(features[s], name).flatten(2) for s in earlier], 2) for name in ("key", "shrinkage")
+            torch.cat([getattr(features[s], name).flatten(2) for s in earlier], 2)
+            for name in ("key", "shrinkage")
         )
         stored = torch.cat([values[s].flatten(1, 2).flatten(2) for s in earlier], 2)
         answer = read_all(key, shrinkage, now.key.flatten(2), now.selection.flatten(2), stored)
