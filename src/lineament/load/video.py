@@ -65,7 +65,9 @@ class Film:
         with _opened(self.path) as film:
             yield from self._decoded(film, [_video(film, self.path)], None)
 
-    def _decoded(self, film: Any, streams: list[Any], pass_on: Callable[[Any], None] | None) -> Iterator[FilmFrame]:
+    def _decoded(
+        self, film: Any, streams: list[Any], pass_on: Callable[[Any], None] | None
+    ) -> Iterator[FilmFrame]:
         import av
 
         video, index, last = streams[0], 0, None
@@ -96,7 +98,11 @@ class Film:
                     f"{frame.width} x {frame.height}; cut it there into two films",
                 )
                 # Missing or backward timestamps: a frame later than the one before.
-                pts = frame.pts if frame.pts is not None and (last is None or frame.pts > last) else (last or 0) + _step(video)
+                pts = (
+                    frame.pts
+                    if frame.pts is not None and (last is None or frame.pts > last)
+                    else (last or 0) + _step(video)
+                )
                 last = pts
                 yield _film_frame(frame, index, pts)
                 index += 1
@@ -107,12 +113,16 @@ class Film:
         return sum(1 for _ in Film(self.path).frames())
 
     def written(
-        self, path: str | Path, chroma: Callable[[FilmFrame], tuple[np.ndarray, np.ndarray]], *, codec: str = "libx264"
+        self,
+        path: str | Path,
+        chroma: Callable[[FilmFrame], tuple[np.ndarray, ...]],
+        *,
+        codec: str = "libx264",
     ) -> list[str]:
         """Write the film with other chroma; returns what could not be copied.
 
         Args:
-            chroma: Cb and Cr of a frame in [0, 1], 0.5 is grey, each [height, width].
+            chroma: Cb and Cr of a frame in [0, 1], 0.5 is grey, each [height, width]; a third plane is luma in place of the film's.
             codec: ``"libx264"`` (crf 16), ``"ffv1"`` (lossless), ``"prores_ks"``, ...
 
         Raises:
@@ -121,54 +131,49 @@ class Film:
         import av
 
         path = Path(path)
+        first = next(Film(self.path).frames(), None)
+        require(first is not None, f"film: no frame of {str(self.path)!r} can be decoded")
         with atomic_write(path) as temporary, _opened(self.path) as film, av.open(str(temporary), "w") as out:
             video = _video(film, self.path)
+            encoder = _encoder(out, video, first, codec)  # type: ignore[arg-type]
             holds = getattr(out, "supported_codecs", None)
             notes, copies = [], {}
             for stream in film.streams:
                 if stream is video or (stream.type == "video"):
                     continue
                 name = getattr(getattr(stream, "codec_context", None), "name", None) or stream.type
-                canonical = getattr(getattr(getattr(stream, "codec_context", None), "codec", None), "canonical_name", name)
+                canonical = getattr(
+                    getattr(getattr(stream, "codec_context", None), "codec", None), "canonical_name", name
+                )
                 if holds is not None and not {name, canonical} & set(holds):
                     require(
                         stream.type != "audio",
                         f"out: {path.suffix} holds no {name} sound, which {str(self.path)!r} has; write an .mkv",
                     )
-                    notes.append(f"the {stream.type} stream ({name}) is left out: {path.suffix} cannot hold it")
+                    notes.append(
+                        f"the {stream.type} stream ({name}) is left out: {path.suffix} cannot hold it"
+                    )
                     continue
                 copies[stream.index] = out.add_stream_from_template(stream)
             out.metadata.update(film.metadata)
             if hasattr(film, "chapters") and hasattr(out, "set_chapters"):
                 out.set_chapters(film.chapters())
-            encoder: Any = None
-            colours: dict[str, Any] = {}
+            source = video.codec_context
+            colours = {name: getattr(source, name, None) for name in ("color_range", "colorspace")}
 
             def pass_on(packet: Any) -> None:
-                if packet.stream.index in copies:
-                    packet.stream = copies[packet.stream.index]
-                    waiting.append(packet)
-                    # Before the first frame the encoder, and with it the header, is not there.
-                    while waiting and encoder is not None:
-                        out.mux(waiting.pop(0))
+                packet.stream = copies[packet.stream.index]
+                out.mux(packet)
 
-            waiting: list[Any] = []
             streams = [video, *(s for s in film.streams if s.index in copies)]
             for frame in self._decoded(film, streams, pass_on):
-                if encoder is None:
-                    encoder = _encoder(out, video, frame, codec)
-                    source = video.codec_context
-                    colours = {name: getattr(source, name, None) for name in ("color_range", "colorspace")}
-                picture = _planes(frame, *chroma(frame), encoder.codec_context.pix_fmt)
+                picture = _planes(frame, *chroma(frame), layout=encoder.codec_context.pix_fmt)
                 picture.pts, picture.time_base = frame.pts, video.time_base
                 for name, value in colours.items():
                     if value is not None and hasattr(picture, name):
                         setattr(picture, name, value)
                 out.mux(encoder.encode(picture))
-            require(encoder is not None, f"film: no frame of {str(self.path)!r} can be decoded")
             out.mux(encoder.encode(None))
-            for packet in waiting:
-                out.mux(packet)
         return notes
 
 
@@ -179,16 +184,28 @@ def chroma_of(rgb: Tensor, matrix: int) -> tuple[Tensor, Tensor]:
     [1.0, 0.454]
     """
     kr, kb = _MATRIX.get(matrix, _MATRIX[_BT709])
+    y = luma_of(rgb, matrix)
+    return 0.5 + (rgb[..., 2] - y) / (2 * (1 - kb)), 0.5 + (rgb[..., 0] - y) / (2 * (1 - kr))
+
+
+def luma_of(rgb: Tensor, matrix: int) -> Tensor:
+    """Y in [0, 1] of RGB [height, width, 3] in [0, 1].
+
+    >>> luma_of(torch.ones(1, 1, 3), 1).tolist()
+    [[1.0]]
+    """
+    kr, kb = _MATRIX.get(matrix, _MATRIX[_BT709])
     r, g, b = rgb.unbind(-1)
-    y = kr * r + (1 - kr - kb) * g + kb * b
-    return 0.5 + (b - y) / (2 * (1 - kb)), 0.5 + (r - y) / (2 * (1 - kr))
+    return kr * r + (1 - kr - kb) * g + kb * b
 
 
 def picture_folder(path: str | Path) -> list[Path]:
     """The pictures of a folder, in the order of the numbers in their names: 2.png before 10.png."""
     path = Path(path)
     found = [p for p in path.iterdir() if p.suffix.lower() in PICTURES and not p.name.startswith(".")]
-    require(bool(found), f"film: {str(path)!r} holds no pictures; expected {', '.join(PICTURES)}, or a video file")
+    require(
+        bool(found), f"film: {str(path)!r} holds no pictures; expected {', '.join(PICTURES)}, or a video file"
+    )
     return sorted(found, key=lambda p: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", p.name)])
 
 
@@ -272,7 +289,9 @@ def _encoder(out: Any, video: Any, frame: FilmFrame, codec: str) -> Any:
     return stream
 
 
-def _planes(frame: FilmFrame, cb: np.ndarray, cr: np.ndarray, layout: str) -> Any:
+def _planes(
+    frame: FilmFrame, cb: np.ndarray, cr: np.ndarray, y: np.ndarray | None = None, *, layout: str
+) -> Any:
     """An encoder's frame of luma as it was, and chroma at the layout's resolution."""
     import av
 
@@ -280,8 +299,11 @@ def _planes(frame: FilmFrame, cb: np.ndarray, cr: np.ndarray, layout: str) -> An
     height, width = frame.luma.shape
     picture = av.VideoFrame(width, height, layout)
     luma = frame.luma if depth == frame.depth else (frame.luma.astype(np.uint32) << depth >> frame.depth)
-    _fill(picture.planes[0], luma, depth)
     scale = 2 ** (depth - 8)
+    if y is not None:
+        low, width_ = (0, 2**depth - 1) if frame.full_range else (16 * scale, 219 * scale)
+        luma = np.round(low + width_ * y)
+    _fill(picture.planes[0], luma, depth)
     middle, reach = 128 * scale, (255 if frame.full_range else 224) * scale
     for plane, x in zip(picture.planes[1:], (cb, cr)):
         fy, fx = height // plane.height, width // plane.width

@@ -92,8 +92,9 @@ def colorize(
             isinstance(frames, (Sequence, np.ndarray, Tensor)),
             f"frames: got {show(frames)}, expected a sequence, whose last frame is known (reverse)",
         )
-        count = len(frames)  # type: ignore[arg-type]
-        frames = (frames[count - 1 - t] for t in range(count))  # type: ignore[index]
+        whole: Any = frames
+        count = len(whole)
+        frames = (whole[count - 1 - t] for t in range(count))
         exemplars = {count - 1 - t: picture for t, picture in exemplars.items()}
         # A scene that begins at t ends there, seen from behind.
         scenes = {count - t for t in scenes}
