@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from lineament.modules.colormnet.memory import (
 )
 from lineament.modules.colormnet.memory import _memory_side as memory_side
 from lineament.modules.colormnet.memory import _query_side as query_side
-from lineament.modules.colormnet.naming import from_published, published_state
+from lineament.modules.colormnet.naming import from_published, published_name, published_state
 from lineament.modules.colormnet.network import ColorMNet
 from lineament.modules.colormnet.scores import colour_consistency, colourfulness, psnr_legacy
 from lineament.modules.colormnet.training import clip_losses
@@ -271,22 +272,33 @@ def skeleton(case: Scope) -> ColorMNet:
         return ColorMNet(ColorMNetConfig(**widths)).double().eval().requires_grad_(False)
 
 
-FILLED: dict[str, Any] = {}  # the one network that there is room for, and what its frames and clips showed
+FILLED: dict[
+    str, Any
+] = {}  # the one network that there is room for, the phase of each tensor, and what frames and clips showed
 
 
-def network(case: Scope) -> ColorMNet:
-    """The network with weights by formula, once for all files that have the same."""
-    told = [float(case[name]) for name in ("key_dim", "value_dim", "hidden_dim", "param_phase")]
-    if FILLED.get("told") != told:
+def network(case: Scope, part: str = "") -> ColorMNet:
+    """The network with weights by formula, of which those of a part are sure to be filled."""
+    widths = [int(case[f"{name}_dim"]) for name in ("key", "value", "hidden")]
+    if FILLED.get("widths") != widths:
         FILLED.clear()
-        model = skeleton(case).to_empty(device="cpu")
-        state = published_state(model)
-        from_published(model, {name: by_formula(name, x.shape, told[3]) for name, x in state.items()})
-        for name, buffer in model.named_buffers():
-            if name.endswith("num_batches_tracked"):
-                buffer.zero_()
-        FILLED.update(told=told, model=model, frames={}, clips={})
-    return FILLED["model"]
+        FILLED.update(widths=widths, model=skeleton(case).to_empty(device="cpu"), phases={}, seen={})
+    model, phases, phase = FILLED["model"], FILLED["phases"], float(case["param_phase"])
+    state = published_state(model)
+    missing = {name for name in state if name.startswith(part) and phases.get(name) != phase}
+    if missing:
+        state |= {name: by_formula(name, state[name].shape, phase) for name in missing}
+        from_published(model, state)
+        phases.update(dict.fromkeys(missing, phase))
+    return model
+
+
+def once(what: list[Any], found: Callable[[], Any]) -> Any:
+    """What depends on these settings alone is computed once."""
+    told = repr(what)
+    if told not in FILLED["seen"]:
+        FILLED["seen"][told] = found()
+    return FILLED["seen"][told]
 
 
 def picture(t: int, phase: float, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -297,26 +309,25 @@ def picture(t: int, phase: float, height: int, width: int) -> tuple[Tensor, Tens
     return L[None, None], torch.stack([a, b])[None]
 
 
-def features_of(model: ColorMNet, L: Tensor, multiple: int) -> Any:
+@torch.no_grad()
+def features_of(case: Scope, model: ColorMNet, L: Tensor) -> Any:
     """The features of a frame, which no setting of memory changes."""
-    frame = padded(L, multiple).expand(-1, 3, -1, -1)
-    known = FILLED["frames"]
-    told = (tuple(frame.shape), float(frame.sum()), float(frame.square().sum()))
-    if told not in known:
-        with torch.no_grad():
-            known[told] = model.encode_frame(frame)
-    return known[told]
+    frame = padded(L, case["pad_multiple"]).expand(-1, 3, -1, -1)
+    told = [case["param_phase"], frame.shape, float(frame.sum()), float(frame.square().sum())]
+    return once(told, lambda: model.encode_frame(frame))
 
 
 def check_network(file: File) -> None:
     for values in file.spec["cases"].values() or [{}]:
         case = Scope(file, "", {**file.values, **values})
         widths_fit(case)
-        model = network(case)
         height, width, phase = int(case["H"]), int(case["W"]), float(case["frame_phase"])
-        multiple = case["pad_multiple"]
         L, ab = picture(0, phase, height, width)
-        features = features_of(model, L, multiple)
+        frame, colours = (padded(x, case["pad_multiple"]) for x in (L.expand(-1, 3, -1, -1), ab))
+        semantics = network(case, "key_encoder.network2.").key_encoder.network2(frame)
+        case.compare("dino", semantics[0, :: case["stride_dino"]])
+        model = network(case)
+        features = features_of(case, model, L)
         for name, found in zip(("key", "shrink", "select"), features):
             case.compare(name, found[0])
         strides = {name: case[f"stride_{name}"] for name in ("f16", "f8", "f4")}
@@ -324,18 +335,14 @@ def check_network(file: File) -> None:
         for name, found in (("f8", features.f8), ("f4", features.f4)):
             channel, row, column = strides[name]
             case.compare(name, found[0, ::channel, ::row, ::column])
-        frame = padded(L, multiple).expand(-1, 3, -1, -1)
-        case.compare("dino", model.key_encoder.network2(frame)[0, :: case["stride_dino"]])
         with torch.no_grad():
             start = model.empty_hidden(features.key)
-            value, hidden = model.encode_value(frame, features.f16, start, padded(ab, multiple))
+            value, hidden = model.encode_value(frame, features.f16, start, colours)
         case.compare("value", value[0, :, :: case["stride_value"]])
         case.compare("hidden", hidden[0, :, :: case["stride_hidden"]])  # type: ignore[index]
         step = case["stride_ab_out"]
-        run, sizes = clip(case, model)
-        for partner in file.partners("network_values"):
-            compare_clip(partner, run, sizes)
-        case.compare("ab_out_every8", run[..., ::step, ::step])
+        found = clip(case, model, file.partners("network_values"))
+        case.compare("ab_out_every8", found[..., ::step, ::step])
 
 
 def widths_fit(case: Scope) -> None:
@@ -353,20 +360,30 @@ def widths_fit(case: Scope) -> None:
             assert -(-width // case[f"stride_{name}"]) == case.file.data[name].shape[1]
 
 
-def clip(case: Scope, model: ColorMNet) -> tuple[Tensor, Tensor]:
-    """The output of each frame, and the memory's sizes after it."""
-    keys = [
+def clip(case: Scope, model: ColorMNet, values: list[File]) -> Tensor:
+    """The output of each frame; its statistics and the memory's sizes are compared with ``values``."""
+    names = [
         "max_mid_term_frames", "min_mid_term_frames", "max_long_term_elements", "num_prototypes", "top_k", "mem_every",
         "enable_long_term", "enable_long_term_count_usage", "deep_update_every", "local_source", "first_frame_is_exemplar",
-        "exemplar_phase", "frame_phase", "H", "W", "T", "pad_multiple",
+        "exemplar_phase", "frame_phase", "H", "W", "T", "pad_multiple", "param_phase",
     ]  # fmt: skip
-    told = str([case[key] for key in keys])
-    if told not in FILLED["clips"]:
-        FILLED["clips"][told] = coloured(case, model)
-    return FILLED["clips"][told]
+    told = [case[name] for name in names]
+    # The sizes do not depend on the weights: a small network has them too, at once.
+    tiny = ColorMNet(ColorMNetConfig.tiny(dino_patch=14, dino_image=56)).double().eval()
+    assert tiny.config.multiple == case["pad_multiple"]
+    sizes = once(["sizes", *told], lambda: coloured(case, tiny, whole=False)[1])
+    for file in values:
+        file.compare("memory_sizes_after_each_frame", sizes)
+    found, sizes = once(["clip", *told], lambda: coloured(case, model))
+    for file in values:
+        file.compare("memory_sizes_after_each_frame", sizes)
+        file.compare("ab_mean", found.flatten(1).mean(1))
+        file.compare("ab_std", found.flatten(1).std(1, correction=0))
+    return found
 
 
-def coloured(case: Scope, model: ColorMNet) -> tuple[Tensor, Tensor]:
+def coloured(case: Scope, model: ColorMNet, *, whole: bool = True) -> tuple[Tensor, Tensor]:
+    """The output of each frame, and the memory's sizes after it."""
     deep = case["deep_update_every"]
     options = Colorizing.published(
         memory=MemoryOptions(
@@ -378,27 +395,18 @@ def coloured(case: Scope, model: ColorMNet) -> tuple[Tensor, Tensor]:
         deep_every=None if deep == "memory_frames" else int(deep),
     )  # fmt: skip
     film, length, phase = FilmState(model, options), int(case["T"]), float(case["frame_phase"])
-    height, width, multiple = int(case["H"]), int(case["W"]), case["pad_multiple"]
+    height, width = int(case["H"]), int(case["W"])
     found, sizes = [], []
     for t in range(length):
         L, ab = picture(t, phase, height, width)
-        told: dict[str, Any] = {}
-        if t == 0:
-            other = case["exemplar_phase"]
-            if case["first_frame_is_exemplar"]:
-                told = {"given": ab}
-            else:
-                told = {"exemplars": [Exemplar(*picture(0, float(other), height, width))]}
-        features = features_of(model, L, multiple)
-        found.append(film.step(L, **told, last=t == length - 1, features=features)[0])
+        told: dict[str, Any] = {"features": features_of(case, model, L)} if whole else {}
+        if t == 0 and case["first_frame_is_exemplar"]:
+            told |= {"given": ab}
+        elif t == 0:
+            told |= {"exemplars": [Exemplar(*picture(0, float(case["exemplar_phase"]), height, width))]}
+        found.append(film.step(L, **told, last=t == length - 1)[0])
         sizes.append(film.memory.sizes)
     return torch.stack(found), torch.tensor(sizes)
-
-
-def compare_clip(values: File, found: Tensor, sizes: Tensor) -> None:
-    values.compare("memory_sizes_after_each_frame", sizes)
-    values.compare("ab_mean", found.flatten(1).mean(1))
-    values.compare("ab_std", found.flatten(1).std(1, correction=0))
 
 
 def check_network_values(file: File) -> None:
@@ -408,55 +416,61 @@ def check_network_values(file: File) -> None:
             if isinstance(told, dict) and told.get("from", "").startswith(file.path.name):
                 file.read(told["from"].split("#/")[1].replace("/", "."))
         if partner.path.stem == file.path.stem or not partner.path.with_suffix(".json").exists():
-            model = network(case)
-            if file.has("memory_sizes_after_each_frame") or file.has("ab_mean[0]"):
-                compare_clip(file, *clip(case, model))
+            if file.has("ab_mean"):
+                clip(case, network(case), [file])
             if file.has("train_total"):
-                check_training(file, case, model)
+                check_training(file, case)
             break
 
 
-def check_training(file: File, case: Scope, model: ColorMNet) -> None:
+def check_training(file: File, case: Scope) -> None:
     height, width = (int(v) for v in file["train_size"])
-    multiple = case["pad_multiple"]
-    assert height % multiple == width % multiple == 0
+    length = int(file["train_frames"])
+    assert height % case["pad_multiple"] == width % case["pad_multiple"] == 0
     assert file["train_memory"] == "all earlier frames" and file["train_top_k"] is None
-    assert file["train_local_source"] == "previous"
-    clips = [picture(t, float(case["frame_phase"]), height, width) for t in range(int(file["train_frames"]))]
+    assert file["train_local_source"] == "previous" and file.length("train_l1") == length - 1
+    clips = [picture(t, float(case["frame_phase"]), height, width) for t in range(length)]
     L, ab = (torch.stack(list(part), 1) for part in zip(*clips))
-    deep = [t in file["train_deep_update_frames"] for t in range(L.shape[1])]
-    decoder = [t in file["train_decoder_hidden_update_frames"] for t in range(L.shape[1])]
+    deep = [t in file["train_deep_update_frames"] for t in range(length)]
+    decoder = [t in file["train_decoder_hidden_update_frames"] for t in range(length)]
+    model = network(case)
+    told = ["training", height, width, length, deep, decoder, case["param_phase"], case["frame_phase"]]
+    if FILLED.get("training", [None])[0] != told:  # one graph at a time
+        FILLED["training"] = [told, *trained(model, L, ab, deep, decoder)]
+    _, losses, find = FILLED["training"]
+    file.compare("train_l1", losses)
+    file.compare("train_total", losses.sum())
+    found = once([*told, "gradients"], find)
+    for array, match in file.arrays(r"train_grad\.(.+)\.norm").items():
+        first = f"train_grad.{match[1]}.first"
+        norm, entries = found[match[1]]
+        file.compare(array, norm)
+        file.compare(first, entries[: file.length(first)])
+    without = {name for name, gradient in found.items() if gradient is None}
+    for group in file.input("train_params_without_gradient"):
+        inside = {name for name in found if name.startswith(group + ".")}
+        assert inside and inside <= without
+        without -= inside
+    assert not without, f"no gradient reaches {without}"
+
+
+def trained(model: ColorMNet, L: Tensor, ab: Tensor, deep: list[bool], decoder: list[bool]) -> Any:
+    """The loss of each frame, and what finds norm and first entries of each gradient, None where none arrives, by official names."""
     model.requires_grad_(True)
-    try:
-        losses = clip_losses(model, L, ab, deep=deep, decoder=decoder)
-        file.compare("train_l1", losses)
-        file.compare("train_total", losses.sum())
-        parameters = published_parameters(model)
-        gradients = torch.autograd.grad(
-            losses.sum(), [p for _, p in parameters], allow_unused=True, materialize_grads=False
-        )
-        names = [name for name, _ in parameters]
-        found = dict(zip(names, gradients))
-        for array, match in file.arrays(r"train_grad\.(.+)\.norm").items():
-            gradient = found[match[1]]
-            assert gradient is not None
-            file.compare(array, gradient.norm())
-            first = f"train_grad.{match[1]}.first"
-            file.compare(first, gradient.flatten()[: file.length(first)])
-        without = {name for name, gradient in found.items() if gradient is None}
-        for group in file.input("train_params_without_gradient"):
-            assert any(name.startswith(group + ".") for name in without)
-            assert all(name in without for name in names if name.startswith(group + "."))
-            without -= {name for name in without if name.startswith(group + ".")}
-        assert not without, f"no gradient reaches {without}"
-    finally:
+    losses = clip_losses(model, L, ab, deep=deep, decoder=decoder)
+    model.requires_grad_(False)
+
+    def gradients() -> dict[str, tuple[Tensor, Tensor] | None]:
+        model.requires_grad_(True)
+        named = [(published_name(name)[0], parameter) for name, parameter in model.named_parameters()]
+        found = torch.autograd.grad(losses.sum(), [p for _, p in named], allow_unused=True)
         model.requires_grad_(False)
+        return {
+            name: None if g is None else (g.norm(), g.flatten()[:64].clone())
+            for (name, _), g in zip(named, found)
+        }
 
-
-def published_parameters(model: ColorMNet) -> list[tuple[str, nn.Parameter]]:
-    from lineament.modules.colormnet.naming import published_name
-
-    return [(published_name(name)[0], parameter) for name, parameter in model.named_parameters()]
+    return losses, gradients
 
 
 CHECKS = {

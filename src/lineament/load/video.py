@@ -6,6 +6,7 @@ pixel aspect, range and matrix are copied. A folder of pictures is read in the o
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -68,8 +69,7 @@ class Film:
     def _decoded(
         self, film: Any, streams: list[Any], pass_on: Callable[[Any], None] | None
     ) -> Iterator[FilmFrame]:
-        import av
-
+        av = _av()
         video, index, last = streams[0], 0, None
         first: tuple[int, int] | None = None
         packets = film.demux(*streams)
@@ -128,8 +128,7 @@ class Film:
         Raises:
             InputError: sound that the container cannot hold, a codec that is not there.
         """
-        import av
-
+        av = _av()
         path = Path(path)
         first = next(Film(self.path).frames(), None)
         require(first is not None, f"film: no frame of {str(self.path)!r} can be decoded")
@@ -209,11 +208,15 @@ def picture_folder(path: str | Path) -> list[Path]:
     return sorted(found, key=lambda p: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", p.name)])
 
 
-def _opened(path: Path) -> Any:
+def _av() -> Any:
     try:
-        import av
+        return importlib.import_module("av")
     except ImportError as error:
         raise InputError("film: reading a video needs PyAV: pip install 'lineament[video]'") from error
+
+
+def _opened(path: Path) -> Any:
+    av = _av()
     require(path.is_file(), f"film: {str(path)!r} is no file and no folder")
     try:
         return av.open(str(path))
@@ -262,8 +265,7 @@ def _film_frame(frame: Any, index: int, pts: int) -> FilmFrame:
 
 
 def _encoder(out: Any, video: Any, frame: FilmFrame, codec: str) -> Any:
-    import av
-
+    av = _av()
     height, width = frame.luma.shape
     fine = height % 2 or width % 2 or codec.startswith("prores")
     layout = ("yuv422p" if codec.startswith("prores") else "yuv444p") if fine else "yuv420p"
@@ -293,8 +295,7 @@ def _planes(
     frame: FilmFrame, cb: np.ndarray, cr: np.ndarray, y: np.ndarray | None = None, *, layout: str
 ) -> Any:
     """An encoder's frame of luma as it was, and chroma at the layout's resolution."""
-    import av
-
+    av = _av()
     depth = 10 if layout.endswith("10le") else 8
     height, width = frame.luma.shape
     picture = av.VideoFrame(width, height, layout)

@@ -88,12 +88,11 @@ class SpatialGate(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.spatial = nn.Module()
-        self.spatial.conv = nn.Conv2d(2, 1, 7, padding=3)
+        self.spatial = nn.ModuleDict({"conv": nn.Conv2d(2, 1, 7, padding=3)})
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = torch.stack([x.amax(1), x.mean(1)], 1)
-        return x * self.spatial.conv(pooled).sigmoid()
+        return x * self.spatial["conv"](pooled).sigmoid()
 
 
 class ChannelSpatialGate(nn.Module):

@@ -51,9 +51,10 @@ class CrossChannelAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
-        for name in "qkv":
-            setattr(self, f"to_{name}", nn.Conv2d(width, 2 * width, 1))
-            setattr(self, f"to_{name}_dw", nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2 * width))
+        self.to_q, self.to_k, self.to_v = (nn.Conv2d(width, 2 * width, 1) for _ in range(3))
+        self.to_q_dw, self.to_k_dw, self.to_v_dw = (
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2 * width) for _ in range(3)
+        )
         self.to_out = nn.Sequential(nn.Conv2d(2 * width, width, 1))
 
     def forward(self, asks: Tensor, answers: Tensor) -> Tensor:
@@ -235,8 +236,9 @@ class FrameEncoder(nn.Module):
             self.network2 = Semantics(config)
             kinds = {"fusion": FusionBlock, "concatenation": Joined, "dino": Projected}
             heads = {"heads": config.fusion_heads} if self.kind == "fusion" else {}
-            for name, width in zip(("fuse3", "fuse2", "fuse1"), config.stages):
-                setattr(self, name, kinds[self.kind](config.semantics_width, width, **heads))
+            self.fuse3, self.fuse2, self.fuse1 = (
+                kinds[self.kind](config.semantics_width, width, **heads) for width in config.stages
+            )
 
     def forward(self, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         f4, f8, f16 = stages_of(self.detail, frame) if self.kind != "dino" else (None, None, None)

@@ -84,7 +84,7 @@ def margins(height: int, width: int, multiple: int) -> Padding:
 
 def padded(x: Tensor, multiple: int, how: str = "grey") -> Tensor:
     """``x`` [..., height, width] with sides that are multiples; grey is 0."""
-    sides = margins(*x.shape[-2:], multiple)
+    sides = margins(x.shape[-2], x.shape[-1], multiple)
     return F.pad(x, sides) if how == "grey" else F.pad(x, sides, mode="replicate")
 
 
@@ -176,7 +176,7 @@ class FilmState:
             if deep and stored:
                 self.hidden, self.last_deep = hidden, self.time
         self.key = features.key
-        return unpadded(ab, margins(*lightness.shape[-2:], model.config.multiple))
+        return unpadded(ab, margins(lightness.shape[-2], lightness.shape[-1], model.config.multiple))
 
     def state_dict(self) -> dict[str, Any]:
         """All that the frames so far have left, in plain values and tensors."""

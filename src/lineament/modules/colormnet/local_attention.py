@@ -53,9 +53,9 @@ def local_attention(
     if form == "auto":
         form = "dense" if h * w <= _DENSE_PLACES else "shifts"
     if form in ("dense", "flex"):
-        tokens = [x.flatten(2).unflatten(1, (heads, -1)).mT for x in (q, k, v)]
+        near, far, values = (x.flatten(2).unflatten(1, (heads, -1)).mT for x in (q, k, v))
         attend = _dense if form == "dense" else _flex
-        out = attend(*tokens, relative.flatten(2).unflatten(1, (heads, -1)), h, w, reach)
+        out = attend(near, far, values, relative.flatten(2).unflatten(1, (heads, -1)), h, w, reach)
         return out.mT.flatten(1, 2).unflatten(2, (h, w))
     weights = window_weights(q, k, relative, reach, heads).unflatten(3, (h, w))[:, :, :, None]
     padded = F.pad(v.unflatten(1, (heads, -1)), (reach,) * 4)
@@ -131,8 +131,8 @@ class LocalAttention(nn.Module):
         self.reach, self.heads, self.dropout = reach, heads, dropout
         self.form: Form = "auto"
         self.relative_emb_k = nn.Conv2d(key, heads * (2 * reach + 1) ** 2, 1, groups=heads)
-        self.dw_conv = nn.Module()
-        self.dw_conv.conv = nn.Conv2d(values, values, kernel, padding=kernel // 2, groups=values, bias=False)
+        depthwise = nn.Conv2d(values, values, kernel, padding=kernel // 2, groups=values, bias=False)
+        self.dw_conv = nn.ModuleDict({"conv": depthwise})
         self.projection = nn.Linear(values, values)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class LocalAttention(nn.Module):
     def mapped(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The same of values [batch, channels, h, w]."""
         near = local_attention(q, k, v, self.relative_emb_k(q), self.reach, heads=self.heads, form=self.form)
-        near = F.dropout2d(self.dw_conv.conv(near), self.dropout, self.training)
+        near = F.dropout2d(self.dw_conv["conv"](near), self.dropout, self.training)
         return self.projection(near.movedim(1, -1)).movedim(-1, 1)
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:

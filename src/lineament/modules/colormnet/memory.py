@@ -193,9 +193,8 @@ class Memory:
         if permanent:
             store = Store()
             self.permanent.append(store)
-        store.add(
-            *(x[0].flatten(1).mT for x in (key, shrinkage, selection)), value[0].flatten(0, 1).flatten(1).mT
-        )
+        flat = [x[0].flatten(1).mT for x in (key, shrinkage, selection)]
+        store.add(flat[0], flat[1], flat[2], value[0].flatten(0, 1).flatten(1).mT)
         options = self.options
         if options.long_term and len(self.working) >= options.max_frames * places:
             room = options.max_long - options.prototypes

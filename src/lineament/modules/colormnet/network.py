@@ -126,7 +126,8 @@ class ColorMNet(nn.Module):
             f"{self.config.multiple}; pad it with padded()",
         )
         f16, f8, f4 = self.key_encoder(frame)
-        return FrameFeatures(*self.key_proj(f16), f16, f8, f4)
+        key, shrinkage, selection = self.key_proj(f16)
+        return FrameFeatures(key, shrinkage, selection, f16, f8, f4)
 
     def encode_value(
         self, frame: Tensor, f16: Tensor, hidden: Tensor | None, ab: Tensor, *, deep: bool = True

@@ -51,8 +51,8 @@ def colour_consistency(film: Pictures, *, steps: tuple[int, ...] = (1, 2, 4)) ->
     for step in steps:
         a, b = p[:-step], p[step:]
         middle = (a + b) / 2
-        divergence = sum(torch.special.xlogy(x, x) - torch.special.xlogy(x, middle) for x in (a, b))
-        means.append(0.5 * divergence.sum(2).mean())
+        parts = [torch.special.xlogy(x, x) - torch.special.xlogy(x, middle) for x in (a, b)]
+        means.append(0.5 * (parts[0] + parts[1]).sum(2).mean())
     return float(torch.stack(means).mean())
 
 

@@ -118,24 +118,32 @@ def test_no_gradient_reaches_the_semantics(model):
     }
 
 
-def test_streaming_is_batch_and_memory_is_bounded(model):
-    frames = film(70)
-    options = Colorizing(
-        every=1, memory=MemoryOptions(top_k=5, max_frames=4, min_frames=2, prototypes=3, max_long=9)
-    )
+SMALL = MemoryOptions(top_k=5, max_frames=4, min_frames=2, prototypes=3, max_long=9)
+
+
+def test_streaming_is_batch(model):
+    frames, options = film(8), Colorizing(every=1, memory=SMALL)
     given = {0: coloured(frames[0])}
     whole = list(colorize(frames, given, model, options=options))
-    streamed = []
-    for found in colorize(iter(frames), given, model, options=options):
-        streamed.append(found)
-    assert all(torch.equal(a.picture, b.picture) for a, b in zip(whole, streamed)) and len(whole) == 70
-    state = FilmState(model, options)
-    sizes = []
-    for t in range(70):
-        L = torch.from_numpy(frames[t])[None, None] / 255
-        state.step(L, given=torch.zeros(1, 2, 32, 40) if t == 0 else None)
+    taken = 0
+
+    def stream():
+        nonlocal taken
+        for taken, frame in enumerate(frames, 1):
+            yield frame
+
+    for count, (found, same) in enumerate(zip(colorize(stream(), given, model, options=options), whole), 1):
+        assert torch.equal(found.picture, same.picture)
+        assert taken <= count + 1  # one frame is looked ahead, to know the last
+
+
+def test_memory_is_bounded_over_a_long_film(model):
+    state, sizes = FilmState(model, Colorizing.published(every=1, memory=SMALL)), []
+    for t in range(60):
+        grey = torch.rand(1, 1, 16, 32, generator=torch.Generator().manual_seed(t)) - 0.5
+        state.step(grey, given=torch.zeros(1, 2, 16, 32) if t == 0 else None)
         sizes.append(sum(state.memory.sizes))
-    assert max(sizes) <= 4 * 6 + 9
+    assert max(sizes) <= 3 * 2 + 9 and sizes[-1] > 6
 
 
 @pytest.mark.parametrize("options", [Colorizing(every=2, flip=True), Colorizing.published(every=1)])
