@@ -122,7 +122,7 @@ def look(lens: Lens, subject: Any) -> Section:
     frame = Section(name, lens.title)
     dense = getattr(subject, "task", "") == "dense" and not lens.dense
     reason = (
-        "This network answers for every pixel, and this lens asks about one answer a sample."
+        f"This network answers for every {subject.unit}, and this lens asks about one answer a sample."
         if dense
         else module.applies(subject)
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lineament.core.batching import progress
 from lineament.core.models import called, frozen
 from lineament.core.sites.activations import capture
+from lineament.core.sites.depth import channel_axis
 from lineament.load.model_and_data import ModelAndData
 from lineament.load.prompts import Prompts
 
@@ -47,17 +48,25 @@ class Subject(ModelAndData):
         return max(least, min(most, count, len(self)))
 
     def activations(self, rows: Tensor, description: str) -> Iterator[dict[str, Tensor]]:
-        """What passes at each site for some samples, a batch at a time, with a progress bar of this description."""
+        """What passes at each site for some samples, signals as (batch, steps, channels), a batch at a time, with a progress bar of this description."""
         with frozen(self.model), torch.no_grad():
             for part in progress(list(self.parts(rows)), description):
                 with capture(self.model, self.sites, stop_early=True) as acts:
                     called(self.model, self.inputs(part))
-                yield {site: acts[site] for site in self.sites}
+                yield {site: self._tokens(site, acts[site]) for site in self.sites}
+
+    def _tokens(self, site: str, x: Tensor) -> Tensor:
+        """Signals (batch, channels, steps) as the sequences of tokens that they are."""
+        signals = x.ndim == 3 and channel_axis(self.model, site, x) == 1
+        return x.transpose(1, 2) if signals else x
 
 
 @dataclass(frozen=True)
 class LanguageSubject:
-    """What a lens for language models is given."""
+    """What a lens for language models is given.
+
+    ``layout``: where the components of a model of no known family are, see :func:`lineament.explain.patching.layout_check.check_layout`.
+    """
 
     model: nn.Module
     tokenizer: Any
@@ -65,6 +74,7 @@ class LanguageSubject:
     source: str
     seed: int = 0
     task: str = "language"
+    layout: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def decoder_only(self) -> bool:

@@ -5,6 +5,7 @@ from .contrastive import SupCon as SupCon
 from .feature_transform import NegativeInterpolation as NegativeInterpolation
 from .feature_transform import PositiveExtrapolation as PositiveExtrapolation
 from .info_nce import InfoNCE as InfoNCE
+from .info_nce import ScoreLog as ScoreLog
 from .info_nce import score_statistics as score_statistics
 from .margins import AdaFace as AdaFace
 from .margins import ArcFace as ArcFace
@@ -15,6 +16,12 @@ from .margins import CurricularFace as CurricularFace
 from .margins import Elastic as Elastic
 from .margins import MagFace as MagFace
 from .margins import SphereFace as SphereFace
+from .pair_losses import CircleLoss as CircleLoss
+from .pair_losses import ContrastiveLoss as ContrastiveLoss
+from .pair_losses import MultiSimilarityLoss as MultiSimilarityLoss
+from .pair_losses import SNPairLoss as SNPairLoss
+from .pair_losses import TripletLoss as TripletLoss
+from .pair_losses import pair_loss as pair_loss
 from .queue import Queue as Queue
 from .unpg import UNPG as UNPG
 from .unpg import negative_pairs as negative_pairs

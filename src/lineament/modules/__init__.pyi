@@ -17,4 +17,7 @@ from .sparse_attention.selection import select_blocks as select_blocks
 from .unified_embedding.collisions import expected_collisions as expected_collisions
 from .unified_embedding.hashing import fingerprint as fingerprint
 from .unified_embedding.hashing import mix64 as mix64
+from .unified_embedding.probe import plan as plan
+from .unified_embedding.probe import probe as probe
 from .unified_embedding.table import UnifiedEmbedding as UnifiedEmbedding
+from .unified_embedding.views import multiplex as multiplex

@@ -141,7 +141,7 @@ def look(subject: Subject) -> Section:
     if subject.images and first in grids:
         maps = {i: energy[:, i].unflatten(0, (-1, *grids[first])).sum(0) for i in read.order.tolist()}
     weights = importance(subject.model, list(subject.batches(rows)), dictionary).values
-    features = _features(subject, rows, x, z, dictionary, read, weights)
+    features = _features(subject, rows, z, dictionary, read, weights)
     important = [f.number for f in sorted(features, key=lambda f: -f.importance)[:_IMPORTANT]]
     found = Spectrum(read.sites, len(known), len(held), features, important, rows.tolist())
     return _section(subject, found, maps)
@@ -171,11 +171,14 @@ def _gathered(subject: Subject, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]
 
 
 def _features(
-    subject: Subject, rows: Tensor, x: Tensor, z: Tensor, dictionary: Any, read: Complexity, weights: Tensor
+    subject: Subject, rows: Tensor, z: Tensor, dictionary: Any, read: Complexity, weights: Tensor
 ) -> list[Feature]:
     before = subject.answer(rows)
     splice = Splice(subject.model, dictionary)
-    weight = _head(splice, x, before)
+    splice.look(subject.inputs(subject.parts(rows)[0]))
+    weight = None
+    if splice.head is not None and len(splice.head[0]) == before.shape[1]:
+        weight = splice.head[0].float().cpu()
     answers, right = before.argmax(1), before.argmax(1) == subject.targets[rows]
     strong = max(10, round(_STRONGEST * len(rows)))
     found = []
@@ -202,16 +205,6 @@ def _features(
             )
         )  # fmt: skip
     return found
-
-
-def _head(splice: Splice, x: Tensor, answers: Tensor) -> Tensor | None:
-    """The weight with which a linear layer makes the answers of what passes at the place, or ``None`` where something else does."""
-    head = splice.head()
-    if head is None or len(head[0]) != answers.shape[1]:
-        return None
-    weight = head[0].float().cpu()
-    made = x @ weight.T + (0 if head[1] is None else head[1].float().cpu())
-    return weight if torch.allclose(made, answers, rtol=1e-2, atol=1e-2 * float(answers.std())) else None
 
 
 def _without(splice: Splice, number: int, value: Tensor) -> Tensor:
