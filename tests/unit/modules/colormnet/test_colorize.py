@@ -129,7 +129,8 @@ def test_streaming_is_batch(model):
 
     def stream():
         nonlocal taken
-        for taken, frame in enumerate(frames, 1):
+        for frame in frames:
+            taken += 1
             yield frame
 
     for count, (found, same) in enumerate(zip(colorize(stream(), given, model, options=options), whole), 1):
