@@ -9,6 +9,9 @@ from .colormnet.network import ColorMNet as ColorMNet
 from .colormnet.scores import colour_consistency as colour_consistency
 from .colormnet.scores import colourfulness as colourfulness
 from .colormnet.scores import psnr_legacy as psnr_legacy
+from .colormnet.training import ColorTraining as ColorTraining
+from .colormnet.training import clip_losses as clip_losses
+from .colormnet.training import train_colorizer as train_colorizer
 from .sparse_attention.attention import alignment_loss as alignment_loss
 from .sparse_attention.attention import attention as attention
 from .sparse_attention.attention import sparsity_report as sparsity_report
