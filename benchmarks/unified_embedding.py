@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lineament.bench import Row, compare, quick
 from lineament.modules.unified_embedding.hashing import bucket, mix64
 from lineament.modules.unified_embedding.table import UnifiedEmbedding
+from lineament.optim.rows import RowAdagrad
 
 SLUG = "unified-embedding"
 SIZES = (676, 533, 17447, 19995, 180, 13, 9693, 337, 3, 14637, 4378, 17795, 3067, 26, 6504, 18679, 10, 3102, 1557, 3, 18230, 10, 14, 13079, 56, 10581)  # fmt: skip
@@ -75,14 +76,16 @@ def rows(repeats: int = 5) -> Iterator[Row]:
         SLUG, "hashes of 1,000,000 ids to rows", lambda: bucket(mix64(values, 1), count), "a remainder by multiplication in int64",
         lambda: (values * 2654435761 + 97) % count, repeats=repeats,
     )  # fmt: skip
+    ours = unified(count, 32, 26, 1, sparse=True)
+    step = trained(ours, RowAdagrad(ours.parameters(), 0.01), ids)
     for name, make, target in (
-        ("Adagrad", lambda p: torch.optim.Adagrad(p, 0.01), 2.0),
-        ("SparseAdam", lambda p: torch.optim.SparseAdam(p, 0.01), 2.5),
+        ("Adagrad", torch.optim.Adagrad, 2.0),
+        ("SparseAdam", torch.optim.SparseAdam, 2.5),
     ):
-        ours, theirs = unified(count, 32, 26, 1, sparse=True), Separate(sizes, 32, sparse=True)
+        theirs = Separate(sizes, 32, sparse=True)
         yield compare(
-            SLUG, f"training step with {name}, sparse gradients, {count:,} rows of 32", trained(ours, make(list(ours.parameters())), ids),
-            f"26 nn.EmbeddingBag(32), {name}", trained(theirs, make(list(theirs.parameters())), ids), target=target, repeats=repeats,
+            SLUG, f"training step with RowAdagrad, {count:,} rows of 32", step, f"26 nn.EmbeddingBag(32, sparse=True), {name}",
+            trained(theirs, make(list(theirs.parameters()), 0.01), ids), target=target, repeats=repeats,
         )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ class Config:
     lr: float = 0.06
     batch_size: int = 256
     epochs: int = 8
-    seeds: int = 1
+    seeds: int = 2
 
     preset: str = presets(
         quick={},
