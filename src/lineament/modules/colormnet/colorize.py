@@ -37,6 +37,9 @@ class ColouredFrame(Readable):
         ab: its chroma in Lab [2, height, width], as it was predicted.
         confidence: the mean over pixels of exp(the largest similarity to memory); 1 where memory holds the very pixel.
         cut: whether a scene was taken to begin here.
+
+    >>> ColouredFrame(0, torch.zeros(4, 6, 3, dtype=torch.uint8), torch.zeros(2, 4, 6), 0.5).confidence
+    0.5
     """
 
     index: int

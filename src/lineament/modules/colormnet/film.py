@@ -39,7 +39,10 @@ class Colorizing:
         padding: beyond the frame lies ``"grey"`` (as published) or its ``"replicate"``-d border.
         flip: colour each frame and its mirror image, and take the mean (twice the work).
         max_side: colour at most this large and bring the chroma up; None: as large as the frame. guided: by the frame's own edges.
-        cuts: a key distance between neighbouring frames that is a cut, after which only exemplars are remembered; None: none is looked for.
+        cuts: a key distance between neighbouring frames that is a cut, after which the frames before are forgotten; None: none is looked for.
+
+    >>> Colorizing().local_source, Colorizing.published().local_source
+    ('previous', 'memory')
     """
 
     memory: MemoryOptions = field(default_factory=MemoryOptions)

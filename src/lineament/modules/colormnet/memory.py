@@ -134,6 +134,9 @@ class MemoryOptions:
         max_frames, min_frames: working memory is consolidated at the first and has the second afterwards (the oldest and the latest).
         prototypes: elements that a consolidation leaves. max_long: elements of long-term memory (not frames).
         long_term: without it working memory grows with the film. count_long: let long-term elements that are not used go first.
+
+    >>> MemoryOptions(max_frames=4, min_frames=2).prototypes
+    128
     """
 
     top_k: int | None = 30

@@ -126,6 +126,11 @@ def from_official(path: str | Path) -> ColorMNet:
 
     Raises:
         InputError: the file is none, is not read by ``weights_only``, or holds other tensors.
+
+    >>> from_official("no-such-file.pth")
+    Traceback (most recent call last):
+    ...
+    lineament.core.checks.InputError: path: 'no-such-file.pth' is no file; expected the published checkpoint, a .pth or .safetensors
     """
     from lineament.modules.colormnet.configuration import ColorMNetConfig
     from lineament.modules.colormnet.network import ColorMNet

@@ -33,6 +33,10 @@ class ColorTraining:
         deep: how often a remembered frame updates the hidden state. jitter: brightness and contrast, saturation, hue of a clip; a frame's own is ``jitter_frame``.
         affine: degrees of rotation and of shear of each frame, until ``affine_until`` of the training; none is (0, 0).
         scale: smallest part of a picture that is cut out, along each side.
+
+    >>> told = ColorTraining()
+    >>> told.epochs * told.clips // told.batch_size
+    160000
     """
 
     frames: int = 8
@@ -242,6 +246,11 @@ def clip_losses(
         deep: for each frame, whether its value updates the hidden state.
         decoder: for each frame, whether the decoder does, which comes before; default: all but the last.
         references: for each frame, which earlier ones its memory holds; default: all.
+
+    >>> from lineament.modules import ColorMNetConfig
+    >>> model = ColorMNet(ColorMNetConfig.tiny()).eval()
+    >>> clip_losses(model, torch.zeros(1, 3, 1, 32, 32), torch.zeros(1, 3, 2, 32, 32), deep=[True, False, False]).shape
+    torch.Size([2])
     """
     length = lightness.shape[1]
     frames = lightness.expand(-1, -1, 3, -1, -1)
