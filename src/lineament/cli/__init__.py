@@ -24,13 +24,14 @@ COMMANDS = (
     "dictionary",
     "baseline",
     "leak",
+    "colorize",
     "papers",
     "reproduce",
     "gallery",
     "bench",
 )
 # What these had finished when they were interrupted is used again.
-_RESUMED = ("audit", "compare", "train", "baseline", "leak", "reproduce", "bench")
+_RESUMED = ("audit", "compare", "train", "baseline", "leak", "colorize", "reproduce", "bench")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
