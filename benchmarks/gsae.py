@@ -20,7 +20,7 @@ from lineament.dictionaries.nnls import nnls
 from lineament.dictionaries.selection import Selection
 from lineament.dictionaries.steering import Steer, steer
 from lineament.dictionaries.topk.step import Adam, gradients
-from lineament.dictionaries.training import initialise
+from lineament.dictionaries.trainer import initialise
 from lineament.recipes.kit.networks import gpt2
 
 SLUG = "gsae"

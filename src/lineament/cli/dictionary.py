@@ -219,7 +219,7 @@ def _rare(info: dict[str, Any]) -> Any:
     """The rare options of a training that is repeated."""
     from dataclasses import fields
 
-    from lineament.dictionaries.training import TrainingOptions
+    from lineament.dictionaries.trainer import TrainingOptions
 
     held = info.get("options")
     if not isinstance(held, dict):

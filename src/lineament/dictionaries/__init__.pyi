@@ -37,5 +37,5 @@ from .splice import splice as splice
 from .steering import Steer as Steer
 from .steering import as_bias as as_bias
 from .steering import steer as steer
-from .training import TrainingOptions as TrainingOptions
+from .trainer import TrainingOptions as TrainingOptions
 from .training import train_dictionary as train_dictionary

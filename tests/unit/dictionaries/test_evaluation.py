@@ -17,7 +17,7 @@ from lineament.core.sites.hooks import replace, tap
 from lineament.dictionaries.autoencoders import Neurons, ReLU, TopK
 from lineament.dictionaries.evaluation import ErrorMeter, atom_overlap, error_metrics, evaluate, usage
 from lineament.dictionaries.harvest import harvest
-from lineament.dictionaries.training import initialise
+from lineament.dictionaries.trainer import initialise
 
 SITE = "transformer.h.1"
 

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError
-from lineament.dictionaries import training
+from lineament.dictionaries import trainer
 from lineament.dictionaries.autoencoders import BatchTopK, Gated, JumpReLU, Neurons, ReLU, TopK
 from lineament.dictionaries.end_to_end import train_end_to_end
 from lineament.dictionaries.evaluation import error_metrics, evaluate, usage
 from lineament.dictionaries.selection import Selection
-from lineament.dictionaries.training import TrainingOptions, geometric_median, initialise, train_dictionary
+from lineament.dictionaries.trainer import TrainingOptions, geometric_median, initialise
+from lineament.dictionaries.training import train_dictionary
 
 D, ATOMS = 16, 14
 FAST = TrainingOptions(dead_tokens=2000)
@@ -93,9 +94,9 @@ def test_a_killed_training_goes_on_with_the_same_bits(
     }
     whole = trained(planted, KINDS[kind](), **short)
     from lineament.core.checkpoint import Checkpoint
-    from lineament.dictionaries import training
+    from lineament.dictionaries import trainer
 
-    loop, step = Checkpoint.loop, training.Trainer.step
+    loop, step = Checkpoint.loop, trainer.Trainer.step
     monkeypatch.setattr(Checkpoint, "loop", lambda self, *a, **o: loop(self, *a, **{**o, "every": 3}))
 
     def killed(self: Any, rows: Any, number: int, steps: int) -> None:
@@ -103,7 +104,7 @@ def test_a_killed_training_goes_on_with_the_same_bits(
             raise KeyboardInterrupt
         step(self, rows, number, steps)
 
-    monkeypatch.setattr(training.Trainer, "step", killed)
+    monkeypatch.setattr(trainer.Trainer, "step", killed)
     with pytest.raises(KeyboardInterrupt):
         trained(planted, KINDS[kind](), checkpoint=tmp_path / "run", **short)
     seen = []
@@ -112,7 +113,7 @@ def test_a_killed_training_goes_on_with_the_same_bits(
         seen.append(number)
         step(self, rows, number, steps)
 
-    monkeypatch.setattr(training.Trainer, "step", counted)
+    monkeypatch.setattr(trainer.Trainer, "step", counted)
     again = trained(planted, KINDS[kind](), checkpoint=tmp_path / "run", **short)
     assert seen[0] == 6 and not (tmp_path / "run").exists()
     for (name, one), (_, other) in zip(
@@ -151,7 +152,7 @@ def test_a_zero_beta_and_no_gradient_are_one(planted: Any) -> None:
 @pytest.mark.parametrize("control", ["shuffled", "random"])
 def test_controls_keep_the_sizes_of_gradients(planted: Any, control: str) -> None:
     from lineament.dictionaries.harvest import harvest
-    from lineament.dictionaries.training import Trainer
+    from lineament.dictionaries.trainer import Trainer
     from lineament.train.processes import OneProcess
 
     net, data, _ = planted
@@ -276,7 +277,8 @@ import torch
 from torch import nn
 from lineament.dictionaries.autoencoders import BatchTopK, TopK
 from lineament.dictionaries.selection import Selection
-from lineament.dictionaries.training import TrainingOptions, train_dictionary
+from lineament.dictionaries.trainer import TrainingOptions
+from lineament.dictionaries.training import train_dictionary
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -390,9 +392,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(planted: Any, tmp_path: An
         trained(planted, TopK(D, 32, k=2), checkpoint=tmp_path / "run", **plan)
     monkeypatch.setattr(Path, "write_bytes", write)
     seen = []
-    step = training.Trainer.step
+    step = trainer.Trainer.step
     monkeypatch.setattr(
-        training.Trainer, "step", lambda self, rows, at, steps: (seen.append(at), step(self, rows, at, steps))
+        trainer.Trainer, "step", lambda self, rows, at, steps: (seen.append(at), step(self, rows, at, steps))
     )
     again = trained(planted, TopK(D, 32, k=2), checkpoint=tmp_path / "run", **plan)
     assert seen[0] == 6, "two stores of three steps were whole"

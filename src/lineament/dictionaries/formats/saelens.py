@@ -85,7 +85,7 @@ def _unfolded(made: Any, said: dict[str, Any], request: Request) -> Any:
         isinstance(request.model, nn.Module) and site is not None,
         "model: the dictionary was trained on heads' values without their bias (fold_value_biases), which is in the model; give model=, the module",
     )
-    common = value_bias(request.model, site, with_norm=bool(options.get("fold_ln")))
+    common = value_bias(request.model, str(site), with_norm=bool(options.get("fold_ln")))
     require(
         not isinstance(made, Normalised) and common.shape == (made.d,),
         "folder: a value bias beside a normalisation, or of single heads, has no counterpart here",
