@@ -19,7 +19,8 @@ from lineament.core.checks import InputError
 from lineament.dictionaries import trainer
 from lineament.dictionaries.autoencoders import BatchTopK, Gated, JumpReLU, Neurons, ReLU, TopK
 from lineament.dictionaries.end_to_end import train_end_to_end
-from lineament.dictionaries.evaluation import error_metrics, evaluate, usage
+from lineament.dictionaries.evaluation import evaluate
+from lineament.dictionaries.metrics import error_metrics, usage
 from lineament.dictionaries.selection import Selection
 from lineament.dictionaries.trainer import TrainingOptions, geometric_median, initialise
 from lineament.dictionaries.training import train_dictionary
