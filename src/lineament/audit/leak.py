@@ -345,7 +345,7 @@ def _assumptions(options: LeakOptions) -> list[str]:
         "The attacker knows the model, its weights, how many pictures stand behind a message, and which defence is on.",
         "Labels are given to the attacker." if options.known_labels else "Labels are read off each message.",
         "Messages are gradients of the mean loss over one batch, with the model as it was loaded (batch norms with their running statistics).",
-        f"Each attack computes as many gradients of a guess; restarts: {options.search.restarts}. A stronger attacker may see more; none can be shown to see less.",
+        f"Each attack computes as many gradients of a guess; restarts: {options.search.restarts}. A stronger attacker than those tried may see more.",
     ]
     if options.prior != "none":
         told.insert(
