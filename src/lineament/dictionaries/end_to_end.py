@@ -27,7 +27,8 @@ from lineament.dictionaries.autoencoders import TopK
 from lineament.dictionaries.harvest import Harvest, seeded
 from lineament.dictionaries.sequences import Batch
 from lineament.dictionaries.splice import features_last, splice
-from lineament.dictionaries.training import Trained, Trainer, TrainingOptions, described
+from lineament.dictionaries.trainer import Trained, Trainer, TrainingOptions
+from lineament.dictionaries.training import described
 from lineament.train.processes import OneProcess
 
 

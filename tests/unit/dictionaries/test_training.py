@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError
+from lineament.dictionaries import trainer
 from lineament.dictionaries.autoencoders import BatchTopK, Gated, JumpReLU, Neurons, ReLU, TopK
 from lineament.dictionaries.end_to_end import train_end_to_end
-from lineament.dictionaries.evaluation import error_metrics, evaluate, usage
+from lineament.dictionaries.evaluation import evaluate
+from lineament.dictionaries.metrics import error_metrics, usage
 from lineament.dictionaries.selection import Selection
-from lineament.dictionaries.training import TrainingOptions, geometric_median, initialise, train_dictionary
+from lineament.dictionaries.trainer import TrainingOptions, geometric_median, initialise
+from lineament.dictionaries.training import train_dictionary
 
 D, ATOMS = 16, 14
 FAST = TrainingOptions(dead_tokens=2000)
@@ -90,9 +95,9 @@ def test_a_killed_training_goes_on_with_the_same_bits(
     }
     whole = trained(planted, KINDS[kind](), **short)
     from lineament.core.checkpoint import Checkpoint
-    from lineament.dictionaries import training
+    from lineament.dictionaries import trainer
 
-    loop, step = Checkpoint.loop, training.Trainer.step
+    loop, step = Checkpoint.loop, trainer.Trainer.step
     monkeypatch.setattr(Checkpoint, "loop", lambda self, *a, **o: loop(self, *a, **{**o, "every": 3}))
 
     def killed(self: Any, rows: Any, number: int, steps: int) -> None:
@@ -100,7 +105,7 @@ def test_a_killed_training_goes_on_with_the_same_bits(
             raise KeyboardInterrupt
         step(self, rows, number, steps)
 
-    monkeypatch.setattr(training.Trainer, "step", killed)
+    monkeypatch.setattr(trainer.Trainer, "step", killed)
     with pytest.raises(KeyboardInterrupt):
         trained(planted, KINDS[kind](), checkpoint=tmp_path / "run", **short)
     seen = []
@@ -109,7 +114,7 @@ def test_a_killed_training_goes_on_with_the_same_bits(
         seen.append(number)
         step(self, rows, number, steps)
 
-    monkeypatch.setattr(training.Trainer, "step", counted)
+    monkeypatch.setattr(trainer.Trainer, "step", counted)
     again = trained(planted, KINDS[kind](), checkpoint=tmp_path / "run", **short)
     assert seen[0] == 6 and not (tmp_path / "run").exists()
     for (name, one), (_, other) in zip(
@@ -148,7 +153,7 @@ def test_a_zero_beta_and_no_gradient_are_one(planted: Any) -> None:
 @pytest.mark.parametrize("control", ["shuffled", "random"])
 def test_controls_keep_the_sizes_of_gradients(planted: Any, control: str) -> None:
     from lineament.dictionaries.harvest import harvest
-    from lineament.dictionaries.training import Trainer
+    from lineament.dictionaries.trainer import Trainer
     from lineament.train.processes import OneProcess
 
     net, data, _ = planted
@@ -273,7 +278,8 @@ import torch
 from torch import nn
 from lineament.dictionaries.autoencoders import BatchTopK, TopK
 from lineament.dictionaries.selection import Selection
-from lineament.dictionaries.training import TrainingOptions, train_dictionary
+from lineament.dictionaries.trainer import TrainingOptions
+from lineament.dictionaries.training import train_dictionary
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -361,3 +367,61 @@ def test_end_to_end_refuses() -> None:
         train_end_to_end(net, x, site="0", dictionary=TopK(5, 8, k=1), tokens=8)
     with pytest.raises(InputError, match="walked in order"):
         train_end_to_end(net, [x], site="0", dictionary=TopK(4, 8, k=1), tokens=8)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(planted: Any, tmp_path: Any, monkeypatch: Any) -> None:
+    """The write that finds no room fails; what was stored before it is what a second run goes on from, to the same bits."""
+    from lineament.core import checkpoint
+
+    plan: dict[str, Any] = {"tokens": 1200, "gradient": "labels"}
+    whole = trained(planted, TopK(D, 32, k=2), **plan)
+    loop, write = checkpoint.Checkpoint.loop, Path.write_bytes
+    monkeypatch.setattr(
+        checkpoint.Checkpoint, "loop", lambda self, *a, **o: loop(self, *a, **{**o, "every": 3})
+    )
+    written = []
+
+    def full(self: Path, content: bytes) -> int:
+        written.append(self)
+        if len(written) < 3:
+            return write(self, content)
+        write(self, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        trained(planted, TopK(D, 32, k=2), checkpoint=tmp_path / "run", **plan)
+    monkeypatch.setattr(Path, "write_bytes", write)
+    seen = []
+    step = trainer.Trainer.step
+    monkeypatch.setattr(
+        trainer.Trainer, "step", lambda self, rows, at, steps: (seen.append(at), step(self, rows, at, steps))
+    )
+    again = trained(planted, TopK(D, 32, k=2), checkpoint=tmp_path / "run", **plan)
+    assert seen[0] == 6, "two stores of three steps were whole"
+    for name, value in whole.dictionary.state_dict().items():
+        assert torch.equal(value, again.dictionary.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("gradient", "width"), [(None, 33), ("labels", 34)])
+def test_out_of_memory_halves_the_chunk_and_not_the_batch(
+    planted: Any, gradient: Any, width: int, monkeypatch: Any
+) -> None:
+    plan: dict[str, Any] = {"tokens": 600, "gradient": gradient}
+    expected = trained(planted, TopK(D, width, k=2), **plan)
+    product, sizes = torch.addmm, []
+
+    def small(bias: Tensor, x: Tensor, weights: Tensor, **o: Any) -> Tensor:
+        sizes.append(len(x))
+        if len(x) > 40:
+            raise torch.OutOfMemoryError("out of memory")
+        return product(bias, x, weights, **o)
+
+    monkeypatch.setattr(torch, "addmm", small)
+    found = trained(planted, TopK(D, width, k=2), **plan)
+    failed = [size for size in sizes if size > 40]
+    assert failed == [256, 128, 64], "halved at the start, and what fitted is remembered"
+    assert set(sizes[3:]) == {32, 4}, "a batch of 100 rows stays one, in chunks"
+    assert found.tokens == 600 and len(found.history) == len(expected.history)
+    for name, value in expected.dictionary.state_dict().items():
+        assert torch.allclose(value, found.dictionary.state_dict()[name], atol=1e-6), name
