@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lineament.bench import Row, compare, quick
 from lineament.core.models import frozen
-from lineament.measure.merging.merge import Plan, merge, prepare
+from lineament.measure.merging.merge import merge
+from lineament.measure.merging.plan import Plan, prepare
 from lineament.recipes.kit.networks import network
 
 SLUG = "ifm"

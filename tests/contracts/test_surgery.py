@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from lineament.core.checks import InputError
 from lineament.core.models import called
 from lineament.core.surgery import channel_groups, load, permute, remove, save
-from lineament.core.surgery.operators import KeepsDouble
+from lineament.core.surgery.tracing import KeepsDouble
 from tests.contracts.surgery_networks import FAMILIES, GROUPS, made
 from tests.contracts.unchanged import unchanged
 
@@ -77,3 +77,41 @@ def test_removed_equals_masked(family, tmp_path):
         return
     again = load(save(small, tmp_path), lambda: made(family, seed=1)[0].double())
     assert torch.equal(answer(again, example), answer(small, example))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_query_heads_that_share_a_key_change_among_themselves(family, tmp_path):
+    net, example = made(family)
+    groups = [g for g in channel_groups(net, example).values() if g.heads]
+    assert [(g.size, [w.size for w in g.within]) for g in groups] == [(3, [2, 2, 2])] * 2
+    whole = copy.deepcopy(net).double()
+    before = answer(whole, example)
+    inside = [heads for g in groups for heads in g.within]
+    turned = permute(whole, {heads: [1, 0] for heads in inside})
+    assert (answer(turned, example) - before).abs().max() <= 1e-9 * before.abs().max()
+    assert not torch.equal(
+        turned.model.layers[0].self_attn.q_proj.weight, whole.model.layers[0].self_attn.q_proj.weight
+    )
+
+    masked = copy.deepcopy(whole)
+    gone = {heads: [k % 2] for k, heads in enumerate(inside)}
+    with torch.no_grad():
+        for heads, (one,) in gone.items():
+            for e in heads.having("read"):
+                dict(masked.named_parameters())[e.parameter].index_fill_(e.axis, e.slots[one], 0)
+    small = remove(whole, gone, example=example)
+    assert small.config.num_attention_heads == small.config.num_key_value_heads == 3
+    assert small.config.head_dim == 4
+    assert torch.allclose(answer(small, example), answer(masked, example), rtol=0, atol=1e-12)
+    again = load(save(small, tmp_path), lambda: made(family, seed=1)[0].double())
+    assert torch.equal(answer(again, example), answer(small, example))
+    with pytest.raises(InputError, match="the same number for each of the 3 keys"):
+        remove(whole, {inside[0]: [0]})
+    with pytest.raises(InputError, match="change one after the other"):
+        permute(whole, {groups[0]: [2, 1, 0], inside[0]: [1, 0]})
+
+
+@pytest.mark.parametrize("family", ["gpt2", "vit", "resnet"])
+def test_heads_with_a_key_of_their_own_have_none_within(family):
+    net, example = made(family)
+    assert all(not g.within and not g.keys for g in channel_groups(net, example).values())

@@ -6,7 +6,9 @@ import torch
 from tests.golden.common import File, Scope, golden
 from torch import Tensor, nn
 
-from lineament.measure.merging.merge import Merged, merge_as_published, prepare
+from lineament.measure.merging.merge import merge_as_published
+from lineament.measure.merging.merged import Merged
+from lineament.measure.merging.plan import prepare
 
 
 def stored_names(file: File, name: str) -> list[str]:

@@ -156,6 +156,34 @@ def test_the_command(data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "--sites" in capsys.readouterr().err
 
 
+def test_two_hugging_face_models_and_two_checkpoints_of_one_factory(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(60, 3, 8, 8, generator=generator), torch.arange(60) % 3
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        config = transformers.ViTConfig(
+            hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, image_size=8, patch_size=4, num_labels=3
+        )  # fmt: skip
+        transformers.ViTForImageClassification(config).save_pretrained(tmp_path / f"vit{seed}")
+        save_file(net(seed).state_dict(), tmp_path / f"{seed}.safetensors")
+    with undrawn():
+        found = compare(str(tmp_path / "vit0"), str(tmp_path / "vit1"), images, out=tmp_path / "vits")
+    assert found["units"].numbers["sites"] and found["barrier"].status == "good"
+
+    (tmp_path / "net.py").write_text(SOURCE)
+    make = f"{tmp_path / 'net.py'}:make"
+    digits = images[0][:, :1, :6, :6].contiguous(), images[1]
+    weights = CompareOptions(weights_a=tmp_path / "0.safetensors", weights_b=tmp_path / "1.safetensors")
+    with undrawn():
+        loaded = compare(make, make, digits, out=tmp_path / "loaded", options=weights)
+        given = compare(net(0), net(1), digits, out=tmp_path / "given")
+    assert loaded["units"].numbers == given["units"].numbers
+    assert loaded["answers"].numbers == given["answers"].numbers
+
+
 @pytest.mark.slow
 def test_two_language_models(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")

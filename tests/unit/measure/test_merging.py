@@ -24,7 +24,7 @@ from lineament.measure import (
     repair,
     swap_test,
 )
-from lineament.measure.merging.merge import prepare
+from lineament.measure.merging.plan import prepare
 
 
 def mlp(*widths: int, seed: int = 0, act=nn.ReLU) -> nn.Sequential:

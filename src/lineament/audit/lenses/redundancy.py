@@ -20,7 +20,7 @@ from lineament.core.checks import InputError
 from lineament.core.models import decided
 from lineament.core.surgery.rewriting import remove
 from lineament.measure.merging.distance import Weights
-from lineament.measure.merging.merge import Plan, prepare
+from lineament.measure.merging.plan import Plan, prepare
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
 from lineament.report.section import Finding, Section

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lineament.core.checks import InputError, require, suggest
 from lineament.core.models import called, frozen, unwrapped
 from lineament.core.results import Readable
-from lineament.core.surgery.operators import KeepsDouble, Trace, traced
+from lineament.core.surgery.tracing import KeepsDouble, Trace, traced
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +53,9 @@ class ChannelGroup(Readable):
         heads: whether these are attention heads.
         statistics: operators that take a statistic over the channels (layer norm, softmax, mean), which another number of them would change.
         products: operators that multiply two tensors of these channels, as a gate does.
+        within: of heads that share a key and a value, the query heads of each, as groups of their own. They can change in any order among
+            themselves, and as many must stay for each key.
+        keys: of such a group, how many there are beside it, itself included.
     """
 
     name: str
@@ -61,6 +64,8 @@ class ChannelGroup(Readable):
     heads: bool = False
     statistics: tuple[str, ...] = ()
     products: tuple[str, ...] = ()
+    within: tuple[ChannelGroup, ...] = ()
+    keys: int = 0
 
     def having(self, *roles: str) -> tuple[Entry, ...]:
         """The entries of these roles."""
@@ -128,7 +133,13 @@ def channel_groups(
         trace, _ = traced(model, example)
         found, whole = _collected(trace)
     if prove and found:
-        for name in _refuted(model, example, list(found.values()), seed):
+        found = {name: replace(group, within=_query_heads(group)) for name, group in found.items()}
+        every = [part for group in found.values() for part in (group, *group.within)]
+        refuted = _refuted(model, example, every, seed)
+        for name, group in found.items():
+            if any(part.name in refuted for part in group.within):
+                found[name] = replace(group, within=())
+        for name in [name for name in refuted if name in found]:
             require(
                 given is None,
                 f"groups: permuting {name!r} as given changes the outputs: a parameter that makes or reads its channels is missing",
@@ -270,6 +281,25 @@ def _collected(trace: Trace) -> tuple[dict[str, ChannelGroup], dict[str, str]]:
     return groups, whole
 
 
+def _query_heads(group: ChannelGroup) -> tuple[ChannelGroup, ...]:
+    """For each key of a group of heads the query heads that share it: the axes of which a key has a multiple of what it has of the others."""
+    owned = {e.slots.shape[1] for e in group.entries}
+    times, rest = divmod(max(owned), min(owned))
+    if not group.heads or times < 2 or rest:
+        return ()
+    wide = [e for e in group.entries if e.slots.shape[1] == max(owned)]
+    return tuple(
+        ChannelGroup(
+            f"{group.name}[{key}]",
+            times,
+            tuple(replace(e, slots=e.slots[key].view(times, -1)) for e in wide),
+            heads=True,
+            keys=group.size,
+        )
+        for key in range(group.size)
+    )
+
+
 def permuted_in_place(model: nn.Module, group: ChannelGroup, order: Tensor) -> None:
     """Channel ``i`` becomes what ``order[i]`` was."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -295,7 +325,7 @@ def _refuted(model: nn.Module, example: Any, groups: list[ChannelGroup], seed: i
                     tensor.mul_((0.2 * noise.clamp(-2, 2)).exp())
                 else:
                     tensor.add_((0.2 * spread + 0.01) * noise)
-    orders = {g.name: torch.randperm(g.size, generator=generator) for g in groups}
+    orders = {g.name: _reordered(g.size, generator) for g in groups}
     kept = {name: t.detach().clone() for name, t in (*double.named_parameters(), *double.named_buffers())}
 
     def outputs(permuted: Sequence[ChannelGroup]) -> list[Tensor]:
@@ -331,6 +361,11 @@ def _refuted(model: nn.Module, example: Any, groups: list[ChannelGroup], seed: i
         return failing(some[:half]) + failing(some[half:])
 
     return failing(groups)
+
+
+def _reordered(size: int, generator: torch.Generator) -> Tensor:
+    order = torch.randperm(size, generator=generator)
+    return order.roll(1) if torch.equal(order, torch.arange(size)) else order  # which would prove nothing
 
 
 def _varied(tensor: Tensor, generator: torch.Generator) -> Tensor:

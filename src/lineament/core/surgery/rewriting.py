@@ -24,10 +24,18 @@ from lineament.core.surgery.groups import ChannelGroup, Entry, plain_network
 RECORD = "surgery"  # the attribute of an operated network that says what was done
 
 # How attention modules and configurations count heads, and the widths that follow from it.
-_HEADS = (
-    "num_heads", "num_attention_heads", "n_heads", "n_head", "num_key_value_heads", "num_kv_heads", "n_kv_heads", "heads", "split_size",
-    "all_head_size", "inner_dim",
-)  # fmt: skip
+_KEYS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+_QUERIES = (
+    "num_heads",
+    "num_attention_heads",
+    "n_heads",
+    "n_head",
+    "heads",
+    "split_size",
+    "all_head_size",
+    "inner_dim",
+)
+_SHARING = ("num_key_value_groups", "n_rep")  # query heads for each key
 _WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "mlp_dim")
 
 Matrices = tuple[Float[Tensor, "new old"], Float[Tensor, "old new"]]
@@ -70,6 +78,7 @@ def rewrite(
     model = plain_network(model)
     for group, (write, read) in changes.items():
         _check(group, write, read, through_norms)
+    _check_query_heads(changes)
     new = copy.deepcopy(model)
     tensors = {**dict(new.named_parameters()), **dict(new.named_buffers())}
     by_axis: dict[tuple[str, int], list[tuple[Entry, Tensor]]] = {}
@@ -209,6 +218,27 @@ def _check(group: ChannelGroup, write: Tensor, read: Tensor, through_norms: bool
     )
 
 
+def _check_query_heads(changes: Mapping[ChannelGroup, Matrices]) -> None:
+    """Attention has one number of query heads for all keys, and a group is not changed together with what is within it."""
+    named = {group.name for group in changes}
+    left: dict[str, list[int]] = {}
+    for group, (write, _) in changes.items():
+        if group.keys:
+            left.setdefault(group.name.rpartition("[")[0], []).append(len(write))
+    for group, (write, _) in changes.items():
+        if not group.keys:
+            continue
+        block = group.name.rpartition("[")[0]
+        require(
+            block not in named,
+            f"changes: {group.name!r} are heads within {block!r}, which is changed too; change one after the other",
+        )
+        require(
+            len(write) == group.size or (len(left[block]) == group.keys and len(set(left[block])) == 1),
+            f"changes: {group.name!r} would have {len(write)} of {group.size} query heads, expected the same number for each of the {group.keys} keys of its block",
+        )
+
+
 def _multiplied(tensor: Tensor, axis: int, parts: Sequence[tuple[Entry, Tensor]]) -> Tensor:
     """New channels in the places of the first old ones; the other places go."""
     moved = tensor.detach().movedim(axis, 0)
@@ -228,7 +258,14 @@ def _multiplied(tensor: Tensor, axis: int, parts: Sequence[tuple[Entry, Tensor]]
 
 def _step(group: ChannelGroup, size: int) -> dict[str, Any]:
     entries = [{"parameter": e.parameter, "axis": e.axis, "slots": e.slots.tolist()} for e in group.entries]
-    return {"group": group.name, "size": size, "of": group.size, "heads": group.heads, "entries": entries}
+    return {
+        "group": group.name,
+        "size": size,
+        "of": group.size,
+        "heads": group.heads,
+        "keys": group.keys,
+        "entries": entries,
+    }
 
 
 def _install(model: nn.Module, tensors: Mapping[str, Tensor], steps: Sequence[Mapping[str, Any]]) -> None:
@@ -249,8 +286,9 @@ def _install(model: nn.Module, tensors: Mapping[str, Tensor], steps: Sequence[Ma
     for module in model.modules():  # also those whose weight is computed from parameters of their own
         if any(id(t) in new for t in (*module.parameters(), *module.buffers())):
             _renumber(module)
+    counted: set[int] = set()
     for step in steps:
-        _recount(model, step)
+        _recount(model, step, counted if step.get("keys") else set())
     _reconfigure(model, steps)
 
 
@@ -290,11 +328,11 @@ def _renumber(module: nn.Module) -> None:
             layer.nx = weight.shape[0]
 
 
-def _recount(model: nn.Module, step: Mapping[str, Any]) -> None:
-    """Attention modules count their heads, and split by widths that follow from it."""
+def _recount(model: nn.Module, step: Mapping[str, Any], seen: set[int]) -> None:
+    """Attention modules count their heads, and split by widths that follow from it; those in ``seen`` have been counted."""
     if not step["heads"]:
         return
-    seen: set[int] = set()
+    names = (*_QUERIES, *(_SHARING if step.get("keys") else _KEYS))
     for e in step["entries"]:
         parts = e["parameter"].split(".")
         for depth in (
@@ -305,7 +343,7 @@ def _recount(model: nn.Module, step: Mapping[str, Any]) -> None:
             if id(module) in seen or isinstance(module, (nn.Linear, _ConvNd)) or module is model:
                 continue
             seen.add(id(module))
-            for name in _HEADS:
+            for name in names:
                 value = getattr(module, name, None)
                 if isinstance(value, int) and value * step["size"] % step["of"] == 0:
                     setattr(module, name, value * step["size"] // step["of"])
@@ -316,14 +354,20 @@ def _reconfigure(model: nn.Module, steps: Sequence[Mapping[str, Any]]) -> None:
     config: Any = getattr(model, "config", None)
     if config is None or not steps:
         return
-    ratios = {(s["size"], s["of"]) for s in steps if s["heads"]}
     layers = getattr(config, "num_hidden_layers", None)
-    if len(ratios) == 1 and sum(s["heads"] for s in steps) == layers:
-        (size, of) = next(iter(ratios))
+    for shared in (False, True):
+        blocks = {
+            s["group"].rpartition("[")[0] if shared else s["group"]: (s["size"], s["of"])
+            for s in steps
+            if s["heads"] and bool(s.get("keys")) == shared
+        }
+        if len(set(blocks.values())) != 1 or len(blocks) != layers:
+            continue
+        (size, of) = next(iter(blocks.values()))
         heads = config.num_attention_heads
         if getattr(config, "head_dim", None) is None and hasattr(config, "hidden_size"):
             config.head_dim = config.hidden_size // heads
-        for name in ("num_attention_heads", "num_key_value_heads", "n_head"):
+        for name in ("num_attention_heads", "n_head", *(() if shared else ("num_key_value_heads",))):
             value = getattr(config, name, None)
             if isinstance(value, int) and (name != "n_head" or config.n_head == heads):
                 setattr(config, name, value * size // of)

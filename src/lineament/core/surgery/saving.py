@@ -106,7 +106,9 @@ def _repeated(model: nn.Module, step: Mapping[str, Any]) -> nn.Module:
         entries = [
             Entry(e["parameter"], e["axis"], torch.tensor(e["slots"]), "write") for e in told["entries"]
         ]
-        group = ChannelGroup(told["group"], told["of"], tuple(entries), told["heads"])
+        group = ChannelGroup(
+            told["group"], told["of"], tuple(entries), told["heads"], keys=told.get("keys", 0)
+        )
         write = torch.eye(told["of"])[: told["size"]]
         changes[group] = write, write.T
     return rewrite(model, changes)

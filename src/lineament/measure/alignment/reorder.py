@@ -45,7 +45,7 @@ def permuted(
         alignment: of a with b, at the outputs of the layers that make the units (the names of ``channel_groups(model_b, example)``).
         example: inputs for one forward.
         model_a: of the same architecture; needed for ``by="weights"``, and orders the groups at which nothing was aligned.
-        by: ``"activations"``: one assignment for each group of channels, on the summed correlations of its layers; ``"weights"``: on the inner
+        by: ``"activations"``: one assignment for each group of channels or heads, on the summed correlations of its layers; ``"weights"``: on the inner
             products of their weights, group after group until nothing changes, without data.
 
     Raises:
@@ -81,15 +81,15 @@ def permuted(
 
 
 def _correlations(group: ChannelGroup, alignment: Alignment) -> Tensor | None:
-    """The summed correlations (a, b) of the layers that write a group's channels."""
-    makers = {
-        entry.parameter.rpartition(".")[0] for entry in group.entries if entry.role in ("write", "both")
-    }
-    found = [
-        site.correlations
-        for name, site in alignment.sites.items()
-        if name in makers and site.correlations.shape == (group.size, group.size) and not group.heads
-    ]
+    """The summed correlations (a, b) of the layers that write a group's channels; of a head, those between the same places of its block."""
+    makers: dict[str, Tensor] = {}
+    for entry in group.having("write", "both"):
+        makers.setdefault(entry.parameter.rpartition(".")[0], entry.slots)
+    found = []
+    for name, site in alignment.sites.items():
+        rows, columns = site.correlations.shape
+        if name in makers and rows == columns > int(makers[name].max()):
+            found += [site.correlations[place][:, place] for place in makers[name].T]
     return torch.stack(found).sum(0) if found else None
 
 

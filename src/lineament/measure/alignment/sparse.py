@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -159,26 +160,24 @@ def dense_half_mse(
     return min(found, key=lambda each: float(each.mean()))
 
 
-def _shrunk(w: Tensor, by: float) -> Tensor:
-    return w.sign() * (w.abs() - by).clamp_min(0)
-
-
 def _proximal(
     gram: Tensor, cross: Tensor, lam: float, start: Tensor, step: float, tolerance: float, most: int
 ) -> Tensor:
     """FISTA with restarts (O'Donoghue and Candès 2015); a target that is done keeps still, and the others go on without it."""
     found = start.clone()
     open_ = torch.arange(cross.shape[1])
-    w = ahead = start
+    w, ahead = start, start.clone()
     q, t = cross, torch.ones(cross.shape[1], dtype=cross.dtype)
+    pull = step * q
     for turn in range(most):
-        new = _shrunk(ahead - step * (gram @ ahead - q), step * lam)
+        # Each pass over all weights costs as much as a tenth of the product.
+        new = F.softshrink(torch.addmm(ahead + pull, gram, ahead, alpha=-step), step * lam)
         move = new - w
         # Momentum that points uphill is dropped, target by target.
-        restart = ((ahead - new) * move).sum(0) > 0
+        restart = ahead.sub_(new).mul_(move).sum(0) > 0
         t = torch.where(restart, torch.ones_like(t), t)
         next_t = (1 + (1 + 4 * t * t).sqrt()) / 2
-        ahead = new + ((t - 1) / next_t) * move
+        ahead = torch.addcmul(new, (t - 1) / next_t, move)
         w, t = new, next_t
         if turn % 10 == 9 or turn == most - 1:
             gap = _gap(gram, q, lam, w)
@@ -187,6 +186,7 @@ def _proximal(
                 found[:, open_[done]] = w[:, done]
                 left = ~done
                 open_, w, ahead, q, t = open_[left], w[:, left], ahead[:, left], q[:, left], t[left]
+                pull = step * q
                 if not len(open_):
                     return found
     found[:, open_] = w

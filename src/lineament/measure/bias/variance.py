@@ -28,14 +28,13 @@ from lineament.core.models import device_of, dtype_of, frozen
 from lineament.core.results import Readable
 from lineament.core.sites.activations import capture
 from lineament.core.sites.naming import sites as site_names
-from lineament.core.statistics.moments import Covariance, CrossCovariance
 from lineament.data.samples import Samples
 from lineament.load.data import load_data
 from lineament.measure.bias.density import density, participation
+from lineament.measure.bias.sums import decoded, gathered, inverse, left_over, per_sample
 from lineament.measure.collapse.profile import Pool, find_head, pooled
 
 REDUCTIONS = ("ratio", "per_sample")
-_KEPT = 2**24  # numbers of a representation kept for decoding, at each site
 _DEPENDENT = 0.1
 
 
@@ -297,7 +296,7 @@ def _measured(
             )
 
     kept: dict[str, list[list[Tensor]]] = {name: [[], []] for name in names}
-    fit, F_fit = _gathered(walk, F, fit_rows, names, [k[0] for k in kept.values()])
+    fit, F_fit = gathered(walk, F, fit_rows, names, [k[0] for k in kept.values()])
     every = torch.arange(F.shape[1])
     subsets = {
         **places,
@@ -308,31 +307,37 @@ def _measured(
             if len(places) > 1
         },
     }
-    weights = {
-        site: {key: _weights(F_fit, fit[site], place) for key, place in subsets.items()} for site in names
-    }
+    weights: dict[str, dict[str, Tensor]] = {site: {} for site in names}
+    for key, place in subsets.items():
+        solve = inverse(F_fit, place)
+        for site in names:
+            weights[site][key] = solve @ fit[site].scatter[place]
     ratios: dict[str, dict[str, float]] = {}
     if reduction == "per_sample":
-        judge, F_judge, ratios = _per_sample(
+        judge, F_judge, ratios = per_sample(
             walk, F, judge_rows, names, fit, weights, [k[1] for k in kept.values()]
         )
     else:
-        judge, F_judge = _gathered(walk, F, judge_rows, names, [k[1] for k in kept.values()])
+        judge, F_judge = gathered(walk, F, judge_rows, names, [k[1] for k in kept.values()])
     found = []
     for site in names:
-        units = {
-            key: _units(weights[site][key], place, fit[site], judge[site], F_judge, dead)
+        left = {
+            key: left_over(weights[site][key], place, fit[site], judge[site], F_judge)
             for key, place in subsets.items()
         }
-        _, total = _sums(weights[site][""], every, fit[site], judge[site], F_judge)
+        total = left[""][1]
+        alive = total > dead
         require(float(total.sum()) > dead, f"sites: {site!r} never varies on the samples that are judged")
-        r2 = {
-            key: ratios[site][key]
-            if ratios
-            else _share(weights[site][key], place, fit[site], judge[site], F_judge)
-            for key, place in subsets.items()
+        units = {
+            key: torch.where(alive, 1 - rest / torch.where(alive, total, 1.0), 0.0)
+            for key, (rest, _) in left.items()
         }
-        decode = _decoded(kept[site], F, fit_rows, judge_rows, places)
+        r2 = (
+            ratios[site]
+            if ratios
+            else {key: 1 - float(rest.sum() / total.sum()) for key, (rest, _) in left.items()}
+        )
+        decode = decoded(kept[site], F, fit_rows, judge_rows, places)
         rows = tuple(
             FeatureVariance(
                 name, r2[name], r2[""] - r2.get(f"without {name}", 0.0) if name in mains else r2[name], units[name],
@@ -355,149 +360,3 @@ def _measured(
         else []
     )
     return VarianceExplained(tuple(found), reduction, len(fit_rows), len(judge_rows), pairs, tuple(notes))
-
-
-@dataclass(frozen=True)
-class _Moments:
-    """What a pass leaves of a site: sums of squares of units, and products of the features' columns with them."""
-
-    count: int
-    mean_x: Tensor
-    mean_y: Tensor
-    squares_y: Tensor
-    scatter: Tensor
-
-
-@dataclass(frozen=True)
-class _Columns:
-    scatter: Tensor
-    correlation: Tensor
-
-
-def _gathered(
-    walk: Any, F: Tensor, rows: Tensor, names: Sequence[str], kept: Sequence[list[Tensor]]
-) -> tuple[dict[str, _Moments], _Columns]:
-    """Sums of features and representations over some samples, in one pass."""
-    streams = {name: CrossCovariance() for name in names}
-    own = Covariance()
-    for part, acts in walk(rows):
-        own.update(F[part])
-        for name, store in zip(names, kept):
-            phi = acts[name].cpu()
-            streams[name].update(F[part], phi)
-            if len(rows) * phi.shape[1] <= _KEPT:
-                store.append(phi)
-    found = {
-        name: _Moments(len(rows), s.mean_x, s.mean_y, s.squares_y, s.scatter) for name, s in streams.items()
-    }
-    return found, _Columns(own.scatter, own.correlation)
-
-
-def _weights(own: _Columns, cross: _Moments, place: Tensor) -> Tensor:
-    """The least-squares map of least norm from centred columns to centred units; columns of one scale, so that none looks like rounding."""
-    S = own.scatter[place][:, place]
-    scale = S.diagonal().sqrt().clamp_min(1e-300)
-    inverse = torch.linalg.pinv(S / scale[:, None] / scale, hermitian=True, rtol=1e-10)
-    return (inverse / scale[:, None] / scale) @ cross.scatter[place]
-
-
-def _sums(W: Tensor, place: Tensor, fit: _Moments, judge: _Moments, own: _Columns) -> tuple[Tensor, Tensor]:
-    """Of each unit Σ_T (φ - μ - W f)² and Σ_T (φ - μ)², with the means of V."""
-    n = judge.count
-    shift, moved = judge.mean_y - fit.mean_y, (judge.mean_x - fit.mean_x)[place]
-    cross = judge.scatter[place] + n * moved[:, None] * shift
-    S = own.scatter[place][:, place] + n * torch.outer(moved, moved)
-    total = judge.squares_y + n * shift.square()
-    return total - 2 * (W * cross).sum(0) + (W * (S @ W)).sum(0), total
-
-
-def _share(W: Tensor, place: Tensor, fit: _Moments, judge: _Moments, own: _Columns) -> float:
-    left, total = _sums(W, place, fit, judge, own)
-    return 1 - float(left.sum() / total.sum())
-
-
-def _units(W: Tensor, place: Tensor, fit: _Moments, judge: _Moments, own: _Columns, dead: float) -> Tensor:
-    left, total = _sums(W, place, fit, judge, own)
-    alive = total > dead
-    return torch.where(alive, 1 - left / torch.where(alive, total, 1.0), 0.0)
-
-
-def _per_sample(
-    walk: Any,
-    F: Tensor,
-    rows: Tensor,
-    names: Sequence[str],
-    fit: Mapping[str, _Moments],
-    weights: Mapping[str, Mapping[str, Tensor]],
-    kept: Sequence[list[Tensor]],
-) -> tuple[dict[str, _Moments], _Columns, dict[str, dict[str, float]]]:
-    """The same sums, and of each site and set of columns the mean over samples of 1 - ‖φ - μ - W f‖² / ‖φ - μ‖²."""
-    sums = {site: dict.fromkeys(weights[site], 0.0) for site in names}
-    places = _places(weights, F.shape[1], names)
-
-    def watched(all_rows: Tensor) -> Any:
-        for part, acts in walk(all_rows):
-            for site in names:
-                phi = acts[site].double().cpu() - fit[site].mean_y
-                size = phi.square().sum(1)
-                require(
-                    bool((size > 0).all()),
-                    f"reduction: a sample lies on the mean of {site!r}, so that its ratio is 0/0; use 'ratio'",
-                )
-                f = F[part] - fit[site].mean_x
-                for key, W in weights[site].items():
-                    left = (phi - f[:, places[key]] @ W).square().sum(1)
-                    sums[site][key] += float((1 - left / size).sum())
-            yield part, acts
-
-    judge, own = _gathered(watched, F, rows, names, kept)
-    return judge, own, {site: {key: v / len(rows) for key, v in each.items()} for site, each in sums.items()}
-
-
-def _places(weights: Any, width: int, names: Sequence[str]) -> dict[str, Tensor]:
-    """The columns of each set of weights, from the order in which the sets were made."""
-    first = weights[names[0]]
-    whole = torch.arange(width)
-    found, start = {}, 0
-    for key, W in first.items():
-        if key == "":
-            break
-        found[key] = whole[start : start + len(W)]
-        start += len(W)
-    found[""] = whole
-    for key in first:
-        if key not in found:
-            own = found[key.removeprefix("without ")]
-            found[key] = whole[~torch.isin(whole, own)]
-    return found
-
-
-def _decoded(
-    kept: Sequence[list[Tensor]], F: Tensor, fit: Tensor, judge: Tensor, places: Mapping[str, Tensor]
-) -> dict[str, float]:
-    """How well least squares on the representation gives each feature: the accuracy of classes, R² of values."""
-    if not kept[0] or not kept[1]:
-        return {}
-    X, Z = (torch.cat(part).double() for part in kept)
-    mean = X.mean(0)
-    scale = X.std(0).clamp_min(1e-12)
-    X, Z = (X - mean) / scale, (Z - mean) / scale
-    gram = X.T @ X if X.shape[1] <= len(X) else X @ X.T
-    gram = gram + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    center = F[fit].mean(0)
-    Y = F[fit] - center
-    W = torch.linalg.solve(gram, X.T @ Y) if X.shape[1] <= len(X) else X.T @ torch.linalg.solve(gram, Y)
-    P = Z @ W + center
-    found = {}
-    for name, place in places.items():
-        truth, guess = F[judge][:, place], P[:, place]
-        values = truth[:, 0].unique()
-        if len(place) > 1 and bool(((truth == 0) | (truth == 1)).all()) and bool((truth.sum(1) == 1).all()):
-            found[name] = float((guess.argmax(1) == truth.argmax(1)).double().mean())
-        elif len(place) == 1 and len(values) == 2:
-            middle = values.mean()
-            found[name] = float(((guess[:, 0] > middle) == (truth[:, 0] > middle)).double().mean())
-        else:
-            around = truth - center[place]
-            found[name] = 1 - float((truth - guess).square().sum() / around.square().sum())
-    return found

@@ -84,6 +84,8 @@ class Channels:
         self.near_at = np.zeros(n, dtype=np.int64)
         self.far = np.zeros(n)
         self.far_at = np.zeros(n, dtype=np.int64)
+        # Positions whose nearest (first row) or furthest (second) has merged: their distance is a bound of what it would be now.
+        self.gone = np.zeros((2, n), dtype=bool)
 
     def __len__(self) -> int:
         return len(self.members)
@@ -168,6 +170,7 @@ class Channels:
             found[places, part] = np.inf
             self.near_at[part] = found.argmin(1)
             self.near[part] = found[places, self.near_at[part]]
+        self.gone[:, rows] = False
 
     def exactly(self, i: int, j: int) -> float:
         """The squared distance of two positions from their slices: a difference of Gram entries loses its last digits."""
@@ -194,12 +197,23 @@ class Channels:
             if self.stale:
                 self._look(np.arange(n))
                 self.stale = False
-            far = float(self.far[:n].max())
-            there = np.flatnonzero(self.near[:n] <= self.near[:n].min() + self._noise())[:256]
+            far, there = self._brought_up_to_date()
         pairs = {tuple(sorted((int(p), int(self.near_at[p])), key=lambda q: self.stamp[q])) for p in there}
         order = sorted((self.exactly(i, j), int(self.stamp[i]), int(self.stamp[j]), i, j) for i, j in pairs)
         distance, _, _, i, j = order[0]
         return i, j, distance, far
+
+    def _brought_up_to_date(self) -> tuple[float, np.ndarray]:
+        """The largest distance, and the positions with a nearest neighbour as near as any, looking again only where a bound could be one of them."""
+        n = len(self)
+        while self.gone[1, at := int(self.far[:n].argmax())]:
+            self._look(np.array([at]))
+        while True:
+            there = np.flatnonzero(self.near[:n] <= self.near[:n].min() + self._noise())
+            again = there[self.gone[0, there]]
+            if not len(again):
+                return float(self.far[at]), there[:256]
+            self._look(again)
 
     def coefficients(self, i: int, j: int) -> tuple[tuple[float, float], tuple[float, float]]:
         """What the merged channel takes of both: in what makes it, and in what reads it."""
@@ -239,6 +253,7 @@ class Channels:
             self.far_at,
         ):
             array[j] = array[last]
+        self.gone[:, j] = self.gone[:, last]
         self.members[j] = self.members[last]
         self.members.pop()
         if not self.stale and len(self) > 1:
@@ -247,21 +262,20 @@ class Channels:
     def _after(self, i: int, j: int, last: int) -> None:
         """Bring the nearest and furthest in line with a merge of i and j."""
         n = len(self)
-        gone = np.zeros((2, n), dtype=bool)
+        gone = self.gone[:, :n]
         for k, at in enumerate((self.near_at[:n], self.far_at[:n])):
-            gone[k] = (at == i) | (at == j)
+            gone[k] |= (at == i) | (at == j)
             at[at == last] = j
         i = j if i == last else i
-        gone[:, i] = True
         mine = self._rows(np.array([i]))[0]
         mine[i] = np.inf
-        closer = mine < self.near[:n]
+        closer = mine <= self.near[:n]
         self.near[:n][closer], self.near_at[:n][closer] = mine[closer], i
         mine[i] = -np.inf
-        wider = mine > self.far[:n]
+        wider = mine >= self.far[:n]
         self.far[:n][wider], self.far_at[:n][wider] = mine[wider], i
-        again = np.flatnonzero((gone[0] & ~closer) | (gone[1] & ~wider))
-        self._look(again)
+        gone[0, closer] = gone[1, wider] = False
+        self._look(np.array([i]))
 
     def column_changed(self, side: str, columns: Tensor, coefficients: tuple[float, float]) -> None:
         """A neighbour has merged: two columns of the slices, (channels x 2 x width), have become one."""

@@ -25,7 +25,8 @@ from lineament.core.surgery.rewriting import rewrite
 from lineament.load.data import load_data
 from lineament.load.model_and_data import bring_together
 from lineament.load.models import load_model
-from lineament.measure.merging.merge import Merged, bend, prepare
+from lineament.measure.merging.merged import Merged, bend
+from lineament.measure.merging.plan import prepare
 
 BETAS = (0.01, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3)
 

@@ -3,7 +3,7 @@
 Head h attends by A_h = W_qᵀ W_k and writes by B_h = W_o W_v (biases as one more column). The distance of two heads is |A_i - A_j|² + |B_i - B_j|², from
 the factors. Heads merge into the mean of their A and the sum of their B, each brought back to the size of a head by its truncated singular value
 decomposition. With rotary positions the two rows of each frequency form a complex row, and A is taken by frequency. Heads that share a key and a value
-merge among themselves only, the same number for each key.
+stay whole.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ class HeadChannels(Channels):
         self.stale, self.linked = True, False
         self.near, self.far = np.zeros(n), np.zeros(n)
         self.near_at, self.far_at = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
+        self.gone = np.zeros((2, n), dtype=bool)
 
     def _factor(self, factor: Factor) -> Tensor:
         """(heads, size, width + 1): rows with their bias as one more column."""
@@ -174,6 +175,7 @@ class HeadChannels(Channels):
         self.squares = self._squares()
         self.near, self.far = np.zeros(m), np.zeros(m)
         self.near_at, self.far_at = np.zeros(m, dtype=np.int64), np.zeros(m, dtype=np.int64)
+        self.gone = np.zeros((2, m), dtype=bool)
         self.stale = True
 
     def _merged(self, left: str, right: str, first: int, second: int, a: float, b: float) -> None:

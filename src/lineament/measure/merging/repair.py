@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lineament.core.checks import require
 from lineament.core.models import called, device_of, frozen, moved
 from lineament.core.sites.activations import capture
-from lineament.measure.merging.merge import Merged
+from lineament.measure.merging.merged import Merged
 
 
 def repair(merged: Merged, data: Any = "data_free") -> Merged:

@@ -24,7 +24,8 @@ from lineament.data.augmentation import flip_and_crop
 from lineament.data.digits import digit_images
 from lineament.data.photographs import Standardise, read_photographs
 from lineament.data.samples import Samples
-from lineament.measure.alignment.profile import AlignmentOptions, SiteAlignment, alignment, alignments
+from lineament.measure.alignment.profile import AlignmentOptions, alignment, alignments
+from lineament.measure.alignment.site import SiteAlignment
 from lineament.recipes.convergent_learning.claims import Layer, all_claims
 from lineament.recipes.convergent_learning.figures import draw_all
 from lineament.recipes.kit.networks import Network, network

@@ -14,7 +14,8 @@ from lineament.data.digits import digit_images
 from lineament.data.photographs import read_photographs
 from lineament.data.samples import Samples
 from lineament.measure.merging.equivalence import feature_complexity, swap_test
-from lineament.measure.merging.merge import Merged, merge
+from lineament.measure.merging.merge import merge
+from lineament.measure.merging.merged import Merged
 from lineament.measure.merging.repair import repair
 from lineament.recipes.ifm.rivals import MERGERS, REMOVALS, grouped, removed, sizes_of
 from lineament.recipes.kit.networks import network

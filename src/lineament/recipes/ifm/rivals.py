@@ -13,7 +13,7 @@ from lineament.core.models import called, frozen
 from lineament.core.sites.activations import capture
 from lineament.core.surgery.rewriting import remove, rewrite
 from lineament.measure.merging.distance import Weights
-from lineament.measure.merging.merge import Merged
+from lineament.measure.merging.merged import Merged
 
 REMOVALS = ("L1 removal", "L2 removal", "random removal")
 MERGERS = ("random merging", "correlation merging", "k-means folding")

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tests.contracts.surgery_networks import made
 from torch import nn
 
 from lineament.core.checks import InputError
@@ -64,6 +65,22 @@ def test_groups_without_a_site_are_ordered_by_weights(setting) -> None:
     found = alignment(net, other, (x, y), sites=["stem"], nulls=())
     again = permuted(other, found, x[:2], model_a=net)
     torch.testing.assert_close(again.inner.weight, net.inner.weight)
+
+
+def test_heads_are_put_back_by_what_they_hold() -> None:
+    net, example = made("vit")
+    net = net.double()
+    images = torch.randn(
+        60, *example.shape[1:], dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    heads = [group for group in channel_groups(net, example).values() if group.heads]
+    assert len(heads) == 2
+    other = permute(net, {group: [2, 0, 1] for group in heads})
+    found = alignment(net, other, images, sites=[group.name for group in heads], nulls=(), blocks=2)
+    again = permuted(other, found, images[:2])
+    for (name, p), q, turned in zip(net.named_parameters(), again.parameters(), other.parameters()):
+        assert torch.equal(p, q), name
+        assert "query.weight" not in name or not torch.equal(p, turned)
 
 
 def test_another_network_keeps_what_it_computes(setting) -> None:
