@@ -16,9 +16,20 @@ from collections.abc import Sequence
 from lineament import __version__
 from lineament.cli.parser import Parser, UsageError, in_options, nearest
 
-COMMANDS = ("audit", "compare", "explain", "train", "dictionary", "papers", "reproduce", "gallery", "bench")
+COMMANDS = (
+    "audit",
+    "compare",
+    "explain",
+    "train",
+    "dictionary",
+    "edit",
+    "papers",
+    "reproduce",
+    "gallery",
+    "bench",
+)
 # What these had finished when they were interrupted is used again.
-_RESUMED = ("audit", "compare", "train", "reproduce", "bench")
+_RESUMED = ("audit", "compare", "train", "edit", "reproduce", "bench")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
