@@ -316,7 +316,7 @@ PAPERS: tuple[Paper, ...] = (
         "Fang, Chen, Wang, Wang, Xia",
         "2308.04699",
         "Audit how much of a private batch can be rebuilt from the gradient that a client shares.",
-        ("privacy",),
+        ("privacy", "audit/leak.py"),
     ),
     Paper(
         "wide-deep-kernels",

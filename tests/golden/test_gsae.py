@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lineament.core.codes import Codes
 from lineament.dictionaries.autoencoders import TopK
-from lineament.dictionaries.evaluation import error_metrics, output_metrics, usage
+from lineament.dictionaries.metrics import error_metrics, output_metrics, usage
 from lineament.dictionaries.selection import Selection
 from lineament.dictionaries.topk.step import auxiliary_codes, gradients, losses, without_radial_part_
 

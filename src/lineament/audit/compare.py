@@ -150,6 +150,10 @@ def compare(
         find_layout(each.model, some, *_normalization(each, options), 2)[0]
         for each, some in zip(loaded, held)
     ]
+    require(
+        all(layout.classes is None for layout in layouts),
+        f"data: targets are {show(held[0].targets)}, expected one answer a sample; networks that answer each pixel or token are not compared",
+    )
     models = [each.model for each in loaded]
     steps = _Steps(held, layouts, models, options.batch_size, seed)
     key = {

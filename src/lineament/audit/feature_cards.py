@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lineament.core.checks import InputError
 from lineament.core.models import unwrapped, weight_of
 from lineament.core.sites.families import blocks_of
 from lineament.dictionaries.effects import ablation_effects
 from lineament.dictionaries.examples import Examples, Window, windows
 from lineament.dictionaries.sequences import Sequences
+from lineament.measure.complexity.features import first_batch, reads_tokens
+from lineament.measure.complexity.layers import complexity as complexity_of
 from lineament.report.dashboard import FeatureCard, Snippet
 
 _AT_ONCE = 2**24  # numbers in one product of atoms
 _FEATURES = 4096  # whose examples are read in one pass over their sequences
 _CROP, _PIXELS = 8, 40
+_RIDGE = 0.1  # relative to standardised activations
+_READ = 4096  # features whose complexity is measured: every feature is a column of each place's read-outs
 
 
 def feature_cards(
@@ -76,10 +82,29 @@ def feature_cards(
             yield FeatureCard(
                 feature, float(examples.density[feature]), float(examples.maxima[feature]), float(examples.means[feature]),
                 importance=None if examples.importance is None else float(examples.importance[feature]),
-                complexity=None if complexity is None else float(complexity[feature]),
+                complexity=None if complexity is None or bool(complexity[feature].isnan()) else float(complexity[feature]),
                 effect=effects.get(feature), histogram=examples.histogram[feature].tolist(), edges=examples.edges.tolist(),
                 raises=raises, lowers=lowers, nearest=near[row], groups=groups,
             )  # fmt: skip
+
+
+def complexities(
+    model: nn.Module, dictionary: Any, data: Any, note: Callable[[str], None] = lambda line: None
+) -> Tensor | None:
+    """(width): how hard each feature is to read through the depth of the network; ``None`` where that cannot be measured, and why is noted."""
+    if len(dictionary.atoms) > _READ:
+        note(f"complexity is measured for up to {_READ:,} features, these are {len(dictionary.atoms):,}")
+        return None
+    note("reading features from each depth")
+    # Of tokens each is a row; of an image the feature's maximum over its positions.
+    rows, pool = ("positions", 1) if reads_tokens(first_batch(data)[0]) else ("max", 2)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of features that never vary, which have none
+            return complexity_of(model, data, dictionary, rows=rows, pool=pool, ridge=_RIDGE).complexity.cpu()
+    except InputError as error:
+        note(f"complexity could not be measured: {error}")
+        return None
 
 
 def _written(model: nn.Module, dictionary: Any) -> Tensor | None:

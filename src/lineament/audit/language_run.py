@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lineament.audit.stages import Report, fresh, sections, verdict, written
 from lineament.audit.subject import LanguageSubject
 from lineament.core import checks
 from lineament.core.models import device_of
+from lineament.explain.patching.layout_check import check_layout
 from lineament.load.language_models import load_language_model
 from lineament.load.prompts import Prompts, load_prompts
 from lineament.load.weights import digest
@@ -32,6 +33,7 @@ def audit_language(
     seed: int = 0,
     overwrite: bool = False,
     note: Callable[[str], None] = lambda line: None,
+    layout: Mapping[str, str] | None = None,
 ) -> Report:
     """What does this language model rely on when it says the next token?
 
@@ -40,6 +42,8 @@ def audit_language(
         data: what :func:`lineament.load.prompts.load_prompts` takes, or its result.
         lenses: those for language models in :mod:`lineament.audit.lenses`; all by default.
         samples: read at most so many prompts.
+        layout: where the components of a model of no known family are: a glob for each kind of :data:`~lineament.explain.patching.components.KINDS`
+            (``{"z": "model.layers.*.attention:z", "attn_out": ..., "mlp_out": ..., "blocks": ...}``), checked against the model's own numbers.
 
     Raises:
         InputError: whatever cannot be used, before any lens looks.
@@ -56,7 +60,10 @@ def audit_language(
     else:
         network, tokenizer = model
         source = type(network).__name__
-    subject = LanguageSubject(network, tokenizer, prompts, source, seed)
+    if layout:
+        ids = tokenizer(prompts.prompts[0], return_tensors="pt")["input_ids"][:, :32].to(device_of(network))
+        check_layout(network, {"input_ids": ids}, layout)
+    subject = LanguageSubject(network, tokenizer, prompts, source, seed, layout=dict(layout or {}))
     found, checkpoint = sections(folder, _key(subject), chosen, subject, note)
     extra = {"task": "language", "prompts": len(prompts), "pairs": len(prompts.pairs)}
     return written(folder, checkpoint, chosen, source, _facts(subject), verdict(chosen, found), found, extra)
@@ -87,6 +94,7 @@ def _key(subject: LanguageSubject) -> dict[str, Any]:
         "tokenizer": hashlib.sha256(repr(sorted(subject.tokenizer.get_vocab().items())).encode()).hexdigest(),
         "prompts": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
         "seed": subject.seed,
+        "layout": dict(subject.layout),
         "device": str(device_of(subject.model)),
         "versions": versions(),
     }

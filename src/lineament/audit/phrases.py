@@ -38,6 +38,15 @@ def points(difference: float) -> str:
     return percent(abs(difference)).replace("\u00a0%", " points")
 
 
+def percent_interval(x: tuple[float, float, float]) -> str:
+    r"""A share with its interval, where it has one.
+
+    >>> percent_interval((0.5, 0.25, 0.75))
+    '50\xa0% (25\xa0% to 75\xa0%)'
+    """
+    return f"{percent(x[0])} ({percent(x[1])} to {percent(x[2])})" if math.isfinite(x[1]) else percent(x[0])
+
+
 def mean_interval(values: Tensor, z: float = 1.96) -> tuple[float, float, float]:
     """The mean of some values with its 95 % interval.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ from lineament.core.sites.depth import default_sites
 from lineament.core.sites.naming import sites as site_names
 from lineament.data.shortcut_digits import MARK
 from lineament.explain.saliency.methods import METHODS as SALIENCY
+from lineament.load.arrays import arrays_for
 from lineament.load.data import Data, load_data
-from lineament.load.hub import is_text_classifier
+from lineament.load.hub import architectures, text_task
 from lineament.load.language_models import is_language_model, load_language_model
 from lineament.load.loaded import Loaded
 from lineament.load.model_and_data import bring_together
@@ -57,6 +58,7 @@ class AuditOptions:
         task: ``"classification"``, ``"multi-label"``, ``"regression"``, ``"dense"`` or ``"auto"``.
         method, gaze_site: of the saliency maps, see :func:`lineament.explain.saliency.maps.saliency`.
         faithfulness: how the maps are judged: ``"scores"``, or ``"diffroar"``, which also trains the architecture anew on what they keep.
+        layout: of a language model of no known family, see :func:`lineament.audit.language_run.audit_language`.
         batch_size: samples at a time, but for an exported network of a fixed batch.
     """
 
@@ -74,6 +76,7 @@ class AuditOptions:
     batch_size: int = 64
     output: str | int | None = None
     filler: str | None = None
+    layout: Mapping[str, str] | None = None
 
 
 def audit(
@@ -132,7 +135,11 @@ def audit(
             seed=seed,
             overwrite=overwrite,
             note=note,
+            layout=options.layout,
         )
+    require(
+        not options.layout, "layout: it says where the components of a language model are, and this is none"
+    )
     chosen = chosen_lenses(lenses, language=False)
     checks.one_of("method", options.method, list(SALIENCY))
     checks.one_of("faithfulness", options.faithfulness, ("scores", "diffroar"))
@@ -164,13 +171,16 @@ def audit(
             data,
             samples=samples,
             seed=seed,
-            inputs=options.inputs,
+            inputs=options.inputs or arrays_for(loaded.model, data),
             targets=options.targets,
             groups=groups,
             classes=classes,
             split=options.split,
             image_size=loaded.size if options.image_size is None else options.image_size,
             tokenizer=loaded.tokenizer,
+            text_task="tokens"
+            if options.task == "dense" and loaded.text_task == "classes"
+            else loaded.text_task,
         )
         if classes is not None:
             loaded = replace(loaded, classes=())  # those given come before the model's own
@@ -262,7 +272,10 @@ def _is_language(model: Any, data: Any) -> bool:
             f"or a task{suggest(str(data), TASKS)}",
         )
         return True
-    if not is_prompts(data) or is_text_classifier(model) or (holds_objects(data) and ":" in str(model)):
+    if not is_prompts(data) or (text_task(architectures(model)) and str(data) not in TASKS):
+        return False
+    pair = isinstance(model, (tuple, list)) and len(model) == 2 and text_task([type(model[0]).__name__])
+    if pair or (holds_objects(data) and ":" in str(model)):
         return False
     # What is not on this disk may be a name of the hub.
     require(
@@ -380,7 +393,7 @@ def _facts(subject: Subject, loaded: Loaded) -> list[tuple[str, Any]]:
     if subject.task == "classification":
         facts.append(("Classes", subject.outputs.shape[1]))
     elif subject.task == "dense":
-        facts.append(("Classes of a pixel", subject.width))
+        facts.append((f"Classes of a {subject.unit}", subject.width))
     elif subject.task == "multi-label":
         facts.append(("Labels", subject.outputs.shape[1]))
     else:

@@ -122,7 +122,7 @@ def look(lens: Lens, subject: Any) -> Section:
     frame = Section(name, lens.title)
     dense = getattr(subject, "task", "") == "dense" and not lens.dense
     reason = (
-        "This network answers for every pixel, and this lens asks about one answer a sample."
+        f"This network answers for every {subject.unit}, and this lens asks about one answer a sample."
         if dense
         else module.applies(subject)
     )
@@ -173,7 +173,8 @@ def fresh(out: str | Path, overwrite: bool, report: str = "report", also: Sequen
         own = {
             name
             for name in present
-            if name in (f"{report}.html", f"{report}.json", STAGES, *also) or name.startswith(f".{report}-")
+            if name in (f"{report}.html", f"{report}.json", STAGES, *also)
+            or name.startswith((f".{report}-", f"{report}-"))
         }
         foreign = sorted(present - own)
         require(

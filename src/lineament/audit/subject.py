@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -57,7 +57,10 @@ class Subject(ModelAndData):
 
 @dataclass(frozen=True)
 class LanguageSubject:
-    """What a lens for language models is given."""
+    """What a lens for language models is given.
+
+    ``layout``: where the components of a model of no known family are, see :func:`lineament.explain.patching.layout_check.check_layout`.
+    """
 
     model: nn.Module
     tokenizer: Any
@@ -65,6 +68,7 @@ class LanguageSubject:
     source: str
     seed: int = 0
     task: str = "language"
+    layout: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def decoder_only(self) -> bool:

@@ -23,13 +23,16 @@ COMMANDS = (
     "train",
     "dictionary",
     "edit",
+    "baseline",
+    "leak",
+    "colorize",
     "papers",
     "reproduce",
     "gallery",
     "bench",
 )
 # What these had finished when they were interrupted is used again.
-_RESUMED = ("audit", "compare", "train", "edit", "reproduce", "bench")
+_RESUMED = ("audit", "compare", "train", "edit", "baseline", "leak", "colorize", "reproduce", "bench")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from lineament.audit.catalogue import all_lenses
-from lineament.cli.data_options import add_data_options
+from lineament.cli.data_options import add_data_options, add_sample_options
 
 _EPILOG = (
     "lenses:\n"
@@ -38,15 +38,15 @@ def add_parser(subparsers: Any) -> Any:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="package.module:factory, file.py:factory, a torch.export .pt2, a TorchScript or .onnx file, or a Hugging Face directory or name of a classifier of images or texts, or of a "
-        "language model",
+        help="package.module:factory, file.py:factory, a torch.export .pt2, a TorchScript or .onnx file, or a Hugging Face directory or name of a classifier of images, texts or words, or of a "
+        "masked, causal or encoder-decoder language model",
     )
     add(
         "data",
         nargs="?",
         metavar="DATA",
         help=".npz, .npy, .pt, .csv, .jsonl, .parquet, a folder of images, of MNIST or CIFAR, a Hugging Face data set, file.py:function, or digits; for a text classifier a table "
-        "with a column of texts; for a language model a .txt of prompts, a .jsonl of "
+        "with a column of texts; for a token classifier one with words and their tags, or a CoNLL file; for a masked language model a .txt of texts; for a language model a .txt of prompts, a .jsonl of "
         "prompts or prompt pairs (clean, corrupt, answer, wrong), or ioi",
     )
     add(
@@ -70,17 +70,9 @@ def add_parser(subparsers: Any) -> Any:
         default=[],
         help="places to look at (may be repeated; default: the network's blocks)",
     )
-    add(
-        "--groups",
-        metavar="ARRAY",
-        help="the array or column that names each sample's group, or a .npy or .txt file",
-    )
     add_data_options(parser, split="test, validation or train")
-    add(
-        "--task",
-        default="auto",
-        metavar="KIND",
-        help="classification, multi-label, regression, dense or auto (default)",
+    add_sample_options(
+        parser, samples=2000, tasks="classification, multi-label, regression, dense", models="model is"
     )
     add(
         "--output",
@@ -91,6 +83,12 @@ def add_parser(subparsers: Any) -> Any:
         "--filler",
         metavar="MODEL",
         help="a masked language model, whose words stand in for those of a text that are replaced",
+    )
+    add(
+        "--layout",
+        metavar="KIND=GLOB",
+        action="append",
+        help="where the components of a language model of no known family are (may be repeated): blocks, z, attn_out, mlp_out ..., such as z=model.layers.*.attention:z",
     )
     add(
         "--method",
@@ -109,16 +107,6 @@ def add_parser(subparsers: Any) -> Any:
         metavar="HOW",
         help="how the maps are judged: scores (default), or diffroar, which also trains the architecture anew on what they keep",
     )
-    add(
-        "--samples",
-        type=int,
-        default=2000,
-        metavar="N",
-        help="look at no more samples than this (default: 2000)",
-    )
-    add("--batch-size", type=int, default=64, metavar="N", help="samples at a time (default: 64)")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: where the model is)")
-    add("--seed", type=int, default=0, metavar="N", help="of every random choice (default: 0)")
     parser.set_defaults(run=run)
     return parser
 
@@ -127,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Audit, and say where the report is; 1 where lenses failed and none has an answer."""
     from lineament.audit.run import AuditOptions, audit
     from lineament.cli.console import note
-    from lineament.cli.option_values import classes, image_size, normalize, words
+    from lineament.cli.option_values import classes, image_size, normalize, pairs, words
     from lineament.report.text import printable
 
     options = AuditOptions(
@@ -145,6 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         output=arguments.output,
         filler=arguments.filler,
+        layout=pairs("--layout", arguments.layout),
     )
     found = audit(
         arguments.model,

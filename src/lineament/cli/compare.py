@@ -15,7 +15,7 @@ A run that was cut off goes on where it stopped when the same command is given a
 
 def add_parser(subparsers: Any) -> Any:
     """Add ``compare`` to the commands of :mod:`lineament.cli`."""
-    from lineament.cli.data_options import add_data_options
+    from lineament.cli.data_options import add_data_options, add_sample_options
 
     parser = subparsers.add_parser(
         "compare",
@@ -54,24 +54,9 @@ def add_parser(subparsers: Any) -> Any:
         action="append",
         help="places that both have, A=B for names that differ, or nearest (may be repeated; default: the blocks)",
     )
-    add(
-        "--groups",
-        metavar="ARRAY",
-        help="the array or column that names each sample's group, or a .npy or .txt file",
-    )
     add_data_options(parser, split="test, validation or train")
-    add(
-        "--task",
-        default="auto",
-        metavar="KIND",
-        help="classification, multi-label, regression or auto (default)",
-    )
-    add(
-        "--samples",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="look at no more samples than this (default: 1000)",
+    add_sample_options(
+        parser, samples=1000, tasks="classification, multi-label, regression", models="models are"
     )
     add(
         "--positions",
@@ -80,9 +65,6 @@ def add_parser(subparsers: Any) -> Any:
         metavar="N",
         help="places of a map or text looked at (default: 64)",
     )
-    add("--batch-size", type=int, default=64, metavar="N", help="samples at a time (default: 64)")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: where the models are)")
-    add("--seed", type=int, default=0, metavar="N", help="of every random choice (default: 0)")
     parser.set_defaults(run=run)
     return parser
 

@@ -22,3 +22,24 @@ def add_data_options(parser: argparse.ArgumentParser, *, split: str) -> None:
         metavar="MEAN,STD",
         help="two numbers, or one mean for each channel and then one deviation for each",
     )
+
+
+def add_sample_options(parser: argparse.ArgumentParser, *, samples: int, tasks: str, models: str) -> None:
+    """What commands that look at a network's answers to samples ask: which samples, as what task, where; ``samples`` is how many by default."""
+    add = parser.add_argument
+    add(
+        "--groups",
+        metavar="ARRAY",
+        help="the array or column that names each sample's group, or a .npy or .txt file",
+    )
+    add("--task", default="auto", metavar="KIND", help=f"{tasks} or auto (default)")
+    add(
+        "--samples",
+        type=int,
+        default=samples,
+        metavar="N",
+        help=f"look at no more samples than this (default: {samples})",
+    )
+    add("--batch-size", type=int, default=64, metavar="N", help="samples at a time (default: 64)")
+    add("--device", metavar="NAME", help=f"cpu, cuda, cuda:1, mps (default: where the {models})")
+    add("--seed", type=int, default=0, metavar="N", help="of every random choice (default: 0)")

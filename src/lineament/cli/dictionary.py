@@ -219,7 +219,7 @@ def _rare(info: dict[str, Any]) -> Any:
     """The rare options of a training that is repeated."""
     from dataclasses import fields
 
-    from lineament.dictionaries.training import TrainingOptions
+    from lineament.dictionaries.trainer import TrainingOptions
 
     held = info.get("options")
     if not isinstance(held, dict):
@@ -283,7 +283,7 @@ def _loaded(folder: str, a: argparse.Namespace, model: Any) -> Any:
 
 def dashboard(a: argparse.Namespace) -> int:
     """Write the pages, and say where they are."""
-    from lineament.audit.feature_cards import feature_cards
+    from lineament.audit.feature_cards import complexities, feature_cards
     from lineament.cli.console import note
     from lineament.core.checks import number
     from lineament.core.files import possible_folder
@@ -299,7 +299,8 @@ def dashboard(a: argparse.Namespace) -> int:
     note("looking for examples")
     examples = max_examples(given.model, dictionary, given.data, top=a.top, gradient="sampled", seed=a.seed)
     cards = feature_cards(
-        given.model, dictionary, given.data, examples, name=given.name, outputs=given.outputs, ablated=a.ablated, note=note
+        given.model, dictionary, given.data, examples, name=given.name, outputs=given.outputs, ablated=a.ablated, note=note,
+        complexity=complexities(given.model, dictionary, given.data, note),
     )  # fmt: skip
     alive = int((examples.maxima != 0).sum())
     facts = [
@@ -311,6 +312,7 @@ def dashboard(a: argparse.Namespace) -> int:
     ]
     notes = [
         f"Importance is the mean over {examples.rows:,} activations of |f w·g|, g being the gradient of the loss with labels drawn from the model: a first-order estimate. "
+        "Complexity K is 1 less the mean over places of the R² with which a linear read-out finds the feature, on a fifth of the samples that it was not fitted to. "
         "What a feature writes is the direct path from its atom to the output, without the layers between.",
         *(getattr(dictionary, "info", {}).get("notes") or []),
     ]

@@ -35,6 +35,16 @@ def _numbers(what: str, text: str) -> list[float]:
         raise InputError(f"{what}: got {text!r}, expected numbers with commas between them") from None
 
 
+def pairs(what: str, given: list[str] | None) -> dict[str, str] | None:
+    """The values by name of an option that is given as ``NAME=VALUE``, several times."""
+    if given is None:
+        return None
+    found = [text.partition("=") for text in given]
+    for text, (name, sign, value) in zip(given, found):
+        require(bool(name and sign and value), f"{what}: got {text!r}, expected NAME=VALUE")
+    return {name: value for name, _, value in found}
+
+
 def image_size(text: str | None) -> tuple[int, int] | None:
     """(height, width) from ``HEIGHT,WIDTH`` or one side."""
     if text is None:

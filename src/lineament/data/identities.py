@@ -80,6 +80,9 @@ def orl_faces(
         size: the photographs' 112 x 92 pixels averaged down to these.
         data_folder: where ``orl_faces.npz`` is (arrays ``x``, ``y``); default: the environment's ``LINEAMENT_DATA``.
         seed: of who is seen.
+
+    >>> orl_faces(data_folder="a folder without them") is None
+    True
     """
     checks.number("people", people, low=2, high=38, integer=True)
     place = folder_of(data_folder)

@@ -25,6 +25,9 @@ def movielens(data_folder: str | Path | None = None) -> Samples | None:
 
     Args:
         data_folder: where the file is (arrays ``ratings``, ``users``, ``zipcodes``); default: the environment's ``LINEAMENT_DATA``.
+
+    >>> movielens("a folder without it") is None
+    True
     """
     place = folder_of(data_folder)
     path = None if place is None else place / "movielens_100k.npz"

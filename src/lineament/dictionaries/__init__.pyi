@@ -7,10 +7,8 @@ from .autoencoders import TopK as TopK
 from .effects import SteeringEffects as SteeringEffects
 from .effects import ablation_effects as ablation_effects
 from .effects import steering_effects as steering_effects
-from .evaluation import error_metrics as error_metrics
+from .end_to_end import train_end_to_end as train_end_to_end
 from .evaluation import evaluate as evaluate
-from .evaluation import output_metrics as output_metrics
-from .evaluation import usage as usage
 from .examples import Examples as Examples
 from .examples import detection_score as detection_score
 from .examples import max_examples as max_examples
@@ -29,6 +27,9 @@ from .fit import fit_of as fit_of
 from .formats.loading import load_dictionary as load_dictionary
 from .formats.saelens import export_saelens as export_saelens
 from .harvest import harvest as harvest
+from .metrics import error_metrics as error_metrics
+from .metrics import output_metrics as output_metrics
+from .metrics import usage as usage
 from .nnls import nnls as nnls
 from .normalised import Normalised as Normalised
 from .selection import Selection as Selection
@@ -36,5 +37,5 @@ from .splice import splice as splice
 from .steering import Steer as Steer
 from .steering import as_bias as as_bias
 from .steering import steer as steer
-from .training import TrainingOptions as TrainingOptions
+from .trainer import TrainingOptions as TrainingOptions
 from .training import train_dictionary as train_dictionary

@@ -1,6 +1,6 @@
 """What does a dictionary keep of an activation, and what does the model lose when it runs on the reconstruction?
 
-Each metric is a plain function of tensors; the meters behind them take a data set batch by batch.
+The metrics are in :mod:`lineament.dictionaries.metrics`; here the model runs on the reconstruction, and on what it is compared with.
 """
 
 from __future__ import annotations
@@ -9,245 +9,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineament.core.batching import progress
 from lineament.core.checks import one_of, require, show
-from lineament.core.codes import Codes
 from lineament.core.models import frozen
 from lineament.core.results import Readable, axes, plain
 from lineament.core.sites.activations import capture
 from lineament.core.sites.hooks import replace
 from lineament.core.sites.naming import Site
 from lineament.core.sites.resuming import FromSite
-from lineament.core.statistics.accumulation import Stream
 from lineament.dictionaries.harvest import TOKENS_AT_ONCE, seeded
+from lineament.dictionaries.metrics import (
+    ErrorMeter,
+    UsageMeter,
+    atom_overlap,
+    loss_recovered,
+    standard_error,
+    token_losses,
+)
 from lineament.dictionaries.sequences import Batch, Gradient, Sequences, checked_gradient, objective
 from lineament.dictionaries.splice import features_back, features_last, site_in
-
-_TOKENS = 2**24  # logits compared at once
-
-
-def error_metrics(x: Tensor, reconstruction: Tensor) -> dict[str, float]:
-    """How far reconstructions are from their rows.
-
-    Args:
-        x, reconstruction: (..., d).
-
-    Returns:
-        ``mse``: mean over all entries of (x - x')^2; ``fvu``: sum |x - x'|^2 / sum |x - mean x|^2; ``nmse``: mean over rows of |x - x'|^2 / |x|^2;
-        ``cosine``: mean over rows; ``shrinkage``: the least-squares factor c of x ~ c x' about the means, above 1 where x' is too short.
-
-    >>> error_metrics(torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]]))["nmse"]
-    0.05555555555555555
-    """
-    meter = ErrorMeter()
-    meter.update(x, reconstruction)
-    return meter.compute()
-
-
-class ErrorMeter(Stream):
-    """:func:`error_metrics` over many batches; meters of several processes are added.
-
-    >>> meter = ErrorMeter()
-    >>> for x in torch.eye(2).split(1):
-    ...     meter.update(x, 0 * x)
-    >>> meter.compute()["fvu"]
-    2.0
-    """
-
-    _saved = ("count", "d", "mean", "mean_other", "spread", "spread_other", "shared", "sums")
-
-    def __init__(self) -> None:
-        self.count = self.d = 0
-        self.mean = self.mean_other = torch.zeros(0, dtype=torch.float64)
-        self.spread = self.spread_other = self.shared = torch.zeros((), dtype=torch.float64)
-        self.sums = torch.zeros(
-            4, dtype=torch.float64
-        )  # squared error, its share of |x|^2, cosine, rows other than 0
-
-    def update(self, x: Tensor, reconstruction: Tensor) -> None:
-        require(
-            x.shape == reconstruction.shape and x.ndim > 0,
-            f"reconstruction: got {show(reconstruction)}, expected the shape of x {tuple(x.shape)}",
-        )
-        x, y = (each.detach().reshape(-1, each.shape[-1]).double().cpu() for each in (x, reconstruction))
-        if not len(x):
-            return
-        error, size = (x - y).square().sum(1), x.square().sum(1)
-        some = size > 0  # rows of zeros have no relative error and no direction
-        cosine = (x * y).sum(1)[some] / (size * y.square().sum(1)).sqrt()[some].clamp_min(1e-300)
-        relative = (error[some] / size[some]).sum()
-        self.sums = self.sums + torch.stack([error.sum(), relative, cosine.sum(), some.sum().double()])
-        other = ErrorMeter()
-        other.count, other.d, other.mean, other.mean_other = len(x), x.shape[1], x.mean(0), y.mean(0)
-        a, b = x - other.mean, y - other.mean_other
-        other.spread, other.spread_other, other.shared = a.square().sum(), b.square().sum(), (a * b).sum()
-        self._join(other)
-
-    def _join(self, other: ErrorMeter) -> None:
-        if self.count == 0:
-            self.count, self.d = other.count, other.d
-            self.mean, self.mean_other = other.mean, other.mean_other
-            self.spread, self.spread_other, self.shared = other.spread, other.spread_other, other.shared
-            return
-        n = self.count + other.count
-        weight, share = self.count * other.count / n, other.count / n
-        one, two = other.mean - self.mean, other.mean_other - self.mean_other
-        self.spread = self.spread + other.spread + weight * one.square().sum()
-        self.spread_other = self.spread_other + other.spread_other + weight * two.square().sum()
-        self.shared = self.shared + other.shared + weight * (one * two).sum()
-        self.mean, self.mean_other = self.mean + share * one, self.mean_other + share * two
-        self.count = n
-
-    def __add__(self, other: ErrorMeter) -> ErrorMeter:
-        self._same(other)
-        out = ErrorMeter.from_state_dict(self.state_dict())
-        if other.count:
-            out._join(other)
-            out.sums = out.sums + other.sums
-        return out
-
-    def compute(self) -> dict[str, float]:
-        self._some()
-        error, relative, cosine, rows = self.sums.tolist()
-        rows = rows or float("nan")
-        spread = float(self.spread)
-        return {
-            "mse": error / (self.count * self.d),
-            "fvu": error / spread if spread > 0 else float("nan"),
-            "nmse": relative / rows,
-            "cosine": cosine / rows,
-            "shrinkage": float(self.shared / self.spread_other) if self.spread_other > 0 else float("nan"),
-        }
-
-
-def usage(codes: Codes) -> dict[str, Any]:
-    """How many features are on, and which never.
-
-    Returns:
-        ``l0``: the mean number of features a row whose value is not 0; ``density``: (width) how often each is on; ``dead``: the share of features that are
-        never on in these rows; ``dense``: the share that is on in more than a tenth of them.
-
-    >>> usage(Codes(torch.tensor([[0, 1], [0, 2]]), torch.tensor([[1.0, 2.0], [1.0, 0.0]]), 4))["dead"]
-    0.5
-    """
-    meter = UsageMeter()
-    meter.update(codes)
-    return meter.compute()
-
-
-class UsageMeter(Stream):
-    """:func:`usage` over many batches."""
-
-    _saved = ("rows", "on")
-
-    def __init__(self) -> None:
-        self.rows, self.on = 0, torch.zeros(0, dtype=torch.int64)
-
-    def update(self, codes: Codes) -> None:
-        fired = torch.bincount(codes.indices[codes.values != 0], minlength=codes.width).cpu()
-        self.on = fired if not self.rows and not len(self.on) else self.on + fired
-        self.rows += codes.indices.shape[:-1].numel()
-
-    def __add__(self, other: UsageMeter) -> UsageMeter:
-        self._same(other)
-        out = UsageMeter()
-        out.rows = self.rows + other.rows
-        out.on = (
-            self.on + other.on if len(self.on) and len(other.on) else (self.on if len(self.on) else other.on)
-        )
-        return out
-
-    def compute(self) -> dict[str, Any]:
-        require(self.rows > 0, "UsageMeter: no rows seen, expected at least one")
-        density = self.on.double() / self.rows
-        return {
-            "l0": float(self.on.sum()) / self.rows,
-            "density": density,
-            "dead": float((self.on == 0).double().mean()),
-            "dense": float((density > 0.1).double().mean()),
-            "rows": self.rows,
-        }
-
-
-def token_losses(logits: Tensor, labels: Tensor | None, other: Tensor | None = None) -> dict[str, Tensor]:
-    """Of each token: ``ce`` of the logits, and where other logits are given ``kl`` (logits || other), ``ce`` being the other's, and ``agree``.
-
-    Args:
-        logits: (tokens, vocabulary). labels: (tokens); negative ones are left out as NaN.
-        other: (tokens, vocabulary), of the run that is compared with the clean one.
-    """
-    found: dict[str, list[Tensor]] = {"ce": [], "kl": [], "agree": [], "right": []}
-    most = max(1, _TOKENS // max(1, logits.shape[-1]))
-    for start in range(0, max(len(logits), 1), most):
-        rows = slice(start, start + most)
-        clean = logits[rows].detach()
-        clean = clean if clean.dtype == torch.float64 else clean.float()
-        log_p = F.log_softmax(clean, -1)
-        log_q = log_p
-        if other is not None:
-            second = other[rows].detach().to(clean.dtype)
-            log_q = F.log_softmax(second, -1)
-            found["kl"].append((log_p.exp() * (log_p - log_q)).sum(-1))
-            found["agree"].append((clean.argmax(-1) == second.argmax(-1)).to(clean.dtype))
-        if labels is not None:
-            told = labels[rows]
-            taken = -log_q.gather(-1, told.clamp_min(0)[:, None]).squeeze(-1)
-            found["ce"].append(taken.masked_fill(told < 0, float("nan")))
-            right = (log_q.argmax(-1) == told).to(clean.dtype)
-            found["right"].append(right.masked_fill(told < 0, float("nan")))
-    return {name: torch.cat(parts) for name, parts in found.items() if parts}
-
-
-def output_metrics(
-    clean: Tensor, substituted: Tensor, labels: Tensor, *, ablated: Tensor | None = None
-) -> dict[str, float]:
-    """What the model loses on the reconstruction, from three runs' logits.
-
-    Args:
-        clean, substituted: (..., vocabulary), with the activation and with its reconstruction.
-        labels: (...), aligned with the logits; negative ones are left out.
-        ablated: with the site at zero or at its mean.
-
-    Returns:
-        ``ce``, ``ce_substituted``, ``ce_ablated``: mean cross-entropies (nats); ``kl``: mean KL(clean || substituted); ``loss_recovered``:
-        (ce_ablated - ce_substituted) / (ce_ablated - ce).
-
-    >>> a, b = torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0]])
-    >>> round(output_metrics(a, b, torch.tensor([0]), ablated=0 * a)["loss_recovered"], 4)
-    0.6709
-    """
-    require(
-        clean.shape == substituted.shape and clean.shape[:-1] == labels.shape,
-        f"labels: got {show(labels)} with logits of shapes {tuple(clean.shape)} and {tuple(substituted.shape)}, expected one label for each",
-    )
-    told, vocabulary = labels.reshape(-1).long(), clean.shape[-1]
-    first = clean.reshape(-1, vocabulary)
-    compared = token_losses(first, told, substituted.reshape(-1, vocabulary))
-    found = {
-        "ce": _mean(token_losses(first, told)["ce"]),
-        "ce_substituted": _mean(compared["ce"]),
-        "kl": _mean(compared["kl"]),
-    }
-    if ablated is not None:
-        found["ce_ablated"] = _mean(token_losses(ablated.reshape(-1, vocabulary), told)["ce"])
-        found["loss_recovered"] = loss_recovered(found["ce"], found["ce_substituted"], found["ce_ablated"])
-    return found
-
-
-def loss_recovered(ce: float, substituted: float, ablated: float) -> float:
-    """(ablated - substituted) / (ablated - ce): 1 for a perfect reconstruction, 0 for one no better than the ablation.
-
-    >>> loss_recovered(1.0, 1.5, 3.0)
-    0.75
-    """
-    return (ablated - substituted) / (ablated - ce) if ablated != ce else float("nan")
-
-
-def _mean(values: Tensor) -> float:
-    return float(values.double().nanmean())
 
 
 @dataclass(frozen=True, repr=False)
@@ -515,7 +297,7 @@ class _Evaluation:
         def error(name: str, over: str) -> float:
             centre = mean(name, over)
             rest = sums.get(name, nothing) - centre * sums[over]
-            return _standard_error(rest, float(sums[over].mean()))
+            return standard_error(rest, float(sums[over].mean()))
 
         ce, other = mean("ce", "labelled"), mean(f"ce {i}", "labelled")
         ablated = {kind: mean(f"ce {kind}", "labelled") for kind in ("mean", "zero")}
@@ -530,7 +312,7 @@ class _Evaluation:
             for kind, share in recovered.items():
                 gap = sums[f"ce {kind}"] - sums["ce"]
                 rest = sums[f"ce {kind}"] - sums[f"ce {i}"] - share * gap
-                errors[f"recovered_{kind}"] = _standard_error(rest, float(gap.mean()))
+                errors[f"recovered_{kind}"] = standard_error(rest, float(gap.mean()))
         used = self.usages[i].compute()
         rows = used.pop("rows")
         alike, suppressing = atom_overlap(self.members[i], used["density"] > 0)
@@ -560,35 +342,3 @@ class _Evaluation:
             suppressing=suppressing,
             errors=errors,
         )
-
-
-@torch.no_grad()
-def atom_overlap(dictionary: Any, alive: Tensor) -> tuple[float, float]:
-    """Two proxies over live features: the mean largest cosine with another atom, and the share that suppresses a similar atom.
-
-    >>> from lineament.dictionaries import Neurons
-    >>> atom_overlap(Neurons(3), torch.ones(3, dtype=torch.bool))
-    (0.0, 0.0)
-    """
-    atoms = dictionary.atoms[alive.to(dictionary.atoms.device)].float()
-    if len(atoms) < 2:
-        return float("nan"), float("nan")
-    unit = F.normalize(atoms, dim=1)
-    encoder = getattr(dictionary, "W_enc", None)
-    encoder = (
-        unit if encoder is None else F.normalize(encoder.detach()[alive.to(encoder.device)].float(), dim=1)
-    )
-    best, suppressing = [], 0
-    for start in range(0, len(unit), 2048):
-        rows = slice(start, start + 2048)
-        cosines = unit[rows] @ unit.T
-        own = torch.arange(start, start + len(cosines), device=unit.device)
-        cosines[torch.arange(len(cosines), device=unit.device), own] = -2
-        best.append(cosines.amax(1))
-        suppressing += int(((cosines > 0.3) & (encoder[rows] @ unit.T < 0)).any(1).sum())
-    return float(torch.cat(best).mean()), suppressing / len(unit)
-
-
-def _standard_error(rest: Tensor, scale: float) -> float:
-    """Of a ratio of means over sequences, from what each leaves unexplained."""
-    return float(rest.std() / len(rest) ** 0.5) / abs(scale) if len(rest) > 1 and scale else float("nan")

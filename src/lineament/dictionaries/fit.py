@@ -21,9 +21,9 @@ from lineament.core.sites.activations import capture
 from lineament.core.sites.families import hook_of_site, site_of_hook
 from lineament.core.sites.hooks import replace
 from lineament.core.sites.naming import resolve
+from lineament.dictionaries.saving import weights_hash
 from lineament.dictionaries.sequences import Sequences
 from lineament.dictionaries.splice import features_back, features_last, site_in, splice
-from lineament.dictionaries.training import weights_hash
 
 _HALF = 0.5  # an alternative is named where it leaves at most this share of the unexplained variance
 _SCALES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.4, 2.0, 3.0, 5.0, 10.0, 20.0)

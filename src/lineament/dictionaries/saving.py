@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lineament.core.checks import InputError, one_of, require, show
 from lineament.core.files import atomic_write, output_folder, write_json
+from lineament.core.models import unwrapped
 
 CONFIG, WEIGHTS = "config.json", "dictionary.safetensors"
 FORMAT = "lineament dictionary"
@@ -134,3 +135,18 @@ def read(folder: str | Path) -> Any:
         ) from error
     dictionary.info = dict(config.get("info") or {})
     return dictionary
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers, by which a dictionary knows it again.
+
+    >>> weights_hash(nn.Linear(1, 1, bias=False).requires_grad_(False)) == weights_hash(nn.Linear(1, 1, bias=False))
+    False
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(unwrapped(model).state_dict().items()):
+        if isinstance(value, Tensor) and not value.is_meta:
+            held = value.detach().cpu().contiguous()
+            digest.update(f"{name} {tuple(held.shape)} {held.dtype}".encode())
+            digest.update(held.view(torch.uint8).numpy().tobytes() if held.ndim else held.numpy().tobytes())
+    return digest.hexdigest()

@@ -38,6 +38,7 @@ from .saliency.meta import meta_saliency as meta_saliency
 from .saliency.meta import still_to_learn as still_to_learn
 from .saliency.methods import Method as Method
 from .saliency.pointing import PointingGame as PointingGame
+from .saliency.regions import over_region as over_region
 from .saliency.weighting import layer_weights as layer_weights
 from .tokens.continuations import explain_continuation as explain_continuation
 from .tokens.continuations import sequence_faithfulness as sequence_faithfulness

@@ -10,3 +10,6 @@ from .ink import ink as ink
 from .lbp import lbp as lbp
 from .lbp import lbp_codes as lbp_codes
 from .scores import class_scores as class_scores
+from .table import classifier as classifier
+from .table import described as described
+from .table import evaluated as evaluated

@@ -56,7 +56,7 @@ def gabor(
     rows, columns = (cell_weights(size, cells, grey) for size in grey.shape[1:])
     made = []
     filters = len(list(frequencies)) * len(_angles(orientations))
-    for part in grey.split(max(1, _PART // (16 * filters * grey[0].numel()))):
+    for part in grey.split(max(1, _PART // (16 * filters * (grey.shape[1] * grey.shape[2])))):
         found = responses(part, frequencies, orientations, bandwidth=bandwidth, dc=dc, border=border)
         power = found.square().sum(2)
         still = power == 0  # where the root has no slope

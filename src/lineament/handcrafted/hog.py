@@ -20,6 +20,8 @@ from lineament.handcrafted.images import batch_of
 
 NORMS = ("L1", "L1-sqrt", "L2", "L2-Hys")
 Pair = int | tuple[int, int]
+# Images at a time.
+_PART = 64
 
 
 def hog(
@@ -81,6 +83,19 @@ def hog(
     if sqrt:
         require(bool((images >= 0).all()), "sqrt: an image has negative intensities")
         images = images.sqrt()
+    # A part at a time, so that it stays in the processor's cache.
+    parts = [
+        _described(part, orientations, cells, blocks, norm, signed, binning, like)
+        for part in images.split(_PART)
+    ]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _described(
+    images: Tensor, orientations: int, cells: tuple[int, int], blocks: tuple[int, int],
+    norm: str, signed: bool, binning: str, like: str,
+) -> Tensor:  # fmt: skip
+    """The descriptor of a few images."""
     vertical, horizontal = _gradient(images)
     size = torch.hypot(vertical, horizontal)
     if images.shape[1] > 1:
@@ -91,13 +106,9 @@ def hog(
         votes = _shared(vertical, horizontal, size, orientations, signed)
         return _opencv(votes, cells, blocks)
     if binning == "linear":
-        votes = _shared(vertical, horizontal, size, orientations, signed)
+        histogram = F.avg_pool2d(_shared(vertical, horizontal, size, orientations, signed), cells)
     else:
-        chosen = _bins(vertical, horizontal, orientations, signed)
-        votes = size.new_zeros(len(size), orientations, *size.shape[1:]).scatter_(
-            1, chosen[:, None], size[:, None]
-        )
-    histogram = F.avg_pool2d(votes, cells)
+        histogram = _voted(vertical, horizontal, size, orientations, signed, cells)
     # [n, bins, block rows, block columns, cell rows, cell columns]
     found = histogram.unfold(2, blocks[0], 1).unfold(3, blocks[1], 1)
     found = found.permute(0, 2, 3, 4, 5, 1).flatten(3)
@@ -134,23 +145,44 @@ def _gradient(images: Tensor) -> tuple[Tensor, Tensor]:
     return zero if rows is None else rows, zero if columns is None else columns
 
 
+def _voted(
+    vertical: Tensor, horizontal: Tensor, size: Tensor, count: int, signed: bool, cells: tuple[int, int]
+) -> Tensor:
+    """Mean votes [n, bins, cell rows, cell columns], each for one bin of one cell."""
+    grid = [side // cell for side, cell in zip(size.shape[1:], cells)]
+    rows, columns = (k * cell for k, cell in zip(grid, cells))
+    across = torch.arange(columns, device=size.device) // cells[1]
+    place = (torch.arange(rows, device=size.device) // cells[0])[:, None] * grid[1] + across
+    vertical, horizontal, size = (v[:, :rows, :columns] for v in (vertical, horizontal, size))
+    bins = _bins(vertical, horizontal, count, signed).long().mul_(grid[0] * grid[1]).add_(place)
+    votes = size.new_zeros(len(size), count * grid[0] * grid[1])
+    votes = votes.scatter_add(1, bins.flatten(1), size.flatten(1))
+    return votes.view(-1, count, *grid) / (cells[0] * cells[1])
+
+
 def _bins(vertical: Tensor, horizontal: Tensor, count: int, signed: bool) -> Tensor:
     """The bin of each gradient: how many bin edges its direction has reached, decided by the sign of a cross product."""
+    vertical, horizontal = vertical.detach(), horizontal.detach()
     flat = vertical.abs() <= torch.finfo(vertical.dtype).eps * horizontal.abs()
-    vertical = torch.where(flat, 0, vertical)
+    vertical = vertical.masked_fill(flat, 0)
     below = (vertical < 0) | ((vertical == 0) & (horizontal < 0))
-    turn = torch.where(below, -1, 1)
+    turn = 1 - 2 * below.to(vertical.dtype)
     up, right = vertical * turn, horizontal * turn
     whole = 360 if signed else 180
-    found = torch.zeros_like(turn)
+    found = torch.zeros(up.shape, dtype=torch.uint8 if count < 256 else torch.int16, device=up.device)
+    # Buffers that stay in the cache: this comparison is most of the work of a descriptor.
+    left_side, right_side, reached = torch.empty_like(up), torch.empty_like(up), torch.empty_like(below)
     for k in range(1, count):
         degrees = whole * k / count
         cosine, sine = _direction(degrees % 180)
-        reached = up * cosine >= right * sine
+        torch.mul(up, cosine, out=left_side)
+        torch.mul(right, sine, out=right_side)
+        torch.ge(left_side, right_side, out=reached)
         if signed:
             # An edge in the lower half is reached by what is in the lower half and has passed it; one in the upper half by all below.
-            reached = (below & reached) if degrees > 180 else (below if degrees == 180 else below | reached)
-        found += reached
+            found += (below & reached) if degrees > 180 else (below if degrees == 180 else below | reached)
+        else:
+            found += reached.view(torch.uint8)
     return found
 
 

@@ -27,7 +27,8 @@ def batch_of(images: Tensor) -> Tensor:
     elif images.dtype in (torch.float16, torch.bfloat16):
         images = images.float()
     bad = ~images.isfinite().flatten(1).all(1)
-    require(not bool(bad.any()), f"images: number {int(bad.int().argmax())} has NaN or infinity")
+    if bool(bad.any()):
+        raise InputError(f"images: number {int(bad.int().argmax())} has NaN or infinity")
     return images if images.ndim == 4 else images[:, None]
 
 

@@ -86,7 +86,7 @@ def lbp_codes(images: Tensor, points: int = 8, radius: float = 1, *, codes: Code
     number("radius", radius, low=0, open_low=True)
     grey = grey_of(images)
     made = []
-    for part in grey.split(max(1, (1 << 24) // (grey[0].numel() * points))):
+    for part in grey.split(max(1, (1 << 24) // ((grey.shape[1] * grey.shape[2]) * points))):
         around = neighbours(part, points, radius)
         if codes == "var":
             made.append(around.var(0, correction=0))

@@ -16,6 +16,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from lineament.core.checks import InputError, number, one_of, require, show
+from lineament.core.estimator_files import SavedEstimator
 from lineament.kernels.dimension import intrinsic_dimension
 from lineament.kernels.duals import Dual, dual_of
 from lineament.kernels.regimes import optimal_dual, regime
@@ -28,7 +29,7 @@ Array = np.ndarray
 _LEFT_OUT = 2000
 
 
-class _Infinite(BaseEstimator):
+class _Infinite(SavedEstimator, BaseEstimator):
     """What classifier and regressor share: the map to the sphere, merged duplicates, and the solution at finite depth."""
 
     activation: Any
@@ -96,6 +97,35 @@ class _Infinite(BaseEstimator):
             f"ridge: the kernel matrix of {n:,} points is nearly singular at depth {self.depth}{left}; "
             f"expected a ridge above {self.ridge:g}, such as {max(10 * self.ridge, 1e-8):g}, or more depth"
         )
+
+    def _learned(self) -> tuple[dict[str, Array], dict[str, Any]]:
+        check_is_fitted(self)
+        names = [name for name in ("ballot_", "weights_") if hasattr(self, name)]
+        arrays = {"rows": self.rows_.X, "centre": self.sphere_.centre} | {n: getattr(self, n) for n in names}
+        told = {
+            "scale": self.sphere_.scale,
+            "features": self.n_features_in_,
+            "dimension": getattr(self, "dimension_", None),
+            "classes": getattr(self, "classes_", np.zeros(0)).tolist(),
+            "flat": getattr(self, "_flat", True),
+        }
+        return arrays, told
+
+    def _relearned(self, arrays: dict[str, Array], told: dict[str, Any]) -> None:
+        self.rows_ = Rows(arrays["rows"])
+        self.sphere_ = SphereMap(self.sphere, arrays["centre"], float(told["scale"]))
+        self.n_features_in_, self._flat = int(told["features"]), bool(told["flat"])
+        self.dimension_ = told["dimension"]
+        for name in ("ballot_", "weights_"):
+            if name in arrays:
+                setattr(self, name, arrays[name])
+        if told["classes"]:
+            self.classes_ = np.array(told["classes"])
+        dual = dual_of(self.activation) if self.dimension_ is None else optimal_dual(self.dimension_)
+        self.limit_ = regime(dual)
+        if self.depth != math.inf or self.limit_.limit == "singular kernel":
+            self.table_ = LogTable(dual, self.depth, self.kernel)  # pyright: ignore
+            self.values_ = ValueTable(self.table_)
 
     def _mapped(self, X: Any) -> Rows:
         check_is_fitted(self)

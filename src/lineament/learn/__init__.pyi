@@ -1,5 +1,8 @@
 from .boosting.estimators import GBNNClassifier as GBNNClassifier
 from .boosting.estimators import GBNNRegressor as GBNNRegressor
+from .boosting.network import SiteFeatures as SiteFeatures
+from .boosting.network import boosted_head as boosted_head
+from .boosting.search import search as search
 from .condensation.coresets import herding as herding
 from .condensation.coresets import k_centers as k_centers
 from .condensation.matching import condense as condense

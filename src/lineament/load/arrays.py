@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from lineament.core.checks import InputError, require
 from lineament.data.samples import Samples
@@ -17,6 +19,27 @@ from lineament.load.columns import Choose, as_inputs, as_targets, find_column, w
 _INPUTS = ("x", "images", "inputs", "data", "image", "features", "x_test", "x_val", "x_train")
 _TARGETS = ("y", "labels", "targets", "label", "target", "y_test", "y_val", "y_train")
 _NAMES = ("classes", "class_names", "label_names", "names")
+
+
+def arrays_for(model: nn.Module, data: object) -> str | None:
+    """Which arrays of a file a model takes, with commas between them, where several have the names of its forward's arguments; else ``None``.
+
+    >>> arrays_for(nn.Linear(2, 1), "none.npz") is None
+    True
+    """
+    path = Path(str(data)) if isinstance(data, (str, Path)) else Path()
+    if path.suffix.lower() not in (".npz", ".pt", ".safetensors") or not path.is_file():
+        return None
+    try:
+        if path.suffix.lower() == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                there = NpzFile(archive).names()
+        else:
+            there = Tensors(path).names()
+    except (InputError, zipfile.BadZipFile, OSError):
+        return None  # said where it is read
+    taken = [name for name in inspect.signature(model.forward).parameters if name in there]
+    return ",".join(taken) if len(taken) > 1 else None
 
 
 def read_arrays(
@@ -39,7 +62,7 @@ def read_arrays(
             files = NpyFiles(path if path.is_dir() else path.parent)
             if ending == ".npy" and inputs is None:
                 inputs = path.stem
-            names = [name and name.removesuffix(".npy") for name in (inputs, targets, groups)]
+            names = [name and name.replace(".npy", "") for name in (inputs, targets, groups)]
             return _samples(files, path, choose, *names)
         return _samples(Tensors(path), path, choose, inputs, targets, groups)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
@@ -55,7 +78,8 @@ def _samples(
         len(there) > 0,
         f"data: {str(path)!r} holds no arrays; numpy.savez(path, x=..., y=...) writes them",
     )
-    first = find_column("inputs", inputs, _INPUTS, there)
+    several = [inputs] if inputs is None or inputs in there else [part.strip() for part in inputs.split(",")]
+    first, *others = [find_column("inputs", name, _INPUTS, there) for name in several]
     second = find_column("targets", targets, _paired(first), there)
     shape, total = held.form(first)[0], held.form(second)[0]
     require(
@@ -66,6 +90,12 @@ def _samples(
         len(shape) >= 2 and shape[0] == total[0],
         f"data: array {first!r} has shape {shape} and {second!r} {total}, expected as many samples in both",
     )
+    for name in others:
+        form = held.form(name)[0]
+        require(
+            form[:1] == total[:1],
+            f"data: array {name!r} has shape {form} and {second!r} {total}, expected as many samples in both",
+        )
     rows = choose(total[0])
     x, y = held.rows(first, rows), held.rows(second, rows)
     # Names are numbered by all of them: a rare one that was not chosen keeps its place.
@@ -86,7 +116,11 @@ def _samples(
         total=total[0],
         source=path.name,
         classes=classes,
-        notes=(f"inputs are array {first!r} {tuple(shape)}, targets array {second!r}",),
+        others={name: as_inputs(f"array {name!r}", held.rows(name, rows)) for name in others},
+        argument=first if others else "",
+        notes=(
+            f"inputs are {' and '.join(f'array {name!r} {tuple(held.form(name)[0])}' for name in (first, *others))}, targets array {second!r}",
+        ),
     )
     return found if group is None else with_groups(found, group)
 

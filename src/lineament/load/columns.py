@@ -105,14 +105,18 @@ def as_targets(what: str, values: np.ndarray, names: tuple[str, ...] = ()) -> tu
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     require(
-        values.ndim in (1, 3) or (values.ndim == 2 and bool(((values == 0) | (values == 1)).all())),
-        f"targets: {what} holds {show(values)}, expected one class number a sample (or a pixel of each), or a row of 0s and 1s",
+        values.ndim in (1, 3)
+        or (values.ndim == 2 and bool(((values == 0) | (values == 1)).all() or (values == -100).any()))
+        or (values.ndim == 4 and values.shape[1] == 1),
+        f"targets: {what} holds {show(values)}, expected one class number a sample (or one for each pixel or token of it; -100 where a token has none), or a row of 0s and 1s",
     )
     return torch.from_numpy(values.astype(np.int64)), names
 
 
-def in_order(samples: Samples, classes: Sequence[str]) -> Samples:
+def in_order(samples: Samples, classes: Sequence[str], *, dense: bool = False) -> Samples:
     """The same samples with their classes in the given order, the order of a model's outputs: labels follow their names.
+
+    ``dense``: targets (sample, position) are class numbers, not a row of 0s and 1s; those of pixels always are.
 
     Samples without names of their own, or with names of which none is given (folder codes, say), keep their numbers and take the given names.
 
@@ -149,8 +153,10 @@ def in_order(samples: Samples, classes: Sequence[str]) -> Samples:
         once = names.count(names[number]) == 1 and numbers.count(number) == 1
         require(once, f"classes: {name!r} is there twice, expected one name for each class of the data")
     targets = samples.targets
-    if targets.ndim == 1:
-        targets = order[targets]
+    if targets.ndim == 1 or targets.ndim == 3 or dense:
+        # A number that is no class's, such as that of what is to be ignored, stays.
+        known = (targets >= 0) & (targets < len(own))
+        targets = order[targets.where(known, 0)].where(known, targets.where(targets < 0, -100))
     else:
         targets = targets.new_zeros(len(targets), len(names)).index_copy(1, order, targets)
     note = (

@@ -31,6 +31,7 @@ from lineament.load.columns import (
     with_groups,
 )
 from lineament.load.in_memory import in_memory
+from lineament.load.texts import TASKS, TextReader
 from lineament.load.user_code import named_in
 
 Data: TypeAlias = "str | Path | Samples | Dataset[Any] | DataLoader[Any] | tuple[Any, Any]"
@@ -55,6 +56,7 @@ def load_data(
     split: str | None = None,
     image_size: int | tuple[int, int] | None = None,
     tokenizer: Any = None,
+    text_task: str = "classes",
 ) -> Samples:
     """Read a sample of a user's data.
 
@@ -73,6 +75,8 @@ def load_data(
         split: of a Hugging Face data set, MNIST or CIFAR; ``test``, ``validation`` or ``train`` by default, whichever is there first.
         image_size: bring the images of a folder or a Hugging Face data set to this (height, width).
         tokenizer: of a text classifier, which makes ids of texts: of a table's column of texts, of a Hugging Face data set's, or of lists of texts.
+        text_task: what has a target: ``"classes"``, each text; ``"tokens"``, each of its words (a column of words and one of tags); ``"masked"``, words that are
+            hidden here, so that no targets are read.
 
     Raises:
         InputError: a missing or corrupt file, no such array, lengths that differ, labels that are no labels.
@@ -83,6 +87,8 @@ def load_data(
     """
     checks.number("samples", samples, low=1, integer=True)
     choose = partial(chosen_rows, samples=samples, seed=checks.seed("seed", seed))
+    checks.one_of("text_task", text_task, TASKS)
+    reader = None if tokenizer is None else TextReader(tokenizer, text_task, seed)
     data = _called(data)
     if isinstance(data, (str, Path)):
         require(
@@ -93,9 +99,7 @@ def load_data(
             groups if groups and Path(groups).suffix in (".npy", ".txt") and Path(groups).is_file() else None
         )
         named = {"inputs": inputs, "targets": targets, "groups": None if file else groups}
-        found = _read(
-            str(data), choose, seed, split=split, size=_size(image_size), tokenizer=tokenizer, **named
-        )
+        found = _read(str(data), choose, seed, split=split, size=_size(image_size), reader=reader, **named)
         if file is not None:
             found = with_groups(found, groups_file(file, found.total)[found.index.numpy()])
         require(
@@ -103,9 +107,9 @@ def load_data(
             f"groups: {groups!r} is neither an array of the data nor a .npy or .txt file with one entry a sample",
         )
     else:
-        found = in_memory(data, choose, samples=samples, groups=groups, tokenizer=tokenizer)
+        found = in_memory(data, choose, samples=samples, groups=groups, reader=reader)
     if classes is not None:
-        found = in_order(found, classes)
+        found = in_order(found, classes, dense=text_task == "tokens")
     return usable(found)
 
 
@@ -154,7 +158,7 @@ def _read(
     *,
     split: str | None,
     size: tuple[int, int] | None,
-    tokenizer: Any,
+    reader: TextReader | None,
     **named: str | None,
 ) -> Samples:
     """Samples of what a path or a name stands for."""
@@ -165,7 +169,7 @@ def _read(
     if path.is_dir() and any((path / name).is_file() for name in _TABLES):
         from lineament.load.hub_data import saved_data_set
 
-        return saved_data_set(path, choose, split=split, size=size, tokenizer=tokenizer, **named)
+        return saved_data_set(path, choose, split=split, size=size, reader=reader, **named)
     if path.exists():
         from lineament.load.packed import packed_data_set
 
@@ -183,11 +187,15 @@ def _read(
             else image_folder(path, choose, size=size)
         )
     ending = path.suffix.lower()
+    if path.is_file() and reader is not None and reader.task != "classes" and ending not in _ARRAYS:
+        from lineament.load.token_targets import read_token_targets
+
+        return read_token_targets(path, choose, reader, **named)
     if path.is_file():
         from lineament.load.tables import TABLES, read_table
 
         if ending in TABLES:
-            return read_table(path, choose, tokenizer=tokenizer, **named)
+            return read_table(path, choose, reader=reader, **named)
         require(
             ending in _ARRAYS,
             f"data: {data!r} is a file of kind {path.suffix or 'unknown'!r}, expected {_EXPECTED}; "
@@ -199,7 +207,7 @@ def _read(
         raise InputError(f"data: {data!r} does not exist; expected {_EXPECTED}")
     from lineament.load.hub_data import named_data_set
 
-    return named_data_set(data, choose, split=split, size=size, tokenizer=tokenizer, **named)
+    return named_data_set(data, choose, split=split, size=size, reader=reader, **named)
 
 
 def _size(value: Any) -> tuple[int, int] | None:

@@ -67,9 +67,18 @@ def architectures(name: Any) -> tuple[str, ...]:
     return tuple(map(str, kinds or ()))
 
 
-def is_text_classifier(name: Any) -> bool:
-    """Whether :func:`architectures` tells of a classifier of whole texts."""
-    return any(kind.endswith("ForSequenceClassification") for kind in architectures(name))
+def text_task(kinds: Sequence[str]) -> str:
+    """What classes of these names answer for: a text (``"classes"``), its words (``"tokens"``), hidden words (``"masked"``), or no text (``""``).
+
+    >>> text_task(["BertForTokenClassification"]), text_task(["ResNetForImageClassification"])
+    ('tokens', '')
+    """
+    ends = {
+        "ForSequenceClassification": "classes",
+        "ForTokenClassification": "tokens",
+        "ForMaskedLM": "masked",
+    }
+    return next((task for kind in kinds for end, task in ends.items() if kind.endswith(end)), "")
 
 
 def first_line(error: BaseException) -> str:

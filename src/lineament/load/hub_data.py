@@ -14,7 +14,8 @@ from lineament.data.samples import Samples
 from lineament.load.columns import BUILT_IN, Choose, as_inputs, as_targets, find_column, with_groups
 from lineament.load.folders import stacked
 from lineament.load.hub import findable, first_line
-from lineament.load.texts import TEXTS, text_samples
+from lineament.load.texts import TEXTS, TextReader, text_samples
+from lineament.load.token_targets import TAGS, WORDS, listed, masked_samples, tagged_samples
 
 _INPUTS = ("image", "img", "images", "pixel_values", "x", "inputs", "data", "features")
 _TARGETS = ("label", "labels", "y", "target", "targets", "class", "fine_label")
@@ -73,7 +74,7 @@ def _samples(
     groups: str | None,
     split: str | None,
     size: tuple[int, int] | None,
-    tokenizer: Any = None,
+    reader: TextReader | None = None,
 ) -> Samples:
     import datasets
 
@@ -88,8 +89,10 @@ def _samples(
     columns = list(found.column_names)
     pictures = [name for name in columns if isinstance(found.features[name], datasets.Image)]
     coded_columns = [name for name in columns if isinstance(found.features[name], datasets.ClassLabel)]
+    if reader is not None and reader.task != "classes":
+        return _token_targets(found, source, choose, reader, inputs, targets, groups, tuple(notes))
     first = inputs or (pictures[0] if pictures else None)
-    first = find_column("inputs", first, _INPUTS if tokenizer is None else TEXTS, columns)
+    first = find_column("inputs", first, _INPUTS if reader is None else TEXTS, columns)
     usual = next((name for name in _TARGETS if name in columns), None)
     second = find_column(
         "targets", targets or usual or (coded_columns[0] if coded_columns else None), _TARGETS, columns
@@ -97,12 +100,12 @@ def _samples(
     rows = choose(len(found))
     part = found.select(rows)
     x = None
-    if tokenizer is None and isinstance(found.features[first], datasets.Image):
+    if reader is None and isinstance(found.features[first], datasets.Image):
         # Undecoded first, so that a broken picture is named by its row and not by a library's traceback.
         raw = part.cast_column(first, datasets.Image(decode=False))
         pictures = ((f"row {row}", _picture(item, row)) for row, item in zip(rows, raw[first]))
         x = stacked(pictures, size, len(rows))
-    elif tokenizer is None:
+    elif reader is None:
         try:
             values = np.asarray(part.with_format("numpy")[first][:])
         except ValueError as error:
@@ -123,12 +126,51 @@ def _samples(
         "classes": classes,
         "notes": (*notes, f"inputs are column {first!r}, targets column {second!r}"),
     }
-    result = text_samples(part[first][:], tokenizer, **rest) if x is None else Samples(inputs=x, **rest)
-    if groups is None:
-        return result
-    values = np.asarray(part[find_column("groups", groups, (), columns)][:])
+    if x is None and reader is not None:
+        result = text_samples(part[first][:], reader.tokenizer, **rest)
+    else:
+        result = Samples(inputs=x, **rest)  # pyright: ignore[reportArgumentType]
+    return result if groups is None else with_groups(result, _groups(found, part, groups))
+
+
+def _groups(found: Any, part: Any, groups: str) -> np.ndarray:
+    values = np.asarray(part[find_column("groups", groups, (), list(found.column_names))][:])
     names = _class_names(found.features[groups])
-    return with_groups(result, np.asarray([names[int(v)] for v in values]) if names else values)
+    return np.asarray([names[int(v)] for v in values]) if names else values
+
+
+def _token_targets(
+    found: Any,
+    source: str,
+    choose: Choose,
+    reader: TextReader,
+    inputs: str | None,
+    targets: str | None,
+    groups: str | None,
+    notes: tuple[str, ...],
+) -> Samples:
+    """Texts whose words have tags, or whose words are hidden."""
+    columns = list(found.column_names)
+    first = find_column("inputs", inputs, WORDS, columns)
+    rows = choose(len(found))
+    part = found.select(rows)
+    rest: dict[str, Any] = {
+        "index": torch.from_numpy(rows),
+        "total": len(found),
+        "source": source,
+        "notes": (*notes, f"texts are column {first!r}"),
+    }
+    if groups is not None:
+        blank = Samples(torch.zeros(len(rows), 1), torch.zeros(len(rows)))
+        named = with_groups(blank, _groups(found, part, groups))
+        rest |= {"groups": named.groups, "group_names": named.group_names}
+    if reader.task == "masked":
+        return masked_samples(
+            [text if isinstance(text, str) else " ".join(text) for text in part[first][:]], reader, **rest
+        )
+    second = find_column("targets", targets, TAGS, [name for name in columns if name != first])
+    names = _class_names(getattr(found.features[second], "feature", None))
+    return tagged_samples(list(map(listed, part[first][:])), part[second][:], reader, names=names, **rest)
 
 
 def _class_names(feature: Any) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Classifiers of images and texts of Hugging Face, from a saved directory or by name: safetensors only, no code of the repository's."""
+"""Classifiers of images, texts and words of Hugging Face, and masked language models, from a saved directory or by name: safetensors only, no code of the repository's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 from lineament.core.checks import InputError, require, show
 from lineament.load.checkpoints import read_checkpoint
-from lineament.load.hub import first_line, is_text_classifier, quiet_transformers
+from lineament.load.hub import architectures, first_line, quiet_transformers, text_task
+from lineament.load.language_models import load_language_model
 from lineament.load.loaded import Loaded
 from lineament.load.weight_names import mismatches
 
@@ -27,17 +28,20 @@ def hugging_face(name: str, *, local: bool, cached_only: bool = False) -> Loaded
         safe = any(Path(name).glob("*.safetensors"))
         if not safe:
             read_checkpoint(name, "model")
-    texts = is_text_classifier(name)
-    what = "a text classifier" if texts else "an image classifier"
+    texts = text_task(architectures(name))
+    if texts == "masked":
+        model, tokenizer = load_language_model(name, masked=True)
+        return text_classifier(model, tokenizer, name, "hugging face")
+    kinds = {
+        "classes": ("AutoModelForSequenceClassification", "a text classifier"),
+        "tokens": ("AutoModelForTokenClassification", "a token classifier"),
+        "": ("AutoModelForImageClassification", "an image classifier"),
+    }
+    kind, what = kinds[texts]
     tokenizer = None
     with quiet_transformers("model", "hub") as transformers:
-        kind = (
-            transformers.AutoModelForSequenceClassification
-            if texts
-            else transformers.AutoModelForImageClassification
-        )
         try:
-            model, info = kind.from_pretrained(
+            model, info = getattr(transformers, kind).from_pretrained(
                 name,
                 use_safetensors=safe,
                 local_files_only=cached_only,
@@ -71,7 +75,7 @@ def hugging_face(name: str, *, local: bool, cached_only: bool = False) -> Loaded
 
 
 def text_classifier(model: Any, tokenizer: Any, source: str, kind: str) -> Loaded:
-    """A text classifier with its tokenizer, which is told how many tokens the model takes.
+    """A classifier of texts or words, or a masked language model, with its tokenizer, which is told how many tokens the model takes.
 
     Raises:
         InputError: no tokenizer.
@@ -88,7 +92,10 @@ def text_classifier(model: Any, tokenizer: Any, source: str, kind: str) -> Loade
         offset = (padding or 0) + 1 if "roberta" in str(getattr(config, "model_type", "")) else 0
         tokenizer = copy.copy(tokenizer)
         tokenizer.model_max_length = min(most - offset, tokenizer.model_max_length)
-    return Loaded(model, source, kind, classes=class_names(config), tokenizer=tokenizer)
+    task = text_task([type(model).__name__]) or "classes"
+    # A masked model's configuration names two classes that it does not have.
+    classes = () if task == "masked" else class_names(config)
+    return Loaded(model, source, kind, classes=classes, tokenizer=tokenizer, text_task=task)
 
 
 def class_names(config: Any) -> tuple[str, ...]:

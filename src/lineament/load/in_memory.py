@@ -14,18 +14,20 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from lineament.core.checks import InputError, require, show
 from lineament.data.samples import Samples
 from lineament.load.columns import Choose, as_targets, find_column, with_groups
-from lineament.load.texts import TEXTS, padded, text_samples
+from lineament.load.texts import TEXTS, TextReader, padded, text_samples
 
 _INPUTS = (
-    "image", "images", "pixel_values", "img", "x", "inputs", "input", "data", "features", "input_ids", "input_values", *TEXTS,
+    "image", "images", "pixel_values", "img", "x", "inputs", "input", "data", "features", "input_ids", "input_values", "tokens", "words", *TEXTS,
 )  # fmt: skip
-_TARGETS = ("label", "labels", "y", "target", "targets", "class")
+_TARGETS = ("label", "labels", "y", "target", "targets", "class", "ner_tags", "tags", "pos_tags")
+# What stands behind the end of a row of targets, and counts nowhere.
+_IGNORED = -100
 # The inputs of a sample or a batch by name, the main one first, and its target.
 Fields = tuple[dict[str, Any], Any]
 
 
 def in_memory(
-    data: Any, choose: Choose, *, samples: int, groups: Any = None, tokenizer: Any = None
+    data: Any, choose: Choose, *, samples: int, groups: Any = None, reader: TextReader | None = None
 ) -> Samples:
     """The chosen samples of a pair of tensors or arrays, of Samples, or of a ``Dataset``; of a ``DataLoader`` the first.
 
@@ -41,7 +43,7 @@ def in_memory(
         # Only what was chosen is fetched: a data set can be larger than the memory.
         total = len(data)  # pyright: ignore[reportArgumentType]
         rows = choose(total)
-        some = _joined([_one(_fields(data[int(row)])) for row in rows], tokenizer)
+        some = _joined([_one(_fields(data[int(row)])) for row in rows], reader)
         some = _named(replace(some, index=torch.from_numpy(rows), total=total), data)
         return some if groups is None else with_groups(some, np.asarray(groups)[rows])
     if isinstance(data, (DataLoader, IterableDataset)):
@@ -51,15 +53,17 @@ def in_memory(
             if sum(len(each[1]) for each in batches) >= samples:
                 break
         require(bool(batches), "data: it is empty; expected at least one sample")
-        joined = _joined(batches, tokenizer)[:samples]
+        joined = _joined(batches, reader)[:samples]
         whole = _named(replace(joined, total=len(joined)), getattr(data, "dataset", data))
     else:
-        whole = data if isinstance(data, Samples) else _joined([_pair(data)], tokenizer)
+        whole = data if isinstance(data, Samples) else _joined([_pair(data, reader)], reader)
     whole = whole if groups is None else with_groups(whole, np.asarray(groups))
     return whole[choose(len(whole))]
 
 
-def _pair(data: Any) -> Fields:
+def _pair(data: Any, reader: TextReader | None = None) -> Fields:
+    if reader is not None and reader.task == "masked" and _is_text(data):
+        return {"": data}, [0] * len(data)
     require(
         isinstance(data, (tuple, list)) and len(data) == 2,
         f"data: got {show(data)}, expected a pair (inputs, targets), a Dataset or DataLoader of such pairs, or a path",
@@ -114,7 +118,7 @@ def _one(fields: Fields) -> Fields:
 
 
 def _row(value: Any) -> Any:
-    return [value] if isinstance(value, str) else torch.as_tensor(value)[None]
+    return [value] if isinstance(value, str) or _is_text(value) else torch.as_tensor(value)[None]
 
 
 def _is_text(value: Any) -> bool:
@@ -123,9 +127,11 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(v, str) for v in value)
 
 
-def _joined(batches: Sequence[Fields], tokenizer: Any) -> Samples:
+def _joined(batches: Sequence[Fields], reader: TextReader | None) -> Samples:
     """Samples of several batches in one, sequences of several lengths padded."""
     main, *others = batches[0][0]
+    if reader is not None and reader.task != "classes" and not _numbers(batches[0][0][main]):
+        return _token_targets([(inputs[main], target) for inputs, target in batches], reader)
     targets = _targets([target for _, target in batches])
     labels, names = as_targets("data", np.asarray(targets))
     rest: dict[str, Any] = {"targets": labels, "classes": names, "source": "arrays"}
@@ -135,7 +141,7 @@ def _joined(batches: Sequence[Fields], tokenizer: Any) -> Samples:
         require(
             len(texts) == len(labels), f"data: {len(texts)} texts and {len(labels)} targets, expected as many"
         )
-        return text_samples(texts, tokenizer, **rest)
+        return text_samples(texts, None if reader is None else reader.tokenizer, **rest)
     x, lengths = _concatenated(given)
     fields = {name: _concatenated([inputs[name] for inputs, _ in batches])[0] for name in others}
     require(len(x) == len(labels), f"data: {len(x)} inputs and {len(labels)} targets, expected as many")
@@ -151,6 +157,25 @@ def _joined(batches: Sequence[Fields], tokenizer: Any) -> Samples:
     return Samples(
         x, others=fields, argument="" if main.isdigit() else main, lengths=lengths, notes=tuple(notes), **rest
     )
+
+
+def _numbers(value: Any) -> bool:
+    """Whether inputs are ids, and neither texts nor words."""
+    while isinstance(value, (list, tuple)) and len(value):
+        value = value[0]
+    return not isinstance(value, str)
+
+
+def _token_targets(batches: Sequence[tuple[Any, Any]], reader: TextReader) -> Samples:
+    """Texts whose words have tags, or whose words are hidden."""
+    from lineament.load.token_targets import listed, masked_samples, tagged_samples
+
+    texts = [text for part, _ in batches for text in part]
+    if reader.task == "masked":
+        whole = [text if isinstance(text, str) else " ".join(text) for text in texts]
+        return masked_samples(whole, reader, source="texts")
+    tags = [tag.tolist() if isinstance(tag, Tensor) else tag for _, part in batches for tag in part]
+    return tagged_samples(list(map(listed, texts)), list(map(listed, tags)), reader, source="texts")
 
 
 def _concatenated(parts: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
@@ -174,6 +199,8 @@ def _tensor(value: Any) -> Tensor:
 def _targets(parts: Sequence[Any]) -> Any:
     parts = [part.detach().cpu() if isinstance(part, Tensor) else part for part in parts]
     if all(isinstance(part, Tensor) for part in parts):
+        if len({part.shape[1:] for part in parts}) > 1 and all(part.ndim == 2 for part in parts):
+            return padded(parts, _IGNORED)[0]
         return torch.cat(parts)
     return [name for part in parts for name in part] if len(parts) > 1 else parts[0]
 

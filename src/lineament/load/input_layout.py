@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,11 +30,15 @@ class Expected:
 
 @dataclass(frozen=True)
 class Layout:
-    """How stored samples become the model's input: which axis holds the channels, and the normalisation."""
+    """How stored samples become the model's input: which axis holds the channels, and the normalisation.
+
+    ``classes`` is the axis of the outputs that holds the classes, where there is an answer for each position.
+    """
 
     kind: str
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    classes: int | None = None
 
     def given(self, samples: Samples, model: nn.Module) -> Any:
         """Samples, alike in length, as a model takes them, on its device and in its precision; whole numbers stay what they are.
@@ -110,7 +115,10 @@ def _cut(samples: Samples) -> Samples:
         name: value[:, :most] if value.ndim > 1 and value.shape[1] == width else value
         for name, value in samples.others.items()
     }
-    return replace(samples, inputs=samples.inputs[:, :most], others=others)
+    targets = samples.targets
+    if targets.ndim == 2 and targets.shape[1] == width:
+        targets = targets[:, :most]
+    return replace(samples, inputs=samples.inputs[:, :most], targets=targets, others=others)
 
 
 def with_arguments(model: nn.Module, samples: Samples) -> Samples:
@@ -125,11 +133,16 @@ def with_arguments(model: nn.Module, samples: Samples) -> Samples:
     """
     if all(name.isdigit() for name in samples.others):
         return replace(samples, argument="") if not samples.argument or not samples.others else samples
-    taken = inspect.signature(model.forward).parameters.values()
+    taken = list(inspect.signature(model.forward).parameters.values())
     named = [p.name for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if not named:
         # forward(**batch) takes whatever the batch holds.
         return samples
+    required = [p for p in taken if p.default is p.empty]
+    if not {samples.argument, *samples.others} & set(named) and len(required) == 1 + len(samples.others):
+        # Other names for as many: in the order in which they were given.
+        places = {str(place): value for place, value in enumerate(samples.others.values(), 1)}
+        return replace(samples, others=places, argument="")
     others = {name: value for name, value in samples.others.items() if name in named}
     spare = ", ".join(repr(name) for name in samples.others if name not in others)
     notes = [f"{spare} is no argument of {type(model).__name__}.forward and is left out"] if spare else []
@@ -173,23 +186,38 @@ def find_layout(
             tried.append(f"{tuple(x.shape)}: {first_line(error)[:160]}")
             continue
         output = logits(output)
-        dense = (
-            samples.targets.ndim == 3 and output.ndim == 4 and output.shape[2:] == samples.targets.shape[1:]
-        )
-        if (output.ndim not in (1, 2) and not dense) or len(output) != len(x):
+        places = _cut(some).targets.shape[1:]
+        axis = None if some.targets.is_floating_point() else _classes_axis(output.shape, places)
+        if (output.ndim not in (1, 2) and axis is None) or len(output) != len(x):
             # Another form of the same numbers may give what is expected.
+            wanted_output = (
+                f"logits (batch, classes, {', '.join(map(str, places))}) of the targets' size"
+                if len(places) == 2
+                else "one row of logits or values a sample"
+            )
             unlike = (
-                unlike
-                or f"model: it answers {len(x)} samples with {show(output)}, expected one row of logits or values a sample"
+                unlike or f"model: it answers {len(x)} samples with {show(output)}, expected {wanted_output}"
             )
             continue
-        return layout, layout.steps(some, model)
+        return replace(layout, classes=axis), layout.steps(some, model)
     require(not unlike, unlike)
     raise InputError(
         f"data: samples of shape {tuple(samples.inputs.shape[1:])} do not fit the model, which expects {wanted.text}; tried "
         + "; ".join(tried)
         + ". Bring the data to that shape (for image folders, by `image_size`)"
     )
+
+
+def _classes_axis(outputs: Sequence[int], places: Sequence[int]) -> int | None:
+    """Which axis of outputs holds the classes of each place, or ``None`` where they do not answer for each; of texts the last, if both could.
+
+    >>> _classes_axis((8, 21, 64, 64), (64, 64)), _classes_axis((8, 64, 9), (64,)), _classes_axis((8, 9), (64,))
+    (1, 2, None)
+    """
+    fits = [k for k in (1, len(outputs) - 1) if (*outputs[1:k], *outputs[k + 1 :]) == tuple(places)]
+    if not places or len(outputs) != len(places) + 2 or not fits:
+        return None
+    return fits[-1] if len(places) == 1 else fits[0]
 
 
 def expected_input(model: nn.Module) -> Expected:

@@ -15,7 +15,8 @@ class Loaded(Readable):
     """A network and what its files say about its inputs.
 
     ``size`` is the (height, width) it wants, ``mean`` and ``std`` what images are normalised with (after scaling to [0, 1]), ``classes``
-    its names of the classes, ``batch`` the only batch size it takes (``None``: any), ``tokenizer`` what makes ids of texts for a text classifier.
+    its names of the classes, ``batch`` the only batch size it takes (``None``: any), ``tokenizer`` what makes ids of texts for a text classifier,
+    ``text_task`` what has a target then, see :func:`lineament.load.data.load_data`.
     """
 
     model: nn.Module
@@ -28,3 +29,4 @@ class Loaded(Readable):
     batch: int | None = None
     notes: tuple[str, ...] = ()
     tokenizer: Any = None
+    text_task: str = "classes"

@@ -24,6 +24,9 @@ from lineament.load.input_layout import Layout, find_layout, with_arguments
 from lineament.load.loaded import Loaded
 from lineament.load.outputs import Change, one_output, read_as_logits, reading
 
+# Numbers of dense answers that are held at once, and that tell what they are.
+_AT_ONCE, _TOLD = 2**27, 2**22
+
 
 @dataclass(frozen=True)
 class ModelAndData(Readable):
@@ -31,10 +34,10 @@ class ModelAndData(Readable):
 
     Attributes:
         layout: how stored samples become the model's input.
-        task: ``"classification"``, ``"multi-label"`` (several 0/1 labels a sample), ``"regression"`` or ``"dense"`` (a class for each pixel).
-        outputs: (sample, class, label or value), the model's answers to all samples, on the CPU; logits of classes and labels. Of every pixel only the
-            class that is named, (sample, height, width).
-        width: how many outputs the model has (for a pixel).
+        task: ``"classification"``, ``"multi-label"`` (several 0/1 labels a sample), ``"regression"`` or ``"dense"`` (a class for each pixel or token).
+        outputs: (sample, class, label or value), the model's answers to all samples, on the CPU; logits of classes and labels. Of every pixel or token only
+            the class that is named, (sample, height, width) or (sample, position); -1 behind the end of a text.
+        width: how many outputs the model has (for a pixel or token).
         classes: names of classes or labels, where they are known.
         fixed_batch: whether the model takes batches of ``batch_size`` only.
         flops: floating-point operations of one sample's forward.
@@ -60,6 +63,16 @@ class ModelAndData(Readable):
     @property
     def targets(self) -> Tensor:
         return self.samples.targets
+
+    @property
+    def unit(self) -> str:
+        """What is answered for: a sample, or each pixel or token of it."""
+        return "sample" if self.task != "dense" else "pixel" if self.targets.ndim == 3 else "token"
+
+    @property
+    def known(self) -> Tensor:
+        """Which positions of dense targets are labelled with one of the classes; what is not counts nowhere."""
+        return (self.targets >= 0) & (self.targets < self.width)
 
     @property
     def images(self) -> bool:
@@ -99,6 +112,8 @@ class ModelAndData(Readable):
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean loss: cross-entropy for classes and labels, squared error for values."""
+        if self.task == "dense":
+            return self.losses(outputs, targets).mean()
         if self.task == "classification":
             return F.cross_entropy(outputs, targets)
         outputs, targets = (v.reshape(len(targets), -1).to(outputs.dtype) for v in (outputs, targets))
@@ -107,7 +122,11 @@ class ModelAndData(Readable):
         return F.mse_loss(outputs, targets)
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss of each sample."""
+        """The loss of each sample; where each position has a class, its mean over those that are labelled."""
+        if self.task == "dense":
+            known = (targets >= 0) & (targets < outputs.shape[1])
+            each = F.cross_entropy(outputs, targets.where(known, -100), ignore_index=-100, reduction="none")
+            return each.flatten(1).sum(1) / known.flatten(1).sum(1).clamp_min(1)
         if self.task == "classification":
             return F.cross_entropy(outputs, targets, reduction="none")
         outputs, targets = (v.reshape(len(targets), -1).to(outputs.dtype) for v in (outputs, targets))
@@ -126,6 +145,24 @@ class ModelAndData(Readable):
                 output = logits(called(self.model, x if change is None else change(x, part)))
                 found.append(output.reshape(len(part), -1).float().cpu())
         return torch.cat(found)[torch.cat(positions).argsort()]
+
+    def answered(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``outputs`` are, the answers to some rows, and the loss of each; of dense answers only a batch is held at once."""
+        if self.task != "dense":
+            outputs = self.answer(rows)
+            return outputs, self.losses(outputs, self.targets[rows])
+        said, losses = torch.full_like(self.outputs[rows], -1), torch.zeros(len(rows))
+        with frozen(self.model), torch.no_grad():
+            for at in self._positions(rows):
+                output = logits(called(self.model, self.inputs(rows[at]))).float().cpu()
+                losses[at] = self.losses(output, self._targets(rows[at]))
+                said[(at, *map(slice, output.shape[2:]))] = output.argmax(1).to(said.dtype)
+        return said, losses
+
+    def _targets(self, rows: Tensor) -> Tensor:
+        """Targets of rows alike in length; those of tokens end where the texts do."""
+        found, lengths = self.targets[rows], self.samples.lengths
+        return found if lengths is None or self.unit != "token" else found[:, : int(lengths[rows].max())]
 
     def parts(self, rows: Tensor) -> list[Tensor]:
         """The rows in batches; sequences of one length go together, so that no padding is ever looked at."""
@@ -162,7 +199,7 @@ class Batches(Sequence[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, number: Any) -> Any:
         rows = self.parts[number]
-        return self.subject.inputs(rows), self.subject.targets[rows].to(device_of(self.subject.model))
+        return self.subject.inputs(rows), self.subject._targets(rows).to(device_of(self.subject.model))
 
 
 @contextmanager
@@ -196,7 +233,7 @@ def bring_together(
     checks.one_of("task", task, ("auto", "classification", "multi-label", "regression", "dense"))
     model = loaded.model
     place(model, device)
-    samples = with_arguments(model, samples)
+    samples = with_arguments(model, _one_map(samples, task))
     notes = [*loaded.notes, *samples.notes]
     if loaded.batch is not None:
         batch_size = loaded.batch
@@ -213,16 +250,29 @@ def bring_together(
         start = ModelAndData(
             model, samples, layout, task, torch.zeros(0), (), batch_size, loaded.batch is not None, 1.0, seed
         )
-        if samples.targets.ndim == 3 and not samples.targets.is_floating_point():
-            yield _pixels_answered(start, loaded.classes, notes)
-            return
-        require(
-            task != "dense",
-            f"task: 'dense' was asked for, and targets are {show(samples.targets)}, expected a class for each pixel (sample, height, width)",
-        )
-        found, change = _answered(start, loaded.classes, notes, answers)
+        if layout.classes is not None:
+            found, change = _each_position_answered(start, loaded.classes, notes)
+        else:
+            require(
+                task != "dense",
+                f"task: 'dense' was asked for, and targets are {show(samples.targets)}, expected a class for each pixel (sample, height, width) or token (sample, position)",
+            )
+            found, change = _answered(start, loaded.classes, notes, answers)
         with read_as_logits(model, change):
             yield found
+
+
+def _one_map(samples: Samples, task: str) -> Samples:
+    """The samples with binary masks that have an axis of one channel, or are stored as real numbers, as class numbers (sample, height, width)."""
+    y = samples.targets
+    masks = y[:, 0] if y.ndim == 4 and y.shape[1] == 1 else y
+    if (
+        task not in ("auto", "dense")
+        or masks.ndim != 3
+        or not (_binary(masks) or not masks.is_floating_point())
+    ):
+        return samples
+    return replace(samples, targets=masks.long())
 
 
 def place(model: nn.Module, device: str | torch.device | None) -> None:
@@ -278,41 +328,64 @@ def _answered(
         flops=_flops(start.model, example),
         notes=tuple(notes),
     )
-    return found, read.change
+    change = read.change
+    return found, None if change is None else lambda z: change(z.reshape(len(z), -1))
 
 
-def _pixels_answered(start: ModelAndData, own_classes: tuple[str, ...], notes: list[str]) -> ModelAndData:
-    """The same with the class that the model names for each pixel."""
+def _each_position_answered(
+    start: ModelAndData, own_classes: tuple[str, ...], notes: list[str]
+) -> tuple[ModelAndData, Change]:
+    """The same with the class that the model names at each pixel or token; and what makes logits (batch, class, ...) of the outputs."""
+    samples, axis = start.samples, start.layout.classes or 1
     require(
         start.task in ("auto", "dense"),
-        f"task: {start.task!r} was asked for, and targets are a class for each pixel ({show(start.samples.targets)}); expected 'dense'",
+        f"task: {start.task!r} was asked for, and targets are a class at each position ({show(samples.targets)}); expected 'dense'",
     )
-    said, width = [], 0
+    if {*map(folded, own_classes)} & {*map(folded, samples.classes)}:
+        before = len(samples.notes)
+        samples = in_order(samples, own_classes, dense=True)
+        notes += samples.notes[before:]
     with frozen(start.model), torch.no_grad():
-        for part in start.parts(torch.arange(len(start))):
-            output = logits(called(start.model, start.inputs(part)))
-            width = output.shape[1]
-            require(
-                output.shape[2:] == start.samples.targets.shape[1:] and width > 1,
-                f"model: it answers with {show(output)}, expected logits (batch, classes, height, width) of the targets' size {tuple(start.samples.targets.shape[1:])}",
-            )
-            bad = int((~torch.isfinite(output)).flatten(1).any(1).sum())
-            if bad:
-                raise NotFiniteError(
-                    f"model: it answers {bad} of {len(part)} samples with NaN or infinite values; check its weights and the data's scale"
-                )
-            said.append(output.argmax(1).to(torch.int16).cpu())
-    classes = start.samples.classes or own_classes
-    notes.append(f"taken as dense: a class for each pixel, of {width}")
-    return replace(
+        some = start.parts(torch.arange(len(start)))[0][: start.batch_size if start.fixed_batch else 2]
+        first = logits(called(start.model, start.inputs(some))).movedim(axis, -1).flatten(0, -2)
+    # What the outputs are is told by some positions: all of them may be many.
+    some = first[:: max(1, first.numel() // _TOLD)].float().cpu()
+    read = reading(some, "classification", dtype_of(start.model))
+    if read.said:
+        notes.append(read.said)
+
+    def change(output: Tensor) -> Tensor:
+        z = output.movedim(axis, -1)
+        if read.change is not None:
+            z = read.change(z.reshape(-1, z.shape[-1])).reshape(*z.shape[:-1], -1)
+        return z.movedim(-1, 1)
+
+    width, shape = max(first.shape[1], 2), samples.targets.shape
+    fit = max(1, _AT_ONCE // (math.prod(shape[1:]) * width))
+    found = replace(
         start,
+        samples=samples,
+        batch_size=start.batch_size if start.fixed_batch else min(start.batch_size, fit),
         task="dense",
-        outputs=torch.cat(said),
+        outputs=torch.full(shape, -1, dtype=torch.int16 if width < 2**15 else torch.int32),
         width=width,
-        classes=tuple(classes) if len(classes) == width else (),
         flops=_flops(start.model, start.inputs(start.example)),
-        notes=tuple(notes),
     )
+    require(
+        bool(found.known.flatten(1).any(1).any()),
+        f"targets: none of them is one of the model's {width} classes, counted from 0",
+    )
+    with read_as_logits(start.model, change):
+        outputs, losses = found.answered(torch.arange(len(found)))
+    bad = int((~torch.isfinite(losses)).sum())
+    if bad:
+        raise NotFiniteError(
+            f"model: it answers {bad} of {len(losses)} samples with NaN or infinite values; check its weights and the data's scale"
+        )
+    classes = samples.classes or own_classes
+    notes.append(f"taken as dense: a class for each {found.unit}, of {width}")
+    classes = tuple(classes) if len(classes) == width else ()
+    return replace(found, outputs=outputs, classes=classes, notes=tuple(notes)), change
 
 
 def _normalization(normalize: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:

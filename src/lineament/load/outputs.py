@@ -116,8 +116,7 @@ def read_as_logits(model: nn.Module, change: Change | None) -> Iterator[None]:
         return
 
     def answer(_: nn.Module, _args: object, output: object) -> Tensor:
-        found = logits(output)
-        return change(found.reshape(len(found), -1))
+        return change(logits(output))
 
     handle = model.register_forward_hook(answer)
     try:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lineament.core.checks import InputError, require, show, suggest
 from lineament.data.samples import Samples
 from lineament.load.columns import Choose, as_targets, find_column, with_groups
-from lineament.load.texts import NONE, TEXTS, text_samples
+from lineament.load.texts import NONE, TEXTS, TextReader, text_samples
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 TARGETS = ("label", "labels", "target", "targets", "y", "class", "outcome")
@@ -36,9 +36,9 @@ def read_table(
     inputs: str | None,
     targets: str | None,
     groups: str | None,
-    tokenizer: Any = None,
+    reader: TextReader | None = None,
 ) -> Samples:
-    """Samples from the columns of a table: inputs (sample, column), or with a tokenizer the texts of one column.
+    """Samples from the columns of a table: inputs (sample, column), or with a reader of texts those of one column.
 
     Args:
         inputs, targets: one column, or several with commas between them; by default the inputs are all other columns that hold numbers, or that
@@ -50,7 +50,7 @@ def read_table(
     table = table_of(path)
     second = _several("targets", targets, table.names) or [find_column("targets", None, TARGETS, table.names)]
     first = _several("inputs", inputs, table.names)
-    if tokenizer is not None:
+    if reader is not None:
         first = [find_column("inputs", inputs, TEXTS, table.names)]
     group = None if groups is None else find_column("groups", groups, (), table.names)
     wanted = first or [name for name in table.names if name not in (*second, group)]
@@ -72,12 +72,12 @@ def read_table(
             f"data: {str(path)!r} has no column of numbers beside {_listed(second)} (its columns: {_listed(table.names)}); "
             f"{NONE}",
         )
-    for name in wanted if tokenizer is None else ():
+    for name in wanted if reader is None else ():
         word = _no_number(cells[name])
         require(word is None, f"inputs: column {name!r} holds {show(word)}, expected numbers")
     # A text may say "none"; only an empty one is none.
     missing = {
-        n: [_empty(c) if tokenizer is None or n in second else not c for c in cells[n]]
+        n: [_empty(c) if reader is None or n in second else not c for c in cells[n]]
         for n in (*wanted, *second)
     }
     whole = [not any(column[k] for column in missing.values()) for k in range(len(rows))]
@@ -93,9 +93,9 @@ def read_table(
         "source": path.name,
     }
     said = f"targets {_listed(second)}"
-    if tokenizer is not None:
+    if reader is not None:
         notes.append(f"texts are column {first[0]!r}, {said}")
-        found = text_samples(kept[first[0]], tokenizer, notes=tuple(notes), **rest)
+        found = text_samples(kept[first[0]], reader.tokenizer, notes=tuple(notes), **rest)
     else:
         values = [[_number(cell) for cell in kept[name]] for name in wanted]
         notes.append(f"inputs are {len(wanted)} columns ({_listed(wanted)}), {said}")
@@ -154,7 +154,7 @@ class JsonLines:
     def walk(self, names: Sequence[str], rows: set[int] | None) -> Iterator[list[str]]:
         for number, row in enumerate(self._rows()):
             if rows is None or number in rows:
-                yield ["" if row.get(name) is None else str(row[name]).strip() for name in names]
+                yield [_cell(row.get(name)) for name in names]
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         number = 0
@@ -206,7 +206,7 @@ class ParquetTable:
                     batch = batch.take(pyarrow.array(chosen[(chosen >= start) & (chosen < end)] - start))
                 start = end
                 columns = [batch.column(name).to_pylist() for name in names]
-                yield from (["" if v is None else str(v) for v in row] for row in zip(*columns))
+                yield from (list(map(_cell, row)) for row in zip(*columns))
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise InputError(f"data: {str(self.path)!r} is no readable parquet file ({error})") from error
 
@@ -265,6 +265,13 @@ def _left_out(missing: dict[str, list[bool]], rows: np.ndarray, whole: Sequence[
 def _no_number(column: Sequence[str]) -> str | None:
     """The first cell that is neither a number nor empty."""
     return next((cell for cell in column if not _empty(cell) and not _is_number(cell)), None)
+
+
+def _cell(value: Any) -> str:
+    """A value as a .csv file would hold it; a list as JSON."""
+    if isinstance(value, (list, dict)):
+        return json.dumps(value, ensure_ascii=False)
+    return "" if value is None else str(value).strip()
 
 
 def _empty(cell: str) -> bool:

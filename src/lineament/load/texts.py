@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,11 +12,21 @@ from torch import Tensor
 from lineament.core.checks import InputError, require
 from lineament.data.samples import Samples
 
+TASKS = ("classes", "tokens", "masked")
 # What columns of texts are called.
 TEXTS = ("text", "sentence", "review", "content", "document", "prompt", "body", "title")
 NONE = (
     "texts are read for a text classifier only: a Hugging Face directory of one, or a pair (model, tokenizer)"
 )
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """What makes samples of texts: a tokenizer, and whether texts have a target (``"classes"``), their words (``"tokens"``) or hidden words (``"masked"``)."""
+
+    tokenizer: Any
+    task: str = "classes"
+    seed: int = 0
 
 
 def text_samples(texts: Sequence[str], tokenizer: Any, **rest: Any) -> Samples:

@@ -5,6 +5,7 @@ from .contrastive import SupCon as SupCon
 from .feature_transform import NegativeInterpolation as NegativeInterpolation
 from .feature_transform import PositiveExtrapolation as PositiveExtrapolation
 from .info_nce import InfoNCE as InfoNCE
+from .info_nce import ScoreLog as ScoreLog
 from .info_nce import score_statistics as score_statistics
 from .margins import AdaFace as AdaFace
 from .margins import ArcFace as ArcFace

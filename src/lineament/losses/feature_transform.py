@@ -133,13 +133,25 @@ def drawn(
     size = {"batch": (), "sample": (shape[0], 1), "dim": shape}[granularity]
     options = {"generator": generator, "device": generator.device}
     options |= {"dtype": torch.float32 if like is None else like.dtype}
-    u = torch.rand(size, **options)
     if distribution == "uniform":
-        return u
+        return torch.rand(size, **options)
     if alpha > 0.5:
-        # Exactly Beta(a, a), without rejection (Ulrich 1984).
-        turn = torch.cos(2 * math.pi * torch.rand(size, **options))
-        return 0.5 + 0.5 * (1 - u.pow(2 / (2 * alpha - 1))).clamp(min=0).sqrt() * turn
+        # Exactly Beta(a, a), without rejection (Ulrich 1984): 1/2 + 1/2 √(1 - U^(2 / (2a - 1))) cos(2π V).
+        found = torch.empty(size, dtype=options["dtype"], device=generator.device)
+        # In parts that stay in the cache.
+        parts = found.view(-1).split(1 << 16 if found.is_cpu else max(found.numel(), 1))
+        for part in parts:
+            root = (
+                torch.rand(part.shape, **options)
+                .pow_(2 / (2 * alpha - 1))
+                .neg_()
+                .add_(1)
+                .clamp_(min=0)
+                .sqrt_()
+            )
+            torch.rand(part.shape, generator=generator, out=part)
+            part.mul_(2 * math.pi).cos_().mul_(root).mul_(0.5).add_(0.5)
+        return found
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     found = np.random.default_rng(seed).beta(alpha, alpha, size)
     return torch.as_tensor(found, dtype=options["dtype"], device=generator.device)

@@ -6,8 +6,10 @@ He et al. 2020; Zhu et al. 2021, arXiv 2108.02982. The loss is logaddexp(s, lse(
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,8 @@ from lineament.losses.feature_transform import NegativeInterpolation, PositiveEx
 from lineament.losses.queue import Queue
 
 Transform = PositiveExtrapolation | NegativeInterpolation
+# Scores that lie in memory at once.
+_ENTRIES = 11_000_000
 
 
 class InfoNCE(nn.Module):
@@ -27,6 +31,7 @@ class InfoNCE(nn.Module):
         temperature: 0.07 for MoCo, 0.2 for its second version.
         queue: of past keys; without one, the batch's other keys are the negatives.
         transform: positive extrapolation, negative interpolation, or both; each works from its own ``start`` on (see :meth:`set_epoch`).
+        log: keeps five numbers of the scores of some steps.
         seed: of their draws.
 
     >>> loss = InfoNCE(0.2, queue=Queue(16, 4))
@@ -41,6 +46,7 @@ class InfoNCE(nn.Module):
         *,
         queue: Queue | None = None,
         transform: Sequence[Transform] = (),
+        log: ScoreLog | None = None,
         seed: int = 0,
     ):
         super().__init__()
@@ -54,7 +60,7 @@ class InfoNCE(nn.Module):
         )
         self.transform = tuple(transform)
         self.generator = torch.Generator().manual_seed(seed)
-        self.epoch = 0
+        self.epoch, self.log = 0, log
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch it is, from 0; transforms with a later ``start`` wait."""
@@ -62,13 +68,34 @@ class InfoNCE(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
         """The mean loss; the untransformed keys are enqueued where there is a queue and the module trains."""
-        positive, negatives = self.scores(query, key)
+        positive, others, rows = self.compared(query, key)
+        watch = self.training and self.log is not None and self.log.due()
+        if rows is None:
+            negatives = self._in_batch(others)
+            count, lse = negatives.shape[1], (negatives / self.temperature).logsumexp(1)
+            variance, mean = torch.var_mean(negatives.detach(), 1)
+        else:
+            count = len(rows)
+            lse, (variance, mean) = negatives_logsumexp(others, rows, self.temperature, watch=watch)
+        s = positive / self.temperature
+        if watch and self.log is not None:
+            log = lse.detach() - math.log(count)
+            found = ScoreStatistics(mean, variance, positive.detach(), log, s.detach())
+            self.log.add(found, raw=(query * key).sum(1).detach())
         if self.queue is not None and self.training:
             self.queue.enqueue(key.detach())
-        return info_nce(positive, negatives, self.temperature)
+        return (torch.logaddexp(s, lse) - s).mean()
 
     def scores(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of the positive [B] and of the negatives [B, K], before the temperature."""
+        positive, others, rows = self.compared(query, key)
+        return positive, self._in_batch(others) if rows is None else others @ rows.clone().T
+
+    def compared(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The positives' scores [B], what meets the negatives [B, d], and the negatives [K, d].
+
+        Without a queue the second are the scores [B, B] of queries and keys, and there is no third.
+        """
         if query.shape != key.shape or query.ndim != 2:
             raise InputError(f"key: got {show(key)}, expected the shape of the query, {show(query)}")
         active = {t.kind: t for t in self.transform if self.epoch >= t.start and self.training}
@@ -80,14 +107,123 @@ class InfoNCE(nn.Module):
             one, two = positive(query, key, lam)
         if self.queue is None:
             found = one @ two.T
-            off = ~torch.eye(len(found), dtype=torch.bool, device=found.device)
-            return found.diagonal(), found[off].view(len(found), -1)
+            return found.diagonal(), found, None
         rows = self.queue.rows.to(query.dtype)
         if isinstance(negative := active.get("negative"), NegativeInterpolation):
             lam = negative.draw((rows.shape[0], rows.shape[1]), self.generator, rows).to(rows.device)
             order = torch.randperm(len(rows), generator=self.generator).to(rows.device)
-            return (one * two).sum(1), negative(one, rows, lam, order)
-        return (one * two).sum(1), one @ rows.T
+            rows = torch.lerp(rows[order], rows, lam)
+        return (one * two).sum(1), one, rows
+
+    def _in_batch(self, found: Tensor) -> Tensor:
+        off = ~torch.eye(len(found), dtype=torch.bool, device=found.device)
+        return found[off].view(len(found), -1)
+
+
+def negatives_logsumexp(
+    query: Tensor, rows: Tensor, temperature: float, *, watch: bool = True
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """ln Σ_n exp(query · n / T) of each query, [B], and the unbiased variance and mean of its scores, [B] each (NaN without ``watch``).
+
+    The gradient to the query is made with it, so that the rows may change before the backward pass; they get none.
+
+    >>> round(negatives_logsumexp(torch.zeros(1, 2), torch.ones(4, 2), 1.0)[0].item(), 4) == round(math.log(4), 4)
+    True
+    """
+    found: Any = _NegativesLogSumExp.apply(query, rows.detach(), temperature, watch, torch.is_grad_enabled())
+    return found[0], (found[1], found[2])
+
+
+class _NegativesLogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        query, rows, temperature, watch, grad = arguments
+        lse, mean, variance = (query.new_full((len(query),), math.nan) for _ in range(3))
+        wanted = grad and ctx.needs_input_grad[0]
+        gradient = torch.empty_like(query) if wanted else None
+        size = max(1, _ENTRIES // len(rows))
+        for start in range(0, len(query), size):
+            at = slice(start, start + size)
+            scores = (query[at] / temperature) @ rows.T
+            if watch:
+                variance[at], mean[at] = torch.var_mean(scores, 1)
+            top = scores.amax(1)
+            total = scores.sub_(top[:, None]).exp_().sum(1)
+            lse[at] = total.log() + top
+            if gradient is not None:
+                torch.div(scores @ rows, (temperature * total)[:, None], out=gradient[at])
+        mean, variance = mean * temperature, variance * temperature**2
+        ctx.gradient = gradient
+        ctx.mark_non_differentiable(mean, variance)
+        return lse, variance, mean
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (None if ctx.gradient is None else ctx.gradient * grads[0][:, None]), None, None, None, None
+
+
+class ScoreLog:
+    """Every n-th step's scores: the means and variances that the paper draws, and the positive's before any transformation.
+
+    Args:
+        every: steps from one entry to the next.
+
+    A warning says once when the mean negative passes 0.5: the embedding crowds.
+
+    >>> log = ScoreLog()
+    >>> log.add(score_statistics(torch.ones(2), torch.zeros(2, 3), 0.5))
+    >>> log.curves["positive_mean"], log.curves["negative_mean"]
+    ([1.0], [0.0])
+    """
+
+    def __init__(self, every: int = 1):
+        self.every, self.step, self.warned = number("every", every, low=1, integer=True), 0, False
+        names = (
+            "step",
+            "negative_mean",
+            "negative_variance",
+            "positive_mean",
+            "positive_variance",
+            "raw_positive",
+            "log_negative",
+        )
+        self.curves: dict[str, list[float]] = {name: [] for name in names}
+
+    def due(self) -> bool:
+        """Whether this step's scores are kept; counts the steps."""
+        self.step += 1
+        return (self.step - 1) % self.every == 0
+
+    @torch.no_grad()
+    def add(self, found: ScoreStatistics, *, raw: Tensor | None = None) -> None:
+        """The scores of one step; ``raw``: the positives' before the transformation."""
+        positive = found.positive
+        numbers = (
+            max(self.step - 1, 0), found.negative_mean.mean(), found.negative_variance.mean(), positive.mean(), positive.var(correction=0),
+            (positive if raw is None else raw).mean(), found.log_negative.mean(),
+        )  # fmt: skip
+        for each, value in zip(self.curves.values(), numbers):
+            each.append(float(value))
+        mean = self.curves["negative_mean"][-1]
+        if mean > 0.5 and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"the mean negative score is {mean:.2f} at step {max(self.step - 1, 0)}: the embedding crowds; start positive extrapolation later",
+                stacklevel=3,
+            )
+
+    def plot(self, ax: Any = None) -> Any:
+        """Mean positive and mean negative against the steps."""
+        if ax is None:
+            import matplotlib.pyplot as plt
+
+            ax = plt.subplots()[1]
+        for name in ("positive_mean", "negative_mean"):
+            ax.plot(self.curves["step"], self.curves[name], label=name.replace("_mean", ""))
+        ax.set(xlabel="step", ylabel="mean score")
+        ax.legend()
+        return ax
 
 
 def info_nce(positive: Tensor, negatives: Tensor, temperature: float) -> Tensor:

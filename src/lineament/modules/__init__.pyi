@@ -1,3 +1,17 @@
+from .colormnet.colorize import ColouredFrame as ColouredFrame
+from .colormnet.colorize import colorize as colorize
+from .colormnet.colorize import suggest as suggest
+from .colormnet.configuration import ColorMNetConfig as ColorMNetConfig
+from .colormnet.film import Colorizing as Colorizing
+from .colormnet.memory import MemoryOptions as MemoryOptions
+from .colormnet.naming import from_official as from_official
+from .colormnet.network import ColorMNet as ColorMNet
+from .colormnet.scores import colour_consistency as colour_consistency
+from .colormnet.scores import colourfulness as colourfulness
+from .colormnet.scores import psnr_legacy as psnr_legacy
+from .colormnet.training import ColorTraining as ColorTraining
+from .colormnet.training import clip_losses as clip_losses
+from .colormnet.training import train_colorizer as train_colorizer
 from .sparse_attention.attention import alignment_loss as alignment_loss
 from .sparse_attention.attention import attention as attention
 from .sparse_attention.attention import sparsity_report as sparsity_report
@@ -6,4 +20,7 @@ from .sparse_attention.selection import select_blocks as select_blocks
 from .unified_embedding.collisions import expected_collisions as expected_collisions
 from .unified_embedding.hashing import fingerprint as fingerprint
 from .unified_embedding.hashing import mix64 as mix64
+from .unified_embedding.probe import plan as plan
+from .unified_embedding.probe import probe as probe
 from .unified_embedding.table import UnifiedEmbedding as UnifiedEmbedding
+from .unified_embedding.views import multiplex as multiplex

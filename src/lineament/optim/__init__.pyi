@@ -12,5 +12,8 @@ from .gns.problems import Softmax as Softmax
 from .gns.rules import Smoothness as Smoothness
 from .gns.rules import SuperUniversal as SuperUniversal
 from .gns.solvers import StepOptions as StepOptions
+from .rows import RowAdagrad as RowAdagrad
+from .rows import RowAdam as RowAdam
+from .rows import RowSGD as RowSGD
 from .sam import ASAM as ASAM
 from .sam import SAM as SAM

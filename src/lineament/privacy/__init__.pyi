@@ -1,8 +1,16 @@
 from .costs import matching_cost as matching_cost
+from .defences import Defence as Defence
 from .defences import clip as clip
+from .defences import defence_of as defence_of
 from .defences import prune as prune
 from .defences import soteria as soteria
 from .inversion import Stage as Stage
 from .inversion import invert as invert
 from .labels import inferred_labels as inferred_labels
+from .messages import Local as Local
+from .messages import Message as Message
 from .picture_scores import picture_scores as picture_scores
+from .priors import Decoder as Decoder
+from .priors import train_prior as train_prior
+from .reconstruction import Search as Search
+from .reconstruction import reconstruct as reconstruct

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,9 @@ Gradient = Callable[[Tensor], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Stage:
-    """One layer of the search: its steps, its peak rate, and the l1 radius around its start (none where it is not positive).
+    """One layer of the search: its steps, its peak rate, and the l1 radius around its start (none where it is negative).
+
+    ``sphere``: whether a code keeps its radius.
 
     >>> Stage(500, 0.1).radius
     -1.0
@@ -31,21 +34,24 @@ class Stage:
     steps: int
     peak: float
     radius: float = -1.0
+    sphere: bool = True
 
 
 @dataclass(frozen=True)
 class Inversion(Readable):
-    """The picture of the stage whose gradient fits best, normalised and clipped.
+    """The pictures of the stage whose gradient fits best, normalised and clipped.
 
-    ``variables``: what each stage ended with; ``scores``: each stage's matching cost; ``objective``: at every step of all stages.
+    ``variables``: what each stage ended with; ``scores``: each stage's matching cost; ``objective``: at every step of all stages. Where the cost was
+    one number a row, ``score`` and ``scores`` are, too, and the best stage is each row's own: ``stage``.
     """
 
     best: Tensor
-    score: float
+    score: Any
     pictures: tuple[Tensor, ...]
     variables: tuple[Tensor, ...]
-    scores: tuple[float, ...]
+    scores: tuple[Any, ...]
     objective: Tensor
+    stage: Any = 0
 
 
 def invert(
@@ -60,15 +66,19 @@ def invert(
     variation: float = 0.0,
     norm: float = 0.0,
     side: int = 64,
+    patience: int | None = None,
 ) -> Inversion:
-    """One restart of the search.
+    """One restart of the search, or as many side by side as the cost has rows.
 
     Args:
         blocks: for a code, the generator as a list of functions that are applied in turn; from the second stage on it is asked once, with the code
             that the first stage found, so that what depends on the code stays as it was.
-        render: the generator's output as normalised pictures. gradient: of pictures, defended as the message is. cost: of that gradient.
+        render: the generator's output as normalised pictures. gradient: of pictures, defended as the message is. cost: of that gradient: a number,
+            or one for each row, which are then searched independently: pictures are rows after one another, each code stays on its own sphere, and
+            ``variation`` and ``norm`` act on each row.
         start: the first code [n, d]. stages: the code's, then those of the inputs of block 1, 2, ...
         bounds: of normalised pictures, per channel. variation, norm: weights of the total variation and of |x| / side².
+        patience: end when the score rose over so many stages in a row.
 
     >>> found = invert(
     ...     lambda z: [lambda v: v.view(1, 1, 2, 2)], lambda x: x, lambda x: [x], lambda g: g[0].square().sum(),
@@ -80,10 +90,13 @@ def invert(
     require(len(stages) > 0, "stages: got none, expected one for the code at least")
     for stage in stages:
         number("steps", stage.steps, low=1, integer=True)
+        require(
+            stage.radius != 0, "radius: got 0, with which nothing moves; expected a positive one, or none"
+        )
     low, high = (bound.view(1, -1, 1, 1) for bound in bounds)
     trace: list[float] = []
     variables, pictures, scores = [], [], []
-    value, frozen = start.detach().clone(), None
+    value, frozen, rising = start.detach().clone(), None, 0
     for k, stage in enumerate(stages):
         if k > 0:
             frozen = blocks(variables[0]) if frozen is None else frozen
@@ -91,7 +104,7 @@ def invert(
                 raise InputError(f"stages: got {len(stages)}, but the generator has {len(frozen)} blocks")
             with torch.no_grad():
                 value = frozen[k - 1](value)
-        first = value.clone()
+        first, tau = value.clone(), value.new_zeros(len(value))
         value = value.clone().requires_grad_()
         optimizer = torch.optim.Adam([value], lr=stage.peak)
         x = value
@@ -101,22 +114,62 @@ def invert(
             for block in (blocks(value) if frozen is None else frozen)[k:]:
                 x = block(x)
             x = render(x)
-            objective = cost(gradient(x)) + variation * total_variation(x) + norm * x.norm() / side**2
+            match = cost(gradient(x))
+            objective = match.sum() + _natural(x, match.numel(), variation, norm / side**2)
             (value.grad,) = torch.autograd.grad(objective, value)
             optimizer.step()
             with torch.no_grad():
-                if k == 0:
-                    value.copy_(to_sphere(value, first))
-                elif stage.radius > 0:
-                    value.copy_(first + l1_projection(value - first, stage.radius))
+                if k == 0 and stage.sphere:
+                    value.copy_(_sphere(value, first, match.ndim == 0))
+                elif k > 0 and stage.radius > 0:
+                    value.copy_(first + l1_projection(value - first, stage.radius, warm=tau))
             trace.append(float(objective.detach()))
         picture = x.detach().clamp(low, high)
         value = value.detach()
         variables.append(value)
         pictures.append(picture)
-        scores.append(float(cost(gradient(picture)).detach()))
-    best = min(range(len(scores)), key=scores.__getitem__)
+        scores.append(cost(gradient(picture)).detach())
+        rising = rising + 1 if k > 0 and bool((scores[-1] > scores[-2]).all()) else 0
+        if patience is not None and rising >= patience:
+            break
+    told = torch.stack(scores).nan_to_num(nan=torch.inf)
+    stage_of = told.argmin(0)
+    if told.ndim == 1:
+        best = pictures[int(stage_of)]
+        plain = tuple(float(s) for s in scores)
+        return Inversion(
+            best,
+            plain[int(stage_of)],
+            tuple(pictures),
+            tuple(variables),
+            plain,
+            _double(trace),
+            int(stage_of),
+        )
+    each = len(pictures[0]) // told.shape[1]
+    rows = torch.arange(len(pictures[0]))
+    best = torch.stack(pictures)[stage_of.cpu().repeat_interleave(each), rows]
     return Inversion(
-        pictures[best], scores[best], tuple(pictures), tuple(variables), tuple(scores),
-        torch.tensor(trace, dtype=torch.float64),
-    )  # fmt: skip
+        best, told.amin(0), tuple(pictures), tuple(variables), tuple(scores), _double(trace), stage_of
+    )
+
+
+def _natural(x: Tensor, rows: int, variation: float, norm: float) -> Tensor:
+    """What keeps pictures natural, summed over rows."""
+    found = x.new_zeros(())
+    if variation:
+        found = found + variation * rows * total_variation(x)
+    if norm:
+        found = found + norm * x.reshape(rows, -1).norm(dim=1).sum()
+    return found
+
+
+def _sphere(moved: Tensor, before: Tensor, one: bool) -> Tensor:
+    """One radius for the whole batch, as published, or each code's own."""
+    if one:
+        return to_sphere(moved, before)
+    return to_sphere(moved.flatten(1)[:, None], before.flatten(1)[:, None]).view_as(moved)
+
+
+def _double(trace: list[float]) -> Tensor:
+    return torch.tensor(trace, dtype=torch.float64)

@@ -14,25 +14,43 @@ from lineament.core.checks import InputError, number, one_of
 
 
 def inferred_labels(
-    weight: Tensor, batch: int, *, rule: Literal["row_sums", "bias"] = "row_sums", bias: Tensor | None = None
+    weight: Tensor,
+    batch: int,
+    *,
+    rule: Literal["row_sums", "bias", "counts"] = "row_sums",
+    bias: Tensor | None = None,
+    expected: Tensor | None = None,
 ) -> list[int]:
     """The labels of a batch, sorted.
 
     Args:
         weight: gradient of the last weights [classes, features]; bias: of its bias [classes].
         rule: ``"row_sums"``: the classes of the smallest row sums, each once (exact for one picture and features that are not negative);
-            ``"bias"``: classes of negative bias gradient, and again those that stay most negative, so that labels may repeat.
+            ``"bias"``: classes of negative bias gradient, and again those that stay most negative, so that labels may repeat;
+            ``"counts"``: batch · (p - b) of each class, rounded to the batch, with p what the model answers on average to ``expected`` pictures.
+        expected: mean probabilities [classes] of pictures of the same kind, for ``"counts"``.
 
     >>> inferred_labels(torch.tensor([[1.0], [-2.0]]), 1)
     [1]
     """
     number("batch", batch, low=1, integer=True)
-    one_of("rule", rule, ("row_sums", "bias"))
+    one_of("rule", rule, ("row_sums", "bias", "counts"))
     if rule == "row_sums":
         number("batch", batch, low=1, high=len(weight), integer=True)
         return sorted(weight.sum(1).topk(batch, largest=False).indices.tolist())
     if bias is None:
-        raise InputError("bias: the rule 'bias' needs the gradient of the last bias")
+        raise InputError(
+            f"bias: the rule {rule!r} needs the gradient of the last bias, and this layer has none"
+        )
+    if rule == "counts":
+        if expected is None:
+            raise InputError("expected: the rule 'counts' needs what the model answers to other pictures")
+        share = (batch * (expected - bias)).clamp(min=0)
+        whole = share.floor()
+        rest = max(batch - int(whole.sum()), 0)
+        whole[(share - whole).topk(rest).indices] += 1
+        found = torch.repeat_interleave(torch.arange(len(whole), device=whole.device), whole.long())
+        return sorted(found[:batch].tolist())
     left = bias.clone()
     found = torch.nonzero(left < 0)[:, 0].tolist()[:batch]
     impact = left[left < 0].sum() / batch
@@ -43,3 +61,20 @@ def inferred_labels(
         found.append(best)
         left[best] -= impact
     return sorted(found)
+
+
+def label_rule(
+    bias: Tensor | None, batch: int, expected: Tensor | None
+) -> Literal["row_sums", "bias", "counts"]:
+    """Which rule suits a message: counts where the model is not sure of its answers yet, else the bias; row sums where the head has no bias.
+
+    A model that is sure of its answers is also sure of the audited pictures, so that mean answers say nothing of how large their gradients are.
+
+    >>> label_rule(torch.tensor([-0.5, 0.5]), 4, torch.tensor([0.5, 0.5])), label_rule(torch.zeros(10), 4, None)
+    ('counts', 'bias')
+    """
+    if bias is None:
+        return "row_sums"
+    # Present classes of an unsure model pull its bias by about 1 / batch each; where the gradient is smaller than half of that, it is sure.
+    unsure = float(-bias.clamp(max=0).sum()) > 0.25 or batch == 1
+    return "counts" if expected is not None and unsure and batch > 1 else "bias"

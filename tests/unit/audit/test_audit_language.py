@@ -92,6 +92,37 @@ def test_pairs_show_components_and_say_what_was_left_out(folder, files):
     assert {finding.section for finding in found.findings} == {"tokens", "components"}
 
 
+LAYOUT = {
+    "blocks": "transformer.h.*",
+    "resid_pre": "transformer.h.*:in",
+    "attn_out": "transformer.h.*.attn",
+    "mlp_out": "transformer.h.*.mlp",
+    "z": "transformer.h.*.attn:z",
+}
+
+
+@pytest.mark.slow
+def test_a_layout_that_says_what_is_known_gives_the_same_components(folder, files):
+    """On the command line as in Python; one that the model's numbers contradict is refused before any lens looks."""
+    known = audit(str(folder), files / "pairs.jsonl", out=files / "r", lenses=["components"])[
+        "components"
+    ].numbers
+    words = [word for kind, glob in LAYOUT.items() for word in ("--layout", f"{kind}={glob}")]
+    command = ["audit", str(folder), str(files / "pairs.jsonl"), "--lens", "components"]
+    assert cli.main([*command, "--out", str(files / "s"), *words]) == 0
+    report = json.loads((files / "s" / "report.json").read_text())
+    said = report["sections"][0]["numbers"]
+    assert torch.allclose(torch.tensor(said["heads"]), torch.tensor(known["heads"]), atol=1e-5)
+    assert said["five_heads"] == pytest.approx(known["five_heads"], abs=1e-5)
+    from lineament.audit.run import AuditOptions
+
+    wrong = AuditOptions(layout={**LAYOUT, "mlp_out": LAYOUT["attn_out"]})
+    with pytest.raises(InputError, match=r"layout: what block 'transformer.h.0' adds"):
+        audit(str(folder), files / "pairs.jsonl", out=files / "t", options=wrong)
+    with pytest.raises(InputError, match="layout: it says where the components of a language model are"):
+        audit(torch.nn.Flatten(), "digits", out=files / "u", options=wrong)
+
+
 @pytest.mark.slow
 def test_an_answer_that_does_not_hang_on_what_differs_is_no_behaviour(folder, files):
     """A model that hardly looks back prefers the same answer whatever the prompt says earlier."""

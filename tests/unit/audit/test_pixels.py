@@ -66,6 +66,71 @@ def test_labels_outside_the_classes_count_nowhere(tmp_path):
     assert numbers["miou"][0] == 1 and numbers["ignored"] == pytest.approx(0.5)
 
 
+class Net(nn.Module):
+    """Two convolutions and a class for each pixel, or one logit."""
+
+    def __init__(self, width):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, width, 1, bias=False)
+        nn.init.normal_(self.two.weight, std=3.0)
+
+    def forward(self, x):
+        return self.two(self.one(x).relu())
+
+
+def test_the_loss_of_each_image_is_the_mean_over_its_labelled_pixels():
+    from lineament.load.data import load_data
+    from lineament.load.model_and_data import bring_together
+    from lineament.load.models import load_model
+
+    net, masks = Net(3), MASKS.clone()
+    masks[:, :8] = 255
+    with bring_together(load_model(net), load_data((IMAGES, masks)), batch_size=5) as found, torch.no_grad():
+        said, losses = found.answered(torch.arange(12))
+        z = net(IMAGES)
+        assert torch.equal(said.long(), z.argmax(1)) and torch.equal(found.outputs, said)
+        each = nn.functional.cross_entropy(z[:, :, 8:], MASKS[:, 8:], reduction="none").flatten(1).mean(1)
+        assert torch.allclose(losses, each, atol=1e-6)
+        assert float(found.loss(z, masks)) == pytest.approx(float(each.mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize("masks", [MASKS[:, None], MASKS.float(), MASKS[:, None].float()])
+def test_one_logit_and_binary_masks_in_every_form(masks, tmp_path):
+    """Two classes (0, z), whatever axis and type the masks are stored with."""
+    net = Net(1)
+    found = audit(net, (IMAGES, masks), out=tmp_path / "r", lenses=["pixels"])["pixels"]
+    with torch.no_grad():
+        right = ((net(IMAGES)[:, 0] > 0).long() == MASKS).double().mean()
+    assert found.numbers["accuracy"][0] == pytest.approx(float(right))
+
+
+@pytest.mark.slow
+def test_parts_and_landscape_of_pixels_by_hand(tmp_path):
+    net = Net(2)
+    found = audit(net, (IMAGES, MASKS), out=tmp_path / "r", lenses=["parts", "landscape"])
+    group = found["parts"].numbers["groups"][1]
+    with torch.no_grad():
+        before, hidden = net(IMAGES), net.one(IMAGES).relu()
+        site = net.one(IMAGES) if group["site"] == "one" else hidden
+        held = site.clone()
+        held[:, group["from"]] = site[:, group["from"]].mean()
+        after = net.two(held.relu() if group["site"] == "one" else held)
+        loss = nn.functional.cross_entropy(before, MASKS)
+    assert group["mean_changed"] == pytest.approx(
+        float((before.argmax(1) != after.argmax(1)).double().mean())
+    )
+    assert group["mean_cost"] == pytest.approx(
+        float(nn.functional.cross_entropy(after, MASKS) - loss), abs=1e-6
+    )
+    assert "pixels' answers" in found["parts"].sentence
+    numbers = found["landscape"].numbers
+    assert numbers["loss"] == pytest.approx(float(loss), abs=1e-5) and numbers["top"] > 0
+    assert numbers["chance"] == pytest.approx(
+        max(float(MASKS.double().mean()), 1 - float(MASKS.double().mean()))
+    )
+
+
 def test_other_lenses_say_that_they_do_not_serve_it(tmp_path):
     found = audit(Named(MASKS), (IMAGES, MASKS), out=tmp_path / "r")
     status = {s.name: s.status for s in found.sections}

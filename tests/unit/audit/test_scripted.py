@@ -28,6 +28,7 @@ def test_what_cannot_be_watched_is_said_before_it_is_tried_and_the_rest_is_measu
     assert {name for name, section in found.items() if section.status == "skipped"} == {
         "collapse",
         "spectrum",
+        "complexity",
         "parts",
     }
     assert "TorchScript" in found["parts"].sentence

@@ -157,13 +157,14 @@ def test_the_dashboard_names_tokens_and_takes_foreign_dictionaries(saved, traine
         assert lineament(*words, "--out", saved / out) == 0
         text = (saved / out / "data/index.js").read_text()
         index = json.loads(text[text.index("(") + 1 : text.rindex(")")])
-        assert set(index["columns"]) == {"density", "maximum", "importance", "effect"}
+        assert set(index["columns"]) == {"density", "maximum", "importance", "complexity", "effect"}
         assert sum(value is not None for value in index["rows"]["effect"]) == 5
         assert all(set(words.split()) <= set(WORDS) for words in index["rows"]["words"])
         chunk = (saved / out / "data/features-00000.js").read_text()
         features = json.loads(chunk[chunk.index("{") : chunk.rindex(")")])
         card = features[str(index["rows"]["number"][0])]
         assert {word for word, _ in card["raises"]} <= set(WORDS) and len(card["nearest"]) == 5
+        assert 0 <= card["complexity"] <= 1 and "complexity" in index["rows"]
     capsys.readouterr()
 
 
@@ -207,7 +208,8 @@ def test_a_network_of_images(tmp_path, capsys):
         )
         == 0
     )
-    assert "data:image/jpeg;base64," in (tmp_path / "site/data/features-00000.js").read_text()
+    chunk = (tmp_path / "site/data/features-00000.js").read_text()
+    assert "data:image/jpeg;base64," in chunk and '"complexity":0' in chunk.replace(" ", "")
     assert lineament("dictionary", "evaluate", sae, model, "digits", *shared) == 0
     capsys.readouterr()
 

@@ -15,9 +15,10 @@ from lineament.core.checks import InputError
 from lineament.core.codes import Codes
 from lineament.core.sites.hooks import replace, tap
 from lineament.dictionaries.autoencoders import Neurons, ReLU, TopK
-from lineament.dictionaries.evaluation import ErrorMeter, atom_overlap, error_metrics, evaluate, usage
+from lineament.dictionaries.evaluation import evaluate
 from lineament.dictionaries.harvest import harvest
-from lineament.dictionaries.training import initialise
+from lineament.dictionaries.metrics import ErrorMeter, atom_overlap, error_metrics, usage
+from lineament.dictionaries.trainer import initialise
 
 SITE = "transformer.h.1"
 

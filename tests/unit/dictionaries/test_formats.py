@@ -307,3 +307,43 @@ def test_what_is_missing_or_misshapen_is_named(tmp_path):
             load_dictionary(name)
     with pytest.raises(InputError, match="hub"):
         load_dictionary("owner/no-such-repository/layers.5")
+
+
+@pytest.mark.parametrize("fold_ln", [False, True])
+@pytest.mark.parametrize("subtract", [False, True])
+def test_a_folded_value_bias_is_put_back(tmp_path, fold_ln, subtract):
+    """Features of the model's own values are those of TransformerLens' values, mixed here from projections without the bias."""
+    from tests.contracts.language_models import tiny
+
+    from lineament.core.sites.activations import capture
+
+    model = tiny("gpt2")
+    model.set_attn_implementation("eager")
+    block, generator = model.transformer.h[1], torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for bias in (block.attn.c_attn.bias, block.ln_1.bias):
+            bias.copy_(torch.randn(bias.shape, generator=generator))
+    d, ids = 24, torch.arange(12).view(2, 6)
+    with torch.no_grad(), capture(model, ["transformer.h.1.attn.c_proj:in", "transformer.h.1:in"]) as acts:
+        weights = model(ids, output_attentions=True).attentions[1]
+    z, x = acts["transformer.h.1.attn.c_proj:in"], acts["transformer.h.1:in"]
+    with torch.no_grad():
+        normed = block.ln_1(x) - (block.ln_1.bias if fold_ln else 0)
+        v = (normed @ block.attn.c_attn.weight[:, -d:]).unflatten(-1, (weights.shape[1], -1))
+        theirs = torch.einsum("bhqk,bkhe->bqhe", weights, v).flatten(-2)
+    names = {"W_enc": (d, 40), "W_dec": (40, d), "b_enc": (40,), "b_dec": (d,)}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in names.items()}
+    save_file(tensors, tmp_path / "sae_weights.safetensors")
+    options = {"fold_value_biases": True, "fold_ln": fold_ln}
+    (tmp_path / "cfg.json").write_text(json.dumps({
+        "architecture": "standard", "d_in": d, "d_sae": 40, "apply_b_dec_to_input": subtract,
+        "metadata": {"model_name": "gpt2", "hook_name": "blocks.1.attn.hook_z", "model_from_pretrained_kwargs": options},
+    }))  # fmt: skip
+    sae = load_dictionary(tmp_path, model=model)
+    shift = tensors["b_dec"] if subtract else 0
+    want = ((theirs - shift) @ tensors["W_enc"] + tensors["b_enc"]).relu()
+    torch.testing.assert_close(sae.encode(z), want, atol=1e-4, rtol=1e-4)
+    back = want @ tensors["W_dec"] + tensors["b_dec"] + (z - theirs)
+    torch.testing.assert_close(sae.decode(sae.encode(z)), back, atol=1e-3, rtol=1e-4)
+    with pytest.raises(InputError, match="give model="):
+        load_dictionary(tmp_path)

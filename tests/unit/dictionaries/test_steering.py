@@ -234,3 +234,41 @@ def test_what_cannot_be_steered_is_refused():
         pass
     with pytest.raises(InputError, match="does not say where"), splice(net, TopK(6, 12, k=2)):
         pass
+
+
+def test_a_training_under_it_is_steered_at_every_step_and_ends_bare():
+    """In a Hugging Face ``Trainer``: the weights are those of a model whose feature was turned off by hand, and no hook stays."""
+    from transformers import Trainer, TrainingArguments
+
+    class Net(nn.Module):
+        def __init__(self, off):
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner, self.head, self.off = nn.Linear(4, 4), nn.Linear(4, 2), off
+
+        def forward(self, x, labels):
+            h = self.inner(x)
+            if self.off:
+                h = torch.cat([h[:, :1], torch.zeros_like(h[:, 1:2]), h[:, 2:]], 1)
+            logits = self.head(h)
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    generator = torch.Generator().manual_seed(0)
+    data = [{"x": torch.randn(4, generator=generator), "labels": torch.tensor(i % 2)} for i in range(32)]
+
+    def trained(net, folder):
+        plan = TrainingArguments(folder, max_steps=5, per_device_train_batch_size=8, learning_rate=0.05, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, logging_strategy="no", seed=3)  # fmt: skip
+        Trainer(net, plan, train_dataset=data).train()  # pyright: ignore[reportArgumentType]
+
+    import tempfile
+
+    by_hand, ours, plain = Net(True), Net(False), Net(False)
+    with tempfile.TemporaryDirectory() as folder:
+        trained(by_hand, folder)
+        with steer(ours, Steer(Neurons(4, site="inner"), 1, scale=0.0)):
+            trained(ours, folder)
+        trained(plain, folder)
+    for name, value in by_hand.state_dict().items():
+        assert torch.allclose(value, ours.state_dict()[name], atol=1e-6), name
+    assert not torch.allclose(plain.head.weight, ours.head.weight, atol=1e-3)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in ours.modules())

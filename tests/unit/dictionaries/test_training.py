@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError
+from lineament.dictionaries import trainer
 from lineament.dictionaries.autoencoders import BatchTopK, Gated, JumpReLU, Neurons, ReLU, TopK
-from lineament.dictionaries.evaluation import error_metrics, usage
+from lineament.dictionaries.end_to_end import train_end_to_end
+from lineament.dictionaries.evaluation import evaluate
+from lineament.dictionaries.metrics import error_metrics, usage
 from lineament.dictionaries.selection import Selection
-from lineament.dictionaries.training import TrainingOptions, geometric_median, initialise, train_dictionary
+from lineament.dictionaries.trainer import TrainingOptions, geometric_median, initialise
+from lineament.dictionaries.training import train_dictionary
 
 D, ATOMS = 16, 14
 FAST = TrainingOptions(dead_tokens=2000)
@@ -85,9 +95,9 @@ def test_a_killed_training_goes_on_with_the_same_bits(
     }
     whole = trained(planted, KINDS[kind](), **short)
     from lineament.core.checkpoint import Checkpoint
-    from lineament.dictionaries import training
+    from lineament.dictionaries import trainer
 
-    loop, step = Checkpoint.loop, training._Trainer.step
+    loop, step = Checkpoint.loop, trainer.Trainer.step
     monkeypatch.setattr(Checkpoint, "loop", lambda self, *a, **o: loop(self, *a, **{**o, "every": 3}))
 
     def killed(self: Any, rows: Any, number: int, steps: int) -> None:
@@ -95,7 +105,7 @@ def test_a_killed_training_goes_on_with_the_same_bits(
             raise KeyboardInterrupt
         step(self, rows, number, steps)
 
-    monkeypatch.setattr(training._Trainer, "step", killed)
+    monkeypatch.setattr(trainer.Trainer, "step", killed)
     with pytest.raises(KeyboardInterrupt):
         trained(planted, KINDS[kind](), checkpoint=tmp_path / "run", **short)
     seen = []
@@ -104,7 +114,7 @@ def test_a_killed_training_goes_on_with_the_same_bits(
         seen.append(number)
         step(self, rows, number, steps)
 
-    monkeypatch.setattr(training._Trainer, "step", counted)
+    monkeypatch.setattr(trainer.Trainer, "step", counted)
     again = trained(planted, KINDS[kind](), checkpoint=tmp_path / "run", **short)
     assert seen[0] == 6 and not (tmp_path / "run").exists()
     for (name, one), (_, other) in zip(
@@ -143,16 +153,14 @@ def test_a_zero_beta_and_no_gradient_are_one(planted: Any) -> None:
 @pytest.mark.parametrize("control", ["shuffled", "random"])
 def test_controls_keep_the_sizes_of_gradients(planted: Any, control: str) -> None:
     from lineament.dictionaries.harvest import harvest
-    from lineament.dictionaries.training import _Trainer
+    from lineament.dictionaries.trainer import Trainer
     from lineament.train.processes import OneProcess
 
     net, data, _ = planted
     rows = next(harvest(net, data, site="0", gradient="labels").batches(100))
     about = {"site": "0", "gradient": "labels", "seed": 0, "tokens": 100, "learning_rate": "auto"}
     made = [
-        _Trainer(
-            TopK(D, 32, k=2), rows, TrainingOptions(control=c), about, 0, OneProcess(torch.device("cpu"))
-        )
+        Trainer(TopK(D, 32, k=2), rows, TrainingOptions(control=c), about, 0, OneProcess(torch.device("cpu")))
         for c in (None, control)
     ]
     true, changed = (trainer._gradient(rows, 3) for trainer in made)
@@ -262,3 +270,158 @@ class TestRefused:
             trained(planted, TopK(D, 32, k=2), gradient="lables")
         with pytest.raises(InputError, match="frozen: got 'W_decoder'"):
             trained(planted, TopK(D, 32, k=2), options=TrainingOptions(frozen=("W_decoder",)))
+
+
+TWO = """
+import os, sys
+import torch
+from torch import nn
+from lineament.dictionaries.autoencoders import BatchTopK, TopK
+from lineament.dictionaries.selection import Selection
+from lineament.dictionaries.trainer import TrainingOptions
+from lineament.dictionaries.training import train_dictionary
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+net = nn.Sequential(nn.Identity(), nn.Linear(12, 4))
+x = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+kinds = [TopK(12, 24, k=2), TopK(12, 24, k=2, selection=Selection(beta=0.0)), BatchTopK(12, 24, k=2)]
+found = train_dictionary(
+    net, (x, torch.arange(64) % 4), site="0", dictionary=kinds, tokens=64 * 12, batch_size=64, gradient="labels",
+    learning_rate=5e-3, options=TrainingOptions(dead_tokens=10**6),
+)
+torch.save([f.dictionary.state_dict() for f in found], f"{sys.argv[1]}/{os.environ.get('RANK', 'alone')}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_weights_of_one_on_the_joint_batch(tmp_path: Any) -> None:
+    (tmp_path / "two.py").write_text(TWO)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    plain = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    shared = {**plain, **address, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "two.py"), str(tmp_path)], env=env, stderr=subprocess.PIPE
+        )
+        for env in (plain, *({**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(2)))
+    ]
+    for process in started:
+        _, said = process.communicate(timeout=200)
+        assert process.returncode == 0, said.decode()[-2000:]
+    alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("alone", "0", "1"))
+    for kind, (one, two, joint) in enumerate(zip(first, second, alone)):
+        for name, value in one.items():
+            assert torch.equal(value, two[name]), (kind, name)
+            if kind < 2:  # a pool of one process is half of the joint one
+                assert torch.allclose(value, joint[name], atol=2e-5), (kind, name)
+
+
+@pytest.mark.parametrize("reconstruction", [0.0, 0.1])
+def test_end_to_end_keeps_what_answers_see(planted: Any, reconstruction: float) -> None:
+    """Where answers see 4 of 16 dimensions its KL is below that of as long a training on activations, whose variance it explains worse."""
+    _, data, _ = planted
+    net = nn.Sequential(nn.Identity(), nn.Linear(D, 4))
+    with torch.no_grad():
+        net[1].weight.copy_(3 * torch.eye(4, D))
+    before = [p.clone() for p in net.parameters()]
+    plan: dict[str, Any] = {"tokens": 20_000, "batch_size": 100, "learning_rate": 5e-3, "options": FAST}
+    found = train_end_to_end(
+        net, data, site="0", dictionary=TopK(D, 32, k=1), reconstruction=reconstruction, **plan
+    )
+    plain = train_dictionary(net, data, site="0", dictionary=TopK(D, 32, k=1), **plan)
+    ours, other = evaluate(net, [found.dictionary, plain.dictionary], data, mode="activation")
+    assert ours.kl < 0.8 * other.kl and ours.fvu > other.fvu
+    assert found.tokens == 20_000 and found.history[-1].fvu < found.history[0].fvu
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
+    assert found.dictionary.info["training"]["loss"] == "end to end" and found.dictionary.site == "0"
+
+
+def test_end_to_end_on_tokens_leaves_special_ones_as_they_are() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 20))
+    ids = torch.randint(1, 20, (40, 6))
+    ids[:, 0] = 0
+    options = replace(FAST, exclude=[0], dead_tokens=100)
+    found = train_end_to_end(
+        net,
+        ids,
+        site="0",
+        dictionary=TopK(8, 16, k=2),
+        tokens=400,
+        batch_size=50,
+        learning_rate=5e-3,
+        options=options,
+    )
+    assert found.tokens == 400, "five rows of each sequence"
+
+
+def test_end_to_end_refuses() -> None:
+    net = nn.Sequential(nn.Identity(), nn.Linear(4, 3))
+    x = torch.randn(8, 4)
+    with pytest.raises(InputError, match="got ReLU, whose sparsity needs a penalty"):
+        train_end_to_end(net, x, site="0", dictionary=ReLU(4, 8), tokens=8)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match="made for 5 dimensions"):
+        train_end_to_end(net, x, site="0", dictionary=TopK(5, 8, k=1), tokens=8)
+    with pytest.raises(InputError, match="walked in order"):
+        train_end_to_end(net, [x], site="0", dictionary=TopK(4, 8, k=1), tokens=8)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(planted: Any, tmp_path: Any, monkeypatch: Any) -> None:
+    """The write that finds no room fails; what was stored before it is what a second run goes on from, to the same bits."""
+    from lineament.core import checkpoint
+
+    plan: dict[str, Any] = {"tokens": 1200, "gradient": "labels"}
+    whole = trained(planted, TopK(D, 32, k=2), **plan)
+    loop, write = checkpoint.Checkpoint.loop, Path.write_bytes
+    monkeypatch.setattr(
+        checkpoint.Checkpoint, "loop", lambda self, *a, **o: loop(self, *a, **{**o, "every": 3})
+    )
+    written = []
+
+    def full(self: Path, content: bytes) -> int:
+        written.append(self)
+        if len(written) < 3:
+            return write(self, content)
+        write(self, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        trained(planted, TopK(D, 32, k=2), checkpoint=tmp_path / "run", **plan)
+    monkeypatch.setattr(Path, "write_bytes", write)
+    seen = []
+    step = trainer.Trainer.step
+    monkeypatch.setattr(
+        trainer.Trainer, "step", lambda self, rows, at, steps: (seen.append(at), step(self, rows, at, steps))
+    )
+    again = trained(planted, TopK(D, 32, k=2), checkpoint=tmp_path / "run", **plan)
+    assert seen[0] == 6, "two stores of three steps were whole"
+    for name, value in whole.dictionary.state_dict().items():
+        assert torch.equal(value, again.dictionary.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("gradient", "width"), [(None, 33), ("labels", 34)])
+def test_out_of_memory_halves_the_chunk_and_not_the_batch(
+    planted: Any, gradient: Any, width: int, monkeypatch: Any
+) -> None:
+    plan: dict[str, Any] = {"tokens": 600, "gradient": gradient}
+    expected = trained(planted, TopK(D, width, k=2), **plan)
+    product, sizes = torch.addmm, []
+
+    def small(bias: Tensor, x: Tensor, weights: Tensor, **o: Any) -> Tensor:
+        sizes.append(len(x))
+        if len(x) > 40:
+            raise torch.OutOfMemoryError("out of memory")
+        return product(bias, x, weights, **o)
+
+    monkeypatch.setattr(torch, "addmm", small)
+    found = trained(planted, TopK(D, width, k=2), **plan)
+    failed = [size for size in sizes if size > 40]
+    assert failed == [256, 128, 64], "halved at the start, and what fitted is remembered"
+    assert set(sizes[3:]) == {32, 4}, "a batch of 100 rows stays one, in chunks"
+    assert found.tokens == 600 and len(found.history) == len(expected.history)
+    for name, value in expected.dictionary.state_dict().items():
+        assert torch.allclose(value, found.dictionary.state_dict()[name], atol=1e-6), name

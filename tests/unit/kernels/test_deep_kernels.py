@@ -39,7 +39,11 @@ def test_a_table_of_moebius_is_its_closed_form(depth):
     assert found[-1] < found[-2] * 1e-6
 
 
-@pytest.mark.parametrize("activation", ["erf", "sin", *(optimal_dual(d) for d in (1, 2, 3.5, 8))], ids=str)
+@pytest.mark.parametrize(
+    "activation",
+    ["erf", "sin", *(optimal_dual(d) for d in (1, 2, 3.5, 8))],
+    ids=lambda v: getattr(v, "name", v),
+)
 def test_koenigs_function_keeps_its_equation_and_is_convex(activation):
     dual, table = dual_of(activation), LogTable(activation)
     xi = np.linspace(0.01, 0.95, 60)
@@ -61,7 +65,11 @@ def test_the_optimal_kernel_is_distance_to_the_minus_dimension(dimension, consta
 
 
 @pytest.mark.parametrize(("kernel", "logs"), [("nngp", log_nngp), ("ntk", log_ntk)])
-@pytest.mark.parametrize("activation", ["erf", "relu", "square", polynomial([0.2, 0.2, 0, 0, 0.6])], ids=str)
+@pytest.mark.parametrize(
+    "activation",
+    ["erf", "relu", "square", polynomial([0.2, 0.2, 0, 0, 0.6])],
+    ids=lambda v: getattr(v, "name", v),
+)
 def test_a_table_is_the_recursion_at_any_depth(activation, kernel, logs):
     for depth in (1, 10, 40):
         table = LogTable(activation, depth, kernel)

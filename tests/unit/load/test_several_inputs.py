@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -224,3 +226,50 @@ def test_training_on_the_command_line_refuses_sequences_of_several_lengths(tmp_p
     )
     assert main(["train", "net.py:make", "net.py:data", "--out", "run"]) == 2
     assert "samples differ in length, expected all alike" in capsys.readouterr().err
+
+
+class Swapped(Masked):
+    """Other names than the arrays have, the mask first."""
+
+    def forward(self, keep, values):
+        return super().forward(values, keep)
+
+
+@pytest.mark.parametrize(
+    ("model", "given"), [(Masked, []), (Masked, ["--inputs", "x,mask"]), (Swapped, ["--inputs", "mask,x"])]
+)
+@pytest.mark.parametrize("ending", [".npz", ".pt"])
+def test_one_file_of_arrays_for_several_inputs(model, given, ending, tmp_path, monkeypatch):
+    """By the names of the forward's arguments, or in the order asked for, on the command line; what is no input stays out."""
+    from lineament import cli
+
+    arrays = {"x": X, "mask": MASK, "y": Y, "site": Y % 2}
+    file = tmp_path / f"a{ending}"
+    if ending == ".npz":
+        np.savez(file, **{name: value.numpy() for name, value in arrays.items()})
+    else:
+        torch.save(arrays, file)
+    monkeypatch.setattr("tests.unit.load.test_several_inputs.made", model, raising=False)
+    command = [
+        "audit",
+        "tests.unit.load.test_several_inputs:made",
+        str(file),
+        "--lens",
+        "accuracy",
+        "--groups",
+        "site",
+    ]
+    assert cli.main([*command, *given, "--out", str(tmp_path / "r")]) == 0
+    report = json.loads((tmp_path / "r" / "report.json").read_text())
+    with torch.no_grad():
+        right = (Masked()(X, MASK).argmax(1) == Y).double().mean()
+    assert report["sections"][0]["numbers"]["overall"]["accuracy"] == pytest.approx(float(right))
+    assert not any("left out" in note for note in report["notes"])
+
+
+def test_arrays_of_another_number_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", x=X.numpy(), mask=MASK.numpy()[:9], y=Y.numpy())
+    with pytest.raises(InputError, match=r"array 'mask' has shape \(9, 5\) and 'y' \(30,\)"):
+        load_data(tmp_path / "a.npz", inputs="x,mask")
+    with pytest.raises(InputError, match="inputs: 'msk' is not in the data; nearest: 'mask'"):
+        load_data(tmp_path / "a.npz", inputs="x,msk")

@@ -138,21 +138,23 @@ def look(subject: LanguageSubject) -> Section:
     if abs(ends[0] - ends[1]) <= _LEAST * max(map(abs, ends)):
         return _unmoved(behaviour, ends)
     metric = logit_difference(answers, wrong)
-    has = architecture(subject.model, trace=True).kinds()
+    has = list(subject.layout) or architecture(subject.model, trace=True).kinds()
     require(
         "z" in has,
-        "no attention heads were found in its blocks; patch what it has by explain.activation_patching",
+        "no attention heads were found in its blocks; patch what it has by explain.activation_patching, or say where heads are (`layout`)",
     )
     kinds = [kind for kind in _KINDS if kind in has]
+    require(bool(kinds), f"layout: it names none of {', '.join(_KINDS)}, expected one at least beside 'z'")
     shared: dict[str, Any] = {"tokenizer": subject.tokenizer}
-    found = relevance_patching(subject.model, clean, corrupt, metric, sites=kinds, **shared)
+    places = _sites(subject, kinds)
+    found = relevance_patching(subject.model, clean, corrupt, metric, sites=places, **shared)
     heads = relevance_patching(
-        subject.model, clean, corrupt, metric, sites="z", positions="together", **shared
+        subject.model, clean, corrupt, metric, sites=_sites(subject, ["z"]), positions="together", **shared
     )
     few = slice(0, _CHECKED)
     metric = logit_difference(answers[few], wrong[few])
-    truth = activation_patching(subject.model, clean[few], corrupt[few], metric, sites=kinds, **shared)
-    ours = relevance_patching(subject.model, clean[few], corrupt[few], metric, sites=kinds, **shared)
+    truth = activation_patching(subject.model, clean[few], corrupt[few], metric, sites=places, **shared)
+    ours = relevance_patching(subject.model, clean[few], corrupt[few], metric, sites=places, **shared)
     agreement = fidelity(ours, truth)
     trusted = min(a.pearson if a.pearson == a.pearson else 0.0 for a in agreement.values())
     per_head = heads.scores["z"].flatten(1)
@@ -187,6 +189,11 @@ def look(subject: LanguageSubject) -> Section:
     )
 
 
+def _sites(subject: LanguageSubject, kinds: Sequence[str]) -> Any:
+    """These kinds of sites, by the names that the subject's layout gives them where it has one."""
+    return {k: g for k, g in subject.layout.items() if k in (*kinds, "blocks")} or list(kinds)
+
+
 def _finding(found: Behaviour) -> Finding:
     if found.right < 0.6:
         return Finding(
@@ -216,14 +223,17 @@ def _patched(
     subject: LanguageSubject, pairs: tuple[Any, Any, Any], nodes: Sequence[Node]
 ) -> tuple[list[Patched], float]:
     """Each node patched by itself on all pairs, the most important first, and the share that the best five heads bring back at once."""
-    effects = patch_nodes(subject.model, *pairs, nodes, tokenizer=subject.tokenizer)
+    shared: dict[str, Any] = {"tokenizer": subject.tokenizer}
+    if subject.layout:
+        shared["sites"] = dict(subject.layout)
+    effects = patch_nodes(subject.model, *pairs, nodes, **shared)
     found = []
     for node, values in zip(nodes, effects):
         mean, low, high = mean_interval(values)
         found.append(Patched(node, mean, (low, high)))
     found.sort(key=lambda each: -abs(each.score))
     five = sorted((each for each in found if each.node.kind == "z"), key=lambda each: -each.score)[:5]
-    together = patch_nodes(subject.model, *pairs, [[each.node for each in five]], tokenizer=subject.tokenizer)
+    together = patch_nodes(subject.model, *pairs, [[each.node for each in five]], **shared)
     return found, float(together.mean())
 
 

@@ -45,6 +45,7 @@ HELP = "what the loss looks like around its weights, and whether that is a settl
 ORDER = 50
 METHOD = "loss-landscape"
 ALIASES = ("sharpness",)
+DENSE = True
 _STEPS, _PROBES, _FEWEST_STEPS = 24, 3, 8
 # Seconds for all products with the Hessian, and for the plane; samples, a power of two of them.
 _SECONDS, _PLANE_SECONDS = 30.0, 10.0
@@ -71,7 +72,7 @@ class Curvature:
 
     ``settled``: whether it is a minimum, ``None`` where these samples do not tell; ``why``: what is against it, or what they leave open.
     ``errors`` (half the width of a 95 % interval) and ``halves`` are of the numbers by name; ``rows`` the samples of each half and ``parts`` of each
-    part, by their numbers in the data.
+    part, by their numbers in the data; ``of`` says of what ``accuracy`` is the share, where not of samples.
     """
 
     top: float
@@ -90,6 +91,7 @@ class Curvature:
     constant_loss: float
     accuracy: float | None
     chance: float | None
+    of: str
     gradient_norm: float | None
     gradient_noise: float | None
     gradient_parts: int
@@ -107,7 +109,7 @@ class Curvature:
         nodes, weights = self.density.nodes.double(), self.density.weights.double()
         found = self.criteria
         return {
-            **vars(self),
+            **{name: value for name, value in vars(self).items() if name != "of"},
             "density": {"nodes": nodes.flatten().tolist(), "weights": weights.flatten().tolist()},
             "criteria": {k: getattr(found, k) for k in ("re", "k", "verdict", "negative", "effective_rank")},
         }
@@ -142,7 +144,10 @@ def _look(subject: Subject) -> Section:
     count, steps, seconds = _affordable(subject, names, order, unit)
     parts = _parts(order[:count], unit)
     rows = torch.cat(parts)
-    loss = float(subject.losses(subject.outputs[rows].double(), subject.targets[rows]).mean())
+    if subject.task == "dense":
+        loss = float(subject.answered(rows)[1].mean())
+    else:
+        loss = float(subject.losses(subject.outputs[rows].double(), subject.targets[rows]).mean())
     if loss < _rounding(subject):
         return _nothing_left(loss, len(rows))
     operators = [hessian(subject.model, subject.loss, subject.batches(part), params=names) for part in parts]
@@ -194,7 +199,8 @@ def _section(
     }
     constant, accuracy, chance = _without_learning(subject, rows)
     loss = loss if gradient is None else gradient.loss
-    against, open_ = _objections(estimates, gradient, loss, constant, accuracy, chance)
+    of = f" of a sample's {subject.unit}s, on average" if subject.task == "dense" else ""
+    against, open_ = _objections(estimates, gradient, loss, constant, accuracy, chance, of)
     if float(found.residuals.max()) > 0.05 * abs(found.top):
         open_.append(
             f"the search for the ends of the spectrum had not settled after {found.density.nodes.shape[1]} steps"
@@ -212,6 +218,7 @@ def _section(
         constant_loss=constant,
         accuracy=accuracy,
         chance=chance,
+        of=of,
         gradient_norm=None if gradient is None else gradient.norm,
         gradient_noise=None if gradient is None else gradient.noise,
         gradient_parts=0 if gradient is None else gradient.parts,
@@ -287,6 +294,7 @@ def _objections(
     constant: float,
     accuracy: float | None,
     chance: float | None,
+    of: str,
 ) -> tuple[list[str], list[str]]:
     """What is against a minimum on all samples and on either half, and what these leave open."""
     top, bottom, k = estimates["top"], estimates["bottom"], estimates["k"]
@@ -297,7 +305,7 @@ def _objections(
         )
     if accuracy is not None and chance is not None and accuracy <= chance:
         against.append(
-            f"it is right for {percent(accuracy)}, and the most frequent class alone would be for {percent(chance)}"
+            f"it is right for {percent(accuracy)}{of}, and the most frequent class alone would be for {percent(chance)}"
         )
     if gradient is None:
         open_.append("a single batch does not tell how far the gradient is from zero")
@@ -327,7 +335,7 @@ def _verdict(found: Curvature) -> str:
         return f"Whether it sits in a minimum these samples do not tell: {'; '.join(found.why)}."
     if not found.settled:
         return f"It does not sit in a minimum on these samples: {'; '.join(found.why)}."
-    right = "" if found.accuracy is None else f" and it is right for {percent(found.accuracy)}"
+    right = "" if found.accuracy is None else f" and it is right for {percent(found.accuracy)}{found.of}"
     return (
         f"It sits in a minimum, as far as these samples tell: the gradient (norm {compact(found.gradient_norm or 0)}) is within {compact(_NOISES)} times what sampling makes of none "
         f"({compact(found.gradient_noise or 0)}, from {found.gradient_parts} parts), nothing curves downwards by more than a tenth of the steepest, and the loss is {compact(found.loss)}, where the best "
@@ -465,6 +473,14 @@ def _gradient(subject: Subject, names: list[str], rows: Tensor, unit: int) -> Me
 def _without_learning(subject: Subject, rows: Tensor) -> tuple[float, float | None, float | None]:
     """The loss of the best constant answer on these samples; for classes how often it is right, and the most frequent class."""
     targets = subject.targets[rows]
+    if subject.task == "dense":
+        # Each sample counts as much as another in the loss, however many of its positions are labelled.
+        known, width = subject.known[rows].flatten(1), int(subject.width)
+        weight = known.double() / known.sum(1, keepdim=True).clamp_min(1) / len(rows)
+        y, said = (v.flatten(1).long() for v in (targets, subject.outputs[rows]))
+        shares = torch.bincount(y.where(known, 0).flatten(), weight.flatten(), width)
+        right = float((weight * (said == y)).sum())
+        return float(torch.special.entr(shares).sum()), right, float(shares.max())
     if subject.task == "classification":
         shares = targets.bincount().double() / len(targets)
         right = float((subject.outputs[rows].argmax(1) == targets).double().mean())

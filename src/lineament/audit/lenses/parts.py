@@ -19,6 +19,7 @@ from lineament.audit.phrases import compact, percent, short
 from lineament.audit.subject import Subject
 from lineament.core.batching import progress
 from lineament.core.sites.activations import patch
+from lineament.core.sites.depth import channel_axis
 from lineament.report.figures import picture, shades
 from lineament.report.outcome import Table
 from lineament.report.section import Finding, Section
@@ -28,6 +29,7 @@ TITLE = "Which parts can it do without?"
 HELP = "which channels can be silenced, at what cost"
 ORDER = 60
 METHOD = "ablation"
+DENSE = True
 SOURCE = ("Ablation studies in artificial neural networks", 2019, "1901.08644")
 _GROUPS = 8
 _WORK = 1.5e12
@@ -87,6 +89,16 @@ class Parts:
     groups: Sequence[Group]
     free: int
     task: str
+    unit: str = "sample"
+
+    @property
+    def counted(self) -> bool:
+        """Whether answers are classes, of which some change and others do not."""
+        return self.task in ("classification", "dense")
+
+    @property
+    def answers(self) -> str:
+        return "answers" if self.unit == "sample" else f"{self.unit}s' answers"
 
     @property
     def samples(self) -> int:
@@ -102,15 +114,15 @@ class Parts:
     @property
     def effect(self) -> tuple[str, str]:
         """What silencing does to answers, before and after the number."""
-        if self.task == "classification":
-            return "changes ", " of answers"
+        if self.counted:
+            return "changes ", f" of {self.answers}"
         return "moves the answers by ", " of their spread"
 
     @property
     def little(self) -> str:
         """What silencing may do at most to a group that is called dispensable."""
-        if self.task == "classification":
-            return "fewer than 1 % of answers changing"
+        if self.counted:
+            return f"fewer than 1 % of {self.answers} changing"
         return "the answers moving by less than 1 % of their spread"
 
 
@@ -123,28 +135,32 @@ def look(subject: Subject) -> Section:
     rows = subject.subset(subject.affordable(_WORK, tries, most=512, least=32), salt=3)
     targets = subject.targets[rows]
     means = _means(subject, rows)
-    before = subject.answer(rows)
-    base = subject.losses(before, targets)
-    classify = subject.task == "classification"
-    right = before.argmax(1) == targets if classify else None
+    before, base = subject.answered(rows)
+    classify = subject.task in ("classification", "dense")
+    known = subject.known[rows] if subject.task == "dense" else torch.ones(len(rows), dtype=torch.bool)
+    named = _named(subject, before)
+    right = (named == targets)[known] if classify else None
     work = [(site, group) for site in subject.sites for group in _split(len(means[site]))]
     groups = []
     for site, (start, stop) in progress(work, "silencing channels"):
         outcomes = []
         for value in (means[site][start:stop], torch.zeros(stop - start)):
-            with patch(subject.model, {site: _silence(start, stop, value)}):
-                after = subject.answer(rows)
-            cost = (subject.losses(after, targets) - base).double()
-            lost = None
+            with patch(subject.model, {site: _silence(subject, site, start, stop, value)}):
+                after, losses = subject.answered(rows)
+            cost, lost = (losses - base).double(), None
             if right is not None:
-                lost = float((right.float() - (after.argmax(1) == targets).float()).mean())
+                again = _named(subject, after)
+                lost = float((right.float() - (again == targets)[known].float()).mean())
+                changed = float((named != again)[known].double().mean())
+            else:
+                changed = _moved(before, after)
             error = float(cost.std() / len(cost) ** 0.5) if len(cost) > 1 else 0.0
-            outcomes.append(Silenced(float(cost.mean()), error, _changed(before, after, classify), lost))
+            outcomes.append(Silenced(float(cost.mean()), error, changed, lost))
         groups.append(Group(site, start, stop, *outcomes))
     loss = float(base.mean())
     ranked = sorted(groups, key=lambda g: -g.mean.changed)
     free = sum(g.mean.changed < 0.01 for g in groups)
-    found = Parts(loss, rows.tolist(), groups, free, subject.task)
+    found = Parts(loss, rows.tolist(), groups, free, subject.task, subject.unit)
     top, changed = ranked[0], ranked[0].mean.changed
     effect = percent(changed).join(found.effect)
     direction = "raises" if top.mean.cost >= 0 else "lowers"
@@ -152,7 +168,7 @@ def look(subject: Subject) -> Section:
         f"On {len(rows)} samples, silencing {top.channels} at {short(top.site, 40)} (held at the mean) {effect}, the most of {len(groups)} groups tried, and {direction} the loss "
         f"from {compact(loss)} to {compact(loss + top.mean.cost)} (± {compact(1.96 * top.mean.error)}, 95 % interval). "
         if changed > 0
-        else f"On {len(rows)} samples, silencing any one of {len(groups)} groups of channels changes no answer. "
+        else f"On {len(rows)} samples, silencing any one of {len(groups)} groups of channels changes no answer."
     )
     told = (
         f"{free} groups ({percent(free / len(groups), 0)}) can each be silenced with {found.little}."
@@ -216,17 +232,12 @@ def _finding(found: Parts) -> Finding:
     )
 
 
-def _axis(x: Tensor) -> int:
-    """Channels come second in maps, last in token sequences and vectors."""
-    return 1 if x.ndim != 3 else 2
-
-
 def _means(subject: Subject, rows: Tensor) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     for acts in subject.activations(rows, "mean activations"):
         for site, x in acts.items():
-            x = x.movedim(_axis(x), -1).flatten(0, -2).double()
+            x = x.movedim(channel_axis(subject.model, site, x), -1).flatten(0, -2).double()
             sums[site] = sums[site] + x.sum(0) if site in sums else x.sum(0)
             counts[site] = counts.get(site, 0) + len(x)
     return {site: (total / counts[site]).float() for site, total in sums.items()}
@@ -243,25 +254,28 @@ def _split(width: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def _silence(start: int, stop: int, value: Tensor) -> Any:
+def _silence(subject: Subject, site: str, start: int, stop: int, value: Tensor) -> Any:
     def change(x: Tensor) -> Tensor:
-        moved = x.movedim(_axis(x), -1)
+        moved = x.movedim(channel_axis(subject.model, site, x), -1)
         moved[..., start:stop] = value.to(moved)
         return x
 
     return change
 
 
-def _changed(before: Tensor, after: Tensor, classify: bool) -> float:
-    """The share of answers that change; for values, how far they move in units of their spread."""
-    if classify:
-        return float((before.argmax(1) != after.argmax(1)).double().mean())
+def _named(subject: Subject, answers: Tensor) -> Tensor:
+    """The class that is named for each sample, or at each position of it."""
+    return answers.long() if subject.task == "dense" else answers.argmax(1)
+
+
+def _moved(before: Tensor, after: Tensor) -> float:
+    """How far values move, in units of their spread."""
     spread = float(before.double().std())
     return float((after - before).double().square().mean().sqrt()) / spread if spread > 0 else 0.0
 
 
 def _figure(subject: Subject, found: Parts) -> Any:
-    classify = found.task == "classification"
+    classify = found.counted
     sites = list(subject.sites)
     rows = [[g.mean.changed for g in found.groups if g.site == site] for site in sites]
     width = max(len(r) for r in rows)
@@ -290,7 +304,7 @@ def _figure(subject: Subject, found: Parts) -> Any:
         size=(6.8, 1.5 + 0.36 * len(sites)),
         caption="How much hangs on each group of channels: "
         + (
-            "percent of answers that change"
+            f"percent of {found.answers} that change"
             if classify
             else "how far answers move, in percent of their spread,"
         )

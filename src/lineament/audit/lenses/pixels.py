@@ -7,7 +7,6 @@ out in turn (the jackknife).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lineament.audit.phrases import percent
+from lineament.audit.estimates import jackknife
+from lineament.audit.phrases import percent, percent_interval
 from lineament.audit.subject import Subject
 from lineament.core.batching import progress
 from lineament.report.figures import picture
@@ -68,7 +68,11 @@ class Pixels:
 
 
 def applies(subject: Subject) -> str:
-    return "" if subject.task == "dense" else "It gives one answer a sample, and none for each pixel."
+    return (
+        ""
+        if subject.unit == "pixel"
+        else f"It gives an answer for each {subject.unit}, and none for each pixel."
+    )
 
 
 def look(subject: Subject) -> Section:
@@ -88,10 +92,10 @@ def look(subject: Subject) -> Section:
     hits = torch.cat(right).double()
     total = confusion.sum(0)
     present = total.sum(1) > 0
-    accuracy, near, inside = (_jackknife(hits[:, k], lambda s: s[..., 0] / s[..., 1]) for k in range(3))
+    accuracy, near, inside = (jackknife(hits[:, k], lambda s: s[..., 0] / s[..., 1]) for k in range(3))
     pixels = float(total.sum())
     found = Pixels(
-        _jackknife(confusion, lambda c: _iou(c)[..., present].mean(-1)),
+        jackknife(confusion, lambda c: _iou(c)[..., present].mean(-1)),
         accuracy,
         near if float(hits[:, 1, 1].sum()) else None,
         inside if float(hits[:, 2, 1].sum()) else None,
@@ -102,7 +106,7 @@ def look(subject: Subject) -> Section:
         [
             Region(
                 subject.class_name(k),
-                _jackknife(confusion, lambda c, k=k: _iou(c)[..., k]),
+                jackknife(confusion, lambda c, k=k: _iou(c)[..., k]),
                 float(total[k].sum()) / pixels,
             )
             for k in present.nonzero()[:, 0].tolist()
@@ -110,11 +114,11 @@ def look(subject: Subject) -> Section:
     )
     worst = min(found.classes, key=lambda region: region.iou[0])
     sentence = (
-        f"Over {found.images} images, intersection over union is {_interval(found.miou)} on average over {len(found.classes)} classes (95 % intervals, over images), the least for "
-        f"“{printable(worst.name, limit=60)}”, {_interval(worst.iou)}. {_interval(found.accuracy)} of pixels are right; naming the most frequent class everywhere would be right for {percent(found.majority)}."
+        f"Over {found.images} images, intersection over union is {percent_interval(found.miou)} on average over {len(found.classes)} classes (95 % intervals, over images), the least for "
+        f"“{printable(worst.name, limit=60)}”, {percent_interval(worst.iou)}. {percent_interval(found.accuracy)} of pixels are right; naming the most frequent class everywhere would be right for {percent(found.majority)}."
     )
     if found.edges is not None and found.inside is not None:
-        sentence += f" Within {_EDGE} pixels of an edge ({percent(found.edge_pixels)} of pixels) {_interval(found.edges)} are right, elsewhere {_interval(found.inside)}."
+        sentence += f" Within {_EDGE} pixels of an edge ({percent(found.edge_pixels)} of pixels) {percent_interval(found.edges)} are right, elsewhere {percent_interval(found.inside)}."
     if found.ignored:
         sentence += f" {percent(found.ignored)} of pixels have a label that is none of the {width} classes, and count nowhere."
     return Section(
@@ -162,23 +166,8 @@ def _iou(confusion: Tensor) -> Tensor:
     return both / either.clamp_min(1)
 
 
-def _jackknife(each: Tensor, value: Any) -> Interval:
-    """A value of sums over images with its 95 % interval, from the sums without each image."""
-    total, count = each.sum(0), len(each)
-    found = float(value(total))
-    if count < 2:
-        return found, -math.inf, math.inf
-    without = torch.stack([value(total - one) for one in each]).nan_to_num(found)
-    error = float(((count - 1) / count * (without - without.mean()).square().sum()).sqrt())
-    return found, max(found - 1.96 * error, 0.0), min(found + 1.96 * error, 1.0)
-
-
-def _interval(x: Interval) -> str:
-    return f"{percent(x[0])} ({percent(x[1])} to {percent(x[2])})" if math.isfinite(x[1]) else percent(x[0])
-
-
 def _finding(found: Pixels) -> Finding:
-    told = f"Its mean intersection over union is {_interval(found.miou)} over {found.images} images, and {percent(found.accuracy[0])} of pixels are right"
+    told = f"Its mean intersection over union is {percent_interval(found.miou)} over {found.images} images, and {percent(found.accuracy[0])} of pixels are right"
     if found.poor:
         return Finding(
             "warning",

@@ -20,6 +20,10 @@ _ACTIVATIONS = (
 )  # fmt: skip
 
 
+_SIGNALS = (nn.Conv1d, nn.ConvTranspose1d)
+_WEIGHTED = (*_SIGNALS, nn.Linear, nn.Embedding, nn.LayerNorm)
+
+
 def default_sites(model: nn.Module, example: Any, most: int = 8) -> tuple[str, ...]:
     """Up to ``most`` sites in depth order: the outputs of the blocks, and last the input of the head.
 
@@ -51,6 +55,43 @@ def default_sites(model: nn.Module, example: Any, most: int = 8) -> tuple[str, .
         blocks = [blocks[i] for i in dict.fromkeys(picked)]
     chosen = [*blocks, *([last] if last is not None else [])]
     return tuple(chosen or ran[-most:])
+
+
+def channel_axis(model: nn.Module, site: str, x: Tensor) -> int:
+    """Which axis of what passes at a site holds its channels: the second of maps, the last of tokens and vectors.
+
+    Three axes are a signal's (batch, channels, steps) where the layer with weights before it is a one-dimensional convolution of as many channels.
+
+    >>> net = nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU())
+    >>> channel_axis(net, "1", torch.ones(2, 4, 7)), channel_axis(net, "1", torch.ones(2, 7, 9)), channel_axis(net, "1", torch.ones(2, 9))
+    (1, 2, 1)
+    """
+    if x.ndim != 3:
+        return 1
+    name, _, side = site.partition(":")
+    before: list[nn.Module] = []
+    own: list[nn.Module] = []
+    for path, module in model.named_modules():
+        inside = path == name or path.startswith(f"{name}.")
+        if own and not inside:
+            break
+        if isinstance(module, _WEIGHTED) or path == name:
+            (own if inside else before).append(module)
+    reads = [m for m in own if isinstance(m, _SIGNALS)][:1] if side == "in" else []
+    if reads and reads[0].in_channels == x.shape[1]:
+        return 1
+    layers = [m for m in (before if side == "in" else [*before, *own]) if isinstance(m, _WEIGHTED)]
+    last = layers[-1] if layers else None
+    return 1 if isinstance(last, _SIGNALS) and last.out_channels == x.shape[1] else 2
+
+
+def tokens_of(model: nn.Module, site: str, x: Tensor) -> Tensor:
+    """What passes at a site, a signal (batch, channels, steps) as the sequence (batch, steps, channels) that it is; all else as it is.
+
+    >>> tokens_of(nn.Sequential(nn.Conv1d(1, 4, 3)), "0", torch.ones(2, 4, 7)).shape
+    torch.Size([2, 7, 4])
+    """
+    return x.transpose(1, 2) if x.ndim == 3 and channel_axis(model, site, x) == 1 else x
 
 
 def layer_kind(module: nn.Module) -> str:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
+from torch import nn
 
 from lineament.core.checks import InputError, number, require, show
 from lineament.core.files import atomic_write, output_folder, write_json
 from lineament.core.sites.families import hook_of_site, site_of_hook
 from lineament.dictionaries.formats.parts import Found, Request, Weights, autoencoder, placed, read_json
+from lineament.dictionaries.formats.value_bias import value_bias
 from lineament.dictionaries.normalised import Normalised
 from lineament.load.checkpoints import read_checkpoint
 
@@ -69,7 +71,32 @@ def read(folder: Path, request: Request) -> Any:
     head = said.get("hook_head_index")
     if head is not None:
         found.site = _head(found, request, head)
-    return placed(made, found, request)
+    return _unfolded(placed(made, found, request), said, request)
+
+
+def _unfolded(made: Any, said: dict[str, Any], request: Request) -> Any:
+    """The dictionary for values that still hold the bias which TransformerLens had folded away."""
+    told = said.get("model_from_pretrained_kwargs")
+    options: dict[str, Any] = told if isinstance(told, dict) else {}
+    if not options.get("fold_value_biases") or not made.info["hook"].endswith("attn.hook_z"):
+        return made
+    site: Any = made.site
+    require(
+        isinstance(request.model, nn.Module) and site is not None,
+        "model: the dictionary was trained on heads' values without their bias (fold_value_biases), which is in the model; give model=, the module",
+    )
+    common = value_bias(request.model, str(site), with_norm=bool(options.get("fold_ln")))
+    require(
+        not isinstance(made, Normalised) and common.shape == (made.d,),
+        "folder: a value bias beside a normalisation, or of single heads, has no counterpart here",
+    )
+    inner: Any = made
+    common = common.to(inner.b_dec)
+    inner.b_dec += common
+    if not inner.subtract_bias:
+        inner.b_enc -= inner.W_enc @ common
+    made.info["notes"].append("the bias of the heads' values, which its activations lacked, is folded in")
+    return made
 
 
 def _kind(config: dict[str, Any]) -> str:

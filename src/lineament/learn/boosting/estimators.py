@@ -20,7 +20,8 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from lineament.core.checks import number, one_of, require
-from lineament.learn.boosting.additive import Grown, Growth, grow
+from lineament.core.estimator_files import SavedEstimator
+from lineament.learn.boosting.additive import Additive, Grown, Growth, grow
 from lineament.learn.boosting.losses import (
     Array,
     Binary,
@@ -36,7 +37,7 @@ from lineament.learn.boosting.losses import (
 from lineament.learn.boosting.subnetwork import ACTIVATIONS
 
 
-class _Boosted(BaseEstimator):
+class _Boosted(SavedEstimator, BaseEstimator):
     """What classifier and regressor share: growing, truncation, stages, export."""
 
     total_units: int
@@ -74,6 +75,27 @@ class _Boosted(BaseEstimator):
         check_is_fitted(self)
         network = self.network_ if units is None else self.network_.truncated(units)
         return network.to_torch(self.loss_.factor)
+
+    def _learned(self) -> tuple[dict[str, Array], dict[str, Any]]:
+        check_is_fitted(self)
+        network = self.network_
+        arrays = {name: getattr(network, name) for name in ("F0", "W1", "b1", "W2", "b2", "steps")}
+        classes = getattr(self, "classes_", np.zeros(0))
+        return arrays, {
+            "activation": network.activation,
+            "classes": classes.tolist(),
+            "flat": getattr(self, "_flat", True),
+        }
+
+    def _relearned(self, arrays: dict[str, Array], told: dict[str, Any]) -> None:
+        self.network_ = Additive(**arrays, activation=one_of("activation", told["activation"], ACTIVATIONS))
+        self.n_features_in_ = arrays["W1"].shape[1]
+        self.n_iter_, self.grown_ = len(arrays["steps"]), None
+        if told["classes"]:
+            self.classes_ = np.array(told["classes"])
+            self.loss_: Loss = Binary() if len(self.classes_) == 2 else Multiclass()
+        else:
+            self._flat, self.loss_ = bool(told["flat"]), Squared()
 
     def _growth(self, n: int) -> Growth:
         number("total_units", self.total_units, low=1, integer=True)

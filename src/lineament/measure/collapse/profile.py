@@ -21,6 +21,7 @@ from lineament.core.checks import InputError, require
 from lineament.core.models import called, decided, device_of, frozen, logits, moved
 from lineament.core.results import Readable
 from lineament.core.sites.activations import capture
+from lineament.core.sites.depth import tokens_of
 from lineament.core.sites.naming import sites as site_names
 from lineament.measure.collapse.metrics import CollapseMeter, CollapseMetrics, SecondLook
 
@@ -265,7 +266,8 @@ def _walk(
             except InputError:
                 decisions = None
             there = labels.to(device)
-            consume({name: _samples(acts[name], there, decisions, pool) for name in names})
+            found = {name: tokens_of(model, name, acts[name]) for name in names}
+            consume({name: _samples(found[name], there, decisions, pool) for name in names})
 
 
 def _joined(batches: list[Samples]) -> Samples:

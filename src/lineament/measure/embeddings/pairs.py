@@ -69,17 +69,22 @@ def recognition(embeddings: Tensor, labels: Tensor, fars: Sequence[float] = (1e-
     impostors = pairs - genuine
     allowed = [int(number("fars", far, low=0, high=1) * impostors * (1 + 1e-12)) for far in fars]
     like, tops = [], _Largest(min(max(allowed) + 1, impostors))
+    others = _others_of(labels)
     size = max(1, _ENTRIES // n)
     hits, precision = 0, 0.0
     depth = int(counts.max()) - 1
     for start in range(0, n, size):
         rows = slice(start, min(start + size, n))
-        # Every pair once: rows of the block with what follows.
+        # Every pair once: rows of the block with what follows. Genuine pairs are few and known: they are taken out.
         scores = unit[rows] @ unit[start:].T
-        same = labels[rows, None] == labels[start:]
-        later = torch.ones_like(same).triu(1)
-        like.append(scores[same & later])
-        tops.add(scores.masked_fill_(same | ~later, -torch.inf))
+        count = rows.stop - start
+        scores[:, :count].masked_fill_(
+            torch.ones(count, count, dtype=torch.bool, device=unit.device).tril(), -torch.inf
+        )
+        i, j = (each - start for each in others(rows))
+        like.append(scores[i, j])
+        scores[i, j] = -torch.inf
+        tops.add(scores)
     for start in range(0, n, size):
         rows = slice(start, min(start + size, n))
         scores = unit[rows] @ unit.T
@@ -87,11 +92,11 @@ def recognition(embeddings: Tensor, labels: Tensor, fars: Sequence[float] = (1e-
         scores[own, start + own] = -torch.inf
         right = labels[scores.topk(depth, 1).indices] == labels[rows, None]
         hits += int(right[:, 0].sum())
-        others = counts[labels[rows]] - 1
+        same = counts[labels[rows]] - 1
         rank = torch.arange(1, depth + 1, device=right.device)
-        right = right & (rank <= others[:, None])
-        each = (right * (right.cumsum(1) / rank)).sum(1) / others.clamp(min=1)
-        precision += float(each[others > 0].sum())
+        right = right & (rank <= same[:, None])
+        each = (right * (right.cumsum(1) / rank)).sum(1) / same.clamp(min=1)
+        precision += float(each[same > 0].sum())
     accepted, largest = torch.cat(like), tops.sorted()
     limits = [float(largest[k]) if k < impostors else -torch.inf for k in allowed]
     lone = int((counts == 1).sum())
@@ -134,7 +139,12 @@ class _Largest:
         self.count, self.parts, self.held, self.floor = count, [], 0, -torch.inf
 
     def add(self, values: Tensor) -> None:
-        found = values[values > self.floor]
+        """Numbers of any shape; -inf is none. Runs of 64 whose largest is below the floor are passed over."""
+        flat = values.flatten()
+        if self.floor > -torch.inf and len(flat) >= 64:
+            whole = flat[: len(flat) // 64 * 64].view(-1, 64)
+            flat = torch.cat([whole[whole.amax(1) > self.floor].flatten(), flat[whole.numel() :]])
+        found = flat[flat > self.floor]
         self.parts.append(found)
         self.held += len(found)
         if self.held > 2 * self.count + 4096:
@@ -144,6 +154,25 @@ class _Largest:
     def sorted(self) -> Tensor:
         found = torch.cat(self.parts)
         return found.topk(min(self.count, len(found))).values
+
+
+def _others_of(labels: Tensor) -> Any:
+    """Gives, for a slice of rows, all pairs (i, j), i < j, of one label with i in the slice."""
+    order = labels.argsort(stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    ends = torch.bincount(labels).cumsum(0)[labels[order]]
+    after = ends - torch.arange(len(order), device=order.device) - 1  # how many of the label follow, by place
+
+    def pairs(rows: slice) -> tuple[Tensor, Tensor]:
+        at = place[rows]
+        counts = after[at]
+        i = torch.arange(rows.start, rows.stop, device=labels.device).repeat_interleave(counts)
+        first = counts.cumsum(0) - counts
+        step = torch.arange(len(i), device=labels.device) - first.repeat_interleave(counts) + 1
+        return i, order[at.repeat_interleave(counts) + step]
+
+    return pairs
 
 
 def _checked(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,8 @@ from lineament.dictionaries.autoencoders import TopK
 from lineament.dictionaries.effects import steering_effects
 from lineament.dictionaries.evaluation import evaluate
 from lineament.dictionaries.selection import Selection
-from lineament.dictionaries.training import TrainingOptions, train_dictionary
+from lineament.dictionaries.trainer import TrainingOptions
+from lineament.dictionaries.training import train_dictionary
 from lineament.load.hub import quiet_transformers
 from lineament.load.language_models import load_language_model
 from lineament.recipes.kit.networks import gpt2

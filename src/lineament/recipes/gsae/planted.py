@@ -18,7 +18,8 @@ from lineament.dictionaries.effects import steering_effects
 from lineament.dictionaries.evaluation import Evaluation, evaluate
 from lineament.dictionaries.factorisations import pca
 from lineament.dictionaries.selection import Selection
-from lineament.dictionaries.training import TrainingOptions, train_dictionary
+from lineament.dictionaries.trainer import TrainingOptions
+from lineament.dictionaries.training import train_dictionary
 from lineament.recipes.kit.networks import network
 from lineament.train.loop import fit
 

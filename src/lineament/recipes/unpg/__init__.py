@@ -36,8 +36,8 @@ class Config:
     losses: tuple[str, ...] = ("CosFace", "CosFace + UNPG", "CosFace + UNPG, no filter", "pairs detached")
     clean_losses: tuple[str, ...] = ("CosFace", "CosFace + UNPG")
     scale: float = 16.0
-    epochs: int = 12
-    seeds: int = 1
+    epochs: int = 10
+    seeds: int = 2
 
     preset: str = presets(
         quick={},

@@ -1,0 +1,126 @@
+"""The subcommand ``lineament leak``; imports no torch before it runs."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+_EPILOG = """examples:
+  lineament leak net.py:make photos.npz --weights net.safetensors --out leaked
+  lineament leak net.py:make photos.npz --defence none --defence clip=4,noise=0.01 --defence prune=90 --batch-size 1,4 --out leaked
+
+It makes the messages of your own pictures and searches those; it does not open anybody else's. Defences: none, clip=BOUND, noise=DEVIATION,
+prune=PERCENT, soteria=PERCENT, private=BOUND:NOISE (per sample), gaussian=EPSILON:DELTA:BOUND, truncate=PERCENT:GAMMA, bits=8; commas put one after another.
+A run that was cut off goes on where it stopped when the same command is given again."""
+
+
+def add_parser(subparsers: Any) -> Any:
+    """Add ``leak`` to the commands of :mod:`lineament.cli`."""
+    from lineament.cli.data_options import add_data_options
+
+    parser = subparsers.add_parser(
+        "leak",
+        help="what could a curious server see of your pictures in one update?",
+        description="Makes the update that a client would send from your own pictures, searches it, and shows what was found beside what could be had "
+        "without it. Writes leak.html and leak.json.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "model",
+        metavar="MODEL",
+        help="package.module:factory, file.py:factory, or a Hugging Face directory or name",
+    )
+    add("data", metavar="DATA", help="labelled images, as for audit")
+    add(
+        "--out",
+        metavar="DIR",
+        default="lineament-leak",
+        help="the folder for the page (default: lineament-leak)",
+    )
+    add("--overwrite", action="store_true", help="replace a finished audit in that folder")
+    add("--weights", metavar="FILE", help="a checkpoint for the network that MODEL makes")
+    add_data_options(parser, split="test, validation or train")
+    add(
+        "--defence",
+        metavar="KIND=VALUE",
+        action="append",
+        help="what is done to a message (may be repeated; default: none, and clip=4,noise=0.01)",
+    )
+    add(
+        "--attack",
+        metavar="NAME",
+        action="append",
+        help="gifd, no ball, latent, ig, gi or dlg (may be repeated; default: gifd, latent, ig)",
+    )
+    add("--batch-size", metavar="N,N", default="1", help="pictures behind one message (default: 1)")
+    add("--pictures", type=int, default=8, metavar="N", help="how many are audited (default: 8)")
+    add(
+        "--samples",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="read no more samples than this (default: 1000)",
+    )
+    add(
+        "--prior",
+        metavar="KIND",
+        default="vae",
+        help="vae or dcgan, trained on the other samples, or none (default: vae)",
+    )
+    add("--steps", type=int, default=60, metavar="N", help="gradients of each layer searched (default: 60)")
+    add("--restarts", type=int, default=1, metavar="N", help="of each search (default: 1)")
+    add("--known-labels", action="store_true", help="give the attacker the labels")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: where the model is)")
+    add("--seed", type=int, default=0, metavar="N", help="of every random choice (default: 0)")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Audit the messages, and say where the page is."""
+    from lineament.audit.leak import LeakOptions, leak
+    from lineament.cli.console import note
+    from lineament.cli.option_values import classes, image_size, normalize
+    from lineament.core.checks import InputError
+    from lineament.privacy.reconstruction import Search
+    from lineament.report.text import printable
+
+    try:
+        sizes = [int(word) for word in arguments.batch_size.split(",")]
+    except ValueError:
+        raise InputError(
+            f"--batch-size: got {arguments.batch_size!r}, expected whole numbers with commas between them"
+        ) from None
+    options = LeakOptions(
+        weights=arguments.weights,
+        inputs=arguments.inputs,
+        targets=arguments.targets,
+        classes=classes(arguments.classes),
+        split=arguments.split,
+        image_size=image_size(arguments.image_size),
+        normalize=normalize(arguments.normalize),
+        attacks=tuple(arguments.attack or ("gifd", "latent", "ig")),
+        prior=arguments.prior,
+        search=Search(steps=arguments.steps, restarts=arguments.restarts),
+        known_labels=arguments.known_labels,
+    )
+    found = leak(
+        arguments.model,
+        arguments.data,
+        out=arguments.out,
+        defences=arguments.defence or ("none", "clip=4,noise=0.01"),
+        pictures=arguments.pictures,
+        batch_sizes=sizes,
+        samples=arguments.samples,
+        device=arguments.device,
+        seed=arguments.seed,
+        overwrite=arguments.overwrite,
+        note=note,
+        options=options,
+    )
+    for finding in found.findings:
+        print(f"{finding.severity:>8}  {printable(finding.sentence)}")
+    print(f"Page: {found.html.resolve()}")
+    return 0

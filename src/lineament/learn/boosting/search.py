@@ -1,0 +1,277 @@
+"""Many boosted networks as one program: all folds, seeds and settings of equal size in one batched problem.
+
+A nested validation trains hundreds of networks whose parts have a few units each, and such a fit is nearly all calls and hardly any arithmetic. Here one
+call works on all of them: hidden layers are one batched product, and the output weights are solved in closed form (variable projection with damped
+Gauss-Newton steps, as ``solver="varpro"``), each problem with a damping of its own. arXiv 1909.12098, sections 2 and 3.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.model_selection import KFold, StratifiedKFold
+from torch import Tensor
+
+from lineament.core.checks import number, one_of, require, suggest
+from lineament.core.results import Readable
+from lineament.learn.boosting.estimators import GBNNClassifier, GBNNRegressor
+
+Array = np.ndarray
+_BATCHED = ("learning_rate", "subsample", "l2", "units_per_step", "total_units")
+
+
+@dataclass(frozen=True)
+class Search(Readable):
+    """``scores`` of the outer folds with the settings that the inner folds chose (accuracy, or R²); ``chosen``, those settings; ``cv_results_`` as scikit-learn's: mean and
+    spread of the inner scores of each setting over all outer folds.
+    """
+
+    scores: list[float]
+    chosen: list[dict[str, Any]]
+    cv_results_: dict[str, Any] = field(repr=False)
+
+    @property
+    def mean(self) -> float:
+        """Of the outer folds."""
+        return float(np.mean(self.scores))
+
+
+def search(
+    X: Any,
+    y: Any,
+    grid: Mapping[str, Sequence[Any]],
+    *,
+    outer: int = 10,
+    inner: int = 10,
+    estimator: GBNNClassifier | GBNNRegressor | None = None,
+    steps: int = 8,
+    seed: int = 0,
+) -> Search:
+    """Nested cross-validation of boosted networks over a grid.
+
+    Args:
+        X, y: [n, features], class labels or targets [n].
+        grid: lists of ``learning_rate``, ``subsample``, ``l2``, ``units_per_step`` or ``total_units``; each combination of equal sizes is one batched problem.
+        outer, inner: folds; stratified for classes.
+        estimator: what the other settings are taken from; a classifier for whole-number or text labels by default, else a regressor.
+        steps: Gauss-Newton steps of each part.
+        seed: of folds, subsamples and first weights.
+
+    Raises:
+        InputError: an unknown setting, a loss or line search that has no batched form.
+
+    >>> from sklearn.datasets import load_iris
+    >>> found = search(*load_iris(return_X_y=True), {"learning_rate": [0.1, 0.5], "total_units": [6]}, outer=3, inner=2)
+    >>> found.mean > 0.9, len(found.cv_results_["params"])
+    (True, 2)
+    """
+    for name in grid:
+        require(
+            name in _BATCHED, f"grid: {name!r} is no setting of a batched search{suggest(name, _BATCHED)}"
+        )
+        require(len(list(grid[name])) > 0, f"grid: {name!r} has no values")
+    for what, count in (("outer", outer), ("inner", inner)):
+        number(what, count, low=2, integer=True)
+    number("steps", steps, low=1, integer=True)
+    X, y = np.asarray(X, dtype=float), np.asarray(y)
+    if estimator is None:
+        estimator = GBNNRegressor() if y.dtype.kind == "f" else GBNNClassifier()
+    classes = np.unique(y) if isinstance(estimator, GBNNClassifier) else None
+    one_of("line_search", estimator.line_search, ("newton",))
+    require(
+        classes is not None or getattr(estimator, "loss", "") == "squared_error",
+        "estimator: a batched search has the squared error and cross-entropy; tune other losses with GridSearchCV",
+    )
+    settings = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+    folds: Any = StratifiedKFold if classes is not None else KFold
+    parts = list(folds(outer, shuffle=True, random_state=seed).split(X, y))
+    jobs: list[tuple[int, int | None, Array, Array]] = []
+    for o, (train, _) in enumerate(parts):
+        inside = folds(inner, shuffle=True, random_state=seed + 1 + o).split(X[train], y[train])
+        jobs += [(o, i, train[a], train[b]) for i, (a, b) in enumerate(inside)]
+    scores = np.zeros((len(settings), outer, inner))
+    for s, job, score in _fitted(X, y, classes, estimator, settings, jobs, steps, seed):
+        scores[s, job[0], job[1]] = score
+    best = scores.mean(2).argmax(0)
+    final = np.zeros(outer)
+    for s in sorted(set(best.tolist())):
+        mine = [(o, None, *parts[o]) for o in range(outer) if best[o] == s]
+        for _, job, score in _fitted(X, y, classes, estimator, [settings[s]], mine, steps, seed):
+            final[job[0]] = score
+    flat = scores.reshape(len(settings), -1)
+    results: dict[str, Any] = {
+        "params": settings,
+        "mean_test_score": flat.mean(1),
+        "std_test_score": flat.std(1),
+        "rank_test_score": (-flat.mean(1)).argsort().argsort() + 1,
+    }
+    results |= {f"param_{name}": [s[name] for s in settings] for name in grid}
+    return Search(final.tolist(), [settings[s] for s in best], results)
+
+
+def _fitted(
+    X: Array, y: Array, classes: Array | None, base: Any, settings: Any, jobs: Any, steps: int, seed: int
+) -> Any:
+    """(number of the setting, job, score) of each problem; those of equal sizes together."""
+    every = [(s, job) for s in range(len(settings)) for job in jobs]
+    groups: dict[tuple[int, int], list[Any]] = {}
+    for s, job in every:
+        made = {name: settings[s].get(name, getattr(base, name)) for name in _BATCHED}
+        per = made["units_per_step"]
+        if per == "auto":
+            per = min(4, max(1, made["total_units"] // 50))
+        groups.setdefault((per, made["total_units"] // per), []).append((s, job, made))
+    for (per, rounds), members in groups.items():
+        require(rounds >= 1, "total_units: fewer than units_per_step")
+        # As many at a time as keep a gigabyte of moves of the hidden weights.
+        room = max(1, int(1e8 / (len(X) * (X.shape[1] + 1) * per)))
+        for first in range(0, len(members), room):
+            some = members[first : first + room]
+            found = _Batch(X, y, classes, some, per, base.activation, steps, seed).scores(rounds)
+            yield from ((s, job, float(v)) for (s, job, _), v in zip(some, found))
+
+
+class _Batch:
+    """Problems of one size: samples outside a problem's training part have weight 0 in it."""
+
+    def __init__(
+        self,
+        X: Array,
+        y: Array,
+        classes: Array | None,
+        members: Any,
+        per: int,
+        activation: str,
+        steps: int,
+        seed: int,
+    ):
+        tensor = lambda v: torch.as_tensor(v, dtype=torch.float64)  # noqa: E731
+        n, B = len(X), len(members)
+        self.X = torch.cat([tensor(X), torch.ones(n, 1, dtype=torch.float64)], 1)
+        self.per, self.steps, self.classes, self.activation = per, steps, classes, activation
+        self.truth = (
+            tensor(y)[:, None]
+            if classes is None
+            else tensor(np.searchsorted(classes, y)[:, None] == np.arange(len(classes)))
+        )
+        self.train = torch.zeros(B, n, dtype=torch.float64)
+        self.test = torch.zeros(B, n, dtype=torch.float64)
+        for row, (_, (_, _, inside, held), _) in enumerate(members):
+            self.train[row, inside], self.test[row, held] = 1, 1
+        pick = lambda name: tensor([made[name] for *_, made in members])  # noqa: E731
+        self.rate, self.share, self.l2 = pick("learning_rate"), pick("subsample"), pick("l2")
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def scores(self, rounds: int) -> Tensor:
+        """Accuracy or R² of each problem's test part after so many parts."""
+        B, n = self.train.shape
+        Y = self.truth.expand(B, -1, -1)
+        if self.classes is None:
+            start = (self.train @ self.truth) / self.train.sum(1, keepdim=True)
+        else:
+            start = torch.zeros(B, Y.shape[2], dtype=torch.float64)
+        F = start[:, None, :].repeat(1, n, 1)
+        for _ in range(rounds):
+            p = F.softmax(2) if self.classes is not None else F
+            r = Y - p
+            h = self._part(r)
+            if self.classes is None:
+                rho = torch.ones(B, dtype=torch.float64)
+            else:
+                weight = self.train[:, :, None]
+                bend = (weight * h * h * p * (1 - p)).sum((1, 2))
+                rho = torch.where(bend > 1e-12, (weight * h * r).sum((1, 2)) / bend.clamp(min=1e-12), 0)
+            step = self.rate * rho
+            before, after = self._loss(F), self._loss(F + step[:, None, None] * h)
+            for _ in range(20):
+                worse = ~(after <= before)
+                if not bool(worse.any()):
+                    break
+                step = torch.where(worse, step / 2, step)
+                after = self._loss(F + step[:, None, None] * h)
+            step = torch.where(after <= before, step, 0)
+            F = F + step[:, None, None] * h.nan_to_num()
+        count = self.test.sum(1)
+        if self.classes is not None:
+            right = (F.argmax(2) == Y.argmax(2)).double()
+            return (right * self.test).sum(1) / count
+        mean = (self.test @ self.truth) / count[:, None]
+        around = (self.test[:, :, None] * (Y - mean[:, None]) ** 2).sum((1, 2))
+        return 1 - (self.test[:, :, None] * (Y - F) ** 2).sum((1, 2)) / around
+
+    def _loss(self, F: Tensor) -> Tensor:
+        Y = self.truth
+        each = (Y - F).square().sum(2) if self.classes is None else F.logsumexp(2) - (Y * F).sum(2)
+        return (each * self.train).sum(1)
+
+    def _part(self, r: Tensor) -> Tensor:
+        """What a new part of each problem answers to every sample: hidden weights by damped Gauss-Newton steps, output weights in closed form."""
+        B, n = self.train.shape
+        d, J = self.X.shape[1] - 1, self.per
+        chosen = self.train
+        if bool((self.share < 1).any()):
+            draw = torch.rand(B, n, generator=self.generator, dtype=torch.float64) * self.train
+            keep = (self.share * self.train.sum(1)).long().clamp(min=1)
+            order = draw.argsort(1, descending=True).argsort(1)
+            chosen = (order < keep[:, None]).double() * self.train
+        scale = 2.0 if self.activation == "logistic" else 6.0
+        bound = (scale / (d + J)) ** 0.5
+        V = (2 * torch.rand(B, d + 1, J, generator=self.generator, dtype=torch.float64) - 1) * bound
+        root = chosen[:, :, None]
+        target = r * root
+        decay = self.l2[:, None].expand(B, (d + 1) * J).clone().reshape(B, d + 1, J)
+        decay[:, d] = 0
+        damping = torch.full((B,), 1e-2, dtype=torch.float64)
+        a, basis, U, left, value = self._solved(V, root, target, decay)
+        eye = torch.eye((d + 1) * J, dtype=torch.float64)
+        for _ in range(self.steps):
+            moves = ((self._slope(a) * root)[:, :, None, :] * self.X[None, :, :, None]).reshape(B, n, -1)
+            q = torch.linalg.qr(basis)[0]
+            moves = moves - q @ (q.mT @ moves)
+            mixing = (U[:, :-1] @ U[:, :-1].mT).repeat(1, d + 1, d + 1)
+            curvature = (moves.mT @ moves) * mixing
+            back = (left @ U[:, :-1].mT).repeat(1, 1, d + 1)
+            gradient = (moves * back).sum(1) - (decay * V).flatten(1)
+            diagonal = curvature.diagonal(dim1=1, dim2=2) + decay.flatten(1)
+            floor = 1e-12 * diagonal.amax(1, keepdim=True) + 1e-12
+            system = curvature + torch.diag_embed(decay.flatten(1) + damping[:, None] * (diagonal + floor))
+            trial = V + torch.linalg.solve(system + 1e-14 * eye, gradient).reshape(V.shape)
+            made = self._solved(trial, root, target, decay)
+            better = made[-1] < value
+            pick = lambda new, old: torch.where(better.view(-1, *[1] * (old.ndim - 1)), new, old)  # noqa: B023, E731
+            V = pick(trial, V)
+            a, basis, U, left, value = (pick(x, z) for x, z in zip(made, (a, basis, U, left, value)))
+            damping = torch.where(better, damping / 5, damping * 4).clamp(1e-8, 1e8)
+        return a @ U[:, :-1] + U[:, -1:]
+
+    def _solved(self, V: Tensor, root: Tensor, target: Tensor, decay: Tensor) -> tuple[Tensor, ...]:
+        z = self.X @ V
+        a = {"logistic": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu, "identity": lambda v: v}[
+            self.activation
+        ](z)
+        basis = torch.cat([a, torch.ones_like(a[:, :, :1])], 2) * root
+        gram = basis.mT @ basis
+        ridge = self.l2[:, None].expand(-1, gram.shape[1]).clone()
+        ridge[:, -1] = 0
+        trace = gram.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
+        U = torch.linalg.solve(
+            gram + torch.diag_embed(ridge + 1e-10 * trace / gram.shape[1]), basis.mT @ target
+        )
+        left = target - basis @ U
+        value = (
+            left.square().sum((1, 2)) + self.l2 * U[:, :-1].square().sum((1, 2)) + (decay * V * V).sum((1, 2))
+        )
+        return a, basis, U, left, value / 2
+
+    def _slope(self, a: Tensor) -> Tensor:
+        return {
+            "logistic": lambda v: v * (1 - v),
+            "tanh": lambda v: 1 - v * v,
+            "relu": lambda v: (v > 0).double(),
+            "identity": torch.ones_like,
+        }[self.activation](a)

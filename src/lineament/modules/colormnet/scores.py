@@ -1,0 +1,79 @@
+"""How good are the colours of a film? PSNR, right and as published, colour consistency over time, colourfulness.
+
+The published PSNR subtracts and squares bytes, modulo 256: it cannot fall below 24 dB and says more than is true. ``psnr_legacy`` repeats it, for
+comparison with published figures only.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from lineament.core.checks import number, require, show
+
+Pictures = UInt8[Tensor, "*frames height width 3"]
+
+
+def psnr_legacy(first: Pictures, second: Pictures) -> float:
+    """PSNR with differences and squares of bytes modulo 256, as the published scripts compute it; at least 24 dB.
+
+    >>> a, b = torch.zeros(4, 4, 3, dtype=torch.uint8), torch.full((4, 4, 3), 16, dtype=torch.uint8)
+    >>> psnr_legacy(a, b)  # 16² is 0 modulo 256
+    inf
+    """
+    first, second = _bytes("first", first), _bytes("second", second)
+    require(first.shape == second.shape, f"second: got {show(second)}, expected the shape of {show(first)}")
+    wrapped = (first.long() - second.long()).remainder(256).square().remainder(256)
+    return float(10 * torch.log10(255**2 / wrapped.double().mean()))
+
+
+def colour_consistency(film: Pictures, *, steps: tuple[int, ...] = (1, 2, 4)) -> float:
+    """CDC: how far the colours' distribution moves over time; 0 where it stays.
+
+    The Jensen-Shannon divergence (natural logarithm) of the histograms of frames t and t + d, for each colour channel; the mean over t, ``steps``
+    d and channels.
+
+    >>> colour_consistency(torch.zeros(6, 4, 4, 3, dtype=torch.uint8))
+    0.0
+    """
+    film = _bytes("film", film)
+    require(
+        film.ndim == 4 and len(film) > max(steps),
+        f"film: got {show(film)}, expected more than {max(steps)} frames (frames, height, width, 3)",
+    )
+    pixels = film.shape[1] * film.shape[2]
+    codes = film.flatten(1, 2).transpose(1, 2).long()
+    histograms = torch.zeros(len(film), 3, 256, dtype=torch.float64, device=film.device)
+    histograms.scatter_add_(2, codes, torch.ones_like(codes, dtype=torch.float64))
+    p = histograms / pixels
+    means = []
+    for step in steps:
+        a, b = p[:-step], p[step:]
+        middle = (a + b) / 2
+        parts = [torch.special.xlogy(x, x) - torch.special.xlogy(x, middle) for x in (a, b)]
+        means.append(0.5 * (parts[0] + parts[1]).sum(2).mean())
+    return float(torch.stack(means).mean())
+
+
+def colourfulness(picture: Pictures, *, absolute: bool = False) -> float:
+    """Hasler and Süsstrunk's colourfulness, √(σ_rg² + σ_yb²) + 0.3 √(μ_rg² + μ_yb²), of one picture.
+
+    ``absolute``: of |rg| and |yb|, as the published evaluation has it.
+
+    >>> colourfulness(torch.full((4, 4, 3), 9, dtype=torch.uint8))
+    0.0
+    """
+    r, g, b = _bytes("picture", picture).double().unbind(-1)
+    parts = torch.stack([r - g, (r + g) / 2 - b]).flatten(1)
+    parts = parts.abs() if absolute else parts
+    return float(parts.std(1, correction=0).norm() + 0.3 * parts.mean(1).norm())
+
+
+def _bytes(what: str, x: Tensor) -> Tensor:
+    require(
+        x.dtype == torch.uint8 and x.ndim >= 3 and x.shape[-1] == 3,
+        f"{what}: got {show(x)}, expected bytes of shape (..., height, width, 3)",
+    )
+    number(f"{what}: pixels", x.numel(), low=1, integer=True)
+    return x

@@ -1,0 +1,175 @@
+"""Optimizers of large tables: a step moves the rows that have a gradient, and reads no others.
+
+A sparse gradient (``nn.Embedding(sparse=True)``, a class head with ``sparse=True``) names the rows. Momentum, moments and weight decay of the other rows stand still, so that a row's state is
+that of its own steps: with a gradient for every row, :class:`RowSGD` and :class:`RowAdam` are PyTorch's SGD and Adam. Dense gradients are taken, too: then every row has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lineament.core.checks import InputError, number, require
+
+
+class _Rows(Optimizer):
+    """What the three share: which rows a step is of, checked options, lazy weight decay."""
+
+    def __init__(self, params: Any, **options: Any):
+        for name in ("lr", "weight_decay", "eps"):
+            if name in options:
+                number(name, options[name], low=0)
+        super().__init__(params, options)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step; with a closure, on the gradients that it leaves."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    rows, gradient = _rows_of(parameter)
+                    if group["weight_decay"]:
+                        gradient = gradient.add(_part(parameter, rows), alpha=group["weight_decay"])
+                    change = self._change(self.state[parameter], parameter, rows, gradient, group)
+                    if rows is None:
+                        parameter.add_(change, alpha=-group["lr"])
+                    else:
+                        parameter.index_add_(0, rows, change, alpha=-group["lr"])
+        return loss
+
+    def _change(
+        self,
+        state: dict[str, Any],
+        parameter: Tensor,
+        rows: Tensor | None,
+        gradient: Tensor,
+        group: dict[str, Any],
+    ) -> Tensor:
+        """What the rows move by, over the rate."""
+        raise NotImplementedError
+
+
+class RowSGD(_Rows):
+    """SGD with momentum that stands still in rows without a gradient.
+
+    >>> w = torch.nn.Parameter(torch.ones(3, 2)); optimizer = RowSGD([w], lr=0.5, momentum=0.9)
+    >>> torch.nn.functional.embedding(torch.tensor([1]), w, sparse=True).sum().backward(); optimizer.step()
+    >>> w[:, 0].tolist()
+    [1.0, 0.5, 1.0]
+    """
+
+    def __init__(self, params: Any, lr: float = 0.1, momentum: float = 0.0, weight_decay: float = 0.0):
+        number("momentum", momentum, low=0, high=1, open_high=True)
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+    def _change(
+        self,
+        state: dict[str, Any],
+        parameter: Tensor,
+        rows: Tensor | None,
+        gradient: Tensor,
+        group: dict[str, Any],
+    ) -> Tensor:
+        if not group["momentum"]:
+            return gradient
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        held = _part(state["momentum"], rows)
+        return _put(state["momentum"], rows, held.mul(group["momentum"]).add_(gradient))
+
+
+class RowAdagrad(_Rows):
+    """Adagrad with one number a row: the sum of its gradients' mean squares. The usual choice for embedding tables.
+
+    >>> w = torch.nn.Parameter(torch.ones(3, 2)); optimizer = RowAdagrad([w], lr=0.5)
+    >>> torch.nn.functional.embedding(torch.tensor([1]), w, sparse=True).sum().backward(); optimizer.step()
+    >>> w[:, 0].tolist(), optimizer.state[w]["squares"].shape
+    ([1.0, 0.5, 1.0], torch.Size([3]))
+    """
+
+    def __init__(self, params: Any, lr: float = 0.01, weight_decay: float = 0.0, eps: float = 1e-10):
+        super().__init__(params, lr=lr, weight_decay=weight_decay, eps=eps)
+
+    def _change(
+        self,
+        state: dict[str, Any],
+        parameter: Tensor,
+        rows: Tensor | None,
+        gradient: Tensor,
+        group: dict[str, Any],
+    ) -> Tensor:
+        if not state:
+            state["squares"] = parameter.new_zeros(len(parameter))
+        squares = gradient.flatten(1).square().mean(1)
+        found = _put(state["squares"], rows, _part(state["squares"], rows) + squares)
+        scale = found.sqrt().add_(group["eps"]).reciprocal_()
+        return gradient * scale.view(-1, *(1,) * (gradient.ndim - 1))
+
+
+class RowAdam(_Rows):
+    """Adam with a count of steps for each row: its moments and their correction are of the row's own steps.
+
+    >>> w = torch.nn.Parameter(torch.ones(3, 2)); optimizer = RowAdam([w], lr=0.5)
+    >>> torch.nn.functional.embedding(torch.tensor([1]), w, sparse=True).sum().backward(); optimizer.step()
+    >>> [round(v, 4) for v in w[:, 0].tolist()]
+    [1.0, 0.5, 1.0]
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
+    ):  # fmt: skip
+        for beta in betas:
+            number("betas", beta, low=0, high=1, open_high=True)
+        super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
+
+    def _change(
+        self,
+        state: dict[str, Any],
+        parameter: Tensor,
+        rows: Tensor | None,
+        gradient: Tensor,
+        group: dict[str, Any],
+    ) -> Tensor:
+        if not state:
+            state["first"], state["second"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            state["steps"] = parameter.new_zeros(len(parameter))
+        one, two = group["betas"]
+        first = _put(state["first"], rows, _part(state["first"], rows).lerp(gradient, 1 - one))
+        second = _put(state["second"], rows, _part(state["second"], rows).lerp(gradient.square(), 1 - two))
+        steps = _put(state["steps"], rows, _part(state["steps"], rows) + 1)
+        shape = (-1, *(1,) * (gradient.ndim - 1))
+        corrected = (second / (1 - two**steps).view(shape)).sqrt_().add_(group["eps"])
+        return first / (1 - one**steps).view(shape) / corrected
+
+
+def _rows_of(parameter: Tensor) -> tuple[Tensor | None, Tensor]:
+    """The rows of a sparse gradient and their values; ``None`` for a dense one."""
+    gradient = parameter.grad
+    assert gradient is not None
+    require(parameter.ndim > 0, "params: a parameter without dimensions has no rows")
+    if not gradient.is_sparse:
+        return None, gradient
+    if gradient.sparse_dim() != 1:
+        raise InputError(
+            f"params: a sparse gradient of {gradient.sparse_dim()} sparse dimensions, expected whole rows"
+        )
+    gradient = gradient.coalesce()
+    return gradient.indices()[0], gradient.values()
+
+
+def _part(state: Tensor, rows: Tensor | None) -> Tensor:
+    return state if rows is None else state[rows]
+
+
+def _put(state: Tensor, rows: Tensor | None, value: Tensor) -> Tensor:
+    """Store the rows' new state; gives it back."""
+    state.copy_(value) if rows is None else state.index_copy_(0, rows, value)
+    return value

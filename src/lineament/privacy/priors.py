@@ -1,0 +1,151 @@
+"""What an attacker knows of the world: a generator of pictures, in blocks whose features can be searched.
+
+Fang et al. 2023, arXiv 2308.04699, sections 1.1 and 6. A prior is trained on public pictures, or brought along; one without a generator searches the pixels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from lineament.core.checks import number, one_of, require, show
+from lineament.train.loop import fit
+
+Block = Callable[[Tensor], Tensor]
+
+
+class Prior(Protocol):
+    """What the search asks of a generator."""
+
+    code: int
+
+    def blocks(self, code: Tensor, targets: Tensor | None) -> Sequence[Block]:
+        """For codes [n, d] and labels [n], the functions whose composition makes pictures."""
+        ...
+
+    @property
+    def render(self) -> Block:
+        """What the last block made, as normalised pictures."""
+        ...
+
+
+class Decoder:
+    """A prior from an ``nn.Sequential`` whose children are the blocks, the first of which takes the code.
+
+    >>> prior = Decoder(nn.Sequential(nn.Linear(2, 4), nn.Unflatten(1, (1, 2, 2))), 2)
+    >>> len(prior.blocks(torch.zeros(3, 2), None))
+    2
+    """
+
+    def __init__(self, generator: nn.Sequential, code: int, render: Block = lambda x: x):
+        require(
+            isinstance(generator, nn.Sequential) and len(generator) > 1,
+            f"generator: got {show(generator)}, expected an nn.Sequential of two or more blocks, between which features are searched",
+        )
+        number("code", code, low=1, integer=True)
+        self.generator, self.code, self.render = generator.eval().requires_grad_(False), code, render
+
+    def blocks(self, code: Tensor, targets: Tensor | None) -> Sequence[Block]:
+        return [self.generator[k] for k in range(len(self.generator))]
+
+
+class Pixels:
+    """No prior: the code is the picture itself."""
+
+    def __init__(self, shape: Sequence[int]):
+        self.shape, self.code = tuple(shape), int(torch.tensor(list(shape)).prod())
+
+    def blocks(self, code: Tensor, targets: Tensor | None) -> Sequence[Block]:
+        return [lambda v: v.reshape(len(v), *self.shape)]
+
+    @property
+    def render(self) -> Block:
+        return lambda made: made
+
+
+def train_prior(
+    images: Tensor,
+    *,
+    kind: Literal["vae", "dcgan"] = "vae",
+    code: int = 16,
+    width: int = 64,
+    steps: int = 1500,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Decoder:
+    """A generator of pictures like these: the decoder of a variational autoencoder, or a DCGAN.
+
+    Args:
+        images: public pictures [n, channels, side, side], normalised as the audited model takes them; the side is a multiple of 4.
+        code: entries of a code. width: channels of the smallest map; each block halves them while it doubles the side.
+
+    >>> prior = train_prior(torch.rand(8, 1, 8, 8), steps=1, width=8)
+    >>> prior.blocks(torch.zeros(2, 16), None)[0](torch.zeros(2, 16)).shape
+    torch.Size([2, 8, 4, 4])
+    """
+    one_of("kind", kind, ("vae", "dcgan"))
+    for name, value in (("code", code), ("width", width), ("steps", steps), ("batch_size", batch_size)):
+        number(name, value, low=1, integer=True)
+    require(
+        images.ndim == 4 and images.shape[2] == images.shape[3] and images.shape[2] % 4 == 0,
+        f"images: got {show(images)}, expected [n, channels, side, side] with a side that 4 divides",
+    )
+    low, high = images.amin((0, 2, 3), keepdim=True), images.amax((0, 2, 3), keepdim=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _Generated(images.shape[1:], code, width, adversary=kind == "dcgan")
+    fit(
+        model.to(images.device),
+        (2 * (images - low) / (high - low).clamp(min=1e-6) - 1, torch.zeros(len(images))),
+        optimizer=lambda net: torch.optim.Adam(net.parameters(), lr=1e-3 if kind == "vae" else 4e-4, betas=(0.9 if kind == "vae" else 0.5, 0.999)),
+        epochs=-(-steps * batch_size // len(images)),
+        batch_size=batch_size,
+        loss=lambda found, _: found.mean(),
+        seed=seed,
+    )  # fmt: skip
+    return Decoder(model.generator, code, lambda made: low + (high - low) * (made.tanh() + 1) / 2)
+
+
+class _Generated(nn.Module):
+    """A generator beside what trains it, an encoder or an adversary; an input's loss is the output, so that the plain training loop trains both."""
+
+    def __init__(self, shape: Sequence[int], code: int, width: int, *, adversary: bool):
+        super().__init__()
+        channels, side = shape[0], shape[1]
+        self.code, self.adversary = code, adversary
+        doublings = 0
+        while side % 2 == 0 and side > 4:
+            side, doublings = side // 2, doublings + 1
+        widths = [max(8, width >> k) for k in range(doublings + 1)]
+        blocks: list[nn.Module] = [
+            nn.Sequential(
+                nn.Linear(code, width * side**2), nn.Unflatten(1, (width, side, side)), nn.LeakyReLU(0.2)
+            )
+        ]
+        for before, after in itertools.pairwise(widths):
+            blocks.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, padding=1), nn.LeakyReLU(0.2)))  # fmt: skip
+        self.generator = nn.Sequential(*blocks, nn.Conv2d(widths[-1], channels, 3, padding=1))
+        reading: list[nn.Module] = []
+        inputs = channels
+        for after in reversed(widths[:doublings]):
+            reading += [nn.Conv2d(inputs, after, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+            inputs = after
+        self.reader = nn.Sequential(*reading, nn.Flatten(), nn.Linear(inputs * side**2, 1 if adversary else 2 * code))  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.adversary:
+            mean, spread = self.reader(x).chunk(2, 1)
+            made = self.generator(mean + spread.clamp(-8, 8).mul(0.5).exp() * torch.randn_like(mean)).tanh()
+            apart = 0.5 * (mean.square() + spread.exp() - 1 - spread).sum(1)
+            # The weight of a picture whose pixels have a deviation of 0.2 in [-1, 1].
+            return ((made - x).square().flatten(1).sum(1) / (2 * 0.2**2) + apart)[:, None]
+        made = self.generator(torch.randn(len(x), self.code, device=x.device, dtype=x.dtype)).tanh()
+        judge = {name: value.detach() for name, value in self.reader.named_parameters()}
+        fooled = functional_call(self.reader, judge, (made,))  # only the generator learns from this
+        return F.softplus(-fooled) + F.softplus(-self.reader(x)) + F.softplus(self.reader(made.detach()))

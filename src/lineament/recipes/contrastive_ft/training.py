@@ -1,0 +1,218 @@
+"""MoCo on small digits with transformed features: the variants, the training, and what its embedding is worth."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lineament.core.readouts.logistic_readout import logistic
+from lineament.data.digits import digit_images
+from lineament.data.samples import Samples
+from lineament.losses.feature_transform import NegativeInterpolation, PositiveExtrapolation
+from lineament.losses.info_nce import InfoNCE, ScoreLog
+from lineament.losses.queue import Queue
+from lineament.recipes.kit.threads import few_threads
+from lineament.train.callbacks import Augment, Cosine
+from lineament.train.loop import fit
+
+
+class Watched(PositiveExtrapolation):
+    """Positive extrapolation that compares its scores with S + 2 λ (1 - λ) (1 - S) in every step."""
+
+    gap = 0.0
+
+    def __call__(self, q: Tensor, k: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+        one, two = super().__call__(q, k, lam)
+        with torch.no_grad():
+            s = (q * k).sum(1)
+            self.gap = max(
+                self.gap, float(((one * two).sum(1) - s - 2 * lam * (1 - lam) * (1 - s)).abs().max())
+            )
+        return one, two
+
+
+class Fixed(Watched):
+    """The mean factor in every step."""
+
+    def draw(self, shape: tuple[int, int], generator: torch.Generator, like: Tensor | None = None) -> Tensor:
+        return torch.tensor(1.5)
+
+
+class UntransformedQuery(InfoNCE):
+    """The extrapolated query meets its key, and the query as it was the negatives."""
+
+    def compared(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        positive, _, rows = super().compared(query, key)
+        return positive, query, rows
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The transforms of a start epoch, the loss, and factors of rate and temperature."""
+
+    transforms: Callable[[int], list[Any]]
+    loss: type[InfoNCE] = InfoNCE
+    rate: float = 1.0
+    temperature: float = 1.0
+
+
+# 2.6 is how much positive extrapolation multiplies the gradient of the positive score, on the mean of λ ~ 1 + Beta(2, 2).
+VARIANTS: dict[str, Variant] = {
+    "MoCo": Variant(lambda late: []),
+    "negatives": Variant(lambda late: [NegativeInterpolation(1.6)]),
+    "positives": Variant(lambda late: [Watched(2.0)]),
+    "both": Variant(lambda late: [Watched(2.0), NegativeInterpolation(1.6)]),
+    "late positives": Variant(lambda late: [Watched(2.0, start=late)]),
+    "both, late positives": Variant(lambda late: [Watched(2.0, start=late), NegativeInterpolation(1.6)]),
+    "late positives, λ 1.5": Variant(lambda late: [Fixed(2.0, start=late)]),
+    "late interpolation": Variant(lambda late: [Watched(2.0, interpolate=True, start=late)]),
+    "MoCo, rate x 2.6": Variant(lambda late: [], rate=2.6),
+    "MoCo, temperature / 2.6": Variant(lambda late: [], temperature=1 / 2.6),
+    "positives, query untransformed": Variant(lambda late: [Watched(2.0)], UntransformedQuery),
+    "both, by dimension": Variant(
+        lambda late: [PositiveExtrapolation(2.0, "dim"), NegativeInterpolation(1.6, "dim")]
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training: accuracy by a read-out from few labels and by neighbours, the curves of its scores, and the identity's largest gap."""
+
+    few: float
+    neighbours: float
+    curves: dict[str, list[float]]
+    gap: float
+
+
+class MoCo(nn.Module):
+    """An encoder with a head, and a slowly following copy that makes the keys. Takes both views, one after the other; returns the queries."""
+
+    def __init__(self, inputs: int, momentum: float, seed: int):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.encoder = nn.Sequential(
+                nn.Flatten(),
+                *(nn.Linear(inputs, 256), nn.BatchNorm1d(256), nn.ReLU()),
+                *(nn.Linear(256, 256), nn.BatchNorm1d(256), nn.ReLU()),
+                nn.Linear(256, 128),
+            )
+            self.head = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 64))
+        self.follower = copy.deepcopy(nn.Sequential(self.encoder, self.head)).requires_grad_(False)
+        self.momentum, self.key = momentum, torch.empty(0)
+
+    def forward(self, views: Tensor) -> Tensor:
+        first, second = views.chunk(2)
+        with torch.no_grad():
+            self.key = F.normalize(self.follower(second), dim=1)
+        return F.normalize(self.head(self.encoder(first)), dim=1)
+
+    @torch.no_grad()
+    def on_step(self, run: Any) -> None:
+        for slow, fast in zip(
+            self.follower.parameters(), [*self.encoder.parameters(), *self.head.parameters()]
+        ):
+            slow.lerp_(fast, 1 - self.momentum)
+
+
+class Epochs:
+    """Tells the loss which epoch it is."""
+
+    def __init__(self, loss: InfoNCE):
+        self.loss = loss
+
+    def on_epoch(self, run: Any) -> None:
+        self.loss.set_epoch(run.epoch)
+
+
+def data_of(config: Any) -> tuple[Samples, Samples]:
+    """Training and test digits of 16 x 16 pixels (MNIST) or 8 x 8 (scikit-learn's)."""
+    parts = []
+    for split, count in (("train", config.samples), ("test", config.test_samples)):
+        found = digit_images("auto", split, count=count, data_folder=config.data_folder)
+        size = 16 if found.inputs.shape[-1] == 28 else 8
+        parts.append(
+            Samples(
+                F.adaptive_avg_pool2d(found.inputs, size), found.targets, found.classes, source=found.source
+            )
+        )
+    return parts[0], parts[1]
+
+
+def views(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Two views of each image: turned, scaled, shifted, of another contrast, and noisy."""
+    made = []
+    for _ in range(2):
+        n = len(x)
+        turn = 0.6 * torch.rand(n, generator=generator) - 0.3
+        scale = 1 / (0.65 + 0.5 * torch.rand(n, generator=generator))
+        shift = 0.3 * torch.rand(n, 2, generator=generator) - 0.15
+        rows = torch.stack(
+            [
+                turn.cos() * scale,
+                -turn.sin() * scale,
+                shift[:, 0],
+                turn.sin() * scale,
+                turn.cos() * scale,
+                shift[:, 1],
+            ],
+            1,
+        )
+        grid = F.affine_grid(rows.view(n, 2, 3), list(x.shape), align_corners=False)
+        view = F.grid_sample(x, grid, align_corners=False)
+        view = view * (0.6 + 0.8 * torch.rand(n, 1, 1, 1, generator=generator))
+        made.append(view + 0.1 * torch.randn(view.shape, generator=generator))
+    return torch.cat(made)
+
+
+def train(name: str, data: tuple[Samples, Samples], config: Any, seed: int) -> Trained:
+    """One training of a variant."""
+    variant, (samples, test) = VARIANTS[name], data
+    steps = config.epochs * math.ceil(len(samples) / config.batch_size)
+    log = ScoreLog(every=max(1, steps // 60))
+    transforms = variant.transforms(config.epochs // 2)
+    loss = variant.loss(
+        config.temperature * variant.temperature, queue=Queue(config.queue, 64, seed=seed), transform=transforms, log=log, seed=seed
+    )  # fmt: skip
+    net = MoCo(samples.inputs[0].numel(), config.momentum, seed)
+    with few_threads(samples.inputs, "cpu"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the mean negative score")  # it is in the table
+        fit(
+            net, (samples.inputs, torch.zeros(len(samples))), epochs=config.epochs, batch_size=config.batch_size, seed=seed,
+            optimizer=lambda n: torch.optim.SGD(
+                [p for p in n.parameters() if p.requires_grad], config.lr * variant.rate, momentum=0.9, weight_decay=1e-4
+            ),
+            loss=lambda z, _: loss(z, net.key), callbacks=[Augment(views), Cosine(), Epochs(loss), net],
+        )  # fmt: skip
+        net.eval()
+        with torch.no_grad():
+            x, y = net.encoder(samples.inputs), net.encoder(test.inputs)
+    gaps = [t.gap for t in transforms if isinstance(t, Watched)]
+    few = statistics.mean(from_few(x, samples.targets, y, test.targets, draw) for draw in range(5))
+    return Trained(few, neighbours(x, samples.targets, y, test.targets), log.curves, max(gaps, default=0.0))
+
+
+def from_few(x: Tensor, labels: Tensor, x_test: Tensor, test: Tensor, draw: int, each: int = 5) -> float:
+    """Test accuracy of a logistic read-out from so many labels of each class."""
+    generator = torch.Generator().manual_seed(draw)
+    order = torch.randperm(len(labels), generator=generator)
+    rows = torch.cat([order[labels[order] == c][:each] for c in labels.unique()])
+    centre, spread = x.mean(0), x.std(0).clamp(min=1e-6)
+    fit_ = logistic((x[rows] - centre) / spread, labels[rows], 1.0, classes=10)
+    return float((fit_.predict((x_test - centre) / spread)[:, 0] == test).double().mean())
+
+
+def neighbours(x: Tensor, labels: Tensor, x_test: Tensor, test: Tensor) -> float:
+    """Test accuracy of the 10 nearest training samples by cosine."""
+    near = (F.normalize(x_test, dim=1) @ F.normalize(x, dim=1).T).topk(10, 1).indices
+    return float((F.one_hot(labels[near], 10).sum(1).argmax(1) == test).double().mean())

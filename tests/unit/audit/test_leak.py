@@ -1,0 +1,109 @@
+"""``lineament leak``: the page, its numbers, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from lineament.audit.leak import LeakOptions, leak
+from lineament.cli import main
+from lineament.core.checks import InputError
+from lineament.privacy import Search
+
+QUICK = LeakOptions(attacks=("latent", "ig"), prior_steps=2, search=Search(steps=8, restarts=1))
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(384, 10))
+
+
+def test_the_page_says_what_was_seen_and_what_was_known_without(net, tmp_path):
+    found = leak(
+        net,
+        "digits",
+        out=tmp_path,
+        defences=["none", "noise=1"],
+        pictures=4,
+        batch_sizes=(1, 2),
+        samples=60,
+        options=QUICK,
+    )
+    told = json.loads(found.json.read_text())
+    assert [s.name for s in found.sections] == ["batch-1", "batch-2"] and len(found.findings) == 4
+    numbers = {(a["defence"], a["attack"]): a for a in found.sections[0].numbers["attacked"]}
+    assert len(numbers) == 4 and all(len(a["psnr"]) == 4 for a in numbers.values())
+    plain = sum(numbers["nothing", "ig"]["psnr"]) / 4
+    assert f"{plain:.1f} dB" in found.findings[0].sentence or "latent" in found.findings[0].sentence
+    page = found.html.read_text()
+    assert "gradients of the mean loss" in page and told["sections"]
+    assert not (tmp_path / ".stages").exists()
+
+
+def test_a_run_that_was_cut_off_goes_on(net, tmp_path, monkeypatch):
+    from lineament.audit import leak as module
+
+    first, calls = module.leakage, []
+
+    def once(*given, **how):
+        calls.append(str(how["defences"][0]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return first(*given, **how)
+
+    monkeypatch.setattr(module, "leakage", once)
+    how = {"defences": ["none", "clip=1"], "pictures": 2, "samples": 40, "options": QUICK}
+    with pytest.raises(KeyboardInterrupt):
+        leak(net, "digits", out=tmp_path / "a", **how)
+    assert not (tmp_path / "a" / "leak.html").exists()
+    cut = leak(net, "digits", out=tmp_path / "a", **how)
+    assert calls == ["nothing", "clip 1", "clip 1"]
+    whole = leak(net, "digits", out=tmp_path / "b", **how)
+    assert cut.sections[0].numbers == whole.sections[0].numbers
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\nmake = lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 10))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "leak",
+        "net.py:make",
+        "digits",
+        "--pictures",
+        "2",
+        "--samples",
+        "40",
+        "--prior",
+        "none",
+        "--attack",
+        "ig",
+        "--steps",
+        "2",
+        "--defence",
+        "none",
+    ]
+    assert main(words) == 0
+    assert "Page:" in capsys.readouterr().out and (tmp_path / "lineament-leak" / "leak.html").is_file()
+    for wrong, says in (
+        (["--defence", "clap=3"], "clap"),
+        (["--attack", "gift"], "gifd"),
+        (["--batch-size", "3"], "divides"),
+        (["--batch-size", "x"], "whole numbers"),
+    ):
+        assert main([*words, "--overwrite", *wrong]) != 0
+        assert says in capsys.readouterr().err
+
+
+def test_other_models_and_too_few_samples_are_refused(net, tmp_path):
+    with pytest.raises(InputError, match="too few"):
+        leak(net, "digits", out=tmp_path, pictures=8, samples=20, options=QUICK)
+    flat = nn.Linear(64, 10)
+    rows = (torch.rand(60, 64).numpy(), (torch.arange(60) % 10).numpy())
+    with pytest.raises(InputError, match="images"):
+        leak(flat, rows, out=tmp_path, pictures=4, options=QUICK)

@@ -1,0 +1,104 @@
+"""Training on clips: what is drawn, what is learned, and that a killed training goes on."""
+
+import copy
+
+import pytest
+import torch
+
+from lineament.core.checkpoint import Checkpoint
+from lineament.core.checks import InputError
+from lineament.modules.colormnet.configuration import ColorMNetConfig
+from lineament.modules.colormnet.network import ColorMNet
+from lineament.modules.colormnet.training import Clips, ColorTraining, jittered, references, train_colorizer
+
+SMALL = ColorTraining(frames=3, size=32, epochs=2, clips=2, batch_size=1, lr=1e-3, affine=(0, 0), scale=1.0)
+
+
+@pytest.fixture(scope="module")
+def films() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.randint(0, 256, (1, 2, 2, 3), dtype=torch.uint8, generator=generator)
+    picture = patches.repeat_interleave(16, 1).repeat_interleave(16, 2)
+    return [picture.expand(5, -1, -1, -1).contiguous()]
+
+
+@pytest.fixture(scope="module")
+def model() -> ColorMNet:
+    torch.manual_seed(0)
+    return ColorMNet(ColorMNetConfig.tiny())
+
+
+def test_memory_holds_the_first_frame_and_random_ones():
+    for held in references(8, 3)[1:]:
+        assert held[0] == 0 and len(set(held)) == len(held)
+    assert [len(held) for held in references(8, 3)] == [0, 1, 2, 3, 3, 3, 3, 3]
+    assert all(max(held, default=0) < max(t, 1) for t, held in enumerate(references(8, 3)))
+
+
+def test_a_clip_moves_one_way_through_its_film():
+    films = [torch.zeros(200, 4, 4, 3, dtype=torch.uint8)]
+    clips, ways = Clips(films, ColorTraining()), set()
+    for done, most in ((0.0, 5), (0.2, 10), (0.5, 15), (0.95, 5)):
+        clips.done = done
+        for _ in range(20):
+            gaps = clips.places(200).diff()
+            assert (gaps > 0).all() or (gaps < 0).all()
+            assert gaps.abs().max() <= most
+            ways.add(bool(gaps[0] > 0))
+    assert ways == {True, False}
+    assert clips.places(3).max() <= 2
+
+
+def test_no_change_leaves_pictures_as_they_are(films):
+    rgb = films[0].movedim(3, 1) / 255
+    torch.testing.assert_close(jittered(rgb, 0, 0, 0), rgb)
+    grey = torch.full((2, 3, 4, 4), 0.4)
+    turned = jittered(grey, 0, 0.5, 0.5)
+    torch.testing.assert_close(turned, grey)
+
+
+def test_it_learns_and_keeps_its_statistics_and_semantics(model, films):
+    model = copy.deepcopy(model).train()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    told = ColorTraining(**{**vars(SMALL), "epochs": 6, "clips": 4, "jitter": (0, 0, 0), "jitter_frame": 0})
+    losses = train_colorizer(model, films, options=told).curve("loss")
+    assert losses[-1] < 0.8 * losses[0]
+    after = model.state_dict()
+    kept = [n for n in before if "running" in n or n.startswith("key_encoder.network2.")]
+    assert kept and all(torch.equal(before[name], after[name]) for name in kept)
+    assert not torch.equal(before["decoder.pred.weight"], after["decoder.pred.weight"])
+
+
+def test_a_killed_training_goes_on_with_the_same_bits(model, films, tmp_path):
+    whole, parts = copy.deepcopy(model), copy.deepcopy(model)
+    train_colorizer(whole, films, options=SMALL)
+
+    class Kill:
+        def on_epoch(self, run):
+            if run.epoch == 1:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_colorizer(
+            parts, films, options=SMALL, checkpoint=Checkpoint(tmp_path / "a", {}), callbacks=[Kill()]
+        )
+    again = copy.deepcopy(model)
+    train_colorizer(again, films, options=SMALL, checkpoint=Checkpoint(tmp_path / "a", {}))
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    ("films", "options", "message"),
+    [
+        ([], SMALL, "films: got none"),
+        ([torch.zeros(4, 8, 8, 3)], SMALL, "number 0 is a float32 tensor"),
+        (
+            [torch.zeros(4, 8, 8, 3, dtype=torch.uint8)],
+            ColorTraining(size=40),
+            "size: got 40, expected a multiple of 16",
+        ),
+    ],
+)
+def test_bad_input(model, films, options, message):
+    with pytest.raises(InputError, match=message):
+        train_colorizer(model, films, options=options)
