@@ -160,8 +160,8 @@ def threads(work: float) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def fresh(out: str | Path, overwrite: bool, report: str = "report") -> Path:
-    """The output folder for ``REPORT.html``: new, empty, or of an unfinished run; another only with ``overwrite``."""
+def fresh(out: str | Path, overwrite: bool, report: str = "report", also: Sequence[str] = ()) -> Path:
+    """The output folder for ``REPORT.html`` (and ``also``): new, empty, or of an unfinished run; another only with ``overwrite``."""
     folder = possible_folder(out)
     if folder.is_dir():
         present = {p.name for p in folder.iterdir()}
@@ -173,7 +173,7 @@ def fresh(out: str | Path, overwrite: bool, report: str = "report") -> Path:
         own = {
             name
             for name in present
-            if name in (f"{report}.html", f"{report}.json", STAGES)
+            if name in (f"{report}.html", f"{report}.json", STAGES, *also)
             or name.startswith((f".{report}-", f"{report}-"))
         }
         foreign = sorted(present - own)

@@ -22,6 +22,7 @@ COMMANDS = (
     "explain",
     "train",
     "dictionary",
+    "edit",
     "baseline",
     "leak",
     "colorize",
@@ -31,7 +32,7 @@ COMMANDS = (
     "bench",
 )
 # What these had finished when they were interrupted is used again.
-_RESUMED = ("audit", "compare", "train", "baseline", "leak", "colorize", "reproduce", "bench")
+_RESUMED = ("audit", "compare", "train", "edit", "baseline", "leak", "colorize", "reproduce", "bench")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -518,8 +518,8 @@ class _Measured:
         """How many times less there is now."""
         if kind == "latency":
             if self.seconds is None:
-                self.seconds = _seconds(self.model, self.example)
-            return self.seconds / _seconds(
+                self.seconds = seconds_of(self.model, self.example)
+            return self.seconds / seconds_of(
                 _taken_out(self.model, self.groups, kept, self.example), self.example
             )
         cost = Cost(self.model, self.example, list(self.groups.values()))
@@ -562,7 +562,8 @@ _TARGETS = ("params", "flops", "latency")
 _WORDS = {"params": "parameters", "flops": "operations", "latency": "seconds"}
 
 
-def _seconds(model: nn.Module, example: Any, repeats: int = 7) -> float:
+def seconds_of(model: nn.Module, example: Any, repeats: int = 7) -> float:
+    """The shortest of several forwards."""
     times = []
     with frozen(model), torch.no_grad():
         for _ in range(repeats):

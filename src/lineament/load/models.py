@@ -17,8 +17,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lineament.core import surgery
 from lineament.core.checks import InputError, require, show
 from lineament.core.models import takes_hooks, unwrapped
+from lineament.core.surgery.saving import STEPS
 from lineament.load.checkpoints import ENDINGS, kind_of, listed, read_checkpoint, tensors_by_path
 from lineament.load.exported import exported
 from lineament.load.hub import findable, first_line
@@ -34,7 +36,8 @@ def load_model(model: Any, *, weights: str | Path | None = None) -> Loaded:
     Args:
         model: ``package.module:factory`` or ``file.py:factory`` (a function or class that takes no arguments, or a network itself), a ``torch.export``
             file ``.pt2``, a TorchScript archive, an ONNX file (extra ``onnx``), a Hugging Face directory or name (a classifier of images or texts), an ``nn.Module``, or for texts a pair (module, tokenizer).
-        weights: a checkpoint with exactly the module's parameters and buffers, see :func:`lineament.load.checkpoints.read_checkpoint`.
+        weights: a checkpoint with exactly the module's parameters and buffers, see :func:`lineament.load.checkpoints.read_checkpoint`; or a folder that
+            :func:`lineament.edit.save` wrote, whose surgery is repeated on the module.
 
     Raises:
         InputError: what cannot be found, read or matched; pickles; NaN in the weights; lazy layers that have no weights yet.
@@ -64,7 +67,10 @@ def load_model(model: Any, *, weights: str | Path | None = None) -> Loaded:
             found.kind in ("factory", "module"),
             f"weights: {found.source!r} brings its own weights, so give none",
         )
-        found = replace(found, notes=(*found.notes, *load_weights(found.model, weights)))
+        if (Path(weights) / STEPS).is_file():
+            found = replace(found, model=surgery.load(weights, lambda: found.model))
+        else:
+            found = replace(found, notes=(*found.notes, *load_weights(found.model, weights)))
     require_finite(found.model.state_dict())
     if found.kind != "module":
         found.model.eval()

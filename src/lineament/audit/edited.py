@@ -1,0 +1,410 @@
+"""A user's network with fewer channels, or without a class: written as weights, beside a page that says what it cost.
+
+The samples are split: one half calibrates or is forgotten, the other measures. Beside every edit stands what an edit without the method does: as many
+channels by chance with the same repairs, or a head that never answers the class.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lineament.audit.phrases import sentence
+from lineament.audit.stages import STAGES, Report, command, fresh, opened
+from lineament.core import checks
+from lineament.core.checkpoint import Checkpoint
+from lineament.core.checks import InputError, require, show, suggest
+from lineament.core.models import called, decided, device_of, frozen, logits
+from lineament.edit import PruneOptions, forgotten, mute, prune, save, unlearn
+from lineament.edit.pruning import Pruned, seconds_of
+from lineament.load.data import load_data
+from lineament.load.language_models import is_language_model, load_language_model
+from lineament.load.model_and_data import bring_together
+from lineament.load.models import load_model
+from lineament.load.token_sequences import token_sequences
+from lineament.load.weights import digest
+from lineament.papers import search
+from lineament.report import page
+from lineament.report.outcome import Table, versions
+from lineament.report.section import Finding, Section
+
+NETWORK = "network"  # the folder beside the page that holds the edited network
+_NAME = "edit"
+
+
+@dataclass(frozen=True)
+class EditOptions:
+    """How an edited network's model and data are read.
+
+    ``weights``: of a factory's network; ``samples``: read at most so many; ``length``: positions of a sequence of a text; ``share``: of the pairs that
+    unlearning changes; ``classes``, ``inputs``, ``targets``, ``split``, ``image_size``, ``normalize``: as for an audit.
+
+    >>> EditOptions().samples
+    2000
+    """
+
+    weights: str | Path | None = None
+    samples: int = 2000
+    length: int = 128
+    share: float = 0.05
+    seed: int = 0
+    device: str | None = None
+    classes: Sequence[str] | None = None
+    inputs: str | None = None
+    targets: str | None = None
+    split: str | None = None
+    image_size: Any = None
+    normalize: Any = None
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model, and two halves of its data as it takes them; labels where there are classes."""
+
+    model: nn.Module
+    source: str
+    data: str
+    halves: tuple[list[Any], list[Any]]
+    labels: tuple[Tensor, Tensor] | None
+    classes: tuple[str, ...]
+    tokenizer: Any = None
+    notes: tuple[str, ...] = ()
+
+
+def pruned_report(
+    model: Any,
+    data: Any,
+    *,
+    out: str | Path,
+    overwrite: bool = False,
+    options: EditOptions = EditOptions(),
+    note: Callable[[str], None] = lambda line: None,
+    **target: float | None,
+) -> Report:
+    """Prune a network on half of some data, measure it on the other half, and write both.
+
+    Args:
+        model, data: as for :func:`lineament.audit`; for a language model's folder a text file.
+        out: the folder for ``edit.html``, ``edit.json`` and ``network/``.
+        target: one of ``keep``, ``params``, ``flops``, ``latency``, or ``remove``, see :func:`lineament.edit.prune`.
+
+    Raises:
+        InputError: whatever cannot be used.
+
+    >>> import tempfile
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    >>> found = pruned_report(net, "digits", out=tempfile.mkdtemp(), keep=0.5, options=EditOptions(samples=60))
+    >>> found.sections[0].name
+    'network'
+    """
+    given: dict[str, Any] = {name: value for name, value in target.items() if value is not None}
+    require(bool(given), "keep: got no target; pass keep, params, flops, latency or remove")
+    folder = fresh(out, overwrite, _NAME, also=(NETWORK,))
+    note("reading the model and the data")
+    subject = _subject(model, data, options)
+    checkpoint = _checkpoint(folder, subject, {"target": given, "samples": options.samples})
+    if checkpoint.resumed:
+        note("an earlier run of the same pruning was cut off; going on where it stopped")
+    note("pruning")
+    calibration, measuring = subject.halves
+    found = prune(subject.model, calibration, **given, options=PruneOptions(checkpoint=checkpoint))
+    note("measuring it beside as many channels by chance")
+    share = min(1.0, sum(a for _, a in found.sizes.values()) / sum(b for b, _ in found.sizes.values()))
+    controls = {
+        "pruned": found.model,
+        "norms alone, no repair": _same(
+            subject, share, criterion="magnitude", compensate=None, recalibrate=False
+        ),
+        "by chance, the same repairs": _same(subject, share, criterion="random"),
+    }
+    scores = {"as it was": _score(subject, subject.model)}
+    scores |= {name: _score(subject, each) for name, each in controls.items()}
+    example = calibration[0]
+    times = seconds_of(subject.model, example), seconds_of(found.model, example)
+    unit = "perplexity" if subject.tokenizer is not None else "accuracy" if subject.labels is not None else ""
+    sections = [_pruned_section(found, scores, times, unit, len(measuring), subject)]
+    if subject.labels is not None:
+        sections.append(_classes(subject, found.model))
+    network = _save(folder, found.model, subject)
+    facts = [
+        ("Network", f"{type(subject.model).__name__}, {found.parameters[0]:,} weights"),
+        ("Data", subject.data),
+        ("Written", f"{NETWORK}/"),
+    ]
+    notes = [*subject.notes, _opening(subject, network)]
+    return _written(folder, checkpoint, subject, facts, sections, notes, found.to_dict())
+
+
+def unlearned_report(
+    model: Any,
+    data: Any,
+    label: str,
+    *,
+    out: str | Path,
+    overwrite: bool = False,
+    options: EditOptions = EditOptions(),
+    note: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Take a class out of a classifier with half of its samples, say what is left of it, and write both.
+
+    Args:
+        label: the class, by its name or number.
+
+    >>> import tempfile
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10))
+    >>> found = unlearned_report(net, "digits", "3", out=tempfile.mkdtemp(), options=EditOptions(samples=400))
+    >>> found.sections[0].name
+    'forgotten'
+    """
+    folder = fresh(out, overwrite, _NAME, also=(NETWORK,))
+    note("reading the model and the data")
+    subject = _subject(model, data, options)
+    if subject.labels is None:
+        raise InputError(
+            "data: it has no classes to forget; unlearning takes a classifier and labelled samples"
+        )
+    number = _class_number(subject, label)
+    checkpoint = _checkpoint(folder, subject, {"class": number, "share": options.share})
+    (forgetting, taught), (forgotten_ones, others) = (
+        _parts(x, y, number) for x, y in zip(subject.halves, subject.labels)
+    )
+    for name, part in (("calibrating", forgetting), ("measuring", forgotten_ones)):
+        require(
+            len(part[0]) >= 8,
+            f"label: class {label!r} has {len(part[0])} samples in the {name} half, expected at least 8; read more samples",
+        )
+    note("forgetting")
+    found = unlearn(subject.model, forgetting, share=options.share)
+    note("asking what is left")
+    told = forgotten(subject.model, found.model, forgotten_ones, others, seed=options.seed)
+    control = forgotten(
+        subject.model, mute(subject.model, number, taught[0]), forgotten_ones, others, seed=options.seed
+    )
+    rows = []
+    for name, each in (
+        ("as it was", told.before),
+        ("edited", told.after),
+        ("head alone: the class is never answered", control.after),
+    ):
+        rows.append(
+            [name, each.forget, each.retain, max(each.probe.values()), each.samples if each.samples is not None else "not within the steps"]
+        )  # fmt: skip
+    columns = [
+        "network",
+        "answered, the class",
+        "right, the others",
+        "linear probe of the class",
+        "samples until it is back",
+    ]
+    severity = "note" if told.verdict != "kept" else "warning"
+    section = Section(
+        "forgotten",
+        "Was the class forgotten?",
+        severity,
+        f"{100 * told.after.forget:.1f} %",
+        f"of class {_name(subject, number)} still answered",
+        told.sentence,
+        numbers={"verdict": told.verdict, "edit": found.to_dict()},
+        method="modhifi",
+        tables=[Table(f"On {len(forgotten_ones[0])} samples of the class and {len(others[0])} others that the edit did not see", columns, rows)],
+        findings=[Finding(severity, told.sentence, "forgotten", key=told.verdict)],
+    )  # fmt: skip
+    network = _save(folder, found.model, subject)
+    facts = [("Network", type(subject.model).__name__), ("Data", subject.data), ("Written", f"{NETWORK}/")]
+    notes = [*subject.notes, "Erased is said only beside a network trained without the class, which was not given.", _opening(subject, network)]  # fmt: skip
+    return _written(folder, checkpoint, subject, facts, [section], notes, found.to_dict())
+
+
+def _subject(model: Any, data: Any, options: EditOptions) -> _Subject:
+    checks.number("samples", options.samples, low=4, integer=True)
+    if is_language_model(model):
+        own, tokenizer = load_language_model(str(model), device=options.device)
+        ids = token_sequences(tokenizer, data, length=options.length, most=options.samples)
+        require(
+            len(ids) >= 4,
+            f"data: {show(data)} holds {len(ids)} sequences of {options.length} tokens, expected at least 4",
+        )
+        ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(options.seed))]
+        first, second = ([{"input_ids": part} for part in half.split(8)] for half in ids.chunk(2))
+        return _Subject(
+            own, str(model), f"{data}, {len(ids)} sequences", (first, second), None, (), tokenizer
+        )
+    loaded = load_model(model, weights=options.weights)
+    require(
+        loaded.kind != "export" and loaded.batch is None,
+        "model: an exported network cannot be edited; pass the module that it was made from",
+    )
+    size = loaded.size if options.image_size is None else options.image_size
+    samples = load_data(
+        data, samples=options.samples, seed=options.seed, inputs=options.inputs, targets=options.targets,
+        classes=options.classes, split=options.split, image_size=size, tokenizer=loaded.tokenizer,
+    )  # fmt: skip
+    if options.classes is not None:
+        loaded = replace(loaded, classes=())
+    with bring_together(
+        loaded, samples, normalize=options.normalize, device=options.device, seed=options.seed
+    ) as both:
+        require(len(both) >= 4, f"data: {len(both)} samples, expected at least 4")
+        order = torch.randperm(len(both), generator=torch.Generator().manual_seed(options.seed))
+        rows = order.chunk(2)
+        halves = tuple([both.inputs(part) for part in half.split(64)] for half in rows)
+        labels = (both.targets[rows[0]], both.targets[rows[1]]) if both.task == "classification" else None
+        return _Subject(
+            loaded.model, loaded.source, f"{samples.source}, {len(both)} samples", halves, labels, both.classes,  # pyright: ignore[reportArgumentType]
+            notes=both.notes,
+        )  # fmt: skip
+
+
+def _same(subject: _Subject, share: float, **how: Any) -> nn.Module:
+    return prune(subject.model, subject.halves[0], keep=share, **how).model
+
+
+def _score(subject: _Subject, model: nn.Module) -> float:
+    """Perplexity of texts, accuracy of classes, else the mean squared distance from the network's own answers; on the measuring half."""
+    if subject.tokenizer is not None:
+        total, count = 0.0, 0
+        for batch in subject.halves[1]:
+            ids = batch["input_ids"].to(device_of(model))
+            with frozen(model), torch.no_grad():
+                scores = logits(model(input_ids=ids))[:, :-1].float()
+            total += float(F.cross_entropy(scores.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
+            count += ids[:, 1:].numel()
+        return math.exp(min(total / count, 700))
+    answers = _answers(model, subject.halves[1])
+    if subject.labels is None:
+        return float((answers - _answers(subject.model, subject.halves[1])).square().mean())
+    return float((decided(answers) == subject.labels[1].cpu()).double().mean())
+
+
+def _answers(model: nn.Module, batches: Sequence[Any]) -> Tensor:
+    found = []
+    for batch in batches:
+        with frozen(model), torch.no_grad():
+            found.append(logits(called(model, batch)).float().cpu())
+    return torch.cat(found)
+
+
+def _pruned_section(
+    found: Pruned, scores: dict[str, float], times: tuple[float, float], unit: str, batches: int, subject: _Subject
+) -> Section:  # fmt: skip
+    what = {"perplexity": "Perplexity", "accuracy": "Accuracy"}.get(
+        unit, "Squared distance from the own answers"
+    )
+    form = "{:.2f}" if unit == "perplexity" else "{:.3f}"
+    was, now = scores["as it was"], scores["pruned"]
+    lost = was - now if unit == "accuracy" else now / max(was, 1e-12) - 1 if unit else now
+    bad = lost > (0.02 if unit else 0.1)
+    text = (
+        f"With {100 * found.share:.0f} % of the parameters and {found.flops[1] / max(found.flops[0], 1):.2f} times the operations, {what.lower()} is "
+        f"{form.format(now)} where it was {form.format(was)}; as many channels taken out by chance with the same repairs give "
+        f"{form.format(scores['by chance, the same repairs'])}, by their norms without repair {form.format(scores['norms alone, no repair'])}. A forward takes "
+        f"{1000 * times[1]:.1f} ms where it took {1000 * times[0]:.1f} ms."
+    )
+    severity = "warning" if bad else "good"
+    sizes = [[name, *size, size[1] / size[0]] for name, size in found.sizes.items()]
+    layers = [[name, cut, repaired] for name, (cut, repaired) in found.errors.items()]
+    return Section(
+        "network",
+        "What does the smaller network cost?",
+        severity,
+        f"{100 * found.share:.0f} %",
+        "of the parameters left",
+        text,
+        numbers={"scores": scores, "unit": unit or "squared distance", "seconds": list(times)},
+        method="modhifi",
+        tables=[
+            Table(what + " on the half that did not calibrate", ["network", what.lower()], [[k, v] for k, v in scores.items()]),
+            Table("Channels", ["group", "before", "after", "share"], sizes),
+            Table("Share of each layer's output lost", ["layer", "channels gone", "after compensation"], layers),
+        ],
+        findings=[Finding(severity, text, "network")],
+    )  # fmt: skip
+
+
+def _classes(subject: _Subject, model: nn.Module) -> Section:
+    assert subject.labels is not None
+    labels = subject.labels[1].cpu()
+    before, after = (decided(_answers(m, subject.halves[1])) == labels for m in (subject.model, model))
+    rows = []
+    for number in labels.unique().tolist():
+        there = labels == number
+        rows.append(
+            [_name(subject, number), int(there.sum()), float(before[there].double().mean()), float(after[there].double().mean())]
+        )  # fmt: skip
+    worst = min(rows, key=lambda row: row[3] - row[2])
+    text = f"The class that changes most for the worse is {worst[0]}: right in {100 * worst[3]:.1f} % where it was {100 * worst[2]:.1f} % (of {worst[1]} samples)."
+    table = Table("Accuracy by class", ["class", "samples", "before", "after"], rows)
+    numbers = {"classes": rows}
+    return Section("classes", "Which classes pay?", "note", f"{100 * (worst[3] - worst[2]):+.1f}", f"points for class {worst[0]}", text, numbers=numbers, tables=[table])  # fmt: skip
+
+
+def _parts(batches: Sequence[Any], labels: Tensor, number: int) -> list[tuple[Any, Any]]:
+    require(
+        isinstance(batches[0], Tensor),
+        "model: unlearning takes networks of one input, a tensor",
+    )
+    x, y = torch.cat(list(batches)), labels.cpu()
+    there = y == number
+    return [(x[there.to(x.device)], y[there]), (x[~there.to(x.device)], y[~there])]
+
+
+def _class_number(subject: _Subject, label: str) -> int:
+    known = [str(name) for name in subject.classes]
+    if label in known:
+        return known.index(label)
+    assert subject.labels is not None
+    highest = max(len(known) - 1, int(torch.cat(subject.labels).max()))
+    require(
+        label.isdigit() and int(label) <= highest,
+        f"label: no class {label!r}{suggest(label, known or map(str, range(highest + 1)))}",
+    )
+    return int(label)
+
+
+def _name(subject: _Subject, number: int) -> str:
+    return subject.classes[number] if number < len(subject.classes) else str(number)
+
+
+def _checkpoint(folder: Path, subject: _Subject, key: dict[str, Any]) -> Checkpoint:
+    opened(folder, _NAME)
+    key = {"model": digest(subject.model), "data": subject.data, **key, "versions": versions()}
+    return Checkpoint(folder / STAGES / "steps", key)
+
+
+def _save(folder: Path, model: nn.Module, subject: _Subject) -> Path:
+    network = save(model, folder / NETWORK)
+    if subject.tokenizer is not None and (network / "config.json").is_file():
+        with suppress(AttributeError):
+            subject.tokenizer.save_pretrained(network)
+    return network
+
+
+def _opening(subject: _Subject, network: Path) -> str:
+    if (network / "config.json").is_file():
+        return f"from_pretrained opens {NETWORK}/, and so does lineament audit."
+    return f"lineament audit {subject.source} DATA --weights {NETWORK} audits it; lineament.edit.load({NETWORK!r}, build) opens it, where build() makes the network as it was."
+
+
+def _written(
+    folder: Path, checkpoint: Checkpoint, subject: _Subject, facts: Any, sections: list[Section], notes: Any, extra: dict[str, Any]
+) -> Report:  # fmt: skip
+    paper = next(paper for paper in search() if paper.slug == "modhifi")
+    findings = [finding for section in sections for finding in section.findings]
+    html, json = page.write(
+        folder, subject.source, "What was taken out of the network, and what did it cost?", facts, findings, sections,
+        command=command("lineament.edit.prune(model, data, ...)"),
+        methods={paper.slug: {"title": paper.title, "year": paper.year, "url": paper.url}},
+        versions=versions(), notes=[sentence(n) for n in notes], extra={"edit": extra}, name=_NAME, kicker="Lineament edit",
+    )  # fmt: skip
+    checkpoint.finish()
+    shutil.rmtree(folder / STAGES, ignore_errors=True)
+    return Report(subject.source, findings, sections, html, json)

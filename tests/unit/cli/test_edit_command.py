@@ -1,0 +1,83 @@
+"""``lineament edit``: networks, pages and records that are written, and what is refused in one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lineament import cli, edit
+from lineament.load.models import load_model
+
+NET = """
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 16), nn.ReLU(),
+        nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10),
+    )
+"""
+
+
+@pytest.fixture
+def net(tmp_path):
+    (tmp_path / "net.py").write_text(NET)
+    return f"{tmp_path / 'net.py'}:make"
+
+
+def test_prune_writes_a_smaller_network_that_opens_again(net, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert (
+        cli.main(["edit", "prune", net, "digits", "--out", str(out), "--params", "2", "--samples", "120"])
+        == 0
+    )
+    assert "Page: " in capsys.readouterr().out
+    told = json.loads((out / "edit.json").read_text())
+    before, after = told["edit"]["parameters"]
+    assert before / after >= 2 and {s["name"] for s in told["sections"]} == {"network", "classes"}
+    assert set(told["sections"][0]["numbers"]["scores"]) == {
+        "as it was",
+        "pruned",
+        "norms alone, no repair",
+        "by chance, the same repairs",
+    }
+    assert "Which classes pay?" in (out / "edit.html").read_text() and not (out / ".stages").exists()
+    again = load_model(net, weights=out / "network").model
+    assert sum(p.numel() for p in again.parameters()) == after
+    assert again(torch.ones(1, 1, 8, 8)).shape == (1, 10)
+    assert cli.main(["edit", "prune", net, "digits", "--out", str(out)]) == 2
+    assert "overwrite" in capsys.readouterr().err
+
+
+def test_unlearn_says_what_is_left(net, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["edit", "unlearn", net, "digits", "--out", str(out), "--samples", "300", "--class"]
+    assert cli.main([*words, "14"]) == 2
+    assert "class '14'" in capsys.readouterr().err
+    assert cli.main([*words, "3"]) == 0
+    told = json.loads((out / "edit.json").read_text())
+    assert told["sections"][0]["numbers"]["verdict"] in ("kept", "muted")
+    assert [row[0] for row in told["sections"][0]["tables"][0]["rows"]][-1].startswith("head alone")
+    assert edit.load(out / "network", lambda: load_model(net).model)
+
+
+BAD = [
+    (["--keep", "1.5"], "--keep"),
+    (["--params", "1000000"], "the nearest is"),
+    (["--keep", "0.5", "--flops", "2"], "--keep and flops"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), BAD, ids=lambda v: str(v))
+def test_bad_targets_are_one_line(net, tmp_path, capsys, words, said):
+    assert (
+        cli.main(["edit", "prune", net, "digits", "--samples", "40", "--out", str(tmp_path / "o"), *words])
+        == 2
+    )
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") <= 3 and said.split(" and ")[0] in shown.err
+    assert not (tmp_path / "o" / "network").exists()
