@@ -10,7 +10,9 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
 
 from lineament import __version__
@@ -19,6 +21,8 @@ from lineament.cli.parser import Parser, UsageError, in_options, nearest
 COMMANDS = ("audit", "compare", "explain", "train", "dictionary", "papers", "reproduce", "gallery", "bench")
 # What these had finished when they were interrupted is used again.
 _RESUMED = ("audit", "compare", "train", "reproduce", "bench")
+# These share their work where several processes are started together.
+_TOGETHER = ("audit", "train", "dictionary")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -27,11 +31,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     parser, commands = build_parser()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        signal.signal(signal.SIGTERM, _terminated)
     try:
+        if processes > 1 and _command(argv) in COMMANDS and _command(argv) not in _TOGETHER:
+            raise UsageError(
+                f"{_command(argv)}: {processes} processes were started together, and it runs in one; several share the work of {', '.join(_TOGETHER)}"
+            )
         return _dispatch([word for word in argv if word != "--debug"], parser, commands)
     except SystemExit as leaving:
         # argparse's way out of --help and --version.
         return leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 1
+    except _Terminated:
+        shards = sys.modules.get("lineament.core.shards")
+        who = shards.ended() if shards is not None else ""
+        if who:
+            print(
+                f"lineament: {who} of {processes} ended, and the others with it; {_again(argv)}",
+                file=sys.stderr,
+            )
+        return 143
     except KeyboardInterrupt:
         if debug:
             raise
@@ -44,6 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        if not _speaks(error):
+            # The launcher ends all when the first has ended: the one that says why comes before.
+            time.sleep(1)
+            return 2 if isinstance(error, UsageError) or _is_input_error(error) else 1
+        if _is_lost(error):
+            print(f"lineament: {_one_line(error)}; {_again(argv)}", file=sys.stderr)
+            return 1
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             print(
                 f"lineament: a file could not be written ({error.strerror}); {_again(argv)} once there is room",
@@ -109,6 +136,26 @@ def _command(argv: Sequence[str]) -> str | None:
 
 def _again(argv: Sequence[str]) -> str:
     return f"the same command {'goes on where it stopped' if _command(argv) in _RESUMED else 'begins anew'}"
+
+
+class _Terminated(BaseException):
+    """Another process asks this one to end."""
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise _Terminated
+
+
+def _speaks(error: Exception) -> bool:
+    """Whether this process says it, of several that end in the same way."""
+    return bool(
+        getattr(error, "speaks", os.environ.get("RANK", "0") == "0" or not isinstance(error, UsageError))
+    )
+
+
+def _is_lost(error: Exception) -> bool:
+    shards = sys.modules.get("lineament.core.shards")
+    return shards is not None and isinstance(error, shards.LostProcess)
 
 
 def _is_input_error(error: Exception) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from lineament.audit.catalogue import all_lenses
@@ -160,11 +161,17 @@ def run(arguments: argparse.Namespace) -> int:
         note=note,
         options=options,
     )
+    if os.environ.get("RANK", "0") != "0":  # the first of several processes says it
+        return _status(found)
     for finding in found.findings:
         print(f"{finding.severity:>8}  {printable(finding.sentence)}")
     for section in found.sections:
         if section.status in ("failed", "skipped"):
             print(f"{section.status:>8}  {section.name}: {printable(section.sentence)}")
     print(f"Report: {found.html.resolve()}")
+    return _status(found)
+
+
+def _status(found: Any) -> int:
     statuses = {section.status for section in found.sections}
     return 1 if "failed" in statuses and statuses <= {"failed", "skipped"} else 0

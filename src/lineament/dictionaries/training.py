@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament import __version__
-from lineament.core import checks, results
+from lineament.core import checks, results, shards
 from lineament.core.batching import progress
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, number, require
@@ -577,7 +576,7 @@ def _ranks(selection: Any) -> bool:
 
 
 def _processes(device: torch.device) -> OneProcess:
-    return Processes() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else OneProcess(device)
+    return Processes() if shards.started() > 1 else OneProcess(device)
 
 
 def _writer(log: str | None, place: int) -> Any:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lineament.core import checks
+from lineament.core import checks, shards
 from lineament.core.checks import InputError, NotFiniteError, require, show
 from lineament.core.models import called, device_of, dtype_of, frozen, logits, rows_in
 from lineament.core.results import Readable
@@ -115,16 +115,27 @@ class ModelAndData(Readable):
             return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(1)
         return (outputs - targets).square().mean(1)
 
-    def answer(self, rows: Tensor, change: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
-        """The model's outputs, (sample, output), without gradients, on the CPU; ``change(inputs, rows)`` alters each batch."""
-        found = []
+    def answer(
+        self,
+        rows: Tensor,
+        change: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        by_position: bool = False,
+    ) -> Tensor:
+        """The model's outputs, (sample, output), without gradients, on the CPU; ``change(inputs, rows)`` alters each batch.
+
+        ``by_position``: ``change`` is told positions in ``rows``, which may hold a sample more than once.
+        """
         positions = self._positions(rows)
+
+        def answers(at: Tensor) -> Tensor:
+            x = self.inputs(rows[at])
+            if change is not None:
+                x = change(x, at if by_position else rows[at])
+            return logits(called(self.model, x)).reshape(len(at), -1).float().cpu()
+
         with frozen(self.model), torch.no_grad():
-            for at in positions:
-                part = rows[at]
-                x = self.inputs(part)
-                output = logits(called(self.model, x if change is None else change(x, part)))
-                found.append(output.reshape(len(part), -1).float().cpu())
+            found = shards.each(positions, answers, "answers")
         return torch.cat(found)[torch.cat(positions).argsort()]
 
     def parts(self, rows: Tensor) -> list[Tensor]:
@@ -287,21 +298,24 @@ def _pixels_answered(start: ModelAndData, own_classes: tuple[str, ...], notes: l
         start.task in ("auto", "dense"),
         f"task: {start.task!r} was asked for, and targets are a class for each pixel ({show(start.samples.targets)}); expected 'dense'",
     )
-    said, width = [], 0
-    with frozen(start.model), torch.no_grad():
-        for part in start.parts(torch.arange(len(start))):
-            output = logits(called(start.model, start.inputs(part)))
-            width = output.shape[1]
-            require(
-                output.shape[2:] == start.samples.targets.shape[1:] and width > 1,
-                f"model: it answers with {show(output)}, expected logits (batch, classes, height, width) of the targets' size {tuple(start.samples.targets.shape[1:])}",
+
+    def named(part: Tensor) -> tuple[Tensor, int]:
+        output = logits(called(start.model, start.inputs(part)))
+        width = output.shape[1]
+        require(
+            output.shape[2:] == start.samples.targets.shape[1:] and width > 1,
+            f"model: it answers with {show(output)}, expected logits (batch, classes, height, width) of the targets' size {tuple(start.samples.targets.shape[1:])}",
+        )
+        bad = int((~torch.isfinite(output)).flatten(1).any(1).sum())
+        if bad:
+            raise NotFiniteError(
+                f"model: it answers {bad} of {len(part)} samples with NaN or infinite values; check its weights and the data's scale"
             )
-            bad = int((~torch.isfinite(output)).flatten(1).any(1).sum())
-            if bad:
-                raise NotFiniteError(
-                    f"model: it answers {bad} of {len(part)} samples with NaN or infinite values; check its weights and the data's scale"
-                )
-            said.append(output.argmax(1).to(torch.int16).cpu())
+        return output.argmax(1).to(torch.int16).cpu(), width
+
+    with frozen(start.model), torch.no_grad():
+        found = shards.each(start.parts(torch.arange(len(start))), named, "classes of pixels")
+    said, (width, *_) = zip(*found)
     classes = start.samples.classes or own_classes
     notes.append(f"taken as dense: a class for each pixel, of {width}")
     return replace(

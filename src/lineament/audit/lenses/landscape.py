@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lineament.audit.estimates import PARTS, Estimate, halved, interval, joined
 from lineament.audit.phrases import compact, percent
 from lineament.audit.subject import Subject
+from lineament.core import shards
 from lineament.core.checks import NoGradientError
 from lineament.core.curvature.density import Density
 from lineament.core.curvature.matrices import hessian
@@ -426,7 +427,8 @@ def _affordable(subject: Subject, names: list[str], order: Tensor, unit: int) ->
         while len(times) < 5 and (len(times) < 2 or sum(times) < 1.0):
             start = time.perf_counter()
             float((operator @ vector)[0])
-            times.append(time.perf_counter() - start)
+            elapsed = time.perf_counter() - start
+            times.append(shards.agreed("the time of a product", lambda: elapsed))  # noqa: B023
         seconds = min(times[1:])
         fit = count
         while fit < most and seconds / count * min(2 * fit, most) * products <= _SECONDS:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lineament.core import checks
+from lineament.core import checks, shards
 from lineament.core.batching import progress
 from lineament.core.curvature.risk import Chunk, Risk
 from lineament.core.models import (
@@ -109,19 +109,25 @@ def evaluate(
     caution(model, axes, batchnorm)
     held = None if calibration is None else list(calibration)
     job = (model, loss_fn, batches, list(axes), chosen, batchnorm, held)
-    if jobs == 1 or len(points) == 1:
+    if len(points) == 1 or (jobs == 1 and shards.count() == 1):
         return _visit(points, *job)
     from joblib import Parallel, delayed, effective_n_jobs
 
-    count = min(effective_n_jobs(jobs), len(points))
-    threads = max(1, torch.get_num_threads() // count)
+    together = shards.count() > 1
+    count = min(shards.count() if together else effective_n_jobs(jobs), len(points))
     size = -(-len(points) // count)
     parts = [points[at : at + size] for at in range(0, len(points), size)]
+    if together:
+        return _joined(shards.each(parts, lambda part: _visit(part, *job), "points of a landscape"))
+    threads = max(1, torch.get_num_threads() // count)
     try:
         found = Parallel(n_jobs=count)(delayed(_elsewhere)(threads, part, *job) for part in parts)
     except pickle.PicklingError as error:
         raise checks.InputError(_unpicklable(job, jobs)) from error
-    rows: list[Any] = list(found)
+    return _joined(list(found))
+
+
+def _joined(rows: Sequence[Any]) -> dict[str, Tensor]:
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
