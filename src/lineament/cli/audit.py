@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from lineament.audit.catalogue import all_lenses
-from lineament.cli.data_options import add_data_options
+from lineament.cli.data_options import add_data_options, add_engine
 
 _EPILOG = (
     "lenses:\n"
@@ -119,6 +119,7 @@ def add_parser(subparsers: Any) -> Any:
     )
     add("--batch-size", type=int, default=64, metavar="N", help="samples at a time (default: 64)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: where the model is)")
+    add_engine(parser, "retrainings (--faithfulness diffroar) and the points of the loss's plane")
     add("--seed", type=int, default=0, metavar="N", help="of every random choice (default: 0)")
     parser.set_defaults(run=run)
     return parser
@@ -129,6 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lineament.audit.run import AuditOptions, audit
     from lineament.cli.console import note
     from lineament.cli.option_values import classes, image_size, normalize, words
+    from lineament.core.engines import engine
     from lineament.report.text import printable
 
     options = AuditOptions(
@@ -147,20 +149,21 @@ def run(arguments: argparse.Namespace) -> int:
         output=arguments.output,
         filler=arguments.filler,
     )
-    found = audit(
-        arguments.model,
-        arguments.data,
-        out=arguments.out,
-        overwrite=arguments.overwrite,
-        lenses=None if arguments.lenses is None else [n for text in arguments.lenses for n in words(text)],
-        classes=classes(arguments.classes),
-        groups=arguments.groups,
-        samples=arguments.samples,
-        device=arguments.device,
-        seed=arguments.seed,
-        note=note,
-        options=options,
-    )
+    with engine(arguments.engine):
+        found = audit(
+            arguments.model,
+            arguments.data,
+            out=arguments.out,
+            overwrite=arguments.overwrite,
+            lenses=None if arguments.lenses is None else [n for t in arguments.lenses for n in words(t)],
+            classes=classes(arguments.classes),
+            groups=arguments.groups,
+            samples=arguments.samples,
+            device=arguments.device,
+            seed=arguments.seed,
+            note=note,
+            options=options,
+        )
     if os.environ.get("RANK", "0") != "0":  # the first of several processes says it
         return _status(found)
     for finding in found.findings:

@@ -22,3 +22,12 @@ def add_data_options(parser: argparse.ArgumentParser, *, split: str) -> None:
         metavar="MEAN,STD",
         help="two numbers, or one mean for each channel and then one deviation for each",
     )
+
+
+def add_engine(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the option that says where independent jobs run."""
+    parser.add_argument(
+        "--engine",
+        metavar="NAME",
+        help=f"run {what} side by side: loky (processes of this machine), ray or dask",
+    )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lineament.core import checks, shards
 from lineament.core.batching import progress
 from lineament.core.curvature.risk import Chunk, Risk
+from lineament.core.engines import side_by_side, workers
 from lineament.core.models import (
     buffers_kept,
     called,
@@ -60,7 +61,7 @@ def evaluate(
             negative ones do not count. ``"gradient_norm"`` is that of the whole gradient along the axes' parameters.
         batchnorm: ``"eval"``, ``"batch"`` or ``"recalibrate"`` (:mod:`~lineament.measure.landscape.batchnorm_modes`).
         calibration: batches that ``"recalibrate"`` takes statistics from; the loader's own by default.
-        jobs: processes among which the points are divided (joblib; -1: one a core).
+        jobs: processes among which the points are divided (-1: one a core), see :mod:`lineament.core.engines`.
 
     Returns:
         ``"loss"`` and each metric, (points,) or (points, ...) in float64. NaN and infinite values stay what they are.
@@ -109,22 +110,20 @@ def evaluate(
     caution(model, axes, batchnorm)
     held = None if calibration is None else list(calibration)
     job = (model, loss_fn, batches, list(axes), chosen, batchnorm, held)
-    if len(points) == 1 or (jobs == 1 and shards.count() == 1):
-        return _visit(points, *job)
-    from joblib import Parallel, delayed, effective_n_jobs
-
     together = shards.count() > 1
-    count = min(shards.count() if together else effective_n_jobs(jobs), len(points))
+    count = min(shards.count() if together else workers(jobs), len(points))
+    if count == 1:
+        return _visit(points, *job)
     size = -(-len(points) // count)
     parts = [points[at : at + size] for at in range(0, len(points), size)]
     if together:
         return _joined(shards.each(parts, lambda part: _visit(part, *job), "points of a landscape"))
     threads = max(1, torch.get_num_threads() // count)
     try:
-        found = Parallel(n_jobs=count)(delayed(_elsewhere)(threads, part, *job) for part in parts)
+        found = side_by_side(_elsewhere, [(threads, part, *job) for part in parts], jobs=jobs)
+        return _joined(list(found))
     except pickle.PicklingError as error:
         raise checks.InputError(_unpicklable(job, jobs)) from error
-    return _joined(list(found))
 
 
 def _joined(rows: Sequence[Any]) -> dict[str, Tensor]:
