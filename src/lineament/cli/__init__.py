@@ -12,8 +12,10 @@ import importlib
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from lineament import __version__
 from lineament.cli.parser import Parser, UsageError, in_options, nearest
@@ -32,8 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in argv
     parser, commands = build_parser()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        signal.signal(signal.SIGTERM, _terminated)
+    with _terminable(processes):
+        return _run(argv, parser, commands, debug, processes)
+
+
+def _run(argv: list[str], parser: Parser, commands: dict[str, Parser], debug: bool, processes: int) -> int:
     try:
         if processes > 1 and _command(argv) in COMMANDS and _command(argv) not in _TOGETHER:
             raise UsageError(
@@ -142,8 +147,21 @@ class _Terminated(BaseException):
     """Another process asks this one to end."""
 
 
-def _terminated(number: int, frame: object) -> None:
-    raise _Terminated
+@contextmanager
+def _terminable(processes: int) -> Iterator[None]:
+    """Of several processes the launcher ends all when one has ended: the others say so before they go."""
+
+    def terminated(number: int, frame: object) -> None:
+        raise _Terminated
+
+    if processes == 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _speaks(error: Exception) -> bool:

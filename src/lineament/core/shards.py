@@ -167,7 +167,7 @@ def shared() -> Iterator[None]:
     """Divide work among the processes of ``torchrun``, or of the process group there is, while the block runs; all of them must enter it.
 
     Raises:
-        InputError: PyTorch was built without distributed support.
+        InputError: the processes cannot find each other.
 
     >>> with shared():
     ...     count(), each([1, 2], lambda x: x * x)
@@ -185,7 +185,12 @@ def shared() -> Iterator[None]:
             f"processes: {started()} were started, and this PyTorch cannot connect them; start one"
         )
     if not grouped:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        try:
+            dist.init_process_group("gloo", timeout=TIMEOUT)
+        except ValueError as error:
+            raise InputError(
+                f"processes: WORLD_SIZE says {started()}, and they cannot find each other ({error}); start them by torchrun"
+            ) from error
     group = _now = _Group()
     try:
         yield

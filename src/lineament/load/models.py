@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lineament.core.checks import InputError, require, show
-from lineament.core.models import takes_hooks, unwrapped
+from lineament.core.models import held_weights, takes_hooks, unwrapped
 from lineament.load.checkpoints import ENDINGS, kind_of, listed, read_checkpoint, tensors_by_path
 from lineament.load.exported import exported
 from lineament.load.hub import findable, first_line
@@ -65,7 +65,7 @@ def load_model(model: Any, *, weights: str | Path | None = None) -> Loaded:
             f"weights: {found.source!r} brings its own weights, so give none",
         )
         found = replace(found, notes=(*found.notes, *load_weights(found.model, weights)))
-    require_finite(found.model.state_dict())
+    require_finite(held_weights(found.model))
     if found.kind != "module":
         found.model.eval()
     return found

@@ -29,6 +29,7 @@ from lineament.core.checks import NoGradientError
 from lineament.core.curvature.density import Density
 from lineament.core.curvature.matrices import hessian
 from lineament.core.curvature.risk import Risk
+from lineament.core.models import offloaded
 from lineament.measure.landscape.axes import Axis, random_axes, signed
 from lineament.measure.landscape.batchnorm_modes import LandscapeWarning
 from lineament.measure.landscape.criteria import Criteria, criteria
@@ -115,6 +116,8 @@ class Curvature:
 
 
 def applies(subject: Subject) -> str:
+    if offloaded(subject.model):
+        return "Some of the network's weights are kept elsewhere until they are computed with (offloaded), so that the loss has no curvature along them here."
     if not any(p.is_floating_point() for p in subject.model.parameters()):
         return (
             "The network has no parameters that gradients could reach: it has none, or holds them quantised."
