@@ -49,13 +49,8 @@ def _run(argv: list[str], parser: Parser, commands: dict[str, Parser], debug: bo
         # argparse's way out of --help and --version.
         return leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 1
     except _Terminated:
-        shards = sys.modules.get("lineament.core.shards")
-        who = shards.ended() if shards is not None else ""
-        if who:
-            print(
-                f"lineament: {who} of {processes} ended, and the others with it; {_again(argv)}",
-                file=sys.stderr,
-            )
+        if who := _ended():
+            print(f"lineament: {who} of {processes} ended; {_again(argv)}", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
         if debug:
@@ -73,8 +68,9 @@ def _run(argv: list[str], parser: Parser, commands: dict[str, Parser], debug: bo
             # The launcher ends all when the first has ended: the one that says why comes before.
             time.sleep(1)
             return 2 if isinstance(error, UsageError) or _is_input_error(error) else 1
-        if _is_lost(error):
-            print(f"lineament: {_one_line(error)}; {_again(argv)}", file=sys.stderr)
+        if _is_lost(error) or (processes > 1 and _ended()):
+            who = _one_line(error) if _is_lost(error) else f"{_ended()} of {processes} ended"
+            print(f"lineament: {who}; {_again(argv)}", file=sys.stderr)
             return 1
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             print(
@@ -169,6 +165,12 @@ def _speaks(error: Exception) -> bool:
     return bool(
         getattr(error, "speaks", os.environ.get("RANK", "0") == "0" or not isinstance(error, UsageError))
     )
+
+
+def _ended() -> str:
+    """Which of several processes have ended, where this one is to say it."""
+    shards = sys.modules.get("lineament.core.shards")
+    return "" if shards is None else shards.ended()
 
 
 def _is_lost(error: Exception) -> bool:

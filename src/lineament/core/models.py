@@ -242,24 +242,32 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def held_weights(model: nn.Module, *, by_name: bool = False) -> Iterator[tuple[str, Any]]:
-    """What ``model.state_dict()`` holds, one by one, perhaps in the order of their names; of weights that Accelerate keeps on the CPU or on a disk, which are empty here, those.
+    """What ``model.state_dict()`` holds, one by one, perhaps in the order of their names, each as :func:`held_weight` gives it.
 
-    >>> [name for name, _ in held_weights(nn.Linear(1, 1))]
-    ['weight', 'bias']
+    >>> [name for name, _ in held_weights(nn.Linear(1, 1), by_name=True)]
+    ['bias', 'weight']
     """
-    modules = dict(model.named_modules())
     state = model.state_dict()
     for name in sorted(state) if by_name else state:
         value = state[name]
-        if isinstance(value, Tensor) and value.is_meta:
-            parts = name.split(".")
-            # The hook that has it may be that of a module around its own.
-            for cut in reversed(range(len(parts))):
-                around = modules.get(".".join(parts[:cut]))
-                for hook in _offloading(around) if around is not None else ():
-                    with suppress(KeyError):
-                        value = hook.weights_map[".".join(parts[cut:])]
-        yield name, value
+        yield name, held_weight(model, name, value) if isinstance(value, Tensor) else value
+
+
+def held_weight(model: nn.Module, name: str, value: Tensor) -> Tensor:
+    """A weight of this name; one that Accelerate keeps on the CPU or on a disk, and that is empty in the model, as it lies there.
+
+    >>> held_weight(nn.Linear(1, 1), "bias", torch.ones(1))
+    tensor([1.])
+    """
+    if value.is_meta:
+        modules, parts = dict(model.named_modules()), name.split(".")
+        # The hook that has it may be that of a module around its own.
+        for cut in reversed(range(len(parts))):
+            around = modules.get(".".join(parts[:cut]))
+            for hook in _offloading(around) if around is not None else ():
+                with suppress(KeyError):
+                    return hook.weights_map[".".join(parts[cut:])]
+    return value
 
 
 def offloaded(model: nn.Module) -> bool:

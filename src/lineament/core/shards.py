@@ -41,12 +41,6 @@ class _Shards:
 
     rank, count, lost = 0, 1, ""
 
-    def gone(self) -> list[int]:
-        return []
-
-    def leads(self) -> bool:
-        return True
-
     def refuse(self) -> None:
         pass
 
@@ -57,10 +51,7 @@ class _Group(_Shards):
 
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self.group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        self.places: list[tuple[str, int]] = []
-        self.places = [
-            _unpacked(each) for each in self.exchanged(_packed((socket.gethostname(), os.getpid())))
-        ]
+        introduce(self.group)
 
     def exchanged(self, content: bytes) -> list[Any]:
         """What every process passed, by rank."""
@@ -83,40 +74,29 @@ class _Group(_Shards):
         """Raise where a process has been lost; the first of those that are left says so."""
         if self.lost:
             error: Any = LostProcess(self.lost)
-            error.speaks = self.leads()
+            error.speaks = _leads()
             raise error
 
-    def leads(self) -> bool:
-        """Whether no process before this one is left."""
-        return set(range(self.rank)) <= set(self.gone())
-
-    def gone(self) -> list[int]:
-        """The ranks of the processes on this machine that run no longer."""
-        return [
-            rank
-            for rank, (host, process) in enumerate(self.places)
-            if rank != self.rank and host == socket.gethostname() and not _running(process)
-        ]
-
     def _why(self, said: str) -> str:
-        gone = self.gone()
+        late = "timed out" in said.lower()
         for _ in range(20):  # the connection closes a moment before the process is gone
-            if gone or "timed out" in said.lower():
+            if gone() or late:
                 break
             time.sleep(0.05)
-            gone = self.gone()
-        if gone:
-            names = [f"rank {rank} of {self.count} (process {self.places[rank][1]})" for rank in gone]
+        if gone():
+            names = [f"rank {rank} of {self.count} (process {_places[rank][1]})" for rank in gone()]
             return f"{' and '.join(names)} ended or was stopped before the work was done"
-        minutes = TIMEOUT.total_seconds() / 60
         others = f"a rank other than {self.rank} of {self.count}"
-        if "timed out" in said.lower():
-            return f"{others} has not answered for {minutes:.0f} minutes"
+        if late:
+            return f"{others} has not answered for {TIMEOUT.total_seconds() / 60:.0f} minutes"
         return f"{others} cannot be reached any more ({' '.join(said.split())[:200]})"
 
 
 _ONE = _Shards()
 _now: _Shards = _ONE
+# The machine and the number of every process of this work, by rank, and this one's rank.
+_places: list[tuple[str, int]] = []
+_own = 0
 
 
 def started() -> int:
@@ -155,11 +135,33 @@ def own_device(device: Any) -> Any:
     )
 
 
+def introduce(group: Any) -> None:
+    """Let the processes of a group know each other, so that they can tell which has ended."""
+    global _own
+    import torch.distributed as dist
+
+    held: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(held, (socket.gethostname(), os.getpid()), group=group)
+    _places[:], _own = held, dist.get_rank(group)
+
+
+def gone() -> list[int]:
+    """The ranks of the processes on this machine that run no longer."""
+    return [
+        rank
+        for rank, (host, process) in enumerate(_places)
+        if rank != _own and host == socket.gethostname() and not _running(process)
+    ]
+
+
 def ended() -> str:
     """What to say of the processes that have ended, in the first of those that are left; ``""`` in the others."""
-    if not _now.leads():
-        return ""
-    return " and ".join(f"rank {rank}" for rank in _now.gone())
+    return " and ".join(f"rank {rank}" for rank in gone()) if _leads() else ""
+
+
+def _leads() -> bool:
+    """Whether no process before this one is left."""
+    return set(range(_own)) <= set(gone())
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def main(folder: Path) -> None:
         found["shared"] = {name: work() for name, work in SHARED.items()}
         found["errors"] = errors()
         found["agreed"] = shards.agreed("a test", torch.distributed.get_rank)
-        lenses = ["accuracy", "collapse", "spectrum", "parts", "gaze"]
+        lenses = ["accuracy", "collapse", "spectrum", "parts"]
         report = audit(network(), samples(), out=folder / "report", lenses=lenses)
         found["audit"] = {section.name: section.numbers for section in report.sections}
         found["everywhere"] = shards.together("all", lambda: json.dumps(found["audit"]))

@@ -103,7 +103,7 @@ class Fragile(nn.Module):
         self.inside = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
     def forward(self, x):
         Fragile.calls += 1
-        if os.environ.get("DIES") == os.environ.get("RANK", "-") and Fragile.calls > 40:
+        if os.environ.get("DIES") == os.environ.get("RANK", "-") and Fragile.calls > 70:
             os.kill(os.getpid(), signal.SIGKILL)
         return self.inside(x)
 
@@ -111,22 +111,30 @@ def make():
     torch.manual_seed(0)
     return Fragile()
 """
+AUDIT = "audit net.py:make digits --samples 90 --batch-size 16 --lenses accuracy,collapse,parts --out out"
+TRAIN = "train net.py:make digits --epochs 4 --batch-size 64 --out out"
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_others_by_name_and_one_process_goes_on(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("command", "result"), [(AUDIT, "report.html"), (TRAIN, "train.json")], ids=["audit", "train"]
+)
+def test_a_killed_process_ends_the_others_by_name_and_one_process_goes_on(
+    command, result, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     Path("net.py").write_text(NET)
-    command = ["audit", "net.py:make", "digits", "--samples", "90", "--batch-size", "16"]
-    command += ["--lenses", "accuracy,collapse,parts", "--out", "report"]
-    done = launched("-m", "lineament", *command, DIES="1")
+    done = launched("-m", "lineament", *command.split(), DIES="1")
     ours = [line for line in done.stderr.splitlines() if line.startswith("lineament: ") and "ended" in line]
     assert done.returncode != 0 and len(ours) == 1, done.stderr
-    assert "rank 1" in ours[0] and "goes on where it stopped" in ours[0]
-    assert not Path("report/report.html").exists()
-    assert cli.main(command) == 0
-    assert "going on where it stopped" in capsys.readouterr().err
-    assert Path("report/report.html").exists() and not Path("report/.stages").exists()
+    assert "rank 1 of 2" in ours[0] and "goes on where it stopped" in ours[0]
+    stored = {path.name for path in Path("out/.stages").rglob("*.safetensors")}
+    assert stored and not Path("out", result).exists()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert cli.main(command.split()) == 0
+    said = capsys.readouterr().err
+    assert "going on" in said, said
+    assert Path("out", result).exists() and not Path("out/.stages").exists()
 
 
 @pytest.mark.parametrize("command", ["compare a.py:f b.py:f digits", "reproduce gns", "bench", "papers"])

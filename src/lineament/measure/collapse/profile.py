@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lineament.core import checks, results, shards
 from lineament.core.batching import progress
 from lineament.core.checks import InputError, require
-from lineament.core.models import called, decided, device_of, frozen, logits, moved
+from lineament.core.models import called, decided, device_of, frozen, held_weight, logits, moved
 from lineament.core.results import Readable
 from lineament.core.sites.activations import capture
 from lineament.core.sites.naming import sites as site_names
@@ -236,7 +236,7 @@ def _head(model: nn.Module, name: str | None) -> tuple[Tensor | None, str | None
         isinstance(weight, Tensor) and weight.ndim == 2,
         f"head: {name!r} is a {type(modules[name]).__name__}, expected a linear layer with a weight matrix",
     )
-    return weight, name
+    return held_weight(model, f"{name}.weight", weight), name
 
 
 def _fitting(batch: Mapping[str, Any], loader: Any, keep_bytes: int) -> list[str]:
