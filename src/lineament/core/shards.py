@@ -92,7 +92,7 @@ class _Group(_Shards):
         return f"{others} cannot be reached any more ({' '.join(said.split())[:200]})"
 
 
-_ONE = _Shards()
+_ONE, _ALONE = _Shards(), _Shards()
 _now: _Shards = _ONE
 # The machine and the number of every process of this work, by rank, and this one's rank.
 _places: list[tuple[str, int]] = []
@@ -207,7 +207,7 @@ def shared() -> Iterator[None]:
 def _alone() -> Iterator[None]:
     """Work that this process does for all: what it calls is not divided again."""
     global _now
-    before, _now = _now, _ONE
+    before, _now = _now, _ALONE
     try:
         yield
     finally:
