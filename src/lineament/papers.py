@@ -252,7 +252,7 @@ PAPERS: tuple[Paper, ...] = (
         "Boutros, Damer, Kirchbuchner, Kuijper",
         "2109.09416",
         "Train embeddings for open-set recognition with margins drawn anew for each sample.",
-        ("losses",),
+        ("losses/margins.py", "losses/class_head.py", "losses/fused.py", "measure/embeddings"),
     ),
     Paper(
         "unpg",
@@ -260,7 +260,7 @@ PAPERS: tuple[Paper, ...] = (
         "Jung, Lee, Oh, Park, Park, Son",
         "2203.11593",
         "Add the hard negative pairs inside a batch to any margin loss, for fewer false accepts.",
-        ("losses",),
+        ("losses/unpg.py", "losses/pair_losses.py"),
     ),
     Paper(
         "contrastive-ft",
@@ -268,7 +268,7 @@ PAPERS: tuple[Paper, ...] = (
         "Zhu, Zhao, Liu, Sun, Chen",
         "2108.02982",
         "Watch a contrastive training through its scores, and make its positives harder and its negatives fresher.",
-        ("losses",),
+        ("losses/feature_transform.py", "losses/info_nce.py", "losses/queue.py"),
     ),
     Paper(
         "unified-embedding",
@@ -276,7 +276,7 @@ PAPERS: tuple[Paper, ...] = (
         "Coleman, Kang, Fahrbach, Wang, Hong, Chi, Cheng",
         "2305.12102",
         "Hold all categorical features in one shared table instead of one table each.",
-        ("modules",),
+        ("modules/unified_embedding",),
     ),
     Paper(
         "ssa",

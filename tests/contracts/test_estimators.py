@@ -14,6 +14,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from lineament.core.checks import InputError
 from lineament.handcrafted.estimators import GaborFeatures, HogFeatures, InkImages, LbpFeatures
+from lineament.kernels.classifiers import InfiniteClassifier, InfiniteRegressor
 from lineament.learn.boosting.estimators import GBNNClassifier, GBNNRegressor
 
 FLAT = {"image_shape": (1, -1)}
@@ -34,12 +35,19 @@ ESTIMATORS: list[Any] = [
     InkImages(size=8, **FLAT),
     GBNNClassifier(**SMALL),
     GBNNRegressor(**SMALL),
+    InfiniteClassifier(),
+    InfiniteClassifier("square"),
+    InfiniteClassifier("relu"),
+    InfiniteClassifier("erf", 20),
+    InfiniteRegressor(),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "estimator", ESTIMATORS, ids=lambda e: f"{type(e).__name__}-{getattr(e, 'codes', '')}"
+    "estimator",
+    ESTIMATORS,
+    ids=lambda e: f"{type(e).__name__}-{getattr(e, 'codes', getattr(e, 'activation', ''))}",
 )
 def test_it_passes_the_common_checks(estimator):
     with warnings.catch_warnings():

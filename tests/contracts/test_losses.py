@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -109,7 +110,7 @@ def test_elastic_without_spread_is_the_fixed_margin_and_draws_nothing():
     x, y = batch()
     one, two = head_of(Elastic("arc", 0.5, 0.0)), head_of(ArcFace(0.5))
     state = one.generator.get_state()
-    assert float(one(x, y)) == float(two(x, y)) and torch.equal(one.generator.get_state(), state)
+    assert one(x, y).item() == two(x, y).item() and torch.equal(one.generator.get_state(), state)
 
 
 def test_sampled_classes_move_alone():
@@ -174,3 +175,83 @@ def test_a_queue_wraps_keeps_unit_rows_and_travels_in_the_state_dict():
     assert torch.equal(other.rows, queue.rows) and int(other.pointer) == int(queue.pointer) == 15 % 7
     with pytest.raises(InputError, match="length 1"):
         queue.enqueue(torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("also", [None, 3.0])
+def test_a_head_in_chunks_equals_plain_autograd(margin, also):
+    x, y = batch()
+    y[3] = -1
+    weights = torch.rand(12, generator=torch.Generator().manual_seed(1)).double() + 0.5
+    found, start = [], copy.deepcopy(margin.state_dict())
+    for chunk in (5, None):
+        made = head_of(margin, chunk=chunk)
+        made.load_class_weights(torch.randn(5, 6, generator=torch.Generator().manual_seed(2)).double() * 3)
+        margin.load_state_dict(start)
+        extra = None if also is None else torch.tensor(also).double().requires_grad_()
+        given = x.clone().requires_grad_()
+        loss = 2 * made(given, y, sample_weight=weights, also=extra)
+        leaves = [given, made.weight, *([] if extra is None else [extra])]
+        first = torch.autograd.grad(loss, leaves, retain_graph=True)
+        again = torch.autograd.grad(loss, leaves)
+        torch.testing.assert_close(first, again)
+        found.append((loss, *first))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("chunk", ["auto", None])
+def test_a_head_keeps_parameters_and_statistics_wide_under_autocast(margin, chunk):
+    x, y = batch(dtype=torch.float32)
+    start = copy.deepcopy(margin.state_dict())
+    made = ClassHead(5, 6, margin, 16.0, chunk=chunk)
+    x.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = made(x.bfloat16(), y)
+    loss.backward()
+    assert loss.dtype == made.weight.dtype == made.weight.grad.dtype == torch.float32
+    margin.load_state_dict(start)
+    fresh = ClassHead(5, 6, margin, 16.0, chunk=chunk)
+    assert loss.item() == pytest.approx(fresh(x, y).item(), rel=0.1, abs=0.3)
+
+
+def test_a_sparse_gradient_holds_the_steps_classes_alone():
+    x, y = batch(classes=3)
+    gradients = []
+    for sparse in (True, False):
+        head = head_of(CosFace(), classes=50, sample=0.1, sparse=sparse)
+        head(x, y).backward()
+        assert head.weight.grad.is_sparse == sparse
+        gradients.append(head.weight.grad)
+    torch.testing.assert_close(gradients[0].to_dense(), gradients[1])
+    assert gradients[0].coalesce().indices().shape[1] == 5
+
+
+def test_a_head_halves_its_chunk_when_memory_runs_out(monkeypatch):
+    x, y = batch()
+    expected = head_of(CosFace())(x, y)
+    original, sizes = torch.Tensor.amax, []
+
+    def small(self, *arguments):
+        sizes.append(len(self))
+        if len(self) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(torch.Tensor, "amax", small)
+    torch.testing.assert_close(head_of(CosFace())(x, y), expected)
+    assert max(sizes) == 12 and sizes[-1] == 3
+
+
+@pytest.mark.parametrize("make", [lambda h: h, UNPG], ids=["head", "unpg"])
+def test_a_batch_without_labels_is_zero_and_bad_rows_are_named(make):
+    x, y = batch()
+    head = head_of(CosFace())
+    loss = make(head)
+    none = loss(x.requires_grad_(), torch.full((12,), -1))
+    none.backward()
+    assert none.item() == 0 and not x.grad.any()
+    with pytest.raises(InputError, match="indices_tuple"):
+        loss(x, y, sample_weight=(y, y, y))
+    with torch.no_grad():
+        head.weight[1] = 0
+    with pytest.raises(InputError, match="class centre"):
+        loss(x, y)

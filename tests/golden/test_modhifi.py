@@ -7,21 +7,21 @@ from typing import Any
 import torch
 from tests.golden.common import File, Scope, golden, listed
 
-from lineament.edit import fidelity
+from lineament.edit import components
 
 
 def similarity(case: Scope, x: Any, weight: Any, **given: Any) -> Any:
-    return fidelity.component_similarity(x, weight, center=case["center"], **given)
+    return components.component_similarity(x, weight, center=case["center"], **given)
 
 
 def check_linear(file: File) -> None:
     for dtype in file.dtypes:
         x, weight, masks = file.input("phi").to(dtype), file.input("W").to(dtype), file.input("subset_masks")
         Q = similarity(file, x, weight)
-        scores = fidelity.component_scores(Q)
-        kept = [fidelity.compensation(Q, mask, lam=file["lam"]) for mask in masks]
-        exact = [fidelity.compensation(Q, mask, lam=0.0) for mask in masks]
-        shares = [fidelity.subset_fidelity(Q, mask, lam=file["lam_fidelity"]) for mask in masks]
+        scores = components.component_scores(Q)
+        kept = [components.compensation(Q, mask, lam=file["lam"]) for mask in masks]
+        exact = [components.compensation(Q, mask, lam=0.0) for mask in masks]
+        shares = [components.subset_fidelity(Q, mask, lam=file["lam_fidelity"]) for mask in masks]
         file.compare("Q", Q, dtype)
         for name in ("alpha", "saliency"):
             file.compare(name, getattr(scores, name), dtype)
@@ -31,7 +31,7 @@ def check_linear(file: File) -> None:
         file.compare("delta_reg", torch.stack(kept, 1), dtype)
         if dtype == torch.float64:
             sizes = torch.as_tensor(file["k"]).flatten().tolist()
-            best, sets = fidelity.best_subsets(Q, sizes)
+            best, sets = components.best_subsets(Q, sizes)
             file.compare("kmfs_best", best)
             file.compare("kmfs_sets", sets)
         for name in file.arrays(r"W_comp_subset\d+"):
@@ -44,8 +44,8 @@ def check_conv(file: File) -> None:
         x, weight, keep = file.input("x").to(dtype), file.input("W").to(dtype), file.input("keep")
         for case in file.cases:
             Q = similarity(case, x, weight, stride=case["stride"], padding=case["padding"])
-            scores = fidelity.component_scores(Q)
-            delta = fidelity.compensation(Q, keep, lam=case["lam"])
+            scores = components.component_scores(Q)
+            delta = components.compensation(Q, keep, lam=case["lam"])
             for name, found in {
                 "Q": Q,
                 "singleton_fidelity": scores.fidelity,
@@ -53,9 +53,9 @@ def check_conv(file: File) -> None:
                 "saliency": scores.saliency,
                 "delta": delta,
                 "W_pruned": weight * delta[..., None, None],
-                "fidelity_keep": fidelity.subset_fidelity(Q, keep, lam=case["lam_fidelity"]),
-                "mse_zeroed": fidelity.squared_error(Q, keep.to(dtype).expand_as(delta)),
-                "mse_compensated": fidelity.squared_error(Q, delta),
+                "fidelity_keep": components.subset_fidelity(Q, keep, lam=case["lam_fidelity"]),
+                "mse_zeroed": components.squared_error(Q, keep.to(dtype).expand_as(delta)),
+                "mse_compensated": components.squared_error(Q, delta),
             }.items():
                 case.compare(f"{name}_{case.name}", found, dtype)
 
@@ -71,23 +71,23 @@ def check_edges(file: File) -> None:
     for dtype in file.dtypes:
         x, weight = file.input("phi").to(dtype), file.input("W").to(dtype)
         Q = similarity(file, x, weight)
-        scores = fidelity.component_scores(Q)
+        scores = components.component_scores(Q)
         file.compare("Q", Q, dtype)
         file.compare("singleton_fidelity", scores.fidelity, dtype)
         file.compare("alpha", scores.alpha, dtype)
         orth = similarity(file, file.input("phi_orth").to(dtype), file.input("W_orth").to(dtype))
         file.compare("Q_orth", orth, dtype)
-        file.compare("singleton_orth", fidelity.component_scores(orth).fidelity, dtype)
+        file.compare("singleton_orth", components.component_scores(orth).fidelity, dtype)
         for case in file.cases:
             mask = chosen(case, Q.shape[1])
             case.compare(
-                f"delta_reg_keep_{case.name}", fidelity.compensation(Q, mask, lam=case["lam"]), dtype
+                f"delta_reg_keep_{case.name}", components.compensation(Q, mask, lam=case["lam"]), dtype
             )
             at, lam = listed(case["outputs"]), case["lam_fidelity"]
-            case.compare(f"fidelity_{case.name}", fidelity.subset_fidelity(Q, mask, lam=lam)[at], dtype)
+            case.compare(f"fidelity_{case.name}", components.subset_fidelity(Q, mask, lam=lam)[at], dtype)
             if case.has(f"fid_orth_{case.name}"):
                 mask = chosen(case, orth.shape[1])
-                found = fidelity.subset_fidelity(orth, mask, lam=lam)[at]
+                found = components.subset_fidelity(orth, mask, lam=lam)[at]
                 case.compare(f"fid_orth_{case.name}", found, dtype)
 
 
@@ -97,12 +97,14 @@ def check_union(file: File) -> None:
         x, scores = file.input("phi").to(dtype), []
         for number in (1, 2):
             Q = similarity(file, x, file.input(f"W{number}").to(dtype))
-            scores.append(fidelity.component_scores(Q).saliency)
+            scores.append(components.component_scores(Q).saliency)
             file.compare(f"saliency{number}", scores[-1], dtype)
         removed = float(file["removed_fraction"])
-        file.compare("n_keep_per_output", torch.tensor(fidelity.kept_per_output(x.shape[1], removed)), dtype)
-        file.compare("keep_layer1_only", fidelity.union_kept(scores[:1], removed), dtype)
-        file.compare("keep_coupled", fidelity.union_kept(scores, removed), dtype)
+        file.compare(
+            "n_keep_per_output", torch.tensor(components.kept_per_output(x.shape[1], removed)), dtype
+        )
+        file.compare("keep_layer1_only", components.union_kept(scores[:1], removed), dtype)
+        file.compare("keep_coupled", components.union_kept(scores, removed), dtype)
 
 
 CHECKS = {"linear": check_linear, "conv": check_conv, "edge": check_edges, "coupled_union": check_union}

@@ -231,7 +231,7 @@ def _audited(
             found, checkpoint = sections(folder, _key(subject, loaded), chosen, subject, note)
 
     def report() -> Report:
-        told = verdict(chosen, found)
+        told, linked = verdict(chosen, found), _linked(found)
         return written(
             folder,
             checkpoint,
@@ -239,7 +239,7 @@ def _audited(
             _title(loaded),
             _facts(subject, loaded),
             [*_planted(found), *told] if model is None else told,
-            found,
+            linked,
             {
                 "notes": [*map(sentence, subject.notes), *places(subject.sites)],
                 "sites": list(subject.sites),
@@ -249,6 +249,14 @@ def _audited(
         )
 
     return shards.agreed("the report", report)
+
+
+def _linked(sections: Sequence[Section]) -> list[Section]:
+    """Simple attributes are asked for by one lens, simple features by another: the first leads to the second where both have an answer."""
+    if not any(s.name == "complexity" and s.status not in ("skipped", "failed") for s in sections):
+        return list(sections)
+    link = ("The features that are simple, and whether they decide", "#complexity")
+    return [replace(s, links=[*s.links, link]) if s.name == "shortcuts" else s for s in sections]
 
 
 def _embedded(folder: Path, seed: int) -> Loaded:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ def show(value: Any, limit: int = 80) -> str:
     'a float32 tensor of shape (2, 3)'
     >>> show((torch.zeros(2, 3), None))
     'a tuple of a float32 tensor of shape (2, 3), None'
+    >>> show({"weight": torch.zeros(2, 3)})
+    "a dict of 'weight': a float32 tensor of shape (2, 3)"
     """
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
@@ -50,6 +53,9 @@ def show(value: Any, limit: int = 80) -> str:
     if isinstance(value, (tuple, list)) and any(isinstance(item, Tensor) for item in value):
         inside = [show(item, limit) for item in value[:4]] + ["..."] * (len(value) > 4)
         return f"a {type(value).__name__} of {', '.join(inside)}"
+    if type(value) is dict and any(isinstance(item, Tensor) for item in value.values()):
+        inside = [f"{key!r}: {show(item, limit)}" for key, item in islice(value.items(), 4)]
+        return f"a dict of {', '.join(inside + ['...'] * (len(value) > 4))}"
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 

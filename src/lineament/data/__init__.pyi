@@ -15,6 +15,10 @@ from .digits import digit_images as digit_images
 from .fast_slow_patches import fast_slow_patches as fast_slow_patches
 from .feature_sequences import feature_sequences as feature_sequences
 from .footprint import footprint as footprint
+from .identities import identities as identities
+from .identities import orl_faces as orl_faces
+from .movielens import categorical_features as categorical_features
+from .movielens import movielens as movielens
 from .patching_tasks import greater_than_pairs as greater_than_pairs
 from .patching_tasks import ioi_pairs as ioi_pairs
 from .patching_tasks import synthetic_greater_than as synthetic_greater_than

@@ -7,6 +7,7 @@ from .autoencoders import TopK as TopK
 from .effects import SteeringEffects as SteeringEffects
 from .effects import ablation_effects as ablation_effects
 from .effects import steering_effects as steering_effects
+from .end_to_end import train_end_to_end as train_end_to_end
 from .evaluation import error_metrics as error_metrics
 from .evaluation import evaluate as evaluate
 from .evaluation import output_metrics as output_metrics

@@ -234,8 +234,9 @@ class TopK(Autoencoder):
         """The codes of checked, centred rows; what :meth:`codes` does behind its checks."""
         selection = self._ranking(g)
         indices, values = select(
-            h.detach(), self.W_enc, self.b_enc, self.k, selection=selection, gradient=g, atoms=self.W_dec
-        )
+            h.detach(), self.W_enc, self.b_enc, self.k, selection=selection, gradient=g, atoms=self.W_dec,
+            precision=self._selection.precision,
+        )  # fmt: skip
         if torch.is_grad_enabled() and (h.requires_grad or self.W_enc.requires_grad):
             values = picked(h, self.W_enc, self.b_enc, indices, values)
         return Codes(indices, values, self.width)

@@ -186,11 +186,15 @@ def start(
             torch.rand(shape, generator=generator).to(x) for shape in ((len(x), width), (width, x.shape[1]))
         ]
         return draw[0] * scale * 2, draw[1] * scale * 2
-    values, vectors = torch.linalg.eigh(x.double().T @ x.double())
-    count = min(width, x.shape[1])
-    right = vectors.flip(1)[:, :count].T
+    count = min(width, *x.shape)
+    wide = x.double()
+    # The singular vectors from the smaller of the two products.
+    tall = len(x) >= x.shape[1]
+    values, vectors = torch.linalg.eigh(wide.T @ wide if tall else wide @ wide.T)
     scales = values.flip(0)[:count].clamp(min=1e-30).sqrt()
-    left = (x.double() @ right.T / scales).T
+    found = vectors.flip(1)[:, :count].T
+    other = ((wide @ found.T if tall else wide.T @ found.T) / scales).T
+    left, right = (other, found) if tall else (found, other)
     # Of each pair of singular vectors, the half (both positive parts, or both negative) with the larger product.
     parts = [(left.clamp(min=0), right.clamp(min=0)), ((-left).clamp(min=0), (-right).clamp(min=0))]
     norms = [u.norm(dim=1) * v.norm(dim=1) for u, v in parts]

@@ -158,7 +158,7 @@ class Harvest:
             if held is not None:
                 need = size - len(held)
                 part = rows.take(order[:need])
-                held = _joined([held, part], (block, need))
+                held = joined([held, part], (block, need))
                 start = len(part)
                 if len(held) < size and not last:
                     continue
@@ -211,11 +211,11 @@ class Harvest:
                 any_rows = True
                 if size >= self.bytes:
                     if block >= first:
-                        yield block, _joined(held), False
+                        yield block, joined(held), False
                     block, held, size = block + 1, [], 0
             require(any_rows, "data: gave no batches, expected at least one")
             if held and block >= first:
-                yield block, _joined(held), True
+                yield block, joined(held), True
             block, turn = block + 1, turn + 1
 
     def rows_of(self, index: Tensor) -> Rows:
@@ -226,7 +226,7 @@ class Harvest:
 
         self._sequences_a_buffer()
         most = max(1, TOKENS_AT_ONCE // max(1, self._positions))
-        return _joined(
+        return joined(
             list(auto_batch(some, len(index), most=most, memory=(Harvest.rows_of, self._positions)))
         )
 
@@ -331,7 +331,8 @@ def _each(change: Any, value: Any) -> Any:
     return {key: change(part) for key, part in value.items()} if isinstance(value, dict) else change(value)
 
 
-def _joined(parts: Sequence[Rows], after: tuple[int, int] = (0, 0)) -> Rows:
+def joined(parts: Sequence[Rows], after: tuple[int, int] = (0, 0)) -> Rows:
+    """Rows one after the other."""
     if len(parts) == 1:
         return parts[0].take(slice(None), after)
 

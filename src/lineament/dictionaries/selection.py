@@ -19,6 +19,7 @@ from torch import Tensor
 from lineament.core.checks import number, one_of, require, show
 
 SCORES = ("sum", "product", "signed", "topk_of_l1")
+PRECISIONS = ("full", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Selection:
         raising: for ``"signed"``.
         pool: which latents compete: ``"row"``, k of each row; ``"batch"``, k times the rows of all given rows together; or a number of
             consecutive rows that share k times that number.
+        candidates: with the score ``"sum"`` by row, score only so many times k latents, those of largest z, where they surely hold the k best (and all
+            of them in other rows): the same choice, without the product of all atoms with g; 0 scores all. 8 is usually right.
+        precision: ``"full"``, or ``"bfloat16"`` for the products that rank, in both modes; the values kept are those of full precision.
 
     >>> z, g = torch.tensor([[2.0, 1.5]]), torch.tensor([[0.0, 1.0]])
     >>> Selection(beta=1.0).scores(z, g @ torch.eye(2)).tolist()
@@ -48,6 +52,8 @@ class Selection:
     influence_scale: float = 1.0
     raising: bool = False
     pool: str | int = "row"
+    candidates: int = 0
+    precision: str = "full"
 
     def __post_init__(self) -> None:
         one_of("score", self.score, SCORES)
@@ -57,6 +63,16 @@ class Selection:
             one_of("pool", self.pool, ("row", "batch"))
         else:
             number("pool", self.pool, low=1, integer=True)
+        number("candidates", self.candidates, low=0, integer=True)
+        one_of("precision", self.precision, PRECISIONS)
+        require(
+            not self.candidates or (self.score == "sum" and self.pool == "row"),
+            f"candidates: got {self.candidates} with score={self.score!r} and pool={self.pool!r}; the bound that makes them sure is that of score='sum' by row",
+        )
+        require(
+            self.precision == "full" or self.pool == "row",
+            f"precision: got {self.precision!r} with pool={self.pool!r}, expected 'full' there",
+        )
 
     def scores(self, z: Tensor, along: Tensor) -> Tensor:
         """The scores of rows of pre-activations.

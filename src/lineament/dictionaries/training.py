@@ -29,7 +29,7 @@ from lineament.core.checks import InputError, number, require
 from lineament.core.codes import Codes
 from lineament.core.models import device_of, unwrapped
 from lineament.dictionaries.autoencoders import Autoencoder, BatchTopK, Gated, JumpReLU, TopK
-from lineament.dictionaries.harvest import Harvest, Rows, seeded
+from lineament.dictionaries.harvest import Harvest, Rows, joined, seeded
 from lineament.dictionaries.sequences import Gradient, checked_gradient
 from lineament.dictionaries.topk import step
 from lineament.train.processes import OneProcess, Processes
@@ -227,25 +227,14 @@ def train_dictionary(
         f"checkpoint: a training on {processes.count} processes cannot be resumed with the same bits; leave it out",
     )
     wants, steps = gradient is not None, math.ceil(tokens / batch_size)
-    first = next(harvested.batches(max(1024, min(batch_size, 8192))))
+    first = _of_all(next(harvested.batches(max(1024, min(batch_size, 8192)))), processes)
     place = harvested.sites[0].name
-    about = {
-        "model": type(unwrapped(model)).__name__,
-        "model_sha256": weights_hash(model),
-        "site": place,
-        "tokens": tokens,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "gradient": gradient
-        if isinstance(gradient, str | None)
-        else getattr(gradient, "__qualname__", "function"),
-        "seed": seed,
-        "processes": processes.count,
-        "lineament": __version__,
-        "torch": torch.__version__,
-    }
+    about = described(
+        model, place, processes, tokens=tokens, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
+        gradient=gradient if isinstance(gradient, str | None) else getattr(gradient, "__qualname__", "function"),
+    )  # fmt: skip
     trainers = [
-        _Trainer(each, first, chosen, about, number_, processes)
+        Trainer(each, first, chosen, about, number_, processes)
         for number_, (each, chosen) in enumerate(zip(dictionaries, every))
     ]
     position = {"after": [0, 0], "rows": 0, "zero_rows": 0}
@@ -275,7 +264,15 @@ def train_dictionary(
     return found if several else found[0]
 
 
-class _Trainer:
+def described(model: nn.Module, place: str, processes: OneProcess, **said: Any) -> dict[str, Any]:
+    """What repeats a training, beside the dictionary's own settings."""
+    return {
+        "model": type(unwrapped(model)).__name__, "model_sha256": weights_hash(model), "site": place, **said,
+        "processes": processes.count, "lineament": __version__, "torch": torch.__version__,
+    }  # fmt: skip
+
+
+class Trainer:
     """One dictionary's training, in scaled units."""
 
     def __init__(
@@ -386,7 +383,20 @@ class _Trainer:
             )
             grads, losses, on = _by_autograd(sae, x, self.variance, weight)
             l0 = on.sum(1).double().mean()
-            self._count(on.any(0).nonzero().flatten(), len(x))
+            self.count(on.any(0).nonzero().flatten(), len(x))
+        self.update(grads, losses, l0, len(x), number_, steps)
+
+    def update(
+        self,
+        grads: dict[str, Tensor],
+        losses: tuple[Tensor, Tensor],
+        l0: Tensor,
+        rows: int,
+        number_: int,
+        steps: int,
+    ) -> None:
+        """One step of Adam with these gradients, and what is told of it."""
+        options = self.options
         if self.processes.count > 1:
             for name in grads:
                 torch.distributed.all_reduce(grads[name])
@@ -395,13 +405,13 @@ class _Trainer:
         if options.clip is not None:
             norm = torch.stack([torch.linalg.vector_norm(g) for g in grads.values()]).norm()
             scale = (options.clip / (norm + 1e-6)).clamp_max(1.0)
-        self.adam.step(grads, self.rate * self._schedule(done, steps), scale)
+        self.adam.step(grads, self.rate * self._schedule(number_ / steps, steps), scale)
         for name, average in self.average.items():
             average.lerp_(self.adam.parameters[name], 1 - (options.ema or 0.0))
         dead = (self.silent > self.dead_tokens).double().mean()
         self.sums += torch.stack([losses[0].double(), losses[1].double(), l0, dead])
         self.counted += 1
-        self.seen += len(x) * self.processes.count
+        self.seen += rows * self.processes.count
         if self.counted * 50 >= steps or number_ + 1 == steps:
             self._record()
 
@@ -410,10 +420,15 @@ class _Trainer:
         with torch.no_grad():
             # By the pool, whatever threshold rows are judged by one at a time.
             codes = TopK.chosen(sae, sae.rows(x), g)
-            if isinstance(sae, BatchTopK) and bool((codes.values > 0).any()):
-                least = codes.values[codes.values > 0].min()
-                sae.threshold.copy_(least if float(sae.threshold) < 0 else sae.threshold.lerp(least, 0.01))
-        self._count(codes.indices[codes.values > _FIRED], len(x))
+            if isinstance(sae, BatchTopK):
+                least = torch.where(codes.values > 0, codes.values, torch.inf).min()
+                if self.processes.count > 1:
+                    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+                if bool(least.isfinite()):
+                    sae.threshold.copy_(
+                        least if float(sae.threshold) < 0 else sae.threshold.lerp(least, 0.01)
+                    )
+        self.count(codes.indices[codes.values > _FIRED], len(x))
         dead = self.silent > self.dead_tokens
         grads, found = step.gradients(
             sae, x, codes, alpha=self.options.alpha, dead=dead, k_aux=self.k_aux, variance=self.variance
@@ -432,7 +447,7 @@ class _Trainer:
         directions = torch.randn(g.shape, generator=generator).to(g)
         return directions * (g.norm(dim=1) / directions.norm(dim=1))[:, None]
 
-    def _count(self, fired: Tensor, rows: int) -> None:
+    def count(self, fired: Tensor, rows: int) -> None:
         self.silent += rows * self.processes.count
         self.silent[fired] = 0
         if self.processes.count > 1:
@@ -577,6 +592,15 @@ def _ranks(selection: Any) -> bool:
 
 def _processes(device: torch.device) -> OneProcess:
     return Processes() if shards.started() > 1 else OneProcess(device)
+
+
+def _of_all(rows: Rows, processes: OneProcess) -> Rows:
+    """The rows of every process, from which each measures the same scales and starts with the same weights."""
+    if processes.count == 1:
+        return rows
+    held: list[Any] = [None] * processes.count
+    torch.distributed.all_gather_object(held, rows)
+    return joined(held)
 
 
 def _writer(log: str | None, place: int) -> Any:

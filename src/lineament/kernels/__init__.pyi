@@ -1,5 +1,12 @@
+from .classifiers import InfiniteClassifier as InfiniteClassifier
+from .classifiers import InfiniteRegressor as InfiniteRegressor
+from .dimension import intrinsic_dimension as intrinsic_dimension
 from .duals import Dual as Dual
 from .duals import dual_of as dual_of
+from .gaussian_processes import InfiniteKernel as InfiniteKernel
+from .gaussian_processes import nngp as nngp
+from .gaussian_processes import ntk as ntk
+from .gaussian_processes import psi as psi
 from .hermite import hermite_coefficients as hermite_coefficients
 from .recursion import log_nngp as log_nngp
 from .recursion import log_ntk as log_ntk
@@ -9,3 +16,5 @@ from .regimes import optimal_dual as optimal_dual
 from .regimes import regime as regime
 from .scores import hilbert_scores as hilbert_scores
 from .scores import kernel_scores as kernel_scores
+from .table import LogTable as LogTable
+from .table import ValueTable as ValueTable

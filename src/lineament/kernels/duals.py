@@ -27,6 +27,7 @@ class Dual:
     Attributes:
         value, slope: φ̂ and φ̂' of ξ in [0, 1], each number as precise as ``xi`` is.
         complement: 1 - φ̂(1 - δ) of δ.
+        slope_near: φ̂'(1 - δ) of δ, where φ̂' is too steep at 1 to be found from ξ.
         lead: (k, c): φ̂(ξ) → c ξ^k as ξ → 0.
         tail: the part of E φ² that a series leaves out.
         scale: what φ was divided by to have E φ² = 1.
@@ -45,6 +46,7 @@ class Dual:
     tail: float = 0.0
     scale: float = 1.0
     weights: tuple[float, ...] = ()
+    slope_near: Callable[[Array], Array] | None = None
 
     @property
     def exact_power(self) -> bool:
@@ -81,8 +83,9 @@ def polynomial(
         f"coefficients: got {show(coefficients)}, expected non-negative numbers, the squares of Hermite coefficients",
     )
     c = c / c.sum()
-    orders = np.flatnonzero(c)
-    k = int(orders[0])
+    k = int(np.flatnonzero(c)[0])
+    # 1 - ξ^j = δ (1 + ξ + ... + ξ^(j-1)), so that nothing is subtracted.
+    above = c.sum() - np.cumsum(c) if len(c) < 2 else np.cumsum(c[:0:-1])[::-1]
 
     def value(xi: Array) -> Array:
         return np.polynomial.polynomial.polyval(xi, c)
@@ -95,9 +98,7 @@ def polynomial(
         )
 
     def complement(delta: Array) -> Array:
-        with np.errstate(divide="ignore"):
-            log = np.log1p(-delta)
-        return sum((-c[j] * np.expm1(j * log) for j in orders if j), np.zeros_like(delta))
+        return delta * np.polynomial.polynomial.polyval(1 - delta, above)
 
     return Dual(
         name or "polynomial", value, slope, complement, (k, float(c[k])), tail, scale, tuple(c.tolist())
@@ -197,13 +198,18 @@ def leaky_relu(negative_slope: float = 0.0) -> Dual:
     def slope(xi: Array) -> Array:
         return bend * (math.pi - np.arccos(np.clip(xi, -1, 1))) / math.pi + line
 
+    def angle_of(delta: Array) -> Array:
+        return 2 * np.arcsin(np.sqrt(np.clip(delta / 2, 0, 1)))
+
     def complement(delta: Array) -> Array:
-        angle = 2 * np.arcsin(np.sqrt(np.clip(delta / 2, 0, 1)))
-        return (bend + line) * delta - bend * _sine_less(angle) / math.pi
+        return (bend + line) * delta - bend * _sine_less(angle_of(delta)) / math.pi
+
+    def slope_near(delta: Array) -> Array:
+        return bend * (math.pi - angle_of(delta)) / math.pi + line
 
     name = {0.0: "relu", -1.0: "abs"}.get(alpha, f"leaky relu {alpha:g}")
     start = float(value(np.array(0.0)))
-    return Dual(name, value, slope, complement, (0, start))
+    return Dual(name, value, slope, complement, (0, start), slope_near=slope_near)
 
 
 def _sine_less(angle: Array) -> Array:
@@ -294,6 +300,8 @@ def dual_of(activation: Any, *, terms: int = 80) -> Dual:
         activation = functional
     found = hermite_coefficients(activation, terms)
     weights = found.coefficients**2
+    # What quadrature leaves of a coefficient that is zero: an odd activation has φ̂(0) = 0, not 1e-33.
+    weights[weights < 1e-26 * found.second_moment] = 0.0
     kept = float(weights.sum())
     name = getattr(activation, "__name__", type(activation).__name__)
     return polynomial(

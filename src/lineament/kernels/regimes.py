@@ -124,8 +124,8 @@ def optimal_dual(dimension: float, family: Literal["hermite", "sine", "moebius"]
     return polynomial([0, q, 1 - 2 * q, q], name)
 
 
-def optimal_activation(dimension: float, family: Literal["hermite", "sine"] = "hermite") -> Any:
-    """The activation itself, a function of tensors or arrays, with E φ² = 1 and the dual :func:`optimal_dual`.
+def optimal_activation(dimension: float, family: Literal["hermite", "sine", "moebius"] = "hermite") -> Any:
+    """The activation itself, a function of tensors or arrays, with E φ² = 1 and the dual :func:`optimal_dual`; Moebius's series up to 2^-60.
 
     >>> round(optimal_activation(2)(1.0), 4)
     0.1298
@@ -141,7 +141,8 @@ def optimal_activation(dimension: float, family: Literal["hermite", "sine"] = "h
             return scale * (torch.sin if isinstance(x, torch.Tensor) else np.sin)(math.sqrt(A) * x)
 
         return wave
-    weights = dual.weights
+    # Moebius's weights a (1-a)^(k-1) at a = 1/2.
+    weights = (0.0, *(0.5**k for k in range(1, 61))) if family == "moebius" else dual.weights
 
     def sum_of_hermite(x: Any) -> Any:
         return sum(math.sqrt(c) * h for c, h in zip(weights, hermite_basis(x, len(weights))))

@@ -8,6 +8,7 @@ from .projection.heads import Reweighting as Reweighting
 from .projection.heads import SymmetricReLU as SymmetricReLU
 from .projection.heads import WithHead as WithHead
 from .projection.heads import projection_head as projection_head
+from .projection.layers import layers_worth as layers_worth
 from .projection.theory import feature_weights as feature_weights
 from .tract.layer import tract as tract
 from .useful.early_outputs import outputs_of as outputs_of

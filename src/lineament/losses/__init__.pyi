@@ -15,6 +15,12 @@ from .margins import CurricularFace as CurricularFace
 from .margins import Elastic as Elastic
 from .margins import MagFace as MagFace
 from .margins import SphereFace as SphereFace
+from .pair_losses import CircleLoss as CircleLoss
+from .pair_losses import ContrastiveLoss as ContrastiveLoss
+from .pair_losses import MultiSimilarityLoss as MultiSimilarityLoss
+from .pair_losses import SNPairLoss as SNPairLoss
+from .pair_losses import TripletLoss as TripletLoss
+from .pair_losses import pair_loss as pair_loss
 from .queue import Queue as Queue
 from .unpg import UNPG as UNPG
 from .unpg import negative_pairs as negative_pairs

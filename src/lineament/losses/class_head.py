@@ -1,7 +1,8 @@
 """Classes as directions: a loss over cosines between embeddings and class weights, with any margin.
 
-The loss of a batch is mean(lse_i - target_i) over two vectors, which :meth:`ClassHead.parts` gives: losses that add to the denominator (UNPG), sampled
-classes and margins compose on them. Sampling (partial FC): An et al., "Partial FC", 2021.
+The loss of a batch is mean(lse_i - target_i) over two vectors, which :meth:`ClassHead.parts` gives; it is made in chunks (:mod:`lineament.losses.fused`)
+that never hold all logits. Losses that add to the denominator (UNPG), sampled classes and margins compose on it. Sampling (partial FC): An et al.,
+"Partial FC", 2021.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lineament.core.checks import InputError, number, one_of, require, show
+from lineament.losses.fused import class_lengths, cosine_softmax_loss
 from lineament.losses.margins import Cosine, Margin
 
 
@@ -24,6 +26,9 @@ class ClassHead(nn.Module):
         margin: on the target's cosine; none by default.
         scale: what cosines are multiplied by.
         sample: the share of classes a step computes, all of the batch's own and random others; the rest get no gradient.
+        sparse: with ``sample`` below 1, the weight's gradient is sparse: only the step's classes are in it, so that an optimizer of sparse
+            gradients (SGD without momentum, Adagrad, SparseAdam) neither moves nor reads the others.
+        chunk: samples whose logits are in memory at once; ``"auto"``: what takes 44 MB; ``None``: all, by plain autograd.
         reduction: of the samples' losses: ``"mean"``, ``"sum"`` or ``"none"``. Label -1 is left out.
         seed: of sampled classes and random margins.
 
@@ -44,6 +49,8 @@ class ClassHead(nn.Module):
         scale: float = 64.0,
         *,
         sample: float = 1.0,
+        sparse: bool = False,
+        chunk: int | Literal["auto"] | None = "auto",
         reduction: Literal["mean", "sum", "none"] = "mean",
         seed: int = 0,
     ):
@@ -52,6 +59,10 @@ class ClassHead(nn.Module):
         number("embedding_size", embedding_size, low=1, integer=True)
         self.scale = number("scale", scale, low=0, open_low=True)
         self.sample = number("sample", sample, low=0, high=1, open_low=True)
+        self.sparse = sparse
+        if chunk is not None and chunk != "auto":
+            number("chunk", chunk, low=1, integer=True)
+        self.chunk = chunk
         self.margin = Cosine() if margin is None else margin
         self.reduction = one_of("reduction", reduction, ("mean", "sum", "none"))
         self.generator = torch.Generator().manual_seed(seed)
@@ -66,46 +77,77 @@ class ClassHead(nn.Module):
         sample_weight: Tensor | None = None,
         margins: Tensor | None = None,
         kept: Tensor | None = None,
+        also: Tensor | None = None,
     ) -> Tensor:
         """The loss.
 
         Args:
             embeddings: [B, d], not normalised. labels: [B], -1 for none. sample_weight: [B].
-            margins: [B] (or of the labelled rows) instead of drawn ones. kept: class numbers instead of sampled ones.
+            margins: [B] (or of the labelled rows) instead of drawn ones. kept: class numbers, sorted, instead of sampled ones.
+            also: a scalar logit that joins every denominator.
 
         Raises:
             InputError: labels beyond the classes, wrong shapes, an embedding or class without direction, NaN.
         """
-        return self.reduced(*self.parts(embeddings, labels, margins=margins, kept=kept), sample_weight)
+        if self.reduction == "none" or self.chunk is None or self.margin.changes_others:
+            parts = self.parts(embeddings, labels, margins=margins, kept=kept, also=also)
+            return self.reduced(*parts, sample_weight)
+        rows = checked(embeddings, labels, len(self.weight))
+        x, weight, y = self._chosen(embeddings[rows], labels[rows], kept)
+        if not len(rows):
+            return (x.sum() + weight[:1].sum()) * 0
+        norms = x.norm(dim=1)
+        each = torch.ones_like(norms) if sample_weight is None else _per_row(sample_weight, rows, x)
+        each = each if self.reduction == "sum" else each / each.sum()
+
+        def target(cosines: Tensor, norms: Tensor) -> Tensor:
+            return self._target(cosines, norms, margins, rows) * (
+                norms if self.margin.by_norm else self.scale
+            )
+
+        loss = cosine_softmax_loss(
+            F.normalize(x, dim=1), norms, weight, y, target, scale=None if self.margin.by_norm else self.scale,
+            weights=each, also=also, chunk=self.chunk,
+        )  # fmt: skip
+        extra = self.margin.extra(norms) if self.training else None
+        return loss if extra is None else loss + (each * extra).sum()
 
     def parts(
-        self, embeddings: Tensor, labels: Tensor, *, margins: Tensor | None = None, kept: Tensor | None = None
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        *,
+        margins: Tensor | None = None,
+        kept: Tensor | None = None,
+        also: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(lse [n], target logit [n], numbers of the labelled rows [n]): a sample's loss is ``lse - target``.
+        """(lse [n], target logit [n], numbers of the labelled rows [n]): a sample's loss is ``lse - target``. By plain autograd.
 
         A margin's own term (MagFace) is in lse.
         """
         rows = checked(embeddings, labels, len(self.weight))
-        logits, extra = self._logits(embeddings[rows], labels[rows], margins, kept, rows)
-        at = labels[rows] if kept is None else torch.searchsorted(kept, labels[rows])
+        x, weight, y = self._chosen(embeddings[rows], labels[rows], kept)
+        logits, extra = self._logits(x, weight, y, margins, rows)
         lse = logits.logsumexp(1)
-        return lse if extra is None else lse + extra, logits.gather(1, at[:, None])[:, 0], rows
+        lse = lse if also is None else torch.logaddexp(lse, also)
+        return lse if extra is None else lse + extra, logits.gather(1, y[:, None])[:, 0], rows
 
     def margin_logits(self, embeddings: Tensor, labels: Tensor, *, margins: Tensor | None = None) -> Tensor:
         """Logits [B, C] with the margin in the target's entry; rows of label -1 are without."""
         rows = checked(embeddings, labels, len(self.weight))
         found = self.logits(embeddings)
-        return found.index_copy(0, rows, self._logits(embeddings[rows], labels[rows], margins, None, rows)[0])
+        return found.index_copy(
+            0, rows, self._logits(wide(embeddings[rows]), self.weight, labels[rows], margins, rows)[0]
+        )
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """``scale * cosine`` of every class, [B, C]."""
         norms = embeddings.norm(dim=1)
         return self.cosines(embeddings) * (norms[:, None] if self.margin.by_norm else self.scale)
 
-    def cosines(self, embeddings: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Cosines [B, C], or with the kept classes."""
-        weight = self.weight if kept is None else self.weight[kept]
-        return (F.normalize(embeddings, dim=1) @ F.normalize(weight, dim=1).T).clamp(-1, 1)
+    def cosines(self, embeddings: Tensor) -> Tensor:
+        """Cosines [B, C]."""
+        return _cosines(embeddings, self.weight)
 
     def load_class_weights(self, source: Tensor, layout: Literal["rows", "columns"] = "rows") -> None:
         """Take class weights from another library: (C, d) rows, or (d, C) columns as in pytorch-metric-learning and ElasticFace."""
@@ -122,37 +164,45 @@ class ClassHead(nn.Module):
     ) -> Tensor:
         """The batch's loss from :meth:`parts`."""
         each = lse - target
-        if sample_weight is not None:
-            each = each * sample_weight[rows]
+        weights = None if sample_weight is None else _per_row(sample_weight, rows, each)
+        if weights is not None:
+            each = each * weights
         if self.reduction == "none":
             return each
         total = each.sum()
         if self.reduction == "sum":
             return total
-        return (
-            total / (len(rows) if sample_weight is None else sample_weight[rows].sum())
-            if len(rows)
-            else total
-        )
+        return total / (len(rows) if weights is None else weights.sum()) if len(rows) else total
+
+    def _chosen(self, x: Tensor, y: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Wide embeddings, the step's class rows, and which of those are the samples' own."""
+        if kept is None and self.training and self.sample < 1:
+            kept = self.sampled(y)
+        if kept is None:
+            return wide(x), self.weight, y
+        return wide(x), F.embedding(kept, self.weight, sparse=self.sparse), torch.searchsorted(kept, y)
+
+    def _target(self, cosines: Tensor, norms: Tensor, margins: Tensor | None, rows: Tensor) -> Tensor:
+        """The targets' cosines with their margin."""
+        if not self.training:
+            return cosines
+        if margins is None:
+            margins = self.margin.draw(cosines, self.generator)
+        elif len(margins) != len(rows):
+            margins = margins[rows]
+        return self.margin(cosines, norms, margins)
 
     def _logits(
-        self, embeddings: Tensor, labels: Tensor, margins: Tensor | None, kept: Tensor | None, rows: Tensor
+        self, x: Tensor, weight: Tensor, y: Tensor, margins: Tensor | None, rows: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        if kept is None and self.training and self.sample < 1:
-            kept = self.sampled(labels)
-        cosines = self.cosines(embeddings, kept)
-        at = (labels if kept is None else torch.searchsorted(kept, labels))[:, None]
-        norms = embeddings.norm(dim=1)
+        class_lengths(weight)
+        cosines, norms = _cosines(x, weight), x.norm(dim=1)
         scale = norms[:, None] if self.margin.by_norm else self.scale
         if not self.training:
             return cosines * scale, None
-        own = cosines.gather(1, at)
-        if margins is None:
-            margins = self.margin.draw(own[:, 0], self.generator)
-        elif len(margins) != len(rows):
-            margins = margins[rows]
-        target = self.margin(own[:, 0], norms, margins)[:, None]
-        found = self.margin.others(cosines, own).scatter(1, at, target)
+        own = cosines.gather(1, y[:, None])
+        target = self._target(own[:, 0], norms, margins, rows)[:, None]
+        found = self.margin.others(cosines, own).scatter(1, y[:, None], target)
         return found * scale, self.margin.extra(norms)
 
     def sampled(self, labels: Tensor) -> Tensor:
@@ -168,6 +218,24 @@ class ClassHead(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         self.generator.set_state(state.cpu())
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 where it is in half precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _cosines(x: Tensor, weight: Tensor) -> Tensor:
+    return wide(F.normalize(x, dim=1) @ F.normalize(weight, dim=1).T).clamp(-1, 1)
+
+
+def _per_row(sample_weight: Tensor, rows: Tensor, like: Tensor) -> Tensor:
+    last = int(rows[-1]) if len(rows) else -1
+    if not isinstance(sample_weight, Tensor) or sample_weight.ndim != 1 or len(sample_weight) <= last:
+        raise InputError(
+            f"sample_weight: got {show(sample_weight)}, expected one number a row (pytorch-metric-learning's indices_tuple is not taken)"
+        )
+    return sample_weight[rows].to(like)
 
 
 def checked(embeddings: Tensor, labels: Tensor, classes: int) -> Tensor:

@@ -27,6 +27,8 @@ class Margin(nn.Module):
 
     # Logits are multiplied by the embedding's norm, not by the head's scale.
     by_norm = False
+    # The other classes' cosines change, too (see ``others``), so that all logits are needed at once.
+    changes_others = False
 
     def forward(self, cosine: Tensor, norms: Tensor, drawn: Tensor | None = None) -> Tensor:
         return cosine
@@ -216,6 +218,7 @@ class CurricularFace(Margin):
     0.0
     """
 
+    changes_others = True
     t: Tensor
 
     def __init__(self, m: float = 0.5, *, alpha: float = 0.01):

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lineament.core.checks import number
+from lineament.core.checks import number, one_of, require, show
 from lineament.core.results import Readable
-from lineament.losses.class_head import ClassHead
+from lineament.losses.class_head import ClassHead, checked
+from lineament.losses.pair_losses import PAIR_LOSSES, pair_loss
 
 
 class UNPG(nn.Module):
@@ -24,28 +25,42 @@ class UNPG(nn.Module):
         head: any :class:`ClassHead`.
         whisker: pairs outside Q1 - r IQR to Q3 + r IQR are left out: above are suspected wrong labels, below are trivial pairs.
             1.5 for MS1MV2, 1 for K-FACE, infinity for no filter.
+        aux: ``"unpg"``, or the name of a loss over pairs that is added to the head's instead, ``weight`` times: ``"triplet"``,
+            ``"contrastive"``, ``"circle"``, ``"multi-similarity"``, ``"sn-pair"`` (which around an ArcFace head is MixFace).
 
     >>> loss = UNPG(ClassHead(5, 4))
     >>> loss(torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 3])).ndim
     0
     """
 
-    def __init__(self, head: ClassHead, whisker: float = 1.5):
+    def __init__(self, head: ClassHead, whisker: float = 1.5, aux: str = "unpg", *, weight: float = 1.0):
         super().__init__()
-        self.head = head
+        require(isinstance(head, ClassHead), f"head: got {show(head)}, expected a ClassHead")
+        one_of("aux", aux, ("unpg", *PAIR_LOSSES))
+        require(
+            aux == "unpg" or head.reduction == "mean",
+            f"aux: {aux} is added to a mean, got a head whose reduction is {head.reduction!r}",
+        )
+        self.head, self.pairs = head, None if aux == "unpg" else pair_loss(aux)
+        self.weight = number("weight", weight, low=0)
         self.whisker = whisker if whisker == float("inf") else number("whisker", whisker, low=0)
 
     def forward(self, embeddings: Tensor, labels: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of embeddings [B, d] with labels [B]; rows of label -1 form no pairs. Without negatives it is the head's own."""
-        lse, target, rows = self.head.parts(embeddings, labels)
         if not self.training:
-            return self.head.reduced(lse, target, rows, sample_weight)
-        pairs = negative_pairs(embeddings[rows], labels[rows], self.whisker)
-        extra = self.head.margin.extra(embeddings[rows].norm(dim=1))
-        if extra is not None:  # the margin's own term stays outside of the logarithm
-            lse = lse - extra
-        lse = torch.logaddexp(lse, pairs.logsumexp(self.head.scale))
-        return self.head.reduced(lse if extra is None else lse + extra, target, rows, sample_weight)
+            return self.head(embeddings, labels, sample_weight=sample_weight)
+        if self.pairs is not None:
+            base = self.head(embeddings, labels, sample_weight=sample_weight)
+            return base + self.weight * self.pairs(embeddings, labels)
+        rows = checked(embeddings, labels, len(self.head.weight))
+        pairs = self.negatives(embeddings[rows], labels[rows])
+        return self.head(
+            embeddings, labels, sample_weight=sample_weight, also=pairs.logsumexp(self.head.scale)
+        )
+
+    def negatives(self, embeddings: Tensor, labels: Tensor) -> NegativePairs:
+        """The pairs that join the denominators, of the batch's labelled rows."""
+        return negative_pairs(embeddings, labels, self.whisker)
 
 
 @dataclass(frozen=True)
@@ -76,7 +91,9 @@ def negative_pairs(embeddings: Tensor, labels: Tensor, whisker: float = 1.5) -> 
     unlike = (labels[:, None] != labels).triu(1)
     with torch.no_grad():
         # Pairs that are none sort last.
-        ordered = found.masked_fill(~unlike, torch.inf).flatten().sort().values
+        ordered = F.pad(
+            found.masked_fill(~unlike, torch.inf).flatten().sort().values, (0, 1), value=torch.inf
+        )
         count = unlike.sum()
         first, third = (ordered[(q * count).floor().long().clamp(max=len(ordered) - 1)] for q in (0.25, 0.75))
         reach = whisker * (third - first) if whisker != float("inf") else torch.full_like(first, torch.inf)

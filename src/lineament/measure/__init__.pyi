@@ -51,6 +51,8 @@ from .complexity.layers import complexity as complexity
 from .complexity.redundancy import redundancy as redundancy
 from .complexity.robustness import robustness as robustness
 from .complexity.vinformation import vinformation as vinformation
+from .embeddings.pairs import borda_count as borda_count
+from .embeddings.pairs import recognition as recognition
 from .embeddings.verification import fold_accuracy as fold_accuracy
 from .embeddings.verification import roc as roc
 from .embeddings.verification import separation as separation

@@ -65,7 +65,7 @@ class Section:
     ``number`` is the one figure a reader should remember, as text ("31.4 %"), and ``unit`` what it counts ("accuracy
     in the worst group"). ``sentence`` says what it means, in plain words. ``method`` is the slug of the paper behind
     it, or "" where there is none. The audit fills in ``name`` and ``title``, and a ``method`` that is ``None``, from the lens's file. ``numbers`` is everything measured, for `report.json` (JSON values only), ``findings`` what it means for the verdict, and
-    ``seconds`` how long the lens took. ``links`` are (words, address) of pages beside the report.
+    ``seconds`` how long the lens took. ``links`` are (words, address) of pages beside the report, or of another of its sections, as ``#NAME``.
 
     >>> Section("accuracy", "How often is it right?", "good", "98 %", "of samples right", "It is right for 98 of 100.").to_dict()["number"]
     '98 %'

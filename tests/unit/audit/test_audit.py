@@ -40,6 +40,11 @@ def test_the_default_finds_the_planted_mark(planted):
     assert window["top"] <= 1 and window["left"] <= 1, "the mark is in the top left corner"
     first = planted["shortcuts"].numbers["suspects"]["tried"][0]
     assert (first["name"], first["decides"]) == ("corners", True), "where the mark is"
+    simple = planted["complexity"].numbers
+    assert simple["suspects"], "the mark is simple and decides"
+    (window, share) = simple["places"][str(simple["suspects"][0])]
+    assert window["top"] <= 1 and window["left"] <= 1 and share > 0.5, "its read-out looks at the mark"
+    assert ("complexity", True) in [(a[1:], "simple" in words) for words, a in planted["shortcuts"].links]
     groups = {group["name"]: group for group in planted["accuracy"].numbers["groups"]}
     assert groups["mark agrees"]["low"] > groups["mark misleads"]["high"]
 
@@ -84,8 +89,14 @@ def test_a_network_without_the_shortcut_is_not_accused(tmp_path):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images[rows]), data.targets[rows]).backward()
             optimizer.step()
-    found = audit(model.eval(), (images[:400], data.targets[:400]), out=tmp_path / "report", lenses=["gaze"])
+    found = audit(
+        model.eval(),
+        (images[:400], data.targets[:400]),
+        out=tmp_path / "report",
+        lenses=["gaze", "complexity"],
+    )
     assert not found["gaze"].numbers["place"]["decides"]
+    assert found["complexity"].numbers["suspects"] == []
     assert all(finding.severity != "warning" for finding in found.findings)
 
 

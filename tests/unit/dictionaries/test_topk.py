@@ -291,3 +291,49 @@ class TestRefused:
             bad = rows()
             bad[2, 1] = torch.nan
             sae.codes(x, gradient=bad)
+
+
+@pytest.mark.parametrize("beta", [0.05, 1.0, 30.0])
+def test_candidates_choose_what_all_scores_choose(beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the bound fails in some rows (most of them for the largest beta), which are scored in full."""
+    plain, few = (dictionary(beta=beta, candidates=n) for n in (0, 3))
+    x, g = rows(60), rows(60, seed=2)
+    counted = []
+    scores = Selection.scores
+    monkeypatch.setattr(
+        Selection, "scores", lambda self, z, along: counted.append(z.shape) or scores(self, z, along)
+    )
+    found = few.codes(x, gradient=g)
+    assert counted[0] == (60, 12), "3 k candidates"
+    unsure = counted[1][0] if len(counted) > 1 else 0
+    assert {0.05: unsure < 20, 1.0: 0 < unsure < 60, 30.0: unsure >= 40}[beta], unsure
+    expected = plain.codes(x, gradient=g)
+    assert torch.equal(found.dense() != 0, expected.dense() != 0)
+    assert torch.allclose(found.dense(), expected.dense(), atol=1e-12)
+
+
+@pytest.mark.parametrize("candidates", [0, 3])
+def test_ranked_in_bfloat16_the_kept_values_are_exact(candidates: int) -> None:
+    sae, x, g = (
+        dictionary(precision="bfloat16", candidates=candidates).float(),
+        rows(60).float(),
+        rows(60, seed=2).float(),
+    )
+    z = sae.pre_activations(x).detach().relu()
+    for dense in (sae.encode(x), sae.encode(x, gradient=g)):
+        on = dense != 0
+        assert torch.allclose(dense[on], z[on], atol=1e-6) and (on.sum(1) <= 4).all()
+    full = dictionary().float().encode(x).detach()
+    assert float(((sae.encode(x) != 0) == (full != 0)).float().mean()) > 0.97
+    assert float(z[full != 0].sum()) == pytest.approx(float(sae.encode(x).detach().sum()), rel=0.01), (
+        "nearly the best"
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"candidates": 8, "score": "product"}, {"candidates": 8, "pool": "batch"}, {"precision": "half"}, {"precision": "bfloat16", "pool": 4}],
+)  # fmt: skip
+def test_what_has_no_bound_is_refused(options: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=r"candidates|precision"):
+        Selection(**options)  # pyright: ignore[reportArgumentType]

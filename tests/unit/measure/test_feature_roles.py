@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -319,3 +320,30 @@ def test_removing_a_feature_costs_what_it_does_by_hand(site):
             assert abs(float(found.errors[at] - change.std() / 5)) < 1e-6
     with pytest.raises(InputError, match="features: got label 6"):
         removal_costs(net, (X, Y), units(site), torch.tensor([6]))
+
+
+class Turned(nn.Module):
+    """A head whose answers are put into another order behind its linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Head()
+
+    def forward(self, x):
+        return self.inner(x)[:, [2, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    "call", [removal_costs, importance, partial(support_features, order=torch.arange(6)), dictionary_quality]
+)
+def test_what_comes_after_the_last_linear_layer_counts(call):
+    net = Turned()
+    by_head = call(net, (X, Y), units("inner.out:in")).to_dict()
+    whole = call(
+        net, (X, Y), units("inner.act")
+    ).to_dict()  # the same numbers, from a place that no layer reads alone
+    for name, value in whole.items():
+        if isinstance(value, list):
+            torch.testing.assert_close(torch.tensor(by_head[name]), torch.tensor(value), rtol=1e-6, atol=1e-9)
+        else:
+            assert by_head[name] == pytest.approx(value), name

@@ -29,7 +29,7 @@ def fold_norms(model: nn.Module, example: Any) -> tuple[nn.Module, dict[str, str
     ({'1': '0'}, True)
     """
     model = plain_network(model)
-    pairs = _pairs(model, example)
+    pairs = following_norms(model, example)
     while pairs:
         new = _folded(model, pairs)
         if alike(model, new, example):
@@ -45,7 +45,12 @@ def fold_norms(model: nn.Module, example: Any) -> tuple[nn.Module, dict[str, str
     return without(model, []), {}
 
 
-def _pairs(model: nn.Module, example: Any) -> dict[str, str]:
+def following_norms(model: nn.Module, example: Any) -> dict[str, str]:
+    """{batch norm: the one layer whose output it takes}.
+
+    >>> following_norms(nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)), torch.ones(1, 1, 2, 2))
+    {'1': '0'}
+    """
     names = {module: name for name, module in model.named_modules()}
     made: dict[int, tuple[Tensor, str]] = {}
     calls: dict[str, list[str]] = {}

@@ -86,7 +86,9 @@ def rewrite(
             tensors[parameter] = _multiplied(old, axis, parts)
     steps = [_step(group, len(write)) for group, (write, _) in changes.items() if len(write) != group.size]
     _install(new, {parameter: tensors[parameter] for parameter, _ in by_axis}, steps)
-    setattr(new, RECORD, [*getattr(model, RECORD, []), *({"kind": "narrow", "groups": [s]} for s in steps)])
+    # One step: the slots of groups that share an axis are those from before any of them went.
+    made = [{"kind": "narrow", "groups": steps}] if steps else []
+    setattr(new, RECORD, [*getattr(model, RECORD, []), *made])
     if example is not None:
         runs(new, example)
     return new

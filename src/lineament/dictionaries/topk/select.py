@@ -2,11 +2,15 @@
 
 Rows go in chunks under a byte budget. In a row the k best lie in the k groups of 64 with the largest maxima (each of those groups holds a
 value at least as large as everything in the groups left out), so that only k * 64 values are sorted.
+
+With a gradient the scores of all latents take a second product of the encoder's size. With ``Selection(candidates=C)`` only the C k latents of largest z
+are scored, and a row is done where no other can be among its best: z (1 + beta |g| |w| / scale) <= the k-th score, with the largest z left out. Other rows are scored in full.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lineament.core.batching import auto_batch
@@ -36,6 +40,22 @@ def largest(scores: Tensor, k: int) -> Tensor:
     return torch.where(places < k * GROUP, chosen, places - k * GROUP + groups * GROUP)
 
 
+def dots(indices: Tensor, atoms: Tensor, rows: Tensor) -> Tensor:
+    """(rows, k): the inner products of each row with the atoms that its indices name.
+
+    It is the gradient of ``embedding_bag`` with respect to its weights, which PyTorch computes without gathering the atoms.
+
+    >>> dots(torch.tensor([[1]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[5.0, 3.0]])).tolist()
+    [[6.0]]
+    """
+    if not indices.numel():
+        return rows.new_zeros(indices.shape)
+    with torch.enable_grad():
+        weights = torch.zeros(indices.shape, dtype=rows.dtype, device=rows.device, requires_grad=True)
+        out = F.embedding_bag(indices, atoms.detach(), mode="sum", per_sample_weights=weights)
+        return torch.autograd.grad(out, weights, rows)[0]
+
+
 def rows_at_once(width: int, itemsize: int, tensors: int = 1) -> int:
     """How many rows of so many tensors of ``width`` columns fit the byte budget."""
     return max(1, BYTES // max(1, width * itemsize * tensors))
@@ -51,6 +71,7 @@ def select(
     selection: Selection | None = None,
     gradient: Tensor | None = None,
     atoms: Tensor | None = None,
+    precision: str = "full",
 ) -> tuple[Tensor, Tensor]:
     """The kept latents of each row and their values relu(z), z = h @ encoder.T + bias.
 
@@ -60,6 +81,7 @@ def select(
         selection: how latents are ranked and pooled; ``None``: by z, k in each row.
         gradient: (rows, d), the loss's gradient, which ``selection`` ranks with; without it the rank is that of z.
         atoms: (width, d), the decoder, needed with ``gradient``.
+        precision: ``"bfloat16"`` ranks by products in bfloat16; the kept values are those of full precision.
 
     Returns:
         indices and values, (rows, k); with a pool (rows, most), filled up with zeros.
@@ -72,20 +94,48 @@ def select(
     rows, width = len(h), len(encoder)
     pool = "row" if selection is None else selection.pool
     transposed = encoder.T
+    longest = bias.new_zeros(())
     signed = gradient is not None and selection is not None and selection.score == "signed"
 
+    def product(x: Tensor, weights: Tensor) -> Tensor:
+        return (x.bfloat16() @ weights.bfloat16().T).to(x) if precision == "bfloat16" else x @ weights.T
+
+    def scored(x: Tensor) -> Tensor:
+        return torch.addmm(bias, x, transposed) if precision == "full" else product(x, encoder) + bias
+
     def ranked(start: int, stop: int) -> tuple[Tensor, Tensor]:
-        z = torch.addmm(bias, h[start:stop], transposed)
+        z = scored(h[start:stop])
         if gradient is None or selection is None:
             return z, z
         assert atoms is not None
-        return z, selection.scores(z, gradient[start:stop] @ atoms.T)
+        return z, selection.scores(z, product(gradient[start:stop], atoms))
+
+    def exact(z: Tensor, start: int, stop: int, indices: Tensor) -> Tensor:
+        """The values of some latents of each row."""
+        if precision == "full":
+            return z.gather(1, indices).relu_()
+        return (dots(indices, encoder, h[start:stop]) + bias[indices]).relu_()
 
     def by_row(start: int, stop: int) -> tuple[Tensor, Tensor]:
         z, scores = ranked(start, stop)
         indices = largest(scores, k)
-        values = z.gather(1, indices).relu_()
+        values = exact(z, start, stop, indices)
         return indices, values * (scores.gather(1, indices) > 0) if signed else values
+
+    def by_candidates(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        assert gradient is not None and selection is not None and atoms is not None
+        z, g = scored(h[start:stop]), gradient[start:stop]
+        kept, indices = z.topk(selection.candidates * k, -1, sorted=False)
+        scores = selection.scores(kept, dots(indices, atoms, g))
+        best, places = scores.topk(k, -1, sorted=False)
+        indices = indices.gather(1, places)
+        least = kept.amin(1)
+        most = least * (1 + selection.beta * g.norm(dim=1) * longest / selection.influence_scale)
+        unsure = (torch.maximum(least, most) > best.amin(1)).nonzero().flatten()
+        if len(unsure):
+            full = selection.scores(z[unsure], product(g[unsure], atoms))
+            indices[unsure] = largest(full, k)
+        return indices, exact(z, start, stop, indices)
 
     def by_pool(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         z, scores = ranked(start, stop)
@@ -96,7 +146,11 @@ def select(
 
     most = rows_at_once(width, h.element_size(), 1 if gradient is None else 4)
     if pool == "row":
-        parts = list(auto_batch(by_row, rows, most=most, memory=(select, (width, h.shape[-1]))))
+        some = by_row
+        if gradient is not None and selection is not None and 0 < selection.candidates * k < width:
+            assert atoms is not None
+            some, longest = by_candidates, atoms.norm(dim=1).max()
+        parts = list(auto_batch(some, rows, most=most, memory=(select, (width, h.shape[-1]))))
         if not parts:
             return h.new_zeros(0, k, dtype=torch.long), h.new_zeros(0, k)
         return torch.cat([i for i, _ in parts]), torch.cat([v for _, v in parts])

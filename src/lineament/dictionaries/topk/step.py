@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lineament.core.codes import Codes
-from lineament.dictionaries.topk.select import select
+from lineament.dictionaries.topk.select import dots, select
 
 
 def decoded(indices: Tensor, values: Tensor, atoms: Tensor) -> Tensor:
@@ -108,22 +108,6 @@ class _Picked(torch.autograd.Function):
             to_encoder = by_latent.sums(grad, h) if ctx.needs_input_grad[1] else None
             to_bias = by_latent.totals(grad) if ctx.needs_input_grad[2] else None
         return to_h, to_encoder, to_bias, None, None
-
-
-def dots(indices: Tensor, atoms: Tensor, rows: Tensor) -> Tensor:
-    """(rows, k): the inner products of each row with the atoms that its indices name.
-
-    It is the gradient of ``embedding_bag`` with respect to its weights, which PyTorch computes without gathering the atoms.
-
-    >>> dots(torch.tensor([[1]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[5.0, 3.0]])).tolist()
-    [[6.0]]
-    """
-    if not indices.numel():
-        return rows.new_zeros(indices.shape)
-    with torch.enable_grad():
-        weights = torch.zeros(indices.shape, dtype=rows.dtype, device=rows.device, requires_grad=True)
-        out = F.embedding_bag(indices, atoms.detach(), mode="sum", per_sample_weights=weights)
-        return torch.autograd.grad(out, weights, rows)[0]
 
 
 @dataclass(frozen=True)

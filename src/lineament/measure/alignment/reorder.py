@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lineament.core import checks, results
 from lineament.core.checks import InputError, require
 from lineament.core.models import called, decided, device_of, frozen, logits, moved
+from lineament.core.norms import recalibrate
 from lineament.core.results import Readable
 from lineament.core.surgery.groups import ChannelGroup, channel_groups
 from lineament.core.surgery.rewriting import permute
@@ -228,7 +228,9 @@ def barrier(
     for place in places:
         middle.load_state_dict({k: _between(v, states[1][k], place) for k, v in states[0].items()})
         if renormalise and 0 < place < 1:
-            _renormalised(middle, batches, batch_size)
+            device = device_of(middle)
+            parts = (b.inputs for b in batches.in_order(batch_size) if len(b) > 1)
+            recalibrate(middle.eval(), (moved(part, device) for part in parts))
         found.append(_measured(middle, batches, loss, batch_size))
     losses, rights, counts = zip(*found)
     right = None if rights[0] is None else torch.tensor(rights, dtype=torch.float64)
@@ -239,29 +241,6 @@ def _between(a: Tensor, b: Tensor, place: float) -> Tensor:
     if not a.is_floating_point():
         return a
     return torch.lerp(a, b.to(a.device, a.dtype), place)
-
-
-def _renormalised(model: nn.Module, batches: Any, batch_size: int) -> None:
-    norms = [
-        module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
-    ]
-    if not norms:
-        return
-    modes = {module: module.training for module in model.modules()}
-    momenta = [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the average of all batches
-        norm.train()
-    with torch.no_grad():
-        for batch in batches.in_order(batch_size):
-            if len(batch) > 1:
-                called(model, moved(batch.inputs, device_of(model)))
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
-    for module, mode in modes.items():
-        module.training = mode
 
 
 def _measured(model: nn.Module, batches: Any, loss: Any, batch_size: int) -> tuple[float, float | None, int]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -211,6 +212,7 @@ class Splice:
             f"dictionary: got {checks.show(dictionary)}, expected one with encode and decode",
         )
         self.site = str(site_of(model, dictionary))
+        self.head: tuple[Tensor, Tensor | None] | None = None
 
     def given(self, inputs: Any) -> Any:
         return moved(inputs, device_of(self.model)) if not isinstance(inputs, Tensor) or not inputs.is_floating_point() else inputs.to(device_of(self.model), dtype_of(self.model))  # fmt: skip
@@ -221,6 +223,7 @@ class Splice:
             answer = logits(called(self.model, inputs))
         x = positions(self.site, acts[self.site])
         finite_rows(f"site {self.site!r}", x.flatten(1), None, len(x))
+        self.head = self._head(acts[self.site], answer)
         return acts[self.site], encoded(self.dictionary, x), answer
 
     def placed(self, x: Tensor, like: Tensor) -> Tensor:
@@ -236,17 +239,21 @@ class Splice:
         if asked is not None:
             x.requires_grad_()
             asked.append(x)
+        if self.head is not None:
+            return F.linear(self.placed(x, like), *self.head)
         with patch(self.model, {self.site: self.placed(x, like)}):
             return logits(called(self.model, inputs))
 
-    def head(self) -> tuple[Tensor, Tensor | None] | None:
-        """Weight and bias of the linear layer that reads the site and gives the logits, if the site is its input."""
+    def _head(self, like: Tensor, answer: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias of the linear layer that reads the site, where it gives the logits and nothing comes after it."""
         name, _, side = self.site.rpartition(":")
-        last = [key for key, module in self.model.named_modules() if isinstance(module, nn.Linear)][-1:]
-        if side != "in" or [name] != last:
+        module = dict(self.model.named_modules()).get(name)
+        if side != "in" or not isinstance(module, nn.Linear) or like.ndim != 2:
             return None
-        module: Any = dict(self.model.named_modules())[name]
-        return module.weight.detach(), None if module.bias is None else module.bias.detach()
+        head = module.weight.detach(), None if module.bias is None else module.bias.detach()
+        made = F.linear(like, *head)
+        alike = made.shape == answer.shape and torch.allclose(made, answer, rtol=1e-3, atol=1e-4)
+        return head if alike else None
 
 
 def importance(
@@ -529,7 +536,6 @@ def removal_costs(
     if len(chosen):
         chosen = checks.labels("features", chosen, classes=k)
     splice = Splice(model, dictionary)
-    head = splice.head()
     right, total = 0, 0
     lost, squares = (
         torch.zeros(len(chosen), dtype=torch.float64),
@@ -547,8 +553,8 @@ def removal_costs(
             right, total = right + int(own.sum()), total + len(own)
             for at, feature in enumerate(chosen.tolist()):
                 part = z[..., feature, None] * atoms[feature]
-                if head is not None and like.ndim == 2:
-                    other = answer - part[:, 0].to(answer.dtype) @ head[0].T.to(answer.dtype)
+                if splice.head is not None:
+                    other = answer - part[:, 0].to(answer.dtype) @ splice.head[0].T.to(answer.dtype)
                 else:
                     with patch(model, {splice.site: like - splice.placed(part, like)}):
                         other = logits(called(model, given))

@@ -13,27 +13,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from lineament.core import checks
-from lineament.core.models import buffers_kept, called
+from lineament.core.norms import batchnorms
 
 MODES = ("eval", "batch", "recalibrate")
-BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 class LandscapeWarning(UserWarning):
     """The picture asked for can mislead, for the reason given."""
-
-
-def batchnorms(model: nn.Module) -> dict[str, Any]:
-    """The batch norms of a model by name.
-
-    >>> list(batchnorms(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))))
-    ['1']
-    """
-    return {name: module for name, module in model.named_modules() if isinstance(module, BatchNorm)}
 
 
 @contextmanager
@@ -56,25 +45,6 @@ def batchnorm_mode(model: nn.Module, mode: str) -> Iterator[None]:
     finally:
         for module, training, tracks, momentum in flags:
             module.training, module.track_running_stats, module.momentum = training, tracks, momentum
-
-
-def recalibrate(model: nn.Module, inputs: Sequence[Any]) -> None:
-    """Running statistics as the mean over the inputs of some batches, at the weights as they are; momentum, modes and all other buffers are put back."""
-    norms = [m for m in batchnorms(model).values() if m.running_mean is not None]
-    flags = [(m, m.training, m.momentum) for m in norms]
-    try:
-        for module in norms:
-            module.eval()
-        with torch.no_grad(), buffers_kept(model):
-            for module in norms:
-                module.reset_running_stats()
-                module.momentum = None  # PyTorch's word for a plain average over batches
-                module.train()
-            for each in inputs:
-                called(model, each)
-    finally:
-        for module, training, momentum in flags:
-            module.training, module.momentum = training, momentum
 
 
 def caution(model: nn.Module, axes: Sequence[Any], mode: str) -> None:

@@ -29,8 +29,9 @@ from lineament.core.models import (
     unwrapped,
     written_buffers,
 )
+from lineament.core.norms import recalibrate
 from lineament.measure.landscape.axes import Axis, flat_weights
-from lineament.measure.landscape.batchnorm_modes import MODES, batchnorm_mode, caution, recalibrate
+from lineament.measure.landscape.batchnorm_modes import MODES, batchnorm_mode, caution
 
 Metric = str | Callable[[Tensor, Tensor], Any]
 NAMED = ("accuracy", "class_loss", "gradient_norm")

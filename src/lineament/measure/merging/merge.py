@@ -21,10 +21,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lineament.core import checks, results
 from lineament.core.checks import InputError, require
 from lineament.core.results import Readable
+from lineament.core.surgery.cost import Cost
 from lineament.core.surgery.folding import fold_norms
 from lineament.core.surgery.groups import ChannelGroup, ChannelGroups, Entry, channel_groups, plain_network
 from lineament.core.surgery.rewriting import remove, rewrite, runs
-from lineament.measure.merging.cost import Cost
 from lineament.measure.merging.distance import DISTANCES, RULES, Channels, Weights
 from lineament.measure.merging.heads import HeadChannels, factors_of
 from lineament.measure.merging.rescaling import rescaled

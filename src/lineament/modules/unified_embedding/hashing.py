@@ -19,11 +19,11 @@ _MASK = (1 << 64) - 1
 _EXACT_FROM = 1 << 24
 
 
-def mix64(values: Tensor, salt: int) -> Tensor:
+def mix64(values: Tensor, salt: int | Tensor) -> Tensor:
     """M(u xor M(salt)) mod 2^64 for M of SplitMix64, elementwise.
 
     Args:
-        values: int64, any, also negative. salt: 0 <= salt < 2^64.
+        values: int64, any, also negative. salt: 0 <= salt < 2^64; or a tensor of M(salt)s, as many as ``values`` has columns.
 
     >>> mix64(torch.tensor([0]), 0).tolist()
     [-6411193824288604561]
@@ -32,7 +32,7 @@ def mix64(values: Tensor, salt: int) -> Tensor:
         isinstance(values, Tensor) and values.dtype == torch.int64,
         f"values: got {show(values)}, expected int64 ids",
     )
-    return _mixed(values ^ _signed(mixed_salt(salt)))
+    return _mixed(values ^ (salt if isinstance(salt, Tensor) else signed(mixed_salt(salt))))
 
 
 def mixed_salt(salt: int) -> int:
@@ -48,18 +48,23 @@ def mixed_salt(salt: int) -> int:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shifted(x, 31)
+    x = x + signed(0x9E3779B97F4A7C15)
+    x = _shifted(x, 30).bitwise_xor_(x).mul_(signed(0xBF58476D1CE4E5B9))
+    x = _shifted(x, 27).bitwise_xor_(x).mul_(signed(0x94D049BB133111EB))
+    return _shifted(x, 31).bitwise_xor_(x)
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:
     """A logical shift to the right."""
-    return (x >> by) & ((1 << (64 - by)) - 1)
+    return (x >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
+    """The int64 of the same bits.
+
+    >>> signed(2**64 - 1)
+    -1
+    """
     return value - (1 << 64) if value >> 63 else value
 
 
@@ -80,7 +85,7 @@ def fast_range(hashes: Tensor, rows: int) -> Tensor:
     [9]
     """
     number("rows", rows, low=1, high=(1 << 31) - 1, integer=True)
-    return (_shifted(hashes, 32) * rows) >> 32
+    return _shifted(hashes, 32).mul_(rows) >> 32
 
 
 def bucket(hashes: Tensor, rows: int) -> Tensor:
@@ -91,7 +96,7 @@ def bucket(hashes: Tensor, rows: int) -> Tensor:
 def siphash(texts: Sequence[str | bytes], key: tuple[int, int]) -> Tensor:
     """SipHash-2-4 of the UTF-8 bytes of each text, under two 64-bit key words.
 
-    >>> siphash([bytes(range(15))], (0x0706050403020100, 0x0F0E0D0C0B0A0908)).tolist() == [_signed(0xA129CA6149BE45E5)]
+    >>> siphash([bytes(range(15))], (0x0706050403020100, 0x0F0E0D0C0B0A0908)).tolist() == [signed(0xA129CA6149BE45E5)]
     True
     """
     raw = [text.encode() if isinstance(text, str) else text for text in texts]

@@ -26,7 +26,7 @@ CONTROLS = ("random", "shuffled", "frozen", "labels", "longer")
 
 @dataclass(frozen=True)
 class Config:
-    """One run. The groups are the planted features, the dictionaries, and the language model (``lm``)."""
+    """One run. The groups are the planted features, the dictionaries, and the language model (``lm``). ``jobs``: seeds at a time."""
 
     rows: int = 60_000
     test_rows: int = 8000
@@ -39,6 +39,7 @@ class Config:
     betas: tuple[float, ...] = ()
     controls: tuple[str, ...] = ("random",)
     seeds: tuple[int, ...] = (0,)
+    jobs: int = 1
 
     language_model: str = ""
     text: str | None = None
@@ -62,6 +63,7 @@ class Config:
             "betas": (0.3, 3.0, 10.0),
             "controls": CONTROLS,
             "seeds": (0, 1, 2),
+            "jobs": 2,
             "language_model": "tiny",
         },
         paper={
@@ -93,7 +95,14 @@ def run(config: Config, *, out: Path) -> Outcome:
     require(len(config.seeds) > 0, "seeds: got none, expected at least one")
     number("k", config.k, low=1, high=64, integer=True)
     stages = Stages(out, config)
-    found = stages.each("planted, seed {}", config.seeds, lambda seed: planted(config, seed), list[Measured])
+    number("jobs", config.jobs, low=1, integer=True)
+    found = stages.each(
+        "planted, seed {}",
+        config.seeds,
+        lambda seed: planted(config, seed),
+        list[Measured],
+        jobs=config.jobs,
+    )
     claims = planted_claims(found)
     tables = [_planted_table(found)]
     if config.language_model:

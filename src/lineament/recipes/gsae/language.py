@@ -69,6 +69,13 @@ def spoken(config: Any, out: Path) -> list[Spoken]:
         model, train, site=config.site, dictionary=made, tokens=config.lm_tokens, batch_size=config.lm_batch, gradient="sampled",
         options=TrainingOptions(dead_tokens=config.lm_tokens // 20),
     )  # fmt: skip
+    contexts = test[: min(32, config.contexts)]
+    steering = {
+        name: float(
+            steering_effects(model, each.dictionary, contexts, latents=min(128, config.lm_width)).kl.mean()
+        )
+        for name, each in zip(makers, found)
+    }
     results = []
     for mode in ("activation", "gradient"):
         members = {
@@ -76,17 +83,14 @@ def spoken(config: Any, out: Path) -> list[Spoken]:
             for name, each in zip(makers, found)
             if mode == "activation" or name == "g-SAE"
         }
-        for (name, sae), each in zip(
-            members.items(),
+        for name, each in zip(
+            members,
             evaluate(model, list(members.values()), test, mode=mode, tokens=config.lm_test_tokens),
         ):
-            steering = steering_effects(
-                model, sae, test[: min(32, config.contexts)], latents=min(128, config.lm_width)
-            )
             results.append(
                 Spoken(
                     name, mode, each.ce, each.ce_substituted, each.errors["ce_substituted"], each.kl, each.errors["kl"],
-                    each.recovered_mean, each.fvu, each.dead, float(steering.kl.mean()),
+                    each.recovered_mean, each.fvu, each.dead, steering[name],
                 )
             )  # fmt: skip
     return results

@@ -115,15 +115,18 @@ def planted(config: Any, seed: int) -> list[Measured]:
     late.selection = Selection(beta=1.0, influence_scale=found[OURS].selection.influence_scale)
     by_gradient = {name: each for name, each in found.items() if each.selection.beta > 0} | {INFERENCE: late}
     others = {"neurons": Neurons(D, k=config.k, site=SITE), "PCA": pca(data[0][:20_000], config.k, site=SITE)}
+    contexts = test[0][: config.contexts]
+    # In which mode codes are chosen does not matter to what an atom does; the late one has TopK's atoms.
+    steering = {
+        name: float(steering_effects(model, each, contexts, latents=range(len(each.atoms))).kl.mean())
+        for name, each in {**found, **others}.items()
+    }
+    steering[INFERENCE] = steering[TOPK]
     measured = []
     for mode, members in (("activation", {**found, **others}), ("gradient", by_gradient)):
         results = evaluate(model, list(members.values()), test, mode=mode, site=SITE)
-        contexts = test[0][: config.contexts]
         for (name, each), result in zip(members.items(), results):
-            steering = float(
-                steering_effects(model, each, contexts, latents=range(len(each.atoms))).kl.mean()
-            )
-            measured.append(_measured(name, result, each, world, steering))
+            measured.append(_measured(name, result, each, world, steering[name]))
     return measured
 
 

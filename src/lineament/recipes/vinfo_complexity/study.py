@@ -110,7 +110,8 @@ def study(config: Any, train: Samples, test: Samples, seed: int) -> Study:
     )
     own = places["NMF"]
     k, unclipped, errors = read.complexity[own], read.unclipped[own], read.errors[own]
-    when = temporal_score(model, checkpoints, train.pair, dictionary, ridge=config.ridge, heldout=test.pair)
+    late = temporal_score(model, checkpoints, train.pair, every, ridge=config.ridge, heldout=test.pair)
+    when = late.complexity[own]
     weight = importance(model, test.pair, dictionary)
     dynamics = training_dynamics(
         model, {name: checkpoints[name] for name in _spread(list(checkpoints), 4)}, train.pair, extract,
@@ -134,7 +135,7 @@ def study(config: Any, train: Samples, test: Samples, seed: int) -> Study:
         "test accuracy": quality.accuracy or 0.0,
         "mean K": float(k.nanmean()),
         "standard error of a K, mean": float(errors.nanmean()),
-        "K and Lambda": pearson(k, when.complexity),
+        "K and Lambda": pearson(k, when),
         "K and importance, end": pearson(k, weight.values),
         "K and importance, first epoch": pearson(
             dynamics.complexity[0].complexity, dynamics.importance[0].values
@@ -157,9 +158,9 @@ def study(config: Any, train: Samples, test: Samples, seed: int) -> Study:
     active = (z != 0).double().mean(0).cpu()
     controls = {
         "K and Lambda, without the last read-out in either": pearson(
-            without(read, SITE)[own], without(when, when.sites[-1])
+            without(read, SITE)[own], without(late, late.sites[-1])[own]
         ),
-        "K and Lambda, given variance and sparsity": partial(k, when.complexity, spread, active),
+        "K and Lambda, given variance and sparsity": partial(k, when, spread, active),
         "K and importance, given variance and sparsity": partial(k, weight.values, spread, active),
         "K and importance permuted": pearson(k, weight.values[torch.randperm(width, generator=torch.Generator().manual_seed(seed)).to(k.device)]),
         "largest change of K with 100 times the ridge": float((read.others[0].complexity[own] - k).abs().max()),
@@ -176,9 +177,7 @@ def study(config: Any, train: Samples, test: Samples, seed: int) -> Study:
     for name, place in places.items():
         controls[f"mean K, {name}"] = float(read.complexity[place].nanmean())
         if name != "NMF":
-            alone: Any = SimpleNamespace(site=SITE, atoms=every.atoms, encode=kinds[name])
-            late = temporal_score(model, checkpoints, train.pair, alone, ridge=config.ridge, heldout=test.pair)  # fmt: skip
-            controls[f"K and Lambda, {name}"] = pearson(read.complexity[place], late.complexity)
+            controls[f"K and Lambda, {name}"] = pearson(read.complexity[place], late.complexity[place])
     fresh = network(config.network, tuple(train.inputs.shape[1:]), len(train.classes), seed=seed + 1, widths=config.width).to(x.device)  # fmt: skip
     controls["mean K, untrained network (NMF)"] = complexity(fresh, train.pair, extract(fresh), sites=sites, ridge=config.ridge, **options).mean  # fmt: skip
     codes = dictionary.encode(x)
@@ -195,7 +194,7 @@ def study(config: Any, train: Samples, test: Samples, seed: int) -> Study:
         curves=read.information[:, own].cpu(),
         complexity=unclipped.cpu(),
         errors=errors.cpu(),
-        temporal=when.complexity.cpu(),
+        temporal=when.cpu(),
         importance=weight.values.cpu(),
         flow=bars.cpu(),
         means=dynamics.mean.tolist(),

@@ -20,17 +20,17 @@ class Cost:
         self.example = example
         self.sizes = {name: list(p.shape) for name, p in model.named_parameters()}
         self.full = {name: list(shape) for name, shape in self.sizes.items()}
-        self.flops = _by_module(model, example)
+        self.flops = by_module(model, example)
         self.total = sum(self.flops.values())
         owned = {name.rpartition(".")[0] for name in self.sizes if len(self.sizes[name]) > 1}
         self.weighted = {name: self.flops.get(name, 0) for name in owned}
         self.rest = self.total - sum(self.weighted.values())
 
-    def narrowed(self, group: ChannelGroup) -> None:
-        """One channel of a group is gone."""
+    def narrowed(self, group: ChannelGroup, count: int = 1) -> None:
+        """So many channels of a group are gone."""
         for e in group.entries:
             if e.parameter in self.sizes:
-                self.sizes[e.parameter][e.axis] -= e.slots.shape[1]
+                self.sizes[e.parameter][e.axis] -= count * e.slots.shape[1]
 
     def of(self, parameters: bool) -> float:
         """The parameters, or the operations, that are left."""
@@ -49,7 +49,7 @@ class Cost:
 
     def operations(self, model: nn.Module) -> int:
         """The operations of one forward on the example."""
-        return sum(_by_module(model, self.example).values())
+        return sum(by_module(model, self.example).values())
 
 
 def _product(shape: Sequence[int]) -> int:
@@ -59,7 +59,7 @@ def _product(shape: Sequence[int]) -> int:
     return found
 
 
-def _by_module(model: nn.Module, example: Any) -> dict[str, int]:
+def by_module(model: nn.Module, example: Any) -> dict[str, int]:
     """The operations of one forward by the innermost module that does them."""
     counter = FlopCounterMode(display=False)
     with frozen(model), torch.no_grad(), counter:

@@ -1,0 +1,128 @@
+"""Kernel values of many pairs, tile by tile: what is in memory at a time does not grow with the data.
+
+δ = 1 - ⟨x, y⟩ comes from one matrix product a tile; pairs closer than δ = 1e-4, of which a difference of near numbers would lose digits, are computed again
+from x - y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from lineament.core.checks import InputError, show
+
+Array = np.ndarray
+_CLOSE = 1e-4
+# Tiles that stay in a processor's cache.
+_ROWS, _COLUMNS = 256, 1024
+_UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+
+
+def bytes_of(memory: Any) -> int:
+    """A number of bytes from ``"1GB"``, ``"500 MB"`` or a number.
+
+    >>> bytes_of("1.5GB")
+    1500000000
+    """
+    text = str(memory).upper().replace(" ", "")
+    digits = text.rstrip("BKMGT")
+    try:
+        found = float(digits) * _UNITS[text[len(digits) :]]
+    except (ValueError, KeyError):
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise InputError(f"memory: got {show(memory)}, expected a size such as '1GB' or '500MB'")
+    return int(found)
+
+
+class Rows:
+    """Unit rows, ready to be compared with others.
+
+    >>> rows = Rows(np.eye(3))
+    >>> [tile.shape for _, _, tile in rows.tiles(Rows(np.eye(3)[:2]))]
+    [(3, 2)]
+    """
+
+    def __init__(self, X: Array):
+        self.X = np.ascontiguousarray(X)
+        ones = np.ones((len(X), 1))
+        # [-x, 1] · [y, 1] = 1 - ⟨x, y⟩: the difference costs no pass of its own.
+        self.left, self.right = np.hstack([-self.X, ones]), np.hstack([self.X, ones])
+
+    def __len__(self) -> int:
+        return len(self.X)
+
+    def tiles(
+        self, others: Rows, rows: int = _ROWS, columns: int = _COLUMNS
+    ) -> Iterator[tuple[slice, slice, Array]]:
+        """(rows, columns, δ) of each tile, in order; δ is the caller's until the next tile. Of rows with themselves the diagonal is 0."""
+        itself = others is self
+        rows, columns = min(rows, len(self)), min(columns, len(others))
+        memory = np.empty(rows * columns)
+        for top in range(0, len(self), rows):
+            down = slice(top, min(top + rows, len(self)))
+            height = down.stop - down.start
+            for first in range(0, len(others), columns):
+                across = slice(first, min(first + columns, len(others)))
+                tile = memory[: height * (across.stop - first)].reshape(height, -1)
+                np.matmul(self.left[down], others.right[across].T, out=tile)
+                if tile.min() < _CLOSE:
+                    i, j = np.nonzero(tile < _CLOSE)
+                    for part in np.array_split(np.arange(len(i)), 1 + len(i) * self.X.shape[1] // (1 << 22)):
+                        apart = self.X[down][i[part]] - others.X[across][j[part]]
+                        tile[i[part], j[part]] = np.einsum("ij,ij->i", apart, apart) / 2
+                    if itself:
+                        own = np.arange(max(top, first), min(down.stop, across.stop))
+                        tile[own - top, own - first] = 0.0
+                yield down, across, tile
+
+
+def product(
+    values: Callable[..., Array], X: Rows, Y: Rows, weights: Array, ridge: float | None = None
+) -> Array:
+    """Σ_j k(x_i, y_j) weights_j, [rows of X, columns of weights], tile by tile.
+
+    Args:
+        ridge: added to the diagonal of rows with themselves.
+
+    >>> double = lambda delta, out=None: 2 - 2 * delta
+    >>> product(double, Rows(np.eye(2)), Rows(np.eye(2)), np.ones((2, 1))).tolist()
+    [[2.0], [2.0]]
+    """
+    found = np.zeros((len(X), weights.shape[1]))
+    memory = np.empty(min(_ROWS, len(X)) * min(_COLUMNS, len(Y)))
+    for down, across, tile in X.tiles(Y):
+        found[down] += values(tile, memory[: tile.size].reshape(tile.shape)) @ weights[across]
+    return found if ridge is None else found + ridge * weights
+
+
+def conjugate_gradients(
+    multiply: Callable[[Array], Array], targets: Array, *, tolerance: float = 1e-10, most: int = 60
+) -> tuple[Array, Array, int]:
+    """Solve K a = targets for all columns at once.
+
+    Returns:
+        (a, the residual of each column as a share of its target, passes).
+
+    >>> K = np.array([[2.0, 1.0], [1.0, 2.0]])
+    >>> a, left, passes = conjugate_gradients(lambda p: K @ p, np.array([[1.0], [0.0]]))
+    >>> a[:, 0].round(4).tolist(), passes
+    ([0.6667, -0.3333], 2)
+    """
+    a = np.zeros_like(targets)
+    r = targets.copy()
+    p = r.copy()
+    size = np.einsum("ij,ij->j", r, r)
+    whole = np.maximum(size, 1e-300)
+    passes = 0
+    while passes < most and bool((size > tolerance**2 * whole).any()):
+        K_p = multiply(p)
+        step = size / np.maximum(np.einsum("ij,ij->j", p, K_p), 1e-300)
+        a += step * p
+        r -= step * K_p
+        now = np.einsum("ij,ij->j", r, r)
+        p = r + now / np.maximum(size, 1e-300) * p
+        size, passes = now, passes + 1
+    return a, np.sqrt(size / whole), passes

@@ -1,0 +1,164 @@
+"""How well are people recognised who were never seen in training? Every pair of embeddings, without the matrix of all pairs.
+
+Each pair is multiplied once, in blocks: genuine pairs (few) are kept, of impostors only the largest scores that a false-accept rate needs. Neighbours are found in
+the same way. The borda count ranks methods over several numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lineament.core.checks import InputError, number, require, show
+from lineament.core.results import Readable, plain
+
+# Similarities that lie in memory at once.
+_ENTRIES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Recognition(Readable):
+    """What an embedding is worth on people it was not trained on.
+
+    Attributes:
+        tar: true-accept rates at the false-accept rates ``fars``, which are never exceeded. thresholds: scores strictly above accept.
+        none_allowed: rates below one impostor pair, at which no false accept is allowed: their TAR speaks of the largest impostor alone.
+        recall: R@1, the share of samples whose nearest neighbour is of their label. precision: mAP@R, over as many neighbours as there are others of the label.
+        gap: the smallest genuine score less the largest impostor's.
+        genuine, impostors: pairs of each kind. people: labels; those with one sample have no genuine pair.
+    """
+
+    fars: tuple[float, ...]
+    tar: tuple[float, ...]
+    thresholds: tuple[float, ...]
+    none_allowed: tuple[float, ...]
+    recall: float
+    precision: float
+    gap: float
+    genuine: int
+    impostors: int
+    people: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return plain(self)
+
+
+@torch.no_grad()
+def recognition(embeddings: Tensor, labels: Tensor, fars: Sequence[float] = (1e-2, 1e-3)) -> Recognition:
+    """Verification and retrieval over all pairs of samples, by cosine.
+
+    Args:
+        embeddings: [n, d], of any length but zero. labels: [n], whole numbers.
+
+    Raises:
+        InputError: other shapes, a zero row, fewer than two labels, no label with two samples.
+
+    >>> found = recognition(torch.eye(3).repeat_interleave(2, 0), torch.tensor([0, 0, 1, 1, 2, 2]), fars=[0.1])
+    >>> found.tar, found.recall, found.gap
+    ((1.0,), 1.0, 1.0)
+    """
+    unit, labels = _checked(embeddings, labels)
+    counts = torch.bincount(labels)
+    n, pairs = len(unit), len(unit) * (len(unit) - 1) // 2
+    genuine = int((counts * (counts - 1) // 2).sum())
+    impostors = pairs - genuine
+    allowed = [int(number("fars", far, low=0, high=1) * impostors * (1 + 1e-12)) for far in fars]
+    like, tops = [], _Largest(min(max(allowed) + 1, impostors))
+    size = max(1, _ENTRIES // n)
+    hits, precision = 0, 0.0
+    depth = int(counts.max()) - 1
+    for start in range(0, n, size):
+        rows = slice(start, min(start + size, n))
+        # Every pair once: rows of the block with what follows.
+        scores = unit[rows] @ unit[start:].T
+        same = labels[rows, None] == labels[start:]
+        later = torch.ones_like(same).triu(1)
+        like.append(scores[same & later])
+        tops.add(scores.masked_fill_(same | ~later, -torch.inf))
+    for start in range(0, n, size):
+        rows = slice(start, min(start + size, n))
+        scores = unit[rows] @ unit.T
+        own = torch.arange(rows.stop - start)
+        scores[own, start + own] = -torch.inf
+        right = labels[scores.topk(depth, 1).indices] == labels[rows, None]
+        hits += int(right[:, 0].sum())
+        others = counts[labels[rows]] - 1
+        rank = torch.arange(1, depth + 1, device=right.device)
+        right = right & (rank <= others[:, None])
+        each = (right * (right.cumsum(1) / rank)).sum(1) / others.clamp(min=1)
+        precision += float(each[others > 0].sum())
+    accepted, largest = torch.cat(like), tops.sorted()
+    limits = [float(largest[k]) if k < impostors else -torch.inf for k in allowed]
+    lone = int((counts == 1).sum())
+    return Recognition(
+        fars=tuple(float(f) for f in fars),
+        tar=tuple(float((accepted > limit).double().mean()) for limit in limits),
+        thresholds=tuple(limits),
+        none_allowed=tuple(float(f) for f, k in zip(fars, allowed) if k == 0),
+        recall=hits / n,
+        precision=precision / (n - lone),
+        gap=float(accepted.min() - largest[0]),
+        genuine=genuine,
+        impostors=impostors,
+        people=int((counts > 0).sum()),
+    )
+
+
+def borda_count(table: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Points of each method, the best first: on every column a method gets as many points as it beats others, half for a tie.
+
+    >>> borda_count({"a": (0.9, 0.5), "b": (0.8, 0.5), "c": (0.7, 0.6)})
+    {'a': 2.5, 'c': 2.0, 'b': 1.5}
+    """
+    points = {
+        name: sum(
+            float(value > other[k]) + 0.5 * float(value == other[k])
+            for k, value in enumerate(values)
+            for rival, other in table.items()
+            if rival != name
+        )
+        for name, values in table.items()
+    }
+    return dict(sorted(points.items(), key=lambda item: -item[1]))
+
+
+class _Largest:
+    """The largest of numbers that come in parts."""
+
+    def __init__(self, count: int):
+        self.count, self.parts, self.held, self.floor = count, [], 0, -torch.inf
+
+    def add(self, values: Tensor) -> None:
+        found = values[values > self.floor]
+        self.parts.append(found)
+        self.held += len(found)
+        if self.held > 2 * self.count + 4096:
+            kept = torch.cat(self.parts).topk(self.count).values
+            self.parts, self.held, self.floor = [kept], len(kept), float(kept[-1])
+
+    def sorted(self) -> Tensor:
+        found = torch.cat(self.parts)
+        return found.topk(min(self.count, len(found))).values
+
+
+def _checked(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    if not isinstance(embeddings, Tensor) or embeddings.ndim != 2 or not embeddings.is_floating_point():
+        raise InputError(f"embeddings: got {show(embeddings)}, expected floats [samples, dimension]")
+    whole = isinstance(labels, Tensor) and not labels.is_floating_point()
+    require(
+        whole and labels.shape == embeddings.shape[:1],
+        f"labels: got {show(labels)} beside {show(embeddings)}, expected one whole number a row",
+    )
+    norms = embeddings.norm(dim=1)
+    require(bool((norms > 0).all()), "embeddings: a row is zero or NaN, so that its cosine is not defined")
+    classes = labels.unique(return_inverse=True)[1]
+    counts = torch.bincount(classes)
+    require(len(counts) > 1, "labels: all alike, expected two people or more")
+    require(bool((counts > 1).any()), "labels: no label has two samples, so that there is no genuine pair")
+    wide = embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings
+    return F.normalize(wide, dim=1), classes

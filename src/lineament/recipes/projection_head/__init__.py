@@ -1,0 +1,195 @@
+"""Projection heads: what does a head throw away, and is it the training, the width or the read-out?
+
+Xue, Gan, Ni, Joshi, Mirzasoleiman, ICLR 2024, arXiv 2403.11391. A linear network against its closed form; digits trained by parity and read out by digit; views that drop
+the digit; digits with a mark, by group. Controls that the paper lacks: an untrained head of the same shape, principal components of the head's rank, both read-outs.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lineament.core.checks import number, one_of
+from lineament.recipes.kit.presets import presets
+from lineament.recipes.kit.stages import Stages
+from lineament.recipes.projection_head.claims import Found, claims_of, values
+from lineament.recipes.projection_head.training import (
+    KINDS,
+    Pair,
+    Probed,
+    Weights,
+    by_parity,
+    dropped_digit,
+    linear_weights,
+    worst_group,
+)
+from lineament.report.figures import picture, save
+from lineament.report.outcome import Figure, Outcome, Table
+
+SLUG = "projection-head"
+TITLE = "Investigating the Benefits of Projection Head for Representation Learning"
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. The groups are the linear network, parity, dropped digits, and marked digits."""
+
+    linear_steps: int = 20_000
+
+    kinds: tuple[str, ...] = ("SL, MLP head", "SCL, no head", "SCL, MLP head", "SCL, fixed head")
+    kappa: float = 1.2
+    epochs: int = 60
+    drops: tuple[float, ...] = (0.0, 0.5)
+    view_epochs: int = 20
+    group_epochs: int = 20
+    seeds: int = 2
+
+    preset: str = presets(
+        quick={},
+        small={
+            "kinds": tuple(KINDS),
+            "epochs": 150,
+            "drops": (0.0, 0.5, 1.0),
+            "view_epochs": 60,
+            "group_epochs": 40,
+            "seeds": 5,
+        },
+        paper={
+            "kinds": tuple(KINDS),
+            "epochs": 300,
+            "drops": (0.0, 0.25, 0.5, 0.75, 1.0),
+            "view_epochs": 400,
+            "group_epochs": 100,
+            "seeds": 10,
+        },
+    )
+
+
+def run(config: Config, *, out: Path) -> Outcome:
+    """Run the recipe into ``out``; a killed run goes on from its last finished training."""
+    for name in config.kinds:
+        one_of("kinds", name, KINDS)
+    for name in ("linear_steps", "epochs", "view_epochs", "group_epochs", "seeds"):
+        number(name, getattr(config, name), low=1, integer=True)
+    for drop in config.drops:
+        number("drops", drop, low=0, high=1)
+    stages, seeds = Stages(out, config), range(config.seeds)
+    found = Found(stages("linear network", lambda: linear_weights(config.linear_steps), Weights))
+    for name in config.kinds:
+        each = stages.each(
+            f"{name}, seed {{}}", seeds, lambda seed, n=name: by_parity(n, config, seed), Probed
+        )
+        found.kinds[name] = list(each.values())
+    for drop in config.drops:
+        each = stages.each(
+            f"drop {drop}, seed {{}}", seeds, lambda seed, d=drop: dropped_digit(d, config, seed), Pair
+        )
+        found.drops[drop] = list(each.values())
+    groups = stages.each("groups, seed {}", seeds, lambda seed: worst_group(config, seed), Pair)
+    found.groups = list(groups.values())
+    return Outcome(
+        SLUG,
+        TITLE,
+        config.preset,
+        asdict(config),
+        claims_of(found),
+        _tables(found, config),
+        _figures(found, out),
+    )
+
+
+_SIDES = ("before", "after", "untrained", "components")
+
+
+def _tables(found: Found, config: Config) -> list[Table]:
+    rows: list[Any] = []
+    for name, each in found.kinds.items():
+        for side in _SIDES:
+            numbers = [values(each, side, what) for what in ("fine_standardised", "fine", "coarse")]
+            spread = statistics.stdev(numbers[0]) if len(each) > 1 else None
+            rows.append([name, side, *map(statistics.mean, numbers), spread])
+    w = found.weights
+    pairs = [(f"drop {drop:g}", each) for drop, each in found.drops.items()] + [("worst group", found.groups)]
+    return [
+        Table(
+            f"Digits trained by parity: accuracy of a logistic read-out (means of {config.seeds} seeds)",
+            [
+                "training",
+                "features",
+                "digit, standardised",
+                "digit, as it is",
+                "parity, as it is",
+                "sd of the first",
+            ],
+            rows,
+        ),
+        Table(
+            "A linear network: weights by a feature's strength",
+            ["strength", "before the head", "closed form", "after the head", "closed form"],
+            [list(row) for row in zip(w.strength, w.before, w.before_theory, w.after, w.after_theory)],
+        ),
+        Table(
+            "Views that drop the digit, and digits with a mark",
+            ["setting", "before the head", "after the head"],
+            [
+                [name, statistics.mean(p.before for p in e), statistics.mean(p.after for p in e)]
+                for name, e in pairs
+            ],
+        ),
+    ]
+
+
+def _figures(found: Found, out: Path) -> list[Figure]:
+    w = found.weights
+
+    def weights(ax: Any) -> None:
+        for name, ours, theory, colour in (
+            ("before", w.before, w.before_theory, "C0"),
+            ("after", w.after, w.after_theory, "C1"),
+        ):
+            ax.plot(w.strength, ours, "o", color=colour, label=f"{name} the head")
+            ax.plot(w.strength, theory, "-", color=colour, linewidth=1)
+        ax.set(xscale="log", xlabel="strength of the feature", ylabel="weight")
+        ax.legend()
+
+    names = list(found.kinds)
+
+    def fine(ax: Any) -> None:
+        for k, side in enumerate(_SIDES):
+            means = [statistics.mean(values(found.kinds[name], side, "fine_standardised")) for name in names]
+            ax.bar([x + 0.2 * k - 0.3 for x in range(len(names))], means, 0.2, label=side)
+        ax.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names], fontsize=7)
+        ax.set(ylabel="digit read out (standardised)")
+        ax.legend(fontsize=7)
+
+    said = "; ".join(
+        f"{name}: "
+        + ", ".join(
+            f"{side} {statistics.mean(values(found.kinds[name], side, 'fine_standardised')):.3f}"
+            for side in _SIDES
+        )
+        for name in names
+    )
+    largest = max(abs(a - b) for a, b in zip(w.before + w.after, w.before_theory + w.after_theory))
+    figures = [
+        save(
+            picture(
+                weights,
+                caption="Weights of features by their strength in a trained linear network (dots), and the closed form (lines).",
+                alt=f"Weights against strength; the largest distance from the closed form is {largest:.4f}.",
+            ),
+            out,
+            "weights",
+        )
+    ]
+    if names:
+        shown = picture(
+            fine,
+            size=(6.4, 3.0),
+            caption="Digits read out of networks trained by parity, means over seeds.",
+            alt=f"Bars. {said}.",
+        )
+        figures.append(save(shown, out, "fine"))
+    return figures

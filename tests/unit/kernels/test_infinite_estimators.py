@@ -1,0 +1,146 @@
+"""Infinitely wide estimators against what they must be: other rules, brute force, and their own slow paths."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_iris
+
+from lineament.core.checks import InputError
+from lineament.kernels.classifiers import InfiniteClassifier, InfiniteRegressor
+from lineament.kernels.recursion import log_psi
+from lineament.kernels.regimes import optimal_dual
+from lineament.kernels.scores import hilbert_scores, kernel_scores, nearest
+from lineament.kernels.tiles import bytes_of
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """Dirichlet pairs on the positive part of a sphere in three dimensions."""
+    rng = np.random.default_rng(0)
+    y = (rng.random(700) < 0.6).astype(int)
+    X = np.where(y[:, None] == 1, rng.dirichlet((2.5, 0.1, 0.5), 700), rng.dirichlet((0.5, 0.5, 2.5), 700))
+    X /= np.linalg.norm(X, axis=1, keepdims=True)
+    return X[:400], y[:400], X[400:460]
+
+
+@pytest.fixture(scope="module")
+def apart():
+    """Points in seven dimensions, far from each other, whose kernel matrices are well conditioned."""
+    X = np.random.default_rng(0).dirichlet(np.ones(8), 400)
+    y = (X[:, 0] > X[:, 1]).astype(int)
+    X /= np.linalg.norm(X, axis=1, keepdims=True)
+    return X[:300], y[:300], X[300:]
+
+
+def test_a_square_is_the_nearest_neighbour_and_relu_the_majority(pairs):
+    X, y, Z = pairs
+    np.testing.assert_array_equal(
+        InfiniteClassifier("square", sphere=None).fit(X, y).predict(Z), nearest(X, y, Z)
+    )
+    net = InfiniteClassifier("relu", sphere=None).fit(X, y)
+    assert set(net.predict(Z)) == {1}
+    np.testing.assert_array_equal(net.predict(X), y)
+
+
+@pytest.mark.parametrize("activation", ["erf", "sin", "optimal"])
+def test_an_infinite_depth_adds_psi_up(pairs, activation):
+    X, y, Z = pairs
+    net = InfiniteClassifier(activation, dimension=2, sphere=None).fit(X, y)
+    delta = np.square(Z[:, None] - X[None]).sum(2) / 2
+    logs = log_psi(optimal_dual(2) if activation == "optimal" else activation, delta=delta)
+    top = logs.max(1, keepdims=True)
+    scores = np.stack([(np.exp(logs - top) * (y == c)).sum(1) for c in (0, 1)], 1)
+    truth = (scores[:, 1] - scores[:, 0]) / scores.max(1)
+    np.testing.assert_allclose(net.decision_function(Z), truth, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(net.log_scale(Z), np.log(scores.max(1)) + top[:, 0], rtol=0, atol=1e-6)
+    if activation == "optimal":
+        hilbert = hilbert_scores(X, 2.0 * y - 1, Z, 2.0)
+        assert (np.sign(hilbert) == np.sign(truth)).mean() > 0.98
+
+
+@pytest.mark.parametrize("kernel", ["nngp", "ntk"])
+@pytest.mark.parametrize(("activation", "depth"), [("erf", 12), ("relu", 3), ("square", 9)])
+def test_a_finite_depth_is_the_kernel_machine(apart, activation, depth, kernel):
+    X, y, Z = apart
+    net = InfiniteClassifier(activation, depth, kernel, sphere=None).fit(X, y)
+    factor, _ = kernel_scores(activation, depth, X, 2.0 * y - 1, Z, kernel=kernel)
+    found = net.decision_function(Z)
+    clear = np.abs(factor) > 1e-3 * np.abs(factor).max()
+    np.testing.assert_array_equal(np.sign(found)[clear], np.sign(factor)[clear])
+    assert net.residual_ < 1e-6
+
+
+def test_tiles_and_conjugate_gradients_give_what_cholesky_gives(apart):
+    Z = apart[2]
+    many = np.random.default_rng(1).dirichlet(np.ones(8), 900)
+    label = (many[:, 0] > many[:, 1]).astype(int)
+    for kind in (InfiniteClassifier, InfiniteRegressor):
+        # Tiles alone take some megabytes, two matrices of 900 points 13.
+        whole, tiled = (
+            kind("erf", 60, "nngp", sphere="normalize", memory=memory).fit(many, label)
+            for memory in ("1GB", "11MB")
+        )
+        assert whole.passes_ == 0 and 0 < tiled.passes_ <= 60
+        ask = "decision_function" if kind is InfiniteClassifier else "predict"
+        np.testing.assert_allclose(getattr(tiled, ask)(Z), getattr(whole, ask)(Z), atol=2e-6)
+
+
+def test_the_choice_of_the_dimension_is_brute_force_leave_one_out(pairs):
+    X, y, _ = pairs
+    X, y = X[:150], y[:150]
+    net = InfiniteClassifier(sphere=None).fit(X, y)
+    for dimension, found in net.left_out_.items():
+        right = 0
+        for i in range(len(X)):
+            rest = np.arange(len(X)) != i
+            one = InfiniteClassifier(dimension=dimension, sphere=None).fit(X[rest], y[rest])
+            right += int(one.predict(X[i : i + 1])[0] == y[i])
+        assert found == pytest.approx(right / len(X))
+    assert net.left_out_[net.dimension_] == max(net.left_out_.values())
+
+
+def test_contradicting_duplicates_have_their_majority_and_order_does_not_matter():
+    X, y = load_iris(return_X_y=True)
+    doubled, labels = np.vstack([X, X[:1], X[:1]]), np.concatenate([y, [2, 2]])
+    net = InfiniteClassifier().fit(doubled, labels)
+    assert net.predict(X[:1])[0] == 2 and net.duplicates_ == 3 and net.contradictions_ == 1
+    order = np.random.default_rng(0).permutation(len(X))
+    one, other = (InfiniteClassifier(dimension=3).fit(X[k], y[k]) for k in (order, np.arange(len(X))))
+    queries = X + 0.05
+    np.testing.assert_allclose(one.decision_function(queries), other.decision_function(queries), atol=1e-9)
+    np.testing.assert_allclose(
+        other.decision_function(queries[7:8]), other.decision_function(queries)[7:8], atol=1e-9
+    )
+
+
+@pytest.mark.parametrize(
+    ("made", "word"),
+    [
+        (InfiniteRegressor(depth=math.inf), "vanish"),
+        (InfiniteClassifier("step"), "jump"),
+        (InfiniteClassifier(lambda x: x), "linear"),
+        (InfiniteClassifier("sigmoid"), "ridge"),
+        (InfiniteClassifier("sigmoid", 5), "ridge"),
+        (InfiniteClassifier(lambda x: 0 * x), "cannot be scaled"),
+        (InfiniteClassifier(dimension=0.5), "dimension"),
+        (InfiniteClassifier(dimension="atuo"), "auto"),
+        (InfiniteClassifier(sphere="normalise"), "normalize"),
+        (InfiniteClassifier("erf", 10, memory="1kB"), "memory"),
+        (InfiniteClassifier(depth=0), "depth"),
+        (InfiniteClassifier(kernel="nkt"), "ntk"),
+    ],
+)
+def test_refusals_name_the_argument(made, word):
+    X, y = load_iris(return_X_y=True)
+    with pytest.raises(InputError, match=word):
+        made.fit(X, y)
+
+
+def test_zero_rows_and_sizes_are_refused():
+    with pytest.raises(InputError, match="zero"):
+        InfiniteClassifier(sphere="normalize").fit([[0.0, 0.0], [1.0, 0.0]], [0, 1])
+    with pytest.raises(InputError, match="memory"):
+        bytes_of("much")

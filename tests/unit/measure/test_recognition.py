@@ -1,0 +1,59 @@
+"""Recognition over all pairs against the matrix that it does not build."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lineament.core.checks import InputError
+from lineament.measure import borda_count, recognition, tar_at_far
+from lineament.measure.embeddings import pairs
+
+
+def test_blocks_equal_the_matrix_of_all_pairs(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0] * 7 + [1] * 5 + [2] * 9 + [3])
+    x = torch.randn(22, 6, generator=generator).double() + 2 * torch.eye(6).double()[labels]
+    unit = torch.nn.functional.normalize(x, dim=1)
+    scores, upper = unit @ unit.T, torch.ones(22, 22, dtype=torch.bool).triu(1)
+    same = labels[:, None] == labels
+    fars = (0.3, 0.05, 1e-4, 1.0)
+    expected = tar_at_far(scores[upper], same[upper], fars)
+    off = scores.masked_fill(torch.eye(22, dtype=torch.bool), -2)
+    right = (labels[off.argmax(1)] == labels).double().mean()
+    average = []
+    for i in range(21):
+        others = int((labels == labels[i]).sum()) - 1
+        near = labels[off[i].argsort(descending=True)[:others]] == labels[i]
+        average.append(sum(float(near[: k + 1].double().mean()) for k in range(others) if near[k]) / others)
+    for entries in (1 << 22, 70):
+        monkeypatch.setattr(pairs, "_ENTRIES", entries)
+        found = recognition(x, labels, fars)
+        assert found.tar == pytest.approx(expected.tolist()) and found.recall == pytest.approx(float(right))
+        assert found.precision == pytest.approx(sum(average) / len(average))
+        assert found.gap == pytest.approx(float(scores[upper & same].min() - scores[upper & ~same].max()))
+        assert (found.genuine, found.impostors, found.people) == (67, 164, 4)
+        assert found.none_allowed == (1e-4,)
+
+
+def test_the_largest_are_kept_when_parts_come_one_by_one():
+    values = torch.randn(30_000, generator=torch.Generator().manual_seed(0))
+    kept = pairs._Largest(50)
+    for part in values.split(1000):
+        kept.add(part)
+    assert torch.equal(kept.sorted(), values.topk(50).values) and kept.floor > -torch.inf
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [([0, 0, 0], "two people"), ([0, 1, 2], "no genuine pair"), ([0.0, 1.0, 1.0], "whole number")],
+)
+def test_labels_that_say_nothing_are_named(labels, message):
+    with pytest.raises(InputError, match=message):
+        recognition(torch.eye(3), torch.tensor(labels))
+    with pytest.raises(InputError, match="zero or NaN"):
+        recognition(torch.zeros(3, 2), torch.tensor([0, 0, 1]))
+
+
+def test_borda_counts_ranks():
+    assert list(borda_count({"a": (1, 1, 0), "b": (2, 2, 1)}).items()) == [("b", 3.0), ("a", 0.0)]
