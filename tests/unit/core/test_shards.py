@@ -103,7 +103,7 @@ class Fragile(nn.Module):
         self.inside = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
     def forward(self, x):
         Fragile.calls += 1
-        if os.environ.get("DIES") == os.environ.get("RANK", "-") and Fragile.calls > 70:
+        if os.environ.get("DIES") == os.environ.get("RANK", "-") and Fragile.calls > int(os.environ["AFTER"]):
             os.kill(os.getpid(), signal.SIGKILL)
         return self.inside(x)
 
@@ -117,14 +117,16 @@ TRAIN = "train net.py:make digits --epochs 4 --batch-size 64 --out out"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("command", "result"), [(AUDIT, "report.html"), (TRAIN, "train.json")], ids=["audit", "train"]
+    ("command", "result", "after"),
+    [(AUDIT, "report.html", 40), (TRAIN, "train.json", 70)],
+    ids=["audit", "train"],
 )
 def test_a_killed_process_ends_the_others_by_name_and_one_process_goes_on(
-    command, result, tmp_path, monkeypatch, capsys
+    command, result, after, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     Path("net.py").write_text(NET)
-    done = launched("-m", "lineament", *command.split(), DIES="1")
+    done = launched("-m", "lineament", *command.split(), DIES="1", AFTER=str(after))
     ours = [line for line in done.stderr.splitlines() if line.startswith("lineament: ") and "ended" in line]
     assert done.returncode != 0 and len(ours) == 1, done.stderr
     assert "rank 1 of 2" in ours[0] and "goes on where it stopped" in ours[0]
