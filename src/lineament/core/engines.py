@@ -87,7 +87,8 @@ def workers(jobs: int) -> int:
         return 1
     from joblib import effective_n_jobs
 
-    return effective_n_jobs(None if jobs == 1 else jobs)
+    asked: Any = None if jobs == 1 else jobs  # None: as many as the chosen engine was told
+    return effective_n_jobs(asked)
 
 
 def side_by_side(
@@ -103,8 +104,8 @@ def side_by_side(
     from joblib.parallel import get_active_backend
 
     _send_user_modules()
-    streams = get_active_backend()[0].supports_return_generator
-    run = Parallel(n_jobs=count, return_as="generator" if streams else "list")
+    backend: Any = get_active_backend()[0]
+    run = Parallel(n_jobs=count, return_as="generator" if backend.supports_return_generator else "list")
     found: Any = run(delayed(function)(*arguments) for arguments in calls)
     yield from found
 

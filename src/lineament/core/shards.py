@@ -16,7 +16,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import reduce
 from itertools import islice
+from operator import add
 from typing import Any, TypeVar
 
 import torch
@@ -320,7 +322,7 @@ def merged(stream: T, *, device: Any = "cpu") -> T:
     if _now.count == 1:
         return stream
     found: list[Any] = together(f"merging {type(stream).__name__}", lambda: stream, device=device)
-    return sum(found[1:], found[0])
+    return reduce(add, found)
 
 
 def summed(what: str, compute: Callable[[], Tensor]) -> Tensor:

@@ -232,7 +232,7 @@ def _means(subject: Subject, rows: Tensor) -> dict[str, Tensor]:
     means = {}
     for site, some in batches.items():
         sums, counts = zip(*shards.interleaved(some))
-        means[site] = (sum(sums) / sum(counts)).float()
+        means[site] = (torch.stack(sums).sum(0) / sum(counts)).float()
     return means
 
 

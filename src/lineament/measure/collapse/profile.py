@@ -236,6 +236,7 @@ def _head(model: nn.Module, name: str | None) -> tuple[Tensor | None, str | None
         isinstance(weight, Tensor) and weight.ndim == 2,
         f"head: {name!r} is a {type(modules[name]).__name__}, expected a linear layer with a weight matrix",
     )
+    assert isinstance(weight, Tensor)  # required above
     return held_weight(model, f"{name}.weight", weight), name
 
 
