@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lineament.audit import audit
 from lineament.audit.language_run import audit_language
 from lineament.bench import Rate, Trial, earlier, quick
+from lineament.core.engines import side_by_side
 from lineament.core.statistics.shares import wilson
 from lineament.data.planted_cues import planted_cues
 from lineament.load.prompts import PromptPair, Prompts
@@ -82,8 +83,13 @@ class Case:
 
 def rows() -> Iterator[Trial | Rate]:
     trials: list[Trial] = []
-    for number, case in enumerate(cases()):
-        trial = earlier(SLUG, case.what) or _tried(case, chooses=number % 2 == 0 and not quick())
+    every = [
+        (case, number % 2 == 0 and not quick(), earlier(SLUG, case.what))
+        for number, case in enumerate(cases())
+    ]
+    made = side_by_side(_tried, [(case, chooses) for case, chooses, known in every if known is None])
+    for *_, known in every:
+        trial = known or next(made)
         trials.append(trial)
         yield trial
     yield from rates(trials)

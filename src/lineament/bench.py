@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from lineament.core import engines
 from lineament.core.checks import InputError, require
 from lineament.core.files import possible_file, write_json
 from lineament.report.text import plain
@@ -197,15 +198,17 @@ import importlib.util, json, os, sys
 out = os.fdopen(os.dup(1), "w", encoding="utf-8")
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 from lineament import bench
+from lineament.core import engines
 told = json.loads(sys.stdin.read())
 bench._settings.quick = told["quick"]
 bench._settings.measured = {bench._name(r): r for r in map(bench.row_of, told["measured"])}
-spec = importlib.util.spec_from_file_location("benchmark", told["path"])
+spec = importlib.util.spec_from_file_location(engines.USER_MODULE + "benchmark", told["path"])
 module = importlib.util.module_from_spec(spec)
-sys.modules["benchmark"] = module
+sys.modules[spec.name] = module
 spec.loader.exec_module(module)
-for row in module.rows(**told["options"]):
-    print(json.dumps(row.to_dict()), file=out, flush=True)
+with engines.engine(told["engine"]):
+    for row in module.rows(**told["options"]):
+        print(json.dumps(row.to_dict()), file=out, flush=True)
 """
 
 
@@ -234,6 +237,7 @@ def measure(
     repeats: int | None = None,
     quick: bool = False,
     json: str | Path | None = None,
+    engine: str | None = None,
 ) -> Iterator[AnyRow | Ended]:
     """Every row of some benchmarks as soon as it is measured; a process that ends early ends with an :class:`Ended`.
 
@@ -243,10 +247,13 @@ def measure(
         quick: small sizes, once each.
         json: a file that holds the rows so far at any moment. While the run is unfinished a second file beside it says what was asked for:
             the same call then begins with the rows that are there.
+        engine: where networks of known truth are made and audited side by side, see :func:`lineament.core.engines.engine`.
 
     Raises:
-        InputError: ``json`` cannot be written.
+        InputError: ``json`` cannot be written, or the engine is not there.
     """
+    if engine is not None:
+        engines.available(engine)
     rows: list[AnyRow] = []
     request = {"slugs": list(benchmarks), "repeats": repeats, "quick": quick}
     target = unfinished = None
@@ -260,7 +267,8 @@ def measure(
     for slug, path in benchmarks.items():
         known = [row for row in rows if row.slug == slug]
         yield from known
-        for item in _rows(slug, path, {} if repeats is None else {"repeats": repeats}, quick, known):
+        options = {} if repeats is None else {"repeats": repeats}
+        for item in _rows(slug, path, options, quick, known, engine):
             if not isinstance(item, Ended):
                 rows.append(item)
                 if target is not None:
@@ -281,13 +289,14 @@ def _earlier(target: Path, unfinished: Path, request: dict[str, Any]) -> list[An
 
 
 def _rows(
-    slug: str, path: Path, options: dict[str, int], quick: bool, known: Iterable[AnyRow]
+    slug: str, path: Path, options: dict[str, int], quick: bool, known: Iterable[AnyRow], engine: str | None
 ) -> Iterator[AnyRow | Ended]:
     """The rows of one file that are not known yet."""
     told = {
         "path": str(path),
         "options": options,
         "quick": quick,
+        "engine": engine,
         "measured": [row.to_dict() for row in known],
     }
     there = {_name(row) for row in known}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import torch.nn.functional as F
 from tests.contracts.language_models import prompts, tiny
 from torch import nn
 
+from lineament.audit import audit
 from lineament.cli import main
 from lineament.core.curvature.density import spectral_density
 from lineament.core.curvature.eigenpairs import top_eigenpairs
@@ -312,3 +316,41 @@ def test_train_and_audit_commands(tmp_path):
     ]
     assert main(audit) == 0
     assert (tmp_path / "report" / "report.html").stat().st_size > 1000
+
+
+def test_an_audit_has_the_numbers_of_the_cpu(tmp_path):
+    def made(device):
+        net, lenses = convolutional().to(device), ["accuracy", "collapse", "spectrum"]
+        report = audit(net, pictures(120), out=tmp_path / device.type, lenses=lenses)
+        layers = report["collapse"].numbers["sites"] + report["spectrum"].numbers["sites"]
+        found = [layer.get("nc1_tilde", layer.get("effective_rank")) for layer in layers]
+        return torch.tensor([report["accuracy"].numbers["overall"]["accuracy"], *found])
+
+    close(*both(made), tol=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_processes_audit_on_a_gpu_each(tmp_path):
+    (tmp_path / "net.py").write_text(f"import torch\ntorch.manual_seed(0)\n{FACTORY}")
+    x, y = pictures(200)
+    np.savez(tmp_path / "data.npz", images=x.numpy(), labels=y.numpy())
+    words = [
+        "audit",
+        f"{tmp_path / 'net.py'}:build",
+        str(tmp_path / "data.npz"),
+        "--lenses",
+        "collapse,landscape",
+    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    out = str(tmp_path / "two")
+    subprocess.run(
+        [*launch, "-m", "lineament", *words, "--device", "cuda", "--out", out], check=True, timeout=300
+    )
+    assert main([*words, "--device", "cuda", "--out", str(tmp_path / "one")]) == 0
+    one, two = (
+        json.loads((tmp_path / name / "report.json").read_text())["sections"][0]["numbers"]["sites"][-1][
+            "nc1_tilde"
+        ]
+        for name in ("one", "two")
+    )
+    assert one == pytest.approx(two, rel=1e-3)

@@ -9,7 +9,7 @@ counts. A third of the pairs chooses whether all answers are spoken of or the on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lineament.audit.phrases import spread
 from lineament.audit.subject import Subject
+from lineament.core import shards
 from lineament.core.batching import progress
 from lineament.core.statistics.shares import Interval, difference, share
 from lineament.measure.shortcuts.exchanges import Change, moved, pasted, recoloured, relit, respectrum
@@ -346,9 +347,10 @@ def _map_peaks(
     subject: Subject, rows: Tensor, answer: Tensor, patch: tuple[int, int], explain: Callable[..., Tensor]
 ) -> list[Tensor]:
     """The corners of the patches in which most of each map lies, the first, the second, ... of every sample."""
-    maps = []
-    for at in torch.arange(len(rows)).split(subject.batch_size):
-        maps.append(explain(subject.inputs(rows[at]), answer[at])[:, 0].float().cpu())
+    batches = torch.arange(len(rows)).split(subject.batch_size)
+    maps = shards.each(
+        batches, lambda at: explain(subject.inputs(rows[at]), answer[at])[:, 0].float().cpu(), "maps"
+    )
     sums = F.avg_pool2d(torch.cat(maps)[:, None], patch, stride=1)[:, 0]
     down, across = torch.arange(sums.shape[1])[:, None], torch.arange(sums.shape[2])
     found = []
@@ -382,8 +384,7 @@ def _partners(subject: Subject, rows: Tensor, alike: bool = True) -> Tensor:
 
 def _logits(subject: Subject, rows: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Outputs for samples, of which one can occur more than once; ``change`` is told positions in ``rows``."""
-    positions: Iterator[Tensor] = iter(torch.arange(len(rows)).split(subject.batch_size))
-    return subject.answer(rows, lambda x, _: change(x, next(positions)))
+    return subject.answer(rows, change, by_position=True)
 
 
 def _answers(subject: Subject, rows: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

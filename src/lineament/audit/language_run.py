@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from lineament.audit.catalogue import Lens
 from lineament.audit.catalogue import chosen as chosen_lenses
 from lineament.audit.phrases import several
-from lineament.audit.stages import Report, fresh, sections, verdict, written
+from lineament.audit.stages import Report, in_processes, sections, verdict, written
 from lineament.audit.subject import LanguageSubject
-from lineament.core import checks
+from lineament.core import checks, shards
 from lineament.core.models import device_of
 from lineament.explain.patching.layout_check import check_layout
 from lineament.load.language_models import load_language_model
@@ -51,7 +52,23 @@ def audit_language(
     chosen = chosen_lenses(lenses, language=True)
     checks.number("samples", samples, low=1, integer=True)
     checks.seed("seed", seed)
-    folder = fresh(out, overwrite)
+    asked = (model, data, chosen, samples, device, seed, note, layout)
+    return in_processes(out, overwrite, lambda folder: _audited(folder, *asked))
+
+
+def _audited(
+    folder: Path,
+    model: Any,
+    data: str | Path | Prompts,
+    chosen: Sequence[Lens],
+    samples: int,
+    device: str | None,
+    seed: int,
+    note: Callable[[str], None],
+    layout: Mapping[str, str] | None,
+) -> Report:
+    note = shards.noted(note)
+    device = shards.own_device(device)
     note("reading the model and the prompts")
     prompts = data if isinstance(data, Prompts) else load_prompts(data, samples=samples, seed=seed)
     if isinstance(model, str):
@@ -64,9 +81,17 @@ def audit_language(
         ids = tokenizer(prompts.prompts[0], return_tensors="pt")["input_ids"][:, :32].to(device_of(network))
         check_layout(network, {"input_ids": ids}, layout)
     subject = LanguageSubject(network, tokenizer, prompts, source, seed, layout=dict(layout or {}))
-    found, checkpoint = sections(folder, _key(subject), chosen, subject, note)
+    key = _key(subject)
+    shards.alike("model", key["model"] + key["tokenizer"])
+    shards.alike("data", key["prompts"])
+    found, checkpoint = sections(folder, key, chosen, subject, note)
     extra = {"task": "language", "prompts": len(prompts), "pairs": len(prompts.pairs)}
-    return written(folder, checkpoint, chosen, source, _facts(subject), verdict(chosen, found), found, extra)
+    return shards.agreed(
+        "the report",
+        lambda: written(
+            folder, checkpoint, chosen, source, _facts(subject), verdict(chosen, found), found, extra
+        ),
+    )
 
 
 def _facts(subject: LanguageSubject) -> list[tuple[str, Any]]:

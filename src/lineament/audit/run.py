@@ -7,7 +7,6 @@ run goes on where it stopped and gives the same report. A lens that fails says s
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,17 +16,19 @@ import torch
 from torch import nn
 
 from lineament.audit import default
+from lineament.audit.catalogue import Lens
 from lineament.audit.catalogue import chosen as chosen_lenses
 from lineament.audit.language_run import audit_language
 from lineament.audit.phrases import places, sentence
-from lineament.audit.stages import STAGES, Report, fresh, opened, sections, threads, verdict, written
+from lineament.audit.stages import STAGES, Report, in_processes, opened, sections, threads, verdict, written
 from lineament.audit.subject import Subject
-from lineament.core import checks
+from lineament.core import checks, shards
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require, show, suggest
 from lineament.core.models import device_of
 from lineament.core.sites.depth import default_sites
 from lineament.core.sites.naming import sites as site_names
+from lineament.data.samples import Samples
 from lineament.data.shortcut_digits import MARK
 from lineament.explain.saliency.methods import METHODS as SALIENCY
 from lineament.load.arrays import arrays_for
@@ -146,13 +147,26 @@ def audit(
     checks.number("samples", samples, low=2, integer=True)
     checks.number("batch_size", options.batch_size, low=1, integer=True)
     checks.seed("seed", seed)
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    require(
-        started == 1,
-        f"processes: {started} were started together (WORLD_SIZE), but an audit runs in one and would write one folder from all; start it alone",
-    )
-    folder = fresh(out, overwrite)
+    asked = (model, data, chosen, lenses is None, classes, groups, samples, device, seed, note, options)
+    return in_processes(out, overwrite, lambda folder: _audited(folder, *asked))
 
+
+def _audited(
+    folder: Path,
+    model: Any,
+    data: Data | None,
+    chosen: Sequence[Lens],
+    every: bool,
+    classes: Sequence[str] | None,
+    groups: Any,
+    samples: int,
+    device: str | torch.device | None,
+    seed: int,
+    note: Callable[[str], None],
+    options: AuditOptions,
+) -> Report:
+    note = shards.noted(note)
+    device = shards.own_device(device)
     note("reading the model and the data")
     if model is None:
         require(
@@ -184,6 +198,8 @@ def audit(
         )
         if classes is not None:
             loaded = replace(loaded, classes=())  # those given come before the model's own
+    shards.alike("model", digest(loaded.model) if shards.count() > 1 else "")
+    shards.alike("data", _content(held) if shards.count() > 1 else "")
     named = _site_names(loaded.model, options.sites, options.gaze_site)
     fitting = bring_together(
         loaded,
@@ -212,7 +228,7 @@ def audit(
             filler=filler,
             folder=str(folder),
         )
-        if lenses is None:
+        if every:
             chosen = [
                 lens
                 for lens in chosen
@@ -223,25 +239,26 @@ def audit(
             note(line)
         with threads(subject.flops * options.batch_size):
             found, checkpoint = sections(folder, _key(subject, loaded), chosen, subject, note)
-            found = _linked(found)
-    told = verdict(chosen, found)
-    if model is None:
-        told = [*_planted(found), *told]
-    return written(
-        folder,
-        checkpoint,
-        chosen,
-        _title(loaded),
-        _facts(subject, loaded),
-        told,
-        found,
-        {
-            "notes": [*map(sentence, subject.notes), *places(subject.sites)],
-            "sites": list(subject.sites),
-            "task": subject.task,
-            "classes": list(subject.classes),
-        },
-    )
+
+    def report() -> Report:
+        told, linked = verdict(chosen, found), _linked(found)
+        return written(
+            folder,
+            checkpoint,
+            chosen,
+            _title(loaded),
+            _facts(subject, loaded),
+            [*_planted(found), *told] if model is None else told,
+            linked,
+            {
+                "notes": [*map(sentence, subject.notes), *places(subject.sites)],
+                "sites": list(subject.sites),
+                "task": subject.task,
+                "classes": list(subject.classes),
+            },
+        )
+
+    return shards.agreed("the report", report)
 
 
 def _linked(sections: Sequence[Section]) -> list[Section]:
@@ -255,9 +272,13 @@ def _linked(sections: Sequence[Section]) -> list[Section]:
 def _embedded(folder: Path, seed: int) -> Loaded:
     """The built-in example, trained now, or by an earlier run that was cut off."""
     key = {"default": seed, "torch": torch.__version__, "epoch": 1}
-    trained = Checkpoint(opened(folder) / STAGES / "training", key)
-    with threads(0.0):
-        state = trained.stage("train", lambda: default.train(seed))
+
+    def trained() -> dict[str, torch.Tensor]:
+        with threads(0.0):
+            stages = Checkpoint(opened(folder) / STAGES / "training", key)
+            return stages.stage("train", lambda: default.train(seed))
+
+    state = shards.agreed("the training", trained)
     network = default.small_cnn(seed).eval()
     network.load_state_dict(state)
     return Loaded(network, "a small network trained just now on digits with a planted mark", "default")
@@ -319,16 +340,9 @@ def _site_names(model: nn.Module, sites: Sequence[str], gaze_site: str | None) -
 
 def _key(subject: Subject, loaded: Loaded) -> dict[str, Any]:
     """Everything that decides a section: the network, the samples, the options."""
-    data = hashlib.sha256()
-    held = subject.samples
-    every = (held.inputs, held.targets, held.groups, held.lengths, *held.others.values(), subject.outputs)
-    for value in every:
-        if value is not None:
-            data.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            data.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return {
         "model": digest(loaded.model),
-        "data": data.hexdigest(),
+        "data": _content(subject.samples, subject.outputs),
         "names": [subject.classes, subject.samples.group_names],
         "layout": str(subject.layout),
         "options": [
@@ -344,6 +358,15 @@ def _key(subject: Subject, loaded: Loaded) -> dict[str, Any]:
         "device": str(device_of(subject.model)),
         "versions": versions(),
     }
+
+
+def _content(held: Samples, *more: torch.Tensor) -> str:
+    data = hashlib.sha256()
+    for value in (held.inputs, held.targets, held.groups, held.lengths, *held.others.values(), *more):
+        if value is not None:
+            data.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            data.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return data.hexdigest()
 
 
 def _drawn_anew(loaded: Loaded) -> Callable[[int], nn.Module] | None:
@@ -400,4 +423,6 @@ def _facts(subject: Subject, loaded: Loaded) -> list[tuple[str, Any]]:
         facts.append(("Task", "real-valued targets"))
     if samples.groups is not None:
         facts.append(("Groups", len(samples.group_names)))
+    if shards.count() > 1:
+        facts.append(("Processes", shards.count()))
     return [*facts, ("Device", str(device_of(subject.model)))]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from lineament.audit.catalogue import Lens
-from lineament.core import checks
+from lineament.core import checks, shards
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require
 from lineament.core.files import output_folder, possible_folder
@@ -64,19 +65,29 @@ class Report(Readable):
 
 def sections(
     folder: Path, key: Mapping[str, Any], chosen: Sequence[Lens], subject: Any, note: Callable[[str], None]
-) -> tuple[list[Section], Checkpoint]:
+) -> tuple[list[Section], Checkpoint | None]:
     """The sections of the chosen lenses, each looked at once however often the run is cut off.
+
+    Of several processes all look together, and the first has the sections and the checkpoint.
 
     Args:
         key: everything that decides a section; a stored one with another key is not used.
     """
-    checkpoint = Checkpoint(opened(folder) / STAGES / "lenses", dict(key))
-    if checkpoint.resumed:
-        note("an earlier run of the same audit was cut off; going on where it stopped")
+    checkpoint = None
+    if shards.first():
+        checkpoint = Checkpoint(opened(folder) / STAGES / "lenses", dict(key))
+        if checkpoint.resumed:
+            note("an earlier run of the same audit was cut off; going on where it stopped")
     found = []
     for number, lens in enumerate(chosen, 1):
         note(f"{number}/{len(chosen)} {lens.name}: {lens.help}")
-        found.append(checkpoint.stage(lens.name, lambda lens=lens: look(lens, subject), Section))
+        stored = shards.agreed(
+            "what is stored", lambda lens=lens: checkpoint and checkpoint.finished(lens.name, Section)
+        )
+        if checkpoint is not None:
+            found.append(checkpoint.stage(lens.name, lambda lens=lens: look(lens, subject), Section))
+        elif not stored:
+            look(lens, subject)
     return found, checkpoint
 
 
@@ -89,7 +100,7 @@ def verdict(chosen: Sequence[Lens], sections: Sequence[Section]) -> list[Finding
 
 def written(
     folder: Path,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | None,
     chosen: Sequence[Lens],
     title: str,
     facts: Sequence[tuple[str, Any]],
@@ -111,7 +122,8 @@ def written(
         notes=extra.get("notes", ()),
         extra={name: value for name, value in extra.items() if name != "notes"},
     )
-    checkpoint.finish()
+    if checkpoint is not None:
+        checkpoint.finish()
     shutil.rmtree(folder / STAGES, ignore_errors=True)
     return Report(title, findings, found, html, json)
 
@@ -131,7 +143,9 @@ def look(lens: Lens, subject: Any) -> Section:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            section = module.look(subject)
+            section = shards.guarded(f"the end of {name}", lambda: module.look(subject))
+    except shards.LostProcess:
+        raise
     except Exception as error:
         # One lens that fails must not take the others' answers away.
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
@@ -158,6 +172,22 @@ def threads(work: float) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def in_processes(out: str | Path, overwrite: bool, work: Callable[[Path], Report]) -> Report:
+    """``work(folder)`` in all processes that were started together, an error of one raised in all.
+
+    The first has the output folder and writes the report; the others have one that is thrown away.
+    """
+
+    def whole() -> Report:
+        if shards.first():
+            return work(fresh(out, overwrite))
+        with tempfile.TemporaryDirectory() as place:
+            return work(Path(place))
+
+    with shards.shared():
+        return shards.guarded("the end of the audit", whole)
 
 
 def fresh(out: str | Path, overwrite: bool, report: str = "report", also: Sequence[str] = ()) -> Path:

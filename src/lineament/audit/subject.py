@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lineament.core import shards
 from lineament.core.batching import progress
 from lineament.core.models import called, frozen
 from lineament.core.sites.activations import capture
@@ -46,13 +47,16 @@ class Subject(ModelAndData):
         count = int(work / max(self.flops * passes, 1.0))
         return max(least, min(most, count, len(self)))
 
-    def activations(self, rows: Tensor, description: str) -> Iterator[dict[str, Tensor]]:
-        """What passes at each site for some samples, a batch at a time, with a progress bar of this description."""
+    def activations(self, rows: Tensor, description: str) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Samples and what passes at each site for them, a batch at a time, with a progress bar of this description.
+
+        Of several processes each gets its share of the batches, and :func:`lineament.core.shards.merged` joins what they gather.
+        """
         with frozen(self.model), torch.no_grad():
-            for part in progress(list(self.parts(rows)), description):
+            for part in progress(list(shards.mine(self.parts(rows))), description):
                 with capture(self.model, self.sites, stop_early=True) as acts:
                     called(self.model, self.inputs(part))
-                yield {site: acts[site] for site in self.sites}
+                yield part, {site: acts[site] for site in self.sites}
 
 
 @dataclass(frozen=True)

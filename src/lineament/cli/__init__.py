@@ -10,8 +10,12 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from lineament import __version__
 from lineament.cli.parser import Parser, UsageError, in_options, nearest
@@ -33,6 +37,8 @@ COMMANDS = (
 )
 # What these had finished when they were interrupted is used again.
 _RESUMED = ("audit", "compare", "train", "edit", "baseline", "leak", "colorize", "reproduce", "bench")
+# These share their work where several processes are started together.
+_TOGETHER = ("audit", "train", "dictionary")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -41,11 +47,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     parser, commands = build_parser()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    with _terminable(processes):
+        return _run(argv, parser, commands, debug, processes)
+
+
+def _run(argv: list[str], parser: Parser, commands: dict[str, Parser], debug: bool, processes: int) -> int:
     try:
+        if processes > 1 and _command(argv) in COMMANDS and _command(argv) not in _TOGETHER:
+            raise UsageError(
+                f"{_command(argv)}: {processes} processes were started together, and it runs in one; several share the work of {', '.join(_TOGETHER)}"
+            )
         return _dispatch([word for word in argv if word != "--debug"], parser, commands)
     except SystemExit as leaving:
         # argparse's way out of --help and --version.
         return leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 1
+    except _Terminated:
+        if who := _ended():
+            print(f"lineament: {who} of {processes} ended; {_again(argv)}", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         if debug:
             raise
@@ -58,6 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        if not _speaks(error):
+            # The launcher ends all when the first has ended: the one that says why comes before.
+            time.sleep(1)
+            return 2 if isinstance(error, UsageError) or _is_input_error(error) else 1
+        if _is_lost(error) or (processes > 1 and _ended()):
+            who = _one_line(error) if _is_lost(error) else f"{_ended()} of {processes} ended"
+            print(f"lineament: {who}; {_again(argv)}", file=sys.stderr)
+            return 1
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             print(
                 f"lineament: a file could not be written ({error.strerror}); {_again(argv)} once there is room",
@@ -123,6 +151,45 @@ def _command(argv: Sequence[str]) -> str | None:
 
 def _again(argv: Sequence[str]) -> str:
     return f"the same command {'goes on where it stopped' if _command(argv) in _RESUMED else 'begins anew'}"
+
+
+class _Terminated(BaseException):
+    """Another process asks this one to end."""
+
+
+@contextmanager
+def _terminable(processes: int) -> Iterator[None]:
+    """Of several processes the launcher ends all when one has ended: the others say so before they go."""
+
+    def terminated(number: int, frame: object) -> None:
+        raise _Terminated
+
+    if processes == 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _speaks(error: Exception) -> bool:
+    """Whether this process says it, of several that end in the same way."""
+    return bool(
+        getattr(error, "speaks", os.environ.get("RANK", "0") == "0" or not isinstance(error, UsageError))
+    )
+
+
+def _ended() -> str:
+    """Which of several processes have ended, where this one is to say it."""
+    shards = sys.modules.get("lineament.core.shards")
+    return "" if shards is None else shards.ended()
+
+
+def _is_lost(error: Exception) -> bool:
+    shards = sys.modules.get("lineament.core.shards")
+    return shards is not None and isinstance(error, shards.LostProcess)
 
 
 def _is_input_error(error: Exception) -> bool:

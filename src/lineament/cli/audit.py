@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from lineament.audit.catalogue import all_lenses
-from lineament.cli.data_options import add_data_options, add_sample_options
+from lineament.cli.data_options import add_data_options, add_engine, add_sample_options
 
 _EPILOG = (
     "lenses:\n"
@@ -107,6 +108,7 @@ def add_parser(subparsers: Any) -> Any:
         metavar="HOW",
         help="how the maps are judged: scores (default), or diffroar, which also trains the architecture anew on what they keep",
     )
+    add_engine(parser, "retrainings (--faithfulness diffroar) and the points of the loss's plane")
     parser.set_defaults(run=run)
     return parser
 
@@ -116,6 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lineament.audit.run import AuditOptions, audit
     from lineament.cli.console import note
     from lineament.cli.option_values import classes, image_size, normalize, pairs, words
+    from lineament.core.engines import engine
     from lineament.report.text import printable
 
     options = AuditOptions(
@@ -135,25 +138,32 @@ def run(arguments: argparse.Namespace) -> int:
         filler=arguments.filler,
         layout=pairs("--layout", arguments.layout),
     )
-    found = audit(
-        arguments.model,
-        arguments.data,
-        out=arguments.out,
-        overwrite=arguments.overwrite,
-        lenses=None if arguments.lenses is None else [n for text in arguments.lenses for n in words(text)],
-        classes=classes(arguments.classes),
-        groups=arguments.groups,
-        samples=arguments.samples,
-        device=arguments.device,
-        seed=arguments.seed,
-        note=note,
-        options=options,
-    )
+    with engine(arguments.engine):
+        found = audit(
+            arguments.model,
+            arguments.data,
+            out=arguments.out,
+            overwrite=arguments.overwrite,
+            lenses=None if arguments.lenses is None else [n for t in arguments.lenses for n in words(t)],
+            classes=classes(arguments.classes),
+            groups=arguments.groups,
+            samples=arguments.samples,
+            device=arguments.device,
+            seed=arguments.seed,
+            note=note,
+            options=options,
+        )
+    if os.environ.get("RANK", "0") != "0":  # the first of several processes says it
+        return _status(found)
     for finding in found.findings:
         print(f"{finding.severity:>8}  {printable(finding.sentence)}")
     for section in found.sections:
         if section.status in ("failed", "skipped"):
             print(f"{section.status:>8}  {section.name}: {printable(section.sentence)}")
     print(f"Report: {found.html.resolve()}")
+    return _status(found)
+
+
+def _status(found: Any) -> int:
     statuses = {section.status for section in found.sections}
     return 1 if "failed" in statuses and statuses <= {"failed", "skipped"} else 0

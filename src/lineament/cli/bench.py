@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from lineament.cli.data_options import add_engine
 from lineament.cli.parser import Parser
 
 
@@ -23,6 +24,7 @@ def add_parser(subparsers: Any) -> Parser:
     parser.add_argument(
         "--repeats", metavar="N", type=int, help="timings of each side (default: each file's own)"
     )
+    add_engine(parser, "the networks of the battery (bench audit)")
     parser.set_defaults(run=run)
     return parser
 
@@ -39,7 +41,11 @@ def run(arguments: argparse.Namespace) -> int:
     rows: list[bench.AnyRow] = []
     failed = False
     for item in bench.measure(
-        bench.chosen(arguments.slugs), repeats=arguments.repeats, quick=arguments.quick, json=arguments.json
+        bench.chosen(arguments.slugs),
+        repeats=arguments.repeats,
+        quick=arguments.quick,
+        json=arguments.json,
+        engine=arguments.engine,
     ):
         if isinstance(item, bench.Ended):
             failed = True

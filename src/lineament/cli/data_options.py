@@ -43,3 +43,12 @@ def add_sample_options(parser: argparse.ArgumentParser, *, samples: int, tasks: 
     add("--batch-size", type=int, default=64, metavar="N", help="samples at a time (default: 64)")
     add("--device", metavar="NAME", help=f"cpu, cuda, cuda:1, mps (default: where the {models})")
     add("--seed", type=int, default=0, metavar="N", help="of every random choice (default: 0)")
+
+
+def add_engine(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the option that says where independent jobs run."""
+    parser.add_argument(
+        "--engine",
+        metavar="NAME",
+        help=f"run {what} side by side: loky (processes of this machine), ray or dask",
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from lineament.cli.data_options import add_engine
 from lineament.cli.parser import Parser, UsageError
 
 
@@ -23,6 +24,7 @@ def add_parser(subparsers: Any) -> Parser:
     )
     parser.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/SLUG-PRESET)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in that folder")
+    add_engine(parser, "seeds and settings")
     parser.set_defaults(run=run, fields={})
     parser.prepare = prepare
     return parser
@@ -31,16 +33,18 @@ def add_parser(subparsers: Any) -> Parser:
 def run(arguments: argparse.Namespace) -> int:
     """Reproduce, and show what was found."""
     from lineament.cli import console
+    from lineament.core.engines import engine
     from lineament.recipes.kit.run import reproduce
 
-    found = reproduce(
-        arguments.slug,
-        arguments.preset,
-        arguments.fields,
-        out=arguments.out,
-        overwrite=arguments.overwrite,
-        note=console.note,
-    )
+    with engine(arguments.engine):
+        found = reproduce(
+            arguments.slug,
+            arguments.preset,
+            arguments.fields,
+            out=arguments.out,
+            overwrite=arguments.overwrite,
+            note=console.note,
+        )
     console.show_run(found)
     return 0
 
@@ -69,7 +73,7 @@ def prepare(argv: list[str], parser: Parser) -> tuple[list[str], bool]:
 
 def split_fields(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     """``--FIELD VALUE`` and ``--FIELD=VALUE`` taken out of a line, for the recipe to judge."""
-    valued, flags = {"--preset", "--out"}, {"--overwrite", "--help", "--version"}
+    valued, flags = {"--preset", "--out", "--engine"}, {"--overwrite", "--help", "--version"}
     rest: list[str] = []
     fields: dict[str, str] = {}
     words = iter(argv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import threading
 import weakref
@@ -192,8 +193,8 @@ def progress(iterable: Iterable[T], description: str, total: int | None = None) 
     >>> list(progress([1, 2], "counting"))
     [1, 2]
     """
-    # Two bars at once would write over each other: the one inside stays silent.
-    if not sys.stderr.isatty() or not _shown.acquire(blocking=False):
+    # Two bars at once would write over each other: the one inside stays silent, and so do all processes but the first.
+    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty() or not _shown.acquire(blocking=False):
         yield from iterable
         return
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from typing import Any
 
@@ -230,10 +230,61 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the first parameter or buffer; the CPU for a model without any."""
+    """The device of the first parameter or buffer, or where Accelerate brings it to be computed with; the CPU for a model without any."""
     for tensor in chain(model.parameters(), model.buffers()):
+        if tensor.is_meta:
+            places = (getattr(h, "execution_device", None) for m in model.modules() for h in _offloading(m))
+            place = next((place for place in places if place is not None), None)
+            if place is not None:
+                return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
         return tensor.device
     return torch.device("cpu")
+
+
+def held_weights(model: nn.Module, *, by_name: bool = False) -> Iterator[tuple[str, Any]]:
+    """What ``model.state_dict()`` holds, one by one, perhaps in the order of their names, each as :func:`held_weight` gives it.
+
+    >>> [name for name, _ in held_weights(nn.Linear(1, 1), by_name=True)]
+    ['bias', 'weight']
+    """
+    state = model.state_dict()
+    for name in sorted(state) if by_name else state:
+        value = state[name]
+        yield name, held_weight(model, name, value) if isinstance(value, Tensor) else value
+
+
+def held_weight(model: nn.Module, name: str, value: Tensor) -> Tensor:
+    """A weight of this name; one that Accelerate keeps on the CPU or on a disk, and that is empty in the model, as it lies there.
+
+    >>> held_weight(nn.Linear(1, 1), "bias", torch.ones(1))
+    tensor([1.])
+    """
+    if value.is_meta:
+        modules, parts = dict(model.named_modules()), name.split(".")
+        # The hook that has it may be that of a module around its own.
+        for cut in reversed(range(len(parts))):
+            around = modules.get(".".join(parts[:cut]))
+            for hook in _offloading(around) if around is not None else ():
+                with suppress(KeyError):
+                    return hook.weights_map[".".join(parts[cut:])]
+    return value
+
+
+def offloaded(model: nn.Module) -> bool:
+    """Whether weights lie elsewhere until a module computes (:func:`held_weights`), so that neither they nor gradients for them can be had here.
+
+    >>> offloaded(nn.Linear(1, 1)), offloaded(nn.Linear(1, 1, device="meta"))
+    (False, True)
+    """
+    return any(p.is_meta for p in model.parameters())
+
+
+def _offloading(module: nn.Module) -> list[Any]:
+    """The hooks of Accelerate by which a module has its weights elsewhere."""
+    hook = getattr(module, "_hf_hook", None)
+    return [
+        each for each in getattr(hook, "hooks", (hook,)) if getattr(each, "weights_map", None) is not None
+    ]
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

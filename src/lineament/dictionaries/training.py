@@ -11,7 +11,6 @@ that scale); the dictionary that comes back is in the units of x.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 from lineament import __version__
-from lineament.core import checks
+from lineament.core import checks, shards
 from lineament.core.batching import progress
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import number, require
@@ -170,4 +169,4 @@ def _of_all(rows: Rows, processes: OneProcess) -> Rows:
 
 
 def _processes(device: torch.device) -> OneProcess:
-    return Processes() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else OneProcess(device)
+    return Processes() if shards.started() > 1 else OneProcess(device)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lineament.core.checks import InputError, require
+from lineament.core.models import held_weights
 from lineament.load.hub import architectures, findable, first_line, quiet_transformers
 from lineament.load.weights import require_finite
 
@@ -112,7 +113,7 @@ def _weights(
         not missing,
         f"{argument}: {name!r} lacks weights of a {'masked ' if masked else ''}language model, the first is {missing[0] if missing else ''}; is the file whole?",
     )
-    require_finite(model.state_dict(), argument)
+    require_finite(held_weights(model), argument)
     return model
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lineament.core import checks
+from lineament.core import checks, shards
 from lineament.core.checks import InputError, NotFiniteError, require, show
 from lineament.core.models import called, device_of, dtype_of, frozen, logits, rows_in
 from lineament.core.results import Readable
@@ -134,16 +134,27 @@ class ModelAndData(Readable):
             return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(1)
         return (outputs - targets).square().mean(1)
 
-    def answer(self, rows: Tensor, change: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
-        """The model's outputs, (sample, output), without gradients, on the CPU; ``change(inputs, rows)`` alters each batch."""
-        found = []
+    def answer(
+        self,
+        rows: Tensor,
+        change: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        by_position: bool = False,
+    ) -> Tensor:
+        """The model's outputs, (sample, output), without gradients, on the CPU; ``change(inputs, rows)`` alters each batch.
+
+        ``by_position``: ``change`` is told positions in ``rows``, which may hold a sample more than once.
+        """
         positions = self._positions(rows)
+
+        def answers(at: Tensor) -> Tensor:
+            x = self.inputs(rows[at])
+            if change is not None:
+                x = change(x, at if by_position else rows[at])
+            return logits(called(self.model, x)).reshape(len(at), -1).float().cpu()
+
         with frozen(self.model), torch.no_grad():
-            for at in positions:
-                part = rows[at]
-                x = self.inputs(part)
-                output = logits(called(self.model, x if change is None else change(x, part)))
-                found.append(output.reshape(len(part), -1).float().cpu())
+            found = shards.each(positions, answers, "answers")
         return torch.cat(found)[torch.cat(positions).argsort()]
 
     def answered(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,11 +163,16 @@ class ModelAndData(Readable):
             outputs = self.answer(rows)
             return outputs, self.losses(outputs, self.targets[rows])
         said, losses = torch.full_like(self.outputs[rows], -1), torch.zeros(len(rows))
+        positions = self._positions(rows)
+
+        def named(at: Tensor) -> tuple[Tensor, Tensor]:
+            output = logits(called(self.model, self.inputs(rows[at]))).float().cpu()
+            return output.argmax(1).to(said.dtype), self.losses(output, self._targets(rows[at]))
+
         with frozen(self.model), torch.no_grad():
-            for at in self._positions(rows):
-                output = logits(called(self.model, self.inputs(rows[at]))).float().cpu()
-                losses[at] = self.losses(output, self._targets(rows[at]))
-                said[(at, *map(slice, output.shape[2:]))] = output.argmax(1).to(said.dtype)
+            for at, (name, lost) in zip(positions, shards.each(positions, named, "answers")):
+                losses[at] = lost
+                said[(at, *map(slice, name.shape[1:]))] = name
         return said, losses
 
     def _targets(self, rows: Tensor) -> Tensor:

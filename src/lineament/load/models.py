@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from lineament.core import surgery
 from lineament.core.checks import InputError, require, show
-from lineament.core.models import takes_hooks, unwrapped
+from lineament.core.models import held_weights, takes_hooks, unwrapped
 from lineament.core.surgery.saving import STEPS
 from lineament.load.checkpoints import ENDINGS, kind_of, listed, read_checkpoint, tensors_by_path
 from lineament.load.exported import exported
@@ -71,7 +71,7 @@ def load_model(model: Any, *, weights: str | Path | None = None) -> Loaded:
             found = replace(found, model=surgery.load(weights, lambda: found.model))
         else:
             found = replace(found, notes=(*found.notes, *load_weights(found.model, weights)))
-    require_finite(found.model.state_dict())
+    require_finite(held_weights(found.model))
     if found.kind != "module":
         found.model.eval()
     return found

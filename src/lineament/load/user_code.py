@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from lineament.core.checks import InputError, require, suggest
+from lineament.core.engines import USER_MODULE
 
 
 def named_in(argument: str, place: str, name: str) -> Any:
@@ -43,7 +44,7 @@ def named_in(argument: str, place: str, name: str) -> Any:
 
 
 def _run_file(path: Path, argument: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"lineament_user_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(USER_MODULE + path.stem, path)
     if spec is None or spec.loader is None:
         raise InputError(f"{argument}: {str(path)!r} cannot be imported")
     module = importlib.util.module_from_spec(spec)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lineament.core.checks import InputError, NotFiniteError
+from lineament.core.checks import InputError, NotFiniteError, require
+from lineament.core.models import held_weights
 from lineament.load.checkpoints import listed, read_checkpoint
 from lineament.load.weight_names import weights_for
 
@@ -37,13 +39,17 @@ def load_weights(model: nn.Module, path: str | Path) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def require_finite(state: Mapping[str, Tensor], argument: str = "model") -> None:
-    """Refuse weights that hold NaN or infinity."""
-    bad = [
-        name
-        for name, value in state.items()
-        if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all())
-    ]
+def require_finite(weights: Iterable[tuple[str, Any]], argument: str = "model") -> None:
+    """Refuse weights that hold NaN or infinity, or nothing."""
+    bad = []
+    for name, value in weights:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            require(
+                not value.is_meta,
+                f"{argument}: its weight {name!r} has no values (it is on the meta device); load them first",
+            )
+            if not bool(torch.isfinite(value).all()):
+                bad.append(name)
     if bad:
         raise NotFiniteError(
             f"{argument}: NaN or infinite values in weights: {listed(bad)}; was the training stable and the file whole?"
@@ -86,7 +92,7 @@ each layer its own tensor, or compute one from the other in the forward
 def digest(model: nn.Module) -> str:
     """A fingerprint of a network: its architecture as it prints, and every parameter and buffer."""
     found = hashlib.sha256(repr(model).encode())
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in held_weights(model, by_name=True):
         if isinstance(value, Tensor):
             found.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
             found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

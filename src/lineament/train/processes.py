@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lineament.core import shards
 from lineament.core.checks import InputError, require
 
 
@@ -112,6 +113,8 @@ class Processes(OneProcess):
             device is None or self.count == 1,
             f"device: got {str(device)!r} with {self.count} processes, which have one device each; leave it out",
         )
+        if self.count > 1:
+            shards.introduce(torch.distributed.new_group(backend="gloo"))
         self.device = self.accelerator.device
         if device is not None:
             try:

@@ -23,6 +23,7 @@ from sklearn.preprocessing import StandardScaler
 
 from lineament.audit.phrases import mean_interval, percent, short
 from lineament.audit.subject import Subject
+from lineament.core import shards
 from lineament.core.checks import InputError
 from lineament.core.statistics.shares import wilson
 from lineament.handcrafted.table import described
@@ -94,10 +95,13 @@ def look(subject: Subject) -> Section:
     rows, y = rows[torch.from_numpy(~rare)], y[~rare]
     fixed = _fixed(subject, rows)
     learned: dict[str, list[torch.Tensor]] = {site: [] for site in subject.sites}
-    for acts in subject.activations(rows, "baselines"):
+    for _, acts in subject.activations(rows, "baselines"):
         for site, x in acts.items():
             learned[site].append(pooled(x.float()).cpu())
-    every = {**fixed, **{site: torch.cat(parts).double().numpy() for site, parts in learned.items()}}
+    every = {
+        **fixed,
+        **{site: torch.cat(shards.interleaved(parts)).double().numpy() for site, parts in learned.items()},
+    }
     right: dict[tuple[str, str], np.ndarray] = {}
     read = []
     for name, X in every.items():

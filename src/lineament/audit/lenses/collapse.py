@@ -21,6 +21,7 @@ from torch import Tensor
 from lineament.audit.estimates import Estimate, halved, joined, split, without
 from lineament.audit.phrases import compact, percent, short
 from lineament.audit.subject import Subject
+from lineament.core import shards
 from lineament.core.sites.depth import tokens_of
 from lineament.core.statistics.shares import wilson
 from lineament.measure.collapse.metrics import CollapseMeter
@@ -177,14 +178,13 @@ def _parts(subject: Subject, parts: Sequence[Tensor], labels: Tensor) -> list[di
     part_of = torch.empty(len(labels), dtype=torch.long)
     for number, part in enumerate(parts):
         part_of[part] = number
-    rows = torch.arange(len(labels))
-    for at, acts in zip(subject.parts(rows), subject.activations(rows, "collapse, part by part")):
+    for at, acts in subject.activations(torch.arange(len(labels)), "collapse, part by part"):
         for site, features in acts.items():
             vectors, which = pooled(tokens_of(subject.model, site, features)), part_of[at]
             for number in which.unique().tolist():
                 mine = which == number
                 meters[number][site].update(vectors[mine.to(vectors.device)], labels[at][mine])
-    return meters
+    return [{site: shards.merged(meter) for site, meter in part.items()} for part in meters]
 
 
 _KINDS = (

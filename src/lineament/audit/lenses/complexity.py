@@ -21,6 +21,7 @@ from torch import Tensor
 from lineament.audit.patch_exchange import Window
 from lineament.audit.phrases import compact, percent, short
 from lineament.audit.subject import Subject
+from lineament.core import shards
 from lineament.core.checks import require
 from lineament.core.sites.activations import patch
 from lineament.core.statistics.shares import wilson
@@ -152,7 +153,9 @@ def _gathered(subject: Subject, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]
     every: dict[str, list[Tensor]] = {}
     whole: dict[str, list[Tensor]] = {}
     grids: dict[str, tuple[int, int]] = {}
-    for acts in subject.activations(rows, "features by depth"):
+    batches: list[dict[str, tuple[Tensor, Tensor, tuple[int, int] | None]]] = []
+    for _, acts in subject.activations(rows, "features by depth"):
+        batches.append({})
         for site, value in acts.items():
             if value.ndim < 2 or not value.is_floating_point():
                 continue
@@ -160,10 +163,15 @@ def _gathered(subject: Subject, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]
             if deep.shape[2] > _WIDEST:
                 continue
             side = max(1, int((_WIDTH / deep.shape[2]) ** (1 / max(len(grid), 1))))
-            if len(grid) == 2:
-                grids[site] = (min(side, grid[0]), min(side, grid[1]))
-            every.setdefault(site, []).append(pooled(site, value, 1 if subject.samples.lengths is not None else side).float().cpu())  # fmt: skip
-            whole.setdefault(site, []).append(deep.mean(1).float().cpu())
+            seen = pooled(site, value, 1 if subject.samples.lengths is not None else side).float().cpu()
+            shape = (min(side, grid[0]), min(side, grid[1])) if len(grid) == 2 else None
+            batches[-1][site] = seen, deep.mean(1).float().cpu(), shape
+    for batch in shards.interleaved(batches):
+        for site, (seen, mean, shape) in batch.items():
+            every.setdefault(site, []).append(seen)
+            whole.setdefault(site, []).append(mean)
+            if shape is not None:
+                grids[site] = shape
     require(bool(every), f"What passes at its places is wider than {_WIDEST:,} numbers, more than read-outs can be fitted to; name other sites.")  # fmt: skip
     back = torch.cat(subject.parts(rows)).argsort()
     joined = {site: torch.cat(parts)[back] for site, parts in every.items()}

@@ -29,7 +29,7 @@ from lineament.audit.map_checks import (
 from lineament.audit.patch_exchange import Exchange, OneAnswer, Window, donors, examine, exchanged
 from lineament.audit.phrases import percent, points, spread
 from lineament.audit.subject import Subject
-from lineament.core.batching import progress
+from lineament.core import shards
 from lineament.core.checks import InputError
 from lineament.explain.faithfulness.pixel_scores import MapScores
 from lineament.explain.saliency.maps import saliency
@@ -344,10 +344,11 @@ def _cue_picture(subject: Subject, cues: Cues, cue: Cue) -> Picture:
 
 def _maps(subject: Subject, rows: Tensor) -> Tensor:
     explain = _explain(subject)
-    found = []
-    for part in progress(list(subject.parts(rows)), "saliency"):
-        found.append(explain(subject.inputs(part), subject.outputs[part].argmax(1))[:, 0].float().cpu())
-    return torch.cat(found)
+
+    def maps(part: Tensor) -> Tensor:
+        return explain(subject.inputs(part), subject.outputs[part].argmax(1))[:, 0].float().cpu()
+
+    return torch.cat(shards.each(subject.parts(rows), maps, "saliency", bar=True))
 
 
 def _explain(subject: Subject) -> Explain:

@@ -24,10 +24,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lineament.audit.estimates import PARTS, Estimate, halved, interval, joined
 from lineament.audit.phrases import compact, percent
 from lineament.audit.subject import Subject
+from lineament.core import shards
 from lineament.core.checks import NoGradientError
 from lineament.core.curvature.density import Density
 from lineament.core.curvature.matrices import hessian
 from lineament.core.curvature.risk import Risk
+from lineament.core.models import offloaded
 from lineament.measure.landscape.axes import Axis, random_axes, signed
 from lineament.measure.landscape.batchnorm_modes import LandscapeWarning
 from lineament.measure.landscape.criteria import Criteria, criteria
@@ -116,6 +118,8 @@ class Curvature:
 
 
 def applies(subject: Subject) -> str:
+    if offloaded(subject.model):
+        return "Some of the network's weights are kept elsewhere until they are computed with (offloaded), so that the loss has no curvature along them here."
     if not any(p.is_floating_point() for p in subject.model.parameters()):
         return (
             "The network has no parameters that gradients could reach: it has none, or holds them quantised."
@@ -434,7 +438,8 @@ def _affordable(subject: Subject, names: list[str], order: Tensor, unit: int) ->
         while len(times) < 5 and (len(times) < 2 or sum(times) < 1.0):
             start = time.perf_counter()
             float((operator @ vector)[0])
-            times.append(time.perf_counter() - start)
+            elapsed = time.perf_counter() - start
+            times.append(shards.agreed("the time of a product", lambda: elapsed))  # noqa: B023
         seconds = min(times[1:])
         fit = count
         while fit < most and seconds / count * min(2 * fit, most) * products <= _SECONDS:

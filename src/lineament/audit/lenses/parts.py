@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lineament.audit.phrases import compact, percent, short
 from lineament.audit.subject import Subject
+from lineament.core import shards
 from lineament.core.batching import progress
 from lineament.core.sites.activations import patch
 from lineament.core.sites.depth import channel_axis
@@ -233,14 +234,17 @@ def _finding(found: Parts) -> Finding:
 
 
 def _means(subject: Subject, rows: Tensor) -> dict[str, Tensor]:
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    for acts in subject.activations(rows, "mean activations"):
+    # Of each batch the sums, and how many were summed.
+    batches: dict[str, list[tuple[Tensor, int]]] = {site: [] for site in subject.sites}
+    for _, acts in subject.activations(rows, "mean activations"):
         for site, x in acts.items():
             x = x.movedim(channel_axis(subject.model, site, x), -1).flatten(0, -2).double()
-            sums[site] = sums[site] + x.sum(0) if site in sums else x.sum(0)
-            counts[site] = counts.get(site, 0) + len(x)
-    return {site: (total / counts[site]).float() for site, total in sums.items()}
+            batches[site].append((x.sum(0).cpu(), len(x)))
+    means = {}
+    for site, some in batches.items():
+        sums, counts = zip(*shards.interleaved(some))
+        means[site] = (torch.stack(sums).sum(0) / sum(counts)).float()
+    return means
 
 
 def _split(width: int) -> list[tuple[int, int]]:

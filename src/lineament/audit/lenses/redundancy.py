@@ -17,7 +17,7 @@ from lineament.audit.phrases import percent, short, wilson
 from lineament.audit.subject import Subject
 from lineament.core.batching import progress
 from lineament.core.checks import InputError
-from lineament.core.models import decided
+from lineament.core.models import decided, offloaded
 from lineament.core.surgery.rewriting import remove
 from lineament.measure.merging.distance import Weights
 from lineament.measure.merging.plan import Plan, prepare
@@ -73,6 +73,8 @@ class Redundancy:
 def applies(subject: Subject) -> str:
     if subject.sealed:
         return subject.sealed
+    if offloaded(subject.model):
+        return "Some of the network's weights are kept elsewhere until they are computed with (offloaded), so that none can be merged here."
     if subject.task != "classification" or subject.tokenizer is not None:
         return "It compares the answers of a classifier of images or numbers."
     if len(subject) < 40:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lineament.audit.phrases import percent
 from lineament.audit.subject import Subject
+from lineament.core import shards
 from lineament.core.models import frozen
 from lineament.core.statistics.shares import Interval
 from lineament.measure.shortcuts.suspects import IMAGE_ATTRIBUTES, Suspect, Suspects, suspects_of
@@ -107,16 +108,17 @@ def _has_attributes(subject: Subject) -> bool:
 
 def _answers(subject: Subject, inputs: Tensor) -> Tensor:
     """The network's class for inputs as it takes them, in batches of the size that it needs."""
-    found = []
+
+    def answers(part: Tensor) -> Tensor:
+        x = part
+        if subject.fixed_batch and len(part) < subject.batch_size:
+            x = torch.cat([part, part[-1:].expand(subject.batch_size - len(part), *part.shape[1:])])
+        outputs = subject.model(x)
+        outputs = getattr(outputs, "logits", outputs)
+        return outputs.reshape(len(x), -1)[: len(part)].float().argmax(1).cpu()
+
     with frozen(subject.model), torch.no_grad():
-        for part in inputs.split(subject.batch_size):
-            x = part
-            if subject.fixed_batch and len(part) < subject.batch_size:
-                x = torch.cat([part, part[-1:].expand(subject.batch_size - len(part), *part.shape[1:])])
-            outputs = subject.model(x)
-            outputs = getattr(outputs, "logits", outputs)
-            found.append(outputs.reshape(len(x), -1)[: len(part)].float().argmax(1).cpu())
-    return torch.cat(found)
+        return torch.cat(shards.each(inputs.split(subject.batch_size), answers, "answers"))
 
 
 def _group(groups: GroupBias | None) -> Conflict | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from lineament.audit.estimates import Estimate, halved, joined, split, without
 from lineament.audit.phrases import compact, percent, short
 from lineament.audit.subject import Subject
+from lineament.core import shards
 from lineament.core.sites.depth import tokens_of
 from lineament.measure.collapse.profile import pooled
 from lineament.report.figures import picture
@@ -79,10 +80,10 @@ def applies(subject: Subject) -> str:
 def look(subject: Subject) -> Section:
     rows = subject.subset(_MOST, salt=1)
     gathered: dict[str, list[Tensor]] = {site: [] for site in subject.sites}
-    for acts in subject.activations(rows, "spectrum"):
+    for _, acts in subject.activations(rows, "spectrum"):
         for site, x in acts.items():
             gathered[site].append(pooled(tokens_of(subject.model, site, x).float()).cpu())
-    features = {site: torch.cat(parts) for site, parts in gathered.items()}
+    features = {site: torch.cat(shards.interleaved(parts)) for site, parts in gathered.items()}
     parts = split(torch.arange(len(rows)), subject.seed)
     halves = halved(parts)
     less, again = (

@@ -18,7 +18,7 @@ from torch import Tensor
 from lineament.audit.phrases import compact, mean_interval, several, within
 from lineament.audit.subject import LanguageSubject
 from lineament.audit.token_maps import bars, judged, judgement, most_important, strips
-from lineament.core.batching import progress
+from lineament.core import shards
 from lineament.core.checks import InputError, show
 from lineament.explain.tokens.recursion import reagent
 from lineament.explain.tokens.results import TokenAttribution, entropy
@@ -80,10 +80,12 @@ def look(subject: LanguageSubject) -> Section:
     found, left_out, cut = _attributions(subject)
     if not found:
         raise InputError(f"no prompt could be explained; the first reason: {left_out[0]}")
-    rows = [
-        judged(subject.model, a, subject.tokenizer, subject.seed)
-        for _, a in progress(found, "judging attributions")
-    ]
+    rows = shards.each(
+        found,
+        lambda pair: judged(subject.model, pair[1], subject.tokenizer, subject.seed),
+        "judging attributions",
+        bar=True,
+    )
     scores = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
     reach = torch.tensor([_reach(a) for _, a in found])
     measured = Tokens(
@@ -166,16 +168,21 @@ def _attributions(subject: LanguageSubject) -> tuple[list[tuple[str, TokenAttrib
     corpus = UnigramSampler(subject.tokenizer, subject.prompts.prompts)
     if int((corpus.weights > 0).sum()) >= 100:
         sampler = corpus
-    found, left_out, cut = [], [], 0
-    for number, prompt in enumerate(progress(prompts, "explaining prompts")):
+
+    def explained(item: tuple[int, str]) -> tuple[TokenAttribution | str, bool]:
+        number, prompt = item
         kept = subject.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         most = _longest(subject)
         part = prompt if len(kept) <= most else subject.tokenizer.decode(kept[-most:])
         try:
-            found.append((prompt, _explained(subject, part, sampler, number)))
-            cut += part is not prompt
+            return _explained(subject, part, sampler, number), part is not prompt
         except InputError as error:
-            left_out.append(f"{show(prompt, 40)}: {error}")
+            return f"{show(prompt, 40)}: {error}", False
+
+    every = shards.each(enumerate(prompts), explained, "explaining prompts", bar=True)
+    found = [(prompt, a) for prompt, (a, _) in zip(prompts, every) if not isinstance(a, str)]
+    left_out = [a for a, _ in every if isinstance(a, str)]
+    cut = sum(shortened for _, shortened in every)
     more = len(subject.prompts.prompts) - len(prompts)
     return found, left_out + [f"a prompt beyond the first {_PROMPTS}"] * more, cut
 

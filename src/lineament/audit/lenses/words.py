@@ -20,7 +20,7 @@ from torch import Tensor
 from lineament.audit.phrases import compact, mean_interval, percent, points, several
 from lineament.audit.subject import Subject
 from lineament.audit.token_maps import bars, judged, judgement, most_important, strips
-from lineament.core.batching import progress
+from lineament.core import shards
 from lineament.core.checks import InputError
 from lineament.core.statistics.shares import difference
 from lineament.explain.tokens.infill import MlmSampler
@@ -161,20 +161,20 @@ def _attributions(
         sampler = MlmSampler(*subject.filler, subject.tokenizer, fallback=corpus)
     elif int((corpus.weights > 0).sum()) >= 100:
         sampler = corpus
-    found: dict[int, TokenAttribution] = {}
-    left_out = []
-    for row in progress(rows.tolist(), "explaining texts"):
+
+    def explained(row: int) -> TokenAttribution | str:
         ids = _ids(subject, row)
         if len(ids) > _MOST_TOKENS:
-            left_out.append(f"texts of more than {_MOST_TOKENS} tokens")
-            continue
+            return f"texts of more than {_MOST_TOKENS} tokens"
         try:
             own = reagent(face, ids, sampler=sampler, steps=_STEPS, probes=_PROBES, seed=subject.seed + row)
         except InputError as error:
-            left_out.append(str(error))
-            continue
-        found[row] = replace(own, target_text=subject.class_name(own.target))
-    return found, left_out
+            return str(error)
+        return replace(own, target_text=subject.class_name(own.target))
+
+    every = shards.each(rows.tolist(), explained, "explaining texts", bar=True)
+    found = {row: a for row, a in zip(rows.tolist(), every) if not isinstance(a, str)}
+    return found, [a for a in every if isinstance(a, str)]
 
 
 def _ids(subject: Subject, row: int) -> list[int]:
@@ -194,12 +194,16 @@ def _soft(
     """Soft scores of the texts that have some, or why there are none."""
     if not slopes:
         return {}, "it does not show its word embeddings (get_input_embeddings)"
-    rows, trouble = [], ""
-    for a, slope in progress(list(zip(found, slopes)), "judging attributions"):
+
+    def scored(pair: tuple[TokenAttribution, Tensor]) -> dict[str, float] | str:
         try:
-            rows.append(judged(face, a, subject.tokenizer, subject.seed, {"gradient": slope}))
+            return judged(face, pair[0], subject.tokenizer, subject.seed, {"gradient": pair[1]})
         except InputError as error:
-            trouble = str(error)
+            return str(error)
+
+    every = shards.each(zip(found, slopes), scored, "judging attributions", bar=True)
+    rows = [row for row in every if not isinstance(row, str)]
+    trouble = next((text for text in reversed(every) if isinstance(text, str)), "")
     return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]} if rows else {}, trouble
 
 

@@ -19,7 +19,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 from torch.func import vmap
 
-from lineament.core import checks
+from lineament.core import checks, shards
 from lineament.core.curvature.risk import Chunk, Risk, refuse_quantised
 from lineament.core.gradients import unflatten
 from lineament.core.models import ordinary
@@ -57,7 +57,7 @@ class Curvature:
         self._complete = False
         self._streams = False
         self._blocks = True
-        self._state: Any = (risk.refresh(), risk.plain)
+        self._state = self._present()
         self.names = list(risk.names)
         leaves = list(risk.leaves.values())
         _keep_memory()
@@ -101,7 +101,31 @@ class Curvature:
         )
         return self @ torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
 
+    def _present(self) -> Any:
+        """What kept graphs belong to."""
+        return self._risk.refresh(), self._risk.plain, shards.count()
+
     def _mean(self, rows: Tensor) -> Tensor:
+        if shards.count() == 1:
+            result, seen = self._own_mean(rows)
+        else:
+
+            def weighed() -> Tensor:
+                mean, weight = self._own_mean(rows)
+                mean = torch.zeros_like(rows) if mean is None else mean * weight
+                return torch.cat([mean.reshape(-1), mean.new_tensor([weight])])
+
+            total = shards.summed("a product with the curvature", weighed)
+            seen = float(total[-1])
+            result = (total[:-1] / seen).reshape(rows.shape)
+        if result is None or seen == 0:
+            raise checks.InputError(
+                "loss_fn: it ignores every target of the loader, so that there is nothing to average"
+            )
+        return result
+
+    def _own_mean(self, rows: Tensor) -> tuple[Tensor | None, float]:
+        """The mean over the chunks of this process, and what they weigh together."""
         result: Tensor | None = None
         seen = 0.0
         for kept in self._products():
@@ -112,11 +136,7 @@ class Curvature:
             else:
                 share = kept.weight / seen
                 result.mul_(1 - share).add_(found, alpha=share)
-        if result is None:
-            raise checks.InputError(
-                "loss_fn: it ignores every target of the loader, so that there is nothing to average"
-            )
-        return result
+        return result, seen
 
     def _apply(self, kept: _Kept, rows: Tensor) -> Tensor:
         """One chunk's product with a vector (P,) or with the rows of (k, P)."""
@@ -151,7 +171,7 @@ class Curvature:
 
     def _products(self) -> Iterator[_Kept]:
         """Each chunk with its product; all graphs are kept for the next call if they fit, else none."""
-        state = (self._risk.refresh(), self._risk.plain)
+        state = self._present()
         if state != self._state:
             self._kept, self._complete, self._streams, self._state = [], False, False, state
         if self._complete:
@@ -159,7 +179,7 @@ class Curvature:
             return
         self._kept = []
         held = 0.0
-        for chunk in self._risk.chunks():
+        for chunk in shards.mine(self._risk.chunks()):
             with self._risk.ready() as seen:
                 weighed = self._product(chunk)
                 if weighed is None:

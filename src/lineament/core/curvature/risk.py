@@ -283,6 +283,11 @@ def chosen_parameters(model: nn.Module, params: str | Sequence[str] | None) -> l
                 raise checks.InputError(f"params: {pattern!r} names no parameter{hint}")
         wanted = {name for pattern in patterns for name in matching(pattern, known)}
         found = [name for name in known if name in wanted]
+    away = [name for name in found or known if known[name].is_meta]
+    checks.require(
+        not away,
+        f"model: its parameter {(away or [''])[0]!r} lies elsewhere until it is computed with (offloaded), so that it has no curvature here; load the model whole",
+    )
     if not found:
         refuse_quantised(model)
         raise checks.InputError("params: the model has no parameter that asks for gradients")

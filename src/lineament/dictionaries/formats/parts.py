@@ -64,7 +64,7 @@ class Weights:
         self.tensors = {
             k: v.float() if v.is_floating_point() and v.element_size() < 4 else v for k, v in floats.items()
         }
-        require_finite(self.tensors, f"folder ({file.name})")
+        require_finite(self.tensors.items(), f"folder ({file.name})")
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors

@@ -152,7 +152,7 @@ def diffroar(
         seeds: one run each; the same for both ends.
         group: ``"coordinate"``, ``"pixel"`` or a block's size, see :func:`lineament.explain.faithfulness.unmasking.rank`, as ``magnitude`` and ``ties``.
         fill: what stands for a replaced coordinate: the training inputs' ``"mean"`` (per channel), ``"zero"``, a number or a tensor.
-        jobs: trainings side by side, through joblib (its ``parallel_config`` chooses another backend, say Ray); -1 for all cores.
+        jobs: trainings side by side, see :mod:`lineament.core.engines`; -1 for all cores.
         chance_ok: go on when a model trained on everything is no better than chance (a control with shuffled labels).
 
     Returns:
@@ -288,14 +288,10 @@ def _trained(
 ) -> list[float]:
     if not views:
         return []
-    if jobs == 1:
-        return _several(train_fn, views, y, y_test, seeds)
-    from joblib import Parallel, delayed, effective_n_jobs
-
     # Every worker gets as many trainings: one after the other, or together where train_fn can.
-    share = min(effective_n_jobs(jobs), len(views))
-    calls = (delayed(_several)(train_fn, views[k::share], y, y_test, seeds[k::share]) for k in range(share))
-    done: Any = Parallel(n_jobs=jobs)(calls)
+    share = min(workers(jobs), len(views))
+    calls = [(train_fn, views[k::share], y, y_test, seeds[k::share]) for k in range(share)]
+    done = side_by_side(_several, calls, jobs=jobs)
     found = [0.0] * len(views)
     for k, part in enumerate(done):
         found[k::share] = part

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lineament.core import checks, results
+from lineament.core import checks, results, shards
 from lineament.core.batching import progress
 from lineament.core.checks import InputError, require
-from lineament.core.models import called, decided, device_of, frozen, logits, moved
+from lineament.core.models import called, decided, device_of, frozen, held_weight, logits, moved
 from lineament.core.results import Readable
 from lineament.core.sites.activations import capture
 from lineament.core.sites.depth import tokens_of
@@ -173,13 +173,19 @@ def collapse(
 
     kept: dict[str, list[Samples]] = {}
     meters: dict[str, CollapseMeter] = {}
+    device = device_of(model)
+
+    def prepare(batch: dict[str, Samples]) -> None:
+        fitting = shards.agreed("what is kept", lambda: _fitting(batch, loader, keep_bytes))
+        kept.update({name: [] for name in fitting})
+        for name in names:
+            wide = name in batch and batch[name][0].shape[1] > _WIDEST
+            full = passes == 1 and name not in kept and not wide
+            meters[name] = CollapseMeter(classes, weighting=weighting, scatter=full, rcond=rcond)
 
     def first(batch: dict[str, Samples]) -> None:
         if not meters:
-            kept.update({name: [] for name in _fitting(batch, loader, keep_bytes)})
-            for name, (features, _, _) in batch.items():
-                full = passes == 1 and name not in kept and features.shape[1] <= _WIDEST
-                meters[name] = CollapseMeter(classes, weighting=weighting, scatter=full, rcond=rcond)
+            prepare(batch)
         for name, samples in batch.items():
             if name in kept:
                 # Counted at the end, thousands of rows at a time.
@@ -188,13 +194,20 @@ def collapse(
                 meters[name].update(*samples[:2])
 
     _walk(model, loader, names, pool, classes, "collapse", first)
-    require(bool(meters), "loader: got no batches, expected at least one")
+    if not meters:  # this process's share is empty
+        prepare({})
     looks: dict[str, SecondLook] = {}
-    for name in list(kept):
-        features, labels, decisions = _joined(kept.pop(name))
-        meters[name].update(features, labels)
-        looks[name] = meters[name].second_look()
-        looks[name].update(features, labels, decisions)
+    for name in names:
+        samples = _joined(kept.pop(name)) if kept.get(name) else None
+        if samples is not None:
+            meters[name].update(*samples[:2])
+        meters[name] = shards.merged(meters[name], device=device)
+        require(meters[name].stream.count > 0, "loader: got no batches, expected at least one")
+        if name in kept or samples is not None:
+            look = meters[name].second_look()
+            if samples is not None:
+                look.update(*samples)
+            looks[name] = shards.merged(look, device=device)
     rest = [name for name in names if name not in looks] if passes == 2 else []
     if rest:
         looks |= {name: meters[name].second_look() for name in rest}
@@ -204,6 +217,7 @@ def collapse(
                 looks[name].update(*samples)
 
         _walk(model, loader, rest, pool, classes, "collapse, second pass", second)
+        looks |= {name: shards.merged(looks[name], device=device) for name in rest}
     found = {}
     for name in names:
         fits = weight is not None and name == f"{head}:in" and len(weight) == len(meters[name].stream.counts)
@@ -223,7 +237,8 @@ def _head(model: nn.Module, name: str | None) -> tuple[Tensor | None, str | None
         isinstance(weight, Tensor) and weight.ndim == 2,
         f"head: {name!r} is a {type(modules[name]).__name__}, expected a linear layer with a weight matrix",
     )
-    return weight, name
+    assert isinstance(weight, Tensor)  # required above
+    return held_weight(model, f"{name}.weight", weight), name
 
 
 def _fitting(batch: Mapping[str, Any], loader: Any, keep_bytes: int) -> list[str]:
@@ -253,7 +268,7 @@ def _walk(
     """Run the forwards and hand {site: (features, labels, decisions)} of each batch to ``consume``."""
     device = device_of(model)
     with frozen(model, requires_grad=None), torch.no_grad(), capture(model, names) as acts:
-        for batch in progress(loader, what):
+        for batch in progress(shards.mine(loader), what):
             if not isinstance(batch, (tuple, list)) or len(batch) < 2:
                 raise InputError(
                     f"loader: got a batch that is {checks.show(batch)}, expected (inputs, labels)"

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lineament.core import checks
+from lineament.core import checks, shards
 from lineament.core.batching import progress
 from lineament.core.curvature.risk import Chunk, Risk
+from lineament.core.engines import side_by_side, workers
 from lineament.core.models import (
     buffers_kept,
     called,
@@ -61,7 +62,7 @@ def evaluate(
             negative ones do not count. ``"gradient_norm"`` is that of the whole gradient along the axes' parameters.
         batchnorm: ``"eval"``, ``"batch"`` or ``"recalibrate"`` (:mod:`~lineament.measure.landscape.batchnorm_modes`).
         calibration: batches that ``"recalibrate"`` takes statistics from; the loader's own by default.
-        jobs: processes among which the points are divided (joblib; -1: one a core).
+        jobs: processes among which the points are divided (-1: one a core), see :mod:`lineament.core.engines`.
 
     Returns:
         ``"loss"`` and each metric, (points,) or (points, ...) in float64. NaN and infinite values stay what they are.
@@ -110,19 +111,23 @@ def evaluate(
     caution(model, axes, batchnorm)
     held = None if calibration is None else list(calibration)
     job = (model, loss_fn, batches, list(axes), chosen, batchnorm, held)
-    if jobs == 1 or len(points) == 1:
+    together = shards.count() > 1
+    count = min(shards.count() if together else workers(jobs), len(points))
+    if count == 1:
         return _visit(points, *job)
-    from joblib import Parallel, delayed, effective_n_jobs
-
-    count = min(effective_n_jobs(jobs), len(points))
-    threads = max(1, torch.get_num_threads() // count)
     size = -(-len(points) // count)
     parts = [points[at : at + size] for at in range(0, len(points), size)]
+    if together:
+        return _joined(shards.each(parts, lambda part: _visit(part, *job), "points of a landscape"))
+    threads = max(1, torch.get_num_threads() // count)
     try:
-        found = Parallel(n_jobs=count)(delayed(_elsewhere)(threads, part, *job) for part in parts)
+        found = side_by_side(_elsewhere, [(threads, part, *job) for part in parts], jobs=jobs)
+        return _joined(list(found))
     except pickle.PicklingError as error:
         raise checks.InputError(_unpicklable(job, jobs)) from error
-    rows: list[Any] = list(found)
+
+
+def _joined(rows: Sequence[Any]) -> dict[str, Tensor]:
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 

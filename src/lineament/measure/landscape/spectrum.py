@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lineament.core import checks
+from lineament.core import checks, shards
 from lineament.core.curvature.density import Density, density_of
 from lineament.core.curvature.krylov import (
     Lanczos,
@@ -249,13 +249,20 @@ def mean_gradient(
 def _gradient(risk: Risk) -> tuple[Tensor, float, int]:
     """The gradient of a loader's mean loss as one vector in float64, the loss, and the number of samples."""
     leaves = list(risk.leaves.values())
-    total, loss, seen = None, 0.0, 0
-    for chunk in risk.chunks():
-        with risk.ready():
-            value = risk.loss(chunk)
-            grads = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
-        flat = torch.cat([g.reshape(-1).double() for g in grads]) * chunk.count
-        total = flat if total is None else total + flat
-        loss, seen = loss + value.item() * chunk.count, seen + chunk.count
-    assert total is not None  # Risk.chunks raises when there is no data
-    return total / seen, loss / seen, seen
+
+    def summed() -> Tensor:
+        # The gradient, the loss and the count, each over all samples of this process.
+        total = torch.zeros(
+            sum(leaf.numel() for leaf in leaves) + 2, dtype=torch.float64, device=leaves[0].device
+        )
+        for chunk in shards.mine(risk.chunks()):
+            with risk.ready():
+                value = risk.loss(chunk)
+                grads = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+            parts = [*(g.reshape(-1).double() for g in grads), total.new_tensor([value.item(), 1.0])]
+            total += torch.cat(parts) * chunk.count
+        return total
+
+    total = shards.summed("a gradient", summed)
+    seen = int(total[-1])
+    return total[:-2] / seen, float(total[-2]) / seen, seen

@@ -8,9 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from joblib import Parallel, delayed
-
 from lineament.core.checkpoint import Checkpoint
+from lineament.core.engines import side_by_side
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
@@ -45,16 +44,12 @@ class Stages:
         """``compute(key)`` for each key (a seed, a setting), each a stage of its own, which ``name.format(key)`` names.
 
         Args:
-            jobs: how many are computed at a time, each in a process of its own (joblib, whose backend is the caller's choice).
+            jobs: how many are computed at a time, each in a process of its own, see :mod:`lineament.core.engines`.
         """
         keys = list(keys)
         left = [key for key in keys if not self.checkpoint.finished(name.format(key), tuple[kind, float])]
-        if jobs > 1 and len(left) > 1:
-            results: Any = Parallel(n_jobs=jobs, return_as="generator")(
-                delayed(_timed)(compute, key) for key in left
-            )
-            for key, result in zip(left, results):
-                self._stored(name.format(key), lambda result=result: result, kind)
+        for key, result in zip(left, side_by_side(_timed, [(compute, key) for key in left], jobs=jobs)):
+            self._stored(name.format(key), lambda result=result: result, kind)
         return {key: self(name.format(key), lambda key=key: compute(key), kind) for key in keys}
 
     def _stored(self, name: str, timed: Callable[[], tuple[T, float]], kind: Any) -> T:
