@@ -164,6 +164,7 @@ def alignment(
         InputError: no common site, positions that do not meet, other samples for the two networks, fewer images than twice the blocks.
         NotFiniteError: NaN or infinity, with the network, the site and the unit.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     >>> found = alignment(net, net, torch.randn(200, 4), sites="1")["1"]
@@ -202,6 +203,7 @@ def alignments(
 ) -> Alignments:
     """Every pair of several networks in one pass; the arguments are those of :func:`alignment`.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> nets = [nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)) for _ in range(3)]
     >>> sorted(alignments(nets, torch.randn(100, 4), sites="1").pairs)

@@ -55,6 +55,7 @@ def merge(
     Raises:
         InputError: beta outside [0, 1), an unknown layer, several targets, weights that are not finite, a rule that a gate does not bear.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> with torch.no_grad():
     ...     for t in (net[0].weight, net[0].bias):
@@ -105,6 +106,7 @@ def merge_as_published(
         model, example, sites, beta: as for :func:`merge`.
         max_ratio: a layer of n channels stops after ``max_ratio * n`` rounds.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> merge_as_published(net, example=torch.ones(1, 3), max_ratio=0.0).sizes
     {'0': (4, 4)}

@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from lineament.core.checks import number, one_of, require, suggest
+from lineament.core.results import Readable
 
 ENCODERS = ("fusion", "concatenation", "resnet", "dino")
 
 
 @dataclass(frozen=True)
-class ColorMNetConfig:
+class ColorMNetConfig(Readable):
     """Sizes of a network; the defaults are the published one's.
 
     Args:
