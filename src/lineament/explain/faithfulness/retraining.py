@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.batching import chunked, progress
-from lineament.core.engines import workers
+from lineament.core.engines import side_by_side, workers
 from lineament.core.models import answered, frozen
 from lineament.core.results import Readable, axes, plain
 from lineament.explain.faithfulness.unmasking import Group, Unmasked, fill_value, rank
