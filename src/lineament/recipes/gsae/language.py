@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lineament.core.checks import require
+from lineament.data.formats import folder_of
 from lineament.data.patching_tasks import save_language_model
 from lineament.dictionaries.autoencoders import TopK
 from lineament.dictionaries.effects import steering_effects
@@ -24,7 +25,7 @@ from lineament.load.language_models import load_language_model
 from lineament.recipes.kit.networks import gpt2
 from lineament.train.loop import fit
 
-_SHAKESPEARE = Path("../shared/data/tinyshakespeare.txt")
+_SHAKESPEARE = "tinyshakespeare.txt"
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,13 @@ def _trained(ids: Tensor, vocabulary: int, config: Any) -> Any:
 
 
 def _text(path: str | None) -> str:
-    """A text file, tinyshakespeare where it is, or the sources of Python's standard library."""
+    """A text file, tinyshakespeare.txt of the environment's ``LINEAMENT_DATA``, or the sources of Python's standard library."""
     if path is not None:
         require(Path(path).is_file(), f"text: {path!r} is no file")
         return Path(path).read_text(encoding="utf-8", errors="replace")
-    if _SHAKESPEARE.is_file():
-        return _SHAKESPEARE.read_text(encoding="utf-8")
+    folder = folder_of(None)
+    if folder is not None and (folder / _SHAKESPEARE).is_file():
+        return (folder / _SHAKESPEARE).read_text(encoding="utf-8")
     sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     return "".join(
         s for s in (p.read_text(encoding="utf-8", errors="replace") for p in sources) if s.isascii()
