@@ -25,6 +25,7 @@ from lineament.audit.phrases import mean_interval, percent, short
 from lineament.audit.subject import Subject
 from lineament.core import shards
 from lineament.core.checks import InputError
+from lineament.core.sites.depth import tokens_of
 from lineament.core.statistics.shares import wilson
 from lineament.handcrafted.table import described
 from lineament.kernels.classifiers import InfiniteClassifier
@@ -97,7 +98,7 @@ def look(subject: Subject) -> Section:
     learned: dict[str, list[torch.Tensor]] = {site: [] for site in subject.sites}
     for _, acts in subject.activations(rows, "baselines"):
         for site, x in acts.items():
-            learned[site].append(pooled(x.float()).cpu())
+            learned[site].append(pooled(tokens_of(subject.model, site, x).float()).cpu())
     every = {
         **fixed,
         **{site: torch.cat(shards.interleaved(parts)).double().numpy() for site, parts in learned.items()},

@@ -24,6 +24,7 @@ from lineament.audit.subject import Subject
 from lineament.core import shards
 from lineament.core.checks import require
 from lineament.core.sites.activations import patch
+from lineament.core.sites.depth import tokens_of
 from lineament.core.statistics.shares import wilson
 from lineament.dictionaries.factorisations import nmf, semi_nmf
 from lineament.measure.complexity.features import grid_of, pooled, positions
@@ -156,7 +157,8 @@ def _gathered(subject: Subject, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]
     batches: list[dict[str, tuple[Tensor, Tensor, tuple[int, int] | None]]] = []
     for _, acts in subject.activations(rows, "features by depth"):
         batches.append({})
-        for site, value in acts.items():
+        for site, passed in acts.items():
+            value = tokens_of(subject.model, site, passed)
             if value.ndim < 2 or not value.is_floating_point():
                 continue
             deep, grid = positions(site, value), grid_of(value)
@@ -217,7 +219,7 @@ def _features(
 
 def _without(splice: Splice, number: int, value: Tensor) -> Tensor:
     """The activations less one feature, at every position."""
-    x = positions(splice.site, value)
+    x = splice.rows(value)
     z = splice.dictionary.encode(x.mean(1, keepdim=True))[..., number, None]
     return value - splice.placed((z * splice.dictionary.atoms[number]).expand_as(x), value)
 

@@ -25,6 +25,7 @@ from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, NotFiniteError, require, show
 from lineament.core.models import called, device_of, frozen, logits, moved, unwrapped
 from lineament.core.sites.activations import Activations, capture
+from lineament.core.sites.depth import tokens_of
 from lineament.data.samples import Samples
 from lineament.load.data import load_data
 from lineament.load.input_layout import find_layout, with_arguments
@@ -33,7 +34,6 @@ from lineament.measure.alignment.similarity import KernelSums
 from lineament.train.batches import Indexed, source
 
 Transform = Callable[[Tensor], Tensor]
-_CHANNELS_SECOND = (nn.Conv1d, nn.BatchNorm1d, nn.MaxPool1d, nn.AvgPool1d, nn.ConvTranspose1d)
 _BATCH = 64
 _TOP = 6
 _KERNEL_BYTES = 2**28  # the blocks of the sums for CKA together
@@ -192,8 +192,7 @@ def _held(model: nn.Module, site: str, tensor: Tensor, places: Tensor | None) ->
     if site.split("[")[0].endswith((":q", ":k", ":v", ":z")):
         tensor = tensor.flatten(2)
     elif tensor.ndim == 3:
-        module = dict(unwrapped(model).named_modules()).get(site.removesuffix(":in").removesuffix(":out"))
-        tensor = tensor.transpose(1, 2) if isinstance(module, _CHANNELS_SECOND) else tensor
+        tensor = tokens_of(unwrapped(model), site, tensor)
     elif tensor.ndim >= 4 and not (tensor.shape[1] == tensor.shape[2] != tensor.shape[-1]):
         tensor = tensor.movedim(1, -1)
     if places is None:

@@ -23,6 +23,7 @@ from lineament.core.checks import require
 from lineament.core.models import called, frozen, holding
 from lineament.core.results import Readable
 from lineament.core.sites.activations import capture
+from lineament.core.sites.depth import tokens_of
 from lineament.measure.complexity.features import Features, Look, Reading, site_of
 from lineament.measure.complexity.importance import Importance, importance
 from lineament.measure.complexity.layers import complexity
@@ -161,7 +162,7 @@ def _walk(reading: Reading, states: Mapping[str, Mapping[str, Tensor]], part: st
             for name, state in states.items():
                 with holding(reading.model, state), capture(reading.model, site, stop_early=True) as acts:
                     called(reading.model, look.inputs)
-                found[name] = look.form(site, acts[site])
+                found[name] = look.form(site, tokens_of(reading.model, site, acts[site]))
         yield replace(look, activations=found)
 
 

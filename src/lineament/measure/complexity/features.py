@@ -24,7 +24,7 @@ from lineament.core.checks import InputError, require
 from lineament.core.codes import Dictionary
 from lineament.core.models import called, device_of, dtype_of, frozen, logits
 from lineament.core.sites.activations import capture
-from lineament.core.sites.depth import default_sites
+from lineament.core.sites.depth import default_sites, tokens_of
 from lineament.core.sites.naming import sites as site_names
 from lineament.train.batches import Indexed, moved, source
 
@@ -141,7 +141,8 @@ class Reading:
             for inputs, targets, index in progress(batches(data, choose), what):
                 given = self._given(inputs)
                 called(self.model, given)
-                yield self.rows_of({site: acts[site] for site in read}, given, targets, index)
+                seen = {site: tokens_of(self.model, site, acts[site]) for site in read}
+                yield self.rows_of(seen, given, targets, index)
 
     def rows_of(
         self, acts: Mapping[str, Tensor], inputs: Any, targets: Any, index: Tensor | None = None
@@ -473,7 +474,7 @@ def feature_function(
     def function(inputs: Tensor) -> Tensor:
         with frozen(model), torch.set_grad_enabled(gradients), capture(model, site, gradients=gradients, stop_early=True) as acts:  # fmt: skip
             called(model, moved(inputs, device_of(model), dtype_of(model)))
-        x = positions(site, acts[site])
+        x = positions(site, tokens_of(model, site, acts[site]))
         if isinstance(features, str):
             return x.mean(1) if rows == "samples" else x.amax(1)
         dictionary: Any = features

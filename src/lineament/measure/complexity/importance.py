@@ -23,6 +23,7 @@ from lineament.core.codes import Dictionary
 from lineament.core.models import called, device_of, dtype_of, frozen, logits, moved
 from lineament.core.results import Readable
 from lineament.core.sites.activations import capture, patch
+from lineament.core.sites.depth import channel_axis, tokens_of
 from lineament.measure.complexity.features import batches, encoded, in_one_order, positions, site_of
 from lineament.measure.complexity.vinformation import finite_rows
 
@@ -221,17 +222,22 @@ class Splice:
         """Activations as they pass, their codes (samples, positions, features), and the logits."""
         with torch.no_grad(), capture(self.model, self.site) as acts:
             answer = logits(called(self.model, inputs))
-        x = positions(self.site, acts[self.site])
+        x = self.rows(acts[self.site])
         finite_rows(f"site {self.site!r}", x.flatten(1), None, len(x))
         self.head = self._head(acts[self.site], answer)
         return acts[self.site], encoded(self.dictionary, x), answer
+
+    def rows(self, passed: Tensor) -> Tensor:
+        """(samples, positions, width) of what passes at the site."""
+        return positions(self.site, tokens_of(self.model, self.site, passed))
 
     def placed(self, x: Tensor, like: Tensor) -> Tensor:
         """(samples, positions, width) in the form in which it passes at the site."""
         x = x.to(like.dtype)
         if like.ndim == 2:
             return x[:, 0]
-        return x if like.ndim == 3 else x.transpose(1, 2).reshape(like.shape)
+        sequence = channel_axis(self.model, self.site, like) == 2
+        return x if sequence else x.transpose(1, 2).reshape(like.shape)
 
     def answer(self, inputs: Any, codes: Tensor, like: Tensor, asked: list[Tensor] | None = None) -> Tensor:
         """The logits with the reconstruction from these codes; ``asked`` receives the reconstruction, as a leaf that asks for gradients."""
@@ -458,7 +464,7 @@ def dictionary_quality(model: nn.Module, data: Any, dictionary: Dictionary) -> D
         for inputs, targets, _ in progress(batches(in_one_order(data)), "dictionary quality"):
             given = splice.given(inputs)
             like, z, answer = splice.look(given)
-            x = positions(splice.site, like).double()
+            x = splice.rows(like).double()
             left += float((x - splice.dictionary.decode(z).double()).square().sum())
             size += float(x.square().sum())
             seen |= (z != 0).flatten(0, -2).any(0)
