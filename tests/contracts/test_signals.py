@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,10 @@ class Atoms:
         return z @ self.atoms
 
 
+def atoms() -> Any:
+    return Atoms(torch.eye(4)[:3], "3")
+
+
 def twins() -> tuple[nn.Module, Tensor, nn.Module, Tensor]:
     """A network on signals and the same one on pictures of height 1; each layer's output has as many steps as the last has channels or fewer."""
     torch.manual_seed(0)
@@ -41,22 +46,21 @@ def twins() -> tuple[nn.Module, Tensor, nn.Module, Tensor]:
     return signal.eval(), x, picture.eval(), x[:, :, None]
 
 
-def read_complexity(net: nn.Module, x: Tensor) -> Tensor:
-    found = complexity(net, (x, torch.zeros(len(x))), Atoms(torch.eye(4)[:3], "3"), sites=["1", "3"])
+def read_complexity(net, x):
+    found = complexity(net, (x, torch.zeros(len(x))), atoms(), sites=["1", "3"])
     return found.information
 
 
-def read_importance(net: nn.Module, x: Tensor) -> Tensor:
-    return importance(net, (x, torch.zeros(len(x))), Atoms(torch.eye(4)[:3], "3")).values
+def read_importance(net, x):
+    return importance(net, (x, torch.zeros(len(x))), atoms()).values
 
 
-def read_features(net: nn.Module, x: Tensor) -> Tensor:
-    return feature_function(net, Atoms(torch.eye(4)[:3], "3"))(x)
+def read_features(net, x):
+    return feature_function(net, atoms())(x)
 
 
-def read_alignment(net: nn.Module, x: Tensor) -> Tensor:
-    other = nn.Sequential(*list(net)[:2])
-    return alignment(net, other, x, sites=["1"], nulls=(), positions=64).sites["1"].correlations
+def read_alignment(net, x):
+    return alignment(net, net, x, sites=["1"], nulls=(), positions=64).sites["1"].correlations
 
 
 @pytest.mark.parametrize("read", [read_complexity, read_importance, read_features, read_alignment])

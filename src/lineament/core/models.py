@@ -81,6 +81,34 @@ def called(model: Callable[..., Any], inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
+def opened(weight: Tensor) -> Tensor:
+    """The real numbers of a weight that is held as integers by a tensor class of its own (as torchao's are); others as they are.
+
+    >>> opened(torch.ones(2)).tolist()
+    [1.0, 1.0]
+    """
+    own = type(weight).dequantize is not Tensor.dequantize
+    return weight.dequantize() if own else weight  # pyright: ignore[reportReturnType]
+
+
+def quantised_layer(model: nn.Module) -> str | None:
+    """The first layer whose weights are held as integers: by PyTorch's quantised modules, bitsandbytes, or a tensor class of its own.
+
+    >>> quantised_layer(nn.Linear(2, 2)) is None
+    True
+    """
+    for name, module in model.named_modules():
+        kind = type(module).__module__
+        held = module.parameters(recurse=False)
+        if (
+            ".quantized" in kind
+            or "bitsandbytes" in kind
+            or any(type(p).dequantize is not Tensor.dequantize for p in held)
+        ):
+            return f"{name or 'itself'} ({type(module).__name__})"
+    return None
+
+
 def rows_in(inputs: Any) -> int:
     """How many samples a batch holds: the rows of its first tensor.
 
@@ -254,7 +282,7 @@ def held_weights(model: nn.Module, *, by_name: bool = False) -> Iterator[tuple[s
 
 
 def held_weight(model: nn.Module, name: str, value: Tensor) -> Tensor:
-    """A weight of this name; one that Accelerate keeps on the CPU or on a disk, and that is empty in the model, as it lies there.
+    """A weight of this name; one that Accelerate keeps on the CPU or on a disk, and that is empty in the model, as it lies there; of quantised ones the real numbers.
 
     >>> held_weight(nn.Linear(1, 1), "bias", torch.ones(1))
     tensor([1.])
@@ -266,8 +294,8 @@ def held_weight(model: nn.Module, name: str, value: Tensor) -> Tensor:
             around = modules.get(".".join(parts[:cut]))
             for hook in _offloading(around) if around is not None else ():
                 with suppress(KeyError):
-                    return hook.weights_map[".".join(parts[cut:])]
-    return value
+                    return opened(hook.weights_map[".".join(parts[cut:])])
+    return opened(value)
 
 
 def offloaded(model: nn.Module) -> bool:

@@ -2,76 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import wraps
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.models import answered, device_of, dtype_of, frozen, ordinary
-
-F = TypeVar("F", bound=Callable[..., Any])
-# Whether what looks like images one pixel high are signals or rows.
-of_signals: ContextVar[bool] = ContextVar("of_signals", default=False)
-
-
-def takes_signals(function: F) -> F:
-    """Let a function ``(model, images, ...)`` take signals (batch, channels, steps) and rows (batch, features) too.
-
-    Inside they are images one pixel high, and so are the maps that are given; maps that are returned are (batch, 1, steps).
-    """
-
-    @wraps(function)
-    def call(model: Any, images: Any, *args: Any, **options: Any) -> Any:
-        kinds = isinstance(images, Tensor) and images.ndim in (2, 3) and images.is_floating_point()
-        # A network of two-dimensional convolutions takes images, whatever it is given.
-        if (
-            not kinds
-            or not isinstance(model, nn.Module)
-            or any(isinstance(m, nn.Conv2d) for m in model.modules())
-        ):
-            return function(model, images, *args, **options)
-        rows = images.ndim == 2
-
-        def raised(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.is_floating_point():
-                value = value[:, None] if value.ndim == 2 else value
-                return value[:, :, None] if value.ndim == 3 else value
-            if isinstance(value, Mapping):
-                return {key: raised(member) for key, member in value.items()}
-            if callable(value) and not isinstance(value, type):
-                return lambda x: raised(value(lowered(x)))
-            return value
-
-        def lowered(x: Tensor) -> Tensor:
-            return x[:, 0, 0] if rows else x[:, :, 0]
-
-        def before(_: nn.Module, given: tuple[Any, ...]) -> Any:
-            first, *others = given
-            return (lowered(first), *others) if isinstance(first, Tensor) and first.ndim == 4 else None
-
-        handle = model.register_forward_pre_hook(before)
-        token = of_signals.set(True)
-        try:
-            first = [raised(value) if isinstance(value, (Tensor, Mapping)) else value for value in args]
-            maps = {k: raised(v) if k in ("maps", "methods", "baseline") else v for k, v in options.items()}
-            return _flat(function(model, raised(images), *first, **maps))
-        finally:
-            of_signals.reset(token)
-            handle.remove()
-
-    return call  # pyright: ignore[reportReturnType]
-
-
-def _flat(found: Any) -> Any:
-    """Maps one pixel high without their height; other results as they are."""
-    if isinstance(found, Tensor) and found.ndim == 4 and found.shape[2] == 1:
-        return found[:, :, 0]
-    return {key: _flat(member) for key, member in found.items()} if isinstance(found, dict) else found
 
 
 @contextmanager

@@ -141,7 +141,7 @@ def _from_onnx(path: Path) -> Loaded:
         import onnx2torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(
-            f"model: {str(path)!r} is an ONNX file, which needs the package 'onnx2torch'; install lineament[onnx], or export the network with torch.export"
+            f"model: {str(path)!r} is an ONNX file, which needs the package 'onnx2torch' ({first_line(error)}); install lineament[onnx], or export the network with torch.export"
         ) from error
     try:
         network = onnx2torch.convert(str(path))

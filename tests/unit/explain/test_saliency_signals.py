@@ -11,6 +11,7 @@ from lineament.core.checks import InputError
 from lineament.explain.faithfulness.deletion import deletion_insertion
 from lineament.explain.faithfulness.pixel_scores import infidelity, score_maps
 from lineament.explain.saliency.maps import saliency
+from lineament.explain.saliency.meta import meta_saliency
 from lineament.explain.saliency.methods import METHODS
 
 X = torch.randn(3, 2, 12, generator=torch.Generator().manual_seed(0))
@@ -100,3 +101,56 @@ def test_sequences_with_their_steps_first():
     torch.manual_seed(0)
     found = saliency(Steps().eval(), X, 0, site="mix")
     assert found.shape == (3, 1, 12)
+
+
+class Gated(nn.Module):
+    """A network that also takes how much of each sample counts, and which of two biases to add."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.bias = body, nn.Embedding(2, 3)
+
+    def forward(self, x, gate=None, which=None):
+        return self.body(x * gate.reshape(-1, *[1] * (x.ndim - 1))) + self.bias(which)
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["tuple", "dict"])
+@pytest.mark.parametrize("height", [0, 1], ids=["signals", "images"])
+def test_of_several_tensors_the_first_real_one_is_explained(named, height):
+    """Each sample as the network of one tensor gives it, whose other tensors are constants."""
+    net = Gated(pair()[height]).eval()
+    x = X[:, :, None] if height else X
+    gate, which = torch.tensor([1.0, 0.5, -2.0]), torch.tensor([0, 1, 1])
+    inputs = {"x": x, "gate": gate, "which": which} if named else (x, gate, which)
+    options = {"method": ["norm_grad", "integrated_gradients"], "site": ":in"}
+    with unchanged(net):
+        found = saliency(net, inputs, torch.tensor([0, 2, 1]), **options)
+        curves = deletion_insertion(net, inputs, found["norm_grad"], 1, steps=4)
+        stepped = meta_saliency(net, inputs, 1, site="body.1", eps=1e-3)
+        scored = score_maps(net, inputs, {"ours": found["norm_grad"]}, 1, steps=4, samples=3)
+    assert stepped.shape == found["norm_grad"].shape and len(scored.rows["ours"]["gain"]) == 3
+    for at, target in enumerate([0, 2, 1]):
+
+        class Alone(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = net
+
+            def forward(self, x, at=at):
+                return self.net(x, gate[at : at + 1].expand(len(x)), which[at : at + 1].expand(len(x)))
+
+        own = saliency(Alone().eval(), x[at : at + 1], target, **options)
+        for name, maps in own.items():
+            torch.testing.assert_close(found[name][at : at + 1], maps)
+        alone = deletion_insertion(
+            Alone().eval(), x[at : at + 1], found["norm_grad"][at : at + 1], 1, steps=4
+        )
+        torch.testing.assert_close(curves.deletion[at : at + 1], alone.deletion)
+
+
+def test_tensors_that_cannot_be_explained_are_named():
+    net = Gated(pair()[0]).eval()
+    with pytest.raises(InputError, match="none is a batch of real numbers"):
+        saliency(net, {"ids": torch.ones(2, 3, dtype=torch.long)})
+    with pytest.raises(InputError, match="gate and x hold different numbers of samples"):
+        saliency(net, {"x": X, "gate": torch.ones(2), "which": torch.zeros(3, dtype=torch.long)})

@@ -29,7 +29,7 @@ from lineament.core.checks import NoGradientError
 from lineament.core.curvature.density import Density
 from lineament.core.curvature.matrices import hessian
 from lineament.core.curvature.risk import Risk
-from lineament.core.models import offloaded
+from lineament.core.models import offloaded, quantised_layer
 from lineament.measure.landscape.axes import Axis, random_axes, signed
 from lineament.measure.landscape.batchnorm_modes import LandscapeWarning
 from lineament.measure.landscape.criteria import Criteria, criteria
@@ -128,6 +128,8 @@ def applies(subject: Subject) -> str:
 
 
 def look(subject: Subject) -> Section:
+    if quantised_layer(subject.model) is not None:
+        return _no_gradients()
     # Fused attention has no second derivative; the plain formula has.
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.simplefilter("ignore", LandscapeWarning)  # the section says it in words

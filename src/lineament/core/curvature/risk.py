@@ -27,8 +27,10 @@ from lineament.core.models import (
     is_half,
     logits,
     moved,
+    opened,
     ordinary,
     plain_name,
+    quantised_layer,
     rows_in,
     unwrapped,
     widened,
@@ -291,6 +293,8 @@ def chosen_parameters(model: nn.Module, params: str | Sequence[str] | None) -> l
     if not found:
         refuse_quantised(model)
         raise checks.InputError("params: the model has no parameter that asks for gradients")
+    if any(opened(known[n]) is not known[n] for n in found):
+        refuse_quantised(model)
     whole = [n for n in found if not known[n].is_floating_point()]
     checks.require(
         not whole, f"params: {whole[:1]} holds no real numbers, so that nothing can be differentiated"
@@ -304,12 +308,11 @@ def refuse_quantised(model: nn.Module) -> None:
     Raises:
         NoGradientError: such a layer, by name.
     """
-    for name, module in model.named_modules():
-        if ".quantized." in type(module).__module__:
-            raise checks.NoGradientError(
-                f"model: gradients cannot pass through its quantised layer {name!r} ({type(module).__name__}); give the network as it was "
-                "before it was quantised"
-            )
+    layer = quantised_layer(model)
+    if layer is not None:
+        raise checks.NoGradientError(
+            f"model: gradients cannot pass through its quantised layer {layer}; give the network as it was before it was quantised"
+        )
 
 
 def _summed(loss_fn: Any, z: Tensor, y: Any) -> float | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lineament.core.checks import InputError, require, suggest
-from lineament.core.models import called, frozen, unwrapped
+from lineament.core.models import called, frozen, quantised_layer, unwrapped
 from lineament.core.results import Readable
 from lineament.core.surgery.tracing import KeepsDouble, Trace, traced
 
@@ -157,12 +157,11 @@ def plain_network(model: nn.Module) -> nn.Module:
         isinstance(inner, nn.Module) and not isinstance(inner, torch.jit.ScriptModule),
         f"model: a {type(model).__name__} cannot be operated on; pass the nn.Module that it was made from",
     )
-    for name, module in inner.named_modules():
-        kind = type(module).__module__
-        require(
-            "quantized" not in kind and "bitsandbytes" not in kind,
-            f"model: {name or 'it'} has quantised weights, which cannot be added or merged; pass the network before quantisation",
-        )
+    layer = quantised_layer(inner)
+    require(
+        layer is None,
+        f"model: its layer {layer} has quantised weights, which cannot be added or merged; pass the network before quantisation",
+    )
     return inner
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.batching import chunked
 from lineament.core.results import Readable, axes
+from lineament.explain.inputs import takes_all
 from lineament.explain.saliency.aggregation import resized, smoothed
 from lineament.explain.scores import (
     check_targets,
@@ -25,7 +26,6 @@ from lineament.explain.scores import (
     differentiable,
     prepared,
     scores_of,
-    takes_signals,
 )
 
 Baseline = Literal["blur", "mean", "zero"]
@@ -96,7 +96,7 @@ class DeletionInsertion(Readable):
         return ax
 
 
-@takes_signals
+@takes_all
 @torch.inference_mode(False)
 def deletion_insertion(
     model: nn.Module,
@@ -114,7 +114,8 @@ def deletion_insertion(
     """Deletion and insertion curves of some maps, against random maps on the same images.
 
     Args:
-        images: a batch, as the model takes it; also signals (batch, channels, steps) and rows (batch, features), with maps (batch, 1, steps).
+        images: a batch, as the model takes it; also signals (batch, channels, steps) and rows (batch, features), with maps (batch, 1, steps), and
+            tuples or dicts of what the model takes, of which the first batch of real numbers is changed.
         maps: one for each image, of any size; brought to the images' size.
         targets: the explained class: one for each image, one for all, or ``None`` for what the model predicts.
         steps: how many equal shares of the pixels are taken one after the other.

@@ -21,7 +21,8 @@ from lineament.core.batching import chunked
 from lineament.core.results import Readable, axes
 from lineament.explain.faithfulness.deletion import Baseline, deletion_insertion, removed
 from lineament.explain.faithfulness.retraining import DiffROAR
-from lineament.explain.scores import class_scores, differentiable, prepared, scores_of, takes_signals
+from lineament.explain.inputs import takes_all
+from lineament.explain.scores import class_scores, differentiable, prepared, scores_of
 
 Explain = Callable[[Tensor], Tensor]
 PERTURBATIONS = ("removal", "noise")
@@ -49,7 +50,7 @@ class Infidelity(Readable):
         return ax
 
 
-@takes_signals
+@takes_all
 @torch.inference_mode(False)
 def infidelity(
     model: nn.Module,
@@ -243,7 +244,7 @@ class MapScores(Readable):
         return ax
 
 
-@takes_signals
+@takes_all
 def score_maps(
     model: nn.Module,
     images: Float[Tensor, "batch channels height width"],

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.models import device_of
 from lineament.core.sites.activations import capture
+from lineament.explain.inputs import takes_all
 from lineament.explain.scores import cotangent, differentiable, labels_of, prepared, scores_of
 
 # On a CPU more images bring no speed beyond these, only memory.
 _POINTS_AT_ONCE = {"cpu": 16, "accelerator": 64}
 
 
+@takes_all
 @torch.inference_mode(False)
 def integrated_gradients(
     model: nn.Module,

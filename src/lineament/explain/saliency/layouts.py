@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.models import frozen, takes_hooks, unwrapped
-from lineament.explain.scores import of_signals
+from lineament.explain.inputs import of_signals
 
 LAYOUTS = ("auto", "channels_first", "channels_last", "tokens")
 _MOST_PREFIX = 16

@@ -21,6 +21,7 @@ from lineament.core import checks
 from lineament.core.batching import chunked
 from lineament.core.sites.activations import capture
 from lineament.core.sites.naming import sites
+from lineament.explain.inputs import takes_all
 from lineament.explain.saliency import layouts
 from lineament.explain.saliency.aggregation import (
     Window,
@@ -39,7 +40,7 @@ from lineament.explain.saliency.baselines import (
     random_map,
 )
 from lineament.explain.saliency.methods import Method, settings_of
-from lineament.explain.scores import cotangent, differentiable, labels_of, prepared, scores_of, takes_signals
+from lineament.explain.scores import cotangent, differentiable, labels_of, prepared, scores_of
 
 _CLASSES_AT_ONCE = 8
 
@@ -69,7 +70,7 @@ class SaliencyOptions:
         checks.one_of("layout", self.layout, layouts.LAYOUTS)
 
 
-@takes_signals
+@takes_all
 @torch.inference_mode(False)
 def saliency(
     model: nn.Module,
@@ -91,7 +92,8 @@ def saliency(
     the map at u aggregates the entries of its contribution (see :mod:`lineament.explain.saliency.aggregation`), made of x and g = ∂S_c/∂x.
 
     Args:
-        images: a batch, as the model takes it; also signals (batch, channels, steps) and rows (batch, features), whose maps are (batch, 1, steps).
+        images: a batch, as the model takes it; also signals (batch, channels, steps) and rows (batch, features), whose maps are (batch, 1, steps), and tuples or dicts
+            of what the model takes, of which the first batch of real numbers is explained.
         targets: the class to explain: one for each image, one for all, ``None`` for the class the model predicts, or ``"all"``
             for every class.
         site: where to take the maps: a module name, with ``:in`` or ``:out``; ``":in"`` is the image itself. ``None`` takes the

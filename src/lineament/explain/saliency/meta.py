@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from lineament.core import checks
 from lineament.core.models import frozen
 from lineament.core.redrawing import copied
+from lineament.explain.inputs import takes_all
 from lineament.explain.saliency.checks import Similarity
 from lineament.explain.saliency.layouts import default_site
 from lineament.explain.saliency.maps import saliency
 from lineament.explain.scores import class_scores, differentiable, prepared, scores_of
 
 
+@takes_all
 @torch.inference_mode(False)
 def meta_saliency(
     model: nn.Module,

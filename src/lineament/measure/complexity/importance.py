@@ -20,7 +20,7 @@ from lineament.core import checks, results
 from lineament.core.batching import progress
 from lineament.core.checks import require
 from lineament.core.codes import Dictionary
-from lineament.core.models import called, device_of, dtype_of, frozen, logits, moved
+from lineament.core.models import called, device_of, dtype_of, frozen, logits, moved, opened
 from lineament.core.results import Readable
 from lineament.core.sites.activations import capture, patch
 from lineament.core.sites.depth import channel_axis, tokens_of
@@ -256,7 +256,7 @@ class Splice:
         module = dict(self.model.named_modules()).get(name)
         if side != "in" or not isinstance(module, nn.Linear) or like.ndim != 2:
             return None
-        head = module.weight.detach(), None if module.bias is None else module.bias.detach()
+        head = opened(module.weight.detach()), None if module.bias is None else module.bias.detach()
         made = F.linear(like, *head)
         alike = made.shape == answer.shape and torch.allclose(made, answer, rtol=1e-3, atol=1e-4)
         return head if alike else None
