@@ -37,6 +37,7 @@ def alignment_loss(
 
     With equal weights the gradient is that of one distance without stop-gradients.
 
+    >>> import torch
     >>> alignment_loss(torch.zeros(2), torch.ones(2)).total.item()
     1.0
     """
