@@ -12,11 +12,13 @@ from .colormnet.scores import psnr_legacy as psnr_legacy
 from .colormnet.training import ColorTraining as ColorTraining
 from .colormnet.training import clip_losses as clip_losses
 from .colormnet.training import train_colorizer as train_colorizer
-from .sparse_attention.attention import alignment_loss as alignment_loss
-from .sparse_attention.attention import attention as attention
+from .sparse_attention.alignment import alignment_loss as alignment_loss
+from .sparse_attention.attend import attend as attend
+from .sparse_attention.attend import attend_both as attend_both
+from .sparse_attention.attend import full_attention as full_attention
 from .sparse_attention.attention import sparsity_report as sparsity_report
 from .sparse_attention.layer import SparseSparseAttention as SparseSparseAttention
-from .sparse_attention.selection import select_blocks as select_blocks
+from .sparse_attention.selection import select as select
 from .unified_embedding.collisions import expected_collisions as expected_collisions
 from .unified_embedding.hashing import fingerprint as fingerprint
 from .unified_embedding.hashing import mix64 as mix64

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import number, one_of, require
-from lineament.modules.sparse_attention.attention import Alignment, alignment_loss, attention, rotary
-from lineament.modules.sparse_attention.selection import select_blocks
+from lineament.modules.sparse_attention.alignment import Alignment, alignment_loss
+from lineament.modules.sparse_attention.attend import attend, attend_both, full_attention
+from lineament.modules.sparse_attention.selection import Selection, select
 
 
 class SparseSparseAttention(nn.Module):
@@ -19,13 +21,13 @@ class SparseSparseAttention(nn.Module):
 
     Args:
         width: of the stream. heads, key_heads, head_size: query heads, key and value heads, and their size.
-        block_size, top_k: tokens of a block and blocks of a query; may be changed at any time.
+        block_size, blocks: tokens of a block and blocks of a query; may be changed at any time.
         theta: base of the rotary angles.
 
     ``layer(x, mode="sparse"|"full")`` gives the output; :meth:`both` gives either output and their alignment.
 
     >>> import torch
-    >>> layer = SparseSparseAttention(16, 4, 2, 8, block_size=4, top_k=2)
+    >>> layer = SparseSparseAttention(16, 4, 2, 8, block_size=4, blocks=2)
     >>> layer(torch.randn(1, 10, 16)).shape
     torch.Size([1, 10, 16])
     """
@@ -38,7 +40,7 @@ class SparseSparseAttention(nn.Module):
         head_size: int,
         *,
         block_size: int = 16,
-        top_k: int = 16,
+        blocks: int = 16,
         theta: float = 10_000.0,
     ):
         super().__init__()
@@ -54,7 +56,7 @@ class SparseSparseAttention(nn.Module):
         )
         require(head_size % 2 == 0, f"head_size: got {head_size}, expected an even size for rotary positions")
         self.heads, self.key_heads, self.head_size = heads, key_heads, head_size
-        self.block_size, self.top_k, self.theta = block_size, top_k, theta
+        self.block_size, self.blocks, self.theta = block_size, blocks, theta
         self.q = nn.Linear(width, heads * head_size, bias=False)
         self.k = nn.Linear(width, key_heads * head_size, bias=False)
         self.v = nn.Linear(width, key_heads * head_size, bias=False)
@@ -65,27 +67,43 @@ class SparseSparseAttention(nn.Module):
         """The output of [batch, tokens, width]."""
         one_of("mode", mode, ("sparse", "full"))
         q, k, v = self.projected(x)
-        blocks = self.blocks(q, k) if mode == "sparse" else None
-        return self._joined(self._gated(x, attention(q, k, v, blocks, block_size=self.block_size)))
+        heads = full_attention(q, k, v) if mode == "full" else attend(q, k, v, self.selection(q, k)).output
+        return self._joined(self._gated(x, heads))
 
     def both(self, x: Tensor) -> tuple[Tensor, Tensor, Alignment]:
         """The full output, the sparse output, and the alignment of the gated heads."""
         q, k, v = self.projected(x)
-        full = self._gated(x, attention(q, k, v))
-        sparse = self._gated(x, attention(q, k, v, self.blocks(q, k), block_size=self.block_size))
+        found = attend_both(q, k, v, self.selection(q, k))
+        full, sparse = self._gated(x, found.full), self._gated(x, found.sparse)
         return self._joined(full), self._joined(sparse), alignment_loss(full, sparse)
 
     def projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys with their positions, and values, [batch, tokens, heads, size]."""
-        q, k, v = (layer(x).unflatten(2, (-1, self.head_size)) for layer in (self.q, self.k, self.v))
+        """Queries and keys with their positions, and values, [batch, heads, tokens, size]."""
+        q, k, v = (
+            layer(x).unflatten(2, (-1, self.head_size)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
         return rotary(q, self.theta), rotary(k, self.theta), v
 
-    def blocks(self, q: Tensor, k: Tensor) -> Tensor:
+    def selection(self, q: Tensor, k: Tensor) -> Selection:
         """The chosen blocks."""
-        return select_blocks(q, k, block_size=self.block_size, top_k=self.top_k)
+        return select(q, k, block_size=self.block_size, blocks=self.blocks)
 
     def _gated(self, x: Tensor, heads: Tensor) -> Tensor:
-        return self.gate(x).sigmoid()[..., None] * heads
+        return self.gate(x).sigmoid().transpose(1, 2)[..., None] * heads
 
     def _joined(self, heads: Tensor) -> Tensor:
-        return self.out(heads.flatten(2))
+        return self.out(heads.transpose(1, 2).flatten(2))
+
+
+def rotary(x: Tensor, theta: float = 10_000.0) -> Tensor:
+    """Rotary positions in the half-rotation convention, angles t θ^(-2i / size), on [batch, heads, tokens, size].
+
+    >>> rotary(torch.ones(1, 1, 1, 2)).flatten().tolist()
+    [1.0, 1.0]
+    """
+    half = x.shape[3] // 2
+    rate = theta ** (-torch.arange(half, dtype=torch.float64, device=x.device) * 2 / x.shape[3])
+    angle = torch.arange(x.shape[2], dtype=torch.float64, device=x.device)[:, None] * rate
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    one, two = x[..., :half], x[..., half:]
+    return torch.cat([one * cos - two * sin, two * cos + one * sin], 3)

@@ -1,91 +1,225 @@
 """Which blocks of the past may a query read? Causal block selection by mean keys.
 
 Shen et al., "SSA: Sparse Sparse Attention by Aligning Full and Sparse Attention Outputs in Feature Space", ICML 2026, arXiv 2511.20102, section 1.2; MoBA
-(Lu et al. 2025) scores otherwise. The best blocks are chosen exactly; the released kernel's approximate choice is not repeated.
+(Lu et al. 2025) scores otherwise. The best blocks are chosen exactly by default; the released kernel keeps only half of what it has found whenever it
+meets a further chunk of ``block_size`` blocks, so that it prefers the newest chunk.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lineament.core.checks import number, one_of, require, show
+from lineament.core.results import Readable
+from lineament.modules.sparse_attention.blocks import Blocks, lay_out
 
 SCORINGS = ("group_softmax", "dot")
+SELECTIONS = ("exact", "released")
+# Scores held at once.
+SCORES = 2**24
 
 
-@torch.no_grad()
-def select_blocks(
+@dataclass(frozen=True)
+class Selection(Readable):
+    """The blocks that each query reads: ``indices``, [batch, heads, queries, slots], its own first, and -1 where it reads fewer.
+
+    The heads are the key heads, or for ``dot`` the query heads. ``layout`` says which tokens a block holds.
+    """
+
+    indices: Tensor
+    layout: Blocks
+
+    def mask(self) -> Tensor:
+        """Which blocks are read, [batch, heads, queries, blocks] booleans."""
+        found = self.indices.new_zeros((*self.indices.shape[:3], self.layout.count + 1), dtype=torch.bool)
+        return found.scatter_(3, self.indices.remainder(self.layout.count + 1), True)[..., :-1]
+
+    def tokens(self) -> Tensor:
+        """Which keys are read, [batch, heads, queries, keys] booleans; of its own block a query reads what is not behind it."""
+        layout = self.layout
+        position = torch.arange(layout.keys, device=self.indices.device)
+        block = (
+            layout.of_keys().remainder(layout.count + 1)[:, None, None].expand(*self.indices.shape[:3], -1)
+        )
+        mask = torch.nn.functional.pad(self.mask(), (0, 1))
+        return mask.gather(3, block) & (position <= position[layout.offset :, None])
+
+
+def select(
     q: Tensor,
     k: Tensor,
     *,
-    block_size: int = 16,
-    top_k: int = 16,
+    block_size: int = 64,
+    blocks: int = 8,
     scoring: Literal["group_softmax", "dot"] = "group_softmax",
     scale: float | None = None,
-) -> Tensor:
-    """The blocks that each query reads: its own, and the best of those before it.
+    offset: int | None = None,
+    documents: Tensor | None = None,
+    padding: Tensor | None = None,
+    sinks: int = 0,
+    recent: int = 0,
+    selection: Literal["exact", "released"] = "exact",
+) -> Selection:
+    """The blocks that each query reads: its own, and the best of those before it, scored in float32 and without gradient.
 
     Args:
-        q: [batch, tokens, query heads, size]. k: [batch, tokens, key heads, size]; query head h reads key head h // (query heads / key heads).
-        block_size, top_k: tokens of a block, and blocks of a query, its own included.
+        q: [batch, query heads, queries, size]. k: [batch, key heads, keys, size]; query head h reads key head h // (query heads / key heads).
+        block_size, blocks: tokens of a block, and blocks of a query, its own included.
         scoring: ``"group_softmax"``: probabilities over the complete blocks, summed over the heads of a group, one choice a key head;
             ``"dot"``: q · mean key, a choice a query head, as in MoBA.
         scale: of the logits, 1 / √size by default.
+        offset: which key the first query is; by default the queries are the last keys.
+        documents: [batch, keys] document numbers, or the cumulative lengths of packed documents.
+        padding: [batch, keys], a tokenizer's mask: 1 for real tokens.
+        sinks, recent: blocks at the start of the document, and blocks just before the own one, that are read in any case.
+        selection: ``"released"`` repeats the released kernel's inexact choice.
 
-    Returns:
-        [batch, tokens, key heads (query heads for "dot"), blocks] booleans.
-
-    >>> x = torch.randn(1, 9, 2, 4)
-    >>> select_blocks(x, x, block_size=4, top_k=2).sum(-1)[0, :, 0].tolist()
+    >>> x = torch.randn(1, 2, 9, 4)
+    >>> select(x, x, block_size=4, blocks=2).mask().sum(-1)[0, 0].tolist()
     [1, 1, 1, 1, 2, 2, 2, 2, 2]
     """
-    groups = check_heads(q, k)
-    number("block_size", block_size, low=1, integer=True)
-    number("top_k", top_k, low=1, integer=True)
+    check_heads(q, k)
     one_of("scoring", scoring, SCORINGS)
-    batch, tokens, heads, size = q.shape
-    means = block_means(k, block_size)
-    blocks = means.shape[1]
-    position = torch.arange(tokens, device=q.device)
-    own, number_of = position // block_size, torch.arange(blocks, device=q.device)
-    past = number_of < own[:, None]
-    grouped = q.view(batch, tokens, heads // groups, groups, size)
-    found = torch.einsum("btkgd,bnkd->btkgn", grouped, means)
-    if scoring == "group_softmax":
-        found = found * (size**-0.5 if scale is None else scale)
-        complete = (number_of < (position + 1)[:, None] // block_size)[None, :, None, None]
-        whole = found.masked_fill(~complete, -math.inf).logsumexp(-1, keepdim=True)
-        score = torch.where(past[None, :, None, None], (found - whole).exp(), 0).sum(3)
-    else:
-        score = found.flatten(2, 3)
-    past, current = past[:, None], (number_of == own[:, None])[:, None]
-    score = score.masked_fill(~past, -math.inf).masked_fill(current, math.inf)
-    best = score.topk(min(top_k, blocks), dim=-1).indices
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, True) & (past | current)
+    one_of_selections(selection)
+    layout = lay_out(q, k, block_size, offset=offset, documents=documents, padding=padding)
+    return best_blocks(
+        q, layout.means(k[:, :, : layout.keys].detach()), layout, blocks,
+        scoring=scoring, scale=scale, sinks=sinks, recent=recent, selection=selection,
+    )  # fmt: skip
 
 
-def block_means(k: Tensor, block_size: int) -> Tensor:
-    """The mean key of each block, the last of which may be short, [batch, blocks, heads, size]."""
-    batch, tokens, heads, size = k.shape
-    blocks = -(-tokens // block_size)
-    padded = F.pad(k, (0, 0, 0, 0, 0, blocks * block_size - tokens))
-    count = (tokens - torch.arange(blocks, device=k.device) * block_size).clamp(max=block_size)
-    return padded.view(batch, blocks, block_size, heads, size).sum(2) / count[:, None, None]
+@torch.no_grad()
+def best_blocks(
+    q: Tensor,
+    means: Tensor,
+    layout: Blocks,
+    blocks: int,
+    *,
+    scoring: str = "group_softmax",
+    scale: float | None = None,
+    sinks: int = 0,
+    recent: int = 0,
+    selection: str = "exact",
+) -> Selection:
+    """The selection by the mean keys of all blocks, [batch, key heads, blocks, size]."""
+    check_budget(blocks, sinks, recent)
+    if selection == "released":
+        _check_released(layout, blocks, scoring, sinks + recent)
+    groups = q.shape[1] // means.shape[1]
+    grouped = q.unflatten(1, (means.shape[1], groups))
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    tile = max(1, SCORES // (q.shape[0] * q.shape[1] * layout.count))
+    found = []
+    for start in range(0, q.shape[2], tile):
+        part = slice(start, start + tile)
+        logits = torch.matmul(grouped[:, :, :, part].to(means.dtype), means[:, :, None].mT)
+        past = layout.past(part)
+        if scoring == "dot":
+            score = logits.flatten(1, 2)
+        else:
+            # The own block takes part in the normaliser once it is complete.
+            own = torch.arange(layout.count, device=q.device) == layout.own[:, part, None]
+            complete = past | (own & (layout.within[:, part, None] == layout.size - 1))
+            score = (logits * factor).masked_fill(~complete[:, None, None], -math.inf).softmax(-1).sum(2)
+        if selection == "released":
+            found.append(_released(score, layout, part, blocks))
+        else:
+            found.append(choose(score, layout, blocks, queries=part, sinks=sinks, recent=recent).indices)
+    return Selection(torch.cat(found, 2), layout)
+
+
+@torch.no_grad()
+def choose(
+    score: Tensor,
+    layout: Blocks,
+    blocks: int,
+    *,
+    queries: slice = slice(None),
+    sinks: int = 0,
+    recent: int = 0,
+) -> Selection:
+    """The selection by any scores, [batch, heads, queries, blocks]: the own block, and the highest-scored of those before it."""
+    check_budget(blocks, sinks, recent)
+    own, past = layout.own[:, None, queries, None], layout.past(queries)[:, None]
+    score = score.masked_fill(~past, -math.inf)
+    if sinks or recent:
+        number_of = torch.arange(layout.count, device=score.device)
+        forced = (number_of < layout.first[:, None, queries, None] + sinks) | (number_of >= own - recent)
+        score = score.masked_fill(forced & past, math.inf)
+    best = score.topk(min(blocks, layout.count) - 1, dim=-1).indices
+    best = best.masked_fill(~past.expand(score.shape).gather(-1, best), -1)
+    return Selection(torch.cat([own.expand(*score.shape[:3], 1), best], -1), layout)
+
+
+def one_of_selections(selection: str) -> Literal["exact", "released"]:
+    """The way to choose, if there is such a one."""
+    one_of("selection", selection, SELECTIONS)
+    return "released" if selection == "released" else "exact"
 
 
 def check_heads(q: Tensor, k: Tensor) -> int:
     """Query heads a key head."""
     require(
-        q.ndim == 4 and k.ndim == 4 and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3],
-        f"k: got {show(k)} beside queries {show(q)}, expected [batch, tokens, heads, size] with the same batch, tokens and size",
+        q.ndim == 4 and k.ndim == 4 and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3],
+        f"k: got {show(k)} beside queries {show(q)}, expected [batch, heads, tokens, size] with the same batch and size",
     )
     require(
-        q.shape[2] % k.shape[2] == 0,
-        f"q: {q.shape[2]} query heads cannot share {k.shape[2]} key heads evenly",
+        q.shape[1] % k.shape[1] == 0,
+        f"q: {q.shape[1]} query heads cannot share {k.shape[1]} key heads evenly",
     )
-    return q.shape[2] // k.shape[2]
+    return q.shape[1] // k.shape[1]
+
+
+def check_budget(blocks: int, sinks: int, recent: int) -> None:
+    """Forced blocks and the own one fit into the budget."""
+    number("blocks", blocks, low=1, integer=True)
+    number("sinks", sinks, low=0, integer=True)
+    number("recent", recent, low=0, integer=True)
+    require(
+        sinks + recent < blocks,
+        f"sinks, recent: {sinks} + {recent} forced blocks and the own one are more than blocks={blocks}",
+    )
+
+
+def _check_released(layout: Blocks, blocks: int, scoring: str, forced: int) -> None:
+    size = layout.size
+    require(
+        scoring == "group_softmax" and not forced,
+        "selection: 'released' knows neither scoring='dot' nor sinks and recent blocks",
+    )
+    require(
+        size >= 2 and size & (size - 1) == 0 and 1 << (blocks - 1).bit_length() <= size,
+        f"selection: 'released' wants block_size a power of two that is no less than blocks, got {size} and {blocks}",
+    )
+    require(not bool(layout.first.any()), "selection: 'released' knows no packed documents")
+
+
+def _released(score: Tensor, layout: Blocks, queries: slice, blocks: int) -> Tensor:
+    """What the released kernel's streaming merge keeps: at each chunk of ``size`` blocks half of the old and half of the new candidates."""
+    size, own = layout.size, layout.own[:, None, queries, None]
+    number_of = torch.arange(-(-layout.count // size) * size, device=score.device)
+    score = torch.nn.functional.pad(score, (0, len(number_of) - layout.count))
+    score = torch.where(number_of < own, score, torch.where(number_of == own, math.inf, 0.0))
+    index = torch.where(number_of <= own, number_of, -1).expand(score.shape)
+    kept, which = _ordered(score[..., :size], index[..., :size])
+    for start in range(size, len(number_of), size):
+        new, names = _ordered(score[..., start : start + size], index[..., start : start + size])
+        half = size // 2
+        merged = _ordered(
+            torch.cat([kept[..., :half], new[..., :half]], -1),
+            torch.cat([which[..., :half], names[..., :half]], -1),
+        )
+        met = own >= start
+        kept, which = torch.where(met, merged[0], kept), torch.where(met, merged[1], which)
+    # The kernel rounds the number of blocks up to a power of two.
+    return which[..., : 1 << (blocks - 1).bit_length()]
+
+
+def _ordered(score: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    score, order = score.sort(dim=-1, descending=True, stable=True)
+    return score, index.gather(-1, order)
