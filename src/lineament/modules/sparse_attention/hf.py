@@ -19,6 +19,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from lineament.core.checks import require, show
 from lineament.modules.sparse_attention.attend import full_attention, sparse_output
+from lineament.modules.sparse_attention.branch import Branch
 from lineament.modules.sparse_attention.cache import attend_cached, layer_of
 from lineament.modules.sparse_attention.options import IN_CONFIG, ON_MODULE, Budget, budget_of
 from lineament.modules.sparse_attention.selection import select
@@ -62,13 +63,19 @@ def sparse_attention(
     budget = Budget(block_size, blocks, mode, scoring, sinks, recent, kept_layers(modules))
     for module in modules:
         budget.of(module.layer_idx)
+    with running(modules, budget):
+        yield budget
+
+
+@contextmanager
+def running(modules: Sequence[Any], budget: Budget) -> Iterator[None]:
+    """Inside, these attention layers follow the budget; afterwards all is as before, also after an exception."""
     configs = {id(m.config): m.config for m in modules}.values()
-    before = [(vars(m), ON_MODULE, vars(m).get(ON_MODULE)) for m in modules]
-    for config in configs:
-        before += [
-            (vars(config), key, vars(config).get(key)) for key in (IN_CONFIG, "_attn_implementation_internal")
-        ]
-    absent = [key not in where for where, key, _ in before]
+    places = [(vars(m), ON_MODULE) for m in modules]
+    places += [
+        (vars(config), key) for config in configs for key in (IN_CONFIG, "_attn_implementation_internal")
+    ]
+    before = [(where, key, key in where, where.get(key)) for where, key in places]
     try:
         for module in modules:
             setattr(module, ON_MODULE, budget)
@@ -76,13 +83,13 @@ def sparse_attention(
             # Another model may share the configuration: it stays with full attention.
             setattr(config, IN_CONFIG, None)
             config._attn_implementation = NAME
-        yield budget
+        yield
     finally:
-        for (where, key, value), missing in zip(before, absent):
-            if missing:
-                where.pop(key, None)
-            else:
+        for where, key, there, value in before:
+            if there:
                 where[key] = value
+            else:
+                where.pop(key, None)
 
 
 def install(
@@ -182,7 +189,7 @@ def attention_forward(
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function, [batch, tokens, heads, size]."""
+    """The attention function, [batch, tokens, heads, size]; a ``gate``, [batch, heads, tokens, 1], multiplies the output."""
     _refuse(module, dropout, options)
     budget, layer = budget_of(module), module.layer_idx
     if _windowed(module):
@@ -203,6 +210,10 @@ def attention_forward(
         documents = attention_mask
     total = key.shape[2] if attention_mask is None else attention_mask.shape[1]
     past = {"offset": total - query.shape[2], "documents": documents, "padding": padding}
+    gate = options.get("gate")
+    if isinstance(budget, Branch):
+        out = budget.attended(module, query, key, value, past, scaling, gate)
+        return out.transpose(1, 2).contiguous(), None
     wanted = None if budget is None else budget.of(layer)
     if wanted is None or wanted.mode == "full" or wanted.blocks * wanted.block_size >= total:
         out = full_attention(query, key, value, scale=scaling, **past)
@@ -214,6 +225,7 @@ def attention_forward(
             scale=scaling, sinks=wanted.sinks, recent=wanted.recent, **past,
         )  # fmt: skip
         out, _ = sparse_output(query, key, value, selection, scale=scaling, backend="auto", lse=False)
+    out = out if gate is None else gate * out
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -37,3 +37,9 @@ def made(name: str, seed: int = 0, **changes: Any) -> Any:
 def prompts(rows: int, tokens: int, seed: int = 1) -> torch.Tensor:
     """Token numbers without the special ones."""
     return torch.randint(2, 49, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def checkpointing(model: Any, *, use_reentrant: bool) -> None:
+    """Switch activation checkpointing on, by its name of today or of transformers 4."""
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (new or model.gradient_checkpointing_enable)({"use_reentrant": use_reentrant})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from lineament.core.checks import InputError
 from lineament.modules.sparse_attention import BlockCache, install, sparse_attention
 
 NAMES = tuple(FAMILIES)
-BUDGET = {"block_size": 4, "blocks": 3}
+BUDGET: dict[str, Any] = {"block_size": 4, "blocks": 3}
 
 
 @pytest.mark.parametrize("name", NAMES)
