@@ -66,6 +66,28 @@ def test_labels_outside_the_classes_count_nowhere(tmp_path):
     assert numbers["miou"][0] == 1 and numbers["ignored"] == pytest.approx(0.5)
 
 
+def test_what_decides_the_pixels_of_the_hardest_class(tmp_path):
+    """A network whose answer for a pixel is made of that pixel, and one that reads the pixel opposite."""
+
+    class Here(nn.Module):
+        def __init__(self, opposite):
+            super().__init__()
+            self.conv, self.opposite = nn.Conv2d(1, 2, 1), opposite
+            self.conv.bias.data.copy_(torch.tensor([9.0, -9.0]))  # it names the first class everywhere
+
+        def forward(self, x):
+            return self.conv(x.flip(2, 3) if self.opposite else x)
+
+    masks = torch.zeros(12, 16, 16, dtype=torch.long)
+    masks[:, :4, :4] = 1
+    for opposite, share in ((False, 1.0), (True, 0.0)):
+        found = audit(Here(opposite), (IMAGES, masks), out=tmp_path / str(opposite), lenses=["pixels"])
+        reach = found["pixels"].numbers["reach"]
+        assert (reach["images"], reach["inside"][0]) == (12, pytest.approx(share))
+        assert reach["area"] == pytest.approx(1 / 16)
+        assert len(found["pixels"].pictures) == 2
+
+
 class Net(nn.Module):
     """Two convolutions and a class for each pixel, or one logit."""
 

@@ -2,13 +2,13 @@
 
 The intersection over union of each class (the Jaccard index) and its mean over classes, from the pixels of all images together; the share of pixels that
 are right, of all and of those within two pixels of an edge between classes. Images vary as wholes, so that intervals are over images: by leaving each
-out in turn (the jackknife).
+out in turn (the jackknife). For the hardest class, the gradient of its mean logit over its own pixels shows which pixels of the image decide them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from lineament.audit.estimates import jackknife
 from lineament.audit.phrases import percent, percent_interval
 from lineament.audit.subject import Subject
 from lineament.core.batching import progress
+from lineament.core.checks import InputError
+from lineament.explain.saliency.maps import saliency
+from lineament.explain.saliency.regions import over_region
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
 from lineament.report.section import Finding, Picture, Section
@@ -31,7 +34,7 @@ METHOD = "intersection over union"
 SOURCE = ("Fully convolutional networks for semantic segmentation", 2014, "1411.4038")
 OPTIONAL = True
 DENSE = True
-_EDGE, _SHOWN = 2, 20
+_EDGE, _SHOWN, _MAPPED = 2, 20, 12
 Interval = tuple[float, float, float]
 
 
@@ -42,6 +45,16 @@ class Region:
     name: str
     iou: Interval
     share: float
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Where the gradient of the hardest class's logit over its own pixels lies: the share on those pixels, over images, and the share that they are."""
+
+    name: str
+    inside: Interval
+    area: float
+    images: int
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,7 @@ class Pixels:
     majority: float
     images: int
     classes: Sequence[Region]
+    reach: Reach | None = None
 
     @property
     def poor(self) -> bool:
@@ -113,12 +127,17 @@ def look(subject: Subject) -> Section:
         ],
     )
     worst = min(found.classes, key=lambda region: region.iou[0])
+    hardest = next(k for k in present.nonzero()[:, 0].tolist() if subject.class_name(k) == worst.name)
+    chosen, maps = _decided_by(subject, hardest)
+    found = replace(found, reach=_reach(subject, hardest, chosen, maps))
     sentence = (
         f"Over {found.images} images, intersection over union is {percent_interval(found.miou)} on average over {len(found.classes)} classes (95 % intervals, over images), the least for "
         f"“{printable(worst.name, limit=60)}”, {percent_interval(worst.iou)}. {percent_interval(found.accuracy)} of pixels are right; naming the most frequent class everywhere would be right for {percent(found.majority)}."
     )
     if found.edges is not None and found.inside is not None:
         sentence += f" Within {_EDGE} pixels of an edge ({percent(found.edge_pixels)} of pixels) {percent_interval(found.edges)} are right, elsewhere {percent_interval(found.inside)}."
+    if found.reach is not None:
+        sentence += f" The gradient of its mean logit over its own pixels lies on them for {percent_interval(found.reach.inside)} (of its absolute value, over {found.reach.images} images); they are {percent(found.reach.area)} of those images."
     if found.ignored:
         sentence += f" {percent(found.ignored)} of pixels have a label that is none of the {width} classes, and count nowhere."
     return Section(
@@ -126,7 +145,7 @@ def look(subject: Subject) -> Section:
         number=percent(found.miou[0]),
         unit="mean intersection over union",
         sentence=sentence,
-        pictures=[_bars(found)],
+        pictures=[_bars(found), *([_maps(subject, hardest, chosen, maps)] if len(chosen) else [])],
         tables=[
             Table(
                 "By class" + (f", the {_SHOWN} hardest" if len(found.classes) > _SHOWN else ""),
@@ -145,6 +164,33 @@ def look(subject: Subject) -> Section:
         numbers=plain(found),
         findings=[_finding(found)],
     )
+
+
+def _decided_by(subject: Subject, k: int) -> tuple[Tensor, Tensor]:
+    """Images that hold a class, and of each how much every pixel of it moves the class's mean logit over the class's own pixels."""
+    if subject.fixed_batch or subject.outputs.shape[1:] != subject.targets.shape[1:]:
+        return torch.empty(0, dtype=torch.long), torch.empty(0)
+    region = subject.targets == k
+    chosen = region.flatten(1).any(1).nonzero()[:, 0][:_MAPPED]
+    maps = []
+    try:
+        for row in progress(chosen.tolist(), "what decides the hardest class"):
+            x = subject.inputs(torch.tensor([row]))
+            with over_region(subject.model, region[row].to(x.device)):
+                maps.append(saliency(subject.model, x, k, site=":in", method="gradient")[0, 0].float().cpu())
+    except (InputError, RuntimeError):  # no image, or gradients cannot pass
+        return chosen[:0], torch.empty(0)
+    return chosen, torch.stack(maps)
+
+
+def _reach(subject: Subject, k: int, chosen: Tensor, maps: Tensor) -> Reach | None:
+    region = (subject.targets[chosen] == k).flatten(1)
+    total = maps.flatten(1).sum(1) if len(chosen) else torch.zeros(0)
+    if len(chosen) < 2 or region.shape != maps.flatten(1).shape or not bool((total > 0).all()):
+        return None
+    share = ((maps.flatten(1) * region).sum(1) / total).double()
+    inside = jackknife(torch.stack([share, torch.ones_like(share)], 1), lambda s: s[..., 0] / s[..., 1])
+    return Reach(subject.class_name(k), inside, float(region.double().mean()), len(chosen))
 
 
 def edges(labels: Tensor) -> Tensor:
@@ -176,6 +222,28 @@ def _finding(found: Pixels) -> Finding:
             key="pixels no better than the majority",
         )
     return Finding("good" if found.miou[0] >= 0.5 else "note", f"{told}.", key="pixels")
+
+
+def _maps(subject: Subject, k: int, chosen: Tensor, maps: Tensor) -> Picture:
+    count = min(4, len(chosen))
+
+    def draw(axes: Any) -> None:
+        for column in range(count):
+            image, region = subject.display(int(chosen[column])), subject.targets[chosen[column]] == k
+            for ax, shown in zip(axes[:, column], (image, maps[column])):
+                ax.imshow(shown.numpy(), cmap="gray" if ax is axes[0, column] else "inferno")
+                ax.contour(region.float().numpy(), levels=[0.5], colors="C0", linewidths=1)
+                ax.set_axis_off()
+
+    name = printable(subject.class_name(k), limit=40)
+    return picture(
+        draw,
+        kind="png",
+        panels=(2, count),
+        size=(1.6 * count + 0.4, 3.6),
+        caption=f"Images with “{name}” (outlined), and below how much each pixel moves the class's mean logit over the outlined pixels (bright: much).",
+        alt=f"{count} images with the pixels of “{name}” outlined, and the gradient that decides them.",
+    )
 
 
 def _bars(found: Pixels) -> Picture:

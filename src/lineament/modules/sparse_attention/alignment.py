@@ -37,16 +37,16 @@ def alignment_loss(
 
     With equal weights the gradient is that of one distance without stop-gradients.
 
+    >>> import torch
     >>> alignment_loss(torch.zeros(2), torch.ones(2)).total.item()
     1.0
     """
     one_of("form", form, ("smooth_l1", "l2"))
     number("beta", beta, low=0, open_low=True)
-
-    def distance(moved: Tensor, still: Tensor) -> Tensor:
-        if form == "l2":
-            return F.mse_loss(moved, still.detach())
-        return F.smooth_l1_loss(moved, still.detach(), beta=beta)
-
-    one, two = distance(full, sparse), distance(sparse, full)
+    one, two = distance(full, sparse.detach(), form, beta), distance(sparse, full.detach(), form, beta)
     return Alignment(one, two, full_weight * one + sparse_weight * two)
+
+
+def distance(one: Tensor, two: Tensor, form: str = "smooth_l1", beta: float = 1.0) -> Tensor:
+    """The mean distance of two outputs, both of which it moves."""
+    return F.mse_loss(one, two) if form == "l2" else F.smooth_l1_loss(one, two, beta=beta)

@@ -102,28 +102,63 @@ def lay_out(
         queries <= keys,
         f"q: {queries} queries are more than the {keys} keys, expected keys for all past tokens",
     )
-    offset = keys - queries if offset is None else number("offset", offset, low=0, integer=True)
+    first = keys - queries if offset is None else number("offset", offset, low=0, integer=True)
     require(
-        offset + queries <= keys,
-        f"offset: {offset} places the last of {queries} queries behind the last of {keys} keys",
+        first + queries <= keys,
+        f"offset: {first} places the last of {queries} queries behind the last of {keys} keys",
     )
     # What follows the last query is not seen.
-    keys = offset + queries
+    keys = first + queries
     real, labels = _real(padding, q, k, keys), _labels(documents, q, k, keys)
-    if real is None and labels is None:
-        return _regular(q, block_size, keys, offset)
-    shape = (max(1 if x is None else x.shape[0] for x in (real, labels)), keys)
-    real = torch.ones(shape, dtype=torch.bool, device=q.device) if real is None else real.expand(shape)
-    labels = torch.zeros(shape, dtype=torch.long, device=q.device) if labels is None else labels.expand(shape)
-    before = F.pad(real, (1, 0))[:, :-1]
+    if labels is not None:
+        return _packed(real, labels, block_size, keys, first)
+    ends = None if real is None else row_ends(real)
+    return placed(block_size, keys, first, ends, q.device)
+
+
+def row_ends(real: Tensor) -> tuple[Tensor, Tensor]:
+    """The first real token of each row and the place behind its last, [rows, 1] each; holes are refused."""
+    length = real.sum(1, keepdim=True)
+    begin = real.int().argmax(1, keepdim=True)
+    position = torch.arange(real.shape[1], device=real.device)
+    span = (position >= begin) & (position < begin + length)
     require(
-        bool(((real & ~before).sum(1) <= 1).all()),
-        "padding: the mask has holes, expected padding at the ends of a row only",
+        torch.equal(span, real), "padding: the mask has holes, expected padding at the ends of a row only"
     )
+    return begin, begin + length
+
+
+def placed(
+    size: int, keys: int, offset: int, ends: tuple[Tensor, Tensor] | None, device: torch.device
+) -> Blocks:
+    """The blocks of rows that hold one document each, between its ``ends``, or of rows without padding."""
+    position = torch.arange(offset, keys, device=device)[None]
+    starts = torch.arange(0, keys, size, device=device)[None]
+    if ends is None:
+        own = position // size
+        stops = (starts + size).clamp(max=keys)
+        return Blocks(size, keys, offset, starts, stops, own, torch.zeros_like(own), position % size, True)
+    begin, end = ends
+    starts = (starts + begin).minimum(end)
+    real = (position >= begin) & (position < end)
+    own = torch.where(real, (position - begin) // size, -1)
+    within = (position - begin) % size
+    return Blocks(
+        size, keys, offset, starts, (starts + size).minimum(end), own, torch.zeros_like(own), within, False
+    )
+
+
+def _packed(real: Tensor | None, labels: Tensor, size: int, keys: int, offset: int) -> Blocks:
+    device = labels.device
+    shape = (max(1 if x is None else x.shape[0] for x in (real, labels)), keys)
+    real = torch.ones(shape, dtype=torch.bool, device=device) if real is None else real.expand(shape)
+    row_ends(real)
+    labels = labels.expand(shape)
+    before = F.pad(real, (1, 0))[:, :-1]
     fresh = real & (~before | (labels != F.pad(labels, (1, 0))[:, :-1]))
-    position = torch.arange(keys, device=q.device).expand(shape)
+    position = torch.arange(keys, device=device).expand(shape)
     opened = torch.where(fresh, position, 0).cummax(1).values
-    opens = real & ((position - opened) % block_size == 0)
+    opens = real & ((position - opened) % size == 0)
     own = opens.cumsum(1) - 1
     count = max(int(opens.sum(1).max()), 1)
     place = torch.where(real, own, count)
@@ -133,25 +168,16 @@ def lay_out(
     lengths = own.new_zeros(shape[0], count + 1).scatter_add_(1, place, real.long())[:, :count]
     asked = slice(offset, keys)
     return Blocks(
-        block_size,
+        size,
         keys,
         offset,
         starts,
         starts + lengths,
         torch.where(real, own, -1)[:, asked],
         torch.where(real, own.gather(1, opened), 0)[:, asked],
-        ((position - opened) % block_size)[:, asked],
+        ((position - opened) % size)[:, asked],
         False,
     )
-
-
-def _regular(q: Tensor, size: int, keys: int, offset: int) -> Blocks:
-    position = torch.arange(offset, keys, device=q.device)[None]
-    starts = torch.arange(0, keys, size, device=q.device)[None]
-    own = position // size
-    return Blocks(
-        size, keys, offset, starts, (starts + size).clamp(max=keys), own, torch.zeros_like(own), position % size, True
-    )  # fmt: skip
 
 
 def _real(padding: Tensor | None, q: Tensor, k: Tensor, keys: int) -> Tensor | None:

@@ -14,7 +14,7 @@ COPIED = 2**22
 def forward(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, layout: Blocks, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp; the keys may be more than the layout's, as in the buffer of a cache."""
+    """Output and log-sum-exp; the keys may be more than the layout's and in a smaller dtype, as in the buffer of a cache."""
     rows, group = _rows(q, indices)
     keys, values = k.reshape(-1, k.shape[3]), v.reshape(-1, v.shape[3])
     out = q.new_empty(*rows.shape[:2], v.shape[3])
@@ -24,7 +24,7 @@ def forward(
         top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).min)
         weights = (logits - top).exp_()
         total = weights.sum(-1, keepdim=True)
-        chosen = values.index_select(0, tokens.flatten()).unflatten(0, tokens.shape)
+        chosen = values.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).to(q.dtype)
         torch.div(torch.bmm(weights, chosen), total.clamp(min=1e-30), out=out[part])
         lse[part] = (total.log() + top)[..., 0]
     return _heads(out, q, indices, group), _heads(lse[..., None], q, indices, group)[..., 0]
@@ -53,7 +53,7 @@ def backward(
 
 
 def _logits(rows: Tensor, keys: Tensor, tokens: Tensor, seen: Tensor) -> Tensor:
-    chosen = keys.index_select(0, tokens.flatten()).unflatten(0, tokens.shape)
+    chosen = keys.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).to(rows.dtype)
     return torch.bmm(rows, chosen.mT).masked_fill_(~seen[:, None], -torch.inf)
 
 

@@ -43,7 +43,7 @@ class Recomputed(torch.autograd.Function):
         kernel: Kernel,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = kernel.forward(*_wide(q, k, v), indices, layout, scale)
+            out, lse = kernel.forward(wide(q), wide(k), wide(v), indices, layout, scale)
         ctx.save_for_backward(q, k, v, out, lse, indices)
         ctx.layout, ctx.scale, ctx.kernel = layout, scale, kernel
         return out.to(q.dtype), lse
@@ -57,10 +57,11 @@ class Recomputed(torch.autograd.Function):
         delta = (d_wide * out).sum(-1) - d_lse
         with torch.autocast(q.device.type, enabled=False):
             found = ctx.kernel.backward(
-                *_wide(q, k, v), indices, ctx.layout, ctx.scale, lse, d_wide.contiguous(), delta
+                wide(q), wide(k), wide(v), indices, ctx.layout, ctx.scale, lse, d_wide.contiguous(), delta
             )
         return *(x.to(y.dtype) for x, y in zip(found, (q, k, v))), None, None, None, None
 
 
-def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x if x.dtype == torch.float64 else x.float() for x in tensors)
+def wide(x: Tensor) -> Tensor:
+    """In at least float32."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,13 @@
+from .alignment import alignment_loss as alignment_loss
+from .attend import attend as attend
+from .attend import attend_both as attend_both
+from .attend import full_attention as full_attention
+from .attention import sparsity_report as sparsity_report
+from .branch import AlignmentOptions as AlignmentOptions
+from .branch import Branch as Branch
+from .cache import BlockCache as BlockCache
+from .hf import install as install
+from .hf import sparse_attention as sparse_attention
+from .layer import SparseSparseAttention as SparseSparseAttention
+from .selection import select as select
+from .training import aligned as aligned
