@@ -171,11 +171,17 @@ def show_trainings(runs: Mapping[str, Fitted]) -> None:
     """Several trainings side by side, the best last validation accuracy first."""
     console = _console()
     rows = sorted(runs.items(), key=lambda run: -(run[1].last if run[1].last is not None else -1.0))
+    names = ("TAR at 1e-3", "R@1") if any(run.options.embedding for run in runs.values()) else ()
+    rows = sorted(rows, key=lambda run: -(run[1].recognised[0] or 0.0))
     table = _table(
-        *("run", "optimizer", "options", "best", "last", "seconds"), right=("best", "last", "seconds")
+        *("run", "optimizer", "options", "best", "last", *names, "seconds"),
+        right=("best", "last", *names, "seconds"),
     )
     for name, run in rows:
-        accuracies = ("–" if value is None else f"{value:.2%}" for value in (run.best, run.last))
+        accuracies = (
+            "–" if value is None else f"{value:.2%}"
+            for value in (run.best, run.last, *run.recognised[: len(names)])
+        )
         table.add_row(
             _text(name), run.options.optimizer, _text(run.words()), *accuracies, f"{run.seconds:.1f}"
         )
@@ -184,6 +190,10 @@ def show_trainings(runs: Mapping[str, Fitted]) -> None:
         "best and last: validation accuracy of the best epoch (optimistic: chosen on the data it is measured on) and of the weights that were kept.",
         soft_wrap=True,
     )
+    if names:
+        console.print(
+            "TAR at FAR 1e-3 and R@1: on the classes held out, of the weights that were kept.", soft_wrap=True
+        )
     others = {(run.validation_samples, run.options.seed) for run in runs.values()}
     if len(others) > 1:
         console.print(

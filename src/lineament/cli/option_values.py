@@ -28,7 +28,8 @@ def classes(text: str | None) -> list[str] | None:
     return [name.strip() for name in text.split(",")]
 
 
-def _numbers(what: str, text: str) -> list[float]:
+def numbers(what: str, text: str) -> list[float]:
+    """Numbers with commas between them."""
     try:
         return [float(word) for word in words(text)]
     except ValueError:
@@ -61,7 +62,7 @@ def normalize(text: str | None) -> tuple[list[float], list[float]] | None:
     """Means and deviations, one of each for every channel."""
     if text is None:
         return None
-    values = _numbers("--normalize", text)
+    values = numbers("--normalize", text)
     require(
         len(values) >= 2 and len(values) % 2 == 0,
         f"--normalize: got {len(values)} numbers, expected one mean and one deviation for each channel",

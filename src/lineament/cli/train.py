@@ -6,10 +6,13 @@ import argparse
 from typing import Any
 
 from lineament.cli.data_options import add_data_options
+from lineament.cli.loss_options import NAMES, add_loss_options
 
 _EPILOG = """examples:
   lineament train net.py:make photos --image-size 64,64 --out runs/plain
   lineament train net.py:make data.npz --out runs/sam --sam 0.1 --useful auto --epochs 100
+  lineament train net.py:make faces --loss arcface --margin 0.3 --scale 32 --out runs/faces
+  lineament train net.py:make photos --loss simclr --views flip,crop,jitter --out runs/simclr
   accelerate launch --num_processes 2 -m lineament train net.py:make data.npz --out runs/two
   lineament train --compare runs
 
@@ -20,7 +23,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add ``train`` to the commands of :mod:`lineament.cli`."""
     parser = subparsers.add_parser(
         "train",
-        help="train a classifier with the optimizers and methods here, for the audit to open",
+        help="train a classifier or an embedding with the optimizers and methods here, for the audit to open",
         description="Trains a network on labelled data. Writes model.safetensors, train.json, a learning curve and a log.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -63,7 +66,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--validation",
         metavar="SHARE",
         type=float,
-        default=0.1,
         help="of each class that is held out (default: 0.1; 0: none)",
     )
     add(
@@ -73,6 +75,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="a loss or gradient that is NaN or infinite: raise (default), or skip the step",
     )
     add("--weights", metavar="FILE", help="start from this checkpoint (.safetensors, .pt, .pth, .ckpt, .bin)")
+    add_loss_options(parser)
     add_data_options(parser, split="train")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: what Accelerate chooses)")
     parser.names["nonfinite"] = "--on-nan"
@@ -106,10 +109,42 @@ def run(arguments: argparse.Namespace) -> int:
     from lineament.cli.train_run import train
 
     names = ("optimizer", "lr", "momentum", "weight_decay", "epochs", "batch_size", "schedule", "seed")
-    names += ("sam", "asam", "tract", "validation", "on_nan")
-    options = Options(**{name: getattr(a, name) for name in names}, useful=_useful(a.useful))
+    names += ("sam", "asam", "tract", "on_nan")
+    embedding = _embedding(a)
+    require(
+        embedding is None or a.validation is None,
+        f"--validation: {a.loss} holds out classes, expected --validation-classes",
+    )
+    options = Options(
+        **{name: getattr(a, name) for name in names},
+        validation=0.1 if a.validation is None else a.validation,
+        useful=_useful(a.useful),
+        embedding=embedding,
+    )
     return train(arguments, options)
 
 
 def _useful(text: str | None) -> int | str | None:
     return int(text) if text is not None and text.isdecimal() else text
+
+
+def _embedding(a: argparse.Namespace) -> Any:
+    """The options of a loss for embeddings; ``None`` for cross-entropy, which takes none of them."""
+    from lineament.cli.embedding_options import EmbeddingOptions
+    from lineament.cli.loss_options import LOSSES
+    from lineament.cli.option_values import numbers, words
+    from lineament.core.checks import one_of, require
+
+    given = {name: getattr(a, name) for name in NAMES if getattr(a, name) is not None}
+    one_of("loss", a.loss, ("cross-entropy", *LOSSES))
+    if a.loss == "cross-entropy":
+        first = next(iter(given), "")
+        require(
+            not given,
+            f"{first}: it is for embeddings, and cross-entropy takes none; choose a --loss, such as arcface",
+        )
+        return None
+    for name, read in (("margin", lambda text: numbers("--margin", text)), ("ft", words), ("views", words)):
+        if name in given:
+            given[name] = tuple(read(given[name]))
+    return EmbeddingOptions(a.loss, **given)

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from lineament.cli.train_embedding import Recognised, made, split_classes
 from lineament.cli.train_options import Options
-from lineament.cli.train_result import Fitted
+from lineament.cli.train_result import RECOGNITION, Fitted
 from lineament.core import checks
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import require
+from lineament.learn.projection.training import EmbeddingTraining, Following
 from lineament.learn.tract.layer import tract
 from lineament.learn.useful.early_outputs import unusable
 from lineament.learn.useful.resampling import find_slow, refuse_unusable
@@ -49,7 +52,7 @@ def fit(
     record: Callable[[list[dict[str, Any]]], None] = lambda history: None,
     note: Callable[[str], None] = lambda line: None,
 ) -> Fitted:
-    """Train a classifier with cross-entropy; the model is then at its last epoch's weights, in eval mode.
+    """Train a classifier with cross-entropy, or an embedding; the model is then at its last epoch's weights, in eval mode.
 
     Args:
         inputs: gives the rows asked for as the model takes them.
@@ -58,16 +61,26 @@ def fit(
         record: called by the first process after each epoch with the history so far.
         note: called with a line for each epoch.
     """
-    targets = _targets(targets)
+    targets = _targets(targets) if options.embedding is None else checks.labels("targets", targets).cpu()
     processes = processes or Processes()
-    train, held = split(targets, options.validation, options.seed)
-    data, validation = ((View(inputs, rows), targets[rows]) for rows in (train, held))
     model.to(processes.device)
+    if options.embedding is None:
+        train, held = split(targets, options.validation, options.seed)
+        data, validation = ((View(inputs, rows), targets[rows]) for rows in (train, held))
+        trained, loss = model, F.cross_entropy
+        judged: list[Any] = [Validation(validation)] if len(held) else []
+    else:
+        train, held = split_classes(targets, options.embedding.validation_classes, options.seed)
+        trained = made(model, inputs(train[:2]), targets[train], options)
+        labels = targets[train].unique(return_inverse=True)[1]
+        data, loss = ({"inputs": View(inputs, train), "labels": labels}, labels), EmbeddingTraining.mean
+        judged = [Following(), *([Recognised(View(inputs, held), targets[held])] if len(held) else [])]
+        trained.to(processes.device)
     # What is not finite is judged by the loop, which knows the step.
     group = "world" if processes.count > 1 else None
     first = nullcontext() if options.tract is None else tract(model, lam=options.tract, nonfinite="pass", process_group=group)  # fmt: skip
     walk = functools.partial(
-        epochs, epochs=options.epochs, batch_size=options.batch_size, seed=options.seed, nonfinite=options.on_nan,
+        epochs, loss=loss, epochs=options.epochs, batch_size=options.batch_size, seed=options.seed, nonfinite=options.on_nan,
         processes=processes,
     )  # fmt: skip
     with first as changed:
@@ -76,10 +89,9 @@ def fit(
             early = _early(model, data, train, options, walk, processes, checkpoint, note)
         begun = _Begun(note)
         shown = [] if early is None else [Rows(early.pop("rows"))]
-        judged = [Validation(validation)] if len(held) else []
         history: list[dict[str, Any]] = []
         for done in walk(
-            model, data, optimizer=options.make, callbacks=[*shown, Rate(options.factor), *judged, begun], checkpoint=checkpoint
+            trained, data, optimizer=options.make, callbacks=[*shown, Rate(options.factor), *judged, begun], checkpoint=checkpoint
         ):  # fmt: skip
             history.append(_entry(done))
             if begun.first is not None and done.epoch > begun.first:
@@ -96,6 +108,8 @@ def fit(
         tract_layer=getattr(changed, "layer", None),
         processes=processes.count,
         device=str(processes.device),
+        trained=trained if isinstance(trained, EmbeddingTraining) else None,
+        validation_classes=0 if options.embedding is None else len(targets[held].unique()),
     )
 
 
@@ -166,6 +180,7 @@ def _entry(done: Epoch) -> dict[str, Any]:
         "skipped": done.skipped,
         "validation_loss": done.measured.get("validation_loss"),
         "validation_accuracy": done.measured.get("validation_accuracy"),
+        **{name: value for name, value in done.measured.items() if name in RECOGNITION},
         "seconds": done.seconds,
     }
 
@@ -174,6 +189,8 @@ def _said(entry: dict[str, Any], count: int) -> str:
     said = f"epoch {entry['epoch']}/{count}: loss {entry['train_loss']:.4g}"
     if entry["validation_accuracy"] is not None:
         said += f", validation accuracy {entry['validation_accuracy']:.1%}"
+    if entry.get("validation_tar3") is not None:
+        said += f", TAR {entry['validation_tar3']:.1%} at FAR 1e-3 and R@1 {entry['validation_recall']:.1%} on classes held out"
     return said + (f", {entry['skipped']} steps skipped" if entry["skipped"] else "")
 
 

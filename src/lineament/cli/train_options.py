@@ -6,12 +6,13 @@ The rate follows from how much of the training is done and from nothing else, so
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
 
+from lineament.cli.embedding_options import EmbeddingOptions
 from lineament.core import checks
 from lineament.learn.useful.separating import window_of
 from lineament.optim import ASAM, SAM, DiffGrad
@@ -45,6 +46,7 @@ class Options:
         validation: the share of each class that is held out, rounded; 0 for none.
         on_nan: what a loss or gradient that is NaN or infinite does: ``"raise"``, or ``"skip"`` the step (weights, optimizer and batch-norm
             statistics stay as they were).
+        embedding: train an embedding by another loss than cross-entropy, which holds out classes instead of samples.
 
     Raises:
         InputError: a number out of its range or not finite, an unknown name, options that exclude each other.
@@ -71,6 +73,7 @@ class Options:
     tract: float | None = None
     validation: float = 0.1
     on_nan: str = "raise"
+    embedding: EmbeddingOptions | None = None
 
     def __post_init__(self) -> None:
         checks.one_of("optimizer", self.optimizer, OPTIMIZERS)
@@ -102,6 +105,16 @@ class Options:
         if self.tract is not None:
             checks.number("tract", self.tract, low=0)
         self._check_useful()
+        if self.embedding is not None:
+            name = self.embedding.loss
+            checks.require(
+                self.useful is None,
+                f"useful: it looks for samples that a classifier learns late, and {name} trains none",
+            )
+            checks.require(
+                name != "moco" or (self.sam is None and self.asam is None),
+                "sam, asam: they pass each batch twice, and moco's queue takes it once; leave them out",
+            )
 
     def factor(self, done: float) -> float:
         """What the learning rate is multiplied by when the share ``done`` of the training, in [0, 1], lies behind."""
@@ -113,12 +126,18 @@ class Options:
 
     def make(self, model: nn.Module, *, plain: bool = False) -> torch.optim.Optimizer:
         """The optimizer of the model's trainable parameters; ``plain``: without SAM around it."""
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
         checks.require(
             len(parameters) > 0,
             "model: it has no parameter that asks for gradients; there is nothing to train",
         )
         sparse = self._sparse(model)
+        rate = None if self.embedding is None else self.embedding.head_lr
+        if rate is not None:
+            own = {id(p) for p in model.get_submodule("encoder").parameters()}
+            others = [p for p in parameters if id(p) not in own]
+            parameters = [{"params": [p for p in parameters if id(p) in own]}, {"params": others, "lr": rate}]
+            parameters = [group for group in parameters if group["params"]]
         given: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
         if self.optimizer == "sgd":
             base: torch.optim.Optimizer = torch.optim.SGD(parameters, momentum=self.momentum or 0.0, **given)
@@ -138,7 +157,24 @@ class Options:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """All options in one level; those of a loss for embeddings only where there is one."""
+        own = {name: value for name, value in asdict(self).items() if name != "embedding"}
+        if self.embedding is None:
+            return own
+        # What it holds out takes the place of the share of samples.
+        return {**own, "validation": 0.0, **self.embedding.to_dict()}
+
+    @classmethod
+    def read(cls, raw: dict[str, Any]) -> Options:
+        """The options that :meth:`to_dict` gave; what is not known is left out."""
+        known = {f.name for f in fields(cls)} - {"embedding"}
+        inner = {f.name for f in fields(EmbeddingOptions)}
+        return cls(
+            **{k: v for k, v in raw.items() if k in known},
+            embedding=EmbeddingOptions(**{k: v for k, v in raw.items() if k in inner})
+            if "loss" in raw
+            else None,
+        )
 
     def _sparse(self, model: nn.Module) -> list[torch.Tensor]:
         """The weights whose gradients are sparse, if this optimizer takes such ones."""

@@ -18,7 +18,10 @@ from lineament.report.outcome import versions
 from lineament.report.text import duration, printable
 
 BOARD = "tensorboard"
-FILES = ("model.safetensors", "train.json", "history.csv", "learning-curve.svg", "learning-curve-dark.svg")
+FILES = (
+    *("model.safetensors", "train.json", "history.csv", "learning-curve.svg", "learning-curve-dark.svg"),
+    *("head.safetensors", "scores.csv", "scores.svg", "scores-dark.svg"),
+)
 
 
 class Log:
@@ -67,9 +70,41 @@ def write(folder: Path, fitted: Fitted, loaded: Loaded, asked: dict[str, Any]) -
     (folder / "train.json").unlink(missing_ok=True)
     with atomic_write(folder / "model.safetensors") as temporary:
         save_model(loaded.model, str(temporary))
+    if fitted.trained is not None:
+        _write_loss(folder, fitted.trained)
     figures.save(_curves(fitted), folder, "learning-curve")
     value = {"model": asked["model"], "data": asked["data"], **fitted.to_dict(), "asked": asked}
     write_json(folder / "train.json", {**value, "versions": _versions()})
+
+
+def _write_loss(folder: Path, trained: Any) -> None:
+    """What an embedding was trained through: the class directions, the head, the queue; and the scores of a contrastive loss."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"{part}.{name}": value.detach().cpu().contiguous()
+        for part in ("loss", "head")
+        for name, value in getattr(trained, part).state_dict().items()
+        if not name.endswith("_extra_state")
+    }
+    with atomic_write(folder / "head.safetensors") as temporary:
+        save_file(tensors, str(temporary))
+    log = getattr(trained.loss, "log", None)
+    if log is None:
+        return
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(log.curves)
+    rows.writerows(zip(*log.curves.values()))
+    write_text(folder / "scores.csv", text.getvalue())
+    said = ", ".join(
+        f"{name.replace('_mean', '')} {log.curves[name][-1]:.2f}"
+        for name in ("positive_mean", "negative_mean")
+    )
+    drawn = figures.picture(
+        log.plot, alt=f"Mean scores against the steps; at the last one {said}.", caption="Cosines of positives and negatives."
+    )  # fmt: skip
+    figures.save(drawn, folder, "scores")
 
 
 def _versions() -> dict[str, str]:
@@ -80,13 +115,16 @@ def _versions() -> dict[str, str]:
 
 def _curves(fitted: Fitted) -> Any:
     def draw(axes: Any) -> None:
-        for ax, what in zip(axes[0], ("loss", "accuracy")):
+        for ax, what in zip(axes[0], ("loss", right)):
             fitted.plot(ax, what)
 
+    right = "accuracy" if fitted.options.embedding is None else "tar3"
     end = "" if fitted.last is None else f"; validation accuracy {fitted.last:.1%} after the last epoch"
+    if fitted.recognised[0] is not None:
+        end = f"; TAR {fitted.recognised[0]:.1%} at FAR 1e-3 on classes held out after the last epoch"
     return figures.picture(
         draw,
-        alt=f"Loss and accuracy over {len(fitted.history)} epochs{end}.",
+        alt=f"Loss and {'accuracy' if right == 'accuracy' else 'TAR at FAR 1e-3'} over {len(fitted.history)} epochs{end}.",
         caption=f"{fitted.options.optimizer}, {fitted.words()}{end}.",
         size=(8.0, 3.4),
         panels=(1, 2),
@@ -94,7 +132,23 @@ def _curves(fitted: Fitted) -> Any:
 
 
 def say(a: argparse.Namespace, folder: Path, fitted: Fitted, log: Log) -> None:
-    if fitted.last is not None:
+    tar, recall = fitted.recognised
+    loss = fitted.options.embedding
+    if tar is not None and recall is not None:
+        print(
+            f"On {fitted.validation_samples:,} samples of {fitted.validation_classes} classes held out, after the last epoch: TAR {tar:.2%} at FAR 1e-3, "
+            f"R@1 {recall:.2%}, {duration(fitted.seconds)}."
+        )
+    elif loss is not None:
+        held = (
+            "nothing was held out"
+            if not fitted.validation_samples
+            else "the classes held out cannot be recognised: an embedding has no direction"
+        )
+        print(
+            f"Training loss {fitted.history[-1]['train_loss']:.4g} in the last epoch, {duration(fitted.seconds)}; {held}."
+        )
+    elif fitted.last is not None:
         print(
             f"Validation accuracy {fitted.last:.2%} after the last epoch (best {fitted.best:.2%}), {duration(fitted.seconds)}."
         )
@@ -103,14 +157,16 @@ def say(a: argparse.Namespace, folder: Path, fitted: Fitted, log: Log) -> None:
             f"Training accuracy {fitted.history[-1]['train_accuracy']:.2%} in the last epoch, {duration(fitted.seconds)}; nothing was held out."
         )
     print(
-        f"Written: {printable(folder.resolve())} (model.safetensors, train.json, learning-curve.svg, {log.place})"
+        f"Written: {printable(folder.resolve())} (model.safetensors, {'' if loss is None else 'head.safetensors, '}train.json, learning-curve.svg, {log.place})"
     )
     words = ["lineament", "audit", a.model, a.data, "--weights", str(folder / "model.safetensors")]
     for name in ("inputs", "targets", "split", "classes", "image_size", "normalize"):
         if getattr(a, name) is not None:
             words += [f"--{name.replace('_', '-')}", getattr(a, name)]
+    if loss is not None:
+        words += ["--task", "embedding"] if loss.embedding is None else ["--embedding", loss.embedding]
     print("Audit it: " + printable(shlex.join([*words, "--out", f"{folder}-report"])))
-    if fitted.validation_samples:
+    if fitted.validation_samples or loss is not None:
         print(
             "(on data that it was not trained on, if you have some: DATA here includes the training samples)"
         )

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lineament.cli.train_options import Options
 from lineament.core.checks import InputError, one_of
+
+# Of an embedding, on the classes held out: TAR at FAR 1e-2 and 1e-3, R@1, mAP@R, and the smallest genuine less the largest impostor score.
+RECOGNITION = (
+    *("validation_tar2", "validation_tar3", "validation_recall", "validation_precision"),
+    "validation_gap",
+)
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,8 @@ class Fitted:
     ``history`` has for each epoch: ``epoch`` (from 1), ``lr`` at its start, ``train_loss`` and ``train_accuracy`` of the batches as they were seen,
     ``validation_loss`` and ``validation_accuracy`` after it (``None`` without validation), ``skipped`` steps, ``seconds``. ``early`` says what USEFUL found:
     the separating ``epoch``, the training ``errors`` until then, how many ``slow`` examples, ``slow_by_class``, ``seconds``.
+    Of an embedding the history has no accuracies but what :data:`RECOGNITION` names, and ``trained`` is everything that
+    was trained, with the loss and the head.
     """
 
     options: Options
@@ -29,6 +37,8 @@ class Fitted:
     tract_layer: str | None = None
     processes: int = 1
     device: str = "cpu"
+    validation_classes: int = 0
+    trained: Any = field(default=None, compare=False, repr=False)
 
     @property
     def last(self) -> float | None:
@@ -40,6 +50,12 @@ class Fitted:
         """The best validation accuracy of any epoch: an optimistic figure, chosen on the data it is measured on."""
         found = [e["validation_accuracy"] for e in self.history if e["validation_accuracy"] is not None]
         return max(found) if found else None
+
+    @property
+    def recognised(self) -> tuple[float | None, float | None]:
+        """TAR at FAR 1e-3 and R@1 on the classes held out, of the weights that are kept."""
+        entry = self.history[-1]
+        return entry.get("validation_tar3"), entry.get("validation_recall")
 
     @property
     def seconds(self) -> float:
@@ -57,22 +73,25 @@ class Fitted:
             found.append(
                 f"useful (epoch {self.early['epoch']}, {self.early['slow'] / self.samples:.0%} twice)"
             )
+        if o.embedding is not None:
+            found = [o.embedding.words(), *found]
         return ", ".join(word for word in found if word)
 
     def plot(self, ax: Any = None, what: str = "loss") -> Any:
-        """The learning curves of the ``"loss"`` or the ``"accuracy"``."""
-        one_of("what", what, ("loss", "accuracy"))
+        """The learning curves of the ``"loss"``, the ``"accuracy"``, or of an embedding the ``"tar3"`` (TAR at FAR 1e-3)."""
+        one_of("what", what, ("loss", "accuracy", "tar3"))
         if ax is None:
             import matplotlib.pyplot as plt
 
             ax = plt.subplots()[1]
         for name, colour in (("train", "C0"), ("validation", "C1")):
-            values = [e[f"{name}_{what}"] for e in self.history]
+            values = [e.get(f"{name}_{what}") for e in self.history]
             if all(v is not None for v in values):
                 marker = "o-" if len(values) <= 30 else "-"
                 ax.plot([e["epoch"] for e in self.history], values, marker, color=colour, label=name)
-        ax.set(xlabel="epoch", ylabel=what)
-        ax.legend()
+        ax.set(xlabel="epoch", ylabel={"tar3": "TAR at FAR 1e-3"}.get(what, what))
+        if ax.lines:
+            ax.legend()
         return ax
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,6 +106,7 @@ class Fitted:
             "tract_layer": self.tract_layer,
             "processes": self.processes,
             "device": self.device,
+            **({"validation_classes": self.validation_classes} if self.options.embedding is not None else {}),
             "history": list(self.history),
         }
 
@@ -99,9 +119,8 @@ class Fitted:
         """
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
-            known = {f.name for f in fields(Options)}
             found = cls(
-                options=Options(**{k: v for k, v in raw["options"].items() if k in known}),
+                options=Options.read(raw["options"]),
                 history=tuple(_entry(e) for e in raw["history"]),
                 samples=int(raw["samples"]),
                 validation_samples=int(raw["validation_samples"]),
@@ -116,6 +135,7 @@ class Fitted:
                 tract_layer=None if raw.get("tract_layer") is None else str(raw["tract_layer"]),
                 processes=int(raw.get("processes", 1)),
                 device=str(raw.get("device", "")),
+                validation_classes=int(raw.get("validation_classes", 0)),
             )
             if not found.history or found.samples < 1:
                 raise ValueError("no epochs")
@@ -129,6 +149,7 @@ class Fitted:
 def _entry(raw: dict[str, Any]) -> dict[str, Any]:
     names = ("lr", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "seconds")
     found: dict[str, Any] = {"epoch": int(raw["epoch"])}
+    names += tuple(name for name in RECOGNITION if name in raw)
     found |= {n: None if raw[n] is None else float(raw[n]) for n in names}
     if not all(v is None or math.isfinite(v) for v in found.values()):
         raise ValueError("a number that is not finite")

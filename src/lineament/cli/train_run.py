@@ -171,7 +171,7 @@ def _samples(a: argparse.Namespace) -> Samples:
     )
     require(
         whole and samples.targets.ndim == 1,
-        f"DATA: targets are {show(samples.targets)}, expected one class label a sample; train makes classifiers only",
+        f"DATA: targets are {show(samples.targets)}, expected one class label a sample; train makes classifiers only, and embeddings of classes",
     )
     return replace(samples, targets=samples.targets.long())
 
@@ -189,12 +189,15 @@ def _brought_together(
     together = bring_together(
         loaded,
         samples[rows],
-        task="classification",
+        task="classification" if options.embedding is None else "embedding",
         normalize=normalize(a.normalize),
         batch_size=options.batch_size,
         seed=options.seed,
     )
     with together as subject:
+        if options.embedding is not None:
+            yield subject
+            return
         width = subject.outputs.shape[1]
         empty = (torch.bincount(labels, minlength=width) == 0).nonzero()[:, 0].tolist()
         names = ", ".join(subject.class_name(c) for c in empty[:4]) + (", ..." if len(empty) > 4 else "")

@@ -28,10 +28,35 @@ def flip_and_crop(
     >>> flip_and_crop(torch.ones(2, 1, 8, 8), torch.Generator().manual_seed(0)).shape
     torch.Size([2, 1, 8, 8])
     """
+    return crop(flip(images, generator), generator, pad=pad)
+
+
+def flip(
+    images: Shaped[Tensor, "batch channels height width"], generator: torch.Generator | None = None
+) -> Shaped[Tensor, "batch channels height width"]:
+    """Each image mirrored with probability one half; without a generator the global random state draws.
+
+    >>> flip(torch.ones(2, 1, 8, 8)).shape
+    torch.Size([2, 1, 8, 8])
+    """
+    checks.tensor("images", images, shape=("batch", "channels", "height", "width"))
+    flips = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
+    return torch.where(flips[:, None, None, None], images.flip(3), images)
+
+
+def crop(
+    images: Shaped[Tensor, "batch channels height width"],
+    generator: torch.Generator | None = None,
+    *,
+    pad: int = 4,
+) -> Shaped[Tensor, "batch channels height width"]:
+    """Each image cut out at random after padding by ``pad`` zeros; without a generator the global random state draws.
+
+    >>> crop(torch.ones(2, 1, 8, 8), pad=0).mean().item()
+    1.0
+    """
     checks.tensor("images", images, shape=("batch", "channels", "height", "width"))
     count, _, height, width = images.shape
-    flips = (torch.rand(count, generator=generator) < 0.5).to(images.device)
-    images = torch.where(flips[:, None, None, None], images.flip(3), images)
     windows = F.pad(images, (pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)
     at = torch.randint(2 * pad + 1, (2, count), generator=generator).to(images.device)
     return windows[torch.arange(count, device=images.device), :, at[0], at[1]]

@@ -13,6 +13,8 @@ from .projection.heads import WithHead as WithHead
 from .projection.heads import projection_head as projection_head
 from .projection.layers import layers_worth as layers_worth
 from .projection.theory import feature_weights as feature_weights
+from .projection.training import EmbeddingTraining as EmbeddingTraining
+from .projection.training import Following as Following
 from .tract.layer import tract as tract
 from .useful.early_outputs import outputs_of as outputs_of
 from .useful.learning_order import learning_order as learning_order

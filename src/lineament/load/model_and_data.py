@@ -34,7 +34,8 @@ class ModelAndData(Readable):
 
     Attributes:
         layout: how stored samples become the model's input.
-        task: ``"classification"``, ``"multi-label"`` (several 0/1 labels a sample), ``"regression"`` or ``"dense"`` (a class for each pixel or token).
+        task: ``"classification"``, ``"multi-label"`` (several 0/1 labels a sample), ``"regression"``, ``"dense"`` (a class for each pixel or token)
+            or ``"embedding"`` (a vector for each sample, whose labels say which are alike and need no output).
         outputs: (sample, class, label or value), the model's answers to all samples, on the CPU; logits of classes and labels. Of every pixel or token only
             the class that is named, (sample, height, width) or (sample, position); -1 behind the end of a text.
         width: how many outputs the model has (for a pixel or token).
@@ -237,7 +238,8 @@ def bring_together(
     softmax or a sigmoid, or has one output for two classes.
 
     Args:
-        task: ``"classification"``, ``"multi-label"``, ``"regression"``, ``"dense"``, or ``"auto"``: by the targets and the outputs.
+        task: ``"classification"``, ``"multi-label"``, ``"regression"``, ``"dense"``, ``"embedding"`` (only where it is asked for), or ``"auto"``: by the
+            targets and the outputs.
         normalize: (mean, deviation) per channel, for images scaled to [0, 1]; by default the model's own.
         output: which of several outputs is the answer, see :func:`lineament.load.outputs.one_output`.
         answers: what the model answers to all samples, where that is known already.
@@ -246,7 +248,7 @@ def bring_together(
         InputError: no layout of the data that the model takes, outputs that are no logits, labels without an output, NaN in the
             outputs, one class only.
     """
-    checks.one_of("task", task, ("auto", "classification", "multi-label", "regression", "dense"))
+    checks.one_of("task", task, ("auto", "classification", "multi-label", "regression", "dense", "embedding"))
     model = loaded.model
     place(model, device)
     samples = with_arguments(model, _one_map(samples, task))
@@ -332,7 +334,7 @@ def _answered(
     classes = samples.classes or own_classes
     if task == "classification":
         _check_classes(samples, width)
-    if len(classes) != width and not (samples.classes and task == "classification"):
+    if len(classes) != width and not (samples.classes and task in ("classification", "embedding")):
         classes = ()
     example = start.inputs(start.example)
     found = replace(
@@ -478,10 +480,19 @@ def _task(task: str, outputs: Tensor, samples: Samples) -> tuple[str, Samples, l
             f"targets: {show(targets)}, expected one class label a sample; pass task='multi-label' for several, task='regression' for real values",
         )
         targets = targets.long()
+    if task == "embedding":
+        targets = checks.labels("targets", targets)
+        require(
+            len(targets.unique()) > 1,
+            "targets: all alike, expected two labels or more to tell embeddings apart",
+        )
+        return task, replace(samples, targets=targets), reason
     try:
         targets = checks.labels("targets", targets, classes=max(width, 2))
     except InputError as error:
-        raise InputError(f"{error}; the model has {several}, counted from 0") from None
+        raise InputError(
+            f"{error}; the model has {several}, counted from 0; if they are an embedding, pass task='embedding'"
+        ) from None
     return task, replace(samples, targets=targets), reason
 
 

@@ -31,7 +31,7 @@ def reading(outputs: Tensor, task: str, dtype: torch.dtype = torch.float32) -> R
     """What the outputs of all samples, (sample, output), are.
 
     Args:
-        task: ``"classification"``, ``"multi-label"`` or ``"regression"``.
+        task: ``"classification"``, ``"multi-label"``, ``"regression"`` or ``"embedding"``.
         dtype: the precision in which they were computed.
 
     >>> reading(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), "classification").said
@@ -39,7 +39,7 @@ def reading(outputs: Tensor, task: str, dtype: torch.dtype = torch.float32) -> R
     >>> reading(torch.tensor([[9.0, 1.0], [2.0, 8.0]]), "classification").said
     ''
     """
-    if task == "regression":
+    if task in ("regression", "embedding"):
         return Reading()
     width, tolerance = outputs.shape[1], 1e-3 if dtype in (torch.float32, torch.float64) else 2e-2
     z = outputs.double()

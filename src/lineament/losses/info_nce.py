@@ -115,6 +115,18 @@ class InfoNCE(nn.Module):
             rows = torch.lerp(rows[order], rows, lam)
         return (one * two).sum(1), one, rows
 
+    def get_extra_state(self) -> dict[str, Any]:
+        """What a resumed training needs besides the queue: the state of the draws, and the scores so far."""
+        return {
+            "generator": self.generator.get_state(),
+            "log": None if self.log is None else self.log.state_dict(),
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"].cpu())
+        if self.log is not None and state["log"] is not None:
+            self.log.load_state_dict(state["log"])
+
     def _in_batch(self, found: Tensor) -> Tensor:
         off = ~torch.eye(len(found), dtype=torch.bool, device=found.device)
         return found[off].view(len(found), -1)
@@ -190,6 +202,17 @@ class ScoreLog:
         )
         self.curves: dict[str, list[float]] = {name: [] for name in names}
 
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "warned": self.warned,
+            "curves": {k: list(v) for k, v in self.curves.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.warned = state["step"], state["warned"]
+        self.curves = {name: list(state["curves"][name]) for name in self.curves}
+
     def due(self) -> bool:
         """Whether this step's scores are kept; counts the steps."""
         self.step += 1
@@ -209,7 +232,7 @@ class ScoreLog:
         if mean > 0.5 and not self.warned:
             self.warned = True
             warnings.warn(
-                f"the mean negative score is {mean:.2f} at step {max(self.step - 1, 0)}: the embedding crowds; start positive extrapolation later",
+                f"the mean negative score is {mean:.2f} at step {max(self.step - 1, 0)}: the embedding crowds; positives that are extrapolated should start later",
                 stacklevel=3,
             )
 

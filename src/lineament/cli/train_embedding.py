@@ -1,0 +1,96 @@
+"""An embedding trained by `lineament train`: what is trained, which classes are held out, and how well those are recognised."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from lineament.cli.train_options import Options
+from lineament.cli.train_result import RECOGNITION
+from lineament.core.checks import InputError, require
+from lineament.core.models import dtype_of, frozen
+from lineament.learn.projection.training import EmbeddingTraining, embedded
+from lineament.learn.projection.views import view
+from lineament.measure.embeddings.pairs import recognition
+from lineament.train.batches import moved
+from lineament.train.loop import Run
+from lineament.train.processes import randomness
+
+
+def made(model: nn.Module, some: Any, targets: Int[Tensor, "samples"], options: Options) -> EmbeddingTraining:
+    """The network with its loss, a head and views, as the options say; ``some`` are a few inputs.
+
+    Raises:
+        InputError: inputs that have no views, an embedding of a single coordinate, an unknown site.
+    """
+    o = options.embedding
+    assert o is not None
+    require(
+        isinstance(some, Tensor), f"loss: {o.loss} trains networks of one input, and this one takes several"
+    )
+    names = o.views_of(some.ndim == 4)
+    x = moved(some, next(model.parameters()).device, dtype_of(model))
+    with frozen(model), torch.no_grad(), randomness(options.seed):
+        width = embedded(model, view(x, names), o.embedding).shape[1]
+    require(
+        width > 1,
+        "embedding: it has one coordinate, which leaves two directions; expected more",
+    )
+    with randomness(options.seed):
+        head = o.projection(width)
+        loss = o.made(len(targets.unique()), width, options.seed)
+    return EmbeddingTraining(
+        model, loss, head=head, view=functools.partial(view, names=names), site=o.embedding
+    )
+
+
+class Recognised:
+    """How well the classes held out are recognised after each epoch; ``None`` where an embedding has no direction."""
+
+    def __init__(self, inputs: Any, targets: Int[Tensor, "samples"]):
+        self.inputs, self.targets = inputs, targets
+
+    def on_epoch_end(self, run: Run) -> dict[str, Any]:
+        training: Any = run.model
+        rows = torch.arange(len(self.targets)).split(run.batch_size)
+        with frozen(training), torch.no_grad():
+            found = torch.cat(
+                [
+                    training.embed(moved(self.inputs[part], run.device, dtype_of(training.encoder))).cpu()
+                    for part in rows
+                ]
+            )
+        try:
+            worth = recognition(found, self.targets)
+        except InputError:
+            return dict.fromkeys(RECOGNITION)
+        return dict(zip(RECOGNITION, (*worth.tar, worth.recall, worth.precision, worth.gap)))
+
+
+def split_classes(targets: Int[Tensor, "samples"], share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows of classes to train on, and of the random classes that are held out.
+
+    >>> train, held = split_classes(torch.arange(10).repeat(3), 0.2, seed=0)
+    >>> len(train), len(torch.arange(10).repeat(3)[held].unique())
+    (24, 2)
+    """
+    if share == 0:
+        return torch.arange(len(targets)), torch.arange(0)
+    classes = targets.unique()
+    count = round(share * len(classes))
+    require(
+        2 <= count <= len(classes) - 2,
+        f"validation_classes: a share of {share} of {len(classes)} classes holds {count} out, expected at least 2 and at least 2 left to "
+        "train on; give another share, or 0",
+    )
+    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
+    held = torch.isin(targets, classes[order[:count]])
+    require(
+        bool((targets[held].unique(return_counts=True)[1] > 1).any()),
+        "validation_classes: none of the classes held out has two samples, so that nobody can be recognised; give a larger share, or 0",
+    )
+    return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
