@@ -16,9 +16,16 @@ from .sparse_attention.alignment import alignment_loss as alignment_loss
 from .sparse_attention.attend import attend as attend
 from .sparse_attention.attend import attend_both as attend_both
 from .sparse_attention.attend import full_attention as full_attention
-from .sparse_attention.attention import sparsity_report as sparsity_report
+from .sparse_attention.controls import control_selection as control_selection
 from .sparse_attention.layer import SparseSparseAttention as SparseSparseAttention
+from .sparse_attention.perplexity import sliding_perplexity as sliding_perplexity
+from .sparse_attention.probe import attention_report as attention_report
 from .sparse_attention.selection import select as select
+from .sparse_attention.theory import decomposition as decomposition
+from .sparse_attention.theory import gaps as gaps
+from .sparse_attention.theory import mass_by_distance as mass_by_distance
+from .sparse_attention.theory import output_divergence as output_divergence
+from .sparse_attention.theory import sparsity_report as sparsity_report
 from .unified_embedding.collisions import expected_collisions as expected_collisions
 from .unified_embedding.hashing import fingerprint as fingerprint
 from .unified_embedding.hashing import mix64 as mix64
