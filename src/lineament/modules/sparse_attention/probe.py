@@ -103,7 +103,7 @@ def attention_report(
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=10)
     >>> found = attention_report(LlamaForCausalLM(LlamaConfig(**shape)), torch.arange(9)[None], block_size=2, blocks=(1, 5))
-    >>> [each.layer for each in found], found[0].kept[1].tolist()
+    >>> [each.layer for each in found], [round(each, 4) for each in found[0].kept[1].tolist()]
     ([0, 1], [1.0, 1.0])
     """
     require(input_ids.ndim == 2, f"input_ids: got {show(input_ids)}, expected [batch, tokens]")

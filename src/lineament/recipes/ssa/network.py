@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,17 +69,17 @@ class ByteModel(nn.Module):
         self.history: list[float] = []
 
     def forward(self, ids: Tensor, attention: Attention = full_attention) -> Tensor:
-        x = self.embedding(ids)
+        x, blocks = self.embedding(ids), cast(list[Block], list(self.blocks))
         if self.training:
             full = coins([0], self.p_full, self.seed, self.step, "step")[0]
             found = []
-            for block in self.blocks:
+            for block in blocks:
                 x, alignment = block.trained(x, full, self.alpha > 0)
                 found.append(alignment)
                 x = block.fed(x)
             self.step, self.alignment = self.step + 1, torch.stack(found).mean()
             self.history.append(float(self.alignment.detach()))
         else:
-            for block in self.blocks:
+            for block in blocks:
                 x = block.fed(block.attended(x, attention))
         return F.linear(self.norm(x), self.embedding.weight)
