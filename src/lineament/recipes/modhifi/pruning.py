@@ -15,7 +15,7 @@ from lineament.edit.layers import fidelity
 from lineament.edit.pruning import Pruned, PruneOptions, prune
 from lineament.edit.subsets import fidelity_curve
 from lineament.recipes.kit.image_sets import accuracy
-from lineament.recipes.modhifi.networks import SOURCES, anew, images, trained
+from lineament.recipes.modhifi.networks import SOURCES, anew, images
 
 CRITERIA = ("saliency", "fidelity", "energy", "magnitude", "random")
 REPAIRS = {"alone": (None, False), "compensation": ("delta", False), "norms": (None, True), "both": ("delta", True)}  # fmt: skip
@@ -52,9 +52,8 @@ class Trial:
     sets: dict[str, list[float]]
 
 
-def trial_of(config: Any, data: tuple[Samples, Samples], name: str, seed: int) -> Trial:
+def trial_of(config: Any, data: tuple[Samples, Samples], net: nn.Module, seed: int) -> Trial:
     train, test = data
-    net = trained(config, train, name, seed)
     drawn = images(config, train, "generated", seed)
     parameters, right, rises, first = {}, {}, [], None
     for share in config.shares:

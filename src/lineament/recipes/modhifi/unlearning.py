@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from lineament.data.samples import Samples
 from lineament.edit.forgetting import forgotten
@@ -37,9 +38,9 @@ class Unlearned:
     samples: list[int | None]
 
 
-def unlearned(config: Any, data: tuple[Samples, Samples], name: str, seed: int, label: int) -> Unlearned:
+def unlearned(config: Any, data: tuple[Samples, Samples], net: nn.Module, name: str, label: int) -> Unlearned:
     train, test = data
-    net = trained(config, train, name, seed)
+    seed = config.seeds[0]
     drawn = of_class(train, label, max(64, config.calibration // 10), seed)
     parts = [test[(test.targets == label) == inside] for inside in (True, False)]
     shown = train[train.targets == label]
