@@ -5,6 +5,8 @@ from .attend import full_attention as full_attention
 from .branch import AlignmentOptions as AlignmentOptions
 from .branch import Branch as Branch
 from .cache import BlockCache as BlockCache
+from .continued import perplexities as perplexities
+from .continued import train_aligned as train_aligned
 from .controls import last_blocks as last_blocks
 from .controls import oracle_blocks as oracle_blocks
 from .controls import random_blocks as random_blocks
