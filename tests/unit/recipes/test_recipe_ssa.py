@@ -14,7 +14,7 @@ from lineament.recipes.ssa.network import ByteModel
 from lineament.recipes.ssa.training import MODELS, Measured, Sharpened, Trained, flops, sparsely
 
 TINY = Config(
-    data_folder="/nowhere", letters=20_000, width=32, mlp=32, models=tuple(MODELS), length=64, batch_size=2, steps=4, windows=2, budgets=(2, 4, 8),
+    letters=20_000, width=32, mlp=32, models=tuple(MODELS), length=64, batch_size=2, steps=4, windows=2, budgets=(2, 4, 8),
     controls=True,
 )  # fmt: skip
 
@@ -35,11 +35,11 @@ def test_every_part_runs_and_goes_on(tmp_path):
 def test_training_passes_on_what_the_coin_says_and_all_blocks_are_full_attention():
     config = replace(TINY, blocks=2)
     ids = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(0))
-    model = ByteModel(config, p_full=1.0, alpha=0.0, seed=0)
+    model = ByteModel(config, p_full=1.0, alpha=0.0, seed=0).double()
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(5)
-        full, aligned = model(ids), ByteModel(config, p_full=1.0, alpha=10.0, seed=0)
+        full, aligned = model(ids), ByteModel(config, p_full=1.0, alpha=10.0, seed=0).double()
         aligned.load_state_dict(model.state_dict())
         torch.testing.assert_close(aligned(ids), full)
         assert aligned.alignment > 0 and model.alignment == 0
@@ -53,7 +53,7 @@ def test_training_passes_on_what_the_coin_says_and_all_blocks_are_full_attention
 
 
 def test_claims_stand_and_fall_with_the_numbers():
-    base = Measured(1.35, {2: 1.41, 4: 1.37, 8: 1.36}, 0.74, 2.3, 0.002, 0.01, 0.02, 0, 10, [1.0], [(0.0, 1.0)], 1.36, 1.4,
+    base = Measured(1.35, {2: 1.41, 4: 1.37, 8: 1.36}, 0.74, 2.3, 0.002, 0.02, 0, 10, [1.0], [(0.0, 1.0)], 1.36, 1.4,
                     {"last": 1.5, "random": 1.6, "oracle": 1.36, "exact": 1.36, "released": 1.37})  # fmt: skip
     ours = replace(
         base, full=1.34, sparse={2: 1.345, 4: 1.341, 8: 1.341}, kept=0.93, first=0.001, long_full=1.35

@@ -34,19 +34,20 @@ class Selection(Readable):
     indices: Tensor
     layout: Blocks
 
-    def mask(self, queries: slice = slice(None)) -> Tensor:
+    def mask(self) -> Tensor:
         """Which blocks are read, [batch, heads, queries, blocks] booleans."""
-        indices = self.indices[:, :, queries]
-        found = indices.new_zeros((*indices.shape[:3], self.layout.count + 1), dtype=torch.bool)
-        return found.scatter_(3, indices.remainder(self.layout.count + 1), True)[..., :-1]
+        found = self.indices.new_zeros((*self.indices.shape[:3], self.layout.count + 1), dtype=torch.bool)
+        return found.scatter_(3, self.indices.remainder(self.layout.count + 1), True)[..., :-1]
 
-    def tokens(self, queries: slice = slice(None)) -> Tensor:
+    def tokens(self) -> Tensor:
         """Which keys are read, [batch, heads, queries, keys] booleans; of its own block a query reads what is not behind it."""
-        layout, mask = self.layout, self.mask(queries)
-        position = torch.arange(layout.keys, device=mask.device)
-        block = layout.of_keys().remainder(layout.count + 1)[:, None, None].expand(*mask.shape[:3], -1)
-        mask = torch.nn.functional.pad(mask, (0, 1))
-        return mask.gather(3, block) & (position <= position[layout.offset :][queries, None])
+        layout = self.layout
+        position = torch.arange(layout.keys, device=self.indices.device)
+        block = (
+            layout.of_keys().remainder(layout.count + 1)[:, None, None].expand(*self.indices.shape[:3], -1)
+        )
+        mask = torch.nn.functional.pad(self.mask(), (0, 1))
+        return mask.gather(3, block) & (position <= position[layout.offset :, None])
 
 
 def select(

@@ -35,7 +35,6 @@ class Config:
     """One run. The groups are the text, the network, its attention, the training, and the evaluation."""
 
     text: str | None = None
-    data_folder: str | None = None
     letters: int = 2_000_000
 
     layers: int = 2
@@ -121,10 +120,10 @@ def _tables(found: Found, config: Config) -> list[Table]:
         losses = [found.mean(name, lambda m, b=b: m.sparse[b]) for b in budgets]
         numbers = [
             found.mean(name, lambda m, f=f: getattr(m, f))
-            for f in ("kept", "entropy", "first", "peak", "divergence", "long_full", "long_sparse")
+            for f in ("kept", "entropy", "first", "divergence", "long_full", "long_sparse")
         ]
         rows.append([name, *(round(x, 4) for x in (found.mean(name, lambda m: m.full), *losses, *numbers))])
-    columns = ["trained as", "full", *(f"{b} blocks" for b in budgets), "held weight", "entropy, nats", "on token 0", "on the strongest key",
+    columns = ["trained as", "full", *(f"{b} blocks" for b in budgets), "held weight", "entropy, nats", "on token 0",
                "KL full | sparse", f"{2 * config.length} tokens, full", f"{2 * config.length} tokens, {config.blocks} blocks"]  # fmt: skip
     tables = [Table(f"Loss in nats a byte and attention under full inference (means of {len(config.seeds)} seeds)", columns, rows)]  # fmt: skip
     if config.controls:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lineament.modules.sparse_attention.attend import attend, full_attention
-from lineament.modules.sparse_attention.controls import CONTROLS, control_selection
+from lineament.modules.sparse_attention.controls import last_blocks, oracle_blocks, random_blocks
 from lineament.modules.sparse_attention.selection import select
 from lineament.modules.sparse_attention.theory import SparsityReport, output_divergence, sparsity_report
 from lineament.recipes.kit.text import read_text
@@ -27,6 +27,9 @@ MODELS = {
     "SSA, coin alone": (0.5, False),
     "FullAttn, SSA's FLOPs": (1.0, False),
 }
+
+
+CONTROLS = {"last": last_blocks, "random": random_blocks, "oracle": oracle_blocks}
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,6 @@ class Measured:
     kept: float
     entropy: float
     first: float
-    peak: float
     divergence: float
     violations: int
     queries: int
@@ -72,7 +74,7 @@ class Sharpened:
 
 def text_of(config: Any) -> tuple[Tensor, Tensor]:
     """Training and held-out bytes, 90 to 10."""
-    raw = read_text(config.text, config.data_folder).encode()[: config.letters]
+    raw = read_text(config.text).encode()[: config.letters]
     ids = torch.frombuffer(bytearray(raw), dtype=torch.uint8).long()
     cut = len(ids) * 9 // 10
     return ids[:cut], ids[cut:]
@@ -141,9 +143,9 @@ def sparsely(config: Any, blocks: int, **options: Any) -> Attention:
     return lambda q, k, v: attend(q, k, v, block_size=config.block_size, blocks=blocks, **options).output
 
 
-def chosen_by(config: Any, by: Any) -> Attention:
+def chosen_by(config: Any, by: str) -> Attention:
     """Attention over the blocks of a control selection, the same number."""
-    return lambda q, k, v: attend(q, k, v, control_selection(q, k, by, block_size=config.block_size, blocks=config.blocks)).output  # fmt: skip
+    return lambda q, k, v: attend(q, k, v, CONTROLS[by](q, k, block_size=config.block_size, blocks=config.blocks)).output  # fmt: skip
 
 
 def reports(model: ByteModel, rows: Tensor, config: Any, scale: float | None = None) -> list[SparsityReport]:
@@ -166,7 +168,7 @@ def measure(trained: Trained, test: Tensor, config: Any) -> Measured:
     found = reports(model, rows[:16], config)
     joined = {
         name: torch.stack([getattr(each, name) for each in found])
-        for name in ("kept", "entropy", "first", "error", "bound", "delta", "peak")
+        for name in ("kept", "entropy", "first", "error", "bound", "delta")
     }
     error, bound = joined["error"].flatten(), joined["bound"].flatten()
     some = torch.arange(0, len(error), max(1, len(error) // 300))
@@ -174,7 +176,7 @@ def measure(trained: Trained, test: Tensor, config: Any) -> Measured:
     sparse = sparsely(config, config.blocks)
     with torch.no_grad():
         ids, half = rows[:16, :-1], config.length // 2
-        apart = output_divergence(model(ids)[:, half:], model(ids, sparse)[:, half:])
+        apart = output_divergence(model(ids)[:, half:], model(ids, sparse)[:, half:]).divergence
     chosen = {}
     if config.controls:
         chosen = {by: mean_loss(model, rows, chosen_by(config, by)) for by in CONTROLS}
@@ -186,7 +188,6 @@ def measure(trained: Trained, test: Tensor, config: Any) -> Measured:
         kept=float(joined["kept"].mean()),
         entropy=float(joined["entropy"].mean()),
         first=float(joined["first"].mean()),
-        peak=float(joined["peak"].mean()),
         divergence=float(apart.mean()),
         violations=int((error > bound * (1 + 1e-4) + 1e-6).sum()),
         queries=len(error),

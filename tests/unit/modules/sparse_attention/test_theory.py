@@ -1,173 +1,177 @@
-"""What a choice of blocks leaves out: identities, bounds, limits, and the control selections."""
+"""What a choice of blocks leaves out, against weights that are built as a whole."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from typing import Any
 
 import pytest
 import torch
-from tests.unit.modules.sparse_attention.models import made
+from torch import Tensor
 
 from lineament.core.checks import InputError
-from lineament.modules.sparse_attention import theory
-from lineament.modules.sparse_attention.attend import attend, attend_both
-from lineament.modules.sparse_attention.controls import control_selection
-from lineament.modules.sparse_attention.perplexity import sliding_perplexity
-from lineament.modules.sparse_attention.probe import attention_report
-from lineament.modules.sparse_attention.selection import Selection, select
-from lineament.modules.sparse_attention.theory import (
-    decomposition,
+from lineament.modules.sparse_attention import (
+    attend,
+    attention_profile,
+    decompose,
+    full_attention,
     gaps,
-    mass_by_distance,
+    last_blocks,
+    oracle_blocks,
     output_divergence,
+    random_blocks,
+    select,
     sparsity_report,
 )
+from lineament.modules.sparse_attention.selection import Selection
 
-PASTS: dict[str, dict[str, Any]] = {
+CHOICES = {"select": select, "last": last_blocks, "random": random_blocks, "oracle": oracle_blocks}
+ROWS, HEADS, KEY_HEADS, TOKENS, SIZE = 2, 4, 2, 29, 8
+PASTS = {
     "plain": {},
-    "padded": {"padding": torch.tensor([[0] * 5 + [1] * 18, [1] * 23])},
-    "packed": {"documents": torch.tensor([[0] * 9 + [1] * 14]).expand(2, -1)},
+    "offset": {"offset": 9},
+    "padding": {"padding": torch.tensor([[0] * 5 + [1] * 24, [1] * 27 + [0] * 2])},
+    "documents": {"documents": torch.tensor([0, 7, 20, 29])},
 }
 
 
-def drawn(scale: float = 1.0) -> tuple[torch.Tensor, ...]:
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lineament.modules.sparse_attention.weights.WEIGHTS", 1)
+    monkeypatch.setattr("lineament.modules.sparse_attention.controls.SCORES", 200)
+
+
+def drawn(past: dict, strength: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(2, heads, 23, 6, generator=generator).double() * scale for heads in (4, 2, 2))  # fmt: skip
+    queries = TOKENS - past.get("offset", 0)
+    shapes = ((HEADS, queries), (KEY_HEADS, TOKENS), (KEY_HEADS, TOKENS))
+    q, k, v = (torch.randn(ROWS, *shape, SIZE, generator=generator, dtype=torch.float64) for shape in shapes)
+    return strength * q, k, v
 
 
-@pytest.mark.parametrize("past", PASTS)
-@pytest.mark.parametrize("scoring", ["group_softmax", "dot"])
-@pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
-def test_difference_is_its_two_parts_and_within_the_bound_at_every_query(
-    past: str, scoring: Any, scale: float
-) -> None:
-    q, k, v = drawn(scale)
-    both = attend_both(q, k, v, block_size=3, blocks=3, scoring=scoring, **PASTS[past])
-    parts = decomposition(q, k, v, both.selection)
-    torch.testing.assert_close(both.full - both.sparse, parts.dropped - parts.rescaled)
-    found = sparsity_report(q, k, v, both.selection)
-    torch.testing.assert_close(found.error, (both.full - both.sparse).norm(dim=3))
-    assert (found.error <= found.bound + 1e-9).all() and (found.error > 0.01).any()
+def built(q: Tensor, k: Tensor, selection: Selection, scale: float) -> tuple[Tensor, Tensor]:
+    """All weights, and which keys may be seen."""
+    layout = selection.layout
+    at = torch.arange(layout.keys)
+    seen = (at >= layout.begins[..., None]) & (at <= at[layout.offset :, None])
+    seen = (seen & (layout.own >= 0)[..., None])[:, None].expand(ROWS, HEADS, -1, -1)
+    logits = scale * q @ k.repeat_interleave(HEADS // KEY_HEADS, 1).mT
+    return logits.masked_fill(~seen, -math.inf).softmax(-1).nan_to_num(0.0), seen
 
 
-@pytest.mark.parametrize("past", PASTS)
-def test_report_in_tiles_is_the_report_at_once(past: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = drawn()
-    chosen = select(q, k, block_size=3, blocks=3, **PASTS[past])
-    whole, mass = sparsity_report(q, k, v, chosen), mass_by_distance(q, k, (1, 4), **PASTS[past])
-    oracle = control_selection(q, k, "oracle", block_size=3, blocks=3, **PASTS[past])
-    monkeypatch.setattr(theory, "WEIGHTS", 1)
-    torch.testing.assert_close(vars(sparsity_report(q, k, v, chosen)), vars(whole))
-    torch.testing.assert_close(mass_by_distance(q, k, (1, 4), **PASTS[past]), mass)
-    again = control_selection(q, k, "oracle", block_size=3, blocks=3, **PASTS[past])
-    assert torch.equal(again.indices, oracle.indices)
+@pytest.mark.parametrize("past", PASTS.values(), ids=PASTS)
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+def test_the_report_in_tiles_is_that_of_all_weights(choice, past):
+    q, k, v = drawn(past)
+    selection = choice(q, k, block_size=4, blocks=2, **past)
+    full, seen = built(q, k, selection, SIZE**-0.5)
+    chosen = selection.tokens().repeat_interleave(HEADS // selection.indices.shape[1], 1)
+    found, parts = sparsity_report(q, k, v, selection), decompose(q, k, v, selection)
+    sparse = attend(q, k, v, selection, backend="dense").output
+    whole = full_attention(q, k, v, **past)
+    torch.testing.assert_close(found.kept, (full * chosen).sum(-1))
+    torch.testing.assert_close(found.delta, (full * (seen & ~chosen)).sum(-1))
+    torch.testing.assert_close(found.entropy, torch.special.entr(full).sum(-1))
+    torch.testing.assert_close(found.bits, found.entropy / math.log(2))
+    torch.testing.assert_close(found.error, (whole - sparse).norm(dim=3))
+    assert bool((found.error <= found.bound + 1e-12).all()) and float(found.error.max()) > 0.1
+    torch.testing.assert_close(parts.full, whole)
+    torch.testing.assert_close(parts.difference, whole - sparse)
+    # KL(sparse weights, full weights) where a query is real.
+    renormalised = torch.where(chosen, full, 0) / found.kept[..., None].clamp(min=1e-300)
+    ratio = torch.where(renormalised > 0, renormalised.log() - full.clamp(min=1e-300).log(), 0)
+    torch.testing.assert_close((renormalised * ratio).sum(-1), found.divergence)
 
 
-def test_uniform_attention_has_its_closed_forms() -> None:
-    zero = torch.zeros(1, 1, 8, 2)
-    found = sparsity_report(zero, zero, torch.ones(1, 1, 8, 2), select(zero, zero, block_size=2, blocks=1))
-    last = (0, 0, 7)
-    assert found.entropy[last].item() == pytest.approx(math.log(8)) and found.bits[last].item() == pytest.approx(3)  # fmt: skip
-    assert found.kept[last].item() == pytest.approx(0.25) and found.delta[last].item() == pytest.approx(0.75)
-    assert found.divergence[last].item() == pytest.approx(math.log(4))
-    assert found.first[last].item() == pytest.approx(1 / 8) and found.first_block[last].item() == pytest.approx(1 / 4)  # fmt: skip
-    harmonic = [sum(1 / t for t in range(j, 9)) / 8 for j in range(1, 9)]
-    torch.testing.assert_close(found.received[0, 0], torch.tensor(harmonic))
-    assert found.peak.item() == pytest.approx(harmonic[0])
-    mass = mass_by_distance(zero, zero, (1, 2, 4))[0]
-    assert mass.sum().item() == pytest.approx(1) and mass[0].item() == pytest.approx(harmonic[0])
+@pytest.mark.parametrize("past", PASTS.values(), ids=PASTS)
+def test_the_profile_in_tiles_is_that_of_all_weights(past):
+    q, k, _ = drawn(past)
+    selection = oracle_blocks(q, k, block_size=4, blocks=1, **past)
+    layout = selection.layout
+    full, seen = built(q, k, selection, SIZE**-0.5)
+    real = (layout.own >= 0).expand(ROWS, -1)
+    found = attention_profile(q, k, block_size=4, blocks=(1, 3, 50), **past)
+
+    def mean(x: Tensor) -> Tensor:
+        return x.sum(2) / real.sum(1).view(-1, 1, *[1] * (x.ndim - 3))
+
+    begins = layout.begins.expand(ROWS, -1)[:, None, :, None].expand(ROWS, HEADS, -1, 1)
+    at = torch.arange(layout.keys)
+    back = at[layout.offset :, None] - at
+    first = full.gather(3, begins)
+    torch.testing.assert_close(found.entropy, mean(torch.special.entr(full).sum(-1)))
+    torch.testing.assert_close(found.first, mean(first[..., 0]))
+    torch.testing.assert_close(found.first_block, mean((full * (at < begins + 4)).sum(-1)))
+    torch.testing.assert_close(found.received, full.sum(2) / seen.sum(2).clamp(min=1))
+    by_hand = torch.stack([mean((full * (back == d)).sum(-1)) for d in at], -1)
+    torch.testing.assert_close(found.distance, by_hand)
+    without = full.scatter(3, begins, 0)
+    torch.testing.assert_close(
+        found.away, torch.stack([mean((without * (back == d)).sum(-1)) for d in at], -1)
+    )
+    torch.testing.assert_close(found.best[..., 2], torch.ones(ROWS, HEADS, dtype=torch.float64))
+    block = torch.where(layout.of_keys() < 0, 99, layout.of_keys())
+    masses = torch.stack(
+        [(full * (block == n).expand(ROWS, -1)[:, None, None]).sum(-1) for n in range(layout.count)], -1
+    )
+    own = layout.own.clamp(min=0).expand(ROWS, -1)[:, None, :, None].expand(ROWS, HEADS, -1, 1)
+    top = masses.scatter(3, own, 0).topk(2, dim=-1).values.sum(-1)
+    torch.testing.assert_close(found.best[..., 1], mean(masses.gather(3, own)[..., 0] + top))
+    held = found.away.cumsum(-1) / found.away.sum(-1, keepdim=True)
+    reach = found.reach(0.5)[..., None]
+    assert bool((held.gather(-1, reach - 1) >= 0.5 - 1e-6).all())
+    assert bool(((reach < 2) | (held.gather(-1, (reach - 2).clamp(min=0)) < 0.5)).all())
 
 
-def test_padded_row_reports_what_it_reports_alone() -> None:
-    q, k, v = drawn()
-    padding = PASTS["padded"]["padding"]
-    whole = sparsity_report(q, k, v, select(q, k, block_size=3, blocks=3, padding=padding))
-    q, k, v = (x[:1, :, 5:] for x in (q, k, v))
-    alone = sparsity_report(q, k, v, select(q, k, block_size=3, blocks=3))
-    for name in ("kept", "entropy", "first", "first_block", "error", "bound", "divergence"):
-        torch.testing.assert_close(getattr(whole, name)[:1, :, 5:], getattr(alone, name))
-    torch.testing.assert_close(whole.received[:1, :, 5:], alone.received)
-
-
-def test_more_blocks_keep_more_and_all_blocks_keep_all() -> None:
-    q, k, v = drawn()
-    wide = select(q, k, block_size=3, blocks=8)
-    kept = [sparsity_report(q, k, v, Selection(wide.indices[..., :n], wide.layout)).kept for n in range(1, 9)]
-    assert all((more >= less - 1e-12).all() for less, more in itertools.pairwise(kept))
-    torch.testing.assert_close(kept[-1], torch.ones_like(kept[-1]))
-
-
-@pytest.mark.parametrize("past", PASTS)
-def test_oracle_keeps_the_most_and_all_controls_keep_the_budget(past: str) -> None:
-    q, k, v = drawn(2.0)
-    options = {"block_size": 3, "blocks": 3, **PASTS[past]}
-    wanted = select(q, k, **options)
-    found = {by: control_selection(q, k, by, **options) for by in ("last", "random", "oracle")}
+def test_no_choice_of_blocks_keeps_more_than_the_oracle_and_more_blocks_keep_more():
+    q, k, v = drawn({})
     kept = {}
-    for by, chosen in {"ours": wanted, **found}.items():
-        assert torch.equal(chosen.mask().sum(-1), wanted.mask().sum(-1))
-        kept[by] = sparsity_report(q, k, v, chosen).kept.unflatten(1, (2, 2)).mean(2)
-    assert all((kept["oracle"] >= each - 1e-12).all() for each in kept.values())
-    assert (kept["oracle"] > kept["ours"]).any()
-    again = control_selection(q, k, "random", **options)
-    other = control_selection(q, k, "random", **options, seed=1)
-    assert torch.equal(again.indices, found["random"].indices) and not torch.equal(other.indices, again.indices)  # fmt: skip
+    for name, choice in CHOICES.items():
+        for blocks in (1, 2, 4, 8):
+            found = sparsity_report(q, k, v, choice(q, k, block_size=4, blocks=blocks)).kept
+            kept[name, blocks] = found.unflatten(1, (KEY_HEADS, -1)).mean(2)
+    for name in CHOICES:
+        assert bool((kept["oracle", 2] >= kept[name, 2] - 1e-12).all())
+        torch.testing.assert_close(kept[name, 8], torch.ones_like(kept[name, 8]))
+    for name in ("select", "last", "oracle"):
+        for few, many in ((1, 2), (2, 4), (4, 8)):
+            assert bool((kept[name, many] >= kept[name, few] - 1e-12).all())
+    assert float((kept["oracle", 2] - kept["last", 2]).mean()) > 0.05
 
 
-def test_last_blocks_are_the_recent_ones() -> None:
-    q, k, v = drawn()
-    last = control_selection(q, k, "last", block_size=3, blocks=3)
-    forced = select(q, k, block_size=3, blocks=3, recent=2)
-    torch.testing.assert_close(attend(q, k, v, last).output, attend(q, k, v, forced).output)
+def test_controls_read_their_own_block_and_the_past_only():
+    q, k, _ = drawn({})
+    assert last_blocks(q, k, block_size=4, blocks=3).indices[0, 0, -1].tolist() == [7, 6, 5]
+    one, again, other = (random_blocks(q, k, block_size=4, blocks=3, seed=s).indices for s in (1, 1, 2))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    own = torch.arange(TOKENS) // 4
+    assert torch.equal(one[..., 0], own.expand(ROWS, KEY_HEADS, -1)) and bool(
+        (one[..., 1:] < own[:, None]).all()
+    )
+    with pytest.raises(InputError, match="blocks"):
+        last_blocks(q, k, block_size=4, blocks=0)
 
 
-def test_gap_is_within_capability_and_attention() -> None:
-    one, two, three = drawn()[0], drawn(2.0)[0], drawn(3.0)[0].flip(2)
+@pytest.mark.parametrize("strength", [0.1, 1.0, 10.0, 1000.0])
+def test_the_error_stays_below_its_bound_at_any_sharpness(strength):
+    q, k, v = drawn({}, strength)
+    found = sparsity_report(q, k, 100 * v, random_blocks(q, k, block_size=2, blocks=2))
+    assert bool((found.error <= found.bound + 1e-10).all())
+    assert bool(found.entropy.isfinite().all())
+
+
+def test_the_gaps_bound_the_total():
+    one, two, three = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
     found = gaps(one, two, three)
-    assert (found.total <= found.capability + found.attention + 1e-12).all()
-    with pytest.raises(InputError, match="expected one shape"):
-        gaps(one, two, three[:1])
+    assert bool((found.total <= found.capability + found.attention).all())
+    with pytest.raises(InputError, match="same shape"):
+        gaps(one, two, three[:2])
 
 
-def test_cross_entropy_is_entropy_and_divergence() -> None:
-    full, sparse = drawn()[0].flatten(0, 2), drawn()[0].flatten(0, 2).flip(1)
-    p = full.softmax(-1)
-    cross = -(p * sparse.log_softmax(-1)).sum(-1)
-    torch.testing.assert_close(cross, torch.special.entr(p).sum(-1) + output_divergence(full, sparse))
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_layers_of_a_decoder_are_reported_and_it_is_left_as_it_was(family: str) -> None:
-    model, ids = made(family).train(), torch.arange(2, 42)[None]
-    before = model(ids).logits
-    found = attention_report(model, ids, block_size=4, blocks=(2, 5, 10))
-    assert [each.layer for each in found] == [0, 1] and model.training
-    for each in found:
-        assert (each.kept.diff(dim=0) >= -1e-9).all()
-        torch.testing.assert_close(each.kept[-1], torch.ones(4).double())
-        assert (each.kept[0] < 0.95).all() and (each.error <= each.bound).all()
-    assert torch.equal(model(ids).logits, before)
-    # The first layer by hand: its weights from the library's eager attention.
-    model.eval().set_attn_implementation("eager")
-    weights = model(ids, output_attentions=True).attentions[0]
-    torch.testing.assert_close(torch.special.entr(weights).sum(-1).double().mean((0, 2)), found[0].entropy)
-    torch.testing.assert_close(weights[..., 0].double().mean((0, 2)), found[0].first)
-
-
-def test_every_token_but_the_first_is_counted_once_with_its_past() -> None:
-    model, ids = made("llama"), torch.arange(50).repeat(2)[:77]
-    found = sliding_perplexity(model, ids, context=77, stride=3)
-    expected = float(model(ids[None], labels=ids[None]).loss.detach())
-    assert found.tokens == 76 and found.loss == pytest.approx(expected, rel=1e-5) and math.isnan(found.error)
-    windows = sliding_perplexity(model, ids, context=20, stride=7, batch_size=3)
-    single = sliding_perplexity(model, ids, context=20, stride=7)
-    assert windows.tokens == 76 and windows.loss == pytest.approx(single.loss, rel=1e-5)
-    one = sliding_perplexity(model, ids[-20:], context=19, stride=1)
-    with torch.no_grad():
-        last = torch.log_softmax(model(ids[None, -19:]).logits, -1)[0, -2, ids[-1]]
-    assert one.by_window[-1].item() == pytest.approx(-float(last), rel=1e-4)
-    assert one.perplexity == pytest.approx(math.exp(one.loss))
-    with pytest.raises(InputError, match="less than the context"):
-        sliding_perplexity(model, ids, context=8, stride=8)
+def test_the_divergence_of_predictions_is_the_cross_entropy_less_the_entropy():
+    full, sparse = torch.randn(2, 6, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = output_divergence(full, sparse)
+    expected = torch.nn.functional.cross_entropy(sparse, full.softmax(-1), reduction="none")
+    torch.testing.assert_close(found.cross_entropy, expected)
+    assert float(found.divergence.min()) > 0 and float(output_divergence(full, full).divergence.max()) < 1e-12
+    barred = torch.tensor([0.0, -math.inf])
+    assert output_divergence(barred, barred).divergence.item() == 0
