@@ -56,7 +56,13 @@ def test_claims_stand_and_fall_with_the_numbers():
     base = Measured(1.35, {2: 1.41, 4: 1.37, 8: 1.36}, 0.74, 2.3, 0.002, 0.02, 0, 10, [1.0], [(0.0, 1.0)], 1.36, 1.4,
                     {"last": 1.5, "random": 1.6, "oracle": 1.36, "exact": 1.36, "released": 1.37})  # fmt: skip
     ours = replace(
-        base, full=1.34, sparse={2: 1.345, 4: 1.341, 8: 1.341}, kept=0.93, first=0.001, long_full=1.35
+        base,
+        full=1.34,
+        sparse={2: 1.345, 4: 1.341, 8: 1.341},
+        kept=0.93,
+        first=0.001,
+        long_full=1.35,
+        chosen=base.chosen | {"oracle": 1.34},
     )
     good = {
         "FullAttn": base,
