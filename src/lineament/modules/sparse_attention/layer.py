@@ -68,14 +68,14 @@ class SparseSparseAttention(nn.Module):
         one_of("mode", mode, ("sparse", "full"))
         q, k, v = self.projected(x)
         heads = full_attention(q, k, v) if mode == "full" else attend(q, k, v, self.selection(q, k)).output
-        return self.joined(self.gated(x, heads))
+        return self._joined(self._gated(x, heads))
 
     def both(self, x: Tensor) -> tuple[Tensor, Tensor, Alignment]:
         """The full output, the sparse output, and the alignment of the gated heads."""
         q, k, v = self.projected(x)
         found = attend_both(q, k, v, self.selection(q, k))
-        full, sparse = self.gated(x, found.full), self.gated(x, found.sparse)
-        return self.joined(full), self.joined(sparse), alignment_loss(full, sparse)
+        full, sparse = self._gated(x, found.full), self._gated(x, found.sparse)
+        return self._joined(full), self._joined(sparse), alignment_loss(full, sparse)
 
     def projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys with their positions, and values, [batch, heads, tokens, size]."""
@@ -88,12 +88,10 @@ class SparseSparseAttention(nn.Module):
         """The chosen blocks."""
         return select(q, k, block_size=self.block_size, blocks=self.blocks)
 
-    def gated(self, x: Tensor, heads: Tensor) -> Tensor:
-        """The heads' outputs, [batch, heads, tokens, size], times the gates of [batch, tokens, width]."""
+    def _gated(self, x: Tensor, heads: Tensor) -> Tensor:
         return self.gate(x).sigmoid().transpose(1, 2)[..., None] * heads
 
-    def joined(self, heads: Tensor) -> Tensor:
-        """Gated heads mapped back to [batch, tokens, width]."""
+    def _joined(self, heads: Tensor) -> Tensor:
         return self.out(heads.transpose(1, 2).flatten(2))
 
 
