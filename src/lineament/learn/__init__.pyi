@@ -7,6 +7,8 @@ from .condensation.coresets import herding as herding
 from .condensation.coresets import k_centers as k_centers
 from .condensation.matching import condense as condense
 from .condensation.matching import matching_loss as matching_loss
+from .projection.export import UpTo as UpTo
+from .projection.export import export as export
 from .projection.heads import Reweighting as Reweighting
 from .projection.heads import SymmetricReLU as SymmetricReLU
 from .projection.heads import WithHead as WithHead
