@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from lineament.core.checks import InputError
 from lineament.learn.condensation import augmentation, coresets
 from lineament.learn.condensation.distances import gradient_distance, row_distance
-from lineament.learn.condensation.matching import Schedule, condense, loops, matching_loss
+from lineament.learn.condensation.learning import learn_pictures
+from lineament.learn.condensation.matching import matching_loss
+from lineament.learn.condensation.options import Condensation, loops
 
 KINDS = {"ours": "rows", "mse": "squares", "cos": "cosine"}
 
@@ -67,14 +69,22 @@ def check_matching(file: File, values: File, dtype: torch.dtype) -> None:
         loss = matching_loss(net, x, labels, real, summed=summed, kind=kind, eps=file["eps"])
         file.compare(f"grad_{name}", torch.autograd.grad(loss, x)[0], dtype)
     assert file["momentum_net"] == 0
-    schedule = Schedule(
-        *(
-            int(file[key])
-            for key in ("outer_loop", "inner_loop", "net_steps", "outer_warmup", "inner_warmup")
-        ),
-        picture_rate=file["lr_img"],
-        picture_momentum=file["momentum_img"],
+    schedule = Condensation(
+        **{
+            name: int(file[key])
+            for name, key in (
+                ("outer", "outer_loop"),
+                ("inner", "inner_loop"),
+                ("epochs", "net_steps"),
+                ("outer_warmup", "outer_warmup"),
+                ("inner_warmup", "inner_warmup"),
+            )
+        },
+        rate=file["lr_img"],
+        momentum=file["momentum_img"],
         network_rate=file["lr_net"],
+        distance=kind,
+        batch_train=len(syn),
     )
     nets: list[nn.Module] = []
 
@@ -86,9 +96,9 @@ def check_matching(file: File, values: File, dtype: torch.dtype) -> None:
         nets.append(made)
         return made
 
-    found = condense(fresh, syn, labels, lambda outer, inner: real, schedule, kind=kind)
-    file.compare("sched_trace", found.trace, dtype)
-    file.compare("sched_syn_final", found.pictures, dtype)
+    pictures, trace = learn_pictures(fresh, syn, labels, lambda outer, inner: real, schedule)
+    file.compare("sched_trace", trace[:, :4], dtype)
+    file.compare("sched_syn_final", pictures, dtype)
     for name, parameter in nets[-1].named_parameters():
         file.compare(f"sched_net_final_{name}", parameter, dtype)
 

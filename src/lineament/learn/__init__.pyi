@@ -3,10 +3,14 @@ from .boosting.estimators import GBNNRegressor as GBNNRegressor
 from .boosting.network import SiteFeatures as SiteFeatures
 from .boosting.network import boosted_head as boosted_head
 from .boosting.search import search as search
+from .condensation.condensed import Condensed as Condensed
+from .condensation.condensing import condense as condense
 from .condensation.coresets import herding as herding
 from .condensation.coresets import k_centers as k_centers
-from .condensation.matching import condense as condense
+from .condensation.coresets import k_means as k_means
 from .condensation.matching import matching_loss as matching_loss
+from .condensation.networks import convnet as convnet
+from .condensation.options import Condensation as Condensation
 from .projection.export import UpTo as UpTo
 from .projection.export import export as export
 from .projection.heads import Reweighting as Reweighting

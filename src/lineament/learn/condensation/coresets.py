@@ -1,4 +1,4 @@
-"""Pictures that are chosen, not learned: herding and k-centre; and how fast a network's kernel moves.
+"""Pictures that are chosen, not learned: herding, k-centre, k-means; and how fast a network's kernel moves.
 
 The rivals and the diagnostic of arXiv 2202.02916.
 """
@@ -42,6 +42,24 @@ def k_centers(features: Tensor, count: int) -> list[int]:
     while len(chosen) < count:
         chosen.append(int(nearest.argmax()))
         nearest = torch.minimum(nearest, (features - features[chosen[-1]]).square().sum(1))
+    return chosen
+
+
+def k_means(features: Tensor, count: int, *, seed: int = 0) -> list[int]:
+    """The sample nearest to each of so many centres of k-means, each chosen once.
+
+    >>> sorted(k_means(torch.tensor([[0.0], [0.2], [0.1], [5.0]]), 2))
+    [2, 3]
+    """
+    from sklearn.cluster import KMeans
+
+    _checked(features, count)
+    found = KMeans(count, n_init="auto", random_state=seed).fit(features.double().cpu().numpy())
+    distances = torch.cdist(torch.from_numpy(found.cluster_centers_), features.double().cpu())
+    chosen: list[int] = []
+    for row in distances:
+        row[chosen] = torch.inf
+        chosen.append(int(row.argmin()))
     return chosen
 
 

@@ -1,39 +1,23 @@
-"""Learn pictures whose gradients are those of the data: class by class, or summed over classes so that what all share cancels.
+"""How unlike are the gradients that synthetic and real pictures cause: class by class, or summed over classes so that what all share cancels?
 
-Lee et al., ICML 2022, arXiv 2202.02916, sections 1.3 and 1.4. The summed form keeps what tells classes apart.
+Lee et al., ICML 2022, arXiv 2202.02916, section 1.3. The summed form keeps what tells classes apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lineament.core.checks import InputError, number, require, show, suggest
-from lineament.core.results import Readable
+from lineament.core.checks import require, show
+from lineament.core.matching import matched_gradient, summed_gradient
 from lineament.learn.condensation.distances import gradient_distance
+from lineament.learn.condensation.options import Kind
 
-# Pictures a class: matching steps of an inner loop, and the network's epochs after each.
-LOOPS = {1: (10, 5), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
-
-Kind = Literal["rows", "squares", "cosine"]
-
-
-def loops(per_class: int) -> tuple[int, int]:
-    """Inner steps and network epochs for so many pictures a class; the published table has no others.
-
-    >>> loops(10)
-    (10, 50)
-    """
-    if per_class not in LOOPS:
-        raise InputError(
-            f"per_class: got {show(per_class)}{suggest(str(per_class), map(str, LOOPS))}; for other numbers give inner steps and epochs"
-        )
-    return LOOPS[per_class]
+# Real pictures at a time: on a processor, activations of so many stay in its caches.
+_CACHED, _REAL = 16, 256
 
 
 def gradients(model: nn.Module, inputs: Tensor, labels: Tensor, *, graph: bool = False) -> list[Tensor]:
@@ -85,78 +69,59 @@ def matching_loss(
     return total
 
 
-@dataclass(frozen=True)
-class Condensed(Readable):
-    """Learned pictures, and of every step its outer and inner number, whether it was summed, and the loss before it, [steps, 4]."""
+def real_gradient(
+    model: nn.Module,
+    weights: Sequence[Tensor],
+    batches: Sequence[Tensor],
+    classes: Sequence[int],
+    *,
+    bfloat16: bool = False,
+) -> list[Tensor]:
+    """The mean over classes of each class's mean gradient, without a graph; few pictures at a time."""
+    x = torch.cat(list(batches))
+    y = torch.cat([torch.full((len(b),), c) for b, c in zip(batches, classes)]).to(x.device)
+    share = torch.cat(
+        [torch.full((len(b),), 1 / (len(b) * len(batches)), dtype=x.dtype) for b in batches]
+    ).to(x.device)
+    size = _CACHED if x.device.type == "cpu" else _REAL
+    parts, labels, shares = x.split(size), y.split(size), share.split(size)
 
-    pictures: Tensor
-    labels: Tensor
-    trace: Tensor
+    def loss(k: int, part: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
+            logits = model(part)
+        return (F.cross_entropy(logits.to(x.dtype), labels[k], reduction="none") * shares[k]).sum()
 
-
-@dataclass(frozen=True)
-class Schedule:
-    """How pictures are learned.
-
-    Attributes:
-        outer, inner: fresh networks, and matching steps with each; epochs: of the network between them.
-        outer_warmup, inner_warmup: steps are class by class while both numbers are below these, and summed from then on.
-        picture_rate, picture_momentum, network_rate: of the two optimizers.
-    """
-
-    outer: int = 1000
-    inner: int = 10
-    epochs: int = 50
-    outer_warmup: int = 250
-    inner_warmup: int = 10
-    picture_rate: float = 0.1
-    picture_momentum: float = 0.5
-    network_rate: float = 0.01
-
-    def summed(self, outer: int, inner: int) -> bool:
-        """Whether a step matches the sum over classes."""
-        return outer >= self.outer_warmup or inner >= self.inner_warmup
+    return summed_gradient(loss, weights, parts)
 
 
-def condense(
-    networks: Callable[[int], nn.Module],
-    pictures: Tensor,
+def matched(
+    model: nn.Module,
+    weights: Sequence[Tensor],
+    synthetic: Tensor,
     labels: Tensor,
-    batches: Callable[[int, int], Sequence[Tensor]],
-    schedule: Schedule,
+    goal: Sequence[Tensor],
     *,
     kind: Kind = "rows",
-) -> Condensed:
-    """Learn pictures by matching gradients on networks that train on them.
+    eps: float = 1e-6,
+    chunk: int = 256,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The distance of the mean gradient of some pictures from a goal, its derivative by them, and the share of rows that are all but zero.
 
-    Args:
-        networks: the network of an outer step. batches: the real pictures of each class, for an outer and inner step.
-        pictures, labels: the start, such as real pictures.
-
-    >>> x = torch.randn(2, 4)
-    >>> found = condense(lambda k: nn.Linear(4, 2), x, torch.arange(2), lambda i, j: [x[:1] + 1, x[1:] + 1], Schedule(2, 2, 1))
-    >>> found.trace.shape
-    torch.Size([4, 4])
+    Exact, with second derivatives of one chunk of pictures at a time.
     """
-    for name in ("outer", "inner"):
-        number(name, getattr(schedule, name), low=1, integer=True)
-    number("epochs", schedule.epochs, low=0, integer=True)
-    pictures = pictures.detach().clone().requires_grad_()
-    optimizer = torch.optim.SGD([pictures], lr=schedule.picture_rate, momentum=schedule.picture_momentum)
-    trace = []
-    for outer in range(schedule.outer):
-        model = networks(outer)
-        steps = torch.optim.SGD(model.parameters(), lr=schedule.network_rate)
-        for inner in range(schedule.inner):
-            summed = schedule.summed(outer, inner)
-            loss = matching_loss(model, pictures, labels, batches(outer, inner), summed=summed, kind=kind)
-            (gradient,) = torch.autograd.grad(loss, pictures)
-            pictures.grad = gradient
-            optimizer.step()
-            trace.append([float(outer), float(inner), float(summed), float(loss.detach())])
-            if inner < schedule.inner - 1:
-                for _ in range(schedule.epochs):
-                    steps.zero_grad()
-                    F.cross_entropy(model(pictures.detach()), labels).backward()
-                    steps.step()
-    return Condensed(pictures.detach(), labels, torch.tensor(trace, dtype=torch.float64))
+    told = labels.split(chunk)
+    small: list[Tensor] = []
+
+    def distance(found: list[Tensor]) -> Tensor:
+        with torch.no_grad():
+            pairs = [(a.flatten(1), b.flatten(1)) for a, b in zip(found, goal) if a.ndim > 1]
+            size = torch.cat([a.norm(dim=1) * b.norm(dim=1) for a, b in pairs])
+            # From here on ``eps`` changes the cosine by a tenth or more.
+            small.append((size < 10 * eps).double().mean())
+        return gradient_distance(found, goal, kind, eps=eps)
+
+    def loss(k: int, part: Tensor) -> Tensor:
+        return F.cross_entropy(model(part), told[k], reduction="sum") / len(labels)
+
+    value, slopes = matched_gradient(loss, weights, synthetic.split(chunk), distance)
+    return value, torch.cat(slopes), small[-1]

@@ -6,6 +6,8 @@ from .attention import sparsity_report as sparsity_report
 from .branch import AlignmentOptions as AlignmentOptions
 from .branch import Branch as Branch
 from .cache import BlockCache as BlockCache
+from .continued import perplexities as perplexities
+from .continued import train_aligned as train_aligned
 from .hf import install as install
 from .hf import sparse_attention as sparse_attention
 from .layer import SparseSparseAttention as SparseSparseAttention
