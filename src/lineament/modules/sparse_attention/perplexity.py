@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lineament.core.checks import number, require, show
-from lineament.core.models import frozen
+from lineament.core.models import device_of, frozen
 from lineament.core.results import Readable
 
 
@@ -58,7 +58,7 @@ def sliding_perplexity(
     with frozen(model):
         for start in range(0, len(windows), batch_size):
             group = windows[start : start + batch_size]
-            rows = torch.stack([ids[a:b] for a, b, _ in group])
+            rows = torch.stack([ids[a:b] for a, b, _ in group]).to(device_of(model))
             found = model(rows)
             logits = getattr(found, "logits", found)
             for row, scores, (a, b, first) in zip(rows, logits, group):
