@@ -13,6 +13,7 @@ from .controls import random_blocks as random_blocks
 from .hf import install as install
 from .hf import sparse_attention as sparse_attention
 from .layer import SparseSparseAttention as SparseSparseAttention
+from .perplexity import sliding_perplexity as sliding_perplexity
 from .profile import attention_profile as attention_profile
 from .profile import attention_profiles as attention_profiles
 from .selection import select as select
