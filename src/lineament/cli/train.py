@@ -1,4 +1,4 @@
-"""The subcommand ``lineament train``: train a classifier on a user's data, and compare trainings; imports no torch before it runs."""
+"""The subcommand ``lineament train``: train a classifier on a user's data or a language model on a text, and compare trainings; imports no torch before it runs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ _EPILOG = """examples:
   lineament train net.py:make faces --loss arcface --margin 0.3 --scale 32 --out runs/faces
   lineament train net.py:make photos --loss simclr --views flip,crop,jitter --out runs/simclr
   accelerate launch --num_processes 2 -m lineament train net.py:make data.npz --out runs/two
+  lineament train ./llama-saved text.txt --ssa --block-size 64 --blocks 8 --length 4096 --out runs/sparse
   lineament train --compare runs
 
 A run that was cut off goes on after its last whole epoch when the same command is given again. All of the data is held in memory."""
@@ -29,7 +30,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL", help="package.module:factory or file.py:factory")
+    add(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="package.module:factory or file.py:factory; with --ssa the folder of a language model",
+    )
     add(
         "data",
         nargs="?",
@@ -40,11 +46,16 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace an earlier run in that folder")
     add("--compare", metavar="RUNS", nargs="+", help="print a table of the runs in these folders instead")
     add("--optimizer", metavar="NAME", default="sgd", help="sgd (default), adam, adamw or diffgrad")
-    add("--lr", metavar="RATE", type=float, help="at the start (default: 0.05 for sgd, 0.001 for the others)")
+    add(
+        "--lr",
+        metavar="RATE",
+        type=float,
+        help="at the start (default: 0.05 for sgd, 0.001 for the others, 1e-5 with --ssa)",
+    )
     add("--momentum", metavar="M", type=float, help="of sgd (default: 0.9)")
     add("--weight-decay", metavar="W", type=float, help="(default: 0.01 for adamw, 0 for the others)")
-    add("--epochs", metavar="N", type=int, default=20, help="(default: 20)")
-    add("--batch-size", metavar="N", type=int, default=64, help="of all processes together (default: 64)")
+    add("--epochs", metavar="N", type=int, help="(default: 20; with --ssa 1)")
+    add("--batch-size", metavar="N", type=int, help="of all processes together (default: 64; with --ssa 8)")
     add("--schedule", metavar="NAME", default="cosine", help="cosine (default), step or none")
     add("--seed", metavar="N", type=int, default=0, help="of everything random (default: 0)")
     add(
@@ -73,6 +84,22 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         metavar="HOW",
         default="raise",
         help="a loss or gradient that is NaN or infinite: raise (default), or skip the step",
+    )
+    add(
+        "--ssa",
+        action="store_true",
+        help="go on training a language model on a text file with full and sparse attention aligned, so that it runs with either",
+    )
+    add("--block-size", metavar="N", type=int, default=16, help="tokens of a block, with --ssa (default: 16)")
+    add(
+        "--blocks",
+        metavar="K",
+        type=int,
+        default=16,
+        help="blocks that a token reads, with --ssa (default: 16)",
+    )
+    add(
+        "--length", metavar="N", type=int, default=512, help="tokens of a sequence, with --ssa (default: 512)"
     )
     add("--weights", metavar="FILE", help="start from this checkpoint (.safetensors, .pt, .pth, .ckpt, .bin)")
     add_loss_options(parser)
@@ -105,9 +132,17 @@ def run(arguments: argparse.Namespace) -> int:
     )
     require(a.out is not None, "--out: got none, expected the folder for this run")
 
+    if a.ssa:
+        from lineament.cli.train_ssa import train as train_language_model
+
+        return train_language_model(a)
     from lineament.cli.train_options import Options
     from lineament.cli.train_run import train
 
+    a.epochs, a.batch_size = (
+        (20 if a.epochs is None else a.epochs),
+        (64 if a.batch_size is None else a.batch_size),
+    )
     names = ("optimizer", "lr", "momentum", "weight_decay", "epochs", "batch_size", "schedule", "seed")
     names += ("sam", "asam", "tract", "on_nan")
     embedding = _embedding(a)

@@ -66,7 +66,7 @@ def train(a: argparse.Namespace, options: Options) -> int:
     with _brought_together(loaded, samples, a, options) as subject:
         asked = _asked(a, options, subject, samples)
         new = not folder.exists()
-        checkpoint = _opened(folder, asked, a.overwrite) if processes.first else None
+        checkpoint = opened(folder, asked, a.overwrite) if processes.first else None
         record = Log(folder, note) if processes.first else None
         with threads(3 * subject.flops * options.batch_size), _nothing_left(folder, record if new else None):
             fitted = fit(
@@ -229,7 +229,7 @@ def _asked(
     }
 
 
-def _opened(folder: Path, asked: dict[str, Any], overwrite: bool) -> Checkpoint:
+def opened(folder: Path, asked: dict[str, Any], overwrite: bool) -> Checkpoint:
     """Make the folder and open its checkpoint, unless it holds the beginning of another run."""
     file = folder / _UNFINISHED
     before: Any = None

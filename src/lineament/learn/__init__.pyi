@@ -18,6 +18,8 @@ from .condensation.evaluating import evaluate as evaluate
 from .condensation.matching import matching_loss as matching_loss
 from .condensation.networks import convnet as convnet
 from .condensation.options import Condensation as Condensation
+from .projection.export import UpTo as UpTo
+from .projection.export import export as export
 from .projection.heads import Reweighting as Reweighting
 from .projection.heads import SymmetricReLU as SymmetricReLU
 from .projection.heads import WithHead as WithHead

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lineament.modules.sparse_attention.attend import sparse_output
@@ -20,6 +21,8 @@ from lineament.modules.sparse_attention.selection import best_blocks
 
 # The attribute by which the keys that a layer hands out name it.
 OWNER = "_lineament_layer"
+# Buffers hold a multiple of this many tokens.
+ROUND = 256
 
 
 class BlockLayer(DynamicLayer):
@@ -79,7 +82,9 @@ class BlockLayer(DynamicLayer):
             return torch.cat([old[:, :, : self.length], new], 2)
         if old.shape[2] < end:
             # Zeros: the last block is read whole, what lies behind its end with weight zero.
-            grown = new.new_zeros(*new.shape[:2], max(end, 2 * old.shape[2]), new.shape[3])
+            # A round length: blocks of 2, 4, ... tokens are then copied as one.
+            size = -(-max(end, 2 * old.shape[2]) // ROUND) * ROUND
+            grown = new.new_zeros(*new.shape[:2], size, new.shape[3])
             grown[:, :, : self.length] = old[:, :, : self.length]
             old = grown
         old[:, :, self.length : end] = new
@@ -187,6 +192,9 @@ def attend_cached(
     keys = layer.length
     ends = None if padding is None or bool(padding.all()) else row_ends(padding[:, :keys])
     begins = [0] * len(q) if ends is None else ends[0].flatten().tolist()
+    if ends is None and q.shape[2] == 1 and layer._keys.shape[2] % budget.block_size == 0:
+        means = layer.block_means(budget.block_size, begins, -(-keys // budget.block_size))
+        return _one_token(q, layer, budget, means, scale)
     layout = placed(budget.block_size, keys, keys - q.shape[2], ends, q.device)
     means = layer.block_means(budget.block_size, begins * (len(q) // len(begins)), layout.count)
     selection = best_blocks(
@@ -199,3 +207,40 @@ def attend_cached(
     with torch.no_grad():
         found = gather.forward(wide(q), layer._keys, layer._values, selection.indices, layout, factor)
     return found[0].to(q.dtype)
+
+
+@torch.no_grad()
+def _one_token(
+    q: Tensor, layer: BlockLayer, budget: LayerBudget, means: Tensor, scale: float | None
+) -> Tensor:
+    """The same for the last token of rows without padding, in as few steps as possible: nothing is masked, for nothing lies behind it."""
+    assert layer._keys is not None and layer._values is not None
+    size, (batch, heads, width) = budget.block_size, (len(q), layer._keys.shape[1], q.shape[3])
+    own, within = divmod(layer.length - 1, size)
+    factor = width**-0.5 if scale is None else scale
+    rows = wide(q).view(batch, heads, -1, width)
+    best = torch.matmul(rows, means[:, :, : own + (within == size - 1)].mT)
+    if budget.scoring == "dot":
+        rows = rows.flatten(1, 2)[:, :, None]
+        best = best.flatten(1, 2)[..., :own]
+    else:
+        best = best.mul_(factor).softmax(-1).sum(2)[..., :own]
+    if budget.sinks:
+        best[..., : budget.sinks] = torch.inf
+    if budget.recent:
+        best[..., max(0, own - budget.recent) :] = torch.inf
+    best = best.topk(min(budget.blocks - 1, own), -1).indices
+    # Its own block last, so that what lies behind the token can be cut off.
+    blocks = F.pad(best, (0, 1), value=own).flatten(0, 1)
+    group = len(blocks) // (batch * heads)
+    first = torch.arange(batch * heads, device=q.device).repeat_interleave(group) * (
+        layer._keys.shape[2] // size
+    )
+    flat = (blocks + first[:, None]).flatten()
+    keys, values = (
+        x.view(-1, size * x.shape[3]).index_select(0, flat).view(len(blocks), -1, x.shape[3])[:, : within + 1 - size or None]
+        for x in (layer._keys, layer._values)
+    )  # fmt: skip
+    logits = torch.bmm(rows.flatten(0, 1).to(keys.dtype), keys.mT).to(rows.dtype)
+    found = torch.bmm(logits.mul_(factor).softmax(-1).to(values.dtype), values)
+    return found.view(*q.shape[:3], -1).to(q.dtype)

@@ -111,13 +111,14 @@ def best_blocks(
     if selection == "released":
         _check_released(layout, blocks, scoring, sinks + recent)
     groups = q.shape[1] // means.shape[1]
-    grouped = q.unflatten(1, (means.shape[1], groups))
+    grouped = q.unflatten(1, (means.shape[1], groups)).to(means.dtype)
     factor = q.shape[3] ** -0.5 if scale is None else scale
     tile = max(1, SCORES // (q.shape[0] * q.shape[1] * layout.count))
     found = []
     for start in range(0, q.shape[2], tile):
         part = slice(start, start + tile)
-        logits = torch.matmul(grouped[:, :, :, part].to(means.dtype), means[:, :, None].mT)
+        # The heads of a group as rows, so that the means are not copied for each.
+        logits = torch.matmul(grouped[:, :, :, part].flatten(2, 3), means.mT).unflatten(2, (groups, -1))
         past = layout.past(part)
         if scoring == "dot":
             score = logits.flatten(1, 2)

@@ -16,17 +16,19 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; the keys may be more than the layout's and in a smaller dtype, as in the buffer of a cache."""
     rows, group = _rows(q, indices)
-    keys, values = k.reshape(-1, k.shape[3]), v.reshape(-1, v.shape[3])
+    unit = _unit(k, layout)
+    keys, values = _units(k, unit), _units(v, unit)
     out = q.new_empty(*rows.shape[:2], v.shape[3])
     lse = q.new_empty(rows.shape[:2])
-    for part, tokens, seen in _parts(q, k, indices, layout):
-        logits = _logits(rows[part] * scale, keys, tokens, seen)
-        top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).min)
-        weights = (logits - top).exp_()
+    for part, places, seen in _parts(q, k, indices, layout, unit):
+        logits = torch.bmm(rows[part] * scale, _chosen(keys, places, unit, q.dtype).mT)
+        logits.masked_fill_(~seen[:, None], -torch.inf)
+        top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(q.dtype).min)
+        weights = logits.sub_(top).exp_()
         total = weights.sum(-1, keepdim=True)
-        chosen = values.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).to(q.dtype)
-        torch.div(torch.bmm(weights, chosen), total.clamp(min=1e-30), out=out[part])
-        lse[part] = (total.log() + top)[..., 0]
+        torch.bmm(weights, _chosen(values, places, unit, q.dtype), out=out[part])
+        out[part].div_(total.clamp(min=1e-30))
+        lse[part] = (total.log_() + top)[..., 0]
     return _heads(out, q, indices, group), _heads(lse[..., None], q, indices, group)[..., 0]
 
 
@@ -38,23 +40,35 @@ def backward(
     rows, group = _rows(q, indices)
     d_rows, _ = _rows(d_out, indices)
     totals, deltas = (_rows(x[..., None], indices)[0] for x in (lse, delta))
-    keys, values = k.reshape(-1, k.shape[3]), v.reshape(-1, v.shape[3])
+    unit = _unit(k, layout)
+    keys, values = _units(k, unit), _units(v, unit)
     d_q, d_k, d_v = torch.empty_like(rows), torch.zeros_like(keys), torch.zeros_like(values)
-    for part, tokens, seen in _parts(q, k, indices, layout):
-        logits = _logits(rows[part] * scale, keys, tokens, seen)
-        weights = torch.where(logits == -torch.inf, 0, (logits - totals[part]).exp())
-        flat = tokens.flatten()
-        chosen = values.index_select(0, flat).unflatten(0, tokens.shape)
-        d_logits = weights * (torch.bmm(d_rows[part], chosen.mT) - deltas[part]) * scale
-        d_q[part] = torch.bmm(d_logits, keys.index_select(0, flat).unflatten(0, tokens.shape))
-        d_k.index_add_(0, flat, torch.bmm(d_logits.mT, rows[part]).flatten(0, 1))
-        d_v.index_add_(0, flat, torch.bmm(weights.mT, d_rows[part]).flatten(0, 1))
+    for part, places, seen in _parts(q, k, indices, layout, unit):
+        chosen = _chosen(keys, places, unit, q.dtype)
+        logits = torch.bmm(rows[part] * scale, chosen.mT) - totals[part]
+        weights = torch.where(seen[:, None], logits.exp_(), 0)
+        d_weights = torch.bmm(d_rows[part], _chosen(values, places, unit, q.dtype).mT)
+        d_logits = d_weights.sub_(deltas[part]).mul_(weights).mul_(scale)
+        d_q[part] = torch.bmm(d_logits, chosen)
+        flat = places.flatten()
+        d_k.index_add_(0, flat, torch.bmm(d_logits.mT, rows[part]).view(-1, keys.shape[1]))
+        d_v.index_add_(0, flat, torch.bmm(weights.mT, d_rows[part]).view(-1, values.shape[1]))
     return _heads(d_q, q, indices, group), d_k.view(k.shape), d_v.view(v.shape)
 
 
-def _logits(rows: Tensor, keys: Tensor, tokens: Tensor, seen: Tensor) -> Tensor:
-    chosen = keys.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).to(rows.dtype)
-    return torch.bmm(rows, chosen.mT).masked_fill_(~seen[:, None], -torch.inf)
+def _unit(k: Tensor, layout: Blocks) -> int:
+    """Tokens that are copied as one: whole blocks, where each begins at a multiple of its size."""
+    return layout.size if layout.regular and k.shape[2] % layout.size == 0 else 1
+
+
+def _units(x: Tensor, unit: int) -> Tensor:
+    return x.reshape(-1, unit * x.shape[3])
+
+
+def _chosen(x: Tensor, places: Tensor, unit: int, dtype: torch.dtype) -> Tensor:
+    """The keys or values of each row, [rows, tokens, size]."""
+    found = x.index_select(0, places.flatten())
+    return found.view(len(places), places.shape[1] * unit, -1).to(dtype)
 
 
 def _rows(x: Tensor, indices: Tensor) -> tuple[Tensor, int]:
@@ -68,25 +82,29 @@ def _heads(rows: Tensor, q: Tensor, indices: Tensor, group: int) -> Tensor:
     return rows.view(batch, heads, queries, group, -1).transpose(2, 3).reshape(*q.shape[:3], -1)
 
 
-def _parts(q: Tensor, k: Tensor, indices: Tensor, layout: Blocks):
-    """Parts of the rows, with the flat key numbers that they read and which of those they see."""
+def _parts(q: Tensor, k: Tensor, indices: Tensor, layout: Blocks, unit: int):
+    """Parts of the rows, with the flat numbers of the units that they read, and which of their tokens they see."""
     _, heads, queries, slots = indices.shape
     rows = indices.flatten(0, 2)
     number = torch.arange(len(rows), device=q.device)
-    row = number // (heads * queries)
+    row = torch.div(number, heads * queries, rounding_mode="floor")
     # Selecting heads are the key heads, or several share one.
-    head = number // queries % heads // (heads // k.shape[1])
-    base = (row * k.shape[1] + head) * k.shape[2]
-    shared = row if layout.starts.shape[0] > 1 else torch.zeros_like(row)
+    head = torch.div(number, queries, rounding_mode="floor").remainder_(heads)
+    head = torch.div(head, heads // k.shape[1], rounding_mode="floor")
+    base = (row * k.shape[1] + head) * (k.shape[2] // unit)
+    query = number.remainder(queries)
+    shared = row if layout.starts.shape[0] > 1 else None
+    within = layout.within[0 if shared is None else shared, query]
     place = torch.arange(layout.size, device=q.device)
     step = max(1, COPIED // (slots * layout.size * k.shape[3]))
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        chosen, at = rows[part], shared[part]
-        first = layout.starts[at[:, None], chosen.clamp(min=0)]
-        tokens = first[..., None] + place
-        last = torch.full_like(chosen, layout.size - 1)
-        last[:, 0] = layout.within[at, number[part] % queries]
-        seen = (place <= last[..., None]) & (chosen >= 0)[..., None]
-        tokens = tokens.clamp(max=k.shape[2] - 1) + base[part, None, None]
-        yield part, tokens.flatten(1), seen.flatten(1)
+        chosen = rows[part]
+        found = chosen.clamp(min=0)
+        if unit == 1:
+            first = layout.starts[0 if shared is None else shared[part, None], found]
+            found = (first[..., None] + place).clamp_(max=k.shape[2] - 1).flatten(1)
+        last = torch.where(chosen < 0, -1, layout.size - 1)
+        # Of its own block, the first, a query sees what is not behind it.
+        last[:, 0] = torch.where(chosen[:, 0] < 0, -1, within[part])
+        yield part, found + base[part, None], (place <= last[..., None]).flatten(1)
