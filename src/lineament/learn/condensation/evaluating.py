@@ -79,6 +79,9 @@ class Evaluation(Readable):
         nearest: distance (root mean square, of the scale) of each picture of the set to the nearest training picture; nearest_real: of as many training pictures to the
             nearest other one.
         storage: share of the training pictures' number that the set holds.
+
+    >>> Evaluation({"condensed": {"mlp": torch.tensor([0.5, 1.0])}}).mean("condensed", "mlp")
+    0.75
     """
 
     accuracy: Mapping[str, Mapping[str, Tensor]]
