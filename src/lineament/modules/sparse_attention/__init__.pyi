@@ -8,8 +8,12 @@ from .branch import Branch as Branch
 from .cache import BlockCache as BlockCache
 from .continued import perplexities as perplexities
 from .continued import train_aligned as train_aligned
+from .gated import GatedLlamaConfig as GatedLlamaConfig
+from .gated import GatedLlamaForCausalLM as GatedLlamaForCausalLM
+from .gated import from_released as from_released
 from .hf import install as install
 from .hf import sparse_attention as sparse_attention
 from .layer import SparseSparseAttention as SparseSparseAttention
+from .nsa import nsa as nsa
 from .selection import select as select
 from .training import aligned as aligned
