@@ -2,12 +2,14 @@ from .alignment import alignment_loss as alignment_loss
 from .attend import attend as attend
 from .attend import attend_both as attend_both
 from .attend import full_attention as full_attention
-from .attention import sparsity_report as sparsity_report
 from .branch import AlignmentOptions as AlignmentOptions
 from .branch import Branch as Branch
 from .cache import BlockCache as BlockCache
 from .continued import perplexities as perplexities
 from .continued import train_aligned as train_aligned
+from .controls import last_blocks as last_blocks
+from .controls import oracle_blocks as oracle_blocks
+from .controls import random_blocks as random_blocks
 from .gated import GatedLlamaConfig as GatedLlamaConfig
 from .gated import GatedLlamaForCausalLM as GatedLlamaForCausalLM
 from .gated import from_released as from_released
@@ -15,5 +17,11 @@ from .hf import install as install
 from .hf import sparse_attention as sparse_attention
 from .layer import SparseSparseAttention as SparseSparseAttention
 from .nsa import nsa as nsa
+from .profile import attention_profile as attention_profile
+from .profile import attention_profiles as attention_profiles
 from .selection import select as select
+from .theory import decompose as decompose
+from .theory import gaps as gaps
+from .theory import output_divergence as output_divergence
+from .theory import sparsity_report as sparsity_report
 from .training import aligned as aligned

@@ -117,7 +117,8 @@ def from_released(folder: str | Path) -> GatedLlamaForCausalLM:
         weights |= load_file(file)
     require(bool(weights), f"folder: {str(folder)!r} holds no safetensors")
     dtype = next(iter(weights.values())).dtype
-    model = GatedLlamaForCausalLM(config).to(dtype)
+    model: Any = GatedLlamaForCausalLM(config)
+    model.to(dtype)
     weights = dict(_renamed(name, value, config) for name, value in weights.items())
     if config.tie_word_embeddings:
         weights.setdefault("lm_head.weight", weights.get("model.embed_tokens.weight", torch.empty(0)))

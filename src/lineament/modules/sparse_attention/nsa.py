@@ -61,14 +61,16 @@ def nsa(
     selection = select(q, k, block_size=block_size, blocks=blocks, scale=scale, **past)
     layout, factor = selection.layout, q.shape[3] ** -0.5 if scale is None else scale
     k, v = k[:, :, : layout.keys], v[:, :, : layout.keys]
-    whole = full_attention(q, k, v, scale=scale, **past) if full else None
+    whole = full_attention(q, k, v, scale=scale, **past) if full else q
     parts = {
         "compressed": lambda: _compressed(q, k, v, layout, factor),
         "selected": lambda: attend(q, k, v, selection, scale=scale).output,
         "window": lambda: _windowed(q, k, v, layout, window, factor),
     }
-    found = [whole if name in full else make() for name, make in parts.items()]
-    return sum(gate[..., None] * part for gate, part in zip(gates.unbind(-1), found))  # pyright: ignore[reportReturnType, reportOptionalOperand]
+    out = torch.zeros_like(q)
+    for (name, make), gate in zip(parts.items(), gates.unbind(-1)):
+        out = out + gate[..., None] * (whole if name in full else make())
+    return out
 
 
 def _compressed(q: Tensor, k: Tensor, v: Tensor, layout: Blocks, scale: float) -> Tensor:
