@@ -17,6 +17,7 @@ from .hf import install as install
 from .hf import sparse_attention as sparse_attention
 from .layer import SparseSparseAttention as SparseSparseAttention
 from .nsa import nsa as nsa
+from .perplexity import sliding_perplexity as sliding_perplexity
 from .profile import attention_profile as attention_profile
 from .profile import attention_profiles as attention_profiles
 from .selection import select as select
