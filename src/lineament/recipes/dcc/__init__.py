@@ -30,7 +30,7 @@ class Config:
 
     data: Literal["digits", "mnist", "cifar10", "faces"] = "digits"
     data_folder: str | None = None
-    side: int = 16
+    side: int = 8
     amplitude: float = 4.0
     textures: int = 3
     controls: tuple[str, ...] = ("none",)
@@ -39,7 +39,7 @@ class Config:
     per_class: int = 1
     width: int = 16
     depth: int = 2
-    outer: int = 10
+    outer: int = 8
     inner: int = 5
     epochs: int = 3
     batch: int = 32
@@ -50,7 +50,7 @@ class Config:
 
     preset: str = presets(
         quick={},
-        small={"controls": ("none", "independent", "shuffled"), "seeds": (0, 1, 2, 3, 4), "outer": 30, "networks": 12},
+        small={"controls": ("none", "independent", "shuffled"), "seeds": (0, 1, 2, 3, 4), "outer": 25, "networks": 8},
         paper={
             "data": "cifar10", "side": 32, "amplitude": 0.0, "controls": (), "seeds": (0, 1, 2, 3, 4), "per_class": 10, "width": 128, "depth": 3,
             "outer": 1000, "inner": 10, "epochs": 50, "batch": 256, "rates": (0.1, 0.3, 1.0), "networks": 20, "training": 300,
