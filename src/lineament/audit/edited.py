@@ -189,7 +189,11 @@ def unlearned_report(
             f"label: class {label!r} has {len(part[0])} samples in the {name} half, expected at least 8; read more samples",
         )
     if retain is not None:
-        others = _others(_subject(model, retain, options), subject, number)
+        try:
+            kept = _subject(model, retain, options)
+        except InputError as error:
+            raise InputError(str(error).replace("data: ", "retain: ", 1)) from error
+        others = _others(kept, subject, number)
     note("forgetting")
     found = unlearn(subject.model, forgetting, share=options.share)
     note("asking what is left")

@@ -57,7 +57,7 @@ def test_claims_can_hold_and_fall():
             "another's exemplar": 12,
         }  # fmt: skip
         curves = {name: [float(v if good else 40 - v)] * 23 for name, v in height.items()}
-        elements = [1, 2, 3, 3] if good else [1, 2, 3, 4]
+        elements = [1, 3, 3, 3] if good else [1, 2, 3, 4]
         found = Coloured(
             dict.fromkeys(VARIANTS, 0.1), curves, curves, [20.0, 10.0] if good else [10.0, 20.0], 20.0, 28.0 if good else 20.0, elements
         )  # fmt: skip
