@@ -28,6 +28,8 @@ COMMANDS = (
     "dictionary",
     "edit",
     "baseline",
+    "tables",
+    "condense",
     "leak",
     "colorize",
     "papers",
@@ -36,7 +38,18 @@ COMMANDS = (
     "bench",
 )
 # What these had finished when they were interrupted is used again.
-_RESUMED = ("audit", "compare", "train", "edit", "baseline", "leak", "colorize", "reproduce", "bench")
+_RESUMED = (
+    "audit",
+    "compare",
+    "train",
+    "edit",
+    "baseline",
+    "condense",
+    "leak",
+    "colorize",
+    "reproduce",
+    "bench",
+)
 # These share their work where several processes are started together.
 _TOGETHER = ("audit", "train", "dictionary")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
