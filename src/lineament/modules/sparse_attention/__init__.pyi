@@ -10,6 +10,7 @@ from .continued import train_aligned as train_aligned
 from .controls import last_blocks as last_blocks
 from .controls import oracle_blocks as oracle_blocks
 from .controls import random_blocks as random_blocks
+from .cost import sparse_cost as sparse_cost
 from .gated import GatedLlamaConfig as GatedLlamaConfig
 from .gated import GatedLlamaForCausalLM as GatedLlamaForCausalLM
 from .gated import from_released as from_released
