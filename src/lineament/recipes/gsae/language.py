@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lineament.core.checks import require
-from lineament.data.formats import folder_of
 from lineament.data.patching_tasks import save_language_model
 from lineament.dictionaries.autoencoders import TopK
 from lineament.dictionaries.effects import steering_effects
@@ -23,9 +20,8 @@ from lineament.dictionaries.training import train_dictionary
 from lineament.load.hub import quiet_transformers
 from lineament.load.language_models import load_language_model
 from lineament.recipes.kit.networks import gpt2
+from lineament.recipes.kit.text import text_of
 from lineament.train.loop import fit
-
-_SHAKESPEARE = "tinyshakespeare.txt"
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class Spoken:
 
 def spoken(config: Any, out: Path) -> list[Spoken]:
     """TopK and g-SAE at the same k, in each mode."""
-    text = _text(config.text)
+    text = text_of(config.text)
     if config.language_model == "tiny":
         letters = sorted(set(text))
         ids = torch.tensor([letters.index(c) for c in text[: config.letters]])
@@ -111,17 +107,3 @@ def _trained(ids: Tensor, vocabulary: int, config: Any) -> Any:
         epochs=config.lm_epochs, loss=loss, seed=0,
     )  # fmt: skip
     return model.eval()
-
-
-def _text(path: str | None) -> str:
-    """A text file, tinyshakespeare.txt of the environment's ``LINEAMENT_DATA``, or the sources of Python's standard library."""
-    if path is not None:
-        require(Path(path).is_file(), f"text: {path!r} is no file")
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    folder = folder_of(None)
-    if folder is not None and (folder / _SHAKESPEARE).is_file():
-        return (folder / _SHAKESPEARE).read_text(encoding="utf-8")
-    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    return "".join(
-        s for s in (p.read_text(encoding="utf-8", errors="replace") for p in sources) if s.isascii()
-    )
