@@ -300,7 +300,7 @@ PAPERS: tuple[Paper, ...] = (
         "Kashyap, Murti, Nayak, Narshana, Bhattacharyya",
         "2511.19566",
         "Prune a network or make it forget a class from forward passes alone, without its training data.",
-        ("edit",),
+        ("edit/pruning.py",),
     ),
     Paper(
         "dcc",

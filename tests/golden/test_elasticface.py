@@ -98,12 +98,12 @@ def check_verification(file: File) -> None:
 
 def check_schedule(file: File) -> None:
     parameter = torch.nn.Parameter(torch.zeros(()))
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    optimizer = torch.optim.SGD([parameter])
     milestones = [int(m) - 1 for m in file["milestones"]]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, file["gamma"])
     factors = []
     for _ in range(int(file["epochs"])):
-        factors.append(optimizer.param_groups[0]["lr"])
+        factors.append(optimizer.param_groups[0]["lr"] / optimizer.defaults["lr"])
         optimizer.step()
         schedule.step()
     file.compare("factor_per_epoch", torch.tensor(factors, dtype=torch.float64))

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lineament.modules.sparse_attention.alignment import alignment_loss
 from lineament.modules.sparse_attention.attend import attend, full_attention
-from lineament.modules.sparse_attention.attention import sparsity_report
 from lineament.modules.sparse_attention.layer import SparseSparseAttention
 from lineament.modules.sparse_attention.selection import Selection, select
+from lineament.modules.sparse_attention.theory import sparsity_report
 
 SCORING = {"group_softmax": "group_softmax", "moba": "dot"}
 

@@ -7,6 +7,7 @@ Nothing is imported for it, so that the command can list the lenses at once. A f
 - ``METHOD``, the slug of the paper behind it, and ``SOURCE``, its title, year and arXiv id where it is none of the papers of Lineament;
 - ``LANGUAGE = True`` where it looks at a language model and prompts, ``OPTIONAL = True`` where a report has nothing of it unless it applies or was
   asked for, ``ON_REQUEST = True`` where only those who ask for it get it, ``DENSE = True`` where it serves networks that answer for every pixel,
+  ``EMBEDDING = True`` where it serves networks that answer with an embedding (which then are not only on request),
   and ``ALIASES``, earlier names.
 
 It defines ``applies(subject)``, the reason why it does not apply or "", and ``look(subject) -> Section``, whose ``findings`` say what its
@@ -42,6 +43,7 @@ class Lens:
     language: bool
     optional: bool
     dense: bool
+    embedding: bool
     on_request: bool
     aliases: tuple[str, ...]
 
@@ -123,6 +125,7 @@ def _read(path: Path, name: str) -> Lens:
         language=constants.get("LANGUAGE", False),
         optional=constants.get("OPTIONAL", False),
         dense=constants.get("DENSE", False),
+        embedding=constants.get("EMBEDDING", False),
         on_request=constants.get("ON_REQUEST", False),
         aliases=tuple(constants.get("ALIASES", ())),
     )

@@ -113,6 +113,7 @@ def compare(
     checks.number("samples", samples, low=2 * options.blocks, integer=True)
     checks.number("batch_size", options.batch_size, low=2, integer=True)
     checks.seed("seed", seed)
+    checks.one_of("task", options.task, ("auto", "classification", "multi-label", "regression"))
     folder = fresh(out, overwrite, _NAME)
     note("reading the models and the data")
     language = [is_language_model(model) for model in (model_a, model_b)]

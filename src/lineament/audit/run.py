@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lineament.audit import default
-from lineament.audit.catalogue import Lens
+from lineament.audit.catalogue import Lens, all_lenses
 from lineament.audit.catalogue import chosen as chosen_lenses
 from lineament.audit.language_run import audit_language
 from lineament.audit.phrases import places, sentence
@@ -56,7 +56,8 @@ class AuditOptions:
         output: which of a model's outputs is looked at, by name or number, where it gives a tuple, a dictionary or a dataclass; ``logits`` by default.
         filler: a masked language model (a Hugging Face directory or name), whose words stand in for those that are taken from a text.
         normalize: (mean, deviation) per channel, for images scaled to [0, 1].
-        task: ``"classification"``, ``"multi-label"``, ``"regression"``, ``"dense"`` or ``"auto"``.
+        task: ``"classification"``, ``"multi-label"``, ``"regression"``, ``"dense"``, ``"embedding"`` or ``"auto"``.
+        embedding: the site where the embedding passes; without another task the network is then taken for an embedding.
         method, gaze_site: of the saliency maps, see :func:`lineament.explain.saliency.maps.saliency`.
         faithfulness: how the maps are judged: ``"scores"``, or ``"diffroar"``, which also trains the architecture anew on what they keep.
         layout: of a language model of no known family, see :func:`lineament.audit.language_run.audit_language`.
@@ -78,6 +79,7 @@ class AuditOptions:
     output: str | int | None = None
     filler: str | None = None
     layout: Mapping[str, str] | None = None
+    embedding: str | None = None
 
 
 def audit(
@@ -200,11 +202,11 @@ def _audited(
             loaded = replace(loaded, classes=())  # those given come before the model's own
     shards.alike("model", digest(loaded.model) if shards.count() > 1 else "")
     shards.alike("data", _content(held) if shards.count() > 1 else "")
-    named = _site_names(loaded.model, options.sites, options.gaze_site)
+    named = _site_names(loaded.model, options.sites, options.gaze_site, options.embedding)
     fitting = bring_together(
         loaded,
         held,
-        task=options.task,
+        task="embedding" if options.embedding is not None and options.task == "auto" else options.task,
         normalize=options.normalize,
         device=device,
         batch_size=options.batch_size,
@@ -227,8 +229,11 @@ def _audited(
             tokenizer=loaded.tokenizer,
             filler=filler,
             folder=str(folder),
+            embedding=options.embedding,
         )
-        if every:
+        if every and subject.task == "embedding":
+            chosen = [lens for lens in all_lenses(language=False).values() if lens.embedding]
+        elif every:
             chosen = [
                 lens
                 for lens in chosen
@@ -330,11 +335,14 @@ def _planted(sections: Sequence[Section]) -> list[Finding]:
     return [Finding("note", "The planted mark was not found to decide the network's answers.", "gaze")]
 
 
-def _site_names(model: nn.Module, sites: Sequence[str], gaze_site: str | None) -> tuple[str, ...]:
+def _site_names(
+    model: nn.Module, sites: Sequence[str], gaze_site: str | None, embedding: str | None
+) -> tuple[str, ...]:
     """The sites that the patterns name, each once."""
-    if gaze_site is not None:
-        named = site_names(model, gaze_site)
-        require(len(named) == 1, f"gaze_site: {gaze_site!r} names {len(named)} sites, expected one")
+    for what, site in (("gaze_site", gaze_site), ("embedding", embedding)):
+        if site is not None:
+            named = site_names(model, site)
+            require(len(named) == 1, f"{what}: {site!r} names {len(named)} sites, expected one")
     return tuple(dict.fromkeys(name for pattern in sites for name in site_names(model, pattern)))
 
 
@@ -354,6 +362,7 @@ def _key(subject: Subject, loaded: Loaded) -> dict[str, Any]:
             subject.seed,
             subject.faithfulness,
             None if subject.filler is None else digest(subject.filler[0]),
+            subject.embedding,
         ],
         "device": str(device_of(subject.model)),
         "versions": versions(),
@@ -415,6 +424,11 @@ def _facts(subject: Subject, loaded: Loaded) -> list[tuple[str, Any]]:
     ]
     if subject.task == "classification":
         facts.append(("Classes", subject.outputs.shape[1]))
+    elif subject.task == "embedding":
+        facts += [
+            ("Coordinates of the output", subject.outputs.shape[1]),
+            ("Labels in the data", len(subject.targets.unique())),
+        ]
     elif subject.task == "dense":
         facts.append((f"Classes of a {subject.unit}", subject.width))
     elif subject.task == "multi-label":

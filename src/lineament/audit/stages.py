@@ -136,6 +136,8 @@ def look(lens: Lens, subject: Any) -> Section:
     reason = (
         f"This network answers for every {subject.unit}, and this lens asks about one answer a sample."
         if dense
+        else "This network answers with an embedding, and this lens asks about classes or values."
+        if getattr(subject, "task", "") == "embedding" and not lens.embedding
         else module.applies(subject)
     )
     if reason:

@@ -13,8 +13,10 @@ from lineament.core import shards
 from lineament.core.batching import progress
 from lineament.core.models import called, frozen
 from lineament.core.sites.activations import capture
+from lineament.core.sites.depth import tokens_of
 from lineament.load.model_and_data import ModelAndData
 from lineament.load.prompts import Prompts
+from lineament.measure.collapse.profile import pooled
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Subject(ModelAndData):
 
     ``sites`` are the outputs of blocks, in depth order; the last is what the head reads, which may be flattened (positions are then units).
     ``folder`` is that of the report, for pages beside it.
+    ``embedding`` is the site that was named as where the embedding passes.
     Of a text classifier ``tokenizer`` makes ids of texts, and ``filler``, a masked language model with its own, proposes other words.
     """
 
@@ -34,6 +37,7 @@ class Subject(ModelAndData):
     tokenizer: Any = None
     filler: tuple[Any, Any] | None = None
     folder: str = ""
+    embedding: str | None = None
 
     @property
     def sealed(self) -> str:
@@ -57,6 +61,19 @@ class Subject(ModelAndData):
                 with capture(self.model, self.sites, stop_early=True) as acts:
                     called(self.model, self.inputs(part))
                 yield part, {site: acts[site] for site in self.sites}
+
+    def passed(self, site: str, rows: Tensor) -> Tensor:
+        """What passes at a site for some rows, [rows, width], maps averaged over positions, on the CPU."""
+        positions = self._positions(rows)
+
+        def seen(at: Tensor) -> Tensor:
+            with capture(self.model, site, stop_early=True) as acts:
+                called(self.model, self.inputs(rows[at]))
+            return pooled(tokens_of(self.model, site, acts[site]).float()).cpu()
+
+        with frozen(self.model), torch.no_grad():
+            found = shards.each(positions, seen, f"what passes at {site}")
+        return torch.cat(found)[torch.cat(positions).argsort()]
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ COMMANDS = (
     "dictionary",
     "edit",
     "baseline",
+    "tables",
     "leak",
     "colorize",
     "papers",

@@ -73,12 +73,20 @@ def add_parser(subparsers: Any) -> Any:
     )
     add_data_options(parser, split="test, validation or train")
     add_sample_options(
-        parser, samples=2000, tasks="classification, multi-label, regression, dense", models="model is"
+        parser,
+        samples=2000,
+        tasks="classification, multi-label, regression, dense, embedding",
+        models="model is",
     )
     add(
         "--output",
         metavar="NAME",
         help="which of several outputs of the network to look at, by name or number (default: logits)",
+    )
+    add(
+        "--embedding",
+        metavar="SITE",
+        help="take the network for an embedding, which passes there (of a network whose outputs are the embedding: --task embedding)",
     )
     add(
         "--filler",
@@ -137,6 +145,7 @@ def run(arguments: argparse.Namespace) -> int:
         output=arguments.output,
         filler=arguments.filler,
         layout=pairs("--layout", arguments.layout),
+        embedding=arguments.embedding,
     )
     with engine(arguments.engine):
         found = audit(

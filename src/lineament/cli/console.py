@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -200,6 +200,28 @@ def show_trainings(runs: Mapping[str, Fitted]) -> None:
             "These runs differ in seed or in what they held out: their accuracies are of different samples.",
             soft_wrap=True,
         )
+
+
+def show_tables(columns: Sequence[Any], plan: Any, smaller: Mapping[str, Any]) -> None:
+    """Columns of ids, the plan of one table for them, and what smaller tables would collide."""
+    console = _console()
+    table = _table("column", "values", "cells", "most frequent", "look-ups", "worth rows of their own", right=("values", "cells", "most frequent", "look-ups"))  # fmt: skip
+    for c in columns:
+        about = f"about {c.distinct:,} (±{196 * c.error:.0f} %)" if c.error else f"{c.distinct:,}"
+        table.add_row(_text(c.name), about, f"{c.count:,}", f"{c.hottest:.1%}", str(plan.lookups[c.name]), _text(", ".join(c.reserve)))  # fmt: skip
+    console.print(table)
+    values, pairs = sum(c.distinct for c in columns), plan.collisions
+    console.print(
+        f"One table of {plan.rows:,} rows of {plan.chunk} numbers, {plan.bytes / 2**20:.3g} MB in float32, for {values:,} values. Of one look-up each, {pairs.intra:,.4g} pairs of values of one column "
+        f"are expected to share a row, and {pairs.inter:,.4g} pairs of values of different ones, which the layers that read them tell apart.",
+        soft_wrap=True,
+    )
+    rows = _table("rows", "pairs of one column in one table", "in tables split by values", "pairs of different columns", right=("rows", "pairs of one column in one table", "in tables split by values", "pairs of different columns"))  # fmt: skip
+    for name, found in smaller.items():
+        rows.add_row(f"{name} of the values", *(f"{v:,.4g}" for v in (found.intra, found.proportional, found.inter)))  # fmt: skip
+    console.print(rows)
+    call = ", ".join(f'"{name}": {count}' for name, count in list(plan.lookups.items())[:4])
+    console.print(f"lineament.modules.UnifiedEmbedding({plan.rows}, {plan.chunk}) with look-ups {{{call}{', ...' if len(columns) > 4 else ''}}}", soft_wrap=True)  # fmt: skip
 
 
 def show_site(site: Site) -> None:

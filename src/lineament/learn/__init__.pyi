@@ -11,6 +11,8 @@ from .condensation.coresets import k_means as k_means
 from .condensation.matching import matching_loss as matching_loss
 from .condensation.networks import convnet as convnet
 from .condensation.options import Condensation as Condensation
+from .projection.export import UpTo as UpTo
+from .projection.export import export as export
 from .projection.heads import Reweighting as Reweighting
 from .projection.heads import SymmetricReLU as SymmetricReLU
 from .projection.heads import WithHead as WithHead

@@ -53,6 +53,7 @@ from .complexity.robustness import robustness as robustness
 from .complexity.vinformation import vinformation as vinformation
 from .embeddings.pairs import borda_count as borda_count
 from .embeddings.pairs import recognition as recognition
+from .embeddings.spread import recognition_spread as recognition_spread
 from .embeddings.verification import fold_accuracy as fold_accuracy
 from .embeddings.verification import roc as roc
 from .embeddings.verification import separation as separation

@@ -29,7 +29,10 @@ from lineament.modules.unified_embedding.hashing import (
 
 @dataclass(frozen=True)
 class Feature:
-    """A feature of a table: its number, look-ups, combiner, the id that stands for nothing, and its first look-up's number."""
+    """A feature of a table: its number, look-ups, combiner, the id that stands for nothing, and its first look-up's number.
+
+    Ids below ``below``, and those of ``reserved`` (sorted), have rows of their own, which begin at ``start``.
+    """
 
     name: str
     number: int
@@ -37,6 +40,14 @@ class Feature:
     combiner: str
     padding: int | None
     first: int
+    below: int = 0
+    reserved: tuple[int, ...] = ()
+    start: int = 0
+
+    @property
+    def own(self) -> int:
+        """Rows of its own."""
+        return (self.below + len(self.reserved)) * self.lookups
 
 
 class UnifiedEmbedding(nn.Module):
@@ -92,18 +103,43 @@ class UnifiedEmbedding(nn.Module):
         *,
         combiner: Literal["mean", "sum", "sqrtn"] = "mean",
         padding: int | None = None,
+        collisionless_below: int = 0,
+        reserve: Sequence[Any] = (),
     ) -> None:
-        """Add a feature.
+        """Add a feature; before an optimizer is given the weights.
 
         Args:
             lookups: rows of each value. combiner: of several values. padding: an id that gives zeros.
+            collisionless_below: ids from 0 up to this have rows of their own, which nothing else is hashed to: a small vocabulary.
+            reserve: further ids (or strings) with rows of their own: the most frequent ones, as :func:`~lineament.modules.probe` finds them.
         """
         require(name not in self.features, f"name: there is a feature {name!r} already")
         number("lookups", lookups, low=1, integer=True)
         one_of("combiner", combiner, ("mean", "sum", "sqrtn"))
+        below = number("collisionless_below", collisionless_below, low=0, high=(1 << 31) - 1, integer=True)
+        given = torch.tensor([], dtype=torch.int64)
+        if len(reserve):
+            texts = isinstance(reserve[0], (str, bytes))
+            given = self._ids(reserve if texts else torch.as_tensor(reserve)).cpu()
+        reserved = given[(given < 0) | (given >= below)].unique().tolist()
         self._plans.clear()
         first = sum(feature.lookups for feature in self.features.values())
-        self.features[name] = Feature(name, len(self.features), lookups, combiner, padding, first)
+        feature = Feature(
+            name,
+            len(self.features),
+            lookups,
+            combiner,
+            padding,
+            first,
+            below,
+            tuple(reserved),
+            len(self.weight),
+        )
+        self.features[name] = feature
+        if feature.own:
+            generator = torch.Generator().manual_seed(self._salt(feature, 0) >> 1)
+            more = torch.empty(feature.own, self.chunk).uniform_(-0.05, 0.05, generator=generator)
+            self.weight = nn.Parameter(torch.cat([self.weight.detach(), more.to(self.weight)]))
 
     def forward(self, inputs: Mapping[str, Any], *, as_dict: bool = False) -> Any:
         """Embeddings of each feature's values.
@@ -131,7 +167,7 @@ class UnifiedEmbedding(nn.Module):
 
     def _single(self, name: str, given: Any) -> bool:
         whole = isinstance(given, Tensor) and given.ndim == 1 and given.dtype == torch.int64
-        return whole and self.features[name].padding is None
+        return whole and self.features[name].padding is None and not self.features[name].own
 
     def _at_once(self, names: Sequence[str], inputs: Mapping[str, Tensor]) -> Tensor:
         """One hash and one gather for all features of one value each: what is gathered is the output already."""
@@ -153,8 +189,25 @@ class UnifiedEmbedding(nn.Module):
             )  # fmt: skip
         return self._plans[key]
 
+    def places_of(self, name: str, ids: Tensor | Sequence[Any]) -> Tensor:
+        """The row of ``weight`` of each value and look-up, [n, lookups]."""
+        device, feature = self.weight.device, self.features[name]
+        at = self.rows_of(name, ids) + (self.tables_of(name) * self.rows).to(device)
+        if not feature.own:
+            return at
+        ids = self._ids(ids).to(device).contiguous()
+        which = torch.where((ids >= 0) & (ids < feature.below), ids, -1)
+        if feature.reserved:
+            known = torch.tensor(feature.reserved, device=device)
+            place = torch.searchsorted(known, ids).clamp(max=len(known) - 1)
+            which = torch.where(known[place] == ids, feature.below + place, which)
+        lookups = torch.arange(feature.lookups, device=device)
+        return torch.where(
+            which[:, None] >= 0, feature.start + which[:, None] * feature.lookups + lookups, at
+        )
+
     def rows_of(self, name: str, ids: Tensor | Sequence[Any]) -> Tensor:
-        """The row in its sub-table of each value and look-up, [n, lookups]."""
+        """The row in its sub-table that each value is hashed to, [n, lookups]; what has rows of its own is not read there."""
         feature = self.features[name]
         if self.hash == "siphash":
             texts = as_texts(ids)
@@ -193,9 +246,7 @@ class UnifiedEmbedding(nn.Module):
         if several:
             offsets = torch.arange(0, given.numel() + 1, given.shape[1], device=given.device)[:-1]
             given = given.reshape(-1)
-        at = self.rows_of(feature.name, given) + (self.tables_of(feature.name) * self.rows).to(
-            self.weight.device
-        )
+        at = self.places_of(feature.name, given)
         there = None
         if feature.padding is not None and isinstance(given, Tensor):
             there = given != feature.padding
@@ -223,13 +274,14 @@ class UnifiedEmbedding(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """What the rows' meaning depends on; weights load only where it is the same."""
-        return {
-            key: getattr(self, key) for key in ("rows", "chunk", "tables", "hash", "seed", "salt", "assign")
-        }
+        known = ("rows", "chunk", "tables", "hash", "seed", "salt", "assign")
+        own = {f.name: [f.below, *f.reserved] for f in self.features.values() if f.own}
+        return {**{key: getattr(self, key) for key in known}, **({"own rows": own} if own else {})}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         ours = self.get_extra_state()
-        other = {key: (state.get(key), value) for key, value in ours.items() if state.get(key) != value}
+        keys = dict.fromkeys((*ours, *state))
+        other = {key: (state.get(key), ours.get(key)) for key in keys if state.get(key) != ours.get(key)}
         if other:
             told = ", ".join(f"{key} {theirs!r} (here {mine!r})" for key, (theirs, mine) in other.items())
             raise InputError(

@@ -71,8 +71,9 @@ class EmbeddingView(nn.Module):
 
     def _rows(self, ids: Tensor) -> Tensor:
         table = self.table
-        at = table.rows_of(self.name, ids) + (table.tables_of(self.name) * table.rows).to(ids.device)
-        return F.embedding(at, table.weight, sparse=table.sparse).flatten(1)[:, : self.embedding_dim]
+        return F.embedding(table.places_of(self.name, ids), table.weight, sparse=table.sparse).flatten(1)[
+            :, : self.embedding_dim
+        ]
 
     def _pooled(self, rows: Tensor, ids: Tensor, bag: Tensor, count: int, weights: Tensor | None) -> Tensor:
         there = (

@@ -20,7 +20,7 @@ from lineament.dictionaries.training import train_dictionary
 from lineament.load.hub import quiet_transformers
 from lineament.load.language_models import load_language_model
 from lineament.recipes.kit.networks import gpt2
-from lineament.recipes.kit.text import text_of
+from lineament.recipes.kit.text import read_text
 from lineament.train.loop import fit
 
 
@@ -43,7 +43,7 @@ class Spoken:
 
 def spoken(config: Any, out: Path) -> list[Spoken]:
     """TopK and g-SAE at the same k, in each mode."""
-    text = text_of(config.text)
+    text = read_text(config.text)
     if config.language_model == "tiny":
         letters = sorted(set(text))
         ids = torch.tensor([letters.index(c) for c in text[: config.letters]])

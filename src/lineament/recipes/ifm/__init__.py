@@ -15,8 +15,9 @@ from typing import Literal
 
 from lineament.core.checks import number, require
 from lineament.recipes.ifm.claims import Results, all_claims
-from lineament.recipes.ifm.experiments import Depth, Net, Trial, data_of, depth_of, net_of, trial_of
+from lineament.recipes.ifm.experiments import Depth, Net, Trial, depth_of, net_of, trial_of
 from lineament.recipes.ifm.figures import draw_all
+from lineament.recipes.kit.image_sets import image_sets
 from lineament.recipes.kit.presets import presets
 from lineament.recipes.kit.stages import Stages
 from lineament.report.outcome import Outcome, Table
@@ -81,7 +82,7 @@ def run(config: Config, *, out: Path) -> Outcome:
         all(0 <= b < 1 for b in (*config.betas, config.beta)),
         "betas: expected numbers of at least 0 and below 1",
     )
-    data = data_of(config)
+    data = image_sets(config.data, config.data_folder)
     stages = Stages(out, config)
     found: Results = {}
     for width, decay in itertools.product(config.widths, config.decays):

@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lineament.core.models import device_of, frozen
+from lineament.core.models import device_of
 from lineament.data.augmentation import flip_and_crop
-from lineament.data.digits import digit_images
-from lineament.data.photographs import read_photographs
 from lineament.data.samples import Samples
 from lineament.measure.merging.equivalence import feature_complexity, swap_test
 from lineament.measure.merging.merge import merge
 from lineament.measure.merging.merged import Merged
 from lineament.measure.merging.repair import repair
 from lineament.recipes.ifm.rivals import MERGERS, REMOVALS, grouped, removed, sizes_of
+from lineament.recipes.kit.image_sets import accuracy
 from lineament.recipes.kit.networks import network
 from lineament.recipes.kit.threads import few_threads
 from lineament.train.callbacks import Augment, Schedule
@@ -59,27 +58,6 @@ class Depth:
     shares: list[float]
 
 
-def data_of(config: Any) -> tuple[Samples, Samples]:
-    """Training and test images: scikit-learn's digits (60 % for training), or CIFAR or MNIST from the user's folder."""
-    if config.data == "digits":
-        found = digit_images()
-        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
-        return found[order[: len(found) * 6 // 10]], found[order[len(found) * 6 // 10 :]]
-    if config.data == "mnist":
-        from lineament.load.data import load_data
-
-        parts = [load_data(config.data_folder or "mnist", samples=60_000, split=s) for s in ("train", "test")]
-        train, test = (
-            Samples(p.inputs.float() / (255 if p.inputs.dtype == torch.uint8 else 1), p.targets)
-            for p in parts
-        )
-        return train, test
-    train, test = (
-        read_photographs(config.data, split, data_folder=config.data_folder) for split in ("train", "test")
-    )
-    return train, test
-
-
 def trained(
     config: Any, data: tuple[Samples, Samples], widths: tuple[int, ...], decay: float, seed: int
 ) -> nn.Module:
@@ -103,14 +81,6 @@ def _network(config: Any, samples: Samples, widths: tuple[int, ...], seed: int) 
     classes = int(samples.targets.max()) + 1
     widths = widths if config.network == "mlp" else widths[:1]
     return network(config.network, tuple(samples.inputs.shape[1:]), classes, seed=seed, widths=widths)
-
-
-def accuracy(model: nn.Module, test: Samples) -> float:
-    right = 0
-    with frozen(model), torch.no_grad():
-        for x, y in zip(test.inputs.split(500), test.targets.split(500)):
-            right += int((model(x.to(device_of(model))).argmax(1).cpu() == y).sum())
-    return right / len(test)
 
 
 def net_of(config: Any, data: tuple[Samples, Samples], width: int, decay: float, seed: int) -> Net:

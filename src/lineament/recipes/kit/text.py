@@ -1,4 +1,4 @@
-"""English text to train small language models on."""
+"""The text that small language models are trained on."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ from lineament.data.formats import folder_of
 _SHAKESPEARE = "tinyshakespeare.txt"
 
 
-def text_of(path: str | None) -> str:
-    """A text file, tinyshakespeare.txt of the environment's ``LINEAMENT_DATA``, or the sources of Python's standard library."""
+def read_text(path: str | None) -> str:
+    """A text file, tinyshakespeare.txt of the environment's ``LINEAMENT_DATA``, or the sources of Python's standard library.
+
+    >>> read_text("poem.txt")
+    Traceback (most recent call last):
+    ...
+    lineament.core.checks.InputError: text: 'poem.txt' is no file
+    """
     if path is not None:
         require(Path(path).is_file(), f"text: {path!r} is no file")
         return Path(path).read_text(encoding="utf-8", errors="replace")

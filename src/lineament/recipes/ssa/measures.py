@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lineament.modules.sparse_attention import sparsity_report
-from lineament.recipes.ssa.network import Choice, Course, Decoder, choices, train
+from lineament.modules.sparse_attention import last_blocks, oracle_blocks, random_blocks, sparsity_report
+from lineament.recipes.ssa.network import MODELS, Choice, Course, Decoder, choices, train
 
 BUDGETS = (2, 4, 8, 16)
 FULL = "full"
@@ -35,24 +35,24 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One trained model. ``losses`` in nats a byte by budget; ``longer``: the same on windows twice as long; ``controls`` at equal budget."""
-
-    losses: dict[str, float]
-    longer: dict[str, float]
-    attention: Attention
-    course: Course
-    controls: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
 class Sharpened:
     """FullAttn with its attention's logits multiplied by ``factor``, so that it keeps as much as SSA."""
 
     factor: float
     kept: float
     losses: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One trained model. ``losses`` in nats a byte by budget; ``longer``: the same on windows twice as long; ``controls``: by other selections."""
+
+    losses: dict[str, float]
+    longer: dict[str, float]
+    attention: Attention
+    course: Course
+    controls: dict[str, float] = field(default_factory=dict)
+    sharpened: Sharpened | None = None
 
 
 @torch.no_grad()
@@ -90,19 +90,43 @@ def attention_of(model: Decoder, rows: Tensor, config: Any, *, sharper: float = 
     )  # fmt: skip
 
 
-def measured(config: Any, train_data: Tensor, test_data: Tensor, name: str, seed: int) -> Measured:
-    """Train a model and measure it."""
+def measured(
+    config: Any, train_data: Tensor, test_data: Tensor, name: str, seed: int, kept: float | None
+) -> Measured:
+    """Train a model and measure it; FullAttn is sharpened until it keeps as much as ``kept``."""
     device = device_of(config)
     model, course = train(config, train_data, name, seed, device)
     rows, longer = (
         rows_of(test_data, config.windows, length).to(device) for length in (config.length, 2 * config.length)
     )
-    scoring = "dot" if name == "MoBA, dot" else "group_softmax"
+    scoring = MODELS[name].scoring
     losses = {FULL: loss_of(model, rows, None)}
     losses |= {str(k): loss_of(model, rows, choices(config, k, scoring=scoring)) for k in BUDGETS}
     twice = {FULL: loss_of(model, longer, None)}
     twice[str(config.blocks)] = loss_of(model, longer, choices(config, config.blocks, scoring=scoring))
-    return Measured(losses, twice, attention_of(model, rows[: config.watched], config), course)
+    controls = {}
+    if config.controls and name in ("FullAttn", "SSA"):
+        controls = {key: loss_of(model, rows, choice) for key, choice in selections(config, seed).items()}
+    sharper = None
+    if config.controls and name == "FullAttn" and kept is not None:
+        sharper = sharpened(model, rows, config, kept)
+    return Measured(
+        losses, twice, attention_of(model, rows[: config.watched], config), course, controls, sharper
+    )
+
+
+def selections(config: Any, seed: int) -> dict[str, Choice]:
+    """Other choices of as many blocks as in training; the released kernel's and the exact one at its published budget, as many blocks as a block has tokens."""
+    budget = {"block_size": config.block_size, "blocks": config.blocks}
+    size = config.block_size
+    return {
+        "exact": choices(config, config.blocks),
+        "last": lambda q, k: last_blocks(q, k, **budget),
+        "random": lambda q, k: random_blocks(q, k, **budget, seed=seed),
+        "oracle": lambda q, k: oracle_blocks(q, k, **budget),
+        "exact, k = s": choices(config, size),
+        "released, k = s": choices(config, size, selection="released"),
+    }
 
 
 def device_of(config: Any) -> str:

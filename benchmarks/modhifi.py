@@ -1,0 +1,105 @@
+"""Scoring all pairs against bare forwards, what pruned sizes are worth in time, and accuracy without labels or tuning against norms alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lineament.bench import AnyRow, Rate, compare, quick
+from lineament.core.models import frozen
+from lineament.core.statistics.shares import wilson
+from lineament.data.samples import Samples
+from lineament.edit import fidelity, prune, saliency
+from lineament.recipes.kit.image_sets import image_sets
+from lineament.recipes.kit.networks import network
+from lineament.recipes.modhifi import Config
+from lineament.recipes.modhifi.networks import images, trained
+
+SLUG = "modhifi"
+
+
+def forward(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    def run() -> None:
+        with frozen(model), torch.no_grad():
+            model(x)
+
+    return run
+
+
+def rows(repeats: int = 5) -> Iterator[AnyRow]:
+    net = network("vgg19", (3, 32, 32), 10, seed=0, widths=8 if quick() else 64).eval()
+    x = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    yield compare(
+        SLUG, "saliency of all pairs of a VGG-19, 16 pictures", lambda: saliency(net, x), "the bare forward", forward(net, x), target=1 / 2.5,
+        repeats=repeats, note="one forward and one weight gradient: the limit is 1/2",
+    )  # fmt: skip
+    inner = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1)).eval()
+    maps = torch.randn(16, 64, 8 if quick() else 16, 8 if quick() else 16)
+    yield compare(
+        SLUG, "second moments of two 3x3 convolutions of 64 channels", lambda: fidelity(inner, maps), "the bare forward", forward(inner, maps),
+        target=1 / 5, repeats=repeats, note="by unfolding: 81 pairs of taps, of which 13 shifts differ",
+    )  # fmt: skip
+    small = prune(net, x, keep=0.5)
+    less = small.flops[0] / small.flops[1]
+    yield compare(
+        SLUG, f"forward of a VGG-19 with half of its channels ({less:.1f} times fewer operations)", forward(small.model, x), "the whole network",
+        forward(net, x), target=0.6 * less, repeats=repeats, note=f"the limit is {less:.1f}",
+    )  # fmt: skip
+    yield compare(
+        SLUG, "pruning a VGG-19 to half of its channels", lambda: prune(net, x, keep=0.5), "torch-pruning, L2 of groups, 1 step", _peer(net, x),
+        repeats=1, note="the peer measures no activations and repairs nothing",
+    )  # fmt: skip
+    yield from _accuracies()
+
+
+def _accuracies() -> Iterator[AnyRow]:
+    """At 25, 50 and 75 % of the parameters gone: saliency with both repairs, against the peer's norms (its batch norms measured again too)."""
+    config = Config(width=16 if quick() else 64, epochs=3 if quick() else 12)
+    train, test = image_sets("digits")
+    net = trained(config, train, "cnn", 0)
+    drawn = images(config, train, "generated", 0)
+    for left in (0.75, 0.5, 0.25):
+        ours = prune(net, drawn, params=1 / left).model
+        norms = prune(net, drawn, params=1 / left, criterion="magnitude", compensate=None).model
+        floor = _right(norms, test)
+        hits = _right(ours, test)
+        low, high = wilson(hits, len(test))
+        yield Rate(
+            SLUG, f"digits right at {left:g} of the parameters: saliency and both repairs, against norms that are measured again ({floor} of {len(test)})",
+            hits, len(test), low, high, floor / len(test), False, hits > floor, note="no labels, no tuning",
+        )  # fmt: skip
+
+
+def _right(model: nn.Module, test: Samples) -> int:
+    with frozen(model), torch.no_grad():
+        return int((model(test.inputs).argmax(1) == test.targets).sum())
+
+
+def _peer(net: nn.Module, x: Tensor) -> Callable[[], Any] | None:
+    try:
+        import torch_pruning as tp  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+
+    def run() -> None:
+        import copy
+
+        model = copy.deepcopy(net)
+        head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
+        tp.pruner.BasePruner(
+            model,
+            x[:1],
+            importance=tp.importance.GroupMagnitudeImportance(p=2),
+            pruning_ratio=0.5,
+            ignored_layers=head,
+        ).step()
+
+    return run
+
+
+if __name__ == "__main__":
+    for row in rows():
+        print(row)
