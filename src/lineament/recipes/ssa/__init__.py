@@ -48,7 +48,7 @@ class Config:
     models: tuple[str, ...] = ("FullAttn", "SSA")
     seeds: tuple[int, ...] = (0,)
     steps: int = 100
-    batch: int = 8
+    batch: int = 4
     accumulate: int = 1
     lr: float = 3e-3
     bf16: bool = False
@@ -59,7 +59,14 @@ class Config:
 
     preset: str = presets(
         quick={},
-        small={"models": tuple(MODELS)[:5], "steps": 300, "windows": 64, "watched": 16, "controls": True},
+        small={
+            "models": tuple(MODELS)[:5],
+            "steps": 200,
+            "batch": 8,
+            "windows": 64,
+            "watched": 16,
+            "controls": True,
+        },
         paper={
             "width": 2048,
             "hidden": 8192,
@@ -73,6 +80,7 @@ class Config:
             "models": tuple(MODELS),
             "seeds": (0, 1, 2),
             "steps": 31_800,
+            "batch": 8,
             "accumulate": 48,
             "lr": 1e-3,
             "bf16": True,

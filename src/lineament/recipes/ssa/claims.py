@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -103,7 +104,7 @@ def _budgets(found: Found) -> list[Claim]:
 
     def worst(m: Measured) -> float:
         steps = [m.losses[str(k)] for k in BUDGETS]
-        return max(b - a for a, b in zip(steps, steps[1:]))
+        return max(b - a for a, b in itertools.pairwise(steps))
 
     return [
         judged(

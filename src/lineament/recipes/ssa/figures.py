@@ -47,7 +47,9 @@ def _left(found: Found, out: Path) -> Figure:
         ax.set(xlabel="full attention's weight outside the selection", ylabel="share of queries and heads")
         ax.legend(fontsize=7)
 
-    said = "; ".join(f"{name}: median {values[5]:.3f}, 90 % {values[9]:.3f}" for name, values in lines.items())
+    said = "; ".join(
+        f"{name}: median {values[5]:.3f}, 90 % {values[9]:.3f}" for name, values in lines.items()
+    )
     shown = picture(
         draw,
         caption="How much of full attention's weight the selection leaves out, by query and head.",

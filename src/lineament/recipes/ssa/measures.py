@@ -151,6 +151,4 @@ def sharpened(model: Decoder, rows: Tensor, config: Any, kept: float, steps: int
     factor = math.exp((low + high) / 2)
     losses = {FULL: loss_of(model, rows, None, sharper=factor)}
     losses |= {str(k): loss_of(model, rows, choices(config, k), sharper=factor) for k in BUDGETS}
-    return Sharpened(
-        factor, attention_of(model, rows[: config.watched], config, sharper=factor).kept, losses
-    )
+    return Sharpened(factor, attention_of(model, rows[: config.watched], config, sharper=factor).kept, losses)

@@ -71,7 +71,7 @@ class Decoder(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.embed = nn.Embedding(256, config.width)
-            self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+            self.layers: Any = nn.ModuleList(Layer(config) for _ in range(config.layers))
             self.norm = nn.RMSNorm(config.width, eps=1e-5)
             for weight in self.parameters():
                 if weight.ndim == 2:
