@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from lineament.bench import Row, compare
+from lineament.bench import Row, compare, quick
 from lineament.core.sites.activations import capture, record
 
 SLUG = "core-sites"
@@ -30,10 +31,12 @@ def rows(repeats: int = 7) -> Iterator[Row]:
         )
         return
     torch.manual_seed(0)
-    model = GPT2Model(GPT2Config()).eval()
+    # Of the size of GPT-2 small, or of its depth and a quarter of its width.
+    name, width, heads = ("GPT-2 of width 192", 192, 3) if quick() else ("GPT-2 small", 768, 12)
+    model = GPT2Model(GPT2Config(n_embd=width, n_head=heads, vocab_size=5000)).eval()
     ten = [f"h.{layer}" for layer in range(2, 12)]
     for batch, length in ((1, 64), (2, 128)):
-        ids = torch.randint(50257, (batch, length))
+        ids = torch.randint(5000, (batch, length))
 
         def bare(ids: torch.Tensor = ids) -> None:
             with torch.no_grad():
@@ -43,8 +46,8 @@ def rows(repeats: int = 7) -> Iterator[Row]:
             with torch.no_grad(), capture(model, ten):
                 model(ids, use_cache=False)
 
-        what = f"GPT-2 small, {batch} x {length} tokens"
-        values = 10 * batch * length * 768
+        what = f"{name}, {batch} x {length} tokens"
+        values = 10 * batch * length * width
         note = f"the limit is the copy of {4 * values / 2**20:.1f} MiB"
         yield compare(
             SLUG,
@@ -56,10 +59,10 @@ def rows(repeats: int = 7) -> Iterator[Row]:
             repeats=3 * repeats,
             note=note,
         )
-    heads = [f"h.{layer}.attn:z" for layer in range(2, 12)]
+    mixed = [f"h.{layer}.attn:z" for layer in range(2, 12)]
 
     def captured_heads() -> None:
-        with torch.no_grad(), capture(model, heads):
+        with torch.no_grad(), capture(model, mixed):
             model(ids, use_cache=False)
 
     yield compare(
@@ -80,12 +83,13 @@ def rows(repeats: int = 7) -> Iterator[Row]:
         repeats=repeats,
         note="the limit is 4: three layers of twelve",
     )
-    yield _against_transformer_lens(ids, repeats)
+    yield _against_transformer_lens(model, ten, ids, repeats)
 
 
-def _against_transformer_lens(ids: torch.Tensor, repeats: int) -> Row:
+def _against_transformer_lens(model: Any, ten: list[str], ids: torch.Tensor, repeats: int) -> Row:
     """The same ten residual streams by ``run_with_cache`` of a model of the same size."""
-    what = f"capture of 10 sites, GPT-2 small, {ids.shape[0]} x {ids.shape[1]} tokens, its own GPT-2"
+    size = model.config
+    what = f"capture of 10 sites, GPT-2 of width {size.n_embd}, {ids.shape[0]} x {ids.shape[1]} tokens, its own GPT-2"
     try:
         import transformer_lens  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -93,7 +97,13 @@ def _against_transformer_lens(ids: torch.Tensor, repeats: int) -> Row:
     else:
         peer = transformer_lens.HookedTransformer(
             transformer_lens.HookedTransformerConfig(
-                n_layers=12, d_model=768, n_ctx=1024, d_head=64, n_heads=12, d_vocab=50257, act_fn="gelu_new"
+                n_layers=12,
+                d_model=size.n_embd,
+                n_ctx=1024,
+                d_head=64,
+                n_heads=size.n_head,
+                d_vocab=size.vocab_size,
+                act_fn="gelu_new",
             )
         ).eval()
         names = [f"blocks.{layer}.hook_resid_post" for layer in range(2, 12)]
@@ -102,12 +112,8 @@ def _against_transformer_lens(ids: torch.Tensor, repeats: int) -> Row:
             with torch.no_grad():
                 peer.run_with_cache(ids, names_filter=names, return_type=None)
 
-    from transformers import GPT2Config, GPT2Model
-
-    model = GPT2Model(GPT2Config()).eval()
-
     def ours() -> None:
-        with torch.no_grad(), capture(model, [f"h.{layer}" for layer in range(2, 12)]):
+        with torch.no_grad(), capture(model, ten):
             model(ids, use_cache=False)
 
     return compare(SLUG, what, ours, "transformer-lens run_with_cache", theirs, target=1.0, repeats=repeats)

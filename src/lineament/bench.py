@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -264,16 +265,22 @@ def measure(
         rows = _earlier(target, unfinished, request)
         write_json(unfinished, request)
         write_json(target, plain([row.to_dict() for row in rows]))
-    for slug, path in benchmarks.items():
-        known = [row for row in rows if row.slug == slug]
-        yield from known
-        options = {} if repeats is None else {"repeats": repeats}
-        for item in _rows(slug, path, options, quick, known, engine):
-            if not isinstance(item, Ended):
-                rows.append(item)
-                if target is not None:
-                    write_json(target, plain([row.to_dict() for row in rows]))
-            yield item
+    with ExitStack() as processes:
+        # Small sizes take about as long as the imports: the next process imports meanwhile. Timings that are to be trusted run alone.
+        waiting = [_process(processes) for _ in range(1 if quick else 0)]
+        for slug, path in benchmarks.items():
+            known = [row for row in rows if row.slug == slug]
+            yield from known
+            options = {} if repeats is None else {"repeats": repeats}
+            process = waiting.pop() if waiting else _process(processes)
+            if quick and slug != next(reversed(benchmarks)):
+                waiting.append(_process(processes))
+            for item in _rows(slug, path, options, quick, known, engine, process):
+                if not isinstance(item, Ended):
+                    rows.append(item)
+                    if target is not None:
+                        write_json(target, plain([row.to_dict() for row in rows]))
+                yield item
     if unfinished is not None:
         unfinished.unlink(missing_ok=True)
 
@@ -288,8 +295,29 @@ def _earlier(target: Path, unfinished: Path, request: dict[str, Any]) -> list[An
     return []
 
 
+def _process(stack: ExitStack) -> subprocess.Popen[str]:
+    """A process that has imported what every benchmark needs and waits to be told which one to run; killed, if it still runs, when the stack closes."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _WORKER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    stack.enter_context(process)
+    stack.callback(process.kill)
+    return process
+
+
 def _rows(
-    slug: str, path: Path, options: dict[str, int], quick: bool, known: Iterable[AnyRow], engine: str | None
+    slug: str,
+    path: Path,
+    options: dict[str, int],
+    quick: bool,
+    known: Iterable[AnyRow],
+    engine: str | None,
+    process: subprocess.Popen[str],
 ) -> Iterator[AnyRow | Ended]:
     """The rows of one file that are not known yet."""
     told = {
@@ -300,36 +328,24 @@ def _rows(
         "measured": [row.to_dict() for row in known],
     }
     there = {_name(row) for row in known}
-    with subprocess.Popen(
-        [sys.executable, "-c", _WORKER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    ) as process:
-        assert process.stdin and process.stdout and process.stderr
-        said: list[str] = []
-        stderr = process.stderr
-        # Read on the side: a process that fills the pipe of its errors would wait for a reader.
-        reader = threading.Thread(target=lambda: said.extend(stderr), daemon=True)
-        reader.start()
+    assert process.stdin and process.stdout and process.stderr
+    said: list[str] = []
+    stderr = process.stderr
+    # Read on the side: a process that fills the pipe of its errors would wait for a reader.
+    reader = threading.Thread(target=lambda: said.extend(stderr), daemon=True)
+    reader.start()
+    process.stdin.write(json.dumps(told))
+    process.stdin.close()
+    for line in process.stdout:
         try:
-            process.stdin.write(json.dumps(told))
-            process.stdin.close()
-            for line in process.stdout:
-                try:
-                    row = row_of(json.loads(line))
-                except (ValueError, TypeError, KeyError, AttributeError):
-                    # The last line of a killed process may be cut off.
-                    continue
-                if _name(row) not in there:
-                    yield row
-        except BaseException:
-            process.kill()
-            raise
-        status = process.wait()
-        reader.join()
+            row = row_of(json.loads(line))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            # The last line of a killed process may be cut off.
+            continue
+        if _name(row) not in there:
+            yield row
+    status = process.wait()
+    reader.join()
     if status:
         last = [line.strip() for line in said if line.strip()][-1:]
         yield Ended(slug, last[0] if last else f"ended with status {status}")

@@ -308,7 +308,7 @@ PAPERS: tuple[Paper, ...] = (
         "Lee, Chun, Jung, Yun, Yoon",
         "2202.02916",
         "Replace a training set by a few learned pictures per class.",
-        ("learn/condensation",),
+        ("learn/condensation", "audit/condense.py"),
     ),
     Paper(
         "gifd",

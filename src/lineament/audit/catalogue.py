@@ -55,7 +55,7 @@ def all_lenses(*, language: bool | None = None) -> dict[str, Lens]:
     """All lenses by name, in the order of the report; with ``language``, only those for language models, or only the others.
 
     >>> list(all_lenses())[:2], list(all_lenses(language=True))
-    (['accuracy', 'gaze'], ['tokens', 'components'])
+    (['accuracy', 'gaze'], ['tokens', 'components', 'attention'])
     """
     found = [
         _read(Path(folder) / f"{name}.py", name)

@@ -15,6 +15,7 @@ from lineament.audit.phrases import several
 from lineament.audit.stages import Report, in_processes, sections, verdict, written
 from lineament.audit.subject import LanguageSubject
 from lineament.core import checks, shards
+from lineament.core.checks import InputError, require
 from lineament.core.models import device_of
 from lineament.explain.patching.layout_check import check_layout
 from lineament.load.language_models import load_language_model
@@ -35,6 +36,7 @@ def audit_language(
     overwrite: bool = False,
     note: Callable[[str], None] = lambda line: None,
     layout: Mapping[str, str] | None = None,
+    text: str | Path | None = None,
 ) -> Report:
     """What does this language model rely on when it says the next token?
 
@@ -43,6 +45,7 @@ def audit_language(
         data: what :func:`lineament.load.prompts.load_prompts` takes, or its result.
         lenses: those for language models in :mod:`lineament.audit.lenses`; all by default.
         samples: read at most so many prompts.
+        text: a UTF-8 file with a long text, for the lens *attention*; without it that lens reads prompts that are long enough.
         layout: where the components of a model of no known family are: a glob for each kind of :data:`~lineament.explain.patching.components.KINDS`
             (``{"z": "model.layers.*.attention:z", "attn_out": ..., "mlp_out": ..., "blocks": ...}``), checked against the model's own numbers.
 
@@ -52,7 +55,7 @@ def audit_language(
     chosen = chosen_lenses(lenses, language=True)
     checks.number("samples", samples, low=1, integer=True)
     checks.seed("seed", seed)
-    asked = (model, data, chosen, samples, device, seed, note, layout)
+    asked = (model, data, chosen, samples, device, seed, note, layout, lenses is None, _read(text))
     return in_processes(out, overwrite, lambda folder: _audited(folder, *asked))
 
 
@@ -66,6 +69,8 @@ def _audited(
     seed: int,
     note: Callable[[str], None],
     layout: Mapping[str, str] | None,
+    all_that_apply: bool,
+    text: str,
 ) -> Report:
     note = shards.noted(note)
     device = shards.own_device(device)
@@ -80,7 +85,9 @@ def _audited(
     if layout:
         ids = tokenizer(prompts.prompts[0], return_tensors="pt")["input_ids"][:, :32].to(device_of(network))
         check_layout(network, {"input_ids": ids}, layout)
-    subject = LanguageSubject(network, tokenizer, prompts, source, seed, layout=dict(layout or {}))
+    subject = LanguageSubject(network, tokenizer, prompts, source, seed, layout=dict(layout or {}), text=text)
+    if all_that_apply:
+        chosen = [lens for lens in chosen if not lens.optional or not lens.module().applies(subject)]
     key = _key(subject)
     shards.alike("model", key["model"] + key["tokenizer"])
     shards.alike("data", key["prompts"])
@@ -92,6 +99,17 @@ def _audited(
             folder, checkpoint, chosen, source, _facts(subject), verdict(chosen, found), found, extra
         ),
     )
+
+
+def _read(text: str | Path | None) -> str:
+    if text is None:
+        return ""
+    try:
+        found = Path(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"text: {str(text)!r} cannot be read as UTF-8 text ({error})") from error
+    require(bool(found.strip()), f"text: {str(text)!r} is empty, expected a text")
+    return found
 
 
 def _facts(subject: LanguageSubject) -> list[tuple[str, Any]]:
@@ -113,7 +131,7 @@ def _facts(subject: LanguageSubject) -> list[tuple[str, Any]]:
 
 def _key(subject: LanguageSubject) -> dict[str, Any]:
     """Everything that decides a section: the network, the words, the prompts, the seed."""
-    text = repr((subject.prompts.prompts, subject.prompts.pairs))
+    text = repr((subject.prompts.prompts, subject.prompts.pairs, subject.text))
     return {
         "model": digest(subject.model),
         "tokenizer": hashlib.sha256(repr(sorted(subject.tokenizer.get_vocab().items())).encode()).hexdigest(),

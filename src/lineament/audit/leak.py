@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import binomtest
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lineament.audit.phrases import sentence
 from lineament.audit.stages import STAGES, Report, command, fresh, opened, threads
 from lineament.core import checks
 from lineament.core.checkpoint import Checkpoint
@@ -129,8 +132,10 @@ def leak(
         )
         require(
             len(fitted) >= 4 * pictures,
-            f"samples: {len(fitted)} are too few to audit {pictures} and learn a prior from the others; expected at least {4 * pictures}",
+            f"pictures: {pictures} of {len(fitted)} samples leave too few others to know the world from; expected at most {len(fitted) // 4} pictures, or at least {4 * pictures} samples",
         )
+        for line in fitted.notes:
+            note(line)
         key = {
             "model": digest(loaded.model),
             "data": hashlib.sha256(held.inputs.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest(),
@@ -142,7 +147,7 @@ def leak(
             note("an earlier run of the same audit was cut off; going on where it stopped")
         with threads(fitted.flops * pictures):
             found = _searched(fitted, chosen, pictures, batch_sizes, seed, note, options, checkpoint)
-    sections = [_section(each) for each in found]
+    sections = [_section(each, options.search.steps, took) for each, took in found]
     findings = [finding for section in sections for finding in section.findings]
     paper = next(paper for paper in papers() if paper.slug == "gifd")
     facts = [
@@ -162,7 +167,7 @@ def leak(
         folder, loaded.source, "What could a curious server see of these pictures in one update?", facts, findings, sections,
         command=command("lineament.audit.leak.leak(model, data, out=...)"),
         methods={paper.slug: {"title": paper.title, "year": paper.year, "url": paper.url}},
-        versions=versions(), notes=_assumptions(options), extra={}, name=_NAME, kicker="Lineament leakage audit",
+        versions=versions(), notes=[*map(sentence, fitted.notes), *_assumptions(options)], extra={}, name=_NAME, kicker="Lineament leakage audit",
     )  # fmt: skip
     checkpoint.finish()
     shutil.rmtree(folder / STAGES, ignore_errors=True)
@@ -178,7 +183,8 @@ def _searched(
     note: Callable[[str], None],
     options: LeakOptions,
     checkpoint: Checkpoint,
-) -> list[Leakage]:
+) -> list[tuple[Leakage, float]]:
+    """For each size of message what it gave away, and the seconds that this run took to find out."""
     rows = fitted.subset(pictures, salt=11)
     others = torch.tensor(sorted(set(range(len(fitted))) - set(rows.tolist())))
     x = fitted.inputs(torch.arange(len(fitted)))
@@ -194,7 +200,7 @@ def _searched(
         prior = made
     found = []
     for size in batch_sizes:
-        parts = []
+        parts, begun = [], time.monotonic()
         for defence in defences:
             note(f"searching messages of {size} picture{'s' if size > 1 else ''}, defence: {defence}")
             parts.append(
@@ -218,13 +224,12 @@ def _searched(
                     Leakage,
                 )
             )
-        found.append(
-            replace(
-                parts[0],
-                attacked=tuple(a for p in parts for a in p.attacked),
-                prices=tuple(a for p in parts for a in p.prices),
-            )
+        every = replace(
+            parts[0],
+            attacked=tuple(a for p in parts for a in p.attacked),
+            prices=tuple(a for p in parts for a in p.prices),
         )
+        found.append((every, time.monotonic() - begun))
     return found
 
 
@@ -253,11 +258,12 @@ def _strongest(found: Leakage) -> list[Attacked]:
     ]
 
 
-def _section(found: Leakage) -> Section:
+def _section(found: Leakage, steps: int, seconds: float) -> Section:
     count = len(found.truth)
     best = max((float(v.mean()), name) for name, v in found.without.items())
     strongest = _strongest(found)
-    findings = [_finding(a, best, found) for a in strongest]
+    seen = {a.defence: _seen(a, best[0], _field(found, a.defence)) for a in strongest}
+    findings = [_finding(a, best, found, seen, steps) for a in strongest]
     prices = {p.defence: p for p in found.prices}
     rows = [
         [
@@ -266,8 +272,10 @@ def _section(found: Leakage) -> Section:
         ]
         for a in found.attacked
     ]  # fmt: skip
+    rows += [["no message", name, float(v.mean()), float(v.std() / count**0.5), None, None, None, None, None] for name, v in found.without.items()]  # fmt: skip
     table = Table(
-        "Leakage against price",
+        "Leakage against price. Named: guesses that are nearer to their own picture than to the other audited ones. Labels right: of those read off the message, "
+        "and by which rule. The price of a defence: the cosine of the update with the plain one, and the share of the plain step's drop in loss that it keeps.",
         ["defence", "attack", "PSNR, dB", "standard error", "SSIM", "named", "labels right", "cosine with the plain update", "progress kept"],
         rows,
     )  # fmt: skip
@@ -281,6 +289,7 @@ def _section(found: Leakage) -> Section:
         findings=findings,
         tables=[table],
         pictures=[_pictures(found)],
+        seconds=seconds,
         numbers=plain(
             {
                 "attacked": [
@@ -294,22 +303,47 @@ def _section(found: Leakage) -> Section:
     )  # fmt: skip
 
 
-def _finding(found: Attacked, without: tuple[float, str], told: Leakage) -> Finding:
+def _field(found: Leakage, defence: str) -> Attacked:
+    """The attack that named most pictures of a defence's messages."""
+    return max((a for a in found.attacked if a.defence == defence), key=lambda a: int(a.named.sum()))
+
+
+def _seen(found: Attacked, without: float, naming: Attacked) -> bool:
+    """Whether pictures are nearer than without the message by twice the standard error, or more are told apart than chance would (a binomial tail below 1 %)."""
+    error = float(found.psnr.std() / len(found.psnr) ** 0.5)
+    told_apart = (
+        binomtest(int(naming.named.sum()), len(naming.named), 1 / naming.field, "greater").pvalue < 0.01
+    )
+    return float(found.psnr.mean()) - 2 * error > without or bool(told_apart)
+
+
+def _finding(
+    found: Attacked, without: tuple[float, str], told: Leakage, seen: dict[str, bool], steps: int
+) -> Finding:
     mean, error = float(found.psnr.mean()), float(found.psnr.std() / len(found.psnr) ** 0.5)
-    named = int(found.named.sum())
+    naming = _field(told, found.defence)
     how = "undefended" if found.defence == "nothing" else f"defended by {found.defence}"
-    sentence = (
+    text = (
         f"From one update of {told.batch} picture{'s' if told.batch > 1 else ''}, {how}, the strongest attack ({found.attack}) rebuilds pictures at {mean:.1f} dB "
         f"(standard error {error:.1f}, {len(found.psnr)} pictures), where {without[1]} {'has' if 'mean' in without[1] else 'have'} {without[0]:.1f} dB; "
-        f"{named} of {found.field} guesses are nearest to their own picture."
+        f"{int(naming.named.sum())} of {len(naming.named)} guesses of {naming.attack} are nearest to their own picture among {naming.field} (by chance 1 in {naming.field})."
     )
-    seen = mean - 2 * error > without[0] and found.named.float().mean() > 2 / found.field
-    return Finding(
-        "warning" if seen else "good",
-        sentence if seen else sentence + " No attack tried sees more than what is known without the message.",
-        f"batch-{told.batch}",
-        advice="Compare defences by the table: what each leaves to see, and what it costs." if seen else "",
-    )
+    key = f"batch-{told.batch}"
+    if seen[found.defence]:
+        return Finding(
+            "warning",
+            text,
+            key,
+            advice="Compare defences by the table: what each leaves to see, and what it costs.",
+        )
+    text += " No attack tried sees more than what is known without the message."
+    if steps < SEARCH.steps:
+        return Finding(
+            "note", f"{text} The searches were short ({steps} steps, the default is {SEARCH.steps}), so that nothing follows.", key, advice="Search longer."
+        )  # fmt: skip
+    if found.defence != "nothing" and not seen.get("nothing", True):
+        return Finding("note", f"{text} They see nothing undefended either, so that this says nothing of the defence.", key)  # fmt: skip
+    return Finding("good", text, key)
 
 
 def _pictures(found: Leakage) -> Picture:

@@ -60,6 +60,7 @@ class AuditOptions:
         embedding: the site where the embedding passes; without another task the network is then taken for an embedding.
         method, gaze_site: of the saliency maps, see :func:`lineament.explain.saliency.maps.saliency`.
         faithfulness: how the maps are judged: ``"scores"``, or ``"diffroar"``, which also trains the architecture anew on what they keep.
+        text: of a language model, a file with a long text, see :func:`lineament.audit.language_run.audit_language`.
         layout: of a language model of no known family, see :func:`lineament.audit.language_run.audit_language`.
         batch_size: samples at a time, but for an exported network of a fixed batch.
     """
@@ -79,6 +80,7 @@ class AuditOptions:
     output: str | int | None = None
     filler: str | None = None
     layout: Mapping[str, str] | None = None
+    text: str | Path | None = None
     embedding: str | None = None
 
 
@@ -139,10 +141,12 @@ def audit(
             overwrite=overwrite,
             note=note,
             layout=options.layout,
+            text=options.text,
         )
     require(
         not options.layout, "layout: it says where the components of a language model are, and this is none"
     )
+    require(options.text is None, "text: it is read by a lens of language models, and this is none")
     chosen = chosen_lenses(lenses, language=False)
     checks.one_of("method", options.method, list(SALIENCY))
     checks.one_of("faithfulness", options.faithfulness, ("scores", "diffroar"))

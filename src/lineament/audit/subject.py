@@ -81,6 +81,7 @@ class LanguageSubject:
     """What a lens for language models is given.
 
     ``layout``: where the components of a model of no known family are, see :func:`lineament.explain.patching.layout_check.check_layout`.
+    ``text``: a long text, where one was given beside the prompts.
     """
 
     model: nn.Module
@@ -90,6 +91,7 @@ class LanguageSubject:
     seed: int = 0
     task: str = "language"
     layout: Mapping[str, str] = field(default_factory=dict)
+    text: str = ""
 
     @property
     def decoder_only(self) -> bool:

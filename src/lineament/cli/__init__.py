@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -29,6 +30,7 @@ COMMANDS = (
     "edit",
     "baseline",
     "tables",
+    "condense",
     "leak",
     "colorize",
     "papers",
@@ -37,7 +39,18 @@ COMMANDS = (
     "bench",
 )
 # What these had finished when they were interrupted is used again.
-_RESUMED = ("audit", "compare", "train", "edit", "baseline", "leak", "colorize", "reproduce", "bench")
+_RESUMED = (
+    "audit",
+    "compare",
+    "train",
+    "edit",
+    "baseline",
+    "condense",
+    "leak",
+    "colorize",
+    "reproduce",
+    "bench",
+)
 # These share their work where several processes are started together.
 _TOGETHER = ("audit", "train", "dictionary")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -49,8 +62,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in argv
     parser, commands = build_parser()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    with _terminable(processes):
-        return _run(argv, parser, commands, debug, processes)
+    shown, warnings.formatwarning = warnings.formatwarning, warnings.formatwarning if debug else _one_line
+    try:
+        with _terminable(processes):
+            return _run(argv, parser, commands, debug, processes)
+    finally:
+        warnings.formatwarning = shown
+
+
+def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:
+    """A warning as every other line of this command: without the place in the source."""
+    return f"lineament: {message}\n"
 
 
 def _run(argv: list[str], parser: Parser, commands: dict[str, Parser], debug: bool, processes: int) -> int:

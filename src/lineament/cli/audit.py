@@ -100,6 +100,11 @@ def add_parser(subparsers: Any) -> Any:
         help="where the components of a language model of no known family are (may be repeated): blocks, z, attn_out, mlp_out ..., such as z=model.layers.*.attention:z",
     )
     add(
+        "--text",
+        metavar="FILE",
+        help="a long text for a language model: how much of its past it needs (the attention lens; without it, prompts that are long enough)",
+    )
+    add(
         "--method",
         default="norm_grad",
         metavar="NAME",
@@ -145,6 +150,7 @@ def run(arguments: argparse.Namespace) -> int:
         output=arguments.output,
         filler=arguments.filler,
         layout=pairs("--layout", arguments.layout),
+        text=arguments.text,
         embedding=arguments.embedding,
     )
     with engine(arguments.engine):

@@ -74,6 +74,12 @@ def add_parser(subparsers: Any) -> Any:
     add("--known-labels", action="store_true", help="give the attacker the labels")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: where the model is)")
     add("--seed", type=int, default=0, metavar="N", help="of every random choice (default: 0)")
+    parser.names |= {
+        "attacks": "--attack",
+        "batch_sizes": "--batch-size",
+        "defences": "--defence",
+        "defence": "--defence",
+    }
     parser.set_defaults(run=run)
     return parser
 

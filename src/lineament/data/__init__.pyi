@@ -19,6 +19,8 @@ from .identities import identities as identities
 from .identities import orl_faces as orl_faces
 from .movielens import categorical_features as categorical_features
 from .movielens import movielens as movielens
+from .needles import key_values as key_values
+from .needles import needles as needles
 from .patching_tasks import greater_than_pairs as greater_than_pairs
 from .patching_tasks import ioi_pairs as ioi_pairs
 from .patching_tasks import synthetic_greater_than as synthetic_greater_than

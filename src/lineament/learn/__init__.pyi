@@ -5,9 +5,16 @@ from .boosting.network import boosted_head as boosted_head
 from .boosting.search import search as search
 from .condensation.condensed import Condensed as Condensed
 from .condensation.condensing import condense as condense
+from .condensation.continual import class_tasks as class_tasks
+from .condensation.continual import continual as continual
 from .condensation.coresets import herding as herding
 from .condensation.coresets import k_centers as k_centers
 from .condensation.coresets import k_means as k_means
+from .condensation.diagnostics import class_directions as class_directions
+from .condensation.diagnostics import kernel_velocity as kernel_velocity
+from .condensation.evaluating import Evaluation as Evaluation
+from .condensation.evaluating import Protocol as Protocol
+from .condensation.evaluating import evaluate as evaluate
 from .condensation.matching import matching_loss as matching_loss
 from .condensation.networks import convnet as convnet
 from .condensation.options import Condensation as Condensation

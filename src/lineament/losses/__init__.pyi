@@ -2,6 +2,7 @@ from .class_head import ClassHead as ClassHead
 from .contrastive import NTXent as NTXent
 from .contrastive import Spectral as Spectral
 from .contrastive import SupCon as SupCon
+from .feature_transform import HardMixing as HardMixing
 from .feature_transform import NegativeInterpolation as NegativeInterpolation
 from .feature_transform import PositiveExtrapolation as PositiveExtrapolation
 from .info_nce import InfoNCE as InfoNCE

@@ -121,6 +121,48 @@ class NegativeInterpolation:
         return mixed_scores(query, queue, lam, permutation)
 
 
+class HardMixing:
+    """MoCHi: of each query's hardest past keys, mixtures of two and mixtures with the query itself join its negatives.
+
+    h = normalise(a n_i + (1 - a) n_j) with a ~ U(0, 1), and normalise(b q + (1 - b) n_j) with b ~ U(0, 1/2). Kalantidis et al. 2020, arXiv 2010.01028.
+
+    Args:
+        top: how many of the hardest keys are mixed. mixed, with_query: mixtures of either kind a query; each costs a row of numbers a query.
+        start: the epoch from which it works.
+
+    >>> mixing = HardMixing(2, mixed=3, with_query=1)
+    >>> mixing(torch.eye(2), torch.eye(2), torch.Generator().manual_seed(0)).shape
+    torch.Size([2, 4, 2])
+    """
+
+    kind = "hard"
+
+    def __init__(self, top: int = 256, *, mixed: int = 256, with_query: int = 64, start: int = 0):
+        self.top = number("top", top, low=1, integer=True)
+        self.mixed = number("mixed", mixed, low=0, integer=True)
+        self.with_query = number("with_query", with_query, low=0, integer=True)
+        require(mixed + with_query > 0, "mixed, with_query: got 0 of both, expected some mixtures")
+        self.start = number("start", start, low=0)
+
+    @torch.no_grad()
+    def __call__(self, query: Tensor, queue: Tensor, generator: torch.Generator) -> Tensor:
+        """Unit negatives [B, mixed + with_query, d] of queries [B, d], without gradients."""
+        hardest = (query @ queue.T).topk(min(self.top, len(queue)), 1).indices
+
+        def one(count: int) -> Tensor:
+            at = torch.randint(hardest.shape[1], (len(query), count), generator=generator)
+            return queue[hardest.gather(1, at.to(hardest.device))]
+
+        def share(count: int) -> Tensor:
+            return torch.rand(len(query), count, 1, generator=generator).to(queue)
+
+        n = one(self.mixed + self.with_query)
+        a, b = share(self.mixed), 0.5 * share(self.with_query)
+        pairs = torch.lerp(n[:, : self.mixed], one(self.mixed), a)
+        own = torch.lerp(n[:, self.mixed :], query[:, None], b)
+        return F.normalize(torch.cat([pairs, own], 1), dim=2)
+
+
 def drawn(
     shape: tuple[int, int],
     alpha: float,

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from lineament.core.checks import InputError, number, require, show
 from lineament.core.results import Readable
-from lineament.losses.feature_transform import NegativeInterpolation, PositiveExtrapolation
+from lineament.losses.feature_transform import HardMixing, NegativeInterpolation, PositiveExtrapolation
 from lineament.losses.queue import Queue
 
-Transform = PositiveExtrapolation | NegativeInterpolation
+Transform = PositiveExtrapolation | NegativeInterpolation | HardMixing
 # Scores that lie in memory at once.
 _ENTRIES = 11_000_000
 
@@ -30,7 +30,7 @@ class InfoNCE(nn.Module):
     Args:
         temperature: 0.07 for MoCo, 0.2 for its second version.
         queue: of past keys; without one, the batch's other keys are the negatives.
-        transform: positive extrapolation, negative interpolation, or both; each works from its own ``start`` on (see :meth:`set_epoch`).
+        transform: positive extrapolation, negative interpolation, mixtures of hard negatives, or several; each works from its own ``start`` on (see :meth:`set_epoch`).
         log: keeps five numbers of the scores of some steps.
         seed: of their draws.
 
@@ -55,8 +55,8 @@ class InfoNCE(nn.Module):
         kinds = [t.kind for t in transform]
         require(len(kinds) == len(set(kinds)), f"transform: got {kinds}, expected one of each kind at most")
         require(
-            queue is not None or "negative" not in kinds,
-            "transform: negative interpolation mixes a queue, but there is none",
+            queue is not None or not {"negative", "hard"} & set(kinds),
+            "transform: negative interpolation and hard mixing mix a queue, but there is none",
         )
         self.transform = tuple(transform)
         self.generator = torch.Generator().manual_seed(seed)
@@ -77,9 +77,12 @@ class InfoNCE(nn.Module):
         else:
             count = len(rows)
             lse, (variance, mean) = negatives_logsumexp(others, rows, self.temperature, watch=watch)
+        hard = self._mixed(others, rows)
+        if hard is not None:
+            lse = torch.logaddexp(lse, (hard / self.temperature).logsumexp(1))
         s = positive / self.temperature
         if watch and self.log is not None:
-            log = lse.detach() - math.log(count)
+            log = lse.detach() - math.log(count + (0 if hard is None else hard.shape[1]))
             found = ScoreStatistics(mean, variance, positive.detach(), log, s.detach())
             self.log.add(found, raw=(query * key).sum(1).detach())
         if self.queue is not None and self.training:
@@ -89,7 +92,10 @@ class InfoNCE(nn.Module):
     def scores(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of the positive [B] and of the negatives [B, K], before the temperature."""
         positive, others, rows = self.compared(query, key)
-        return positive, self._in_batch(others) if rows is None else others @ rows.clone().T
+        if rows is None:
+            return positive, self._in_batch(others)
+        found, hard = others @ rows.clone().T, self._mixed(others, rows)
+        return positive, found if hard is None else torch.cat([found, hard], 1)
 
     def compared(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The positives' scores [B], what meets the negatives [B, d], and the negatives [K, d].
@@ -114,6 +120,18 @@ class InfoNCE(nn.Module):
             order = torch.randperm(len(rows), generator=self.generator).to(rows.device)
             rows = torch.lerp(rows[order], rows, lam)
         return (one * two).sum(1), one, rows
+
+    def _mixed(self, query: Tensor, rows: Tensor | None) -> Tensor | None:
+        """Scores of the queries with mixtures of their hardest negatives, where there are any."""
+        for each in self.transform:
+            if (
+                isinstance(each, HardMixing)
+                and rows is not None
+                and self.training
+                and self.epoch >= each.start
+            ):
+                return torch.einsum("bd,bkd->bk", query, each(query, rows, self.generator))
+        return None
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a resumed training needs besides the queue: the state of the draws, and the scores so far."""

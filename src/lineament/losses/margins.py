@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lineament.core.checks import number, one_of
 
 Guard = Literal["none", "taylor", "easy"]
+Gradient = Literal["exact", "straight"]
 
 
 class Margin(nn.Module):
@@ -99,35 +100,42 @@ class ArcFace(Margin):
         m: radians.
         guard: beyond θ = π - m the function would rise again: ``"taylor"`` goes on as cos θ - m sin m there, ``"easy"`` has the margin only
             where cos θ > 0.
+        gradient: ``"exact"``, or ``"straight"``: the target's cosine gets the gradient as if it had no margin, as in InsightFace, which leaves
+            out the factor sin(θ + m) / sin θ.
 
     >>> round(ArcFace(math.pi / 3)(torch.tensor([1.0]), torch.ones(1)).item(), 4)
     0.5
     """
 
-    def __init__(self, m: float = 0.5, *, guard: Guard = "none"):
+    def __init__(self, m: float = 0.5, *, guard: Guard = "none", gradient: Gradient = "exact"):
         super().__init__()
         self.m = number("m", m)
         self.guard = one_of("guard", guard, ("none", "taylor", "easy"))
+        self.gradient = one_of("gradient", gradient, ("exact", "straight"))
 
     def forward(self, cosine: Tensor, norms: Tensor, drawn: Tensor | None = None) -> Tensor:
-        return guarded(cosine, torch.full_like(cosine, self.m) if drawn is None else drawn, self.guard)
+        found = guarded(cosine, torch.full_like(cosine, self.m) if drawn is None else drawn, self.guard)
+        return found if self.gradient == "exact" else straight(cosine, found)
 
 
 class Combined(Margin):
-    """cos(m1 θ + m2) - m3.
+    """cos(m1 θ + m2) - m3; ``gradient`` as for :class:`ArcFace`.
 
     >>> round(Combined(1.0, 0.0, 0.25)(torch.tensor([0.5]), torch.ones(1)).item(), 4)
     0.25
     """
 
-    def __init__(self, m1: float = 1.0, m2: float = 0.3, m3: float = 0.2):
+    def __init__(self, m1: float = 1.0, m2: float = 0.3, m3: float = 0.2, *, gradient: Gradient = "exact"):
         super().__init__()
+        self.gradient = one_of("gradient", gradient, ("exact", "straight"))
         self.m1, self.m2, self.m3 = (number(f"m{k}", v) for k, v in enumerate((m1, m2, m3), 1))
 
     def forward(self, cosine: Tensor, norms: Tensor, drawn: Tensor | None = None) -> Tensor:
         if self.m1 == 1:
-            return added(cosine, torch.full_like(cosine, self.m2)) - self.m3
-        return torch.cos(self.m1 * angle(cosine) + self.m2) - self.m3
+            found = added(cosine, torch.full_like(cosine, self.m2)) - self.m3
+        else:
+            found = torch.cos(self.m1 * angle(cosine) + self.m2) - self.m3
+        return found if self.gradient == "exact" else straight(cosine, found)
 
 
 class Elastic(Margin):
@@ -271,6 +279,11 @@ class AdaFace(Margin):
 def added(cosine: Tensor, m: Tensor) -> Tensor:
     """cos(θ + m) of cos θ; its gradient at ±1 is cos m."""
     return cosine * torch.cos(m) - sine(cosine) * torch.sin(m)
+
+
+def straight(cosine: Tensor, target: Tensor) -> Tensor:
+    """The target's value with the cosine's own gradient."""
+    return cosine + (target - cosine).detach()
 
 
 def sine(cosine: Tensor) -> Tensor:

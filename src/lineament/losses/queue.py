@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lineament.core.checks import number, require, show
+from lineament.core.shards import gathered
 
 
 class Queue(nn.Module):
@@ -34,7 +35,7 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Put unit keys [n, d] in, never transformed ones.
+        """Put unit keys [n, d] in, never transformed ones; in a process group, those of all processes, which must all call it with as many keys.
 
         Raises:
             InputError: another dimension, rows that are not of length 1.
@@ -49,6 +50,8 @@ class Queue(nn.Module):
             bool(((norms - 1).abs() <= room).all()),
             "keys: expected rows of length 1; normalise them first, and enqueue them before any mixing",
         )
+        keys = gathered(keys)
+        norms = keys.norm(dim=1)
         keys = keys.to(self.rows)[-len(self.rows) :] if len(keys) > len(self.rows) else keys.to(self.rows)
         skipped = len(norms) - len(keys)
         at = (self.pointer + skipped + torch.arange(len(keys), device=self.rows.device)) % len(self.rows)

@@ -19,7 +19,9 @@ from .sparse_attention.attend import full_attention as full_attention
 from .sparse_attention.controls import last_blocks as last_blocks
 from .sparse_attention.controls import oracle_blocks as oracle_blocks
 from .sparse_attention.controls import random_blocks as random_blocks
+from .sparse_attention.cost import sparse_cost as sparse_cost
 from .sparse_attention.layer import SparseSparseAttention as SparseSparseAttention
+from .sparse_attention.perplexity import sliding_perplexity as sliding_perplexity
 from .sparse_attention.profile import attention_profile as attention_profile
 from .sparse_attention.profile import attention_profiles as attention_profiles
 from .sparse_attention.selection import select as select

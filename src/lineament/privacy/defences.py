@@ -306,7 +306,10 @@ def defence_of(text: str) -> Defence:
             f"defence: got {len(numbers)} values for {name!r}, expected at most {most}",
         )
         whole = [int(v) if name == "bits" and v == int(v) else v for v in numbers]
-        found = found + known[name](*whole)
+        try:
+            found = found + known[name](*whole)
+        except InputError as error:
+            raise InputError(f"defence: in {word.strip()!r}, {error}") from None
     return found
 
 

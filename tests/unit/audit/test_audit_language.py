@@ -174,7 +174,11 @@ def test_what_cannot_be_used_is_said_and_leaves_nothing(folder, files, capsys):
         ([str(folder), str(files / "worse.jsonl")], "line 1 is no JSON"),
         ([str(folder), str(files / "empty.txt")], "holds no prompt"),
         ([str(files / "net.py"), str(files / "text.txt")], "is no language model"),
-        ([str(folder), str(files / "text.txt"), "--lenses", "gaze"], "there are: tokens, components"),
+        (
+            [str(folder), str(files / "text.txt"), "--lenses", "gaze"],
+            "there are: tokens, components, attention",
+        ),
+        ([str(folder), str(files / "text.txt"), "--text", "none.txt"], "--text: 'none.txt' cannot be read"),
         ([str(folder), str(files / "text.txt"), "--lenses", "token"], "nearest: 'tokens'"),
     ):
         assert cli.main(["audit", *words, "--out", str(files / "r")]) == 2

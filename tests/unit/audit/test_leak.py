@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from lineament.audit.leak import LeakOptions, leak
+from lineament.audit.leak import LeakOptions, _section, leak
 from lineament.cli import main
 from lineament.core.checks import InputError
 from lineament.privacy import Search
+from lineament.privacy.leakage import Attacked, Leakage, Price
 
 QUICK = LeakOptions(attacks=("latent", "ig"), prior_steps=2, search=Search(steps=8, restarts=1))
 
@@ -101,9 +102,51 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 
 
 def test_other_models_and_too_few_samples_are_refused(net, tmp_path):
-    with pytest.raises(InputError, match="too few"):
+    with pytest.raises(InputError, match="leave too few others"):
         leak(net, "digits", out=tmp_path, pictures=8, samples=20, options=QUICK)
     flat = nn.Linear(64, 10)
     rows = (torch.rand(60, 64).numpy(), (torch.arange(60) % 10).numpy())
     with pytest.raises(InputError, match="images"):
         leak(flat, rows, out=tmp_path, pictures=4, options=QUICK)
+
+
+def attacked(defence, psnr, named, attack="ig"):
+    told = torch.tensor(named, dtype=torch.bool)
+    return Attacked(
+        defence, attack, torch.tensor(psnr), 0.5, scores=torch.zeros(8), stage=torch.zeros(8), stage_psnr=torch.zeros(8), named=told, reciprocal_rank=1.0,
+        field=8, rule="bias", labels_right=1.0, pictures=torch.rand(8, 1, 4, 4), steps=60,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("psnr", "named", "steps", "severity"),
+    [
+        ([20.0, 21.0] * 4, [False] * 8, 60, "warning"),  # nearer than what is known without
+        ([9.0, 10.0] * 4, [True] * 8, 60, "warning"),  # no nearer, but every picture is told apart
+        ([9.0, 10.0] * 4, [True] + [False] * 7, 60, "good"),  # one of eight: chance
+        ([9.0, 10.0] * 4, [True] + [False] * 7, 12, "note"),  # and too short a search to tell
+    ],
+)
+def test_what_counts_as_seen(psnr, named, steps, severity):
+    told = Leakage(
+        torch.rand(8, 1, 4, 4),
+        1,
+        (attacked("nothing", psnr, named),),
+        {"the mean": torch.full((8,), 12.0)},
+        (Price("nothing", 1.0, 1.0),),
+    )
+    section = _section(told, steps, 1.0)
+    assert [f.severity for f in section.findings] == [severity]
+    assert f"{sum(named)} of 8 guesses" in section.sentence and section.tables[0].rows[-1][0] == "no message"
+
+
+def test_a_defence_is_not_good_where_nothing_is_seen_undefended():
+    nothing, clipped = (attacked(name, [9.0, 10.0] * 4, [False] * 8) for name in ("nothing", "clip 4"))
+    told = Leakage(
+        torch.rand(8, 1, 4, 4),
+        1,
+        (nothing, clipped),
+        {"the mean": torch.full((8,), 12.0)},
+        (Price("nothing", 1.0, 1.0), Price("clip 4", 1.0, 1.0)),
+    )
+    assert [f.severity for f in _section(told, 60, 1.0).findings] == ["good", "note"]

@@ -56,7 +56,7 @@ def test_the_presets():
 def test_a_whole_run_and_one_that_was_killed(tmp_path, text, monkeypatch):
     config = replace(TINY, text=text)
     whole = run(config, out=tmp_path / "whole")
-    assert len(whole.claims) == 13 and len(whole.tables) == 4 and len(whole.figures) == 2
+    assert len(whole.claims) == 14 and len(whole.tables) == 4 and len(whole.figures) == 2
     theorem = next(c for c in whole.claims if c.name.startswith("Theorem 1"))
     assert theorem.holds and "0 of" in theorem.observed
     original, calls = recipe.measured, []
@@ -150,7 +150,7 @@ def test_claims_rise_and_fall_with_the_numbers():
             "FullAttn, SSA's FLOPs": one(0.7, 1.0, (1.2, 1.1, 1.0, 1.0), 0.002, 1.5),
         }
     )
-    assert len(claims_of(found, config)) == 13 and all(c.holds for c in claims_of(found, config))
+    assert len(claims_of(found, config)) == 14 and all(c.holds for c in claims_of(found, config))
     found = Found(
         {
             "FullAttn": one(0.7, 1.0, (1.01, 1.0, 1.0, 1.0), 0.001, 1.4, sharp=1.0),

@@ -11,7 +11,8 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ class Condensed(Readable):
         start: the pictures that the learning began with; empty where pictures were chosen, not learned.
         trace: of every step: outer and inner number, whether summed over classes, the loss before it, the share of gradient rows that have vanished.
         method, settings, classes, notes: how it was made, the classes' names, and what should be known. source: a digest of the training data.
+
+    >>> Condensed(torch.rand(4, 1, 4, 4), torch.tensor([0, 0, 1, 1]), torch.zeros(1), torch.ones(1)).per_class
+    2
     """
 
     pictures: Tensor
@@ -206,9 +210,23 @@ class Condensed(Readable):
             return
         features = Features({"image": Pictures(), "label": ClassLabel(names=self.names())})
         rows = {"image": self._images(), "label": self.labels.tolist()}
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".dataset-") as made:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".dataset-") as made, _no_bars():
             Dataset.from_dict(rows, features=features).save_to_disk(str(Path(made) / _HUB))
             (Path(made) / _HUB).rename(folder / _HUB)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the progress bars of `datasets`, which belong to whoever calls it."""
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()
 
 
 def _digest(path: Path) -> str:

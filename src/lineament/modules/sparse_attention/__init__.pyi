@@ -10,9 +10,15 @@ from .continued import train_aligned as train_aligned
 from .controls import last_blocks as last_blocks
 from .controls import oracle_blocks as oracle_blocks
 from .controls import random_blocks as random_blocks
+from .cost import sparse_cost as sparse_cost
+from .gated import GatedLlamaConfig as GatedLlamaConfig
+from .gated import GatedLlamaForCausalLM as GatedLlamaForCausalLM
+from .gated import from_released as from_released
 from .hf import install as install
 from .hf import sparse_attention as sparse_attention
 from .layer import SparseSparseAttention as SparseSparseAttention
+from .nsa import nsa as nsa
+from .perplexity import sliding_perplexity as sliding_perplexity
 from .profile import attention_profile as attention_profile
 from .profile import attention_profiles as attention_profiles
 from .selection import select as select

@@ -153,16 +153,16 @@ def sparse_output(
     )
     k, v = k[:, :, : layout.keys], v[:, :, : layout.keys]
     if backend == "auto":
-        backend = fastest(q, k, selection)
+        backend = fastest(q, k, selection, lse=lse)
     if backend == "dense":
         return dense.attended(q, k, v, selection.tokens(), factor, lse=lse)
     kernel = gather if backend == "gather" else block_major
     return Recomputed.apply(q, k, v, selection.indices, layout, factor, kernel)  # pyright: ignore[reportReturnType]
 
 
-def fastest(q: Tensor, k: Tensor, selection: Selection) -> str:
-    """The backend for these shapes."""
-    pairs, slots = q.shape[2] * k.shape[2], selection.indices.shape[3]
+def fastest(q: Tensor, k: Tensor, selection: Selection, *, lse: bool = False) -> str:
+    """The backend for these shapes; with the log-sum-exp a mask costs several times what PyTorch's own attention takes."""
+    pairs, slots = q.shape[2] * k.shape[2] * (4 if lse else 1), selection.indices.shape[3]
     group, size = q.shape[1] // selection.indices.shape[1], selection.layout.size
     if q.shape[2] > 32 and pairs <= PAIRS and pairs * q.shape[0] * q.shape[1] <= MASKED:
         return "dense"

@@ -21,6 +21,7 @@ from lineament.core.checks import require, show
 from lineament.modules.sparse_attention.attend import full_attention, sparse_output
 from lineament.modules.sparse_attention.branch import Branch
 from lineament.modules.sparse_attention.cache import attend_cached, layer_of
+from lineament.modules.sparse_attention.nsa import BRANCHES, nsa
 from lineament.modules.sparse_attention.options import IN_CONFIG, ON_MODULE, Budget, budget_of
 from lineament.modules.sparse_attention.selection import select
 
@@ -189,7 +190,7 @@ def attention_forward(
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function, [batch, tokens, heads, size]; a ``gate``, [batch, heads, tokens, 1], multiplies the output."""
+    """The attention function, [batch, tokens, heads, size]; a ``gate``, [batch, heads, tokens, 1], multiplies the output, three are NSA's."""
     _refuse(module, dropout, options)
     budget, layer = budget_of(module), module.layer_idx
     if _windowed(module):
@@ -211,6 +212,10 @@ def attention_forward(
     total = key.shape[2] if attention_mask is None else attention_mask.shape[1]
     past = {"offset": total - query.shape[2], "documents": documents, "padding": padding}
     gate = options.get("gate")
+    if gate is not None and gate.shape[-1] == 3:
+        require(not isinstance(budget, Branch), "aligned: NSA has no full attention of its own to align with, expected a model with one gate a head")  # fmt: skip
+        out = _nsa(module, query, key, value, gate, past, scaling)
+        return out.transpose(1, 2).contiguous(), None
     if isinstance(budget, Branch):
         out = budget.attended(module, query, key, value, past, scaling, gate)
         return out.transpose(1, 2).contiguous(), None
@@ -227,6 +232,23 @@ def attention_forward(
         out, _ = sparse_output(query, key, value, selection, scale=scaling, backend="auto", lse=False)
     out = out if gate is None else gate * out
     return out.transpose(1, 2).contiguous(), None
+
+
+def _nsa(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    past: dict[str, Any],
+    scale: float | None,
+) -> Tensor:
+    """The three gated branches; full attention takes their place where the mode is ``"full"``."""
+    budget = (budget_of(module) or Budget(mode="full")).of(module.layer_idx)
+    return nsa(
+        query, key, value, gate, block_size=budget.block_size, blocks=budget.blocks, window=module.config.window_size,
+        full=BRANCHES if budget.mode == "full" else (), scale=scale, **past,
+    )  # fmt: skip
 
 
 def _refuse(module: Any, dropout: float, options: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from lineament.modules.sparse_attention.blocks import Blocks, lay_out
 SCORINGS = ("group_softmax", "dot")
 SELECTIONS = ("exact", "released")
 # Scores held at once.
-SCORES = 2**24
+SCORES = 2**20
 
 
 @dataclass(frozen=True)
@@ -117,14 +117,17 @@ def best_blocks(
     found = []
     for start in range(0, q.shape[2], tile):
         part = slice(start, start + tile)
+        # Nothing is scored that lies ahead of all queries of the tile.
+        ahead = layout.count if selection == "released" else max(1, int(layout.own[:, part].max()) + 1)
         # The heads of a group as rows, so that the means are not copied for each.
-        logits = torch.matmul(grouped[:, :, :, part].flatten(2, 3), means.mT).unflatten(2, (groups, -1))
-        past = layout.past(part)
+        rows = grouped[:, :, :, part].flatten(2, 3)
+        logits = torch.matmul(rows, means[:, :, :ahead].mT).unflatten(2, (groups, -1))
+        past = layout.past(part)[..., :ahead]
         if scoring == "dot":
             score = logits.flatten(1, 2)
         else:
             # The own block takes part in the normaliser once it is complete.
-            own = torch.arange(layout.count, device=q.device) == layout.own[:, part, None]
+            own = torch.arange(ahead, device=q.device) == layout.own[:, part, None]
             complete = past | (own & (layout.within[:, part, None] == layout.size - 1))
             score = (logits * factor).masked_fill(~complete[:, None, None], -math.inf).softmax(-1).sum(2)
         if selection == "released":
@@ -144,16 +147,21 @@ def choose(
     sinks: int = 0,
     recent: int = 0,
 ) -> Selection:
-    """The selection by any scores, [batch, heads, queries, blocks]: the own block, and the highest-scored of those before it."""
+    """The selection by any scores, [batch, heads, queries, blocks]: the own block, and the highest-scored of those before it.
+
+    Scores of the blocks that lie ahead of all queries may be left out.
+    """
     check_budget(blocks, sinks, recent)
-    own, past = layout.own[:, None, queries, None], layout.past(queries)[:, None]
+    scored, slots = score.shape[-1], min(blocks, layout.count)
+    own, past = layout.own[:, None, queries, None], layout.past(queries)[:, None, :, :scored]
     score = score.masked_fill(~past, -math.inf)
     if sinks or recent:
-        number_of = torch.arange(layout.count, device=score.device)
+        number_of = torch.arange(scored, device=score.device)
         forced = (number_of < layout.first[:, None, queries, None] + sinks) | (number_of >= own - recent)
         score = score.masked_fill(forced & past, math.inf)
-    best = score.topk(min(blocks, layout.count) - 1, dim=-1).indices
+    best = score.topk(min(slots, scored) - 1, dim=-1).indices
     best = best.masked_fill(~past.expand(score.shape).gather(-1, best), -1)
+    best = torch.nn.functional.pad(best, (0, slots - 1 - best.shape[-1]), value=-1)
     return Selection(torch.cat([own.expand(*score.shape[:3], 1), best], -1), layout)
 
 

@@ -18,10 +18,13 @@ def attended(
         return torch.where(sees, _library(q, k, v, allowed, scale), 0), None
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    logits = (torch.matmul(q, k.mT).to(wide) * scale).masked_fill(~allowed, -torch.inf)
-    total = logits.logsumexp(-1, keepdim=True)
-    out = torch.matmul((logits - total).exp().to(v.dtype), v)
-    return torch.where(sees, out, 0), torch.where(sees, total, -torch.inf)[..., 0]
+    # One exponential of each logit, and no copy of them.
+    logits = torch.matmul(q, k.mT).to(wide).mul_(scale).masked_fill_(~allowed, -torch.inf)
+    highest = logits.detach().amax(-1, keepdim=True)
+    chance = logits.sub_(highest).exp_()
+    total = chance.sum(-1, keepdim=True)
+    out = (torch.matmul(chance.to(v.dtype), v).to(wide) / total).to(v.dtype)
+    return torch.where(sees, out, 0), torch.where(sees, highest + total.log(), -torch.inf)[..., 0]
 
 
 def _library(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:

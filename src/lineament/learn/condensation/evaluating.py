@@ -1,0 +1,359 @@
+"""What is a condensed set worth? Networks are trained on it from nothing and tested, beside those trained on what it must beat.
+
+The protocol of arXiv 2202.02916, section 2: SGD with momentum, a rate that falls once, the accuracy of the last epoch. The two scores are those of DD-Ranking (Li et al.
+2025, arXiv 2505.13300), for hard labels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lineament.core import checks
+from lineament.core.batching import progress
+from lineament.core.checks import require, show
+from lineament.core.models import frozen
+from lineament.core.norms import batchnorms
+from lineament.core.results import Readable, axes, plain
+from lineament.learn.condensation.condensed import Condensed
+from lineament.learn.condensation.condensing import Network, _Data, _maker, scale_of
+from lineament.learn.condensation.learning import drawn_from
+from lineament.learn.condensation.siamese import DSA, OLD, Strategy
+
+PLAIN_EPOCHS, AUGMENTED_EPOCHS = 300, 1000
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How networks are trained to judge a set.
+
+    Attributes:
+        networks: trained from different beginnings. epochs: one more than so many; by default 300, and 1000 with augmentation.
+        rate, momentum, weight_decay, batch: of SGD; the rate falls to a tenth once more than half is over, with a new optimizer.
+        strategy: the augmentation of ``"augmented"`` trainings.
+        full_epochs: of the training on all pictures; 0 leaves it out.
+
+    >>> Protocol(epochs=10).epochs_of(True)
+    10
+    """
+
+    networks: int = 20
+    epochs: int | None = None
+    rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch: int = 256
+    strategy: str = DSA
+    full_epochs: int = 30
+
+    def __post_init__(self) -> None:
+        checks.number("networks", self.networks, low=1, integer=True)
+        checks.number("batch", self.batch, low=1, integer=True)
+        checks.number("full_epochs", self.full_epochs, low=0, integer=True)
+        if self.epochs is not None:
+            checks.number("epochs", self.epochs, low=1, integer=True)
+        checks.number("rate", self.rate, low=0, open_low=True)
+        Strategy(self.strategy)
+
+    def epochs_of(self, augmented: bool) -> int:
+        return self.epochs or (AUGMENTED_EPOCHS if augmented else PLAIN_EPOCHS)
+
+
+_PROTOCOL = Protocol()
+
+
+@dataclass(frozen=True)
+class Evaluation(Readable):
+    """Accuracy of every network in [0, 1], by what it was trained on.
+
+    Attributes:
+        accuracy: {what: {network: [networks]}} without augmentation: ``"condensed"``, ``"clamped"``, ``"8 bit"``, and beside them ``"own start"``, ``"random real"``,
+            ``"class means"``, ``"all pictures"``, those that there are. augmented: the same with augmentation.
+        label_robust, augmentation_robust: the scores of DD-Ranking in percent, of the first network; ``None`` where what they compare was not trained.
+        nearest: distance (root mean square, of the scale) of each picture of the set to the nearest training picture; nearest_real: of as many training pictures to the
+            nearest other one.
+        storage: share of the training pictures' number that the set holds.
+
+    >>> Evaluation({"condensed": {"mlp": torch.tensor([0.5, 1.0])}}).mean("condensed", "mlp")
+    0.75
+    """
+
+    accuracy: Mapping[str, Mapping[str, Tensor]]
+    augmented: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    label_robust: float | None = None
+    augmentation_robust: float | None = None
+    nearest: Tensor = field(default_factory=lambda: torch.empty(0))
+    nearest_real: Tensor = field(default_factory=lambda: torch.empty(0))
+    storage: float = 0.0
+
+    def mean(self, what: str, network: str, *, augmented: bool = False) -> float:
+        """The mean accuracy over networks."""
+        return float((self.augmented if augmented else self.accuracy)[what][network].mean())
+
+    def to_dict(self) -> dict[str, Any]:
+        return plain(vars(self))
+
+    def plot(self, ax: Any = None) -> Any:
+        """Accuracy by what was trained on, one colour a network, with the population deviation over networks."""
+        ax = axes(ax)
+        names = list(self.accuracy)
+        nets = list(self.accuracy[names[0]])
+        for place, net in enumerate(nets):
+            held = [
+                (k, self.accuracy[name][net]) for k, name in enumerate(names) if net in self.accuracy[name]
+            ]
+            ax.errorbar(
+                [k + 0.12 * (place - (len(nets) - 1) / 2) for k, _ in held],
+                [100 * float(v.mean()) for _, v in held],
+                [100 * float(v.std(correction=0)) for _, v in held],
+                fmt="o", label=net,
+            )  # fmt: skip
+        ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        ax.set(ylabel="test accuracy, %")
+        ax.legend()
+        return ax
+
+
+def evaluate(
+    condensed: Condensed,
+    test: tuple[Tensor, Tensor],
+    *,
+    real: tuple[Tensor, Tensor] | None = None,
+    networks: Sequence[str] | Mapping[str, Network] = ("convnet",),
+    protocol: Protocol = _PROTOCOL,
+    augmented: bool = True,
+    normalisation: tuple[Tensor, Tensor] | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """Train networks on a condensed set, and on what it must beat, with the same beginnings, and test them.
+
+    Args:
+        test: pictures and labels that the condensing has not seen, in the set's scale. real: the training pictures and labels; without them, what they are needed for
+            is left out.
+        networks: names of the pool (the first is the one whose scores are told), or names with functions that make one.
+        augmented: whether each is also trained with augmentation.
+        normalisation: mean and deviation of each channel, where they are given; other ones than the set's are refused, since a set is worth nothing under them.
+
+    >>> x = torch.rand(12, 1, 8, 8); y = torch.arange(12) % 2
+    >>> made = Condensed(x[:2], y[:2], x.mean((0, 2, 3)), x.std((0, 2, 3)))
+    >>> found = evaluate(made, (x[6:], y[6:]), networks=["mlp"], protocol=Protocol(networks=2, epochs=2), augmented=False)
+    >>> list(found.accuracy), tuple(found.accuracy["condensed"]["mlp"].shape)
+    (['condensed', 'clamped', '8 bit'], (2,))
+    """
+    if normalisation is not None:
+        given = [torch.as_tensor(v, dtype=torch.float32).flatten() for v in normalisation]
+        own = (condensed.mean.cpu(), condensed.std.cpu())
+        same = all(
+            a.numel() == b.numel() and torch.allclose(a.cpu(), b, rtol=1e-3, atol=1e-5)
+            for a, b in zip(given, own)
+        )
+        require(
+            same,
+            f"normalisation: got {[v.tolist() for v in given]}, but the set was made with {[v.tolist() for v in own]}; leave it out",
+        )
+    top = scale_of(test[0], "test")
+    require(
+        top <= condensed.top and (condensed.top == 1 or test[0].dtype != torch.uint8),
+        f"test: got pictures in [0, {top:g}], but the set is in [0, {condensed.top:g}]",
+    )
+    classes = int(condensed.labels.max()) + 1
+    test_y = checks.labels("test", test[1], count=len(test[0]), classes=classes)
+    shape = tuple(condensed.pictures.shape[1:])
+    require(tuple(test[0].shape[1:]) == shape, f"test: got {show(test[0])}, expected pictures of {shape}")
+    pool = networks if isinstance(networks, Mapping) else {name: name for name in networks}
+    require(len(pool) > 0, "networks: got none, expected at least one")
+    makers = {name: _maker(made, shape, classes) for name, made in pool.items()}
+    sets = _sets(condensed, real, seed)
+    held = _Test(condensed, test[0], test_y)
+    accuracy: dict[str, dict[str, Tensor]] = {}
+    with_draws: dict[str, dict[str, Tensor]] = {}
+    jobs = [(what, name) for what in sets for name in makers]
+    first = next(iter(makers))
+    for what, name in progress(jobs, "training on each set", len(jobs)):
+        x, y = sets[what]
+        epochs = protocol.full_epochs if what == "all pictures" else None
+        if epochs == 0:
+            continue
+        accuracy.setdefault(what, {})[name] = accuracies(
+            condensed, x, y, held, makers[name], protocol, epochs=epochs, seed=seed
+        )
+        if augmented and what in ("condensed", "own start", "random real"):
+            with_draws.setdefault(what, {})[name] = accuracies(
+                condensed, x, y, held, makers[name], protocol, strategy=protocol.strategy, seed=seed
+            )
+    near = _nearest(condensed, real, seed)
+    return Evaluation(
+        accuracy, with_draws, _label_robust(accuracy, first), _augmentation_robust(accuracy, with_draws, first), *near,
+        storage=0.0 if real is None else len(condensed.labels) / len(real[1]),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Test:
+    condensed: Condensed
+    images: Tensor
+    labels: Tensor
+
+    def accuracy(self, model: nn.Module) -> float:
+        right = 0
+        with torch.no_grad(), frozen(model):
+            for x, y in zip(self.images.split(512), self.labels.split(512)):
+                x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+                right += int((model(self.condensed.normalised(x)).argmax(1) == y).sum())
+        return right / len(self.labels)
+
+
+def accuracies(
+    condensed: Condensed,
+    images: Tensor,
+    labels: Tensor,
+    test: _Test,
+    make: Callable[[int], nn.Module],
+    protocol: Protocol,
+    *,
+    strategy: str | None = None,
+    epochs: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Test accuracy of networks that were trained on pictures of the set's scale, [networks]."""
+    found = []
+    for k in range(protocol.networks):
+        generator = drawn_from(seed, 7, k)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator.initial_seed())
+            model = make(k).to(condensed.pictures.device)
+            # Networks with batch norm were always judged with the old augmentation.
+            words = OLD if strategy is not None and batchnorms(model) else strategy
+            total = protocol.epochs_of(strategy is not None) if epochs is None else epochs
+            _train(model, condensed, images, labels, protocol, words, total, generator)
+        found.append(test.accuracy(model))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def _train(
+    model: nn.Module,
+    condensed: Condensed,
+    images: Tensor,
+    labels: Tensor,
+    protocol: Protocol,
+    strategy: str | None,
+    epochs: int,
+    generator: torch.Generator,
+) -> None:
+    def optimizer(rate: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD(
+            model.parameters(), lr=rate, momentum=protocol.momentum, weight_decay=protocol.weight_decay
+        )
+
+    change = None if strategy is None else Strategy(strategy)
+    steps = optimizer(protocol.rate)
+    whole = (
+        condensed.normalised(images.float()) if len(images) <= 5000 and images.dtype != torch.uint8 else None
+    )
+    model.train()
+    for epoch in range(epochs + 1):
+        for rows in torch.randperm(len(labels), generator=generator).split(protocol.batch):
+            rows = rows.to(labels.device)
+            if whole is not None:
+                x = whole[rows]
+            else:
+                raw = images[rows]
+                x = condensed.normalised(raw.float() / 255 if raw.dtype == torch.uint8 else raw.float())
+            if change is not None:
+                x = change(x, generator, each=True)
+            steps.zero_grad()
+            F.cross_entropy(model(x), labels[rows]).backward()
+            steps.step()
+        if epoch == epochs // 2 + 1:
+            steps = optimizer(protocol.rate / 10)
+
+
+def _sets(
+    condensed: Condensed, real: tuple[Tensor, Tensor] | None, seed: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What is trained on, by name."""
+    labels = condensed.labels
+    found = {
+        "condensed": (condensed.pictures, labels),
+        "clamped": (condensed.clamped(), labels),
+        "8 bit": (condensed.as_bytes().float() * (condensed.top / 255), labels),
+    }
+    if condensed.start.numel():
+        found["own start"] = (condensed.start, labels)
+    if real is not None:
+        data = _Data.of(real[0], real[1], condensed.per_class, condensed.classes)
+        require(
+            data.top == condensed.top,
+            f"real: got pictures in [0, {data.top:g}], but the set is in [0, {condensed.top:g}]",
+        )
+        generator = drawn_from(seed, 8)
+        drawn = [
+            rows[torch.randperm(len(rows), generator=generator)[: condensed.per_class].to(rows.device)]
+            for rows in data.rows
+        ]
+        classes = torch.arange(data.classes, device=labels.device)
+        found["random real"] = (data.own(torch.cat(drawn)), classes.repeat_interleave(condensed.per_class))
+        found["class means"] = (torch.stack([data.own(rows).mean(0) for rows in data.rows]), classes)
+        found["all pictures"] = (real[0], data.targets)
+    return found
+
+
+def _mean(found: Mapping[str, Mapping[str, Tensor]], what: str, network: str) -> float | None:
+    held = found.get(what, {}).get(network)
+    return None if held is None else float(held.mean())
+
+
+def robust_score(value: float) -> float:
+    """(e^α - e^-1) / (e - e^-1) in percent, of α in [-1, 1].
+
+    >>> robust_score(1.0), robust_score(-1.0), round(robust_score(0.0), 1)
+    (100.0, 0.0, 26.9)
+    """
+    return 100 * (math.exp(value) - math.exp(-1)) / (math.e - math.exp(-1))
+
+
+def _label_robust(accuracy: Mapping[str, Mapping[str, Tensor]], network: str) -> float | None:
+    """α = (improvement over random real - what all pictures are ahead) / 2."""
+    mine, random, full = (_mean(accuracy, w, network) for w in ("condensed", "random real", "all pictures"))
+    if mine is None or random is None or full is None:
+        return None
+    return robust_score(0.5 * (mine - random) - 0.5 * (full - mine))
+
+
+def _augmentation_robust(
+    plain: Mapping[str, Any], augmented: Mapping[str, Any], network: str
+) -> float | None:
+    """β = the mean improvement over random real, with and without augmentation."""
+    pairs = [[_mean(found, w, network) for w in ("condensed", "random real")] for found in (augmented, plain)]
+    gains = [mine - random for mine, random in pairs if mine is not None and random is not None]
+    return robust_score(sum(gains) / 2) if len(gains) == 2 else None
+
+
+def _nearest(condensed: Condensed, real: tuple[Tensor, Tensor] | None, seed: int) -> tuple[Tensor, Tensor]:
+    """Distances to the nearest training picture, of the set and of as many training pictures (themselves left out), in parts of the scale."""
+    if real is None:
+        return torch.empty(0), torch.empty(0)
+    count = len(real[0])
+    some = torch.randperm(count, generator=drawn_from(seed, 9))[: len(condensed.labels)].to(real[0].device)
+    scale = 1 / 255 if real[0].dtype == torch.uint8 else 1.0
+    size = real[0][0].numel()
+
+    def least(pictures: Tensor, own: Tensor | None) -> Tensor:
+        best = torch.full((len(pictures),), torch.inf, device=pictures.device)
+        for at in range(0, count, 4096):
+            part = real[0][at : at + 4096].float().flatten(1) * scale
+            # Squares and products would lose the small distances that are looked for.
+            found = torch.cdist(pictures.flatten(1), part, compute_mode="donot_use_mm_for_euclid_dist")
+            if own is not None:
+                here = (own >= at) & (own < at + len(part))
+                found[here.nonzero()[:, 0], own[here] - at] = torch.inf
+            best = torch.minimum(best, found.min(1).values)
+        return best / math.sqrt(size) / condensed.top
+
+    return least(condensed.pictures, None), least(real[0][some].float() * scale, some)

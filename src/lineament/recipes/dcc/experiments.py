@@ -1,0 +1,144 @@
+"""One seed: pictures with a nuisance, sets condensed in each way at each step size, and networks trained on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lineament.core.checks import InputError, require
+from lineament.data.digits import digit_images
+from lineament.data.formats import folder_of
+from lineament.data.photographs import read_photographs
+from lineament.learn.condensation.condensed import Condensed
+from lineament.learn.condensation.condensing import condense
+from lineament.learn.condensation.diagnostics import kernel_velocity
+from lineament.learn.condensation.evaluating import Protocol, evaluate
+from lineament.learn.condensation.networks import convnet
+from lineament.learn.condensation.options import Condensation
+
+# Whether a method sums over classes, and from which share of the fresh networks on.
+METHODS = {"class by class": ("dc", 0.0), "summed": ("dcc", 0.0), "summed after warm-up": ("dcc", 0.25)}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Test accuracy of every network by what it was trained on, and the step size that was chosen for each method; the velocity of the kernel while a network
+    trains on the summed set, by epoch."""
+
+    accuracy: dict[str, Tensor]
+    rate: dict[str, float]
+    velocity: Tensor
+
+
+def trial_of(config: Any, nuisance: str, seed: int) -> Trial:
+    """Condense and judge once; step sizes are chosen on a fifth of the training pictures, which no set is condensed from."""
+    x, y, test_x, test_y = with_nuisance(config, nuisance, seed)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    held, kept = order[: len(y) // 5], order[len(y) // 5 :]
+    if nuisance == "shuffled":
+        y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(seed + 1))]
+    train, choosing, test = (x[kept], y[kept]), (x[held], y[held]), (test_x, test_y)
+    shape, classes = tuple(x.shape[1:]), int(y.max()) + 1
+    make = partial(convnet, shape, classes, width=config.width, depth=config.depth)
+    protocol = Protocol(networks=config.networks, epochs=config.training, rate=0.02, full_epochs=0)
+    few = replace(protocol, networks=max(2, config.networks // 4))
+    judge = partial(evaluate, networks={"convnet": make}, augmented=False, seed=seed)
+    accuracy: dict[str, Tensor] = {}
+    rates: dict[str, float] = {}
+    made: dict[str, Condensed] = {}
+    for name, (method, warm) in METHODS.items():
+        best = -1.0
+        for rate in config.rates:
+            how = Condensation(
+                outer=config.outer, inner=config.inner, epochs=config.epochs, outer_warmup=round(warm * config.outer), inner_warmup=config.inner,
+                rate=rate, batch_real=config.batch,
+            )  # fmt: skip
+            found = condense(
+                *train, per_class=config.per_class, method=method, network=make, options=how, seed=seed
+            )
+            reached = judge(found, choosing, protocol=few).mean("condensed", "convnet")
+            if reached > best:
+                best, rates[name], made[name] = reached, rate, found
+        accuracy[name] = judge(made[name], test, protocol=protocol).accuracy["condensed"]["convnet"]
+    beside = judge(made["summed"], test, real=train, protocol=protocol).accuracy
+    for name in ("random real", "class means", "own start"):
+        accuracy[name] = beside[name]["convnet"]
+    for name in ("herding", "k_means"):
+        chosen = condense(*train, per_class=config.per_class, method=name, network=make, seed=seed)
+        accuracy[name] = judge(chosen, test, protocol=protocol).accuracy["condensed"]["convnet"]
+    held_set = made["summed"]
+    net = convnet(shape, classes, width=min(config.width, 16), depth=config.depth, seed=seed)
+    velocity = kernel_velocity(
+        net, held_set.normalised(), held_set.labels, held_set.normalised(train[0][:8]), epochs=20, rate=0.02
+    )
+    return Trial(accuracy, rates, velocity)
+
+
+def with_nuisance(config: Any, nuisance: str, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training and test pictures in [0, 1]: each with ``amplitude`` times a texture times a draw from [0.5, 1.5] added, of a few shared by all classes, or of its own."""
+    x, y, test = pictures(config, seed)
+    generator = np.random.default_rng([seed, 3])
+    if nuisance != "none" and config.amplitude:
+        x = (x - x.mean()) / x.std()
+        crops = textures(len(x) if nuisance == "independent" else config.textures, config.side, generator)
+        which = (
+            np.arange(len(x)) if nuisance == "independent" else generator.integers(0, config.textures, len(x))
+        )
+        size = torch.from_numpy(generator.uniform(0.5, 1.5, len(x))).float()[:, None, None, None]
+        x = x + config.amplitude * size * crops[torch.from_numpy(which)]
+        x = (x - x.min()) / (x.max() - x.min())
+    return x[~test], y[~test], x[test], y[test]
+
+
+def textures(count: int, side: int, generator: np.random.Generator) -> Tensor:
+    """Crops of a photograph that scikit-learn brings, grey, with mean 0 and deviation 1."""
+    from sklearn.datasets import load_sample_image
+
+    photograph = torch.from_numpy(load_sample_image("china.jpg").astype(np.float32)).mean(2)
+    places = [[int(generator.integers(0, s - side)) for s in photograph.shape] for _ in range(count)]
+    crops = torch.stack([photograph[i : i + side, j : j + side] for i, j in places])[:, None]
+    flat = crops.flatten(1)
+    return (crops - flat.mean(1)[:, None, None, None]) / (flat.std(1)[:, None, None, None] + 1)
+
+
+def pictures(config: Any, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All pictures in [0, 1], their classes, and which of them are for testing."""
+    if config.data == "cifar10":
+        parts = [
+            read_photographs("cifar10", split, data_folder=config.data_folder) for split in ("train", "test")
+        ]
+        x = torch.cat([p.inputs for p in parts]).float() / 255
+        y = torch.cat([p.targets for p in parts])
+        return x, y, torch.arange(len(y)) >= len(parts[0])
+    if config.data == "faces":
+        place = folder_of(config.data_folder)
+        path = None if place is None else place / "orl_faces.npz"
+        if path is None or not path.is_file():
+            raise InputError(
+                f"data_folder: no orl_faces.npz in {str(place) if place else 'any folder'}; give its folder, or set LINEAMENT_DATA, or take data digits"
+            )
+        with np.load(path, allow_pickle=False) as file:
+            names = {array.ndim: name for name, array in file.items()}
+            require(
+                3 in names and 1 in names,
+                f"data_folder: {path} has no pictures [n, height, width] with people [n]",
+            )
+            x, y = torch.from_numpy(file[names[3]]).float()[:, None], torch.from_numpy(file[names[1]]).long()
+        x, share = x / x.max(), 0.3
+    else:
+        held = digit_images(config.data, data_folder=config.data_folder)
+        x, y, share = held.inputs, held.targets, 0.28
+    x = F.interpolate(x, size=(config.side, config.side), mode="bilinear", antialias=True).clamp(0, 1)
+    y = y - y.min()
+    test = torch.zeros(len(y), dtype=torch.bool)
+    for c in y.unique():
+        rows = (y == c).nonzero()[:, 0]
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        test[rows[order[: round(share * len(rows))]]] = True
+    return x, y, test

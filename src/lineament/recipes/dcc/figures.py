@@ -1,0 +1,39 @@
+"""Figures of the dcc recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lineament.report.figures import picture, save
+from lineament.report.outcome import Figure
+
+
+def draw_all(trials: dict[str, list[Any]], out: Path) -> list[Figure]:
+    """Write the recipe's figure into ``out``."""
+    names = list(trials["shared"][0].accuracy)
+    held = {
+        nuisance: [torch.stack([100 * t.accuracy[name].mean() for t in each]) for name in names]
+        for nuisance, each in trials.items()
+    }
+
+    def draw(ax: Any) -> None:
+        for place, (nuisance, values) in enumerate(held.items()):
+            at = [k + 0.15 * (place - (len(held) - 1) / 2) for k in range(len(names))]
+            errors = [float(v.std() / len(v) ** 0.5) if len(v) > 1 else 0.0 for v in values]
+            ax.errorbar(at, [float(v.mean()) for v in values], errors, fmt="o", label=nuisance)
+        ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        ax.set(ylabel="test accuracy, %")
+        ax.legend(title="nuisance")
+
+    told = "; ".join(
+        f"{nuisance}: " + ", ".join(f"{name} {float(v.mean()):.0f}" for name, v in zip(names, values))
+        for nuisance, values in held.items()
+    )
+    shown = picture(
+        draw, alt=f"Test accuracy in % by what networks were trained on. {told}.",
+        caption="Test accuracy by what networks were trained on: means over seeds and their standard errors.",
+    )  # fmt: skip
+    return [save(shown, out, "accuracy")]

@@ -1,0 +1,244 @@
+"""Condensed sets judged: the protocol, the scores, distances, memories; and ``lineament condense`` with its page."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from lineament.audit.condense import CondenseOptions, condense_data
+from lineament.cli import main
+from lineament.core.checks import InputError
+from lineament.learn import (
+    Condensation,
+    Condensed,
+    Protocol,
+    class_directions,
+    condense,
+    evaluate,
+    kernel_velocity,
+)
+from lineament.learn.condensation import evaluating
+from lineament.learn.condensation.continual import class_tasks, continual
+from lineament.learn.condensation.diagnostics import jacobian
+from lineament.load import load_data
+
+QUICK = Protocol(networks=2, epochs=8, full_epochs=2)
+
+
+def stripes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three classes: which third of the rows is bright."""
+    y = torch.arange(count) % 3
+    x = 0.3 * torch.rand(count, 1, 9, 9, generator=torch.Generator().manual_seed(seed))
+    for k, c in enumerate(y.tolist()):
+        x[k, :, 3 * c : 3 * c + 3] += 0.6
+    return x, y
+
+
+REAL, TEST = stripes(60, 0), stripes(45, 1)
+
+
+@pytest.fixture(scope="module")
+def made() -> Condensed:
+    return condense(
+        *REAL, per_class=2, method="dcc", network="mlp", options=Condensation(outer=2, inner=2, epochs=2)
+    )
+
+
+def test_what_a_set_is_compared_with(made):
+    found = evaluate(made, TEST, real=REAL, networks=["mlp", "lenet"], protocol=QUICK)
+    assert list(found.accuracy) == [
+        "condensed",
+        "clamped",
+        "8 bit",
+        "own start",
+        "random real",
+        "class means",
+        "all pictures",
+    ]
+    assert all(
+        v.shape == (2,) and (v >= 0).all() and (v <= 1).all()
+        for held in found.accuracy.values()
+        for v in held.values()
+    )
+    assert set(found.augmented) == {"condensed", "own start", "random real"}
+    mine, random, full = (found.mean(w, "mlp") for w in ("condensed", "random real", "all pictures"))
+    alpha = 0.5 * (mine - random) - 0.5 * (full - mine)
+    assert found.label_robust == pytest.approx(
+        100 * (math.exp(alpha) - math.exp(-1)) / (math.e - math.exp(-1))
+    )
+    beta = 0.5 * (mine - random) + 0.5 * (
+        found.mean("condensed", "mlp", augmented=True) - found.mean("random real", "mlp", augmented=True)
+    )
+    assert found.augmentation_robust == pytest.approx(evaluating.robust_score(beta))
+    again = evaluate(made, TEST, real=REAL, networks=["mlp"], protocol=QUICK, augmented=False)
+    assert (
+        torch.equal(again.accuracy["condensed"]["mlp"], found.accuracy["condensed"]["mlp"])
+        and again.augmentation_robust is None
+    )
+    assert found.storage == pytest.approx(6 / 60)
+    found.plot()
+
+
+def test_a_set_of_good_pictures_is_learned_from_and_a_wrong_one_is_not(made):
+    x, y = stripes(6, 5)
+    order = y.argsort(stable=True)
+    good = replace(made, pictures=x[order], labels=y[order], start=torch.empty(0))
+    protocol = replace(QUICK, epochs=60, full_epochs=0)
+    right = evaluate(good, TEST, networks=["mlp"], protocol=protocol, augmented=False)
+    wrong = evaluate(
+        replace(good, labels=(good.labels + 1) % 3),
+        TEST,
+        networks=["mlp"],
+        protocol=protocol,
+        augmented=False,
+    )
+    assert right.mean("condensed", "mlp") > 0.9 and wrong.mean("condensed", "mlp") < 0.1
+    assert "all pictures" not in right.accuracy
+
+
+def test_the_protocol_to_the_letter(made, monkeypatch):
+    made_with, steps = [], []
+
+    class Counted(torch.optim.SGD):
+        def __init__(self, weights, **how):
+            made_with.append(how)
+            super().__init__(weights, **how)
+
+        def step(self, closure=None):
+            steps.append(len(made_with))
+            return super().step(closure)
+
+    monkeypatch.setattr(evaluating.torch.optim, "SGD", Counted)
+    evaluate(made, TEST, networks=["mlp"], protocol=Protocol(networks=1, epochs=10), augmented=False)
+    first = [n for n in steps if n <= 2]
+    assert len(first) == 11 and first.count(1) == 7  # E + 1 epochs, the rate falls after epoch E // 2 + 1
+    assert [how["lr"] for how in made_with[:2]] == pytest.approx([0.01, 0.001])
+    assert made_with[0]["momentum"] == 0.9 and made_with[0]["weight_decay"] == 5e-4
+    assert (Protocol().networks, Protocol().epochs_of(False), Protocol().epochs_of(True)) == (20, 300, 1000)
+
+
+def test_other_constants_and_scales_are_refused(made):
+    with pytest.raises(InputError, match="made with"):
+        evaluate(made, TEST, normalisation=(torch.zeros(1), torch.ones(1)), protocol=QUICK)
+    with pytest.raises(InputError, match=r"\[0, 255\]"):
+        evaluate(made, (255 * TEST[0], TEST[1]), protocol=QUICK)
+    with pytest.raises(InputError, match="pictures of"):
+        evaluate(made, (TEST[0][..., 1:], TEST[1]), protocol=QUICK)
+    with pytest.raises(InputError, match="nearest"):
+        evaluate(made, TEST, networks=["lennet"], protocol=QUICK)
+
+
+def test_distances_to_training_pictures(made):
+    rows = torch.tensor([0, 3, 1, 4, 2, 5])
+    copied = replace(made, pictures=REAL[0][rows] + 0.01, labels=REAL[1][rows])
+    found = evaluate(
+        copied,
+        TEST,
+        real=REAL,
+        networks=["mlp"],
+        protocol=replace(QUICK, epochs=1, full_epochs=0),
+        augmented=False,
+    )
+    assert torch.allclose(found.nearest, torch.full((6,), 0.01), atol=1e-5)
+    assert (found.nearest_real > 0.02).all()  # a training picture is not its own neighbour
+
+
+def test_memories_grow_and_a_learner_without_old_classes_would_fail():
+    tasks = class_tasks(*(torch.cat([a, a]) for a in (REAL[0],)), torch.cat([REAL[1], REAL[1] + 3]), *TEST, 3)
+    assert [sorted(t[1].unique().tolist()) for t in tasks] and sum(len(t[1]) for t in tasks) == 120
+    domains = [(*REAL, *TEST), (1 - REAL[0], REAL[1], 1 - TEST[0], TEST[1])]
+    found = continual(domains, per_class=3, methods=["random", "dcc"], network="mlp", options=Condensation(outer=1, inner=1, epochs=1), protocol=replace(QUICK, epochs=80))  # fmt: skip
+    assert found.memory == [9, 18] and found.accuracy["random"].shape == (2, 2)
+    assert found.accuracy["random"][1].mean() > 0.6
+    found.plot()
+
+
+def test_kernel_velocity_and_directions():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(81, 8), nn.Tanh(), nn.Linear(8, 3))
+    x, probe = REAL[0][:6], TEST[0][:4]
+    by_hand = torch.cat(
+        [
+            torch.cat([g.flatten() for g in torch.autograd.grad(net(p[None])[0, k], list(net.parameters()))])[
+                None
+            ]
+            for p in probe
+            for k in range(3)
+        ]
+    )
+    assert torch.allclose(jacobian(net, probe), by_hand, atol=1e-5)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    velocity = kernel_velocity(net, x, REAL[1][:6], probe, epochs=3, rate=0.5)
+    assert (
+        velocity.shape == (3,) and (velocity >= -1e-6).all() and (velocity <= 1).all() and velocity[0] > 1e-5
+    )
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    assert class_directions(REAL[0], REAL[1], 1 - REAL[0], REAL[1]).mean() < -0.9
+
+
+def test_the_command_makes_a_set_that_opens_everywhere(tmp_path, capsys):
+    out = tmp_path / "set"
+    words = [
+        "condense",
+        "digits",
+        "--per-class",
+        "1",
+        "--method",
+        "dcc",
+        "--network",
+        "mlp",
+        "--outer",
+        "2",
+        "--out",
+        str(out),
+        "--samples",
+        "300",
+    ]
+    judged = ["--evaluate", "--networks", "mlp", "--nets", "2", "--epochs", "3", "--continual", "2"]
+    assert main([*words, *judged]) == 0
+    told = capsys.readouterr().out
+    assert "condensed.npz" in told and "test pictures" in told
+    report = json.loads((out / "condense.json").read_text())
+    assert [s["name"] for s in report["sections"]] == ["set", "worth", "nearest", "memory"]
+    assert not (out / ".stages").exists() and "no promise of anonymity" in (out / "condense.html").read_text()
+    assert len(load_data(out / "condensed.npz")) == len(load_data(out / "pictures")) == 10
+    assert main(words) == 2 and "--overwrite" in capsys.readouterr().err
+    more = tmp_path / "more"
+    assert main([*words[:-4], "--samples", "300", "--from", str(out), "--out", str(more)]) == 0
+    assert torch.equal(Condensed.load(more).start, Condensed.load(out).pictures)
+    for wrong, says in (
+        (["--method", "dca"], "nearest"),
+        (["--networks", "vgg"], "vgg11"),
+        (["--rate", "quick"], "paper"),
+        (["--continual", "9", "--evaluate"], "[2, 5]"),
+        (["--per-class", "900"], "--per-class: got 900"),
+        (["--strategy", "flop"], "flip"),
+    ):
+        assert main([*words, "--overwrite", *wrong]) == 2
+        assert says in capsys.readouterr().err
+    assert (out / "condensed.npz").exists()  # what was refused replaced nothing
+
+
+def test_a_condensing_that_was_cut_off_goes_on(tmp_path, monkeypatch):
+    from lineament.audit import condense as module
+
+    options = CondenseOptions(network="mlp", learning=Condensation(outer=2, inner=2, epochs=1))
+    how = {"per_class": 1, "method": "dsac", "samples": 200, "options": options}
+    first = module.Condensed.save
+
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.Condensed, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        condense_data("digits", out=tmp_path / "a", **how)
+    monkeypatch.setattr(module.Condensed, "save", first)
+    notes: list[str] = []
+    condense_data("digits", out=tmp_path / "a", **how, note=notes.append)
+    assert any("cut off" in line for line in notes)
+    condense_data("digits", out=tmp_path / "b", **how)
+    assert torch.equal(*(Condensed.load(tmp_path / name).pictures for name in "ab"))

@@ -1,0 +1,96 @@
+"""Mixtures of hard negatives, keys of several processes, gradients without the margin's derivative."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lineament.core.checks import InputError
+from lineament.losses import ArcFace, ClassHead, Combined, HardMixing, InfoNCE, Queue
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    return F.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def test_hard_negatives_join_the_denominator():
+    query, key, mixing = unit(5, 8), unit(5, 8, seed=1), HardMixing(6, mixed=4, with_query=3)
+    loss = InfoNCE(0.2, queue=Queue(40, 8), transform=[mixing], seed=3)
+    positive, negatives = loss.scores(query, key)
+    assert negatives.shape == (5, 47)
+    again = InfoNCE(0.2, queue=Queue(40, 8), transform=[mixing], seed=3)
+    expected = F.cross_entropy(
+        torch.cat([positive[:, None], negatives], 1) / 0.2, torch.zeros(5, dtype=torch.long)
+    )
+    assert torch.allclose(again(query, key), expected, atol=1e-5)
+    # Mixtures of the hardest are on average harder than the queue, and those with the query harder still.
+    assert negatives[:, 40:44].mean() > negatives[:, :40].mean() + 0.2
+    assert negatives[:, 44:].mean() > negatives[:, 40:44].mean()
+    plain = InfoNCE(0.2, queue=Queue(40, 8), transform=[HardMixing(6, start=2)], seed=3)
+    assert plain(query, key).equal(InfoNCE(0.2, queue=Queue(40, 8))(query, key)), "before its start"
+    with pytest.raises(InputError, match="but there is none"):
+        InfoNCE(transform=[mixing])
+
+
+def test_one_hard_key_alone_is_itself():
+    query, queue = unit(3, 4), unit(9, 4, seed=2)
+    found = HardMixing(1, mixed=2, with_query=0)(query, queue, torch.Generator().manual_seed(0))
+    assert torch.allclose(found, queue[(query @ queue.T).argmax(1)][:, None].expand(-1, 2, -1), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [ArcFace, lambda **o: Combined(1.0, 0.3, 0.1, **o), lambda **o: Combined(1.2, 0.3, 0.1, **o)])  # fmt: skip
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_a_straight_gradient_is_that_of_no_margin_at_the_same_value(kind, chunk):
+    x, y = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
+    heads = [ClassHead(3, 4, kind(gradient=g), 8.0, chunk=chunk) for g in ("exact", "straight")]
+    values = [head(x, y) for head in heads]
+    assert torch.allclose(*values)
+    exact, straight = (torch.autograd.grad(v, head.weight)[0] for v, head in zip(values, heads))
+    assert not torch.allclose(exact, straight, atol=1e-4)
+    # By hand: d loss / d cosine is scale (p - one hot) / n, with p of the logits with their margin.
+    head = heads[0]
+    logits = head.margin_logits(x, y).detach()
+    blame = (logits.softmax(1) - F.one_hot(y, 3)) * 8.0 / 6
+    cosines = F.normalize(x, dim=1) @ F.normalize(head.weight, dim=1).T
+    assert torch.allclose(torch.autograd.grad((blame * cosines).sum(), head.weight)[0], straight, atol=1e-5)
+
+
+SCRIPT = """
+import sys, torch, torch.distributed as dist
+from torch.nn import functional as F
+from lineament.losses import InfoNCE, Queue
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+loss = InfoNCE(0.2, queue=Queue(10, 4))
+keys = F.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+for step in range(2):
+    own = keys[rank * 3 : rank * 3 + 3].roll(step, 0)
+    loss(own, own)
+torch.save((loss.queue.rows, loss.queue.pointer), sys.argv[1] + str(rank))
+dist.destroy_process_group()
+"""
+
+
+def test_a_queue_takes_the_keys_of_all_processes(tmp_path):
+    (tmp_path / "two.py").write_text(SCRIPT)
+    paths = [str(Path(p).resolve()) for p in sys.path if p]
+    around = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    around |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20_000 + os.getpid() % 20_000)}
+    runs = [
+        subprocess.Popen([sys.executable, "two.py", str(tmp_path / "q")], cwd=tmp_path, env={**around, "RANK": str(rank)})
+        for rank in range(2)
+    ]  # fmt: skip
+    assert [run.wait(100) for run in runs] == [0, 0]
+    (a, at), (b, bt) = (torch.load(tmp_path / f"q{rank}") for rank in range(2))
+    keys = unit(6, 4)
+    assert a.equal(b) and int(at) == int(bt) == 12 % 10
+    turned = torch.cat([keys[:3].roll(1, 0), keys[3:].roll(1, 0)])
+    expected = torch.cat([turned[4:], keys[2:], turned[:4]])
+    assert torch.allclose(a, expected)
