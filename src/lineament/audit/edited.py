@@ -157,6 +157,7 @@ def unlearned_report(
     label: str,
     *,
     out: str | Path,
+    retain: Any = None,
     overwrite: bool = False,
     options: EditOptions = EditOptions(),
     note: Callable[[str], None] = lambda line: None,
@@ -165,6 +166,7 @@ def unlearned_report(
 
     Args:
         label: the class, by its name or number.
+        retain: further labelled samples, on which the other classes are measured; by default those of ``data``.
 
     >>> import tempfile
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10))
@@ -183,7 +185,7 @@ def unlearned_report(
             "data: it has no classes to forget; unlearning takes a classifier and labelled samples"
         )
     number = _class_number(subject, label)
-    (forgetting, taught), (forgotten_ones, others) = (
+    (forgetting, _), (forgotten_ones, others) = (
         _parts(x, y, number) for x, y in zip(subject.halves, subject.labels)
     )
     for name, part in (("calibrating", forgetting), ("measuring", forgotten_ones)):
@@ -191,14 +193,24 @@ def unlearned_report(
             len(part[0]) >= 8,
             f"label: class {label!r} has {len(part[0])} samples in the {name} half, expected at least 8; read more samples",
         )
-    checkpoint = _checkpoint(folder, subject, {"class": number, "share": options.share})
+    if retain is not None:
+        try:
+            kept = _subject(model, retain, options)
+        except InputError as error:
+            raise InputError(str(error).replace("data: ", "retain: ", 1)) from error
+        others = _others(kept, subject, number)
+    checkpoint = _checkpoint(
+        folder,
+        subject,
+        {"class": number, "share": options.share, "retain": None if retain is None else str(retain)},
+    )
     note("forgetting")
     with unused(folder):
         found = unlearn(subject.model, forgetting, share=options.share)
     note("asking what is left")
     told = forgotten(subject.model, found.model, forgotten_ones, others, seed=options.seed)
     control = forgotten(
-        subject.model, mute(subject.model, number, taught[0]), forgotten_ones, others, seed=options.seed
+        subject.model, mute(subject.model, number, forgetting[0]), forgotten_ones, others, seed=options.seed
     )
     rows = []
     for name, each in (
@@ -276,6 +288,25 @@ def _subject(model: Any, data: Any, options: EditOptions) -> _Subject:
             loaded.model, loaded.source, f"{samples.source}, {len(both)} samples", halves, labels, both.classes,  # pyright: ignore[reportArgumentType]
             notes=both.notes, named=isinstance(model, str),
         )  # fmt: skip
+
+
+def _others(retain: _Subject, subject: _Subject, number: int) -> tuple[Tensor, Tensor]:
+    """The samples of all classes but one."""
+    if retain.labels is None:
+        raise InputError(
+            "retain: it has no classes; expected labelled samples of the classes that are to stay"
+        )
+    require(
+        not (retain.classes and subject.classes) or list(retain.classes) == list(subject.classes),
+        f"retain: its classes are {', '.join(map(str, retain.classes[:6]))}, those of the data {', '.join(map(str, subject.classes[:6]))}; expected the same",
+    )
+    parts = [_parts(x, y, number)[1] for x, y in zip(retain.halves, retain.labels)]
+    inputs, labels = (torch.cat(each) for each in zip(*parts))
+    require(
+        len(labels) >= 8,
+        f"retain: it holds {len(labels)} samples of classes that are to stay, expected at least 8",
+    )
+    return inputs, labels
 
 
 def _same(subject: _Subject, share: float, **how: Any) -> nn.Module:

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.formatwarning = shown
 
 
-def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:
+def _one_line(message: Warning | str, *_: object, **__: object) -> str:
     """A warning as every other line of this command: without the place in the source."""
     return f"lineament: {message}\n"
 

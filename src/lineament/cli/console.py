@@ -192,7 +192,8 @@ def show_trainings(runs: Mapping[str, Fitted]) -> None:
     )
     if names:
         console.print(
-            "TAR at FAR 1e-3 and R@1: on the classes held out, of the weights that were kept.", soft_wrap=True
+            "TAR at FAR 1e-3 and R@1: on the classes held out, of the weights that were kept; with fewer than 1,000 pairs of two classes no false accept is allowed.",
+            soft_wrap=True,
         )
     others = {(run.validation_samples, run.options.seed) for run in runs.values()}
     if len(others) > 1:

@@ -89,6 +89,11 @@ def _unlearn_parser(actions: Any) -> Any:
     add = parser.add_argument
     add("--class", dest="label", metavar="NAME", required=True, help="the class, by its name or number")
     add(
+        "--retain",
+        metavar="DATA2",
+        help="measure the other classes on these samples (default: on those of DATA)",
+    )
+    add(
         "--share",
         type=float,
         default=0.05,
@@ -139,7 +144,7 @@ def unlearn(arguments: argparse.Namespace) -> int:
     from lineament.cli.console import note
 
     found = unlearned_report(
-        arguments.model, arguments.data, arguments.label, out=arguments.out, overwrite=arguments.overwrite,
+        arguments.model, arguments.data, arguments.label, out=arguments.out, retain=arguments.retain, overwrite=arguments.overwrite,
         options=_options(arguments), note=note,
     )  # fmt: skip
     return _said(found)

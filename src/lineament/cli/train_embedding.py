@@ -68,7 +68,7 @@ class Recognised:
             worth = recognition(found, self.targets)
         except InputError:
             return dict.fromkeys(RECOGNITION)
-        return dict(zip(RECOGNITION, (*worth.tar, worth.recall, worth.precision, worth.gap)))
+        return dict(zip(RECOGNITION, (*worth.tar, worth.recall, worth.precision, worth.gap, worth.impostors)))
 
 
 def split_classes(targets: Int[Tensor, "samples"], share: float, seed: int) -> tuple[Tensor, Tensor]:

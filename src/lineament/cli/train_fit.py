@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lineament.cli.train_embedding import Recognised, made, split_classes
 from lineament.cli.train_options import Options
-from lineament.cli.train_result import RECOGNITION, Fitted
+from lineament.cli.train_result import RECOGNITION, Fitted, far_words
 from lineament.core import checks
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import require
@@ -190,7 +190,7 @@ def _said(entry: dict[str, Any], count: int) -> str:
     if entry["validation_accuracy"] is not None:
         said += f", validation accuracy {entry['validation_accuracy']:.1%}"
     if entry.get("validation_tar3") is not None:
-        said += f", TAR {entry['validation_tar3']:.1%} at FAR 1e-3 and R@1 {entry['validation_recall']:.1%} on classes held out"
+        said += f", TAR {entry['validation_tar3']:.1%} {far_words(entry)} and R@1 {entry['validation_recall']:.1%} on classes held out"
     return said + (f", {entry['skipped']} steps skipped" if entry["skipped"] else "")
 
 

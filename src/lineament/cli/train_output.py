@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lineament.cli.train_result import Fitted
+from lineament.cli.train_result import Fitted, far_words
 from lineament.core.files import atomic_write, write_json, write_text
 from lineament.load.loaded import Loaded
 from lineament.report import figures
@@ -121,7 +121,7 @@ def _curves(fitted: Fitted) -> Any:
     right = "accuracy" if fitted.options.embedding is None else "tar3"
     end = "" if fitted.last is None else f"; validation accuracy {fitted.last:.1%} after the last epoch"
     if fitted.recognised[0] is not None:
-        end = f"; TAR {fitted.recognised[0]:.1%} at FAR 1e-3 on classes held out after the last epoch"
+        end = f"; TAR {fitted.recognised[0]:.1%} {far_words(fitted.history[-1])} on classes held out after the last epoch"
     return figures.picture(
         draw,
         alt=f"Loss and {'accuracy' if right == 'accuracy' else 'TAR at FAR 1e-3'} over {len(fitted.history)} epochs{end}.",
@@ -136,7 +136,7 @@ def say(a: argparse.Namespace, folder: Path, fitted: Fitted, log: Log) -> None:
     loss = fitted.options.embedding
     if tar is not None and recall is not None:
         print(
-            f"On {fitted.validation_samples:,} samples of {fitted.validation_classes} classes held out, after the last epoch: TAR {tar:.2%} at FAR 1e-3, "
+            f"On {fitted.validation_samples:,} samples of {fitted.validation_classes} classes held out, after the last epoch: TAR {tar:.2%} {far_words(fitted.history[-1])}, "
             f"R@1 {recall:.2%}, {duration(fitted.seconds)}."
         )
     elif loss is not None:

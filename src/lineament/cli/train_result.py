@@ -11,11 +11,22 @@ from typing import Any
 from lineament.cli.train_options import Options
 from lineament.core.checks import InputError, one_of
 
-# Of an embedding, on the classes held out: TAR at FAR 1e-2 and 1e-3, R@1, mAP@R, and the smallest genuine less the largest impostor score.
+# Of an embedding, on the classes held out: TAR at FAR 1e-2 and 1e-3, R@1, mAP@R, and the smallest genuine less the largest impostor score, and
+# how many pairs of two classes there are.
 RECOGNITION = (
     *("validation_tar2", "validation_tar3", "validation_recall", "validation_precision"),
-    "validation_gap",
+    *("validation_gap", "validation_impostors"),
 )
+
+
+def far_words(entry: dict[str, Any]) -> str:
+    """At which rate of false accepts the TAR of an epoch is: below one pair in all, none is allowed.
+
+    >>> far_words({"validation_impostors": 5000}), far_words({"validation_impostors": 384})
+    ('at FAR 1e-3', 'with no false accept among 384 pairs')
+    """
+    pairs = entry["validation_impostors"]
+    return "at FAR 1e-3" if pairs >= 1000 else f"with no false accept among {pairs:,.0f} pairs"
 
 
 @dataclass(frozen=True)

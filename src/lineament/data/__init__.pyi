@@ -10,6 +10,7 @@ from .bit_features import bit_feature as bit_feature
 from .bit_features import bit_features as bit_features
 from .blockmnist import block_mnist as block_mnist
 from .coloured_digits import coloured_digits as coloured_digits
+from .coloured_films import coloured_films as coloured_films
 from .digit_scenes import digit_scenes as digit_scenes
 from .digits import digit_images as digit_images
 from .fast_slow_patches import fast_slow_patches as fast_slow_patches

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shlex
 
+import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from lineament import cli, edit
 from lineament.load.models import load_model
@@ -64,6 +66,22 @@ def test_unlearn_says_what_is_left(net, tmp_path, capsys):
     assert told["sections"][0]["numbers"]["verdict"] in ("kept", "muted")
     assert [row[0] for row in told["sections"][0]["tables"][0]["rows"]][-1].startswith("head alone")
     assert edit.load(out / "network", lambda: load_model(net).model)
+
+
+def test_unlearn_measures_the_others_on_other_samples(net, tmp_path, capsys):
+    one, rest, poor = (tmp_path / f"{name}.npz" for name in ("one", "rest", "poor"))
+    x, y = load_digits(return_X_y=True)
+    x = x.reshape(-1, 1, 8, 8).astype("float32") / 16
+    np.savez(one, x=x[:200], y=y[:200])
+    np.savez(rest, x=x[200:300], y=y[200:300])
+    np.savez(poor, x=x[y == 3], y=y[y == 3])
+    words = ["edit", "unlearn", net, str(one), "--class", "3", "--out", str(tmp_path / "o"), "--retain"]
+    assert cli.main([*words, str(poor)]) == 2
+    assert "--retain" in capsys.readouterr().err
+    assert cli.main([*words, str(rest)]) == 0
+    told = json.loads((tmp_path / "o" / "edit.json").read_text())
+    count = int((y[200:300] != 3).sum())
+    assert f"{count} others" in told["sections"][0]["tables"][0]["title"]
 
 
 BAD = [

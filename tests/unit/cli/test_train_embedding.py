@@ -184,7 +184,11 @@ def faces(tmp_path, monkeypatch) -> Path:
 def test_the_command_writes_what_it_says(faces, capsys, words):
     assert cli.main([*LINE, "--loss", *words]) == 0
     shown = capsys.readouterr().out
-    assert "of 2 classes held out" in shown and "--task embedding" in shown
+    assert (
+        "of 2 classes held out" in shown
+        and "with no false accept among 100 pairs" in shown
+        and "--task embedding" in shown
+    )
     raw = json.loads((faces / "run/train.json").read_text())
     assert raw["options"]["loss"] == words[0] and raw["validation_classes"] == 2
     entry = raw["history"][-1]

@@ -196,3 +196,10 @@ def test_gsae(tmp_path, monkeypatch):
     names = run("gsae", {})
     assert names["found"].mode == "gradient" and names["found"].kl < names["found"].kl_random
     assert (tmp_path / "my-dictionary" / "config.json").is_file()
+
+
+def test_ssa():
+    names = run("ssa", {})
+    assert names["loss"].isfinite() and names["model"].lm_head.weight.grad is not None
+    report, best = names["report"], names["best"]
+    assert bool((report.error <= report.bound + 1e-5).all()) and best.kept.mean() > report.kept.mean()

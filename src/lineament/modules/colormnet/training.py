@@ -33,6 +33,7 @@ class ColorTraining:
         deep: how often a remembered frame updates the hidden state. jitter: brightness and contrast, saturation, hue of a clip; a frame's own is ``jitter_frame``.
         affine: degrees of rotation and of shear of each frame, until ``affine_until`` of the training; none is (0, 0).
         scale: smallest part of a picture that is cut out, along each side.
+        recurrent: memory holds the previous frame alone (an ablation).
 
     >>> told = ColorTraining()
     >>> told.epochs * told.clips // told.batch_size
@@ -53,6 +54,7 @@ class ColorTraining:
     jitter_frame: float = 0.01
     affine: tuple[float, float] = (15.0, 10.0)
     affine_until: float = 150 / 160
+    recurrent: bool = False
 
     def __post_init__(self) -> None:
         for name in ("size", "epochs", "clips", "batch_size", "references"):
@@ -124,9 +126,10 @@ class _Training(nn.Module):
     def forward(self, lightness: Tensor, ab: Tensor) -> Tensor:
         length = lightness.shape[1]
         deep = [True, *(torch.rand(length - 1) < self.options.deep).tolist()]
-        return clip_losses(
-            self.model, lightness, ab, deep=deep, references=references(length, self.options.references)
-        )
+        held = references(length, self.options.references)
+        if self.options.recurrent:
+            held = [[t - 1] if t else [] for t in range(length)]
+        return clip_losses(self.model, lightness, ab, deep=deep, references=held)
 
 
 def references(length: int, most: int, generator: torch.Generator | None = None) -> list[list[int]]:
@@ -240,24 +243,39 @@ def clip_losses(
     decoder: Sequence[bool] | None = None,
     references: Sequence[Sequence[int]] | None = None,
 ) -> Float[Tensor, "frames_but_one"]:
-    """The loss of each frame but the first, whose colours are given; what was predicted enters memory, and gradients pass through it.
-
-    Args:
-        deep: for each frame, whether its value updates the hidden state.
-        decoder: for each frame, whether the decoder does, which comes before; default: all but the last.
-        references: for each frame, which earlier ones its memory holds; default: all.
+    """The loss of each frame but the first, mean |ab - true ab| of what :func:`clip_colours` predicts, with its arguments.
 
     >>> from lineament.modules import ColorMNetConfig
     >>> model = ColorMNet(ColorMNetConfig.tiny()).eval()
     >>> clip_losses(model, torch.zeros(1, 3, 1, 32, 32), torch.zeros(1, 3, 2, 32, 32), deep=[True, False, False]).shape
     torch.Size([2])
     """
+    colours = clip_colours(model, lightness, ab[:, 0], deep=deep, decoder=decoder, references=references)
+    return torch.stack([(colours[:, t - 1] - ab[:, t]).abs().mean() for t in range(1, ab.shape[1])])
+
+
+def clip_colours(
+    model: ColorMNet,
+    lightness: Float[Tensor, "batch frames 1 height width"],
+    ab: Float[Tensor, "batch 2 height width"],
+    *,
+    deep: Sequence[bool],
+    decoder: Sequence[bool] | None = None,
+    references: Sequence[Sequence[int]] | None = None,
+) -> Float[Tensor, "batch frames_but_one 2 height width"]:
+    """The chroma of each frame but the first, whose own is given; what was predicted enters memory, and gradients pass through it.
+
+    Args:
+        deep: for each frame, whether its value updates the hidden state.
+        decoder: for each frame, whether the decoder does, which comes before; default: all but the last.
+        references: for each frame, which earlier ones its memory holds; default: all.
+    """
     length = lightness.shape[1]
     frames = lightness.expand(-1, -1, 3, -1, -1)
     features = [model.encode_frame(frames[:, t]) for t in range(length)]
     hidden = model.empty_hidden(features[0].key)
-    value, hidden = model.encode_value(frames[:, 0], features[0].f16, hidden, ab[:, 0], deep=deep[0])
-    values, losses = [value], []
+    value, hidden = model.encode_value(frames[:, 0], features[0].f16, hidden, ab, deep=deep[0])
+    values, colours = [value], []
     for t in range(1, length):
         now = features[t]
         earlier = range(t) if references is None else references[t]
@@ -271,8 +289,8 @@ def clip_losses(
         answer = answer + model.near(now.key, features[t - 1].key, values[t - 1])
         update = t < length - 1 if decoder is None else decoder[t]
         hidden, predicted = model.decode(now, answer, hidden, update=update)
-        losses.append((predicted - ab[:, t]).abs().mean())
+        colours.append(predicted)
         if t < length - 1:
             value, hidden = model.encode_value(frames[:, t], now.f16, hidden, predicted, deep=deep[t])
             values.append(value)
-    return torch.stack(losses)
+    return torch.stack(colours, 1)

@@ -33,24 +33,24 @@ class Config:
     side: int = 8
     amplitude: float = 4.0
     textures: int = 3
-    controls: tuple[str, ...] = ("none",)
+    controls: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1)
 
     per_class: int = 1
     width: int = 16
     depth: int = 2
-    outer: int = 8
+    outer: int = 5
     inner: int = 5
     epochs: int = 3
     batch: int = 32
     rates: tuple[float, ...] = (0.3, 1.0)
 
     networks: int = 3
-    training: int = 120
+    training: int = 60
 
     preset: str = presets(
         quick={},
-        small={"controls": ("none", "independent", "shuffled"), "seeds": (0, 1, 2, 3, 4), "outer": 25, "networks": 8},
+        small={"controls": ("none", "independent", "shuffled"), "seeds": (0, 1, 2, 3, 4), "outer": 25, "networks": 8, "training": 120},
         paper={
             "data": "cifar10", "side": 32, "amplitude": 0.0, "controls": (), "seeds": (0, 1, 2, 3, 4), "per_class": 10, "width": 128, "depth": 3,
             "outer": 1000, "inner": 10, "epochs": 50, "batch": 256, "rates": (0.1, 0.3, 1.0), "networks": 20, "training": 300,

@@ -1,6 +1,7 @@
 """Training on clips: what is drawn, what is learned, and that a killed training goes on."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -9,7 +10,15 @@ from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError
 from lineament.modules.colormnet.configuration import ColorMNetConfig
 from lineament.modules.colormnet.network import ColorMNet
-from lineament.modules.colormnet.training import Clips, ColorTraining, jittered, references, train_colorizer
+from lineament.modules.colormnet.training import (
+    Clips,
+    ColorTraining,
+    _Training,
+    clip_losses,
+    jittered,
+    references,
+    train_colorizer,
+)
 
 SMALL = ColorTraining(frames=3, size=32, epochs=2, clips=2, batch_size=1, lr=1e-3, affine=(0, 0), scale=1.0)
 
@@ -47,6 +56,16 @@ def test_a_clip_moves_one_way_through_its_film():
             ways.add(bool(gaps[0] > 0))
     assert ways == {True, False}
     assert clips.places(3).max() <= 2
+
+
+def test_recurrent_training_remembers_the_frame_before_alone(model):
+    generator = torch.Generator().manual_seed(0)
+    lightness, ab = (torch.rand(1, 3, c, 32, 32, generator=generator) for c in (1, 2))
+    told = dataclasses.replace(SMALL, recurrent=True, deep=0.0)
+    found = _Training(model, told).train()(lightness, ab)
+    deep = [True, False, False]
+    torch.testing.assert_close(found, clip_losses(model, lightness, ab, deep=deep, references=[[], [0], [1]]))
+    assert not torch.equal(found, clip_losses(model, lightness, ab, deep=deep, references=[[], [0], [0, 1]]))
 
 
 def test_no_change_leaves_pictures_as_they_are(films):

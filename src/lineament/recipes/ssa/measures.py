@@ -1,0 +1,154 @@
+"""What a trained model costs at each budget, how concentrated its attention is, and the controls at equal budget."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lineament.modules.sparse_attention import last_blocks, oracle_blocks, random_blocks, sparsity_report
+from lineament.recipes.ssa.network import MODELS, Choice, Course, Decoder, choices, train
+
+BUDGETS = (2, 4, 8, 16)
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Of full inference, means over layers, heads and the windows' second halves.
+
+    ``kept``: AttnSparsity at the training's budget; ``entropy`` in nats; ``sink``: weight on token 0; ``delta``: deciles of what is left out;
+    ``violations``: queries (all of them) whose error exceeds Theorem 1's bound, of ``queries``; ``tight``: mean error over mean bound.
+    """
+
+    kept: float
+    entropy: float
+    sink: float
+    delta: list[float]
+    violations: int
+    queries: int
+    tight: float
+
+
+@dataclass(frozen=True)
+class Sharpened:
+    """FullAttn with its attention's logits multiplied by ``factor``, so that it keeps as much as SSA."""
+
+    factor: float
+    kept: float
+    losses: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One trained model. ``losses`` in nats a byte by budget; ``longer``: the same on windows twice as long; ``controls``: by other selections."""
+
+    losses: dict[str, float]
+    longer: dict[str, float]
+    attention: Attention
+    course: Course
+    controls: dict[str, float] = field(default_factory=dict)
+    sharpened: Sharpened | None = None
+
+
+@torch.no_grad()
+def loss_of(model: Decoder, rows: Tensor, choice: Choice | None, *, sharper: float = 1.0) -> float:
+    """Cross-entropy of the second half of each window, a few windows at a time."""
+    half, total = rows.shape[1] // 2, 0.0
+    for part in rows.split(8):
+        logits = model(part[:, :-1], choice, sharper=sharper)[:, half:]
+        total += float(F.cross_entropy(logits.flatten(0, 1), part[:, half + 1 :].flatten(), reduction="sum"))
+    return total / (len(rows) * (rows.shape[1] - 1 - half))
+
+
+@torch.no_grad()
+def attention_of(model: Decoder, rows: Tensor, config: Any, *, sharper: float = 1.0) -> Attention:
+    """Selections are those of the training's budget."""
+    choice, found, half = choices(config, config.blocks), [], rows.shape[1] // 2
+
+    def watch(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        found.append(sparsity_report(q, k, v, choice(q, k)))
+
+    for part in rows.split(8):
+        model(part[:, :-1], sharper=sharper, watch=watch)
+
+    def late(name: str) -> Tensor:
+        return torch.cat([getattr(each, name)[..., half:].flatten() for each in found])
+
+    # Rounding of float32 sums.
+    error, bound = (torch.cat([getattr(e, name).flatten() for e in found]) for name in ("error", "bound"))
+    over = error > bound * (1 + 1e-4) + 1e-5
+    kept = late("kept")
+    deciles = torch.quantile((1 - kept).double().cpu()[:: max(1, len(kept) // 100_000)], torch.linspace(0, 1, 11).double())  # fmt: skip
+    return Attention(
+        float(kept.mean()), float(late("entropy").mean()), float(late("first").mean()), deciles.tolist(),
+        int(over.sum()), over.numel(), float(error.mean() / bound.mean().clamp(min=1e-12)),
+    )  # fmt: skip
+
+
+def measured(
+    config: Any, train_data: Tensor, test_data: Tensor, name: str, seed: int, kept: float | None
+) -> Measured:
+    """Train a model and measure it; FullAttn is sharpened until it keeps as much as ``kept``."""
+    device = device_of(config)
+    model, course = train(config, train_data, name, seed, device)
+    rows, longer = (
+        rows_of(test_data, config.windows, length).to(device) for length in (config.length, 2 * config.length)
+    )
+    scoring = MODELS[name].scoring
+    losses = {FULL: loss_of(model, rows, None)}
+    losses |= {str(k): loss_of(model, rows, choices(config, k, scoring=scoring)) for k in BUDGETS}
+    twice = {FULL: loss_of(model, longer, None)}
+    twice[str(config.blocks)] = loss_of(model, longer, choices(config, config.blocks, scoring=scoring))
+    controls = {}
+    if config.controls and name in ("FullAttn", "SSA"):
+        controls = {key: loss_of(model, rows, choice) for key, choice in selections(config, seed).items()}
+    sharper = None
+    if config.controls and name == "FullAttn" and kept is not None:
+        sharper = sharpened(model, rows, config, kept)
+    return Measured(
+        losses, twice, attention_of(model, rows[: config.watched], config), course, controls, sharper
+    )
+
+
+def selections(config: Any, seed: int) -> dict[str, Choice]:
+    """Other choices of as many blocks as in training; the released kernel's and the exact one at its published budget, as many blocks as a block has tokens."""
+    budget = {"block_size": config.block_size, "blocks": config.blocks}
+    size = config.block_size
+    return {
+        "exact": choices(config, config.blocks),
+        "last": lambda q, k: last_blocks(q, k, **budget),
+        "random": lambda q, k: random_blocks(q, k, **budget, seed=seed),
+        "oracle": lambda q, k: oracle_blocks(q, k, **budget),
+        "exact, k = s": choices(config, size),
+        "released, k = s": choices(config, size, selection="released"),
+    }
+
+
+def device_of(config: Any) -> str:
+    return config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def rows_of(data: Tensor, count: int, length: int) -> Tensor:
+    """Windows spread evenly over the text, each with one byte more for the last target."""
+    starts = torch.linspace(0, len(data) - length - 1, count).long()
+    return data[starts[:, None] + torch.arange(length + 1)]
+
+
+def sharpened(model: Decoder, rows: Tensor, config: Any, kept: float, steps: int = 7) -> Sharpened:
+    """The factor on a logarithmic scale between 1 and 8 whose AttnSparsity comes nearest to ``kept``."""
+    low, high = 0.0, math.log(8)
+    for _ in range(steps):
+        middle = (low + high) / 2
+        if attention_of(model, rows[: config.watched], config, sharper=math.exp(middle)).kept < kept:
+            low = middle
+        else:
+            high = middle
+    factor = math.exp((low + high) / 2)
+    losses = {FULL: loss_of(model, rows, None, sharper=factor)}
+    losses |= {str(k): loss_of(model, rows, choices(config, k), sharper=factor) for k in BUDGETS}
+    return Sharpened(factor, attention_of(model, rows[: config.watched], config, sharper=factor).kept, losses)
