@@ -15,6 +15,7 @@ import pytest
 from lineament import recipes
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError
+from lineament.recipes.kit import configuration
 from lineament.recipes.kit import run as runs
 from lineament.recipes.kit.configuration import PRESETS, configure
 from lineament.recipes.kit.presets import presets
@@ -97,7 +98,7 @@ def test_dashes_are_underscores_and_once_is_enough():
         configure(Dashed(), {"step-size": "0.5", "step_size": "1"})
 
 
-def test_registry_finds_files_and_names_the_nearest():
+def test_registry_finds_files_and_names_the_nearest(monkeypatch):
     for slug in recipes.available():
         module = recipes.load(slug)
         assert slug == module.SLUG
@@ -105,7 +106,8 @@ def test_registry_finds_files_and_names_the_nearest():
             assert module.Config.preset(preset).preset == preset
     with pytest.raises(InputError, match="nearest: 'neural-collapse'"):
         recipes.load("neural-colapse")
-    with pytest.raises(InputError, match="not there yet"):
+    monkeypatch.setattr(configuration, "available", lambda: ["normgrad"])
+    with pytest.raises(InputError, match="not there yet; there are: normgrad"):
         recipes.load("colormnet")
 
 
