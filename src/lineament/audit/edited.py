@@ -7,6 +7,7 @@ channels by chance with the same repairs, or a head that never answers the class
 from __future__ import annotations
 
 import math
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lineament.audit.phrases import sentence
-from lineament.audit.stages import STAGES, Report, command, fresh, opened
+from lineament.audit.stages import STAGES, Report, command, fresh, opened, unused
 from lineament.core import checks
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require, show, suggest
 from lineament.core.models import called, decided, device_of, frozen, logits
 from lineament.edit import PruneOptions, forgotten, mute, prune, save, unlearn
-from lineament.edit.pruning import Pruned, seconds_of
+from lineament.edit.pruning import Pruned, check_target, seconds_of
 from lineament.load.data import load_data
 from lineament.load.language_models import is_language_model, load_language_model
 from lineament.load.model_and_data import bring_together
@@ -78,6 +79,7 @@ class _Subject:
     classes: tuple[str, ...]
     tokenizer: Any = None
     notes: tuple[str, ...] = ()
+    named: bool = False  # whether a command line can name the model
 
 
 def pruned_report(
@@ -107,16 +109,19 @@ def pruned_report(
     'network'
     """
     given: dict[str, Any] = {name: value for name, value in target.items() if value is not None}
-    require(bool(given), "keep: got no target; pass keep, params, flops, latency or remove")
+    check_target(**given)
     folder = fresh(out, overwrite, _NAME, also=(NETWORK,))
     note("reading the model and the data")
     subject = _subject(model, data, options)
+    for line in subject.notes:
+        note(line)
     checkpoint = _checkpoint(folder, subject, {"target": given, "samples": options.samples})
     if checkpoint.resumed:
         note("an earlier run of the same pruning was cut off; going on where it stopped")
     note("pruning")
     calibration, measuring = subject.halves
-    found = prune(subject.model, calibration, **given, options=PruneOptions(checkpoint=checkpoint))
+    with unused(folder):
+        found = prune(subject.model, calibration, **given, options=PruneOptions(checkpoint=checkpoint))
     note("measuring it beside as many channels by chance")
     share = min(1.0, sum(a for _, a in found.sizes.values()) / sum(b for b, _ in found.sizes.values()))
     controls = {
@@ -140,7 +145,9 @@ def pruned_report(
         ("Data", subject.data),
         ("Written", f"{NETWORK}/"),
     ]
-    notes = [*subject.notes, _opening(subject, network)]
+    opening = _opening(subject, network, data, options)
+    note(opening)
+    notes = [*subject.notes, opening]
     return _written(folder, checkpoint, subject, facts, sections, notes, found.to_dict())
 
 
@@ -167,19 +174,17 @@ def unlearned_report(
     >>> found.sections[0].name
     'forgotten'
     """
+    checks.number("share", options.share, low=0, high=1, open_low=True, open_high=True)
     folder = fresh(out, overwrite, _NAME, also=(NETWORK,))
     note("reading the model and the data")
     subject = _subject(model, data, options)
+    for line in subject.notes:
+        note(line)
     if subject.labels is None:
         raise InputError(
             "data: it has no classes to forget; unlearning takes a classifier and labelled samples"
         )
     number = _class_number(subject, label)
-    checkpoint = _checkpoint(
-        folder,
-        subject,
-        {"class": number, "share": options.share, "retain": None if retain is None else str(retain)},
-    )
     (forgetting, _), (forgotten_ones, others) = (
         _parts(x, y, number) for x, y in zip(subject.halves, subject.labels)
     )
@@ -194,8 +199,14 @@ def unlearned_report(
         except InputError as error:
             raise InputError(str(error).replace("data: ", "retain: ", 1)) from error
         others = _others(kept, subject, number)
+    checkpoint = _checkpoint(
+        folder,
+        subject,
+        {"class": number, "share": options.share, "retain": None if retain is None else str(retain)},
+    )
     note("forgetting")
-    found = unlearn(subject.model, forgetting, share=options.share)
+    with unused(folder):
+        found = unlearn(subject.model, forgetting, share=options.share)
     note("asking what is left")
     told = forgotten(subject.model, found.model, forgotten_ones, others, seed=options.seed)
     control = forgotten(
@@ -232,7 +243,10 @@ def unlearned_report(
     )  # fmt: skip
     network = _save(folder, found.model, subject)
     facts = [("Network", type(subject.model).__name__), ("Data", subject.data), ("Written", f"{NETWORK}/")]
-    notes = [*subject.notes, "Erased is said only beside a network trained without the class, which was not given.", _opening(subject, network)]  # fmt: skip
+    opening = _opening(subject, network, data, options)
+    note(opening)
+    erased = "a class is called erased only beside a network that was trained without it: pass that as `retrained` to lineament.edit.forgotten"
+    notes = [*subject.notes, erased, opening]
     return _written(folder, checkpoint, subject, facts, [section], notes, found.to_dict())
 
 
@@ -272,7 +286,7 @@ def _subject(model: Any, data: Any, options: EditOptions) -> _Subject:
         labels = (both.targets[rows[0]], both.targets[rows[1]]) if both.task == "classification" else None
         return _Subject(
             loaded.model, loaded.source, f"{samples.source}, {len(both)} samples", halves, labels, both.classes,  # pyright: ignore[reportArgumentType]
-            notes=both.notes,
+            notes=both.notes, named=isinstance(model, str),
         )  # fmt: skip
 
 
@@ -419,10 +433,30 @@ def _save(folder: Path, model: nn.Module, subject: _Subject) -> Path:
     return network
 
 
-def _opening(subject: _Subject, network: Path) -> str:
+def _opening(subject: _Subject, network: Path, data: Any, options: EditOptions) -> str:
+    """How the edited network is opened and audited, from where this was run."""
+    place, held = str(network), str(data) if isinstance(data, str | Path) else "DATA"
     if (network / "config.json").is_file():
-        return f"from_pretrained opens {NETWORK}/, and so does lineament audit."
-    return f"lineament audit {subject.source} DATA --weights {NETWORK} audits it; lineament.edit.load({NETWORK!r}, build) opens it, where build() makes the network as it was."
+        return f"to open it: from_pretrained({place!r}), or lineament audit {shlex.quote(place)}"
+    opens = f"lineament.edit.load({place!r}, build), where build() makes the network as it was"
+    if not subject.named:
+        return f"to open it: {opens}"
+    words = ["lineament", "audit", subject.source, held, "--weights", place, *_said_again(options)]
+    return f"to audit it: {shlex.join(words)} ; to open it in Python: {opens}"
+
+
+def _said_again(options: EditOptions) -> list[str]:
+    """The options of a command that read the same data again."""
+    classes, size, scale = options.classes, options.image_size, options.normalize
+    said = {
+        "--classes": None if classes is None else ",".join(classes),
+        "--inputs": options.inputs,
+        "--targets": options.targets,
+        "--split": options.split,
+        "--image-size": None if size is None else ",".join(map(str, size)),
+        "--normalize": None if scale is None else ",".join(f"{value:g}" for part in scale for value in part),
+    }
+    return [word for name, value in said.items() if value is not None for word in (name, str(value))]
 
 
 def _written(

@@ -97,10 +97,10 @@ def within(tokens: float) -> str:
 def sentence(text: str) -> str:
     """A remark as a sentence.
 
-    >>> sentence("colour as grey")
-    'Colour as grey.'
+    >>> sentence("colour as grey"), sentence("Done.")
+    ('Colour as grey.', 'Done.')
     """
-    return f"{text[:1].upper()}{text[1:]}."
+    return f"{text[:1].upper()}{text[1:].removesuffix('.')}."
 
 
 def places(sites: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -221,6 +221,18 @@ def opened(folder: Path, report: str = "report") -> Path:
     for leftover in output_folder(folder).glob(f".{report}-*"):
         leftover.unlink(missing_ok=True)
     return folder
+
+
+@contextmanager
+def unused(folder: Path) -> Iterator[None]:
+    """Leave no trace in the output folder of work that is refused."""
+    try:
+        yield
+    except InputError:
+        shutil.rmtree(folder / STAGES, ignore_errors=True)
+        with suppress(OSError):  # it holds something else
+            folder.rmdir()
+        raise
 
 
 def _methods(chosen: Sequence[Lens]) -> dict[str, dict[str, Any]]:

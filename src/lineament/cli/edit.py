@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-_EPILOG = """examples:
+_PRUNE = """examples:
   lineament edit prune net.py:make digits --weights net.safetensors --out smaller --keep 0.7
   lineament edit prune ./llama-saved text.txt --out smaller --params 1.3
-  lineament edit unlearn net.py:make ./photos --weights net.safetensors --class cat --out without-cats
 
 A pruning that was cut off goes on where it stopped when the same command is given again."""
+
+_UNLEARN = """example:
+  lineament edit unlearn net.py:make ./photos --weights net.safetensors --class cat --out without-cats"""
 
 
 def add_parser(subparsers: Any) -> Any:
@@ -19,7 +21,7 @@ def add_parser(subparsers: Any) -> Any:
         "edit",
         help="take channels or a class out of a network, and see what it costs",
         description="Writes the edited network, edit.html and edit.json.",
-        epilog=_EPILOG,
+        epilog=f"{_PRUNE}\n\n{_UNLEARN}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -31,7 +33,7 @@ def add_parser(subparsers: Any) -> Any:
     return parser
 
 
-def _shared(parser: Any) -> None:
+def _shared(parser: Any, data: str) -> None:
     from lineament.cli.data_options import add_data_options
 
     add = parser.add_argument
@@ -40,12 +42,26 @@ def _shared(parser: Any) -> None:
         metavar="MODEL",
         help="package.module:factory, file.py:factory, or a Hugging Face directory or name",
     )
-    add("data", metavar="DATA", help="as for audit; for a language model a text file")
+    add("data", metavar="DATA", help=data)
     add("--out", metavar="DIR", required=True, help="the folder for the page and the network")
     add("--overwrite", action="store_true", help="replace a finished edit in that folder")
     add("--weights", metavar="FILE", help="a checkpoint for the network that a factory makes")
     add_data_options(parser, split="test, validation or train")
     add("--samples", type=int, default=2000, metavar="N", help="read no more than so many (default: 2000)")
+    add("--device", metavar="NAME", help="cpu, cuda, mps (default: where the model is)")
+    add("--seed", type=int, default=0, metavar="N", help="of every random choice (default: 0)")
+
+
+def _prune_parser(actions: Any) -> Any:
+    parser = actions.add_parser(
+        "prune",
+        help="a smaller network with the same call",
+        description="Takes channels out of a network, repairs what reads them on half of the samples, and measures what it costs on the other half.",
+        epilog=_PRUNE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _shared(parser, "as for audit; for a language model a text file")
+    add = parser.add_argument
     add(
         "--length",
         type=int,
@@ -53,14 +69,6 @@ def _shared(parser: Any) -> None:
         metavar="N",
         help="positions of a sequence of a text (default: 128)",
     )
-    add("--device", metavar="NAME", help="cpu, cuda, mps (default: where the model is)")
-    add("--seed", type=int, default=0, metavar="N", help="of every random choice (default: 0)")
-
-
-def _prune_parser(actions: Any) -> Any:
-    parser = actions.add_parser("prune", help="a smaller network with the same call")
-    _shared(parser)
-    add = parser.add_argument
     add("--keep", type=float, metavar="SHARE", help="of the channels of every group (default: 0.7)")
     add("--params", type=float, metavar="TIMES", help="so many times fewer parameters")
     add("--flops", type=float, metavar="TIMES", help="so many times fewer operations")
@@ -70,8 +78,14 @@ def _prune_parser(actions: Any) -> Any:
 
 
 def _unlearn_parser(actions: Any) -> Any:
-    parser = actions.add_parser("unlearn", help="a network that no longer answers a class")
-    _shared(parser)
+    parser = actions.add_parser(
+        "unlearn",
+        help="a network that no longer answers a class",
+        description="Changes the weights that give most to the answers on one class, and says how much of the class and of the others is left.",
+        epilog=_UNLEARN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _shared(parser, "as for audit")
     add = parser.add_argument
     add("--class", dest="label", metavar="NAME", required=True, help="the class, by its name or number")
     add(
@@ -96,7 +110,7 @@ def _options(arguments: argparse.Namespace) -> Any:
     return EditOptions(
         weights=arguments.weights,
         samples=arguments.samples,
-        length=arguments.length,
+        length=getattr(arguments, "length", 128),
         share=getattr(arguments, "share", 0.05),
         seed=arguments.seed,
         device=arguments.device,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lineament.core.checks import InputError, require
+from lineament.core.files import like_files
 
 
 def words(text: str) -> list[str]:
@@ -18,7 +19,7 @@ def classes(text: str | None) -> list[str] | None:
         return None
     path = Path(text)
     if path.suffix == ".txt":
-        require(path.is_file(), f"--classes: file {text!r} does not exist")
+        require(path.is_file(), f"--classes: file {text!r} does not exist{like_files(text)}")
         try:
             names = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:

@@ -50,7 +50,7 @@ def _in_our_words(message: str, prog: str) -> str:
     >>> _in_our_words("argument --epochs: invalid int value: 'zero'", "toy")
     "--epochs: got 'zero', expected an integer"
     >>> _in_our_words("the following arguments are required: MODEL, --out", "toy")
-    'MODEL, --out: got none, expected toy with all of them'
+    'MODEL, --out: got none, and toy needs all of them'
     """
     found = re.fullmatch(r"argument (\S+): invalid (\w+) value: ('.*')", message, re.S)
     if found:
@@ -63,7 +63,9 @@ def _in_our_words(message: str, prog: str) -> str:
     if found:
         return f"{found[1]}: got too few values, expected {found[2]}"
     found = re.fullmatch(r"the following arguments are required: (.*)", message)
-    return f"{found[1]}: got none, expected {prog} with all of them" if found else message
+    if not found:
+        return message
+    return f"{found[1]}: got none, and {prog} needs {'all of them' if ',' in found[1] else 'it'}"
 
 
 def in_options(message: str, parser: Parser) -> str:

@@ -69,7 +69,9 @@ def suggest(name: str, choices: Iterable[str], most: int = 3) -> str:
     "; there are: 'layer1', 'layer4'"
     """
     choices = [str(c) for c in choices]
-    near = difflib.get_close_matches(str(name), choices, n=most, cutoff=0.6)
+    # Digits in common do not make numbers near: 1 is no likelier to be meant by 11 than 9 is.
+    numbers = str(name).isdigit() and all(c.isdigit() for c in choices)
+    near = [] if numbers else difflib.get_close_matches(str(name), choices, n=most, cutoff=0.6)
     if near:
         return "; nearest: " + ", ".join(repr(c) for c in near)
     if 0 < len(choices) <= 12:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import tempfile
@@ -64,6 +65,23 @@ def write_json(path: str | Path, value: Any) -> None:
     {'b': 1}
     """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def like_files(path: str | Path) -> str:
+    """``"; nearest: 'net.py'"`` for the files of the same ending beside ``path`` whose names are most like its own; empty where there are none.
+
+    >>> like_files("no/such/folder/net.py")
+    ''
+    """
+    path = Path(path).expanduser()
+    try:
+        if path.exists():
+            return ""
+        present = [each.name for each in path.parent.iterdir() if each.suffix == path.suffix]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, present, n=3, cutoff=0.6)
+    return "; nearest: " + ", ".join(repr(str(path.with_name(name))) for name in near) if near else ""
 
 
 def possible_folder(path: str | Path) -> Path:

@@ -183,7 +183,8 @@ def prune(
       (2): Linear(in_features=4, out_features=2, bias=True)
     )
     """
-    _check(remove, keep, params, flops, latency, criterion, compensate, order, options)
+    check_target(remove=remove, keep=keep, params=params, flops=flops, latency=latency)
+    _check(criterion, compensate, order, options)
     model = plain_network(model)
     inputs = Inputs(calibration, options.batch_size)
     example = inputs.first(model)
@@ -581,9 +582,15 @@ def _operations(model: nn.Module, example: Any) -> dict[str, int]:
     return by_module(model, example)
 
 
-def _check(
-    remove: Any, keep: Any, params: Any, flops: Any, latency: Any, criterion: Any, compensate: Any, order: Any, options: PruneOptions
-) -> None:  # fmt: skip
+def check_target(
+    *,
+    remove: float | None = None,
+    keep: float | None = None,
+    params: float | None = None,
+    flops: float | None = None,
+    latency: float | None = None,
+) -> None:
+    """Raise :class:`~lineament.core.checks.InputError` unless these say how far to prune, as :func:`prune` takes them."""
     given = [name for name, value in zip(_TARGETS, (params, flops, latency)) if value is not None]
     share = [name for name, value in (("remove", remove), ("keep", keep)) if value is not None]
     require(
@@ -597,6 +604,9 @@ def _check(
     for name, value in zip(_TARGETS, (params, flops, latency)):
         if value is not None:
             number(name, value, low=1)
+
+
+def _check(criterion: Any, compensate: Any, order: Any, options: PruneOptions) -> None:
     if criterion is not None:
         one_of("criterion", criterion, CRITERIA)
     if compensate is not None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lineament.core.checks import InputError, require
+from lineament.core.files import like_files
 
 ENDINGS = (".safetensors", ".pt", ".pth", ".th", ".ckpt", ".bin", ".pkl", ".pickle", ".tar", ".index.json")
 _EXPECTED = (
@@ -133,7 +134,9 @@ def _whole(path: Path, argument: str) -> Path:
             f"{argument}: {str(path)!r} is a folder without {usual[1]} or an index of shards, expected {_EXPECTED}",
         )
         return there[0]
-    require(path.is_file(), f"{argument}: {str(path)!r} does not exist, expected {_EXPECTED}")
+    require(
+        path.is_file(), f"{argument}: {str(path)!r} does not exist{like_files(path)}; expected {_EXPECTED}"
+    )
     shard = _SHARD.fullmatch(path.name)
     index = path.with_name(f"{shard['stem']}{shard['ending']}.index.json") if shard else path
     return index if index.is_file() else path

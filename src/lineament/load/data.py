@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lineament.core import checks
 from lineament.core.checks import InputError, NotFiniteError, require, show
+from lineament.core.files import like_files
 from lineament.data.digits import digit_images
 from lineament.data.samples import Samples
 from lineament.data.shortcut_digits import shortcut_digits
@@ -204,7 +205,7 @@ def _read(
         return read_arrays(path, choose, **named)
     gone = (*_ARRAYS, ".csv", ".tsv", ".jsonl", ".parquet", ".h5", ".pkl", ".zip")
     if not data or ending in gone or data.startswith((".", "/", "~")):
-        raise InputError(f"data: {data!r} does not exist; expected {_EXPECTED}")
+        raise InputError(f"data: {data!r} does not exist{like_files(data)}; expected {_EXPECTED}")
     from lineament.load.hub_data import named_data_set
 
     return named_data_set(data, choose, split=split, size=size, reader=reader, **named)

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from lineament.core.checks import InputError, require
+from lineament.core.files import like_files
 from lineament.load.loaded import Loaded
 
 
 def exported(path: Path) -> Loaded:
     """A program of ``torch.export``, refused where loading it would unpickle."""
-    require(path.is_file(), f"model: {str(path)!r} does not exist")
+    require(path.is_file(), f"model: {str(path)!r} does not exist{like_files(path)}")
     _no_pickles(path)
     try:
         with warnings.catch_warnings():

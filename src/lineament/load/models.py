@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from lineament.core import surgery
 from lineament.core.checks import InputError, require, show
+from lineament.core.files import like_files
 from lineament.core.models import held_weights, takes_hooks, unwrapped
 from lineament.core.surgery.saving import STEPS
 from lineament.load.checkpoints import ENDINGS, kind_of, listed, read_checkpoint, tensors_by_path
@@ -98,7 +99,7 @@ def _from_text(model: str, weights: str | Path | None) -> Loaded:
         raise _no_network(path)
     if path.suffix in (".py", ".onnx", *ENDINGS) or model.startswith(("/", "./", "../", "~")):
         raise InputError(
-            f"model: {model!r} does not exist; expected package.module:factory, file.py:factory, a .pt2, TorchScript or .onnx file, or a Hugging Face directory or name"
+            f"model: {model!r} does not exist{like_files(model)}; expected package.module:factory, file.py:factory, a .pt2, TorchScript or .onnx file, or a Hugging Face directory or name"
         )
     cached_only = findable("model", model, "factory")
     return hugging_face(model, local=False, cached_only=cached_only)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lineament.core.checks import InputError, number, require
+from lineament.core.files import like_files
 from lineament.load.hub import first_line
 
 # Letters tokenised at once: tokenizers take time beyond linear in very long texts.
@@ -37,7 +38,7 @@ def token_sequences(
     path = Path(path)
     require(
         path.is_file(),
-        f"data: {str(path)!r} does not exist; expected a text file, or an .npy file of token ids",
+        f"data: {str(path)!r} does not exist{like_files(path)}; expected a text file, or an .npy file of token ids",
     )
     if path.suffix == ".npy":
         try:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lineament.core.checks import InputError, require, suggest
 from lineament.core.engines import USER_MODULE
+from lineament.core.files import like_files
 
 
 def named_in(argument: str, place: str, name: str) -> Any:
@@ -23,7 +24,7 @@ def named_in(argument: str, place: str, name: str) -> Any:
     'Linear'
     """
     path = Path(place) if place.endswith(".py") else None
-    require(path is None or path.is_file(), f"{argument}: file {place!r} does not exist")
+    require(path is None or path.is_file(), f"{argument}: file {place!r} does not exist{like_files(place)}")
     # A user's file imports what lies beside it; a module is looked for where the command was called.
     folder = str(Path.cwd() if path is None else path.resolve().parent)
     sys.path.insert(0, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -87,6 +88,9 @@ BAD = [
     (["--keep", "1.5"], "--keep"),
     (["--params", "1000000"], "the nearest is"),
     (["--keep", "0.5", "--flops", "2"], "--keep and flops"),
+    (["--keep", "0"], "--keep"),
+    (["--params", "0.5"], "--params"),
+    (["--remove", "5"], "--remove"),
 ]
 
 
@@ -96,6 +100,57 @@ def test_bad_targets_are_one_line(net, tmp_path, capsys, words, said):
         cli.main(["edit", "prune", net, "digits", "--samples", "40", "--out", str(tmp_path / "o"), *words])
         == 2
     )
-    shown = capsys.readouterr()
-    assert shown.err.count("\n") <= 3 and said.split(" and ")[0] in shown.err
-    assert not (tmp_path / "o" / "network").exists()
+    shown = capsys.readouterr().err
+    told = shown.splitlines()[-1]
+    assert told.startswith("lineament: ") and said.split(" and ")[0] in told
+    # Only what the network itself decides is refused after it was read; nothing is left behind either way.
+    assert ("reading" in shown) == (words[1] == "1000000") and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("share", ["0", "2"])
+def test_a_share_is_refused_before_any_work(net, tmp_path, capsys, share):
+    words = ["edit", "unlearn", net, "digits", "--class", "3", "--out", str(tmp_path / "o"), "--share", share]
+    assert cli.main(words) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("lineament: --share: got") and not (tmp_path / "o").exists()
+
+
+def test_the_audit_of_an_edited_network_can_be_pasted(net, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "edit",
+        "prune",
+        "net.py:make",
+        "digits",
+        "--samples",
+        "60",
+        "--out",
+        "a b",
+        "--normalize",
+        "0,1",
+    ]
+    assert cli.main(words) == 0
+    told = json.loads((tmp_path / "a b" / "edit.json").read_text())
+    (line,) = [note for note in told["notes"] if "lineament audit" in note]
+    pasted = line.split("To audit it: ")[1].split(" ; ")[0]
+    assert pasted == "lineament audit net.py:make digits --weights 'a b/network' --normalize 0,1"
+    assert pasted in capsys.readouterr().err and not any(".." in note for note in told["notes"])
+    capsys.readouterr()
+    assert cli.main([*shlex.split(pasted)[1:], "--lenses", "accuracy", "--samples", "60", "--out", "r"]) == 0
+
+
+@pytest.mark.parametrize("action", ["prune", "unlearn"])
+def test_help_describes_and_shows_an_example(action, capsys):
+    assert cli.main(["edit", action, "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"lineament edit {action} net.py:make" in told
+    assert {"prune": "Takes channels out", "unlearn": "how much of the class"}[action] in told
+    assert ("--length" in told) == (action == "prune")
+
+
+def test_what_is_not_there_names_what_is(net, tmp_path, capsys):
+    assert cli.main(["edit", "prune", net, "digits"]) == 2
+    assert "--out: got none, and lineament edit prune needs it" in capsys.readouterr().err
+    words = ["digits", "--class", "11", "--samples", "40", "--out", str(tmp_path / "o")]
+    assert cli.main(["edit", "unlearn", net, *words]) == 2
+    assert "no class '11'; there are: '0', '1'" in capsys.readouterr().err

@@ -314,7 +314,7 @@ def test_every_scored_token_can_be_reached_and_read_without_a_pointer():
     [
         (["explain", "m", "t", "--steps", "zero"], "--steps: got 'zero', expected an integer"),
         (["explain", "m", "t", "--ratio", "few"], "--ratio: got 'few', expected a number"),
-        (["explain"], "MODEL, TEXT: got none, expected lineament explain with all of them"),
+        (["explain"], "MODEL, TEXT: got none, and lineament explain needs all of them"),
         (["explain", "m", "t", "--zebra"], "no option or argument '--zebra' (see"),
     ],
 )

@@ -22,6 +22,10 @@ def test_suggest_lists_few_choices_and_counts_many():
     assert suggest("x", []) == "; there are none"
 
 
+def test_digits_in_common_make_no_number_near():
+    assert suggest("11", map(str, range(10))).startswith("; there are: '0', '1'")
+
+
 @given(st.floats(allow_nan=True, allow_infinity=True))
 def test_number_accepts_exactly_the_interval(value):
     if 0 < value <= 1:

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from lineament.cli.option_values import classes
 from lineament.core.checks import InputError
 from lineament.core.models import frozen
 from lineament.core.sites.depth import default_sites
+from lineament.load.data import load_data
 from lineament.load.input_layout import expected_input
 from lineament.load.models import load_model
 from lineament.load.weights import digest
@@ -361,3 +363,22 @@ def test_default_sites_are_in_depth_order_and_end_before_the_head(resnet):
     assert len(chosen) == 8 and chosen[0] == "1" and chosen[-1] == "40:in"
     assert default_sites(nn.Linear(4, 2), torch.zeros(2, 4)) == ()
     assert "3 channels" in expected_input(load_model(str(resnet)).model).text
+
+
+@pytest.mark.parametrize(
+    ("call", "near"),
+    [
+        (lambda folder: load_model(f"{folder}/net.py:make"), "nets.py"),
+        (lambda folder: load_model(f"{folder}/net.py"), "nets.py"),
+        (lambda folder: load_model(f"{folder}/net.pt2"), "nets.pt2"),
+        (lambda folder: load_model(nn.Linear(1, 1), weights=folder / "net.pt"), "nets.pt"),
+        (lambda folder: load_data(f"{folder}/net.npz", samples=4), "nets.npz"),
+        (lambda folder: classes(f"{folder}/net.txt"), "nets.txt"),
+    ],
+    ids=["factory", "file", "export", "weights", "data", "classes"],
+)
+def test_a_file_that_is_not_there_names_the_nearest_of_its_kind(tmp_path, call, near):
+    for ending in ("py", "pt", "pt2", "npz", "txt"):
+        (tmp_path / f"nets.{ending}").touch()
+    with pytest.raises(InputError, match=f"does not exist; nearest: '{tmp_path}/{near}'"):
+        call(tmp_path)
