@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in argv
     parser, commands = build_parser()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    shown, warnings.formatwarning = warnings.formatwarning, warnings.formatwarning if debug else _one_line
+    shown, warnings.formatwarning = warnings.formatwarning, warnings.formatwarning if debug else _warning
     try:
         with _terminable(processes):
             return _run(argv, parser, commands, debug, processes)
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.formatwarning = shown
 
 
-def _one_line(message: Warning | str, *_: object, **__: object) -> str:
+def _warning(message: Warning | str, *_: object, **__: object) -> str:
     """A warning as every other line of this command: without the place in the source."""
     return f"lineament: {message}\n"
 

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lineament.cli.parser import Parser
+
 if TYPE_CHECKING:
     from lineament.load.video import FilmFrame
 
 _SEGMENT = 24  # frames after which a killed run goes on
 _WEIGHTS = (
-    "--weights: none given; the published ones are at https://github.com/yyang181/colormnet (releases), under CC BY-NC-SA 4.0 "
+    "the published ones are at https://github.com/yyang181/colormnet (releases), under CC BY-NC-SA 4.0 "
     "(no commercial use); give the .pth file, or a folder that ColorMNet.save_pretrained wrote"
 )
 _EPILOG = """examples:
@@ -22,7 +24,7 @@ _EPILOG = """examples:
   lineament colorize frames/ --exemplar first.png --weights ./my-colormnet --max-side 512 --out coloured/"""
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+def add_parser(subparsers: Any) -> Parser:
     """Add ``colorize`` to the commands of :mod:`lineament.cli`."""
     parser = subparsers.add_parser(
         "colorize",
@@ -56,17 +58,18 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     add("--parity", action="store_true", help="the published loop, as its authors run it")
     add(
-        "--luma", metavar="WHICH", default="film",
+        "--luma", metavar="WHICH",
         help="film (default): the film's own plane, bit for bit; lab: of the coloured picture, as published",
     )  # fmt: skip
     add(
         "--codec",
         metavar="NAME",
-        default="libx264",
         help="libx264 (default, crf 16), ffv1 (lossless), prores_ks",
     )
     add("--device", metavar="NAME", default="cpu", help="cpu, cuda, mps (default: cpu)")
     add("--overwrite", action="store_true", help="replace an existing film")
+    # What the library calls them.
+    parser.names |= {"path": "--weights", "folder": "--weights", "exemplars": "--exemplar"}
     parser.set_defaults(run=run)
     return parser
 
@@ -77,33 +80,84 @@ def run(arguments: argparse.Namespace) -> int:
 
     a = arguments
     require(Path(a.film).exists(), f"FILM: {a.film!r} is no file and no folder")
-    require(a.weights is not None, _WEIGHTS)
-    one_of("--luma", a.luma, ("film", "lab"))
+    require(a.weights is not None, f"--weights: none given; {_WEIGHTS}")
+    require(Path(a.weights).exists(), f"--weights: {a.weights!r} does not exist; {_WEIGHTS}")
     if a.suggest is not None:
         number("--suggest", a.suggest, low=1, integer=True)
         return _suggest(a)
     require(a.out is not None, "--out: none given, expected where the coloured film goes")
-    exemplars = _exemplars(a.exemplar)
+    one_of("--luma", a.luma or "film", ("film", "lab"))
+    require(not a.guided or a.max_side is not None, "--guided: is for --max-side, and none is given")
     out, folder = Path(a.out), Path(a.film).is_dir()
     require(out.resolve() != Path(a.film).resolve(), "--out: is the film itself; give another name")
-    require(
-        folder or out.suffix != "", f"--out: {a.out!r} has no ending, expected a video file such as film.mkv"
-    )
+    for option in ("luma", "codec"):
+        require(
+            not folder or getattr(a, option) is None,
+            f"--{option}: is for a video, and {a.film!r} is a folder of pictures, which become .png",
+        )
+    a.luma, a.codec = a.luma or "film", a.codec or "libx264"
+    source = _Source(a.film)
     work = out.with_name(f"{out.name}.parts")
+    if folder:
+        _check_folder(a, out, work, {f"{file.stem}.png" for file in source.files})
+    else:
+        _check_video(a, out, work)
+    return _colour(a, source, out, work, _exemplars(a.exemplar, source.length))
+
+
+def _check_folder(a: argparse.Namespace, out: Path, work: Path, frames: set[str]) -> None:
+    """Whether coloured pictures may go there: a new or empty folder, or one of an earlier run."""
+    from lineament.core.checks import require
+
     require(
-        a.overwrite or work.exists() or not out.exists() or (folder and not any(out.iterdir())),
+        out.is_dir() or (not out.exists() and (out.suffix == "" or a.out.endswith("/"))),
+        f"--out: {a.out!r} is no folder, and FILM is one of pictures; give a folder ({str(out.with_suffix(''))!r}) for coloured pictures, "
+        "or a video as FILM for a video",
+    )
+    present = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    strange = sorted(present - frames - {"colorize.json"})
+    require(
+        not strange,
+        f"--out: {a.out!r} holds files that are no coloured frames ({strange[:1]} ...); give an empty or new folder",
+    )
+    require(
+        a.overwrite or work.exists() or not present,
         f"--out: {a.out!r} exists; give --overwrite to replace it, or another name",
     )
-    return _colour(a, out, work, exemplars)
 
 
-def _exemplars(given: list[str]) -> dict[int, Path]:
+def _check_video(a: argparse.Namespace, out: Path, work: Path) -> None:
+    """Whether the coloured video can be written there, before any frame is coloured."""
+    from lineament.core.checks import require
+    from lineament.load.video import check_written
+
+    require(
+        out.suffix != "" and not out.is_dir(),
+        f"--out: {a.out!r} is a folder or has no ending, expected a video file such as film.mkv",
+    )
+    require(
+        a.overwrite or work.exists() or not out.exists(),
+        f"--out: {a.out!r} exists; give --overwrite to replace it, or another name",
+    )
+    check_written(out, a.codec)
+
+
+def _exemplars(given: list[str], length: int) -> dict[int, Path]:
     from lineament.core.checks import require
 
     found: dict[int, Path] = {}
     for text in given:
         frame, equals, name = text.partition("=")
-        frame, name = (frame, name) if equals and frame.isdigit() else ("0", text)
+        if not equals or Path(text).is_file():
+            frame, name = "0", text
+        require(
+            frame.isdecimal(),
+            f"--exemplar: {frame!r} in {text!r} is no frame number, expected FRAME=IMAGE, such as 0=first.png",
+        )
+        require(
+            int(frame) < length,
+            f"--exemplar: frame {frame} does not exist; the film has {length} frames, 0 to {length - 1}",
+        )
         require(int(frame) not in found, f"--exemplar: two are for frame {int(frame)}")
         require(Path(name).is_file(), f"--exemplar: {name!r} is no file")
         found[int(frame)] = Path(name)
@@ -115,7 +169,8 @@ def _model(a: argparse.Namespace) -> Any:
     from lineament.modules.colormnet.naming import from_official
     from lineament.modules.colormnet.network import ColorMNet
 
-    model = ColorMNet.from_pretrained(a.weights) if Path(a.weights).is_dir() else from_official(a.weights)
+    load = ColorMNet.from_pretrained if Path(a.weights).is_dir() else from_official
+    model = load(a.weights)
     if model.licence:
         print(model.licence, file=sys.stderr)
     return model.to(a.device)
@@ -135,12 +190,12 @@ class _Source:
         from lineament.load.video import Film
 
         if self.film is None:
-            yield from ((_picture(file), None) for file in self.files)
+            yield from ((_picture("FILM", file), None) for file in self.files)
         else:
             yield from ((frame.grey, frame) for frame in Film(self.film.path).frames())
 
 
-def _picture(path: Path) -> Any:
+def _picture(option: str, path: Path) -> Any:
     from PIL import Image
 
     from lineament.core.checks import InputError
@@ -150,36 +205,33 @@ def _picture(path: Path) -> Any:
             picture.load()
             return picture
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"the picture {str(path)!r} cannot be read: {error}") from error
+        raise InputError(f"{option}: the picture {str(path)!r} cannot be read: {error}") from error
 
 
 def _suggest(a: argparse.Namespace) -> int:
     from lineament.modules.colormnet.colorize import suggest
 
     frames = suggest((picture for picture, _ in _Source(a.film)), a.suggest, _model(a))
-    print("colour these frames by hand: " + ", ".join(map(str, frames)))
+    few = f" (the film has only {len(frames)})" if len(frames) < a.suggest else ""
+    print(f"colour these frames by hand{few}: {', '.join(map(str, frames))}")
     return 0
 
 
-def _colour(a: argparse.Namespace, out: Path, work: Path, exemplars: dict[int, Path]) -> int:
+def _colour(a: argparse.Namespace, source: _Source, out: Path, work: Path, exemplars: dict[int, Path]) -> int:
     from lineament.core.batching import progress
     from lineament.core.checkpoint import Checkpoint
-    from lineament.core.checks import require
     from lineament.modules.colormnet.colorize import Colorizer
     from lineament.modules.colormnet.film import Colorizing
 
-    source = _Source(a.film)
-    late = [frame for frame in exemplars if frame >= source.length]
-    require(not late, f"--exemplar: the film has {source.length} frames; there is no frame {late[:1]}")
     settings = {"every": a.every, "max_side": a.max_side, "guided": a.guided, "flip": a.flip, "cuts": a.cuts}
     options = Colorizing.published(**settings) if a.parity else Colorizing(**settings)
-    pictures = {frame: _picture(path) for frame, path in exemplars.items()}
+    pictures = {frame: _picture("--exemplar", path) for frame, path in exemplars.items()}
     key = {
         "settings": settings, "parity": a.parity, "luma": a.luma, "device": a.device, "frames": source.length,
         "files": [_stamp(Path(path)) for path in (a.film, a.weights, *exemplars.values())], "at": sorted(exemplars),
     }  # fmt: skip
-    checkpoint = Checkpoint(work / "state", key)
     colorizer = Colorizer(_model(a), options, truncate=a.parity)
+    checkpoint = Checkpoint(work / "state", key)
     facts: list[Any] = []
     segments = -(-source.length // _SEGMENT)
     frames = enumerate(source)

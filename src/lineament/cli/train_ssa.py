@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lineament.cli import console
+from lineament.cli.loss_options import NAMES
 from lineament.cli.train_run import _STAGES, _UNFINISHED, opened
 from lineament.core.checks import number, require, seed
 from lineament.core.files import possible_folder, write_json
@@ -30,7 +31,7 @@ RESULT = "ssa.json"
 _OTHERS = {
     "optimizer": "sgd", "momentum": None, "weight_decay": None, "schedule": "cosine", "sam": None, "asam": None, "useful": None,
     "tract": None, "on_nan": "raise", "weights": None, "loss": "cross-entropy", "inputs": None, "targets": None, "classes": None,
-    "image_size": None, "normalize": None,
+    "image_size": None, "normalize": None, **dict.fromkeys(NAMES),
 }  # fmt: skip
 
 

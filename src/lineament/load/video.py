@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -176,6 +177,21 @@ class Film:
         return notes
 
 
+def check_written(path: str | Path, codec: str) -> None:
+    """Refuse what :meth:`Film.written` could not write: an ending that is no video's, or a codec that is not there."""
+    av = _av()
+    path = Path(path)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            out = av.open(f"{folder}/film{path.suffix}", "w")
+        except (av.FFmpegError, ValueError) as error:
+            raise InputError(
+                f"out: {path.suffix!r} is no video's ending, expected .mkv, .mp4 or .mov"
+            ) from error
+        with out:
+            _stream(out, codec, 25)
+
+
 def chroma_of(rgb: Tensor, matrix: int) -> tuple[Tensor, Tensor]:
     """Cb and Cr in [0, 1], 0.5 being grey, of RGB [height, width, 3] in [0, 1].
 
@@ -264,17 +280,21 @@ def _film_frame(frame: Any, index: int, pts: int) -> FilmFrame:
     return FilmFrame(index, pts, rows[: frame.height, : frame.width].copy(), depth, full, matrix)
 
 
+def _stream(out: Any, codec: str, rate: Any) -> Any:
+    """A new stream of a film that is written."""
+    options = {"crf": "16"} if codec in ("libx264", "libx265") else {}
+    try:
+        return out.add_stream(codec, rate=rate, options=options)
+    except (_av().FFmpegError, ValueError) as error:
+        raise InputError(f"codec: {codec!r} is not there; nearest: 'libx264', 'ffv1', 'prores_ks'") from error
+
+
 def _encoder(out: Any, video: Any, frame: FilmFrame, codec: str) -> Any:
-    av = _av()
     height, width = frame.luma.shape
     fine = height % 2 or width % 2 or codec.startswith("prores")
     layout = ("yuv422p" if codec.startswith("prores") else "yuv444p") if fine else "yuv420p"
     high = frame.depth > 8 or codec.startswith("prores")
-    try:
-        options = {"crf": "16"} if codec in ("libx264", "libx265") else {}
-        stream = out.add_stream(codec, rate=video.average_rate or 25, options=options)
-    except (av.FFmpegError, ValueError) as error:
-        raise InputError(f"codec: {codec!r} is not there; nearest: 'libx264', 'ffv1', 'prores_ks'") from error
+    stream = _stream(out, codec, video.average_rate or 25)
     context = stream.codec_context
     context.width, context.height = width, height
     context.pix_fmt = layout + ("10le" if high else "")

@@ -115,6 +115,8 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(saved, tmp_path, model, monk
     [
         (["--sam", "0.1"], "--ssa trains with AdamW and a cosine, and takes no --sam"),
         (["--loss", "arcface"], "takes no --loss"),
+        (["--margin", "0.5"], "takes no --margin"),
+        (["--head", "mlp"], "takes no --head"),
         (["--blocks", "0"], "--blocks: got 0"),
         (["--length", "100"], "--length: got 100, expected an integer in [2, 64]"),
         (["--epochs", "0"], "--epochs: got 0"),

@@ -173,7 +173,7 @@ def test_a_folder_is_coloured(tmp_path, weights, capsys):
     ("change", "message"),
     [
         ({"--weights": None}, "CC BY-NC-SA 4.0"),
-        ({"--exemplar": "5={shown}"}, "none is for the first frame"),
+        ({"--exemplar": "5={shown}"}, "frame 5 does not exist"),
         ({"--exemplar": "no.png"}, "'no.png' is no file"),
         ({"--out": "{film}"}, "is the film itself"),
         ({"--luma": "own"}, "nearest|there are"),

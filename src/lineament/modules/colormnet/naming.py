@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lineament.core.checks import InputError, require
+from lineament.core.checks import require
+from lineament.load.checkpoints import read_checkpoint
 
 if TYPE_CHECKING:
     from lineament.modules.colormnet.network import ColorMNet
@@ -140,16 +141,7 @@ def from_official(path: str | Path) -> ColorMNet:
         path.is_file(),
         f"path: {str(path)!r} is no file; expected the published checkpoint, a .pth or .safetensors",
     )
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        first = str(error).splitlines()[0]
-        raise InputError(f"path: {str(path)!r} cannot be read as tensors alone: {first}") from error
+    state = read_checkpoint(path, "path")
     needed = ("key_proj.key_proj.weight", "value_encoder.fuser.block2.conv2.weight")
     require(
         isinstance(state, Mapping) and all(name in state for name in needed),

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lineament.core.checks import InputError, require, show
 from lineament.core.files import atomic_write, write_json
+from lineament.load.checkpoints import read_checkpoint
 from lineament.modules.colormnet.blocks import (
     DecoderCell,
     ObjectFusion,
@@ -163,8 +164,6 @@ class ColorMNet(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ColorMNet:
         """The network of :meth:`save_pretrained`, in evaluation mode."""
-        from safetensors.torch import load_file
-
         folder = Path(folder)
         for name in (_WEIGHTS, _SETTINGS):
             require(
@@ -176,8 +175,9 @@ class ColorMNet(nn.Module):
             settings = json.loads((folder / _SETTINGS).read_text())
         except ValueError as error:
             raise InputError(f"folder: {str(folder / _SETTINGS)!r} is no JSON: {error}") from error
+        require(isinstance(settings, dict), f"folder: {str(folder / _SETTINGS)!r} holds no settings")
         licence = settings.pop("licence", "")
         model = cls(ColorMNetConfig.from_dict(settings))
-        from_published(model, load_file(folder / _WEIGHTS))
+        from_published(model, read_checkpoint(folder / _WEIGHTS, "folder"))
         model.licence = licence
         return model.eval()

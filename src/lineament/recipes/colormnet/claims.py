@@ -63,7 +63,7 @@ def all_claims(found: list[Coloured], config: Any) -> list[Claim]:
             "1.9 GB at any length",
             f"at most {max(rest)} elements against {max(half)}",
             all(b <= a for a, b in zip(half, rest)),
-            "it grows with the film",
+            "it was still filling when half of the film had passed",
         ),
         judged(
             "Control: the network is better than colours copied by position and than grey, over all frames",

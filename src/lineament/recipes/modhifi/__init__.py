@@ -62,7 +62,7 @@ class Config:
     lm_steps: int = 100
 
     preset: str = presets(
-        quick={},
+        quick={"networks": ("cnn",)},
         small={
             "width": 64, "calibration": 400, "shares": (0.5, 0.25), "forget": (3, 8), "bytes": 1_000_000, "length": 128, "lm_steps": 400,
         },

@@ -86,7 +86,7 @@ def test_saved_and_read_again(model, tmp_path):
 
 def test_a_pickle_with_code_is_refused(tmp_path):
     torch.save({"key_proj.key_proj.weight": print}, tmp_path / "bad.pth")
-    with pytest.raises(InputError, match="cannot be read as tensors alone"):
+    with pytest.raises(InputError, match=r"holds .*beside tensors"):
         from_official(tmp_path / "bad.pth")
     torch.save({"weight": torch.ones(1)}, tmp_path / "other.pth")
     with pytest.raises(InputError, match="expected a checkpoint of ColorMNet"):
