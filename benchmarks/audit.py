@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lineament.audit import audit
 from lineament.audit.language_run import audit_language
-from lineament.bench import Rate, Trial, earlier, quick
+from lineament.bench import Rate, Trial, decided, earlier, quick
 from lineament.core.engines import side_by_side
 from lineament.core.statistics.shares import wilson
 from lineament.data.planted_cues import planted_cues
@@ -147,7 +147,9 @@ def rates(trials: list[Trial]) -> Iterator[Rate]:
                     if strength >= DECIDES
                     else f"below {DECIDES}"
                 )
-                detected[f"“{name}” found: {trial.planted}, strength {band}"].append((trial.chooses, hit))
+                # How many answers follow a cue is measured, whatever share of the images it was planted in.
+                kind = "measured strength" if name in SHORTCUTS else "strength"
+                detected[f"“{name}” found: {trial.planted}, {kind} {band}"].append((trial.chooses, hit))
             else:
                 severity = "note" if name in NOTES else "warning"
                 false[name, severity].append((trial.chooses, hit and trial.found[name] != "good"))
@@ -181,10 +183,10 @@ def _rate(
     if not reported:
         return
     hits, count = sum(reported), len(reported)
-    share = hits / count
-    met = None if target is None else (share <= target if at_most else share >= target)
+    low, high = wilson(hits, count)
+    met = decided(low, high, target, at_most=at_most)
     note = f"on the half that chose: {sum(chosen)} of {len(chosen)}" if chosen else ""
-    yield Rate(SLUG, what, hits, count, *wilson(hits, count), target, at_most, met, note)
+    yield Rate(SLUG, what, hits, count, low, high, target, at_most, met, note)
 
 
 # Findings that are notes; others are warnings.
@@ -257,7 +259,8 @@ def _cue_case(cue: str, seed: int, options: dict[str, Any]) -> Case:
         test = planted_cues(cue, "test", seed=seed, **options)
         return Made(model, (test.inputs, test.targets), {**truth, "preprocessing": 0.0}, ("gaze", "accuracy"))
 
-    said = ", ".join(f"{name} {value}" for name, value in options.items())
+    names = {"strength": "planted strength"}
+    said = ", ".join(f"{names.get(name, name)} {value}" for name, value in options.items())
     one = " of one class" if "one" in options else ""
     one += " under 4 % of the image" if options.get("size") == 3 else ""
     return Case(

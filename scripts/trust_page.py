@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "how-far-to-trust-it.md"
+# Below each heading: which rates, and what is counted.
 HEADINGS = {
-    "## Found where it is": lambda what: " found: " in what,
-    "## Found where it is not": lambda what: "where it is not" in what or "nothing to find" in what,
-    "## Numbers within their intervals": lambda what: "within the interval" in what,
+    "## Found where it is": (lambda what: " found: " in what, "found, of networks with it"),
+    "## Found where it is not": (
+        lambda what: "where it is not" in what or "nothing to find" in what,
+        "found, of checks without it",
+    ),
+    "## Numbers within their intervals": (lambda what: "within the interval" in what, "within, of numbers"),
 }
 
 
@@ -23,9 +27,9 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}".removesuffix(".0") + " %"
 
 
-def table(rates: list[dict[str, Any]]) -> str:
+def table(rates: list[dict[str, Any]], counted: str) -> str:
     """Rates as a Markdown table."""
-    lines = ["| what | of networks | rate (95 % interval) | target |", "| --- | --- | --- | --- |"]
+    lines = [f"| what | {counted} | rate (95 % interval) | target |", "| --- | --- | --- | --- |"]
     for rate in rates:
         what = re.sub(
             r" found where it is not| found:|: the true value lies within the interval", "", rate["what"]
@@ -36,7 +40,7 @@ def table(rates: list[dict[str, Any]]) -> str:
             if rate["target"] is None
             else f"{'at most' if rate['at_most'] else 'at least'} {percent(rate['target'])}"
         )
-        met = {True: ": met", False: ": **missed**", None: ""}[rate["met"]]
+        met = {True: ": met", False: ": **missed**", None: ": too few to tell" if asked else ""}[rate["met"]]
         lines.append(f"| {what} | {rate['hits']} of {rate['count']} | {share} | {asked}{met} |")
     return "\n".join(lines)
 
@@ -49,14 +53,14 @@ def written(text: str, rows: list[dict[str, Any]]) -> str:
     text = re.sub(
         r"\*\*\d+ networks\*\* in \d+ minutes", f"**{len(trials)} networks** in {minutes:.0f} minutes", text
     )
-    for heading, belongs in HEADINGS.items():
+    for heading, (belongs, counted) in HEADINGS.items():
         before, found, after = text.partition(heading + "\n")
         if not found:
             sys.exit(f"{PAGE.name} has no section {heading!r}")
         there = re.search(r"(?:^\|.*\n)+", after, re.MULTILINE)
         if there is None:
             sys.exit(f"{PAGE.name}: no table stands below {heading!r}")
-        made = table([rate for rate in rates if belongs(rate["what"])])
+        made = table([rate for rate in rates if belongs(rate["what"])], counted)
         text = before + found + after[: there.start()] + made + "\n" + after[there.end() :]
     return text
 

@@ -71,7 +71,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Rate:
-    """How often something was found, of ``count`` trials, with its 95 % interval; ``at_most``: the target is a ceiling."""
+    """How often something was found, of ``count`` trials, with its 95 % interval; ``at_most``: the target is a ceiling.
+
+    ``met`` is ``None`` where there is no target, and where the trials are too few to tell (:func:`decided`).
+    """
 
     slug: str
     what: str
@@ -90,6 +93,18 @@ class Rate:
 
     def to_dict(self) -> dict[str, Any]:
         return {"row": "rate", **asdict(self)}
+
+
+def decided(low: float, high: float, target: float | None, *, at_most: bool) -> bool | None:
+    """Whether a rate meets its target; ``None`` where its interval reaches across the target: too few trials to tell.
+
+    >>> decided(0.0, 0.015, 0.02, at_most=True), decided(0.0, 0.793, 0.05, at_most=True), decided(0.0, 0.793, 0.95, at_most=False)
+    (True, None, False)
+    """
+    if target is None:
+        return None
+    below, above = high <= target, low >= target
+    return None if below == above else below == at_most
 
 
 AnyRow = Row | Trial | Rate

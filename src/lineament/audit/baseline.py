@@ -190,16 +190,16 @@ def baseline(
         _learning(top, sizes),
     ]
     accuracy = _mean(pairs, *best)
-    low, high = wilson(round(top.accuracy * len(test)), len(test))
     finding = Finding(
         "note",
-        f"A network must beat {percent(accuracy)}: {best[0]} read by {best[1]} is right for so many of {len(test):,} test samples after {len(train):,} training samples "
-        f"(95 % interval {percent(low)} to {percent(high)}{f', mean of {splits} splits' if splits > 1 else ''}).",
+        _to_beat(best, accuracy, top.accuracy, len(test), len(train), splits),
         key="baseline",
         section="table",
     )
     _write_settings(folder, pairs, names, classifiers)
-    _write_models(folder, best, pairs, rows, y, train, options.effort, seed)
+    unwritten = _write_models(folder, best, pairs, rows, y, train, options.effort, seed)
+    for line in unwritten:
+        note(line)
     paper = next(paper for paper in search() if paper.slug == _SLUG)
     title = f"What must a network beat on {held.source or 'these data'}?"
     html, json_file = page.write(
@@ -210,11 +210,30 @@ def baseline(
         ],
         [finding], sections, command=command(_CALL),
         methods={paper.slug: {"title": paper.title, "year": paper.year, "url": paper.url}}, versions=versions(),
-        notes=[*held.notes], name=_NAME, kicker="Lineament baseline",
+        notes=[*held.notes, *unwritten], name=_NAME, kicker="Lineament baseline",
     )  # fmt: skip
     checkpoint.finish()
     shutil.rmtree(folder / STAGES, ignore_errors=True)
     return Report(title, [finding], sections, html, json_file)
+
+
+def _to_beat(best: tuple[str, str], accuracy: float, first: float, test: int, train: int, splits: int) -> str:
+    """What a network must beat, or that these samples cannot tell a better one; ``first``: the accuracy on the split of the interval."""
+    low, high = wilson(round(first * test), test)
+    if accuracy >= 1:
+        on = (
+            f"these {test:,} test samples"
+            if splits == 1
+            else f"the {test:,} test samples of any of {splits} splits"
+        )
+        return (
+            f"No network can be seen to beat this here: {best[0]} read by {best[1]} was never wrong on {on} after {train:,} training samples "
+            f"(95 % interval {percent(low)} to {percent(high)})."
+        )
+    return (
+        f"A network must beat {percent(accuracy)}: {best[0]} read by {best[1]} is right for so many of {test:,} test samples after {train:,} training samples "
+        f"(95 % interval {percent(low)} to {percent(high)}{f', mean of {splits} splits' if splits > 1 else ''})."
+    )
 
 
 def estimator_of(
@@ -295,11 +314,11 @@ def _check_feature(name: str, images: bool) -> None:
         return
     known = DESCRIPTORS if images else ("columns",)
     if name not in known:
-        what = (
-            ""
-            if images or name not in DESCRIPTORS
-            else " is for images of 8 pixels a side or more, which these data are not,"
-        )
+        what = ""
+        if images and name == "columns":
+            what = " is for data that are no images, and these are images (their plain values are 'pixels'),"
+        elif name in DESCRIPTORS:
+            what = " is for images of 8 pixels a side or more, which these data are not,"
         raise InputError(
             f"features: got {name!r}, which{what or ' is not a choice'}{suggest(name, known)}; MODEL:SITE is a network's site"
         )
@@ -516,8 +535,8 @@ def _write_models(
     train: Any,
     effort: str,
     seed: int,
-) -> None:
-    """The best pair's estimator, fitted to the training part: safetensors for ours, skops for scikit-learn's where it is installed."""
+) -> list[str]:
+    """The best pair's estimator, fitted to the training part: safetensors for ours, skops for scikit-learn's; what could not be written, and why."""
     name, kind = best
     top = next(p for p in pairs if (p.descriptor, p.classifier) == best)
     target = folder / f"baseline-best.{'safetensors' if kind in ('gbnn', 'infinite') else 'skops'}"
@@ -525,7 +544,9 @@ def _write_models(
         try:
             import skops.io  # pyright: ignore
         except ImportError:
-            return
+            return [
+                f"The best model, {name} with {kind}, is not written: that needs skops (pip install skops); its settings are in baseline-settings.json."
+            ]
     made, _ = estimator_of(kind, samples=len(train), seed=seed)
     made.set_params(**{f"model__{k}": v for k, v in top.settings.items()})
     with warnings.catch_warnings():
@@ -533,7 +554,7 @@ def _write_models(
         made.fit(rows(name)[train], y[train])
     if target.suffix == ".skops":
         skops.io.dump(made, target)  # pyright: ignore
-        return
+        return []
     made.named_steps["model"].save(target)
     scale = made.named_steps["scale"]
     write_json(
@@ -544,3 +565,4 @@ def _write_models(
             "scale": None if scale.scale_ is None else scale.scale_.tolist(),
         },
     )
+    return []

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lineament.audit.edit_doubts import UNTRAINED, doubt, harm
 from lineament.audit.phrases import sentence
 from lineament.audit.stages import STAGES, Report, command, fresh, opened, unused
 from lineament.core import checks
@@ -80,6 +81,7 @@ class _Subject:
     tokenizer: Any = None
     notes: tuple[str, ...] = ()
     named: bool = False  # whether a command line can name the model
+    doubt: str = ""  # why its answers as it was say little of what an edit costs
 
 
 def pruned_report(
@@ -226,20 +228,23 @@ def unlearned_report(
         "answered, the class",
         "right, the others",
         "linear probe of the class",
-        "samples until it is back",
+        "samples to learn it again",
     ]
-    severity = "note" if told.verdict != "kept" else "warning"
+    harmed, advice = harm(told, control.after)
+    severity = "warning" if told.verdict == "kept" or harmed or subject.doubt else "note"
+    text = " ".join(part for part in (subject.doubt, harmed, told.sentence) if part)
+    advice = UNTRAINED if subject.doubt else advice
     section = Section(
         "forgotten",
         "Was the class forgotten?",
         severity,
         f"{100 * told.after.forget:.1f} %",
         f"of class {_name(subject, number)} still answered",
-        told.sentence,
+        text,
         numbers={"verdict": told.verdict, "edit": found.to_dict()},
         method="modhifi",
         tables=[Table(f"On {len(forgotten_ones[0])} samples of the class and {len(others[0])} others that the edit did not see", columns, rows)],
-        findings=[Finding(severity, told.sentence, "forgotten", key=told.verdict)],
+        findings=[Finding(severity, text, "forgotten", advice, key=told.verdict)],
     )  # fmt: skip
     network = _save(folder, found.model, subject)
     facts = [("Network", type(subject.model).__name__), ("Data", subject.data), ("Written", f"{NETWORK}/")]
@@ -286,7 +291,7 @@ def _subject(model: Any, data: Any, options: EditOptions) -> _Subject:
         labels = (both.targets[rows[0]], both.targets[rows[1]]) if both.task == "classification" else None
         return _Subject(
             loaded.model, loaded.source, f"{samples.source}, {len(both)} samples", halves, labels, both.classes,  # pyright: ignore[reportArgumentType]
-            notes=both.notes, named=isinstance(model, str),
+            notes=both.notes, named=isinstance(model, str), doubt=doubt(both, () if options.classes else samples.classes),
         )  # fmt: skip
 
 
@@ -354,7 +359,8 @@ def _pruned_section(
         f"{form.format(scores['by chance, the same repairs'])}, by their norms without repair {form.format(scores['norms alone, no repair'])}. A forward takes "
         f"{1000 * times[1]:.1f} ms where it took {1000 * times[0]:.1f} ms."
     )
-    severity = "warning" if bad else "good"
+    severity = "warning" if bad or subject.doubt else "good" if _knows(subject, unit, was) else "note"
+    text = f"{subject.doubt} {text}".strip()
     sizes = [[name, *size, size[1] / size[0]] for name, size in found.sizes.items()]
     layers = [[name, cut, repaired] for name, (cut, repaired) in found.errors.items()]
     return Section(
@@ -371,8 +377,16 @@ def _pruned_section(
             Table("Channels", ["group", "before", "after", "share"], sizes),
             Table("Share of each layer's output lost", ["layer", "channels gone", "after compensation"], layers),
         ],
-        findings=[Finding(severity, text, "network")],
+        findings=[Finding(severity, text, "network", UNTRAINED if subject.doubt else "")],
     )  # fmt: skip
+
+
+def _knows(subject: _Subject, unit: str, accuracy: float) -> bool:
+    """Whether there was much to lose: classes are answered at least halfway from always naming the most frequent one to always right."""
+    if unit != "accuracy" or subject.labels is None:
+        return True
+    labels = subject.labels[1].cpu()
+    return accuracy >= (1 + float(labels.bincount().max()) / len(labels)) / 2
 
 
 def _classes(subject: _Subject, model: nn.Module) -> Section:

@@ -19,7 +19,7 @@ def add_parser(subparsers: Any) -> Any:
         "baseline",
         help="what a network must beat: fixed descriptors and classical classifiers on your data",
         description="What must a network beat on these data? Each descriptor with each classifier, tuned on a training part, looked at once "
-        "on a test part. Writes baseline.html, baseline.json, the chosen settings and the best model.",
+        "on a test part. Writes baseline.html, baseline.json, the chosen settings and the best model (scikit-learn's where skops is installed).",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

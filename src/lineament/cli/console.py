@@ -256,7 +256,8 @@ def show_row(row: AnyRow) -> None:
         )
         if row.target is not None:
             bound = f"{'at most' if row.at_most else 'at least'} {_share(row.target)}"
-            line.append_text(Text.assemble(f" (target {bound}, ", met, ")"))
+            said = ("too few to tell", "dim") if row.met is None else met
+            line.append_text(Text.assemble(f" (target {bound}, ", said, ")"))
         console.print(line, soft_wrap=True)
         return
     line.append(_seconds(row.ours_s))
@@ -272,11 +273,18 @@ def show_row(row: AnyRow) -> None:
 
 
 def show_total(rows: Sequence[AnyRow]) -> None:
-    """How many targets the rows meet."""
+    """How many targets the rows meet, of how many nothing follows, and what was missed though no target asks for it."""
+    from lineament.bench import Rate
+
     compared = [row for row in rows if row.met is not None]
-    _console().print(
-        f"{sum(bool(row.met) for row in compared)} of {len(compared)} targets met; {len(rows)} rows."
-    )
+    rates = [row for row in rows if isinstance(row, Rate)]
+    few = sum(row.target is not None and row.met is None for row in rates)
+    free = [row for row in rates if row.target is None]
+    missed = sum(row.hits < row.count for row in free)
+    said = [f"{sum(bool(row.met) for row in compared)} of {len(compared)} targets met"]
+    said += [f"{few} with too few trials to tell"] if few else []
+    said += [f"{len(free)} without a target, of which {missed} missed something"] if free else []
+    _console().print(f"{'; '.join(said)}; {len(rows)} rows.", soft_wrap=True)
 
 
 def _share(value: float) -> str:

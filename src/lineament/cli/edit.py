@@ -155,5 +155,7 @@ def _said(found: Any) -> int:
 
     for finding in found.findings:
         print(f"{finding.severity:>8}  {printable(finding.sentence)}")
+        if finding.advice:
+            print(f"{'':>8}  {printable(finding.advice)}")
     print(f"Page: {found.html.resolve()}")
     return 0

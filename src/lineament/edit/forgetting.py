@@ -67,14 +67,19 @@ class Forgotten(Readable):
         now, was = self.after, self.before
         probe = max(now.probe.values())
         back = (
-            "was not learned again within the steps allowed"
+            "training on it again did not bring it back within the steps allowed"
             if now.samples is None
-            else f"was back after {now.samples} samples"
+            else f"training again on {now.samples} samples of it brought it back (relearning)"
+            if now.samples
+            else "it is answered without being learned again"
         )
+        verdict = {
+            "kept": "The class was kept.",
+            "muted": "The class is muted; that it is erased was not shown.",
+            "erased": "The class is erased, as far as a network trained without it can tell.",
+        }
         start = f"The class is answered in {100 * now.forget:.1f} % of its samples (before {100 * was.forget:.1f} %), the others in {100 * now.retain:.1f} % ({100 * was.retain:.1f} %)"
-        return (
-            f"{start}; a linear probe still tells it in {100 * probe:.1f} %, and it {back}: {self.verdict}."
-        )
+        return f"{start}; a linear probe of its features tells the class in {100 * probe:.1f} %, and {back}. {verdict[self.verdict]}"
 
 
 def forgotten(

@@ -72,6 +72,8 @@ def load_model(model: Any, *, weights: str | Path | None = None) -> Loaded:
             found = replace(found, model=surgery.load(weights, lambda: found.model))
         else:
             found = replace(found, notes=(*found.notes, *load_weights(found.model, weights)))
+    elif found.kind == "factory" and not found.notes:
+        found = replace(found, notes=("no weights given: the network is as the factory makes it",))
     require_finite(held_weights(found.model))
     if found.kind != "module":
         found.model.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -138,3 +139,24 @@ def test_the_lens_says_whether_the_network_adds_anything(tmp_path):
     assert section.numbers["network"] == 1.0 and section.numbers["gain_low"] > 0.1
     assert [f.key for f in found.findings if f.section == "baselines"] == ["features add"]
     assert section.numbers["samples"] == 160 and section.numbers["training"] == 128
+
+
+def test_a_model_that_is_not_written_and_a_baseline_without_a_mistake_are_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "skops", None)
+    monkeypatch.setitem(sys.modules, "skops.io", None)
+    lines, options = [], BaselineOptions(effort="none")
+    asked = {"features": ["hog"], "classifiers": ["knn"], "options": options}
+    found = baseline(stripes(), out=tmp_path / "a", note=lines.append, **asked)
+    told = "The best model, hog with knn, is not written: that needs skops"
+    assert [line for line in lines if line.startswith(told)]
+    assert told in (tmp_path / "a" / "baseline.html").read_text(encoding="utf-8")
+    [finding] = found.findings
+    assert "hog read by knn was never wrong on these 24 test samples" in finding.sentence
+    assert "must beat" not in finding.sentence and "86.2" in finding.sentence
+
+
+def test_columns_of_images_are_refused_for_what_they_are(tmp_path):
+    with pytest.raises(InputError, match=r"'columns', which is for data that are no images.*'pixels'"):
+        baseline(stripes(8), out=tmp_path / "a", features=["columns"])
+    with pytest.raises(InputError, match="'hog', which is for images of 8 pixels"):
+        baseline((torch.rand(8, 3), torch.arange(8) % 2), out=tmp_path / "a", features=["hog"])

@@ -136,6 +136,36 @@ def test_a_json_file_that_cannot_be_written_is_said_before_any_work(benchmarks, 
             measured(json=target)
 
 
+def test_what_is_too_few_to_tell_counts_in_neither_and_what_has_no_target_is_said(capsys):
+    from lineament.bench import Rate, decided
+    from lineament.cli import console
+
+    few = Rate("truth", "cue found where it is not", 0, 1, 0.0, 0.793, 0.05, True, None)
+    missed = Rate("truth", "gap found", 0, 1, 0.0, 0.793, None, False, None)
+    many = Rate("truth", "any warning", 0, 261, 0.0, 0.0145, 0.02, True, True)
+    assert [decided(r.low, r.high, r.target, at_most=r.at_most) for r in (few, missed, many)] == [
+        None,
+        None,
+        True,
+    ]
+    console.show_row(few)
+    console.show_total([few, missed, many])
+    said = capsys.readouterr().out
+    assert "(target at most 5.0 %, too few to tell)" in said
+    assert (
+        "1 of 1 targets met; 1 with too few trials to tell; 1 without a target, of which 1 missed something; 3 rows."
+        in said
+    )
+
+
+def test_help_says_what_there_is_to_run_and_what_audit_is(benchmarks, capsys):
+    (benchmarks / "truth.py").write_text("")
+    assert cli.main(["bench", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "lineament bench audit --quick" in said and "SLUG: " in said and "truth" in said.split("SLUG: ")[1]
+    assert "how often is the audit right" in said
+
+
 TRIALS = """
 from lineament.bench import Rate, Trial, earlier
 def rows():

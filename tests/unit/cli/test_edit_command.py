@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from torch import nn
 
 from lineament import cli, edit
+from lineament.audit.edit_doubts import harm
+from lineament.edit.forgetting import Forgotten, Knowledge
 from lineament.load.models import load_model
 
 NET = """
@@ -154,3 +157,113 @@ def test_what_is_not_there_names_what_is(net, tmp_path, capsys):
     words = ["digits", "--class", "11", "--samples", "40", "--out", str(tmp_path / "o")]
     assert cli.main(["edit", "unlearn", net, *words]) == 2
     assert "no class '11'; there are: '0', '1'" in capsys.readouterr().err
+
+
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+SMALL = """
+import torch
+from torch import nn
+
+def make(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+
+def lucky():
+    return make(79)
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A network that knows the digits (a read-out of random features), and digits whose labels are names."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "net.py").write_text(SMALL)
+    torch.manual_seed(0)
+    x, y = load_digits(return_X_y=True)
+    images = torch.tensor(x / 16, dtype=torch.float32)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+    with torch.no_grad():
+        features = net[:3](images)
+        wanted = torch.linalg.lstsq(features, torch.eye(10)[torch.tensor(y)]).solution
+        net[3].weight.copy_(wanted.T)
+        net[3].bias.zero_()
+    torch.save(net.state_dict(), folder / "net.pt")
+    np.savez(folder / "names.npz", x=images.view(-1, 1, 8, 8).numpy()[:400], y=np.array(DIGITS)[y[:400]])
+    return folder
+
+
+ACTIONS = [["prune"], ["unlearn", "--class", "three"]]
+
+
+@pytest.mark.parametrize("action", ACTIONS, ids=lambda words: words[0])
+def test_names_in_another_order_than_the_outputs_are_refused(trained, tmp_path, capsys, action):
+    out = tmp_path / "out"
+    words = [
+        "edit",
+        action[0],
+        f"{trained}/net.py:make",
+        f"{trained}/names.npz",
+        *action[1:],
+        "--out",
+        str(out),
+    ]
+    words += ["--weights", f"{trained}/net.pt"]
+    assert cli.main(words) == 2
+    told = capsys.readouterr().err
+    assert "--classes: got none, and the data's names are numbered 'eight', 'five', 'four'" in told
+    assert "no weights given" not in told and not out.exists()
+    assert cli.main([*words, "--classes", ",".join(DIGITS)]) == 0
+    (section, *_) = json.loads((out / "edit.json").read_text())["sections"]
+    assert "most frequent class" not in section["sentence"] and "order" not in section["sentence"]
+
+
+@pytest.mark.parametrize("action", ACTIONS, ids=lambda words: words[0])
+def test_nothing_is_good_near_chance(trained, tmp_path, capsys, action):
+    words = ["edit", action[0], f"{trained}/net.py:make", f"{trained}/names.npz", *action[1:]]
+    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert "no weights given: the network is as the factory makes it" in capsys.readouterr().err
+    told = json.loads((tmp_path / "out" / "edit.json").read_text())
+    assert "No weights given: the network is as the factory makes it." in told["notes"]
+    (finding,) = told["findings"]
+    assert finding["severity"] == told["sections"][0]["status"] == "warning"
+    assert "no better than always naming the most frequent class" in finding["sentence"]
+    assert "`weights`" in finding["advice"]
+
+
+def test_an_untrained_network_above_chance_is_not_called_good(trained, tmp_path, capsys):
+    words = [
+        "edit",
+        "prune",
+        f"{trained}/net.py:lucky",
+        f"{trained}/names.npz",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert cli.main(words) == 0
+    (finding,) = json.loads((tmp_path / "out" / "edit.json").read_text())["findings"]
+    assert "most frequent class" not in finding["sentence"] and finding["severity"] != "good"
+
+
+def knowledge(forget, retain):
+    return Knowledge(forget, retain, {"0": 0.9}, 16, 1, torch.ones(2), None)
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        ((0.86, 0.55), "more harm than it removed: the class is answered less often by 14 points, and the others are right less often by 43 points"),
+        ((1.0, 0.9), "more harm than it removed"),
+        ((0.05, 0.8), "costs the other classes 18 points"),
+        ((0.05, 0.97), ""),
+        ((0.995, 0.979), ""),
+    ],
+)  # fmt: skip
+def test_an_edit_that_harms_more_than_it_removes_is_called_so(after, said):
+    told = Forgotten(knowledge(1.0, 0.98), knowledge(*after), None, "kept")
+    sentence, advice = harm(told, knowledge(0.0, 0.98))
+    assert said in sentence.replace("\u00a0", " ") and bool(sentence) == bool(said)
+    assert ("the head alone never answers the class" in sentence) == ("edit.mute" in advice) == bool(said)
+    assert (
+        "training again on 16 samples of it brought it back (relearning). The class was kept."
+        in told.sentence
+    )

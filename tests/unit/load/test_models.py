@@ -57,7 +57,7 @@ def test_factory_in_a_file_and_in_a_module(net, tmp_path, monkeypatch):
     assert load_model(f"{net}:Small").model.weight.shape == (3, 16)
     assert load_model(f"{net}:ready").model.in_features == 4
     assert "is a network, not a factory" in load_model(f"{net}:ready").notes[0]
-    assert load_model(f"{net}:make").notes == ()
+    assert load_model(f"{net}:make").notes == ("no weights given: the network is as the factory makes it",)
     monkeypatch.chdir(tmp_path)
     assert len(load_model("net:make").model) == 4
     assert not load_model("net:make").model.training

@@ -188,9 +188,9 @@ def _classes(subject: Subject) -> Section:
     present = torch.unique(targets).tolist()
     width = subject.outputs.shape[1]
     confusion = torch.bincount(targets * width + decisions, minlength=width * width).reshape(width, width)
-    classes = [_share(subject.class_name(k), right[targets == k]) for k in present]
+    classes = [share(subject.class_name(k), right[targets == k]) for k in present]
     found = Classes(
-        _share("all", right),
+        share("all", right),
         balanced=sum(c.accuracy for c in classes) / len(classes),
         majority=float(confusion.sum(1).max()) / len(right),
         classes=classes,
@@ -198,7 +198,7 @@ def _classes(subject: Subject) -> Section:
         calibration=calibration(torch.softmax(subject.outputs.double(), 1), targets),
         confusion=confusion.tolist() if width <= 200 else [],
     )
-    found = replace(found, reordered=_reordered(found, targets, decisions, width))
+    found = replace(found, reordered=reordered(found.overall, found.majority, targets, decisions, width))
     lost = found.poor or float(subject.loss(subject.outputs, targets)) > math.log(max(width, 2))
     if lost and found.reordered is None:
         found = replace(found, otherwise=better_preprocessing(subject))
@@ -341,15 +341,17 @@ def _confidence(known: Calibration) -> list[Finding]:
     ]
 
 
-def _reordered(found: Classes, targets: Tensor, decisions: Tensor, width: int) -> Share | None:
-    """How often it is right with its outputs reordered, where that and only that explains its answers."""
+def reordered(
+    overall: Share, majority: float, targets: Tensor, decisions: Tensor, width: int
+) -> Share | None:
+    """How often a network is right with its outputs reordered, where that and only that explains its answers; as in :class:`Classes`."""
     half = torch.arange(len(targets)) % 2 == 0
     counts = torch.bincount(targets[half] * width + decisions[half], minlength=width * width)
     _, best = linear_sum_assignment(counts.reshape(width, width).numpy(), maximize=True)
-    other = _share("reordered", torch.from_numpy(best)[targets[~half]] == decisions[~half])
+    other = share("reordered", torch.from_numpy(best)[targets[~half]] == decisions[~half])
     # Halfway from always naming the most frequent class to always right; a better order is no mere improvement.
-    explains = other.low > (1 + found.majority) / 2
-    return other if explains and (found.poor or other.low > 2 * found.overall.high) else None
+    explains = other.low > (1 + majority) / 2
+    return other if explains and (overall.low <= majority or other.low > 2 * overall.high) else None
 
 
 def compared(count: int) -> float:
@@ -370,7 +372,7 @@ def _below(worst: Share, other: Share, count: int) -> bool:
     return ends[0][1] < ends[1][0]
 
 
-def _share(name: str, right: Tensor) -> Share:
+def share(name: str, right: Tensor) -> Share:
     hits, total = int(right.sum()), len(right)
     return Share(name, hits / total, *wilson(hits, total), total)
 
@@ -380,7 +382,7 @@ def _groups(subject: Subject, right: Tensor) -> list[Share]:
     if numbers is None:
         return []
     return [
-        _share(subject.samples.group_names[g], right[numbers == g]) for g in torch.unique(numbers).tolist()
+        share(subject.samples.group_names[g], right[numbers == g]) for g in torch.unique(numbers).tolist()
     ]
 
 
@@ -503,9 +505,9 @@ def _labels(subject: Subject) -> Section:
     groups = subject.samples.groups
     found = Labels(
         _mean_share("all", right),
-        _share("all labels", right.all(1)),
+        share("all labels", right.all(1)),
         majority=float(torch.maximum(targets.double().mean(0), 1 - targets.double().mean(0)).mean()),
-        labels=[_share(subject.class_name(k), right[:, k]) for k in range(right.shape[1])],
+        labels=[share(subject.class_name(k), right[:, k]) for k in range(right.shape[1])],
         groups=[
             _mean_share(subject.samples.group_names[g], right[groups == g])
             for g in (torch.unique(groups).tolist() if groups is not None else [])

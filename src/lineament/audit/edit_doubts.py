@@ -1,0 +1,68 @@
+"""What makes an edit worth little: a network that answered by chance before it, or other classes that it costs more than it takes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lineament.audit.lenses.accuracy import reordered, share
+from lineament.audit.phrases import percent, points, sentence
+from lineament.core.checks import InputError
+from lineament.edit.forgetting import Forgotten, Knowledge
+from lineament.load.model_and_data import ModelAndData
+
+UNTRAINED = "Give the weights that were trained (`weights`), and make sure that samples reach the network as they did in training and that class numbers mean the same to both."
+
+
+def doubt(both: ModelAndData, names: Sequence[str]) -> str:
+    """Why the answers of a network as it is say little of what an edit costs: they are no better than chance, or of another order of classes; else empty.
+
+    Args:
+        names: of the data's classes, where nobody said their order.
+
+    Raises:
+        InputError: another order, which the order of the names would put right.
+    """
+    if both.task != "classification":
+        return ""
+    targets, decisions = both.targets.cpu(), both.outputs.argmax(1)
+    counts = torch.bincount(targets, minlength=both.width)
+    overall, majority = share("all", decisions == targets), float(counts.max()) / len(targets)
+    other = reordered(overall, majority, targets, decisions, len(counts))
+    if other is not None:
+        told = (
+            f"its outputs seem to be in another order than the class numbers: it is right for {overall.counted} samples, and would be right for "
+            f"{other.counted} in another order"
+        )
+        if names:
+            first = ", ".join(map(repr, names[:3]))
+            raise InputError(
+                f"classes: got none, and the data's names are numbered {first} ..., but {told}; pass the names in the order of the model's outputs"
+            )
+        return sentence(f"{told}: an edit of one class may meet another")
+    if overall.low > majority:
+        return ""
+    no_better = "is" if overall.accuracy <= majority else "may be"
+    return (
+        f"As it was, the network is right for {overall.counted} samples ({overall.interval}), which {no_better} no better than always naming the most "
+        f"frequent class ({percent(majority)}): what the edit costs cannot be told."
+    )
+
+
+def harm(told: Forgotten, head: Knowledge) -> tuple[str, str]:
+    """What the edit did to the other classes where that is much, and what to do instead."""
+    gone, lost = (
+        a - b for a, b in ((told.before.forget, told.after.forget), (told.before.retain, told.after.retain))
+    )
+    alone = f"the head alone never answers the class and leaves the others right in {percent(head.retain)}"
+    muting = "If the class need only stay unanswered, take the head alone (lineament.edit.mute); else try a smaller `share`."
+    if lost > max(gone, 0.01):
+        less = f"{'less' if gone >= 0 else 'more'} often by {points(gone)}"
+        return (
+            f"The edit did more harm than it removed: the class is answered {less}, and the others are right less often by {points(lost)}; {alone}.",
+            muting,
+        )
+    if lost > 0.1:
+        return f"The edit costs the other classes {points(lost)}; {alone}.", muting
+    return "", "Try a larger `share`." if told.verdict == "kept" else ""
