@@ -7,6 +7,7 @@ import torch
 from tests.contracts.language_models import build, prompts, tiny, transformers
 
 from lineament.core.checks import InputError
+from lineament.core.sites.activations import capture, patch
 from lineament.explain import activation_patching, find_components, logit_difference
 
 S = {"vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -86,3 +87,49 @@ def test_what_cannot_be_found_is_said():
     ):
         find_components(model, "mlp_out")
     assert find_components(tiny("gpt2"), "resid_mid")[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks", "attention"),
+    [
+        ("T5", "model.encoder.block.*", "layer.0.SelfAttention"),
+        ("Bart", "model.model.encoder.layers.*", "self_attn"),
+    ],
+)
+def test_an_encoder_decoder_is_patched_through_a_module_around_it(kind, blocks, attention):
+    """The encoder's sites by name, the first token that the decoder says as the answer; one place by hand."""
+    sizes = {
+        "T5": {"d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0, "dropout_rate": 0.0},
+        "Bart": {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "init_std": 0.5},
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(vocab_size=50, d_model=24, **sizes[kind])
+    inner = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+
+    class Says(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = inner
+
+        def forward(self, ids):
+            start = ids.new_full((len(ids), 1), config.decoder_start_token_id)
+            return self.model(input_ids=ids, decoder_input_ids=start).logits[:, -1]
+
+    clean = torch.randint(3, 50, (2, 6))
+    corrupt = clean.clone()
+    corrupt[:, 2] = 3 + (corrupt[:, 2] - 3 + 7) % 47
+    model, sites = Says(), {"blocks": blocks, "attn_out": f"{blocks}.{attention}"}
+    found = activation_patching(
+        model, clean, corrupt, lambda z: z[:, 5] - z[:, 9], sites=sites, normalise=False
+    )
+    site = sites["attn_out"].replace("*", "1")
+    with capture(model, site) as acts, torch.no_grad():
+        model(clean)
+        there = acts[site].clone()
+        base = model(corrupt)
+        mixed = acts[site].clone()
+    mixed[:, 2] = there[:, 2]
+    with patch(model, {site: mixed}), torch.no_grad():
+        moved = model(corrupt) - base
+    by_hand = moved[:, 5] - moved[:, 9]
+    torch.testing.assert_close(found.per_example["attn_out"][:, 1, 2].float(), by_hand, rtol=1e-3, atol=1e-4)
