@@ -28,6 +28,11 @@ WINGS = (
 )
 
 
+def says_what_was_found(kind):
+    """Whether it has a ``to_dict`` of ours: transformers' configurations have one too."""
+    return any("to_dict" in vars(c) and c.__module__.startswith("lineament.") for c in kind.__mro__)
+
+
 def results():
     """Every dataclass of the wings that says what was found: it has ``to_dict``, or is :class:`Readable` without one."""
     found = {}
@@ -43,7 +48,7 @@ def results():
             if (
                 mine
                 and dataclasses.is_dataclass(value)
-                and (hasattr(value, "to_dict") or issubclass(value, Readable))
+                and (says_what_was_found(value) or issubclass(value, Readable))
             ):
                 found[f"{info.name}.{name}"] = value
     return found

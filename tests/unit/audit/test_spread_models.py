@@ -10,6 +10,7 @@ from lineament.audit import audit
 from lineament.core.checks import InputError
 from lineament.core.curvature.matrices import hessian
 from lineament.core.models import device_of, held_weights
+from lineament.explain import saliency
 from lineament.load.weights import digest
 
 accelerate = pytest.importorskip("accelerate")
@@ -38,14 +39,21 @@ def spread(how: str, folder: str) -> nn.Module:
 KINDS = ("cpu", "offloaded", "disk", "one layer on disk")
 
 
-@pytest.mark.parametrize("how", KINDS)
-def test_a_spread_model_is_audited_where_it_lies(how, tmp_path):
-    lenses = ["accuracy", "collapse", "parts", "gaze"]
+LENSES = ["accuracy", "collapse", "parts"]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The report of the same network in one place."""
+    return audit(network(), "digits", out=tmp_path_factory.mktemp("plain"), lenses=LENSES, samples=60)
+
+
+@pytest.mark.parametrize("how", ["offloaded", "one layer on disk"])
+def test_a_spread_model_is_audited_where_it_lies(how, plain, tmp_path):
     model = spread(how, str(tmp_path / "weights"))
     before, empty = digest(model), [p.is_meta for p in model.parameters()]
-    found = audit(model, "digits", out=tmp_path / "spread", lenses=lenses, samples=60)
+    found = audit(model, "digits", out=tmp_path / "spread", lenses=LENSES, samples=60)
     assert digest(model) == before and [p.is_meta for p in model.parameters()] == empty
-    plain = audit(network(), "digits", out=tmp_path / "plain", lenses=lenses, samples=60)
     for one, other in zip(found.sections, plain.sections):
         assert (one.name, one.status, one.number, one.sentence) == (
             other.name,
@@ -53,6 +61,12 @@ def test_a_spread_model_is_audited_where_it_lies(how, tmp_path):
             other.number,
             other.sentence,
         )
+
+
+def test_maps_of_a_spread_model_are_those_of_the_whole(tmp_path):
+    x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    maps = [saliency(net, x, 1, site="1") for net in (network(), spread("one layer on disk", str(tmp_path)))]
+    torch.testing.assert_close(*maps)
 
 
 @pytest.mark.parametrize("how", KINDS)

@@ -71,7 +71,7 @@ class GatedLlamaForCausalLM(LlamaForCausalLM):
     def __init__(self, config: GatedLlamaConfig):
         super().__init__(config)
         if not hasattr(config, IN_CONFIG):
-            setattr(config, IN_CONFIG, Budget(mode="full").to_dict())
+            setattr(config, IN_CONFIG, Budget(mode="full").for_config())
         config._attn_implementation = NAME
         for number, layer in enumerate(self.model.layers):
             held: Any = layer
@@ -111,7 +111,7 @@ def from_released(folder: str | Path) -> GatedLlamaForCausalLM:
         gates=3 if window else 1,
         window_size=window,
     )
-    setattr(config, IN_CONFIG, Budget(int(told["block_size"]), int(told["block_counts"]), mode).to_dict())
+    setattr(config, IN_CONFIG, Budget(int(told["block_size"]), int(told["block_counts"]), mode).for_config())
     weights: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         weights |= load_file(file)

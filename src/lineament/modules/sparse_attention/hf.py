@@ -120,7 +120,7 @@ def install(
     for module in modules:
         budget.of(module.layer_idx)
     for config in {id(m.config): m.config for m in modules}.values():
-        setattr(config, IN_CONFIG, budget.to_dict())
+        setattr(config, IN_CONFIG, budget.for_config())
         config._attn_implementation = NAME
 
 

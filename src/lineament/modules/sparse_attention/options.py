@@ -54,7 +54,7 @@ class Budget:
         scoring = "dot" if self.scoring == "dot" else "group_softmax"
         return LayerBudget(size, blocks, mode, scoring, self.sinks, self.recent)
 
-    def to_dict(self) -> dict[str, Any]:
+    def for_config(self) -> dict[str, Any]:
         """As a configuration keeps it."""
         return {
             key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
