@@ -20,6 +20,7 @@ examples:
   lineament audit ./resnet-saved ./photos --out report --samples 500 --lenses accuracy,gaze
   lineament audit ./bert-classifier reviews.csv --out report
   lineament audit ./gpt2-saved pairs.jsonl --out report
+  lineament audit ./gpt2-saved prompts.txt --text book.txt --lenses attention --out report
 
 A run that was cut off goes on where it stopped when the same command is given again."""
 )

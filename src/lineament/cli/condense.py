@@ -11,7 +11,7 @@ _EPILOG = """examples:
   lineament condense photos/ --per-class 1 --method dcc --evaluate --test other/ --out small
   lineament condense data.npz --per-class 10 --from small --outer 500 --out smaller
 
-The folder holds condensed.npz (the scale of the data), pictures/CLASS/*.png and dataset, each opened by train and audit, condensed.json and a page.
+The folder holds condensed.npz (the scale of the data), pictures/CLASS/*.png and (where the package datasets is installed) dataset, each opened by train and audit, condensed.json and a page.
 Methods: dsac, dcc (summed over classes), dsa, dc (class by class); random, herding, k_center, k_means (chosen, not learned).
 A run that was cut off goes on where it stopped when the same command is given again."""
 

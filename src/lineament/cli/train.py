@@ -24,8 +24,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add ``train`` to the commands of :mod:`lineament.cli`."""
     parser = subparsers.add_parser(
         "train",
-        help="train a classifier or an embedding with the optimizers and methods here, for the audit to open",
-        description="Trains a network on labelled data. Writes model.safetensors, train.json, a learning curve and a log.",
+        help="train a classifier or an embedding, or a language model on a text, with the optimizers and methods here, for the audit to open",
+        description="Trains a network on labelled data, or with --ssa a language model on a text. Writes model.safetensors, train.json, a learning curve and a log.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
