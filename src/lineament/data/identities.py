@@ -67,6 +67,24 @@ def identities(
     )
 
 
+def orl_photographs(data_folder: str | Path | None = None) -> Samples | None:
+    """The 400 AT&T / ORL photographs, (400, 1, 112, 92) in [0, 1], and whose each is; ``None`` where they are not found.
+
+    Args:
+        data_folder: where ``orl_faces.npz`` is (arrays ``x``, ``y``); default: the environment's ``LINEAMENT_DATA``.
+
+    >>> orl_photographs("a folder without them") is None
+    True
+    """
+    place = folder_of(data_folder)
+    path = None if place is None else place / "orl_faces.npz"
+    if path is None or not path.is_file():
+        return None
+    with np.load(path, allow_pickle=False) as stored:
+        images, labels = torch.from_numpy(stored["x"]), torch.from_numpy(stored["y"].astype(np.int64))
+    return Samples(images[:, None].float() / 255, labels, source="ORL faces")
+
+
 def orl_faces(
     people: int = 24,
     *,
@@ -78,20 +96,18 @@ def orl_faces(
 
     Args:
         size: the photographs' 112 x 92 pixels averaged down to these.
-        data_folder: where ``orl_faces.npz`` is (arrays ``x``, ``y``); default: the environment's ``LINEAMENT_DATA``.
+        data_folder: as :func:`orl_photographs` takes it.
         seed: of who is seen.
 
     >>> orl_faces(data_folder="a folder without them") is None
     True
     """
     checks.number("people", people, low=2, high=38, integer=True)
-    place = folder_of(data_folder)
-    path = None if place is None else place / "orl_faces.npz"
-    if path is None or not path.is_file():
+    whole = orl_photographs(data_folder)
+    if whole is None:
         return None
-    with np.load(path) as stored:
-        images, labels = torch.from_numpy(stored["x"]), torch.from_numpy(stored["y"].astype(np.int64))
-    x = torch.nn.functional.adaptive_avg_pool2d(images[:, None].float() / 255, size)
+    labels = whole.targets
+    x = torch.nn.functional.adaptive_avg_pool2d(whole.inputs, size)
     order = torch.from_numpy(np.random.default_rng(seed).permutation(40))
     new = torch.empty(40, dtype=torch.int64)
     new[order] = torch.arange(40)

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lineament.core.checks import InputError, require
 from lineament.data.digits import digit_images
-from lineament.data.formats import folder_of
 from lineament.data.photographs import read_photographs
 from lineament.learn.condensation.condensed import Condensed
 from lineament.learn.condensation.condensing import condense
@@ -21,6 +19,7 @@ from lineament.learn.condensation.diagnostics import kernel_velocity
 from lineament.learn.condensation.evaluating import Protocol, evaluate
 from lineament.learn.condensation.networks import convnet
 from lineament.learn.condensation.options import Condensation
+from lineament.recipes.kit.image_sets import faces
 
 # Whether a method sums over classes, and from which share of the fresh networks on.
 METHODS = {"class by class": ("dc", 0.0), "summed": ("dcc", 0.0), "summed after warm-up": ("dcc", 0.25)}
@@ -117,19 +116,8 @@ def pictures(config: Any, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         y = torch.cat([p.targets for p in parts])
         return x, y, torch.arange(len(y)) >= len(parts[0])
     if config.data == "faces":
-        place = folder_of(config.data_folder)
-        path = None if place is None else place / "orl_faces.npz"
-        if path is None or not path.is_file():
-            raise InputError(
-                f"data_folder: no orl_faces.npz in {str(place) if place else 'any folder'}; give its folder, or set LINEAMENT_DATA, or take data digits"
-            )
-        with np.load(path, allow_pickle=False) as file:
-            names = {array.ndim: name for name, array in file.items()}
-            require(
-                3 in names and 1 in names,
-                f"data_folder: {path} has no pictures [n, height, width] with people [n]",
-            )
-            x, y = torch.from_numpy(file[names[3]]).float()[:, None], torch.from_numpy(file[names[1]]).long()
+        held = faces(config.data_folder)
+        x, y = held.inputs, held.targets
         x, share = x / x.max(), 0.3
     else:
         held = digit_images(config.data, data_folder=config.data_folder)

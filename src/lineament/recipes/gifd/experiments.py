@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lineament.core.checks import InputError, require
+from lineament.core.checks import require
 from lineament.data.digits import digit_images
-from lineament.data.formats import folder_of
 from lineament.privacy.defences import defence_of
 from lineament.privacy.leakage import leakage, wrong_message
 from lineament.privacy.priors import train_prior
 from lineament.privacy.reconstruction import Search
+from lineament.recipes.kit.image_sets import faces
 from lineament.train.stacked import refreshed
 
 ATTACKS = ("gifd", "no ball", "latent", "ig")
@@ -69,19 +68,8 @@ def trial_of(config: Any, domain: str, seed: int) -> Trial:
 def pictures(config: Any) -> tuple[Tensor, Tensor]:
     """All pictures in [0, 1] at the side that is asked for, and their classes (of faces, the person)."""
     if config.data == "faces":
-        place = folder_of(config.data_folder)
-        path = None if place is None else place / "orl_faces.npz"
-        if path is None or not path.is_file():
-            raise InputError(
-                f"data_folder: no orl_faces.npz in {str(place) if place else 'any folder'}; give its folder, or set LINEAMENT_DATA, or take data digits"
-            )
-        with np.load(path, allow_pickle=False) as file:
-            names = {array.ndim: name for name, array in file.items()}
-            require(
-                3 in names and 1 in names,
-                f"data_folder: {path} has no pictures [n, height, width] with people [n]",
-            )
-            x, y = torch.from_numpy(file[names[3]]).float()[:, None], torch.from_numpy(file[names[1]]).long()
+        held = faces(config.data_folder)
+        x, y = held.inputs, held.targets
         x = x / x.max()
     else:
         held = digit_images(config.data, data_folder=config.data_folder)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lineament.core.checks import InputError
 from lineament.core.models import device_of, frozen
 from lineament.data.digits import digit_images
+from lineament.data.identities import orl_photographs
 from lineament.data.photographs import read_photographs
 from lineament.data.samples import Samples
 
@@ -26,6 +28,20 @@ def image_sets(name: str, data_folder: str | None = None) -> tuple[Samples, Samp
         return train, test
     train, test = (read_photographs(name, split, data_folder=data_folder) for split in ("train", "test"))
     return train, test
+
+
+def faces(data_folder: str | None = None) -> Samples:
+    """The photographs of ORL from the user's folder.
+
+    Raises:
+        InputError: they are not there.
+    """
+    found = orl_photographs(data_folder)
+    if found is None:
+        raise InputError(
+            "data_folder: no orl_faces.npz there; give its folder, or set LINEAMENT_DATA, or take data digits"
+        )
+    return found
 
 
 def accuracy(model: nn.Module, test: Samples) -> float:
