@@ -38,6 +38,21 @@ class Batch:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def split(self, parts: int) -> Iterator[Batch]:
+        """The batch in so many pieces, the first ones larger by one sample where it cannot be even, and none empty."""
+        if parts == 1:
+            yield self
+            return
+        for places in torch.arange(len(self)).tensor_split(min(parts, len(self))):
+            at = slice(int(places[0]), int(places[-1]) + 1)
+
+            def piece(value: Any, at: slice = at) -> Any:
+                return {k: v[at] for k, v in value.items()} if isinstance(value, Mapping) else value[at]
+
+            mixed = None if self.mixed is None else (self.mixed[0], self.mixed[1][at])
+            rows, weights = (None if x is None else x[at] for x in (self.rows, self.weights))
+            yield Batch(piece(self.inputs), piece(self.targets), rows, weights, mixed)
+
     def objective(self, loss: Callable[..., Tensor], outputs: Tensor) -> Tensor:
         """The mean loss of the batch, weighted and mixed as it says."""
         how = {} if self.weights is None else {"reduction": "none"}

@@ -193,6 +193,21 @@ class ClipGradients:
         nn.utils.clip_grad_norm_(run.model.parameters(), self.norm)
 
 
+class Accumulate:
+    """Each batch goes through the model in ``parts`` pieces, one after the other, so that it needs the memory of one; the step is that of the whole batch.
+
+    Batch norm sees one piece at a time.
+
+    >>> callbacks = [Accumulate(4), ClipGradients(1.0)]
+    """
+
+    def __init__(self, parts: int):
+        self.parts = checks.number("parts", parts, low=1, integer=True)
+
+    def on_start(self, run: Run) -> None:
+        run.parts = self.parts
+
+
 class Autocast:
     """Mixed precision: forward passes and losses in bfloat16 where that is safe, weights in their own dtype.
 

@@ -99,6 +99,7 @@ class Run:
         rows: the samples of an epoch, by their indices, perhaps repeated. shuffle: whether they come in random order.
         epoch, batch, step: the present epoch and batch, and the steps taken before, all counted from 0.
         autocast: the context of each forward pass and loss.
+        parts: how many pieces of a batch go through the model one after the other, their gradients summed.
         value, outputs: the loss and the outputs of the last step's batch, before that step.
         measured: loss, accuracy and what callbacks measured of the epoch that has just ended.
         history: the records of the epochs before.
@@ -154,6 +155,7 @@ class Run:
         self.norms = any(isinstance(m, _NormBase) for m in model.modules())
         self.forward: nn.Module = model
         self.autocast: Any = nullcontext()
+        self.parts = 1
         self._hooks = {name: [getattr(c, name) for c in callbacks if hasattr(c, name)] for name in _HOOKS}
 
     @property
@@ -383,13 +385,20 @@ def _step(run: Run, batch: Batch, parameters: list[Any], buffers: list[Tensor]) 
         # Called once for each pass that the optimizer makes.
         for parameter in parameters:
             parameter.grad = None
-        with run.autocast:
-            outputs = outputs_of(run.forward, batch.inputs)
-            if not run.step and not first:
-                _refuse_other_labels(run, batch, outputs)
-            loss = batch.objective(run.loss, outputs)
-        run.processes.backward(loss)
-        first.extend((float(loss.detach()), outputs.detach()) if not first else ())
+        found, outputs = [], []
+        for part in batch.split(run.parts):
+            with run.autocast:
+                answers = outputs_of(run.forward, part.inputs)
+                if not run.step and not first and not outputs:
+                    _refuse_other_labels(run, batch, answers)
+                loss = part.objective(run.loss, answers)
+            if len(part) < len(batch):
+                loss = loss * (len(part) / len(batch))
+            run.processes.backward(loss)
+            found.append(loss.detach())
+            outputs.append(answers.detach())
+        loss = found[0] if len(found) == 1 else torch.stack(found).sum()
+        first.extend((float(loss), _together(outputs)) if not first else ())
         # Averaged gradients are the same in all processes, and so is the decision; a loss is each one's own.
         if run.processes.count == 1 and not math.isfinite(first[0]):
             raise _NotFinite("loss")
@@ -409,6 +418,12 @@ def _step(run: Run, batch: Batch, parameters: list[Any], buffers: list[Tensor]) 
         return str(found)
     run.value, run.outputs = first
     return ""
+
+
+def _together(outputs: list[Tensor]) -> Tensor:
+    if len(outputs) == 1:
+        return outputs[0]
+    return torch.cat(outputs) if outputs[0].ndim else torch.stack(outputs)
 
 
 def outputs_of(model: nn.Module, inputs: Any) -> Tensor:

@@ -275,6 +275,30 @@ def test_several_optimizers_step_together():
     assert same(one, two)
 
 
+@pytest.mark.parametrize("extra", ["plain", "mixed", "weighted", "mapping"])
+def test_a_batch_in_pieces_is_the_step_of_the_whole_batch(extra):
+    class Named(nn.Linear):
+        def forward(self, input):
+            return super().forward(input)
+
+    given = {"mixed": [cb.MixUp(0.5)], "weighted": [cb.ExampleWeights(torch.linspace(1, 2, 120))]}.get(
+        extra, []
+    )
+    data = ({"input": X}, Y) if extra == "mapping" else (X, Y)
+    one, two, sizes = Named(6, 3), Named(6, 3), []
+    two.load_state_dict(one.state_dict())
+    _, whole = fitted(one, data, callbacks=given, batch_size=50)
+    two.register_forward_hook(lambda *args: sizes.append(len(args[2])))
+    _, parts = fitted(two, data, callbacks=[cb.Accumulate(3), cb.ClipGradients(1e9), *given], batch_size=50)
+    assert sizes == [17, 17, 16, 17, 17, 16, 7, 7, 6] * 3
+    for a, b in zip(one.parameters(), two.parameters()):
+        torch.testing.assert_close(a, b)
+    assert parts.curve("loss") == pytest.approx(whole.curve("loss"), rel=1e-5)
+    assert parts.curve("accuracy") == whole.curve("accuracy")
+    # More pieces than samples.
+    fitted(Named(6, 3), (X[:5], Y[:5]), callbacks=[cb.Accumulate(9)])
+
+
 def test_early_stopping_keeps_the_best_epoch():
     best = cb.KeepBest("loss", patience=2)
     rates = cb.Rate(lambda done: 1.0 if done < 0.3 else -5.0)  # learns, then climbs
