@@ -115,6 +115,11 @@ def count() -> int:
     return _now.count
 
 
+def place() -> tuple[int, int]:
+    """Which of how many processes this one is, counted from 0."""
+    return _now.rank, _now.count
+
+
 def first() -> bool:
     """Whether this process is the one that reads and writes files."""
     return _now.rank == 0
