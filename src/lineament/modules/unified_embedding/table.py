@@ -69,6 +69,9 @@ class UnifiedEmbedding(nn.Module):
     torch.Size([2, 40])
     """
 
+    # Any id will do: what brings data and models together then takes whole numbers for ids.
+    num_embeddings = 1 << 63
+
     def __init__(
         self,
         rows: int,

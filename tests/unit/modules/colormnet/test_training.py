@@ -8,14 +8,13 @@ import torch
 
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError
+from lineament.modules.colormnet.clips import Clips, jittered
 from lineament.modules.colormnet.configuration import ColorMNetConfig
 from lineament.modules.colormnet.network import ColorMNet
 from lineament.modules.colormnet.training import (
-    Clips,
     ColorTraining,
     _Training,
     clip_losses,
-    jittered,
     references,
     train_colorizer,
 )
