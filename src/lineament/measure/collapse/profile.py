@@ -157,8 +157,8 @@ def collapse(
     >>> sorted(found.metrics), found.head, found["2:in"].nc3 is not None, found["0"].nc3
     (['0', '2:in'], '2', True, None)
     """
-    loader = batches_of(loader)
     require(passes in (1, 2), f"passes: got {checks.show(passes)}, expected 1 or 2")
+    loader = batches_of(loader, once=passes == 1)
     checks.number("keep_bytes", keep_bytes, low=0, integer=True)
     if not callable(pool):
         checks.one_of("pool", pool, _POOLS)
