@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from lineament.audit.stages import STAGES, Report, command, fresh, opened
-from lineament.core import checks
+from lineament.core import checks, models
 from lineament.core.checkpoint import Checkpoint
-from lineament.core.checks import require
+from lineament.core.checks import InputError, NotFiniteError, require
 from lineament.data.samples import Samples
 from lineament.learn.condensation.condensed import Condensed
 from lineament.learn.condensation.condensing import METHODS, condense, scale_of
 from lineament.learn.condensation.continual import Continual, class_tasks, continual
-from lineament.learn.condensation.evaluating import Evaluation, Protocol, evaluate
+from lineament.learn.condensation.evaluating import Evaluation, Protocol, evaluate, labels_of_test
 from lineament.learn.condensation.networks import POOL
 from lineament.learn.condensation.options import Condensation
 from lineament.load.data import Data, load_data
@@ -98,6 +98,11 @@ def condense_data(
     checks.one_of("network", options.network, POOL)
     for name in options.networks:
         checks.one_of("networks", name, POOL)
+    require(len(options.networks) > 0, f"networks: got none, expected some of {', '.join(POOL)}")
+    require(
+        options.test is None or judged or steps is not None,
+        "test: got data, but nothing is to be tested; ask for `judged` or `steps` too, or leave it out",
+    )
     folder = fresh(out, overwrite, _NAME, also=_WRITTEN)
     note("reading the data")
     reading = {
@@ -106,23 +111,21 @@ def condense_data(
     }  # fmt: skip
     held = load_data(data, **reading)
     x, y = pictures_of(held)
-    scale_of(x)
+    top = scale_of(x)
     y = checks.labels("targets", y, count=len(x))
     test = None
     if judged or steps is not None:
         if options.test is not None:
-            other = load_data(options.test, **reading)
-            test = (
-                pictures_of(other)[0],
-                checks.labels("test", other.targets, count=len(other), classes=int(y.max()) + 1),
-            )
+            test = pictures_of(load_data(options.test, **reading))
+            test = (test[0], labels_of_test(test, tuple(x.shape[1:]), top, int(y.max()) + 1))
         else:
             x, y, test = _held_out(x, y, seed)
         if steps is not None:
             checks.number("steps", steps, low=2, high=(int(y.max()) + 1) // 2, integer=True)
     if device is not None:
-        x, y = x.to(device), y.to(device)
-        test = None if test is None else (test[0].to(device), test[1].to(device))
+        with models.usable(device):
+            x, y = x.to(device), y.to(device)
+            test = None if test is None else (test[0].to(device), test[1].to(device))
     key = {
         "data": held.source, "shape": list(x.shape), "settings": [per_class, method, start, seed, samples, str(asdict(options.learning)), options.network],
         "values": float(x.double().mean()), "versions": versions(),
@@ -132,10 +135,14 @@ def condense_data(
         note("an earlier run of the same condensing was cut off; going on where it stopped")
     note(f"condensing {len(x):,} pictures to {per_class} a class by {method}")
     begun = time.monotonic()
-    made = condense(
-        x, y, per_class=per_class, method=method, network=options.network, start=start, options=options.learning,
-        classes=held.classes, checkpoint=checkpoint, seed=seed,
-    )  # fmt: skip
+    try:
+        made = condense(
+            x, y, per_class=per_class, method=method, network=options.network, start=start, options=options.learning,
+            classes=held.classes, checkpoint=checkpoint, seed=seed,
+        )  # fmt: skip
+    except (InputError, NotFiniteError):
+        shutil.rmtree(folder / STAGES, ignore_errors=True)
+        raise
     made.save(folder)
     sections = [_set(made, len(x), time.monotonic() - begun)]
     if judged and test is not None:

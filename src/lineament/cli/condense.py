@@ -18,6 +18,8 @@ A run that was cut off goes on where it stopped when the same command is given a
 
 def add_parser(subparsers: Any) -> Any:
     """Add ``condense`` to the commands of :mod:`lineament.cli`."""
+    from lineament.cli.data_options import add_data_options
+
     parser = subparsers.add_parser(
         "condense",
         help="a few learned pictures of each class in place of a data set",
@@ -84,17 +86,15 @@ def add_parser(subparsers: Any) -> Any:
         metavar="N",
         help="read no more samples than this (default: 60000)",
     )
-    add(
-        "--classes",
-        metavar="NAMES",
-        help="names of the classes in their order, with commas between them, or a text file with one a line",
-    )
-    add("--inputs", metavar="ARRAY", help="the array or column with the images")
-    add("--targets", metavar="ARRAY", help="the array or column with the labels")
-    add("--split", metavar="NAME", help="of a Hugging Face data set (default: test, validation or train)")
-    add("--image-size", metavar="H,W", help="bring images to this size")
+    add_data_options(parser, split="test, validation or train", model=False)
     add("--device", metavar="NAME", help="cpu (default), cuda, cuda:1, mps")
     add("--seed", type=int, default=0, metavar="N", help="of every random choice (default: 0)")
+    parser.names |= {
+        "images": "DATA",
+        "folder": "--from",
+        "steps": "--continual",
+        "judged": "--evaluate",
+    }
     parser.set_defaults(run=run)
     return parser
 
@@ -104,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lineament.audit.condense import CondenseOptions, condense_data
     from lineament.cli.console import note
     from lineament.cli.option_values import classes, image_size, words
+    from lineament.core.checks import number
     from lineament.learn.condensation.evaluating import Protocol
     from lineament.learn.condensation.networks import POOL
     from lineament.learn.condensation.options import Condensation
@@ -113,6 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
     if rate not in ("scaled", "paper"):
         with suppress(ValueError):  # other words are refused where they are used, which names the choices
             rate = float(rate)
+    number("--nets", arguments.nets, low=1, integer=True)
     options = CondenseOptions(
         inputs=arguments.inputs,
         targets=arguments.targets,

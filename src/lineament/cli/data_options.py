@@ -5,23 +5,25 @@ from __future__ import annotations
 import argparse
 
 
-def add_data_options(parser: argparse.ArgumentParser, *, split: str) -> None:
-    """``split`` says which part of a Hugging Face data set is taken by default."""
+def add_data_options(parser: argparse.ArgumentParser, *, split: str, model: bool = True) -> None:
+    """``split`` says which part of a Hugging Face data set is taken by default, ``model`` whether a given network reads the data."""
     add = parser.add_argument
+    order = "model's outputs" if model else "labels"
     add(
         "--classes",
         metavar="NAMES",
-        help="names of the classes in the order of the model's outputs, with commas between them, or a text file with one a line",
+        help=f"names of the classes in the order of the {order}, with commas between them, or a text file with one a line",
     )
     add("--inputs", metavar="ARRAY", help="the array or column with the inputs")
     add("--targets", metavar="ARRAY", help="the array or column with the targets")
     add("--split", metavar="NAME", help=f"of a Hugging Face data set (default: {split})")
     add("--image-size", metavar="H,W", help="bring images to this size")
-    add(
-        "--normalize",
-        metavar="MEAN,STD",
-        help="two numbers, or one mean for each channel and then one deviation for each",
-    )
+    if model:
+        add(
+            "--normalize",
+            metavar="MEAN,STD",
+            help="two numbers, or one mean for each channel and then one deviation for each",
+        )
 
 
 def add_sample_options(parser: argparse.ArgumentParser, *, samples: int, tasks: str, models: str) -> None:

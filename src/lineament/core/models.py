@@ -269,6 +269,21 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+@contextmanager
+def usable(device: str | torch.device) -> Iterator[None]:
+    """What is brought to a device inside says in one line if that cannot be used here.
+
+    >>> with usable("cpu"):
+    ...     _ = nn.Linear(1, 1).to("cpu")
+    """
+    try:
+        torch.zeros(1, device=device)
+        yield
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device: {str(device)!r} cannot be used here ({reason})") from error
+
+
 def held_weights(model: nn.Module, *, by_name: bool = False) -> Iterator[tuple[str, Any]]:
     """What ``model.state_dict()`` holds, one by one, perhaps in the order of their names, each as :func:`held_weight` gives it.
 

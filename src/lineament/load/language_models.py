@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lineament.core.checks import InputError, require
-from lineament.core.models import held_weights
+from lineament.core.models import held_weights, usable
 from lineament.load.hub import architectures, findable, first_line, quiet_transformers
 from lineament.load.weights import require_finite
 
@@ -82,10 +82,8 @@ def load_language_model(
         f"tokenizer: there is none in {tokenizer or name!r}; say where it is",
     )
     if device is not None:
-        try:
+        with usable(device):
             model.to(device)
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(f"device: {device!r} cannot be used ({first_line(error)})") from error
     return model.eval(), words
 
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lineament.core import checks, shards
 from lineament.core.checks import InputError, NotFiniteError, require, show
-from lineament.core.models import called, device_of, dtype_of, frozen, logits, rows_in
+from lineament.core.models import called, device_of, dtype_of, frozen, logits, rows_in, usable
 from lineament.core.results import Readable
 from lineament.core.text_parts import unpadded
 from lineament.data.samples import Samples
@@ -300,12 +300,8 @@ def place(model: nn.Module, device: str | torch.device | None) -> None:
         InputError: a device that cannot be used here.
     """
     if device is not None:
-        try:
-            model.to(torch.device(device))
-            torch.zeros(1, device=device)
-        except (RuntimeError, AssertionError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"device: {str(device)!r} cannot be used here ({reason})") from error
+        with usable(device):
+            model.to(device)
 
 
 def _answered(

@@ -18,6 +18,7 @@ from torch import nn
 
 from lineament.core import shards
 from lineament.core.checks import InputError, require
+from lineament.core.models import usable
 
 
 class OneProcess:
@@ -117,13 +118,8 @@ class Processes(OneProcess):
             shards.introduce(torch.distributed.new_group(backend="gloo"))
         self.device = self.accelerator.device
         if device is not None:
-            try:
+            with usable(device):
                 self.device = torch.device(device)
-                torch.zeros(1, device=self.device)
-            except (RuntimeError, AssertionError, ValueError) as error:
-                raise InputError(
-                    f"device: {str(device)!r} cannot be used here ({str(error).splitlines()[0]})"
-                ) from error
 
     def wrapped(self, model: nn.Module, *, unused: bool = False) -> nn.Module:
         """The model that averages gradients over the processes; itself where there is one.

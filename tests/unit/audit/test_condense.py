@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -210,6 +211,8 @@ def test_the_command_makes_a_set_that_opens_everywhere(tmp_path, capsys):
     more = tmp_path / "more"
     assert main([*words[:-4], "--samples", "300", "--from", str(out), "--out", str(more)]) == 0
     assert torch.equal(Condensed.load(more).start, Condensed.load(out).pictures)
+    small = tmp_path / "small.npz"
+    np.savez(small, x=np.random.default_rng(0).random((20, 1, 6, 6)), y=np.arange(20) % 10)
     for wrong, says in (
         (["--method", "dca"], "nearest"),
         (["--networks", "vgg"], "vgg11"),
@@ -217,9 +220,18 @@ def test_the_command_makes_a_set_that_opens_everywhere(tmp_path, capsys):
         (["--continual", "9", "--evaluate"], "[2, 5]"),
         (["--per-class", "900"], "--per-class: got 900"),
         (["--strategy", "flop"], "flip"),
+        (["--continual", "9"], "--continual: got 9"),
+        (["--evaluate", "--nets", "0"], "--nets: got 0"),
+        (["--evaluate", "--networks", ","], "--networks: got none"),
+        (["--from", str(tmp_path)], "--from: "),
+        (["--device", "gpu"], "--device: 'gpu' cannot be used here"),
+        (["--test", "digits"], "--evaluate"),
+        (["--test", str(small), "--evaluate"], "expected pictures of (1, 8, 8)"),
+        (["--rate", "1e30"], "diverged"),
     ):
         assert main([*words, "--overwrite", *wrong]) == 2
         assert says in capsys.readouterr().err
+        assert not (out / ".stages").exists()
     assert (out / "condensed.npz").exists()  # what was refused replaced nothing
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -162,8 +163,22 @@ def test_the_gate_between_class_by_class_and_summed():
 
 def test_the_scaled_rate_makes_up_for_a_sum_of_distances():
     told = Condensation(rate="scaled")
-    assert told.rate_of(10, 10) == pytest.approx(0.1) and told.rate_of(10, 1) == pytest.approx(1.0)
+    assert told.rate_of(9, 9) == pytest.approx(0.1) and told.rate_of(9, 1) == pytest.approx(0.3)
     assert Condensation(rate="paper").rate_of(10, 1) == 0.1 and Condensation(rate=0.3).rate_of(10, 1) == 0.3
+
+
+def test_a_step_of_the_scaled_rate_moves_small_pictures_little_and_others_by_the_rate():
+    def moved(rate: float | str) -> torch.Tensor:
+        how = replace(QUICK, outer=1, inner=1, outer_warmup=0, inner_warmup=0, rate=rate)
+        net = partial(convnet, (1, 8, 8), 3, width=8, depth=2)
+        made = condense(X, Y, per_class=2, method="dcc", network=net, options=how)
+        return ((made.pictures - made.start) / made.std[0]).flatten(1).square().mean(1).sqrt()
+
+    steep, flat = 0.1 * 3**0.5, 1e-3
+    assert (moved(steep) > 0.006).any() and torch.allclose(
+        moved(flat) / flat, moved(steep) / steep, rtol=1e-2
+    )
+    assert torch.allclose(moved("scaled"), moved(steep).clamp(max=0.005), rtol=1e-3)
 
 
 def test_groups_of_classes_lie_between_both_losses():
@@ -331,6 +346,7 @@ REFUSED = {
     "warm-up": ({"options": replace(QUICK, outer_warmup=3)}, "outer_warmup: got 3"),
     "inner warm-up": ({"options": replace(QUICK, inner_warmup=3)}, "inner_warmup: got 3"),
     "divergence": ({"options": replace(QUICK, rate=1e30), "network": "mlp"}, "diverged"),
+    "a little too bright": ({"images": 1.2 * X / X.max()}, "clamp"),
     "start": ({"start": "reel"}, "start"),
 }  # fmt: skip
 

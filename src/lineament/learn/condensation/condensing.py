@@ -234,6 +234,10 @@ def scale_of(images: Any, what: str = "images") -> float:
         low >= 0 and high <= 255,
         f"{what}: got values from {low:.4g} to {high:.4g}, expected [0, 1] or [0, 255]; pass them as they were before they were normalised",
     )
+    require(
+        high <= 1 or high > 2,
+        f"{what}: got values to {high:.4g}, expected [0, 1] or [0, 255]; clamp what is a little above 1",
+    )
     return 1.0 if high <= 1 else 255.0
 
 

@@ -157,15 +157,9 @@ def evaluate(
             same,
             f"normalisation: got {[v.tolist() for v in given]}, but the set was made with {[v.tolist() for v in own]}; leave it out",
         )
-    top = scale_of(test[0], "test")
-    require(
-        top <= condensed.top and (condensed.top == 1 or test[0].dtype != torch.uint8),
-        f"test: got pictures in [0, {top:g}], but the set is in [0, {condensed.top:g}]",
-    )
     classes = int(condensed.labels.max()) + 1
-    test_y = checks.labels("test", test[1], count=len(test[0]), classes=classes)
     shape = tuple(condensed.pictures.shape[1:])
-    require(tuple(test[0].shape[1:]) == shape, f"test: got {show(test[0])}, expected pictures of {shape}")
+    test_y = labels_of_test(test, shape, condensed.top, classes)
     pool = networks if isinstance(networks, Mapping) else {name: name for name in networks}
     require(len(pool) > 0, "networks: got none, expected at least one")
     makers = {name: _maker(made, shape, classes) for name, made in pool.items()}
@@ -192,6 +186,24 @@ def evaluate(
         accuracy, with_draws, _label_robust(accuracy, first), _augmentation_robust(accuracy, with_draws, first), *near,
         storage=0.0 if real is None else len(condensed.labels) / len(real[1]),
     )  # fmt: skip
+
+
+def labels_of_test(test: tuple[Tensor, Tensor], shape: tuple[int, ...], top: float, classes: int) -> Tensor:
+    """The labels of pictures on which a set of this shape, scale and number of classes can be tested.
+
+    Raises:
+        InputError: pictures of another shape or scale, labels of other classes.
+
+    >>> labels_of_test((torch.zeros(2, 1, 4, 4), torch.arange(2)), (1, 4, 4), 1.0, 2).tolist()
+    [0, 1]
+    """
+    white = scale_of(test[0], "test")
+    require(tuple(test[0].shape[1:]) == shape, f"test: got {show(test[0])}, expected pictures of {shape}")
+    require(
+        white <= top and (top == 1 or test[0].dtype != torch.uint8),
+        f"test: got pictures in [0, {white:g}], but the set is in [0, {top:g}]",
+    )
+    return checks.labels("test", test[1], count=len(test[0]), classes=classes)
 
 
 @dataclass(frozen=True)

@@ -76,13 +76,14 @@ def learn_pictures(
                 step = _Step(model, real, members, labels, options, strategy, (seed, outer, inner))
                 loss, gradient, small = step(pictures, shown)
                 trace.append([float(outer), float(inner), float(summed), loss, small])
-                velocity.mul_(options.momentum).add_(gradient)
-                pictures.sub_(velocity, alpha=options.rate_of(classes, len(shown)))
+                rate = options.rate_of(classes, len(shown))
+                velocity.mul_(options.momentum).add_(options.capped(gradient, rate))
+                pictures.sub_(velocity, alpha=rate)
                 if bounds is not None:
                     pictures.copy_(torch.minimum(torch.maximum(pictures, bounds[0]), bounds[1]))
                 if not np.isfinite(loss) or not bool(torch.isfinite(pictures).all()):
                     raise NotFiniteError(
-                        f"rate: the pictures diverged in network {outer}, step {inner} (loss {loss}); lower it, now {options.rate_of(classes, len(shown)):g}"
+                        f"rate: the pictures diverged in network {outer}, step {inner} (loss {loss}); lower it, now {rate:g}"
                     )
                 if inner < (options.inner or 0) - 1:
                     generator = drawn_from(seed, outer, inner, 1)

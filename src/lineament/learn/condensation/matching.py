@@ -16,8 +16,8 @@ from lineament.core.matching import matched_gradient, summed_gradient
 from lineament.learn.condensation.distances import gradient_distance
 from lineament.learn.condensation.options import Kind
 
-# Real pictures at a time: on a processor, activations of so many stay in its caches.
-_CACHED, _REAL = 16, 256
+# Real pixels at a time: on a processor, activations of 16 pictures of 32 x 32 stay in its caches. On other devices, pictures.
+_CACHED, _REAL = 16 * 32 * 32, 256
 
 
 def gradients(model: nn.Module, inputs: Tensor, labels: Tensor, *, graph: bool = False) -> list[Tensor]:
@@ -83,7 +83,7 @@ def real_gradient(
     share = torch.cat(
         [torch.full((len(b),), 1 / (len(b) * len(batches)), dtype=x.dtype) for b in batches]
     ).to(x.device)
-    size = _CACHED if x.device.type == "cpu" else _REAL
+    size = max(1, _CACHED // x[0, :1].numel()) if x.device.type == "cpu" else _REAL
     parts, labels, shares = x.split(size), y.split(size), share.split(size)
 
     def loss(k: int, part: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from lineament.data.photographs import read_photographs
 from lineament.learn.condensation.condensed import Condensed
 from lineament.learn.condensation.condensing import condense
 from lineament.learn.condensation.diagnostics import kernel_velocity
-from lineament.learn.condensation.evaluating import Protocol, evaluate
+from lineament.learn.condensation.evaluating import Protocol, _Test, accuracies, evaluate
 from lineament.learn.condensation.networks import convnet
 from lineament.learn.condensation.options import Condensation
 from lineament.recipes.kit.image_sets import faces
@@ -47,7 +47,12 @@ def trial_of(config: Any, nuisance: str, seed: int) -> Trial:
     make = partial(convnet, shape, classes, width=config.width, depth=config.depth)
     protocol = Protocol(networks=config.networks, epochs=config.training, rate=0.02, full_epochs=0)
     few = replace(protocol, networks=max(2, config.networks // 4))
-    judge = partial(evaluate, networks={"convnet": make}, augmented=False, seed=seed)
+
+    def judged(made: Condensed, pictures: tuple[Tensor, Tensor], protocol: Protocol) -> Tensor:
+        return accuracies(
+            made, made.pictures, made.labels, _Test(made, *pictures), lambda k: make(), protocol, seed=seed
+        )
+
     accuracy: dict[str, Tensor] = {}
     rates: dict[str, float] = {}
     made: dict[str, Condensed] = {}
@@ -61,16 +66,18 @@ def trial_of(config: Any, nuisance: str, seed: int) -> Trial:
             found = condense(
                 *train, per_class=config.per_class, method=method, network=make, options=how, seed=seed
             )
-            reached = judge(found, choosing, protocol=few).mean("condensed", "convnet")
+            reached = float(judged(found, choosing, few).mean())
             if reached > best:
                 best, rates[name], made[name] = reached, rate, found
-        accuracy[name] = judge(made[name], test, protocol=protocol).accuracy["condensed"]["convnet"]
-    beside = judge(made["summed"], test, real=train, protocol=protocol).accuracy
+        accuracy[name] = judged(made[name], test, protocol)
+    beside = evaluate(
+        made["summed"], test, real=train, networks={"convnet": make}, protocol=protocol, augmented=False, seed=seed
+    ).accuracy  # fmt: skip
     for name in ("random real", "class means", "own start"):
         accuracy[name] = beside[name]["convnet"]
     for name in ("herding", "k_means"):
         chosen = condense(*train, per_class=config.per_class, method=name, network=make, seed=seed)
-        accuracy[name] = judge(chosen, test, protocol=protocol).accuracy["condensed"]["convnet"]
+        accuracy[name] = judged(chosen, test, protocol)
     held_set = made["summed"]
     net = convnet(shape, classes, width=min(config.width, 16), depth=config.depth, seed=seed)
     velocity = kernel_velocity(
