@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from lineament.audit import compared
 from lineament.audit.phrases import places, sentence
-from lineament.audit.stages import STAGES, Report, command, fresh, opened, threads
-from lineament.core import checks
+from lineament.audit.stages import STAGES, Report, command, in_processes, opened, threads
+from lineament.core import checks, shards
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import require, show
 from lineament.core.models import device_of
@@ -34,7 +34,7 @@ from lineament.load.models import load_model
 from lineament.load.prompts import Prompts, is_prompts, load_prompts
 from lineament.load.weights import digest
 from lineament.measure.alignment.profile import Sites, aligned
-from lineament.measure.alignment.units import Reading, Step, text_steps
+from lineament.measure.alignment.units import Parts, Reading, Step, text_steps
 from lineament.papers import search
 from lineament.report import page
 from lineament.report.outcome import versions
@@ -114,7 +114,26 @@ def compare(
     checks.number("batch_size", options.batch_size, low=2, integer=True)
     checks.seed("seed", seed)
     checks.one_of("task", options.task, ("auto", "classification", "multi-label", "regression"))
-    folder = fresh(out, overwrite, _NAME)
+    asked = (model_a, model_b, data, sites, classes, groups, samples, device, seed, note, options)
+    return in_processes(out, overwrite, lambda folder: _compared(folder, Path(out), *asked), _NAME)
+
+
+def _compared(
+    folder: Path,
+    out: Path,
+    model_a: nn.Module | str,
+    model_b: nn.Module | str,
+    data: Data,
+    sites: Sites,
+    classes: Sequence[str] | None,
+    groups: Any,
+    samples: int,
+    device: Any,
+    seed: int,
+    note: Callable[[str], None],
+    options: CompareOptions,
+) -> Report:
+    note, device = shards.noted(note), shards.own_device(device)
     note("reading the models and the data")
     language = [is_language_model(model) for model in (model_a, model_b)]
     if any(language):
@@ -126,9 +145,8 @@ def compare(
             is_prompts(data),
             f"data: got {show(data)} for language models, expected a .txt or .jsonl file of prompts, or a task",
         )
-        return _language(
-            str(model_a), str(model_b), str(data), folder, sites, samples, device, seed, note, options
-        )
+        names = str(model_a), str(model_b)
+        return _language(folder, out, *names, str(data), sites, samples, device, seed, note, options)
     loaded = [
         load_model(model, weights=weights)
         for model, weights in ((model_a, options.weights_a), (model_b, options.weights_b))
@@ -164,10 +182,7 @@ def compare(
         "options": [str(sites), options.positions, options.blocks, options.batch_size, seed, str(device)],
         "versions": versions(),
     }
-    opened(folder, _NAME)
-    checkpoint = Checkpoint(folder / STAGES / "pass", key)
-    if checkpoint.resumed:
-        note("an earlier run of the same comparison was cut off; going on where it stopped")
+    checkpoint = _checkpoint(folder, out, key, note)
     note("one pass of both networks over the data")
     reading = Reading(options.positions, options.blocks, seed=seed, answers=True)
     found, answers = aligned(models, sites, steps, reading, checkpoint)
@@ -188,14 +203,23 @@ def compare(
         ]
         with threads(min(subject.flops for subject in subjects) * options.batch_size):
             sections = compared.sections(subjects, found, note)
-    facts = _facts(
-        models,
-        held[0].source,
-        f"{len(held[0]):,}" + (f" of {held[0].total:,}" if held[0].total > len(held[0]) else ""),
-        found,
-    )
+    used = f"{len(held[0]):,}" + (f" of {held[0].total:,}" if held[0].total > len(held[0]) else "")
+    facts = _facts(models, held[0].source, used, found)
     notes = [f"{name}: {line}" for name, subject in zip("AB", subjects) for line in subject.notes]
     return _written(folder, checkpoint, [each.source for each in loaded], facts, sections, notes, found)
+
+
+def _checkpoint(folder: Path, out: Path, key: dict[str, Any], note: Callable[[str], None]) -> Checkpoint:
+    """Where this process keeps its share of the pass."""
+    for name in ("models", "data"):
+        shards.alike(name, str(key[name]))
+    opened(folder, _NAME)
+    rank, count = shards.place()
+    share = "pass" if count == 1 else f"pass-{rank}-of-{count}"
+    checkpoint = Checkpoint(out / STAGES / share, key)
+    if checkpoint.resumed:
+        note("an earlier run of the same comparison was cut off; going on where it stopped")
+    return checkpoint
 
 
 def _held(
@@ -244,7 +268,7 @@ def _normalization(loaded: Loaded, options: CompareOptions) -> tuple[tuple[float
     return mean, std
 
 
-class _Steps(Sequence[Step]):
+class _Steps(Parts):
     """The samples for both networks, in an order drawn from the seed."""
 
     def __init__(self, held: Sequence[Samples], layouts: Any, models: Any, batch_size: int, seed: int):
@@ -257,9 +281,6 @@ class _Steps(Sequence[Step]):
         )
         self.parts = [part for rows in alike for part in rows.split(batch_size)]
 
-    def __len__(self) -> int:
-        return len(self.parts)
-
     def __getitem__(self, number: Any) -> Any:
         rows = self.parts[number]
         given = zip(self.held, self.layouts, self.models)
@@ -267,10 +288,11 @@ class _Steps(Sequence[Step]):
 
 
 def _language(
+    folder: Path,
+    out: Path,
     name_a: str,
     name_b: str,
     data: str,
-    folder: Path,
     sites: Sites,
     samples: int,
     device: Any,
@@ -297,8 +319,7 @@ def _language(
         "options": [str(sites), options.positions, options.blocks, seed, str(device)],
         "versions": versions(),
     }
-    opened(folder, _NAME)
-    checkpoint = Checkpoint(folder / STAGES / "pass", key)
+    checkpoint = _checkpoint(folder, out, key, note)
     note("one pass of both networks over the texts")
     found, _ = aligned(
         models, sites, steps, Reading(options.positions, options.blocks, seed=seed), checkpoint
@@ -315,6 +336,7 @@ def _facts(models: Sequence[nn.Module], source: str, samples: str, found: Any) -
         ("Data", source),
         ("Samples", samples),
         ("Places compared", len(found.sites)),
+        *([("Processes", shards.count())] if shards.count() > 1 else []),
         ("Device", " and ".join(dict.fromkeys(str(device_of(model)) for model in models))),
     ]
 
@@ -332,24 +354,30 @@ def _written(
     findings = [finding for section in sections for finding in section.findings]
     paper = next(paper for paper in search() if paper.slug == "convergent-learning")
     notes = [*map(sentence, [*notes, *found.notes]), *places(list(found.sites))]
-    html, json = page.write(
-        folder,
-        title,
-        _QUESTION,
-        facts,
-        findings,
-        sections,
-        command=command(_CALL),
-        methods={paper.slug: {"title": paper.title, "year": paper.year, "url": paper.url}},
-        versions=versions(),
-        notes=notes,
-        extra={"sites": {name: site.site_b for name, site in found.sites.items()}},
-        name=_NAME,
-        kicker="Lineament comparison",
-    )
+
+    def report() -> Report:
+        html, json = page.write(
+            folder,
+            title,
+            _QUESTION,
+            facts,
+            findings,
+            sections,
+            command=command(_CALL),
+            methods={paper.slug: {"title": paper.title, "year": paper.year, "url": paper.url}},
+            versions=versions(),
+            notes=notes,
+            extra={"sites": {name: site.site_b for name, site in found.sites.items()}},
+            name=_NAME,
+            kicker="Lineament comparison",
+        )
+        return Report(title, findings, sections, html, json)
+
+    made = shards.agreed("the page", report)
     checkpoint.finish()
-    shutil.rmtree(folder / STAGES, ignore_errors=True)
-    return Report(title, findings, sections, html, json)
+    if shards.first():
+        shutil.rmtree(folder / STAGES, ignore_errors=True)
+    return made
 
 
 def _digest(*tensors: Tensor | None) -> str:

@@ -176,7 +176,9 @@ def threads(work: float) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def in_processes(out: str | Path, overwrite: bool, work: Callable[[Path], Report]) -> Report:
+def in_processes(
+    out: str | Path, overwrite: bool, work: Callable[[Path], Report], report: str = "report"
+) -> Report:
     """``work(folder)`` in all processes that were started together, an error of one raised in all.
 
     The first has the output folder and writes the report; the others have one that is thrown away.
@@ -184,7 +186,7 @@ def in_processes(out: str | Path, overwrite: bool, work: Callable[[Path], Report
 
     def whole() -> Report:
         if shards.first():
-            return work(fresh(out, overwrite))
+            return work(fresh(out, overwrite, report))
         with tempfile.TemporaryDirectory() as place:
             return work(Path(place))
 

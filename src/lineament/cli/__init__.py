@@ -52,7 +52,7 @@ _RESUMED = (
     "bench",
 )
 # These share their work where several processes are started together.
-_TOGETHER = ("audit", "train", "dictionary")
+_TOGETHER = ("audit", "compare", "train", "dictionary")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -163,12 +163,17 @@ def find_layout(
     wanted = expected_input(model)
     tried: list[str] = []
     unlike = ""
-    vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0)
+    # Of nn.Embedding, nn.EmbeddingBag and what is called as they are.
+    sizes = (getattr(m, "num_embeddings", None) for m in model.modules())
+    vocabulary = max((size for size in sizes if isinstance(size, int)), default=0)
     kinds = _candidates(raw, wanted)
-    if vocabulary and not raw.is_floating_point():
-        low, high = int(samples.inputs.min()), int(samples.inputs.max())
+    stored = samples.inputs
+    whole = not raw.is_floating_point() or bool((stored.isfinite() & (stored == stored.round())).all())
+    if vocabulary and whole:
+        low, high = int(stored.min()), int(stored.max())
         if low >= 0 and high < vocabulary:
-            kinds = ["token ids", *kinds]
+            # Columns of a table come as real numbers, and may be meant so.
+            kinds = [*kinds, "token ids"] if raw.is_floating_point() else ["token ids", *kinds]
         else:
             tried.append(f"token ids from {low} to {high}: its embeddings have {vocabulary} rows")
     for kind in kinds:

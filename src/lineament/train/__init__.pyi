@@ -2,6 +2,7 @@ from .attacks import PGD as PGD
 from .attacks import Adversarial as Adversarial
 from .attacks import pgd as pgd
 from .attacks import robust_accuracy as robust_accuracy
+from .callbacks import Accumulate as Accumulate
 from .callbacks import Augment as Augment
 from .callbacks import Autocast as Autocast
 from .callbacks import ClipGradients as ClipGradients

@@ -203,6 +203,22 @@ class Autocast:
         run.autocast = torch.autocast(run.device.type, torch.bfloat16)
 
 
+class Accumulate:
+    """Pass a batch in so many parts and step with the sum of their gradients: what a small memory holds, with the step of the whole batch.
+
+    The loss must be a mean over samples; batch norm in training mode sees each part alone.
+
+    >>> Accumulate(4).parts
+    4
+    """
+
+    def __init__(self, parts: int):
+        self.parts = checks.number("parts", parts, low=1, integer=True)
+
+    def on_start(self, run: Run) -> None:
+        run.parts = self.parts
+
+
 class Measure:
     """After every ``every`` epochs and the last one, functions of the model, which is then in eval mode.
 

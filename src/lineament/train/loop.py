@@ -99,6 +99,7 @@ class Run:
         rows: the samples of an epoch, by their indices, perhaps repeated. shuffle: whether they come in random order.
         epoch, batch, step: the present epoch and batch, and the steps taken before, all counted from 0.
         autocast: the context of each forward pass and loss.
+        parts: pieces of a batch that are passed one after the other in a step.
         value, outputs: the loss and the outputs of the last step's batch, before that step.
         measured: loss, accuracy and what callbacks measured of the epoch that has just ended.
         history: the records of the epochs before.
@@ -154,6 +155,7 @@ class Run:
         self.norms = any(isinstance(m, _NormBase) for m in model.modules())
         self.forward: nn.Module = model
         self.autocast: Any = nullcontext()
+        self.parts = 1
         self._hooks = {name: [getattr(c, name) for c in callbacks if hasattr(c, name)] for name in _HOOKS}
 
     @property
@@ -383,13 +385,21 @@ def _step(run: Run, batch: Batch, parameters: list[Any], buffers: list[Tensor]) 
         # Called once for each pass that the optimizer makes.
         for parameter in parameters:
             parameter.grad = None
-        with run.autocast:
-            outputs = outputs_of(run.forward, batch.inputs)
-            if not run.step and not first:
-                _refuse_other_labels(run, batch, outputs)
-            loss = batch.objective(run.loss, outputs)
-        run.processes.backward(loss)
-        first.extend((float(loss.detach()), outputs.detach()) if not first else ())
+        losses, answers = [], []
+        for part in batch.split(run.parts):
+            with run.autocast:
+                outputs = outputs_of(run.forward, part.inputs)
+                if not run.step and not first:
+                    _refuse_other_labels(run, part, outputs)
+                loss = part.objective(run.loss, outputs)
+                loss = loss if part is batch else loss * (len(part) / len(batch))
+            run.processes.backward(loss)
+            losses.append(loss.detach())
+            answers.append(outputs.detach())
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        first.extend(
+            (float(loss), answers[0] if len(answers) == 1 else torch.cat(answers)) if not first else ()
+        )
         # Averaged gradients are the same in all processes, and so is the decision; a loss is each one's own.
         if run.processes.count == 1 and not math.isfinite(first[0]):
             raise _NotFinite("loss")

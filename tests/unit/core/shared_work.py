@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from lineament.audit import audit
+from lineament.audit.compare import CompareOptions, compare
 from lineament.core import shards
 from lineament.core.curvature.matrices import hessian
 from lineament.core.statistics.moments import Moments
+from lineament.measure.alignment.profile import AlignmentOptions, alignment
 from lineament.measure.collapse.profile import collapse
 from lineament.measure.landscape.axes import random_axes
 from lineament.measure.landscape.grids import line
 from lineament.measure.landscape.spectrum import mean_gradient, spectrum
 
 
-def network() -> nn.Module:
+def network(seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return nn.Sequential(
             nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 8), nn.Tanh(), nn.Linear(8, 3)
         )
@@ -30,6 +33,9 @@ def network() -> nn.Module:
 def samples(count: int = 50) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(count, 1, 6, 6, generator=generator), torch.arange(count) % 3
+
+
+SMALL = CompareOptions(batch_size=20)
 
 
 def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -77,13 +83,46 @@ def losses() -> list[float]:
     ).loss.tolist()
 
 
+def units_of(data: Any, **options: Any) -> list[float]:
+    found = alignment(network(), network(1), data, sites=["1", "4"], **options)
+    numbers = [
+        found.cka.flatten(),
+        *(top.flatten() for top in (*found.top_a.values(), *found.top_b.values())),
+    ]
+    for site in found.sites.values():
+        assert site.mean_errors is not None and site.errors is not None
+        numbers += [site.correlations.flatten(), site.nulls["shuffled"].match, site.errors]
+        numbers += [site.information(bins=4).flatten(), site.sparse_maps([0.01]).half_mse.flatten()]
+    return [value for each in numbers for value in each.tolist()]
+
+
+def units() -> list[float]:
+    """Stored data, of which fewer rows are kept than there are."""
+    return units_of(samples(200), options=AlignmentOptions(keep=300), positions=9)
+
+
+def streamed_units() -> list[float]:
+    return units_of(batches(), blocks=3)
+
+
 def squares() -> list[int]:
     return shards.each(range(7), lambda k: k * k)
 
 
 SHARED = {
     f.__name__: f
-    for f in (moments, product, ends_of_the_spectrum, slope, collapsed, one_batch_only, losses, squares)
+    for f in (
+        moments,
+        product,
+        ends_of_the_spectrum,
+        slope,
+        collapsed,
+        one_batch_only,
+        losses,
+        units,
+        streamed_units,
+        squares,
+    )
 }
 
 
@@ -124,6 +163,8 @@ def main(folder: Path) -> None:
         lenses = ["accuracy", "collapse", "spectrum", "parts"]
         report = audit(network(), samples(), out=folder / "report", lenses=lenses)
         found["audit"] = {section.name: section.numbers for section in report.sections}
+        compared = compare(network(), network(1), samples(), out=folder / "compare", options=SMALL)
+        found["compare"] = {section.name: section.numbers for section in compared.sections}
         found["everywhere"] = shards.together("all", lambda: json.dumps(found["audit"]))
         rank = torch.distributed.get_rank()
     (folder / f"rank{rank}.json").write_text(json.dumps(found))

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.unit.core.shared_work import SHARED, network, samples
+from tests.unit.core.shared_work import SHARED, SMALL, network, samples
 
 from lineament import cli
 from lineament.audit import audit
+from lineament.audit.compare import compare
 from lineament.core import shards
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -64,23 +65,24 @@ def test_an_error_of_one_process_is_raised_in_both_and_named(found, where, words
         assert words in found[rank]["errors"][where]
 
 
+def close(one, two, place=""):
+    if isinstance(one, dict):
+        assert one.keys() == two.keys(), place
+        for key in one:
+            close(one[key], two[key], f"{place}/{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(two), place
+        for number, pair in enumerate(zip(one, two)):
+            close(*pair, f"{place}/{number}")
+    elif isinstance(one, float):
+        # A ratio of rounding errors may be anything: the curvature that a flat direction has.
+        assert one == pytest.approx(two, rel=2e-3, abs=2e-4, nan_ok=True), place
+    else:
+        assert one == two, place
+
+
 @pytest.mark.slow
 def test_an_audit_by_two_processes_has_the_numbers_of_one(found, folder, tmp_path):
-    def close(one, two, place=""):
-        if isinstance(one, dict):
-            assert one.keys() == two.keys(), place
-            for key in one:
-                close(one[key], two[key], f"{place}/{key}")
-        elif isinstance(one, list):
-            assert len(one) == len(two), place
-            for number, pair in enumerate(zip(one, two)):
-                close(*pair, f"{place}/{number}")
-        elif isinstance(one, float):
-            # A ratio of rounding errors may be anything: the curvature that a flat direction has.
-            assert one == pytest.approx(two, rel=2e-3, abs=2e-4, nan_ok=True), place
-        else:
-            assert one == two, place
-
     lenses = list(found[0]["audit"])
     alone = audit(network(), samples(), out=tmp_path / "report", lenses=lenses)
     numbers = json.loads(json.dumps({section.name: section.numbers for section in alone.sections}))
@@ -90,6 +92,15 @@ def test_an_audit_by_two_processes_has_the_numbers_of_one(found, folder, tmp_pat
     close(numbers, found[0]["audit"])
     assert found[0]["everywhere"] == found[1]["everywhere"] and found[1]["agreed"] == 0
     assert sorted(p.name for p in (folder / "report").iterdir()) == ["report.html", "report.json"]
+
+
+@pytest.mark.slow
+def test_a_comparison_by_two_processes_has_the_numbers_of_one(found, folder, tmp_path):
+    alone = compare(network(), network(1), samples(), out=tmp_path / "compare", options=SMALL)
+    numbers = json.loads(json.dumps({section.name: section.numbers for section in alone.sections}))
+    close(numbers, found[0]["compare"])
+    assert found[0]["compare"] == found[1]["compare"]
+    assert sorted(p.name for p in (folder / "compare").iterdir()) == ["compare.html", "compare.json"]
 
 
 NET = """
@@ -139,7 +150,7 @@ def test_a_killed_process_ends_the_others_by_name_and_one_process_goes_on(
     assert Path("out", result).exists() and not Path("out/.stages").exists()
 
 
-@pytest.mark.parametrize("command", ["compare a.py:f b.py:f digits", "reproduce gns", "bench", "papers"])
+@pytest.mark.parametrize("command", ["reproduce gns", "bench", "papers"])
 def test_what_runs_in_one_process_is_refused_in_several(command, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")

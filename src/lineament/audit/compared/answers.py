@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament.audit.phrases import compact, percent
+from lineament.core import shards
 from lineament.core.models import decided, device_of, frozen, logits
 from lineament.core.statistics.shares import wilson
 from lineament.load.model_and_data import ModelAndData
@@ -162,16 +163,15 @@ def text_losses(models: Sequence[nn.Module], tokenizers: Sequence[Any], texts: S
 
 
 def _bits(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    found = []
+    def of(text: str) -> float:
+        ids = torch.tensor([tokenizer(text)["input_ids"]], device=device_of(model))
+        if ids.shape[1] < 2:
+            return 0.0
+        scores = logits(model(ids))[0, :-1].double().log_softmax(-1)
+        return -float(scores.gather(1, ids[0, 1:, None]).sum()) / 0.6931471805599453
+
     with frozen(model), torch.no_grad():
-        for text in texts:
-            ids = torch.tensor([tokenizer(text)["input_ids"]], device=device_of(model))
-            if ids.shape[1] < 2:
-                found.append(0.0)
-                continue
-            scores = logits(model(ids))[0, :-1].double().log_softmax(-1)
-            found.append(-float(scores.gather(1, ids[0, 1:, None]).sum()) / 0.6931471805599453)
-    return torch.tensor(found, dtype=torch.float64)
+        return torch.tensor(shards.each(texts, of, "losses of texts"), dtype=torch.float64)
 
 
 def _parted(a: ModelAndData, b: ModelAndData, rows: Tensor, said: Sequence[Tensor]) -> Picture:

@@ -109,11 +109,15 @@ class JointMoments(Stream):
         self,
         units: Sequence[Float[Tensor, "images positions units"]],
         present: Bool[Tensor, "images positions"] | None = None,
+        *,
+        before: int | None = None,
     ) -> None:
         """Take in a batch: of each network, what its units hold for the same images at the same positions.
 
         Args:
             present: which positions there are, where texts differ in length.
+            before: how many images of the data come before these; those taken in so far by default. Where parts of the data are gathered
+                on their own and joined, it makes the draws of the parts those of the whole.
 
         Raises:
             InputError: other images or positions in one of the networks, other units than before. NotFiniteError: NaN or infinity.
@@ -142,7 +146,8 @@ class JointMoments(Stream):
                         f"network {net}: unit {int(bad[0])} is NaN or infinite ({len(bad)} of {part.shape[2]} units are)"
                     )
         stacked = torch.cat(wide, dim=2)
-        dealt = self._dealt(shape[0]).to(device)
+        before = self.images if before is None else before
+        dealt = self.dealt(shape[0], before).to(device)
         for number, block in enumerate(self.blocks):
             inside = stacked[dealt == number] if len(self.blocks) > 1 else stacked
             inside = inside.flatten(0, 1) if present is None else inside[present[dealt == number]]
@@ -150,24 +155,24 @@ class JointMoments(Stream):
                 block.update(inside)
         everywhere = stacked.flatten(0, 1) if present is None else stacked[present]
         if self.shuffled and shape[0] > 1:
-            generator = torch.Generator().manual_seed((self.seed * _MIX + self.images + 1) % 2**63)
+            generator = torch.Generator().manual_seed((self.seed * _MIX + before + 1) % 2**63)
             for (n, m), cross in self.shuffled.items():
                 first, second = self._exchanged(wide[n], wide[m], present, generator)
                 cross.update(first, second)
-        self._sample(everywhere)
+        self._sample(everywhere, before)
         self.images += shape[0]
 
-    def _dealt(self, images: int) -> Int[Tensor, " images"]:
-        """The block of each image: every run of as many images as there are blocks has one of each."""
+    def dealt(self, images: int, before: int) -> Int[Tensor, " images"]:
+        """The block of each image after so many others: every run of as many images as there are blocks has one of each."""
         number = len(self.blocks)
         if number == 1:
             return torch.zeros(images, dtype=torch.long)
-        first, last = self.images // number, (self.images + images - 1) // number
+        first, last = before // number, (before + images - 1) // number
         rounds = []
         for turn in range(first, last + 1):
             generator = torch.Generator().manual_seed((self.seed * _MIX + turn) % 2**63)
             rounds.append(torch.randperm(number, generator=generator))
-        start = self.images - first * number
+        start = before - first * number
         return torch.cat(rounds)[start : start + images]
 
     def _exchanged(
@@ -184,10 +189,10 @@ class JointMoments(Stream):
         both = present & present[other.to(present.device)]
         return a[both], turned[both]
 
-    def _sample(self, rows: Tensor) -> None:
+    def _sample(self, rows: Tensor, before: int) -> None:
         if not self.keep:
             return
-        generator = torch.Generator().manual_seed((self.seed * _MIX + self.count) % 2**63)
+        generator = torch.Generator().manual_seed((self.seed * _MIX + before + 2) % 2**63)
         ranks = torch.rand(len(rows), generator=generator, dtype=torch.float64)
         if len(self.ranks) == self.keep:
             chosen = (ranks < self.ranks.max()).nonzero().flatten()

@@ -11,6 +11,9 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import reduce
+from itertools import accumulate
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lineament.core import checks
+from lineament.core import checks, shards
 from lineament.core.batching import auto_batch, progress
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, NotFiniteError, require, show
@@ -79,6 +82,25 @@ class Collected:
         self.answers, self.order = list(state["answers"]), list(state["order"])
         self.samples = state["samples"]
 
+    def __add__(self, other: Collected) -> Collected:
+        """What two parts of the data leave together."""
+        if not (self.samples and other.samples):
+            return self if self.samples else other
+        values, names = [], []
+        for own in zip(self.top_values, other.top_values, self.top_samples, other.top_samples):
+            best = _best(torch.cat(own[:2]), torch.cat(own[2:]))
+            values.append(best[0])
+            names.append(best[1])
+        return Collected(
+            list(map(add, self.moments, other.moments)),
+            list(map(add, self.kernels, other.kernels)),
+            values,
+            names,
+            [torch.cat(pair) for pair in zip(self.answers, other.answers)],
+            self.order + other.order,
+            self.samples + other.samples,
+        )
+
     def answered(self, net: int) -> Float[Tensor, "samples outputs"]:
         """What a network answered, by the samples' numbers."""
         order = torch.cat(self.order)
@@ -109,11 +131,30 @@ def gather(
 ) -> Collected:
     """One pass of all networks over the steps; with a checkpoint, one that goes on where it was cut off.
 
+    Inside :func:`lineament.core.shards.shared` each process takes every n-th step, and all have what all found.
+
     Args:
         groups: sites that are aligned with each other, one of each network.
     """
+    changes = [None] * len(models) if transforms is None else list(transforms)
+    found = shards.together(
+        "moments of units", lambda: _share(models, groups, steps, reading, changes, checkpoint)
+    )
+    collected = reduce(add, found)
+    require(collected.samples > 0, "data: got no batches, expected at least one")
+    return collected
+
+
+def _share(
+    models: Sequence[nn.Module],
+    groups: Sequence[Sequence[str]],
+    steps: Sequence[Step] | Iterable[Step],
+    reading: Reading,
+    transforms: Sequence[Transform | None],
+    checkpoint: Checkpoint | None,
+) -> Collected:
+    """What this process's share of the steps leaves."""
     collected = Collected()
-    transforms = [None] * len(models) if transforms is None else list(transforms)
     with ExitStack() as stack:
         acts = []
         for number, model in enumerate(models):
@@ -121,23 +162,36 @@ def gather(
             sites = list(dict.fromkeys(group[number] for group in groups))
             acts.append(stack.enter_context(capture(model, sites, stop_early=not reading.answers)))
         stack.enter_context(torch.no_grad())
-        for step in _walked(steps, collected, checkpoint):
+        for before, step in _walked(steps, collected, checkpoint):
             for part, units, answers in _read(models, groups, step, acts, transforms, reading):
-                _take(collected, part, units, reading)
+                _take(collected, part, units, reading, before)
+                before += len(part.samples)
                 if reading.answers:
-                    before = collected.answers or [answer[:0] for answer in answers]
-                    collected.answers = [torch.cat(pair) for pair in zip(before, answers)]
+                    held = collected.answers or [answer[:0] for answer in answers]
+                    collected.answers = [torch.cat(pair) for pair in zip(held, answers)]
                     collected.order.append(part.samples)
-    require(collected.samples > 0, "data: got no batches, expected at least one")
     return collected
 
 
-def _walked(steps: Any, collected: Collected, checkpoint: Checkpoint | None) -> Iterator[Step]:
-    if checkpoint is None:
-        yield from progress(steps, "alignment")
+def _walked(steps: Any, collected: Collected, checkpoint: Checkpoint | None) -> Iterator[tuple[int, Step]]:
+    """This process's share of the steps, each with the number of samples before it."""
+    if not isinstance(steps, Sequence):
+        yield from progress(shards.mine(_counted(steps)), "alignment")
         return
-    for number in progress(checkpoint.loop("moments", len(steps), {"collected": collected}), "alignment"):
-        yield steps[number]
+    sizes = map(len, steps.parts) if isinstance(steps, Parts) else (len(step.samples) for step in steps)
+    before = [0, *accumulate(sizes)]
+    own = list(shards.mine(range(len(steps))))
+    state = {"collected": collected}
+    walk = range(len(own)) if checkpoint is None else checkpoint.loop("moments", len(own), state)
+    for number in progress(walk, "alignment", len(own)):
+        yield before[own[number]], steps[own[number]]
+
+
+def _counted(steps: Iterable[Step]) -> Iterator[tuple[int, Step]]:
+    before = 0
+    for step in steps:
+        yield before, step
+        before += len(step.samples)
 
 
 def _read(
@@ -242,7 +296,7 @@ def _transformed(change: Transform, each: Tensor, site: str) -> Tensor:
     return found.unflatten(0, each.shape[:2]).to_dense()
 
 
-def _take(collected: Collected, step: Step, units: list[list[Tensor]], reading: Reading) -> None:
+def _take(collected: Collected, step: Step, units: list[list[Tensor]], reading: Reading, before: int) -> None:
     if not collected.moments:
         for group in units:
             sizes = [each.shape[2] for each in group]
@@ -259,11 +313,12 @@ def _take(collected: Collected, step: Step, units: list[list[Tensor]], reading: 
         collected.kernels = [KernelSums(widths, centre) for _ in range(number)]
         collected.top_values = [torch.zeros(0, each.shape[2]) for each in flat]
         collected.top_samples = [torch.zeros(0, each.shape[2], dtype=torch.long) for each in flat]
-    dealt = collected.moments[0]._dealt(len(step.samples))
-    chosen = _chosen(units, step, collected.samples, reading)
+    dealt = collected.moments[0].dealt(len(step.samples), before)
+    chosen = _chosen(units, step, before, reading)
     for moments, group in zip(collected.moments, chosen):
         try:
-            moments.update(group, None if step.present is None else step.present.to(group[0].device))
+            present = None if step.present is None else step.present.to(group[0].device)
+            moments.update(group, present, before=before)
         except NotFiniteError as error:
             raise NotFiniteError(f"sites: {error}") from error
     flat = [each for group in units for each in group]
@@ -278,12 +333,14 @@ def _take(collected: Collected, step: Step, units: list[list[Tensor]], reading: 
         values = torch.cat([collected.top_values[number], each.amax(1).float().cpu()])
         names = step.samples[:, None].expand(-1, each.shape[2])
         names = torch.cat([collected.top_samples[number], names])
-        best = values.topk(min(_TOP, len(values)), dim=0)
-        collected.top_values[number], collected.top_samples[number] = (
-            best.values,
-            names.gather(0, best.indices),
-        )
+        collected.top_values[number], collected.top_samples[number] = _best(values, names)
     collected.samples += len(step.samples)
+
+
+def _best(values: Tensor, names: Tensor) -> tuple[Tensor, Tensor]:
+    """The samples with the largest values of each unit."""
+    best = values.topk(min(_TOP, len(values)), dim=0)
+    return best.values, names.gather(0, best.indices)
 
 
 def _chosen(units: list[list[Tensor]], step: Step, seen: int, reading: Reading) -> list[list[Tensor]]:
@@ -350,16 +407,22 @@ class _Given:
         return self.layout.given(self.samples[rows], self.model)
 
 
-class _Shuffled(Sequence[Step]):
+class Parts(Sequence[Step]):
+    """Steps of stored samples, made when they are asked for; ``parts`` are the samples' numbers."""
+
+    parts: list[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+class _Shuffled(Parts):
     def __init__(self, views: Sequence[Any], seed: int):
         self.views = views
         order = torch.randperm(len(views[0]), generator=torch.Generator().manual_seed(seed))
         self.parts = list(order.split(_BATCH))
         if len(self.parts) > 1 and len(self.parts[-1]) == 1:  # which would have no other to be exchanged with
             self.parts[-2:] = [torch.cat(self.parts[-2:])]
-
-    def __len__(self) -> int:
-        return len(self.parts)
 
     def __getitem__(self, number: Any) -> Any:
         rows = self.parts[number]
