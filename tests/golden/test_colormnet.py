@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import zlib
 from collections.abc import Callable
@@ -266,10 +267,20 @@ def by_formula(name: str, shape: torch.Size, phase: float) -> Tensor:
     return s.view(shape)
 
 
-def skeleton(case: Scope) -> ColorMNet:
-    widths = {f"{name}_width": int(case[f"{name}_dim"]) for name in ("key", "value", "hidden")}
+def skeleton(key: int, value: int, hidden: int) -> ColorMNet:
     with torch.device("meta"):
-        return ColorMNet(ColorMNetConfig(**widths)).double().eval().requires_grad_(False)
+        config = ColorMNetConfig(key_width=key, value_width=value, hidden_width=hidden)
+        return ColorMNet(config).double().eval().requires_grad_(False)
+
+
+@functools.cache
+def lengths(*widths: int) -> dict[str, int]:
+    """How many rows each tensor has in a network of these widths."""
+    return {name: len(x) for name, x in published_state(skeleton(*widths)).items() if x.ndim}
+
+
+def widths_of(case: Scope) -> list[int]:
+    return [int(case[f"{name}_dim"]) for name in ("key", "value", "hidden")]
 
 
 FILLED: dict[
@@ -279,10 +290,10 @@ FILLED: dict[
 
 def network(case: Scope, part: str = "") -> ColorMNet:
     """The network with weights by formula, of which those of a part are sure to be filled."""
-    widths = [int(case[f"{name}_dim"]) for name in ("key", "value", "hidden")]
+    widths = widths_of(case)
     if FILLED.get("widths") != widths:
         FILLED.clear()
-        FILLED.update(widths=widths, model=skeleton(case).to_empty(device="cpu"), phases={}, seen={})
+        FILLED.update(widths=widths, model=skeleton(*widths).to_empty(device="cpu"), phases={}, seen={})
     model, phases, phase = FILLED["model"], FILLED["phases"], float(case["param_phase"])
     state = published_state(model)
     missing = {name for name in state if name.startswith(part) and phases.get(name) != phase}
@@ -347,17 +358,22 @@ def check_network(file: File) -> None:
 
 def widths_fit(case: Scope) -> None:
     """What has other widths is known before a hundred million weights are filled."""
-    state = published_state(skeleton(case))
+    rows = lengths(*widths_of(case))
     for name, part in (("key", "key_proj.key_proj"), ("select", "key_proj.e_proj")):
         if case.has(name):
-            assert len(state[f"{part}.weight"]) == case.length(name)
+            assert rows[f"{part}.weight"] == case.length(name)
     for name, part, divisor in (
         ("value", "value_encoder.fuser.block2.conv2", 1),
         ("hidden", "value_encoder.hidden_reinforce.transform", 3),
     ):
         if case.has(name):
-            width = len(state[f"{part}.weight"]) // divisor
+            width = rows[f"{part}.weight"] // divisor
             assert -(-width // case[f"stride_{name}"]) == case.file.data[name].shape[1]
+
+
+@functools.cache
+def small_network() -> ColorMNet:
+    return ColorMNet(ColorMNetConfig.tiny(dino_patch=14, dino_image=56)).double().eval()
 
 
 def clip(case: Scope, model: ColorMNet, values: list[File]) -> Tensor:
@@ -369,7 +385,7 @@ def clip(case: Scope, model: ColorMNet, values: list[File]) -> Tensor:
     ]  # fmt: skip
     told = [case[name] for name in names]
     # The sizes do not depend on the weights: a small network has them too, at once.
-    tiny = ColorMNet(ColorMNetConfig.tiny(dino_patch=14, dino_image=56)).double().eval()
+    tiny = small_network()
     assert tiny.config.multiple == case["pad_multiple"]
     sizes = once(["sizes", *told], lambda: coloured(case, tiny, whole=False)[1])
     for file in values:

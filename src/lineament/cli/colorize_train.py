@@ -40,6 +40,7 @@ def train(a: argparse.Namespace) -> int:
     options = ColorTraining(**{k: v for k, v in given.items() if v is not None}, recompute=a.recompute)
     torch.manual_seed(a.seed)
     model = model_of(a) if a.weights else ColorMNet(ColorMNetConfig.tiny() if a.tiny else None).to(a.device)
+    options.check(model.config)
     films = films_in(a.train)
     asked = {
         "films": [str(film.path) for film in films], **asdict(options), "seed": a.seed, "device": a.device,

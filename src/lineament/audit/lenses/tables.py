@@ -219,7 +219,7 @@ def _findings(found: Tables) -> list[Finding]:
         told.append(
             Finding(
                 "note",
-                f"{found.samples:,} samples read {percent(1 - idle)} of the rows of its tables; of the {worst.rows:,} of {worst.name} {worst.seen:,}, and a further read is of "
+                f"{found.samples:,} samples read {percent(1 - idle)} of the rows of its tables; {worst.seen:,} of the {worst.rows:,} of {worst.name}, where a further read is of "
                 f"another row {percent_interval(worst.unseen)} of the time.",
                 advice="Where it serves data like these, a smaller table holds them: lineament.modules.multiplex(model, fraction=0.25), or lineament train --multiplex 0.25.",
                 key="rows not read",
