@@ -34,7 +34,7 @@ class Config:
     amplitude: float = 2.0
     textures: int = 3
     controls: tuple[str, ...] = ()
-    control_seeds: int = 2
+    control_seeds: int = 1
     seeds: tuple[int, ...] = (0, 1)
 
     per_class: int = 1
