@@ -61,8 +61,9 @@ def plan_of(net: nn.Module, inputs: int) -> Plan:
 def merges(plan: Plan, rounds: int) -> None:
     """So many rounds of one merge a layer; each goes on where the last ended."""
     for _ in range(rounds):
-        for name in plan.channels:
-            plan.merge(name, *plan.closest(name))
+        for block in plan.blocks:
+            pairs, distance, far = plan.nearest(block)
+            plan.merge_block(block, pairs, distance / far)
 
 
 def rows(repeats: int = 5) -> Iterator[Row]:

@@ -235,9 +235,9 @@ def _audited(
             folder=str(folder),
             embedding=options.embedding,
         )
-        if every and subject.task == "embedding":
-            chosen = [lens for lens in all_lenses(language=False).values() if lens.embedding]
-        elif every:
+        if every:
+            if subject.task == "embedding":
+                chosen = [lens for lens in all_lenses(language=False).values() if lens.embedding]
             chosen = [
                 lens
                 for lens in chosen

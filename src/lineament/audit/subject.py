@@ -46,6 +46,15 @@ class Subject(ModelAndData):
             return ""
         return "No module inside this network can be watched (a TorchScript network keeps its own to itself); audit the PyTorch module that it was made from."
 
+    def unlabelled(self, least: int) -> str:
+        """Why there are no two labels of ``least`` samples, or ``""``."""
+        if self.task not in ("embedding", "classification"):
+            return "It is about one label a sample, and this network answers with something else; pass the task 'embedding' where labels say which samples are alike."
+        some = int((self.targets.bincount() >= least).sum())
+        return (
+            "" if some > 1 else f"It needs two labels of {least} samples or more, and the data have {some}."
+        )
+
     def affordable(self, work: float, passes: float, most: int, least: int = 16) -> int:
         """How many samples fit into ``work`` floating-point operations when each is passed forward ``passes`` times."""
         count = int(work / max(self.flops * passes, 1.0))

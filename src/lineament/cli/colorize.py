@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lineament.cli.parser import Parser
 
 if TYPE_CHECKING:
-    from lineament.load.video import FilmFrame
+    from lineament.load.picture_films import PictureFilm
+    from lineament.load.video import Film
 
-_SEGMENT = 24  # frames after which a killed run goes on
 _WEIGHTS = (
     "the published ones are at https://github.com/yyang181/colormnet (releases), under CC BY-NC-SA 4.0 "
     "(no commercial use); give the .pth file, or a folder that ColorMNet.save_pretrained wrote"
@@ -21,7 +19,9 @@ _WEIGHTS = (
 _EPILOG = """examples:
   lineament colorize film.mkv --suggest 5 --weights colormnet.pth
   lineament colorize film.mkv --exemplar first.png --exemplar 240=later.png --weights colormnet.pth --out colour.mkv
-  lineament colorize frames/ --exemplar first.png --weights ./my-colormnet --max-side 512 --out coloured/"""
+  lineament colorize frames/ --exemplar first.png --weights ./my-colormnet --max-side 512 --out coloured/
+  lineament colorize frames/ --exemplar first.png --weights ./my-colormnet --fps 24 --out colour.mp4
+  lineament colorize --train films/ --weights colormnet.pth --epochs 5 --accumulate 2 --recompute --out my-colormnet/"""
 
 
 def add_parser(subparsers: Any) -> Parser:
@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("film", metavar="FILM", help="a video file, or a folder of pictures")
+    add("film", metavar="FILM", nargs="?", help="a video file, or a folder of pictures")
     add(
         "--exemplar", metavar="[FRAME=]IMAGE", action="append", default=[],
         help="a coloured picture for a frame (default: the first, 0); may be given several times",
@@ -66,19 +66,66 @@ def add_parser(subparsers: Any) -> Parser:
         metavar="NAME",
         help="libx264 (default, crf 16), ffv1 (lossless), prores_ks",
     )
+    add("--fps", metavar="RATE", help="frames a second of a video from a folder of pictures (default: 25)")
+    add("--precision", metavar="DTYPE", default="float32", help="float32 (default), bfloat16, float16")
     add("--device", metavar="NAME", default="cpu", help="cpu, cuda, mps (default: cpu)")
     add("--overwrite", action="store_true", help="replace an existing film")
+    add(
+        "--train", metavar="FOLDER",
+        help="train on a folder of videos or of folders of pictures, in colour, into --out (from --weights, or anew); the rest is for it",
+    )  # fmt: skip
+    for option, metavar, what in (
+        ("epochs", "N", "160"), ("clips", "N", "in an epoch, 2000"), ("frames", "N", "of a clip, 8"), ("size", "PIXELS", "of a crop, 448"),
+        ("batch-size", "N", "2"), ("accumulate", "N", "parts of a batch, one after the other, 1"),
+    ):  # fmt: skip
+        add(f"--{option}", metavar=metavar, type=int, help=f"(default, as published: {what})")
+    add("--lr", metavar="RATE", type=float, help="(default, as published: 2e-5)")
+    add(
+        "--recompute",
+        action="store_true",
+        help="keep no activations for the gradient: slower, in less memory",
+    )
+    add(
+        "--tiny",
+        action="store_true",
+        help="a network of a few hundred thousand weights, in place of the published size",
+    )
+    add("--seed", metavar="N", type=int, default=0, help="(default: 0)")
     # What the library calls them.
-    parser.names |= {"path": "--weights", "folder": "--weights", "exemplars": "--exemplar"}
+    parser.names |= {
+        "path": "--weights",
+        "folder": "--weights",
+        "exemplars": "--exemplar",
+        "films": "--train",
+    }
     parser.set_defaults(run=run)
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Colour the film, and say where it is and which frames want another exemplar."""
+    from lineament.cli.colorize_run import colour, picture_names
     from lineament.core.checks import number, one_of, require
+    from lineament.load.video_writing import planned
 
     a = arguments
+    training = ("epochs", "clips", "frames", "size", "batch_size", "accumulate", "lr")
+    if a.train is None:
+        for option in (*training, "recompute", "tiny"):
+            require(
+                not getattr(a, option), f"--{option.replace('_', '-')}: is for --train, and none is given"
+            )
+    else:
+        require(
+            a.film is None and not a.exemplar,
+            f"--train: trains on {a.train!r}; colour a film with another command",
+        )
+        require(a.out is not None, "--out: none given, expected a folder for the trained network")
+        require(not (a.tiny and a.weights), "--tiny: is for a new network; --weights has a size of its own")
+        from lineament.cli.colorize_train import train
+
+        return train(a)
+    require(a.film is not None, "FILM: none given, expected a video file or a folder of pictures")
     require(Path(a.film).exists(), f"FILM: {a.film!r} is no file and no folder")
     require(a.weights is not None, f"--weights: none given; {_WEIGHTS}")
     require(Path(a.weights).exists(), f"--weights: {a.weights!r} does not exist; {_WEIGHTS}")
@@ -88,33 +135,57 @@ def run(arguments: argparse.Namespace) -> int:
     require(a.out is not None, "--out: none given, expected where the coloured film goes")
     one_of("--luma", a.luma or "film", ("film", "lab"))
     require(not a.guided or a.max_side is not None, "--guided: is for --max-side, and none is given")
-    out, folder = Path(a.out), Path(a.film).is_dir()
+    one_of("--precision", a.precision, ("float32", "bfloat16", "float16"))
+    out, pictures = Path(a.out), Path(a.film).is_dir()
+    folder = out.is_dir() or out.suffix == "" or a.out.endswith("/")
     require(out.resolve() != Path(a.film).resolve(), "--out: is the film itself; give another name")
     for option in ("luma", "codec"):
         require(
             not folder or getattr(a, option) is None,
-            f"--{option}: is for a video, and {a.film!r} is a folder of pictures, which become .png",
+            f"--{option}: is for a video, and {a.out!r} is a folder of pictures, which become .png",
         )
+    require(
+        a.fps is None or (pictures and not folder),
+        "--fps: is for a video from a folder of pictures; a video keeps its own times, and pictures have none",
+    )
     a.luma, a.codec = a.luma or "film", a.codec or "libx264"
-    source = _Source(a.film)
+    film = _film(a)
     work = out.with_name(f"{out.name}.parts")
+    output, length = None, film.length
     if folder:
-        _check_folder(a, out, work, {f"{file.stem}.png" for file in source.files})
+        names = picture_names(film, length)
+        _check_folder(a, out, work, set(names))
     else:
-        _check_video(a, out, work)
-    return _colour(a, source, out, work, _exemplars(a.exemplar, source.length))
+        require(
+            a.overwrite or work.exists() or not out.exists(),
+            f"--out: {a.out!r} exists; give --overwrite to replace it, or another name",
+        )
+        output = planned(film, out, codec=a.codec)
+    return colour(a, film, length, output, out, work, _exemplars(a.exemplar, length))
+
+
+def _film(a: argparse.Namespace) -> Film | PictureFilm:
+    from fractions import Fraction
+
+    from lineament.core.checks import InputError
+    from lineament.load.picture_films import PictureFilm
+    from lineament.load.video import Film
+
+    if not Path(a.film).is_dir():
+        return Film(Path(a.film))
+    try:
+        rate = Fraction(a.fps or 25).limit_denominator(1001)
+    except (ValueError, ZeroDivisionError) as error:
+        raise InputError(f"--fps: got {a.fps!r}, expected a number, such as 24 or 24000/1001") from error
+    return PictureFilm(Path(a.film), rate)
 
 
 def _check_folder(a: argparse.Namespace, out: Path, work: Path, frames: set[str]) -> None:
     """Whether coloured pictures may go there: a new or empty folder, or one of an earlier run."""
     from lineament.core.checks import require
 
-    require(
-        out.is_dir() or (not out.exists() and (out.suffix == "" or a.out.endswith("/"))),
-        f"--out: {a.out!r} is no folder, and FILM is one of pictures; give a folder ({str(out.with_suffix(''))!r}) for coloured pictures, "
-        "or a video as FILM for a video",
-    )
-    present = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    # What a killed run was writing has a dot before.
+    present = {path.name for path in out.iterdir() if path.name[0] != "."} if out.is_dir() else set()
     strange = sorted(present - frames - {"colorize.json"})
     require(
         not strange,
@@ -124,22 +195,6 @@ def _check_folder(a: argparse.Namespace, out: Path, work: Path, frames: set[str]
         a.overwrite or work.exists() or not present,
         f"--out: {a.out!r} exists; give --overwrite to replace it, or another name",
     )
-
-
-def _check_video(a: argparse.Namespace, out: Path, work: Path) -> None:
-    """Whether the coloured video can be written there, before any frame is coloured."""
-    from lineament.core.checks import require
-    from lineament.load.video import check_written
-
-    require(
-        out.suffix != "" and not out.is_dir(),
-        f"--out: {a.out!r} is a folder or has no ending, expected a video file such as film.mkv",
-    )
-    require(
-        a.overwrite or work.exists() or not out.exists(),
-        f"--out: {a.out!r} exists; give --overwrite to replace it, or another name",
-    )
-    check_written(out, a.codec)
 
 
 def _exemplars(given: list[str], length: int) -> dict[int, Path]:
@@ -165,189 +220,11 @@ def _exemplars(given: list[str], length: int) -> dict[int, Path]:
     return found
 
 
-def _model(a: argparse.Namespace) -> Any:
-    from lineament.modules.colormnet.naming import from_official
-    from lineament.modules.colormnet.network import ColorMNet
-
-    load = ColorMNet.from_pretrained if Path(a.weights).is_dir() else from_official
-    model = load(a.weights)
-    if model.licence:
-        print(model.licence, file=sys.stderr)
-    return model.to(a.device)
-
-
-class _Source:
-    """Frames of a video or a folder, one by one: what the network sees, and the decoded frame of a video."""
-
-    def __init__(self, path: str):
-        from lineament.load.video import Film, picture_folder
-
-        self.files = picture_folder(path) if Path(path).is_dir() else []
-        self.film = None if self.files else Film(Path(path))
-        self.length = len(self.files) or self.film.length  # type: ignore[union-attr]
-
-    def __iter__(self) -> Iterator[tuple[Any, FilmFrame | None]]:
-        from lineament.load.video import Film
-
-        if self.film is None:
-            yield from ((_picture("FILM", file), None) for file in self.files)
-        else:
-            yield from ((frame.grey, frame) for frame in Film(self.film.path).frames())
-
-
-def _picture(option: str, path: Path) -> Any:
-    from PIL import Image
-
-    from lineament.core.checks import InputError
-
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{option}: the picture {str(path)!r} cannot be read: {error}") from error
-
-
 def _suggest(a: argparse.Namespace) -> int:
+    from lineament.cli.colorize_run import model_of
     from lineament.modules.colormnet.colorize import suggest
 
-    frames = suggest((picture for picture, _ in _Source(a.film)), a.suggest, _model(a))
+    frames = suggest((frame.shown for frame in _film(a).frames()), a.suggest, model_of(a))
     few = f" (the film has only {len(frames)})" if len(frames) < a.suggest else ""
     print(f"colour these frames by hand{few}: {', '.join(map(str, frames))}")
     return 0
-
-
-def _colour(a: argparse.Namespace, source: _Source, out: Path, work: Path, exemplars: dict[int, Path]) -> int:
-    from lineament.core.batching import progress
-    from lineament.core.checkpoint import Checkpoint
-    from lineament.modules.colormnet.colorize import Colorizer
-    from lineament.modules.colormnet.film import Colorizing
-
-    settings = {"every": a.every, "max_side": a.max_side, "guided": a.guided, "flip": a.flip, "cuts": a.cuts}
-    options = Colorizing.published(**settings) if a.parity else Colorizing(**settings)
-    pictures = {frame: _picture("--exemplar", path) for frame, path in exemplars.items()}
-    key = {
-        "settings": settings, "parity": a.parity, "luma": a.luma, "device": a.device, "frames": source.length,
-        "files": [_stamp(Path(path)) for path in (a.film, a.weights, *exemplars.values())], "at": sorted(exemplars),
-    }  # fmt: skip
-    colorizer = Colorizer(_model(a), options, truncate=a.parity)
-    checkpoint = Checkpoint(work / "state", key)
-    facts: list[Any] = []
-    segments = -(-source.length // _SEGMENT)
-    frames = enumerate(source)
-    loop = checkpoint.loop("film", segments, {"colorizer": colorizer, "facts": facts}, every=1)
-    for segment in progress(loop, "colouring", total=segments):
-        rows = []
-        for index, (picture, frame) in frames:
-            if index < colorizer.done:  # coloured before this process
-                continue
-            last = index == source.length - 1
-            found = colorizer.frame(picture, pictures.get(index), last=last)
-            facts.append([index, found.confidence, found.cut])
-            if frame is None:
-                _write_picture(out / f"{source.files[index].stem}.png", found.picture)
-            else:
-                rows.append(_chroma(found, frame, a.luma))
-            if last or colorizer.done == (segment + 1) * _SEGMENT:
-                break
-        if rows:
-            _write_segment(work / f"{segment:06d}.npz", rows)
-    notes = source.film.written(out, _stored(work, a.luma), codec=a.codec) if source.film else []
-    gaps = source.film.gaps if source.film else []
-    _finish(a, out, facts, exemplars, colorizer.model.licence, [*notes, *gaps])
-    checkpoint.finish()
-    for path in work.glob("*.npz"):
-        path.unlink()
-    work.rmdir()
-    return 1 if gaps else 0
-
-
-def _stamp(path: Path) -> list[Any]:
-    if path.is_dir():
-        return [str(path.resolve()), *(_stamp(p) for p in sorted(path.iterdir()) if p.is_file())]
-    return [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
-
-
-def _write_picture(path: Path, picture: Any) -> None:
-    from PIL import Image
-
-    from lineament.core.files import atomic_write
-
-    with atomic_write(path) as temporary:
-        Image.fromarray(picture.cpu().numpy()).save(temporary)
-
-
-def _chroma(found: Any, frame: FilmFrame, luma: str) -> list[Any]:
-    """What is kept of a coloured frame of a video: Cb, Cr, and with ``luma="lab"`` its Y too, as 16-bit integers."""
-    import numpy as np
-    import torch
-
-    from lineament.core.pictures import lab_to_rgb, rgb_to_lab
-    from lineament.load.video import chroma_of, luma_of
-    from lineament.modules.colormnet.colorize import as_rgb
-
-    lightness = rgb_to_lab(as_rgb("frame", frame.grey))[:1].to(found.ab)
-    rgb = lab_to_rgb(torch.cat([lightness, found.ab])).movedim(0, -1)
-    planes = [*chroma_of(rgb, frame.matrix), *([luma_of(rgb, frame.matrix)] if luma == "lab" else [])]
-    return [(x.clamp(0, 1) * 65535).round().cpu().numpy().astype(np.uint16) for x in planes]
-
-
-def _write_segment(path: Path, rows: list[list[Any]]) -> None:
-    import numpy as np
-
-    from lineament.core.files import atomic_write
-
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, *(np.stack(plane) for plane in zip(*rows)))
-
-
-def _stored(work: Path, luma: str) -> Callable[[FilmFrame], tuple[Any, ...]]:
-    """The planes of each frame, from the segments that were written."""
-    import numpy as np
-
-    held: dict[int, list[Any]] = {}
-
-    def planes(frame: FilmFrame) -> tuple[Any, ...]:
-        segment, row = divmod(frame.index, _SEGMENT)
-        if segment not in held:
-            held.clear()
-            with np.load(work / f"{segment:06d}.npz", allow_pickle=False) as stored:
-                held[segment] = [stored[name] for name in stored.files]
-        return tuple(plane[row] / 65535 for plane in held[segment])
-
-    return planes
-
-
-def _finish(
-    a: argparse.Namespace,
-    out: Path,
-    facts: list[Any],
-    exemplars: dict[int, Path],
-    licence: str,
-    notes: list[str],
-) -> None:
-    import statistics
-
-    from lineament.core.files import write_json
-
-    confidence = [row[1] for row in facts]
-    # The frames that are least sure, far from one another: half as sure as the film's middle.
-    limit, wanted = statistics.median(confidence) / 2, []
-    for index in sorted(range(len(facts)), key=confidence.__getitem__):
-        if confidence[index] < limit and all(abs(index - other) > _SEGMENT for other in wanted):
-            wanted.append(index)
-    wanted = sorted(wanted[:5])
-    report = out / "colorize.json" if out.is_dir() else out.with_name(f"{out.stem}.colorize.json")
-    write_json(
-        report,
-        {
-            "film": str(a.film), "frames": len(facts), "exemplars": {str(k): str(v) for k, v in exemplars.items()},
-            "weights": str(a.weights), "licence": licence, "confidence": [round(x, 6) for x in confidence],
-            "cuts": [row[0] for row in facts if row[2]], "frames_that_want_an_exemplar": wanted, "notes": notes,
-        },
-    )  # fmt: skip
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-    print(f"{len(facts)} frames coloured: {out} (confidence of each frame: {report})")
-    if wanted:
-        print("these frames want an exemplar: " + ", ".join(map(str, wanted)))

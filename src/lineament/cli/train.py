@@ -12,6 +12,7 @@ _EPILOG = """examples:
   lineament train net.py:make photos --image-size 64,64 --out runs/plain
   lineament train net.py:make data.npz --out runs/sam --sam 0.1 --useful auto --epochs 100
   lineament train net.py:make faces --loss arcface --margin 0.3 --scale 32 --out runs/faces
+  lineament train net.py:make clicks.csv --targets clicked --multiplex 0.25 --out runs/small
   lineament train net.py:make photos --loss simclr --views flip,crop,jitter --out runs/simclr
   accelerate launch --num_processes 2 -m lineament train net.py:make data.npz --out runs/two
   lineament train ./llama-saved text.txt --ssa --block-size 64 --blocks 8 --length 4096 --out runs/sparse
@@ -73,6 +74,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="show the examples learned late twice: found after this epoch, or auto (default when given alone)",
     )
     add("--tract", metavar="LAMBDA", type=float, help="train the first layer's outputs (TrAct); 0.1")
+    add(
+        "--multiplex",
+        metavar="SHARE",
+        type=float,
+        help="put one shared table of this share of their numbers in place of the network's embeddings; 0.25",
+    )
     add(
         "--validation",
         metavar="SHARE",
@@ -144,7 +151,7 @@ def run(arguments: argparse.Namespace) -> int:
         (64 if a.batch_size is None else a.batch_size),
     )
     names = ("optimizer", "lr", "momentum", "weight_decay", "epochs", "batch_size", "schedule", "seed")
-    names += ("sam", "asam", "tract", "on_nan")
+    names += ("sam", "asam", "tract", "on_nan", "multiplex")
     embedding = _embedding(a)
     require(
         embedding is None or a.validation is None,

@@ -44,6 +44,7 @@ class Options:
         useful: show the examples that are learned late twice: the epoch after which they are separated, or ``"auto"``.
         tract: λ of TrAct, which trains the first layer's outputs.
         validation: the share of each class that is held out, rounded; 0 for none.
+        multiplex: the share of the numbers in the network's embedding tables that one shared table in their place has.
         on_nan: what a loss or gradient that is NaN or infinite does: ``"raise"``, or ``"skip"`` the step (weights, optimizer and batch-norm
             statistics stay as they were).
         embedding: train an embedding by another loss than cross-entropy, which holds out classes instead of samples.
@@ -73,6 +74,7 @@ class Options:
     tract: float | None = None
     validation: float = 0.1
     on_nan: str = "raise"
+    multiplex: float | None = None
     embedding: EmbeddingOptions | None = None
 
     def __post_init__(self) -> None:
@@ -104,6 +106,8 @@ class Options:
         )
         if self.tract is not None:
             checks.number("tract", self.tract, low=0)
+        if self.multiplex is not None:
+            checks.number("multiplex", self.multiplex, low=0, high=1, open_low=True)
         self._check_useful()
         if self.embedding is not None:
             name = self.embedding.loss

@@ -20,7 +20,7 @@ from lineament.report.text import duration, printable
 BOARD = "tensorboard"
 FILES = (
     *("model.safetensors", "train.json", "history.csv", "learning-curve.svg", "learning-curve-dark.svg"),
-    *("head.safetensors", "scores.csv", "scores.svg", "scores-dark.svg"),
+    *("network.py", "head.safetensors", "scores.csv", "scores.svg", "scores-dark.svg"),
 )
 
 
@@ -64,6 +64,19 @@ class Log:
         return "history.csv" if self.make is None else f"{BOARD}/ (tensorboard --logdir)"
 
 
+# The audit opens weights in the network that a factory makes.
+_FACTORY = """# The network of this run: its embeddings are views of one shared table.
+from lineament.load.models import load_model
+from lineament.modules import multiplex
+
+
+def make():
+    network = load_model({model!r}).model
+    multiplex(network, fraction={fraction!r}, seed={seed!r})
+    return network
+"""
+
+
 def write(folder: Path, fitted: Fitted, loaded: Loaded, asked: dict[str, Any]) -> None:
     from safetensors.torch import save_model
 
@@ -72,6 +85,12 @@ def write(folder: Path, fitted: Fitted, loaded: Loaded, asked: dict[str, Any]) -
         save_model(loaded.model, str(temporary))
     if fitted.trained is not None:
         _write_loss(folder, fitted.trained)
+    o = fitted.options
+    if o.multiplex is not None:
+        place, _, name = asked["model"].rpartition(":")
+        place = str(Path(place).resolve()) if place.endswith(".py") else place
+        made = _FACTORY.format(model=f"{place}:{name}", fraction=o.multiplex, seed=o.seed)
+        write_text(folder / "network.py", made)
     figures.save(_curves(fitted), folder, "learning-curve")
     value = {"model": asked["model"], "data": asked["data"], **fitted.to_dict(), "asked": asked}
     write_json(folder / "train.json", {**value, "versions": _versions()})
@@ -159,7 +178,8 @@ def say(a: argparse.Namespace, folder: Path, fitted: Fitted, log: Log) -> None:
     print(
         f"Written: {printable(folder.resolve())} (model.safetensors, {'' if loss is None else 'head.safetensors, '}train.json, learning-curve.svg, {log.place})"
     )
-    words = ["lineament", "audit", a.model, a.data, "--weights", str(folder / "model.safetensors")]
+    model = a.model if a.multiplex is None else f"{folder / 'network.py'}:make"
+    words = ["lineament", "audit", model, a.data, "--weights", str(folder / "model.safetensors")]
     for name in ("inputs", "targets", "split", "classes", "image_size", "normalize"):
         if getattr(a, name) is not None:
             words += [f"--{name.replace('_', '-')}", getattr(a, name)]

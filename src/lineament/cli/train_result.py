@@ -79,7 +79,7 @@ class Fitted:
         found = [f"lr {o.lr:g}", f"momentum {o.momentum:g}" if o.momentum is not None else ""]
         found += [f"decay {o.weight_decay:g}" if o.weight_decay else "", o.schedule]
         found += [f"{o.epochs} epochs of batches of {o.batch_size}", f"seed {o.seed}"]
-        found += [f"{name} {getattr(o, name):g}" for name in ("sam", "asam", "tract") if getattr(o, name) is not None]  # fmt: skip
+        found += [f"{name} {getattr(o, name):g}" for name in ("sam", "asam", "tract", "multiplex") if getattr(o, name) is not None]  # fmt: skip
         if self.early is not None:
             found.append(
                 f"useful (epoch {self.early['epoch']}, {self.early['slow'] / self.samples:.0%} twice)"

@@ -34,6 +34,7 @@ from lineament.load.loaded import Loaded
 from lineament.load.model_and_data import ModelAndData, bring_together, one_hot_labels
 from lineament.load.models import load_model
 from lineament.load.weights import digest, require_savable
+from lineament.modules.unified_embedding.views import multiplex
 from lineament.report.outcome import versions
 from lineament.train.processes import Processes, randomness
 
@@ -58,6 +59,12 @@ def train(a: argparse.Namespace, options: Options) -> int:
         f"MODEL: {a.model!r} is no factory, and the audit could not open its new weights; expected file.py:factory, where factory() "
         "makes the network (and may load what it starts from)",
     )
+    if options.multiplex is not None:
+        shared = multiplex(loaded.model, fraction=options.multiplex, seed=options.seed)
+        note(
+            f"one table of {shared.rows:,} rows for {', '.join(shared.replaced)}: {shared.after:,} numbers instead of {shared.before:,}"
+            + ("; the values that they were trained to are gone" if a.weights else "")
+        )
     if processes.first:
         require_savable(loaded.model)
     samples = _samples(a)

@@ -352,11 +352,64 @@ def gathered(rows: Tensor) -> Tensor:
     """
     import torch.distributed as dist
 
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if place_in_training()[1] == 1:
         return rows.detach()
     held = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
     dist.all_gather(held, rows.detach().contiguous())
     return torch.cat(held)
+
+
+def joined(rows: Tensor) -> Tensor:
+    """The rows of all processes of a training, by rank, with gradients; its own where there is no process group.
+
+    The gradient of a process's own rows is the sum of what the losses of all processes say of them, so that parameters whose gradients are then averaged
+    over the processes (DistributedDataParallel) get that of the processes' mean loss. Numbers of rows may differ; all processes must call it.
+
+    >>> joined(torch.ones(2, 1)).shape
+    torch.Size([2, 1])
+    """
+    if place_in_training()[1] == 1:
+        return rows
+    found: Any = _Joined.apply(rows)
+    return found
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        sizes = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
+        dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
+        counts = [int(size) for size in sizes]
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        held = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(held, padded)
+        start = sum(counts[: dist.get_rank()])
+        ctx.own = slice(start, start + len(rows))
+        return torch.cat([part[:n] for part, n in zip(held, counts)])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total[ctx.own]
+
+
+def place_in_training() -> tuple[int, int]:
+    """The rank of this process and the number of processes of a training; (0, 1) where there is no process group.
+
+    >>> place_in_training()
+    (0, 1)
+    """
+    import torch.distributed as dist
+
+    there = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
 
 
 def _packed(value: Any) -> bytes:

@@ -103,7 +103,9 @@ class _Fit:
         )
         self.unexpected = [name for name in inside if name not in names]
         missing = [n for n in absent if n not in self.counters and own[n].data_ptr() not in shared]
-        other = [name for name, value in self.state.items() if value.shape != own[name].shape]
+        # What a module says of itself beside its weights it judges itself.
+        told = "_extra_state"
+        other = [n for n, value in self.state.items() if value.shape != own[n].shape and not n.endswith(told)]
         shapes = [
             f"{n} is {tuple(self.state[n].shape)} in the file and {tuple(own[n].shape)} in the model"
             for n in other

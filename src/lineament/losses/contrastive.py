@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lineament.core.checks import InputError, number, one_of, require, show
+from lineament.core.shards import joined, place_in_training
 
 # Entries of the similarity matrix that lie in memory at once.
 _ENTRIES = 1 << 21
@@ -28,7 +29,8 @@ class SupCon(nn.Module):
         temperature: of the cosines.
         on_missing: what an anchor without another sample of its label gets: ``"raise"``, or ``"skip"`` with a warning.
 
-    Called with embeddings [n, d] and labels [n], or [n / views] where the views lie one after the other.
+    Called with embeddings [n, d] and labels [n], or [n / views] where the views lie one after the other. In a process group the samples of all processes are
+    compared in training: the loss is that of the whole batch in each, and its gradients are right as DistributedDataParallel averages them.
 
     >>> round(SupCon(0.5)(torch.ones(4, 3), torch.zeros(4, dtype=torch.long)).item(), 4) == round(math.log(3), 4)
     True
@@ -50,7 +52,10 @@ class SupCon(nn.Module):
             labels.ndim == 1 and len(labels) > 0 and len(unit) % len(labels) == 0,
             f"labels: got {show(labels)} beside {show(embeddings)}, expected one a row, or one a sample whose views lie one after the other",
         )
-        classes = labels.repeat(len(unit) // len(labels)).unique(return_inverse=True)[1]
+        labels = labels.repeat(len(unit) // len(labels))
+        if self.training:
+            unit, labels = joined(unit), joined(labels)
+        classes = labels.unique(return_inverse=True)[1]
         counts = torch.bincount(classes)[classes] - 1
         some = counts > 0
         if not bool(some.all()):
@@ -82,7 +87,9 @@ class NTXent(nn.Module):
             len(embeddings) % self.views == 0,
             f"embeddings: got {len(embeddings)} rows, expected {self.views} views of each sample",
         )
-        return self.loss(embeddings, torch.arange(len(embeddings) // self.views, device=embeddings.device))
+        rank, count = place_in_training()
+        samples = torch.arange(len(embeddings) // self.views, device=embeddings.device)
+        return self.loss(embeddings, samples * count + rank)
 
 
 class Spectral(nn.Module):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lineament.core.checks import number, one_of, require, show
 from lineament.core.results import Readable
+from lineament.core.shards import joined
 from lineament.losses.class_head import ClassHead, checked
 from lineament.losses.pair_losses import PAIR_LOSSES, pair_loss
 
@@ -27,6 +28,8 @@ class UNPG(nn.Module):
             1.5 for MS1MV2, 1 for K-FACE, infinity for no filter.
         aux: ``"unpg"``, or the name of a loss over pairs that is added to the head's instead, ``weight`` times: ``"triplet"``,
             ``"contrastive"``, ``"circle"``, ``"multi-similarity"``, ``"sn-pair"`` (which around an ArcFace head is MixFace).
+
+    In a process group the pairs are those of all processes' samples, with gradients that are right as DistributedDataParallel averages them.
 
     >>> loss = UNPG(ClassHead(5, 4))
     >>> loss(torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 3])).ndim
@@ -51,9 +54,9 @@ class UNPG(nn.Module):
             return self.head(embeddings, labels, sample_weight=sample_weight)
         if self.pairs is not None:
             base = self.head(embeddings, labels, sample_weight=sample_weight)
-            return base + self.weight * self.pairs(embeddings, labels)
+            return base + self.weight * self.pairs(joined(embeddings), joined(labels))
         rows = checked(embeddings, labels, len(self.head.weight))
-        pairs = self.negatives(embeddings[rows], labels[rows])
+        pairs = self.negatives(joined(embeddings[rows]), joined(labels[rows]))
         return self.head(
             embeddings, labels, sample_weight=sample_weight, also=pairs.logsumexp(self.head.scale)
         )

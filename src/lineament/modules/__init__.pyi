@@ -8,7 +8,9 @@ from .colormnet.naming import from_official as from_official
 from .colormnet.network import ColorMNet as ColorMNet
 from .colormnet.scores import colour_consistency as colour_consistency
 from .colormnet.scores import colourfulness as colourfulness
+from .colormnet.scores import frechet_distance as frechet_distance
 from .colormnet.scores import psnr_legacy as psnr_legacy
+from .colormnet.scores import score_colours as score_colours
 from .colormnet.training import ColorTraining as ColorTraining
 from .colormnet.training import clip_losses as clip_losses
 from .colormnet.training import train_colorizer as train_colorizer
@@ -29,7 +31,9 @@ from .sparse_attention.theory import decompose as decompose
 from .sparse_attention.theory import gaps as gaps
 from .sparse_attention.theory import output_divergence as output_divergence
 from .sparse_attention.theory import sparsity_report as sparsity_report
+from .unified_embedding.collisions import collision_report as collision_report
 from .unified_embedding.collisions import expected_collisions as expected_collisions
+from .unified_embedding.collisions import reader_overlap as reader_overlap
 from .unified_embedding.hashing import fingerprint as fingerprint
 from .unified_embedding.hashing import mix64 as mix64
 from .unified_embedding.probe import plan as plan

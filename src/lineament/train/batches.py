@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,20 +38,27 @@ class Batch:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def split(self, parts: int) -> Iterator[Batch]:
-        """The batch in so many pieces, the first ones larger by one sample where it cannot be even, and none empty."""
-        if parts == 1:
-            yield self
-            return
-        for places in torch.arange(len(self)).tensor_split(min(parts, len(self))):
-            at = slice(int(places[0]), int(places[-1]) + 1)
+    def split(self, parts: int) -> list[Batch]:
+        """The batch in so many pieces, or as many as it has samples."""
+        parts = min(parts, len(self))
+        if parts < 2:
+            return [self]
 
-            def piece(value: Any, at: slice = at) -> Any:
-                return {k: v[at] for k, v in value.items()} if isinstance(value, Mapping) else value[at]
+        def pieces(x: Any) -> Sequence[Any]:
+            return [None] * parts if x is None else x.tensor_split(parts)
 
-            mixed = None if self.mixed is None else (self.mixed[0], self.mixed[1][at])
-            rows, weights = (None if x is None else x[at] for x in (self.rows, self.weights))
-            yield Batch(piece(self.inputs), piece(self.targets), rows, weights, mixed)
+        inputs = self.inputs
+        if isinstance(inputs, Mapping):
+            columns = {name: pieces(x) for name, x in inputs.items()}
+            inputs = [{name: column[k] for name, column in columns.items()} for k in range(parts)]
+        else:
+            inputs = pieces(inputs)
+        found = map(Batch, inputs, pieces(self.targets), pieces(self.rows), pieces(self.weights))
+        share, others = self.mixed or (1.0, None)
+        return [
+            replace(piece, mixed=None if other is None else (share, other))
+            for piece, other in zip(found, pieces(others))
+        ]
 
     def objective(self, loss: Callable[..., Tensor], outputs: Tensor) -> Tensor:
         """The mean loss of the batch, weighted and mixed as it says."""

@@ -193,21 +193,6 @@ class ClipGradients:
         nn.utils.clip_grad_norm_(run.model.parameters(), self.norm)
 
 
-class Accumulate:
-    """Each batch goes through the model in ``parts`` pieces, one after the other, so that it needs the memory of one; the step is that of the whole batch.
-
-    Batch norm sees one piece at a time.
-
-    >>> callbacks = [Accumulate(4), ClipGradients(1.0)]
-    """
-
-    def __init__(self, parts: int):
-        self.parts = checks.number("parts", parts, low=1, integer=True)
-
-    def on_start(self, run: Run) -> None:
-        run.parts = self.parts
-
-
 class Autocast:
     """Mixed precision: forward passes and losses in bfloat16 where that is safe, weights in their own dtype.
 
@@ -216,6 +201,22 @@ class Autocast:
 
     def on_start(self, run: Run) -> None:
         run.autocast = torch.autocast(run.device.type, torch.bfloat16)
+
+
+class Accumulate:
+    """Pass a batch in so many parts and step with the sum of their gradients: what a small memory holds, with the step of the whole batch.
+
+    The loss must be a mean over samples; batch norm in training mode sees each part alone.
+
+    >>> Accumulate(4).parts
+    4
+    """
+
+    def __init__(self, parts: int):
+        self.parts = checks.number("parts", parts, low=1, integer=True)
+
+    def on_start(self, run: Run) -> None:
+        run.parts = self.parts
 
 
 class Measure:

@@ -99,7 +99,7 @@ class Run:
         rows: the samples of an epoch, by their indices, perhaps repeated. shuffle: whether they come in random order.
         epoch, batch, step: the present epoch and batch, and the steps taken before, all counted from 0.
         autocast: the context of each forward pass and loss.
-        parts: how many pieces of a batch go through the model one after the other, their gradients summed.
+        parts: pieces of a batch that are passed one after the other in a step.
         value, outputs: the loss and the outputs of the last step's batch, before that step.
         measured: loss, accuracy and what callbacks measured of the epoch that has just ended.
         history: the records of the epochs before.
@@ -385,20 +385,22 @@ def _step(run: Run, batch: Batch, parameters: list[Any], buffers: list[Tensor]) 
         # Called once for each pass that the optimizer makes.
         for parameter in parameters:
             parameter.grad = None
-        found, outputs = [], []
+        losses, answers = [], []
         for part in batch.split(run.parts):
             with run.autocast:
-                answers = outputs_of(run.forward, part.inputs)
-                if not run.step and not first and not outputs:
-                    _refuse_other_labels(run, batch, answers)
-                loss = part.objective(run.loss, answers)
-            if len(part) < len(batch):
-                loss = loss * (len(part) / len(batch))
+                outputs = outputs_of(run.forward, part.inputs)
+                if not run.step and not first:
+                    _refuse_other_labels(run, part, outputs)
+                loss = part.objective(run.loss, outputs)
+                loss = loss if part is batch else loss * (len(part) / len(batch))
             run.processes.backward(loss)
-            found.append(loss.detach())
-            outputs.append(answers.detach())
-        loss = found[0] if len(found) == 1 else torch.stack(found).sum()
-        first.extend((float(loss), _together(outputs)) if not first else ())
+            losses.append(loss.detach())
+            answers.append(outputs.detach())
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        if not first:
+            # A model that answers with its own loss gives one number a part.
+            whole = answers[0] if len(answers) == 1 else torch.cat([*map(torch.atleast_1d, answers)])
+            first.extend((float(loss), whole))
         # Averaged gradients are the same in all processes, and so is the decision; a loss is each one's own.
         if run.processes.count == 1 and not math.isfinite(first[0]):
             raise _NotFinite("loss")
@@ -418,12 +420,6 @@ def _step(run: Run, batch: Batch, parameters: list[Any], buffers: list[Tensor]) 
         return str(found)
     run.value, run.outputs = first
     return ""
-
-
-def _together(outputs: list[Tensor]) -> Tensor:
-    if len(outputs) == 1:
-        return outputs[0]
-    return torch.cat(outputs) if outputs[0].ndim else torch.stack(outputs)
 
 
 def outputs_of(model: nn.Module, inputs: Any) -> Tensor:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.films import TIMES, made
 
-from lineament.cli import main
 from lineament.core.checks import InputError
-from lineament.load.video import Film, chroma_of, luma_of, picture_folder
-
-TIMES = [0, 33, 90, 100, 141]
+from lineament.load.film_frames import chroma_of, luma_of
+from lineament.load.picture_films import PictureFilm, picture_folder, read_picture
+from lineament.load.video import Film
+from lineament.load.video_writing import planned
 
 
 @pytest.fixture
@@ -23,38 +24,25 @@ def av():
     return pytest.importorskip("av", reason="the extra 'video' is not installed")
 
 
-def made(av, path: Path, layout: str = "yuv420p", codec: str = "ffv1", times=TIMES, size=(64, 48)) -> Path:
-    """A film with sound, whose frames come at these milliseconds."""
-    with av.open(str(path), "w") as out:
-        out.metadata["title"] = "a film"
-        video = out.add_stream(codec, rate=25)
-        video.codec_context.width, video.codec_context.height = size
-        video.codec_context.pix_fmt, video.codec_context.time_base = layout, Fraction(1, 1000)
-        sound = out.add_stream("aac", rate=16000)
-        rng = np.random.default_rng(0)
-        base = rng.integers(30, 220, (size[1], size[0] + len(times)), dtype=np.uint8)
-        for index, time in enumerate(times):
-            grey = np.ascontiguousarray(base[:, index : index + size[0]])
-            frame = av.VideoFrame.from_ndarray(np.dstack([grey] * 3), format="rgb24").reformat(format=layout)
-            frame.pts, frame.time_base = time, Fraction(1, 1000)
-            out.mux(video.encode(frame))
-        out.mux(video.encode(None))
-        for index in range(4):
-            part = (rng.random((1, 1024)) - 0.5).astype(np.float32)
-            tone = av.AudioFrame.from_ndarray(part, format="fltp", layout="mono")
-            tone.sample_rate, tone.pts, tone.time_base = 16000, 1024 * index, Fraction(1, 16000)
-            out.mux(sound.encode(tone))
-        out.mux(sound.encode(None))
-    return path
+def rewritten(film: Film, path: Path, codec: str = "ffv1", colour=(0.5, 0.5, 0.5)) -> list[str]:
+    """The film with one colour everywhere; what could not be kept."""
+    output = planned(film, path, codec=codec)
+    output.write(lambda frame: output.planes(frame, torch.tensor(colour).expand(*frame.grey.shape, 3)))
+    return list(output.notes)
 
 
-@pytest.mark.parametrize("layout", ["yuv420p", "yuv420p10le", "gray", "yuv444p"])
+@pytest.mark.parametrize(
+    "layout", ["yuv420p", "yuv420p10le", "gray", "yuv444p", "yuv422p12le", "yuv444p16le"]
+)
 def test_luma_times_and_sound_stay(av, tmp_path, layout):
     film = Film(made(av, tmp_path / "in.mkv", layout))
     before = list(film.frames())
-    assert not film.gaps and before[0].depth == (10 if "10" in layout else 8) and film.length == len(TIMES)
-    grey = np.full(before[0].luma.shape, 0.5)
-    assert film.written(tmp_path / "out.mkv", lambda frame: (grey, grey), codec="ffv1") == []
+    assert (
+        not film.gaps
+        and before[0].depth == int(layout.partition("p")[2][:-2] or 8)
+        and film.length == len(TIMES)
+    )
+    assert rewritten(film, tmp_path / "out.mkv") == []
     after = list(Film(tmp_path / "out.mkv").frames())
     assert [frame.pts for frame in after] == TIMES
     assert all(np.array_equal(a.luma, b.luma) for a, b in zip(before, after))
@@ -69,8 +57,7 @@ def test_luma_times_and_sound_stay(av, tmp_path, layout):
 
 def test_odd_sizes_and_times_in_other_containers(av, tmp_path):
     film = Film(made(av, tmp_path / "in.mkv", "yuv444p", size=(63, 47)))
-    grey = np.full((47, 63), 0.5)
-    film.written(tmp_path / "out.mp4", lambda frame: (grey, grey), codec="libx264")
+    assert rewritten(film, tmp_path / "out.mp4", "libx264") == []
     with av.open(str(tmp_path / "out.mp4")) as out:
         video = out.streams.video[0]
         times = [round(1000 * float(frame.pts * video.time_base)) for frame in out.decode(video)]
@@ -85,7 +72,7 @@ def test_what_is_no_film_says_so(av, tmp_path):
         list(Film(tmp_path / "none.mp4").frames())
     film = Film(made(av, tmp_path / "in.mkv"))
     with pytest.raises(InputError, match="'ffv1'"):
-        film.written(tmp_path / "out.mkv", lambda frame: (), codec="no_such_codec")
+        planned(film, tmp_path / "out.mkv", codec="no_such_codec")
     assert not (tmp_path / "out.mkv").exists()
 
 
@@ -105,92 +92,201 @@ def test_pictures_come_in_natural_order(tmp_path):
     assert [path.name for path in picture_folder(tmp_path)] == ["f1.png", "f2.png", "f10.png"]
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> str:
-    from lineament.modules.colormnet.configuration import ColorMNetConfig
-    from lineament.modules.colormnet.network import ColorMNet
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("net")
-    ColorMNet(ColorMNetConfig.tiny()).save_pretrained(folder)
-    return str(folder)
-
-
-def exemplar(path: Path, size=(64, 48)) -> str:
-    rng = np.random.default_rng(1)
-    Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(path)
-    return str(path)
-
-
-def test_a_video_is_coloured_and_a_killed_run_gives_the_same(av, tmp_path, weights, monkeypatch, capsys):
-    film = made(av, tmp_path / "in.mkv", times=[33 * t for t in range(30)])
-    shown = exemplar(tmp_path / "first.png")
-    command = ["colorize", str(film), "--exemplar", shown, "--weights", weights, "--codec", "ffv1", "--out"]
-    assert main([*command, str(tmp_path / "whole.mkv")]) == 0
-    from lineament.modules.colormnet import colorize
-
-    frame, calls = colorize.Colorizer.frame, []
-
-    def dies(self, *args, **kwargs):
-        calls.append(self.done)
-        if self.done == 27:
-            raise KeyboardInterrupt
-        return frame(self, *args, **kwargs)
-
-    monkeypatch.setattr(colorize.Colorizer, "frame", dies)
-    assert main([*command, str(tmp_path / "parts.mkv")]) == 130
-    assert not (tmp_path / "parts.mkv").exists()
-    monkeypatch.setattr(colorize.Colorizer, "frame", frame)
-    assert main([*command, str(tmp_path / "parts.mkv")]) == 0
-    decoded = []
-    for name in ("whole.mkv", "parts.mkv"):
-        with av.open(str(tmp_path / name)) as out:
-            decoded.append([f.to_ndarray(format="yuv420p") for f in out.decode(out.streams.video[0])])
-    assert len(decoded[0]) == 30 and all(np.array_equal(a, b) for a, b in zip(*decoded))
-    assert decoded[0][1][48:].std() > 0  # it has colour
-    report = json.loads((tmp_path / "parts.colorize.json").read_text())
-    assert report["frames"] == 30 and report["confidence"][0] < 1 and not list(tmp_path.glob("*.parts"))
-    assert "30 frames coloured" in capsys.readouterr().out
-
-
-def test_a_folder_is_coloured(tmp_path, weights, capsys):
-    pictures = tmp_path / "in"
-    pictures.mkdir()
-    for index in (1, 2, 10):
-        Image.new("L", (40, 30), 20 * index).save(pictures / f"{index}.png")
-    shown = exemplar(tmp_path / "first.png", (40, 30))
-    out = tmp_path / "out"
-    assert main(["colorize", str(pictures), "--suggest", "2", "--weights", weights]) == 0
-    assert capsys.readouterr().out == "colour these frames by hand: 0, 2\n"
-    assert (
-        main(["colorize", str(pictures), "--exemplar", shown, "--weights", weights, "--out", str(out)]) == 0
-    )
-    assert sorted(path.name for path in out.iterdir()) == ["1.png", "10.png", "2.png", "colorize.json"]
-    assert Image.open(out / "10.png").size == (40, 30)
+def test_a_turned_film_is_coloured_upright_and_stays_turned(av, tmp_path):
+    film = Film(made(av, tmp_path / "in.mp4", codec="libx264", rotation=90))
+    [first, *_] = film.frames()
+    assert first.turns == 1 and first.luma.shape == (48, 64) and first.grey.shape == (64, 48)
+    output = planned(film, tmp_path / "out.mkv", codec="ffv1")
+    rgb = torch.full((64, 48, 3), 0.5)
+    rgb[:32, :, 0] = 1  # the upper half, as one sees it, is red
+    output.write(lambda frame: output.planes(frame, rgb))
+    with av.open(str(tmp_path / "out.mkv")) as out:
+        frame = next(out.decode(out.streams.video[0]))
+    assert frame.rotation == 90
+    cr = np.rot90(frame.to_ndarray(format="yuv444p")[2])
+    assert cr[:30].min() > 150 and cr[34:].max() < 140
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("layout", "codec", "to", "notes"),
     [
-        ({"--weights": None}, "CC BY-NC-SA 4.0"),
-        ({"--exemplar": "5={shown}"}, "frame 5 does not exist"),
-        ({"--exemplar": "no.png"}, "'no.png' is no file"),
-        ({"--out": "{film}"}, "is the film itself"),
-        ({"--luma": "own"}, "nearest|there are"),
-        ({"--out": None}, "none given"),
+        ("yuva420p", "ffv1", "ffv1", []),
+        ("yuva444p10le", "ffv1", "prores_ks", []),
+        ("yuva420p", "ffv1", "libx264", ["alpha is left out: libx264 holds none"]),
+        ("yuv420p12le", "ffv1", "libx264", ["luma of 12 bits is cut to 10"]),
     ],
 )
-def test_bad_commands_end_with_one_line(tmp_path, weights, capsys, change, message):
-    pictures = tmp_path / "in"
-    pictures.mkdir()
-    Image.new("L", (40, 30)).save(pictures / "1.png")
-    names = {"film": str(pictures), "shown": exemplar(tmp_path / "first.png", (40, 30))}
-    options = {"--exemplar": names["shown"], "--weights": weights, "--out": str(tmp_path / "out")} | change
-    words = [word for key, value in options.items() if value for word in (key, value.format(**names))]
-    assert main(["colorize", str(pictures), *words]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    import re
+def test_alpha_and_bits_stay_where_the_codec_can(av, tmp_path, layout, codec, to, notes):
+    film = Film(made(av, tmp_path / "in.mkv", layout, codec, sound=None))
+    found = rewritten(film, tmp_path / "out.mkv", to)
+    assert len(found) == len(notes) and all(note.startswith(n) for note, n in zip(found, notes))
+    before, after = next(film.frames()), next(Film(tmp_path / "out.mkv").frames())
+    assert (after.alpha is not None) == ("a" in layout and not notes)
+    assert after.depth >= before.depth or notes
+    if to == "ffv1":
+        assert np.array_equal(before.luma, after.luma) and np.array_equal(before.alpha, after.alpha)
 
-    assert re.search(message, said), said
-    assert not (tmp_path / "out").exists()
+
+@pytest.mark.parametrize("layout", ["bgr0", "pal8"])
+def test_films_of_rgb_have_the_luma_of_their_pictures(av, tmp_path, layout):
+    from tests.films import greys
+
+    if layout == "pal8":
+        Image.fromarray(greys(1, (64, 48))[0]).save(tmp_path / "in.gif")
+        film = Film(tmp_path / "in.gif")
+    else:
+        film = Film(made(av, tmp_path / "in.mkv", layout))
+    [frame, *_] = film.frames()
+    grey = torch.from_numpy(greys(len(TIMES) if layout == "bgr0" else 1, (64, 48))[0]) / 255
+    assert (frame.grey - grey).abs().max() < 0.01
+
+
+def test_what_no_frame_of_the_film_can_be_is_refused(av, tmp_path):
+    cases = {
+        "is HDR (PQ)": made(av, tmp_path / "hdr.mkv", "yuv420p10le", color_trc=16),
+        "is interlaced": made(av, tmp_path / "i.mp4", codec="libx264", options={"x264-params": "tff=1"}),
+    }
+    small, large = (
+        made(av, tmp_path / f"{w}.ts", codec="libx264", size=(w, 48), sound=None) for w in (64, 96)
+    )
+    cases["changes its size at frame 5, from 64 x 48 to 96 x 48"] = tmp_path / "both.ts"
+    (tmp_path / "both.ts").write_bytes(small.read_bytes() + large.read_bytes())
+    with av.open(str(tmp_path / "sound.mkv"), "w") as out, av.open(str(cases["is HDR (PQ)"])) as source:
+        heard = out.add_stream_from_template(source.streams.audio[0])
+        for packet in source.demux(source.streams.audio[0]):
+            if packet.dts is not None:
+                packet.stream = heard
+                out.mux(packet)
+    cases["has no video stream"] = tmp_path / "sound.mkv"
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n")
+    cases["cannot be read as a video"] = tmp_path / "list.m3u8"
+    for says, path in cases.items():
+        with pytest.raises(InputError) as refused:
+            list(Film(path).frames())
+        assert says in str(refused.value), (says, refused.value)
+
+
+def test_sound_that_the_container_cannot_hold_is_said_before(av, tmp_path):
+    film = Film(made(av, tmp_path / "in.mkv"))
+    with pytest.raises(InputError, match=r"out: \.webm holds no aac sound"):
+        planned(film, tmp_path / "out.webm", codec="libvpx-vp9")
+    with pytest.raises(InputError, match=r"out: \.webm holds no ffv1"):
+        planned(film, tmp_path / "out.webm", codec="ffv1")
+    with pytest.raises(InputError, match="codec: 'gif' stores no plane of luma"):
+        planned(film, tmp_path / "out.mkv", codec="gif")
+    with pytest.raises(InputError, match=r"'\.xyz' is no video's ending"):
+        planned(film, tmp_path / "out.xyz")
+
+
+@pytest.mark.parametrize("codec", ["ffv1", "libx264"])
+def test_what_cannot_be_decoded_is_named(av, tmp_path, codec):
+    whole = made(av, tmp_path / "in.mkv", codec=codec, times=range(0, 2000, 40), sound=None)
+    count, data = Film(whole).length, whole.read_bytes()
+    for name, bad in {
+        "cut": data[: len(data) * 4 // 5],
+        "holes": data[: len(data) * 4 // 5] + bytes(200) + data[len(data) * 4 // 5 + 200 :],
+    }.items():
+        path = tmp_path / f"{name}.mkv"
+        path.write_bytes(bad)
+        film = Film(path)
+        found = list(film.frames())
+        assert film.gaps and 10 < len(found) <= count, (name, film.gaps, len(found))
+        assert all(a.pts < b.pts for a, b in pairwise(found))
+    assert Film(whole).gaps == [] and count == 50
+
+
+def test_times_that_are_missing_are_made_and_edit_lists_are_kept(av, tmp_path):
+    bare = Film(made(av, tmp_path / "in.h264", codec="libx264", sound=None))
+    times = [frame.pts for frame in bare.frames()]
+    assert len(times) == len(TIMES) and all(a < b for a, b in pairwise(times))
+    # B frames: the first is shown after it is decoded, which an edit list mends.
+    film = Film(
+        made(
+            av, tmp_path / "in.mp4", codec="libx264", times=range(0, 800, 40), sound=None, options={"bf": "2"}
+        )
+    )
+    assert rewritten(film, tmp_path / "out.mkv") == []
+    base = film.format.time_base
+    assert [round(1000 * float(f.pts * base)) for f in film.frames()] == list(range(0, 800, 40))
+    assert [f.pts for f in Film(tmp_path / "out.mkv").frames()] == list(range(0, 800, 40))
+
+
+def test_subtitles_chapters_and_a_second_picture(av, tmp_path):
+    (tmp_path / "a.srt").write_text("1\n00:00:00,000 --> 00:00:00,100\nhello\n")
+    film = made(av, tmp_path / "in.mkv")
+    with (
+        av.open(str(tmp_path / "full.mkv"), "w") as out,
+        av.open(str(film)) as source,
+        av.open(str(tmp_path / "a.srt")) as words,
+    ):
+        streams = [*source.streams, words.streams[0], source.streams.video[0]]
+        copies = [out.add_stream_from_template(stream) for stream in streams]
+        out.set_chapters(
+            [{"id": 1, "start": 0, "end": 100, "time_base": Fraction(1, 1000), "metadata": {"title": "one"}}]
+        )
+        packets = [
+            (p, c)
+            for p in source.demux()
+            for c in ([copies[0], copies[3]] if p.stream.type == "video" else [copies[1]])
+        ]
+        packets += [(p, copies[2]) for p in words.demux()]
+        for packet, copy in packets:
+            if packet.dts is not None:
+                packet.stream = copy
+                out.mux(packet)
+    assert rewritten(Film(tmp_path / "full.mkv"), tmp_path / "out.mkv") == [
+        "a second video stream (ffv1, such as a cover picture) is left out"
+    ]
+    with av.open(str(tmp_path / "out.mkv")) as out:
+        assert [stream.type for stream in out.streams] == ["video", "audio", "subtitle"]
+        assert [bytes(p) for p in out.demux(out.streams[2]) if p.size] == [b"hello"]
+        assert out.chapters()[0]["metadata"]["title"] == "one"
+    notes = rewritten(Film(tmp_path / "full.mkv"), tmp_path / "out.mp4", "libx264")
+    assert "the subtitle stream (srt) is left out: .mp4 cannot hold it" in notes
+
+
+@pytest.mark.parametrize("name", ["a:b.mkv", "100%d.mkv", "two\nlines.mkv", "-i.mkv"])
+def test_names_that_mean_something_elsewhere(av, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    made(av, tmp_path / "in.mkv").rename(tmp_path / name)
+    assert rewritten(Film(name), Path(f"out {name}")) == []
+    assert Film(f"out {name}").length == len(TIMES)
+
+
+def test_a_folder_becomes_a_video_with_the_values_of_its_greys(av, tmp_path):
+    from tests.films import greys
+
+    for index, grey in enumerate(greys(3, (64, 48))):
+        Image.fromarray(grey).save(tmp_path / f"{index + 8}.png")
+    film = PictureFilm(tmp_path, Fraction(24))
+    assert rewritten(film, tmp_path / "out.mkv") == []
+    found = list(Film(tmp_path / "out.mkv").frames())
+    assert [frame.full_range for frame in found] == [True] * 3
+    assert all(np.array_equal(frame.luma, grey) for frame, grey in zip(found, greys(3, (64, 48))))
+    with av.open(str(tmp_path / "out.mkv")) as out:
+        assert out.streams.video[0].average_rate == 24
+    Image.new("L", (64, 47)).save(tmp_path / "11.png")
+    with pytest.raises(InputError, match=r"film: '11.png' is 64 x 47, '8.png' is 64 x 48"):
+        PictureFilm(tmp_path)
+
+
+def test_planes_of_pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 255, (8, 12), dtype=np.uint8)
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    clear = Image.fromarray(np.dstack([grey] * 3 + [grey]), "RGBA")
+    turned = Image.fromarray(np.rot90(grey).copy())
+    turned.getexif()[0x0112] = 6
+    for name, picture in {"a": deep, "b": clear}.items():
+        picture.save(tmp_path / f"{name}.png")
+    turned.save(tmp_path / "c.png", exif=turned.getexif())
+    frames = [next(PictureFilm(only(tmp_path, name)).frames()) for name in ("a.png", "b.png")]
+    assert frames[0].depth == 16 and np.array_equal(frames[0].luma, grey.astype(np.uint16) * 257)
+    assert np.array_equal(frames[1].luma, grey) and np.array_equal(frames[1].alpha, grey)
+    assert np.array_equal(np.asarray(read_picture("film", tmp_path / "c.png")), grey)
+
+
+def only(folder: Path, name: str) -> Path:
+    """A folder of one picture."""
+    (folder / f"only {name}").mkdir()
+    return (folder / name).rename(folder / f"only {name}" / name).parent

@@ -1,4 +1,4 @@
-"""Mixtures of hard negatives, keys of several processes, gradients without the margin's derivative."""
+"""Mixtures of hard negatives, keys and pairs of several processes, gradients without the margin's derivative."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ import torch
 from torch.nn import functional as F
 
 from lineament.core.checks import InputError
-from lineament.losses import ArcFace, ClassHead, Combined, HardMixing, InfoNCE, Queue
+from lineament.losses import (
+    UNPG,
+    ArcFace,
+    ClassHead,
+    Combined,
+    CosFace,
+    HardMixing,
+    InfoNCE,
+    NTXent,
+    Queue,
+    SupCon,
+)
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -65,6 +76,7 @@ SCRIPT = """
 import sys, torch, torch.distributed as dist
 from torch.nn import functional as F
 from lineament.losses import InfoNCE, Queue
+from test_contrastive_negatives import JOINED, batch, gradients
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -73,14 +85,50 @@ keys = F.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 for step in range(2):
     own = keys[rank * 3 : rank * 3 + 3].roll(step, 0)
     loss(own, own)
-torch.save((loss.queue.rows, loss.queue.pointer), sys.argv[1] + str(rank))
+found = {}
+for name, (made, sizes) in JOINED.items():
+    start = sum(sizes[:rank])
+    value, grads = gradients(made(), *batch(name, slice(start, start + sizes[rank])))
+    for each in (value, *grads):
+        dist.all_reduce(each)
+    found[name] = [value / 2, *(grad / 2 for grad in grads)]  # as DistributedDataParallel averages
+torch.save((loss.queue.rows, loss.queue.pointer, found), sys.argv[1] + str(rank))
 dist.destroy_process_group()
 """
 
 
-def test_a_queue_takes_the_keys_of_all_processes(tmp_path):
+# What a loss over all pairs is made by, and the samples that each of two processes has.
+JOINED = {
+    "supcon": (lambda: SupCon(0.2), (3, 5)),
+    "nt-xent": (lambda: NTXent(0.2), (5, 3)),
+    "unpg": (lambda: UNPG(ClassHead(4, 4, chunk=None, scale=8.0, seed=1)), (4, 4)),
+    "unpg, chunks": (lambda: UNPG(ClassHead(4, 4, CosFace(0.2), scale=8.0, seed=1)), (4, 4)),
+    "unpg, circle": (lambda: UNPG(ClassHead(4, 4, scale=8.0, seed=1), aux="circle"), (4, 4)),
+}
+
+
+def batch(name, rows=slice(None)):
+    """Some of eight samples, two views of each for a loss that compares those."""
+    x = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(3))
+    if name == "nt-xent":
+        return (x[:, rows].flatten(0, 1),)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 3])
+    return (x[:, rows].flatten(0, 1), labels[rows]) if name == "supcon" else (x[0, rows], labels[rows])
+
+
+def gradients(loss, x, *labels):
+    """The loss of a linear encoder and its gradients."""
+    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    value = loss(x @ weight.T, *labels)
+    return value.detach(), torch.autograd.grad(value, [weight, *loss.parameters()])
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What two processes found: the queue, its pointer, and losses with gradients."""
+    tmp_path = tmp_path_factory.mktemp("two")
     (tmp_path / "two.py").write_text(SCRIPT)
-    paths = [str(Path(p).resolve()) for p in sys.path if p]
+    paths = [str(Path(__file__).parent), *(str(Path(p).resolve()) for p in sys.path if p)]
     around = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
     around |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20_000 + os.getpid() % 20_000)}
     runs = [
@@ -88,7 +136,18 @@ def test_a_queue_takes_the_keys_of_all_processes(tmp_path):
         for rank in range(2)
     ]  # fmt: skip
     assert [run.wait(100) for run in runs] == [0, 0]
-    (a, at), (b, bt) = (torch.load(tmp_path / f"q{rank}") for rank in range(2))
+    return [torch.load(tmp_path / f"q{rank}") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_pairs_of_all_processes_give_what_one_process_gives(two_processes, name):
+    value, grads = gradients(JOINED[name][0](), *batch(name))
+    for found in (two_processes[0][2], two_processes[1][2]):
+        torch.testing.assert_close(found[name], [value, *grads], rtol=1e-5, atol=1e-6)
+
+
+def test_a_queue_takes_the_keys_of_all_processes(two_processes):
+    (a, at, _), (b, bt, _) = two_processes
     keys = unit(6, 4)
     assert a.equal(b) and int(at) == int(bt) == 12 % 10
     turned = torch.cat([keys[:3].roll(1, 0), keys[3:].roll(1, 0)])

@@ -284,6 +284,52 @@ def test_equal_heads_merge_exactly_however_they_are_written(family):
     assert sum(p.numel() for p in found.model.parameters()) < sum(p.numel() for p in net.parameters())
 
 
+def shared_keys(family, heads=12, keys=3):
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=30, hidden_size=24, intermediate_size=14, num_hidden_layers=2, num_attention_heads=heads,
+        num_key_value_heads=keys, head_dim=4,
+    )  # fmt: skip
+    return getattr(transformers, f"{family}ForCausalLM")(config).double().eval(), llama()[1]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_equal_query_heads_of_one_key_merge_exactly(family):
+    net, batch = shared_keys(family)
+    name = "model.layers.0.self_attn.q_proj"
+    attention = net.model.layers[0].self_attn
+    pairs = [(0, 3), (5, 6), (8, 10)]  # one for each key
+    with torch.no_grad():
+        if family == "Qwen2":
+            attention.q_proj.bias.normal_()
+        for one, other in pairs:
+            a, b = (torch.arange(4 * head, 4 * head + 4) for head in (one, other))
+            attention.q_proj.weight[b] = attention.q_proj.weight[a]
+            attention.o_proj.weight[:, b] = attention.o_proj.weight[:, a]
+            if family == "Qwen2":
+                attention.q_proj.bias[b] = attention.q_proj.bias[a]
+        found = merge(net, example=batch, sites=name, keep={name: 3})
+        assert [found.sizes[f"{name}[{key}]"] for key in range(3)] == [(4, 3)] * 3
+        assert max(float(found.trace[f"{name}[{key}]"][0]) for key in range(3)) < 1e-12
+        for key, (one, other) in enumerate(pairs):
+            merged = found.groups[f"{name}[{key}]"]
+            assert merged[one - 4 * key] == merged[other - 4 * key] and len(merged.unique()) == 3
+        assert torch.allclose(found.model(**batch).logits, net(**batch).logits, atol=1e-12)
+        with pytest.raises(InputError, match="4 query heads for each key, got 5"):
+            merge(net, example=batch, keep={name: 5})
+        # Other heads: the mean of how they attend, the sum of what they write, keys and values as they are.
+        whole = merge(net, example=batch, sites="*q_proj", keep=0.25).model
+        small = whole.model.layers[1].self_attn
+        q, o = (getattr(net.model.layers[1].self_attn, f"{part}_proj").weight for part in "qo")
+        torch.testing.assert_close(small.q_proj.weight[:4], q[:16].view(4, 4, -1).mean(0))
+        torch.testing.assert_close(small.o_proj.weight[:, :4], o[:, :16].view(24, 4, 4).sum(1))
+    assert torch.equal(small.k_proj.weight, net.model.layers[1].self_attn.k_proj.weight)
+    assert whole.config.num_attention_heads == whole.config.num_key_value_heads == 3
+    assert merge(net, example=batch, sites="*q_proj", params=0.95).share <= 0.95
+
+
 def test_a_stream_read_by_layer_norm_stays_whole():
     net, batch = made("gpt2")
     found = merge(net, example=batch, keep=0.5)

@@ -71,12 +71,8 @@ class Embeddings:
 
 
 def applies(subject: Subject) -> str:
-    if subject.task not in ("embedding", "classification"):
-        return "Recognition is about one label a sample; pass the task 'embedding' for those."
-    counts = subject.targets.bincount()
-    if int((counts > 1).sum()) < 2:
-        return "Fewer than two labels have two samples, so that nobody can be recognised."
-    return subject.sealed if subject.embedding is None and subject.task == "classification" else ""
+    inside = subject.embedding is None and subject.task == "classification"
+    return subject.unlabelled(2) or (subject.sealed if inside else "")
 
 
 def features(subject: Subject, rows: Tensor) -> tuple[str, Tensor]:

@@ -47,14 +47,10 @@ class Export:
 
 
 def applies(subject: Subject) -> str:
-    if subject.task not in ("embedding", "classification"):
-        return "Its read-outs are of one label a sample; this network answers with something else."
     if not isinstance(subject.inputs(torch.tensor([0])), Tensor):
         return "It reads networks of one input, and this one takes several."
-    counts = subject.targets.bincount()
-    if int((counts > 3).sum()) < 2:
-        return "Fewer than two labels have four samples, two to learn and two to judge by."
-    return subject.sealed
+    # Two samples to learn from and two to judge by.
+    return subject.unlabelled(4) or subject.sealed
 
 
 def look(subject: Subject) -> Section:

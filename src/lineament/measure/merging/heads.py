@@ -2,8 +2,8 @@
 
 Head h attends by A_h = W_qᵀ W_k and writes by B_h = W_o W_v (biases as one more column). The distance of two heads is |A_i - A_j|² + |B_i - B_j|², from
 the factors. Heads merge into the mean of their A and the sum of their B, each brought back to the size of a head by its truncated singular value
-decomposition. With rotary positions the two rows of each frequency form a complex row, and A is taken by frequency. Heads that share a key and a value
-stay whole.
+decomposition. With rotary positions the two rows of each frequency form a complex row, and A is taken by frequency. Query heads that share a key and a
+value merge among themselves: mean and sum then have that key and value as a factor, so that nothing has to be cut off.
 """
 
 from __future__ import annotations
@@ -46,16 +46,23 @@ def factors_of(group: ChannelGroup, model: nn.Module) -> dict[str, Factor] | str
     """The projections of a group of heads, or why it cannot be merged."""
     config: Any = getattr(model, "config", None)
     names = {module: name for name, module in model.named_modules()}
-    around = group.entries[0].parameter.rsplit(".", 2)[0]
+    attention = model.get_submodule(group.entries[0].parameter.rsplit(".", 2)[0])
+    if getattr(config, "clip_qkv", None) is not None:
+        return "its queries, keys and values are clipped"
     found: dict[str, Factor] = {}
     parameters = dict(model.named_parameters())
-    for part in "qkvz":
-        view = head_view(model.get_submodule(around), part, config) if config is not None else None
+    views = {part: head_view(attention, part, config) if config is not None else None for part in "qkvz"}
+    for part, view in views.items():
         if view is None:
             return "its heads are not laid out as queries, keys and values of a known block"
-        if view.heads != group.size:
-            return "its heads share keys and values"
         rows = view.columns(torch.device("cpu")).view(view.heads, view.size)
+        if group.keys:
+            own = _of_one_key(group, rows, view.heads // group.keys)
+            if own is None:
+                return "its heads are not laid out by the keys that they share"
+            rows = own
+        elif view.heads != group.size:
+            return "its heads share keys and values"
         weight = f"{names[view.module]}.weight"
         linear = hasattr(view.module, "out_features")
         axis = (0 if linear else 1) if view.side == "out" else (1 if linear else 0)
@@ -71,6 +78,23 @@ def factors_of(group: ChannelGroup, model: nn.Module) -> dict[str, Factor] | str
     ):
         return "its rotary positions are not laid out in halves"
     return found
+
+
+def read_by(group: ChannelGroup, model: nn.Module) -> set[str]:
+    """The parameters that the distances of a group of heads are computed from."""
+    found = factors_of(group, model)
+    assert not isinstance(found, str)
+    return {name for factor in found.values() for name in (factor.weight, factor.bias) if name is not None}
+
+
+def _of_one_key(group: ChannelGroup, rows: Tensor, times: int) -> Tensor | None:
+    """The rows of the heads of a group that shares a key, in a projection with ``times`` heads for each key."""
+    key = int(group.name.rpartition("[")[2].rstrip("]"))
+    own = rows.view(group.keys, times, -1)[key]
+    if times == 1:
+        return own.expand(group.size, -1)
+    there = torch.cat([e.slots for e in group.entries]).tolist()
+    return own if all(row in there for row in own.tolist()) else None
 
 
 def rotary(model: nn.Module) -> bool:
@@ -181,6 +205,9 @@ class HeadChannels(Channels):
     def _merged(self, left: str, right: str, first: int, second: int, a: float, b: float) -> None:
         """The best product of the size of a head for a times one head and b times the other."""
         x, y = self.factors[left], self.factors[right]
+        if self.group.keys:  # both have the same y
+            x[first] = a * x[first] + b * x[second]
+            return
         if x.is_complex():
             for f in range(x.shape[1]):
                 new, other = _truncated(
@@ -203,7 +230,8 @@ class HeadChannels(Channels):
                 if len(inside) == 1:
                     continue
                 slot, target = int(self.first[p]), min(inside)
-                for part, factor in self.parts.items():
+                for part in "qz" if self.group.keys else "qkvz":
+                    factor = self.parts[part]
                     rows = self.factors[part][slot]
                     rows = torch.cat([rows.real, rows.imag]) if rows.is_complex() else rows
                     weight = parameters[factor.weight].movedim(factor.axis, 0)

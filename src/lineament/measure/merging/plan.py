@@ -18,7 +18,7 @@ from lineament.core.surgery.folding import fold_norms
 from lineament.core.surgery.groups import ChannelGroup, ChannelGroups, Entry, channel_groups, plain_network
 from lineament.core.surgery.rewriting import remove, rewrite, runs
 from lineament.measure.merging.distance import Channels, Weights
-from lineament.measure.merging.heads import HeadChannels, factors_of
+from lineament.measure.merging.heads import HeadChannels, factors_of, read_by
 from lineament.measure.merging.merged import Merged
 from lineament.measure.merging.rescaling import rescaled
 
@@ -51,6 +51,8 @@ def prepare(
         base = rescaled(base, list(chosen.values()), example)
     tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
     used = {e.parameter for g in chosen.values() for e in g.entries}
+    for group in chosen.values():  # query heads read the keys that they share
+        used |= read_by(group, base) if group.heads else set()
     values = {name: tensors[name].detach().to("cpu", torch.float64, copy=True) for name in used}
     if norms == "sigma":
         _variances(base, values, inward=True)
@@ -93,11 +95,23 @@ def _chosen(
             raise InputError(
                 f"rule: 'sum_mean' squares the channels of {name!r}, which multiply each other; use rule='mean_sum'"
             )
-        elif group.heads and isinstance(why := factors_of(group, model), str):
-            whole[name] = why
         else:
-            chosen[name] = group
+            parts = group.within or (group,)
+            reasons = [factors_of(part, model) if group.heads else {} for part in parts]
+            why = next((reason for reason in reasons if isinstance(reason, str)), None)
+            if why is None:
+                chosen |= {part.name: part for part in parts}
+            else:
+                whole[name] = why
     return chosen, whole
+
+
+def _blocks(groups: Mapping[str, ChannelGroup]) -> dict[str, list[str]]:
+    """The groups that narrow together: the query heads of all keys of a block; any other alone."""
+    found: dict[str, list[str]] = {}
+    for name, group in groups.items():
+        found.setdefault(name.rpartition("[")[0] if group.keys else name, []).append(name)
+    return found
 
 
 def _fixed(model: nn.Module, chosen: Mapping[str, ChannelGroup], example: Any) -> list[str]:
@@ -110,7 +124,9 @@ def _fixed(model: nn.Module, chosen: Mapping[str, ChannelGroup], example: Any) -
             return False
         return True
 
-    return [] if narrower(list(chosen)) else [name for name in chosen if not narrower([name])]
+    if narrower(list(chosen)):
+        return []
+    return [name for names in _blocks(chosen).values() if not narrower(names) for name in names]
 
 
 def _variances(model: nn.Module, values: dict[str, Tensor], inward: bool) -> None:
@@ -142,6 +158,7 @@ class Plan:
             whole,
         )
         self.norms, self.folded = norms, folded
+        self.blocks = _blocks({name: c.group for name, c in channels.items()})
         self.trace: dict[str, list[float]] = {name: [] for name in channels}
         self.cost = Cost(base, example, [c.group for c in channels.values()])
         self.links = {name: self._linked(name) for name in channels}
@@ -160,10 +177,15 @@ class Plan:
                             found.append((mine, theirs, other, side))
         return found
 
-    def closest(self, name: str) -> tuple[int, int, float]:
-        """The closest two channels of a layer, and their squared distance over that of the furthest two."""
-        i, j, distance, far = self.channels[name].closest()
-        return i, j, distance / far if far > 0 else 0.0
+    def nearest(self, block: str) -> tuple[list[tuple[int, int]], float, float]:
+        """The closest two channels of each group of a block, the largest of their squared distances, and that of the furthest two."""
+        found = [self.channels[name].closest() for name in self.blocks[block]]
+        return [each[:2] for each in found], max(each[2] for each in found), max(each[3] for each in found)
+
+    def merge_block(self, block: str, pairs: Sequence[tuple[int, int]], ratio: float) -> None:
+        """One merge in each group of a block."""
+        for name, pair in zip(self.blocks[block], pairs):
+            self.merge(name, *pair, ratio)
 
     def merge(self, name: str, i: int, j: int, ratio: float) -> None:
         channels = self.channels[name]
@@ -200,12 +222,13 @@ class Plan:
         t = 0
         while True:
             merged = False
-            for name, channels in self.channels.items():
+            for block in self.blocks:
+                channels = self._first(block)
                 if len(channels) < 2 or t >= max_ratio * channels.group.size:
                     continue
-                i, j, distance, far = channels.closest()
+                pairs, distance, far = self.nearest(block)
                 if distance <= beta * far:
-                    self.merge(name, i, j, distance / far if far > 0 else 0.0)
+                    self.merge_block(block, pairs, _ratio(distance, far))
                     merged = True
             if not merged:
                 return
@@ -217,45 +240,50 @@ class Plan:
         """To given sizes round by round; to a budget, the least different channels of all layers first."""
         if keep is not None:
             wanted = self._sizes(keep)
-            while any(len(c) > wanted[name] for name, c in self.channels.items()):
-                for name, channels in self.channels.items():
-                    if len(channels) > wanted[name]:
-                        self.merge(name, *self.closest(name))
+            while wide := [block for block in self.blocks if len(self._first(block)) > wanted[block]]:
+                for block in wide:
+                    pairs, distance, far = self.nearest(block)
+                    self.merge_block(block, pairs, _ratio(distance, far))
             return
         target = params if params is not None else flops
         assert target is not None
-        ready: dict[str, tuple[int, int, float]] = {}
+        ready: dict[str, tuple[list[tuple[int, int]], float]] = {}
+        holds = {name: block for block, names in self.blocks.items() for name in names}
         before = self.cost.of(params is not None)
         while self.cost.of(params is not None) > target * before:
-            for name, channels in self.channels.items():
-                if name not in ready and len(channels) > 1:
-                    ready[name] = self.closest(name)
+            for block in self.blocks:
+                if block not in ready and len(self._first(block)) > 1:
+                    pairs, distance, far = self.nearest(block)
+                    ready[block] = pairs, _ratio(distance, far)
             if not ready:
                 what = "params" if params is not None else "flops"
                 least = self.cost.of(params is not None) / before
                 raise InputError(
                     f"{what}: {target} cannot be reached, {least:.3f} is left when every layer has one channel; pass at least that"
                 )
-            name = min(ready, key=lambda n: ready[n][2])
-            self.merge(name, *ready.pop(name))
-            for _, _, other, _ in self.links[name]:
-                ready.pop(other, None)
+            block = min(ready, key=lambda n: ready[n][1])
+            self.merge_block(block, *ready.pop(block))
+            for name in self.blocks[block]:
+                for _, _, other, _ in self.links[name]:
+                    ready.pop(holds[other], None)
+
+    def _first(self, block: str) -> Channels:
+        """One group of a block; the others are as large."""
+        return self.channels[self.blocks[block][0]]
 
     def _sizes(self, keep: float | Mapping[str, int]) -> dict[str, int]:
+        full = {block: self._first(block).group.size for block in self.blocks}
         if not isinstance(keep, Mapping):
             require(
                 isinstance(keep, (int, float)) and 0 < keep <= 1,
                 f"keep: got {keep!r}, expected a share above 0 and up to 1, or {{layer: channels}}",
             )
-            return {name: max(1, round(keep * c.group.size)) for name, c in self.channels.items()}
+            return {block: max(1, round(keep * n)) for block, n in full.items()}
         for name, size in keep.items():
-            require(
-                name in self.channels,
-                f"keep: no layer {name!r} can be merged{checks.suggest(name, self.channels)}",
-            )
-            n = self.channels[name].group.size
-            require(1 <= size <= n, f"keep: {name!r} has {n} channels, got {size}")
-        return {name: keep.get(name, c.group.size) for name, c in self.channels.items()}
+            require(name in full, f"keep: no layer {name!r} can be merged{checks.suggest(name, full)}")
+            what = "query heads for each key" if len(self.blocks[name]) > 1 else "channels"
+            require(1 <= size <= full[name], f"keep: {name!r} has {full[name]} {what}, got {size}")
+        return {block: keep.get(block, n) for block, n in full.items()}
 
     def finished(self, beta: float | None) -> Merged:
         base, through = self.base, self.norms != "fold"
@@ -310,6 +338,10 @@ class Plan:
         zero = torch.zeros(norm.num_features, dtype=torch.float64)
         shift = zero if norm.bias is None else norm.bias.detach().double().cpu()
         return shift, zero + 1 if norm.weight is None else norm.weight.detach().double().cpu().abs()
+
+
+def _ratio(distance: float, far: float) -> float:
+    return distance / far if far > 0 else 0.0
 
 
 def _in_sigma(model: nn.Module, inward: bool) -> nn.Module:

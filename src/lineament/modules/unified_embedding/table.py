@@ -6,6 +6,7 @@ that read them; only values of one feature that share all rows are merged.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -68,6 +69,9 @@ class UnifiedEmbedding(nn.Module):
     >>> table({"user": torch.tensor([1, 2]), "item": torch.tensor([7, 7])}).shape
     torch.Size([2, 40])
     """
+
+    # Any id will do: what brings data and models together then takes whole numbers for ids.
+    num_embeddings = 1 << 63
 
     def __init__(
         self,
@@ -272,16 +276,20 @@ class UnifiedEmbedding(nn.Module):
         ]
         return torch.cat(made, 1)
 
-    def get_extra_state(self) -> dict[str, Any]:
+    def meaning(self) -> dict[str, Any]:
         """What the rows' meaning depends on; weights load only where it is the same."""
         known = ("rows", "chunk", "tables", "hash", "seed", "salt", "assign")
         own = {f.name: [f.below, *f.reserved] for f in self.features.values() if f.own}
         return {**{key: getattr(self, key) for key in known}, **({"own rows": own} if own else {})}
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        ours = self.get_extra_state()
-        keys = dict.fromkeys((*ours, *state))
-        other = {key: (state.get(key), ours.get(key)) for key in keys if state.get(key) != ours.get(key)}
+    def get_extra_state(self) -> Tensor:
+        """The bytes of :meth:`meaning` as JSON, which any file of weights holds."""
+        return torch.tensor(list(json.dumps(self.meaning()).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        ours, said = self.meaning(), json.loads(bytes(state.tolist()))
+        keys = dict.fromkeys((*ours, *said))
+        other = {key: (said.get(key), ours.get(key)) for key in keys if said.get(key) != ours.get(key)}
         if other:
             told = ", ".join(f"{key} {theirs!r} (here {mine!r})" for key, (theirs, mine) in other.items())
             raise InputError(
