@@ -13,7 +13,19 @@ from torch.nn import functional as F
 
 from lineament.core.checks import InputError
 from lineament.losses import (
-    UNPG, ArcFace, ClassHead, Combined, CosFace, CurricularFace, Elastic, HardMixing, InfoNCE, MagFace, NTXent, Queue, SupCon,
+    UNPG,
+    ArcFace,
+    ClassHead,
+    Combined,
+    CosFace,
+    CurricularFace,
+    Elastic,
+    HardMixing,
+    InfoNCE,
+    MagFace,
+    NTXent,
+    Queue,
+    SupCon,
 )  # fmt: skip
 from lineament.losses.sharded import shard
 
