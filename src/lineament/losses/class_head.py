@@ -75,8 +75,8 @@ class ClassHead(nn.Module):
         self,
         embeddings: Tensor,
         labels: Tensor,
-        *,
         sample_weight: Tensor | None = None,
+        *,
         margins: Tensor | None = None,
         kept: Tensor | None = None,
         also: Tensor | None = None,
@@ -91,17 +91,16 @@ class ClassHead(nn.Module):
         Raises:
             InputError: labels beyond the classes, wrong shapes, an embedding or class without direction, NaN.
         """
-        if not self.sharded and (
-            self.reduction == "none" or self.chunk is None or self.margin.changes_others
-        ):
+        plain = self.reduction == "none" or self.chunk is None or self.margin.changes_others
+        if plain and not self.sharded:
             parts = self.parts(embeddings, labels, margins=margins, kept=kept, also=also)
             return self.reduced(*parts, sample_weight)
         rows = checked(embeddings, labels, len(self.weight))
         if self.sharded:
             given = None if margins is None else margins if len(margins) == len(rows) else margins[rows]
-            lse, target = sharded.parts(self, wide(embeddings[rows]), labels[rows], given, kept, also)
-            each = None if sample_weight is None else joined(_per_row(sample_weight, rows, lse))
-            return self.reduced(lse, target, torch.arange(len(lse), device=lse.device), each)
+            both = sharded.parts(self, wide(embeddings[rows]), labels[rows], given, kept, also)
+            shares = None if sample_weight is None else joined(_per_row(sample_weight, rows, both[0]))
+            return self.reduced(*both, torch.arange(len(both[0]), device=labels.device), shares)
         x, weight, y = self._chosen(embeddings[rows], labels[rows], kept)
         if not len(rows):
             return (x.sum() + weight[:1].sum()) * 0
@@ -116,7 +115,7 @@ class ClassHead(nn.Module):
 
         loss = cosine_softmax_loss(
             F.normalize(x, dim=1), norms, weight, y, target, scale=None if self.margin.by_norm else self.scale,
-            weights=each, also=also, chunk=self.chunk,
+            weights=each, also=also, chunk=self.chunk or "auto",
         )  # fmt: skip
         extra = self.margin.extra(norms) if self.training else None
         return loss if extra is None else loss + (each * extra).sum()
