@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +19,7 @@ from lineament.learn.condensation.networks import convnet
 from lineament.learn.condensation.options import Condensation
 
 SLUG = "dcc"
+CHUNK = 256  # pictures of which second derivatives are held
 
 
 def published_real(net: nn.Module, batches: list[Tensor]) -> list[Tensor]:
@@ -50,6 +55,29 @@ def published_outer(net: nn.Module, start: Tensor, batches: list[Tensor], inner:
                 F.cross_entropy(net(pictures.detach()), labels).backward()
                 weights.step()
     return pictures.detach()
+
+
+def summed_step(pictures: int, width: int) -> None:
+    """One summed step of 8 classes, with few real pictures."""
+    start = torch.randn(pictures, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    real = [torch.randn(8, 3, 32, 32) for _ in range(8)]
+    how = Condensation(outer=1, inner=1, epochs=0, outer_warmup=0, inner_warmup=0, rate=0.1, chunk=CHUNK)
+    labels = torch.arange(8).repeat_interleave(pictures // 8)
+    learn_pictures(lambda k: convnet((3, 32, 32), 8, width=width), start, labels, lambda o, i: real, how)
+
+
+def peak_mib(pictures: int, width: int) -> float:
+    """What a summed step adds to the memory of a process of its own beside the set, its start and its velocity, in MiB; 0 where the system does not tell."""
+    told = f"import runpy; m = runpy.run_path({__file__!r}); m['summed_step'](64, {width}); a = m['resident_mib'](); m['summed_step']({pictures}, {width}); print(m['resident_mib']() - a)"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", told], capture_output=True, text=True, check=False
+    )
+    return float(done.stdout) - 3 * pictures * 3 * 32 * 32 * 4 / 2**20 if done.returncode == 0 else 0.0
+
+
+def resident_mib() -> float:
+    status = Path("/proc/self/status")
+    return int(re.findall(r"VmHWM:\s*(\d+)", status.read_text())[0]) / 1024 if status.exists() else 0.0
 
 
 def rows(repeats: int = 3) -> Iterator[Row]:
@@ -95,6 +123,20 @@ def rows(repeats: int = 3) -> Iterator[Row]:
             repeats=repeats,
             note="10 x 256 real pictures and 100 twice differentiated a step, 1,000 training pictures between steps",
         )
+    many = 512 if quick() else 5000
+    large, small = (peak_mib(n, width) for n in (many, CHUNK))
+    yield compare(
+        SLUG,
+        f"summed step, {many:,} pictures in chunks of {CHUNK}, ConvNet-3 of width {width}",
+        lambda: summed_step(many, width),
+        f"{CHUNK} pictures, as often",
+        lambda: summed_step(CHUNK, width),
+        scale=many / CHUNK,
+        repeats=1,
+        warmup=0,
+        note=f"memory that the step adds to the set's: {large:.0f} MiB, of {CHUNK} pictures {small:.0f} MiB, {large / max(small, 1):.2f} times (target: at most 1.2); "
+        "several chunks need one pass more than one, to know the mean gradient",
+    )
 
 
 if __name__ == "__main__":

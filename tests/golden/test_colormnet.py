@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import zlib
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from lineament.modules.colormnet.local_attention import FORMS, LocalAttention
 from lineament.modules.colormnet.memory import (
     Memory,
     MemoryOptions,
+    joined,
     read_all,
     similarity,
     top_weights,
@@ -106,7 +108,7 @@ def check_value_cell(case: Scope, dtype: torch.dtype) -> None:
 def check_decoder_cell(case: Scope, dtype: torch.dtype) -> None:
     *g, h = (case.input(f"{case.name}_{name}").to(dtype) for name in ("g0", "g1", "g2", "h"))
     middle = len(case.input(f"{case.name}_p_g16_conv.weight"))
-    cell = DecoderCell(tuple(x.shape[2] for x in g), middle, h.shape[2])  # type: ignore[arg-type]
+    cell = DecoderCell(tuple(x.shape[2] for x in g), middle, h.shape[2])
     case.compare(f"{case.name}_out", loaded(case, cell, dtype)(*g, h), dtype)
 
 
@@ -148,16 +150,16 @@ def check_memory(case: Scope, dtype: torch.dtype) -> None:
         answers.append(memory.read(query[step], qselect[step])[0])
     case.compare(f"{case.name}_readout", torch.stack(answers), dtype)
     case.compare(f"{case.name}_sizes", torch.tensor(sizes), dtype)
-    case.compare(f"{case.name}_work_use", lambda: memory.working.use[None, None], dtype)  # type: ignore[index]
+    case.compare(f"{case.name}_work_use", lambda: joined([memory.working], "use")[None, None], dtype)
     long = memory.long
     if len(long):
-        case.compare(f"{case.name}_long_key", long.key.T[None], dtype)  # type: ignore[union-attr]
-        case.compare(f"{case.name}_long_shrink", long.shrinkage.T[None], dtype)  # type: ignore[union-attr]
+        case.compare(f"{case.name}_long_key", joined([long], "key").T[None], dtype)
+        case.compare(f"{case.name}_long_shrink", joined([long], "shrinkage").T[None], dtype)
         case.compare(
-            f"{case.name}_long_value", long.value.T.unflatten(0, (case["num_objects"], -1)), dtype  # type: ignore[union-attr]
+            f"{case.name}_long_value", joined([long], "value").T.unflatten(0, (case["num_objects"], -1)), dtype
         )  # fmt: skip
-        case.compare(f"{case.name}_long_use", long.use[None, None], dtype)  # type: ignore[index]
-        case.compare(f"{case.name}_long_life", long.life[None, None], dtype)  # type: ignore[index]
+        case.compare(f"{case.name}_long_use", joined([long], "use")[None, None], dtype)
+        case.compare(f"{case.name}_long_life", joined([long], "life")[None, None], dtype)
 
 
 def pictures(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -195,7 +197,7 @@ def check_positions(case: Scope, dtype: torch.dtype) -> None:
     grid, source = (tuple(int(v) for v in case[key]) for key in ("patch_grid", "source_grid"))
     found = resampled_positions(
         table, grid, offset=case["interpolate_offset"], mode=case["mode"], source=source
-    )  # type: ignore[arg-type]
+    )
     case.compare(f"{case.name}_out", found, dtype)
 
 
@@ -266,10 +268,20 @@ def by_formula(name: str, shape: torch.Size, phase: float) -> Tensor:
     return s.view(shape)
 
 
-def skeleton(case: Scope) -> ColorMNet:
-    widths = {f"{name}_width": int(case[f"{name}_dim"]) for name in ("key", "value", "hidden")}
+def skeleton(key: int, value: int, hidden: int) -> ColorMNet:
     with torch.device("meta"):
-        return ColorMNet(ColorMNetConfig(**widths)).double().eval().requires_grad_(False)
+        config = ColorMNetConfig(key_width=key, value_width=value, hidden_width=hidden)
+        return ColorMNet(config).double().eval().requires_grad_(False)
+
+
+@functools.cache
+def lengths(*widths: int) -> dict[str, int]:
+    """How many rows each tensor has in a network of these widths."""
+    return {name: len(x) for name, x in published_state(skeleton(*widths)).items() if x.ndim}
+
+
+def widths_of(case: Scope) -> list[int]:
+    return [int(case[f"{name}_dim"]) for name in ("key", "value", "hidden")]
 
 
 FILLED: dict[
@@ -279,10 +291,10 @@ FILLED: dict[
 
 def network(case: Scope, part: str = "") -> ColorMNet:
     """The network with weights by formula, of which those of a part are sure to be filled."""
-    widths = [int(case[f"{name}_dim"]) for name in ("key", "value", "hidden")]
+    widths = widths_of(case)
     if FILLED.get("widths") != widths:
         FILLED.clear()
-        FILLED.update(widths=widths, model=skeleton(case).to_empty(device="cpu"), phases={}, seen={})
+        FILLED.update(widths=widths, model=skeleton(*widths).to_empty(device="cpu"), phases={}, seen={})
     model, phases, phase = FILLED["model"], FILLED["phases"], float(case["param_phase"])
     state = published_state(model)
     missing = {name for name in state if name.startswith(part) and phases.get(name) != phase}
@@ -339,7 +351,7 @@ def check_network(file: File) -> None:
             start = model.empty_hidden(features.key)
             value, hidden = model.encode_value(frame, features.f16, start, colours)
         case.compare("value", value[0, :, :: case["stride_value"]])
-        case.compare("hidden", hidden[0, :, :: case["stride_hidden"]])  # type: ignore[index]
+        case.compare("hidden", hidden[0, :, :: case["stride_hidden"]])
         step = case["stride_ab_out"]
         found = clip(case, model, file.partners("network_values"))
         case.compare("ab_out_every8", found[..., ::step, ::step])
@@ -347,17 +359,22 @@ def check_network(file: File) -> None:
 
 def widths_fit(case: Scope) -> None:
     """What has other widths is known before a hundred million weights are filled."""
-    state = published_state(skeleton(case))
+    rows = lengths(*widths_of(case))
     for name, part in (("key", "key_proj.key_proj"), ("select", "key_proj.e_proj")):
         if case.has(name):
-            assert len(state[f"{part}.weight"]) == case.length(name)
+            assert rows[f"{part}.weight"] == case.length(name)
     for name, part, divisor in (
         ("value", "value_encoder.fuser.block2.conv2", 1),
         ("hidden", "value_encoder.hidden_reinforce.transform", 3),
     ):
         if case.has(name):
-            width = len(state[f"{part}.weight"]) // divisor
+            width = rows[f"{part}.weight"] // divisor
             assert -(-width // case[f"stride_{name}"]) == case.file.data[name].shape[1]
+
+
+@functools.cache
+def small_network() -> ColorMNet:
+    return ColorMNet(ColorMNetConfig.tiny(dino_patch=14, dino_image=56)).double().eval()
 
 
 def clip(case: Scope, model: ColorMNet, values: list[File]) -> Tensor:
@@ -369,7 +386,7 @@ def clip(case: Scope, model: ColorMNet, values: list[File]) -> Tensor:
     ]  # fmt: skip
     told = [case[name] for name in names]
     # The sizes do not depend on the weights: a small network has them too, at once.
-    tiny = ColorMNet(ColorMNetConfig.tiny(dino_patch=14, dino_image=56)).double().eval()
+    tiny = small_network()
     assert tiny.config.multiple == case["pad_multiple"]
     sizes = once(["sizes", *told], lambda: coloured(case, tiny, whole=False)[1])
     for file in values:

@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from lineament.audit import curvature_budget
 from lineament.audit.lenses import landscape
 from lineament.audit.run import audit
 
@@ -114,10 +115,11 @@ def reports(networks, tmp_path_factory):
             out = tmp_path_factory.mktemp(name) / "report"
             with pytest.MonkeyPatch.context() as patch:
                 # So many samples and all steps, however busy the machine is.
-                patch.setattr(landscape, "_MOST", 96)
-                patch.setattr(landscape, "PARTS", 3)
-                patch.setattr(landscape, "_PROBES", 2)
-                patch.setattr(landscape, "_SECONDS", 1e6)
+                patch.setattr(curvature_budget, "_MOST", 96)
+                patch.setattr(curvature_budget, "PARTS", 3)
+                patch.setattr(curvature_budget, "PROBES", 2)
+                patch.setattr(curvature_budget, "_SECONDS", 1e6)
+                patch.setattr(landscape, "PROBES", 2)
                 patch.setattr(landscape, "_PLANE_MOST", 16)
                 patch.setattr(landscape, "_GRID", 7)
                 audit(network, (x, y), out=out, lenses=["collapse", "spectrum", "landscape"])

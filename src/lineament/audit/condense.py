@@ -316,12 +316,12 @@ def _anonymous(found: Evaluation) -> Section:
     least = float(found.nearest.min())
     sentence = (
         f"The nearest training picture of a picture of the set is {near:.3f} of the scale away (root mean square, median of {len(found.nearest)}; least {least:.3f}); of a "
-        f"random training picture the nearest other one is {real:.3f} away. Distance is no promise of anonymity: a set that began with real pictures holds much of them."
+        f"random training picture the nearest other one is {real:.3f} away, and two random ones are {float(found.apart.median()):.3f} apart. Distance is no promise of anonymity: a set that began with real pictures holds much of them."
     )
     severity = "warning" if least < real / 2 else "note"
     return Section(
         "nearest", "Is it anonymous?", status=severity, number=f"{near:.3f}", unit="of the scale to the nearest training picture (median)", sentence=sentence,
-        method="dcc", numbers={"nearest": found.nearest.tolist(), "nearest_real": found.nearest_real.tolist()},
+        method="dcc", numbers={"nearest": found.nearest.tolist(), "nearest_real": found.nearest_real.tolist(), "apart": found.apart.tolist()},
         findings=[Finding(severity, sentence, "nearest", advice="Treat the set as the data themselves: who may not see those may not see it." if severity == "warning" else "")],
     )  # fmt: skip
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from lineament.audit.lenses.accuracy import reordered, share
+from lineament.audit.correctness.classes import reordered
+from lineament.audit.correctness.shares import share
 from lineament.audit.phrases import percent, points, sentence
 from lineament.core.checks import InputError
 from lineament.edit.forgetting import Forgotten, Knowledge

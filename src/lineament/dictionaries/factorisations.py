@@ -48,11 +48,11 @@ class Factorisation(Saved):
         """(width, d)."""
         return self.basis
 
-    def coded(self, rows: Tensor) -> Tensor:
-        """(n, d) -> (n, width)."""
+    def coded(self, rows: Tensor, start: Tensor | None = None) -> Tensor:
+        """(n, d) -> (n, width); ``start``: codes that are close."""
         settings = self.settings
         penalties = {name: settings.get(name, 0.0) for name in ("ridge", "sparsity")}
-        return nnls(rows, self.basis, steps=_PASSES, **penalties)
+        return nnls(rows, self.basis, steps=_PASSES, start=start, **penalties)
 
     def encode(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., width), dense; no gradient passes."""
@@ -125,7 +125,7 @@ class PCA(Factorisation):
     torch.Size([1, 2])
     """
 
-    def coded(self, rows: Tensor) -> Tensor:
+    def coded(self, rows: Tensor, start: Tensor | None = None) -> Tensor:
         return rows @ self.basis.T
 
 
@@ -262,6 +262,7 @@ def nmf(
     x = _rows(x, width, free=sparsity == 0, classes=", sparsity= above 0, or nmf_per_class")
     generator = torch.Generator().manual_seed(checks.seed("seed", seed))
     codes, atoms = start(x, width, init, generator)
+    near = None
     if solver == "minibatch":
         atoms = _minibatch(x, atoms, sparsity, iterations, tolerance, batch_size, generator)
     else:
@@ -278,13 +279,21 @@ def nmf(
                 if last - error <= tolerance * error:
                     break
                 last = error
-    return _made(NMF, x, atoms, site, sparsity=sparsity)
+        near = codes
+    return _made(NMF, x, atoms, site, near=near, sparsity=sparsity)
 
 
 def _made(
-    kind: Any, x: Tensor, atoms: Tensor, site: str | None, mean: Tensor | None = None, **settings: Any
+    kind: Any,
+    x: Tensor,
+    atoms: Tensor,
+    site: str | None,
+    *,
+    mean: Tensor | None = None,
+    near: Tensor | None = None,
+    **settings: Any,
 ) -> Any:
-    """The dictionary with atoms of norm 1 (dead ones of 0), and what it leaves of x."""
+    """The dictionary with atoms of norm 1 (dead ones of 0), and what it leaves of x; ``near``: codes of x in the atoms as given that are close."""
     settings = {name: value for name, value in settings.items() if value}
     found = kind(x.shape[1], len(atoms), site=site, **settings).to(x)
     norms = atoms.norm(dim=1, keepdim=True)
@@ -292,8 +301,8 @@ def _made(
     if mean is not None:
         found.mean.copy_(mean)
     left = seen = 0.0
-    for part in x.split(_ROWS):
-        codes = found.coded(part - found.mean)
+    for at, part in zip(range(0, len(x), _ROWS), x.split(_ROWS)):
+        codes = found.coded(part - found.mean, None if near is None else near[at : at + _ROWS] * norms.T)
         left += float((part - codes @ found.basis - found.mean).double().square().sum())
         seen = seen + (codes != 0).sum(0)
     total = float(x.double().square().sum())
@@ -396,7 +405,7 @@ def semi_nmf(
         if last - error <= tolerance * error:
             break
         last = error
-    return _made(SemiNMF, x, atoms, site)
+    return _made(SemiNMF, x, atoms, site, near=codes)
 
 
 def convex_nmf(
@@ -434,7 +443,7 @@ def convex_nmf(
         if last - error <= tolerance * error:
             break
         last = error
-    return _made(ConvexNMF, x, weights.T @ x, site)
+    return _made(ConvexNMF, x, weights.T @ x, site, near=codes)
 
 
 def _by_clusters(x: Tensor, width: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -33,23 +33,23 @@ def sweep(
     [[0.5, 0.0]]
     """
     steps = gram.diagonal() + ridge
-    inverse = torch.where(steps > 0, 1 / steps.clamp(min=1e-30), 0).tolist()
+    moves = (steps > 0).tolist()  # an atom of 0, or of codes that are 0, stays as it is
+    inverse = torch.where(steps > 0, 1 / steps.clamp(min=1e-30), 0)[:, None]
+    # z_j <- max(0, (b_j - Σ_{i ≠ j} z_i G_ij) / (G_jj + λ)): of a block one product brings in all codes but those that it changes on the way.
+    weights = gram * inverse
+    weights.fill_diagonal_(0)
     for first in range(0, codes.shape[1], _SAMPLES):
         z = codes[:, first : first + _SAMPLES]
         b = products[:, first : first + _SAMPLES]
         for start in range(0, len(codes), _ATOMS):
             block = slice(start, start + _ATOMS)
-            left = torch.addmm(b[block], gram[block], z, alpha=-1)
-            if ridge:
-                left.sub_(z[block], alpha=ridge)
-            inner = gram[block, block]
+            before, own = weights[block].clone(), weights[block, block]
+            before[:, block] = own.triu()
+            left = torch.addmm(b[block] * inverse[block], before, z, alpha=-1)
             for at in range(len(left)):
-                old = z[start + at]
-                new = torch.add(old, left[at], alpha=inverse[start + at]).clamp_(min=0)
-                change = new - old
-                old.copy_(new)
-                if at + 1 < len(left):
-                    left[at + 1 :].addr_(inner[at + 1 :, at], change, alpha=-1)
+                if moves[start + at]:
+                    done = z[start : start + at].T
+                    z[start + at] = torch.addmv(left[at], done, own[at, :at], alpha=-1).clamp_(min=0)
     return codes
 
 
@@ -62,11 +62,12 @@ def nnls(
     sparsity: float = 0.0,
     tolerance: float | None = None,
     steps: int = 10_000,
+    start: Float[Tensor, "samples atoms"] | None = None,
 ) -> Float[Tensor, "samples atoms"]:
-    """Codes of each row, from 0: argmin_{z >= 0} ½‖x - z D‖² + ½ λ‖z‖² + s Σ z.
+    """Codes of each row: argmin_{z >= 0} ½‖x - z D‖² + ½ λ‖z‖² + s Σ z.
 
     With more atoms than numbers in a row the code is not unique (the reconstruction is) unless ``ridge`` is above 0; the
-    solver starts at 0, so that the answer is at least always the same.
+    solver starts at 0 unless told otherwise, so that the answer is at least always the same.
 
     Args:
         x: rows; atoms: directions, of any sign.
@@ -75,6 +76,7 @@ def nnls(
         tolerance: a row ends when no code moves by more than this times its largest in one pass (FISTA: when the duality gap is below its square
             times ½‖x‖² where atoms are non-negative or ``ridge`` is above 0); by default the rounding of the dtype to the power 2/3.
         steps: passes at most.
+        start: codes to begin with, >= 0, where close ones are known (``"hals"``).
 
     Raises:
         InputError: shapes that do not match, NaN.
@@ -86,31 +88,41 @@ def nnls(
     atoms = checks.tensor("atoms", atoms, shape=("atoms", x.shape[1]), floating=True).detach().to(x)
     checks.one_of("method", method, METHODS)
     if is_half(x.dtype):
-        found = nnls(x.float(), atoms, method=method, ridge=ridge, sparsity=sparsity, tolerance=tolerance, steps=steps)  # fmt: skip
+        found = nnls(x.float(), atoms, method=method, ridge=ridge, sparsity=sparsity, tolerance=tolerance, steps=steps, start=start)  # fmt: skip
         return found.to(x.dtype)
     for name, value in (("ridge", ridge), ("sparsity", sparsity)):
         checks.number(name, value, low=0)
     close = torch.finfo(x.dtype).eps ** (2 / 3) if tolerance is None else tolerance
     checks.number("tolerance", close, low=0)
+    if start is not None:
+        require(
+            method == "hals", f"start: got codes for method {method!r}, which begins at 0; expected 'hals'"
+        )
+        start = checks.tensor("start", start, shape=(len(x), len(atoms)), floating=True, empty=True).to(x)
     parts = [
-        (_hals if method == "hals" else _fista)(part, atoms, ridge, sparsity, close, steps)
-        for part in x.split(_SAMPLES)
-        if len(part)
+        _fista(part, atoms, ridge, sparsity, close, steps)
+        if method == "fista"
+        else _hals(
+            part, atoms, ridge, sparsity, close, steps, None if start is None else start[at : at + _SAMPLES]
+        )
+        for at, part in zip(range(0, len(x), _SAMPLES), x.split(_SAMPLES))
     ]
     return torch.cat(parts) if parts else x.new_zeros(0, len(atoms))
 
 
-def _hals(x: Tensor, atoms: Tensor, ridge: float, sparsity: float, tolerance: float, steps: int) -> Tensor:
+def _hals(
+    x: Tensor, atoms: Tensor, ridge: float, sparsity: float, tolerance: float, steps: int, start: Tensor | None
+) -> Tensor:  # fmt: skip
     gram, products = atoms @ atoms.T, atoms @ x.T - sparsity
-    codes = torch.zeros_like(products)
+    codes = torch.zeros_like(products) if start is None else start.detach().T.clamp(min=0).contiguous()
     rows = torch.arange(len(x), device=x.device)
     z, b = codes, products
-    exact = len(atoms) <= _EXACT
+    first = 1 if start is None else 0  # passes after which a support is good enough to be tried
     for step in range(steps):
         before = z.clone()
         sweep(z, b, gram, ridge)
         going = (z - before).abs().amax(0) > tolerance * z.abs().amax(0)
-        if exact and step % 4 == 1:
+        if len(atoms) <= _EXACT and step % 4 == first:
             going &= ~_solved(z, b, gram, ridge)
         if bool(going.all()):
             continue
@@ -125,26 +137,25 @@ def _hals(x: Tensor, atoms: Tensor, ridge: float, sparsity: float, tolerance: fl
 
 def _solved(z: Tensor, b: Tensor, gram: Tensor, ridge: float) -> Tensor:
     """Which columns are, in place, the exact minimum now: systems on a support that begins with the code's, and lets atoms out and in a few times."""
-    on = (z > 0).T
-    size = b.abs().amax(0)[:, None] * 1e3 * torch.finfo(z.dtype).eps
-    done = torch.zeros_like(on[:, 0])
-    code = torch.zeros_like(b.T)
+    done = z.new_zeros(z.shape[1], dtype=torch.bool)
+    rows, on, b = torch.arange(len(done), device=z.device), (z > 0).T, b.T.contiguous()
     jitter = 4 * torch.finfo(z.dtype).eps * float(gram.diagonal().mean())  # atoms that are nearly alike
     for _ in range(_PIVOTS):
-        system = gram * on[:, :, None] * on[:, None, :]
+        support = on.to(gram)
+        system = (gram * support[:, :, None]).mul_(support[:, None, :])
         system.diagonal(dim1=1, dim2=2).add_(torch.where(on, ridge + jitter, 1.0))
         factor, failed = torch.linalg.cholesky_ex(system)
-        code = torch.where(
-            done[:, None], code, torch.cholesky_solve((b.T * on)[..., None], factor)[..., 0] * on
-        )
-        slope = code @ gram + ridge * code - b.T
+        code = torch.cholesky_solve((b * support)[..., None], factor)[..., 0] * support
+        slope = torch.addmm(b, code, gram, beta=-1)
+        slope = slope.add_(code, alpha=ridge) if ridge else slope
+        size = b.abs().amax(1, keepdim=True) * 1e3 * torch.finfo(z.dtype).eps
         out, into = on & (code < 0), ~on & (slope < -size)
-        exact = ~(out | into).any(1) & (~on | (slope.abs() <= size)).all(1)
-        done |= (failed == 0) & exact
-        if bool(done.all()):
+        exact = (failed == 0) & ~(out | into).any(1) & (~on | (slope.abs() <= size)).all(1)
+        z[:, rows[exact]] = code[exact].T
+        done[rows[exact]] = True
+        rows, b, on = rows[~exact], b[~exact], ((on & ~out) | into)[~exact]
+        if not len(rows):
             break
-        on = torch.where(done[:, None], on, (on & ~out) | into)
-    z.copy_(torch.where(done, code.T, z))
     return done
 
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from lineament.core.checks import NotFiniteError, require, show, suggest
+from lineament.core.checks import NotFiniteError, require, suggest
+from lineament.core.loaders import batches_of
 from lineament.core.models import called, device_of, dtype_of, frozen, moved, rows_in, weight_of
 from lineament.core.results import Readable
 from lineament.core.sites.hooks import tap
@@ -199,28 +200,10 @@ class Inputs:
     """The inputs of data in any form, in batches, as often as they are asked for."""
 
     def __init__(self, data: Any, batch_size: int = 64):
-        own: Any = data
-        if isinstance(data, (str, Path, Dataset)):
-            own = load_data(own)  # a bounded number of samples
-        if isinstance(getattr(own, "inputs", None), Tensor):  # Samples
-            own = own.inputs
-        elif isinstance(own, tuple) and len(own) == 2:
-            own = torch.as_tensor(own[0])
-        if isinstance(own, Tensor):
-            require(len(own) > 0, "data: it is empty; expected at least one sample")
-            self.batches: Any = list(own.split(batch_size))
-        elif isinstance(own, Mapping):
-            size = rows_in(own)
-            self.batches = [
-                {key: value[at : at + batch_size] for key, value in own.items()}
-                for at in range(0, size, batch_size)
-            ]
-        else:
-            require(
-                isinstance(own, Iterable),
-                f"data: got {show(own)}, expected inputs: a tensor, batches, a data set, a DataLoader or a path",
-            )
-            self.batches = own if isinstance(own, (list, DataLoader)) else list(own)
+        # Of a path or a data set a bounded number of samples.
+        own: Any = load_data(data) if isinstance(data, (str, Path, Dataset)) else data
+        batches = batches_of(own, name="data", batch_size=batch_size, once=True)
+        self.batches: Any = list(batches) if isinstance(batches, Iterator) else batches
         first = next(iter(self.batches), None)
         require(first is not None, "data: it is empty; expected at least one sample")
 

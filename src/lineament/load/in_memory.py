@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from lineament.core.checks import InputError, require, show
+from lineament.core.models import rows_in
 from lineament.data.samples import Samples
 from lineament.load.columns import Choose, as_targets, find_column, with_groups
 from lineament.load.texts import TEXTS, TextReader, padded, text_samples
@@ -29,7 +30,7 @@ Fields = tuple[dict[str, Any], Any]
 def in_memory(
     data: Any, choose: Choose, *, samples: int, groups: Any = None, reader: TextReader | None = None
 ) -> Samples:
-    """The chosen samples of a pair of tensors or arrays, of Samples, or of a ``Dataset``; of a ``DataLoader`` the first.
+    """The chosen samples of a pair of tensors or arrays, of Samples, or of a ``Dataset``; of a ``DataLoader`` or a list of batches the first.
 
     Where inputs are several, as a tuple or a dictionary, the first or that of a usual name is the main one.
 
@@ -46,9 +47,9 @@ def in_memory(
         some = _joined([_one(_fields(data[int(row)])) for row in rows], reader)
         some = _named(replace(some, index=torch.from_numpy(rows), total=total), data)
         return some if groups is None else with_groups(some, np.asarray(groups)[rows])
-    if isinstance(data, (DataLoader, IterableDataset)):
+    if isinstance(data, (DataLoader, IterableDataset)) or _are_batches(data):
         batches: list[Fields] = []
-        for batch in data if isinstance(data, DataLoader) else DataLoader(data, batch_size=1):
+        for batch in DataLoader(data, batch_size=1) if isinstance(data, IterableDataset) else data:
             batches.append(_fields(batch))
             if sum(len(each[1]) for each in batches) >= samples:
                 break
@@ -61,12 +62,25 @@ def in_memory(
     return whole[choose(len(whole))]
 
 
+def _are_batches(data: Any) -> bool:
+    """Whether a list holds batches as loaders make them: each with as many targets, in an array, as inputs."""
+    return isinstance(data, list) and all(
+        isinstance(each, (tuple, list))
+        and len(each) >= 2
+        and isinstance(each[0], (Tensor, np.ndarray, Mapping))
+        and isinstance(each[1], (Tensor, np.ndarray))
+        and each[1].ndim > 0
+        and rows_in(each[0]) == len(each[1])
+        for each in data
+    )
+
+
 def _pair(data: Any, reader: TextReader | None = None) -> Fields:
     if reader is not None and reader.task == "masked" and _is_text(data):
         return {"": data}, [0] * len(data)
     require(
         isinstance(data, (tuple, list)) and len(data) == 2,
-        f"data: got {show(data)}, expected a pair (inputs, targets), a Dataset or DataLoader of such pairs, or a path",
+        f"data: got {show(data)}, expected a pair (inputs, targets), a Dataset, a DataLoader or batches of such pairs, or a path",
     )
     inputs, targets = _fields(data, pair=True)
     first = next(iter(inputs.values()))

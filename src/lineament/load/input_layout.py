@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,16 +46,8 @@ class Layout:
         A tensor, or where the model takes several inputs, a tuple or a dict of them.
         """
 
-        def brought(x: Tensor) -> Tensor:
-            x = x.to(device_of(model))
-            return x.to(dtype_of(model)) if x.is_floating_point() else x
-
         samples = _cut(samples)
-        x = brought(self.apply(samples.inputs))
-        others = {name: brought(value) for name, value in samples.others.items()}
-        if samples.argument:
-            return {samples.argument: x, **others}
-        return (x, *(others[place] for place in sorted(others, key=int))) if others else x
+        return _arranged(self.apply(samples.inputs), samples, model)
 
     def steps(self, samples: Samples, model: nn.Module) -> str:
         """Everything that is done to a stored sample on its way into the model, in order."""
@@ -104,6 +96,42 @@ class Layout:
             colour = x.movedim(-1, 1) if x.shape[-1] in (3, 4) else x
             return (colour[:, :3] * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
         return x
+
+
+def taken(model: nn.Module, samples: Samples) -> Callable[[Tensor], Any]:
+    """How some rows of the samples, alike in length, go into the model: as they are where it takes them so, else in the layout that is found.
+
+    >>> taken(nn.Linear(2, 1), Samples(torch.ones(3, 2), torch.zeros(3)))(torch.tensor([0, 2])).tolist()
+    [[1.0, 1.0], [1.0, 1.0]]
+    """
+    held = with_arguments(model, samples)
+
+    def plain(rows: Tensor) -> Any:
+        some = _cut(held[rows])
+        return _arranged(some.inputs, some, model)
+
+    if held.inputs.dtype != torch.uint8:
+        try:
+            with frozen(model), torch.no_grad():
+                called(model, plain(torch.tensor([0])))
+            return plain
+        except (RuntimeError, IndexError, ValueError, TypeError):
+            pass
+    layout, _ = find_layout(model, held, (), (), 2)
+    return lambda rows: layout.given(held[rows], model)
+
+
+def _arranged(x: Tensor, samples: Samples, model: nn.Module) -> Any:
+    """Inputs with the samples' further ones as a model takes them: a tensor, a tuple or a dict, on its device and in its precision."""
+
+    def brought(value: Tensor) -> Tensor:
+        value = value.to(device_of(model))
+        return value.to(dtype_of(model)) if value.is_floating_point() else value
+
+    others = {name: brought(value) for name, value in samples.others.items()}
+    if samples.argument:
+        return {samples.argument: brought(x), **others}
+    return (brought(x), *(others[place] for place in sorted(others, key=int))) if others else brought(x)
 
 
 def _cut(samples: Samples) -> Samples:

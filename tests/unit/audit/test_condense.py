@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,12 +21,14 @@ from lineament.learn import (
     Protocol,
     class_directions,
     condense,
+    convnet,
     evaluate,
     kernel_velocity,
 )
 from lineament.learn.condensation import evaluating
 from lineament.learn.condensation.continual import class_tasks, continual
 from lineament.learn.condensation.diagnostics import jacobian
+from lineament.learn.condensation.siamese import Strategy
 from lineament.load import load_data
 
 QUICK = Protocol(networks=2, epochs=8, full_epochs=2)
@@ -147,6 +150,31 @@ def test_distances_to_training_pictures(made):
     )
     assert torch.allclose(found.nearest, torch.full((6,), 0.01), atol=1e-5)
     assert (found.nearest_real > 0.02).all()  # a training picture is not its own neighbour
+    assert found.apart.shape == (6,) and (found.apart >= found.nearest_real).all()
+
+
+def test_networks_with_batch_norm_are_judged_with_the_old_augmentation(made, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        evaluating, "_train", lambda *given: told.append((given[5], given[6]))
+    )  # what is trained with, and how long
+    pool = {
+        norm: partial(convnet, (1, 9, 9), 3, width=4, depth=1, norm=norm) for norm in ("instance", "batch")
+    }
+    for old, plain in (
+        (None, (None, 300)),
+        ("crop_scale_rotate", (Strategy("crop_scale_rotate", "old"), 1000)),
+    ):
+        told.clear()
+        protocol = Protocol(networks=1, full_epochs=0, old=old)
+        evaluate(made, TEST, networks=pool, protocol=protocol)
+        normed = (Strategy(old or "crop_noise", "old"), 1000)
+        assert told[:4] == [
+            plain,
+            (Strategy(protocol.strategy), 1000),
+            normed,
+            (Strategy(protocol.strategy), 1000),
+        ]
 
 
 def test_memories_grow_and_a_learner_without_old_classes_would_fail():

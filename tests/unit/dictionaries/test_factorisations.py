@@ -21,7 +21,7 @@ from lineament.dictionaries.factorisations import (
     semi_nmf,
     start,
 )
-from lineament.dictionaries.nnls import METHODS, duality_gap, nnls, residual
+from lineament.dictionaries.nnls import METHODS, duality_gap, nnls, residual, sweep
 
 
 def uniform(*shape, seed=0, dtype=torch.float64):
@@ -69,6 +69,31 @@ def test_a_rows_code_does_not_depend_on_the_others(method):
     parts = torch.cat([nnls(part, ATOMS, method=method) for part in X.split([1, 7, 32])])
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
     assert nnls(X[:0], ATOMS, method=method).shape == (0, 5)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
+def test_a_sweep_is_the_rule_code_by_code(ridge):
+    """z_j <- max(0, z_j + (b_j - Σ z_i G_ij - λ z_j) / (G_jj + λ)) one after the other, over more than one block of atoms and of samples."""
+    atoms, x = uniform(70, 90, seed=3) - 0.5, uniform(2100, 90, seed=4)
+    atoms[5] = 0  # has no best code where there is no ridge: stays
+    codes, products, gram = uniform(70, 2100, seed=5), atoms @ x.T, atoms @ atoms.T
+    wanted = codes.clone()
+    for j in range(70):
+        if gram[j, j] + ridge > 0:
+            slope = products[j] - gram[j] @ wanted - ridge * wanted[j]
+            wanted[j] = (wanted[j] + slope / (gram[j, j] + ridge)).clamp(min=0)
+    torch.testing.assert_close(sweep(codes, products, gram, ridge), wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("count", "rows"), [(5, 2100), (70, 30)])  # solved for exactly, and not
+def test_codes_do_not_depend_on_where_they_start(count, rows):
+    atoms = 0.02 * uniform(count, 90, seed=9) + torch.eye(count, 90)
+    x = uniform(rows, count, seed=1) @ atoms
+    start = uniform(rows, count, seed=2)
+    torch.testing.assert_close(nnls(x, atoms, start=start, tolerance=1e-12), nnls(x, atoms, tolerance=1e-12), rtol=0, atol=1e-6)  # fmt: skip
+    assert start.equal(uniform(rows, count, seed=2))
+    with pytest.raises(InputError, match="start: got codes for method 'fista'"):
+        nnls(x, atoms, method="fista", start=start)
 
 
 @pytest.mark.parametrize("step", [multiplicative_step, hals_step])

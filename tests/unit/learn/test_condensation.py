@@ -123,6 +123,24 @@ def test_mode_m_applies_all_and_mode_s_one():
     assert found == {0, 1}
 
 
+def test_the_old_augmentation_draws_one_change_a_picture_and_turns_far():
+    x = torch.rand(60, 1, 8, 8, generator=generator())
+    found = Strategy("flip_noise", "old")(x, generator(1), each=True)
+    same, mirrored = ((found - y).flatten(1).abs().amax(1) < 0.1 for y in (x, x.flip(3)))
+    assert (
+        same | mirrored
+    ).all() and 5 < mirrored.sum() < 30  # half are flipped with half a chance, the others get noise
+    bar = torch.zeros(1, 1, 33, 33)
+    bar[..., 16, :] = 1
+
+    def turn(mode):
+        turned = Strategy("rotate", mode)(bar.expand(200, -1, -1, -1), generator(2), each=True)
+        rows = turned[:, 0, :, 22].argmax(1) - 16  # of the bar, 6 beside the middle
+        return torch.atan(rows.abs().max() / 6.0).rad2deg()
+
+    assert turn("S") < 22 and 35 < turn("old") < 50
+
+
 @pytest.mark.parametrize("name", POOL)
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (3, 13, 20)])
 def test_every_network_at_any_size_tells_pictures_apart(name, shape):

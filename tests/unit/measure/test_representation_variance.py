@@ -15,11 +15,25 @@ from torch import nn
 from lineament.core.checks import InputError
 from lineament.data.bit_features import bit_feature, bit_features, truth_table
 from lineament.data.feature_sequences import feature_sequences
+from lineament.data.samples import Samples
 from lineament.data.shape_texture_colour import shape_texture_colour
 from lineament.measure.bias.consequences import pca_decoding, rdm, readout_reliance, rsa
 from lineament.measure.bias.density import cumulative, density, participation
+from lineament.measure.bias.growth import variance_growth
 from lineament.measure.bias.interventions import flips, intervene, linear_readout
 from lineament.measure.bias.variance import columns_of, representation_variance, variance_explained
+
+
+class OfTokens(nn.Module):
+    """Token ids in, an answer for every token out."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(7, 5), nn.Linear(5, 7)
+
+    def forward(self, ids):
+        return self.head(torch.cumsum(self.embed(ids), 1))
 
 
 def randn(*shape, seed=0):
@@ -258,3 +272,77 @@ WRONG = [
 def test_bad_input_is_named(call, says):
     with pytest.raises(InputError, match=says):
         call()
+
+
+def test_networks_of_tokens_and_images_are_read_as_their_data_come():
+    ids = torch.randint(7, (300, 6), generator=torch.Generator().manual_seed(0))
+    lengths, net = 3 + torch.arange(300) % 4, OfTokens()
+    features = {"first": ids[:, 0], "long": lengths > 4}
+    padded = Samples(torch.where(torch.arange(6) < lengths[:, None], ids, 6), ids[:, 0], lengths=lengths)
+    found = variance_explained(net, padded, features, sites="head:in", batch_size=64)["head:in"]
+    with torch.no_grad():
+        sums = torch.cumsum(net.embed(padded.inputs), 1)
+    own = torch.stack([each[:n].mean(0) for each, n in zip(sums, lengths)])  # without what is padding
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    test = torch.zeros(300, dtype=torch.bool)
+    test[order[:150]] = True
+    by_hand = representation_variance(own, features, test=test)["representation"]
+    for one, other in zip(found.features, by_hand.features):
+        assert one.r2 == pytest.approx(other.r2, abs=1e-6) and one.decodable == pytest.approx(other.decodable)
+
+    grey = torch.randint(256, (200, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    cnn = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    bright = grey.float().mean((1, 2)) / 255
+    stored = variance_explained(cnn, Samples(grey, torch.arange(200) % 2), {"bright": bright}, sites="1")["1"]
+    made = variance_explained(
+        cnn, (grey[:, None] / 255, torch.arange(200) % 2), {"bright": bright}, sites="1"
+    )["1"]
+    assert stored["bright"].r2 == pytest.approx(made["bright"].r2, abs=1e-6) and stored.total < 1
+
+
+@pytest.mark.parametrize("form", ["map", "tokens"])
+def test_a_map_and_tokens_are_pushed_at_every_position(form):
+    """Behind a mean over positions it is what pushing the means does."""
+    f = torch.arange(40) % 2
+    phi = randn(40, 3, seed=3).float() + 2 * f[:, None]
+    noise = randn(40, 5, 3, seed=4).float()
+    x = phi[:, None] + noise - noise.mean(1, keepdim=True)  # (sample, token, unit)
+    torch.manual_seed(0)
+    head = nn.Linear(3, 2)
+    flat = intervene(nn.Sequential(nn.Identity(), head), phi, f, "0")
+    if form == "tokens":
+        net = nn.Sequential(nn.Identity(), nn.Flatten(1, 2), nn.Unflatten(1, (5, 3)), Mean(), head)
+        found = intervene(net, x, f, "0", batch_size=7)
+    else:
+        net = nn.Sequential(nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+        found = intervene(net, x.movedim(2, 1)[..., None], f, "0", batch_size=7)
+    assert found.size == pytest.approx(flat.size, rel=1e-5)
+    assert {n: v.tolist() for n, v in found.flipped.items()} == {
+        n: v.tolist() for n, v in flat.flipped.items()
+    }
+    assert max(float(v.max()) for v in found.flipped.values()) > 0
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean(1)
+
+
+def test_growth_is_measured_on_the_scale_of_the_end():
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), randn(300, 3).float()
+    torch.manual_seed(1)
+    early = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    features = {"a": x[:, 0] > 0, "b": x[:, 1]}
+    found = variance_growth(
+        net, {"early": early, "late": net.state_dict()}, (x, torch.zeros(300)), features, sites=["0", "1"]
+    )
+    assert found.names == ("early", "late") and found.sites == ("0", "1") and found.r2.shape == (2, 2, 2)
+    for number, each in enumerate((early, net)):
+        own = variance_explained(each, (x, torch.zeros(300)), features, sites=["0", "1"])
+        last = found.checkpoints[1]["1"].total
+        assert float(found.r2[number, 1, 0]) == pytest.approx(own["1"]["a"].r2 * own["1"].total / last)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert [line.get_label() for line in found.plot().lines] == ["a", "b"]
+    with pytest.raises(InputError, match="checkpoints: got none"):
+        variance_growth(net, [], (x, torch.zeros(300)), features)

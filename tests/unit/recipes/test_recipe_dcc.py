@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from lineament.core.checks import InputError
+from lineament.data.identities import orl_photographs
+from lineament.learn import condense
 from lineament.recipes.dcc import Config, run
 from lineament.recipes.dcc.claims import all_claims
 from lineament.recipes.dcc.experiments import Trial, with_nuisance
+from lineament.recipes.dcc.rivals import mean_matched, often_forgotten
 
 TINY = {
     "side": 8,
@@ -53,6 +58,46 @@ def test_the_nuisance_is_shared_or_not():
         assert (nearest > 0.98).float().mean() > 0.9 if few else (nearest > 0.98).float().mean() < 0.5
 
 
+def test_mean_features_come_nearer_to_those_of_the_data():
+    x = torch.rand(60, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(60) % 2
+    start = condense(x, y, per_class=1, method="random", network="mlp")
+    goal = torch.stack([x[y == c].mean(0) for c in range(2)])
+    pixels = partial(nn.Sequential, nn.Flatten(), nn.Linear(16, 2))  # whose last layer reads the pixels
+    found = mean_matched(start, (x, y), pixels, steps=60, rate=1.0, batch=30, seed=0)
+    assert (found.pictures - goal).norm() < 0.2 * (start.pictures - goal).norm()
+
+
+def test_the_pictures_that_a_training_forgets_most_often():
+    right = torch.tensor([[1, 0, 1, 1, 0, 1], [1, 0, 0, 1, 0, 0], [1, 0, 1, 0, 1, 1], [1, 0, 0, 1, 0, 0]])
+    y = torch.tensor([0, 0, 0, 1, 1, 1])  # 0 is never forgotten, 1 never learned, 2 and 5 forgotten twice
+
+    class Scripted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.epoch = nn.Parameter(torch.ones(())), -1
+
+        def forward(self, numbers):
+            self.epoch += 1
+            answer = torch.where(right[self.epoch][numbers] == 1, y[numbers], 1 - y[numbers])
+            return self.weight.abs() * nn.functional.one_hot(answer, 2)
+
+    for per_class, rows in ((1, [2, 5]), (2, [2, 0, 5, 3])):
+        found = often_forgotten(
+            (y, y), torch.arange(6), Scripted, per_class=per_class, seed=0, epochs=len(right)
+        )
+        assert found.tolist() == rows
+
+
+def test_faces_are_a_setting_of_their_own():
+    config = dataclasses.replace(Config.preset("quick"), side=8)
+    if orl_photographs() is None:
+        pytest.skip("no ORL here")
+    x, y, _, test_y = with_nuisance(config, "faces", 0)
+    assert torch.bincount(y).tolist() == [7] * 40 and torch.bincount(test_y).tolist() == [3] * 40
+    assert x.shape[1:] == (1, 8, 8)
+
+
 def test_claims_can_hold_and_fall():
     def trial(good: bool, gain: float, k: int) -> Trial:
         base = {"class by class": 0.3, "summed": 0.3 + gain, "summed after warm-up": 0.3 + gain}
@@ -74,10 +119,11 @@ def test_claims_can_hold_and_fall():
             "shared": 0.05 if good else 0.01,
             "none": 0.0 if good else 0.05,
             "independent": 0.0 if good else 0.05,
+            "faces": 0.05 if good else 0.01,
         }
         trials = {n: [trial(good, g, k) for k in range(4)] for n, g in gains.items()}
         chance = {n: torch.full((2,), 0.1 if good else 0.3) for n in trials["shared"][0].accuracy}
         trials["shuffled"] = [dataclasses.replace(t, accuracy=chance) for t in trials["shared"]]
         return [claim.holds for claim in all_claims(trials)]
 
-    assert all(outcome(True)) and not any(outcome(False)) and len(outcome(True)) == 11
+    assert all(outcome(True)) and not any(outcome(False)) and len(outcome(True)) == 13

@@ -284,6 +284,35 @@ def test_early_stopping_keeps_the_best_epoch():
     assert done.curve("loss")[best.epoch] == min(done.curve("loss")) and same(model, again) and v
 
 
+@pytest.mark.parametrize("form", ["tensors", "a mapping", "weights", "mixed"])
+def test_a_batch_in_parts_steps_as_a_whole(form):
+    """Also where the parts are of different sizes, of which the batch's mean is not the mean of means."""
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.linear(x)
+
+    def trained(*more):
+        torch.manual_seed(0)
+        extra = {"weights": [cb.ExampleWeights(torch.rand(120))], "mixed": [cb.MixUp(1.0)]}.get(form, [])
+        data = ({"x": X}, Y) if form == "a mapping" else (X, Y)
+        return fitted(Named(), data, callbacks=[*extra, *more], batch_size=50, seed=3)
+
+    (whole, done), (parts, same_done) = trained(), trained(cb.Accumulate(3))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole.parameters(), parts.parameters()))
+    assert same_done.curve("loss") == pytest.approx(done.curve("loss"))
+    assert same_done.curve("accuracy") == done.curve("accuracy")
+    seen = []
+    model = network()
+    model.register_forward_hook(lambda module, inputs, outputs: seen.append(len(outputs)))
+    fitted(model, epochs=1, batch_size=120, callbacks=[cb.Accumulate(7)])
+    assert sum(seen) == 120 and len(seen) == 7 and max(seen) - min(seen) == 1
+
+
 def test_gradients_are_clipped_and_precision_is_mixed():
     kinds = []
     model = network()

@@ -10,32 +10,39 @@ the network is used; eigenvectors put no weight on directions that only change t
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lineament.audit.estimates import PARTS, Estimate, halved, interval, joined
+from lineament.audit.curvature_budget import (
+    FEWEST,
+    PROBES,
+    affordable,
+    gradient_over,
+    is_linear,
+    parts_of,
+    reached,
+    rounding,
+    without_learning,
+)
+from lineament.audit.estimates import Estimate, halved, interval, joined
 from lineament.audit.phrases import compact, percent
 from lineament.audit.subject import Subject
-from lineament.core import shards
 from lineament.core.checks import NoGradientError
 from lineament.core.curvature.density import Density
 from lineament.core.curvature.matrices import hessian
-from lineament.core.curvature.risk import Risk
 from lineament.core.models import offloaded, quantised_layer
-from lineament.measure.landscape.axes import Axis, random_axes, signed
+from lineament.measure.landscape.axes import Axis, signed
 from lineament.measure.landscape.batchnorm_modes import LandscapeWarning
 from lineament.measure.landscape.criteria import Criteria, criteria
-from lineament.measure.landscape.grids import line, plane
+from lineament.measure.landscape.grids import plane
 from lineament.measure.landscape.results import Plane
-from lineament.measure.landscape.spectrum import MeanGradient, Pooled, Spectrum, mean_gradient, spectrum
+from lineament.measure.landscape.spectrum import MeanGradient, Pooled, Spectrum, spectrum
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
 from lineament.report.section import Finding, Picture, Section
@@ -48,10 +55,8 @@ ORDER = 50
 METHOD = "loss-landscape"
 ALIASES = ("sharpness",)
 DENSE = True
-_STEPS, _PROBES, _FEWEST_STEPS = 24, 3, 8
-# Seconds for all products with the Hessian, and for the plane; samples, a power of two of them.
-_SECONDS, _PLANE_SECONDS = 30.0, 10.0
-_FEWEST, _MOST, _PLANE_MOST = 16, 2048, 256
+# Seconds and samples for the plane.
+_PLANE_SECONDS, _PLANE_MOST = 10.0, 256
 _GRID = 21
 # Below this share of the largest curvature a downward one is as small as a trained network's; above, the place is a saddle.
 _STEEP = 0.1
@@ -144,23 +149,23 @@ def _look(subject: Subject) -> Section:
     generator = torch.Generator().manual_seed((subject.seed * 1000 + 2) % 2**63)
     # At random, not so many of each class: the loss is the mean over these data.
     order = torch.randperm(len(subject), generator=generator)
-    names, missed = _reached(subject, order[: max(2, unit)])
+    names, missed = reached(subject, order[: max(2, unit)])
     if not names:
         return _no_gradients()
-    count, steps, seconds = _affordable(subject, names, order, unit)
-    parts = _parts(order[:count], unit)
+    count, steps, seconds = affordable(subject, names, order, unit)
+    parts = parts_of(order[:count], unit)
     rows = torch.cat(parts)
     if subject.task == "dense":
         loss = float(subject.answered(rows)[1].mean())
     else:
         loss = float(subject.losses(subject.outputs[rows].double(), subject.targets[rows]).mean())
-    if loss < _rounding(subject):
+    if loss < rounding(subject):
         return _nothing_left(loss, len(rows))
     operators = [hessian(subject.model, subject.loss, subject.batches(part), params=names) for part in parts]
     pooled = Pooled(operators, [len(part) for part in parts])
-    found = spectrum(pooled, steps=steps, probes=_PROBES, seed=subject.seed)
+    found = spectrum(pooled, steps=steps, probes=PROBES, seed=subject.seed)
     size = pooled.shape[0]
-    if found.top == found.bottom == 0 and not _linear(subject, names, rows):
+    if found.top == found.bottom == 0 and not is_linear(subject, names, rows):
         return _no_gradients()
     # The same probes on each part and half, so that differences are the samples'.
     several = list(zip(operators, map(len, parts))) if len(parts) > 1 else []
@@ -170,7 +175,7 @@ def _look(subject: Subject) -> Section:
     )
     around = _around(subject, found, tuple(operators[0].names), rows, seconds / len(rows))
     del operators, pooled, several
-    gradient = _gradient(subject, names, rows, unit)
+    gradient = gradient_over(subject, names, rows, unit)
     return _section(subject, found, each, halves, gradient, around, parts, loss, size, missed)
 
 
@@ -203,7 +208,7 @@ def _section(
         "re": estimate(_reach, interval((nodes.amin(-1) / nodes.amax(-1)).clamp(max=0).tolist())),
         "k": estimate(lambda s: float(made[id(s)].k.mean()), interval(own.k.tolist())),
     }
-    constant, accuracy, chance = _without_learning(subject, rows)
+    constant, accuracy, chance = without_learning(subject, rows)
     loss = loss if gradient is None else gradient.loss
     of = f" of a sample's {subject.unit}s, on average" if subject.task == "dense" else ""
     against, open_ = _objections(estimates, gradient, loss, constant, accuracy, chance, of)
@@ -233,7 +238,7 @@ def _section(
         rows=[subject.samples.index[joined(half)].tolist() for half in halved(parts) or [parts]],
         parts=[subject.samples.index[part].tolist() for part in parts],
         steps=found.density.nodes.shape[1],
-        probes=_PROBES,
+        probes=PROBES,
         density=found.density,
         criteria=own,
         plane=around,
@@ -257,7 +262,7 @@ def _section(
             f"Of {size:,} weight directions, {estimates['flat_share'].words(percent)} are nearly flat (below 1 % of that); the lowest curvature is {estimates['bottom'].words()}.",
             _verdict(curvature),
             f"Two numbers sum up the whole spectrum, both small in a minimum and near 1 in an untrained network: r_e = {estimates['re'].words()} (how far it reaches below "
-            f"zero, against above) and K_H0.5 = {estimates['k'].words()} (how much of it is below; {_PROBES} probes of {curvature.steps} steps).",
+            f"zero, against above) and K_H0.5 = {estimates['k'].words()} (how much of it is below; {PROBES} probes of {curvature.steps} steps).",
         )
     )
     if missed:
@@ -407,104 +412,9 @@ def _of_halves(values: Any) -> tuple[float | None, float | None]:
     return first, second
 
 
-def _reached(subject: Subject, rows: Tensor) -> tuple[list[str], int]:
-    """The parameters that a gradient of the loss reaches, and how many numbers are in the others."""
-    names = [name for name, p in subject.model.named_parameters() if p.is_floating_point()]
-    risk = Risk(subject.model, subject.loss, subject.batches(rows), params=names)
-    chunk = next(risk.chunks())
-    with risk.ready():
-        value = risk.loss(chunk)
-        leaves = list(risk.leaves.values())
-        grads = (
-            torch.autograd.grad(value, leaves, allow_unused=True)
-            if value.requires_grad
-            else [None] * len(leaves)
-        )
-    found = [name for name, g in zip(risk.leaves, grads) if g is not None]
-    return found, sum(leaf.numel() for leaf, g in zip(leaves, grads) if g is None)
-
-
-def _affordable(subject: Subject, names: list[str], order: Tensor, unit: int) -> tuple[int, int, float]:
-    """For how many samples all products fit the time, how many Lanczos steps, and the seconds of a product: measured, not reckoned."""
-    most = min(len(order), _MOST) // unit * unit
-    count = min(max(_FEWEST, 2 * unit), most)
-    # The sixths together cost as much as all samples, and so do the halves.
-    products = 3 * (_PROBES * _STEPS + 5 * _PROBES)
-    while True:
-        parts = _parts(order[:count], unit)
-        operators = [hessian(subject.model, subject.loss, subject.batches(p), params=names) for p in parts]
-        operator = Pooled(operators, [len(part) for part in parts])
-        vector = torch.ones(operator.shape[0], dtype=operator.dtype, device=operator.device)
-        times: list[float] = []
-        # The first makes the graphs; of the others the fastest, since what else runs on the machine only slows a product down.
-        while len(times) < 5 and (len(times) < 2 or sum(times) < 1.0):
-            start = time.perf_counter()
-            float((operator @ vector)[0])
-            elapsed = time.perf_counter() - start
-            times.append(shards.agreed("the time of a product", lambda: elapsed))  # noqa: B023
-        seconds = min(times[1:])
-        fit = count
-        while fit < most and seconds / count * min(2 * fit, most) * products <= _SECONDS:
-            fit = min(2 * fit, most)
-        if fit == count:
-            steps = int(_STEPS * min(1.0, _SECONDS / (seconds * products)))
-            return count, max(_FEWEST_STEPS, steps), seconds
-        count = fit // unit * unit
-
-
-def _parts(order: Tensor, unit: int) -> list[Tensor]:
-    """Disjoint parts of about as many samples, of whole batches where the model takes no others."""
-    units = len(order) // unit
-    count = max(min(PARTS, units), 1)
-    ends = [number * units // count * unit for number in range(count)] + [len(order)]
-    return [order[start:end].sort().values for start, end in pairwise(ends)]
-
-
 def _again(part: list[tuple[Any, int]], seed: int, steps: int) -> Spectrum:
-    found = spectrum(Pooled(*zip(*part)), steps=steps, probes=_PROBES, seed=seed)
+    found = spectrum(Pooled(*zip(*part)), steps=steps, probes=PROBES, seed=seed)
     return replace(found, vectors=found.vectors[:, :0])
-
-
-def _gradient(subject: Subject, names: list[str], rows: Tensor, unit: int) -> MeanGradient | None:
-    """The gradient over at most sixteen parts, drawn at random, of whole batches where the model takes no others."""
-    generator = torch.Generator().manual_seed((subject.seed * 1000 + 3) % 2**63)
-    groups = list(rows[torch.randperm(len(rows), generator=generator)].split(unit))
-    count = min(16 if len(groups) >= 128 else 8, len(groups))
-    if count < 2:
-        return None
-    size = len(groups) // count
-    parts = [torch.cat(groups[k * size : (k + 1) * size if k + 1 < count else None]) for k in range(count)]
-    return mean_gradient(subject.model, subject.loss, [subject.batches(part) for part in parts], params=names)
-
-
-def _without_learning(subject: Subject, rows: Tensor) -> tuple[float, float | None, float | None]:
-    """The loss of the best constant answer on these samples; for classes how often it is right, and the most frequent class."""
-    targets = subject.targets[rows]
-    if subject.task == "dense":
-        # Each sample counts as much as another in the loss, however many of its positions are labelled.
-        known, width = subject.known[rows].flatten(1), int(subject.width)
-        weight = known.double() / known.sum(1, keepdim=True).clamp_min(1) / len(rows)
-        y, said = (v.flatten(1).long() for v in (targets, subject.outputs[rows]))
-        shares = torch.bincount(y.where(known, 0).flatten(), weight.flatten(), width)
-        right = float((weight * (said == y)).sum())
-        return float(torch.special.entr(shares).sum()), right, float(shares.max())
-    if subject.task == "classification":
-        shares = targets.bincount().double() / len(targets)
-        right = float((subject.outputs[rows].argmax(1) == targets).double().mean())
-        return float(torch.special.entr(shares).sum()), right, float(shares.max())
-    values = targets.double().reshape(len(targets), -1)
-    mean = values.mean(0)
-    if subject.task == "regression":
-        return float((values - mean).square().mean()), None, None
-    return float((torch.special.entr(mean) + torch.special.entr(1 - mean)).mean()), None, None
-
-
-def _linear(subject: Subject, names: list[str], rows: Tensor) -> bool:
-    """Whether a loss without curvature is indeed linear, along a random direction: else its derivatives are not those of the loss."""
-    some = rows[: max(_FEWEST, subject.batch_size if subject.fixed_batch else 0)]
-    axis = random_axes(subject.model, 1, params=names, normalise="model", seed=subject.seed)[0]
-    found = line(subject.model, subject.loss, subject.batches(some), axis, at=[-0.5, 0.0, 0.5]).loss
-    return abs(float(found[0] - 2 * found[1] + found[2])) <= 1e-4 * float(found.abs().max())
 
 
 def _no_gradients() -> Section:
@@ -528,15 +438,6 @@ def _no_gradients() -> Section:
 
 def _reach(found: Spectrum) -> float:
     return max(-found.bottom, 0.0) / found.top if found.top > 0 else math.inf
-
-
-def _rounding(subject: Subject) -> float:
-    """The mean loss below which there is nothing left to fall: what the last digits of single precision make of it."""
-    eps = torch.finfo(torch.float32).eps
-    if subject.task != "regression":
-        return 10 * eps
-    targets = subject.targets.double()
-    return (10 * eps) ** 2 * max(float(targets.square().mean()), 1e-30)
 
 
 def _nothing_left(loss: float, samples: int) -> Section:
@@ -579,7 +480,7 @@ def _around(
     ]
     unit = subject.batch_size if subject.fixed_batch else 1
     few = int(_PLANE_SECONDS / (_GRID**2 * seconds / 3))
-    few = max(min(few, _PLANE_MOST, len(rows)), min(_FEWEST, len(rows))) // unit * unit
+    few = max(min(few, _PLANE_MOST, len(rows)), min(FEWEST, len(rows))) // unit * unit
     # At this distance the quadratic alone would add about 2 to the loss; weights' own size is the other measure.
     dist = 2 / math.sqrt(float(found.values[0]))
     some = rows[torch.linspace(0, len(rows) - 1, max(few, unit)).long()]

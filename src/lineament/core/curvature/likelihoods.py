@@ -32,21 +32,38 @@ def likelihood_of(loss_fn: Any, given: str | None) -> str:
     )
 
 
-def draw(family: str, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
+def draw(family: str, outputs: Tensor, targets: Tensor, seed: int, start: int) -> tuple[Tensor, int]:
     """Targets drawn from the model's own prediction, and how many positions the loss averages over.
 
-    They are drawn on the CPU, so that a seed means the same on every device.
+    Each sample's come from its own place in the data, ``start`` for the first one here, so that they do not change with the batches; and on
+    the CPU, so that a seed means the same on every device.
     """
     z = outputs.cpu()
     if family == "categorical":
         # PyTorch's losses have the classes second; a loss of the user's own may have them last, as language models do.
         last = tuple(targets.shape) == tuple(z.shape[:-1]) != (*z.shape[:1], *z.shape[2:])
         chances = (z if last else z.movedim(1, -1)).double().softmax(-1)
-        flat = torch.multinomial(chances.reshape(-1, chances.shape[-1]), 1, generator=generator)
-        return flat.reshape(chances.shape[:-1]).to(outputs.device), chances[0, ..., 0].numel()
+        below = chances.cumsum(-1)
+        chosen = torch.searchsorted(below, _uniform(chances[..., :1], seed, start) * below[..., -1:])
+        chosen = chosen.clamp_max(chances.shape[-1] - 1)[..., 0]
+        return chosen.to(outputs.device), chances[0, ..., 0].numel()
     if family == "bernoulli":
-        return torch.bernoulli(z.sigmoid(), generator=generator).to(outputs.device), z[0].numel()
+        return (_uniform(z, seed, start) < z.sigmoid()).to(outputs), z[0].numel()
     # The mean over d entries of (z - y)² is the negative log-likelihood of a Gaussian with variance d / 2.
     spread = (z[0].numel() / 2) ** 0.5
-    noise = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z.dtype)
+    noise = torch.special.ndtri(_uniform(z, seed, start).clamp_min(2**-54)).to(z.dtype)
     return (z + spread * noise).to(outputs.device), 1
+
+
+def _uniform(like: Tensor, seed: int, start: int) -> Tensor:
+    """Numbers in [0, 1) of a tensor's shape, drawn in blocks that begin at fixed places of the data."""
+    width = max(1, like[0].numel())
+    block = max(1, 2**16 // width)
+    first, last = start // block, (start + len(like) - 1) // block
+    drawn = [
+        torch.rand(
+            block, width, generator=torch.Generator().manual_seed((seed + at) % 2**63), dtype=torch.float64
+        )
+        for at in range(first, last + 1)
+    ]
+    return torch.cat(drawn)[start - first * block :][: len(like)].reshape(like.shape)

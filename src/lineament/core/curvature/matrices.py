@@ -46,7 +46,7 @@ def hessian(
     Args:
         model: any module whose output is its logits (or holds them, as Hugging Face models' do).
         loss_fn: ``loss_fn(logits, targets)``, the mean over a batch.
-        loader: any iterable that can be walked more than once and yields ``(inputs, targets)``; inputs may be a tensor, a
+        loader: a pair ``(inputs, targets)`` of tensors or arrays, a ``Dataset``, a ``DataLoader`` or other batches of pairs; inputs may be a tensor, a
             tuple of arguments or a dict of keyword arguments. Each batch counts by what the loss divides by there (its samples, their
             class weights, the targets that are not ignored), so that no batch size changes the matrix. A loader that augments at random
             makes another matrix of each product that walks it.
@@ -209,9 +209,9 @@ def fisher(
                 with torch.no_grad():
                     labelled = labelled & ~vmap(one)(torch.zeros_like(outputs), given).isnan()
         if kind == "true":
-            # Drawn anew for each graph from a generator of the chunk's own: nothing to store, always the same draws.
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + chunk.index) % 2**63)
-            draws = [draw(family, outputs.detach(), given, generator) for _ in range(samples)]
+            # Drawn anew for each graph by the samples' places in the data: nothing to store, always the same draws.
+            seeds = [(seed * samples + k) * 1_000_003 for k in range(samples)]
+            draws = [draw(family, outputs.detach(), given, each, chunk.start) for each in seeds]
             targets = torch.stack([y for y, _ in draws])
             if targets.shape[1:] == given.shape and not bool(labelled.all()):
                 targets = torch.where(labelled, targets, given)

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lineament.core import checks
 from lineament.core.curvature.fast.graph import FastGraph
+from lineament.core.loaders import batches_of
 from lineament.core.models import (
     called,
     frozen,
@@ -42,9 +43,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of the data, on the model's device; ``count`` samples."""
+    """A part of the data, on the model's device; ``count`` samples, behind ``start`` others."""
 
     index: int
+    start: int
     inputs: Any
     targets: Any
     count: int
@@ -69,7 +71,7 @@ class Risk:
         checks.require(callable(loss_fn), f"loss_fn: got {checks.show(loss_fn)}, expected a function")
         # A compiled model cannot be differentiated twice; the module it was made of can.
         self.model: nn.Module = unwrapped(model)
-        self.loss_fn, self.loader = loss_fn, loader
+        self.loss_fn, self.loader = loss_fn, batches_of(loader)
         self.batchnorm = checks.one_of("batchnorm", batchnorm, ("eval", "train"))
         self.chunk = None if chunk is None else checks.number("chunk", chunk, low=1, integer=True)
         checks.require(
@@ -84,14 +86,6 @@ class Risk:
         # Whether graphs are made of PyTorch's own operations only.
         self.plain = False
         self.refresh()
-        if not isinstance(loader, Iterable):
-            raise checks.InputError(
-                f"loader: got {checks.show(loader)}, expected batches of (inputs, targets), such as a DataLoader"
-            )
-        checks.require(
-            not isinstance(loader, Iterator),
-            "loader: got an iterator, which can be walked only once; expected a DataLoader or a list of (inputs, targets)",
-        )
         empty = next(iter(self._batches()), None) is None
         checks.require(not empty, "loader: it is empty; expected at least one (inputs, targets) batch")
 
@@ -116,7 +110,7 @@ class Risk:
 
     def chunks(self) -> Iterator[Chunk]:
         """The data, in the loader's order, in parts of at most ``chunk`` samples."""
-        index = 0
+        index = seen = 0
         for inputs, targets in self._batches():
             total = rows_in(inputs)
             step = self.chunk or total
@@ -124,8 +118,8 @@ class Risk:
                 part = slice(start, start + step)
                 whole = step >= total
                 x, y = (inputs, targets) if whole else (_sliced(inputs, part), _sliced(targets, part))
-                yield Chunk(index, x, y, rows_in(x))
-                index += 1
+                yield Chunk(index, seen, x, y, rows_in(x))
+                index, seen = index + 1, seen + rows_in(x)
         checks.require(index > 0, "loader: it is empty; expected at least one (inputs, targets) batch")
 
     def outputs(self, chunk: Chunk, leaves: Mapping[str, Tensor] | None = None) -> Tensor:

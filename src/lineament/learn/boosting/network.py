@@ -15,6 +15,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError, number, require, show, suggest
+from lineament.core.loaders import batches_of
 from lineament.core.models import called, device_of, dtype_of, frozen, logits, moved
 from lineament.core.sites.activations import capture
 from lineament.learn.boosting.estimators import GBNNClassifier
@@ -123,7 +124,7 @@ def boosted_head(
     name = linear[-1] if site is None else site.removesuffix(":in")
     if name not in linear:
         raise InputError(f"site: {site!r} is no linear layer of the model{suggest(name, linear)}")
-    batches = [data] if isinstance(data, tuple) and isinstance(data[0], Tensor) else data
+    batches = batches_of(data, name="data", once=True)
     features, labels = [], []
     with frozen(model), torch.no_grad():
         for inputs, targets in batches:

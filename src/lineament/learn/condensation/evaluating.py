@@ -24,8 +24,9 @@ from lineament.core.results import Readable, axes, plain
 from lineament.learn.condensation.condensed import Condensed
 from lineament.learn.condensation.condensing import Network, _Data, _maker, scale_of
 from lineament.learn.condensation.learning import drawn_from
-from lineament.learn.condensation.siamese import DSA, OLD, Strategy
+from lineament.learn.condensation.siamese import DSA, Strategy
 
+OLD = "crop_noise"  # with which networks with batch norm were always judged
 PLAIN_EPOCHS, AUGMENTED_EPOCHS = 300, 1000
 
 
@@ -36,7 +37,8 @@ class Protocol:
     Attributes:
         networks: trained from different beginnings. epochs: one more than so many; by default 300, and 1000 with augmentation.
         rate, momentum, weight_decay, batch: of SGD; the rate falls to a tenth once more than half is over, with a new optimizer.
-        strategy: the augmentation of ``"augmented"`` trainings.
+        strategy: the augmentation of ``"augmented"`` trainings. old: of the others, of every network (the paper's for MNIST: ``"crop_scale_rotate"``), or ``None``: of those
+            with batch norm alone, ``"crop_noise"``; see mode ``"old"`` of :class:`~lineament.learn.condensation.siamese.Strategy`.
         full_epochs: of the training on all pictures; 0 leaves it out.
 
     >>> Protocol(epochs=10).epochs_of(True)
@@ -50,6 +52,7 @@ class Protocol:
     weight_decay: float = 5e-4
     batch: int = 256
     strategy: str = DSA
+    old: str | None = None
     full_epochs: int = 30
 
     def __post_init__(self) -> None:
@@ -60,6 +63,8 @@ class Protocol:
             checks.number("epochs", self.epochs, low=1, integer=True)
         checks.number("rate", self.rate, low=0, open_low=True)
         Strategy(self.strategy)
+        if self.old is not None:
+            Strategy(self.old, "old")
 
     def epochs_of(self, augmented: bool) -> int:
         return self.epochs or (AUGMENTED_EPOCHS if augmented else PLAIN_EPOCHS)
@@ -77,7 +82,7 @@ class Evaluation(Readable):
             ``"class means"``, ``"all pictures"``, those that there are. augmented: the same with augmentation.
         label_robust, augmentation_robust: the scores of DD-Ranking in percent, of the first network; ``None`` where what they compare was not trained.
         nearest: distance (root mean square, of the scale) of each picture of the set to the nearest training picture; nearest_real: of as many training pictures to the
-            nearest other one.
+            nearest other one. apart: of as many pairs of random training pictures.
         storage: share of the training pictures' number that the set holds.
 
     >>> Evaluation({"condensed": {"mlp": torch.tensor([0.5, 1.0])}}).mean("condensed", "mlp")
@@ -90,6 +95,7 @@ class Evaluation(Readable):
     augmentation_robust: float | None = None
     nearest: Tensor = field(default_factory=lambda: torch.empty(0))
     nearest_real: Tensor = field(default_factory=lambda: torch.empty(0))
+    apart: Tensor = field(default_factory=lambda: torch.empty(0))
     storage: float = 0.0
 
     def mean(self, what: str, network: str, *, augmented: bool = False) -> float:
@@ -240,10 +246,11 @@ def accuracies(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator.initial_seed())
             model = make(k).to(condensed.pictures.device)
-            # Networks with batch norm were always judged with the old augmentation.
-            words = OLD if strategy is not None and batchnorms(model) else strategy
-            total = protocol.epochs_of(strategy is not None) if epochs is None else epochs
-            _train(model, condensed, images, labels, protocol, words, total, generator)
+            change = None if strategy is None else Strategy(strategy)
+            if change is None and (protocol.old or batchnorms(model)):
+                change = Strategy(protocol.old or OLD, "old")
+            total = protocol.epochs_of(change is not None) if epochs is None else epochs
+            _train(model, condensed, images, labels, protocol, change, total, generator)
         found.append(test.accuracy(model))
     return torch.tensor(found, dtype=torch.float64)
 
@@ -254,7 +261,7 @@ def _train(
     images: Tensor,
     labels: Tensor,
     protocol: Protocol,
-    strategy: str | None,
+    change: Strategy | None,
     epochs: int,
     generator: torch.Generator,
 ) -> None:
@@ -263,7 +270,6 @@ def _train(
             model.parameters(), lr=rate, momentum=protocol.momentum, weight_decay=protocol.weight_decay
         )
 
-    change = None if strategy is None else Strategy(strategy)
     steps = optimizer(protocol.rate)
     whole = (
         condensed.normalised(images.float()) if len(images) <= 5000 and images.dtype != torch.uint8 else None
@@ -347,10 +353,12 @@ def _augmentation_robust(
     return robust_score(sum(gains) / 2) if len(gains) == 2 else None
 
 
-def _nearest(condensed: Condensed, real: tuple[Tensor, Tensor] | None, seed: int) -> tuple[Tensor, Tensor]:
-    """Distances to the nearest training picture, of the set and of as many training pictures (themselves left out), in parts of the scale."""
+def _nearest(
+    condensed: Condensed, real: tuple[Tensor, Tensor] | None, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Distances to the nearest training picture, of the set and of as many training pictures (themselves left out), and of pairs of random ones, in parts of the scale."""
     if real is None:
-        return torch.empty(0), torch.empty(0)
+        return torch.empty(0), torch.empty(0), torch.empty(0)
     count = len(real[0])
     some = torch.randperm(count, generator=drawn_from(seed, 9))[: len(condensed.labels)].to(real[0].device)
     scale = 1 / 255 if real[0].dtype == torch.uint8 else 1.0
@@ -368,4 +376,6 @@ def _nearest(condensed: Condensed, real: tuple[Tensor, Tensor] | None, seed: int
             best = torch.minimum(best, found.min(1).values)
         return best / math.sqrt(size) / condensed.top
 
-    return least(condensed.pictures, None), least(real[0][some].float() * scale, some)
+    first = real[0][some].float() * scale
+    apart = (first - first.roll(1, 0)).flatten(1).square().mean(1).sqrt() / condensed.top
+    return least(condensed.pictures, None), least(first, some), apart

@@ -113,22 +113,27 @@ class _Step:
         self.weights = scored
 
     def __call__(self, pictures: Tensor, groups: Sequence[Sequence[int]]) -> tuple[float, Tensor, float]:
-        leaf = pictures.detach().requires_grad_()
-        total, gradient, small = 0.0, torch.zeros_like(pictures), 0.0
+        total, small, parts = 0.0, 0.0, []
         for group in groups:
             rows = [self.members[c] for c in group]
-            changed = [self._changed(leaf[r], c) for r, c in zip(rows, group)]
             goal = real_gradient(
                 self.model, self.weights, [self._changed(self.real[c], c, 1) for c in group], group, bfloat16=self.options.bfloat16
             )  # fmt: skip
-            joined = torch.cat(changed)
             value, slope, vanished = matched(
-                self.model, self.weights, joined.detach(), self.labels[torch.cat(rows)], goal,
-                kind=self.options.distance, chunk=self.options.chunk,
+                self.model, self.weights, torch.cat([self._changed(pictures[r], c) for r, c in zip(rows, group)]),
+                self.labels[torch.cat(rows)], goal, kind=self.options.distance, chunk=self.options.chunk,
             )  # fmt: skip
-            gradient += torch.autograd.grad(joined, leaf, slope)[0]
+            for r, c, part in zip(rows, group, slope.split([len(r) for r in rows])):
+                if self.strategy is not None:
+                    # Augmented anew, so that no copy of the set is held while networks are differentiated.
+                    leaf = pictures[r].requires_grad_()
+                    part = torch.autograd.grad(self._changed(leaf, c), leaf, part)[0]
+                parts.append((r, part))
             total += float(value)
             small += float(vanished) / len(groups)
+        gradient = torch.zeros_like(pictures)
+        for r, part in parts:
+            gradient[r] = part
         return total, gradient, small
 
     def _changed(self, x: Tensor, c: int, side: int = 0) -> Tensor:

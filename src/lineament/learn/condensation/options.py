@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lineament.core.checks import InputError, number, one_of, require, show, suggest
 from lineament.learn.condensation.distances import KINDS
-from lineament.learn.condensation.siamese import Strategy
+from lineament.learn.condensation.siamese import Mode, Strategy
 
 # Pictures a class: matching steps of an inner loop, and the network's epochs after each.
 LOOPS = {1: (10, 5), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
@@ -60,7 +60,7 @@ class Condensation:
     groups: str | Sequence[Sequence[int]] = "all"
     group_count: int = 2
     strategy: str | None = None
-    mode: Literal["S", "M"] = "S"
+    mode: Mode = "S"
     align_corners: bool = False
     siamese: bool = True
     in_range: bool = False

@@ -1,7 +1,7 @@
 """Which augmentations, drawn once for real and synthetic pictures alike, or anew for each picture.
 
 Zhao, Bilen, ICML 2021 (differentiable siamese augmentation); arXiv 2202.02916, section 1.5. A strategy is words between underscores; mode "S" draws one of them a
-call, mode "M" applies all in their order. All draws come from a generator, so that the same state gives the same augmentation.
+call, mode "M" applies all in their order, and mode "old" draws one a picture, as networks were trained before (DC, 2021). All draws come from a generator, so that the same state gives the same augmentation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from lineament.learn.condensation import augmentation
 
 DSA = "color_crop_cutout_flip_scale_rotate"
 DIGITS = "color_crop_cutout_scale_rotate"  # a mirrored digit is none
-OLD = "crop_scale_rotate_noise"  # what networks were trained with before augmentation was differentiable
 WORDS = (
     "color",
     "brightness",
@@ -33,6 +32,8 @@ WORDS = (
     "noise",
 )
 _RATIO, _ANGLE, _NOISE = 1.2, math.radians(15), 0.001
+_OLD_SIDES, _OLD_ANGLE = (0.8, 1.2), math.radians(45)
+Mode = Literal["S", "M", "old"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Strategy:
     """Augmentations by name; call it on pictures [n, channels, height, width] with a generator.
 
     Args:
-        words: of :data:`WORDS`, with underscores between them. mode: ``"S"``, one a call, or ``"M"``, all in order.
+        words: of :data:`WORDS`, with underscores between them. mode: ``"S"``, one a call, ``"M"``, all in order, or ``"old"``, one a picture where each has draws
+            of its own, with sides of 0.8 to 1.2 and turns of 45 degrees.
         align_corners: of resampling; the published results had it on, through the PyTorch of their day.
 
     >>> x = torch.rand(2, 1, 8, 8)
@@ -50,11 +52,11 @@ class Strategy:
     """
 
     words: str
-    mode: Literal["S", "M"] = "S"
+    mode: Mode = "S"
     align_corners: bool = False
 
     def __post_init__(self) -> None:
-        one_of("mode", self.mode, ("S", "M"))
+        one_of("mode", self.mode, ("S", "M", "old"))
         for word in self.words.split("_"):
             if word not in WORDS:
                 raise InputError(
@@ -64,10 +66,18 @@ class Strategy:
     def __call__(self, x: Tensor, generator: torch.Generator, *, each: bool = False) -> Tensor:
         """Augmented pictures: one set of numbers for the whole batch, or with ``each`` one a picture."""
         words = self.words.split("_")
-        if self.mode == "S":
+        if self.mode == "old" and each:
+            chosen = torch.randint(len(words), (len(x),), generator=generator).to(x.device)
+            changed = [self._applied([word], x, generator, each) for word in words]
+            return torch.stack(changed)[chosen, torch.arange(len(x), device=x.device)]
+        if self.mode != "M":
             words = [words[int(torch.randint(len(words), (), generator=generator))]]
+        return self._applied(words, x, generator, each)
+
+    def _applied(self, words: list[str], x: Tensor, generator: torch.Generator, each: bool) -> Tensor:
         for word in words:
-            x = _OPERATIONS[word](x, _Draws(len(x) if each else 1, generator, x), self.align_corners)
+            draws = _Draws(len(x) if each else 1, generator, x, self.mode == "old")
+            x = _OPERATIONS[word](x, draws, self.align_corners)
         return x
 
 
@@ -76,6 +86,7 @@ class _Draws:
     count: int
     generator: torch.Generator
     like: Tensor
+    old: bool = False
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> Tensor:
         drawn = torch.rand(self.count, generator=self.generator, dtype=torch.float64) * (high - low) + low
@@ -102,9 +113,13 @@ def _cutout(x: Tensor, draws: _Draws, _: bool) -> Tensor:
 
 
 def _scale(x: Tensor, draws: _Draws, corners: bool) -> Tensor:
-    return augmentation.scale(
-        x, *(draws.uniform(1 / _RATIO, _RATIO) for _ in range(2)), align_corners=corners
-    )
+    sides = _OLD_SIDES if draws.old else (1 / _RATIO, _RATIO)
+    return augmentation.scale(x, *(draws.uniform(*sides) for _ in range(2)), align_corners=corners)
+
+
+def _rotate(x: Tensor, draws: _Draws, corners: bool) -> Tensor:
+    angle = _OLD_ANGLE if draws.old else _ANGLE
+    return augmentation.rotate(x, draws.uniform(-angle, angle), align_corners=corners)
 
 
 def _noise(x: Tensor, draws: _Draws, _: bool) -> Tensor:
@@ -121,8 +136,6 @@ _OPERATIONS: dict[str, Callable[[Tensor, _Draws, bool], Tensor]] = {
     "cutout": _cutout,
     "flip": lambda x, draws, _: augmentation.flip(x, draws.uniform()),
     "scale": _scale,
-    "rotate": lambda x, draws, corners: augmentation.rotate(
-        x, draws.uniform(-_ANGLE, _ANGLE), align_corners=corners
-    ),
+    "rotate": _rotate,
     "noise": _noise,
 }

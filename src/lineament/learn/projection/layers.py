@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lineament.core.batching import chunked
 from lineament.core.checks import InputError, number, require, show
+from lineament.core.loaders import batches_of
 from lineament.core.readouts.logistic_readout import logistic
 from lineament.core.readouts.ridge_readout import ridge
 from lineament.core.results import Readable, plain
@@ -91,7 +92,7 @@ def layers_worth(
     """Read labels out of every site of an unmodified model, frozen and in eval mode, in one pass over the data.
 
     Args:
-        train, test: (inputs, labels); any labels, also others than the model was trained on. Features are averaged over positions.
+        train, test: (inputs, labels), a ``Dataset`` or batches of them; any labels, also others than the model was trained on. Features are averaged over positions.
         sites: names or globs; by default the model's children.
         groups: the group of each training and test sample, for the worst group's accuracy.
         penalty: of the logistic read-outs, as scikit-learn's 1/C.
@@ -197,8 +198,12 @@ def balanced(groups: Tensor, seed: int = 0) -> Tensor:
 
 
 def _pair(name: str, data: Any) -> tuple[Tensor, Tensor]:
-    inputs, labels = data.pair if hasattr(data, "pair") else data
-    inputs, labels = torch.as_tensor(inputs), torch.as_tensor(labels)
+    batches = list(batches_of(data, name=name, once=True))
+    require(
+        bool(batches) and all(isinstance(batch, (tuple, list)) and len(batch) > 1 for batch in batches),
+        f"{name}: got {show(data)}, expected inputs with their labels",
+    )
+    inputs, labels = (torch.cat([torch.as_tensor(batch[k]) for batch in batches]) for k in range(2))
     require(
         labels.ndim == 1
         and len(labels) == len(inputs)

@@ -103,11 +103,11 @@ def intervene(
     steps: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     batch_size: int = 512,
 ) -> Flips:
-    """The same inside a network: the site's output (sample, unit) is pushed, the forward pass goes on, and each output's sign (or the class) is compared.
+    """The same inside a network: the site's output is pushed, the forward pass goes on, and each output's sign (or the class) is compared.
 
     Args:
         feature: 0 or 1 a sample; its direction is measured on these samples.
-        site: where; it passes (sample, unit).
+        site: where; a map (sample, unit, height, width) or tokens (sample, token, unit) are pushed at every position, by the direction of their means.
 
     >>> net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)); _ = [nn.init.ones_(p) for p in net.parameters()]
     >>> x = torch.tensor([[-1.0], [1.0]])
@@ -130,7 +130,8 @@ def intervene(
         def outputs(step: float) -> Tensor:
             parts = []
             for at in torch.arange(len(x), device=device).split(batch_size):
-                with patch(model, {site: phi[at] + step * sign[at, None] * direction}):
+                shift = step * sign[at, None] * direction
+                with patch(model, {site: lambda old, shift=shift: old + _everywhere(shift, old)}):
                     parts.append(answered(model, x[at], "inputs"))
             return torch.cat(parts)
 
@@ -145,3 +146,8 @@ def intervene(
         tuple(map(float, steps)), {n: torch.tensor(v, dtype=torch.float64) for n, v in found.items()},
         float(direction.norm()) / spread if spread > 0 else float("nan"),
     )  # fmt: skip
+
+
+def _everywhere(shift: Float[Tensor, "samples units"], old: Tensor) -> Tensor:
+    """One vector a sample at every position of a map, or at every token."""
+    return shift[:, None] if old.ndim == 3 else shift[(..., *[None] * (old.ndim - 2))]

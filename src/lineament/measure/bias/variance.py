@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from lineament.core import checks, results
 from lineament.core.batching import progress
 from lineament.core.checks import require
-from lineament.core.models import device_of, dtype_of, frozen
+from lineament.core.models import called, frozen
 from lineament.core.results import Readable
 from lineament.core.sites.activations import capture
+from lineament.core.sites.depth import tokens_of
 from lineament.core.sites.naming import sites as site_names
 from lineament.data.samples import Samples
 from lineament.load.data import load_data
+from lineament.load.input_layout import taken
 from lineament.measure.bias.density import density, participation
 from lineament.measure.bias.sums import decoded, gathered, inverse, left_over, per_sample
 from lineament.measure.collapse.profile import Pool, find_head, pooled
@@ -133,8 +135,8 @@ def variance_explained(
     """How much of each site's variance each feature explains.
 
     Args:
-        model: any network; it is left as it was.
-        data: samples as any call here takes them.
+        model: any network of images, tokens or vectors; it is left as it was.
+        data: samples as any call here takes them; sequences of several lengths are pooled over their own positions.
         features: ``{name: one value (or row) a sample}``: binary, categories (numbers of an integer type, or words), real values, vectors; or names among the samples' ``extras``.
         sites: sites or globs; by default the input of the head, the penultimate layer.
         reduction: ``"ratio"`` (the share of the total variance), or ``"per_sample"``, the paper's mean of ratios.
@@ -172,25 +174,24 @@ def variance_explained(
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(checks.seed("seed", seed)))
     test = torch.zeros(len(samples), dtype=torch.bool)
     test[order[: round(held_out * len(samples))]] = True
-    device, dtype = device_of(model), dtype_of(model)
+    inputs, lengths = taken(model, samples), samples.lengths
 
     def walk(rows: Tensor) -> Iterable[tuple[Tensor, dict[str, Tensor]]]:
-        for part in progress(list(rows.split(batch_size)), "variance explained"):
-            x = samples.inputs[part].to(device)
-            with capture(model, names, stop_early=True) as acts:
-                model(x.to(dtype) if x.is_floating_point() else x)
-            yield (
-                part,
-                {
-                    name: pooled(acts[name], pool).float()
-                    if acts[name].dtype.itemsize < 4
-                    else pooled(acts[name], pool)
-                    for name in names
-                },
-            )
+        # Sequences of one length go together, so that no padding is averaged over.
+        alike = [rows] if lengths is None else [rows[lengths[rows] == n] for n in lengths[rows].unique()]
+        parts = [part for some in alike for part in some.split(batch_size)]
+        with capture(model, names, stop_early=True) as acts:
+            for part in progress(parts, "variance explained"):
+                called(model, inputs(part))
+                yield part, {name: _vectors(model, name, acts[name], pool) for name in names}
 
     with frozen(model), torch.no_grad():
-        return _measured(walk, features, test, names, reduction, interactions)
+        return _measured(walk, features, test, names, reduction, interactions, lengths=lengths)
+
+
+def _vectors(model: nn.Module, site: str, tensor: Tensor, pool: Pool) -> Float[Tensor, "samples units"]:
+    found = pooled(tokens_of(model, site, tensor), pool)
+    return found.float() if found.dtype.itemsize < 4 else found
 
 
 def representation_variance(
@@ -270,6 +271,7 @@ def _measured(
     dead: float = 1e-12,
     *,
     everything: bool = False,
+    lengths: Tensor | None = None,
 ) -> VarianceExplained:
     require(bool(features), "features: got none, expected {name: one value a sample}")
     columns = {str(name): columns_of(str(name), values, len(test)) for name, values in features.items()}
@@ -286,6 +288,8 @@ def _measured(
     places = {name: torch.arange(starts[k], starts[k + 1]) for k, name in enumerate(columns)}
     fit_rows = torch.arange(len(test)) if everything else (~test).nonzero().flatten()
     judge_rows = fit_rows if everything else test.nonzero().flatten()
+    if lengths is not None:  # the order in which they are walked
+        fit_rows, judge_rows = (rows[lengths[rows].argsort(stable=True)] for rows in (fit_rows, judge_rows))
     for what, rows in (("fitted", fit_rows), ("judged", judge_rows)):
         require(len(rows) >= 2, f"samples: {len(rows)} to be {what}, expected at least 2")
         for name, place in places.items():
@@ -329,8 +333,8 @@ def _measured(
         alive = total > dead
         require(float(total.sum()) > dead, f"sites: {site!r} never varies on the samples that are judged")
         units = {
-            key: torch.where(alive, 1 - rest / torch.where(alive, total, 1.0), 0.0)
-            for key, (rest, _) in left.items()
+            name: torch.where(alive, 1 - left[name][0] / torch.where(alive, total, 1.0), 0.0)
+            for name in columns
         }
         r2 = (
             ratios[site]

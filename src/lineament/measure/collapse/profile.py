@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lineament.core import checks, results, shards
 from lineament.core.batching import progress
 from lineament.core.checks import InputError, require
+from lineament.core.loaders import batches_of
 from lineament.core.models import called, decided, device_of, frozen, held_weight, logits, moved
 from lineament.core.results import Readable
 from lineament.core.sites.activations import capture
@@ -157,6 +158,7 @@ def collapse(
     (['0', '2:in'], '2', True, None)
     """
     require(passes in (1, 2), f"passes: got {checks.show(passes)}, expected 1 or 2")
+    loader = batches_of(loader, once=passes == 1)
     checks.number("keep_bytes", keep_bytes, low=0, integer=True)
     if not callable(pool):
         checks.one_of("pool", pool, _POOLS)

@@ -85,7 +85,7 @@ def temporal_score(
     (('checkpoint 0',), True)
     """
     kinds(variance, form)
-    named = _named(checkpoints)
+    named = by_name(checkpoints)
     place = site or site_of(model, features)
     require(
         place is not None,
@@ -107,7 +107,8 @@ def temporal_score(
     return replace(found, rows=reading.rows, pool=reading.pool)
 
 
-def _named(checkpoints: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
+def by_name(checkpoints: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
+    """Checkpoints by their names, numbered where they have none."""
     several = isinstance(checkpoints, Mapping) and not any(
         isinstance(v, Tensor) for v in checkpoints.values()
     )
@@ -231,7 +232,7 @@ def training_dynamics(
     torch.Size([1])
     """
     checks.number("share", share, low=0, high=1, open_low=True)
-    states = {name: weights_of(model, value, name) for name, value in _named(checkpoints).items()}
+    states = {name: weights_of(model, value, name) for name, value in by_name(checkpoints).items()}
     found: list[Complexity] = []
     weights: list[Importance] = []
     for state in progress(list(states.values()), "training dynamics"):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks
 from lineament.core.curvature.matrices import hessian
+from lineament.core.loaders import batches_of
 from lineament.measure.landscape.axes import Axis, Weights, hessian_axes, normalised, random_axes
 from lineament.measure.landscape.network_axes import between, optimizer_axes
 from lineament.measure.landscape.points import evaluate
@@ -144,7 +145,7 @@ def random_lines(
 ) -> list[Line]:  # fmt: skip
     """Lines along fresh random axes, one for each seed from ``seed`` on; ``axes`` are options of ``random_axes``."""
     checks.number("count", count, low=1, integer=True)
-    batches = list(loader)
+    batches = list(batches_of(loader, once=True))
     drawn = [random_axes(model, 1, seed=seed + k, **(axes or {}))[0] for k in range(count)]
     return [line(model, loss_fn, batches, axis, **options) for axis in drawn]
 
@@ -155,7 +156,7 @@ def random_planes(
 ) -> list[Plane]:  # fmt: skip
     """Planes along fresh pairs of random axes, one pair for each seed from ``seed`` on: what all of them show is the network's."""
     checks.number("count", count, low=1, integer=True)
-    batches = list(loader)
+    batches = list(batches_of(loader, once=True))
     drawn = [random_axes(model, 2, seed=seed + k, **(axes or {})) for k in range(count)]
     return [plane(model, loss_fn, batches, pair, **options) for pair in drawn]
 
@@ -175,7 +176,7 @@ def perturbations(
     """
     checks.number("count", count, low=1, integer=True)
     checks.number("radius", radius, low=0, open_low=True)
-    batches = list(loader)
+    batches = list(batches_of(loader, once=True))
     rises, here = [], 0.0
     for k in range(count):
         axis = random_axes(model, 1, seed=seed + k, **(axes or {}))[0]
@@ -276,7 +277,7 @@ def panels(
         "adam" not in kinds or optimizer is not None,
         "optimizer: kinds has 'adam', whose axes are the optimizer's moments; give it",
     )
-    batches = list(loader)
+    batches = list(batches_of(loader, once=True))
     found: dict[str, Plane] = {}
     for kind in kinds:
         if kind == "random":

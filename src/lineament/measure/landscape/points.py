@@ -19,6 +19,7 @@ from lineament.core import checks, shards
 from lineament.core.batching import progress
 from lineament.core.curvature.risk import Chunk, Risk
 from lineament.core.engines import side_by_side, workers
+from lineament.core.loaders import batches_of
 from lineament.core.models import (
     buffers_kept,
     called,
@@ -102,14 +103,14 @@ def evaluate(
         )
     model = unwrapped(model)
     # Risk checks the model, the loss, the parameters and that the loader has samples; an iterator is walked only here.
-    batches = list(loader) if not isinstance(loader, list) else loader
+    batches = list(batches_of(loader, once=True))
     risk = Risk(model, loss_fn, batches, params=list(names))
     checks.require(tuple(risk.names) == names, "axes: their parameters are not in the model's order")
     total = sum(leaf.numel() for leaf in risk.leaves.values())
     for axis in axes:
         checks.tensor(f"axis {axis.label!r}", axis.vector, shape=(total,), finite=True)
     caution(model, axes, batchnorm)
-    held = None if calibration is None else list(calibration)
+    held = None if calibration is None else list(batches_of(calibration, name="calibration", once=True))
     job = (model, loss_fn, batches, list(axes), chosen, batchnorm, held)
     together = shards.count() > 1
     count = min(shards.count() if together else workers(jobs), len(points))

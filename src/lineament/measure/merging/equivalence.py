@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lineament.core import checks, results
 from lineament.core.checks import require
+from lineament.core.loaders import batches_of
 from lineament.core.models import called, device_of, frozen, moved
 from lineament.core.results import Readable
 from lineament.core.sites.activations import capture
@@ -244,7 +245,7 @@ def equivalence_error(
     {'0': 0.0}
     """
     require(len(perms) > 0, "perms: got none, expected the order of channels at one site or more")
-    batches = [data] if isinstance(data, Tensor) else data
+    batches = batches_of(data, name="data", once=True)
     wrong, whole = dict.fromkeys(perms, 0.0), dict.fromkeys(perms, 0.0)
     for batch in batches:
         inputs = batch[0] if isinstance(batch, (tuple, list)) else batch

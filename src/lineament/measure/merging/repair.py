@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import require
+from lineament.core.loaders import batches_of
 from lineament.core.models import called, device_of, frozen, moved
 from lineament.core.sites.activations import capture
 from lineament.measure.merging.merged import Merged
@@ -62,7 +63,7 @@ def repair(merged: Merged, data: Any = "data_free") -> Merged:
             spread = (share @ (cosine * scale[:, None] * scale) @ share.T).diagonal().clamp_min(0).sqrt()
             _rescale(new.get_submodule(layer), share @ shift, share @ scale, share @ shift, spread)
         return replace(merged, model=new)
-    batches = [data] if isinstance(data, Tensor) else list(data)
+    batches = list(batches_of(data, name="data", once=True))
     inputs = [b[0] if isinstance(b, (tuple, list)) else b for b in batches]
     order = _called_in_order(new, inputs[0], list(layers.values()))
     wanted = _moments(merged.original, order, inputs)

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import number, require, show
 from lineament.modules.colormnet.clips import Clips
+from lineament.modules.colormnet.configuration import ColorMNetConfig
 from lineament.modules.colormnet.memory import read_all
 from lineament.modules.colormnet.network import ColorMNet
 from lineament.modules.colormnet.scores import score_colours
@@ -67,6 +68,13 @@ class ColorTraining:
         number("deep", self.deep, low=0, high=1)
         number("scale", self.scale, low=0, high=1, open_low=True)
 
+    def check(self, config: ColorMNetConfig) -> None:
+        """Refuse crops that a network of this configuration cannot take."""
+        require(
+            self.size % config.multiple == 0,
+            f"size: got {self.size}, expected a multiple of {config.multiple}",
+        )
+
 
 def train_colorizer(
     model: ColorMNet,
@@ -98,10 +106,7 @@ def train_colorizer(
                 film.ndim == 4 and film.shape[3] == 3 and film.dtype == torch.uint8 and len(film) > 1,
                 f"{name}: number {index} is {show(film)}, expected bytes of shape (frames, height, width, 3), two frames at least",
             )
-    require(
-        options.size % model.config.multiple == 0,
-        f"size: got {options.size}, expected a multiple of {model.config.multiple}",
-    )
+    options.check(model.config)
     clips = Clips(films, options)
 
     def steps(optimizer: Any, total: int) -> Any:

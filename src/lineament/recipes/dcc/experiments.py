@@ -16,9 +16,10 @@ from lineament.data.photographs import read_photographs
 from lineament.learn.condensation.condensed import Condensed
 from lineament.learn.condensation.condensing import condense
 from lineament.learn.condensation.diagnostics import kernel_velocity
-from lineament.learn.condensation.evaluating import Protocol, _Test, accuracies, evaluate
+from lineament.learn.condensation.evaluating import Protocol, _sets, _Test, accuracies
 from lineament.learn.condensation.networks import convnet
 from lineament.learn.condensation.options import Condensation
+from lineament.recipes.dcc.rivals import mean_matched, often_forgotten
 from lineament.recipes.kit.image_sets import faces
 
 # Whether a method sums over classes, and from which share of the fresh networks on.
@@ -46,38 +47,47 @@ def trial_of(config: Any, nuisance: str, seed: int) -> Trial:
     shape, classes = tuple(x.shape[1:]), int(y.max()) + 1
     make = partial(convnet, shape, classes, width=config.width, depth=config.depth)
     protocol = Protocol(networks=config.networks, epochs=config.training, rate=0.02, full_epochs=0)
-    few = replace(protocol, networks=max(2, config.networks // 4))
 
-    def judged(made: Condensed, pictures: tuple[Tensor, Tensor], protocol: Protocol) -> Tensor:
-        return accuracies(
-            made, made.pictures, made.labels, _Test(made, *pictures), lambda k: make(), protocol, seed=seed
+    def judged(pictures: Tensor, labels: Tensor, on: tuple[Tensor, Tensor]) -> Tensor:
+        start = made["own start"]  # its normalisation is that of the training pictures, as every set's
+        return accuracies(start, pictures, labels, _Test(start, *on), lambda k: make(), protocol, seed=seed)
+
+    def learned(name: str, rate: float) -> Condensed:
+        if name == "mean features":
+            steps = config.outer * config.inner
+            return mean_matched(
+                made["own start"], train, make, steps=steps, rate=rate, batch=config.batch, seed=seed
+            )
+        method, warm = METHODS[name]
+        how = Condensation(
+            outer=config.outer, inner=config.inner, epochs=config.epochs, outer_warmup=round(warm * config.outer), inner_warmup=config.inner,
+            rate=rate, batch_real=config.batch,
+        )  # fmt: skip
+        return condense(
+            *train, per_class=config.per_class, method=method, network=make, options=how, seed=seed
         )
 
+    made = {"own start": condense(*train, per_class=config.per_class, method="random", seed=seed)}
     accuracy: dict[str, Tensor] = {}
     rates: dict[str, float] = {}
-    made: dict[str, Condensed] = {}
-    for name, (method, warm) in METHODS.items():
+    for name in (*METHODS, "mean features"):
         best = -1.0
         for rate in config.rates:
-            how = Condensation(
-                outer=config.outer, inner=config.inner, epochs=config.epochs, outer_warmup=round(warm * config.outer), inner_warmup=config.inner,
-                rate=rate, batch_real=config.batch,
-            )  # fmt: skip
-            found = condense(
-                *train, per_class=config.per_class, method=method, network=make, options=how, seed=seed
-            )
-            reached = float(judged(found, choosing, few).mean())
+            found = learned(name, rate)
+            reached = float(judged(found.pictures, found.labels, choosing).mean())
             if reached > best:
                 best, rates[name], made[name] = reached, rate, found
-        accuracy[name] = judged(made[name], test, protocol)
-    beside = evaluate(
-        made["summed"], test, real=train, networks={"convnet": make}, protocol=protocol, augmented=False, seed=seed
-    ).accuracy  # fmt: skip
+        accuracy[name] = judged(made[name].pictures, made[name].labels, test)
+    beside = _sets(made["summed"], train, seed)
     for name in ("random real", "class means", "own start"):
-        accuracy[name] = beside[name]["convnet"]
+        accuracy[name] = judged(*beside[name], test)
     for name in ("herding", "k_means"):
         chosen = condense(*train, per_class=config.per_class, method=name, network=make, seed=seed)
-        accuracy[name] = judged(chosen, test, protocol)
+        accuracy[name] = judged(chosen.pictures, chosen.labels, test)
+    rows = often_forgotten(
+        train, made["own start"].normalised(train[0]), make, per_class=config.per_class, seed=seed
+    )
+    accuracy["often forgotten"] = judged(train[0][rows], train[1][rows], test)
     held_set = made["summed"]
     net = convnet(shape, classes, width=min(config.width, 16), depth=config.depth, seed=seed)
     velocity = kernel_velocity(
@@ -87,10 +97,13 @@ def trial_of(config: Any, nuisance: str, seed: int) -> Trial:
 
 
 def with_nuisance(config: Any, nuisance: str, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training and test pictures in [0, 1]: each with ``amplitude`` times a texture times a draw from [0.5, 1.5] added, of a few shared by all classes, or of its own."""
-    x, y, test = pictures(config, seed)
+    """Training and test pictures in [0, 1]: each with ``amplitude`` times a texture times a draw from [0.5, 1.5] added, of a few shared by all classes, or of its own.
+
+    ``"faces"`` are photographs of 40 people without a nuisance.
+    """
+    x, y, test = pictures(replace(config, data="faces") if nuisance == "faces" else config, seed)
     generator = np.random.default_rng([seed, 3])
-    if nuisance != "none" and config.amplitude:
+    if nuisance not in ("none", "faces") and config.amplitude:
         x = (x - x.mean()) / x.std()
         crops = textures(len(x) if nuisance == "independent" else config.textures, config.side, generator)
         which = (

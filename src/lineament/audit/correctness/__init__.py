@@ -1,0 +1,1 @@
+"""How often answers are right, by the kind of task: what the lens *accuracy* measures and says."""
