@@ -6,19 +6,16 @@ backward is the least that any gradient method needs: parameters ask for nothing
 
 from __future__ import annotations
 
-import re
-import resource
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lineament.bench import Row, compare, quick
+from lineament.bench import Row, compare, quick, resident_mib
 from lineament.core.models import frozen
 from lineament.explain.saliency.aggregation import Window, aggregate_contributions
 from lineament.explain.saliency.baselines import integrated_gradients
@@ -68,15 +65,6 @@ def materialised(x: Tensor, g: Tensor, size: int) -> Tensor:
     patches = nn.functional.unfold(x, size, padding=size // 2)
     outer = patches[:, :, None] * g.flatten(2)[:, None]
     return outer.flatten(1, 2).norm(dim=1).reshape(len(x), 1, *x.shape[-2:])
-
-
-def resident_mib() -> float:
-    """This process's peak memory in MiB."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Unlike getrusage's, this peak starts anew with the program: nothing of the parent's is in it.
-        return int(re.findall(r"VmHWM:\s*(\d+)", status.read_text())[0]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def peak_mib(side: str) -> float:

@@ -22,6 +22,7 @@ from lineament.modules.colormnet.local_attention import FORMS, LocalAttention
 from lineament.modules.colormnet.memory import (
     Memory,
     MemoryOptions,
+    joined,
     read_all,
     similarity,
     top_weights,
@@ -107,7 +108,7 @@ def check_value_cell(case: Scope, dtype: torch.dtype) -> None:
 def check_decoder_cell(case: Scope, dtype: torch.dtype) -> None:
     *g, h = (case.input(f"{case.name}_{name}").to(dtype) for name in ("g0", "g1", "g2", "h"))
     middle = len(case.input(f"{case.name}_p_g16_conv.weight"))
-    cell = DecoderCell(tuple(x.shape[2] for x in g), middle, h.shape[2])  # type: ignore[arg-type]
+    cell = DecoderCell(tuple(x.shape[2] for x in g), middle, h.shape[2])
     case.compare(f"{case.name}_out", loaded(case, cell, dtype)(*g, h), dtype)
 
 
@@ -149,16 +150,16 @@ def check_memory(case: Scope, dtype: torch.dtype) -> None:
         answers.append(memory.read(query[step], qselect[step])[0])
     case.compare(f"{case.name}_readout", torch.stack(answers), dtype)
     case.compare(f"{case.name}_sizes", torch.tensor(sizes), dtype)
-    case.compare(f"{case.name}_work_use", lambda: memory.working.use[None, None], dtype)  # type: ignore[index]
+    case.compare(f"{case.name}_work_use", lambda: joined([memory.working], "use")[None, None], dtype)
     long = memory.long
     if len(long):
-        case.compare(f"{case.name}_long_key", long.key.T[None], dtype)  # type: ignore[union-attr]
-        case.compare(f"{case.name}_long_shrink", long.shrinkage.T[None], dtype)  # type: ignore[union-attr]
+        case.compare(f"{case.name}_long_key", joined([long], "key").T[None], dtype)
+        case.compare(f"{case.name}_long_shrink", joined([long], "shrinkage").T[None], dtype)
         case.compare(
-            f"{case.name}_long_value", long.value.T.unflatten(0, (case["num_objects"], -1)), dtype  # type: ignore[union-attr]
+            f"{case.name}_long_value", joined([long], "value").T.unflatten(0, (case["num_objects"], -1)), dtype
         )  # fmt: skip
-        case.compare(f"{case.name}_long_use", long.use[None, None], dtype)  # type: ignore[index]
-        case.compare(f"{case.name}_long_life", long.life[None, None], dtype)  # type: ignore[index]
+        case.compare(f"{case.name}_long_use", joined([long], "use")[None, None], dtype)
+        case.compare(f"{case.name}_long_life", joined([long], "life")[None, None], dtype)
 
 
 def pictures(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -196,7 +197,7 @@ def check_positions(case: Scope, dtype: torch.dtype) -> None:
     grid, source = (tuple(int(v) for v in case[key]) for key in ("patch_grid", "source_grid"))
     found = resampled_positions(
         table, grid, offset=case["interpolate_offset"], mode=case["mode"], source=source
-    )  # type: ignore[arg-type]
+    )
     case.compare(f"{case.name}_out", found, dtype)
 
 
@@ -350,7 +351,7 @@ def check_network(file: File) -> None:
             start = model.empty_hidden(features.key)
             value, hidden = model.encode_value(frame, features.f16, start, colours)
         case.compare("value", value[0, :, :: case["stride_value"]])
-        case.compare("hidden", hidden[0, :, :: case["stride_hidden"]])  # type: ignore[index]
+        case.compare("hidden", hidden[0, :, :: case["stride_hidden"]])
         step = case["stride_ab_out"]
         found = clip(case, model, file.partners("network_values"))
         case.compare("ab_out_every8", found[..., ::step, ::step])

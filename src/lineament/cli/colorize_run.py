@@ -17,6 +17,7 @@ from PIL import Image
 from lineament.core.batching import progress
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.files import atomic_write, output_folder, write_json
+from lineament.core.models import usable
 from lineament.core.pictures import lab_to_rgb, rgb_to_lab
 from lineament.load.film_frames import FilmFrame
 from lineament.load.picture_films import PictureFilm, read_picture
@@ -36,7 +37,8 @@ def model_of(a: argparse.Namespace) -> ColorMNet:
     model = load(a.weights)
     if model.licence:
         print(model.licence, file=sys.stderr)
-    return model.to(a.device, getattr(torch, a.precision))
+    with usable(a.device):
+        return model.to(a.device, getattr(torch, a.precision))
 
 
 def picture_names(film: Film | PictureFilm, length: int) -> list[str]:

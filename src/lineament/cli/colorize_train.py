@@ -15,6 +15,7 @@ from lineament.cli.train_output import Log
 from lineament.cli.train_run import opened
 from lineament.core.checks import require
 from lineament.core.files import write_json
+from lineament.core.models import usable
 from lineament.load.colour_films import films_in, stored_frames
 from lineament.load.weights import digest
 from lineament.modules.colormnet.configuration import ColorMNetConfig
@@ -39,7 +40,11 @@ def train(a: argparse.Namespace) -> int:
     }
     options = ColorTraining(**{k: v for k, v in given.items() if v is not None}, recompute=a.recompute)
     torch.manual_seed(a.seed)
-    model = model_of(a) if a.weights else ColorMNet(ColorMNetConfig.tiny() if a.tiny else None).to(a.device)
+    if a.weights:
+        model = model_of(a)
+    else:
+        with usable(a.device):
+            model = ColorMNet(ColorMNetConfig.tiny() if a.tiny else None).to(a.device)
     options.check(model.config)
     films = films_in(a.train)
     asked = {

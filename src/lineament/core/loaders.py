@@ -37,16 +37,14 @@ def batches_of(
     """
     if isinstance(data, (str, Path)):
         raise InputError(f"{name}: got the path {str(data)!r}, expected {FORMS}; read it with load.load_data")
-    require(
-        once or not isinstance(data, Iterator),
-        f"{name}: got an iterator, which can be walked only once, expected {FORMS}",
-    )
-    if isinstance(data, Dataset) and hasattr(data, "inputs") and hasattr(data, "targets"):  # Samples
-        data = (data.inputs, data.targets)  # pyright: ignore[reportAttributeAccessIssue]
+    if hasattr(data, "inputs") and hasattr(data, "targets"):  # Samples
+        data = (data.inputs, data.targets)
+    if isinstance(data, Iterator) and not once:
+        raise InputError(f"{name}: got an iterator, which can be walked only once, expected {FORMS}")
     if isinstance(data, (Tensor, np.ndarray, Mapping)):
         return _parts(_tensors(data), batch_size)
     if _is_pair(data):
-        inputs, targets = map(_tensors, data)
+        inputs, targets = (_tensors(each) for each in data)
         counts = rows_in(inputs), len(targets)
         require(
             counts[0] == counts[1],
@@ -55,7 +53,8 @@ def batches_of(
         return _parts((inputs, targets), batch_size)
     if isinstance(data, Dataset) and (hasattr(data, "__len__") or isinstance(data, IterableDataset)):
         return DataLoader(data, batch_size)
-    require(isinstance(data, Iterable), f"{name}: got {show(data)}, expected {FORMS}")
+    if not isinstance(data, Iterable):
+        raise InputError(f"{name}: got {show(data)}, expected {FORMS}")
     return data
 
 

@@ -8,6 +8,7 @@ from .colormnet.naming import from_official as from_official
 from .colormnet.network import ColorMNet as ColorMNet
 from .colormnet.scores import colour_consistency as colour_consistency
 from .colormnet.scores import colourfulness as colourfulness
+from .colormnet.scores import frechet_distance as frechet_distance
 from .colormnet.scores import psnr_legacy as psnr_legacy
 from .colormnet.scores import score_colours as score_colours
 from .colormnet.training import ColorTraining as ColorTraining

@@ -35,6 +35,7 @@ def test_planted_copies_are_found_and_distinct_channels_are_kept(copies, tmp_pat
     else:
         assert section.status == "note" and finding.key == "repeats itself"
         assert first["sizes"] == {"0": 8} and first["kept"] == 1 > first["removed_kept"]
+        assert "Layer 0 repeats itself most" in finding.sentence and "of its answers" in section.unit
         chosen = section.numbers["chosen"]
         step = next(s for s in section.numbers["steps"] if s["beta"] == chosen)
         again = merge(net, example=x[:2], beta=chosen)

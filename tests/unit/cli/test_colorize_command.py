@@ -44,6 +44,7 @@ REFUSED = {
     "a codec": ("--codec foo", "--codec: is for a video"),
     "whose luma": ("--luma lab", "--luma: is for a video"),
     "times of pictures": ("--fps 24", "--fps: is for a video from a folder"),
+    "a device": ("--device cuda:99", "--device: 'cuda:99' cannot be used here"),
     "a precision": ("--precision half", "--precision: got 'half'"),
     "guided alone": ("--guided", "--guided: is for --max-side"),
     "strangers' files": ("--out f.mkv --overwrite", "--out: 'f.mkv' holds files .*strange.txt"),

@@ -255,10 +255,11 @@ def _section(found: Redundancy) -> Section:
             findings=[finding],
         )
     most = min(step.sizes, key=lambda name: step.sizes[name] / found.layers[name])
+    named = f"Layer {most}" if most.isdigit() else short(most, 40)
     interval = f"95 % interval {percent(step.low)} to {percent(step.high)}, {judged:,} samples that did not choose beta"
     text = (
         f"Merged at beta {step.beta:g}, without data, {percent(step.channels, 0)} of its channels ({percent(step.parameters, 0)} of its parameters) give the same answer on {percent(step.kept)} of the samples ({interval}); "
-        f"as many channels chosen by their norm give it on {percent(step.removed_kept)}. {short(most, 40)} repeats itself most: {step.sizes[most]} of {found.layers[most]} channels are left."
+        f"as many channels chosen by their norm give it on {percent(step.removed_kept)}. {named} repeats itself most: {step.sizes[most]} of {found.layers[most]} channels are left."
     )
     lines = (
         f" The smaller network: found = lineament.measure.merge(model, example=inputs, beta={step.beta:g}); "
@@ -273,7 +274,7 @@ def _section(found: Redundancy) -> Section:
         key="repeats itself" if step.channels < 0.8 else "repeats little",
     )
     return Section(
-        "", "", finding.severity, percent(step.channels, 0), "of its channels hold what it knows", text + lines,
+        "", "", finding.severity, percent(step.channels, 0), f"of its channels give {percent(step.kept, 0)} of its answers", text + lines,
         _pictures(found), tables, numbers=plain(found), findings=[finding],
     )  # fmt: skip
 

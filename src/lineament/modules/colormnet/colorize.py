@@ -182,7 +182,8 @@ class Colorizer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a stored state."""
-        self.size = tuple(state["size"]) or None  # type: ignore[assignment]
+        size = state["size"]
+        self.size = (size[0], size[1]) if size else None
         for film, stored in zip(self.films, state["films"]):
             film.load_state_dict(stored)
 
@@ -205,20 +206,14 @@ def _step(
             told = {"exemplars": [Exemplar(((other[:, :1] - 50) / 50).to(dtype), ab)]}
     found, cut = [], False
     for film, flip in zip(films, (False, True)):
-        if scene and film.time >= 0:
-            film.forget()
         mirrored = {key: _mirrored(value) for key, value in told.items()} if flip else told
-        ab = film.step(lightness.flip(-1) if flip else lightness, **mirrored, last=last)
+        ab = film.step(lightness.flip(-1) if flip else lightness, **mirrored, last=last, scene=scene)
         found.append(ab.flip(-1) if flip else ab)
         cut |= film.cut
     ab = torch.stack(found).mean(0) * 110
     if small.shape[1:] != size:
         ab = guided(ab, small[None, :1], lab[None, :1]) if options.guided else _resized(ab, size)
-    return (
-        ab[0].to(lab.dtype),
-        float(np.mean([film.confidence for film in films])),
-        cut or (scene and films[0].time > 0),
-    )
+    return ab[0].to(lab.dtype), float(np.mean([film.confidence for film in films])), cut
 
 
 def _mirrored(value: Any) -> Any:

@@ -241,11 +241,12 @@ class FrameEncoder(nn.Module):
             )
 
     def forward(self, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        f4, f8, f16 = stages_of(self.detail, frame) if self.kind != "dino" else (None, None, None)
-        if self.kind == "resnet":
-            return f16, f8, f4  # type: ignore[return-value]
-        semantics = self.network2(frame)
-        return self.fuse1(semantics, f16), self.fuse2(semantics, f8, 2), self.fuse3(semantics, f4, 4)
+        details = [] if self.kind == "dino" else stages_of(self.detail, frame)[::-1]
+        if self.kind != "resnet":
+            semantics, fuse = self.network2(frame), (self.fuse1, self.fuse2, self.fuse3)
+            details = [f(semantics, d, 2**k) for k, (f, d) in enumerate(zip(fuse, details or [None] * 3))]
+        f16, f8, f4 = details
+        return f16, f8, f4
 
 
 class KeyProjection(nn.Module):
@@ -256,8 +257,8 @@ class KeyProjection(nn.Module):
         self.key_proj, self.d_proj, self.e_proj = (
             nn.Conv2d(inside, width, 3, padding=1) for width in (key, 1, key)
         )
-        nn.init.orthogonal_(self.key_proj.weight)
-        nn.init.zeros_(self.key_proj.bias)  # type: ignore[arg-type]
+        for name, parameter in self.key_proj.named_parameters():
+            (nn.init.orthogonal_ if name == "weight" else nn.init.zeros_)(parameter)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.key_proj(x), self.d_proj(x) ** 2 + 1, self.e_proj(x).sigmoid()

@@ -10,7 +10,7 @@ With ``local_source="memory"`` and without permanent exemplars this is the publi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -70,9 +70,9 @@ class Colorizing:
             number("cuts", self.cuts, low=0, open_low=True)
 
     @classmethod
-    def published(cls, **changes: object) -> Colorizing:
+    def published(cls, **changes: Any) -> Colorizing:
         """The published loop: exemplars are ordinary frames of memory, local attention reads the latest of them."""
-        return cls(**({"local_source": "memory", "permanent": False} | changes))  # type: ignore[arg-type]
+        return replace(cls(local_source="memory", permanent=False), **changes)
 
 
 def margins(height: int, width: int, multiple: int) -> Padding:
@@ -134,18 +134,19 @@ class FilmState:
         given: Tensor | None = None,
         exemplars: Sequence[Exemplar] = (),
         last: bool = False,
+        scene: bool = False,
         features: FrameFeatures | None = None,
     ) -> Float[Tensor, "1 2 height width"]:
         """The chroma of the next frame: ``given`` as its own, or predicted.
 
-        ``last``: no frame follows, so that nothing is kept of it. ``features``: of the padded frame, where they are known.
+        ``last``: no frame follows, so that nothing is kept of it. ``scene``: a new one begins here. ``features``: of the padded frame, where they are known.
         """
         model, options = self.model, self.options
         self.time += 1
         told = given is not None or bool(exemplars)
         frame = self._frame(lightness)
         features = model.encode_frame(frame) if features is None else features
-        self.cut = not told and self.is_cut(features.key)
+        self.cut = (scene and self.time > 0) or (not told and self.is_cut(features.key))
         if self.cut:
             self.forget()
         stored = (self.time - self.last_memory >= options.every or told or self.cut) and not last
@@ -162,7 +163,7 @@ class FilmState:
                 f"exemplars: there is none at or before frame {self.time}; give the colours of a frame first",
             )
             answer = self.memory.read(features.key, features.selection)
-            self.confidence = float(self.memory.confidence)  # type: ignore[arg-type]
+            self.confidence = float(self.memory.confidence)
             if not exemplars and self.reference is not None:
                 answer = answer + model.near(features.key, *self.reference)
             hidden, ab = model.decode(features, answer, self.hidden, update=update)
@@ -196,7 +197,8 @@ class FilmState:
         """Go on from :meth:`state_dict`."""
         for name in _KEPT:
             setattr(self, name, state[name])
-        self.reference = tuple(state["reference"]) or None  # type: ignore[assignment]
+        key_and_value = state["reference"]
+        self.reference = (key_and_value[0], key_and_value[1]) if key_and_value else None
         self.memory.objects = state["objects"]
         self.memory.working, self.memory.long = Store(**state["working"]), Store(**state["long"])
         self.memory.permanent = [Store(**stored) for stored in state["permanent"]]

@@ -8,7 +8,8 @@ copies each window (small maps), "flex" PyTorch's flex_attention (on GPUs). The 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -114,8 +115,9 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, h: int, w: int, rea
         return score + relative[b, n, (dy * side + dx).clamp(0, side**2 - 1), i]
 
     mask = create_block_mask(near, None, None, h * w, h * w, device=q.device)
-    run = torch.compile(flex_attention) if q.is_cuda else flex_attention
-    return run(q, k, v, score_mod=with_bias, block_mask=mask)  # type: ignore[return-value]
+    # Without options it returns the answer alone.
+    run: Callable[..., Any] = torch.compile(flex_attention) if q.is_cuda else flex_attention
+    return run(q, k, v, score_mod=with_bias, block_mask=mask)
 
 
 class LocalAttention(nn.Module):

@@ -8,6 +8,7 @@ the most used of its older elements stay as prototypes, with values averaged ove
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -180,7 +181,7 @@ class Memory:
     long: Store = field(default_factory=Store)
     permanent: list[Store] = field(default_factory=list)
     objects: int = 2
-    confidence: Tensor | None = None
+    confidence: Tensor = field(default_factory=lambda: torch.tensor(math.nan))  # of the last read
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -210,7 +211,7 @@ class Memory:
         stores = [store for store in (*self.permanent, self.long, self.working) if len(store)]
         require(bool(stores), "memory: is empty; add a frame with its colours first")
         query = _query_side(key[0].flatten(1), selection[0].flatten(1))
-        memory = torch.cat([store.side for store in stores])  # type: ignore[arg-type]
+        memory = joined(stores, "side")
         # Half precision has too few digits for differences of squares.
         low = memory.dtype in (torch.float16, torch.bfloat16)
         found = top_weights(
@@ -222,8 +223,7 @@ class Memory:
                 if store is not self.long or self.options.count_long:
                     store.count(usage)
         self.confidence = found.largest.exp().mean()
-        values = torch.cat([store.value for store in stores])  # type: ignore[arg-type]
-        answer = weighted_rows(values, found)
+        answer = weighted_rows(joined(stores, "value"), found)
         return answer.mT.unflatten(0, (self.objects, -1)).unflatten(2, key.shape[2:])[None]
 
     def clear_working(self) -> None:
@@ -259,6 +259,11 @@ class Memory:
         rest = torch.ones(len(working), dtype=torch.bool, device=key.device)
         rest[leaving] = False
         working.keep(rest)
+
+
+def joined(stores: Sequence[Store], name: str) -> Tensor:
+    """One of the tensors of all stores, one after the other."""
+    return torch.cat([getattr(store, name) for store in stores])
 
 
 def weighted_rows(values: Tensor, found: TopK) -> Tensor:

@@ -6,11 +6,11 @@ comparison with published figures only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lineament.core.checks import number, require, show
@@ -77,11 +77,36 @@ def colourfulness(picture: Pictures, *, absolute: bool = False) -> float:
     return float(parts.std(1, correction=0).norm() + 0.3 * parts.mean(1).norm())
 
 
+def frechet_distance(first: Float[Tensor, "n width"], second: Float[Tensor, "m width"]) -> float:
+    """|μ1 - μ2|² + tr(Σ1 + Σ2 - 2 (Σ1 Σ2)^½) of two sets of features; of Inception-v3's pooled ones it is the FID, of others it is called by no such name.
+
+    >>> frechet_distance(torch.tensor([[0.0], [2.0]]), torch.tensor([[3.0], [5.0]]))
+    9.0
+    """
+    sets = [x.double() for x in (first, second)]
+    for name, x in zip(("first", "second"), sets):
+        require(
+            x.ndim == 2 and len(x) > 1,
+            f"{name}: got {show(x)}, expected features (n, width) of two pictures or more",
+        )
+    (a, b), (m, n) = [x.T.cov().view(x.shape[1], -1) for x in sets], [x.mean(0) for x in sets]
+    # The trace of the root of a product of covariances is that of a symmetric one.
+    values, vectors = torch.linalg.eigh(a)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    shared = torch.linalg.eigvalsh(root @ b @ root).clamp_min(0).sqrt().sum()
+    return float((m - n).square().sum() + a.trace() + b.trace() - 2 * shared)
+
+
 def score_colours(
-    model: ColorMNet, films: Sequence[Pictures], *, options: Colorizing | None = None
+    model: ColorMNet,
+    films: Sequence[Pictures],
+    *,
+    options: Colorizing | None = None,
+    metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
 ) -> dict[str, float]:
     """Every film in colour, from its first frame, against itself: means over films of all frames but the first.
 
+    ``metrics`` are further ones by name, of coloured and true pictures [frames, 3, height, width] in [0, 1] (LPIPS, say, with weights of one's own).
     ``psnr``, ``psnr_legacy``, ``ssim`` (uniform 7x7), and of what was coloured ``cdc`` (where it is long enough), ``colourfulness`` and ``colourfulness_absolute``.
 
     >>> from lineament.modules import ColorMNet, ColorMNetConfig
@@ -99,6 +124,7 @@ def score_colours(
             "psnr": float(psnr(*pictures).mean()),
             "psnr_legacy": psnr_legacy(a, b),
             "ssim": float(ssim(*pictures, form="uniform", window=7).mean()),
+            **{name: float(metric(*pictures).mean()) for name, metric in (metrics or {}).items()},
             "colourfulness": mean(colourfulness(frame) for frame in a),
             "colourfulness_absolute": mean(colourfulness(frame, absolute=True) for frame in a),
         }

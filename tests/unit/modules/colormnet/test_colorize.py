@@ -204,6 +204,19 @@ def test_each_option_colours_the_film(model, how):
     assert any(x.cut for x in found) == (how == "cuts")
 
 
+def test_a_given_cut_is_a_cut_that_was_found(model):
+    """The frame is remembered, and what came before is forgotten but for exemplars."""
+    states = [FilmState(model, Colorizing(every=2, cuts=cuts)) for cuts in (None, 1e-6)]
+    for t, frame in enumerate(film(4)):
+        L = torch.from_numpy(frame)[None, None] / 255
+        given = torch.zeros(1, 2, 32, 40) if t == 0 else None
+        found = [state.step(L, given=given, scene=t == 3) for state in states]
+        if t == 2:
+            assert states[0].memory.sizes == (6, 0) == states[1].memory.sizes
+    assert states[0].cut and states[1].cut and states[0].memory.sizes == (6, 0) == states[1].memory.sizes
+    assert len(states[0].memory.permanent) == 1 and found[0].shape == found[1].shape
+
+
 def test_a_flipped_film_with_flip_is_the_flipped_result(model):
     frames = film(3)
     given = coloured(frames[0])

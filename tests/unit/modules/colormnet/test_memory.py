@@ -10,6 +10,7 @@ from lineament.modules.colormnet.memory import (
     Store,
     _memory_side,
     _query_side,
+    joined,
     read_all,
     similarity,
     top_weights,
@@ -91,7 +92,7 @@ def test_a_sharp_memory_of_the_query_itself_returns_its_values():
     key, _, selection, value = frame(0)
     memory.add(key, torch.full_like(key[:, :1], 1e6), selection + 1, value)
     torch.testing.assert_close(memory.read(key, selection + 1), value)
-    assert memory.confidence is not None and abs(float(memory.confidence) - 1) < 1e-6
+    assert abs(float(memory.confidence) - 1) < 1e-6
 
 
 def test_working_memory_swings_between_its_bounds_and_keeps_the_first_frame():
@@ -105,7 +106,7 @@ def test_working_memory_swings_between_its_bounds_and_keeps_the_first_frame():
     frames = [working // 6 for working, _ in sizes]
     assert frames[:8] == [1, 2, 3, 4, 5, 3, 4, 5] and max(frames) == 5 and min(frames[6:]) == 3
     assert max(long for _, long in sizes) <= 17 and sizes[5][1] == 5 and sizes[-1][1] >= 12
-    assert torch.equal(memory.working.key[:6], first[0][0].flatten(1).T)  # type: ignore[index]
+    assert torch.equal(joined([memory.working], "key")[:6], first[0][0].flatten(1).T)
 
 
 def test_nothing_is_pruned_at_the_very_limit():
@@ -130,7 +131,7 @@ def test_a_prototype_whose_affinity_is_one_hot_keeps_its_value():
             }
         if t < 2:
             memory.read(key, selection)
-    for key, value in zip(memory.long.key, memory.long.value):  # type: ignore[arg-type]
+    for key, value in zip(*(joined([memory.long], name) for name in ("key", "value"))):
         if tuple(key.tolist()) in kept:
             torch.testing.assert_close(value, kept[tuple(key.tolist())])
 
@@ -151,7 +152,7 @@ def test_without_counts_the_oldest_go():
     for t in range(8):
         memory.add(*frame(4 * t))
         memory.read(frame(4 * t + 1)[0], frame(0)[2])
-    assert memory.sizes[1] == 4 and not memory.long.use.any()  # type: ignore[union-attr]
+    assert memory.sizes[1] == 4 and not joined([memory.long], "use").any()
 
 
 @pytest.mark.parametrize(

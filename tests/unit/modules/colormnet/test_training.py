@@ -3,7 +3,9 @@
 import copy
 import dataclasses
 
+import numpy as np
 import pytest
+import scipy.linalg
 import torch
 
 from lineament.core.checkpoint import Checkpoint
@@ -11,6 +13,7 @@ from lineament.core.checks import InputError
 from lineament.modules.colormnet.clips import Clips, jittered
 from lineament.modules.colormnet.configuration import ColorMNetConfig
 from lineament.modules.colormnet.network import ColorMNet
+from lineament.modules.colormnet.scores import frechet_distance, score_colours
 from lineament.modules.colormnet.training import (
     ColorTraining,
     _Training,
@@ -127,6 +130,16 @@ def test_recomputed_activations_give_the_gradients_and_take_less_memory(model):
         torch.testing.assert_close(one, other)
 
 
+def test_the_frechet_distance_is_that_of_two_normal_distributions():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(50, 6, generator=generator).double() * s + s for s in (1.0, 2.0))
+    covariances = [x.T.cov().numpy() for x in (a, b)]
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    plain = (a.mean(0) - b.mean(0)).square().sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
+    assert frechet_distance(a, b) == pytest.approx(float(plain)) == pytest.approx(frechet_distance(b, a))
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
 def test_parts_of_a_batch_are_the_batch(model, films):
     told = dataclasses.replace(
         SMALL, epochs=1, clips=2, batch_size=2, deep=0.0, jitter=(0, 0, 0), jitter_frame=0
@@ -148,6 +161,8 @@ def test_every_frame_of_other_films_is_judged_after_each_epoch(model, films):
     curves = {name: found.curve(f"{name}_validation") for name in names}
     assert all(len(curve) == 2 and None not in curve for curve in curves.values())
     assert curves["psnr_legacy"][0] > curves["psnr"][0]  # here as everywhere
+    worst = score_colours(model, films, metrics={"worst": lambda a, b: (a - b).abs().flatten(1).amax(1)})
+    assert 0 < worst["worst"] <= 1
     with pytest.raises(InputError, match="validation: number 0 is"):
         train_colorizer(model, films, options=SMALL, validation=[films[0][0]])
 
