@@ -27,6 +27,7 @@ TINY = {
 
 def test_a_tiny_run(tmp_path):
     found = run(dataclasses.replace(Config.preset("quick"), **TINY), out=tmp_path)
+    assert all(row[4] >= 0 for table in found.tables for row in table.rows)
     assert len(found.claims) == 9 and len(found.tables) == 2
     assert all((tmp_path / f.file).stat().st_size > 0 for f in found.figures) and len(found.figures) == 2
     with pytest.raises(InputError, match="size"):
@@ -59,7 +60,7 @@ def test_claims_can_hold_and_fall():
         curves = {name: [float(v if good else 40 - v)] * 23 for name, v in height.items()}
         elements = [1, 3, 3, 3] if good else [1, 2, 3, 4]
         found = Coloured(
-            dict.fromkeys(VARIANTS, 0.1), curves, curves, [20.0, 10.0] if good else [10.0, 20.0], 20.0, 28.0 if good else 20.0, elements
+            dict.fromkeys(VARIANTS, 0.1), curves, curves, {"own": curves, "shared": curves}, [20.0, 10.0] if good else [10.0, 20.0], 20.0, 28.0 if good else 20.0, elements
         )  # fmt: skip
         return [c.holds for c in all_claims([found], Config.preset("quick"))]
 

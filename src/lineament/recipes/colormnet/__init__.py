@@ -74,14 +74,19 @@ def _tables(found: list[Coloured], config: Config) -> list[Table]:
     return [
         Table(
             f"PSNR in dB of the chroma of {films} unseen films {what}",
-            ["how", *(f"frames {span}" for span in SPANS), "training loss"],
+            ["how", *(f"frames {span}" for span in SPANS), "standard error over films", "training loss"],
             [
-                [name, *(mean_over(found, kind, name, span) for span in SPANS), statistics.mean(f.loss[name] for f in found) if name in found[0].loss else None]
+                [name, *(mean_over(found, kind, name, span) for span in SPANS), _error([v for f in found for v in f.films[kind][name]]), statistics.mean(f.loss[name] for f in found) if name in found[0].loss else None]
                 for name in getattr(found[0], kind)
             ],
         )
         for kind, what in kinds.items()
     ]  # fmt: skip
+
+
+def _error(values: list[float]) -> float:
+    """The standard error of a mean."""
+    return statistics.stdev(values) / len(values) ** 0.5
 
 
 __all__ = ["Config", "run"]

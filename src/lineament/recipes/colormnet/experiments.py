@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ class Coloured:
 
     Attributes:
         loss: {variant: the last epoch's}. own, shared: {way: PSNR of ab (peak to peak 2) of each frame but the first}, where grey says which surface it is,
-            and where two surfaces share it; means over films.
+            and where two surfaces share it; means over films. films: {"own" | "shared": {way: of each film, the mean over its frames}}.
         turned: PSNR of the full variant's answer to exemplars whose hues are turned by 90 degrees, to the turned truth and to the truth.
         true, legacy: PSNR of its pictures, right and as published. elements: of memory, at each frame of a long film.
     """
@@ -42,6 +43,7 @@ class Coloured:
     loss: dict[str, float]
     own: dict[str, list[float]]
     shared: dict[str, list[float]]
+    films: dict[str, dict[str, list[float]]]
     turned: list[float]
     true: float
     legacy: float
@@ -59,6 +61,7 @@ def coloured(config: Any, seed: int) -> Coloured:
     for name in VARIANTS:
         models[name], loss[name] = trained(config, films, name, seed)
     found: dict[bool, dict[str, list[float]]] = {}
+    each: dict[str, dict[str, list[float]]] = {}
     for kind in (False, True):
         unseen = coloured_films(
             config.unseen, frames=24, size=config.size, shared=kind, seed=1000 * seed + 500 + kind
@@ -67,7 +70,12 @@ def coloured(config: Any, seed: int) -> Coloured:
         answers = {name: colours_of(model, lightness, ab[:, 0], name) for name, model in models.items()}
         answers |= {name: way(lightness, ab) for name, way in WAYS.items()}
         other = _with_first(models[FULL], lightness, ab)
-        found[kind] = {name: decibels(x, ab[:, 1:]) for name, x in {**answers, "another's exemplar": other}.items()}  # fmt: skip
+        answers["another's exemplar"] = other
+        found[kind] = {name: decibels(x, ab[:, 1:]) for name, x in answers.items()}
+        each["shared" if kind else "own"] = {
+            name: [statistics.mean(decibels(x[k : k + 1], ab[k : k + 1, 1:])) for k in range(len(x))]
+            for name, x in answers.items()
+        }
         if not kind:
             first = lightness, ab, answers[FULL]
     lightness, ab, answer = first
@@ -80,6 +88,7 @@ def coloured(config: Any, seed: int) -> Coloured:
         loss,
         found[False],
         found[True],
+        each,
         psnrs,
         float(true),
         psnr_legacy(*pictures),
