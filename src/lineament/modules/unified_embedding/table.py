@@ -243,8 +243,7 @@ class UnifiedEmbedding(nn.Module):
         offsets = None
         if isinstance(given, tuple):
             given, offsets = given
-            falling = len(offsets) and (int(offsets[0]) != 0 or bool((offsets.diff() < 0).any()))
-            require(not falling, f"inputs: the offsets of {feature.name!r} must start at 0 and not fall")
+            rising(offsets, feature.name)
         several = isinstance(given, Tensor) and given.ndim == 2
         batch = len(given)
         if several:
@@ -295,6 +294,12 @@ class UnifiedEmbedding(nn.Module):
             raise InputError(
                 f"state_dict: the table was saved with {told}, so that its rows mean other values"
             )
+
+
+def rising(offsets: Tensor, name: str) -> None:
+    """Refuse offsets of bags that do not start at 0, or fall."""
+    falling = len(offsets) and (int(offsets[0]) != 0 or bool((offsets.diff() < 0).any()))
+    require(not falling, f"inputs: the offsets of {name!r} must start at 0 and not fall")
 
 
 def _name(name: str) -> int:
