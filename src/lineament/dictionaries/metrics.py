@@ -158,12 +158,15 @@ class UsageMeter(Stream):
         }
 
 
-def token_losses(logits: Tensor, labels: Tensor | None, other: Tensor | None = None) -> dict[str, Tensor]:
+def token_losses(
+    logits: Tensor, labels: Tensor | None, other: Tensor | None = None, *, only: str = ""
+) -> dict[str, Tensor]:
     """Of each token: ``ce`` of the logits, and where other logits are given ``kl`` (logits || other), ``ce`` being the other's, and ``agree``.
 
     Args:
         logits: (tokens, vocabulary). labels: (tokens); negative ones are left out as NaN.
         other: (tokens, vocabulary), of the run that is compared with the clean one.
+        only: ``"ce"`` or ``"kl"``, to compute no more than that: with a large vocabulary each pass over the logits counts.
     """
     found: dict[str, list[Tensor]] = {"ce": [], "kl": [], "agree": [], "right": []}
     most = max(1, _TOKENS // max(1, logits.shape[-1]))
@@ -171,19 +174,20 @@ def token_losses(logits: Tensor, labels: Tensor | None, other: Tensor | None = N
         rows = slice(start, start + most)
         clean = logits[rows].detach()
         clean = clean if clean.dtype == torch.float64 else clean.float()
-        log_p = F.log_softmax(clean, -1)
-        log_q = log_p
-        if other is not None:
-            second = other[rows].detach().to(clean.dtype)
-            log_q = F.log_softmax(second, -1)
-            found["kl"].append((log_p.exp() * (log_p - log_q)).sum(-1))
+        second = clean if other is None else other[rows].detach().to(clean.dtype)
+        log_q = F.log_softmax(second, -1)
+        if other is not None and only != "ce":
+            log_p = F.log_softmax(clean, -1)
+            found["kl"].append(torch.linalg.vecdot(log_p.exp(), log_p.sub_(log_q)))
+        if other is not None and not only:
             found["agree"].append((clean.argmax(-1) == second.argmax(-1)).to(clean.dtype))
-        if labels is not None:
+        if labels is not None and only != "kl":
             told = labels[rows]
             taken = -log_q.gather(-1, told.clamp_min(0)[:, None]).squeeze(-1)
             found["ce"].append(taken.masked_fill(told < 0, float("nan")))
-            right = (log_q.argmax(-1) == told).to(clean.dtype)
-            found["right"].append(right.masked_fill(told < 0, float("nan")))
+            if not only:
+                right = (second.argmax(-1) == told).to(clean.dtype)
+                found["right"].append(right.masked_fill(told < 0, float("nan")))
     return {name: torch.cat(parts) for name, parts in found.items() if parts}
 
 

@@ -7,13 +7,15 @@ that never hold all logits. Losses that add to the denominator (UNPG), sampled c
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lineament.core.checks import InputError, number, one_of, require, show
+from lineament.core.shards import joined
+from lineament.losses import sharded
 from lineament.losses.fused import class_lengths, cosine_softmax_loss
 from lineament.losses.margins import Cosine, Margin
 
@@ -73,8 +75,8 @@ class ClassHead(nn.Module):
         self,
         embeddings: Tensor,
         labels: Tensor,
-        *,
         sample_weight: Tensor | None = None,
+        *,
         margins: Tensor | None = None,
         kept: Tensor | None = None,
         also: Tensor | None = None,
@@ -89,10 +91,16 @@ class ClassHead(nn.Module):
         Raises:
             InputError: labels beyond the classes, wrong shapes, an embedding or class without direction, NaN.
         """
-        if self.reduction == "none" or self.chunk is None or self.margin.changes_others:
+        plain = self.reduction == "none" or self.chunk is None or self.margin.changes_others
+        if plain and not self.sharded:
             parts = self.parts(embeddings, labels, margins=margins, kept=kept, also=also)
             return self.reduced(*parts, sample_weight)
         rows = checked(embeddings, labels, len(self.weight))
+        if self.sharded:
+            given = None if margins is None else margins if len(margins) == len(rows) else margins[rows]
+            both = sharded.parts(self, wide(embeddings[rows]), labels[rows], given, kept, also)
+            shares = None if sample_weight is None else joined(_per_row(sample_weight, rows, both[0]))
+            return self.reduced(*both, torch.arange(len(both[0]), device=labels.device), shares)
         x, weight, y = self._chosen(embeddings[rows], labels[rows], kept)
         if not len(rows):
             return (x.sum() + weight[:1].sum()) * 0
@@ -107,7 +115,7 @@ class ClassHead(nn.Module):
 
         loss = cosine_softmax_loss(
             F.normalize(x, dim=1), norms, weight, y, target, scale=None if self.margin.by_norm else self.scale,
-            weights=each, also=also, chunk=self.chunk,
+            weights=each, also=also, chunk=self.chunk or "auto",
         )  # fmt: skip
         extra = self.margin.extra(norms) if self.training else None
         return loss if extra is None else loss + (each * extra).sum()
@@ -146,8 +154,31 @@ class ClassHead(nn.Module):
         return self.cosines(embeddings) * (norms[:, None] if self.margin.by_norm else self.scale)
 
     def cosines(self, embeddings: Tensor) -> Tensor:
-        """Cosines [B, C]."""
-        return _cosines(embeddings, self.weight)
+        """Cosines [B, C]; of a divided head every process must ask for them."""
+        weight: Any = self.weight
+        return _cosines(embeddings, weight.full_tensor() if self.sharded else weight)
+
+    def shard(self, mesh: Any = None) -> None:
+        """Divide the classes among the processes of a training; called by all of them, before an optimizer is given the weights.
+
+        ``weight`` is then a DTensor, ``Shard(0)``, which ``torch.distributed.checkpoint`` saves and opens in any number of processes (``weight.full_tensor()`` is the whole of
+        it). Each process passes its own samples, and has the loss of all; the head stays outside of DistributedDataParallel, which is for the network before it. Of the logits each
+        process holds those of its classes, for all samples: ``chunk`` is not looked at.
+
+        Args:
+            mesh: a DeviceMesh of one dimension with all processes; made where there is none.
+
+        >>> ClassHead(10, 4).shard()
+        Traceback (most recent call last):
+        ...
+        lineament.core.checks.InputError: mesh: there is no process group; start the processes by torchrun and call torch.distributed.init_process_group() first
+        """
+        sharded.shard(self, mesh)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the classes are divided among processes."""
+        return hasattr(self.weight, "placements")
 
     def load_class_weights(self, source: Tensor, layout: Literal["rows", "columns"] = "rows") -> None:
         """Take class weights from another library: (C, d) rows, or (d, C) columns as in pytorch-metric-learning and ElasticFace."""

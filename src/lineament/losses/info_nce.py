@@ -104,6 +104,10 @@ class InfoNCE(nn.Module):
         """
         if query.shape != key.shape or query.ndim != 2:
             raise InputError(f"key: got {show(key)}, expected the shape of the query, {show(query)}")
+        require(
+            self.queue is None or query.shape[1] == self.queue.rows.shape[1],
+            f"query: got {show(query)}, expected rows of {0 if self.queue is None else self.queue.rows.shape[1]} numbers as the queue's",
+        )
         active = {t.kind: t for t in self.transform if self.epoch >= t.start and self.training}
         key = key.detach() if self.queue is not None else key
         one, two = query, key

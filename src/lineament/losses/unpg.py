@@ -48,7 +48,7 @@ class UNPG(nn.Module):
         self.weight = number("weight", weight, low=0)
         self.whisker = whisker if whisker == float("inf") else number("whisker", whisker, low=0)
 
-    def forward(self, embeddings: Tensor, labels: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
+    def forward(self, embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of embeddings [B, d] with labels [B]; rows of label -1 form no pairs. Without negatives it is the head's own."""
         if not self.training:
             return self.head(embeddings, labels, sample_weight=sample_weight)
@@ -87,6 +87,12 @@ def negative_pairs(embeddings: Tensor, labels: Tensor, whisker: float = 1.5) -> 
     >>> int(negative_pairs(torch.eye(3), torch.tensor([0, 0, 1])).kept.sum())
     2
     """
+    require(
+        embeddings.ndim == 2 and labels.shape == embeddings.shape[:1],
+        f"labels: got {show(labels)} beside {show(embeddings)}, expected one a row",
+    )
+    if whisker != float("inf"):
+        number("whisker", whisker, low=0)
     unit = F.normalize(
         embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings, dim=1
     )

@@ -6,7 +6,7 @@ that of its own steps: with a gradient for every row, :class:`RowSGD` and :class
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lineament.core.checks import InputError, number, require
+from lineament.core.gradients import summed_rows
+
+# Numbers of a gradient's rows that are worked on at once.
+_NUMBERS = 1 << 17
 
 
 class _Rows(Optimizer):
@@ -35,14 +39,15 @@ class _Rows(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    rows, gradient = _rows_of(parameter)
-                    if group["weight_decay"]:
-                        gradient = gradient.add(_part(parameter, rows), alpha=group["weight_decay"])
-                    change = self._change(self.state[parameter], parameter, rows, gradient, group)
-                    if rows is None:
-                        parameter.add_(change, alpha=-group["lr"])
-                    else:
-                        parameter.index_add_(0, rows, change, alpha=-group["lr"])
+                    for rows, gradient in _parts_of(parameter):
+                        if group["weight_decay"]:
+                            gradient = gradient.add(_part(parameter, rows), alpha=group["weight_decay"])
+                        change = self._change(self.state[parameter], parameter, rows, gradient, group)
+                        if rows is None:
+                            parameter.add_(change, alpha=-group["lr"])
+                        else:
+                            moved = _part(parameter, rows).add_(change, alpha=-group["lr"])
+                            parameter.index_copy_(0, rows, moved)
         return loss
 
     def _change(
@@ -150,23 +155,25 @@ class RowAdam(_Rows):
         return first / (1 - one**steps).view(shape) / corrected
 
 
-def _rows_of(parameter: Tensor) -> tuple[Tensor | None, Tensor]:
-    """The rows of a sparse gradient and their values; ``None`` for a dense one."""
+def _parts_of(parameter: Tensor) -> Iterator[tuple[Tensor | None, Tensor]]:
+    """The rows of a sparse gradient and their values, as many at a time as stay in the cache; ``None`` and all of a dense one."""
     gradient = parameter.grad
     assert gradient is not None
     require(parameter.ndim > 0, "params: a parameter without dimensions has no rows")
     if not gradient.is_sparse:
-        return None, gradient
+        yield None, gradient
+        return
     if gradient.sparse_dim() != 1:
         raise InputError(
             f"params: a sparse gradient of {gradient.sparse_dim()} sparse dimensions, expected whole rows"
         )
-    gradient = gradient.coalesce()
-    return gradient.indices()[0], gradient.values()
+    rows, values = summed_rows(gradient)
+    size = max(1, _NUMBERS * len(parameter) // max(1, parameter.numel()))
+    yield from zip(rows.split(size), values.split(size))
 
 
 def _part(state: Tensor, rows: Tensor | None) -> Tensor:
-    return state if rows is None else state[rows]
+    return state if rows is None else state.index_select(0, rows)
 
 
 def _put(state: Tensor, rows: Tensor | None, value: Tensor) -> Tensor:

@@ -85,6 +85,9 @@ def test_what_a_set_is_compared_with(made):
         and again.augmentation_robust is None
     )
     assert found.storage == pytest.approx(6 / 60)
+    assert {what: set(held) for what, held in found.seconds.items()} == {
+        what: set(held) for what, held in found.accuracy.items()
+    }
     found.plot()
 
 
@@ -231,6 +234,7 @@ def test_the_command_makes_a_set_that_opens_everywhere(tmp_path, capsys):
     assert main([*words, *judged]) == 0
     told = capsys.readouterr().out
     assert "condensed.npz" in told and "test pictures" in told
+    assert "s on the set (4 epochs)" in told and "on all pictures (31 epochs)" in told
     report = json.loads((out / "condense.json").read_text())
     assert [s["name"] for s in report["sections"]] == ["set", "worth", "nearest", "memory"]
     assert not (out / ".stages").exists() and "no promise of anonymity" in (out / "condense.html").read_text()

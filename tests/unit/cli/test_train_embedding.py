@@ -218,7 +218,11 @@ def test_the_command_writes_what_it_says(faces, capsys, words):
             ["--loss", "arcface", "--validation-classes", "0.95"],
             "--validation-classes: a share of 0.95 of 12",
         ),
-        (["--loss", "arcface", "--embedding", "9"], "'9' is no site"),
+        (["--loss", "arcface", "--embedding", "9"], "--embedding: '9' is no site"),
+        (["--loss", "arcface", "--margin", "nan"], "--margin: got nan"),
+        (["--loss", "arcface", "--unpg", "-1"], "--unpg: got -1.0"),
+        (["--loss", "arcface", "--sample-classes", "2"], "--sample-classes: got 2.0"),
+        (["--loss", "moco", "--queue", "1"], "--queue: got 1"),
         (["--loss", "arcface", "--sigma", "1"], "--sigma: arcface takes none"),
     ],
 )

@@ -18,12 +18,16 @@ from lineament.losses import (
     ClassHead,
     Combined,
     CosFace,
+    CurricularFace,
+    Elastic,
     HardMixing,
     InfoNCE,
+    MagFace,
     NTXent,
     Queue,
     SupCon,
-)
+)  # fmt: skip
+from lineament.losses.sharded import shard
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -76,7 +80,7 @@ SCRIPT = """
 import sys, torch, torch.distributed as dist
 from torch.nn import functional as F
 from lineament.losses import InfoNCE, Queue
-from test_contrastive_negatives import JOINED, batch, gradients
+from test_contrastive_negatives import JOINED, SHARDED, batch, gradients
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -85,6 +89,7 @@ keys = F.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 for step in range(2):
     own = keys[rank * 3 : rank * 3 + 3].roll(step, 0)
     loss(own, own)
+queue = loss.queue
 found = {}
 for name, (made, sizes) in JOINED.items():
     start = sum(sizes[:rank])
@@ -92,7 +97,21 @@ for name, (made, sizes) in JOINED.items():
     for each in (value, *grads):
         dist.all_reduce(each)
     found[name] = [value / 2, *(grad / 2 for grad in grads)]  # as DistributedDataParallel averages
-torch.save((loss.queue.rows, loss.queue.pointer, found), sys.argv[1] + str(rank))
+divided = {}
+for name, made in SHARDED.items():
+    loss = made()
+    head = getattr(loss, "head", loss)
+    head.shard()
+    for step in range(2):
+        start = rank * 3  # three samples, and five
+        value, (weight, rows) = gradients(loss, *batch("unpg", slice(start, 3 if rank == 0 else 8)))
+        dist.all_reduce(weight)
+    divided[name] = [value, weight / 2, rows.full_tensor()]
+    if name == "cosface":
+        import torch.distributed.checkpoint as dcp
+        dcp.save({"weight": head.weight}, checkpoint_id=sys.argv[1] + "saved")
+        divided["rows"], divided["logits"] = len(head.weight.to_local()), head.eval().logits(torch.eye(4))
+torch.save((queue.rows, queue.pointer, found, divided), sys.argv[1] + str(rank))
 dist.destroy_process_group()
 """
 
@@ -104,6 +123,17 @@ JOINED = {
     "unpg": (lambda: UNPG(ClassHead(4, 4, chunk=None, scale=8.0, seed=1)), (4, 4)),
     "unpg, chunks": (lambda: UNPG(ClassHead(4, 4, CosFace(0.2), scale=8.0, seed=1)), (4, 4)),
     "unpg, circle": (lambda: UNPG(ClassHead(4, 4, scale=8.0, seed=1), aux="circle"), (4, 4)),
+}
+
+
+# Heads that are divided among two processes; of five classes the last has fewer.
+SHARDED = {
+    "cosface": lambda: ClassHead(5, 4, CosFace(0.2), scale=8.0, seed=1),
+    "elastic, by rank": lambda: ClassHead(5, 4, Elastic("arc", 0.3, 0.1, match="rank"), scale=8.0, seed=1),
+    "norms": lambda: ClassHead(4, 4, MagFace((0.1, 0.3)), scale=8.0, reduction="sum", seed=1),
+    "sampled": lambda: ClassHead(40, 4, CosFace(0.2), scale=8.0, sample=0.3, seed=1),
+    "sampled, none of the second's": lambda: ClassHead(40, 4, scale=8.0, sample=0.1, seed=1),
+    "pairs": lambda: UNPG(ClassHead(5, 4, CosFace(0.2), scale=8.0, seed=1)),
 }
 
 
@@ -136,7 +166,7 @@ def two_processes(tmp_path_factory):
         for rank in range(2)
     ]  # fmt: skip
     assert [run.wait(100) for run in runs] == [0, 0]
-    return [torch.load(tmp_path / f"q{rank}") for rank in range(2)]
+    return [*(torch.load(tmp_path / f"q{rank}") for rank in range(2)), tmp_path / "qsaved"]
 
 
 @pytest.mark.parametrize("name", JOINED)
@@ -146,8 +176,35 @@ def test_pairs_of_all_processes_give_what_one_process_gives(two_processes, name)
         torch.testing.assert_close(found[name], [value, *grads], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_head_in_two_processes_is_the_head_in_one(two_processes, name):
+    loss = SHARDED[name]()
+    for _ in range(2):  # the second step's draws are another's
+        value, grads = gradients(loss, *batch("unpg"))
+    for found in (two_processes[0][3], two_processes[1][3]):
+        torch.testing.assert_close(found[name], [value, *grads], rtol=1e-5, atol=1e-6)
+
+
+def test_a_divided_head_is_opened_by_one_process(two_processes):
+    import torch.distributed.checkpoint as dcp
+
+    head = SHARDED["cosface"]()
+    whole, state = head.weight.detach().clone(), {"weight": torch.zeros(5, 4)}
+    dcp.load(state, checkpoint_id=two_processes[2])
+    assert state["weight"].equal(whole) and [found[3]["rows"] for found in two_processes[:2]] == [3, 2]
+    for found in two_processes[:2]:
+        torch.testing.assert_close(found[3]["logits"], head.eval().logits(torch.eye(4)))
+    for odd, words in (
+        (ClassHead(4, 4, sample=0.5, sparse=True), "sparse: rows"),
+        (ClassHead(4, 4, reduction="none"), "'none' has no loss"),
+        (ClassHead(4, 4, CurricularFace()), "CurricularFace changes"),
+    ):
+        with pytest.raises(InputError, match=words):
+            shard(odd, mesh=object())
+
+
 def test_a_queue_takes_the_keys_of_all_processes(two_processes):
-    (a, at, _), (b, bt, _) = two_processes
+    (a, at, *_), (b, bt, *_) = two_processes[:2]
     keys = unit(6, 4)
     assert a.equal(b) and int(at) == int(bt) == 12 % 10
     turned = torch.cat([keys[:3].roll(1, 0), keys[3:].roll(1, 0)])

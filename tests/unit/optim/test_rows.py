@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from lineament.core.checks import InputError
+from lineament.core.gradients import summed_rows
 from lineament.losses import ClassHead, CosFace
 from lineament.optim import RowAdagrad, RowAdam, RowSGD
 
@@ -107,3 +108,26 @@ def test_unsampled_classes_do_not_move(name):
 def test_bad_numbers_are_named(make, message):
     with pytest.raises(InputError, match=message):
         make([table()])
+
+
+@pytest.mark.parametrize("kind", [RowSGD, RowAdagrad, RowAdam])
+def test_more_rows_than_are_worked_on_at_once_move_as_with_a_dense_gradient(kind):
+    ids = torch.randint(70_000, (150_000,), generator=torch.Generator().manual_seed(0))
+    start, moved = torch.ones(70_000, 2), []
+    for sparse in (True, False):
+        weight = torch.nn.Parameter(start.clone())
+        F.embedding(ids, weight, sparse=sparse).square().sum().backward()
+        kind([weight], lr=0.1).step()
+        moved.append(weight.detach()[ids.unique()])
+    torch.testing.assert_close(*moved)
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [(torch.float32, (3,)), (torch.float64, ()), (torch.float32, (2, 2)), (torch.bfloat16, (3,))])  # fmt: skip
+def test_rows_of_a_gradient_are_those_of_coalesce(dtype, shape):
+    generator = torch.Generator().manual_seed(0)
+    for count in (0, 1, 50):
+        ids = torch.randint(20, (1, count), generator=generator)
+        values = torch.randint(9, (count, *shape), generator=generator).to(dtype)
+        found = torch.sparse_coo_tensor(ids, values, (20, *shape), check_invariants=True)
+        expected = found.coalesce()
+        torch.testing.assert_close(summed_rows(found), (expected.indices()[0], expected.values()))

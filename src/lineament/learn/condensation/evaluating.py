@@ -7,6 +7,7 @@ The protocol of arXiv 2202.02916, section 2: SGD with momentum, a rate that fall
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,7 +84,7 @@ class Evaluation(Readable):
         label_robust, augmentation_robust: the scores of DD-Ranking in percent, of the first network; ``None`` where what they compare was not trained.
         nearest: distance (root mean square, of the scale) of each picture of the set to the nearest training picture; nearest_real: of as many training pictures to the
             nearest other one. apart: of as many pairs of random training pictures.
-        storage: share of the training pictures' number that the set holds.
+        storage: share of the training pictures' number that the set holds. seconds: {what: {network: time}} of one network's training and test without augmentation.
 
     >>> Evaluation({"condensed": {"mlp": torch.tensor([0.5, 1.0])}}).mean("condensed", "mlp")
     0.75
@@ -97,6 +98,7 @@ class Evaluation(Readable):
     nearest_real: Tensor = field(default_factory=lambda: torch.empty(0))
     apart: Tensor = field(default_factory=lambda: torch.empty(0))
     storage: float = 0.0
+    seconds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def mean(self, what: str, network: str, *, augmented: bool = False) -> float:
         """The mean accuracy over networks."""
@@ -173,6 +175,7 @@ def evaluate(
     held = _Test(condensed, test[0], test_y)
     accuracy: dict[str, dict[str, Tensor]] = {}
     with_draws: dict[str, dict[str, Tensor]] = {}
+    seconds: dict[str, dict[str, float]] = {}
     jobs = [(what, name) for what in sets for name in makers]
     first = next(iter(makers))
     for what, name in progress(jobs, "training on each set", len(jobs)):
@@ -180,9 +183,12 @@ def evaluate(
         epochs = protocol.full_epochs if what == "all pictures" else None
         if epochs == 0:
             continue
+        begun = time.monotonic()
         accuracy.setdefault(what, {})[name] = accuracies(
             condensed, x, y, held, makers[name], protocol, epochs=epochs, seed=seed
         )
+        taken = (time.monotonic() - begun) / protocol.networks
+        seconds.setdefault(what, {})[name] = taken
         if augmented and what in ("condensed", "own start", "random real"):
             with_draws.setdefault(what, {})[name] = accuracies(
                 condensed, x, y, held, makers[name], protocol, strategy=protocol.strategy, seed=seed
@@ -190,7 +196,7 @@ def evaluate(
     near = _nearest(condensed, real, seed)
     return Evaluation(
         accuracy, with_draws, _label_robust(accuracy, first), _augmentation_robust(accuracy, with_draws, first), *near,
-        storage=0.0 if real is None else len(condensed.labels) / len(real[1]),
+        storage=0.0 if real is None else len(condensed.labels) / len(real[1]), seconds=seconds,
     )  # fmt: skip
 
 

@@ -120,7 +120,14 @@ class WithHead(nn.Module):
 
     def forward(self, x: Tensor, *, use_head: bool = True) -> Tensor:
         features = self.encoder(x)
-        return self.head(features) if use_head else features
+        if not use_head:
+            return features
+        first = next((m for m in self.head.modules() if isinstance(m, nn.Linear)), None)
+        require(
+            first is None or features.shape[-1] == first.in_features,
+            f"head: it takes {first.in_features if first else 0} coordinates, and the encoder gives {show(features)}",
+        )
+        return self.head(features)
 
     def export(self) -> nn.Module:
         """The encoder alone, as a plain module."""

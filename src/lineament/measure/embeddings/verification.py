@@ -52,8 +52,11 @@ def fold_accuracy(
     Returns:
         ``optimistic`` is the best single threshold's accuracy on all pairs, which must not be reported as the folds' mean.
 
-    >>> x = torch.eye(2).repeat_interleave(2, 0).repeat(2, 1)
-    >>> fold_accuracy(x, torch.ones(4, dtype=torch.bool), folds=2).mean
+    Raises:
+        InputError: not two rows a pair, a fold with pairs of one kind only.
+
+    >>> x = torch.eye(2)[[0, 0, 0, 1, 1, 1, 1, 0]]
+    >>> fold_accuracy(x, torch.tensor([1, 0, 1, 0]), folds=2).mean
     1.0
     """
     require(
@@ -76,6 +79,11 @@ def fold_accuracy(
     accepted = cells.cumsum(2)[..., :count]
     totals = torch.stack(
         [torch.bincount(fold[~same], minlength=folds), torch.bincount(fold[same], minlength=folds)], 1
+    )
+    lacking = (totals == 0).any(1).nonzero()[:, 0].tolist()
+    require(
+        not lacking,
+        f"same: all pairs of fold {lacking[0] + 1 if lacking else 0} of {folds} are of one kind, expected both in each; shuffle the pairs, or take fewer folds",
     )
     right = accepted[:, 1] + totals[:, :1] - accepted[:, 0]
     others = (right.sum(0) - right).double() / (len(same) - torch.tensor(sizes)).to(distance.device)[:, None]

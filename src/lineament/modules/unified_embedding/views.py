@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lineament.core.checks import InputError, number, require, show
 from lineament.core.results import Readable
-from lineament.modules.unified_embedding.table import UnifiedEmbedding
+from lineament.modules.unified_embedding.table import UnifiedEmbedding, rising
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class EmbeddingView(nn.Module):
             per_sample_weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)
         if offsets is None:
             raise InputError(f"offsets: got none beside {show(input)}, expected where each bag starts")
+        rising(offsets, self.name)
         starts = offsets[:-1] if self.include_last_offset else offsets
         bag = torch.bucketize(torch.arange(len(input), device=input.device), starts, right=True) - 1
         return self._pooled(self._rows(input), input, bag, len(starts), per_sample_weights)

@@ -1,0 +1,102 @@
+"""A class head divided among the processes of a training: each holds a part of the classes, and computes their logits for the samples of all.
+
+As in partial FC (An et al. 2021): embeddings and labels are gathered, and what the processes tell each other beyond that are three vectors of the batch's length. The loss is that of one
+process in each of them, and so are its gradients, as DistributedDataParallel averages those of the network before the head; those of the head's own rows are no average.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lineament.core.checks import require
+from lineament.core.shards import joined, place_in_training, totals
+from lineament.losses.fused import class_lengths
+
+if TYPE_CHECKING:
+    from lineament.losses.class_head import ClassHead
+
+
+def shard(head: ClassHead, mesh: Any = None) -> None:
+    """Make the class directions a DTensor whose rows lie with the processes of a mesh, as the first process has them.
+
+    Raises:
+        InputError: no process group, a mesh of some of the processes only, a head that cannot be divided.
+    """
+    require(
+        place_in_training()[1] > 1 or mesh is not None,
+        "mesh: there is no process group; start the processes by torchrun and call torch.distributed.init_process_group() first",
+    )
+    require(
+        not head.sparse,
+        "sparse: rows that lie with several processes have dense gradients; make the head with sparse=False",
+    )
+    require(
+        head.reduction != "none",
+        "reduction: 'none' has no loss in common; make the head with 'mean' or 'sum'",
+    )
+    name = type(head.margin).__name__
+    require(
+        not head.margin.changes_others,
+        f"margin: {name} changes the other classes' logits by the target's, and these lie with other processes",
+    )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    count = place_in_training()[1]
+    mesh = init_device_mesh(head.weight.device.type, (count,)) if mesh is None else mesh
+    require(
+        mesh.ndim == 1 and mesh.size() == count,
+        f"mesh: got {mesh}, expected one dimension with all {count} processes",
+    )
+    head.weight = nn.Parameter(distribute_tensor(head.weight.detach(), mesh, [Shard(0)]))
+
+
+def parts(
+    head: ClassHead,
+    embeddings: Tensor,
+    labels: Tensor,
+    margins: Tensor | None,
+    kept: Tensor | None,
+    also: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(lse, target logit) of the samples of all processes; those given are this process's labelled ones."""
+    weight: Any = head.weight
+    rank, count = place_in_training()
+    x, y = joined(embeddings), joined(labels)
+    margins = None if margins is None else joined(margins)
+    norms = x.norm(dim=1)
+    if kept is None and head.training and head.sample < 1:
+        kept = head.sampled(y)
+    # As torch.chunk divides them.
+    size = -(-len(weight) // count)
+    start = min(rank * size, len(weight))
+    stop, own = min(start + size, len(weight)), weight.to_local()
+    if kept is not None:
+        mine = kept[(kept >= start) & (kept < stop)]
+        own, at = own[mine - start], torch.searchsorted(mine, y.contiguous())
+    else:
+        at = y - start
+    class_lengths(own)
+    # Every process finds its classes' share of the gradient, and what is averaged later is their sum.
+    unit = F.normalize(x, dim=1)
+    if unit.requires_grad:
+        unit = unit.view_as(unit)
+        unit.register_hook(lambda gradient: gradient * count)
+    cosines = (unit @ F.normalize(own, dim=1).T).clamp(-1, 1)
+    here = ((y >= start) & (y < stop)).nonzero()[:, 0]
+    found = torch.zeros_like(norms).index_put((here,), cosines[here, at[here]])
+    target = head._target(totals(found), norms, margins, torch.arange(len(y), device=y.device))
+    logits = cosines.index_put((here, at[here]), target[here]) * (
+        norms[:, None] if head.margin.by_norm else head.scale
+    )
+    target = target * (norms if head.margin.by_norm else head.scale)
+    each = logits.logsumexp(1)
+    highest = totals(each.detach(), largest=True)
+    lse = highest + totals((each - highest).exp()).log()
+    lse = lse if also is None else torch.logaddexp(lse, also)
+    extra = head.margin.extra(norms) if head.training else None
+    return lse if extra is None else lse + extra, target
