@@ -262,8 +262,9 @@ class Memory:
 
 
 def joined(stores: Sequence[Store], name: str) -> Tensor:
-    """One of the tensors of all stores, one after the other."""
-    return torch.cat([getattr(store, name) for store in stores])
+    """One of the tensors of all stores, one after the other; of one store no copy."""
+    parts = [getattr(store, name) for store in stores]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def weighted_rows(values: Tensor, found: TopK) -> Tensor:
