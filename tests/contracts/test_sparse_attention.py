@@ -193,6 +193,7 @@ REFUSED = {
     "backend: got 'blockmajor'": lambda q, k, v: attend(q, k, v, backend="blockmajor"),
     "selection: got 'inexact'": lambda q, k, v: attend(q, k, v, "inexact"),
     "'released' wants block_size": lambda q, k, v: attend(q, k, v, "released", block_size=4, blocks=5),
+    "blocks: the blocks are chosen already": lambda q, k, v: attend(q, k, v, select(q, k), blocks=2),
     "v: got": lambda q, k, v: attend(q, k, v[:, :, 1:]),
     "are of other queries": lambda q, k, v: attend(q, k, v, select(q[:, :, 1:], k)),
 }

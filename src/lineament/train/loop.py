@@ -397,9 +397,10 @@ def _step(run: Run, batch: Batch, parameters: list[Any], buffers: list[Tensor]) 
             losses.append(loss.detach())
             answers.append(outputs.detach())
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-        first.extend(
-            (float(loss), answers[0] if len(answers) == 1 else torch.cat(answers)) if not first else ()
-        )
+        if not first:
+            # A model that answers with its own loss gives one number a part.
+            whole = answers[0] if len(answers) == 1 else torch.cat([*map(torch.atleast_1d, answers)])
+            first.extend((float(loss), whole))
         # Averaged gradients are the same in all processes, and so is the decision; a loss is each one's own.
         if run.processes.count == 1 and not math.isfinite(first[0]):
             raise _NotFinite("loss")

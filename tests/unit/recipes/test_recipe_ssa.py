@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError
+from lineament.modules.sparse_attention.branch import coins
 from lineament.recipes import ssa as recipe
 from lineament.recipes.ssa import Config, run
 from lineament.recipes.ssa.claims import Found, claims_of
@@ -109,6 +111,28 @@ def test_training_lowers_the_loss_and_depends_on_the_seed_alone():
         33,
     )
     assert loss_of(model, rows, None) < loss_of(Decoder(config, 0), rows, None) - 1
+
+
+def test_a_killed_training_goes_on_and_parts_make_one_step(tmp_path, monkeypatch):
+    monkeypatch.setattr("lineament.recipes.ssa.network.STORED", 2)
+    data, config = torch.arange(600) % 5, replace(TINY, steps=5, accumulate=2)
+    model, whole = train(config, data, "SSA", 0, "cpu")
+    original, calls = Decoder.aligned, []
+
+    def killed(*arguments):
+        calls.append(arguments[2])
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(Decoder, "aligned", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, data, "SSA", 0, "cpu", Checkpoint(tmp_path / "stages", {}))
+    again, course = train(config, data, "SSA", 0, "cpu", Checkpoint(tmp_path / "stages", {}))
+    assert course == whole and len(calls) == 7 + 6 and calls[4:6] == calls[7:9]
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
+    # A coin a part, and one step of both.
+    assert len(whole.losses) == 5 and calls[:6] == [coins([0], 0.5, 0, part, "step")[0] for part in range(6)]
 
 
 def test_sharper_attention_is_that_of_larger_queries(model):

@@ -7,7 +7,7 @@ PyTorch's own, called row by row and document by document where their pasts diff
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,10 @@ from lineament.core.results import Readable
 from lineament.modules.sparse_attention.backends import block_major, dense, gather
 from lineament.modules.sparse_attention.backends.recomputed import Recomputed
 from lineament.modules.sparse_attention.blocks import Blocks, lay_out
-from lineament.modules.sparse_attention.selection import Selection, check_heads, one_of_selections, select
+from lineament.modules.sparse_attention.selection import Choosing, Selection, check_heads, select
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 BACKENDS = ("auto", "dense", "gather", "block_major")
 # Below these sizes a mask over all pairs is the fastest: pairs of tokens, and rows times heads times pairs.
@@ -49,22 +52,15 @@ def attend(
     v: Tensor,
     selection: Selection | Literal["exact", "released"] = "exact",
     *,
-    block_size: int = 64,
-    blocks: int = 8,
-    scoring: Literal["group_softmax", "dot"] = "group_softmax",
     scale: float | None = None,
-    offset: int | None = None,
-    documents: Tensor | None = None,
-    padding: Tensor | None = None,
-    sinks: int = 0,
-    recent: int = 0,
     backend: Literal["auto", "dense", "gather", "block_major"] = "auto",
+    **options: Unpack[Choosing],
 ) -> Attended:
     """Soft-max attention over the tokens of the chosen blocks; padded queries give zeros.
 
     Args:
         q: [batch, query heads, queries, size]. k, v: [batch, key heads, keys, size].
-        selection: from :func:`select`, and then only ``scale`` and ``backend`` count; or how to choose, the options being those of :func:`select`.
+        selection: from :func:`select`; or how to choose, with the options of :func:`select`.
         backend: ``"dense"`` holds all pairs, ``"gather"`` copies each query's blocks, ``"block_major"`` reads them in place; ``"auto"`` picks the fastest.
 
     >>> x = torch.randn(1, 2, 9, 4)
@@ -72,12 +68,7 @@ def attend(
     >>> bool(torch.allclose(whole, attend(x, x, x, block_size=9, blocks=1).output, atol=1e-6))
     True
     """
-    check_values(q, k, v)
-    if not isinstance(selection, Selection):
-        selection = select(
-            q, k, block_size=block_size, blocks=blocks, scoring=scoring, scale=scale, offset=offset,
-            documents=documents, padding=padding, sinks=sinks, recent=recent, selection=one_of_selections(selection),
-        )  # fmt: skip
+    selection = _chosen(q, k, v, selection, scale, options)
     output, lse = sparse_output(q, k, v, selection, scale=scale, backend=backend, lse=True)
     assert lse is not None
     return Attended(output, lse, selection)
@@ -89,16 +80,9 @@ def attend_both(
     v: Tensor,
     selection: Selection | Literal["exact", "released"] = "exact",
     *,
-    block_size: int = 64,
-    blocks: int = 8,
-    scoring: Literal["group_softmax", "dot"] = "group_softmax",
     scale: float | None = None,
-    offset: int | None = None,
-    documents: Tensor | None = None,
-    padding: Tensor | None = None,
-    sinks: int = 0,
-    recent: int = 0,
     backend: Literal["auto", "dense", "gather", "block_major"] = "auto",
+    **options: Unpack[Choosing],
 ) -> Both:
     """Full attention and attention over the chosen blocks; the options are those of :func:`attend`.
 
@@ -107,14 +91,27 @@ def attend_both(
     >>> bool(torch.allclose(both.full, both.sparse, atol=1e-6))
     True
     """
-    check_values(q, k, v)
-    if not isinstance(selection, Selection):
-        selection = select(
-            q, k, block_size=block_size, blocks=blocks, scoring=scoring, scale=scale, offset=offset,
-            documents=documents, padding=padding, sinks=sinks, recent=recent, selection=one_of_selections(selection),
-        )  # fmt: skip
+    selection = _chosen(q, k, v, selection, scale, options)
     sparse, _ = sparse_output(q, k, v, selection, scale=scale, backend=backend, lse=False)
     return Both(full_output(q, k, v, selection.layout, scale=scale), sparse, selection)
+
+
+def _chosen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Selection | Literal["exact", "released"],
+    scale: float | None,
+    options: Choosing,
+) -> Selection:
+    check_values(q, k, v)
+    if not isinstance(selection, Selection):
+        return select(q, k, scale=scale, selection=selection, **options)
+    name = next(iter(options), "")
+    require(
+        not name, f"{name}: the blocks are chosen already, expected a selection without options of choosing"
+    )
+    return selection
 
 
 def full_attention(

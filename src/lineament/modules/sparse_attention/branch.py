@@ -88,10 +88,7 @@ class Branch(Budget):
         """The output that goes on, after the gate, [batch, heads, tokens, size]; the layer's loss is kept."""
         layer = module.layer_idx
         budget, full = self.of(layer), self.coins[layer]
-        blocks = {
-            "block_size": budget.block_size, "blocks": budget.blocks, "scoring": self.options.scoring,
-            "sinks": budget.sinks, "recent": budget.recent,
-        }  # fmt: skip
+        blocks = budget.choosing()
         factor = 1 if gate is None else gate
         if self.alpha == 0:
             return factor * (

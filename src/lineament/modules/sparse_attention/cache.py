@@ -192,13 +192,15 @@ def attend_cached(
     keys = layer.length
     ends = None if padding is None or bool(padding.all()) else row_ends(padding[:, :keys])
     begins = [0] * len(q) if ends is None else ends[0].flatten().tolist()
-    if ends is None and q.shape[2] == 1 and layer._keys.shape[2] % budget.block_size == 0:
+    exact = budget.selection == "exact"
+    if exact and ends is None and q.shape[2] == 1 and layer._keys.shape[2] % budget.block_size == 0:
         means = layer.block_means(budget.block_size, begins, -(-keys // budget.block_size))
         return _one_token(q, layer, budget, means, scale)
     layout = placed(budget.block_size, keys, keys - q.shape[2], ends, q.device)
     means = layer.block_means(budget.block_size, begins * (len(q) // len(begins)), layout.count)
     selection = best_blocks(
-        q, means, layout, budget.blocks, scoring=budget.scoring, scale=scale, sinks=budget.sinks, recent=budget.recent
+        q, means, layout, budget.blocks, scoring=budget.scoring, scale=scale, sinks=budget.sinks, recent=budget.recent,
+        selection=budget.selection,
     )  # fmt: skip
     if q.shape[2] > 32:
         k, v = layer._keys[:, :, :keys], layer._values[:, :, :keys]

@@ -38,13 +38,14 @@ def sparse_attention(
     scoring: str = "group_softmax",
     sinks: int = 0,
     recent: int = 0,
+    selection: str = "exact",
 ) -> Iterator[Budget]:
     """Inside, the model's layers read ``blocks`` blocks of ``block_size`` tokens a query, or their whole past with ``mode="full"``.
 
     Args:
         model: any decoder of transformers that takes part in its attention interface, also wrapped. Its weights and forward stay.
         block_size, blocks, mode: one value, or one a layer; the yielded budget may be changed between calls.
-        scoring, sinks, recent: see :func:`lineament.modules.select`.
+        scoring, sinks, recent, selection: see :func:`lineament.modules.select`.
 
     Yields:
         The budget; its ``kept`` names the layers that stay as they are, with their sliding window.
@@ -61,7 +62,7 @@ def sparse_attention(
     (True, False)
     """
     modules = attention_modules(model)
-    budget = Budget(block_size, blocks, mode, scoring, sinks, recent, kept_layers(modules))
+    budget = Budget(block_size, blocks, mode, scoring, sinks, recent, kept_layers(modules), selection)
     for module in modules:
         budget.of(module.layer_idx)
     with running(modules, budget):
@@ -102,6 +103,7 @@ def install(
     scoring: str = "group_softmax",
     sinks: int = 0,
     recent: int = 0,
+    selection: str = "exact",
 ) -> None:
     """Give the model sparse attention for good: the options are kept in its configuration, and saved with it.
 
@@ -116,7 +118,7 @@ def install(
     4
     """
     modules = attention_modules(model)
-    budget = Budget(block_size, blocks, mode, scoring, sinks, recent, kept_layers(modules))
+    budget = Budget(block_size, blocks, mode, scoring, sinks, recent, kept_layers(modules), selection)
     for module in modules:
         budget.of(module.layer_idx)
     for config in {id(m.config): m.config for m in modules}.values():
@@ -225,10 +227,7 @@ def attention_forward(
     elif (cached := layer_of(key)) is not None and documents is None:
         out = attend_cached(query, cached, wanted, scale=scaling, padding=padding)
     else:
-        selection = select(
-            query, key, block_size=wanted.block_size, blocks=wanted.blocks, scoring=wanted.scoring,
-            scale=scaling, sinks=wanted.sinks, recent=wanted.recent, **past,
-        )  # fmt: skip
+        selection = select(query, key, scale=scaling, **wanted.choosing(), **past)
         out, _ = sparse_output(query, key, value, selection, scale=scaling, backend="auto", lse=False)
     out = out if gate is None else gate * out
     return out.transpose(1, 2).contiguous(), None

@@ -9,7 +9,12 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from lineament.core.checks import number, one_of, require, show
-from lineament.modules.sparse_attention.selection import SCORINGS, check_budget
+from lineament.modules.sparse_attention.selection import (
+    SCORINGS,
+    check_budget,
+    check_released,
+    one_of_selections,
+)
 
 MODES = ("sparse", "full")
 # Of an attention module, and of a configuration.
@@ -25,6 +30,11 @@ class LayerBudget(NamedTuple):
     scoring: Literal["group_softmax", "dot"]
     sinks: int
     recent: int
+    selection: Literal["exact", "released"] = "exact"
+
+    def choosing(self) -> dict[str, Any]:
+        """The options of :func:`select`."""
+        return {key: value for key, value in self._asdict().items() if key != "mode"}
 
 
 @dataclass
@@ -41,6 +51,7 @@ class Budget:
     sinks: int = 0
     recent: int = 0
     kept: tuple[int, ...] = ()
+    selection: str = "exact"
 
     def of(self, layer: int) -> LayerBudget:
         """The budget of a layer."""
@@ -52,7 +63,10 @@ class Budget:
         one_of("mode", mode, MODES)
         one_of("scoring", self.scoring, SCORINGS)
         scoring = "dot" if self.scoring == "dot" else "group_softmax"
-        return LayerBudget(size, blocks, mode, scoring, self.sinks, self.recent)
+        selection = one_of_selections(self.selection)
+        if selection == "released":
+            check_released(size, blocks, scoring, self.sinks + self.recent)
+        return LayerBudget(size, blocks, mode, scoring, self.sinks, self.recent, selection)
 
     def for_config(self) -> dict[str, Any]:
         """As a configuration keeps it."""

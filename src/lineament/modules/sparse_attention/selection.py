@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -22,6 +22,19 @@ SCORINGS = ("group_softmax", "dot")
 SELECTIONS = ("exact", "released")
 # Scores held at once.
 SCORES = 2**20
+
+
+class Choosing(TypedDict, total=False):
+    """How blocks are chosen: the options of :func:`select`, which says what they mean, but for the scale."""
+
+    block_size: int
+    blocks: int
+    scoring: Literal["group_softmax", "dot"]
+    offset: int | None
+    documents: Tensor | None
+    padding: Tensor | None
+    sinks: int
+    recent: int
 
 
 @dataclass(frozen=True)
@@ -109,7 +122,8 @@ def best_blocks(
     """The selection by the mean keys of all blocks, [batch, key heads, blocks, size]."""
     check_budget(blocks, sinks, recent)
     if selection == "released":
-        _check_released(layout, blocks, scoring, sinks + recent)
+        check_released(layout.size, blocks, scoring, sinks + recent)
+        require(not bool(layout.first.any()), "selection: 'released' knows no packed documents")
     groups = q.shape[1] // means.shape[1]
     grouped = q.unflatten(1, (means.shape[1], groups)).to(means.dtype)
     factor = q.shape[3] ** -0.5 if scale is None else scale
@@ -195,8 +209,8 @@ def check_budget(blocks: int, sinks: int, recent: int) -> None:
     )
 
 
-def _check_released(layout: Blocks, blocks: int, scoring: str, forced: int) -> None:
-    size = layout.size
+def check_released(size: int, blocks: int, scoring: str, forced: int) -> None:
+    """The released kernel can choose so many blocks of this size."""
     require(
         scoring == "group_softmax" and not forced,
         "selection: 'released' knows neither scoring='dot' nor sinks and recent blocks",
@@ -205,7 +219,6 @@ def _check_released(layout: Blocks, blocks: int, scoring: str, forced: int) -> N
         size >= 2 and size & (size - 1) == 0 and 1 << (blocks - 1).bit_length() <= size,
         f"selection: 'released' wants block_size a power of two that is no less than blocks, got {size} and {blocks}",
     )
-    require(not bool(layout.first.any()), "selection: 'released' knows no packed documents")
 
 
 def _released(score: Tensor, layout: Blocks, queries: slice, blocks: int) -> Tensor:

@@ -48,7 +48,8 @@ def mixed_salt(salt: int) -> int:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    x = x + signed(0x9E3779B97F4A7C15)
+    """SplitMix64's finaliser; ``x``, which nobody else holds, is changed."""
+    x = x.add_(signed(0x9E3779B97F4A7C15))
     x = _shifted(x, 30).bitwise_xor_(x).mul_(signed(0xBF58476D1CE4E5B9))
     x = _shifted(x, 27).bitwise_xor_(x).mul_(signed(0x94D049BB133111EB))
     return _shifted(x, 31).bitwise_xor_(x)
@@ -85,7 +86,7 @@ def fast_range(hashes: Tensor, rows: int) -> Tensor:
     [9]
     """
     number("rows", rows, low=1, high=(1 << 31) - 1, integer=True)
-    return _shifted(hashes, 32).mul_(rows) >> 32
+    return _shifted(hashes, 32).mul_(rows).bitwise_right_shift_(32)
 
 
 def bucket(hashes: Tensor, rows: int) -> Tensor:

@@ -95,7 +95,7 @@ class UnifiedEmbedding(nn.Module):
         self.assign = one_of("assign", assign, ("name", "order"))
         self.sparse = sparse
         self.features: dict[str, Feature] = {}
-        self._plans: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
+        self._plans: dict[Any, tuple[list[str], Tensor, Tensor]] = {}
         self.weight = nn.Parameter(torch.empty(tables * rows, chunk))
         # Keras' range; the normal distribution of nn.Embedding costs several points of AUC.
         nn.init.uniform_(self.weight, -0.05, 0.05, generator=torch.Generator().manual_seed(seed))
@@ -175,21 +175,22 @@ class UnifiedEmbedding(nn.Module):
 
     def _at_once(self, names: Sequence[str], inputs: Mapping[str, Tensor]) -> Tensor:
         """One hash and one gather for all features of one value each: what is gathered is the output already."""
-        ids = torch.stack([inputs[name] for name in names], 1)
-        which, salts, starts = self._plan(tuple(names), ids.device)
-        at = bucket(mix64(ids[:, which], salts), self.rows) + starts
+        which, salts, starts = self._plan(tuple(names), inputs[names[0]].device)
+        ids = torch.stack([inputs[name] for name in which], 1)
+        at = bucket(mix64(ids, salts), self.rows)
+        at = at if self.tables == 1 else at + starts
         return F.embedding(at, self.weight, sparse=self.sparse).flatten(1)
 
-    def _plan(self, names: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each look-up of these features: which of them, its mixed salt, and where its sub-table starts."""
+    def _plan(self, names: tuple[str, ...], device: torch.device) -> tuple[list[str], Tensor, Tensor]:
+        """Of each look-up of these features: whose it is, its mixed salt, and where its sub-table starts."""
         key = (names, device)
         if key not in self._plans:
             features = [self.features[name] for name in names]
-            which = [t for t, feature in enumerate(features) for _ in range(feature.lookups)]
+            which = [feature.name for feature in features for _ in range(feature.lookups)]
             salts = [signed(mixed_salt(self._salt(f, j))) for f in features for j in range(f.lookups)]
             starts = torch.cat([self.tables_of(name) * self.rows for name in names])
             self._plans[key] = (
-                torch.tensor(which, device=device), torch.tensor(salts, device=device), starts.to(device),
+                which, torch.tensor(salts, device=device), starts.to(device),
             )  # fmt: skip
         return self._plans[key]
 

@@ -92,7 +92,7 @@ class Config:
 
 
 def run(config: Config, *, out: Path) -> Outcome:
-    """Run the recipe into ``out``; a killed run goes on from its last finished model."""
+    """Run the recipe into ``out``; a killed run goes on where it stopped, to a hundred steps of a model."""
     for name in config.models:
         one_of("models", name, MODELS)
     for name in ("models", "seeds"):
@@ -106,7 +106,7 @@ def run(config: Config, *, out: Path) -> Outcome:
 
         def one(seed: int, name: str = name) -> Measured:
             kept = found["SSA"][config.seeds.index(seed)].attention.kept if "SSA" in found else None
-            return measured(config, train, test, name, seed, kept)
+            return measured(config, train, test, name, seed, kept, stages.checkpoint)
 
         found[name] = list(stages.each(name + ", seed {}", config.seeds, one, Measured).values())
     found = Found({name: found[name] for name in config.models})

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lineament.core.checkpoint import Checkpoint
 from lineament.modules.sparse_attention import last_blocks, oracle_blocks, random_blocks, sparsity_report
-from lineament.recipes.ssa.network import MODELS, Choice, Course, Decoder, choices, train
+from lineament.recipes.ssa.network import MODELS, Choice, Course, Decoder, choices, train, windows
 
 BUDGETS = (2, 4, 8, 16)
 FULL = "full"
@@ -71,7 +72,8 @@ def attention_of(model: Decoder, rows: Tensor, config: Any, *, sharper: float = 
     choice, found, half = choices(config, config.blocks), [], rows.shape[1] // 2
 
     def watch(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        found.append(sparsity_report(q, k, v, choice(q, k)))
+        # In float64: where nothing is left out the bound is zero, and rounding is not to be taken for an error.
+        found.append(sparsity_report(q.double(), k.double(), v.double(), choice(q, k)))
 
     for part in rows.split(8):
         model(part[:, :-1], sharper=sharper, watch=watch)
@@ -79,7 +81,6 @@ def attention_of(model: Decoder, rows: Tensor, config: Any, *, sharper: float = 
     def late(name: str) -> Tensor:
         return torch.cat([getattr(each, name)[..., half:].flatten() for each in found])
 
-    # Rounding of float32 sums.
     error, bound = (torch.cat([getattr(e, name).flatten() for e in found]) for name in ("error", "bound"))
     over = error > bound * (1 + 1e-4) + 1e-5
     kept = late("kept")
@@ -91,11 +92,17 @@ def attention_of(model: Decoder, rows: Tensor, config: Any, *, sharper: float = 
 
 
 def measured(
-    config: Any, train_data: Tensor, test_data: Tensor, name: str, seed: int, kept: float | None
+    config: Any,
+    train_data: Tensor,
+    test_data: Tensor,
+    name: str,
+    seed: int,
+    kept: float | None,
+    checkpoint: Checkpoint | None = None,
 ) -> Measured:
     """Train a model and measure it; FullAttn is sharpened until it keeps as much as ``kept``."""
     device = device_of(config)
-    model, course = train(config, train_data, name, seed, device)
+    model, course = train(config, train_data, name, seed, device, checkpoint)
     rows, longer = (
         rows_of(test_data, config.windows, length).to(device) for length in (config.length, 2 * config.length)
     )
@@ -134,9 +141,8 @@ def device_of(config: Any) -> str:
 
 
 def rows_of(data: Tensor, count: int, length: int) -> Tensor:
-    """Windows spread evenly over the text, each with one byte more for the last target."""
-    starts = torch.linspace(0, len(data) - length - 1, count).long()
-    return data[starts[:, None] + torch.arange(length + 1)]
+    """Windows spread evenly over the text."""
+    return windows(data, torch.linspace(0, len(data) - length - 1, count).long(), length)
 
 
 def sharpened(model: Decoder, rows: Tensor, config: Any, kept: float, steps: int = 7) -> Sharpened:

@@ -8,16 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lineament.core.checkpoint import Checkpoint
 from lineament.modules.sparse_attention import SparseSparseAttention, attend, attend_both, full_attention
 from lineament.modules.sparse_attention.branch import coins
 from lineament.modules.sparse_attention.selection import Selection, select
+from lineament.train import Accumulate, Autocast, ClipGradients, Rows, Schedule, fit
+from lineament.train.loop import Run
 
+# A training is stored after each so many steps.
+STORED = 100
 Choice = Callable[[Tensor, Tensor], Selection]
 Watcher = Callable[[int, Tensor, Tensor, Tensor], None]
 
@@ -141,47 +147,95 @@ class Course:
     alignments: list[float]
 
 
-def train(config: Any, data: Tensor, name: str, seed: int, device: str) -> tuple[Decoder, Course]:
+class Training(nn.Module):
+    """Called with the places where windows start in the text it gives their loss, so that one ``forward`` holds all that is trained."""
+
+    def __init__(self, model: Decoder, data: Tensor, plan: Plan, config: Any, seed: int):
+        super().__init__()
+        self.model, self.data, self.plan, self.config, self.seed = model, data, plan, config, seed
+        self.part, self.parts = 0, Course([], [])
+
+    def forward(self, starts: Tensor) -> Tensor:
+        ids = windows(self.data, starts, self.config.length)
+        full = coins([0], self.plan.p_full, self.seed, self.part, "step")[0]
+        logits, aligned = self.model.aligned(ids[:, :-1], full, self.plan, self.config)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        self.part += 1
+        self.parts.losses.append(float(loss.detach()))
+        self.parts.alignments.append(float(aligned.detach()))
+        return loss + self.plan.alpha * aligned
+
+
+class _Steps:
+    """The number of each step's first part, which decides its coin; and the means over the parts of each step."""
+
+    def on_batch(self, run: Run, batch: Any) -> None:
+        training: Any = run.model
+        training.part = run.step * run.parts
+
+    def on_epoch_end(self, run: Run) -> dict[str, list[float]]:
+        training: Any = run.model
+        found, training.parts = training.parts, Course([], [])
+        steps = [slice(at, at + run.parts) for at in range(0, len(found.losses), run.parts)]
+        return {name: [sum(values[at]) / run.parts for at in steps] for name, values in vars(found).items()}
+
+
+def train(
+    config: Any,
+    data: Tensor,
+    name: str,
+    seed: int,
+    device: str,
+    checkpoint: Checkpoint | None = None,
+) -> tuple[Decoder, Course]:
     """One model on random windows of the text. AdamW (0.9, 0.95), weight decay 0.1, clipped at 1, 1 % warm-up, cosine to 0."""
     plan = MODELS[name]
     steps = round(config.steps * flops_ratio(config)) if plan.longer else config.steps
     model = Decoder(config, seed).to(device)
-    decayed = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
-        lr=config.lr,
-        betas=(0.9, 0.95),
-        weight_decay=0.1,
-    )
     warm = max(1, round(steps / 100))
+
+    def optimizer(training: nn.Module) -> torch.optim.Optimizer:
+        decayed = [p for p in training.parameters() if p.ndim == 2]
+        others = [p for p in training.parameters() if p.ndim != 2]
+        return torch.optim.AdamW(
+            [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
+            lr=config.lr,
+            betas=(0.9, 0.95),
+            weight_decay=0.1,
+        )
 
     def rate(step: int) -> float:
         return min(1.0, (step + 1) / warm) * (1 + math.cos(math.pi * step / steps)) / 2
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     draw = torch.Generator().manual_seed(seed)
-    layers, course = list(range(config.layers)), Course([], [])
-    for step in range(steps):
-        sums = [0.0, 0.0]
-        for part in range(config.accumulate):
-            ids = windows(data, config.batch, config.length, draw).to(device)
-            full = coins(layers, plan.p_full, seed, step * config.accumulate + part, "step")[0]
-            with torch.autocast(device, torch.bfloat16, enabled=config.bf16):
-                logits, aligned = model.aligned(ids[:, :-1], full, plan, config)
-                loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
-            ((loss + plan.alpha * aligned) / config.accumulate).backward()
-            sums = [sums[0] + float(loss.detach()), sums[1] + float(aligned.detach())]
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        course.losses.append(sums[0] / config.accumulate)
-        course.alignments.append(sums[1] / config.accumulate)
+    size, parts = config.batch * config.accumulate, range(steps * config.accumulate)
+    starts = torch.cat(
+        [torch.randint(len(data) - config.length, (config.batch,), generator=draw) for _ in parts]
+    )
+    places = torch.arange(len(starts)).split(STORED * size)
+    done = fit(
+        Training(model, data.to(device), plan, config, seed),
+        (starts, starts),
+        optimizer=optimizer,
+        epochs=len(places),
+        batch_size=size,
+        loss=lambda found, _: found,
+        callbacks=[
+            Rows(lambda stretch: places[stretch], shuffle=False),
+            Accumulate(config.accumulate),
+            *([Autocast()] if config.bf16 else []),
+            Schedule(lambda made, _: torch.optim.lr_scheduler.LambdaLR(made, rate), by="step"),
+            ClipGradients(1.0),
+            _Steps(),
+        ],
+        seed=seed,
+        checkpoint=checkpoint,
+        name=f"{name}, seed {seed}",
+    )
+    course = Course(*([*chain.from_iterable(done.curve(field))] for field in ("losses", "alignments")))
     return model.eval(), course
 
 
-def windows(data: Tensor, count: int, length: int, draw: torch.Generator) -> Tensor:
-    """Random stretches of the text, each one byte longer than ``length``, for the last target."""
-    starts = torch.randint(len(data) - length, (count,), generator=draw)
-    return data[starts[:, None] + torch.arange(length + 1)]
+def windows(data: Tensor, starts: Tensor, length: int) -> Tensor:
+    """Stretches of the text, each one byte longer than ``length``, for the last target."""
+    return data[starts[:, None] + torch.arange(length + 1, device=data.device)]

@@ -22,6 +22,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "odd blocks": {"block_size": 5},
     "own block": {"blocks": 1},
     "single tokens": {"block_size": 1, "blocks": 4},
+    "released": {"selection": "released"},
 }
 
 

@@ -178,6 +178,25 @@ def test_installed_options_are_saved_and_loaded(tmp_path):
     torch.testing.assert_close(opened(tokens).logits, plain)
 
 
+def test_the_released_choice_is_the_exact_one_until_a_second_chunk_of_blocks(tmp_path):
+    model, tokens, budget = made("llama"), prompts(1, 40), {"block_size": 4, "blocks": 4}
+    with sparse_attention(model, **budget):
+        exact = model(tokens).logits
+    with sparse_attention(model, **budget, selection="released"):
+        known = model(tokens).logits
+        asked = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        plain, kept = model.generate(tokens, **asked), BlockCache(model.config)
+        assert torch.equal(model.generate(tokens, **asked, past_key_values=kept), plain)
+    torch.testing.assert_close(known[:, :16], exact[:, :16])
+    assert not torch.allclose(known, exact, atol=1e-2)
+    install(model, **budget, selection="released")
+    model.save_pretrained(tmp_path)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="lineament_sparse"
+    )
+    torch.testing.assert_close(opened(tokens).logits, known)
+
+
 def test_layers_with_a_sliding_window_stay_and_are_named():
     types = ["sliding_attention", "full_attention", "sliding_attention"]
     model = made("qwen2", num_hidden_layers=3, use_sliding_window=True, sliding_window=6, layer_types=types)
@@ -237,6 +256,8 @@ class TestRefused:
             ("mode: got 'sparce', which is not a choice; nearest: 'sparse'", {"mode": "sparce"}),
             ("blocks: got [4], 1 values, expected one for each layer", {"blocks": [4]}),
             ("scoring: got 'dots'", {"scoring": "dots"}),
+            ("selection: got 'inexact'", {"selection": "inexact"}),
+            ("selection: 'released' wants block_size a power", {"selection": "released", "block_size": 4}),
         ],
     )
     def test_options(self, message: str, options: dict):
