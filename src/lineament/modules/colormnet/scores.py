@@ -110,9 +110,9 @@ def score_colours(
     ``psnr``, ``psnr_legacy``, ``ssim`` (uniform 7x7), and of what was coloured ``cdc`` (where it is long enough), ``colourfulness`` and ``colourfulness_absolute``.
 
     >>> from lineament.modules import ColorMNet, ColorMNetConfig
-    >>> film = torch.zeros(6, 32, 32, 3, dtype=torch.uint8)
-    >>> score_colours(ColorMNet(ColorMNetConfig.tiny()), [film])["cdc"]
-    0.0
+    >>> film = torch.randint(256, (6, 32, 32, 3), dtype=torch.uint8)
+    >>> sorted(score_colours(ColorMNet(ColorMNetConfig.tiny()), [film]))
+    ['cdc', 'colourfulness', 'colourfulness_absolute', 'psnr', 'psnr_legacy', 'ssim']
     """
     found: list[dict[str, float]] = []
     for film in films:
