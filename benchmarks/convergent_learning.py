@@ -145,7 +145,7 @@ def rows(repeats: int = 5) -> Iterator[Row]:
         SLUG, f"sparse maps of {width} units from {width}, 20 penalties, objectives to 1e-6",
         lambda: lasso_path(gram, cross, penalties, polish=False), "scikit-learn lasso_path given the Gram matrix",
         lambda: [path(x.numpy(), y[:, j].numpy(), alphas=penalties, precompute=gram.numpy() * len(x), tol=1e-6) for j in range(some)],
-        target=4, repeats=max(1, repeats - 2), scale=width / some, note=f"the peer is timed on {some} of {width} targets",
+        target=4, repeats=max(1, repeats - 2), scale=width / some, note=f"the peer is timed on {some} of {width} targets; ours takes 1,560 products, three times what the bound of 75 ms counts",
     )  # fmt: skip
 
     def one_by_one() -> None:
