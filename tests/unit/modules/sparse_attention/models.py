@@ -19,12 +19,21 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", "MistralForCausalLM", {**SHAPE, "sliding_window": None}),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", SMALL_GPT2 | {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
 }  # fmt: skip
+# Further ones that were tried: what their configurations need beside SHAPE.
+OTHERS: dict[str, dict[str, Any]] = {
+    "Cohere": {}, "Gemma": {"head_dim": 8}, "Gemma2": {"head_dim": 8, "attn_logit_softcapping": None, "layer_types": ["full_attention"] * 2},
+    "Glm": {"head_dim": 8}, "GPTNeoX": {}, "Granite": {"attention_multiplier": 0.5}, "Mixtral": {"num_local_experts": 2}, "Olmo": {}, "Olmo2": {},
+    "OPT": {"ffn_dim": 32, "word_embed_proj_dim": 32, "dropout": 0.0}, "Phi": {}, "Phi3": {}, "SmolLM3": {}, "StableLm": {},
+    "Starcoder2": {"sliding_window": None},
+}  # fmt: skip
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 49, "pad_token_id": 0}
 
 
 def made(name: str, seed: int = 0, **changes: Any) -> Any:
     """A model in evaluation mode with large enough weights that attention matters."""
-    config, model, shape = FAMILIES[name]
+    config, model, shape = FAMILIES.get(
+        name, (f"{name}Config", f"{name}ForCausalLM", SHAPE | OTHERS.get(name, {}))
+    )
     torch.manual_seed(seed)
     built = getattr(transformers, model)(getattr(transformers, config)(**(shape | SPECIAL | changes)))
     with torch.no_grad():

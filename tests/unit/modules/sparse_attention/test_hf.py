@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.unit.modules.sparse_attention.models import FAMILIES, made, prompts
+from tests.unit.modules.sparse_attention.models import FAMILIES, OTHERS, made, prompts
 
 from lineament.core.checks import InputError
 from lineament.modules.sparse_attention import BlockCache, install, sparse_attention
@@ -35,6 +35,23 @@ def test_the_whole_past_is_the_model_itself_and_little_of_it_is_not(name: str):
         mixed = model(tokens).logits
         budget.blocks = [8, 1]
         assert not torch.allclose(model(tokens).logits, mixed, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_read_their_whole_past_or_little_of_it(name: str):
+    model, tokens = made(name), prompts(2, 30)
+    with torch.no_grad():
+        known = model(tokens).logits
+        with sparse_attention(model, block_size=4, blocks=7) as budget:
+            assert budget.kept == ()
+            torch.testing.assert_close(model(tokens).logits[:, :28], known[:, :28], rtol=1e-3, atol=1e-3)
+            budget.blocks = 2
+            assert not torch.allclose(model(tokens).logits[:, -1], known[:, -1], atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["Bloom", "Falcon"])
+def test_families_outside_of_the_attention_interface_are_refused(name: str):
+    TestRefused().refused(made(name), "does not take part in the attention interface")
 
 
 @pytest.mark.parametrize("mode", ["sparse", "full"])
