@@ -136,7 +136,7 @@ def _finding(
     text += " No attack tried sees more than what is known without the message."
     if steps < SEARCH.steps:
         return Finding(
-            "note", f"{text} The searches were short ({steps} steps, the default is {SEARCH.steps}), so that nothing follows.", key, "Search longer.", "searched too little"
+            "note", f"{text} The searches were short ({steps} steps, the default is {SEARCH.steps}), so that nothing follows.", key, "Search longer.", key="searched too little"
         )  # fmt: skip
     if found.defence != "nothing" and not seen.get("nothing", True):
         return Finding("note", f"{text} They see nothing undefended either, so that this says nothing of the defence.", key, key="nothing seen")  # fmt: skip
