@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lineament.audit.leak import LeakOptions, _section, leak
+from lineament.audit.leak import LeakOptions, leak
+from lineament.audit.leak_section import section_of
 from lineament.cli import main
 from lineament.core.checks import InputError
 from lineament.privacy import Search
@@ -135,7 +136,7 @@ def test_what_counts_as_seen(psnr, named, steps, severity):
         {"the mean": torch.full((8,), 12.0)},
         (Price("nothing", 1.0, 1.0),),
     )
-    section = _section(told, steps, 1.0)
+    section = section_of(told, steps, 1.0)
     assert [f.severity for f in section.findings] == [severity]
     assert f"{sum(named)} of 8 guesses" in section.sentence and section.tables[0].rows[-1][0] == "no message"
 
@@ -149,4 +150,4 @@ def test_a_defence_is_not_good_where_nothing_is_seen_undefended():
         {"the mean": torch.full((8,), 12.0)},
         (Price("nothing", 1.0, 1.0), Price("clip 4", 1.0, 1.0)),
     )
-    assert [f.severity for f in _section(told, 60, 1.0).findings] == ["good", "note"]
+    assert [f.severity for f in section_of(told, 60, 1.0).findings] == ["good", "note"]
