@@ -130,7 +130,8 @@ def condense_data(
         "data": held.source, "shape": list(x.shape), "settings": [per_class, method, start, seed, samples, str(asdict(options.learning)), options.network],
         "values": float(x.double().mean()), "versions": versions(),
     }  # fmt: skip
-    checkpoint = Checkpoint(opened(folder, _NAME) / STAGES / "condensing", key)
+    # Hours of work are not thrown away for another option.
+    checkpoint = Checkpoint(opened(folder, _NAME) / STAGES / "condensing", key, discard=overwrite)
     if checkpoint.resumed:
         note("an earlier run of the same condensing was cut off; going on where it stopped")
     note(f"condensing {len(x):,} pictures to {per_class} a class by {method}")
@@ -169,7 +170,7 @@ def condense_data(
     paper = next(paper for paper in papers() if paper.slug == "dcc")
     facts = [
         ("Data", held.source), ("Pictures", f"{len(x):,}"), ("Kept for testing", 0 if test is None else f"{len(test[1]):,}"),
-        ("The set", f"{len(made.labels):,} pictures, {per_class} a class"), ("Method", method), ("Matched on", options.network),
+        ("The set", f"{len(made.labels):,} pictures, {per_class} a class"), ("Method", method), *([("Matched on", options.network)] if len(made.trace) else []),
         ("Normalisation", f"mean {_told(made.mean)}, deviation {_told(made.std)}"),
     ]  # fmt: skip
     html, json = page.write(
@@ -248,8 +249,8 @@ def _set(made: Condensed, images: Tensor, seconds: float) -> Section:
         size=(6.4, max(2.0, min(8.0, 0.5 * len(made.names())))),
     )  # fmt: skip
     return Section(
-        "set", "The set", status="good", number=f"{len(made.labels):,}", unit=f"pictures for {total:,}", sentence=sentence,
-        pictures=[drawn], tables=tables, method="dcc", seconds=seconds,
+        "set", "The set", status="note", number=f"{len(made.labels):,}", unit=f"pictures for {total:,}", sentence=sentence,
+        pictures=[drawn], tables=tables, method="dcc" if len(made.trace) else "", seconds=seconds,
         numbers={"share": share, "outside": outside, "per_class": made.per_class, "settings": plain(dict(made.settings))},
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def add_parser(subparsers: Any) -> Any:
         "--budget",
         type=float,
         metavar="MB",
-        help="of the table, in float32 (default: a quarter of a table with a row for every value)",
+        help="of the table, in float32, in MiB (default: a quarter of a table with a row for every value)",
     )
     add("--chunk", type=int, default=16, metavar="D", help="width of a row (default: 16)")
     add("--json", action="store_true", help="write the plan as JSON")
@@ -112,6 +113,9 @@ def columns_of(data: str, names: str | None) -> tuple[list[Column], list[str]]:
     require(path.is_file(), f"DATA: file {data!r} does not exist")
     table = table_of(path)
     given = None if names is None else words(names)
+    require(given != [], f"--columns: got {names!r}, expected some of {', '.join(map(repr, table.names))}")
+    twice = [name for name in given or () if (given or []).count(name) > 1]
+    require(not twice, f"--columns: {(twice or [''])[0]!r} is named twice")
     for name in given or ():
         require(name in table.names, f"--columns: {name!r} is not in the data{suggest(name, table.names)}")
     chosen, left_out = given or list(table.names), []
@@ -137,8 +141,8 @@ def _column(table: Any, name: str) -> Column:
         nonlocal empty
         cells = (row[0].strip() for row in table.walk([name], None))
         while part := list(islice(cells, _ROWS)):
-            empty += sum(not cell for cell in part)
-            part = [cell for cell in part if cell]
+            filled = [cell for cell in part if cell and cell.lower() != "nan"]
+            empty, part = empty + len(part) - len(filled), filled
             if part:
                 hashed = fingerprint(part)
                 # How a frequent value is written: the words of a part are few beside its rows, or it has none.
@@ -161,6 +165,7 @@ def _column(table: Any, name: str) -> Column:
 
 def _fraction(cell: str) -> bool:
     try:
-        return not float(cell).is_integer()
+        value = float(cell)
+        return isfinite(value) and not value.is_integer()
     except (ValueError, OverflowError):
         return False

@@ -55,12 +55,15 @@ class Recognised:
         self.inputs, self.targets = inputs, targets
 
     def on_epoch_end(self, run: Run) -> dict[str, Any]:
-        training: Any = run.model
-        rows = torch.arange(len(self.targets)).split(run.batch_size)
+        return self.of(run.model, run.batch_size, run.device)
+
+    def of(self, training: Any, batch_size: int, device: torch.device) -> dict[str, Any]:
+        """How well they are recognised as the network is now."""
+        rows = torch.arange(len(self.targets)).split(batch_size)
         with frozen(training), torch.no_grad():
             found = torch.cat(
                 [
-                    training.embed(moved(self.inputs[part], run.device, dtype_of(training.encoder))).cpu()
+                    training.embed(moved(self.inputs[part], device, dtype_of(training.encoder))).cpu()
                     for part in rows
                 ]
             )

@@ -64,6 +64,7 @@ def fit(
     targets = _targets(targets) if options.embedding is None else checks.labels("targets", targets).cpu()
     processes = processes or Processes()
     model.to(processes.device)
+    before: list[dict[str, Any]] = []
     if options.embedding is None:
         train, held = split(targets, options.validation, options.seed)
         data, validation = ((View(inputs, rows), targets[rows]) for rows in (train, held))
@@ -74,8 +75,10 @@ def fit(
         trained = made(model, inputs(train[:2]), targets[train], options)
         labels = targets[train].unique(return_inverse=True)[1]
         data, loss = ({"inputs": View(inputs, train), "labels": labels}, labels), EmbeddingTraining.mean
-        judged = [Following(), *([Recognised(View(inputs, held), targets[held])] if len(held) else [])]
         trained.to(processes.device)
+        recognised = [Recognised(View(inputs, held), targets[held])] if len(held) else []
+        judged = [Following(), *recognised]
+        before = [each.of(trained, options.batch_size, processes.device) for each in recognised]
     # What is not finite is judged by the loop, which knows the step.
     group = "world" if processes.count > 1 else None
     first = nullcontext() if options.tract is None else tract(model, lam=options.tract, nonfinite="pass", process_group=group)  # fmt: skip
@@ -109,7 +112,8 @@ def fit(
         processes=processes.count,
         device=str(processes.device),
         trained=trained if isinstance(trained, EmbeddingTraining) else None,
-        validation_classes=0 if options.embedding is None else len(targets[held].unique()),
+        held_out=() if options.embedding is None else tuple(targets[held].unique().tolist()),
+        before=before[0] if before else None,
     )
 
 

@@ -150,13 +150,25 @@ def _curves(fitted: Fitted) -> Any:
     )
 
 
+def _beside(fitted: Fitted) -> str:
+    """The same before the training, and whether that was of use."""
+    before = fitted.before or {}
+    old_tar, old_recall = before.get("validation_tar3"), before.get("validation_recall")
+    tar, recall = fitted.recognised
+    if old_tar is None or old_recall is None or tar is None or recall is None:
+        return ""
+    told = f" Before the training: TAR {old_tar:.2%}, R@1 {old_recall:.2%}."
+    worse = tar <= old_tar and recall <= old_recall
+    return told + (" The training has not made them easier to recognise." if worse else "")
+
+
 def say(a: argparse.Namespace, folder: Path, fitted: Fitted, log: Log) -> None:
     tar, recall = fitted.recognised
     loss = fitted.options.embedding
     if tar is not None and recall is not None:
         print(
-            f"On {fitted.validation_samples:,} samples of {fitted.validation_classes} classes held out, after the last epoch: TAR {tar:.2%} {far_words(fitted.history[-1])}, "
-            f"R@1 {recall:.2%}, {duration(fitted.seconds)}."
+            f"On {fitted.validation_samples:,} samples of {len(fitted.held_out)} classes held out (named in train.json), after the last epoch: TAR {tar:.2%} {far_words(fitted.history[-1])}, "
+            f"R@1 {recall:.2%}, {duration(fitted.seconds)}.{_beside(fitted)}"
         )
     elif loss is not None:
         held = (

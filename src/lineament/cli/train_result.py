@@ -37,7 +37,8 @@ class Fitted:
     ``validation_loss`` and ``validation_accuracy`` after it (``None`` without validation), ``skipped`` steps, ``seconds``. ``early`` says what USEFUL found:
     the separating ``epoch``, the training ``errors`` until then, how many ``slow`` examples, ``slow_by_class``, ``seconds``.
     Of an embedding the history has no accuracies but what :data:`RECOGNITION` names, and ``trained`` is everything that
-    was trained, with the loss and the head.
+    was trained, with the loss and the head. ``held_out``: the labels of the classes held out; ``before``: how well those
+    were recognised before the training.
     """
 
     options: Options
@@ -48,7 +49,8 @@ class Fitted:
     tract_layer: str | None = None
     processes: int = 1
     device: str = "cpu"
-    validation_classes: int = 0
+    held_out: tuple[int, ...] = ()
+    before: dict[str, Any] | None = None
     trained: Any = field(default=None, compare=False, repr=False)
 
     @property
@@ -117,7 +119,11 @@ class Fitted:
             "tract_layer": self.tract_layer,
             "processes": self.processes,
             "device": self.device,
-            **({"validation_classes": self.validation_classes} if self.options.embedding is not None else {}),
+            **(
+                {}
+                if self.options.embedding is None
+                else {"held_out": list(self.held_out), "before": self.before}
+            ),
             "history": list(self.history),
         }
 
@@ -146,7 +152,10 @@ class Fitted:
                 tract_layer=None if raw.get("tract_layer") is None else str(raw["tract_layer"]),
                 processes=int(raw.get("processes", 1)),
                 device=str(raw.get("device", "")),
-                validation_classes=int(raw.get("validation_classes", 0)),
+                held_out=tuple(map(int, raw.get("held_out", ()))),
+                before=None
+                if raw.get("before") is None
+                else {n: _number(raw["before"][n]) for n in RECOGNITION},
             )
             if not found.history or found.samples < 1:
                 raise ValueError("no epochs")
@@ -155,6 +164,10 @@ class Fitted:
             raise InputError(
                 f"{str(path)!r} is no train.json of lineament train ({type(error).__name__}: {error})"
             ) from error
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _entry(raw: dict[str, Any]) -> dict[str, Any]:

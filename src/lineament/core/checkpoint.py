@@ -42,7 +42,7 @@ class Checkpoint:
     """The finished stages of a run, in a folder that knows which configuration it belongs to.
 
     Args:
-        folder: made if it is not there. Stages of another configuration found there are discarded with a warning.
+        folder: made if it is not there. Stages of another configuration found there are discarded with a warning, or refused where ``discard`` is false.
         key: everything that decides the result: the run's configuration, of plain values. The versions of Lineament and PyTorch
             count too.
 
@@ -56,7 +56,7 @@ class Checkpoint:
     tensor([1., 1.])
     """
 
-    def __init__(self, folder: str | Path, key: Mapping[str, Any]):
+    def __init__(self, folder: str | Path, key: Mapping[str, Any], *, discard: bool = True):
         self.folder = output_folder(folder)
         self._key = _digest(_canonical({**key, "": [__version__, torch.__version__]}).encode())
         self._lock()
@@ -70,6 +70,11 @@ class Checkpoint:
                 "checkpoint; choose an empty folder",
             )
             if self._files():
+                require(
+                    discard,
+                    f"{str(self.folder)!r} holds a run of other options or another version that was cut off; give those again to go on, "
+                    "pass overwrite=True to throw it away, or choose another folder",
+                )
                 warnings.warn(
                     f"the checkpoint in {str(self.folder)!r} belongs to another configuration or version; "
                     "it is discarded and the run starts from the beginning",

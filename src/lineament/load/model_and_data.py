@@ -487,7 +487,7 @@ def _task(task: str, outputs: Tensor, samples: Samples) -> tuple[str, Samples, l
         targets = checks.labels("targets", targets, classes=max(width, 2))
     except InputError as error:
         raise InputError(
-            f"{error}; the model has {several}, counted from 0; if they are an embedding, pass task='embedding'"
+            f"{error}; the model has {several}, counted from 0; if they are an embedding, say so (task='embedding' in an audit, a loss of embeddings in a training)"
         ) from None
     return task, replace(samples, targets=targets), reason
 

@@ -88,7 +88,7 @@ def test_training_recognises_people_it_never_saw():
     options = {"data": people, "margin": (0.2,), "scale": 16.0, "validation_classes": 0.25}
     _, start = trained("arcface", epochs=1, train={"lr": 1e-8}, **options)
     _, done = trained("arcface", epochs=10, train={"lr": 0.1}, **options)
-    assert done.validation_classes == 25 and done.validation_samples == 150
+    assert len(done.held_out) == 25 and done.validation_samples == 150
     before, after = start.recognised[0], done.recognised[0]
     assert before is not None and after is not None and after > before + 0.1
     assert all(entry["train_accuracy"] is None for entry in done.history)
@@ -190,7 +190,11 @@ def test_the_command_writes_what_it_says(faces, capsys, words):
         and "--task embedding" in shown
     )
     raw = json.loads((faces / "run/train.json").read_text())
-    assert raw["options"]["loss"] == words[0] and raw["validation_classes"] == 2
+    assert (
+        raw["options"]["loss"] == words[0]
+        and len(raw["held_out"]) == 2
+        and raw["before"]["validation_recall"] is not None
+    )
     entry = raw["history"][-1]
     assert 0 <= entry["validation_tar3"] <= entry["validation_tar2"] <= 1 and entry["train_accuracy"] is None
     assert "weight" not in load_file(faces / "run/model.safetensors")

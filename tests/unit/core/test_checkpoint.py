@@ -58,6 +58,9 @@ def test_a_stage_comes_back_bit_for_bit(tmp_path):
 def test_another_configuration_starts_afresh(tmp_path):
     Checkpoint(tmp_path / "c", {"a": 1}).stage("one", lambda: 1)
     assert Checkpoint(tmp_path / "c", {"a": 1}).resumed
+    with pytest.raises(InputError, match="holds a run of other options"):
+        Checkpoint(tmp_path / "c", {"a": 2}, discard=False)
+    assert Checkpoint(tmp_path / "c", {"a": 1}).resumed
     with pytest.warns(UserWarning, match="belongs to another configuration"):
         other = Checkpoint(tmp_path / "c", {"a": 2})
     assert not other.resumed and not other.finished("one")

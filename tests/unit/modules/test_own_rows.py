@@ -73,9 +73,15 @@ def test_the_command_plans_a_table_from_columns(tmp_path, monkeypatch, capsys):
     assert "u1234" in shown.out and "'seconds' holds fractions" in shown.err
     for line, said in (
         (["clicks.csv", "--columns", "usr"], "'usr' is not in the data"),
+        (["clicks.csv", "--columns", "user,user"], "'user' is named twice"),
+        (["clicks.csv", "--columns", ""], "expected some of 'user', 'side'"),
         (["none.csv"], "does not exist"),
         (["clicks.csv", "--columns", "seconds", "--chunk", "0"], "--chunk: got 0"),
         (["clicks.csv", "--budget", "-1"], "--budget: got -1"),
     ):
         assert cli.main(["tables", *line]) == 2
         assert said in capsys.readouterr().err
+    (tmp_path / "holes.csv").write_text("film,side\n7,a\nNaN,b\n8,a\n")
+    assert cli.main(["tables", "holes.csv", "--json"]) == 0
+    film = json.loads(capsys.readouterr().out)["columns"][0]
+    assert (film["name"], film["distinct"], film["empty"]) == ("film", 2, 1), "a missing number is no value"
