@@ -11,7 +11,7 @@ import torch
 from tests.contracts.unchanged import unchanged
 from torch import nn
 
-from lineament.audit import stages
+from lineament.audit import curvature_budget, stages
 from lineament.audit.catalogue import all_lenses
 from lineament.audit.patch_exchange import needed
 from lineament.audit.run import AuditOptions, audit
@@ -22,6 +22,14 @@ from lineament.report.figures import undrawn
 _ALWAYS = [
     lens.name for lens in all_lenses(language=False).values() if not lens.optional and not lens.on_request
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hurried():
+    """Three seconds for the curvature in place of thirty: fewer samples and steps, and nothing else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curvature_budget, "_SECONDS", 3.0)
+        yield
 
 
 @pytest.fixture(scope="module")
