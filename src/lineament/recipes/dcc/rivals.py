@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lineament.learn.condensation.condensed import Condensed
 from lineament.learn.condensation.learning import drawn_from
+from lineament.train.batches import Batch
+from lineament.train.loop import Run, fit
 
 _STEP = 0.05
 
@@ -57,19 +58,29 @@ def often_forgotten(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
         model = make()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-    before = torch.zeros(len(y), dtype=torch.bool)
-    ever, forgotten = before.clone(), torch.zeros(len(y))
-    for _ in range(epochs):
-        now = before.clone()
-        for rows in torch.randperm(len(y), generator=generator).split(128):
-            optimizer.zero_grad()
-            logits = model(inputs[rows])
-            F.cross_entropy(logits, y[rows]).backward()
-            optimizer.step()
-            now[rows] = logits.argmax(1) == y[rows]
-        forgotten += before & ~now
-        ever, before = ever | now, now
-    score = forgotten - (~ever).float()
+    seen = _Forgetting(y)
+    fit(
+        model, (inputs, y), optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4),
+        epochs=epochs, batch_size=128, callbacks=[seen], seed=generator.initial_seed() % 2**32,
+    )  # fmt: skip
+    score = seen.forgotten - (~seen.ever).float()
     chosen = [(y == c).nonzero()[:, 0] for c in range(int(y.max()) + 1)]
     return torch.cat([r[score[r].argsort(descending=True, stable=True)[:per_class]] for r in chosen])
+
+
+class _Forgetting:
+    """Which pictures a training has ever got right, and how often it got one right in an epoch and wrong in the next."""
+
+    def __init__(self, targets: Tensor):
+        self.before = torch.zeros(len(targets), dtype=torch.bool)
+        self.ever, self.forgotten = self.before.clone(), torch.zeros(len(targets))
+        self.batch = Batch(targets, targets)
+
+    def on_batch(self, run: Run, batch: Batch) -> None:
+        self.batch = batch
+
+    def on_step(self, run: Run) -> None:
+        rows, now = self.batch.rows, (run.outputs.argmax(1) == self.batch.targets).cpu()
+        self.forgotten[rows] += (self.before[rows] & ~now).float()
+        self.ever[rows] |= now
+        self.before[rows] = now
