@@ -20,7 +20,12 @@ from torch.nn import functional as F
 
 from lineament.bench import Row, compare, quick, resident_mib
 from lineament.modules.colormnet.configuration import ColorMNetConfig
-from lineament.modules.colormnet.features import FusionBlock, conv_of_upsampled, upsampled
+from lineament.modules.colormnet.features import (
+    CrossChannelAttention,
+    FusionBlock,
+    conv_of_upsampled,
+    upsampled,
+)
 from lineament.modules.colormnet.film import Colorizing, FilmState
 from lineament.modules.colormnet.memory import Memory, similarity
 from lineament.modules.colormnet.memory import joined as in_one
@@ -48,7 +53,9 @@ def reads(frames: int, h: int, w: int, repeats: int) -> Row:
     memory, kept = Memory(), []
     for _ in range(frames):
         part = random(1, 64, h, w) * 0.3, random(1, 1, h, w) ** 2 + 1, random(1, 64, h, w).sigmoid()
-        memory.working.add(*(x[0].flatten(1).T for x in part), value := random(h * w, 1024))
+        value = random(h * w, 1024)
+        flat_key, flat_shrinkage, flat_selection = (x[0].flatten(1).T for x in part)
+        memory.working.add(flat_key, flat_shrinkage, flat_selection, value)
         kept.append((part[0][0].flatten(1), part[1][0].flatten(1), value.T))
     key, shrinkage, value = (torch.cat(list(x), 1) for x in zip(*kept))
     query, selection = random(1, 64, h, w) * 0.3, random(1, 64, h, w).sigmoid()
@@ -163,7 +170,8 @@ def _peaks() -> str:
 
 
 class _plain:
-    """While it lasts, maps are up-sampled before they are convolved, frame parts are computed for each object, and memory is read by a dense affinity."""
+    """While it lasts, maps are up-sampled before they are convolved, frame parts are computed for each object, all heads and both objects at once, and memory is read by a
+    dense affinity."""
 
     def __enter__(self) -> None:
         from lineament.modules.colormnet import blocks
@@ -171,6 +179,8 @@ class _plain:
         self.kept: list[tuple[Any, str, Callable[..., Any]]] = [
             (blocks.ResidualBlock, "joined", blocks.ResidualBlock.joined),
             (FusionBlock, "forward", FusionBlock.forward),
+            (CrossChannelAttention, "forward", CrossChannelAttention.forward),
+            (ColorMNet, "decode", ColorMNet.decode),
             (Memory, "read", Memory.read),
         ]
 
@@ -182,6 +192,23 @@ class _plain:
             encoded = block.encode_enc(upsampled(semantics, factor))
             return F.relu(block.norm3(block.attended(encoded, detail) + encoded))
 
+        def attention(block: Any, asks: Tensor, answers: Tensor) -> Tensor:
+            q, k, v = (
+                depthwise(pointwise(x)).flatten(2).unflatten(1, (block.heads, -1))
+                for pointwise, depthwise, x in (
+                    (block.to_q, block.to_q_dw, asks),
+                    (block.to_k, block.to_k_dw, answers),
+                    (block.to_v, block.to_v_dw, answers),
+                )
+            )
+            scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * block.temperature
+            return block.to_out((scores.softmax(-1) @ v).flatten(1, 2).unflatten(2, asks.shape[2:]))
+
+        def decode(model: Any, *given: Any, update: bool = True) -> Any:
+            # With gradients, both objects are decoded at once; no weight asks for one here.
+            with torch.enable_grad():
+                return model.decoder(*given[:1], given[2], given[1], update=update)
+
         def read(memory: Any, key: Tensor, selection: Tensor) -> Tensor:
             stores = [store for store in (memory.long, memory.working) if len(store)]
             k, s, v = (in_one(stores, name).T for name in ("key", "shrinkage", "value"))
@@ -189,7 +216,7 @@ class _plain:
             memory.confidence = torch.ones(())
             return answer.unflatten(0, (memory.objects, -1)).unflatten(2, key.shape[2:])[None]
 
-        for (owner, name, _), plain in zip(self.kept, (joined, forward, read)):
+        for (owner, name, _), plain in zip(self.kept, (joined, forward, attention, decode, read)):
             setattr(owner, name, plain)
 
     def __exit__(self, *error: object) -> None:

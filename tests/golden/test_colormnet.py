@@ -64,7 +64,9 @@ def check_read(case: Scope, dtype: torch.dtype) -> None:
         found = top_weights(memory_side(mk, ms)[sample], query_side(qk, qe)[sample], case["top_k"])
         dense.append(torch.zeros_like(S[sample]).scatter_(0, found.index.T, found.weight.T))
         usage.append(usage_of(found, mk.shape[2]))
-        torch.testing.assert_close(weighted_rows(mv[sample].T.contiguous(), found).T, mv[sample] @ dense[-1])
+        torch.testing.assert_close(
+            weighted_rows([mv[sample].T.contiguous()], found).T, mv[sample] @ dense[-1]
+        )
     case.compare("affinity_topk", torch.stack(dense), dtype)
     case.compare("usage_topk", torch.stack(usage), dtype)
 

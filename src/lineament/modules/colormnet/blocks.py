@@ -24,6 +24,13 @@ def resized(x: Tensor, factor: float, mode: str = "bilinear") -> Tensor:
     return over_objects(lambda y: F.interpolate(y, scale_factor=factor, mode=mode, **aligned), x)
 
 
+def averaged(x: Tensor, like: Tensor) -> Tensor:
+    """Each object's map brought down to the size of another by means over areas."""
+    if x.shape[-2:] == like.shape[-2:]:
+        return x
+    return over_objects(lambda y: F.interpolate(y, size=like.shape[-2:], mode="area"), x)
+
+
 def conv3(inside: int, outside: int) -> nn.Conv2d:
     return nn.Conv2d(inside, outside, 3, padding=1)
 
@@ -57,13 +64,13 @@ class ResidualBlock(nn.Module):
         return over_objects(self._one, x)
 
     def _one(self, x: Tensor) -> Tensor:
-        inner = self.conv2(self.conv1(x.relu()).relu())
-        return inner + (x if self.downsample is None else self.downsample(x))
+        inner = self.conv2(self.conv1(x.relu()).relu_())
+        return inner.add_(x if self.downsample is None else self.downsample(x))
 
     def joined(self, frame: Tensor, objects: Tensor) -> Tensor:
         """The block of the channels [frame, objects]."""
         inner = with_frame(self.conv1, frame.relu(), objects.relu())
-        inner = over_objects(self.conv2, inner.relu())
+        inner = over_objects(self.conv2, inner.relu_())
         if self.downsample is None:
             return inner + torch.cat([frame[:, None].expand(-1, objects.shape[1], -1, -1, -1), objects], 2)
         return inner + with_frame(self.downsample, frame, objects)
@@ -132,7 +139,11 @@ class UpsampleBlock(nn.Module):
         )
 
     def forward(self, skip: Tensor, objects: Tensor) -> Tensor:
-        return self.out_conv(resized(objects, self.factor) + self.skip_conv(skip)[:, None])
+        return self.of_skip(self.skip_conv(skip), objects)
+
+    def of_skip(self, finer: Tensor, objects: Tensor) -> Tensor:
+        """The same from what :attr:`skip_conv` made of the frame."""
+        return self.out_conv(resized(objects, self.factor).add_(finer[:, None]))
 
 
 class ValueCell(nn.Module):
@@ -155,9 +166,10 @@ class DecoderCell(nn.Module):
         self.transform = conv3(middle + hidden, 3 * hidden)
 
     def forward(self, g16: Tensor, g8: Tensor, g4: Tensor, hidden: Tensor) -> Tensor:
+        """Maps that have the hidden state's size already are taken as they are."""
         g = (
             over_objects(self.g16_conv, g16)
-            + over_objects(self.g8_conv, resized(g8, 1 / 2, "area"))
-            + over_objects(self.g4_conv, resized(g4, 1 / 4, "area"))
+            + over_objects(self.g8_conv, averaged(g8, hidden))
+            + over_objects(self.g4_conv, averaged(g4, hidden))
         )
         return gated_update(over_objects(self.transform, torch.cat([g, hidden], 2)), hidden)

@@ -58,12 +58,38 @@ class CrossChannelAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Conv2d(2 * width, width, 1))
 
     def forward(self, asks: Tensor, answers: Tensor) -> Tensor:
-        q = self.to_q_dw(self.to_q(asks))
-        k, v = self.to_k_dw(self.to_k(answers)), self.to_v_dw(self.to_v(answers))
-        size = q.shape[2:]
-        q, k, v = (x.flatten(2).unflatten(1, (self.heads, -1)) for x in (q, k, v))
-        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * self.temperature
-        return self.to_out((scores.softmax(-1) @ v).flatten(1, 2).unflatten(2, size))
+        """Head by head: queries, keys and values of all are several times as large as the maps."""
+        out: Any = self.to_out[0]
+        width, total = out.weight.shape[1] // self.heads, out.bias[:, None]
+        for head in range(self.heads):
+            part = slice(head * width, (head + 1) * width)
+            q = _unit(_channels(self.to_q, self.to_q_dw, asks, part))
+            k = _unit(_channels(self.to_k, self.to_k_dw, answers, part))
+            weights = (q @ k.mT * self.temperature[head]).softmax(-1)
+            del q, k
+            v = _channels(self.to_v, self.to_v_dw, answers, part)
+            # The last convolution is a product, (W P) V = W (P V), which adds up over heads.
+            weights = out.weight[:, part, 0, 0] @ weights
+            total = torch.baddbmm(total, weights, v) if head == 0 else total.baddbmm_(weights, v)
+        return total.unflatten(2, asks.shape[2:])
+
+
+def _channels(pointwise: nn.Conv2d, depthwise: nn.Conv2d, x: Tensor, part: slice) -> Tensor:
+    """Some of the channels that a 1x1 and a depthwise convolution give, [batch, channels, pixels]."""
+    bias, more = pointwise.bias, depthwise.bias
+    x = F.conv2d(x, pointwise.weight[part], None if bias is None else bias[part])
+    weight = depthwise.weight[part]
+    x = F.conv2d(
+        x, weight, None if more is None else more[part], padding=depthwise.padding, groups=len(weight)
+    )
+    return x.flatten(2)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows of length one; F.normalize of long rows takes many times as long on processors."""
+    low = x.dtype in (torch.float16, torch.bfloat16)
+    squares = (x.float() if low else x).square().sum(-1, keepdim=True)
+    return (x / squares.clamp_min(1e-24).sqrt()).to(x.dtype)
 
 
 class FusionBlock(nn.Module):
@@ -116,26 +142,30 @@ def conv_of_upsampled(conv: nn.Conv2d, x: Tensor, factor: int) -> Tensor:
     """conv3x3(upsampled(x)), exactly, with factor² times fewer multiplications.
 
     Up-sampling acts on each channel alone, so that it may come after a 1x1 product: each of the nine taps is a product at the small size,
-    up-sampled and shifted.
+    up-sampled and shifted. Both act on columns and rows one after the other, as matrices: three taps along columns, then their sums along rows.
     """
-    # Where the convolution narrows by little, nine maps up-sampled cost more than they save.
+    # Where the convolution widens by much, nine products at the small size cost more than they save.
     if factor == 1 or 9 * conv.out_channels > 4 * factor**2 * conv.in_channels:
         return conv(upsampled(x, factor))
-    height, width = x.shape[2] * factor, x.shape[3] * factor
-    out = x.new_zeros(len(x), conv.out_channels, height, width)
-    if conv.bias is not None:
-        out = out + conv.bias[:, None, None]
-    for row in range(3):
-        for column in range(3):
-            tap = upsampled(F.conv2d(x, conv.weight[:, :, row : row + 1, column : column + 1]), factor)
-            (into_y, from_y), (into_x, from_x) = _shift(row - 1, height), _shift(column - 1, width)
-            out[:, :, into_y, into_x] += tap[:, :, from_y, from_x]
-    return out
+    weight = conv.weight.permute(3, 0, 2, 1).flatten(0, 2)  # column, channel, row
+    taps = F.conv2d(x, weight[:, :, None, None]).unflatten(1, (3, conv.out_channels, 3))
+    rows, columns = (_up_and_shift(side, factor, x) for side in x.shape[2:])
+    wide = taps[:, 0] @ columns[0].mT
+    for column in (1, 2):
+        wide += taps[:, column] @ columns[column].mT
+    del taps
+    wide = wide.flatten(2, 3).flatten(0, 1)  # [batch * channels, taps * height, width]
+    high = torch.bmm(rows.movedim(0, 1).flatten(1).expand(len(wide), -1, -1), wide)
+    high = high.unflatten(0, (len(x), conv.out_channels))
+    return high if conv.bias is None else high.add_(conv.bias[:, None, None])
 
 
-def _shift(by: int, size: int) -> tuple[slice, slice]:
-    """Where a map shifted by -``by`` is written, and what of it is read."""
-    return slice(max(0, -by), size - max(0, by)), slice(max(0, by), size - max(0, -by))
+def _up_and_shift(side: int, factor: int, like: Tensor) -> Tensor:
+    """What makes a line ``factor`` times as long (bilinear) and shifts it by each tap of a convolution by three, [3, factor * side, side]."""
+    lines = torch.eye(side, device=like.device, dtype=torch.float64)[None]
+    up = F.interpolate(lines, scale_factor=factor, mode="linear", align_corners=False)[0].mT
+    padded = F.pad(up, (0, 0, 1, 1))
+    return torch.stack([padded[k : k + len(up)] for k in range(3)]).to(like.dtype)
 
 
 def resampled_positions(

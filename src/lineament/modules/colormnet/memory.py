@@ -198,7 +198,8 @@ class Memory:
             store = Store()
             self.permanent.append(store)
         flat = [x[0].flatten(1).mT for x in (key, shrinkage, selection)]
-        store.add(flat[0], flat[1], flat[2], value[0].flatten(0, 1).flatten(1).mT)
+        # Rows are gathered, and give other last bits where they are strided: also before a state is stored.
+        store.add(flat[0], flat[1], flat[2], value[0].flatten(0, 1).flatten(1).mT.contiguous())
         options = self.options
         if options.long_term and len(self.working) >= options.max_frames * places:
             room = options.max_long - options.prototypes
@@ -223,7 +224,7 @@ class Memory:
                 if store is not self.long or self.options.count_long:
                     store.count(usage)
         self.confidence = found.largest.exp().mean()
-        answer = weighted_rows(joined(stores, "value"), found)
+        answer = weighted_rows([store.value for store in stores if store.value is not None], found)
         return answer.mT.unflatten(0, (self.objects, -1)).unflatten(2, key.shape[2:])[None]
 
     def clear_working(self) -> None:
@@ -267,9 +268,24 @@ def joined(stores: Sequence[Store], name: str) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def weighted_rows(values: Tensor, found: TopK) -> Tensor:
-    """Σ_k weight_jk values[index_jk] for each query j; the rows are gathered, no dense matrix is made."""
-    weight = found.weight.to(values.dtype)
-    if values.dtype in (torch.float16, torch.bfloat16) and not values.is_cuda:
-        return (weight[:, None] @ values[found.index])[:, 0]
-    return F.embedding_bag(found.index, values, per_sample_weights=weight, mode="sum")
+def weighted_rows(values: Sequence[Tensor], found: TopK) -> Tensor:
+    """Σ_k weight_jk values[index_jk] for each query j, the index running through all tables of values; rows are gathered: no dense matrix is made, no table copied."""
+    dtype = values[0].dtype
+    if dtype in (torch.float16, torch.bfloat16) and not values[0].is_cuda:
+        table = values[0] if len(values) == 1 else torch.cat(list(values))
+        return (found.weight.to(dtype)[:, None] @ table[found.index])[:, 0]
+    if len(values) == 1:
+        return _weighted(values[0], found.index, found.weight)
+    total, first = None, 0
+    for table in values:
+        mine = (found.index >= first) & (found.index < first + len(table))
+        bags = F.pad(mine.sum(1).cumsum(0), (1, -1))
+        part = _weighted(table, found.index[mine] - first, found.weight[mine], bags)
+        total, first = part if total is None else total + part, first + len(table)
+    assert total is not None
+    return total
+
+
+def _weighted(table: Tensor, index: Tensor, weight: Tensor, bags: Tensor | None = None) -> Tensor:
+    weight = weight.to(table.dtype)
+    return F.embedding_bag(index, table, bags, per_sample_weights=weight, mode="sum")

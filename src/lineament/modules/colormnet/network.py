@@ -23,6 +23,7 @@ from lineament.modules.colormnet.blocks import (
     ObjectFusion,
     UpsampleBlock,
     ValueCell,
+    averaged,
     over_objects,
 )
 from lineament.modules.colormnet.configuration import ColorMNetConfig
@@ -86,10 +87,16 @@ class Decoder(nn.Module):
         given = answer if hidden is None else torch.cat([answer, hidden], 2)
         g16 = self.fuser(features.f16, given)
         g8 = self.up_16_8(features.f8, g16)
-        g4 = self.up_8_4(features.f4, g8)
-        logits = over_objects(self.pred, g4.relu())
+        finer, logits, coarse = self.up_8_4.skip_conv(features.f4), [], []
+        # The largest maps of all: one object after the other, where no gradient needs both.
+        for part in (g8,) if torch.is_grad_enabled() else g8.split(1, 1):
+            g4 = self.up_8_4.of_skip(finer, part)
+            logits.append(over_objects(self.pred, g4.relu()))
+            coarse.append(torch.cat([averaged(x, g16) for x in (g4, logits[-1])], 2))
+            del g4
+        logits = torch.cat(logits, 1)
         if update and self.hidden_update is not None and hidden is not None:
-            hidden = self.hidden_update(g16, g8, torch.cat([g4, logits], 2), hidden)
+            hidden = self.hidden_update(g16, g8, torch.cat(coarse, 1), hidden)
         large = F.interpolate(logits[:, :, 0], scale_factor=4, mode="bilinear", align_corners=False)
         return hidden, large.tanh()
 

@@ -66,7 +66,7 @@ def test_all_elements_are_the_full_softmax_in_any_order(parts):
     torch.testing.assert_close(read_all(twice[0], twice[1], q, e, twice[2]), full)
     found = top_weights(_memory_side(k, s), _query_side(q, e), 12)
     torch.testing.assert_close(found.weight.sum(1), torch.ones(5, dtype=torch.float64))
-    torch.testing.assert_close(weighted_rows(v.T.contiguous(), found).T, full)
+    torch.testing.assert_close(weighted_rows([v.T.contiguous()], found).T, full)
     torch.testing.assert_close(usage_of(found, 12).sum(), torch.tensor(5.0, dtype=torch.float64))
 
 
