@@ -393,3 +393,16 @@ def test_topk_steps(score):
         assert torch.equal(one, other)
     if find_spec("triton") is not None:
         assert select.kernels(start.to(DEVICE).W_enc) is not None
+
+
+@pytest.mark.parametrize("solver", ["lbfgs", "varpro", "adam", "sgd"])
+def test_a_boosted_network_grown_on_the_gpu_is_as_good(solver):
+    from sklearn.datasets import load_iris
+
+    from lineament.learn import GBNNClassifier
+
+    X, y = load_iris(return_X_y=True)
+    made = {"total_units": 12, "units_per_step": 3, "learning_rate": 0.5, "solver": solver, "random_state": 0}
+    nets = [GBNNClassifier(**made, device=device).fit(X, y) for device in ("cpu", "cuda")]
+    assert all(net.score(X, y) > 0.93 for net in nets)
+    np.testing.assert_allclose(nets[1].predict_proba(X), nets[0].predict_proba(X), atol=0.2)
