@@ -312,10 +312,11 @@ def moments(model: nn.Module, batches: Inputs, layers: Mapping[str, nn.Module]) 
 def _forwards(
     model: nn.Module, batches: Inputs, see: Mapping[str, Callable[[Tensor], None]]
 ) -> Iterator[int]:
+    places = dict(zip(resolve(model, list(see)).values(), see.values(), strict=True))
     for batch in batches:
         with ExitStack() as stack:
             stack.enter_context(frozen(model))
             stack.enter_context(torch.no_grad())
-            stack.enter_context(tap(model, see))
+            stack.enter_context(tap(model, places))
             called(model, ready(batch, model))
         yield rows_in(batch)

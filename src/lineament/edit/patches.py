@@ -33,9 +33,8 @@ def patches(module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, nn.Conv1d):
         x, module = x[:, :, None], widened(module)
     if isinstance(module, nn.Conv2d):
-        found = F.unfold(
-            padded(module, x), module.kernel_size, dilation=module.dilation, stride=module.stride
-        )
+        x, padding = (padded(module, x), 0) if isinstance(module.padding, str) else (x, module.padding)
+        found = F.unfold(x, module.kernel_size, module.dilation, padding, module.stride)  # pyright: ignore[reportArgumentType]
         return found.mT.reshape(-1, found.shape[1])
     return x.reshape(-1, x.shape[-1])
 

@@ -97,4 +97,7 @@ def _weight_gradient(layer: nn.Module, x: Tensor, y: Tensor, weight: Tensor) -> 
     shape = (*weight.shape[:2], *layer.kernel_size)
     stride: Any = layer.stride
     dilation: Any = layer.dilation
-    return conv2d_weight(padded(layer, x), shape, y, stride, 0, dilation).flatten(1)
+    padding: Any = layer.padding
+    if isinstance(padding, str):
+        x, padding = padded(layer, x), 0
+    return conv2d_weight(x, shape, y, stride, padding, dilation).flatten(1)

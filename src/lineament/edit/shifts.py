@@ -159,20 +159,19 @@ class PatchMoments:
 
     def _boxes(self, high: int, wide: int) -> Tensor:
         """Where tap b is while both taps of a pair meet the map: top, bottom, left, right, each of all pairs."""
-
-        def span(axis: int, size: int, a: int, b: int) -> Pair:
-            before, after = self._cuts(axis, a, b)
-            d = self.dilation[axis]
-            return max(0, d * (b - a)) + before, size - max(0, d * (a - b)) - after
-
         if (high, wide) not in self._known_boxes:
-            self._known_boxes[high, wide] = torch.tensor(
-                [
-                    (*span(0, high, a[0], b[0]), *span(1, wide, a[1], b[1]))
-                    for a, b in product(self.taps, repeat=2)
-                ]
-            ).T
+            rows, columns = self._spans(0, high), self._spans(1, wide)
+            pairs = product(self.taps, repeat=2)
+            boxes = [(*rows[a[0], b[0]], *columns[a[1], b[1]]) for a, b in pairs]
+            self._known_boxes[high, wide] = torch.tensor(boxes).T
         return self._known_boxes[high, wide]
+
+    def _spans(self, axis: int, size: int) -> dict[Pair, Pair]:
+        d, found = self.dilation[axis], {}
+        for a, b in product(range(self.kernel[axis]), repeat=2):
+            before, after = self._cuts(axis, a, b)
+            found[a, b] = max(0, d * (b - a)) + before, size - max(0, d * (a - b)) - after
+        return found
 
 
 def worth_it(kernel: Pair, dilation: Pair, padding: tuple[Pair, Pair], size: Pair) -> bool:
