@@ -354,3 +354,16 @@ def test_two_processes_audit_on_a_gpu_each(tmp_path):
         for name in ("one", "two")
     )
     assert one == pytest.approx(two, rel=1e-3)
+
+
+@pytest.mark.parametrize("solver", ["lbfgs", "varpro", "adam", "sgd"])
+def test_a_boosted_network_grown_on_the_gpu_is_as_good(solver):
+    from sklearn.datasets import load_iris
+
+    from lineament.learn import GBNNClassifier
+
+    X, y = load_iris(return_X_y=True)
+    made = {"total_units": 12, "units_per_step": 3, "learning_rate": 0.5, "solver": solver, "random_state": 0}
+    nets = [GBNNClassifier(**made, device=device).fit(X, y) for device in ("cpu", "cuda")]
+    assert all(net.score(X, y) > 0.93 for net in nets)
+    np.testing.assert_allclose(nets[1].predict_proba(X), nets[0].predict_proba(X), atol=0.2)
