@@ -35,7 +35,9 @@ from lineament.load.models import load_model
 from lineament.load.prompts import Prompts, is_prompts, load_prompts
 from lineament.load.weights import digest
 from lineament.measure.alignment.profile import Sites, aligned
-from lineament.measure.alignment.units import Parts, Reading, Step, text_steps
+from lineament.measure.alignment.steps import Parts, Step
+from lineament.measure.alignment.units import Reading
+from lineament.measure.alignment.word_ends import text_steps
 from lineament.papers import search
 from lineament.report import page
 from lineament.report.outcome import versions
