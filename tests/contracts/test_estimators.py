@@ -16,13 +16,13 @@ from lineament.core.checks import InputError
 from lineament.handcrafted.estimators import GaborFeatures, HogFeatures, InkImages, LbpFeatures
 from lineament.kernels.classifiers import InfiniteClassifier, InfiniteRegressor
 from lineament.learn.boosting.estimators import GBNNClassifier, GBNNRegressor
+from lineament.learn.boosting.subnetwork import SOLVERS
 
 FLAT = {"image_shape": (1, -1)}
 # Few iterations: twice a sample and a weight of two part by rounding, which many iterations of L-BFGS make visible.
 SMALL = {
     "total_units": 20,
     "units_per_step": 4,
-    "max_iter": 5,
     "learning_rate": 1.0,
     "subsample": 1.0,
     "random_state": 0,
@@ -33,8 +33,11 @@ ESTIMATORS: list[Any] = [
     LbpFeatures(codes="var", grid=None, **FLAT),
     GaborFeatures(grid=1, **FLAT),
     InkImages(size=8, **FLAT),
-    GBNNClassifier(**SMALL),
-    GBNNRegressor(**SMALL),
+    *(
+        kind(**{**SMALL, "max_iter": 40 if s in ("adam", "sgd") else 5, "solver": s})
+        for kind in (GBNNClassifier, GBNNRegressor)
+        for s in SOLVERS
+    ),
     InfiniteClassifier(),
     InfiniteClassifier("square"),
     InfiniteClassifier("relu"),
@@ -47,7 +50,9 @@ ESTIMATORS: list[Any] = [
 @pytest.mark.parametrize(
     "estimator",
     ESTIMATORS,
-    ids=lambda e: f"{type(e).__name__}-{getattr(e, 'codes', getattr(e, 'activation', ''))}",
+    ids=lambda e: (
+        f"{type(e).__name__}-{getattr(e, 'codes', getattr(e, 'solver', getattr(e, 'activation', '')))}"
+    ),
 )
 def test_it_passes_the_common_checks(estimator):
     with warnings.catch_warnings():
@@ -80,7 +85,7 @@ def test_images_and_flat_rows_give_the_same_named_features(estimator):
         estimator.transform(images.reshape(5, 8, 32))
 
 
-@pytest.mark.parametrize("solver", ["lbfgs", "varpro"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_a_truncated_network_is_its_stage_and_one_plain_network(solver):
     X, y = load_iris(return_X_y=True)
     net = GBNNClassifier(12, 3, subsample=0.8, solver=solver, max_iter=20, random_state=0).fit(X, y)

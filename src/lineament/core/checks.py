@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,6 +116,8 @@ def number(
     ...
     lineament.core.checks.InputError: fraction: got 1.5, expected a number in [0, 1]
     """
+    if isinstance(value, np.generic):
+        value = value.item()
     kind = "an integer" if integer else "a number"
     left = "(-inf" if low is None else f"{'(' if open_low else '['}{low}"
     right = "inf)" if high is None else f"{high}{')' if open_high else ']'}"
