@@ -44,8 +44,9 @@ $(VENV)/dev: $(VENV)/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
 	touch $@ $(VENV)/core
 
-# These peers ask for packages that they do not need here (torchvision, BackPACK, wandb, a web client): what they do need is named.
+# These peers ask for packages that they do not need here (torchvision, BackPACK, wandb, a web client) or that can no longer be built (sklearn): what they do
+# need is named.
 $(VENV)/peers: $(VENV)/dev
 	$(PIP) --editable '.[dev,peers]'
-	$(PIP) --no-deps PyHessian curvlinops-for-pytorch linear_operator einops einconv inseq treescope transformer-lens better-abc
+	$(PIP) --no-deps PyHessian curvlinops-for-pytorch linear_operator einops einconv inseq treescope transformer-lens better-abc gbnn
 	touch $@

@@ -25,7 +25,7 @@ from lineament.load.weights import digest
 from lineament.papers import search as papers
 from lineament.privacy.defences import Defence, defence_of
 from lineament.privacy.leakage import Leakage, leakage
-from lineament.privacy.reconstruction import ATTACKS, Search
+from lineament.privacy.search import ATTACKS, Search
 from lineament.report import page
 from lineament.report.outcome import versions
 

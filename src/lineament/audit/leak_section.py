@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lineament.load.model_and_data import ModelAndData
 from lineament.privacy.leakage import Attacked, Leakage
 from lineament.privacy.priors import Prior, train_prior
-from lineament.privacy.reconstruction import Search
+from lineament.privacy.search import Search
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
 from lineament.report.section import SEVERITIES, Finding, Picture, Section

@@ -6,6 +6,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lineament.core.batching import progress
+from lineament.cli.console import note
+from lineament.core.batching import progress, progress_lines
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.files import atomic_write, output_folder, write_json
 from lineament.core.models import usable
@@ -73,24 +75,25 @@ def colour(
     names, facts, segments = picture_names(film, length), [], -(-length // _SEGMENT)
     if output is None:
         _clear(output_folder(out), {name.removesuffix(".png") for name in names})
-    frames = film.frames()
     loop = checkpoint.loop("film", segments, {"colorizer": colorizer, "facts": facts}, every=1)
-    for segment in progress(loop, "colouring", total=segments):
-        rows = []
-        for frame in frames:
-            if frame.index < colorizer.done:  # coloured before this process
-                continue
-            last = frame.index == length - 1
-            found = colorizer.frame(frame.shown, pictures.get(frame.index), last=last)
-            facts.append([frame.index, found.confidence, found.cut])
-            if output is None:
-                _write_picture(out / names[frame.index], found.picture, frame)
-            else:
-                rows.append(output.planes(frame, _rgb(found, frame), luma=a.luma == "lab"))
-            if last or colorizer.done == (segment + 1) * _SEGMENT:
-                break
-        if rows:
-            _write_segment(work / f"{segment:06d}.npz", rows)
+    # Without those that an earlier process coloured.
+    left = (frame for frame in film.frames() if frame.index >= colorizer.done)
+    shown = progress(left, "colouring frames", length, before=lambda frame: frame.index)
+    with progress_lines(note), closing(shown) as frames:
+        for segment in loop:
+            rows = []
+            for frame in frames:
+                last = frame.index == length - 1
+                found = colorizer.frame(frame.shown, pictures.get(frame.index), last=last)
+                facts.append([frame.index, found.confidence, found.cut])
+                if output is None:
+                    _write_picture(out / names[frame.index], found.picture, frame)
+                else:
+                    rows.append(output.planes(frame, _rgb(found, frame), luma=a.luma == "lab"))
+                if last or colorizer.done == (segment + 1) * _SEGMENT:
+                    break
+            if rows:
+                _write_segment(work / f"{segment:06d}.npz", rows)
     if output is not None:
         joined = replace(output, path=work / f"joined{out.suffix}")
         joined.write(_stored(work))
@@ -177,8 +180,8 @@ def _finish(
             "cuts": [row[0] for row in facts if row[2]], "frames_that_want_an_exemplar": wanted, "notes": notes,
         },
     )  # fmt: skip
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+    for told in notes:
+        print(f"note: {told}", file=sys.stderr)
     print(f"{len(facts)} frames coloured: {out} (confidence of each frame: {report})")
     if wanted:
         print("these frames want an exemplar: " + ", ".join(map(str, wanted)))

@@ -104,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lineament.audit.condense import CondenseOptions, condense_data
     from lineament.cli.console import note
     from lineament.cli.option_values import classes, image_size, words
+    from lineament.core.batching import progress_lines
     from lineament.core.checks import number
     from lineament.learn.condensation.evaluating import Protocol
     from lineament.learn.condensation.networks import POOL
@@ -133,21 +134,22 @@ def run(arguments: argparse.Namespace) -> int:
         ),
         protocol=Protocol(networks=arguments.nets, epochs=arguments.epochs),
     )
-    found = condense_data(
-        arguments.data,
-        out=arguments.out,
-        per_class=arguments.per_class,
-        method=arguments.method,
-        start=arguments.start,
-        judged=arguments.evaluate,
-        steps=arguments.continual,
-        samples=arguments.samples,
-        seed=arguments.seed,
-        options=options,
-        overwrite=arguments.overwrite,
-        device=arguments.device,
-        note=note,
-    )
+    with progress_lines(note):
+        found = condense_data(
+            arguments.data,
+            out=arguments.out,
+            per_class=arguments.per_class,
+            method=arguments.method,
+            start=arguments.start,
+            judged=arguments.evaluate,
+            steps=arguments.continual,
+            samples=arguments.samples,
+            seed=arguments.seed,
+            options=options,
+            overwrite=arguments.overwrite,
+            device=arguments.device,
+            note=note,
+        )
     for finding in found.findings:
         print(f"{finding.severity:>8}  {printable(finding.sentence)}")
     print(f"Set:  {(found.html.parent / 'condensed.npz').resolve()}")

@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lineament.cli.console import note
     from lineament.cli.option_values import classes, image_size, normalize
     from lineament.core.checks import InputError
-    from lineament.privacy.reconstruction import Search
+    from lineament.privacy.search import Search
     from lineament.report.text import printable
 
     try:

@@ -6,9 +6,14 @@ import gc
 import os
 import sys
 import threading
+import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
+from datetime import timedelta
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +22,8 @@ from torch import Tensor
 from lineament.core.checks import InputError, number, require, show, tensor
 
 T = TypeVar("T")
+
+_FIRST_LINE, _LAST_LINE = 10.0, 300.0  # seconds between lines of progress
 
 # CPU allocators of several systems, CUDA, cuBLAS and MPS say it so.
 _OUT_OF_MEMORY = (
@@ -185,23 +192,80 @@ def _lasting(owner: Any) -> bool:
 
 
 _shown = threading.Lock()
+_say: ContextVar[Callable[[str], None] | None] = ContextVar("say", default=None)
 
 
-def progress(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """The same items, with a progress bar on standard error where that is a terminal.
+def progress(
+    iterable: Iterable[T],
+    description: str,
+    total: int | None = None,
+    *,
+    before: Callable[[T], int] | None = None,
+) -> Generator[T, None, None]:
+    """The same items, with a progress bar on standard error where that is a terminal, or lines where :func:`progress_lines` asks for them.
+
+    ``before`` tells of the first item how many came before it, where an earlier process may have done some: ``int`` of numbered steps.
 
     >>> list(progress([1, 2], "counting"))
     [1, 2]
     """
+    bar, say = sys.stderr.isatty(), _say.get()
     # Two bars at once would write over each other: the one inside stays silent, and so do all processes but the first.
-    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty() or not _shown.acquire(blocking=False):
+    if os.environ.get("RANK", "0") != "0" or not (bar or say) or not _shown.acquire(blocking=False):
         yield from iterable
         return
     try:
-        from rich.console import Console
-        from rich.progress import track
-
-        console = Console(stderr=True)
-        yield from track(iterable, description, total=total, console=console, transient=True)
+        items, done = iter(iterable), 0
+        if before is not None:
+            for first in items:
+                items, done = chain([first], items), before(first)
+                break
+        if bar:
+            yield from _with_bar(items, description, total, done)
+        elif say is not None:
+            yield from _with_lines(items, description, total, done, say)
     finally:
         _shown.release()
+
+
+@contextmanager
+def progress_lines(say: Callable[[str], None]) -> Iterator[None]:
+    """While it lasts, a long :func:`progress` that is not seen on a terminal tells ``say`` how far it is: after 10 s, then the more rarely the longer it takes,
+    but every five minutes.
+
+    >>> with progress_lines(print):
+    ...     list(progress([1, 2], "counting"))  # too short for a line
+    [1, 2]
+    """
+    token = _say.set(say)
+    try:
+        yield
+    finally:
+        _say.reset(token)
+
+
+def _with_bar(items: Iterator[T], description: str, total: int | None, done: int) -> Iterator[T]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task(description, total=total, completed=done)
+        for item in items:
+            yield item
+            shown.advance(task)
+
+
+def _with_lines(
+    items: Iterator[T], description: str, total: int | None, done: int, say: Callable[[str], None]
+) -> Iterator[T]:
+    begun = last = time.monotonic()
+    for count, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - last >= min(max(_FIRST_LINE, (now - begun) / 10), _LAST_LINE):
+            last = now
+            line = f"{description}: {done + count:,}"
+            if total is not None:
+                left = (now - begun) / count * (total - done - count)
+                line += f" of {total:,}, about {timedelta(seconds=round(left))} left"
+            say(line)

@@ -132,7 +132,7 @@ def train_dictionary(
         held = {f"dictionary {i}": trainer for i, trainer in enumerate(trainers)}
         loop = run.loop("train", steps, {**held, "position": position})
     rows: Any = None
-    for number_ in progress(loop, "training", total=steps):
+    for number_ in progress(loop, "training", total=steps, before=int):
         if rows is None:
             rows = harvested.batches(
                 max(1, batch_size // processes.count),

@@ -21,7 +21,8 @@ from lineament.core.models import logits, weight_of
 from lineament.core.norms import batchnorms
 from lineament.core.results import Readable
 from lineament.core.surgery.groups import plain_network
-from lineament.edit.layers import Inputs, fidelity, layers_of, matrix, saliency, unmatrixed
+from lineament.edit.layers import Inputs, fidelity, layers_of, saliency
+from lineament.edit.patches import matrix, unmatrixed
 
 CRITERIA = ("saliency", "fidelity", "energy", "magnitude", "random")
 EDITS = ("zero", "negate")

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 
 from lineament.core.checks import InputError, require
 from lineament.load.film_frames import DEPTHS, FULL, MATRIX, FilmFrame, Format, usual_matrix
+from lineament.load.film_gaps import Jump, counted, jumps, lost, unsaid_end
 
 _HDR = {16: "PQ", 18: "HLG"}
 
@@ -155,12 +156,31 @@ class Film:
                 yield read
                 index += 1
         if damaged:
-            self.gaps.append(f"{len(damaged)} frames are damaged, the first is {damaged[0]}")
-        for place, seconds in _jumps(times, video.time_base):
-            self.gaps.append(f"after frame {place}: {seconds:.2f} s without a frame")
-        missing = _missing(video, end)
+            more = (
+                f"s {damaged[0]} and {len(damaged) - 1} later ones are"
+                if damaged[1:]
+                else f" {damaged[0]} is"
+            )
+            self.gaps.append(f"frame{more} damaged")
+        self.gaps = list(counted(self.gaps))
+        for jump in self._lost(jumps(times)):
+            seconds = float((jump.ends - jump.begins) * video.time_base)
+            self.gaps.append(f"after frame {jump.frame}: {seconds:.2f} s without a frame")
+        missing = unsaid_end(video, end, times)
         if missing > 0:
             self.gaps.append(f"after frame {index - 1}: the film's last {missing:.2f} s are missing")
+
+    def _lost(self, candidates: list[Jump]) -> list[Jump]:
+        if not candidates:
+            return []
+        with _opened(self.path) as again:
+            return lost(candidates, _read(again), _video(again, self.path))
+
+
+def _read(film: Any) -> Iterator[Any]:
+    """The packets of all streams, until one cannot be read."""
+    with suppress(av_module().FFmpegError):
+        yield from film.demux()
 
 
 def av_module() -> Any:
@@ -215,31 +235,6 @@ def _hdr(path: Path, transfer: int) -> str:
         f"film: {str(path)!r} is HDR ({_HDR.get(transfer)}), which no network here knows; convert it first: "
         "ffmpeg -i IN -vf zscale=t=linear,tonemap=hable,zscale=t=bt709:m=bt709:r=tv,format=yuv420p OUT"
     )
-
-
-def _missing(video: Any, end: int | None) -> float:
-    """Seconds that the stream is said to have after ``end``, where they are more than two frames'."""
-    if end is None or not video.time_base:
-        return 0.0
-    told, start = _seconds(video.metadata.get("DURATION", "")), 0
-    if video.duration:
-        told, start = float(video.duration * video.time_base), video.start_time or 0
-    left = told - float((end - start) * video.time_base)
-    return left if left > 2.5 / float(video.average_rate or 25) else 0.0
-
-
-def _jumps(times: list[int], base: Fraction) -> list[tuple[int, float]]:
-    """Where a film of one frame rate leaves frames out, and for how long: some readers step over what is broken without a word."""
-    steps = np.diff(times)
-    usual = np.median(steps) if len(steps) else 0
-    if not len(steps) or np.mean(np.abs(steps - usual) <= max(1, 0.1 * usual)) < 0.9:
-        return []
-    return [(int(k), float(steps[k] * base)) for k in np.flatnonzero(steps > 2.5 * usual + 1)]
-
-
-def _seconds(text: str) -> float:
-    parts = re.fullmatch(r"(\d+):(\d+):([\d.]+)", text)
-    return 0.0 if parts is None else 3600 * int(parts[1]) + 60 * int(parts[2]) + float(parts[3])
 
 
 def _film_frame(frame: Any, index: int, pts: int) -> FilmFrame:

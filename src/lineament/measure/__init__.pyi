@@ -21,6 +21,7 @@ from .bias.consequences import pca_decoding as pca_decoding
 from .bias.consequences import rdm as rdm
 from .bias.consequences import readout_reliance as readout_reliance
 from .bias.consequences import rsa as rsa
+from .bias.drift import drift as drift
 from .bias.growth import variance_growth as variance_growth
 from .bias.interventions import flips as flips
 from .bias.interventions import intervene as intervene

@@ -6,11 +6,12 @@ from .defences import prune as prune
 from .defences import soteria as soteria
 from .inversion import Stage as Stage
 from .inversion import invert as invert
+from .labels import guessed_targets as guessed_targets
 from .labels import inferred_labels as inferred_labels
-from .messages import Local as Local
+from .local import Local as Local
 from .messages import Message as Message
 from .picture_scores import picture_scores as picture_scores
 from .priors import Decoder as Decoder
 from .priors import train_prior as train_prior
-from .reconstruction import Search as Search
 from .reconstruction import reconstruct as reconstruct
+from .search import Search as Search

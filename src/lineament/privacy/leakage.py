@@ -7,7 +7,7 @@ of as many samples of the prior as there were restarts, and the same search on a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -19,10 +19,13 @@ from lineament.core.checks import number, require, show
 from lineament.core.models import logits
 from lineament.core.results import Readable
 from lineament.privacy.defences import Defence
-from lineament.privacy.messages import Local, Message
+from lineament.privacy.labels import guessed_targets
+from lineament.privacy.local import Local
+from lineament.privacy.messages import Message, fixed
 from lineament.privacy.picture_scores import picture_scores
 from lineament.privacy.priors import Prior
-from lineament.privacy.reconstruction import Reconstruction, Search, guessed_targets, reconstruct
+from lineament.privacy.reconstruction import Reconstruction, reconstruct
+from lineament.privacy.search import Search
 
 SEARCH = Search()
 
@@ -34,6 +37,7 @@ class Attacked(Readable):
     ``psnr``: of each picture, in decibels, of pictures in [0, 1]; ``ssim``: its mean; ``scores``: matching costs of each message; ``named``: of each
     picture, whether it is nearer to its guess than every other picture (rank 1), in a field of ``field`` pictures, ``reciprocal_rank`` its mean.
     ``rule``: how labels were read off, ``labels_right``: the share that was right. ``pictures``: the guesses in [0, 1], in the order of the true ones.
+    ``wrong``: the control, PSNR of each picture against the guess from another batch's message; None where there is one message.
     """
 
     defence: str
@@ -50,6 +54,7 @@ class Attacked(Readable):
     labels_right: float
     pictures: Tensor
     steps: int
+    wrong: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -65,13 +70,16 @@ class Price(Readable):
 @dataclass(frozen=True)
 class Leakage(Readable):
     """What messages gave away: ``truth`` in [0, 1], one entry of ``attacked`` for each defence and attack, ``without`` a message (PSNR of each picture by how
-    it was guessed), and the defences' ``prices``."""
+    it was guessed), and the defences' ``prices``. ``local``: what was done between the weights that were received and those sent; ``buffers``: how many batch norms'
+    statistics were sent beside the weights, from which the batch's own follow."""
 
     truth: Tensor
     batch: int
     attacked: tuple[Attacked, ...]
     without: dict[str, Tensor]
     prices: tuple[Price, ...]
+    local: str = ""
+    buffers: int = 0
 
 
 def leakage(
@@ -126,35 +134,46 @@ def leakage(
     )
     truth = _shown(images, bounds)
     groups = list(zip(images.split(batch), targets.split(batch)))
-    attacked, prices = [], []
+    attacked, prices, buffers = [], [], 0
     for defence in defences:
         messages = [
             Message.of(model, x, y, defence=defence, local=local, seed=seed + k)
             for k, (x, y) in enumerate(groups)
         ]
         prices.append(_price(model, groups, messages, held_out, local, seed))
+        buffers = max(buffers, len(messages[0].statistics))
         read = [guessed_targets(model, m, images[:1], public) for m in messages]
         labels = targets.view(-1, batch) if known_labels else torch.stack([y for y, _ in read])
         rule = "given" if known_labels else ", ".join(dict.fromkeys(name for _, name in read))
         right = (labels.sort(1).values == targets.view(-1, batch).sort(1).values).float().mean()
         for attack in progress(list(attacks), f"searching messages: {defence}"):
-            found = reconstruct(
-                model, messages, labels, images.shape[1:], prior=prior, attack=attack, search=search, bounds=bounds, seed=seed
-            )  # fmt: skip
-            attacked.append(_scored(found, truth, batch, bounds, str(defence), attack, rule, float(right)))
+            for (
+                name,
+                copy,
+            ) in defence.copies().items():  # the attacker's ways to repeat it; the audit reports the worst
+                told = [replace(message, defence=copy) for message in messages]
+                found = reconstruct(
+                    model, told, labels, images.shape[1:], prior=prior, attack=attack, search=search, bounds=bounds, seed=seed
+                )  # fmt: skip
+                named = f"{attack}, {name}" if name else attack
+                attacked.append(_scored(found, truth, batch, bounds, str(defence), named, rule, float(right)))
     return Leakage(
         truth,
         batch,
         tuple(attacked),
         _without(truth, public, prior, search, targets, bounds, seed),
         tuple(prices),
+        "" if local is None else str(local),
+        buffers,
     )
 
 
-def wrong_message(found: Attacked, truth: Tensor, batch: int) -> Tensor:
-    """PSNR of each picture against the guess from another message: what the same search gives where it cannot know the picture."""
-    guesses = found.pictures.view(-1, batch, *truth.shape[1:]).roll(1, 0).flatten(0, 1)
-    return psnr(guesses, truth)
+def _of_another(shown: Tensor, true: Tensor) -> Tensor | None:
+    """PSNR of each picture against the guess from another message [messages, batch, ...]: what the same search gives where it cannot know the picture."""
+    if len(shown) < 2:
+        return None
+    guesses = shown.roll(1, 0)
+    return torch.cat([psnr(guess[_order(guess, own)], own) for guess, own in zip(guesses, true)])
 
 
 def psnr(guesses: Tensor, truth: Tensor) -> Tensor:
@@ -198,7 +217,7 @@ def _scored(
     scores = picture_scores(ordered, truth)
     return Attacked(
         defence, attack, psnr(ordered, truth), scores.ssim, found.scores, found.stage, stages, rank == 1,
-        float((1 / rank).mean()), len(truth), rule, right, ordered, found.steps,
+        float((1 / rank).mean()), len(truth), rule, right, ordered, found.steps, _of_another(shown, true),
     )  # fmt: skip
 
 
@@ -262,11 +281,11 @@ def _price(
 @torch.no_grad()
 def _change(model: nn.Module, step: Sequence[Tensor], x: Tensor, y: Tensor, length: float = 0.01) -> float:
     """The change of the loss after a short step against a message, of a length relative to the weights' norm."""
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
-    own = dict(model.named_parameters())
-    size = torch.stack([own[n].square().sum() for n in names]).sum().sqrt()
+    still, own = fixed(model)
+    size = torch.stack([w.square().sum() for w in own.values()]).sum().sqrt()
     norm = torch.stack([t.square().sum() for t in step]).sum().sqrt().clamp(min=1e-30)
-    moved = {n: own[n] - length * size / norm * t for n, t in zip(names, step)}
-    before = F.cross_entropy(logits(model(x)), y)
-    after = F.cross_entropy(logits(torch.func.functional_call(model, moved, (x,))), y)
+    moved = {n: w - length * size / norm * t for (n, w), t in zip(own.items(), step)}
+    before, after = (
+        F.cross_entropy(logits(torch.func.functional_call(still, w, (x,))), y) for w in (own, moved)
+    )
     return float(after - before)

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
 
-from lineament.core.batching import auto_batch, chunked, is_out_of_memory, progress
+from lineament.core import batching
+from lineament.core.batching import auto_batch, chunked, is_out_of_memory, progress, progress_lines
 from lineament.core.checks import InputError
 
 
@@ -80,6 +82,33 @@ def test_chunked_names_unequal_and_empty_input():
 
 def test_progress_yields_everything():
     assert list(progress(range(4), "working", total=4)) == [0, 1, 2, 3]
+
+
+def test_progress_is_told_in_lines_where_they_are_asked_for(monkeypatch):
+    clock, said = [0.0], []
+    monkeypatch.setattr(batching.time, "monotonic", lambda: clock[0])
+
+    def walk(steps, seconds, **options):
+        for step in progress(steps, "working", 1000, **options):
+            clock[0] += seconds
+            yield step
+
+    assert len(list(walk(range(1000), 1.0))) == 1000 and said == []  # nobody asked
+    with progress_lines(said.append):
+        assert list(walk(range(9), 1.0)) == list(range(9)) and said == []  # too short
+        assert len(list(walk(iter(range(400, 1000)), 60.0, before=int))) == 600
+        for _ in walk(range(2), 20.0):
+            list(walk(range(2), 20.0))  # the one inside stays silent
+    *said, first, second = said
+    assert said[0] == "working: 401 of 1,000, about 9:59:00 left"
+    assert (first, second) == (
+        "working: 1 of 1,000, about 16:39:00 left",
+        "working: 2 of 1,000, about 16:38:00 left",
+    )
+    # Every minute, later every tenth of the time so far, and at least every five minutes.
+    steps = [int(line.split()[1]) for line in said]
+    gaps = [b - a for a, b in pairwise(steps)]
+    assert gaps[:9] == [1] * 9 and gaps == sorted(gaps) and gaps[-1] == 5 and steps[-1] > 995
 
 
 def test_auto_remembers_what_fitted():

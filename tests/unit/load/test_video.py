@@ -195,6 +195,24 @@ def test_what_cannot_be_decoded_is_named(av, tmp_path, codec):
     assert Film(whole).gaps == [] and count == 50
 
 
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("in.mkv", "ffv1"), ("in.mkv", "libx264"), ("in.mp4", "libx264"), ("in.ts", "libx264")],
+)
+def test_a_pause_is_no_gap_and_what_was_lost_in_one_is(av, tmp_path, name, codec):
+    """A recorder that paused leaves a jump in the times; so does a reader that steps over damage."""
+    times = [*range(0, 1200, 40), *range(2800, 4000, 40)]
+    film = Film(made(av, tmp_path / name, codec=codec, times=times, options={"g": "10"}, size=(160, 96)))
+    assert film.length == 60 and film.gaps == []
+    if name == "in.mkv":
+        data = film.path.read_bytes()
+        hole = range(len(data) // 4, len(data) // 4 + len(data) // 6)
+        film.path.write_bytes(data[: hole.start] + bytes(len(hole)) + data[hole.stop :])
+        assert film.length < 55
+        seconds = [line for line in film.gaps if "s without a frame" in line]
+        assert len(seconds) == 1 and int(seconds[0].split()[2][:-1]) < 29, film.gaps
+
+
 def test_times_that_are_missing_are_made_and_edit_lists_are_kept(av, tmp_path):
     bare = Film(made(av, tmp_path / "in.h264", codec="libx264", sound=None))
     times = [frame.pts for frame in bare.frames()]

@@ -19,6 +19,7 @@ from lineament.data.samples import Samples
 from lineament.data.shape_texture_colour import shape_texture_colour
 from lineament.measure.bias.consequences import pca_decoding, rdm, readout_reliance, rsa
 from lineament.measure.bias.density import cumulative, density, participation
+from lineament.measure.bias.drift import drift
 from lineament.measure.bias.growth import variance_growth
 from lineament.measure.bias.interventions import flips, intervene, linear_readout
 from lineament.measure.bias.variance import columns_of, representation_variance, variance_explained
@@ -346,3 +347,32 @@ def test_growth_is_measured_on_the_scale_of_the_end():
     assert [line.get_label() for line in found.plot().lines] == ["a", "b"]
     with pytest.raises(InputError, match="checkpoints: got none"):
         variance_growth(net, [], (x, torch.zeros(300)), features)
+
+
+def test_drift_tells_moved_units_from_a_moved_space():
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    other, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), randn(400, 3).float()
+    turn = torch.linalg.qr(randn(4, 4))[0].float()
+    turned = {**net.state_dict(), "0.weight": turn @ net[0].weight.data}  # pyright: ignore[reportCallIssue]
+    kept = {name: value.clone() for name, value in net.state_dict().items()}
+    states = {"other": other.state_dict(), "turned": turned, "end": kept}
+    found = drift(net, states, x, sites=["0", "1"])
+    assert found.names == ("other", "turned", "end") and found.sites == ("0", "1")
+    a, b = (layer(x).double().detach() for layer in (other[0], net[0]))
+    a, b = a - a.mean(0), b - b.mean(0)
+    assert float(found.moved[0, 0]) == pytest.approx(
+        float((a - b).square().sum() / b.square().sum()), rel=1e-5
+    )
+    assert float(found.cka[0, 0]) == pytest.approx(
+        float((a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm())), rel=1e-5
+    )
+    assert float(found.moved[1, 0]) > 0.3 and float(found.procrustes[1, 0]) < 1e-3
+    assert float(found.cka[1, 0]) == pytest.approx(1) and float(found.cka_next[1, 0]) == pytest.approx(1)
+    assert found.moved[2].tolist() == [0, 0] and found.cka_error[0].min() > 0
+    assert all(torch.equal(value, kept[name]) for name, value in net.state_dict().items())
+    assert [bars.get_label() for bars in found.plot().containers] == ["0", "1"]
+    with pytest.raises(InputError, match="checkpoints: got 1"):
+        drift(net, [kept], x)
+    few = drift(net, [turned, kept], x[:12], sites="0", blocks=2)
+    assert few.notes and "samples" in few.notes[0]

@@ -17,9 +17,10 @@ from lineament.privacy.constraints import l1_projection, rate
 from lineament.privacy.costs import matching_cost
 from lineament.privacy.defences import Aggregate, Clip, Defence, Noise, Private, Prune
 from lineament.privacy.inversion import Stage
+from lineament.privacy.labels import guessed_targets
 from lineament.privacy.leakage import leakage
 from lineament.privacy.messages import dummy_gradient
-from lineament.privacy.reconstruction import closed_form, guessed_targets
+from lineament.privacy.rivals import closed_form
 
 LIMITS = (torch.zeros(1), torch.ones(1))
 
@@ -59,7 +60,7 @@ def test_a_message_is_the_gradient_of_the_mean_loss_and_leaves_the_model_alone(n
 
 def test_local_steps_are_unrolled(net, batch):
     x, y = batch
-    told = Message.of(net, x, y, local=Local(steps=3, rate=0.1))
+    told = Message.of(net, x, y, local=Local(epochs=3, rate=0.1))
     twin = pickle.loads(pickle.dumps(net))
     descent = torch.optim.SGD(twin.parameters(), lr=0.1)
     for _ in range(3):

@@ -62,7 +62,7 @@ def learn_pictures(
         steps = checkpoint.loop(
             "pictures", options.outer, {"pictures": pictures, "velocity": velocity, "trace": trace}
         )
-    for outer in progress(steps, "condensing", options.outer):
+    for outer in progress(steps, "networks matched on", options.outer, before=int):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(drawn_from(seed, outer).initial_seed())
             model = networks(outer).to(pictures.device)

@@ -97,7 +97,8 @@ class SiteAlignment(Readable):
         return self.match.values > self.nulls["shuffled"].threshold
 
     @cached_property
-    def _moments(self) -> tuple[Tensor, ...]:
+    def covariances(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the units of a, of those of b, and between them."""
         return _parts(self.moments.total(), self.moments, self.nets)
 
     def sparse_maps(
@@ -197,7 +198,7 @@ class SiteAlignment(Readable):
         """
         found = []
         living = [~torch.isin(torch.arange(len(m)), torch.tensor(d, dtype=torch.long)) for m, d in
-                  ((self._moments[0], self.dead_a), (self._moments[1], self.dead_b))]  # fmt: skip
+                  ((self.covariances[0], self.dead_a), (self.covariances[1], self.dead_b))]  # fmt: skip
         wholes = self.moments.left_out() if errors else ()
         left = [_alive_parts(_parts(whole, self.moments, self.nets), living) for whole in wholes]
         for name in list(MEASURES) if names is None else names:
@@ -212,7 +213,7 @@ class SiteAlignment(Readable):
             if name.startswith("ridge"):
                 value, spread, null = self._ridge(name, living), None, None
             else:
-                a, b, ab = _alive_parts(self._moments, living)
+                a, b, ab = _alive_parts(self.covariances, living)
                 value = similarity(name, a, b, ab)
                 spread = float(jackknife([similarity(name, *parts) for parts in left])) if left else None
                 null = self._shuffled(name, living)
@@ -281,7 +282,7 @@ class SiteAlignment(Readable):
         if pair not in self.moments.shuffled:
             return None
         cross = self.moments.shuffled[pair].covariance.cpu()
-        a, b, _ = self._moments
+        a, b, _ = self.covariances
         return similarity(name, *_alive_parts((a, b, cross if self.nets == pair else cross.T), living))
 
 

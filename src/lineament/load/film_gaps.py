@@ -1,0 +1,98 @@
+"""What of a film could not be read? Places where frames are missing that the file should have.
+
+A jump in a film's times alone is none: a recorder may have paused, an edit list may leave a while empty. It is one where packets lie in between that gave no frame, or
+where the file holds bytes that came out as no packet: some readers step over what is broken without a word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Jump(NamedTuple):
+    """Times between which a film of one frame rate shows no frame: ``frame`` is the last before, and so many are ``missing``."""
+
+    frame: int
+    begins: int
+    ends: int
+    missing: int
+
+
+def jumps(times: Sequence[int]) -> list[Jump]:
+    """Where the times of a film of one frame rate leave some out.
+
+    >>> jumps([*range(0, 400, 40), *range(600, 1000, 40)])
+    [Jump(frame=9, begins=360, ends=600, missing=5)]
+    """
+    steps = np.diff(times)
+    usual = float(np.median(steps)) if len(steps) else 0.0
+    if not len(steps) or np.mean(np.abs(steps - usual) <= max(1, 0.1 * usual)) < 0.9:
+        return []
+    found = np.flatnonzero(steps > 2.5 * usual + 1).tolist()
+    return [Jump(k, times[k], times[k + 1], round(steps[k] / usual) - 1) for k in found]
+
+
+def lost(candidates: Sequence[Jump], packets: Iterable[Any], video: Any) -> list[Jump]:
+    """The jumps in which something of the film was lost, by all packets of the file, of which none need be decoded."""
+    pieces: list[tuple[int, int]] = []
+    shown: list[tuple[int, int, int]] = []
+    for packet in packets:
+        if packet.pos is None or packet.size == 0:
+            continue
+        pieces.append((packet.pos, packet.size))
+        if packet.stream is video and packet.pts is not None and not packet.is_discard:
+            shown.append((packet.pts, packet.pos, packet.size))
+    if not shown:
+        return list(candidates)
+    shown.sort()
+    times, places, sizes = (np.array(column) for column in zip(*shown))
+    starts, lengths = (np.array(column) for column in zip(*sorted(pieces)))
+    holes = starts[1:] - starts[:-1] - lengths[:-1]
+    # Headers between packets take some bytes too; frames of a film take about as many each.
+    holes = np.maximum(holes - np.quantile(holes, 0.95), 0) if len(holes) else holes
+    usual = float(np.median(sizes))
+    found = []
+    for jump in candidates:
+        first = int(np.searchsorted(times, jump.begins, "right")) - 1
+        after = int(np.searchsorted(times, jump.ends))
+        undecoded = after - first > 1
+        low, high = places[max(first, 0)], places[min(after, len(places) - 1)]
+        unread = holes[(starts[:-1] >= low) & (starts[:-1] < high)].sum()
+        if undecoded or unread > jump.missing * usual / 4:
+            found.append(jump)
+    return found
+
+
+def unsaid_end(video: Any, end: int | None, times: Sequence[int]) -> float:
+    """Seconds that the stream is said to have after ``end``, where they are more than two frames'."""
+    if end is None or not video.time_base:
+        return 0.0
+    told, start = _seconds(video.metadata.get("DURATION", "")), 0
+    if video.duration:
+        told, start = float(video.duration * video.time_base), video.start_time or 0
+    left = told - float((end - start) * video.time_base)
+    # Some containers tell the rate of their clock for the frames'.
+    usual = float(np.median(np.diff(times)) * video.time_base) if len(times) > 1 else 0.0
+    return left if left > 2.5 * max(1 / float(video.average_rate or Fraction(25)), usual) else 0.0
+
+
+def counted(lines: Sequence[str]) -> Iterator[str]:
+    """Lines without repetition: how often each comes in a row is said once.
+
+    >>> list(counted(["a", "a", "b"]))
+    ['a (2 times)', 'b']
+    """
+    for line, same in groupby(lines):
+        count = len(list(same))
+        yield line if count == 1 else f"{line} ({count} times)"
+
+
+def _seconds(text: str) -> float:
+    parts = re.fullmatch(r"(\d+):(\d+):([\d.]+)", text)
+    return 0.0 if parts is None else 3600 * int(parts[1]) + 60 * int(parts[2]) + float(parts[3])
