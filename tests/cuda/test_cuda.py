@@ -36,7 +36,8 @@ from lineament.learn.tract.layer import tract
 from lineament.measure.collapse.profile import collapse
 from lineament.measure.landscape.axes import random_axes
 from lineament.measure.landscape.grids import plane
-from lineament.modules import attend, select
+from lineament.modules import attend
+from lineament.modules import select as select_blocks
 from lineament.optim import GNS, SAM, DiffGrad
 
 DEVICE = torch.device("cuda")
@@ -339,7 +340,7 @@ def attended(device, backend, dtype, group=4, block_size=16, size=64):
     shapes = ((2, 2 * group, 300, size), (2, 2, 300, size), (2, 2, 300, size))
     given = [torch.randn(*shape).to(device, dtype).requires_grad_() for shape in shapes]
     padding = torch.arange(300)[None] >= torch.tensor([[0], [45]])
-    selection = select(
+    selection = select_blocks(
         given[0], given[1], block_size=block_size, blocks=3, padding=padding.to(device), recent=1
     )
     found = attend(*given, selection, backend=backend)
