@@ -16,5 +16,6 @@ from .saved import load as load
 from .saved import save as save
 from .subsets import fidelity_curve as fidelity_curve
 from .subsets import hifi_sizes as hifi_sizes
+from .unlearning import Tried as Tried
 from .unlearning import mute as mute
 from .unlearning import unlearn as unlearn

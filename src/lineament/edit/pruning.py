@@ -30,7 +30,8 @@ from lineament.core.surgery.cost import Cost
 from lineament.core.surgery.groups import ChannelGroup, channel_groups, plain_network
 from lineament.core.surgery.rewriting import remove
 from lineament.edit.components import union_kept
-from lineament.edit.layers import Inputs, centred_layers, matrix, moments, reads, ready, scored, unmatrixed
+from lineament.edit.layers import Inputs, centred_layers, moments, ready, scored
+from lineament.edit.patches import matrix, reads, unmatrixed
 from lineament.edit.repairs import WAYS, compensated, left_over
 from lineament.edit.saved import save
 

@@ -7,6 +7,7 @@ that never hold all logits. Losses that add to the denominator (UNPG), sampled c
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from lineament.core.checks import InputError, number, one_of, require, show
 from lineament.core.shards import joined
+from lineament.core.whole_files import divided, load_parts, save_whole
 from lineament.losses import sharded
 from lineament.losses.fused import class_lengths, cosine_softmax_loss
 from lineament.losses.margins import Cosine, Margin
@@ -175,10 +177,32 @@ class ClassHead(nn.Module):
         """
         sharded.shard(self, mesh)
 
+    def save(self, path: str | Path) -> None:
+        """Write the head as one safetensors file, the ``state_dict``; every process of a divided one must call it, and none holds it whole.
+
+        >>> import tempfile
+        >>> path = f"{tempfile.mkdtemp()}/head.safetensors"; ClassHead(10, 4).save(path)
+        >>> ClassHead(11, 4).load(path)
+        Traceback (most recent call last):
+        ...
+        lineament.core.checks.InputError: path: 'weight' in ... is (10, 4), expected (11, 4)
+        """
+        save_whole(self.state_dict(), path)
+
+    def load(self, path: str | Path) -> None:
+        """Read what :meth:`save` wrote, in any number of processes; each reads its classes.
+
+        Raises:
+            InputError: other classes or another size, no file of a head.
+        """
+        state = dict(self.state_dict())
+        load_parts(path, state)
+        self.load_state_dict(state)
+
     @property
     def sharded(self) -> bool:
         """Whether the classes are divided among processes."""
-        return hasattr(self.weight, "placements")
+        return divided(self.weight)
 
     def load_class_weights(self, source: Tensor, layout: Literal["rows", "columns"] = "rows") -> None:
         """Take class weights from another library: (C, d) rows, or (d, C) columns as in pytorch-metric-learning and ElasticFace."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lineament.core.codes import Codes
-from lineament.dictionaries.topk.select import dots, select
+from lineament.dictionaries.topk.select import dots, kernels, select
 
 
 def decoded(indices: Tensor, values: Tensor, atoms: Tensor) -> Tensor:
@@ -39,6 +39,16 @@ def picked(h: Tensor, encoder: Tensor, bias: Tensor, indices: Tensor, values: Te
     return _Picked.apply(h, encoder, bias, indices, values)  # pyright: ignore[reportReturnType]
 
 
+def _mixed(indices: Tensor, weights: Tensor, atoms: Tensor) -> Tensor:
+    """:func:`decoded` outside of a graph."""
+    weights, atoms = weights.detach(), atoms.detach()
+    if not indices.numel():
+        return weights.new_zeros(len(indices), atoms.shape[1])
+    if fast := kernels(weights, atoms):
+        return fast.decode(indices, weights, atoms)
+    return F.embedding_bag(indices, atoms, mode="sum", per_sample_weights=weights)
+
+
 class ByLatent:
     """Sums over the rows of a batch by latent: out[m] = sum over (b, j) with indices[b, j] = m of weights[b, j] * rows[b]."""
 
@@ -53,6 +63,8 @@ class ByLatent:
     def sums(self, weights: Tensor, rows: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """(latents, d), for the latents from ``first`` to ``last``."""
         last = self.width if last is None else last
+        if fast := kernels(weights, rows):
+            return fast.sums(self.order, self.starts[first : last + 1], weights, rows)
         a, b = (
             (0, len(self.order)) if (first, last) == (0, self.width) else self.starts[[first, last]].tolist()
         )
@@ -74,9 +86,7 @@ class _Decoded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, indices: Tensor, values: Tensor, atoms: Tensor) -> Tensor:
         ctx.save_for_backward(indices, values, atoms)
-        if not indices.numel():
-            return values.new_zeros(len(indices), atoms.shape[1])
-        return F.embedding_bag(indices, atoms.detach(), mode="sum", per_sample_weights=values.detach())
+        return _mixed(indices, values, atoms)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -102,7 +112,7 @@ class _Picked(torch.autograd.Function):
         grad = grads[0] * (values > 0)
         to_h = to_encoder = to_bias = None
         if ctx.needs_input_grad[0]:
-            to_h = F.embedding_bag(indices, encoder, mode="sum", per_sample_weights=grad)
+            to_h = _mixed(indices, grad, encoder)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             by_latent = ByLatent(indices, len(encoder))
             to_encoder = by_latent.sums(grad, h) if ctx.needs_input_grad[1] else None
@@ -269,10 +279,19 @@ class Adam:
         one, two = self.betas
         size = rate / (1 - one**self.steps)
         root = (1 - two**self.steps) ** 0.5
+        factor = torch.as_tensor(
+            scale, dtype=torch.float32, device=next(iter(self.parameters.values())).device
+        )
         for name, whole in self.parameters.items():
             grad, first, second = grads[name], self.first[name], self.second[name]
-            most = max(1, 2**17 // max(1, whole[0].numel())) if whole.ndim else 1
             unit = name in self.unit
+            fast = kernels(whole, grad, first, second)
+            if fast and fast.adam_(
+                whole, grad, first, second, factor,
+                size=size, root=root, betas=self.betas, eps=self.eps, unit=unit,
+            ):  # fmt: skip
+                continue
+            most = max(1, 2**17 // max(1, whole[0].numel())) if whole.ndim else 1
             for p, g, m, v in zip(*(each.split(most) for each in (whole, grad, first, second))):
                 g = g if isinstance(scale, float) and scale == 1 else g.mul_(scale)
                 if unit:

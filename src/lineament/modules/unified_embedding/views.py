@@ -72,9 +72,9 @@ class EmbeddingView(nn.Module):
 
     def _rows(self, ids: Tensor) -> Tensor:
         table = self.table
-        return F.embedding(table.places_of(self.name, ids), table.weight, sparse=table.sparse).flatten(1)[
-            :, : self.embedding_dim
-        ]
+        source, (at,) = table.rows_at([table.places_of(self.name, ids)])
+        found = F.embedding(at, source, sparse=table.sparse and not table.sharded)
+        return found.flatten(1)[:, : self.embedding_dim]
 
     def _pooled(self, rows: Tensor, ids: Tensor, bag: Tensor, count: int, weights: Tensor | None) -> Tensor:
         there = (
