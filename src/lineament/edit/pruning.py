@@ -26,6 +26,7 @@ from lineament.edit.targets import Measured, check_target, taken_out
 CRITERIA = ("saliency", "fidelity", "energy", "magnitude", "random")
 ORDERS = ("sequential", "one-shot")
 _PASSES = 200
+_USUAL = PruneOptions()
 
 
 def prune(
@@ -41,7 +42,7 @@ def prune(
     compensate: str | None = "delta",
     recalibrate: bool = True,
     order: str = "sequential",
-    options: PruneOptions = PruneOptions(),
+    options: PruneOptions = _USUAL,
 ) -> Pruned:
     """The network with fewer channels, from forwards on unlabelled inputs. The model that is passed stays as it was.
 
