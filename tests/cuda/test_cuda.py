@@ -36,6 +36,8 @@ from lineament.learn.tract.layer import tract
 from lineament.measure.collapse.profile import collapse
 from lineament.measure.landscape.axes import random_axes
 from lineament.measure.landscape.grids import plane
+from lineament.modules import attend
+from lineament.modules import select as select_blocks
 from lineament.optim import GNS, SAM, DiffGrad
 
 DEVICE = torch.device("cuda")
@@ -331,6 +333,44 @@ def test_an_audit_has_the_numbers_of_the_cpu(tmp_path):
         return torch.tensor([report["accuracy"].numbers["overall"]["accuracy"], *found])
 
     close(*both(made), tol=1e-3)
+
+
+def attended(device, backend, dtype, group=4, block_size=16, size=64):
+    torch.manual_seed(0)
+    shapes = ((2, 2 * group, 300, size), (2, 2, 300, size), (2, 2, 300, size))
+    given = [torch.randn(*shape).to(device, dtype).requires_grad_() for shape in shapes]
+    padding = torch.arange(300)[None] >= torch.tensor([[0], [45]])
+    selection = select_blocks(
+        given[0], given[1], block_size=block_size, blocks=3, padding=padding.to(device), recent=1
+    )
+    found = attend(*given, selection, backend=backend)
+    (found.output.float() * torch.linspace(0, 1, size, device=device)).sum().backward()
+    return found, [x.grad for x in given]
+
+
+@pytest.mark.parametrize("backend", ["triton", "flex"])
+@pytest.mark.parametrize(("group", "block_size", "size"), [(1, 16, 64), (4, 64, 128), (7, 5, 64), (12, 1, 32), (4, 80, 16)])  # fmt: skip
+def test_kernels_of_sparse_attention(backend, group, block_size, size):
+    shape = {"group": group, "block_size": block_size, "size": size}
+    # Both read what was chosen from the same numbers, so that no block is another.
+    known, gradients = attended(DEVICE, "gather", torch.float32, **shape)
+    found, ours = attended(DEVICE, backend, torch.float32, **shape)
+    assert torch.equal(known.selection.indices, found.selection.indices)
+    for a, b in zip([known.output, *gradients], [found.output, *ours]):
+        close(a, b, 1e-3)
+    real = known.lse.isfinite()
+    close(known.lse[real], found.lse[real], 1e-3)
+
+
+def test_the_triton_kernels_in_half_precision_are_the_same_in_every_run_and_chosen_by_themselves():
+    known, gradients = attended(DEVICE, "gather", torch.bfloat16)
+    runs = [attended(DEVICE, backend, torch.bfloat16) for backend in ("triton", "auto")]
+    for found, ours in runs:
+        close(known.output.float(), found.output.float(), 0.03)
+        for a, b in zip(gradients, ours):
+            close(a.float(), b.float(), 0.03)
+    for a, b in zip([runs[0][0].output, *runs[0][1]], [runs[1][0].output, *runs[1][1]]):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
