@@ -27,7 +27,8 @@ from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require, show, suggest
 from lineament.core.models import called, decided, device_of, frozen, logits
 from lineament.edit import PruneOptions, forgotten, mute, prune, save, unlearn
-from lineament.edit.pruning import Pruned, check_target, seconds_of
+from lineament.edit.pruned import Pruned
+from lineament.edit.targets import check_target, seconds_of
 from lineament.load.data import load_data
 from lineament.load.language_models import is_language_model, load_language_model
 from lineament.load.model_and_data import bring_together

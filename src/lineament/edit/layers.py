@@ -249,9 +249,10 @@ class Gram:
     def __init__(self, module: nn.Module):
         self.module, self.samples = module, 0
         self.stream: Covariance | PatchMoments = Covariance(correction=0)
+        self._made: tuple[bool, Tensor, Tensor] | None = None
 
     def update(self, x: Tensor) -> None:
-        x = batched(self.module, x.detach())
+        x, self._made = batched(self.module, x.detach()), None
         if self.stream.count == 0:
             self.stream = _shifted(self.module, x) or self.stream
         shifted = isinstance(self.stream, PatchMoments)
@@ -264,8 +265,10 @@ class Gram:
 
     def moment(self, centred: bool) -> tuple[Tensor, Tensor]:
         """[columns, columns] and the mean [columns]; about the mean where ``centred``."""
-        mean, spread = self.stream.mean, self.stream.covariance
-        return (spread if centred else spread.addr_(mean, mean)), mean
+        if self._made is None or self._made[0] != centred:
+            mean, spread = self.stream.mean, self.stream.covariance
+            self._made = centred, spread if centred else spread.addr_(mean, mean), mean
+        return self._made[1:]
 
     @property
     def places(self) -> float:

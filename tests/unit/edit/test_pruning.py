@@ -118,9 +118,9 @@ def test_statistics_on_the_same_data_are_the_same(trained):
 
 def test_a_killed_pruning_goes_on_with_the_same_bits(trained, tmp_path, monkeypatch):
     whole = prune(trained, X, keep=0.5)
-    from lineament.edit import pruning
+    from lineament.edit import silencing
 
-    step, calls = pruning._Plan._step, []
+    step, calls = silencing.Plan._step, []
 
     def killed(self, *arguments):
         calls.append(1)
@@ -128,7 +128,7 @@ def test_a_killed_pruning_goes_on_with_the_same_bits(trained, tmp_path, monkeypa
             raise KeyboardInterrupt
         return step(self, *arguments)
 
-    monkeypatch.setattr(pruning._Plan, "_step", killed)
+    monkeypatch.setattr(silencing.Plan, "_step", killed)
     options = PruneOptions(checkpoint=Checkpoint(tmp_path, {"x": 1}))
     with pytest.raises(KeyboardInterrupt):
         prune(trained, X, keep=0.5, options=options)
