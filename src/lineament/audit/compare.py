@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament.audit import compared
+from lineament.audit.data_options import DataOptions
 from lineament.audit.phrases import places, sentence
 from lineament.audit.stages import STAGES, Report, command, in_processes, opened, threads
 from lineament.core import checks, shards
@@ -34,7 +35,9 @@ from lineament.load.models import load_model
 from lineament.load.prompts import Prompts, is_prompts, load_prompts
 from lineament.load.weights import digest
 from lineament.measure.alignment.profile import Sites, aligned
-from lineament.measure.alignment.units import Parts, Reading, Step, text_steps
+from lineament.measure.alignment.steps import Parts, Step
+from lineament.measure.alignment.units import Reading
+from lineament.measure.alignment.word_ends import text_steps
 from lineament.papers import search
 from lineament.report import page
 from lineament.report.outcome import versions
@@ -46,16 +49,11 @@ _CALL = "lineament.compare(model_a, model_b, data, out=...)"
 
 
 @dataclass(frozen=True)
-class CompareOptions:
-    """What a comparison rarely needs to be told.
+class CompareOptions(DataOptions):
+    """What a comparison rarely needs to be told, beside how the data are read: :class:`~lineament.audit.data_options.DataOptions`.
 
     Attributes:
         weights_a, weights_b: checkpoints for networks that a factory makes.
-        inputs, targets, split: which arrays or columns of the data to read, and which part, see :func:`lineament.load.data.load_data`.
-        image_size: bring images to this (height, width); by default the size that each model names.
-        normalize: (mean, deviation) per channel, for images scaled to [0, 1]; by default each model's own.
-        task: ``"classification"``, ``"multi-label"``, ``"regression"`` or ``"auto"``.
-        batch_size: samples at a time.
         positions, blocks: see :func:`lineament.measure.alignment.profile.alignment`.
 
     >>> CompareOptions().positions
@@ -64,13 +62,6 @@ class CompareOptions:
 
     weights_a: str | Path | None = None
     weights_b: str | Path | None = None
-    inputs: str | None = None
-    targets: str | None = None
-    split: str | None = None
-    image_size: int | tuple[int, int] | None = None
-    normalize: tuple[Sequence[float], Sequence[float]] | None = None
-    task: str = "auto"
-    batch_size: int = 64
     positions: int = 64
     blocks: int = 10
 

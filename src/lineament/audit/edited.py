@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lineament.audit.edit_doubts import UNTRAINED, doubt, harm
+from lineament.audit.edit_doubts import UNTRAINED, doubt, harm, price, shares_tried
 from lineament.audit.phrases import sentence
 from lineament.audit.stages import STAGES, Report, command, fresh, opened, unused
 from lineament.core import checks
@@ -27,7 +27,8 @@ from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require, show, suggest
 from lineament.core.models import called, decided, device_of, frozen, logits
 from lineament.edit import PruneOptions, forgotten, mute, prune, save, unlearn
-from lineament.edit.pruning import Pruned, check_target, seconds_of
+from lineament.edit.pruned import Pruned
+from lineament.edit.targets import check_target, seconds_of
 from lineament.load.data import load_data
 from lineament.load.language_models import is_language_model, load_language_model
 from lineament.load.model_and_data import bring_together
@@ -48,7 +49,7 @@ class EditOptions:
     """How an edited network's model and data are read.
 
     ``weights``: of a factory's network; ``samples``: read at most so many; ``length``: positions of a sequence of a text; ``share``: of the pairs that
-    unlearning changes; ``classes``, ``inputs``, ``targets``, ``split``, ``image_size``, ``normalize``: as for an audit.
+    unlearning changes, by default the smallest that forgets; ``classes``, ``inputs``, ``targets``, ``split``, ``image_size``, ``normalize``: as for an audit.
 
     >>> EditOptions().samples
     2000
@@ -57,7 +58,7 @@ class EditOptions:
     weights: str | Path | None = None
     samples: int = 2000
     length: int = 128
-    share: float = 0.05
+    share: float | None = None
     seed: int = 0
     device: str | None = None
     classes: Sequence[str] | None = None
@@ -176,7 +177,8 @@ def unlearned_report(
     >>> found.sections[0].name
     'forgotten'
     """
-    checks.number("share", options.share, low=0, high=1, open_low=True, open_high=True)
+    if options.share is not None:
+        checks.number("share", options.share, low=0, high=1, open_low=True, open_high=True)
     folder = fresh(out, overwrite, _NAME, also=(NETWORK,))
     note("reading the model and the data")
     subject = _subject(model, data, options)
@@ -187,7 +189,7 @@ def unlearned_report(
             "data: it has no classes to forget; unlearning takes a classifier and labelled samples"
         )
     number = _class_number(subject, label)
-    (forgetting, _), (forgotten_ones, others) = (
+    (forgetting, stay), (forgotten_ones, others) = (
         _parts(x, y, number) for x, y in zip(subject.halves, subject.labels)
     )
     for name, part in (("calibrating", forgetting), ("measuring", forgotten_ones)):
@@ -208,7 +210,11 @@ def unlearned_report(
     )
     note("forgetting")
     with unused(folder):
-        found = unlearn(subject.model, forgetting, share=options.share)
+        # The samples that are measured are others: half of what may be left of the class, a tenth or chance, is asked for here.
+        most = None if options.share is not None else max(0.1, 1 / _width(subject)) / 2
+        found = unlearn(
+            subject.model, forgetting, share=options.share, target=most, retain=stay if len(stay[1]) else None
+        )
     note("asking what is left")
     told = forgotten(subject.model, found.model, forgotten_ones, others, seed=options.seed)
     control = forgotten(
@@ -232,7 +238,7 @@ def unlearned_report(
     ]
     harmed, advice = harm(told, control.after)
     severity = "warning" if told.verdict == "kept" or harmed or subject.doubt else "note"
-    text = " ".join(part for part in (subject.doubt, harmed, told.sentence) if part)
+    text = " ".join(part for part in (subject.doubt, harmed, told.sentence, price(found)) if part)
     advice = UNTRAINED if subject.doubt else advice
     section = Section(
         "forgotten",
@@ -243,7 +249,10 @@ def unlearned_report(
         text,
         numbers={"verdict": told.verdict, "edit": found.to_dict()},
         method="modhifi",
-        tables=[Table(f"On {len(forgotten_ones[0])} samples of the class and {len(others[0])} others that the edit did not see", columns, rows)],
+        tables=[
+            Table(f"On {len(forgotten_ones[0])} samples of the class and {len(others[0])} others that the edit did not see", columns, rows),
+            *shares_tried(found, len(forgetting[0]), len(stay[0])),
+        ],
         findings=[Finding(severity, text, "forgotten", advice, key=told.verdict)],
     )  # fmt: skip
     network = _save(folder, found.model, subject)
@@ -420,13 +429,18 @@ def _class_number(subject: _Subject, label: str) -> int:
     known = [str(name) for name in subject.classes]
     if label in known:
         return known.index(label)
-    assert subject.labels is not None
-    highest = max(len(known) - 1, int(torch.cat(subject.labels).max()))
+    highest = _width(subject) - 1
     require(
         label.isdigit() and int(label) <= highest,
         f"label: no class {label!r}{suggest(label, known or map(str, range(highest + 1)))}",
     )
     return int(label)
+
+
+def _width(subject: _Subject) -> int:
+    """How many classes there are."""
+    assert subject.labels is not None
+    return max(len(subject.classes), int(torch.cat(subject.labels).max()) + 1)
 
 
 def _name(subject: _Subject, number: int) -> str:

@@ -18,6 +18,7 @@ from torch import nn
 from lineament.audit import default
 from lineament.audit.catalogue import Lens, all_lenses
 from lineament.audit.catalogue import chosen as chosen_lenses
+from lineament.audit.data_options import DataOptions
 from lineament.audit.language_run import audit_language
 from lineament.audit.phrases import places, sentence
 from lineament.audit.stages import STAGES, Report, in_processes, opened, sections, threads, verdict, written
@@ -45,38 +46,26 @@ from lineament.report.section import Finding, Section
 
 
 @dataclass(frozen=True)
-class AuditOptions:
-    """What an audit rarely needs to be told.
+class AuditOptions(DataOptions):
+    """What an audit rarely needs to be told, beside how the data are read: :class:`~lineament.audit.data_options.DataOptions`.
 
     Attributes:
         weights: a checkpoint for a network that a factory makes, see :func:`lineament.load.checkpoints.read_checkpoint`.
         sites: sites or globs; by default the blocks of the network, up to eight, and the input of its head.
-        inputs, targets, split: which arrays or columns of the data to read, and which part, see :func:`lineament.load.data.load_data`.
-        image_size: bring images to this (height, width), in pixels; by default the size that the model names.
         output: which of a model's outputs is looked at, by name or number, where it gives a tuple, a dictionary or a dataclass; ``logits`` by default.
         filler: a masked language model (a Hugging Face directory or name), whose words stand in for those that are taken from a text.
-        normalize: (mean, deviation) per channel, for images scaled to [0, 1].
-        task: ``"classification"``, ``"multi-label"``, ``"regression"``, ``"dense"``, ``"embedding"`` or ``"auto"``.
         embedding: the site where the embedding passes; without another task the network is then taken for an embedding.
         method, gaze_site: of the saliency maps, see :func:`lineament.explain.saliency.maps.saliency`.
         faithfulness: how the maps are judged: ``"scores"``, or ``"diffroar"``, which also trains the architecture anew on what they keep.
         text: of a language model, a file with a long text, see :func:`lineament.audit.language_run.audit_language`.
         layout: of a language model of no known family, see :func:`lineament.audit.language_run.audit_language`.
-        batch_size: samples at a time, but for an exported network of a fixed batch.
     """
 
     weights: str | Path | None = None
     sites: Sequence[str] = ()
-    inputs: str | None = None
-    targets: str | None = None
-    split: str | None = None
-    image_size: int | tuple[int, int] | None = None
-    normalize: tuple[Sequence[float], Sequence[float]] | None = None
-    task: str = "auto"
     method: str = "norm_grad"
     gaze_site: str | None = None
     faithfulness: str = "scores"
-    batch_size: int = 64
     output: str | int | None = None
     filler: str | None = None
     layout: Mapping[str, str] | None = None

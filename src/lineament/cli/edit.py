@@ -96,9 +96,8 @@ def _unlearn_parser(actions: Any) -> Any:
     add(
         "--share",
         type=float,
-        default=0.05,
         metavar="SHARE",
-        help="of the weights' pairs in each layer (default: 0.05)",
+        help="of the weights' pairs in each layer (default: the smallest with which the class is answered in a tenth of its samples, or by chance)",
     )
     return parser
 
@@ -111,7 +110,7 @@ def _options(arguments: argparse.Namespace) -> Any:
         weights=arguments.weights,
         samples=arguments.samples,
         length=getattr(arguments, "length", 128),
-        share=getattr(arguments, "share", 0.05),
+        share=getattr(arguments, "share", None),
         seed=arguments.seed,
         device=arguments.device,
         classes=classes(arguments.classes),

@@ -7,6 +7,7 @@ Every public function checks its arguments here, before any work is done. A fail
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
@@ -57,7 +58,7 @@ def show(value: Any, limit: int = 80) -> str:
     if type(value) is dict and any(isinstance(item, Tensor) for item in value.values()):
         inside = [f"{key!r}: {show(item, limit)}" for key, item in islice(value.items(), 4)]
         return f"a dict of {', '.join(inside + ['...'] * (len(value) > 4))}"
-    text = repr(value)
+    text = re.sub(r"\s*\n\s*", " ", repr(value))
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -4,6 +4,9 @@ from .defences import clip as clip
 from .defences import defence_of as defence_of
 from .defences import prune as prune
 from .defences import soteria as soteria
+from .identification import Judge as Judge
+from .identification import fisher_features as fisher_features
+from .identification import identified as identified
 from .inversion import Stage as Stage
 from .inversion import invert as invert
 from .labels import guessed_targets as guessed_targets
@@ -14,4 +17,6 @@ from .picture_scores import picture_scores as picture_scores
 from .priors import Decoder as Decoder
 from .priors import train_prior as train_prior
 from .reconstruction import reconstruct as reconstruct
+from .robust_scores import cw_ssim as cw_ssim
+from .robust_scores import registered_psnr as registered_psnr
 from .search import Search as Search

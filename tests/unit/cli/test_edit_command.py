@@ -67,6 +67,10 @@ def test_unlearn_says_what_is_left(net, tmp_path, capsys):
     assert cli.main([*words, "3"]) == 0
     told = json.loads((out / "edit.json").read_text())
     assert told["sections"][0]["numbers"]["verdict"] in ("kept", "muted")
+    asked, tried = told["edit"]["target"], told["edit"]["tried"]
+    assert asked == 0.05 and tried[0]["share"] == 0 and told["edit"]["share"] in [t["share"] for t in tried]
+    assert "Shares that were tried" in (out / "edit.html").read_text()
+    assert told["edit"]["reached"] == any(t["forget"] <= asked for t in tried[1:])
     assert [row[0] for row in told["sections"][0]["tables"][0]["rows"]][-1].startswith("head alone")
     assert edit.load(out / "network", lambda: load_model(net).model)
 

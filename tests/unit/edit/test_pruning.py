@@ -118,9 +118,9 @@ def test_statistics_on_the_same_data_are_the_same(trained):
 
 def test_a_killed_pruning_goes_on_with_the_same_bits(trained, tmp_path, monkeypatch):
     whole = prune(trained, X, keep=0.5)
-    from lineament.edit import pruning
+    from lineament.edit import silencing
 
-    step, calls = pruning._Plan._step, []
+    step, calls = silencing.Plan._step, []
 
     def killed(self, *arguments):
         calls.append(1)
@@ -128,7 +128,7 @@ def test_a_killed_pruning_goes_on_with_the_same_bits(trained, tmp_path, monkeypa
             raise KeyboardInterrupt
         return step(self, *arguments)
 
-    monkeypatch.setattr(pruning._Plan, "_step", killed)
+    monkeypatch.setattr(silencing.Plan, "_step", killed)
     options = PruneOptions(checkpoint=Checkpoint(tmp_path, {"x": 1}))
     with pytest.raises(KeyboardInterrupt):
         prune(trained, X, keep=0.5, options=options)
@@ -189,10 +189,45 @@ def test_unlearning_changes_its_pairs_and_nothing_else(trained, criterion):
         assert torch.equal(a, b) or name == "8.weight"
 
 
+def test_the_default_share_is_the_smallest_that_forgets(trained):
+    inside = Y == 2
+    own, rest = (X[inside], Y[inside]), (X[~inside], Y[~inside])
+    found = edit.unlearn(trained, own, retain=rest)
+    assert found.before is not None and found.before.share == 0 and found.reached
+
+    def hits(model, data) -> float:
+        with torch.no_grad():
+            return float((model(data[0]).argmax(1) == data[1]).double().mean())
+
+    for each in (found.before, *found.tried):
+        model = edit.unlearn(trained, own, share=each.share).model if each.share else trained
+        assert (each.forget, each.retain) == (hits(model, own), hits(model, rest))
+    wanted = 1 / 3  # chance, of three classes
+    chosen = next(t for t in found.tried if t.share == found.share)
+    assert chosen.forget <= wanted and all(t.forget > wanted for t in found.tried if t.share < found.share)
+    below = max((t.share for t in found.tried if t.share < found.share), default=found.share)
+    assert found.share <= 1.1 * below + 1e-12 or found.share == found.tried[0].share
+    assert edit.unlearn(trained, own[0]).share == found.share  # the class that is answered most often there
+    asked = edit.unlearn(trained, own, target=0.6)
+    assert asked.share <= found.share and all(t.retain is None for t in asked.tried)
+
+
+def test_a_share_that_none_reaches_is_said(trained):
+    inside = Y == 2
+    found = edit.unlearn(trained, (X[inside], Y[inside]), target=0.0, sites=["8"], criterion="random")
+    least = min(t.forget for t in found.tried)
+    assert found.reached == (least == 0)
+    assert next(t.forget for t in found.tried if t.share == found.share) == least
+    with pytest.raises(InputError, match="target: got a share as well"):
+        edit.unlearn(trained, X[inside], share=0.1, target=0.1)
+    with pytest.raises(InputError, match="are no classes of samples"):
+        edit.unlearn(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.ones(9, 5, 3))
+
+
 def test_negating_twice_restores(trained):
     rows = X[Y == 2]
-    once = edit.unlearn(trained, rows, edit="negate", sites=["3", "8"], criterion="magnitude")
-    twice = edit.unlearn(once.model, rows, edit="negate", sites=["3", "8"], criterion="magnitude")
+    once = edit.unlearn(trained, rows, share=0.05, edit="negate", sites=["3", "8"], criterion="magnitude")
+    twice = edit.unlearn(once.model, rows, share=0.05, edit="negate", sites=["3", "8"], criterion="magnitude")
     assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), twice.model.parameters()))
     with pytest.raises(InputError, match="samples of one class"):
         edit.unlearn(trained, (X, Y))

@@ -18,9 +18,10 @@ from sklearn.model_selection import train_test_split
 from sklearn.utils import check_random_state
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 
-from lineament.core.checks import number, one_of, require
+from lineament.core.checks import InputError, number, one_of, require, show
+from lineament.core.estimator_data import validated, weights_of
 from lineament.core.estimator_files import SavedEstimator
 from lineament.core.models import usable
 from lineament.learn.boosting.additive import Additive, Grown, Growth, grow
@@ -165,9 +166,14 @@ class _Boosted(SavedEstimator, BaseEstimator):
         rng = check_random_state(self.random_state) if rng is None else rng
         stop = None
         if self.n_iter_no_change is not None:
-            chosen = train_test_split(
-                np.arange(len(X)), test_size=self.validation_fraction, random_state=rng, stratify=stratify
-            )
+            try:
+                chosen = train_test_split(
+                    np.arange(len(X)), test_size=self.validation_fraction, random_state=rng, stratify=stratify
+                )
+            except ValueError as error:
+                raise InputError(
+                    f"validation_fraction: {self.validation_fraction} of {len(X)} samples cannot be held out ({error})"
+                ) from error
             (X, held), (y, y_held) = ([v[i] for i in chosen] for v in (X, y))
             weights, w_held = (weights[i] for i in chosen)
             stop = _Stop(loss, held, y_held, w_held, self.n_iter_no_change)
@@ -197,7 +203,7 @@ class _Boosted(SavedEstimator, BaseEstimator):
         return self.network_.stages(self._checked(X))
 
     def _checked(self, X: Any) -> Any:
-        return validate_data(self, X, reset=False, dtype=np.float64)
+        return validated(self, X, reset=False, dtype=np.float64)
 
 
 def _device(given: Any) -> torch.device:
@@ -307,7 +313,7 @@ class GBNNClassifier(ClassifierMixin, _Boosted):
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Any:
         """Grow the network on X [n, features] and class labels y [n]."""
         one_of("init", self.init, ("zeros", "prior"))
-        X, y = validate_data(self, X, y, dtype=np.float64)
+        X, y = validated(self, X, y, dtype=np.float64)
         check_classification_targets(y)
         had = getattr(self, "classes_", None) if self.warm_start else None
         self.classes_ = np.unique(y)
@@ -316,9 +322,14 @@ class GBNNClassifier(ClassifierMixin, _Boosted):
             f"warm_start: the fitted network has the classes {had}, the labels {self.classes_}; expected the same",
         )
         require(len(self.classes_) > 1, f"y: one class only ({self.classes_.tolist()}), expected two or more")
-        weights = np.asarray(_check_sample_weight(sample_weight, X), dtype=float)
+        weights = weights_of(sample_weight, X)
         if self.class_weight is not None:
-            weights = weights * compute_sample_weight(self.class_weight, y)
+            try:
+                weights = weights * compute_sample_weight(self.class_weight, y)
+            except ValueError as error:
+                raise InputError(f"class_weight: got {show(self.class_weight)} ({error})") from error
+        empty = [c for c in self.classes_.tolist() if not weights[y == c].any()]
+        require(not empty, f"sample_weight: the samples of class {empty[:1]} weigh nothing; leave them out")
         loss = Binary() if len(self.classes_) == 2 else Multiclass(self.init == "prior")
         self._grow(loss, X, coded(y, self.classes_), weights, y)
         return self
@@ -425,11 +436,11 @@ class GBNNRegressor(RegressorMixin, _Boosted):
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Any:
         """Grow the network on X [n, features] and targets y [n] or [n, targets]."""
         one_of("loss", self.loss, ("auto", "squared_error", "absolute", "huber", "quantile", "poisson"))
-        X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
+        X, y = validated(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
         y = np.asarray(y, dtype=float)
         self._flat = y.ndim == 1
         y = y.reshape(len(y), -1)
-        weights = np.asarray(_check_sample_weight(sample_weight, X), dtype=float)
+        weights = weights_of(sample_weight, X)
         self._grow(self._chosen(y, weights), X, y, weights)
         return self
 
