@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from lineament.audit.edit_doubts import UNTRAINED, doubt, harm, price, shares_tried
 from lineament.audit.phrases import sentence
-from lineament.audit.stages import STAGES, Report, command, fresh, opened, unused
+from lineament.audit.stages import STAGES, Report, command, fresh, opened, said_again, unused
 from lineament.core import checks
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require, show, suggest
@@ -469,22 +469,11 @@ def _opening(subject: _Subject, network: Path, data: Any, options: EditOptions) 
     opens = f"lineament.edit.load({place!r}, build), where build() makes the network as it was"
     if not subject.named:
         return f"to open it: {opens}"
-    words = ["lineament", "audit", subject.source, held, "--weights", place, *_said_again(options)]
+    again = said_again(
+        options.classes, options.inputs, options.targets, options.split, options.image_size, options.normalize
+    )
+    words = ["lineament", "audit", subject.source, held, "--weights", place, *again]
     return f"to audit it: {shlex.join(words)} ; to open it in Python: {opens}"
-
-
-def _said_again(options: EditOptions) -> list[str]:
-    """The options of a command that read the same data again."""
-    classes, size, scale = options.classes, options.image_size, options.normalize
-    said = {
-        "--classes": None if classes is None else ",".join(classes),
-        "--inputs": options.inputs,
-        "--targets": options.targets,
-        "--split": options.split,
-        "--image-size": None if size is None else ",".join(map(str, size)),
-        "--normalize": None if scale is None else ",".join(f"{value:g}" for part in scale for value in part),
-    }
-    return [word for name, value in said.items() if value is not None for word in (name, str(value))]
 
 
 def _written(
