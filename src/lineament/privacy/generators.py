@@ -1,4 +1,4 @@
-"""Generators that others trained, as priors: StyleGAN2 in the layouts of NVIDIA's ADA code and of rosinality's, from safetensors or files of tensors.
+"""Generators that others trained, as priors: StyleGAN2 in the layouts of NVIDIA's ADA code and of rosinality's, and BigGAN-deep, from safetensors or files of tensors.
 
 Which layout a file has is told by its names, and sizes by its shapes. NVIDIA publishes pickles of whole modules, which run code when they are opened; they are refused with the
 lines that export the weights.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from lineament.core.checks import InputError, require
 from lineament.load.checkpoints import read_checkpoint, tensors_by_path
+from lineament.privacy.biggan import BigGANPrior
 from lineament.privacy.priors import Block, Prior
 from lineament.privacy.stylegan2 import StyleGAN2, StylePrior
 
@@ -25,7 +27,8 @@ def load_prior(path: str | Path, shape: Sequence[int], bounds: tuple[Tensor, Ten
     """A trained generator as a prior of pictures of one shape.
 
     Args:
-        path: safetensors, or what ``torch.load(weights_only=True)`` reads, with the weights of a StyleGAN2 (the averaged ones, ``g_ema``, where there are several).
+        path: safetensors, or what ``torch.load(weights_only=True)`` reads, with the weights of a StyleGAN2 (the averaged ones, ``g_ema``, where there are several), or
+            of a BigGAN-deep as Hugging Face converted it, whose classes are then those of the audited model.
         shape: (channels, height, width) of the pictures that are looked for; larger ones are averaged down to it, and colours to grey where it has one channel.
         bounds: least and greatest values of normalised pictures by channel, for a generator's -1 and 1.
 
@@ -48,6 +51,8 @@ def load_prior(path: str | Path, shape: Sequence[int], bounds: tuple[Tensor, Ten
                 f"    import pickle, torch\n    g = pickle.load(open({str(path)!r}, 'rb'))['G_ema']\n    torch.save(g.state_dict(), {path.stem + '.pt'!r})"
             ) from None
         raise error
+    if "generator.gen_z.weight_orig" in held:
+        return _large_enough(BigGANPrior(held, rendered(shape, bounds)), shape)
     own = _averaged(held)
     if "mapping.fc0.weight" in own:
         generator = _filled(own, _ada(own), path)
@@ -55,13 +60,22 @@ def load_prior(path: str | Path, shape: Sequence[int], bounds: tuple[Tensor, Ten
         generator = _filled(own, _rosinality(own), path)
     else:
         raise InputError(
-            f"prior: {str(path)!r} holds {len(held)} tensors ({', '.join(list(held)[:3])}, ...), expected a StyleGAN2 as NVIDIA's ADA code (mapping.fc0.weight) or rosinality's (style.1.weight) names it"
+            f"prior: {str(path)!r} holds {len(held)} tensors ({', '.join(list(held)[:3])}, ...), expected a StyleGAN2 as NVIDIA's ADA code (mapping.fc0.weight) or rosinality's (style.1.weight) names it, or a BigGAN-deep (generator.gen_z.weight_orig)"
         )
     require(
-        generator.side >= max(shape[1:]) and generator.colours in (1, 3),
-        f"prior: it makes pictures of side {generator.side} in {generator.colours} colours, expected at least {max(shape[1:])}, in 1 or 3",
+        generator.colours in (1, 3),
+        f"prior: it makes pictures in {generator.colours} colours, expected 1 or 3",
     )
-    return StylePrior(generator, rendered(shape, bounds))
+    return _large_enough(StylePrior(generator, rendered(shape, bounds)), shape)
+
+
+def _large_enough(prior: Any, shape: Sequence[int]) -> Prior:
+    side = prior.side
+    require(
+        side >= max(shape[1:]),
+        f"prior: it makes pictures of side {side}, expected at least {max(shape[1:])}",
+    )
+    return prior
 
 
 def rendered(shape: Sequence[int], bounds: tuple[Tensor, Tensor]) -> Block:

@@ -152,6 +152,11 @@ class StylePrior:
         self.mean, self.deviation = told.mean(0), told.std(0)
         self.code = generator.styles * generator.code + sum(side**2 for side in generator.sides)
 
+    @property
+    def side(self) -> int:
+        """Of its pictures."""
+        return self.generator.side
+
     def parts(self, stage: int) -> list[tuple[int, str]]:
         """How what a stage searches is made up: sizes, and whether each part is ``"free"``, on its own ``"sphere"``, or ``"fixed"``."""
         g = self.generator

@@ -171,7 +171,7 @@ def test_files_that_are_no_generator_are_named_with_the_remedy(generator, tmp_pa
     with pytest.raises(InputError, match="told a class"):
         load_prior(tmp_path / "classes.safetensors", (3, 16, 16), LIMITS)
     save_file(told, tmp_path / "small.safetensors")
-    with pytest.raises(InputError, match="side 16 in 3 colours, expected at least 32"):
+    with pytest.raises(InputError, match="side 16, expected at least 32"):
         load_prior(tmp_path / "small.safetensors", (3, 32, 32), LIMITS)
     told.pop("synthesis.b8.conv0.weight")
     save_file(told, tmp_path / "part.safetensors")
