@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lineament.audit import compared
 from lineament.audit.data_options import DataOptions
-from lineament.audit.phrases import places, sentence
+from lineament.audit.phrases import places, sentence, several
 from lineament.audit.stages import STAGES, Report, command, in_processes, opened, threads
 from lineament.core import checks, shards
 from lineament.core.checkpoint import Checkpoint
@@ -293,6 +293,12 @@ def _language(
 ) -> Report:
     """Two language models: units at the ends of the words that both tokenizers cut, and how well each predicts the texts."""
     prompts: Prompts = load_prompts(data, samples=samples, seed=seed)
+    if prompts.left_out:
+        note(f"left out: {several(prompts.left_out)}")
+    require(
+        len(prompts) >= 2 * options.blocks,
+        f"data: {show(data)} holds {len(prompts)} prompts of {prompts.total} lines, expected at least {2 * options.blocks}",
+    )
     where = None if device is None else str(device)
     pairs = [
         load_language_model(name, device=where, argument=f"model_{which}")

@@ -282,5 +282,5 @@ def test_forwards_are_timed_in_turns_and_say_when_other_work_hides_the_differenc
 
 def test_a_latency_that_cannot_be_measured_is_refused(trained, monkeypatch):
     monkeypatch.setattr(targets, "timed", lambda *args: targets.Timing((0.02, 0.01), (0.5, 2.0, 4.0)))
-    with pytest.raises(InputError, match="latency: other work .* flops="):
+    with pytest.raises(InputError, match=r"latency: other work .* flops="):
         prune(trained, X, latency=1.5)
