@@ -142,6 +142,7 @@ def test_a_run_that_was_cut_off_goes_on(data, tmp_path: Path, monkeypatch: pytes
         ({"samples": 5}, "samples: got 5, expected an integer in"),
         ({"sites": "nowhere"}, "no site of Sequential"),
         ({"options": CompareOptions(task="words")}, "task: got 'words'"),
+        ({"options": CompareOptions(weights_b="gone.pt")}, "weights_b: "),
     ],
 )
 def test_what_cannot_be_used_is_named(options: dict, message: str, data, tmp_path: Path) -> None:
