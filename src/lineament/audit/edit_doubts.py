@@ -83,7 +83,8 @@ def pays(before: Tensor, after: Tensor, classes: int) -> bool:
     lost, won = int((before & ~after).sum()), int((~before & after).sum())
     if lost - won < 0.05 * len(before):
         return False
-    return lost > won and classes * binomtest(lost, lost + won, 0.5, "greater").pvalue < 0.05
+    chance = float(binomtest(lost, lost + won, 0.5, "greater").pvalue) if lost > won else 1.0
+    return classes * chance < 0.05
 
 
 def price(found: Unlearned) -> str:
