@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lineament.audit.leak_parts import (
+    PRIORS,
     Parts,
     assumptions,
     checked,
@@ -35,6 +36,7 @@ from lineament.load.models import load_model
 from lineament.load.weights import digest
 from lineament.papers import search as papers
 from lineament.privacy.defences import Defence, defence_of
+from lineament.privacy.generators import load_prior
 from lineament.privacy.leakage import Leakage, leakage
 from lineament.privacy.local import Local
 from lineament.privacy.messages import Message, moved_norms, saved_state
@@ -53,7 +55,8 @@ class LeakOptions:
     Attributes:
         weights, inputs, targets, classes, split, image_size, normalize: as for an audit.
         attacks: of :data:`lineament.privacy.reconstruction.ATTACKS`; the strongest is reported.
-        prior: ``"vae"`` or ``"dcgan"``, trained on the samples that are not audited, or ``"none"``: pixels only.
+        prior: ``"vae"``, ``"dcgan"`` or ``"stylegan2"``, trained on the public pictures; a file with a trained StyleGAN2, see
+            :func:`lineament.privacy.load_prior`; or ``"none"``: pixels only.
         prior_steps: of its training. search: how attackers look.
         known_labels: give attackers the labels, which they read off the messages otherwise.
         public: other data of the kind, which the attacker has; by default the samples of the data that are not audited.
@@ -205,7 +208,11 @@ def leak(
         ("Other pictures, known to the attacker", len(parts.public)),
         (
             "Prior",
-            "none: pixels" if options.prior == "none" else f"{options.prior}, trained on the other pictures",
+            "none: pixels"
+            if options.prior == "none"
+            else f"{options.prior}, trained on the other pictures"
+            if options.prior in PRIORS
+            else options.prior,
         ),
     ]
     html, json = page.write(
@@ -233,7 +240,9 @@ def _searched(
     """How attackers looked; and for each size of message what it gave away, and the seconds that this run took to find out."""
     bounds, started = bounds_of(fitted, parts.images.shape[1]), time.monotonic()
     prior = None
-    if options.prior != "none":
+    if options.prior not in PRIORS:
+        prior = load_prior(options.prior, parts.images.shape[1:], bounds)
+    elif options.prior != "none":
         note(f"training a prior on {len(parts.public):,} pictures that are not audited")
         prior = prior_of(parts.public, options.prior, steps=options.prior_steps, seed=seed)
 

@@ -280,7 +280,8 @@ def _stages(prior: Prior, search: Search, targets: Tensor, like: Tensor, on_pixe
     value, layers = _code(prior, targets, like), 0 if on_pixels else _layers(prior, search, targets, like)
     # A line search finds its own lengths; the published L-BFGS begins with 1.
     first, later = (1.0, 1.0) if search.optimizer == "lbfgs" else (search.rate, search.feature_rate)
-    stages = [Stage(search.steps, first, sphere=not on_pixels, optimizer=search.optimizer)]
+    parts = getattr(prior, "parts", lambda stage: [])
+    stages = [Stage(search.steps, first, sphere=not on_pixels, optimizer=search.optimizer, parts=tuple(parts(0)))]  # fmt: skip
     if layers == 0:
         return stages
     blocks = prior.blocks(value, targets)
@@ -288,7 +289,9 @@ def _stages(prior: Prior, search: Search, targets: Tensor, like: Tensor, on_pixe
         for k in range(1, layers + 1):
             value = blocks[k - 1](value)
             radius = -1.0 if search.radius is None else search.radius * value[0].numel()
-            stages.append(Stage(search.steps, later, radius, optimizer=search.optimizer))
+            stages.append(
+                Stage(search.steps, later, radius, optimizer=search.optimizer, parts=tuple(parts(k)))
+            )
     return stages
 
 
