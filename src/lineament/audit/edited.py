@@ -21,13 +21,14 @@ from torch.nn import functional as F
 
 from lineament.audit.edit_doubts import UNTRAINED, doubt, harm, price, shares_tried
 from lineament.audit.phrases import sentence
-from lineament.audit.stages import STAGES, Report, command, fresh, opened, unused
+from lineament.audit.stages import STAGES, Report, command, fresh, opened, said_again, unused
 from lineament.core import checks
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require, show, suggest
 from lineament.core.models import called, decided, device_of, frozen, logits
 from lineament.edit import PruneOptions, forgotten, mute, prune, save, unlearn
 from lineament.edit.pruned import Pruned
+from lineament.edit.saved import BUILT_FROM
 from lineament.edit.targets import check_target, seconds_of
 from lineament.load.data import load_data
 from lineament.load.language_models import is_language_model, load_language_model
@@ -49,7 +50,7 @@ class EditOptions:
     """How an edited network's model and data are read.
 
     ``weights``: of a factory's network; ``samples``: read at most so many; ``length``: positions of a sequence of a text; ``share``: of the pairs that
-    unlearning changes, by default the smallest that forgets; ``classes``, ``inputs``, ``targets``, ``split``, ``image_size``, ``normalize``: as for an audit.
+    unlearning changes, by default the smallest that forgets; ``widths``: see :class:`lineament.edit.PruneOptions`; ``classes``, ``inputs``, ``targets``, ``split``, ``image_size``, ``normalize``: as for an audit.
 
     >>> EditOptions().samples
     2000
@@ -59,6 +60,7 @@ class EditOptions:
     samples: int = 2000
     length: int = 128
     share: float | None = None
+    widths: str | None = None
     seed: int = 0
     device: str | None = None
     classes: Sequence[str] | None = None
@@ -118,13 +120,20 @@ def pruned_report(
     subject = _subject(model, data, options)
     for line in subject.notes:
         note(line)
-    checkpoint = _checkpoint(folder, subject, {"target": given, "samples": options.samples})
+    checkpoint = _checkpoint(
+        folder, subject, {"target": given, "samples": options.samples, "widths": options.widths}
+    )
     if checkpoint.resumed:
         note("an earlier run of the same pruning was cut off; going on where it stopped")
     note("pruning")
     calibration, measuring = subject.halves
     with unused(folder):
-        found = prune(subject.model, calibration, **given, options=PruneOptions(checkpoint=checkpoint))
+        found = prune(
+            subject.model,
+            calibration,
+            **given,
+            options=PruneOptions(checkpoint=checkpoint, widths=options.widths),
+        )
     note("measuring it beside as many channels by chance")
     share = min(1.0, sum(a for _, a in found.sizes.values()) / sum(b for b, _ in found.sizes.values()))
     controls = {
@@ -455,7 +464,7 @@ def _checkpoint(folder: Path, subject: _Subject, key: dict[str, Any]) -> Checkpo
 
 def _save(folder: Path, model: nn.Module, subject: _Subject) -> Path:
     network = save(model, folder / NETWORK)
-    if subject.tokenizer is not None and (network / "config.json").is_file():
+    if subject.tokenizer is not None:
         with suppress(AttributeError):
             subject.tokenizer.save_pretrained(network)
     return network
@@ -466,25 +475,16 @@ def _opening(subject: _Subject, network: Path, data: Any, options: EditOptions) 
     place, held = str(network), str(data) if isinstance(data, str | Path) else "DATA"
     if (network / "config.json").is_file():
         return f"to open it: from_pretrained({place!r}), or lineament audit {shlex.quote(place)}"
+    if (network / BUILT_FROM).is_file():
+        return f"its layers have several widths, which from_pretrained cannot open; to open it: lineament.edit.load({place!r})"
     opens = f"lineament.edit.load({place!r}, build), where build() makes the network as it was"
     if not subject.named:
         return f"to open it: {opens}"
-    words = ["lineament", "audit", subject.source, held, "--weights", place, *_said_again(options)]
+    again = said_again(
+        options.classes, options.inputs, options.targets, options.split, options.image_size, options.normalize
+    )
+    words = ["lineament", "audit", subject.source, held, "--weights", place, *again]
     return f"to audit it: {shlex.join(words)} ; to open it in Python: {opens}"
-
-
-def _said_again(options: EditOptions) -> list[str]:
-    """The options of a command that read the same data again."""
-    classes, size, scale = options.classes, options.image_size, options.normalize
-    said = {
-        "--classes": None if classes is None else ",".join(classes),
-        "--inputs": options.inputs,
-        "--targets": options.targets,
-        "--split": options.split,
-        "--image-size": None if size is None else ",".join(map(str, size)),
-        "--normalize": None if scale is None else ",".join(f"{value:g}" for part in scale for value in part),
-    }
-    return [word for name, value in said.items() if value is not None for word in (name, str(value))]
 
 
 def _written(

@@ -86,7 +86,7 @@ class Measured:
         most = self.factor(kept(least), kind)
         require(
             most >= target,
-            f"{kind}: got {target:g}, and with one channel a group there are {most:.2f} times fewer {_WORDS[kind]}; the nearest is {most:.2f}",
+            f"{kind}: got {target:g}, and with the fewest channels there are {most:.2f} times fewer {_WORDS[kind]}; the nearest is {most:.2f}",
         )
         low, high = 0.0, 1.0
         for _ in range(6 if kind == "latency" else 14):

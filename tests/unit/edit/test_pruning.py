@@ -256,3 +256,26 @@ def test_erased_is_said_only_beside_a_network_that_never_knew():
     verdict = forgetting._verdict
     assert verdict(low, low) == "erased" and verdict(low, None) == "muted" and verdict(high, low) == "muted"
     assert verdict(dataclasses.replace(low, samples=16), low) == "muted"
+
+
+def test_a_language_model_keeps_one_width_or_opens_by_its_own_configuration(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(40, (8, 6))
+    data = [{"input_ids": ids}]
+    one = prune(model, data, keep=0.5)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(one.save(tmp_path / "one"))
+    assert opened.config.intermediate_size == 12
+    free = prune(model, data, keep=0.5, options=PruneOptions(widths="free"))
+    sizes = [after for _, after in free.sizes.values()]
+    assert sum(sizes) == 24 and sizes[0] != sizes[1]
+    again = edit.load(free.save(tmp_path / "free"))
+    torch.testing.assert_close(again(ids).logits, free.model(ids).logits)
+    with pytest.raises(InputError, match="several widths"):
+        prune(model, data, remove=0.1)
+    assert prune(model, data, remove=0.3, options=PruneOptions(widths="free")).sizes
+    with pytest.raises(InputError, match="widths: got 'two'"):
+        prune(model, data, keep=0.5, options=PruneOptions(widths="two"))
