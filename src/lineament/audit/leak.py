@@ -198,6 +198,8 @@ def leak(
     ]
     findings = [finding for section in sections for finding in section.findings]
     paper = next(paper for paper in papers() if paper.slug == "gifd")
+    numbers = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
+    unknowns = max(batch_sizes) * parts.images[0].numel()
     facts = [
         (
             "Model",
@@ -219,7 +221,7 @@ def leak(
         folder, loaded.source, "What could a curious server see of these pictures in one update?", facts, findings, sections,
         command=command("lineament.audit.leak.leak(model, data, out=...)"),
         methods={paper.slug: {"title": paper.title, "year": paper.year, "url": paper.url}},
-        versions=versions(), notes=[*map(sentence, fitted.notes), *assumptions(options, found[1][0][0].buffers)], extra={}, name=_NAME, kicker="Lineament leakage audit",
+        versions=versions(), notes=[*map(sentence, fitted.notes), *assumptions(options, found[1][0][0].buffers, numbers, unknowns)], extra={}, name=_NAME, kicker="Lineament leakage audit",
     )  # fmt: skip
     checkpoint.finish()
     shutil.rmtree(folder / STAGES, ignore_errors=True)

@@ -161,8 +161,8 @@ def norms_in_training(model: nn.Module, every: bool, moved: Sequence[str] = ()) 
             module.eval()
 
 
-def assumptions(options: LeakOptions, buffers: int) -> list[str]:
-    """What the numbers of a report rest on."""
+def assumptions(options: LeakOptions, buffers: int, numbers: int, unknowns: int) -> list[str]:
+    """What the numbers of a report rest on; ``numbers`` are in one message, and ``unknowns`` in the largest batch of pictures."""
     what = (
         "gradients of the mean loss over one batch"
         if options.local is None
@@ -176,6 +176,10 @@ def assumptions(options: LeakOptions, buffers: int) -> list[str]:
         f"Messages are {what}; batch norms {'use the statistics of the batch' if options.batch_norm == 'batch' or buffers else 'have their running statistics'}.",
         f"Each attack computes as many gradients of a guess (CMA-ES as many rounds); restarts: {options.search.restarts}. A stronger attacker than those tried may see more.",
     ]  # fmt: skip
+    if unknowns > numbers:
+        told.append(
+            f"A message has {numbers:,} numbers and the pictures behind it {unknowns:,}: without knowledge of such pictures it does not determine them."
+        )
     if buffers:
         told.insert(
             3,

@@ -22,7 +22,7 @@ from lineament.core.models import decided
 from lineament.edit.pruned import Pruned, PruneOptions
 from lineament.edit.pruning import prune
 from lineament.edit.readers import prunable
-from lineament.edit.targets import seconds_of
+from lineament.edit.targets import timed
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
 
@@ -140,7 +140,7 @@ def _removal(subject: Subject, groups: list[str], whole: Mapping[str, str], coun
             low, high = (middle, high) if changed < _LITTLE else (low, middle)
         spare[name] = low / _EIGHTHS
     some = subject.inputs(judging[: subject.batch_size])
-    times = None if chosen is None else (seconds_of(subject.model, some), seconds_of(chosen[1], some))
+    times = None if chosen is None else timed(subject.model, chosen[1], some).seconds
     merged = redundancy.merging(subject)
     step = merged.step if merged else None
     return Removal(

@@ -50,6 +50,7 @@ class SupCon(nn.Module):
             InputError: other lengths, an embedding without direction, an anchor without positive.
         """
         unit = directions(embeddings)
+        require(not labels.is_floating_point(), f"labels: got {show(labels)}, expected whole numbers")
         require(
             labels.ndim == 1 and len(labels) > 0 and len(unit) % len(labels) == 0,
             f"labels: got {show(labels)} beside {show(embeddings)}, expected one a row, or one a sample whose views lie one after the other",
@@ -113,6 +114,9 @@ class Spectral(nn.Module):
         require(
             first.shape == second.shape and first.ndim == 2,
             f"second: got {show(second)}, expected the shape of the first view, {show(first)}",
+        )
+        require(
+            bool(first.isfinite().all() & second.isfinite().all()), "first, second: NaN or infinity in a row"
         )
         n = len(first)
         own = (first * second).sum(1)

@@ -108,6 +108,13 @@ class InfoNCE(nn.Module):
             self.queue is None or query.shape[1] == self.queue.rows.shape[1],
             f"query: got {show(query)}, expected rows of {0 if self.queue is None else self.queue.rows.shape[1]} numbers as the queue's",
         )
+        room = 1e-2 if key.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        for name, each in (("query", query), ("key", key)):
+            off = (each.detach().norm(dim=1) - 1).abs()
+            require(
+                bool((off <= room).all()),
+                f"{name}: expected rows of length 1; normalise them first (NaN has none)",
+            )
         active = {t.kind: t for t in self.transform if self.epoch >= t.start and self.training}
         key = key.detach() if self.queue is not None else key
         one, two = query, key

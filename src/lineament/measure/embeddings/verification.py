@@ -68,6 +68,7 @@ def fold_accuracy(
     # In parts that stay in the cache: the differences are the most of the work.
     parts = zip(embeddings[0::2].split(512), embeddings[1::2].split(512))
     distance = torch.cat([(a - b).square_().sum(1) for a, b in parts])
+    require(bool(distance.isfinite().all()), "embeddings: NaN or infinity in a row")
     count = round((stop - start) / step)
     thresholds = start + step * torch.arange(count, dtype=torch.float64, device=distance.device)
     sizes = torch.tensor([n // folds + (k < n % folds) for k in range(folds)], device=distance.device)
