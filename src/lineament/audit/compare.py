@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from lineament.audit import compared
 from lineament.audit.data_options import DataOptions
-from lineament.audit.phrases import places, sentence
+from lineament.audit.phrases import places, sentence, several
 from lineament.audit.stages import STAGES, Report, command, in_processes, opened, threads
 from lineament.core import checks, shards
 from lineament.core.checkpoint import Checkpoint
-from lineament.core.checks import require, show
+from lineament.core.checks import InputError, require, show
 from lineament.core.models import device_of
 from lineament.data.samples import Samples
 from lineament.load.data import Data, load_data
@@ -138,10 +138,7 @@ def _compared(
         )
         names = str(model_a), str(model_b)
         return _language(folder, out, *names, str(data), sites, samples, device, seed, note, options)
-    loaded = [
-        load_model(model, weights=weights)
-        for model, weights in ((model_a, options.weights_a), (model_b, options.weights_b))
-    ]
+    loaded = [_loaded(model_a, options.weights_a, "a"), _loaded(model_b, options.weights_b, "b")]
     for which, each in zip("ab", loaded):
         require(
             each.batch is None and each.kind != "export",
@@ -198,6 +195,17 @@ def _compared(
     facts = _facts(models, held[0].source, used, found)
     notes = [f"{name}: {line}" for name, subject in zip("AB", subjects) for line in subject.notes]
     return _written(folder, checkpoint, [each.source for each in loaded], facts, sections, notes, found)
+
+
+def _loaded(model: nn.Module | str, weights: str | Path | None, which: str) -> Loaded:
+    """One of the two networks; what is wrong with it is said by its own argument."""
+    try:
+        return load_model(model, weights=weights)
+    except InputError as error:
+        argument, colon, rest = str(error).partition(":")
+        if argument not in ("model", "weights"):
+            raise
+        raise InputError(f"{argument}_{which}{colon}{rest}") from error
 
 
 def _checkpoint(folder: Path, out: Path, key: dict[str, Any], note: Callable[[str], None]) -> Checkpoint:
@@ -293,6 +301,12 @@ def _language(
 ) -> Report:
     """Two language models: units at the ends of the words that both tokenizers cut, and how well each predicts the texts."""
     prompts: Prompts = load_prompts(data, samples=samples, seed=seed)
+    if prompts.left_out:
+        note(f"left out: {several(prompts.left_out)}")
+    require(
+        len(prompts) >= 2 * options.blocks,
+        f"data: {show(data)} holds {len(prompts)} prompts of {prompts.total} lines, expected at least {2 * options.blocks}",
+    )
     where = None if device is None else str(device)
     pairs = [
         load_language_model(name, device=where, argument=f"model_{which}")

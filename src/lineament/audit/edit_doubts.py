@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from scipy.stats import binomtest
+from torch import Tensor
 
 from lineament.audit.correctness.classes import reordered
 from lineament.audit.correctness.shares import share
@@ -69,6 +71,20 @@ def harm(told: Forgotten, head: Knowledge) -> tuple[str, str]:
     if lost > 0.1:
         return f"The edit costs the other classes {points(lost)}; {alone}.", muting
     return "", "Try a larger `share`." if told.verdict == "kept" else ""
+
+
+def pays(before: Tensor, after: Tensor, classes: int) -> bool:
+    """Whether the class that lost most, of so many, is right less often by 5 points or more, and in more samples than chance explains (a sign test of those that changed, at 5 % over all classes).
+
+    >>> was = torch.ones(40, dtype=torch.bool)
+    >>> pays(was, torch.arange(40) >= 12, 10), pays(was, torch.arange(40) >= 3, 10)
+    (True, False)
+    """
+    lost, won = int((before & ~after).sum()), int((~before & after).sum())
+    if lost - won < 0.05 * len(before):
+        return False
+    chance = float(binomtest(lost, lost + won, 0.5, "greater").pvalue) if lost > won else 1.0
+    return classes * chance < 0.05
 
 
 def price(found: Unlearned) -> str:

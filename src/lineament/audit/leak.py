@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lineament.audit.leak_parts import (
+    PRIORS,
     Parts,
     assumptions,
     checked,
@@ -35,6 +36,7 @@ from lineament.load.models import load_model
 from lineament.load.weights import digest
 from lineament.papers import search as papers
 from lineament.privacy.defences import Defence, defence_of
+from lineament.privacy.generators import load_prior
 from lineament.privacy.leakage import Leakage, leakage
 from lineament.privacy.local import Local
 from lineament.privacy.messages import Message, moved_norms, saved_state
@@ -53,7 +55,8 @@ class LeakOptions:
     Attributes:
         weights, inputs, targets, classes, split, image_size, normalize: as for an audit.
         attacks: of :data:`lineament.privacy.reconstruction.ATTACKS`; the strongest is reported.
-        prior: ``"vae"`` or ``"dcgan"``, trained on the samples that are not audited, or ``"none"``: pixels only.
+        prior: ``"vae"``, ``"dcgan"`` or ``"stylegan2"``, trained on the public pictures; a file with a trained StyleGAN2, see
+            :func:`lineament.privacy.load_prior`; or ``"none"``: pixels only.
         prior_steps: of its training. search: how attackers look.
         known_labels: give attackers the labels, which they read off the messages otherwise.
         public: other data of the kind, which the attacker has; by default the samples of the data that are not audited.
@@ -195,6 +198,8 @@ def leak(
     ]
     findings = [finding for section in sections for finding in section.findings]
     paper = next(paper for paper in papers() if paper.slug == "gifd")
+    numbers = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
+    unknowns = max(batch_sizes) * parts.images[0].numel()
     facts = [
         (
             "Model",
@@ -205,14 +210,18 @@ def leak(
         ("Other pictures, known to the attacker", len(parts.public)),
         (
             "Prior",
-            "none: pixels" if options.prior == "none" else f"{options.prior}, trained on the other pictures",
+            "none: pixels"
+            if options.prior == "none"
+            else f"{options.prior}, trained on the other pictures"
+            if options.prior in PRIORS
+            else options.prior,
         ),
     ]
     html, json = page.write(
         folder, loaded.source, "What could a curious server see of these pictures in one update?", facts, findings, sections,
         command=command("lineament.audit.leak.leak(model, data, out=...)"),
         methods={paper.slug: {"title": paper.title, "year": paper.year, "url": paper.url}},
-        versions=versions(), notes=[*map(sentence, fitted.notes), *assumptions(options, found[1][0][0].buffers)], extra={}, name=_NAME, kicker="Lineament leakage audit",
+        versions=versions(), notes=[*map(sentence, fitted.notes), *assumptions(options, found[1][0][0].buffers, numbers, unknowns)], extra={}, name=_NAME, kicker="Lineament leakage audit",
     )  # fmt: skip
     checkpoint.finish()
     shutil.rmtree(folder / STAGES, ignore_errors=True)
@@ -233,7 +242,9 @@ def _searched(
     """How attackers looked; and for each size of message what it gave away, and the seconds that this run took to find out."""
     bounds, started = bounds_of(fitted, parts.images.shape[1]), time.monotonic()
     prior = None
-    if options.prior != "none":
+    if options.prior not in PRIORS:
+        prior = load_prior(options.prior, parts.images.shape[1:], bounds)
+    elif options.prior != "none":
         note(f"training a prior on {len(parts.public):,} pictures that are not audited")
         prior = prior_of(parts.public, options.prior, steps=options.prior_steps, seed=seed)
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 def checked(options: LeakOptions, pictures: int, batch_sizes: Sequence[int], defences: Sequence[str]) -> None:
     """Whether the options can be, before anything is read."""
     checks.number("pictures", pictures, low=2, integer=True)
-    checks.one_of("prior", options.prior, ("vae", "dcgan", "none"))
+    if not Path(options.prior).is_file():
+        checks.one_of("prior", options.prior, PRIORS)
     checks.one_of("batch_norm", options.batch_norm, ("running", "batch"))
     for attack in options.attacks:
         checks.one_of("attacks", attack, ATTACKS)
@@ -55,6 +56,9 @@ def checked(options: LeakOptions, pictures: int, batch_sizes: Sequence[int], def
         len(defences) == 1,
         f"defences: got {len(defences)}, expected the one that was on when the update was made, or none",
     )
+
+
+PRIORS = ("vae", "dcgan", "stylegan2", "none")
 
 
 @dataclass(frozen=True)
@@ -157,8 +161,8 @@ def norms_in_training(model: nn.Module, every: bool, moved: Sequence[str] = ()) 
             module.eval()
 
 
-def assumptions(options: LeakOptions, buffers: int) -> list[str]:
-    """What the numbers of a report rest on."""
+def assumptions(options: LeakOptions, buffers: int, numbers: int, unknowns: int) -> list[str]:
+    """What the numbers of a report rest on; ``numbers`` are in one message, and ``unknowns`` in the largest batch of pictures."""
     what = (
         "gradients of the mean loss over one batch"
         if options.local is None
@@ -172,6 +176,10 @@ def assumptions(options: LeakOptions, buffers: int) -> list[str]:
         f"Messages are {what}; batch norms {'use the statistics of the batch' if options.batch_norm == 'batch' or buffers else 'have their running statistics'}.",
         f"Each attack computes as many gradients of a guess (CMA-ES as many rounds); restarts: {options.search.restarts}. A stronger attacker than those tried may see more.",
     ]  # fmt: skip
+    if unknowns > numbers:
+        told.append(
+            f"A message has {numbers:,} numbers and the pictures behind it {unknowns:,}: without knowledge of such pictures it does not determine them."
+        )
     if buffers:
         told.insert(
             3,
@@ -180,7 +188,12 @@ def assumptions(options: LeakOptions, buffers: int) -> list[str]:
     if options.prior != "none":
         told.insert(
             1,
-            "The attacker has other pictures of the same kind, none of those audited, and a generator trained on them.",
+            "The attacker has other pictures of the same kind, none of those audited, and a generator "
+            + (
+                "trained on them."
+                if options.prior in PRIORS
+                else f"from {options.prior!r}, whatever that was trained on."
+            ),
         )
     if options.groups is not None:
         told.insert(2, "None of the attacker's pictures shows a person (or other group) that is audited.")

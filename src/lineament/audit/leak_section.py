@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -225,7 +226,7 @@ def _finding(
 
 def _pictures(found: Leakage) -> Picture:
     best = _strongest(found)
-    rows = [("true", found.truth), *((f"{a.defence}: {a.attack}", a.pictures) for a in best)]
+    rows = [("true", found.truth), *((fill(f"{a.defence}: {a.attack}", 16), a.pictures) for a in best)]
     shown = min(len(found.truth), 8)
 
     def draw(ax: Any) -> None:

@@ -21,7 +21,17 @@ from lineament.audit.catalogue import chosen as chosen_lenses
 from lineament.audit.data_options import DataOptions
 from lineament.audit.language_run import audit_language
 from lineament.audit.phrases import places, sentence
-from lineament.audit.stages import STAGES, Report, in_processes, opened, sections, threads, verdict, written
+from lineament.audit.stages import (
+    STAGES,
+    Report,
+    in_processes,
+    opened,
+    said_again,
+    sections,
+    threads,
+    verdict,
+    written,
+)
 from lineament.audit.subject import Subject
 from lineament.core import checks, shards
 from lineament.core.checkpoint import Checkpoint
@@ -223,6 +233,7 @@ def _audited(
             filler=filler,
             folder=str(folder),
             embedding=options.embedding,
+            command=_command(model, data, classes, seed, options),
         )
         if every:
             if subject.task == "embedding":
@@ -257,6 +268,21 @@ def _audited(
         )
 
     return shards.agreed("the report", report)
+
+
+def _command(
+    model: Any, data: Any, classes: Sequence[str] | None, seed: int, options: AuditOptions
+) -> tuple[str, ...]:
+    """How other commands name this network and these data; empty where a command cannot."""
+    if model is None:
+        return () if seed else ("lineament.audit.default:trained", "shortcut-digits")
+    if not isinstance(model, str | Path) or not isinstance(data, str | Path):
+        return ()
+    weights = [] if options.weights is None else ["--weights", str(options.weights)]
+    said = said_again(
+        classes, options.inputs, options.targets, options.split, options.image_size, options.normalize
+    )
+    return (str(model), str(data), *weights, *said)
 
 
 def _linked(sections: Sequence[Section]) -> list[Section]:

@@ -59,7 +59,7 @@ def add_parser(subparsers: Any) -> Parser:
     add("--parity", action="store_true", help="the published loop, as its authors run it")
     add(
         "--luma", metavar="WHICH",
-        help="film (default): the film's own plane, bit for bit; lab: of the coloured picture, as published",
+        help="film (default): the film's own plane, bit for bit (with --codec ffv1 also in the file); lab: of the coloured picture, as published",
     )  # fmt: skip
     add(
         "--codec",

@@ -12,7 +12,7 @@ import torch
 from lineament.cli.colorize_run import model_of
 from lineament.cli.console import note
 from lineament.cli.train_output import Log
-from lineament.cli.train_run import opened
+from lineament.cli.train_run import _UNFINISHED, opened
 from lineament.core.checks import require
 from lineament.core.files import write_json
 from lineament.core.models import usable
@@ -69,12 +69,15 @@ def train(a: argparse.Namespace) -> int:
         {"asked": asked, "validation": [str(films[k].path) for k in sorted(held)], "history": history},
     )
     checkpoint.finish()
+    (out / _UNFINISHED).unlink(missing_ok=True)
     for path in (out / "frames").iterdir():
         path.unlink()
     (out / "frames").rmdir()
     last = history[-1]
     scores = (
-        f", PSNR {last['psnr_validation']:.2f} dB on {len(held)} films that were held out" if held else ""
+        f", PSNR {last['psnr_validation']:.2f} dB on {len(held)} film{'s' * (len(held) > 1)} held out"
+        if held
+        else ""
     )
     print(
         f"trained on {len(films) - len(held)} films: loss {last['loss']:.4f}{scores}: {out} (history: {log.place})"

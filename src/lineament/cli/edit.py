@@ -74,6 +74,11 @@ def _prune_parser(actions: Any) -> Any:
     add("--flops", type=float, metavar="TIMES", help="so many times fewer operations")
     add("--latency", type=float, metavar="TIMES", help="so many times faster, as measured here")
     add("--remove", type=float, metavar="SHARE", help="the paper's rule: what each output gives up in a pass")
+    add(
+        "--widths",
+        choices=("one", "free"),
+        help="of a language model: one width for all layers, which from_pretrained opens (default), or free ones, which lineament.edit.load opens",
+    )
     return parser
 
 
@@ -111,6 +116,7 @@ def _options(arguments: argparse.Namespace) -> Any:
         samples=arguments.samples,
         length=getattr(arguments, "length", 128),
         share=getattr(arguments, "share", None),
+        widths=getattr(arguments, "widths", None),
         seed=arguments.seed,
         device=arguments.device,
         classes=classes(arguments.classes),

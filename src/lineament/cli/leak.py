@@ -93,7 +93,7 @@ def add_parser(subparsers: Any) -> Any:
         "--prior",
         metavar="KIND",
         default="vae",
-        help="vae or dcgan, trained on the other samples, or none (default: vae)",
+        help="vae, dcgan or stylegan2, trained on the attacker's pictures; FILE with a StyleGAN2 or BigGAN-deep (safetensors, or .pt of tensors); or none (default: vae)",
     )
     add("--steps", type=int, default=60, metavar="N", help="gradients of each layer searched (default: 60)")
     add(
@@ -119,6 +119,7 @@ def add_parser(subparsers: Any) -> Any:
         "defence": "--defence",
         "batch_norm": "--batch-norm",
         "after": "--update",
+        "prior": "--prior",
     }
     parser.set_defaults(run=run)
     return parser

@@ -27,7 +27,10 @@ class PruneOptions:
         center: take means out of the contributions when scoring; by default where a batch norm follows.
         bias: put the mean of what went into the bias of layers that have one and no batch norm after them (not in the paper).
         lam: added to the diagonal in the compensation, relative to its mean.
-        multiple: group sizes are brought to a multiple of this; by default 64 for language models with layers of at least 512, else 1.
+        widths: ``"one"``: groups of one size stay of one size, as a Hugging Face configuration wants it, and the default for language models; ``"free"``:
+            as they come, ranked together (``allot="global"``), and such a folder opens with :func:`lineament.edit.load`.
+        multiple: group sizes are brought to a multiple of this; by default 64 for language models with layers of at least 512 and one
+            width, else 1.
         batch_size, seed: of the calibration and of ``criterion="random"``.
         checkpoint: store each group's step there, and go on after those that are stored.
 
@@ -40,6 +43,7 @@ class PruneOptions:
     center: bool | None = None
     bias: bool = True
     lam: float = 1e-4
+    widths: str | None = None
     multiple: int | None = None
     batch_size: int = 64
     seed: int = 0

@@ -20,7 +20,7 @@ from lineament.edit.layers import Inputs
 from lineament.edit.pruned import Pruned, PruneOptions
 from lineament.edit.readers import prunable
 from lineament.edit.repairs import WAYS
-from lineament.edit.silencing import Plan, measure_norms
+from lineament.edit.silencing import Plan, is_language, measure_norms
 from lineament.edit.targets import Measured, check_target, taken_out
 
 CRITERIA = ("saliency", "fidelity", "energy", "magnitude", "random")
@@ -79,6 +79,15 @@ def prune(
     check_target(remove=remove, keep=keep, params=params, flops=flops, latency=latency)
     _check(criterion, compensate, order, options)
     model = plain_network(model)
+    widths = options.widths or (
+        "one" if is_language(model) else "free" if options.allot == "global" else None
+    )
+    if widths == "one":
+        require(
+            remove is None and options.allot == "group",
+            f"{'allot' if remove is None else 'remove'}: it leaves layers of several widths, which a configuration cannot say; pass keep, params, flops or latency, "
+            "or widths='free' and open the folder with lineament.edit.load",
+        )
     inputs = Inputs(calibration, options.batch_size)
     example = inputs.first(model)
     groups, readers, whole = prunable(model, example, options.sites)
@@ -93,7 +102,7 @@ def prune(
         counts = (
             plan.counts(keep) if keep is not None else measured.counts(plan.counts, params, flops, latency)
         )
-        if options.allot == "global":
+        if options.allot == "global" or options.widths == "free":
             counts = plan.allotted(counts)
         plan.run(counts=counts)
     else:
@@ -132,5 +141,7 @@ def _check(criterion: Any, compensate: Any, order: Any, options: PruneOptions) -
         one_of("compensate", compensate, WAYS)
     one_of("order", order, ORDERS)
     one_of("allot", options.allot, ("group", "global"))
+    if options.widths is not None:
+        one_of("widths", options.widths, ("one", "free"))
     number("lam", options.lam, low=0)
     number("batch_size", options.batch_size, low=1, integer=True)

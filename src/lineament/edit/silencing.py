@@ -78,7 +78,7 @@ class Plan:
 
     def counts(self, share: float) -> dict[str, int]:
         """How many channels each group keeps at a share."""
-        multiple = self.options.multiple or _multiple(self.dense, self.groups)
+        multiple = self.options.multiple or _multiple(self.dense, self.groups, self.options.widths)
         return {
             name: min(
                 group.size, max(min(multiple, group.size), round(share * group.size / multiple) * multiple)
@@ -212,9 +212,14 @@ def _norms(model: nn.Module, group: ChannelGroup) -> Tensor:
     return total
 
 
-def _multiple(model: nn.Module, groups: Mapping[str, ChannelGroup]) -> int:
-    language = hasattr(getattr(model, "config", None), "vocab_size")
-    return 64 if language and min(g.size for g in groups.values()) >= 512 else 1
+def is_language(model: nn.Module) -> bool:
+    """Whether its configuration counts words."""
+    return hasattr(getattr(model, "config", None), "vocab_size")
+
+
+def _multiple(model: nn.Module, groups: Mapping[str, ChannelGroup], widths: str | None) -> int:
+    one = is_language(model) and widths != "free"
+    return 64 if one and min(g.size for g in groups.values()) >= 512 else 1
 
 
 def measure_norms(model: nn.Module, inputs: Inputs) -> None:

@@ -4,6 +4,7 @@ from .defences import clip as clip
 from .defences import defence_of as defence_of
 from .defences import prune as prune
 from .defences import soteria as soteria
+from .generators import load_prior as load_prior
 from .identification import Judge as Judge
 from .identification import fisher_features as fisher_features
 from .identification import identified as identified

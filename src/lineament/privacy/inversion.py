@@ -27,7 +27,8 @@ class Stage:
     """One layer of the search: its steps, its peak rate, and the l1 radius around its start (none where it is negative).
 
     ``sphere``: whether a code keeps its radius. ``optimizer``: ``"adam"``, ``"sgd"`` (Nesterov, 0.9) or ``"lbfgs"`` (of one row, with a line search; ``steps``
-    then counts gradients, and ``peak`` is the first length that is tried).
+    then counts gradients, and ``peak`` is the first length that is tried). ``parts``: sizes of what the variable is made
+    of side by side, and whether each is ``"free"``, on its own ``"sphere"``, or ``"fixed"``; each has its share of the ball.
 
     >>> Stage(500, 0.1).radius
     -1.0
@@ -38,6 +39,7 @@ class Stage:
     radius: float = -1.0
     sphere: bool = True
     optimizer: str = "adam"
+    parts: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,9 @@ def _descend(
             objective()
             optimizer.step()
         with torch.no_grad():
-            if code and stage.sphere:
+            if stage.parts:
+                value.copy_(_by_parts(value, start, stage))
+            elif code and stage.sphere:
                 value.copy_(_sphere(value, start, one))
             elif not code and stage.radius > 0:
                 value.copy_(start + l1_projection(value - start, stage.radius, warm=tau))
@@ -191,6 +195,19 @@ def _descend(
         with torch.no_grad():
             x = made(value)
     return x, value.detach()
+
+
+def _by_parts(value: Tensor, start: Tensor, stage: Stage) -> Tensor:
+    """Each part of a variable [n, size] inside its ball around the start, and on its sphere."""
+    sizes = [size for size, _ in stage.parts]
+    found = []
+    for (size, kind), moved, before in zip(stage.parts, value.split(sizes, 1), start.split(sizes, 1)):
+        if kind == "fixed":
+            moved = before
+        elif stage.radius > 0:
+            moved = before + l1_projection(moved - before, stage.radius * size / sum(sizes))
+        found.append(_sphere(moved, before, False) if kind == "sphere" else moved)
+    return torch.cat(found, 1)
 
 
 def _through(value: Tensor, blocks: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:

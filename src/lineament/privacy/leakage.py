@@ -105,6 +105,7 @@ def leakage(
     local: Local | None = None,
     search: Search = SEARCH,
     known_labels: bool = False,
+    copies: bool = True,
     judge: Judge = JUDGE,
     sent: Sequence[Message] | None = None,
     held_out: tuple[Tensor, Tensor] | None = None,
@@ -118,6 +119,7 @@ def leakage(
         public: other pictures of the kind, normalised; none of those audited. prior: see :func:`lineament.privacy.train_prior`; None searches pixels only.
         held_out: pictures and labels on which the defences' price is measured; by default those audited.
         known_labels: give the attacker the labels; else they are read off the messages.
+        copies: try every way in which an attacker may repeat a defence, not only the first.
         judge: how guesses are ordered, and among whom they are looked for.
         sent: the messages themselves, one for each batch, as they were read from files; ``defences`` and ``local`` are then theirs.
         bounds: least and greatest values of normalised pictures by channel.
@@ -171,11 +173,10 @@ def leakage(
         right = (
             (labels[: len(groups)].sort(1).values == targets.view(-1, batch).sort(1).values).float().mean()
         )
+        # The attacker's ways to repeat the defence, of which the audit reports the worst.
+        ways = list(defence.copies().items())[: None if copies else 1]
         for attack in progress(list(attacks), f"searching messages: {defence}"):
-            for (
-                name,
-                copy,
-            ) in defence.copies().items():  # the attacker's ways to repeat it; the audit reports the worst
+            for name, copy in ways:
                 told = [replace(message, defence=copy) for message in all_messages]
                 found = reconstruct(
                     model, told, labels, images.shape[1:], prior=prior, attack=attack, search=search, bounds=bounds, seed=seed

@@ -7,7 +7,8 @@ the pictures; there is nothing here that collects the messages of others.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,11 +82,12 @@ class Message(Readable):
         require(len(images) > 0, "images: got none, expected at least one picture")
         if loss is F.cross_entropy:
             still, parameters = fixed(model)
-            with torch.no_grad():
+            with torch.no_grad(), _enough_for_norms(images):
                 classes = logits(functional_call(still, parameters, (images,))).shape[-1]
             targets = labels("targets", targets, count=len(images), classes=classes)
         gradient = dummy_gradient(model, targets[None], local=local, loss=loss)
-        found = [g[0] for g in gradient(images[None])]
+        with _enough_for_norms(images):
+            found = [g[0] for g in gradient(images[None])]
         require(
             all(bool(g.isfinite().all()) for g in found),
             "images: their gradient is not finite; nothing can be learned from such a message",
@@ -151,6 +153,18 @@ class Message(Readable):
             return self.tensors
         weights = [p.detach() for p in model.parameters() if p.requires_grad]
         return tuple(self.local.gradient_of(t, w, self.count) for t, w in zip(self.tensors, weights))
+
+
+@contextmanager
+def _enough_for_norms(images: Tensor) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            f"images: got {len(images)}, of which a batch norm in training mode sees one value a channel; expected more pictures, or the norm in evaluation mode"
+        ) from None
 
 
 def moved_norms(model: nn.Module, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
@@ -279,6 +293,11 @@ def checked(message: Message, parameters: Sequence[Tensor]) -> None:
     require(
         [t.shape for t in message.tensors] == [p.shape for p in parameters],
         f"message: got {len(message.tensors)} tensors, the first {show(message.tensors[0])}; expected {len(parameters)}, shaped as the trainable parameters",
+    )
+    odd = [(t.dtype, p.dtype) for t, p in zip(message.tensors, parameters) if t.dtype != p.dtype]
+    require(
+        not odd,
+        f"message: its tensors are {odd[0][0] if odd else ''}, the model's {odd[0][1] if odd else ''}; expected the same, see Tensor.to",
     )
     require(
         all(bool(t.isfinite().all()) for t in message.tensors),

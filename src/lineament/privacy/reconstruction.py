@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
+from torch.func import functional_call, vmap
 
-from lineament.core.checks import InputError, one_of, require, show
+from lineament.core.checks import InputError, labels, one_of, require, show
+from lineament.core.models import logits
 from lineament.core.results import Readable
 from lineament.privacy.costs import code_divergence, matching_cost
 from lineament.privacy.evolution import evolve, population
@@ -95,6 +96,7 @@ def reconstruct(
         targets.shape[:2] == (len(messages), first.count),
         f"targets: got {show(targets)}, expected labels [{len(messages)}, {first.count}]",
     )
+    _can_be_asked(model, targets, tuple(shape), bounds, parameters[0])
     if attack == "closed form":
         return _closed(model, messages, shape, targets, bounds)
     on_pixels = attack in ON_PIXELS or prior is None
@@ -196,6 +198,26 @@ class _Task:
         return lambda x, step: torch.stack([term(self.pictures(x), step) for term in terms]).sum()
 
 
+def _can_be_asked(
+    model: nn.Module, targets: Tensor, shape: tuple[int, ...], bounds: tuple[Tensor, Tensor], like: Tensor
+) -> None:
+    """Whether the model takes pictures of that shape, and has the labels; and whether the bounds are of their channels."""
+    still, parameters = fixed(model)
+    try:
+        with torch.no_grad():
+            answers = logits(functional_call(still, parameters, (like.new_zeros(2, *shape),)))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise InputError(
+            f"shape: the model takes no pictures {shape} ({str(error).splitlines()[0]}); expected (channels, height, width) of those behind the messages"
+        ) from None
+    if targets.ndim == 2:
+        labels("targets", targets.flatten(), count=targets.numel(), classes=answers.shape[-1])
+    require(
+        all(b.numel() in (1, shape[0]) for b in bounds),
+        f"bounds: got {bounds[0].numel()} and {bounds[1].numel()} values, expected one for each of {shape[0]} channels",
+    )
+
+
 def _searched(task: _Task, attack: str, start: Tensor, on_pixels: bool, restarts: int) -> Inversion:
     """Rows searched by their slopes."""
     search, flat = task.search, task.labels.flatten()
@@ -280,7 +302,8 @@ def _stages(prior: Prior, search: Search, targets: Tensor, like: Tensor, on_pixe
     value, layers = _code(prior, targets, like), 0 if on_pixels else _layers(prior, search, targets, like)
     # A line search finds its own lengths; the published L-BFGS begins with 1.
     first, later = (1.0, 1.0) if search.optimizer == "lbfgs" else (search.rate, search.feature_rate)
-    stages = [Stage(search.steps, first, sphere=not on_pixels, optimizer=search.optimizer)]
+    parts = getattr(prior, "parts", lambda stage: [])
+    stages = [Stage(search.steps, first, sphere=not on_pixels, optimizer=search.optimizer, parts=tuple(parts(0)))]  # fmt: skip
     if layers == 0:
         return stages
     blocks = prior.blocks(value, targets)
@@ -288,7 +311,9 @@ def _stages(prior: Prior, search: Search, targets: Tensor, like: Tensor, on_pixe
         for k in range(1, layers + 1):
             value = blocks[k - 1](value)
             radius = -1.0 if search.radius is None else search.radius * value[0].numel()
-            stages.append(Stage(search.steps, later, radius, optimizer=search.optimizer))
+            stages.append(
+                Stage(search.steps, later, radius, optimizer=search.optimizer, parts=tuple(parts(k)))
+            )
     return stages
 
 

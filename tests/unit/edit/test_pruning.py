@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import time
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from lineament import edit
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, NotFiniteError
 from lineament.core.norms import recalibrate
-from lineament.edit import PruneOptions, forgetting, prune
+from lineament.edit import PruneOptions, forgetting, prune, targets
 from lineament.train import fit
 
 
@@ -256,3 +258,52 @@ def test_erased_is_said_only_beside_a_network_that_never_knew():
     verdict = forgetting._verdict
     assert verdict(low, low) == "erased" and verdict(low, None) == "muted" and verdict(high, low) == "muted"
     assert verdict(dataclasses.replace(low, samples=16), low) == "muted"
+
+
+class Sleeping(nn.Module):
+    """A forward that takes given milliseconds, in turns."""
+
+    def __init__(self, *milliseconds: float):
+        super().__init__()
+        self.linear, self.turns = nn.Linear(2, 2), itertools.cycle(milliseconds)
+
+    def forward(self, x):
+        time.sleep(next(self.turns) / 1000)
+        return self.linear(x)
+
+
+def test_forwards_are_timed_in_turns_and_say_when_other_work_hides_the_difference():
+    x = torch.ones(1, 2)
+    twice = targets.timed(Sleeping(20), Sleeping(10), x, budget=0.3)
+    assert twice.steady and 1.5 < twice.factor < 2.5
+    hidden = targets.timed(Sleeping(10), Sleeping(10, 30, 10), x, budget=0.3)
+    assert not hidden.steady and "could not be told" in hidden.sentence
+
+
+def test_a_latency_that_cannot_be_measured_is_refused(trained, monkeypatch):
+    monkeypatch.setattr(targets, "timed", lambda *args: targets.Timing((0.02, 0.01), (0.5, 2.0, 4.0)))
+    with pytest.raises(InputError, match=r"latency: other work .* flops="):
+        prune(trained, X, latency=1.5)
+
+
+def test_a_language_model_keeps_one_width_or_opens_by_its_own_configuration(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(40, (8, 6))
+    data = [{"input_ids": ids}]
+    one = prune(model, data, keep=0.5)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(one.save(tmp_path / "one"))
+    assert opened.config.intermediate_size == 12
+    free = prune(model, data, keep=0.5, options=PruneOptions(widths="free"))
+    sizes = [after for _, after in free.sizes.values()]
+    assert sum(sizes) == 24 and sizes[0] != sizes[1]
+    again = edit.load(free.save(tmp_path / "free"))
+    torch.testing.assert_close(again(ids).logits, free.model(ids).logits)
+    with pytest.raises(InputError, match="several widths"):
+        prune(model, data, remove=0.1)
+    assert prune(model, data, remove=0.3, options=PruneOptions(widths="free")).sizes
+    with pytest.raises(InputError, match="widths: got 'two'"):
+        prune(model, data, keep=0.5, options=PruneOptions(widths="two"))

@@ -282,6 +282,12 @@ def test_what_is_found_is_scored_beside_what_is_known_without_the_message(net, b
         (lambda n, x, y, p: defence_of("clap=3"), "clip"),
         (lambda n, x, y, p: defence_of("clip=x"), "numbers after the ="),
         (lambda n, x, y, p: Clip(0.0), "bound"),
+        (lambda n, x, y, p: _search(n, x, y + 9, p), "got label 9"),
+        (lambda n, x, y, p: _search(n, x, y, p, shape=(1, 6, 6)), r"no pictures \(1, 6, 6\)"),
+        (lambda n, x, y, p: _search(n, x, y, p, limits=(torch.zeros(3), torch.ones(3))), "3 and 3 values"),
+        (lambda n, x, y, p: _search(n.double(), x.double(), y, p, told=Message.of(n.float(), x[:1], y[:1]), after=n.double), "float32.*float64"),
+        (lambda n, x, y, p: _search(n, x, y, p, rate=1e30, attack="dlg"), "no restart has a finite score"),
+        (lambda n, x, y, p: Message.of(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 5)).train(), x[:1], y[:1]), "one value a channel"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(net, batch, prior, change, says):
@@ -289,9 +295,14 @@ def test_bad_input_is_named(net, batch, prior, change, says):
         change(net, *batch, prior)
 
 
-def _search(net, x, y, prior, **how):
-    told = Message.of(net, x[:1], y[:1])
-    reconstruct(net, [told], y[None, :1], (1, 8, 8), prior=prior, search=Search(**how), bounds=LIMITS)
+def _search(
+    net, x, y, prior, *, shape=(1, 8, 8), limits=LIMITS, attack="gifd", told=None, after=lambda: None, **how
+):
+    told = Message.of(net, x[:1], y[:1].clamp(max=4)) if told is None else told
+    after()
+    reconstruct(
+        net, [told], y[None, :1], shape, prior=prior, attack=attack, search=Search(**how), bounds=limits
+    )
 
 
 def test_a_message_of_another_model_is_refused(net, batch, prior):

@@ -204,6 +204,8 @@ class UnifiedEmbedding(nn.Module):
         if not as_dict and self.hash == "mix64" and all(self._single(name, inputs[name]) for name in names):
             return self._at_once(names, inputs)
         prepared = {name: self._prepared(self.features[name], inputs[name]) for name in names}
+        if not as_dict:
+            self._alike({name: bag.count for name, bag in prepared.items()})
         source, places = self.rows_at([bag.at for bag in prepared.values()])
         found = {
             name: self._combined(self.features[name], bag, at, source)
@@ -217,12 +219,22 @@ class UnifiedEmbedding(nn.Module):
 
     def _at_once(self, names: Sequence[str], inputs: Mapping[str, Tensor]) -> Tensor:
         """One hash and one gather for all features of one value each: what is gathered is the output already."""
+        self._alike({name: len(inputs[name]) for name in names})
         which, salts, starts = self._plan(tuple(names), inputs[names[0]].device)
         ids = torch.stack([inputs[name] for name in which], 1)
         at = bucket(mix64(ids, salts), self.rows)
         at = at if self.tables == 1 else at + starts
         source, (at,) = self.rows_at([at])
         return F.embedding(at, source, sparse=self.sparse and not self.sharded).flatten(1)
+
+    def _alike(self, counts: Mapping[str, int]) -> None:
+        """Refuse features of different numbers of samples."""
+        first = next(iter(counts))
+        other = next((name for name in counts if counts[name] != counts[first]), first)
+        require(
+            other == first,
+            f"inputs: {other!r} has {counts[other]} samples and {first!r} {counts[first]}, expected as many of each",
+        )
 
     def _plan(self, names: tuple[str, ...], device: torch.device) -> tuple[list[str], Tensor, Tensor]:
         """Of each look-up of these features: whose it is, its mixed salt, and where its sub-table starts."""
@@ -295,7 +307,16 @@ class UnifiedEmbedding(nn.Module):
         offsets = None
         if isinstance(given, tuple):
             given, offsets = given
-            rising(offsets, feature.name)
+            rising(offsets, feature.name, len(given))
+        shaped = (
+            given.ndim == 1 or (given.ndim == 2 and offsets is None)
+            if isinstance(given, Tensor)
+            else isinstance(given, Sequence)
+        )
+        require(
+            shaped,
+            f"inputs: got {show(given)} for {feature.name!r}, expected ids [batch] or [batch, values], strings, or (ids [values], offsets [batch])",
+        )
         several = isinstance(given, Tensor) and given.ndim == 2
         batch = len(given) if offsets is None else len(offsets)
         if several:
@@ -393,10 +414,14 @@ class UnifiedEmbedding(nn.Module):
             )
 
 
-def rising(offsets: Tensor, name: str) -> None:
-    """Refuse offsets of bags that do not start at 0, or fall."""
+def rising(offsets: Tensor, name: str, length: int) -> None:
+    """Refuse offsets of bags that are no whole numbers, do not start at 0, fall, or pass the number of ids."""
+    whole = isinstance(offsets, Tensor) and offsets.ndim == 1 and offsets.dtype in (torch.int64, torch.int32)
+    require(whole, f"inputs: got {show(offsets)} as offsets of {name!r}, expected whole numbers [batch]")
     falling = len(offsets) and (int(offsets[0]) != 0 or bool((offsets.diff() < 0).any()))
     require(not falling, f"inputs: the offsets of {name!r} must start at 0 and not fall")
+    last = int(offsets[-1]) if len(offsets) else 0
+    require(last <= length, f"inputs: the offsets of {name!r} go to {last}, and there are {length} ids")
 
 
 def _name(name: str) -> int:

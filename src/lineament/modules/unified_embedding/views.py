@@ -65,7 +65,7 @@ class EmbeddingView(nn.Module):
             per_sample_weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)
         if offsets is None:
             raise InputError(f"offsets: got none beside {show(input)}, expected where each bag starts")
-        rising(offsets, self.name)
+        rising(offsets, self.name, len(input))
         starts = offsets[:-1] if self.include_last_offset else offsets
         bag = torch.bucketize(torch.arange(len(input), device=input.device), starts, right=True) - 1
         return self._pooled(self._rows(input), input, bag, len(starts), per_sample_weights)

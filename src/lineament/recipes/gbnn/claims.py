@@ -114,7 +114,7 @@ def claims_of(
             "a Newton step of ρ",
             ", ".join(f"{name} {mean(name, 'boosted, rho = 1'):.4g}" for name in config.sets if REFERENCE[name].classes),
             all(mean(name, "boosted, rho = 1") <= mean(name, "boosted, lbfgs") for name in config.sets if REFERENCE[name].classes),
-            "the line search does not help there",
+            "the line search does not help on one of them",
         ),
         judged(
             "Control: an MLP with early stopping and tuned L2 is worse on each table",

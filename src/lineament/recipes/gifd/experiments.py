@@ -50,7 +50,7 @@ def trial_of(config: Any, domain: str, seed: int) -> Trial:
     found = leakage(
         victim(x.shape[1], config.side, int(y.max()) + 1, seed), x[audited], y[audited], public=x[public], prior=prior,
         defences=[defence_of(name) for name in config.defences], attacks=ATTACKS,
-        search=Search(steps=config.steps, restarts=config.restarts, radius=config.radius),
+        copies=False, search=Search(steps=config.steps, restarts=config.restarts, radius=config.radius),
         bounds=(torch.zeros(x.shape[1]), torch.ones(x.shape[1])), seed=seed,
     )  # fmt: skip
     by = {f"{a.defence} | {a.attack}": a for a in found.attacked}
