@@ -27,6 +27,7 @@ from lineament.modules.sparse_attention.options import IN_CONFIG, ON_MODULE, Bud
 from lineament.modules.sparse_attention.selection import select
 
 NAME = "lineament_sparse"
+# transformers 4 passes `is_causal` otherwise.
 BEFORE_5 = int(transformers.__version__.split(".")[0]) < 5
 
 
