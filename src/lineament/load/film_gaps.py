@@ -35,7 +35,7 @@ def jumps(times: Sequence[int]) -> list[Jump]:
     if not len(steps) or np.mean(np.abs(steps - usual) <= max(1, 0.1 * usual)) < 0.9:
         return []
     found = np.flatnonzero(steps > 2.5 * usual + 1).tolist()
-    return [Jump(k, times[k], times[k + 1], round(steps[k] / usual) - 1) for k in found]
+    return [Jump(k, times[k], times[k + 1], round(float(steps[k]) / usual) - 1) for k in found]
 
 
 def lost(candidates: Sequence[Jump], packets: Iterable[Any], video: Any) -> list[Jump]:
