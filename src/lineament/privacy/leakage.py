@@ -316,7 +316,12 @@ def _without(
                 made = block(made)
         samples = _shown(prior.render(made), bounds)
         each = torch.stack([psnr(s.expand_as(truth), truth) for s in samples])
-        found[f"the nearest of {search.restarts} samples of the prior"] = each.amax(0)
+        name = (
+            f"the nearest of {search.restarts} samples of the prior"
+            if search.restarts > 1
+            else "a sample of the prior"
+        )
+        found[name] = each.amax(0)
     return found
 
 

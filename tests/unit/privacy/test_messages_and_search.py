@@ -262,6 +262,8 @@ def test_what_is_found_is_scored_beside_what_is_known_without_the_message(net, b
     )  # fmt: skip
     assert [a.defence for a in found.attacked] == ["nothing", "noise 0.1"]
     assert set(found.without) == {"the mean of public pictures", "the nearest of 2 samples of the prior"}
+    alone = leakage(net, x, y, public=public, prior=prior, attacks=["latent"], search=Search(steps=1, restarts=1), bounds=LIMITS)  # fmt: skip
+    assert set(alone.without) == {"the mean of public pictures", "a sample of the prior"}
     plain, noisy = found.prices
     assert plain.cosine == pytest.approx(1, abs=1e-5) and plain.progress == pytest.approx(1, abs=1e-4)
     assert noisy.cosine < 0.9
