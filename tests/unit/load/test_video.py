@@ -213,6 +213,22 @@ def test_a_pause_is_no_gap_and_what_was_lost_in_one_is(av, tmp_path, name, codec
         assert len(seconds) == 1 and int(seconds[0].split()[2][:-1]) < 29, film.gaps
 
 
+@pytest.mark.parametrize("codec", ["ffv1", "mpeg4"])
+def test_a_pause_in_a_container_with_a_chunk_for_each_tick(av, tmp_path, codec):
+    """AVI fills a pause with empty chunks, of a clock of milliseconds more bytes than small frames have."""
+    with av.open(str(tmp_path / "in.avi"), "w") as out:
+        video = out.add_stream(codec, rate=1000)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        for time in [*range(0, 400, 40), *range(1600, 2000, 40)]:
+            flat = np.full((48, 64, 3), time % 200, np.uint8)
+            frame = av.VideoFrame.from_ndarray(flat, format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            out.mux(video.encode(frame))
+        out.mux(video.encode(None))
+    film = Film(tmp_path / "in.avi")
+    assert film.length == 20 and film.gaps == []
+
+
 def test_times_that_are_missing_are_made_and_edit_lists_are_kept(av, tmp_path):
     bare = Film(made(av, tmp_path / "in.h264", codec="libx264", sound=None))
     times = [frame.pts for frame in bare.frames()]
