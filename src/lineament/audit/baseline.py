@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from lineament.audit.baseline_data import (
+    SiteRows,
+    channels_first,
     check_feature,
     class_labels,
     feature_rows,
@@ -108,19 +110,24 @@ def baseline(
         one_of("classifiers", name, EVERY)
     folder = fresh(out, overwrite, _NAME)
     note("reading the data")
-    held = load_data(
-        data, samples=samples, seed=seed, inputs=options.inputs, targets=options.targets, split=options.split,
-        image_size=options.image_size,
+    held = channels_first(
+        load_data(
+            data, samples=samples, seed=seed, inputs=options.inputs, targets=options.targets, split=options.split,
+            image_size=options.image_size,
+        )
     )  # fmt: skip
     y = class_labels(held)
     images = is_images(held)
     names = tuple(features or (("pixels", "hog", "lbp", "gabor") if images else ("columns",)))
     for name in names:
-        check_feature(name, images)
+        check_feature(name, held)
+    parts = [stratified_split(y, options.test, seed + k) for k in range(splits)]
+    networks = {name: SiteRows(name, held) for name in names if ":" in name}
     opened(folder, _NAME)
     key = {
         "data": hashlib.sha256(held.inputs.contiguous().numpy().tobytes() + y.tobytes()).hexdigest(),
         "asked": [list(names), list(classifiers), splits, seed, str(options)],
+        "networks": [network.digest for network in networks.values()],
         "versions": versions(),
     }
     checkpoint = Checkpoint(folder / STAGES / "pairs", key)
@@ -130,10 +137,9 @@ def baseline(
 
     def rows(name: str) -> np.ndarray:
         if name not in made:
-            made[name] = feature_rows(name, held, options)
+            made[name] = feature_rows(name, held, options, networks)
         return made[name]
 
-    parts = [stratified_split(y, options.test, seed + k) for k in range(splits)]
     pairs: list[Pair] = []
     for k, (train, test) in enumerate(parts):
         for name in names:
@@ -151,14 +157,14 @@ def baseline(
     top = next(p for p in pairs if (p.descriptor, p.classifier, p.split) == (*best, 0))
     sizes = checkpoint.stage(
         "sizes",
-        lambda: accuracy_by_size(top, rows(best[0]), y, *parts[0], options.effort, seed),
+        lambda: accuracy_by_size(top, rows(best[0]), y, *parts[0], seed),
         list[tuple[int, float]],
     )
     train, test = parts[0]
     sections = [
         table_section(pairs, names, classifiers, len(train), len(test), splits),
-        mistakes_section(top, y[test], test, held, images),
-        size_section(top, sizes),
+        mistakes_section(top, y[test], test, held, images, splits),
+        size_section(top, sizes, splits),
     ]
     accuracy = mean_accuracy(pairs, *best)
     finding = Finding(
@@ -168,7 +174,7 @@ def baseline(
         section="table",
     )
     write_settings(folder, pairs, names, classifiers)
-    unwritten = write_best_model(folder, best, pairs, rows, y, train, options.effort, seed)
+    unwritten = write_best_model(folder, top, rows(best[0]), y, train, seed)
     for line in unwritten:
         note(line)
     paper = next(paper for paper in search() if paper.slug == SLUG)
@@ -181,7 +187,7 @@ def baseline(
         ],
         [finding], sections, command=command(_CALL),
         methods={paper.slug: {"title": paper.title, "year": paper.year, "url": paper.url}}, versions=versions(),
-        notes=[*held.notes, *unwritten], name=_NAME, kicker="Lineament baseline",
+        notes=[*held.notes, *(network.note for network in networks.values()), *unwritten], name=_NAME, kicker="Lineament baseline",
     )  # fmt: skip
     checkpoint.finish()
     shutil.rmtree(folder / STAGES, ignore_errors=True)

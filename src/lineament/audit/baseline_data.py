@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
 
 from lineament.core.checks import InputError, require, show, suggest
 from lineament.data.samples import Samples
 from lineament.handcrafted.table import DESCRIPTORS, described
 from lineament.learn.boosting.network import SiteFeatures
+from lineament.load.input_layout import find_layout
 from lineament.load.models import load_model
+from lineament.load.weights import digest
 
 if TYPE_CHECKING:
     from lineament.audit.baseline import BaselineOptions
+
+# Grey, colour, and colour with transparency.
+_CHANNELS = (1, 3, 4)
 
 
 def class_labels(held: Samples) -> np.ndarray:
@@ -35,40 +43,84 @@ def class_labels(held: Samples) -> np.ndarray:
     return y
 
 
+def channels_first(held: Samples) -> Samples:
+    """Images whose channels are stored last, [n, height, width, channels], as [n, channels, height, width], which is said."""
+    shape = tuple(held.inputs.shape[1:])
+    if len(shape) != 3 or shape[-1] not in _CHANNELS or shape[0] in _CHANNELS or min(shape[:2]) < 8:
+        return held
+    told = f"inputs of {' x '.join(map(str, shape))} are images whose channels come last"
+    return replace(held, inputs=held.inputs.movedim(-1, 1).contiguous(), notes=(*held.notes, told))
+
+
 def is_images(held: Samples) -> bool:
     shape = held.inputs.shape[1:]
     return len(shape) in (2, 3) and min(shape[-2:]) >= 8
 
 
-def check_feature(name: str, images: bool) -> None:
+def check_feature(name: str, held: Samples) -> None:
+    """Whether a descriptor of that name can be computed of these samples; a network's site is looked at where it is loaded."""
     if ":" in name:
         return
+    images = is_images(held)
     known = DESCRIPTORS if images else ("columns",)
     if name not in known:
-        what = ""
+        what = " is not a choice"
         if images and name == "columns":
-            what = " is for data that are no images, and these are images (their plain values are 'pixels'),"
+            what = " is for data that are no images, and these are images (their plain values are 'pixels')"
         elif name in DESCRIPTORS:
-            what = " is for images of 8 pixels a side or more, which these data are not,"
+            shape = list(held.inputs.shape[1:])
+            what = f" is for images of 8 pixels a side or more, and a sample here has shape {shape}"
         raise InputError(
-            f"features: got {name!r}, which{what or ' is not a choice'}{suggest(name, known)}; MODEL:SITE is a network's site"
+            f"features: got {name!r}, which{what}{suggest(name, known)}; MODEL:SITE is a network's site"
         )
 
 
-def feature_rows(name: str, held: Samples, options: BaselineOptions) -> np.ndarray:
+class SiteRows:
+    """The rows of features at ``MODEL:SITE`` for samples as they are stored.
+
+    Which form of a sample the network takes (channels, scale, flat or not) is found on the first two, as for an audit, and said in ``note``.
+
+    Raises:
+        InputError: a model that cannot be loaded, a site it does not have, samples that it takes in no form.
+    """
+
+    def __init__(self, name: str, held: Samples):
+        model, site = _model_and_site(name)
+        loaded = load_model(model)
+        self.reader = _Site(loaded.model, site)
+        self.layout, said = find_layout(self.reader, held, loaded.mean, loaded.std, loaded.batch or 2)
+        self.note = f"{name}: {said}"
+
+    @property
+    def digest(self) -> str:
+        """Of the network's weights and code."""
+        return digest(self.reader.model)
+
+    def rows(self, held: Samples) -> np.ndarray:
+        """[n, units], float64."""
+        return self.reader.site.transform(self.layout.apply(held.inputs))
+
+
+class _Site(nn.Module):
+    """A network up to a site, whose features are its outputs."""
+
+    def __init__(self, model: nn.Module, site: str):
+        super().__init__()
+        self.model = model
+        self.site = SiteFeatures(model, site)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(self.site.transform(x))
+
+
+def feature_rows(
+    name: str, held: Samples, options: BaselineOptions, networks: Mapping[str, SiteRows]
+) -> np.ndarray:
+    if name in networks:
+        return networks[name].rows(held)
     if name == "columns":
         return held.inputs.flatten(1).double().numpy()
-    if ":" not in name:
-        return described(name, held.inputs, prepare=options.ink)
-    model, site = _model_and_site(name)
-    loaded = load_model(model)
-    inputs = held.inputs
-    if not inputs.is_floating_point() and inputs.ndim == 4:
-        inputs = inputs.float() / 255
-    if loaded.mean:
-        shape = (1, -1, 1, 1)
-        inputs = (inputs - torch.tensor(loaded.mean).view(shape)) / torch.tensor(loaded.std).view(shape)
-    return SiteFeatures(loaded.model, site).fit(inputs).transform(inputs)
+    return described(name, held.inputs, prepare=options.ink)
 
 
 def _model_and_site(name: str) -> tuple[str, str]:
@@ -85,5 +137,9 @@ def _model_and_site(name: str) -> tuple[str, str]:
 def stratified_split(y: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     classes = len(np.unique(y))
     size = max(classes, round(share * len(y)))
+    require(
+        len(y) - size >= classes,
+        f"test: got {share:g}, which leaves {max(len(y) - size, 0)} of {len(y)} samples to train on, expected one of each of {classes} classes or more",
+    )
     train, test = train_test_split(np.arange(len(y)), test_size=size, random_state=seed, stratify=y)
     return np.sort(train), np.sort(test)

@@ -41,15 +41,18 @@ class Pair:
 
 
 def estimator_of(
-    kind: str, *, effort: str = "none", samples: int = 0, seed: int = 0
+    kind: str, *, effort: str = "none", samples: int = 0, width: int = 1, seed: int = 0
 ) -> tuple[Any, dict[str, list[Any]]]:
-    """A pipeline and its grid for any of the six classifiers.
+    """A pipeline and its grid for any of the six classifiers, for so many training ``samples`` of ``width`` features.
 
     >>> list(estimator_of("infinite")[0].named_steps), estimator_of("gbnn")[1]
     (['scale', 'model'], {})
     """
     if kind == "gbnn":
         model: Any = GBNNClassifier(100, solver="varpro", max_iter=20, random_state=seed)
+        if width > 200:
+            # Its Gauss-Newton steps grow with the square of the hidden weights.
+            model.set_params(solver="lbfgs", max_iter=30, units_per_step=10)
         grid = {"model__learning_rate": [0.1, 0.3]} if effort != "none" else {}
         return Pipeline([("scale", StandardScaler()), ("model", model)]), grid
     if kind == "infinite":
@@ -68,10 +71,7 @@ def evaluated_pair(
     effort: str,
     seed: int,
 ) -> Pair:
-    made, grid = estimator_of(kind, effort=effort, samples=len(train), seed=seed)
-    if kind == "gbnn" and X.shape[1] > 200:
-        # Its Gauss-Newton steps grow with the square of the hidden weights.
-        made.set_params(model__solver="lbfgs", model__max_iter=30, model__units_per_step=10)
+    made, grid = estimator_of(kind, effort=effort, samples=len(train), width=X.shape[1], seed=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found: Entry = evaluated(
@@ -95,19 +95,25 @@ def mean_accuracy(pairs: Sequence[Pair], name: str, kind: str) -> float:
     return float(np.mean([p.accuracy for p in pairs if (p.descriptor, p.classifier) == (name, kind)]))
 
 
+def chosen_estimator(pair: Pair, samples: int, seed: int) -> Any:
+    """A pair's pipeline with the settings that were chosen for it, not fitted."""
+    made, _ = estimator_of(pair.classifier, samples=samples, width=pair.features, seed=seed)
+    return made.set_params(**{f"model__{k}": v for k, v in pair.settings.items()})
+
+
 def accuracy_by_size(
-    top: Pair, X: np.ndarray, y: np.ndarray, train: Any, test: Any, effort: str, seed: int
+    top: Pair, X: np.ndarray, y: np.ndarray, train: Any, test: Any, seed: int
 ) -> list[tuple[int, float]]:
     """Accuracy of the best pair with its chosen settings after fewer training samples, classes kept in proportion."""
     found = []
-    classes = len(np.unique(y))
-    made, _ = estimator_of(top.classifier, samples=len(train), seed=seed)
-    made.set_params(**{f"model__{k}": v for k, v in top.settings.items()})
-    for size in sorted(
-        {max(2 * classes, round(len(train) * share)) for share in (0.05, 0.1, 0.25, 0.5, 1.0)}
-    ):
+    classes, counts = len(np.unique(y)), np.unique(y[train], return_counts=True)[1]
+    made = chosen_estimator(top, len(train), seed)
+    # A class with one training sample cannot be kept in proportion, and k neighbours want as many samples.
+    shares = (0.05, 0.1, 0.25, 0.5) if counts.min() > 1 else ()
+    sizes = {round(len(train) * share) for share in shares}
+    for size in (*sorted(s for s in sizes if s >= max(10, 2 * classes)), len(train)):
         some = train
-        if size < len(train) - classes:
+        if size < len(train):
             some = train_test_split(train, train_size=size, random_state=seed, stratify=y[train])[0]
         if len(np.unique(y[some])) < classes:
             continue
@@ -127,18 +133,10 @@ def write_settings(folder: Path, pairs: Sequence[Pair], names: Sequence[str], ki
 
 
 def write_best_model(
-    folder: Path,
-    best: tuple[str, str],
-    pairs: Sequence[Pair],
-    rows: Any,
-    y: np.ndarray,
-    train: Any,
-    effort: str,
-    seed: int,
+    folder: Path, top: Pair, X: np.ndarray, y: np.ndarray, train: Any, seed: int
 ) -> list[str]:
     """The best pair's estimator, fitted to the training part: safetensors for ours, skops for scikit-learn's; what could not be written, and why."""
-    name, kind = best
-    top = next(p for p in pairs if (p.descriptor, p.classifier) == best)
+    name, kind = top.descriptor, top.classifier
     target = folder / f"baseline-best.{'safetensors' if kind in ('gbnn', 'infinite') else 'skops'}"
     if target.suffix == ".skops":
         try:
@@ -147,11 +145,10 @@ def write_best_model(
             return [
                 f"The best model, {name} with {kind}, is not written: that needs skops (pip install skops); its settings are in baseline-settings.json."
             ]
-    made, _ = estimator_of(kind, samples=len(train), seed=seed)
-    made.set_params(**{f"model__{k}": v for k, v in top.settings.items()})
+    made = chosen_estimator(top, len(train), seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made.fit(rows(name)[train], y[train])
+        made.fit(X[train], y[train])
     if target.suffix == ".skops":
         skops.io.dump(made, target)  # pyright: ignore
         return []

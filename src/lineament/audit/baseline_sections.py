@@ -34,9 +34,14 @@ def to_beat(best: tuple[str, str], accuracy: float, first: float, test: int, tra
             f"No network can be seen to beat this here: {best[0]} read by {best[1]} was never wrong on {on} after {train:,} training samples "
             f"(95 % interval {percent(low)} to {percent(high)})."
         )
+    if splits > 1:
+        return (
+            f"A network must beat {percent(accuracy)}: {best[0]} read by {best[1]} is right for so many of {test:,} test samples on average over {splits} splits, "
+            f"after {train:,} training samples each (on the first {percent(first)}, 95 % interval {percent(low)} to {percent(high)})."
+        )
     return (
         f"A network must beat {percent(accuracy)}: {best[0]} read by {best[1]} is right for so many of {test:,} test samples after {train:,} training samples "
-        f"(95 % interval {percent(low)} to {percent(high)}{f', mean of {splits} splits' if splits > 1 else ''})."
+        f"(95 % interval {percent(low)} to {percent(high)})."
     )
 
 
@@ -98,7 +103,9 @@ def _lists(pair: Pair) -> dict[str, Any]:
     return {k: (v.tolist() if isinstance(v, np.ndarray) else v) for k, v in pair.__dict__.items()}
 
 
-def mistakes_section(top: Pair, truth: np.ndarray, test: np.ndarray, held: Samples, images: bool) -> Section:
+def mistakes_section(
+    top: Pair, truth: np.ndarray, test: np.ndarray, held: Samples, images: bool, splits: int
+) -> Section:
     classes = np.unique(held.targets.numpy())
     names = [held.classes[c] if c < len(held.classes) else str(c) for c in classes.tolist()]
     counts = np.zeros((len(classes), len(classes)))
@@ -126,7 +133,7 @@ def mistakes_section(top: Pair, truth: np.ndarray, test: np.ndarray, held: Sampl
             for place, ax in enumerate(np.asarray(axes).ravel()):
                 ax.set_axis_off()
                 if place < len(shown):
-                    one = x[place] if x[place].ndim == 2 else x[place].movedim(0, -1).squeeze(-1)
+                    one = _shown(x[place])
                     one = (one - one.min()) / max(float(one.max() - one.min()), 1e-12)
                     ax.imshow(one, cmap="gray")
                     said = names[int(np.searchsorted(classes, top.predicted[shown[place]]))]
@@ -150,12 +157,23 @@ def mistakes_section(top: Pair, truth: np.ndarray, test: np.ndarray, held: Sampl
     )
     return Section(
         "mistakes", "Where does the best of them err?", "note", f"{len(wrong):,}", f"of {len(truth):,} test samples wrong",
-        f"With {top.descriptor} and {top.classifier}, {told}.", pictures, [], SLUG,
+        f"With {top.descriptor} and {top.classifier}{_on_first(splits)}, {told}.", pictures, [], SLUG,
         {"confusion": counts.astype(int).tolist(), "classes": names, "surest_mistakes": [int(held.index[test[w]]) for w in order[:50]]},
     )  # fmt: skip
 
 
-def size_section(top: Pair, sizes: Sequence[tuple[int, float]]) -> Section:
+def _shown(image: torch.Tensor) -> torch.Tensor:
+    """[height, width] or [height, width, 3 or 4]: what can be drawn of one stored image."""
+    if image.ndim == 2:
+        return image
+    return image.movedim(0, -1) if len(image) in (3, 4) else image.mean(0)
+
+
+def _on_first(splits: int) -> str:
+    return f" on the first of {splits} splits" if splits > 1 else ""
+
+
+def size_section(top: Pair, sizes: Sequence[tuple[int, float]], splits: int) -> Section:
     def draw(ax: Any) -> None:
         ax.plot([n for n, _ in sizes], [a for _, a in sizes], "o-", color="C0")
         ax.set_xscale("log")
@@ -165,9 +183,9 @@ def size_section(top: Pair, sizes: Sequence[tuple[int, float]]) -> Section:
     gain = sizes[-1][1] - sizes[-2][1] if len(sizes) > 1 else 0.0
     return Section(
         "size", "Would more data help?", "note", percent(sizes[-1][1]), f"after {sizes[-1][0]:,} training samples",
-        f"With the settings chosen for all of them, {top.descriptor} and {top.classifier} reach "
+        f"With the settings chosen for all of them, {top.descriptor} and {top.classifier} reach{_on_first(splits)} "
         + ", ".join(f"{percent(a)} after {n:,}" for n, a in sizes)
-        + (f"; the last doubling brought {100 * gain:.1f} points." if len(sizes) > 1 else "."),
+        + (f"; going from {sizes[-2][0]:,} to {sizes[-1][0]:,} samples changed it by {100 * gain:+.1f} points." if len(sizes) > 1 else "."),
         [picture(draw, size=(5.2, 3.0), caption="Accuracy against training size.", alt="Accuracy against training size: " + ", ".join(f"{percent(a)} at {n}" for n, a in sizes) + ".")],
         [], SLUG, {"sizes": [list(pair) for pair in sizes]},
     )  # fmt: skip
