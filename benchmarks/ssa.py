@@ -117,13 +117,14 @@ def decoding(repeats: int) -> Iterator[Row]:
 def layer(kind: str) -> LlamaForCausalLM:
     """A decoder of one layer, eight heads on two key heads."""
     torch.manual_seed(0)
-    shape = {
-        "hidden_size": 8 * SIZE,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 8,
-    }
-    config = LlamaConfig(**shape, num_key_value_heads=2, vocab_size=256)
+    config = LlamaConfig(
+        hidden_size=8 * SIZE,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=256,
+    )
     config._attn_implementation = kind
     return LlamaForCausalLM(config).eval()
 

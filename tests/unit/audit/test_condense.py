@@ -302,6 +302,24 @@ def test_what_cannot_be_condensed_is_one_line_and_leaves_nothing(case, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["data.npz"]
 
 
+def test_sets_that_cannot_be_begun_with_are_refused(made, tmp_path, monkeypatch):
+    from lineament.learn.condensation import condensed
+
+    begin = partial(condense, *REAL, per_class=2, method="dcc", network="mlp")
+    with pytest.raises(
+        InputError, match=r"start: a set of \[6, 0, 0\] pictures by class, expected 2 of each"
+    ):
+        begin(start=replace(made, labels=0 * made.labels))
+    monkeypatch.setattr(condensed, "_digest", lambda path: "the same")  # whoever edits both files
+    folder = made.save(tmp_path)
+    with np.load(folder / "condensed.npz") as stored:
+        arrays = dict(stored)
+    for change in ({"x": arrays["x"] * np.nan}, {"y": arrays["y"][:5]}):
+        np.savez(folder / "condensed.npz", **{**arrays, **change})
+        with pytest.raises(InputError, match=r"expected finite pictures .* with a label each"):
+            begin(start=folder)
+
+
 def test_networks_and_data_that_cannot_be_used_are_refused():
     x, y = REAL
     cases: list[tuple[dict[str, Any], str]] = [

@@ -150,6 +150,9 @@ def test_what_no_frame_of_the_film_can_be_is_refused(av, tmp_path):
         made(av, tmp_path / f"{w}.ts", codec="libx264", size=(w, 48), sound=None) for w in (64, 96)
     )
     cases["changes its size at frame 5, from 64 x 48 to 96 x 48"] = tmp_path / "both.ts"
+    deep = made(av, tmp_path / "deep.ts", "yuv420p10le", codec="libx264", sound=None)
+    cases["changes its format at frame 5, from 8 bits of limited range"] = tmp_path / "bits.ts"
+    (tmp_path / "bits.ts").write_bytes(small.read_bytes() + deep.read_bytes())
     (tmp_path / "both.ts").write_bytes(small.read_bytes() + large.read_bytes())
     with av.open(str(tmp_path / "sound.mkv"), "w") as out, av.open(str(cases["is HDR (PQ)"])) as source:
         heard = out.add_stream_from_template(source.streams.audio[0])

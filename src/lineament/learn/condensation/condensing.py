@@ -333,6 +333,11 @@ def _start(start: Any, data: _Data, per_class: int, seed: int) -> tuple[Tensor, 
         tuple(earlier.pictures.shape) == wanted and earlier.top == data.top,
         f"start: a set of {tuple(earlier.pictures.shape)} in [0, {earlier.top:g}], expected {wanted} in [0, {data.top:g}]",
     )
+    counts = torch.bincount(earlier.labels, minlength=data.classes).tolist()
+    require(
+        counts == [per_class] * data.classes,
+        f"start: a set of {counts} pictures by class, expected {per_class} of each of {data.classes}",
+    )
     order = earlier.labels.argsort(stable=True)
     return earlier.pictures[order].to(data.images.device), (
         f"the pictures began as a set made by {earlier.method}",
