@@ -88,7 +88,7 @@ def test_what_is_refused(words, says, tmp_path, monkeypatch, capsys):
     options = [word for pair in pairs if pair[0] not in given for word in pair]
     assert main(["colorize", *given, *options, "--out", "out"]) == 2
     assert capsys.readouterr().err.startswith(f"lineament: {says}")
-    assert not (tmp_path / "out" / "training.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_videos_are_read_in_colour_upright_and_small(tmp_path):
