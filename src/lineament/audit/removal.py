@@ -192,13 +192,13 @@ def sentence(subject: Subject, found: Removal) -> str:
 def tables(found: Removal) -> list[Table]:
     """Accuracy against parameters, and what each layer can spare."""
     columns = [
-        "channels kept",
+        "kept",
         "parameters",
         "operations",
         "same answers",
         "accuracy",
-        "criterion alone: same answers",
-        "accuracy ",
+        "same, alone",
+        "accuracy, alone",
     ]
     rows = [
         [percent(v, 1) for v in (s.keep, s.parameters, s.flops, s.same, s.accuracy, s.alone_same, s.alone_accuracy)]
@@ -206,7 +206,7 @@ def tables(found: Removal) -> list[Table]:
     ]  # fmt: skip
     made = [
         Table(
-            f"What is left when channels are taken out, with both repairs, on {len(found.rows)} samples",
+            f"What is left of {len(found.rows)} samples' answers when channels are taken out, with both repairs and by the criterion alone",
             columns,
             rows,
         )

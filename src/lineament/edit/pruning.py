@@ -67,6 +67,7 @@ def prune(
         InputError: no target or several, one that cannot be reached (with the nearest), a network without groups that can be pruned; NotFiniteError:
             activations that are not finite.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> found = prune(net, torch.randn(100, 4), keep=0.5)
     >>> found.model

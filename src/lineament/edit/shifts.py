@@ -28,7 +28,7 @@ class PatchMoments:
 
     >>> stream = PatchMoments((1, 2), (1, 1), ((0, 0), (0, 0)))
     >>> stream.update(torch.tensor([[[[0.0, 1.0, 3.0]]]]))
-    >>> stream.count, stream.mean.tolist(), stream.covariance.tolist()
+    >>> stream.count, stream.mean.tolist(), stream.covariance.double().round(decimals=4).tolist()
     (2, [0.5, 2.0], [[0.25, 0.5], [0.5, 1.0]])
     """
 

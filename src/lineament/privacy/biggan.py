@@ -27,7 +27,7 @@ class BigGANPrior:
         truncation: in (0, 1], picks the statistics of batch norms; of codes it is the search that decides.
 
     >>> try: BigGANPrior({}, lambda made: made)
-    ... except InputError as error: print(str(error)[:46])
+    ... except InputError as error: print(str(error)[:47])
     prior: 'embeddings.weight' is missing, expected
     """
 
