@@ -1,19 +1,23 @@
-"""Attention over the best blocks against PyTorch's own over the whole past: a prompt, a training step's two branches, and one decoded token.
+"""Attention over the best blocks against PyTorch's own over the whole past: a prompt, a training step's two branches, one decoded token,
+and a report of where attention lies.
 
 A group is four query heads on one key head; a prompt has a quarter of the 32 heads, which changes both sides alike.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicLayer
 
-from lineament.bench import Row, compare, quick
-from lineament.modules.sparse_attention import attend, attend_both
+from lineament.bench import Row, compare, quick, resident_mib
+from lineament.modules.sparse_attention import attend, attend_both, attention_profiles
 from lineament.modules.sparse_attention.cache import BlockLayer, attend_cached
 from lineament.modules.sparse_attention.options import LayerBudget
 
@@ -110,7 +114,68 @@ def decoding(repeats: int) -> Iterator[Row]:
         )  # fmt: skip
 
 
+def layer(kind: str) -> LlamaForCausalLM:
+    """A decoder of one layer, eight heads on two key heads."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=8 * SIZE,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=256,
+    )
+    config._attn_implementation = kind
+    return LlamaForCausalLM(config).eval()
+
+
+def report(side: str, tokens: int) -> Callable[[], object]:
+    """Where one layer's attention lies: from one pass of ours, or as all weights, that are still to be read."""
+    ids = torch.randint(256, (1, tokens), generator=torch.Generator().manual_seed(0))
+    if side == "ours":
+        model = layer("sdpa")
+        return lambda: attention_profiles(model, ids, block_size=BLOCK)
+    model = layer("eager")
+
+    @torch.no_grad()
+    def weights() -> object:
+        return model(ids, output_attentions=True, use_cache=False).attentions
+
+    return weights
+
+
+def peak_mib(side: str, tokens: int) -> float:
+    """What a report adds to this process's peak memory, in MiB. A peak never falls: one process, one side."""
+    report(side, 64)()
+    run = report(side, tokens)
+    before = resident_mib()
+    run()
+    return resident_mib() - before
+
+
+def reports(repeats: int) -> Iterator[Row]:
+    tokens = 512 if quick() else 8192
+    found = []
+    for side in ("ours", "eager"):
+        command = [sys.executable, "-W", "ignore", __file__, "--peak", side, str(tokens)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found.append(f"{float(done.stdout):.0f} MiB" if done.returncode == 0 else "more than there was")
+    yield compare(
+        SLUG, f"attention report of a layer of 8 heads, {tokens:,} tokens", report("ours", tokens), "eager output_attentions",
+        report("eager", tokens), target=None if quick() else 1.0, repeats=repeats, note=f"peak memory {found[0]} against {found[1]}",
+    )  # fmt: skip
+
+
 def rows(repeats: int = 3) -> Iterator[Row]:
     yield from decoding(5 * repeats)
     yield from branches(repeats)
+    yield from reports(repeats)
     yield from prompts(repeats)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--peak"]:
+        print(peak_mib(sys.argv[2], int(sys.argv[3])))
+    else:
+        for row in rows():
+            print(row)

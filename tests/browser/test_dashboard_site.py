@@ -25,7 +25,7 @@ def card(number: int, words: tuple[str, ...] = ("a", " b"), **options) -> Featur
     tokens = [*words, " word", "\n", " end"]
     snippet = Snippet(2.5, tokens, [0.0, 1.0, -0.5, 0.0, 2.5][: len(tokens)], 0)
     return FeatureCard(
-        number, (number % 97 + 1) / 1000, 2.5, 1.0, importance=float(number % 89), effect=0.25 if number % 3 else None,
+        number, (number % 97 + 1) / 1000, 1.2, 1.0, importance=float(number % 89), effect=0.25 if number % 3 else None,
         histogram=[0, 3, 5, 1, 0], edges=[0.1, 0.2, 0.4, 0.8, 1.6, 3.2], raises=[(" up", 1.5)], lowers=[("<b>down</b>", -1.5)],
         nearest=[((number + 1) % 5, 0.5)], groups=[("Strongest", [snippet] * 3), ("A sample", [snippet])], **options,
     )  # fmt: skip
@@ -98,6 +98,13 @@ def test_a_feature_opens_from_its_row_and_leads_on(browser, site):
     words = evaluate(driver, "[...document.querySelectorAll('.snippet')][0].innerText")
     assert "a" in words and " word" in words and "\\n" in words
     assert evaluate(driver, "document.querySelectorAll('.bars rect').length") == 3
+    ends = evaluate(driver, "[...document.querySelectorAll('.bars text')].map(t => t.textContent)")
+    wide = evaluate(driver, "[...document.querySelectorAll('.bars rect')].map(r => +r.getAttribute('width'))")
+    assert (
+        ends == ["0.2", "1.2"]
+        and wide[0] == wide[1]
+        and (wide[2] + 1.5) / (wide[0] + 1.5) == pytest.approx(0.585, abs=1e-3)
+    )  # log2(1.2 / 0.8)
     assert "<b>down</b>" in evaluate(driver, "document.querySelector('.lists').innerText")
     driver.find_element("id", "after").click()
     end = time.monotonic() + 10

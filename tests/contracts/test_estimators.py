@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 import warnings
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn.base import clone
 from sklearn.datasets import load_digits, load_iris
 from sklearn.utils.estimator_checks import check_estimator
@@ -15,14 +19,15 @@ from sklearn.utils.estimator_checks import check_estimator
 from lineament.core.checks import InputError
 from lineament.handcrafted.estimators import GaborFeatures, HogFeatures, InkImages, LbpFeatures
 from lineament.kernels.classifiers import InfiniteClassifier, InfiniteRegressor
+from lineament.kernels.hermite import hermite_coefficients
 from lineament.learn.boosting.estimators import GBNNClassifier, GBNNRegressor
+from lineament.learn.boosting.subnetwork import SOLVERS
 
 FLAT = {"image_shape": (1, -1)}
 # Few iterations: twice a sample and a weight of two part by rounding, which many iterations of L-BFGS make visible.
 SMALL = {
     "total_units": 20,
     "units_per_step": 4,
-    "max_iter": 5,
     "learning_rate": 1.0,
     "subsample": 1.0,
     "random_state": 0,
@@ -33,8 +38,11 @@ ESTIMATORS: list[Any] = [
     LbpFeatures(codes="var", grid=None, **FLAT),
     GaborFeatures(grid=1, **FLAT),
     InkImages(size=8, **FLAT),
-    GBNNClassifier(**SMALL),
-    GBNNRegressor(**SMALL),
+    *(
+        kind(**{**SMALL, "max_iter": 40 if s in ("adam", "sgd") else 5, "solver": s})
+        for kind in (GBNNClassifier, GBNNRegressor)
+        for s in SOLVERS
+    ),
     InfiniteClassifier(),
     InfiniteClassifier("square"),
     InfiniteClassifier("relu"),
@@ -47,15 +55,33 @@ ESTIMATORS: list[Any] = [
 @pytest.mark.parametrize(
     "estimator",
     ESTIMATORS,
-    ids=lambda e: f"{type(e).__name__}-{getattr(e, 'codes', getattr(e, 'activation', ''))}",
+    ids=lambda e: (
+        f"{type(e).__name__}-{getattr(e, 'codes', getattr(e, 'solver', getattr(e, 'activation', '')))}"
+    ),
 )
 def test_it_passes_the_common_checks(estimator):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = check_estimator(estimator, on_fail=None, on_skip=None)
     left = {check["check_name"]: check["exception"] for check in found if check["status"] != "passed"}
+    # The array API is asked for by an environment variable, before SciPy is imported: see the test below.
     assert set(left) <= {"check_array_api_input"}, left
     assert len(found) > 40
+
+
+@pytest.mark.slow
+def test_the_check_of_the_array_api_passes_where_scipy_has_it():
+    code = (
+        "from sklearn.utils.estimator_checks import estimator_checks_generator\n"
+        "from tests.contracts.test_estimators import ESTIMATORS\n"
+        "for e in {type(e).__name__: e for e in ESTIMATORS}.values():\n"
+        "    for made, check in estimator_checks_generator(e):\n"
+        "        if getattr(check, 'func', check).__name__ == 'check_array_api_input':\n"
+        "            check(made), print(type(e).__name__)\n"
+    )
+    made = subprocess.run([sys.executable, "-c", code], env={**os.environ, "SCIPY_ARRAY_API": "1"}, capture_output=True, text=True)  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert {type(e).__name__ for e in ESTIMATORS} == set(made.stdout.split())
 
 
 TRANSFORMERS = [HogFeatures(), LbpFeatures(), LbpFeatures(codes="var"), GaborFeatures(), InkImages()]
@@ -80,7 +106,7 @@ def test_images_and_flat_rows_give_the_same_named_features(estimator):
         estimator.transform(images.reshape(5, 8, 32))
 
 
-@pytest.mark.parametrize("solver", ["lbfgs", "varpro"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_a_truncated_network_is_its_stage_and_one_plain_network(solver):
     X, y = load_iris(return_X_y=True)
     net = GBNNClassifier(12, 3, subsample=0.8, solver=solver, max_iter=20, random_state=0).fit(X, y)
@@ -88,8 +114,6 @@ def test_a_truncated_network_is_its_stage_and_one_plain_network(solver):
     for m, stage in enumerate(stages, 1):
         small = net.truncate(3 * m)
         np.testing.assert_allclose(small.decision_function(X), stage, rtol=0, atol=1e-10)
-        import torch
-
         plain = net.to_torch(3 * m)(torch.from_numpy(X)).detach().numpy()
         np.testing.assert_allclose(plain, stage, rtol=0, atol=1e-10)
     assert (np.diff(net.train_losses_) <= 0).all()
@@ -122,3 +146,79 @@ def test_bad_options_are_named(options, word):
     X, y = load_digits(return_X_y=True)
     with pytest.raises(InputError, match=word):
         GBNNClassifier(**{"total_units": 4, "units_per_step": 1, **options}).fit(X[:50], y[:50])
+
+
+def _with_nan(X):
+    X = np.array(X, dtype=float)
+    X.flat[3] = np.nan
+    return X
+
+
+X, Y = np.random.default_rng(0).normal(size=(30, 4)), np.arange(30) % 3
+PICTURES = np.random.default_rng(1).random((5, 32, 32))
+REFUSED: dict[str, tuple[Any, str]] = {
+    "NaN in pictures": (lambda: HogFeatures().fit(_with_nan(PICTURES)), "NaN"),
+    "NaN in rows": (lambda: GBNNClassifier(4).fit(_with_nan(X), Y), "NaN"),
+    "NaN in targets": (lambda: GBNNRegressor(4).fit(X, _with_nan(X[:, 0])), "NaN"),
+    "NaN in a kernel": (lambda: InfiniteClassifier().fit(_with_nan(X), Y), "NaN"),
+    "unequal sizes": (lambda: LbpFeatures().fit([PICTURES[0], PICTURES[1][:20]]), "unequal sizes"),
+    "one row of numbers": (lambda: HogFeatures().fit(np.ones(5)), "1D array"),
+    "no pictures": (lambda: GaborFeatures().fit(PICTURES[:0]), "0 sample"),
+    "too large a block": (lambda: HogFeatures(cell=16, block=3).fit(PICTURES), "block"),
+    "one class": (lambda: InfiniteClassifier().fit(X, 0 * Y), "one class"),
+    "a class that weighs nothing": (
+        lambda: GBNNClassifier(4).fit(X, Y, sample_weight=(Y > 0) * 1.0),
+        "weigh nothing",
+    ),
+    "a negative weight": (lambda: GBNNRegressor(4).fit(X, X[:, 0], sample_weight=X[:, 1]), "sample_weight"),
+    "too few to hold out": (
+        lambda: GBNNClassifier(4, n_iter_no_change=2).fit(X[:6], Y[:6]),
+        "validation_fraction",
+    ),
+    "a weight of no class": (lambda: GBNNClassifier(4, class_weight={7: 1.0}).fit(X, Y), "class_weight"),
+    "a jump": (lambda: InfiniteClassifier(torch.sign).fit(X, Y), "jump"),
+    "a jump elsewhere": (
+        lambda: InfiniteClassifier(lambda z: z.sin() + (z > 1.234) * 0.1).fit(X, Y),
+        "jump",
+    ),
+    "not normalisable": (lambda: InfiniteClassifier(lambda z: (z * z / 4).exp()).fit(X, Y), "infinite"),
+    "linear": (lambda: InfiniteClassifier(lambda z: 2 * z).fit(X, Y), "linear"),
+    "b < 1": (lambda: InfiniteClassifier("sigmoid").fit(X, Y), "ridge"),
+    "dimension": (lambda: InfiniteClassifier(dimension=0.5).fit(X, Y), "dimension"),
+    "a zero row": (lambda: InfiniteClassifier(sphere="split", dimension=2).fit(0 * X, Y), "zero"),
+    "memory": (lambda: InfiniteRegressor(memory="1B").fit(X, X[:, 0]), "memory"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_bad_input_is_refused_in_one_line(what):
+    call, word = REFUSED[what]
+    with pytest.raises(InputError, match=word) as told:
+        call()
+    assert "\n" not in str(told.value)
+
+
+def test_what_is_odd_but_usable_is_told():
+    pictures = PICTURES.copy()
+    pictures[2] = 0.5
+    assert HogFeatures().fit(PICTURES).notes_ == ()
+    rows, constant = HogFeatures(cell=5).fit(pictures).notes_
+    assert rows.startswith("2 rows and 2 columns") and constant.startswith("1 of 5 images are constant")
+    assert (HogFeatures().fit_transform(pictures)[2] == 0).all()
+    assert "larger than the images" in GaborFeatures(grid=2).fit(PICTURES[:, :8, :8]).notes_[0]
+    twice, labels = np.vstack([X, X[:4]]), np.r_[Y, (Y[:4] + 1) % 3]
+    net = InfiniteClassifier(dimension=2).fit(twice, labels)
+    assert [note.split()[0] for note in net.notes_] == ["4", "4"]
+    assert any(
+        "negative cosines" in note
+        for note in InfiniteClassifier(sphere="normalize", dimension=2).fit(X, Y).notes_
+    )
+
+
+def test_kinks_are_no_jumps_and_numbers_of_numpy_are_numbers():
+    for name in ("relu", "gelu", "elu", "hardtanh", "leaky_relu", "tanh", "softplus", "selu"):
+        assert np.isfinite(hermite_coefficients(getattr(torch.nn.functional, name)).slope_moment), name
+    net = GBNNClassifier(np.int64(4), np.int64(2), np.float32(0.5), max_iter=np.int32(3), random_state=0).fit(
+        X, Y
+    )
+    assert net.network_.units == 4

@@ -258,3 +258,22 @@ def test_a_batch_without_labels_is_zero_and_bad_rows_are_named(make):
         head.weight[1] = 0
     with pytest.raises(InputError, match="class centre"):
         loss(x, y)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.02, 0.03, 0.1, 2.0])
+def test_others_logsumexp_is_that_of_the_matrix_at_any_temperature(temperature, monkeypatch):
+    monkeypatch.setattr("lineament.losses.contrastive._ENTRIES", 40)  # several chunks
+    x = nn.functional.normalize(batch()[0], dim=1)
+    # Opposite rows and equal ones: the smallest and largest cosines there are.
+    x = torch.cat([x, -x[:1], x[:2]])
+    weights = torch.rand(len(x), generator=torch.Generator().manual_seed(3)).double()
+    dense, given = (x.double().clone().requires_grad_() for _ in range(2))
+    none = torch.eye(len(x), dtype=torch.bool)
+    expected = (dense @ dense.T / temperature).masked_fill(none, -torch.inf).logsumexp(1)
+    torch.testing.assert_close(others_logsumexp(given, temperature), expected)
+    single = x.float().requires_grad_()
+    for leaf in (given, single):
+        (others_logsumexp(leaf, temperature) * weights.to(leaf)).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(given.grad, dense.grad)
+    torch.testing.assert_close(single.grad.double(), dense.grad, rtol=1e-4, atol=1e-4 / temperature * 1e-1)

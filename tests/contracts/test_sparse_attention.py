@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lineament.core.checks import InputError
 from lineament.modules import attend, attend_both, full_attention, select
-from lineament.modules.sparse_attention.backends import block_major, gather
+from lineament.modules.sparse_attention.backends import block_major, flex, gather
 from lineament.modules.sparse_attention.selection import Selection
 
 BACKENDS = ("dense", "gather", "block_major")
@@ -69,6 +69,32 @@ def test_backends_agree(name: str, kind: str, scoring: str):
         known = known or numbers
         for one, two in zip(numbers, known):
             torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("name", SHAPES)
+def test_flex_attention_agrees(name: str):
+    (q, k, v), options = tensors(name)
+    for kind, scoring in (("left", "dot"), ("both", "group_softmax")):
+        selection = select(q, k, scoring=scoring, **options, **past(kind, q, k))
+        with torch.no_grad():
+            known, found = (attend(q, k, v, selection, scale=0.7, backend=x) for x in ("gather", "flex"))
+        torch.testing.assert_close((found.output, found.lse), (known.output, known.lse))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_over_several_tiles():
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 4, 520, 4), torch.randn(1, 2, 520, 4)
+    # Sinks and neighbours alone, so that tiles between them are read by nobody.
+    options = {"block_size": 40, "blocks": 2, "sinks": 1, "padding": torch.arange(520)[None] >= 17}
+    selection = select(q, k, **options)
+    found = attend(q, k, k, selection, backend="flex").output
+    torch.testing.assert_close(found, attend(q, k, k, selection, backend="gather").output)
+    counts, tiles = flex._tiles(selection)
+    read = [[set(x[:n].tolist()) for n, x in zip(*rows)] for rows in zip(counts[0], tiles[0])]
+    # By 128 keys: the first block and the own ones, of which those from key 97, 217, 377 and 497 on lie in two tiles.
+    assert read == [[{0, 1}, {0, 1, 2}, {0, 1, 2, 3}, {0, 2, 3, 4}, {0, 3, 4}]] * 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -192,6 +218,7 @@ REFUSED = {
     "scoring: got 'dots'": lambda q, k, v: attend(q, k, v, scoring="dots"),
     "backend: got 'blockmajor'": lambda q, k, v: attend(q, k, v, backend="blockmajor"),
     "selection: got 'inexact'": lambda q, k, v: attend(q, k, v, "inexact"),
+    "backend: 'flex' gives no gradients on cpu": lambda q, k, v: attend(q, k, v, backend="flex"),
     "'released' wants block_size": lambda q, k, v: attend(q, k, v, "released", block_size=4, blocks=5),
     "blocks: the blocks are chosen already": lambda q, k, v: attend(q, k, v, select(q, k), blocks=2),
     "v: got": lambda q, k, v: attend(q, k, v[:, :, 1:]),

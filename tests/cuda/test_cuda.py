@@ -7,6 +7,7 @@ import functools
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -22,6 +23,9 @@ from lineament.core.curvature.eigenpairs import top_eigenpairs
 from lineament.core.curvature.matrices import hessian
 from lineament.core.curvature.traces import trace
 from lineament.core.readouts import ridge
+from lineament.dictionaries.autoencoders import TopK
+from lineament.dictionaries.selection import Selection
+from lineament.dictionaries.topk import select, step
 from lineament.explain.patching.activation import activation_patching
 from lineament.explain.patching.attribution import attribution_patching
 from lineament.explain.patching.metrics import logit_difference
@@ -32,6 +36,8 @@ from lineament.learn.tract.layer import tract
 from lineament.measure.collapse.profile import collapse
 from lineament.measure.landscape.axes import random_axes
 from lineament.measure.landscape.grids import plane
+from lineament.modules import attend
+from lineament.modules import select as select_blocks
 from lineament.optim import GNS, SAM, DiffGrad
 
 DEVICE = torch.device("cuda")
@@ -329,6 +335,44 @@ def test_an_audit_has_the_numbers_of_the_cpu(tmp_path):
     close(*both(made), tol=1e-3)
 
 
+def attended(device, backend, dtype, group=4, block_size=16, size=64):
+    torch.manual_seed(0)
+    shapes = ((2, 2 * group, 300, size), (2, 2, 300, size), (2, 2, 300, size))
+    given = [torch.randn(*shape).to(device, dtype).requires_grad_() for shape in shapes]
+    padding = torch.arange(300)[None] >= torch.tensor([[0], [45]])
+    selection = select_blocks(
+        given[0], given[1], block_size=block_size, blocks=3, padding=padding.to(device), recent=1
+    )
+    found = attend(*given, selection, backend=backend)
+    (found.output.float() * torch.linspace(0, 1, size, device=device)).sum().backward()
+    return found, [x.grad for x in given]
+
+
+@pytest.mark.parametrize("backend", ["triton", "flex"])
+@pytest.mark.parametrize(("group", "block_size", "size"), [(1, 16, 64), (4, 64, 128), (7, 5, 64), (12, 1, 32), (4, 80, 16)])  # fmt: skip
+def test_kernels_of_sparse_attention(backend, group, block_size, size):
+    shape = {"group": group, "block_size": block_size, "size": size}
+    # Both read what was chosen from the same numbers, so that no block is another.
+    known, gradients = attended(DEVICE, "gather", torch.float32, **shape)
+    found, ours = attended(DEVICE, backend, torch.float32, **shape)
+    assert torch.equal(known.selection.indices, found.selection.indices)
+    for a, b in zip([known.output, *gradients], [found.output, *ours]):
+        close(a, b, 1e-3)
+    real = known.lse.isfinite()
+    close(known.lse[real], found.lse[real], 1e-3)
+
+
+def test_the_triton_kernels_in_half_precision_are_the_same_in_every_run_and_chosen_by_themselves():
+    known, gradients = attended(DEVICE, "gather", torch.bfloat16)
+    runs = [attended(DEVICE, backend, torch.bfloat16) for backend in ("triton", "auto")]
+    for found, ours in runs:
+        close(known.output.float(), found.output.float(), 0.03)
+        for a, b in zip(gradients, ours):
+            close(a.float(), b.float(), 0.03)
+    for a, b in zip([runs[0][0].output, *runs[0][1]], [runs[1][0].output, *runs[1][1]]):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_processes_audit_on_a_gpu_each(tmp_path):
     (tmp_path / "net.py").write_text(f"import torch\ntorch.manual_seed(0)\n{FACTORY}")
@@ -354,3 +398,51 @@ def test_two_processes_audit_on_a_gpu_each(tmp_path):
         for name in ("one", "two")
     )
     assert one == pytest.approx(two, rel=1e-3)
+
+
+@pytest.mark.parametrize("score", ["sum", "product", "signed", "topk_of_l1"])
+def test_topk_steps(score):
+    """Choice, gradients with dead latents and the optimizer: on a GPU they are Triton's kernels, the same bits each run."""
+    d, width, count = 96, 3000, 300
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(count, d, generator=generator) for _ in range(2))
+    start = TopK(d, width, k=8, selection=Selection(score=score))
+    with torch.no_grad():
+        for p in start.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) / d**0.5)
+        start.W_dec.div_(start.W_dec.norm(dim=1, keepdim=True))
+
+    def made(device):
+        sae = copy.deepcopy(start).to(device)
+        dead = torch.arange(width, device=device) % 9 == 0
+        codes = sae.codes(x.to(device), gradient=g.to(device))
+        found, _ = step.gradients(sae, x.to(device), codes, dead=dead, k_aux=16, variance=float(d))
+        told = [grad.clone() for grad in found.values()]
+        parameters = {name: p.detach() for name, p in sae.named_parameters()}
+        step.Adam(parameters, unit=("W_dec",)).step(found, 1e-3)
+        return codes.dense().detach(), told, list(parameters.values())
+
+    (codes, found, moved), (codes_there, found_there, moved_there) = both(made)
+    assert float(((codes != 0) == (codes_there.cpu() != 0)).double().mean()) > 1 - 1e-5
+    for a, b in zip(found, found_there):
+        assert float((a - b.cpu()).norm() / a.norm()) < 1e-3
+    for a, b in zip(moved, moved_there):
+        assert float((a - b.cpu()).abs().mean()) < 2e-5
+    again = made(DEVICE)
+    for one, other in zip([codes_there, *found_there, *moved_there], [again[0], *again[1], *again[2]]):
+        assert torch.equal(one, other)
+    if find_spec("triton") is not None:
+        assert select.kernels(start.to(DEVICE).W_enc) is not None
+
+
+@pytest.mark.parametrize("solver", ["lbfgs", "varpro", "adam", "sgd"])
+def test_a_boosted_network_grown_on_the_gpu_is_as_good(solver):
+    from sklearn.datasets import load_iris
+
+    from lineament.learn import GBNNClassifier
+
+    X, y = load_iris(return_X_y=True)
+    made = {"total_units": 12, "units_per_step": 3, "learning_rate": 0.5, "solver": solver, "random_state": 0}
+    nets = [GBNNClassifier(**made, device=device).fit(X, y) for device in ("cpu", "cuda")]
+    assert all(net.score(X, y) > 0.93 for net in nets)
+    np.testing.assert_allclose(nets[1].predict_proba(X), nets[0].predict_proba(X), atol=0.2)

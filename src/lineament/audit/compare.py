@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from lineament.audit import compared
-from lineament.audit.phrases import places, sentence
+from lineament.audit.data_options import DataOptions
+from lineament.audit.phrases import places, sentence, several
 from lineament.audit.stages import STAGES, Report, command, in_processes, opened, threads
 from lineament.core import checks, shards
 from lineament.core.checkpoint import Checkpoint
-from lineament.core.checks import require, show
+from lineament.core.checks import InputError, require, show
 from lineament.core.models import device_of
 from lineament.data.samples import Samples
 from lineament.load.data import Data, load_data
@@ -34,7 +35,9 @@ from lineament.load.models import load_model
 from lineament.load.prompts import Prompts, is_prompts, load_prompts
 from lineament.load.weights import digest
 from lineament.measure.alignment.profile import Sites, aligned
-from lineament.measure.alignment.units import Parts, Reading, Step, text_steps
+from lineament.measure.alignment.steps import Parts, Step
+from lineament.measure.alignment.units import Reading
+from lineament.measure.alignment.word_ends import text_steps
 from lineament.papers import search
 from lineament.report import page
 from lineament.report.outcome import versions
@@ -46,16 +49,11 @@ _CALL = "lineament.compare(model_a, model_b, data, out=...)"
 
 
 @dataclass(frozen=True)
-class CompareOptions:
-    """What a comparison rarely needs to be told.
+class CompareOptions(DataOptions):
+    """What a comparison rarely needs to be told, beside how the data are read: :class:`~lineament.audit.data_options.DataOptions`.
 
     Attributes:
         weights_a, weights_b: checkpoints for networks that a factory makes.
-        inputs, targets, split: which arrays or columns of the data to read, and which part, see :func:`lineament.load.data.load_data`.
-        image_size: bring images to this (height, width); by default the size that each model names.
-        normalize: (mean, deviation) per channel, for images scaled to [0, 1]; by default each model's own.
-        task: ``"classification"``, ``"multi-label"``, ``"regression"`` or ``"auto"``.
-        batch_size: samples at a time.
         positions, blocks: see :func:`lineament.measure.alignment.profile.alignment`.
 
     >>> CompareOptions().positions
@@ -64,13 +62,6 @@ class CompareOptions:
 
     weights_a: str | Path | None = None
     weights_b: str | Path | None = None
-    inputs: str | None = None
-    targets: str | None = None
-    split: str | None = None
-    image_size: int | tuple[int, int] | None = None
-    normalize: tuple[Sequence[float], Sequence[float]] | None = None
-    task: str = "auto"
-    batch_size: int = 64
     positions: int = 64
     blocks: int = 10
 
@@ -147,10 +138,7 @@ def _compared(
         )
         names = str(model_a), str(model_b)
         return _language(folder, out, *names, str(data), sites, samples, device, seed, note, options)
-    loaded = [
-        load_model(model, weights=weights)
-        for model, weights in ((model_a, options.weights_a), (model_b, options.weights_b))
-    ]
+    loaded = [_loaded(model_a, options.weights_a, "a"), _loaded(model_b, options.weights_b, "b")]
     for which, each in zip("ab", loaded):
         require(
             each.batch is None and each.kind != "export",
@@ -207,6 +195,17 @@ def _compared(
     facts = _facts(models, held[0].source, used, found)
     notes = [f"{name}: {line}" for name, subject in zip("AB", subjects) for line in subject.notes]
     return _written(folder, checkpoint, [each.source for each in loaded], facts, sections, notes, found)
+
+
+def _loaded(model: nn.Module | str, weights: str | Path | None, which: str) -> Loaded:
+    """One of the two networks; what is wrong with it is said by its own argument."""
+    try:
+        return load_model(model, weights=weights)
+    except InputError as error:
+        argument, colon, rest = str(error).partition(":")
+        if argument not in ("model", "weights"):
+            raise
+        raise InputError(f"{argument}_{which}{colon}{rest}") from error
 
 
 def _checkpoint(folder: Path, out: Path, key: dict[str, Any], note: Callable[[str], None]) -> Checkpoint:
@@ -302,6 +301,12 @@ def _language(
 ) -> Report:
     """Two language models: units at the ends of the words that both tokenizers cut, and how well each predicts the texts."""
     prompts: Prompts = load_prompts(data, samples=samples, seed=seed)
+    if prompts.left_out:
+        note(f"left out: {several(prompts.left_out)}")
+    require(
+        len(prompts) >= 2 * options.blocks,
+        f"data: {show(data)} holds {len(prompts)} prompts of {prompts.total} lines, expected at least {2 * options.blocks}",
+    )
     where = None if device is None else str(device)
     pairs = [
         load_language_model(name, device=where, argument=f"model_{which}")

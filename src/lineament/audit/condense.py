@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lineament.audit.stages import STAGES, Report, command, fresh, opened
+from lineament.audit.stages import STAGES, Report, command, fresh, opened, unused
 from lineament.core import checks, models
 from lineament.core.checkpoint import Checkpoint
-from lineament.core.checks import InputError, NotFiniteError, require
+from lineament.core.checks import InputError, require
 from lineament.data.samples import Samples
 from lineament.learn.condensation.condensed import Condensed
-from lineament.learn.condensation.condensing import METHODS, condense, scale_of
+from lineament.learn.condensation.condensing import METHODS, condense, earlier_set, scale_of
 from lineament.learn.condensation.continual import Continual, class_tasks, continual
 from lineament.learn.condensation.evaluating import Evaluation, Protocol, evaluate, labels_of_test
 from lineament.learn.condensation.networks import POOL
@@ -103,6 +104,11 @@ def condense_data(
         options.test is None or judged or steps is not None,
         "test: got data, but nothing is to be tested; ask for `judged` or `steps` too, or leave it out",
     )
+    checks.number("per_class", per_class, low=1, integer=True)
+    # What classes are there is not known yet.
+    replace(options.learning, groups="all").resolved(per_class, 1)
+    if start not in ("real", "noise"):
+        earlier_set(start)
     folder = fresh(out, overwrite, _NAME, also=_WRITTEN)
     note("reading the data")
     reading = {
@@ -116,7 +122,10 @@ def condense_data(
     test = None
     if judged or steps is not None:
         if options.test is not None:
-            test = pictures_of(load_data(options.test, **reading))
+            try:
+                test = pictures_of(load_data(options.test, **reading))
+            except InputError as error:
+                raise InputError(re.sub("^data:", "test:", str(error))) from error
             test = (test[0], labels_of_test(test, tuple(x.shape[1:]), top, int(y.max()) + 1))
         else:
             x, y, test = _held_out(x, y, seed)
@@ -136,14 +145,11 @@ def condense_data(
         note("an earlier run of the same condensing was cut off; going on where it stopped")
     note(f"condensing {len(x):,} pictures to {per_class} a class by {method}")
     begun = time.monotonic()
-    try:
+    with unused(folder):
         made = condense(
             x, y, per_class=per_class, method=method, network=options.network, start=start, options=options.learning,
             classes=held.classes, checkpoint=checkpoint, seed=seed,
         )  # fmt: skip
-    except (InputError, NotFiniteError):
-        shutil.rmtree(folder / STAGES, ignore_errors=True)
-        raise
     made.save(folder)
     sections = [_set(made, x, time.monotonic() - begun)]
     if judged and test is not None:
@@ -163,7 +169,7 @@ def condense_data(
         ways = tuple(dict.fromkeys((method, "random")))
         told = continual(
             tasks, per_class=per_class, methods=ways, network=options.network, options=options.learning,
-            protocol=options.protocol, seed=seed,
+            protocol=options.protocol, seed=seed, note=note,
         )  # fmt: skip
         sections.append(_memory(told))
     findings = [finding for section in sections for finding in section.findings]
@@ -186,16 +192,21 @@ def condense_data(
 
 def pictures_of(samples: Samples) -> tuple[Tensor, Tensor]:
     """Images [n, channels, height, width] and labels, from any order in which images are stored."""
-    x = samples.inputs
+    x, y = samples.inputs, samples.targets
     require(
-        x.ndim in (3, 4) and not samples.targets.is_floating_point() and samples.targets.ndim == 1,
-        f"data: samples {tuple(x.shape[1:])} with {checks.show(samples.targets)}, expected images with one label each",
+        x.ndim in (3, 4),
+        f"data: got samples of {tuple(x.shape[1:])}, expected images (height, width) or (channels, height, width)",
+    )
+    require(
+        y.ndim == 1 and not y.is_floating_point(),
+        f"data: got {checks.show(y)} as labels, expected one whole number or name a picture"
+        + ("; of one-hot rows take argmax(1)" if y.ndim == 2 else "; save them as integers"),
     )
     if x.ndim == 3:
         x = x[:, None]
     elif x.shape[1] not in (1, 3) and x.shape[-1] in (1, 3, 4):
         x = x.movedim(-1, 1)
-    return x, samples.targets
+    return x, y
 
 
 def _held_out(x: Tensor, y: Tensor, seed: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:

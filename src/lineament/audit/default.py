@@ -47,3 +47,10 @@ def train(seed: int = 0, *, epochs: int = 15, batch_size: int = 64) -> dict[str,
     name = "training a small network on marked digits"
     fit(model, data, optimizer=adam, epochs=epochs, batch_size=batch_size, seed=seed, name=name)
     return {name: value.detach() for name, value in model.state_dict().items()}
+
+
+def trained() -> SmallCNN:
+    """The network that an audit without arguments looks at, for commands that take a factory: ``lineament edit prune lineament.audit.default:trained ...``."""
+    network = small_cnn()
+    network.load_state_dict(train())
+    return network.eval()

@@ -19,15 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lineament.audit.edit_doubts import UNTRAINED, doubt, harm
+from lineament.audit.edit_doubts import UNTRAINED, doubt, harm, pays, price, shares_tried
 from lineament.audit.phrases import sentence
-from lineament.audit.stages import STAGES, Report, command, fresh, opened, unused
+from lineament.audit.stages import STAGES, Report, command, fresh, opened, said_again, unused
 from lineament.core import checks
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require, show, suggest
 from lineament.core.models import called, decided, device_of, frozen, logits
 from lineament.edit import PruneOptions, forgotten, mute, prune, save, unlearn
-from lineament.edit.pruning import Pruned, check_target, seconds_of
+from lineament.edit.pruned import Pruned
+from lineament.edit.saved import BUILT_FROM
+from lineament.edit.targets import Timing, check_target, timed
 from lineament.load.data import load_data
 from lineament.load.language_models import is_language_model, load_language_model
 from lineament.load.model_and_data import bring_together
@@ -48,7 +50,7 @@ class EditOptions:
     """How an edited network's model and data are read.
 
     ``weights``: of a factory's network; ``samples``: read at most so many; ``length``: positions of a sequence of a text; ``share``: of the pairs that
-    unlearning changes; ``classes``, ``inputs``, ``targets``, ``split``, ``image_size``, ``normalize``: as for an audit.
+    unlearning changes, by default the smallest that forgets; ``widths``: see :class:`lineament.edit.PruneOptions`; ``classes``, ``inputs``, ``targets``, ``split``, ``image_size``, ``normalize``: as for an audit.
 
     >>> EditOptions().samples
     2000
@@ -57,7 +59,8 @@ class EditOptions:
     weights: str | Path | None = None
     samples: int = 2000
     length: int = 128
-    share: float = 0.05
+    share: float | None = None
+    widths: str | None = None
     seed: int = 0
     device: str | None = None
     classes: Sequence[str] | None = None
@@ -117,13 +120,20 @@ def pruned_report(
     subject = _subject(model, data, options)
     for line in subject.notes:
         note(line)
-    checkpoint = _checkpoint(folder, subject, {"target": given, "samples": options.samples})
+    checkpoint = _checkpoint(
+        folder, subject, {"target": given, "samples": options.samples, "widths": options.widths}
+    )
     if checkpoint.resumed:
         note("an earlier run of the same pruning was cut off; going on where it stopped")
     note("pruning")
     calibration, measuring = subject.halves
     with unused(folder):
-        found = prune(subject.model, calibration, **given, options=PruneOptions(checkpoint=checkpoint))
+        found = prune(
+            subject.model,
+            calibration,
+            **given,
+            options=PruneOptions(checkpoint=checkpoint, widths=options.widths),
+        )
     note("measuring it beside as many channels by chance")
     share = min(1.0, sum(a for _, a in found.sizes.values()) / sum(b for b, _ in found.sizes.values()))
     controls = {
@@ -136,7 +146,7 @@ def pruned_report(
     scores = {"as it was": _score(subject, subject.model)}
     scores |= {name: _score(subject, each) for name, each in controls.items()}
     example = calibration[0]
-    times = seconds_of(subject.model, example), seconds_of(found.model, example)
+    times = timed(subject.model, found.model, example)
     unit = "perplexity" if subject.tokenizer is not None else "accuracy" if subject.labels is not None else ""
     sections = [_pruned_section(found, scores, times, unit, len(measuring), subject)]
     if subject.labels is not None:
@@ -176,7 +186,8 @@ def unlearned_report(
     >>> found.sections[0].name
     'forgotten'
     """
-    checks.number("share", options.share, low=0, high=1, open_low=True, open_high=True)
+    if options.share is not None:
+        checks.number("share", options.share, low=0, high=1, open_low=True, open_high=True)
     folder = fresh(out, overwrite, _NAME, also=(NETWORK,))
     note("reading the model and the data")
     subject = _subject(model, data, options)
@@ -187,7 +198,7 @@ def unlearned_report(
             "data: it has no classes to forget; unlearning takes a classifier and labelled samples"
         )
     number = _class_number(subject, label)
-    (forgetting, _), (forgotten_ones, others) = (
+    (forgetting, stay), (forgotten_ones, others) = (
         _parts(x, y, number) for x, y in zip(subject.halves, subject.labels)
     )
     for name, part in (("calibrating", forgetting), ("measuring", forgotten_ones)):
@@ -208,7 +219,11 @@ def unlearned_report(
     )
     note("forgetting")
     with unused(folder):
-        found = unlearn(subject.model, forgetting, share=options.share)
+        # The samples that are measured are others: half of what may be left of the class, a tenth or chance, is asked for here.
+        most = None if options.share is not None else max(0.1, 1 / _width(subject)) / 2
+        found = unlearn(
+            subject.model, forgetting, share=options.share, target=most, retain=stay if len(stay[1]) else None
+        )
     note("asking what is left")
     told = forgotten(subject.model, found.model, forgotten_ones, others, seed=options.seed)
     control = forgotten(
@@ -232,7 +247,7 @@ def unlearned_report(
     ]
     harmed, advice = harm(told, control.after)
     severity = "warning" if told.verdict == "kept" or harmed or subject.doubt else "note"
-    text = " ".join(part for part in (subject.doubt, harmed, told.sentence) if part)
+    text = " ".join(part for part in (subject.doubt, harmed, told.sentence, price(found)) if part)
     advice = UNTRAINED if subject.doubt else advice
     section = Section(
         "forgotten",
@@ -243,7 +258,10 @@ def unlearned_report(
         text,
         numbers={"verdict": told.verdict, "edit": found.to_dict()},
         method="modhifi",
-        tables=[Table(f"On {len(forgotten_ones[0])} samples of the class and {len(others[0])} others that the edit did not see", columns, rows)],
+        tables=[
+            Table(f"On {len(forgotten_ones[0])} samples of the class and {len(others[0])} others that the edit did not see", columns, rows),
+            *shares_tried(found, len(forgetting[0]), len(stay[0])),
+        ],
         findings=[Finding(severity, text, "forgotten", advice, key=told.verdict)],
     )  # fmt: skip
     network = _save(folder, found.model, subject)
@@ -344,7 +362,7 @@ def _answers(model: nn.Module, batches: Sequence[Any]) -> Tensor:
 
 
 def _pruned_section(
-    found: Pruned, scores: dict[str, float], times: tuple[float, float], unit: str, batches: int, subject: _Subject
+    found: Pruned, scores: dict[str, float], times: Timing, unit: str, batches: int, subject: _Subject
 ) -> Section:  # fmt: skip
     what = {"perplexity": "Perplexity", "accuracy": "Accuracy"}.get(
         unit, "Squared distance from the own answers"
@@ -356,8 +374,8 @@ def _pruned_section(
     text = (
         f"With {100 * found.share:.0f} % of the parameters and {found.flops[1] / max(found.flops[0], 1):.2f} times the operations, {what.lower()} is "
         f"{form.format(now)} where it was {form.format(was)}; as many channels taken out by chance with the same repairs give "
-        f"{form.format(scores['by chance, the same repairs'])}, by their norms without repair {form.format(scores['norms alone, no repair'])}. A forward takes "
-        f"{1000 * times[1]:.1f} ms where it took {1000 * times[0]:.1f} ms."
+        f"{form.format(scores['by chance, the same repairs'])}, by their norms without repair {form.format(scores['norms alone, no repair'])}. "
+        f"{times.sentence}"
     )
     severity = "warning" if bad or subject.doubt else "good" if _knows(subject, unit, was) else "note"
     text = f"{subject.doubt} {text}".strip()
@@ -370,7 +388,7 @@ def _pruned_section(
         f"{100 * found.share:.0f} %",
         "of the parameters left",
         text,
-        numbers={"scores": scores, "unit": unit or "squared distance", "seconds": list(times)},
+        numbers={"scores": scores, "unit": unit or "squared distance", "seconds": list(times.seconds), "times as fast": list(times.parts)},
         method="modhifi",
         tables=[
             Table(what + " on the half that did not calibrate", ["network", what.lower()], [[k, v] for k, v in scores.items()]),
@@ -393,17 +411,23 @@ def _classes(subject: _Subject, model: nn.Module) -> Section:
     assert subject.labels is not None
     labels = subject.labels[1].cpu()
     before, after = (decided(_answers(m, subject.halves[1])) == labels for m in (subject.model, model))
+    present = labels.unique().tolist()
     rows = []
-    for number in labels.unique().tolist():
+    for number in present:
         there = labels == number
         rows.append(
             [_name(subject, number), int(there.sum()), float(before[there].double().mean()), float(after[there].double().mean())]
         )  # fmt: skip
-    worst = min(rows, key=lambda row: row[3] - row[2])
+    at = min(range(len(rows)), key=lambda at: rows[at][3] - rows[at][2])
+    worst, there = rows[at], labels == present[at]
     text = f"The class that changes most for the worse is {worst[0]}: right in {100 * worst[3]:.1f} % where it was {100 * worst[2]:.1f} % (of {worst[1]} samples)."
     table = Table("Accuracy by class", ["class", "samples", "before", "after"], rows)
-    numbers = {"classes": rows}
-    return Section("classes", "Which classes pay?", "note", f"{100 * (worst[3] - worst[2]):+.1f}", f"points for class {worst[0]}", text, numbers=numbers, tables=[table])  # fmt: skip
+    told = pays(before[there], after[there], len(rows))
+    findings = [Finding("warning", text, "classes", "Compare classes before you use it, or take fewer channels out.", key="class pays")] if told else []  # fmt: skip
+    return Section(
+        "classes", "Which classes pay?", "warning" if told else "note", f"{100 * (worst[3] - worst[2]):+.1f}", f"points for class {worst[0]}", text,
+        numbers={"classes": rows}, tables=[table], findings=findings,
+    )  # fmt: skip
 
 
 def _parts(batches: Sequence[Any], labels: Tensor, number: int) -> list[tuple[Any, Any]]:
@@ -420,13 +444,18 @@ def _class_number(subject: _Subject, label: str) -> int:
     known = [str(name) for name in subject.classes]
     if label in known:
         return known.index(label)
-    assert subject.labels is not None
-    highest = max(len(known) - 1, int(torch.cat(subject.labels).max()))
+    highest = _width(subject) - 1
     require(
         label.isdigit() and int(label) <= highest,
         f"label: no class {label!r}{suggest(label, known or map(str, range(highest + 1)))}",
     )
     return int(label)
+
+
+def _width(subject: _Subject) -> int:
+    """How many classes there are."""
+    assert subject.labels is not None
+    return max(len(subject.classes), int(torch.cat(subject.labels).max()) + 1)
 
 
 def _name(subject: _Subject, number: int) -> str:
@@ -441,7 +470,7 @@ def _checkpoint(folder: Path, subject: _Subject, key: dict[str, Any]) -> Checkpo
 
 def _save(folder: Path, model: nn.Module, subject: _Subject) -> Path:
     network = save(model, folder / NETWORK)
-    if subject.tokenizer is not None and (network / "config.json").is_file():
+    if subject.tokenizer is not None:
         with suppress(AttributeError):
             subject.tokenizer.save_pretrained(network)
     return network
@@ -450,27 +479,21 @@ def _save(folder: Path, model: nn.Module, subject: _Subject) -> Path:
 def _opening(subject: _Subject, network: Path, data: Any, options: EditOptions) -> str:
     """How the edited network is opened and audited, from where this was run."""
     place, held = str(network), str(data) if isinstance(data, str | Path) else "DATA"
+    again = said_again(
+        options.classes, options.inputs, options.targets, options.split, options.image_size, options.normalize
+    )
     if (network / "config.json").is_file():
-        return f"to open it: from_pretrained({place!r}), or lineament audit {shlex.quote(place)}"
+        shown = ["PROMPTS", "--text", held] if subject.tokenizer is not None else [held, *again]
+        return (
+            f"to open it: from_pretrained({place!r}), or {shlex.join(['lineament', 'audit', place, *shown])}"
+        )
+    if (network / BUILT_FROM).is_file():
+        return f"its layers have several widths, which from_pretrained cannot open; to open it: lineament.edit.load({place!r})"
     opens = f"lineament.edit.load({place!r}, build), where build() makes the network as it was"
     if not subject.named:
         return f"to open it: {opens}"
-    words = ["lineament", "audit", subject.source, held, "--weights", place, *_said_again(options)]
+    words = ["lineament", "audit", subject.source, held, "--weights", place, *again]
     return f"to audit it: {shlex.join(words)} ; to open it in Python: {opens}"
-
-
-def _said_again(options: EditOptions) -> list[str]:
-    """The options of a command that read the same data again."""
-    classes, size, scale = options.classes, options.image_size, options.normalize
-    said = {
-        "--classes": None if classes is None else ",".join(classes),
-        "--inputs": options.inputs,
-        "--targets": options.targets,
-        "--split": options.split,
-        "--image-size": None if size is None else ",".join(map(str, size)),
-        "--normalize": None if scale is None else ",".join(f"{value:g}" for part in scale for value in part),
-    }
-    return [word for name, value in said.items() if value is not None for word in (name, str(value))]
 
 
 def _written(

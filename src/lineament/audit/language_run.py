@@ -76,6 +76,8 @@ def _audited(
     device = shards.own_device(device)
     note("reading the model and the prompts")
     prompts = data if isinstance(data, Prompts) else load_prompts(data, samples=samples, seed=seed)
+    if prompts.left_out:
+        note(f"left out: {several(prompts.left_out)}")
     if isinstance(model, str):
         source = model
         network, tokenizer = load_language_model(model, device=device)

@@ -6,26 +6,42 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from lineament.audit.leak_parts import (
+    PRIORS,
+    Parts,
+    assumptions,
+    checked,
+    norms_in_training,
+    parts_of,
+    weights_of,
+)
 from lineament.audit.leak_section import SEARCH, bounds_of, prior_of, section_of
 from lineament.audit.phrases import sentence
 from lineament.audit.stages import STAGES, Report, command, fresh, opened, threads
 from lineament.core import checks
 from lineament.core.checkpoint import Checkpoint
-from lineament.core.checks import require
+from lineament.core.checks import InputError, require
 from lineament.load.data import Data, load_data
 from lineament.load.model_and_data import ModelAndData, bring_together
 from lineament.load.models import load_model
 from lineament.load.weights import digest
 from lineament.papers import search as papers
 from lineament.privacy.defences import Defence, defence_of
+from lineament.privacy.generators import load_prior
 from lineament.privacy.leakage import Leakage, leakage
-from lineament.privacy.reconstruction import ATTACKS, Search
+from lineament.privacy.local import Local
+from lineament.privacy.messages import Message, moved_norms, saved_state
+from lineament.privacy.rivals import closed_form
+from lineament.privacy.search import Search
 from lineament.report import page
 from lineament.report.outcome import versions
 
@@ -39,9 +55,17 @@ class LeakOptions:
     Attributes:
         weights, inputs, targets, classes, split, image_size, normalize: as for an audit.
         attacks: of :data:`lineament.privacy.reconstruction.ATTACKS`; the strongest is reported.
-        prior: ``"vae"`` or ``"dcgan"``, trained on the samples that are not audited, or ``"none"``: pixels only.
+        prior: ``"vae"``, ``"dcgan"`` or ``"stylegan2"``, trained on the public pictures; a file with a trained StyleGAN2, see
+            :func:`lineament.privacy.load_prior`; or ``"none"``: pixels only.
         prior_steps: of its training. search: how attackers look.
         known_labels: give attackers the labels, which they read off the messages otherwise.
+        public: other data of the kind, which the attacker has; by default the samples of the data that are not audited.
+        groups: the array that names each sample's group, for instance the person, as for an audit. No public picture is then of a group that is audited, and
+            guesses are looked for among other pictures of their person.
+        local: what clients do before they send the change of their weights, see :class:`lineament.privacy.Local`; None where they send a gradient.
+        batch_norm: ``"running"``: clients keep batch norms in evaluation mode; ``"batch"``: in training mode, and send their buffers along.
+        update: a saved update of which the data are the pictures behind it; before: the weights that it started from, by default the model's.
+        minutes: search as long as fits in so many, in place of a given number of steps.
 
     >>> LeakOptions().prior
     'vae'
@@ -59,6 +83,13 @@ class LeakOptions:
     prior_steps: int = 600
     search: Search = SEARCH
     known_labels: bool = False
+    public: Data | None = None
+    groups: str | None = None
+    local: Local | None = None
+    batch_norm: str = "running"
+    update: str | Path | None = None
+    before: str | Path | None = None
+    minutes: float | None = None
 
 
 def leak(
@@ -88,6 +119,9 @@ def leak(
     Raises:
         InputError: whatever cannot be used, before the first search.
 
+    A saved update is audited as a whole: then every sample of ``data`` is behind it, ``pictures`` and ``batch_sizes`` are its number, and
+    ``options.public`` is needed.
+
     >>> import tempfile
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 10))
     >>> found = leak(net, "digits", out=tempfile.mkdtemp(), defences=["none"], pictures=2, samples=40,
@@ -95,54 +129,77 @@ def leak(
     >>> [section.name for section in found.sections]
     ['batch-1']
     """
-    checks.number("pictures", pictures, low=2, integer=True)
     checks.seed("seed", seed)
-    checks.one_of("prior", options.prior, ("vae", "dcgan", "none"))
-    for attack in options.attacks:
-        checks.one_of("attacks", attack, ATTACKS)
-    require(
-        len(defences) > 0 and len(options.attacks) > 0,
-        "defences: got none, or no attacks; expected at least one of each",
-    )
-    for size in batch_sizes:
-        checks.number("batch_sizes", size, low=1, integer=True)
-        require(
-            pictures % size == 0 and pictures > size,
-            f"batch_sizes: got {size}, expected a number below pictures = {pictures} that divides it",
-        )
+    checked(options, pictures, batch_sizes, defences)
     chosen = [defence_of(text) for text in defences]
     folder = fresh(out, overwrite, _NAME)
     note("reading the model and the data")
     loaded = load_model(model, weights=options.weights)
-    held = load_data(
-        data, samples=samples, seed=seed, inputs=options.inputs, targets=options.targets, classes=options.classes, split=options.split,
-        image_size=loaded.size if options.image_size is None else options.image_size,
-    )  # fmt: skip
-    with bring_together(loaded, held, normalize=options.normalize, device=device, seed=seed) as fitted:
+    reading: dict[str, Any] = {
+        "inputs": options.inputs,
+        "targets": options.targets,
+        "split": options.split,
+        "groups": options.groups,
+    }
+    reading |= {"classes": options.classes, "image_size": loaded.size if options.image_size is None else options.image_size}  # fmt: skip
+    held = load_data(data, samples=samples, seed=seed, **reading)
+    public = None
+    if options.public is not None:
+        try:
+            public = load_data(options.public, samples=samples, seed=seed, **{**reading, "groups": None})
+        except InputError as error:
+            raise InputError(str(error).replace("data:", "public:", 1)) from None
+    if options.update is not None:
+        require(
+            len(held) == held.total,
+            f"data: {held.total} samples, of which {len(held)} were read; all are behind the update: expected samples of at least {held.total}",
+        )
+        pictures, batch_sizes = len(held), (len(held),)
+    with ExitStack() as stack:
+        if options.before is not None:
+            stack.enter_context(weights_of(loaded.model, options.before))
+        fitted = stack.enter_context(
+            bring_together(loaded, held, normalize=options.normalize, device=device, seed=seed)
+        )
         require(
             fitted.task == "classification" and fitted.images,
             f"data: {fitted.task} of samples {tuple(fitted.inputs(torch.tensor([0])).shape[1:])}; expected a classifier of images (channels, height, width)",
         )
-        require(
-            len(fitted) >= 4 * pictures,
-            f"pictures: {pictures} of {len(fitted)} samples leave too few others to know the world from; expected at most {len(fitted) // 4} pictures, or at least {4 * pictures} samples",
-        )
         for line in fitted.notes:
             note(line)
+        parts = parts_of(fitted, public, pictures, grouped=options.groups is not None)
         key = {
             "model": digest(loaded.model),
-            "data": hashlib.sha256(held.inputs.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest(),
-            "options": [str(replace(options, weights=None)), pictures, seed, str(fitted.layout)],
+            "data": [_digest(some.inputs) for some in (held, public) if some is not None],
+            "update": None if options.update is None else _digest(torch.from_numpy(np.fromfile(options.update, dtype=np.uint8))),
+            "options": [str(replace(options, weights=None, public=None)), pictures, seed, str(fitted.layout)],
             "versions": versions(),
         }  # fmt: skip
+        sent = None
+        moved = []
+        if options.update is not None:
+            moved = moved_norms(loaded.model, loaded.model.state_dict(), saved_state(loaded.model, options.update, "after"))  # fmt: skip
+            if moved:
+                note(
+                    f"the update moved the buffers of {len(moved)} batch norms: the client was in training mode"
+                )
+        stack.enter_context(norms_in_training(fitted.model, options.batch_norm == "batch", moved))
+        if options.update is not None:
+            read = Message.read(loaded.model, options.update, count=pictures, local=options.local)
+            sent = [replace(read, defence=chosen[0])]
         checkpoint = Checkpoint(opened(folder, _NAME) / STAGES / "searches", key)
         if checkpoint.resumed:
             note("an earlier run of the same audit was cut off; going on where it stopped")
         with threads(fitted.flops * pictures):
-            found = _searched(fitted, chosen, pictures, batch_sizes, seed, note, options, checkpoint)
-    sections = [section_of(each, options.search.steps, took) for each, took in found]
+            found = _searched(fitted, parts, chosen, batch_sizes, seed, note, options, sent, checkpoint)
+        options = replace(options, search=found[0])
+    sections = [
+        section_of(each, options.search.steps, took, update=sent is not None) for each, took in found[1]
+    ]
     findings = [finding for section in sections for finding in section.findings]
     paper = next(paper for paper in papers() if paper.slug == "gifd")
+    numbers = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
+    unknowns = max(batch_sizes) * parts.images[0].numel()
     facts = [
         (
             "Model",
@@ -150,17 +207,21 @@ def leak(
         ),
         ("Data", held.source),
         ("Pictures audited", pictures),
-        ("Other pictures, known to the attacker", len(fitted) - pictures),
+        ("Other pictures, known to the attacker", len(parts.public)),
         (
             "Prior",
-            "none: pixels" if options.prior == "none" else f"{options.prior}, trained on the other pictures",
+            "none: pixels"
+            if options.prior == "none"
+            else f"{options.prior}, trained on the other pictures"
+            if options.prior in PRIORS
+            else options.prior,
         ),
     ]
     html, json = page.write(
         folder, loaded.source, "What could a curious server see of these pictures in one update?", facts, findings, sections,
         command=command("lineament.audit.leak.leak(model, data, out=...)"),
         methods={paper.slug: {"title": paper.title, "year": paper.year, "url": paper.url}},
-        versions=versions(), notes=[*map(sentence, fitted.notes), *_assumptions(options)], extra={}, name=_NAME, kicker="Lineament leakage audit",
+        versions=versions(), notes=[*map(sentence, fitted.notes), *assumptions(options, found[1][0][0].buffers, numbers, unknowns)], extra={}, name=_NAME, kicker="Lineament leakage audit",
     )  # fmt: skip
     checkpoint.finish()
     shutil.rmtree(folder / STAGES, ignore_errors=True)
@@ -169,69 +230,72 @@ def leak(
 
 def _searched(
     fitted: ModelAndData,
+    parts: Parts,
     defences: Sequence[Defence],
-    pictures: int,
     batch_sizes: Sequence[int],
     seed: int,
     note: Callable[[str], None],
     options: LeakOptions,
+    sent: list[Message] | None,
     checkpoint: Checkpoint,
-) -> list[tuple[Leakage, float]]:
-    """For each size of message what it gave away, and the seconds that this run took to find out."""
-    rows = fitted.subset(pictures, salt=11)
-    others = torch.tensor(sorted(set(range(len(fitted))) - set(rows.tolist())))
-    x = fitted.inputs(torch.arange(len(fitted)))
-    y = fitted.targets.to(x.device)
-    bounds = bounds_of(fitted, x.shape[1])
+) -> tuple[Search, list[tuple[Leakage, float]]]:
+    """How attackers looked; and for each size of message what it gave away, and the seconds that this run took to find out."""
+    bounds, started = bounds_of(fitted, parts.images.shape[1]), time.monotonic()
     prior = None
-    if options.prior != "none":
-        note(f"training a prior on {len(others):,} pictures that are not audited")
-        prior = prior_of(x[others], options.prior, steps=options.prior_steps, seed=seed)
+    if options.prior not in PRIORS:
+        prior = load_prior(options.prior, parts.images.shape[1:], bounds)
+    elif options.prior != "none":
+        note(f"training a prior on {len(parts.public):,} pictures that are not audited")
+        prior = prior_of(parts.public, options.prior, steps=options.prior_steps, seed=seed)
+
+    def look(defence: Defence, size: int, search: Search, some: int | None = None) -> Leakage:
+        attacks = list(options.attacks)
+        first = sent[0] if sent else Message.of(fitted.model, parts.images[:1], parts.targets[:1])
+        if size == 1 and "closed form" not in attacks and closed_form(fitted.model, first) is not None:
+            attacks.append("closed form")
+        return leakage(
+            fitted.model, parts.images[:some], parts.targets[:some], public=parts.public, prior=prior, defences=[defence], attacks=attacks, batch=size,
+            local=None if sent else options.local, search=search, known_labels=options.known_labels, judge=parts.judge(some), sent=sent,
+            held_out=(parts.public, parts.public_targets), bounds=bounds, seed=seed,
+        )  # fmt: skip
+
+    search = options.search
+    if options.minutes is not None:
+        left = 60 * options.minutes - (time.monotonic() - started)
+
+        def fitting() -> int:
+            took = []
+            for steps in (1, 2, 6):  # the first also warms up
+                begun = time.monotonic()
+                look(defences[0], batch_sizes[-1], replace(search, steps=steps))
+                took.append(time.monotonic() - begun)
+            searches = len(batch_sizes) * sum(len(d.copies()) for d in defences)
+            each = max((took[2] - took[1]) / 4, 1e-4) * searches / len(defences[0].copies())
+            return max(1, int((left - sum(took) - took[1] * searches) / each) + 2)
+
+        steps = checkpoint.stage("steps", fitting)
+        note(f"{steps} step{'s' if steps > 1 else ''} of each layer fit in {options.minutes:g} minutes")
+        search = replace(search, steps=steps)
     found = []
     for size in batch_sizes:
-        parts, begun = [], time.monotonic()
+        told, begun = [], time.monotonic()
         for defence in defences:
             note(f"searching messages of {size} picture{'s' if size > 1 else ''}, defence: {defence}")
-            parts.append(
+            told.append(
                 checkpoint.stage(
                     f"{size} {defence}",
-                    lambda defence=defence, size=size: leakage(
-                        fitted.model,
-                        x[rows],
-                        y[rows],
-                        public=x[others],
-                        prior=prior,
-                        defences=[defence],
-                        attacks=options.attacks,
-                        batch=size,
-                        search=options.search,
-                        known_labels=options.known_labels,
-                        held_out=(x[others], y[others]),
-                        bounds=bounds,
-                        seed=seed,
-                    ),
+                    lambda defence=defence, size=size: look(defence, size, search),
                     Leakage,
                 )
             )
         every = replace(
-            parts[0],
-            attacked=tuple(a for p in parts for a in p.attacked),
-            prices=tuple(a for p in parts for a in p.prices),
+            told[0],
+            attacked=tuple(a for p in told for a in p.attacked),
+            prices=tuple(a for p in told for a in p.prices),
         )
         found.append((every, time.monotonic() - begun))
-    return found
+    return search, found
 
 
-def _assumptions(options: LeakOptions) -> list[str]:
-    told = [
-        "The attacker knows the model, its weights, how many pictures stand behind a message, and which defence is on.",
-        "Labels are given to the attacker." if options.known_labels else "Labels are read off each message.",
-        "Messages are gradients of the mean loss over one batch, with the model as it was loaded (batch norms with their running statistics).",
-        f"Each attack computes as many gradients of a guess; restarts: {options.search.restarts}. A stronger attacker than those tried may see more.",
-    ]
-    if options.prior != "none":
-        told.insert(
-            1,
-            "The attacker has other pictures of the same source, none of those audited, and a generator trained on them.",
-        )
-    return told
+def _digest(values: torch.Tensor) -> str:
+    return hashlib.sha256(values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from lineament.load.model_and_data import ModelAndData
 from lineament.privacy.leakage import Attacked, Leakage
 from lineament.privacy.priors import Prior, train_prior
-from lineament.privacy.reconstruction import Search
+from lineament.privacy.search import Search
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
 from lineament.report.section import SEVERITIES, Finding, Picture, Section
@@ -54,26 +55,37 @@ def _strongest(found: Leakage) -> list[Attacked]:
     ]
 
 
-def section_of(found: Leakage, steps: int, seconds: float) -> Section:
-    count = len(found.truth)
+def section_of(found: Leakage, steps: int, seconds: float, *, update: bool = False) -> Section:
+    """The section of messages of one size; ``update``: of a saved one, which may be of other pictures than those given."""
     best = max((float(v.mean()), name) for name, v in found.without.items())
     strongest = _strongest(found)
     seen = {a.defence: _seen(a, best[0], _field(found, a.defence)) for a in strongest}
     findings = [_finding(a, best, found, seen, steps) for a in strongest]
+    if update:
+        findings = [*_foreign(found), *findings]
+    if found.buffers:
+        findings.append(_buffers(found))
     prices = {p.defence: p for p in found.prices}
     rows = [
         [
-            a.defence, a.attack, float(a.psnr.mean()), float(a.psnr.std() / count**0.5), a.ssim, f"{int(a.named.sum())} of {a.field}",
+            a.defence, a.attack, float(a.psnr.mean()), _error(a.psnr), a.ssim, f"{int(a.named.sum())} of {a.field}",
             f"{100 * a.labels_right:.0f} % ({a.rule})", prices[a.defence].cosine, prices[a.defence].progress,
         ]
         for a in found.attacked
     ]  # fmt: skip
-    rows += [["no message", name, float(v.mean()), float(v.std() / count**0.5), None, None, None, None, None] for name, v in found.without.items()]  # fmt: skip
+    rows += [["no message", name, float(v.mean()), _error(v), None, None, None, None, None] for name, v in found.without.items()]  # fmt: skip
     table = Table(
         "Leakage against price. Named: guesses that are nearer to their own picture than to the other audited ones. Labels right: of those read off the message, "
         "and by which rule. The price of a defence: the cosine of the update with the plain one, and the share of the plain step's drop in loss that it keeps.",
         ["defence", "attack", "PSNR, dB", "standard error", "SSIM", "named", "labels right", "cosine with the plain update", "progress kept"],
         rows,
+    )  # fmt: skip
+    shown = Table(
+        "Whom the guesses show, beside the control: the same search on another batch's message. Registered: after the guess was moved to fit. First: guesses that are nearest to "
+        "their picture among all audited and public ones, by features of the public pictures (principal components, and discriminants where they have groups); person: whose "
+        "nearest other picture is of the same group; in brackets the mean of 1 / rank.",
+        ["defence", "attack", "PSNR, dB", "from another message, dB", "registered, dB", "CW-SSIM", "error of the logits", "first", "person first", "person by chance", "person from another message"],
+        [_whom(a) for a in found.attacked],
     )  # fmt: skip
     return Section(
         f"batch-{found.batch}",
@@ -83,16 +95,18 @@ def section_of(found: Leakage, steps: int, seconds: float) -> Section:
         unit=f"of the rebuilt pictures, {strongest[0].defence} done to the message",
         sentence=findings[0].sentence,
         findings=findings,
-        tables=[table],
+        tables=[table, shown],
         pictures=[_pictures(found)],
         seconds=seconds,
         numbers=plain(
             {
                 "attacked": [
-                    {"defence": a.defence, "attack": a.attack, "psnr": a.psnr.tolist(), "ssim": a.ssim, "named": a.named.tolist(), "scores": a.scores.tolist(), "labels_right": a.labels_right}
+                    {"defence": a.defence, "attack": a.attack, "psnr": a.psnr.tolist(), "ssim": a.ssim, "named": a.named.tolist(), "scores": a.scores.tolist(), "labels_right": a.labels_right, **_told(a)}
                     for a in found.attacked
                 ],
                 "without": {k: v.tolist() for k, v in found.without.items()},
+                "local": found.local,
+                "buffers": found.buffers,
                 "prices": [vars(p) for p in found.prices],
             }
         ),
@@ -104,24 +118,91 @@ def _field(found: Leakage, defence: str) -> Attacked:
     return max((a for a in found.attacked if a.defence == defence), key=lambda a: int(a.named.sum()))
 
 
+def _error(values: Tensor) -> float | None:
+    """The standard error of a mean, None of one value."""
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
+
+
+def _whom(a: Attacked) -> list[Any]:
+    who = a.identified
+    rank = lambda first, mean: f"{100 * first:.0f} % ({mean:.2f})"  # noqa: E731
+    first = None if who is None else f"{rank(who.rank1, who.reciprocal_rank)} of {who.field:,}"
+    person = chance = control = None
+    if who is not None and who.person is not None:
+        person = f"{rank(who.person_rank1, who.person_reciprocal_rank)} of {who.gallery:,}"
+        chance = f"{100 * who.chance:.1f} %"
+        control = None if who.control is None else f"{100 * float((who.control == 1).double().mean()):.0f} %"
+    wrong, moved = (None if v is None else float(v.mean()) for v in (a.wrong, a.registered))
+    return [a.defence, a.attack, float(a.psnr.mean()), wrong, moved, a.cw_ssim, a.answers, first, person, chance, control]  # fmt: skip
+
+
+def _told(a: Attacked) -> dict[str, Any]:
+    """Further numbers of an attack for the file."""
+    lists = {"wrong": a.wrong, "registered": a.registered}
+    found: dict[str, Any] = {k: None if v is None else v.tolist() for k, v in lists.items()}
+    who = a.identified
+    ranks = {} if who is None else {"picture_ranks": who.picture.tolist(), "person_ranks": None if who.person is None else who.person.tolist()}  # fmt: skip
+    return {**found, "cw_ssim": a.cw_ssim, "answers": a.answers, "wrong_named": a.wrong_named, **ranks}
+
+
 def _seen(found: Attacked, without: float, naming: Attacked) -> bool:
-    """Whether pictures are nearer than without the message by twice the standard error, or more are told apart than chance would (a binomial tail below 1 %)."""
-    error = float(found.psnr.std() / len(found.psnr) ** 0.5)
-    told_apart = (
-        binomtest(int(naming.named.sum()), len(naming.named), 1 / naming.field, "greater").pvalue < 0.01
-    )
-    return float(found.psnr.mean()) - 2 * error > without or bool(told_apart)
+    """Whether pictures are nearer than without the message by twice the standard error, or more are told apart than chance, and than by another message (a binomial
+    tail below 1 %)."""
+    chance = max(1 / naming.field, naming.wrong_named)
+    named, count = int(naming.named.sum()), len(naming.named)
+    if (
+        count == 1 and naming.identified is not None
+    ):  # one picture is its own neighbour; among the public ones it need not be
+        named, chance = int(naming.identified.picture[0] == 1), 1 / naming.identified.field
+    told_apart = chance < 1 and binomtest(named, count, chance, "greater").pvalue < 0.01
+    spread = _error(found.psnr)
+    return (spread is not None and float(found.psnr.mean()) - 2 * spread > without) or bool(told_apart)
+
+
+def _buffers(found: Leakage) -> Finding:
+    many = found.buffers > 1
+    return Finding(
+        "warning",
+        f"The buffers of {found.buffers} batch norm{'s' if many else ''} go with the update, and the mean and variance of every channel over the batch follow from them by arithmetic; "
+        "clipping and noise on the weights leave them as they are.",
+        f"batch-{found.batch}",
+        "Keep batch norms' buffers on the client, or use group norm.",
+        key="buffers leak",
+    )  # fmt: skip
+
+
+def _foreign(found: Leakage) -> list[Finding]:
+    """Whether a saved update can be of the pictures that were given, by its cosine with the one that they make."""
+    cosine = found.prices[0].cosine
+    if cosine > 0.5 or found.prices[0].defence != "nothing":
+        return []
+    return [
+        Finding(
+            "warning",
+            f"The saved update has a cosine of {cosine:.2f} with the one that these pictures make by the local training assumed: it is of other pictures, other weights, or other steps, "
+            "and what follows does not say what it gives away.",
+            f"batch-{found.batch}",
+            "Give the pictures behind the update, the weights before it (--before), and the client's steps (--local).",
+            key="update of others",
+        )
+    ]
 
 
 def _finding(
     found: Attacked, without: tuple[float, str], told: Leakage, seen: dict[str, bool], steps: int
 ) -> Finding:
-    mean, error = float(found.psnr.mean()), float(found.psnr.std() / len(found.psnr) ** 0.5)
+    mean, error = float(found.psnr.mean()), _error(found.psnr)
+    spread = "one picture" if error is None else f"standard error {error:.1f}, {len(found.psnr)} pictures"
+    control = (
+        ""
+        if found.wrong is None
+        else f", and guesses from another message {float(found.wrong.mean()):.1f} dB"
+    )
     naming = _field(told, found.defence)
     how = "undefended" if found.defence == "nothing" else f"defended by {found.defence}"
     text = (
         f"From one update of {told.batch} picture{'s' if told.batch > 1 else ''}, {how}, the strongest attack ({found.attack}) rebuilds pictures at {mean:.1f} dB "
-        f"(standard error {error:.1f}, {len(found.psnr)} pictures), where {without[1]} {'has' if 'mean' in without[1] else 'have'} {without[0]:.1f} dB; "
+        f"({spread}), where {without[1]} {'has' if 'mean' in without[1] else 'have'} {without[0]:.1f} dB{control}; "
         f"{int(naming.named.sum())} of {len(naming.named)} guesses of {naming.attack} are nearest to their own picture among {naming.field} (by chance 1 in {naming.field})."
     )
     key = f"batch-{told.batch}"
@@ -136,7 +217,7 @@ def _finding(
     text += " No attack tried sees more than what is known without the message."
     if steps < SEARCH.steps:
         return Finding(
-            "note", f"{text} The searches were short ({steps} steps, the default is {SEARCH.steps}), so that nothing follows.", key, "Search longer.", key="searched too little"
+            "note", f"{text} The searches were short ({steps} step{'s' if steps > 1 else ''}, the default is {SEARCH.steps}), so that nothing follows.", key, "Search longer.", key="searched too little"
         )  # fmt: skip
     if found.defence != "nothing" and not seen.get("nothing", True):
         return Finding("note", f"{text} They see nothing undefended either, so that this says nothing of the defence.", key, key="nothing seen")  # fmt: skip
@@ -145,7 +226,7 @@ def _finding(
 
 def _pictures(found: Leakage) -> Picture:
     best = _strongest(found)
-    rows = [("true", found.truth), *((f"{a.defence}: {a.attack}", a.pictures) for a in best)]
+    rows = [("true", found.truth), *((fill(f"{a.defence}: {a.attack}", 16), a.pictures) for a in best)]
     shown = min(len(found.truth), 8)
 
     def draw(ax: Any) -> None:

@@ -18,9 +18,20 @@ from torch import nn
 from lineament.audit import default
 from lineament.audit.catalogue import Lens, all_lenses
 from lineament.audit.catalogue import chosen as chosen_lenses
+from lineament.audit.data_options import DataOptions
 from lineament.audit.language_run import audit_language
 from lineament.audit.phrases import places, sentence
-from lineament.audit.stages import STAGES, Report, in_processes, opened, sections, threads, verdict, written
+from lineament.audit.stages import (
+    STAGES,
+    Report,
+    in_processes,
+    opened,
+    said_again,
+    sections,
+    threads,
+    verdict,
+    written,
+)
 from lineament.audit.subject import Subject
 from lineament.core import checks, shards
 from lineament.core.checkpoint import Checkpoint
@@ -45,38 +56,26 @@ from lineament.report.section import Finding, Section
 
 
 @dataclass(frozen=True)
-class AuditOptions:
-    """What an audit rarely needs to be told.
+class AuditOptions(DataOptions):
+    """What an audit rarely needs to be told, beside how the data are read: :class:`~lineament.audit.data_options.DataOptions`.
 
     Attributes:
         weights: a checkpoint for a network that a factory makes, see :func:`lineament.load.checkpoints.read_checkpoint`.
         sites: sites or globs; by default the blocks of the network, up to eight, and the input of its head.
-        inputs, targets, split: which arrays or columns of the data to read, and which part, see :func:`lineament.load.data.load_data`.
-        image_size: bring images to this (height, width), in pixels; by default the size that the model names.
         output: which of a model's outputs is looked at, by name or number, where it gives a tuple, a dictionary or a dataclass; ``logits`` by default.
         filler: a masked language model (a Hugging Face directory or name), whose words stand in for those that are taken from a text.
-        normalize: (mean, deviation) per channel, for images scaled to [0, 1].
-        task: ``"classification"``, ``"multi-label"``, ``"regression"``, ``"dense"``, ``"embedding"`` or ``"auto"``.
         embedding: the site where the embedding passes; without another task the network is then taken for an embedding.
         method, gaze_site: of the saliency maps, see :func:`lineament.explain.saliency.maps.saliency`.
         faithfulness: how the maps are judged: ``"scores"``, or ``"diffroar"``, which also trains the architecture anew on what they keep.
         text: of a language model, a file with a long text, see :func:`lineament.audit.language_run.audit_language`.
         layout: of a language model of no known family, see :func:`lineament.audit.language_run.audit_language`.
-        batch_size: samples at a time, but for an exported network of a fixed batch.
     """
 
     weights: str | Path | None = None
     sites: Sequence[str] = ()
-    inputs: str | None = None
-    targets: str | None = None
-    split: str | None = None
-    image_size: int | tuple[int, int] | None = None
-    normalize: tuple[Sequence[float], Sequence[float]] | None = None
-    task: str = "auto"
     method: str = "norm_grad"
     gaze_site: str | None = None
     faithfulness: str = "scores"
-    batch_size: int = 64
     output: str | int | None = None
     filler: str | None = None
     layout: Mapping[str, str] | None = None
@@ -234,6 +233,7 @@ def _audited(
             filler=filler,
             folder=str(folder),
             embedding=options.embedding,
+            command=_command(model, data, classes, seed, options),
         )
         if every:
             if subject.task == "embedding":
@@ -268,6 +268,21 @@ def _audited(
         )
 
     return shards.agreed("the report", report)
+
+
+def _command(
+    model: Any, data: Any, classes: Sequence[str] | None, seed: int, options: AuditOptions
+) -> tuple[str, ...]:
+    """How other commands name this network and these data; empty where a command cannot."""
+    if model is None:
+        return () if seed else ("lineament.audit.default:trained", "shortcut-digits")
+    if not isinstance(model, str | Path) or not isinstance(data, str | Path):
+        return ()
+    weights = [] if options.weights is None else ["--weights", str(options.weights)]
+    said = said_again(
+        classes, options.inputs, options.targets, options.split, options.image_size, options.normalize
+    )
+    return (str(model), str(data), *weights, *said)
 
 
 def _linked(sections: Sequence[Section]) -> list[Section]:

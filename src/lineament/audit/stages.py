@@ -254,3 +254,27 @@ def command(call: str) -> str:
     if name in ("lineament", "__main__.py"):
         return shlex.join(["lineament", *sys.argv[1:]])
     return call
+
+
+def said_again(
+    classes: Sequence[str] | None,
+    inputs: str | None,
+    targets: str | None,
+    split: str | None,
+    size: Any,
+    scale: Any,
+) -> list[str]:
+    """The options of a command that read the same data again.
+
+    >>> said_again(["cat", "dog"], None, "label", None, (8, 8), None)
+    ['--classes', 'cat,dog', '--targets', 'label', '--image-size', '8,8']
+    """
+    said = {
+        "--classes": None if classes is None else ",".join(classes),
+        "--inputs": inputs,
+        "--targets": targets,
+        "--split": split,
+        "--image-size": None if size is None else ",".join(map(str, size)),
+        "--normalize": None if scale is None else ",".join(f"{value:g}" for part in scale for value in part),
+    }
+    return [word for name, value in said.items() if value is not None for word in (name, str(value))]

@@ -26,6 +26,7 @@ class Subject(ModelAndData):
     ``sites`` are the outputs of blocks, in depth order; the last is what the head reads, which may be flattened (positions are then units).
     ``folder`` is that of the report, for pages beside it.
     ``embedding`` is the site that was named as where the embedding passes.
+    ``command``: how a command line names the network and the data, where it can. ``shared``: what one lens has measured and another asks for.
     Of a text classifier ``tokenizer`` makes ids of texts, and ``filler``, a masked language model with its own, proposes other words.
     """
 
@@ -38,6 +39,8 @@ class Subject(ModelAndData):
     filler: tuple[Any, Any] | None = None
     folder: str = ""
     embedding: str | None = None
+    command: tuple[str, ...] = ()
+    shared: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sealed(self) -> str:

@@ -131,23 +131,18 @@ def run(arguments: argparse.Namespace) -> int:
     """Audit, and say where the report is; 1 where lenses failed and none has an answer."""
     from lineament.audit.run import AuditOptions, audit
     from lineament.cli.console import note
-    from lineament.cli.option_values import classes, image_size, normalize, pairs, words
+    from lineament.cli.data_options import data_options
+    from lineament.cli.option_values import classes, pairs, words
     from lineament.core.engines import engine
     from lineament.report.text import printable
 
     options = AuditOptions(
         weights=arguments.weights,
         sites=arguments.sites,
-        inputs=arguments.inputs,
-        targets=arguments.targets,
-        split=arguments.split,
-        image_size=image_size(arguments.image_size),
-        normalize=normalize(arguments.normalize),
-        task=arguments.task,
+        **data_options(arguments),
         method=arguments.method,
         gaze_site=arguments.gaze_site,
         faithfulness=arguments.faithfulness,
-        batch_size=arguments.batch_size,
         output=arguments.output,
         filler=arguments.filler,
         layout=pairs("--layout", arguments.layout),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ def add_parser(subparsers: Any) -> Parser:
     add("--parity", action="store_true", help="the published loop, as its authors run it")
     add(
         "--luma", metavar="WHICH",
-        help="film (default): the film's own plane, bit for bit; lab: of the coloured picture, as published",
+        help="film (default): the film's own plane, bit for bit (with --codec ffv1 also in the file); lab: of the coloured picture, as published",
     )  # fmt: skip
     add(
         "--codec",
@@ -106,6 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Colour the film, and say where it is and which frames want another exemplar."""
     from lineament.cli.colorize_run import colour, picture_names
     from lineament.core.checks import number, one_of, require
+    from lineament.core.files import possible_folder
     from lineament.load.video_writing import planned
 
     a = arguments
@@ -153,8 +155,7 @@ def run(arguments: argparse.Namespace) -> int:
     work = out.with_name(f"{out.name}.parts")
     output, length = None, film.length
     if folder:
-        names = picture_names(film, length)
-        _check_folder(a, out, work, set(names))
+        _check_folder(a, possible_folder(out), work, picture_names(film, length))
     else:
         require(
             a.overwrite or work.exists() or not out.exists(),
@@ -180,13 +181,18 @@ def _film(a: argparse.Namespace) -> Film | PictureFilm:
     return PictureFilm(Path(a.film), rate)
 
 
-def _check_folder(a: argparse.Namespace, out: Path, work: Path, frames: set[str]) -> None:
-    """Whether coloured pictures may go there: a new or empty folder, or one of an earlier run."""
+def _check_folder(a: argparse.Namespace, out: Path, work: Path, frames: list[str]) -> None:
+    """Whether coloured pictures of these names may go there: a new or empty folder, or one of an earlier run."""
     from lineament.core.checks import require
 
+    twice = next((name for name, times in Counter(frames).items() if times > 1), None)
+    require(
+        twice is None,
+        f"FILM: two of its pictures would both become {twice!r}; rename one, or write a video",
+    )
     # What a killed run was writing has a dot before.
     present = {path.name for path in out.iterdir() if path.name[0] != "."} if out.is_dir() else set()
-    strange = sorted(present - frames - {"colorize.json"})
+    strange = sorted(present - {*frames} - {"colorize.json"})
     require(
         not strange,
         f"--out: {a.out!r} holds files that are no coloured frames ({strange[:1]} ...); give an empty or new folder",

@@ -98,7 +98,8 @@ def colour(
         joined = replace(output, path=work / f"joined{out.suffix}")
         joined.write(_stored(work))
         joined.path.replace(out)
-    notes = [*(output.notes if output else ()), *gaps]
+    own = ["the film has colours of its own, which are replaced"] * film.coloured
+    notes = [*own, *(output.notes if output else ()), *gaps]
     _finish(a, out, facts, exemplars, model.licence, notes)
     checkpoint.finish()
     _clear(work, {"joined", *(f"{segment:06d}" for segment in range(segments))})

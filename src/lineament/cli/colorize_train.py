@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ import torch
 from lineament.cli.colorize_run import model_of
 from lineament.cli.console import note
 from lineament.cli.train_output import Log
-from lineament.cli.train_run import opened
-from lineament.core.checks import require
+from lineament.cli.train_run import _UNFINISHED, opened
+from lineament.core.checks import InputError, require
 from lineament.core.files import write_json
 from lineament.core.models import usable
 from lineament.load.colour_films import films_in, stored_frames
@@ -54,7 +56,16 @@ def train(a: argparse.Namespace) -> int:
     checkpoint = opened(out, asked, a.overwrite)
     # A crop takes at least a third of a picture, and the published films have 480 lines for a crop of 448.
     side = -(-options.size * 480 // 448)
-    frames = [stored_frames(film, out / "frames" / f"{k:05d}.npy", side) for k, film in enumerate(films)]
+    try:
+        frames = [stored_frames(film, out / "frames" / f"{k:05d}.npy", side) for k, film in enumerate(films)]
+    except InputError:
+        # Without this film it is another training, which takes nothing from here.
+        checkpoint.finish()
+        shutil.rmtree(out / "frames", ignore_errors=True)
+        (out / _UNFINISHED).unlink(missing_ok=True)
+        with suppress(OSError):  # it holds something else
+            out.rmdir()
+        raise
     held = set(range(len(films) - 1, 0, -_HELD_OUT)) if len(films) > 1 else set()
     log = Log(out, note)
     found = train_colorizer(
@@ -69,12 +80,15 @@ def train(a: argparse.Namespace) -> int:
         {"asked": asked, "validation": [str(films[k].path) for k in sorted(held)], "history": history},
     )
     checkpoint.finish()
+    (out / _UNFINISHED).unlink(missing_ok=True)
     for path in (out / "frames").iterdir():
         path.unlink()
     (out / "frames").rmdir()
     last = history[-1]
     scores = (
-        f", PSNR {last['psnr_validation']:.2f} dB on {len(held)} films that were held out" if held else ""
+        f", PSNR {last['psnr_validation']:.2f} dB on {len(held)} film{'s' * (len(held) > 1)} held out"
+        if held
+        else ""
     )
     print(
         f"trained on {len(films) - len(held)} films: loss {last['loss']:.4f}{scores}: {out} (history: {log.place})"

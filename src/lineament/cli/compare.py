@@ -75,19 +75,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     from lineament.audit.compare import CompareOptions, compare
     from lineament.cli.console import note
-    from lineament.cli.option_values import classes, image_size, normalize
+    from lineament.cli.data_options import data_options
+    from lineament.cli.option_values import classes
     from lineament.report.text import printable
 
     options = CompareOptions(
         weights_a=arguments.weights_a,
         weights_b=arguments.weights_b,
-        inputs=arguments.inputs,
-        targets=arguments.targets,
-        split=arguments.split,
-        image_size=image_size(arguments.image_size),
-        normalize=normalize(arguments.normalize),
-        task=arguments.task,
-        batch_size=arguments.batch_size,
+        **data_options(arguments),
         positions=arguments.positions,
     )
     found = compare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 
 def add_data_options(parser: argparse.ArgumentParser, *, split: str, model: bool = True) -> None:
@@ -45,6 +46,18 @@ def add_sample_options(parser: argparse.ArgumentParser, *, samples: int, tasks: 
     add("--batch-size", type=int, default=64, metavar="N", help="samples at a time (default: 64)")
     add("--device", metavar="NAME", help=f"cpu, cuda, cuda:1, mps (default: where the {models})")
     add("--seed", type=int, default=0, metavar="N", help="of every random choice (default: 0)")
+
+
+def data_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of :class:`lineament.audit.data_options.DataOptions`, from the options that both functions above add."""
+    from lineament.cli.option_values import image_size, normalize
+
+    named = {name: getattr(arguments, name) for name in ("inputs", "targets", "split", "task", "batch_size")}
+    return {
+        **named,
+        "image_size": image_size(arguments.image_size),
+        "normalize": normalize(arguments.normalize),
+    }
 
 
 def add_engine(parser: argparse.ArgumentParser, what: str) -> None:

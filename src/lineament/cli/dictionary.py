@@ -274,6 +274,23 @@ def _given(a: argparse.Namespace) -> _Given:
     return _Given(model, (inputs, targets), str, list(classes), facts)
 
 
+def _in_order(a: argparse.Namespace) -> None:
+    """Refuse a dictionary in the place of the model, where loading would only say that it is no model."""
+    from lineament.core.checks import InputError
+    from lineament.dictionaries.formats.loading import holds_dictionary
+
+    if holds_dictionary(a.model):
+        swapped = not holds_dictionary(a.folder)
+        raise InputError(
+            f"MODEL: {a.model!r} is a dictionary, expected the model that it belongs to"
+            + (
+                f"; DIR comes first: lineament dictionary {a.action} {shlex.join([a.model, a.folder, a.data])}"
+                if swapped
+                else ""
+            )
+        )
+
+
 def _loaded(folder: str, a: argparse.Namespace, model: Any) -> Any:
     from lineament.dictionaries.formats.loading import load_dictionary
 
@@ -294,6 +311,7 @@ def dashboard(a: argparse.Namespace) -> int:
     number("--top", a.top, low=1, integer=True)
     number("--ablated", a.ablated, low=0, integer=True)
     possible_folder(a.out)
+    _in_order(a)
     given = _given(a)
     dictionary = _loaded(a.folder, a, given.model)
     note("looking for examples")
@@ -329,6 +347,7 @@ def evaluate(a: argparse.Namespace) -> int:
     from lineament.cli import dictionary_evaluation
     from lineament.core.checks import require
 
+    _in_order(a)
     given = _given(a)
     members = {a.folder: _loaded(a.folder, a, given.model)}
     if a.against is not None:

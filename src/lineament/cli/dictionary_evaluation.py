@@ -64,6 +64,12 @@ def run(a: argparse.Namespace, given: Any, members: dict[str, Any]) -> int:
             f"{name} ({each.mode} mode): {each.fvu:.3g} of the variance is left, {each.l0:.3g} features are on, KL {each.kl:.3g} nats, "
             f"{100 * each.recovered_mean:.3g} % of the loss recovered (mean ablation), {100 * each.dead:.3g} % dead"
         )
+    if steered is not None:
+        print(
+            f"steering by {steered.strength:g} typical norm{'' if steered.strength == 1 else 's'}: {len(steered.latents)} of its features move the output by "
+            f"{float(steered.kl.mean()):.3g} nats on the mean, random directions by {float(steered.random_kl.mean()):.3g}; "
+            f"{100 * steered.above:.3g} % of them further than 95 % of those"
+        )
     for line in fit.likely:
         print(f"likely wrong: {line}")
     print(f"Page: {(out / 'evaluate.html').resolve()}")
@@ -183,7 +189,7 @@ def _front(rows: list[tuple[str, Any]]) -> Picture:
 def _steering_section(found: SteeringEffects) -> Section:
     own, random = float(found.kl.mean()), float(found.random_kl.mean())
     text = (
-        f"Adding {found.strength:g} typical norms ({found.typical_norm:.3g}) of a feature's direction at the last token moves the output by {own:.3g} nats on the mean of "
+        f"Adding {found.strength:g} typical norm{'' if found.strength == 1 else 's'} ({found.typical_norm:.3g}) of a feature's direction at the last token moves the output by {own:.3g} nats on the mean of "
         f"{len(found.latents)} features drawn at random and {found.contexts} contexts; random directions of equal norm move it by {random:.3g}. {100 * found.above:.3g} % of the features "
         "move it further than 95 % of the random directions."
     )

@@ -5,14 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-_PRUNE = """examples:
-  lineament edit prune net.py:make digits --weights net.safetensors --out smaller --keep 0.7
-  lineament edit prune ./llama-saved text.txt --out smaller --params 1.3
-
-A pruning that was cut off goes on where it stopped when the same command is given again."""
-
-_UNLEARN = """example:
-  lineament edit unlearn net.py:make ./photos --weights net.safetensors --class cat --out without-cats"""
+_PRUNE = """  lineament edit prune net.py:make digits --weights net.safetensors --out smaller --keep 0.7
+  lineament edit prune ./llama-saved text.txt --out smaller --params 1.3"""
+_UNLEARN = """  lineament edit unlearn net.py:make ./photos --weights net.safetensors --class cat --out without-cats"""
+_AGAIN = "A pruning that was cut off goes on where it stopped when the same command is given again."
 
 
 def add_parser(subparsers: Any) -> Any:
@@ -21,7 +17,7 @@ def add_parser(subparsers: Any) -> Any:
         "edit",
         help="take channels or a class out of a network, and see what it costs",
         description="Writes the edited network, edit.html and edit.json.",
-        epilog=f"{_PRUNE}\n\n{_UNLEARN}",
+        epilog=f"examples:\n{_PRUNE}\n{_UNLEARN}\n\n{_AGAIN}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -57,7 +53,7 @@ def _prune_parser(actions: Any) -> Any:
         "prune",
         help="a smaller network with the same call",
         description="Takes channels out of a network, repairs what reads them on half of the samples, and measures what it costs on the other half.",
-        epilog=_PRUNE,
+        epilog=f"examples:\n{_PRUNE}\n\n{_AGAIN}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _shared(parser, "as for audit; for a language model a text file")
@@ -74,6 +70,11 @@ def _prune_parser(actions: Any) -> Any:
     add("--flops", type=float, metavar="TIMES", help="so many times fewer operations")
     add("--latency", type=float, metavar="TIMES", help="so many times faster, as measured here")
     add("--remove", type=float, metavar="SHARE", help="the paper's rule: what each output gives up in a pass")
+    add(
+        "--widths",
+        choices=("one", "free"),
+        help="of a language model: one width for all layers, which from_pretrained opens (default), or free ones, which lineament.edit.load opens",
+    )
     return parser
 
 
@@ -82,7 +83,7 @@ def _unlearn_parser(actions: Any) -> Any:
         "unlearn",
         help="a network that no longer answers a class",
         description="Changes the weights that give most to the answers on one class, and says how much of the class and of the others is left.",
-        epilog=_UNLEARN,
+        epilog=f"example:\n{_UNLEARN}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _shared(parser, "as for audit")
@@ -96,9 +97,8 @@ def _unlearn_parser(actions: Any) -> Any:
     add(
         "--share",
         type=float,
-        default=0.05,
         metavar="SHARE",
-        help="of the weights' pairs in each layer (default: 0.05)",
+        help="of the weights' pairs in each layer (default: the smallest with which the class is answered in a tenth of its samples, or by chance)",
     )
     return parser
 
@@ -111,7 +111,8 @@ def _options(arguments: argparse.Namespace) -> Any:
         weights=arguments.weights,
         samples=arguments.samples,
         length=getattr(arguments, "length", 128),
-        share=getattr(arguments, "share", 0.05),
+        share=getattr(arguments, "share", None),
+        widths=getattr(arguments, "widths", None),
         seed=arguments.seed,
         device=arguments.device,
         classes=classes(arguments.classes),

@@ -7,10 +7,13 @@ from typing import Any
 
 _EPILOG = """examples:
   lineament leak net.py:make photos.npz --weights net.safetensors --out leaked
+  lineament leak net.py:make faces.npz --groups person --local epochs=1,rate=0.01,batch_size=4 --batch-size 4 --minutes 10 --out leaked
+  lineament leak net.py:make mine.npz --update after.npz --before global.npz --public others.npz --local rate=0.01 --out leaked
   lineament leak net.py:make photos.npz --defence none --defence clip=4,noise=0.01 --defence prune=90 --batch-size 1,4 --out leaked
 
 It makes the messages of your own pictures and searches those; it does not open anybody else's. Defences: none, clip=BOUND, noise=DEVIATION,
 prune=PERCENT, soteria=PERCENT, private=BOUND:NOISE (per sample), gaussian=EPSILON:DELTA:BOUND, truncate=PERCENT:GAMMA, bits=8; commas put one after another.
+A saved update is safetensors, a .pt of tensors, or an .npz of arrays in the order of the state dict (as Flower's clients send them); the pictures behind it are needed.
 A run that was cut off goes on where it stopped when the same command is given again."""
 
 
@@ -49,10 +52,33 @@ def add_parser(subparsers: Any) -> Any:
         help="what is done to a message (may be repeated; default: none, and clip=4,noise=0.01)",
     )
     add(
+        "--public",
+        metavar="DATA2",
+        help="what the attacker has beside the message, with labels (default: the samples of DATA not audited)",
+    )
+    add(
+        "--groups",
+        metavar="ARRAY",
+        help="names each sample's group (the person): none audited is known to the attacker, and guesses are looked for among other pictures of it",
+    )
+    add(
+        "--local",
+        metavar="NAME=VALUE,...",
+        help="clients send the change of their weights after epochs=1,rate=0.01,batch_size=8,optimizer=sgd|adam,momentum=0,weight_decay=0,order=given|known|unknown (default: they send a gradient)",
+    )
+    add(
+        "--batch-norm",
+        metavar="MODE",
+        default="running",
+        help="running, or batch: clients train in training mode, and send the buffers along (default: running)",
+    )
+    add("--update", metavar="AFTER", help="audit this saved update; DATA are then the pictures behind it")
+    add("--before", metavar="FILE", help="the weights that the update started from (default: the model's)")
+    add(
         "--attack",
         metavar="NAME",
         action="append",
-        help="gifd, no ball, latent, ig, gi or dlg (may be repeated; default: gifd, latent, ig)",
+        help="gifd, no ball, latent, gias, ggl, ig, gi, dlg or closed form (may be repeated; default: gifd, latent, ig, and the closed form where it applies)",
     )
     add("--batch-size", metavar="N,N", default="1", help="pictures behind one message (default: 1)")
     add("--pictures", type=int, default=8, metavar="N", help="how many are audited (default: 8)")
@@ -67,9 +93,21 @@ def add_parser(subparsers: Any) -> Any:
         "--prior",
         metavar="KIND",
         default="vae",
-        help="vae or dcgan, trained on the other samples, or none (default: vae)",
+        help="vae, dcgan or stylegan2, trained on the attacker's pictures; FILE with a StyleGAN2 or BigGAN-deep (safetensors, or .pt of tensors); or none (default: vae)",
     )
     add("--steps", type=int, default=60, metavar="N", help="gradients of each layer searched (default: 60)")
+    add(
+        "--optimizer",
+        metavar="NAME",
+        default="adam",
+        help="of the searches: adam, sgd or lbfgs (default: adam)",
+    )
+    add(
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="search as many steps as fit in so many minutes, in place of --steps",
+    )
     add("--restarts", type=int, default=1, metavar="N", help="of each search (default: 1)")
     add("--known-labels", action="store_true", help="give the attacker the labels")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: where the model is)")
@@ -79,6 +117,9 @@ def add_parser(subparsers: Any) -> Any:
         "batch_sizes": "--batch-size",
         "defences": "--defence",
         "defence": "--defence",
+        "batch_norm": "--batch-norm",
+        "after": "--update",
+        "prior": "--prior",
     }
     parser.set_defaults(run=run)
     return parser
@@ -90,7 +131,8 @@ def run(arguments: argparse.Namespace) -> int:
     from lineament.cli.console import note
     from lineament.cli.option_values import classes, image_size, normalize
     from lineament.core.checks import InputError
-    from lineament.privacy.reconstruction import Search
+    from lineament.privacy.local import local_of
+    from lineament.privacy.search import Search
     from lineament.report.text import printable
 
     try:
@@ -109,14 +151,21 @@ def run(arguments: argparse.Namespace) -> int:
         normalize=normalize(arguments.normalize),
         attacks=tuple(arguments.attack or ("gifd", "latent", "ig")),
         prior=arguments.prior,
-        search=Search(steps=arguments.steps, restarts=arguments.restarts),
+        search=Search(steps=arguments.steps, restarts=arguments.restarts, optimizer=arguments.optimizer),
         known_labels=arguments.known_labels,
+        public=arguments.public,
+        groups=arguments.groups,
+        local=None if arguments.local is None else local_of(arguments.local),
+        batch_norm=arguments.batch_norm,
+        update=arguments.update,
+        before=arguments.before,
+        minutes=arguments.minutes,
     )
     found = leak(
         arguments.model,
         arguments.data,
         out=arguments.out,
-        defences=arguments.defence or ("none", "clip=4,noise=0.01"),
+        defences=arguments.defence or (("none",) if arguments.update else ("none", "clip=4,noise=0.01")),
         pictures=arguments.pictures,
         batch_sizes=sizes,
         samples=arguments.samples,

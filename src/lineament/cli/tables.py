@@ -15,7 +15,7 @@ _EPILOG = """examples:
   lineament tables clicks.csv --budget 64
   lineament tables ratings.parquet --columns user,item --chunk 8 --json
 
-Rows are read as a stream: a table of any length fits."""
+Rows are read as a stream: a table of any length fits. A list of ids in a cell (.jsonl, .parquet, or JSON in a .csv) is a bag: each of its ids counts."""
 
 _ROWS = 1 << 16
 # A value with at least this share of all rows is worth a row of its own.
@@ -121,7 +121,11 @@ def columns_of(data: str, names: str | None) -> tuple[list[Column], list[str]]:
     chosen, left_out = given or list(table.names), []
     if given is None:
         first = list(islice(table.walk(chosen, None), _ROWS))
-        left_out = [name for k, name in enumerate(chosen) if any(_fraction(row[k]) for row in first)]
+        left_out = [
+            name
+            for k, name in enumerate(chosen)
+            if any(_fraction(value) for row in first for value in _values(row[k]))
+        ]
         chosen = [name for name in chosen if name not in left_out]
         require(
             len(chosen) > 0, f"--columns: all columns of {data!r} hold fractions; name those that hold ids"
@@ -139,7 +143,7 @@ def _column(table: Any, name: str) -> Column:
 
     def parts() -> Iterator[Any]:
         nonlocal empty
-        cells = (row[0].strip() for row in table.walk([name], None))
+        cells = (value for row in table.walk([name], None) for value in _values(row[0]))
         while part := list(islice(cells, _ROWS)):
             filled = [cell for cell in part if cell and cell.lower() != "nan"]
             empty, part = empty + len(part) - len(filled), filled
@@ -161,6 +165,22 @@ def _column(table: Any, name: str) -> Column:
         name, found.count, found.distinct, found.distinct_error, found.hot[0][1] / found.count if found.hot else 0.0,
         [word for word in reserve if word] if many else [], empty,
     )  # fmt: skip
+
+
+def _values(cell: str) -> list[str]:
+    """The ids of a cell: of a JSON list each, of anything else the cell; an empty list is an empty cell."""
+    cell = cell.strip()
+    if not cell.startswith("["):
+        return [cell]
+    try:
+        found = json.loads(cell)
+    except (ValueError, RecursionError):
+        return [cell]
+    flat = [value for each in found for value in (each if isinstance(each, list) else [each])]
+    return [
+        "" if value is None else value.strip() if isinstance(value, str) else json.dumps(value)
+        for value in flat
+    ] or [""]
 
 
 def _fraction(cell: str) -> bool:

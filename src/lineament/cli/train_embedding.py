@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lineament.cli.train_options import Options
 from lineament.cli.train_result import RECOGNITION
@@ -71,7 +72,22 @@ class Recognised:
             worth = recognition(found, self.targets)
         except InputError:
             return dict.fromkeys(RECOGNITION)
-        return dict(zip(RECOGNITION, (*worth.tar, worth.recall, worth.precision, worth.gap, worth.impostors)))
+        unlike = _unlike(found, self.targets)
+        values = (*worth.tar, worth.recall, worth.precision, worth.gap, worth.impostors, unlike)
+        return dict(zip(RECOGNITION, values))
+
+
+def _unlike(embeddings: Tensor, targets: Int[Tensor, "samples"]) -> float:
+    """The mean cosine of all pairs of two classes: the square of the sum of all directions less those of the classes' sums, each pair counted twice.
+
+    >>> _unlike(torch.eye(3).repeat_interleave(2, 0), torch.tensor([0, 0, 1, 1, 2, 2]))
+    0.0
+    """
+    unit = F.normalize(embeddings.double(), dim=1)
+    classes, counts = targets.cpu().unique(return_inverse=True, return_counts=True)[1:]
+    sums = unit.new_zeros(len(counts), unit.shape[1]).index_add_(0, classes, unit)
+    pairs = len(unit) ** 2 - int((counts**2).sum())
+    return float((sums.sum(0).square().sum() - sums.square().sum()) / pairs)
 
 
 def split_classes(targets: Int[Tensor, "samples"], share: float, seed: int) -> tuple[Tensor, Tensor]:

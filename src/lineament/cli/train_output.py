@@ -162,6 +162,16 @@ def _beside(fitted: Fitted) -> str:
     return told + (" The training has not made them easier to recognise." if worse else "")
 
 
+def _crowded(fitted: Fitted) -> str:
+    """That all classes point one way, and what to try."""
+    before = (fitted.before or {}).get("validation_unlike")
+    was = "" if before is None else f" ({before:.3f} before the training)"
+    return (
+        f"Warning: the embedding crowds: two samples of different classes have a cosine of {fitted.unlike:.3f} on the mean{was}, where directions at random have 0. "
+        "All share one direction, beside which they differ little; a batch norm at the end of the network takes it away."
+    )
+
+
 def say(a: argparse.Namespace, folder: Path, fitted: Fitted, log: Log) -> None:
     tar, recall = fitted.recognised
     loss = fitted.options.embedding
@@ -170,6 +180,8 @@ def say(a: argparse.Namespace, folder: Path, fitted: Fitted, log: Log) -> None:
             f"On {fitted.validation_samples:,} samples of {len(fitted.held_out)} classes held out (named in train.json), after the last epoch: TAR {tar:.2%} {far_words(fitted.history[-1])}, "
             f"R@1 {recall:.2%}, {duration(fitted.seconds)}.{_beside(fitted)}"
         )
+        if fitted.crowds:
+            print(_crowded(fitted))
     elif loss is not None:
         held = (
             "nothing was held out"

@@ -8,15 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lineament.cli.loss_options import LOSSES
 from lineament.cli.train_options import Options
 from lineament.core.checks import InputError, one_of
 
-# Of an embedding, on the classes held out: TAR at FAR 1e-2 and 1e-3, R@1, mAP@R, and the smallest genuine less the largest impostor score, and
-# how many pairs of two classes there are.
+# Of an embedding, on the classes held out: TAR at FAR 1e-2 and 1e-3, R@1, mAP@R, the smallest genuine less the largest impostor score,
+# how many pairs of two classes there are, and their mean cosine.
 RECOGNITION = (
     *("validation_tar2", "validation_tar3", "validation_recall", "validation_precision"),
-    *("validation_gap", "validation_impostors"),
+    *("validation_gap", "validation_impostors", "validation_unlike"),
 )
+# An embedding crowds where the mean cosine of two classes is above this.
+CROWDED = 0.9
 
 
 def far_words(entry: dict[str, Any]) -> str:
@@ -71,6 +74,17 @@ class Fitted:
         return entry.get("validation_tar3"), entry.get("validation_recall")
 
     @property
+    def unlike(self) -> float | None:
+        """The mean cosine of two samples of different classes that were held out, of the weights that are kept."""
+        return self.history[-1].get("validation_unlike")
+
+    @property
+    def crowds(self) -> bool:
+        """Whether an embedding of class directions ended with all classes in one narrow cone."""
+        loss = self.options.embedding
+        return loss is not None and LOSSES[loss.loss] == "classes" and (self.unlike or 0.0) > CROWDED
+
+    @property
     def seconds(self) -> float:
         """Time in training and validation, over all runs it took, with USEFUL's early stage."""
         return sum(e["seconds"] for e in self.history) + (self.early["seconds"] if self.early else 0.0)
@@ -122,7 +136,7 @@ class Fitted:
             **(
                 {}
                 if self.options.embedding is None
-                else {"held_out": list(self.held_out), "before": self.before}
+                else {"held_out": list(self.held_out), "before": self.before, "crowds": self.crowds}
             ),
             "history": list(self.history),
         }
@@ -155,7 +169,7 @@ class Fitted:
                 held_out=tuple(map(int, raw.get("held_out", ()))),
                 before=None
                 if raw.get("before") is None
-                else {n: _number(raw["before"][n]) for n in RECOGNITION},
+                else {n: _number(raw["before"][n]) for n in RECOGNITION if n in raw["before"]},
             )
             if not found.history or found.samples < 1:
                 raise ValueError("no epochs")

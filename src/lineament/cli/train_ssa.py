@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import shlex
 import shutil
 import time
 from dataclasses import asdict
@@ -119,3 +120,6 @@ def _say(
         name = f"{budget['blocks']} blocks of {budget['block_size']} tokens"
         print(f"  {name:<32} {before['sparse']:.4g} -> {after['sparse']:.4g}")
     print(f"Model: {folder.resolve()}")
+    print(
+        f"To audit it: lineament audit {shlex.quote(str(folder))} PROMPTS --text OTHER_TEXT --lenses attention"
+    )

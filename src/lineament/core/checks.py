@@ -7,10 +7,12 @@ Every public function checks its arguments here, before any work is done. A fail
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ def show(value: Any, limit: int = 80) -> str:
     if type(value) is dict and any(isinstance(item, Tensor) for item in value.values()):
         inside = [f"{key!r}: {show(item, limit)}" for key, item in islice(value.items(), 4)]
         return f"a dict of {', '.join(inside + ['...'] * (len(value) > 4))}"
-    text = repr(value)
+    text = re.sub(r"\s*\n\s*", " ", repr(value))
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
@@ -115,6 +117,8 @@ def number(
     ...
     lineament.core.checks.InputError: fraction: got 1.5, expected a number in [0, 1]
     """
+    if isinstance(value, np.generic):
+        value = value.item()
     kind = "an integer" if integer else "a number"
     left = "(-inf" if low is None else f"{'(' if open_low else '['}{low}"
     right = "inf)" if high is None else f"{high}{')' if open_high else ']'}"

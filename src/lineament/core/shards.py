@@ -69,7 +69,7 @@ class _Group(_Shards):
                 send()
                 return
             except Exception as error:
-                self.lost = self._why(str(error))
+                self.lost = _why(str(error), self.rank, self.count)
         self.refuse()
 
     def refuse(self) -> None:
@@ -78,20 +78,6 @@ class _Group(_Shards):
             error: Any = LostProcess(self.lost)
             error.speaks = _leads()
             raise error
-
-    def _why(self, said: str) -> str:
-        late = "timed out" in said.lower()
-        for _ in range(20):  # the connection closes a moment before the process is gone
-            if gone() or late:
-                break
-            time.sleep(0.05)
-        if gone():
-            names = [f"rank {rank} of {self.count} (process {_places[rank][1]})" for rank in gone()]
-            return f"{' and '.join(names)} ended or was stopped before the work was done"
-        others = f"a rank other than {self.rank} of {self.count}"
-        if late:
-            return f"{others} has not answered for {TIMEOUT.total_seconds() / 60:.0f} minutes"
-        return f"{others} cannot be reached any more ({' '.join(said.split())[:200]})"
 
 
 _ONE, _ALONE = _Shards(), _Shards()
@@ -142,7 +128,40 @@ def own_device(device: Any) -> Any:
     )
 
 
-def introduce(group: Any) -> None:
+def _why(said: str, own: int, count: int) -> str:
+    late = "timed out" in said.lower()
+    for _ in range(20):  # the connection closes a moment before the process is gone
+        if gone() or late:
+            break
+        time.sleep(0.05)
+    if gone():
+        names = [f"rank {rank} of {count} (process {_places[rank][1]})" for rank in gone()]
+        return f"{' and '.join(names)} ended or was stopped before the work was done"
+    others = f"a rank other than {own} of {count}"
+    if late:
+        return f"{others} has not answered for {TIMEOUT.total_seconds() / 60:.0f} minutes"
+    return f"{others} cannot be reached any more ({' '.join(said.split())[:200]})"
+
+
+def told(send: Callable[[], T]) -> T:
+    """A message of a training; where a process that :func:`introduce` made known has ended, the others say which.
+
+    Raises:
+        LostProcess: a process has ended.
+
+    >>> told(lambda: 1)
+    1
+    """
+    try:
+        return send()
+    except RuntimeError as error:
+        words = ("connection", "peer", "timed out", "socket", "closed")
+        if not any(word in str(error).lower() for word in words):
+            raise
+        raise LostProcess(_why(str(error), *place_in_training())) from error
+
+
+def introduce(group: Any = None) -> None:
     """Let the processes of a group know each other, so that they can tell which has ended."""
     global _own
     import torch.distributed as dist
@@ -355,7 +374,7 @@ def gathered(rows: Tensor) -> Tensor:
     if place_in_training()[1] == 1:
         return rows.detach()
     held = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(held, rows.detach().contiguous())
+    told(lambda: dist.all_gather(held, rows.detach().contiguous()))
     return torch.cat(held)
 
 
@@ -380,14 +399,13 @@ class _Joined(torch.autograd.Function):
         import torch.distributed as dist
 
         sizes = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
-        dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
+        told(lambda: dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device)))
         counts = [int(size) for size in sizes]
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows
         held = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(held, padded)
-        start = sum(counts[: dist.get_rank()])
-        ctx.own = slice(start, start + len(rows))
+        told(lambda: dist.all_gather(held, padded))
+        ctx.counts = counts
         return torch.cat([part[:n] for part, n in zip(held, counts)])
 
     @staticmethod
@@ -395,9 +413,11 @@ class _Joined(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         import torch.distributed as dist
 
-        total = grads[0].contiguous().clone()
-        dist.all_reduce(total)
-        return total[ctx.own]
+        # A reduce-scatter of unequal parts: half of what an all-reduce sends.
+        given, own = grads[0].contiguous(), ctx.counts[dist.get_rank()]
+        each = given.new_empty(len(ctx.counts) * own, *given.shape[1:])
+        told(lambda: dist.all_to_all_single(each, given, [own] * len(ctx.counts), ctx.counts))
+        return each.view(len(ctx.counts), *given[:own].shape).sum(0)
 
 
 def totals(values: Tensor, *, largest: bool = False) -> Tensor:
@@ -420,7 +440,7 @@ class _Totals(torch.autograd.Function):
         import torch.distributed as dist
 
         found = values.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+        told(lambda: dist.all_reduce(found, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM))
         return found
 
     @staticmethod

@@ -24,8 +24,9 @@ from lineament.core.checks import InputError, number, require, show
 from lineament.core.codes import Codes
 from lineament.dictionaries.saving import Saved
 from lineament.dictionaries.selection import Selection
+from lineament.dictionaries.topk import shards
 from lineament.dictionaries.topk.select import rows_at_once, select
-from lineament.dictionaries.topk.step import decoded, picked
+from lineament.dictionaries.topk.step import kept, written
 
 
 def checked_rows(x: Any, d: int, what: str = "x") -> Tensor:
@@ -77,12 +78,13 @@ class Autoencoder(Saved):
 
     def rows(self, x: Tensor) -> Tensor:
         """(n, d): the checked rows, centred, in the dictionary's dtype and on its device."""
-        rows = checked_rows(x, self.d).to(self.W_enc)
+        rows = checked_rows(x, self.d).to(self.b_dec)
         return rows - self.b_dec if self.subtract_bias else rows
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., width): z."""
-        return torch.addmm(self.b_enc, self.rows(x), self.W_enc.T).reshape(*x.shape[:-1], self.width)
+        """(..., d) -> (..., width): z; of features that lie with several processes without a graph."""
+        z = torch.addmm(shards.local(self.b_enc), self.rows(x), shards.local(self.W_enc).T)
+        return shards.all_columns(z, self.W_enc).reshape(*x.shape[:-1], self.width)
 
     def activate(self, z: Tensor) -> Tensor:
         raise NotImplementedError
@@ -112,15 +114,15 @@ class Autoencoder(Saved):
                 codes.ndim > 0 and codes.shape[-1] == self.width,
                 f"codes: got {show(codes)}, expected a last dimension of {self.width}, the dictionary's width",
             )
-            return codes.to(self.W_dec) @ self.W_dec + self.b_dec
+            return shards.product(codes.to(self.b_dec), self.W_dec) + self.b_dec
         require(
             codes.width == self.width,
             f"codes: of a dictionary of {codes.width} features, expected {self.width}",
         )
         lead, active = codes.indices.shape[:-1], codes.indices.shape[-1]
         indices = codes.indices.reshape(lead.numel(), active)
-        values = codes.values.reshape(lead.numel(), active).to(self.W_dec)
-        return (decoded(indices, values, self.W_dec) + self.b_dec).reshape(*lead, self.d)
+        values = codes.values.reshape(lead.numel(), active).to(self.b_dec)
+        return (written(self, indices, values) + self.b_dec).reshape(*lead, self.d)
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction of x."""
@@ -199,6 +201,28 @@ class TopK(Autoencoder):
         self._selection = selection
         self.settings["selection"] = asdict(selection)
 
+    @property
+    def divided(self) -> bool:
+        """Whether its features lie with several processes."""
+        return shards.divided(self.W_enc)
+
+    def shard(self, mesh: Any = None) -> None:
+        """Divide the features among the processes of a training; called by all of them, and before an optimizer is given the parameters.
+
+        ``W_enc``, ``b_enc`` and ``W_dec`` are then DTensors, ``Shard(0)``. From there on every process passes the same rows to ``codes`` and ``decode`` and has the same codes and
+        losses, those of one process; gradients are those of its own features. :func:`train_dictionary` joins the rows that processes harvest. ``save_pretrained``, called by all, writes one file,
+        which one process opens, or any number that divide it anew. With the score ``"topk_of_l1"`` it is refused: its sums are over all latents.
+
+        Args:
+            mesh: a DeviceMesh of one dimension with all processes; made where there is none.
+
+        >>> TopK(4, 8, k=2).shard()
+        Traceback (most recent call last):
+        ...
+        lineament.core.checks.InputError: mesh: there is no process group; start the processes by torchrun and call torch.distributed.init_process_group() first
+        """
+        shards.divide(self, mesh)
+
     def encode(self, x: Tensor, *, gradient: Tensor | None = None, mode: str | None = None) -> Tensor:
         """(..., d) -> (..., width), dense; arguments as for :meth:`codes`."""
         return self.codes(x, gradient=gradient, mode=mode).dense()
@@ -227,18 +251,24 @@ class TopK(Autoencoder):
                 isinstance(gradient, Tensor) and gradient.shape == x.shape,
                 f"gradient: got {show(gradient)}, expected the shape of x {tuple(x.shape)}",
             )
-            g = checked_rows(gradient.detach(), self.d, "gradient").to(self.W_dec)
+            g = checked_rows(gradient.detach(), self.d, "gradient").to(self.b_dec)
         return _shaped(self.chosen(h, g), x)
 
     def chosen(self, h: Tensor, g: Tensor | None = None) -> Codes:
         """The codes of checked, centred rows; what :meth:`codes` does behind its checks."""
         selection = self._ranking(g)
-        indices, values = select(
-            h.detach(), self.W_enc, self.b_enc, self.k, selection=selection, gradient=g, atoms=self.W_dec,
-            precision=self._selection.precision,
-        )  # fmt: skip
+        precision = self._selection.precision
+        if self.divided:
+            indices, values = shards.chosen(
+                self, h.detach(), selection=selection, gradient=g, precision=precision
+            )
+        else:
+            indices, values = select(
+                h.detach(), self.W_enc, self.b_enc, self.k, selection=selection, gradient=g, atoms=self.W_dec,
+                precision=precision,
+            )  # fmt: skip
         if torch.is_grad_enabled() and (h.requires_grad or self.W_enc.requires_grad):
-            values = picked(h, self.W_enc, self.b_enc, indices, values)
+            values = kept(self, h, indices, values)
         return Codes(indices, values, self.width)
 
     def _ranking(self, g: Tensor | None) -> Selection | None:
@@ -276,14 +306,16 @@ class BatchTopK(TopK):
 
     def chosen(self, h: Tensor, g: Tensor | None = None) -> Codes:
         if g is None and float(self.threshold) >= 0:
+            encoder, bias = shards.local(self.W_enc), shards.local(self.b_enc)
 
             def some(start: int, stop: int) -> Codes:
-                z = torch.addmm(self.b_enc, h[start:stop], self.W_enc.T)
+                z = torch.addmm(bias, h[start:stop], encoder.T)
                 return Codes.of_dense(z * (z > self.threshold))
 
-            most = rows_at_once(self.width, h.element_size(), 2)
-            parts = list(auto_batch(some, len(h), most=most, memory=(BatchTopK.chosen, self.width)))
-            return Codes.joined(parts) if parts else Codes.of_dense(h.new_zeros(0, self.width))
+            most = rows_at_once(len(encoder), h.element_size(), 2)
+            parts = list(auto_batch(some, len(h), most=most, memory=(BatchTopK.chosen, len(encoder))))
+            found = Codes.joined(parts) if parts else Codes.of_dense(h.new_zeros(0, len(encoder)))
+            return shards.all_codes(found, self.width) if self.divided else found
         return super().chosen(h, g)
 
     def _ranking(self, g: Tensor | None) -> Selection | None:

@@ -1,7 +1,7 @@
 """Non-negative codes of activations in given atoms: argmin_{z >= 0} ½‖x - z D‖² + ½ λ‖z‖² + s Σ z, row by row.
 
 HALS goes over the atoms one after the other, in blocks: one matrix product brings a block of gradients up to date, and the updates inside it touch
-what fits into the cache; of few atoms, the code whose support the passes have found is solved for exactly. FISTA (Beck and Teboulle 2009, with restarts) moves all codes at once, and needs no atoms-by-atoms matrix where there are more
+what fits into the cache; of few atoms, the code whose support the passes have found is solved for exactly (in float64 where the atoms are nearly dependent). FISTA (Beck and Teboulle 2009, with restarts) moves all codes at once, and needs no atoms-by-atoms matrix where there are more
 atoms than twice the width. Each row stops by itself, so that its code does not depend on which rows are coded with it.
 """
 
@@ -92,7 +92,7 @@ def nnls(
         return found.to(x.dtype)
     for name, value in (("ridge", ridge), ("sparsity", sparsity)):
         checks.number(name, value, low=0)
-    close = torch.finfo(x.dtype).eps ** (2 / 3) if tolerance is None else tolerance
+    close = _close(x) if tolerance is None else tolerance
     checks.number("tolerance", close, low=0)
     if start is not None:
         require(
@@ -103,7 +103,13 @@ def nnls(
         _fista(part, atoms, ridge, sparsity, close, steps)
         if method == "fista"
         else _hals(
-            part, atoms, ridge, sparsity, close, steps, None if start is None else start[at : at + _SAMPLES]
+            part,
+            atoms,
+            ridge,
+            sparsity,
+            tolerance,
+            steps,
+            None if start is None else start[at : at + _SAMPLES],
         )
         for at, part in zip(range(0, len(x), _SAMPLES), x.split(_SAMPLES))
     ]
@@ -111,19 +117,32 @@ def nnls(
 
 
 def _hals(
-    x: Tensor, atoms: Tensor, ridge: float, sparsity: float, tolerance: float, steps: int, start: Tensor | None
+    x: Tensor, atoms: Tensor, ridge: float, sparsity: float, tolerance: float | None, steps: int, start: Tensor | None
 ) -> Tensor:  # fmt: skip
     gram, products = atoms @ atoms.T, atoms @ x.T - sparsity
     codes = torch.zeros_like(products) if start is None else start.detach().T.clamp(min=0).contiguous()
+    close = _close(x) if tolerance is None else tolerance
     rows = torch.arange(len(x), device=x.device)
+    open_ = torch.ones_like(rows, dtype=torch.bool)  # rows whose minimum has not been solved for
+    few, exact = len(atoms) <= _EXACT, gram
+    careful = few and (x.dtype == torch.float64 or _dependent(atoms, ridge))
+    if careful and x.dtype != torch.float64:
+        # Their Gram matrix has the square of their condition: what is solved for is solved for in float64.
+        atoms = atoms.double()
+        exact = atoms @ atoms.T
     z, b = codes, products
     first = 1 if start is None else 0  # passes after which a support is good enough to be tried
     for step in range(steps):
         before = z.clone()
         sweep(z, b, gram, ridge)
-        going = (z - before).abs().amax(0) > tolerance * z.abs().amax(0)
-        if len(atoms) <= _EXACT and step % 4 == first:
-            going &= ~_solved(z, b, gram, ridge)
+        going = (z - before).abs().amax(0) > close * z.abs().amax(0)
+        if few:
+            tried = ~going if careful and step % 4 != first else torch.full_like(going, step % 4 == first)
+            if bool(tried.any()):
+                slopes = atoms @ x[rows[tried]].to(atoms).T - sparsity if exact is not gram else b[:, tried]
+                z[:, tried], done = _solved(z[:, tried], slopes, exact, ridge)
+                open_[rows[tried]] = ~done
+                going[tried] &= ~done
         if bool(going.all()):
             continue
         codes[:, rows[~going]] = z[:, ~going].clone()
@@ -132,15 +151,37 @@ def _hals(
             break
     if z is not codes:
         codes[:, rows] = z
-    return codes.T.contiguous()
+    found = codes.T.contiguous()
+    if careful and tolerance is None and bool(open_.any()):
+        # These move no longer, or too slowly, and are not at the minimum.
+        if x.dtype != torch.float64:
+            left = _hals(x[open_].double(), atoms, ridge, sparsity, None, steps, found[open_].double())
+        else:
+            left = _solved(found[open_].T, products[:, open_], exact, ridge, 8 * len(atoms))[0].T
+        found[open_] = left.to(found)
+    return found
 
 
-def _solved(z: Tensor, b: Tensor, gram: Tensor, ridge: float) -> Tensor:
-    """Which columns are, in place, the exact minimum now: systems on a support that begins with the code's, and lets atoms out and in a few times."""
-    done = z.new_zeros(z.shape[1], dtype=torch.bool)
+def _dependent(atoms: Tensor, ridge: float) -> bool:
+    """Whether codes in the dtype of the atoms would be off in the fourth digit or before it, by the condition of the Gram matrix."""
+    wide = atoms.double()
+    values = torch.linalg.eigvalsh(wide @ wide.T) + ridge
+    return float(values[0]) <= float(values[-1]) * torch.finfo(atoms.dtype).eps * 2**13
+
+
+def _close(x: Tensor) -> float:
+    return torch.finfo(x.dtype).eps ** (2 / 3)
+
+
+def _solved(z: Tensor, b: Tensor, gram: Tensor, ridge: float, single: int = 0) -> tuple[Tensor, Tensor]:
+    """The columns with the exact minimum where it is found, and where it is: systems on a support that begins with the code's, and lets atoms out and in a few
+    times; then one at a time, the last that is wrong, ``single`` times at most, which does not go in circles (Murty 1974).
+    """
+    found, done = z.clone(), z.new_zeros(z.shape[1], dtype=torch.bool)
     rows, on, b = torch.arange(len(done), device=z.device), (z > 0).T, b.T.contiguous()
-    jitter = 4 * torch.finfo(z.dtype).eps * float(gram.diagonal().mean())  # atoms that are nearly alike
-    for _ in range(_PIVOTS):
+    eps = torch.finfo(gram.dtype).eps
+    jitter = 4 * eps * float(gram.diagonal().mean())  # atoms that are nearly alike
+    for pivot in range(_PIVOTS + single):
         support = on.to(gram)
         system = (gram * support[:, :, None]).mul_(support[:, None, :])
         system.diagonal(dim1=1, dim2=2).add_(torch.where(on, ridge + jitter, 1.0))
@@ -148,15 +189,19 @@ def _solved(z: Tensor, b: Tensor, gram: Tensor, ridge: float) -> Tensor:
         code = torch.cholesky_solve((b * support)[..., None], factor)[..., 0] * support
         slope = torch.addmm(b, code, gram, beta=-1)
         slope = slope.add_(code, alpha=ridge) if ridge else slope
-        size = b.abs().amax(1, keepdim=True) * 1e3 * torch.finfo(z.dtype).eps
+        size = b.abs().amax(1, keepdim=True) * 1e3 * eps
         out, into = on & (code < 0), ~on & (slope < -size)
+        if pivot >= _PIVOTS:
+            wrong = out | into
+            alone = wrong & (wrong.flip(1).cumsum(1).flip(1) == 1)
+            out, into = out & alone, into & alone
         exact = (failed == 0) & ~(out | into).any(1) & (~on | (slope.abs() <= size)).all(1)
-        z[:, rows[exact]] = code[exact].T
+        found[:, rows[exact]] = code[exact].T.to(found)
         done[rows[exact]] = True
         rows, b, on = rows[~exact], b[~exact], ((on & ~out) | into)[~exact]
         if not len(rows):
             break
-    return done
+    return found, done
 
 
 def _fista(x: Tensor, atoms: Tensor, ridge: float, sparsity: float, tolerance: float, steps: int) -> Tensor:

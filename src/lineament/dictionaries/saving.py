@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from lineament.core.checks import InputError, one_of, require, show
 from lineament.core.files import atomic_write, output_folder, write_json
 from lineament.core.models import unwrapped
+from lineament.core.shards import place_in_training
+from lineament.dictionaries.topk.shards import divided, whole
 
 CONFIG, WEIGHTS = "config.json", "dictionary.safetensors"
 FORMAT = "lineament dictionary"
@@ -53,9 +55,20 @@ class Saved(nn.Module):
         self.site, self.info, self.settings = site, {}, settings
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``dictionary.safetensors`` and ``config.json``, which ends the write: a folder without it holds no whole dictionary."""
+        """Write ``dictionary.safetensors`` and ``config.json``, which ends the write: a folder without it holds no whole dictionary.
+
+        Of a dictionary whose features lie with several processes all must call it; the first writes, and the others return when it has.
+        """
+        state = self.state_dict()
+        several = any(divided(value) for value in state.values())
+        tensors = {name: whole(value).contiguous() for name, value in state.items()}
+        if not several or place_in_training()[0] == 0:
+            self._write(Path(folder), tensors)
+        if several:
+            torch.distributed.barrier()
+
+    def _write(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         folder = output_folder(folder)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         content = save(tensors, {"format": FORMAT})
         with atomic_write(folder / WEIGHTS) as temporary:
             temporary.write_bytes(content)
@@ -146,7 +159,7 @@ def weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(unwrapped(model).state_dict().items()):
         if isinstance(value, Tensor) and not value.is_meta:
-            held = value.detach().cpu().contiguous()
+            held = whole(value).contiguous()
             digest.update(f"{name} {tuple(held.shape)} {held.dtype}".encode())
             digest.update(held.view(torch.uint8).numpy().tobytes() if held.ndim else held.numpy().tobytes())
     return digest.hexdigest()

@@ -18,10 +18,11 @@ from torch import Tensor
 from lineament.core import checks, results
 from lineament.core.checks import InputError, number, require
 from lineament.core.codes import Codes
+from lineament.core.shards import joined, totals
 from lineament.dictionaries.autoencoders import BatchTopK, Gated, JumpReLU, TopK
 from lineament.dictionaries.harvest import Rows, seeded
 from lineament.dictionaries.saving import weights_hash
-from lineament.dictionaries.topk import step
+from lineament.dictionaries.topk import shards, step
 from lineament.train.processes import OneProcess
 
 _FIRED = 1e-3  # a latent counts as on above this, in scaled units
@@ -147,9 +148,12 @@ class Trainer:
         place: int,
         processes: OneProcess,
     ):
-        self.options, self.processes = options, processes
+        # Of features that lie with several processes each step is one of all rows, in all of them.
+        self.divided = isinstance(dictionary, TopK) and dictionary.divided
+        self.options, self.processes = options, OneProcess(first.x.device) if self.divided else processes
         self.seed, self.place = about["seed"], place
-        self.dictionary = sae = copy.deepcopy(dictionary).to(first.x.device)
+        self.dictionary = sae = copy.deepcopy(dictionary)
+        sae = sae if self.divided else sae.to(first.x.device)
         sae.site = about["site"]
         self.told = {
             "kind": type(sae).__name__,
@@ -159,7 +163,7 @@ class Trainer:
         }
         self.about = {**about, **self.told}
         d = sae.d
-        x = first.x.to(sae.W_enc.dtype)
+        x = first.x.to(sae.b_dec)
         spread = float((x - x.mean(0)).double().square().sum(1).mean())
         require(
             spread > 0,
@@ -167,9 +171,9 @@ class Trainer:
         )
         self.scale = math.sqrt(d / spread)
         self.variance = d if options.variance == "data" else None
-        fresh = not bool(sae.W_dec.any())
+        norms = shards.all_columns(shards.local(sae.W_dec).detach().norm(dim=1)[None], sae.W_dec)
+        fresh = not bool(norms.any())
         if not fresh:
-            norms = sae.W_dec.detach().norm(dim=1)
             off = float((norms - 1).abs().max())
             require(
                 off < 1e-2,
@@ -180,8 +184,9 @@ class Trainer:
             initialise(sae, x * self.scale, seed=self.seed)
         self.gradient = isinstance(sae, TopK) and about["gradient"] is not None and _ranks(sae.selection)
         if self.gradient and first.gradient is not None and options.influence == "rms":
-            g = first.gradient[:2048].to(sae.W_dec) / self.scale
-            root = float((g @ sae.atoms.T).double().square().mean().sqrt())
+            g = first.gradient[:2048].to(sae.b_dec) / self.scale
+            along = (g @ shards.local(sae.atoms).T).double().square().sum()
+            root = math.sqrt(float(totals(along) if self.divided else along) / (len(g) * sae.width))
             require(
                 root > 0,
                 f"gradient: is zero in all of {len(first):,} rows, so that nothing is ranked by it (a loss that does not depend on the site, or that is at "
@@ -201,7 +206,7 @@ class Trainer:
         known = dict(sae.named_parameters())
         for name in options.frozen:
             checks.one_of("frozen", name, known)
-        trained = {name: p.detach() for name, p in known.items() if name not in options.frozen}
+        trained = {name: shards.local(p).detach() for name, p in known.items() if name not in options.frozen}
         self.adam = step.Adam(
             trained, unit=("W_dec",) if "W_dec" in trained else (), betas=options.betas, eps=options.eps
         )
@@ -234,7 +239,9 @@ class Trainer:
 
     def step(self, rows: Rows, number_: int, steps: int) -> None:
         sae, options = self.dictionary, self.options
-        x = rows.x.to(sae.W_enc) * self.scale
+        if self.divided:
+            rows = replace(rows, x=joined(rows.x), gradient=None if rows.gradient is None else joined(rows.gradient))  # fmt: skip
+        x = rows.x.to(sae.b_dec) * self.scale
         done = number_ / steps
         if isinstance(sae, TopK):
             grads, found, codes = self._topk(x, self._gradient(rows, number_))
@@ -266,7 +273,7 @@ class Trainer:
                 grads[name] /= self.processes.count
         scale: Any = 1.0
         if options.clip is not None:
-            norm = torch.stack([torch.linalg.vector_norm(g) for g in grads.values()]).norm()
+            norm = self._norm(grads)
             scale = (options.clip / (norm + 1e-6)).clamp_max(1.0)
         self.adam.step(grads, self.rate * self._schedule(number_ / steps, steps), scale)
         for name, average in self.average.items():
@@ -277,6 +284,14 @@ class Trainer:
         self.seen += rows * self.processes.count
         if self.counted * 50 >= steps or number_ + 1 == steps:
             self._record()
+
+    def _norm(self, grads: dict[str, Tensor]) -> Tensor:
+        sizes = {name: torch.linalg.vector_norm(g) for name, g in grads.items()}
+        if self.divided:
+            parts = [name for name in sizes if name in shards.DIVIDED]
+            squares = totals(torch.stack([sizes[name].square() for name in parts]))
+            sizes.update(zip(parts, squares.sqrt()))
+        return torch.stack(list(sizes.values())).norm()
 
     def _topk(self, x: Tensor, g: Tensor | None) -> tuple[dict[str, Tensor], step.Losses, Codes]:
         sae = self.dictionary
@@ -301,7 +316,7 @@ class Trainer:
     def _gradient(self, rows: Rows, number_: int) -> Tensor | None:
         if not self.gradient:
             return None
-        g = rows.gradient.to(self.dictionary.W_dec) / self.scale
+        g = rows.gradient.to(self.dictionary.b_dec) / self.scale
         if self.options.control is None:
             return g
         generator = seeded(self.seed, self.place, number_)
@@ -343,7 +358,8 @@ class Trainer:
             for name, average in self.average.items():
                 self.adam.parameters[name].copy_(average)
             if self.average and "W_dec" in self.average:
-                sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
+                atoms = shards.local(sae.W_dec)
+                atoms.div_(atoms.norm(dim=1, keepdim=True))
         sae.rescale_(1 / self.scale)
         dead = float((self.silent > self.dead_tokens).double().mean())
         notes = []
@@ -373,9 +389,10 @@ def initialise(dictionary: Any, x: Tensor, *, seed: int = 0) -> None:
     1.0
     """
     generator = seeded(seed)
-    atoms = torch.randn(dictionary.W_dec.shape, generator=generator, dtype=torch.float64)
-    dictionary.W_dec.copy_(atoms / atoms.norm(dim=1, keepdim=True))
-    dictionary.W_enc.copy_(dictionary.W_dec)
+    encoder, atoms = shards.local(dictionary.W_enc), shards.local(dictionary.W_dec)
+    first = shards.bounds(dictionary.width)[0] if shards.divided(dictionary.W_dec) else 0
+    _directions_(atoms, dictionary.width, first, generator)
+    encoder.copy_(atoms)
     dictionary.b_enc.zero_()
     dictionary.b_dec.copy_(geometric_median(x))
     typical = float((x - x.mean(0)).square().sum(1).mean().sqrt())
@@ -383,11 +400,25 @@ def initialise(dictionary: Any, x: Tensor, *, seed: int = 0) -> None:
         if dictionary.bandwidth is None:
             dictionary.bandwidth = dictionary.settings["bandwidth"] = 1e-3 * typical
         dictionary.log_threshold.fill_(math.log(dictionary.bandwidth))
-    probe = torch.randn(256, dictionary.d, generator=generator, dtype=torch.float64).to(dictionary.W_enc)
+    probe = torch.randn(256, dictionary.d, generator=generator, dtype=torch.float64).to(dictionary.b_dec)
     probe = probe / probe.norm(dim=1, keepdim=True) * typical
     offset = dictionary.b_dec if dictionary.subtract_bias else 0
     out = dictionary.decode(dictionary.codes(probe + offset)) - dictionary.b_dec
-    dictionary.W_enc.mul_(typical / float(out.norm(dim=1).mean().clamp_min(0.01 * typical)))
+    encoder.mul_(typical / float(out.norm(dim=1).mean().clamp_min(0.01 * typical)))
+
+
+def _directions_(
+    own: Tensor, width: int, first: int, generator: torch.Generator, at_once: int = 2**14
+) -> None:
+    """Fill ``own`` with the rows from ``first`` on of ``width`` random directions, drawn some at a time: the same numbers whoever holds which."""
+    for start in range(0, width, at_once):
+        drawn = torch.randn(
+            min(at_once, width - start), own.shape[1], generator=generator, dtype=torch.float64
+        )
+        drawn = drawn[max(0, first - start) : max(0, first + len(own) - start)]
+        if len(drawn):
+            place = max(0, start - first)
+            own[place : place + len(drawn)] = (drawn / drawn.norm(dim=1, keepdim=True)).to(own)
 
 
 def geometric_median(x: Tensor, steps: int = 30) -> Tensor:

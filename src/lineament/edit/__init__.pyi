@@ -9,12 +9,13 @@ from .components import subset_fidelity as subset_fidelity
 from .forgetting import forgotten as forgotten
 from .layers import fidelity as fidelity
 from .layers import saliency as saliency
-from .pruning import PruneOptions as PruneOptions
+from .pruned import PruneOptions as PruneOptions
 from .pruning import prune as prune
 from .repairs import compensated as compensated
 from .saved import load as load
 from .saved import save as save
 from .subsets import fidelity_curve as fidelity_curve
 from .subsets import hifi_sizes as hifi_sizes
+from .unlearning import Tried as Tried
 from .unlearning import mute as mute
 from .unlearning import unlearn as unlearn

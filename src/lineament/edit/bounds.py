@@ -20,7 +20,8 @@ from lineament.core.checks import InputError, require, show
 from lineament.core.models import called, frozen, logits, weight_of
 from lineament.core.sites.hooks import tap
 from lineament.core.surgery.groups import plain_network
-from lineament.edit.layers import Inputs, layers_of, matrix, moments, ready, unmatrixed
+from lineament.edit.layers import Inputs, layers_of, moments, ready
+from lineament.edit.patches import matrix, unmatrixed
 from lineament.edit.repairs import left_over
 
 # The largest slope of each activation.

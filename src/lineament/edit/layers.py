@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from lineament.core.checks import NotFiniteError, require, suggest
 from lineament.core.loaders import batches_of
-from lineament.core.models import called, device_of, dtype_of, frozen, moved, rows_in, weight_of
+from lineament.core.models import called, device_of, dtype_of, frozen, moved, rows_in
 from lineament.core.results import Readable
 from lineament.core.sites.hooks import tap
 from lineament.core.sites.naming import resolve
@@ -28,9 +27,12 @@ from lineament.core.statistics.moments import Covariance
 from lineament.core.surgery.folding import following_norms
 from lineament.core.surgery.groups import plain_network
 from lineament.edit.components import ComponentScores, similarity_from_moments
+from lineament.edit.patches import batched, matrix, padding_of, patches, reads, widened
+from lineament.edit.saliencies import PairSums
+from lineament.edit.shifts import PatchMoments, worth_it
 from lineament.load.data import load_data
 
-_NUMBERS = 2**24  # of unfolded patches held at once
+_NUMBERS = 2**24  # of patches or maps held at once
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -137,43 +139,24 @@ def saliency(
     model = plain_network(model)
     layers = layers_of(model, sites)
     batches = Inputs(data, batch_size)
-    centred = centred_layers(model, batches.first(model), layers, center)
-    sums: dict[str, list[Any]] = {}
-
-    def seen(name: str) -> Callable[[Tensor], None]:
-        def see(x: Tensor) -> None:
-            layer = layers[name]
-            x = _batched(layer, x.detach())
-            weight = weight_of(layer).detach()
-            y = _product(layer, x, weight)
-            conv = isinstance(layer, (nn.Conv1d, nn.Conv2d))
-            ones = torch.ones_like(y[:1, :1] if conv else y[..., :1])
-            square = _weight_gradient(layer, x, y, weight)
-            mean = _weight_gradient(layer, x.sum(0, keepdim=True) if conv else x, ones, weight[:1])
-            count = y.numel() / y.shape[1 if conv else -1]
-            held = sums.setdefault(name, [0.0, 0.0, 0.0])
-            held[0], held[1], held[2] = held[0] + square.double(), held[1] + mean.double(), held[2] + count
-
-        return see
-
-    total = 0
-    for count in _forwards(model, batches, {name: seen(name) for name in layers}):
-        total += count
-    found = {}
-    for name, layer in layers.items():
-        require(name in sums, f"sites: {name!r} never ran on the data")
-        square, mean, count = sums[name]
-        weight = weight_of(layer).detach().double()
-        weight = (weight.T if _is_transposed(layer) else weight).reshape(len(square), -1)
-        pairs = weight * square.reshape(len(square), -1)
-        inputs = _inputs(layer)
-        pairs = pairs.view(len(square), inputs, -1).sum(2) / total
-        if centred[name]:
-            part = (weight * (mean.reshape(1, -1) / count)).view(len(square), inputs, -1).sum(2)
-            pairs = pairs - part * part.sum(1, keepdim=True) * (count / total)
+    centred = centred_layers(model, batches.first(model, 1), layers, center)
+    sums = {name: PairSums(layer, centred[name]) for name, layer in layers.items()}
+    total = sum(
+        _forwards(
+            model,
+            batches,
+            {
+                **{f"{name}:in": each.enter for name, each in sums.items()},
+                **{f"{name}:out": each.leave for name, each in sums.items()},
+            },
+        )
+    )
+    for name, each in sums.items():
+        require(each.count > 0, f"sites: {name!r} never ran on the data")
+    found = {name: each.saliency(total) for name, each in sums.items()}
+    for name, pairs in found.items():
         if not bool(pairs.isfinite().all()):
             raise NotFiniteError(f"data: activations at {name!r} are not finite")
-        found[name] = pairs
     return found
 
 
@@ -250,26 +233,6 @@ def layers_of(model: nn.Module, sites: str | Iterable[str] | None = None) -> dic
     return found
 
 
-def reads(module: nn.Module) -> bool:
-    """Whether a layer's output is a sum of what its inputs contribute, in a form that is followed here."""
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        return module.groups == 1 and module.padding_mode == "zeros"
-    return isinstance(module, nn.Linear) or _is_transposed(module)
-
-
-def matrix(module: nn.Module) -> Tensor:
-    """A layer's weight as [outputs, inputs, taps]."""
-    weight = weight_of(module).detach()
-    weight = weight.T if _is_transposed(module) else weight
-    return weight.reshape(weight.shape[0], weight.shape[1], -1)
-
-
-def unmatrixed(module: nn.Module, weight: Tensor) -> Tensor:
-    """[outputs, inputs, taps], or with the last two as one, in the shape of a layer's own weight."""
-    own = weight_of(module)
-    return weight.flatten(1).T if _is_transposed(module) else weight.reshape(own.shape)
-
-
 def centred_layers(
     model: nn.Module, example: Any, layers: Mapping[str, nn.Module], center: bool | None = None
 ) -> dict[str, bool]:
@@ -284,22 +247,46 @@ class Gram:
     """The second moment of what one layer's weights multiply, batch by batch."""
 
     def __init__(self, module: nn.Module):
-        self.module, self.stream, self.samples = module, Covariance(correction=0), 0
+        self.module, self.samples = module, 0
+        self.stream: Covariance | PatchMoments = Covariance(correction=0)
+        self._made: tuple[bool, Tensor, Tensor] | None = None
 
     def update(self, x: Tensor) -> None:
-        x = x.detach()
-        part = max(1, _NUMBERS // max(1, _row_size(self.module, x)))
-        for some in _batched(self.module, x).split(part):
-            self.stream.update(patches(self.module, some))
+        x, self._made = batched(self.module, x.detach()), None
+        if self.stream.count == 0:
+            self.stream = _shifted(self.module, x) or self.stream
+        shifted = isinstance(self.stream, PatchMoments)
+        taps = 1 if shifted else matrix(self.module).shape[2]
+        for some in x.split(max(1, _NUMBERS // max(1, x[:1].numel() * taps))):
+            if shifted:
+                self.stream.update(some[:, :, None] if some.ndim == 3 else some)
+            else:
+                self.stream.update(patches(self.module, some))
 
     def moment(self, centred: bool) -> tuple[Tensor, Tensor]:
         """[columns, columns] and the mean [columns]; about the mean where ``centred``."""
-        mean, spread = self.stream.mean, self.stream.covariance
-        return (spread if centred else spread + torch.outer(mean, mean)), mean
+        if self._made is None or self._made[0] != centred:
+            mean, spread = self.stream.mean, self.stream.covariance
+            self._made = centred, spread if centred else spread.addr_(mean, mean), mean
+        return self._made[1:]
 
     @property
     def places(self) -> float:
         return self.stream.count / max(self.samples, 1)
+
+
+def _shifted(module: nn.Module, x: Tensor) -> PatchMoments | None:
+    """For a convolution that moves by one pixel, over maps on which distances of taps are fewer products than patches."""
+    if isinstance(module, nn.Conv1d):
+        x, module = x[:, :, None], widened(module)
+    if not isinstance(module, nn.Conv2d) or set(module.stride) != {1}:
+        return None
+    padding, size = padding_of(module), (x.shape[2], x.shape[3])
+    kernel, dilation = (
+        (module.kernel_size[0], module.kernel_size[1]),
+        (module.dilation[0], module.dilation[1]),
+    )
+    return PatchMoments(kernel, dilation, padding) if worth_it(kernel, dilation, padding, size) else None
 
 
 def moments(model: nn.Module, batches: Inputs, layers: Mapping[str, nn.Module]) -> dict[str, Gram]:
@@ -318,7 +305,7 @@ def moments(model: nn.Module, batches: Inputs, layers: Mapping[str, nn.Module]) 
 
         return see
 
-    total = sum(_forwards(model, batches, {name: seen(name) for name in layers}))
+    total = sum(_forwards(model, batches, {f"{name}:in": seen(name) for name in layers}))
     for name, gram in grams.items():
         require(gram.stream.count > 0, f"sites: {name!r} never ran on the data")
         gram.samples = total
@@ -328,89 +315,11 @@ def moments(model: nn.Module, batches: Inputs, layers: Mapping[str, nn.Module]) 
 def _forwards(
     model: nn.Module, batches: Inputs, see: Mapping[str, Callable[[Tensor], None]]
 ) -> Iterator[int]:
+    places = dict(zip(resolve(model, list(see)).values(), see.values(), strict=True))
     for batch in batches:
         with ExitStack() as stack:
             stack.enter_context(frozen(model))
             stack.enter_context(torch.no_grad())
-            stack.enter_context(tap(model, {f"{name}:in": function for name, function in see.items()}))
+            stack.enter_context(tap(model, places))
             called(model, ready(batch, model))
         yield rows_in(batch)
-
-
-def patches(module: nn.Module, x: Tensor) -> Tensor:
-    """What the weights multiply, [rows, inputs * taps]."""
-    if isinstance(module, nn.Conv1d):
-        x, module = x[:, :, None], _widened(module)
-    if isinstance(module, nn.Conv2d):
-        found = F.unfold(
-            _padded(module, x), module.kernel_size, dilation=module.dilation, stride=module.stride
-        )
-        return found.mT.reshape(-1, found.shape[1])
-    return x.reshape(-1, x.shape[-1])
-
-
-def _padded(module: nn.Conv2d, x: Tensor) -> Tensor:
-    if module.padding == "valid":
-        return x
-    if module.padding == "same":
-        sides = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size)]
-        rows, columns = ((s // 2, s - s // 2) for s in sides)
-        return F.pad(x, (*columns, *rows))
-    high, wide = module.padding  # pyright: ignore[reportAssignmentType]
-    return F.pad(x, (wide, wide, high, high))  # pyright: ignore[reportArgumentType]
-
-
-def _widened(module: nn.Conv1d) -> nn.Conv2d:
-    """The geometry of a convolution over one axis, as one over two."""
-    padding = module.padding if isinstance(module.padding, str) else (0, module.padding[0])
-    return nn.Conv2d(
-        1,
-        1,
-        (1, module.kernel_size[0]),
-        (1, module.stride[0]),
-        padding,
-        (1, module.dilation[0]),
-        device="meta",
-    )
-
-
-def _batched(module: nn.Module, x: Tensor) -> Tensor:
-    dims = {nn.Conv1d: 3, nn.Conv2d: 4}.get(type(module), 0)
-    return x[None] if x.ndim < (dims or 2) else x
-
-
-def _row_size(module: nn.Module, x: Tensor) -> int:
-    taps = matrix(module).shape[2]
-    return x[:1].numel() * taps
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    """GPT-2's convolution of size one holds its weight as [inputs, outputs]."""
-    return (
-        hasattr(module, "nf")
-        and isinstance(getattr(module, "weight", None), Tensor)
-        and module.weight.ndim == 2
-    )  # pyright: ignore
-
-
-def _inputs(module: nn.Module) -> int:
-    return matrix(module).shape[1]
-
-
-def _product(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """The layer's output without its bias."""
-    if isinstance(layer, nn.Conv1d):
-        return F.conv1d(x, weight, None, layer.stride, layer.padding, layer.dilation)
-    if isinstance(layer, nn.Conv2d):
-        return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)
-    return x @ (weight if _is_transposed(layer) else weight.T)
-
-
-def _weight_gradient(layer: nn.Module, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """Σ <y, d(W x) / dW>, [outputs, ...]."""
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
-        leaf = torch.empty_like(weight[: y.shape[1]]).requires_grad_()
-        with torch.enable_grad():
-            made = _product(layer, x, leaf)
-        return torch.autograd.grad(made, leaf, y.expand_as(made))[0]
-    return y.reshape(-1, y.shape[-1]).T @ x.reshape(-1, x.shape[-1])

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from lineament.core.checks import InputError, require, show
-from lineament.handcrafted.gabor import gabor
+from lineament.core.estimator_data import validated
+from lineament.handcrafted.gabor import gabor, gabor_kernel
 from lineament.handcrafted.hog import hog, hog_length
 from lineament.handcrafted.images import grey_of
 from lineament.handcrafted.ink import ink
@@ -25,9 +27,14 @@ class _Images(TransformerMixin, BaseEstimator):
     n_features_in_: int
 
     def fit(self, X: Any, y: Any = None) -> Any:
-        """Learn the shape of the images; nothing else, unless the class says so."""
+        """Learn the shape of the images; nothing else, unless the class says so. ``notes_`` tell what was noticed: constant images, rows left over, large kernels."""
         images = self._images(X, reset=True)
         self.image_shape_ = tuple(images.shape[1:])
+        flat = images.flatten(1)
+        constant = int((flat == flat[:, :1]).all(1).sum())
+        self.notes_: tuple[str, ...] = self._noticed(images)
+        if constant:
+            self.notes_ += (f"{constant} of {len(images)} images are constant and have no edges",)
         self._learn(images)
         self.n_features_out_ = self._described(images[:1]).shape[1]
         return self
@@ -58,6 +65,10 @@ class _Images(TransformerMixin, BaseEstimator):
     def _learn(self, images: Tensor) -> None:
         """What fitting learns beyond the shape."""
 
+    def _noticed(self, images: Tensor) -> tuple[str, ...]:
+        """What a user should be told of these images and settings."""
+        return ()
+
     def _described(self, images: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -68,12 +79,18 @@ class _Images(TransformerMixin, BaseEstimator):
         """[n, height, width(, channels)] or flat rows, as a tensor [n, (channels,) height, width]."""
         if isinstance(X, Tensor):
             X = X.detach().cpu().numpy()
+        sizes = {np.shape(image) for image in X} if type(X) in (list, tuple) else set()
+        require(
+            len(sizes) < 2, f"X: images of unequal sizes {sorted(map(str, sizes))[:3]}, expected one size"
+        )
+        if len(sizes) == 1 and len(next(iter(sizes))) > 1:
+            X = np.asarray(X)
         if getattr(X, "ndim", 2) in (3, 4):
-            flat = X.reshape(len(X), -1)
+            flat = X.reshape(len(X), int(np.prod(X.shape[1:])))
             shape = X.shape[1:]
         else:
             flat, shape = X, None
-        flat: Any = validate_data(self, flat, reset=reset, dtype=[np.float64, np.float32, np.uint8])
+        flat: Any = validated(self, flat, reset=reset, dtype=[np.float64, np.float32, np.uint8])
         if shape is None:
             shape = self._shape(flat.shape[1])
         images = torch.from_numpy(np.require(flat, requirements=["C", "W"]).reshape(len(flat), *shape))
@@ -146,6 +163,13 @@ class HogFeatures(_Images):
             images, self.orientations, self.cell, self.block, norm=self.norm, sqrt=self.sqrt,  # pyright: ignore
             signed=self.signed, binning=self.binning, like=self.like,  # pyright: ignore
         )  # fmt: skip
+
+    def _noticed(self, images: Tensor) -> tuple[str, ...]:
+        cells = self.cell if isinstance(self.cell, (tuple, list)) else (self.cell, self.cell)
+        rows, columns = (side % cell for side, cell in zip(images.shape[-2:], cells))
+        return (f"{rows} rows and {columns} columns beyond the last whole cell are left out",) * (
+            rows + columns > 0
+        )
 
     def _names(self) -> list[str]:
         height, width = self.image_shape_[-2:]
@@ -243,6 +267,22 @@ class GaborFeatures(_Images):
             dc=self.dc, border=self.border,  # pyright: ignore
         )  # fmt: skip
 
+    def _noticed(self, images: Tensor) -> tuple[str, ...]:
+        turns = (
+            [math.pi * k / self.orientations for k in range(self.orientations)]
+            if isinstance(self.orientations, int)
+            else self.orientations
+        )
+        sides = [
+            gabor_kernel(f, turn, bandwidth=self.bandwidth).shape[0]
+            for f in self.frequencies
+            for turn in turns
+        ]
+        large = sum(side > min(images.shape[-2:]) for side in sides)
+        return (
+            f"{large} of {len(sides)} kernels are larger than the images (up to {max(sides)} pixels); the border is repeated",
+        ) * (large > 0)
+
     def _names(self) -> list[str]:
         turns = range(self.orientations) if isinstance(self.orientations, int) else self.orientations
         filters = [f"f{f:g}_t{turn:g}" for f in self.frequencies for turn in turns]
@@ -290,7 +330,7 @@ class InkImages(_Images):
         if self.white is None and not (images.is_floating_point() and float(grey.max()) <= 1):
             most = float(grey.max())
             self.white_ = most if 0 < most < 128 else max(255.0, most)
-        self.notes_ = self._made(images).notes
+        self.notes_ += self._made(images).notes
 
     def _made(self, images: Tensor) -> Any:
         grey = grey_of(images)

@@ -20,8 +20,8 @@ from lineament.handcrafted.images import batch_of
 
 NORMS = ("L1", "L1-sqrt", "L2", "L2-Hys")
 Pair = int | tuple[int, int]
-# Images at a time.
-_PART = 64
+# Pixels at a time.
+_PART = 1 << 18
 
 
 def hog(
@@ -65,6 +65,9 @@ def hog(
     >>> hog(digit).shape, int(hog(digit)[0].view(-1, 9).sum(0).argmax())
     (torch.Size([1, 324]), 0)
     """
+    if like == "opencv" and isinstance(images, Tensor) and images.dtype == torch.uint8:
+        # OpenCV's own precision; differences of bytes are exact.
+        images = images.float()
     images = batch_of(images)
     one_of("norm", norm, NORMS)
     one_of("binning", binning, ("hard", "linear"))
@@ -83,17 +86,22 @@ def hog(
     if sqrt:
         require(bool((images >= 0).all()), "sqrt: an image has negative intensities")
         images = images.sqrt()
-    # A part at a time, so that it stays in the processor's cache.
+    # A part at a time, so that it stays in the processor's cache; without gradients the parts share the room of their votes.
+    pixels = images.shape[-2] * images.shape[-1]
+    part = max(1, _PART // pixels)
+    room = None
+    if (like == "opencv" or binning == "linear") and not (torch.is_grad_enabled() and images.requires_grad):
+        room = images.new_empty(min(part, len(images)), (orientations + 2) * pixels)
     parts = [
-        _described(part, orientations, cells, blocks, norm, signed, binning, like)
-        for part in images.split(_PART)
+        _described(some, orientations, cells, blocks, norm, signed, binning, like, room)
+        for some in images.split(part)
     ]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _described(
     images: Tensor, orientations: int, cells: tuple[int, int], blocks: tuple[int, int],
-    norm: str, signed: bool, binning: str, like: str,
+    norm: str, signed: bool, binning: str, like: str, room: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The descriptor of a few images."""
     vertical, horizontal = _gradient(images)
@@ -103,10 +111,10 @@ def _described(
         vertical, horizontal, size = (v.gather(1, strongest) for v in (vertical, horizontal, size))
     vertical, horizontal, size = vertical[:, 0], horizontal[:, 0], size[:, 0]
     if like == "opencv":
-        votes = _shared(vertical, horizontal, size, orientations, signed)
-        return _opencv(votes, cells, blocks)
+        return _opencv(_shared(vertical, horizontal, size, orientations, signed, room), cells, blocks)
     if binning == "linear":
-        histogram = F.avg_pool2d(_shared(vertical, horizontal, size, orientations, signed), cells)
+        votes = _shared(vertical, horizontal, size, orientations, signed, room)
+        histogram = _joined(F.avg_pool2d(votes, cells))
     else:
         histogram = _voted(vertical, horizontal, size, orientations, signed, cells)
     # [n, bins, block rows, block columns, cell rows, cell columns]
@@ -154,35 +162,46 @@ def _voted(
     across = torch.arange(columns, device=size.device) // cells[1]
     place = (torch.arange(rows, device=size.device) // cells[0])[:, None] * grid[1] + across
     vertical, horizontal, size = (v[:, :rows, :columns] for v in (vertical, horizontal, size))
-    bins = _bins(vertical, horizontal, count, signed).long().mul_(grid[0] * grid[1]).add_(place)
+    # In floats, which are exact here and much faster than 64-bit integers.
+    bins = _bins(vertical, horizontal, size, count, signed).mul_(grid[0] * grid[1]).add_(place).long()
     votes = size.new_zeros(len(size), count * grid[0] * grid[1])
-    votes = votes.scatter_add(1, bins.flatten(1), size.flatten(1))
+    votes.scatter_add_(1, bins.flatten(1), size.flatten(1))
     return votes.view(-1, count, *grid) / (cells[0] * cells[1])
 
 
-def _bins(vertical: Tensor, horizontal: Tensor, count: int, signed: bool) -> Tensor:
-    """The bin of each gradient: how many bin edges its direction has reached, decided by the sign of a cross product."""
+def _bins(vertical: Tensor, horizontal: Tensor, size: Tensor, count: int, signed: bool) -> Tensor:
+    """The bin of each gradient, as floats: by its angle, and near an edge between two bins by exact comparison. What has no gradient lies in any bin."""
     vertical, horizontal = vertical.detach(), horizontal.detach()
+    place = torch.atan2(vertical, horizontal).mul_(count / (2 * math.pi if signed else math.pi))
+    place -= (place / count).floor_() * count
+    found = place.floor().clamp_(max=count - 1)
+    # Far more than an angle's rounding.
+    margin = 1e-4 + 1e-6 * count
+    near = place.sub_(found).sub_(0.5).abs_() >= 0.5 - margin
+    doubtful = (near & (size.detach() > 0)).flatten().nonzero()[:, 0]
+    if len(doubtful):
+        up, right = (v.flatten()[doubtful] for v in (vertical, horizontal))
+        found.view(-1)[doubtful] = _compared(up, right, count, signed).to(found)
+    return found
+
+
+def _compared(vertical: Tensor, horizontal: Tensor, count: int, signed: bool) -> Tensor:
+    """The bin of each gradient: how many bin edges its direction has reached, decided by the sign of a cross product."""
     flat = vertical.abs() <= torch.finfo(vertical.dtype).eps * horizontal.abs()
     vertical = vertical.masked_fill(flat, 0)
     below = (vertical < 0) | ((vertical == 0) & (horizontal < 0))
     turn = 1 - 2 * below.to(vertical.dtype)
     up, right = vertical * turn, horizontal * turn
     whole = 360 if signed else 180
-    found = torch.zeros(up.shape, dtype=torch.uint8 if count < 256 else torch.int16, device=up.device)
-    # Buffers that stay in the cache: this comparison is most of the work of a descriptor.
-    left_side, right_side, reached = torch.empty_like(up), torch.empty_like(up), torch.empty_like(below)
+    found = torch.zeros(up.shape, dtype=torch.int64, device=up.device)
     for k in range(1, count):
         degrees = whole * k / count
         cosine, sine = _direction(degrees % 180)
-        torch.mul(up, cosine, out=left_side)
-        torch.mul(right, sine, out=right_side)
-        torch.ge(left_side, right_side, out=reached)
+        reached = up * cosine >= right * sine
         if signed:
             # An edge in the lower half is reached by what is in the lower half and has passed it; one in the upper half by all below.
-            found += (below & reached) if degrees > 180 else (below if degrees == 180 else below | reached)
-        else:
-            found += reached.view(torch.uint8)
+            reached = (below & reached) if degrees > 180 else (below if degrees == 180 else below | reached)
+        found += reached
     return found
 
 
@@ -193,17 +212,32 @@ def _direction(degrees: float) -> tuple[float, float]:
     return exact.get(degrees, (math.cos(radians), math.sin(radians)))
 
 
-def _shared(vertical: Tensor, horizontal: Tensor, size: Tensor, count: int, signed: bool) -> Tensor:
-    """Votes [n, bins, h, w], each shared between the two bins whose centres are nearest."""
+def _shared(
+    vertical: Tensor, horizontal: Tensor, size: Tensor, count: int, signed: bool, room: Tensor | None = None
+) -> Tensor:
+    """Votes [n, bins + 2, h, w], each shared between the two bins whose centres are nearest; a copy of the last bin comes first, one of the first comes last."""
     still = size == 0
-    angle = torch.atan2(vertical, torch.where(still, torch.ones_like(horizontal), horizontal))
-    place = angle * (count / (2 * math.pi if signed else math.pi)) - 0.5
+    place = torch.atan2(vertical, horizontal + still.to(horizontal.dtype))
+    place = place * (count / (2 * math.pi if signed else math.pi))
+    # In halves of bins from the centre of the last one: 0.5 to count + 0.5.
+    place = place - (place.detach() / count).floor_() * count + 0.5
     low = place.detach().floor()
-    part = place - low
-    votes = size.new_zeros(len(size), count, *size.shape[1:])
-    lower = low.long().remainder(count)[:, None]
-    votes = votes.scatter_add(1, lower, (size * (1 - part))[:, None])
-    return votes.scatter_add(1, (lower + 1) % count, (size * part)[:, None])
+    upper = size * (place - low)
+    pixels = size.shape[1] * size.shape[2]
+    at = torch.arange(pixels, device=size.device).view(size.shape[1:])
+    lower = low.mul_(pixels).long().add_(at) if pixels * count > 1 << 23 else low.mul_(pixels).add_(at).long()
+    votes = size.new_zeros(len(size), (count + 2) * pixels) if room is None else room[: len(size)].zero_()
+    votes.scatter_add_(1, lower.flatten(1), (size - upper).flatten(1))
+    votes.scatter_add_(1, (lower + pixels).flatten(1), upper.flatten(1))
+    return votes.view(-1, count + 2, *size.shape[1:])
+
+
+def _joined(votes: Tensor) -> Tensor:
+    """Without the last bin's copy before the first, and the first's after the last."""
+    made = votes[:, 1:-1].clone()
+    made[:, 0] += votes[:, -1]
+    made[:, -1] += votes[:, 0]
+    return made
 
 
 def _normalised(found: Tensor, norm: str, eps: float = 1e-5) -> Tensor:
@@ -228,10 +262,16 @@ def _opencv(votes: Tensor, cells: tuple[int, int], blocks: tuple[int, int]) -> T
         bells.append(torch.exp(-((at - side / 2) ** 2) / (2 * sigma**2)))
         centre = (torch.arange(count, dtype=votes.dtype, device=votes.device) + 0.5) * cell
         corners.append((1 - (at + 0.5 - centre[:, None]).abs() / cell).clamp(min=0))
-    rows, columns = (corner * bell for corner, bell in zip(corners, bells))
-    found = votes.unfold(2, sides[0], cells[0]).unfold(3, sides[1], cells[1])
+    # [blocks * cells of a block, pixels] along each side: what a pixel gives to each cell of each block.
+    spread = []
+    for corner, bell, side, cell, size in zip(corners, bells, sides, cells, votes.shape[2:]):
+        places = range(0, size - side + 1, cell)
+        spread.append(torch.cat([F.pad(corner * bell, (k, size - side - k)) for k in places]))
+    found = _joined(spread[0] @ (votes @ spread[1].T))
     # [n, block columns, block rows, cell columns, cell rows, bins]
-    found = torch.einsum("nbyxhw,ih,jw->nxyjib", found, rows, columns).flatten(3)
+    found = (
+        found.unflatten(3, (-1, blocks[1])).unflatten(2, (-1, blocks[0])).permute(0, 4, 2, 5, 3, 1).flatten(3)
+    )
     found = found / (found.square().sum(-1, keepdim=True).sqrt() + 0.1 * found.shape[-1])
     found = found.clamp(max=0.2)
     return (found / (found.square().sum(-1, keepdim=True).sqrt() + 1e-3)).flatten(1)

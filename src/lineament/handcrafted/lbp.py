@@ -7,6 +7,7 @@ as in scikit-image. A neighbour between pixels is interpolated as a + t (b - a),
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Literal
 
@@ -86,28 +87,29 @@ def lbp_codes(images: Tensor, points: int = 8, radius: float = 1, *, codes: Code
     number("radius", radius, low=0, open_low=True)
     grey = grey_of(images)
     made = []
-    for part in grey.split(max(1, (1 << 24) // ((grey.shape[1] * grey.shape[2]) * points))):
-        around = neighbours(part, points, radius)
+    for part in grey.split(max(1, (1 << 21) // ((grey.shape[1] * grey.shape[2]) * points))):
         if codes == "var":
-            made.append(around.var(0, correction=0))
+            made.append(neighbours(part, points, radius).var(0, correction=0))
             continue
-        bits = around >= part
         if points > 16 and codes != "default":
-            made.append(_labels(bits, codes))
+            made.append(_labels(neighbours(part, points, radius) >= part, codes))
             continue
-        code = torch.zeros(part.shape, dtype=torch.int64, device=part.device)
-        for p in range(points):
-            code |= bits[p].long() << p
-        made.append(code if codes == "default" else _table(points, codes).to(code.device)[code])
+        code = torch.zeros(part.shape, dtype=torch.int32, device=part.device)
+        for p, value in enumerate(_around(part, points, radius)):
+            code |= (value >= part).int() << p
+        made.append(code.long() if codes == "default" else _table(points, codes).to(code.device)[code])
     return torch.cat(made) if made else grey.long()
 
 
 def neighbours(grey: Tensor, points: int, radius: float) -> Tensor:
     """[points, n, height, width]: what lies on the circle around each pixel, interpolated between its four pixels, 0 outside."""
+    return torch.stack(list(_around(grey, points, radius)))
+
+
+def _around(grey: Tensor, points: int, radius: float) -> Iterator[Tensor]:
     height, width = grey.shape[1:]
     edge = math.ceil(radius) + 1
     padded = F.pad(grey, (edge,) * 4)
-    found = []
     for p in range(points):
         row, column = (
             round(-radius * math.sin(2 * math.pi * p / points), 5),
@@ -124,8 +126,7 @@ def neighbours(grey: Tensor, points: int, radius: float) -> Tensor:
             if across:
                 below = torch.lerp(below, at(top + 1, left + 1), across)
             value = torch.lerp(value, below, down)
-        found.append(value)
-    return torch.stack(found)
+        yield value
 
 
 def label_count(points: int, codes: str) -> int:

@@ -13,9 +13,10 @@ import numpy as np
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 
 from lineament.core.checks import InputError, number, one_of, require, show
+from lineament.core.estimator_data import validated
 from lineament.core.estimator_files import SavedEstimator
 from lineament.kernels.dimension import intrinsic_dimension
 from lineament.kernels.duals import Dual, dual_of
@@ -55,6 +56,18 @@ class _Infinite(SavedEstimator, BaseEstimator):
         np.add.at(means, place[which.ravel()], y)
         counts = counts[order]
         self.duplicates_ = len(X) - len(first)
+        self.notes_: tuple[str, ...] = ()
+        if self.duplicates_:
+            self.notes_ += (
+                f"{self.duplicates_} of {len(X)} samples are equal to others and count with them",
+            )
+        if self.sphere in ("normalize", None) and (mapped.min(0) < 0).any():
+            few = mapped[np.sort(first)][:2000]
+            opposite = float((few @ few.T < 0).mean())
+            if opposite:
+                self.notes_ += (
+                    f"{100 * opposite:.2g} % of the pairs have negative cosines, which count as 0; sphere='cap' has none",
+                )
         return Rows(mapped[first[order]]), means / counts[:, None], counts
 
     def _solve(self, dual: Dual, rows: Rows, y: Array) -> None:
@@ -129,13 +142,13 @@ class _Infinite(SavedEstimator, BaseEstimator):
 
     def _mapped(self, X: Any) -> Rows:
         check_is_fitted(self)
-        X = validate_data(self, X, reset=False, dtype=np.float64)
+        X = validated(self, X, reset=False, dtype=np.float64)
         return Rows(self.sphere_(X))
 
     def beyond(self, X: Any) -> int:
         """How many rows lie outside the cap of the training rows (``sphere="cap"``), and are moved to its edge."""
         check_is_fitted(self)
-        checked: Any = validate_data(self, X, reset=False, dtype=np.float64)
+        checked: Any = validated(self, X, reset=False, dtype=np.float64)
         return self.sphere_.beyond(checked)
 
 
@@ -156,7 +169,8 @@ class InfiniteClassifier(ClassifierMixin, _Infinite):
 
     Attributes:
         limit_: the :class:`~lineament.kernels.regimes.Regime`; dimension_: what was chosen; estimate_: the two estimates of it; left_out_: leave-one-out
-            accuracy by dimension; duplicates_: samples merged with others; residual_: of the solution, as a share of the targets; passes_: over the tiles.
+            accuracy by dimension; duplicates_: samples merged with others; notes_: what should be known of the data;
+            residual_: of the solution, as a share of the targets; passes_: over the tiles.
 
     >>> from sklearn.datasets import load_iris
     >>> X, y = load_iris(return_X_y=True)
@@ -192,7 +206,7 @@ class InfiniteClassifier(ClassifierMixin, _Infinite):
             one_of("dimension", self.dimension, ("auto",))
         else:
             number("dimension", self.dimension, low=1)
-        X, y = validate_data(self, X, y, dtype=np.float64)
+        X, y = validated(self, X, y, dtype=np.float64)
         check_classification_targets(y)
         self.classes_, index = np.unique(y, return_inverse=True)
         require(len(self.classes_) > 1, f"y: one class only ({self.classes_.tolist()}), expected two or more")
@@ -200,6 +214,10 @@ class InfiniteClassifier(ClassifierMixin, _Infinite):
         # Of equal points with several labels the most frequent.
         labels = votes.argmax(1)
         self.contradictions_ = int((votes.max(1) < 1).sum())
+        if self.contradictions_:
+            self.notes_ += (
+                f"{self.contradictions_} points have contradictory labels: the most frequent one counts",
+            )
         ballot = np.eye(len(self.classes_))[labels] * counts[:, None]
         self.estimate_, self.left_out_, self.dimension_ = None, {}, None
         optimal = isinstance(self.activation, str) and self.activation == "optimal"
@@ -333,7 +351,7 @@ class InfiniteRegressor(RegressorMixin, _Infinite):
             "depth: an infinitely deep network's values vanish away from the training points; expected a finite depth, such as 3",
         )
         _check(self)
-        X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
+        X, y = validated(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
         y = np.asarray(y, dtype=float)
         self._flat = y.ndim == 1
         dual = dual_of(self.activation)

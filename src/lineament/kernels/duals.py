@@ -299,6 +299,10 @@ def dual_of(activation: Any, *, terms: int = 80) -> Dual:
             )
         activation = functional
     found = hermite_coefficients(activation, terms)
+    require(
+        found.slope_moment < math.inf,
+        f"activation: {show(activation)} has a jump, so that E φ'² is infinite and no depth limit exists; expected a continuous activation",
+    )
     weights = found.coefficients**2
     # What quadrature leaves of a coefficient that is zero: an odd activation has φ̂(0) = 0, not 1e-33.
     weights[weights < 1e-26 * found.second_moment] = 0.0

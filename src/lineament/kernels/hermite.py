@@ -58,8 +58,31 @@ def hermite_coefficients(activation: Callable[[torch.Tensor], Any], terms: int =
     require(bool(np.isfinite(phi).all()), f"activation: {show(activation)} is not finite everywhere")
     second = float(weights @ phi**2)
     require(0 < second < math.inf, f"activation: E φ² = {second:g}, which cannot be scaled to 1")
+    outer = float((weights * phi**2)[np.abs(points) > 29].sum())
+    require(
+        outer < 1e-9 * second,
+        f"activation: {show(activation)} grows so fast that E φ² is infinite, expected less than exp(z²/4)",
+    )
     basis = np.stack(hermite_basis(points, terms))
-    return Hermite(basis @ (weights * phi), second, float(weights @ slope**2))
+    smooth = _jump(given, points, phi, slope) < 1e-4 * math.sqrt(second)
+    return Hermite(basis @ (weights * phi), second, float(weights @ slope**2) if smooth else math.inf)
+
+
+def _jump(activation: Any, points: np.ndarray, phi: np.ndarray, slope: np.ndarray) -> float:
+    """How far an activation jumps between neighbouring points, where its slope does not explain the difference; 0 for a kink."""
+    near = np.flatnonzero(np.abs(points[1:]) < 8)
+    run = np.diff(points)[near]
+    unexplained = np.abs(np.diff(phi)[near] - run * (slope[near] + slope[near + 1]) / 2)
+    worst = near[np.argsort(-unexplained)[:16]]
+    at = lambda x: activation(torch.from_numpy(x)).detach().numpy()  # noqa: E731
+    low, high, left, right = points[worst], points[worst + 1], phi[worst], phi[worst + 1]
+    for _ in range(40):
+        middle = (low + high) / 2
+        value = at(middle)
+        first = np.abs(value - left) > np.abs(right - value)
+        low, left = np.where(first, low, middle), np.where(first, left, value)
+        high, right = np.where(first, middle, high), np.where(first, value, right)
+    return float(np.abs(right - left).max())
 
 
 def hermite_basis(x: Any, terms: int) -> list[Any]:

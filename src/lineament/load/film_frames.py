@@ -75,6 +75,15 @@ class Format:
     metadata: dict[str, str] = field(default_factory=dict)
 
 
+def has_colours(rgb: np.ndarray) -> bool:
+    """Whether more than a hundredth of a picture's pixels, bytes [height, width, 3], are clearly no grey.
+
+    >>> has_colours(np.full((4, 4, 3), 90, np.uint8)), has_colours(np.full((4, 4, 3), (90, 90, 140), np.uint8))
+    (False, True)
+    """
+    return float((np.ptp(rgb, axis=-1) > 16).mean()) > 0.01
+
+
 def luma_range(depth: int, full_range: bool) -> tuple[int, int]:
     """The value of black, and how far above it white lies.
 

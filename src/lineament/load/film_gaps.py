@@ -54,6 +54,9 @@ def lost(candidates: Sequence[Jump], packets: Iterable[Any], video: Any) -> list
     times, places, sizes = (np.array(column) for column in zip(*shown))
     starts, lengths = (np.array(column) for column in zip(*sorted(pieces)))
     holes = starts[1:] - starts[:-1] - lengths[:-1]
+    # What usually lies around a frame lay around a lost one too: headers, and where each tick of a fine clock has a chunk of its own, empty chunks, in a pause as well.
+    around = np.diff(np.concatenate([[0], holes.cumsum()])[np.searchsorted(starts, np.sort(places))])
+    beside = float(np.median(around)) if len(around) else 0.0
     # Headers between packets take some bytes too; frames of a film take about as many each.
     holes = np.maximum(holes - np.quantile(holes, 0.95), 0) if len(holes) else holes
     usual = float(np.median(sizes))
@@ -64,7 +67,7 @@ def lost(candidates: Sequence[Jump], packets: Iterable[Any], video: Any) -> list
         undecoded = after - first > 1
         low, high = places[max(first, 0)], places[min(after, len(places) - 1)]
         unread = holes[(starts[:-1] >= low) & (starts[:-1] < high)].sum()
-        if undecoded or unread > jump.missing * usual / 4:
+        if undecoded or unread > jump.missing * (beside + usual / 4):
             found.append(jump)
     return found
 

@@ -40,6 +40,11 @@ def image_folder(path: Path, choose: Choose, *, size: tuple[int, int] | None = N
     listed = {folder: _images(folder) for folder in folders}
     filled = [folder for folder in folders if listed[folder]]
     if not filled:
+        arrays = sorted(path.glob("*.npz"))
+        require(
+            not arrays,
+            f"data: {str(path)!r} holds no folders with images but {len(arrays)} .npz files; pass one: {', '.join(repr(str(file)) for file in arrays[:3])}",
+        )
         raise InputError(
             f"data: {str(path)!r} holds no folders with images; expected one folder a class with "
             f"{', '.join(sorted(_IMAGES)[:4])} ... files, an .npz file, or a Hugging Face data set"

@@ -30,6 +30,8 @@ from lineament.load.loaded import Loaded
 from lineament.load.user_code import named_in
 from lineament.load.weights import load_weights, require_finite
 
+_DATA = (".npz", ".npy", ".csv", ".tsv", ".jsonl", ".parquet")
+
 
 def load_model(model: Any, *, weights: str | Path | None = None) -> Loaded:
     """Bring up a trained network in eval mode.
@@ -113,6 +115,10 @@ def _no_network(path: Path) -> InputError:
         f"pass a function that makes the network, and {str(path)!r} as `weights`: 'net.py:make' with, in net.py,\n    def make():\n"
         "        return Network()  # of the class and the sizes that were trained"
     )
+    if path.suffix.lower() in _DATA:
+        return InputError(
+            f"model: {str(path)!r} holds data, expected a network: file.py:factory, a .pt2, TorchScript or .onnx file, or a Hugging Face directory; MODEL comes before DATA"
+        )
     if not kind_of(path):
         return InputError(
             f"model: {str(path)!r} is a file of kind {path.suffix!r}, expected file.py:factory, a .pt2, TorchScript or .onnx file, or a Hugging Face directory"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -15,28 +14,31 @@ import torch
 from PIL import Image, ImageOps
 
 from lineament.core.checks import InputError, number, require
-from lineament.load.film_frames import FULL, FilmFrame, Format, luma_of, usual_matrix
+from lineament.load.film_frames import FULL, FilmFrame, Format, has_colours, luma_of, usual_matrix
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 @dataclass
 class PictureFilm:
-    """A folder of pictures, one a frame, in the order of the numbers in their names."""
+    """A folder of pictures, one a frame, in the order of the numbers in their names; ``coloured``: whether one of them has colours."""
 
     path: Path
     rate: Fraction = Fraction(25)
     gaps: list[str] = field(default_factory=list)
+    coloured: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.path = Path(self.path)
         self.files = picture_folder(self.path)
         number("fps", float(self.rate), low=0, open_low=True)
         sides = {}
+        # Each is read whole: a damaged one is said now, not after hours of work on those before it.
         for file in self.files:
-            # Of what cannot be opened, reading it says more.
-            with suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(file) as picture:
-                sides.setdefault(picture.size, file.name)
+            picture = read_picture("film", file)
+            sides.setdefault(picture.size, file.name)
+            if not self.coloured and picture.mode[0] not in "1LI":
+                self.coloured = has_colours(np.asarray(picture.convert("RGB")))
         (size, name), *others = [*sides.items(), ((0, 0), "")]
         require(
             len(sides) < 2,

@@ -16,15 +16,17 @@ from typing import Any
 import numpy as np
 
 from lineament.core.checks import InputError, require
-from lineament.load.film_frames import DEPTHS, FULL, MATRIX, FilmFrame, Format, usual_matrix
+from lineament.load.film_frames import DEPTHS, FULL, MATRIX, FilmFrame, Format, has_colours, usual_matrix
 from lineament.load.film_gaps import Jump, counted, jumps, lost, unsaid_end
 
 _HDR = {16: "PQ", 18: "HLG"}
+_LOOK = 24  # frames between two that are looked at for colours
 
 
 @dataclass
 class Film:
     """A video file's first video stream; ``gaps`` names what the last walk over it could not decode. ``colour``: frames have their picture, as RGB bytes.
+    ``coloured``: whether a walk met colours.
 
     >>> Film("holiday.mkv").path.name
     'holiday.mkv'
@@ -33,6 +35,7 @@ class Film:
     path: Path
     gaps: list[str] = field(default_factory=list)
     colour: bool = False
+    coloured: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.path = Path(self.path)
@@ -112,6 +115,7 @@ class Film:
         av = av_module()
         video, index, last, end = streams[0], 0, None, None
         first: tuple[int, int] | None = None
+        kind: tuple[int, bool, int] | None = None
         damaged: list[int] = []
         times: list[int] = []
         packets = film.demux(*streams)
@@ -150,6 +154,14 @@ class Film:
                 if getattr(frame, "is_corrupt", False):
                     damaged.append(index)
                 read = _film_frame(frame, index, pts)
+                told = (read.depth, read.full_range, read.matrix)
+                kind = kind or told
+                require(
+                    told == kind,
+                    f"film: {str(self.path)!r} changes its format at frame {index}, from {_kind(kind)} to {_kind(told)}; cut it there into two films",
+                )
+                if index % _LOOK == 0 and not self.coloured:
+                    self.coloured = has_colours(frame.to_ndarray(format="rgb24"))
                 if self.colour:
                     rgb = np.rot90(frame.to_ndarray(format="rgb24"), read.turns)
                     read = replace(read, picture=np.ascontiguousarray(rgb))
@@ -252,6 +264,11 @@ def _film_frame(frame: Any, index: int, pts: int) -> FilmFrame:
     turns = round((getattr(frame, "rotation", 0) or 0) / 90) % 4
     opacity = _plane(frame, 3, depth) if alpha and len(frame.planes) == 4 else None
     return FilmFrame(index, pts, _plane(frame, 0, depth), depth, full, matrix, opacity, turns)
+
+
+def _kind(told: tuple[int, bool, int]) -> str:
+    depth, full, matrix = told
+    return f"{depth} bits of {'full' if full else 'limited'} range (matrix {matrix})"
 
 
 def _is_plane(parts: Any, which: int) -> bool:

@@ -7,6 +7,7 @@ that never hold all logits. Losses that add to the denominator (UNPG), sampled c
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from lineament.core.checks import InputError, number, one_of, require, show
 from lineament.core.shards import joined
+from lineament.core.whole_files import divided, load_parts, save_whole
 from lineament.losses import sharded
 from lineament.losses.fused import class_lengths, cosine_softmax_loss
 from lineament.losses.margins import Cosine, Margin
@@ -95,7 +97,8 @@ class ClassHead(nn.Module):
         if plain and not self.sharded:
             parts = self.parts(embeddings, labels, margins=margins, kept=kept, also=also)
             return self.reduced(*parts, sample_weight)
-        rows = checked(embeddings, labels, len(self.weight))
+        rows = checked(embeddings, labels, self.weight)
+        _fitting(margins, rows, labels)
         if self.sharded:
             given = None if margins is None else margins if len(margins) == len(rows) else margins[rows]
             both = sharded.parts(self, wide(embeddings[rows]), labels[rows], given, kept, also)
@@ -106,7 +109,7 @@ class ClassHead(nn.Module):
             return (x.sum() + weight[:1].sum()) * 0
         norms = x.norm(dim=1)
         each = torch.ones_like(norms) if sample_weight is None else _per_row(sample_weight, rows, x)
-        each = each if self.reduction == "sum" else each / each.sum()
+        each = each if self.reduction == "sum" else each / _positive(each.sum())
 
         def target(cosines: Tensor, norms: Tensor) -> Tensor:
             return self._target(cosines, norms, margins, rows) * (
@@ -133,7 +136,8 @@ class ClassHead(nn.Module):
 
         A margin's own term (MagFace) is in lse.
         """
-        rows = checked(embeddings, labels, len(self.weight))
+        rows = checked(embeddings, labels, self.weight)
+        _fitting(margins, rows, labels)
         x, weight, y = self._chosen(embeddings[rows], labels[rows], kept)
         logits, extra = self._logits(x, weight, y, margins, rows)
         lse = logits.logsumexp(1)
@@ -142,7 +146,8 @@ class ClassHead(nn.Module):
 
     def margin_logits(self, embeddings: Tensor, labels: Tensor, *, margins: Tensor | None = None) -> Tensor:
         """Logits [B, C] with the margin in the target's entry; rows of label -1 are without."""
-        rows = checked(embeddings, labels, len(self.weight))
+        rows = checked(embeddings, labels, self.weight)
+        _fitting(margins, rows, labels)
         found = self.logits(embeddings)
         return found.index_copy(
             0, rows, self._logits(wide(embeddings[rows]), self.weight, labels[rows], margins, rows)[0]
@@ -175,10 +180,32 @@ class ClassHead(nn.Module):
         """
         sharded.shard(self, mesh)
 
+    def save(self, path: str | Path) -> None:
+        """Write the head as one safetensors file, the ``state_dict``; every process of a divided one must call it, and none holds it whole.
+
+        >>> import tempfile
+        >>> path = f"{tempfile.mkdtemp()}/head.safetensors"; ClassHead(10, 4).save(path)
+        >>> ClassHead(11, 4).load(path)
+        Traceback (most recent call last):
+        ...
+        lineament.core.checks.InputError: path: 'weight' in ... is (10, 4), expected (11, 4)
+        """
+        save_whole(self.state_dict(), path)
+
+    def load(self, path: str | Path) -> None:
+        """Read what :meth:`save` wrote, in any number of processes; each reads its classes.
+
+        Raises:
+            InputError: other classes or another size, no file of a head.
+        """
+        state = dict(self.state_dict())
+        load_parts(path, state)
+        self.load_state_dict(state)
+
     @property
     def sharded(self) -> bool:
         """Whether the classes are divided among processes."""
-        return hasattr(self.weight, "placements")
+        return divided(self.weight)
 
     def load_class_weights(self, source: Tensor, layout: Literal["rows", "columns"] = "rows") -> None:
         """Take class weights from another library: (C, d) rows, or (d, C) columns as in pytorch-metric-learning and ElasticFace."""
@@ -203,7 +230,7 @@ class ClassHead(nn.Module):
         total = each.sum()
         if self.reduction == "sum":
             return total
-        return total / (len(rows) if weights is None else weights.sum()) if len(rows) else total
+        return total / (len(rows) if weights is None else _positive(weights.sum())) if len(rows) else total
 
     def _chosen(self, x: Tensor, y: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Wide embeddings, the step's class rows, and which of those are the samples' own."""
@@ -260,6 +287,13 @@ def _cosines(x: Tensor, weight: Tensor) -> Tensor:
     return wide(F.normalize(x, dim=1) @ F.normalize(weight, dim=1).T).clamp(-1, 1)
 
 
+def _positive(total: Tensor) -> Tensor:
+    require(
+        bool(total > 0), f"sample_weight: the labelled rows' sum is {float(total):g}, expected more than 0"
+    )
+    return total
+
+
 def _per_row(sample_weight: Tensor, rows: Tensor, like: Tensor) -> Tensor:
     last = int(rows[-1]) if len(rows) else -1
     if not isinstance(sample_weight, Tensor) or sample_weight.ndim != 1 or len(sample_weight) <= last:
@@ -269,10 +303,22 @@ def _per_row(sample_weight: Tensor, rows: Tensor, like: Tensor) -> Tensor:
     return sample_weight[rows].to(like)
 
 
-def checked(embeddings: Tensor, labels: Tensor, classes: int) -> Tensor:
+def _fitting(margins: Tensor | None, rows: Tensor, labels: Tensor) -> None:
+    require(
+        margins is None or margins.shape in ((len(rows),), labels.shape),
+        f"margins: got {show(margins)}, expected one a row ({len(labels)}), or one a labelled row ({len(rows)})",
+    )
+
+
+def checked(embeddings: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     """The numbers of the labelled rows; an error for what no loss can take."""
+    classes, size = weight.shape
     if not isinstance(embeddings, Tensor) or embeddings.ndim != 2 or not embeddings.is_floating_point():
         raise InputError(f"embeddings: got {show(embeddings)}, expected floats [batch, dimension]")
+    require(
+        embeddings.shape[1] == size,
+        f"embeddings: got {show(embeddings)}, expected rows of {size} numbers as the class directions",
+    )
     integer = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool
     require(
         integer and labels.shape == embeddings.shape[:1],

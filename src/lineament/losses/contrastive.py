@@ -19,7 +19,9 @@ from lineament.core.checks import InputError, number, one_of, require, show
 from lineament.core.shards import joined, place_in_training
 
 # Entries of the similarity matrix that lie in memory at once.
-_ENTRIES = 1 << 21
+_ENTRIES = 1 << 20
+# From here on exp(-2 / temperature), the smallest exponential there may be, is far from what float32 cannot hold.
+_COLD = 0.03
 
 
 class SupCon(nn.Module):
@@ -48,6 +50,7 @@ class SupCon(nn.Module):
             InputError: other lengths, an embedding without direction, an anchor without positive.
         """
         unit = directions(embeddings)
+        require(not labels.is_floating_point(), f"labels: got {show(labels)}, expected whole numbers")
         require(
             labels.ndim == 1 and len(labels) > 0 and len(unit) % len(labels) == 0,
             f"labels: got {show(labels)} beside {show(embeddings)}, expected one a row, or one a sample whose views lie one after the other",
@@ -112,6 +115,9 @@ class Spectral(nn.Module):
             first.shape == second.shape and first.ndim == 2,
             f"second: got {show(second)}, expected the shape of the first view, {show(first)}",
         )
+        require(
+            bool(first.isfinite().all() & second.isfinite().all()), "first, second: NaN or infinity in a row"
+        )
         n = len(first)
         own = (first * second).sum(1)
         spread = ((first.T @ first) * (second.T @ second)).sum() / n**2
@@ -139,13 +145,24 @@ def others_logsumexp(unit: Tensor, temperature: float) -> Tensor:
 
 
 class _OthersLogSumExp(torch.autograd.Function):
-    """Rows in chunks; the backward makes the probabilities anew."""
+    """Rows in chunks; the backward makes the exponentials anew.
+
+    The matrix of similarities is symmetric: of each chunk only what lies right of it is computed, and serves its rows and its columns. Exponentials are taken of the
+    difference to 1 / temperature, the largest there may be; below ``_COLD`` they may underflow, and each row has its own maximum and all its entries.
+    """
 
     @staticmethod
     def forward(ctx: Any, unit: Tensor, temperature: float) -> Tensor:
-        found = unit.new_empty(len(unit))
-        for rows in _chunks(len(unit)):
-            found[rows] = _similarities(unit, rows, temperature).logsumexp(1)
+        found = unit.new_zeros(len(unit))
+        if temperature < _COLD:
+            for rows in _chunks(len(unit)):
+                found[rows] = _similarities(unit, rows, temperature).logsumexp(1)
+        else:
+            for rows in _chunks(len(unit)):
+                each = _exponentials(unit, rows, temperature)
+                found[rows] += each.sum(1)
+                found[rows.stop :] += each[:, rows.stop - rows.start :].sum(0)
+            found = found.log_().add_(1 / temperature)
         ctx.save_for_backward(unit, found)
         ctx.temperature = temperature
         return found
@@ -156,11 +173,20 @@ class _OthersLogSumExp(torch.autograd.Function):
         unit, lse = ctx.saved_tensors
         (upstream,) = grads
         gradient = torch.zeros_like(unit)
+        if ctx.temperature < _COLD:
+            for rows in _chunks(len(unit)):
+                share = _similarities(unit, rows, ctx.temperature).sub_(lse[rows, None]).exp_()
+                share *= upstream[rows, None]
+                gradient[rows] += share @ unit
+                gradient.addmm_(share.T, unit[rows])
+            return gradient / ctx.temperature, None
+        # What a row's and a column's sum say of an entry, at once.
+        share = upstream * (1 / ctx.temperature - lse).exp_()
         for rows in _chunks(len(unit)):
-            share = _similarities(unit, rows, ctx.temperature).sub_(lse[rows, None]).exp_()
-            share *= upstream[rows, None]
-            gradient[rows] += share @ unit
-            gradient.addmm_(share.T, unit[rows])
+            each = _exponentials(unit, rows, ctx.temperature)
+            each *= share[rows, None] + share[rows.start :]
+            gradient[rows].addmm_(each, unit[rows.start :])
+            gradient[rows.stop :].addmm_(each[:, rows.stop - rows.start :].T, unit[rows])
         return gradient / ctx.temperature, None
 
 
@@ -171,6 +197,12 @@ def _chunks(n: int) -> list[slice]:
 
 def _similarities(unit: Tensor, rows: slice, temperature: float) -> Tensor:
     found = (unit[rows] @ unit.T).div_(temperature)
-    at = torch.arange(rows.start, rows.stop, device=unit.device)
-    found[at - rows.start, at] = -math.inf
+    found[:, rows].fill_diagonal_(-math.inf)
+    return found
+
+
+def _exponentials(unit: Tensor, rows: slice, temperature: float) -> Tensor:
+    """exp((z_i · z_j - 1) / temperature) of some rows with themselves and all after them, 0 of each with itself."""
+    found = (unit[rows] @ unit[rows.start :].T).sub_(1).div_(temperature).exp_()
+    found.fill_diagonal_(0)
     return found

@@ -20,8 +20,8 @@ from lineament.losses.feature_transform import HardMixing, NegativeInterpolation
 from lineament.losses.queue import Queue
 
 Transform = PositiveExtrapolation | NegativeInterpolation | HardMixing
-# Scores that lie in memory at once.
-_ENTRIES = 11_000_000
+# Scores that lie in memory at once: on a GPU, and where they should stay in the cache.
+_ENTRIES, _CACHED = 11_000_000, 1 << 19
 
 
 class InfoNCE(nn.Module):
@@ -94,10 +94,10 @@ class InfoNCE(nn.Module):
         positive, others, rows = self.compared(query, key)
         if rows is None:
             return positive, self._in_batch(others)
-        found, hard = others @ rows.clone().T, self._mixed(others, rows)
+        found, hard = others @ rows[:].clone().T, self._mixed(others, rows)
         return positive, found if hard is None else torch.cat([found, hard], 1)
 
-    def compared(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def compared(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor | MixedRows | None]:
         """The positives' scores [B], what meets the negatives [B, d], and the negatives [K, d].
 
         Without a queue the second are the scores [B, B] of queries and keys, and there is no third.
@@ -108,6 +108,13 @@ class InfoNCE(nn.Module):
             self.queue is None or query.shape[1] == self.queue.rows.shape[1],
             f"query: got {show(query)}, expected rows of {0 if self.queue is None else self.queue.rows.shape[1]} numbers as the queue's",
         )
+        room = 1e-2 if key.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        for name, each in (("query", query), ("key", key)):
+            off = (each.detach().norm(dim=1) - 1).abs()
+            require(
+                bool((off <= room).all()),
+                f"{name}: expected rows of length 1; normalise them first (NaN has none)",
+            )
         active = {t.kind: t for t in self.transform if self.epoch >= t.start and self.training}
         key = key.detach() if self.queue is not None else key
         one, two = query, key
@@ -122,10 +129,10 @@ class InfoNCE(nn.Module):
         if isinstance(negative := active.get("negative"), NegativeInterpolation):
             lam = negative.draw((rows.shape[0], rows.shape[1]), self.generator, rows).to(rows.device)
             order = torch.randperm(len(rows), generator=self.generator).to(rows.device)
-            rows = torch.lerp(rows[order], rows, lam)
+            return (one * two).sum(1), one, MixedRows(rows, order, lam)
         return (one * two).sum(1), one, rows
 
-    def _mixed(self, query: Tensor, rows: Tensor | None) -> Tensor | None:
+    def _mixed(self, query: Tensor, rows: Tensor | MixedRows | None) -> Tensor | None:
         """Scores of the queries with mixtures of their hardest negatives, where there are any."""
         for each in self.transform:
             if (
@@ -134,7 +141,7 @@ class InfoNCE(nn.Module):
                 and self.training
                 and self.epoch >= each.start
             ):
-                return torch.einsum("bd,bkd->bk", query, each(query, rows, self.generator))
+                return torch.einsum("bd,bkd->bk", query, each(query, rows[:], self.generator))
         return None
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -155,7 +162,7 @@ class InfoNCE(nn.Module):
 
 
 def negatives_logsumexp(
-    query: Tensor, rows: Tensor, temperature: float, *, watch: bool = True
+    query: Tensor, rows: Tensor | MixedRows, temperature: float, *, watch: bool = True
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """ln Σ_n exp(query · n / T) of each query, [B], and the unbiased variance and mean of its scores, [B] each (NaN without ``watch``).
 
@@ -164,37 +171,63 @@ def negatives_logsumexp(
     >>> round(negatives_logsumexp(torch.zeros(1, 2), torch.ones(4, 2), 1.0)[0].item(), 4) == round(math.log(4), 4)
     True
     """
-    found: Any = _NegativesLogSumExp.apply(query, rows.detach(), temperature, watch, torch.is_grad_enabled())
+    found: Any = _NegativesLogSumExp.apply(query, rows, temperature, watch, torch.is_grad_enabled())
     return found[0], (found[1], found[2])
 
 
 class _NegativesLogSumExp(torch.autograd.Function):
+    """Some rows at a time for all queries, so that rows, mixtures and scores stay in the cache; sums are rescaled when a larger score comes."""
+
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         query, rows, temperature, watch, grad = arguments
-        lse, mean, variance = (query.new_full((len(query),), math.nan) for _ in range(3))
+        total, mean, squares = (query.new_zeros(len(query)) for _ in range(3))
+        top = query.new_full((len(query),), -math.inf)
         wanted = grad and ctx.needs_input_grad[0]
-        gradient = torch.empty_like(query) if wanted else None
-        size = max(1, _ENTRIES // len(rows))
-        for start in range(0, len(query), size):
-            at = slice(start, start + size)
-            scores = (query[at] / temperature) @ rows.T
+        gradient, scaled = torch.zeros_like(query) if wanted else None, query / temperature
+        size = max(1, (_ENTRIES if query.is_cuda else _CACHED) // max(1, len(query)))
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size].detach()
+            scores = scaled @ part.T
             if watch:
-                variance[at], mean[at] = torch.var_mean(scores, 1)
-            top = scores.amax(1)
-            total = scores.sub_(top[:, None]).exp_().sum(1)
-            lse[at] = total.log() + top
+                variance, at = torch.var_mean(scores, 1, correction=0)
+                ahead = at - mean
+                seen = start + len(part)
+                mean = mean + ahead * (len(part) / seen)
+                squares += variance * len(part) + ahead.square_() * (start * len(part) / seen)
+            higher = torch.maximum(top, scores.amax(1))
+            shrink, top = (top - higher).exp_(), higher
+            scores = scores.sub_(top[:, None]).exp_()
+            total.mul_(shrink).add_(scores.sum(1))
             if gradient is not None:
-                torch.div(scores @ rows, (temperature * total)[:, None], out=gradient[at])
-        mean, variance = mean * temperature, variance * temperature**2
-        ctx.gradient = gradient
+                gradient.mul_(shrink[:, None]).addmm_(scores, part)
+        mean, variance = mean * temperature, squares * (temperature**2 / max(1, len(rows) - 1))
+        if not watch:
+            mean, variance = mean.fill_(math.nan), variance.fill_(math.nan)
+        ctx.gradient = None if gradient is None else gradient.div_((temperature * total)[:, None])
         ctx.mark_non_differentiable(mean, variance)
-        return lse, variance, mean
+        return total.log() + top, variance, mean
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         return (None if ctx.gradient is None else ctx.gradient * grads[0][:, None]), None, None, None, None
+
+
+@dataclass(frozen=True)
+class MixedRows:
+    """lam Q + (1 - lam) Q[order] of a queue Q [K, d], of which any slice is made when it is asked for."""
+
+    rows: Tensor
+    order: Tensor
+    lam: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, at: slice) -> Tensor:
+        lam = self.lam if self.lam.ndim == 0 else self.lam[at]
+        return self.rows.index_select(0, self.order[at]).lerp_(self.rows[at], lam)
 
 
 class ScoreLog:

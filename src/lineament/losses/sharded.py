@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lineament.core.checks import require
-from lineament.core.shards import joined, place_in_training, totals
+from lineament.core.shards import introduce, joined, place_in_training, totals
+from lineament.core.whole_files import part_of
 from lineament.losses.fused import class_lengths
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def shard(head: ClassHead, mesh: Any = None) -> None:
         mesh.ndim == 1 and mesh.size() == count,
         f"mesh: got {mesh}, expected one dimension with all {count} processes",
     )
+    introduce()
     head.weight = nn.Parameter(distribute_tensor(head.weight.detach(), mesh, [Shard(0)]))
 
 
@@ -71,10 +73,8 @@ def parts(
     norms = x.norm(dim=1)
     if kept is None and head.training and head.sample < 1:
         kept = head.sampled(y)
-    # As torch.chunk divides them.
-    size = -(-len(weight) // count)
-    start = min(rank * size, len(weight))
-    stop, own = min(start + size, len(weight)), weight.to_local()
+    held, own = part_of(len(weight), rank, count), weight.to_local()
+    start, stop = held.start, held.stop
     if kept is not None:
         mine = kept[(kept >= start) & (kept < stop)]
         own, at = own[mine - start], torch.searchsorted(mine, y.contiguous())

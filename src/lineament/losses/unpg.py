@@ -55,7 +55,7 @@ class UNPG(nn.Module):
         if self.pairs is not None:
             base = self.head(embeddings, labels, sample_weight=sample_weight)
             return base + self.weight * self.pairs(joined(embeddings), joined(labels))
-        rows = checked(embeddings, labels, len(self.head.weight))
+        rows = checked(embeddings, labels, self.head.weight)
         pairs = self.negatives(joined(embeddings[rows]), joined(labels[rows]))
         return self.head(
             embeddings, labels, sample_weight=sample_weight, also=pairs.logsumexp(self.head.scale)

@@ -2,6 +2,7 @@
 
 A sparse gradient (``nn.Embedding(sparse=True)``, a class head with ``sparse=True``) names the rows. Momentum, moments and weight decay of the other rows stand still, so that a row's state is
 that of its own steps: with a gradient for every row, :class:`RowSGD` and :class:`RowAdam` are PyTorch's SGD and Adam. Dense gradients are taken, too: then every row has one.
+Parameters and states may lie with several processes (DTensors of a mesh of one dimension): each moves its part.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch.optim import Optimizer
 
 from lineament.core.checks import InputError, number, require
 from lineament.core.gradients import summed_rows
+from lineament.core.shards import told
+from lineament.core.whole_files import dimension, divided, local
 
 # Numbers of a gradient's rows that are worked on at once.
 _NUMBERS = 1 << 17
@@ -39,20 +42,32 @@ class _Rows(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    for rows, gradient in _parts_of(parameter):
-                        if group["weight_decay"]:
-                            gradient = gradient.add(_part(parameter, rows), alpha=group["weight_decay"])
-                        change = self._change(self.state[parameter], parameter, rows, gradient, group)
-                        if rows is None:
-                            parameter.add_(change, alpha=-group["lr"])
-                        else:
-                            moved = _part(parameter, rows).add_(change, alpha=-group["lr"])
-                            parameter.index_copy_(0, rows, moved)
+                    self._move(parameter, group)
         return loss
+
+    def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        require(parameter.ndim > 0, "params: a parameter without dimensions has no rows")
+        if not self.state[parameter]:
+            self.state[parameter].update(self._fresh(parameter, group))
+        # Of what lies with several processes each moves its part.
+        state = {name: local(value) for name, value in self.state[parameter].items()}
+        own = local(parameter)
+        for rows, gradient in _parts_of(parameter):
+            if group["weight_decay"]:
+                gradient = gradient.add(_part(own, rows), alpha=group["weight_decay"])
+            change = self._change(state, parameter, rows, gradient, group)
+            if rows is None:
+                own.add_(change, alpha=-group["lr"])
+            else:
+                own.index_copy_(0, rows, _part(own, rows).add_(change, alpha=-group["lr"]))
+
+    def _fresh(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The state before the first step."""
+        raise NotImplementedError
 
     def _change(
         self,
-        state: dict[str, Any],
+        state: dict[str, Tensor],
         parameter: Tensor,
         rows: Tensor | None,
         gradient: Tensor,
@@ -75,9 +90,12 @@ class RowSGD(_Rows):
         number("momentum", momentum, low=0, high=1, open_high=True)
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
+    def _fresh(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        return {"momentum": torch.zeros_like(parameter)} if group["momentum"] else {}
+
     def _change(
         self,
-        state: dict[str, Any],
+        state: dict[str, Tensor],
         parameter: Tensor,
         rows: Tensor | None,
         gradient: Tensor,
@@ -85,8 +103,6 @@ class RowSGD(_Rows):
     ) -> Tensor:
         if not group["momentum"]:
             return gradient
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
         held = _part(state["momentum"], rows)
         return _put(state["momentum"], rows, held.mul(group["momentum"]).add_(gradient))
 
@@ -103,17 +119,19 @@ class RowAdagrad(_Rows):
     def __init__(self, params: Any, lr: float = 0.01, weight_decay: float = 0.0, eps: float = 1e-10):
         super().__init__(params, lr=lr, weight_decay=weight_decay, eps=eps)
 
+    def _fresh(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        return {"squares": _number_a_row(parameter)}
+
     def _change(
         self,
-        state: dict[str, Any],
+        state: dict[str, Tensor],
         parameter: Tensor,
         rows: Tensor | None,
         gradient: Tensor,
         group: dict[str, Any],
     ) -> Tensor:
-        if not state:
-            state["squares"] = parameter.new_zeros(len(parameter))
-        squares = gradient.flatten(1).square().mean(1)
+        squares = _over_columns(gradient.flatten(1).square().sum(1), parameter)
+        squares = squares * len(parameter) / max(1, parameter.numel())
         found = _put(state["squares"], rows, _part(state["squares"], rows) + squares)
         scale = found.sqrt().add_(group["eps"]).reciprocal_()
         return gradient * scale.view(-1, *(1,) * (gradient.ndim - 1))
@@ -135,17 +153,21 @@ class RowAdam(_Rows):
             number("betas", beta, low=0, high=1, open_high=True)
         super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
 
+    def _fresh(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        return {
+            "first": torch.zeros_like(parameter),
+            "second": torch.zeros_like(parameter),
+            "steps": _number_a_row(parameter),
+        }
+
     def _change(
         self,
-        state: dict[str, Any],
+        state: dict[str, Tensor],
         parameter: Tensor,
         rows: Tensor | None,
         gradient: Tensor,
         group: dict[str, Any],
     ) -> Tensor:
-        if not state:
-            state["first"], state["second"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-            state["steps"] = parameter.new_zeros(len(parameter))
         one, two = group["betas"]
         first = _put(state["first"], rows, _part(state["first"], rows).lerp(gradient, 1 - one))
         second = _put(state["second"], rows, _part(state["second"], rows).lerp(gradient.square(), 1 - two))
@@ -157,9 +179,8 @@ class RowAdam(_Rows):
 
 def _parts_of(parameter: Tensor) -> Iterator[tuple[Tensor | None, Tensor]]:
     """The rows of a sparse gradient and their values, as many at a time as stay in the cache; ``None`` and all of a dense one."""
-    gradient = parameter.grad
-    assert gradient is not None
-    require(parameter.ndim > 0, "params: a parameter without dimensions has no rows")
+    assert parameter.grad is not None
+    gradient = local(parameter.grad)
     if not gradient.is_sparse:
         yield None, gradient
         return
@@ -170,6 +191,25 @@ def _parts_of(parameter: Tensor) -> Iterator[tuple[Tensor | None, Tensor]]:
     rows, values = summed_rows(gradient)
     size = max(1, _NUMBERS * len(parameter) // max(1, parameter.numel()))
     yield from zip(rows.split(size), values.split(size))
+
+
+def _number_a_row(parameter: Any) -> Tensor:
+    """A zero for each row, where the row lies."""
+    if not divided(parameter):
+        return parameter.new_zeros(len(parameter))
+    from torch.distributed.tensor import Replicate, Shard, zeros
+
+    place = Shard(0) if dimension(parameter) == 0 else Replicate()
+    return zeros(len(parameter), dtype=parameter.dtype, device_mesh=parameter.device_mesh, placements=[place])
+
+
+def _over_columns(sums: Tensor, parameter: Any) -> Tensor:
+    """The sum over the processes of a parameter whose columns lie with several."""
+    if dimension(parameter) not in (None, 0):
+        import torch.distributed as dist
+
+        told(lambda: dist.all_reduce(sums, group=parameter.device_mesh.get_group()))
+    return sums
 
 
 def _part(state: Tensor, rows: Tensor | None) -> Tensor:

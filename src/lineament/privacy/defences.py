@@ -7,9 +7,10 @@ noise per sample (Opacus), the Gaussian mechanism at (epsilon, delta) (Flower), 
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +51,10 @@ class Defence:
         """The same on the gradient of a guess, as far as an attacker can."""
         return list(guess)
 
+    def copies(self) -> dict[str, Defence]:
+        """Ways in which an attacker may repeat this, by name; an audit tries each. The first has no name."""
+        return {"": self}
+
     def __add__(self, other: Defence) -> Defence:
         return Chain((*(self.parts), *(other.parts)))
 
@@ -79,6 +84,12 @@ class Chain(Defence):
         for defence in self.several:
             guess = defence.mirror(guess, message)
         return list(guess)
+
+    def copies(self) -> dict[str, Defence]:
+        found: dict[str, Defence] = {}
+        for some in itertools.product(*(defence.copies().items() for defence in self.several)):
+            found[", ".join(filter(None, (name for name, _ in some)))] = Chain(tuple(one for _, one in some))
+        return found or {"": self}
 
     @property
     def parts(self) -> tuple[Defence, ...]:
@@ -132,6 +143,9 @@ class Prune(Defence):
         if self.by == "message":
             return [g * (m != 0) for g, m in zip(guess, message)]
         return prune(guess, self.percentile)
+
+    def copies(self) -> dict[str, Defence]:
+        return {"": replace(self, by="guess"), "zeros of the message": replace(self, by="message")}
 
 
 @dataclass(frozen=True)

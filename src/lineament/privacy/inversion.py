@@ -13,19 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lineament.core.checks import InputError, number, require
+from lineament.core.checks import InputError, number, one_of, require
 from lineament.core.results import Readable
 from lineament.privacy.constraints import l1_projection, rate, to_sphere
 from lineament.privacy.costs import total_variation
 
 Gradient = Callable[[Tensor], Sequence[Tensor]]
+OPTIMIZERS = ("adam", "sgd", "lbfgs")
 
 
 @dataclass(frozen=True)
 class Stage:
     """One layer of the search: its steps, its peak rate, and the l1 radius around its start (none where it is negative).
 
-    ``sphere``: whether a code keeps its radius.
+    ``sphere``: whether a code keeps its radius. ``optimizer``: ``"adam"``, ``"sgd"`` (Nesterov, 0.9) or ``"lbfgs"`` (of one row, with a line search; ``steps``
+    then counts gradients, and ``peak`` is the first length that is tried). ``parts``: sizes of what the variable is made
+    of side by side, and whether each is ``"free"``, on its own ``"sphere"``, or ``"fixed"``; each has its share of the ball.
 
     >>> Stage(500, 0.1).radius
     -1.0
@@ -35,6 +38,8 @@ class Stage:
     peak: float
     radius: float = -1.0
     sphere: bool = True
+    optimizer: str = "adam"
+    parts: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ def invert(
     variation: float = 0.0,
     norm: float = 0.0,
     side: int = 64,
+    penalty: Callable[[Tensor, int], Tensor] | None = None,
     patience: int | None = None,
 ) -> Inversion:
     """One restart of the search, or as many side by side as the cost has rows.
@@ -77,7 +83,8 @@ def invert(
             or one for each row, which are then searched independently: pictures are rows after one another, each code stays on its own sphere, and
             ``variation`` and ``norm`` act on each row.
         start: the first code [n, d]. stages: the code's, then those of the inputs of block 1, 2, ...
-        bounds: of normalised pictures, per channel. variation, norm: weights of the total variation and of |x| / side².
+        bounds: of normalised pictures, per channel. variation, norm: weights of the total variation and of |x| / side². penalty: what else pictures are
+            held to, summed over rows, at each step of all stages; no part of a score.
         patience: end when the score rose over so many stages in a row.
 
     >>> found = invert(
@@ -96,6 +103,15 @@ def invert(
     low, high = (bound.view(1, -1, 1, 1) for bound in bounds)
     trace: list[float] = []
     variables, pictures, scores = [], [], []
+
+    def judged(x: Tensor) -> tuple[Tensor, Tensor]:
+        match = cost(gradient(x))
+        total = match.sum() + _natural(x, match.numel(), variation, norm / side**2)
+        if penalty is not None:
+            total = total + penalty(x, len(trace))
+        trace.append(float(total.detach()))
+        return match, total
+
     value, frozen, rising = start.detach().clone(), None, 0
     for k, stage in enumerate(stages):
         if k > 0:
@@ -104,28 +120,14 @@ def invert(
                 raise InputError(f"stages: got {len(stages)}, but the generator has {len(frozen)} blocks")
             with torch.no_grad():
                 value = frozen[k - 1](value)
-        first, tau = value.clone(), value.new_zeros(len(value))
-        value = value.clone().requires_grad_()
-        optimizer = torch.optim.Adam([value], lr=stage.peak)
-        x = value
-        for step in range(stage.steps):
-            optimizer.param_groups[0]["lr"] = rate(step / stage.steps, stage.peak)
-            x = value
-            for block in (blocks(value) if frozen is None else frozen)[k:]:
-                x = block(x)
-            x = render(x)
-            match = cost(gradient(x))
-            objective = match.sum() + _natural(x, match.numel(), variation, norm / side**2)
-            (value.grad,) = torch.autograd.grad(objective, value)
-            optimizer.step()
-            with torch.no_grad():
-                if k == 0 and stage.sphere:
-                    value.copy_(_sphere(value, first, match.ndim == 0))
-                elif k > 0 and stage.radius > 0:
-                    value.copy_(first + l1_projection(value - first, stage.radius, warm=tau))
-            trace.append(float(objective.detach()))
+        x, value = _descend(
+            stage,
+            value,
+            lambda v, k=k, frozen=frozen: render(_through(v, (blocks(v) if frozen is None else frozen)[k:])),
+            judged,
+            code=k == 0,
+        )
         picture = x.detach().clamp(low, high)
-        value = value.detach()
         variables.append(value)
         pictures.append(picture)
         scores.append(cost(gradient(picture)).detach())
@@ -152,6 +154,78 @@ def invert(
     return Inversion(
         best, told.amin(0), tuple(pictures), tuple(variables), tuple(scores), _double(trace), stage_of
     )
+
+
+def _descend(
+    stage: Stage,
+    start: Tensor,
+    made: Callable[[Tensor], Tensor],
+    judged: Callable[[Tensor], tuple[Tensor, Tensor]],
+    *,
+    code: bool,
+) -> tuple[Tensor, Tensor]:
+    """One stage: the pictures of its last forward pass, and where the variable ended."""
+    value, tau = start.clone().requires_grad_(), start.new_zeros(len(start))
+    optimizer = _optimizer(stage, value)
+    x, one, step = value, False, 0
+
+    def objective() -> float:
+        nonlocal x, one, step
+        x = made(value)
+        match, total = judged(x)
+        (value.grad,) = torch.autograd.grad(total, value)
+        one, step = match.ndim == 0, step + 1
+        return float(total.detach())
+
+    while step < stage.steps:
+        if stage.optimizer == "lbfgs":
+            optimizer.step(objective)
+        else:
+            optimizer.param_groups[0]["lr"] = rate(step / stage.steps, stage.peak)
+            objective()
+            optimizer.step()
+        with torch.no_grad():
+            if stage.parts:
+                value.copy_(_by_parts(value, start, stage))
+            elif code and stage.sphere:
+                value.copy_(_sphere(value, start, one))
+            elif not code and stage.radius > 0:
+                value.copy_(start + l1_projection(value - start, stage.radius, warm=tau))
+    if stage.optimizer == "lbfgs":  # its last evaluation may have been a trial of the line search
+        with torch.no_grad():
+            x = made(value)
+    return x, value.detach()
+
+
+def _by_parts(value: Tensor, start: Tensor, stage: Stage) -> Tensor:
+    """Each part of a variable [n, size] inside its ball around the start, and on its sphere."""
+    sizes = [size for size, _ in stage.parts]
+    found = []
+    for (size, kind), moved, before in zip(stage.parts, value.split(sizes, 1), start.split(sizes, 1)):
+        if kind == "fixed":
+            moved = before
+        elif stage.radius > 0:
+            moved = before + l1_projection(moved - before, stage.radius * size / sum(sizes))
+        found.append(_sphere(moved, before, False) if kind == "sphere" else moved)
+    return torch.cat(found, 1)
+
+
+def _through(value: Tensor, blocks: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+    for block in blocks:
+        value = block(value)
+    return value
+
+
+def _optimizer(stage: Stage, value: Tensor) -> torch.optim.Optimizer:
+    one_of("optimizer", stage.optimizer, OPTIMIZERS)
+    if stage.optimizer == "sgd":
+        return torch.optim.SGD([value], lr=stage.peak, momentum=0.9, nesterov=True)
+    if stage.optimizer == "lbfgs":
+        # One iteration a call, so that a ball or sphere is kept between iterations; what it learned of the curvature stays.
+        return torch.optim.LBFGS(
+            [value], lr=stage.peak, max_iter=1, max_eval=25, line_search_fn="strong_wolfe"
+        )
+    return torch.optim.Adam([value], lr=stage.peak)
 
 
 def _natural(x: Tensor, rows: int, variation: float, norm: float) -> Tensor:

@@ -8,9 +8,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from lineament.core.checks import InputError, number, one_of
+from lineament.core.models import logits
+from lineament.privacy.messages import Message, fixed, head_of
 
 
 def inferred_labels(
@@ -78,3 +81,39 @@ def label_rule(
     # Present classes of an unsure model pull its bias by about 1 / batch each; where the gradient is smaller than half of that, it is sure.
     unsure = float(-bias.clamp(max=0).sum()) > 0.25 or batch == 1
     return "counts" if expected is not None and unsure and batch > 1 else "bias"
+
+
+def guessed_targets(
+    model: nn.Module, message: Message, example: Tensor, public: Tensor | None = None
+) -> tuple[Tensor, str]:
+    """The labels that an attacker reads off a message [batch], and by which rule; a change of weights is read as a gradient first.
+
+    Args:
+        example: any picture as the model takes it [1, ...]; the last linear layer is found by running the model. public: pictures of the same kind.
+
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    >>> x = torch.rand(1, 1, 2, 2)
+    >>> guessed_targets(net, Message.of(net, x, torch.tensor([2])), x)
+    (tensor([2]), 'bias')
+    """
+    name, _ = head_of(model, example)
+    named = {
+        n: t
+        for (n, _), t in zip(
+            ((n, p) for n, p in model.named_parameters() if p.requires_grad), message.gradient(model)
+        )
+    }
+    if f"{name}.weight" not in named:
+        raise InputError(
+            f"model: the weights of its last layer {name!r} are not trainable, so that no message has labels to read; pass the labels"
+        )
+    weight, bias = named[f"{name}.weight"], named.get(f"{name}.bias")
+    expected = None
+    signs = message.local is not None and message.local.optimizer == "adam"
+    if public is not None and not signs:  # counts need sizes, and Adam sends little but signs
+        still, parameters = fixed(model)
+        with torch.no_grad():
+            expected = logits(functional_call(still, parameters, (public,))).softmax(-1).mean(0)
+    rule = label_rule(bias, message.count, expected)
+    found = inferred_labels(weight, message.count, rule=rule, bias=bias, expected=expected)
+    return torch.tensor(found, device=weight.device), rule

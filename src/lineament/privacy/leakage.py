@@ -7,11 +7,12 @@ of as many samples of the prior as there were restarts, and the same search on a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from lineament.core.batching import progress
@@ -19,12 +20,17 @@ from lineament.core.checks import number, require, show
 from lineament.core.models import logits
 from lineament.core.results import Readable
 from lineament.privacy.defences import Defence
-from lineament.privacy.messages import Local, Message
+from lineament.privacy.identification import Identified, Judge, identified
+from lineament.privacy.labels import guessed_targets
+from lineament.privacy.local import Local
+from lineament.privacy.messages import Message, fixed
 from lineament.privacy.picture_scores import picture_scores
 from lineament.privacy.priors import Prior
-from lineament.privacy.reconstruction import Reconstruction, Search, guessed_targets, reconstruct
+from lineament.privacy.reconstruction import Reconstruction, reconstruct
+from lineament.privacy.robust_scores import cw_ssim, registered_psnr
+from lineament.privacy.search import Search
 
-SEARCH = Search()
+SEARCH, JUDGE = Search(), Judge()
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,9 @@ class Attacked(Readable):
     ``psnr``: of each picture, in decibels, of pictures in [0, 1]; ``ssim``: its mean; ``scores``: matching costs of each message; ``named``: of each
     picture, whether it is nearer to its guess than every other picture (rank 1), in a field of ``field`` pictures, ``reciprocal_rank`` its mean.
     ``rule``: how labels were read off, ``labels_right``: the share that was right. ``pictures``: the guesses in [0, 1], in the order of the true ones.
+    ``wrong``: the control, PSNR of each picture against the guess from another batch's message, of which the share ``wrong_named``
+    is nearest to its picture. ``registered``: PSNR after the guess was moved to fit;
+    ``cw_ssim``: complex wavelet SSIM; ``answers``: mean squared difference of the model's logits. ``identified``: ranks among other pictures.
     """
 
     defence: str
@@ -50,6 +59,12 @@ class Attacked(Readable):
     labels_right: float
     pictures: Tensor
     steps: int
+    wrong: Tensor | None = None
+    wrong_named: float = 0.0
+    registered: Tensor | None = None
+    cw_ssim: float = float("nan")
+    answers: float = float("nan")
+    identified: Identified | None = None
 
 
 @dataclass(frozen=True)
@@ -65,13 +80,16 @@ class Price(Readable):
 @dataclass(frozen=True)
 class Leakage(Readable):
     """What messages gave away: ``truth`` in [0, 1], one entry of ``attacked`` for each defence and attack, ``without`` a message (PSNR of each picture by how
-    it was guessed), and the defences' ``prices``."""
+    it was guessed), and the defences' ``prices``. ``local``: what was done between the weights that were received and those sent; ``buffers``: how many batch norms'
+    statistics were sent beside the weights, from which the batch's own follow."""
 
     truth: Tensor
     batch: int
     attacked: tuple[Attacked, ...]
     without: dict[str, Tensor]
     prices: tuple[Price, ...]
+    local: str = ""
+    buffers: int = 0
 
 
 def leakage(
@@ -87,6 +105,9 @@ def leakage(
     local: Local | None = None,
     search: Search = SEARCH,
     known_labels: bool = False,
+    copies: bool = True,
+    judge: Judge = JUDGE,
+    sent: Sequence[Message] | None = None,
     held_out: tuple[Tensor, Tensor] | None = None,
     bounds: tuple[Tensor, Tensor],
     seed: int = 0,
@@ -98,6 +119,9 @@ def leakage(
         public: other pictures of the kind, normalised; none of those audited. prior: see :func:`lineament.privacy.train_prior`; None searches pixels only.
         held_out: pictures and labels on which the defences' price is measured; by default those audited.
         known_labels: give the attacker the labels; else they are read off the messages.
+        copies: try every way in which an attacker may repeat a defence, not only the first.
+        judge: how guesses are ordered, and among whom they are looked for.
+        sent: the messages themselves, one for each batch, as they were read from files; ``defences`` and ``local`` are then theirs.
         bounds: least and greatest values of normalised pictures by channel.
 
     Raises:
@@ -118,43 +142,66 @@ def leakage(
         public.ndim == 4 and public.shape[1:] == images.shape[1:] and len(public) > 0,
         f"public: got {show(public)}, expected pictures shaped as the audited ones {tuple(images.shape[1:])}",
     )
-    flat = public.flatten(1)
-    shared = [k for k, x in enumerate(images.flatten(1)) if bool((flat == x).all(1).any())]
+    none_shared(images, public)
     require(
-        not shared,
-        f"public: it contains the audited pictures {shared[:5]}; a prior that knows them proves nothing",
+        sent is None or [m.count for m in sent] == [batch] * (len(images) // batch),
+        f"sent: got messages of {[m.count for m in sent or ()][:5]} pictures, expected one of {batch} for each batch",
     )
     truth = _shown(images, bounds)
+    audited = _Audited(model, images, truth, targets, public, batch, bounds, judge)
     groups = list(zip(images.split(batch), targets.split(batch)))
-    attacked, prices = [], []
-    for defence in defences:
-        messages = [
+    further = _control_batch(held_out, images, batch) if len(groups) == 1 else None
+    attacked, prices, buffers = [], [], 0
+    for defence in defences if sent is None else [sent[0].defence]:
+        messages = sent or [
             Message.of(model, x, y, defence=defence, local=local, seed=seed + k)
             for k, (x, y) in enumerate(groups)
         ]
-        prices.append(_price(model, groups, messages, held_out, local, seed))
-        read = [guessed_targets(model, m, images[:1], public) for m in messages]
-        labels = targets.view(-1, batch) if known_labels else torch.stack([y for y, _ in read])
+        prices.append(_price(model, groups, messages, held_out, messages[0].local, seed))
+        buffers = max(buffers, len(messages[0].statistics))
+        all_messages = list(messages)
+        if further is not None:
+            all_messages.append(
+                Message.of(model, *further, defence=defence, local=messages[0].local, seed=seed + 1)
+            )
+        read = [guessed_targets(model, m, images[:1], public) for m in all_messages]
+        labels = torch.stack([y for y, _ in read])
+        if known_labels:
+            true = [y for _, y in groups] + ([] if further is None else [further[1]])
+            labels = torch.stack(true)
         rule = "given" if known_labels else ", ".join(dict.fromkeys(name for _, name in read))
-        right = (labels.sort(1).values == targets.view(-1, batch).sort(1).values).float().mean()
+        right = (
+            (labels[: len(groups)].sort(1).values == targets.view(-1, batch).sort(1).values).float().mean()
+        )
+        # The attacker's ways to repeat the defence, of which the audit reports the worst.
+        ways = list(defence.copies().items())[: None if copies else 1]
         for attack in progress(list(attacks), f"searching messages: {defence}"):
-            found = reconstruct(
-                model, messages, labels, images.shape[1:], prior=prior, attack=attack, search=search, bounds=bounds, seed=seed
-            )  # fmt: skip
-            attacked.append(_scored(found, truth, batch, bounds, str(defence), attack, rule, float(right)))
+            for name, copy in ways:
+                told = [replace(message, defence=copy) for message in all_messages]
+                found = reconstruct(
+                    model, told, labels, images.shape[1:], prior=prior, attack=attack, search=search, bounds=bounds, seed=seed
+                )  # fmt: skip
+                named = f"{attack}, {name}" if name else attack
+                attacked.append(audited.scored(found, str(defence), named, rule, float(right)))
     return Leakage(
         truth,
         batch,
         tuple(attacked),
         _without(truth, public, prior, search, targets, bounds, seed),
         tuple(prices),
+        str(local or (sent[0].local if sent else None) or ""),
+        buffers,
     )
 
 
-def wrong_message(found: Attacked, truth: Tensor, batch: int) -> Tensor:
-    """PSNR of each picture against the guess from another message: what the same search gives where it cannot know the picture."""
-    guesses = found.pictures.view(-1, batch, *truth.shape[1:]).roll(1, 0).flatten(0, 1)
-    return psnr(guesses, truth)
+def none_shared(images: Tensor, public: Tensor) -> None:
+    """Refuse audited pictures among the public ones."""
+    flat = public.flatten(1)
+    shared = [k for k, x in enumerate(images.flatten(1)) if bool((flat == x).all(1).any())]
+    require(
+        not shared,
+        f"public: it contains the audited pictures {shared[:5]}; a prior that knows them proves nothing",
+    )
 
 
 def psnr(guesses: Tensor, truth: Tensor) -> Tensor:
@@ -172,40 +219,79 @@ def _shown(images: Tensor, bounds: tuple[Tensor, Tensor]) -> Tensor:
     return ((images - low) / (high - low)).clamp(0, 1)
 
 
-def _scored(
-    found: Reconstruction,
-    truth: Tensor,
-    batch: int,
-    bounds: tuple[Tensor, Tensor],
-    defence: str,
-    attack: str,
-    rule: str,
-    right: float,
-) -> Attacked:
-    shown = _shown(found.pictures.flatten(0, 1), bounds).view(-1, batch, *truth.shape[1:])
-    true = truth.view(-1, batch, *truth.shape[1:])
-    ordered = torch.stack([guess[_order(guess, own)] for guess, own in zip(shown, true)]).flatten(0, 1)
-    stages = torch.stack(
-        [
-            torch.stack(
-                [psnr(one[_order(one, own)], own).mean() for one in (_shown(s, bounds) for s in each)]
+@dataclass(frozen=True)
+class _Audited:
+    """What the guesses of every attack are judged by."""
+
+    model: nn.Module
+    images: Tensor
+    truth: Tensor
+    targets: Tensor
+    public: Tensor
+    batch: int
+    bounds: tuple[Tensor, Tensor]
+    judge: Judge
+
+    def ranks(self, guesses: Tensor) -> Tensor:
+        """Of each guess, how near its own picture is among the audited ones, by pixels; 1 the nearest."""
+        far = torch.cdist(guesses.flatten(1), self.truth.flatten(1))
+        return (far < far.diagonal()[:, None]).sum(1) + 1
+
+    def scored(self, found: Reconstruction, defence: str, attack: str, rule: str, right: float) -> Attacked:
+        messages, shape = len(self.truth) // self.batch, self.truth.shape[1:]
+        pictures = found.pictures.view(-1, self.batch, *shape)
+        shown = _shown(pictures.flatten(0, 1), self.bounds).view_as(pictures)
+        true = self.truth.view(messages, self.batch, *shape)
+        labels = self.targets.view(messages, self.batch)
+
+        def of(guesses: Tensor, which: Tensor, k: int) -> Tensor:
+            """Which guess is whose in one batch."""
+            if self.judge.order == "labels":
+                return which.argsort(stable=True)[labels[k].argsort(stable=True).argsort()]
+            return _order(guesses, true[k])
+
+        orders = [of(shown[k], found.targets[k], k) for k in range(messages)]
+        ordered = torch.stack([shown[k][order] for k, order in enumerate(orders)]).flatten(0, 1)
+        own = torch.stack([pictures[k][order] for k, order in enumerate(orders)]).flatten(0, 1)
+        stages = []
+        for k in range(messages):
+            each = [_shown(stage, self.bounds) for stage in found.stage_pictures[k]]
+            stages.append(torch.stack([psnr(x[of(x, found.targets[k], k)], true[k]).mean() for x in each]))
+        control, wrong, wrong_named = None, None, 0.0
+        if len(pictures) > 1:  # one further message may stand at the end for this
+            rows = [(k + 1) % len(pictures) for k in range(messages)]
+            orders = [of(shown[j], found.targets[j], k) for k, j in enumerate(rows)]
+            control = torch.cat([pictures[j][order] for j, order in zip(rows, orders)])
+            others = torch.cat([shown[j][order] for j, order in zip(rows, orders)])
+            wrong, wrong_named = psnr(others, self.truth), float((self.ranks(others) == 1).double().mean())
+        rank = self.ranks(ordered)
+        still, parameters = fixed(self.model)
+        with torch.no_grad():
+            answers, true_answers = (
+                logits(functional_call(still, parameters, (x,))) for x in (own, self.images)
             )
-            for each, own in zip(found.stage_pictures, true)
-        ]
-    )
-    far = torch.cdist(ordered.flatten(1), truth.flatten(1))
-    rank = (far < far.diagonal()[:, None]).sum(1) + 1
-    scores = picture_scores(ordered, truth)
-    return Attacked(
-        defence, attack, psnr(ordered, truth), scores.ssim, found.scores, found.stage, stages, rank == 1,
-        float((1 / rank).mean()), len(truth), rule, right, ordered, found.steps,
-    )  # fmt: skip
+        side = min(shape[1:])
+        return Attacked(
+            defence, attack, psnr(ordered, self.truth), picture_scores(ordered, self.truth).ssim, found.scores[:messages], found.stage[:messages],
+            torch.stack(stages), rank == 1, float((1 / rank).mean()), len(self.truth), rule, right, ordered, found.steps, wrong, wrong_named,
+            registered_psnr(ordered, self.truth), float(cw_ssim(ordered, self.truth, levels=2 if side >= 8 else 1).mean()) if side >= 4 else float("nan"),
+            float((answers - true_answers).square().mean()), identified(own, self.images, self.public, self.judge, control=control),
+        )  # fmt: skip
 
 
 def _order(guess: Tensor, truth: Tensor) -> Tensor:
     """Which guess is whose: the assignment of least total squared error."""
     cost = torch.cdist(truth.flatten(1), guess.flatten(1)).square()
     return torch.as_tensor(linear_sum_assignment(cost.cpu().numpy())[1], device=guess.device)
+
+
+def _control_batch(
+    held_out: tuple[Tensor, Tensor] | None, images: Tensor, batch: int
+) -> tuple[Tensor, Tensor] | None:
+    """Another batch, whose message says nothing of a single audited one."""
+    if held_out is None or len(held_out[0]) < batch or held_out[0].shape[1:] != images.shape[1:]:
+        return None
+    return held_out[0][:batch], held_out[1][:batch]
 
 
 def _without(
@@ -230,7 +316,12 @@ def _without(
                 made = block(made)
         samples = _shown(prior.render(made), bounds)
         each = torch.stack([psnr(s.expand_as(truth), truth) for s in samples])
-        found[f"the nearest of {search.restarts} samples of the prior"] = each.amax(0)
+        name = (
+            f"the nearest of {search.restarts} samples of the prior"
+            if search.restarts > 1
+            else "a sample of the prior"
+        )
+        found[name] = each.amax(0)
     return found
 
 
@@ -262,11 +353,9 @@ def _price(
 @torch.no_grad()
 def _change(model: nn.Module, step: Sequence[Tensor], x: Tensor, y: Tensor, length: float = 0.01) -> float:
     """The change of the loss after a short step against a message, of a length relative to the weights' norm."""
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
-    own = dict(model.named_parameters())
-    size = torch.stack([own[n].square().sum() for n in names]).sum().sqrt()
+    still, own = fixed(model)
+    size = torch.stack([w.square().sum() for w in own.values()]).sum().sqrt()
     norm = torch.stack([t.square().sum() for t in step]).sum().sqrt().clamp(min=1e-30)
-    moved = {n: own[n] - length * size / norm * t for n, t in zip(names, step)}
-    before = F.cross_entropy(logits(model(x)), y)
-    after = F.cross_entropy(logits(torch.func.functional_call(model, moved, (x,))), y)
+    moved = {n: w - length * size / norm * t for (n, w), t in zip(own.items(), step)}
+    before, after = (F.cross_entropy(logits(functional_call(still, w, (x,))), y) for w in (own, moved))
     return float(after - before)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,24 +26,10 @@ from lineament.core.sites.data_flow import last_features
 from lineament.load.checkpoints import read_checkpoint
 from lineament.load.weight_names import weights_for
 from lineament.privacy.defences import Context, Defence
+from lineament.privacy.local import Local
+from lineament.privacy.statistics import batch_statistics, norms, undone
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Local:
-    """Steps of gradient descent on the whole batch before the change of the weights is sent (federated averaging).
-
-    >>> Local().steps
-    1
-    """
-
-    steps: int = 1
-    rate: float = 1e-4
-
-    def __post_init__(self) -> None:
-        number("steps", self.steps, low=1, integer=True)
-        number("rate", self.rate, low=0, open_low=True)
 
 
 @dataclass(frozen=True)
@@ -54,7 +40,8 @@ class Message(Readable):
         tensors: one for each trainable parameter, in the order of ``model.parameters()``: the gradient of the mean loss, or before - after.
         count: how many pictures it was made from.
         defence: what was done to it before it was sent. local: the steps behind a change of weights, None for a gradient.
-        statistics: the batch's means and variances of each batch norm that was sent along, computed back from the buffers; empty where none was.
+        statistics: the batch's mean and variance at each batch norm in training mode, which the buffers give away that are sent along; empty where no norm is in
+            training mode, or more than one step was taken.
 
     >>> Message.of(nn.Linear(1, 2), torch.ones(1, 1), torch.tensor([0])).count
     1
@@ -95,11 +82,12 @@ class Message(Readable):
         require(len(images) > 0, "images: got none, expected at least one picture")
         if loss is F.cross_entropy:
             still, parameters = fixed(model)
-            with torch.no_grad():
+            with torch.no_grad(), _enough_for_norms(images):
                 classes = logits(functional_call(still, parameters, (images,))).shape[-1]
             targets = labels("targets", targets, count=len(images), classes=classes)
         gradient = dummy_gradient(model, targets[None], local=local, loss=loss)
-        found = [g[0] for g in gradient(images[None])]
+        with _enough_for_norms(images):
+            found = [g[0] for g in gradient(images[None])]
         require(
             all(bool(g.isfinite().all()) for g in found),
             "images: their gradient is not finite; nothing can be learned from such a message",
@@ -112,9 +100,8 @@ class Message(Readable):
             _head_place(model, images),
         )
         sent = defence.apply(found, context)
-        return cls(
-            tuple(t.detach() for t in sent), len(images), defence, local, _batch_statistics(model, images)
-        )
+        told = batch_statistics(model, images) if local is None or local.steps(len(images)) == 1 else {}
+        return cls(tuple(t.detach() for t in sent), len(images), defence, local, told)
 
     @classmethod
     def read(
@@ -143,25 +130,47 @@ class Message(Readable):
         """
         number("count", count, low=1, integer=True)
         own = model.state_dict()
-        new = _state(model, after, "after")
-        old = own if before is None else _state(model, before, "before")
+        new = saved_state(model, after, "after")
+        old = own if before is None else saved_state(model, before, "before")
         names = [name for name, p in model.named_parameters() if p.requires_grad]
-        change = tuple((old[name] - new[name]).to(own[name].device) for name in names)
+        change = tuple((old[name].to(own[name]) - new[name].to(own[name])) for name in names)
         require(
             any(bool((t != 0).any()) for t in change),
             f"after: {str(after)!r} holds the same weights as before; nothing was learned from any picture",
         )
         require(all(bool(t.isfinite().all()) for t in change), f"after: {str(after)!r} is not finite")
-        statistics = {}
-        for name, module in _norms(model):
-            moved = [new.get(f"{name}.running_{part}") for part in ("mean", "var")]
-            if module.training and module.momentum is not None and all(m is not None for m in moved):
-                statistics[name] = tuple(
-                    (b - (1 - module.momentum) * a) / module.momentum
-                    for a, b in zip((old[f"{name}.running_mean"], old[f"{name}.running_var"]), moved)
-                    if b is not None
-                )
-        return cls(change, count, Defence(), Local() if local is None else local, statistics)
+        still = [n for n in moved_norms(model, old, new) if not model.get_submodule(n).training]
+        require(
+            not still,
+            f"after: the buffers of the batch norm {still[0] if still else ''!r} moved, so that it was in training mode, and here it is not; call .train() on the batch norms",
+        )
+        local = Local() if local is None else local
+        return cls(change, count, Defence(), local, undone(model, old, new, local.steps(count)))
+
+    def gradient(self, model: nn.Module) -> tuple[Tensor, ...]:
+        """The message as a gradient of the mean loss: a change of weights without the learning rate, the number of steps, and the decay."""
+        if self.local is None:
+            return self.tensors
+        weights = [p.detach() for p in model.parameters() if p.requires_grad]
+        return tuple(self.local.gradient_of(t, w, self.count) for t, w in zip(self.tensors, weights))
+
+
+@contextmanager
+def _enough_for_norms(images: Tensor) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            f"images: got {len(images)}, of which a batch norm in training mode sees one value a channel; expected more pictures, or the norm in evaluation mode"
+        ) from None
+
+
+def moved_norms(model: nn.Module, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
+    """Batch norms whose running means are not what they were."""
+    keys = {name: f"{name}.running_mean" for name, _ in norms(model)}
+    return [n for n, k in keys.items() if k in before and not torch.equal(before[k].cpu(), after[k].cpu())]
 
 
 def fixed(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -176,7 +185,7 @@ def fixed(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
             not (isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0),
             f"model: the dropout {name!r} is on, and a message could not be made twice; call model.eval()",
         )
-    for _, norm in _norms(still):
+    for _, norm in norms(still):
         if norm.training:
             norm.running_mean = norm.running_var = norm.num_batches_tracked = None
             norm.track_running_stats = False
@@ -204,11 +213,7 @@ def dummy_gradient(
     def change(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
         if local is None:
             return grad(risk)(parameters, x, y)
-        now = parameters
-        for _ in range(local.steps):
-            slope = grad(risk)(now, x, y)
-            now = {name: value - local.rate * slope[name] for name, value in now.items()}
-        return {name: parameters[name] - now[name] for name in parameters}
+        return local.change(parameters, x, y, grad(risk))
 
     still, parameters = fixed(model)
     many = vmap(change, in_dims=(None, 0, 0))
@@ -263,27 +268,8 @@ def _features(model: nn.Module, images: Tensor) -> tuple[Callable[[Tensor], Tens
     return features, images
 
 
-def _norms(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-            yield name, module
-
-
-def _batch_statistics(model: nn.Module, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Means and variances that the buffers of batch norms in training mode would give away; the variance as the buffers hold it, over n - 1."""
-    norms = [(name, module) for name, module in _norms(model) if module.training]
-    if not norms:
-        return {}
-    still = copy.deepcopy(model)
-    for _, module in _norms(still):
-        module.momentum = 1.0
-    with torch.no_grad():
-        still(images)
-    told = dict(_norms(still))
-    return {name: (told[name].running_mean.clone(), told[name].running_var.clone()) for name, _ in norms}
-
-
-def _state(model: nn.Module, path: str | Path, argument: str) -> dict[str, Tensor]:
+def saved_state(model: nn.Module, path: str | Path, argument: str) -> dict[str, Tensor]:
+    """A model's state dict from a file; what the file lacks is the model's own."""
     own = model.state_dict()
     if str(path).endswith(".npz"):
         try:
@@ -307,6 +293,11 @@ def checked(message: Message, parameters: Sequence[Tensor]) -> None:
     require(
         [t.shape for t in message.tensors] == [p.shape for p in parameters],
         f"message: got {len(message.tensors)} tensors, the first {show(message.tensors[0])}; expected {len(parameters)}, shaped as the trainable parameters",
+    )
+    odd = [(t.dtype, p.dtype) for t, p in zip(message.tensors, parameters) if t.dtype != p.dtype]
+    require(
+        not odd,
+        f"message: its tensors are {odd[0][0] if odd else ''}, the model's {odd[0][1] if odd else ''}; expected the same, see Tensor.to",
     )
     require(
         all(bool(t.isfinite().all()) for t in message.tensors),

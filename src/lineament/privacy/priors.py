@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -72,24 +72,25 @@ class Pixels:
 def train_prior(
     images: Tensor,
     *,
-    kind: Literal["vae", "dcgan"] = "vae",
+    kind: Literal["vae", "dcgan", "stylegan2"] = "vae",
     code: int = 16,
     width: int = 64,
     steps: int = 1500,
     batch_size: int = 64,
     seed: int = 0,
-) -> Decoder:
-    """A generator of pictures like these: the decoder of a variational autoencoder, or a DCGAN.
+) -> Prior:
+    """A generator of pictures like these: the decoder of a variational autoencoder, a DCGAN, or a small StyleGAN2.
 
     Args:
-        images: public pictures [n, channels, side, side], normalised as the audited model takes them; the side is a multiple of 4.
+        images: public pictures [n, channels, side, side], normalised as the audited model takes them; the side is a multiple of 4,
+            for StyleGAN2 times a power of 2.
         code: entries of a code. width: channels of the smallest map; each block halves them while it doubles the side.
 
     >>> prior = train_prior(torch.rand(8, 1, 8, 8), steps=1, width=8)
     >>> prior.blocks(torch.zeros(2, 16), None)[0](torch.zeros(2, 16)).shape
     torch.Size([2, 8, 4, 4])
     """
-    one_of("kind", kind, ("vae", "dcgan"))
+    one_of("kind", kind, ("vae", "dcgan", "stylegan2"))
     for name, value in (("code", code), ("width", width), ("steps", steps), ("batch_size", batch_size)):
         number(name, value, low=1, integer=True)
     require(
@@ -99,7 +100,7 @@ def train_prior(
     low, high = images.amin((0, 2, 3), keepdim=True), images.amax((0, 2, 3), keepdim=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _Generated(images.shape[1:], code, width, adversary=kind == "dcgan")
+        model = _Generated(images.shape[1:], code, width, kind)
     fit(
         model.to(images.device),
         (2 * (images - low) / (high - low).clamp(min=1e-6) - 1, torch.zeros(len(images))),
@@ -109,16 +110,22 @@ def train_prior(
         loss=lambda found, _: found.mean(),
         seed=seed,
     )  # fmt: skip
+    if kind == "stylegan2":
+        from lineament.privacy.stylegan2 import StylePrior
+
+        return StylePrior(model.generator, lambda made: low + (high - low) * (made.tanh() + 1) / 2)
     return Decoder(model.generator, code, lambda made: low + (high - low) * (made.tanh() + 1) / 2)
 
 
 class _Generated(nn.Module):
     """A generator beside what trains it, an encoder or an adversary; an input's loss is the output, so that the plain training loop trains both."""
 
-    def __init__(self, shape: Sequence[int], code: int, width: int, *, adversary: bool):
+    generator: Any
+
+    def __init__(self, shape: Sequence[int], code: int, width: int, kind: str):
         super().__init__()
         channels, side = shape[0], shape[1]
-        self.code, self.adversary = code, adversary
+        self.code, self.adversary, self.slope = code, kind != "vae", 1.0 if kind == "stylegan2" else 0.0
         doublings = 0
         while side % 2 == 0 and side > 4:
             side, doublings = side // 2, doublings + 1
@@ -130,13 +137,22 @@ class _Generated(nn.Module):
         ]
         for before, after in itertools.pairwise(widths):
             blocks.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, padding=1), nn.LeakyReLU(0.2)))  # fmt: skip
-        self.generator = nn.Sequential(*blocks, nn.Conv2d(widths[-1], channels, 3, padding=1))
+        if kind == "stylegan2":
+            from lineament.privacy.stylegan2 import StyleGAN2
+
+            require(
+                side == 4 and doublings > 0,
+                f"images: got sides of {shape[1]}, expected 8, 16, 32, ... for a StyleGAN2",
+            )
+            self.generator = StyleGAN2(shape[1], channels, code=code, widths=widths)
+        else:
+            self.generator = nn.Sequential(*blocks, nn.Conv2d(widths[-1], channels, 3, padding=1))
         reading: list[nn.Module] = []
         inputs = channels
         for after in reversed(widths[:doublings]):
             reading += [nn.Conv2d(inputs, after, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
             inputs = after
-        self.reader = nn.Sequential(*reading, nn.Flatten(), nn.Linear(inputs * side**2, 1 if adversary else 2 * code))  # fmt: skip
+        self.reader = nn.Sequential(*reading, nn.Flatten(), nn.Linear(inputs * side**2, 1 if self.adversary else 2 * code))  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.adversary:
@@ -148,4 +164,10 @@ class _Generated(nn.Module):
         made = self.generator(torch.randn(len(x), self.code, device=x.device, dtype=x.dtype)).tanh()
         judge = {name: value.detach() for name, value in self.reader.named_parameters()}
         fooled = functional_call(self.reader, judge, (made,))  # only the generator learns from this
-        return F.softplus(-fooled) + F.softplus(-self.reader(x)) + F.softplus(self.reader(made.detach()))
+        x = x.detach().requires_grad_(bool(self.slope) and torch.is_grad_enabled())
+        real = self.reader(x)
+        loss = F.softplus(-fooled) + F.softplus(-real) + F.softplus(self.reader(made.detach()))
+        if x.requires_grad:  # the judge stays flat where pictures are real (Mescheder et al. 2018)
+            (steep,) = torch.autograd.grad(real.sum(), x, create_graph=True)
+            loss = loss + 0.5 * self.slope * steep.square().flatten(1).sum(1, keepdim=True)
+        return loss

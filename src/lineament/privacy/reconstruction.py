@@ -5,63 +5,29 @@ Fang et al. 2023, arXiv 2308.04699, sections 1.4 and 1.5. An audit reports the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
+from torch.func import functional_call, vmap
 
-from lineament.core.checks import number, one_of, require, show
+from lineament.core.checks import InputError, labels, one_of, require, show
 from lineament.core.models import logits
 from lineament.core.results import Readable
-from lineament.privacy.costs import COSTS, matching_cost
-from lineament.privacy.inversion import Stage, invert
-from lineament.privacy.labels import inferred_labels, label_rule
-from lineament.privacy.messages import Message, checked, dummy_gradient, head_of
+from lineament.privacy.costs import code_divergence, matching_cost
+from lineament.privacy.evolution import evolve, population
+from lineament.privacy.inversion import Inversion, Stage, invert
+from lineament.privacy.messages import Message, checked, dummy_gradient, fixed
 from lineament.privacy.priors import Pixels, Prior
+from lineament.privacy.rivals import closed_form, group_term, own_generators
+from lineament.privacy.search import ATTACKS, ON_PIXELS, Search
+from lineament.privacy.statistics import statistics_gap
 
-ATTACKS = ("gifd", "no ball", "latent", "ig", "gi", "dlg")
-
-
-@dataclass(frozen=True)
-class Search:
-    """How an attacker looks.
-
-    Attributes:
-        steps: of each layer. Attacks without layers take as many in all.
-        rate, feature_rate: peak learning rates of codes (or pixels) and of features.
-        layers: features that are searched behind the code; by default all inputs of later blocks.
-        radius: of each layer's l1 ball for each entry, None for no ball.
-        restarts: from other codes; the best score is kept.
-        cost, ratio: see :func:`lineament.privacy.matching_cost`. variation, norm: weights of what keeps pictures natural.
-        patience: end when the score of every row rose over so many layers in a row.
-
-    >>> Search().restarts
-    2
-    """
-
-    steps: int = 150
-    rate: float = 0.1
-    feature_rate: float = 0.03
-    layers: int | None = None
-    radius: float | None = 0.04
-    restarts: int = 2
-    cost: str = "sim"
-    ratio: float = 0.0
-    variation: float = 1e-3
-    norm: float = 0.0
-    patience: int | None = 2
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "restarts"):
-            number(name, getattr(self, name), low=1, integer=True)
-        one_of("cost", self.cost, COSTS)
-        if self.layers is not None:
-            number("layers", self.layers, low=0, integer=True)
-        if self.radius is not None:
-            number("radius", self.radius, low=0, open_low=True)
+SEARCH = Search()
 
 
 @dataclass(frozen=True)
@@ -89,7 +55,7 @@ def reconstruct(
     *,
     prior: Prior | None = None,
     attack: str = "gifd",
-    search: Search = Search(),
+    search: Search = SEARCH,
     bounds: tuple[Tensor, Tensor],
     seed: int = 0,
 ) -> Reconstruction:
@@ -99,12 +65,15 @@ def reconstruct(
         messages: of one count, one defence and one kind. targets: their labels [messages, batch].
         shape: of a picture, (channels, height, width).
         prior: what the attacker knows; None for attacks on pixels.
-        attack: ``"gifd"``; ``"no ball"``, the same without its balls; ``"latent"``, the code alone; or on pixels ``"ig"`` (cosine and total variation),
-            ``"gi"`` (squared distance, total variation, norm) and ``"dlg"`` (squared distance alone). All take equally many steps.
+        attack: ``"gifd"``; ``"no ball"``, the same without its balls; ``"latent"``, the code alone; ``"gias"``, half of the steps on the code and half on the
+            generator's weights, one copy a picture; ``"ggl"``, the code by CMA-ES, without derivatives (needs the package ``cma``); on pixels ``"ig"`` (cosine and
+            total variation), ``"gi"`` (squared distance, total variation, norm, restarts as a group) and ``"dlg"`` (squared distance alone). All of these take
+            equally many steps, of which each is a round of several gradients for CMA-ES. ``"closed form"`` reads one picture off a linear first layer.
         bounds: least and greatest values of normalised pictures by channel.
 
     Raises:
-        InputError: messages that do not fit the model or each other, layers that the prior does not have.
+        InputError: messages that do not fit the model or each other, layers that the prior does not have, labels outside the classes, pictures of another size
+            than the prior's, an attack that suits neither model nor prior, no restart with a finite score.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     >>> x, y = torch.rand(1, 1, 4, 4), torch.tensor([1])
@@ -127,59 +96,195 @@ def reconstruct(
         targets.shape[:2] == (len(messages), first.count),
         f"targets: got {show(targets)}, expected labels [{len(messages)}, {first.count}]",
     )
-    on_pixels = attack in ("ig", "gi", "dlg") or prior is None
+    _can_be_asked(model, targets, tuple(shape), bounds, parameters[0])
+    if attack == "closed form":
+        return _closed(model, messages, shape, targets, bounds)
+    on_pixels = attack in ON_PIXELS or prior is None
     used: Prior = Pixels(shape) if prior is None or on_pixels else prior
-    search = _preset(
-        attack, search, 0 if prior is None else _layers(prior, search, targets.flatten(), parameters[0])
-    )
-    rows = len(messages) * search.restarts
-    labels = targets.repeat_interleave(search.restarts, 0)
-    flat = labels.flatten()
-    sent = [
-        torch.stack(each).repeat_interleave(search.restarts, 0)
-        for each in zip(*(m.tensors for m in messages))
-    ]
-    stages = _stages(used, search, flat, parameters[0], on_pixels)
-    compute = dummy_gradient(model, labels, local=first.local)
-    at_once = vmap(lambda guess, known: _match(first, guess, known, search))
+    layers = 0 if prior is None else _layers(prior, search, targets.flatten(), parameters[0])
+    search = search.preset(attack, layers)
+    task = _Task(model, messages, targets, tuple(shape), used, search, bounds)
+    task.fits(parameters[0])
+    rows = torch.arange(len(messages)).repeat_interleave(search.restarts)
     generator = torch.Generator(parameters[0].device).manual_seed(seed)
-    start = torch.randn(
-        rows * first.count,
-        used.code,
-        generator=generator,
-        dtype=parameters[0].dtype,
-        device=parameters[0].device,
-    )
+    code = torch.randn(
+        len(rows), first.count, used.code, generator=generator, dtype=parameters[0].dtype, device=parameters[0].device
+    )  # fmt: skip
     if on_pixels:
-        start = start * 0.1
-    low, high = (bound.to(start) for bound in bounds)
-    found = invert(
-        lambda z: used.blocks(z, flat),
-        used.render,
-        lambda x: compute(x.view(rows, first.count, *shape)),
-        lambda g: at_once(tuple(g), tuple(sent)),
-        start,
-        stages,
-        bounds=(low, high),
-        variation=search.variation,
-        norm=search.norm,
-        side=int(shape[-1]),
-        patience=search.patience,
-    )
+        code = code * 0.1
+    if attack == "ggl":
+        found = [_evolved(task.rows([int(k)]), z, seed + r) for r, (k, z) in enumerate(zip(rows, code))]
+    elif search.optimizer == "lbfgs":  # it knows one objective, whose rows would share their steps
+        found = [_searched(task.rows([int(k)]), attack, z, on_pixels, 1) for k, z in zip(rows, code)]
+    else:
+        found = [_searched(task.rows(rows.tolist()), attack, code.flatten(0, 1), on_pixels, search.restarts)]
     return _best(found, len(messages), search.restarts, first.count, shape, targets)
 
 
-def _preset(attack: str, search: Search, layers: int) -> Search:
-    """The search of one attack; what has no layers takes the steps of all."""
-    whole = replace(search, layers=0, steps=search.steps * (1 + layers))
-    return {
-        "gifd": search,
-        "no ball": replace(search, radius=None),
-        "latent": whole,
-        "ig": replace(whole, cost="sim", variation=1e-4, norm=0.0),
-        "gi": replace(whole, cost="l2", variation=1e-4, norm=1e-6),
-        "dlg": replace(whole, cost="l2", variation=0.0, norm=0.0),
-    }[attack]
+@dataclass(frozen=True)
+class _Task:
+    """Messages that are searched side by side, a row each."""
+
+    model: nn.Module
+    messages: Sequence[Message]
+    labels: Tensor
+    shape: tuple[int, ...]
+    prior: Prior
+    search: Search
+    bounds: tuple[Tensor, Tensor]
+
+    def rows(self, which: Sequence[int]) -> _Task:
+        """Some of the messages, in this order and as often."""
+        return replace(self, messages=[self.messages[k] for k in which], labels=self.labels[list(which)])
+
+    def fits(self, like: Tensor) -> None:
+        """Whether the prior makes pictures of the shape that is looked for."""
+        z = _code(self.prior, self.labels[:1, :1].flatten(), like)
+        with torch.no_grad():
+            for block in self.prior.blocks(z, self.labels[:1, :1].flatten()):
+                z = block(z)
+            made = tuple(self.prior.render(z).shape[1:])
+        require(made == self.shape, f"prior: it makes pictures {made}, the audited ones are {self.shape}")
+
+    def pictures(self, x: Tensor) -> Tensor:
+        return x.reshape(len(self.messages), -1, *self.shape)
+
+    @cached_property
+    def _gradient(self) -> Callable[[Tensor], list[Tensor]]:
+        local = self.messages[0].local
+        return dummy_gradient(self.model, self.labels, local=None if local is None else local.guessed())
+
+    def gradient(self, x: Tensor) -> list[Tensor]:
+        """Messages of guesses."""
+        return self._gradient(self.pictures(x))
+
+    @cached_property
+    def _sent(self) -> tuple[Tensor, ...]:
+        return tuple(torch.stack(each) for each in zip(*(m.tensors for m in self.messages)))
+
+    @cached_property
+    def _weights(self) -> list[Tensor]:
+        return [p.detach() for p in self.model.parameters() if p.requires_grad]
+
+    def cost(self, guess: Sequence[Tensor]) -> Tensor:
+        """How far messages of guesses are from those sent, [rows]; changes of weights are read as gradients."""
+        if len(self.messages) == 1:  # also what vmap cannot run
+            return self._match([g[0] for g in guess], [t[0] for t in self._sent])[None]
+        return vmap(self._match)(tuple(guess), self._sent)
+
+    def _match(self, guess: Sequence[Tensor], sent: Sequence[Tensor]) -> Tensor:
+        first, how, kind = self.messages[0], self.search, self.search.cost
+        one, two = first.defence.mirror(guess, sent), sent
+        if first.local is not None:
+            local, count = first.local, first.count
+            one, two = (
+                [local.gradient_of(t, w, count) for t, w in zip(m, self._weights)] for m in (one, two)
+            )
+        return matching_cost(one, two, kind, ratio=how.ratio)  # pyright: ignore[reportArgumentType]
+
+    def penalty(self, restarts: int, steps: int) -> Callable[[Tensor, int], Tensor] | None:
+        """What guesses are held to beside the message: the statistics of batch norms, and the mean of the restarts."""
+        terms: list[Callable[[Tensor, int], Tensor]] = []
+        told = self.messages[0].statistics
+        if told and self.search.statistics:
+            sent = {n: tuple(torch.stack([m.statistics[n][k] for m in self.messages]) for k in (0, 1)) for n in told}  # fmt: skip
+            gap = statistics_gap(*fixed(self.model), sent)  # pyright: ignore[reportArgumentType]
+            terms.append(lambda x, _: self.search.statistics * gap(x).sum())
+        if self.search.group and restarts > 1:
+            group = group_term(restarts, steps, side=self.shape[-1])
+            terms.append(lambda x, step: self.search.group * group(x, step))
+        if not terms:
+            return None
+        return lambda x, step: torch.stack([term(self.pictures(x), step) for term in terms]).sum()
+
+
+def _can_be_asked(
+    model: nn.Module, targets: Tensor, shape: tuple[int, ...], bounds: tuple[Tensor, Tensor], like: Tensor
+) -> None:
+    """Whether the model takes pictures of that shape, and has the labels; and whether the bounds are of their channels."""
+    still, parameters = fixed(model)
+    try:
+        with torch.no_grad():
+            answers = logits(functional_call(still, parameters, (like.new_zeros(2, *shape),)))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise InputError(
+            f"shape: the model takes no pictures {shape} ({str(error).splitlines()[0]}); expected (channels, height, width) of those behind the messages"
+        ) from None
+    if targets.ndim == 2:
+        labels("targets", targets.flatten(), count=targets.numel(), classes=answers.shape[-1])
+    require(
+        all(b.numel() in (1, shape[0]) for b in bounds),
+        f"bounds: got {bounds[0].numel()} and {bounds[1].numel()} values, expected one for each of {shape[0]} channels",
+    )
+
+
+def _searched(task: _Task, attack: str, start: Tensor, on_pixels: bool, restarts: int) -> Inversion:
+    """Rows searched by their slopes."""
+    search, flat = task.search, task.labels.flatten()
+    stages = _stages(task.prior, search, flat, start, on_pixels)
+    how: dict[str, Any] = {
+        "bounds": (task.bounds[0].to(start), task.bounds[1].to(start)), "variation": search.variation, "norm": search.norm,
+        "side": int(task.shape[-1]), "penalty": task.penalty(restarts, sum(stage.steps for stage in stages)), "patience": search.patience,
+    }  # fmt: skip
+    render, blocks = task.prior.render, task.prior.blocks
+    found = invert(lambda z: blocks(z, flat), render, task.gradient, task.cost, start, stages, **how)
+    if attack != "gias":
+        return found
+    weights, made = own_generators(task.prior, found.variables[0])
+    stage = Stage(search.steps, search.weight_rate, sphere=False, optimizer=search.optimizer)
+    further = invert(lambda w: [made], render, task.gradient, task.cost, weights, [stage], **how)
+    scores = torch.stack([found.score, further.score]).nan_to_num(nan=torch.inf)
+    better = scores.argmin(0)
+    chosen = better.repeat_interleave(task.labels.shape[1])
+    return Inversion(
+        torch.where((chosen == 1)[:, None, None, None], further.best, found.best), scores.amin(0), (*found.pictures, *further.pictures),
+        found.variables, (*found.scores, *further.scores), torch.cat([found.objective, further.objective]), better,
+    )  # fmt: skip
+
+
+def _evolved(task: _Task, start: Tensor, seed: int) -> Inversion:
+    """One row searched by CMA-ES: tanh of a code, with the divergence of its entries from a standard normal."""
+    size = population(start.numel())
+    many = task.rows([0] * size)
+    flat = many.labels.flatten()
+
+    def made(z: Tensor, labels: Tensor) -> Tensor:
+        value = z.tanh().view(-1, task.prior.code)
+        for block in task.prior.blocks(value, labels):
+            value = block(value)
+        return task.prior.render(value)
+
+    def objective(z: Tensor) -> Tensor:
+        apart = torch.stack([code_divergence(v.tanh().view(-1, task.prior.code)) for v in z])
+        return many.cost(many.gradient(made(z, flat))) + task.search.divergence * apart
+
+    z, trace = evolve(objective, torch.zeros_like(start.flatten()), rounds=task.search.steps, seed=seed)
+    low, high = (bound.to(z).view(1, -1, 1, 1) for bound in task.bounds)
+    with torch.no_grad():
+        picture = made(z, task.labels.flatten()).clamp(low, high)
+        score = task.cost(task.gradient(picture))
+    return Inversion(
+        picture, score, (picture,), (z.tanh().view(-1, task.prior.code),), (score,), torch.tensor(trace, dtype=torch.float64).repeat_interleave(size), torch.zeros_like(score, dtype=torch.long),
+    )  # fmt: skip
+
+
+def _closed(
+    model: nn.Module, messages: Sequence[Message], shape: Sequence[int], targets: Tensor, bounds: tuple[Tensor, Tensor]
+) -> Reconstruction:  # fmt: skip
+    """Pictures read off a linear first layer."""
+    read = [closed_form(model, message) for message in messages]
+    size = math.prod(shape)
+    if any(x is None or x.numel() != size for x in read):
+        raise InputError(
+            "attack: 'closed form' reads messages of one picture whose pixels meet a linear first layer with a bias, and this is none; try 'gifd' or 'ig'"
+        )
+    x = torch.stack([v.view(1, *shape) for v in read if v is not None])
+    low, high = (bound.to(x).view(1, 1, -1, 1, 1) for bound in bounds)
+    x = x.clamp(low, high)
+    pixels = Search(restarts=1).preset("closed form", 0)
+    task = _Task(model, messages, targets, tuple(shape), Pixels(shape), pixels, bounds)
+    scores = task.cost(task.gradient(x.flatten(0, 1))).detach()
+    return Reconstruction(x, scores, torch.zeros_like(scores, dtype=torch.long), x[:, None], scores[:, None], targets, 0)  # fmt: skip
 
 
 def _layers(prior: Prior, search: Search, targets: Tensor, like: Tensor) -> int:
@@ -195,14 +300,20 @@ def _layers(prior: Prior, search: Search, targets: Tensor, like: Tensor) -> int:
 def _stages(prior: Prior, search: Search, targets: Tensor, like: Tensor, on_pixels: bool) -> list[Stage]:
     """The code's stage and those of the features; the radius of each grows with its entries."""
     value, layers = _code(prior, targets, like), 0 if on_pixels else _layers(prior, search, targets, like)
+    # A line search finds its own lengths; the published L-BFGS begins with 1.
+    first, later = (1.0, 1.0) if search.optimizer == "lbfgs" else (search.rate, search.feature_rate)
+    parts = getattr(prior, "parts", lambda stage: [])
+    stages = [Stage(search.steps, first, sphere=not on_pixels, optimizer=search.optimizer, parts=tuple(parts(0)))]  # fmt: skip
     if layers == 0:
-        return [Stage(search.steps, search.rate, sphere=not on_pixels)]
-    stages, blocks = [Stage(search.steps, search.rate)], prior.blocks(value, targets)
+        return stages
+    blocks = prior.blocks(value, targets)
     with torch.no_grad():
         for k in range(1, layers + 1):
             value = blocks[k - 1](value)
             radius = -1.0 if search.radius is None else search.radius * value[0].numel()
-            stages.append(Stage(search.steps, search.feature_rate, radius))
+            stages.append(
+                Stage(search.steps, later, radius, optimizer=search.optimizer, parts=tuple(parts(k)))
+            )
     return stages
 
 
@@ -210,77 +321,27 @@ def _code(prior: Prior, targets: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(len(targets), prior.code, dtype=like.dtype, device=like.device)
 
 
-def _match(message: Message, guess: Sequence[Tensor], sent: Sequence[Tensor], search: Search) -> Tensor:
-    how: Any = search.cost
-    return matching_cost(message.defence.mirror(guess, sent), sent, how, ratio=search.ratio)
-
-
 def _best(
-    found: Any, messages: int, restarts: int, count: int, shape: Sequence[int], targets: Tensor
-) -> Reconstruction:
-    """The best restart of each message."""
-    scores = found.score.view(messages, restarts)
+    parts: Sequence[Inversion], messages: int, restarts: int, count: int, shape: Sequence[int], targets: Tensor
+) -> Reconstruction:  # fmt: skip
+    """The best restart of each message; rows that were searched apart end after the same stages or fewer."""
+    depth = min(len(found.pictures) for found in parts)
+    scores = torch.cat([found.score for found in parts]).view(messages, restarts)
+    require(
+        bool(scores.isfinite().any(1).all()),
+        "messages: no restart has a finite score; a lower rate, or float64, may help",
+    )
     best = scores.argmin(1)
     rows = torch.arange(messages, device=best.device) * restarts + best
-    by_stage = torch.stack(found.pictures).view(len(found.pictures), messages * restarts, count, *shape)
+    by_stage = torch.stack([torch.cat([found.pictures[k] for found in parts]) for k in range(depth)])
+    by_stage = by_stage.view(depth, messages * restarts, count, *shape)
+    told = torch.stack([torch.cat([found.scores[k] for found in parts]) for k in range(depth)])
     return Reconstruction(
-        found.best.view(messages * restarts, count, *shape)[rows],
+        torch.cat([found.best for found in parts]).view(messages * restarts, count, *shape)[rows],
         scores.amin(1),
-        found.stage[rows],
+        torch.cat([torch.as_tensor(found.stage) for found in parts])[rows],
         by_stage[:, rows].transpose(0, 1),
-        torch.stack(found.scores)[:, rows].T,
+        told[:, rows].T,
         targets,
-        len(found.objective),
+        max(len(found.objective) for found in parts),
     )
-
-
-def guessed_targets(
-    model: nn.Module, message: Message, example: Tensor, public: Tensor | None = None
-) -> tuple[Tensor, str]:
-    """The labels that an attacker reads off a message [batch], and by which rule.
-
-    Args:
-        example: any picture as the model takes it [1, ...]; the last linear layer is found by running the model. public: pictures of the same kind.
-
-    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-    >>> x = torch.rand(1, 1, 2, 2)
-    >>> guessed_targets(net, Message.of(net, x, torch.tensor([2])), x)
-    (tensor([2]), 'bias')
-    """
-    name, _ = head_of(model, example)
-    named = {
-        n: t
-        for (n, _), t in zip(
-            ((n, p) for n, p in model.named_parameters() if p.requires_grad), message.tensors
-        )
-    }
-    weight, bias = named[f"{name}.weight"], named.get(f"{name}.bias")
-    expected = None
-    if public is not None:
-        with torch.no_grad():
-            expected = logits(model(public)).softmax(-1).mean(0)
-    rule = label_rule(bias, message.count, expected)
-    found = inferred_labels(weight, message.count, rule=rule, bias=bias, expected=expected)
-    return torch.tensor(found, device=weight.device), rule
-
-
-def closed_form(model: nn.Module, message: Message) -> Tensor | None:
-    """The picture itself where one picture met a linear first layer with a bias: each row of its gradient is the input times the bias's; else None.
-
-    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)); x = torch.rand(1, 1, 2, 2)
-    >>> torch.allclose(closed_form(net, Message.of(net, x, torch.tensor([2]))), x.flatten(), atol=1e-5)
-    True
-    """
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
-    layers = dict(model.named_modules())
-    layer = layers.get(names[0].rpartition(".")[0])
-    if (
-        message.count != 1
-        or not isinstance(layer, nn.Linear)
-        or len(names) < 2
-        or not names[1].endswith("bias")
-    ):
-        return None
-    weight, bias = message.tensors[0], message.tensors[1]
-    row = int(bias.abs().argmax())
-    return weight[row] / bias[row] if bias[row] != 0 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from tests.contracts.token_models import byte_tokenizer
 
 from lineament.audit.language_run import audit_language
+from lineament.audit.lenses import attention
 from lineament.core.checks import InputError
 
 transformers = pytest.importorskip("transformers")
@@ -77,6 +79,44 @@ def test_the_layer_that_needs_its_past_is_named(files):
         alone[1].double(), rise[1].double(), atol=1e-6
     )
     assert section.number.startswith("+") and math.isfinite(section.seconds)
+
+
+def test_a_past_that_misleads_is_said_with_how_the_loss_goes_along_a_window(files, monkeypatch):
+    """A window begins with 64 times one letter, which outweighs those that follow, 16 times each."""
+    letters = iter(LETTERS)
+    windows = ("a" * 64 + "".join(chr(next(letters)) * 16 for _ in range(12)) for _ in range(5))
+    (files / "text.txt").write_text("".join(windows))
+    section = audited(model(past=True), files)["attention"]
+    found = section.numbers
+    assert found["better"] == 0 and max(found["rise"][0]) < 0
+    assert min(found["quarters"][3]) > max(found["quarters"][0])
+    told = next(each for each in section.findings if each.key == "misled by its past")
+    assert (
+        "With 1 of 16 blocks its perplexity falls by" in told.sentence and told.sentence in section.sentence
+    )
+    assert "beyond the length that it was trained at" in told.sentence and "as long as" in told.advice
+    measured = attention._measured
+    monkeypatch.setattr(
+        attention, "_measured", lambda *given: replace(m := measured(*given), quarters=m.quarters.flip(0))
+    )
+    section = audited(model(past=True), files, overwrite=True)["attention"]
+    told = next(each for each in section.findings if each.key == "misled by its past")
+    assert "does not speak for windows beyond" in told.sentence and not told.advice
+
+
+@pytest.mark.parametrize(("rise", "advice"), [([0.1, 0.11], "--ssa"), ([0.3, -0.1], "longer text")])
+def test_training_is_advised_only_where_the_rise_is_more_than_chance(files, monkeypatch, rise, advice):
+    measured = attention._measured
+
+    def changed(*given: Any) -> attention.Attention:
+        found = measured(*given)
+        rises = torch.tensor(rise, dtype=torch.float64).repeat(found.windows)[: found.windows]
+        return replace(found, rise=rises.expand_as(found.rise))
+
+    monkeypatch.setattr(attention, "_measured", changed)
+    section = audited(model(), files)["attention"]
+    assert section.findings[0].key == "past needed" and advice in section.findings[0].advice
+    assert len(section.findings) == 1 and section.numbers["better"] is None
 
 
 def test_long_prompts_stand_in_for_a_text_and_short_ones_leave_the_lens_out(files):

@@ -11,10 +11,14 @@ import torch
 from torch import nn
 
 from lineament.audit.baseline import BaselineOptions, baseline
+from lineament.audit.baseline_data import SiteRows, stratified_split
+from lineament.audit.phrases import percent
 from lineament.audit.run import audit
 from lineament.cli import main
 from lineament.core.checks import InputError
 from lineament.kernels.classifiers import InfiniteClassifier
+from lineament.learn.boosting.estimators import GBNNClassifier
+from lineament.load.data import load_data
 
 
 def stripes(count=120, seed=0):
@@ -153,6 +157,90 @@ def test_a_model_that_is_not_written_and_a_baseline_without_a_mistake_are_said(t
     [finding] = found.findings
     assert "hog read by knn was never wrong on these 24 test samples" in finding.sentence
     assert "must beat" not in finding.sentence and "86.2" in finding.sentence
+
+
+def test_a_network_takes_bytes_and_another_network_is_no_resumption(tmp_path):
+    """Grey bytes without a channel, as most stored sets are; the rows are those of the network by hand."""
+    x, y = stripes(60)
+    grey = (x[:, 0] * 255).round().to(torch.uint8)
+    code = (
+        "import torch\nfrom torch import nn\ndef make():\n    torch.manual_seed({})\n"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(784, 2))\n"
+    )
+    (tmp_path / "net.py").write_text(code.format(0))
+    name = f"{tmp_path / 'net.py'}:make:1"
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
+    by_hand = first(grey[:, None].float() / 255).mean((2, 3)).detach().double().numpy()
+    held = load_data((grey, y))
+    np.testing.assert_allclose(SiteRows(name, held).rows(held), by_hand, rtol=1e-5)
+
+    def stop(line):
+        if "with svm" in line:
+            raise KeyboardInterrupt
+
+    asked = {
+        "features": [name],
+        "classifiers": ["knn", "svm"],
+        "out": tmp_path / "o",
+        "options": BaselineOptions(effort="none"),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        baseline((grey, y), note=stop, **asked)
+    (tmp_path / "net.py").write_text(code.format(1))
+    with pytest.warns(UserWarning, match="belongs to another"):
+        baseline((grey, y), **asked)
+    with pytest.raises(InputError, match="'7' is no site"):
+        baseline((grey, y), **{**asked, "features": [name[:-1] + "7"], "out": tmp_path / "p"})
+    assert not (tmp_path / "p").exists()
+
+
+def test_images_with_their_channels_last_are_images(tmp_path):
+    x, y = stripes(60)
+    colour = (x.expand(-1, 3, -1, -1) * 255).round().to(torch.uint8)
+    asked = {"features": ["hog"], "classifiers": ["knn"], "options": BaselineOptions(effort="none")}
+    first = baseline((colour, y), out=tmp_path / "a", **asked)
+    last = baseline((colour.movedim(1, -1), y), out=tmp_path / "b", **asked)
+    accuracy = [report["table"].numbers["pairs"][0]["accuracy"] for report in (first, last)]
+    assert accuracy[0] == accuracy[1] and first["table"].numbers["pairs"][0]["features"] == 324
+    assert "channels come last" in (tmp_path / "b" / "baseline.html").read_text(encoding="utf-8")
+
+
+def test_the_written_boosted_network_is_the_one_that_was_judged(tmp_path):
+    x, y = stripes(60)
+    asked = {"features": ["pixels"], "classifiers": ["gbnn"], "options": BaselineOptions(effort="none")}
+    baseline((x, y), out=tmp_path, **asked)
+    written = GBNNClassifier.load(tmp_path / "baseline-best.safetensors")
+    settings = {k: written.get_params()[k] for k in ("solver", "max_iter", "units_per_step")}
+    assert settings == {"solver": "lbfgs", "max_iter": 30, "units_per_step": 10}
+    train, test = stratified_split(y.numpy(), 0.2, 0)
+    scale = json.loads((tmp_path / "baseline-best.json").read_text())
+    rows = (x.flatten(1).double().numpy() - scale["mean"]) / scale["scale"]
+    told = json.loads((tmp_path / "baseline.json").read_text())
+    [pair] = told["sections"][0]["numbers"]["pairs"]
+    assert (written.predict(rows[test]) == y.numpy()[test]).mean() == pair["accuracy"]
+    assert len(train) == 48
+
+
+@pytest.mark.parametrize("counts", [(8, 2), (9, 2, 2)])
+def test_a_class_with_one_training_sample_has_no_smaller_training_sets(counts, tmp_path):
+    y = torch.cat([torch.full((n,), k) for k, n in enumerate(counts)])
+    x = torch.randn(len(y), 3, generator=torch.Generator().manual_seed(0))
+    options = BaselineOptions(test=0.2, effort="none")
+    found = baseline((x, y), out=tmp_path, classifiers=["knn"], options=options)
+    assert [n for n, _ in found["size"].numbers["sizes"]] == [len(y) - max(len(counts), 2)]
+    with pytest.raises(InputError, match=r"test: got 0\.95, which leaves"):
+        baseline((x, y), out=tmp_path / "o", options=BaselineOptions(test=0.95))
+
+
+def test_the_interval_is_said_to_be_the_first_splits(tmp_path):
+    y = torch.arange(60) % 2
+    x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)) + y[:, None]
+    asked = {"classifiers": ["knn"], "options": BaselineOptions(effort="none")}
+    found = baseline((x, y), out=tmp_path, splits=2, **asked)
+    first = found["table"].numbers["pairs"][0]["accuracy"]
+    assert f"(on the first {percent(first)}, 95 % interval" in found.findings[0].sentence
+    assert all("on the first of 2 splits" in found[key].sentence for key in ("mistakes", "size"))
 
 
 def test_columns_of_images_are_refused_for_what_they_are(tmp_path):

@@ -67,6 +67,26 @@ def test_a_copy_is_the_same_in_every_respect(data, tmp_path: Path) -> None:
     assert min(row[k] for k, row in enumerate(found["spaces"].numbers["cka"])) == pytest.approx(1, abs=1e-6)
 
 
+def test_dead_units_are_no_units_without_a_partner(data, tmp_path: Path) -> None:
+    a, b = net(), net()
+    with torch.no_grad():
+        for n in (a, b):
+            n[0].bias[:4] = -100.0  # behind the ReLU these hold 0 on every sample
+    with undrawn():
+        found = compare(a, b, data, out=tmp_path, sites="1")
+    assert "2 of 2 units of 1 have a partner" in found["units"].sentence
+    assert "(8 of both networks) are not counted" in found["units"].sentence
+    assert found["pairs"].numbers["worst"] == pytest.approx(1, abs=1e-5)
+    assert {row[1] for row in found["pairs"].tables[0].rows} == {4, 5}
+
+
+def test_too_few_prompts_are_refused_before_the_pass(tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("one two three four\nfive\n")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+    with pytest.raises(InputError, match="holds 1 prompts of 2 lines, expected at least 20"):
+        compare(str(tmp_path), str(tmp_path), str(tmp_path / "few.txt"), out=tmp_path / "out")
+
+
 def test_classes_in_another_order_are_the_same_answers(data, tmp_path: Path) -> None:
     a = net()
     other = copy.deepcopy(a)
@@ -122,6 +142,7 @@ def test_a_run_that_was_cut_off_goes_on(data, tmp_path: Path, monkeypatch: pytes
         ({"samples": 5}, "samples: got 5, expected an integer in"),
         ({"sites": "nowhere"}, "no site of Sequential"),
         ({"options": CompareOptions(task="words")}, "task: got 'words'"),
+        ({"options": CompareOptions(weights_b="gone.pt")}, "weights_b: "),
     ],
 )
 def test_what_cannot_be_used_is_named(options: dict, message: str, data, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -232,7 +233,8 @@ def test_the_command_makes_a_set_that_opens_everywhere(tmp_path, capsys):
     ]
     judged = ["--evaluate", "--networks", "mlp", "--nets", "2", "--epochs", "3", "--continual", "2"]
     assert main([*words, *judged]) == 0
-    told = capsys.readouterr().out
+    told, parts = capsys.readouterr()
+    assert "dcc: part 2 of 2, 5 classes" in parts
     assert "condensed.npz" in told and "test pictures" in told
     assert "s on the set (4 epochs)" in told and "on all pictures (31 epochs)" in told
     report = json.loads((out / "condense.json").read_text())
@@ -265,6 +267,72 @@ def test_the_command_makes_a_set_that_opens_everywhere(tmp_path, capsys):
         assert says in capsys.readouterr().err
         assert not (out / ".stages").exists()
     assert (out / "condensed.npz").exists()  # what was refused replaced nothing
+
+
+PIXELS, EVEN = np.random.default_rng(0).random((20, 1, 6, 6)).astype("f4"), np.arange(20) % 4
+REFUSED = {
+    "labels with a gap": (PIXELS, np.where(EVEN == 2, 5, EVEN), "", "--targets: no picture is of classes 2, 4; expected labels from 0 to 5"),
+    "a class without pictures": (PIXELS, EVEN, "--classes a,b,c,d,e", "--targets: no picture is of class e; leave out the name"),
+    "a name twice": (PIXELS, EVEN, "--classes a,b,a,c", "--classes: 'a' is the name of several classes"),
+    "one class": (PIXELS, 0 * EVEN, "", "--targets: got one class"),
+    "fewer than wanted": (PIXELS, EVEN, "--per-class 6", "--per-class: got 6, but class 0 has only 5"),
+    "one-hot labels": (PIXELS, np.eye(4)[EVEN], "", "DATA: got a float32 tensor of shape (20, 4) as labels, expected one whole number or name a picture; of one-hot rows take argmax(1)"),
+    "rows for pictures": (PIXELS.reshape(20, 36), EVEN, "", "DATA: got samples of (36,), expected images"),
+    "too small": (PIXELS[..., :3, :3], EVEN, "", "DATA: got pictures of 3 x 3, expected at least 4 x 4"),
+    "16 bits": ((65535 * PIXELS).astype("u2"), EVEN, "", "divide 16 bits by 65535"),
+    "alpha": (np.tile(PIXELS, (1, 4, 1, 1)), EVEN, "", "DATA: got 4 channels, expected 1 or 3; leave out the fourth (alpha)"),
+    "not a number": (np.where(PIXELS > 0.99, np.nan, PIXELS), EVEN, "", "DATA: the inputs hold NaN"),
+    "normalised": (PIXELS - 0.5, EVEN, "", "pass them as they were before they were normalised"),
+    "test data that are missing": (PIXELS, EVEN, "--evaluate --test no.npz", "--test: 'no.npz' does not exist"),
+    "no set to begin with": (PIXELS, EVEN, "--from nois", "--from: got 'nois', expected 'real', 'noise' or the folder of a condensed set; nearest: 'noise'"),
+    "none at all": (PIXELS, EVEN, "--per-class 0", "--per-class: got 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_condensed_is_one_line_and_leaves_nothing(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    x, y, more, says = REFUSED[case]
+    np.savez("data.npz", x=x, y=y)
+    line = "condense data.npz --per-class 1 --outer 1 --network mlp --out set"
+    assert main([*line.split(), *more.split()]) == 2
+    *before, said = capsys.readouterr().err.splitlines()
+    assert says in said
+    assert {text.partition(" ")[2].split()[0] for text in before} <= {"reading", "condensing"}
+    assert [path.name for path in tmp_path.iterdir()] == ["data.npz"]
+
+
+def test_sets_that_cannot_be_begun_with_are_refused(made, tmp_path, monkeypatch):
+    from lineament.learn.condensation import condensed
+
+    begin = partial(condense, *REAL, per_class=2, method="dcc", network="mlp")
+    with pytest.raises(
+        InputError, match=r"start: a set of \[6, 0, 0\] pictures by class, expected 2 of each"
+    ):
+        begin(start=replace(made, labels=0 * made.labels))
+    monkeypatch.setattr(condensed, "_digest", lambda path: "the same")  # whoever edits both files
+    folder = made.save(tmp_path)
+    with np.load(folder / "condensed.npz") as stored:
+        arrays = dict(stored)
+    for change in ({"x": arrays["x"] * np.nan}, {"y": arrays["y"][:5]}):
+        np.savez(folder / "condensed.npz", **{**arrays, **change})
+        with pytest.raises(InputError, match=r"expected finite pictures .* with a label each"):
+            begin(start=folder)
+
+
+def test_networks_and_data_that_cannot_be_used_are_refused():
+    x, y = REAL
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"network": lambda: nn.Linear(3, 3)}, r"network: it cannot take pictures of \(1, 9, 9\) \(mat1"),
+        ({"network": lambda: torch.relu}, "network: it makes .*relu.*, expected a module"),
+        ({"start": None}, "start: got None, expected 'real', 'noise' or the folder"),
+        ({"options": Condensation(outer=2, outer_warmup=3)}, r"outer_warmup: got 3, expected .*\[0, 2\]"),
+    ]
+    for bad, says in cases:
+        with pytest.raises(InputError, match=says):
+            condense(x, y, per_class=1, method="dcc", **bad)
+    with pytest.raises(InputError, match="images: got a complex64 tensor"):
+        condense(x.to(torch.complex64), y, per_class=1)
 
 
 def test_a_condensing_that_was_cut_off_goes_on(tmp_path, monkeypatch):

@@ -26,6 +26,12 @@ def folder(tmp_path_factory):
     ColorMNet(ColorMNetConfig.tiny()).save_pretrained(at / "net")
     torch.save({"key_proj.key_proj.weight": print}, at / "evil.pt")
     torch.save({"weight": torch.ones(1)}, at / "net.pt")
+    for place in ("damaged", "twins"):
+        (at / place).mkdir()
+        Image.new("L", (48, 32)).save(at / place / "1.png")
+    whole = (at / "first.png").read_bytes()
+    (at / "damaged/2.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("L", (48, 32)).save(at / "twins/1.jpg")
     for name in ("bad.png", "f.mkv/strange.txt", "corrupt/model.safetensors", "corrupt/config.json"):
         (at / name).parent.mkdir(exist_ok=True)
         (at / name).write_text("{}")
@@ -47,6 +53,7 @@ REFUSED = {
     "a device": ("--device cuda:99", "--device: 'cuda:99' cannot be used here"),
     "a precision": ("--precision half", "--precision: got 'half'"),
     "guided alone": ("--guided", "--guided: is for --max-side"),
+    "a file for a folder": ("--out first.png/", "--out: 'first.png' is a file, expected a folder"),
     "strangers' files": ("--out f.mkv --overwrite", "--out: 'f.mkv' holds files .*strange.txt"),
 }
 
@@ -65,6 +72,36 @@ def test_what_is_refused(words, says, folder, monkeypatch, capsys):
     assert said.startswith("lineament: --")
     assert re.search(says, said), said
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("film", "says"),
+    [
+        ("damaged", "FILM: the picture 'damaged/2.png' cannot be read: .*truncated"),
+        ("twins", "FILM: two of its pictures would both become '1.png'; rename one"),
+    ],
+)
+def test_a_folder_that_cannot_be_coloured_is_refused_before_the_first_frame(
+    film, says, folder, monkeypatch, capsys
+):
+    monkeypatch.chdir(folder)
+    before = sorted(folder.rglob("*"))
+    assert cli.main(["colorize", film, "--exemplar", "first.png", "--weights", "net", "--out", "new"]) == 2
+    assert re.fullmatch(f"lineament: {says}.*\n", capsys.readouterr().err)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_colours_of_its_own_are_said(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    (folder / "gaudy").mkdir()
+    for index, value in enumerate((40, (200, 40, 40))):
+        Image.new("RGB", (48, 32), value if index else (value,) * 3).save(f"gaudy/{index}.png")
+    told = []
+    for film in ("frames", "gaudy"):
+        line = ["colorize", film, "--exemplar", "first.png", "--weights", "net", "--out", f"own {film}"]
+        assert cli.main(line) == 0
+        told.append("note: the film has colours of its own, which are replaced" in capsys.readouterr().err)
+    assert told == [False, True]
 
 
 def test_as_many_frames_as_there_are_are_suggested(folder, monkeypatch, capsys):

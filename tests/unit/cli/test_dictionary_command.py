@@ -135,7 +135,9 @@ def test_evaluation_is_a_page_and_json(saved, trained, capsys):
         "activation mode",
     ):
         assert words in page
-    assert "of the variance is left" in capsys.readouterr().out
+    assert "Adding 1 typical norm (" in page
+    shown = capsys.readouterr().out
+    assert "of the variance is left" in shown and "steering by 1 typical norm: 24 of its features" in shown
 
 
 def test_the_dashboard_names_tokens_and_takes_foreign_dictionaries(saved, trained, capsys):
@@ -234,6 +236,11 @@ def test_a_network_of_images(tmp_path, capsys):
         (["train", "lm", "none.txt", "--out", "x", "--site", SITE], "DATA: .*does not exist"),
         (["train", "lm", "text.txt", "--out", "x", "--config", "text.txt"], "--config: .*cannot be read"),
         (["evaluate", "lm", "lm", "text.txt"], "DIR: .*holds no dictionary"),
+        (
+            ["evaluate", "lm", "sae", "text.txt"],
+            "MODEL: 'sae' is a dictionary.*; DIR comes first: lineament dictionary evaluate sae lm text.txt",
+        ),
+        (["dashboard", "sae", "sae", "text.txt", "--out", "s"], "MODEL: 'sae' is a dictionary.*belongs to$"),
         (["evaluate", "sae", "lm", "text.txt", "--against", "sae"], "--against: .*is the dictionary itself"),
         (["dashboard", "sae", "lm", "text.txt", "--out", "lm"], "--out: .*holds other files"),
         (["dashboard", "sae", "lm", "text.txt", "--out", "s", "--top", "0"], "--top: got 0"),

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from lineament import cli, edit
-from lineament.audit.edit_doubts import harm
+from lineament.audit.edit_doubts import harm, pays
 from lineament.edit.forgetting import Forgotten, Knowledge
 from lineament.load.models import load_model
 
@@ -67,6 +67,10 @@ def test_unlearn_says_what_is_left(net, tmp_path, capsys):
     assert cli.main([*words, "3"]) == 0
     told = json.loads((out / "edit.json").read_text())
     assert told["sections"][0]["numbers"]["verdict"] in ("kept", "muted")
+    asked, tried = told["edit"]["target"], told["edit"]["tried"]
+    assert asked == 0.05 and tried[0]["share"] == 0 and told["edit"]["share"] in [t["share"] for t in tried]
+    assert "Shares that were tried" in (out / "edit.html").read_text()
+    assert told["edit"]["reached"] == any(t["forget"] <= asked for t in tried[1:])
     assert [row[0] for row in told["sections"][0]["tables"][0]["rows"]][-1].startswith("head alone")
     assert edit.load(out / "network", lambda: load_model(net).model)
 
@@ -267,3 +271,11 @@ def test_an_edit_that_harms_more_than_it_removes_is_called_so(after, said):
         "training again on 16 samples of it brought it back (relearning). The class was kept."
         in told.sentence
     )
+
+
+def test_a_class_pays_where_more_samples_fall_than_chance_explains():
+    was = torch.ones(81, dtype=torch.bool)
+    assert pays(was, torch.arange(81) >= 12, 10)
+    assert not pays(was, torch.arange(81) >= 5, 10)  # 5 of 81 fell: a thirtieth, over ten classes a third
+    now = torch.arange(81) >= 12
+    assert not pays(~now, now, 10)  # better, not worse, in most

@@ -15,7 +15,7 @@ from torch import nn
 from lineament import cli
 from lineament.cli.embedding_options import EmbeddingOptions
 from lineament.cli.loss_options import LOSSES
-from lineament.cli.train_embedding import split_classes
+from lineament.cli.train_embedding import _unlike, split_classes
 from lineament.cli.train_fit import fit
 from lineament.cli.train_options import Options
 from lineament.cli.train_result import Fitted
@@ -93,6 +93,36 @@ def test_training_recognises_people_it_never_saw():
     assert before is not None and after is not None and after > before + 0.1
     assert all(entry["train_accuracy"] is None for entry in done.history)
     assert done.history[-1]["train_loss"] < done.history[0]["train_loss"]
+
+
+def test_the_mean_cosine_of_unlike_pairs_is_that_of_the_pairs_one_by_one():
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(30, 5, generator=generator) + 1, torch.randint(0, 4, (30,), generator=generator)
+    unit = x.double() / x.double().norm(dim=1, keepdim=True)
+    pairs = [float(unit[i] @ unit[j]) for i in range(30) for j in range(i) if y[i] != y[j]]
+    assert _unlike(x, y) == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
+
+
+@pytest.mark.parametrize(("end", "crowds"), [("", True), (", nn.BatchNorm1d(6)", False)])
+def test_an_embedding_that_crowds_is_told_so_with_what_takes_it_away(faces, capsys, end, crowds):
+    """A large bias is one direction for all; a batch norm behind it takes it away."""
+    network = NET.partition("def make")[0] + (
+        "def make():\n    last = nn.Linear(64, 6)\n    nn.init.constant_(last.bias, 20.0)\n"
+        f"    return nn.Sequential(nn.Flatten(), last{end})\n"
+    )
+    (faces / "net.py").write_text(network)
+    assert cli.main([*LINE, "--loss", "cosface", "--lr", "0.001", "--epochs", "30"]) == 0
+    shown = capsys.readouterr().out
+    raw = json.loads((faces / "run/train.json").read_text())
+    unlike = raw["history"][-1]["validation_unlike"]
+    assert raw["crowds"] is crowds and (unlike > 0.9) is crowds
+    assert ("the embedding crowds" in shown) is crowds
+    if crowds:
+        assert (
+            f"a cosine of {unlike:.3f} on the mean ({raw['before']['validation_unlike']:.3f} before" in shown
+        )
+    read = Fitted.read(faces / "run/train.json")
+    assert read.crowds is crowds and read.before == raw["before"]
 
 
 def test_the_follower_moves_slowly_and_the_queue_holds_its_keys():

@@ -158,3 +158,18 @@ def test_more_atoms_than_numbers_need_classes_or_sparsity():
     with pytest.raises(InputError, match="values below 0"):
         nmf(X - 0.5, 3)
     assert semi_nmf(X - 0.5, 3).info["samples"] == 40
+
+
+@pytest.mark.parametrize("apart", [0.1, 1e-2, 3e-3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_codes_in_nearly_alike_atoms_are_the_minimum(apart: float, dtype: torch.dtype) -> None:
+    """Five times four atoms that differ by ``apart``; SciPy's active sets in float64 say what the codes are."""
+    generator = torch.Generator().manual_seed(1)
+    atoms = torch.rand(5, 32, generator=generator).repeat_interleave(4, 0)
+    atoms = (atoms + apart * torch.rand(20, 32, generator=generator)).to(dtype)
+    given = torch.rand(160, 20, generator=generator) * (torch.rand(160, 20, generator=generator) < 0.4)
+    x = given.to(dtype) @ atoms + 0.01 * torch.randn(160, 32, generator=generator).to(dtype)
+    wide = atoms.double().numpy().T
+    expected = torch.stack([torch.from_numpy(scipy_nnls(wide, row.double().numpy())[0]) for row in x])
+    found = nnls(x, atoms).double()
+    assert ((found - expected).abs().amax(1) < 1e-4 * expected.amax(1)).all()

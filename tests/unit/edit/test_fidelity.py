@@ -9,8 +9,11 @@ from torch import nn
 
 from lineament import edit
 from lineament.core.checks import InputError, NotFiniteError
+from lineament.core.statistics.moments import Covariance
 from lineament.edit import components
+from lineament.edit.patches import padding_of, patches
 from lineament.edit.repairs import left_over
+from lineament.edit.shifts import PatchMoments
 
 
 def conv_net(norm: bool = True) -> nn.Sequential:
@@ -56,6 +59,48 @@ def test_scores_equal_contributions_built_one_by_one(layer, center):
         torch.testing.assert_close(getattr(found.scores, name), getattr(wanted, name))
     torch.testing.assert_close(edit.saliency(layer, x, center=center, batch_size=3)[""], wanted.saliency)
     torch.testing.assert_close(found.cholesky_energies(0.0).sum(1) > 0, torch.ones(len(Q), dtype=torch.bool))
+
+
+@pytest.mark.parametrize("size", [(9, 8), (5, 4)])
+@pytest.mark.parametrize("dilation", [(1, 1), (2, 1)])
+@pytest.mark.parametrize("padding", [(0, 0), (1, 1), (2, 1), (4, 3), "same"])
+@pytest.mark.parametrize("kernel", [(3, 3), (2, 3), (1, 3)])
+def test_distances_of_taps_give_the_moments_of_unfolded_patches(kernel, padding, dilation, size):
+    conv = nn.Conv2d(3, 4, kernel, padding=padding, dilation=dilation).double()
+    stream, unfolded = PatchMoments(kernel, dilation, padding_of(conv)), Covariance(correction=0)
+    g = torch.Generator().manual_seed(0)
+    for samples, (high, wide) in ((5, size), (3, size), (2, (6, 7))):  # maps of other sizes join
+        x = torch.randn(samples, 3, high, wide, generator=g, dtype=torch.float64)
+        x = x + torch.tensor([100.0, 0.0, -3.0], dtype=torch.float64)[:, None, None]
+        stream.update(x)
+        unfolded.update(patches(conv, x))
+    assert stream.count == unfolded.count
+    torch.testing.assert_close(stream.mean, unfolded.mean, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(stream.covariance, unfolded.covariance, rtol=1e-10, atol=1e-9)  # of 1e4
+
+
+def test_nothing_cancels_in_single_precision():
+    x = torch.randn(20, 2, 8, 8, generator=torch.Generator().manual_seed(0)) + 3000.0
+    single, double = (PatchMoments((3, 3), (1, 1), ((0, 0), (0, 0))) for _ in range(2))
+    single.update(x)
+    double.update(x.double())
+    torch.testing.assert_close(single.covariance, double.covariance, rtol=1e-4, atol=1e-5)
+
+
+def test_few_and_many_patches_give_the_same_saliency():
+    x = torch.randn(40, 2, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    net = conv_net()
+    once = edit.saliency(net, x, batch_size=40)
+    for name, found in edit.saliency(net, x, batch_size=4).items():
+        torch.testing.assert_close(found, once[name])
+        torch.testing.assert_close(found, edit.fidelity(net, x)[name].scores.saliency)
+
+
+def test_a_layer_whose_output_is_changed_is_scored_by_its_own_weights():
+    layer, x = nn.Linear(3, 2).double(), X[:, 0, 0, :3]
+    wanted = edit.saliency(layer, x)[""]
+    layer.register_forward_hook(lambda _m, _x, y: 5 * torch.as_tensor(y))
+    torch.testing.assert_close(edit.saliency(layer, x)[""], wanted)
 
 
 def test_a_batch_norm_centres_the_layer_before_it():

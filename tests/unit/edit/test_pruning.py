@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import time
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from lineament import edit
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, NotFiniteError
 from lineament.core.norms import recalibrate
-from lineament.edit import PruneOptions, forgetting, prune
+from lineament.edit import PruneOptions, forgetting, prune, targets
 from lineament.train import fit
 
 
@@ -118,9 +120,9 @@ def test_statistics_on_the_same_data_are_the_same(trained):
 
 def test_a_killed_pruning_goes_on_with_the_same_bits(trained, tmp_path, monkeypatch):
     whole = prune(trained, X, keep=0.5)
-    from lineament.edit import pruning
+    from lineament.edit import silencing
 
-    step, calls = pruning._Plan._step, []
+    step, calls = silencing.Plan._step, []
 
     def killed(self, *arguments):
         calls.append(1)
@@ -128,7 +130,7 @@ def test_a_killed_pruning_goes_on_with_the_same_bits(trained, tmp_path, monkeypa
             raise KeyboardInterrupt
         return step(self, *arguments)
 
-    monkeypatch.setattr(pruning._Plan, "_step", killed)
+    monkeypatch.setattr(silencing.Plan, "_step", killed)
     options = PruneOptions(checkpoint=Checkpoint(tmp_path, {"x": 1}))
     with pytest.raises(KeyboardInterrupt):
         prune(trained, X, keep=0.5, options=options)
@@ -189,10 +191,45 @@ def test_unlearning_changes_its_pairs_and_nothing_else(trained, criterion):
         assert torch.equal(a, b) or name == "8.weight"
 
 
+def test_the_default_share_is_the_smallest_that_forgets(trained):
+    inside = Y == 2
+    own, rest = (X[inside], Y[inside]), (X[~inside], Y[~inside])
+    found = edit.unlearn(trained, own, retain=rest)
+    assert found.before is not None and found.before.share == 0 and found.reached
+
+    def hits(model, data) -> float:
+        with torch.no_grad():
+            return float((model(data[0]).argmax(1) == data[1]).double().mean())
+
+    for each in (found.before, *found.tried):
+        model = edit.unlearn(trained, own, share=each.share).model if each.share else trained
+        assert (each.forget, each.retain) == (hits(model, own), hits(model, rest))
+    wanted = 1 / 3  # chance, of three classes
+    chosen = next(t for t in found.tried if t.share == found.share)
+    assert chosen.forget <= wanted and all(t.forget > wanted for t in found.tried if t.share < found.share)
+    below = max((t.share for t in found.tried if t.share < found.share), default=found.share)
+    assert found.share <= 1.1 * below + 1e-12 or found.share == found.tried[0].share
+    assert edit.unlearn(trained, own[0]).share == found.share  # the class that is answered most often there
+    asked = edit.unlearn(trained, own, target=0.6)
+    assert asked.share <= found.share and all(t.retain is None for t in asked.tried)
+
+
+def test_a_share_that_none_reaches_is_said(trained):
+    inside = Y == 2
+    found = edit.unlearn(trained, (X[inside], Y[inside]), target=0.0, sites=["8"], criterion="random")
+    least = min(t.forget for t in found.tried)
+    assert found.reached == (least == 0)
+    assert next(t.forget for t in found.tried if t.share == found.share) == least
+    with pytest.raises(InputError, match="target: got a share as well"):
+        edit.unlearn(trained, X[inside], share=0.1, target=0.1)
+    with pytest.raises(InputError, match="are no classes of samples"):
+        edit.unlearn(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.ones(9, 5, 3))
+
+
 def test_negating_twice_restores(trained):
     rows = X[Y == 2]
-    once = edit.unlearn(trained, rows, edit="negate", sites=["3", "8"], criterion="magnitude")
-    twice = edit.unlearn(once.model, rows, edit="negate", sites=["3", "8"], criterion="magnitude")
+    once = edit.unlearn(trained, rows, share=0.05, edit="negate", sites=["3", "8"], criterion="magnitude")
+    twice = edit.unlearn(once.model, rows, share=0.05, edit="negate", sites=["3", "8"], criterion="magnitude")
     assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), twice.model.parameters()))
     with pytest.raises(InputError, match="samples of one class"):
         edit.unlearn(trained, (X, Y))
@@ -221,3 +258,52 @@ def test_erased_is_said_only_beside_a_network_that_never_knew():
     verdict = forgetting._verdict
     assert verdict(low, low) == "erased" and verdict(low, None) == "muted" and verdict(high, low) == "muted"
     assert verdict(dataclasses.replace(low, samples=16), low) == "muted"
+
+
+class Sleeping(nn.Module):
+    """A forward that takes given milliseconds, in turns."""
+
+    def __init__(self, *milliseconds: float):
+        super().__init__()
+        self.linear, self.turns = nn.Linear(2, 2), itertools.cycle(milliseconds)
+
+    def forward(self, x):
+        time.sleep(next(self.turns) / 1000)
+        return self.linear(x)
+
+
+def test_forwards_are_timed_in_turns_and_say_when_other_work_hides_the_difference():
+    x = torch.ones(1, 2)
+    twice = targets.timed(Sleeping(20), Sleeping(10), x, budget=0.3)
+    assert twice.steady and 1.5 < twice.factor < 2.5
+    hidden = targets.timed(Sleeping(10), Sleeping(10, 30, 10), x, budget=0.3)
+    assert not hidden.steady and "could not be told" in hidden.sentence
+
+
+def test_a_latency_that_cannot_be_measured_is_refused(trained, monkeypatch):
+    monkeypatch.setattr(targets, "timed", lambda *args: targets.Timing((0.02, 0.01), (0.5, 2.0, 4.0)))
+    with pytest.raises(InputError, match=r"latency: other work .* flops="):
+        prune(trained, X, latency=1.5)
+
+
+def test_a_language_model_keeps_one_width_or_opens_by_its_own_configuration(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(40, (8, 6))
+    data = [{"input_ids": ids}]
+    one = prune(model, data, keep=0.5)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(one.save(tmp_path / "one"))
+    assert opened.config.intermediate_size == 12
+    free = prune(model, data, keep=0.5, options=PruneOptions(widths="free"))
+    sizes = [after for _, after in free.sizes.values()]
+    assert sum(sizes) == 24 and sizes[0] != sizes[1]
+    again = edit.load(free.save(tmp_path / "free"))
+    torch.testing.assert_close(again(ids).logits, free.model(ids).logits)
+    with pytest.raises(InputError, match="several widths"):
+        prune(model, data, remove=0.1)
+    assert prune(model, data, remove=0.3, options=PruneOptions(widths="free")).sizes
+    with pytest.raises(InputError, match="widths: got 'two'"):
+        prune(model, data, keep=0.5, options=PruneOptions(widths="two"))

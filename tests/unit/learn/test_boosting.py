@@ -14,6 +14,7 @@ from lineament.learn.boosting.estimators import GBNNClassifier, GBNNRegressor
 from lineament.learn.boosting.losses import Binary, Huber, Multiclass, Poisson, Quantile, Squared, step_size
 from lineament.learn.boosting.network import SiteFeatures, boosted_head
 from lineament.learn.boosting.search import search
+from lineament.learn.boosting.subnetwork import SOLVERS, TORCH, Objective, Training, fitted, initial
 
 
 def _torch_loss(loss):
@@ -87,6 +88,126 @@ def test_a_linear_part_without_penalty_is_least_squares():
     np.testing.assert_allclose(net.predict(X), truth, atol=1e-4)
     first = next(iter(net.staged_predict(X)))
     np.testing.assert_allclose(first, truth, atol=1e-3)
+
+
+@pytest.mark.parametrize("activation", ["logistic", "tanh", "relu", "identity"])
+def test_an_objective_of_arrays_and_one_of_tensors_have_autograds_gradient(activation):
+    rng = np.random.RandomState(0)
+    X, r, weights = rng.normal(size=(40, 3)), 5 * rng.normal(size=(40, 2)), rng.uniform(0.5, 2, 40)
+    inputs = np.hstack([X, np.ones((40, 1))])
+    start = initial(3, 2, 2, activation, rng)
+    for scale in (1.0, 3.0):
+        ours = Objective(start, inputs, r, weights, 0.3, scale)
+        theirs = Objective(start, torch.from_numpy(inputs), r, weights, 0.3, scale)
+        theta = torch.from_numpy(ours.theta).requires_grad_()
+        V, U = theta[:8].view(4, 2), theta[8:].view(3, 2)
+        h = TORCH[activation](torch.from_numpy(inputs) @ V) @ U[:-1] + U[-1]
+        share = torch.from_numpy(weights / weights.sum())
+        error = (torch.from_numpy(r) / scale - h).square().sum(1) @ share
+        penalty = 0.3 / weights.sum() * (V[:-1].square().sum() / scale**2 + U[:-1].square().sum())
+        truth = 0.5 * (error + penalty)
+        gradient = torch.autograd.grad(truth, theta)[0].numpy()
+        for found in (ours(ours.theta), theirs(theirs.own(theirs.theta))):
+            assert float(
+                found[0].detach() if isinstance(found[0], torch.Tensor) else found[0]
+            ) == pytest.approx(truth.item())
+            np.testing.assert_allclose(np.asarray(found[1]), gradient, atol=1e-12)
+        parts = [theirs(theta.detach(), rows)[1] for rows in torch.arange(40).chunk(4)]
+        np.testing.assert_allclose(torch.stack(parts).mean(0).numpy(), gradient, atol=1e-12)
+        np.testing.assert_allclose(ours.sub(ours.theta)(X), scale * h.detach().numpy(), atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_part_trained_on_tensors_is_as_good_as_one_on_arrays(solver):
+    rng = np.random.RandomState(1)
+    X = rng.normal(size=(300, 4))
+    r = 50 * np.tanh(X[:, :1] - X[:, 1:2] + 0.3)
+    inputs = np.hstack([X, np.ones((300, 1))])
+    start = initial(4, 2, 1, "tanh", rng)
+    training = Training(solver, max_iter=300, tol=1e-8)
+    errors = []
+    for given in (inputs, torch.from_numpy(inputs)):
+        made = fitted(start, given, r, np.ones(300), training, np.random.RandomState(0))
+        np.testing.assert_allclose(made.of(given), made(X), atol=1e-12)
+        errors.append(float(np.square(made(X) - r).mean()))
+    assert max(errors) < 0.01 * float(np.square(r).mean()), errors
+
+
+@pytest.mark.parametrize("n_iter_no_change", [None, 3])
+def test_a_warm_start_goes_on_where_the_fit_ended(n_iter_no_change, tmp_path):
+    X, y = load_iris(return_X_y=True)
+    made = {"units_per_step": 2, "max_iter": 10, "random_state": 0, "n_iter_no_change": n_iter_no_change}
+    net = GBNNClassifier(8, warm_start=True, **made).fit(X, y).set_params(total_units=16)
+    net.save(tmp_path / "net.safetensors")
+    first = net.decision_function(X)
+    net.fit(X, y)
+    np.testing.assert_allclose(net.truncate(8).decision_function(X), first, atol=1e-12)
+    assert net.n_iter_ == 8 and len(net.train_losses_) == 8
+    if n_iter_no_change is None:
+        whole = GBNNClassifier(16, **made).fit(X, y)
+        np.testing.assert_allclose(net.decision_function(X), whole.decision_function(X), atol=1e-6)
+    other = GBNNClassifier.load(tmp_path / "net.safetensors").fit(X[::2], y[::2])
+    np.testing.assert_allclose(other.truncate(8).decision_function(X), first, atol=1e-12)
+    assert other.n_iter_ == 8
+    for change, word in (({"total_units": 4}, "total_units"), ({"units_per_step": 4}, "units_per_step")):
+        with pytest.raises(InputError, match=word):
+            other.set_params(**{"total_units": 16, "units_per_step": 2, **change}).fit(X, y)
+    other.set_params(total_units=16, units_per_step=2)
+    with pytest.raises(InputError, match="features"):
+        other.fit(X[:, :3], y)
+    with pytest.raises(InputError, match="classes"):
+        other.fit(X, y + 1)
+
+
+@pytest.mark.parametrize("loss", ["absolute", "huber", "quantile", "poisson", "auto"])
+@pytest.mark.parametrize("solver", ["lbfgs", "adam"])
+def test_every_loss_falls_with_every_line_search(loss, solver):
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(120, 3))
+    y = rng.poisson(np.exp(0.5 * X[:, 0] + 1)).astype(float)
+    for how in ("newton", "newton-full", "exact", "none"):
+        net = GBNNRegressor(
+            12,
+            2,
+            0.5,
+            1.0,
+            loss=loss,
+            quantile=0.8,
+            solver=solver,
+            line_search=how,
+            max_iter=30,
+            random_state=0,
+        ).fit(X, y)
+        assert (np.diff(net.train_losses_) <= 0).all() and net.train_losses_[-1] < net.train_losses_[0]
+        if loss == "quantile":
+            assert 0.6 < float((y <= net.predict(X)).mean()) < 0.95
+        if loss == "poisson":
+            assert (net.predict(X) > 0).all()
+
+
+def test_weights_of_classes_are_weights_of_samples_and_the_published_settings_have_names():
+    X, y = load_iris(return_X_y=True)
+    X, y = X[30:100], y[30:100]
+    made = {"total_units": 6, "units_per_step": 2, "max_iter": 20, "random_state": 0}
+    weighed = GBNNClassifier(class_weight={0: 3.0, 1: 1.0}, **made).fit(X, y)
+    by_sample = GBNNClassifier(**made).fit(X, y, sample_weight=np.where(y == 0, 3.0, 1.0))
+    np.testing.assert_array_equal(weighed.decision_function(X), by_sample.decision_function(X))
+    assert not np.allclose(
+        weighed.decision_function(X), GBNNClassifier(**made).fit(X, y).decision_function(X)
+    )
+    net = GBNNClassifier.as_published(random_state=0)
+    told = (
+        "total_units",
+        "units_per_step",
+        "learning_rate",
+        "subsample",
+        "solver",
+        "activation",
+        "l2",
+        "max_iter",
+        "tol",
+    )
+    assert [getattr(net, name) for name in told] == [200, 1, 1.0, 0.5, "lbfgs", "logistic", 1e-4, 200, 0.0]
 
 
 def test_classes_change_places_together_and_a_rate_of_nothing_learns_nothing():
@@ -199,6 +320,11 @@ def test_a_batched_search_finds_what_separate_fits_find():
         (GBNNRegressor(loss="quantile", quantile=1.5), np.arange(4.0), "quantile"),
         (GBNNClassifier(), np.zeros(4), "one class"),
         (GBNNClassifier(subsample=1.5), np.array([0, 1, 0, 1]), "subsample"),
+        (GBNNClassifier(solver="adams"), np.array([0, 1, 0, 1]), "adam"),
+        (GBNNClassifier(batch_size=0), np.array([0, 1, 0, 1]), "batch_size"),
+        (GBNNClassifier(learning_rate_init=0.0), np.array([0, 1, 0, 1]), "learning_rate_init"),
+        (GBNNClassifier(device="cudda"), np.array([0, 1, 0, 1]), "cudda"),
+        (GBNNClassifier(n_iter_no_change=0), np.array([0, 1, 0, 1]), "n_iter_no_change"),
     ],
 )
 def test_bad_targets_and_options_are_refused(made, y, word):

@@ -344,7 +344,7 @@ def test_coresets():
 
 
 REFUSED = {
-    "an empty class": ({"targets": torch.tensor([0, 2] * 15)}, "class 1 has no picture"),
+    "an empty class": ({"targets": torch.tensor([0, 2] * 15)}, "no picture is of class 1"),
     "too few": ({"per_class": 11}, "per_class: got 11"),
     "one class": ({"targets": torch.zeros(30, dtype=torch.long)}, "one class"),
     "names": ({"targets": ["a"] * 30}, "targets"),

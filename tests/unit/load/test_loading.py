@@ -212,6 +212,9 @@ def test_image_folders_that_cannot_be_used(tmp_path, folder):
     (tmp_path / "bare").mkdir()
     with pytest.raises(InputError, match="holds no folders with images"):
         load_data(tmp_path / "bare")
+    np.savez(tmp_path / "bare" / "first.npz", x=np.zeros((2, 3)), y=np.arange(2))
+    with pytest.raises(InputError, match=r"1 \.npz files; pass one: .*first\.npz"):
+        load_data(tmp_path / "bare")
     for split in ("train", "test"):
         (tmp_path / "splits" / split / "cat").mkdir(parents=True)
         Image.new("L", (4, 4)).save(tmp_path / "splits" / split / "cat" / "a.png")

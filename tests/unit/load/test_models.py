@@ -82,6 +82,7 @@ def test_files_that_are_no_model(tmp_path, net):
     cases = {
         "a.pt": "is corrupt or no file of torch",
         "a.txt": "of kind",
+        "a.npz": "holds data, expected a network.* MODEL comes before DATA",
         "w.safetensors": "weights without a network",
     }
     for name, message in cases.items():

@@ -150,6 +150,9 @@ def test_what_no_frame_of_the_film_can_be_is_refused(av, tmp_path):
         made(av, tmp_path / f"{w}.ts", codec="libx264", size=(w, 48), sound=None) for w in (64, 96)
     )
     cases["changes its size at frame 5, from 64 x 48 to 96 x 48"] = tmp_path / "both.ts"
+    deep = made(av, tmp_path / "deep.ts", "yuv420p10le", codec="libx264", sound=None)
+    cases["changes its format at frame 5, from 8 bits of limited range"] = tmp_path / "bits.ts"
+    (tmp_path / "bits.ts").write_bytes(small.read_bytes() + deep.read_bytes())
     (tmp_path / "both.ts").write_bytes(small.read_bytes() + large.read_bytes())
     with av.open(str(tmp_path / "sound.mkv"), "w") as out, av.open(str(cases["is HDR (PQ)"])) as source:
         heard = out.add_stream_from_template(source.streams.audio[0])
@@ -211,6 +214,22 @@ def test_a_pause_is_no_gap_and_what_was_lost_in_one_is(av, tmp_path, name, codec
         assert film.length < 55
         seconds = [line for line in film.gaps if "s without a frame" in line]
         assert len(seconds) == 1 and int(seconds[0].split()[2][:-1]) < 29, film.gaps
+
+
+@pytest.mark.parametrize("codec", ["ffv1", "mpeg4"])
+def test_a_pause_in_a_container_with_a_chunk_for_each_tick(av, tmp_path, codec):
+    """AVI fills a pause with empty chunks, of a clock of milliseconds more bytes than small frames have."""
+    with av.open(str(tmp_path / "in.avi"), "w") as out:
+        video = out.add_stream(codec, rate=1000)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        for time in [*range(0, 400, 40), *range(1600, 2000, 40)]:
+            flat = np.full((48, 64, 3), time % 200, np.uint8)
+            frame = av.VideoFrame.from_ndarray(flat, format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            out.mux(video.encode(frame))
+        out.mux(video.encode(None))
+    film = Film(tmp_path / "in.avi")
+    assert film.length == 20 and film.gaps == []
 
 
 def test_times_that_are_missing_are_made_and_edit_lists_are_kept(av, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,12 +11,20 @@ from torch.nn import functional as F
 
 from lineament.core.checks import InputError
 from lineament.learn import WithHead
-from lineament.losses import UNPG, ClassHead, InfoNCE, Queue, negative_pairs
+from lineament.losses import UNPG, ArcFace, ClassHead, InfoNCE, Queue, Spectral, SupCon, negative_pairs
 from lineament.measure import fold_accuracy
-from lineament.modules import multiplex
+from lineament.modules import UnifiedEmbedding, multiplex
 
 X, Y = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 0, 1, 1, 2, 2])
 UNIT = F.normalize(X, dim=1)
+
+
+def table(inputs: Any) -> torch.Tensor:
+    made = UnifiedEmbedding(10, 4)
+    made.add("user")
+    made.add("item")
+    made.add("tags", padding=0)
+    return made(inputs)
 
 
 def bag() -> nn.Module:
@@ -35,6 +45,22 @@ def bag() -> nn.Module:
         (lambda: bag()(Y, torch.tensor([0, 3, 2])), "offsets of 'tags' must start at 0 and not fall"),
         (lambda: bag()(Y, torch.tensor([1, 3])), "offsets of 'tags' must start at 0 and not fall"),
         (lambda: fold_accuracy(X.repeat(2, 1), torch.tensor([1, 0, 1, 1, 1, 0]), 3), "same: all pairs of fold 2 of 3 are of one kind"),
+        (lambda: fold_accuracy(X.repeat(2, 1) / 0, torch.tensor([1, 0, 1, 0, 1, 0]), 3), "embeddings: NaN or infinity"),
+        (lambda: ClassHead(3, 5)(X, Y), "embeddings: .* expected rows of 5 numbers"),
+        (lambda: ClassHead(3, 4)(X, Y, torch.zeros(6)), "sample_weight: the labelled rows' sum is 0"),
+        (lambda: ClassHead(3, 4, chunk=None)(X, Y, torch.zeros(6)), "sample_weight: the labelled rows' sum is 0"),
+        (lambda: ClassHead(3, 4, ArcFace())(X, Y, margins=torch.ones(2)), "margins: .* expected one a row"),
+        (lambda: SupCon()(X, Y.float()), "labels: .* expected whole numbers"),
+        (lambda: Spectral()(X, X / 0), "NaN or infinity in a row"),
+        (lambda: InfoNCE()(X, UNIT), "query: expected rows of length 1"),
+        (lambda: InfoNCE()(UNIT, UNIT / 0), "key: expected rows of length 1"),
+        (lambda: table({"user": (Y, torch.tensor([0, 9]))}), "offsets of 'user' go to 9, and there are 6 ids"),
+        (lambda: table({"user": (Y, torch.tensor([0.0, 3.0]))}), "as offsets of 'user', expected whole numbers"),
+        (lambda: table({"user": Y.view(1, 2, 3)}), "for 'user', expected ids"),
+        (lambda: table({"user": Y[0]}), "for 'user', expected ids"),
+        (lambda: table({"user": None}), "for 'user', expected ids"),
+        (lambda: table({"user": Y, "item": Y[:3]}), "'item' has 3 samples and 'user' 6"),
+        (lambda: table({"user": Y, "tags": Y[:3]}), "'tags' has 3 samples and 'user' 6"),
     ],
 )  # fmt: skip
 def test_one_line_says_what_is_wrong(call, words):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import r2_score
 from torch import nn
@@ -168,6 +169,12 @@ def test_rsa():
     assert torch.allclose(rdm(x), 1 - torch.corrcoef(x), atol=1e-12)
     assert torch.allclose(rdm(x, "euclidean"), torch.cdist(x, x), atol=1e-7)
     assert abs(rsa(x, randn(30, 6, seed=2)).spearman) < 0.3
+    tied = randn(40, 3, seed=3).round(decimals=0), randn(40, 3, seed=4).round(decimals=0)
+    pairs = [rdm(v, "euclidean")[tuple(torch.triu_indices(40, 40, 1))].numpy() for v in tied]
+    expected = spearmanr(pairs[0], pairs[1]).statistic  # pyright: ignore[reportAttributeAccessIssue]
+    for dtype in (torch.float64, torch.float32):
+        found = rsa(*(v.to(dtype) for v in tied), metric="euclidean")
+        assert found.spearman == pytest.approx(expected, abs=1e-12)
     x[4] = 0.25
     with pytest.raises(InputError, match="number 4 is constant"):
         rdm(x)

@@ -85,3 +85,20 @@ def test_the_command_plans_a_table_from_columns(tmp_path, monkeypatch, capsys):
     assert cli.main(["tables", "holes.csv", "--json"]) == 0
     film = json.loads(capsys.readouterr().out)["columns"][0]
     assert (film["name"], film["distinct"], film["empty"]) == ("film", 2, 1), "a missing number is no value"
+
+
+def test_a_list_of_ids_is_a_bag_of_them(tmp_path, monkeypatch, capsys):
+    import json
+
+    monkeypatch.chdir(tmp_path)
+    rows = [{"user": k, "tags": ["a", "b", "a"][: k % 4], "ages": [k / 2, 3]} for k in range(8)]
+    rows.append({"user": 8, "tags": [None, " c "], "ages": None})
+    rows.append({"user": 9, "tags": "[not a list", "ages": []})
+    (tmp_path / "seen.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert cli.main(["tables", "seen.jsonl", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["left_out"] == ["ages"]
+    user, tags = told["columns"]
+    assert (user["count"], user["distinct"]) == (10, 10)
+    # Twice of a; a, b; a, b, a; then c, and a text that only begins as a list; empty are two lists and a null.
+    assert (tags["count"], tags["distinct"], tags["empty"]) == (14, 4, 3)

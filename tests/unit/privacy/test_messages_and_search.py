@@ -17,9 +17,10 @@ from lineament.privacy.constraints import l1_projection, rate
 from lineament.privacy.costs import matching_cost
 from lineament.privacy.defences import Aggregate, Clip, Defence, Noise, Private, Prune
 from lineament.privacy.inversion import Stage
+from lineament.privacy.labels import guessed_targets
 from lineament.privacy.leakage import leakage
 from lineament.privacy.messages import dummy_gradient
-from lineament.privacy.reconstruction import closed_form, guessed_targets
+from lineament.privacy.rivals import closed_form
 
 LIMITS = (torch.zeros(1), torch.ones(1))
 
@@ -59,7 +60,7 @@ def test_a_message_is_the_gradient_of_the_mean_loss_and_leaves_the_model_alone(n
 
 def test_local_steps_are_unrolled(net, batch):
     x, y = batch
-    told = Message.of(net, x, y, local=Local(steps=3, rate=0.1))
+    told = Message.of(net, x, y, local=Local(epochs=3, rate=0.1))
     twin = pickle.loads(pickle.dumps(net))
     descent = torch.optim.SGD(twin.parameters(), lr=0.1)
     for _ in range(3):
@@ -261,6 +262,8 @@ def test_what_is_found_is_scored_beside_what_is_known_without_the_message(net, b
     )  # fmt: skip
     assert [a.defence for a in found.attacked] == ["nothing", "noise 0.1"]
     assert set(found.without) == {"the mean of public pictures", "the nearest of 2 samples of the prior"}
+    alone = leakage(net, x, y, public=public, prior=prior, attacks=["latent"], search=Search(steps=1, restarts=1), bounds=LIMITS)  # fmt: skip
+    assert set(alone.without) == {"the mean of public pictures", "a sample of the prior"}
     plain, noisy = found.prices
     assert plain.cosine == pytest.approx(1, abs=1e-5) and plain.progress == pytest.approx(1, abs=1e-4)
     assert noisy.cosine < 0.9
@@ -281,6 +284,12 @@ def test_what_is_found_is_scored_beside_what_is_known_without_the_message(net, b
         (lambda n, x, y, p: defence_of("clap=3"), "clip"),
         (lambda n, x, y, p: defence_of("clip=x"), "numbers after the ="),
         (lambda n, x, y, p: Clip(0.0), "bound"),
+        (lambda n, x, y, p: _search(n, x, y + 9, p), "got label 9"),
+        (lambda n, x, y, p: _search(n, x, y, p, shape=(1, 6, 6)), r"no pictures \(1, 6, 6\)"),
+        (lambda n, x, y, p: _search(n, x, y, p, limits=(torch.zeros(3), torch.ones(3))), "3 and 3 values"),
+        (lambda n, x, y, p: _search(n.double(), x.double(), y, p, told=Message.of(n.float(), x[:1], y[:1]), after=n.double), "float32.*float64"),
+        (lambda n, x, y, p: _search(n, x, y, p, rate=1e30, attack="dlg"), "no restart has a finite score"),
+        (lambda n, x, y, p: Message.of(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 5)).train(), x[:1], y[:1]), "one value a channel"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(net, batch, prior, change, says):
@@ -288,9 +297,14 @@ def test_bad_input_is_named(net, batch, prior, change, says):
         change(net, *batch, prior)
 
 
-def _search(net, x, y, prior, **how):
-    told = Message.of(net, x[:1], y[:1])
-    reconstruct(net, [told], y[None, :1], (1, 8, 8), prior=prior, search=Search(**how), bounds=LIMITS)
+def _search(
+    net, x, y, prior, *, shape=(1, 8, 8), limits=LIMITS, attack="gifd", told=None, after=lambda: None, **how
+):
+    told = Message.of(net, x[:1], y[:1].clamp(max=4)) if told is None else told
+    after()
+    reconstruct(
+        net, [told], y[None, :1], shape, prior=prior, attack=attack, search=Search(**how), bounds=limits
+    )
 
 
 def test_a_message_of_another_model_is_refused(net, batch, prior):

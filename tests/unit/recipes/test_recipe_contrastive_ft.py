@@ -89,7 +89,7 @@ def test_the_loss_equals_the_logits_it_does_not_keep_and_the_queue_may_move_on(t
     positive, negatives = made[0].scores(q, k)
     logits = torch.cat([positive[:, None], negatives], 1) / 0.2
     expected = torch.nn.functional.cross_entropy(logits, torch.zeros(5).long())
-    monkeypatch.setattr("lineament.losses.info_nce._ENTRIES", 16)  # several chunks
+    monkeypatch.setattr("lineament.losses.info_nce._CACHED", 16)  # several chunks
     loss = made[1](q, k)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(*(torch.autograd.grad(each, q)[0] for each in (loss, expected)))

@@ -21,7 +21,7 @@ _SHOWN = 5
 
 def units(found: Alignment, maps: Sequence[Maps]) -> Section:
     sites = found.sites
-    counts = {name: int(site.found.sum()) for name, site in sites.items()}
+    counts = {name: int((site.found & site.living).sum()) for name, site in sites.items()}
     rows = []
     for name, site in sites.items():
         mean_error = site.mean_errors[1] if site.mean_errors else None
@@ -40,15 +40,21 @@ def units(found: Alignment, maps: Sequence[Maps]) -> Section:
                 f"{len(site.dead_a)} / {len(site.dead_b)}",
             )
         )
+    dead = [sum(len(each) for each in (s.dead_a, s.dead_b)) for s in sites.values()]
     text = _sentence(found, maps, counts)
-    share = sum(counts.values()) / max(sum(len(site.match.values) for site in sites.values()), 1)
+    share = sum(counts.values()) / max(sum(site.most for site in sites.values()), 1)
     return Section(
         title="Which units of the one has the other, too?",
         status="good",
         number=percent(share, 0),
-        unit="of the units have a partner",
+        unit="of the units have a partner" if not sum(dead) else "of the living units have a partner",
         sentence=text
-        + f" A pair counts where its correlation over {found.images:,} samples is above 95 % of those found with the images of B exchanged among themselves; so 5 % of the units would count by chance.",
+        + f" A pair counts where its correlation over {found.images:,} samples is above 95 % of those found with the images of B exchanged among themselves; so 5 % of the units would count by chance."
+        + (
+            f" Units that hold one value on every sample ({sum(dead):,} of both networks) are not counted."
+            if sum(dead)
+            else ""
+        ),
         pictures=[_curves(sites)],
         tables=[
             Table(
@@ -77,7 +83,7 @@ def units(found: Alignment, maps: Sequence[Maps]) -> Section:
 
 
 def _chance(site: SiteAlignment) -> int:
-    return round(0.05 * len(site.match.values))
+    return round(0.05 * site.most)
 
 
 def _sentence(found: Alignment, maps: Sequence[Maps], counts: dict[str, int]) -> str:
@@ -86,7 +92,7 @@ def _sentence(found: Alignment, maps: Sequence[Maps], counts: dict[str, int]) ->
     for at in spread(len(names), 3):
         site = found.sites[names[at]]
         chance = f" (chance: {_chance(site)})" if not parts else ""
-        units = f"{counts[names[at]]} of {len(site.match.values)}" + (" units" if not parts else "")
+        units = f"{counts[names[at]]} of {site.most}" + (" units" if not parts else "")
         parts.append(
             f"{units} {'of' if not parts else 'in'} {short(names[at], 40)}"
             + (f" have a partner{chance}" if not parts else "")
@@ -102,7 +108,7 @@ def _space_not_units(found: Alignment, name: str, maps: Sequence[Maps], counts: 
     """Whether most units have no partner of their own, and yet combinations of a's units predict most of b's held-out variance."""
     site = found.sites[name]
     dense = [each.errors_b for each in maps if each.site == name]
-    if not dense or 2 * counts[name] >= len(site.match.values):
+    if not dense or 2 * counts[name] >= site.most:
         return False
     return float(dense[0].nanmean()) < 0.25 or float(_cka(found, name)) > 0.7
 
@@ -149,7 +155,8 @@ def pairs(found: Alignment, shown: Callable[[int], Any] | None, named: Callable[
     rows: list[tuple[Any, ...]] = []
     chosen: list[tuple[str, int, int, float]] = []
     for name, site in found.sites.items():
-        order = site.match.values.argsort(descending=True).tolist()
+        living = site.living
+        order = [at for at in site.match.values.argsort(descending=True).tolist() if living[at]]
         for at in dict.fromkeys([*order[:2], *order[-2:]]):
             i, j, value = int(site.match.rows[at]), int(site.match.columns[at]), float(site.match.values[at])
             error = None if site.errors is None else round(float(site.errors[at]), 3)
@@ -166,7 +173,9 @@ def pairs(found: Alignment, shown: Callable[[int], Any] | None, named: Callable[
             )
             if at in order[:1] or at in order[-1:]:
                 chosen.append((name, i, j, value))
-    values = torch.cat([site.match.values for site in found.sites.values()])
+    values = torch.cat([site.match.values[site.living] for site in found.sites.values()])
+    if not len(values):
+        values = torch.zeros(1)  # every unit is dead in one of the two
     text = (
         f"The best pair correlates at {compact(float(values.max()))}, the worst at {compact(float(values.min()))}. Beside each pair stand the samples that move either unit most: "
         "units that see the same thing are moved by the same samples."
@@ -177,7 +186,7 @@ def pairs(found: Alignment, shown: Callable[[int], Any] | None, named: Callable[
         number=compact(float(values.max())),
         unit="correlation of the best pair",
         sentence=text,
-        pictures=[] if shown is None else [_gallery(found, chosen[:8], shown)],
+        pictures=[] if shown is None or not chosen else [_gallery(found, chosen[:8], shown)],
         tables=[
             Table(
                 "The best and the worst pairs",

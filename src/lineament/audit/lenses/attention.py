@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from lineament.audit.phrases import compact, mean_interval, percent, spread
 from lineament.audit.subject import LanguageSubject
@@ -43,7 +44,8 @@ class Attention:
 
     ``loss``: nats a token, [windows]; ``rise``: with each budget, [budgets, windows]; ``divergence``: KL of the predictions; ``layer_rise``: one layer
     alone at ``blocks[budget]``. ``best``: what the best blocks hold, [layers, heads, budgets]; ``first``: the weight on the first token;
-    ``reach``: the newest tokens that hold 90 % of the rest; ``entropy`` in bits, [layers, heads] each.
+    ``reach``: the newest tokens that hold 90 % of the rest; ``entropy`` in bits, [layers, heads] each. ``quarters``: the loss with the whole past in each
+    quarter of a window, [4, windows].
     """
 
     windows: int
@@ -62,11 +64,19 @@ class Attention:
     first_block: Tensor
     reach: Tensor
     entropy: Tensor
+    quarters: Tensor
 
     @property
     def chosen(self) -> int:
         """The budget that the sentence speaks of."""
         return self.blocks[self.budget]
+
+    @property
+    def better(self) -> int | None:
+        """The budget with which perplexity is lowest, by its place, where it is lower than with the whole past whatever of that is chance."""
+        best = int(self.rise.mean(1).argmin())
+        value, _, high = _rises(self.rise[best], len(self.blocks))
+        return best if high < 0 or (self.windows == 1 and value < -_MUCH) else None
 
     @property
     def needy(self) -> list[int]:
@@ -75,7 +85,7 @@ class Attention:
         return [layer for layer, (_, low, _) in found if low > _MUCH]
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "chosen": self.chosen, "needy": self.needy}
+        return {**vars(self), "chosen": self.chosen, "better": self.better, "needy": self.needy}
 
 
 def applies(subject: LanguageSubject) -> str:
@@ -107,6 +117,8 @@ def look(subject: LanguageSubject) -> Section:
         sentence += f"{'Layer' if one else 'Layers'} {_listed(needy)} {'needs its' if one else 'need their'} whole past: alone on that budget {'it costs' if one else 'each costs'} more than {percent(_MUCH)}. "
     elif len(found.loss) > 1:
         sentence += f"No layer alone is shown to cost more than {percent(_MUCH)} on that budget. "
+    misled = _misled(found)
+    sentence += "".join(f"{one.sentence} " for one in misled)
     held, sink = found.best[..., found.budget], found.first
     by_layer = held.mean(1)
     sentence += (
@@ -131,11 +143,42 @@ def look(subject: LanguageSubject) -> Section:
                 f"With {share} its perplexity {_changed(ratio)}.",
                 advice=f"Run it inside `sparse_attention(model, block_size={found.block_size}, blocks={found.chosen})` of `lineament.modules.sparse_attention`: it reads that much of its past."
                 if enough
-                else "Training on with aligned attention (`lineament train MODEL TEXT --ssa`) can lower this cost.",
+                else "Training on with aligned attention (`lineament train MODEL TEXT --ssa`) can lower this cost."
+                if ratio[1] > 0
+                else "Give a longer text: on so few windows this may be chance.",
                 key="part of the past is enough" if enough else "past needed",
-            )
+            ),
+            *misled,
         ],
     )
+
+
+def _misled(found: Attention) -> list[Finding]:
+    """What is said where reading less of the past makes the predictions better: whether the loss grows along a window, as it does beyond the length of training."""
+    if found.better is None:
+        return []
+    first, *_, last = found.quarters
+    value, low, _ = mean_interval(last - first, _student(len(first)))
+    told = (
+        f"With {found.blocks[found.better]} of {found.count} blocks its perplexity falls by {percent(-_rises(found.rise[found.better])[0])}: what is left out misleads it. "
+        f"With its whole past its loss is {compact(float(first.mean()))} nats in the first quarter of a window of {found.tokens:,} tokens and {compact(float(last.mean()))} in the last"
+    )
+    if low > 0 or (len(first) == 1 and value > 0):
+        return [
+            Finding(
+                "note",
+                f"{told}, as where a network is read beyond the length that it was trained at.",
+                advice="Give prompts as long as the sequences of its training, without a text: what a sparse past costs there is another question.",
+                key="misled by its past",
+            )
+        ]
+    return [
+        Finding(
+            "note",
+            f"{told}, which does not speak for windows beyond the length that it was trained at.",
+            key="misled by its past",
+        )
+    ]
 
 
 def _measured(subject: LanguageSubject, windows: Tensor) -> Attention:
@@ -151,7 +194,7 @@ def _measured(subject: LanguageSubject, windows: Tensor) -> Attention:
         subject.model, windows, block_size=size, blocks=blocks, layer_blocks=max(1, count // 8)
     )
     rows: dict[str, list[Tensor]] = {}
-    away = None
+    away, quarters = None, []
     with frozen(subject.model, requires_grad=None):
         for ids in windows.to(device_of(subject.model)).split(1):
             found = attention_profiles(subject.model, ids, block_size=size, blocks=blocks).values()
@@ -161,14 +204,27 @@ def _measured(subject: LanguageSubject, windows: Tensor) -> Attention:
                 )
             one = torch.stack([each.away[0].double().cpu() for each in found])
             away = one if away is None else away + one
+            quarters.append(_quarters(subject.model, ids))
     assert away is not None
     held = away.cumsum(-1)
     reach = (held < 0.9 * held[..., -1:] - 1e-9).sum(-1) + 1
     best, first, first_block, bits = (torch.stack(rows[name]).mean(0) for name in rows)
     return Attention(
         len(windows), tokens, size, count, blocks, budget, cost.full, cost.rise, cost.divergence, cost.layers, cost.layer_rise,
-        best, first, first_block, reach, bits,
+        best, first, first_block, reach, bits, torch.stack(quarters, 1),
     )  # fmt: skip
+
+
+@torch.no_grad()
+def _quarters(model: Any, ids: Tensor) -> Tensor:
+    """The loss with the whole past in each quarter of a window, a few tokens at a time, [4]."""
+    logits, following = model(input_ids=ids, use_cache=False).logits[0, :-1], ids[0, 1:]
+    step = max(1, 2**24 // logits.shape[1])
+    losses = [
+        cross_entropy(some.float(), words, reduction="none")
+        for some, words in zip(logits.split(step), following.split(step))
+    ]
+    return torch.stack([part.double().mean() for part in torch.cat(losses).cpu().tensor_split(4)])
 
 
 def _windows(subject: LanguageSubject) -> Tensor | None:
@@ -185,7 +241,7 @@ def _windows(subject: LanguageSubject) -> Tensor | None:
     if not lengths:
         return None
     weights = sum(p.numel() for p in subject.model.parameters())
-    passes = 7 + _layers(subject)
+    passes = 8 + _layers(subject)
 
     def affordable(length: int) -> int:
         return int(_FLOPS / (2 * weights * length * passes))
@@ -212,12 +268,15 @@ def _layers(subject: LanguageSubject) -> int:
 
 def _rises(row: Tensor, compared: int = 1) -> tuple[float, float, float]:
     """The ratio of perplexities less 1, with its 95 % interval over windows by Student's t, wider where several are compared."""
+    mean, low, high = mean_interval(row, _student(len(row), compared))
+    return math.expm1(mean), math.expm1(low), math.expm1(high)
+
+
+def _student(windows: int, compared: int = 1) -> float:
+    """How many standard errors a 95 % interval reaches to each side."""
     from scipy.stats import t
 
-    mean, low, high = mean_interval(
-        row, float(t.ppf(1 - 0.025 / compared, len(row) - 1)) if len(row) > 1 else math.inf
-    )
-    return math.expm1(mean), math.expm1(low), math.expm1(high)
+    return float(t.ppf(1 - 0.025 / compared, windows - 1)) if windows > 1 else math.inf
 
 
 def _signed(ratio: float) -> str:

@@ -2,7 +2,7 @@
 
 The channels of each place are taken in up to eight groups of neighbours; each group is set to zero and, separately, to its mean, and the loss of
 accuracy and the rise of the loss are measured (ablation; Meyes et al. 2019, arXiv 1901.08644). The mean takes away what the channels
-say about a sample; zero also takes away what they always add.
+say about a sample; zero also takes away what they always add. What is left when channels are really taken out is in :mod:`lineament.audit.removal`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lineament.audit import removal as removed
 from lineament.audit.phrases import compact, percent, short
+from lineament.audit.removal import removal
 from lineament.audit.subject import Subject
 from lineament.core import shards
 from lineament.core.batching import progress
@@ -185,6 +187,8 @@ def look(subject: Subject) -> Section:
             f" Silencing {helped.channels} at {short(helped.site, 40)} even lowers the loss, to {compact(loss + helped.mean.cost)} (± {compact(1.96 * helped.mean.error)}): "
             "on these data, what they say misleads."
         )
+    taken, why = removal(subject)
+    sentence = f"{sentence.strip()} {removed.sentence(subject, taken) if taken else ''}".strip()
     columns = ("place", "channels", "answers changed" if classify else "answers moved", "loss + (mean)", "± s.e.", "loss + (zero)",
                *(("accuracy lost",) if classify else ()))  # fmt: skip
     return Section(
@@ -192,7 +196,7 @@ def look(subject: Subject) -> Section:
         number=percent(free / len(groups), 0),
         unit="of channel groups are dispensable, one at a time",
         sentence=sentence,
-        pictures=[_figure(subject, found)],
+        pictures=[_figure(subject, found), *([removed.figure(taken)] if taken else [])],
         tables=[
             Table(
                 f"The most important of {len(groups)} groups",
@@ -209,9 +213,10 @@ def look(subject: Subject) -> Section:
                     )
                     for g in ranked[:12]
                 ],
-            )
+            ),
+            *(removed.tables(taken) if taken else []),
         ],
-        numbers=plain(found),
+        numbers={**plain(found), "removal": plain(taken) if taken else {"skipped": why}},
         findings=[_finding(found)],
     )
 

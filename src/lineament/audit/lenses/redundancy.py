@@ -32,7 +32,7 @@ ORDER = 55
 METHOD = "ifm"
 OPTIONAL = True
 _BETAS = (0.01, 0.03, 0.07, 0.15, 0.3, 0.5)
-_KEPT = 0.95  # the share of answers that have to stay
+KEPT = 0.95  # the share of answers that have to stay
 _MOST = 1000
 _PARAMETERS = 40_000_000
 
@@ -88,20 +88,38 @@ def applies(subject: Subject) -> str:
 
 
 def look(subject: Subject) -> Section:
-    rows = subject.subset(_MOST, salt=5)
-    choosing, judging = rows[::2], rows[1::2]
     try:
-        plan = _plan(subject)
+        found = merging(subject)
     except InputError as error:
         return Section("", "", "skipped", sentence=f"Nothing can be merged: {error}.", numbers={})
-    if not plan.channels:
+    if not found.layers:
         return Section(
             "",
             "",
             "skipped",
             sentence="No layer of it can be narrowed; report.json says why for each.",
-            numbers={"whole": dict(plan.whole)},
+            numbers={"whole": dict(found.whole)},
         )
+    return _section(found)
+
+
+def merging(subject: Subject) -> Redundancy:
+    """Merge channels at each beta; measured once for all lenses that ask.
+
+    Raises:
+        InputError: a network that cannot be followed.
+    """
+    if "merging" not in subject.shared:
+        subject.shared["merging"] = _merging(subject)
+    return subject.shared["merging"]
+
+
+def _merging(subject: Subject) -> Redundancy:
+    rows = subject.subset(_MOST, salt=5)
+    choosing, judging = rows[::2], rows[1::2]
+    plan = _plan(subject)
+    if not plan.channels:
+        return Redundancy({}, (), None, 0.0, (), (), dict(plan.whole))
     layers = {name: c.group.size for name, c in plan.channels.items()}
     straight = {
         "choose": _answers(subject, subject.model, choosing),
@@ -120,7 +138,7 @@ def look(subject: Subject) -> Section:
         model = plan.finished(beta).model
         agree = float((_answers(subject, model, choosing) == straight["choose"]).double().mean())
         steps.append(_step(subject, plan, model, beta, sizes, judging, straight["judge"]))
-        if agree >= _KEPT:
+        if agree >= KEPT:
             chosen = beta
         elif agree < 0.5:
             break
@@ -130,7 +148,7 @@ def look(subject: Subject) -> Section:
         sizes = {name: len(c) for name, c in plan.channels.items()}
         exact = _step(subject, plan, plan.finished(chosen).model, chosen, sizes, judging, straight["judge"])
         steps = [exact if s.beta == chosen else s for s in steps]
-    found = Redundancy(
+    return Redundancy(
         layers,
         steps,
         chosen if any(s.beta == chosen and s.channels < 1 for s in steps) else None,
@@ -139,7 +157,6 @@ def look(subject: Subject) -> Section:
         subject.samples.index[choosing].tolist(),
         dict(plan.whole),
     )
-    return _section(found)
 
 
 def _plan(subject: Subject) -> Plan:
@@ -289,7 +306,7 @@ def _pictures(found: Redundancy) -> list[Any]:
         ax.plot(
             left, [1.0, *(s.removed_kept for s in found.steps)], "s--", color="C7", label="removed by norm"
         )
-        ax.axhline(_KEPT, color="C7", linewidth=0.8, linestyle=":")
+        ax.axhline(KEPT, color="C7", linewidth=0.8, linestyle=":")
         ax.set(xlabel="parameters left", ylabel="same answers", ylim=(0, 1.05), xscale="log")
         ax.legend()
 

@@ -78,6 +78,18 @@ def load_dictionary(
     return read(path, request)
 
 
+def holds_dictionary(folder: str | Path) -> bool:
+    """Whether a folder of this machine holds a dictionary of whichever library, told by its files' names.
+
+    >>> holds_dictionary("no/such/folder")
+    False
+    """
+    path = Path(folder)
+    return path.is_dir() and (
+        (path / saving.WEIGHTS).is_file() or any(each.matches(path) for each in _FORMATS.values())
+    )
+
+
 def _inside(path: Path) -> str:
     """What lies in a folder without a dictionary: those of its subfolders that hold one, or its files."""
     names = [saving.WEIGHTS, *(each.WEIGHTS for each in _FORMATS.values())]

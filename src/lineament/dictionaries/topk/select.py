@@ -1,13 +1,15 @@
 """The k best latents of each row, exactly, without a tensor of all rows by all latents.
 
 Rows go in chunks under a byte budget. In a row the k best lie in the k groups of 64 with the largest maxima (each of those groups holds a
-value at least as large as everything in the groups left out), so that only k * 64 values are sorted.
+value at least as large as everything in the groups left out), so that only k * 64 values are sorted. On CUDA :mod:`.triton` does the same.
 
 With a gradient the scores of all latents take a second product of the encoder's size. With ``Selection(candidates=C)`` only the C k latents of largest z
 are scored, and a row is done where no other can be among its best: z (1 + beta |g| |w| / scale) <= the k-th score, with the largest z left out. Other rows are scored in full.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,24 @@ from lineament.dictionaries.selection import Selection
 
 GROUP = 64
 BYTES = 64 * 2**20  # of one chunk's pre-activations: they are read again right after they are written
+
+
+def kernels(*tensors: Tensor) -> Any:
+    """The module of Triton kernels, where all tensors lie on one CUDA device, in a dtype that they are for, and run there; otherwise ``None``.
+
+    >>> kernels(torch.zeros(1)) is None
+    True
+    """
+    if not all(each.is_cuda for each in tensors):
+        return None
+    from lineament.dictionaries.topk import triton
+
+    return triton if _same(tensors, triton.DTYPES) and triton.works(tensors[0].device) else None
+
+
+def _same(tensors: tuple[Tensor, ...], dtypes: tuple[torch.dtype, ...]) -> bool:
+    first = tensors[0]
+    return all(each.device == first.device and each.dtype in dtypes for each in tensors)
 
 
 def largest(scores: Tensor, k: int) -> Tensor:
@@ -50,6 +70,8 @@ def dots(indices: Tensor, atoms: Tensor, rows: Tensor) -> Tensor:
     """
     if not indices.numel():
         return rows.new_zeros(indices.shape)
+    if fast := kernels(atoms, rows):
+        return fast.dots(indices, atoms.detach(), rows.detach())
     with torch.enable_grad():
         weights = torch.zeros(indices.shape, dtype=rows.dtype, device=rows.device, requires_grad=True)
         out = F.embedding_bag(indices, atoms.detach(), mode="sum", per_sample_weights=weights)
@@ -95,6 +117,7 @@ def select(
     pool = "row" if selection is None else selection.pool
     transposed = encoder.T
     longest = bias.new_zeros(())
+    fast = kernels(h, encoder)
     signed = gradient is not None and selection is not None and selection.score == "signed"
 
     def product(x: Tensor, weights: Tensor) -> Tensor:
@@ -115,6 +138,20 @@ def select(
         if precision == "full":
             return z.gather(1, indices).relu_()
         return (dots(indices, encoder, h[start:stop]) + bias[indices]).relu_()
+
+    def by_kernel(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        along = None
+        if gradient is not None and selection is not None:
+            assert atoms is not None
+            along = product(gradient[start:stop], atoms)
+        found = fast.best(scored(h[start:stop]), k, selection, along)
+        if found is None:
+            return by_row(start, stop)
+        indices, values = found
+        if precision == "full":
+            return indices, values
+        again = exact(values, start, stop, indices)
+        return indices, again * (values > 0) if signed else again
 
     def by_row(start: int, stop: int) -> tuple[Tensor, Tensor]:
         z, scores = ranked(start, stop)
@@ -146,7 +183,7 @@ def select(
 
     most = rows_at_once(width, h.element_size(), 1 if gradient is None else 4)
     if pool == "row":
-        some = by_row
+        some = by_kernel if fast else by_row
         if gradient is not None and selection is not None and 0 < selection.candidates * k < width:
             assert atoms is not None
             some, longest = by_candidates, atoms.norm(dim=1).max()

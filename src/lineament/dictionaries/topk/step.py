@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lineament.core.codes import Codes
-from lineament.dictionaries.topk.select import dots, select
+from lineament.core.shards import totals
+from lineament.dictionaries.topk import shards
+from lineament.dictionaries.topk.select import dots, kernels, select
 
 
 def decoded(indices: Tensor, values: Tensor, atoms: Tensor) -> Tensor:
@@ -39,6 +41,35 @@ def picked(h: Tensor, encoder: Tensor, bias: Tensor, indices: Tensor, values: Te
     return _Picked.apply(h, encoder, bias, indices, values)  # pyright: ignore[reportReturnType]
 
 
+def written(dictionary: Any, indices: Tensor, values: Tensor) -> Tensor:
+    """:func:`decoded` with a dictionary's atoms, wherever they lie: what its codes write, without the bias."""
+    atoms = dictionary.W_dec
+    if not shards.divided(atoms):
+        return decoded(indices, values, atoms)
+    return totals(decoded(*shards.own(indices, values, dictionary.width), shards.local(atoms)))
+
+
+def kept(dictionary: Any, h: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+    """:func:`picked` with a dictionary's encoder, wherever it lies."""
+    encoder, bias = dictionary.W_enc, dictionary.b_enc
+    if not shards.divided(encoder):
+        return picked(h, encoder, bias, indices, values)
+    first, stop = shards.bounds(dictionary.width)
+    mine = (indices >= first) & (indices < stop)
+    h, encoder, bias = shards.copied(h), shards.local(encoder), shards.local(bias)
+    return totals(picked(h, encoder, bias, (indices - first) * mine, values * mine))
+
+
+def _mixed(indices: Tensor, weights: Tensor, atoms: Tensor) -> Tensor:
+    """:func:`decoded` outside of a graph."""
+    weights, atoms = weights.detach(), atoms.detach()
+    if not indices.numel():
+        return weights.new_zeros(len(indices), atoms.shape[1])
+    if fast := kernels(weights, atoms):
+        return fast.decode(indices, weights, atoms)
+    return F.embedding_bag(indices, atoms, mode="sum", per_sample_weights=weights)
+
+
 class ByLatent:
     """Sums over the rows of a batch by latent: out[m] = sum over (b, j) with indices[b, j] = m of weights[b, j] * rows[b]."""
 
@@ -53,6 +84,8 @@ class ByLatent:
     def sums(self, weights: Tensor, rows: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """(latents, d), for the latents from ``first`` to ``last``."""
         last = self.width if last is None else last
+        if fast := kernels(weights, rows):
+            return fast.sums(self.order, self.starts[first : last + 1], weights, rows)
         a, b = (
             (0, len(self.order)) if (first, last) == (0, self.width) else self.starts[[first, last]].tolist()
         )
@@ -74,9 +107,7 @@ class _Decoded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, indices: Tensor, values: Tensor, atoms: Tensor) -> Tensor:
         ctx.save_for_backward(indices, values, atoms)
-        if not indices.numel():
-            return values.new_zeros(len(indices), atoms.shape[1])
-        return F.embedding_bag(indices, atoms.detach(), mode="sum", per_sample_weights=values.detach())
+        return _mixed(indices, values, atoms)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -102,7 +133,7 @@ class _Picked(torch.autograd.Function):
         grad = grads[0] * (values > 0)
         to_h = to_encoder = to_bias = None
         if ctx.needs_input_grad[0]:
-            to_h = F.embedding_bag(indices, encoder, mode="sum", per_sample_weights=grad)
+            to_h = _mixed(indices, grad, encoder)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             by_latent = ByLatent(indices, len(encoder))
             to_encoder = by_latent.sums(grad, h) if ctx.needs_input_grad[1] else None
@@ -151,7 +182,7 @@ def losses(
     aux = auxiliary_codes(dictionary, dictionary.rows(x), dead, k_aux)
     if aux is None:
         return Losses(reconstruction, torch.zeros_like(reconstruction))
-    left = decoded(aux.indices, aux.values, dictionary.W_dec) - held
+    left = written(dictionary, aux.indices, aux.values) - held
     return Losses(reconstruction, left.square().sum() * _inverse(_spread(held)))
 
 
@@ -160,11 +191,20 @@ def auxiliary_codes(dictionary: Any, h: Tensor, dead: Tensor | None, k_aux: int)
     places = dead.nonzero().flatten() if dead is not None and k_aux else None
     if places is None or not len(places):
         return None
-    encoder, bias = dictionary.W_enc.detach()[places], dictionary.b_enc.detach()[places]
-    among, values = select(h.detach(), encoder, bias, min(k_aux, len(places)))
-    indices = places[among]
+    k = min(k_aux, len(places))
+    first, stop = (
+        shards.bounds(dictionary.width) if shards.divided(dictionary.W_enc) else (0, dictionary.width)
+    )
+    here = places[(places >= first) & (places < stop)]
+    encoder, bias = (
+        shards.local(each).detach()[here - first] for each in (dictionary.W_enc, dictionary.b_enc)
+    )
+    among, values = select(h.detach(), encoder, bias, min(k, len(here)))
+    indices = here[among]
+    if shards.divided(dictionary.W_enc):
+        indices, values = shards.best(indices, values, values, k)
     if torch.is_grad_enabled():
-        values = picked(h, dictionary.W_enc, dictionary.b_enc, indices, values)
+        values = kept(dictionary, h, indices, values)
     return Codes(indices, values, dictionary.width)
 
 
@@ -181,7 +221,7 @@ def gradients(
 ) -> tuple[dict[str, Tensor], Losses]:
     """The gradients of ``reconstruction + alpha * auxiliary`` by parameter, as autograd would give them of :func:`losses`, in half of the time.
 
-    Arguments as for :func:`losses`; ``codes`` as found without a graph.
+    Arguments as for :func:`losses`; ``codes`` as found without a graph. Of a divided dictionary they are those of this process's features.
     """
     h = dictionary.rows(x)
     rows, width = len(x), dictionary.width
@@ -193,23 +233,29 @@ def gradients(
     auxiliary = torch.zeros_like(reconstruction)
     aux = auxiliary_codes(dictionary, h, dead, k_aux)
     if aux is not None:
-        left = decoded(aux.indices, aux.values, dictionary.W_dec) - error
+        left = written(dictionary, aux.indices, aux.values) - error
         share = _inverse(_spread(error))
         auxiliary = left.square().sum() * share
         parts.append((aux, left.mul_(2 * alpha * share)))
+    encoder, atoms = shards.local(dictionary.W_enc), shards.local(dictionary.W_dec)
+    divided = shards.divided(dictionary.W_dec)
     found: dict[str, Tensor] = {}
     for each, to_output in parts:
-        to_values = dots(each.indices, dictionary.W_dec, to_output) * (each.values > 0)
-        by_latent = ByLatent(each.indices, width)
+        indices, values = each.indices, each.values
+        if divided:
+            indices, values = shards.own(indices, values, width)
+        to_values = dots(indices, atoms, to_output) * (values > 0)
+        by_latent = ByLatent(indices, len(atoms))
         new = {
-            "W_dec": by_latent.sums(each.values, to_output),
+            "W_dec": by_latent.sums(values, to_output),
             "W_enc": by_latent.sums(to_values, h),
             "b_enc": by_latent.totals(to_values),
         }
         found = {name: found[name].add_(grad) for name, grad in new.items()} if found else new
     found["b_dec"] = parts[0][1].sum(0)
     if dictionary.subtract_bias:
-        found["b_dec"] = found["b_dec"] - found["b_enc"] @ dictionary.W_enc
+        moved = found["b_enc"] @ encoder
+        found["b_dec"] = found["b_dec"] - (totals(moved) if divided else moved)
     return found, Losses(reconstruction, auxiliary)
 
 
@@ -269,10 +315,19 @@ class Adam:
         one, two = self.betas
         size = rate / (1 - one**self.steps)
         root = (1 - two**self.steps) ** 0.5
+        factor = torch.as_tensor(
+            scale, dtype=torch.float32, device=next(iter(self.parameters.values())).device
+        )
         for name, whole in self.parameters.items():
             grad, first, second = grads[name], self.first[name], self.second[name]
-            most = max(1, 2**17 // max(1, whole[0].numel())) if whole.ndim else 1
             unit = name in self.unit
+            fast = kernels(whole, grad, first, second)
+            if fast and fast.adam_(
+                whole, grad, first, second, factor,
+                size=size, root=root, betas=self.betas, eps=self.eps, unit=unit,
+            ):  # fmt: skip
+                continue
+            most = max(1, 2**17 // max(1, whole[0].numel())) if whole.ndim else 1
             for p, g, m, v in zip(*(each.split(most) for each in (whole, grad, first, second))):
                 g = g if isinstance(scale, float) and scale == 1 else g.mul_(scale)
                 if unit:

@@ -17,7 +17,7 @@ import torch
 from lineament.core.checks import number
 from lineament.core.results import Readable
 from lineament.learn.boosting.losses import Array, Loss, step_size
-from lineament.learn.boosting.subnetwork import Sub, fitted, initial
+from lineament.learn.boosting.subnetwork import Sub, Training, fitted, initial
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,11 @@ class Growth:
     units_per_step: int
     learning_rate: float
     subsample: float
-    solver: str
     activation: str
     line_search: str
-    l2: float
-    max_iter: int
-    tol: float
     backtrack: bool
+    training: Training
+    device: torch.device
 
 
 @dataclass
@@ -148,6 +146,9 @@ def grow(
     share: Array = np.ones(n) if weights is None else weights
     grown = before or Grown([], [], np.repeat(F0[None], n, 0), [])
     size = int(growth.subsample * n)
+    inputs: Any = np.hstack([X, np.ones((n, 1))])
+    if growth.device.type != "cpu":
+        inputs = torch.from_numpy(inputs).to(growth.device)
     while (len(grown.subs) + grown.rejected + 1) * growth.units_per_step <= growth.total_units:
         r = loss.residual(y, grown.F)
         if np.abs(r).max() <= 1e-10 * max(1.0, float(np.abs(y).max())):
@@ -155,11 +156,8 @@ def grow(
         rows = slice(None) if size == n else rng.choice(n, size, replace=False)
         start = initial(d, growth.units_per_step, len(F0), growth.activation, rng)
         with np.errstate(over="ignore", invalid="ignore"):
-            sub = fitted(
-                start, X[rows], r[rows], share[rows], solver=growth.solver, l2=growth.l2,
-                max_iter=growth.max_iter, tol=growth.tol,
-            )  # fmt: skip
-            h = sub(X)
+            sub = fitted(start, inputs[rows], r[rows], share[rows], growth.training, rng)
+            h = sub.of(inputs)
         now = grown.losses[-1] if grown.losses else loss.mean(y, grown.F, share)
         rho = step_size(loss, y, grown.F, h, share, growth.line_search) if np.isfinite(h).all() else 0.0
         step = growth.learning_rate * rho

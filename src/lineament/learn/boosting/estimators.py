@@ -11,16 +11,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.special import expit, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.model_selection import train_test_split
 from sklearn.utils import check_random_state
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 
-from lineament.core.checks import number, one_of, require
+from lineament.core.checks import InputError, number, one_of, require, show
+from lineament.core.estimator_data import validated, weights_of
 from lineament.core.estimator_files import SavedEstimator
+from lineament.core.models import usable
 from lineament.learn.boosting.additive import Additive, Grown, Growth, grow
 from lineament.learn.boosting.losses import (
     Array,
@@ -34,7 +37,7 @@ from lineament.learn.boosting.losses import (
     coded,
     weighted_quantile,
 )
-from lineament.learn.boosting.subnetwork import ACTIVATIONS
+from lineament.learn.boosting.subnetwork import ACTIVATIONS, SOLVERS, Training
 
 
 class _Boosted(SavedEstimator, BaseEstimator):
@@ -50,11 +53,14 @@ class _Boosted(SavedEstimator, BaseEstimator):
     l2: float
     max_iter: int
     tol: float
+    batch_size: Any
+    learning_rate_init: float
     backtrack: bool
     n_iter_no_change: int | None
     validation_fraction: float
     warm_start: bool
     random_state: Any
+    device: Any
     n_features_in_: int
 
     @classmethod
@@ -66,8 +72,10 @@ class _Boosted(SavedEstimator, BaseEstimator):
         """A copy that keeps the first ``units`` units, whole steps only."""
         check_is_fitted(self)
         made = copy.copy(self)
-        made.network_ = self.network_.truncated(units)
-        made.grown_ = None
+        made.network_, made._rng = self.network_.truncated(units), None
+        made.n_iter_ = made.network_.parts
+        if hasattr(self, "train_losses_"):
+            made.train_losses_ = self.train_losses_[: made.n_iter_]
         return made
 
     def to_torch(self, units: int | None = None) -> Any:
@@ -90,7 +98,7 @@ class _Boosted(SavedEstimator, BaseEstimator):
     def _relearned(self, arrays: dict[str, Array], told: dict[str, Any]) -> None:
         self.network_ = Additive(**arrays, activation=one_of("activation", told["activation"], ACTIVATIONS))
         self.n_features_in_ = arrays["W1"].shape[1]
-        self.n_iter_, self.grown_ = len(arrays["steps"]), None
+        self.n_iter_ = len(arrays["steps"])
         if told["classes"]:
             self.classes_ = np.array(told["classes"])
             self.loss_: Loss = Binary() if len(self.classes_) == 2 else Multiclass()
@@ -113,34 +121,75 @@ class _Boosted(SavedEstimator, BaseEstimator):
             int(self.subsample * n) >= 1,
             f"subsample: {self.subsample} of {n} samples leaves none; expected more",
         )
-        one_of("solver", self.solver, ("lbfgs", "varpro"))
+        one_of("solver", self.solver, SOLVERS)
         one_of("activation", self.activation, ACTIVATIONS)
         one_of("line_search", self.line_search, ("newton", "newton-full", "exact", "none"))
         number("l2", self.l2, low=0)
         number("max_iter", self.max_iter, low=1, integer=True)
+        number("tol", self.tol, low=0)
+        number("learning_rate_init", self.learning_rate_init, low=0, open_low=True)
+        batch = 200 if self.batch_size == "auto" else self.batch_size
+        number("batch_size", batch, low=1, integer=True)
+        if self.n_iter_no_change is not None:
+            number("n_iter_no_change", self.n_iter_no_change, low=1, integer=True)
+            number(
+                "validation_fraction", self.validation_fraction, low=0, high=1, open_low=True, open_high=True
+            )
+        training = Training(self.solver, self.l2, self.max_iter, self.tol, batch, self.learning_rate_init)
         return Growth(
-            self.total_units, per, self.learning_rate, self.subsample, self.solver, self.activation,
-            self.line_search, self.l2, self.max_iter, self.tol, self.backtrack,
+            self.total_units, per, self.learning_rate, self.subsample, self.activation, self.line_search,
+            self.backtrack, training, _device(self.device),
         )  # fmt: skip
 
+    def _before(self, growth: Growth, outputs: int) -> Additive | None:
+        """The network that ``warm_start`` goes on from."""
+        network = getattr(self, "network_", None) if self.warm_start else None
+        if network is None:
+            return None
+        had = (network.W1.shape[1], len(network.F0), network.b1.shape[1], network.activation)
+        now = (self.n_features_in_, outputs, growth.units_per_step, growth.activation)
+        for what, one, other in zip(("features", "outputs", "units_per_step", "activation"), had, now):
+            require(
+                one == other,
+                f"warm_start: the fitted network has {what} {one}, these settings and data {other}; expected the same",
+            )
+        require(
+            self.total_units >= network.units,
+            f"total_units: got {self.total_units}, the network to go on from has {network.units}; expected as many or more",
+        )
+        return network
+
     def _grow(self, loss: Loss, X: Array, y: Array, weights: Array, stratify: Array | None = None) -> None:
-        rng = check_random_state(self.random_state)
         growth = self._growth(len(X))
+        network = self._before(growth, y.shape[1])
+        rng = getattr(self, "_rng", None) if network is not None else None
+        rng = check_random_state(self.random_state) if rng is None else rng
         stop = None
         if self.n_iter_no_change is not None:
-            chosen = train_test_split(
-                np.arange(len(X)), test_size=self.validation_fraction, random_state=rng, stratify=stratify
-            )
+            try:
+                chosen = train_test_split(
+                    np.arange(len(X)), test_size=self.validation_fraction, random_state=rng, stratify=stratify
+                )
+            except ValueError as error:
+                raise InputError(
+                    f"validation_fraction: {self.validation_fraction} of {len(X)} samples cannot be held out ({error})"
+                ) from error
             (X, held), (y, y_held) = ([v[i] for i in chosen] for v in (X, y))
             weights, w_held = (weights[i] for i in chosen)
             stop = _Stop(loss, held, y_held, w_held, self.n_iter_no_change)
-        before = getattr(self, "grown_", None) if self.warm_start else None
-        F0 = self.network_.F0 if before is not None else loss.start(y, weights)
+        before = None
+        F0 = loss.start(y, weights) if network is None else network.F0
+        if network is not None:
+            F = network.scores(X)
+            losses = getattr(self, "train_losses_", np.full(network.parts, np.nan)).tolist()
+            # The data may be others than at the last fit.
+            losses[-1:] = [loss.mean(y, F, weights)] * min(1, network.parts)
+            subs = [network.part(t) for t in range(network.parts)]
+            before = Grown(subs, network.steps.tolist(), F, losses)
         if stop is not None:
             stop.F = np.repeat(F0[None], len(stop.X), 0)
         grown = grow(loss, X, y, F0, growth, rng, weights=weights, before=before, stop=stop)
-        self.loss_ = loss
-        self.grown_ = grown if self.warm_start else None
+        self.loss_, self._rng = loss, rng
         self.network_ = grown.model(F0, X.shape[1], growth)
         self.train_losses_ = np.array(grown.losses)
         self.n_iter_ = len(grown.steps)
@@ -154,7 +203,18 @@ class _Boosted(SavedEstimator, BaseEstimator):
         return self.network_.stages(self._checked(X))
 
     def _checked(self, X: Any) -> Any:
-        return validate_data(self, X, reset=False, dtype=np.float64)
+        return validated(self, X, reset=False, dtype=np.float64)
+
+
+def _device(given: Any) -> torch.device:
+    with usable("cpu" if given is None else given):
+        found = torch.device("cpu" if given is None else given)
+        # Residuals and steps are in float64, which some accelerators lack.
+        torch.zeros(1, dtype=torch.float64, device=found) if found.type != "mps" else None
+    require(
+        found.type != "mps", "device: 'mps' has no float64, which growing needs; expected 'cpu' or 'cuda'"
+    )
+    return found
 
 
 class _Stop:
@@ -185,15 +245,18 @@ class GBNNClassifier(ClassifierMixin, _Boosted):
         units_per_step: of each small network; ``"auto"`` takes 1 to 4.
         learning_rate: the paper's code has 1, which overfits; 0.1 is robust.
         subsample: share of the samples that each step is fitted to.
-        solver: ``"lbfgs"`` as published; ``"varpro"`` solves the output weights in closed form (for up to 2,000 hidden weights a step).
+        solver: of the small networks. ``"lbfgs"`` as published; ``"varpro"`` solves the output weights in closed form (for up to 2,000 hidden weights a step);
+            ``"adam"`` and ``"sgd"`` (Nesterov's momentum) take minibatches, for many samples.
         activation: ``"logistic"``, ``"tanh"``, ``"relu"``, ``"identity"``.
         line_search: ``"newton"`` as published (the softmax Hessian's diagonal), ``"newton-full"``, ``"exact"`` or ``"none"``.
         init: the first scores of several classes: ``"zeros"`` as published, or ``"prior"``.
-        l2, max_iter, tol: penalty, iterations and smallest gradient of each small network.
+        l2, max_iter, tol: penalty, iterations and smallest gradient of each small network; of Adam and SGD epochs, and the share by which the loss must fall in ten of them.
+        batch_size, learning_rate_init: of Adam and SGD; ``"auto"`` takes 200 samples or all.
         backtrack: halve a step until the training loss falls.
         n_iter_no_change, validation_fraction: stop when the loss on so much held-out data has not fallen for so many steps.
-        class_weight: as in scikit-learn. warm_start: go on from the last fit, to more units.
-        random_state: of first weights and subsamples.
+        class_weight: as in scikit-learn. warm_start: go on from the last fit, to more units; the data may be others.
+        random_state: of first weights, subsamples and minibatches.
+        device: where small networks are trained, such as ``"cuda"``; the CPU by default.
 
     >>> from sklearn.datasets import load_iris
     >>> X, y = load_iris(return_X_y=True)
@@ -216,12 +279,15 @@ class GBNNClassifier(ClassifierMixin, _Boosted):
         l2: float = 1e-4,
         max_iter: int = 200,
         tol: float = 1e-4,
+        batch_size: Any = "auto",
+        learning_rate_init: float = 0.03,
         backtrack: bool = True,
         n_iter_no_change: int | None = None,
         validation_fraction: float = 0.1,
         class_weight: Any = None,
         warm_start: bool = False,
         random_state: Any = None,
+        device: Any = None,
     ):
         self.total_units = total_units
         self.units_per_step = units_per_step
@@ -234,23 +300,36 @@ class GBNNClassifier(ClassifierMixin, _Boosted):
         self.l2 = l2
         self.max_iter = max_iter
         self.tol = tol
+        self.batch_size = batch_size
+        self.learning_rate_init = learning_rate_init
         self.backtrack = backtrack
         self.n_iter_no_change = n_iter_no_change
         self.validation_fraction = validation_fraction
         self.class_weight = class_weight
         self.warm_start = warm_start
         self.random_state = random_state
+        self.device = device
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Any:
         """Grow the network on X [n, features] and class labels y [n]."""
         one_of("init", self.init, ("zeros", "prior"))
-        X, y = validate_data(self, X, y, dtype=np.float64)
+        X, y = validated(self, X, y, dtype=np.float64)
         check_classification_targets(y)
+        had = getattr(self, "classes_", None) if self.warm_start else None
         self.classes_ = np.unique(y)
+        require(
+            had is None or np.array_equal(had, self.classes_),
+            f"warm_start: the fitted network has the classes {had}, the labels {self.classes_}; expected the same",
+        )
         require(len(self.classes_) > 1, f"y: one class only ({self.classes_.tolist()}), expected two or more")
-        weights = np.asarray(_check_sample_weight(sample_weight, X), dtype=float)
+        weights = weights_of(sample_weight, X)
         if self.class_weight is not None:
-            weights = weights * compute_sample_weight(self.class_weight, y)
+            try:
+                weights = weights * compute_sample_weight(self.class_weight, y)
+            except ValueError as error:
+                raise InputError(f"class_weight: got {show(self.class_weight)} ({error})") from error
+        empty = [c for c in self.classes_.tolist() if not weights[y == c].any()]
+        require(not empty, f"sample_weight: the samples of class {empty[:1]} weigh nothing; leave them out")
         loss = Binary() if len(self.classes_) == 2 else Multiclass(self.init == "prior")
         self._grow(loss, X, coded(y, self.classes_), weights, y)
         return self
@@ -295,7 +374,7 @@ class GBNNRegressor(RegressorMixin, _Boosted):
     """The same for one target or several; see :class:`GBNNClassifier`.
 
     Args:
-        loss: ``"squared_error"``, ``"absolute"``, ``"huber"`` (linear beyond the 90 % quantile of the first residuals), ``"quantile"`` or ``"poisson"``.
+        loss: ``"auto"`` (``"squared_error"``), ``"absolute"``, ``"huber"`` (linear beyond the 90 % quantile of the first residuals), ``"quantile"`` or ``"poisson"``.
         quantile: of the quantile loss.
 
     >>> from sklearn.datasets import load_diabetes
@@ -314,16 +393,19 @@ class GBNNRegressor(RegressorMixin, _Boosted):
         solver: str = "lbfgs",
         activation: str = "logistic",
         line_search: str = "newton",
-        loss: str = "squared_error",
+        loss: str = "auto",
         quantile: float = 0.5,
         l2: float = 1e-4,
         max_iter: int = 200,
         tol: float = 1e-4,
+        batch_size: Any = "auto",
+        learning_rate_init: float = 0.03,
         backtrack: bool = True,
         n_iter_no_change: int | None = None,
         validation_fraction: float = 0.1,
         warm_start: bool = False,
         random_state: Any = None,
+        device: Any = None,
     ):
         self.total_units = total_units
         self.units_per_step = units_per_step
@@ -337,11 +419,14 @@ class GBNNRegressor(RegressorMixin, _Boosted):
         self.l2 = l2
         self.max_iter = max_iter
         self.tol = tol
+        self.batch_size = batch_size
+        self.learning_rate_init = learning_rate_init
         self.backtrack = backtrack
         self.n_iter_no_change = n_iter_no_change
         self.validation_fraction = validation_fraction
         self.warm_start = warm_start
         self.random_state = random_state
+        self.device = device
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -350,12 +435,12 @@ class GBNNRegressor(RegressorMixin, _Boosted):
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Any:
         """Grow the network on X [n, features] and targets y [n] or [n, targets]."""
-        one_of("loss", self.loss, ("squared_error", "absolute", "huber", "quantile", "poisson"))
-        X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
+        one_of("loss", self.loss, ("auto", "squared_error", "absolute", "huber", "quantile", "poisson"))
+        X, y = validated(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
         y = np.asarray(y, dtype=float)
         self._flat = y.ndim == 1
         y = y.reshape(len(y), -1)
-        weights = np.asarray(_check_sample_weight(sample_weight, X), dtype=float)
+        weights = weights_of(sample_weight, X)
         self._grow(self._chosen(y, weights), X, y, weights)
         return self
 

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from lineament.core.checks import number, one_of, require, suggest
 from lineament.core.results import Readable
+from lineament.learn.boosting.batched import project
 from lineament.learn.boosting.estimators import GBNNClassifier, GBNNRegressor
+from lineament.learn.boosting.subnetwork import TORCH
 
 Array = np.ndarray
 _BATCHED = ("learning_rate", "subsample", "l2", "units_per_step", "total_units")
@@ -84,7 +86,7 @@ def search(
     classes = np.unique(y) if isinstance(estimator, GBNNClassifier) else None
     one_of("line_search", estimator.line_search, ("newton",))
     require(
-        classes is not None or getattr(estimator, "loss", "") == "squared_error",
+        classes is not None or getattr(estimator, "loss", "") in ("auto", "squared_error"),
         "estimator: a batched search has the squared error and cross-entropy; tune other losses with GridSearchCV",
     )
     settings = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
@@ -210,7 +212,7 @@ class _Batch:
         return (each * self.train).sum(1)
 
     def _part(self, r: Tensor) -> Tensor:
-        """What a new part of each problem answers to every sample: hidden weights by damped Gauss-Newton steps, output weights in closed form."""
+        """What a new part of each problem answers to every sample."""
         B, n = self.train.shape
         d, J = self.X.shape[1] - 1, self.per
         chosen = self.train
@@ -222,56 +224,5 @@ class _Batch:
         scale = 2.0 if self.activation == "logistic" else 6.0
         bound = (scale / (d + J)) ** 0.5
         V = (2 * torch.rand(B, d + 1, J, generator=self.generator, dtype=torch.float64) - 1) * bound
-        root = chosen[:, :, None]
-        target = r * root
-        decay = self.l2[:, None].expand(B, (d + 1) * J).clone().reshape(B, d + 1, J)
-        decay[:, d] = 0
-        damping = torch.full((B,), 1e-2, dtype=torch.float64)
-        a, basis, U, left, value = self._solved(V, root, target, decay)
-        eye = torch.eye((d + 1) * J, dtype=torch.float64)
-        for _ in range(self.steps):
-            moves = ((self._slope(a) * root)[:, :, None, :] * self.X[None, :, :, None]).reshape(B, n, -1)
-            q = torch.linalg.qr(basis)[0]
-            moves = moves - q @ (q.mT @ moves)
-            mixing = (U[:, :-1] @ U[:, :-1].mT).repeat(1, d + 1, d + 1)
-            curvature = (moves.mT @ moves) * mixing
-            back = (left @ U[:, :-1].mT).repeat(1, 1, d + 1)
-            gradient = (moves * back).sum(1) - (decay * V).flatten(1)
-            diagonal = curvature.diagonal(dim1=1, dim2=2) + decay.flatten(1)
-            floor = 1e-12 * diagonal.amax(1, keepdim=True) + 1e-12
-            system = curvature + torch.diag_embed(decay.flatten(1) + damping[:, None] * (diagonal + floor))
-            trial = V + torch.linalg.solve(system + 1e-14 * eye, gradient).reshape(V.shape)
-            made = self._solved(trial, root, target, decay)
-            better = made[-1] < value
-            pick = lambda new, old: torch.where(better.view(-1, *[1] * (old.ndim - 1)), new, old)  # noqa: B023, E731
-            V = pick(trial, V)
-            a, basis, U, left, value = (pick(x, z) for x, z in zip(made, (a, basis, U, left, value)))
-            damping = torch.where(better, damping / 5, damping * 4).clamp(1e-8, 1e8)
-        return a @ U[:, :-1] + U[:, -1:]
-
-    def _solved(self, V: Tensor, root: Tensor, target: Tensor, decay: Tensor) -> tuple[Tensor, ...]:
-        z = self.X @ V
-        a = {"logistic": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu, "identity": lambda v: v}[
-            self.activation
-        ](z)
-        basis = torch.cat([a, torch.ones_like(a[:, :, :1])], 2) * root
-        gram = basis.mT @ basis
-        ridge = self.l2[:, None].expand(-1, gram.shape[1]).clone()
-        ridge[:, -1] = 0
-        trace = gram.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
-        U = torch.linalg.solve(
-            gram + torch.diag_embed(ridge + 1e-10 * trace / gram.shape[1]), basis.mT @ target
-        )
-        left = target - basis @ U
-        value = (
-            left.square().sum((1, 2)) + self.l2 * U[:, :-1].square().sum((1, 2)) + (decay * V * V).sum((1, 2))
-        )
-        return a, basis, U, left, value / 2
-
-    def _slope(self, a: Tensor) -> Tensor:
-        return {
-            "logistic": lambda v: v * (1 - v),
-            "tanh": lambda v: 1 - v * v,
-            "relu": lambda v: (v > 0).double(),
-            "identity": torch.ones_like,
-        }[self.activation](a)
+        V, U = project(self.X, r, chosen, V, self.l2, activation=self.activation, steps=self.steps)
+        return TORCH[self.activation](self.X @ V) @ U[:, :-1] + U[:, -1:]

@@ -1,6 +1,7 @@
-"""One small network fitted to residuals: L-BFGS as published, or variable projection, which solves the output weights in closed form.
+"""One small network fitted to residuals: its objective, L-BFGS as published, and the choice among the solvers.
 
-arXiv 1909.12098, section 1.1: 0.5 mean |r - h(x)|² + l2 / 2n |weights|², the mean over samples and the sum over outputs.
+arXiv 1909.12098, section 1.1: 0.5 mean |r - h(x)|² + l2 / 2n |weights|², the mean over samples and the sum over outputs. The objective is written once
+for NumPy's arrays and for tensors of any device.
 """
 
 from __future__ import annotations
@@ -8,21 +9,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve
+import torch
 from scipy.optimize import minimize
 from scipy.special import expit
+from torch import Tensor
 
 Array = np.ndarray
 
 # The activation, and its derivative as a function of the activation's value.
-ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
+ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Any], Any]]] = {
     "logistic": (expit, lambda a: a * (1 - a)),
     "tanh": (np.tanh, lambda a: 1 - a * a),
-    "relu": (lambda z: np.maximum(z, 0), lambda a: (a > 0).astype(float)),
-    "identity": (lambda z: z, np.ones_like),
+    "relu": (lambda z: np.maximum(z, 0), lambda a: (a > 0) * 1.0),
+    "identity": (lambda z: z, lambda a: a * 0 + 1),
 }
+TORCH: dict[str, Callable[[Tensor], Tensor]] = {
+    "logistic": torch.sigmoid,
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "identity": lambda z: z,
+}
+SOLVERS = ("lbfgs", "varpro", "adam", "sgd")
 
 
 @dataclass(frozen=True)
@@ -41,9 +51,39 @@ class Sub:
     def __call__(self, X: Array) -> Array:
         return self.hidden(X) @ self.W2 + self.b2
 
+    def of(self, inputs: Array | Tensor) -> Array:
+        """The same of rows that end in 1, computed where they lie."""
+        V, U = self.stacked
+        if isinstance(inputs, np.ndarray):
+            return ACTIVATIONS[self.activation][0](inputs @ V) @ U[:-1] + U[-1]
+        V, U = (torch.from_numpy(v).to(inputs) for v in (V, U))
+        return (TORCH[self.activation](inputs @ V) @ U[:-1] + U[-1]).cpu().numpy()
+
+    @property
+    def stacked(self) -> tuple[Array, Array]:
+        """Weights with biases below them: hidden [d + 1, J] and output [J + 1, K]."""
+        return np.vstack([self.W1, self.b1]), np.vstack([self.W2, self.b2])
+
+    @classmethod
+    def unstacked(cls, V: Array, U: Array, activation: str) -> Sub:
+        """From weights with biases below them."""
+        return cls(V[:-1], V[-1], U[:-1], U[-1], activation)
+
     @property
     def finite(self) -> bool:
         return all(bool(np.isfinite(v).all()) for v in (self.W1, self.b1, self.W2, self.b2))
+
+
+@dataclass(frozen=True)
+class Training:
+    """How each small network is trained; see :class:`~lineament.learn.boosting.estimators.GBNNClassifier`."""
+
+    solver: str = "lbfgs"
+    l2: float = 1e-4
+    max_iter: int = 200
+    tol: float = 1e-4
+    batch_size: int = 200
+    learning_rate_init: float = 0.03
 
 
 def initial(d: int, units: int, outputs: int, activation: str, rng: np.random.RandomState) -> Sub:
@@ -58,102 +98,97 @@ def initial(d: int, units: int, outputs: int, activation: str, rng: np.random.Ra
 
 
 def fitted(
-    start: Sub, X: Array, r: Array, weights: Array, *, solver: str, l2: float, max_iter: int, tol: float
+    start: Sub,
+    inputs: Array | Tensor,
+    r: Array,
+    weights: Array,
+    training: Training,
+    rng: np.random.RandomState,
 ) -> Sub:
     """The network after training on residuals r [n, K], from ``start``.
 
     Args:
-        solver: ``"lbfgs"`` or ``"varpro"``. weights: of the samples; one of weight 2 is two samples. tol: where the largest gradient entry is smaller, it ends.
+        inputs: rows [n, d + 1] that end in 1; a tensor is worked on where it lies. weights: of the samples; one of weight 2 is two samples.
+        rng: of minibatches.
     """
-    if solver == "varpro" and start.W1.size <= 2000:
-        return _projected(start, X, r, weights, l2, max_iter, tol)
-    return _descended(start, X, r, weights, l2, max_iter, tol)
+    from lineament.learn.boosting import batched, minibatch, projected
+
+    if training.solver == "varpro" and start.W1.size <= 2000:
+        if isinstance(inputs, np.ndarray):
+            return projected.projected(start, inputs, r, weights, training)
+        return batched.one(start, inputs, r, weights, training)
+    if training.solver in ("adam", "sgd"):
+        return minibatch.trained(start, inputs, r, weights, training, rng)
+    return _descended(start, Objective(start, inputs, r, weights, training.l2), training)
 
 
-def _descended(start: Sub, X: Array, r: Array, weights: Array, l2: float, max_iter: int, tol: float) -> Sub:
-    act, slope = ACTIVATIONS[start.activation]
-    d = X.shape[1]
-    units, outputs = start.W2.shape
-    cut = np.cumsum([d * units, units, units * outputs])
-    total = weights.sum()
-    XT, share, penalty = np.ascontiguousarray(X.T), (weights / total)[:, None], l2 / total
+class Objective:
+    """Value and gradient at a flat vector: hidden weights [d + 1, J], then output weights [J + 1, K]; arrays or tensors, as ``inputs`` are.
 
-    def parts(theta: Array) -> tuple[Array, Array, Array, Array]:
-        W1, b1, W2, b2 = np.split(theta, cut)
-        return W1.reshape(d, units), b1, W2.reshape(units, outputs), b2
+    ``scale``: of the residuals, which are divided by it; so are the output weights, and the penalty of the hidden weights by its square.
+    """
 
-    def objective(theta: Array) -> tuple[float, Array]:
-        W1, b1, W2, b2 = parts(theta)
-        a = act(X @ W1 + b1)
-        error = a @ W2 + b2 - r
+    def __init__(
+        self,
+        start: Sub,
+        inputs: Array | Tensor,
+        r: Array,
+        weights: Array,
+        l2: float,
+        scale: float = 1.0,
+    ):
+        V, U = start.stacked
+        self.shapes, self.activation, self.scale = (V.shape, U.shape), start.activation, scale
+        self.theta = np.concatenate([V.ravel(), U.ravel()])
+        total = float(weights.sum())
+        decay = [np.full(V.shape, l2 / total / scale**2), np.full(U.shape, l2 / total)]
+        for each in decay:
+            each[-1] = 0
+        self.inputs: Any = inputs
+        self.own: Callable[[Array], Any] = (
+            (lambda v: v) if isinstance(inputs, np.ndarray) else (lambda v: torch.from_numpy(v).to(inputs))
+        )
+        self.r, self.share = self.own(r / scale), self.own((weights / total)[:, None])
+        self.decay = self.own(np.concatenate([v.ravel() for v in decay]))
+        act, self.slope = ACTIVATIONS[start.activation]
+        self.act: Callable[[Any], Any] = act if isinstance(inputs, np.ndarray) else TORCH[start.activation]
+        self.join: Callable[[Any], Any] = np.concatenate if isinstance(inputs, np.ndarray) else torch.cat
+
+    def __call__(self, theta: Any, rows: Any = None) -> tuple[Any, Any]:
+        """Of all samples, or an estimate from some ``rows``."""
+        inputs, r, share = self.inputs, self.r, self.share
+        if rows is not None:
+            count = len(r)
+            inputs, r, share = inputs[rows], r[rows], share[rows] * (count / len(rows))
+        cut = self.shapes[0][0] * self.shapes[0][1]
+        V, U = theta[:cut].reshape(self.shapes[0]), theta[cut:].reshape(self.shapes[1])
+        out = U[:-1]
+        a = self.act(inputs @ V)
+        error = a @ out + U[-1] - r
         weighed = error * share
-        value = 0.5 * (np.vdot(error, weighed) + penalty * (np.vdot(W1, W1) + np.vdot(W2, W2)))
-        back = (weighed @ W2.T) * slope(a)
-        gradient = np.empty_like(theta)
-        gradient[: cut[0]] = (XT @ back + penalty * W1).ravel()
-        gradient[cut[0] : cut[1]] = back.sum(0)
-        gradient[cut[1] : cut[2]] = (a.T @ weighed + penalty * W2).ravel()
-        gradient[cut[2] :] = weighed.sum(0)
-        return float(value), gradient
+        pull = self.decay * theta
+        back = (weighed @ out.T) * self.slope(a)
+        gradient = self.join(((inputs.T @ back).ravel(), (a.T @ weighed).ravel(), weighed.sum(0)))
+        return 0.5 * (error.ravel() @ weighed.ravel() + theta @ pull), gradient + pull
 
-    theta = np.concatenate([v.ravel() for v in (start.W1, start.b1, start.W2, start.b2)])
+    def sub(self, theta: Any) -> Sub:
+        """The network of a flat vector."""
+        theta = theta if isinstance(theta, np.ndarray) else theta.cpu().numpy()
+        cut = self.shapes[0][0] * self.shapes[0][1]
+        V, U = theta[:cut].reshape(self.shapes[0]), theta[cut:].reshape(self.shapes[1])
+        return Sub.unstacked(V, U * self.scale, self.activation)
+
+
+def _descended(start: Sub, objective: Objective, training: Training) -> Sub:
+    def on_device(theta: Array) -> tuple[float, Array]:
+        value, gradient = objective(objective.own(theta))
+        return float(value), gradient.cpu().numpy()
+
     found = minimize(
-        objective,
-        theta,
+        objective if isinstance(objective.inputs, np.ndarray) else on_device,
+        objective.theta,
         jac=True,
         method="L-BFGS-B",
-        options={"maxiter": max_iter, "maxfun": 15_000, "gtol": tol},
+        options={"maxiter": training.max_iter, "maxfun": 15_000, "gtol": training.tol},
     )
-    return Sub(*parts(found.x), start.activation)
-
-
-def _projected(start: Sub, X: Array, r: Array, weights: Array, l2: float, max_iter: int, tol: float) -> Sub:
-    """Gauss-Newton steps of the hidden weights on what the best output weights leave, damped as Levenberg and Marquardt."""
-    act, slope = ACTIVATIONS[start.activation]
-    n, d = X.shape
-    root = np.sqrt(weights)[:, None]
-    inputs = np.hstack([X, np.ones((n, 1))])
-    target = r * root
-    decay = np.append(np.full(start.W1.shape[0], l2), 0.0)[:, None]
-
-    def solved(V: Array) -> tuple[Array, Array, Array, Array, float]:
-        a = act(inputs @ V)
-        basis = np.hstack([a, np.ones((n, 1))]) * root
-        gram = basis.T @ basis
-        # Enough to keep it regular where two units are one.
-        ridge = np.append(np.full(a.shape[1], l2), 0.0) + 1e-10 * np.trace(gram) / len(gram)
-        factor = cho_factor(gram + np.diag(ridge))
-        U = cho_solve(factor, basis.T @ target)
-        left = target - basis @ U
-        value = 0.5 * (np.vdot(left, left) + l2 * np.vdot(U[:-1], U[:-1]) + np.vdot(decay * V, V))
-        return a, basis, U, left, float(value)
-
-    V = np.vstack([start.W1, start.b1])
-    units = V.shape[1]
-    a, basis, U, left, value = solved(V)
-    damping = 1e-2
-    for _ in range(max_iter):
-        # Columns: how each hidden weight moves its unit; what the basis can undo is taken out (Kaufman).
-        moves = ((slope(a) * root)[:, None, :] * inputs[:, :, None]).reshape(n, -1)
-        q = np.linalg.qr(basis)[0]
-        moves -= q @ (q.T @ moves)
-        mixing = np.tile(U[:-1] @ U[:-1].T, (d + 1, d + 1))
-        curvature = (moves.T @ moves) * mixing
-        gradient = np.einsum("nk,nk->k", moves, np.tile(left @ U[:-1].T, d + 1)) - (decay * V).ravel()
-        if np.abs(gradient).max() <= max(tol, 1e-8) * n:
-            break
-        diagonal = curvature.diagonal() + decay.repeat(units)
-        improved = False
-        while damping < 1e8:
-            system = curvature + np.diag(decay.repeat(units) + damping * (diagonal + 1e-12 * diagonal.max()))
-            trial = V + np.linalg.solve(system, gradient).reshape(V.shape)
-            made = solved(trial)
-            if made[-1] < value:
-                improved = value - made[-1] > 1e-7 * value
-                V, (a, basis, U, left, value) = trial, made
-                damping = max(damping / 5, 1e-8)
-                break
-            damping *= 4
-        if not improved:
-            break
-    return Sub(V[:-1], V[-1], U[:-1], U[-1], start.activation)
+    return objective.sub(found.x)

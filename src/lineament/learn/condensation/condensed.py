@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from lineament import __version__
-from lineament.core.checks import InputError, require
+from lineament.core.checks import InputError, require, show
 from lineament.core.files import atomic_write, output_folder, write_json
 from lineament.core.results import Readable, axes, plain
 
@@ -144,8 +144,13 @@ class Condensed(Readable):
                 held = {
                     name: torch.from_numpy(file[name]) for name in ("x", "y", "mean", "std", "start", "trace")
                 }
+            x, y = held["x"], held["y"]
+            require(
+                x.ndim == 4 and y.shape == x.shape[:1] and bool(x.isfinite().all()),
+                f"folder: {_ARRAYS} in {str(folder)!r} holds {show(x)} with {show(y)}, expected finite pictures [n, channels, height, width] with a label each",
+            )
             return cls(
-                held["x"], held["y"], held["mean"], held["std"], float(facts["top"]), held["start"], held["trace"],
+                x, y, held["mean"], held["std"], float(facts["top"]), held["start"], held["trace"],
                 str(facts["method"]), facts["settings"], tuple(map(str, facts["classes"])), tuple(map(str, facts["notes"])),
                 str(facts["sha256"]["training data"]),
             )  # fmt: skip

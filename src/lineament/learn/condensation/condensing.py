@@ -6,8 +6,10 @@ Lee et al., "Dataset Condensation with Contrastive Signals", ICML 2022, arXiv 22
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from lineament.core.checks import InputError, require, show
 from lineament.learn.condensation.condensed import Condensed
 from lineament.learn.condensation.coresets import k_means
 from lineament.learn.condensation.learning import drawn_from, learn_pictures
-from lineament.learn.condensation.networks import POOL, network
+from lineament.learn.condensation.networks import POOL, SMALLEST, network
 from lineament.learn.condensation.options import LOOPS, Condensation
 from lineament.learn.condensation.selection import CHOSEN, chosen_rows
 from lineament.learn.condensation.siamese import DSA, Strategy
@@ -139,15 +141,26 @@ class _Data:
             not names or len(names) == len(counts),
             f"classes: got {len(names)} names for {len(counts)} classes",
         )
+        twice = [name for name, times in Counter(names).items() if times > 1]
+        require(
+            not twice,
+            f"classes: {', '.join(map(repr, twice[:1]))} is the name of several classes, expected one name a class",
+        )
         empty = (counts == 0).nonzero()[:, 0].tolist()
+        told = ", ".join(str(names[c] if names else c) for c in empty[:5]) + ", ..." * (len(empty) > 5)
         require(
             not empty,
-            f"targets: class {', '.join(str(c) for c in empty[:5])} has no picture, expected labels from 0 to {len(counts) - 1} without gaps; number them anew",
+            f"targets: no picture is of class{'es' * (len(empty) > 1)} {told}; "
+            + (
+                "leave out the name, or add pictures"
+                if names
+                else f"expected labels from 0 to {len(counts) - 1} without gaps, number them anew"
+            ),
         )
         fewest = int(counts.argmin())
         require(
             int(counts[fewest]) >= per_class,
-            f"per_class: got {per_class}, but class {names[fewest] if names else fewest} has {int(counts[fewest])} pictures; expected at most as many",
+            f"per_class: got {per_class}, but class {names[fewest] if names else fewest} has only {int(counts[fewest])}; expected at most as many",
         )
         rows = [(targets == c).nonzero()[:, 0] for c in range(len(counts))]
         total, square, count = 0.0, 0.0, images[:, 0].numel()
@@ -224,6 +237,7 @@ def scale_of(images: Any, what: str = "images") -> float:
     )
     if images.dtype == torch.uint8:
         return 1.0
+    require(not images.is_complex(), f"{what}: got {show(images)}, expected bytes or floats; take abs()")
     low, high = float(images.min()), float(images.max())
     if not images.is_floating_point():
         raise InputError(
@@ -249,13 +263,23 @@ def _maker(given: Network, shape: tuple[int, ...], classes: int) -> Callable[[in
     """A network from a number; the caller has set the random state."""
     if isinstance(given, str):
         checks.one_of("network", given, POOL)
+        require(
+            min(shape[1:]) >= SMALLEST,
+            f"images: got pictures of {shape[1]} x {shape[2]}, expected at least {SMALLEST} x {SMALLEST}",
+        )
         return lambda k: network(given, shape, classes)
     require(
         callable(given) and not isinstance(given, nn.Module),
         f"network: got {show(given)}, expected a name or a function that makes one",
     )
     with torch.random.fork_rng(devices=[]):
-        found = given().eval()(torch.zeros(2, *shape))
+        made = given()
+        require(isinstance(made, nn.Module), f"network: it makes {show(made)}, expected a module")
+        try:
+            found = made.eval()(torch.zeros(2, *shape))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            why = str(error).partition("\n")[0]
+            raise InputError(f"network: it cannot take pictures of {shape} ({why})") from error
     require(
         isinstance(found, Tensor) and found.shape == (2, classes),
         f"network: it gives {show(found)} of 2 pictures, expected (2, {classes}), one number a class",
@@ -272,6 +296,27 @@ def _matchable(make: Callable[[int], nn.Module]) -> None:
     )
 
 
+def earlier_set(start: str | Path) -> Condensed:
+    """The set in a folder from which another begins.
+
+    Raises:
+        InputError: no folder of a set, and neither ``"real"`` nor ``"noise"``.
+
+    >>> earlier_set("nois")
+    Traceback (most recent call last):
+    ...
+    lineament.core.checks.InputError: start: got 'nois', expected 'real', 'noise' or the folder of a condensed set; nearest: 'noise'
+    """
+    require(
+        isinstance(start, (str, Path)) and Path(start).exists(),
+        f"start: got {show(start)}, expected 'real', 'noise' or the folder of a condensed set"
+        + (
+            f"; nearest: {near[0]!r}" if (near := get_close_matches(str(start), ("real", "noise"), 1)) else ""
+        ),
+    )
+    return Condensed.load(start)
+
+
 def _start(start: Any, data: _Data, per_class: int, seed: int) -> tuple[Tensor, tuple[str, ...]]:
     """The first pictures, in the data's own scale."""
     if isinstance(start, str) and start in ("real", "noise"):
@@ -282,13 +327,16 @@ def _start(start: Any, data: _Data, per_class: int, seed: int) -> tuple[Tensor, 
             return data.own(rows.to(data.images.device)), ()
         drawn = torch.randn(data.classes * per_class, *data.shape, generator=drawn_from(seed, 4))
         return data.unscaled(drawn.to(data.images.device)), ("the pictures began as noise",)
-    if isinstance(start, str) and not Path(start).exists():
-        checks.one_of("start", start, ("real", "noise"))
-    earlier = start if isinstance(start, Condensed) else Condensed.load(start)
+    earlier = start if isinstance(start, Condensed) else earlier_set(start)
     wanted = (data.classes * per_class, *data.shape)
     require(
         tuple(earlier.pictures.shape) == wanted and earlier.top == data.top,
         f"start: a set of {tuple(earlier.pictures.shape)} in [0, {earlier.top:g}], expected {wanted} in [0, {data.top:g}]",
+    )
+    counts = torch.bincount(earlier.labels, minlength=data.classes).tolist()
+    require(
+        counts == [per_class] * data.classes,
+        f"start: a set of {counts} pictures by class, expected {per_class} of each of {data.classes}",
     )
     order = earlier.labels.argsort(stable=True)
     return earlier.pictures[order].to(data.images.device), (

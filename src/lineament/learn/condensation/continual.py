@@ -5,7 +5,7 @@ Arrival by arrival the new pictures are condensed into the memory, and a network
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,6 +73,7 @@ def continual(
     options: Condensation = _PLAIN,
     protocol: Protocol = _FEW,
     seed: int = 0,
+    note: Callable[[str], None] = lambda line: None,
 ) -> Continual:
     """Retrain at every step on the joint memory of everything met so far.
 
@@ -80,6 +81,7 @@ def continual(
         tasks: training pictures and labels, test pictures and labels, of each arrival: new classes (:func:`class_tasks`), or the same classes in another domain. Labels are
             those of the whole.
         methods: how memories are made, see :func:`condense`.
+        note: is told of each part before it is learned.
 
     >>> x, y = torch.rand(16, 1, 8, 8), torch.arange(16) % 4
     >>> found = continual(class_tasks(x, y, x, y, 2), per_class=1, methods=["random"], network="mlp", protocol=Protocol(networks=1, epochs=2))
@@ -96,6 +98,7 @@ def continual(
         memory = []
         for k, (x, y, _, _) in enumerate(tasks):
             there, own = y.unique(return_inverse=True)
+            note(f"{method}: part {k + 1} of {len(tasks)}, {len(there)} classes, {len(y):,} pictures")
             # The classes of one arrival are condensed among themselves, by the plain networks of the pool.
             made = condense(
                 x, own, per_class=per_class, method=method, network=network if isinstance(network, str) else "convnet", options=options, seed=seed + k

@@ -247,7 +247,7 @@ def accuracies(
 ) -> Tensor:
     """Test accuracy of networks that were trained on pictures of the set's scale, [networks]."""
     found = []
-    for k in range(protocol.networks):
+    for k in progress(range(protocol.networks), "training networks", protocol.networks):
         generator = drawn_from(seed, 7, k)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator.initial_seed())

@@ -33,7 +33,7 @@ POOLINGS: dict[str, Callable[[], nn.Module]] = {
     "max": lambda: nn.MaxPool2d(2),
     "avg": lambda: nn.AvgPool2d(2),
 }
-_SMALLEST = 4
+SMALLEST = 4
 
 
 def convnet(
@@ -190,9 +190,9 @@ def _flat(layers: list[nn.Module], shape: tuple[int, ...]) -> int:
 
 
 def _sized(shape: tuple[int, ...]) -> None:
-    if len(shape) != 3 or min(shape[1:]) < _SMALLEST:
+    if len(shape) != 3 or min(shape[1:]) < SMALLEST:
         raise InputError(
-            f"shape: got {tuple(shape)}, expected (channels, height, width) of at least {_SMALLEST} x {_SMALLEST}"
+            f"shape: got {tuple(shape)}, expected (channels, height, width) of at least {SMALLEST} x {SMALLEST}"
         )
 
 

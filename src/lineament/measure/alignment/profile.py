@@ -27,15 +27,9 @@ from lineament.measure.alignment.joint import jackknife
 from lineament.measure.alignment.matching import core_units, matching, semi_matching
 from lineament.measure.alignment.similarity import kernel_blocks, normalised_hsic
 from lineament.measure.alignment.site import Null, SiteAlignment, site_alignment
-from lineament.measure.alignment.units import (
-    Collected,
-    Reading,
-    Step,
-    Transform,
-    gather,
-    steps_of,
-    text_steps,
-)
+from lineament.measure.alignment.steps import Step, steps_of
+from lineament.measure.alignment.units import Collected, Reading, Transform, gather
+from lineament.measure.alignment.word_ends import text_steps
 
 NULLS = ("shuffled", "rotated", "untrained")
 Sites = str | Sequence[str] | Mapping[str, str] | None

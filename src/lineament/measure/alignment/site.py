@@ -37,8 +37,9 @@ class Null(Readable):
 
     @property
     def threshold(self) -> float:
-        """The score that 95 % of the one-to-one pairs stay under."""
-        return float(self.match.double().quantile(0.95))
+        """The score that 95 % of the one-to-one pairs of living units stay under; beside a dead one it is exactly 0."""
+        living = self.match[self.match != 0]
+        return float(living.double().quantile(0.95)) if len(living) else 0.0
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,17 @@ class SiteAlignment(Readable):
         """Which pairs correlate more than 95 % of those between shuffled images."""
         require("shuffled" in self.nulls, "nulls: got none of 'shuffled', which says what chance gives")
         return self.match.values > self.nulls["shuffled"].threshold
+
+    @property
+    def living(self) -> Bool[Tensor, " pairs"]:
+        """Which pairs of ``match`` are of two units that are not dead."""
+        rows, columns = (torch.tensor(dead, dtype=torch.long) for dead in (self.dead_a, self.dead_b))
+        return ~(torch.isin(self.match.rows, rows) | torch.isin(self.match.columns, columns))
+
+    @property
+    def most(self) -> int:
+        """How many units could have a partner: the living ones of the network that has fewer."""
+        return min(len(self.semi.values) - len(self.dead_a), len(self.back.values) - len(self.dead_b))
 
     @cached_property
     def covariances(self) -> tuple[Tensor, Tensor, Tensor]:

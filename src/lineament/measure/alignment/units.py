@@ -2,19 +2,17 @@
 
 A unit is a channel of a map, a feature of a token, or an entry of a vector; a place is a position of the map, a token, or the whole sample.
 Every batch passes each network once. A few places of each image are enough, for neighbours say the same; all images of a batch are read at the
-same ones. Language models with different tokenizers meet at the ends of words that both of them cut.
+same ones.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import accumulate
 from operator import add
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,34 +20,20 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lineament.core import checks, shards
+from lineament.core import shards
 from lineament.core.batching import auto_batch, progress
 from lineament.core.checkpoint import Checkpoint
-from lineament.core.checks import InputError, NotFiniteError, require, show
+from lineament.core.checks import NotFiniteError, require, show
 from lineament.core.models import called, device_of, frozen, logits, moved, unwrapped
 from lineament.core.sites.activations import Activations, capture
 from lineament.core.sites.depth import tokens_of
-from lineament.data.samples import Samples
-from lineament.load.data import load_data
-from lineament.load.input_layout import find_layout, with_arguments
 from lineament.measure.alignment.joint import JointMoments
 from lineament.measure.alignment.similarity import KernelSums
-from lineament.train.batches import Indexed, source
+from lineament.measure.alignment.steps import Parts, Step
 
 Transform = Callable[[Tensor], Tensor]
-_BATCH = 64
 _TOP = 6
 _KERNEL_BYTES = 2**28  # the blocks of the sums for CKA together
-
-
-@dataclass
-class Step:
-    """One batch: the inputs of each network, the samples' numbers, and at which tokens they meet where they do not everywhere."""
-
-    inputs: list[Any]
-    samples: Tensor
-    places: list[Tensor] | None = None  # of each network (sample, place), indices of tokens
-    present: Tensor | None = None  # (sample, place)
 
 
 @dataclass
@@ -363,187 +347,3 @@ def _mean(each: Tensor, present: Tensor | None) -> Float[Tensor, "samples units"
         return each.mean(1)
     there = present.to(each.device, each.dtype)[..., None]
     return (each * there).sum(1) / there.sum(1).clamp_min(1)
-
-
-# What the networks are given
-
-
-def steps_of(models: Sequence[nn.Module], data: Any, others: Any = None, *, seed: int = 0) -> Iterable[Step]:
-    """The batches of a user's data for each network: of one source, or of one for each with the same samples in the same order.
-
-    Data that can be indexed are walked in an order drawn from ``seed``, so that the images of a batch are any images.
-
-    Raises:
-        InputError: sources whose numbers of samples or targets differ.
-    """
-    if isinstance(data, (str, Path, Samples)):
-        samples = data if isinstance(data, Samples) else load_data(data, samples=2**31)
-        views = [Indexed(_Given(with_arguments(model, samples), model), samples.targets) for model in models]
-    else:
-        views = [source(_batched(data))] * len(models)
-    if others is not None:
-        views = [views[0], *[source(_batched(others))] * (len(models) - 1)]
-    if all(isinstance(view, Indexed) for view in views):
-        counts = [len(view) for view in views]
-        require(
-            len(set(counts)) == 1,
-            f"data: {counts[0]} samples for one network and {max(counts[1:])} for the other, expected the same samples",
-        )
-        return _Shuffled(views, seed)
-    return _Streamed(views)
-
-
-class _Given:
-    """Stored samples as one network takes them, by their numbers."""
-
-    def __init__(self, samples: Samples, model: nn.Module):
-        self.samples, self.model = samples, model
-        self.layout, _ = find_layout(model, samples, (), (), 2)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, rows: Any) -> Any:
-        return self.layout.given(self.samples[rows], self.model)
-
-
-class Parts(Sequence[Step]):
-    """Steps of stored samples, made when they are asked for; ``parts`` are the samples' numbers."""
-
-    parts: list[Tensor]
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-
-class _Shuffled(Parts):
-    def __init__(self, views: Sequence[Any], seed: int):
-        self.views = views
-        order = torch.randperm(len(views[0]), generator=torch.Generator().manual_seed(seed))
-        self.parts = list(order.split(_BATCH))
-        if len(self.parts) > 1 and len(self.parts[-1]) == 1:  # which would have no other to be exchanged with
-            self.parts[-2:] = [torch.cat(self.parts[-2:])]
-
-    def __getitem__(self, number: Any) -> Any:
-        rows = self.parts[number]
-        first = self.views[0].take(rows)
-        batches = [first, *(first if view is self.views[0] else view.take(rows) for view in self.views[1:])]
-        _same_targets([batch.targets for batch in batches])
-        return Step([batch.inputs for batch in batches], rows)
-
-
-class _Streamed:
-    def __init__(self, views: Sequence[Any]):
-        self.views = views
-
-    def __iter__(self) -> Iterator[Step]:
-        seen = 0
-        own = list(dict.fromkeys(self.views))
-        walks = [iter(view.in_order(_BATCH)) for view in own]
-        ended = object()
-        while True:
-            batches = [next(walk, ended) for walk in walks]
-            if all(batch is ended for batch in batches):
-                return
-            require(
-                not any(batch is ended for batch in batches),
-                "data: one of the two sources ends before the other, expected the same samples in the same batches",
-            )
-            _same_targets([batch.targets for batch in batches])  # pyright: ignore[reportAttributeAccessIssue]
-            count = len(batches[0])  # pyright: ignore[reportArgumentType]
-            by = {id(view): batch for view, batch in zip(own, batches)}
-            inputs = [by[id(view)].inputs for view in self.views]  # pyright: ignore[reportAttributeAccessIssue]
-            yield Step(inputs, torch.arange(seen, seen + count))
-            seen += count
-
-
-def _same_targets(targets: Sequence[Any]) -> None:
-    found = {_hash(each) for each in targets}
-    require(
-        len(found) == 1,
-        "data: the two sources have other targets in one batch, expected the same samples in the same order (do not shuffle them)",
-    )
-
-
-def _hash(value: Any) -> str:
-    value = torch.as_tensor(value).detach().cpu().contiguous()
-    return hashlib.sha256(str(tuple(value.shape)).encode() + value.double().numpy().tobytes()).hexdigest()
-
-
-def _batched(data: Any) -> Any:
-    """Inputs alone, without targets, as a pair or as batches of pairs."""
-    if isinstance(data, Tensor):
-        return data, torch.zeros(len(data), dtype=torch.long)
-    if isinstance(data, list) and data and all(isinstance(each, Tensor) for each in data) and len(data) != 2:
-        return [(each, torch.zeros(len(each), dtype=torch.long)) for each in data]
-    return data
-
-
-def text_steps(
-    texts: Sequence[str], tokenizers: Sequence[Any], *, positions: int, seed: int = 0
-) -> list[Step]:
-    """Texts for several language models: at the ends of the words that every tokenizer cuts there.
-
-    Raises:
-        InputError: a tokenizer that does not say which characters its tokens stand for; texts without a common place.
-    """
-    texts = checks.listed("data", texts, "texts")
-    require(
-        all(isinstance(text, str) for text in texts),
-        f"data: got {show(texts)}, expected texts, as there are tokenizers",
-    )
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
-    steps = []
-    for rows in order.split(16):
-        cut = [[_tokens(tokenizer, texts[int(row)]) for row in rows] for tokenizer in tokenizers]
-        kept, places = [], []
-        for at, row in enumerate(rows.tolist()):
-            ends = [
-                {end: token for token, end in enumerate(net[at][1]) if _word_ends(texts[row], end)}
-                for net in cut
-            ]
-            common = sorted(set.intersection(*map(set, ends)))
-            if len(common) > positions:
-                generator = torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63)
-                some = torch.randperm(len(common), generator=generator)[:positions].sort().values
-                common = [common[i] for i in some.tolist()]
-            if common:
-                kept.append(at)
-                places.append([[end[place] for place in common] for end in ends])
-        if not kept:
-            continue
-        longest = max(len(each[0]) for each in places)
-        present = torch.tensor([[k < len(each[0]) for k in range(longest)] for each in places])
-        index = [
-            torch.tensor([each[n] + [0] * (longest - len(each[n])) for each in places])
-            for n in range(len(tokenizers))
-        ]
-        inputs = [_padded([net[at][0] for at in kept]) for net in cut]
-        steps.append(Step(inputs, rows[kept], index, present))
-    require(
-        bool(steps), "data: in no text do the tokenizers end a word at the same place; expected plain texts"
-    )
-    return steps
-
-
-def _tokens(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """Token ids, and where in the text each ends (0 where it stands for nothing)."""
-    try:
-        found = tokenizer(text, return_offsets_mapping=True)
-    except NotImplementedError as error:
-        raise InputError(
-            f"tokenizers: {type(tokenizer).__name__} does not say which characters a token stands for, expected a fast tokenizer"
-        ) from error
-    return list(found["input_ids"]), [end if end > start else 0 for start, end in found["offset_mapping"]]
-
-
-def _word_ends(text: str, end: int) -> bool:
-    return end > 0 and not text[end - 1].isspace() and (end == len(text) or text[end].isspace())
-
-
-def _padded(ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    longest = max(map(len, ids))
-    return {
-        "input_ids": torch.tensor([[*each, *[0] * (longest - len(each))] for each in ids]),
-        "attention_mask": torch.tensor([[1] * len(each) + [0] * (longest - len(each)) for each in ids]),
-    }

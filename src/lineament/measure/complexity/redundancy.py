@@ -64,8 +64,8 @@ def masked_ratios(
     """CKA of the masked units with each feature, relative to that of all units; NaN for a mask that leaves nothing.
 
     >>> masks = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
-    >>> masked_ratios(torch.eye(2), torch.tensor([[1.0], [0.0]]), masks).flatten().tolist()
-    [1.0, 1.4142135623730951]
+    >>> masked_ratios(torch.eye(2), torch.tensor([[1.0], [0.0]]), masks).flatten().round(decimals=4).tolist()
+    [1.0, 1.4142]
     """
     checks.tensor("masks", masks, shape=("masks", len(covariance)))
     s, c = covariance.double(), cross.double()
@@ -84,7 +84,7 @@ def redundancy_from_moments(
 ) -> Float[Tensor, " features"]:
     """The mean of :func:`masked_ratios` over the masks that leave something (a warning counts the others).
 
-    >>> redundancy_from_moments(torch.eye(2), torch.tensor([[1.0], [0.0]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]])).tolist()
+    >>> redundancy_from_moments(torch.eye(2), torch.tensor([[1.0], [0.0]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]])).round(decimals=12).tolist()
     [0.5]
     """
     ratios = masked_ratios(covariance, cross, masks)

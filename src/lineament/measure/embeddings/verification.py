@@ -64,35 +64,34 @@ def fold_accuracy(
         f"embeddings: got {show(embeddings)} beside {len(same)} pairs, expected two rows a pair",
     )
     number("folds", folds, low=2, high=len(same), integer=True)
-    same = same.bool()
+    same, n = same.bool(), len(same)
     # In parts that stay in the cache: the differences are the most of the work.
-    parts = zip(embeddings[0::2].split(1024), embeddings[1::2].split(1024))
+    parts = zip(embeddings[0::2].split(512), embeddings[1::2].split(512))
     distance = torch.cat([(a - b).square_().sum(1) for a, b in parts])
+    require(bool(distance.isfinite().all()), "embeddings: NaN or infinity in a row")
     count = round((stop - start) / step)
     thresholds = start + step * torch.arange(count, dtype=torch.float64, device=distance.device)
-    sizes = [len(same) // folds + (k < len(same) % folds) for k in range(folds)]
+    sizes = torch.tensor([n // folds + (k < n % folds) for k in range(folds)], device=distance.device)
     # accepted[f, t, kind]: pairs of the fold with a distance below the threshold
     first = torch.searchsorted(thresholds, distance.double(), right=True)
-    fold = torch.repeat_interleave(torch.arange(folds), torch.tensor(sizes)).to(distance.device)
+    fold = torch.arange(folds, device=distance.device).repeat_interleave(sizes, output_size=n)
     cells = torch.zeros(folds, 2, count + 1, dtype=torch.int64, device=distance.device)
     cells.view(-1).index_add_(0, (fold * 2 + same.long()) * (count + 1) + first, torch.ones_like(first))
     accepted = cells.cumsum(2)[..., :count]
-    totals = torch.stack(
-        [torch.bincount(fold[~same], minlength=folds), torch.bincount(fold[same], minlength=folds)], 1
-    )
+    totals = cells.sum(2)
     lacking = (totals == 0).any(1).nonzero()[:, 0].tolist()
     require(
         not lacking,
         f"same: all pairs of fold {lacking[0] + 1 if lacking else 0} of {folds} are of one kind, expected both in each; shuffle the pairs, or take fewer folds",
     )
     right = accepted[:, 1] + totals[:, :1] - accepted[:, 0]
-    others = (right.sum(0) - right).double() / (len(same) - torch.tensor(sizes)).to(distance.device)[:, None]
+    others = (right.sum(0) - right).double() / (n - sizes)[:, None]
     best = others.argmax(1)
-    accuracy = right.gather(1, best[:, None])[:, 0].double() / torch.tensor(sizes).to(distance.device)
+    accuracy = right.gather(1, best[:, None])[:, 0].double() / sizes
     share = accepted.double() / totals[..., None].clamp(min=1)
     return Folds(
         accuracy, float(accuracy.mean()), float(accuracy.std(correction=0)), thresholds,
-        share[:, 1].mean(0), share[:, 0].mean(0), float(right.sum(0).max()) / len(same),
+        share[:, 1].mean(0), share[:, 0].mean(0), float(right.sum(0).max()) / n,
     )  # fmt: skip
 
 

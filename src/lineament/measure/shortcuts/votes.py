@@ -307,7 +307,9 @@ def _words(name: str, values: Any, count: int) -> np.ndarray:
         bad = int((~np.isfinite(found)).sum())
         require(not bad, f"groups: {bad} of {count} values of {name!r} are NaN or infinite")
     different = len(np.unique(found))
-    require(different > 1, f"groups: {name!r} has one value, {found[0]!r}; expected at least two")
+    require(
+        different > 1, f"groups: {name!r} has one value, {found[:1].tolist()[0]!r}; expected at least two"
+    )
     require(
         different <= _MOST_VALUES,
         f"groups: {name!r} has {different} different values, expected at most {_MOST_VALUES}; bin it (numpy.digitize)",

@@ -15,15 +15,16 @@ from torch.nn import functional as F
 
 from lineament.core.checks import one_of, require, show
 from lineament.core.results import Readable
-from lineament.modules.sparse_attention.backends import block_major, dense, gather
-from lineament.modules.sparse_attention.backends.recomputed import Recomputed
+from lineament.modules.sparse_attention.backends import block_major, dense, flex, gather
+from lineament.modules.sparse_attention.backends.recomputed import Kernel, Recomputed
 from lineament.modules.sparse_attention.blocks import Blocks, lay_out
 from lineament.modules.sparse_attention.selection import Choosing, Selection, check_heads, select
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-BACKENDS = ("auto", "dense", "gather", "block_major")
+Backend = Literal["auto", "dense", "gather", "block_major", "triton", "flex"]
+BACKENDS = ("auto", "dense", "gather", "block_major", "triton", "flex")
 # Below these sizes a mask over all pairs is the fastest: pairs of tokens, and rows times heads times pairs.
 PAIRS, MASKED = 2**18, 2**25
 
@@ -53,7 +54,7 @@ def attend(
     selection: Selection | Literal["exact", "released"] = "exact",
     *,
     scale: float | None = None,
-    backend: Literal["auto", "dense", "gather", "block_major"] = "auto",
+    backend: Backend = "auto",
     **options: Unpack[Choosing],
 ) -> Attended:
     """Soft-max attention over the tokens of the chosen blocks; padded queries give zeros.
@@ -61,7 +62,8 @@ def attend(
     Args:
         q: [batch, query heads, queries, size]. k, v: [batch, key heads, keys, size].
         selection: from :func:`select`; or how to choose, with the options of :func:`select`.
-        backend: ``"dense"`` holds all pairs, ``"gather"`` copies each query's blocks, ``"block_major"`` reads them in place; ``"auto"`` picks the fastest.
+        backend: ``"dense"`` holds all pairs, ``"gather"`` copies each query's blocks, ``"block_major"`` reads them in place, ``"triton"`` does so with
+            kernels of its own on CUDA, ``"flex"`` is PyTorch's FlexAttention (without gradients but on CUDA); ``"auto"`` picks the fastest.
 
     >>> x = torch.randn(1, 2, 9, 4)
     >>> whole = attend(x, x, x, block_size=4, blocks=3).output
@@ -81,7 +83,7 @@ def attend_both(
     selection: Selection | Literal["exact", "released"] = "exact",
     *,
     scale: float | None = None,
-    backend: Literal["auto", "dense", "gather", "block_major"] = "auto",
+    backend: Backend = "auto",
     **options: Unpack[Choosing],
 ) -> Both:
     """Full attention and attention over the chosen blocks; the options are those of :func:`attend`.
@@ -153,8 +155,18 @@ def sparse_output(
         backend = fastest(q, k, selection, lse=lse)
     if backend == "dense":
         return dense.attended(q, k, v, selection.tokens(), factor, lse=lse)
-    kernel = gather if backend == "gather" else block_major
-    return Recomputed.apply(q, k, v, selection.indices, layout, factor, kernel)  # pyright: ignore[reportReturnType]
+    if backend == "flex":
+        return flex.attended(q, k, v, selection, factor)
+    return Recomputed.apply(q, k, v, selection.indices, layout, factor, _kernel(backend))  # pyright: ignore[reportReturnType]
+
+
+def _kernel(backend: str) -> Kernel:
+    if backend != "triton":
+        return gather if backend == "gather" else block_major
+    # Triton takes a while to import.
+    from lineament.modules.sparse_attention.backends import triton
+
+    return triton
 
 
 def fastest(q: Tensor, k: Tensor, selection: Selection, *, lse: bool = False) -> str:
@@ -163,8 +175,16 @@ def fastest(q: Tensor, k: Tensor, selection: Selection, *, lse: bool = False) ->
     group, size = q.shape[1] // selection.indices.shape[1], selection.layout.size
     if q.shape[2] > 32 and pairs <= PAIRS and pairs * q.shape[0] * q.shape[1] <= MASKED:
         return "dense"
+    if q.is_cuda and q.shape[2] > 32 and q.dtype != torch.float64 and _on_gpu(q.device):
+        return "triton"
     small = q.shape[2] <= 32 or (group >= 16 and size <= 16) or slots * size <= 64
     return "gather" if small else "block_major"
+
+
+def _on_gpu(device: torch.device) -> bool:
+    from lineament.modules.sparse_attention.backends import triton
+
+    return triton.usable(device)
 
 
 def full_output(q: Tensor, k: Tensor, v: Tensor, layout: Blocks, *, scale: float | None = None) -> Tensor:

@@ -28,6 +28,9 @@ ROUND = 256
 class BlockLayer(DynamicLayer):
     """One layer's keys and values in buffers that double, and the mean key of each complete block, counted from each row's first real token."""
 
+    # transformers 4.56 does not set it.
+    is_initialized = False
+
     def __init__(self, **options: Any):
         self.length, self._keys, self._values = 0, None, None
         self._forget()

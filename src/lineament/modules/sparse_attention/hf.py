@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -26,6 +27,8 @@ from lineament.modules.sparse_attention.options import IN_CONFIG, ON_MODULE, Bud
 from lineament.modules.sparse_attention.selection import select
 
 NAME = "lineament_sparse"
+# transformers 4 passes `is_causal` otherwise.
+BEFORE_5 = int(transformers.__version__.split(".")[0]) < 5
 
 
 @contextmanager
@@ -193,6 +196,9 @@ def attention_forward(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The attention function, [batch, tokens, heads, size]; a ``gate``, [batch, heads, tokens, 1], multiplies the output, three are NSA's."""
+    if BEFORE_5 and (query.shape[2] == 1 or attention_mask is not None) and not getattr(module, "is_cross_attention", False):  # fmt: skip
+        # There it only says whether PyTorch's attention is to make the mask.
+        options.pop("is_causal", None)
     _refuse(module, dropout, options)
     budget, layer = budget_of(module), module.layer_idx
     if _windowed(module):

@@ -7,8 +7,9 @@ that read them; only values of one feature that share all rows are merged.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lineament.core.checks import InputError, number, one_of, require, show, suggest
+from lineament.core.whole_files import divided, load_parts, read_one, save_whole
+from lineament.modules.unified_embedding import sharded
 from lineament.modules.unified_embedding.hashing import (
     as_texts,
     bucket,
@@ -51,6 +54,20 @@ class Feature:
         return (self.below + len(self.reserved)) * self.lookups
 
 
+# Numbers that are drawn at once.
+_DRAWN = 1 << 22
+
+
+@dataclass(frozen=True)
+class _Bags:
+    """A feature's values: their rows, where bags begin (``None``: each is one), which values count, the number of bags."""
+
+    at: Tensor
+    offsets: Tensor | None
+    there: Tensor | None
+    count: int
+
+
 class UnifiedEmbedding(nn.Module):
     """Embeddings of any number of features out of one table of narrow rows.
 
@@ -61,6 +78,7 @@ class UnifiedEmbedding(nn.Module):
         salt: of a feature's hashes: its ``"name"``, or the ``"order"`` in which it was added, which changes all later ones when one is inserted.
         assign: which sub-table a feature's look-ups start at: by its name, or going on from the last feature ("order").
         sparse: gradients of the rows that were read only.
+        device: where the weights are; ``"meta"``: nowhere until :meth:`shard`, where each process then draws its part of them and none has the whole.
 
     ``add`` features, then call it with {name: ids}. A feature's output has ``lookups * chunk`` numbers.
 
@@ -84,6 +102,7 @@ class UnifiedEmbedding(nn.Module):
         salt: Literal["name", "order"] = "name",
         assign: Literal["name", "order"] = "name",
         sparse: bool = False,
+        device: Any = None,
     ):
         super().__init__()
         self.rows = number("rows", rows, low=1, high=(1 << 31) - 1, integer=True)
@@ -96,9 +115,8 @@ class UnifiedEmbedding(nn.Module):
         self.sparse = sparse
         self.features: dict[str, Feature] = {}
         self._plans: dict[Any, tuple[list[str], Tensor, Tensor]] = {}
-        self.weight = nn.Parameter(torch.empty(tables * rows, chunk))
-        # Keras' range; the normal distribution of nn.Embedding costs several points of AUC.
-        nn.init.uniform_(self.weight, -0.05, 0.05, generator=torch.Generator().manual_seed(seed))
+        self.weight = nn.Parameter(torch.empty(tables * rows, chunk, device=device))
+        self._fill(0)
 
     def add(
         self,
@@ -117,6 +135,7 @@ class UnifiedEmbedding(nn.Module):
             collisionless_below: ids from 0 up to this have rows of their own, which nothing else is hashed to: a small vocabulary.
             reserve: further ids (or strings) with rows of their own: the most frequent ones, as :func:`~lineament.modules.probe` finds them.
         """
+        require(not self.sharded, "name: features are added before a table is divided")
         require(name not in self.features, f"name: there is a feature {name!r} already")
         number("lookups", lookups, low=1, integer=True)
         one_of("combiner", combiner, ("mean", "sum", "sqrtn"))
@@ -141,9 +160,27 @@ class UnifiedEmbedding(nn.Module):
         )
         self.features[name] = feature
         if feature.own:
-            generator = torch.Generator().manual_seed(self._salt(feature, 0) >> 1)
-            more = torch.empty(feature.own, self.chunk).uniform_(-0.05, 0.05, generator=generator)
-            self.weight = nn.Parameter(torch.cat([self.weight.detach(), more.to(self.weight)]))
+            more = self.weight.new_empty(feature.own, self.chunk)
+            self.weight = nn.Parameter(torch.cat([self.weight.detach(), more]))
+            self._fill(feature.start)
+
+    def _fill(self, start: int) -> None:
+        """Draw the rows from ``start`` on, where there are any."""
+        if not self.weight.is_meta:
+            for at, rows in self.drawn(start):
+                self.weight.detach()[at : at + len(rows)] = rows
+
+    def drawn(self, start: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """(the first row's number, rows), some at a time: what the weights begin with, from row ``start`` on, which is 0 or where a feature's own rows begin."""
+        parts = [(0, self.tables * self.rows, self.seed)]
+        own = (f for f in self.features.values() if f.own)
+        parts += [(f.start, f.own, self._salt(f, 0) >> 1) for f in own]
+        for first, count, seed in parts:
+            generator = torch.Generator().manual_seed(seed)
+            for at in range(0, count if first >= start else 0, step := max(1, _DRAWN // self.chunk)):
+                rows = torch.empty(min(step, count - at), self.chunk)
+                # Keras' range; the normal distribution of nn.Embedding costs several points of AUC.
+                yield first + at, rows.uniform_(-0.05, 0.05, generator=generator)
 
     def forward(self, inputs: Mapping[str, Any], *, as_dict: bool = False) -> Any:
         """Embeddings of each feature's values.
@@ -166,7 +203,14 @@ class UnifiedEmbedding(nn.Module):
         )
         if not as_dict and self.hash == "mix64" and all(self._single(name, inputs[name]) for name in names):
             return self._at_once(names, inputs)
-        found = {name: self._embedded(self.features[name], inputs[name]) for name in names}
+        prepared = {name: self._prepared(self.features[name], inputs[name]) for name in names}
+        if not as_dict:
+            self._alike({name: bag.count for name, bag in prepared.items()})
+        source, places = self.rows_at([bag.at for bag in prepared.values()])
+        found = {
+            name: self._combined(self.features[name], bag, at, source)
+            for (name, bag), at in zip(prepared.items(), places)
+        }
         return found if as_dict else torch.cat(list(found.values()), 1)
 
     def _single(self, name: str, given: Any) -> bool:
@@ -175,11 +219,22 @@ class UnifiedEmbedding(nn.Module):
 
     def _at_once(self, names: Sequence[str], inputs: Mapping[str, Tensor]) -> Tensor:
         """One hash and one gather for all features of one value each: what is gathered is the output already."""
+        self._alike({name: len(inputs[name]) for name in names})
         which, salts, starts = self._plan(tuple(names), inputs[names[0]].device)
         ids = torch.stack([inputs[name] for name in which], 1)
         at = bucket(mix64(ids, salts), self.rows)
         at = at if self.tables == 1 else at + starts
-        return F.embedding(at, self.weight, sparse=self.sparse).flatten(1)
+        source, (at,) = self.rows_at([at])
+        return F.embedding(at, source, sparse=self.sparse and not self.sharded).flatten(1)
+
+    def _alike(self, counts: Mapping[str, int]) -> None:
+        """Refuse features of different numbers of samples."""
+        first = next(iter(counts))
+        other = next((name for name in counts if counts[name] != counts[first]), first)
+        require(
+            other == first,
+            f"inputs: {other!r} has {counts[other]} samples and {first!r} {counts[first]}, expected as many of each",
+        )
 
     def _plan(self, names: tuple[str, ...], device: torch.device) -> tuple[list[str], Tensor, Tensor]:
         """Of each look-up of these features: whose it is, its mixed salt, and where its sub-table starts."""
@@ -240,13 +295,30 @@ class UnifiedEmbedding(nn.Module):
             raise InputError(f"inputs: got {show(ids)}, expected whole ids")
         return ids.long()
 
-    def _embedded(self, feature: Feature, given: Any) -> Tensor:
+    def rows_at(self, places: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """(a table of rows, and where in it the rows of ``places`` are): the weights; or what the processes among which they are divided gave of them."""
+        if not self.sharded:
+            return self.weight, list(places)
+        found, where = sharded.exchanged(self, torch.cat([at.reshape(-1) for at in places]))
+        parts = where.split([at.numel() for at in places])
+        return found, [part.view_as(at) for part, at in zip(parts, places)]
+
+    def _prepared(self, feature: Feature, given: Any) -> _Bags:
         offsets = None
         if isinstance(given, tuple):
             given, offsets = given
-            rising(offsets, feature.name)
+            rising(offsets, feature.name, len(given))
+        shaped = (
+            given.ndim == 1 or (given.ndim == 2 and offsets is None)
+            if isinstance(given, Tensor)
+            else isinstance(given, Sequence)
+        )
+        require(
+            shaped,
+            f"inputs: got {show(given)} for {feature.name!r}, expected ids [batch] or [batch, values], strings, or (ids [values], offsets [batch])",
+        )
         several = isinstance(given, Tensor) and given.ndim == 2
-        batch = len(given)
+        batch = len(given) if offsets is None else len(offsets)
         if several:
             offsets = torch.arange(0, given.numel() + 1, given.shape[1], device=given.device)[:-1]
             given = given.reshape(-1)
@@ -254,27 +326,71 @@ class UnifiedEmbedding(nn.Module):
         there = None
         if feature.padding is not None and isinstance(given, Tensor):
             there = given != feature.padding
-        if offsets is None:
-            found = F.embedding(at, self.weight, sparse=self.sparse).flatten(1)
-            return found if there is None else found * there[:, None]
-        return self._pooled(feature, at, offsets, there, len(offsets) if not several else batch)
+        return _Bags(at, offsets, there, batch)
 
-    def _pooled(
-        self, feature: Feature, at: Tensor, offsets: Tensor, there: Tensor | None, batch: int
-    ) -> Tensor:
+    def _combined(self, feature: Feature, bags: _Bags, at: Tensor, source: Tensor) -> Tensor:
         """Each bag's rows combined by look-up; an empty bag is zeros."""
+        offsets, there, sparse = bags.offsets, bags.there, self.sparse and not self.sharded
+        if offsets is None:
+            found = F.embedding(at, source, sparse=sparse).flatten(1)
+            return found if there is None else found * there[:, None]
         weights = torch.ones(len(at), device=at.device) if there is None else there.float()
         bag = torch.bucketize(torch.arange(len(at), device=at.device), offsets, right=True) - 1
-        size = torch.zeros(batch, device=at.device).index_add_(0, bag, weights)
+        size = torch.zeros(bags.count, device=at.device).index_add_(0, bag, weights)
         power = {"mean": 1.0, "sum": 0.0, "sqrtn": 0.5}[feature.combiner]
-        share = (weights / size.clamp(min=1)[bag].pow(power)).to(self.weight.dtype)
+        share = (weights / size.clamp(min=1)[bag].pow(power)).to(source.dtype)
         made = [
-            F.embedding_bag(
-                at[:, j], self.weight, offsets, mode="sum", sparse=self.sparse, per_sample_weights=share
-            )
+            F.embedding_bag(at[:, j], source, offsets, mode="sum", sparse=sparse, per_sample_weights=share)
             for j in range(feature.lookups)
         ]
         return torch.cat(made, 1)
+
+    def shard(self, mesh: Any = None, by: Literal["row", "table", "column", "replicate"] = "row") -> None:
+        """Divide the table among the processes of a training; called by all of them when all features are added, before an optimizer is given the weights.
+
+        ``weight`` is then a DTensor, as the first process has it, which ``torch.distributed.checkpoint`` saves and opens in any number of processes. Each process passes its own samples, in as many calls
+        as the others, with the same features (of none a tensor without ids). The gradient is the mean over the processes, as DistributedDataParallel makes it of the network behind the table; the table
+        itself stays outside of it. With ``sparse=True`` it is of the rows alone that were read, for :class:`~lineament.optim.RowAdagrad` and the like; it is left in ``weight.grad`` by ``backward()``.
+
+        Args:
+            mesh: a DeviceMesh of one dimension with all processes; made where there is none.
+            by: ``"row"``, any number of them; ``"table"``: whole sub-tables, as many with each; ``"column"``; ``"replicate"``: all with each, for small tables.
+
+        Raises:
+            InputError: no process group, a mesh of some of the processes only, sub-tables or columns that cannot be divided.
+
+        >>> UnifiedEmbedding(10, 4).shard()
+        Traceback (most recent call last):
+        ...
+        lineament.core.checks.InputError: mesh: there is no process group; start the processes by torchrun and call torch.distributed.init_process_group() first
+        """
+        sharded.shard(self, mesh, by)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights lie with several processes."""
+        return divided(self.weight)
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as one safetensors file, the ``state_dict``; every process of a divided one must call it, and none holds it whole.
+
+        >>> import tempfile
+        >>> path = f"{tempfile.mkdtemp()}/table.safetensors"; table = UnifiedEmbedding(10, 4); table.save(path)
+        >>> UnifiedEmbedding(10, 4, seed=1).load(path)
+        Traceback (most recent call last):
+        ...
+        lineament.core.checks.InputError: state_dict: the table was saved with seed 0 (here 1), so that its rows mean other values
+        """
+        save_whole(self.state_dict(), path)
+
+    def load(self, path: str | Path) -> None:
+        """Read what :meth:`save` wrote, in any number of processes; each reads its part.
+
+        Raises:
+            InputError: another seed, number of rows, chunk or salt; no file of a table.
+        """
+        self.set_extra_state(read_one(path, "_extra_state"))
+        load_parts(path, {"weight": self.weight})
 
     def meaning(self) -> dict[str, Any]:
         """What the rows' meaning depends on; weights load only where it is the same."""
@@ -283,8 +399,9 @@ class UnifiedEmbedding(nn.Module):
         return {**{key: getattr(self, key) for key in known}, **({"own rows": own} if own else {})}
 
     def get_extra_state(self) -> Tensor:
-        """The bytes of :meth:`meaning` as JSON, which any file of weights holds."""
-        return torch.tensor(list(json.dumps(self.meaning()).encode()), dtype=torch.uint8)
+        """The bytes of :meth:`meaning` as JSON, which any file of weights holds; spaces make most of them as long, which distributed checkpoints want."""
+        said = json.dumps(self.meaning()).encode()
+        return torch.tensor(list(said + b" " * (-len(said) % 512)), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         ours, said = self.meaning(), json.loads(bytes(state.tolist()))
@@ -297,10 +414,14 @@ class UnifiedEmbedding(nn.Module):
             )
 
 
-def rising(offsets: Tensor, name: str) -> None:
-    """Refuse offsets of bags that do not start at 0, or fall."""
+def rising(offsets: Tensor, name: str, length: int) -> None:
+    """Refuse offsets of bags that are no whole numbers, do not start at 0, fall, or pass the number of ids."""
+    whole = isinstance(offsets, Tensor) and offsets.ndim == 1 and offsets.dtype in (torch.int64, torch.int32)
+    require(whole, f"inputs: got {show(offsets)} as offsets of {name!r}, expected whole numbers [batch]")
     falling = len(offsets) and (int(offsets[0]) != 0 or bool((offsets.diff() < 0).any()))
     require(not falling, f"inputs: the offsets of {name!r} must start at 0 and not fall")
+    last = int(offsets[-1]) if len(offsets) else 0
+    require(last <= length, f"inputs: the offsets of {name!r} go to {last}, and there are {length} ids")
 
 
 def _name(name: str) -> int:

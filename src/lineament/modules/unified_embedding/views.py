@@ -65,16 +65,16 @@ class EmbeddingView(nn.Module):
             per_sample_weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)
         if offsets is None:
             raise InputError(f"offsets: got none beside {show(input)}, expected where each bag starts")
-        rising(offsets, self.name)
+        rising(offsets, self.name, len(input))
         starts = offsets[:-1] if self.include_last_offset else offsets
         bag = torch.bucketize(torch.arange(len(input), device=input.device), starts, right=True) - 1
         return self._pooled(self._rows(input), input, bag, len(starts), per_sample_weights)
 
     def _rows(self, ids: Tensor) -> Tensor:
         table = self.table
-        return F.embedding(table.places_of(self.name, ids), table.weight, sparse=table.sparse).flatten(1)[
-            :, : self.embedding_dim
-        ]
+        source, (at,) = table.rows_at([table.places_of(self.name, ids)])
+        found = F.embedding(at, source, sparse=table.sparse and not table.sharded)
+        return found.flatten(1)[:, : self.embedding_dim]
 
     def _pooled(self, rows: Tensor, ids: Tensor, bag: Tensor, count: int, weights: Tensor | None) -> Tensor:
         there = (

@@ -18,7 +18,7 @@ from lineament.core.readouts.logistic_readout import logistic
 from lineament.data.digits import digit_images
 from lineament.data.samples import Samples
 from lineament.losses.feature_transform import NegativeInterpolation, PositiveExtrapolation
-from lineament.losses.info_nce import InfoNCE, ScoreLog
+from lineament.losses.info_nce import InfoNCE, MixedRows, ScoreLog
 from lineament.losses.queue import Queue
 from lineament.recipes.kit.threads import few_threads
 from lineament.train.callbacks import Augment, Cosine
@@ -50,7 +50,7 @@ class Fixed(Watched):
 class UntransformedQuery(InfoNCE):
     """The extrapolated query meets its key, and the query as it was the negatives."""
 
-    def compared(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def compared(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor | MixedRows | None]:
         positive, _, rows = super().compared(query, key)
         return positive, query, rows
 

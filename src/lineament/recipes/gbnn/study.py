@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import time
 import warnings
 from dataclasses import dataclass
@@ -10,17 +12,19 @@ from typing import Any
 import numpy as np
 import sklearn.datasets
 import torch
+from sklearn.base import is_classifier
 from sklearn.ensemble import (
     HistGradientBoostingClassifier,
     HistGradientBoostingRegressor,
 )
 from sklearn.linear_model import LogisticRegression, RidgeCV
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import GridSearchCV, train_test_split
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from lineament.data.digits import digit_images
+from lineament.edit.pruning import prune
 from lineament.learn.boosting.estimators import GBNNClassifier, GBNNRegressor
 from lineament.learn.boosting.network import boosted_head
 from lineament.train.loop import fit
@@ -107,7 +111,7 @@ def parts(name: str, seed: int) -> tuple[Array, Array, Array, Array]:
 
 def score_of(net: Any, Z: Array, z: Array) -> float:
     """Accuracy, or the root of the mean squared error."""
-    if hasattr(net, "classes_"):
+    if is_classifier(net):
         return float((net.predict(Z) == z).mean())
     return float(np.sqrt(np.mean((net.predict(Z) - z) ** 2)))
 
@@ -136,6 +140,13 @@ def scored(name: str, seed: int, iterations: int) -> Score:
     mlp: Any = MLPClassifier if classes else MLPRegressor
     trees: Any = HistGradientBoostingClassifier if classes else HistGradientBoostingRegressor
     linear: Any = LogisticRegression(max_iter=500) if classes else RidgeCV()
+    early = mlp(
+        hidden_layer_sizes=(200,),
+        early_stopping=True,
+        learning_rate_init=0.01,
+        max_iter=200,
+        random_state=seed,
+    )
     rng = np.random.default_rng(seed)
     weights, bias = (
         rng.normal(size=(X.shape[1], told.units)) / np.sqrt(X.shape[1]),
@@ -148,14 +159,12 @@ def scored(name: str, seed: int, iterations: int) -> Score:
         "MLP, same units, L-BFGS": mlp(
             hidden_layer_sizes=(told.units,), solver="lbfgs", max_iter=200, random_state=seed
         ),
-        "MLP, 200 units, Adam, early stopping": mlp(
-            hidden_layer_sizes=(200,),
-            early_stopping=True,
-            learning_rate_init=0.01,
-            max_iter=200,
-            random_state=seed,
-        ),
+        "MLP, 200 units, Adam, early stopping": early,
+        "MLP, the same, L2 tuned": GridSearchCV(early, {"alpha": [1e-4, 1e-2, 1.0]}, cv=3),
         "HistGB": trees(random_state=seed, max_iter=60),
+        **_other_trees(classes, seed),
+        # No step of the hidden weights: they stay as drawn, and each part's output weights are solved.
+        "random hidden units, boosted": boosted(name, seed, 1, solver="varpro", tol=1e300),
     }
     found = {"boosted, lbfgs": score_of(net, Z, z), "boosted, varpro": score_of(fast, Z, z)}
     with warnings.catch_warnings():
@@ -168,6 +177,18 @@ def scored(name: str, seed: int, iterations: int) -> Score:
             linear.fit(np.tanh(X @ weights + bias), y), np.tanh(Z @ weights + bias), z
         )
     return Score(found, float(np.diff(net.train_losses_).max(initial=0.0)))
+
+
+def _other_trees(classes: bool, seed: int) -> dict[str, Any]:
+    """Of LightGBM and XGBoost what is installed."""
+    found: dict[str, Any] = {}
+    kind = "Classifier" if classes else "Regressor"
+    for label, module, prefix in (("LightGBM", "lightgbm", "LGBM"), ("XGBoost", "xgboost", "XGB")):
+        if importlib.util.find_spec(module) is not None:
+            made = getattr(importlib.import_module(module), prefix + kind)
+            quiet = {"verbosity": -1} if module == "lightgbm" else {"verbosity": 0}
+            found[label] = made(n_estimators=60, n_jobs=1, random_state=seed, **quiet)
+    return found
 
 
 def cut(seed: int, units: int, iterations: int) -> Cut:
@@ -199,11 +220,27 @@ def cut(seed: int, units: int, iterations: int) -> Cut:
                 )
                 for m in marks
             ]
+            if solver == "adam":
+                kept["MLP adam, pruned by ModHiFi"] = [_pruned(mlp, X, m, (Z, z)) for m in marks]
         for width in (marks[0], marks[len(marks) // 2], marks[-1]):
             anew[str(width)] = float(
                 MLPClassifier((width,), max_iter=150, random_state=seed).fit(X, y).score(Z, z)
             )
     return Cut(marks, kept, anew)
+
+
+def _pruned(mlp: Any, X: Any, units: int, test: tuple[Any, Any]) -> float:
+    """Accuracy of a perceptron of ReLUs pruned to so many hidden units, without labels, the units that stay adjusted to those that go."""
+    layers = [nn.Linear(*W.shape, dtype=torch.float64) for W in mlp.coefs_]
+    for layer, W, b in zip(layers, mlp.coefs_, mlp.intercepts_):
+        layer.weight.data, layer.bias.data = torch.from_numpy(W.T.copy()), torch.from_numpy(b.copy())
+    net: nn.Module = nn.Sequential(layers[0], nn.ReLU(), layers[1])
+    whole = len(mlp.intercepts_[0])
+    if units < whole:
+        net = prune(net, torch.from_numpy(X), keep=units / whole).model
+    with torch.no_grad():
+        answers = net(torch.from_numpy(test[0])).argmax(1).numpy()
+    return float((np.asarray(mlp.classes_)[answers] == test[1]).mean())
 
 
 def solvers(config: Any) -> list[Solvers]:

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from lineament.core.checks import require
 from lineament.data.digits import digit_images
 from lineament.privacy.defences import defence_of
-from lineament.privacy.leakage import leakage, wrong_message
+from lineament.privacy.leakage import leakage
 from lineament.privacy.priors import train_prior
-from lineament.privacy.reconstruction import Search
+from lineament.privacy.search import Search
 from lineament.recipes.kit.image_sets import faces
 from lineament.train.stacked import refreshed
 
@@ -50,13 +50,13 @@ def trial_of(config: Any, domain: str, seed: int) -> Trial:
     found = leakage(
         victim(x.shape[1], config.side, int(y.max()) + 1, seed), x[audited], y[audited], public=x[public], prior=prior,
         defences=[defence_of(name) for name in config.defences], attacks=ATTACKS,
-        search=Search(steps=config.steps, restarts=config.restarts, radius=config.radius),
+        copies=False, search=Search(steps=config.steps, restarts=config.restarts, radius=config.radius),
         bounds=(torch.zeros(x.shape[1]), torch.ones(x.shape[1])), seed=seed,
     )  # fmt: skip
     by = {f"{a.defence} | {a.attack}": a for a in found.attacked}
     return Trial(
         {k: a.psnr for k, a in by.items()},
-        {k: wrong_message(a, found.truth, 1) for k, a in by.items()},
+        {k: a.wrong for k, a in by.items() if a.wrong is not None},
         {k: a.named.double().mean() for k, a in by.items()},
         {k: torch.tensor(a.labels_right) for k, a in by.items()},
         {k: a.stage_psnr.mean(0) for k, a in by.items()},

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lineament.core.models import frozen
-from lineament.edit.pruning import PruneOptions, prune
+from lineament.edit.pruned import PruneOptions
+from lineament.edit.pruning import prune
 from lineament.recipes.kit.text import read_text
 from lineament.train.callbacks import Cosine
 from lineament.train.loop import fit

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lineament.core.sites.hooks import replace
 from lineament.data.samples import Samples
 from lineament.edit.layers import fidelity
-from lineament.edit.pruning import Pruned, PruneOptions, prune
+from lineament.edit.pruned import Pruned, PruneOptions
+from lineament.edit.pruning import prune
 from lineament.edit.subsets import fidelity_curve
 from lineament.recipes.kit.image_sets import accuracy
 from lineament.recipes.modhifi.networks import SOURCES, anew, images

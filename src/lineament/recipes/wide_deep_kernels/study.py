@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 from scipy.stats import dirichlet
 from sklearn.datasets import make_friedman1
 from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neural_network import MLPClassifier
 from sklearn.svm import SVC
 
 from lineament.data.digits import digit_images
@@ -94,6 +97,10 @@ def pair(dimension: int, count: int, seed: int, tests: int) -> Pair:
         .predict(Z)
     )
     said[f"RBF SVM, {few:,} points" if few < count else "RBF SVM"] = SVC().fit(X[:few], y[:few]).predict(Z)
+    wide = MLPClassifier((4096,), max_iter=60, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        said["MLP of width 4096"] = np.asarray(wide.fit(X[:few], y[:few]).predict(Z))
     permuted = rng.permutation(y)
     said["permuted labels"] = InfiniteClassifier(dimension=dimension, sphere=None).fit(X, permuted).predict(Z)
     accuracy = {

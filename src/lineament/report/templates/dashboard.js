@@ -181,14 +181,17 @@
     const most = Math.max(1, ...counts);
     const svg = document.createElementNS(NS, "svg");
     const total = counts.reduce((a, b) => a + b, 0);
-    const low = found.edges[Math.max(first, 0)], high = found.edges[last + 1];
+    // The largest value lies in the last bin, which ends there: bins are even in the logarithm.
+    const low = found.edges[Math.max(first, 0)], from = found.edges[last], to = found.edges[last + 1];
+    const high = found.maximum > 0 ? found.maximum : to;
+    const part = found.maximum > 0 && from > 0 ? Math.min(1, Math.max(0.05, Math.log(high / from) / Math.log(to / from))) : 1;
     const set = (node, values) => { for (const key in values) node.setAttribute(key, values[key]); return node; };
     set(svg, {viewBox: "0 0 640 150", class: "bars", role: "img", width: "100%"});
     svg.setAttribute("aria-label", "Histogram of " + total + " values from " + number(low) + " to " + number(high) + ", on a logarithmic scale");
-    const wide = 620 / counts.length;
+    const wide = 620 / (counts.length - 1 + part);
     counts.forEach((count, k) => {
       const tall = 115 * count / most;
-      const bar = set(document.createElementNS(NS, "rect"), {x: 10 + k * wide, y: 120 - tall, width: Math.max(1, wide - 1.5), height: tall});
+      const bar = set(document.createElementNS(NS, "rect"), {x: 10 + k * wide, y: 120 - tall, width: Math.max(1, wide * (k + 1 < counts.length ? 1 : part) - 1.5), height: tall});
       svg.append(bar);
     });
     for (const [x, anchor, text] of [[10, "start", number(low)], [630, "end", number(high)]]) {

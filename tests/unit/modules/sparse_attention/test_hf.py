@@ -14,6 +14,7 @@ from lineament.core.checks import InputError
 from lineament.modules.sparse_attention import BlockCache, install, sparse_attention
 
 NAMES = tuple(FAMILIES)
+BEFORE_5 = int(transformers.__version__.split(".")[0]) < 5
 BUDGET: dict[str, Any] = {"block_size": 4, "blocks": 3}
 
 
@@ -39,6 +40,8 @@ def test_the_whole_past_is_the_model_itself_and_little_of_it_is_not(name: str):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_families_read_their_whole_past_or_little_of_it(name: str):
+    if BEFORE_5 and name in ("OPT", "StableLm"):
+        pytest.skip("these two make masks or attend in their own way in transformers 4")
     model, tokens = made(name), prompts(2, 30)
     with torch.no_grad():
         known = model(tokens).logits
@@ -251,7 +254,7 @@ class TestRefused:
         bert = transformers.BertModel(
             transformers.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
         )  # fmt: skip
-        self.refused(bert, "not causal")
+        self.refused(bert, "does not take part" if BEFORE_5 else "not causal")
         self.refused(torch.nn.Linear(2, 2), "Linear does not take part in the attention interface")
         gemma = transformers.Gemma2ForCausalLM(
             transformers.Gemma2Config(**{**FAMILIES["qwen3"][2], "attn_logit_softcapping": 50.0})

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lineament.modules.sparse_attention.blocks import Blocks
 
+WIDE = True
 # Rows of a tile, logits of one batched product, and output elements of the pairs held at once.
 ROWS, LOGITS, SHARES = 128, 2**19, 2**22
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lineament.modules.sparse_attention.blocks import Blocks
 
+WIDE = True
 # Copied key elements held at once.
 COPIED = 2**22
 

@@ -12,7 +12,12 @@ from lineament.modules.sparse_attention.blocks import Blocks
 
 
 class Kernel(Protocol):
-    """A module with a forward and a backward pass over [batch, heads, tokens, size] in one dtype."""
+    """A module with a forward and a backward pass over [batch, heads, tokens, size] in one dtype, at least float32 where it is ``WIDE``."""
+
+    @property
+    def WIDE(self) -> bool:
+        """Whether half precision is to be widened first."""
+        ...
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, layout: Blocks, scale: float
@@ -43,7 +48,7 @@ class Recomputed(torch.autograd.Function):
         kernel: Kernel,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = kernel.forward(wide(q), wide(k), wide(v), indices, layout, scale)
+            out, lse = kernel.forward(*_inputs(kernel, q, k, v), indices, layout, scale)
         ctx.save_for_backward(q, k, v, out, lse, indices)
         ctx.layout, ctx.scale, ctx.kernel = layout, scale, kernel
         return out.to(q.dtype), lse
@@ -52,14 +57,17 @@ class Recomputed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, out, lse, indices = ctx.saved_tensors
-        d_wide = d_out.to(out.dtype)
         # A query that sees nothing has no log-sum-exp.
-        delta = (d_wide * out).sum(-1) - d_lse
+        delta = (d_out.to(lse.dtype) * out).sum(-1) - d_lse
         with torch.autocast(q.device.type, enabled=False):
             found = ctx.kernel.backward(
-                wide(q), wide(k), wide(v), indices, ctx.layout, ctx.scale, lse, d_wide.contiguous(), delta
-            )
+                *_inputs(ctx.kernel, q, k, v), indices, ctx.layout, ctx.scale, lse, d_out.to(out.dtype).contiguous(), delta
+            )  # fmt: skip
         return *(x.to(y.dtype) for x, y in zip(found, (q, k, v))), None, None, None, None
+
+
+def _inputs(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return (wide(q), wide(k), wide(v)) if kernel.WIDE else (q, k, v)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -1,0 +1,85 @@
+"""How an attacker looks: one record for all attacks, which are presets of the same search.
+
+Fang et al. 2023, arXiv 2308.04699, section 1.5: deep leakage (DLG), inverting gradients (IG), GradInversion (GI), generative gradient leakage (GGL), and inversion with
+an alternative space (GIAS) beside GIFD and its ablations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from lineament.core.checks import number, one_of
+from lineament.privacy.costs import COSTS
+from lineament.privacy.inversion import OPTIMIZERS
+
+ATTACKS = ("gifd", "no ball", "latent", "gias", "ggl", "ig", "gi", "dlg", "closed form")
+ON_PIXELS = ("ig", "gi", "dlg", "closed form")
+
+
+@dataclass(frozen=True)
+class Search:
+    """How an attacker looks.
+
+    Attributes:
+        steps: of each layer. Attacks without layers take as many in all.
+        rate, feature_rate: peak learning rates of codes (or pixels) and of features. weight_rate: of a generator's weights (GIAS).
+        layers: features that are searched behind the code; by default all inputs of later blocks.
+        radius: of each layer's l1 ball for each entry, None for no ball.
+        restarts: from other codes; the best score is kept.
+        cost, ratio: see :func:`lineament.privacy.matching_cost`. variation, norm: weights of what keeps pictures natural.
+        divergence: weight of the divergence of codes from a standard normal (GGL).
+        group: weight of the distance from the mean of the restarts. statistics: weight of the distance from the batch norms' statistics, where they were sent.
+        optimizer: ``"adam"``; ``"sgd"``, with Nesterov's momentum of 0.9; or ``"lbfgs"``, which searches each message and restart by itself.
+        patience: end when the score of every row rose over so many layers in a row.
+
+    >>> Search().restarts
+    2
+    """
+
+    steps: int = 150
+    rate: float = 0.1
+    feature_rate: float = 0.03
+    weight_rate: float = 1e-3
+    layers: int | None = None
+    radius: float | None = 0.04
+    restarts: int = 2
+    cost: str = "sim"
+    ratio: float = 0.0
+    variation: float = 1e-3
+    norm: float = 0.0
+    divergence: float = 0.1
+    group: float = 0.0
+    statistics: float = 0.01
+    optimizer: str = "adam"
+    patience: int | None = 2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "restarts"):
+            number(name, getattr(self, name), low=1, integer=True)
+        for name in ("rate", "feature_rate", "weight_rate"):
+            number(name, getattr(self, name), low=0, open_low=True)
+        for name in ("variation", "norm", "divergence", "group", "statistics"):
+            number(name, getattr(self, name), low=0)
+        one_of("cost", self.cost, COSTS)
+        one_of("optimizer", self.optimizer, OPTIMIZERS)
+        if self.layers is not None:
+            number("layers", self.layers, low=0, integer=True)
+        if self.radius is not None:
+            number("radius", self.radius, low=0, open_low=True)
+        if self.patience is not None:
+            number("patience", self.patience, low=1, integer=True)
+
+    def preset(self, attack: str, layers: int) -> Search:
+        """The search of one attack; what has no layers takes the steps of all."""
+        whole = replace(self, layers=0, steps=self.steps * (1 + layers))
+        return {
+            "gifd": self,
+            "no ball": replace(self, radius=None),
+            "latent": whole,
+            "gias": replace(whole, steps=max(1, whole.steps // 2)),
+            "ggl": replace(whole, cost="l2", variation=0.0, norm=0.0, group=0.0),
+            "ig": replace(whole, cost="sim", variation=1e-4, norm=0.0, group=0.0),
+            "gi": replace(whole, cost="l2", variation=1e-4, norm=1e-6, group=1e-2),
+            "dlg": replace(whole, cost="l2", variation=0.0, norm=0.0, group=0.0),
+            "closed form": whole,
+        }[attack]

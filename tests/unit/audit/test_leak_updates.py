@@ -1,0 +1,160 @@
+"""``lineament leak`` on saved updates, local training, people, and data of the attacker's own."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lineament.audit.leak import LeakOptions, leak
+from lineament.cli import main
+from lineament.core.checks import InputError
+from lineament.data.digits import digit_images
+from lineament.privacy import Local, Search
+
+FACTORY = """import torch
+from torch import nn
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+"""
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """A folder with a client's pictures, others, and the weights before and after one step on its pictures, as pipelines save them."""
+    held = digit_images()
+    x, y = held.inputs.float() / held.inputs.float().max(), held.targets
+    for name, rows in (("mine", slice(4)), ("theirs", slice(4, 8)), ("others", slice(10, 90))):
+        np.savez(tmp_path / f"{name}.npz", inputs=x[rows].numpy(), targets=y[rows].numpy())
+    (tmp_path / "net.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    exec(FACTORY, scope)
+    net = scope["make"]().train()
+    np.savez(tmp_path / "before.npz", *[v.numpy() for v in net.state_dict().values()])
+    descent = torch.optim.SGD(net.parameters(), 0.1)
+    nn.functional.cross_entropy(net(x[:4]), y[:4]).backward()
+    descent.step()
+    np.savez(tmp_path / "after.npz", *[v.numpy() for v in net.state_dict().values()])
+    save_file(net.state_dict(), tmp_path / "after.safetensors")
+    torch.save(net.state_dict(), tmp_path / "after.pt")
+    return tmp_path
+
+
+WORDS = (
+    "--public",
+    "others.npz",
+    "--local",
+    "rate=0.1",
+    "--prior",
+    "none",
+    "--attack",
+    "ig",
+    "--steps",
+    "25",
+)
+
+
+@pytest.mark.parametrize("form", ["npz", "safetensors", "pt"])
+def test_a_saved_update_is_audited_with_the_pictures_behind_it(trained, capsys, form):
+    assert main(["leak", "net.py:make", "mine.npz", "--update", f"after.{form}", "--before", "before.npz", *WORDS, "--out", "own"]) == 0  # fmt: skip
+    told = json.loads((trained / "own" / "leak.json").read_text())
+    section = told["sections"][0]
+    numbers = section["numbers"]
+    assert numbers["prices"][0]["cosine"] == pytest.approx(1, abs=1e-3) and numbers["buffers"] == 1
+    assert numbers["local"].startswith("1 local epoch of sgd at rate 0.1")
+    attacked = numbers["attacked"][0]
+    assert len(attacked["psnr"]) == len(attacked["wrong"]) == 4
+    assert sum(attacked["psnr"]) > sum(attacked["wrong"]) + 4 * 2  # dB above the guess from another message
+    assert sum(attacked["registered"]) >= sum(attacked["psnr"]) - 1e-4
+    keys = [finding["key"] for finding in told["findings"]]
+    assert "buffers leak" in keys and "update of others" not in keys
+    assert "buffers of 1 batch norm were sent along" in " ".join(told["notes"])
+
+
+def test_an_update_of_other_pictures_is_said_to_be_one(trained, capsys):
+    assert main(["leak", "net.py:make", "theirs.npz", "--update", "after.pt", *WORDS, "--out", "foreign"]) == 0  # fmt: skip
+    assert "is of other pictures, other weights, or other steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["mine.npz", "--update", "after.pt"], "--public: got none"),
+        (["mine.npz", "--update", "before.npz", *WORDS], "same weights as before"),
+        (["mine.npz", "--update", "mine.npz", *WORDS], "2 arrays, expected 9"),
+        (["mine.npz", "--update", "after.pt", "--public", "mine.npz"], "contains the audited pictures"),
+        (["mine.npz", "--update", "after.pt", "--public", "nowhere.npz"], "--public: 'nowhere.npz'"),
+        (["mine.npz", "--before", "before.npz"], "--before: got weights before an update"),
+        (["others.npz", "--local", "epochs=2.5"], "a whole number after the ="),
+        (["others.npz", "--batch-norm", "off"], "running"),
+        (["others.npz", "--minutes", "-1"], "--minutes"),
+        (
+            ["others.npz", "--attack", "closed form", "--prior", "none", "--pictures", "2"],
+            "linear first layer",
+        ),
+    ],
+)
+def test_what_cannot_be_audited_is_named_in_a_line(trained, capsys, words, says):
+    assert main(["leak", "net.py:make", *words, "--out", "wrong"]) != 0
+    told = capsys.readouterr().err
+    assert says in told and "Traceback" not in told
+    assert not (trained / "wrong" / "leak.html").exists()
+
+
+def test_people_are_kept_from_the_attacker_and_found_among_their_other_pictures(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    people = torch.arange(24).repeat_interleave(4)
+    faces = torch.rand(24, 1, 8, 8, generator=generator)[people]
+    x = (0.8 * faces + 0.2 * torch.rand(96, 1, 8, 8, generator=generator)).numpy()
+    np.savez(tmp_path / "faces.npz", inputs=x, targets=(people % 3).numpy(), person=people.numpy())
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.AvgPool2d(1), nn.Flatten(), nn.Linear(64, 8), nn.Sigmoid(), nn.Linear(8, 3))
+    options = LeakOptions(
+        attacks=("ig",),
+        prior="none",
+        groups="person",
+        local=Local(rate=0.01),
+        search=Search(steps=2, restarts=1),
+    )
+    found = leak(
+        net, str(tmp_path / "faces.npz"), out=tmp_path / "out", defences=["none"], pictures=6, options=options
+    )
+    by = {a["attack"]: a for a in found.sections[0].numbers["attacked"]}
+    assert list(by) == ["ig", "closed form"]  # it applies, so that the strongest attacker has it
+    assert by["closed form"]["picture_ranks"] == [1] * 6 and by["closed form"]["person_ranks"] == [1] * 6
+    assert min(by["closed form"]["psnr"]) > 60
+    page = found.html.read_text()
+    assert "None of the attacker" in page and "another message" in page
+    with pytest.raises(InputError, match="of two"):
+        leak(
+            net,
+            str(tmp_path / "faces.npz"),
+            out=tmp_path / "many",
+            defences=["none"],
+            pictures=20,
+            options=options,
+        )
+
+
+def test_minutes_set_the_steps(tmp_path):
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 10))
+    lines: list[str] = []
+    options = LeakOptions(attacks=("ig",), prior="none", minutes=0.1, search=Search(steps=1, restarts=1))
+    leak(
+        net,
+        "digits",
+        out=tmp_path,
+        defences=["none"],
+        pictures=2,
+        samples=40,
+        options=options,
+        note=lines.append,
+    )
+    (told,) = [line for line in lines if "fit in 0.1 minutes" in line]
+    assert int(told.split()[0]) > 1

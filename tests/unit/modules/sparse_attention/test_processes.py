@@ -1,0 +1,67 @@
+"""Training with alignment in two processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tests.unit.modules.sparse_attention.models import made, prompts
+from torch.nn.parallel import DistributedDataParallel
+
+from lineament.modules.sparse_attention import aligned
+
+BUDGET: dict[str, Any] = {"block_size": 4, "blocks": 3, "seed": 5}
+ROOT = Path(__file__).parents[4]
+
+
+def gradients(model: Any, tokens: torch.Tensor, step: int) -> tuple[bool, dict[str, torch.Tensor]]:
+    """The step's coin, and the gradients by name."""
+    model.zero_grad()
+    with aligned(model, **BUDGET, step=step) as branch:
+        (model(input_ids=tokens, labels=tokens).loss + branch.loss).backward()
+    found = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
+    return branch.coins[0], {name: x.clone() for name, x in found.items() if x is not None}
+
+
+def test_two_processes_draw_one_coin_and_have_the_mean_of_their_gradients(tmp_path: Path):
+    # This process is the first of the two.
+    command = [sys.executable, "-m", "tests.unit.modules.sparse_attention.test_processes", str(tmp_path)]
+    second = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    one = process(str(tmp_path), 0)
+    told = second.communicate(timeout=100)[1]
+    assert second.returncode == 0, told
+    two = torch.load(tmp_path / "second.pt", weights_only=True)
+    model, tokens, coins = made("llama").train(), prompts(4, 26), []
+    for step, (mine, yours) in enumerate(zip(one, two)):
+        known = [gradients(model, x, step) for x in tokens.split(2)]
+        coins.append(known[0][0])
+        assert mine["coin"] == yours["coin"] == known[0][0]
+        assert mine["gradients"].keys() == known[0][1].keys()
+        for name, x in mine["gradients"].items():
+            torch.testing.assert_close(x, yours["gradients"][name], rtol=0, atol=0)
+            torch.testing.assert_close(x, (known[0][1][name] + known[1][1][name]) / 2, rtol=1e-4, atol=1e-5)
+    assert set(coins) == {True, False}
+
+
+def process(folder: str, rank: int) -> list[dict[str, Any]]:
+    # Each begins in a random state of its own, which the coin must not read.
+    torch.manual_seed(rank)
+    wait = timedelta(seconds=200)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=wait
+    )
+    try:
+        model = DistributedDataParallel(made("llama").train())
+        moved = [gradients(model, prompts(4, 26).split(2)[rank], step) for step in range(4)]
+    finally:
+        dist.destroy_process_group()
+    return [{"coin": coin, "gradients": found} for coin, found in moved]
+
+
+if __name__ == "__main__":
+    torch.save(process(sys.argv[1], 1), f"{sys.argv[1]}/second.pt")

@@ -1,0 +1,141 @@
+"""GIFD's rivals: presets of the same search, an evolution strategy, generators of one's own, restarts as a group, the closed form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lineament.core.checks import InputError
+from lineament.privacy import Decoder, Local, Message, Search, invert, reconstruct
+from lineament.privacy.evolution import evolve
+from lineament.privacy.inversion import Stage
+from lineament.privacy.rivals import group_term, own_generators
+
+LIMITS = (torch.zeros(1), torch.ones(1))
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.Sigmoid(), nn.Flatten(), nn.Linear(384, 5))
+
+
+@pytest.fixture
+def prior() -> Decoder:
+    torch.manual_seed(3)
+    made = nn.Sequential(
+        nn.Sequential(nn.Linear(4, 32), nn.Unflatten(1, (2, 4, 4)), nn.Tanh()), nn.Upsample(scale_factor=2), nn.Conv2d(2, 1, 3, padding=1)
+    )  # fmt: skip
+    return Decoder(made, 4, torch.sigmoid)
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 3])
+
+
+def searched(net, prior, batch, attack, **how):
+    x, y = batch
+    told = [Message.of(net, x[k : k + 1], y[k : k + 1]) for k in range(2)]
+    return reconstruct(
+        net, told, y[:, None], (1, 8, 8), prior=prior, attack=attack, search=Search(**{"steps": 20, "restarts": 2, **how}), bounds=LIMITS
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", ["gias", "gi", "dlg", "latent", "no ball"])
+def test_every_rival_finds_something_and_the_same_again(net, prior, batch, attack):
+    state = {k: v.clone() for k, v in (*net.state_dict().items(), *prior.generator.state_dict().items())}
+    found, again = (searched(net, prior, batch, attack) for _ in range(2))
+    assert torch.equal(found.pictures, again.pictures) and found.pictures.shape == (2, 1, 1, 8, 8)
+    short = searched(net, prior, batch, attack, steps=1)
+    assert bool((found.scores < short.scores).all())
+    assert all(
+        torch.equal(v, state[k])
+        for k, v in (*net.state_dict().items(), *prior.generator.state_dict().items())
+    )
+
+
+def test_weights_of_ones_own_go_where_no_code_leads(net, prior, batch):
+    latent = searched(net, prior, batch, "latent", steps=60, cost="l2")
+    gias = searched(net, prior, batch, "gias", steps=60, cost="l2", weight_rate=0.02)
+    assert bool((gias.scores < 0.5 * latent.scores).all())
+    assert gias.steps == latent.steps  # half on the code, half on the weights
+    with pytest.raises(InputError, match="expected a Decoder"):
+        own_generators(object(), torch.zeros(1, 4))  # pyright: ignore[reportArgumentType]
+
+
+def test_an_evolution_strategy_needs_no_slopes(net, prior, batch):
+    pytest.importorskip("cma")
+    best, trace = evolve(lambda z: (z - 1).square().sum(1).round(decimals=3), torch.zeros(3), rounds=60)
+    assert torch.allclose(best, torch.ones(3), atol=0.1) and trace == sorted(trace, reverse=True)
+    assert torch.equal(
+        best, evolve(lambda z: (z - 1).square().sum(1).round(decimals=3), torch.zeros(3), rounds=60)[0]
+    )
+    found = searched(net, prior, batch, "ggl", restarts=1, divergence=0.0)
+    first = searched(net, prior, batch, "ggl", restarts=1, divergence=0.0, steps=1)
+    assert found.pictures.shape == (2, 1, 1, 8, 8) and bool((found.scores < first.scores).all())
+    with pytest.raises(InputError, match="finite objective"):
+        evolve(lambda z: z.sum(1) * torch.nan, torch.zeros(2), rounds=1)
+
+
+def test_where_the_evolution_strategy_is_missing_the_remedy_is_named(net, prior, batch, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "cma", None)
+    with pytest.raises(InputError, match=r"lineament\[privacy\]"):
+        searched(net, prior, batch, "ggl")
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "lbfgs"])
+def test_each_optimizer_finds_the_lowest_point_of_a_bowl(optimizer):
+    rate = {"adam": 0.2, "sgd": 0.05, "lbfgs": 1.0}[optimizer]
+    wanted = torch.rand(1, 1, 2, 2, generator=torch.Generator().manual_seed(4))
+    weight = torch.tensor([1.0, 3.0, 5.0, 8.0]).view(1, 1, 2, 2)
+    found = invert(
+        lambda z: [lambda v: v.view(1, 1, 2, 2)], lambda x: x, lambda x: [x], lambda g: (weight * (g[0] - wanted).square()).sum()[None],
+        torch.zeros(1, 4), [Stage(60, rate, sphere=False, optimizer=optimizer)], bounds=LIMITS,
+    )  # fmt: skip
+    assert torch.allclose(found.best, wanted, atol=0.03) and len(found.objective) >= 60
+
+
+def test_line_searches_keep_rows_apart(net, batch):
+    together = searched(net, None, batch, "dlg", optimizer="lbfgs", restarts=1)
+    x, y = batch
+    one = reconstruct(
+        net, [Message.of(net, x[:1], y[:1])], y[None, :1], (1, 8, 8), attack="dlg", search=Search(steps=20, restarts=1, optimizer="lbfgs"), bounds=LIMITS
+    )  # fmt: skip
+    assert torch.allclose(together.pictures[0], one.pictures[0])
+    adam = searched(net, None, batch, "dlg", restarts=1)
+    assert bool((together.scores < adam.scores).all())  # what it was chosen for, of a smooth network
+
+
+def test_restarts_are_held_together_from_a_step_on():
+    term = group_term(2, 40, side=2)
+    x = torch.tensor([0.0, 2.0, 5.0, 5.0]).view(4, 1, 1, 1, 1)
+    assert [float(term(x, step)) for step in (0, 9)] == [0.0, 0.0]
+    assert float(term(x, 10)) == pytest.approx((1 + 1 + 0 + 0) / 4)
+    assert float(term(x + 1, 11)) == pytest.approx((0 + 2 + 1 + 1) / 4)  # from the mean as it was
+    assert float(term(x + 1, 12)) == pytest.approx(0.5)  # renewed every second step
+
+
+def test_the_closed_form_is_an_attack_of_its_own():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Sigmoid(), nn.Linear(5, 3))
+    x = torch.rand(2, 1, 8, 8)
+    for local in (None, Local(rate=0.01, weight_decay=0.1)):
+        told = [Message.of(net, x[k : k + 1], torch.tensor([k]), local=local) for k in range(2)]
+        found = reconstruct(
+            net, told, torch.tensor([[0], [1]]), (1, 8, 8), attack="closed form", bounds=LIMITS
+        )
+        assert torch.allclose(found.pictures[:, 0], x, atol=1e-3) and found.steps == 0
+        assert float(found.scores.max()) < 1e-4
+    with pytest.raises(InputError, match="linear first layer"):
+        reconstruct(
+            net, [Message.of(net, x, torch.tensor([0, 1]))], torch.tensor([[0, 1]]), (1, 8, 8), attack="closed form", bounds=LIMITS
+        )  # fmt: skip
+
+
+def test_a_prior_of_another_size_is_refused(net, prior, batch):
+    with pytest.raises(InputError, match=r"pictures \(1, 8, 8\), the audited ones are \(1, 12, 12\)"):
+        x, y = torch.rand(1, 1, 12, 12), batch[1][:1]
+        wide = nn.Sequential(nn.Flatten(), nn.Linear(144, 5))
+        reconstruct(wide, [Message.of(wide, x, y)], y[None], (1, 12, 12), prior=prior, bounds=LIMITS)
