@@ -89,7 +89,7 @@ def convolution(h: int, w: int, repeats: int) -> Row:
         plain,
         target=2.5,
         repeats=repeats,
-        note="16 times fewer multiplications; the rest is nine maps up-sampled and added",
+        note="16 times fewer multiplications; the rest is up-sampling and shifting, two products with matrices of a side",
     )
 
 

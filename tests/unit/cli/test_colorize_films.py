@@ -18,6 +18,15 @@ from tests.films import made
 from lineament.cli import main
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The last bits of a frame depend on the number of threads, and the forked run that is killed has one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def av():
     return pytest.importorskip("av", reason="the extra 'video' is not installed")
