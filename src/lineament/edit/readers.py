@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lineament.core.checks import InputError, require, suggest
+from lineament.core.checks import require, suggest
 from lineament.core.surgery.groups import ChannelGroup, channel_groups
-from lineament.core.surgery.rewriting import remove
+from lineament.core.surgery.rewriting import unbending
 from lineament.edit.patches import matrix, reads
 
 
@@ -47,7 +47,7 @@ def prunable(
             whole[name] = why
         else:
             chosen[name], found[name] = group, readers
-    for name in _fixed(model, chosen, example):
+    for name in unbending(model, chosen, [[name] for name in chosen], example=example):
         whole[name] = "a module computes with this number of channels, which is written in its code"
         del chosen[name], found[name]
     require(
@@ -55,19 +55,6 @@ def prunable(
         f"model: it has no group of channels that can be pruned{_first(whole)}; networks of linear layers and convolutions can be",
     )
     return chosen, found, whole
-
-
-def _fixed(model: nn.Module, chosen: Mapping[str, ChannelGroup], example: Any) -> list[str]:
-    """The groups without one channel of which the network does not run."""
-
-    def narrower(names: Sequence[str]) -> bool:
-        try:
-            remove(model, {chosen[name]: [0] for name in names}, example=example)
-        except InputError:
-            return False
-        return True
-
-    return [] if narrower(list(chosen)) else [name for name in chosen if not narrower([name])]
 
 
 def _first(whole: Mapping[str, str]) -> str:

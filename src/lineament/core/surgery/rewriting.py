@@ -8,7 +8,7 @@ of the same class with smaller parameters; the network that was passed stays as 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -135,6 +135,27 @@ def remove(
         write = torch.eye(group.size, dtype=torch.float64)[[i for i in range(group.size) if i not in out]]
         changes[group] = write, write.T
     return rewrite(model, changes, example=example)
+
+
+def unbending(
+    model: nn.Module, groups: Mapping[str, ChannelGroup], together: Iterable[Sequence[str]], *, example: Any
+) -> list[str]:
+    """The names of the groups without one channel of which the network does not run on ``example``; those of ``together`` narrow at once.
+
+    >>> from lineament.core.surgery import channel_groups
+    >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    >>> unbending(net, channel_groups(net, torch.ones(1, 2)), [["0"]], example=torch.ones(1, 2))
+    []
+    """
+
+    def bends(names: Sequence[str]) -> bool:
+        try:
+            remove(model, {groups[name]: [0] for name in names}, example=example)
+        except InputError:
+            return False
+        return True
+
+    return [] if bends(list(groups)) else [name for names in together if not bends(names) for name in names]
 
 
 def permute(model: nn.Module, orders: Mapping[ChannelGroup, Sequence[int] | Tensor]) -> nn.Module:

@@ -16,7 +16,7 @@ from lineament.core.checks import InputError, require
 from lineament.core.surgery.cost import Cost
 from lineament.core.surgery.folding import fold_norms
 from lineament.core.surgery.groups import ChannelGroup, ChannelGroups, Entry, channel_groups, plain_network
-from lineament.core.surgery.rewriting import remove, rewrite, runs
+from lineament.core.surgery.rewriting import rewrite, runs, unbending
 from lineament.measure.merging.distance import Channels, Weights
 from lineament.measure.merging.heads import HeadChannels, factors_of, read_by
 from lineament.measure.merging.merged import Merged
@@ -44,7 +44,7 @@ def prepare(
     base, folded = fold_norms(original, example) if norms == "fold" else (original, {})
     groups = channel_groups(base, example)
     chosen, whole = _chosen(base, groups, sites, norms, rule)
-    for name in _fixed(base, chosen, example):
+    for name in unbending(base, chosen, _blocks(chosen).values(), example=example):
         whole[name] = "one of the modules computes with a number of its channels that is written in its code"
         del chosen[name]
     if rescale:
@@ -112,21 +112,6 @@ def _blocks(groups: Mapping[str, ChannelGroup]) -> dict[str, list[str]]:
     for name, group in groups.items():
         found.setdefault(name.rpartition("[")[0] if group.keys else name, []).append(name)
     return found
-
-
-def _fixed(model: nn.Module, chosen: Mapping[str, ChannelGroup], example: Any) -> list[str]:
-    """The groups without one channel of which the network does not run."""
-
-    def narrower(names: Sequence[str]) -> bool:
-        try:
-            remove(model, {chosen[name]: [0] for name in names}, example=example)
-        except InputError:
-            return False
-        return True
-
-    if narrower(list(chosen)):
-        return []
-    return [name for names in _blocks(chosen).values() if not narrower(names) for name in names]
 
 
 def _variances(model: nn.Module, values: dict[str, Tensor], inward: bool) -> None:
