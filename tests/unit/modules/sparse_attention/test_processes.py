@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from tests.unit.modules.sparse_attention.models import made, prompts
 from torch.nn.parallel import DistributedDataParallel
 
 from lineament.modules.sparse_attention import aligned
 
 BUDGET: dict[str, Any] = {"block_size": 4, "blocks": 3, "seed": 5}
-ROOT = Path(__file__).parents[4]
 
 
 def gradients(model: Any, tokens: torch.Tensor, step: int) -> tuple[bool, dict[str, torch.Tensor]]:
@@ -29,13 +27,9 @@ def gradients(model: Any, tokens: torch.Tensor, step: int) -> tuple[bool, dict[s
 
 
 def test_two_processes_draw_one_coin_and_have_the_mean_of_their_gradients(tmp_path: Path):
-    # This process is the first of the two.
-    command = [sys.executable, "-m", "tests.unit.modules.sparse_attention.test_processes", str(tmp_path)]
-    second = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    one = process(str(tmp_path), 0)
-    told = second.communicate(timeout=100)[1]
-    assert second.returncode == 0, told
-    two = torch.load(tmp_path / "second.pt", weights_only=True)
+    # Both are new: the name of a process group counts the groups that its process had before, and the two have to agree on it.
+    mp.spawn(process, (str(tmp_path),), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     model, tokens, coins = made("llama").train(), prompts(4, 26), []
     for step, (mine, yours) in enumerate(zip(one, two)):
         known = [gradients(model, x, step) for x in tokens.split(2)]
@@ -48,9 +42,10 @@ def test_two_processes_draw_one_coin_and_have_the_mean_of_their_gradients(tmp_pa
     assert set(coins) == {True, False}
 
 
-def process(folder: str, rank: int) -> list[dict[str, Any]]:
+def process(rank: int, folder: str) -> None:
     # Each begins in a random state of its own, which the coin must not read.
     torch.manual_seed(rank)
+    torch.set_num_threads(1)
     wait = timedelta(seconds=200)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=wait
@@ -60,8 +55,4 @@ def process(folder: str, rank: int) -> list[dict[str, Any]]:
         moved = [gradients(model, prompts(4, 26).split(2)[rank], step) for step in range(4)]
     finally:
         dist.destroy_process_group()
-    return [{"coin": coin, "gradients": found} for coin, found in moved]
-
-
-if __name__ == "__main__":
-    torch.save(process(sys.argv[1], 1), f"{sys.argv[1]}/second.pt")
+    torch.save([{"coin": coin, "gradients": found} for coin, found in moved], f"{folder}/{rank}.pt")
