@@ -31,8 +31,9 @@ from lineament.core.files import output_folder, possible_folder, write_json
 from lineament.data.samples import Samples
 from lineament.load.data import load_data
 from lineament.load.loaded import Loaded
-from lineament.load.model_and_data import ModelAndData, bring_together, one_hot_labels
+from lineament.load.model_and_data import ModelAndData, bring_together
 from lineament.load.models import load_model
+from lineament.load.tasks import one_hot_labels
 from lineament.load.weights import digest, require_savable
 from lineament.modules.unified_embedding.views import multiplex
 from lineament.report.outcome import versions

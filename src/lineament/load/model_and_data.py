@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lineament.core import checks, shards
-from lineament.core.checks import InputError, NotFiniteError, require, show
+from lineament.core.checks import NotFiniteError, require, show
 from lineament.core.models import called, device_of, dtype_of, frozen, logits, rows_in, usable
 from lineament.core.results import Readable
 from lineament.core.text_parts import unpadded
@@ -23,6 +23,7 @@ from lineament.load.columns import folded, in_order
 from lineament.load.input_layout import Layout, find_layout, with_arguments
 from lineament.load.loaded import Loaded
 from lineament.load.outputs import Change, one_output, read_as_logits, reading
+from lineament.load.tasks import binary, check_classes, task_of
 
 # Numbers of dense answers that are held at once, and that tell what they are.
 _AT_ONCE, _TOLD = 2**27, 2**22
@@ -287,7 +288,7 @@ def _one_map(samples: Samples, task: str) -> Samples:
     if (
         task not in ("auto", "dense")
         or masks.ndim != 3
-        or not (_binary(masks) or not masks.is_floating_point())
+        or not (binary(masks) or not masks.is_floating_point())
     ):
         return samples
     return replace(samples, targets=masks.long())
@@ -322,14 +323,14 @@ def _answered(
             f"model: it answers {bad} of {len(outputs)} samples with NaN or infinite values; check its weights and the data's scale "
             f"(the inputs lie between {float(some.min()):.3g} and {float(some.max()):.3g})"
         )
-    task, samples, said = _task(start.task, outputs, samples)
+    task, samples, said = task_of(start.task, outputs, samples)
     read = reading(outputs, task, dtype_of(start.model))
     outputs = outputs if read.change is None else read.change(outputs)
     notes += [*said, *([read.said] if read.said else [])]
     width = outputs.shape[1]
     classes = samples.classes or own_classes
     if task == "classification":
-        _check_classes(samples, width)
+        check_classes(samples, width)
     if len(classes) != width and not (samples.classes and task in ("classification", "embedding")):
         classes = ()
     example = start.inputs(start.example)
@@ -415,95 +416,6 @@ def _normalization(normalize: Any) -> tuple[tuple[float, ...], tuple[float, ...]
         f"normalize: got mean {mean} and deviation {std}, expected as many of each and deviations above 0",
     )
     return mean, std
-
-
-def one_hot_labels(targets: Tensor, width: int = 0) -> Tensor:
-    """Class labels of one-hot rows, of ``width`` classes where that is given; other targets as they are.
-
-    >>> one_hot_labels(torch.tensor([[0, 1], [1, 0]])).tolist(), one_hot_labels(torch.tensor([[1, 1], [1, 0]])).tolist()
-    ([1, 0], [[1, 1], [1, 0]])
-    """
-    rows = targets.ndim == 2 and targets.shape[1] > 1 and targets.shape[1] == (width or targets.shape[1])
-    if rows and _binary(targets) and bool((targets.sum(1) == 1).all()):
-        return targets.argmax(1)
-    return targets
-
-
-def _binary(targets: Tensor) -> bool:
-    return bool(((targets == 0) | (targets == 1)).all())
-
-
-def _task(task: str, outputs: Tensor, samples: Samples) -> tuple[str, Samples, list[str]]:
-    """The task, with targets of the kind it needs, and why."""
-    width, targets = outputs.shape[1], samples.targets
-    several, reason = f"{width} output{'s' * (width != 1)}", []
-    if task != "regression":
-        labels = one_hot_labels(targets, max(width, 2))
-        if labels is not targets:
-            reason = [f"one-hot targets of {targets.shape[1]} classes are read as class labels"]
-            targets = labels
-    many = targets.ndim == 2 and targets.shape[1] == width > 1 and _binary(targets)
-    if targets.ndim == 2 and targets.shape[1] == 1:
-        targets = targets[:, 0]
-    if task == "auto":
-        whole = targets.ndim == 1 and bool(((targets == targets.round()) & (targets >= 0)).all())
-        # Whole numbers stored as real ones are class labels where the model could not answer with a value each.
-        labels = not targets.is_floating_point() or (whole and (width > 1 or _binary(targets)))
-        labels = labels and targets.ndim == 1 and (width > 1 or int(targets.max()) <= 1)
-        task = "multi-label" if many else "classification" if labels else "regression"
-        kind = (
-            f"0/1 targets for {width} labels"
-            if many
-            else f"{'whole-number' if whole else 'real-valued'} targets"
-        )
-        reason.append(f"taken as {task}: {kind} and {several}")
-    if task == "regression":
-        per = math.prod(samples.targets.shape[1:])
-        require(
-            per == width,
-            f"targets: {per} value{'s' * (per != 1)} a sample for a model with {several}; "
-            "if the targets are classes, pass task='classification'",
-        )
-        return task, replace(samples, targets=samples.targets.float()), reason
-    if task == "multi-label":
-        require(
-            many, f"targets: {show(targets)}, expected a row of 0s and 1s a sample, one for each of {several}"
-        )
-        return task, replace(samples, targets=targets.float()), reason
-    if targets.is_floating_point() or targets.ndim != 1:
-        require(
-            targets.ndim == 1 and bool((targets == targets.round()).all()),
-            f"targets: {show(targets)}, expected one class label a sample; pass task='multi-label' for several, task='regression' for real values",
-        )
-        targets = targets.long()
-    if task == "embedding":
-        targets = checks.labels("targets", targets)
-        require(
-            len(targets.unique()) > 1,
-            "targets: all alike, expected two labels or more to tell embeddings apart",
-        )
-        return task, replace(samples, targets=targets), reason
-    try:
-        targets = checks.labels("targets", targets, classes=max(width, 2))
-    except InputError as error:
-        raise InputError(
-            f"{error}; the model has {several}, counted from 0; if they are an embedding, say so (task='embedding' in an audit, a loss of embeddings in a training)"
-        ) from None
-    return task, replace(samples, targets=targets), reason
-
-
-def _check_classes(samples: Samples, width: int) -> None:
-    """Samples of at least two classes, and a name for each where there are names."""
-    present = torch.bincount(samples.targets) > 0
-    require(
-        int(present.sum()) > 1,
-        f"data: {f'all {len(samples)} samples read are' if len(samples) > 1 else 'the only sample is'} of class {int(samples.targets[0])}, expected samples of at least two classes",
-    )
-    names, top = len(samples.classes), len(present) - 1
-    require(
-        not names or top < names <= width,
-        f"classes: {names} class names for labels up to {top} and a model with {width} outputs, expected a name for each class from 0 to {top}, at most {width}",
-    )
 
 
 def _flops(model: nn.Module, example: Any) -> float:
