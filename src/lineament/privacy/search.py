@@ -1,6 +1,6 @@
 """How an attacker looks: one record for all attacks, which are presets of the same search.
 
-Fang et al. 2023, arXiv 2308.04699, section 1.5: deep leakage (DLG), inverting gradients (IG), GradInversion (GI), generative gradient leakage (GGL), and inversion with
+Fang et al. 2023, arXiv 2308.04699, section 1.5: deep leakage with labels of its own or with those read off first (DLG, iDLG), inverting gradients (IG), GradInversion (GI), generative gradient leakage (GGL), and inversion with
 an alternative space (GIAS) beside GIFD and its ablations.
 """
 
@@ -12,8 +12,8 @@ from lineament.core.checks import number, one_of
 from lineament.privacy.costs import COSTS
 from lineament.privacy.inversion import OPTIMIZERS
 
-ATTACKS = ("gifd", "no ball", "latent", "gias", "ggl", "ig", "gi", "dlg", "closed form")
-ON_PIXELS = ("ig", "gi", "dlg", "closed form")
+ATTACKS = ("gifd", "no ball", "latent", "gias", "ggl", "ig", "gi", "idlg", "dlg", "closed form")
+ON_PIXELS = ("ig", "gi", "idlg", "dlg", "closed form")
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class Search:
             "ggl": replace(whole, cost="l2", variation=0.0, norm=0.0, group=0.0),
             "ig": replace(whole, cost="sim", variation=1e-4, norm=0.0, group=0.0),
             "gi": replace(whole, cost="l2", variation=1e-4, norm=1e-6, group=1e-2),
+            "idlg": replace(whole, cost="l2", variation=0.0, norm=0.0, group=0.0),
             "dlg": replace(whole, cost="l2", variation=0.0, norm=0.0, group=0.0),
             "closed form": whole,
         }[attack]
