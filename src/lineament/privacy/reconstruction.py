@@ -272,7 +272,13 @@ def _evolved(task: _Task, start: Tensor, seed: int) -> Inversion:
         apart = torch.stack([code_divergence(v.tanh().view(-1, task.prior.code)) for v in z])
         return many.cost(many.gradient(made(z, flat))) + task.search.divergence * apart
 
-    z, trace = evolve(objective, torch.zeros_like(start.flatten()), rounds=task.search.steps, seed=seed)
+    z, trace = evolve(
+        objective,
+        torch.zeros_like(start.flatten()),
+        rounds=task.search.steps,
+        seed=seed,
+        deviation=task.search.deviation,
+    )
     low, high = (bound.to(z).view(1, -1, 1, 1) for bound in task.bounds)
     with torch.no_grad():
         picture = made(z, task.labels.flatten()).clamp(low, high)

@@ -27,7 +27,7 @@ class Search:
         radius: of each layer's l1 ball for each entry, None for no ball.
         restarts: from other codes; the best score is kept.
         cost, ratio: see :func:`lineament.privacy.matching_cost`. variation, norm: weights of what keeps pictures natural.
-        divergence: weight of the divergence of codes from a standard normal (GGL).
+        divergence: weight of the divergence of codes from a standard normal, deviation: of the first codes that are drawn (GGL).
         group: weight of the distance from the mean of the restarts. statistics: weight of the distance from the batch norms' statistics, where they were sent.
         optimizer: ``"adam"``; ``"sgd"``, with Nesterov's momentum of 0.9; or ``"lbfgs"``, which searches each message and restart by itself.
         patience: end when the score of every row rose over so many layers in a row.
@@ -48,6 +48,7 @@ class Search:
     variation: float = 1e-3
     norm: float = 0.0
     divergence: float = 0.1
+    deviation: float = 1.0
     group: float = 0.0
     statistics: float = 0.01
     optimizer: str = "adam"
@@ -56,7 +57,7 @@ class Search:
     def __post_init__(self) -> None:
         for name in ("steps", "restarts"):
             number(name, getattr(self, name), low=1, integer=True)
-        for name in ("rate", "feature_rate", "weight_rate"):
+        for name in ("rate", "feature_rate", "weight_rate", "deviation"):
             number(name, getattr(self, name), low=0, open_low=True)
         for name in ("variation", "norm", "divergence", "group", "statistics"):
             number(name, getattr(self, name), low=0)
