@@ -91,7 +91,7 @@ class Setting:
     def best_scales(self, config: Any, defence: str, attacks: Sequence[str]) -> dict[str, float]:
         """Each attack's step size at which pictures that are not judged are nearest, as a multiple of its default."""
         if len(config.scales) == 1:
-            return dict.fromkeys(attacks, config.scales[0])
+            return {attack: float(config.scales[0]) for attack in attacks}
         x, how = self.x[self.tuning], defence_of(defence)
         rows = [(x[k : k + 1], self.y[row : row + 1]) for k, row in enumerate(self.tuning.tolist())]
         messages = [Message.of(self.net, *row, defence=how) for row in rows]
