@@ -29,9 +29,7 @@ TINY = {
 
 @pytest.mark.slow
 def test_a_tiny_run(tmp_path):
-    config = dataclasses.replace(
-        Config.preset("quick"), **TINY, attacks=("gifd", "no ball", "latent", "ggl", "dlg")
-    )
+    config = dataclasses.replace(Config.preset("quick"), **TINY, attacks=("gifd", "no ball", "latent", "dlg"))
     found = run(config, out=tmp_path)
     assert len(found.claims) == 18 and [len(t.rows) for t in found.tables] == [2 * 4] * 2 + [8]
     assert all((tmp_path / f.file).stat().st_size > 0 for f in found.figures)
