@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lineament.audit.edit_doubts import NONE, counted, flattered, harm, pays, price, shares_tried
+from lineament.audit.edit_doubts import NONE, SEARCHED, counted, flattered, harm, pays, price, shares_tried
 from lineament.audit.edit_subject import EditSubject, name_of
 from lineament.audit.phrases import mean_interval, percent, percent_interval
 from lineament.core.models import called, decided, device_of, frozen, logits
@@ -223,9 +223,10 @@ def forgotten_section(
     harmed, advice = harm(told, head)
     severity = "warning" if told.verdict == "kept" or harmed or subject.doubt else "note"
     text = " ".join(part for part in (subject.doubt.sentence, harmed, told.sentence, price(found)) if part)
-    probed = 2 * min(counts) - min(counts)
+    if told.verdict == "kept" and not harmed and found.before is not None and not found.reached:
+        advice = SEARCHED
     rows = [
-        [what, counted(one.forget, counts[0]), counted(one.retain, counts[1]), counted(max(one.probe.values()), probed), "not within the steps" if one.samples is None else one.samples]
+        [what, counted(one.forget, counts[0]), counted(one.retain, counts[1]), counted(max(one.probe.values()), min(counts)), "not within the steps" if one.samples is None else one.samples]
         for what, one in ((WAS, told.before), ("edited", told.after), ("head alone: the class is never answered", head))
     ]  # fmt: skip
     columns = ["network", "answered, the class", "right, the others", "linear probe of the class", "samples to learn it again"]  # fmt: skip
