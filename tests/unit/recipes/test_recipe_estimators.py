@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
+from sklearn.model_selection import train_test_split
+from sklearn.neural_network import MLPClassifier
 
 from lineament.recipes import bangla_digits, gbnn, wide_deep_kernels
 from lineament.recipes.bangla_digits.study import DESCRIPTORS, Controls, Held, sets, split
-from lineament.recipes.gbnn.study import REFERENCE, Cut, Head, Score, Solvers
+from lineament.recipes.gbnn.study import REFERENCE, Cut, Head, Score, Solvers, for_seconds, parts
 from lineament.recipes.wide_deep_kernels.study import PAIRS, Digits, Limits, Pair, drawn
 
 TINY = {
@@ -73,7 +76,7 @@ def test_claims_of_gbnn_can_hold_and_fall():
             return Score(
                 {"boosted, lbfgs": mine, "boosted, varpro": mine}
                 | dict.fromkeys(
-                    ("random hidden units", "random hidden units, boosted", "boosted, rho = 1", "HistGB", "XGBoost", "MLP, 200 units, L-BFGS", "MLP, the same, L2 tuned"),
+                    ("random hidden units", "random hidden units, boosted", "boosted, rho = 1", "HistGB", "XGBoost", "MLP, 200 units, L-BFGS", "MLP, the same, L2 tuned", "MLP, same units, same seconds"),
                     rival,
                 ),
                 0.0 if good else 0.1,
@@ -87,6 +90,22 @@ def test_claims_of_gbnn_can_hold_and_fall():
         return [c.holds for c in gbnn.claims_of(config, scores, cuts, heads, solvers)]
 
     assert all(claims(True)) and not any(claims(False))
+
+
+def test_a_perceptron_keeps_its_best_epoch_and_stops_in_time():
+    X, Z, y, z = parts("wine", 0)
+    seen = []
+
+    class Watched(MLPClassifier):
+        def score(self, X, y, sample_weight=None):
+            seen.append(super().score(X, y, sample_weight))
+            return seen[-1]
+
+    start = time.process_time()
+    net = for_seconds(Watched((10,), learning_rate_init=0.01, random_state=0), X, y, 0.3, 0)
+    assert 0.3 <= time.process_time() - start < 1 and len(seen) > 5
+    _, held, _, truth = train_test_split(X, y, test_size=0.1, random_state=0, stratify=y)
+    assert MLPClassifier.score(net, held, truth) == max(seen) and net.score(Z, z) > 0.8
 
 
 def test_claims_of_bangla_digits_can_hold_and_fall():
