@@ -9,6 +9,8 @@ edges of the bins, not rounded to degrees, so an edge at exactly 45 degrees fall
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -16,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lineament.core.checks import number, one_of, require, show
-from lineament.handcrafted.images import batch_of
+from lineament.handcrafted.images import Room, batch_of
 
 NORMS = ("L1", "L1-sqrt", "L2", "L2-Hys")
 Pair = int | tuple[int, int]
 # Pixels at a time.
-_PART = 1 << 18
+_PART, _PART_OF_VOTES = 1 << 16, 1 << 18
 
 
 def hog(
@@ -86,12 +88,13 @@ def hog(
     if sqrt:
         require(bool((images >= 0).all()), "sqrt: an image has negative intensities")
         images = images.sqrt()
-    # A part at a time, so that it stays in the processor's cache; without gradients the parts share the room of their votes.
-    pixels = images.shape[-2] * images.shape[-1]
-    part = max(1, _PART // pixels)
-    room = None
-    if (like == "opencv" or binning == "linear") and not (torch.is_grad_enabled() and images.requires_grad):
-        room = images.new_empty(min(part, len(images)), (orientations + 2) * pixels)
+    # A part at a time, whose buffers stay in the processor's cache.
+    part = max(
+        1,
+        (_PART if like == "skimage" and binning == "hard" else _PART_OF_VOTES)
+        // (images.shape[-2] * images.shape[-1]),
+    )
+    room = Room(images, not (torch.is_grad_enabled() and images.requires_grad))
     parts = [
         _described(some, orientations, cells, blocks, norm, signed, binning, like, room)
         for some in images.split(part)
@@ -101,11 +104,11 @@ def hog(
 
 def _described(
     images: Tensor, orientations: int, cells: tuple[int, int], blocks: tuple[int, int],
-    norm: str, signed: bool, binning: str, like: str, room: Tensor | None,
+    norm: str, signed: bool, binning: str, like: str, room: Room,
 ) -> Tensor:  # fmt: skip
     """The descriptor of a few images."""
-    vertical, horizontal = _gradient(images)
-    size = torch.hypot(vertical, horizontal)
+    vertical, horizontal = _gradient(images, room)
+    size = torch.hypot(vertical, horizontal, out=room("size", images.shape))
     if images.shape[1] > 1:
         strongest = size.argmax(1, keepdim=True)
         vertical, horizontal, size = (v.gather(1, strongest) for v in (vertical, horizontal, size))
@@ -116,7 +119,7 @@ def _described(
         votes = _shared(vertical, horizontal, size, orientations, signed, room)
         histogram = _joined(F.avg_pool2d(votes, cells))
     else:
-        histogram = _voted(vertical, horizontal, size, orientations, signed, cells)
+        histogram = _voted(vertical, horizontal, size, orientations, signed, cells, room)
     # [n, bins, block rows, block columns, cell rows, cell columns]
     found = histogram.unfold(2, blocks[0], 1).unfold(3, blocks[1], 1)
     found = found.permute(0, 2, 3, 4, 5, 1).flatten(3)
@@ -145,8 +148,13 @@ def pair(what: str, value: Pair) -> tuple[int, int]:
     return int(sides[0]), int(sides[1])
 
 
-def _gradient(images: Tensor) -> tuple[Tensor, Tensor]:
+def _gradient(images: Tensor, room: Room) -> tuple[Tensor, Tensor]:
     """Central differences along rows and columns of [n, channels, h, w], zero at the border."""
+    up, right = room("vertical", images.shape), room("horizontal", images.shape)
+    if up is not None and right is not None:
+        torch.sub(images[:, :, 2:], images[:, :, :-2], out=up[:, :, 1:-1])
+        torch.sub(images[..., 2:], images[..., :-2], out=right[..., 1:-1])
+        return up, right
     rows = F.pad(images[:, :, 2:] - images[:, :, :-2], (0, 0, 1, 1)) if images.shape[2] > 2 else None
     columns = F.pad(images[..., 2:] - images[..., :-2], (1, 1)) if images.shape[3] > 2 else None
     zero = torch.zeros_like(images)
@@ -154,66 +162,77 @@ def _gradient(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _voted(
-    vertical: Tensor, horizontal: Tensor, size: Tensor, count: int, signed: bool, cells: tuple[int, int]
+    vertical: Tensor,
+    horizontal: Tensor,
+    size: Tensor,
+    count: int,
+    signed: bool,
+    cells: tuple[int, int],
+    room: Room,
 ) -> Tensor:
     """Mean votes [n, bins, cell rows, cell columns], each for one bin of one cell."""
     grid = [side // cell for side, cell in zip(size.shape[1:], cells)]
     rows, columns = (k * cell for k, cell in zip(grid, cells))
-    across = torch.arange(columns, device=size.device) // cells[1]
-    place = (torch.arange(rows, device=size.device) // cells[0])[:, None] * grid[1] + across
     vertical, horizontal, size = (v[:, :rows, :columns] for v in (vertical, horizontal, size))
-    # In floats, which are exact here and much faster than 64-bit integers.
-    bins = _bins(vertical, horizontal, size, count, signed).mul_(grid[0] * grid[1]).add_(place).long()
-    votes = size.new_zeros(len(size), count * grid[0] * grid[1])
-    votes.scatter_add_(1, bins.flatten(1), size.flatten(1))
-    return votes.view(-1, count, *grid) / (cells[0] * cells[1])
+    slots, bins = _slots(vertical.detach(), horizontal.detach(), count, signed, room)
+    n, places, length = len(size), grid[0] * grid[1], len(bins) * grid[0] * grid[1]
+    device = size.device
+    across = torch.arange(columns, device=device, dtype=torch.int32) // cells[1]
+    place = (torch.arange(rows, device=device, dtype=torch.int32) // cells[0])[:, None] * grid[1] + across
+    if room.reuse:
+        # One histogram of the whole part.
+        place = place + (torch.arange(n, device=device, dtype=torch.int32) * length)[:, None, None]
+        flat = slots.to(torch.int32).mul_(places).add_(place).flatten()
+        votes = torch.bincount(flat, size.flatten(), n * length).to(size)
+    else:
+        flat = (slots.long() * places + place).flatten(1)
+        votes = size.new_zeros(n, length).scatter_add(1, flat, size.flatten(1))
+    votes = votes.view(n, len(bins), *grid) / (cells[0] * cells[1])
+    return votes.new_zeros(n, count, *grid).index_add(1, torch.tensor(bins, device=device), votes)
 
 
-def _bins(vertical: Tensor, horizontal: Tensor, size: Tensor, count: int, signed: bool) -> Tensor:
-    """The bin of each gradient, as floats: by its angle, and near an edge between two bins by exact comparison. What has no gradient lies in any bin."""
-    vertical, horizontal = vertical.detach(), horizontal.detach()
-    place = torch.atan2(vertical, horizontal).mul_(count / (2 * math.pi if signed else math.pi))
-    place -= (place / count).floor_() * count
-    found = place.floor().clamp_(max=count - 1)
-    # Far more than an angle's rounding.
-    margin = 1e-4 + 1e-6 * count
-    near = place.sub_(found).sub_(0.5).abs_() >= 0.5 - margin
-    doubtful = (near & (size.detach() > 0)).flatten().nonzero()[:, 0]
-    if len(doubtful):
-        up, right = (v.flatten()[doubtful] for v in (vertical, horizontal))
-        found.view(-1)[doubtful] = _compared(up, right, count, signed).to(found)
-    return found
+def _slots(
+    vertical: Tensor, horizontal: Tensor, count: int, signed: bool, room: Room
+) -> tuple[Tensor, list[int]]:
+    """Which stretch between two edges of bins each gradient points into, as floats, and the bin of each stretch.
+
+    A slope is compared with those of the edges: there is no angle that could be rounded to the wrong side. What has no gradient lies in any stretch.
+    """
+    slope = torch.div(vertical, horizontal, out=room("slope", vertical.shape))
+    reached = room("reached", vertical.shape)
+    slots = room("slots", vertical.shape)
+    slots = torch.zeros_like(slope) if slots is None else slots.zero_()
+    edges, bins = _stretches(count, signed)
+    for edge in edges:
+        # So flat that rounding may have made it: horizontal.
+        edge = edge or -torch.finfo(slope.dtype).eps
+        slots += slope >= edge if reached is None else torch.ge(slope, edge, out=reached)
+    if signed:
+        left = (horizontal < 0).to(slope.dtype)
+        slots.add_(left, alpha=len(edges) + 1)
+    return slots, bins
 
 
-def _compared(vertical: Tensor, horizontal: Tensor, count: int, signed: bool) -> Tensor:
-    """The bin of each gradient: how many bin edges its direction has reached, decided by the sign of a cross product."""
-    flat = vertical.abs() <= torch.finfo(vertical.dtype).eps * horizontal.abs()
-    vertical = vertical.masked_fill(flat, 0)
-    below = (vertical < 0) | ((vertical == 0) & (horizontal < 0))
-    turn = 1 - 2 * below.to(vertical.dtype)
-    up, right = vertical * turn, horizontal * turn
-    whole = 360 if signed else 180
-    found = torch.zeros(up.shape, dtype=torch.int64, device=up.device)
-    for k in range(1, count):
-        degrees = whole * k / count
-        cosine, sine = _direction(degrees % 180)
-        reached = up * cosine >= right * sine
-        if signed:
-            # An edge in the lower half is reached by what is in the lower half and has passed it; one in the upper half by all below.
-            reached = (below & reached) if degrees > 180 else (below if degrees == 180 else below | reached)
-        found += reached
-    return found
+@lru_cache(maxsize=32)
+def _stretches(count: int, signed: bool) -> tuple[list[float], list[int]]:
+    """Slopes of the edges of bins in ascending order, and the bin of each stretch between them, from straight down to straight up on the right, then on the left."""
+    whole = Fraction(360 if signed else 180)
+    # Angles from -90 (not itself an edge to cross) to 90.
+    angles = sorted({(whole * k / count + 90) % 180 or Fraction(180) for k in range(count)})
+    edges = [_slope(angle - 90) for angle in angles]
+    starts = [Fraction(-90), *(angle - 90 for angle in angles)]
+    turns = (0, 180) if signed else (0,)
+    return edges, [int(((start + turn) % whole) * count // whole) for turn in turns for start in starts]
 
 
-def _direction(degrees: float) -> tuple[float, float]:
-    """Cosine and sine, exact to the last bit where a comparison needs it: at 45, 90 and 135 degrees."""
-    exact = {0.0: (1.0, 0.0), 45.0: (1.0, 1.0), 90.0: (0.0, 1.0), 135.0: (-1.0, 1.0)}
-    radians = math.radians(degrees)
-    return exact.get(degrees, (math.cos(radians), math.sin(radians)))
+def _slope(degrees: Fraction) -> float:
+    """The tangent, exact where binary images need it."""
+    exact = {-45: -1.0, 0: 0.0, 45: 1.0, 90: math.inf}
+    return exact[int(degrees)] if degrees in exact else math.tan(math.radians(degrees))
 
 
 def _shared(
-    vertical: Tensor, horizontal: Tensor, size: Tensor, count: int, signed: bool, room: Tensor | None = None
+    vertical: Tensor, horizontal: Tensor, size: Tensor, count: int, signed: bool, room: Room
 ) -> Tensor:
     """Votes [n, bins + 2, h, w], each shared between the two bins whose centres are nearest; a copy of the last bin comes first, one of the first comes last."""
     still = size == 0
@@ -226,7 +245,8 @@ def _shared(
     pixels = size.shape[1] * size.shape[2]
     at = torch.arange(pixels, device=size.device).view(size.shape[1:])
     lower = low.mul_(pixels).long().add_(at) if pixels * count > 1 << 23 else low.mul_(pixels).add_(at).long()
-    votes = size.new_zeros(len(size), (count + 2) * pixels) if room is None else room[: len(size)].zero_()
+    votes = room("votes", (len(size), (count + 2) * pixels))
+    votes = size.new_zeros(len(size), (count + 2) * pixels) if votes is None else votes.zero_()
     votes.scatter_add_(1, lower.flatten(1), (size - upper).flatten(1))
     votes.scatter_add_(1, (lower + pixels).flatten(1), upper.flatten(1))
     return votes.view(-1, count + 2, *size.shape[1:])

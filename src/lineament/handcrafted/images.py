@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lineament.core.checks import InputError, require, show
+
+
+class Room:
+    """Buffers by name that one part of a batch leaves to the next: memory that was not used before costs more than the arithmetic on it.
+
+    Without ``reuse``, which gradients forbid, it has none, and ``out=None`` makes a new tensor.
+    """
+
+    def __init__(self, like: Tensor, reuse: bool = True) -> None:
+        self.like, self.reuse = like, reuse
+        self.kept: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor | None:
+        """A contiguous buffer, zeros when it is first given."""
+        if not self.reuse:
+            return None
+        found = self.kept.get(name)
+        if found is None or found.shape[1:] != torch.Size(shape[1:]) or len(found) < shape[0]:
+            found = self.kept[name] = self.like.new_zeros(tuple(shape), dtype=dtype)
+        return found[: shape[0]]
 
 
 def batch_of(images: Tensor) -> Tensor:
@@ -24,11 +46,14 @@ def batch_of(images: Tensor) -> Tensor:
     require(not images.is_complex(), f"images: got {show(images)}, expected real numbers")
     if not images.is_floating_point():
         images = images.double()
-    elif images.dtype in (torch.float16, torch.bfloat16):
-        images = images.float()
-    bad = ~images.isfinite().flatten(1).all(1)
-    if bool(bad.any()):
-        raise InputError(f"images: number {int(bad.int().argmax())} has NaN or infinity")
+    else:
+        if images.dtype in (torch.float16, torch.bfloat16):
+            images = images.float()
+        # A sum of finite numbers may overflow; one of others is never finite.
+        if not bool(images.detach().sum().isfinite()):
+            bad = ~images.isfinite().flatten(1).all(1)
+            if bool(bad.any()):
+                raise InputError(f"images: number {int(bad.int().argmax())} has NaN or infinity")
     return images if images.ndim == 4 else images[:, None]
 
 

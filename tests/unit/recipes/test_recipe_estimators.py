@@ -17,7 +17,7 @@ from lineament.recipes.wide_deep_kernels.study import PAIRS, Digits, Limits, Pai
 
 TINY = {
     wide_deep_kernels: {"samples": (60,), "tests": 50, "seeds": (0,), "digits": 150, "principal": (3,)},
-    gbnn: {"sets": ("wine",), "seeds": (0,), "iterations": 5, "units": 16, "images": 80, "epochs": 1},
+    gbnn: {"sets": ("wine", "diabetes"), "seeds": (0,), "iterations": 5, "units": 16, "images": 80, "epochs": 1},
     bangla_digits: {"classifiers": ("svm", "knn"), "train": 150, "test": 60},
 }
 

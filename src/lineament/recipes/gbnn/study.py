@@ -178,7 +178,7 @@ def scored(name: str, seed: int, iterations: int) -> Score:
         found["random hidden units"] = score_of(
             linear.fit(np.tanh(X @ weights + bias), y), np.tanh(Z @ weights + bias), z
         )
-    paced = mlp((told.units,), learning_rate_init=0.01, random_state=seed)
+    paced = mlp(hidden_layer_sizes=(told.units,), learning_rate_init=0.01, random_state=seed)
     found["MLP, same units, same seconds"] = score_of(for_seconds(paced, X, y, seconds, seed), Z, z)
     return Score(found, float(np.diff(net.train_losses_).max(initial=0.0)))
 
