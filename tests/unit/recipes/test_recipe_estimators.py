@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 from sklearn.model_selection import train_test_split
-from sklearn.neural_network import MLPClassifier
+from sklearn.neural_network import MLPClassifier, MLPRegressor
 
 from lineament.recipes import bangla_digits, gbnn, wide_deep_kernels
 from lineament.recipes.bangla_digits.study import DESCRIPTORS, Controls, Held, sets, split
@@ -17,7 +17,7 @@ from lineament.recipes.wide_deep_kernels.study import PAIRS, Digits, Limits, Pai
 
 TINY = {
     wide_deep_kernels: {"samples": (60,), "tests": 50, "seeds": (0,), "digits": 150, "principal": (3,)},
-    gbnn: {"sets": ("wine", "diabetes"), "seeds": (0,), "iterations": 5, "units": 16, "images": 80, "epochs": 1},
+    gbnn: {"sets": ("wine",), "seeds": (0,), "iterations": 5, "units": 16, "images": 80, "epochs": 1},
     bangla_digits: {"classifiers": ("svm", "knn"), "train": 150, "test": 60},
 }
 
@@ -92,20 +92,23 @@ def test_claims_of_gbnn_can_hold_and_fall():
     assert all(claims(True)) and not any(claims(False))
 
 
-def test_a_perceptron_keeps_its_best_epoch_and_stops_in_time():
-    X, Z, y, z = parts("wine", 0)
+@pytest.mark.parametrize(("name", "kind"), [("wine", MLPClassifier), ("diabetes", MLPRegressor)])
+def test_a_perceptron_keeps_its_best_epoch_and_stops_in_time(name, kind):
+    X, _, y, _ = parts(name, 0)
     seen = []
 
-    class Watched(MLPClassifier):
+    class Watched(kind):
         def score(self, X, y, sample_weight=None):
             seen.append(super().score(X, y, sample_weight))
             return seen[-1]
 
     start = time.process_time()
-    net = for_seconds(Watched((10,), learning_rate_init=0.01, random_state=0), X, y, 0.3, 0)
+    net = for_seconds(0.3, Watched, 10, X, y, 0)
     assert 0.3 <= time.process_time() - start < 1 and len(seen) > 5
-    _, held, _, truth = train_test_split(X, y, test_size=0.1, random_state=0, stratify=y)
-    assert MLPClassifier.score(net, held, truth) == max(seen) and net.score(Z, z) > 0.8
+    _, held, _, truth = train_test_split(
+        X, y, test_size=0.1, random_state=0, stratify=y if name == "wine" else None
+    )
+    assert kind.score(net, held, truth) == max(seen) > seen[0]
 
 
 def test_claims_of_bangla_digits_can_hold_and_fall():

@@ -178,14 +178,15 @@ def scored(name: str, seed: int, iterations: int) -> Score:
         found["random hidden units"] = score_of(
             linear.fit(np.tanh(X @ weights + bias), y), np.tanh(Z @ weights + bias), z
         )
-    paced = mlp(hidden_layer_sizes=(told.units,), learning_rate_init=0.01, random_state=seed)
-    found["MLP, same units, same seconds"] = score_of(for_seconds(paced, X, y, seconds, seed), Z, z)
+    paced = for_seconds(seconds, mlp, told.units, X, y, seed)
+    found["MLP, same units, same seconds"] = score_of(paced, Z, z)
     return Score(found, float(np.diff(net.train_losses_).max(initial=0.0)))
 
 
-def for_seconds(mlp: Any, X: Array, y: Array, seconds: float, seed: int) -> Any:
+def for_seconds(seconds: float, kind: Any, units: int, X: Array, y: Array, seed: int) -> Any:
     """A perceptron trained by Adam for so many seconds of processor time (at least one epoch), as it was after its best epoch on a tenth held out."""
     end = time.process_time() + seconds
+    mlp = kind(hidden_layer_sizes=(units,), learning_rate_init=0.01, random_state=seed)
     first = {"classes": np.unique(y)} if is_classifier(mlp) else {}
     left, held, target, truth = train_test_split(
         X, y, test_size=0.1, random_state=seed, stratify=y if first else None
