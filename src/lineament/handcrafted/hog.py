@@ -23,7 +23,7 @@ from lineament.handcrafted.images import Room, batch_of
 NORMS = ("L1", "L1-sqrt", "L2", "L2-Hys")
 Pair = int | tuple[int, int]
 # Pixels at a time.
-_PART, _PART_OF_VOTES = 1 << 16, 1 << 18
+_PART, _PART_OF_VOTES = 1 << 17, 1 << 18
 
 
 def hog(
@@ -108,7 +108,12 @@ def _described(
 ) -> Tensor:  # fmt: skip
     """The descriptor of a few images."""
     vertical, horizontal = _gradient(images, room)
-    size = torch.hypot(vertical, horizontal, out=room("size", images.shape))
+    if room.reuse:
+        size = torch.hypot(vertical, horizontal, out=room("size", images.shape))
+    else:
+        # The length of no gradient has no derivative: none is passed on.
+        still = (vertical == 0) & (horizontal == 0)
+        size = torch.hypot(vertical, horizontal.masked_fill(still, 1)).masked_fill(still, 0)
     if images.shape[1] > 1:
         strongest = size.argmax(1, keepdim=True)
         vertical, horizontal, size = (v.gather(1, strongest) for v in (vertical, horizontal, size))
@@ -198,14 +203,15 @@ def _slots(
 
     A slope is compared with those of the edges: there is no angle that could be rounded to the wrong side. What has no gradient lies in any stretch.
     """
-    slope = torch.div(vertical, horizontal, out=room("slope", vertical.shape))
+    # Upwards is upwards from -0.0, too.
+    slope = torch.div(vertical, horizontal + 0.0 if signed else horizontal, out=room("slope", vertical.shape))
     reached = room("reached", vertical.shape)
     slots = room("slots", vertical.shape)
     slots = torch.zeros_like(slope) if slots is None else slots.zero_()
     edges, bins = _stretches(count, signed)
-    for edge in edges:
-        # So flat that rounding may have made it: horizontal.
-        edge = edge or -torch.finfo(slope.dtype).eps
+    # So flat that rounding may have made it: horizontal.
+    edges = [edge or -torch.finfo(slope.dtype).eps for edge in edges]
+    for edge in torch.tensor(edges, dtype=slope.dtype).unbind():
         slots += slope >= edge if reached is None else torch.ge(slope, edge, out=reached)
     if signed:
         left = (horizontal < 0).to(slope.dtype)
@@ -269,7 +275,7 @@ def _normalised(found: Tensor, norm: str, eps: float = 1e-5) -> Tensor:
 
 
 def _length_one(found: Tensor, eps: float) -> Tensor:
-    return found / (found.square().sum(-1, keepdim=True) + eps**2).sqrt()
+    return found / (torch.linalg.vecdot(found, found)[..., None] + eps**2).sqrt()
 
 
 def _opencv(votes: Tensor, cells: tuple[int, int], blocks: tuple[int, int]) -> Tensor:

@@ -30,8 +30,8 @@ class Room:
         return found[: shape[0]]
 
 
-def batch_of(images: Tensor) -> Tensor:
-    """Images as [n, channels, height, width] numbers: [n, h, w] are grey, integers and booleans become float64.
+def batch_of(images: Tensor, *, keep_bytes: bool = False) -> Tensor:
+    """Images as [n, channels, height, width] numbers: [n, h, w] are grey, integers (bytes only where they are not kept) and booleans become float64.
 
     Raises:
         InputError: not 3 or 4 dimensions, an empty image, NaN or infinity.
@@ -45,7 +45,7 @@ def batch_of(images: Tensor) -> Tensor:
     )
     require(not images.is_complex(), f"images: got {show(images)}, expected real numbers")
     if not images.is_floating_point():
-        images = images.double()
+        images = images if keep_bytes and images.dtype == torch.uint8 else images.double()
     else:
         if images.dtype in (torch.float16, torch.bfloat16):
             images = images.float()
@@ -57,11 +57,12 @@ def batch_of(images: Tensor) -> Tensor:
     return images if images.ndim == 4 else images[:, None]
 
 
-def grey_of(images: Tensor) -> Tensor:
+def grey_of(images: Tensor, *, keep_bytes: bool = False) -> Tensor:
     """Images as [n, height, width]: three channels by their luma (0.299, 0.587, 0.114), other numbers of channels by their mean."""
-    images = batch_of(images)
+    images = batch_of(images, keep_bytes=keep_bytes)
     if images.shape[1] == 1:
         return images[:, 0]
+    images = images.double() if images.dtype == torch.uint8 else images
     if images.shape[1] == 3:
         return torch.einsum("nchw,c->nhw", images, images.new_tensor([0.299, 0.587, 0.114]))
     return images.mean(1)
