@@ -23,7 +23,7 @@ from lineament.handcrafted.images import Room, batch_of
 NORMS = ("L1", "L1-sqrt", "L2", "L2-Hys")
 Pair = int | tuple[int, int]
 # Pixels at a time.
-_PART, _PART_OF_VOTES = 1 << 17, 1 << 18
+_PART, _PART_OF_VOTES = 1 << 17, 1 << 16
 
 
 def hog(
@@ -89,46 +89,21 @@ def hog(
         require(bool((images >= 0).all()), "sqrt: an image has negative intensities")
         images = images.sqrt()
     # A part at a time, whose buffers stay in the processor's cache.
-    part = max(
-        1,
-        (_PART if like == "skimage" and binning == "hard" else _PART_OF_VOTES)
-        // (images.shape[-2] * images.shape[-1]),
-    )
+    hard = like == "skimage" and binning == "hard"
+    part = max(1, (_PART if hard else _PART_OF_VOTES) // (images.shape[-2] * images.shape[-1]))
     room = Room(images, not (torch.is_grad_enabled() and images.requires_grad))
-    parts = [
-        _described(some, orientations, cells, blocks, norm, signed, binning, like, room)
-        for some in images.split(part)
-    ]
+    shares = (
+        None if hard else _Shares(images, part, cells, blocks if like == "opencv" else None, orientations)
+    )
+    parts = []
+    for some in images.split(part):
+        gradient = _strongest(*_gradient(some, room), room)
+        if shares is None:
+            histogram = _voted(*gradient, orientations, signed, cells, room)
+        else:
+            histogram = _interpolated(*gradient, signed, shares, room)
+        parts.append(_opencv(histogram, blocks) if like == "opencv" else _blocks(histogram, blocks, norm))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _described(
-    images: Tensor, orientations: int, cells: tuple[int, int], blocks: tuple[int, int],
-    norm: str, signed: bool, binning: str, like: str, room: Room,
-) -> Tensor:  # fmt: skip
-    """The descriptor of a few images."""
-    vertical, horizontal = _gradient(images, room)
-    if room.reuse:
-        size = torch.hypot(vertical, horizontal, out=room("size", images.shape))
-    else:
-        # The length of no gradient has no derivative: none is passed on.
-        still = (vertical == 0) & (horizontal == 0)
-        size = torch.hypot(vertical, horizontal.masked_fill(still, 1)).masked_fill(still, 0)
-    if images.shape[1] > 1:
-        strongest = size.argmax(1, keepdim=True)
-        vertical, horizontal, size = (v.gather(1, strongest) for v in (vertical, horizontal, size))
-    vertical, horizontal, size = vertical[:, 0], horizontal[:, 0], size[:, 0]
-    if like == "opencv":
-        return _opencv(_shared(vertical, horizontal, size, orientations, signed, room), cells, blocks)
-    if binning == "linear":
-        votes = _shared(vertical, horizontal, size, orientations, signed, room)
-        histogram = _joined(F.avg_pool2d(votes, cells))
-    else:
-        histogram = _voted(vertical, horizontal, size, orientations, signed, cells, room)
-    # [n, bins, block rows, block columns, cell rows, cell columns]
-    found = histogram.unfold(2, blocks[0], 1).unfold(3, blocks[1], 1)
-    found = found.permute(0, 2, 3, 4, 5, 1).flatten(3)
-    return _normalised(found, norm).flatten(1)
 
 
 def hog_length(
@@ -164,6 +139,23 @@ def _gradient(images: Tensor, room: Room) -> tuple[Tensor, Tensor]:
     columns = F.pad(images[..., 2:] - images[..., :-2], (1, 1)) if images.shape[3] > 2 else None
     zero = torch.zeros_like(images)
     return zero if rows is None else rows, zero if columns is None else columns
+
+
+def _strongest(vertical: Tensor, horizontal: Tensor, room: Room) -> tuple[Tensor, Tensor, Tensor]:
+    """The longest gradient of all channels at each pixel, and its length, [n, h, w]."""
+    size = room("size", vertical.shape)
+    if size is not None:
+        torch.mul(vertical, vertical, out=size).addcmul_(horizontal, horizontal).sqrt_()
+        if size.numel() and not bool(size.max().isfinite()):
+            torch.hypot(vertical, horizontal, out=size)
+    else:
+        # The length of no gradient has no derivative: none is passed on.
+        still = (vertical == 0) & (horizontal == 0)
+        size = torch.hypot(vertical, horizontal.masked_fill(still, 1)).masked_fill(still, 0)
+    if size.shape[1] > 1:
+        strongest = size.argmax(1, keepdim=True)
+        vertical, horizontal, size = (v.gather(1, strongest) for v in (vertical, horizontal, size))
+    return vertical[:, 0], horizontal[:, 0], size[:, 0]
 
 
 def _voted(
@@ -237,33 +229,80 @@ def _slope(degrees: Fraction) -> float:
     return exact[int(degrees)] if degrees in exact else math.tan(math.radians(degrees))
 
 
-def _shared(
-    vertical: Tensor, horizontal: Tensor, size: Tensor, count: int, signed: bool, room: Room
+class _Shares:
+    """What interpolated votes need for all parts of a batch.
+
+    ``rows`` [cells, height] and ``columns`` [cells, width] are what each pixel gives to each cell, with ``blocks`` to each cell of each block as in OpenCV. Each
+    pixel has ``slots`` of its own from ``first`` on, one for each bin of a range of angles that is wider than the bins; ``fold`` [slots, bins] makes the bins of them.
+    """
+
+    def __init__(
+        self, images: Tensor, part: int, cells: tuple[int, int], blocks: tuple[int, int] | None, count: int
+    ) -> None:
+        n, sides, device = min(part, len(images)), images.shape[2:], images.device
+        self.rows, self.columns = (_weights(images, k, cells, blocks) for k in (0, 1))
+        self.half, self.slots = (count + 1) // 2, count + 3
+        length = n * sides.numel() * self.slots
+        self.first = torch.arange(0, length, self.slots, device=device).view(n, *sides)
+        bins = (torch.arange(self.slots, device=device) - 1 - self.half) % count
+        self.fold = (bins[:, None] == torch.arange(count, device=device)).to(images.dtype)
+
+
+def _weights(images: Tensor, k: int, cells: tuple[int, int], blocks: tuple[int, int] | None) -> Tensor:
+    """Along side k of the images: what each pixel gives to each cell, or to each cell of each block."""
+    like = {"dtype": images.dtype, "device": images.device}
+    if blocks is None:
+        weights = torch.ones(1, cells[k], **like) / cells[k]
+    else:
+        at = torch.arange(cells[k] * blocks[k], **like)
+        sigma = (cells[0] * blocks[0] + cells[1] * blocks[1]) / 8
+        centre = (torch.arange(blocks[k], **like) + 0.5) * cells[k]
+        weights = (1 - (at + 0.5 - centre[:, None]).abs() / cells[k]).clamp(min=0)
+        weights = weights * torch.exp(-((at - len(at) / 2) ** 2) / (2 * sigma**2))
+    room = images.shape[2 + k] - weights.shape[1]
+    return torch.cat([F.pad(weights, (start, room - start)) for start in range(0, room + 1, cells[k])])
+
+
+def _interpolated(
+    vertical: Tensor, horizontal: Tensor, size: Tensor, signed: bool, shares: _Shares, room: Room
 ) -> Tensor:
-    """Votes [n, bins + 2, h, w], each shared between the two bins whose centres are nearest; a copy of the last bin comes first, one of the first comes last."""
-    still = size == 0
-    place = torch.atan2(vertical, horizontal + still.to(horizontal.dtype))
-    place = place * (count / (2 * math.pi if signed else math.pi))
-    # In halves of bins from the centre of the last one: 0.5 to count + 0.5.
-    place = place - (place.detach() / count).floor_() * count + 0.5
-    low = place.detach().floor()
-    upper = size * (place - low)
-    pixels = size.shape[1] * size.shape[2]
-    at = torch.arange(pixels, device=size.device).view(size.shape[1:])
-    lower = low.mul_(pixels).long().add_(at) if pixels * count > 1 << 23 else low.mul_(pixels).add_(at).long()
-    votes = room("votes", (len(size), (count + 2) * pixels))
-    votes = size.new_zeros(len(size), (count + 2) * pixels) if votes is None else votes.zero_()
-    votes.scatter_add_(1, lower.flatten(1), (size - upper).flatten(1))
-    votes.scatter_add_(1, (lower + pixels).flatten(1), upper.flatten(1))
-    return votes.view(-1, count + 2, *size.shape[1:])
+    """Votes [n, bins, rows, columns], each for the two bins whose centres are nearest."""
+    n, height, width = size.shape
+    slots, count = shares.fold.shape
+    if room.reuse and not signed:
+        place = torch.div(vertical, horizontal, out=room("place", size.shape))
+        place = place.nan_to_num_(0.0, math.inf, -math.inf).atan_()
+    else:
+        right = horizontal + (size == 0).to(horizontal.dtype)
+        side = 1.0 if signed else 1 - 2 * (right < 0).to(right.dtype)
+        place = torch.atan2(vertical * side, right * side)
+    # In bins from the centre of the slot before the lowest angle's.
+    turn = count / (2 * math.pi if signed else math.pi)
+    place = torch.add(
+        place * turn if not room.reuse else place.mul_(turn),
+        shares.half + 0.5,
+        out=room("turned", size.shape),
+    )
+    low = torch.floor(place.detach(), out=room("low", size.shape))
+    place = torch.sub(place, low, out=room("place", size.shape))
+    upper = torch.mul(size, place, out=room("upper", size.shape))
+    lower = torch.sub(size, upper, out=room("lower", size.shape))
+    at = torch.add(shares.first[:n], low.long()).flatten()
+    votes = room("votes", (n * height * width * slots,))
+    votes = size.new_zeros(n * height * width * slots) if votes is None else votes.zero_()
+    votes.scatter_add_(0, at, lower.flatten())
+    votes[1:].scatter_add_(0, at, upper.flatten())
+    found = shares.rows @ votes.view(n, height, width * slots)
+    found = shares.columns @ found.unflatten(2, (width, slots))
+    return (found @ shares.fold).permute(0, 3, 1, 2)
 
 
-def _joined(votes: Tensor) -> Tensor:
-    """Without the last bin's copy before the first, and the first's after the last."""
-    made = votes[:, 1:-1].clone()
-    made[:, 0] += votes[:, -1]
-    made[:, -1] += votes[:, 0]
-    return made
+def _blocks(histogram: Tensor, blocks: tuple[int, int], norm: str) -> Tensor:
+    """Normalised blocks of cells [n, bins, cell rows, cell columns], which overlap."""
+    # [n, bins, block rows, block columns, cell rows, cell columns]
+    found = histogram.unfold(2, blocks[0], 1).unfold(3, blocks[1], 1)
+    found = found.permute(0, 2, 3, 4, 5, 1).flatten(3)
+    return _normalised(found, norm).flatten(1)
 
 
 def _normalised(found: Tensor, norm: str, eps: float = 1e-5) -> Tensor:
@@ -278,26 +317,12 @@ def _length_one(found: Tensor, eps: float) -> Tensor:
     return found / (torch.linalg.vecdot(found, found)[..., None] + eps**2).sqrt()
 
 
-def _opencv(votes: Tensor, cells: tuple[int, int], blocks: tuple[int, int]) -> Tensor:
-    """Blocks as OpenCV makes them: every pixel of a block votes for the four cells around it, columns of blocks and cells come first."""
-    sides = [side * count for side, count in zip(cells, blocks)]
-    sigma = sum(sides) / 8
-    bells, corners = [], []
-    for side, count, cell in zip(sides, blocks, cells):
-        at = torch.arange(side, dtype=votes.dtype, device=votes.device)
-        bells.append(torch.exp(-((at - side / 2) ** 2) / (2 * sigma**2)))
-        centre = (torch.arange(count, dtype=votes.dtype, device=votes.device) + 0.5) * cell
-        corners.append((1 - (at + 0.5 - centre[:, None]).abs() / cell).clamp(min=0))
-    # [blocks * cells of a block, pixels] along each side: what a pixel gives to each cell of each block.
-    spread = []
-    for corner, bell, side, cell, size in zip(corners, bells, sides, cells, votes.shape[2:]):
-        places = range(0, size - side + 1, cell)
-        spread.append(torch.cat([F.pad(corner * bell, (k, size - side - k)) for k in places]))
-    found = _joined(spread[0] @ (votes @ spread[1].T))
+def _opencv(found: Tensor, blocks: tuple[int, int]) -> Tensor:
+    """Blocks as OpenCV normalises them, of what each pixel of a block gave to the cells around it; columns of blocks and cells come first."""
     # [n, block columns, block rows, cell columns, cell rows, bins]
     found = (
         found.unflatten(3, (-1, blocks[1])).unflatten(2, (-1, blocks[0])).permute(0, 4, 2, 5, 3, 1).flatten(3)
     )
-    found = found / (found.square().sum(-1, keepdim=True).sqrt() + 0.1 * found.shape[-1])
+    found = found / (torch.linalg.vector_norm(found, dim=-1, keepdim=True) + 0.1 * found.shape[-1])
     found = found.clamp(max=0.2)
-    return (found / (found.square().sum(-1, keepdim=True).sqrt() + 1e-3)).flatten(1)
+    return (found / (torch.linalg.vector_norm(found, dim=-1, keepdim=True) + 1e-3)).flatten(1)

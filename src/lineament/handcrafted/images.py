@@ -18,15 +18,15 @@ class Room:
 
     def __init__(self, like: Tensor, reuse: bool = True) -> None:
         self.like, self.reuse = like, reuse
-        self.kept: dict[str, Tensor] = {}
+        self.kept: dict[tuple[str, torch.dtype | None], Tensor] = {}
 
     def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor | None:
         """A contiguous buffer, zeros when it is first given."""
         if not self.reuse:
             return None
-        found = self.kept.get(name)
+        found = self.kept.get((name, dtype))
         if found is None or found.shape[1:] != torch.Size(shape[1:]) or len(found) < shape[0]:
-            found = self.kept[name] = self.like.new_zeros(tuple(shape), dtype=dtype)
+            found = self.kept[name, dtype] = self.like.new_zeros(tuple(shape), dtype=dtype)
         return found[: shape[0]]
 
 

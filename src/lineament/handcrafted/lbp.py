@@ -133,7 +133,8 @@ def _code(grey: Tensor, points: int, radius: float, room: Room) -> Tensor:
     plane = _Plane(grey, radius, room)
     centre = plane.centre(plane.flat)
     exact = centre.dtype if points <= 24 else torch.float64
-    code, bit = (_spare(room, name, centre, exact) for name in ("code", "bit"))
+    # A bit may take the room of the value that it comes from.
+    code, bit = (_spare(room, name, centre, exact) for name in ("code", "value"))
     code.zero_()
     small = None if plane.bytes is None else _spare(room, "small", centre, torch.uint8).zero_()
     for p, value in enumerate(plane.around(points)):

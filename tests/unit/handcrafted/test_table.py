@@ -150,6 +150,8 @@ def test_the_bin_of_every_direction_between_whole_numbers(count, signed):
 
 def test_no_images_are_no_rows_and_many_are_as_one_by_one():
     assert hog(torch.rand(0, 32, 32)).shape == (0, 324)
+    bright = torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(hog(1e25 * bright, norm="L1"), hog(1e3 * bright, norm="L1"))
     assert lbp(torch.zeros(0, 32, 32, dtype=torch.uint8)).shape == (0, 944)
     many = torch.rand(130, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     whole = hog(many, cell=4)

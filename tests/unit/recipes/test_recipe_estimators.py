@@ -41,6 +41,19 @@ def test_the_bayes_rule_is_the_best_of_all_and_parts_do_not_overlap():
     assert np.bincount(held.labels[test]).min() >= 19
 
 
+@pytest.mark.parametrize("inner", ["bangla-digits", ""])
+def test_bangla_digits_are_found_in_the_data_folder_and_in_their_own(inner, tmp_path):
+    (tmp_path / inner).mkdir(exist_ok=True)
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32), dtype=np.uint8)
+    labels = np.arange(8)
+    np.savez(
+        tmp_path / inner / "cmaterdb_3_1_1.npz",
+        train_images=images[:5], train_labels=labels[:5], test_images=images[5:], test_labels=labels[5:],
+    )  # fmt: skip
+    found = sets(bangla_digits.Config(data_folder=str(tmp_path)))
+    assert list(found) == ["cmaterdb"] and found["cmaterdb"].train == 5 and len(found["cmaterdb"].images) == 8
+
+
 def test_claims_of_wide_deep_kernels_can_hold_and_fall():
     config = wide_deep_kernels.Config()
     n = config.samples[-1]
