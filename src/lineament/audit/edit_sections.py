@@ -223,7 +223,7 @@ def forgotten_section(
     harmed, advice = harm(told, head)
     severity = "warning" if told.verdict == "kept" or harmed or subject.doubt else "note"
     text = " ".join(part for part in (subject.doubt.sentence, harmed, told.sentence, price(found)) if part)
-    probed = 2 * min(counts) - min(counts)
+    probed = min(counts)  # half of as many of either kind
     rows = [
         [what, counted(one.forget, counts[0]), counted(one.retain, counts[1]), counted(max(one.probe.values()), probed), "not within the steps" if one.samples is None else one.samples]
         for what, one in ((WAS, told.before), ("edited", told.after), ("head alone: the class is never answered", head))
