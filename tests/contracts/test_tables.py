@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lineament.core.checks import InputError
 from lineament.modules import UnifiedEmbedding, multiplex
 from lineament.modules.unified_embedding import baselines as b
 from lineament.modules.unified_embedding.hashing import bucket, mix64
@@ -139,3 +140,156 @@ def test_weights_travel_through_a_state_dict(make):
             parameter.mul_(2)
     other.load_state_dict(net.state_dict())
     assert other(IDS).equal(net(IDS))
+
+
+class Keyed:
+    """What torchrec's ``KeyedJaggedTensor`` shows: keys, values of key after key, and as many lengths of each key as there are samples."""
+
+    def __init__(self, keys: list[str], values: Tensor, lengths: Tensor, weights: Tensor | None = None):
+        self.held = keys, values, lengths, weights
+
+    def keys(self) -> list[str]:
+        return self.held[0]
+
+    def values(self) -> Tensor:
+        return self.held[1]
+
+    def lengths(self) -> Tensor:
+        return self.held[2]
+
+    def weights_or_none(self) -> Tensor | None:
+        return self.held[3]
+
+
+class Jagged(Keyed):
+    """What torchrec's ``JaggedTensor`` of one feature shows."""
+
+    keys = None  # pyright: ignore
+
+
+BAGS = [[3, 2**40], [], [7, 7, -5], [19]]
+FLAT = torch.tensor([value for bag in BAGS for value in bag])
+LENGTHS = torch.tensor([len(bag) for bag in BAGS])
+OFFSETS = torch.tensor([0, 2, 2, 5])
+FORMS: dict[str, Callable[[], object]] = {
+    "input and offsets": lambda: (FLAT, OFFSETS),
+    "no weights": lambda: (FLAT, OFFSETS, None),
+    "weights of one": lambda: (FLAT, OFFSETS, torch.ones(len(FLAT))),
+    "int32 offsets": lambda: (FLAT, OFFSETS.int()),
+    "nested, jagged": lambda: torch.nested.nested_tensor([torch.tensor(b).long() for b in BAGS], layout=torch.jagged),
+    "nested, narrowed": lambda: torch.nested.narrow(
+        torch.tensor([[*b, 0, 0, 0, 0][:4] for b in BAGS]), 1, torch.zeros(4).long(), LENGTHS, torch.jagged
+    ),
+    "nested, strided": lambda: torch.nested.nested_tensor([torch.tensor(b).long() for b in BAGS]),
+    "lists": lambda: BAGS,
+    "one jagged": lambda: Jagged([], FLAT, LENGTHS),
+    "padded": lambda: torch.tensor([[*b, 1, 1, 1][:3] for b in BAGS]),
+}  # fmt: skip
+
+
+def bagged(combiner: str, **options) -> UnifiedEmbedding:
+    table = UnifiedEmbedding(ROWS, 4, tables=2, **options)
+    table.add("tags", 3, combiner=combiner, padding=1)  # pyright: ignore
+    table.add("user")
+    return table
+
+
+def by_hand(table: UnifiedEmbedding, weights: list[list[float]], combiner: str) -> Tensor:
+    """Each bag's rows, weighed and added one by one."""
+    found = []
+    for bag, own in zip(BAGS, weights):
+        total = torch.zeros(table.features["tags"].lookups * table.chunk)
+        for value, w in zip(bag, own):
+            total += w * table.weight[table.places_of("tags", torch.tensor([value]))[0]].flatten()
+        size = {"sum": 1.0, "mean": sum(own), "sqrtn": sum(w * w for w in own) ** 0.5}[combiner]
+        found.append(total / size if bag else total)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("combiner", ["mean", "sum", "sqrtn"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bag_is_the_same_in_whatever_form_it_comes(form, combiner):
+    for sparse in (False, True):
+        table = bagged(combiner, sparse=sparse)
+        expected = by_hand(table, [[1.0] * len(bag) for bag in BAGS], combiner)
+        found = table({"tags": FORMS[form]()})
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+        assert (found[1] == 0).all(), "an empty bag"
+        goal = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
+        (wanted,) = torch.autograd.grad((expected * goal).sum(), table.weight)
+        (got,) = torch.autograd.grad((found * goal).sum(), table.weight)
+        assert got.is_sparse == sparse
+        torch.testing.assert_close(got.to_dense(), wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("combiner", ["mean", "sum", "sqrtn"])
+def test_weights_of_samples_count_and_have_gradients(combiner):
+    table = bagged(combiner)
+    own = [[0.5, 2.0], [], [1.0, 0.25, 3.0], [0.75]]
+    weights = torch.tensor([w for bag in own for w in bag], requires_grad=True)
+    expected = by_hand(table, own, combiner)
+    user = torch.tensor([5, 6, 7, 8])
+    both = torch.cat([LENGTHS, torch.ones(4).long()])
+    joined = torch.cat([weights, torch.ones(4)])
+    for given in (
+        {"tags": (FLAT, OFFSETS, weights), "user": user},
+        {"tags": Jagged([], FLAT, LENGTHS, weights), "user": user},
+        Keyed(["tags", "user"], torch.cat([FLAT, user]), both, joined),
+    ):
+        found = table(given)
+        torch.testing.assert_close(found[:, :12], expected, rtol=1e-5, atol=1e-7)
+        assert found[:, 12:].equal(table({"user": user}))
+        (gradient,) = torch.autograd.grad(found[:, :12].square().sum(), weights)
+        # With one id in a bag the mean is its row, whatever it weighs.
+        assert gradient.isfinite().all() and (gradient[:2] != 0).all()
+        assert (gradient[-1].abs() > 1e-9) == (combiner == "sum")
+
+
+def test_keys_values_and_lengths_are_features_in_any_order():
+    table = bagged("sum")
+    user = torch.tensor([5, 6, 7, 8])
+    expected = table({"tags": (FLAT, OFFSETS), "user": user})
+    lengths = torch.cat([torch.ones(4).long(), LENGTHS])
+    keyed = Keyed(["user", "tags"], torch.cat([user, FLAT]), lengths.int())
+    assert table(keyed).equal(expected)
+    assert table(keyed, as_dict=True)["user"].equal(table({"user": user}))
+    # One id of each sample is looked up at once, and is the same.
+    single = Keyed(["user", "tags"], torch.cat([user, user + 2]), torch.ones(8).long())
+    assert torch.allclose(table(single), table({"tags": user + 2, "user": user}))
+
+
+def test_lists_of_whole_numbers_are_ids_and_strings_are_hashed():
+    table = bagged("sum")
+    user = torch.tensor([5, 6, 7, 8])
+    assert table({"user": user.tolist()}).equal(table({"user": user}))
+    words = [["a", "b"], [], ["c"]]
+    flat = table({"tags": (["a", "b", "c"], torch.tensor([0, 2, 2]))})
+    assert table({"tags": words}).equal(flat) and not flat[0].equal(flat[2]) and (flat[1] == 0).all()
+    assert not table({"user": ["5"]}).equal(table({"user": [5]}))
+    assert table({"tags": [[3, 1], [1]]}).equal(table({"tags": torch.tensor([[3, 1], [1, 1]])})), "padding"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (torch.tensor([1]), r"inputs: got an int64 tensor of shape \(1,\), expected {feature: ids}, or keys"),
+        (Keyed(["user", "user"], FLAT, torch.ones(6).long()), "a key comes twice"),
+        (Keyed(["user", "tags"], FLAT, torch.ones(5).long()), "got 5 lengths for 2 keys"),
+        (Keyed(["user", "tags"], FLAT, torch.ones(8).long()), "lengths of the keys make 8 ids, and there are 6"),
+        (Keyed(["user"], FLAT, torch.tensor([7, -1])), "a length of the keys is below 0"),
+        ({"tags": Jagged([], FLAT, torch.ones(2))}, "got a float32 tensor of shape .* as lengths of 'tags'"),
+        ({"tags": (FLAT, OFFSETS, torch.ones(2))}, "as weights of 'tags', expected a float for each"),
+        ({"tags": (FLAT, OFFSETS, torch.ones(6).long())}, "got an int64 tensor .* as weights of 'tags'"),
+        ({"tags": (FLAT, None, torch.ones(6))}, "without offsets"),
+        ({"tags": (FLAT.view(2, 3), OFFSETS)}, r"ids \[batch, values\] and offsets"),
+        ({"tags": (FLAT, torch.tensor([], dtype=torch.int64))}, "6 ids and no offset"),
+        ({"tags": (FLAT, OFFSETS, None, None)}, "expected ids"),
+        ({"tags": torch.nested.nested_tensor([torch.rand(2)], layout=torch.jagged)}, "expected whole ids"),
+        ({"tags": torch.nested.nested_tensor([torch.zeros(2, 1).long()])}, "nested tensor of 3 dimensions"),
+        ({"tags": [2**64]}, "got the id 18446744073709551616, expected int64; pass it as a string"),
+        ({"tags": FLAT.to("meta")}, "got ids on meta, and the table's rows are on cpu"),
+    ],
+)  # fmt: skip
+def test_what_is_no_bag_is_told_in_one_line(given, told):
+    with pytest.raises(InputError, match=told):
+        bagged("mean")(given)

@@ -78,7 +78,7 @@ def add_parser(subparsers: Any) -> Any:
         "--attack",
         metavar="NAME",
         action="append",
-        help="gifd, no ball, latent, gias, ggl, ig, gi, dlg or closed form (may be repeated; default: gifd, latent, ig, and the closed form where it applies)",
+        help="gifd, no ball, latent, gias, ggl, ig, gi, idlg, dlg or closed form (may be repeated; default: gifd, latent, ig, and the closed form where it applies)",
     )
     add("--batch-size", metavar="N,N", default="1", help="pictures behind one message (default: 1)")
     add("--pictures", type=int, default=8, metavar="N", help="how many are audited (default: 8)")

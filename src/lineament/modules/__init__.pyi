@@ -39,4 +39,5 @@ from .unified_embedding.hashing import mix64 as mix64
 from .unified_embedding.probe import plan as plan
 from .unified_embedding.probe import probe as probe
 from .unified_embedding.table import UnifiedEmbedding as UnifiedEmbedding
+from .unified_embedding.torchrec_tables import to_torchrec as to_torchrec
 from .unified_embedding.views import multiplex as multiplex

@@ -229,6 +229,10 @@ def of(folder: Path, count: int) -> list[dict[Any, Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TABLES)
 def test_a_divided_table_is_that_of_one_process(folder, name):
+    import torch.distributed.checkpoint
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    dcp: Any = torch.distributed.checkpoint
     _, made_by, lr = TABLES[name]
     made = table(name)
     optimizer = made_by(made.parameters(), lr)
@@ -256,6 +260,22 @@ def test_a_divided_table_is_that_of_one_process(folder, name):
     alone = table(name)
     alone.load(folder / f"{name}.safetensors")
     torch.testing.assert_close(alone.weight.detach(), after, rtol=1e-5, atol=1e-6)
+    # The three processes' checkpoint, opened by this one, which has no process group, with the optimizer's state: it goes on as they would have.
+    alone = table(name)
+    optimizer = made_by(alone.parameters(), lr)
+    state = {"table": alone.state_dict(), "optimizer": get_optimizer_state_dict(alone, optimizer)}
+    dcp.load(state, checkpoint_id=folder / name, no_dist=True)
+    alone.load_state_dict(state["table"])
+    set_optimizer_state_dict(alone, optimizer, state["optimizer"])
+    torch.testing.assert_close(alone.weight.detach(), after, rtol=1e-5, atol=1e-6)
+    outputs = trained(alone, optimizer, slice(0, 8), range(2, 3))
+    torch.testing.assert_close(outputs, later, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(alone.weight.detach(), made.weight.detach(), rtol=1e-5, atol=2e-6)
+    other = table(name, seed=11)
+    state = {"table": other.state_dict()}
+    dcp.load(state, checkpoint_id=folder / name, no_dist=True)
+    with pytest.raises(InputError, match=r"saved with seed 0 .here 11."):
+        other.load_state_dict(state["table"])
     for each in of(folder, 2):
         for how in ("file", "checkpoint"):
             assert "saved with seed 0 (here 11)" in each["refused"][name, how]

@@ -29,6 +29,7 @@ from lineament.modules.unified_embedding.hashing import (
     signed,
     siphash,
 )
+from lineament.modules.unified_embedding.inputs import bags_of, by_feature, listed
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,12 @@ _DRAWN = 1 << 22
 
 
 @dataclass(frozen=True)
-class _Bags:
-    """A feature's values: their rows, where bags begin (``None``: each is one), which values count, the number of bags."""
+class Read:
+    """A feature's values: their rows, where bags begin (``None``: each is one), what each value weighs, the number of bags."""
 
     at: Tensor
     offsets: Tensor | None
-    there: Tensor | None
+    weights: Tensor | None
     count: int
 
 
@@ -182,15 +183,24 @@ class UnifiedEmbedding(nn.Module):
                 # Keras' range; the normal distribution of nn.Embedding costs several points of AUC.
                 yield first + at, rows.uniform_(-0.05, 0.05, generator=generator)
 
-    def forward(self, inputs: Mapping[str, Any], *, as_dict: bool = False) -> Any:
+    def forward(self, inputs: Any, *, as_dict: bool = False) -> Any:
         """Embeddings of each feature's values.
 
         Args:
-            inputs: {feature: ids}; ids are int64 [batch] or [batch, values], strings, or (ids, offsets) as ``nn.EmbeddingBag`` takes them.
+            inputs: {feature: ids}, or torchrec's ``KeyedJaggedTensor``, or what has its ``keys()``, ``values()`` and ``lengths()``. Ids are whole numbers [batch] or
+                [batch, values]; a nested tensor; a list of ids or strings, one a sample or a list of them; ``(ids, offsets, per_sample_weights)`` as ``nn.EmbeddingBag`` takes them,
+                of which the last may be left out, and offsets are ``None`` for ids [batch, values]; or torchrec's ``JaggedTensor``.
 
         Returns:
-            [batch, sum of widths] in the order in which features were added, or {feature: [batch, width]}.
+            [batch, sum of widths] in the order in which features were added, or {feature: [batch, width]}. A bag's rows are combined as its feature says: with weights w the sum is
+            Σ w e, the mean that over Σ w, and "sqrtn" that over √Σ w².
+
+        >>> table = UnifiedEmbedding(1000, 8)
+        >>> table.add("film"); table.add("tags", combiner="sum")
+        >>> table({"film": ["Alien", "Heat"], "tags": [["space", "horror"], []]})[1, 16:].abs().sum().item()
+        0.0
         """
+        inputs = by_feature(inputs)
         for name in inputs:
             require(
                 name in self.features,
@@ -203,7 +213,7 @@ class UnifiedEmbedding(nn.Module):
         )
         if not as_dict and self.hash == "mix64" and all(self._single(name, inputs[name]) for name in names):
             return self._at_once(names, inputs)
-        prepared = {name: self._prepared(self.features[name], inputs[name]) for name in names}
+        prepared = {name: self.read(name, inputs[name]) for name in names}
         if not as_dict:
             self._alike({name: bag.count for name, bag in prepared.items()})
         source, places = self.rows_at([bag.at for bag in prepared.values()])
@@ -220,7 +230,9 @@ class UnifiedEmbedding(nn.Module):
     def _at_once(self, names: Sequence[str], inputs: Mapping[str, Tensor]) -> Tensor:
         """One hash and one gather for all features of one value each: what is gathered is the output already."""
         self._alike({name: len(inputs[name]) for name in names})
-        which, salts, starts = self._plan(tuple(names), inputs[names[0]].device)
+        for name in names:
+            self._here(inputs[name])
+        which, salts, starts = self._plan(tuple(names), self.weight.device)
         ids = torch.stack([inputs[name] for name in which], 1)
         at = bucket(mix64(ids, salts), self.rows)
         at = at if self.tables == 1 else at + starts
@@ -252,6 +264,7 @@ class UnifiedEmbedding(nn.Module):
     def places_of(self, name: str, ids: Tensor | Sequence[Any]) -> Tensor:
         """The row of ``weight`` of each value and look-up, [n, lookups]."""
         device, feature = self.weight.device, self.features[name]
+        self._here(ids)
         at = self.rows_of(name, ids) + (self.tables_of(name) * self.rows).to(device)
         if not feature.own:
             return at
@@ -273,7 +286,7 @@ class UnifiedEmbedding(nn.Module):
             texts = as_texts(ids)
             hashed = [siphash(texts, (feature.number, j)) for j in range(feature.lookups)]
             return torch.stack([remainder(h, self.rows) for h in hashed], 1).to(self.weight.device)
-        ids = self._ids(ids)
+        ids = self._ids(ids).to(self.weight.device)
         return torch.stack(
             [bucket(mix64(ids, self._salt(feature, j)), self.rows) for j in range(feature.lookups)], 1
         )
@@ -290,10 +303,18 @@ class UnifiedEmbedding(nn.Module):
 
     def _ids(self, ids: Tensor | Sequence[Any]) -> Tensor:
         if not isinstance(ids, Tensor):
-            return fingerprint(as_texts(ids)).to(self.weight.device)
+            ids = listed(ids)
+            return ids if isinstance(ids, Tensor) else fingerprint(as_texts(ids))
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise InputError(f"inputs: got {show(ids)}, expected whole ids")
         return ids.long()
+
+    def _here(self, ids: Any) -> None:
+        """Refuse ids on another device than the rows'."""
+        require(
+            not isinstance(ids, Tensor) or ids.device == self.weight.device,
+            f"inputs: got ids on {getattr(ids, 'device', None)}, and the table's rows are on {self.weight.device}; move the ids there",
+        )
 
     def rows_at(self, places: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """(a table of rows, and where in it the rows of ``places`` are): the weights; or what the processes among which they are divided gave of them."""
@@ -303,42 +324,23 @@ class UnifiedEmbedding(nn.Module):
         parts = where.split([at.numel() for at in places])
         return found, [part.view_as(at) for part, at in zip(parts, places)]
 
-    def _prepared(self, feature: Feature, given: Any) -> _Bags:
-        offsets = None
-        if isinstance(given, tuple):
-            given, offsets = given
-            rising(offsets, feature.name, len(given))
-        shaped = (
-            given.ndim == 1 or (given.ndim == 2 and offsets is None)
-            if isinstance(given, Tensor)
-            else isinstance(given, Sequence)
-        )
-        require(
-            shaped,
-            f"inputs: got {show(given)} for {feature.name!r}, expected ids [batch] or [batch, values], strings, or (ids [values], offsets [batch])",
-        )
-        several = isinstance(given, Tensor) and given.ndim == 2
-        batch = len(given) if offsets is None else len(offsets)
-        if several:
-            offsets = torch.arange(0, given.numel() + 1, given.shape[1], device=given.device)[:-1]
-            given = given.reshape(-1)
-        at = self.places_of(feature.name, given)
-        there = None
-        if feature.padding is not None and isinstance(given, Tensor):
-            there = given != feature.padding
-        return _Bags(at, offsets, there, batch)
+    def read(self, name: str, given: Any) -> Read:
+        """Which rows a feature's values read, and what each weighs, before it is combined; ``given`` as ``forward`` takes it."""
+        feature = self.features[name]
+        bags = bags_of(given, feature.name, self.weight.device)
+        at, weights = self.places_of(feature.name, bags.ids), bags.weights
+        if feature.padding is not None and isinstance(bags.ids, Tensor):
+            there = bags.ids != feature.padding
+            weights = there.to(self.weight.dtype) if weights is None else weights * there
+        return Read(at, bags.offsets, weights, bags.count)
 
-    def _combined(self, feature: Feature, bags: _Bags, at: Tensor, source: Tensor) -> Tensor:
+    def _combined(self, feature: Feature, bags: Read, at: Tensor, source: Tensor) -> Tensor:
         """Each bag's rows combined by look-up; an empty bag is zeros."""
-        offsets, there, sparse = bags.offsets, bags.there, self.sparse and not self.sharded
+        offsets, weights, sparse = bags.offsets, bags.weights, self.sparse and not self.sharded
         if offsets is None:
             found = F.embedding(at, source, sparse=sparse).flatten(1)
-            return found if there is None else found * there[:, None]
-        weights = torch.ones(len(at), device=at.device) if there is None else there.float()
-        bag = torch.bucketize(torch.arange(len(at), device=at.device), offsets, right=True) - 1
-        size = torch.zeros(bags.count, device=at.device).index_add_(0, bag, weights)
-        power = {"mean": 1.0, "sum": 0.0, "sqrtn": 0.5}[feature.combiner]
-        share = (weights / size.clamp(min=1)[bag].pow(power)).to(source.dtype)
+            return found if weights is None else found * weights[:, None]
+        share = shares(weights, offsets, len(at), feature.combiner, like=source)
         made = [
             F.embedding_bag(at[:, j], source, offsets, mode="sum", sparse=sparse, per_sample_weights=share)
             for j in range(feature.lookups)
@@ -414,14 +416,23 @@ class UnifiedEmbedding(nn.Module):
             )
 
 
-def rising(offsets: Tensor, name: str, length: int) -> None:
-    """Refuse offsets of bags that are no whole numbers, do not start at 0, fall, or pass the number of ids."""
-    whole = isinstance(offsets, Tensor) and offsets.ndim == 1 and offsets.dtype in (torch.int64, torch.int32)
-    require(whole, f"inputs: got {show(offsets)} as offsets of {name!r}, expected whole numbers [batch]")
-    falling = len(offsets) and (int(offsets[0]) != 0 or bool((offsets.diff() < 0).any()))
-    require(not falling, f"inputs: the offsets of {name!r} must start at 0 and not fall")
-    last = int(offsets[-1]) if len(offsets) else 0
-    require(last <= length, f"inputs: the offsets of {name!r} go to {last}, and there are {length} ids")
+def shares(
+    weights: Tensor | None, offsets: Tensor, count: int, combiner: str, *, like: Tensor
+) -> Tensor | None:
+    """What each of ``count`` ids counts in its bag: its weight w, over Σ w for a mean and over √Σ w² for "sqrtn", as TensorFlow weighs them; ``None``: 1.
+
+    >>> shares(torch.tensor([1.0, 3.0]), torch.tensor([0]), 2, "mean", like=torch.ones(1)).tolist()
+    [0.25, 0.75]
+    """
+    if combiner == "sum":
+        return None if weights is None else weights.to(like.dtype)
+    own = torch.ones(count, device=like.device) if weights is None else weights.float()
+    bag = torch.bucketize(torch.arange(count, device=like.device), offsets, right=True) - 1
+    size = torch.zeros(len(offsets), device=like.device).index_add_(
+        0, bag, own if combiner == "mean" else own.square()
+    )
+    size = torch.where(size == 0, 1, size)[bag]
+    return (own / (size if combiner == "mean" else size.sqrt())).to(like.dtype)
 
 
 def _name(name: str) -> int:

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from lineament.core.checks import InputError, number, require, show
 from lineament.core.results import Readable
-from lineament.modules.unified_embedding.table import UnifiedEmbedding, rising
+from lineament.modules.unified_embedding.inputs import rising
+from lineament.modules.unified_embedding.table import UnifiedEmbedding
 
 
 @dataclass(frozen=True)
