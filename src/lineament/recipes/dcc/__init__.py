@@ -71,13 +71,21 @@ def run(config: Config, *, out: Path) -> Outcome:
     """Run the recipe into ``out``; a killed run goes on from its last finished seed."""
     for name in ("seeds", "rates"):
         require(len(getattr(config, name)) > 0, f"{name}: got none, expected at least one")
-    for name in ("per_class", "outer", "inner", "networks", "choosing", "training", "control_seeds", "other_outer", "most"):
+    for name in (
+        "per_class",
+        "outer",
+        "inner",
+        "networks",
+        "choosing",
+        "training",
+        "control_seeds",
+        "other_outer",
+        "most",
+    ):
         number(name, getattr(config, name), low=1, integer=True)
     for name, known in (("controls", ("none", "independent", "shuffled")), ("others", OTHERS)):
         given = getattr(config, name)
-        require(
-            set(given) <= set(known), f"{name}: got {', '.join(given)}, expected of {', '.join(known)}"
-        )
+        require(set(given) <= set(known), f"{name}: got {', '.join(given)}, expected of {', '.join(known)}")
     check_others(config)
     stages = Stages(out, config)
     trials: dict[str, list[Trial]] = {}
