@@ -38,7 +38,8 @@ class Config:
     control_seeds: int = 1
     seeds: tuple[int, ...] = (0, 1)
     others: tuple[str, ...] = ()
-    other_outer: int = 10
+    other_outer: int = 8
+    other_rates: tuple[float, ...] = (1.0, 3.0)
     most: int = 200
 
     per_class: int = 1
@@ -57,8 +58,8 @@ class Config:
     preset: str = presets(
         quick={},
         small={
-            "controls": ("none", "independent", "shuffled"), "seeds": (0, 1, 2, 3, 4), "side": 16, "amplitude": 4.0, "outer": 32, "networks": 8, "choosing": 4,
-            "training": 80, "others": ("faces", "cifar10"), "other_outer": 12,
+            "controls": ("none", "independent", "shuffled"), "seeds": (0, 1, 2, 3, 4), "side": 16, "amplitude": 4.0, "outer": 16, "networks": 8, "choosing": 8,
+            "training": 120, "others": ("faces", "cifar10"), "other_outer": 8,
         },
         paper={
             "data": "cifar10", "side": 32, "amplitude": 0.0, "seeds": (0, 1, 2, 3, 4), "per_class": 10, "width": 128, "depth": 3,
@@ -69,7 +70,7 @@ class Config:
 
 def run(config: Config, *, out: Path) -> Outcome:
     """Run the recipe into ``out``; a killed run goes on from its last finished seed."""
-    for name in ("seeds", "rates"):
+    for name in ("seeds", "rates", "other_rates"):
         require(len(getattr(config, name)) > 0, f"{name}: got none, expected at least one")
     for name in (
         "per_class",
