@@ -225,8 +225,9 @@ def forgotten_section(
     text = " ".join(part for part in (subject.doubt.sentence, harmed, told.sentence, price(found)) if part)
     if told.verdict == "kept" and not harmed and found.before is not None and not found.reached:
         advice = SEARCHED
+    probed = min(counts)  # half of as many of either kind
     rows = [
-        [what, counted(one.forget, counts[0]), counted(one.retain, counts[1]), counted(max(one.probe.values()), min(counts)), "not within the steps" if one.samples is None else one.samples]
+        [what, counted(one.forget, counts[0]), counted(one.retain, counts[1]), counted(max(one.probe.values()), probed), "not within the steps" if one.samples is None else one.samples]
         for what, one in ((WAS, told.before), ("edited", told.after), ("head alone: the class is never answered", head))
     ]  # fmt: skip
     columns = ["network", "answered, the class", "right, the others", "linear probe of the class", "samples to learn it again"]  # fmt: skip
