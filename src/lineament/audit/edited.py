@@ -42,8 +42,8 @@ from lineament.core import checks
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require
 from lineament.edit import PruneOptions, forgotten, mute, prune, save, unlearn
-from lineament.edit.saved import BUILT_FROM
 from lineament.edit.targets import check_target, timed
+from lineament.load.narrowed import BUILT_FROM
 from lineament.load.weights import digest
 from lineament.papers import search
 from lineament.report import page
@@ -52,6 +52,7 @@ from lineament.report.section import Section
 
 NETWORK = "network"  # the folder beside the page that holds the edited network
 _NAME = "edit"
+_READS = "preprocessor_config.json"
 
 
 def pruned_report(
@@ -223,6 +224,10 @@ def _save(folder: Path, model: nn.Module, subject: EditSubject) -> Path:
     if subject.tokenizer is not None:
         with suppress(AttributeError):
             subject.tokenizer.save_pretrained(network)
+    # How images are read is written beside a Hugging Face model, and is not part of it.
+    reads = Path(subject.source) / _READS
+    if subject.named and reads.is_file():
+        shutil.copy(reads, network / _READS)
     return network
 
 
@@ -232,13 +237,15 @@ def _opening(subject: EditSubject, network: Path, data: Any, options: EditOption
     again = said_again(
         options.classes, options.inputs, options.targets, options.split, options.image_size, options.normalize
     )
-    if (network / "config.json").is_file():
+    narrowed = (network / BUILT_FROM).is_file()
+    if narrowed or (network / "config.json").is_file():
         shown = ["PROMPTS", "--text", held] if subject.tokenizer is not None else [held, *again]
-        return (
-            f"to open it: from_pretrained({place!r}), or {shlex.join(['lineament', 'audit', place, *shown])}"
+        how = (
+            f"lineament.edit.load({place!r}) (its layers have several widths, which from_pretrained cannot open)"
+            if narrowed
+            else f"from_pretrained({place!r})"
         )
-    if (network / BUILT_FROM).is_file():
-        return f"its layers have several widths, which from_pretrained cannot open; to open it: lineament.edit.load({place!r})"
+        return f"to open it: {how}, or {shlex.join(['lineament', 'audit', place, *shown])}"
     opens = f"lineament.edit.load({place!r}, build), where build() makes the network as it was"
     if not subject.named:
         return f"to open it: {opens}"
