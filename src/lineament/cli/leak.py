@@ -78,7 +78,7 @@ def add_parser(subparsers: Any) -> Any:
         "--attack",
         metavar="NAME",
         action="append",
-        help="gifd, no ball, latent, gias, ggl, ig, gi, dlg or closed form (may be repeated; default: gifd, latent, ig, and the closed form where it applies)",
+        help="gifd, no ball, latent, gias, ggl, ig, gi, idlg, dlg or closed form (may be repeated; default: gifd, latent, ig, and the closed form where it applies)",
     )
     add("--batch-size", metavar="N,N", default="1", help="pictures behind one message (default: 1)")
     add("--pictures", type=int, default=8, metavar="N", help="how many are audited (default: 8)")
@@ -106,7 +106,7 @@ def add_parser(subparsers: Any) -> Any:
         "--minutes",
         type=float,
         metavar="M",
-        help="search as many steps as fit in so many minutes, in place of --steps",
+        help="take about so many minutes in all, in place of --steps: as many steps as fit, and what does not fit is left out and named",
     )
     add("--restarts", type=int, default=1, metavar="N", help="of each search (default: 1)")
     add("--known-labels", action="store_true", help="give the attacker the labels")

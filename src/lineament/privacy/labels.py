@@ -110,7 +110,9 @@ def guessed_targets(
     weight, bias = named[f"{name}.weight"], named.get(f"{name}.bias")
     expected = None
     signs = message.local is not None and message.local.optimizer == "adam"
-    if public is not None and not signs:  # counts need sizes, and Adam sends little but signs
+    if (
+        public is not None and not signs and message.count > 1
+    ):  # counts need sizes, and Adam sends little but signs
         still, parameters = fixed(model)
         with torch.no_grad():
             expected = logits(functional_call(still, parameters, (public,))).softmax(-1).mean(0)

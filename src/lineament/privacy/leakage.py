@@ -20,7 +20,7 @@ from lineament.core.checks import number, require, show
 from lineament.core.models import logits
 from lineament.core.results import Readable
 from lineament.privacy.defences import Defence
-from lineament.privacy.identification import Identified, Judge, identified
+from lineament.privacy.identification import Identified, Judge, fisher_features, identified
 from lineament.privacy.labels import guessed_targets
 from lineament.privacy.local import Local
 from lineament.privacy.messages import Message, fixed
@@ -143,6 +143,8 @@ def leakage(
         f"public: got {show(public)}, expected pictures shaped as the audited ones {tuple(images.shape[1:])}",
     )
     none_shared(images, public)
+    if judge.encoder is None:  # once for all attacks
+        judge = replace(judge, encoder=fisher_features(public, judge.public_groups))
     require(
         sent is None or [m.count for m in sent] == [batch] * (len(images) // batch),
         f"sent: got messages of {[m.count for m in sent or ()][:5]} pictures, expected one of {batch} for each batch",
@@ -170,9 +172,6 @@ def leakage(
             true = [y for _, y in groups] + ([] if further is None else [further[1]])
             labels = torch.stack(true)
         rule = "given" if known_labels else ", ".join(dict.fromkeys(name for _, name in read))
-        right = (
-            (labels[: len(groups)].sort(1).values == targets.view(-1, batch).sort(1).values).float().mean()
-        )
         # The attacker's ways to repeat the defence, of which the audit reports the worst.
         ways = list(defence.copies().items())[: None if copies else 1]
         for attack in progress(list(attacks), f"searching messages: {defence}"):
@@ -182,7 +181,8 @@ def leakage(
                     model, told, labels, images.shape[1:], prior=prior, attack=attack, search=search, bounds=bounds, seed=seed
                 )  # fmt: skip
                 named = f"{attack}, {name}" if name else attack
-                attacked.append(audited.scored(found, str(defence), named, rule, float(right)))
+                how = "searched with the picture" if attack == "dlg" else rule
+                attacked.append(audited.scored(found, str(defence), named, how))
     return Leakage(
         truth,
         batch,
@@ -237,12 +237,17 @@ class _Audited:
         far = torch.cdist(guesses.flatten(1), self.truth.flatten(1))
         return (far < far.diagonal()[:, None]).sum(1) + 1
 
-    def scored(self, found: Reconstruction, defence: str, attack: str, rule: str, right: float) -> Attacked:
+    def scored(self, found: Reconstruction, defence: str, attack: str, rule: str) -> Attacked:
         messages, shape = len(self.truth) // self.batch, self.truth.shape[1:]
         pictures = found.pictures.view(-1, self.batch, *shape)
         shown = _shown(pictures.flatten(0, 1), self.bounds).view_as(pictures)
         true = self.truth.view(messages, self.batch, *shape)
         labels = self.targets.view(messages, self.batch)
+        right = float(
+            (found.targets[:messages].sort(1).values == labels.to(found.targets).sort(1).values)
+            .double()
+            .mean()
+        )
 
         def of(guesses: Tensor, which: Tensor, k: int) -> Tensor:
             """Which guess is whose in one batch."""

@@ -196,11 +196,11 @@ def fixed(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
 
 def dummy_gradient(
     model: nn.Module, targets: Tensor, *, local: Local | None = None, loss: Loss = F.cross_entropy
-) -> Callable[[Tensor], list[Tensor]]:
+) -> Callable[..., list[Tensor]]:
     """A function from pictures [rows, batch, ...] to one message a row, [rows, ...] for each parameter; it can be differentiated.
 
     Args:
-        targets: [rows, batch], or class probabilities [rows, batch, classes].
+        targets: [rows, batch], or class probabilities [rows, batch, classes]; a call may give others, which can be differentiated, too.
 
     >>> net = nn.Linear(2, 2)
     >>> [tuple(g.shape) for g in dummy_gradient(net, torch.zeros(5, 1, dtype=torch.long))(torch.ones(5, 1, 2))]
@@ -218,11 +218,12 @@ def dummy_gradient(
     still, parameters = fixed(model)
     many = vmap(change, in_dims=(None, 0, 0))
 
-    def gradient(x: Tensor) -> list[Tensor]:
+    def gradient(x: Tensor, others: Tensor | None = None) -> list[Tensor]:
+        y = targets if others is None else others
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
             if len(x) == 1:  # also what vmap cannot run
-                return [g[None] for g in change(parameters, x[0], targets[0]).values()]
-            return list(many(parameters, x, targets).values())
+                return [g[None] for g in change(parameters, x[0], y[0]).values()]
+            return list(many(parameters, x, y).values())
 
     return gradient
 

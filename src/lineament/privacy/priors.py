@@ -6,6 +6,7 @@ Fang et al. 2023, arXiv 2308.04699, sections 1.1 and 6. A prior is trained on pu
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
@@ -56,13 +57,27 @@ class Decoder:
 
 
 class Pixels:
-    """No prior: the code is the picture itself."""
+    """No prior: the code is the picture itself.
 
-    def __init__(self, shape: Sequence[int]):
-        self.shape, self.code = tuple(shape), int(torch.tensor(list(shape)).prod())
+    ``classes``: where labels are unknown and searched with the picture, logits of so many stand behind its pixels in each code.
+    """
+
+    def __init__(self, shape: Sequence[int], classes: int = 0):
+        self.shape, self.classes = tuple(shape), classes
+        self.code = math.prod(shape) + classes
+        self._latest: Tensor | None = None
 
     def blocks(self, code: Tensor, targets: Tensor | None) -> Sequence[Block]:
-        return [lambda v: v.reshape(len(v), *self.shape)]
+        def picture(value: Tensor) -> Tensor:
+            pixels, logits = value.split([self.code - self.classes, self.classes], 1)
+            self._latest = logits.softmax(-1) if self.classes else None
+            return pixels.reshape(len(value), *self.shape)
+
+        return [picture]
+
+    def soft_labels(self) -> Tensor | None:
+        """Class probabilities [n, classes] beside the pictures that were made last; None where labels are known."""
+        return self._latest
 
     @property
     def render(self) -> Block:

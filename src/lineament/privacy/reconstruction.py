@@ -35,7 +35,8 @@ class Reconstruction(Readable):
     """Guessed pictures [messages, batch, channels, height, width], normalised.
 
     ``scores``: each message's matching cost; ``stages``: pictures and scores of each layer searched, of the restart that was best, [messages, layers, ...];
-    ``targets``: the labels that were used; ``steps``: gradients that were computed of each guess.
+    ``targets``: the labels that were used, or found by the search; ``steps``: gradients that were computed of each guess; ``restart``: which one was best;
+    ``trace``: the objective at each of its steps, summed over all that was searched side by side.
     """
 
     pictures: Tensor
@@ -45,6 +46,8 @@ class Reconstruction(Readable):
     stage_scores: Tensor
     targets: Tensor
     steps: int
+    restart: Tensor
+    trace: tuple[Tensor, ...] = ()
 
 
 def reconstruct(
@@ -67,7 +70,8 @@ def reconstruct(
         prior: what the attacker knows; None for attacks on pixels.
         attack: ``"gifd"``; ``"no ball"``, the same without its balls; ``"latent"``, the code alone; ``"gias"``, half of the steps on the code and half on the
             generator's weights, one copy a picture; ``"ggl"``, the code by CMA-ES, without derivatives (needs the package ``cma``); on pixels ``"ig"`` (cosine and
-            total variation), ``"gi"`` (squared distance, total variation, norm, restarts as a group) and ``"dlg"`` (squared distance alone). All of these take
+            total variation), ``"gi"`` (squared distance, total variation, norm, restarts as a group), ``"idlg"`` (squared distance alone) and ``"dlg"``, which does not
+            take ``targets`` but searches for class probabilities beside the pixels. All of these take
             equally many steps, of which each is a round of several gradients for CMA-ES. ``"closed form"`` reads one picture off a linear first layer.
         bounds: least and greatest values of normalised pictures by channel.
 
@@ -96,11 +100,12 @@ def reconstruct(
         targets.shape[:2] == (len(messages), first.count),
         f"targets: got {show(targets)}, expected labels [{len(messages)}, {first.count}]",
     )
-    _can_be_asked(model, targets, tuple(shape), bounds, parameters[0])
+    classes = _can_be_asked(model, targets, tuple(shape), bounds, parameters[0])
     if attack == "closed form":
         return _closed(model, messages, shape, targets, bounds)
     on_pixels = attack in ON_PIXELS or prior is None
-    used: Prior = Pixels(shape) if prior is None or on_pixels else prior
+    joint = classes if attack == "dlg" else 0
+    used: Prior = Pixels(shape, joint) if prior is None or on_pixels else prior
     layers = 0 if prior is None else _layers(prior, search, targets.flatten(), parameters[0])
     search = search.preset(attack, layers)
     task = _Task(model, messages, targets, tuple(shape), used, search, bounds)
@@ -111,14 +116,20 @@ def reconstruct(
         len(rows), first.count, used.code, generator=generator, dtype=parameters[0].dtype, device=parameters[0].device
     )  # fmt: skip
     if on_pixels:
-        code = code * 0.1
+        code[..., : used.code - joint] *= 0.1
     if attack == "ggl":
         found = [_evolved(task.rows([int(k)]), z, seed + r) for r, (k, z) in enumerate(zip(rows, code))]
     elif search.optimizer == "lbfgs":  # it knows one objective, whose rows would share their steps
         found = [_searched(task.rows([int(k)]), attack, z, on_pixels, 1) for k, z in zip(rows, code)]
     else:
         found = [_searched(task.rows(rows.tolist()), attack, code.flatten(0, 1), on_pixels, search.restarts)]
-    return _best(found, len(messages), search.restarts, first.count, shape, targets)
+    best = _best(found, len(messages), search.restarts, first.count, shape, targets)
+    if not joint:
+        return best
+    labels = torch.cat([part.variables[0] for part in found]).view(
+        len(messages), search.restarts, first.count, -1
+    )
+    return replace(best, targets=labels[torch.arange(len(messages)), best.restart][..., -joint:].argmax(-1))
 
 
 @dataclass(frozen=True)
@@ -150,13 +161,15 @@ class _Task:
         return x.reshape(len(self.messages), -1, *self.shape)
 
     @cached_property
-    def _gradient(self) -> Callable[[Tensor], list[Tensor]]:
+    def _gradient(self) -> Callable[..., list[Tensor]]:
         local = self.messages[0].local
         return dummy_gradient(self.model, self.labels, local=None if local is None else local.guessed())
 
     def gradient(self, x: Tensor) -> list[Tensor]:
         """Messages of guesses."""
-        return self._gradient(self.pictures(x))
+        soft = self.prior.soft_labels() if isinstance(self.prior, Pixels) else None
+        rows = self.pictures(x)
+        return self._gradient(rows, None if soft is None else soft.view(*rows.shape[:2], -1))
 
     @cached_property
     def _sent(self) -> tuple[Tensor, ...]:
@@ -200,8 +213,8 @@ class _Task:
 
 def _can_be_asked(
     model: nn.Module, targets: Tensor, shape: tuple[int, ...], bounds: tuple[Tensor, Tensor], like: Tensor
-) -> None:
-    """Whether the model takes pictures of that shape, and has the labels; and whether the bounds are of their channels."""
+) -> int:
+    """Whether the model takes pictures of that shape, and has the labels; and whether the bounds are of their channels. The number of classes."""
     still, parameters = fixed(model)
     try:
         with torch.no_grad():
@@ -216,6 +229,7 @@ def _can_be_asked(
         all(b.numel() in (1, shape[0]) for b in bounds),
         f"bounds: got {bounds[0].numel()} and {bounds[1].numel()} values, expected one for each of {shape[0]} channels",
     )
+    return answers.shape[-1]
 
 
 def _searched(task: _Task, attack: str, start: Tensor, on_pixels: bool, restarts: int) -> Inversion:
@@ -258,7 +272,13 @@ def _evolved(task: _Task, start: Tensor, seed: int) -> Inversion:
         apart = torch.stack([code_divergence(v.tanh().view(-1, task.prior.code)) for v in z])
         return many.cost(many.gradient(made(z, flat))) + task.search.divergence * apart
 
-    z, trace = evolve(objective, torch.zeros_like(start.flatten()), rounds=task.search.steps, seed=seed)
+    z, trace = evolve(
+        objective,
+        torch.zeros_like(start.flatten()),
+        rounds=task.search.steps,
+        seed=seed,
+        deviation=task.search.deviation,
+    )
     low, high = (bound.to(z).view(1, -1, 1, 1) for bound in task.bounds)
     with torch.no_grad():
         picture = made(z, task.labels.flatten()).clamp(low, high)
@@ -284,7 +304,8 @@ def _closed(
     pixels = Search(restarts=1).preset("closed form", 0)
     task = _Task(model, messages, targets, tuple(shape), Pixels(shape), pixels, bounds)
     scores = task.cost(task.gradient(x.flatten(0, 1))).detach()
-    return Reconstruction(x, scores, torch.zeros_like(scores, dtype=torch.long), x[:, None], scores[:, None], targets, 0)  # fmt: skip
+    none = torch.zeros_like(scores, dtype=torch.long)
+    return Reconstruction(x, scores, none, x[:, None], scores[:, None], targets, 0, none)  # fmt: skip
 
 
 def _layers(prior: Prior, search: Search, targets: Tensor, like: Tensor) -> int:
@@ -344,4 +365,6 @@ def _best(
         told[:, rows].T,
         targets,
         max(len(found.objective) for found in parts),
+        best,
+        tuple(found.objective for found in parts),
     )

@@ -1,6 +1,6 @@
 """How an attacker looks: one record for all attacks, which are presets of the same search.
 
-Fang et al. 2023, arXiv 2308.04699, section 1.5: deep leakage (DLG), inverting gradients (IG), GradInversion (GI), generative gradient leakage (GGL), and inversion with
+Fang et al. 2023, arXiv 2308.04699, section 1.5: deep leakage with labels of its own or with those read off first (DLG, iDLG), inverting gradients (IG), GradInversion (GI), generative gradient leakage (GGL), and inversion with
 an alternative space (GIAS) beside GIFD and its ablations.
 """
 
@@ -12,8 +12,8 @@ from lineament.core.checks import number, one_of
 from lineament.privacy.costs import COSTS
 from lineament.privacy.inversion import OPTIMIZERS
 
-ATTACKS = ("gifd", "no ball", "latent", "gias", "ggl", "ig", "gi", "dlg", "closed form")
-ON_PIXELS = ("ig", "gi", "dlg", "closed form")
+ATTACKS = ("gifd", "no ball", "latent", "gias", "ggl", "ig", "gi", "idlg", "dlg", "closed form")
+ON_PIXELS = ("ig", "gi", "idlg", "dlg", "closed form")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Search:
         radius: of each layer's l1 ball for each entry, None for no ball.
         restarts: from other codes; the best score is kept.
         cost, ratio: see :func:`lineament.privacy.matching_cost`. variation, norm: weights of what keeps pictures natural.
-        divergence: weight of the divergence of codes from a standard normal (GGL).
+        divergence: weight of the divergence of codes from a standard normal, deviation: of the first codes that are drawn (GGL).
         group: weight of the distance from the mean of the restarts. statistics: weight of the distance from the batch norms' statistics, where they were sent.
         optimizer: ``"adam"``; ``"sgd"``, with Nesterov's momentum of 0.9; or ``"lbfgs"``, which searches each message and restart by itself.
         patience: end when the score of every row rose over so many layers in a row.
@@ -48,6 +48,7 @@ class Search:
     variation: float = 1e-3
     norm: float = 0.0
     divergence: float = 0.1
+    deviation: float = 1.0
     group: float = 0.0
     statistics: float = 0.01
     optimizer: str = "adam"
@@ -56,7 +57,7 @@ class Search:
     def __post_init__(self) -> None:
         for name in ("steps", "restarts"):
             number(name, getattr(self, name), low=1, integer=True)
-        for name in ("rate", "feature_rate", "weight_rate"):
+        for name in ("rate", "feature_rate", "weight_rate", "deviation"):
             number(name, getattr(self, name), low=0, open_low=True)
         for name in ("variation", "norm", "divergence", "group", "statistics"):
             number(name, getattr(self, name), low=0)
@@ -80,6 +81,7 @@ class Search:
             "ggl": replace(whole, cost="l2", variation=0.0, norm=0.0, group=0.0),
             "ig": replace(whole, cost="sim", variation=1e-4, norm=0.0, group=0.0),
             "gi": replace(whole, cost="l2", variation=1e-4, norm=1e-6, group=1e-2),
+            "idlg": replace(whole, cost="l2", variation=0.0, norm=0.0, group=0.0),
             "dlg": replace(whole, cost="l2", variation=0.0, norm=0.0, group=0.0),
             "closed form": whole,
         }[attack]

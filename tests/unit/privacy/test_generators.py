@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lineament.core.checks import InputError
 from lineament.privacy import Message, Search, load_prior, reconstruct, train_prior
-from lineament.privacy.generators import _rosinality_pairs, ada_names
+from lineament.privacy.generators import ada_names
 from lineament.privacy.stylegan2 import Styled, StyleGAN2, StylePrior
 
 LIMITS = (torch.zeros(1), torch.ones(1))
@@ -129,34 +129,115 @@ def made_by(prior, code):
     return prior.render(code)
 
 
-def rosinality_names(generator: StyleGAN2) -> dict[str, torch.Tensor]:
-    """The tensors with that code's further axes and buffers."""
-    own, found = generator.state_dict(), {}
-    for ours, theirs in _rosinality_pairs(3, 3).items():
-        value = own[ours].clone()
-        if ours == "const" or (ours.endswith(".weight") and "affine" not in ours and "mapping" not in ours):
-            value = value[None]
-        elif ours.startswith("rgbs") and ours.endswith(".bias") and "affine" not in ours:
-            value = value.view(1, 3, 1, 1)
-        elif ours.endswith("strength"):
-            value = value.view(1)
-        found[theirs] = value
-    return {**found, "noises.noise_0": torch.zeros(1, 1, 4, 4), "convs.0.conv.blur.kernel": torch.ones(4, 4)}
+# Names and shapes as the two codes define them (their `networks.py` and `model.py`), for pictures of 16 x 16 with 12, 8 and 6 channels, codes of 6 entries and 3 mapping layers.
+ADA = [
+    "synthesis.b4.conv1",
+    "synthesis.b8.conv0",
+    "synthesis.b8.conv1",
+    "synthesis.b16.conv0",
+    "synthesis.b16.conv1",
+]
+ROSINALITY = ["conv1", "convs.0", "convs.1", "convs.2", "convs.3"]
+INPUTS, OUTPUTS, SIDES = (12, 12, 8, 8, 6), (12, 8, 8, 6, 6), (4, 8, 8, 16, 16)
 
 
-def test_files_of_other_codes_are_read(generator, tmp_path):
-    save_file({**ada_names(generator), "mapping.w_avg": torch.zeros(6)}, tmp_path / "ada.safetensors")
-    torch.save(
-        {"g_ema": rosinality_names(generator), "g": {}, "latent_avg": torch.zeros(6)}, tmp_path / "ros.pt"
-    )
-    code = torch.randn(2, StylePrior(generator).code)
-    wanted = made_by(StylePrior(generator), code)
-    for name in ("ada.safetensors", "ros.pt"):
-        found = made_by(load_prior(tmp_path / name, (3, 16, 16), (-torch.ones(3), torch.ones(3))), code)
-        assert torch.allclose(found, wanted, atol=1e-5)
-    small = made_by(load_prior(tmp_path / "ros.pt", (1, 8, 8), LIMITS), code)
-    grey = torch.einsum("nchw,c->nhw", wanted, torch.tensor([0.299, 0.587, 0.114]))[:, None]
-    assert torch.allclose(small, (F.avg_pool2d(grey, 2) + 1) / 2, atol=1e-5)
+def published_file(layout: str) -> dict[str, torch.Tensor]:
+    """A file of random weights under the names of one code, with the buffers that lie in it beside them."""
+    ada, blur, found = layout == "ada", torch.outer(*2 * [torch.tensor([1.0, 3, 3, 1])]) / 64, {}
+    for k in range(3):
+        name = f"mapping.fc{k}" if ada else f"style.{k + 1}"
+        found |= {f"{name}.weight": 100 * torch.randn(6, 6), f"{name}.bias": 10 * torch.randn(6)}
+    one = () if ada else (1,)
+    found["synthesis.b4.const" if ada else "input.input"] = torch.randn(*one, 12, 4, 4)
+    for k, (a, b, side) in enumerate(zip(INPUTS, OUTPUTS, SIDES)):
+        name = ADA[k] if ada else ROSINALITY[k]
+        inner, style = (name, f"{name}.affine") if ada else (f"{name}.conv", f"{name}.conv.modulation")
+        found |= {f"{inner}.weight": torch.randn(*one, b, a, 3, 3), f"{style}.weight": torch.randn(a, 6), f"{style}.bias": 1 + torch.randn(a)}  # fmt: skip
+        found[f"{name}.bias" if ada else f"{name}.activate.bias"] = torch.randn(b)
+        found[f"{name}.noise_strength" if ada else f"{name}.noise.weight"] = torch.full(one, 0.3)
+        found[f"{name}.noise_const" if ada else f"noises.noise_{k}"] = torch.randn(*((side, side) if ada else (1, 1, side, side)))  # fmt: skip
+        if ada:
+            found[f"{name}.resample_filter"] = blur.clone()
+        elif k in (1, 3):
+            found |= {f"{name}.conv.blur.kernel": 4 * blur, f"to_rgbs.{k // 2}.upsample.kernel": 4 * blur}
+    for k, width in enumerate((12, 8, 6)):
+        name = f"synthesis.b{4 * 2**k}.torgb" if ada else "to_rgb1" if k == 0 else f"to_rgbs.{k - 1}"
+        inner, style = (name, f"{name}.affine") if ada else (f"{name}.conv", f"{name}.conv.modulation")
+        found |= {f"{inner}.weight": torch.randn(*one, 3, width, 1, 1), f"{style}.weight": torch.randn(width, 6), f"{style}.bias": 1 + torch.randn(width)}  # fmt: skip
+        found[f"{name}.bias"] = torch.randn(*((3,) if ada else (1, 3, 1, 1)))
+    return {**found, "mapping.w_avg": torch.zeros(6)} if ada else found
+
+
+def published_picture(
+    file: dict[str, torch.Tensor], layout: str, w: torch.Tensor, noise: list[torch.Tensor]
+) -> torch.Tensor:
+    """One sample's picture of styles [6, 6], place by place: its own weights, zeros between pixels, the filter, colours doubled and added up."""
+    ada = layout == "ada"
+    bell = torch.tensor([1.0, 3.0, 3.0, 1.0])
+    kernel = torch.outer(bell, bell) / 16
+
+    def modulated(x, name, style, size, demodulate):
+        inner, affine = (name, f"{name}.affine") if ada else (f"{name}.conv", f"{name}.conv.modulation")
+        weight = file[f"{inner}.weight"].reshape(-1, x.shape[1], size, size) / math.sqrt(x.shape[1] * size**2)
+        scale = file[f"{affine}.weight"] @ style / math.sqrt(6) + file[f"{affine}.bias"]
+        weight = weight * scale[None, :, None, None]
+        return (
+            weight * (weight.square().sum((1, 2, 3), keepdim=True) + 1e-8).rsqrt() if demodulate else weight
+        )
+
+    def filtered(x, pad):
+        return F.conv2d(F.pad(x, pad).transpose(0, 1), kernel[None, None]).transpose(0, 1)
+
+    x, rgb = file["synthesis.b4.const" if ada else "input.input"].reshape(1, 12, 4, 4), None
+    for k in range(5):
+        name = ADA[k] if ada else ROSINALITY[k]
+        weight = modulated(x, name, w[k], 3, True)
+        if k in (1, 3):
+            x = filtered(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2), (1, 1, 1, 1))
+        else:
+            x = F.conv2d(x, weight, padding=1)
+        x = x + 0.3 * noise[k] + file[f"{name}.bias" if ada else f"{name}.activate.bias"][:, None, None]
+        x = F.leaky_relu(x, 0.2) * math.sqrt(2)
+        if k in (0, 2, 4):
+            name = f"synthesis.b{SIDES[k]}.torgb" if ada else ("to_rgb1", "to_rgbs.0", "to_rgbs.1")[k // 2]
+            own = F.conv2d(x, modulated(x, name, w[k + 1], 1, False)) + file[f"{name}.bias"].reshape(
+                1, 3, 1, 1
+            )
+            if rgb is not None:
+                wide = torch.zeros(1, 3, *own.shape[2:])
+                wide[:, :, ::2, ::2] = rgb
+                own = own + filtered(wide, (2, 1, 2, 1))
+            rgb = own
+    assert rgb is not None
+    return rgb
+
+
+@pytest.mark.parametrize("layout", ["ada", "rosinality"])
+def test_files_of_other_codes_make_their_pictures(layout, tmp_path):
+    torch.manual_seed(0)
+    file = published_file(layout)
+    if layout == "ada":
+        save_file(file, path := tmp_path / "ada.safetensors")
+    else:
+        torch.save({"g_ema": file, "g": {}, "latent_avg": torch.zeros(6)}, path := tmp_path / "ros.pt")
+    prior = load_prior(path, (3, 16, 16), (-torch.ones(3), torch.ones(3)))
+    assert isinstance(prior, StylePrior)
+    z = torch.randn(4096, 6, generator=torch.Generator().manual_seed(0))
+    p = z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt()
+    for k in range(3):
+        name = f"mapping.fc{k}" if layout == "ada" else f"style.{k + 1}"
+        p = (p if k == 0 else F.leaky_relu(p, 0.2) * math.sqrt(2)) @ file[f"{name}.weight"].T * 0.01 / math.sqrt(6) + 0.01 * file[f"{name}.bias"]  # fmt: skip
+    assert torch.allclose(prior.mean, p.mean(0), atol=1e-5) and torch.allclose(prior.deviation, p.std(0), atol=1e-5)  # fmt: skip
+    code = torch.randn(2, prior.code)
+    found = made_by(prior, code)
+    for sample, one in zip(code, found):
+        coordinates, rest = sample[:36].view(6, 6), sample[36:]
+        w = F.leaky_relu(prior.mean + prior.deviation * coordinates, 0.2) * math.sqrt(2)
+        noise = [part.view(1, 1, side, side) for part, side in zip(rest.split([s * s for s in SIDES]), SIDES)]
+        assert torch.allclose(one, published_picture(file, layout, w, noise)[0], atol=1e-4)
+    small = made_by(load_prior(path, (1, 8, 8), LIMITS), code)
+    grey = torch.einsum("nchw,c->nhw", found, torch.tensor([0.299, 0.587, 0.114]))[:, None]
+    assert torch.allclose(small, (F.avg_pool2d(grey, 2) + 1) / 2, atol=1e-4)
 
 
 def test_files_that_are_no_generator_are_named_with_the_remedy(generator, tmp_path):

@@ -8,8 +8,10 @@ from torch import nn
 
 from lineament.core.checks import InputError
 from lineament.privacy import Decoder, Local, Message, Search, invert, reconstruct
+from lineament.privacy.constraints import rate
 from lineament.privacy.evolution import evolve
 from lineament.privacy.inversion import Stage
+from lineament.privacy.leakage import leakage
 from lineament.privacy.rivals import group_term, own_generators
 
 LIMITS = (torch.zeros(1), torch.ones(1))
@@ -43,7 +45,7 @@ def searched(net, prior, batch, attack, **how):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("attack", ["gias", "gi", "dlg", "latent", "no ball"])
+@pytest.mark.parametrize("attack", ["gias", "gi", "idlg", "dlg", "latent", "no ball"])
 def test_every_rival_finds_something_and_the_same_again(net, prior, batch, attack):
     state = {k: v.clone() for k, v in (*net.state_dict().items(), *prior.generator.state_dict().items())}
     found, again = (searched(net, prior, batch, attack) for _ in range(2))
@@ -98,14 +100,55 @@ def test_each_optimizer_finds_the_lowest_point_of_a_bowl(optimizer):
 
 
 def test_line_searches_keep_rows_apart(net, batch):
-    together = searched(net, None, batch, "dlg", optimizer="lbfgs", restarts=1)
+    together = searched(net, None, batch, "idlg", optimizer="lbfgs", restarts=1)
     x, y = batch
     one = reconstruct(
-        net, [Message.of(net, x[:1], y[:1])], y[None, :1], (1, 8, 8), attack="dlg", search=Search(steps=20, restarts=1, optimizer="lbfgs"), bounds=LIMITS
+        net, [Message.of(net, x[:1], y[:1])], y[None, :1], (1, 8, 8), attack="idlg", search=Search(steps=20, restarts=1, optimizer="lbfgs"), bounds=LIMITS
     )  # fmt: skip
     assert torch.allclose(together.pictures[0], one.pictures[0])
-    adam = searched(net, None, batch, "dlg", restarts=1)
+    adam = searched(net, None, batch, "idlg", restarts=1)
     assert bool((together.scores < adam.scores).all())  # what it was chosen for, of a smooth network
+
+
+def test_labels_are_searched_beside_pixels_as_in_the_published_loop(net, batch):
+    """Zhu et al. 2019, algorithm 1, written plainly: a dummy picture and dummy label logits, squared distance of gradients, one optimizer for both."""
+    x, y = (t.double() if t.is_floating_point() else t for t in batch)
+    net = net.double()
+    search, wrong = Search(steps=12, restarts=1, rate=0.05), torch.tensor([[4], [4]])
+    told = [Message.of(net, x[k : k + 1], y[k : k + 1]) for k in range(2)]
+    found = reconstruct(net, told, wrong, (1, 8, 8), attack="dlg", search=search, bounds=LIMITS, seed=7)
+    start = torch.randn(2, 1, 64 + 5, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    totals = torch.zeros(12, dtype=torch.float64)
+    for k, message in enumerate(told):
+        dummy = (0.1 * start[k, :, :64]).view(1, 1, 8, 8).requires_grad_()
+        logits = start[k, :, 64:].clone().requires_grad_()
+        optimizer = torch.optim.Adam([dummy, logits])
+        for step in range(12):
+            optimizer.param_groups[0]["lr"] = rate(step / 12, 0.05)
+            loss = -(logits.softmax(1) * net(dummy).log_softmax(1)).sum(1).mean()
+            grads = torch.autograd.grad(loss, list(net.parameters()), create_graph=True)
+            apart = sum(((a - b) ** 2).sum() for a, b in zip(grads, message.tensors)) / len(grads)
+            totals[step] += apart.detach()
+            dummy.grad, logits.grad = torch.autograd.grad(apart, [dummy, logits])
+            optimizer.step()
+        assert int(logits.argmax()) == int(found.targets[k])
+    assert torch.allclose(found.trace[0], totals, rtol=1e-9)
+
+
+def test_joint_labels_end_at_the_true_ones_of_a_smooth_network(net, batch):
+    x, y = (t.double() if t.is_floating_point() else t for t in batch)
+    net = net.double()
+    told = [Message.of(net, x[k : k + 1], y[k : k + 1]) for k in range(2)]
+    search = Search(steps=150, restarts=2, optimizer="lbfgs")
+    found = reconstruct(
+        net, told, (y[:, None] + 1) % 5, (1, 8, 8), attack="dlg", search=search, bounds=LIMITS
+    )
+    assert found.targets.tolist() == y[:, None].tolist()
+    assert float((found.pictures[:, 0] - x).abs().max()) < 0.05
+    given = leakage(
+        net, x, y, public=torch.rand(8, 1, 8, 8).double(), prior=None, attacks=["dlg", "idlg"], search=Search(steps=2, restarts=1), bounds=LIMITS
+    )  # fmt: skip
+    assert [a.rule for a in given.attacked] == ["searched with the picture", "bias"]
 
 
 def test_restarts_are_held_together_from_a_step_on():

@@ -86,7 +86,7 @@ def test_guesses_are_ordered_by_error_or_as_published_by_labels():
     y = torch.tensor([4, 1, 0, 2])
     told = {
         order: leakage(
-            net, x, y, public=public, prior=None, attacks=["dlg"], batch=4, defences=[Defence()], search=Search(steps=120, restarts=1), known_labels=False,
+            net, x, y, public=public, prior=None, attacks=["idlg"], batch=4, defences=[Defence()], search=Search(steps=120, restarts=1), known_labels=False,
             held_out=(public, torch.arange(20) % 5), judge=Judge(order=order), bounds=LIMITS,
         ).attacked[0]
         for order in ("mse", "labels")

@@ -5,6 +5,7 @@ Protocols as in InsightFace, ElasticFace (arXiv 2109.09416) and UNPG (arXiv 2203
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -70,7 +71,8 @@ def fold_accuracy(
     parts = zip(embeddings[0::2].split(512), embeddings[1::2].split(512))
     distance = torch.cat([(a - b).square_().sum(1) for a, b in parts])
     require(bool(distance.isfinite().all()), "embeddings: NaN or infinity in a row")
-    count = round((stop - start) / step)
+    # As many as lie below ``stop``, which rounding must not add to.
+    count = math.ceil((stop - start) / step - 1e-9)
     thresholds = start + step * torch.arange(count, dtype=torch.float64, device=distance.device)
     sizes = torch.tensor([n // folds + (k < n % folds) for k in range(folds)], device=distance.device)
     # accepted[f, t, kind]: pairs of the fold with a distance below the threshold
@@ -328,10 +330,15 @@ def separation(positives: Tensor, negatives: Tensor, *, quantile: float = 0.01) 
     Args:
         quantile: ``robust_gap`` is that quantile of the positives less the negatives' quantile of one minus it, which single pairs do not decide; at 0 it is the gap.
 
+    Raises:
+        InputError: no pair of one kind.
+
     >>> separation(torch.tensor([0.5, 0.75]), torch.tensor([0.25])).gap
     0.25
     """
     number("quantile", quantile, low=0, high=0.5)
+    for name, values in (("positives", positives), ("negatives", negatives)):
+        require(len(values) > 0, f"{name}: got no similarity, expected those of one pair or more")
     low, high = float(positives.min()), float(negatives.max())
     inner = [
         float(np.quantile(x.detach().double().cpu().numpy(), q))

@@ -5,32 +5,36 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from lineament.privacy.defences import defence_of
-from lineament.recipes.gifd.experiments import Trial
+from lineament.recipes.gifd.experiments import Trial, attacks_of, pooled
 from lineament.recipes.kit.claims import judged
 from lineament.report.outcome import Claim
 
+_OWN = ("gifd", "no ball", "latent")
 
-def all_claims(trials: dict[str, list[Trial]], config: Any) -> list[Claim]:
+
+def all_claims(trials: dict[str, list[Trial]], further: list[Trial], config: Any) -> list[Claim]:
     """Predicates: 1 dB and two standard errors; a rank among layers; no more than the mean picture from another's message."""
+    defences = [str(defence_of(text)) for text in config.defences]
     claims: list[Claim] = []
     for domain, each in trials.items():
-        for text in config.defences:
-            name = str(defence_of(text))
-            claims.append(_ahead(each, domain, name))
-    first, defences = next(iter(trials.values())), [str(defence_of(text)) for text in config.defences]
+        claims += [_ahead(each, name, "" if domain == "in" else ", of pictures unlike those of the prior") for name in defences]  # fmt: skip
+    claims += [_ahead(further, f"batches of {batch}", "") for batch in config.batches]
+    rivals = [a for a in attacks_of(config) if a not in _OWN]
+    if rivals:
+        for domain, each in trials.items():
+            claims += [_first(each, name, rivals, domain) for name in defences]
+    first = next(iter(trials.values()))
     if len(defences) > 1:
         claims.append(_ball(first, defences[1:]))
     if {"in", "out"} <= set(trials):
         claims.append(_further(trials, defences[0]))
     claims.append(_layer(first, defences[0]))
-    return [*claims, *_controls(first, defences[0])]
-
-
-def _all(trials: list[Trial], name: str) -> Tensor:
-    return torch.cat([t.psnr[name] for t in trials])
+    claims += [_too_deep(first, name) for name in defences if name.startswith("noise")]
+    return [*claims, *_controls(first, further, defences[0], config)]
 
 
 def _apart(a: Tensor, b: Tensor) -> tuple[float, float]:
@@ -38,64 +42,97 @@ def _apart(a: Tensor, b: Tensor) -> tuple[float, float]:
     return float((a - b).mean()), float((a - b).std() / len(a) ** 0.5)
 
 
-def _ahead(trials: list[Trial], domain: str, defence: str) -> Claim:
-    gain, error = _apart(_all(trials, f"{defence} | gifd"), _all(trials, f"{defence} | latent"))
-    where = "" if domain == "in" else ", of pictures unlike those of the prior"
+def _told(gain: float, error: float) -> str:
+    return f"{gain:+.1f} dB (standard error {error:.1f})"
+
+
+def _ahead(trials: list[Trial], message: str, where: str) -> Claim:
+    gain, error = _apart(pooled(trials, f"{message} | gifd"), pooled(trials, f"{message} | latent"))
+    what = message if message.startswith("batches") else f"defence: {message}"
     return judged(
-        f"Searching features gives at least 1 dB more than the code alone, with as many gradients (defence: {defence}){where}",
-        "GIFD is best in and out of distribution, under every defence",
-        f"{gain:+.1f} dB (standard error {error:.1f})",
+        f"Searching features gives at least 1 dB more than the code alone, with as many passes ({what}){where}",
+        "GIFD is best in and out of distribution, under every defence, and at larger batches",
+        _told(gain, error),
         gain >= 1 and gain > 2 * error,
-        "features fit the noise of the message" if "noise" in defence else "the code alone is as good here",
+        "features fit the noise of the message" if "noise" in message else "the code alone is as good here",
+    )
+
+
+def _first(trials: list[Trial], defence: str, rivals: list[str], domain: str) -> Claim:
+    best = max(rivals, key=lambda a: float(pooled(trials, f"{defence} | {a}").mean()))
+    gain, error = _apart(pooled(trials, f"{defence} | gifd"), pooled(trials, f"{defence} | {best}"))
+    return judged(
+        f"GIFD is ahead of every rival at its best step size (defence: {defence}){'' if domain == 'in' else ', of pictures unlike those of the prior'}",
+        "ahead of IG, GI, GGL and GIAS",
+        f"{_told(gain, error)} against the strongest, {best}",
+        gain > 2 * error,
+        f"{best} is as near or nearer",
     )
 
 
 def _ball(trials: list[Trial], defences: list[str]) -> Claim:
-    pairs = {d: _apart(_all(trials, f"{d} | gifd"), _all(trials, f"{d} | no ball")) for d in defences}
+    pairs = {d: _apart(pooled(trials, f"{d} | gifd"), pooled(trials, f"{d} | no ball")) for d in defences}
     return judged(
         "Under a defence the ball around each layer's start helps",
         "its ablation is worse",
-        "; ".join(f"{d}: {gain:+.1f} dB (standard error {error:.1f})" for d, (gain, error) in pairs.items()),
+        "; ".join(f"{d}: {_told(gain, error)}" for d, (gain, error) in pairs.items()),
         all(gain > 2 * error for gain, error in pairs.values()),
         "not under " + ", ".join(d for d, (gain, error) in pairs.items() if gain <= 2 * error),
     )
 
 
 def _further(trials: dict[str, list[Trial]], defence: str) -> Claim:
-    gains = {
-        domain: _all(each, f"{defence} | gifd") - _all(each, f"{defence} | latent")
-        for domain, each in trials.items()
-    }
+    gains = {d: pooled(each, f"{defence} | gifd") - pooled(each, f"{defence} | latent") for d, each in trials.items()}  # fmt: skip
     gain = float(gains["out"].mean() - gains["in"].mean())
     error = float((gains["out"].var() / len(gains["out"]) + gains["in"].var() / len(gains["in"])).sqrt())
     return judged(
         "Searching features gains more on pictures unlike those of the prior",
         "feature search is what helps out of distribution",
-        f"{gain:+.1f} dB (standard error {error:.1f})",
+        _told(gain, error),
         gain > 2 * error,
         "the gain is large on both",
     )
 
 
+def _stages(trials: list[Trial], defence: str) -> Tensor:
+    return torch.stack([t.stages[f"{defence} | gifd"] for t in trials]).mean(0)
+
+
+def _by_layer(stages: Tensor) -> str:
+    return ", ".join(f"{v:.1f}" for v in stages.tolist()) + " dB by layer"
+
+
 def _layer(trials: list[Trial], defence: str) -> Claim:
-    stages = torch.stack([t.stages[f"{defence} | gifd"] for t in trials]).mean(0)
+    stages = _stages(trials, defence)
     best = int(stages.argmax())
     return judged(
         "Without a defence the best layer is a middle one",
         "the best layer lies in the middle; too many layers lower the quality",
-        ", ".join(f"{v:.1f}" for v in stages.tolist()) + " dB by layer",
+        _by_layer(stages),
         0 < best < len(stages) - 1,
         f"layer {best} of 0 to {len(stages) - 1} is best",
     )
 
 
-def _controls(trials: list[Trial], defence: str) -> list[Claim]:
+def _too_deep(trials: list[Trial], defence: str) -> Claim:
+    stages = _stages(trials, defence)
+    return judged(
+        f"Under noise, searching too many layers lowers the quality (defence: {defence})",
+        "quality drops for too large K",
+        _by_layer(stages),
+        float(stages[-1]) < float(stages.max()) - 0.1,
+        "the last layer is the best, or within 0.1 dB of it",
+    )
+
+
+def _controls(trials: list[Trial], further: list[Trial], defence: str, config: Any) -> list[Claim]:
     name = f"{defence} | gifd"
     wrong = float(torch.cat([t.wrong[name] for t in trials]).mean())
     mean = float(torch.cat([t.without for t in trials]).mean())
     labels = float(torch.stack([t.labels[name].double() for t in trials]).mean())
-    ahead, error = _apart(_all(trials, f"{defence} | gifd"), _all(trials, f"{defence} | ig"))
-    return [
+    count = len(trials) * config.pictures
+    hits = round(sum(float(t.wrong_named[name]) for t in trials) * config.pictures)
+    claims = [
         judged(
             "Control: the guess from another's message is no nearer than the mean public picture",
             "not compared",
@@ -104,17 +141,41 @@ def _controls(trials: list[Trial], defence: str) -> list[Claim]:
             "the prior alone gives this much",
         ),
         judged(
+            "Control: another's message identifies nobody",
+            "not compared",
+            f"{hits} of {count} guesses are nearest to the wrong message's picture, by chance {count / config.pictures:.0f}",
+            float(binomtest(hits, count, 1 / config.pictures, "greater").pvalue) >= 0.01,
+            "the prior or the label alone tells pictures apart",
+        ),
+        judged(
             "Control: labels are read off the messages",
             "assumed",
             f"{100 * labels:.0f} % right",
             labels >= 0.95,
             "some messages were searched with wrong labels",
         ),
-        judged(
-            "Control: without a defence the prior is worth something: more than a search of pixels with as many gradients",
-            "GIFD is ahead of IG",
-            f"{ahead:+.1f} dB (standard error {error:.1f})",
-            ahead > 2 * error,
-            "a message of one small picture has more numbers than the picture, and pixels need no prior",
-        ),
     ]
+    for batch in config.batches:
+        read, given = f"batches of {batch} | gifd", f"batches of {batch}, labels given | gifd"
+        loss, error = _apart(pooled(further, given), pooled(further, read))
+        right = float(torch.stack([t.labels[read].double() for t in further]).mean())
+        claims.append(
+            judged(
+                f"Control: in batches of {batch}, labels that are read off serve as well as given ones",
+                "labels are inferred",
+                f"given ones have {_told(loss, error)}; {100 * right:.0f} % were right",
+                loss <= max(2 * error, 0.5),
+                "labels that were read wrongly mislead the search",
+            )
+        )
+    gain, error = _apart(pooled(further, "prior knows the audited | latent"), pooled(trials, f"{defence} | latent"))  # fmt: skip
+    claims.append(
+        judged(
+            "Control: a prior that has seen the audited pictures is the upper end of what its code gives",
+            "not compared",
+            _told(gain, error),
+            gain > 2 * error,
+            "the code holds no more of pictures that it was trained on",
+        )
+    )
+    return claims

@@ -1,8 +1,14 @@
-"""One seed: a prior, a network that has learned nothing yet, and every attack on the messages of some pictures."""
+"""One seed: a prior, a network that has learned nothing yet, and every attack on the messages of some pictures.
+
+Every attack has equally many step sizes to choose from, on pictures that no seed judges, and as many passes through the audited network.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,57 +18,194 @@ from torch.nn import functional as F
 from lineament.core.checks import require
 from lineament.data.digits import digit_images
 from lineament.privacy.defences import defence_of
-from lineament.privacy.leakage import leakage
-from lineament.privacy.priors import train_prior
+from lineament.privacy.evolution import population
+from lineament.privacy.labels import guessed_targets
+from lineament.privacy.leakage import Attacked, leakage, psnr
+from lineament.privacy.messages import Message
+from lineament.privacy.priors import Prior, train_prior
+from lineament.privacy.reconstruction import reconstruct
 from lineament.privacy.search import Search
 from lineament.recipes.kit.image_sets import faces
 from lineament.train.stacked import refreshed
 
-ATTACKS = ("gifd", "no ball", "latent", "ig")
+ATTACKS = ("gifd", "no ball", "latent", "gias", "ggl", "gi", "ig", "idlg", "dlg")
+BY_LAYER = ("gifd", "no ball")
+MLP_ATTACKS = ("closed form", "gifd", "ig")
+MOST = 6000
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Each by "defence | attack": PSNR of every picture, and of every guess against another's picture; the share that is named, and of labels that are
-    right; PSNR of each layer searched. ``without``: PSNR of the mean public picture; ``cosine``: of each defence's message with the undefended."""
+    """Each by "defence | attack": PSNR of every picture, and of every guess against another's picture; the share that is named, by its own message and by
+    another's, and of labels that are right; PSNR of each layer searched. ``without``: PSNR of the mean public picture."""
 
     psnr: dict[str, Tensor]
     wrong: dict[str, Tensor]
     named: dict[str, Tensor]
+    wrong_named: dict[str, Tensor]
     labels: dict[str, Tensor]
     stages: dict[str, Tensor]
     without: Tensor
-    cosine: dict[str, float]
 
 
-def trial_of(config: Any, domain: str, seed: int) -> Trial:
-    """Prior on one part of the pictures, audits on another: within the same classes, or on the other half of them."""
+@dataclass(frozen=True)
+class Setting:
+    """What one seed's audits share: the pictures, which of them are public, audited, or there to choose step sizes by, the prior, and the network."""
+
+    x: Tensor
+    y: Tensor
+    public: Tensor
+    audited: Tensor
+    tuning: Tensor
+    prior: Prior
+    net: nn.Module
+
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        return torch.zeros(self.x.shape[1]), torch.ones(self.x.shape[1])
+
+    def attacked(
+        self,
+        config: Any,
+        defence: str,
+        scales: dict[str, float],
+        *,
+        batch: int = 1,
+        known_labels: bool = False,
+        seed: int = 0,
+    ) -> tuple[dict[str, Attacked], Tensor]:
+        """Each attack at its step size on the messages of the audited pictures, and the PSNR of the mean public picture."""
+        groups: dict[Search, list[str]] = {}
+        for attack, scale in scales.items():
+            groups.setdefault(search_of(config, attack, scale), []).append(attack)
+        told, without = {}, torch.zeros(0)
+        for search, attacks in groups.items():
+            found = leakage(
+                self.net, self.x[self.audited], self.y[self.audited], public=self.x[self.public], prior=self.prior, defences=[defence_of(defence)],
+                attacks=attacks, batch=batch, copies=False, search=search, known_labels=known_labels, bounds=self.bounds, seed=seed,
+            )  # fmt: skip
+            told |= {a.attack: a for a in found.attacked}
+            without = found.without["the mean of public pictures"]
+        return {attack: told[attack] for attack in scales}, without
+
+    def best_scales(self, config: Any, defence: str, attacks: Sequence[str]) -> dict[str, float]:
+        """Each attack's step size at which pictures that are not judged are nearest, as a multiple of its default."""
+        if len(config.scales) == 1:
+            return {attack: float(config.scales[0]) for attack in attacks}
+        x, how = self.x[self.tuning], defence_of(defence)
+        rows = [(x[k : k + 1], self.y[row : row + 1]) for k, row in enumerate(self.tuning.tolist())]
+        messages = [Message.of(self.net, *row, defence=how) for row in rows]
+        labels = torch.stack([guessed_targets(self.net, message, x[:1])[0] for message in messages])
+
+        def near(attack: str, scale: float) -> float:
+            found = reconstruct(
+                self.net, messages, labels, tuple(x.shape[1:]), prior=self.prior, attack=attack, search=search_of(config, attack, scale), bounds=self.bounds
+            )  # fmt: skip
+            return float(psnr(found.pictures[:, 0], x).mean())
+
+        def best(attack: str) -> float:
+            scales: tuple[float, ...] = (1.0,) if attack == "closed form" else config.scales
+            return max(scales, key=lambda scale: near(attack, scale))
+
+        return {attack: best(attack) for attack in attacks}
+
+
+@lru_cache(maxsize=2)
+def setting_of(config: Any, domain: str, seed: int) -> Setting:
+    """Prior on one part of the pictures, audits on another: within the same classes, or on the other half of them. Every tenth picture is there for tuning."""
     x, y = pictures(config)
     public, private = split(y, domain, seed, config.data)
-    audited = private[
-        torch.randperm(len(private), generator=torch.Generator().manual_seed(seed))[: config.pictures]
-    ]
-    require(
-        len(audited) == config.pictures,
-        f"pictures: got {config.pictures}, but there are {len(private)} to audit",
-    )
-    prior = train_prior(x[public], code=config.code, width=config.width, steps=config.prior_steps, seed=seed)
-    found = leakage(
-        victim(x.shape[1], config.side, int(y.max()) + 1, seed), x[audited], y[audited], public=x[public], prior=prior,
-        defences=[defence_of(name) for name in config.defences], attacks=ATTACKS,
-        copies=False, search=Search(steps=config.steps, restarts=config.restarts, radius=config.radius),
-        bounds=(torch.zeros(x.shape[1]), torch.ones(x.shape[1])), seed=seed,
+    order = private[torch.randperm(len(private), generator=torch.Generator().manual_seed(seed))]
+    tuning, audited = order[order % 10 == 0], order[order % 10 != 0]
+    for name, some, count in (("pictures", audited, config.pictures), ("tuning", tuning, config.tuning)):
+        require(len(some) >= count, f"{name}: got {count}, but there are {len(some)} to audit")
+    prior = _prior(x[public], config, seed)
+    net = victim(x.shape[1], config.side, int(y.max()) + 1, seed)
+    return Setting(x, y, public, audited[: config.pictures], tuning[: config.tuning], prior, net)
+
+
+def _prior(x: Tensor, config: Any, seed: int) -> Prior:
+    return train_prior(x, code=config.code, width=config.width, steps=config.prior_steps, seed=seed)
+
+
+def attacks_of(config: Any) -> tuple[str, ...]:
+    """The attacks that can run here: CMA-ES is a package of its own."""
+    return tuple(a for a in config.attacks if a != "ggl" or importlib.util.find_spec("cma") is not None)
+
+
+def search_of(config: Any, attack: str, scale: float) -> Search:
+    """How an attack looks at a multiple of its default step size. A step through second derivatives takes seven forward passes (1 + 2 + 4), a point of CMA-ES three,
+    of which it has as many points as fit into the same passes."""
+    plain = Search(steps=config.steps, restarts=config.restarts, radius=config.radius)
+    rounds = max(1, round(7 * config.steps / (3 * population(config.code))))
+    return replace(
+        plain, steps=rounds if attack == "ggl" else config.steps, rate=scale * plain.rate, feature_rate=scale * plain.feature_rate,
+        weight_rate=scale * plain.weight_rate, deviation=scale * plain.deviation,
     )  # fmt: skip
-    by = {f"{a.defence} | {a.attack}": a for a in found.attacked}
+
+
+def scales_of(config: Any, domain: str, defence: str) -> dict[str, float]:
+    """Each attack's best step size under one defence, as a multiple of its default."""
+    return setting_of(config, domain, config.seeds[0]).best_scales(config, defence, attacks_of(config))
+
+
+def trial_of(config: Any, domain: str, seed: int, scales: dict[str, dict[str, float]]) -> Trial:
+    """Every attack under every defence at its best step size, by defence."""
+    setting = setting_of(config, domain, seed)
+    by, without = {}, torch.zeros(0)
+    for defence, each in scales.items():
+        found, without = setting.attacked(config, defence, each, seed=seed)
+        by |= {f"{defence_of(defence)} | {attack}": a for attack, a in found.items()}
+    return _trial(by, without)
+
+
+def further_of(config: Any, seed: int, scales: dict[str, float]) -> Trial:
+    """Undefended messages of several pictures, with labels read off and given; a prior that has seen the audited; and a network that begins with a linear layer."""
+    setting, plain = setting_of(config, config.domains[0], seed), config.defences[0]
+    by, without = {}, torch.zeros(0)
+
+    def add(
+        name: str,
+        attacks: Sequence[str],
+        where: Setting = setting,
+        own: dict[str, float] = scales,
+        **how: Any,
+    ) -> None:
+        nonlocal without
+        found, without = where.attacked(config, plain, {a: own[a] for a in attacks}, seed=seed, **how)
+        by.update({f"{name} | {attack}": a for attack, a in found.items()})
+
+    for batch in config.batches:
+        add(f"batches of {batch}", ("gifd", "latent"), batch=batch)
+        add(f"batches of {batch}, labels given", ("gifd",), batch=batch, known_labels=True)
+    knowing = torch.cat([setting.public, setting.audited.repeat(max(1, len(setting.public) // (4 * len(setting.audited))))])  # fmt: skip
+    add(
+        "prior knows the audited",
+        ("gifd", "latent"),
+        replace(setting, prior=_prior(setting.x[knowing], config, seed)),
+    )
+    shape = setting.x.shape[1:]
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(shape.numel(), 32), nn.ReLU(), nn.Linear(32, int(setting.y.max()) + 1))  # fmt: skip
+    linear = replace(setting, net=refreshed(flat, seed).eval())
+    add("linear first layer", MLP_ATTACKS, linear, linear.best_scales(config, plain, MLP_ATTACKS))
+    return _trial(by, without)
+
+
+def _trial(by: dict[str, Attacked], without: Tensor) -> Trial:
     return Trial(
         {k: a.psnr for k, a in by.items()},
         {k: a.wrong for k, a in by.items() if a.wrong is not None},
         {k: a.named.double().mean() for k, a in by.items()},
+        {k: torch.tensor(a.wrong_named, dtype=torch.float64) for k, a in by.items()},
         {k: torch.tensor(a.labels_right) for k, a in by.items()},
-        {k: a.stage_psnr.mean(0) for k, a in by.items()},
-        found.without["the mean of public pictures"],
-        {p.defence: p.cosine for p in found.prices},
+        {k: a.stage_psnr.mean(0) for k, a in by.items() if k.split(" | ")[1] in BY_LAYER},
+        without,
     )
+
+
+def pooled(trials: Sequence[Trial], name: str) -> Tensor:
+    """PSNR of all seeds' pictures."""
+    return torch.cat([t.psnr[name] for t in trials])
 
 
 def pictures(config: Any) -> tuple[Tensor, Tensor]:
@@ -72,7 +215,7 @@ def pictures(config: Any) -> tuple[Tensor, Tensor]:
         x, y = held.inputs, held.targets
         x = x / x.max()
     else:
-        held = digit_images(config.data, data_folder=config.data_folder)
+        held = digit_images(config.data, data_folder=config.data_folder, count=MOST if config.data == "mnist" else None)  # fmt: skip
         x, y = held.inputs, held.targets
     return F.interpolate(x, size=(config.side, config.side), mode="bilinear", antialias=True), y
 
