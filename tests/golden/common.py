@@ -293,7 +293,9 @@ def run(file: File, checks: Checks) -> File:
     kind = file.spec["kind"]
     assert kind in checks, f"{file.path.name}: no adaptor for the kind {kind!r}"
     checks[kind](file)
-    seen = file.inputs | {array for array, *_ in file.compared}
+    # Hyper-parameters that cases.json takes from the arrays are no results, also where no case of the file asks for them.
+    told = [v["from"] for v in file.values.values() if isinstance(v, dict) and set(v) == {"from"}]
+    seen = file.inputs | {array for array, *_ in file.compared} | set(told)
     left = [
         array
         for array, value in file.data.items()

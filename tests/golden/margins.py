@@ -44,7 +44,9 @@ def margin_of(case: Scope) -> Margin:
         "softmax": lambda: Cosine(),
         "arcface": lambda: ArcFace(case["margin"], guard=guard(case)),
         "cosface": lambda: CosFace(case["margin"]),
-        "sphereface": lambda: SphereFace(case["margin"]),
+        "sphereface": lambda: SphereFace(
+            case["margin"], by_norm=bool(case.get("scale_by_feature_norm", False))
+        ),
         "combined": lambda: Combined(case["m1"], case["m2"], case["m3"]),
         "adaface": lambda: AdaFace(case["margin"], case["h"]),
         "magface": lambda: MagFace(
@@ -60,8 +62,8 @@ def margin_of(case: Scope) -> Margin:
 def head_of(case: Scope, rows: Tensor) -> ClassHead:
     """A head with class weights (C, d)."""
     margin = margin_of(case)
-    scale = case.get("scale")
-    assert (scale is None) == margin.by_norm == bool(case.get("scale_by_feature_norm", False))
+    scale, margin.by_norm = case.get("scale"), bool(case.get("scale_by_feature_norm", False))
+    assert margin.by_norm or scale is not None
     head = ClassHead(
         *rows.shape, margin, 1.0 if scale is None else scale, reduction=case.get("reduction", "mean")
     )

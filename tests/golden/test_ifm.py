@@ -24,16 +24,17 @@ class Sequential(nn.Module):
         names, kinds = stored_names(file, "layer_names"), stored_names(file, "layer_kinds")
         self.kinds = dict(zip(names, kinds))
         assert file["pooling"] in (None, "global_average")
+        spatial = False
         for name, kind in self.kinds.items():
             weight = file.input(f"in.{name}.weight")
-            bias = file.has(f"in.{name}.bias")
+            bias, spatial = file.has(f"in.{name}.bias"), spatial if kind == "bn" else kind == "conv"
             if kind == "conv":
                 assert weight.shape[2:] == (file["kernel_size"],) * 2
                 layer: nn.Module = nn.Conv2d(
                     weight.shape[1], len(weight), file["kernel_size"], padding=file["padding"], bias=bias
                 )
             elif kind == "bn":
-                layer = nn.BatchNorm2d(len(weight), eps=file["norm_eps"])
+                layer = (nn.BatchNorm2d if spatial else nn.BatchNorm1d)(len(weight), eps=file["norm_eps"])
             else:
                 layer = nn.Linear(weight.shape[1], len(weight), bias=bias)
             self.add_module(name, layer.double())
@@ -45,7 +46,7 @@ class Sequential(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         layers = list(self.kinds.items())
         for place, (name, kind) in enumerate(layers):
-            if kind == "lin" and x.ndim == 4:
+            if kind in ("lin", "lin_hidden") and x.ndim == 4:
                 x = x.mean((2, 3))
             x = self.get_submodule(name)(x)
             normed = place + 1 < len(layers) and layers[place + 1][1] == "bn"
@@ -94,10 +95,8 @@ def check_sequential(file: File) -> None:
 def check_duplicates(file: File) -> None:
     net, x = Sequential(file), file.input("x")
     layers = hidden(net)
-    weight, last = (
-        net.get_submodule(layers[0]).weight,
-        net.get_submodule("fc" if hasattr(net, "fc") else list(net.kinds)[-1]).weight,
-    )
+    after = [name for name, kind in net.kinds.items() if kind != "bn"]
+    weight, last = (net.get_submodule(name).weight for name in after[:2])
     twins = file["duplicate_channels"]
     assert all(
         torch.equal(weight[twins[0]], weight[t]) and torch.equal(last[:, twins[0]], last[:, t]) for t in twins

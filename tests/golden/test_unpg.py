@@ -29,15 +29,16 @@ def check_loss(file: File) -> None:
     for name, found in zip(("q1", "q3", "lo", "hi"), (*pairs.quartiles, pairs.low, pairs.high)):
         file.compare(name, found)
     file.compare("lse_aux", pairs.logsumexp(file["scale"]))
-    space = separation(positives, negatives)
-    for name, found in {
-        "inf_sp": space.lowest_positive,
-        "sup_sn": space.highest_negative,
-        "gap": space.gap,
-        "overlap_p": space.overlap_positive,
-        "overlap_n": space.overlap_negative,
-    }.items():
-        file.compare(f"wdfs_{name}", found)
+    if len(positives) and len(negatives):
+        space = separation(positives, negatives)
+        for name, found in {
+            "inf_sp": space.lowest_positive,
+            "sup_sn": space.highest_negative,
+            "gap": space.gap,
+            "overlap_p": space.overlap_positive,
+            "overlap_n": space.overlap_negative,
+        }.items():
+            file.compare(f"wdfs_{name}", found)
     for case in file.cases:
         head = head_of(case, rows)
         x.requires_grad_()

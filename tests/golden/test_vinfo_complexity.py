@@ -24,19 +24,48 @@ def information(
     file: File, acts: list[Tensor], z: Tensor, train: int | None = None, *, raw: bool = False, **options
 ) -> Tensor:
     """V-information (probes, features) on the first ``train`` rows and judged on the others, or in sample; z standardised as the file says, or ``raw``."""
+    fitted, judged = split(file, acts, z, train, raw)
+    options = {"ridge": 0.0, "form": "difference", **options}
+    found = vinformation(fitted[:-1], fitted[-1], heldout=(judged[:-1], judged[-1]), **options)
+    # In units of the variance of z; the file's values are those of z as it is.
+    return found.information * fitted[-1].var(0, correction=0)
+
+
+def learned_information(file: File, acts: list[Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
+    """(½ ln(Var / MSE), whether the floor acts), the floor being one of the MSE of z as it is: relative to each feature's variance in the library."""
+    fitted, _ = split(file, acts, z, None, False)
+    floors = file["mse_floor"] / fitted[-1].var(0, correction=0)
+    found = [
+        vinformation(
+            fitted[:-1],
+            fitted[-1][:, [j]],
+            heldout=(fitted[:-1], fitted[-1][:, [j]]),
+            ridge=0.0,
+            form="difference",
+            variance="learned",
+            floor=float(floor) if floor.isfinite() else file["mse_floor"],
+        ).information
+        for j, floor in enumerate(floors)
+    ]
+    learned = torch.cat(found, 1)
+    return learned, learned >= -0.5 * floors.log() - 0.01
+
+
+def split(
+    file: File, acts: list[Tensor], z: Tensor, train: int | None, raw: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The fitting and the judging rows of [*acts, z]."""
     train = len(z) if train is None else train
     if file["standardize"] and not raw:
-        z = (z - z[:train].mean(0)) / z[:train].std(0, correction=file["ddof"])
+        spread = z[:train].std(0, correction=file["ddof"])
+        # A constant feature stays one, of which the library gives NaN.
+        z = (z - z[:train].mean(0)) / torch.where(spread > 0, spread, 1)
     fitted, judged = [[*acts, z]] * 2
     if train < len(z):
         fitted, judged = ([x[rows] for x in (*acts, z)] for rows in (slice(train), slice(train, None)))
     if not file["fit_intercept"]:  # rows and their negatives have no mean: a fit through the origin
         fitted, judged = ([torch.cat([x, -x]) for x in rows] for rows in (fitted, judged))
-    options = {"ridge": 0.0, "form": "difference", **options}
-    found = vinformation(fitted[:-1], fitted[-1], heldout=(judged[:-1], judged[-1]), **options)
-    learned = options.get("variance") == "learned"
-    # In units of the variance of z; the file's values are those of z as it is.
-    return found.information * (1 if learned else fitted[-1].var(0, correction=0))
+    return fitted, judged
 
 
 def check(file: File) -> None:
@@ -75,10 +104,8 @@ def check_layers(file: File, layers: list[Tensor], z: Tensor) -> None:
         "vinfo_ridge_in_sample", information(file, layers, z, ridge=file["ridge_lambda"], scale=False)
     )
     if file.has("vinfo_learned_variance_nats"):
-        floor = file["mse_floor"]
-        learned = information(file, layers, z, variance="learned", floor=floor)
+        learned, capped = learned_information(file, layers, z)
         tolerance = file.tolerance("vinfo_learned_variance_nats", torch.float64)
-        capped = learned >= 0.5 * math.log(1 / floor) - 0.01
         atol = torch.where(capped, tolerance.get("capped_atol", tolerance["atol"]), tolerance["atol"])
         file.record("vinfo_learned_variance_nats", learned, {**tolerance, "atol": atol}, "")
     file.compare("cka_layers_features", torch.stack([feature_cka(a, z) for a in layers]))
@@ -134,10 +161,14 @@ def check_factorisation(file: File) -> None:
             "importance_class0": linear_importance(codes, *head, classes=file["importance_class"]),
             "importance_all_classes": linear_importance(codes, *head, classes="mean"),
         }
+        found[f"importance_class{file['importance_class']}"] = found["importance_class0"]
         for name, importance in found.items():
             file.compare(name, importance.values)
             file.compare(f"{name}_signed", importance.signed)
-        order = found[file["agreement_order"]].order
+        name = file["agreement_order"]
+        by = found[name.removesuffix("_signed")]
+        values = by.signed if name.endswith("_signed") else by.values
+        order = values.argsort(descending=True, stable=True)
         file.compare("agreement_when_keeping_top_m", keeping_top(codes, *head, order=order))
 
 

@@ -22,7 +22,7 @@ from lineament.core.models import decided
 from lineament.edit.pruned import Pruned, PruneOptions
 from lineament.edit.pruning import prune
 from lineament.edit.readers import prunable
-from lineament.edit.targets import timed
+from lineament.edit.targets import Timing, timed
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
 
@@ -56,7 +56,7 @@ class Removal:
         steps: by the share that is kept, judged on the samples ``rows``.
         chosen: the smallest share with which the samples ``choosing`` keep 95 % of their answers.
         spare: {group: the share of its channels that can go, alone and with both repairs, while under 1 % of the answers change}.
-        seconds: of a forward of ``batch`` samples, before and at the share that is chosen.
+        timing: of a forward of ``batch`` samples, before and at the share that is chosen; it says where other work on the machine made it unsteady.
         merged: the share of the parameters that merging leaves at as many answers kept, ``None`` where it keeps all.
         whole: {group: why nothing is taken out of it}.
     """
@@ -64,7 +64,7 @@ class Removal:
     steps: Sequence[Shrunk]
     chosen: float | None
     spare: Mapping[str, float]
-    seconds: tuple[float, float] | None
+    timing: Timing | None
     batch: int
     merged: float | None
     accuracy: float
@@ -140,7 +140,7 @@ def _removal(subject: Subject, groups: list[str], whole: Mapping[str, str], coun
             low, high = (middle, high) if changed < _LITTLE else (low, middle)
         spare[name] = low / _EIGHTHS
     some = subject.inputs(judging[: subject.batch_size])
-    times = None if chosen is None else timed(subject.model, chosen[1], some).seconds
+    times = None if chosen is None else timed(subject.model, chosen[1], some)
     merged = redundancy.merging(subject)
     step = merged.step if merged else None
     return Removal(
@@ -171,13 +171,12 @@ def sentence(subject: Subject, found: Removal) -> str:
         first = found.steps[0]
         told = f"Taking channels out costs answers at once: with {percent(first.keep, 0)} of every group's channels and both repairs {percent(first.same)} of the answers stay (95 % interval {percent(first.low)} to {percent(first.high)}, {judged})."
     else:
-        assert found.seconds is not None
-        before, after = (1000 * s for s in found.seconds)
+        assert found.timing is not None
         told = (
             f"Channels can be taken out: with {percent(step.keep, 0)} of every group's channels, {percent(step.parameters, 0)} of the parameters and {step.flops:.2f} times the operations, "
             f"it gives the same answer on {percent(step.same)} of the samples when compensation and batch norms repair it (95 % interval {percent(step.low)} to {percent(step.high)}, {judged}), "
             f"and on {percent(step.alone_same)} by the criterion alone; accuracy is {percent(step.accuracy)} where it was {percent(found.accuracy)}. "
-            f"A forward of {found.batch} samples takes {after:.2f} ms where it took {before:.2f} ms. To write it: {written_by(subject, step.keep)} ."
+            f"{found.timing.said(f'A forward of {found.batch} samples')} To write it: {written_by(subject, step.keep)} ."
         )
     ours, theirs = step.parameters if step else 1.0, found.merged if found.merged is not None else 1.0
     least = percent(redundancy.KEPT, 0)

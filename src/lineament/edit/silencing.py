@@ -90,7 +90,8 @@ class Plan:
         """The same number of channels in all, where the scores of the dense network are highest; each group keeps at least one."""
         scores = {}
         for name in self.groups:
-            scores[name] = self._ranked(name, self._scores(name, self._moments(self.dense, name)))
+            found = self._scores(name, self._moments(self.dense, name), self._drawn(name))
+            scores[name] = self._ranked(name, found)
         first = {name: s.argmax() for name, s in scores.items()}
         rest = torch.cat([s.index_fill(0, first[name], -torch.inf) for name, s in scores.items()])
         owner = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores.values())])
@@ -104,13 +105,20 @@ class Plan:
         silenced = any(not bool(k.all()) for k in self.kept.values())
         for name in progress(list(self.groups), "pruning", len(self.groups)):
             key, checkpoint = f"pass {self.passes}, {name}", self.options.checkpoint
+            drawn = self._drawn(
+                name
+            )  # of a stored step too, so that those after it draw what they would have drawn
             stale = self.recalibrated and silenced and not self.one_shot
             if stale and (checkpoint is None or not checkpoint.finished(key, Step)):
                 measure_norms(self.work, self.inputs)
             if checkpoint is None:
-                step = self._step(name, start, counts, removed)
+                step = self._step(name, start, counts, removed, drawn)
             else:
-                step = checkpoint.stage(key, lambda name=name: self._step(name, start, counts, removed), Step)
+                step = checkpoint.stage(
+                    key,
+                    lambda name=name, drawn=drawn: self._step(name, start, counts, removed, drawn),
+                    Step,
+                )
             self._apply(name, step)
             silenced = silenced or not bool(step.kept.all())
         self.passes += 1
@@ -119,16 +127,22 @@ class Plan:
         layers = {r.name: model.get_submodule(r.name) for r in self.readers[name]}
         return moments(model, self.inputs, layers)
 
-    def _scores(self, name: str, grams: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    def _drawn(self, name: str) -> Tensor | None:
+        """Random scores of a group's channels, where these decide."""
+        return (
+            torch.rand(self.groups[name].size, generator=self.generator)
+            if self.criterion == "random"
+            else None
+        )
+
+    def _scores(
+        self, name: str, grams: Mapping[str, Any], drawn: Tensor | None
+    ) -> list[tuple[Tensor, Tensor]]:
         """Of each reader: scores [outputs, channels] and the energy of each output [outputs]."""
         group, kept = self.groups[name], self.kept[name]
         criterion = self.criterion or ("energy" if group.products else "saliency")
-        if criterion in ("magnitude", "random"):
-            values = (
-                torch.rand(group.size, generator=self.generator)
-                if criterion == "random"
-                else _norms(self.dense, group)
-            )
+        if drawn is not None or criterion == "magnitude":
+            values = _norms(self.dense, group) if drawn is None else drawn
             return [(torch.where(kept, values.double(), -torch.inf)[None], torch.ones(1))]
         found = []
         for reader in self.readers[name]:
@@ -146,9 +160,16 @@ class Plan:
         relative = (self.criterion or "") not in ("fidelity", "magnitude", "random")
         return torch.stack([(s / t[:, None] if relative else s).mean(0) for s, t in scores]).mean(0)
 
-    def _step(self, name: str, source: nn.Module, counts: Mapping[str, int] | None, removed: float) -> Step:
+    def _step(
+        self,
+        name: str,
+        source: nn.Module,
+        counts: Mapping[str, int] | None,
+        removed: float,
+        drawn: Tensor | None,
+    ) -> Step:
         grams = self._moments(source, name)
-        scores = self._scores(name, grams)
+        scores = self._scores(name, grams, drawn)
         old = self.kept[name]
         if counts is None:
             alive = old.nonzero()[:, 0]

@@ -139,12 +139,17 @@ class Timing:
 
     @property
     def sentence(self) -> str:
+        return self.said("A forward")
+
+    def said(self, what: str) -> str:
+        """How long it takes, as a sentence about ``what``."""
         if not self.steady:
-            return f"How long a forward takes could not be told: other work on this machine made it {min(self.parts):.2f} to {max(self.parts):.2f} times as fast as it was."
-        before, after = (f"{1000 * each:.1f} ms" for each in self.seconds)
+            return f"How long {what[0].lower()}{what[1:]} takes could not be told: other work on this machine made it {min(self.parts):.2f} to {max(self.parts):.2f} times as fast as it was."
+        digits = 1 if min(self.seconds) >= 0.001 else 3
+        before, after = (f"{1000 * each:.{digits}f} ms" for each in self.seconds)
         if min(self.parts) <= 1 <= max(self.parts):
-            return f"A forward takes as long as it did, as far as can be told ({after} and {before})."
-        return f"A forward takes {after} where it took {before}."
+            return f"{what} takes as long as it did, as far as can be told ({after} and {before})."
+        return f"{what} takes {after} where it took {before}."
 
 
 def timed(first: nn.Module, second: nn.Module, example: Any, budget: float = 2.0) -> Timing:

@@ -9,6 +9,8 @@ edges of the bins, not rounded to degrees, so an edge at exactly 45 degrees fall
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -16,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lineament.core.checks import number, one_of, require, show
-from lineament.handcrafted.images import batch_of
+from lineament.handcrafted.images import Room, batch_of
 
 NORMS = ("L1", "L1-sqrt", "L2", "L2-Hys")
 Pair = int | tuple[int, int]
 # Pixels at a time.
-_PART = 1 << 18
+_PART, _PART_OF_VOTES = 1 << 17, 1 << 16
 
 
 def hog(
@@ -86,41 +88,22 @@ def hog(
     if sqrt:
         require(bool((images >= 0).all()), "sqrt: an image has negative intensities")
         images = images.sqrt()
-    # A part at a time, so that it stays in the processor's cache; without gradients the parts share the room of their votes.
-    pixels = images.shape[-2] * images.shape[-1]
-    part = max(1, _PART // pixels)
-    room = None
-    if (like == "opencv" or binning == "linear") and not (torch.is_grad_enabled() and images.requires_grad):
-        room = images.new_empty(min(part, len(images)), (orientations + 2) * pixels)
-    parts = [
-        _described(some, orientations, cells, blocks, norm, signed, binning, like, room)
-        for some in images.split(part)
-    ]
+    # A part at a time, whose buffers stay in the processor's cache.
+    hard = like == "skimage" and binning == "hard"
+    part = max(1, (_PART if hard else _PART_OF_VOTES) // (images.shape[-2] * images.shape[-1]))
+    room = Room(images, not (torch.is_grad_enabled() and images.requires_grad))
+    shares = (
+        None if hard else _Shares(images, part, cells, blocks if like == "opencv" else None, orientations)
+    )
+    parts = []
+    for some in images.split(part):
+        gradient = _strongest(*_gradient(some, room), room)
+        if shares is None:
+            histogram = _voted(*gradient, orientations, signed, cells, room)
+        else:
+            histogram = _interpolated(*gradient, signed, shares, room)
+        parts.append(_opencv(histogram, blocks) if like == "opencv" else _blocks(histogram, blocks, norm))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _described(
-    images: Tensor, orientations: int, cells: tuple[int, int], blocks: tuple[int, int],
-    norm: str, signed: bool, binning: str, like: str, room: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """The descriptor of a few images."""
-    vertical, horizontal = _gradient(images)
-    size = torch.hypot(vertical, horizontal)
-    if images.shape[1] > 1:
-        strongest = size.argmax(1, keepdim=True)
-        vertical, horizontal, size = (v.gather(1, strongest) for v in (vertical, horizontal, size))
-    vertical, horizontal, size = vertical[:, 0], horizontal[:, 0], size[:, 0]
-    if like == "opencv":
-        return _opencv(_shared(vertical, horizontal, size, orientations, signed, room), cells, blocks)
-    if binning == "linear":
-        votes = _shared(vertical, horizontal, size, orientations, signed, room)
-        histogram = _joined(F.avg_pool2d(votes, cells))
-    else:
-        histogram = _voted(vertical, horizontal, size, orientations, signed, cells)
-    # [n, bins, block rows, block columns, cell rows, cell columns]
-    found = histogram.unfold(2, blocks[0], 1).unfold(3, blocks[1], 1)
-    found = found.permute(0, 2, 3, 4, 5, 1).flatten(3)
-    return _normalised(found, norm).flatten(1)
 
 
 def hog_length(
@@ -145,99 +128,181 @@ def pair(what: str, value: Pair) -> tuple[int, int]:
     return int(sides[0]), int(sides[1])
 
 
-def _gradient(images: Tensor) -> tuple[Tensor, Tensor]:
+def _gradient(images: Tensor, room: Room) -> tuple[Tensor, Tensor]:
     """Central differences along rows and columns of [n, channels, h, w], zero at the border."""
+    up, right = room("vertical", images.shape), room("horizontal", images.shape)
+    if up is not None and right is not None:
+        torch.sub(images[:, :, 2:], images[:, :, :-2], out=up[:, :, 1:-1])
+        torch.sub(images[..., 2:], images[..., :-2], out=right[..., 1:-1])
+        return up, right
     rows = F.pad(images[:, :, 2:] - images[:, :, :-2], (0, 0, 1, 1)) if images.shape[2] > 2 else None
     columns = F.pad(images[..., 2:] - images[..., :-2], (1, 1)) if images.shape[3] > 2 else None
     zero = torch.zeros_like(images)
     return zero if rows is None else rows, zero if columns is None else columns
 
 
+def _strongest(vertical: Tensor, horizontal: Tensor, room: Room) -> tuple[Tensor, Tensor, Tensor]:
+    """The longest gradient of all channels at each pixel, and its length, [n, h, w]."""
+    size = room("size", vertical.shape)
+    if size is not None:
+        torch.mul(vertical, vertical, out=size).addcmul_(horizontal, horizontal).sqrt_()
+        if size.numel() and not bool(size.max().isfinite()):
+            torch.hypot(vertical, horizontal, out=size)
+    else:
+        # The length of no gradient has no derivative: none is passed on.
+        still = (vertical == 0) & (horizontal == 0)
+        size = torch.hypot(vertical, horizontal.masked_fill(still, 1)).masked_fill(still, 0)
+    if size.shape[1] > 1:
+        strongest = size.argmax(1, keepdim=True)
+        vertical, horizontal, size = (v.gather(1, strongest) for v in (vertical, horizontal, size))
+    return vertical[:, 0], horizontal[:, 0], size[:, 0]
+
+
 def _voted(
-    vertical: Tensor, horizontal: Tensor, size: Tensor, count: int, signed: bool, cells: tuple[int, int]
+    vertical: Tensor,
+    horizontal: Tensor,
+    size: Tensor,
+    count: int,
+    signed: bool,
+    cells: tuple[int, int],
+    room: Room,
 ) -> Tensor:
     """Mean votes [n, bins, cell rows, cell columns], each for one bin of one cell."""
     grid = [side // cell for side, cell in zip(size.shape[1:], cells)]
     rows, columns = (k * cell for k, cell in zip(grid, cells))
-    across = torch.arange(columns, device=size.device) // cells[1]
-    place = (torch.arange(rows, device=size.device) // cells[0])[:, None] * grid[1] + across
     vertical, horizontal, size = (v[:, :rows, :columns] for v in (vertical, horizontal, size))
-    # In floats, which are exact here and much faster than 64-bit integers.
-    bins = _bins(vertical, horizontal, size, count, signed).mul_(grid[0] * grid[1]).add_(place).long()
-    votes = size.new_zeros(len(size), count * grid[0] * grid[1])
-    votes.scatter_add_(1, bins.flatten(1), size.flatten(1))
-    return votes.view(-1, count, *grid) / (cells[0] * cells[1])
+    slots, bins = _slots(vertical.detach(), horizontal.detach(), count, signed, room)
+    n, places, length = len(size), grid[0] * grid[1], len(bins) * grid[0] * grid[1]
+    device = size.device
+    across = torch.arange(columns, device=device, dtype=torch.int32) // cells[1]
+    place = (torch.arange(rows, device=device, dtype=torch.int32) // cells[0])[:, None] * grid[1] + across
+    if room.reuse:
+        # One histogram of the whole part.
+        place = place + (torch.arange(n, device=device, dtype=torch.int32) * length)[:, None, None]
+        flat = slots.to(torch.int32).mul_(places).add_(place).flatten()
+        votes = torch.bincount(flat, size.flatten(), n * length).to(size)
+    else:
+        flat = (slots.long() * places + place).flatten(1)
+        votes = size.new_zeros(n, length).scatter_add(1, flat, size.flatten(1))
+    votes = votes.view(n, len(bins), *grid) / (cells[0] * cells[1])
+    return votes.new_zeros(n, count, *grid).index_add(1, torch.tensor(bins, device=device), votes)
 
 
-def _bins(vertical: Tensor, horizontal: Tensor, size: Tensor, count: int, signed: bool) -> Tensor:
-    """The bin of each gradient, as floats: by its angle, and near an edge between two bins by exact comparison. What has no gradient lies in any bin."""
-    vertical, horizontal = vertical.detach(), horizontal.detach()
-    place = torch.atan2(vertical, horizontal).mul_(count / (2 * math.pi if signed else math.pi))
-    place -= (place / count).floor_() * count
-    found = place.floor().clamp_(max=count - 1)
-    # Far more than an angle's rounding.
-    margin = 1e-4 + 1e-6 * count
-    near = place.sub_(found).sub_(0.5).abs_() >= 0.5 - margin
-    doubtful = (near & (size.detach() > 0)).flatten().nonzero()[:, 0]
-    if len(doubtful):
-        up, right = (v.flatten()[doubtful] for v in (vertical, horizontal))
-        found.view(-1)[doubtful] = _compared(up, right, count, signed).to(found)
-    return found
+def _slots(
+    vertical: Tensor, horizontal: Tensor, count: int, signed: bool, room: Room
+) -> tuple[Tensor, list[int]]:
+    """Which stretch between two edges of bins each gradient points into, as floats, and the bin of each stretch.
+
+    A slope is compared with those of the edges: there is no angle that could be rounded to the wrong side. What has no gradient lies in any stretch.
+    """
+    # Upwards is upwards from -0.0, too.
+    slope = torch.div(vertical, horizontal + 0.0 if signed else horizontal, out=room("slope", vertical.shape))
+    reached = room("reached", vertical.shape)
+    slots = room("slots", vertical.shape)
+    slots = torch.zeros_like(slope) if slots is None else slots.zero_()
+    edges, bins = _stretches(count, signed)
+    # So flat that rounding may have made it: horizontal.
+    edges = [edge or -torch.finfo(slope.dtype).eps for edge in edges]
+    for edge in torch.tensor(edges, dtype=slope.dtype).unbind():
+        slots += slope >= edge if reached is None else torch.ge(slope, edge, out=reached)
+    if signed:
+        left = (horizontal < 0).to(slope.dtype)
+        slots.add_(left, alpha=len(edges) + 1)
+    return slots, bins
 
 
-def _compared(vertical: Tensor, horizontal: Tensor, count: int, signed: bool) -> Tensor:
-    """The bin of each gradient: how many bin edges its direction has reached, decided by the sign of a cross product."""
-    flat = vertical.abs() <= torch.finfo(vertical.dtype).eps * horizontal.abs()
-    vertical = vertical.masked_fill(flat, 0)
-    below = (vertical < 0) | ((vertical == 0) & (horizontal < 0))
-    turn = 1 - 2 * below.to(vertical.dtype)
-    up, right = vertical * turn, horizontal * turn
-    whole = 360 if signed else 180
-    found = torch.zeros(up.shape, dtype=torch.int64, device=up.device)
-    for k in range(1, count):
-        degrees = whole * k / count
-        cosine, sine = _direction(degrees % 180)
-        reached = up * cosine >= right * sine
-        if signed:
-            # An edge in the lower half is reached by what is in the lower half and has passed it; one in the upper half by all below.
-            reached = (below & reached) if degrees > 180 else (below if degrees == 180 else below | reached)
-        found += reached
-    return found
+@lru_cache(maxsize=32)
+def _stretches(count: int, signed: bool) -> tuple[list[float], list[int]]:
+    """Slopes of the edges of bins in ascending order, and the bin of each stretch between them, from straight down to straight up on the right, then on the left."""
+    whole = Fraction(360 if signed else 180)
+    # Angles from -90 (not itself an edge to cross) to 90.
+    angles = sorted({(whole * k / count + 90) % 180 or Fraction(180) for k in range(count)})
+    edges = [_slope(angle - 90) for angle in angles]
+    starts = [Fraction(-90), *(angle - 90 for angle in angles)]
+    turns = (0, 180) if signed else (0,)
+    return edges, [int(((start + turn) % whole) * count // whole) for turn in turns for start in starts]
 
 
-def _direction(degrees: float) -> tuple[float, float]:
-    """Cosine and sine, exact to the last bit where a comparison needs it: at 45, 90 and 135 degrees."""
-    exact = {0.0: (1.0, 0.0), 45.0: (1.0, 1.0), 90.0: (0.0, 1.0), 135.0: (-1.0, 1.0)}
-    radians = math.radians(degrees)
-    return exact.get(degrees, (math.cos(radians), math.sin(radians)))
+def _slope(degrees: Fraction) -> float:
+    """The tangent, exact where binary images need it."""
+    exact = {-45: -1.0, 0: 0.0, 45: 1.0, 90: math.inf}
+    return exact[int(degrees)] if degrees in exact else math.tan(math.radians(degrees))
 
 
-def _shared(
-    vertical: Tensor, horizontal: Tensor, size: Tensor, count: int, signed: bool, room: Tensor | None = None
+class _Shares:
+    """What interpolated votes need for all parts of a batch.
+
+    ``rows`` [cells, height] and ``columns`` [cells, width] are what each pixel gives to each cell, with ``blocks`` to each cell of each block as in OpenCV. Each
+    pixel has ``slots`` of its own from ``first`` on, one for each bin of a range of angles that is wider than the bins; ``fold`` [slots, bins] makes the bins of them.
+    """
+
+    def __init__(
+        self, images: Tensor, part: int, cells: tuple[int, int], blocks: tuple[int, int] | None, count: int
+    ) -> None:
+        n, sides, device = min(part, len(images)), images.shape[2:], images.device
+        self.rows, self.columns = (_weights(images, k, cells, blocks) for k in (0, 1))
+        self.half, self.slots = (count + 1) // 2, count + 3
+        length = n * sides.numel() * self.slots
+        self.first = torch.arange(0, length, self.slots, device=device).view(n, *sides)
+        bins = (torch.arange(self.slots, device=device) - 1 - self.half) % count
+        self.fold = (bins[:, None] == torch.arange(count, device=device)).to(images.dtype)
+
+
+def _weights(images: Tensor, k: int, cells: tuple[int, int], blocks: tuple[int, int] | None) -> Tensor:
+    """Along side k of the images: what each pixel gives to each cell, or to each cell of each block."""
+    like = {"dtype": images.dtype, "device": images.device}
+    if blocks is None:
+        weights = torch.ones(1, cells[k], **like) / cells[k]
+    else:
+        at = torch.arange(cells[k] * blocks[k], **like)
+        sigma = (cells[0] * blocks[0] + cells[1] * blocks[1]) / 8
+        centre = (torch.arange(blocks[k], **like) + 0.5) * cells[k]
+        weights = (1 - (at + 0.5 - centre[:, None]).abs() / cells[k]).clamp(min=0)
+        weights = weights * torch.exp(-((at - len(at) / 2) ** 2) / (2 * sigma**2))
+    room = images.shape[2 + k] - weights.shape[1]
+    return torch.cat([F.pad(weights, (start, room - start)) for start in range(0, room + 1, cells[k])])
+
+
+def _interpolated(
+    vertical: Tensor, horizontal: Tensor, size: Tensor, signed: bool, shares: _Shares, room: Room
 ) -> Tensor:
-    """Votes [n, bins + 2, h, w], each shared between the two bins whose centres are nearest; a copy of the last bin comes first, one of the first comes last."""
-    still = size == 0
-    place = torch.atan2(vertical, horizontal + still.to(horizontal.dtype))
-    place = place * (count / (2 * math.pi if signed else math.pi))
-    # In halves of bins from the centre of the last one: 0.5 to count + 0.5.
-    place = place - (place.detach() / count).floor_() * count + 0.5
-    low = place.detach().floor()
-    upper = size * (place - low)
-    pixels = size.shape[1] * size.shape[2]
-    at = torch.arange(pixels, device=size.device).view(size.shape[1:])
-    lower = low.mul_(pixels).long().add_(at) if pixels * count > 1 << 23 else low.mul_(pixels).add_(at).long()
-    votes = size.new_zeros(len(size), (count + 2) * pixels) if room is None else room[: len(size)].zero_()
-    votes.scatter_add_(1, lower.flatten(1), (size - upper).flatten(1))
-    votes.scatter_add_(1, (lower + pixels).flatten(1), upper.flatten(1))
-    return votes.view(-1, count + 2, *size.shape[1:])
+    """Votes [n, bins, rows, columns], each for the two bins whose centres are nearest."""
+    n, height, width = size.shape
+    slots, count = shares.fold.shape
+    if room.reuse and not signed:
+        place = torch.div(vertical, horizontal, out=room("place", size.shape))
+        place = place.nan_to_num_(0.0, math.inf, -math.inf).atan_()
+    else:
+        right = horizontal + (size == 0).to(horizontal.dtype)
+        side = 1.0 if signed else 1 - 2 * (right < 0).to(right.dtype)
+        place = torch.atan2(vertical * side, right * side)
+    # In bins from the centre of the slot before the lowest angle's.
+    turn = count / (2 * math.pi if signed else math.pi)
+    place = torch.add(
+        place * turn if not room.reuse else place.mul_(turn),
+        shares.half + 0.5,
+        out=room("turned", size.shape),
+    )
+    low = torch.floor(place.detach(), out=room("low", size.shape))
+    place = torch.sub(place, low, out=room("place", size.shape))
+    upper = torch.mul(size, place, out=room("upper", size.shape))
+    lower = torch.sub(size, upper, out=room("lower", size.shape))
+    at = torch.add(shares.first[:n], low.long()).flatten()
+    votes = room("votes", (n * height * width * slots,))
+    votes = size.new_zeros(n * height * width * slots) if votes is None else votes.zero_()
+    votes.scatter_add_(0, at, lower.flatten())
+    votes[1:].scatter_add_(0, at, upper.flatten())
+    found = shares.rows @ votes.view(n, height, width * slots)
+    found = shares.columns @ found.unflatten(2, (width, slots))
+    return (found @ shares.fold).permute(0, 3, 1, 2)
 
 
-def _joined(votes: Tensor) -> Tensor:
-    """Without the last bin's copy before the first, and the first's after the last."""
-    made = votes[:, 1:-1].clone()
-    made[:, 0] += votes[:, -1]
-    made[:, -1] += votes[:, 0]
-    return made
+def _blocks(histogram: Tensor, blocks: tuple[int, int], norm: str) -> Tensor:
+    """Normalised blocks of cells [n, bins, cell rows, cell columns], which overlap."""
+    # [n, bins, block rows, block columns, cell rows, cell columns]
+    found = histogram.unfold(2, blocks[0], 1).unfold(3, blocks[1], 1)
+    found = found.permute(0, 2, 3, 4, 5, 1).flatten(3)
+    return _normalised(found, norm).flatten(1)
 
 
 def _normalised(found: Tensor, norm: str, eps: float = 1e-5) -> Tensor:
@@ -249,29 +314,15 @@ def _normalised(found: Tensor, norm: str, eps: float = 1e-5) -> Tensor:
 
 
 def _length_one(found: Tensor, eps: float) -> Tensor:
-    return found / (found.square().sum(-1, keepdim=True) + eps**2).sqrt()
+    return found / (torch.linalg.vecdot(found, found)[..., None] + eps**2).sqrt()
 
 
-def _opencv(votes: Tensor, cells: tuple[int, int], blocks: tuple[int, int]) -> Tensor:
-    """Blocks as OpenCV makes them: every pixel of a block votes for the four cells around it, columns of blocks and cells come first."""
-    sides = [side * count for side, count in zip(cells, blocks)]
-    sigma = sum(sides) / 8
-    bells, corners = [], []
-    for side, count, cell in zip(sides, blocks, cells):
-        at = torch.arange(side, dtype=votes.dtype, device=votes.device)
-        bells.append(torch.exp(-((at - side / 2) ** 2) / (2 * sigma**2)))
-        centre = (torch.arange(count, dtype=votes.dtype, device=votes.device) + 0.5) * cell
-        corners.append((1 - (at + 0.5 - centre[:, None]).abs() / cell).clamp(min=0))
-    # [blocks * cells of a block, pixels] along each side: what a pixel gives to each cell of each block.
-    spread = []
-    for corner, bell, side, cell, size in zip(corners, bells, sides, cells, votes.shape[2:]):
-        places = range(0, size - side + 1, cell)
-        spread.append(torch.cat([F.pad(corner * bell, (k, size - side - k)) for k in places]))
-    found = _joined(spread[0] @ (votes @ spread[1].T))
+def _opencv(found: Tensor, blocks: tuple[int, int]) -> Tensor:
+    """Blocks as OpenCV normalises them, of what each pixel of a block gave to the cells around it; columns of blocks and cells come first."""
     # [n, block columns, block rows, cell columns, cell rows, bins]
     found = (
         found.unflatten(3, (-1, blocks[1])).unflatten(2, (-1, blocks[0])).permute(0, 4, 2, 5, 3, 1).flatten(3)
     )
-    found = found / (found.square().sum(-1, keepdim=True).sqrt() + 0.1 * found.shape[-1])
+    found = found / (torch.linalg.vector_norm(found, dim=-1, keepdim=True) + 0.1 * found.shape[-1])
     found = found.clamp(max=0.2)
-    return (found / (found.square().sum(-1, keepdim=True).sqrt() + 1e-3)).flatten(1)
+    return (found / (torch.linalg.vector_norm(found, dim=-1, keepdim=True) + 1e-3)).flatten(1)

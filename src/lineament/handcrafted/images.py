@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lineament.core.checks import InputError, require, show
 
 
-def batch_of(images: Tensor) -> Tensor:
-    """Images as [n, channels, height, width] numbers: [n, h, w] are grey, integers and booleans become float64.
+class Room:
+    """Buffers by name that one part of a batch leaves to the next: memory that was not used before costs more than the arithmetic on it.
+
+    Without ``reuse``, which gradients forbid, it has none, and ``out=None`` makes a new tensor.
+    """
+
+    def __init__(self, like: Tensor, reuse: bool = True) -> None:
+        self.like, self.reuse = like, reuse
+        self.kept: dict[tuple[str, torch.dtype | None], Tensor] = {}
+
+    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor | None:
+        """A contiguous buffer, zeros when it is first given."""
+        if not self.reuse:
+            return None
+        found = self.kept.get((name, dtype))
+        if found is None or found.shape[1:] != torch.Size(shape[1:]) or len(found) < shape[0]:
+            found = self.kept[name, dtype] = self.like.new_zeros(tuple(shape), dtype=dtype)
+        return found[: shape[0]]
+
+
+def batch_of(images: Tensor, *, keep_bytes: bool = False) -> Tensor:
+    """Images as [n, channels, height, width] numbers: [n, h, w] are grey, integers (bytes only where they are not kept) and booleans become float64.
 
     Raises:
         InputError: not 3 or 4 dimensions, an empty image, NaN or infinity.
@@ -23,20 +45,24 @@ def batch_of(images: Tensor) -> Tensor:
     )
     require(not images.is_complex(), f"images: got {show(images)}, expected real numbers")
     if not images.is_floating_point():
-        images = images.double()
-    elif images.dtype in (torch.float16, torch.bfloat16):
-        images = images.float()
-    bad = ~images.isfinite().flatten(1).all(1)
-    if bool(bad.any()):
-        raise InputError(f"images: number {int(bad.int().argmax())} has NaN or infinity")
+        images = images if keep_bytes and images.dtype == torch.uint8 else images.double()
+    else:
+        if images.dtype in (torch.float16, torch.bfloat16):
+            images = images.float()
+        # A sum of finite numbers may overflow; one of others is never finite.
+        if not bool(images.detach().sum().isfinite()):
+            bad = ~images.isfinite().flatten(1).all(1)
+            if bool(bad.any()):
+                raise InputError(f"images: number {int(bad.int().argmax())} has NaN or infinity")
     return images if images.ndim == 4 else images[:, None]
 
 
-def grey_of(images: Tensor) -> Tensor:
+def grey_of(images: Tensor, *, keep_bytes: bool = False) -> Tensor:
     """Images as [n, height, width]: three channels by their luma (0.299, 0.587, 0.114), other numbers of channels by their mean."""
-    images = batch_of(images)
+    images = batch_of(images, keep_bytes=keep_bytes)
     if images.shape[1] == 1:
         return images[:, 0]
+    images = images.double() if images.dtype == torch.uint8 else images
     if images.shape[1] == 3:
         return torch.einsum("nchw,c->nhw", images, images.new_tensor([0.299, 0.587, 0.114]))
     return images.mean(1)

@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lineament.core.checks import number, one_of, require
-from lineament.handcrafted.images import cell_of, check_grid, grey_of
+from lineament.handcrafted.images import Room, cell_of, check_grid, grey_of
 
 CODES = ("default", "ror", "uniform", "nri_uniform", "var")
+# Pixels at a time.
+_PART = 1 << 16
 Codes = Literal["default", "ror", "uniform", "nri_uniform", "var"]
 
 
@@ -46,24 +48,33 @@ def lbp(
     >>> lbp(torch.zeros(2, 32, 32, dtype=torch.uint8)).shape
     torch.Size([2, 944])
     """
-    found = lbp_codes(images, points, radius, codes=codes)
+    grey = _asked(images, points, radius, codes)
     require(
         (edges is not None) == (codes == "var"),
         "edges: expected for codes='var', which has no labels, and for no other codes",
     )
     count = label_count(points, codes)
     if edges is not None:
-        edges = edges.to(found)
+        edges = edges.to(grey.device, _precise(grey))
         count = len(edges) + 1
-        found = torch.bucketize(found.nan_to_num(0), edges, right=True)
-    cells = 1 if grid is None else check_grid(grid, found)
-    places = [cell_of(size, cells, found.device) for size in found.shape[1:]]
+    cells = 1 if grid is None else check_grid(grid, grey)
+    places = [cell_of(size, cells, grey.device) for size in grey.shape[1:]]
     cell = places[0][:, None] * cells + places[1]
-    image = torch.arange(len(found), device=found.device)[:, None, None]
-    flat = (image * cells**2 + cell) * count + found.long()
-    histogram = torch.bincount(flat.flatten(), minlength=len(found) * cells**2 * count)
-    pixels = torch.bincount(cell.flatten(), minlength=cells**2)
-    return (histogram.view(len(found), cells**2, count) / pixels[:, None]).flatten(1)
+    pixels = torch.bincount(cell.flatten(), minlength=cells**2).to(torch.get_default_dtype())[:, None]
+    histograms = pixels.new_empty(len(grey), cells**2, count)
+    first, done = None, 0
+    for found in _by_part(grey, points, radius, codes):
+        if edges is not None:
+            found = torch.bucketize(found.nan_to_num(0), edges, right=True)
+        if first is None:
+            # The largest part is the first.
+            image = torch.arange(len(found), device=found.device)[:, None, None]
+            first = ((image * cells**2 + cell) * count).to(found.dtype)
+        flat = found.add_(first[: len(found)]).flatten()
+        histogram = torch.bincount(flat, minlength=len(found) * cells**2 * count)
+        torch.div(histogram.view(-1, cells**2, count), pixels, out=histograms[done : done + len(found)])
+        done += len(found)
+    return histograms.flatten(1)
 
 
 def lbp_codes(images: Tensor, points: int = 8, radius: float = 1, *, codes: Codes = "default") -> Tensor:
@@ -82,51 +93,144 @@ def lbp_codes(images: Tensor, points: int = 8, radius: float = 1, *, codes: Code
     >>> lbp_codes(torch.tensor([[[0, 0, 0], [0, 1, 2], [0, 0, 0]]]))[0, 1, 1].item()
     1
     """
+    grey = _asked(images, points, radius, codes)
+    made = list(_by_part(grey, points, radius, codes))
+    found = torch.cat(made) if made else grey
+    return found if codes == "var" else found.long()
+
+
+def _asked(images: Tensor, points: int, radius: float, codes: str) -> Tensor:
+    """The grey images, bytes as they are, if all else is in order."""
     one_of("codes", codes, CODES)
     number("points", points, low=1, high=30, integer=True)
     number("radius", radius, low=0, open_low=True)
-    grey = grey_of(images)
-    made = []
-    for part in grey.split(max(1, (1 << 21) // ((grey.shape[1] * grey.shape[2]) * points))):
+    return grey_of(images, keep_bytes=True)
+
+
+def _by_part(grey: Tensor, points: int, radius: float, codes: str) -> Iterator[Tensor]:
+    """The codes of a few images at a time, whose buffers stay in the processor's cache."""
+    room = Room(grey, not (torch.is_grad_enabled() and grey.requires_grad))
+    for part in grey.split(max(1, _PART // (grey.shape[1] * grey.shape[2]))) if len(grey) else ():
         if codes == "var":
-            made.append(neighbours(part, points, radius).var(0, correction=0))
-            continue
-        if points > 16 and codes != "default":
-            made.append(_labels(neighbours(part, points, radius) >= part, codes))
-            continue
-        code = torch.zeros(part.shape, dtype=torch.int32, device=part.device)
-        for p, value in enumerate(_around(part, points, radius)):
-            code |= (value >= part).int() << p
-        made.append(code.long() if codes == "default" else _table(points, codes).to(code.device)[code])
-    return torch.cat(made) if made else grey.long()
+            yield neighbours(part, points, radius).var(0, correction=0)
+        elif points > 16 and codes != "default":
+            yield _labels(neighbours(part, points, radius) >= part, codes)
+        else:
+            code = _code(part.detach(), points, radius, room)
+            if codes != "default":
+                labels = _table(points, codes).to(code.device)
+                code = labels.index_select(0, code.flatten()).view(code.shape)
+            yield code
+
+
+def _precise(grey: Tensor) -> torch.dtype:
+    """What values between pixels are computed in."""
+    return torch.float64 if grey.dtype == torch.uint8 else grey.dtype
+
+
+def _code(grey: Tensor, points: int, radius: float, room: Room) -> Tensor:
+    """Σ bit 2^p of each pixel, int32. Bits are added up as floats, in which comparing is fastest; those of bytes beside bytes as bytes."""
+    plane = _Plane(grey, radius, room)
+    centre = plane.centre(plane.flat)
+    exact = centre.dtype if points <= 24 else torch.float64
+    # A bit may take the room of the value that it comes from.
+    code, bit = (_spare(room, name, centre, exact) for name in ("code", "value"))
+    code.zero_()
+    small = None if plane.bytes is None else _spare(room, "small", centre, torch.uint8).zero_()
+    for p, value in enumerate(plane.around(points)):
+        if value.dtype == torch.uint8 and plane.bytes is not None and small is not None:
+            reached = torch.ge(
+                value, plane.centre(plane.bytes), out=room("reached", centre.shape, torch.bool)
+            )
+            small.add_(reached.view(torch.uint8), alpha=1 << p)
+        else:
+            code.add_(torch.ge(value, centre, out=bit), alpha=1 << p)
+    found = plane.images(code).to(torch.int32)
+    return found if small is None else found.add_(plane.images(small))
+
+
+def _spare(room: Room, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A buffer, or a new tensor where there is none."""
+    found = room(name, like.shape, dtype)
+    return torch.empty_like(like, dtype=dtype) if found is None else found
 
 
 def neighbours(grey: Tensor, points: int, radius: float) -> Tensor:
     """[points, n, height, width]: what lies on the circle around each pixel, interpolated between its four pixels, 0 outside."""
-    return torch.stack(list(_around(grey, points, radius)))
+    if not grey.is_floating_point():
+        grey = grey.double()
+    plane = _Plane(grey, radius, Room(grey, reuse=False))
+    return torch.stack([plane.images(value) for value in plane.around(points)])
 
 
-def _around(grey: Tensor, points: int, radius: float) -> Iterator[Tensor]:
-    height, width = grey.shape[1:]
-    edge = math.ceil(radius) + 1
-    padded = F.pad(grey, (edge,) * 4)
-    for p in range(points):
-        row, column = (
-            round(-radius * math.sin(2 * math.pi * p / points), 5),
-            round(radius * math.cos(2 * math.pi * p / points), 5),
-        )
-        top, left = math.floor(row), math.floor(column)
-        down, across = row - top, column - left
-        at = lambda r, c: padded[:, edge + r : edge + r + height, edge + c : edge + c + width]  # noqa: E731
-        value = at(top, left)
-        if across:
-            value = torch.lerp(value, at(top, left + 1), across)
-        if down:
-            below = at(top + 1, left)
-            if across:
-                below = torch.lerp(below, at(top + 1, left + 1), across)
-            value = torch.lerp(value, below, down)
-        yield value
+class _Plane:
+    """Images behind one another in one line of numbers, zeros between their rows and between them, so that a neighbour is a shift of the line."""
+
+    def __init__(self, grey: Tensor, radius: float, room: Room) -> None:
+        n, self.height, self.width = grey.shape
+        self.radius, self.edge, self.room = radius, math.ceil(radius), room
+        self.shape = (n, self.height + self.edge, self.width + self.edge)
+        self.row = self.shape[2]
+        # As many zeros before and behind as a shift reaches.
+        self.margin = self.edge * (self.row + 1)
+        self.length = self.shape[0] * self.shape[1] * self.row
+        self.flat = self._line(grey, "flat", _precise(grey))
+        self.bytes = self._line(grey, "bytes", torch.uint8) if grey.dtype == torch.uint8 else None
+
+    def _line(self, grey: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+        found = self.room(name, (self.length + 2 * self.margin,), dtype)
+        if found is None:
+            return F.pad(F.pad(grey, (0, self.edge, 0, self.edge)).flatten(), (self.margin,) * 2).to(dtype)
+        self.images(self.centre(found)).copy_(grey)
+        # Behind them, a longer part may have left something.
+        found[self.margin + self.length :].zero_()
+        return found
+
+    def images(self, line: Tensor) -> Tensor:
+        """[n, height, width] of a line as long as all images."""
+        return line.view(self.shape)[:, : self.height, : self.width]
+
+    def centre(self, line: Tensor) -> Tensor:
+        """A line without its margins."""
+        return line[self.margin : self.margin + self.length]
+
+    def around(self, points: int) -> Iterator[Tensor]:
+        """Each neighbour of all places in turn, gone when the next is asked for; of bytes, the first eight as bytes where they are pixels.
+
+        Interpolation along rows is shared by the neighbours in these columns.
+        """
+        columns: dict[float, tuple[Tensor, int]] = {}
+        for p in range(points):
+            row, column = (
+                round(-self.radius * math.sin(2 * math.pi * p / points), 5),
+                round(self.radius * math.cos(2 * math.pi * p / points), 5),
+            )
+            top, down = math.floor(row), row - math.floor(row)
+            if self.bytes is not None and p < 8 and not down and column == math.floor(column):
+                start = self.margin + top * self.row + math.floor(column)
+                yield self.bytes[start : start + self.length]
+                continue
+            if column not in columns:
+                columns[column] = self._column(column)
+            line, first = columns[column]
+            start = first + top * self.row
+            above = line[start : start + self.length]
+            if not down:
+                yield above
+                continue
+            below = line[start + self.row : start + self.row + self.length]
+            yield torch.lerp(above, below, down, out=self.room("value", above.shape, above.dtype))
+
+    def _column(self, column: float) -> tuple[Tensor, int]:
+        """What lies so many columns to the right of each place, also of those above and below, and where in this line the first place is."""
+        left = math.floor(column)
+        if column == left:
+            return self.flat, self.margin + left
+        reach = self.edge * self.row
+        start, size = self.margin - reach + left, self.length + 2 * reach
+        near, far = self.flat[start : start + size], self.flat[start + 1 : start + 1 + size]
+        room = self.room(f"column {column}", (size,), self.flat.dtype)
+        return torch.lerp(near, far, column - left, out=room), reach
 
 
 def label_count(points: int, codes: str) -> int:
@@ -142,7 +246,7 @@ def label_count(points: int, codes: str) -> int:
 def _table(points: int, codes: str) -> Tensor:
     """The label of every code."""
     code = torch.arange(1 << points)
-    return _labels((code >> torch.arange(points)[:, None]) & 1 == 1, codes)
+    return _labels((code >> torch.arange(points)[:, None]) & 1 == 1, codes).int()
 
 
 def _labels(bits: Tensor, codes: str) -> Tensor:

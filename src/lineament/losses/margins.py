@@ -58,17 +58,21 @@ class Cosine(Margin):
 class SphereFace(Margin):
     """(-1)^k cos(mθ) - 2k with k = ⌊mθ/π⌋ for a whole m, on logits scaled by the embedding's norm; cos(m1 θ) for another.
 
+    Args:
+        by_norm: scale the logits by the embedding's norm, and not by the head's scale; by default where m is whole, as published.
+
     >>> SphereFace(2)(torch.tensor([1.0]), torch.ones(1)).item()
     1.0
     """
 
-    def __init__(self, m: float = 4):
+    def __init__(self, m: float = 4, *, by_norm: bool | None = None):
         super().__init__()
         self.m = number("m", m, low=1)
-        self.by_norm = float(m).is_integer()
+        self.whole = float(m).is_integer()
+        self.by_norm = self.whole if by_norm is None else bool(by_norm)
 
     def forward(self, cosine: Tensor, norms: Tensor, drawn: Tensor | None = None) -> Tensor:
-        if not self.by_norm:
+        if not self.whole:
             return torch.cos(self.m * angle(cosine))
         k = (self.m * angle(cosine.detach()) / math.pi).floor()
         # cos(mθ) is a polynomial of the cosine.

@@ -248,6 +248,67 @@ def test_an_untrained_network_above_chance_is_not_called_good(trained, tmp_path,
     assert "most frequent class" not in finding["sentence"] and finding["severity"] != "good"
 
 
+PICTURES = """
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(), nn.Flatten(), nn.Linear(1536, 10))
+"""
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """A convolutional network with a batch norm that knows the digits as they are stored, from 0 to 1."""
+    folder = tmp_path_factory.mktemp("seen")
+    (folder / "net.py").write_text(PICTURES)
+    net = load_model(f"{folder}/net.py:make").model
+    x, y = load_digits(return_X_y=True)
+    images = torch.tensor(x / 16, dtype=torch.float32).view(-1, 1, 8, 8)
+    with torch.no_grad():
+        net.train()
+        net[1].momentum = None
+        net(images)
+        net.eval()
+        features = net[:4](images).double()
+        inner = features.T @ features + 10 * torch.eye(features.shape[1])
+        net[4].weight.copy_(torch.linalg.solve(inner, features.T @ torch.eye(10).double()[y]).T)
+        net[4].bias.zero_()
+    torch.save(net.state_dict(), folder / "net.pt")
+    np.savez(folder / "digits.npz", x=images.numpy()[:600], y=y[:600])
+    return folder
+
+
+def test_accuracies_stand_with_their_intervals(seen, tmp_path):
+    words = ["edit", "prune", f"{seen}/net.py:make", f"{seen}/digits.npz", "--weights", f"{seen}/net.pt"]
+    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
+    told = json.loads((tmp_path / "out" / "edit.json").read_text())
+    network, classes = told["sections"]
+    numbers = network["numbers"]
+    for name, value in numbers["scores"].items():
+        low, high = numbers["intervals"][name]
+        assert low <= value <= high and high - low > 0.005
+    change, low, high = numbers["changes"]["pruned"]
+    assert change == pytest.approx(numbers["scores"]["pruned"] - numbers["scores"]["as it was"])
+    assert low < change < high and f"a change of {100 * change:+.1f} points" in network["sentence"]
+    assert network["status"] == "good" and "training" not in network["sentence"]
+    assert network["tables"][0]["columns"][:4] == ["network", "accuracy", "from", "to"]
+    assert sum(row[1] for row in classes["numbers"]["classes"]) == 300 and " to " in classes["tables"][0]["rows"][0][2]  # fmt: skip
+
+
+def test_a_wrong_normalisation_does_not_flatter_the_smaller_network(seen, tmp_path, capsys):
+    words = ["edit", "prune", f"{seen}/net.py:make", f"{seen}/digits.npz", "--weights", f"{seen}/net.pt"]
+    assert cli.main([*words, "--out", str(tmp_path / "out"), "--normalize", "0,5", "--keep", "0.95"]) == 0
+    told = json.loads((tmp_path / "out" / "edit.json").read_text())
+    (network, _), (finding, *_) = told["sections"], told["findings"]
+    scores = network["numbers"]["scores"]
+    assert scores["pruned"] > scores["as it was"] + 0.05  # batch norms measured again make up for it
+    assert network["status"] == "warning" and "do not reach it as they did in training" in finding["sentence"]
+    assert "With values from 0 to 1" in finding["sentence"].replace("\u00a0", " ")
+    assert "`normalize`" in finding["advice"] and "`normalize`" in capsys.readouterr().out
+
+
 def knowledge(forget, retain):
     return Knowledge(forget, retain, {"0": 0.9}, 16, 1, torch.ones(2), None)
 

@@ -15,6 +15,7 @@ from lineament.core.checks import InputError
 from lineament.core.statistics.accumulation import Products
 from lineament.core.statistics.class_scatter import ClassScatter
 from lineament.core.statistics.moments import Covariance, CrossCovariance, Moments
+from lineament.core.statistics.shares import difference, paired_difference
 
 
 def _data(rows: int, columns: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -224,3 +225,21 @@ def test_wrong_shapes_are_named():
         ClassScatter(3).update(_data(3, 2), torch.tensor([0, 1, 7]))
     with pytest.raises(InputError, match="lacks"):
         Moments.from_state_dict({"count": 3})
+
+
+def test_the_paired_interval_covers_the_difference_that_is_there():
+    generator, inside = torch.Generator().manual_seed(0), 0
+    for _ in range(2000):
+        was = torch.rand(80, generator=generator) < 0.9
+        now = torch.where(torch.rand(80, generator=generator) < 0.85, was, torch.rand(80, generator=generator) < 0.6)  # fmt: skip
+        mean, low, high = paired_difference(now, was)
+        assert low <= mean <= high
+        inside += low <= 0.15 * (0.6 - 0.9) <= high
+    assert 0.93 < inside / 2000 < 0.98
+    # Pairs that agree are narrower than samples that have nothing to do with each other.
+    was = torch.arange(100) < 60
+    now = torch.arange(100) < 57
+    one, other = (f(now, was) for f in (paired_difference, difference))
+    assert one[0] == other[0] and one[2] - one[1] < 0.6 * (other[2] - other[1])
+    _, low, high = paired_difference(was[:60], was[:60])
+    assert low < 0 < high and paired_difference(was[:0], was[:0]) == (0.0, -1.0, 1.0)

@@ -118,8 +118,9 @@ def test_statistics_on_the_same_data_are_the_same(trained):
     assert all(torch.allclose(b, dict(net.named_buffers())[n]) for n, b in once.items())
 
 
-def test_a_killed_pruning_goes_on_with_the_same_bits(trained, tmp_path, monkeypatch):
-    whole = prune(trained, X, keep=0.5)
+@pytest.mark.parametrize("criterion", [None, "random"])
+def test_a_killed_pruning_goes_on_with_the_same_bits(trained, tmp_path, monkeypatch, criterion):
+    whole = prune(trained, X, keep=0.5, criterion=criterion)
     from lineament.edit import silencing
 
     step, calls = silencing.Plan._step, []
@@ -133,8 +134,9 @@ def test_a_killed_pruning_goes_on_with_the_same_bits(trained, tmp_path, monkeypa
     monkeypatch.setattr(silencing.Plan, "_step", killed)
     options = PruneOptions(checkpoint=Checkpoint(tmp_path, {"x": 1}))
     with pytest.raises(KeyboardInterrupt):
-        prune(trained, X, keep=0.5, options=options)
-    again = prune(trained, X, keep=0.5, options=PruneOptions(checkpoint=Checkpoint(tmp_path, {"x": 1})))
+        prune(trained, X, keep=0.5, criterion=criterion, options=options)
+    options = PruneOptions(checkpoint=Checkpoint(tmp_path, {"x": 1}))
+    again = prune(trained, X, keep=0.5, criterion=criterion, options=options)
     assert len(calls) == 4
     for a, b in zip(whole.model.state_dict().values(), again.model.state_dict().values()):
         assert torch.equal(a, b)

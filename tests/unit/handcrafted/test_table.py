@@ -116,8 +116,42 @@ def test_an_edge_is_one_bin_and_a_turned_filter_its_conjugate():
     assert class_scores([0, 1, 1, 2], [0, 1, 2, 2]).confusion == ((1, 0, 0), (0, 1, 1), (0, 0, 1))
 
 
+@pytest.mark.parametrize("more", [{"binning": "linear"}, {"binning": "hard"}, {"like": "opencv"}])
+def test_gradients_pass_by_flat_places(more):
+    x = torch.zeros(1, 16, 16, dtype=torch.float64)
+    x[:, 4:9, 5:8] = torch.rand(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x.requires_grad_()
+    found = hog(x, cell=4, **more)
+    torch.testing.assert_close(found.detach(), hog(x.detach(), cell=4, **more), rtol=0, atol=1e-12)
+    (slope,) = torch.autograd.grad(found.square().sum(), x)
+    assert bool(slope.isfinite().all()) and bool((slope[0, 4:9, 5:8] != 0).any()) and not slope[0, 12:].any()
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("count", [1, 3, 4, 8, 9, 12])
+def test_the_bin_of_every_direction_between_whole_numbers(count, signed):
+    side = torch.arange(-12, 13, dtype=torch.float64)
+    up, right = (v.flatten() for v in torch.meshgrid(side, side, indexing="ij"))
+    moved = (up != 0) | (right != 0)
+    up, right = up[moved], right[moved]
+    degrees = torch.rad2deg(torch.atan2(up, right))
+    eighth = (up == 0) | (right == 0) | (up.abs() == right.abs())
+    degrees = torch.where(eighth, (degrees / 45).round() * 45, degrees)
+    whole = 360 if signed else 180
+    expected = ((degrees % whole) * count / whole + 1e-12).floor().long() % count
+    # Each image holds one gradient in its middle; -0.0 beside 0.0 is no step to the left.
+    images = torch.zeros(len(up), 3, 3, dtype=torch.float64)
+    images[:, 2, 1], images[:, 1, 2] = up, torch.where(right == 0, -0.0, right)
+    images[:, 2, 2], images[:, 1, 1] = 0, 0
+    votes = hog(images, count, cell=3, block=1, norm="L1", signed=signed)
+    assert torch.equal(votes.argmax(1), expected)
+    assert bool((votes.gather(1, expected[:, None]) > 0.2).all())
+
+
 def test_no_images_are_no_rows_and_many_are_as_one_by_one():
     assert hog(torch.rand(0, 32, 32)).shape == (0, 324)
+    bright = torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(hog(1e25 * bright, norm="L1"), hog(1e3 * bright, norm="L1"))
     assert lbp(torch.zeros(0, 32, 32, dtype=torch.uint8)).shape == (0, 944)
     many = torch.rand(130, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     whole = hog(many, cell=4)

@@ -21,6 +21,7 @@ from lineament.losses import (
     Elastic,
     MagFace,
     SNPairLoss,
+    SphereFace,
     TripletLoss,
     negative_pairs,
     pair_loss,
@@ -57,6 +58,17 @@ def test_the_mean_over_draws_is_the_closed_form():
     ):
         found = margin(cosine, cosine, margin.draw(cosine, generator))
         assert abs(float(found.mean()) - expected) < 5 * float(found.std()) / math.sqrt(n)
+
+
+def test_sphereface_at_a_fixed_scale():
+    """With a scale of its own a head's logits are those of any margin: scale (ψ at the target, cos elsewhere)."""
+    x, y = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).double(), torch.arange(5) % 3
+    head = ClassHead(3, 4, SphereFace(3, by_norm=False), 8.0).double()
+    cosines = head.cosines(x)
+    theta = cosines.gather(1, y[:, None]).arccos()
+    k = (3 * theta / math.pi).floor()
+    expected = cosines.scatter(1, y[:, None], (-1) ** k * (3 * theta).cos() - 2 * k)
+    torch.testing.assert_close(head.margin_logits(x, y), 8 * expected)
 
 
 def test_matching_by_rank_gives_near_samples_small_margins():

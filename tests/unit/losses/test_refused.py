@@ -13,6 +13,7 @@ from lineament.core.checks import InputError
 from lineament.learn import WithHead
 from lineament.losses import UNPG, ArcFace, ClassHead, InfoNCE, Queue, Spectral, SupCon, negative_pairs
 from lineament.measure import fold_accuracy
+from lineament.measure.embeddings.verification import separation
 from lineament.modules import UnifiedEmbedding, multiplex
 
 X, Y = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 0, 1, 1, 2, 2])
@@ -45,6 +46,7 @@ def bag() -> nn.Module:
         (lambda: bag()(Y, torch.tensor([0, 3, 2])), "offsets of 'tags' must start at 0 and not fall"),
         (lambda: bag()(Y, torch.tensor([1, 3])), "offsets of 'tags' must start at 0 and not fall"),
         (lambda: fold_accuracy(X.repeat(2, 1), torch.tensor([1, 0, 1, 1, 1, 0]), 3), "same: all pairs of fold 2 of 3 are of one kind"),
+        (lambda: separation(torch.ones(3), torch.ones(0)), "negatives: got no similarity"),
         (lambda: fold_accuracy(X.repeat(2, 1) / 0, torch.tensor([1, 0, 1, 0, 1, 0]), 3), "embeddings: NaN or infinity"),
         (lambda: ClassHead(3, 5)(X, Y), "embeddings: .* expected rows of 5 numbers"),
         (lambda: ClassHead(3, 4)(X, Y, torch.zeros(6)), "sample_weight: the labelled rows' sum is 0"),
@@ -66,3 +68,10 @@ def bag() -> nn.Module:
 def test_one_line_says_what_is_wrong(call, words):
     with pytest.raises(InputError, match=words):
         call()
+
+
+def test_thresholds_reach_up_to_the_stop():
+    x = torch.nn.functional.normalize(torch.randn(16, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    same = torch.tensor([1, 0] * 4)
+    for stop, step, count in ((4.0, 0.01, 400), (3.0, 0.4, 8), (1.0, 0.3, 4), (0.9, 0.3, 3)):
+        assert len(fold_accuracy(x, same, 2, stop=stop, step=step).thresholds) == count

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
+from sklearn.model_selection import train_test_split
+from sklearn.neural_network import MLPClassifier, MLPRegressor
 
 from lineament.recipes import bangla_digits, gbnn, wide_deep_kernels
 from lineament.recipes.bangla_digits.study import DESCRIPTORS, Controls, Held, sets, split
-from lineament.recipes.gbnn.study import REFERENCE, Cut, Head, Score, Solvers
+from lineament.recipes.gbnn.study import REFERENCE, Cut, Head, Score, Solvers, for_seconds, parts
 from lineament.recipes.wide_deep_kernels.study import PAIRS, Digits, Limits, Pair, drawn
 
 TINY = {
@@ -36,6 +39,19 @@ def test_the_bayes_rule_is_the_best_of_all_and_parts_do_not_overlap():
     train, test = split(held, 0, 300, 200)
     assert not set(train) & set(test) and len(train) == 300 and len(test) == 200
     assert np.bincount(held.labels[test]).min() >= 19
+
+
+@pytest.mark.parametrize("inner", ["bangla-digits", ""])
+def test_bangla_digits_are_found_in_the_data_folder_and_in_their_own(inner, tmp_path):
+    (tmp_path / inner).mkdir(exist_ok=True)
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32), dtype=np.uint8)
+    labels = np.arange(8)
+    np.savez(
+        tmp_path / inner / "cmaterdb_3_1_1.npz",
+        train_images=images[:5], train_labels=labels[:5], test_images=images[5:], test_labels=labels[5:],
+    )  # fmt: skip
+    found = sets(bangla_digits.Config(data_folder=str(tmp_path)))
+    assert list(found) == ["cmaterdb"] and found["cmaterdb"].train == 5 and len(found["cmaterdb"].images) == 8
 
 
 def test_claims_of_wide_deep_kernels_can_hold_and_fall():
@@ -73,7 +89,7 @@ def test_claims_of_gbnn_can_hold_and_fall():
             return Score(
                 {"boosted, lbfgs": mine, "boosted, varpro": mine}
                 | dict.fromkeys(
-                    ("random hidden units", "random hidden units, boosted", "boosted, rho = 1", "HistGB", "XGBoost", "MLP, 200 units, L-BFGS", "MLP, the same, L2 tuned"),
+                    ("random hidden units", "random hidden units, boosted", "boosted, rho = 1", "HistGB", "XGBoost", "MLP, 200 units, L-BFGS", "MLP, the same, L2 tuned", "MLP, same units, same seconds"),
                     rival,
                 ),
                 0.0 if good else 0.1,
@@ -87,6 +103,25 @@ def test_claims_of_gbnn_can_hold_and_fall():
         return [c.holds for c in gbnn.claims_of(config, scores, cuts, heads, solvers)]
 
     assert all(claims(True)) and not any(claims(False))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("wine", MLPClassifier), ("diabetes", MLPRegressor)])
+def test_a_perceptron_keeps_its_best_epoch_and_stops_in_time(name, kind):
+    X, _, y, _ = parts(name, 0)
+    seen = []
+
+    class Watched(kind):
+        def score(self, X, y, sample_weight=None):
+            seen.append(super().score(X, y, sample_weight))
+            return seen[-1]
+
+    start = time.process_time()
+    net = for_seconds(0.3, Watched, 10, X, y, 0)
+    assert 0.3 <= time.process_time() - start < 1 and len(seen) > 5
+    _, held, _, truth = train_test_split(
+        X, y, test_size=0.1, random_state=0, stratify=y if name == "wine" else None
+    )
+    assert kind.score(net, held, truth) == max(seen) > seen[0]
 
 
 def test_claims_of_bangla_digits_can_hold_and_fall():

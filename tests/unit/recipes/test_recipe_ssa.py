@@ -22,10 +22,11 @@ from lineament.recipes.ssa.measures import (
     Sharpened,
     attention_of,
     loss_of,
+    replaced_loss,
     rows_of,
     sharpened,
 )
-from lineament.recipes.ssa.network import MODELS, Course, Decoder, choices, flops_ratio, train
+from lineament.recipes.ssa.network import MODELS, Branches, Course, Decoder, choices, flops_ratio, train
 
 TINY = replace(
     Config.preset("quick"), width=16, hidden=16, heads=2, key_heads=1, head_size=8, block_size=4, blocks=2, length=32, models=tuple(MODELS),
@@ -48,7 +49,7 @@ def model():
 def test_the_presets():
     quick, small, paper = map(Config.preset, ("quick", "small", "paper"))
     assert (quick.layers, quick.width, quick.models, quick.steps) == (2, 128, ("FullAttn", "SSA"), 100)
-    assert len(small.models) == 5 and small.controls and len(paper.seeds) == 3
+    assert small.models == paper.models == tuple(MODELS) and small.controls and len(paper.seeds) == 3
     # A global batch of 3.15 million tokens.
     assert paper.batch * paper.accumulate * paper.length == 3_145_728
     # The sparse branch adds little; one that reads everything nearly doubles the attention, which dominates where the text is long.
@@ -59,7 +60,7 @@ def test_the_presets():
 def test_a_whole_run_and_one_that_was_killed(tmp_path, text, monkeypatch):
     config = replace(TINY, text=text)
     whole = run(config, out=tmp_path / "whole")
-    assert len(whole.claims) == 14 and len(whole.tables) == 4 and len(whole.figures) == 2
+    assert len(whole.claims) == 16 and len(whole.tables) == 5 and len(whole.figures) == 2
     theorem = next(c for c in whole.claims if c.name.startswith("Theorem 1"))
     assert theorem.holds and "0 of" in theorem.observed
     original, calls = recipe.measured, []
@@ -94,6 +95,24 @@ def test_a_training_step_is_inference_with_what_the_coin_says(model):
             logits, aligned = model.aligned(ids, full, MODELS[name], TINY)
             torch.testing.assert_close(logits, model(ids, None if full else choices(TINY, 2)))
             assert (float(aligned.detach()) > 0) == (name == "SSA")
+
+
+def test_nsa_takes_its_branches_in_training_and_inference():
+    ids = torch.arange(33)[None] % 7
+    model, plan = Branches(TINY, 0), MODELS["NSA"]
+    own = model(ids, choices(TINY, 2))
+    torch.testing.assert_close(model.aligned(ids, True, plan, TINY)[0], own)
+    # All three replaced is full attention, whose gates are the sum of its own.
+    model.full = ("compressed", "selected", "window")
+    torch.testing.assert_close(model(ids, choices(TINY, 2)), model(ids))
+    model.full = ()
+    key = "compressed, selected, window"
+    rows = rows_of(torch.arange(200) % 5, 3, 32)
+    assert replaced_loss(model, rows, choices(TINY, 2), key) == pytest.approx(loss_of(model, rows, None))
+    assert replaced_loss(model, rows, choices(TINY, 2), "") == loss_of(model, rows, choices(TINY, 2)) != loss_of(model, rows, None)  # fmt: skip
+    assert model.full == ()
+    wider = Branches(replace(TINY, window=40), 0)
+    assert not torch.allclose(wider(ids, choices(TINY, 2)), own)
 
 
 def test_training_lowers_the_loss_and_depends_on_the_seed_alone():
@@ -174,7 +193,7 @@ def test_claims_rise_and_fall_with_the_numbers():
     falling = (1.06, 1.04, 1.02, 1.0)
     good = {"exact": 1.0, "last": 1.1, "random": 1.2, "oracle": 0.99, "exact, k = s": 1.0, "released, k = s": 1.0}  # fmt: skip
     bad = {**good, "last": 0.99, "released, k = s": 1.1}
-    config = SimpleNamespace()
+    config = SimpleNamespace(blocks=4)
     found = Found(
         {
             "FullAttn": one(0.7, 1.0, (1.2, 1.1, 1.0, 1.0), 0.002, 1.5, sharp=1.2),
@@ -182,9 +201,11 @@ def test_claims_rise_and_fall_with_the_numbers():
             "SSA": one(0.9, 1.0, falling, 0.001, 1.4, controls=good),
             "SSA, alpha 0": one(0.75, 1.0, (1.2, 1.1, 1.0, 1.0), 0.002, 1.5),
             "FullAttn, SSA's FLOPs": one(0.7, 1.0, (1.2, 1.1, 1.0, 1.0), 0.002, 1.5),
+            # Least in all that asks for a full attention of its own, which it has not.
+            "NSA": one(0.99, 3.0, (1.2, 1.1, 1.0, 1.0), 0.0, 0.5),
         }
     )
-    assert len(claims_of(found, config)) == 14 and all(c.holds for c in claims_of(found, config))
+    assert len(claims_of(found, config)) == 16 and all(c.holds for c in claims_of(found, config))
     found = Found(
         {
             "FullAttn": one(0.7, 1.0, (1.01, 1.0, 1.0, 1.0), 0.001, 1.4, sharp=1.0),
@@ -192,6 +213,7 @@ def test_claims_rise_and_fall_with_the_numbers():
             "SSA": one(0.74, 1.1, (1.2, 1.22, 1.2, 1.2), 0.002, 1.5, (1.0, 0.3), controls=bad),
             "SSA, alpha 0": one(0.73, 1.0, (1.2, 1.1, 1.0, 1.0), 0.002, 1.5),
             "FullAttn, SSA's FLOPs": one(0.7, 1.0, (1.2, 1.1, 1.0, 1.0), 0.002, 1.5),
+            "NSA": one(0.7, 1.1, (1.2, 1.1, 1.1, 1.1), 0.002, 1.5),
         }
     )
     fallen = claims_of(found, config)

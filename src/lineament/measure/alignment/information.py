@@ -79,7 +79,7 @@ def histogram_information(
         return found - counts.shape[-1] * counts.shape[-2] / (2 * number * math.log(2))
     if bias == "miller_madow":
         cells = (counts > 0).sum((-2, -1)) - (rows[..., 0] > 0).sum(-1) - (columns[..., 0, :] > 0).sum(-1) + 1
-        return found - cells / (2 * number)
+        return found - cells.double() / (2 * number)
     return found
 
 

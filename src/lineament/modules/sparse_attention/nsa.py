@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lineament.core.checks import number, one_of, require, show
-from lineament.modules.sparse_attention.attend import attend, check_values, full_attention
+from lineament.modules.sparse_attention.attend import attend, check_values, full_output
 from lineament.modules.sparse_attention.backends import dense
 from lineament.modules.sparse_attention.blocks import Blocks
-from lineament.modules.sparse_attention.selection import select
+from lineament.modules.sparse_attention.selection import Selection, select
 
 BRANCHES = ("compressed", "selected", "window")
 
@@ -24,6 +24,7 @@ def nsa(
     k: Tensor,
     v: Tensor,
     gates: Tensor,
+    selection: Selection | None = None,
     *,
     block_size: int = 16,
     blocks: int = 16,
@@ -38,6 +39,7 @@ def nsa(
 
     Args:
         q, k, v: as for :func:`attend`. gates: [batch, query heads, queries, 3].
+        selection: the best blocks, from :func:`select`; then these options of choosing (all but ``scale``) are not read.
         window: how many tokens the third branch sees, the query's own included.
         full: the branches (``"compressed"``, ``"selected"``, ``"window"``) that full attention replaces.
 
@@ -57,19 +59,21 @@ def nsa(
         gates.shape == (*q.shape[:3], 3),
         f"gates: got {show(gates)}, expected {(*q.shape[:3], 3)}: three for each head and query",
     )
-    past = {"offset": offset, "documents": documents, "padding": padding}
-    selection = select(q, k, block_size=block_size, blocks=blocks, scale=scale, **past)
-    layout, factor = selection.layout, q.shape[3] ** -0.5 if scale is None else scale
+    if selection is None:
+        past = {"offset": offset, "documents": documents, "padding": padding}
+        selection = select(q, k, block_size=block_size, blocks=blocks, scale=scale, **past)
+    chosen, layout, factor = selection, selection.layout, q.shape[3] ** -0.5 if scale is None else scale
+    whole = full_output(q, k, v, layout, scale=scale) if full else q
     k, v = k[:, :, : layout.keys], v[:, :, : layout.keys]
-    whole = full_attention(q, k, v, scale=scale, **past) if full else q
     parts = {
+        "selected": lambda: attend(q, k, v, chosen, scale=scale).output,
         "compressed": lambda: _compressed(q, k, v, layout, factor),
-        "selected": lambda: attend(q, k, v, selection, scale=scale).output,
         "window": lambda: _windowed(q, k, v, layout, window, factor),
     }
     out = torch.zeros_like(q)
-    for (name, make), gate in zip(parts.items(), gates.unbind(-1)):
-        out = out + gate[..., None] * (whole if name in full else make())
+    for name, make in parts.items():
+        gate = gates[..., BRANCHES.index(name), None]
+        out = out + gate * (whole if name in full else make())
     return out
 
 

@@ -57,10 +57,10 @@ class Controls:
 
 def sets(config: Any) -> dict[str, Held]:
     """The data sets that are found; scikit-learn's digits where none is."""
-    place = folder_of(config.data_folder)
+    place = _folder(config)
     found: dict[str, Held] = {}
     for name in config.data_sets:
-        held = None if place is None else _read(name, place / "bangla-digits")
+        held = None if place is None else _read(name, place)
         if held is not None:
             found[name] = held
     if not found:
@@ -70,6 +70,13 @@ def sets(config: Any) -> dict[str, Held]:
             "scikit-learn digits, as no Bangla digits were found", ink(images, crop=False).images, y, 0
         )
     return found
+
+
+def _folder(config: Any) -> Path | None:
+    """Where the Bangla digits would be: in ``bangla-digits`` of the data folder, or in that folder itself."""
+    place = folder_of(config.data_folder)
+    inner = None if place is None else place / "bangla-digits"
+    return inner if inner is not None and inner.is_dir() else place
 
 
 def _read(name: str, folder: Path) -> Held | None:
@@ -226,10 +233,10 @@ def _network(x: Tensor, y: Array, z_x: Tensor, z: Array, gabor: Array) -> float:
 
 def _numtadb(config: Any) -> dict[str, float | None]:
     """NumtaDB with its own scale and with 255, cropped and not: LBP and HOG with an SVM on 3,000 images."""
-    place = folder_of(config.data_folder)
+    place = _folder(config)
     if place is None:
         return {}
-    z = read_npz(place / "bangla-digits" / "numtadb_28.npz", ("images", "labels"))
+    z = read_npz(place / "numtadb_28.npz", ("images", "labels"))
     count = min(config.train, 3000)
     x, y = torch.from_numpy(z["images"][: count + 1000]), z["labels"][: count + 1000]
     found: dict[str, float | None] = {}

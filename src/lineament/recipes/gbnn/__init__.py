@@ -85,7 +85,7 @@ def run(config: Config, *, out: Path) -> Outcome:
             ],
         ),
         Table(
-            "Solvers, one seed: seconds and error",
+            "Solvers, one seed: seconds of processor time and error",
             ["data", "lbfgs, s", "varpro, s", "lbfgs", "varpro"],
             [[s.data, s.lbfgs_seconds, s.varpro_seconds, s.lbfgs, s.varpro] for s in both],
         ),

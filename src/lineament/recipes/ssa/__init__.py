@@ -1,6 +1,6 @@
 """SSA: does aligning full and sparse attention make one model that runs at any budget, and is it the alignment that does it?
 
-Shen et al., ICML 2026, arXiv 2511.20102. A decoder of bytes is trained with full attention, with sparse attention (MoBA), and with SSA. Controls that the
+Shen et al., ICML 2026, arXiv 2511.20102. A decoder of bytes is trained with full attention, with sparse attention (MoBA), with NSA's three branches, and with SSA. Controls that the
 paper lacks: full attention for as many FLOPs, full attention sharpened by a temperature to the same concentration, and other choices of as many blocks.
 """
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lineament.core.checks import number, one_of, require
+from lineament.modules.sparse_attention.nsa import BRANCHES
 from lineament.recipes.kit.presets import presets
 from lineament.recipes.kit.stages import Stages
 from lineament.recipes.kit.text import read_text
@@ -43,6 +44,7 @@ class Config:
 
     block_size: int = 8
     blocks: int = 4
+    window: int = 16
     length: int = 256
 
     models: tuple[str, ...] = ("FullAttn", "SSA")
@@ -60,7 +62,7 @@ class Config:
     preset: str = presets(
         quick={},
         small={
-            "models": tuple(MODELS)[:5],
+            "models": tuple(MODELS),
             "steps": 200,
             "batch": 8,
             "windows": 64,
@@ -76,6 +78,7 @@ class Config:
             "theta": 5e5,
             "block_size": 16,
             "blocks": 16,
+            "window": 128,
             "length": 8192,
             "models": tuple(MODELS),
             "seeds": (0, 1, 2),
@@ -97,7 +100,17 @@ def run(config: Config, *, out: Path) -> Outcome:
         one_of("models", name, MODELS)
     for name in ("models", "seeds"):
         require(len(getattr(config, name)) > 0, f"{name}: got none, expected at least one")
-    for name in ("steps", "batch", "accumulate", "windows", "watched", "block_size", "blocks", "layers"):
+    for name in (
+        "steps",
+        "batch",
+        "accumulate",
+        "windows",
+        "watched",
+        "block_size",
+        "blocks",
+        "window",
+        "layers",
+    ):
         number(name, getattr(config, name), low=1, integer=True)
     train, test = _bytes(config)
     stages, found = Stages(out, config), Found()
@@ -149,7 +162,7 @@ def _tables(found: Found, config: Config) -> list[Table]:
             ],
         ),
         Table(
-            f"Full attention's weights, with selections of k = {config.blocks}",
+            f"Full attention's weights, with selections of k = {config.blocks} (NSA's: along its own inference)",
             ["trained as", "AttnSparsity", "entropy, nats", "sink mass", "error / bound of Theorem 1"],
             [
                 [
@@ -173,6 +186,18 @@ def _tables(found: Found, config: Config) -> list[Table]:
                 [[n, *(mean(n, lambda m, c=c: m.controls[c]) for c in kinds)] for n in controlled],
             )
         )
+    replaced = {name: found[name][0].replaced for name in found if found[name][0].replaced}
+    tables += [
+        Table(
+            f"{name} with full attention in place of its branches: cross-entropy at k = {config.blocks}",
+            ["compressed", "selected", "window", "cross-entropy"],
+            [
+                [*("full" if b in key.split(", ") else "its own" for b in BRANCHES), mean(name, lambda m, key=key: m.replaced[key])]
+                for key in kinds
+            ],
+        )
+        for name, kinds in replaced.items()
+    ]  # fmt: skip
     sharp = [m.sharpened for m in found.get("FullAttn", []) if m.sharpened is not None]
     if sharp:
         tables.append(

@@ -7,6 +7,7 @@ from typing import Any
 
 from lineament.recipes.ssa.claims import Found
 from lineament.recipes.ssa.measures import BUDGETS, FULL
+from lineament.recipes.ssa.network import MODELS
 from lineament.report.figures import picture, save
 from lineament.report.outcome import Figure
 
@@ -18,22 +19,24 @@ def draw_all(found: Found, out: Path) -> list[Figure]:
 
 def _budgets(found: Found, out: Path) -> Figure:
     keys = [*map(str, BUDGETS), FULL]
-    lines = {name: [found.mean(name, lambda m, k=k: m.losses[k]) for k in keys] for name in found}
+    # Full attention is not NSA's own, and far off.
+    shown = {name: keys[:-1] if MODELS[name].branches else keys for name in found}
+    lines = {n: [found.mean(n, lambda m, k=k: m.losses[k]) for k in ks] for n, ks in shown.items()}
 
     def draw(ax: Any) -> None:
         for name, values in lines.items():
-            ax.plot(range(len(keys)), values, "o-", label=name)
+            ax.plot(range(len(values)), values, "o-", label=name)
         ax.set_xticks(range(len(keys)), keys)
         ax.set(xlabel="blocks that a query reads", ylabel="cross-entropy, nats a byte")
         ax.legend(fontsize=7)
 
     said = "; ".join(f"{n}: " + ", ".join(f"{k} {v:.3f}" for k, v in zip(keys, e)) for n, e in lines.items())
-    shown = picture(
+    figure = picture(
         draw,
         caption="One set of weights at each budget: what sparse attention costs models that were trained in different ways.",
         alt=f"Lines of cross-entropy by blocks. {said}.",
     )
-    return save(shown, out, "budgets")
+    return save(figure, out, "budgets")
 
 
 def _left(found: Found, out: Path) -> Figure:

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from lineament.core.checkpoint import Checkpoint
 from lineament.modules.sparse_attention import last_blocks, oracle_blocks, random_blocks, sparsity_report
-from lineament.recipes.ssa.network import MODELS, Choice, Course, Decoder, choices, train, windows
+from lineament.recipes.ssa.network import MODELS, Branches, Choice, Course, Decoder, choices, train, windows
 
 BUDGETS = (2, 4, 8, 16)
 FULL = "full"
+# Which of NSA's branches full attention replaces, as in the paper's table; none is NSA itself.
+REPLACED = ("", "selected", "compressed, selected", "selected, window", "compressed, selected, window")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Sharpened:
 
 @dataclass(frozen=True)
 class Measured:
-    """One trained model. ``losses`` in nats a byte by budget; ``longer``: the same on windows twice as long; ``controls``: by other selections."""
+    """One trained model. ``losses`` in nats a byte by budget; ``longer``: the same on windows twice as long; ``controls``: by other selections; ``replaced``: NSA's by the
+    branches that full attention stands for."""
 
     losses: dict[str, float]
     longer: dict[str, float]
@@ -54,6 +57,7 @@ class Measured:
     course: Course
     controls: dict[str, float] = field(default_factory=dict)
     sharpened: Sharpened | None = None
+    replaced: dict[str, float] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -68,15 +72,16 @@ def loss_of(model: Decoder, rows: Tensor, choice: Choice | None, *, sharper: flo
 
 @torch.no_grad()
 def attention_of(model: Decoder, rows: Tensor, config: Any, *, sharper: float = 1.0) -> Attention:
-    """Selections are those of the training's budget."""
+    """Selections are those of the training's budget; inference is full, but along NSA's own branches for NSA."""
     choice, found, half = choices(config, config.blocks), [], rows.shape[1] // 2
 
     def watch(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         # In float64: where nothing is left out the bound is zero, and rounding is not to be taken for an error.
         found.append(sparsity_report(q.double(), k.double(), v.double(), choice(q, k)))
 
+    own = choice if isinstance(model, Branches) else None
     for part in rows.split(8):
-        model(part[:, :-1], sharper=sharper, watch=watch)
+        model(part[:, :-1], own, sharper=sharper, watch=watch)
 
     def late(name: str) -> Tensor:
         return torch.cat([getattr(each, name)[..., half:].flatten() for each in found])
@@ -108,7 +113,10 @@ def measured(
     )
     scoring = MODELS[name].scoring
     losses = {FULL: loss_of(model, rows, None)}
-    losses |= {str(k): loss_of(model, rows, choices(config, k, scoring=scoring)) for k in BUDGETS}
+    losses |= {
+        str(k): loss_of(model, rows, choices(config, k, scoring=scoring))
+        for k in sorted({*BUDGETS, config.blocks})
+    }
     twice = {FULL: loss_of(model, longer, None)}
     twice[str(config.blocks)] = loss_of(model, longer, choices(config, config.blocks, scoring=scoring))
     controls = {}
@@ -117,9 +125,20 @@ def measured(
     sharper = None
     if config.controls and name == "FullAttn" and kept is not None:
         sharper = sharpened(model, rows, config, kept)
-    return Measured(
-        losses, twice, attention_of(model, rows[: config.watched], config), course, controls, sharper
-    )
+    replaced = {}
+    if config.controls and isinstance(model, Branches):
+        replaced = {key: replaced_loss(model, rows, choices(config, config.blocks), key) for key in REPLACED}
+    attention = attention_of(model, rows[: config.watched], config)
+    return Measured(losses, twice, attention, course, controls, sharper, replaced)
+
+
+def replaced_loss(model: Branches, rows: Tensor, choice: Choice, key: str) -> float:
+    """NSA's loss with full attention in place of the branches named in ``key``."""
+    model.full = tuple(name for name in key.split(", ") if name)
+    try:
+        return loss_of(model, rows, choice)
+    finally:
+        model.full = ()
 
 
 def selections(config: Any, seed: int) -> dict[str, Choice]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineament.core.checkpoint import Checkpoint
-from lineament.modules.sparse_attention import SparseSparseAttention, attend, attend_both, full_attention
+from lineament.modules.sparse_attention import SparseSparseAttention, attend, attend_both, full_attention, nsa
 from lineament.modules.sparse_attention.branch import coins
 from lineament.modules.sparse_attention.selection import Selection, select
 from lineament.train import Accumulate, Autocast, ClipGradients, Rows, Schedule, fit
@@ -30,12 +30,13 @@ Watcher = Callable[[int, Tensor, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model is trained: the coin's probability of full attention, the alignment's weight, the scoring, and whether for as many FLOPs as SSA."""
+    """How a model is trained: the coin's probability of full attention, the alignment's weight, the scoring, whether for as many FLOPs as SSA, and whether with NSA's branches."""
 
     p_full: float
     alpha: float
     scoring: str = "group_softmax"
     longer: bool = False
+    branches: bool = False
 
 
 MODELS = {
@@ -45,6 +46,7 @@ MODELS = {
     "SSA, alpha 0": Plan(0.5, 0.0),
     "FullAttn, SSA's FLOPs": Plan(1.0, 0.0, longer=True),
     "MoBA, dot": Plan(0.0, 0.0, scoring="dot"),
+    "NSA": Plan(0.0, 0.0, branches=True),
 }
 
 
@@ -98,9 +100,15 @@ class Decoder(nn.Module):
             q = q * sharper
             if watch is not None:
                 watch(number, q, k, v)
-            heads = full_attention(q, k, v) if choice is None else attend(q, k, v, choice(q, k)).output
-            x = layer.added(x, layer.gated(u, heads))
+            x = layer.added(x, self.attended(layer, u, q, k, v, choice))
         return self.logits(x)
+
+    def attended(
+        self, layer: Layer, u: Tensor, q: Tensor, k: Tensor, v: Tensor, choice: Choice | None
+    ) -> Tensor:
+        """A layer's gated heads in inference, [batch, heads, tokens, size]."""
+        heads = full_attention(q, k, v) if choice is None else attend(q, k, v, choice(q, k)).output
+        return layer.gated(u, heads)
 
     def aligned(self, ids: Tensor, full: bool, plan: Plan, config: Any) -> tuple[Tensor, Tensor]:
         """Logits with full or sparse attention going on, and the mean alignment of the layers (0 where it has no weight)."""
@@ -120,6 +128,36 @@ class Decoder(nn.Module):
             losses.append(plain + plain.detach())
             x = layer.added(x, one if full else two)
         return self.logits(x), torch.stack(losses).mean() if losses else x.new_zeros(())
+
+
+class Branches(Decoder):
+    """The same decoder with NSA's three branches, a gate each: means of blocks, the chosen blocks, and a window; full attention stands for those in ``full``.
+
+    Without a choice full attention stands for all three, for which the weights were not trained.
+    """
+
+    def __init__(self, config: Any, seed: int):
+        super().__init__(config, seed)
+        self.window: int = config.window
+        self.full: tuple[str, ...] = ()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for layer in self.layers:
+                layer.attention.gate = nn.Linear(config.width, 3 * config.heads, bias=False)
+                nn.init.normal_(layer.attention.gate.weight, std=0.02)
+
+    def attended(
+        self, layer: Layer, u: Tensor, q: Tensor, k: Tensor, v: Tensor, choice: Choice | None
+    ) -> Tensor:
+        gates = layer.attention.gate(u).sigmoid().unflatten(-1, (-1, 3)).transpose(1, 2)
+        if choice is None:
+            return full_attention(q, k, v) * gates.sum(-1, keepdim=True)
+        return nsa(q, k, v, gates, choice(q, k), window=self.window, full=self.full)
+
+    def aligned(self, ids: Tensor, full: bool, plan: Plan, config: Any) -> tuple[Tensor, Tensor]:
+        del full
+        logits = self(ids, choices(config, config.blocks, scoring=plan.scoring))
+        return logits, logits.new_zeros(())
 
 
 def choices(config: Any, blocks: int, **options: Any) -> Choice:
@@ -191,7 +229,7 @@ def train(
     """One model on random windows of the text. AdamW (0.9, 0.95), weight decay 0.1, clipped at 1, 1 % warm-up, cosine to 0."""
     plan = MODELS[name]
     steps = round(config.steps * flops_ratio(config)) if plan.longer else config.steps
-    model = Decoder(config, seed).to(device)
+    model = (Branches if plan.branches else Decoder)(config, seed).to(device)
     warm = max(1, round(steps / 100))
 
     def optimizer(training: nn.Module) -> torch.optim.Optimizer:

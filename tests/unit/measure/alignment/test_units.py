@@ -191,6 +191,13 @@ def test_information_of_known_tables() -> None:
     )
 
 
+def test_corrections_are_in_double_precision() -> None:
+    # (3 cells - 3 rows - 3 columns + 1) / 2N is no float32 number.
+    x = torch.tensor([0.0, 1.0, 2.0]).repeat(19)[:, None].double()
+    plain, corrected = (mutual_information(x, x, bins=3, bias=bias) for bias in ("none", "miller_madow"))
+    assert float(plain - corrected) == pytest.approx((3 - 3 - 3 + 1) / (2 * 57), abs=1e-13)
+
+
 def test_information_of_gaussians() -> None:
     x, noise = normal(40_000, 1), normal(40_000, 1, seed=1)
     y = 0.9 * x + math.sqrt(1 - 0.81) * noise
