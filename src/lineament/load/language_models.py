@@ -7,10 +7,12 @@ named before its weights are read.
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from lineament.core.checks import InputError, require
 from lineament.core.models import held_weights, usable
+from lineament.load.edited_folders import edited, is_edited
 from lineament.load.hub import architectures, findable, first_line, quiet_transformers
 from lineament.load.weights import require_finite
 
@@ -91,6 +93,13 @@ def _weights(
     transformers: Any, name: str, attention: str | None, masked: bool, argument: str, cached_only: bool
 ) -> Any:
     kind: Any = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+    if is_edited(name):
+        _refuse_other_kind(SimpleNamespace(architectures=architectures(name)), name, masked, argument)
+        model = edited(name)
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        require_finite(held_weights(model), argument)
+        return model
     try:
         config = transformers.AutoConfig.from_pretrained(name, local_files_only=cached_only)
         if not masked and config.is_encoder_decoder:
