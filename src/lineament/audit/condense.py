@@ -24,7 +24,7 @@ from lineament.learn.condensation.continual import Continual, class_tasks, conti
 from lineament.learn.condensation.evaluating import Evaluation, Protocol, evaluate, labels_of_test
 from lineament.learn.condensation.networks import POOL
 from lineament.learn.condensation.options import Condensation
-from lineament.load.data import Data, load_data
+from lineament.load.data import Data, load_data, training_part
 from lineament.papers import search as papers
 from lineament.report import page
 from lineament.report.figures import picture
@@ -42,7 +42,7 @@ class CondenseOptions:
     """What condensing a user's data rarely needs to be told.
 
     Attributes:
-        inputs, targets, classes, split, image_size: as for :func:`~lineament.load.load_data`.
+        inputs, targets, classes, split, image_size: as for :func:`~lineament.load.load_data`; where there is a part ``train``, it is condensed by default.
         test: data to evaluate on; by default a fifth of the samples, which are then not condensed.
         network: of the pool, on which gradients are matched. networks: on which the set is tried.
         learning, protocol: of the learning, and of the trainings that judge it.
@@ -113,7 +113,7 @@ def condense_data(
     note("reading the data")
     reading = {
         "samples": samples, "seed": seed, "inputs": options.inputs, "targets": options.targets, "classes": options.classes,
-        "split": options.split, "image_size": options.image_size,
+        "split": options.split or training_part(data, inputs=options.inputs), "image_size": options.image_size,
     }  # fmt: skip
     held = load_data(data, **reading)
     x, y = pictures_of(held)
@@ -123,7 +123,7 @@ def condense_data(
     if judged or steps is not None:
         if options.test is not None:
             try:
-                test = pictures_of(load_data(options.test, **reading))
+                test = pictures_of(load_data(options.test, **{**reading, "split": None}))
             except InputError as error:
                 raise InputError(re.sub("^data:", "test:", str(error))) from error
             test = (test[0], labels_of_test(test, tuple(x.shape[1:]), top, int(y.max()) + 1))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lineament.audit.edit_doubts import NONE, counted, flattered, harm, pays, price, shares_tried
+from lineament.audit.edit_doubts import NONE, SEARCHED, counted, flattered, harm, pays, price, shares_tried
 from lineament.audit.edit_subject import EditSubject, name_of
 from lineament.audit.phrases import mean_interval, percent, percent_interval
 from lineament.core.models import called, decided, device_of, frozen, logits
@@ -223,6 +223,8 @@ def forgotten_section(
     harmed, advice = harm(told, head)
     severity = "warning" if told.verdict == "kept" or harmed or subject.doubt else "note"
     text = " ".join(part for part in (subject.doubt.sentence, harmed, told.sentence, price(found)) if part)
+    if told.verdict == "kept" and not harmed and found.before is not None and not found.reached:
+        advice = SEARCHED
     probed = min(counts)  # half of as many of either kind
     rows = [
         [what, counted(one.forget, counts[0]), counted(one.retain, counts[1]), counted(max(one.probe.values()), probed), "not within the steps" if one.samples is None else one.samples]

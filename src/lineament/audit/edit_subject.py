@@ -60,7 +60,6 @@ class EditSubject:
     labels: tuple[Tensor, Tensor] | None
     classes: tuple[str, ...]
     tokenizer: Any = None  # of a language model
-    hub: str = ""  # the Hugging Face directory or name that it was loaded from
     words: Any = None  # the tokenizer of a classifier of texts
     notes: tuple[str, ...] = ()
     named: bool = False  # whether a command line can name the model
@@ -104,7 +103,7 @@ def edit_subject(model: Any, data: Any, options: EditOptions) -> EditSubject:
         labels = (both.targets[rows[0]], both.targets[rows[1]]) if both.task == "classification" else None
         return EditSubject(
             loaded.model, loaded.source, f"{samples.source}, {len(both)} samples", halves, labels, both.classes,  # pyright: ignore[reportArgumentType]
-            hub=loaded.source if loaded.kind == "hugging face" else "", words=loaded.tokenizer,
+            words=loaded.tokenizer,
             notes=both.notes, named=isinstance(model, str), doubt=doubt(both, () if options.classes else samples.classes),
         )  # fmt: skip
 

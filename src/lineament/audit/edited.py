@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,7 @@ from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require
 from lineament.edit import PruneOptions, forgotten, mute, prune, save, unlearn
 from lineament.edit.targets import check_target, timed
-from lineament.load.edited_folders import is_edited
-from lineament.load.hub_models import save_files_of
+from lineament.load.narrowed import BUILT_FROM
 from lineament.load.weights import digest
 from lineament.papers import search
 from lineament.report import page
@@ -52,6 +52,7 @@ from lineament.report.section import Section
 
 NETWORK = "network"  # the folder beside the page that holds the edited network
 _NAME = "edit"
+_READS = "preprocessor_config.json"
 
 
 def pruned_report(
@@ -227,7 +228,14 @@ def _save(folder: Path, model: nn.Module, subject: EditSubject) -> Path:
     network, new = folder / NETWORK, folder / STAGES / NETWORK
     shutil.rmtree(new, ignore_errors=True)
     save(model, new)
-    save_files_of(subject.hub, subject.tokenizer or subject.words, new)
+    words = subject.words if subject.tokenizer is None else subject.tokenizer
+    if words is not None:
+        with suppress(AttributeError):
+            words.save_pretrained(new)
+    # How images are read is written beside a Hugging Face model, and is not part of it.
+    reads = Path(subject.source) / _READS
+    if subject.named and reads.is_file():
+        shutil.copy(reads, new / _READS)
     shutil.rmtree(network, ignore_errors=True)
     return new.rename(network)
 
@@ -238,15 +246,15 @@ def _opening(subject: EditSubject, network: Path, data: Any, options: EditOption
     again = said_again(
         options.classes, options.inputs, options.targets, options.split, options.image_size, options.normalize
     )
-    alone = not is_edited(network)
-    if not alone or (network / "config.json").is_file():
+    narrowed = (network / BUILT_FROM).is_file()
+    if narrowed or (network / "config.json").is_file():
         shown = ["PROMPTS", "--text", held] if subject.tokenizer is not None else [held, *again]
-        opens = (
-            f"to open it: from_pretrained({place!r})"
-            if alone
-            else f"its layers have several widths, which from_pretrained cannot open; to open it: lineament.edit.load({place!r})"
+        how = (
+            f"lineament.edit.load({place!r}) (its layers have several widths, which from_pretrained cannot open)"
+            if narrowed
+            else f"from_pretrained({place!r})"
         )
-        return f"{opens}, or {shlex.join(['lineament', 'audit', place, *shown])}"
+        return f"to open it: {how}, or {shlex.join(['lineament', 'audit', place, *shown])}"
     opens = f"lineament.edit.load({place!r}, build), where build() makes the network as it was"
     if not subject.named:
         return f"to open it: {opens}"

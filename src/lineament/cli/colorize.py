@@ -168,17 +168,22 @@ def run(arguments: argparse.Namespace) -> int:
 def _film(a: argparse.Namespace) -> Film | PictureFilm:
     from fractions import Fraction
 
-    from lineament.core.checks import InputError
+    from lineament.core.checks import InputError, require
     from lineament.load.picture_films import PictureFilm
     from lineament.load.video import Film
 
     if not Path(a.film).is_dir():
         return Film(Path(a.film))
     try:
-        rate = Fraction(a.fps or 25).limit_denominator(1001)
+        rate = Fraction(a.fps or 25)
     except (ValueError, ZeroDivisionError) as error:
         raise InputError(f"--fps: got {a.fps!r}, expected a number, such as 24 or 24000/1001") from error
-    return PictureFilm(Path(a.film), rate)
+    # A video's clock ticks a thousand times a second, and players give up where a picture stays for minutes.
+    require(
+        Fraction(1, 100) <= rate <= 1000,
+        f"--fps: got {a.fps!r}, expected from 0.01 to 1000 pictures a second",
+    )
+    return PictureFilm(Path(a.film), rate.limit_denominator(1001))
 
 
 def _check_folder(a: argparse.Namespace, out: Path, work: Path, frames: list[str]) -> None:

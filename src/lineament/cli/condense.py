@@ -86,7 +86,7 @@ def add_parser(subparsers: Any) -> Any:
         metavar="N",
         help="read no more samples than this (default: 60000)",
     )
-    add_data_options(parser, split="test, validation or train", model=False)
+    add_data_options(parser, split="train, else the first", model=False)
     add("--device", metavar="NAME", help="cpu (default), cuda, cuda:1, mps")
     add("--seed", type=int, default=0, metavar="N", help="of every random choice (default: 0)")
     parser.names |= {

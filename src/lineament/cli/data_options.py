@@ -7,7 +7,7 @@ from typing import Any
 
 
 def add_data_options(parser: argparse.ArgumentParser, *, split: str, model: bool = True) -> None:
-    """``split`` says which part of a Hugging Face data set is taken by default, ``model`` whether a given network reads the data."""
+    """``split`` says which part of data in several is taken by default, ``model`` whether a given network reads the data."""
     add = parser.add_argument
     order = "model's outputs" if model else "labels"
     add(
@@ -17,7 +17,11 @@ def add_data_options(parser: argparse.ArgumentParser, *, split: str, model: bool
     )
     add("--inputs", metavar="ARRAY", help="the array or column with the inputs")
     add("--targets", metavar="ARRAY", help="the array or column with the targets")
-    add("--split", metavar="NAME", help=f"of a Hugging Face data set (default: {split})")
+    add(
+        "--split",
+        metavar="NAME",
+        help=f"of data in parts: Hugging Face, MNIST, CIFAR, arrays x_train and x_test, folders (default: {split})",
+    )
     add("--image-size", metavar="H,W", help="bring images to this size")
     if model:
         add(

@@ -29,7 +29,7 @@ from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require, show
 from lineament.core.files import output_folder, possible_folder, write_json
 from lineament.data.samples import Samples
-from lineament.load.data import load_data
+from lineament.load.data import load_data, training_part
 from lineament.load.loaded import Loaded
 from lineament.load.model_and_data import ModelAndData, bring_together
 from lineament.load.models import load_model
@@ -157,16 +157,14 @@ def _half_written(name: str) -> bool:
 
 
 def _samples(a: argparse.Namespace) -> Samples:
-    path = Path(a.data)
     # Of a data set in parts the audit looks at the test part; training must not.
-    parts = not path.exists() or (path / "dataset_dict.json").is_file()
     samples = load_data(
         a.data,
         samples=2**62,
         inputs=a.inputs,
         targets=a.targets,
         classes=classes(a.classes),
-        split=a.split or ("train" if parts else None),
+        split=a.split or training_part(a.data, inputs=a.inputs),
         image_size=image_size(a.image_size),
     )
     require(

@@ -14,7 +14,8 @@ from lineament.core import surgery
 from lineament.core.checks import InputError, require
 from lineament.core.files import output_folder
 from lineament.core.surgery.saving import STEPS
-from lineament.load.edited_folders import edited, is_edited, tell_built_from
+from lineament.load.hub import quiet_transformers
+from lineament.load.narrowed import load_narrowed, note_origin, origin
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
@@ -32,10 +33,11 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     folder = output_folder(folder)
     if opens_alone(model):
         hugging: Any = model
-        hugging.save_pretrained(folder)
+        with quiet_transformers("model", "hub"):
+            hugging.save_pretrained(folder)
         return folder
     surgery.save(model, folder)
-    tell_built_from(folder, model)
+    note_origin(model, folder)
     return folder
 
 
@@ -67,8 +69,8 @@ def load(folder: str | Path, build: Callable[[], nn.Module] | None = None) -> nn
         (folder / STEPS).is_file(),
         f"folder: {str(folder)!r} has no {STEPS}; pass a folder that save(model, folder) wrote",
     )
-    if build is None and is_edited(folder):
-        return edited(folder)
+    if build is None and origin(folder) is not None:
+        return load_narrowed(folder)
     if build is None:
         raise InputError(
             f"build: {str(folder)!r} holds weights and what was taken out of a network; pass the function that makes that network"

@@ -28,18 +28,34 @@ def arrays_for(model: nn.Module, data: object) -> str | None:
     True
     """
     path = Path(str(data)) if isinstance(data, (str, Path)) else Path()
+    there = _names(path)
+    taken = [name for name in inspect.signature(model.forward).parameters if name in there]
+    return ",".join(taken) if len(taken) > 1 else None
+
+
+def arrays_of_part(path: Path, part: str) -> str | None:
+    """The inputs of a part in a file of several: ``x_train`` or ``train_images`` of ``"train"``; ``None`` where there are none.
+
+    >>> arrays_of_part(Path("none.npz"), "train") is None
+    True
+    """
+    there = {name.lower(): name for name in reversed(_names(path))}
+    usual = [name for name in _INPUTS if "_" not in name]
+    either = (f"{a}_{b}" for name in usual for a, b in ((name, part), (part, name)))
+    return next((there[name] for name in either if name in there), None)
+
+
+def _names(path: Path) -> list[str]:
+    """The arrays of a file of several, or none: what is wrong with it is said where it is read."""
     if path.suffix.lower() not in (".npz", ".pt", ".safetensors") or not path.is_file():
-        return None
+        return []
     try:
         if path.suffix.lower() == ".npz":
             with zipfile.ZipFile(path) as archive:
-                there = NpzFile(archive).names()
-        else:
-            there = Tensors(path).names()
+                return list(NpzFile(archive).names())
+        return list(Tensors(path).names())
     except (InputError, zipfile.BadZipFile, OSError):
-        return None  # said where it is read
-    taken = [name for name in inspect.signature(model.forward).parameters if name in there]
-    return ",".join(taken) if len(taken) > 1 else None
+        return []
 
 
 def read_arrays(

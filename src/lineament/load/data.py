@@ -22,7 +22,7 @@ from lineament.core.files import like_files
 from lineament.data.digits import digit_images
 from lineament.data.samples import Samples
 from lineament.data.shortcut_digits import shortcut_digits
-from lineament.load.arrays import read_arrays
+from lineament.load.arrays import arrays_of_part, read_arrays
 from lineament.load.columns import (
     BUILT_IN,
     Choose,
@@ -31,6 +31,7 @@ from lineament.load.columns import (
     in_order,
     with_groups,
 )
+from lineament.load.image_sizes import brought_to
 from lineament.load.in_memory import in_memory
 from lineament.load.texts import TASKS, TextReader
 from lineament.load.user_code import named_in
@@ -43,6 +44,7 @@ _EXPECTED = (
     "a Hugging Face data set, file.py:function or 'digits'"
 )
 _ARRAYS = (".npz", ".npy", ".pt", ".pth", ".safetensors")
+_GONE = (*_ARRAYS, ".csv", ".tsv", ".jsonl", ".parquet", ".h5", ".pkl", ".zip")
 
 
 def load_data(
@@ -73,8 +75,9 @@ def load_data(
         groups: the array or column that names each sample's group, or a ``.npy`` or ``.txt`` file with one entry a sample; of data in
             memory the groups themselves.
         classes: names of the classes in the order of the model's outputs; where the data name their classes, labels follow the names.
-        split: of a Hugging Face data set, MNIST or CIFAR; ``test``, ``validation`` or ``train`` by default, whichever is there first.
-        image_size: bring the images of a folder or a Hugging Face data set to this (height, width).
+        split: of a Hugging Face data set, MNIST or CIFAR, of arrays ``x_train``, ``x_test``, of a folder with one for each; ``test``, ``validation`` or ``train`` by default,
+            whichever is there first.
+        image_size: bring images to this (height, width).
         tokenizer: of a text classifier, which makes ids of texts: of a table's column of texts, of a Hugging Face data set's, or of lists of texts.
         text_task: what has a target: ``"classes"``, each text; ``"tokens"``, each of its words (a column of words and one of tags); ``"masked"``, words that are
             hidden here, so that no targets are read.
@@ -111,7 +114,28 @@ def load_data(
         found = in_memory(data, choose, samples=samples, groups=groups, reader=reader)
     if classes is not None:
         found = in_order(found, classes, dense=text_task == "tokens")
-    return usable(found)
+    size = _size(image_size)
+    return usable(found if size is None else brought_to(found, size))
+
+
+def training_part(data: Any, *, inputs: str | None = None) -> str | None:
+    """``"train"``, if data have such a part, which is not the one that is read by default.
+
+    >>> training_part("digits") is None, training_part("someone/a-data-set")
+    (True, 'train')
+    """
+    if not isinstance(data, (str, Path)) or str(data) in BUILT_IN:
+        return None
+    path = Path(data)
+    if not path.exists():
+        function = Path(str(data).rpartition(":")[0]).is_file()
+        return None if function or path.suffix.lower() in _GONE else "train"
+    from lineament.load.packed import packed_parts
+
+    if path.is_dir():
+        return "train" if (path / "dataset_dict.json").is_file() or "train" in packed_parts(path) else None
+    arrays = path.suffix.lower() in _ARRAYS and inputs is None and arrays_of_part(path, "train")
+    return "train" if arrays else None
 
 
 def _called(data: Any) -> Any:
@@ -177,6 +201,16 @@ def _read(
         packed = packed_data_set(path, choose, split=split)
         if packed is not None:
             return packed
+    if path.exists() and split is not None:
+        if (path / split).is_dir():
+            return _read(str(path / split), choose, seed, split=None, size=size, reader=reader, **named)
+        found = path.is_file() and path.suffix.lower() in _ARRAYS and arrays_of_part(path, split)
+        require(
+            bool(found) and named["inputs"] is None,
+            f"split: got {split!r}, but {data!r} is not in parts of such names; leave it out"
+            + (", or name the arrays" if path.suffix.lower() in _ARRAYS else ""),
+        )
+        named["inputs"] = found or None
     if path.is_dir():
         from lineament.load.folders import image_folder, labelled_folder
 
@@ -203,8 +237,7 @@ def _read(
             "numpy.savez('data.npz', x=..., y=...) makes an .npz file",
         )
         return read_arrays(path, choose, **named)
-    gone = (*_ARRAYS, ".csv", ".tsv", ".jsonl", ".parquet", ".h5", ".pkl", ".zip")
-    if not data or ending in gone or data.startswith((".", "/", "~")):
+    if not data or ending in _GONE or data.startswith((".", "/", "~")):
         raise InputError(f"data: {data!r} does not exist{like_files(data)}; expected {_EXPECTED}")
     from lineament.load.hub_data import named_data_set
 

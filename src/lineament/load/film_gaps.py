@@ -7,12 +7,15 @@ where the file holds bytes that came out as no packet: some readers step over wh
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
+
+_MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 class Jump(NamedTuple):
@@ -34,7 +37,7 @@ def jumps(times: Sequence[int]) -> list[Jump]:
     usual = float(np.median(steps)) if len(steps) else 0.0
     if not len(steps) or np.mean(np.abs(steps - usual) <= max(1, 0.1 * usual)) < 0.9:
         return []
-    found = np.flatnonzero(steps > 2.5 * usual + 1).tolist()
+    found = np.flatnonzero(steps > 1.5 * usual + 1).tolist()
     return [Jump(k, times[k], times[k + 1], round(float(steps[k]) / usual) - 1) for k in found]
 
 
@@ -83,6 +86,38 @@ def unsaid_end(video: Any, end: int | None, times: Sequence[int]) -> float:
     # Some containers tell the rate of their clock for the frames'.
     usual = float(np.median(np.diff(times)) * video.time_base) if len(times) > 1 else 0.0
     return left if left > 2.5 * max(1 / float(video.average_rate or Fraction(25)), usual) else 0.0
+
+
+def checked(packet: bytes) -> bool:
+    """Whether the checksums of an FFV1 frame's slices are right; of one that has none, they never are.
+
+    From the end of the frame, each slice's last eight bytes are its size without them (3), a byte, and a CRC-32, whose remainder over the slice is 0. A decoder patches a
+    slice that is damaged from the frame before without a word.
+
+    >>> checked(b"no frame")
+    False
+    """
+    end = len(packet)
+    while end > 0:
+        start = end - 8 - int.from_bytes(packet[max(end - 8, 0) : max(end - 5, 0)], "big")
+        # zlib's is of the mirrored bits, and begins and ends with all of them turned.
+        if start < 0 or zlib.crc32(packet[start:end].translate(_MIRRORED), 0xFFFFFFFF) != 0xFFFFFFFF:
+            return False
+        end = start
+    return len(packet) > 0
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Numbers in words, at most twelve places of them.
+
+    >>> ranges([3, 5, 6, 7, 12]), ranges(range(0, 40, 2))
+    ('3, 5 to 7, 12', '0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22 and 8 more')
+    """
+    numbers = sorted(set(numbers))
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    told = ", ".join(f"{run[0]} to {run[-1]}" if run[1:] else str(run[0]) for run in runs[:12])
+    more = sum(len(run) for run in runs[12:])
+    return told + (f" and {more} more" if more else "")
 
 
 def counted(lines: Sequence[str]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lineament.core.checks import InputError, require
-from lineament.load.edited_folders import built_from, is_edited
+from lineament.load.narrowed import origin
 
 # How long the hub is waited for, in seconds, once.
 _PATIENCE = 4.0
@@ -55,10 +55,10 @@ def architectures(name: Any) -> tuple[str, ...]:
     """
     if not isinstance(name, (str, Path)):
         return ()
-    if is_edited(name):
-        return (built_from(name)[0],)
     file = Path(name) / "config.json"
     try:
+        if not file.is_file() and (narrowed := origin(name)) is not None:
+            return (narrowed["class"],)
         if not file.is_file():
             from huggingface_hub import try_to_load_from_cache
 

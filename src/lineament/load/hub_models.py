@@ -9,22 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from lineament.core.checks import InputError, require, show
-from lineament.core.files import write_json
 from lineament.load.checkpoints import read_checkpoint
-from lineament.load.edited_folders import edited, is_edited
 from lineament.load.hub import architectures, first_line, quiet_transformers, text_task
 from lineament.load.language_models import load_language_model
 from lineament.load.loaded import Loaded
+from lineament.load.narrowed import load_narrowed, origin
 from lineament.load.weight_names import mismatches
-
-PREPROCESSOR = "preprocessor_config.json"
 
 
 def hugging_face(name: str, *, local: bool, cached_only: bool = False) -> Loaded:
     """A classifier with its names of the classes: of images with its processor's size and normalisation, of texts with its tokenizer."""
-    safe = True
-    taken_out = local and is_edited(name)
-    if local and not taken_out:
+    safe, narrowed = True, local and origin(name) is not None
+    if local and not narrowed:
         require(
             (Path(name) / "config.json").is_file(),
             f"model: folder {name!r} holds no config.json, expected a Hugging Face model saved with save_pretrained",
@@ -45,10 +41,28 @@ def hugging_face(name: str, *, local: bool, cached_only: bool = False) -> Loaded
     kind, what = kinds[texts]
     tokenizer = None
     with quiet_transformers("model", "hub") as transformers:
-        if taken_out:
-            model, info = edited(name), {}
-        else:
-            model, info = _pretrained(getattr(transformers, kind), name, what, local, safe, cached_only)
+        try:
+            model, info = (
+                (load_narrowed(name), {})
+                if narrowed
+                else getattr(transformers, kind).from_pretrained(
+                    name,
+                    use_safetensors=safe,
+                    local_files_only=cached_only,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                )
+            )
+        except InputError:
+            raise
+        except Exception as error:
+            where = (
+                f"cannot be loaded as {what}"
+                if local
+                else "is no file or folder here, and as a Hugging Face model it cannot be loaded; without network, pass a saved directory"
+            )
+            raise InputError(f"model: {name!r} {where} ({first_line(error)})") from error
         if texts:
             tokenizer = load_tokenizer(transformers, name, cached_only)
     problems = mismatches(
@@ -65,28 +79,6 @@ def hugging_face(name: str, *, local: bool, cached_only: bool = False) -> Loaded
     if size is None and wanted is not None:
         size = (wanted, wanted) if isinstance(wanted, int) else (int(wanted[0]), int(wanted[1]))
     return Loaded(model, name, "hugging face", size, mean, std, class_names(config), None, tuple(notes))
-
-
-def _pretrained(
-    kind: Any, name: str, what: str, local: bool, safe: bool, cached_only: bool
-) -> tuple[Any, Mapping[str, Any]]:
-    """A model by ``from_pretrained``, and what of its weights was missing or left over."""
-    try:
-        return kind.from_pretrained(
-            name,
-            use_safetensors=safe,
-            local_files_only=cached_only,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    except Exception as error:
-        where = (
-            f"cannot be loaded as {what}"
-            if local
-            else "is no file or folder here, and as a Hugging Face model it cannot be loaded; without network, pass a saved directory"
-        )
-        raise InputError(f"model: {name!r} {where} ({first_line(error)})") from error
 
 
 def text_classifier(model: Any, tokenizer: Any, source: str, kind: str) -> Loaded:
@@ -140,42 +132,23 @@ def load_tokenizer(transformers: Any, name: str, cached_only: bool) -> Any:
     return words
 
 
-def save_files_of(name: str, tokenizer: Any, folder: str | Path) -> None:
-    """Write beside an edited network what the model's directory or page says of its inputs, so that it is fed as the model was.
-
-    Args:
-        name: the directory or name that the model was loaded from; ``""`` where it came from neither.
-        tokenizer: of a model of texts, else ``None``.
-        folder: where the edited network lies.
-    """
-    raw = _preprocessor(name, Path(name).is_dir()) if name else {}
-    if raw:
-        write_json(Path(folder) / PREPROCESSOR, dict(raw))
-    if hasattr(tokenizer, "save_pretrained"):
-        tokenizer.save_pretrained(folder)
-
-
-def _preprocessor(name: str, local: bool) -> Mapping[str, Any]:
-    """What ``preprocessor_config.json`` says, nothing where there is none."""
-    if local:
-        file = Path(name) / PREPROCESSOR
-        if not file.is_file():
-            return {}
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"model: {str(file)!r} is no JSON ({error})") from error
-    from transformers import ImageProcessingMixin
-
-    try:
-        return ImageProcessingMixin.get_image_processor_dict(name)[0]
-    except (OSError, ValueError):
-        return {}
-
-
 def _processor(name: str, local: bool) -> tuple[Any, tuple[float, ...], tuple[float, ...], list[str]]:
     """Size, mean and deviation from ``preprocessor_config.json``, where there is one."""
-    raw = _preprocessor(name, local)
+    raw: Mapping[str, Any] = {}
+    if local:
+        file = Path(name) / "preprocessor_config.json"
+        if file.is_file():
+            try:
+                raw = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise InputError(f"model: {str(file)!r} is no JSON ({error})") from error
+    else:
+        from transformers import ImageProcessingMixin
+
+        try:
+            raw = ImageProcessingMixin.get_image_processor_dict(name)[0]
+        except (OSError, ValueError):
+            raw = {}
     if not raw:
         return None, (), (), ["no preprocessor_config.json: images are scaled to [0, 1] only"]
     size = raw.get("size")

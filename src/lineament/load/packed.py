@@ -54,6 +54,15 @@ def packed_data_set(path: Path, choose: Choose, *, split: str | None) -> Samples
     return None
 
 
+def packed_parts(path: Path) -> list[str]:
+    """The parts of a folder of such a form.
+
+    >>> packed_parts(Path("none"))
+    []
+    """
+    return next((list(parts) for name in _PLACES if (parts := _parts(path / name))), [])
+
+
 def _parts(folder: Path) -> dict[str, Callable[[Choose], Samples]]:
     """What a folder holds: a reader for each part."""
     there = {p.name for p in folder.iterdir() if p.is_file()} if folder.is_dir() else set()

@@ -17,7 +17,7 @@ import numpy as np
 
 from lineament.core.checks import InputError, require
 from lineament.load.film_frames import DEPTHS, FULL, MATRIX, FilmFrame, Format, has_colours, usual_matrix
-from lineament.load.film_gaps import Jump, counted, jumps, lost, unsaid_end
+from lineament.load.film_gaps import Jump, checked, counted, jumps, lost, ranges, unsaid_end
 
 _HDR = {16: "PQ", 18: "HLG"}
 _LOOK = 24  # frames between two that are looked at for colours
@@ -117,6 +117,10 @@ class Film:
         first: tuple[int, int] | None = None
         kind: tuple[int, bool, int] | None = None
         damaged: list[int] = []
+        # Times of packets that their container calls damaged, and of FFV1's whose checksums are right and wrong.
+        broken: set[int | None] = set()
+        sums: dict[bool, set[int | None]] = {True: set(), False: set()}
+        shown: dict[int, int | None] = {}
         times: list[int] = []
         packets = film.demux(*streams)
         while True:
@@ -131,6 +135,10 @@ class Film:
                 if packet.dts is not None and pass_on is not None:
                     pass_on(packet)
                 continue
+            if getattr(packet, "is_corrupt", False):
+                broken.add(packet.pts)
+            if video.codec_context.name == "ffv1" and packet.size:
+                sums[checked(bytes(packet))].add(packet.pts)
             try:
                 frames = packet.decode()
             except av.FFmpegError as error:
@@ -146,7 +154,7 @@ class Film:
                     f"{frame.width} x {frame.height}; cut it there into two films",
                 )
                 # Missing or backward timestamps: a frame later than the one before.
-                pts = frame.pts
+                pts = shown[index] = frame.pts
                 if pts is None or (last is not None and pts <= last):
                     pts = 0 if last is None else last + _step(video)
                 times.append(pts)
@@ -167,13 +175,12 @@ class Film:
                     read = replace(read, picture=np.ascontiguousarray(rgb))
                 yield read
                 index += 1
+        if sums[True]:  # a film without checksums has no right one
+            broken |= sums[False]
+        damaged += [index for index, pts in shown.items() if pts is not None and pts in broken]
         if damaged:
-            more = (
-                f"s {damaged[0]} and {len(damaged) - 1} later ones are"
-                if damaged[1:]
-                else f" {damaged[0]} is"
-            )
-            self.gaps.append(f"frame{more} damaged")
+            several = len(set(damaged)) > 1
+            self.gaps.append(f"frame{'s' * several} {ranges(damaged)} {'are' if several else 'is'} damaged")
         self.gaps = list(counted(self.gaps))
         for jump in self._lost(jumps(times)):
             seconds = float((jump.ends - jump.begins) * video.time_base)

@@ -118,6 +118,9 @@ def test_a_video_becomes_pictures_and_they_a_video(av, tmp_path, weights, capsys
     capsys.readouterr()
     assert main([*command(film, tmp_path, weights, "--fps", "24"), str(tmp_path / "b.mkv")]) == 2
     assert capsys.readouterr().err.startswith("lineament: --fps: is for a video from a folder")
+    for rate in ("1e9", "1e400", "0.001", "-1"):
+        out = [*command(tmp_path / "pictures", tmp_path, weights, "--fps", rate), str(tmp_path / "b.mkv")]
+        assert main(out) == 2 and f"got {rate!r}, expected from 0.01 to 1000" in capsys.readouterr().err
 
 
 def test_alpha_of_pictures_stays(tmp_path, weights):

@@ -23,6 +23,7 @@ from lineament.learn import (
     k_means,
     matching_loss,
 )
+from lineament.learn.condensation.halving import Halving
 from lineament.learn.condensation.learning import learn_pictures
 from lineament.learn.condensation.matching import matched, real_gradient
 from lineament.learn.condensation.networks import ACTIVATIONS, NORMS, POOL, POOLINGS, network
@@ -396,3 +397,19 @@ def test_what_cannot_be_condensed(name):
 
 def test_words_of_the_published_strategy():
     assert Strategy(DSA).words.split("_") == ["color", "crop", "cutout", "flip", "scale", "rotate"]
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 32, 32), (2, 8, 33, 32), (1, 2, 4, 4)])
+def test_halving_is_average_pooling_with_all_derivatives(shape):
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    found = []
+    for pool in (Halving(), nn.AvgPool2d(2)):
+        y = pool(x)
+        (slope,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(slope.pow(2).sum(), x)
+        turned = torch.func.vmap(torch.func.jacrev(lambda x, pool=pool: pool(x[None]).pow(2).mean()))(
+            x.detach()
+        )
+        found.append((y, slope, second, turned))
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)

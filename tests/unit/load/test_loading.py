@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from lineament.core.checks import InputError
 from lineament.data.samples import Samples
 from lineament.load.array_files import NpzFile
-from lineament.load.data import load_data
+from lineament.load.data import load_data, training_part
 
 HOSTILE = ["<script>alert(1)<", "a\u202eb", "quote\"'&", "tab\there"]
 
@@ -373,3 +373,29 @@ def test_a_dataset_larger_than_the_memory_is_not_read_whole():
 
     found = load_data(Large(), samples=5)
     assert len(Large.fetched) == 5 and found.total == 10**9 and found.index.tolist() == Large.fetched
+
+
+def test_a_part_of_arrays_and_folders(tmp_path):
+    """A part is served, or refused: never left aside."""
+    x = torch.arange(10.0)[:, None].expand(10, 4).numpy()
+    y = np.arange(10) % 2
+    np.savez(tmp_path / "parts.npz", x_train=x, y_train=y, x_test=x[:4] + 100, y_test=y[:4])
+    np.savez(tmp_path / "turned.npz", train_images=x, train_labels=y, test_images=x[:4], test_labels=y[:4])
+    np.savez(tmp_path / "whole.npz", x=x, y=y)
+    for name in ("parts.npz", "turned.npz"):
+        at = tmp_path / name
+        assert len(load_data(at, split="train")) == 10 and len(load_data(at, split="test")) == 4
+        assert training_part(at) == "train" and training_part(at, inputs="x_test") is None
+        with pytest.raises(InputError, match="split: got 'validation'"):
+            load_data(at, split="validation")
+    assert len(load_data(tmp_path / "parts.npz")) == 4  # as ever: what a network has not seen
+    for part, count in (("train", 3), ("test", 2)):
+        for k in range(count):
+            (tmp_path / "photos" / part / "cat").mkdir(parents=True, exist_ok=True)
+            Image.new("L", (4, 4)).save(tmp_path / "photos" / part / "cat" / f"{k}.png")
+    assert len(load_data(tmp_path / "photos", split="train")) == 3
+    (tmp_path / "table.csv").write_text("a,label\n1,0\n2,1\n")
+    for name in ("whole.npz", "table.csv", "photos/test"):
+        assert training_part(tmp_path / name) is None
+        with pytest.raises(InputError, match=r"split: got 'train', but .* is not in parts"):
+            load_data(tmp_path / name, split="train")

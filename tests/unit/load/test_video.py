@@ -198,6 +198,47 @@ def test_what_cannot_be_decoded_is_named(av, tmp_path, codec):
     assert Film(whole).gaps == [] and count == 50
 
 
+def _packets(av, path):
+    with av.open(str(path)) as film:
+        return [(p.pos, p.size) for p in film.demux(video=0) if p.size]
+
+
+def test_frames_whose_checksums_are_wrong_are_named(av, tmp_path):
+    """FFV1's decoder patches their slices and says nothing; of a film without checksums nothing is said."""
+    told = {}
+    for name, options in {
+        "with": {"level": "3", "slicecrc": "1"},
+        "without": {"level": "3", "slicecrc": "0"},
+    }.items():
+        whole = made(
+            av, tmp_path / f"{name}.mkv", times=range(0, 800, 40), sound=None, options=options, size=(160, 96)
+        )
+        assert Film(whole).length == 20
+        data = bytearray(whole.read_bytes())
+        for k in (5, 6, 7, 12):
+            position, size = _packets(av, whole)[k]
+            for at in range(position + size // 3, position + size // 3 + 4):
+                data[at] ^= 0x5A
+        whole.write_bytes(data)
+        film = Film(whole)
+        assert film.length == 20
+        told[name] = film.gaps
+    assert told == {"with": ["frames 5 to 7, 12 are damaged"], "without": []}
+
+
+def test_one_lost_frame_is_named(av, tmp_path):
+    """A packet that decodes to nothing, between frames that do."""
+    path = made(
+        av, tmp_path / "in.mkv", codec="mjpeg", layout="yuvj420p", times=range(0, 800, 40), sound=None
+    )
+    data = bytearray(path.read_bytes())
+    position, size = _packets(av, path)[7]
+    data[position : position + size] = bytes(size)
+    path.write_bytes(data)
+    film = Film(path)
+    assert film.length == 19 and "after frame 6: 0.08 s without a frame" in film.gaps
+
+
 @pytest.mark.parametrize(
     ("name", "codec"),
     [("in.mkv", "ffv1"), ("in.mkv", "libx264"), ("in.mp4", "libx264"), ("in.ts", "libx264")],

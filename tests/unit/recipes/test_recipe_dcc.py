@@ -14,7 +14,7 @@ from lineament.data.identities import orl_photographs
 from lineament.learn import condense
 from lineament.recipes.dcc import Config, run
 from lineament.recipes.dcc.claims import all_claims
-from lineament.recipes.dcc.experiments import Trial, with_nuisance
+from lineament.recipes.dcc.experiments import Trial, configured, with_nuisance
 from lineament.recipes.dcc.rivals import mean_matched, often_forgotten
 
 TINY = {
@@ -26,6 +26,7 @@ TINY = {
     "batch": 8,
     "rates": (0.1,),
     "networks": 2,
+    "choosing": 1,
     "training": 3,
     "controls": (),
 }
@@ -89,13 +90,19 @@ def test_the_pictures_that_a_training_forgets_most_often():
         assert found.tolist() == rows
 
 
-def test_faces_are_a_setting_of_their_own():
-    config = dataclasses.replace(Config.preset("quick"), side=8)
+@pytest.mark.parametrize(
+    ("name", "shape", "train", "test"), [("faces", (1, 8, 8), [7] * 40, [3] * 40), ("cifar10", (3, 32, 32), [6] * 10, [3] * 10), ("mnist", (1, 8, 8), [6] * 10, [3] * 10)]
+)  # fmt: skip
+def test_other_data_are_settings_of_their_own(name, shape, train, test, tmp_path, monkeypatch):
+    config = dataclasses.replace(Config.preset("quick"), others=(name,), most=6)
     if orl_photographs() is None:
-        pytest.skip("no ORL here")
-    x, y, _, test_y = with_nuisance(config, "faces", 0)
-    assert torch.bincount(y).tolist() == [7] * 40 and torch.bincount(test_y).tolist() == [3] * 40
-    assert x.shape[1:] == (1, 8, 8)
+        pytest.skip("no ORL, CIFAR-10 and MNIST here")
+    x, y, test_x, test_y = with_nuisance(configured(config, name), name, 0)
+    assert torch.bincount(y).tolist() == train and torch.bincount(test_y).tolist() == test
+    assert x.shape[1:] == test_x.shape[1:] == shape and 0 <= x.min() < x.max() <= 1
+    monkeypatch.delenv("LINEAMENT_DATA")
+    with pytest.raises(InputError, match="data_folder"):
+        run(config, out=tmp_path)
 
 
 def test_claims_can_hold_and_fall():
@@ -120,10 +127,11 @@ def test_claims_can_hold_and_fall():
             "none": 0.0 if good else 0.05,
             "independent": 0.0 if good else 0.05,
             "faces": 0.05 if good else 0.01,
+            "cifar10": 0.05 if good else -0.01,
         }
         trials = {n: [trial(good, g, k) for k in range(4)] for n, g in gains.items()}
         chance = {n: torch.full((2,), 0.1 if good else 0.3) for n in trials["shared"][0].accuracy}
         trials["shuffled"] = [dataclasses.replace(t, accuracy=chance) for t in trials["shared"]]
         return [claim.holds for claim in all_claims(trials)]
 
-    assert all(outcome(True)) and not any(outcome(False)) and len(outcome(True)) == 13
+    assert all(outcome(True)) and not any(outcome(False)) and len(outcome(True)) == 14

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lineament.core.checks import InputError, number, one_of, require
+from lineament.learn.condensation.halving import Halving
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -31,7 +32,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 POOLINGS: dict[str, Callable[[], nn.Module]] = {
     "none": nn.Identity,
     "max": lambda: nn.MaxPool2d(2),
-    "avg": lambda: nn.AvgPool2d(2),
+    "avg": Halving,
 }
 SMALLEST = 4
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,9 +24,21 @@ from lineament.modules.colormnet.training import ColorTraining, clip_colours, tr
 # What a variant has: the window of local attention, and whether memory is the previous frame alone.
 VARIANTS = {"memory and local attention": (2, False), "memory": (0, False), "recurrent": (2, True)}
 FULL = "memory and local attention"
+ANOTHER = "another's exemplar"
+TABLE = "a table from grey to colour"
 EVERY = 5  # frames between those that enter memory
 SPANS = {"1-5": slice(0, 5), "6-15": slice(5, 15), "16-23": slice(15, 23)}
 _LEVELS = 40
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A trained variant: its weights, the loss of its last epoch, the step size that was chosen for it, and for each step size the PSNR by which it was."""
+
+    weights: dict[str, Tensor]
+    loss: float
+    rate: float
+    by_rate: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -34,81 +46,107 @@ class Coloured:
     """One seed.
 
     Attributes:
-        loss: {variant: the last epoch's}. own, shared: {way: PSNR of ab (peak to peak 2) of each frame but the first}, where grey says which surface it is,
-            and where two surfaces share it; means over films. films: {"own" | "shared": {way: of each film, the mean over its frames}}.
-        turned: PSNR of the full variant's answer to exemplars whose hues are turned by 90 degrees, to the turned truth and to the truth.
+        own, shared: {way: for each film, the PSNR of ab (peak to peak 2) of each frame but the first}, where grey says which surface it is, and where two
+            surfaces share it.
+        turned, straight: PSNR of the full variant's answer to exemplars whose hues are turned by 90 degrees, to the turned truth and to the truth, by film.
         true, legacy: PSNR of its pictures, right and as published. elements: of memory, at each frame of a long film.
     """
 
-    loss: dict[str, float]
-    own: dict[str, list[float]]
-    shared: dict[str, list[float]]
-    films: dict[str, dict[str, list[float]]]
+    own: dict[str, list[list[float]]]
+    shared: dict[str, list[list[float]]]
     turned: list[float]
+    straight: list[float]
     true: float
     legacy: float
     elements: list[int]
 
 
-def coloured(config: Any, seed: int) -> Coloured:
+def learned(config: Any, name: str, seed: int) -> Learned:
+    """A tiny network of one variant at the best of the step sizes, by films of both kinds that judge nothing else."""
     half = config.films // 2
-    films = [
+    films = _both(config, half, seed=1000 * seed)
+    choosing = torch.stack(_both(config, config.choosing, seed=1000 * seed + 250))
+    lightness, ab = parts(choosing)
+    best: tuple[float, ColorMNet, float, float] | None = None
+    by_rate = {}
+    for rate in config.rates:
+        model, loss = trained(config, fresh(config, name, seed), films, name, seed, rate=rate)
+        reached = statistics.mean(flat(decibels(colours_of(model, lightness, ab[:, 0], name), ab[:, 1:])))
+        by_rate[f"{rate:g}"] = reached
+        if best is None or reached > best[0]:
+            best = reached, model, loss, rate
+    assert best is not None
+    _, model, loss, rate = best
+    return Learned({k: v.cpu() for k, v in model.state_dict().items()}, loss, rate, by_rate)
+
+
+def _both(config: Any, count: int, *, seed: int) -> list[Tensor]:
+    """So many films of each kind."""
+    return [
         film
         for kind in (False, True)
-        for film in coloured_films(half, frames=24, size=config.size, shared=kind, seed=1000 * seed + kind)
+        for film in coloured_films(count, frames=24, size=config.size, shared=kind, seed=seed + kind)
     ]
-    models, loss = {}, {}
-    for name in VARIANTS:
-        models[name], loss[name] = trained(config, films, name, seed)
-    found: dict[bool, dict[str, list[float]]] = {}
-    each: dict[str, dict[str, list[float]]] = {}
+
+
+def coloured(config: Any, seed: int, found: dict[str, Learned]) -> Coloured:
+    """What the trained networks of a seed, and what needs none, make of unseen films."""
+    models = {name: restored(config, name, seed, held) for name, held in found.items()}
+    kinds, truths = [], []
     for kind in (False, True):
         unseen = coloured_films(
             config.unseen, frames=24, size=config.size, shared=kind, seed=1000 * seed + 500 + kind
         )
         lightness, ab = parts(unseen)
-        answers = {name: colours_of(model, lightness, ab[:, 0], name) for name, model in models.items()}
-        answers |= {name: way(lightness, ab) for name, way in WAYS.items()}
-        other = _with_first(models[FULL], lightness, ab)
-        answers["another's exemplar"] = other
-        found[kind] = {name: decibels(x, ab[:, 1:]) for name, x in answers.items()}
-        each["shared" if kind else "own"] = {
-            name: [statistics.mean(decibels(x[k : k + 1], ab[k : k + 1, 1:])) for k in range(len(x))]
-            for name, x in answers.items()
-        }
-        if not kind:
-            first = lightness, ab, answers[FULL]
-    lightness, ab, answer = first
+        answers = answers_of(models, lightness, ab)
+        truths.append((lightness, ab, answers[FULL]))
+        answers[ANOTHER] = _with_first(models[FULL], lightness, ab)
+        kinds.append({name: decibels(x, ab[:, 1:]) for name, x in answers.items()})
+    lightness, ab, answer = truths[0]
     turned = torch.stack([-ab[:, :, 1], ab[:, :, 0]], 2)
     other = colours_of(models[FULL], lightness, turned[:, 0], FULL)
-    psnrs = [sum(decibels(other, x[:, 1:])) / (ab.shape[1] - 1) for x in (turned, ab)]
+    to_turned, to_truth = (
+        [statistics.mean(film) for film in decibels(other, x[:, 1:])] for x in (turned, ab)
+    )
     pictures = [_bytes(lightness[:, 1:], x) for x in (answer, ab[:, 1:])]
     true = psnr(*(p.movedim(4, 2).flatten(0, 1).double() / 255 for p in pictures)).mean()
     return Coloured(
-        loss,
-        found[False],
-        found[True],
-        each,
-        psnrs,
-        float(true),
-        psnr_legacy(*pictures),
-        elements_of(models[FULL], config),
+        *kinds, to_turned, to_truth, float(true), psnr_legacy(*pictures), elements_of(models[FULL], config)
     )
 
 
-def trained(config: Any, films: list[Tensor], name: str, seed: int) -> tuple[ColorMNet, float]:
-    """A tiny network of one variant, and the loss of its last epoch."""
-    window, recurrent = VARIANTS[name]
+def answers_of(models: dict[str, ColorMNet], lightness: Tensor, ab: Tensor) -> dict[str, Tensor]:
+    """The chroma of all frames but the first, by each network and by each way without one."""
+    answers = {name: colours_of(model, lightness, ab[:, 0], name) for name, model in models.items()}
+    return answers | {name: way(lightness, ab) for name, way in WAYS.items()}
+
+
+def fresh(config: Any, name: str, seed: int) -> ColorMNet:
+    """A tiny network of one variant, not trained."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        window = VARIANTS[name][0]
         model = ColorMNet(ColorMNetConfig.tiny(window=window, hidden_width=0, encoder=config.encoder))
+    on_card = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    return (model.cuda() if on_card else model).eval()
+
+
+def restored(config: Any, name: str, seed: int, found: Learned) -> ColorMNet:
+    """A trained variant."""
+    model = fresh(config, name, seed)
+    model.load_state_dict(found.weights)
+    return model
+
+
+def trained(
+    config: Any, model: ColorMNet, films: list[Tensor], name: str, seed: int, *, rate: float, **changes: Any
+) -> tuple[ColorMNet, float]:
+    """A network trained on films, and the loss of its last epoch."""
     options = ColorTraining(
-        frames=config.frames, size=config.size, epochs=config.epochs, clips=config.batch_size * config.steps, batch_size=config.batch_size, lr=config.lr, deep=0.0, scale=1.0,
-        affine=(0.0, 0.0), jitter=(0.0, 0.0, 0.0), jitter_frame=0.0, recurrent=recurrent,
+        frames=config.frames, size=config.size, epochs=config.epochs, clips=config.batch_size * config.steps, batch_size=config.batch_size, lr=rate, deep=0.0, scale=1.0,
+        affine=(0.0, 0.0), jitter=(0.0, 0.0, 0.0), jitter_frame=0.0, recurrent=VARIANTS[name][1],
     )  # fmt: skip
-    if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
-        model = model.cuda()
-    done = train_colorizer(model, films, options=options, seed=seed)
+    done = train_colorizer(model, films, options=replace(options, **changes), seed=seed)
     return model.eval(), done.curve("loss")[-1]
 
 
@@ -152,16 +190,21 @@ def table(lightness: Tensor, ab: Tensor) -> Tensor:
 
 
 WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "a table from grey to colour": table,
+    TABLE: table,
     "copied by position": lambda lightness, ab: ab[:, :1].expand(-1, lightness.shape[1] - 1, -1, -1, -1),
     "grey": lambda lightness, ab: torch.zeros_like(ab[:, 1:]),
 }
 
 
-def decibels(found: Tensor, truth: Tensor) -> list[float]:
-    """PSNR of ab of each frame, over all films."""
-    error = (found - truth).square().mean((0, 2, 3, 4))
+def decibels(found: Tensor, truth: Tensor) -> list[list[float]]:
+    """PSNR of ab of each film's frames."""
+    error = (found - truth).square().mean((2, 3, 4))
     return (10 * torch.log10(4 / error.clamp_min(1e-12))).tolist()
+
+
+def flat(films: list[list[float]]) -> list[float]:
+    """The frames of all films."""
+    return [value for film in films for value in film]
 
 
 def _bytes(lightness: Tensor, ab: Tensor) -> Tensor:

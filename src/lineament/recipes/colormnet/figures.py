@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from lineament.recipes.colormnet.experiments import VARIANTS
 from lineament.report.figures import picture, save
 from lineament.report.outcome import Figure
 
@@ -19,7 +20,7 @@ def _frames(found: list[Any], out: Path) -> Figure:
     kinds = {"own": "each surface its grey", "shared": "two shapes of one grey"}
     curves = {
         kind: {
-            name: [statistics.mean(v) for v in zip(*(getattr(f, kind)[name] for f in found))]
+            name: [statistics.mean(v) for v in zip(*(film for f in found for film in getattr(f, kind)[name]))]
             for name in getattr(found[0], kind)
         }
         for kind in kinds
@@ -28,7 +29,7 @@ def _frames(found: list[Any], out: Path) -> Figure:
     def draw(axes: Any) -> None:
         for ax, (kind, title) in zip(axes[0], kinds.items()):
             for name, curve in curves[kind].items():
-                ax.plot(range(1, len(curve) + 1), curve, "-" if name in found[0].loss else "--", label=name)
+                ax.plot(range(1, len(curve) + 1), curve, "-" if name in VARIANTS else "--", label=name)
             ax.set(title=title, xlabel="frame", ylabel="PSNR of ab in dB" if kind == "own" else "")
         axes[0][1].legend(fontsize=6)
 

@@ -20,6 +20,8 @@ def all_claims(trials: dict[str, list[Trial]]) -> list[Claim]:
         if setting in trials
         for name in ("summed", "summed after warm-up")
     ]
+    if "cifar10" in trials:
+        claims.append(_ahead(trials["cifar10"]))
     claims += [_below_random(shared), _own_start(shared), _velocity(shared)]
     controls = {
         "none": "Control: without a nuisance summing gains less than 2 points",
@@ -48,6 +50,17 @@ def _gain(trials: list[Trial], name: str, told: str) -> Claim:
         str(gain),
         gain.mean >= 0.02 and gain.mean > 2 * gain.error,
         "the gain is smaller than that, or than twice its standard error",
+    )
+
+
+def _ahead(trials: list[Trial]) -> Claim:
+    gain = _apart(trials, "summed", "class by class")
+    return judged(
+        "Matching summed is ahead of class by class on CIFAR-10, one picture a class",
+        "32.9 against 28.3 %",
+        str(gain),
+        gain.above,
+        "not by twice its standard error",
     )
 
 

@@ -22,6 +22,7 @@ from lineament.learn.condensation.options import Condensation
 from lineament.recipes.dcc.rivals import mean_matched, often_forgotten
 from lineament.recipes.kit.image_sets import faces
 
+OTHERS = ("faces", "mnist", "cifar10")  # data that are taken as they are
 # Whether a method sums over classes, and from which share of the fresh networks on.
 METHODS = {"class by class": ("dc", 0.0), "summed": ("dcc", 0.0), "summed after warm-up": ("dcc", 0.25)}
 
@@ -38,6 +39,7 @@ class Trial:
 
 def trial_of(config: Any, nuisance: str, seed: int) -> Trial:
     """Condense and judge once; step sizes are chosen on a fifth of the training pictures, which no set is condensed from."""
+    config = configured(config, nuisance)
     x, y, test_x, test_y = with_nuisance(config, nuisance, seed)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     held, kept = order[: len(y) // 5], order[len(y) // 5 :]
@@ -50,7 +52,8 @@ def trial_of(config: Any, nuisance: str, seed: int) -> Trial:
 
     def judged(pictures: Tensor, labels: Tensor, on: tuple[Tensor, Tensor]) -> Tensor:
         start = made["own start"]  # its normalisation is that of the training pictures, as every set's
-        return accuracies(start, pictures, labels, _Test(start, *on), lambda k: make(), protocol, seed=seed)
+        how = replace(protocol, networks=config.choosing) if on is choosing else protocol
+        return accuracies(start, pictures, labels, _Test(start, *on), lambda k: make(), how, seed=seed)
 
     def learned(name: str, rate: float) -> Condensed:
         if name == "mean features":
@@ -96,14 +99,36 @@ def trial_of(config: Any, nuisance: str, seed: int) -> Trial:
     return Trial(accuracy, rates, velocity)
 
 
-def with_nuisance(config: Any, nuisance: str, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training and test pictures in [0, 1]: each with ``amplitude`` times a texture times a draw from [0.5, 1.5] added, of a few shared by all classes, or of its own.
+def configured(config: Any, setting: str) -> Any:
+    """The configuration of a setting: other data come without a nuisance, pictures in colour in their own size, with fewer networks and half of the training."""
+    if setting not in OTHERS:
+        return config
+    size = {"side": 32, "depth": 3} if setting == "cifar10" else {}
+    return replace(
+        config, data=setting, amplitude=0.0, outer=config.other_outer, rates=config.other_rates, choosing=-(-config.choosing // 2), training=-(-config.training // 2), **size
+    )  # fmt: skip
 
-    ``"faces"`` are photographs of 40 people without a nuisance.
+
+def check_others(config: Any) -> None:
+    """Refuse, before the first step, data that are not there."""
+    for setting in config.others:
+        pictures(configured(config, setting), 0)
+
+
+def told_of(setting: str) -> str:
+    """A setting in words.
+
+    >>> told_of("faces"), told_of("shared")
+    ('faces', 'nuisance: shared')
     """
-    x, y, test = pictures(replace(config, data="faces") if nuisance == "faces" else config, seed)
+    return setting if setting in OTHERS else f"nuisance: {setting}"
+
+
+def with_nuisance(config: Any, nuisance: str, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training and test pictures in [0, 1]: each with ``amplitude`` times a texture times a draw from [0.5, 1.5] added, of a few shared by all classes, or of its own."""
+    x, y, test = pictures(config, seed)
     generator = np.random.default_rng([seed, 3])
-    if nuisance not in ("none", "faces") and config.amplitude:
+    if nuisance != "none" and config.amplitude:
         x = (x - x.mean()) / x.std()
         crops = textures(len(x) if nuisance == "independent" else config.textures, config.side, generator)
         which = (
@@ -127,21 +152,27 @@ def textures(count: int, side: int, generator: np.random.Generator) -> Tensor:
 
 
 def pictures(config: Any, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """All pictures in [0, 1], their classes, and which of them are for testing."""
+    """All pictures in [0, 1], their classes, and which of them are for testing.
+
+    Of MNIST and CIFAR-10 as other data, ``most`` of each class are for training, and half as many for testing.
+    """
+    few = config.most if config.data in config.others else 0
     if config.data == "cifar10":
         parts = [
             read_photographs("cifar10", split, data_folder=config.data_folder) for split in ("train", "test")
         ]
-        x = torch.cat([p.inputs for p in parts]).float() / 255
-        y = torch.cat([p.targets for p in parts])
-        return x, y, torch.arange(len(y)) >= len(parts[0])
+        rows = [_some(p.targets, few // (1 + k), seed) for k, p in enumerate(parts)]
+        x = torch.cat([p.inputs[r] for p, r in zip(parts, rows)]).float() / 255
+        y = torch.cat([p.targets[r] for p, r in zip(parts, rows)])
+        return x, y, torch.arange(len(y)) >= len(rows[0])
     if config.data == "faces":
         held = faces(config.data_folder)
         x, y = held.inputs, held.targets
         x, share = x / x.max(), 0.3
     else:
         held = digit_images(config.data, data_folder=config.data_folder)
-        x, y, share = held.inputs, held.targets, 0.28
+        rows = _some(held.targets, few + few // 2, seed)
+        x, y, share = held.inputs[rows], held.targets[rows], 1 / 3 if few else 0.28
     x = F.interpolate(x, size=(config.side, config.side), mode="bilinear", antialias=True).clamp(0, 1)
     y = y - y.min()
     test = torch.zeros(len(y), dtype=torch.bool)
@@ -150,3 +181,12 @@ def pictures(config: Any, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
         test[rows[order[: round(share * len(rows))]]] = True
     return x, y, test
+
+
+def _some(labels: Tensor, most: int, seed: int) -> Tensor:
+    """Rows of so many random samples of each class, or of all (0)."""
+    if not most:
+        return torch.arange(len(labels))
+    generator = torch.Generator().manual_seed(seed)
+    each = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
+    return torch.cat([r[torch.randperm(len(r), generator=generator)[:most]] for r in each])
