@@ -15,15 +15,42 @@ import torch
 from sklearn.base import clone
 from sklearn.datasets import load_digits, load_iris
 from sklearn.utils.estimator_checks import check_estimator
+from torch import nn
 
 from lineament.core.checks import InputError
 from lineament.handcrafted.estimators import GaborFeatures, HogFeatures, InkImages, LbpFeatures
 from lineament.kernels.classifiers import InfiniteClassifier, InfiniteRegressor
 from lineament.kernels.hermite import hermite_coefficients
 from lineament.learn.boosting.estimators import GBNNClassifier, GBNNRegressor
+from lineament.learn.boosting.network import SiteFeatures
 from lineament.learn.boosting.subnetwork import SOLVERS
 
 FLAT = {"image_shape": (1, -1)}
+
+
+class Network(nn.Sequential):
+    """One that takes rows of any length, in double precision.
+
+    It is copied by its numbers: copies of tensors are pickled with other addresses, by which the check that parameters stay as they are would see a change.
+    """
+
+    def __init__(self, state: dict[str, np.ndarray] | None = None):
+        layers = (
+            nn.Conv1d(1, 4, 3, padding=1),
+            nn.Tanh(),
+            nn.AdaptiveAvgPool1d(2),
+            nn.Flatten(),
+            nn.Linear(8, 2),
+        )
+        super().__init__(*layers)
+        self.double()
+        if state is not None:
+            self.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in state.items()})
+
+    def __reduce__(self):
+        return Network, ({name: value.numpy() for name, value in self.state_dict().items()},)
+
+
 # Few iterations: twice a sample and a weight of two part by rounding, which many iterations of L-BFGS make visible.
 SMALL = {
     "total_units": 20,
@@ -48,6 +75,8 @@ ESTIMATORS: list[Any] = [
     InfiniteClassifier("relu"),
     InfiniteClassifier("erf", 20),
     InfiniteRegressor(),
+    SiteFeatures(Network(), "3", input_shape=(1, -1)),
+    SiteFeatures(Network(), "1", input_shape=(1, -1), pool="flatten", batch_size=7),
 ]
 
 
@@ -56,7 +85,7 @@ ESTIMATORS: list[Any] = [
     "estimator",
     ESTIMATORS,
     ids=lambda e: (
-        f"{type(e).__name__}-{getattr(e, 'codes', getattr(e, 'solver', getattr(e, 'activation', '')))}"
+        f"{type(e).__name__}-{getattr(e, 'codes', getattr(e, 'solver', getattr(e, 'activation', getattr(e, 'site', ''))))}"
     ),
 )
 def test_it_passes_the_common_checks(estimator):

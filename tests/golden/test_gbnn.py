@@ -68,7 +68,7 @@ def check_fit(case: Scope) -> None:
         losses.append({"mean": np.mean, "sum": np.sum}[case["losses_reduction"]](loss.each(y, F)))
     model = Additive(model.F0, *parts, np.array(steps), case["activation"])
     squeezed = lambda v: array(np.stack(v)[..., 0] if F.shape[1] == 1 else np.stack(v))  # noqa: E731
-    case.compare(f"{name}_F0", array(model.F0).to(case.file.data[f"{name}_F0"].dtype))
+    case.compare(f"{name}_F0", array(model.F0))
     case.compare(f"{name}_h", squeezed(outputs))
     case.compare(f"{name}_steps", array(steps))
     case.compare(f"{name}_staged_F", squeezed(scores))

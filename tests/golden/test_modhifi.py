@@ -16,27 +16,32 @@ def similarity(case: Scope, x: Any, weight: Any, **given: Any) -> Any:
 
 def check_linear(file: File) -> None:
     for dtype in file.dtypes:
-        x, weight, masks = file.input("phi").to(dtype), file.input("W").to(dtype), file.input("subset_masks")
+        x, weight = file.input("phi").to(dtype), file.input("W").to(dtype)
         Q = similarity(file, x, weight)
         scores = components.component_scores(Q)
-        kept = [components.compensation(Q, mask, lam=file["lam"]) for mask in masks]
-        exact = [components.compensation(Q, mask, lam=0.0) for mask in masks]
-        shares = [components.subset_fidelity(Q, mask, lam=file["lam_fidelity"]) for mask in masks]
         file.compare("Q", Q, dtype)
         for name in ("alpha", "saliency"):
             file.compare(name, getattr(scores, name), dtype)
         file.compare("singleton_fidelity", scores.fidelity, dtype)
-        file.compare("subset_fidelity", torch.stack(shares, 1), dtype)
-        file.compare("delta", torch.stack(exact, 1), dtype)
-        file.compare("delta_reg", torch.stack(kept, 1), dtype)
-        if dtype == torch.float64:
+        if file.has("subset_masks"):
+            check_subsets(file, Q, weight, dtype)
+        if dtype == torch.float64 and (file.has("kmfs_best") or file.has("kmfs_sets")):
             sizes = torch.as_tensor(file["k"]).flatten().tolist()
             best, sets = components.best_subsets(Q, sizes)
             file.compare("kmfs_best", best)
             file.compare("kmfs_sets", sets)
-        for name in file.arrays(r"W_comp_subset\d+"):
-            number = int(name.removeprefix("W_comp_subset"))
-            file.compare(name, weight * exact[number], dtype)
+
+
+def check_subsets(file: File, Q: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> None:
+    masks = file.input("subset_masks")
+    kept = [components.compensation(Q, mask, lam=file["lam"]) for mask in masks]
+    exact = [components.compensation(Q, mask, lam=0.0) for mask in masks]
+    shares = [components.subset_fidelity(Q, mask, lam=file["lam_fidelity"]) for mask in masks]
+    file.compare("subset_fidelity", torch.stack(shares, 1), dtype)
+    file.compare("delta", torch.stack(exact, 1), dtype)
+    file.compare("delta_reg", torch.stack(kept, 1), dtype)
+    for name, m in file.arrays(r"W_comp_subset(\d+)").items():
+        file.compare(name, weight * exact[int(m[1])], dtype)
 
 
 def check_conv(file: File) -> None:
@@ -54,7 +59,7 @@ def check_conv(file: File) -> None:
                 "delta": delta,
                 "W_pruned": weight * delta[..., None, None],
                 "fidelity_keep": components.subset_fidelity(Q, keep, lam=case["lam_fidelity"]),
-                "mse_zeroed": components.squared_error(Q, keep.to(dtype).expand_as(delta)),
+                "mse_zeroed": components.squared_error(Q, keep.to(delta).expand_as(delta)),
                 "mse_compensated": components.squared_error(Q, delta),
             }.items():
                 case.compare(f"{name}_{case.name}", found, dtype)
@@ -71,13 +76,14 @@ def check_edges(file: File) -> None:
     for dtype in file.dtypes:
         x, weight = file.input("phi").to(dtype), file.input("W").to(dtype)
         Q = similarity(file, x, weight)
-        scores = components.component_scores(Q)
+        scores, orth = components.component_scores(Q), Q
         file.compare("Q", Q, dtype)
         file.compare("singleton_fidelity", scores.fidelity, dtype)
         file.compare("alpha", scores.alpha, dtype)
-        orth = similarity(file, file.input("phi_orth").to(dtype), file.input("W_orth").to(dtype))
-        file.compare("Q_orth", orth, dtype)
-        file.compare("singleton_orth", components.component_scores(orth).fidelity, dtype)
+        if file.has("phi_orth"):
+            orth = similarity(file, file.input("phi_orth").to(dtype), file.input("W_orth").to(dtype))
+            file.compare("Q_orth", orth, dtype)
+            file.compare("singleton_orth", components.component_scores(orth).fidelity, dtype)
         for case in file.cases:
             mask = chosen(case, Q.shape[1])
             case.compare(
@@ -95,7 +101,7 @@ def check_union(file: File) -> None:
     assert file["score"] == "saliency"
     for dtype in file.dtypes:
         x, scores = file.input("phi").to(dtype), []
-        for number in (1, 2):
+        for number in sorted(int(m[1]) for m in file.arrays(r"W(\d+)").values()):
             Q = similarity(file, x, file.input(f"W{number}").to(dtype))
             scores.append(components.component_scores(Q).saliency)
             file.compare(f"saliency{number}", scores[-1], dtype)

@@ -66,7 +66,7 @@ def check_layer(file: File) -> None:
         "group_softmax",
         "sigmoid_per_head",
     )
-    assert (file["beta"], file["bias"]) == (1.0, False)
+    assert file["bias"] is False
     for dtype in file.dtypes:
         x = file.input("x").to(dtype).requires_grad_()
         layer = SparseSparseAttention(
@@ -76,7 +76,7 @@ def check_layer(file: File) -> None:
         parts = {"Wq": layer.q, "Wk": layer.k, "Wv": layer.v, "Wo": layer.out, "Wg": layer.gate}
         for name, part in parts.items():
             part.weight.data.copy_(file.input(name))
-        full, sparse, loss = layer.both(x)
+        full, sparse, loss = layer.both(x, beta=file["beta"])
         q, k, _ = layer.projected(x)
         total = (sparse * file.input("target").to(dtype)).mean() + file["align_weight"] * loss.total
         file.compare("block_mask", turned(layer.selection(q, k).mask()), dtype)

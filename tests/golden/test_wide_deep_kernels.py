@@ -10,7 +10,17 @@ import torch
 from tests.golden.common import File, Scope, golden, listed
 from torch import Tensor
 
-from lineament.kernels.duals import Dual, cosine, erf, exponential, leaky_relu, moebius, polynomial, sine
+from lineament.kernels.duals import (
+    Dual,
+    cosine,
+    dual_of,
+    erf,
+    exponential,
+    leaky_relu,
+    moebius,
+    polynomial,
+    sine,
+)
 from lineament.kernels.hermite import hermite_coefficients
 from lineament.kernels.recursion import log_nngp, log_ntk, log_psi
 from lineament.kernels.regimes import optimal_activation, optimal_dual, regime
@@ -25,9 +35,24 @@ DUALS: dict[str, Callable[[Scope], Dual]] = {
     "leaky_relu": lambda case: leaky_relu(case["alpha"]),
     "abs": lambda case: leaky_relu(-1.0),
     "exp": lambda case: exponential(case["alpha"]),
+    "exponential": lambda case: exponential(case["alpha"]),
     "polynomial": lambda case: polynomial(case["coefficients"]),
     "mobius": lambda case: moebius(case["alpha"]),
 }
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda z: z,
+    "swish": torch.nn.functional.silu,
+    "step": lambda z: (z > 0).to(z),
+    "heaviside": lambda z: (z > 0).to(z),
+}
+
+
+def dual_in(case: Scope) -> Dual:
+    """The dual that the words of a case mean; a word without numbers may be any that the library knows."""
+    word = case["dual"]
+    return DUALS[word](case) if word in DUALS else dual_of(word)
 
 
 def array(value: Any) -> Tensor:
@@ -41,11 +66,13 @@ def function(case: Scope) -> Callable[[Tensor], Tensor]:
     if name == "gelu":
         kind = "tanh" if case["approximate"] else "none"
         return lambda z: scale * torch.nn.functional.gelu(z, approximate=kind)
-    chosen = getattr(torch, name, None) or getattr(torch.nn.functional, name)
+    chosen = FUNCTIONS.get(name) or getattr(torch, name, None) or getattr(torch.nn.functional, name)
     return lambda z: scale * chosen(z)
 
 
 def check_arrays(file: File) -> None:
+    if file.has("xi"):
+        file.input("xi")
     for case in file.cases:
         {"hermite": check_hermite, "dual": check_dual}[case["part"]](case)
     if file.has("cls_X"):
@@ -63,7 +90,7 @@ def check_hermite(case: Scope) -> None:
 
 
 def check_dual(case: Scope) -> None:
-    dual, xi = DUALS[case["dual"]](case), case.input("xi").numpy()
+    dual, xi = dual_in(case), case.input("xi").numpy()
     case.compare(f"{case.name}_dual", array(dual.value(xi)))
     case.compare(f"{case.name}_ddual", array(dual.slope(xi)))
     for depth in listed(case["depth"]):
@@ -84,7 +111,7 @@ def check_classifiers(file: File) -> None:
             continue
         for kernel in ("nngp", "ntk"):
             factor, log = kernel_scores(
-                DUALS[case["dual"]](case), case["cls_depth"], X, y, Z, kernel=kernel, ridge=case["ridge"]
+                dual_in(case), case["cls_depth"], X, y, Z, kernel=kernel, ridge=case["ridge"]
             )
             with np.errstate(divide="ignore"):
                 top = (np.log(np.abs(factor)) + log).max()
@@ -102,7 +129,7 @@ def check_values(file: File) -> None:
             case.compare(f"{case.name}_second_moment", found.second_moment)
             case.compare(f"{case.name}_E_dphi_sq", found.slope_moment)
             continue
-        dual = DUALS[there["dual"]](there)
+        dual = dual_in(there)
         told = regime(dual)
         singular = 0 < told.a < 1 < told.b
         numbers = {
@@ -137,7 +164,7 @@ def check_extremes(file: File, settings: dict[str, Scope]) -> None:
                 array_name = f"cls_{name}_{kernel}_logmax"
                 if file.has(array_name):
                     factor, log = kernel_scores(
-                        DUALS[case["dual"]](case),
+                        dual_in(case),
                         case["cls_depth"],
                         X,
                         y,

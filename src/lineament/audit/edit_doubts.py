@@ -22,6 +22,7 @@ from lineament.report.outcome import Table
 
 UNTRAINED = "Give the weights that were trained (`weights`), and make sure that samples reach the network as they did in training and that class numbers mean the same to both."
 OTHERWISE = "Give the normalisation of its training (`normalize`), or store the samples as they were then, and edit again: until then no other number means anything."
+SEARCHED = "Larger shares were tried and answer the class no less often. If it need only stay unanswered, take the head alone (lineament.edit.mute); else train again without it."
 _SURE = 0.9  # a network that is right this often is not asked whether samples should reach it otherwise
 
 

@@ -42,8 +42,8 @@ from lineament.core import checks
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require
 from lineament.edit import PruneOptions, forgotten, mute, prune, save, unlearn
-from lineament.edit.saved import BUILT_FROM
 from lineament.edit.targets import check_target, timed
+from lineament.load.narrowed import BUILT_FROM
 from lineament.load.weights import digest
 from lineament.papers import search
 from lineament.report import page
@@ -52,6 +52,7 @@ from lineament.report.section import Section
 
 NETWORK = "network"  # the folder beside the page that holds the edited network
 _NAME = "edit"
+_READS = "preprocessor_config.json"
 
 
 def pruned_report(
@@ -93,11 +94,10 @@ def pruned_report(
     if checkpoint.resumed:
         note("an earlier run of the same pruning was cut off; going on where it stopped")
     note("pruning")
-    calibration, _ = subject.halves
     with unused(folder):
         found = prune(
             subject.model,
-            calibration,
+            _calibration(subject),
             **given,
             options=PruneOptions(checkpoint=checkpoint, widths=options.widths),
         )
@@ -113,7 +113,7 @@ def pruned_report(
             CHANCE: _same(subject, share, criterion="random"),
         }.items()
     }
-    times = timed(subject.model, found.model, calibration[0])
+    times = timed(subject.model, found.model, subject.halves[0][0])
     sections = [pruned_section(subject, found, scores, times)]
     if subject.labels is not None:
         sections.append(classes_section(subject, scores[WAS].each, scores[NOW].each))
@@ -208,8 +208,13 @@ def unlearned_report(
     return _written(folder, checkpoint, subject, facts, [section], notes, found.to_dict())
 
 
+def _calibration(subject: EditSubject) -> list[Any]:
+    """The batches of the calibrating half; each is inputs alone, so that two of them are not taken for inputs and targets."""
+    return [(batch,) for batch in subject.halves[0]]
+
+
 def _same(subject: EditSubject, share: float, **how: Any) -> nn.Module:
-    return prune(subject.model, subject.halves[0], keep=share, **how).model
+    return prune(subject.model, _calibration(subject), keep=share, **how).model
 
 
 def _checkpoint(folder: Path, subject: EditSubject, key: dict[str, Any]) -> Checkpoint:
@@ -219,11 +224,20 @@ def _checkpoint(folder: Path, subject: EditSubject, key: dict[str, Any]) -> Chec
 
 
 def _save(folder: Path, model: nn.Module, subject: EditSubject) -> Path:
-    network = save(model, folder / NETWORK)
-    if subject.tokenizer is not None:
+    """Write the network beside the page, in place of one that an earlier edit left there whole."""
+    network, new = folder / NETWORK, folder / STAGES / NETWORK
+    shutil.rmtree(new, ignore_errors=True)
+    save(model, new)
+    words = subject.words if subject.tokenizer is None else subject.tokenizer
+    if words is not None:
         with suppress(AttributeError):
-            subject.tokenizer.save_pretrained(network)
-    return network
+            words.save_pretrained(new)
+    # How images are read is written beside a Hugging Face model, and is not part of it.
+    reads = Path(subject.source) / _READS
+    if subject.named and reads.is_file():
+        shutil.copy(reads, new / _READS)
+    shutil.rmtree(network, ignore_errors=True)
+    return new.rename(network)
 
 
 def _opening(subject: EditSubject, network: Path, data: Any, options: EditOptions) -> str:
@@ -232,13 +246,15 @@ def _opening(subject: EditSubject, network: Path, data: Any, options: EditOption
     again = said_again(
         options.classes, options.inputs, options.targets, options.split, options.image_size, options.normalize
     )
-    if (network / "config.json").is_file():
+    narrowed = (network / BUILT_FROM).is_file()
+    if narrowed or (network / "config.json").is_file():
         shown = ["PROMPTS", "--text", held] if subject.tokenizer is not None else [held, *again]
-        return (
-            f"to open it: from_pretrained({place!r}), or {shlex.join(['lineament', 'audit', place, *shown])}"
+        how = (
+            f"lineament.edit.load({place!r}) (its layers have several widths, which from_pretrained cannot open)"
+            if narrowed
+            else f"from_pretrained({place!r})"
         )
-    if (network / BUILT_FROM).is_file():
-        return f"its layers have several widths, which from_pretrained cannot open; to open it: lineament.edit.load({place!r})"
+        return f"to open it: {how}, or {shlex.join(['lineament', 'audit', place, *shown])}"
     opens = f"lineament.edit.load({place!r}, build), where build() makes the network as it was"
     if not subject.named:
         return f"to open it: {opens}"

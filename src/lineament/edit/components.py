@@ -34,6 +34,9 @@ def component_similarity(
         stride, padding: of the convolution; the border is zeros.
         center: take each contribution's mean over samples and positions out, as a batch norm after the layer does.
 
+    Returns:
+        float64, whatever the inputs are: weights that stand in for others amplify the rounding of Q by its condition number.
+
     Raises:
         InputError: shapes that do not match, no sample.
 
@@ -44,6 +47,7 @@ def component_similarity(
         x.ndim == weight.ndim and x.ndim in (2, 4) and x.shape[1] == weight.shape[1] and len(x) > 0,
         f"x: got {show(x)} beside weights {show(weight)}, expected the inputs of that layer",
     )
+    x, weight = x.double(), weight.double()
     if x.ndim == 2:
         patches, places = x[:, :, None], 1
     else:

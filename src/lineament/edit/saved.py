@@ -12,12 +12,10 @@ from torch import nn
 
 from lineament.core import surgery
 from lineament.core.checks import InputError, require
-from lineament.core.files import output_folder, write_json
+from lineament.core.files import output_folder
 from lineament.core.surgery.saving import STEPS
-
-BUILT_FROM = (
-    "built_from.json"  # the class and the configuration of a Hugging Face model before anything was taken out
-)
+from lineament.load.hub import quiet_transformers
+from lineament.load.narrowed import load_narrowed, note_origin, origin
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
@@ -35,22 +33,12 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     folder = output_folder(folder)
     if opens_alone(model):
         hugging: Any = model
-        hugging.save_pretrained(folder)
+        with quiet_transformers("model", "hub"):
+            hugging.save_pretrained(folder)
         return folder
     surgery.save(model, folder)
-    config: Any = getattr(model, "config", None)
-    if config is not None and _hugging(type(model).__name__) is type(model):
-        told = {"class": type(model).__name__, "config": json.loads(config.to_json_string(use_diff=False))}
-        write_json(folder / BUILT_FROM, told)
+    note_origin(model, folder)
     return folder
-
-
-def _hugging(name: str) -> Any:
-    """A model of transformers by the name of its class, ``None`` where there is none."""
-    import transformers
-
-    found = getattr(transformers, name, None)
-    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
 def load(folder: str | Path, build: Callable[[], nn.Module] | None = None) -> nn.Module:
@@ -81,14 +69,8 @@ def load(folder: str | Path, build: Callable[[], nn.Module] | None = None) -> nn
         (folder / STEPS).is_file(),
         f"folder: {str(folder)!r} has no {STEPS}; pass a folder that save(model, folder) wrote",
     )
-    if build is None and (folder / BUILT_FROM).is_file():
-        told = json.loads((folder / BUILT_FROM).read_text())
-        kind = _hugging(told["class"])
-        require(
-            kind is not None,
-            f"folder: this transformers has no {told['class']}; install one that has, or pass build",
-        )
-        return surgery.load(folder, lambda: kind(kind.config_class.from_dict(told["config"]))).eval()
+    if build is None and origin(folder) is not None:
+        return load_narrowed(folder)
     if build is None:
         raise InputError(
             f"build: {str(folder)!r} holds weights and what was taken out of a network; pass the function that makes that network"

@@ -53,7 +53,7 @@ def through(dual: Dual, at: Points) -> Points:
         log = np.where(delta < 0.5, np.log1p(-delta), np.log(xi))
         if k:
             low = np.full_like(at.xi, True, dtype=bool) if dual.exact_power else at.xi < _TINY
-            log = np.where(low, math.log(c) + k * at.log, log)
+            log = np.where(low, np.log(np.longdouble(c)) + k * at.log, log)
     return Points(xi, delta, log)
 
 

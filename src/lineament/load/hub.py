@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lineament.core.checks import InputError, require
+from lineament.load.narrowed import origin
 
 # How long the hub is waited for, in seconds, once.
 _PATIENCE = 4.0
@@ -56,6 +57,8 @@ def architectures(name: Any) -> tuple[str, ...]:
         return ()
     file = Path(name) / "config.json"
     try:
+        if not file.is_file() and (narrowed := origin(name)) is not None:
+            return (narrowed["class"],)
         if not file.is_file():
             from huggingface_hub import try_to_load_from_cache
 

@@ -13,13 +13,14 @@ from lineament.load.checkpoints import read_checkpoint
 from lineament.load.hub import architectures, first_line, quiet_transformers, text_task
 from lineament.load.language_models import load_language_model
 from lineament.load.loaded import Loaded
+from lineament.load.narrowed import load_narrowed, origin
 from lineament.load.weight_names import mismatches
 
 
 def hugging_face(name: str, *, local: bool, cached_only: bool = False) -> Loaded:
     """A classifier with its names of the classes: of images with its processor's size and normalisation, of texts with its tokenizer."""
-    safe = True
-    if local:
+    safe, narrowed = True, local and origin(name) is not None
+    if local and not narrowed:
         require(
             (Path(name) / "config.json").is_file(),
             f"model: folder {name!r} holds no config.json, expected a Hugging Face model saved with save_pretrained",
@@ -41,14 +42,20 @@ def hugging_face(name: str, *, local: bool, cached_only: bool = False) -> Loaded
     tokenizer = None
     with quiet_transformers("model", "hub") as transformers:
         try:
-            model, info = getattr(transformers, kind).from_pretrained(
-                name,
-                use_safetensors=safe,
-                local_files_only=cached_only,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
+            model, info = (
+                (load_narrowed(name), {})
+                if narrowed
+                else getattr(transformers, kind).from_pretrained(
+                    name,
+                    use_safetensors=safe,
+                    local_files_only=cached_only,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                )
             )
+        except InputError:
+            raise
         except Exception as error:
             where = (
                 f"cannot be loaded as {what}"

@@ -6,12 +6,14 @@ named before its weights are read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lineament.core.checks import InputError, require
 from lineament.core.models import held_weights, usable
 from lineament.load.hub import architectures, findable, first_line, quiet_transformers
+from lineament.load.narrowed import load_narrowed, origin
 from lineament.load.weights import require_finite
 
 # Endings of the names of classes that complete a text.
@@ -90,6 +92,11 @@ def load_language_model(
 def _weights(
     transformers: Any, name: str, attention: str | None, masked: bool, argument: str, cached_only: bool
 ) -> Any:
+    if origin(name) is not None:
+        model = load_narrowed(name, attention=attention)
+        _refuse_other_kind(model.config, name, masked, argument, [type(model).__name__])
+        require_finite(held_weights(model), argument)
+        return model
     kind: Any = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
     try:
         config = transformers.AutoConfig.from_pretrained(name, local_files_only=cached_only)
@@ -124,9 +131,11 @@ def _refuse_other_tokenizer(model: Any, words: Any, tokenizer: str) -> None:
     )
 
 
-def _refuse_other_kind(config: Any, name: str, masked: bool, argument: str) -> None:
-    """Say what a directory holds where its configuration names another kind of model than is wanted."""
-    words = [str(word) for word in getattr(config, "architectures", None) or ()]
+def _refuse_other_kind(
+    config: Any, name: str, masked: bool, argument: str, words: Sequence[str] | None = None
+) -> None:
+    """Say what a directory holds where its configuration, or ``words``, names another kind of model than is wanted."""
+    words = [str(word) for word in words or getattr(config, "architectures", None) or ()]
     if not words:
         return
     fills, completes = (

@@ -87,6 +87,18 @@ def test_nothing_cancels_in_single_precision():
     torch.testing.assert_close(single.covariance, double.covariance, rtol=1e-4, atol=1e-5)
 
 
+def test_stand_ins_of_single_precision_inputs_are_solved_in_double():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 5, generator=g)
+    x[:, 4] = x[:, 3] + 1e-3 * torch.randn(40, generator=g)  # condition number 10^6
+    weight, kept = torch.randn(2, 5, generator=g), torch.tensor([True, False, True, True, True])
+    found = [
+        components.compensation(components.component_similarity(a, b), kept, lam=0.0)
+        for a, b in ((x, weight), (x.double(), weight.double()))
+    ]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)
+
+
 def test_few_and_many_patches_give_the_same_saliency():
     x = torch.randn(40, 2, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     net = conv_net()

@@ -289,6 +289,15 @@ def test_a_site_is_a_transformer_of_pictures_and_flat_rows():
     flat = SiteFeatures(net, "conv.0", input_shape=(1, 8, 8), batch_size=3).fit(x.flatten(1).numpy())
     np.testing.assert_allclose(flat.transform(x.flatten(1).numpy()), whole.transform(x), atol=1e-6)
     assert list(whole.get_feature_names_out()) == [f"conv.0_{k}" for k in range(4)]
+    bytes_ = np.arange(128, dtype=np.uint8).reshape(2, 64)
+    np.testing.assert_allclose(flat.transform(bytes_), flat.transform(bytes_.astype(float)))
+    words = nn.Sequential(nn.Embedding(9, 4), nn.Tanh())
+    np.testing.assert_allclose(
+        SiteFeatures(words, "1").fit_transform(np.array([[1, 2, 8]]))[0],
+        words[0].weight[[1, 2, 8]].tanh().mean(0).detach(), atol=1e-6,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="64 features"):
+        flat.transform(np.zeros((2, 63)))
 
 
 def test_a_batched_search_finds_what_separate_fits_find():

@@ -15,6 +15,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError, number, require, show, suggest
+from lineament.core.estimator_data import validated
 from lineament.core.loaders import batches_of
 from lineament.core.models import called, device_of, dtype_of, frozen, logits, moved
 from lineament.core.sites.activations import capture
@@ -52,23 +53,40 @@ class SiteFeatures(TransformerMixin, BaseEstimator):
     def __sklearn_is_fitted__(self) -> bool:
         return True
 
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.requires_fit = False
+        return tags
+
     def fit(self, X: Any, y: Any = None) -> SiteFeatures:
-        """Nothing is learned; the width of the features is counted on one sample."""
-        self.n_features_out_ = self.transform(X[:1]).shape[1]
+        """Nothing is learned; the width of the features is counted on one sample.
+
+        Args:
+            X: [n, ...], a tensor as it is, or what scikit-learn takes for an array; whole numbers stay so where the network has an embedding, as tokens.
+        """
+        self.n_features_out_ = self._features(self._inputs(X, reset=True)[:1]).shape[1]
         return self
 
     def transform(self, X: Any) -> np.ndarray:
         """Features [n, units], float64."""
+        return self._features(self._inputs(X, reset=False))
+
+    def _inputs(self, X: Any, *, reset: bool) -> Tensor:
+        if not isinstance(X, Tensor):
+            X = validated(self, X, reset=reset, dtype="numeric", allow_nd=True)
+            X = torch.from_numpy(np.require(X, requirements=["C", "W"]))
+            if not any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in self.model.modules()):
+                X = X.to(dtype_of(self.model))
+        inputs = X.to(device_of(self.model))
+        if inputs.is_floating_point():
+            inputs = inputs.to(dtype_of(self.model))
+        return inputs if self.input_shape is None else inputs.reshape(len(inputs), *self.input_shape)
+
+    def _features(self, inputs: Tensor) -> np.ndarray:
         number("batch_size", self.batch_size, low=1, integer=True)
         require(
             self.pool in ("mean", "flatten"), f"pool: got {show(self.pool)}, expected 'mean' or 'flatten'"
         )
-        inputs = X if isinstance(X, Tensor) else torch.from_numpy(np.require(X, requirements=["C", "W"]))
-        inputs = inputs.to(device_of(self.model))
-        if inputs.is_floating_point():
-            inputs = inputs.to(dtype_of(self.model))
-        if self.input_shape is not None:
-            inputs = inputs.reshape(len(inputs), *self.input_shape)
         found = []
         with frozen(self.model), torch.no_grad():
             for part in inputs.split(self.batch_size):

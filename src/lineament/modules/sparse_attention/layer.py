@@ -70,12 +70,12 @@ class SparseSparseAttention(nn.Module):
         heads = full_attention(q, k, v) if mode == "full" else attend(q, k, v, self.selection(q, k)).output
         return self._joined(self._gated(x, heads))
 
-    def both(self, x: Tensor) -> tuple[Tensor, Tensor, Alignment]:
-        """The full output, the sparse output, and the alignment of the gated heads."""
+    def both(self, x: Tensor, *, beta: float = 1.0) -> tuple[Tensor, Tensor, Alignment]:
+        """The full output, the sparse output, and the alignment of the gated heads; ``beta`` as of :func:`alignment_loss`."""
         q, k, v = self.projected(x)
         found = attend_both(q, k, v, self.selection(q, k))
         full, sparse = self._gated(x, found.full), self._gated(x, found.sparse)
-        return self._joined(full), self._joined(sparse), alignment_loss(full, sparse)
+        return self._joined(full), self._joined(sparse), alignment_loss(full, sparse, beta=beta)
 
     def projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys with their positions, and values, [batch, heads, tokens, size]."""

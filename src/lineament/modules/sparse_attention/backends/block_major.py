@@ -29,9 +29,12 @@ def forward(
         row, head = at
         chosen, queries = indices[row, head, part], _padded(q[row, heads, part] * scale)
         pairs, group = chosen.numel(), queries.shape[1]
-        shares = q.new_zeros(pairs + 1, group, v.shape[3])
-        tops = q.new_full((pairs + 1, group), -torch.inf)
-        sums = q.new_zeros(pairs + 1, group)
+        shares = q.new_empty(pairs + 1, group, v.shape[3])
+        tops, sums = (q.new_empty(pairs + 1, group) for _ in range(2))
+        if bool((missing := chosen.flatten() < 0).any()):
+            # Slots without a block: no tile writes them, and they weigh nothing.
+            for x, value in ((shares, 0.0), (tops, -torch.inf), (sums, 0.0)):
+                x[:-1][missing] = value
         for tiles in _tiles(chosen, layout, row, part, group):
             for pair, query, block, seen in tiles.batches():
                 logits = _logits(queries, keys[row, shared], query, block, seen)
