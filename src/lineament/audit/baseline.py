@@ -174,7 +174,7 @@ def baseline(
         section="table",
     )
     write_settings(folder, pairs, names, classifiers)
-    unwritten = write_best_model(folder, top, rows(best[0]), y, train, seed)
+    unwritten = write_best_model(folder, top, rows(best[0]), y, train, seed, ink=options.ink)
     for line in unwritten:
         note(line)
     paper = next(paper for paper in search() if paper.slug == SLUG)

@@ -15,6 +15,7 @@ from lineament.core.checks import InputError, require, show, suggest
 from lineament.data.samples import Samples
 from lineament.handcrafted.table import DESCRIPTORS, described
 from lineament.learn.boosting.network import SiteFeatures
+from lineament.load.image_sizes import brought_to
 from lineament.load.input_layout import find_layout
 from lineament.load.models import load_model
 from lineament.load.weights import digest
@@ -78,7 +79,8 @@ def check_feature(name: str, held: Samples) -> None:
 class SiteRows:
     """The rows of features at ``MODEL:SITE`` for samples as they are stored.
 
-    Which form of a sample the network takes (channels, scale, flat or not) is found on the first two, as for an audit, and said in ``note``.
+    Which form of a sample the network takes (channels, scale, flat or not) is found on the first two, as for an audit, and said in ``note``; where it tells the
+    size of its images (``config.image_size``) and takes no other, they are brought to it.
 
     Raises:
         InputError: a model that cannot be loaded, a site it does not have, samples that it takes in no form.
@@ -88,7 +90,21 @@ class SiteRows:
         model, site = _model_and_site(name)
         loaded = load_model(model)
         self.reader = _Site(loaded.model, site)
-        self.layout, said = find_layout(self.reader, held, loaded.mean, loaded.std, loaded.batch or 2)
+        self.size: tuple[int, int] | None = None
+        given = (loaded.mean, loaded.std, loaded.batch or 2)
+        try:
+            self.layout, said = find_layout(self.reader, held, *given)
+        except InputError:
+            side = getattr(getattr(loaded.model, "config", None), "image_size", None)
+            if (
+                not is_images(held)
+                or not isinstance(side, int)
+                or tuple(held.inputs.shape[-2:]) == (side, side)
+            ):
+                raise
+            self.size = (side, side)
+            self.layout, said = find_layout(self.reader, brought_to(held, self.size), *given)
+            said = f"{said}; images are brought to the {side} x {side} pixels that it expects"
         self.note = f"{name}: {said}"
 
     @property
@@ -98,6 +114,8 @@ class SiteRows:
 
     def rows(self, held: Samples) -> np.ndarray:
         """[n, units], float64."""
+        if self.size is not None:
+            held = brought_to(held, self.size)
         return self.reader.site.transform(self.layout.apply(held.inputs))
 
 

@@ -133,7 +133,7 @@ def write_settings(folder: Path, pairs: Sequence[Pair], names: Sequence[str], ki
 
 
 def write_best_model(
-    folder: Path, top: Pair, X: np.ndarray, y: np.ndarray, train: Any, seed: int
+    folder: Path, top: Pair, X: np.ndarray, y: np.ndarray, train: Any, seed: int, *, ink: bool
 ) -> list[str]:
     """The best pair's estimator, fitted to the training part: safetensors for ours, skops for scikit-learn's; what could not be written, and why."""
     name, kind = top.descriptor, top.classifier
@@ -149,17 +149,13 @@ def write_best_model(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made.fit(X[train], y[train])
+    told: dict[str, Any] = {"features": name, "ink": ink}
     if target.suffix == ".skops":
         skops.io.dump(made, target)  # pyright: ignore
-        return []
-    made.named_steps["model"].save(target)
-    scale = made.named_steps["scale"]
-    write_json(
-        folder / "baseline-best.json",
-        {
-            "features": name,
-            "mean": scale.mean_.tolist(),
-            "scale": None if scale.scale_ is None else scale.scale_.tolist(),
-        },
-    )
+    else:
+        made.named_steps["model"].save(target)
+        scale = made.named_steps["scale"]
+        told["mean"] = scale.mean_.tolist()
+        told["scale"] = None if scale.scale_ is None else scale.scale_.tolist()
+    write_json(folder / "baseline-best.json", told)
     return []

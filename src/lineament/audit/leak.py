@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lineament.audit.leak_budget import Budget, Plan, told_left_out
 from lineament.audit.leak_parts import (
     PRIORS,
     Parts,
@@ -37,6 +38,7 @@ from lineament.load.weights import digest
 from lineament.papers import search as papers
 from lineament.privacy.defences import Defence, defence_of
 from lineament.privacy.generators import load_prior
+from lineament.privacy.identification import fisher_features
 from lineament.privacy.leakage import Leakage, leakage
 from lineament.privacy.local import Local
 from lineament.privacy.messages import Message, moved_norms, saved_state
@@ -65,7 +67,7 @@ class LeakOptions:
         local: what clients do before they send the change of their weights, see :class:`lineament.privacy.Local`; None where they send a gradient.
         batch_norm: ``"running"``: clients keep batch norms in evaluation mode; ``"batch"``: in training mode, and send their buffers along.
         update: a saved update of which the data are the pictures behind it; before: the weights that it started from, by default the model's.
-        minutes: search as long as fits in so many, in place of a given number of steps.
+        minutes: all of the audit in about so many, in place of a given number of steps; what does not fit is left out, and the report says so.
 
     >>> LeakOptions().prior
     'vae'
@@ -129,6 +131,7 @@ def leak(
     >>> [section.name for section in found.sections]
     ['batch-1']
     """
+    started = time.monotonic()
     checks.seed("seed", seed)
     checked(options, pictures, batch_sizes, defences)
     chosen = [defence_of(text) for text in defences]
@@ -191,15 +194,17 @@ def leak(
         if checkpoint.resumed:
             note("an earlier run of the same audit was cut off; going on where it stopped")
         with threads(fitted.flops * pictures):
-            found = _searched(fitted, parts, chosen, batch_sizes, seed, note, options, sent, checkpoint)
-        options = replace(options, search=found[0])
+            found = _searched(
+                fitted, parts, chosen, batch_sizes, seed, note, options, sent, checkpoint, started
+            )
+        options = replace(options, search=found.search)
     sections = [
-        section_of(each, options.search.steps, took, update=sent is not None) for each, took in found[1]
+        section_of(each, options.search.steps, took, update=sent is not None) for each, took in found.found
     ]
     findings = [finding for section in sections for finding in section.findings]
     paper = next(paper for paper in papers() if paper.slug == "gifd")
     numbers = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
-    unknowns = max(batch_sizes) * parts.images[0].numel()
+    unknowns = max(each.batch for each, _ in found.found) * parts.images[0].numel()
     facts = [
         (
             "Model",
@@ -221,11 +226,20 @@ def leak(
         folder, loaded.source, "What could a curious server see of these pictures in one update?", facts, findings, sections,
         command=command("lineament.audit.leak.leak(model, data, out=...)"),
         methods={paper.slug: {"title": paper.title, "year": paper.year, "url": paper.url}},
-        versions=versions(), notes=[*map(sentence, fitted.notes), *assumptions(options, found[1][0][0].buffers, numbers, unknowns)], extra={}, name=_NAME, kicker="Lineament leakage audit",
+        versions=versions(), notes=[*map(sentence, fitted.notes), *assumptions(options, found.found[0][0].buffers, numbers, unknowns), *found.notes], extra={}, name=_NAME, kicker="Lineament leakage audit",
     )  # fmt: skip
     checkpoint.finish()
     shutil.rmtree(folder / STAGES, ignore_errors=True)
     return Report(loaded.source, findings, sections, html, json)
+
+
+@dataclass(frozen=True)
+class _Searched:
+    """How attackers looked; for each size of message what it gave away, with the seconds that this run took to find out; and what there was no time for."""
+
+    search: Search
+    found: list[tuple[Leakage, float]]
+    notes: list[str]
 
 
 def _searched(
@@ -238,63 +252,69 @@ def _searched(
     options: LeakOptions,
     sent: list[Message] | None,
     checkpoint: Checkpoint,
-) -> tuple[Search, list[tuple[Leakage, float]]]:
-    """How attackers looked; and for each size of message what it gave away, and the seconds that this run took to find out."""
-    bounds, started = bounds_of(fitted, parts.images.shape[1]), time.monotonic()
-    prior = None
+    started: float,
+) -> _Searched:
+    bounds = bounds_of(fitted, parts.images.shape[1])
+    budget = None if options.minutes is None else Budget(options.minutes, started)
+    prior, notes = None, []
     if options.prior not in PRIORS:
         prior = load_prior(options.prior, parts.images.shape[1:], bounds)
     elif options.prior != "none":
-        note(f"training a prior on {len(parts.public):,} pictures that are not audited")
-        prior = prior_of(parts.public, options.prior, steps=options.prior_steps, seed=seed)
+        train = lambda steps: prior_of(parts.public, options.prior, steps=steps, seed=seed)  # noqa: E731
+        steps = options.prior_steps
+        if budget is not None:
+            steps = checkpoint.stage("prior steps", lambda: budget.prior_steps(train, steps))
+        if steps < options.prior_steps:
+            notes.append(f"The prior was trained for {steps} of {options.prior_steps} steps, which is what there was time for; a better one may show more.")  # fmt: skip
+        note(f"training a prior on {len(parts.public):,} pictures that are not audited, {steps} steps")
+        prior = train(steps)
+    judge = parts.judge()
+    judge = replace(judge, encoder=fisher_features(parts.public, judge.public_groups))
 
-    def look(defence: Defence, size: int, search: Search, some: int | None = None) -> Leakage:
+    def look(defence: Defence, size: int, search: Search) -> Leakage:
         attacks = list(options.attacks)
         first = sent[0] if sent else Message.of(fitted.model, parts.images[:1], parts.targets[:1])
         if size == 1 and "closed form" not in attacks and closed_form(fitted.model, first) is not None:
             attacks.append("closed form")
         return leakage(
-            fitted.model, parts.images[:some], parts.targets[:some], public=parts.public, prior=prior, defences=[defence], attacks=attacks, batch=size,
-            local=None if sent else options.local, search=search, known_labels=options.known_labels, judge=parts.judge(some), sent=sent,
+            fitted.model, parts.images, parts.targets, public=parts.public, prior=prior, defences=[defence], attacks=attacks, batch=size,
+            local=None if sent else options.local, search=search, known_labels=options.known_labels, judge=judge, sent=sent,
             held_out=(parts.public, parts.public_targets), bounds=bounds, seed=seed,
         )  # fmt: skip
 
-    search = options.search
-    if options.minutes is not None:
-        left = 60 * options.minutes - (time.monotonic() - started)
-
-        def fitting() -> int:
-            took = []
-            for steps in (1, 2, 6):  # the first also warms up
-                begun = time.monotonic()
-                look(defences[0], batch_sizes[-1], replace(search, steps=steps))
-                took.append(time.monotonic() - begun)
-            searches = len(batch_sizes) * sum(len(d.copies()) for d in defences)
-            each = max((took[2] - took[1]) / 4, 1e-4) * searches / len(defences[0].copies())
-            return max(1, int((left - sum(took) - took[1] * searches) / each) + 2)
-
-        steps = checkpoint.stage("steps", fitting)
-        note(f"{steps} step{'s' if steps > 1 else ''} of each layer fit in {options.minutes:g} minutes")
-        search = replace(search, steps=steps)
-    found = []
-    for size in batch_sizes:
-        told, begun = [], time.monotonic()
-        for defence in defences:
-            note(f"searching messages of {size} picture{'s' if size > 1 else ''}, defence: {defence}")
-            told.append(
-                checkpoint.stage(
-                    f"{size} {defence}",
-                    lambda defence=defence, size=size: look(defence, size, search),
-                    Leakage,
-                )
-            )
-        every = replace(
-            told[0],
-            attacked=tuple(a for p in told for a in p.attacked),
-            prices=tuple(a for p in told for a in p.prices),
+    search, looks = options.search, [(size, defence) for size in batch_sizes for defence in defences]
+    kept = looks
+    if budget is not None:
+        size, defence = looks[0]
+        plan = checkpoint.stage(
+            "plan", lambda: budget.plan(lambda steps: look(defence, size, replace(search, steps=steps)), looks), Plan
+        )  # fmt: skip
+        search, kept = replace(search, steps=plan.steps), looks[: plan.looks]
+        note(
+            f"{plan.steps} step{'s' if plan.steps > 1 else ''} of each layer fit in {budget.minutes:g} minutes"
         )
-        found.append((every, time.monotonic() - begun))
-    return search, found
+    done: list[tuple[int, Leakage, float]] = []
+    for size, defence in kept:
+        if budget is not None and done and not budget.fits(max(took for *_, took in done)):
+            break
+        note(f"searching messages of {size} picture{'s' if size > 1 else ''}, defence: {defence}")
+        begun = time.monotonic()
+        told = checkpoint.stage(f"{size} {defence}", lambda d=defence, s=size: look(d, s, search), Leakage)
+        done.append((size, told, time.monotonic() - begun))
+    if budget is not None:
+        notes += told_left_out(looks[len(done) :], budget.minutes)
+        for line in notes:
+            note(line)
+    found = []
+    for size in dict.fromkeys(size for size, *_ in done):
+        each = [(told, took) for own, told, took in done if own == size]
+        every = replace(
+            each[0][0],
+            attacked=tuple(a for told, _ in each for a in told.attacked),
+            prices=tuple(a for told, _ in each for a in told.prices),
+        )
+        found.append((every, sum(took for _, took in each)))
+    return _Searched(search, found, notes)
 
 
 def _digest(values: torch.Tensor) -> str:

@@ -73,10 +73,9 @@ class Parts:
     public_groups: Tensor | None = None
     gallery: tuple[Tensor, Tensor] | None = None
 
-    def judge(self, some: int | None = None) -> Judge:
-        """How guesses of the first pictures are judged."""
-        groups = None if self.groups is None else self.groups[:some]
-        return Judge(groups=groups, public_groups=self.public_groups, gallery=self.gallery)
+    def judge(self) -> Judge:
+        """How guesses are judged."""
+        return Judge(groups=self.groups, public_groups=self.public_groups, gallery=self.gallery)
 
 
 def parts_of(fitted: ModelAndData, public: Samples | None, pictures: int, *, grouped: bool) -> Parts:

@@ -106,7 +106,7 @@ def add_parser(subparsers: Any) -> Any:
         "--minutes",
         type=float,
         metavar="M",
-        help="search as many steps as fit in so many minutes, in place of --steps",
+        help="take about so many minutes in all, in place of --steps: as many steps as fit, and what does not fit is left out and named",
     )
     add("--restarts", type=int, default=1, metavar="N", help="of each search (default: 1)")
     add("--known-labels", action="store_true", help="give the attacker the labels")

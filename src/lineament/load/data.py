@@ -31,6 +31,7 @@ from lineament.load.columns import (
     in_order,
     with_groups,
 )
+from lineament.load.image_sizes import brought_to
 from lineament.load.in_memory import in_memory
 from lineament.load.texts import TASKS, TextReader
 from lineament.load.user_code import named_in
@@ -76,7 +77,7 @@ def load_data(
         classes: names of the classes in the order of the model's outputs; where the data name their classes, labels follow the names.
         split: of a Hugging Face data set, MNIST or CIFAR, of arrays ``x_train``, ``x_test``, of a folder with one for each; ``test``, ``validation`` or ``train`` by default,
             whichever is there first.
-        image_size: bring the images of a folder or a Hugging Face data set to this (height, width).
+        image_size: bring images to this (height, width).
         tokenizer: of a text classifier, which makes ids of texts: of a table's column of texts, of a Hugging Face data set's, or of lists of texts.
         text_task: what has a target: ``"classes"``, each text; ``"tokens"``, each of its words (a column of words and one of tags); ``"masked"``, words that are
             hidden here, so that no targets are read.
@@ -113,7 +114,8 @@ def load_data(
         found = in_memory(data, choose, samples=samples, groups=groups, reader=reader)
     if classes is not None:
         found = in_order(found, classes, dense=text_task == "tokens")
-    return usable(found)
+    size = _size(image_size)
+    return usable(found if size is None else brought_to(found, size))
 
 
 def training_part(data: Any, *, inputs: str | None = None) -> str | None:

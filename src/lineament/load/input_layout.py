@@ -237,7 +237,7 @@ def find_layout(
     raise InputError(
         f"data: samples of shape {tuple(samples.inputs.shape[1:])} do not fit the model, which expects {wanted.text}; tried "
         + "; ".join(tried)
-        + ". Bring the data to that shape (for image folders, by `image_size`)"
+        + ". Bring the data to that shape (the size of images by `image_size`)"
     )
 
 

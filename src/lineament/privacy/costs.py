@@ -7,7 +7,7 @@ al. 2020.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def matching_cost(
     at = range(len(guess)) if tensors is None else list(tensors)
     pairs = [(w[i], guess[i].flatten(), message[i].flatten()) for i in at]
     if cost == "l2":
-        return torch.stack([f * (a - b).square().sum() for f, a, b in pairs]).sum() / len(pairs)
+        return torch.stack([f * _Products.apply(a - b, b)[1] for f, a, b in pairs]).sum() / len(pairs)
     if cost == "l1":
         return torch.stack([f * (a - b).abs().sum() for f, a, b in pairs]).sum()
     if cost == "max":
@@ -64,15 +64,36 @@ def matching_cost(
         ).sum()
     if cost == "sim_cmpr":
         pairs = [(f, a * (largest(b, ratio) != 0), largest(b, ratio)) for f, a, b in pairs]
-    shared, one, two = (
-        torch.stack([f * v for (f, *_), v in zip(pairs, each)]).sum()
-        for each in (
-            [a @ b for _, a, b in pairs],
-            [a.square().sum() for _, a, _ in pairs],
-            [b.square().sum() for _, _, b in pairs],
-        )
-    )
+    products = [(f, *_Products.apply(a, b), b @ b) for f, a, b in pairs]
+    shared, one, two = (torch.stack([f * own[k] for f, *own in products]).sum() for k in range(3))
     return 1 - shared / (one.sqrt() * two.sqrt())
+
+
+class _Products(torch.autograd.Function):
+    """<a, b> and <a, a>. Gradients of large networks do not fit into a cache, so that every further tensor of their size costs about as much as a forward pass of one
+    picture: the derivative is made in one."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.linalg.vecdot(a, b), torch.linalg.vecdot(a, a)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, shared: Tensor | None, own: Tensor | None) -> tuple[Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        a, b = ctx.saved_tensors
+        if shared is None:
+            return None if own is None else a * (2 * own)[..., None], None
+        found = b * shared[..., None]
+        return found if own is None else found.addcmul_(a, (2 * own)[..., None]), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor) -> Any:
+        rows = [x.movedim(d, 0) if d is not None else x.expand(info.batch_size, *x.shape) for x, d in zip((a, b), in_dims)]  # fmt: skip
+        return _Products.apply(*rows), (0, 0)
 
 
 def layer_weights(count: int, kind: str, like: Tensor) -> Tensor:

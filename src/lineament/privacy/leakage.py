@@ -20,7 +20,7 @@ from lineament.core.checks import number, require, show
 from lineament.core.models import logits
 from lineament.core.results import Readable
 from lineament.privacy.defences import Defence
-from lineament.privacy.identification import Identified, Judge, identified
+from lineament.privacy.identification import Identified, Judge, fisher_features, identified
 from lineament.privacy.labels import guessed_targets
 from lineament.privacy.local import Local
 from lineament.privacy.messages import Message, fixed
@@ -143,6 +143,8 @@ def leakage(
         f"public: got {show(public)}, expected pictures shaped as the audited ones {tuple(images.shape[1:])}",
     )
     none_shared(images, public)
+    if judge.encoder is None:  # once for all attacks
+        judge = replace(judge, encoder=fisher_features(public, judge.public_groups))
     require(
         sent is None or [m.count for m in sent] == [batch] * (len(images) // batch),
         f"sent: got messages of {[m.count for m in sent or ()][:5]} pictures, expected one of {batch} for each batch",

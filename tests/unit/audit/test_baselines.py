@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lineament.audit.baseline import BaselineOptions, baseline
@@ -16,6 +17,7 @@ from lineament.audit.phrases import percent
 from lineament.audit.run import audit
 from lineament.cli import main
 from lineament.core.checks import InputError
+from lineament.handcrafted.table import described
 from lineament.kernels.classifiers import InfiniteClassifier
 from lineament.learn.boosting.estimators import GBNNClassifier
 from lineament.load.data import load_data
@@ -193,6 +195,37 @@ def test_a_network_takes_bytes_and_another_network_is_no_resumption(tmp_path):
     with pytest.raises(InputError, match="'7' is no site"):
         baseline((grey, y), **{**asked, "features": [name[:-1] + "7"], "out": tmp_path / "p"})
     assert not (tmp_path / "p").exists()
+
+
+def test_a_network_that_tells_its_size_gets_images_of_that_size(tmp_path):
+    x, y = stripes(40)
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom torch import nn\nfrom types import SimpleNamespace\ndef make(size=24):\n    torch.manual_seed(0)\n"
+        "    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 22 * 22, 5))\n"
+        "    net.config = SimpleNamespace(image_size=size)\n    return net\ndef silent():\n    return make(None)\n"
+    )
+    held = load_data((x, y))
+    found = SiteRows(f"{tmp_path / 'net.py'}:make:3", held)
+    assert "images are brought to the 24 x 24 pixels that it expects" in found.note
+    larger = F.interpolate(held.inputs, (24, 24), mode="bilinear", antialias=True)
+    by_hand = found.reader.model(found.layout.apply(larger)).detach().double().numpy()
+    np.testing.assert_allclose(found.rows(held), by_hand, rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match="do not fit the model"):
+        SiteRows(f"{tmp_path / 'net.py'}:silent:3", held)
+
+
+@pytest.mark.parametrize("kind", ["svm", "forest"])
+def test_the_best_model_of_scikit_learn_is_read_again(kind, tmp_path):
+    io = pytest.importorskip("skops.io", reason="skops (the extra 'estimators')")
+    x, y = stripes()
+    options = BaselineOptions(effort="none", ink=True)
+    baseline((x, y), out=tmp_path, features=["pixels", "hog"], classifiers=[kind], options=options)
+    told = json.loads((tmp_path / "baseline-best.json").read_text())
+    path = tmp_path / "baseline-best.skops"
+    unknown = io.get_untrusted_types(file=path)
+    assert all(name.startswith("sklearn.") for name in unknown) and told["ink"]
+    rows = described(told["features"], load_data((x, y)).inputs, prepare=told["ink"])
+    assert (io.load(path, trusted=unknown).predict(rows) == np.asarray(y)).mean() > 0.9
 
 
 def test_images_with_their_channels_last_are_images(tmp_path):

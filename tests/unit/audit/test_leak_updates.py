@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from lineament.audit import leak_budget
 from lineament.audit.leak import LeakOptions, leak
 from lineament.cli import main
 from lineament.core.checks import InputError
 from lineament.data.digits import digit_images
 from lineament.privacy import Local, Search
+from lineament.privacy.defences import defence_of
 
 FACTORY = """import torch
 from torch import nn
@@ -158,3 +160,63 @@ def test_minutes_set_the_steps(tmp_path):
     )
     (told,) = [line for line in lines if "fit in 0.1 minutes" in line]
     assert int(told.split()[0]) > 1
+
+
+class Clock:
+    """A clock that only what is timed moves."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def look(self, steps: int) -> None:
+        self.now += 2 + 0.5 * steps
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(leak_budget, "time", made)
+    return made
+
+
+def test_a_plan_ends_near_its_time_and_leaves_out_what_would_be_searched_too_little(clock):
+    few = [(1, defence_of("none")), (1, defence_of("clip=1"))]
+    plan = leak_budget.Budget(2, clock.now).plan(clock.look, few)
+    assert plan.looks == 2
+    for _ in few:
+        clock.look(plan.steps)
+    assert 0.75 * 120 < clock.now - 100 < 120
+
+    clock.now = 100.0
+    many = [(size, defence_of(text)) for size in (1, 4) for text in ("none", "clip=1", "prune=90")]
+    plan = leak_budget.Budget(1.2, clock.now).plan(clock.look, many)
+    assert plan.steps >= leak_budget.FEWEST and plan.looks == 3  # a percentile is repeated in two ways
+    for defence in many[: plan.looks]:
+        for _ in defence[1].copies():
+            clock.look(plan.steps)
+    assert clock.now - 100 < 1.2 * 60
+    told = leak_budget.told_left_out(many[plan.looks :], 1)
+    assert told == ["Left out, because 1 minute was too short for it: undefended messages of 4; messages of 4 under clip 1; messages of 4 under prune 90."]  # fmt: skip
+    clock.now = 100.0
+    assert leak_budget.Budget(0.1, clock.now).plan(clock.look, many).looks == 1
+
+
+def test_a_prior_takes_its_share_of_the_time(clock):
+    budget = leak_budget.Budget(1, clock.now)
+    steps = budget.prior_steps(lambda n: clock.look(n), 600)
+    assert 10 < steps < 600 and 2 + 0.5 * steps < 0.3 * 60
+    assert leak_budget.Budget(60, clock.now).prior_steps(lambda n: clock.look(n), 600) == 600
+
+
+def test_what_there_was_no_time_for_is_on_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(leak_budget.Budget, "plan", lambda self, look, looks: leak_budget.Plan(2, 2))
+    monkeypatch.setattr(leak_budget.Budget, "prior_steps", lambda self, train, most: 3)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 10))
+    options = LeakOptions(attacks=("latent",), minutes=5, search=Search(restarts=1))
+    found = leak(net, "digits", out=tmp_path, defences=["none", "clip=1", "noise=1"], pictures=2, samples=40, options=options)  # fmt: skip
+    attacked = found.sections[0].numbers["attacked"]
+    assert [a["defence"] for a in attacked] == ["nothing", "clip 1"]
+    notes = " ".join(json.loads(found.json.read_text())["notes"])
+    assert "messages of 1 under noise 1" in notes and "3 of 600 steps" in notes

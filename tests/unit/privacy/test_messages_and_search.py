@@ -242,6 +242,27 @@ def test_schedule_and_ball():
     assert torch.equal(l1_projection(torch.zeros(1, 4), 1.0), torch.zeros(1, 4))
 
 
+def test_long_rows_are_projected_as_sorting_would():
+    x = torch.randn(3, 70_000, generator=torch.Generator().manual_seed(2)).double()
+    x[2] *= 1e-6  # inside the ball already
+    warm = torch.zeros(3, dtype=torch.float64)
+    for moved in (
+        x,
+        x + 1e-3 * x.roll(1, 1),
+        0.2 * x,
+    ):  # from nothing, from a near tau, from one beyond most entries
+        size = moved.abs().sort(1, descending=True).values
+        place = torch.arange(1, 70_001)
+        last = (place * size > size.cumsum(1) - 900.0).sum(1, keepdim=True) - 1
+        tau = ((size.cumsum(1).gather(1, last) - 900.0) / (last + 1)).clamp(min=0)
+        wanted = moved.sign() * (moved.abs() - tau).clamp(min=0)
+        assert torch.allclose(l1_projection(moved, 900.0, warm=warm), wanted, atol=1e-9)
+        assert torch.allclose(warm, tau[:, 0], atol=1e-9)
+        assert torch.allclose(l1_projection(moved.float(), 900.0).double(), wanted, atol=1e-6)
+    assert torch.equal(l1_projection(x, 900.0)[2], x[2])
+    assert bool(l1_projection(x.where(x != x[0, 0], torch.nan), 900.0)[0].isnan().any())
+
+
 @pytest.mark.parametrize("kind", ["vae", "dcgan"])
 def test_priors_are_reproducible_and_stay_in_range(kind):
     x = torch.rand(24, 1, 8, 8)
