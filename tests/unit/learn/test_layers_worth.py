@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from lineament.core.checks import InputError
+from lineament.core.statistics.effective_rank import effective_rank
 from lineament.learn import Reweighting, WithHead, layers_worth
-from lineament.learn.projection.layers import effective_rank, pooled
+from lineament.learn.projection.layers import pooled
 
 
 def test_a_weighing_head_is_seen_by_plain_read_outs_only():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lineament.core import pairs as all_pairs
 from lineament.core.checks import InputError
 from lineament.measure import borda_count, recognition, tar_at_far
 from lineament.measure.embeddings import pairs
@@ -26,8 +27,11 @@ def test_blocks_equal_the_matrix_of_all_pairs(monkeypatch):
         others = int((labels == labels[i]).sum()) - 1
         near = labels[off[i].argsort(descending=True)[:others]] == labels[i]
         average.append(sum(float(near[: k + 1].double().mean()) for k in range(others) if near[k]) / others)
-    for entries in (1 << 22, 70):
+    for entries, tile, deep in ((1 << 22, 512, 64), (70, 5, 64), (70, 4, 2)):
         monkeypatch.setattr(pairs, "_ENTRIES", entries)
+        monkeypatch.setattr(pairs, "_DEEP", deep)
+        monkeypatch.setattr(pairs, "TILE", tile)
+        monkeypatch.setattr(all_pairs, "TILE", tile)
         found = recognition(x, labels, fars)
         assert found.tar == pytest.approx(expected.tolist()) and found.recall == pytest.approx(float(right))
         assert found.precision == pytest.approx(sum(average) / len(average))
@@ -38,7 +42,7 @@ def test_blocks_equal_the_matrix_of_all_pairs(monkeypatch):
 
 def test_the_largest_are_kept_when_parts_come_one_by_one():
     values = torch.randn(30_000, generator=torch.Generator().manual_seed(0))
-    kept = pairs._Largest(50)
+    kept = all_pairs.Largest(50)
     for part in values.split(1000):
         kept.add(part)
     assert torch.equal(kept.sorted(), values.topk(50).values) and kept.floor > -torch.inf

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lineament.audit.phrases import compact, percent, percent_interval
 from lineament.audit.subject import Subject
-from lineament.learn.projection.layers import effective_rank
+from lineament.measure.embeddings.geometry import geometry
 from lineament.measure.embeddings.pairs import Recognition, recognition
 from lineament.measure.embeddings.spread import recognition_spread
 from lineament.report.figures import picture
@@ -99,7 +99,7 @@ def look(subject: Subject) -> Section:
     threshold = recognised.thresholds[at]
     alike, unlike = _extremes(unit, labels)
     like = torch.cat([s for _, s in _genuine(unit, labels)])
-    impostors = torch.tensor([s for _, _, s in alike])
+    impostors, lie = torch.tensor([s for _, _, s in alike]), geometry(unit, labels, neighbours=_NEIGHBOURS)
     found = Embeddings(
         site=site,
         width=unit.shape[1],
@@ -107,10 +107,10 @@ def look(subject: Subject) -> Section:
         far=fars[at],
         tar=(recognised.tar[at], *spread.tar[at]),
         recall=(recognised.recall, *spread.recall),
-        effective_rank=effective_rank(unit),
-        alignment=float((2 - 2 * like).mean()),
-        uniformity=_uniformity(unit),
-        hubs=_hubs(unit),
+        effective_rank=lie.effective_rank,
+        alignment=lie.alignment,
+        uniformity=lie.uniformity,
+        hubs=(lie.lonely, lie.hub),
         above_median=float((impostors > like.median()).float().mean()),
         groups=_groups(subject, unit, labels, rows, threshold),
         alike=[(int(rows[i]), int(rows[j]), s) for i, j, s in alike],
@@ -209,21 +209,6 @@ def _extremes(unit: Tensor, labels: Tensor) -> tuple[list[Any], list[Any]]:
         sorted(alike, key=lambda pair: -pair[2])[: 2 * _SHOWN],
         [(int(i), int(j), float(s)) for (i, j), s in zip(pairs[least].tolist(), scores[least])],
     )
-
-
-def _uniformity(unit: Tensor) -> float:
-    total = sum(float((-2 * (2 - 2 * part @ unit.T)).exp().sum()) for part in unit.split(512))
-    return math.log((total - len(unit)) / (len(unit) * (len(unit) - 1)))
-
-
-def _hubs(unit: Tensor) -> tuple[int, int]:
-    k = min(_NEIGHBOURS, len(unit) - 1)
-    counts = torch.zeros(len(unit), dtype=torch.long)
-    for rows in torch.arange(len(unit)).split(512):
-        scores = unit[rows] @ unit.T
-        scores[torch.arange(len(rows)), rows] = -math.inf
-        counts += torch.bincount(scores.topk(k, 1).indices.flatten(), minlength=len(unit))
-    return int((counts == 0).sum()), int(counts.max())
 
 
 def _groups(subject: Subject, unit: Tensor, labels: Tensor, rows: Tensor, threshold: float) -> list[Group]:

@@ -21,6 +21,7 @@ from lineament.core.readouts.logistic_readout import logistic
 from lineament.core.readouts.ridge_readout import ridge
 from lineament.core.results import Readable, plain
 from lineament.core.sites.activations import record
+from lineament.core.statistics.effective_rank import effective_rank
 
 
 @dataclass(frozen=True)
@@ -133,20 +134,6 @@ def pooled(x: Tensor) -> Tensor:
     if x.ndim == 4:
         return x.mean((2, 3))
     return x.mean(1) if x.ndim == 3 else x.reshape(len(x), -1)
-
-
-def effective_rank(x: Tensor) -> float:
-    """exp of the entropy of the shares of principal variances.
-
-    >>> round(effective_rank(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])), 4)
-    2.0
-    """
-    variances = torch.linalg.svdvals((x - x.mean(0)).double()).square()
-    total = variances.sum()
-    if not total > 0:
-        return 0.0
-    shares = variances[variances > 0] / total
-    return float(torch.exp(-(shares * shares.log()).sum()))
 
 
 def _layer(

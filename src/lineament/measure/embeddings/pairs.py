@@ -15,10 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lineament.core.checks import InputError, number, require, show
+from lineament.core.pairs import TILE, Largest, Neighbours, tiles
 from lineament.core.results import Readable, plain
 
 # Similarities that lie in memory at once.
 _ENTRIES = 1 << 22
+# Up to so many neighbours are kept while tiles go by; of more, whole rows are multiplied again.
+_DEEP = 64
 
 
 @dataclass(frozen=True)
@@ -63,34 +66,42 @@ def recognition(embeddings: Tensor, labels: Tensor, fars: Sequence[float] = (1e-
     ((1.0,), 1.0, 1.0)
     """
     unit, labels = _checked(embeddings, labels)
+    order = labels.argsort(stable=True)
+    unit, labels = unit[order], labels[order]
     counts = torch.bincount(labels)
     n, pairs = len(unit), len(unit) * (len(unit) - 1) // 2
     genuine = int((counts * (counts - 1) // 2).sum())
     impostors = pairs - genuine
     allowed = [int(number("fars", far, low=0, high=1) * impostors * (1 + 1e-12)) for far in fars]
-    like, tops = [], _Largest(min(max(allowed) + 1, impostors))
-    others = _others_of(labels)
-    size = max(1, _ENTRIES // n)
-    hits, precision = 0, 0.0
+    like, tops = [], Largest(min(max(allowed) + 1, impostors))
     depth = int(counts.max()) - 1
-    for start in range(0, n, size):
+    near = Neighbours(n, depth, unit) if depth <= _DEEP else None
+    for tile in tiles(unit):
+        if near is not None:
+            near.add(tile)
+        own, other = (labels[at : at + TILE] for at in (tile.start, tile.other))
+        if own[-1] < other[0]:  # of two labels all
+            tops.add(tile.scores)
+            continue
+        same = own[:, None] == other
+        if tile.start == tile.other:
+            above = torch.ones_like(same).triu(1)
+            like.append(tile.scores[same & above])
+            tops.add(tile.scores[~same & above])
+        else:
+            like.append(tile.scores[same])
+            tops.add(tile.scores[~same])
+    hits, precision = 0, 0.0
+    for start in range(0, n, size := max(1, _ENTRIES // n)):
         rows = slice(start, min(start + size, n))
-        # Every pair once: rows of the block with what follows. Genuine pairs are few and known: they are taken out.
-        scores = unit[rows] @ unit[start:].T
-        count = rows.stop - start
-        scores[:, :count].masked_fill_(
-            torch.ones(count, count, dtype=torch.bool, device=unit.device).tril(), -torch.inf
-        )
-        i, j = (each - start for each in others(rows))
-        like.append(scores[i, j])
-        scores[i, j] = -torch.inf
-        tops.add(scores)
-    for start in range(0, n, size):
-        rows = slice(start, min(start + size, n))
-        scores = unit[rows] @ unit.T
-        own = torch.arange(rows.stop - start)
-        scores[own, start + own] = -torch.inf
-        right = labels[scores.topk(depth, 1).indices] == labels[rows, None]
+        if near is not None:
+            found = near.indices[rows]
+        else:
+            scores = unit[rows] @ unit.T
+            own = torch.arange(rows.stop - start)
+            scores[own, start + own] = -torch.inf
+            found = scores.topk(depth, 1).indices
+        right = labels[found] == labels[rows, None]
         hits += int(right[:, 0].sum())
         same = counts[labels[rows]] - 1
         rank = torch.arange(1, depth + 1, device=right.device)
@@ -130,49 +141,6 @@ def borda_count(table: Mapping[str, Sequence[float]]) -> dict[str, float]:
         for name, values in table.items()
     }
     return dict(sorted(points.items(), key=lambda item: -item[1]))
-
-
-class _Largest:
-    """The largest of numbers that come in parts."""
-
-    def __init__(self, count: int):
-        self.count, self.parts, self.held, self.floor = count, [], 0, -torch.inf
-
-    def add(self, values: Tensor) -> None:
-        """Numbers of any shape; -inf is none. Runs of 64 whose largest is below the floor are passed over."""
-        flat = values.flatten()
-        if self.floor > -torch.inf and len(flat) >= 64:
-            whole = flat[: len(flat) // 64 * 64].view(-1, 64)
-            flat = torch.cat([whole[whole.amax(1) > self.floor].flatten(), flat[whole.numel() :]])
-        found = flat[flat > self.floor]
-        self.parts.append(found)
-        self.held += len(found)
-        if self.held > 2 * self.count + 4096:
-            kept = torch.cat(self.parts).topk(self.count).values
-            self.parts, self.held, self.floor = [kept], len(kept), float(kept[-1])
-
-    def sorted(self) -> Tensor:
-        found = torch.cat(self.parts)
-        return found.topk(min(self.count, len(found))).values
-
-
-def _others_of(labels: Tensor) -> Any:
-    """Gives, for a slice of rows, all pairs (i, j), i < j, of one label with i in the slice."""
-    order = labels.argsort(stable=True)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
-    ends = torch.bincount(labels).cumsum(0)[labels[order]]
-    after = ends - torch.arange(len(order), device=order.device) - 1  # how many of the label follow, by place
-
-    def pairs(rows: slice) -> tuple[Tensor, Tensor]:
-        at = place[rows]
-        counts = after[at]
-        i = torch.arange(rows.start, rows.stop, device=labels.device).repeat_interleave(counts)
-        first = counts.cumsum(0) - counts
-        step = torch.arange(len(i), device=labels.device) - first.repeat_interleave(counts) + 1
-        return i, order[at.repeat_interleave(counts) + step]
-
-    return pairs
 
 
 def _checked(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lineament.core.checks import number, require, show
+from lineament.core.checks import number, one_of, require, show
 from lineament.core.results import Readable, plain
 
 
@@ -119,6 +120,145 @@ def tar_at_far(scores: Tensor, same: Tensor, fars: Sequence[float] | Tensor) -> 
     return torch.tensor(found, dtype=torch.float64) / len(genuine)
 
 
+def equal_error_rate(scores: Tensor, same: Tensor) -> float:
+    """The error at the threshold where as large a share of impostors is accepted as of genuine pairs is refused; between two scores on the line that joins them.
+
+    >>> equal_error_rate(torch.tensor([0.9, 0.4, 0.6, 0.1]), torch.tensor([1, 1, 0, 0]))
+    0.5
+    """
+    _both_kinds(same)
+    fpr, tpr, _ = roc(scores, same, drop_intermediate=False)
+    refused = 1 - tpr
+    # The first point at which more impostors are accepted than genuine pairs refused.
+    at = int((fpr >= refused).nonzero()[0])
+    before = float(refused[at - 1] - fpr[at - 1]) if at else 0.0
+    after = float(fpr[at] - refused[at])
+    share = before / (before + after) if before + after > 0 else 0.0
+    last = float(fpr[max(at - 1, 0)])
+    return last + share * (float(fpr[at]) - last)
+
+
+def val_at_far(
+    embeddings: Tensor,
+    same: Tensor,
+    far: float = 1e-3,
+    folds: int = 10,
+    *,
+    stop: float = 4.0,
+    step: float = 0.001,
+) -> tuple[float, float, float]:
+    """LFW's VAL@FAR: on nine folds the distance at which ``far`` of the impostors are accepted, between thresholds on a line; on the tenth the share of genuine pairs below it.
+
+    Thresholds of one false-accept rate count once, the largest of them, where the copied code fails. Where no threshold of the others reaches ``far``, none is accepted.
+
+    Args:
+        embeddings, same: as for :func:`fold_accuracy`.
+
+    Returns:
+        The folds' mean share, its population deviation, and the mean false-accept rate on the held-out folds, which may be above ``far``.
+
+    >>> x = torch.eye(2)[[0, 0, 0, 1, 1, 1, 1, 0]]
+    >>> val_at_far(x, torch.tensor([1, 0, 1, 0]), 0.5, folds=2)
+    (1.0, 0.0, 0.0)
+    """
+    number("far", far, low=0, high=1)
+    require(
+        embeddings.ndim == 2 and len(embeddings) == 2 * len(same),
+        f"embeddings: got {show(embeddings)} beside {len(same)} pairs, expected two rows a pair",
+    )
+    number("folds", folds, low=2, high=len(same), integer=True)
+    distance = (embeddings[0::2] - embeddings[1::2]).double().square().sum(1).cpu().numpy()
+    known, thresholds = same.bool().cpu().numpy(), np.arange(0, stop, step)
+    shares, rates = [], []
+    for test in np.array_split(np.arange(len(known)), folds):
+        rest = np.ones(len(known), dtype=bool)
+        rest[test] = False
+        impostors = np.sort(distance[rest & ~known])
+        own, genuine = distance[test], known[test]
+        require(
+            len(impostors) > 0 and 0 < int(genuine.sum()) < len(genuine),
+            "same: a fold, or all but one, has pairs of one kind only, expected both; shuffle the pairs, or take fewer folds",
+        )
+        accepted = np.searchsorted(impostors, thresholds, side="left") / len(impostors)
+        rate, first = np.unique(accepted[::-1], return_index=True)  # of each rate the largest threshold
+        at = float(np.interp(far, rate, thresholds[::-1][first])) if rate[-1] >= far else 0.0
+        shares.append((own[genuine] < at).mean())
+        rates.append((own[~genuine] < at).mean())
+    return float(np.mean(shares)), float(np.std(shares)), float(np.mean(rates))
+
+
+def with_flips(
+    embeddings: Tensor, flipped: Tensor, how: Literal["added", "concatenated"] = "added"
+) -> Tensor:
+    """Unit rows of pictures and of their mirror images: added, as InsightFace and ElasticFace do, or concatenated, as UNPG does.
+
+    >>> with_flips(torch.eye(2), torch.eye(2).flip(0)).tolist()[0][0] == 0.5**0.5
+    True
+    """
+    one_of("how", how, ("added", "concatenated"))
+    require(embeddings.shape == flipped.shape, f"flipped: got {show(flipped)}, expected the shape of {show(embeddings)}")  # fmt: skip
+    return F.normalize(embeddings + flipped if how == "added" else torch.cat([embeddings, flipped], 1), dim=1)
+
+
+@dataclass(frozen=True)
+class Verification(Readable):
+    """What a protocol says of some pairs: ``accuracy``, its deviation over folds (``None`` without folds), true-accept rates and the false-accept rates that they were read at, and the equal error rate."""
+
+    protocol: str
+    accuracy: float
+    deviation: float | None
+    tar: tuple[float, ...]
+    far: tuple[float, ...]
+    equal_error: float
+
+
+def verification(
+    embeddings: Tensor,
+    same: Tensor,
+    *,
+    flipped: Tensor | None = None,
+    protocol: Literal["insightface", "unpg"] = "insightface",
+    fars: Sequence[float] = (1e-2, 1e-3),
+) -> Verification:
+    """Pairs judged as one of two codes judges them, so that figures can be compared with published ones.
+
+    ``"insightface"``: flips added, accuracy of ten folds, and true-accept rates whose false-accept rate is never exceeded. ``"unpg"``: flips concatenated, the best threshold's accuracy on all
+    pairs, which is optimistic, and rates at the ROC's nearest point, whose false-accept rate may be above the one asked for.
+
+    Args:
+        embeddings: [2n, d]; pair p is rows 2p and 2p + 1. same: [n] whether a pair is one person. flipped: of the mirrored pictures.
+
+    >>> x = torch.eye(2)[[0, 0, 0, 1, 1, 1, 1, 0]].repeat(5, 1)
+    >>> verification(x, torch.tensor([1, 0] * 10), fars=[0.1]).tar
+    (1.0,)
+    """
+    one_of("protocol", protocol, ("insightface", "unpg"))
+    require(
+        embeddings.ndim == 2 and len(embeddings) == 2 * len(same),
+        f"embeddings: got {show(embeddings)} beside {len(same)} pairs, expected two rows a pair",
+    )
+    unit = F.normalize(embeddings, dim=1)
+    if flipped is not None:
+        unit = with_flips(embeddings, flipped, "added" if protocol == "insightface" else "concatenated")
+    scores = (unit[0::2] * unit[1::2]).sum(1)
+    error = equal_error_rate(scores, same)
+    if protocol == "unpg":
+        tar, far = nearest_tar_at_far(scores, same, fars)
+        accuracy = best_threshold_accuracy(scores, same)
+        return Verification(protocol, accuracy, None, tuple(tar.tolist()), tuple(far.tolist()), error)
+    found = fold_accuracy(unit, same)
+    tar = tar_at_far(scores, same, fars)
+    return Verification(protocol, found.mean, found.std, tuple(tar.tolist()), tuple(map(float, fars)), error)
+
+
+def _both_kinds(same: Tensor) -> None:
+    genuine, count = int(same.bool().sum()), len(same)
+    require(
+        0 < genuine < count,
+        f"same: got {genuine} genuine and {count - genuine} impostor pairs, expected some of both",
+    )
+
+
 def roc(scores: Tensor, same: Tensor, *, drop_intermediate: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """False and true positive rates and thresholds, from the strictest on, by scikit-learn.
 
@@ -181,10 +321,14 @@ class Separation(Readable):
     gap: float
     overlap_positive: float
     overlap_negative: float
+    robust_gap: float
 
 
-def separation(positives: Tensor, negatives: Tensor) -> Separation:
+def separation(positives: Tensor, negatives: Tensor, *, quantile: float = 0.01) -> Separation:
     """inf S^p, sup S^n, their difference, and the shares of pairs on the wrong side of the other's extreme.
+
+    Args:
+        quantile: ``robust_gap`` is that quantile of the positives less the negatives' quantile of one minus it, which single pairs do not decide; at 0 it is the gap.
 
     Raises:
         InputError: no pair of one kind.
@@ -192,13 +336,19 @@ def separation(positives: Tensor, negatives: Tensor) -> Separation:
     >>> separation(torch.tensor([0.5, 0.75]), torch.tensor([0.25])).gap
     0.25
     """
+    number("quantile", quantile, low=0, high=0.5)
     for name, values in (("positives", positives), ("negatives", negatives)):
         require(len(values) > 0, f"{name}: got no similarity, expected those of one pair or more")
     low, high = float(positives.min()), float(negatives.max())
+    inner = [
+        float(np.quantile(x.detach().double().cpu().numpy(), q))
+        for x, q in ((positives, quantile), (negatives, 1 - quantile))
+    ]
     return Separation(
         low,
         high,
         low - high,
         float((positives <= high).double().mean()),
         float((negatives >= low).double().mean()),
+        inner[0] - inner[1],
     )
