@@ -15,7 +15,8 @@ from lineament.core import checks
 from lineament.core.checks import require
 from lineament.core.models import is_half
 
-_SAMPLES, _ATOMS = 2048, 32
+_SAMPLES, _ATOMS = 4096, 32  # of one block of a pass
+_ROWS = 2048  # coded at once
 _PIVOTS = 6
 _EXACT = 64  # atoms up to which small systems, one a row, are solved
 METHODS = ("hals", "fista")
@@ -109,9 +110,9 @@ def nnls(
             sparsity,
             tolerance,
             steps,
-            None if start is None else start[at : at + _SAMPLES],
+            None if start is None else start[at : at + _ROWS],
         )
-        for at, part in zip(range(0, len(x), _SAMPLES), x.split(_SAMPLES))
+        for at, part in zip(range(0, len(x), _ROWS), x.split(_ROWS))
     ]
     return torch.cat(parts) if parts else x.new_zeros(0, len(atoms))
 

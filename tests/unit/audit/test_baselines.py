@@ -52,6 +52,11 @@ def test_the_table_finds_the_descriptor_that_sees_it_and_resumes(tmp_path):
         baseline(data, out=tmp_path / "a", note=stop, **asked)
     found = baseline(data, out=tmp_path / "a", note=lines.append, **asked)
     assert any("cut off" in line for line in lines)
+    # What is done is not told again.
+    assert [sum(pair in line for line in lines) for pair in ("pixels with knn", "hog with infinite")] == [
+        1,
+        2,
+    ]
     whole = baseline(data, out=tmp_path / "b", **asked)
     keep = lambda report: [  # noqa: E731
         {k: v for k, v in pair.items() if not k.startswith("seconds")}
