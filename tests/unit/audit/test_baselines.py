@@ -111,7 +111,7 @@ def test_bad_words_are_named_before_any_work(options, word, tmp_path):
     [
         ((torch.rand(6, 3), torch.zeros(6, dtype=torch.long)), "one class"),
         ((torch.rand(6, 3), torch.rand(6)), "class label"),
-        ((torch.rand(5, 3), torch.tensor([0, 0, 1, 1, 2])), "single sample"),
+        ((torch.rand(5, 3), torch.tensor([0, 0, 1, 1, 2])), "class 2 has a single sample"),
     ],
 )
 def test_data_without_classes_to_learn_are_refused(data, word, tmp_path):
