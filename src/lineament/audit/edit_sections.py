@@ -146,14 +146,10 @@ def _worth(
             f"a change of {100 * change:+.1f} points (95 % interval {100 * low:+.1f} to {100 * high:+.1f})"
         )
         rows = [
-            [name, *(percent(v) for v in share(one.each)), *([f"{100 * v:+.1f}" for v in changes[name]] if name in changes else [None] * 3)]
+            [name, percent_interval(share(one.each)), _points(changes[name]) if name in changes else None]
             for name, one in scores.items()
-        ]  # fmt: skip
-        return (
-            "Accuracy",
-            told,
-            (["network", "accuracy", "from", "to", "change, points", "from ", "to "], rows),
-        )
+        ]
+        return "Accuracy", told, (["network", "accuracy (95 % interval)", "change in points (95 % interval)"], rows)  # fmt: skip
     if unit == "perplexity":
         times, low, high = changes[NOW]
         told = f"perplexity is {now.value:.2f} where it was {was.value:.2f}, {times:.3f} times as high (95 % interval {low:.3f} to {high:.3f}, {len(was.each)} sequences that did not calibrate)"
@@ -166,6 +162,12 @@ def _worth(
         told,
         (["network", "squared distance from the own answers"], rows),
     )
+
+
+def _points(change: Interval) -> str:
+    """A change of shares in points, with its interval."""
+    mean, low, high = (f"{100 * v:+.1f}" for v in change)
+    return f"{mean} ({low} to {high})"
 
 
 def _knows(subject: EditSubject, was: Score) -> bool:
@@ -187,13 +189,13 @@ def classes_section(subject: EditSubject, before: Tensor, after: Tensor) -> Sect
         change = paired_difference(after[there], before[there])
         changes.append(change)
         rows.append(
-            [name_of(subject, number), int(there.sum()), *(percent_interval(share(x[there])) for x in (before, after)), *(f"{100 * v:+.1f}" for v in change)]
+            [name_of(subject, number), int(there.sum()), *(percent_interval(share(x[there])) for x in (before, after)), _points(change)]
         )  # fmt: skip
     at = min(range(len(rows)), key=lambda at: changes[at][0])
     there, name = labels == present[at], rows[at][0]
     was, now = (float(x[there].double().mean()) for x in (before, after))
-    text = f"The class that changes most for the worse is {name}: right in {percent(now)} where it was {percent(was)} (of {int(there.sum())} samples; a change of {100 * changes[at][0]:+.1f} points, {100 * changes[at][1]:+.1f} to {100 * changes[at][2]:+.1f})."
-    table = Table("Accuracy by class, with 95 % intervals", ["class", "samples", "before", "after", "change, points", "from", "to"], rows)  # fmt: skip
+    text = f"The class that changes most for the worse is {name}: right in {percent(now)} where it was {percent(was)} (of {int(there.sum())} samples; a change in points of {_points(changes[at])})."
+    table = Table("Accuracy by class, with 95 % intervals", ["class", "samples", "before", "after", "change in points"], rows)  # fmt: skip
     told = pays(before[there], after[there], len(rows))
     findings = [Finding("warning", text, "classes", "Compare classes before you use it, or take fewer channels out.", key="class pays")] if told else []  # fmt: skip
     numbers = [

@@ -59,7 +59,8 @@ class EditSubject:
     halves: tuple[list[Any], list[Any]]
     labels: tuple[Tensor, Tensor] | None
     classes: tuple[str, ...]
-    tokenizer: Any = None
+    tokenizer: Any = None  # of a language model
+    words: Any = None  # the tokenizer of a classifier of texts
     notes: tuple[str, ...] = ()
     named: bool = False  # whether a command line can name the model
     doubt: Doubt = NONE  # why its answers as it was say little of what an edit costs
@@ -102,6 +103,7 @@ def edit_subject(model: Any, data: Any, options: EditOptions) -> EditSubject:
         labels = (both.targets[rows[0]], both.targets[rows[1]]) if both.task == "classification" else None
         return EditSubject(
             loaded.model, loaded.source, f"{samples.source}, {len(both)} samples", halves, labels, both.classes,  # pyright: ignore[reportArgumentType]
+            words=loaded.tokenizer,
             notes=both.notes, named=isinstance(model, str), doubt=doubt(both, () if options.classes else samples.classes),
         )  # fmt: skip
 

@@ -94,11 +94,10 @@ def pruned_report(
     if checkpoint.resumed:
         note("an earlier run of the same pruning was cut off; going on where it stopped")
     note("pruning")
-    calibration, _ = subject.halves
     with unused(folder):
         found = prune(
             subject.model,
-            calibration,
+            _calibration(subject),
             **given,
             options=PruneOptions(checkpoint=checkpoint, widths=options.widths),
         )
@@ -114,7 +113,7 @@ def pruned_report(
             CHANCE: _same(subject, share, criterion="random"),
         }.items()
     }
-    times = timed(subject.model, found.model, calibration[0])
+    times = timed(subject.model, found.model, subject.halves[0][0])
     sections = [pruned_section(subject, found, scores, times)]
     if subject.labels is not None:
         sections.append(classes_section(subject, scores[WAS].each, scores[NOW].each))
@@ -209,8 +208,13 @@ def unlearned_report(
     return _written(folder, checkpoint, subject, facts, [section], notes, found.to_dict())
 
 
+def _calibration(subject: EditSubject) -> list[Any]:
+    """The batches of the calibrating half; each is inputs alone, so that two of them are not taken for inputs and targets."""
+    return [(batch,) for batch in subject.halves[0]]
+
+
 def _same(subject: EditSubject, share: float, **how: Any) -> nn.Module:
-    return prune(subject.model, subject.halves[0], keep=share, **how).model
+    return prune(subject.model, _calibration(subject), keep=share, **how).model
 
 
 def _checkpoint(folder: Path, subject: EditSubject, key: dict[str, Any]) -> Checkpoint:
@@ -220,15 +224,20 @@ def _checkpoint(folder: Path, subject: EditSubject, key: dict[str, Any]) -> Chec
 
 
 def _save(folder: Path, model: nn.Module, subject: EditSubject) -> Path:
-    network = save(model, folder / NETWORK)
-    if subject.tokenizer is not None:
+    """Write the network beside the page, in place of one that an earlier edit left there whole."""
+    network, new = folder / NETWORK, folder / STAGES / NETWORK
+    shutil.rmtree(new, ignore_errors=True)
+    save(model, new)
+    words = subject.words if subject.tokenizer is None else subject.tokenizer
+    if words is not None:
         with suppress(AttributeError):
-            subject.tokenizer.save_pretrained(network)
+            words.save_pretrained(new)
     # How images are read is written beside a Hugging Face model, and is not part of it.
     reads = Path(subject.source) / _READS
     if subject.named and reads.is_file():
-        shutil.copy(reads, network / _READS)
-    return network
+        shutil.copy(reads, new / _READS)
+    shutil.rmtree(network, ignore_errors=True)
+    return new.rename(network)
 
 
 def _opening(subject: EditSubject, network: Path, data: Any, options: EditOptions) -> str:

@@ -23,8 +23,8 @@ def batches_of(
 ) -> Iterable[Any]:
     """Data in any form as batches in the order of the data: a loader and a list of batches as they are, the others cut into parts.
 
-    A tuple or list of arrays and their targets is one data set; a list of two arrays of one shape and type holds two batches of inputs. Parts of an
-    array are views of it. ``once``: they are walked only once, so that an iterator will do.
+    A tuple or list of arrays and their targets is one data set; a list of two arrays of one type whose samples are of one shape holds two batches of inputs.
+    Parts of an array are views of it. ``once``: they are walked only once, so that an iterator will do.
 
     Raises:
         InputError: an iterator, a path, inputs and targets of other lengths, or no data at all.
@@ -32,8 +32,8 @@ def batches_of(
     >>> x, y = torch.zeros(5, 2), torch.arange(5)
     >>> [(len(inputs), labels.tolist()) for inputs, labels in batches_of((x, y), batch_size=3)]
     [(3, [0, 1, 2]), (2, [3, 4])]
-    >>> [len(inputs) for inputs in batches_of([x, x])]
-    [5, 5]
+    >>> [len(inputs) for inputs in batches_of([x, x[:3]])]
+    [5, 3]
     """
     if isinstance(data, (str, Path)):
         raise InputError(f"{name}: got the path {str(data)!r}, expected {FORMS}; read it with load.load_data")
@@ -63,7 +63,10 @@ def _is_pair(data: Any) -> bool:
         return False
     first, second = data
     if isinstance(first, (Tensor, np.ndarray)):
-        alike = first.shape == second.shape and str(first.dtype) == str(second.dtype)
+        # The last batch may be shorter than the first.
+        alike = str(first.dtype) == str(second.dtype) and (
+            first.shape[1:] == second.shape[1:] if first.ndim > 1 else first.shape == second.shape
+        )
         return isinstance(data, tuple) or not alike
     return isinstance(first, Mapping) or (
         isinstance(first, tuple) and all(isinstance(each, (Tensor, np.ndarray)) for each in first)

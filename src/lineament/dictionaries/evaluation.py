@@ -21,6 +21,7 @@ from lineament.core.sites.naming import Site
 from lineament.core.sites.resuming import FromSite
 from lineament.dictionaries.harvest import TOKENS_AT_ONCE, seeded
 from lineament.dictionaries.metrics import (
+    CleanRun,
     ErrorMeter,
     UsageMeter,
     atom_overlap,
@@ -225,6 +226,7 @@ class _Evaluation:
             with torch.no_grad(), start.replayed(1), replace(self.model, put):
                 return batch.logits(batch.call(self.model))
 
+        clean = CleanRun(clean.reshape(-1, clean.shape[-1]))
         self._add(self._compared("", clean, None, batch, scored))
         for name, value in (("mean", self.mean.expand_as(rows)), ("zero", torch.zeros_like(rows))):
             self._add(self._compared(name, clean, run(value), batch, scored, only="ce"))
@@ -248,17 +250,15 @@ class _Evaluation:
         return features_last(found, self.site)
 
     def _compared(
-        self, name: str, clean: Tensor, other: Tensor | None, batch: Batch, scored: Tensor, only: str = ""
+        self, name: str, clean: CleanRun, other: Tensor | None, batch: Batch, scored: Tensor, only: str = ""
     ) -> dict[str, Tensor]:
         """Of each sequence the sums over its tokens that count, by name."""
-        size = clean.shape[-1]
         labels = batch.labels
-        if labels is not None and labels.shape != clean.shape[:-1]:
+        if labels is not None and labels.shape != scored.shape:
             labels = None
         flat = None if labels is None else labels.reshape(-1).long()
-        found = token_losses(
-            clean.reshape(-1, size), flat, None if other is None else other.reshape(-1, size), only=only
-        )
+        told = None if other is None else other.reshape(len(clean.best), -1)
+        found = token_losses(clean, flat, told, only=only)
         sums = {}
         for what, values in found.items():
             kept = (

@@ -26,6 +26,7 @@ ORDERS = ("codes, dictionary", "dictionary, codes")
 SOLVERS = ("hals", "multiplicative", "minibatch")
 INITS = ("nndsvda", "random")
 _ROWS = 4096
+_SETTLING = 4
 _PASSES = 300  # of HALS over the atoms at most, where rows are coded
 
 
@@ -248,6 +249,10 @@ def nmf(
         iterations: passes at most; tolerance: ends when the error falls by less than this times itself in ten passes.
         batch_size: of ``"minibatch"``. site: where x passed, for :attr:`NMF.site`. seed: of random starts and batches.
 
+    Returns:
+        An :class:`NMF`, whose codes of any row are exact. Its ``info`` is of the codes that HALS ends with: where it was stopped early their
+        ``relative_error`` is a little above that of exact codes, and they have fewer ``mean_active``.
+
     Raises:
         InputError: values below 0, NaN, as many atoms as numbers in a row without sparsity.
 
@@ -280,7 +285,7 @@ def nmf(
                     break
                 last = error
         near = codes
-    return _made(NMF, x, atoms, site, near=near, sparsity=sparsity)
+    return _made(NMF, x, atoms, site, near=near, solved=solver == "hals", sparsity=sparsity)
 
 
 def _made(
@@ -291,9 +296,12 @@ def _made(
     *,
     mean: Tensor | None = None,
     near: Tensor | None = None,
+    solved: bool = False,
     **settings: Any,
 ) -> Any:
-    """The dictionary with atoms of norm 1 (dead ones of 0), and what it leaves of x; ``near``: codes of x in the atoms as given that are close."""
+    """The dictionary with atoms of norm 1 (dead ones of 0), and what it leaves of x; ``near``: codes of x in the atoms as given that are close, and where they
+    are ``solved`` by HALS passes, a few more settle them in the last atoms: the exact codes of every row can take as long as all passes did.
+    """
     settings = {name: value for name, value in settings.items() if value}
     found = kind(x.shape[1], len(atoms), site=site, **settings).to(x)
     norms = atoms.norm(dim=1, keepdim=True)
@@ -302,7 +310,15 @@ def _made(
         found.mean.copy_(mean)
     left = seen = 0.0
     for at, part in zip(range(0, len(x), _ROWS), x.split(_ROWS)):
-        codes = found.coded(part - found.mean, None if near is None else near[at : at + _ROWS] * norms.T)
+        close = None if near is None else near[at : at + _ROWS] * norms.T
+        if solved and close is not None:
+            z, gram = close.T.contiguous(), found.basis @ found.basis.T
+            slopes = found.basis @ part.T - settings.get("sparsity", 0.0)
+            for _ in range(_SETTLING):
+                sweep(z, slopes, gram)
+            codes = z.T
+        else:
+            codes = found.coded(part - found.mean, close)
         left += float((part - codes @ found.basis - found.mean).double().square().sum())
         seen = seen + (codes != 0).sum(0)
     total = float(x.double().square().sum())

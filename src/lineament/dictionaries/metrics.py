@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from lineament.core.checks import require, show
 from lineament.core.codes import Codes
 from lineament.core.statistics.accumulation import Stream
+from lineament.dictionaries.topk.shards import whole
 
-_TOKENS = 2**24  # logits compared at once
+_CACHED, _ELEMENTS = 2**17, 2**24  # logits compared at once: on a CPU, elsewhere
 
 
 def error_metrics(x: Tensor, reconstruction: Tensor) -> dict[str, float]:
@@ -158,37 +160,76 @@ class UsageMeter(Stream):
         }
 
 
+class CleanRun:
+    """The logits that other runs are compared with: what all comparisons need of them is computed once.
+
+    Args:
+        logits: (tokens, vocabulary).
+
+    Attributes:
+        logits: in single or double precision. total: (tokens), the logarithm of the sum of exponentials. best: (tokens), the best class.
+
+    >>> clean = CleanRun(torch.zeros(1, 2))
+    >>> clean.best.tolist(), round(clean.total.item(), 4)
+    ([0], 0.6931)
+    """
+
+    def __init__(self, logits: Tensor):
+        logits = logits.detach()
+        self.logits = logits if logits.dtype == torch.float64 else logits.float()
+        self.total = self.logits.new_empty(len(logits))
+        self.best = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+        for rows in self.parts():
+            self.total[rows] = self.logits[rows].logsumexp(-1)
+            self.best[rows] = self.logits[rows].max(-1).indices
+
+    def parts(self) -> Iterator[slice]:
+        """The tokens in parts whose logits stay in a processor's cache between passes over them."""
+        elements = _CACHED if self.logits.device.type == "cpu" else _ELEMENTS
+        most = max(1, elements // max(1, self.logits.shape[-1]))
+        return (slice(start, start + most) for start in range(0, len(self.logits), most))
+
+
 def token_losses(
-    logits: Tensor, labels: Tensor | None, other: Tensor | None = None, *, only: str = ""
+    logits: Tensor | CleanRun, labels: Tensor | None, other: Tensor | None = None, *, only: str = ""
 ) -> dict[str, Tensor]:
     """Of each token: ``ce`` of the logits, and where other logits are given ``kl`` (logits || other), ``ce`` being the other's, and ``agree``.
 
     Args:
-        logits: (tokens, vocabulary). labels: (tokens); negative ones are left out as NaN.
+        logits: (tokens, vocabulary), or the :class:`CleanRun` of them where several runs are compared with it.
+        labels: (tokens); negative ones are left out as NaN.
         other: (tokens, vocabulary), of the run that is compared with the clean one.
         only: ``"ce"`` or ``"kl"``, to compute no more than that: with a large vocabulary each pass over the logits counts.
     """
-    found: dict[str, list[Tensor]] = {"ce": [], "kl": [], "agree": [], "right": []}
-    most = max(1, _TOKENS // max(1, logits.shape[-1]))
-    for start in range(0, max(len(logits), 1), most):
-        rows = slice(start, start + most)
-        clean = logits[rows].detach()
-        clean = clean if clean.dtype == torch.float64 else clean.float()
-        second = clean if other is None else other[rows].detach().to(clean.dtype)
-        log_q = F.log_softmax(second, -1)
-        if other is not None and only != "ce":
-            log_p = F.log_softmax(clean, -1)
-            found["kl"].append(torch.linalg.vecdot(log_p.exp(), log_p.sub_(log_q)))
-        if other is not None and not only:
-            found["agree"].append((clean.argmax(-1) == second.argmax(-1)).to(clean.dtype))
-        if labels is not None and only != "kl":
-            told = labels[rows]
-            taken = -log_q.gather(-1, told.clamp_min(0)[:, None]).squeeze(-1)
-            found["ce"].append(taken.masked_fill(told < 0, float("nan")))
+    clean = logits if isinstance(logits, CleanRun) else CleanRun(logits)
+    wants = {
+        "ce": labels is not None and only != "kl",
+        "kl": other is not None and only != "ce",
+        "agree": other is not None and not only,
+        "right": labels is not None and not only,
+    }
+    found = {name: clean.total.new_empty(len(clean.total)) for name, wanted in wants.items() if wanted}
+    for rows in clean.parts():
+        one, total, best = clean.logits[rows], clean.total[rows], clean.best[rows]
+        if other is not None:
+            second = other[rows].detach().to(one.dtype)
+            other_total = second.logsumexp(-1)
+            if wants["kl"]:
+                # sum p (a - b) of the logits themselves: equal runs differ by exactly 0.
+                shares = (one - total[:, None]).exp_()
+                found["kl"][rows] = torch.linalg.vecdot(shares, one - second) + (other_total - total)
+            one, total = second, other_total
             if not only:
-                right = (second.argmax(-1) == told).to(clean.dtype)
-                found["right"].append(right.masked_fill(told < 0, float("nan")))
-    return {name: torch.cat(parts) for name, parts in found.items() if parts}
+                best = second.max(-1).indices
+                found["agree"][rows] = (clean.best[rows] == best).to(one.dtype)
+        if labels is not None:
+            told = labels[rows]
+            if wants["ce"]:
+                taken = total - one.gather(-1, told.clamp_min(0)[:, None]).squeeze(-1)
+                found["ce"][rows] = taken.masked_fill(told < 0, float("nan"))
+            if wants["right"]:
+                found["right"][rows] = (best == told).to(one.dtype).masked_fill(told < 0, float("nan"))
+    return found
 
 
 def output_metrics(
@@ -214,7 +255,7 @@ def output_metrics(
         f"labels: got {show(labels)} with logits of shapes {tuple(clean.shape)} and {tuple(substituted.shape)}, expected one label for each",
     )
     told, vocabulary = labels.reshape(-1).long(), clean.shape[-1]
-    first = clean.reshape(-1, vocabulary)
+    first = CleanRun(clean.reshape(-1, vocabulary))
     compared = token_losses(first, told, substituted.reshape(-1, vocabulary))
     found = {
         "ce": mean_known(token_losses(first, told)["ce"]),
@@ -248,14 +289,14 @@ def atom_overlap(dictionary: Any, alive: Tensor) -> tuple[float, float]:
     >>> atom_overlap(Neurons(3), torch.ones(3, dtype=torch.bool))
     (0.0, 0.0)
     """
-    atoms = dictionary.atoms[alive.to(dictionary.atoms.device)].float()
+    atoms = dictionary.atoms
+    atoms = atoms[alive.to(atoms.device)].float()
     if len(atoms) < 2:
         return float("nan"), float("nan")
     unit = F.normalize(atoms, dim=1)
     encoder = getattr(dictionary, "W_enc", None)
-    encoder = (
-        unit if encoder is None else F.normalize(encoder.detach()[alive.to(encoder.device)].float(), dim=1)
-    )
+    encoder = None if encoder is None else whole(encoder).to(atoms.device)
+    encoder = unit if encoder is None else F.normalize(encoder[alive.to(encoder.device)].float(), dim=1)
     best, suppressing = [], 0
     for start in range(0, len(unit), 2048):
         rows = slice(start, start + 2048)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.data import DataLoader, default_collate
 
 from lineament.core import checks
@@ -26,6 +27,7 @@ from lineament.load.data import load_data
 SOURCES = ("labels", "sampled", "max_logit")
 Gradient = str | Callable[[Tensor, "Batch"], Tensor]
 _IDS, _MASK = "input_ids", "attention_mask"
+_CACHED, _ELEMENTS = 2**17, 2**24  # logits taken at once: on a CPU, elsewhere
 
 
 @dataclass(frozen=True)
@@ -218,14 +220,45 @@ def objective(gradient: Gradient, output: Any, batch: Batch, seed: int) -> Tenso
         labels.shape == scores.shape[:-1],
         f"gradient: got labels of shape {tuple(labels.shape)} for logits {tuple(scores.shape)}, expected one for each",
     )
-    return F.cross_entropy(
-        scores.flatten(0, -2).float()
-        if scores.dtype in (torch.bfloat16, torch.float16)
-        else scores.flatten(0, -2),
-        labels.flatten().long().clamp_min(-1),
-        ignore_index=-1,
-        reduction="sum",
-    )
+    return _CrossEntropy.apply(scores.flatten(0, -2), labels.flatten().long())  # pyright: ignore[reportReturnType]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The summed cross-entropy; rows of negative labels count nowhere.
+
+    Its gradient is made beside it, some rows at a time while their logits are in the cache: with a large vocabulary the passes over the logits of separate
+    log-softmax, loss and backward take as long as a few layers.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, labels: Tensor) -> Tensor:
+        slope = torch.empty_like(scores)
+        wide = torch.float32 if scores.dtype in (torch.bfloat16, torch.float16) else scores.dtype
+        total = scores.new_zeros((), dtype=wide)
+        most = max(1, (_CACHED if scores.device.type == "cpu" else _ELEMENTS) // scores.shape[-1])
+        for rows in (slice(start, start + most) for start in range(0, len(scores), most)):
+            part, there = scores[rows].to(wide), (labels[rows] >= 0)[:, None]
+            told = labels[rows, None].clamp_min(0)
+            shares = slope[rows]
+            if wide == scores.dtype:
+                torch.softmax(part, -1, out=shares)
+            else:
+                shares = part.softmax(-1)
+            # The largest share is at least 1 / classes, so that its logarithm is never that of 0.
+            losses = part.amax(1, keepdim=True) - shares.amax(1, keepdim=True).log() - part.gather(1, told)
+            total += losses.masked_fill(~there, 0).sum()
+            shares.scatter_add_(1, told, part.new_full(told.shape, -1))
+            shares.masked_fill_(~there, 0)
+            if wide != scores.dtype:
+                slope[rows] = shares
+        ctx.save_for_backward(slope)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (slope,) = ctx.saved_tensors
+        return (slope if bool(grads[0] == 1) else slope * grads[0].to(slope.dtype)), None
 
 
 def checked_gradient(gradient: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from lineament.dictionaries.splice import features_back, features_last, site_in
 
 Positions = Literal["generated", "all", "last"] | Tensor
 _WORDS = ("generated", "all", "last")
+Where = Tensor | EllipsisType | tuple[slice, slice]
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Steer:
     unit: float | None = None
 
     def __post_init__(self) -> None:
-        width = len(self.dictionary.atoms)
+        width = getattr(self.dictionary, "width", None) or len(self.dictionary.atoms)
         number("latent", self.latent, low=0, high=width - 1, integer=True)
         given = [name for name in ("add", "clamp", "scale") if getattr(self, name) is not None]
         require(
@@ -197,9 +199,9 @@ def _changed(site: Site, edits: Sequence[_Edit], tokens: _Tokens) -> Function:
                 f"site {site.name!r}: passed {show(value)}, expected {width} features, which the dictionary was made for",
             )
         where = tokens.where(x, token=value.ndim == 3)
-        if where is not None and not bool(where.any()):
+        if where is None or (isinstance(where, Tensor) and not bool(where.any())):
             return None
-        rows = x if where is None else x[where]
+        rows = x[where]
         new = rows
         if constant is not None:
             key = (x.device, x.dtype)
@@ -212,7 +214,7 @@ def _changed(site: Site, edits: Sequence[_Edit], tokens: _Tokens) -> Function:
             atoms = torch.stack([edit.direction for edit in group]).to(moves)
             # Where nothing moves, not even the sign of a zero changes.
             new = torch.where((moves != 0).any(-1, keepdim=True), new + (moves @ atoms).to(x.dtype), new)
-        if where is not None:
+        if new.shape != x.shape:
             changed = x.clone()
             changed[where] = new
             new = changed
@@ -272,18 +274,20 @@ class _Tokens:
 
         return wrapped
 
-    def where(self, x: Tensor, *, token: bool) -> Tensor | None:
-        """A mask of x's shape without the features; ``None`` is everything."""
+    def where(self, x: Tensor, *, token: bool) -> Where | None:
+        """What of x is steered: an index, or a mask of its shape without the features; ``None`` is nothing."""
         if isinstance(self.positions, Tensor):
             return self._masked(x, self.positions.to(x.device).bool(), token)
         if self.positions == "all" or not token:
-            return None
-        length = x.shape[1]
+            return ...
         if self.prompt is None:
             return self._last(x)
-        index = self.past + torch.arange(length, device=x.device)
-        chosen = index >= self.prompt - 1 if self.positions == "generated" else index == self.prompt - 1
-        return None if bool(chosen.all()) else chosen.expand(len(x), -1)
+        # Of a token that is written, known without a look at any tensor.
+        first, length = self.prompt - 1 - self.past, x.shape[1]
+        start, stop = max(first, 0), length if self.positions == "generated" else min(first + 1, length)
+        if start >= stop:
+            return None
+        return ... if stop - start == length else (slice(None), slice(start, stop))
 
     def _last(self, x: Tensor) -> Tensor:
         """The last token of each row that is no padding."""

@@ -18,6 +18,7 @@ from .condensation.evaluating import evaluate as evaluate
 from .condensation.matching import matching_loss as matching_loss
 from .condensation.networks import convnet as convnet
 from .condensation.options import Condensation as Condensation
+from .condensation.several import condensed_sets as condensed_sets
 from .projection.export import UpTo as UpTo
 from .projection.export import export as export
 from .projection.heads import Reweighting as Reweighting

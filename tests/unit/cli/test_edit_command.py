@@ -293,7 +293,7 @@ def test_accuracies_stand_with_their_intervals(seen, tmp_path):
     assert change == pytest.approx(numbers["scores"]["pruned"] - numbers["scores"]["as it was"])
     assert low < change < high and f"a change of {100 * change:+.1f} points" in network["sentence"]
     assert network["status"] == "good" and "training" not in network["sentence"]
-    assert network["tables"][0]["columns"][:4] == ["network", "accuracy", "from", "to"]
+    assert " to " in network["tables"][0]["rows"][1][1] and network["tables"][0]["rows"][0][2] is None
     assert sum(row[1] for row in classes["numbers"]["classes"]) == 300 and " to " in classes["tables"][0]["rows"][0][2]  # fmt: skip
 
 
@@ -340,3 +340,71 @@ def test_a_class_pays_where_more_samples_fall_than_chance_explains():
     assert not pays(was, torch.arange(81) >= 5, 10)  # 5 of 81 fell: a thirtieth, over ten classes a third
     now = torch.arange(81) >= 12
     assert not pays(~now, now, 10)  # better, not worse, in most
+
+
+@pytest.fixture
+def hugging(tmp_path):
+    """A residual network of transformers for images of 8 x 8, saved with the file that says how its images are normalised."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(
+        num_channels=1, embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=10
+    )  # fmt: skip
+    folder = tmp_path / "hugging"
+    transformers.ResNetForImageClassification(config).save_pretrained(folder)
+    told = {"size": {"height": 8, "width": 8}, "image_mean": [0.25], "image_std": [0.5]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(told))
+    return str(folder)
+
+
+def test_an_edited_hugging_face_model_is_fed_as_it_was(hugging, tmp_path, capsys):
+    out = tmp_path / "out"
+    # The calibrating half is two batches, of 64 and of 36.
+    words = [hugging, "digits", "--samples", "200", "--out", str(out)]
+    assert cli.main(["edit", "prune", *words, "--keep", "0.5"]) == 0
+    assert f"lineament audit {out / 'network'} digits" in capsys.readouterr().err
+    assert not (out / "network" / "config.json").exists()
+    # The command line takes the folder though from_pretrained cannot open it.
+    loaded = load_model(str(out / "network"))
+    assert (loaded.mean, loaded.std, loaded.size) == ((0.25,), (0.5,), (8, 8))
+    same = edit.load(out / "network")
+    image = torch.rand(2, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(image).logits, same(image).logits, rtol=0, atol=0)
+    assert sum(p.numel() for p in same.parameters()) < sum(
+        p.numel() for p in load_model(hugging).model.parameters()
+    )
+    # Another edit in its place leaves nothing of it.
+    assert cli.main(["edit", "unlearn", *words, "--class", "3", "--share", "0.1", "--overwrite"]) == 0
+    assert not (out / "network" / "surgery.json").exists()
+    again = load_model(str(out / "network"))
+    assert (again.mean, again.std, again.size) == ((0.25,), (0.5,), (8, 8))
+
+
+def test_an_edited_classifier_of_texts_keeps_its_tokenizer(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["[PAD]", "[UNK]", "good", "bad", "film", "play", "plot"]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    config = transformers.DistilBertConfig(
+        vocab_size=7, dim=8, hidden_dim=16, n_layers=1, n_heads=2, max_position_embeddings=16,
+        id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1},
+    )  # fmt: skip
+    folder, table = tmp_path / "texts", tmp_path / "texts.csv"
+    transformers.DistilBertForSequenceClassification(config).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(folder)
+    lines = [
+        f"{word} {thing} {other},{word}"
+        for word in ("good", "bad")
+        for thing in words[4:]
+        for other in words[4:]
+    ]
+    table.write_text("\n".join(["text,label", *lines * 3]))
+    out = tmp_path / "out"
+    words = ["edit", "unlearn", str(folder), str(table), "--classes", "bad,good", "--class", "bad"]
+    assert cli.main([*words, "--share", "0.1", "--out", str(out)]) == 0
+    assert load_model(str(out / "network")).tokenizer("good plot")["input_ids"] == [2, 6]

@@ -17,6 +17,7 @@ from lineament.learn import (
     Condensation,
     Condensed,
     condense,
+    condensed_sets,
     convnet,
     herding,
     k_centers,
@@ -413,3 +414,16 @@ def test_halving_is_average_pooling_with_all_derivatives(shape):
         found.append((y, slope, second, turned))
     for ours, theirs in zip(*found):
         torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+
+
+def test_sets_of_several_seeds_are_those_of_each():
+    x, y = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 2
+    told = {"per_class": 1, "method": "dcc", "network": "mlp", "options": QUICK}
+    found = condensed_sets(x, y, seeds=(3, 5), jobs=2, **told)
+    for seed, made in zip((3, 5), found):
+        torch.testing.assert_close(made.pictures, condense(x, y, seed=seed, **told).pictures)
+    assert not torch.equal(found[0].pictures, found[1].pictures)
+    with pytest.raises(InputError, match=r"seeds: got \[1, 1\], expected each once"):
+        condensed_sets(x, y, seeds=(1, 1), **told)
+    with pytest.raises(InputError, match="checkpoint: is for one set"):
+        condensed_sets(x, y, seeds=(1,), checkpoint=object(), **told)

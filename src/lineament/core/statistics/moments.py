@@ -12,7 +12,7 @@ float32 GEMM, and nothing cancels, however far the mean lies from zero. Memory d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -153,17 +153,19 @@ class Covariance(Stream):
         """Take in a batch."""
         x = rows_of("x", x, len(self.mean) if self.count else None)
         for part in x.split(ROWS):
-            centred, mean = centre(part)
-            if self._products is None:
-                d = x.shape[1]
-                self._products = Products(d, d, x.device, symmetric=True)
-                self.mean = torch.zeros_like(mean)
-            a, b = self.count, len(part)
-            shift = mean - self.mean
-            row = shift * (a * b / (a + b)) ** 0.5
-            self._products.add(centred if a == 0 else torch.cat([centred, row.to(x.dtype)[None]]))
-            self.mean = self.mean + shift * (b / (a + b))
-            self.count = a + b
+            self._take(*centre(part))
+
+    def _take(self, centred: Tensor, mean: Tensor) -> None:
+        if self._products is None:
+            d = len(mean)
+            self._products = Products(d, d, centred.device, symmetric=True)
+            self.mean = torch.zeros_like(mean)
+        a, b = self.count, len(centred)
+        shift = mean - self.mean
+        row = shift * (a * b / (a + b)) ** 0.5
+        self._products.add(centred if a == 0 else torch.cat([centred, row.to(centred.dtype)[None]]))
+        self.mean = self.mean + shift * (b / (a + b))
+        self.count = a + b
 
     def __add__(self, other: Covariance) -> Covariance:
         self._same(other)
@@ -244,11 +246,13 @@ class CrossCovariance(Stream):
         require(len(x) == len(y), f"y: got {checks.show(y)}, expected {len(x)} rows, as many as x has")
         common = torch.promote_types(x.dtype, y.dtype)
         for part_x, part_y in zip(x.to(common).split(ROWS), y.to(common).split(ROWS)):
-            (u, mean_u), (v, mean_v) = centre(part_x), centre(part_y)
-            squares = (u.square().sum(0).double(), v.square().sum(0).double())
-            if self._products is None:
-                self._start(x.shape[1], y.shape[1], x.device)
-            self._join(len(u), mean_u, mean_v, *squares, (u, v))
+            self._take(*centre(part_x), *centre(part_y))
+
+    def _take(self, u: Tensor, mean_u: Tensor, v: Tensor, mean_v: Tensor) -> None:
+        squares = (u.square().sum(0).double(), v.square().sum(0).double())
+        if self._products is None:
+            self._start(u.shape[1], v.shape[1], u.device)
+        self._join(len(u), mean_u, mean_v, *squares, (u, v))
 
     def _join(
         self, b: int, mean_x: Tensor, mean_y: Tensor, sx: Tensor, sy: Tensor, rows: tuple[Tensor, Tensor]
@@ -294,6 +298,28 @@ class CrossCovariance(Stream):
         """Pearson's correlations; 0 beside a constant feature."""
         self._some(2)
         return _correlate(self.scatter, self.squares_x, self.squares_y)
+
+
+def update_together(
+    own: Sequence[Covariance], cross: CrossCovariance, x: Sequence[Tensor], y: Tensor
+) -> None:
+    """Take in a batch of several sites and of y, each centred once: ``own`` are the covariances of the sites, ``cross`` that of all of them, side by side, with y.
+
+    Rows must be finite, of one count, in single or double precision, as the callers have checked.
+
+    >>> own, cross = [Covariance()], CrossCovariance()
+    >>> update_together(own, cross, [torch.tensor([[0.0], [2.0]])], torch.tensor([[1.0], [5.0]]))
+    >>> own[0].covariance.tolist(), cross.covariance.tolist()
+    ([[2.0]], [[4.0]])
+    """
+    common = max((each.dtype for each in (*x, y)), key=lambda dtype: dtype.itemsize)
+    for part_y, *parts in zip(y.to(common).split(ROWS), *(each.split(ROWS) for each in x)):
+        centred = [centre(part) for part in parts]
+        for stream, (rows, mean) in zip(own, centred):
+            stream._take(rows, mean)
+        rows = [rows.to(common) for rows, _ in centred]
+        side_by_side = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+        cross._take(side_by_side, torch.cat([mean for _, mean in centred]), *centre(part_y))
 
 
 def _correlate(scatter: Tensor, squares_x: Tensor, squares_y: Tensor) -> Tensor:

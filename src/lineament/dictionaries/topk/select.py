@@ -1,7 +1,7 @@
 """The k best latents of each row, exactly, without a tensor of all rows by all latents.
 
 Rows go in chunks under a byte budget. In a row the k best lie in the k groups of 64 with the largest maxima (each of those groups holds a
-value at least as large as everything in the groups left out), so that only k * 64 values are sorted. On CUDA :mod:`.triton` does the same.
+value at least as large as everything in the groups left out), so that only k * 64 values are sorted (of many, groups are smaller). On CUDA :mod:`.triton` does the same.
 
 With a gradient the scores of all latents take a second product of the encoder's size. With ``Selection(candidates=C)`` only the C k latents of largest z
 are scored, and a row is done where no other can be among its best: z (1 + beta |g| |w| / scale) <= the k-th score, with the largest z left out. Other rows are scored in full.
@@ -12,13 +12,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lineament.core.batching import auto_batch
 from lineament.dictionaries.selection import Selection
 
-GROUP = 64
+GROUPS = (64, 32, 16, 8)
+_DOTS = torch.ops.aten._embedding_bag_per_sample_weights_backward
 BYTES = 64 * 2**20  # of one chunk's pre-activations: they are read again right after they are written
 
 
@@ -47,23 +47,25 @@ def largest(scores: Tensor, k: int) -> Tensor:
     [[1, 2]]
     """
     rows, width = scores.shape
-    groups = width // GROUP
+    # Of many, smaller groups: their maxima and what is in the best of them are about equally many.
+    size = next((each for each in GROUPS if width >= 8 * k * each), GROUPS[-1])
+    groups = width // size
     if groups < 2 * k or rows == 0:
         return scores.topk(k, -1, sorted=False).indices
-    whole = scores[:, : groups * GROUP].view(rows, groups, GROUP)
+    whole = scores[:, : groups * size].view(rows, groups, size)
     best = whole.amax(-1).topk(k, -1, sorted=False).indices
-    found = whole.gather(1, best[..., None].expand(-1, -1, GROUP)).flatten(1)
-    rest = scores[:, groups * GROUP :]
+    found = whole.gather(1, best[..., None].expand(-1, -1, size)).flatten(1)
+    rest = scores[:, groups * size :]
     places = torch.cat([found, rest], 1).topk(k, -1, sorted=False).indices
-    inside = places.clamp_max(k * GROUP - 1)
-    chosen = best.gather(1, inside // GROUP) * GROUP + inside % GROUP
-    return torch.where(places < k * GROUP, chosen, places - k * GROUP + groups * GROUP)
+    inside = places.clamp_max(k * size - 1)
+    chosen = best.gather(1, inside // size) * size + inside % size
+    return torch.where(places < k * size, chosen, places - k * size + groups * size)
 
 
 def dots(indices: Tensor, atoms: Tensor, rows: Tensor) -> Tensor:
     """(rows, k): the inner products of each row with the atoms that its indices name.
 
-    It is the gradient of ``embedding_bag`` with respect to its weights, which PyTorch computes without gathering the atoms.
+    It is the gradient of ``embedding_bag`` with respect to its weights, which PyTorch computes without gathering the atoms, and here without the forward.
 
     >>> dots(torch.tensor([[1]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[5.0, 3.0]])).tolist()
     [[6.0]]
@@ -72,10 +74,11 @@ def dots(indices: Tensor, atoms: Tensor, rows: Tensor) -> Tensor:
         return rows.new_zeros(indices.shape)
     if fast := kernels(atoms, rows):
         return fast.dots(indices, atoms.detach(), rows.detach())
-    with torch.enable_grad():
-        weights = torch.zeros(indices.shape, dtype=rows.dtype, device=rows.device, requires_grad=True)
-        out = F.embedding_bag(indices, atoms.detach(), mode="sum", per_sample_weights=weights)
-        return torch.autograd.grad(out, weights, rows)[0]
+    k = indices.shape[1]
+    starts = torch.arange(0, indices.numel(), k, device=indices.device)
+    row = torch.arange(len(indices), device=indices.device).repeat_interleave(k)
+    flat = indices.reshape(-1)
+    return _DOTS(rows.detach().contiguous(), atoms.detach(), flat, starts, row, 0, -1).view(indices.shape)
 
 
 def rows_at_once(width: int, itemsize: int, tensors: int = 1) -> int:
@@ -162,7 +165,8 @@ def select(
     def by_candidates(start: int, stop: int) -> tuple[Tensor, Tensor]:
         assert gradient is not None and selection is not None and atoms is not None
         z, g = scored(h[start:stop]), gradient[start:stop]
-        kept, indices = z.topk(selection.candidates * k, -1, sorted=False)
+        indices = largest(z, selection.candidates * k)
+        kept = z.gather(1, indices)
         scores = selection.scores(kept, dots(indices, atoms, g))
         best, places = scores.topk(k, -1, sorted=False)
         indices = indices.gather(1, places)
@@ -181,10 +185,11 @@ def select(
         values = z.flatten()[flat].relu_()
         return best, flat + start * width, values * (best > 0) if signed else values
 
-    most = rows_at_once(width, h.element_size(), 1 if gradient is None else 4)
+    few = gradient is not None and selection is not None and 0 < selection.candidates * k < width
+    most = rows_at_once(width, h.element_size(), 1 if gradient is None or few else 4)
     if pool == "row":
         some = by_kernel if fast else by_row
-        if gradient is not None and selection is not None and 0 < selection.candidates * k < width:
+        if few:
             assert atoms is not None
             some, longest = by_candidates, atoms.norm(dim=1).max()
         parts = list(auto_batch(some, rows, most=most, memory=(select, (width, h.shape[-1]))))

@@ -24,7 +24,7 @@ from lineament.core import checks, results
 from lineament.core.checks import require
 from lineament.core.results import Readable
 from lineament.core.statistics.accumulation import working
-from lineament.core.statistics.moments import Covariance, CrossCovariance
+from lineament.core.statistics.moments import Covariance, CrossCovariance, update_together
 
 Activations = Mapping[str, Tensor]
 _FLOOR = (
@@ -126,8 +126,10 @@ class ReadoutMoments:
 
     def update(self, activations: Activations, z: Float[Tensor, "batch features"]) -> None:
         """Take in a batch: row i of every site and of the features belongs to the same sample."""
+        widths = {site: len(stream.mean) for site, stream in self.activations.items()}
         rows = {
-            site: finite_rows(f"site {site!r}", value, None, len(z)) for site, value in activations.items()
+            site: finite_rows(f"site {site!r}", value, widths.get(site), len(z))
+            for site, value in activations.items()
         }
         require(bool(rows), "activations: got none, expected at least one site")
         z = finite_rows("features", z, len(self.cross.mean_y) if self.count else None, len(z))
@@ -137,12 +139,8 @@ class ReadoutMoments:
             list(rows) == list(self.activations),
             f"activations: got the sites {list(rows)}, expected {list(self.activations)} as before",
         )
-        for site, value in rows.items():
-            self.activations[site].update(value)
-            self.resolution = max(self.resolution, torch.finfo(value.dtype).eps)
-        common = max((value.dtype for value in rows.values()), key=lambda dtype: dtype.itemsize)
-        # All sites beside each other: one product, and the features are centred once.
-        self.cross.update(torch.cat([value.to(common) for value in rows.values()], 1), z)
+        self.resolution = max(self.resolution, *(torch.finfo(value.dtype).eps for value in rows.values()))
+        update_together(list(self.activations.values()), self.cross, list(rows.values()), z)
 
     def __add__(self, other: ReadoutMoments) -> ReadoutMoments:
         if not self.count or not other.count:

@@ -69,6 +69,10 @@ class ValueEncoder(nn.Module):
         return value, hidden
 
 
+# Rows of 1/16 whose maps at 1/4 are decoded at a time, where no gradient needs all: a frame of 480 lines in two.
+_STRIP = 18
+
+
 class Decoder(nn.Module):
     """The chroma of each object from what memory answered; with ``update`` the hidden state moves on."""
 
@@ -87,18 +91,37 @@ class Decoder(nn.Module):
         given = answer if hidden is None else torch.cat([answer, hidden], 2)
         g16 = self.fuser(features.f16, given)
         g8 = self.up_16_8(features.f8, g16)
-        finer, logits, coarse = self.up_8_4.skip_conv(features.f4), [], []
-        # The largest maps of all: one object after the other, where no gradient needs both.
-        for part in (g8,) if torch.is_grad_enabled() else g8.split(1, 1):
-            g4 = self.up_8_4.of_skip(finer, part)
-            logits.append(over_objects(self.pred, g4.relu()))
-            coarse.append(torch.cat([averaged(x, g16) for x in (g4, logits[-1])], 2))
-            del g4
-        logits = torch.cat(logits, 1)
+        if torch.is_grad_enabled():
+            g4 = self.up_8_4(features.f4, g8)
+            logits = over_objects(self.pred, g4.relu())
+            coarse = torch.cat([averaged(x, g16) for x in (g4, logits)], 2)
+        else:
+            logits, coarse = self._in_strips(features.f4, g8, g16.shape[3])
         if update and self.hidden_update is not None and hidden is not None:
-            hidden = self.hidden_update(g16, g8, torch.cat(coarse, 1), hidden)
+            hidden = self.hidden_update(g16, g8, coarse, hidden)
         large = F.interpolate(logits[:, :, 0], scale_factor=4, mode="bilinear", align_corners=False)
         return hidden, large.tanh()
+
+    def _in_strips(self, f4: Tensor, g8: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """The chroma at 1/4, and what the hidden state reads of it at 1/16: the largest maps of all, so one object after the other, and a few rows (of 1/16) at a time."""
+        parts = []
+        for low in range(0, rows, _STRIP):
+            high = min(low + _STRIP, rows)
+            # Where a strip is cut, up-sampling and three convolutions have spoilt four rows of 1/4.
+            above, below = (1 if low else 0), (1 if high < rows else 0)
+            fine = slice(4 * (low - above), 4 * (high + below))
+            finer = self.up_8_4.skip_conv(f4[:, :, fine])
+            inner = slice(4 * above, 4 * (high - low + above))
+            logits, coarse = [], []
+            for part in g8[:, :, :, fine.start // 2 : fine.stop // 2].split(1, 1):
+                g4 = self.up_8_4.of_skip(finer, part)
+                logits.append(over_objects(self.pred, g4.relu())[:, :, :, inner])
+                held = torch.cat([g4[:, :, :, inner], logits[-1]], 2)
+                coarse.append(over_objects(lambda y: F.avg_pool2d(y, 4), held))
+                del g4, held
+            parts.append((torch.cat(logits, 1), torch.cat(coarse, 1)))
+        first, second = (torch.cat(x, 3) for x in zip(*parts))
+        return first, second
 
 
 class ColorMNet(nn.Module):

@@ -12,17 +12,21 @@ from torch.nn import functional as F
 from lineament.modules.sparse_attention.blocks import Blocks
 
 # Weights held at once.
-WEIGHTS = 2**21
+WEIGHTS = 2**20
 
 
 @dataclass(frozen=True)
 class Tile:
-    """``weights``: of ``queries`` on all keys up to the last of them, [batch, query heads, queries, keys], zero for padding;
-    ``entropy``: of each query, in nats."""
+    """``padded``: the weights of ``queries`` behind as many zeros as there are queries, less one; ``entropy``: of each query, in nats."""
 
     queries: slice
-    weights: Tensor
+    padded: Tensor
     entropy: Tensor
+
+    @property
+    def weights(self) -> Tensor:
+        """On all keys up to the last of the queries, [batch, query heads, queries, keys], zero for padding."""
+        return self.padded[..., self.padded.shape[2] - 1 :]
 
 
 def weight_tiles(q: Tensor, k: Tensor, layout: Blocks, scale: float | None = None) -> Iterator[Tile]:
@@ -49,25 +53,30 @@ def weight_tiles(q: Tensor, k: Tensor, layout: Blocks, scale: float | None = Non
         else:
             seen = (position[:stop] >= layout.begins[:, part, None]) & (position[:stop] <= at)
             logits.masked_fill_(~seen[:, None], lowest)
-        logits -= logits.amax(-1, keepdim=True)
-        weights = logits.exp()
-        total = weights.sum(-1, keepdim=True)
-        weights /= total
-        entropy = total[..., 0].log() - (weights * logits.clamp(min=-1e4)).sum(-1)
+        before = logits.shape[2] - 1
+        padded = logits.new_empty(*logits.shape[:3], before + stop)
+        padded[..., :before] = 0
+        weights = padded[..., before:]
+        torch.softmax(logits, -1, out=weights)
+        top, most = logits.amax(-1), weights.amax(-1)
+        # Σ w log w from the logits, so that no logarithm of each weight is taken.
+        entropy = top - most.log() - logits.mul_(weights).sum(-1)
         if not layout.regular:
-            real = (layout.own[:, None, part] >= 0).to(wide)
-            weights, entropy = weights * real[..., None], entropy * real
-        yield Tile(part, weights, entropy)
+            real = layout.own[:, None, part] >= 0
+            weights.mul_(real[..., None])
+            entropy = torch.where(real, entropy, 0)
+        yield Tile(part, padded, entropy)
 
 
 def by_block(weights: Tensor, layout: Blocks) -> Tensor:
     """The weight on each block, [batch, heads, queries, blocks], of weights on the first keys."""
     keys = weights.shape[-1]
     if layout.regular:
-        count = -(-keys // layout.size)
-        padded = F.pad(weights, (0, count * layout.size - keys))
-        found = padded.unflatten(-1, (count, layout.size)).sum(-1)
-        return F.pad(found, (0, layout.count - count))
+        whole = keys // layout.size * layout.size
+        found = weights[..., :whole].unflatten(-1, (-1, layout.size)).sum(-1)
+        if whole < keys:
+            found = torch.cat([found, weights[..., whole:].sum(-1, keepdim=True)], -1)
+        return F.pad(found, (0, layout.count - found.shape[-1]))
     index = layout.of_keys()[:, :keys].remainder(layout.count + 1)[:, None, None].expand(weights.shape)
     found = weights.new_zeros(*weights.shape[:3], layout.count + 1)
     return found.scatter_add_(3, index, weights)[..., :-1]
@@ -75,10 +84,8 @@ def by_block(weights: Tensor, layout: Blocks) -> Tensor:
 
 def by_distance(tile: Tile, offset: int) -> Tensor:
     """The weight at each distance from the query, summed over the tile's queries, [batch, heads, distances from 0]."""
-    count, first = tile.weights.shape[2], offset + tile.queries.start
+    padded = tile.padded
+    count, width = padded.shape[2:]
     # With rows one longer, column c of row i is key c + i - (count - 1): the columns are distances.
-    padded = F.pad(tile.weights, (count - 1, 0)).contiguous()
-    width = padded.shape[3]
-    stride = padded.stride()
-    shape = (*padded.shape[:3], first + count)
-    return padded.as_strided(shape, (stride[0], stride[1], width + 1, 1)).sum(2).flip(-1)
+    shape = (*padded.shape[:2], count, offset + tile.queries.start + count)
+    return padded.as_strided(shape, (*padded.stride()[:2], width + 1, 1)).sum(2).flip(-1)

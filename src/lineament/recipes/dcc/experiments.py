@@ -100,12 +100,13 @@ def trial_of(config: Any, nuisance: str, seed: int) -> Trial:
 
 
 def configured(config: Any, setting: str) -> Any:
-    """The configuration of a setting: other data come without a nuisance, pictures in colour in their own size, with fewer networks and half of the training."""
+    """The configuration of a setting: other data come without a nuisance, pictures in colour in their own size; with half of the networks and of their training."""
     if setting not in OTHERS:
         return config
     size = {"side": 32, "depth": 3} if setting == "cifar10" else {}
+    halved = {name: -(-getattr(config, name) // 2) for name in ("networks", "choosing", "training")}
     return replace(
-        config, data=setting, amplitude=0.0, outer=config.other_outer, rates=config.other_rates, choosing=-(-config.choosing // 2), training=-(-config.training // 2), **size
+        config, data=setting, amplitude=0.0, outer=config.other_outer, rates=config.other_rates, **halved, **size
     )  # fmt: skip
 
 

@@ -28,7 +28,8 @@ def _budgets(found: Found, out: Path) -> Figure:
             ax.plot(range(len(values)), values, "o-", label=name)
         ax.set_xticks(range(len(keys)), keys)
         ax.set(xlabel="blocks that a query reads", ylabel="cross-entropy, nats a byte")
-        ax.legend(fontsize=7)
+        # Above the lines, which lie flat over the whole width.
+        ax.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
     said = "; ".join(f"{n}: " + ", ".join(f"{k} {v:.3f}" for k, v in zip(keys, e)) for n, e in lines.items())
     figure = picture(

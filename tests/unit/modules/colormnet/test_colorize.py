@@ -11,6 +11,7 @@ from torch import nn
 
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError
+from lineament.modules.colormnet import network
 from lineament.modules.colormnet.colorize import Colorizer, as_rgb, colorize, suggest
 from lineament.modules.colormnet.configuration import ColorMNetConfig
 from lineament.modules.colormnet.features import conv_of_upsampled, upsampled
@@ -314,3 +315,23 @@ def test_consistency_knows_no_places_and_legacy_psnr_has_a_floor():
     with warnings.catch_warnings():
         assert psnr_legacy(clip[0], clip[1]) >= 24
     assert psnr_legacy(clip[0] * 0, clip[0] * 0 + 255) == pytest.approx(48.13, abs=0.01)
+
+
+def test_decoding_in_strips_changes_nothing(monkeypatch):
+    """A strip has the rows around it that its convolutions read; with gradients, all is decoded at once."""
+    torch.manual_seed(0)
+    model = ColorMNet(ColorMNetConfig.tiny()).eval().double()
+    frame, ab = 2 * torch.rand(1, 3, 112, 48).double() - 1, torch.rand(1, 2, 112, 48).double()
+    found = []
+    with torch.no_grad():
+        features = model.encode_frame(frame)
+        hidden = model.empty_hidden(features.key)
+        value, hidden = model.encode_value(frame, features.f16, hidden, ab)
+        for rows in (100, 4, 3, 1):
+            monkeypatch.setattr(network, "_STRIP", rows)
+            found.append(model.decode(features, value, hidden))
+    found.append([x.detach() for x in model.decode(features, value, hidden)])
+    assert found[0][1].std() > 0.05
+    for state, chroma in found[1:]:
+        torch.testing.assert_close(state, found[0][0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(chroma, found[0][1], rtol=1e-12, atol=1e-12)
