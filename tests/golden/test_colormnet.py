@@ -229,12 +229,13 @@ def check_units(file: File) -> None:
     for name, values in file.spec["cases"].items():
         if file.only in ("", name):
             case = Scope(file, name, {**file.values, **values})
+            check = UNITS[case["unit"]]
             # A case may be told of which the file has no array.
             first = {"memory_read": "mk", "metrics": "img_a|vid"}.get(
                 case["unit"], rf"{re.escape(name)}_\w.*"
             )
             for dtype in file.dtypes if file.arrays(first) else ():
-                UNITS[case["unit"]](case, dtype)
+                check(case, dtype)
 
 
 def check_unit_values(file: File) -> None:
