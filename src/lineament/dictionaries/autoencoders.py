@@ -73,7 +73,9 @@ class Autoencoder(Saved):
 
     @property
     def atoms(self) -> Tensor:
-        """(width, d), detached."""
+        """(width, d), detached; of features that lie with several processes all must ask for it, and each gets the whole."""
+        if shards.divided(self.W_dec):
+            return shards.whole(self.W_dec).to(self.b_dec.device)
         return self.W_dec.detach()
 
     def rows(self, x: Tensor) -> Tensor:
@@ -210,7 +212,8 @@ class TopK(Autoencoder):
         """Divide the features among the processes of a training; called by all of them, and before an optimizer is given the parameters.
 
         ``W_enc``, ``b_enc`` and ``W_dec`` are then DTensors, ``Shard(0)``. From there on every process passes the same rows to ``codes`` and ``decode`` and has the same codes and
-        losses, those of one process; gradients are those of its own features. :func:`train_dictionary` joins the rows that processes harvest. ``save_pretrained``, called by all, writes one file,
+        losses, those of one process; gradients are those of its own features. What looks at a dictionary (:func:`evaluate`, :func:`max_examples`, :func:`steer`, ...) is
+        called by all of them with the same data and finds the same. :func:`train_dictionary` joins the rows that processes harvest. ``save_pretrained``, called by all, writes one file,
         which one process opens, or any number that divide it anew. With the score ``"topk_of_l1"`` it is refused: its sums are over all latents.
 
         Args:

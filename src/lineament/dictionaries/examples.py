@@ -138,6 +138,7 @@ def max_examples(
     site = site_in(model, dictionary)
     sequences = Sequences(model, data, exclude=exclude)
     state: _State | None = None
+    atoms: Any = None
     with frozen(model):
         for batch in progress(_batches(sequences, batch_size), "looking for examples"):
             x, g, shape = _activations(model, site, batch, wanted, seed)
@@ -151,7 +152,8 @@ def max_examples(
                 state = _State(codes.width, top, sample, x, wanted is not None)
             state.update(codes, places[kept], x, generator)
             if g is not None:
-                state.weigh(codes, dictionary.atoms, g.reshape(-1, g.shape[-1])[kept])
+                atoms = dictionary.atoms if atoms is None else atoms
+                state.weigh(codes, atoms, g.reshape(-1, g.shape[-1])[kept])
             state.sequences += len(batch)
     if state is None:
         raise InputError("data: it gives no activations (all special tokens?), expected at least one")

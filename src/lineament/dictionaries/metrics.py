@@ -12,6 +12,7 @@ from torch import Tensor
 from lineament.core.checks import require, show
 from lineament.core.codes import Codes
 from lineament.core.statistics.accumulation import Stream
+from lineament.dictionaries.topk.shards import whole
 
 _CACHED, _ELEMENTS = 2**17, 2**24  # logits compared at once: on a CPU, elsewhere
 
@@ -288,14 +289,14 @@ def atom_overlap(dictionary: Any, alive: Tensor) -> tuple[float, float]:
     >>> atom_overlap(Neurons(3), torch.ones(3, dtype=torch.bool))
     (0.0, 0.0)
     """
-    atoms = dictionary.atoms[alive.to(dictionary.atoms.device)].float()
+    atoms = dictionary.atoms
+    atoms = atoms[alive.to(atoms.device)].float()
     if len(atoms) < 2:
         return float("nan"), float("nan")
     unit = F.normalize(atoms, dim=1)
     encoder = getattr(dictionary, "W_enc", None)
-    encoder = (
-        unit if encoder is None else F.normalize(encoder.detach()[alive.to(encoder.device)].float(), dim=1)
-    )
+    encoder = None if encoder is None else whole(encoder).to(atoms.device)
+    encoder = unit if encoder is None else F.normalize(encoder[alive.to(encoder.device)].float(), dim=1)
     best, suppressing = [], 0
     for start in range(0, len(unit), 2048):
         rows = slice(start, start + 2048)

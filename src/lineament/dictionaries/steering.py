@@ -51,7 +51,7 @@ class Steer:
     unit: float | None = None
 
     def __post_init__(self) -> None:
-        width = len(self.dictionary.atoms)
+        width = getattr(self.dictionary, "width", None) or len(self.dictionary.atoms)
         number("latent", self.latent, low=0, high=width - 1, integer=True)
         given = [name for name in ("add", "clamp", "scale") if getattr(self, name) is not None]
         require(

@@ -185,7 +185,7 @@ class Trainer:
         self.gradient = isinstance(sae, TopK) and about["gradient"] is not None and _ranks(sae.selection)
         if self.gradient and first.gradient is not None and options.influence == "rms":
             g = first.gradient[:2048].to(sae.b_dec) / self.scale
-            along = (g @ shards.local(sae.atoms).T).double().square().sum()
+            along = (g @ shards.local(sae.W_dec).detach().T).double().square().sum()
             root = math.sqrt(float(totals(along) if self.divided else along) / (len(g) * sae.width))
             require(
                 root > 0,

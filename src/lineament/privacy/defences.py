@@ -23,7 +23,7 @@ from lineament.core.checks import InputError, number, require, suggest
 class Context:
     """What a client knows when it defends its message.
 
-    ``per_sample()``: gradients of single pictures, one list of tensors [pictures, ...]; ``features()``: the network up to its last layer's input, and the
+    ``images``, ``targets``: the batch, normalised; ``gradient_of``: the gradient of other pictures with the same labels; ``per_sample()``: gradients of single pictures, one list of tensors [pictures, ...]; ``features()``: the network up to its last layer's input, and the
     pictures; ``head``: the place of the last layer's weights among the tensors, None where the network does not end in a linear layer.
     """
 
@@ -32,6 +32,9 @@ class Context:
     features: Callable[[], tuple[Callable[[Tensor], Tensor], Tensor]]
     generator: torch.Generator
     head: int | None
+    images: Tensor
+    targets: Tensor
+    gradient_of: Callable[[Tensor], list[Tensor]]
 
 
 class Defence:

@@ -98,6 +98,9 @@ class Message(Readable):
             lambda: _features(model, images),
             torch.Generator(images.device).manual_seed(seed),
             _head_place(model, images),
+            images,
+            targets,
+            lambda x: [g[0] for g in gradient(x[None])],
         )
         sent = defence.apply(found, context)
         told = batch_statistics(model, images) if local is None or local.steps(len(images)) == 1 else {}

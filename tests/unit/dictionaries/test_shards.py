@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError
-from lineament.dictionaries import load_dictionary
+from lineament.dictionaries import Steer, evaluate, load_dictionary, max_examples, steer, steering_effects
 from lineament.dictionaries.autoencoders import BatchTopK, TopK
 from lineament.dictionaries.harvest import seeded
 from lineament.dictionaries.selection import Selection
@@ -37,7 +37,9 @@ PLAN: dict[str, Any] = {
 
 SCRIPT = """
 import os, sys, torch, torch.distributed as dist
-from test_shards import KINDS, TRAINED, filled, found, trained
+from test_shards import KINDS, TRAINED, filled, found, looked, trained
+from lineament.core.checks import InputError
+from lineament.dictionaries import export_saelens, load_dictionary
 
 dist.init_process_group("gloo")
 rank, path = dist.get_rank(), sys.argv[1]
@@ -56,6 +58,13 @@ told["trained"] = []
 for number, one in enumerate(trained(made)):
     one.dictionary.save_pretrained(f"{path}/{number}")
     told["trained"].append([tuple(one.dictionary.W_enc.to_local().shape), one.history, one.dictionary.info])
+again = load_dictionary(f"{path}/0")
+again.shard()
+told["looked"] = looked(again)
+try:
+    export_saelens(again, f"{path}/export")
+except InputError as error:
+    told["export"] = str(error)
 torch.save(told, f"{path}/{rank}.pt")
 dist.destroy_process_group()
 """
@@ -107,11 +116,30 @@ TRAINED = [
 ]
 
 
-def trained(dictionaries: list[Any]) -> list[Any]:
+def network() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Identity(), nn.Linear(12, 4))
     x = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
-    return train_dictionary(net, (x, torch.arange(64) % 4), site="0", dictionary=dictionaries, **PLAN)
+    return net, (x, torch.arange(64) % 4)
+
+
+def trained(dictionaries: list[Any]) -> list[Any]:
+    return train_dictionary(*network(), site="0", dictionary=dictionaries, **PLAN)
+
+
+def looked(sae: Any) -> dict[str, Any]:
+    """What the calls that look at a dictionary say."""
+    net, data = network()
+    told: dict[str, Any] = {"atoms": sae.atoms}
+    for mode in ("activation", "gradient"):
+        seen = evaluate(net, sae, data, mode=mode)
+        told |= {f"{mode} {name}": v for name, v in seen.to_dict().items() if isinstance(v, float)}
+    seen = max_examples(net, sae, data, top=3)
+    told |= {"maxima": seen.maxima, "typical norm": seen.typical_norm}
+    with torch.no_grad(), steer(net, [Steer(sae, 3, add=2.0, unit=1.0), Steer(sae, 20, clamp=1.0, unit=1.0)]):
+        told["steered"] = net(data[0])
+    told["effects"] = steering_effects(net, sae, data[0][:4], latents=[1, 20]).kl
+    return told
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +202,17 @@ def test_trained_by_two_processes_it_is_one_file_with_the_weights_of_one(two_pro
         training = opened.info["training"]
         assert training["initial_sha256"] == alone.dictionary.info["training"]["initial_sha256"]
         assert training["processes"] == 2
+
+
+@pytest.mark.slow
+def test_what_looks_at_a_file_that_was_opened_and_divided_again_sees_the_same(two_processes: Any) -> None:
+    path, told = two_processes
+    expected = looked(load_dictionary(path / "0"))
+    for one in told:
+        assert one["looked"].keys() == expected.keys() and len(expected) > 40
+        for name, value in expected.items():
+            torch.testing.assert_close(one["looked"][name], value, rtol=1e-4, atol=1e-6, equal_nan=True, msg=name)  # fmt: skip
+        assert one["export"].startswith("dictionary: its features lie with several processes")
 
 
 def test_start_values_do_not_hang_on_who_holds_them() -> None:

@@ -285,6 +285,7 @@ def _finding(subject: Subject, found: Spectrum, places: dict[int, tuple[Window, 
             key="no simple feature",
         )
     top, count = found.suspects[0], len(found.suspects)
+    shown = "pictures" if subject.images else "strongest samples"
     assert top.changed is not None
     where = ""
     if top.number in places:
@@ -294,8 +295,8 @@ def _finding(subject: Subject, found: Spectrum, places: dict[int, tuple[Window, 
     return Finding(
         "note",
         f"It decides by {count} feature{'s' if count > 1 else ''} as simple as a linear read-out of {first}: suspects of a shortcut. Feature {top.number} is read there with R² {top.information[0]:.2f}, and without it "
-        f"{_interval(top.changed)} of the answers change to the {len(top.strongest)} samples on which it is strongest.{where}",
-        advice="Look at what the pictures of each suspect have in common. If it is not what you ask about, vary it within each class of the training data, train again and audit again.",
+        f"{_interval(top.changed)} of the answers to the {len(top.strongest)} samples on which it is strongest change.{where}",
+        advice=f"Look at what the {shown} of each suspect have in common. If it is not what you ask about, vary it within each class of the training data, train again and audit again.",
         key="simple feature decides",
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ from lineament.core.sites.families import hook_of_site, site_of_hook
 from lineament.dictionaries.formats.parts import Found, Request, Weights, autoencoder, placed, read_json
 from lineament.dictionaries.formats.value_bias import value_bias
 from lineament.dictionaries.normalised import Normalised
+from lineament.dictionaries.topk.shards import divided
 from lineament.load.checkpoints import read_checkpoint
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -202,6 +203,10 @@ def export_saelens(dictionary: Any, folder: str | Path, *, model: str = "") -> P
     if isinstance(dictionary, Normalised):
         names = {"layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale", "centred": "none"}
         inner, form = dictionary.inner, names[dictionary.form]
+    require(
+        not divided(getattr(inner, "W_dec", None)),
+        "dictionary: its features lie with several processes; expected one that lies with this one, as load_dictionary opens what save_pretrained wrote",
+    )
     kind = type(inner).__name__
     architectures = {ours: theirs for theirs, ours in _KINDS.items()} | {"BatchTopK": "jumprelu"}
     require(

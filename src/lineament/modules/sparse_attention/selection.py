@@ -143,7 +143,8 @@ def best_blocks(
             # The own block takes part in the normaliser once it is complete.
             own = torch.arange(ahead, device=q.device) == layout.own[:, part, None]
             complete = past | (own & (layout.within[:, part, None] == layout.size - 1))
-            logits.mul_(factor).masked_fill_(~complete[:, None, None], -math.inf)
+            barred = torch.zeros_like(complete, dtype=logits.dtype).masked_fill_(~complete, -math.inf)
+            torch.add(barred[:, None, None], logits, alpha=factor, out=logits)
             score = logits.softmax(-1).sum(2)
         if selection == "released":
             found.append(_released(score, layout, part, blocks))
