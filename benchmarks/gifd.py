@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,15 @@ def sorted_projection(x: Tensor, radius: float) -> Tensor:
     return x.sign() * (size - tau).clamp(min=0)
 
 
+def published_cost(found: Sequence[Tensor], sent: Sequence[Tensor]) -> Tensor:
+    """One minus one cosine over all tensors, as the official code adds it up."""
+    shared = one = two = torch.zeros(())
+    for a, b in zip(found, sent):
+        shared = shared + (a * b).sum()
+        one, two = one + a.pow(2).sum(), two + b.pow(2).sum()
+    return 1 - shared / one.sqrt() / two.sqrt()
+
+
 def rows(repeats: int = 3) -> Iterator[Row]:
     width = 16 if quick() else 64
     net = network("resnet18", (3, 32, 32), 10, seed=0, widths=(width,)).eval()
@@ -45,7 +54,7 @@ def rows(repeats: int = 3) -> Iterator[Row]:
             v = guess.clone().requires_grad_()
             net.zero_grad()
             found = torch.autograd.grad(F.cross_entropy(net(v), y), list(net.parameters()), create_graph=True)
-            matching_cost(found, sent).backward()
+            published_cost(found, sent).backward()
 
         yield compare(
             SLUG,
@@ -55,7 +64,7 @@ def rows(repeats: int = 3) -> Iterator[Row]:
             theirs,
             target=1.2,
             repeats=repeats,
-            note="7 forward passes at least (1 + 2 + 4), 1.7 times fewer than the published step",
+            note="7 forward passes at least (1 + 2 + 4); the published step takes about 12, and for one picture as much again for tensors of the weights' size",
         )
     n = 2**17 if quick() else 2**21
     x = torch.randn(1, n, generator=torch.Generator().manual_seed(0))

@@ -104,7 +104,7 @@ def check_verification(file: File) -> None:
     file.compare("best_threshold_all_pairs_acc", found.optimistic)
     scores = (x[0::2] * x[1::2]).sum(1)
     file.compare("scores", scores)
-    if file.has("tar_at_far"):
+    if file.has("fars"):
         file.compare("tar_at_far", tar_at_far(scores, same, file.input("fars")))
 
 

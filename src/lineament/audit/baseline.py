@@ -144,9 +144,11 @@ def baseline(
     for k, (train, test) in enumerate(parts):
         for name in names:
             for kind in classifiers:
-                note(f"split {k + 1}/{splits}: {name} with {kind}")
+                stage = f"{k} {name} {kind}"
+                if not checkpoint.finished(stage, Pair):
+                    note(f"split {k + 1}/{splits}: {name} with {kind}")
                 found = checkpoint.stage(
-                    f"{k} {name} {kind}",
+                    stage,
                     lambda name=name, kind=kind, train=train, test=test, k=k: evaluated_pair(
                         name, kind, rows(name), y, train, test, k, options.effort, seed
                     ),

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 _CHANNELS = (1, 3, 4)
 
 
+def _called(held: Samples, rare: np.ndarray) -> str:
+    """The first of these classes as the data call it."""
+    number = int(rare[0]) if len(rare) else 0
+    return repr(held.classes[number]) if 0 <= number < len(held.classes) else str(number)
+
+
 def class_labels(held: Samples) -> np.ndarray:
     targets = held.targets
     require(
@@ -39,7 +45,7 @@ def class_labels(held: Samples) -> np.ndarray:
     rare = known[counts < 2]
     require(
         not len(rare),
-        f"targets: class {rare[:1].tolist()} has a single sample among those read, expected at least 2 (one to train, one to test)",
+        f"targets: class {_called(held, rare)} has a single sample among those read, expected at least 2 (one to train, one to test)",
     )
     return y
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,7 +61,7 @@ def table_section(
             rows.append(
                 (
                     n, c, mine[0].features, percent(float(np.mean(values))), spread, float(np.mean([p.macro_f1 for p in mine])),
-                    json.dumps(mine[0].settings), float(np.mean([p.seconds for p in mine])),
+                    ", ".join(f"{key} = {value}" for key, value in mine[0].settings.items()) or "usual ones", float(np.mean([p.seconds for p in mine])),
                 )
             )  # fmt: skip
 

@@ -140,6 +140,8 @@ def _compared(
         return _language(folder, out, *names, str(data), sites, samples, device, seed, note, options)
     loaded = [_loaded(model_a, options.weights_a, "a"), _loaded(model_b, options.weights_b, "b")]
     for which, each in zip("ab", loaded):
+        for line in each.notes:
+            note(f"{which.upper()}: {line}")
         require(
             each.batch is None and each.kind != "export",
             f"model_{which}: no module inside an exported network can be watched; compare the PyTorch modules that it was made from",

@@ -101,7 +101,7 @@ def harm(told: Forgotten, head: Knowledge) -> tuple[str, str]:
         a - b for a, b in ((told.before.forget, told.after.forget), (told.before.retain, told.after.retain))
     )
     alone = f"the head alone never answers the class and leaves the others right in {percent(head.retain)}"
-    muting = "If the class need only stay unanswered, take the head alone (lineament.edit.mute); else try a smaller `share`."
+    muting = "If the class need only stay unanswered, take the head alone (lineament.edit.mute); else try a smaller share."
     if lost > max(gone, 0.01):
         less = f"{'less' if gone >= 0 else 'more'} often by {points(gone)}"
         return (
@@ -110,7 +110,7 @@ def harm(told: Forgotten, head: Knowledge) -> tuple[str, str]:
         )
     if lost > 0.1:
         return f"The edit costs the other classes {points(lost)}; {alone}.", muting
-    return "", "Try a larger `share`." if told.verdict == "kept" else ""
+    return "", "Try a larger share." if told.verdict == "kept" else ""
 
 
 def pays(before: Tensor, after: Tensor, classes: int) -> bool:

@@ -173,7 +173,9 @@ def _command(argv: Sequence[str]) -> str | None:
 
 
 def _again(argv: Sequence[str]) -> str:
-    return f"the same command {'goes on where it stopped' if _command(argv) in _RESUMED else 'begins anew'}"
+    # Of the edits a pruning keeps what it has done; unlearning is short.
+    resumed = _command(argv) in _RESUMED and list(argv[:2]) != ["edit", "unlearn"]
+    return f"the same command {'goes on where it stopped' if resumed else 'begins anew'}"
 
 
 class _Terminated(BaseException):

@@ -106,7 +106,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="blocks that a token reads, with --ssa (default: 16)",
     )
     add(
-        "--length", metavar="N", type=int, default=512, help="tokens of a sequence, with --ssa (default: 512)"
+        "--length",
+        metavar="N",
+        type=int,
+        help="tokens of a sequence, with --ssa (default: 512, or what the model takes)",
     )
     add("--weights", metavar="FILE", help="start from this checkpoint (.safetensors, .pt, .pth, .ckpt, .bin)")
     add_loss_options(parser)
@@ -143,6 +146,12 @@ def run(arguments: argparse.Namespace) -> int:
         from lineament.cli.train_ssa import train as train_language_model
 
         return train_language_model(a)
+    for name, usual in (("block_size", 16), ("blocks", 16), ("length", None)):
+        given = getattr(a, name)
+        require(
+            given == usual,
+            f"{name}: got {given}, which only --ssa uses; leave it out, or add --ssa for a language model",
+        )
     from lineament.cli.train_options import Options
     from lineament.cli.train_run import train
 

@@ -29,6 +29,7 @@ from lineament.report.outcome import versions
 from lineament.train.processes import Processes
 
 RESULT = "ssa.json"
+_LENGTH = 512  # tokens of a sequence, where the model takes as many
 # Options of other trainings, with what they are when nobody gives them.
 _OTHERS = {
     "optimizer": "sgd", "momentum": None, "weight_decay": None, "schedule": "cosine", "sam": None, "asam": None, "useful": None,
@@ -69,20 +70,22 @@ def train(a: argparse.Namespace) -> int:
     model, tokenizer = load_language_model(a.model, device=str(processes.device), argument="MODEL")
     attention_modules(model)
     most = getattr(model.config, "max_position_embeddings", None)
-    number("length", a.length, low=2, high=most, integer=True)
-    tokens = token_sequences(tokenizer, a.data, length=a.length)
+    # Not given, it is what the model takes where that is less.
+    length = min(_LENGTH, most or _LENGTH) if a.length is None else a.length
+    number("length", length, low=2, high=most, integer=True)
+    tokens = token_sequences(tokenizer, a.data, length=length)
     top = model.get_input_embeddings().num_embeddings
     number(f"DATA: token ids of {a.data}", int(tokens.max()), low=0, high=top - 1, integer=True)
     held = max(1, round(share * len(tokens))) if share else 0
     require(
         len(tokens) > held,
-        f"DATA: {a.data!r} has {len(tokens)} sequences of {a.length} tokens, expected some for training and some to hold out; give a shorter --length",
+        f"DATA: {a.data!r} has {len(tokens)} sequences of {length} tokens, expected some for training and some to hold out; give a shorter --length",
     )
     tokens, kept = tokens[: len(tokens) - held], tokens[len(tokens) - held :]
     budget = {"block_size": a.block_size, "blocks": a.blocks}
     here = versions()
     asked = {
-        "ssa": True, "model": a.model, "data": a.data, "length": a.length, **budget, "epochs": epochs, "batch_size": batch_size, "lr": lr,
+        "ssa": True, "model": a.model, "data": a.data, "length": length, **budget, "epochs": epochs, "batch_size": batch_size, "lr": lr,
         "validation": share, "seed": a.seed, "network at the start (sha256)": digest(model),
         "text (sha256)": hashlib.sha256(tokens.numpy().tobytes() + kept.numpy().tobytes()).hexdigest(),
         **{name: here[name] for name in ("lineament", "torch")},

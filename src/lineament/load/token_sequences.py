@@ -38,7 +38,7 @@ def token_sequences(
     path = Path(path)
     require(
         path.is_file(),
-        f"data: {str(path)!r} does not exist{like_files(path)}; expected a text file, or an .npy file of token ids",
+        f"data: {str(path)!r} {'is a folder' if path.is_dir() else f'does not exist{like_files(path)}'}; expected a text file, or an .npy file of token ids",
     )
     if path.suffix == ".npy":
         try:

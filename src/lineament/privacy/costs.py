@@ -110,8 +110,25 @@ def layer_weights(count: int, kind: str, like: Tensor) -> Tensor:
     return found / found[0] if kind == "exp" else torch.ones_like(falling)
 
 
-def chosen_tensors(message: Sequence[Tensor], which: str, k: int | None = None) -> list[int]:
-    """Numbers of the tensors that a cost looks at: ``"all"``, the ``"first"`` k, the ``"last"`` k, or the k of largest norm (``"topk"``).
+def index_set(text: str) -> tuple[str, int | None]:
+    """Which tensors, and how many, by a description.
+
+    >>> index_set("topk 4"), index_set("all")
+    (('topk', 4), ('all', None))
+    """
+    which, _, count = text.partition(" ")
+    one_of("tensors", which, ("all", "first", "last", "topk", "random"))
+    require(
+        (which == "all") == (not count) and (not count or (count.isdigit() and int(count) > 0)),
+        f"tensors: got {text!r}, expected 'all', or 'first', 'last', 'topk' or 'random' with a number, such as 'topk 4'",
+    )
+    return which, int(count) if count else None
+
+
+def chosen_tensors(
+    message: Sequence[Tensor], which: str, k: int | None = None, *, seed: int = 0
+) -> list[int]:
+    """Numbers of the tensors that a cost looks at: ``"all"``, the ``"first"`` k, the ``"last"`` k, the k of largest norm (``"topk"``), or k drawn at ``"random"``.
 
     >>> chosen_tensors([torch.ones(1), torch.ones(9)], "topk", 1)
     [1]
@@ -125,7 +142,9 @@ def chosen_tensors(message: Sequence[Tensor], which: str, k: int | None = None) 
     if which == "topk":
         norms = torch.stack([g.norm() for g in message])
         return norms.topk(size).indices.tolist()
-    one_of("which", which, ("all", "first", "last", "topk"))
+    one_of("which", which, ("all", "first", "last", "topk", "random"))
+    if which == "random":
+        return sorted(torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:size].tolist())
     return list(range(size)) if which == "first" else list(range(count - size, count))
 
 

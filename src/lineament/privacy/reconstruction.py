@@ -18,7 +18,7 @@ from torch.func import functional_call, vmap
 from lineament.core.checks import InputError, labels, one_of, require, show
 from lineament.core.models import logits
 from lineament.core.results import Readable
-from lineament.privacy.costs import code_divergence, matching_cost
+from lineament.privacy.costs import chosen_tensors, code_divergence, index_set, matching_cost
 from lineament.privacy.evolution import evolve, population
 from lineament.privacy.inversion import Inversion, Stage, invert
 from lineament.privacy.messages import Message, checked, dummy_gradient, fixed
@@ -176,6 +176,12 @@ class _Task:
         return tuple(torch.stack(each) for each in zip(*(m.tensors for m in self.messages)))
 
     @cached_property
+    def _tensors(self) -> list[int]:
+        """Which tensors count: of messages that are searched side by side, by their norms over all of them."""
+        which, count = index_set(self.search.tensors)
+        return chosen_tensors(self._sent, which, count)
+
+    @cached_property
     def _weights(self) -> list[Tensor]:
         return [p.detach() for p in self.model.parameters() if p.requires_grad]
 
@@ -193,7 +199,7 @@ class _Task:
             one, two = (
                 [local.gradient_of(t, w, count) for t, w in zip(m, self._weights)] for m in (one, two)
             )
-        return matching_cost(one, two, kind, ratio=how.ratio)  # pyright: ignore[reportArgumentType]
+        return matching_cost(one, two, kind, ratio=how.ratio, weights=how.weights, tensors=self._tensors)  # pyright: ignore[reportArgumentType]
 
     def penalty(self, restarts: int, steps: int) -> Callable[[Tensor, int], Tensor] | None:
         """What guesses are held to beside the message: the statistics of batch norms, and the mean of the restarts."""
@@ -332,6 +338,8 @@ def _stages(prior: Prior, search: Search, targets: Tensor, like: Tensor, on_pixe
         for k in range(1, layers + 1):
             value = blocks[k - 1](value)
             radius = -1.0 if search.radius is None else search.radius * value[0].numel()
+            if search.radii:
+                radius = search.radii[min(k, len(search.radii)) - 1]
             stages.append(
                 Stage(search.steps, later, radius, optimizer=search.optimizer, parts=tuple(parts(k)))
             )

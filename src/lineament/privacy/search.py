@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lineament.core.checks import number, one_of
-from lineament.privacy.costs import COSTS
+from lineament.privacy.costs import COSTS, WEIGHTS, index_set
 from lineament.privacy.inversion import OPTIMIZERS
 
 ATTACKS = ("gifd", "no ball", "latent", "gias", "ggl", "ig", "gi", "idlg", "dlg", "closed form")
@@ -26,7 +26,9 @@ class Search:
         layers: features that are searched behind the code; by default all inputs of later blocks.
         radius: of each layer's l1 ball for each entry, None for no ball.
         restarts: from other codes; the best score is kept.
-        cost, ratio: see :func:`lineament.privacy.matching_cost`. variation, norm: weights of what keeps pictures natural.
+        radii: of the balls of layers 1, 2, ... themselves, in place of ``radius`` times their entries; the last one holds for all further layers.
+        cost, ratio, weights: see :func:`lineament.privacy.matching_cost`. tensors: which tensors of a message count, ``"all"``, or one of ``"first"``, ``"last"``,
+            ``"topk"`` (of largest norm) and ``"random"`` with their number, as in ``"topk 4"``. variation, norm: weights of what keeps pictures natural.
         divergence: weight of the divergence of codes from a standard normal, deviation: of the first codes that are drawn (GGL).
         group: weight of the distance from the mean of the restarts. statistics: weight of the distance from the batch norms' statistics, where they were sent.
         optimizer: ``"adam"``; ``"sgd"``, with Nesterov's momentum of 0.9; or ``"lbfgs"``, which searches each message and restart by itself.
@@ -42,9 +44,12 @@ class Search:
     weight_rate: float = 1e-3
     layers: int | None = None
     radius: float | None = 0.04
+    radii: tuple[float, ...] = ()
     restarts: int = 2
     cost: str = "sim"
     ratio: float = 0.0
+    weights: str = "equal"
+    tensors: str = "all"
     variation: float = 1e-3
     norm: float = 0.0
     divergence: float = 0.1
@@ -61,7 +66,11 @@ class Search:
             number(name, getattr(self, name), low=0, open_low=True)
         for name in ("variation", "norm", "divergence", "group", "statistics"):
             number(name, getattr(self, name), low=0)
+        for radius in self.radii:
+            number("radii", radius, low=0, open_low=True)
         one_of("cost", self.cost, COSTS)
+        one_of("weights", self.weights, WEIGHTS)
+        index_set(self.tensors)
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         if self.layers is not None:
             number("layers", self.layers, low=0, integer=True)
@@ -75,7 +84,7 @@ class Search:
         whole = replace(self, layers=0, steps=self.steps * (1 + layers))
         return {
             "gifd": self,
-            "no ball": replace(self, radius=None),
+            "no ball": replace(self, radius=None, radii=()),
             "latent": whole,
             "gias": replace(whole, steps=max(1, whole.steps // 2)),
             "ggl": replace(whole, cost="l2", variation=0.0, norm=0.0, group=0.0),

@@ -52,6 +52,12 @@ def test_the_table_finds_the_descriptor_that_sees_it_and_resumes(tmp_path):
         baseline(data, out=tmp_path / "a", note=stop, **asked)
     found = baseline(data, out=tmp_path / "a", note=lines.append, **asked)
     assert any("cut off" in line for line in lines)
+    assert [
+        sum(pair in line for line in lines) for pair in ("1: pixels with knn", "1: hog with infinite")
+    ] == [
+        1,
+        2,
+    ]
     whole = baseline(data, out=tmp_path / "b", **asked)
     keep = lambda report: [  # noqa: E731
         {k: v for k, v in pair.items() if not k.startswith("seconds")}
@@ -105,7 +111,7 @@ def test_bad_words_are_named_before_any_work(options, word, tmp_path):
     [
         ((torch.rand(6, 3), torch.zeros(6, dtype=torch.long)), "one class"),
         ((torch.rand(6, 3), torch.rand(6)), "class label"),
-        ((torch.rand(5, 3), torch.tensor([0, 0, 1, 1, 2])), "single sample"),
+        ((torch.rand(5, 3), torch.tensor([0, 0, 1, 1, 2])), "class 2 has a single sample"),
     ],
 )
 def test_data_without_classes_to_learn_are_refused(data, word, tmp_path):

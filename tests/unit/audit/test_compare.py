@@ -50,6 +50,7 @@ def test_the_page_holds_what_was_measured(data, tmp_path: Path) -> None:
     assert answers["agreement"][0] == pytest.approx(float((said[0] == said[1]).double().mean()))
     assert answers["both_wrong"] == int(((said[0] != data[1]) & (said[1] != data[1])).sum())
     assert [t["title"] for t in stored["sections"][0]["tables"]][:2] == ["By class", "By group"]
+    assert "batch norms" not in found["barrier"].sentence
     assert "have a partner (chance: " in page and "Lineament comparison" in page
     assert {p.name for p in tmp_path.iterdir()} == {"compare.html", "compare.json"}
     assert all(torch.equal(v, before[k]) for k, v in a.state_dict().items())
@@ -172,6 +173,8 @@ def test_the_command(data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert main([*words, "--sites", "1=1"]) == 0
     said = capsys.readouterr()
     assert "have a partner" in said.out and "compare.html" in said.out
+    # Weights that were forgotten are said, of the network that lacks them.
+    assert "lineament: A: no weights given" in said.err and "B: no weights" not in said.err
     assert main(words) == 2 and "--overwrite" in capsys.readouterr().err
     assert main([*words, "--overwrite", "--sites", "1=1", "--sites", "3"]) == 2
     assert "--sites" in capsys.readouterr().err
@@ -256,5 +259,7 @@ def test_two_language_models(tmp_path: Path) -> None:
             out=tmp_path / "out",
         )
     assert "bits a character" in found["answers"].sentence and found["units"].numbers["found"]
+    # What was compared are texts, and the page calls them so or samples.
+    assert not [section.sentence for section in found.sections if "image" in section.sentence]
     site = next(iter(found["units"].numbers["sites"].values()))
     assert site["samples"] == sum(len(line.split()) for line in lines)

@@ -6,13 +6,14 @@ import ast
 import re
 from pathlib import Path
 
-from lineament.audit import correctness, cue_exchange, leak_section, lenses
+from lineament.audit import correctness, cue_exchange, leak_section, lenses, settled
 
 # The lenses, and what they share with others.
 FOLDERS = (lenses.__path__[0], correctness.__path__[0])
 FILES = [
     *(file for folder in FOLDERS for file in sorted(Path(folder).glob("[a-z]*.py"))),
     Path(leak_section.__file__),
+    Path(settled.__file__),
 ]
 DOCS = Path(__file__).parents[3] / "docs" / "audit.md"
 

@@ -129,3 +129,16 @@ def test_what_it_does_not_apply_to_it_says(tmp_path):
         lenses=["accuracy", "shortcuts"],
     )
     assert found["shortcuts"].status == "skipped" and "name some by groups" in found["shortcuts"].sentence
+
+
+def test_groups_that_say_nothing_of_the_class_leave_nothing_to_answer(tmp_path):
+    found = audit(
+        nn.Linear(3, 2),
+        (torch.randn(40, 3, generator=DRAW), torch.arange(40) % 2),
+        out=tmp_path / "r",
+        groups=[f"site {k // 2 % 2}" for k in range(40)],
+        lenses=["accuracy", "shortcuts"],
+    )
+    section = found["shortcuts"]
+    assert section.status == "skipped" and not section.findings
+    assert "says no more of the class" in section.sentence and "no simple attributes" in section.sentence

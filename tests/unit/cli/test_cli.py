@@ -225,14 +225,20 @@ def test_a_reader_who_leaves_is_no_error():
 
 
 @pytest.mark.parametrize(
-    ("command", "said"), [("audit", "goes on where it stopped"), ("gallery", "begins anew")]
+    ("command", "said"),
+    [
+        ("audit", "goes on where it stopped"),
+        ("edit prune", "goes on where it stopped"),
+        ("edit unlearn", "begins anew"),
+        ("gallery", "begins anew"),
+    ],
 )
 def test_after_an_interruption_it_is_said_what_the_same_command_does(command, said, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_dispatch", interrupted)
-    assert cli.main([command]) == 130
+    assert cli.main(command.split()) == 130
     assert said in capsys.readouterr().err
 
 

@@ -130,6 +130,8 @@ def test_images_in_folders_two_classes_one_output(files, capsys):
         (lambda: ["train", "net.py:make", "data.npz"], "--out: got none"),
         (lambda: [*GOOD, "--lr", "-1"], "lr: got -1.0"),
         (lambda: [*GOOD, "--lr", "nan"], "lr: got nan"),
+        (lambda: [*GOOD, "--length", "64"], "--length: got 64, which only --ssa uses"),
+        (lambda: [*GOOD, "--block-size", "8"], "--block-size: got 8, which only --ssa uses"),
         (lambda: [*GOOD, "--sam", "inf"], "sam: got inf"),
         (lambda: [*GOOD, "--weight-decay", "-0.1"], "--weight-decay"),
         (lambda: [*GOOD, "--optimizer", "adamm"], "nearest: 'adam'"),

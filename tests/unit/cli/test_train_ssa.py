@@ -77,6 +77,13 @@ def test_a_run_writes_an_ordinary_model_that_has_learned(saved, tmp_path, capsys
     assert "already holds a finished run" in capsys.readouterr().err
 
 
+def test_a_short_model_is_trained_at_its_own_length(saved, tmp_path):
+    out = tmp_path / "run"
+    given = [saved / "gpt2", saved / "text.txt", "--ssa", "--block-size", 4, "--blocks", 2, "--out", out]
+    assert main(["train", *map(str, given)]) == 0
+    assert json.loads((out / "ssa.json").read_text())["length"] == 64
+
+
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
 def test_a_run_that_was_cut_off_goes_on_bit_for_bit(saved, tmp_path, model, monkeypatch):
     monkeypatch.setattr(continued, "STORED", 3)

@@ -9,6 +9,7 @@ from torch import nn
 from lineament.core.checks import InputError
 from lineament.privacy import Decoder, Local, Message, Search, invert, reconstruct
 from lineament.privacy.constraints import rate
+from lineament.privacy.costs import chosen_tensors, matching_cost
 from lineament.privacy.evolution import evolve
 from lineament.privacy.inversion import Stage
 from lineament.privacy.leakage import leakage
@@ -182,3 +183,32 @@ def test_a_prior_of_another_size_is_refused(net, prior, batch):
         x, y = torch.rand(1, 1, 12, 12), batch[1][:1]
         wide = nn.Sequential(nn.Flatten(), nn.Linear(144, 5))
         reconstruct(wide, [Message.of(wide, x, y)], y[None], (1, 12, 12), prior=prior, bounds=LIMITS)
+
+
+def test_costs_look_at_the_tensors_and_weights_that_are_chosen(net, prior, batch):
+    x, y = batch
+    told = [Message.of(net, x[k : k + 1], y[k : k + 1]) for k in range(2)]
+    sent = told[0].tensors
+    kept = {"all": [0, 1, 2, 3], "first 2": [0, 1], "last 1": [3], "topk 1": [int(torch.stack([t.norm() for t in sent]).argmax())]}  # fmt: skip
+    for tensors, places in kept.items():
+        for weights in ("equal", "linear", "exp"):
+            how = Search(steps=3, restarts=1, cost="l2", tensors=tensors, weights=weights)
+            found = reconstruct(net, told, y[:, None], (1, 8, 8), prior=prior, search=how, bounds=LIMITS)
+            again = Message.of(net, found.pictures[0], found.targets[0]).tensors
+            wanted = matching_cost(again, sent, "l2", weights=weights, tensors=places)  # pyright: ignore[reportArgumentType]
+            assert float(found.scores[0]) == pytest.approx(float(wanted), rel=1e-3)
+    assert len(chosen_tensors(sent, "random", 2)) == 2 and chosen_tensors(sent, "random", 2, seed=1) == chosen_tensors(sent, "random", 2, seed=1)  # fmt: skip
+    for wrong in ("topk", "all 3", "first x", "best 3"):
+        with pytest.raises(InputError, match="tensors"):
+            Search(tensors=wrong)
+
+
+def test_radii_are_those_of_the_layers_themselves(net, prior, batch):
+    free = searched(net, prior, batch, "gifd", radii=(1e6,), feature_rate=0.1)
+    none = searched(net, prior, batch, "no ball", radii=(1e-6,), feature_rate=0.1)
+    assert torch.allclose(free.pictures, none.pictures, atol=1e-5)
+    per_entry = searched(net, prior, batch, "gifd", radius=0.5 / 32, layers=1)
+    absolute = searched(net, prior, batch, "gifd", radii=(0.5,), layers=1)
+    assert torch.allclose(per_entry.pictures, absolute.pictures)
+    with pytest.raises(InputError, match="radii"):
+        Search(radii=(0.0,))

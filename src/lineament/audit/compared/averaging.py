@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lineament.audit.phrases import compact, percent
 from lineament.core.checks import InputError, require
+from lineament.core.norms import batchnorms
 from lineament.core.surgery.groups import channel_groups
 from lineament.load.model_and_data import ModelAndData
 from lineament.measure.alignment.profile import AlignmentOptions, alignment
@@ -39,9 +40,10 @@ def averaging(a: ModelAndData, b: ModelAndData) -> Section:
         return Section(title=title, status="skipped", sentence=f"The two are not averaged: {error}")
     ends = straight.losses[[0, -1]].mean()
     words = [f"{compact(each.height)}" for each in (straight, matched)]
+    again = ", batch norms estimated anew" if batchnorms(a.model) else ""
     text = (
         f"Halfway between A and B the loss lies {words[0]} above the mean of the two ({compact(float(ends))}), and {words[1]} once B's units are in the order of A's "
-        f"({len(groups.groups)} groups of channels matched, {len(rows)} samples, batch norms estimated anew)."
+        f"({len(groups.groups)} groups of channels matched, {len(rows)} samples{again})."
     )
     table = Table(
         "Halfway between the two networks",

@@ -71,7 +71,7 @@ def missing(found: Alignment, maps: Sequence[Maps], named: Callable[[int], str])
         counted.append((each.site, *parts))
     text = (
         f"{whole[0]} of {whole[1]} units of A are in no linear combination of B's units at the same place, and {whole[2]} of {whole[3]} of B's in none of A's "
-        f"(on held-out images a map leaves more than {percent(2 * _UNPREDICTED, 0)} of their variance)."
+        f"(on held-out samples a map leaves more than {percent(2 * _UNPREDICTED, 0)} of their variance)."
         + (f" Too few samples to say at {', '.join(few)}." if few else "")
     )
     share = (whole[0] + whole[2]) / max(whole[1] + whole[3], 1)
@@ -113,7 +113,11 @@ def spaces(found: Alignment) -> Section:
     errors = None if found.cka_errors is None else found.cka_errors.diagonal()
     text = (
         f"Debiased CKA between the same places runs from {compact(float(diagonal.min()))} to {compact(float(diagonal.max()))}"
-        + ("" if errors is None else f" (errors up to {compact(float(errors.max()))}, by leaving out images)")
+        + (
+            ""
+            if errors is None
+            else f" (errors up to {compact(float(errors.max()))}, by leaving out samples)"
+        )
         + f"; {own} of {len(best)} places of A are most like the same place of B. It ignores in which basis features are held, and 0 is what independent features give."
     )
 
@@ -186,7 +190,7 @@ def codes(found: Alignment, maps: Sequence[Maps]) -> Section:
             ax.plot(places, [v[number] for v in ladders.values()], "o-", color=f"C{number}", label=label)
         ax.axhline(0.5, color="C7", ls="--")
         ax.set_xticks(list(places), [short(n, 16) for n in ladders], rotation=30, ha="right")
-        ax.set(ylabel="half-MSE on held-out images", ylim=(0, 0.62))
+        ax.set(ylabel="half-MSE on held-out samples", ylim=(0, 0.62))
         ax.legend(fontsize=7)
 
     pictures = (

@@ -49,7 +49,7 @@ def units(found: Alignment, maps: Sequence[Maps]) -> Section:
         number=percent(share, 0),
         unit="of the units have a partner" if not sum(dead) else "of the living units have a partner",
         sentence=text
-        + f" A pair counts where its correlation over {found.images:,} samples is above 95 % of those found with the images of B exchanged among themselves; so 5 % of the units would count by chance."
+        + f" A pair counts where its correlation over {found.images:,} samples is above 95 % of those found with the samples of B exchanged among themselves; so 5 % of the units would count by chance."
         + (
             f" Units that hold one value on every sample ({sum(dead):,} of both networks) are not counted."
             if sum(dead)
@@ -144,7 +144,7 @@ def _curves(sites: dict[str, SiteAlignment]) -> Picture:
         draw,
         panels=(1, len(names)),
         size=(2.1 * len(names) + 0.6, 2.7),
-        caption="Correlations of A's units with their best unit of B, and one to one, each sorted; dashed with other images, dotted with B's units turned within their space.",
+        caption="Correlations of A's units with their best unit of B, and one to one, each sorted; dashed with other samples, dotted with B's units turned within their space.",
         alt="Mean correlation one to one by place: "
         + ", ".join(f"{compact(sites[n].match_mean)} at {short(n)}" for n in names)
         + ".",

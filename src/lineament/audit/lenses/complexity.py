@@ -29,7 +29,8 @@ from lineament.core.statistics.shares import wilson
 from lineament.dictionaries.factorisations import nmf, semi_nmf
 from lineament.measure.complexity.features import grid_of, pooled, positions
 from lineament.measure.complexity.importance import Splice, importance
-from lineament.measure.complexity.vinformation import Complexity, ReadoutMoments, Residuals
+from lineament.measure.complexity.readouts import ReadoutMoments
+from lineament.measure.complexity.vinformation import Complexity, Residuals
 from lineament.report.figures import picture, shades
 from lineament.report.outcome import Table
 from lineament.report.section import Finding, Picture, Section
@@ -285,6 +286,7 @@ def _finding(subject: Subject, found: Spectrum, places: dict[int, tuple[Window, 
             key="no simple feature",
         )
     top, count = found.suspects[0], len(found.suspects)
+    shown = "pictures" if subject.images else "strongest samples"
     assert top.changed is not None
     where = ""
     if top.number in places:
@@ -294,8 +296,8 @@ def _finding(subject: Subject, found: Spectrum, places: dict[int, tuple[Window, 
     return Finding(
         "note",
         f"It decides by {count} feature{'s' if count > 1 else ''} as simple as a linear read-out of {first}: suspects of a shortcut. Feature {top.number} is read there with R² {top.information[0]:.2f}, and without it "
-        f"{_interval(top.changed)} of the answers change to the {len(top.strongest)} samples on which it is strongest.{where}",
-        advice="Look at what the pictures of each suspect have in common. If it is not what you ask about, vary it within each class of the training data, train again and audit again.",
+        f"{_interval(top.changed)} of the answers to the {len(top.strongest)} samples on which it is strongest change.{where}",
+        advice=f"Look at what the {shown} of each suspect have in common. If it is not what you ask about, vary it within each class of the training data, train again and audit again.",
         key="simple feature decides",
     )  # fmt: skip
 

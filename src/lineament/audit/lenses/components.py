@@ -271,7 +271,7 @@ def _usable(subject: LanguageSubject) -> tuple[list[PromptPair], list[int], list
         kept.setdefault(length, []).append((pair, answers[0], answers[1]))
     if not kept:
         raise InputError(
-            f"none of the {len(subject.prompts.pairs)} pairs can be used; the first: {left_out[0]}"
+            f"none of the {len(subject.prompts.pairs)} pairs can be used with this tokenizer, of which a pair's prompts must have as many tokens and either answer must be one; the first, {left_out[0]}"
         )
     # Maps by position can be averaged over prompts of one length only.
     commonest = max(kept, key=lambda length: len(kept[length]))

@@ -74,6 +74,9 @@ def look(subject: Subject) -> Section:
             lambda x: _answers(subject, x), subject.inputs(rows), subject.targets[rows],
             numbers=extras, pairs=pairs, seed=subject.seed,
         )  # fmt: skip
+    if tried is None and _group(groups) is None:
+        nothing = "Its inputs have no simple attributes to exchange."
+        return Section(status="skipped", sentence=" ".join([*_group_sentences(groups), nothing]))
     found = Shortcuts(tried, groups, rows.tolist())
     findings = [*_group_findings(groups), *_suspect_findings(tried)]
     number, unit = _headline(found)
