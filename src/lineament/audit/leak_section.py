@@ -68,8 +68,8 @@ def section_of(found: Leakage, steps: int, seconds: float, *, update: bool = Fal
     prices = {p.defence: p for p in found.prices}
     rows = [
         [
-            a.defence, a.attack, float(a.psnr.mean()), _error(a.psnr), a.ssim, f"{int(a.named.sum())} of {a.field}",
-            f"{100 * a.labels_right:.0f} % ({a.rule})", prices[a.defence].cosine, prices[a.defence].progress,
+            a.defence, a.attack, float(a.psnr.mean()), _error(a.psnr), prices[a.defence].cosine, prices[a.defence].progress, f"{int(a.named.sum())} of {a.field}",
+            a.ssim, f"{100 * a.labels_right:.0f} % ({a.rule})",
         ]
         for a in found.attacked
     ]  # fmt: skip
@@ -77,7 +77,7 @@ def section_of(found: Leakage, steps: int, seconds: float, *, update: bool = Fal
     table = Table(
         "Leakage against price. Named: guesses that are nearer to their own picture than to the other audited ones. Labels right: of those read off the message, "
         "and by which rule. The price of a defence: the cosine of the update with the plain one, and the share of the plain step's drop in loss that it keeps.",
-        ["defence", "attack", "PSNR, dB", "standard error", "SSIM", "named", "labels right", "cosine with the plain update", "progress kept"],
+        ["defence", "attack", "PSNR, dB", "standard error", "cosine", "progress kept", "named", "SSIM", "labels right"],
         rows,
     )  # fmt: skip
     shown = Table(
@@ -226,7 +226,10 @@ def _finding(
 
 def _pictures(found: Leakage) -> Picture:
     best = _strongest(found)
-    rows = [("true", found.truth), *((fill(f"{a.defence}: {a.attack}", 16), a.pictures) for a in best)]
+    rows = [("true", found.truth), *((fill(f"{a.defence}: {a.attack}", 13), a.pictures) for a in best)]
+    without = max((float(v.mean()), name) for name, v in found.without.items())
+    if found.guess is not None:
+        rows.append((fill(f"no message: {without[1]}", 13), found.guess))
     shown = min(len(found.truth), 8)
 
     def draw(ax: Any) -> None:
@@ -244,9 +247,14 @@ def _pictures(found: Leakage) -> Picture:
         ax.set_xticks([])
         ax.grid(False)
 
-    told = "; ".join(f"{a.defence}: {float(a.psnr.mean()):.1f} dB" for a in best)
+    told = "; ".join(
+        [
+            *(f"{a.defence}: {float(a.psnr.mean()):.1f} dB" for a in best),
+            f"without a message: {without[0]:.1f} dB",
+        ]
+    )
     return picture(
         draw,
-        alt=f"The first {shown} true pictures, and below them what the strongest attack rebuilt of each defence's messages. {told}.",
-        caption="The true pictures, and what the strongest attack rebuilt from each defence's messages.",
+        alt=f"The first {shown} true pictures, below them what the strongest attack rebuilt of each defence's messages, and the best guess without a message. {told}.",
+        caption="The true pictures, what the strongest attack rebuilt from each defence's messages, and the best guess without a message.",
     )

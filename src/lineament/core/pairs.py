@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,8 +65,8 @@ class Largest:
         self.parts.append(found)
         self.held += len(found)
         if self.held > 2 * self.count + 4096:
-            kept = torch.cat(self.parts).topk(self.count).values
-            self.parts, self.held, self.floor = [kept], len(kept), float(kept[-1])
+            kept = _top(torch.cat(self.parts), self.count)
+            self.parts, self.held, self.floor = [kept], len(kept), float(kept.min())
 
     def __add__(self, other: Largest) -> Largest:
         found = Largest(self.count)
@@ -76,7 +77,16 @@ class Largest:
     def sorted(self) -> Tensor:
         """The largest numbers, falling."""
         found = torch.cat(self.parts) if self.parts else torch.empty(0)
-        return found.topk(min(self.count, len(found))).values
+        return _top(found, self.count).sort(descending=True).values
+
+
+def _top(values: Tensor, count: int) -> Tensor:
+    """The ``count`` largest, in any order; NumPy's partition takes a fraction of topk's time where they are many."""
+    if len(values) <= count:
+        return values
+    if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.float64):
+        return values.topk(count).values
+    return torch.from_numpy(np.partition(values.numpy(), len(values) - count)[len(values) - count :])
 
 
 class Neighbours:

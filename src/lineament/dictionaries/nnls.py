@@ -1,7 +1,7 @@
 """Non-negative codes of activations in given atoms: argmin_{z >= 0} ½‖x - z D‖² + ½ λ‖z‖² + s Σ z, row by row.
 
 HALS goes over the atoms one after the other, in blocks: one matrix product brings a block of gradients up to date, and the updates inside it touch
-what fits into the cache; of few atoms, the code whose support the passes have found is solved for exactly (in float64 where the atoms are nearly dependent). FISTA (Beck and Teboulle 2009, with restarts) moves all codes at once, and needs no atoms-by-atoms matrix where there are more
+what fits into the cache; of up to 256 atoms, the code whose support the passes have found is solved for exactly (in float64 where the atoms are nearly dependent). FISTA (Beck and Teboulle 2009, with restarts) moves all codes at once, and needs no atoms-by-atoms matrix where there are more
 atoms than twice the width. Each row stops by itself, so that its code does not depend on which rows are coded with it.
 """
 
@@ -18,7 +18,11 @@ from lineament.core.models import is_half
 _SAMPLES, _ATOMS = 4096, 32  # of one block of a pass
 _ROWS = 2048  # coded at once
 _PIVOTS = 6
-_EXACT = 64  # atoms up to which small systems, one a row, are solved
+_SMALL, _EXACT = (
+    64,
+    256,
+)  # atoms up to which systems, one a row, are solved: soon, and of rows that passes do not settle
+_SYSTEMS = 2**24  # numbers in the systems that are solved at once
 METHODS = ("hals", "fista")
 
 
@@ -132,13 +136,16 @@ def _hals(
         atoms = atoms.double()
         exact = atoms @ atoms.T
     z, b = codes, products
-    first = 1 if start is None else 0  # passes after which a support is good enough to be tried
+    # Passes after which a support is good enough to be tried; of many atoms most rows settle before a system would pay.
+    small = len(atoms) <= _SMALL
+    first, again = (1 if start is None else 0, 4) if small else (63, 64)
     for step in range(steps):
         before = z.clone()
         sweep(z, b, gram, ridge)
         going = (z - before).abs().amax(0) > close * z.abs().amax(0)
         if few:
-            tried = ~going if careful and step % 4 != first else torch.full_like(going, step % 4 == first)
+            now = step % again == first
+            tried = ~going if careful and not now else torch.full_like(going, now)
             if bool(tried.any()):
                 slopes = atoms @ x[rows[tried]].to(atoms).T - sparsity if exact is not gram else b[:, tried]
                 z[:, tried], done = _solved(z[:, tried], slopes, exact, ridge)
@@ -178,16 +185,16 @@ def _solved(z: Tensor, b: Tensor, gram: Tensor, ridge: float, single: int = 0) -
     """The columns with the exact minimum where it is found, and where it is: systems on a support that begins with the code's, and lets atoms out and in a few
     times; then one at a time, the last that is wrong, ``single`` times at most, which does not go in circles (Murty 1974).
     """
+    most = max(1, _SYSTEMS // len(gram) ** 2)
+    if z.shape[1] > most:
+        parts = [_solved(c, p, gram, ridge, single) for c, p in zip(z.split(most, 1), b.split(most, 1))]
+        return torch.cat([code for code, _ in parts], 1), torch.cat([done for _, done in parts])
     found, done = z.clone(), z.new_zeros(z.shape[1], dtype=torch.bool)
     rows, on, b = torch.arange(len(done), device=z.device), (z > 0).T, b.T.contiguous()
     eps = torch.finfo(gram.dtype).eps
     jitter = 4 * eps * float(gram.diagonal().mean())  # atoms that are nearly alike
     for pivot in range(_PIVOTS + single):
-        support = on.to(gram)
-        system = (gram * support[:, :, None]).mul_(support[:, None, :])
-        system.diagonal(dim1=1, dim2=2).add_(torch.where(on, ridge + jitter, 1.0))
-        factor, failed = torch.linalg.cholesky_ex(system)
-        code = torch.cholesky_solve((b * support)[..., None], factor)[..., 0] * support
+        code, failed = _on_support(on, b, gram, ridge + jitter)
         slope = torch.addmm(b, code, gram, beta=-1)
         slope = slope.add_(code, alpha=ridge) if ridge else slope
         size = b.abs().amax(1, keepdim=True) * 1e3 * eps
@@ -203,6 +210,23 @@ def _solved(z: Tensor, b: Tensor, gram: Tensor, ridge: float, single: int = 0) -
         if not len(rows):
             break
     return found, done
+
+
+def _on_support(on: Tensor, b: Tensor, gram: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Each row's code of any sign on its support, 0 elsewhere, and what Cholesky says of its system; the systems are as large as the largest support."""
+    size, atoms = max(1, int(on.sum(1).max())), on.shape[1]
+    if 4 * size > 3 * atoms:
+        there, right = on.to(gram), b
+        system = (gram * there[:, :, None]).mul_(there[:, None, :])
+        places = None
+    else:
+        places = on.to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :size]
+        there, right = on.gather(1, places).to(gram), b.gather(1, places)
+        system = gram[places[:, :, None], places[:, None, :]].mul_(there[:, :, None]).mul_(there[:, None, :])
+    system.diagonal(dim1=1, dim2=2).add_(torch.where(there > 0, ridge, 1.0))
+    factor, failed = torch.linalg.cholesky_ex(system)
+    code = torch.cholesky_solve((right * there)[..., None], factor)[..., 0] * there
+    return (code if places is None else torch.zeros_like(b).scatter_(1, places, code)), failed
 
 
 def _fista(x: Tensor, atoms: Tensor, ridge: float, sparsity: float, tolerance: float, steps: int) -> Tensor:

@@ -36,8 +36,11 @@ from .unified_embedding.collisions import expected_collisions as expected_collis
 from .unified_embedding.collisions import reader_overlap as reader_overlap
 from .unified_embedding.hashing import fingerprint as fingerprint
 from .unified_embedding.hashing import mix64 as mix64
+from .unified_embedding.hashing import multiply_shift as multiply_shift
 from .unified_embedding.probe import plan as plan
 from .unified_embedding.probe import probe as probe
+from .unified_embedding.probe import row_loads as row_loads
 from .unified_embedding.table import UnifiedEmbedding as UnifiedEmbedding
 from .unified_embedding.torchrec_tables import to_torchrec as to_torchrec
 from .unified_embedding.views import multiplex as multiplex
+from .unified_embedding.xxh64 import xxh64 as xxh64

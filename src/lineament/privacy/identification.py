@@ -93,13 +93,16 @@ def fisher_features(public: Tensor, groups: Tensor | None = None, *, variance: f
     from sklearn.pipeline import make_pipeline
 
     rows = public.flatten(1).double().cpu().numpy()
-    people = 0 if groups is None else len(groups.unique())
-    if groups is None or not 2 <= people < len(rows):
+    of = np.zeros(len(rows), int) if groups is None else groups.cpu().numpy()
+    _, place, counts = np.unique(of, return_inverse=True, return_counts=True)
+    several = counts[place] > 1  # one picture alone says nothing of the scatter within its group
+    people = int((counts > 1).sum())
+    if people < 2:
         found = make_pipeline(PCA(variance, svd_solver="full")).fit(rows)
     else:  # as many components as leave the scatter within groups of full rank
-        components = PCA(max(1, min(len(rows) - people, rows.shape[1])), svd_solver="full")
+        components = PCA(max(1, min(int(several.sum()) - people, rows.shape[1])), svd_solver="full")
         discriminants = LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto")
-        found = make_pipeline(components, discriminants).fit(rows, groups.cpu().numpy())
+        found = make_pipeline(components, discriminants).fit(rows[several], of[several])
 
     def features(x: Tensor) -> Tensor:
         told = found.transform(x.flatten(1).double().cpu().numpy())

@@ -80,7 +80,7 @@ class Price(Readable):
 @dataclass(frozen=True)
 class Leakage(Readable):
     """What messages gave away: ``truth`` in [0, 1], one entry of ``attacked`` for each defence and attack, ``without`` a message (PSNR of each picture by how
-    it was guessed), and the defences' ``prices``. ``local``: what was done between the weights that were received and those sent; ``buffers``: how many batch norms'
+    it was guessed; ``guess``: the pictures of the best way), and the defences' ``prices``. ``local``: what was done between the weights that were received and those sent; ``buffers``: how many batch norms'
     statistics were sent beside the weights, from which the batch's own follow."""
 
     truth: Tensor
@@ -90,6 +90,7 @@ class Leakage(Readable):
     prices: tuple[Price, ...]
     local: str = ""
     buffers: int = 0
+    guess: Tensor | None = None
 
 
 def leakage(
@@ -183,14 +184,16 @@ def leakage(
                 named = f"{attack}, {name}" if name else attack
                 how = "searched with the picture" if attack == "dlg" else rule
                 attacked.append(audited.scored(found, str(defence), named, how))
+    without, guess = _without(truth, public, prior, search, targets, bounds, seed)
     return Leakage(
         truth,
         batch,
         tuple(attacked),
-        _without(truth, public, prior, search, targets, bounds, seed),
+        without,
         tuple(prices),
         str(local or (sent[0].local if sent else None) or ""),
         buffers,
+        guess,
     )
 
 
@@ -307,9 +310,10 @@ def _without(
     targets: Tensor,
     bounds: tuple[Tensor, Tensor],
     seed: int,
-) -> dict[str, Tensor]:
-    mean = _shown(public.mean(0, keepdim=True), bounds).expand_as(truth)
-    found = {"the mean of public pictures": psnr(mean, truth)}
+) -> tuple[dict[str, Tensor], Tensor]:
+    """PSNR of each picture by how it was guessed, and the pictures of the best way."""
+    guess = _shown(public.mean(0, keepdim=True), bounds).expand_as(truth)
+    found = {"the mean of public pictures": psnr(guess, truth)}
     if prior is not None:
         generator = torch.Generator(truth.device).manual_seed(seed + 1)
         code = torch.randn(
@@ -326,8 +330,11 @@ def _without(
             if search.restarts > 1
             else "a sample of the prior"
         )
-        found[name] = each.amax(0)
-    return found
+        best = each.max(0)
+        if float(best.values.mean()) > float(found["the mean of public pictures"].mean()):
+            guess = samples[best.indices]
+        found[name] = best.values
+    return found, guess.clone()
 
 
 def _price(

@@ -52,8 +52,9 @@ def test_the_table_finds_the_descriptor_that_sees_it_and_resumes(tmp_path):
         baseline(data, out=tmp_path / "a", note=stop, **asked)
     found = baseline(data, out=tmp_path / "a", note=lines.append, **asked)
     assert any("cut off" in line for line in lines)
-    # What is done is not told again.
-    assert [sum(pair in line for line in lines) for pair in ("pixels with knn", "hog with infinite")] == [
+    assert [
+        sum(pair in line for line in lines) for pair in ("1: pixels with knn", "1: hog with infinite")
+    ] == [
         1,
         2,
     ]

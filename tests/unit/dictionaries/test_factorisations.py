@@ -173,3 +173,18 @@ def test_codes_in_nearly_alike_atoms_are_the_minimum(apart: float, dtype: torch.
     expected = torch.stack([torch.from_numpy(scipy_nnls(wide, row.double().numpy())[0]) for row in x])
     found = nnls(x, atoms).double()
     assert ((found - expected).abs().amax(1) < 1e-4 * expected.amax(1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_codes_in_a_hundred_dependent_atoms_are_the_minimum(dtype: torch.dtype) -> None:
+    """Passes alone are a hundredth and more off in these after ten thousand of them; a slope of 0 on the support and none below it is the minimum."""
+    generator = torch.Generator().manual_seed(0)
+    atoms = (torch.rand(1, 256, generator=generator) + 0.1 * torch.rand(100, 256, generator=generator)).to(
+        dtype
+    )
+    x = torch.rand(8, 100, generator=generator) * (torch.rand(8, 100, generator=generator) < 0.2)
+    x = x.to(dtype) @ atoms + 0.01 * torch.randn(8, 256, generator=generator).to(dtype)
+    wide = atoms.double().numpy().T
+    expected = torch.stack([torch.from_numpy(scipy_nnls(wide, row.double().numpy())[0]) for row in x])
+    found = nnls(x, atoms).double()
+    assert ((found - expected).abs().amax(1) < 1e-4 * expected.amax(1)).all()

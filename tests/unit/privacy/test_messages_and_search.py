@@ -17,8 +17,8 @@ from lineament.privacy.constraints import l1_projection, rate
 from lineament.privacy.costs import matching_cost
 from lineament.privacy.defences import Aggregate, Clip, Defence, Noise, Private, Prune
 from lineament.privacy.inversion import Stage
-from lineament.privacy.labels import guessed_targets
-from lineament.privacy.leakage import leakage
+from lineament.privacy.labels import guessed_targets, inferred_labels
+from lineament.privacy.leakage import leakage, psnr
 from lineament.privacy.messages import dummy_gradient
 from lineament.privacy.rivals import closed_form
 
@@ -283,6 +283,8 @@ def test_what_is_found_is_scored_beside_what_is_known_without_the_message(net, b
     )  # fmt: skip
     assert [a.defence for a in found.attacked] == ["nothing", "noise 0.1"]
     assert set(found.without) == {"the mean of public pictures", "the nearest of 2 samples of the prior"}
+    best = max(found.without.values(), key=lambda v: float(v.mean()))
+    assert found.guess is not None and torch.allclose(psnr(found.guess, found.truth), best)
     alone = leakage(net, x, y, public=public, prior=prior, attacks=["latent"], search=Search(steps=1, restarts=1), bounds=LIMITS)  # fmt: skip
     assert set(alone.without) == {"the mean of public pictures", "a sample of the prior"}
     plain, noisy = found.prices
@@ -334,3 +336,15 @@ def test_a_message_of_another_model_is_refused(net, batch, prior):
     other = dataclasses.replace(told, tensors=told.tensors[:-1])
     with pytest.raises(InputError, match="5 tensors"):
         reconstruct(net, [other], y[None, :1], (1, 8, 8), prior=prior, bounds=LIMITS)
+
+
+@pytest.mark.parametrize("labels", [[2, 2, 4], [0, 0, 3, 3], [1], [5, 5, 5]])
+def test_the_bias_gradient_tells_repeated_labels(labels):
+    """Of a network that knows nothing yet, the mean of p - y over the batch; row sums can name each class but once."""
+    classes, batch = 6, len(labels)
+    bias = torch.full((classes,), 1 / classes)
+    for label in labels:
+        bias[label] -= 1 / batch
+    weight = bias[:, None] * torch.ones(1, 3)
+    assert inferred_labels(weight, batch, rule="bias", bias=bias) == labels
+    assert len(set(inferred_labels(weight, batch))) == batch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -72,6 +74,10 @@ def test_fisher_features_part_people_whom_pixels_confuse():
     pixels = identified(truth, truth, public, Judge(groups=asked, gallery=judge.gallery, encoder=lambda x: x.flatten(1)))  # fmt: skip
     assert pixels.person_rank1 is not None and pixels.person_rank1 < found.person_rank1 - 0.2
     assert fisher_features(public, known)(truth).shape == (10, min(19, 16))
+    alone = torch.cat([public, draw(1, 1, 4, 4)]), torch.cat([known, torch.tensor([77])])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.allclose(fisher_features(*alone)(truth), fisher_features(public, known)(truth))
     with pytest.raises(InputError, match=r"no picture of the groups \[29\]"):
         keep = asked.repeat(3) != 29
         identified(truth, truth, public, Judge(groups=asked, gallery=(gallery[keep], asked.repeat(3)[keep])))

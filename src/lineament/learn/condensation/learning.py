@@ -119,9 +119,13 @@ class _Step:
             goal = real_gradient(
                 self.model, self.weights, [self._changed(self.real[c], c, 1) for c in group], group, bfloat16=self.options.bfloat16
             )  # fmt: skip
+            order = torch.cat(rows)
+            if self.strategy is None and torch.equal(order, torch.arange(len(pictures), device=order.device)):
+                shown = pictures  # all in order: the set is not copied
+            else:
+                shown = torch.cat([self._changed(pictures[r], c) for r, c in zip(rows, group)])
             value, slope, vanished = matched(
-                self.model, self.weights, torch.cat([self._changed(pictures[r], c) for r, c in zip(rows, group)]),
-                self.labels[torch.cat(rows)], goal, kind=self.options.distance, chunk=self.options.chunk,
+                self.model, self.weights, shown, self.labels[order], goal, kind=self.options.distance, chunk=self.options.chunk,
             )  # fmt: skip
             for r, c, part in zip(rows, group, slope.split([len(r) for r in rows])):
                 if self.strategy is not None:

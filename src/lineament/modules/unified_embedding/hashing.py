@@ -1,4 +1,4 @@
-"""Hashes that give the same bits everywhere: mix64 of integers, SipHash-2-4 of strings.
+"""Hashes that give the same bits everywhere: mix64 and multiply-shift of integers, SipHash-2-4 and XXH64 of strings.
 
 mix64 is the finaliser of SplitMix64; SipHash-2-4 (Aumasson, Bernstein 2012) is what TensorFlow's ``Hashing(salt=...)`` layer uses. 64-bit numbers are
 int64 tensors whose bits are meant unsigned.
@@ -7,16 +7,20 @@ int64 tensors whose bits are meant unsigned.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lineament.core.checks import InputError, number, require, show
+from lineament.core.checks import InputError, number, one_of, require, show
+from lineament.modules.unified_embedding.xxh64 import xxh64
 
 _MASK = (1 << 64) - 1
 # From here on the multiply-and-shift range is too uneven: the exact remainder instead.
 _EXACT_FROM = 1 << 24
+# Ids that are hashed at once: they and their shifts take 128 KB.
+_CACHED = 1 << 13
 
 
 def mix64(values: Tensor, salt: int | Tensor) -> Tensor:
@@ -94,6 +98,62 @@ def bucket(hashes: Tensor, rows: int) -> Tensor:
     return fast_range(hashes, rows) if rows < _EXACT_FROM else remainder(hashes, rows)
 
 
+def multiply_shift(values: Tensor, multiplier: int, bits: int) -> Tensor:
+    """The upper ``bits`` of a x mod 2^64 for an odd a: a row among 2^bits with one multiplication (Dietzfelbinger et al. 1997).
+
+    Two values share a row with a chance of at most 2 / 2^bits over random odd multipliers.
+
+    >>> multiply_shift(torch.tensor([1, 2]), 2**63 + 1, 2).tolist()
+    [2, 0]
+    """
+    number("multiplier", multiplier, low=1, high=_MASK, integer=True)
+    number("bits", bits, low=1, high=62, integer=True)
+    require(multiplier % 2 == 1, f"multiplier: got {multiplier}, expected an odd number")
+    require(
+        isinstance(values, Tensor) and values.dtype == torch.int64,
+        f"values: got {show(values)}, expected int64 ids",
+    )
+    return _shifted(values * signed(multiplier), 64 - bits)
+
+
+def hashed_rows(ids: Tensor, salts: Tensor, rows: int) -> Tensor:
+    """``bucket(mix64(ids, salts), rows)``, in two thirds of the time on a CPU: NumPy shifts unsigned numbers, and a part of the ids stays in the cache through all steps.
+
+    Args:
+        ids: int64 [n, columns] or [n]. salts: mixed salts as :func:`mix64` takes them, one a column, or a single one.
+
+    >>> hashed_rows(torch.tensor([[7], [8]]), torch.tensor([5]), 100).flatten().tolist()
+    [59, 76]
+    """
+    require(
+        isinstance(ids, Tensor) and ids.dtype == torch.int64, f"values: got {show(ids)}, expected int64 ids"
+    )
+    if torch.compiler.is_compiling() or type(ids) is not Tensor or ids.device.type != "cpu":
+        return bucket(mix64(ids, salts), rows)
+    u, every, given = np.uint64, ids.numpy().view(np.uint64), salts.numpy().view(np.uint64)
+    found = np.empty(every.shape, u)
+    step = max(1, _CACHED // max(1, every[:1].size))
+    spare = np.empty((min(step, len(every)), *every.shape[1:]), u)
+    for start in range(0, len(every), step):
+        x = found[start : start + step]
+        shifted = spare[: len(x)]
+        np.bitwise_xor(every[start : start + step], given, out=x)
+        x += u(0x9E3779B97F4A7C15)
+        for by, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            np.right_shift(x, u(by), out=shifted)
+            x ^= shifted
+            x *= u(factor)
+        np.right_shift(x, u(31), out=shifted)
+        x ^= shifted
+        if rows < _EXACT_FROM:
+            x >>= u(32)
+            x *= u(rows)
+            x >>= u(32)
+        else:
+            x %= u(rows)
+    return torch.from_numpy(found.view(np.int64))
+
+
 def siphash(texts: Sequence[str | bytes], key: tuple[int, int]) -> Tensor:
     """SipHash-2-4 of the UTF-8 bytes of each text, under two 64-bit key words.
 
@@ -145,12 +205,14 @@ def _rolled(x: np.ndarray, by: int) -> np.ndarray:
     return (x << np.uint64(by)) | (x >> np.uint64(64 - by))
 
 
-def fingerprint(texts: Sequence[str | bytes]) -> Tensor:
-    """int64 ids of strings, by SipHash under key zero: hash strings once, in the loader, and embed the ids.
+def fingerprint(texts: Sequence[str | bytes], hash: Literal["siphash", "xxh64"] = "siphash") -> Tensor:
+    """int64 ids of strings, by SipHash under key zero: hash strings once, in the loader, and embed the ids. ``"xxh64"`` where other parts of a pipeline make theirs so.
 
     >>> fingerprint(["a", "b", "a"]).unique().numel()
     2
     """
+    if one_of("hash", hash, ("siphash", "xxh64")) == "xxh64":
+        return xxh64(texts)
     return siphash(texts, (0, 0))
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lineament.core.checks import InputError, number, require, show
+from lineament.core.checks import InputError, number, require, show, suggest
 from lineament.core.results import Readable
 from lineament.modules.unified_embedding.collisions import Collisions, expected_collisions
 from lineament.modules.unified_embedding.hashing import as_texts, fingerprint, mix64
+from lineament.modules.unified_embedding.table import UnifiedEmbedding
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,61 @@ def probe(ids: Tensor | Sequence[object] | Iterable[Tensor], *, keep: int = 1024
     # The keep-th smallest of n uniform numbers in (0, 1) lies near keep / n.
     place = (float(smallest[-1]) + 2.0**63) / 2.0**64
     return Probe(count, round((keep - 1) / place), 1 / math.sqrt(keep - 2), hot, taken)
+
+
+@dataclass(frozen=True)
+class RowLoads(Readable):
+    """How evenly a table's rows are hit.
+
+    ``chi_square`` of the different values' rows in ``degrees`` + 1 ranges of rows, against equally many in each, and the chance ``p_value`` of as much from even hashes. ``hot``: the rows that are
+    read most, with their share of the reads.
+    """
+
+    chi_square: float
+    degrees: int
+    p_value: float
+    hot: tuple[tuple[int, float], ...]
+
+
+def row_loads(table: UnifiedEmbedding, ids: Mapping[str, Tensor], *, top: int = 10) -> RowLoads:
+    """Chi-square of a table's rows over the different values of some data, and its hot rows; rows of values' own are hot rows only.
+
+    Args:
+        ids: {feature: every id that was read, as often as it was}. top: hot rows to name.
+
+    Raises:
+        InputError: no id, or fewer than 20 different values.
+
+    >>> table = UnifiedEmbedding(64, 4)
+    >>> table.add("user", 1)
+    >>> found = row_loads(table, {"user": torch.arange(1000)})
+    >>> found.degrees, 0.001 < found.p_value < 0.999
+    (63, True)
+    """
+    from scipy.stats import chi2
+
+    hashed, reads = table.tables * table.rows, torch.zeros(len(table.weight), dtype=torch.double)
+    values = torch.zeros(hashed, dtype=torch.double)
+    for name, given in ids.items():
+        require(name in table.features, f"ids: there is no feature {name!r}{suggest(name, table.features)}")
+        if not isinstance(given, Tensor) or given.is_floating_point() or not given.numel():
+            raise InputError(f"ids: got {show(given)} for {name!r}, expected at least one whole id")
+        own, counts = given.flatten().long().unique(return_counts=True)
+        at = table.places_of(name, own).cpu()
+        weights = counts.double().cpu()[:, None].expand(at.shape).reshape(-1)
+        reads += torch.bincount(at.flatten(), weights=weights, minlength=len(reads))
+        values += torch.bincount(at[at < hashed], minlength=hashed)
+    total = int(values.sum())
+    require(total >= 20, f"ids: got {total} different values and look-ups, expected 20 or more")
+    # Ten or more are expected in each range of rows.
+    ranges = min(hashed, total // 10)
+    edges = torch.arange(ranges + 1) * hashed // ranges
+    found = values.cumsum(0)[edges[1:] - 1].diff(prepend=torch.zeros(1))
+    expected = edges.diff().double() * total / hashed
+    statistic = float(((found - expected).square() / expected).sum())
+    most = reads.topk(min(top, len(reads)))
+    hot = tuple((row, n / float(reads.sum())) for row, n in zip(most.indices.tolist(), most.values.tolist()))
+    return RowLoads(statistic, ranges - 1, float(chi2.sf(statistic, ranges - 1)), hot)
 
 
 @dataclass(frozen=True)

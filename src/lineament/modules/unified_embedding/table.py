@@ -21,9 +21,8 @@ from lineament.core.whole_files import divided, load_parts, read_one, save_whole
 from lineament.modules.unified_embedding import sharded
 from lineament.modules.unified_embedding.hashing import (
     as_texts,
-    bucket,
     fingerprint,
-    mix64,
+    hashed_rows,
     mixed_salt,
     remainder,
     signed,
@@ -234,7 +233,7 @@ class UnifiedEmbedding(nn.Module):
             self._here(inputs[name])
         which, salts, starts = self._plan(tuple(names), self.weight.device)
         ids = torch.stack([inputs[name] for name in which], 1)
-        at = bucket(mix64(ids, salts), self.rows)
+        at = hashed_rows(ids, salts, self.rows)
         at = at if self.tables == 1 else at + starts
         source, (at,) = self.rows_at([at])
         return F.embedding(at, source, sparse=self.sparse and not self.sharded).flatten(1)
@@ -288,7 +287,7 @@ class UnifiedEmbedding(nn.Module):
             return torch.stack([remainder(h, self.rows) for h in hashed], 1).to(self.weight.device)
         ids = self._ids(ids).to(self.weight.device)
         return torch.stack(
-            [bucket(mix64(ids, self._salt(feature, j)), self.rows) for j in range(feature.lookups)], 1
+            [hashed_rows(ids, salt, self.rows) for salt in self._plan((name,), ids.device)[1].split(1)], 1
         )
 
     def tables_of(self, name: str) -> Tensor:

@@ -59,7 +59,7 @@ class Config:
         quick={},
         small={
             "controls": ("none", "independent", "shuffled"), "seeds": (0, 1, 2, 3, 4), "side": 16, "amplitude": 4.0, "outer": 16, "networks": 8, "choosing": 8,
-            "training": 120, "others": ("faces", "cifar10"), "other_outer": 8,
+            "training": 120, "others": ("faces",), "other_outer": 8,
         },
         paper={
             "data": "cifar10", "side": 32, "amplitude": 0.0, "seeds": (0, 1, 2, 3, 4), "per_class": 10, "width": 128, "depth": 3,
