@@ -59,7 +59,7 @@ def test_rows_are_hit_evenly_and_hot_ones_are_named():
         chances.append(row_loads(table, {"user": torch.arange(900)}).p_value)
     chances = torch.tensor(chances)
     # Even hashes: the chance is uniform. 0.3 is the Kolmogorov-Smirnov bound for 30 at one in a hundred.
-    expected = (torch.arange(30) + 0.5) / 60
+    expected = (torch.arange(30) + 0.5) / 30
     assert (chances.sort().values - expected).abs().max() < 0.3
     hot = row_loads(table, {"user": torch.cat([torch.arange(900), torch.full((900,), 7)])}, top=2).hot
     own = table.places_of("user", torch.tensor([7]))[0].tolist()
