@@ -13,7 +13,8 @@ from lineament.bench import Row, compare, quick
 from lineament.dictionaries.factorisations import hals_step, start
 from lineament.dictionaries.nnls import sweep
 from lineament.measure.complexity.layers import complexity
-from lineament.measure.complexity.vinformation import ReadoutMoments, Residuals
+from lineament.measure.complexity.readouts import ReadoutMoments
+from lineament.measure.complexity.vinformation import Residuals
 from lineament.recipes.kit.networks import network
 
 SLUG = "vinfo-complexity"

@@ -15,9 +15,10 @@ from lineament.measure.complexity.checkpoints import temporal_score, training_dy
 from lineament.measure.complexity.features import feature_function
 from lineament.measure.complexity.flow import flow, residual_branches
 from lineament.measure.complexity.groups import feature_objective
-from lineament.measure.complexity.importance import dictionary_quality, importance, support_features
+from lineament.measure.complexity.importance import importance
 from lineament.measure.complexity.layers import complexity
 from lineament.measure.complexity.redundancy import redundancy
+from lineament.measure.complexity.removal import dictionary_quality, support_features
 from lineament.measure.complexity.robustness import robustness
 from tests.contracts.unchanged import unchanged
 

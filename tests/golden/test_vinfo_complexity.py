@@ -14,10 +14,12 @@ from lineament.dictionaries.factorisations import multiplicative_step
 from lineament.dictionaries.nnls import METHODS, nnls, residual
 from lineament.measure.complexity.flow import feature_cka
 from lineament.measure.complexity.groups import hoyer
-from lineament.measure.complexity.importance import keeping_top, linear_importance
+from lineament.measure.complexity.importance import linear_importance
+from lineament.measure.complexity.readouts import ReadoutMoments
 from lineament.measure.complexity.redundancy import redundancy_from_moments
+from lineament.measure.complexity.removal import keeping_top
 from lineament.measure.complexity.robustness import robustness
-from lineament.measure.complexity.vinformation import ReadoutMoments, vinformation
+from lineament.measure.complexity.vinformation import vinformation
 
 
 def information(

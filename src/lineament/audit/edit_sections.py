@@ -194,7 +194,7 @@ def classes_section(subject: EditSubject, before: Tensor, after: Tensor) -> Sect
     at = min(range(len(rows)), key=lambda at: changes[at][0])
     there, name = labels == present[at], rows[at][0]
     was, now = (float(x[there].double().mean()) for x in (before, after))
-    text = f"The class that changes most for the worse is {name}: right in {percent(now)} where it was {percent(was)} (of {int(there.sum())} samples; a change in points of {_points(changes[at])})."
+    text = f"The class that changes most for the worse is {name}: right in {percent(now)} where it was {percent(was)} (of {int(there.sum())} samples; {100 * changes[at][0]:+.1f} points, {100 * changes[at][1]:+.1f} to {100 * changes[at][2]:+.1f})."
     table = Table("Accuracy by class, with 95 % intervals", ["class", "samples", "before", "after", "change in points"], rows)  # fmt: skip
     told = pays(before[there], after[there], len(rows))
     findings = [Finding("warning", text, "classes", "Compare classes before you use it, or take fewer channels out.", key="class pays")] if told else []  # fmt: skip

@@ -19,6 +19,7 @@ from lineament.cli.loss_options import NAMES
 from lineament.cli.train_run import _STAGES, _UNFINISHED, opened
 from lineament.core.checks import number, require, seed
 from lineament.core.files import possible_folder, write_json
+from lineament.load.hub import quiet_transformers
 from lineament.load.language_models import load_language_model
 from lineament.load.token_sequences import token_sequences
 from lineament.load.weights import digest
@@ -100,8 +101,9 @@ def train(a: argparse.Namespace) -> int:
     if checkpoint is None:
         return 0
     after = perplexities(model, kept, **budget) if held else None
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet_transformers("model", "lm"):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     result = {**asked, "history": asdict(history), "held-out sequences": held, "perplexity before": before, "perplexity after": after}  # fmt: skip
     write_json(folder / RESULT, {**result, "seconds": time.perf_counter() - start})
     checkpoint.finish()

@@ -44,13 +44,13 @@ from .complexity.flow import residual_branches as residual_branches
 from .complexity.groups import feature_objective as feature_objective
 from .complexity.groups import hoyer as hoyer
 from .complexity.groups import meta_features as meta_features
-from .complexity.importance import dictionary_quality as dictionary_quality
 from .complexity.importance import importance as importance
 from .complexity.importance import linear_importance as linear_importance
-from .complexity.importance import removal_costs as removal_costs
-from .complexity.importance import support_features as support_features
 from .complexity.layers import complexity as complexity
 from .complexity.redundancy import redundancy as redundancy
+from .complexity.removal import dictionary_quality as dictionary_quality
+from .complexity.removal import removal_costs as removal_costs
+from .complexity.removal import support_features as support_features
 from .complexity.robustness import robustness as robustness
 from .complexity.vinformation import vinformation as vinformation
 from .embeddings.geometry import geometry as geometry

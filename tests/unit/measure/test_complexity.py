@@ -17,7 +17,8 @@ from lineament.measure.complexity.checkpoints import spearman, temporal_score, t
 from lineament.measure.complexity.features import Reading
 from lineament.measure.complexity.groups import hoyer, meta_features
 from lineament.measure.complexity.layers import complexity
-from lineament.measure.complexity.vinformation import ReadoutMoments, Residuals, vinformation
+from lineament.measure.complexity.readouts import ReadoutMoments
+from lineament.measure.complexity.vinformation import Residuals, vinformation
 
 
 def normal(*shape, seed=0, dtype=torch.float64):

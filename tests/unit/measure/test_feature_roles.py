@@ -13,15 +13,14 @@ from lineament.core.checks import InputError
 from lineament.measure.complexity.features import feature_function
 from lineament.measure.complexity.flow import feature_cka, flow, residual_branches
 from lineament.measure.complexity.groups import feature_objective
-from lineament.measure.complexity.importance import (
+from lineament.measure.complexity.importance import importance, linear_importance
+from lineament.measure.complexity.redundancy import masked_ratios, redundancy, redundancy_from_moments
+from lineament.measure.complexity.removal import (
     dictionary_quality,
-    importance,
     keeping_top,
-    linear_importance,
     removal_costs,
     support_features,
 )
-from lineament.measure.complexity.redundancy import masked_ratios, redundancy, redundancy_from_moments
 from lineament.measure.complexity.robustness import robustness
 
 

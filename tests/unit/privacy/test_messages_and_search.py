@@ -17,7 +17,7 @@ from lineament.privacy.constraints import l1_projection, rate
 from lineament.privacy.costs import matching_cost
 from lineament.privacy.defences import Aggregate, Clip, Defence, Noise, Private, Prune
 from lineament.privacy.inversion import Stage
-from lineament.privacy.labels import guessed_targets
+from lineament.privacy.labels import guessed_targets, inferred_labels
 from lineament.privacy.leakage import leakage, psnr
 from lineament.privacy.messages import dummy_gradient
 from lineament.privacy.rivals import closed_form
@@ -336,3 +336,15 @@ def test_a_message_of_another_model_is_refused(net, batch, prior):
     other = dataclasses.replace(told, tensors=told.tensors[:-1])
     with pytest.raises(InputError, match="5 tensors"):
         reconstruct(net, [other], y[None, :1], (1, 8, 8), prior=prior, bounds=LIMITS)
+
+
+@pytest.mark.parametrize("labels", [[2, 2, 4], [0, 0, 3, 3], [1], [5, 5, 5]])
+def test_the_bias_gradient_tells_repeated_labels(labels):
+    """Of a network that knows nothing yet, the mean of p - y over the batch; row sums can name each class but once."""
+    classes, batch = 6, len(labels)
+    bias = torch.full((classes,), 1 / classes)
+    for label in labels:
+        bias[label] -= 1 / batch
+    weight = bias[:, None] * torch.ones(1, 3)
+    assert inferred_labels(weight, batch, rule="bias", bias=bias) == labels
+    assert len(set(inferred_labels(weight, batch))) == batch

@@ -29,7 +29,8 @@ from lineament.core.statistics.shares import wilson
 from lineament.dictionaries.factorisations import nmf, semi_nmf
 from lineament.measure.complexity.features import grid_of, pooled, positions
 from lineament.measure.complexity.importance import Splice, importance
-from lineament.measure.complexity.vinformation import Complexity, ReadoutMoments, Residuals
+from lineament.measure.complexity.readouts import ReadoutMoments
+from lineament.measure.complexity.vinformation import Complexity, Residuals
 from lineament.report.figures import picture, shades
 from lineament.report.outcome import Table
 from lineament.report.section import Finding, Picture, Section

@@ -27,7 +27,8 @@ from lineament.core.sites.depth import tokens_of
 from lineament.measure.complexity.features import Features, Look, Reading, site_of
 from lineament.measure.complexity.importance import Importance, importance
 from lineament.measure.complexity.layers import complexity
-from lineament.measure.complexity.vinformation import Complexity, ReadoutMoments, Residuals, kinds
+from lineament.measure.complexity.readouts import ReadoutMoments
+from lineament.measure.complexity.vinformation import Complexity, Residuals, kinds
 
 
 def without(result: Complexity, *sites: str) -> Float[Tensor, " features"]:

@@ -22,7 +22,8 @@ from lineament.core.models import called, device_of, dtype_of, frozen
 from lineament.core.results import Readable
 from lineament.core.sites.activations import capture
 from lineament.measure.complexity.features import Features, Reading, first_batch, in_one_order
-from lineament.measure.complexity.vinformation import ReadoutMoments, Residuals
+from lineament.measure.complexity.readouts import ReadoutMoments
+from lineament.measure.complexity.vinformation import Residuals
 from lineament.train.batches import moved
 
 FORMS = ("usual", "squared_gram", "debiased")

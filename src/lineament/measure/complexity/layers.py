@@ -14,7 +14,8 @@ from torch import nn
 
 from lineament.core.checks import require
 from lineament.measure.complexity.features import Features, Reading
-from lineament.measure.complexity.vinformation import Complexity, ReadoutMoments, Residuals, kinds
+from lineament.measure.complexity.readouts import ReadoutMoments
+from lineament.measure.complexity.vinformation import Complexity, Residuals, kinds
 
 
 def complexity(

@@ -20,7 +20,7 @@ from lineament.core import checks, results
 from lineament.core.checks import require
 from lineament.core.results import Readable
 from lineament.measure.complexity.features import Features, Reading, site_of
-from lineament.measure.complexity.vinformation import ReadoutMoments
+from lineament.measure.complexity.readouts import ReadoutMoments
 
 
 @dataclass(frozen=True)

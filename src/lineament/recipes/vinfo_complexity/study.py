@@ -21,9 +21,10 @@ from lineament.measure.complexity.checkpoints import spearman, temporal_score, t
 from lineament.measure.complexity.features import feature_function
 from lineament.measure.complexity.flow import flow, residual_branches
 from lineament.measure.complexity.groups import hoyer
-from lineament.measure.complexity.importance import dictionary_quality, importance, removal_costs
+from lineament.measure.complexity.importance import importance
 from lineament.measure.complexity.layers import complexity
 from lineament.measure.complexity.redundancy import redundancy
+from lineament.measure.complexity.removal import dictionary_quality, removal_costs
 from lineament.measure.complexity.robustness import robustness
 from lineament.recipes.kit.networks import network
 from lineament.recipes.vinfo_complexity.claims import Study, Suspects
