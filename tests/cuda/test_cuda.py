@@ -446,3 +446,19 @@ def test_a_boosted_network_grown_on_the_gpu_is_as_good(solver):
     nets = [GBNNClassifier(**made, device=device).fit(X, y) for device in ("cpu", "cuda")]
     assert all(net.score(X, y) > 0.93 for net in nets)
     np.testing.assert_allclose(nets[1].predict_proba(X), nets[0].predict_proba(X), atol=0.2)
+
+
+def test_descriptors_on_the_gpu_are_those_of_the_processor():
+    from lineament.handcrafted import gabor, hog, lbp_codes
+
+    x = torch.randint(0, 256, (40, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for made in (
+        lambda v: hog(v.float() / 255),
+        lambda v: hog(v.double(), signed=True, binning="linear", norm="L1"),
+        lambda v: hog(v, like="opencv"),
+        lambda v: gabor(v.float() / 255),
+    ):
+        torch.testing.assert_close(made(x.cuda()).cpu(), made(x), rtol=1e-4, atol=1e-5)
+    for codes in ("default", "nri_uniform"):
+        same = lbp_codes(x.cuda(), codes=codes).cpu() == lbp_codes(x, codes=codes)
+        assert float(same.double().mean()) > 0.999

@@ -50,6 +50,7 @@ from lineament.load.loaded import Loaded
 from lineament.load.model_and_data import bring_together
 from lineament.load.models import load_model
 from lineament.load.prompts import TASKS, holds_objects, is_prompts
+from lineament.load.texts import between
 from lineament.load.weights import digest
 from lineament.report.outcome import versions
 from lineament.report.section import Finding, Section
@@ -424,8 +425,7 @@ def _input(subject: Subject) -> str:
     for name, value in forms.items():
         form = " × ".join(map(str, value.shape[1:])) or "one number"
         if subject.samples.lengths is not None and value.ndim > 1:
-            low, high = int(subject.samples.lengths.min()), int(subject.samples.lengths.max())
-            form = form.replace(str(value.shape[1]), f"{low} to {high}", 1)
+            form = form.replace(str(value.shape[1]), between(subject.samples.lengths), 1)
         found.append(f"{name}: {form}" if len(forms) > 1 else form)
     return ", ".join(found)
 

@@ -213,16 +213,21 @@ def show_tables(columns: Sequence[Any], plan: Any, smaller: Mapping[str, Any]) -
     console.print(table)
     values, pairs = sum(c.distinct for c in columns), plan.collisions
     console.print(
-        f"One table of {plan.rows:,} rows of {plan.chunk} numbers, {plan.bytes / 2**20:.3g} MB in float32, for {values:,} values. Of one look-up each, {pairs.intra:,.4g} pairs of values of one column "
-        f"are expected to share a row, and {pairs.inter:,.4g} pairs of values of different ones, which the layers that read them tell apart.",
+        f"One table of {plan.rows:,} row{'s' if plan.rows > 1 else ''} of {plan.chunk} numbers, {plan.bytes / 2**20:.3g} MiB in float32, for {values:,} values. Of one look-up each, {_pairs(pairs.intra)} pairs of values of one column "
+        f"are expected to share a row, and {_pairs(pairs.inter)} pairs of values of different ones, which the layers that read them tell apart.",
         soft_wrap=True,
     )
     rows = _table("rows", "pairs of one column in one table", "in tables split by values", "pairs of different columns", right=("rows", "pairs of one column in one table", "in tables split by values", "pairs of different columns"))  # fmt: skip
     for name, found in smaller.items():
-        rows.add_row(f"{name} of the values", *(f"{v:,.4g}" for v in (found.intra, found.proportional, found.inter)))  # fmt: skip
+        rows.add_row(f"{name} of the values", *(_pairs(v) for v in (found.intra, found.proportional, found.inter)))  # fmt: skip
     console.print(rows)
     call = ", ".join(f'"{name}": {count}' for name, count in list(plan.lookups.items())[:4])
     console.print(f"lineament.modules.UnifiedEmbedding({plan.rows}, {plan.chunk}) with look-ups {{{call}{', ...' if len(columns) > 4 else ''}}}", soft_wrap=True)  # fmt: skip
+
+
+def _pairs(expected: float) -> str:
+    """How many pairs are expected: with a fraction only where there are few."""
+    return f"{expected:,.0f}" if expected >= 100 else f"{expected:.3g}"
 
 
 def show_site(site: Site) -> None:

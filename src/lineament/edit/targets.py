@@ -33,7 +33,7 @@ def check_target(
     share = [name for name, value in (("remove", remove), ("keep", keep)) if value is not None]
     require(
         bool(given or share) and len(given) <= 1 and len(share) <= 1 and not (share == ["keep"] and given),
-        f"keep: got {' and '.join([*share, *given]) or 'no target'}, expected one of keep, params, flops and latency, or remove alone or with one of the last three",
+        f"keep: got {' and '.join([*share, *given]) or 'no target'}, expected one of keep, remove, params, flops and latency; of two, only remove goes with one of the last three",
     )
     if remove is not None:
         number("remove", remove, low=0, high=1, open_low=True, open_high=True)

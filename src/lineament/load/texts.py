@@ -51,13 +51,23 @@ def text_samples(texts: Sequence[str], tokenizer: Any, **rest: Any) -> Samples:
     ids, lengths = padded([torch.tensor([row]) for row in rows], padding)
     found = Samples(inputs=ids, lengths=lengths, argument="input_ids", **rest)
     notes = [
-        f"{len(texts):,} texts are read as {int(lengths.min())} to {int(lengths.max())} tokens each, those of one length together, so that none is padded"
+        f"{len(texts):,} texts are read as {between(lengths)} tokens each, those of one length together, so that none is padded"
     ]
     if cut:
         notes.append(
             f"{cut} of {len(texts)} texts are cut after {most} tokens, the most that the model takes"
         )
     return replace(found, notes=(*found.notes, *notes))
+
+
+def between(lengths: Tensor) -> str:
+    """How long samples are, from the shortest to the longest.
+
+    >>> between(torch.tensor([3, 8, 5])), between(torch.tensor([8, 8]))
+    ('3 to 8', '8')
+    """
+    low, high = int(lengths.min()), int(lengths.max())
+    return f"{low} to {high}" if low < high else str(high)
 
 
 def padded(parts: Sequence[Tensor], padding: float = 0) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from lineament.core.checks import InputError, require, show
 from lineament.data.samples import Samples
 from lineament.load.columns import Choose, find_column, with_groups
 from lineament.load.tables import TABLES, surveyed, table_of
-from lineament.load.texts import TEXTS, TextReader, padded, text_samples
+from lineament.load.texts import TEXTS, TextReader, between, padded, text_samples
 
 WORDS = ("tokens", "words", *TEXTS)
 TAGS = ("ner_tags", "tags", "labels", "label", "pos_tags", "upos", "chunk_tags", "targets", "target", "y")
@@ -139,7 +139,7 @@ def tagged_samples(
     x, lengths = padded([torch.tensor([row]) for row in ids], tokenizer.pad_token_id or 0)
     y, _ = padded([torch.tensor([row]) for row in targets], _IGNORED)
     notes = [
-        f"{len(ids):,} texts are read as {int(lengths.min())} to {int(lengths.max())} tokens each, those of one length together, so that none is padded; "
+        f"{len(ids):,} texts are read as {between(lengths)} tokens each, those of one length together, so that none is padded; "
         "the first token of a word has its tag, and the others count nowhere"
     ]
     if cut:

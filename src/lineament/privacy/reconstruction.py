@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lineament.core.checks import InputError, labels, one_of, require, show
+from lineament.core.matching import matched_gradient
 from lineament.core.models import logits
 from lineament.core.results import Readable
 from lineament.privacy.costs import chosen_tensors, code_divergence, index_set, matching_cost
@@ -25,7 +28,7 @@ from lineament.privacy.messages import Message, checked, dummy_gradient, fixed
 from lineament.privacy.priors import Pixels, Prior
 from lineament.privacy.rivals import closed_form, group_term, own_generators
 from lineament.privacy.search import ATTACKS, ON_PIXELS, Search
-from lineament.privacy.statistics import statistics_gap
+from lineament.privacy.statistics import norms, statistics_gap
 
 SEARCH = Search()
 
@@ -110,6 +113,11 @@ def reconstruct(
     search = search.preset(attack, layers)
     task = _Task(model, messages, targets, tuple(shape), used, search, bounds)
     task.fits(parameters[0])
+    meet = [n for n, norm in norms(model) if norm.training]
+    require(
+        search.chunk is None or (first.local is None and not meet and not joint),
+        f"chunk: got {search.chunk}, but {'pictures meet in the batch norm ' + repr(meet[0]) if meet else 'local steps cannot be taken chunk by chunk' if first.local else 'labels are searched, too'}; expected None",
+    )
     rows = torch.arange(len(messages)).repeat_interleave(search.restarts)
     generator = torch.Generator(parameters[0].device).manual_seed(seed)
     code = torch.randn(
@@ -191,6 +199,31 @@ class _Task:
             return self._match([g[0] for g in guess], [t[0] for t in self._sent])[None]
         return vmap(self._match)(tuple(guess), self._sent)
 
+    @cached_property
+    def _still(self) -> tuple[nn.Module, dict[str, Tensor]]:
+        still, named = fixed(self.model)
+        return still, {name: p.requires_grad_() for name, p in named.items()}
+
+    def chunked_cost(self, guess: Sequence[Tensor]) -> Tensor:
+        """The same from pictures, [rows], with a derivative that was made chunk by chunk."""
+        still, named = self._still
+        size, found = self.search.chunk or 1, []
+        for k, row in enumerate(self.pictures(guess[0])):
+            labels, sent = self.labels[k].split(size), [t[k] for t in self._sent]
+
+            def risk(j: int, x: Tensor, labels: Any = labels, count: int = len(row)) -> Tensor:
+                return (
+                    F.cross_entropy(logits(functional_call(still, named, (x,))), labels[j], reduction="sum")
+                    / count
+                )
+
+            with sdpa_kernel(SDPBackend.MATH):
+                value, slopes = matched_gradient(
+                    risk, list(named.values()), row.split(size), lambda g, sent=sent: self._match(g, sent)
+                )
+            found.append(value + ((row - row.detach()) * torch.cat(slopes)).sum())
+        return torch.stack(found)
+
     def _match(self, guess: Sequence[Tensor], sent: Sequence[Tensor]) -> Tensor:
         first, how, kind = self.messages[0], self.search, self.search.cost
         one, two = first.defence.mirror(guess, sent), sent
@@ -247,12 +280,15 @@ def _searched(task: _Task, attack: str, start: Tensor, on_pixels: bool, restarts
         "side": int(task.shape[-1]), "penalty": task.penalty(restarts, sum(stage.steps for stage in stages)), "patience": search.patience,
     }  # fmt: skip
     render, blocks = task.prior.render, task.prior.blocks
-    found = invert(lambda z: blocks(z, flat), render, task.gradient, task.cost, start, stages, **how)
+    gradient, cost = (
+        (task.gradient, task.cost) if search.chunk is None else (lambda x: [x], task.chunked_cost)
+    )
+    found = invert(lambda z: blocks(z, flat), render, gradient, cost, start, stages, **how)
     if attack != "gias":
         return found
     weights, made = own_generators(task.prior, found.variables[0])
     stage = Stage(search.steps, search.weight_rate, sphere=False, optimizer=search.optimizer)
-    further = invert(lambda w: [made], render, task.gradient, task.cost, weights, [stage], **how)
+    further = invert(lambda w: [made], render, gradient, cost, weights, [stage], **how)
     scores = torch.stack([found.score, further.score]).nan_to_num(nan=torch.inf)
     better = scores.argmin(0)
     chosen = better.repeat_interleave(task.labels.shape[1])

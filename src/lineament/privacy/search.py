@@ -32,6 +32,8 @@ class Search:
         divergence: weight of the divergence of codes from a standard normal, deviation: of the first codes that are drawn (GGL).
         group: weight of the distance from the mean of the restarts. statistics: weight of the distance from the batch norms' statistics, where they were sent.
         optimizer: ``"adam"``; ``"sgd"``, with Nesterov's momentum of 0.9; or ``"lbfgs"``, which searches each message and restart by itself.
+        chunk: pictures of a message that are differentiated at a time, for the memory of so many in place of all; a gradient more is then computed. Of messages that
+            are gradients, by networks in which pictures do not meet.
         patience: end when the score of every row rose over so many layers in a row.
 
     >>> Search().restarts
@@ -57,6 +59,7 @@ class Search:
     group: float = 0.0
     statistics: float = 0.01
     optimizer: str = "adam"
+    chunk: int | None = None
     patience: int | None = 2
 
     def __post_init__(self) -> None:
@@ -76,6 +79,8 @@ class Search:
             number("layers", self.layers, low=0, integer=True)
         if self.radius is not None:
             number("radius", self.radius, low=0, open_low=True)
+        if self.chunk is not None:
+            number("chunk", self.chunk, low=1, integer=True)
         if self.patience is not None:
             number("patience", self.patience, low=1, integer=True)
 

@@ -53,14 +53,14 @@ def test_multiply_shift_is_arithmetic_of_unsigned_numbers():
 
 def test_rows_are_hit_evenly_and_hot_ones_are_named():
     chances = []
-    for seed in range(60):
+    for seed in range(30):
         table = UnifiedEmbedding(50, 2, tables=2, seed=seed)
         table.add("user", 2, reserve=[7])
         chances.append(row_loads(table, {"user": torch.arange(900)}).p_value)
     chances = torch.tensor(chances)
-    # Even hashes: the chance is uniform. 0.21 is the Kolmogorov-Smirnov bound for 60 at one in a hundred.
-    expected = (torch.arange(60) + 0.5) / 60
-    assert (chances.sort().values - expected).abs().max() < 0.21
+    # Even hashes: the chance is uniform. 0.3 is the Kolmogorov-Smirnov bound for 30 at one in a hundred.
+    expected = (torch.arange(30) + 0.5) / 30
+    assert (chances.sort().values - expected).abs().max() < 0.3
     hot = row_loads(table, {"user": torch.cat([torch.arange(900), torch.full((900,), 7)])}, top=2).hot
     own = table.places_of("user", torch.tensor([7]))[0].tolist()
     assert sorted(row for row, _ in hot) == sorted(own) and hot[0][1] == pytest.approx(901 / 3600)
@@ -73,3 +73,13 @@ def test_rows_are_hit_evenly_and_hot_ones_are_named():
         row_loads(biased, {"users": values})
     with pytest.raises(InputError, match="expected 20 or more"):
         row_loads(biased, {"user": values[:5]})
+
+
+@pytest.mark.slow
+def test_a_compiled_table_reads_the_same_rows():
+    table = UnifiedEmbedding(1000, 4, tables=2)
+    table.add("user")
+    table.add("item", 3)
+    ids = {"user": torch.arange(50), "item": torch.arange(50) - 7}
+    compiled = torch.compile(table, backend="aot_eager", fullgraph=True)
+    assert compiled(ids).equal(table(ids))

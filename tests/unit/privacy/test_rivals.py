@@ -10,6 +10,7 @@ from lineament.core.checks import InputError
 from lineament.privacy import Decoder, Local, Message, Search, invert, reconstruct
 from lineament.privacy.constraints import rate
 from lineament.privacy.costs import chosen_tensors, matching_cost
+from lineament.privacy.defences import defence_of
 from lineament.privacy.evolution import evolve
 from lineament.privacy.inversion import Stage
 from lineament.privacy.leakage import leakage
@@ -212,3 +213,39 @@ def test_radii_are_those_of_the_layers_themselves(net, prior, batch):
     assert torch.allclose(per_entry.pictures, absolute.pictures)
     with pytest.raises(InputError, match="radii"):
         Search(radii=(0.0,))
+
+
+@pytest.mark.parametrize("attack", ["gifd", "ig", "gias"])
+def test_pictures_that_are_differentiated_in_chunks_are_found_all_the_same(net, prior, attack):
+    net, x, y = net.double(), torch.rand(5, 1, 8, 8).double(), torch.tensor([0, 3, 3, 1, 2])
+    prior.generator.double()
+    told = [Message.of(net, x, y, defence=defence_of(text)) for text in ("prune=50", "prune=50")]
+    found = [
+        reconstruct(
+            net, told, torch.stack([y, y]), (1, 8, 8), prior=prior, attack=attack, search=Search(steps=8, restarts=1, chunk=chunk), bounds=LIMITS
+        )
+        for chunk in (None, 2)
+    ]  # fmt: skip
+    assert torch.allclose(found[0].pictures, found[1].pictures, atol=1e-8)
+    assert torch.allclose(found[0].scores, found[1].scores, atol=1e-10)
+
+
+def test_chunks_are_refused_where_pictures_meet(net, batch):
+    x, y = batch
+    for told, attack, says in (
+        (Message.of(net, x, y, local=Local(rate=0.1)), "ig", "local steps"),
+        (Message.of(net, x, y), "dlg", "labels are searched"),
+    ):
+        with pytest.raises(InputError, match=says):
+            reconstruct(net, [told], y[None], (1, 8, 8), attack=attack, search=Search(chunk=1), bounds=LIMITS)
+    mixed = nn.Sequential(nn.BatchNorm2d(1), *net).train()
+    with pytest.raises(InputError, match="pictures meet in the batch norm '0'"):
+        reconstruct(
+            mixed,
+            [Message.of(mixed, x, y)],
+            y[None],
+            (1, 8, 8),
+            attack="ig",
+            search=Search(chunk=1),
+            bounds=LIMITS,
+        )

@@ -215,14 +215,17 @@ class _Batch:
         """What a new part of each problem answers to every sample."""
         B, n = self.train.shape
         d, J = self.X.shape[1] - 1, self.per
-        chosen = self.train
+        # Only the rows that a problem is fitted to, as many for each: the others would weigh nothing but cost as much.
+        count = self.train.sum(1).long()
+        draw = self.train
         if bool((self.share < 1).any()):
             draw = torch.rand(B, n, generator=self.generator, dtype=torch.float64) * self.train
-            keep = (self.share * self.train.sum(1)).long().clamp(min=1)
-            order = draw.argsort(1, descending=True).argsort(1)
-            chosen = (order < keep[:, None]).double() * self.train
+            count = (self.share * count).long().clamp(min=1)
+        rows = draw.argsort(1, descending=True)[:, : int(count.max())]
+        chosen = (torch.arange(rows.shape[1]) < count[:, None]).double()
+        inputs, target = self.X[rows], r.gather(1, rows[:, :, None].expand(-1, -1, r.shape[2]))
         scale = 2.0 if self.activation == "logistic" else 6.0
         bound = (scale / (d + J)) ** 0.5
         V = (2 * torch.rand(B, d + 1, J, generator=self.generator, dtype=torch.float64) - 1) * bound
-        V, U = project(self.X, r, chosen, V, self.l2, activation=self.activation, steps=self.steps)
+        V, U = project(inputs, target, chosen, V, self.l2, activation=self.activation, steps=self.steps)
         return TORCH[self.activation](self.X @ V) @ U[:, :-1] + U[:, -1:]

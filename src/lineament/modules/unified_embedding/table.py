@@ -35,7 +35,7 @@ from lineament.modules.unified_embedding.inputs import bags_of, by_feature, list
 class Feature:
     """A feature of a table: its number, look-ups, combiner, the id that stands for nothing, and its first look-up's number.
 
-    Ids below ``below``, and those of ``reserved`` (sorted), have rows of their own, which begin at ``start``.
+    Ids below ``below``, and those of ``reserved`` (sorted), have rows of their own, which begin at ``start``. ``named`` is the name's fingerprint.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Feature:
     below: int = 0
     reserved: tuple[int, ...] = ()
     start: int = 0
+    named: int = 0
 
     @property
     def own(self) -> int:
@@ -157,6 +158,7 @@ class UnifiedEmbedding(nn.Module):
             below,
             tuple(reserved),
             len(self.weight),
+            _name(name),
         )
         self.features[name] = feature
         if feature.own:
@@ -293,11 +295,11 @@ class UnifiedEmbedding(nn.Module):
     def tables_of(self, name: str) -> Tensor:
         """The sub-table of each look-up, [lookups]."""
         feature = self.features[name]
-        start = feature.first if self.assign == "order" else mixed_salt(_name(name)) % self.tables
+        start = feature.first if self.assign == "order" else mixed_salt(feature.named) % self.tables
         return (torch.arange(feature.lookups) + start) % self.tables
 
     def _salt(self, feature: Feature, lookup: int) -> int:
-        own = _name(feature.name) if self.salt == "name" else feature.number
+        own = feature.named if self.salt == "name" else feature.number
         return mixed_salt(mixed_salt(mixed_salt(self.seed) ^ own) ^ lookup)
 
     def _ids(self, ids: Tensor | Sequence[Any]) -> Tensor:

@@ -110,9 +110,9 @@ def coloured(config: Any, seed: int, found: dict[str, Learned]) -> Coloured:
     )
     pictures = [_bytes(lightness[:, 1:], x) for x in (answer, ab[:, 1:])]
     true = psnr(*(p.movedim(4, 2).flatten(0, 1).double() / 255 for p in pictures)).mean()
-    return Coloured(
-        *kinds, to_turned, to_truth, float(true), psnr_legacy(*pictures), elements_of(models[FULL], config)
-    )
+    own, shared = kinds
+    elements = elements_of(models[FULL], config)
+    return Coloured(own, shared, to_turned, to_truth, float(true), psnr_legacy(*pictures), elements)
 
 
 def answers_of(models: dict[str, ColorMNet], lightness: Tensor, ab: Tensor) -> dict[str, Tensor]:
