@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from lineament.bench import Row, compare, quick
 from lineament.core.sites.activations import record
-from lineament.learn.projection.layers import layers_worth, pooled
+from lineament.learn.projection.layers import layers_worth
+from lineament.learn.projection.pooling import pooled
 from lineament.losses.contrastive import SupCon
 from lineament.recipes.kit.networks import network
 

@@ -9,7 +9,7 @@ from torch import nn
 from lineament.core.checks import InputError
 from lineament.core.statistics.effective_rank import effective_rank
 from lineament.learn import Reweighting, WithHead, layers_worth
-from lineament.learn.projection.layers import pooled
+from lineament.learn.projection.pooling import pooled
 
 
 def test_a_weighing_head_is_seen_by_plain_read_outs_only():
@@ -23,7 +23,7 @@ def test_a_weighing_head_is_seen_by_plain_read_outs_only():
     assert before.logistic_standardised == pytest.approx(after.logistic_standardised, abs=0.011)
     assert before.logistic > 0.9 > after.logistic + 0.2 and found.best is before and net.training
     assert before.rank > 7 and after.rank < 2
-    assert before.worst_group is None
+    assert before.dfr is None
 
 
 def test_the_worst_group_is_read_out_from_as_many_of_each():
@@ -36,8 +36,8 @@ def test_the_worst_group_is_read_out_from_as_many_of_each():
     with torch.no_grad():
         net[1].weight.copy_(torch.tensor([[0.0, 1.0]]))
     groups = (agree.long()[:200], agree.long()[200:])
-    found = layers_worth(net, (x[:200], y[:200]), (x[200:], y[200:]), groups=groups)
-    assert found["0"].worst_group > 0.9 and found["1"].worst_group < 0.7
+    found = layers_worth(net, (x[:200], y[:200]), (x[200:], y[200:]), groups=groups, mlp=None)
+    assert found["0"].dfr.worst > 0.9 and found["1"].dfr.worst < 0.7
 
 
 def test_maps_are_pooled_and_rank_is_closed_form():

@@ -14,7 +14,7 @@ from lineament.core.checks import require
 from lineament.core.models import unwrapped
 from lineament.core.sites.activations import capture
 from lineament.core.sites.naming import sites
-from lineament.learn.projection.layers import pooled
+from lineament.learn.projection.pooling import pooled
 
 
 class UpTo(nn.Module):

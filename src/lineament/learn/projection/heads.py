@@ -67,11 +67,51 @@ class Reweighting(nn.Module):
         return x * weights
 
 
-HEADS = ("none", "linear", "mlp", "mlp2", "identity", "fixed")
+class Diagonal(nn.Module):
+    """A trainable weight of each coordinate, w_i x_i, all ``start`` at first.
+
+    >>> Diagonal(3, start=0.5)(torch.ones(1, 3)).tolist()
+    [[0.5, 0.5, 0.5]]
+    """
+
+    def __init__(self, dim: int, *, start: float = 1.0):
+        super().__init__()
+        number("dim", dim, low=1, integer=True)
+        self.weight = nn.Parameter(torch.full((dim,), number("start", start)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        require(
+            x.shape[-1] == len(self.weight),
+            f"x: got {show(x)}, expected {len(self.weight)} coordinates",
+        )
+        return x * self.weight
+
+
+class DiagonalNetwork(nn.Sequential):
+    """The paper's non-linear network: layers h_l = s_b(w_l h_{l-1}) of diagonal weights and symmetric ReLUs with threshold b.
+
+    A feature whose weighted amplitude stays below b in a layer is absent from there on, and present below; no gradient brings it back.
+
+    Args:
+        layers: their number, which are the sites ``"0"``, ``"1"``, ...; the last is the head of the others.
+        start: of all weights; equal layers are balanced.
+
+    >>> DiagonalNetwork(2, bias=0.125, start=0.75)(torch.tensor([1.0, 0.25])).tolist()
+    [0.34375, 0.0]
+    """
+
+    def __init__(self, dim: int, *, layers: int = 2, bias: float = 0.0, start: float = 0.5):
+        number("layers", layers, low=1, integer=True)
+        super().__init__(
+            *(nn.Sequential(Diagonal(dim, start=start), SymmetricReLU(bias)) for _ in range(layers))
+        )
+
+
+HEADS = ("none", "linear", "mlp", "mlp2", "identity", "diagonal", "fixed")
 
 
 def projection_head(
-    kind: Literal["none", "linear", "mlp", "mlp2", "identity", "fixed"],
+    kind: Literal["none", "linear", "mlp", "mlp2", "identity", "diagonal", "fixed"],
     dim: int,
     *,
     hidden: int | None = None,
@@ -82,7 +122,7 @@ def projection_head(
 
     Args:
         kind: ``"mlp"`` has one hidden layer, ``"mlp2"`` two; ``"identity"`` two linear layers that start as the identity around a
-            symmetric ReLU; ``"fixed"`` is :class:`Reweighting`.
+            symmetric ReLU; ``"diagonal"`` is :class:`Diagonal`, ``"fixed"`` :class:`Reweighting`.
         dim: of the encoder's output. hidden, out: widths, ``dim`` by default.
 
     >>> projection_head("mlp", 8)(torch.randn(2, 8)).shape
@@ -94,6 +134,8 @@ def projection_head(
         return nn.Identity()
     if kind == "linear":
         return nn.Linear(dim, out)
+    if kind == "diagonal":
+        return Diagonal(dim)
     if kind == "fixed":
         return Reweighting(dim, kappa)
     if kind == "identity":

@@ -1,13 +1,13 @@
 """Which layer to export: what each layer of a trained network is worth to a simple read-out.
 
 Xue et al., ICLR 2024, arXiv 2403.11391, export the layer before the head. A read-out that standardises its features cannot see a head that only weighs them, so every
-probe is made standardised and not. DFR (Kirichenko 2023) reads out from as many training samples of each group.
+probe is made standardised and not. For the worst group DFR and DFR-MLP read out from as many training samples of each group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,11 @@ from lineament.core.readouts.ridge_readout import ridge
 from lineament.core.results import Readable, plain
 from lineament.core.sites.activations import record
 from lineament.core.statistics.effective_rank import effective_rank
+from lineament.learn.projection.directions import direction_weights
+from lineament.learn.projection.pooling import pooled
+from lineament.learn.projection.robust import DFRMLP, ByGroup, by_group, dfr, dfr_mlp
+
+_MLP = DFRMLP()
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,8 @@ class Layer(Readable):
     """One site: accuracies on the test samples by linear read-outs of it, standardised and as it is.
 
     ``neighbours``: of 10 nearest training samples by cosine. ``rank``: the exponential of the entropy of its principal variances' shares.
-    ``worst_group``, ``mean_group``: of a logistic read-out from as many training samples of each group, as it is; ``None`` without groups.
+    ``dfr``, ``dfr_standardised``, ``dfr_mlp``: accuracies by group of :func:`dfr` on features as they are and standardised, and of :func:`dfr_mlp`; ``None`` without groups.
+    ``directions``: of each direction given, how strongly the site weighs it (:func:`direction_weights`); ``None`` without directions.
     """
 
     site: str
@@ -40,8 +46,10 @@ class Layer(Readable):
     ridge_standardised: float
     neighbours: float
     rank: float
-    worst_group: float | None = None
-    mean_group: float | None = None
+    dfr: ByGroup | None = None
+    dfr_standardised: ByGroup | None = None
+    dfr_mlp: ByGroup | None = None
+    directions: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,8 @@ def layers_worth(
     *,
     sites: str | Sequence[str] = "*",
     groups: tuple[Tensor, Tensor] | None = None,
+    directions: Tensor | None = None,
+    mlp: DFRMLP | None = _MLP,
     penalty: float = 1.0,
     batch_size: int | str = "auto",
 ) -> LayersWorth:
@@ -95,11 +105,13 @@ def layers_worth(
     Args:
         train, test: (inputs, labels), a ``Dataset`` or batches of them; any labels, also others than the model was trained on. Features are averaged over positions.
         sites: names or globs; by default the model's children.
-        groups: the group of each training and test sample, for the worst group's accuracy.
+        groups: the group of each training and test sample, integers, for DFR and DFR-MLP.
+        directions: [k, ...] directions of the input, each of a sample's shape, to be weighed by each site, on average over the test samples.
+        mlp: how DFR-MLP is trained; with groups it takes most of the time (``DFRMLP(hidden=256)`` an eighth of it), and ``None`` leaves it out.
         penalty: of the logistic read-outs, as scikit-learn's 1/C.
 
     Raises:
-        InputError: unknown sites, labels that do not match, fewer than two classes.
+        InputError: unknown sites, labels or groups that do not match, fewer than two classes, directions that are not of a sample's shape.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)); y = (x[:, 0] > 0).long()
@@ -114,31 +126,29 @@ def layers_worth(
 
     own, other = (chunked(features, part, batch_size=batch_size, most=1024) for part in (x, x_test))
     if groups is not None:
-        for name, g, labels in zip(("train", "test"), groups, (y, y_test)):
-            require(len(g) == len(labels), f"groups: got {len(g)} for {len(labels)} {name} samples")
-    found = [
-        _layer(
-            site, own[site], y.to(own[site].device), other[site], y_test.to(own[site].device), groups, penalty
-        )
-        for site in own
-    ]
+        groups = _checked(groups, y, y_test)
+    weights = (
+        {}
+        if directions is None
+        else direction_weights(model, x_test, directions, sites=sites, batch_size=batch_size)
+    )
+    found = []
+    for site in own:
+        device = own[site].device
+        labels, labels_test = y.to(device), y_test.to(device)
+        layer = _layer(site, own[site], labels, other[site], labels_test, penalty)
+        if groups is not None:
+            g, g_test = (each.to(device) for each in groups)
+            layer = replace(
+                layer, **_robust(own[site], labels, g, other[site], labels_test, g_test, penalty, mlp)
+            )
+        if site in weights:
+            layer = replace(layer, directions=tuple(weights[site].tolist()))
+        found.append(layer)
     return LayersWorth(tuple(found), len(y), len(y_test))
 
 
-def pooled(x: Tensor) -> Tensor:
-    """Features [batch, width]: maps are averaged over their positions, sequences over their steps.
-
-    >>> pooled(torch.ones(2, 3, 4, 4)).shape, pooled(torch.ones(2, 5, 3)).shape
-    (torch.Size([2, 3]), torch.Size([2, 3]))
-    """
-    if x.ndim == 4:
-        return x.mean((2, 3))
-    return x.mean(1) if x.ndim == 3 else x.reshape(len(x), -1)
-
-
-def _layer(
-    site: str, x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, groups: tuple[Tensor, Tensor] | None, penalty: float
-) -> Layer:  # fmt: skip
+def _layer(site: str, x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, penalty: float) -> Layer:
     centre, spread = x.mean(0), x.std(0)
     spread = torch.where(spread > 0, spread, 1)
     classes = int(max(y.max(), y_test.max())) + 1
@@ -154,34 +164,41 @@ def _layer(
         scores["ridge" + name] = float((linear == y_test).double().mean())
     near = (F.normalize(x_test, dim=1) @ F.normalize(x, dim=1).T).topk(min(10, len(x)), 1).indices
     voted = F.one_hot(y[near], classes).sum(1).argmax(1)
-    worst = mean = None
-    if groups is not None:
-        rows = balanced(groups[0])
-        right = (
-            logistic(x[rows], y[rows], penalty, classes=classes).predict(x_test)[:, 0] == y_test
-        ).double()
-        each = [float(right[groups[1] == g].mean()) for g in groups[1].unique()]
-        worst, mean = min(each), sum(each) / len(each)
     return Layer(
-        site, x.shape[1], neighbours=float((voted == y_test).double().mean()), rank=effective_rank(x), worst_group=worst,
-        mean_group=mean, **scores,
-    )  # fmt: skip
-
-
-def balanced(groups: Tensor, seed: int = 0) -> Tensor:
-    """Rows with as many of each group as the smallest has.
-
-    >>> balanced(torch.tensor([0, 0, 0, 1])).tolist()[-1]
-    3
-    """
-    generator = torch.Generator().manual_seed(seed)
-    each = [(groups == g).nonzero()[:, 0] for g in groups.unique()]
-    count = min(map(len, each))
-    return (
-        torch.cat([rows[torch.randperm(len(rows), generator=generator)[:count]] for rows in each])
-        .sort()
-        .values
+        site,
+        x.shape[1],
+        neighbours=float((voted == y_test).double().mean()),
+        rank=effective_rank(x),
+        **scores,
     )
+
+
+def _robust(
+    x: Tensor, y: Tensor, groups: Tensor, x_test: Tensor, y_test: Tensor, groups_test: Tensor, penalty: float, mlp: DFRMLP | None
+) -> dict[str, ByGroup]:  # fmt: skip
+    classes = int(max(y.max(), y_test.max())) + 1
+    made: dict[str, nn.Module] = {
+        "dfr": dfr(x, y, groups, penalty=penalty, standardised=False, classes=classes),
+        "dfr_standardised": dfr(x, y, groups, penalty=penalty, classes=classes),
+    }
+    if mlp is not None:
+        made["dfr_mlp"] = dfr_mlp(x, y, groups, mlp, classes=classes)
+    return {name: by_group(net(x_test).argmax(1), y_test, groups_test) for name, net in made.items()}
+
+
+def _checked(groups: Any, y: Tensor, y_test: Tensor) -> tuple[Tensor, Tensor]:
+    require(
+        isinstance(groups, (tuple, list)) and len(groups) == 2,
+        f"groups: got {show(groups)}, expected (groups of the training samples, groups of the test samples)",
+    )
+    train, test = (torch.as_tensor(each) for each in groups)
+    for name, each, labels in (("train", train, y), ("test", test, y_test)):
+        require(len(each) == len(labels), f"groups: got {len(each)} for {len(labels)} {name} samples")
+        require(
+            each.ndim == 1 and not each.is_floating_point(),
+            f"groups: got {show(each)} for the {name} samples, expected an integer each",
+        )
+    return train, test
 
 
 def _pair(name: str, data: Any) -> tuple[Tensor, Tensor]:

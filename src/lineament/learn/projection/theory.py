@@ -7,18 +7,19 @@ a, a' of one sample. Layer l of a balanced network of L layers has the Gram matr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lineament.core.checks import number, require, show
+from lineament.core.checks import number, one_of, require, show
 from lineament.core.results import Readable
 
 
 @dataclass(frozen=True)
 class Views(Readable):
-    """Moments of independent features ±phi that a view flips with probability alpha and blurs with noise sigma; [features] each.
+    """Moments of independent features ±phi that a view disrupts with probability alpha and blurs with noise sigma; [features] each.
 
     ``minimiser`` is F's diagonal, ``after`` the head's weights F^(1/2), ``before`` the encoder's F^(1/4).
     """
@@ -30,14 +31,36 @@ class Views(Readable):
     after: Tensor
 
 
-def feature_weights(phi: Tensor, alpha: Tensor, sigma: Tensor) -> Views:
-    """The weights that the loss gives to independent features.
+def feature_weights(
+    phi: Tensor, alpha: Tensor, sigma: Tensor, *, disruption: Literal["flip", "copy"] = "flip"
+) -> Views:
+    """The weights that the loss gives to independent features: after the head c phi / (phi² + sigma²), before it the root of that.
+
+    They are largest at phi = sigma: the weak and the strong features lose.
+
+    Args:
+        phi, alpha, sigma: strengths, probabilities and deviations, [features] each.
+        disruption: ``"flip"``: a view turns the feature's sign, and c = |1 - 2 alpha|; ``"copy"``: it puts an independent copy in its place, and c = 1 - alpha.
+
+    Raises:
+        InputError: shapes that differ, negative strengths or deviations, probabilities outside of 0 to 1, or a feature without strength and noise.
 
     >>> feature_weights(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([1.0])).after.item()
     0.5
     """
+    one_of("disruption", disruption, ("flip", "copy"))
+    require(
+        phi.shape == alpha.shape == sigma.shape,
+        f"phi: got {show(phi)}, {show(alpha)} and {show(sigma)}, expected one shape of all three",
+    )
+    require(bool((alpha >= 0).all() and (alpha <= 1).all()), f"alpha: got {show(alpha)}, expected 0 to 1")
     moment = phi.square() + sigma.square()
-    across = (1 - 2 * alpha).square() * phi.square()
+    require(
+        bool((phi >= 0).all() and (sigma >= 0).all() and (moment > 0).all()),
+        "phi, sigma: expected strengths and deviations of at least 0, not both 0",
+    )
+    kept = 1 - 2 * alpha if disruption == "flip" else 1 - alpha
+    across = kept.square() * phi.square()
     minimiser = across / moment.square()
     return Views(moment, across, minimiser, minimiser.pow(0.25), minimiser.sqrt())
 
@@ -126,12 +149,63 @@ def decayed_weights(moment: Tensor, across: Tensor, decay: float) -> Tensor:
     return torch.tensor(found, dtype=torch.float64)
 
 
+def decay_threshold(moment: Tensor, across: Tensor) -> Tensor:
+    """The weight decay (2/3)^(3/2) M'^(3/2) / M of both layers from which on :func:`decayed_weights` cuts a feature to 0.
+
+    Args:
+        moment, across: diagonals of M and M', [features].
+
+    >>> round(decay_threshold(torch.ones(1), torch.ones(1)).item(), 4)
+    0.5443
+    """
+    require(
+        moment.shape == across.shape,
+        f"across: got {show(across)}, expected the shape of {show(moment)}",
+    )
+    return (2 * across / 3).pow(1.5) / moment
+
+
+@dataclass(frozen=True)
+class HeadCriterion(Readable):
+    """How many samples a linear probe for one feature needs before the head and after it, up to one constant."""
+
+    before: float
+    after: float
+
+    @property
+    def better(self) -> Literal["before", "after"]:
+        """The side to export; before the head where both are equal."""
+        return "before" if self.before <= self.after else "after"
+
+
+def head_criterion(views: Views, phi: Tensor, relevant: int) -> HeadCriterion:
+    """Is a task that depends on one feature better served before the head or after it? By :func:`relative_complexity`.
+
+    Before, where views disrupt the feature, or where it is too weak or too strong beside the others; after, where it is the most weighted of all.
+
+    Args:
+        views: :func:`feature_weights` of all features. phi: their strengths in the task's data, [features]. relevant: the feature's index.
+
+    >>> phi = torch.tensor([0.1, 1.0, 1.0])
+    >>> found = feature_weights(phi, torch.zeros(3), torch.full((3,), 0.5))
+    >>> head_criterion(found, phi, 0).better, head_criterion(found, phi, 1).better
+    ('before', 'after')
+    """
+    before, after = (relative_complexity(w, phi, relevant) for w in (views.before, views.after))
+    return HeadCriterion(before, after)
+
+
 def relative_complexity(weights: Tensor, phi: Tensor, relevant: int) -> float:
     """Σ w² phi² / (w_j² phi_j²): samples that a linear probe for feature j needs, up to a constant. Compare before and after the head.
 
     >>> relative_complexity(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 2.0]), 0)
     5.0
     """
+    require(
+        weights.shape == phi.shape,
+        f"phi: got {show(phi)}, expected a strength of each of {show(weights)}",
+    )
+    number("relevant", relevant, low=0, high=len(phi) - 1, integer=True)
     energy = (weights * phi).square()
     return float(energy.sum() / energy[relevant])
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lineament.core.models import answered
 from lineament.core.sites.hooks import tap
 from lineament.core.sites.naming import resolve
-from lineament.learn.projection.layers import pooled
+from lineament.learn.projection.pooling import pooled
 from lineament.losses.contrastive import NTXent, SupCon
 from lineament.losses.info_nce import InfoNCE
 from lineament.train.loop import Run

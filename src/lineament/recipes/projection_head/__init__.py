@@ -17,6 +17,7 @@ from lineament.recipes.kit.stages import Stages
 from lineament.recipes.projection_head.claims import Found, claims_of, values
 from lineament.recipes.projection_head.training import (
     KINDS,
+    Groups,
     Pair,
     Probed,
     Weights,
@@ -44,6 +45,7 @@ class Config:
     drops: tuple[float, ...] = (0.0, 0.5)
     view_epochs: int = 20
     group_epochs: int = 20
+    mlp_hidden: int = 256
     seeds: int = 2
 
     preset: str = presets(
@@ -54,6 +56,7 @@ class Config:
             "drops": (0.0, 0.5, 1.0),
             "view_epochs": 60,
             "group_epochs": 40,
+            "mlp_hidden": 2048,
             "seeds": 5,
         },
         paper={
@@ -62,6 +65,7 @@ class Config:
             "drops": (0.0, 0.25, 0.5, 0.75, 1.0),
             "view_epochs": 400,
             "group_epochs": 100,
+            "mlp_hidden": 2048,
             "seeds": 10,
         },
     )
@@ -71,7 +75,7 @@ def run(config: Config, *, out: Path) -> Outcome:
     """Run the recipe into ``out``; a killed run goes on from its last finished training."""
     for name in config.kinds:
         one_of("kinds", name, KINDS)
-    for name in ("linear_steps", "epochs", "view_epochs", "group_epochs", "seeds"):
+    for name in ("linear_steps", "epochs", "view_epochs", "group_epochs", "mlp_hidden", "seeds"):
         number(name, getattr(config, name), low=1, integer=True)
     for drop in config.drops:
         number("drops", drop, low=0, high=1)
@@ -87,7 +91,7 @@ def run(config: Config, *, out: Path) -> Outcome:
             f"drop {drop}, seed {{}}", seeds, lambda seed, d=drop: dropped_digit(d, config, seed), Pair
         )
         found.drops[drop] = list(each.values())
-    groups = stages.each("groups, seed {}", seeds, lambda seed: worst_group(config, seed), Pair)
+    groups = stages.each("groups, seed {}", seeds, lambda seed: worst_group(config, seed), Groups)
     found.groups = list(groups.values())
     return Outcome(
         SLUG,
@@ -111,7 +115,9 @@ def _tables(found: Found, config: Config) -> list[Table]:
             spread = statistics.stdev(numbers[0]) if len(each) > 1 else None
             rows.append([name, side, *map(statistics.mean, numbers), spread])
     w = found.weights
-    pairs = [(f"drop {drop:g}", each) for drop, each in found.drops.items()] + [("worst group", found.groups)]
+    pairs = [(f"drop {drop:g}", each) for drop, each in found.drops.items()]
+    for name, how in (("dfr", "DFR"), ("standardised", "DFR, standardised"), ("mlp", "DFR-MLP")):
+        pairs.append((f"worst group, {how}", [getattr(each, name) for each in found.groups]))
     return [
         Table(
             f"Digits trained by parity: accuracy of a logistic read-out (means of {config.seeds} seeds)",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lineament.recipes.kit.claims import Paired, higher, judged
-from lineament.recipes.projection_head.training import Pair, Probed, Weights
+from lineament.recipes.projection_head.training import Groups, Pair, Probed, Weights
 from lineament.report.outcome import Claim
 
 
@@ -18,7 +18,7 @@ class Found:
     weights: Weights
     kinds: dict[str, list[Probed]] = field(default_factory=dict)
     drops: dict[float, list[Pair]] = field(default_factory=dict)
-    groups: list[Pair] = field(default_factory=list)
+    groups: list[Groups] = field(default_factory=list)
 
 
 def values(each: Sequence[Probed], side: str, what: str) -> list[float]:
@@ -154,14 +154,15 @@ def _drops(drops: dict[float, list[Pair]]) -> list[Claim]:
     return claims
 
 
-def _groups(groups: list[Pair]) -> list[Claim]:
+def _groups(groups: list[Groups]) -> list[Claim]:
     if not groups:
         return []
     return [
         higher(
-            "The worst group is better before the head (read out from as many of each group)",
+            f"The worst group is better before the head ({how})",
             "worst-group accuracy, Waterbirds and UrbanCars",
-            [p.before for p in groups],
-            [p.after for p in groups],
+            [getattr(each, name).before for each in groups],
+            [getattr(each, name).after for each in groups],
         )
+        for name, how in (("dfr", "read out from as many of each group"), ("mlp", "DFR-MLP"))
     ]

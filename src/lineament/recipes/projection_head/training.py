@@ -12,9 +12,11 @@ from torch.nn import functional as F
 
 from lineament.data.digits import digit_images
 from lineament.data.shortcut_digits import shortcut_digits
+from lineament.learn.projection.descent import balanced_descent
 from lineament.learn.projection.heads import WithHead, projection_head
 from lineament.learn.projection.layers import layers_worth
-from lineament.learn.projection.theory import feature_weights, spectral_gradient
+from lineament.learn.projection.robust import DFRMLP
+from lineament.learn.projection.theory import feature_weights
 from lineament.losses.contrastive import NTXent, SupCon
 from lineament.recipes.kit.threads import few_threads
 from lineament.train.callbacks import Augment, Cosine
@@ -69,20 +71,22 @@ class Pair:
     after: float
 
 
+@dataclass(frozen=True)
+class Groups:
+    """The worst group's accuracy by DFR on features as they are, standardised, and by DFR-MLP."""
+
+    dfr: Pair
+    standardised: Pair
+    mlp: Pair
+
+
 def linear_weights(steps: int, sigma: float = 0.5) -> Weights:
     """Gradient descent on the expected spectral loss of independent features, by two balanced layers."""
     phi = torch.tensor([0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.5], dtype=torch.float64)
     theory = feature_weights(phi, torch.zeros_like(phi), torch.full_like(phi, sigma))
-    moment, across = torch.diag(theory.moment), torch.diag(theory.across)
-    generator = torch.Generator().manual_seed(0)
-    turn = torch.linalg.qr(torch.randn(7, 7, generator=generator, dtype=torch.float64))[0]
-    first, second = 0.5 * torch.eye(7, dtype=torch.float64), 0.5 * turn
-    rate = 0.1 / float(moment.max())
-    for _ in range(steps):
-        slope = spectral_gradient(second @ first, moment, across)
-        first, second = first - rate * second.T @ slope, second - rate * slope @ first.T
+    found = balanced_descent(torch.diag(theory.moment), torch.diag(theory.across), steps=steps, start=0.8)
     return Weights(
-        phi.tolist(), first.norm(dim=0).tolist(), (second @ first).norm(dim=0).tolist(), theory.before.tolist(), theory.after.tolist()
+        phi.tolist(), found.weights(1).tolist(), found.weights(2).tolist(), theory.before.tolist(), theory.after.tolist()
     )  # fmt: skip
 
 
@@ -197,8 +201,8 @@ def dropped_digit(drop: float, config: Any, seed: int) -> Pair:
     return Pair(found["encoder"].logistic, found["head"].logistic)
 
 
-def worst_group(config: Any, seed: int) -> Pair:
-    """Classify digits whose mark agrees with the class in 98 %; then read out from as many of each group (DFR): the worst group's accuracy."""
+def worst_group(config: Any, seed: int) -> Groups:
+    """Classify digits whose mark agrees with the class in 98 %; then read out from as many of each group: the worst group's accuracy."""
     train, held = shortcut_digits("train", seed=seed), shortcut_digits("test", seed=seed)
     net = encoder(400, seed, "mlp", config.kappa)
     with few_threads(train.inputs, "cpu"):
@@ -209,11 +213,15 @@ def worst_group(config: Any, seed: int) -> Pair:
         order = torch.randperm(len(held), generator=torch.Generator().manual_seed(seed))
         tune, judge = held[order[: len(order) // 2]], held[order[len(order) // 2 :]]
         found = layers_worth(
-            net, tune.pair, judge.pair, sites=["encoder", "head"], groups=(tune.groups, judge.groups)
-        )
-    before, after = found["encoder"].worst_group, found["head"].worst_group
-    assert before is not None and after is not None
-    return Pair(before, after)
+            net, tune.pair, judge.pair, sites=["encoder", "head"], groups=(tune.groups, judge.groups),
+            mlp=DFRMLP(config.mlp_hidden, seed=seed),
+        )  # fmt: skip
+
+    def pair(name: str) -> Pair:
+        before, after = (getattr(found[site], name).worst for site in ("encoder", "head"))
+        return Pair(before, after)
+
+    return Groups(pair("dfr"), pair("dfr_standardised"), pair("dfr_mlp"))
 
 
 def _split(seed: int) -> tuple[Any, Any]:
