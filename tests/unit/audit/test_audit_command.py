@@ -176,7 +176,9 @@ def _content(report: Path) -> dict:
         section.pop("seconds")
         if "removal" in section["numbers"]:
             section["numbers"]["removal"].pop("timing")
-            section["sentence"] = re.sub(r"A forward of .* To write it", "To write it", section["sentence"])
+            section["sentence"] = re.sub(
+                r"(A|How long a) forward of .* To write it", "To write it", section["sentence"]
+            )
     return {key: stored[key] for key in ("sections", "findings")}
 
 
