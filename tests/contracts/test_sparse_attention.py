@@ -190,6 +190,29 @@ def test_small_tiles_change_nothing(module, backend: str, monkeypatch: pytest.Mo
         torch.testing.assert_close(one, two)
 
 
+@pytest.mark.parametrize("backend", ["gather", "block_major"])
+def test_out_of_memory_halves_the_tile(backend: str, monkeypatch: pytest.MonkeyPatch):
+    given, options = tensors("seven")
+    known = attend(*given, **options, backend=backend)
+    gradients = torch.autograd.grad(known.output.square().sum(), given)
+    # Each of the products of a tile may be the one that memory does not do for.
+    products, refused = torch.bmm, []
+
+    def some(x: Tensor, y: Tensor, **kept) -> Tensor:
+        if len(x) > 3:
+            refused.append(len(refused) % 5)
+            if refused[-1] == 0 or len(x) > 6:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return products(x, y, **kept)
+
+    monkeypatch.setattr(torch, "bmm", some)
+    found = attend(*given, **options, backend=backend)
+    torch.testing.assert_close(found.output, known.output)
+    for one, two in zip(torch.autograd.grad(found.output.square().sum(), given), gradients):
+        torch.testing.assert_close(one, two)
+    assert refused
+
+
 @pytest.mark.parametrize("how", [{"sinks": 1}, {"recent": 1}, {"sinks": 1, "recent": 1}])
 def test_forced_blocks_are_read_and_count(how: dict):
     (q, k, _), _ = tensors("one head a group")

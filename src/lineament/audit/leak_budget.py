@@ -40,18 +40,24 @@ class Budget:
         """How long a prior may be trained: so that it takes three tenths of the time, and as long as asked for where there is time for that."""
         if most <= 10:
             return most
-        few, some = _seconds(lambda: train(1)), _seconds(lambda: train(9))
+        few, some = _seconds(train, 1), _seconds(train, 9)
         each = max((some - few) / 8, 1e-6)
         return min(most, max(1, int((_PRIOR * self.left - few) / each)))
 
     def plan(self, look: Callable[[int], object], looks: Sequence[Look]) -> Plan:
-        """How many steps fit, from two searches of the first size and defence that are thrown away.
+        """How many steps fit, from a few searches of the first size and defence that are thrown away.
 
         Args:
             look: search and score with so many steps of each layer.
         """
-        fixed, longer = _seconds(lambda: look(1)), _seconds(lambda: look(5))
-        each = max((longer - fixed) / 4, 1e-4)
+        look(1)  # what is done only once, such as importing, is done
+        fixed, steps = _seconds(look, 1), 5
+        longer = _seconds(look, steps)
+        while longer < 2 * fixed and 16 * longer < self.left:
+            steps *= 4
+            longer = _seconds(look, steps)
+        # Where steps cannot be told from the rest of a search, a quarter of it is taken for theirs.
+        each = max((longer - fixed) / (steps - 1), longer / (4 * steps))
         first = len(looks[0][1].copies())
         for count in range(len(looks), 0, -1):
             ways = sum(len(defence.copies()) for _, defence in looks[:count]) / first
@@ -74,7 +80,7 @@ def told_left_out(looks: Sequence[Look], minutes: float) -> list[str]:
     return [f"Left out, because {span} too short for it: {'; '.join(names)}."]
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def _seconds(run: Callable[[int], object], steps: int) -> float:
     begun = time.monotonic()
-    run()
+    run(steps)
     return time.monotonic() - begun

@@ -202,7 +202,7 @@ def fresh(out: str | Path, overwrite: bool, report: str = "report", also: Sequen
         finished = f"{report}.html" in present
         require(
             overwrite or not finished,
-            f"out: {str(out)!r} already holds a finished report; pass overwrite=True to replace it, or choose another folder",
+            f"out: {str(out)!r} already holds a finished run ({report}.html); pass overwrite=True to replace it, or choose another folder",
         )
         own = {
             name

@@ -9,6 +9,7 @@ from .components import subset_fidelity as subset_fidelity
 from .forgetting import forgotten as forgotten
 from .layers import fidelity as fidelity
 from .layers import saliency as saliency
+from .membership import u_lira as u_lira
 from .pruned import PruneOptions as PruneOptions
 from .pruning import prune as prune
 from .repairs import compensated as compensated

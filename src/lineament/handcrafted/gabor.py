@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lineament.core.checks import number, one_of, require, show
-from lineament.handcrafted.images import cell_weights, check_grid, grey_of
+from lineament.handcrafted.images import by_part, cell_weights, check_grid, grey_of
 
 BORDERS = ("reflect", "mirror", "nearest", "wrap", "constant")
 Border = Literal["reflect", "mirror", "nearest", "wrap", "constant"]
@@ -54,9 +54,9 @@ def gabor(
     grey = grey_of(images)
     cells = 1 if grid is None else check_grid(grid, grey)
     rows, columns = (cell_weights(size, cells, grey) for size in grey.shape[1:])
-    made = []
     filters = len(list(frequencies)) * len(_angles(orientations))
-    for part in grey.split(max(1, _PART // (16 * filters * (grey.shape[1] * grey.shape[2])))):
+
+    def described(part: Tensor) -> Tensor:
         found = responses(part, frequencies, orientations, bandwidth=bandwidth, dc=dc, border=border)
         power = found.square().sum(2)
         still = power == 0  # where the root has no slope
@@ -66,7 +66,9 @@ def gabor(
         spread = rows @ (size - _spread_out(mean, size)).square() @ columns.mT
         flat = spread <= torch.finfo(spread.dtype).eps ** 2 * mean.square()
         spread = torch.where(flat, 0, torch.where(flat, 1, spread).sqrt())
-        made.append(torch.stack([mean, spread], 2).flatten(1))
+        return torch.stack([mean, spread], 2).flatten(1)
+
+    made = list(by_part(described, grey, max(1, _PART // (16 * filters * (grey.shape[1] * grey.shape[2])))))
     return torch.cat(made) if made else grey.new_zeros(0, 2 * filters * cells**2)
 
 

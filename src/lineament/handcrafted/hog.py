@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lineament.core.checks import number, one_of, require, show
-from lineament.handcrafted.images import Room, batch_of
+from lineament.handcrafted.images import Room, batch_of, by_part
 
 NORMS = ("L1", "L1-sqrt", "L2", "L2-Hys")
 Pair = int | tuple[int, int]
@@ -95,14 +95,16 @@ def hog(
     shares = (
         None if hard else _Shares(images, part, cells, blocks if like == "opencv" else None, orientations)
     )
-    parts = []
-    for some in images.split(part):
+
+    def described(some: Tensor) -> Tensor:
         gradient = _strongest(*_gradient(some, room), room)
         if shares is None:
             histogram = _voted(*gradient, orientations, signed, cells, room)
         else:
             histogram = _interpolated(*gradient, signed, shares, room)
-        parts.append(_opencv(histogram, blocks) if like == "opencv" else _blocks(histogram, blocks, norm))
+        return _opencv(histogram, blocks) if like == "opencv" else _blocks(histogram, blocks, norm)
+
+    parts = list(by_part(described, images, part, room)) or [described(images)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from lineament.core.batching import auto_batch
 from lineament.core.checks import InputError, require, show
+
+T = TypeVar("T")
 
 
 class Room:
@@ -28,6 +32,25 @@ class Room:
         if found is None or found.shape[1:] != torch.Size(shape[1:]) or len(found) < shape[0]:
             found = self.kept[name, dtype] = self.like.new_zeros(tuple(shape), dtype=dtype)
         return found[: shape[0]]
+
+
+def by_part(work: Callable[[Tensor], T], images: Tensor, most: int, room: Room | None = None) -> Iterator[T]:
+    """``work(some images)`` of ``most`` at a time, in order; where memory runs out the buffers are given back and a part is begun anew with half as many.
+
+    >>> list(by_part(len, torch.zeros(5, 2, 2), 2))
+    [2, 2, 1]
+    """
+
+    def run(start: int, stop: int) -> T:
+        try:
+            return work(images[start:stop])
+        except Exception:
+            if room is not None:
+                room.kept.clear()
+            raise
+
+    like = (images.shape[1:], images.dtype, images.device)
+    return auto_batch(run, len(images), most=most, memory=(work, like))
 
 
 def batch_of(images: Tensor, *, keep_bytes: bool = False) -> Tensor:

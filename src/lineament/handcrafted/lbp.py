@@ -7,7 +7,7 @@ as in scikit-image. A neighbour between pixels is interpolated as a + t (b - a),
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Literal
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lineament.core.checks import number, one_of, require
-from lineament.handcrafted.images import Room, cell_of, check_grid, grey_of
+from lineament.handcrafted.images import Room, by_part, cell_of, check_grid, grey_of
 
 CODES = ("default", "ror", "uniform", "nri_uniform", "var")
 # Pixels at a time.
@@ -62,8 +62,10 @@ def lbp(
     cell = places[0][:, None] * cells + places[1]
     pixels = torch.bincount(cell.flatten(), minlength=cells**2).to(torch.get_default_dtype())[:, None]
     histograms = pixels.new_empty(len(grey), cells**2, count)
-    first, done = None, 0
-    for found in _by_part(grey, points, radius, codes):
+    first = None
+
+    def counted(found: Tensor) -> Tensor:
+        nonlocal first
         if edges is not None:
             found = torch.bucketize(found.nan_to_num(0), edges, right=True)
         if first is None:
@@ -71,9 +73,12 @@ def lbp(
             image = torch.arange(len(found), device=found.device)[:, None, None]
             first = ((image * cells**2 + cell) * count).to(found.dtype)
         flat = found.add_(first[: len(found)]).flatten()
-        histogram = torch.bincount(flat, minlength=len(found) * cells**2 * count)
-        torch.div(histogram.view(-1, cells**2, count), pixels, out=histograms[done : done + len(found)])
-        done += len(found)
+        return torch.bincount(flat, minlength=len(found) * cells**2 * count).view(-1, cells**2, count)
+
+    done = 0
+    for histogram in _by_part(grey, points, radius, codes, counted):
+        torch.div(histogram, pixels, out=histograms[done : done + len(histogram)])
+        done += len(histogram)
     return histograms.flatten(1)
 
 
@@ -94,7 +99,7 @@ def lbp_codes(images: Tensor, points: int = 8, radius: float = 1, *, codes: Code
     1
     """
     grey = _asked(images, points, radius, codes)
-    made = list(_by_part(grey, points, radius, codes))
+    made = list(_by_part(grey, points, radius, codes, lambda found: found))
     found = torch.cat(made) if made else grey
     return found if codes == "var" else found.long()
 
@@ -107,20 +112,24 @@ def _asked(images: Tensor, points: int, radius: float, codes: str) -> Tensor:
     return grey_of(images, keep_bytes=True)
 
 
-def _by_part(grey: Tensor, points: int, radius: float, codes: str) -> Iterator[Tensor]:
-    """The codes of a few images at a time, whose buffers stay in the processor's cache."""
+def _by_part(
+    grey: Tensor, points: int, radius: float, codes: str, use: Callable[[Tensor], Tensor]
+) -> Iterator[Tensor]:
+    """What is made of the codes of a few images at a time, whose buffers stay in the processor's cache."""
     room = Room(grey, not (torch.is_grad_enabled() and grey.requires_grad))
-    for part in grey.split(max(1, _PART // (grey.shape[1] * grey.shape[2]))) if len(grey) else ():
+
+    def used(part: Tensor) -> Tensor:
         if codes == "var":
-            yield neighbours(part, points, radius).var(0, correction=0)
-        elif points > 16 and codes != "default":
-            yield _labels(neighbours(part, points, radius) >= part, codes)
-        else:
-            code = _code(part.detach(), points, radius, room)
-            if codes != "default":
-                labels = _table(points, codes).to(code.device)
-                code = labels.index_select(0, code.flatten()).view(code.shape)
-            yield code
+            return use(neighbours(part, points, radius).var(0, correction=0))
+        if points > 16 and codes != "default":
+            return use(_labels(neighbours(part, points, radius) >= part, codes))
+        code = _code(part.detach(), points, radius, room)
+        if codes != "default":
+            labels = _table(points, codes).to(code.device)
+            code = labels.index_select(0, code.flatten()).view(code.shape)
+        return use(code)
+
+    return by_part(used, grey, max(1, _PART // (grey.shape[1] * grey.shape[2])), room)
 
 
 def _precise(grey: Tensor) -> torch.dtype:

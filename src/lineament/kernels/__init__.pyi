@@ -16,5 +16,6 @@ from .regimes import optimal_dual as optimal_dual
 from .regimes import regime as regime
 from .scores import hilbert_scores as hilbert_scores
 from .scores import kernel_scores as kernel_scores
+from .scores import laplace_scores as laplace_scores
 from .table import LogTable as LogTable
 from .table import ValueTable as ValueTable

@@ -23,7 +23,7 @@ from lineament.kernels.duals import Dual, dual_of
 from lineament.kernels.regimes import optimal_dual, regime
 from lineament.kernels.sphere import SphereMap
 from lineament.kernels.table import COINCIDENT, LogTable, ValueTable, optimal_table
-from lineament.kernels.tiles import Rows, bytes_of, conjugate_gradients, product
+from lineament.kernels.tiles import Rows, Tiles, bytes_of, conjugate_gradients, product
 
 Array = np.ndarray
 # Rows whose own label the leave-one-out choice predicts.
@@ -82,8 +82,12 @@ class _Infinite(SavedEstimator, BaseEstimator):
         memory = bytes_of(self.memory)
         if 16 * n * n <= memory:
             matrix = np.empty((n, n))
-            for down, across, tile in rows.tiles(rows):
-                matrix[down, across] = np.exp(self.table_(np.clip(tile, 0, 1)) - self.table_.at_one)
+
+            def filled(down: slice, tiles: Tiles) -> None:
+                for across, tile in tiles:
+                    matrix[down, across] = np.exp(self.table_(np.clip(tile, 0, 1)) - self.table_.at_one)
+
+            rows.strips(rows, filled)
             matrix.flat[:: n + 1] = 1 + self.ridge
             try:
                 weights = cho_solve(cho_factor(matrix, lower=True), y)
@@ -254,14 +258,18 @@ class InfiniteClassifier(ClassifierMixin, _Infinite):
         tables = [optimal_table(d) for d in candidates]
         asked = np.sort(np.random.default_rng(0).permutation(len(rows))[:_LEFT_OUT])
         scores = np.zeros((len(candidates), len(asked), ballot.shape[1]))
-        memory = np.empty(256 * 1024)
-        for down, across, tile in Rows(rows.X[asked]).tiles(rows):
+
+        def judged(down: slice, tiles: Tiles) -> None:
             own = asked[down]
-            mine = np.flatnonzero((own >= across.start) & (own < across.stop))
-            for table, score in zip(tables, scores):
-                values = table(tile, memory[: tile.size].reshape(tile.shape))
-                values[mine, own[mine] - across.start] = 0.0
-                score[down] += values @ ballot[across]
+            scores[:, down] = 0.0
+            for across, tile in tiles:
+                mine = np.flatnonzero((own >= across.start) & (own < across.stop))
+                for table, score in zip(tables, scores):
+                    values = table(tile)
+                    values[mine, own[mine] - across.start] = 0.0
+                    score[down] += values @ ballot[across]
+
+        Rows(rows.X[asked]).strips(rows, judged)
         right = (scores.argmax(2) == labels[asked]).mean(1)
         self.left_out_ = {d: float(r) for d, r in zip(candidates, right)}
         return max(candidates, key=lambda d: (self.left_out_[d], -abs(d - likely)))
@@ -278,13 +286,18 @@ class InfiniteClassifier(ClassifierMixin, _Infinite):
         share = self.ballot_.sum(0) / self.ballot_.sum()
         least = np.full(len(rows), np.inf)
         found = np.zeros((len(rows), len(share)))
-        for down, across, tile in rows.tiles(self.rows_):
-            closest = tile.min(1)
-            better = closest < least[down]
-            found[down] = np.where(better[:, None], 0.0, found[down])
-            least[down] = np.minimum(least[down], closest)
-            # Equally near points vote.
-            found[down] += (tile == least[down][:, None]) @ self.ballot_[across]
+
+        def voted(down: slice, tiles: Tiles) -> None:
+            least[down], found[down] = np.inf, 0.0
+            for across, tile in tiles:
+                closest = tile.min(1)
+                better = closest < least[down]
+                found[down] = np.where(better[:, None], 0.0, found[down])
+                least[down] = np.minimum(least[down], closest)
+                # Equally near points vote.
+                found[down] += (tile == least[down][:, None]) @ self.ballot_[across]
+
+        rows.strips(self.rows_, voted)
         if not near:
             found = np.where((least < COINCIDENT)[:, None], found, share)
         return found, np.zeros(len(rows))
@@ -380,13 +393,17 @@ def _deep(table: LogTable, rows: Rows, training: Rows, weights: Array) -> tuple[
     found = np.zeros((len(rows), weights.shape[1]))
     log = np.zeros(len(rows))
     height = max(1, min(len(rows), (1 << 21) // max(len(training), 1)))
-    for down, _, tile in rows.tiles(training, height, len(training)):
-        logs = table(np.clip(tile, 0, 1))
-        top = logs.max(1)
-        require(
-            bool(np.isfinite(top).all()),
-            "X: a row is orthogonal to all training points, so that its kernel is zero",
-        )
-        found[down] = np.exp(logs - top[:, None]) @ weights
-        log[down] = top - table.at_one
+
+    def shifted(down: slice, tiles: Tiles) -> None:
+        for _, tile in tiles:
+            logs = table(np.clip(tile, 0, 1))
+            top = logs.max(1)
+            require(
+                bool(np.isfinite(top).all()),
+                "X: a row is orthogonal to all training points, so that its kernel is zero",
+            )
+            found[down] = np.exp(logs - top[:, None]) @ weights
+            log[down] = top - table.at_one
+
+    rows.strips(training, shifted, height, len(training))
     return found, log

@@ -11,7 +11,7 @@ from sklearn.gaussian_process.kernels import Kernel
 from lineament.core.checks import one_of, require
 from lineament.kernels.sphere import SphereMap
 from lineament.kernels.table import LogTable
-from lineament.kernels.tiles import Rows
+from lineament.kernels.tiles import Rows, Tiles
 
 Array = np.ndarray
 
@@ -103,6 +103,10 @@ def _matrix(X: Any, Y: Any, table: LogTable, sphere: Any, *, scaled: bool = Fals
     )
     found = np.empty((len(rows), len(others)))
     shift = table.at_one if scaled else 0.0
-    for down, across, tile in rows.tiles(others):
-        found[down, across] = np.exp(table(np.clip(tile, 0, 1)) - shift)
+
+    def filled(down: slice, tiles: Tiles) -> None:
+        for across, tile in tiles:
+            found[down, across] = np.exp(table(np.clip(tile, 0, 1)) - shift)
+
+    rows.strips(others, filled)
     return found

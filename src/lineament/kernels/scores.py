@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
+from scipy.spatial.distance import pdist
+from sklearn.gaussian_process.kernels import Matern
 
-from lineament.core.checks import InputError, one_of, require
+from lineament.core.checks import InputError, number, one_of, require
 from lineament.kernels.recursion import log_nngp, log_ntk
 
 Array = np.ndarray
@@ -87,6 +89,42 @@ def hilbert_scores(X: Array, y: Array, Z: Array, exponent: float) -> Array:
     top = log.max(1, keepdims=True)
     weights = np.where(np.isinf(top), np.isinf(log), np.exp(log - np.where(np.isinf(top), 0, top)))
     return weights @ y / weights.sum(1)
+
+
+def laplace_scores(
+    X: Array, y: Array, Z: Array, *, bandwidth: float | None = None, ridge: float = 0.0
+) -> Array:
+    """y' (K + ridge)⁻¹ k(z) of the Laplace kernel exp(-r / bandwidth) of Euclidean distances r, which has a network's smoothness but no depth.
+
+    Args:
+        X, Z: rows [n, features], [m, features]. y: [n] or [n, classes].
+        bandwidth: by default the median distance of the rows of X (of the first 1,000).
+        ridge: added to the diagonal, which is 1; without it a point of X has its own label.
+
+    Returns:
+        [m] or [m, classes].
+
+    Raises:
+        InputError: a bandwidth that is not positive, a negative ridge, or two equal rows without a ridge.
+
+    >>> laplace_scores(np.eye(2), np.array([1.0, -1.0]), np.eye(2)).round(9).tolist()
+    [1.0, -1.0]
+    """
+    if bandwidth is None:
+        bandwidth = float(np.median(pdist(X[:1000]))) if len(X) > 1 else 1.0
+    number("bandwidth", bandwidth, low=0, open_low=True)
+    number("ridge", ridge, low=0)
+    kernel = Matern(bandwidth, nu=0.5)
+    matrix = np.asarray(kernel(X))
+    matrix.flat[:: len(X) + 1] = 1 + ridge
+    try:
+        factor = cho_factor(matrix, lower=True, overwrite_a=True)
+    except LinAlgError as error:
+        raise InputError(
+            f"ridge: the Laplace kernel of {len(X)} points is singular (two equal points, or a bandwidth of {bandwidth:g} that is far too wide); "
+            f"expected a ridge above {ridge:g}"
+        ) from error
+    return np.asarray(kernel(Z, X)) @ cho_solve(factor, y)
 
 
 def nearest(X: Array, y: Array, Z: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Kernel values of many pairs, tile by tile: what is in memory at a time does not grow with the data.
+"""Kernel values of many pairs, tile by tile: what is in memory at a time does not grow with the data, and halves where even that is too much.
 
 δ = 1 - ⟨x, y⟩ comes from one matrix product a tile; pairs closer than δ = 1e-4, of which a difference of near numbers would lose digits, are computed again
 from x - y.
@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from lineament.core.batching import auto_batch
 from lineament.core.checks import InputError, show
 
 Array = np.ndarray
+# A strip's (columns, δ) one by one.
+Tiles = Iterator[tuple[slice, Array]]
 _CLOSE = 1e-4
 # Tiles that stay in a processor's cache.
 _ROWS, _COLUMNS = 256, 1024
@@ -40,8 +43,9 @@ def bytes_of(memory: Any) -> int:
 class Rows:
     """Unit rows, ready to be compared with others.
 
-    >>> rows = Rows(np.eye(3))
-    >>> [tile.shape for _, _, tile in rows.tiles(Rows(np.eye(3)[:2]))]
+    >>> rows, seen = Rows(np.eye(3)), []
+    >>> rows.strips(Rows(np.eye(3)[:2]), lambda down, tiles: seen.extend(tile.shape for _, tile in tiles))
+    >>> seen
     [(3, 2)]
     """
 
@@ -54,29 +58,41 @@ class Rows:
     def __len__(self) -> int:
         return len(self.X)
 
-    def tiles(
-        self, others: Rows, rows: int = _ROWS, columns: int = _COLUMNS
-    ) -> Iterator[tuple[slice, slice, Array]]:
-        """(rows, columns, δ) of each tile, in order; δ is the caller's until the next tile. Of rows with themselves the diagonal is 0."""
-        itself = others is self
-        rows, columns = min(rows, len(self)), min(columns, len(others))
-        memory = np.empty(rows * columns)
-        for top in range(0, len(self), rows):
-            down = slice(top, min(top + rows, len(self)))
-            height = down.stop - down.start
-            for first in range(0, len(others), columns):
-                across = slice(first, min(first + columns, len(others)))
-                tile = memory[: height * (across.stop - first)].reshape(height, -1)
-                np.matmul(self.left[down], others.right[across].T, out=tile)
-                if tile.min() < _CLOSE:
-                    i, j = np.nonzero(tile < _CLOSE)
-                    for part in np.array_split(np.arange(len(i)), 1 + len(i) * self.X.shape[1] // (1 << 22)):
-                        apart = self.X[down][i[part]] - others.X[across][j[part]]
-                        tile[i[part], j[part]] = np.einsum("ij,ij->i", apart, apart) / 2
-                    if itself:
-                        own = np.arange(max(top, first), min(down.stop, across.stop))
-                        tile[own - top, own - first] = 0.0
-                yield down, across, tile
+    def strips(
+        self,
+        others: Rows,
+        work: Callable[[slice, Tiles], None],
+        rows: int = _ROWS,
+        columns: int = _COLUMNS,
+    ) -> None:
+        """``work(rows, tiles)`` for one strip of rows after the other; ``tiles`` are (columns, δ), and δ is the caller's until the next of them.
+
+        Where memory runs out, a strip is begun anew with half its rows: ``work`` must not add to what it left. Of rows with themselves the diagonal is 0.
+        """
+        columns = min(columns, len(others))
+
+        def strip(start: int, stop: int) -> None:
+            work(slice(start, stop), self._tiles(slice(start, stop), others, columns))
+
+        for _ in auto_batch(strip, len(self), most=rows, memory=(work, columns)):
+            pass
+
+    def _tiles(self, down: slice, others: Rows, columns: int) -> Tiles:
+        height = down.stop - down.start
+        memory = np.empty(height * columns)
+        for first in range(0, len(others), columns):
+            across = slice(first, min(first + columns, len(others)))
+            tile = memory[: height * (across.stop - first)].reshape(height, -1)
+            np.matmul(self.left[down], others.right[across].T, out=tile)
+            if tile.min() < _CLOSE:
+                i, j = np.nonzero(tile < _CLOSE)
+                for part in np.array_split(np.arange(len(i)), 1 + len(i) * self.X.shape[1] // (1 << 22)):
+                    apart = self.X[down][i[part]] - others.X[across][j[part]]
+                    tile[i[part], j[part]] = np.einsum("ij,ij->i", apart, apart) / 2
+                if others is self:
+                    own = np.arange(max(down.start, first), min(down.stop, across.stop))
+                    tile[own - down.start, own - first] = 0.0
+            yield across, tile
 
 
 def product(
@@ -92,9 +108,14 @@ def product(
     [[2.0], [2.0]]
     """
     found = np.zeros((len(X), weights.shape[1]))
-    memory = np.empty(min(_ROWS, len(X)) * min(_COLUMNS, len(Y)))
-    for down, across, tile in X.tiles(Y):
-        found[down] += values(tile, memory[: tile.size].reshape(tile.shape)) @ weights[across]
+
+    def summed(down: slice, tiles: Tiles) -> None:
+        found[down] = 0.0
+        memory = np.empty((down.stop - down.start) * min(_COLUMNS, len(Y)))
+        for across, tile in tiles:
+            found[down] += values(tile, memory[: tile.size].reshape(tile.shape)) @ weights[across]
+
+    X.strips(Y, summed)
     return found if ridge is None else found + ridge * weights
 
 

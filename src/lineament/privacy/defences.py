@@ -311,7 +311,7 @@ def defence_of(text: str) -> Defence:
             continue
         if name not in known:
             raise InputError(
-                f"defence: got {name!r}, expected one of {', '.join(known)} or none{suggest(name, known)}"
+                f"defence: got {name!r}, expected a defence by name, or none{suggest(name, [*known, 'none'])}"
             )
         try:
             numbers = [float(v) for v in values.split(":")] if values else []

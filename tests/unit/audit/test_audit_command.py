@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -169,9 +170,15 @@ def _start(words: list[str]) -> subprocess.Popen[str]:
 
 
 def _content(report: Path) -> dict:
+    """What a report says, but for how long anything took."""
     stored = json.loads(report.read_text(encoding="utf-8"))
     for section in stored["sections"]:
         section.pop("seconds")
+        if "removal" in section["numbers"]:
+            section["numbers"]["removal"].pop("timing")
+            section["sentence"] = re.sub(
+                r"(A|How long a) forward of .* To write it", "To write it", section["sentence"]
+            )
     return {key: stored[key] for key in ("sections", "findings")}
 
 

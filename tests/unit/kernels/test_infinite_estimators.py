@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import numpy as np
 import pytest
 from sklearn.datasets import load_iris
 
+from lineament.core import batching
 from lineament.core.checks import InputError
 from lineament.kernels.classifiers import InfiniteClassifier, InfiniteRegressor
+from lineament.kernels.gaussian_processes import ntk
 from lineament.kernels.recursion import log_psi
 from lineament.kernels.regimes import optimal_dual
-from lineament.kernels.scores import hilbert_scores, kernel_scores, nearest
-from lineament.kernels.tiles import bytes_of
+from lineament.kernels.scores import hilbert_scores, kernel_scores, laplace_scores, nearest
+from lineament.kernels.tiles import Rows, bytes_of
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,24 @@ def test_an_infinite_depth_adds_psi_up(pairs, activation):
     if activation == "optimal":
         hilbert = hilbert_scores(X, 2.0 * y - 1, Z, 2.0)
         assert (np.sign(hilbert) == np.sign(truth)).mean() > 0.98
+
+
+def test_the_laplace_kernel_solves_its_own_equations(pairs):
+    X, y, Z = pairs
+    signs = 2.0 * y - 1
+    np.testing.assert_allclose(laplace_scores(X, signs, X), signs, atol=1e-8)
+    distance = lambda A: np.sqrt(np.square(A[:, None] - X[None]).sum(2))  # noqa: E731
+    width = np.median(distance(X)[np.triu_indices(len(X), 1)])
+    for asked, ridge in ((None, 0.0), (0.3, 0.1)):
+        inside, across = (np.exp(-distance(A) / (asked or width)) for A in (X, Z))
+        truth = across @ np.linalg.solve(inside + ridge * np.eye(len(X)), np.stack([signs, -signs], 1))
+        found = laplace_scores(X, np.stack([signs, -signs], 1), Z, bandwidth=asked, ridge=ridge)
+        np.testing.assert_allclose(found, truth, atol=1e-8)
+    twice = np.concatenate([X[:3], X[:1]])
+    with pytest.raises(InputError, match="ridge"):
+        laplace_scores(twice, signs[:4], Z)
+    with pytest.raises(InputError, match="bandwidth"):
+        laplace_scores(X, signs, Z, bandwidth=0)
 
 
 @pytest.mark.parametrize("kernel", ["nngp", "ntk"])
@@ -144,3 +165,31 @@ def test_zero_rows_and_sizes_are_refused():
         InfiniteClassifier(sphere="normalize").fit([[0.0, 0.0], [1.0, 0.0]], [0, 1])
     with pytest.raises(InputError, match="memory"):
         bytes_of("much")
+
+
+def test_a_strip_of_tiles_is_halved_when_memory_runs_out(pairs, apart, monkeypatch):
+    def answers():
+        X, y, Z = pairs
+        yield InfiniteClassifier(sphere=None).fit(X, y)._scores(Z)[0]
+        yield InfiniteClassifier("square", sphere=None).fit(X, y).decision_function(Z)
+        yield ntk(X, Z, activation="erf")
+        X, y, Z = apart
+        yield InfiniteClassifier("erf", 12, sphere=None).fit(X, y).decision_function(Z)
+        yield InfiniteClassifier("erf", 12, sphere=None, memory="20MB").fit(X, y).weights_
+        yield InfiniteRegressor("relu", 3, ridge=0.01, sphere=None).fit(X, y).predict(Z)
+
+    expected, original, heights = list(answers()), Rows._tiles, []
+
+    def scarce(self, down, others, columns):
+        # It runs out after the first tile was used: what was summed must not count twice.
+        heights.append(down.stop - down.start)
+        for tile in original(self, down, others, columns):
+            yield tile
+            if down.stop - down.start > 20:
+                raise MemoryError("out of memory")
+
+    monkeypatch.setattr(Rows, "_tiles", scarce)
+    monkeypatch.setattr(batching, "_fitted", weakref.WeakKeyDictionary())
+    for found, truth in zip(answers(), expected, strict=True):
+        np.testing.assert_allclose(found, truth, rtol=1e-6, atol=1e-9)
+    assert max(heights) == 256 and sum(height > 20 for height in heights) >= 6

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_iris
-from sklearn.model_selection import StratifiedKFold
+from sklearn.base import clone
+from sklearn.datasets import load_diabetes, load_iris
+from sklearn.model_selection import KFold, StratifiedKFold
 from torch import nn
 
 from lineament.core.checks import InputError
@@ -339,3 +340,16 @@ def test_a_batched_search_finds_what_separate_fits_find():
 def test_bad_targets_and_options_are_refused(made, y, word):
     with pytest.raises(InputError, match=word):
         made.fit(np.eye(4), y)
+
+
+def test_what_no_batch_holds_is_searched_network_by_network_in_any_number_of_processes():
+    X, y = load_diabetes(return_X_y=True)
+    X, y = X[:120], y[:120]
+    model = GBNNRegressor(6, 2, 0.3, loss="absolute", solver="varpro", max_iter=5)
+    grid = {"total_units": [4, 6], "activation": ["tanh", "logistic"]}
+    one = search(X, y, grid, outer=2, inner=2, estimator=model)
+    two = search(X, y, grid, outer=2, inner=2, estimator=model, n_jobs=2)
+    assert one.scores == two.scores and one.chosen == two.chosen and len(one.cv_results_["params"]) == 4
+    train, test = next(KFold(2, shuffle=True, random_state=0).split(X))
+    alone = clone(model).set_params(random_state=0, **one.chosen[0]).fit(X[train], y[train])
+    assert alone.score(X[test], y[test]) == one.scores[0]

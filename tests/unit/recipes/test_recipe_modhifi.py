@@ -28,6 +28,7 @@ TINY = {
     "forget": (9,),
     "forget_shares": (0.1,),
     "relearning": 2,
+    "shadows": 3,
     "bytes": 20_000,
     "length": 32,
     "lm_width": 16,
@@ -38,7 +39,7 @@ TINY = {
 
 def test_a_tiny_run(tmp_path):
     found = run(dataclasses.replace(Config.preset("quick"), **TINY), out=tmp_path)
-    assert len(found.claims) == 17 and len(found.tables) == 3
+    assert len(found.claims) == 18 and len(found.tables) == 3
     assert all((tmp_path / f.file).stat().st_size > 0 for f in found.figures) and len(found.figures) == 3
     with pytest.raises(InputError, match="forget"):
         run(dataclasses.replace(Config.preset("quick"), forget=(12,)), out=tmp_path / "other")
@@ -83,7 +84,7 @@ def test_claims_can_hold_and_fall():
         shares = {f"{s:g}": [0.05, 0.95] if good else [0.5, 0.6] for s in config.forget_shares}
         gone = Unlearned(
             [0.96, 0.96], shares, tenth, [0.9, 0.96] if good else [0.4, 0.9], [0.0, 0.9], [0.0, 0.95], "erased" if good else "muted", [0.5, 0.9, 0.5],
-            [None, 16, None],
+            [None, 16, None], [0.51 if good else 0.9, 0.02],
         )  # fmt: skip
         told = {
             f"{g:g} | {c} | {r}": (5.0 if (r == "compensation") == good else 6.0)
@@ -92,4 +93,4 @@ def test_claims_can_hold_and_fall():
         }
         return [c.holds for c in all_claims({"cnn": [trial]}, {"cnn": [gone]}, [Spoken(4.0, told)], config)]
 
-    assert all(outcome(True)) and not any(outcome(False)) and len(outcome(True)) == 17
+    assert all(outcome(True)) and not any(outcome(False)) and len(outcome(True)) == 18

@@ -285,7 +285,7 @@ def _signed(ratio: float) -> str:
 
 def _changed(ratio: tuple[float, float, float]) -> str:
     value, low, high = ratio
-    text = f"{'rises' if value >= 0 else 'falls'} by {percent(abs(value))}"
+    text = f"changes by {_signed(value)}"
     return text + (
         f" (95 % interval {_signed(low)} to {_signed(high)})" if math.isfinite(high) else " (one window)"
     )

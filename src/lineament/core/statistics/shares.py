@@ -53,8 +53,8 @@ def paired_difference(ours: Tensor, theirs: Tensor, z: float = 1.96) -> Interval
 
     >>> import torch
     >>> was, now = torch.ones(20, dtype=torch.bool), torch.arange(20) > 1
-    >>> [round(x, 2) for x in paired_difference(now, was)]
-    [-0.1, -0.3, 0.07]
+    >>> [round(x, 3) for x in paired_difference(now, was)]
+    [-0.1, -0.301, 0.077]
     """
     if not len(ours):
         return 0.0, -1.0, 1.0

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from joblib import Parallel, delayed
+from sklearn.base import clone
 from sklearn.model_selection import KFold, StratifiedKFold
 from torch import Tensor
 
-from lineament.core.checks import number, one_of, require, suggest
+from lineament.core.checks import number, require, suggest
 from lineament.core.results import Readable
 from lineament.learn.boosting.batched import project
 from lineament.learn.boosting.estimators import GBNNClassifier, GBNNRegressor
@@ -53,19 +55,24 @@ def search(
     estimator: GBNNClassifier | GBNNRegressor | None = None,
     steps: int = 8,
     seed: int = 0,
+    n_jobs: int | None = None,
 ) -> Search:
     """Nested cross-validation of boosted networks over a grid.
 
+    All that a batched problem can hold is one: squared error or cross-entropy, Newton's line search, and a grid of sizes, rates and penalties. The rest, other settings of the
+    estimator, other losses and line searches, is fitted network by network, in processes of joblib.
+
     Args:
         X, y: [n, features], class labels or targets [n].
-        grid: lists of ``learning_rate``, ``subsample``, ``l2``, ``units_per_step`` or ``total_units``; each combination of equal sizes is one batched problem.
+        grid: lists of settings of the estimator; each combination of equal sizes of ``learning_rate``, ``subsample``, ``l2``, ``units_per_step`` and ``total_units`` is one batched problem.
         outer, inner: folds; stratified for classes.
         estimator: what the other settings are taken from; a classifier for whole-number or text labels by default, else a regressor.
-        steps: Gauss-Newton steps of each part.
+        steps: Gauss-Newton steps of each part of a batched problem.
         seed: of folds, subsamples and first weights.
+        n_jobs: processes for what is fitted network by network, as joblib takes them.
 
     Raises:
-        InputError: an unknown setting, a loss or line search that has no batched form.
+        InputError: an unknown setting.
 
     >>> from sklearn.datasets import load_iris
     >>> found = search(*load_iris(return_X_y=True), {"learning_rate": [0.1, 0.5], "total_units": [6]}, outer=3, inner=2)
@@ -73,9 +80,6 @@ def search(
     (True, 2)
     """
     for name in grid:
-        require(
-            name in _BATCHED, f"grid: {name!r} is no setting of a batched search{suggest(name, _BATCHED)}"
-        )
         require(len(list(grid[name])) > 0, f"grid: {name!r} has no values")
     for what, count in (("outer", outer), ("inner", inner)):
         number(what, count, low=2, integer=True)
@@ -83,11 +87,16 @@ def search(
     X, y = np.asarray(X, dtype=float), np.asarray(y)
     if estimator is None:
         estimator = GBNNRegressor() if y.dtype.kind == "f" else GBNNClassifier()
+    known = estimator.get_params()
+    for name in grid:
+        require(
+            name in known, f"grid: {name!r} is no setting of {type(estimator).__name__}{suggest(name, known)}"
+        )
     classes = np.unique(y) if isinstance(estimator, GBNNClassifier) else None
-    one_of("line_search", estimator.line_search, ("newton",))
-    require(
-        classes is not None or getattr(estimator, "loss", "") in ("auto", "squared_error"),
-        "estimator: a batched search has the squared error and cross-entropy; tune other losses with GridSearchCV",
+    batched = (
+        all(name in _BATCHED for name in grid)
+        and estimator.line_search == "newton"
+        and (classes is not None or getattr(estimator, "loss", "") in ("auto", "squared_error"))
     )
     settings = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     folds: Any = StratifiedKFold if classes is not None else KFold
@@ -97,13 +106,19 @@ def search(
         inside = folds(inner, shuffle=True, random_state=seed + 1 + o).split(X[train], y[train])
         jobs += [(o, i, train[a], train[b]) for i, (a, b) in enumerate(inside)]
     scores = np.zeros((len(settings), outer, inner))
-    for s, job, score in _fitted(X, y, classes, estimator, settings, jobs, steps, seed):
+
+    def fitted(some: list[dict[str, Any]], problems: list[Any]) -> Any:
+        if batched:
+            return _fitted(X, y, classes, estimator, some, problems, steps, seed)
+        return _one_by_one(X, y, estimator, some, problems, seed, n_jobs)
+
+    for s, job, score in fitted(settings, jobs):
         scores[s, job[0], job[1]] = score
     best = scores.mean(2).argmax(0)
     final = np.zeros(outer)
     for s in sorted(set(best.tolist())):
         mine = [(o, None, *parts[o]) for o in range(outer) if best[o] == s]
-        for _, job, score in _fitted(X, y, classes, estimator, [settings[s]], mine, steps, seed):
+        for _, job, score in fitted([settings[s]], mine):
             final[job[0]] = score
     flat = scores.reshape(len(settings), -1)
     results: dict[str, Any] = {
@@ -114,6 +129,23 @@ def search(
     }
     results |= {f"param_{name}": [s[name] for s in settings] for name in grid}
     return Search(final.tolist(), [settings[s] for s in best], results)
+
+
+def _one_by_one(
+    X: Array, y: Array, base: Any, settings: Any, jobs: Any, seed: int, n_jobs: int | None
+) -> Any:
+    """(number of the setting, job, score) of each network, fitted by itself."""
+    every = [(s, job) for s in range(len(settings)) for job in jobs]
+    state = seed if base.random_state is None else base.random_state
+    found: Any = Parallel(n_jobs=n_jobs)(
+        delayed(_score)(base, {"random_state": state, **settings[s]}, X, y, *job[2:]) for s, job in every
+    )
+    return [(s, job, score) for (s, job), score in zip(every, found)]
+
+
+def _score(base: Any, setting: dict[str, Any], X: Array, y: Array, train: Array, test: Array) -> float:
+    model: Any = clone(base)
+    return float(model.set_params(**setting).fit(X[train], y[train]).score(X[test], y[test]))
 
 
 def _fitted(

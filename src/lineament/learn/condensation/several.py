@@ -27,6 +27,7 @@ def condensed_sets(
     Raises:
         InputError: no seeds, one twice, or what :func:`condense` refuses.
 
+    >>> import torch
     >>> x = torch.rand(20, 1, 8, 8); y = torch.arange(20) % 2
     >>> len(condensed_sets(x, y, per_class=1, seeds=(0, 1), method="random"))
     2

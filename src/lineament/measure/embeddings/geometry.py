@@ -45,7 +45,7 @@ def geometry(embeddings: Tensor, labels: Tensor, *, neighbours: int = 10) -> Geo
 
     >>> found = geometry(torch.eye(3).repeat_interleave(2, 0), torch.tensor([0, 0, 1, 1, 2, 2]), neighbours=1)
     >>> found.alignment, round(found.uniformity, 3), found.hub
-    (0.0, -1.473, 1)
+    (0.0, -1.539, 1)
     """
     unit, labels = _checked(embeddings, labels)
     number("neighbours", neighbours, low=1, integer=True)

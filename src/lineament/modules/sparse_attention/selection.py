@@ -14,6 +14,7 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor
 
+from lineament.core.batching import auto_batch
 from lineament.core.checks import number, one_of, require, show
 from lineament.core.results import Readable
 from lineament.modules.sparse_attention.blocks import Blocks, lay_out
@@ -128,9 +129,9 @@ def best_blocks(
     grouped = q.unflatten(1, (means.shape[1], groups)).to(means.dtype)
     factor = q.shape[3] ** -0.5 if scale is None else scale
     tile = max(1, SCORES // (q.shape[0] * q.shape[1] * layout.count))
-    found = []
-    for start in range(0, q.shape[2], tile):
-        part = slice(start, start + tile)
+
+    def best(start: int, stop: int) -> Tensor:
+        part = slice(start, stop)
         # Nothing is scored that lies ahead of all queries of the tile.
         ahead = layout.count if selection == "released" else max(1, int(layout.own[:, part].max()) + 1)
         # The heads of a group as rows, so that the means are not copied for each.
@@ -147,10 +148,10 @@ def best_blocks(
             torch.add(barred[:, None, None], logits, alpha=factor, out=logits)
             score = logits.softmax(-1).sum(2)
         if selection == "released":
-            found.append(_released(score, layout, part, blocks))
-        else:
-            found.append(choose(score, layout, blocks, queries=part, sinks=sinks, recent=recent).indices)
-    return Selection(torch.cat(found, 2), layout)
+            return _released(score, layout, part, blocks)
+        return choose(score, layout, blocks, queries=part, sinks=sinks, recent=recent).indices
+
+    return Selection(torch.cat(list(auto_batch(best, q.shape[2], most=tile)), 2), layout)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lineament.core.batching import auto_batch
 from lineament.modules.sparse_attention.blocks import Blocks
 
 # Weights held at once.
@@ -39,22 +40,23 @@ def weight_tiles(q: Tensor, k: Tensor, layout: Blocks, scale: float | None = Non
     position = torch.arange(layout.keys, device=q.device)
     # At least a few rows, for products of single rows are slow.
     step = max(8, WEIGHTS // (rows * heads * layout.keys))
-    for start in range(0, queries, step):
-        part = slice(start, min(start + step, queries))
-        stop = layout.offset + part.stop
+
+    def tile(start: int, stop: int) -> Tile:
+        part = slice(start, stop)
+        end = layout.offset + stop
         asked = grouped[:, :, :, part]
-        logits = torch.matmul(asked.flatten(2, 3), keys[:, :, :stop].mT)
+        logits = torch.matmul(asked.flatten(2, 3), keys[:, :, :end].mT)
         logits = logits.unflatten(2, asked.shape[2:4]).flatten(1, 2)
-        at = position[layout.offset + part.start : stop, None]
+        at = position[layout.offset + part.start : end, None]
         lowest = torch.finfo(wide).min
         if layout.regular:
             # Only the keys of the tile itself may lie behind a query.
-            logits[..., layout.offset + part.start :].masked_fill_(position[layout.offset + part.start : stop] > at, lowest)  # fmt: skip
+            logits[..., layout.offset + part.start :].masked_fill_(position[layout.offset + part.start : end] > at, lowest)  # fmt: skip
         else:
-            seen = (position[:stop] >= layout.begins[:, part, None]) & (position[:stop] <= at)
+            seen = (position[:end] >= layout.begins[:, part, None]) & (position[:end] <= at)
             logits.masked_fill_(~seen[:, None], lowest)
         before = logits.shape[2] - 1
-        padded = logits.new_empty(*logits.shape[:3], before + stop)
+        padded = logits.new_empty(*logits.shape[:3], before + end)
         padded[..., :before] = 0
         weights = padded[..., before:]
         torch.softmax(logits, -1, out=weights)
@@ -65,7 +67,9 @@ def weight_tiles(q: Tensor, k: Tensor, layout: Blocks, scale: float | None = Non
             real = layout.own[:, None, part] >= 0
             weights.mul_(real[..., None])
             entropy = torch.where(real, entropy, 0)
-        yield Tile(part, padded, entropy)
+        return Tile(part, padded, entropy)
+
+    yield from auto_batch(tile, queries, most=step)
 
 
 def by_block(weights: Tensor, layout: Blocks) -> Tensor:

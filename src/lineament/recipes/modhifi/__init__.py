@@ -53,6 +53,7 @@ class Config:
     forget: tuple[int, ...] = (3,)
     forget_shares: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
     relearning: int = 50
+    shadows: int = 0
 
     text: str | None = None
     bytes: int = 300_000
@@ -68,7 +69,7 @@ class Config:
         },
         paper={
             "data": "cifar10", "networks": ("vgg19", "resnet50"), "width": 64, "epochs": 200, "batch_size": 128, "lr": 0.1, "seeds": (0, 1, 2),
-            "calibration": 2000, "shares": (0.5, 0.75, 0.25), "forget": (0, 1, 2, 3, 4, 5, 6, 7, 8, 9), "relearning": 500,
+            "calibration": 2000, "shares": (0.5, 0.75, 0.25), "forget": (0, 1, 2, 3, 4, 5, 6, 7, 8, 9), "relearning": 500, "shadows": 8,
             "bytes": 1_000_000, "length": 256, "lm_width": 256, "lm_layers": 4, "lm_steps": 4000,
         },
     )  # fmt: skip
@@ -80,6 +81,10 @@ def run(config: Config, *, out: Path) -> Outcome:
         require(len(getattr(config, name)) > 0, f"{name}: got none, expected at least one")
     for name in ("epochs", "width", "calibration", "samples", "relearning", "lm_steps"):
         number(name, getattr(config, name), low=1, integer=True)
+    require(
+        config.shadows == 0 or config.shadows >= 3,
+        f"shadows: got {config.shadows}, expected 0 (no attack), or 3 and more networks of each kind",
+    )
     for name in ("shares", "forget_shares"):
         require(
             all(0 < s < 1 for s in getattr(config, name)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any
 
@@ -132,7 +133,7 @@ def _unlearned(gone: list[Unlearned]) -> list[Claim]:
     chance, head = mean([u.random for u in gone]), mean([u.head for u in gone])
     probe = [statistics.mean(u.probe[k] for u in gone) for k in range(3)]
     erased = sum(u.verdict == "erased" for u in gone)
-    return [
+    claims = [
         judged(
             "A class is answered in at most 10 % of its images, and the others stay within 5 points",
             "ResNet-50 on CIFAR-10: 0.2 %, and 92.98 of 94.99 %",
@@ -164,6 +165,20 @@ def _unlearned(gone: list[Unlearned]) -> list[Claim]:
             "the features still hold the class",
         ),
     ]
+    told = [u.lira for u in gone if u.lira]
+    if told:
+        accuracy = statistics.mean(t[0] for t in told)
+        error = math.sqrt(sum(t[1] ** 2 for t in told)) / len(told)
+        claims.append(
+            judged(
+                "Control: the likelihood-ratio attack (U-LiRA) tells networks that lost a class from those that never saw it no better than chance",
+                "not compared in the paper; expected to fail",
+                f"right in {accuracy:.3f} ± {error:.3f} of the class's training images ({len(told)} classes)",
+                accuracy - 2 * error <= 0.5,
+                "what the edited networks say of these images gives them away",
+            )
+        )
+    return claims
 
 
 def _language(texts: list[Spoken]) -> list[Claim]:

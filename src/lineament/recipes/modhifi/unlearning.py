@@ -11,6 +11,7 @@ from torch import nn
 
 from lineament.data.samples import Samples
 from lineament.edit.forgetting import forgotten
+from lineament.edit.membership import u_lira
 from lineament.edit.unlearning import mute, unlearn
 from lineament.recipes.kit.image_sets import accuracy
 from lineament.recipes.modhifi.networks import of_class, trained
@@ -24,6 +25,7 @@ class Unlearned:
         before: of the whole network. shares: {share of the pairs: on the test images}.
         share: the smallest at which at most a tenth of the class's training images is answered, else the largest.
         random: random pairs of that share. head: the class's logit at minus infinity. retrained: a network trained without the class.
+        lira: how often U-LiRA tells edited networks from those that never saw the class on its training images, and the standard error; empty without shadow networks.
         verdict: ``forgotten``'s. probe, samples: of the edited network, of the muted one and of the retrained one; ``None`` where it was not learned again.
     """
 
@@ -36,6 +38,7 @@ class Unlearned:
     verdict: str
     probe: list[float]
     samples: list[int | None]
+    lira: list[float]
 
 
 def unlearned(config: Any, data: tuple[Samples, Samples], net: nn.Module, name: str, label: int) -> Unlearned:
@@ -75,7 +78,22 @@ def unlearned(config: Any, data: tuple[Samples, Samples], net: nn.Module, name: 
     return Unlearned(
         both(net), tried, chosen[0], both(chance), both(head), both(other), told[0].verdict,
         [max(k.probe.values()) for k in knowledge], [k.samples for k in knowledge],
+        _told_apart(config, train, name, label, chosen[0]) if config.shadows else [],
     )  # fmt: skip
+
+
+def _told_apart(config: Any, train: Samples, name: str, label: int, share: float) -> list[float]:
+    """U-LiRA between networks that lost the class and networks trained without it, each from a seed of its own."""
+    rest, shown = train[train.targets != label], train[train.targets == label]
+    edited, never = [], []
+    for number in range(config.shadows):
+        seed = max(config.seeds) + 1 + number
+        drawn = of_class(train, label, max(64, config.calibration // 10), seed)
+        edited.append(unlearn(trained(config, train, name, seed), drawn, share=share, seed=seed).model)
+        other = trained(config, rest, name, seed)
+        never.append(_widened(other, label) if rest.targets.max() < label else other)
+    found = u_lira(edited, never, (shown.inputs, shown.targets))
+    return [found.accuracy, found.error]
 
 
 def _widened(model: Any, label: int) -> Any:

@@ -22,7 +22,7 @@ class OneSalt(UnifiedEmbedding):
     """Every feature is hashed alike: value 7 of one shares its rows with value 7 of another."""
 
     def _salt(self, feature: Feature, lookup: int) -> int:
-        return super()._salt(replace(feature, name="", number=0), lookup)
+        return super()._salt(replace(feature, named=0, number=0), lookup)
 
 
 class Recommender(nn.Module):

@@ -21,7 +21,7 @@ from lineament.data.digits import digit_images
 from lineament.kernels.classifiers import InfiniteClassifier, InfiniteRegressor
 from lineament.kernels.recursion import log_ntk
 from lineament.kernels.regimes import optimal_dual
-from lineament.kernels.scores import hilbert_scores, nearest
+from lineament.kernels.scores import hilbert_scores, laplace_scores, nearest
 from lineament.kernels.table import LogTable
 
 Array = np.ndarray
@@ -85,6 +85,8 @@ def pair(dimension: int, count: int, seed: int, tests: int) -> Pair:
     Z, z, bayes = drawn(dimension, tests, rng)
     said: dict[str, Array] = {"Bayes": bayes, "1-NN": nearest(X, y, Z)}
     said["Hilbert"] = (hilbert_scores(X, 2.0 * y - 1, Z, dimension) > 0).astype(int)
+    some = min(count, 8000)  # as many as one dense matrix is made of
+    said["Laplace kernel"] = (laplace_scores(X[:some], 2.0 * y[:some] - 1, Z) > 0).astype(int)
     said["majority"] = np.full(tests, int(y.mean() > 0.5))
     for d in PAIRS:
         said[f"psi {d}"] = InfiniteClassifier(dimension=d, sphere=None).fit(X, y).predict(Z)

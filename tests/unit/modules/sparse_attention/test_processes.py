@@ -10,10 +10,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from tests.unit.modules.sparse_attention.models import made, prompts
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lineament.modules.sparse_attention import aligned
 
+STEPS = 4
 BUDGET: dict[str, Any] = {"block_size": 4, "blocks": 3, "seed": 5}
 
 
@@ -23,23 +27,27 @@ def gradients(model: Any, tokens: torch.Tensor, step: int) -> tuple[bool, dict[s
     with aligned(model, **BUDGET, step=step) as branch:
         (model(input_ids=tokens, labels=tokens).loss + branch.loss).backward()
     found = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
-    return branch.coins[0], {name: x.clone() for name, x in found.items() if x is not None}
+    return branch.coins[0], {name: whole(x) for name, x in found.items() if x is not None}
+
+
+def whole(gradient: torch.Tensor) -> torch.Tensor:
+    return (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).clone()
 
 
 def test_two_processes_draw_one_coin_and_have_the_mean_of_their_gradients(tmp_path: Path):
     # Both are new: the name of a process group counts the groups that its process had before, and the two have to agree on it.
     mp.spawn(process, (str(tmp_path),), nprocs=2)
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    model, tokens, coins = made("llama").train(), prompts(4, 26), []
-    for step, (mine, yours) in enumerate(zip(one, two)):
-        known = [gradients(model, x, step) for x in tokens.split(2)]
-        coins.append(known[0][0])
-        assert mine["coin"] == yours["coin"] == known[0][0]
-        assert mine["gradients"].keys() == known[0][1].keys()
-        for name, x in mine["gradients"].items():
-            torch.testing.assert_close(x, yours["gradients"][name], rtol=0, atol=0)
-            torch.testing.assert_close(x, (known[0][1][name] + known[1][1][name]) / 2, rtol=1e-4, atol=1e-5)
-    assert set(coins) == {True, False}
+    model, tokens = made("llama").train(), prompts(4, 26)
+    known = [[gradients(model, x, step) for x in tokens.split(2)] for step in range(STEPS)]
+    assert {coin for (coin, _), _ in known} == {True, False}
+    for how in ("ddp", "fsdp"):
+        for mine, yours, each in zip(one[how], two[how], known, strict=True):
+            assert mine["coin"] == yours["coin"] == each[0][0]
+            assert mine["gradients"].keys() == each[0][1].keys()
+            for name, x in mine["gradients"].items():
+                torch.testing.assert_close(x, yours["gradients"][name], rtol=0, atol=0)
+                torch.testing.assert_close(x, (each[0][1][name] + each[1][1][name]) / 2, rtol=1e-4, atol=1e-5)
 
 
 def process(rank: int, folder: str) -> None:
@@ -51,8 +59,15 @@ def process(rank: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=wait
     )
     try:
-        model = DistributedDataParallel(made("llama").train())
-        moved = [gradients(model, prompts(4, 26).split(2)[rank], step) for step in range(4)]
+        sharded = made("llama").train()
+        for layer in (*sharded.model.layers, sharded):
+            fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+        models = {"ddp": DistributedDataParallel(made("llama").train()), "fsdp": sharded}
+        moved = {
+            how: [gradients(model, prompts(4, 26).split(2)[rank], step) for step in range(STEPS)]
+            for how, model in models.items()
+        }
     finally:
         dist.destroy_process_group()
-    torch.save([{"coin": coin, "gradients": found} for coin, found in moved], f"{folder}/{rank}.pt")
+    held = {how: [{"coin": coin, "gradients": found} for coin, found in each] for how, each in moved.items()}
+    torch.save(held, f"{folder}/{rank}.pt")

@@ -6,11 +6,13 @@ with an empty query, so that one batched product serves many blocks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lineament.core.batching import auto_batch
 from lineament.modules.sparse_attention.blocks import Blocks
 
 WIDE = True
@@ -25,7 +27,8 @@ def forward(
     out = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3])
     keys, values = layout.split(k), layout.split(v)
-    for at, shared, heads, part in _parts(q, v, indices):
+
+    def attend_part(at: tuple[int, int], shared: int, heads: slice, part: slice) -> None:
         row, head = at
         chosen, queries = indices[row, head, part], _padded(q[row, heads, part] * scale)
         pairs, group = chosen.numel(), queries.shape[1]
@@ -35,15 +38,18 @@ def forward(
             # Slots without a block: no tile writes them, and they weigh nothing.
             for x, value in ((shares, 0.0), (tops, -torch.inf), (sums, 0.0)):
                 x[:-1][missing] = value
+
+        def attended(pair: Tensor, query: Tensor, block: Tensor, seen: Tensor | None) -> None:
+            logits = _logits(queries, keys[row, shared], query, block, seen)
+            top = logits.amax(-1, keepdim=True)
+            weights = logits.sub_(top).exp_()
+            found = torch.bmm(weights, values[row, shared].index_select(0, block))
+            shares.index_copy_(0, pair, found.unflatten(1, (-1, group)).flatten(0, 1))
+            tops.index_copy_(0, pair, top.view(-1, group))
+            sums.index_copy_(0, pair, weights.sum(-1).view(-1, group))
+
         for tiles in _tiles(chosen, layout, row, part, group):
-            for pair, query, block, seen in tiles.batches():
-                logits = _logits(queries, keys[row, shared], query, block, seen)
-                top = logits.amax(-1, keepdim=True)
-                weights = logits.sub_(top).exp_()
-                found = torch.bmm(weights, values[row, shared].index_select(0, block))
-                shares.index_copy_(0, pair, found.unflatten(1, (-1, group)).flatten(0, 1))
-                tops.index_copy_(0, pair, top.view(-1, group))
-                sums.index_copy_(0, pair, weights.sum(-1).view(-1, group))
+            tiles.each(attended)
         slots = chosen.shape[1]
         shares, tops, sums = (x[:-1].unflatten(0, (-1, slots)) for x in (shares, tops, sums))
         top = tops.amax(1, keepdim=True)
@@ -52,6 +58,9 @@ def forward(
         merge.div_(total.clamp(min=1e-30)[:, None])
         out[row, heads, part] = shares.mul_(merge[..., None]).sum(1).transpose(0, 1)
         lse[row, heads, part] = (total.log() + top[:, 0]).T
+
+    for where in _parts(q, v, indices):
+        attend_part(*where)
     return out, lse
 
 
@@ -62,7 +71,8 @@ def backward(
     """Gradients of q, k and v."""
     keys, values = layout.split(k), layout.split(v)
     d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(keys), torch.zeros_like(values)
-    for at, shared, heads, part in _parts(q, v, indices):
+
+    def differentiate_part(at: tuple[int, int], shared: int, heads: slice, part: slice) -> None:
         row, head = at
         chosen, queries, d_rows = (
             indices[row, head, part], _padded(q[row, heads, part]), _padded(d_out[row, heads, part])
@@ -71,18 +81,27 @@ def backward(
         totals, deltas = (_padded(x[row, heads, part, None])[..., 0] for x in (lse, delta))
         group = queries.shape[1]
         moved = torch.zeros_like(queries)
+
+        def differentiated(pair: Tensor, query: Tensor, block: Tensor, seen: Tensor | None) -> None:
+            logits = _logits(queries, keys[row, shared], query, block, seen, scale)
+            weights = logits.sub_(_tile(totals, query, block)[..., None]).exp_()
+            d_tile = _tile(d_rows, query, block)
+            turned = torch.bmm(weights.mT, d_tile)
+            d_weights = torch.bmm(d_tile, values[row, shared].index_select(0, block).mT)
+            d_logits = d_weights.sub_(_tile(deltas, query, block)[..., None]).mul_(weights).mul_(scale)
+            pulled = torch.bmm(d_logits.mT, _tile(queries, query, block))
+            found = torch.bmm(d_logits, keys[row, shared].index_select(0, block))
+            # Added when all of them are there: tiles for which memory did not do are computed again.
+            d_v[row, shared].index_add_(0, block, turned)
+            d_k[row, shared].index_add_(0, block, pulled)
+            moved.index_add_(0, query, found.unflatten(1, (-1, group)).flatten(0, 1))
+
         for tiles in _tiles(chosen, layout, row, part, group):
-            for _, query, block, seen in tiles.batches():
-                logits = _logits(queries, keys[row, shared], query, block, seen, scale)
-                weights = logits.sub_(_tile(totals, query, block)[..., None]).exp_()
-                d_tile = _tile(d_rows, query, block)
-                d_v[row, shared].index_add_(0, block, torch.bmm(weights.mT, d_tile))
-                d_weights = torch.bmm(d_tile, values[row, shared].index_select(0, block).mT)
-                d_logits = d_weights.sub_(_tile(deltas, query, block)[..., None]).mul_(weights).mul_(scale)
-                d_k[row, shared].index_add_(0, block, torch.bmm(d_logits.mT, _tile(queries, query, block)))
-                found = torch.bmm(d_logits, keys[row, shared].index_select(0, block))
-                moved.index_add_(0, query, found.unflatten(1, (-1, group)).flatten(0, 1))
+            tiles.each(differentiated)
         d_q[row, heads, part] = moved[:-1].transpose(0, 1)
+
+    for where in _parts(q, v, indices):
+        differentiate_part(*where)
     return d_q, layout.joined(d_k), layout.joined(d_v)
 
 
@@ -97,15 +116,19 @@ class _Tiles:
     size: int
     group: int
 
-    def batches(self):
-        step = max(1, LOGITS // max(1, self.pair.shape[1] * self.group * self.size))
+    def each(self, work: Callable[[Tensor, Tensor, Tensor, Tensor | None], None]) -> None:
+        """Work on some tiles at a time, on fewer where memory does not do: on their pairs and queries, flat, their blocks, and what is seen of these."""
         place = torch.arange(self.size, device=self.pair.device)
-        for start in range(0, len(self.block), step):
-            part = slice(start, start + step)
-            seen = None
+
+        def some(start: int, stop: int) -> None:
+            part, seen = slice(start, stop), None
             if self.last is not None:
                 seen = (place <= self.last[part, :, None]).repeat_interleave(self.group, 1)
-            yield self.pair[part].flatten(), self.query[part].flatten(), self.block[part], seen
+            work(self.pair[part].flatten(), self.query[part].flatten(), self.block[part], seen)
+
+        most = max(1, LOGITS // max(1, self.pair.shape[1] * self.group * self.size))
+        for _ in auto_batch(some, len(self.block), most=most):
+            pass
 
 
 def _tiles(chosen: Tensor, layout: Blocks, row: int, part: slice, group: int):

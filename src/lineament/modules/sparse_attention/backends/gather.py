@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from lineament.core.batching import auto_batch
 from lineament.modules.sparse_attention.blocks import Blocks
 
 WIDE = True
@@ -21,7 +24,11 @@ def forward(
     keys, values = _units(k, unit), _units(v, unit)
     out = q.new_empty(*rows.shape[:2], v.shape[3])
     lse = q.new_empty(rows.shape[:2])
-    for part, places, seen in _parts(q, k, indices, layout, unit):
+    read, step = _reading(q, k, indices, layout, unit)
+
+    def attended(start: int, stop: int) -> None:
+        part = slice(start, stop)
+        places, seen = read(part)
         logits = torch.bmm(rows[part] * scale, _chosen(keys, places, unit, q.dtype).mT)
         logits.masked_fill_(~seen[:, None], -torch.inf)
         top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(q.dtype).min)
@@ -30,6 +37,9 @@ def forward(
         torch.bmm(weights, _chosen(values, places, unit, q.dtype), out=out[part])
         out[part].div_(total.clamp(min=1e-30))
         lse[part] = (total.log_() + top)[..., 0]
+
+    for _ in auto_batch(attended, len(rows), most=step):
+        pass
     return _heads(out, q, indices, group), _heads(lse[..., None], q, indices, group)[..., 0]
 
 
@@ -44,16 +54,26 @@ def backward(
     unit = _unit(k, layout)
     keys, values = _units(k, unit), _units(v, unit)
     d_q, d_k, d_v = torch.empty_like(rows), torch.zeros_like(keys), torch.zeros_like(values)
-    for part, places, seen in _parts(q, k, indices, layout, unit):
+    read, step = _reading(q, k, indices, layout, unit)
+
+    def differentiated(start: int, stop: int) -> None:
+        part = slice(start, stop)
+        places, seen = read(part)
         chosen = _chosen(keys, places, unit, q.dtype)
         logits = torch.bmm(rows[part] * scale, chosen.mT) - totals[part]
         weights = torch.where(seen[:, None], logits.exp_(), 0)
         d_weights = torch.bmm(d_rows[part], _chosen(values, places, unit, q.dtype).mT)
         d_logits = d_weights.sub_(deltas[part]).mul_(weights).mul_(scale)
         d_q[part] = torch.bmm(d_logits, chosen)
+        moved = torch.bmm(d_logits.mT, rows[part]).view(-1, keys.shape[1])
+        turned = torch.bmm(weights.mT, d_rows[part]).view(-1, values.shape[1])
+        # Added when all of them are there: a part for which memory did not do is computed again.
         flat = places.flatten()
-        d_k.index_add_(0, flat, torch.bmm(d_logits.mT, rows[part]).view(-1, keys.shape[1]))
-        d_v.index_add_(0, flat, torch.bmm(weights.mT, d_rows[part]).view(-1, values.shape[1]))
+        d_k.index_add_(0, flat, moved)
+        d_v.index_add_(0, flat, turned)
+
+    for _ in auto_batch(differentiated, len(rows), most=step):
+        pass
     return _heads(d_q, q, indices, group), d_k.view(k.shape), d_v.view(v.shape)
 
 
@@ -83,8 +103,10 @@ def _heads(rows: Tensor, q: Tensor, indices: Tensor, group: int) -> Tensor:
     return rows.view(batch, heads, queries, group, -1).transpose(2, 3).reshape(*q.shape[:3], -1)
 
 
-def _parts(q: Tensor, k: Tensor, indices: Tensor, layout: Blocks, unit: int):
-    """Parts of the rows, with the flat numbers of the units that they read, and which of their tokens they see."""
+def _reading(
+    q: Tensor, k: Tensor, indices: Tensor, layout: Blocks, unit: int
+) -> tuple[Callable[[slice], tuple[Tensor, Tensor]], int]:
+    """What a part of the rows reads, the flat numbers of units and which of their tokens it sees; and how many rows at once."""
     _, heads, queries, slots = indices.shape
     rows = indices.flatten(0, 2)
     number = torch.arange(len(rows), device=q.device)
@@ -97,9 +119,8 @@ def _parts(q: Tensor, k: Tensor, indices: Tensor, layout: Blocks, unit: int):
     shared = row if layout.starts.shape[0] > 1 else None
     within = layout.within[0 if shared is None else shared, query]
     place = torch.arange(layout.size, device=q.device)
-    step = max(1, COPIED // (slots * layout.size * k.shape[3]))
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
+
+    def read(part: slice) -> tuple[Tensor, Tensor]:
         chosen = rows[part]
         found = chosen.clamp(min=0)
         if unit == 1:
@@ -108,4 +129,6 @@ def _parts(q: Tensor, k: Tensor, indices: Tensor, layout: Blocks, unit: int):
         last = torch.where(chosen < 0, -1, layout.size - 1)
         # Of its own block, the first, a query sees what is not behind it.
         last[:, 0] = torch.where(chosen[:, 0] < 0, -1, within[part])
-        yield part, found + base[part, None], (place <= last[..., None]).flatten(1)
+        return found + base[part, None], (place <= last[..., None]).flatten(1)
+
+    return read, max(1, COPIED // (slots * layout.size * k.shape[3]))
