@@ -19,7 +19,6 @@ from .condensation.matching import matching_loss as matching_loss
 from .condensation.networks import convnet as convnet
 from .condensation.options import Condensation as Condensation
 from .condensation.several import condensed_sets as condensed_sets
-from .projection.descent import Descent as Descent
 from .projection.descent import balanced_descent as balanced_descent
 from .projection.directions import direction_weights as direction_weights
 from .projection.export import UpTo as UpTo
@@ -31,14 +30,12 @@ from .projection.heads import SymmetricReLU as SymmetricReLU
 from .projection.heads import WithHead as WithHead
 from .projection.heads import projection_head as projection_head
 from .projection.layers import layers_worth as layers_worth
-from .projection.presence import FeaturesByLayer as FeaturesByLayer
 from .projection.presence import features_by_layer as features_by_layer
 from .projection.robust import DFRMLP as DFRMLP
 from .projection.robust import ByGroup as ByGroup
 from .projection.robust import by_group as by_group
 from .projection.robust import dfr as dfr
 from .projection.robust import dfr_mlp as dfr_mlp
-from .projection.theory import HeadCriterion as HeadCriterion
 from .projection.theory import decay_threshold as decay_threshold
 from .projection.theory import decayed_weights as decayed_weights
 from .projection.theory import feature_weights as feature_weights
