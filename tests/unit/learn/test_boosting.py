@@ -353,3 +353,25 @@ def test_what_no_batch_holds_is_searched_network_by_network_in_any_number_of_pro
     train, test = next(KFold(2, shuffle=True, random_state=0).split(X))
     alone = clone(model).set_params(random_state=0, **one.chosen[0]).fit(X[train], y[train])
     assert alone.score(X[test], y[test]) == one.scores[0]
+
+
+def test_a_batched_search_never_leaves_out_what_was_asked_for():
+    X, y = load_iris(return_X_y=True)
+    grid, model = {"total_units": [4]}, GBNNClassifier(4, 2, random_state=0)
+    train, test = next(StratifiedKFold(2, shuffle=True, random_state=0).split(X, y))
+    for asked in (
+        {"solver": "adam", "max_iter": 1},
+        {"class_weight": {0: 1e-6, 1: 1.0, 2: 1.0}},
+        {"init": "prior"},
+    ):
+        net = clone(model).set_params(**asked)
+        found = search(X, y, grid, outer=2, inner=2, estimator=net)
+        assert found.scores[0] == clone(net).fit(X[train], y[train]).score(X[test], y[test])
+    # Of one grid each setting goes its own way.
+    mixed = search(
+        X, y, {"solver": ["lbfgs", "sgd"], "activation": ["tanh", "relu"]}, outer=2, inner=2, estimator=model
+    )
+    alone = search(X, y, {"activation": ["tanh", "relu"]}, outer=2, inner=2, estimator=model)
+    assert mixed.cv_results_["mean_test_score"][:2] == pytest.approx(alone.cv_results_["mean_test_score"])
+    several = search(X, np.stack([X[:, 0], X[:, 1]], 1), grid, outer=2, inner=2)
+    assert np.isfinite(several.scores).all()

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed
 from sklearn.base import clone
 from sklearn.model_selection import KFold, StratifiedKFold
 from torch import Tensor
 
 from lineament.core.checks import number, require, suggest
+from lineament.core.engines import side_by_side
 from lineament.core.results import Readable
 from lineament.learn.boosting.batched import project
 from lineament.learn.boosting.estimators import GBNNClassifier, GBNNRegressor
@@ -27,6 +27,8 @@ from lineament.learn.boosting.subnetwork import TORCH
 
 Array = np.ndarray
 _BATCHED = ("learning_rate", "subsample", "l2", "units_per_step", "total_units")
+# What may differ from the defaults in a batched problem: the last two are of solvers that it does not use.
+_FREE = (*_BATCHED, "activation", "random_state", "batch_size", "learning_rate_init")
 
 
 @dataclass(frozen=True)
@@ -55,21 +57,21 @@ def search(
     estimator: GBNNClassifier | GBNNRegressor | None = None,
     steps: int = 8,
     seed: int = 0,
-    n_jobs: int | None = None,
+    n_jobs: int = 1,
 ) -> Search:
     """Nested cross-validation of boosted networks over a grid.
 
-    All that a batched problem can hold is one: squared error or cross-entropy, Newton's line search, and a grid of sizes, rates and penalties. The rest, other settings of the
-    estimator, other losses and line searches, is fitted network by network, in processes of joblib.
+    Settings that differ from the estimator's defaults in sizes, rates, penalty and activation only are batched, with output weights in closed form as ``solver="varpro"`` has them, also
+    where the solver is the default. Any other setting (another solver, loss, line search, weights of classes, ...) and several targets are fitted network by network, side by side in processes.
 
     Args:
-        X, y: [n, features], class labels or targets [n].
+        X, y: [n, features], class labels [n], or targets [n] or [n, targets].
         grid: lists of settings of the estimator; each combination of equal sizes of ``learning_rate``, ``subsample``, ``l2``, ``units_per_step`` and ``total_units`` is one batched problem.
         outer, inner: folds; stratified for classes.
         estimator: what the other settings are taken from; a classifier for whole-number or text labels by default, else a regressor.
         steps: Gauss-Newton steps of each part of a batched problem.
         seed: of folds, subsamples and first weights.
-        n_jobs: processes for what is fitted network by network, as joblib takes them.
+        n_jobs: processes for what is fitted network by network; -1 is one a core.
 
     Raises:
         InputError: an unknown setting.
@@ -93,11 +95,6 @@ def search(
             name in known, f"grid: {name!r} is no setting of {type(estimator).__name__}{suggest(name, known)}"
         )
     classes = np.unique(y) if isinstance(estimator, GBNNClassifier) else None
-    batched = (
-        all(name in _BATCHED for name in grid)
-        and estimator.line_search == "newton"
-        and (classes is not None or getattr(estimator, "loss", "") in ("auto", "squared_error"))
-    )
     settings = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     folds: Any = StratifiedKFold if classes is not None else KFold
     parts = list(folds(outer, shuffle=True, random_state=seed).split(X, y))
@@ -107,19 +104,18 @@ def search(
         jobs += [(o, i, train[a], train[b]) for i, (a, b) in enumerate(inside)]
     scores = np.zeros((len(settings), outer, inner))
 
-    def fitted(some: list[dict[str, Any]], problems: list[Any]) -> Any:
-        if batched:
-            return _fitted(X, y, classes, estimator, some, problems, steps, seed)
-        return _one_by_one(X, y, estimator, some, problems, seed, n_jobs)
+    def fitted(problems: list[tuple[int, Any]]) -> Any:
+        fits = [y.ndim == 1 and _fits(estimator, setting) for setting in settings]
+        together, apart = ([p for p in problems if fits[p[0]] is kind] for kind in (True, False))
+        yield from _fitted(X, y, classes, estimator, settings, together, steps, seed)
+        yield from _one_by_one(X, y, estimator, settings, apart, seed, n_jobs)
 
-    for s, job, score in fitted(settings, jobs):
+    for s, job, score in fitted([(s, job) for s in range(len(settings)) for job in jobs]):
         scores[s, job[0], job[1]] = score
     best = scores.mean(2).argmax(0)
     final = np.zeros(outer)
-    for s in sorted(set(best.tolist())):
-        mine = [(o, None, *parts[o]) for o in range(outer) if best[o] == s]
-        for _, job, score in fitted([settings[s]], mine):
-            final[job[0]] = score
+    for _, job, score in fitted([(s, (o, None, *parts[o])) for o, s in enumerate(best.tolist())]):
+        final[job[0]] = score
     flat = scores.reshape(len(settings), -1)
     results: dict[str, Any] = {
         "params": settings,
@@ -131,16 +127,20 @@ def search(
     return Search(final.tolist(), [settings[s] for s in best], results)
 
 
-def _one_by_one(
-    X: Array, y: Array, base: Any, settings: Any, jobs: Any, seed: int, n_jobs: int | None
-) -> Any:
+def _fits(base: Any, setting: dict[str, Any]) -> bool:
+    """Whether a batched problem does what this setting asks for: all that it does not know is at its default."""
+    usual, asked = type(base)().get_params(), {**base.get_params(), **setting}
+    same = {"solver": (usual["solver"], "varpro"), "loss": ("auto", "squared_error")}
+    return all(
+        name in _FREE or value in same.get(name, (usual[name],)) for name, value in asked.items()
+    )  # fmt: skip
+
+
+def _one_by_one(X: Array, y: Array, base: Any, settings: Any, every: Any, seed: int, n_jobs: int) -> Any:
     """(number of the setting, job, score) of each network, fitted by itself."""
-    every = [(s, job) for s in range(len(settings)) for job in jobs]
     state = seed if base.random_state is None else base.random_state
-    found: Any = Parallel(n_jobs=n_jobs)(
-        delayed(_score)(base, {"random_state": state, **settings[s]}, X, y, *job[2:]) for s, job in every
-    )
-    return [(s, job, score) for (s, job), score in zip(every, found)]
+    calls = [(base, {"random_state": state, **settings[s]}, X, y, *job[2:]) for s, job in every]
+    yield from ((s, job, score) for (s, job), score in zip(every, side_by_side(_score, calls, jobs=n_jobs)))
 
 
 def _score(base: Any, setting: dict[str, Any], X: Array, y: Array, train: Array, test: Array) -> float:
@@ -149,24 +149,24 @@ def _score(base: Any, setting: dict[str, Any], X: Array, y: Array, train: Array,
 
 
 def _fitted(
-    X: Array, y: Array, classes: Array | None, base: Any, settings: Any, jobs: Any, steps: int, seed: int
+    X: Array, y: Array, classes: Array | None, base: Any, settings: Any, every: Any, steps: int, seed: int
 ) -> Any:
-    """(number of the setting, job, score) of each problem; those of equal sizes together."""
-    every = [(s, job) for s in range(len(settings)) for job in jobs]
-    groups: dict[tuple[int, int], list[Any]] = {}
+    """(number of the setting, job, score) of each problem; those of equal sizes and activation together."""
+    groups: dict[tuple[int, int, str], list[Any]] = {}
     for s, job in every:
         made = {name: settings[s].get(name, getattr(base, name)) for name in _BATCHED}
         per = made["units_per_step"]
         if per == "auto":
             per = min(4, max(1, made["total_units"] // 50))
-        groups.setdefault((per, made["total_units"] // per), []).append((s, job, made))
-    for (per, rounds), members in groups.items():
+        kind = settings[s].get("activation", base.activation)
+        groups.setdefault((per, made["total_units"] // per, kind), []).append((s, job, made))
+    for (per, rounds, kind), members in groups.items():
         require(rounds >= 1, "total_units: fewer than units_per_step")
         # As many at a time as keep a gigabyte of moves of the hidden weights.
         room = max(1, int(1e8 / (len(X) * (X.shape[1] + 1) * per)))
         for first in range(0, len(members), room):
             some = members[first : first + room]
-            found = _Batch(X, y, classes, some, per, base.activation, steps, seed).scores(rounds)
+            found = _Batch(X, y, classes, some, per, kind, steps, seed).scores(rounds)
             yield from ((s, job, float(v)) for (s, job, _), v in zip(some, found))
 
 
