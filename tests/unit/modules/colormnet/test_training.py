@@ -182,3 +182,18 @@ def test_every_frame_of_other_films_is_judged_after_each_epoch(model, films):
 def test_bad_input(model, films, options, message):
     with pytest.raises(InputError, match=message):
         train_colorizer(model, films, options=options)
+
+
+def test_what_is_drawn_elsewhere_changes_no_clip(films):
+    told = dataclasses.replace(SMALL, clips=4, batch_size=2)
+    clips, seen = Clips(films, told), []
+    for more in (0, 3):
+        seen.append([])
+        for batch, _ in clips:
+            seen[-1].append(batch["ab"])
+            torch.rand(more)
+    assert all(torch.equal(a, b) for a, b in zip(*seen))
+    drawn = [x for batch in seen[0] for x in batch]
+    assert len(drawn) == 4 and not any(torch.equal(drawn[0], x) for x in drawn[1:])
+    clips.seeds = (0, 1, 0)  # of another epoch
+    assert not torch.equal(next(iter(clips))[0]["ab"], seen[0][0])
