@@ -59,7 +59,8 @@ class Clips:
         film = self.films[_below(len(self.films), draw)]
         rgb = film[self.places(len(film))].movedim(3, 1).float() / 255
         rgb = jittered(rgb, *told.jitter, draw)
-        rgb = torch.cat([jittered(frame[None], *(told.jitter_frame,) * 3, draw) for frame in rgb])
+        own = told.jitter_frame
+        rgb = torch.cat([jittered(frame[None], own, own, own, draw) for frame in rgb])
         return rgb_to_lab(self._cut(rgb))
 
     def places(self, length: int) -> Tensor:

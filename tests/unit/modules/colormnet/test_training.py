@@ -13,7 +13,13 @@ from lineament.core.checks import InputError
 from lineament.modules.colormnet.clips import Clips, jittered
 from lineament.modules.colormnet.configuration import ColorMNetConfig
 from lineament.modules.colormnet.network import ColorMNet
-from lineament.modules.colormnet.scores import frechet_distance, score_colours
+from lineament.modules.colormnet.scores import (
+    ColourScores,
+    colour_consistency,
+    frechet_distance,
+    psnr_legacy,
+    score_colours,
+)
 from lineament.modules.colormnet.training import (
     ColorTraining,
     _Training,
@@ -197,3 +203,23 @@ def test_what_is_drawn_elsewhere_changes_no_clip(films):
     assert len(drawn) == 4 and not any(torch.equal(drawn[0], x) for x in drawn[1:])
     clips.seeds = (0, 1, 0)  # of another epoch
     assert not torch.equal(next(iter(clips))[0]["ab"], seen[0][0])
+
+
+def test_scores_of_a_film_in_parts_are_those_of_the_whole():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randint(256, (2, 9, 16, 12, 3), dtype=torch.uint8, generator=generator)
+    whole, rest, one = ColourScores(), ColourScores(), ColourScores()
+    whole.update(a, b)
+    for x, y in zip(a, b):
+        one.update(x, y)
+    assert one.compute() == whole.compute()
+    assert whole.compute()["cdc"] == pytest.approx(colour_consistency(a), rel=1e-12)
+    assert whole.compute()["psnr_legacy"] == pytest.approx(psnr_legacy(a, b), rel=1e-12)
+    rest.update(b[:3], a[:3])
+    both, parts = (whole + rest).compute(), (whole.compute(), rest.compute())
+    assert both["psnr"] == pytest.approx((9 * parts[0]["psnr"] + 3 * parts[1]["psnr"]) / 12)
+    # The first frame of one film does not come after the last of another.
+    pairs = [sum(max(0, n - step) for n in (9, 3)) for step in (1, 2, 4)]
+    assert [(whole + rest).sums[f"pairs {step}"] for step in (1, 2, 4)] == pairs and "cdc" not in parts[1]
+    with pytest.raises(InputError, match="no frame came yet"):
+        ColourScores().compute()
