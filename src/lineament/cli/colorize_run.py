@@ -33,14 +33,14 @@ from lineament.modules.colormnet.network import ColorMNet
 _SEGMENT = 24  # frames after which a killed run goes on
 
 
-def model_of(a: argparse.Namespace) -> ColorMNet:
-    """The network of ``--weights``; its licence is printed."""
+def model_of(a: argparse.Namespace, dtype: torch.dtype | None = None) -> ColorMNet:
+    """The network of ``--weights``, of ``--precision`` unless another dtype is given; its licence is printed."""
     load = ColorMNet.from_pretrained if Path(a.weights).is_dir() else from_official
     model = load(a.weights)
     if model.licence:
         print(model.licence, file=sys.stderr)
     with usable(a.device):
-        return model.to(a.device, getattr(torch, a.precision))
+        return model.to(a.device, dtype or getattr(torch, a.precision))
 
 
 def picture_names(film: Film | PictureFilm, length: int) -> list[str]:
@@ -183,6 +183,6 @@ def _finish(
     )  # fmt: skip
     for told in notes:
         print(f"note: {told}", file=sys.stderr)
-    print(f"{len(facts)} frames coloured: {out} (confidence of each frame: {report})")
+    print(f"{len(facts)} frame{'s' * (len(facts) != 1)} coloured: {out} (confidence of each frame: {report})")
     if wanted:
         print("these frames want an exemplar: " + ", ".join(map(str, wanted)))
