@@ -66,36 +66,46 @@ def fold_accuracy(
         f"embeddings: got {show(embeddings)} beside {len(same)} pairs, expected two rows a pair",
     )
     number("folds", folds, low=2, high=len(same), integer=True)
-    same, n = same.bool(), len(same)
-    # In parts that stay in the cache: the differences are the most of the work.
-    parts = zip(embeddings[0::2].split(512), embeddings[1::2].split(512))
-    distance = torch.cat([(a - b).square_().sum(1) for a, b in parts])
-    require(bool(distance.isfinite().all()), "embeddings: NaN or infinity in a row")
+    n, known = len(same), same.bool().cpu().numpy()
+    distance = _distances(embeddings).cpu().numpy()
+    require(bool(np.isfinite(distance).all()), "embeddings: NaN or infinity in a row")
     # As many as lie below ``stop``, which rounding must not add to.
     count = math.ceil((stop - start) / step - 1e-9)
-    thresholds = start + step * torch.arange(count, dtype=torch.float64, device=distance.device)
-    sizes = torch.tensor([n // folds + (k < n % folds) for k in range(folds)], device=distance.device)
-    # accepted[f, t, kind]: pairs of the fold with a distance below the threshold
-    first = torch.searchsorted(thresholds, distance.double(), right=True)
-    fold = torch.arange(folds, device=distance.device).repeat_interleave(sizes, output_size=n)
-    cells = torch.zeros(folds, 2, count + 1, dtype=torch.int64, device=distance.device)
-    cells.view(-1).index_add_(0, (fold * 2 + same.long()) * (count + 1) + first, torch.ones_like(first))
-    accepted = cells.cumsum(2)[..., :count]
-    totals = cells.sum(2)
-    lacking = (totals == 0).any(1).nonzero()[:, 0].tolist()
+    thresholds = start + step * np.arange(count)
+    sizes = np.full(folds, n // folds) + (np.arange(folds) < n % folds)
+    # cells[f, kind, k]: pairs of the fold whose distance k thresholds do not exceed; accepted[f, kind, t]: those with a distance below the threshold.
+    cell = (np.repeat(2 * np.arange(folds), sizes) + known) * (count + 1)
+    cell += _reached(thresholds, start, step, distance.astype(np.float64, copy=False))
+    cells = np.bincount(cell, minlength=2 * folds * (count + 1)).reshape(folds, 2, count + 1)
+    accepted, totals = cells.cumsum(2)[..., :count], cells.sum(2)
+    lacking = np.flatnonzero((totals == 0).any(1))
     require(
-        not lacking,
-        f"same: all pairs of fold {lacking[0] + 1 if lacking else 0} of {folds} are of one kind, expected both in each; shuffle the pairs, or take fewer folds",
+        not len(lacking),
+        f"same: all pairs of fold {int(lacking[0]) + 1 if len(lacking) else 0} of {folds} are of one kind, expected both in each; shuffle the pairs, or take fewer folds",
     )
     right = accepted[:, 1] + totals[:, :1] - accepted[:, 0]
-    others = (right.sum(0) - right).double() / (n - sizes)[:, None]
-    best = others.argmax(1)
-    accuracy = right.gather(1, best[:, None])[:, 0].double() / sizes
-    share = accepted.double() / totals[..., None].clamp(min=1)
+    whole = right.sum(0)
+    # Of the others' pairs a fold's threshold gets the most right, be they as many as they may.
+    best = (whole - right).argmax(1)
+    accuracy = right[np.arange(folds), best] / sizes
+    tpr, fpr = (torch.from_numpy((accepted[:, k] / totals[:, k, None]).mean(0)) for k in (1, 0))
     return Folds(
-        accuracy, float(accuracy.mean()), float(accuracy.std(correction=0)), thresholds,
-        share[:, 1].mean(0), share[:, 0].mean(0), float(right.sum(0).max()) / n,
+        torch.from_numpy(accuracy), float(accuracy.mean()), float(accuracy.std()), torch.from_numpy(thresholds), tpr, fpr,
+        float(whole.max()) / n,
     )  # fmt: skip
+
+
+def _distances(embeddings: Tensor) -> Tensor:
+    """The squared distance of each two rows [n]; in parts that stay in the cache, for the differences are the most of the work."""
+    pairs = embeddings.detach().unflatten(0, (-1, 2))
+    return torch.cat([(part[:, 0] - part[:, 1]).square_().sum(1) for part in pairs.split(1024)])
+
+
+def _reached(thresholds: np.ndarray, start: float, step: float, values: np.ndarray) -> np.ndarray:
+    """How many of evenly spaced thresholds are at most each value: by division, and by what rounding may have moved, one up or down."""
+    count = len(thresholds)
+    at = np.clip((values - start) / step, 0, count - 1).astype(np.int64)
+    return at + (thresholds[at] <= values) + (np.append(thresholds, np.inf)[at + 1] <= values)
 
 
 def tar_at_far(scores: Tensor, same: Tensor, fars: Sequence[float] | Tensor) -> Tensor:
