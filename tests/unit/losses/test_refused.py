@@ -12,10 +12,28 @@ from torch.nn import functional as F
 from lineament.core.checks import InputError
 from lineament.learn import WithHead
 from lineament.losses import (
-    UNPG, ArcFace, ClassHead, Elastic, InfoNCE, Queue, Spectral, SupCon, negative_pairs, pair_loss,
+    UNPG,
+    ArcFace,
+    ClassHead,
+    Elastic,
+    InfoNCE,
+    Queue,
+    Spectral,
+    SupCon,
+    negative_pairs,
+    pair_loss,
 )  # fmt: skip
 from lineament.measure import (
-    borda_count, equal_error_rate, fold_accuracy, recognition, roc, separation, tar_at_far, template_features, val_at_far, verification,
+    borda_count,
+    equal_error_rate,
+    fold_accuracy,
+    recognition,
+    roc,
+    separation,
+    tar_at_far,
+    template_features,
+    val_at_far,
+    verification,
 )  # fmt: skip
 from lineament.modules import UnifiedEmbedding, multiplex
 
