@@ -199,6 +199,8 @@ def borda_count(table: Mapping[str, Sequence[float]]) -> dict[str, float]:
     >>> borda_count({"a": (0.9, 0.5), "b": (0.8, 0.5), "c": (0.7, 0.6)})
     {'a': 2.5, 'c': 2.0, 'b': 1.5}
     """
+    lengths = {name: len(values) for name, values in table.items()}
+    require(len(set(lengths.values())) < 2, f"table: got rows of {lengths} numbers, expected as many of each")
     points = {
         name: sum(
             float(value > other[k]) + 0.5 * float(value == other[k])
@@ -227,7 +229,10 @@ def _checked(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         f"labels: got {show(labels)} beside {show(embeddings)}, expected one whole number a row",
     )
     norms = embeddings.norm(dim=1)
-    require(bool((norms > 0).all()), "embeddings: a row is zero or NaN, so that its cosine is not defined")
+    require(
+        bool((norms.isfinite() & (norms > 0)).all()),
+        "embeddings: a row is zero or NaN, or infinite, so that its cosine is not defined",
+    )
     classes = labels.unique(return_inverse=True)[1]
     counts = torch.bincount(classes)
     require(len(counts) > 1, "labels: all alike, expected two people or more")
