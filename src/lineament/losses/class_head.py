@@ -67,6 +67,10 @@ class ClassHead(nn.Module):
         if chunk is not None and chunk != "auto":
             number("chunk", chunk, low=1, integer=True)
         self.chunk = chunk
+        require(
+            margin is None or isinstance(margin, Margin),
+            f"margin: got {show(margin)}, expected one of lineament.losses, as ArcFace(0.5)",
+        )
         self.margin = Cosine() if margin is None else margin
         self.reduction = one_of("reduction", reduction, ("mean", "sum", "none"))
         self.generator = torch.Generator().manual_seed(seed)
@@ -300,10 +304,13 @@ def _per_row(sample_weight: Tensor, rows: Tensor, like: Tensor) -> Tensor:
         raise InputError(
             f"sample_weight: got {show(sample_weight)}, expected one number a row (pytorch-metric-learning's indices_tuple is not taken)"
         )
-    return sample_weight[rows].to(like)
+    found = sample_weight[rows].to(like)
+    require(bool(found.isfinite().all()), "sample_weight: NaN or infinity")
+    return found
 
 
 def _fitting(margins: Tensor | None, rows: Tensor, labels: Tensor) -> None:
+    require(margins is None or bool(margins.isfinite().all()), "margins: NaN or infinity")
     require(
         margins is None or margins.shape in ((len(rows),), labels.shape),
         f"margins: got {show(margins)}, expected one a row ({len(labels)}), or one a labelled row ({len(rows)})",

@@ -31,7 +31,7 @@ class SupCon(nn.Module):
         temperature: of the cosines.
         on_missing: what an anchor without another sample of its label gets: ``"raise"``, or ``"skip"`` with a warning.
 
-    Called with embeddings [n, d] and labels [n], or [n / views] where the views lie one after the other. In a process group the samples of all processes are
+    Called with embeddings [n, d] and labels [n], or [n / views] where the views lie one after the other; rows of label -1 are left out. In a process group the samples of all processes are
     compared in training: the loss is that of the whole batch in each, and its gradients are right as DistributedDataParallel averages them.
 
     >>> round(SupCon(0.5)(torch.ones(4, 3), torch.zeros(4, dtype=torch.long)).item(), 4) == round(math.log(3), 4)
@@ -56,8 +56,11 @@ class SupCon(nn.Module):
             f"labels: got {show(labels)} beside {show(embeddings)}, expected one a row, or one a sample whose views lie one after the other",
         )
         labels = labels.repeat(len(unit) // len(labels))
+        unit, labels = unit[labels >= 0], labels[labels >= 0]
         if self.training:
             unit, labels = joined(unit), joined(labels)
+        if not len(unit):
+            return embeddings.sum() * 0
         classes = labels.unique(return_inverse=True)[1]
         counts = torch.bincount(classes)[classes] - 1
         some = counts > 0

@@ -73,7 +73,8 @@ class InfoNCE(nn.Module):
         if rows is None:
             negatives = self._in_batch(others)
             count, lse = negatives.shape[1], (negatives / self.temperature).logsumexp(1)
-            variance, mean = torch.var_mean(negatives.detach(), 1)
+            watch = watch and count > 0  # a batch of one has no negatives
+            variance, mean = torch.var_mean(negatives.detach(), 1) if watch else (negatives, negatives)
         else:
             count = len(rows)
             lse, (variance, mean) = negatives_logsumexp(others, rows, self.temperature, watch=watch)
