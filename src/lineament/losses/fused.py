@@ -142,7 +142,7 @@ def _passes(
         along = (d_own * inverse[labels])[:, None]
         d_unit = along * weight[labels].to(unit.dtype)
         d_weight.index_add_(0, labels, (along * unit).to(d_weight.dtype))
-        for direction, length, gradient in zip(weight.split(4096), lengths.split(4096), d_weight.split(4096)):
+        for direction, length, gradient in zip(weight.split(512), lengths.split(512), d_weight.split(512)):
             part_along = (direction * gradient).sum(1) / length.square()
             gradient.addcmul_(direction, part_along[:, None], value=-1)
         return loss, (d_rows, d_unit, d_norms, d_weight, d_also)
