@@ -20,6 +20,8 @@ from lineament.core.checks import require
 _ENTRIES = 11_000_000
 
 
+# A compiler that takes this autograd function apart may mistake its gradients (torch 2.13, aot_eager: those of ``unit`` beside ``also``); it has nothing to fuse here.
+@torch.compiler.disable
 def cosine_softmax_loss(
     unit: Tensor,
     norms: Tensor,

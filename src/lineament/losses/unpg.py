@@ -17,6 +17,7 @@ from lineament.core.checks import number, one_of, require, show
 from lineament.core.results import Readable
 from lineament.core.shards import joined
 from lineament.losses.class_head import ClassHead, checked
+from lineament.losses.contrastive import exact, wide
 from lineament.losses.pair_losses import PAIR_LOSSES, pair_loss
 
 
@@ -94,10 +95,9 @@ def negative_pairs(embeddings: Tensor, labels: Tensor, whisker: float = 1.5) -> 
     )
     if whisker != float("inf"):
         number("whisker", whisker, low=0)
-    unit = F.normalize(
-        embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings, dim=1
-    )
-    found = unit @ unit.T
+    unit = F.normalize(wide(embeddings), dim=1)
+    with exact(unit):
+        found = unit @ unit.T
     unlike = (labels[:, None] != labels).triu(1)
     with torch.no_grad():
         first, third = _quartiles(found.masked_fill(~unlike, torch.inf).flatten(), unlike.sum())
