@@ -28,12 +28,13 @@ from lineament.losses import (
     SupCon,
     pair_loss,
 )
+from lineament.losses.margins import Margin
 from lineament.losses.pair_losses import PAIR_LOSSES
 
 N, D, CLASSES = 12, 6, 5
 
 
-def head(margin: nn.Module | None = None, **options) -> ClassHead:
+def head(margin: Margin, **options) -> ClassHead:
     return ClassHead(CLASSES, D, margin, 16.0, **options)
 
 

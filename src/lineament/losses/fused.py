@@ -20,8 +20,6 @@ from lineament.core.checks import require
 _ENTRIES = 11_000_000
 
 
-# A compiler that takes this autograd function apart may mistake its gradients (torch 2.13, aot_eager: those of ``unit`` beside ``also``); it has nothing to fuse here.
-@torch.compiler.disable
 def cosine_softmax_loss(
     unit: Tensor,
     norms: Tensor,
@@ -48,9 +46,7 @@ def cosine_softmax_loss(
     0.3133
     """
     rows = unit * (norms[:, None] if scale is None else scale)
-    return _Loss.apply(
-        rows, unit, norms, weight, labels, target, weights, also, chunk, torch.is_grad_enabled()
-    )  # pyright: ignore
+    return _apply(rows, unit, norms, weight, labels, target, weights, also, chunk, torch.is_grad_enabled())
 
 
 class _Loss(torch.autograd.Function):
@@ -78,6 +74,10 @@ class _Loss(torch.autograd.Function):
             None if each is None else each.mul_(upstream.to(each.dtype)) for each in found
         )
         return d_rows, d_unit, d_norms, d_weight, None, None, None, d_also, None, None
+
+
+# A compiler that takes this autograd function apart may mistake its gradients (torch 2.13, aot_eager: those of ``unit`` beside ``also``); it has nothing to fuse here.
+_apply: Any = torch.compiler.disable(_Loss.apply)
 
 
 def _goal(
