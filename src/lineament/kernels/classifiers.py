@@ -338,7 +338,7 @@ class InfiniteRegressor(RegressorMixin, _Infinite):
     def __init__(
         self,
         activation: Any = "relu",
-        depth: int = 3,
+        depth: float = 3,
         kernel: str = "ntk",
         *,
         sphere: Any = "cap",

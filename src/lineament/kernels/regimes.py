@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy.optimize import brentq
 
-from lineament.core.checks import number, one_of
+from lineament.core.checks import number, one_of, require
 from lineament.core.results import Readable
 from lineament.kernels.duals import Dual, dual_of, moebius, polynomial, sine
 from lineament.kernels.hermite import hermite_basis
@@ -110,7 +110,10 @@ def optimal_dual(dimension: float, family: Literal["hermite", "sine", "moebius"]
     one_of("family", family, ("hermite", "sine", "moebius"))
     d = float(number("dimension", dimension, low=1))
     if family == "moebius":
-        number("dimension", dimension, low=2, high=2)
+        require(
+            d == 2,
+            f"dimension: got {d:g}, but the family 'moebius' has 2 only; 'hermite' and 'sine' have any",
+        )
         return moebius(0.5)
     if family == "sine":
         return sine(_amplitude(d))

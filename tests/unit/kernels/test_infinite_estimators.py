@@ -120,7 +120,7 @@ def test_the_choice_of_the_dimension_is_brute_force_leave_one_out(pairs):
             one = InfiniteClassifier(dimension=dimension, sphere=None).fit(X[rest], y[rest])
             right += int(one.predict(X[i : i + 1])[0] == y[i])
         assert found == pytest.approx(right / len(X))
-    assert net.left_out_[net.dimension_] == max(net.left_out_.values())
+    assert net.dimension_ is not None and net.left_out_[net.dimension_] == max(net.left_out_.values())
 
 
 def test_contradicting_duplicates_have_their_majority_and_order_does_not_matter():
