@@ -238,6 +238,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a negative exponent": (lambda: hilbert_scores(X, Y, X, -1.0), "exponent"),
     "NaN in Laplace's kernel": (lambda: laplace_scores(_with_nan(X), Y, X), "NaN"),
     "NaN in machine's kernel": (lambda: kernel_scores("erf", 3, X, Y, _with_nan(X)), "NaN"),
+    "a sine on a line": (lambda: optimal_activation(1, "sine"), "above 1 only"),
     "Moebius elsewhere": (lambda: optimal_activation(3, "moebius"), "has 2 only"),
     "NaN in a search": (lambda: search(_with_nan(X), Y, {"l2": [1.0]}), "NaN"),
     "one class in a search": (lambda: search(X, 0 * Y, {"l2": [1.0]}), "one class"),

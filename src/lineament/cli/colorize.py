@@ -140,7 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
     one_of("--precision", a.precision, ("float32", "bfloat16", "float16"))
     out, pictures = Path(a.out), Path(a.film).is_dir()
     folder = out.is_dir() or out.suffix == "" or a.out.endswith("/")
-    require(out.resolve() != Path(a.film).resolve(), "--out: is the film itself; give another name")
+    require(not _same(out, Path(a.film)), "--out: is the film itself; give another name")
     for option in ("luma", "codec"):
         require(
             not folder or getattr(a, option) is None,
@@ -154,15 +154,27 @@ def run(arguments: argparse.Namespace) -> int:
     film = _film(a)
     work = out.with_name(f"{out.name}.parts")
     output, length = None, film.length
+    exemplars, names = _exemplars(a.exemplar, length), picture_names(film, length)
+    for path in [out / name for name in names] if folder else [out]:
+        for read in (Path(a.weights), *exemplars.values()):
+            require(
+                not _same(path, read),
+                f"--out: would replace {str(read)!r}, which this command reads; give another name",
+            )
     if folder:
-        _check_folder(a, possible_folder(out), work, picture_names(film, length))
+        _check_folder(a, possible_folder(out), work, names)
     else:
         require(
             a.overwrite or work.exists() or not out.exists(),
             f"--out: {a.out!r} exists; give --overwrite to replace it, or another name",
         )
         output = planned(film, out, codec=a.codec)
-    return colour(a, film, length, output, out, work, _exemplars(a.exemplar, length))
+    return colour(a, film, length, output, out, work, exemplars)
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two names are of one file or folder, now or once it is there."""
+    return one.samefile(other) if one.exists() and other.exists() else one.resolve() == other.resolve()
 
 
 def _film(a: argparse.Namespace) -> Film | PictureFilm:

@@ -183,6 +183,6 @@ def _finish(
     )  # fmt: skip
     for told in notes:
         print(f"note: {told}", file=sys.stderr)
-    print(f"{len(facts)} frames coloured: {out} (confidence of each frame: {report})")
+    print(f"{len(facts)} frame{'s' * (len(facts) != 1)} coloured: {out} (confidence of each frame: {report})")
     if wanted:
         print("these frames want an exemplar: " + ", ".join(map(str, wanted)))

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import groupby
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,6 +87,16 @@ def unsaid_end(video: Any, end: int | None, times: Sequence[int]) -> float:
     # Some containers tell the rate of their clock for the frames'.
     usual = float(np.median(np.diff(times)) * video.time_base) if len(times) > 1 else 0.0
     return left if left > 2.5 * max(1 / float(video.average_rate or Fraction(25)), usual) else 0.0
+
+
+def ends_midway(path: Path) -> bool:
+    """Whether a transport stream ends within a packet: each has 188 bytes (192 with a clock, 204 with checks), of which one is the letter G."""
+    with path.open("rb") as file:
+        head = file.read(1024)
+    for length, place in ((188, 0), (192, 4), (204, 0)):
+        if {*head[place::length]} == {0x47}:
+            return path.stat().st_size % length != 0
+    return False
 
 
 def checked(packet: bytes) -> bool:

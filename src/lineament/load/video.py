@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -17,10 +18,12 @@ import numpy as np
 
 from lineament.core.checks import InputError, require
 from lineament.load.film_frames import DEPTHS, FULL, MATRIX, FilmFrame, Format, has_colours, usual_matrix
-from lineament.load.film_gaps import Jump, checked, counted, jumps, lost, ranges, unsaid_end
+from lineament.load.film_gaps import Jump, checked, counted, ends_midway, jumps, lost, ranges, unsaid_end
 
 _HDR = {16: "PQ", 18: "HLG"}
 _LOOK = 24  # frames between two that are looked at for colours
+# What a transport stream holds besides what its writer chooses by itself.
+_TRANSPORT = {"aac", "ac3", "eac3", "mp2", "mp3", "dts", "opus", "dvb_subtitle", "dvb_teletext"}
 
 
 @dataclass
@@ -89,8 +92,10 @@ class Film:
 
     def _kept(self, film: Any, video: Any, out: Any) -> tuple[list[Any], list[str]]:
         """The streams that are copied, and a note for each that is not."""
-        ending, kept, notes = f".{out.format.name.split(',')[0]}", [], []
+        ending, kept, notes = Path(out.name).suffix, [], []
         holds = getattr(out, "supported_codecs", None)
+        if holds is not None and out.format.name == "mpegts":
+            holds = {*holds, *_TRANSPORT}
         for stream in film.streams:
             if stream is video:
                 continue
@@ -99,7 +104,9 @@ class Film:
             canonical = getattr(getattr(context, "codec", None), "canonical_name", name)
             if stream.type == "video":
                 notes.append(f"a second video stream ({name}, such as a cover picture) is left out")
-            elif holds is None or {name, canonical} & set(holds):
+            elif (holds is None or {name, canonical} & set(holds)) and _taken(
+                out.format.name, self.path, stream.index
+            ):
                 kept.append(stream)
             else:
                 require(
@@ -145,8 +152,7 @@ class Film:
                 self.gaps.append(f"after frame {index - 1}: {error.strerror}")
                 continue
             for frame in frames:
-                if not index:
-                    _check_frame(frame, self.path)
+                _check_frame(frame, self.path, index)
                 first = first or (frame.height, frame.width)
                 require(
                     (frame.height, frame.width) == first,
@@ -188,6 +194,10 @@ class Film:
         missing = unsaid_end(video, end, times)
         if missing > 0:
             self.gaps.append(f"after frame {index - 1}: the film's last {missing:.2f} s are missing")
+        elif film.format.name == "mpegts" and ends_midway(self.path):
+            self.gaps.append(
+                f"after frame {index - 1}: the file ends within a packet, and what follows is missing"
+            )
 
     def _lost(self, candidates: list[Jump]) -> list[Jump]:
         if not candidates:
@@ -236,15 +246,35 @@ def _step(video: Any) -> int:
     return max(1, round(1 / (rate * video.time_base))) if video.time_base else 1
 
 
-def _check_frame(frame: Any, path: Path) -> None:
-    """Refuse what the first frame shows that no stream had to say."""
+def _taken(form: str, path: Path, index: int) -> bool:
+    """Whether a container of a format takes a stream of a film: only its header, a packet and its end tell of some, such as FLAC in .mov."""
+    av = av_module()
+    with _opened(path) as film:
+        stream, first = film.streams[index], None
+        if stream.type == "audio":
+            with suppress(av.FFmpegError):
+                first = next((packet for packet in film.demux(stream) if packet.dts is not None), None)
+        try:
+            with av.open(io.BytesIO(), "w", format=form) as trial:
+                copy = trial.add_stream_from_template(stream)
+                trial.start_encoding()
+                if first is not None:
+                    first.stream = copy
+                    trial.mux(first)
+        except (av.FFmpegError, ValueError):
+            return False
+    return True
+
+
+def _check_frame(frame: Any, path: Path, index: int) -> None:
+    """Refuse what a frame shows that no stream had to say."""
     require(
         (getattr(frame, "color_trc", 0) or 0) not in _HDR,
         _hdr(path, getattr(frame, "color_trc", 0)),
     )
     require(
         not getattr(frame, "interlaced_frame", False),
-        f"film: {str(path)!r} is interlaced: a frame is two moments, whose colours would mix; make it progressive first: "
+        f"film: {str(path)!r} is interlaced{f' at frame {index}' * (index > 0)}: a frame is two moments, whose colours would mix; make it progressive first: "
         "ffmpeg -i IN -vf bwdif OUT (or setfield=prog, where both are one moment)",
     )
 

@@ -16,11 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lineament.core.checks import InputError
+from lineament.core.checks import InputError, require
 from lineament.core.files import atomic_write
 from lineament.load.film_frames import DEPTHS, FilmFrame, Format, chroma_of, luma_of, luma_range
 from lineament.load.picture_films import PictureFilm
 from lineament.load.video import Film, av_module
+
+# Frames may come at any time: a flag of containers, which some relatives of .mp4 do not show.
+_ANY_TIME, _LIKE_MP4 = 0x400, ("ipod", "3gp", "3g2")
 
 
 @dataclass(frozen=True)
@@ -128,18 +131,31 @@ def planned(film: Film | PictureFilm, path: str | Path, *, codec: str = "libx264
             raise InputError(
                 f"out: {path.suffix!r} is no video's ending, expected .mkv, .mp4 or .mov"
             ) from error
-        with out:
-            try:
-                encoder = _encoder(out, form, codec, layout)
-            except (av.FFmpegError, ValueError) as error:
-                raise InputError(
-                    f"out: {path.suffix} holds no {codec}; write an .mkv, or choose another codec"
-                ) from error
-            if form.rotation and not hasattr(encoder, "set_display_rotation"):
-                notes.append(
-                    f"the film's rotation by {form.rotation} degrees is left out: this PyAV cannot write it"
-                )
-            notes += film.left_out(out)
+        require(
+            bool(int(out.format.flags) & _ANY_TIME) or out.format.name in _LIKE_MP4,
+            f"out: {path.suffix} does not keep the times of frames; write an .mkv, .mp4 or .mov",
+        )
+        try:
+            encoder = _encoder(out, form, codec, layout)
+        except (av.FFmpegError, ValueError) as error:
+            raise InputError(
+                f"out: {path.suffix} holds no {codec}; write an .mkv, or choose another codec"
+            ) from error
+        turns = hasattr(encoder, "set_display_rotation")
+        notes += film.left_out(out)
+        try:
+            # Some codecs only say here what they cannot write, which should not be after the work.
+            with out:
+                out.start_encoding()
+        except (av.FFmpegError, ValueError) as error:
+            width, height = form.sides
+            raise InputError(
+                f"codec: {codec!r} cannot write frames of {width} x {height} ({layout}) into {path.suffix or 'this file'} here; nearest: 'libx264', 'ffv1', 'prores_ks'"
+            ) from error
+    if form.rotation and not turns:
+        notes.append(f"the film's rotation by {form.rotation} degrees is left out: this PyAV cannot write it")
+    if not form.alpha and form.metadata.get("alpha_mode") == "1":
+        notes.append("alpha is left out: the film keeps it beside its frames, where no decoder here reads it")
     sampled = av.VideoFormat(layout, 64, 64)
     across, down = 64 // sampled.chroma_width(), 64 // sampled.chroma_height()
     return VideoOutput(film, path, codec, form, layout, depth, across, down, tuple(notes))
@@ -173,6 +189,8 @@ def _layout(codec: str, form: Format) -> tuple[str, int, list[str]]:
 def _encoder(out: Any, form: Format, codec: str, layout: str) -> Any:
     """A stream of a film that is written."""
     options = {"crf": "16"} if codec in ("libx264", "libx265") else {}
+    if codec == "libx265":
+        options["x265-params"] = "log-level=error"  # it writes to the terminal itself
     stream = out.add_stream(codec, rate=form.rate, options=options)
     context = stream.codec_context
     context.width, context.height = form.sides

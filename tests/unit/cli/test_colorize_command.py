@@ -54,6 +54,7 @@ REFUSED = {
     "a precision": ("--precision half", "--precision: got 'half'"),
     "guided alone": ("--guided", "--guided: is for --max-side"),
     "a file for a folder": ("--out first.png/", "--out: 'first.png' is a file, expected a folder"),
+    "what it reads": ("--out first.png --exemplar 1=first.png", "--out: would replace 'first.png', which"),
     "strangers' files": ("--out f.mkv --overwrite", "--out: 'f.mkv' holds files .*strange.txt"),
 }
 

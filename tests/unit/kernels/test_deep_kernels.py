@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -159,6 +160,13 @@ def test_the_dimension_of_a_manifold_is_found(dimension):
     assert found.two_nn == pytest.approx(dimension, rel=0.15)
     assert found.maximum_likelihood == pytest.approx(dimension, rel=0.15)
     assert abs(found.two_nn - dimension) < 6 * found.two_nn_error
+
+
+@pytest.mark.parametrize(("dimension", "family"), [(62, "hermite"), (16, "sine"), (30, "sine")])
+def test_a_slope_at_zero_may_be_tiny_but_is_not_zero(dimension: float, family: Any):
+    found = regime(optimal_dual(dimension, family))
+    assert found.limit == "singular kernel" and found.exponent == pytest.approx(dimension, rel=1e-6)
+    assert regime(polynomial([1e-12, 1e-10, 1.0])).limit == "nearest neighbour"
 
 
 def test_a_monomial_singles_the_nearest_out():

@@ -161,6 +161,9 @@ def test_what_no_frame_of_the_film_can_be_is_refused(av, tmp_path):
                 packet.stream = heard
                 out.mux(packet)
     cases["has no video stream"] = tmp_path / "sound.mkv"
+    later = made(av, tmp_path / "i.ts", codec="libx264", options={"x264-params": "tff=1"}, sound=None)
+    cases["is interlaced at frame 5"] = tmp_path / "later.ts"
+    (tmp_path / "later.ts").write_bytes(small.read_bytes() + later.read_bytes())
     (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n")
     cases["cannot be read as a video"] = tmp_path / "list.m3u8"
     for says, path in cases.items():
@@ -179,6 +182,39 @@ def test_sound_that_the_container_cannot_hold_is_said_before(av, tmp_path):
         planned(film, tmp_path / "out.mkv", codec="gif")
     with pytest.raises(InputError, match=r"'\.xyz' is no video's ending"):
         planned(film, tmp_path / "out.xyz")
+    with pytest.raises(InputError, match=r"out: \.avi does not keep the times of frames"):
+        planned(film, tmp_path / "out.avi")
+    # Only what an encoder or a container says when it is opened tells of these.
+    with pytest.raises(InputError, match="codec: 'mjpeg' cannot write frames of 64 x 48"):
+        planned(film, tmp_path / "out.mkv", codec="mjpeg")
+    for sound, ending in {"flac": ".mov", "pcm_s16le": ".mp4"}.items():
+        film = Film(made(av, tmp_path / f"{sound}.mkv", sound=sound))
+        with pytest.raises(InputError, match=rf"out: \{ending} holds no {sound} sound"):
+            planned(film, tmp_path / f"out{ending}")
+
+
+def test_sound_that_a_transport_stream_holds_goes_with_it(av, tmp_path):
+    assert rewritten(Film(made(av, tmp_path / "in.mkv")), tmp_path / "out.ts", "libx264") == []
+    with av.open(str(tmp_path / "out.ts")) as out:
+        assert [stream.type for stream in out.streams] == ["video", "audio"]
+
+
+def test_alpha_beside_the_frames_is_said_to_be_left_out(av, tmp_path):
+    film = Film(made(av, tmp_path / "in.webm", "yuva420p", codec="libvpx-vp9", sound=None))
+    assert any(note.startswith("alpha is left out") for note in planned(film, tmp_path / "out.mkv").notes)
+
+
+@pytest.mark.parametrize("length", [188, 192])
+def test_a_transport_stream_that_ends_within_a_packet_is_named(av, tmp_path, length):
+    whole = made(av, tmp_path / "in.ts", codec="libx264", times=range(0, 800, 40), sound=None).read_bytes()
+    # With four bytes of a clock before each packet, as cameras write it.
+    parts = [bytes(length - 188) + whole[k : k + 188] for k in range(0, len(whole), 188)]
+    (tmp_path / "whole.ts").write_bytes(b"".join(parts))
+    (tmp_path / "cut.ts").write_bytes(b"".join(parts[: len(parts) * 3 // 4])[:-50])
+    for name, gap in {"whole": [], "cut": ["the file ends within a packet"]}.items():
+        film = Film(tmp_path / f"{name}.ts")
+        assert film.length > 2 and all(any(g in told for told in film.gaps) for g in gap)
+        assert bool(film.gaps) == bool(gap)
 
 
 @pytest.mark.parametrize("codec", ["ffv1", "libx264"])

@@ -51,7 +51,7 @@ class Config:
     preset: str = presets(
         quick={},
         small={
-            "films": 200, "unseen": 16, "frames": 4, "epochs": 4, "steps": 30, "batch_size": 4, "rates": (1e-3, 3e-3), "davis": 8, "davis_steps": 20, "long": 200,
+            "films": 200, "unseen": 16, "frames": 4, "epochs": 4, "steps": 60, "batch_size": 4, "rates": (3e-4, 1e-3, 2e-3), "davis": 8, "davis_steps": 60, "long": 200,
         },
         paper={
             "films": 2000, "unseen": 40, "size": 128, "encoder": "fusion", "frames": 8, "epochs": 40, "steps": 500, "batch_size": 4, "rates": (1e-3, 2e-3, 4e-3),
