@@ -122,6 +122,13 @@ def run(arguments: argparse.Namespace) -> int:
             a.film is None and not a.exemplar,
             f"--train: trains on {a.train!r}; colour a film with another command",
         )
+        colouring = ("suggest", "max_side", "guided", "flip", "cuts", "parity", "luma", "codec", "fps")
+        for option in colouring:
+            require(
+                not getattr(a, option),
+                f"--{option.replace('_', '-')}: is for colouring a film, and --train trains a network",
+            )
+        one_of("--precision", a.precision, ("float32", "bfloat16"))
         require(a.out is not None, "--out: none given, expected a folder for the trained network")
         require(not (a.tiny and a.weights), "--tiny: is for a new network; --weights has a size of its own")
         from lineament.cli.colorize_train import train

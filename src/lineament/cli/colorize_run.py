@@ -33,14 +33,14 @@ from lineament.modules.colormnet.network import ColorMNet
 _SEGMENT = 24  # frames after which a killed run goes on
 
 
-def model_of(a: argparse.Namespace) -> ColorMNet:
-    """The network of ``--weights``; its licence is printed."""
+def model_of(a: argparse.Namespace, dtype: torch.dtype | None = None) -> ColorMNet:
+    """The network of ``--weights``, of ``--precision`` unless another dtype is given; its licence is printed."""
     load = ColorMNet.from_pretrained if Path(a.weights).is_dir() else from_official
     model = load(a.weights)
     if model.licence:
         print(model.licence, file=sys.stderr)
     with usable(a.device):
-        return model.to(a.device, getattr(torch, a.precision))
+        return model.to(a.device, dtype or getattr(torch, a.precision))
 
 
 def picture_names(film: Film | PictureFilm, length: int) -> list[str]:

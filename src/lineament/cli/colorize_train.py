@@ -24,6 +24,7 @@ from lineament.modules.colormnet.configuration import ColorMNetConfig
 from lineament.modules.colormnet.network import ColorMNet
 from lineament.modules.colormnet.training import ColorTraining, train_colorizer
 from lineament.report.outcome import versions
+from lineament.train.callbacks import Autocast
 
 _HELD_OUT = 10  # one film of so many is for validation
 
@@ -43,14 +44,14 @@ def train(a: argparse.Namespace) -> int:
     options = ColorTraining(**{k: v for k, v in given.items() if v is not None}, recompute=a.recompute)
     torch.manual_seed(a.seed)
     if a.weights:
-        model = model_of(a)
+        model = model_of(a, torch.float32)
     else:
         with usable(a.device):
             model = ColorMNet(ColorMNetConfig.tiny() if a.tiny else None).to(a.device)
     options.check(model.config)
     films = films_in(a.train)
     asked = {
-        "films": [str(film.path) for film in films], **asdict(options), "seed": a.seed, "device": a.device,
+        "films": [str(film.path) for film in films], **asdict(options), "seed": a.seed, "device": a.device, "precision": a.precision,
         "network at the start (sha256)": digest(model), **{k: versions()[k] for k in ("lineament", "torch")},
     }  # fmt: skip
     checkpoint = opened(out, asked, a.overwrite)
@@ -70,7 +71,7 @@ def train(a: argparse.Namespace) -> int:
     log = Log(out, note)
     found = train_colorizer(
         model, [x for k, x in enumerate(frames) if k not in held], options=options, seed=a.seed, checkpoint=checkpoint,
-        callbacks=[_Logged(log)], validation=[frames[k] for k in sorted(held)],
+        callbacks=[_Logged(log), *[Autocast()] * (a.precision != "float32")], validation=[frames[k] for k in sorted(held)],
     )  # fmt: skip
     log.close()
     model.save_pretrained(out)

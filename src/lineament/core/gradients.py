@@ -77,47 +77,107 @@ def norm(a: Sequence[Tensor]) -> Float[Tensor, ""]:
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x) for x in a]))
 
 
-def distance(
-    a: Sequence[Tensor], b: Sequence[Tensor], kind: str = "l2", *, eps: float = 1e-6
-) -> Float[Tensor, ""]:
-    """How far two lists of gradients are apart.
+KINDS = ("l2", "l1", "max", "cosine", "layer", "layer_cosine")
 
-    - ``"l2"``: Σ_l ‖a_l - b_l‖², the squared Euclidean distance.
-    - ``"l1"``: Σ_l |a_l - b_l|, entry by entry.
-    - ``"cosine"``: 1 - ⟨a, b⟩ / (‖a‖ ‖b‖ + eps), all layers as one vector (gradient inversion).
-    - ``"layer"``: Σ_l (1 - ⟨a_l, b_l⟩ / (‖a_l‖ ‖b_l‖ + eps)), one cosine for each tensor.
-    - ``"layer_cosine"``: Σ_l Σ_o (1 - ⟨a_lo, b_lo⟩ / (‖a_lo‖ ‖b_lo‖ + eps)), one cosine for each output unit o of a
+
+def distance(
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    kind: str = "l2",
+    *,
+    eps: float = 1e-6,
+    weights: Sequence[float] | Tensor | None = None,
+    tensors: Sequence[int] | None = None,
+) -> Float[Tensor, ""]:
+    """How far two lists of gradients are apart, each tensor l with a weight w_l.
+
+    - ``"l2"``: Σ_l w_l ‖a_l - b_l‖², the squared Euclidean distance.
+    - ``"l1"``: Σ_l w_l |a_l - b_l|, entry by entry; ``"max"``: Σ_l w_l max |a_l - b_l|.
+    - ``"cosine"``: 1 - Σ_l w_l ⟨a_l, b_l⟩ / (√(Σ_l w_l ‖a_l‖²) √(Σ_l w_l ‖b_l‖²) + eps), all layers as one vector (gradient inversion).
+    - ``"layer"``: Σ_l w_l (1 - ⟨a_l, b_l⟩ / (‖a_l‖ ‖b_l‖ + eps)), one cosine for each tensor.
+    - ``"layer_cosine"``: Σ_l w_l Σ_o (1 - ⟨a_lo, b_lo⟩ / (‖a_lo‖ ‖b_lo‖ + eps)), one cosine for each output unit o of a
       weight (its first dimension, the rest flattened); biases and other vectors do not count (gradient matching, Zhao et al.
       2021, arXiv 2006.05929).
 
     Args:
         a, b: gradients of the same shapes; both may ask for gradients, twice.
-        eps: keeps the cosines finite where there is no gradient, as the reference codes do.
+        eps: keeps the cosines finite where there is no gradient, as the reference codes do; with 0, "cosine" is NaN there.
+        weights: of all tensors in order, 1 by default. tensors: the numbers of those that count, all by default.
 
     Raises:
-        InputError: an unknown kind, or lists that do not have the same shapes.
+        InputError: an unknown kind, lists that do not have the same shapes, weights of another number, numbers of no tensor.
 
     >>> a, b = [torch.eye(2)], [2 * torch.eye(2)]
     >>> distance(a, b, "l2").item(), abs(round(distance(a, b, "cosine").item(), 4))
     (2.0, 0.0)
+    >>> distance([*a, torch.ones(1)], [*b, torch.zeros(1)], "l2", weights=[1.0, 0.5], tensors=[1], eps=0.0).item()
+    0.5
     """
-    checks.one_of("kind", kind, ("l2", "l1", "cosine", "layer", "layer_cosine"))
+    checks.one_of("kind", kind, KINDS)
     _same_shapes(a, b)
-    if kind == "l2":
-        return torch.stack([(x - y).square().sum() for x, y in zip(a, b)]).sum()
-    if kind == "l1":
-        return torch.stack([(x - y).abs().sum() for x, y in zip(a, b)]).sum()
-    if kind == "cosine":
-        pairs = [(flatten(a)[None], flatten(b)[None])]
-    elif kind == "layer":
-        pairs = [(x.reshape(1, -1), y.reshape(1, -1)) for x, y in zip(a, b)]
-    else:
-        pairs = [(x.flatten(1), y.flatten(1)) for x, y in zip(a, b) if x.ndim >= 2]
+    w = [1.0] * len(a) if weights is None else list(weights)
+    checks.require(len(w) == len(a), f"weights: got {len(w)}, expected one for each of {len(a)} tensors")
+    at = range(len(a)) if tensors is None else list(tensors)
+    odd = [i for i in at if not -len(a) <= i < len(a)]
     checks.require(
-        len(pairs) > 0, "layer_cosine: no tensor has two or more dimensions, so there is nothing to compare"
+        len(at) > 0 and not odd,
+        f"tensors: got {odd[0] if odd else 'none'}, expected numbers from 0 to {len(a) - 1}",
     )
-    parts = [1 - (x * y).sum(1) / (_row_norm(x) * _row_norm(y) + eps) for x, y in pairs]
-    return torch.cat(parts).sum()
+    if kind == "layer_cosine":
+        at = [i for i in at if a[i].ndim >= 2]
+    checks.require(
+        len(at) > 0, "layer_cosine: no tensor has two or more dimensions, so there is nothing to compare"
+    )
+    flat = 1 if kind == "layer_cosine" else 0
+    pairs = [(w[i], a[i].flatten(flat), b[i].flatten(flat)) for i in at]
+    if kind == "cosine":
+        products = [(f, *_Products.apply(x, y), _square(y)) for f, x, y in pairs]
+        shared, one, two = (torch.stack([f * own[k] for f, *own in products]).sum() for k in range(3))
+        return 1 - shared / (_root(one) * _root(two) + eps)
+    if kind == "l2":
+        parts = [f * _square(x - y) for f, x, y in pairs]
+    elif kind == "l1":
+        parts = [f * (x - y).abs().sum() for f, x, y in pairs]
+    elif kind == "max":
+        parts = [f * (x - y).abs().max() for f, x, y in pairs]
+    else:
+        parts = [
+            f * (1 - torch.linalg.vecdot(x, y) / (_row_norm(x) * _row_norm(y) + eps)).sum()
+            for f, x, y in pairs
+        ]
+    return torch.stack(parts).sum()
+
+
+class _Products(torch.autograd.Function):
+    """⟨a, b⟩ and ⟨a, a⟩. Gradients of large networks do not fit into a cache, so that every further tensor of their size costs about as much as a forward pass of one
+    picture: the derivative is made in one."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.linalg.vecdot(a, b), torch.linalg.vecdot(a, a)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, shared: Tensor | None, own: Tensor | None) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        a, b = ctx.saved_tensors
+        other = a * shared[..., None] if shared is not None and ctx.needs_input_grad[1] else None
+        if shared is None:
+            return None if own is None else a * (2 * own)[..., None], other
+        found = b * shared[..., None]
+        return found if own is None else found.addcmul_(a, (2 * own)[..., None]), other
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor) -> Any:
+        rows = [x.movedim(d, 0) if d is not None else x.expand(info.batch_size, *x.shape) for x, d in zip((a, b), in_dims)]  # fmt: skip
+        return _Products.apply(*rows), (0, 0)
+
+
+def _square(x: Tensor) -> Tensor:
+    return _Products.apply(x, x.detach())[1]
 
 
 def per_sample_gradients(
@@ -200,7 +260,10 @@ def per_sample_gradients(
 
 def _row_norm(x: Tensor) -> Tensor:
     # The norm has no second derivative at zero; rows of zeros get a gradient of zero instead of NaN.
-    square = x.square().sum(1)
+    return _root(torch.linalg.vecdot(x, x))
+
+
+def _root(square: Tensor) -> Tensor:
     zero = square == 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
 

@@ -31,6 +31,7 @@ def summed_gradient(loss: Loss, weights: Sequence[Tensor], chunks: Sequence[Tens
         else:
             for held, new in zip(total, found):
                 held += new.detach()
+        del found  # before the next chunk's are made
     return total
 
 
@@ -59,15 +60,25 @@ def matched_gradient(
         found = _gradient(loss(0, leaves[0]), weights, graph=True)
         value = distance(found)
         return value.detach(), list(torch.autograd.grad(value, leaves))
-    total = [g.requires_grad_() for g in summed_gradient(loss, weights, [leaf.detach() for leaf in leaves])]
-    value = distance(total)
-    slopes = torch.autograd.grad(value, total)
-    by_chunk = []
-    for k, leaf in enumerate(leaves):
-        found = _gradient(loss(k, leaf), weights, graph=True)
-        product = torch.stack([(g * slope).sum() for g, slope in zip(found, slopes)]).sum()
-        by_chunk.append(torch.autograd.grad(product, leaf)[0])
-    return value.detach(), by_chunk
+    value, slopes = _distance(
+        distance, summed_gradient(loss, weights, [leaf.detach() for leaf in leaves])
+    )  # what they were taken of is free from here on
+    return value, [_slope(loss(k, leaf), weights, slopes, leaf) for k, leaf in enumerate(leaves)]
+
+
+def _slope(loss: Tensor, weights: Sequence[Tensor], direction: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The derivative by x of ⟨direction, ∇_w loss⟩."""
+    found = _gradient(loss, weights, graph=True)
+    moved = [k for k, g in enumerate(found) if g.requires_grad]
+    return torch.autograd.grad([found[k] for k in moved], x, [direction[k] for k in moved])[0]
+
+
+def _distance(
+    distance: Callable[[list[Tensor]], Tensor], gradient: list[Tensor]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The distance of a gradient, and its derivative."""
+    value = distance([g.requires_grad_() for g in gradient])
+    return value.detach(), torch.autograd.grad(value, gradient)
 
 
 def _gradient(loss: Tensor, weights: Sequence[Tensor], *, graph: bool = False) -> list[Tensor]:

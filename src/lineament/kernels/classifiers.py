@@ -108,7 +108,7 @@ class _Infinite(SavedEstimator, BaseEstimator):
             weights, left, self.passes_ = conjugate_gradients(
                 lambda p: product(self.values_, rows, rows, p, self.ridge),
                 y,
-                **({"nearly": self._nearly(rows, columns)} if columns >= 8 else {}),
+                nearly=self._nearly(rows, columns) if columns >= 8 else None,
             )
             self.residual_ = float(left.max())
         require(self.residual_ < 1e-4, self._singular(n, self.residual_))

@@ -156,7 +156,7 @@ def conjugate_gradients(
     *,
     tolerance: float = 1e-10,
     most: int = 60,
-    nearly: Callable[[Array], Array] = lambda r: r,
+    nearly: Callable[[Array], Array] | None = None,
 ) -> tuple[Array, Array, int]:
     """Solve K a = targets for all columns at once.
 
@@ -173,7 +173,7 @@ def conjugate_gradients(
     """
     a = np.zeros_like(targets)
     r = targets.copy()
-    z = nearly(r)
+    z = nearly(r) if nearly else r
     p = z.copy()
     of = lambda u, v: np.einsum("ij,ij->j", u, v)  # noqa: E731
     size, left = of(r, z), of(r, r)
@@ -184,7 +184,7 @@ def conjugate_gradients(
         step = size / np.maximum(of(p, K_p), 1e-300)
         a += step * p
         r -= step * K_p
-        z = nearly(r)
+        z = nearly(r) if nearly else r
         now, left = of(r, z), of(r, r)
         p = z + now / np.maximum(size, 1e-300) * p
         size, passes = now, passes + 1

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 BT601, BT709, FULL = 6, 1, 2
+LARGEST = 178_956_970  # pixels of a frame, as Pillow has it of pictures: a few bytes can claim any number
 DEPTHS = (8, 9, 10, 12, 14, 16)
 # Kr and Kb of the matrices that are met in films: BT.709, BT.601 (two numbers), BT.2020.
 MATRIX = {1: (0.2126, 0.0722), 5: (0.299, 0.114), 6: (0.299, 0.114), 9: (0.2627, 0.0593)}

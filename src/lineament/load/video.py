@@ -17,7 +17,16 @@ from typing import Any
 import numpy as np
 
 from lineament.core.checks import InputError, require
-from lineament.load.film_frames import DEPTHS, FULL, MATRIX, FilmFrame, Format, has_colours, usual_matrix
+from lineament.load.film_frames import (
+    DEPTHS,
+    FULL,
+    LARGEST,
+    MATRIX,
+    FilmFrame,
+    Format,
+    has_colours,
+    usual_matrix,
+)
 from lineament.load.film_gaps import Jump, checked, counted, ends_midway, jumps, lost, ranges, unsaid_end
 
 _HDR = {16: "PQ", 18: "HLG"}
@@ -237,7 +246,14 @@ def _video(film: Any, path: Path) -> Any:
     video = streams[0]
     transfer = getattr(video.codec_context, "color_trc", 0) or 0
     require(transfer not in _HDR, _hdr(path, transfer))
+    width, height = video.codec_context.width, video.codec_context.height
+    require(
+        width * height <= LARGEST,
+        f"film: {str(path)!r} has frames of {width} x {height}, expected at most {LARGEST / 1e6:.0f} million pixels",
+    )
     video.thread_type = "AUTO"
+    # What the header does not say, a frame might.
+    video.codec_context.options = {"max_pixels": str(LARGEST)}
     return video
 
 

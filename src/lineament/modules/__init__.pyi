@@ -6,6 +6,7 @@ from .colormnet.film import Colorizing as Colorizing
 from .colormnet.memory import MemoryOptions as MemoryOptions
 from .colormnet.naming import from_official as from_official
 from .colormnet.network import ColorMNet as ColorMNet
+from .colormnet.scores import ColourScores as ColourScores
 from .colormnet.scores import colour_consistency as colour_consistency
 from .colormnet.scores import colourfulness as colourfulness
 from .colormnet.scores import frechet_distance as frechet_distance

@@ -7,12 +7,13 @@ al. 2020.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lineament.core.checks import InputError, number, one_of, require, show
+from lineament.core.gradients import distance
 
 COSTS = ("sim", "l2", "l1", "max", "sim_cmpr", "compressed", "layerwise")
 WEIGHTS = ("equal", "linear", "exp")
@@ -27,7 +28,7 @@ def matching_cost(
     weights: Literal["equal", "linear", "exp"] = "equal",
     tensors: Sequence[int] | None = None,
 ) -> Tensor:
-    """The distance of two gradients, one tensor a parameter.
+    """The distance of two gradients, one tensor a parameter: names over :func:`lineament.core.gradients.distance`.
 
     Args:
         cost: ``"sim"``: 1 - one cosine over all tensors; ``"l2"``: mean over tensors of squared distances; ``"l1"``, ``"max"``: sums of absolute
@@ -48,52 +49,16 @@ def matching_cost(
     )
     number("ratio", ratio, low=0, high=1, open_high=True)
     w = layer_weights(len(guess), weights, guess[0])
-    at = range(len(guess)) if tensors is None else list(tensors)
-    pairs = [(w[i], guess[i].flatten(), message[i].flatten()) for i in at]
-    if cost == "l2":
-        return torch.stack([f * _Products.apply(a - b, b)[1] for f, a, b in pairs]).sum() / len(pairs)
-    if cost == "l1":
-        return torch.stack([f * (a - b).abs().sum() for f, a, b in pairs]).sum()
-    if cost == "max":
-        return torch.stack([f * (a - b).abs().max() for f, a, b in pairs]).sum()
-    if cost == "layerwise":
-        return torch.stack([1 - (a @ b) / (a.norm() * b.norm()).clamp(min=1e-30) for _, a, b in pairs]).sum()
-    if cost == "compressed":
-        return torch.stack(
-            [f * (largest(a, ratio) - largest(b, ratio)).square().sum() for f, a, b in pairs]
-        ).sum()
     if cost == "sim_cmpr":
-        pairs = [(f, a * (largest(b, ratio) != 0), largest(b, ratio)) for f, a, b in pairs]
-    products = [(f, *_Products.apply(a, b), b @ b) for f, a, b in pairs]
-    shared, one, two = (torch.stack([f * own[k] for f, *own in products]).sum() for k in range(3))
-    return 1 - shared / (one.sqrt() * two.sqrt())
-
-
-class _Products(torch.autograd.Function):
-    """<a, b> and <a, a>. Gradients of large networks do not fit into a cache, so that every further tensor of their size costs about as much as a forward pass of one
-    picture: the derivative is made in one."""
-
-    @staticmethod
-    def forward(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.linalg.vecdot(a, b), torch.linalg.vecdot(a, a)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, shared: Tensor | None, own: Tensor | None) -> tuple[Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        a, b = ctx.saved_tensors
-        if shared is None:
-            return None if own is None else a * (2 * own)[..., None], None
-        found = b * shared[..., None]
-        return found if own is None else found.addcmul_(a, (2 * own)[..., None]), None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor) -> Any:
-        rows = [x.movedim(d, 0) if d is not None else x.expand(info.batch_size, *x.shape) for x, d in zip((a, b), in_dims)]  # fmt: skip
-        return _Products.apply(*rows), (0, 0)
+        kept = [largest(m, ratio) for m in message]
+        guess, message = [g * (m != 0) for g, m in zip(guess, kept)], kept
+    elif cost == "compressed":
+        guess, message = ([largest(g, ratio) for g in each] for each in (guess, message))
+    if cost == "layerwise":  # published without weights
+        return distance(guess, message, "layer", eps=1e-30, tensors=tensors)
+    kind = {"l1": "l1", "max": "max", "sim": "cosine", "sim_cmpr": "cosine"}.get(cost, "l2")
+    found = distance(guess, message, kind, eps=0.0, weights=w, tensors=tensors)
+    return found / len(guess if tensors is None else tensors) if cost == "l2" else found
 
 
 def layer_weights(count: int, kind: str, like: Tensor) -> Tensor:
@@ -155,8 +120,9 @@ def largest(values: Tensor, ratio: float) -> Tensor:
     [0.0, -3.0]
     """
     count = max(1, int(values.numel() * (1 - ratio)))
-    keep = torch.zeros_like(values, dtype=torch.bool)
-    return values * keep.scatter(0, values.detach().abs().topk(count).indices, True)
+    keep = torch.zeros_like(values, dtype=torch.bool).flatten()
+    keep = keep.scatter(0, values.detach().flatten().abs().topk(count).indices, True)
+    return values * keep.view_as(values)
 
 
 def total_variation(x: Tensor) -> Tensor:

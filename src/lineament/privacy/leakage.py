@@ -43,6 +43,7 @@ class Attacked(Readable):
     ``wrong``: the control, PSNR of each picture against the guess from another batch's message, of which the share ``wrong_named``
     is nearest to its picture. ``registered``: PSNR after the guess was moved to fit;
     ``cw_ssim``: complex wavelet SSIM; ``answers``: mean squared difference of the model's logits. ``identified``: ranks among other pictures.
+    ``stage_psnr`` [messages, layers]: PSNR of each layer's pictures, and ``depth_psnr`` of those that are returned where the search ends at that layer.
     """
 
     defence: str
@@ -65,6 +66,7 @@ class Attacked(Readable):
     cw_ssim: float = float("nan")
     answers: float = float("nan")
     identified: Identified | None = None
+    depth_psnr: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -265,6 +267,8 @@ class _Audited:
         for k in range(messages):
             each = [_shown(stage, self.bounds) for stage in found.stage_pictures[k]]
             stages.append(torch.stack([psnr(x[of(x, found.targets[k], k)], true[k]).mean() for x in each]))
+        by_stage = torch.stack(stages)
+        chosen = _best_so_far(found.stage_scores[:messages]).to(by_stage.device)
         control, wrong, wrong_named = None, None, 0.0
         if len(pictures) > 1:  # one further message may stand at the end for this
             rows = [(k + 1) % len(pictures) for k in range(messages)]
@@ -281,10 +285,17 @@ class _Audited:
         side = min(shape[1:])
         return Attacked(
             defence, attack, psnr(ordered, self.truth), picture_scores(ordered, self.truth).ssim, found.scores[:messages], found.stage[:messages],
-            torch.stack(stages), rank == 1, float((1 / rank).mean()), len(self.truth), rule, right, ordered, found.steps, wrong, wrong_named,
+            by_stage, rank == 1, float((1 / rank).mean()), len(self.truth), rule, right, ordered, found.steps, wrong, wrong_named,
             registered_psnr(ordered, self.truth), float(cw_ssim(ordered, self.truth, levels=2 if side >= 8 else 1).mean()) if side >= 4 else float("nan"),
             float((answers - true_answers).square().mean()), identified(own, self.images, self.public, self.judge, control=control),
+            by_stage.gather(1, chosen),
         )  # fmt: skip
+
+
+def _best_so_far(scores: Tensor) -> Tensor:
+    """For each layer the place of the smallest score up to it, [messages, layers]."""
+    told = scores.nan_to_num(nan=torch.inf)
+    return torch.stack([told[:, : k + 1].argmin(1) for k in range(told.shape[1])], 1)
 
 
 def _order(guess: Tensor, truth: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tests.films import made
 
 from lineament.cli import main
@@ -63,6 +64,17 @@ def test_a_network_is_trained_also_after_a_kill_and_colours_a_film(films, tmp_pa
     assert len(list((tmp_path / "out").glob("*.png"))) == 4
 
 
+def test_half_precision_is_mixed_and_leaves_float32_weights(films, tmp_path):
+    """In bfloat16 alone, steps of the published size would be rounded away."""
+    line = ["colorize", "--train", str(films), *SMALL, "--precision", "bfloat16", "--out"]
+    assert main([*line, str(tmp_path / "new")]) == 0
+    line[line.index("--tiny")] = "--lr=2e-5"
+    assert main([*line, str(tmp_path / "on"), "--weights", str(tmp_path / "new")]) == 0
+    first, then = (load_file(tmp_path / name / "model.safetensors") for name in ("new", "on"))
+    moved = [name for name in first if not torch.equal(first[name], then[name])]
+    assert all(x.dtype != torch.bfloat16 for x in then.values()) and "decoder.pred.weight" in moved
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -75,6 +87,8 @@ def test_a_network_is_trained_also_after_a_kill_and_colours_a_film(films, tmp_pa
         ("--train grey --weights net", "--tiny: is for a new network"),
         ("film.mkv --train grey", "--train: trains on 'grey'; colour a film with another command"),
         ("grey", "--epochs: is for --train"),
+        ("--train grey --max-side 64", "--max-side: is for colouring a film"),
+        ("--train grey --precision float16", "--precision: got 'float16'"),
     ],
 )
 def test_what_is_refused(words, says, tmp_path, monkeypatch, capsys):

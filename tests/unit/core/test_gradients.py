@@ -26,18 +26,36 @@ def test_flatten_and_unflatten_are_inverse_also_for_rows():
         gradients.unflatten(flat[:-1], tensors)
 
 
-@pytest.mark.parametrize("kind", ["l2", "l1", "cosine", "layer", "layer_cosine"])
+@pytest.mark.parametrize("kind", ["l2", "l1", "max", "cosine", "layer", "layer_cosine"])
 def test_distance_is_zero_at_itself_and_twice_differentiable(kind):
     a, b = lists(0), lists(1)
     own = gradients.distance(a, a, kind, eps=0.0)
     assert abs(own.item()) < 1e-12
     assert gradients.distance(a, b, kind).item() > 0.1
-    if kind != "l1":
+    if kind not in ("l1", "max"):
 
         def function(*tensors):
             return gradients.distance(tensors[:3], tensors[3:], kind)
 
         assert torch.autograd.gradgradcheck(function, (*a, *b))
+
+
+@pytest.mark.parametrize("kind", gradients.KINDS)
+def test_distances_weigh_tensors_and_look_at_those_that_are_chosen(kind):
+    a, b = lists(0), lists(1)
+    at, w = [0, 2], torch.tensor([2.0, 9.0, 0.5], dtype=torch.float64)
+    found = gradients.distance(a, b, kind, eps=0.0, weights=w, tensors=at)
+    if kind == "cosine":  # weights count in all three products
+        x, y = (torch.cat([w[i].sqrt() * g[i].flatten() for i in at]) for g in (a, b))
+        expected = gradients.distance([x], [y], kind, eps=0.0)
+    else:
+        expected = sum(w[i] * gradients.distance([a[i]], [b[i]], kind, eps=0.0) for i in at)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    slopes = torch.autograd.grad(found, [*a, *b], allow_unused=True)
+    assert slopes[1] is None and slopes[4] is None and all(s is not None for s in (slopes[0], slopes[3]))
+    for wrong, says in (({"weights": [1.0]}, "weights: got 1"), ({"tensors": [3]}, "tensors: got 3"), ({"tensors": []}, "tensors: got none")):  # fmt: skip
+        with pytest.raises(InputError, match=says):
+            gradients.distance(a, b, kind, **wrong)
 
 
 def test_layer_cosine_takes_one_cosine_for_each_output_unit():

@@ -130,7 +130,8 @@ def test_kernel_matrices_are_positive_and_turn_with_the_data(kernel):
 def test_the_optimal_activation_has_the_dual_of_its_name():
     z, w = np.polynomial.hermite_e.hermegauss(120)
     w = w / w.sum()
-    for dimension, family in ((1, "hermite"), (2, "moebius"), (2, "hermite"), (4, "sine"), (8, "hermite")):
+    pairs: Any = ((1, "hermite"), (2, "moebius"), (2, "hermite"), (4, "sine"), (8, "hermite"))
+    for dimension, family in pairs:
         phi = np.asarray(optimal_activation(dimension, family)(z))
         slope = (w @ (z * phi)) ** 2
         assert w @ phi**2 == pytest.approx(1, abs=1e-6)

@@ -141,7 +141,7 @@ def test_films_of_rgb_have_the_luma_of_their_pictures(av, tmp_path, layout):
     assert (frame.grey - grey).abs().max() < 0.01
 
 
-def test_what_no_frame_of_the_film_can_be_is_refused(av, tmp_path):
+def test_what_no_frame_of_the_film_can_be_is_refused(av, tmp_path, monkeypatch):
     cases = {
         "is HDR (PQ)": made(av, tmp_path / "hdr.mkv", "yuv420p10le", color_trc=16),
         "is interlaced": made(av, tmp_path / "i.mp4", codec="libx264", options={"x264-params": "tff=1"}),
@@ -164,9 +164,12 @@ def test_what_no_frame_of_the_film_can_be_is_refused(av, tmp_path):
     later = made(av, tmp_path / "i.ts", codec="libx264", options={"x264-params": "tff=1"}, sound=None)
     cases["is interlaced at frame 5"] = tmp_path / "later.ts"
     (tmp_path / "later.ts").write_bytes(small.read_bytes() + later.read_bytes())
+    cases["has frames of 96 x 48, expected at most"] = large
     (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n")
     cases["cannot be read as a video"] = tmp_path / "list.m3u8"
     for says, path in cases.items():
+        # A frame that claims more than all films may have is not made room for.
+        monkeypatch.setattr("lineament.load.video.LARGEST", 64 * 48 if path == large else 10**6)
         with pytest.raises(InputError) as refused:
             list(Film(path).frames())
         assert says in str(refused.value), (says, refused.value)

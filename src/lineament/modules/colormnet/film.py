@@ -146,7 +146,8 @@ class FilmState:
         told = given is not None or bool(exemplars)
         frame = self._frame(lightness)
         features = model.encode_frame(frame) if features is None else features
-        self.cut = (scene and self.time > 0) or (not told and self.is_cut(features.key))
+        # Also where colours are given: a new scene is where they are given most.
+        self.cut = self.time > 0 and (scene or self.is_cut(features.key))
         if self.cut:
             self.forget()
         stored = (self.time - self.last_memory >= options.every or told or self.cut) and not last

@@ -6,6 +6,7 @@ comparison with published figures only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
@@ -19,6 +20,7 @@ from lineament.modules.colormnet.colorize import colorize
 from lineament.modules.colormnet.film import Colorizing
 from lineament.modules.colormnet.network import ColorMNet
 
+_STEPS = (1, 2, 4)  # frames between those whose colours are compared
 Pictures = UInt8[Tensor, "*frames height width 3"]
 
 
@@ -31,11 +33,15 @@ def psnr_legacy(first: Pictures, second: Pictures) -> float:
     """
     first, second = _bytes("first", first), _bytes("second", second)
     require(first.shape == second.shape, f"second: got {show(second)}, expected the shape of {show(first)}")
-    wrapped = (first.long() - second.long()).remainder(256).square().remainder(256)
-    return float(10 * torch.log10(255**2 / wrapped.double().mean()))
+    return float(10 * torch.log10(255**2 / _wrapped(first, second).double().mean()))
 
 
-def colour_consistency(film: Pictures, *, steps: tuple[int, ...] = (1, 2, 4)) -> float:
+def _wrapped(first: Tensor, second: Tensor) -> Tensor:
+    """Squares of differences of bytes, both modulo 256."""
+    return (first.long() - second.long()).remainder(256).square().remainder(256)
+
+
+def colour_consistency(film: Pictures, *, steps: tuple[int, ...] = _STEPS) -> float:
     """CDC: how far the colours' distribution moves over time; 0 where it stays.
 
     The Jensen-Shannon divergence (natural logarithm) of the histograms of frames t and t + d, for each colour channel; the mean over t, ``steps``
@@ -49,18 +55,23 @@ def colour_consistency(film: Pictures, *, steps: tuple[int, ...] = (1, 2, 4)) ->
         film.ndim == 4 and len(film) > max(steps),
         f"film: got {show(film)}, expected more than {max(steps)} frames (frames, height, width, 3)",
     )
-    pixels = film.shape[1] * film.shape[2]
+    p = _histograms(film)
+    return float(torch.stack([_divergence(p[:-step], p[step:]).mean() for step in steps]).mean())
+
+
+def _histograms(film: Tensor) -> Tensor:
+    """How often each byte comes in each channel of each frame, [frames, 3, 256]."""
     codes = film.flatten(1, 2).transpose(1, 2).long()
     histograms = torch.zeros(len(film), 3, 256, dtype=torch.float64, device=film.device)
     histograms.scatter_add_(2, codes, torch.ones_like(codes, dtype=torch.float64))
-    p = histograms / pixels
-    means = []
-    for step in steps:
-        a, b = p[:-step], p[step:]
-        middle = (a + b) / 2
-        parts = [torch.special.xlogy(x, x) - torch.special.xlogy(x, middle) for x in (a, b)]
-        means.append(0.5 * (parts[0] + parts[1]).sum(2).mean())
-    return float(torch.stack(means).mean())
+    return histograms / codes.shape[2]
+
+
+def _divergence(a: Tensor, b: Tensor) -> Tensor:
+    """The Jensen-Shannon divergence of histograms [..., 256]."""
+    middle = (a + b) / 2
+    parts = [torch.special.xlogy(x, x) - torch.special.xlogy(x, middle) for x in (a, b)]
+    return 0.5 * (parts[0] + parts[1]).sum(-1)
 
 
 def colourfulness(picture: Pictures, *, absolute: bool = False) -> float:
@@ -97,6 +108,73 @@ def frechet_distance(first: Float[Tensor, "n width"], second: Float[Tensor, "m w
     return float((m - n).square().sum() + a.trace() + b.trace() - 2 * shared)
 
 
+class ColourScores:
+    """Scores of coloured frames against the true ones, as they come, in memory that does not depend on how many; ``a + b`` is of the frames of both.
+
+    :meth:`compute` gives means over frames: ``psnr``, ``psnr_legacy``, ``ssim`` (uniform 7x7), and of what was coloured ``cdc`` (between frames of one film, once there are
+    five), ``colourfulness`` and ``colourfulness_absolute``; further ones by the names of ``metrics``, functions of coloured and true pictures [frames, 3, height, width] in [0, 1].
+
+    >>> grey, white = torch.full((1, 8, 8, 3), 128, dtype=torch.uint8), torch.full((1, 8, 8, 3), 255, dtype=torch.uint8)
+    >>> one, other = ColourScores(), ColourScores()
+    >>> one.update(grey, white)
+    >>> other.update(grey, white)
+    >>> round((one + other).compute()["psnr"], 2), (one + other).frames
+    (6.05, 2)
+    """
+
+    def __init__(self, *, metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]] | None = None):
+        self.metrics, self.frames = dict(metrics or {}), 0
+        self.sums: dict[str, float] = {}
+        self.recent: list[Tensor] = []  # histograms of the film's last frames
+
+    def update(self, found: Pictures, truth: Pictures) -> None:
+        """The next frame, or some of them."""
+        found, truth = (
+            x[None] if x.ndim == 3 else x for x in (_bytes("found", found), _bytes("truth", truth))
+        )
+        require(found.shape == truth.shape, f"truth: got {show(truth)}, expected the shape of {show(found)}")
+        truth = truth.to(found.device)
+        for frame, true in zip(found.split(1), truth.split(1)):
+            pictures = [x.movedim(3, 1).double() / 255 for x in (frame, true)]
+            self._add("psnr", float(psnr(*pictures)))
+            self._add("ssim", float(ssim(*pictures, form="uniform", window=7)))
+            for name, metric in self.metrics.items():
+                self._add(name, float(metric(*pictures).mean()))
+            self._add("colourfulness", colourfulness(frame))
+            self._add("colourfulness_absolute", colourfulness(frame, absolute=True))
+            self._add("wrapped", float(_wrapped(frame, true).sum()))
+            self._add("bytes", frame.numel())
+            histogram = _histograms(frame)[0]
+            for step in _STEPS:
+                if len(self.recent) >= step:
+                    self._add(f"moved {step}", float(_divergence(self.recent[-step], histogram).mean()))
+                    self._add(f"pairs {step}", 1)
+            self.recent = [*self.recent, histogram][-max(_STEPS) :]
+        self.frames += len(found)
+
+    def __add__(self, other: ColourScores) -> ColourScores:
+        both = ColourScores(metrics=self.metrics)
+        both.frames = self.frames + other.frames
+        for name in {*self.sums, *other.sums}:
+            both.sums[name] = self.sums.get(name, 0) + other.sums.get(name, 0)
+        return both
+
+    def compute(self) -> dict[str, float]:
+        """The scores so far."""
+        require(self.frames > 0, "scores: no frame came yet; update them first")
+        sums = self.sums
+        legacy = 10 * math.log10(255**2 * sums["bytes"] / sums["wrapped"]) if sums["wrapped"] else math.inf
+        scores = {"psnr": sums["psnr"] / self.frames, "psnr_legacy": legacy}
+        for name in ("ssim", *self.metrics, "colourfulness", "colourfulness_absolute"):
+            scores[name] = sums[name] / self.frames
+        if f"pairs {max(_STEPS)}" in sums:
+            scores["cdc"] = mean(sums[f"moved {step}"] / sums[f"pairs {step}"] for step in _STEPS)
+        return scores
+
+    def _add(self, name: str, value: float) -> None:
+        self.sums[name] = self.sums.get(name, 0) + value
+
+
 def score_colours(
     model: ColorMNet,
     films: Sequence[Pictures],
@@ -104,10 +182,9 @@ def score_colours(
     options: Colorizing | None = None,
     metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
 ) -> dict[str, float]:
-    """Every film in colour, from its first frame, against itself: means over films of all frames but the first.
+    """Every film in colour, from its first frame, against itself: means over films of what :class:`ColourScores` gives for all frames but the first.
 
     ``metrics`` are further ones by name, of coloured and true pictures [frames, 3, height, width] in [0, 1] (LPIPS, say, with weights of one's own).
-    ``psnr``, ``psnr_legacy``, ``ssim`` (uniform 7x7), and of what was coloured ``cdc`` (where it is long enough), ``colourfulness`` and ``colourfulness_absolute``.
 
     >>> from lineament.modules import ColorMNet, ColorMNetConfig
     >>> film = torch.randint(256, (6, 32, 32, 3), dtype=torch.uint8)
@@ -116,19 +193,12 @@ def score_colours(
     """
     found: list[dict[str, float]] = []
     for film in films:
+        scores = ColourScores(metrics=metrics)
         # Of each frame only the lightness is shown.
-        coloured = [x.picture.cpu() for x in colorize(film, {0: film[0]}, model, options=options)]
-        a, b = torch.stack(coloured[1:]), film[1:]
-        pictures = [x.movedim(3, 1).double() / 255 for x in (a, b)]
-        scores = {
-            "psnr": float(psnr(*pictures).mean()),
-            "psnr_legacy": psnr_legacy(a, b),
-            "ssim": float(ssim(*pictures, form="uniform", window=7).mean()),
-            **{name: float(metric(*pictures).mean()) for name, metric in (metrics or {}).items()},
-            "colourfulness": mean(colourfulness(frame) for frame in a),
-            "colourfulness_absolute": mean(colourfulness(frame, absolute=True) for frame in a),
-        }
-        found.append(scores | ({"cdc": colour_consistency(a)} if len(a) > 4 else {}))
+        for frame in colorize(film, {0: film[0]}, model, options=options):
+            if frame.index:
+                scores.update(frame.picture.cpu(), film[frame.index])
+        found.append(scores.compute())
     names = dict.fromkeys(name for scores in found for name in scores)
     return {name: mean(scores[name] for scores in found if name in scores) for name in names}
 

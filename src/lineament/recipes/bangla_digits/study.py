@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,24 +13,15 @@ from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 from torch import Tensor, nn
 
-from lineament.data.formats import folder_of, read_npz
+from lineament.data.formats import read_npz
 from lineament.handcrafted.hog import hog
 from lineament.handcrafted.ink import ink
 from lineament.handcrafted.table import classifier, described, evaluated
+from lineament.recipes.kit.bangla import FILES, Held, bangla_digits, bangla_folder
 from lineament.train.loop import fit
 
 Array = np.ndarray
 DESCRIPTORS = ("pixels", "hog", "hog-fine", "lbp", "gabor", "lbp-whole", "gabor-whole")
-
-
-@dataclass(frozen=True)
-class Held:
-    """Prepared images of a data set: training and test part where it has them, else one part to be split."""
-
-    source: str
-    images: Tensor
-    labels: Array
-    train: int  # the first so many are the stored training part; 0: none is stored
 
 
 @dataclass(frozen=True)
@@ -57,10 +47,9 @@ class Controls:
 
 def sets(config: Any) -> dict[str, Held]:
     """The data sets that are found; scikit-learn's digits where none is."""
-    place = _folder(config)
     found: dict[str, Held] = {}
     for name in config.data_sets:
-        held = None if place is None else _read(name, place)
+        held = bangla_digits(name, config.data_folder)
         if held is not None:
             found[name] = held
     if not found:
@@ -70,40 +59,6 @@ def sets(config: Any) -> dict[str, Held]:
             "scikit-learn digits, as no Bangla digits were found", ink(images, crop=False).images, y, 0
         )
     return found
-
-
-def _folder(config: Any) -> Path | None:
-    """Where the Bangla digits would be: in ``bangla-digits`` of the data folder, or in that folder itself."""
-    place = folder_of(config.data_folder)
-    inner = None if place is None else place / "bangla-digits"
-    return inner if inner is not None and inner.is_dir() else place
-
-
-def _read(name: str, folder: Path) -> Held | None:
-    files = {"cmaterdb": "cmaterdb_3_1_1.npz", "bdrw": "bdrw_32.npz", "numtadb": "numtadb_28.npz"}
-    path = folder / files[name]
-    if not path.is_file():
-        return None
-    if name == "cmaterdb":
-        z = read_npz(path, ("train_images", "train_labels", "test_images", "test_labels"))
-        x, y = (
-            np.concatenate([z[f"{part}_{what}"] for part in ("train", "test")])
-            for what in ("images", "labels")
-        )
-        # The frame is full already.
-        return Held(
-            "CMATERdb 3.1.1",
-            ink(torch.from_numpy(x), crop=False).images,
-            y.astype(int),
-            len(z["train_labels"]),
-        )
-    z = read_npz(path, ("images", "labels"))
-    x = torch.from_numpy(z["images"])
-    if name == "bdrw":
-        return Held("BDRW", ink(x.movedim(3, 1), crop=False, white=255).images, z["labels"].astype(int), 0)
-    return Held(
-        "NumtaDB, a cleaned part, cropped to the ink", ink(x, white=20).images, z["labels"].astype(int), 0
-    )
 
 
 def split(held: Held, seed: int, train: int, test: int) -> tuple[Array, Array]:
@@ -233,10 +188,10 @@ def _network(x: Tensor, y: Array, z_x: Tensor, z: Array, gabor: Array) -> float:
 
 def _numtadb(config: Any) -> dict[str, float | None]:
     """NumtaDB with its own scale and with 255, cropped and not: LBP and HOG with an SVM on 3,000 images."""
-    place = _folder(config)
+    place = bangla_folder(config.data_folder)
     if place is None:
         return {}
-    z = read_npz(place / "numtadb_28.npz", ("images", "labels"))
+    z = read_npz(place / FILES["numtadb"], ("images", "labels"))
     count = min(config.train, 3000)
     x, y = torch.from_numpy(z["images"][: count + 1000]), z["labels"][: count + 1000]
     found: dict[str, float | None] = {}

@@ -29,6 +29,11 @@ from lineament.recipes.kit.presets import presets
 from lineament.recipes.kit.stages import Stages
 from lineament.report.outcome import Outcome, Table
 
+_WHERE = {
+    "in": ("digits like those of the prior", "people whom the prior has not seen (it knows 30)"),
+    "out": ("digits unlike those of the prior (0 to 4 known, 5 to 9 audited)", "people whom the prior has not seen (it knows 10)"),
+    "bangla": ("Bangla digits, of which the prior has seen none", ""),
+}  # fmt: skip
 SLUG = "gifd"
 TITLE = "GIFD: A Generative Gradient Inversion Method with Feature Domain Optimization"
 
@@ -63,7 +68,7 @@ class Config:
         quick={},
         small={
             "pictures": 16, "seeds": (0, 1), "prior_steps": 800, "defences": ("none", "prune=90", "noise=0.005"), "domains": ("in", "out"),
-            "batches": (4, 8), "attacks": ATTACKS, "scales": (0.3, 1.0, 3.0), "tuning": 6,
+            "batches": (4, 8), "attacks": ATTACKS, "scales": (1.0, 3.0, 10.0), "tuning": 6,
         },
         paper={
             "data": "faces", "side": 32, "pictures": 16, "seeds": (0, 1, 2, 3, 4), "code": 64, "width": 128, "prior_steps": 8000,
@@ -82,9 +87,11 @@ def run(config: Config, *, out: Path) -> Outcome:
     require(
         config.pictures > 1, "pictures: got 1, expected at least 2, so that another's message can be tried"
     )
+    for domain in config.domains:
+        one_of("domains", domain, tuple(_WHERE))
     require(
-        set(config.domains) <= {"in", "out"},
-        f"domains: got {', '.join(config.domains)}, expected 'in', 'out' or both",
+        "bangla" not in config.domains or config.data != "faces",
+        "domains: got 'bangla' with faces, expected data = 'digits' or 'mnist' with it",
     )
     for attack in config.attacks:
         one_of("attacks", attack, ATTACKS)
@@ -126,24 +133,27 @@ def run(config: Config, *, out: Path) -> Outcome:
 
 
 def _table(domain: str, trials: list[Trial], chosen: dict[str, dict[str, float]], config: Config) -> Table:
-    where = (
-        "people or digits like those of the prior"
-        if domain == "in"
-        else "digits or people unlike those of the prior"
-    )
+    where = _WHERE[domain][config.data == "faces"]
     scales = {f"{defence_of(d)} | {a}": scale for d, each in chosen.items() for a, scale in each.items()}
     mean = float(torch.cat([t.without for t in trials]).mean())
+    people = bool(trials[0].people)
     left = (
         ""
         if set(attacks_of(config)) == set(config.attacks)
         else "; ggl needs the package cma and is left out"
     )
     return Table(
-        f"PSNR in dB of {len(trials) * config.pictures} pictures of {where}, each attack at the best of {len(config.scales)} step sizes (as a multiple of its default, chosen "
+        f"PSNR in dB of {len(trials) * config.pictures} pictures, {where}, each attack at the best of {len(config.scales)} step sizes (as a multiple of its default, chosen "
         f"on {config.tuning} other pictures); the mean public picture has {mean:.1f}{left}",
-        ["defence", "attack", "step size", "PSNR", "standard error", "against another's picture", "named among the audited", "labels right"],
-        [[*name.split(" | "), scales[name], *_numbers(trials, name)] for name in trials[0].psnr],
+        ["defence", "attack", "step size", "PSNR", "standard error", "against another's picture", "named among the audited", "labels right", *(("person first",) if people else ())],
+        [[*name.split(" | "), scales[name], *_numbers(trials, name), *([_person(trials, name)] if people else [])] for name in trials[0].psnr],
     )  # fmt: skip
+
+
+def _person(trials: list[Trial], name: str) -> str:
+    """Shares of guesses that show their person, by the own and by another's message."""
+    own, other, _ = torch.stack([t.people[name] for t in trials]).mean(0).tolist()
+    return f"{100 * own:.0f} % ({100 * other:.0f} %)"
 
 
 def _further(trials: list[Trial], config: Config) -> Table:

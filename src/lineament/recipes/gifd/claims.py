@@ -14,6 +14,7 @@ from lineament.recipes.kit.claims import judged
 from lineament.report.outcome import Claim
 
 _OWN = ("gifd", "no ball", "latent")
+FAR = {"out": "on pictures unlike those of the prior", "bangla": "on Bangla digits"}
 
 
 def all_claims(trials: dict[str, list[Trial]], further: list[Trial], config: Any) -> list[Claim]:
@@ -21,7 +22,7 @@ def all_claims(trials: dict[str, list[Trial]], further: list[Trial], config: Any
     defences = [str(defence_of(text)) for text in config.defences]
     claims: list[Claim] = []
     for domain, each in trials.items():
-        claims += [_ahead(each, name, "" if domain == "in" else ", of pictures unlike those of the prior") for name in defences]  # fmt: skip
+        claims += [_ahead(each, name, f", {FAR[domain]}" if domain in FAR else "") for name in defences]  # fmt: skip
     claims += [_ahead(further, f"batches of {batch}", "") for batch in config.batches]
     rivals = [a for a in attacks_of(config) if a not in _OWN]
     if rivals:
@@ -30,10 +31,11 @@ def all_claims(trials: dict[str, list[Trial]], further: list[Trial], config: Any
     first = next(iter(trials.values()))
     if len(defences) > 1:
         claims.append(_ball(first, defences[1:]))
-    if {"in", "out"} <= set(trials):
-        claims.append(_further(trials, defences[0]))
+    claims += [
+        _further(trials, domain, defences[0]) for domain in trials if domain != "in" and "in" in trials
+    ]
     claims.append(_layer(first, defences[0]))
-    claims += [_too_deep(first, name) for name in defences if name.startswith("noise")]
+    claims += [_too_deep(first, name) for name in defences if name == defences[0] or name.startswith("noise")]
     return [*claims, *_controls(first, further, defences[0], config)]
 
 
@@ -62,7 +64,7 @@ def _first(trials: list[Trial], defence: str, rivals: list[str], domain: str) ->
     best = max(rivals, key=lambda a: float(pooled(trials, f"{defence} | {a}").mean()))
     gain, error = _apart(pooled(trials, f"{defence} | gifd"), pooled(trials, f"{defence} | {best}"))
     return judged(
-        f"GIFD is ahead of every rival at its best step size (defence: {defence}){'' if domain == 'in' else ', of pictures unlike those of the prior'}",
+        f"GIFD is ahead of every rival at its best step size (defence: {defence}){f', {FAR[domain]}' if domain in FAR else ''}",
         "ahead of IG, GI, GGL and GIAS",
         f"{_told(gain, error)} against the strongest, {best}",
         gain > 2 * error,
@@ -81,16 +83,16 @@ def _ball(trials: list[Trial], defences: list[str]) -> Claim:
     )
 
 
-def _further(trials: dict[str, list[Trial]], defence: str) -> Claim:
-    gains = {d: pooled(each, f"{defence} | gifd") - pooled(each, f"{defence} | latent") for d, each in trials.items()}  # fmt: skip
-    gain = float(gains["out"].mean() - gains["in"].mean())
-    error = float((gains["out"].var() / len(gains["out"]) + gains["in"].var() / len(gains["in"])).sqrt())
+def _further(trials: dict[str, list[Trial]], domain: str, defence: str) -> Claim:
+    gains = {d: pooled(trials[d], f"{defence} | gifd") - pooled(trials[d], f"{defence} | latent") for d in ("in", domain)}  # fmt: skip
+    gain = float(gains[domain].mean() - gains["in"].mean())
+    error = float(sum(g.var() / len(g) for g in gains.values())) ** 0.5
     return judged(
-        "Searching features gains more on pictures unlike those of the prior",
+        f"Searching features gains more {FAR[domain]} than on pictures like those of the prior",
         "feature search is what helps out of distribution",
         _told(gain, error),
         gain > 2 * error,
-        "the gain is large on both",
+        "it does not gain more there",
     )
 
 
@@ -115,14 +117,33 @@ def _layer(trials: list[Trial], defence: str) -> Claim:
 
 
 def _too_deep(trials: list[Trial], defence: str) -> Claim:
-    stages = _stages(trials, defence)
+    depths = torch.cat([t.depths[f"{defence} | gifd"] for t in trials])
+    best = int(depths.mean(0).argmax())
+    loss, error = _apart(depths[:, best], depths[:, -1])
     return judged(
-        f"Under noise, searching too many layers lowers the quality (defence: {defence})",
+        f"Searching too many layers lowers the quality of what is returned (defence: {defence})",
         "quality drops for too large K",
-        _by_layer(stages),
-        float(stages[-1]) < float(stages.max()) - 0.1,
-        "the last layer is the best, or within 0.1 dB of it",
+        f"{_by_layer(depths.mean(0))}, the last one's returned; {_told(-loss, error)} from the best to the last",
+        best < depths.shape[1] - 1 and loss > 2 * error,
+        "more layers serve as well or better",
     )
+
+
+def _strangers(trials: list[Trial], name: str, count: int) -> list[Claim]:
+    """Of faces: whether guesses from another's message show the person."""
+    told = [t.people[name] for t in trials if name in t.people]
+    if not told:
+        return []
+    own, other, chance = torch.stack(told).mean(0).tolist()
+    return [
+        judged(
+            "Control: nobody is recognised in another person's message",
+            "not compared",
+            f"{100 * other:.0f} % of {count} guesses from the next person's message are nearest to another photograph of the one asked for, by chance {100 * chance:.0f} %, by the own message {100 * own:.0f} %",
+            float(binomtest(round(other * count), count, chance, "greater").pvalue) >= 0.01,
+            "the prior or the label alone tells people apart",
+        )
+    ]
 
 
 def _controls(trials: list[Trial], further: list[Trial], defence: str, config: Any) -> list[Claim]:
@@ -147,6 +168,7 @@ def _controls(trials: list[Trial], further: list[Trial], defence: str, config: A
             float(binomtest(hits, count, 1 / config.pictures, "greater").pvalue) >= 0.01,
             "the prior or the label alone tells pictures apart",
         ),
+        *_strangers(trials, name, count),
         judged(
             "Control: labels are read off the messages",
             "assumed",

@@ -15,16 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lineament.core.checks import require
+from lineament.core.checks import InputError, require
 from lineament.data.digits import digit_images
 from lineament.privacy.defences import defence_of
 from lineament.privacy.evolution import population
+from lineament.privacy.identification import Judge
 from lineament.privacy.labels import guessed_targets
 from lineament.privacy.leakage import Attacked, leakage, psnr
 from lineament.privacy.messages import Message
 from lineament.privacy.priors import Prior, train_prior
 from lineament.privacy.reconstruction import reconstruct
 from lineament.privacy.search import Search
+from lineament.recipes.kit.bangla import FILES, bangla_digits
 from lineament.recipes.kit.image_sets import faces
 from lineament.train.stacked import refreshed
 
@@ -37,7 +39,8 @@ MOST = 6000
 @dataclass(frozen=True)
 class Trial:
     """Each by "defence | attack": PSNR of every picture, and of every guess against another's picture; the share that is named, by its own message and by
-    another's, and of labels that are right; PSNR of each layer searched. ``without``: PSNR of the mean public picture."""
+    another's, of people recognised (faces only), and of labels that are right; PSNR of each layer searched, and ``depths`` [pictures, layers] of the picture that
+    is chosen where layers end there. ``without``: PSNR of the mean public picture."""
 
     psnr: dict[str, Tensor]
     wrong: dict[str, Tensor]
@@ -45,6 +48,8 @@ class Trial:
     wrong_named: dict[str, Tensor]
     labels: dict[str, Tensor]
     stages: dict[str, Tensor]
+    depths: dict[str, Tensor]
+    people: dict[str, Tensor]
     without: Tensor
 
 
@@ -59,6 +64,19 @@ class Setting:
     tuning: Tensor
     prior: Prior
     net: nn.Module
+    people: Tensor | None = None
+
+    @property
+    def judge(self) -> Judge:
+        """Of faces, people are looked for among all photographs that are not audited."""
+        if self.people is None:
+            return Judge()
+        others = torch.ones(len(self.x), dtype=torch.bool)
+        others[self.audited] = False
+        gallery = self.x[others], self.people[others]
+        return Judge(
+            groups=self.people[self.audited], public_groups=self.people[self.public], gallery=gallery
+        )
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor]:
@@ -83,6 +101,7 @@ class Setting:
             found = leakage(
                 self.net, self.x[self.audited], self.y[self.audited], public=self.x[self.public], prior=self.prior, defences=[defence_of(defence)],
                 attacks=attacks, batch=batch, copies=False, search=search, known_labels=known_labels, bounds=self.bounds, seed=seed,
+                judge=self.judge,
             )  # fmt: skip
             told |= {a.attack: a for a in found.attacked}
             without = found.without["the mean of public pictures"]
@@ -112,16 +131,44 @@ class Setting:
 
 @lru_cache(maxsize=2)
 def setting_of(config: Any, domain: str, seed: int) -> Setting:
-    """Prior on one part of the pictures, audits on another: within the same classes, or on the other half of them. Every tenth picture is there for tuning."""
+    """Prior on one part of the pictures, audits on another: within the same classes, on the other half of them, or on Bangla digits. Every tenth picture is there
+    for tuning."""
     x, y = pictures(config)
-    public, private = split(y, domain, seed, config.data)
+    if domain == "bangla":
+        others, named = bangla(config)
+        public, private = torch.arange(len(y)), len(y) + torch.arange(len(named))
+        x, y = torch.cat([x, others]), torch.cat([y, named])
+    else:
+        public, private = split(y, domain, seed, config.data)
     order = private[torch.randperm(len(private), generator=torch.Generator().manual_seed(seed))]
     tuning, audited = order[order % 10 == 0], order[order % 10 != 0]
+    people = y if config.data == "faces" else None
+    if people is not None:  # the next message, which serves as a control, is then somebody else's
+        audited = in_turn(audited, people[audited])
     for name, some, count in (("pictures", audited, config.pictures), ("tuning", tuning, config.tuning)):
         require(len(some) >= count, f"{name}: got {count}, but there are {len(some)} to audit")
     prior = _prior(x[public], config, seed)
     net = victim(x.shape[1], config.side, int(y.max()) + 1, seed)
-    return Setting(x, y, public, audited[: config.pictures], tuning[: config.tuning], prior, net)
+    return Setting(
+        x,
+        y,
+        public,
+        audited[: config.pictures],
+        tuning[: config.tuning],
+        prior,
+        net,
+        y if config.data == "faces" else None,
+    )
+
+
+def in_turn(rows: Tensor, groups: Tensor) -> Tensor:
+    """Rows such that each group has its first before any has its second.
+
+    >>> in_turn(torch.tensor([5, 6, 7]), torch.tensor([1, 1, 0])).tolist()
+    [5, 7, 6]
+    """
+    before = (groups[:, None] == groups[None]).tril(-1).sum(1)
+    return rows[before.argsort(stable=True)]
 
 
 def _prior(x: Tensor, config: Any, seed: int) -> Prior:
@@ -199,8 +246,22 @@ def _trial(by: dict[str, Attacked], without: Tensor) -> Trial:
         {k: torch.tensor(a.wrong_named, dtype=torch.float64) for k, a in by.items()},
         {k: torch.tensor(a.labels_right) for k, a in by.items()},
         {k: a.stage_psnr.mean(0) for k, a in by.items() if k.split(" | ")[1] in BY_LAYER},
+        {k: a.depth_psnr for k, a in by.items() if k.split(" | ")[1] in BY_LAYER},
+        {
+            k: _recognised(a)
+            for k, a in by.items()
+            if a.identified is not None and a.identified.person is not None
+        },
         without,
     )
+
+
+def _recognised(a: Attacked) -> Tensor:
+    """The shares of guesses whose person comes first, by its own message, by another's, and by chance."""
+    who = a.identified
+    assert who is not None and who.person is not None
+    other = float("nan") if who.control is None else float((who.control == 1).double().mean())
+    return torch.tensor([float((who.person == 1).double().mean()), other, who.chance], dtype=torch.float64)
 
 
 def pooled(trials: Sequence[Trial], name: str) -> Tensor:
@@ -217,7 +278,25 @@ def pictures(config: Any) -> tuple[Tensor, Tensor]:
     else:
         held = digit_images(config.data, data_folder=config.data_folder, count=MOST if config.data == "mnist" else None)  # fmt: skip
         x, y = held.inputs, held.targets
-    return F.interpolate(x, size=(config.side, config.side), mode="bilinear", antialias=True), y
+    return _sized(x, config), y
+
+
+def bangla(config: Any) -> tuple[Tensor, Tensor]:
+    """Bangla digits at the side that is asked for, and their classes.
+
+    Raises:
+        InputError: they are not there.
+    """
+    held = bangla_digits("cmaterdb", config.data_folder)
+    if held is None:
+        raise InputError(
+            f"data_folder: {FILES['cmaterdb']} is not in it; give the folder of the Bangla digits, or set LINEAMENT_DATA, or leave out the domain 'bangla'"
+        )
+    return _sized(held.images[:, None].float(), config), torch.from_numpy(held.labels)
+
+
+def _sized(x: Tensor, config: Any) -> Tensor:
+    return F.interpolate(x, size=(config.side, config.side), mode="bilinear", antialias=True)
 
 
 def split(y: Tensor, domain: str, seed: int, data: str) -> tuple[Tensor, Tensor]:

@@ -218,6 +218,14 @@ def test_a_given_cut_is_a_cut_that_was_found(model):
     assert len(states[0].memory.permanent) == 1 and found[0].shape == found[1].shape
 
 
+def test_a_scene_that_begins_with_an_exemplar_forgets_the_one_before(model):
+    state, dark = FilmState(model, Colorizing(every=1, cuts=0.05)), film(3)
+    for t, frame in enumerate([*dark, 255 - dark[0]]):
+        L = torch.from_numpy(frame)[None, None] / 127.5 - 1
+        state.step(L, given=torch.zeros(1, 2, 32, 40) if t in (0, 3) else None)
+    assert state.cut and state.memory.sizes == (0, 0) and len(state.memory.permanent) == 2
+
+
 def test_a_flipped_film_with_flip_is_the_flipped_result(model):
     frames = film(3)
     given = coloured(frames[0])

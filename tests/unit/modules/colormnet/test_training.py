@@ -13,7 +13,13 @@ from lineament.core.checks import InputError
 from lineament.modules.colormnet.clips import Clips, jittered
 from lineament.modules.colormnet.configuration import ColorMNetConfig
 from lineament.modules.colormnet.network import ColorMNet
-from lineament.modules.colormnet.scores import frechet_distance, score_colours
+from lineament.modules.colormnet.scores import (
+    ColourScores,
+    colour_consistency,
+    frechet_distance,
+    psnr_legacy,
+    score_colours,
+)
 from lineament.modules.colormnet.training import (
     ColorTraining,
     _Training,
@@ -182,3 +188,38 @@ def test_every_frame_of_other_films_is_judged_after_each_epoch(model, films):
 def test_bad_input(model, films, options, message):
     with pytest.raises(InputError, match=message):
         train_colorizer(model, films, options=options)
+
+
+def test_what_is_drawn_elsewhere_changes_no_clip(films):
+    told = dataclasses.replace(SMALL, clips=4, batch_size=2)
+    clips, seen = Clips(films, told), []
+    for more in (0, 3):
+        seen.append([])
+        for batch, _ in clips:
+            seen[-1].append(batch["ab"])
+            torch.rand(more)
+    assert all(torch.equal(a, b) for a, b in zip(*seen))
+    drawn = [x for batch in seen[0] for x in batch]
+    assert len(drawn) == 4 and not any(torch.equal(drawn[0], x) for x in drawn[1:])
+    clips.seeds = (0, 1, 0)  # of another epoch
+    assert not torch.equal(next(iter(clips))[0]["ab"], seen[0][0])
+
+
+def test_scores_of_a_film_in_parts_are_those_of_the_whole():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randint(256, (2, 9, 16, 12, 3), dtype=torch.uint8, generator=generator)
+    whole, rest, one = ColourScores(), ColourScores(), ColourScores()
+    whole.update(a, b)
+    for x, y in zip(a, b):
+        one.update(x, y)
+    assert one.compute() == whole.compute()
+    assert whole.compute()["cdc"] == pytest.approx(colour_consistency(a), rel=1e-12)
+    assert whole.compute()["psnr_legacy"] == pytest.approx(psnr_legacy(a, b), rel=1e-12)
+    rest.update(b[:3], a[:3])
+    both, parts = (whole + rest).compute(), (whole.compute(), rest.compute())
+    assert both["psnr"] == pytest.approx((9 * parts[0]["psnr"] + 3 * parts[1]["psnr"]) / 12)
+    # The first frame of one film does not come after the last of another.
+    pairs = [sum(max(0, n - step) for n in (9, 3)) for step in (1, 2, 4)]
+    assert [(whole + rest).sums[f"pairs {step}"] for step in (1, 2, 4)] == pairs and "cdc" not in parts[1]
+    with pytest.raises(InputError, match="no frame came yet"):
+        ColourScores().compute()
