@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,12 @@ from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError, require
 from lineament.data.samples import Samples
 from lineament.learn.condensation.condensed import Condensed
-from lineament.learn.condensation.condensing import METHODS, condense, earlier_set, scale_of
+from lineament.learn.condensation.condensing import METHODS, earlier_set, ready, scale_of
 from lineament.learn.condensation.continual import Continual, class_tasks, continual
-from lineament.learn.condensation.evaluating import Evaluation, Protocol, evaluate, labels_of_test
+from lineament.learn.condensation.evaluating import Evaluation, evaluate, labels_of_test
 from lineament.learn.condensation.networks import POOL
 from lineament.learn.condensation.options import Condensation
+from lineament.learn.condensation.trials import Protocol
 from lineament.load.data import Data, load_data, training_part
 from lineament.papers import search as papers
 from lineament.report import page
@@ -45,7 +48,7 @@ class CondenseOptions:
         inputs, targets, classes, split, image_size: as for :func:`~lineament.load.load_data`; where there is a part ``train``, it is condensed by default.
         test: data to evaluate on; by default a fifth of the samples, which are then not condensed.
         network: of the pool, on which gradients are matched. networks: on which the set is tried.
-        learning, protocol: of the learning, and of the trainings that judge it.
+        learning, protocol: of the learning, and of the trainings that judge it: fewer and shorter by default than the published ones, which are ``Protocol()`` on all of the pool.
 
     >>> CondenseOptions().network
     'convnet'
@@ -58,9 +61,9 @@ class CondenseOptions:
     image_size: int | tuple[int, int] | None = None
     test: Data | None = None
     network: str = "convnet"
-    networks: Sequence[str] = tuple(POOL)
+    networks: Sequence[str] = ("convnet", "mlp", "lenet")
     learning: Condensation = field(default_factory=Condensation)
-    protocol: Protocol = field(default_factory=Protocol)
+    protocol: Protocol = field(default_factory=lambda: Protocol(networks=5, epochs=100))
 
 
 def condense_data(
@@ -116,9 +119,10 @@ def condense_data(
         "split": options.split or training_part(data, inputs=options.inputs), "image_size": options.image_size,
     }  # fmt: skip
     held = load_data(data, **reading)
-    x, y = pictures_of(held)
-    top = scale_of(x)
-    y = checks.labels("targets", y, count=len(x))
+    with _own_words(options):
+        x, y = pictures_of(held)
+        top = scale_of(x)
+        y = checks.labels("targets", y, count=len(x))
     test = None
     if judged or steps is not None:
         if options.test is not None:
@@ -139,6 +143,11 @@ def condense_data(
         "data": held.source, "shape": list(x.shape), "settings": [per_class, method, start, seed, samples, str(asdict(options.learning)), options.network],
         "values": float(x.double().mean()), "versions": versions(),
     }  # fmt: skip
+    with _own_words(options):
+        begin = ready(
+            x, y, per_class=per_class, method=method, network=options.network, start=start, options=options.learning, classes=held.classes,
+            seed=seed,
+        )  # fmt: skip
     # Hours of work are not thrown away for another option.
     checkpoint = Checkpoint(opened(folder, _NAME) / STAGES / "condensing", key, discard=overwrite)
     if checkpoint.resumed:
@@ -146,20 +155,26 @@ def condense_data(
     note(f"condensing {len(x):,} pictures to {per_class} a class by {method}")
     begun = time.monotonic()
     with unused(folder):
-        made = condense(
-            x, y, per_class=per_class, method=method, network=options.network, start=start, options=options.learning,
-            classes=held.classes, checkpoint=checkpoint, seed=seed,
-        )  # fmt: skip
+        made = begin(checkpoint)
     made.save(folder)
     sections = [_set(made, x, time.monotonic() - begun)]
+    # Another way to judge does not find what an earlier one left, but the set.
+    told = [
+        options.networks,
+        asdict(options.protocol),
+        str(options.test),
+        *([] if test is None else [len(test[1]), float(test[0].double().mean())]),
+    ]
+    judging = checkpoint.within(hashlib.sha256(repr(told).encode()).hexdigest()[:16])
     if judged and test is not None:
-        note("training networks on the set and beside it")
         found = evaluate(
             made,
             test,
             real=(x, y),
             networks=list(options.networks),
             protocol=options.protocol,
+            checkpoint=judging,
+            note=note,
             seed=seed,
         )
         sections += [_worth(found, options.protocol, len(test[1])), _anonymous(found)]
@@ -167,11 +182,11 @@ def condense_data(
         note(f"learning the classes in {steps} parts")
         tasks = class_tasks(x, y, *test, steps, seed=seed)
         ways = tuple(dict.fromkeys((method, "random")))
-        told = continual(
+        remembered = continual(
             tasks, per_class=per_class, methods=ways, network=options.network, options=options.learning,
-            protocol=options.protocol, seed=seed, note=note,
+            protocol=options.protocol, seed=seed, checkpoint=judging.within(f"{steps} parts"), note=note,
         )  # fmt: skip
-        sections.append(_memory(told))
+        sections.append(_memory(remembered))
     findings = [finding for section in sections for finding in section.findings]
     paper = next(paper for paper in papers() if paper.slug == "dcc")
     facts = [
@@ -188,6 +203,18 @@ def condense_data(
     checkpoint.finish()
     shutil.rmtree(folder / STAGES, ignore_errors=True)
     return Report(held.source, findings, sections, html, json)
+
+
+@contextmanager
+def _own_words(options: CondenseOptions) -> Iterator[None]:
+    """What is wrong with labels is said of the data, unless their array was named."""
+    try:
+        yield
+    except InputError as error:
+        told = str(error)
+        if options.targets is None and told.startswith("targets:"):
+            raise type(error)("data: " + told.removeprefix("targets: ")) from error
+        raise
 
 
 def pictures_of(samples: Samples) -> tuple[Tensor, Tensor]:

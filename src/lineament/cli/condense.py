@@ -75,10 +75,23 @@ def add_parser(subparsers: Any) -> Any:
     add(
         "--networks",
         metavar="NAMES",
-        help="to evaluate on, with commas between them (default: all of the pool)",
+        default="convnet,mlp,lenet",
+        help="to evaluate on, with commas between them, or all (default: convnet,mlp,lenet)",
     )
-    add("--nets", type=int, default=20, metavar="N", help="networks of each kind (default: 20)")
-    add("--epochs", type=int, metavar="N", help="of each training (default: 300, and 1000 with augmentation)")
+    add(
+        "--nets",
+        type=int,
+        default=5,
+        metavar="N",
+        help="of each kind to evaluate on (default: 5; published: 20)",
+    )
+    add(
+        "--epochs",
+        type=int,
+        default=100,
+        metavar="N",
+        help="of each training (default: 100; published: 300, and 1000 with augmentation)",
+    )
     add(
         "--samples",
         type=int,
@@ -106,9 +119,9 @@ def run(arguments: argparse.Namespace) -> int:
     from lineament.cli.option_values import classes, image_size, words
     from lineament.core.batching import progress_lines
     from lineament.core.checks import number
-    from lineament.learn.condensation.evaluating import Protocol
     from lineament.learn.condensation.networks import POOL
     from lineament.learn.condensation.options import Condensation
+    from lineament.learn.condensation.trials import Protocol
     from lineament.report.text import printable
 
     rate: Any = arguments.rate
@@ -124,7 +137,7 @@ def run(arguments: argparse.Namespace) -> int:
         image_size=image_size(arguments.image_size),
         test=arguments.test,
         network=arguments.network,
-        networks=words(arguments.networks) if arguments.networks else tuple(POOL),
+        networks=tuple(POOL) if arguments.networks == "all" else words(arguments.networks),
         learning=Condensation(
             outer=arguments.outer,
             rate=rate,

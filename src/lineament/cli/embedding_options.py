@@ -9,7 +9,7 @@ from torch import nn
 
 from lineament.cli.loss_options import LOSSES, NAMES, TAKES
 from lineament.core import checks
-from lineament.core.checks import require
+from lineament.core.checks import InputError, require
 from lineament.learn.projection.heads import projection_head
 from lineament.learn.projection.views import VIEWS
 from lineament.losses import margins
@@ -120,7 +120,7 @@ class EmbeddingOptions:
         try:
             rate = float(kappa or 1.05)
         except ValueError:
-            rate = float("nan")
+            raise InputError(f"head: got {self.head!r}, expected a number as in fixed:1.05") from None
         return projection_head(kind, dim, kappa=checks.number("head", rate, low=0, open_low=True))  # pyright: ignore[reportArgumentType]
 
     def made(self, classes: int, dim: int, seed: int = 0) -> nn.Module:

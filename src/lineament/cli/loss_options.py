@@ -64,6 +64,12 @@ def add_loss_options(parser: argparse.ArgumentParser) -> None:
     for action in actions:
         parser.names[action.dest] = action.option_strings[0]  # pyright: ignore[reportAttributeAccessIssue]
     # What losses, queues and networks call them.
-    own = {"whisker": "--unpg", "size": "--queue", "sample": "--sample-classes", "sites": "--embedding"}
+    own = {
+        "whisker": "--unpg",
+        "size": "--queue",
+        "sample": "--sample-classes",
+        "sites": "--embedding",
+        "start": "--ft-start",
+    }
     own |= dict.fromkeys(("m", "m1", "m2", "m3", "margins"), "--margin")
     parser.names.update(own)  # pyright: ignore[reportAttributeAccessIssue]

@@ -14,6 +14,7 @@ from lineament.cli.train_options import Options
 from lineament.cli.train_result import RECOGNITION
 from lineament.core.checks import InputError, require
 from lineament.core.models import dtype_of, frozen
+from lineament.core.sites.naming import resolve
 from lineament.learn.projection.training import EmbeddingTraining, embedded
 from lineament.learn.projection.views import view
 from lineament.measure.embeddings.pairs import recognition
@@ -33,6 +34,12 @@ def made(model: nn.Module, some: Any, targets: Int[Tensor, "samples"], options: 
     require(
         isinstance(some, Tensor), f"loss: {o.loss} trains networks of one input, and this one takes several"
     )
+    if o.embedding is not None:
+        places = list(resolve(model, o.embedding))
+        require(
+            len(places) == 1,
+            f"embedding: {o.embedding!r} names {len(places)} sites ({', '.join(map(repr, places[:4]))}), expected one",
+        )
     names = o.views_of(some.ndim == 4)
     x = moved(some, next(model.parameters()).device, dtype_of(model))
     with frozen(model), torch.no_grad(), randomness(options.seed):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
 from datetime import timedelta
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, TypeVar
 
 import torch
@@ -201,10 +201,12 @@ def progress(
     total: int | None = None,
     *,
     before: Callable[[T], int] | None = None,
+    work: Sequence[float] | None = None,
 ) -> Generator[T, None, None]:
     """The same items, with a progress bar on standard error where that is a terminal, or lines where :func:`progress_lines` asks for them.
 
-    ``before`` tells of the first item how many came before it, where an earlier process may have done some: ``int`` of numbered steps.
+    ``before`` tells of the first item how many came before it, where an earlier process may have done some: ``int`` of numbered steps. ``work`` says how much each
+    of all items is, in any unit; equal by default.
 
     >>> list(progress([1, 2], "counting"))
     [1, 2]
@@ -214,16 +216,18 @@ def progress(
     if os.environ.get("RANK", "0") != "0" or not (bar or say) or not _shown.acquire(blocking=False):
         yield from iterable
         return
+    begun = time.monotonic()
     try:
         items, done = iter(iterable), 0
         if before is not None:
             for first in items:
                 items, done = chain([first], items), before(first)
                 break
+        behind = list(accumulate(work, initial=0.0)) if work is not None else range((total or 0) + 1)
         if bar:
-            yield from _with_bar(items, description, total, done)
+            yield from _with_bar(items, description, total, done, behind)
         elif say is not None:
-            yield from _with_lines(items, description, total, done, say)
+            yield from _with_lines(items, description, total, done, say, begun, behind)
     finally:
         _shown.release()
 
@@ -244,28 +248,39 @@ def progress_lines(say: Callable[[str], None]) -> Iterator[None]:
         _say.reset(token)
 
 
-def _with_bar(items: Iterator[T], description: str, total: int | None, done: int) -> Iterator[T]:
+def _with_bar(
+    items: Iterator[T], description: str, total: int | None, done: int, behind: Sequence[float]
+) -> Iterator[T]:
+    """``behind`` is the work behind after so many items."""
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task(description, total=total, completed=done)
-        for item in items:
+        task = shown.add_task(description, total=None if total is None else behind[-1])
+        shown.update(task, completed=done if total is None else behind[done])
+        for count, item in enumerate(items, done + 1):
             yield item
-            shown.advance(task)
+            shown.update(task, completed=count if total is None else behind[min(count, total)])
 
 
 def _with_lines(
-    items: Iterator[T], description: str, total: int | None, done: int, say: Callable[[str], None]
+    items: Iterator[T],
+    description: str,
+    total: int | None,
+    done: int,
+    say: Callable[[str], None],
+    begun: float,
+    behind: Sequence[float],
 ) -> Iterator[T]:
-    begun = last = time.monotonic()
-    for count, item in enumerate(items, 1):
+    last = begun
+    for count, item in enumerate(items, done + 1):
         yield item
         now = time.monotonic()
         if now - last >= min(max(_FIRST_LINE, (now - begun) / 10), _LAST_LINE):
             last = now
-            line = f"{description}: {done + count:,}"
+            line = f"{description}: {count:,}"
             if total is not None:
-                left = (now - begun) / count * (total - done - count)
-                line += f" of {total:,}, about {timedelta(seconds=round(left))} left"
+                at = behind[min(count, total)]
+                pace = (now - begun) / max(at - behind[done], 1e-12)
+                line += f" of {total:,}, about {timedelta(seconds=round(pace * (behind[-1] - at)))} left"
             say(line)

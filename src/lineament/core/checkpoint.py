@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from copy import copy
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -56,6 +57,8 @@ class Checkpoint:
     tensor([1., 1.])
     """
 
+    _part = ""
+
     def __init__(self, folder: str | Path, key: Mapping[str, Any], *, discard: bool = True):
         self.folder = output_folder(folder)
         self._key = _digest(_canonical({**key, "": [__version__, torch.__version__]}).encode())
@@ -82,6 +85,17 @@ class Checkpoint:
                 )
                 self._clear()
 
+    def within(self, part: str) -> Checkpoint:
+        """The same checkpoint for a part of the run, whose stages and loops are others than those of the same names elsewhere.
+
+        >>> import tempfile; run = Checkpoint(Path(tempfile.mkdtemp()) / "stages", {})
+        >>> [run.within(part).stage("train", lambda: part) for part in ("a", "b", "a")]
+        ['a', 'b', 'a']
+        """
+        found = copy(self)
+        found._part = f"{self._part}{part} / "
+        return found
+
     def stage(self, name: str, compute: Callable[[], T], kind: type[T] | None = None) -> T:
         """The stored result of this stage if an earlier run finished it, else ``compute()``, stored.
 
@@ -105,6 +119,7 @@ class Checkpoint:
         >>> run.stage("train", lambda: [Result(0.5)], list[Result])
         [Result(loss=0.5)]
         """
+        name = self._part + name
         stored = self._load(name, kind)
         if stored is None:
             self._save(name, compute(), kind)
@@ -115,7 +130,7 @@ class Checkpoint:
 
     def finished(self, name: str, kind: Any = None) -> bool:
         """Whether a stage is stored, whole; ``kind`` as for :meth:`stage`."""
-        return self._load(name, kind) is not None
+        return self._load(self._part + name, kind) is not None
 
     def loop(
         self,
@@ -156,7 +171,7 @@ class Checkpoint:
             number("every", every, low=1, integer=True)
         for key, holder in state.items():
             _held(key, holder)
-        name = f"loop {name}"  # no stage may be taken for a loop
+        name = f"loop {self._part}{name}"  # no stage may be taken for a loop
         kind: Any = dict[str, dict[str, reduce(or_, kinds.values())]] if kinds else None
         stored = self._load(name, kind)
         done = 0

@@ -1,11 +1,11 @@
 """All pairs of n rows without the matrix of all pairs: square tiles of products, each pair multiplied once, given to accumulators that can be merged.
 
-A tile is read while it lies in the cache, along its rows and along its columns. Rows that are sorted by their label have few tiles with pairs of one label: the others are passed on as they are.
+A tile is read while it lies in the cache, and the next one takes its place. Rows that are sorted by their label have few tiles with pairs of one label: the others are passed on as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,35 +33,38 @@ class Tile:
 
 
 def tiles(x: Tensor, size: int | None = None) -> Iterator[Tile]:
-    """The tiles of x xᵀ on and above the diagonal; a tile may be written to.
+    """The tiles of x xᵀ on and above the diagonal; a tile may be written to, and its scores are there until the next one comes.
 
     >>> sum(len(tile.values) for tile in tiles(torch.randn(7, 3), 3))
     21
     """
-    size = TILE if size is None else size
+    size, x = TILE if size is None else size, x.detach()
+    room = x.new_empty(min(size, len(x)) ** 2)
     for start in range(0, len(x), size):
+        rows = x[start : start + size]
         for other in range(start, len(x), size):
-            yield Tile(x[start : start + size] @ x[other : other + size].T, start, other)
+            columns = x[other : other + size]
+            scores = room[: len(rows) * len(columns)].view(len(rows), len(columns))
+            yield Tile(torch.mm(rows, columns.T, out=scores), start, other)
 
 
 class Largest:
     """The largest of numbers that come in parts, ``count`` of them.
+
+    Args:
+        floor: only numbers above it are looked at. Where there turn out to be fewer than ``count``, ``held`` says so, and the floor was too high.
 
     >>> top = Largest(2)
     >>> top.add(torch.tensor([1.0, 5.0])); top.add(torch.tensor([3.0])); top.sorted().tolist()
     [5.0, 3.0]
     """
 
-    def __init__(self, count: int):
-        self.count, self.parts, self.held, self.floor = count, [], 0, -torch.inf
+    def __init__(self, count: int, floor: float = -torch.inf):
+        self.count, self.parts, self.held, self.floor = count, [], 0, floor
 
     def add(self, values: Tensor) -> None:
-        """Numbers of any shape; -inf is none. Runs of 64 whose largest is below the floor are passed over."""
-        flat = values.flatten()
-        if self.floor > -torch.inf and len(flat) >= 64:
-            whole = flat[: len(flat) // 64 * 64].view(-1, 64)
-            flat = torch.cat([whole[whole.amax(1) > self.floor].flatten(), flat[whole.numel() :]])
-        found = flat[flat > self.floor]
+        """Numbers of any shape; -inf is none."""
+        found = _above(values.flatten(), self.floor)
         self.parts.append(found)
         self.held += len(found)
         if self.held > 2 * self.count + 4096:
@@ -69,7 +72,7 @@ class Largest:
             self.parts, self.held, self.floor = [kept], len(kept), float(kept.min())
 
     def __add__(self, other: Largest) -> Largest:
-        found = Largest(self.count)
+        found = Largest(self.count, max(self.floor, other.floor))
         for part in (*self.parts, *other.parts):
             found.add(part)
         return found
@@ -79,12 +82,36 @@ class Largest:
         found = torch.cat(self.parts) if self.parts else torch.empty(0)
         return _top(found, self.count).sort(descending=True).values
 
+    def at(self, places: Sequence[int]) -> list[float]:
+        """The numbers at places counted from 0, the largest, each below ``count``; without sorting all."""
+        found = torch.cat(self.parts)
+        if not _on_cpu(found):
+            return found.sort(descending=True).values[torch.tensor(places, device=found.device)].tolist()
+        ranks = [len(found) - 1 - place for place in places]
+        return np.partition(found.numpy(), ranks)[ranks].tolist()
+
+
+def _above(values: Tensor, floor: float) -> Tensor:
+    """The numbers [n] above a floor. Of few, eight are asked about at once: a comparison's eight bytes are one word."""
+    if not _on_cpu(values):
+        return values[values > floor]
+    numbers = values.numpy()
+    whole = numbers[: len(numbers) // 8 * 8]
+    eights = np.flatnonzero((whole > floor).view(np.uint64) != 0)
+    near = np.concatenate([whole.reshape(-1, 8).take(eights, 0).ravel(), numbers[len(whole) :]])
+    return torch.from_numpy(near[np.flatnonzero(near > floor)])
+
+
+def _on_cpu(values: Tensor) -> bool:
+    """Whether NumPy reads these numbers where they lie."""
+    return values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64)
+
 
 def _top(values: Tensor, count: int) -> Tensor:
     """The ``count`` largest, in any order; NumPy's partition takes a fraction of topk's time where they are many."""
     if len(values) <= count:
         return values
-    if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.float64):
+    if not _on_cpu(values):
         return values.topk(count).values
     return torch.from_numpy(np.partition(values.numpy(), len(values) - count)[len(values) - count :])
 
@@ -110,27 +137,34 @@ class Neighbours:
             self._merge(scores.clone().fill_diagonal_(-torch.inf), tile.start, tile.other)
             return
         self._merge(scores, tile.start, tile.other)
-        self._merge(scores.T, tile.other, tile.start)
+        self._merge(scores, tile.other, tile.start, columns=True)
 
-    def _merge(self, scores: Tensor, rows: int, others: int) -> None:
-        own = slice(rows, rows + len(scores))
-        floor = self.scores[own, -1:]
+    def _merge(self, scores: Tensor, rows: int, others: int, *, columns: bool = False) -> None:
+        """Take what a tile says of its rows, or of its columns, whose floors it is compared with as it lies."""
+        count = scores.shape[columns]
+        own = slice(rows, rows + count)
+        floor = self.scores[own, -1]
         if bool(floor.isneginf().any()):  # nothing to be above yet
-            best, at = scores.contiguous().topk(min(self.scores.shape[1], scores.shape[1]), 1)
-            self._keep(own, best, at + others)
+            turned = scores.T.contiguous() if columns else scores
+            best, at = _best(turned, min(self.scores.shape[1], turned.shape[1]))
+            self._keep(torch.arange(rows, rows + count, device=at.device), best, at + others)
             return
-        # Few products are above what is held: these are found, and read, whichever way the tile lies.
-        i, j = _above(scores, floor)
+        i, j = _where_above(scores, floor[None] if columns else floor[:, None])
         if not len(i):
             return
-        counts = torch.bincount(i, minlength=len(scores))
-        place = torch.arange(len(i), device=i.device) - (counts.cumsum(0) - counts)[i]
-        best = scores.new_full((len(scores), int(counts.max())), -torch.inf)
+        if columns:
+            order = j.argsort(stable=True)
+            i, j = i[order], j[order]
+        owner, mate = (j, i) if columns else (i, j)
+        few, counts = owner.unique_consecutive(return_counts=True)
+        row = torch.arange(len(few), device=few.device).repeat_interleave(counts)
+        place = torch.arange(len(owner), device=few.device) - (counts.cumsum(0) - counts)[row]
+        best = scores.new_full((len(few), int(counts.max())), -torch.inf)
         at = torch.zeros(best.shape, dtype=torch.int64, device=best.device)
-        best[i, place], at[i, place] = scores[i, j], j + others
-        self._keep(own, best, at)
+        best[row, place], at[row, place] = scores[i, j], mate + others
+        self._keep(few + rows, best, at)
 
-    def _keep(self, rows: slice, scores: Tensor, indices: Tensor) -> None:
+    def _keep(self, rows: Tensor, scores: Tensor, indices: Tensor) -> None:
         both = torch.cat([self.scores[rows], scores], 1)
         self.scores[rows], at = both.topk(self.scores.shape[1], 1)
         self.indices[rows] = torch.cat([self.indices[rows], indices], 1).gather(1, at)
@@ -139,20 +173,30 @@ class Neighbours:
         rows, count = self.scores.shape
         found = Neighbours(rows, count, self.scores)
         for each in (self, other):
-            found._keep(slice(0, len(found.scores)), each.scores, each.indices)
+            found._keep(torch.arange(rows, device=each.scores.device), each.scores, each.indices)
         return found
 
 
-def _above(scores: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
-    """Where ``scores`` [n, m] pass their row's ``floor`` [n, 1], row after row. Runs of 64 whose largest does not are passed over, along whichever axis the memory lies."""
-    m = scores.shape[1]
-    if m % 64:
+def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest of each row, in any order, and where they are."""
+    if not _on_cpu(scores) or count == scores.shape[1]:
+        best, at = scores.topk(count, 1)
+        return best, at
+    place = np.argpartition(scores.numpy(), scores.shape[1] - count, axis=1)[:, -count:]
+    at = torch.from_numpy(np.ascontiguousarray(place))
+    return scores.gather(1, at), at
+
+
+def _where_above(scores: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """Where ``scores`` [n, m] pass ``floor`` ([n, 1] or [1, m]), row after row; few do."""
+    if not _on_cpu(scores) or scores.shape[1] % 8:
         i, j = (scores > floor).nonzero(as_tuple=True)
         return i, j
-    runs = scores.unflatten(1, (m // 64, 64))
-    i, run = (runs.amax(2) > floor).nonzero(as_tuple=True)
-    at, place = (runs[i, run] > floor[i]).nonzero(as_tuple=True)
-    return i[at], run[at] * 64 + place
+    above = scores.numpy() > floor.numpy()
+    eights = np.flatnonzero(above.view(np.uint64) != 0)
+    which, byte = np.nonzero(above.reshape(-1, 8).take(eights, 0))
+    i, j = (torch.from_numpy(v) for v in np.divmod(eights[which] * 8 + byte, scores.shape[1]))
+    return i, j
 
 
 class Histogram:

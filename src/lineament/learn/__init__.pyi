@@ -13,12 +13,12 @@ from .condensation.coresets import k_means as k_means
 from .condensation.diagnostics import class_directions as class_directions
 from .condensation.diagnostics import kernel_velocity as kernel_velocity
 from .condensation.evaluating import Evaluation as Evaluation
-from .condensation.evaluating import Protocol as Protocol
 from .condensation.evaluating import evaluate as evaluate
 from .condensation.matching import matching_loss as matching_loss
 from .condensation.networks import convnet as convnet
 from .condensation.options import Condensation as Condensation
 from .condensation.several import condensed_sets as condensed_sets
+from .condensation.trials import Protocol as Protocol
 from .projection.descent import balanced_descent as balanced_descent
 from .projection.directions import direction_weights as direction_weights
 from .projection.export import UpTo as UpTo

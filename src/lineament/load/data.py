@@ -75,8 +75,8 @@ def load_data(
         groups: the array or column that names each sample's group, or a ``.npy`` or ``.txt`` file with one entry a sample; of data in
             memory the groups themselves.
         classes: names of the classes in the order of the model's outputs; where the data name their classes, labels follow the names.
-        split: of a Hugging Face data set, MNIST or CIFAR, of arrays ``x_train``, ``x_test``, of a folder with one for each; ``test``, ``validation`` or ``train`` by default,
-            whichever is there first.
+        split: of a Hugging Face data set, MNIST or CIFAR, of arrays ``x_train``, ``x_test``, of a folder with one for each, of ``"shortcut-digits"``; ``test``, ``validation`` or
+            ``train`` by default, whichever is there first. Of data without parts none is taken.
         image_size: bring images to this (height, width).
         tokenizer: of a text classifier, which makes ids of texts: of a table's column of texts, of a Hugging Face data set's, or of lists of texts.
         text_task: what has a target: ``"classes"``, each text; ``"tokens"``, each of its words (a column of words and one of tags); ``"masked"``, words that are
@@ -93,6 +93,7 @@ def load_data(
     choose = partial(chosen_rows, samples=samples, seed=checks.seed("seed", seed))
     checks.one_of("text_task", text_task, TASKS)
     reader = None if tokenizer is None else TextReader(tokenizer, text_task, seed)
+    called = isinstance(data, str)
     data = _called(data)
     if isinstance(data, (str, Path)):
         require(
@@ -111,6 +112,7 @@ def load_data(
             f"groups: {groups!r} is neither an array of the data nor a .npy or .txt file with one entry a sample",
         )
     else:
+        _whole(split, "what a function or variable returns" if called else "data in memory")
         found = in_memory(data, choose, samples=samples, groups=groups, reader=reader)
     if classes is not None:
         found = in_order(found, classes, dense=text_task == "tokens")
@@ -189,7 +191,9 @@ def _read(
     """Samples of what a path or a name stands for."""
     path = Path(data)
     if data in BUILT_IN:
-        whole = digit_images() if data == "digits" else shortcut_digits("test", seed=seed)
+        if data == "digits":
+            _whole(split, "'digits'")
+        whole = digit_images() if data == "digits" else shortcut_digits(split or "test", seed=seed)
         return whole[choose(len(whole))]
     if path.is_dir() and any((path / name).is_file() for name in _TABLES):
         from lineament.load.hub_data import saved_data_set
@@ -242,6 +246,10 @@ def _read(
     from lineament.load.hub_data import named_data_set
 
     return named_data_set(data, choose, split=split, size=size, reader=reader, **named)
+
+
+def _whole(split: str | None, what: str) -> None:
+    require(split is None, f"split: got {show(split)}, but {what} has no parts; leave it out")
 
 
 def _size(value: Any) -> tuple[int, int] | None:

@@ -43,7 +43,14 @@ def packed_data_set(path: Path, choose: Choose, *, split: str | None) -> Samples
     """
     if path.is_file():
         pair = _labels_beside(path) if "idx" in path.name and "images" in path.name else None
-        return None if pair is None else _idx(path, pair, choose, path.name)
+        if pair is None:
+            return None
+        part = next((part for start, part in _SPLITS.items() if path.name.startswith(start)), None)
+        require(
+            split in (None, part),
+            f"split: got {split!r}, but {path.name!r} is one part{f', {part!r}' * bool(part)}; pass its folder, or leave it out",
+        )
+        return _idx(path, pair, choose, path.name)
     for place in (path / name for name in _PLACES):
         parts = _parts(place)
         if parts:

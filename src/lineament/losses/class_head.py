@@ -18,6 +18,7 @@ from lineament.core.checks import InputError, number, one_of, require, show
 from lineament.core.shards import joined
 from lineament.core.whole_files import divided, load_parts, save_whole
 from lineament.losses import sharded
+from lineament.losses.contrastive import wide
 from lineament.losses.fused import class_lengths, cosine_softmax_loss
 from lineament.losses.margins import Cosine, Margin
 
@@ -67,6 +68,10 @@ class ClassHead(nn.Module):
         if chunk is not None and chunk != "auto":
             number("chunk", chunk, low=1, integer=True)
         self.chunk = chunk
+        require(
+            margin is None or isinstance(margin, Margin),
+            f"margin: got {show(margin)}, expected one of lineament.losses, as ArcFace(0.5)",
+        )
         self.margin = Cosine() if margin is None else margin
         self.reduction = one_of("reduction", reduction, ("mean", "sum", "none"))
         self.generator = torch.Generator().manual_seed(seed)
@@ -278,11 +283,6 @@ class ClassHead(nn.Module):
         self.generator.set_state(state.cpu())
 
 
-def wide(x: Tensor) -> Tensor:
-    """In float32 where it is in half precision."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def _cosines(x: Tensor, weight: Tensor) -> Tensor:
     return wide(F.normalize(x, dim=1) @ F.normalize(weight, dim=1).T).clamp(-1, 1)
 
@@ -300,10 +300,13 @@ def _per_row(sample_weight: Tensor, rows: Tensor, like: Tensor) -> Tensor:
         raise InputError(
             f"sample_weight: got {show(sample_weight)}, expected one number a row (pytorch-metric-learning's indices_tuple is not taken)"
         )
-    return sample_weight[rows].to(like)
+    found = sample_weight[rows].to(like)
+    require(bool(found.isfinite().all()), "sample_weight: NaN or infinity")
+    return found
 
 
 def _fitting(margins: Tensor | None, rows: Tensor, labels: Tensor) -> None:
+    require(margins is None or bool(margins.isfinite().all()), "margins: NaN or infinity")
     require(
         margins is None or margins.shape in ((len(rows),), labels.shape),
         f"margins: got {show(margins)}, expected one a row ({len(labels)}), or one a labelled row ({len(rows)})",

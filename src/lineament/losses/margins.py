@@ -173,7 +173,8 @@ class Elastic(Margin):
         m = {"arc": 0.5, "cos": 0.35}[form] if m is None else m
         self.fixed = ArcFace(m, guard=guard) if form == "arc" else CosFace(m)
         self.sigma = number("sigma", sigma, low=0)
-        self.match, self.clip_sigma = match, clip_sigma
+        self.match = match
+        self.clip_sigma = None if clip_sigma is None else number("clip_sigma", clip_sigma, low=0)
 
     def forward(self, cosine: Tensor, norms: Tensor, drawn: Tensor | None = None) -> Tensor:
         return self.fixed(cosine, norms, drawn)

@@ -10,19 +10,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lineament.core.checks import number, one_of
-from lineament.losses.contrastive import directions
+from lineament.core.checks import number, one_of, require, show
+from lineament.losses.contrastive import directions, exact
 
 
 class PairLoss(nn.Module):
     """Base of all: unit rows of what is labelled, and which pairs are alike and unlike."""
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        unit = directions(embeddings)
+        whole = isinstance(labels, Tensor) and not labels.is_floating_point()
+        require(
+            whole and labels.shape == embeddings.shape[:1],
+            f"labels: got {show(labels)} beside {show(embeddings)}, expected one whole number a row",
+        )
         rows = labels >= 0
-        unit, labels = directions(embeddings)[rows], labels[rows]
+        unit, labels = unit[rows], labels[rows]
         like = labels[:, None] == labels
         own = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-        return self.of(unit, like & ~own, ~like) if len(labels) else embeddings.sum() * 0
+        with exact(unit):
+            return self.of(unit, like & ~own, ~like) if len(labels) else embeddings.sum() * 0
 
     def of(self, unit: Tensor, like: Tensor, unlike: Tensor) -> Tensor:
         """The loss of unit rows [B, d], with masks [B, B] of pairs."""

@@ -56,6 +56,7 @@ from .complexity.vinformation import vinformation as vinformation
 from .embeddings.geometry import geometry as geometry
 from .embeddings.geometry import score_shift as score_shift
 from .embeddings.pairs import borda_count as borda_count
+from .embeddings.pairs import pair_rates as pair_rates
 from .embeddings.pairs import recognition as recognition
 from .embeddings.retrieval import identification as identification
 from .embeddings.retrieval import retrieval as retrieval

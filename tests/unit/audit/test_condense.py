@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from functools import partial
+from datetime import timedelta
+from functools import partial, partialmethod
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import nn
 
 from lineament.audit.condense import CondenseOptions, condense_data
 from lineament.cli import main
+from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError
 from lineament.learn import (
     Condensation,
@@ -26,7 +28,7 @@ from lineament.learn import (
     evaluate,
     kernel_velocity,
 )
-from lineament.learn.condensation import evaluating
+from lineament.learn.condensation import evaluating, trials
 from lineament.learn.condensation.continual import class_tasks, continual
 from lineament.learn.condensation.diagnostics import jacobian
 from lineament.learn.condensation.siamese import Strategy
@@ -121,13 +123,74 @@ def test_the_protocol_to_the_letter(made, monkeypatch):
             steps.append(len(made_with))
             return super().step(closure)
 
-    monkeypatch.setattr(evaluating.torch.optim, "SGD", Counted)
+    monkeypatch.setattr(trials.torch.optim, "SGD", Counted)
     evaluate(made, TEST, networks=["mlp"], protocol=Protocol(networks=1, epochs=10), augmented=False)
     first = [n for n in steps if n <= 2]
     assert len(first) == 11 and first.count(1) == 7  # E + 1 epochs, the rate falls after epoch E // 2 + 1
     assert [how["lr"] for how in made_with[:2]] == pytest.approx([0.01, 0.001])
     assert made_with[0]["momentum"] == 0.9 and made_with[0]["weight_decay"] == 5e-4
     assert (Protocol().networks, Protocol().epochs_of(False), Protocol().epochs_of(True)) == (20, 300, 1000)
+
+
+def test_judging_that_was_cut_off_goes_on_with_the_network_it_stopped_at(made, tmp_path, monkeypatch):
+    """Alone and as a memory: the same numbers, no network trained twice."""
+    calls, trained = [], trials._train
+
+    def killed(*given):
+        calls.append(given)
+        if len(calls) in stops:
+            raise KeyboardInterrupt
+        trained(*given)
+
+    def judged(checkpoint=None):
+        how = {"protocol": QUICK, "checkpoint": checkpoint}
+        return evaluate(made, TEST, real=REAL, networks=["mlp"], augmented=True, **how)
+
+    def remembered(checkpoint=None):
+        tasks, options = class_tasks(*REAL6, *TEST6, 3), Condensation(outer=2, inner=1, epochs=0)
+        how = {"network": "mlp", "options": options, "protocol": QUICK, "checkpoint": checkpoint}
+        return continual(tasks, per_class=1, methods=["dcc", "random"], **how)
+
+    REAL6, TEST6 = ((x, y + 3 * (torch.arange(len(y)) // 3 % 2)) for x, y in (REAL, TEST))
+    monkeypatch.setattr(trials, "_train", killed)
+    monkeypatch.setattr(Checkpoint, "loop", partialmethod(Checkpoint.loop, every=1))
+    for name, work, networks in (("set", judged, 20), ("memory", remembered, 12)):
+        stops = ()
+        whole = work()
+        stops = (6, 13)
+        calls.clear()
+        for _ in stops:
+            with pytest.raises(KeyboardInterrupt):
+                work(Checkpoint(tmp_path / name, {}))
+        again = work(Checkpoint(tmp_path / name, {}))
+        assert len(calls) == networks + 2
+        for what, found in again.accuracy.items():
+            held = whole.accuracy[what]
+            assert torch.equal(found, held) if name == "memory" else torch.equal(found["mlp"], held["mlp"])
+
+
+def test_the_time_of_an_evaluation_is_told_before_it(made, monkeypatch):
+    """Here each network takes as long as it has steps: what is told is their sum, and what is left follows it."""
+    said, shown = [], {}
+
+    def noted(items, description, total, **how):
+        shown[description] = (total, how["work"])
+        return items
+
+    monkeypatch.setattr(evaluating, "progress", noted)
+    clock = iter(range(10**6))
+    monkeypatch.setattr(trials.time, "perf_counter", lambda: float(next(clock)))
+    how = {"networks": ["mlp"], "protocol": QUICK, "augmented": False, "note": said.append}
+    evaluate(made, TEST, real=REAL, **how)
+    total, work = shown["networks trained"]
+    assert total == len(work) == 14 and len(set(work)) == 3  # a set, the class means, all pictures
+    step = 0.5  # of the clock above: two steps between two looks at it
+    assert work[0] == pytest.approx(step * (9 + 45 / 6 / 3)) and work[-1] == pytest.approx(
+        step * (3 * 60 / 32 + 45 / 32 / 3)
+    )
+    assert said == [
+        f"training 14 networks, 2 in each of 7 ways, in about {timedelta(seconds=math.ceil(sum(work)))}"
+    ]
 
 
 def test_other_constants_and_scales_are_refused(made):
@@ -160,7 +223,7 @@ def test_distances_to_training_pictures(made):
 def test_networks_with_batch_norm_are_judged_with_the_old_augmentation(made, monkeypatch):
     told = []
     monkeypatch.setattr(
-        evaluating, "_train", lambda *given: told.append((given[5], given[6]))
+        trials, "_train", lambda *given: told.append((given[5], given[6]))
     )  # what is trained with, and how long
     pool = {
         norm: partial(convnet, (1, 9, 9), 3, width=4, depth=1, norm=norm) for norm in ("instance", "batch")
@@ -271,10 +334,10 @@ def test_the_command_makes_a_set_that_opens_everywhere(tmp_path, capsys):
 
 PIXELS, EVEN = np.random.default_rng(0).random((20, 1, 6, 6)).astype("f4"), np.arange(20) % 4
 REFUSED = {
-    "labels with a gap": (PIXELS, np.where(EVEN == 2, 5, EVEN), "", "--targets: no picture is of classes 2, 4; expected labels from 0 to 5"),
-    "a class without pictures": (PIXELS, EVEN, "--classes a,b,c,d,e", "--targets: no picture is of class e; leave out the name"),
+    "labels with a gap": (PIXELS, np.where(EVEN == 2, 5, EVEN), "", "DATA: no picture is of classes 2, 4; expected labels from 0 to 5"),
+    "a class without pictures": (PIXELS, EVEN, "--classes a,b,c,d,e", "DATA: no picture is of class e; leave out the name"),
     "a name twice": (PIXELS, EVEN, "--classes a,b,a,c", "--classes: 'a' is the name of several classes"),
-    "one class": (PIXELS, 0 * EVEN, "", "--targets: got one class"),
+    "one class": (PIXELS, 0 * EVEN, "", "DATA: got one class"),
     "fewer than wanted": (PIXELS, EVEN, "--per-class 6", "--per-class: got 6, but class 0 has only 5"),
     "one-hot labels": (PIXELS, np.eye(4)[EVEN], "", "DATA: got a float32 tensor of shape (20, 4) as labels, expected one whole number or name a picture; of one-hot rows take argmax(1)"),
     "rows for pictures": (PIXELS.reshape(20, 36), EVEN, "", "DATA: got samples of (36,), expected images"),
@@ -285,6 +348,8 @@ REFUSED = {
     "normalised": (PIXELS - 0.5, EVEN, "", "pass them as they were before they were normalised"),
     "test data that are missing": (PIXELS, EVEN, "--evaluate --test no.npz", "--test: 'no.npz' does not exist"),
     "no set to begin with": (PIXELS, EVEN, "--from nois", "--from: got 'nois', expected 'real', 'noise' or the folder of a condensed set; nearest: 'noise'"),
+    "one class of a named array": (PIXELS, 0 * EVEN, "--targets y", "--targets: got one class"),
+    "a part where there are none": (PIXELS, EVEN, "--split train", "--split: got 'train'"),
     "none at all": (PIXELS, EVEN, "--per-class 0", "--per-class: got 0"),
 }  # fmt: skip
 
@@ -298,7 +363,7 @@ def test_what_cannot_be_condensed_is_one_line_and_leaves_nothing(case, tmp_path,
     assert main([*line.split(), *more.split()]) == 2
     *before, said = capsys.readouterr().err.splitlines()
     assert says in said
-    assert {text.partition(" ")[2].split()[0] for text in before} <= {"reading", "condensing"}
+    assert {text.partition(" ")[2].split()[0] for text in before} <= {"reading"}
     assert [path.name for path in tmp_path.iterdir()] == ["data.npz"]
 
 

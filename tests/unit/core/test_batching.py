@@ -111,6 +111,19 @@ def test_progress_is_told_in_lines_where_they_are_asked_for(monkeypatch):
     assert gaps[:9] == [1] * 9 and gaps == sorted(gaps) and gaps[-1] == 5 and steps[-1] > 995
 
 
+def test_what_is_left_follows_the_work_of_each_item(monkeypatch):
+    clock, said, work = [0.0], [], [20.0, 20.0, 100.0, 20.0]
+    monkeypatch.setattr(batching.time, "monotonic", lambda: clock[0])
+    with progress_lines(said.append):
+        for step in progress(iter(range(1, 4)), "working", 4, before=int, work=work):
+            clock[0] += work[step] * 3
+    assert said == [
+        "working: 2 of 4, about 0:06:00 left",
+        "working: 3 of 4, about 0:01:00 left",
+        "working: 4 of 4, about 0:00:00 left",
+    ]
+
+
 def test_auto_remembers_what_fitted():
     tried = []
 

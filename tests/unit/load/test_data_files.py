@@ -211,7 +211,12 @@ def test_mnist(end, place, tmp_path):
     assert np.array_equal(found.inputs, X[found.index.numpy(), 0]) and found.total == 12
     assert found.targets.tolist() == Y[found.index.numpy()].tolist() and "split 'test'" in found.notes
     assert load_data(tmp_path, split="train").total == 8
-    assert load_data(folder / f"train-images-idx3-ubyte{end}").total == 8
+    for part in (None, "train"):
+        assert load_data(folder / f"train-images-idx3-ubyte{end}", split=part).total == 8
+    with pytest.raises(
+        InputError, match=r"split: got 'test', but 'train-.*' is one part, 'train'; pass its folder"
+    ):
+        load_data(folder / f"train-images-idx3-ubyte{end}", split="test")
     with pytest.raises(InputError, match="split: 'val' is not in the data"):
         load_data(tmp_path, split="val")
     idx(folder / f"t10k-labels-idx1-ubyte{end}", Y[:5])

@@ -399,3 +399,8 @@ def test_a_part_of_arrays_and_folders(tmp_path):
         assert training_part(tmp_path / name) is None
         with pytest.raises(InputError, match=r"split: got 'train', but .* is not in parts"):
             load_data(tmp_path / name, split="train")
+    (tmp_path / "own.py").write_text("import torch\ndata = torch.zeros(2, 1), torch.arange(2)\n")
+    for whole in ("digits", (x, y), f"{tmp_path / 'own.py'}:data"):
+        with pytest.raises(InputError, match=r"split: got 'train', but .* no parts; leave it out"):
+            load_data(whole, split="train")
+    assert [load_data("shortcut-digits", split=part).total for part in ("train", "test")] == [1200, 597]

@@ -11,9 +11,30 @@ from torch.nn import functional as F
 
 from lineament.core.checks import InputError
 from lineament.learn import WithHead
-from lineament.losses import UNPG, ArcFace, ClassHead, InfoNCE, Queue, Spectral, SupCon, negative_pairs
-from lineament.measure import fold_accuracy
-from lineament.measure.embeddings.verification import separation
+from lineament.losses import (
+    UNPG,
+    ArcFace,
+    ClassHead,
+    Elastic,
+    InfoNCE,
+    Queue,
+    Spectral,
+    SupCon,
+    negative_pairs,
+    pair_loss,
+)  # fmt: skip
+from lineament.measure import (
+    borda_count,
+    equal_error_rate,
+    fold_accuracy,
+    recognition,
+    roc,
+    separation,
+    tar_at_far,
+    template_features,
+    val_at_far,
+    verification,
+)  # fmt: skip
 from lineament.modules import UnifiedEmbedding, multiplex
 
 X, Y = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 0, 1, 1, 2, 2])
@@ -56,6 +77,22 @@ def bag() -> nn.Module:
         (lambda: Spectral()(X, X / 0), "NaN or infinity in a row"),
         (lambda: InfoNCE()(X, UNIT), "query: expected rows of length 1"),
         (lambda: InfoNCE()(UNIT, UNIT / 0), "key: expected rows of length 1"),
+        (lambda: ClassHead(3, 4, 0.5), "margin: got .* expected one of lineament.losses"),
+        (lambda: ClassHead(3, 4)(X, Y, X[:, 0] / 0), "sample_weight: NaN or infinity"),
+        (lambda: ClassHead(3, 4, ArcFace())(X, Y, margins=X[:, 0] / 0), "margins: NaN or infinity"),
+        (lambda: Elastic(clip_sigma=-1), "clip_sigma: got -1"),
+        (lambda: pair_loss("circle")(X, Y[:3]), "labels: .* expected one whole number a row"),
+        (lambda: pair_loss("triplet")(X, Y.float()), "labels: .* expected one whole number a row"),
+        (lambda: tar_at_far(X[:, 0], Y[:3], [0.1]), "same: .* expected one number a pair of both"),
+        (lambda: equal_error_rate(X[:, 0] / 0, Y > 0), "scores: NaN or infinity"),
+        (lambda: roc(X[:, 0], Y < 3), "same: got 6 genuine and 0 impostor pairs"),
+        (lambda: val_at_far(X.repeat(2, 1) / 0, torch.tensor([1, 0, 1, 0, 1, 0]), folds=3), "embeddings: NaN or infinity"),
+        (lambda: verification(X * 0, Y[:3] > 0), "embeddings: a row is zero, NaN or infinite"),
+        (lambda: template_features(X, Y[:3], Y), "templates, media: "),
+        (lambda: recognition(X, Y, []), "fars: got none"),
+        (lambda: recognition(X / 0, Y), "a row is zero or NaN, or infinite"),
+        (lambda: separation(X[:, 0] / 0, X[:, 0]), "positives: NaN or infinity"),
+        (lambda: borda_count({"a": (1,), "b": (1, 2)}), "table: got rows of"),
         (lambda: table({"user": (Y, torch.tensor([0, 9]))}), "offsets of 'user' go to 9, and there are 6 ids"),
         (lambda: table({"user": (Y, torch.tensor([0.0, 3.0]))}), "as offsets of 'user', expected whole numbers"),
         (lambda: table({"user": Y.view(1, 2, 3)}), "for 'user', expected ids"),
@@ -75,3 +112,13 @@ def test_thresholds_reach_up_to_the_stop():
     same = torch.tensor([1, 0] * 4)
     for stop, step, count in ((4.0, 0.01, 400), (3.0, 0.4, 8), (1.0, 0.3, 4), (0.9, 0.3, 3)):
         assert len(fold_accuracy(x, same, 2, stop=stop, step=step).thresholds) == count
+
+
+def test_a_batch_of_one_without_negatives_is_no_loss_and_unlabelled_rows_are_left_out():
+    one = UNIT[:1].clone().requires_grad_()
+    loss = InfoNCE(0.2)(one, UNIT[:1])
+    loss.backward()
+    assert loss.item() == 0 and not one.grad.any()
+    x, y = torch.cat([X, X[:2] + 1]), torch.cat([Y, torch.tensor([-1, -1])])
+    assert SupCon()(x, y) == SupCon()(X, Y)
+    assert SupCon()(x, torch.full((8,), -1)).item() == 0

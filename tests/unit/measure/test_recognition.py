@@ -7,7 +7,7 @@ import torch
 
 from lineament.core import pairs as all_pairs
 from lineament.core.checks import InputError
-from lineament.measure import borda_count, recognition, tar_at_far
+from lineament.measure import borda_count, pair_rates, recognition, tar_at_far
 from lineament.measure.embeddings import pairs
 
 
@@ -40,12 +40,36 @@ def test_blocks_equal_the_matrix_of_all_pairs(monkeypatch):
         assert found.none_allowed == (1e-4,)
 
 
+@pytest.mark.parametrize("guess", [None, 2.0, 0.3])
+def test_rates_do_not_depend_on_where_the_largest_were_guessed_to_begin(monkeypatch, guess):
+    monkeypatch.setattr(pairs, "_PILOT", 128)
+    if guess is not None:  # too high, and a little too high
+        monkeypatch.setattr(pairs, "_floor", lambda *given: guess)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(150, (1100,), generator=generator)
+    x = torch.randn(1100, 12, generator=generator)
+    unit = torch.nn.functional.normalize(x, dim=1)
+    upper = torch.ones(1100, 1100, dtype=torch.bool).triu(1)
+    scores, same = (unit @ unit.T)[upper], (labels[:, None] == labels)[upper]
+    fars = (0.2, 1e-2, 1e-3, 1e-5)
+    found = pair_rates(x, labels, fars)
+    # Products of other sizes are rounded otherwise: a pair at a threshold may change sides.
+    assert found.tar == pytest.approx(tar_at_far(scores, same, fars).tolist(), abs=1.1 / int(same.sum()))
+    impostors = scores[~same].sort(descending=True).values
+    for far, limit in zip(fars, found.thresholds):
+        assert limit == pytest.approx(float(impostors[int(far * len(impostors))]), abs=1e-6)
+    assert (found.genuine, found.impostors) == (int(same.sum()), len(impostors))
+    whole = recognition(x, labels, fars)
+    assert (whole.tar, whole.thresholds, whole.gap) == (found.tar, found.thresholds, found.gap)
+
+
 def test_the_largest_are_kept_when_parts_come_one_by_one():
     values = torch.randn(30_000, generator=torch.Generator().manual_seed(0))
     kept = all_pairs.Largest(50)
     for part in values.split(1000):
         kept.add(part)
     assert torch.equal(kept.sorted(), values.topk(50).values) and kept.floor > -torch.inf
+    assert kept.at([0, 49, 7]) == values.topk(50).values[[0, 49, 7]].tolist()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,6 +29,7 @@ RUN = (
     "positives",
     "late positives, λ 1.5",
     "positives, query untransformed",
+    "negatives, each with itself",
     "both, by dimension",
 )
 TINY = Config(
@@ -44,9 +46,21 @@ TINY = Config(
 @pytest.mark.slow
 def test_every_variant_runs(tmp_path):
     outcome = run(TINY, out=tmp_path)
-    assert len(outcome.claims) == 5 and outcome.claims[-1].holds and len(outcome.tables[0].rows) == 6
+    assert len(outcome.claims) == 7 and outcome.claims[-1].holds and len(outcome.tables[0].rows) == 7
     with pytest.raises(InputError, match="variants: got 'SimCLR'"):
         run(replace(TINY, variants=("SimCLR",)), out=tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_photographs_join_where_they_are(tmp_path):
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        images = generator.integers(0, 255, (60, 32, 32, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"{split}.npz", x=images, y=np.arange(60) % 10)
+    config = replace(TINY, data_folder=str(tmp_path), samples=60, batch_size=30, photo_epochs=1, variants=("MoCo",), photo_variants=("MoCo", "positives"))  # fmt: skip
+    outcome = run(config, out=tmp_path / "run")
+    assert [claim.name.startswith("CIFAR-10: ") for claim in outcome.claims] == [True, True]
+    assert len(outcome.tables) == 2 and "50 labels a class" in outcome.tables[1].columns
 
 
 def test_claims_rise_and_fall_with_the_numbers():
@@ -56,7 +70,10 @@ def test_claims_rise_and_fall_with_the_numbers():
             made = {}
             for name, up in ((ours, sign), (theirs, 0)):
                 value = 0.5 + 0.1 * up
-                curves = {w: [value] * 4 for w in ("negative_mean", "negative_variance", "raw_positive")}
+                curves = {
+                    w: [value] * 4
+                    for w in ("negative_mean", "negative_variance", "raw_variance", "raw_positive")
+                }
                 made[name] = [Trained(value + 0.01 * k, value, curves, gap) for k in range(2)]
             claims += claims_of(made)
         assert all(claim.holds == (sign > 0) for claim in claims) and len(claims) >= 2 * len(_CLAIMS)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -68,6 +68,30 @@ def condense(
     >>> tuple(made.pictures.shape), made.trace.shape[0]
     ((2, 1, 8, 8), 2)
     """
+    begin = ready(
+        images, targets, per_class=per_class, method=method, network=network, start=start, options=options, classes=classes, seed=seed,
+    )  # fmt: skip
+    return begin(checkpoint)
+
+
+def ready(
+    images: Tensor,
+    targets: Tensor,
+    *,
+    per_class: int,
+    method: str = "dsac",
+    network: Network = "convnet",
+    start: str | Path | Condensed = "real",
+    options: Condensation = _PLAIN,
+    classes: Sequence[str] = (),
+    seed: int = 0,
+) -> Callable[[Checkpoint | None], Condensed]:
+    """What :func:`condense` is to do, once all that it is given has been looked at; called, with a checkpoint or ``None``, it does it.
+
+    >>> x = torch.rand(20, 1, 8, 8); y = torch.arange(20) % 2
+    >>> len(ready(x, y, per_class=1, method="random")(None).pictures)
+    2
+    """
     checks.one_of("method", method, METHODS)
     checks.seed("seed", seed)
     data = _Data.of(images, targets, per_class, classes)
@@ -75,27 +99,49 @@ def condense(
     options = options.resolved(per_class, data.classes)
     make = _maker(network, data.shape, data.classes)
     _matchable(make)
-    notes = []
-    labels = torch.arange(data.classes, device=images.device).repeat_interleave(per_class)
-    record: dict[str, Any] = {"classes": tuple(map(str, classes)), "source": data.digest(), "method": method}
+    record: dict[str, Any] = {"classes": tuple(map(str, classes)), "method": method}
     settings = {
         "per_class": per_class,
         "seed": seed,
         "network": network if isinstance(network, str) else getattr(network, "__name__", "own"),
     }
     if method not in LEARNED:
-        rows = chosen_rows(method, data.normalised, data.targets, per_class, make, seed)
-        chosen = data.own(rows.to(images.device))
-        return Condensed(chosen, labels, data.mean, data.std, data.top, settings=settings, **record)
-    if interpolated:
-        notes.append(f"inner steps and epochs for {per_class} pictures a class are interpolated")
-    begun, notes_of_start = _start(start, data, per_class, seed)
-    contrast, words = LEARNED[method]
+        return lambda _: _chosen(data, make, settings, record)
+    begun = _start(start, data, per_class, seed)
+    told = f"inner steps and epochs for {per_class} pictures a class are interpolated"
+    notes = (told,) * interpolated + begun[1]
+    return lambda checkpoint: _learned(
+        data, make, begun[0], options, settings, {**record, "notes": notes}, checkpoint
+    )
+
+
+def _chosen(
+    data: _Data, make: Callable[[int], nn.Module], settings: Mapping[str, Any], record: Mapping[str, Any]
+) -> Condensed:
+    per_class, seed = settings["per_class"], settings["seed"]
+    rows = chosen_rows(record["method"], data.normalised, data.targets, per_class, make, seed)
+    chosen = data.own(rows.to(data.images.device))
+    return Condensed(
+        chosen, data.labels(per_class), data.mean, data.std, data.top, settings=settings, source=data.digest(), **record
+    )  # fmt: skip
+
+
+def _learned(
+    data: _Data,
+    make: Callable[[int], nn.Module],
+    begun: Tensor,
+    options: Condensation,
+    settings: Mapping[str, Any],
+    record: Mapping[str, Any],
+    checkpoint: Checkpoint | None,
+) -> Condensed:
+    contrast, words = LEARNED[record["method"]]
     if options.strategy is not None:
         words = None if options.strategy == "none" else options.strategy
     if not contrast:
         options = replace(options, outer_warmup=options.outer, inner_warmup=options.inner)
     low, high = data.bounds()
+    labels, seed = data.labels(settings["per_class"]), settings["seed"]
     pictures, trace = learn_pictures(
         make,
         data.scaled(begun),
@@ -108,10 +154,9 @@ def condense(
         seed=seed,
         checkpoint=checkpoint,
     )
-    settings |= {**asdict(options), "strategy": words or "none"}
     return Condensed(
         data.unscaled(pictures), labels, data.mean, data.std, data.top, begun, trace,
-        settings=settings, notes=(*notes, *notes_of_start), **record,
+        settings={**settings, **asdict(options), "strategy": words or "none"}, source=data.digest(), **record,
     )  # fmt: skip
 
 
@@ -182,6 +227,10 @@ class _Data:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.images.shape[1:])
+
+    def labels(self, per_class: int) -> Tensor:
+        """Those of a set of so many pictures a class."""
+        return torch.arange(self.classes, device=self.images.device).repeat_interleave(per_class)
 
     def own(self, rows: Tensor) -> Tensor:
         return _floats(self.images[rows])

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from lineament.core import checks
+from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import require
 from lineament.core.results import Readable, axes, plain
 from lineament.learn.condensation.condensed import Condensed
 from lineament.learn.condensation.condensing import Network, _maker, condense
-from lineament.learn.condensation.evaluating import Protocol, _Test, accuracies
 from lineament.learn.condensation.options import Condensation
+from lineament.learn.condensation.trials import Protocol, TestData, accuracies
 
 _PLAIN, _FEW = Condensation(), Protocol(networks=3)
 Task = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -73,6 +74,7 @@ def continual(
     options: Condensation = _PLAIN,
     protocol: Protocol = _FEW,
     seed: int = 0,
+    checkpoint: Checkpoint | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> Continual:
     """Retrain at every step on the joint memory of everything met so far.
@@ -81,6 +83,7 @@ def continual(
         tasks: training pictures and labels, test pictures and labels, of each arrival: new classes (:func:`class_tasks`), or the same classes in another domain. Labels are
             those of the whole.
         methods: how memories are made, see :func:`condense`.
+        checkpoint: keeps what was condensed and which networks were tested, so that a run that was killed goes on.
         note: is told of each part before it is learned.
 
     >>> x, y = torch.rand(16, 1, 8, 8), torch.arange(16) % 4
@@ -98,10 +101,12 @@ def continual(
         memory = []
         for k, (x, y, _, _) in enumerate(tasks):
             there, own = y.unique(return_inverse=True)
+            part = None if checkpoint is None else checkpoint.within(f"{method} {k}")
             note(f"{method}: part {k + 1} of {len(tasks)}, {len(there)} classes, {len(y):,} pictures")
             # The classes of one arrival are condensed among themselves, by the plain networks of the pool.
             made = condense(
-                x, own, per_class=per_class, method=method, network=network if isinstance(network, str) else "convnet", options=options, seed=seed + k
+                x, own, per_class=per_class, method=method, network=network if isinstance(network, str) else "convnet", options=options, checkpoint=part,
+                seed=seed + k,
             )  # fmt: skip
             sets.append(replace(made, labels=there[made.labels]))
             joint = replace(
@@ -110,10 +115,12 @@ def continual(
                 labels=torch.cat([s.labels for s in sets]),
             )
             memory.append(len(joint.labels))
-            seen = _Test(
+            seen = TestData(
                 joint, torch.cat([t[2] for t in tasks[: k + 1]]), torch.cat([t[3] for t in tasks[: k + 1]])
             )
             found.setdefault(method, []).append(
-                accuracies(joint, joint.pictures, joint.labels, seen, make, protocol, seed=seed)
+                accuracies(
+                    joint, joint.pictures, joint.labels, seen, make, protocol, checkpoint=part, seed=seed
+                )
             )
     return Continual({name: torch.stack(values) for name, values in found.items()}, memory)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from lineament.core.checks import one_of, require
+from lineament.core.gradients import distance
 
-KINDS = ("rows", "squares", "cosine")
+# The published names, and what they are of :func:`lineament.core.gradients.distance`.
+KINDS = {"rows": "layer_cosine", "squares": "l2", "cosine": "cosine"}
 
 
 def gradient_distance(
@@ -43,10 +45,7 @@ def gradient_distance(
     )
     if kind == "rows":
         return torch.stack([row_distance(a, b, eps=eps) for a, b in zip(first, second)]).sum()
-    a, b = (torch.cat([g.flatten() for g in each]) for each in (first, second))
-    if kind == "squares":
-        return (a - b).square().sum()
-    return 1 - (a * b).sum() / (a.norm() * b.norm() + eps)
+    return distance(first, second, KINDS[kind], eps=eps)
 
 
 def row_distance(a: Tensor, b: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -57,5 +56,4 @@ def row_distance(a: Tensor, b: Tensor, *, eps: float = 1e-6) -> Tensor:
     """
     if a.ndim < 2:
         return a.sum() * 0
-    a, b = a.flatten(1), b.flatten(1)
-    return (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + eps)).sum()
+    return distance([a], [b], KINDS["rows"], eps=eps)

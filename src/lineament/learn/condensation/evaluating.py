@@ -1,77 +1,33 @@
 """What is a condensed set worth? Networks are trained on it from nothing and tested, beside those trained on what it must beat.
 
-The protocol of arXiv 2202.02916, section 2: SGD with momentum, a rate that falls once, the accuracy of the last epoch. The two scores are those of DD-Ranking (Li et al.
-2025, arXiv 2505.13300), for hard labels.
+The two scores are those of DD-Ranking (Li et al. 2025, arXiv 2505.13300), for hard labels.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from lineament.core import checks
 from lineament.core.batching import progress
+from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import require, show
-from lineament.core.models import frozen
-from lineament.core.norms import batchnorms
 from lineament.core.results import Readable, axes, plain
 from lineament.learn.condensation.condensed import Condensed
 from lineament.learn.condensation.condensing import Network, _Data, _maker, scale_of
 from lineament.learn.condensation.learning import drawn_from
-from lineament.learn.condensation.siamese import DSA, Strategy
-
-OLD = "crop_noise"  # with which networks with batch norm were always judged
-PLAIN_EPOCHS, AUGMENTED_EPOCHS = 300, 1000
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How networks are trained to judge a set.
-
-    Attributes:
-        networks: trained from different beginnings. epochs: one more than so many; by default 300, and 1000 with augmentation.
-        rate, momentum, weight_decay, batch: of SGD; the rate falls to a tenth once more than half is over, with a new optimizer.
-        strategy: the augmentation of ``"augmented"`` trainings. old: of the others, of every network (the paper's for MNIST: ``"crop_scale_rotate"``), or ``None``: of those
-            with batch norm alone, ``"crop_noise"``; see mode ``"old"`` of :class:`~lineament.learn.condensation.siamese.Strategy`.
-        full_epochs: of the training on all pictures; 0 leaves it out.
-
-    >>> Protocol(epochs=10).epochs_of(True)
-    10
-    """
-
-    networks: int = 20
-    epochs: int | None = None
-    rate: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    batch: int = 256
-    strategy: str = DSA
-    old: str | None = None
-    full_epochs: int = 30
-
-    def __post_init__(self) -> None:
-        checks.number("networks", self.networks, low=1, integer=True)
-        checks.number("batch", self.batch, low=1, integer=True)
-        checks.number("full_epochs", self.full_epochs, low=0, integer=True)
-        if self.epochs is not None:
-            checks.number("epochs", self.epochs, low=1, integer=True)
-        checks.number("rate", self.rate, low=0, open_low=True)
-        Strategy(self.strategy)
-        if self.old is not None:
-            Strategy(self.old, "old")
-
-    def epochs_of(self, augmented: bool) -> int:
-        return self.epochs or (AUGMENTED_EPOCHS if augmented else PLAIN_EPOCHS)
-
+from lineament.learn.condensation.trials import Protocol, TestData, Trial
 
 _PROTOCOL = Protocol()
+# What is also trained on with augmentation.
+_AUGMENTED = ("condensed", "own start", "random real")
 
 
 @dataclass(frozen=True)
@@ -137,6 +93,8 @@ def evaluate(
     protocol: Protocol = _PROTOCOL,
     augmented: bool = True,
     normalisation: tuple[Tensor, Tensor] | None = None,
+    checkpoint: Checkpoint | None = None,
+    note: Callable[[str], None] | None = None,
     seed: int = 0,
 ) -> Evaluation:
     """Train networks on a condensed set, and on what it must beat, with the same beginnings, and test them.
@@ -147,6 +105,7 @@ def evaluate(
         networks: names of the pool (the first is the one whose scores are told), or names with functions that make one.
         augmented: whether each is also trained with augmentation.
         normalisation: mean and deviation of each channel, where they are given; other ones than the set's are refused, since a set is worth nothing under them.
+        checkpoint: keeps networks that were tested, so that a run that was killed goes on. note: is told how long it will take, from a few steps of each training.
 
     >>> x = torch.rand(12, 1, 8, 8); y = torch.arange(12) % 2
     >>> made = Condensed(x[:2], y[:2], x.mean((0, 2, 3)), x.std((0, 2, 3)))
@@ -172,32 +131,74 @@ def evaluate(
     require(len(pool) > 0, "networks: got none, expected at least one")
     makers = {name: _maker(made, shape, classes) for name, made in pool.items()}
     sets = _sets(condensed, real, seed)
-    held = _Test(condensed, test[0], test_y)
+    trials: dict[tuple[str, str, bool], Trial] = {}
+    for what, (x, y) in sets.items():
+        epochs = protocol.full_epochs if what == "all pictures" else None
+        for name, make in makers.items() if epochs != 0 else ():
+            trials[what, name, False] = Trial(x, y, make, epochs=epochs)
+            if augmented and what in _AUGMENTED:
+                trials[what, name, True] = Trial(x, y, make, protocol.strategy)
+    found, taken = _all_tested(
+        trials, condensed, TestData(condensed, test[0], test_y), protocol, checkpoint=checkpoint, note=note, seed=seed
+    )  # fmt: skip
     accuracy: dict[str, dict[str, Tensor]] = {}
     with_draws: dict[str, dict[str, Tensor]] = {}
     seconds: dict[str, dict[str, float]] = {}
-    jobs = [(what, name) for what in sets for name in makers]
+    for (what, name, drawn), values, times in zip(trials, found, taken):
+        (with_draws if drawn else accuracy).setdefault(what, {})[name] = values
+        if not drawn:
+            seconds.setdefault(what, {})[name] = times
     first = next(iter(makers))
-    for what, name in progress(jobs, "training on each set", len(jobs)):
-        x, y = sets[what]
-        epochs = protocol.full_epochs if what == "all pictures" else None
-        if epochs == 0:
-            continue
-        begun = time.monotonic()
-        accuracy.setdefault(what, {})[name] = accuracies(
-            condensed, x, y, held, makers[name], protocol, epochs=epochs, seed=seed
-        )
-        taken = (time.monotonic() - begun) / protocol.networks
-        seconds.setdefault(what, {})[name] = taken
-        if augmented and what in ("condensed", "own start", "random real"):
-            with_draws.setdefault(what, {})[name] = accuracies(
-                condensed, x, y, held, makers[name], protocol, strategy=protocol.strategy, seed=seed
-            )
     near = _nearest(condensed, real, seed)
     return Evaluation(
         accuracy, with_draws, _label_robust(accuracy, first), _augmentation_robust(accuracy, with_draws, first), *near,
         storage=0.0 if real is None else len(condensed.labels) / len(real[1]), seconds=seconds,
     )  # fmt: skip
+
+
+def _all_tested(
+    trials: Mapping[tuple[str, str, bool], Trial],
+    condensed: Condensed,
+    test: TestData,
+    protocol: Protocol,
+    *,
+    checkpoint: Checkpoint | None,
+    note: Callable[[str], None] | None,
+    seed: int,
+) -> tuple[list[Tensor], list[float]]:
+    """Of each trial the accuracy of its networks, and the mean time of one."""
+    each = protocol.networks
+    jobs = [(trial, k) for trial in trials.values() for k in range(each)]
+    work = None if note is None else _expected(trials, condensed, len(test.labels), protocol)
+    if note is not None and work is not None:
+        whole = timedelta(seconds=math.ceil(sum(work)))
+        note(f"training {len(jobs):,} networks, {each} in each of {len(trials)} ways, in about {whole}")
+    found: list[float] = []
+    taken: list[float] = []
+    numbers: Iterable[int] = range(len(jobs))
+    if checkpoint is not None:
+        numbers = checkpoint.loop("evaluation", len(jobs), {"found": found, "taken": taken})
+    for n in progress(numbers, "networks trained", len(jobs), before=int, work=work):
+        trial, k = jobs[n]
+        begun = time.monotonic()
+        found.append(trial.accuracy(k, condensed, test, protocol, seed))
+        taken.append(time.monotonic() - begun)
+    values = torch.tensor(found, dtype=torch.float64).split(each)
+    return list(values), [sum(taken[at : at + each]) / each for at in range(0, len(jobs), each)]
+
+
+def _expected(
+    trials: Mapping[tuple[str, str, bool], Trial], condensed: Condensed, tested: int, protocol: Protocol
+) -> list[float]:
+    """About how many seconds each network will take. Those of a kind take as long on other sets of as many pictures."""
+    known: dict[tuple[Any, ...], float] = {}
+    work: list[float] = []
+    for (_, name, drawn), trial in trials.items():
+        of = (name, drawn, len(trial.labels), trial.epochs)
+        if of not in known:
+            known[of] = trial.seconds(condensed, tested, protocol)
+        work += [known[of]] * protocol.networks
+    return work
 
 
 def labels_of_test(test: tuple[Tensor, Tensor], shape: tuple[int, ...], top: float, classes: int) -> Tensor:
@@ -216,86 +217,6 @@ def labels_of_test(test: tuple[Tensor, Tensor], shape: tuple[int, ...], top: flo
         f"test: got pictures in [0, {white:g}], but the set is in [0, {top:g}]",
     )
     return checks.labels("test", test[1], count=len(test[0]), classes=classes)
-
-
-@dataclass(frozen=True)
-class _Test:
-    condensed: Condensed
-    images: Tensor
-    labels: Tensor
-
-    def accuracy(self, model: nn.Module) -> float:
-        right = 0
-        with torch.no_grad(), frozen(model):
-            for x, y in zip(self.images.split(512), self.labels.split(512)):
-                x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
-                right += int((model(self.condensed.normalised(x)).argmax(1) == y).sum())
-        return right / len(self.labels)
-
-
-def accuracies(
-    condensed: Condensed,
-    images: Tensor,
-    labels: Tensor,
-    test: _Test,
-    make: Callable[[int], nn.Module],
-    protocol: Protocol,
-    *,
-    strategy: str | None = None,
-    epochs: int | None = None,
-    seed: int = 0,
-) -> Tensor:
-    """Test accuracy of networks that were trained on pictures of the set's scale, [networks]."""
-    found = []
-    for k in progress(range(protocol.networks), "training networks", protocol.networks):
-        generator = drawn_from(seed, 7, k)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator.initial_seed())
-            model = make(k).to(condensed.pictures.device)
-            change = None if strategy is None else Strategy(strategy)
-            if change is None and (protocol.old or batchnorms(model)):
-                change = Strategy(protocol.old or OLD, "old")
-            total = protocol.epochs_of(change is not None) if epochs is None else epochs
-            _train(model, condensed, images, labels, protocol, change, total, generator)
-        found.append(test.accuracy(model))
-    return torch.tensor(found, dtype=torch.float64)
-
-
-def _train(
-    model: nn.Module,
-    condensed: Condensed,
-    images: Tensor,
-    labels: Tensor,
-    protocol: Protocol,
-    change: Strategy | None,
-    epochs: int,
-    generator: torch.Generator,
-) -> None:
-    def optimizer(rate: float) -> torch.optim.Optimizer:
-        return torch.optim.SGD(
-            model.parameters(), lr=rate, momentum=protocol.momentum, weight_decay=protocol.weight_decay
-        )
-
-    steps = optimizer(protocol.rate)
-    whole = (
-        condensed.normalised(images.float()) if len(images) <= 5000 and images.dtype != torch.uint8 else None
-    )
-    model.train()
-    for epoch in range(epochs + 1):
-        for rows in torch.randperm(len(labels), generator=generator).split(protocol.batch):
-            rows = rows.to(labels.device)
-            if whole is not None:
-                x = whole[rows]
-            else:
-                raw = images[rows]
-                x = condensed.normalised(raw.float() / 255 if raw.dtype == torch.uint8 else raw.float())
-            if change is not None:
-                x = change(x, generator, each=True)
-            steps.zero_grad()
-            F.cross_entropy(model(x), labels[rows]).backward()
-            steps.step()
-        if epoch == epochs // 2 + 1:
-            steps = optimizer(protocol.rate / 10)
 
 
 def _sets(

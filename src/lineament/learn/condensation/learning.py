@@ -5,7 +5,7 @@ Lee et al., ICML 2022, arXiv 2202.02916, section 1.4. All that is drawn depends 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -62,32 +62,41 @@ def learn_pictures(
         steps = checkpoint.loop(
             "pictures", options.outer, {"pictures": pictures, "velocity": velocity, "trace": trace}
         )
-    for outer in progress(steps, "networks matched on", options.outer, before=int):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(drawn_from(seed, outer).initial_seed())
-            model = networks(outer).to(pictures.device)
-            optimizer = torch.optim.SGD(model.parameters(), lr=options.network_rate)
-            together = [range(classes)] if groups is None else groups(outer)
-            for inner in range(options.inner or 0):
-                real = batches(outer, inner)
-                _settle(model, real, options.parity)
-                summed = options.summed(outer, inner)
-                shown = together if summed else [[c] for c in range(classes)]
-                step = _Step(model, real, members, labels, options, strategy, (seed, outer, inner))
-                loss, gradient, small = step(pictures, shown)
-                trace.append([float(outer), float(inner), float(summed), loss, small])
-                rate = options.rate_of(classes, len(shown))
-                velocity.mul_(options.momentum).add_(options.capped(gradient, rate))
-                pictures.sub_(velocity, alpha=rate)
-                if bounds is not None:
-                    pictures.copy_(torch.minimum(torch.maximum(pictures, bounds[0]), bounds[1]))
-                if not np.isfinite(loss) or not bool(torch.isfinite(pictures).all()):
-                    raise NotFiniteError(
-                        f"rate: the pictures diverged in network {outer}, step {inner} (loss {loss}); lower it, now {rate:g}"
-                    )
-                if inner < (options.inner or 0) - 1:
-                    generator = drawn_from(seed, outer, inner, 1)
-                    _train(model, optimizer, pictures, labels, options, strategy, generator)
+    inner_steps = options.inner or 0
+
+    def learned() -> Iterator[int]:
+        """Steps by their number, each once it is done."""
+        for outer in steps:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(drawn_from(seed, outer).initial_seed())
+                model = networks(outer).to(pictures.device)
+                optimizer = torch.optim.SGD(model.parameters(), lr=options.network_rate)
+                together = [range(classes)] if groups is None else groups(outer)
+                for inner in range(inner_steps):
+                    real = batches(outer, inner)
+                    _settle(model, real, options.parity)
+                    summed = options.summed(outer, inner)
+                    shown = together if summed else [[c] for c in range(classes)]
+                    step = _Step(model, real, members, labels, options, strategy, (seed, outer, inner))
+                    loss, gradient, small = step(pictures, shown)
+                    trace.append([float(outer), float(inner), float(summed), loss, small])
+                    rate = options.rate_of(classes, len(shown))
+                    velocity.mul_(options.momentum).add_(options.capped(gradient, rate))
+                    pictures.sub_(velocity, alpha=rate)
+                    if bounds is not None:
+                        pictures.copy_(torch.minimum(torch.maximum(pictures, bounds[0]), bounds[1]))
+                    if not np.isfinite(loss) or not bool(torch.isfinite(pictures).all()):
+                        raise NotFiniteError(
+                            f"rate: the pictures diverged in network {outer}, step {inner} (loss {loss}); lower it, now {rate:g}"
+                        )
+                    if inner < inner_steps - 1:
+                        generator = drawn_from(seed, outer, inner, 1)
+                        _train(model, optimizer, pictures, labels, options, strategy, generator)
+                    yield outer * inner_steps + inner
+
+    total = options.outer * inner_steps
+    for _ in progress(learned(), "matching steps", total, before=int):
+        pass
     return pictures, torch.tensor(trace, dtype=torch.float64).reshape(-1, 5)
 
 

@@ -66,36 +66,48 @@ def fold_accuracy(
         f"embeddings: got {show(embeddings)} beside {len(same)} pairs, expected two rows a pair",
     )
     number("folds", folds, low=2, high=len(same), integer=True)
-    same, n = same.bool(), len(same)
-    # In parts that stay in the cache: the differences are the most of the work.
-    parts = zip(embeddings[0::2].split(512), embeddings[1::2].split(512))
-    distance = torch.cat([(a - b).square_().sum(1) for a, b in parts])
-    require(bool(distance.isfinite().all()), "embeddings: NaN or infinity in a row")
+    number("step", step, low=0, open_low=True)
+    number("stop", stop, low=start, open_low=True)
+    n, known = len(same), same.bool().cpu().numpy()
+    distance = _distances(embeddings).cpu().numpy()
+    require(bool(np.isfinite(distance).all()), "embeddings: NaN or infinity in a row")
     # As many as lie below ``stop``, which rounding must not add to.
     count = math.ceil((stop - start) / step - 1e-9)
-    thresholds = start + step * torch.arange(count, dtype=torch.float64, device=distance.device)
-    sizes = torch.tensor([n // folds + (k < n % folds) for k in range(folds)], device=distance.device)
-    # accepted[f, t, kind]: pairs of the fold with a distance below the threshold
-    first = torch.searchsorted(thresholds, distance.double(), right=True)
-    fold = torch.arange(folds, device=distance.device).repeat_interleave(sizes, output_size=n)
-    cells = torch.zeros(folds, 2, count + 1, dtype=torch.int64, device=distance.device)
-    cells.view(-1).index_add_(0, (fold * 2 + same.long()) * (count + 1) + first, torch.ones_like(first))
-    accepted = cells.cumsum(2)[..., :count]
-    totals = cells.sum(2)
-    lacking = (totals == 0).any(1).nonzero()[:, 0].tolist()
+    thresholds = start + step * np.arange(count)
+    sizes = np.full(folds, n // folds) + (np.arange(folds) < n % folds)
+    # cells[f, kind, k]: pairs of the fold whose distance k thresholds do not exceed; accepted[f, kind, t]: those with a distance below the threshold.
+    cell = (np.repeat(2 * np.arange(folds), sizes) + known) * (count + 1)
+    cell += _reached(thresholds, start, step, distance.astype(np.float64, copy=False))
+    cells = np.bincount(cell, minlength=2 * folds * (count + 1)).reshape(folds, 2, count + 1)
+    accepted, totals = cells.cumsum(2)[..., :count], cells.sum(2)
+    lacking = np.flatnonzero((totals == 0).any(1))
     require(
-        not lacking,
-        f"same: all pairs of fold {lacking[0] + 1 if lacking else 0} of {folds} are of one kind, expected both in each; shuffle the pairs, or take fewer folds",
+        not len(lacking),
+        f"same: all pairs of fold {int(lacking[0]) + 1 if len(lacking) else 0} of {folds} are of one kind, expected both in each; shuffle the pairs, or take fewer folds",
     )
     right = accepted[:, 1] + totals[:, :1] - accepted[:, 0]
-    others = (right.sum(0) - right).double() / (n - sizes)[:, None]
-    best = others.argmax(1)
-    accuracy = right.gather(1, best[:, None])[:, 0].double() / sizes
-    share = accepted.double() / totals[..., None].clamp(min=1)
+    whole = right.sum(0)
+    # Of the others' pairs a fold's threshold gets the most right, be they as many as they may.
+    best = (whole - right).argmax(1)
+    accuracy = right[np.arange(folds), best] / sizes
+    tpr, fpr = (torch.from_numpy((accepted[:, k] / totals[:, k, None]).mean(0)) for k in (1, 0))
     return Folds(
-        accuracy, float(accuracy.mean()), float(accuracy.std(correction=0)), thresholds,
-        share[:, 1].mean(0), share[:, 0].mean(0), float(right.sum(0).max()) / n,
+        torch.from_numpy(accuracy), float(accuracy.mean()), float(accuracy.std()), torch.from_numpy(thresholds), tpr, fpr,
+        float(whole.max()) / n,
     )  # fmt: skip
+
+
+def _distances(embeddings: Tensor) -> Tensor:
+    """The squared distance of each two rows [n]; in parts that stay in the cache, for the differences are the most of the work."""
+    pairs = embeddings.detach().unflatten(0, (-1, 2))
+    return torch.cat([(part[:, 0] - part[:, 1]).square_().sum(1) for part in pairs.split(1024)])
+
+
+def _reached(thresholds: np.ndarray, start: float, step: float, values: np.ndarray) -> np.ndarray:
+    """How many of evenly spaced thresholds are at most each value: by division, and by what rounding may have moved, one up or down."""
+    count = len(thresholds)
+    at = np.clip((values - start) / step, 0, count - 1).astype(np.int64)
+    return at + (thresholds[at] <= values) + (np.append(thresholds, np.inf)[at + 1] <= values)
 
 
 def tar_at_far(scores: Tensor, same: Tensor, fars: Sequence[float] | Tensor) -> Tensor:
@@ -106,12 +118,8 @@ def tar_at_far(scores: Tensor, same: Tensor, fars: Sequence[float] | Tensor) -> 
     >>> tar_at_far(torch.tensor([0.9, 0.4, 0.6, 0.1]), torch.tensor([1, 1, 0, 0]), [0.5]).tolist()
     [1.0]
     """
-    same = same.bool()
+    same = _known(scores, same)
     genuine, impostors = scores[same], scores[~same].sort(descending=True).values
-    require(
-        len(genuine) > 0 and len(impostors) > 0,
-        f"same: got {len(genuine)} genuine and {len(impostors)} impostor pairs, expected some of both",
-    )
     found = []
     for far in [float(f) for f in fars]:
         number("fars", far, low=0, high=1)
@@ -126,7 +134,6 @@ def equal_error_rate(scores: Tensor, same: Tensor) -> float:
     >>> equal_error_rate(torch.tensor([0.9, 0.4, 0.6, 0.1]), torch.tensor([1, 1, 0, 0]))
     0.5
     """
-    _both_kinds(same)
     fpr, tpr, _ = roc(scores, same, drop_intermediate=False)
     refused = 1 - tpr
     # The first point at which more impostors are accepted than genuine pairs refused.
@@ -167,7 +174,8 @@ def val_at_far(
         f"embeddings: got {show(embeddings)} beside {len(same)} pairs, expected two rows a pair",
     )
     number("folds", folds, low=2, high=len(same), integer=True)
-    distance = (embeddings[0::2] - embeddings[1::2]).double().square().sum(1).cpu().numpy()
+    distance = (embeddings[0::2] - embeddings[1::2]).detach().double().square().sum(1).cpu().numpy()
+    require(bool(np.isfinite(distance).all()), "embeddings: NaN or infinity in a row")
     known, thresholds = same.bool().cpu().numpy(), np.arange(0, stop, step)
     shares, rates = [], []
     for test in np.array_split(np.arange(len(known)), folds):
@@ -237,6 +245,8 @@ def verification(
         embeddings.ndim == 2 and len(embeddings) == 2 * len(same),
         f"embeddings: got {show(embeddings)} beside {len(same)} pairs, expected two rows a pair",
     )
+    norms = embeddings.norm(dim=1)
+    require(bool((norms.isfinite() & (norms > 0)).all()), "embeddings: a row is zero, NaN or infinite")
     unit = F.normalize(embeddings, dim=1)
     if flipped is not None:
         unit = with_flips(embeddings, flipped, "added" if protocol == "insightface" else "concatenated")
@@ -251,12 +261,19 @@ def verification(
     return Verification(protocol, found.mean, found.std, tuple(tar.tolist()), tuple(map(float, fars)), error)
 
 
-def _both_kinds(same: Tensor) -> None:
+def _known(scores: Tensor, same: Tensor) -> Tensor:
+    """Whether pairs are of one person, once it is clear that their scores can be judged."""
+    require(
+        scores.ndim == 1 and scores.shape == same.shape,
+        f"same: got {show(same)} beside scores {show(scores)}, expected one number a pair of both",
+    )
+    require(bool(scores.isfinite().all()), "scores: NaN or infinity")
     genuine, count = int(same.bool().sum()), len(same)
     require(
         0 < genuine < count,
         f"same: got {genuine} genuine and {count - genuine} impostor pairs, expected some of both",
     )
+    return same.bool()
 
 
 def roc(scores: Tensor, same: Tensor, *, drop_intermediate: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,6 +284,7 @@ def roc(scores: Tensor, same: Tensor, *, drop_intermediate: bool = True) -> tupl
     """
     from sklearn.metrics import roc_curve
 
+    same, scores = _known(scores, same), scores.detach()
     found = roc_curve(same.cpu().numpy(), scores.cpu().numpy(), drop_intermediate=drop_intermediate)
     fpr, tpr, thresholds = (torch.from_numpy(v.copy()) for v in found)
     return fpr, tpr, thresholds
@@ -292,7 +310,7 @@ def best_threshold_accuracy(scores: Tensor, same: Tensor) -> float:
     1.0
     """
     order = scores.argsort(descending=True, stable=True)
-    ordered, right = scores[order], same.bool()[order]
+    ordered, right = scores[order], _known(scores, same)[order]
     accepted = right.long().cumsum(0) - (~right).long().cumsum(0)
     last = torch.cat([ordered[1:] != ordered[:-1], torch.ones(1, dtype=torch.bool, device=scores.device)])
     return float((accepted[last].max() + (~right).sum()) / len(right))
@@ -304,6 +322,10 @@ def template_features(features: Tensor, templates: Tensor, media: Tensor) -> tup
     >>> template_features(torch.eye(2), torch.tensor([7, 7]), torch.tensor([0, 1]))[1].tolist()
     [7]
     """
+    require(
+        features.ndim == 2 and features.shape[:1] == templates.shape == media.shape,
+        f"templates, media: got {show(templates)} and {show(media)} beside {show(features)}, expected one number a row of each",
+    )
     numbers, which = templates.unique(return_inverse=True)
     pairs, medium = torch.stack([which, media]).unique(dim=1, return_inverse=True)
     sums = features.new_zeros(pairs.shape[1], features.shape[1]).index_add_(0, medium, features)
@@ -339,6 +361,7 @@ def separation(positives: Tensor, negatives: Tensor, *, quantile: float = 0.01) 
     number("quantile", quantile, low=0, high=0.5)
     for name, values in (("positives", positives), ("negatives", negatives)):
         require(len(values) > 0, f"{name}: got no similarity, expected those of one pair or more")
+        require(bool(values.isfinite().all()), f"{name}: NaN or infinity")
     low, high = float(positives.min()), float(negatives.max())
     inner = [
         float(np.quantile(x.detach().double().cpu().numpy(), q))

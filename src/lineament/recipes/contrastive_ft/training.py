@@ -1,4 +1,4 @@
-"""MoCo on small digits with transformed features: the variants, the training, and what its embedding is worth."""
+"""MoCo on small digits and photographs with transformed features: the variants, the training, and what its embedding is worth."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lineament.core.checks import InputError
 from lineament.core.readouts.logistic_readout import logistic
 from lineament.data.digits import digit_images
+from lineament.data.photographs import read_photographs
 from lineament.data.samples import Samples
 from lineament.losses.feature_transform import NegativeInterpolation, PositiveExtrapolation
 from lineament.losses.info_nce import InfoNCE, MixedRows, ScoreLog
@@ -47,7 +49,30 @@ class Fixed(Watched):
         return torch.tensor(1.5)
 
 
-class UntransformedQuery(InfoNCE):
+class Scored(InfoNCE):
+    """MoCo's loss, which also keeps the variance of the negatives' scores before anything is transformed, in the steps that its log keeps."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.raw_variance: list[float] = []
+
+    def compared(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor | MixedRows | None]:
+        if self.log is not None and self.queue is not None and self.log.step % self.log.every == 0:
+            with torch.no_grad():
+                self.raw_variance.append(float((query @ self.queue.rows.T).var(1).mean()))
+        return super().compared(query, key)
+
+
+class Unpermuted(Scored):
+    """Every past key is mixed with itself, which leaves it: the draws and the arithmetic of negative interpolation without its mixtures."""
+
+    def compared(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor | MixedRows | None]:
+        positive, query, rows = super().compared(query, key)
+        same = replace(rows, order=torch.arange(len(rows))) if isinstance(rows, MixedRows) else rows
+        return positive, query, same
+
+
+class UntransformedQuery(Scored):
     """The extrapolated query meets its key, and the query as it was the negatives."""
 
     def compared(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor | MixedRows | None]:
@@ -60,7 +85,7 @@ class Variant:
     """The transforms of a start epoch, the loss, and factors of rate and temperature."""
 
     transforms: Callable[[int], list[Any]]
-    loss: type[InfoNCE] = InfoNCE
+    loss: type[Scored] = Scored
     rate: float = 1.0
     temperature: float = 1.0
 
@@ -78,6 +103,7 @@ VARIANTS: dict[str, Variant] = {
     "MoCo, rate x 2.6": Variant(lambda late: [], rate=2.6),
     "MoCo, temperature / 2.6": Variant(lambda late: [], temperature=1 / 2.6),
     "positives, query untransformed": Variant(lambda late: [Watched(2.0)], UntransformedQuery),
+    "negatives, each with itself": Variant(lambda late: [NegativeInterpolation(1.6)], Unpermuted),
     "both, by dimension": Variant(
         lambda late: [PositiveExtrapolation(2.0, "dim"), NegativeInterpolation(1.6, "dim")]
     ),
@@ -86,7 +112,10 @@ VARIANTS: dict[str, Variant] = {
 
 @dataclass(frozen=True)
 class Trained:
-    """A training: accuracy by a read-out from few labels and by neighbours, the curves of its scores, and the identity's largest gap."""
+    """A training: accuracy by a read-out from few labels and by neighbours, the curves of its scores, and the identity's largest gap.
+
+    ``raw_variance`` in the curves is the variance of the negatives' scores before they are transformed.
+    """
 
     few: float
     neighbours: float
@@ -94,19 +123,31 @@ class Trained:
     gap: float
 
 
+def _perceptron(inputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Flatten(),
+        *(nn.Linear(inputs, 256), nn.BatchNorm1d(256), nn.ReLU()),
+        *(nn.Linear(256, 256), nn.BatchNorm1d(256), nn.ReLU()),
+        nn.Linear(256, 128),
+    )
+
+
+def _convolutions(channels: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for width in (16, 32, 64):
+        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]  # fmt: skip
+        channels = width
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4, 128))
+
+
 class MoCo(nn.Module):
     """An encoder with a head, and a slowly following copy that makes the keys. Takes both views, one after the other; returns the queries."""
 
-    def __init__(self, inputs: int, momentum: float, seed: int):
+    def __init__(self, like: Tensor, momentum: float, seed: int):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.encoder = nn.Sequential(
-                nn.Flatten(),
-                *(nn.Linear(inputs, 256), nn.BatchNorm1d(256), nn.ReLU()),
-                *(nn.Linear(256, 256), nn.BatchNorm1d(256), nn.ReLU()),
-                nn.Linear(256, 128),
-            )
+            self.encoder = _perceptron(like.numel()) if len(like) == 1 else _convolutions(len(like))
             self.head = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 64))
         self.follower = copy.deepcopy(nn.Sequential(self.encoder, self.head)).requires_grad_(False)
         self.momentum, self.key = momentum, torch.empty(0)
@@ -149,6 +190,20 @@ def data_of(config: Any) -> tuple[Samples, Samples]:
     return parts[0], parts[1]
 
 
+def photographs_of(config: Any) -> tuple[Samples, Samples] | None:
+    """CIFAR-10 at 16 x 16 pixels, where it is there."""
+    try:
+        parts = [
+            read_photographs("cifar10", split, data_folder=config.data_folder, count=count)
+            for split, count in (("train", config.samples), ("test", config.test_samples))
+        ]
+    except InputError:
+        return None
+    small = (F.adaptive_avg_pool2d(found.inputs.float() / 255, 16) for found in parts)
+    train, test = (replace(found, inputs=x, source="CIFAR-10") for found, x in zip(parts, small))
+    return train, test
+
+
 def views(x: Tensor, generator: torch.Generator) -> Tensor:
     """Two views of each image: turned, scaled, shifted, of another contrast, and noisy."""
     made = []
@@ -175,20 +230,22 @@ def views(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.cat(made)
 
 
-def train(name: str, data: tuple[Samples, Samples], config: Any, seed: int) -> Trained:
-    """One training of a variant."""
+def train(
+    name: str, data: tuple[Samples, Samples], config: Any, seed: int, *, epochs: int, labels: int = 5
+) -> Trained:
+    """One training of a variant; ``labels``: of each class, for the read-out from few."""
     variant, (samples, test) = VARIANTS[name], data
-    steps = config.epochs * math.ceil(len(samples) / config.batch_size)
+    steps = epochs * math.ceil(len(samples) / config.batch_size)
     log = ScoreLog(every=max(1, steps // 60))
-    transforms = variant.transforms(config.epochs // 2)
+    transforms = variant.transforms(epochs // 2)
     loss = variant.loss(
         config.temperature * variant.temperature, queue=Queue(config.queue, 64, seed=seed), transform=transforms, log=log, seed=seed
     )  # fmt: skip
-    net = MoCo(samples.inputs[0].numel(), config.momentum, seed)
+    net = MoCo(samples.inputs[0], config.momentum, seed)
     with few_threads(samples.inputs, "cpu"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the mean negative score")  # it is in the table
         fit(
-            net, (samples.inputs, torch.zeros(len(samples))), epochs=config.epochs, batch_size=config.batch_size, seed=seed,
+            net, (samples.inputs, torch.zeros(len(samples))), epochs=epochs, batch_size=config.batch_size, seed=seed,
             optimizer=lambda n: torch.optim.SGD(
                 [p for p in n.parameters() if p.requires_grad], config.lr * variant.rate, momentum=0.9, weight_decay=1e-4
             ),
@@ -198,8 +255,11 @@ def train(name: str, data: tuple[Samples, Samples], config: Any, seed: int) -> T
         with torch.no_grad():
             x, y = net.encoder(samples.inputs), net.encoder(test.inputs)
     gaps = [t.gap for t in transforms if isinstance(t, Watched)]
-    few = statistics.mean(from_few(x, samples.targets, y, test.targets, draw) for draw in range(5))
-    return Trained(few, neighbours(x, samples.targets, y, test.targets), log.curves, max(gaps, default=0.0))
+    few = statistics.mean(
+        from_few(x, samples.targets, y, test.targets, draw, each=labels) for draw in range(5)
+    )
+    curves = {**log.curves, "raw_variance": loss.raw_variance}
+    return Trained(few, neighbours(x, samples.targets, y, test.targets), curves, max(gaps, default=0.0))
 
 
 def from_few(x: Tensor, labels: Tensor, x_test: Tensor, test: Tensor, draw: int, each: int = 5) -> float:

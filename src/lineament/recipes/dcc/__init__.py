@@ -58,7 +58,7 @@ class Config:
     preset: str = presets(
         quick={},
         small={
-            "controls": ("none", "independent", "shuffled"), "seeds": (0, 1, 2, 3, 4), "side": 16, "amplitude": 4.0, "outer": 16, "networks": 8, "choosing": 8,
+            "controls": ("none", "independent", "shuffled"), "seeds": (0, 1, 2, 3, 4), "side": 16, "amplitude": 4.0, "outer": 32, "networks": 8, "choosing": 8,
             "training": 120, "others": ("faces",), "other_outer": 8,
         },
         paper={

@@ -16,9 +16,10 @@ from lineament.data.photographs import read_photographs
 from lineament.learn.condensation.condensed import Condensed
 from lineament.learn.condensation.condensing import condense
 from lineament.learn.condensation.diagnostics import kernel_velocity
-from lineament.learn.condensation.evaluating import Protocol, _sets, _Test, accuracies
+from lineament.learn.condensation.evaluating import _sets
 from lineament.learn.condensation.networks import convnet
 from lineament.learn.condensation.options import Condensation
+from lineament.learn.condensation.trials import Protocol, TestData, accuracies
 from lineament.recipes.dcc.rivals import mean_matched, often_forgotten
 from lineament.recipes.kit.image_sets import faces
 
@@ -53,7 +54,7 @@ def trial_of(config: Any, nuisance: str, seed: int) -> Trial:
     def judged(pictures: Tensor, labels: Tensor, on: tuple[Tensor, Tensor]) -> Tensor:
         start = made["own start"]  # its normalisation is that of the training pictures, as every set's
         how = replace(protocol, networks=config.choosing) if on is choosing else protocol
-        return accuracies(start, pictures, labels, _Test(start, *on), lambda k: make(), how, seed=seed)
+        return accuracies(start, pictures, labels, TestData(start, *on), lambda k: make(), how, seed=seed)
 
     def learned(name: str, rate: float) -> Condensed:
         if name == "mean features":
