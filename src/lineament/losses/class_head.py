@@ -18,6 +18,7 @@ from lineament.core.checks import InputError, number, one_of, require, show
 from lineament.core.shards import joined
 from lineament.core.whole_files import divided, load_parts, save_whole
 from lineament.losses import sharded
+from lineament.losses.contrastive import wide
 from lineament.losses.fused import class_lengths, cosine_softmax_loss
 from lineament.losses.margins import Cosine, Margin
 
@@ -280,11 +281,6 @@ class ClassHead(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         self.generator.set_state(state.cpu())
-
-
-def wide(x: Tensor) -> Tensor:
-    """In float32 where it is in half precision."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _cosines(x: Tensor, weight: Tensor) -> Tensor:

@@ -71,7 +71,8 @@ class SupCon(nn.Module):
             warnings.warn(f"{missing} and are left out", stacklevel=2)
         sums = torch.zeros_like(unit[: int(classes.max()) + 1]).index_add(0, classes, unit)
         like = (unit * (sums[classes] - unit)).sum(1) / counts.clamp(min=1) / self.temperature
-        each = others_logsumexp(unit, self.temperature) - like
+        with exact(unit):
+            each = others_logsumexp(unit, self.temperature) - like
         return each[some].mean() if bool(some.any()) else each.sum() * 0
 
 
@@ -121,9 +122,10 @@ class Spectral(nn.Module):
         require(
             bool(first.isfinite().all() & second.isfinite().all()), "first, second: NaN or infinity in a row"
         )
-        n = len(first)
+        n, first, second = len(first), wide(first), wide(second)
         own = (first * second).sum(1)
-        spread = ((first.T @ first) * (second.T @ second)).sum() / n**2
+        with exact(first):
+            spread = ((first.T @ first) * (second.T @ second)).sum() / n**2
         if self.unbiased:
             require(n > 1, "first: one sample, expected two or more for the unbiased form")
             spread = (spread * n**2 - own.square().sum()) / (n * (n - 1))
@@ -134,11 +136,21 @@ def directions(embeddings: Tensor) -> Tensor:
     """Unit rows in float32 or more; an error for a row without direction."""
     if not isinstance(embeddings, Tensor) or embeddings.ndim != 2 or not embeddings.is_floating_point():
         raise InputError(f"embeddings: got {show(embeddings)}, expected floats [samples, dimension]")
-    wide = embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings
-    norms = wide.detach().norm(dim=1)
+    rows = wide(embeddings)
+    norms = rows.detach().norm(dim=1)
     require(bool(norms.isfinite().all()), "embeddings: NaN or infinity in a row")
     require(bool((norms > 0).all()), "embeddings: a row is zero, so that its cosine is not defined")
-    return F.normalize(wide, dim=1)
+    return F.normalize(rows, dim=1)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 where it is in half precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def exact(x: Tensor) -> torch.autocast:
+    """A block whose products keep the numbers' own type also under autocast: exponentials of scores over a temperature need them."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def others_logsumexp(unit: Tensor, temperature: float) -> Tensor:

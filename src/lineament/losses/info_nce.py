@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lineament.core.checks import InputError, number, require, show
 from lineament.core.results import Readable
+from lineament.losses.contrastive import exact, wide
 from lineament.losses.feature_transform import HardMixing, NegativeInterpolation, PositiveExtrapolation
 from lineament.losses.queue import Queue
 
@@ -68,6 +69,10 @@ class InfoNCE(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
         """The mean loss; the untransformed keys are enqueued where there is a queue and the module trains."""
+        with exact(query):
+            return self._loss(query, key)
+
+    def _loss(self, query: Tensor, key: Tensor) -> Tensor:
         positive, others, rows = self.compared(query, key)
         watch = self.training and self.log is not None and self.log.due()
         if rows is None:
@@ -116,6 +121,7 @@ class InfoNCE(nn.Module):
                 bool((off <= room).all()),
                 f"{name}: expected rows of length 1; normalise them first (NaN has none)",
             )
+        query, key = wide(query), wide(key)
         active = {t.kind: t for t in self.transform if self.epoch >= t.start and self.training}
         key = key.detach() if self.queue is not None else key
         one, two = query, key

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lineament.core.checks import number, one_of, require, show
-from lineament.losses.contrastive import directions
+from lineament.losses.contrastive import directions, exact
 
 
 class PairLoss(nn.Module):
@@ -28,7 +28,8 @@ class PairLoss(nn.Module):
         unit, labels = unit[rows], labels[rows]
         like = labels[:, None] == labels
         own = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-        return self.of(unit, like & ~own, ~like) if len(labels) else embeddings.sum() * 0
+        with exact(unit):
+            return self.of(unit, like & ~own, ~like) if len(labels) else embeddings.sum() * 0
 
     def of(self, unit: Tensor, like: Tensor, unlike: Tensor) -> Tensor:
         """The loss of unit rows [B, d], with masks [B, B] of pairs."""

@@ -39,11 +39,6 @@ def shard(head: ClassHead, mesh: Any = None) -> None:
         head.reduction != "none",
         "reduction: 'none' has no loss in common; make the head with 'mean' or 'sum'",
     )
-    name = type(head.margin).__name__
-    require(
-        not head.margin.changes_others,
-        f"margin: {name} changes the other classes' logits by the target's, and these lie with other processes",
-    )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -81,22 +76,30 @@ def parts(
     else:
         at = y - start
     class_lengths(own)
-    # Every process finds its classes' share of the gradient, and what is averaged later is their sum.
-    unit = F.normalize(x, dim=1)
-    if unit.requires_grad:
-        unit = unit.view_as(unit)
-        unit.register_hook(lambda gradient: gradient * count)
+    # Every process finds its classes' share of the gradient, and what is averaged later is their sum. A margin's own term is the same in all.
+    extra = head.margin.extra(norms) if head.training else None
+    unit, norms = (_summed(each, count) for each in (F.normalize(x, dim=1), norms))
     cosines = (unit @ F.normalize(own, dim=1).T).clamp(-1, 1)
     here = ((y >= start) & (y < stop)).nonzero()[:, 0]
     found = torch.zeros_like(norms).index_put((here,), cosines[here, at[here]])
-    target = head._target(totals(found), norms, margins, torch.arange(len(y), device=y.device))
-    logits = cosines.index_put((here, at[here]), target[here]) * (
+    whole = totals(found)
+    target = head._target(whole, norms, margins, torch.arange(len(y), device=y.device))
+    others = head.margin.others(cosines, whole[:, None]) if head.training else cosines
+    logits = others.index_put((here, at[here]), target[here]) * (
         norms[:, None] if head.margin.by_norm else head.scale
     )
     target = target * (norms if head.margin.by_norm else head.scale)
+    target = target.detach().index_put((here,), target[here])  # a share, too: of whom the class lies with
     each = logits.logsumexp(1)
     highest = totals(each.detach(), largest=True)
     lse = highest + totals((each - highest).exp()).log()
     lse = lse if also is None else torch.logaddexp(lse, also)
-    extra = head.margin.extra(norms) if head.training else None
     return lse if extra is None else lse + extra, target
+
+
+def _summed(x: Tensor, count: int) -> Tensor:
+    """The same numbers, whose gradient is ``count`` times as large, so that an average over the processes is their sum."""
+    if x.requires_grad:
+        x = x.view_as(x)
+        x.register_hook(lambda gradient: gradient * count)
+    return x

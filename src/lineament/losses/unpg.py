@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +17,7 @@ from lineament.core.checks import number, one_of, require, show
 from lineament.core.results import Readable
 from lineament.core.shards import joined
 from lineament.losses.class_head import ClassHead, checked
+from lineament.losses.contrastive import exact, wide
 from lineament.losses.pair_losses import PAIR_LOSSES, pair_loss
 
 
@@ -93,19 +95,29 @@ def negative_pairs(embeddings: Tensor, labels: Tensor, whisker: float = 1.5) -> 
     )
     if whisker != float("inf"):
         number("whisker", whisker, low=0)
-    unit = F.normalize(
-        embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings, dim=1
-    )
-    found = unit @ unit.T
+    unit = F.normalize(wide(embeddings), dim=1)
+    with exact(unit):
+        found = unit @ unit.T
     unlike = (labels[:, None] != labels).triu(1)
     with torch.no_grad():
-        # Pairs that are none sort last.
-        ordered = F.pad(
-            found.masked_fill(~unlike, torch.inf).flatten().sort().values, (0, 1), value=torch.inf
-        )
-        count = unlike.sum()
-        first, third = (ordered[(q * count).floor().long().clamp(max=len(ordered) - 1)] for q in (0.25, 0.75))
+        first, third = _quartiles(found.masked_fill(~unlike, torch.inf).flatten(), unlike.sum())
         reach = whisker * (third - first) if whisker != float("inf") else torch.full_like(first, torch.inf)
         low, high = first - reach, third + reach
         kept = unlike & (found >= low) & (found <= high)
     return NegativePairs(found, kept, (first, third), low, high)
+
+
+def _quartiles(values: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """sorted[⌊count / 4⌋] and sorted[⌊3 count / 4⌋] of the ``count`` finite numbers among [n]; infinity where there are none.
+
+    On a CPU both are found without sorting; elsewhere nothing waits for the device.
+    """
+    if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
+        places = [min(int(q * int(count)), max(len(values) - 1, 0)) for q in (0.25, 0.75)]
+        parted = torch.from_numpy(np.partition(values.numpy(), places)) if len(values) else values
+    else:
+        places = [(q * count).floor().long().clamp(max=len(values)) for q in (0.25, 0.75)]
+        parted = values.sort().values
+    parted = F.pad(parted, (0, 1), value=torch.inf)
+    first, third = (parted[place] for place in places)
+    return first, third

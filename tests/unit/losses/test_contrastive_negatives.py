@@ -18,7 +18,6 @@ from lineament.losses import (
     ClassHead,
     Combined,
     CosFace,
-    CurricularFace,
     Elastic,
     HardMixing,
     InfoNCE,
@@ -197,7 +196,6 @@ def test_a_divided_head_is_opened_by_one_process(two_processes):
     for odd, words in (
         (ClassHead(4, 4, sample=0.5, sparse=True), "sparse: rows"),
         (ClassHead(4, 4, reduction="none"), "'none' has no loss"),
-        (ClassHead(4, 4, CurricularFace()), "CurricularFace changes"),
     ):
         with pytest.raises(InputError, match=words):
             shard(odd, mesh=object())
