@@ -23,7 +23,7 @@ _ENTRIES = 1 << 22
 # Up to so many neighbours are kept while tiles go by; of more, whole rows are multiplied again.
 _DEEP = 64
 # So many rows' pairs say where the largest of all impostors begin.
-_PILOT = 1024
+_PILOT = 512
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _scored(
 
 def _floor(unit: Tensor, labels: Tensor, share: float) -> float:
     """A score that more than a share of the impostors' pass, as the pairs of some evenly spaced rows let expect."""
-    if len(unit) < 4 * _PILOT:
+    if len(unit) < 8 * _PILOT:
         return -torch.inf
     some = torch.arange(_PILOT, device=unit.device) * len(unit) // _PILOT
     unlike = (labels[some, None] != labels[some]).triu_(1)
