@@ -35,6 +35,8 @@ from .sparse_attention.theory import sparsity_report as sparsity_report
 from .unified_embedding.collisions import collision_report as collision_report
 from .unified_embedding.collisions import expected_collisions as expected_collisions
 from .unified_embedding.collisions import reader_overlap as reader_overlap
+from .unified_embedding.compressed import CompressedEmbedding as CompressedEmbedding
+from .unified_embedding.compressed import split_rows as split_rows
 from .unified_embedding.hashing import fingerprint as fingerprint
 from .unified_embedding.hashing import mix64 as mix64
 from .unified_embedding.hashing import multiply_shift as multiply_shift

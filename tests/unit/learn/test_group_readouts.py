@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -153,3 +155,42 @@ def test_directions_and_groups_that_do_not_fit_are_named():
     }.items():  # fmt: skip
         with pytest.raises(InputError, match=message):
             call()
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU])
+def test_recurrent_layers_are_weighed_as_their_jacobian_says(kind):
+    torch.manual_seed(0)
+
+    class Last(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cells = kind(3, 4, batch_first=True)
+            self.out = torch.nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.out(self.cells(x)[0][:, -1])
+
+    net, x, v = Last().eval(), torch.randn(5, 6, 3), torch.randn(2, 6, 3)
+    jacobians = [torch.autograd.functional.jacobian(net, sample[None])[0, :, 0] for sample in x]
+    expected = [sum(float((j * each).sum((1, 2)).norm()) for j in jacobians) / 5 for each in v]
+    assert direction_weights(net, x, v, sites="out")["out"].tolist() == pytest.approx(expected, rel=1e-4)
+    assert torch.backends.mkldnn.enabled
+
+
+def test_fewer_samples_than_features_train_the_same_perceptron():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 64, generator=generator, dtype=torch.float64)
+    y, groups = torch.arange(40) % 3, torch.arange(40) % 2
+    short = dfr_mlp(x, y, groups, DFRMLP(hidden=16, steps=200), standardised=False)
+    rows = balanced(groups)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3)).double()
+    for step in range(200):
+        rate = 0.1 * (1 + math.cos(math.pi * step / 200)) / 2
+        grads = torch.autograd.grad(
+            torch.nn.functional.cross_entropy(net(x[rows]), y[rows]), list(net.parameters())
+        )
+        with torch.no_grad():
+            for p, g in zip(net.parameters(), grads):
+                p -= rate * g
+    torch.testing.assert_close(short(x), net(x), rtol=1e-9, atol=1e-9)

@@ -6,6 +6,7 @@ by forward differentiation: no Jacobian is formed, and one pass serves all layer
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 
@@ -98,9 +99,21 @@ def _tangents(model: nn.Module, x: Tensor, v: Tensor, sites: str | Sequence[str]
         forward_ad.dual_level(),
     ):
         try:
-            model(forward_ad.make_dual(x, v))
+            _called(model, forward_ad.make_dual(x, v), found)
         except NotImplementedError as error:
             raise InputError(f"directions: {str(error).splitlines()[0]}") from None
     missed = next((name for name in places if name not in found), None)
     require(missed is None, f"site {missed!r} was not reached in this forward")
     return {name: found[name] for name in places}
+
+
+def _called(model: nn.Module, x: Tensor, found: dict[str, Tensor]) -> None:
+    """One forward; where a fused recurrent layer has no forward derivative, another by the operations that it is made of."""
+    try:
+        model(x)
+    except NotImplementedError:
+        found.clear()
+        with warnings.catch_warnings(), torch.backends.cudnn.flags(enabled=False):
+            warnings.filterwarnings("ignore", "TF32")  # what setting the flags says of Intel's GPUs
+            with torch.backends.mkldnn.flags(enabled=False):
+                model(x)

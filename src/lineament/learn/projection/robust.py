@@ -169,13 +169,16 @@ def dfr_mlp(
             nn.Linear(x.shape[1], options.hidden), nn.ReLU(), nn.Linear(options.hidden, classes)
         )
     net = net.to(x)
-    optimizer = torch.optim.SGD(net.parameters(), options.rate)
-    for step in range(options.steps):
-        optimizer.param_groups[0]["lr"] = options.rate * (1 + math.cos(math.pi * step / options.steps)) / 2
-        optimizer.zero_grad()
-        with torch.enable_grad():
-            F.cross_entropy(net(features), goals).backward()
-        optimizer.step()
+    if len(rows) < x.shape[1]:
+        _by_samples(net, features, goals, options)
+    else:
+        optimizer = torch.optim.SGD(net.parameters(), options.rate)
+        for step in range(options.steps):
+            optimizer.param_groups[0]["lr"] = _rate(options, step)
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                F.cross_entropy(net(features), goals).backward()
+            optimizer.step()
     net.requires_grad_(False)
     if not all(bool(p.isfinite().all()) for p in net.parameters()):
         raise InputError(
@@ -185,6 +188,34 @@ def dfr_mlp(
     assert isinstance(first, nn.Linear)
     _filled(first, first.weight.clone(), first.bias.clone(), centre, spread)
     return net
+
+
+def _rate(options: DFRMLP, step: int) -> float:
+    return options.rate * (1 + math.cos(math.pi * step / options.steps)) / 2
+
+
+@torch.no_grad()
+def _by_samples(net: nn.Sequential, x: Tensor, y: Tensor, options: DFRMLP) -> None:
+    """The same descent for fewer samples than features: the hidden units' inputs Z move by -rate (X Xᵀ + 1) dL/dZ, and the first layer by the sum of it all at the end.
+
+    One product [n, n] x [n, hidden] a step in place of two with [n, width].
+    """
+    (w1, b1), (w2, b2) = (
+        (layer.weight, layer.bias) for layer in (net[0], net[2]) if isinstance(layer, nn.Linear)
+    )
+    onehot = F.one_hot(y, len(w2)).to(x)
+    gram, moved = x @ x.T + 1, x.new_zeros(len(x), len(w1))
+    z = torch.addmm(b1, x, w1.T)
+    for step in range(options.steps):
+        rate, active = _rate(options, step), z.clamp(min=0)
+        off = (torch.addmm(b2, active, w2.T).softmax(1) - onehot) / len(x)
+        slope = (off @ w2).mul_(z > 0)
+        w2.addmm_(off.T, active, alpha=-rate)
+        b2.sub_(off.sum(0), alpha=rate)
+        moved.add_(slope, alpha=rate)
+        z.addmm_(gram, slope, alpha=-rate)
+    w1.addmm_(moved.T, x, alpha=-1)
+    b1.sub_(moved.sum(0))
 
 
 def _filled(layer: nn.Linear, weight: Tensor, bias: Tensor, centre: Tensor, spread: Tensor) -> nn.Linear:
