@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lineament.core.checks import InputError, number, require, show
-from lineament.core.pairs import TILE, Largest, Neighbours, tiles
+from lineament.core.pairs import TILE, Largest, Neighbours, chosen, tiles
 from lineament.core.results import Readable, plain
 
 # Similarities that lie in memory at once.
@@ -159,6 +159,7 @@ def _scored(
 ) -> tuple[Tensor, Largest]:
     """The scores of all genuine pairs, and the largest of the impostors."""
     like, below = [], torch.ones(TILE, TILE, dtype=torch.bool, device=unit.device).tril()
+    labels = labels.int()
     firsts, lasts = labels[::TILE].tolist(), [*labels[TILE - 1 :: TILE].tolist(), int(labels[-1])]
     for tile in tiles(unit):
         if near is not None:
@@ -171,7 +172,7 @@ def _scored(
         if tile.start == tile.other:
             lower = below[: len(own), : len(own)]
             same = (own[:, None] == other).logical_and_(~lower)
-            like.append(scores[same])
+            like.append(chosen(scores, same))
             scores.masked_fill_(same.logical_or_(lower), -torch.inf)
         else:  # the one label that both have lies at the end of the one and at the beginning of the other
             corner = scores[int((own < last).sum()) :, : int((other == first).sum())]
