@@ -20,9 +20,14 @@ from torch import nn
 from lineament.core.checks import InputError
 from lineament.handcrafted.estimators import GaborFeatures, HogFeatures, InkImages, LbpFeatures
 from lineament.kernels.classifiers import InfiniteClassifier, InfiniteRegressor
+from lineament.kernels.dimension import intrinsic_dimension
+from lineament.kernels.gaussian_processes import nngp, ntk
 from lineament.kernels.hermite import hermite_coefficients
+from lineament.kernels.regimes import optimal_activation
+from lineament.kernels.scores import hilbert_scores, kernel_scores, laplace_scores
 from lineament.learn.boosting.estimators import GBNNClassifier, GBNNRegressor
 from lineament.learn.boosting.network import SiteFeatures
+from lineament.learn.boosting.search import search
 from lineament.learn.boosting.subnetwork import SOLVERS
 
 FLAT = {"image_shape": (1, -1)}
@@ -215,6 +220,37 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "b < 1": (lambda: InfiniteClassifier("sigmoid").fit(X, Y), "ridge"),
     "dimension": (lambda: InfiniteClassifier(dimension=0.5).fit(X, Y), "dimension"),
     "a zero row": (lambda: InfiniteClassifier(sphere="split", dimension=2).fit(0 * X, Y), "zero"),
+    "an array of unequal pictures": (
+        lambda: HogFeatures().fit(np.array([PICTURES[0], PICTURES[1][:20]], dtype=object)),
+        "unequal sizes",
+    ),
+    "a long row": (
+        lambda: GBNNClassifier(4).fit(np.arange(900.0), np.arange(900) % 2),
+        "^Expected 2D array, got 1D.{0,200}$",
+    ),
+    "no frequencies": (lambda: GaborFeatures([]).fit(PICTURES), "frequencies"),
+    "white that is black": (lambda: InkImages(white=0).fit(PICTURES), "white"),
+    "NaN in a kernel function": (lambda: ntk(_with_nan(X)), r"row \[0\] has NaN"),
+    "a vector": (lambda: nngp(X[0]), "rows"),
+    "no rows": (lambda: ntk(X[:0]), "rows"),
+    "narrow rows": (lambda: ntk(X, X[:, :2]), "2 numbers, expected 4"),
+    "NaN in a dimension": (lambda: intrinsic_dimension(_with_nan(X)), "NaN"),
+    "a negative exponent": (lambda: hilbert_scores(X, Y, X, -1.0), "exponent"),
+    "NaN in Laplace's kernel": (lambda: laplace_scores(_with_nan(X), Y, X), "NaN"),
+    "NaN in machine's kernel": (lambda: kernel_scores("erf", 3, X, Y, _with_nan(X)), "NaN"),
+    "a sine on a line": (lambda: optimal_activation(1, "sine"), "above 1 only"),
+    "Moebius elsewhere": (lambda: optimal_activation(3, "moebius"), "has 2 only"),
+    "NaN in a search": (lambda: search(_with_nan(X), Y, {"l2": [1.0]}), "NaN"),
+    "one class in a search": (lambda: search(X, 0 * Y, {"l2": [1.0]}), "one class"),
+    "more folds than samples": (lambda: search(X, Y, {"l2": [1.0]}, outer=31), "outer"),
+    "a share above 1": (lambda: search(X, Y, {"subsample": [1.5]}, outer=2, inner=2), "subsample"),
+    "a share of none": (lambda: search(X, Y, {"subsample": [0.01]}, outer=2, inner=2), "leaves none"),
+    "a negative rate": (lambda: search(X, Y, {"learning_rate": [-1.0]}, outer=2, inner=2), "rate"),
+    "an unknown activation": (lambda: search(X, Y, {"activation": ["tahn"]}, outer=2, inner=2), "tanh"),
+    "fewer units than a step": (
+        lambda: search(X, Y, {"total_units": [2], "units_per_step": [3]}, outer=2, inner=2),
+        "units_per_step",
+    ),
     "memory": (lambda: InfiniteRegressor(memory="1B").fit(X, X[:, 0]), "memory"),
 }
 
@@ -242,6 +278,13 @@ def test_what_is_odd_but_usable_is_told():
         "negative cosines" in note
         for note in InfiniteClassifier(sphere="normalize", dimension=2).fit(X, Y).notes_
     )
+    with pytest.warns(UserWarning, match="negative cosines"):
+        ntk(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (ntk(X, sphere="split") > 0).all()
+    dark = InkImages().fit((20 * PICTURES).round())
+    assert dark.notes_[0].startswith("grey levels end at 20") and dark.transform(20 * PICTURES).max() <= 1
 
 
 def test_kinks_are_no_jumps_and_numbers_of_numpy_are_numbers():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,8 @@ def validated(estimator: Any, *given: Any, **options: Any) -> Any:
         lines = str(error).splitlines()
         # What follows advises other estimators.
         told = lines[0] if "contains" in lines[0] else " ".join(lines)
-        raise InputError(told) from error
+        # The numbers themselves may be thousands.
+        raise InputError(re.sub(r":\s*array=.*\.\s*(?=Reshape your data)", ". ", told)) from error
 
 
 def weights_of(sample_weight: Any, X: Any) -> np.ndarray:

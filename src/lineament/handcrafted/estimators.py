@@ -11,12 +11,12 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from lineament.core.checks import InputError, require, show
+from lineament.core.checks import InputError, number, require, show
 from lineament.core.estimator_data import validated
 from lineament.handcrafted.gabor import gabor, gabor_kernel
 from lineament.handcrafted.hog import hog, hog_length
-from lineament.handcrafted.images import grey_of
-from lineament.handcrafted.ink import ink
+from lineament.handcrafted.images import batch_of
+from lineament.handcrafted.ink import drawn, grey_levels, white_of
 from lineament.handcrafted.lbp import label_count, lbp, lbp_codes
 
 
@@ -79,12 +79,15 @@ class _Images(TransformerMixin, BaseEstimator):
         """[n, height, width(, channels)] or flat rows, as a tensor [n, (channels,) height, width]."""
         if isinstance(X, Tensor):
             X = X.detach().cpu().numpy()
-        sizes = {np.shape(image) for image in X} if type(X) in (list, tuple) else set()
+        several = type(X) in (list, tuple) or (
+            isinstance(X, np.ndarray) and X.ndim == 1 and X.dtype == object
+        )
+        sizes = {np.shape(image) for image in X} if several else set()
         require(
             len(sizes) < 2, f"X: images of unequal sizes {sorted(map(str, sizes))[:3]}, expected one size"
         )
         if len(sizes) == 1 and len(next(iter(sizes))) > 1:
-            X = np.asarray(X)
+            X = np.asarray(list(X))
         if getattr(X, "ndim", 2) in (3, 4):
             flat = X.reshape(len(X), int(np.prod(X.shape[1:])))
             shape = X.shape[1:]
@@ -277,7 +280,7 @@ class GaborFeatures(_Images):
             gabor_kernel(f, turn, bandwidth=self.bandwidth).shape[0]
             for f in self.frequencies
             for turn in turns
-        ]
+        ] or [0]
         large = sum(side > min(images.shape[-2:]) for side in sides)
         return (
             f"{large} of {len(sides)} kernels are larger than the images (up to {max(sides)} pixels); the border is repeated",
@@ -325,18 +328,18 @@ class InkImages(_Images):
         self.image_shape = image_shape
 
     def _learn(self, images: Tensor) -> None:
-        grey = grey_of(images)
         self.white_ = self.white
-        if self.white is None and not (images.is_floating_point() and float(grey.max()) <= 1):
-            most = float(grey.max())
-            self.white_ = most if 0 < most < 128 else max(255.0, most)
+        if self.white is None:
+            most = grey_levels(batch_of(images, keep_bytes=True))[1]
+            self.white_, told = white_of(images, most)
+            self.white_ = max(self.white_, most)
+            self.notes_ += tuple(told)
+        number("white", self.white_, low=0, open_low=True)
         self.notes_ += self._made(images).notes
 
     def _made(self, images: Tensor) -> Any:
-        grey = grey_of(images)
-        white = self.white_ if self.white_ is not None else 1.0
-        return ink(
-            grey.clamp(0, white), size=self.size, white=white, polarity=self.polarity, otsu=self.otsu,
+        return drawn(
+            batch_of(images, keep_bytes=True), self.white_, size=self.size, polarity=self.polarity, otsu=self.otsu,
             crop=self.crop, margin=self.margin,
         )  # fmt: skip
 

@@ -54,7 +54,7 @@ def gabor(
     grey = grey_of(images)
     cells = 1 if grid is None else check_grid(grid, grey)
     rows, columns = (cell_weights(size, cells, grey) for size in grey.shape[1:])
-    filters = len(list(frequencies)) * len(_angles(orientations))
+    filters = len(_frequencies(frequencies)) * len(_angles(orientations))
 
     def described(part: Tensor) -> Tensor:
         found = responses(part, frequencies, orientations, bandwidth=bandwidth, dc=dc, border=border)

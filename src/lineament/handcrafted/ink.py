@@ -12,7 +12,10 @@ from torch import Tensor
 
 from lineament.core.checks import number, require
 from lineament.core.results import Readable
-from lineament.handcrafted.images import grey_of
+from lineament.handcrafted.images import batch_of, by_part, grey_of
+
+# Pixels at a time.
+_PART = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -54,50 +57,101 @@ def ink(
     >>> made.images.shape, made.images[0, 2:30, 2:30].min().item()
     (torch.Size([1, 32, 32]), 1.0)
     """
-    grey = grey_of(images)
-    notes = []
-    if not grey.numel():
-        return Ink(grey.new_zeros(0, size or grey.shape[1], size or grey.shape[2]), ())
-    least, most = float(grey.min()), float(grey.max())
+    batch = batch_of(images, keep_bytes=True)
+    least, most = grey_levels(batch)
     require(least >= 0, f"images: the darkest grey level is {least:g}, expected levels from 0")
+    notes = []
     if white is None:
-        white = 1.0 if images.is_floating_point() and most <= 1 else 255.0
-        if white == 255 and 0 < most < 128:
-            white = most
-            notes.append(f"grey levels end at {most:g}, not 255: divided by {most:g}")
+        white, notes = white_of(images, most)
     number("white", white, low=0, open_low=True)
     require(
         most <= white * 1.0001, f"white: got {white:g}, but there is a grey level of {most:g} in the images"
     )
-    grey = (grey / white).clamp(max=1)
+    found = drawn(batch, white, size=size, polarity=polarity, otsu=otsu, crop=crop, margin=margin)
+    return Ink(found.images, (*notes, *found.notes))
+
+
+def grey_levels(images: Tensor) -> tuple[float, float]:
+    """The darkest and the brightest grey level of [n, channels, height, width]; 0 and 0 where there are no images."""
+
+    def ends(part: Tensor) -> tuple[float, float]:
+        # Bytes stay bytes: their ends need no other numbers.
+        low, high = grey_of(part, keep_bytes=True).aminmax()
+        return float(low), float(high)
+
+    found = list(by_part(ends, images, _part(images)))
+    return (min(low for low, _ in found), max(high for _, high in found)) if found else (0.0, 0.0)
+
+
+def white_of(images: Tensor, most: float) -> tuple[float, list[str]]:
+    """The brightest grey level that there can be, by what kind of numbers ``images`` are and the brightest there is, and what is to be told of it."""
+    if images.is_floating_point() and most <= 1:
+        return 1.0, []
+    if 0 < most < 128:
+        return most, [f"grey levels end at {most:g}, not 255: divided by {most:g}"]
+    return 255.0, []
+
+
+def drawn(
+    batch: Tensor, white: float, *, size: int | None, polarity: bool, otsu: bool, crop: bool, margin: int
+) -> Ink:
+    """:func:`ink` of [n, channels, height, width] whose grey levels are cut to [0, ``white``], a part at a time, so that memory beside the result does not grow with their number."""
+    if size is not None:
+        number("size", size, low=1, integer=True)
+        number("margin", margin, low=0, high=(size - 1) // 2, integer=True)
+    count, _, height, width = batch.shape
+    like = batch.new_empty(0, dtype=torch.float64) if batch.dtype == torch.uint8 else batch
+    made = like.new_empty(count, size or height, size or width)
+    inverted = done = 0
+
+    def of(part: Tensor) -> tuple[Tensor, int]:
+        grey = (grey_of(part) / white).clamp(0, 1)
+        dark = torch.zeros(len(grey), dtype=torch.bool, device=grey.device)
+        if polarity:
+            border = torch.cat([grey[:, 0], grey[:, -1], grey[:, :, 0], grey[:, :, -1]], 1)
+            dark = border.median(1).values > 0.5
+            grey = torch.where(dark[:, None, None], 1 - grey, grey)
+        if otsu:
+            grey = (grey > _otsu(grey)[:, None, None]).to(grey.dtype)
+        return (grey if size is None else _sized(grey, size, crop, margin)), int(dark.sum())
+
+    for some, dark in by_part(of, batch, _part(batch)):
+        made[done : done + len(some)] = some
+        done, inverted = done + len(some), inverted + dark
+    if not count:
+        return Ink(made, ())
+    notes = []
     if polarity:
-        border = torch.cat([grey[:, 0], grey[:, -1], grey[:, :, 0], grey[:, :, -1]], 1)
-        dark = border.median(1).values > 0.5
-        grey = torch.where(dark[:, None, None], 1 - grey, grey)
-        notes.append(f"inverted {int(dark.sum()):,} of {len(grey):,} images with a bright border")
+        notes.append(f"inverted {inverted:,} of {count:,} images with a bright border")
     if otsu:
-        grey = (grey > _otsu(grey)[:, None, None]).to(grey.dtype)
         notes.append("binary by Otsu's threshold")
-    if size is None:
-        return Ink(grey, tuple(notes))
-    number("size", size, low=1, integer=True)
-    number("margin", margin, low=0, high=(size - 1) // 2, integer=True)
+    if size is not None and crop:
+        notes.append(f"cropped to the ink and centred in {size - 2 * margin} of {size} pixels")
+    elif size is not None:
+        notes.append(f"resized from {height} x {width} to {size} x {size}")
+    return Ink(made, tuple(notes))
+
+
+def _part(images: Tensor) -> int:
+    """How many images are worked on at a time."""
+    return max(1, _PART // (images.shape[-2] * images.shape[-1]))
+
+
+def _sized(grey: Tensor, size: int, crop: bool, margin: int) -> Tensor:
+    """[n, size, size]: each image, or the ink in it, in the middle of ``size - 2 margin`` pixels."""
     if crop:
         bright = grey > grey.amax((1, 2), keepdim=True) / 2
         spans = [_span(bright.any(axis)) for axis in (2, 1)]
-        notes.append(f"cropped to the ink and centred in {size - 2 * margin} of {size} pixels")
     else:
         whole = torch.tensor([[0, side] for side in grey.shape[1:]], device=grey.device)
         spans = [side.expand(len(grey), 2) for side in whole]
         margin = 0
-    room = size - 2 * margin
     longest = torch.maximum(*(span[:, 1] - span[:, 0] for span in spans)).double()
+    scale = longest / (size - 2 * margin)
     rows, columns = (
-        _resize(span, longest / room, size, side, crop).to(grey) for span, side in zip(spans, grey.shape[1:])
+        _resize(span, scale, size, side, crop).to(grey) for span, side in zip(spans, grey.shape[1:])
     )
-    if not crop:
-        notes.append(f"resized from {grey.shape[1]} x {grey.shape[2]} to {size} x {size}")
-    return Ink(rows @ grey @ columns.mT, tuple(notes))
+    return rows @ grey @ columns.mT
 
 
 def _span(there: Tensor) -> Tensor:

@@ -23,11 +23,13 @@ from lineament.kernels.duals import Dual, dual_of
 from lineament.kernels.regimes import optimal_dual, regime
 from lineament.kernels.sphere import SphereMap
 from lineament.kernels.table import COINCIDENT, LogTable, ValueTable, optimal_table
-from lineament.kernels.tiles import Rows, Tiles, bytes_of, conjugate_gradients, product
+from lineament.kernels.tiles import Preconditioner, Rows, Tiles, bytes_of, conjugate_gradients, product
 
 Array = np.ndarray
 # Rows whose own label the leave-one-out choice predicts.
 _LEFT_OUT = 2000
+# Of the kernel matrix, at most, in a preconditioner.
+_COLUMNS = 1024
 
 
 class _Infinite(SavedEstimator, BaseEstimator):
@@ -101,12 +103,29 @@ class _Infinite(SavedEstimator, BaseEstimator):
                 tiles <= memory,
                 f"memory: {n:,} points need {tiles / 1e9:.2g} GB even tile by tile, got {show(self.memory)}; expected more, or fewer points",
             )
+            # Columns of the preconditioner take two arrays, and a small share of a pass.
+            columns = min(_COLUMNS, n // 8, (memory - tiles) // (24 * n))
             weights, left, self.passes_ = conjugate_gradients(
-                lambda p: product(self.values_, rows, rows, p, self.ridge), y
+                lambda p: product(self.values_, rows, rows, p, self.ridge),
+                y,
+                nearly=self._nearly(rows, columns) if columns >= 8 else None,
             )
             self.residual_ = float(left.max())
         require(self.residual_ < 1e-4, self._singular(n, self.residual_))
         self.weights_ = weights
+
+    def _nearly(self, rows: Rows, count: int) -> Preconditioner:
+        """A preconditioner from so many columns of the kernel matrix."""
+        chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:count])
+        columns = np.empty((len(rows), count))
+
+        def filled(down: slice, tiles: Tiles) -> None:
+            for across, tile in tiles:
+                columns[down, across] = self.values_(tile)
+
+        rows.strips(Rows(rows.X[chosen]), filled)
+        columns[chosen, np.arange(count)] = 1.0
+        return Preconditioner(columns, chosen, self.ridge)
 
     def _singular(self, n: int, residual: float | None = None) -> str:
         left = "" if residual is None else f", which leaves {residual:.1g} of the targets unexplained"
@@ -338,7 +357,7 @@ class InfiniteRegressor(RegressorMixin, _Infinite):
     def __init__(
         self,
         activation: Any = "relu",
-        depth: int = 3,
+        depth: float = 3,
         kernel: str = "ntk",
         *,
         sphere: Any = "cap",

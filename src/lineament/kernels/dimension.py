@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.neighbors import NearestNeighbors
 
-from lineament.core.checks import number, require, show
+from lineament.core.checks import number, require
 from lineament.core.results import Readable
+from lineament.kernels.sphere import rows_of
 
 Array = np.ndarray
 
@@ -54,8 +55,7 @@ def intrinsic_dimension(
     """
     number("neighbours", neighbours, low=2, integer=True)
     number("samples", samples, low=3, integer=True)
-    X = np.asarray(X, dtype=float)
-    require(X.ndim == 2, f"X: got {show(X)}, expected [n, features]")
+    X = rows_of("X", X)
     X = np.unique(X, axis=0)
     require(len(X) >= 3, f"X: got {len(X)} different rows, expected at least 3")
     rows = np.random.default_rng(seed).permutation(len(X))[:samples]

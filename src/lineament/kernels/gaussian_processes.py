@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, Literal
 
 import numpy as np
 from sklearn.gaussian_process.kernels import Kernel
 
-from lineament.core.checks import one_of, require
-from lineament.kernels.sphere import SphereMap
+from lineament.core.checks import one_of
+from lineament.kernels.sphere import SphereMap, rows_of
 from lineament.kernels.table import LogTable
 from lineament.kernels.tiles import Rows, Tiles
 
@@ -93,20 +94,24 @@ class InfiniteKernel(Kernel):
 def _matrix(X: Any, Y: Any, table: LogTable, sphere: Any, *, scaled: bool = False) -> Array:
     if sphere is not None:
         one_of("sphere", sphere, ("normalize", "split"))
-    X = np.asarray(X, dtype=float)
+    X = rows_of("X", X)
     mapping = SphereMap.fitted(sphere, X)
     rows = Rows(mapping(X))
-    others = rows if Y is None else Rows(mapping(np.asarray(Y, dtype=float)))
-    require(
-        rows.X.shape[1] == others.X.shape[1],
-        f"Y: rows of {others.X.shape[1]} numbers beside {rows.X.shape[1]} of X",
-    )
+    others = rows if Y is None else Rows(mapping(rows_of("Y", Y, X)))
     found = np.empty((len(rows), len(others)))
     shift = table.at_one if scaled else 0.0
+    negative = np.zeros(len(rows), dtype=np.int64)
 
     def filled(down: slice, tiles: Tiles) -> None:
+        negative[down] = 0
         for across, tile in tiles:
+            negative[down] += (tile > 1 + 1e-9).sum(1)
             found[down, across] = np.exp(table(np.clip(tile, 0, 1)) - shift)
 
     rows.strips(others, filled)
+    if negative.any():
+        warnings.warn(
+            f"{100 * negative.sum() / found.size:.2g} % of the pairs have negative cosines, which count as 0; sphere='split' has none",
+            stacklevel=3,
+        )
     return found

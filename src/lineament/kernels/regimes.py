@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy.optimize import brentq
 
-from lineament.core.checks import number, one_of
+from lineament.core.checks import number, one_of, require
 from lineament.core.results import Readable
 from lineament.kernels.duals import Dual, dual_of, moebius, polynomial, sine
 from lineament.kernels.hermite import hermite_basis
@@ -53,7 +53,7 @@ def regime(activation: Any, *, tolerance: float = 1e-9) -> Regime:
 
     Args:
         activation: as for :func:`~lineament.kernels.dual_of`.
-        tolerance: below which φ̂(0), φ̂'(0) and b - 1 count as zero.
+        tolerance: below which φ̂(0) and b - 1 count as zero, and φ̂'(0) beside a φ̂(0) that is not exactly zero.
 
     >>> regime("relu").limit, regime("erf").limit, regime("square").limit
     ('majority', 'singular kernel', 'nearest neighbour')
@@ -70,7 +70,7 @@ def regime(activation: Any, *, tolerance: float = 1e-9) -> Regime:
         limit, meaning = "majority", "it gives every point the most frequent label"
         if ridge:
             meaning += ", and only with a ridge: all points become alike"
-    elif a <= tolerance:
+    elif a <= tolerance if dual.lead[0] == 0 else dual.lead[0] > 1:
         limit, meaning = "nearest neighbour", "it gives every point the label of its nearest neighbour"
     elif a >= 1 - tolerance:
         limit, meaning = "linear", "it is linear at every depth, so depth has no limit of its own"
@@ -102,7 +102,7 @@ def optimal_dual(dimension: float, family: Literal["hermite", "sine", "moebius"]
 
     Args:
         dimension: d >= 1 of the manifold, one less than that of the space around a sphere.
-        family: ``"hermite"`` as published; ``"sine"``: sin(√A x) with A solved for; ``"moebius"``: d = 2 only, all in closed form.
+        family: ``"hermite"`` as published; ``"sine"``: sin(√A x) with A solved for, d > 1; ``"moebius"``: d = 2 only, all in closed form.
 
     >>> optimal_dual(2).a, optimal_dual(2).b
     (0.5, 2.0)
@@ -110,9 +110,13 @@ def optimal_dual(dimension: float, family: Literal["hermite", "sine", "moebius"]
     one_of("family", family, ("hermite", "sine", "moebius"))
     d = float(number("dimension", dimension, low=1))
     if family == "moebius":
-        number("dimension", dimension, low=2, high=2)
+        require(
+            d == 2,
+            f"dimension: got {d:g}, but the family 'moebius' has 2 only; 'hermite' and 'sine' have any",
+        )
         return moebius(0.5)
     if family == "sine":
+        require(d > 1, "dimension: got 1, but the family 'sine' has those above 1 only; 'hermite' has any")
         return sine(_amplitude(d))
     name = f"optimal {d:g}"
     if d < 2:

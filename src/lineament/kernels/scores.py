@@ -14,6 +14,7 @@ from sklearn.gaussian_process.kernels import Matern
 
 from lineament.core.checks import InputError, number, one_of, require
 from lineament.kernels.recursion import log_nngp, log_ntk
+from lineament.kernels.sphere import rows_of
 
 Array = np.ndarray
 
@@ -59,6 +60,9 @@ def kernel_scores(
     ([1.0], [16.0])
     """
     one_of("kernel", kernel, ("nngp", "ntk"))
+    number("ridge", ridge, low=0)
+    X = rows_of("X", X)
+    Z = rows_of("Z", Z, X)
     logs = log_nngp if kernel == "nngp" else log_ntk
     top = float(logs(activation, depth, delta=np.zeros(())))
     inside = half_squares(X, X)
@@ -84,6 +88,9 @@ def hilbert_scores(X: Array, y: Array, Z: Array, exponent: float) -> Array:
     >>> hilbert_scores(np.eye(2), np.array([1.0, -1.0]), np.eye(2), 2.0).tolist()
     [1.0, -1.0]
     """
+    number("exponent", exponent, low=0, open_low=True)
+    X = rows_of("X", X)
+    Z = rows_of("Z", Z, X)
     with np.errstate(divide="ignore"):
         log = -exponent / 2 * np.log(2 * half_squares(Z, X))
     top = log.max(1, keepdims=True)
@@ -110,6 +117,8 @@ def laplace_scores(
     >>> laplace_scores(np.eye(2), np.array([1.0, -1.0]), np.eye(2)).round(9).tolist()
     [1.0, -1.0]
     """
+    X = rows_of("X", X)
+    Z = rows_of("Z", Z, X)
     if bandwidth is None:
         bandwidth = float(np.median(pdist(X[:1000]))) if len(X) > 1 else 1.0
     number("bandwidth", bandwidth, low=0, open_low=True)

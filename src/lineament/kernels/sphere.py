@@ -7,14 +7,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from lineament.core.checks import one_of, require
+from lineament.core.checks import one_of, require, show
 
 Array = np.ndarray
 Sphere = Literal["cap", "split", "normalize"]
+
+
+def rows_of(what: str, given: Any, like: Array | None = None) -> Array:
+    """Rows [n, features] of finite numbers; as wide as those of ``like``.
+
+    >>> rows_of("X", [[1, 2]]).tolist()
+    [[1.0, 2.0]]
+    """
+    found = np.asarray(given, dtype=float)
+    require(found.ndim == 2 and found.size > 0, f"{what}: got {show(given)}, expected rows [n, features]")
+    bad = np.flatnonzero(~np.isfinite(found).all(1))
+    require(not len(bad), f"{what}: row {bad[:1].tolist()} has NaN or infinity, expected finite numbers")
+    require(
+        like is None or found.shape[1] == like.shape[1],
+        f"{what}: rows of {found.shape[1]} numbers, expected {0 if like is None else like.shape[1]} as X has",
+    )
+    return found
 
 
 @dataclass(frozen=True)

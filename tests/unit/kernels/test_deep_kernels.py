@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,7 +130,8 @@ def test_kernel_matrices_are_positive_and_turn_with_the_data(kernel):
 def test_the_optimal_activation_has_the_dual_of_its_name():
     z, w = np.polynomial.hermite_e.hermegauss(120)
     w = w / w.sum()
-    for dimension, family in ((1, "hermite"), (2, "moebius"), (2, "hermite"), (4, "sine"), (8, "hermite")):
+    pairs: Any = ((1, "hermite"), (2, "moebius"), (2, "hermite"), (4, "sine"), (8, "hermite"))
+    for dimension, family in pairs:
         phi = np.asarray(optimal_activation(dimension, family)(z))
         slope = (w @ (z * phi)) ** 2
         assert w @ phi**2 == pytest.approx(1, abs=1e-6)
@@ -159,6 +161,13 @@ def test_the_dimension_of_a_manifold_is_found(dimension):
     assert found.two_nn == pytest.approx(dimension, rel=0.15)
     assert found.maximum_likelihood == pytest.approx(dimension, rel=0.15)
     assert abs(found.two_nn - dimension) < 6 * found.two_nn_error
+
+
+@pytest.mark.parametrize(("dimension", "family"), [(62, "hermite"), (16, "sine"), (30, "sine")])
+def test_a_slope_at_zero_may_be_tiny_but_is_not_zero(dimension: float, family: Any):
+    found = regime(optimal_dual(dimension, family))
+    assert found.limit == "singular kernel" and found.exponent == pytest.approx(dimension, rel=1e-6)
+    assert regime(polynomial([1e-12, 1e-10, 1.0])).limit == "nearest neighbour"
 
 
 def test_a_monomial_singles_the_nearest_out():

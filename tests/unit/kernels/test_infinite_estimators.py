@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,11 +13,11 @@ from sklearn.datasets import load_iris
 from lineament.core import batching
 from lineament.core.checks import InputError
 from lineament.kernels.classifiers import InfiniteClassifier, InfiniteRegressor
-from lineament.kernels.gaussian_processes import ntk
+from lineament.kernels.gaussian_processes import InfiniteKernel, ntk
 from lineament.kernels.recursion import log_psi
 from lineament.kernels.regimes import optimal_dual
 from lineament.kernels.scores import hilbert_scores, kernel_scores, laplace_scores, nearest
-from lineament.kernels.tiles import Rows, bytes_of
+from lineament.kernels.tiles import Preconditioner, Rows, bytes_of, conjugate_gradients
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ def test_the_choice_of_the_dimension_is_brute_force_leave_one_out(pairs):
             one = InfiniteClassifier(dimension=dimension, sphere=None).fit(X[rest], y[rest])
             right += int(one.predict(X[i : i + 1])[0] == y[i])
         assert found == pytest.approx(right / len(X))
-    assert net.left_out_[net.dimension_] == max(net.left_out_.values())
+    assert net.dimension_ is not None and net.left_out_[net.dimension_] == max(net.left_out_.values())
 
 
 def test_contradicting_duplicates_have_their_majority_and_order_does_not_matter():
@@ -193,3 +194,15 @@ def test_a_strip_of_tiles_is_halved_when_memory_runs_out(pairs, apart, monkeypat
     for found, truth in zip(answers(), expected, strict=True):
         np.testing.assert_allclose(found, truth, rtol=1e-6, atol=1e-9)
     assert max(heights) == 256 and sum(height > 20 for height in heights) >= 6
+
+
+def test_columns_of_the_matrix_spare_passes_where_few_directions_hold_it():
+    X = np.random.default_rng(0).normal(size=(600, 4))
+    X /= np.linalg.norm(X, axis=1, keepdims=True)
+    K = InfiniteKernel("relu", 1, sphere=None)(np.abs(X))
+    y, ridge, chosen = X[:, :2].copy(), 1e-4, np.arange(0, 600, 6)
+    solve = partial(conjugate_gradients, lambda p: K @ p + ridge * p, y, most=2000)
+    plain, few = solve(), solve(nearly=Preconditioner(K[:, chosen], chosen, ridge))
+    assert few[2] < plain[2] / 3 and few[1].max() < 1e-10
+    truth = np.linalg.solve(K + ridge * np.eye(600), y)
+    np.testing.assert_allclose(few[0], truth, atol=1e-6 * np.abs(truth).max())

@@ -206,6 +206,14 @@ class _Boosted(SavedEstimator, BaseEstimator):
         return validated(self, X, reset=False, dtype=np.float64)
 
 
+def check_settings(estimator: GBNNClassifier | GBNNRegressor, samples: int) -> None:
+    """Raise an :class:`~lineament.core.checks.InputError` if a setting of sizes, rates or solver cannot be used for so many samples.
+
+    >>> check_settings(GBNNClassifier(8, 2), 100)
+    """
+    estimator._growth(samples)
+
+
 def _device(given: Any) -> torch.device:
     with usable("cpu" if given is None else given):
         found = torch.device("cpu" if given is None else given)

@@ -16,13 +16,15 @@ import numpy as np
 import torch
 from sklearn.base import clone
 from sklearn.model_selection import KFold, StratifiedKFold
+from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor
 
-from lineament.core.checks import number, require, suggest
+from lineament.core.checks import InputError, number, require, suggest
 from lineament.core.engines import side_by_side
+from lineament.core.estimator_data import validated
 from lineament.core.results import Readable
 from lineament.learn.boosting.batched import project
-from lineament.learn.boosting.estimators import GBNNClassifier, GBNNRegressor
+from lineament.learn.boosting.estimators import GBNNClassifier, GBNNRegressor, check_settings
 from lineament.learn.boosting.subnetwork import TORCH
 
 Array = np.ndarray
@@ -74,7 +76,7 @@ def search(
         n_jobs: processes for what is fitted network by network; -1 is one a core.
 
     Raises:
-        InputError: an unknown setting.
+        InputError: an unknown setting or value, NaN, one class only, more folds than samples.
 
     >>> from sklearn.datasets import load_iris
     >>> found = search(*load_iris(return_X_y=True), {"learning_rate": [0.1, 0.5], "total_units": [6]}, outer=3, inner=2)
@@ -86,22 +88,44 @@ def search(
     for what, count in (("outer", outer), ("inner", inner)):
         number(what, count, low=2, integer=True)
     number("steps", steps, low=1, integer=True)
-    X, y = np.asarray(X, dtype=float), np.asarray(y)
     if estimator is None:
-        estimator = GBNNRegressor() if y.dtype.kind == "f" else GBNNClassifier()
+        estimator = GBNNRegressor() if np.asarray(y).dtype.kind == "f" else GBNNClassifier()
+    sorts = isinstance(estimator, GBNNClassifier)
+    X, y = validated(
+        clone(estimator),
+        X,
+        y,
+        dtype=np.float64,
+        **({} if sorts else {"multi_output": True, "y_numeric": True}),
+    )
     known = estimator.get_params()
     for name in grid:
         require(
             name in known, f"grid: {name!r} is no setting of {type(estimator).__name__}{suggest(name, known)}"
         )
-    classes = np.unique(y) if isinstance(estimator, GBNNClassifier) else None
+    if sorts:
+        check_classification_targets(y)
+    classes = np.unique(y) if sorts else None
+    require(
+        classes is None or len(classes) > 1,
+        f"y: one class only ({np.unique(y)[:1].tolist()}), expected two or more",
+    )
     settings = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     folds: Any = StratifiedKFold if classes is not None else KFold
-    parts = list(folds(outer, shuffle=True, random_state=seed).split(X, y))
     jobs: list[tuple[int, int | None, Array, Array]] = []
-    for o, (train, _) in enumerate(parts):
-        inside = folds(inner, shuffle=True, random_state=seed + 1 + o).split(X[train], y[train])
-        jobs += [(o, i, train[a], train[b]) for i, (a, b) in enumerate(inside)]
+    try:
+        parts = list(folds(outer, shuffle=True, random_state=seed).split(X, y))
+        for o, (train, _) in enumerate(parts):
+            inside = folds(inner, shuffle=True, random_state=seed + 1 + o).split(X[train], y[train])
+            jobs += [(o, i, train[a], train[b]) for i, (a, b) in enumerate(inside)]
+    except ValueError as error:
+        raise InputError(
+            f"outer, inner: {outer} x {inner} folds of {len(y)} samples cannot be made ({error}); expected fewer"
+        ) from error
+    fewest = min(len(train) for _, _, train, _ in jobs)
+    for setting in settings:
+        model: Any = clone(estimator)
+        check_settings(model.set_params(**setting), fewest)
     scores = np.zeros((len(settings), outer, inner))
 
     def fitted(problems: list[tuple[int, Any]]) -> Any:
@@ -161,7 +185,6 @@ def _fitted(
         kind = settings[s].get("activation", base.activation)
         groups.setdefault((per, made["total_units"] // per, kind), []).append((s, job, made))
     for (per, rounds, kind), members in groups.items():
-        require(rounds >= 1, "total_units: fewer than units_per_step")
         # As many at a time as keep a gigabyte of moves of the hidden weights.
         room = max(1, int(1e8 / (len(X) * (X.shape[1] + 1) * per)))
         for first in range(0, len(members), room):
