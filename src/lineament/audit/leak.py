@@ -42,6 +42,7 @@ from lineament.privacy.identification import fisher_features
 from lineament.privacy.leakage import Leakage, leakage
 from lineament.privacy.local import Local
 from lineament.privacy.messages import Message, moved_norms, saved_state
+from lineament.privacy.priors import Mapped
 from lineament.privacy.rivals import closed_form
 from lineament.privacy.search import Search
 from lineament.report import page
@@ -59,6 +60,7 @@ class LeakOptions:
         attacks: of :data:`lineament.privacy.reconstruction.ATTACKS`; the strongest is reported.
         prior: ``"vae"``, ``"dcgan"`` or ``"stylegan2"``, trained on the public pictures; a file with a trained StyleGAN2, see
             :func:`lineament.privacy.load_prior`; or ``"none"``: pixels only.
+        classifier: of the classes of a generator in a file, where they are not the model's: pictures in [0, 1] to logits, resized by itself; see :class:`lineament.privacy.Mapped`.
         prior_steps: of its training. search: how attackers look.
         known_labels: give attackers the labels, which they read off the messages otherwise.
         public: other data of the kind, which the attacker has; by default the samples of the data that are not audited.
@@ -82,6 +84,7 @@ class LeakOptions:
     normalize: tuple[Sequence[float], Sequence[float]] | None = None
     attacks: tuple[str, ...] = ("gifd", "latent", "ig")
     prior: str = "vae"
+    classifier: nn.Module | str | None = None
     prior_steps: int = 600
     search: Search = SEARCH
     known_labels: bool = False
@@ -175,7 +178,7 @@ def leak(
             "model": digest(loaded.model),
             "data": [_digest(some.inputs) for some in (held, public) if some is not None],
             "update": None if options.update is None else _digest(torch.from_numpy(np.fromfile(options.update, dtype=np.uint8))),
-            "options": [str(replace(options, weights=None, public=None)), pictures, seed, str(fitted.layout)],
+            "options": [str(replace(options, weights=None, public=None, classifier=None if options.classifier is None else str(options.classifier))), pictures, seed, str(fitted.layout)],
             "versions": versions(),
         }  # fmt: skip
         sent = None
@@ -259,6 +262,8 @@ def _searched(
     prior, notes = None, []
     if options.prior not in PRIORS:
         prior = load_prior(options.prior, parts.images.shape[1:], bounds)
+        if options.classifier is not None:
+            prior = Mapped(prior, load_model(options.classifier).model.to(parts.images.device).eval())
     elif options.prior != "none":
         train = lambda steps: prior_of(parts.public, options.prior, steps=steps, seed=seed)  # noqa: E731
         steps = options.prior_steps

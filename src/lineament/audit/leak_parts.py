@@ -30,6 +30,10 @@ def checked(options: LeakOptions, pictures: int, batch_sizes: Sequence[int], def
     checks.number("pictures", pictures, low=2, integer=True)
     if not Path(options.prior).is_file():
         checks.one_of("prior", options.prior, PRIORS)
+        require(
+            options.classifier is None,
+            f"classifier: got one beside prior = {options.prior!r}, expected it with a generator in a file only, whose classes it tells",
+        )
     checks.one_of("batch_norm", options.batch_norm, ("running", "batch"))
     for attack in options.attacks:
         checks.one_of("attacks", attack, ATTACKS)

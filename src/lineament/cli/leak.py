@@ -12,7 +12,8 @@ _EPILOG = """examples:
   lineament leak net.py:make photos.npz --defence none --defence clip=4,noise=0.01 --defence prune=90 --batch-size 1,4 --out leaked
 
 It makes the messages of your own pictures and searches those; it does not open anybody else's. Defences: none, clip=BOUND, noise=DEVIATION,
-prune=PERCENT, soteria=PERCENT, private=BOUND:NOISE (per sample), gaussian=EPSILON:DELTA:BOUND, truncate=PERCENT:GAMMA, bits=8; commas put one after another.
+prune=PERCENT, soteria=PERCENT, private=BOUND:NOISE (per sample), gaussian=EPSILON:DELTA:BOUND, truncate=PERCENT:GAMMA, bits=8, secagg=CLIENTS (only
+their mean is seen); commas put one after another.
 A saved update is safetensors, a .pt of tensors, or an .npz of arrays in the order of the state dict (as Flower's clients send them); the pictures behind it are needed.
 A run that was cut off goes on where it stopped when the same command is given again."""
 
@@ -78,7 +79,7 @@ def add_parser(subparsers: Any) -> Any:
         "--attack",
         metavar="NAME",
         action="append",
-        help="gifd, no ball, latent, gias, ggl, ig, gi, idlg, dlg or closed form (may be repeated; default: gifd, latent, ig, and the closed form where it applies)",
+        help="gifd, no ball, no regulariser, one layer, latent, gias, ggl, ig, gi, idlg, dlg or closed form (may be repeated; default: gifd, latent, ig, and the closed form where it applies)",
     )
     add("--batch-size", metavar="N,N", default="1", help="pictures behind one message (default: 1)")
     add("--pictures", type=int, default=8, metavar="N", help="how many are audited (default: 8)")
@@ -94,6 +95,11 @@ def add_parser(subparsers: Any) -> Any:
         metavar="KIND",
         default="vae",
         help="vae, dcgan or stylegan2, trained on the attacker's pictures; FILE with a StyleGAN2 or BigGAN-deep (safetensors, or .pt of tensors); or none (default: vae)",
+    )
+    add(
+        "--classifier",
+        metavar="FACTORY",
+        help="of a generator FILE with classes other than the model's: package.module:factory of a network that tells them, pictures in [0, 1] to logits",
     )
     add("--steps", type=int, default=60, metavar="N", help="gradients of each layer searched (default: 60)")
     add(
@@ -151,6 +157,7 @@ def run(arguments: argparse.Namespace) -> int:
         normalize=normalize(arguments.normalize),
         attacks=tuple(arguments.attack or ("gifd", "latent", "ig")),
         prior=arguments.prior,
+        classifier=arguments.classifier,
         search=Search(steps=arguments.steps, restarts=arguments.restarts, optimizer=arguments.optimizer),
         known_labels=arguments.known_labels,
         public=arguments.public,

@@ -14,8 +14,10 @@ from .labels import guessed_targets as guessed_targets
 from .labels import inferred_labels as inferred_labels
 from .local import Local as Local
 from .messages import Message as Message
+from .perceptual import lpips_distance as lpips_distance
 from .picture_scores import picture_scores as picture_scores
 from .priors import Decoder as Decoder
+from .priors import Mapped as Mapped
 from .priors import train_prior as train_prior
 from .reconstruction import reconstruct as reconstruct
 from .robust_scores import cw_ssim as cw_ssim

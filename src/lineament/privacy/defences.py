@@ -24,7 +24,8 @@ class Context:
     """What a client knows when it defends its message.
 
     ``images``, ``targets``: the batch, normalised; ``gradient_of``: the gradient of other pictures with the same labels; ``per_sample()``: gradients of single pictures, one list of tensors [pictures, ...]; ``features()``: the network up to its last layer's input, and the
-    pictures; ``head``: the place of the last layer's weights among the tensors, None where the network does not end in a linear layer.
+    pictures; ``head``: the place of the last layer's weights among the tensors, None where the network does not end in a linear layer. ``others(m)``: plain messages of m
+    other clients, None where there are no pictures to make them of.
     """
 
     count: int
@@ -35,6 +36,7 @@ class Context:
     images: Tensor
     targets: Tensor
     gradient_of: Callable[[Tensor], list[Tensor]]
+    others: Callable[[int], list[list[Tensor]]] | None = None
 
 
 class Defence:
@@ -292,8 +294,35 @@ class Aggregate(Defence):
         return f"aggregate {len(self.others) + 1}"
 
 
+@dataclass(frozen=True)
+class Secure(Defence):
+    """Secure aggregation: the server sees the mean of ``clients`` messages only, of which this is one; the others are made of other pictures.
+
+    The attacker knows how many there are, and not what the others sent, which is to a guess as noise.
+
+    >>> Secure(2).mirror([torch.tensor([4.0])], [])[0].tolist()
+    [2.0]
+    """
+
+    clients: int = 10
+
+    def __post_init__(self) -> None:
+        number("clients", self.clients, low=2, integer=True)
+
+    def apply(self, gradient: Sequence[Tensor], context: Context) -> list[Tensor]:
+        if context.others is None:
+            raise InputError(
+                "others: secure aggregation needs the messages of other clients, and there are no pictures to make them of; expected others="
+            )
+        return Aggregate(context.others(self.clients - 1)).apply(gradient, context)
+
+    def mirror(self, guess: Sequence[Tensor], message: Sequence[Tensor]) -> list[Tensor]:
+        return [g / self.clients for g in guess]
+
+
 NAMES: dict[type[Any], str] = {
     Clip: "clip", Prune: "prune", Noise: "noise", Private: "private", Gaussian: "gaussian", Truncate: "truncate", Bits: "bits", Soteria: "soteria",
+    Secure: "secagg",
 }  # fmt: skip
 
 
@@ -322,7 +351,7 @@ def defence_of(text: str) -> Defence:
             len(numbers) <= most,
             f"defence: got {len(numbers)} values for {name!r}, expected at most {most}",
         )
-        whole = [int(v) if name == "bits" and v == int(v) else v for v in numbers]
+        whole = [int(v) if name in ("bits", "secagg") and v == int(v) else v for v in numbers]
         try:
             found = found + known[name](*whole)
         except InputError as error:

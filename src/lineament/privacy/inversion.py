@@ -28,7 +28,8 @@ class Stage:
 
     ``sphere``: whether a code keeps its radius. ``optimizer``: ``"adam"``, ``"sgd"`` (Nesterov, 0.9) or ``"lbfgs"`` (of one row, with a line search; ``steps``
     then counts gradients, and ``peak`` is the first length that is tried). ``parts``: sizes of what the variable is made
-    of side by side, and whether each is ``"free"``, on its own ``"sphere"``, or ``"fixed"``; each has its share of the ball.
+    of side by side, and whether each is ``"free"``, on its own ``"sphere"``, or ``"fixed"``; each has its share of the ball. ``layer``: of which block it is the input, by
+    default that of its place among the stages; a later one passes over the layers between.
 
     >>> Stage(500, 0.1).radius
     -1.0
@@ -40,6 +41,7 @@ class Stage:
     sphere: bool = True
     optimizer: str = "adam"
     parts: tuple[tuple[int, str], ...] = ()
+    layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -112,18 +114,23 @@ def invert(
         trace.append(float(total.detach()))
         return match, total
 
-    value, frozen, rising = start.detach().clone(), None, 0
+    value, frozen, rising, at = start.detach().clone(), None, 0, 0
     for k, stage in enumerate(stages):
         if k > 0:
             frozen = blocks(variables[0]) if frozen is None else frozen
-            if k >= len(frozen):
-                raise InputError(f"stages: got {len(stages)}, but the generator has {len(frozen)} blocks")
+            to = k if stage.layer is None else stage.layer
+            require(to > at, f"stages: got layer {to} after layer {at}, expected a later one")
+            if to >= len(frozen):
+                raise InputError(f"stages: got layer {to}, but the generator has {len(frozen)} blocks")
             with torch.no_grad():
-                value = frozen[k - 1](value)
+                value = _through(value, frozen[at:to])
+            at = to
         x, value = _descend(
             stage,
             value,
-            lambda v, k=k, frozen=frozen: render(_through(v, (blocks(v) if frozen is None else frozen)[k:])),
+            lambda v, at=at, frozen=frozen: render(
+                _through(v, (blocks(v) if frozen is None else frozen)[at:])
+            ),
             judged,
             code=k == 0,
         )

@@ -120,7 +120,7 @@ def leakage(
     Args:
         images, targets: the pictures that are audited, normalised as the model takes them; their number is a multiple of ``batch``.
         public: other pictures of the kind, normalised; none of those audited. prior: see :func:`lineament.privacy.train_prior`; None searches pixels only.
-        held_out: pictures and labels on which the defences' price is measured; by default those audited.
+        held_out: pictures and labels on which the defences' price is measured, by default those audited; other clients of secure aggregation have theirs of them.
         known_labels: give the attacker the labels; else they are read off the messages.
         copies: try every way in which an attacker may repeat a defence, not only the first.
         judge: how guesses are ordered, and among whom they are looked for.
@@ -159,7 +159,7 @@ def leakage(
     attacked, prices, buffers = [], [], 0
     for defence in defences if sent is None else [sent[0].defence]:
         messages = sent or [
-            Message.of(model, x, y, defence=defence, local=local, seed=seed + k)
+            Message.of(model, x, y, defence=defence, local=local, others=held_out, seed=seed + k)
             for k, (x, y) in enumerate(groups)
         ]
         prices.append(_price(model, groups, messages, held_out, messages[0].local, seed))
@@ -167,7 +167,9 @@ def leakage(
         all_messages = list(messages)
         if further is not None:
             all_messages.append(
-                Message.of(model, *further, defence=defence, local=messages[0].local, seed=seed + 1)
+                Message.of(
+                    model, *further, defence=defence, local=messages[0].local, others=held_out, seed=seed + 1
+                )
             )
         read = [guessed_targets(model, m, images[:1], public) for m in all_messages]
         labels = torch.stack([y for y, _ in read])

@@ -63,13 +63,15 @@ class Message(Readable):
         defence: Defence | None = None,
         local: Local | None = None,
         loss: Loss = F.cross_entropy,
+        others: tuple[Tensor, Tensor] | None = None,
         seed: int = 0,
     ) -> Message:
         """The message of a batch; the model, its gradients and its buffers stay as they were.
 
         Args:
             images: normalised, as the model takes them. targets: what ``loss(logits, targets)`` takes, class numbers by default.
-            seed: of the defence's noise.
+            others: pictures and targets of other clients, of which a defence that adds clients up makes their messages, each of as many pictures as this one.
+            seed: of the defence's noise, and of which pictures other clients have.
 
         Raises:
             InputError: no pictures, labels outside the classes, a gradient that is not finite.
@@ -101,6 +103,9 @@ class Message(Readable):
             images,
             targets,
             lambda x: [g[0] for g in gradient(x[None])],
+            None
+            if others is None
+            else lambda m: _of_others(model, others, m, len(images), local=local, loss=loss, seed=seed),
         )
         sent = defence.apply(found, context)
         told = batch_statistics(model, images) if local is None or local.steps(len(images)) == 1 else {}
@@ -156,6 +161,22 @@ class Message(Readable):
             return self.tensors
         weights = [p.detach() for p in model.parameters() if p.requires_grad]
         return tuple(self.local.gradient_of(t, w, self.count) for t, w in zip(self.tensors, weights))
+
+
+def _of_others(
+    model: nn.Module, others: tuple[Tensor, Tensor], clients: int, count: int, *, local: Local | None, loss: Loss, seed: int
+) -> list[list[Tensor]]:  # fmt: skip
+    """Plain messages of other clients, of ``count`` pictures each; none has another's as long as there are enough."""
+    x, y = others
+    require(len(x) >= count, f"others: got {len(x)} pictures, expected at least {count}, as many as stand behind one message")  # fmt: skip
+    rows = torch.cat([torch.randperm(len(x), generator=torch.Generator().manual_seed(seed + k)) for k in range(-(-clients * count // len(x)))])  # fmt: skip
+    found = []
+    for some in rows[: clients * count].split(count):
+        with _enough_for_norms(x[some]):
+            found.append(
+                [g[0] for g in dummy_gradient(model, y[some][None], local=local, loss=loss)(x[some][None])]
+            )
+    return found
 
 
 @contextmanager

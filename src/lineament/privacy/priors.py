@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
@@ -54,6 +55,58 @@ class Decoder:
 
     def blocks(self, code: Tensor, targets: Tensor | None) -> Sequence[Block]:
         return [self.generator[k] for k in range(len(self.generator))]
+
+
+class Mapped:
+    """A generator of other classes than those of the audited model: which one a picture is of is found by a first, coarse search (label mapping).
+
+    Its pictures, made of classes drawn at random, are named by a classifier, and the search begins anew with those classes (the later revision of Fang et al. 2023).
+
+    Args:
+        prior: a generator that is told a class. classifier: pictures [n, channels, height, width] in [0, 1] to logits of the generator's classes.
+        steps: gradients of each layer of the first search.
+
+    >>> plain = Decoder(nn.Sequential(nn.Linear(2, 4), nn.Unflatten(1, (1, 2, 2))), 2)
+    >>> Mapped(plain, lambda x: x.flatten(1)).named(torch.tensor([[[[0.1, 0.9], [0.2, 0.3]]]])).tolist()
+    [1]
+    """
+
+    def __init__(self, prior: Prior, classifier: Block, *, steps: int = 100):
+        number("steps", steps, low=1, integer=True)
+        self.prior, self.classifier, self.steps = prior, classifier, steps
+        self.code, self.render = prior.code, prior.render
+
+    @cached_property
+    def classes(self) -> int:
+        """How many classes the classifier tells apart."""
+        value = torch.zeros(1, self.code)
+        with torch.no_grad():
+            for block in self.prior.blocks(value, torch.zeros(1, dtype=torch.long)):
+                value = block(value)
+            return self.logits(self.render(value)).shape[1]
+
+    def drawn(self, *sizes: int, seed: int = 0) -> Tensor:
+        """Classes of the generator at random."""
+        return torch.randint(self.classes, sizes, generator=torch.Generator().manual_seed(seed))
+
+    def blocks(self, code: Tensor, targets: Tensor | None) -> Sequence[Block]:
+        """The generator's, of classes drawn at random: labels of the audited model say nothing of them."""
+        return self.prior.blocks(code, self.drawn(len(code)).to(code.device))
+
+    @torch.no_grad()
+    def logits(self, pictures: Tensor) -> Tensor:
+        """What the classifier says [n, the generator's classes]."""
+        found: Any = self.classifier(pictures)
+        found = getattr(found, "logits", found)
+        require(
+            isinstance(found, Tensor) and found.ndim == 2 and len(found) == len(pictures),
+            f"classifier: gave {show(found)} for {len(pictures)} pictures, expected logits [{len(pictures)}, classes]",
+        )
+        return found
+
+    def named(self, pictures: Tensor) -> Tensor:
+        """The class of each picture [n]."""
+        return self.logits(pictures).argmax(1)
 
 
 class Pixels:

@@ -25,7 +25,7 @@ from lineament.privacy.costs import chosen_tensors, code_divergence, index_set, 
 from lineament.privacy.evolution import evolve, population
 from lineament.privacy.inversion import Inversion, Stage, invert
 from lineament.privacy.messages import Message, checked, dummy_gradient, fixed
-from lineament.privacy.priors import Pixels, Prior
+from lineament.privacy.priors import Mapped, Pixels, Prior
 from lineament.privacy.rivals import closed_form, group_term, own_generators
 from lineament.privacy.search import ATTACKS, ON_PIXELS, Search
 from lineament.privacy.statistics import norms, statistics_gap
@@ -39,7 +39,8 @@ class Reconstruction(Readable):
 
     ``scores``: each message's matching cost; ``stages``: pictures and scores of each layer searched, of the restart that was best, [messages, layers, ...];
     ``targets``: the labels that were used, or found by the search; ``steps``: gradients that were computed of each guess; ``restart``: which one was best;
-    ``trace``: the objective at each of its steps, summed over all that was searched side by side.
+    ``trace``: the objective at each of its steps, summed over all that was searched side by side; ``classes`` [messages, batch]: those of the generator that a first
+    search found, where they are not the model's.
     """
 
     pictures: Tensor
@@ -51,6 +52,7 @@ class Reconstruction(Readable):
     steps: int
     restart: Tensor
     trace: tuple[Tensor, ...] = ()
+    classes: Tensor | None = None
 
 
 def reconstruct(
@@ -70,8 +72,9 @@ def reconstruct(
     Args:
         messages: of one count, one defence and one kind. targets: their labels [messages, batch].
         shape: of a picture, (channels, height, width).
-        prior: what the attacker knows; None for attacks on pixels.
-        attack: ``"gifd"``; ``"no ball"``, the same without its balls; ``"latent"``, the code alone; ``"gias"``, half of the steps on the code and half on the
+        prior: what the attacker knows; None for attacks on pixels. A generator is told the labels, if it takes any; one of other classes is :class:`lineament.privacy.Mapped`.
+        attack: ``"gifd"``; ``"no ball"``, the same without its balls; ``"no regulariser"``, without what keeps pictures natural; ``"one layer"``, half of the steps on the
+            code and half on the features of one layer; ``"latent"``, the code alone; ``"gias"``, half of the steps on the code and half on the
             generator's weights, one copy a picture; ``"ggl"``, the code by CMA-ES, without derivatives (needs the package ``cma``); on pixels ``"ig"`` (cosine and
             total variation), ``"gi"`` (squared distance, total variation, norm, restarts as a group), ``"idlg"`` (squared distance alone) and ``"dlg"``, which does not
             take ``targets`` but searches for class probabilities beside the pixels. All of these take
@@ -91,6 +94,34 @@ def reconstruct(
     """
     one_of("attack", attack, ATTACKS)
     require(len(messages) > 0, "messages: got none, expected at least one")
+
+    def found(attack: str, search: Search, prior: Prior | None, classes: Tensor) -> Reconstruction:
+        return _reconstructed(model, messages, targets, shape, prior, attack, search, bounds, seed, classes)
+
+    if not isinstance(prior, Mapped) or attack in ON_PIXELS:
+        return found(attack, search, prior, targets)
+    low, high = (bound.to(targets.device).view(1, -1, 1, 1) for bound in bounds)
+    drawn = prior.drawn(*targets.shape[:2], seed=seed).to(targets.device)
+    coarse = found("gifd", replace(search, steps=prior.steps), prior.prior, drawn)
+    seen = (coarse.pictures.flatten(0, 1) - low) / (high - low)
+    classes = prior.named(seen.clamp(0, 1)).view_as(drawn)
+    fine = found(attack, search, prior.prior, classes)
+    return replace(fine, steps=coarse.steps + fine.steps, classes=classes)
+
+
+def _reconstructed(
+    model: nn.Module,
+    messages: Sequence[Message],
+    targets: Tensor,
+    shape: Sequence[int],
+    prior: Prior | None,
+    attack: str,
+    search: Search,
+    bounds: tuple[Tensor, Tensor],
+    seed: int,
+    conditions: Tensor,
+) -> Reconstruction:
+    """One search; ``conditions``: what the prior is told, [messages, batch]."""
     first = messages[0]
     parameters = [p for p in model.parameters() if p.requires_grad]
     for message in messages:
@@ -109,9 +140,9 @@ def reconstruct(
     on_pixels = attack in ON_PIXELS or prior is None
     joint = classes if attack == "dlg" else 0
     used: Prior = Pixels(shape, joint) if prior is None or on_pixels else prior
-    layers = 0 if prior is None else _layers(prior, search, targets.flatten(), parameters[0])
+    layers = 0 if prior is None else _layers(prior, search, conditions.flatten(), parameters[0])
     search = search.preset(attack, layers)
-    task = _Task(model, messages, targets, tuple(shape), used, search, bounds)
+    task = _Task(model, messages, targets, tuple(shape), used, search, bounds, conditions)
     task.fits(parameters[0])
     meet = [n for n, norm in norms(model) if norm.training]
     require(
@@ -151,16 +182,19 @@ class _Task:
     prior: Prior
     search: Search
     bounds: tuple[Tensor, Tensor]
+    conditions: Tensor  # what the prior is told; the labels, where its classes are the model's
 
     def rows(self, which: Sequence[int]) -> _Task:
         """Some of the messages, in this order and as often."""
-        return replace(self, messages=[self.messages[k] for k in which], labels=self.labels[list(which)])
+        told = self.labels[list(which)], self.conditions[list(which)]
+        return replace(self, messages=[self.messages[k] for k in which], labels=told[0], conditions=told[1])
 
     def fits(self, like: Tensor) -> None:
         """Whether the prior makes pictures of the shape that is looked for."""
-        z = _code(self.prior, self.labels[:1, :1].flatten(), like)
+        told = self.conditions[:1, :1].flatten()
+        z = _code(self.prior, told, like)
         with torch.no_grad():
-            for block in self.prior.blocks(z, self.labels[:1, :1].flatten()):
+            for block in self.prior.blocks(z, told):
                 z = block(z)
             made = tuple(self.prior.render(z).shape[1:])
         require(made == self.shape, f"prior: it makes pictures {made}, the audited ones are {self.shape}")
@@ -273,7 +307,7 @@ def _can_be_asked(
 
 def _searched(task: _Task, attack: str, start: Tensor, on_pixels: bool, restarts: int) -> Inversion:
     """Rows searched by their slopes."""
-    search, flat = task.search, task.labels.flatten()
+    search, flat = task.search, task.conditions.flatten()
     stages = _stages(task.prior, search, flat, start, on_pixels)
     how: dict[str, Any] = {
         "bounds": (task.bounds[0].to(start), task.bounds[1].to(start)), "variation": search.variation, "norm": search.norm,
@@ -302,7 +336,7 @@ def _evolved(task: _Task, start: Tensor, seed: int) -> Inversion:
     """One row searched by CMA-ES: tanh of a code, with the divergence of its entries from a standard normal."""
     size = population(start.numel())
     many = task.rows([0] * size)
-    flat = many.labels.flatten()
+    flat = many.conditions.flatten()
 
     def made(z: Tensor, labels: Tensor) -> Tensor:
         value = z.tanh().view(-1, task.prior.code)
@@ -323,7 +357,7 @@ def _evolved(task: _Task, start: Tensor, seed: int) -> Inversion:
     )
     low, high = (bound.to(z).view(1, -1, 1, 1) for bound in task.bounds)
     with torch.no_grad():
-        picture = made(z, task.labels.flatten()).clamp(low, high)
+        picture = made(z, task.conditions.flatten()).clamp(low, high)
         score = task.cost(task.gradient(picture))
     return Inversion(
         picture, score, (picture,), (z.tanh().view(-1, task.prior.code),), (score,), torch.tensor(trace, dtype=torch.float64).repeat_interleave(size), torch.zeros_like(score, dtype=torch.long),
@@ -344,7 +378,7 @@ def _closed(
     low, high = (bound.to(x).view(1, 1, -1, 1, 1) for bound in bounds)
     x = x.clamp(low, high)
     pixels = Search(restarts=1).preset("closed form", 0)
-    task = _Task(model, messages, targets, tuple(shape), Pixels(shape), pixels, bounds)
+    task = _Task(model, messages, targets, tuple(shape), Pixels(shape), pixels, bounds, targets)
     scores = task.cost(task.gradient(x.flatten(0, 1))).detach()
     none = torch.zeros_like(scores, dtype=torch.long)
     return Reconstruction(x, scores, none, x[:, None], scores[:, None], targets, 0, none)  # fmt: skip
@@ -373,11 +407,13 @@ def _stages(prior: Prior, search: Search, targets: Tensor, like: Tensor, on_pixe
     with torch.no_grad():
         for k in range(1, layers + 1):
             value = blocks[k - 1](value)
+            if search.layer not in (None, k):
+                continue
             radius = -1.0 if search.radius is None else search.radius * value[0].numel()
             if search.radii:
                 radius = search.radii[min(k, len(search.radii)) - 1]
             stages.append(
-                Stage(search.steps, later, radius, optimizer=search.optimizer, parts=tuple(parts(k)))
+                Stage(search.steps, later, radius, optimizer=search.optimizer, parts=tuple(parts(k)), layer=k)
             )
     return stages
 

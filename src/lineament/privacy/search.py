@@ -12,7 +12,20 @@ from lineament.core.checks import number, one_of
 from lineament.privacy.costs import COSTS, WEIGHTS, index_set
 from lineament.privacy.inversion import OPTIMIZERS
 
-ATTACKS = ("gifd", "no ball", "latent", "gias", "ggl", "ig", "gi", "idlg", "dlg", "closed form")
+ATTACKS = (
+    "gifd",
+    "no ball",
+    "no regulariser",
+    "one layer",
+    "latent",
+    "gias",
+    "ggl",
+    "ig",
+    "gi",
+    "idlg",
+    "dlg",
+    "closed form",
+)
 ON_PIXELS = ("ig", "gi", "idlg", "dlg", "closed form")
 
 
@@ -24,6 +37,7 @@ class Search:
         steps: of each layer. Attacks without layers take as many in all.
         rate, feature_rate: peak learning rates of codes (or pixels) and of features. weight_rate: of a generator's weights (GIAS).
         layers: features that are searched behind the code; by default all inputs of later blocks.
+        layer: the one whose features alone are searched behind the code ("one layer"), 1 the first; by default the middle one of ``layers``.
         radius: of each layer's l1 ball for each entry, None for no ball.
         restarts: from other codes; the best score is kept.
         radii: of the balls of layers 1, 2, ... themselves, in place of ``radius`` times their entries; the last one holds for all further layers.
@@ -45,6 +59,7 @@ class Search:
     feature_rate: float = 0.03
     weight_rate: float = 1e-3
     layers: int | None = None
+    layer: int | None = None
     radius: float | None = 0.04
     radii: tuple[float, ...] = ()
     restarts: int = 2
@@ -77,6 +92,8 @@ class Search:
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         if self.layers is not None:
             number("layers", self.layers, low=0, integer=True)
+        if self.layer is not None:
+            number("layer", self.layer, low=1, integer=True)
         if self.radius is not None:
             number("radius", self.radius, low=0, open_low=True)
         if self.chunk is not None:
@@ -86,12 +103,20 @@ class Search:
 
     def preset(self, attack: str, layers: int) -> Search:
         """The search of one attack; what has no layers takes the steps of all."""
-        whole = replace(self, layers=0, steps=self.steps * (1 + layers))
+        own = replace(self, layer=None)
+        whole = replace(own, layers=0, steps=self.steps * (1 + layers))
+        half = max(1, whole.steps // 2)
+        one = whole
+        if attack == "one layer" and layers > 0:
+            at = number("layer", self.layer or (layers + 1) // 2, low=1, high=layers, integer=True)
+            one = replace(self, layer=at, steps=half)
         return {
-            "gifd": self,
-            "no ball": replace(self, radius=None, radii=()),
+            "gifd": own,
+            "no ball": replace(own, radius=None, radii=()),
+            "no regulariser": replace(own, variation=0.0, norm=0.0),
+            "one layer": one,
             "latent": whole,
-            "gias": replace(whole, steps=max(1, whole.steps // 2)),
+            "gias": replace(whole, steps=half),
             "ggl": replace(whole, cost="l2", variation=0.0, norm=0.0, group=0.0),
             "ig": replace(whole, cost="sim", variation=1e-4, norm=0.0, group=0.0),
             "gi": replace(whole, cost="l2", variation=1e-4, norm=1e-6, group=1e-2),

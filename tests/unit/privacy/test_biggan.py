@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils import spectral_norm
 
 from lineament.core.checks import InputError
-from lineament.privacy import Message, Search, load_prior, reconstruct
+from lineament.privacy import Mapped, Message, Search, load_prior, reconstruct
 from lineament.privacy.biggan import BigGANPrior
 
 LAYERS = [(32, 32, False), (32, 16, True), None, (16, 16, False), (16, 8, True)]
@@ -136,6 +136,44 @@ def test_it_is_searched_with_code_and_class_frozen_behind_the_first_stage(publis
     how = Search(steps=4, restarts=1, layers=3, patience=None)
     found = reconstruct(net, told, y[:, None], (3, 16, 16), prior=prior, search=how, bounds=LIMITS)
     assert found.stage_pictures.shape[:2] == (2, 4) and bool((found.scores <= found.stage_scores[:, 0]).all())
+
+
+def test_classes_of_the_generator_are_found_where_they_are_not_the_models(published):
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.Sigmoid(), nn.Flatten(), nn.Linear(294, 2))
+    prior = BigGANPrior(published.state_dict(), lambda made: (made + 1) / 2)
+    z, true = torch.randn(2, 4), torch.tensor([7, 1])
+    with torch.no_grad():
+        x = (made_by(prior, z, true) + 0).clamp(0, 1)
+        centres = torch.stack(
+            [made_by(prior, torch.zeros(1, 4), torch.tensor([k])).flatten() for k in range(10)]
+        )
+    y = torch.tensor([0, 1])  # of the model, which has two classes
+    told = [Message.of(net, x[k : k + 1], y[k : k + 1]) for k in range(2)]
+    mapped = Mapped(prior, lambda v: -torch.cdist(v.flatten(1), centres), steps=3)
+    how = {"search": Search(steps=4, restarts=1, layers=2), "bounds": LIMITS, "seed": 3}
+    found = reconstruct(net, told, y[:, None], (3, 16, 16), prior=mapped, **how)
+    coarse = reconstruct(
+        net, told, y[:, None], (3, 16, 16), prior=_Told(prior, mapped.drawn(2, seed=3)), **{**how, "search": Search(steps=3, restarts=1, layers=2)}
+    )  # fmt: skip
+    assert found.classes is not None and torch.equal(found.classes[:, 0], mapped.named(coarse.pictures[:, 0]))
+    assert found.steps == coarse.steps + 4 * 3
+    again = reconstruct(net, told, y[:, None], (3, 16, 16), prior=_Told(prior, found.classes[:, 0]), **how)
+    assert torch.equal(found.pictures, again.pictures)
+    one = reconstruct(net, told[:1], y[:1, None], (3, 16, 16), prior=mapped, attack="ig", **how)
+    assert one.classes is None  # pixels ask no generator
+    with pytest.raises(InputError, match="classifier: gave"):
+        reconstruct(net, told, y[:, None], (3, 16, 16), prior=Mapped(prior, lambda v: v), **how)
+
+
+class _Told:
+    """A prior that is told its classes, whatever the labels are."""
+
+    def __init__(self, prior: BigGANPrior, classes: torch.Tensor):
+        self.prior, self.classes, self.code, self.render = prior, classes, prior.code, prior.render
+
+    def blocks(self, code, targets):
+        return self.prior.blocks(code, self.classes[: len(code)])
 
 
 def test_what_does_not_fit_is_named(published):

@@ -170,6 +170,28 @@ def test_private_clips_each_picture_and_aggregation_takes_the_mean(net, batch):
     assert torch.allclose(shared[0], (each[0][0] + each[1][0] + each[2][0]) / 3, atol=1e-6)
 
 
+def test_secure_aggregation_sends_the_mean_of_clients(net, batch):
+    x, y = batch
+    defence = defence_of("secagg=3")
+    found = Message.of(net, x[:1], y[:1], defence=defence, others=(x[1:], y[1:])).tensors
+    each = [Message.of(net, x[k : k + 1], y[k : k + 1]).tensors for k in range(3)]
+    for k, own in enumerate(found):
+        assert torch.allclose(own, (each[0][k] + each[1][k] + each[2][k]) / 3, atol=1e-6)
+    assert str(defence) == "secagg 3" and torch.allclose(defence.mirror(each[0], found)[0] * 3, each[0][0])
+    # More clients than pictures: they have some of them again, and the message is the same again.
+    many = [Message.of(net, x[:2], y[:2], defence=defence_of("secagg=4"), others=(x[1:], y[1:]), seed=s).tensors[0] for s in (0, 0, 1)]  # fmt: skip
+    assert torch.equal(many[0], many[1]) and not torch.equal(many[0], many[2])
+    for how, says in (
+        ({}, "others: secure aggregation"),
+        ({"others": (x[:0], y[:0])}, "others: got 0 pictures"),
+    ):
+        with pytest.raises(InputError, match=says):
+            Message.of(net, x[:1], y[:1], defence=defence, **how)
+    for text in ("secagg=1", "secagg=2.5"):
+        with pytest.raises(InputError, match="defence: in 'secagg"):
+            defence_of(text)
+
+
 def test_labels_by_counts_repeat_as_they_should(net):
     x = torch.rand(8, 1, 8, 8)
     y = torch.tensor([0, 0, 0, 1, 1, 3, 3, 3])

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from lineament.core.checks import InputError
-from lineament.privacy import Decoder, Local, Message, Search, invert, reconstruct
+from lineament.privacy import Decoder, Local, Message, Search, reconstruct
 from lineament.privacy.constraints import rate
 from lineament.privacy.costs import chosen_tensors, matching_cost
 from lineament.privacy.defences import defence_of
 from lineament.privacy.evolution import evolve
-from lineament.privacy.inversion import Stage
+from lineament.privacy.inversion import Stage, invert
 from lineament.privacy.leakage import leakage
+from lineament.privacy.messages import dummy_gradient
 from lineament.privacy.rivals import group_term, own_generators
 
 LIMITS = (torch.zeros(1), torch.ones(1))
@@ -47,7 +48,9 @@ def searched(net, prior, batch, attack, **how):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("attack", ["gias", "gi", "idlg", "dlg", "latent", "no ball"])
+@pytest.mark.parametrize(
+    "attack", ["gias", "gi", "idlg", "dlg", "latent", "no ball", "no regulariser", "one layer"]
+)
 def test_every_rival_finds_something_and_the_same_again(net, prior, batch, attack):
     state = {k: v.clone() for k, v in (*net.state_dict().items(), *prior.generator.state_dict().items())}
     found, again = (searched(net, prior, batch, attack) for _ in range(2))
@@ -57,6 +60,38 @@ def test_every_rival_finds_something_and_the_same_again(net, prior, batch, attac
     assert all(
         torch.equal(v, state[k])
         for k, v in (*net.state_dict().items(), *prior.generator.state_dict().items())
+    )
+
+
+def test_one_layer_is_searched_behind_the_code_and_no_other(net, prior, batch):
+    x, y = batch
+    told = [Message.of(net, x[:1], y[:1])]
+    how = {"rate": 0.1, "variation": 0.0, "radius": None, "restarts": 1, "patience": None}
+    found = reconstruct(
+        net, told, y[:1, None], (1, 8, 8), prior=prior, attack="one layer", search=Search(steps=10, layer=2, **how), bounds=LIMITS
+    )  # fmt: skip
+    assert found.stage_scores.shape == (1, 2) and found.steps == 30  # (1 + 2 layers) of 10, in two halves
+    compute = dummy_gradient(net, y[:1, None])
+    start = torch.randn(1, 1, 4, generator=torch.Generator().manual_seed(0)).flatten(0, 1)
+    stages = [Stage(15, 0.1), Stage(15, 0.03, layer=2)]
+    plain = invert(
+        lambda z: prior.blocks(z, None), prior.render, lambda v: [g[0] for g in compute(v[None])],
+        lambda g: matching_cost(g, told[0].tensors), start, stages, bounds=LIMITS,
+    )  # fmt: skip
+    assert plain.variables[1].shape == (1, 2, 8, 8)  # the last block's input
+    assert torch.allclose(found.stage_scores[0], torch.tensor(plain.scores), atol=1e-6)
+    for layer in (0, 3):
+        with pytest.raises(InputError, match="layer"):
+            searched(net, prior, batch, "one layer", layer=layer)
+
+
+def test_without_regularisers_the_trace_is_the_matching_cost(net, prior, batch):
+    with_it, without = (
+        searched(net, prior, batch, attack, variation=0.5, radius=None, steps=3) for attack in ("no ball", "no regulariser")
+    )  # fmt: skip
+    plain = searched(net, prior, batch, "gifd", variation=0.0, radius=None, steps=3)
+    assert torch.equal(without.trace[0], plain.trace[0]) and float(with_it.trace[0][0]) > float(
+        without.trace[0][0]
     )
 
 

@@ -12,7 +12,15 @@ from torch.nn import functional as F
 from lineament.core.checks import InputError
 from lineament.core.pictures import psnr, ssim
 from lineament.data.digits import digit_images
-from lineament.privacy import Judge, Search, cw_ssim, fisher_features, identified, registered_psnr
+from lineament.privacy import (
+    Judge,
+    Search,
+    cw_ssim,
+    fisher_features,
+    identified,
+    lpips_distance,
+    registered_psnr,
+)
 from lineament.privacy.defences import Defence
 from lineament.privacy.leakage import leakage
 
@@ -104,3 +112,22 @@ def test_guesses_are_ordered_by_error_or_as_published_by_labels():
     assert told["mse"].wrong is not None and told["mse"].wrong.shape == (4,)  # of a public batch's message
     with pytest.raises(InputError, match="order"):
         Judge(order="label")
+
+
+def test_lpips_is_the_packages_own_or_a_line_that_says_why_not(pictures):
+    import importlib.util
+
+    x = pictures[:2]
+    seen = []
+
+    class Judge(nn.Module):
+        def forward(self, a, b):
+            seen.append((a, b))
+            return (a - b).square().mean((1, 2, 3), keepdim=True)
+
+    found = lpips_distance(x, 1 - x, model=Judge())
+    assert found.shape == (2,) and seen[0][0].shape[1] == 3  # grey as colours, in [-1, 1]
+    torch.testing.assert_close(seen[0][0][:, :1], 2 * x[:, :1] - 1)
+    if importlib.util.find_spec("lpips") is None:
+        with pytest.raises(InputError, match="lpips: the package cannot be imported"):
+            lpips_distance(x, x)
