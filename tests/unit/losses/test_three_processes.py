@@ -38,6 +38,7 @@ SCRIPT = """
 import os, sys, torch, torch.distributed as dist
 from lineament.core.shards import LostProcess
 from lineament.losses import ClassHead
+from lineament.modules import UnifiedEmbedding
 from test_three_processes import COUNT, HEADS, SIZES, batch, two_steps
 
 dist.init_process_group("gloo")
@@ -68,6 +69,14 @@ sent.clear()
 x = torch.randn(32, 64, generator=torch.Generator().manual_seed(rank)).requires_grad_()
 head(x, torch.arange(32)).backward()
 found["sent"] = sum(sent)
+table = UnifiedEmbedding(300, 16)
+table.add("user", lookups=1)
+table.shard()
+sent.clear()
+ids = torch.randint(10_000, (400,), generator=torch.Generator().manual_seed(rank))
+seen = table({"user": ids})
+seen.sum().backward()
+found["table"] = sum(sent), len(seen.unique(dim=0))
 torch.save(found, sys.argv[1] + str(rank))
 dist.barrier()
 if rank == 1:
@@ -121,6 +130,12 @@ def test_a_step_sends_embeddings_twice_and_three_vectors(processes):
     for rank in range(COUNT):
         sent = torch.load(processes[0] / f"q{rank}")["sent"]
         assert bound <= sent <= 1.05 * bound
+
+
+def test_a_table_sends_each_different_row_once_there_and_back(processes):
+    found = [torch.load(processes[0] / f"q{rank}")["table"] for rank in range(COUNT)]
+    bound = sum(rows for _, rows in found) * (8 + 8 * 16)
+    assert bound <= sum(sent for sent, _ in found) <= 1.05 * bound
 
 
 def test_processes_that_are_left_end_and_name_the_one_that_is_gone(processes):
