@@ -336,14 +336,20 @@ def _worth(found: Evaluation, protocol: Protocol, tested: int) -> Section:
         if found.augmentation_robust is not None
         else "",
     ]
+    better = [
+        f"{what} {100 * float(held[first].mean()):.1f} %"
+        for what, held in found.accuracy.items()
+        if what in ("own start", "class means") and first in held and float((held[first] - mine).mean()) > 0
+    ]
+    if better:
+        sentence += f" What costs nothing to make does better: {', '.join(better)}."
+    elif not ahead:
+        sentence += " The set is no better than real pictures drawn at random, as far as this can tell."
+    worth = ahead and not better
     finding = Finding(
-        "good" if ahead else "warning",
-        sentence
-        if ahead
-        else sentence + " The set is no better than real pictures drawn at random, as far as this can tell.",
-        "worth",
-        advice="" if ahead else "Condense for longer (outer), or take another method, and compare again.",
-    )
+        "good" if worth else "warning", sentence, "worth",
+        advice="" if worth else "Condense for longer (outer), or take another method, and compare again.",
+    )  # fmt: skip
     chart = picture(
         found.plot, alt="Test accuracy by what networks were trained on, one colour a network. " + sentence,
         caption=f"Test accuracy, mean and population deviation of {count} networks.",

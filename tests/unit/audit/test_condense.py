@@ -419,3 +419,19 @@ def test_a_condensing_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     assert any("cut off" in line for line in notes)
     condense_data("digits", out=tmp_path / "b", **how)
     assert torch.equal(*(Condensed.load(tmp_path / name).pictures for name in "ab"))
+
+
+def test_a_set_that_is_worse_than_what_costs_nothing_is_not_called_good():
+    from lineament.audit.condense import _worth
+
+    def told(means: float, random: float) -> tuple[str, str]:
+        accuracy = {"condensed": 0.6, "random real": random, "class means": means}
+        held = {what: {"mlp": torch.tensor([v, v + 0.02])} for what, v in accuracy.items()}
+        (finding,) = _worth(evaluating.Evaluation(held), QUICK, 10).findings
+        return finding.severity, finding.sentence
+
+    assert told(0.5, 0.5)[0] == "good" and "better" not in told(0.5, 0.5)[1]
+    severity, sentence = told(0.7, 0.5)
+    assert severity == "warning" and sentence.endswith("does better: class means 71.0 %.")
+    severity, sentence = told(0.5, 0.6)
+    assert severity == "warning" and "no better than real pictures" in sentence

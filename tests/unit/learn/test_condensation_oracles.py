@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lineament.learn import k_centers
-from lineament.learn.condensation import augmentation
+from lineament.learn import Condensation, k_centers
+from lineament.learn.condensation import augmentation, learning
 from lineament.learn.condensation.coresets import kernel_distance
 from lineament.learn.condensation.distances import gradient_distance
 from lineament.learn.condensation.matching import gradients, real_gradient
@@ -82,3 +82,23 @@ def test_the_distance_of_kernels():
     assert 0 < kernel_distance(j, other) <= 1
     crossed = torch.eye(2).double()
     assert kernel_distance(crossed[:, :1], crossed[:, 1:]).item() == pytest.approx(1)
+
+
+def test_a_network_trained_on_few_pictures_at_a_time_learns_what_it_learns_from_all():
+    """Its gradient is the mean over the batch; where batch norms mix pictures they stay together."""
+    x = drawn(30, 1, 4, 4)
+    y = torch.arange(30) % 3
+
+    def trained(cached: int, norm: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        mixing = [nn.BatchNorm2d(2)] if norm else []
+        net = nn.Sequential(nn.Conv2d(1, 2, 3), *mixing, nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)).double()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        options = Condensation(epochs=3, batch_train=20)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(learning, "_CACHED", cached)
+            learning._train(net, optimizer, x, y, options, None, learning.drawn_from(1))
+        return torch.cat([p.flatten() for p in net.parameters()])
+
+    for norm in (False, True):
+        assert torch.allclose(trained(16 * 7, norm), trained(10**6, norm), rtol=1e-12, atol=1e-14)

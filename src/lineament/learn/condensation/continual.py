@@ -41,6 +41,7 @@ class Continual(Readable):
         for name, values in self.accuracy.items():
             v = 100 * values
             ax.errorbar(range(1, len(v) + 1), v.mean(1), v.std(1, correction=0), marker="o", label=name)
+        ax.set_xticks(range(1, len(self.memory) + 1))
         ax.set(xlabel="parts met", ylabel="test accuracy on all parts met, %")
         ax.legend()
         return ax

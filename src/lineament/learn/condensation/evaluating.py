@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import chain
 from typing import Any
 
 import torch
@@ -169,15 +170,23 @@ def _all_tested(
     """Of each trial the accuracy of its networks, and the mean time of one."""
     each = protocol.networks
     jobs = [(trial, k) for trial in trials.values() for k in range(each)]
-    work = None if note is None else _expected(trials, condensed, len(test.labels), protocol)
-    if note is not None and work is not None:
-        whole = timedelta(seconds=math.ceil(sum(work)))
-        note(f"training {len(jobs):,} networks, {each} in each of {len(trials)} ways, in about {whole}")
     found: list[float] = []
     taken: list[float] = []
-    numbers: Iterable[int] = range(len(jobs))
+    numbers: Iterator[int] = iter(range(len(jobs)))
     if checkpoint is not None:
         numbers = checkpoint.loop("evaluation", len(jobs), {"found": found, "taken": taken})
+    first = next(numbers, None)
+    if first is not None:
+        numbers = chain([first], numbers)
+    work = None
+    if note is not None and first is not None:
+        work = _expected(trials, condensed, len(test.labels), protocol)
+        left = timedelta(seconds=math.ceil(sum(work[first:])))
+        note(
+            f"training {len(jobs) - first:,} networks, {each} in each of {len(trials)} ways"
+            + f" without the {first:,} that an earlier run did" * bool(first)
+            + f", in about {left}"
+        )
     for n in progress(numbers, "networks trained", len(jobs), before=int, work=work):
         trial, k = jobs[n]
         begun = time.monotonic()

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lineament.core.batching import progress
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import NotFiniteError
+from lineament.core.matching import summed_gradient
 from lineament.core.norms import batchnorms, recalibrate
 from lineament.learn.condensation.matching import matched, real_gradient
 from lineament.learn.condensation.options import Condensation
@@ -22,6 +23,8 @@ from lineament.learn.condensation.siamese import Strategy
 
 # Real pictures a class that set the statistics of batch norms.
 _STATISTICS = 16
+# Pixels of a network's training at a time: 25 pictures of 32 x 32.
+_CACHED = 25 * 32 * 32
 Batches = Callable[[int, int], Sequence[Tensor]]
 Groups = Callable[[int], Sequence[Sequence[int]]]
 
@@ -186,15 +189,24 @@ def _train(
     generator: torch.Generator,
 ) -> None:
     model.train()
+    weights = [p for p in model.parameters() if p.requires_grad]
     whole = len(labels) <= options.batch_train
+    # On a processor activations of few pictures stay in its caches; batch norms need all at once.
+    few = pictures.device.type == "cpu" and not batchnorms(model)
+    size = max(1, _CACHED // pictures[0, :1].numel()) if few else options.batch_train
     for _ in range(options.epochs or 0):
         order = torch.randperm(len(labels), generator=generator).to(labels.device)
         for rows in [slice(None)] if whole else order.split(options.batch_train):
             x = pictures[rows]
             if strategy is not None:
                 x = strategy(x, generator, each=True)
-            optimizer.zero_grad()
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=options.bfloat16):
-                found = model(x)
-            F.cross_entropy(found.to(x.dtype), labels[rows]).backward()
+            told = labels[rows].split(size)
+
+            def loss(k: int, part: Tensor, told: Sequence[Tensor] = told, count: int = len(x)) -> Tensor:
+                with torch.autocast(part.device.type, torch.bfloat16, enabled=options.bfloat16):
+                    found = model(part)
+                return F.cross_entropy(found.to(part.dtype), told[k], reduction="sum") / count
+
+            for weight, gradient in zip(weights, summed_gradient(loss, weights, x.split(size))):
+                weight.grad = gradient
             optimizer.step()

@@ -20,10 +20,11 @@ from lineament.core.checks import InputError, number, require, show
 from lineament.core.models import device_of, dtype_of
 from lineament.core.pictures import lab_to_rgb, rgb_to_lab
 from lineament.core.results import Readable
+from lineament.load.film_frames import BT601, BT709, luma_of
 from lineament.modules.colormnet.film import Colorizing, Exemplar, FilmState, padded
 from lineament.modules.colormnet.network import ColorMNet
 
-_SAME = 1.0  # mean difference of L, of 100, up to which an exemplar is the frame itself in colour
+_SAME = 1.0  # mean difference of L or luma, of 100, up to which an exemplar is the frame itself in colour
 _GREY = 1.0  # largest |a|, |b| of a picture without colour
 
 
@@ -63,7 +64,7 @@ def colorize(
 
     Args:
         frames: pictures of one size, [height, width] or [height, width, 3]: bytes, or floating point in [0, 1].
-        exemplars: {frame: picture in colour}. One whose lightness is the frame's own is the frame itself; another one, of any size, shows colours
+        exemplars: {frame: picture in colour}. One whose lightness or luma is the frame's own is the frame itself; another one, of any size, shows colours
             for it. The first frame needs one.
         model: in evaluation mode while it runs, afterwards as it was.
         options: see :class:`Colorizing`.
@@ -333,8 +334,14 @@ def _small(lab: Tensor, side: int | None) -> Tensor:
 
 
 def _is_frame(exemplar: Tensor, lab: Tensor) -> bool:
-    """Whether an exemplar is the frame itself in colour."""
-    return exemplar.shape == lab.shape and float((exemplar[0] - lab[0]).abs().mean()) < _SAME
+    """Whether an exemplar is the frame itself in colour: by its lightness, or by the luma that most films are made grey by."""
+    if exemplar.shape != lab.shape:
+        return False
+    if float((exemplar[0] - lab[0]).abs().mean()) < _SAME:
+        return True
+    pictures = [lab_to_rgb(x).movedim(0, -1) for x in (exemplar, lab)]
+    lumas = [[luma_of(x, matrix) for x in pictures] for matrix in (BT601, BT709)]
+    return any(100 * float((a - b).abs().mean()) < _SAME for a, b in lumas)
 
 
 def _lab(what: str, picture: Any, frame: Tensor) -> Tensor:

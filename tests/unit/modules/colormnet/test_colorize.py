@@ -11,6 +11,7 @@ from torch import nn
 
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import InputError
+from lineament.core.pictures import rgb_to_lab
 from lineament.modules.colormnet import network
 from lineament.modules.colormnet.colorize import Colorizer, as_rgb, colorize, suggest
 from lineament.modules.colormnet.configuration import ColorMNetConfig
@@ -168,8 +169,6 @@ def test_a_stored_state_goes_on_with_the_same_bits(model, tmp_path, options):
 
 
 def test_the_frame_keeps_its_lightness(model):
-    from lineament.core.pictures import rgb_to_lab
-
     frames = [np.full((32, 32), 120, dtype=np.uint8)] * 2
     found = list(colorize(frames, {0: coloured(frames[0])}, model))
     lab = rgb_to_lab(as_rgb("frame", frames[1]))
@@ -241,6 +240,17 @@ def test_one_frame_with_a_separate_exemplar(model):
     for parity in (False, True):
         [found] = colorize([frame], {0: coloured(frame)[:20, :20]}, model, parity=parity)
         assert found.picture.shape == (32, 40, 3)
+
+
+@pytest.mark.parametrize("weights", [(0.299, 0.587, 0.114), (0.2126, 0.7152, 0.0722)])
+def test_the_frame_in_colour_is_known_by_its_luma(model, weights):
+    """A film is made grey by luma, which is no function of Lab's lightness."""
+    rgb = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
+    grey = (rgb @ np.array(weights)).round().astype(np.uint8)
+    [found] = colorize([grey], {0: rgb}, model)
+    [other] = colorize([grey], {0: rgb[::-1].copy()}, model)
+    assert found.confidence == 1 and other.confidence < 1
+    assert (found.ab - rgb_to_lab(as_rgb("picture", rgb))[1:]).abs().max() < 1e-3
 
 
 def test_an_exemplar_is_used_once(model):
