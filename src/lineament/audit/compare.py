@@ -104,7 +104,7 @@ def compare(
     checks.number("samples", samples, low=2 * options.blocks, integer=True)
     checks.number("batch_size", options.batch_size, low=2, integer=True)
     checks.seed("seed", seed)
-    checks.one_of("task", options.task, ("auto", "classification", "multi-label", "regression"))
+    checks.one_of("task", options.task, ("auto", "classification", "multi-label", "regression", "embedding"))
     asked = (model_a, model_b, data, sites, classes, groups, samples, device, seed, note, options)
     return in_processes(out, overwrite, lambda folder: _compared(folder, Path(out), *asked), _NAME)
 

@@ -14,7 +14,7 @@ class DataOptions:
         inputs, targets, split: which arrays or columns of the data to read, and which part, see :func:`lineament.load.data.load_data`.
         image_size: bring images to this (height, width), in pixels; by default the size that the model names.
         normalize: (mean, deviation) per channel, for images scaled to [0, 1]; by default the model's own.
-        task: ``"classification"``, ``"multi-label"``, ``"regression"`` or ``"auto"``; an audit also takes ``"dense"`` and ``"embedding"``.
+        task: ``"classification"``, ``"multi-label"``, ``"regression"`` or ``"auto"``; audits and comparisons also take ``"embedding"``, audits ``"dense"``.
         batch_size: samples at a time, but for an exported network of a fixed batch.
 
     >>> DataOptions().task

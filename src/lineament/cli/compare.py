@@ -56,7 +56,7 @@ def add_parser(subparsers: Any) -> Any:
     )
     add_data_options(parser, split="test, validation or train")
     add_sample_options(
-        parser, samples=1000, tasks="classification, multi-label, regression", models="models are"
+        parser, samples=1000, tasks="classification, multi-label, regression, embedding", models="models are"
     )
     add(
         "--positions",

@@ -60,6 +60,7 @@ from .embeddings.pairs import pair_rates as pair_rates
 from .embeddings.pairs import recognition as recognition
 from .embeddings.retrieval import identification as identification
 from .embeddings.retrieval import retrieval as retrieval
+from .embeddings.spread import recognition_change as recognition_change
 from .embeddings.spread import recognition_spread as recognition_spread
 from .embeddings.verification import equal_error_rate as equal_error_rate
 from .embeddings.verification import fold_accuracy as fold_accuracy

@@ -11,6 +11,7 @@ from torch import nn
 
 from lineament.audit.compared.answers import answers, text_losses
 from lineament.audit.compared.averaging import averaging
+from lineament.audit.compared.recognised import recognised
 from lineament.audit.compared.spaces import codes, maps_of, missing, spaces
 from lineament.audit.compared.units import pairs, units
 from lineament.load.model_and_data import ModelAndData
@@ -31,9 +32,11 @@ def sections(
     def named(row: int) -> str:
         return f"sample {int(a.samples.index[row])}"
 
-    made = [_timed("answers", lambda: answers(a, b), note)]
+    embeddings = a.task == b.task == "embedding"
+    made = [_timed("answers", lambda: (recognised if embeddings else answers)(a, b), note)]
     made += _units_and_spaces(found, shown if a.images else None, named, note)
-    return [*made, _timed("barrier", lambda: averaging(a, b), note)]
+    # What an embedding was trained on is not known, so that there is no loss between two.
+    return made if embeddings else [*made, _timed("barrier", lambda: averaging(a, b), note)]
 
 
 def language_sections(

@@ -261,6 +261,23 @@ def _tables(subject: Subject, found: Embeddings) -> list[Table]:
             ],
         ),
         Table(
+            "How the samples lie on the sphere",
+            ("", "value"),
+            [
+                ["mean average precision at R", percent(found.recognised.precision)],
+                [
+                    "margin: cosine of the least similar pair of one label less that of the most similar of two",
+                    round(found.recognised.gap, 3),
+                ],
+                ["alignment: mean squared distance of pairs of one label", round(found.alignment, 3)],
+                [
+                    "uniformity: logarithm of the mean of exp(-2 d²) over all pairs (lower: more even)",
+                    round(found.uniformity, 3),
+                ],
+                [f"effective rank, of {found.width} coordinates", round(found.effective_rank, 1)],
+            ],
+        ),
+        Table(
             "The most similar pairs of two labels, by their numbers in the data", columns, named(found.alike)
         ),
         Table("The least similar pairs of one label", columns, named(found.unlike)),

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lineament.core.checks import number
+from lineament.core.checks import number, require, show
 from lineament.core.checks import seed as checked_seed
 from lineament.core.results import Readable
-from lineament.measure.embeddings.pairs import _checked
+from lineament.measure.embeddings.pairs import _checked, recognition
 
 Interval = tuple[float, float]
 _ENTRIES = 1 << 22
@@ -60,6 +60,78 @@ def recognition_spread(
     number("replicates", replicates, low=2, integer=True)
     for far in fars:
         number("fars", far, low=0, high=1)
+    tars, recalls = _replicates(unit, people, fars, replicates, seed)
+    return Spread(
+        tuple(map(float, fars)),
+        tuple(_interval(tars[:, k]) for k in range(len(fars))),
+        _interval(recalls),
+        replicates,
+    )
+
+
+@dataclass(frozen=True)
+class Change(Readable):
+    """How much higher the second embedding's true-accept rates at ``fars`` and R@1 are, with 95 % intervals over people, who are drawn alike for both."""
+
+    fars: tuple[float, ...]
+    tar: tuple[float, ...]
+    tar_interval: tuple[Interval, ...]
+    recall: float
+    recall_interval: Interval
+    replicates: int
+
+
+@torch.no_grad()
+def recognition_change(
+    first: Float[Tensor, "samples dimension"],
+    second: Float[Tensor, "samples other"],
+    labels: Int[Tensor, "samples"],
+    fars: Sequence[float] = (1e-2, 1e-3),
+    *,
+    replicates: int = 200,
+    seed: int = 0,
+) -> Change:
+    """Does the second of two embeddings of the same samples recognise more? The change of each rate, with intervals of the paired differences.
+
+    Each replicate draws the same people for both, so that what makes a person hard for either is not taken for a difference between the two.
+
+    Args:
+        first, second: embeddings of the same samples, of any widths. labels, fars, replicates, seed: as for :func:`recognition_spread`.
+
+    Raises:
+        InputError: as :func:`~lineament.measure.recognition`; other numbers of samples.
+
+    >>> labels = torch.arange(8).repeat_interleave(2)
+    >>> good, bad = torch.eye(8)[labels], torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    >>> found = recognition_change(bad, good, labels, [0.1])
+    >>> found.tar[0] > 0.5, found.tar_interval[0][0] > 0
+    (True, True)
+    """
+    require(
+        len(first) == len(second),
+        f"second: got {show(second)} beside {show(first)}, expected embeddings of the same samples",
+    )
+    checked_seed("seed", seed)
+    number("replicates", replicates, low=2, integer=True)
+    for far in fars:
+        number("fars", far, low=0, high=1)
+    worth = [recognition(each, labels, fars) for each in (first, second)]
+    drawn = [_replicates(*_checked(each, labels), fars, replicates, seed) for each in (first, second)]
+    tars, recalls = (after - before for before, after in zip(*drawn))
+    return Change(
+        tuple(map(float, fars)),
+        tuple(after - before for before, after in zip(worth[0].tar, worth[1].tar)),
+        tuple(_interval(tars[:, k]) for k in range(len(fars))),
+        worth[1].recall - worth[0].recall,
+        _interval(recalls),
+        replicates,
+    )
+
+
+def _replicates(
+    unit: Tensor, people: Tensor, fars: Sequence[float], replicates: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Of each draw of people the true-accept rates [replicates, fars] and R@1 [replicates]."""
     counts = torch.bincount(people)
     scores, first, second, hits = _ranked(unit, people, max(fars))
     impostor = first != second
@@ -83,12 +155,7 @@ def recognition_spread(
             end = int(torch.searchsorted(-scores, -scores[end])) if end < len(scores) else end
             tars[at, k] = accepted[end - 1] / genuine if end else 0.0
         recalls[at] = (drawn[people] * hits).sum() / (drawn * sizes).sum()
-    return Spread(
-        tuple(map(float, fars)),
-        tuple(_interval(tars[:, k]) for k in range(len(fars))),
-        _interval(recalls),
-        replicates,
-    )
+    return tars, recalls
 
 
 def _interval(values: Tensor) -> Interval:
