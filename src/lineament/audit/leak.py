@@ -298,7 +298,7 @@ def _searched(
         )  # fmt: skip
         search, kept = replace(search, steps=plan.steps), looks[: plan.looks]
         note(
-            f"{plan.steps} step{'s' if plan.steps > 1 else ''} of each layer fit in {budget.minutes:g} minutes"
+            f"{plan.steps} step{'s' if plan.steps > 1 else ''} of each layer fit in {budget.minutes:g} minute{'s' if budget.minutes != 1 else ''}"
         )
     done: list[tuple[int, Leakage, float]] = []
     for size, defence in kept:

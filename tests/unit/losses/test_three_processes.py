@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -104,13 +105,19 @@ def two_steps(loss: torch.nn.Module, rows: slice = slice(None)) -> list[torch.Te
     return [value.detach(), *torch.autograd.grad(value, [weight, *loss.parameters()])]
 
 
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory) -> tuple[Path, list[int]]:
     place = tmp_path_factory.mktemp("three")
     (place / "three.py").write_text(SCRIPT)
     paths = [str(Path(__file__).parent), *(str(Path(p).resolve()) for p in sys.path if p)]
     around = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    around |= {"WORLD_SIZE": str(COUNT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20_001 + os.getpid() % 20_000)}  # fmt: skip
+    around |= {"WORLD_SIZE": str(COUNT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # fmt: skip
     command = [sys.executable, "three.py", str(place / "q")]
     runs = [subprocess.Popen(command, cwd=place, env={**around, "RANK": str(rank)}) for rank in range(COUNT)]
     return place, [run.wait(150) for run in runs]
