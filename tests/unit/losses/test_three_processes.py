@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ SCRIPT = """
 import os, sys, torch, torch.distributed as dist
 from lineament.core.shards import LostProcess
 from lineament.losses import ClassHead
+from lineament.modules import UnifiedEmbedding
 from test_three_processes import COUNT, HEADS, SIZES, batch, two_steps
 
 dist.init_process_group("gloo")
@@ -68,6 +70,14 @@ sent.clear()
 x = torch.randn(32, 64, generator=torch.Generator().manual_seed(rank)).requires_grad_()
 head(x, torch.arange(32)).backward()
 found["sent"] = sum(sent)
+table = UnifiedEmbedding(300, 16)
+table.add("user", lookups=1)
+table.shard()
+sent.clear()
+ids = torch.randint(10_000, (400,), generator=torch.Generator().manual_seed(rank))
+seen = table({"user": ids})
+seen.sum().backward()
+found["table"] = sum(sent), len(seen.unique(dim=0))
 torch.save(found, sys.argv[1] + str(rank))
 dist.barrier()
 if rank == 1:
@@ -95,13 +105,19 @@ def two_steps(loss: torch.nn.Module, rows: slice = slice(None)) -> list[torch.Te
     return [value.detach(), *torch.autograd.grad(value, [weight, *loss.parameters()])]
 
 
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory) -> tuple[Path, list[int]]:
     place = tmp_path_factory.mktemp("three")
     (place / "three.py").write_text(SCRIPT)
     paths = [str(Path(__file__).parent), *(str(Path(p).resolve()) for p in sys.path if p)]
     around = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    around |= {"WORLD_SIZE": str(COUNT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20_001 + os.getpid() % 20_000)}  # fmt: skip
+    around |= {"WORLD_SIZE": str(COUNT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # fmt: skip
     command = [sys.executable, "three.py", str(place / "q")]
     runs = [subprocess.Popen(command, cwd=place, env={**around, "RANK": str(rank)}) for rank in range(COUNT)]
     return place, [run.wait(150) for run in runs]
@@ -121,6 +137,12 @@ def test_a_step_sends_embeddings_twice_and_three_vectors(processes):
     for rank in range(COUNT):
         sent = torch.load(processes[0] / f"q{rank}")["sent"]
         assert bound <= sent <= 1.05 * bound
+
+
+def test_a_table_sends_each_different_row_once_there_and_back(processes):
+    found = [torch.load(processes[0] / f"q{rank}")["table"] for rank in range(COUNT)]
+    bound = sum(rows for _, rows in found) * (8 + 8 * 16)
+    assert bound <= sum(sent for sent, _ in found) <= 1.05 * bound
 
 
 def test_processes_that_are_left_end_and_name_the_one_that_is_gone(processes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from lineament.core.checks import InputError
 from lineament.privacy.evolution import population
 from lineament.recipes.gifd import Config, run
 from lineament.recipes.gifd.claims import all_claims
-from lineament.recipes.gifd.experiments import Trial, search_of, setting_of, split
+from lineament.recipes.gifd.experiments import Trial, in_turn, search_of, setting_of, split
 
 TINY = {
     "pictures": 4,
@@ -31,7 +32,7 @@ TINY = {
 def test_a_tiny_run(tmp_path):
     config = dataclasses.replace(Config.preset("quick"), **TINY, attacks=("gifd", "no ball", "latent", "dlg"))
     found = run(config, out=tmp_path)
-    assert len(found.claims) == 18 and [len(t.rows) for t in found.tables] == [2 * 4] * 2 + [8]
+    assert len(found.claims) == 19 and [len(t.rows) for t in found.tables] == [2 * 4] * 2 + [8]
     assert all((tmp_path / f.file).stat().st_size > 0 for f in found.figures)
     closed = {row[1]: row[2] for row in found.tables[-1].rows if row[0] == "linear first layer"}
     assert closed["closed form"] > 60 > closed["ig"]
@@ -71,6 +72,27 @@ def test_what_is_audited_is_never_public():
             assert not set(y[public].tolist()) & set(y[private].tolist())
 
 
+def test_the_next_message_is_another_persons():
+    people = torch.tensor([4, 4, 4, 1, 1, 2])
+    rows = in_turn(torch.arange(6), people)
+    assert rows.tolist() == [0, 3, 5, 1, 4, 2] and sorted(rows.tolist()) == list(range(6))
+
+
+def test_bangla_digits_are_asked_for_where_they_are(tmp_path):
+    config = dataclasses.replace(
+        Config.preset("quick"), **{**TINY, "domains": ("bangla",)}, data_folder=str(tmp_path)
+    )
+    with pytest.raises(InputError, match=r"cmaterdb_3_1_1\.npz is not in it"):
+        setting_of(config, "bangla", 0)
+    x = np.random.default_rng(0).integers(0, 255, (60, 32, 32)).astype(np.uint8)
+    y = np.arange(60) % 10
+    np.savez(tmp_path / "cmaterdb_3_1_1.npz", train_images=x[:40], train_labels=y[:40], test_images=x[40:], test_labels=y[40:])  # fmt: skip
+    found = setting_of(config, "bangla", 0)
+    assert len(found.public) == 1797 and int(found.audited.min()) >= 1797 and found.x.shape[1:] == (1, 8, 8)
+    with pytest.raises(InputError, match="domains: got 'bangla' with faces"):
+        run(dataclasses.replace(config, data="faces"), out=tmp_path / "run")
+
+
 def test_claims_can_hold_and_fall():
     config = dataclasses.replace(
         Config.preset("quick"), domains=("in", "out"), defences=("none", "prune=90", "noise=0.01"), pictures=8, batches=(4,)
@@ -83,7 +105,9 @@ def test_claims_can_hold_and_fall():
         one = torch.tensor(1.0)
         return Trial(
             psnr, dict.fromkeys(names, torch.full((8,), 9.0 if good else 19.0)), dict.fromkeys(names, one), dict.fromkeys(names, 0.0 * one if good else one),
-            dict.fromkeys(names, torch.tensor(float(good))), dict.fromkeys(names, torch.tensor([1.0, 3.0, 2.0] if good else [1.0, 2.0, 3.0])), torch.full((8,), 12.0),
+            dict.fromkeys(names, torch.tensor(float(good))), dict.fromkeys(names, torch.tensor([1.0, 3.0, 2.0] if good else [1.0, 2.0, 3.0])),
+            dict.fromkeys(names, torch.tensor([1.0, 3.0, 2.0] if good else [1.0, 2.0, 3.0]).repeat(8, 1) + spread[:, None]), dict.fromkeys(names, torch.tensor([1.0, 0.0 if good else 1.0, 0.02])),
+            torch.full((8,), 12.0),
         )  # fmt: skip
 
     def outcome(good: bool) -> list[bool]:
@@ -96,4 +120,4 @@ def test_claims_can_hold_and_fall():
         batches.psnr["batches of 4, labels given | gifd"] = batches.psnr["batches of 4 | gifd"] + (0 if good else 3)  # fmt: skip
         return [c.holds for c in all_claims(trials, [batches], config)]
 
-    assert all(outcome(True)) and not any(outcome(False)) and len(outcome(True)) == 22
+    assert all(outcome(True)) and not any(outcome(False)) and len(outcome(True)) == 24

@@ -65,10 +65,17 @@ class Additive(Readable):
 
     def stages(self, X: Array) -> Iterator[Array]:
         """F after each part; the hidden layer is computed once."""
-        hidden = self.merged().hidden(X).reshape(len(X), self.parts, -1)
+        hidden = self.merged().hidden(X)
         F = np.repeat(self.F0[None], len(X), 0)
+        size = self.b1.shape[1]
+        # A part's units beside ones, so that one product adds its output bias, too.
+        own = np.ones((len(X), size + 1))
+        weights = self.steps[:, None, None] * np.concatenate([self.W2, self.b2[:, None]], 1)
         for t in range(self.parts):
-            F = F + self.steps[t] * (hidden[:, t] @ self.W2[t] + self.b2[t])
+            own[:, :-1] = hidden[:, t * size : (t + 1) * size]
+            after = own @ weights[t]
+            after += F
+            F = after
             yield F
 
     def to_torch(self, factor: float = 1.0) -> torch.nn.Sequential:

@@ -22,17 +22,19 @@ _SLOPES = {
 
 @dataclass
 class _State:
-    """Value [B], hidden values [B, n, J], weighted basis [B, n, J + 1], output weights, what they leave, and the factor of their system."""
+    """Value [B], hidden values [B, J, n], weighted basis [B, J + 1, n], output weights [B, J + 1, K], what they leave [B, K, n], and the inverse of their system."""
 
     value: Tensor
     a: Tensor
     basis: Tensor
     U: Tensor
     left: Tensor
-    factor: Tensor
+    inverse: Tensor
 
     def chosen(self, better: Tensor, other: _State) -> _State:
         """The other one's entries where ``better`` [B]."""
+        if bool(better.all()):
+            return other
         pick = lambda new, old: torch.where(better.view(-1, *[1] * (old.ndim - 1)), new, old)  # noqa: E731
         return _State(*(pick(getattr(other, k), getattr(self, k)) for k in self.__dataclass_fields__))
 
@@ -47,8 +49,11 @@ def project(
         steps: at most so many; fewer where no problem gains 1e-7 of its value any more.
     """
     B, width, J = V.shape
-    root, act = root[:, :, None], TORCH[activation]
-    target = r * root
+    act = TORCH[activation]
+    # Samples come last: a pass over them is then over numbers that lie behind one another.
+    root = root[:, None].contiguous()
+    inputs = inputs.mT.contiguous()
+    target = r.mT * root
     decay = l2[:, None, None].expand(B, width, J).clone()
     decay[:, -1] = 0
     decay = decay.flatten(1)
@@ -56,37 +61,34 @@ def project(
     ridge[:, -1] = 0
 
     def solved(v: Tensor) -> _State:
-        a = act(inputs @ v.view(B, width, J))
-        basis = torch.cat([a * root, root], 2)
-        gram = basis.mT @ basis
+        a = act(v.view(B, width, J).mT @ inputs)
+        basis = torch.cat([a * root, root], 1)
+        gram = basis @ basis.mT
         diagonal = gram.diagonal(dim1=1, dim2=2)
         diagonal += ridge + 1e-10 * diagonal.sum(1, keepdim=True) / (J + 1)
         factor, failed = torch.linalg.cholesky_ex(gram)
-        U = torch.cholesky_solve(basis.mT @ target, factor)
-        left = target - basis @ U
-        value = left.square().sum((1, 2)) + l2 * U[:, :-1].square().sum((1, 2)) + (decay * v * v).sum(1)
-        return _State(
-            (value / 2).masked_fill(failed > 0, torch.inf).nan_to_num(nan=torch.inf),
-            a,
-            basis,
-            U,
-            left,
-            factor,
-        )
+        inverse = torch.cholesky_inverse(factor)
+        U = inverse @ (basis @ target.mT)
+        left = torch.baddbmm(target, U.mT, basis, alpha=-1)
+        out, flat = U[:, :-1].flatten(1), left.flatten(1)
+        value = torch.linalg.vecdot(flat, flat) + l2 * torch.linalg.vecdot(out, out) + (decay * v * v).sum(1)
+        value = (value / 2).masked_fill(failed > 0, torch.inf).nan_to_num(nan=torch.inf)
+        return _State(value, a, basis, U, left, inverse)
 
     v = V.flatten(1)
     damping = torch.full((B,), 1e-2, dtype=V.dtype, device=V.device)
     state = solved(v)
-    for _ in range(steps):
+    for step in range(steps):
         pace = _SLOPES[activation](state.a) * root
-        moves = (pace[:, :, None, :] * inputs[..., None]).flatten(2) if J > 1 else inputs * pace
+        # [B, width * J, n]: how each hidden weight moves its unit.
+        moves = (inputs[..., :, None, :] * pace[:, None]).flatten(1, 2)
         out = state.U[:, :-1]
-        undone = state.basis.mT @ moves
-        curvature = moves.mT @ moves - undone.mT @ torch.cholesky_solve(undone, state.factor)
+        undone = state.basis @ moves.mT
+        curvature = torch.baddbmm(moves @ moves.mT, undone.mT, state.inverse @ undone, alpha=-1)
         mixing = (out @ out.mT)[:, None, :, None, :]
         curvature = (curvature.view(B, width, J, width, J) * mixing).view(B, width * J, width * J)
-        back = (state.left @ out.mT) * pace
-        gradient = (inputs.mT @ back).flatten(1) - decay * v
+        back = (out @ state.left) * pace
+        gradient = (inputs @ back.mT).flatten(1) - decay * v
         diagonal = curvature.diagonal(dim1=1, dim2=2) + decay
         floor = 1e-12 * diagonal.amax(1, keepdim=True) + 1e-12
         curvature.diagonal(dim1=1, dim2=2).add_(decay + damping[:, None] * (diagonal + floor))
@@ -99,7 +101,7 @@ def project(
         v = torch.where(better[:, None], trial, v)
         state = state.chosen(better, made)
         damping = torch.where(better, damping / 5, damping * 4).clamp(1e-8, 1e8)
-        if not bool(going.any()):
+        if step + 1 == steps or not bool(going.any()):
             break
     return v.view(B, width, J), state.U
 

@@ -227,22 +227,24 @@ class _Batch:
     def scores(self, rounds: int) -> Tensor:
         """Accuracy or R² of each problem's test part after so many parts."""
         B, n = self.train.shape
-        Y = self.truth.expand(B, -1, -1)
+        # Outputs come before samples: a pass over samples is then over numbers that lie behind one another.
+        Y = self.truth.T
         if self.classes is None:
             start = (self.train @ self.truth) / self.train.sum(1, keepdim=True)
         else:
-            start = torch.zeros(B, Y.shape[2], dtype=torch.float64)
-        F = start[:, None, :].repeat(1, n, 1)
+            start = torch.zeros(B, len(Y), dtype=torch.float64)
+        F = start[:, :, None].repeat(1, 1, n)
         for _ in range(rounds):
-            p = F.softmax(2) if self.classes is not None else F
+            p = F.softmax(1) if self.classes is not None else F
             r = Y - p
             h = self._part(r)
             if self.classes is None:
                 rho = torch.ones(B, dtype=torch.float64)
             else:
-                weight = self.train[:, :, None]
-                bend = (weight * h * h * p * (1 - p)).sum((1, 2))
-                rho = torch.where(bend > 1e-12, (weight * h * r).sum((1, 2)) / bend.clamp(min=1e-12), 0)
+                weighted = (self.train[:, None] * h).flatten(1)
+                bend = torch.linalg.vecdot(weighted, (h * p * (1 - p)).flatten(1))
+                slope = torch.linalg.vecdot(weighted, r.flatten(1))
+                rho = torch.where(bend > 1e-12, slope / bend.clamp(min=1e-12), 0)
             step = self.rate * rho
             before, after = self._loss(F), self._loss(F + step[:, None, None] * h)
             for _ in range(20):
@@ -255,19 +257,19 @@ class _Batch:
             F = F + step[:, None, None] * h.nan_to_num()
         count = self.test.sum(1)
         if self.classes is not None:
-            right = (F.argmax(2) == Y.argmax(2)).double()
+            right = (F.argmax(1) == Y.argmax(0)).double()
             return (right * self.test).sum(1) / count
         mean = (self.test @ self.truth) / count[:, None]
-        around = (self.test[:, :, None] * (Y - mean[:, None]) ** 2).sum((1, 2))
-        return 1 - (self.test[:, :, None] * (Y - F) ** 2).sum((1, 2)) / around
+        around = (self.test[:, None] * (Y - mean[:, :, None]) ** 2).sum((1, 2))
+        return 1 - (self.test[:, None] * (Y - F) ** 2).sum((1, 2)) / around
 
     def _loss(self, F: Tensor) -> Tensor:
-        Y = self.truth
-        each = (Y - F).square().sum(2) if self.classes is None else F.logsumexp(2) - (Y * F).sum(2)
-        return (each * self.train).sum(1)
+        Y = self.truth.T
+        each = (Y - F).square().sum(1) if self.classes is None else F.logsumexp(1) - (Y * F).sum(1)
+        return torch.linalg.vecdot(each, self.train)
 
     def _part(self, r: Tensor) -> Tensor:
-        """What a new part of each problem answers to every sample."""
+        """What a new part of each problem, fitted to r [B, outputs, n], answers to every sample, [B, outputs, n]."""
         B, n = self.train.shape
         d, J = self.X.shape[1] - 1, self.per
         # Only the rows that a problem is fitted to, as many for each: the others would weigh nothing but cost as much.
@@ -278,9 +280,9 @@ class _Batch:
             count = (self.share * count).long().clamp(min=1)
         rows = draw.argsort(1, descending=True)[:, : int(count.max())]
         chosen = (torch.arange(rows.shape[1]) < count[:, None]).double()
-        inputs, target = self.X[rows], r.gather(1, rows[:, :, None].expand(-1, -1, r.shape[2]))
+        inputs, target = self.X[rows], r.gather(2, rows[:, None].expand(-1, r.shape[1], -1)).mT
         scale = 2.0 if self.activation == "logistic" else 6.0
         bound = (scale / (d + J)) ** 0.5
         V = (2 * torch.rand(B, d + 1, J, generator=self.generator, dtype=torch.float64) - 1) * bound
         V, U = project(inputs, target, chosen, V, self.l2, activation=self.activation, steps=self.steps)
-        return TORCH[self.activation](self.X @ V) @ U[:, :-1] + U[:, -1:]
+        return torch.baddbmm(U[:, -1:].mT, U[:, :-1].mT, TORCH[self.activation](V.mT @ self.X.T))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lineament.core.checks import InputError, number, require, show
-from lineament.core.pairs import TILE, Largest, Neighbours, tiles
+from lineament.core.pairs import TILE, Largest, Neighbours, chosen, tiles
 from lineament.core.results import Readable, plain
 
 # Similarities that lie in memory at once.
@@ -23,7 +23,7 @@ _ENTRIES = 1 << 22
 # Up to so many neighbours are kept while tiles go by; of more, whole rows are multiplied again.
 _DEEP = 64
 # So many rows' pairs say where the largest of all impostors begin.
-_PILOT = 1024
+_PILOT = 512
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,7 @@ def _scored(
 ) -> tuple[Tensor, Largest]:
     """The scores of all genuine pairs, and the largest of the impostors."""
     like, below = [], torch.ones(TILE, TILE, dtype=torch.bool, device=unit.device).tril()
+    labels = labels.int()
     firsts, lasts = labels[::TILE].tolist(), [*labels[TILE - 1 :: TILE].tolist(), int(labels[-1])]
     for tile in tiles(unit):
         if near is not None:
@@ -171,7 +172,7 @@ def _scored(
         if tile.start == tile.other:
             lower = below[: len(own), : len(own)]
             same = (own[:, None] == other).logical_and_(~lower)
-            like.append(scores[same])
+            like.append(chosen(scores, same))
             scores.masked_fill_(same.logical_or_(lower), -torch.inf)
         else:  # the one label that both have lies at the end of the one and at the beginning of the other
             corner = scores[int((own < last).sum()) :, : int((other == first).sum())]
@@ -183,7 +184,7 @@ def _scored(
 
 def _floor(unit: Tensor, labels: Tensor, share: float) -> float:
     """A score that more than a share of the impostors' pass, as the pairs of some evenly spaced rows let expect."""
-    if len(unit) < 4 * _PILOT:
+    if len(unit) < 8 * _PILOT:
         return -torch.inf
     some = torch.arange(_PILOT, device=unit.device) * len(unit) // _PILOT
     unlike = (labels[some, None] != labels[some]).triu_(1)

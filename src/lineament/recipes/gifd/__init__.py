@@ -68,7 +68,7 @@ class Config:
         quick={},
         small={
             "pictures": 16, "seeds": (0, 1), "prior_steps": 800, "defences": ("none", "prune=90", "noise=0.005"), "domains": ("in", "out"),
-            "batches": (4, 8), "attacks": ATTACKS, "scales": (1.0, 3.0, 10.0), "tuning": 6,
+            "batches": (4, 8), "attacks": ATTACKS, "scales": (0.3, 1.0, 3.0), "tuning": 6,
         },
         paper={
             "data": "faces", "side": 32, "pictures": 16, "seeds": (0, 1, 2, 3, 4), "code": 64, "width": 128, "prior_steps": 8000,
