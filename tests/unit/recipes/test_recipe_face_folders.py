@@ -166,6 +166,7 @@ def test_half_of_a_batch_is_mirrored():
         ({"template_pairs": None}, r"template_pairs: got none beside template_list, expected both"),
         ({"picture_folder": None}, r"pair_lists: line 1 of .* names 'p20/0.png', which is not in .*picture_folder"),
         ({"image_size": 20}, r"image_size: got 20, expected a multiple of 16; nearest: 16"),
+        ({"device": "nosuch"}, r"device: got 'nosuch', which cannot be used here"),
         ({"depth": 19}, r"depth: got 19, expected 18, 34, 50 or 100"),
     ],
 )  # fmt: skip

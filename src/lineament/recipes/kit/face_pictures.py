@@ -122,11 +122,12 @@ class Lists:
         return picture, template, medium, listed
 
     def _row(self, option: str, file: str, line: int, name: str) -> int:
-        path = (self.folder or Path(file).expanduser().parent) / name
+        folder = self.folder or Path(file).expanduser().parent
+        path = folder / name
         if path not in self.files:
             require(
                 path.is_file(),
-                f"{option}: line {line} of {file!r} names {name!r}, which is not in {str(self.folder or path.parent)!r}; say where by picture_folder",
+                f"{option}: line {line} of {file!r} names {name!r}, which is not in {str(folder)!r}; say where by picture_folder",
             )
         return self.files.setdefault(path, len(self.files))
 
