@@ -271,7 +271,9 @@ def _searched(
             steps = checkpoint.stage("prior steps", lambda: budget.prior_steps(train, steps))
         if steps < options.prior_steps:
             notes.append(f"The prior was trained for {steps} of {options.prior_steps} steps, which is what there was time for; a better one may show more.")  # fmt: skip
-        note(f"training a prior on {len(parts.public):,} pictures that are not audited, {steps} steps")
+        note(
+            f"training a prior on {len(parts.public):,} pictures that are not audited, {steps} step{'s' if steps > 1 else ''}"
+        )
         prior = train(steps)
     judge = parts.judge()
     judge = replace(judge, encoder=fisher_features(parts.public, judge.public_groups))

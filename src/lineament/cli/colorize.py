@@ -57,6 +57,7 @@ def add_parser(subparsers: Any) -> Parser:
         type=float,
         help="forget the scene where keys change by more than this, such as 0.8",
     )
+    add("--scenes", metavar="FRAMES", help="new scenes begin at these frames, such as 120,340")
     add("--parity", action="store_true", help="the published loop, as its authors run it")
     add(
         "--luma", metavar="WHICH",
@@ -122,7 +123,18 @@ def run(arguments: argparse.Namespace) -> int:
             a.film is None and not a.exemplar,
             f"--train: trains on {a.train!r}; colour a film with another command",
         )
-        colouring = ("suggest", "max_side", "guided", "flip", "cuts", "parity", "luma", "codec", "fps")
+        colouring = (
+            "suggest",
+            "max_side",
+            "guided",
+            "flip",
+            "cuts",
+            "scenes",
+            "parity",
+            "luma",
+            "codec",
+            "fps",
+        )
         for option in colouring:
             require(
                 not getattr(a, option),
@@ -162,6 +174,7 @@ def run(arguments: argparse.Namespace) -> int:
     work = out.with_name(f"{out.name}.parts")
     output, length = None, film.length
     exemplars, names = _exemplars(a.exemplar, length), picture_names(film, length)
+    a.scenes = _scenes(a.scenes or "", length)
     for path in [out / name for name in names] if folder else [out]:
         for read in (Path(a.weights), *exemplars.values()):
             require(
@@ -248,6 +261,18 @@ def _exemplars(given: list[str], length: int) -> dict[int, Path]:
         found[int(frame)] = Path(name)
     require(0 in found, "--exemplar: none is for the first frame; give one, such as --exemplar 0=first.png")
     return found
+
+
+def _scenes(given: str, length: int) -> list[int]:
+    from lineament.core.checks import require
+
+    found = [text.strip() for text in given.split(",")] if given else []
+    for text in found:
+        require(
+            text.isdecimal() and 0 < int(text) < length,
+            f"--scenes: got {text!r}, expected numbers of frames after the first, from 1 to {length - 1}, such as 120,340",
+        )
+    return sorted({int(text) for text in found})
 
 
 def _suggest(a: argparse.Namespace) -> int:

@@ -65,7 +65,7 @@ def colour(
     options = Colorizing.published(**settings) if a.parity else Colorizing(**settings)
     pictures = {frame: read_picture("exemplars", path) for frame, path in exemplars.items()}
     key = {
-        "settings": settings, "parity": a.parity, "luma": a.luma, "device": a.device, "precision": a.precision,
+        "settings": settings, "scenes": a.scenes, "parity": a.parity, "luma": a.luma, "device": a.device, "precision": a.precision,
         "frames": length, "layout": None if output is None else output.layout,
         "files": [_stamp(Path(path)) for path in (a.film, a.weights, *exemplars.values())], "at": sorted(exemplars),
     }  # fmt: skip
@@ -84,7 +84,9 @@ def colour(
             rows = []
             for frame in frames:
                 last = frame.index == length - 1
-                found = colorizer.frame(frame.shown, pictures.get(frame.index), last=last)
+                found = colorizer.frame(
+                    frame.shown, pictures.get(frame.index), scene=frame.index in a.scenes, last=last
+                )
                 facts.append([frame.index, found.confidence, found.cut])
                 if output is None:
                     _write_picture(out / names[frame.index], found.picture, frame)

@@ -101,7 +101,7 @@ def add_parser(subparsers: Any) -> Any:
         metavar="FACTORY",
         help="of a generator FILE with classes other than the model's: package.module:factory of a network that tells them, pictures in [0, 1] to logits",
     )
-    add("--steps", type=int, default=60, metavar="N", help="gradients of each layer searched (default: 60)")
+    add("--steps", type=int, metavar="N", help="gradients of each layer searched (default: 60)")
     add(
         "--optimizer",
         metavar="NAME",
@@ -147,6 +147,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(
             f"--batch-size: got {arguments.batch_size!r}, expected whole numbers with commas between them"
         ) from None
+    if arguments.steps is not None and arguments.minutes is not None:
+        raise InputError("--steps: --minutes says how many; give one of the two")
     options = LeakOptions(
         weights=arguments.weights,
         inputs=arguments.inputs,
@@ -158,7 +160,11 @@ def run(arguments: argparse.Namespace) -> int:
         attacks=tuple(arguments.attack or ("gifd", "latent", "ig")),
         prior=arguments.prior,
         classifier=arguments.classifier,
-        search=Search(steps=arguments.steps, restarts=arguments.restarts, optimizer=arguments.optimizer),
+        search=Search(
+            steps=60 if arguments.steps is None else arguments.steps,
+            restarts=arguments.restarts,
+            optimizer=arguments.optimizer,
+        ),
         known_labels=arguments.known_labels,
         public=arguments.public,
         groups=arguments.groups,

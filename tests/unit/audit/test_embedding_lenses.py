@@ -193,3 +193,16 @@ def test_what_train_writes_the_audit_opens_by_the_line_it_prints(tmp_path, monke
     assert set(sections) == {"embeddings", "export"} and sections["embeddings"]["numbers"]["width"] == (
         32 if site else 8
     )
+
+
+def test_thresholds_of_an_embedding_that_crowds_are_told_apart(tmp_path):
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    crowded = nn.Linear(6, 8)
+    with torch.no_grad():
+        crowded.bias.fill_(50.0)
+    report = audit(
+        crowded, (x, torch.arange(40) // 4), out=tmp_path, options=EMBEDDING, lenses=["embeddings"]
+    )
+    (section,) = report.sections
+    thresholds = [row[2] for row in section.tables[0].rows]
+    assert len(set(thresholds)) == len(thresholds) > 1 and all(0.99 < t < 1 for t in thresholds)

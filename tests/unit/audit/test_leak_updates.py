@@ -96,6 +96,7 @@ def test_an_update_of_other_pictures_is_said_to_be_one(trained, capsys):
         (["others.npz", "--local", "epochs=2.5"], "a whole number after the ="),
         (["others.npz", "--batch-norm", "off"], "running"),
         (["others.npz", "--minutes", "-1"], "--minutes"),
+        (["others.npz", "--minutes", "1", "--steps", "5"], "--steps: --minutes says how many"),
         (
             ["others.npz", "--attack", "closed form", "--prior", "none", "--pictures", "2"],
             "linear first layer",

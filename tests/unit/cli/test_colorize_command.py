@@ -46,6 +46,7 @@ REFUSED = {
     "a corrupt folder": ("--weights corrupt", "--weights: 'corrupt/model.safetensors' is no safetensors"),
     "no picture": ("--exemplar 1=bad.png", "--exemplar: the picture 'bad.png' cannot be read"),
     "a frame past the end": ("--exemplar 99=first.png", "--exemplar: frame 99 does not exist; .* 2 frames"),
+    "a scene past the end": ("--scenes 2", "--scenes: got '2', expected numbers of frames"),
     "no frame number": ("--exemplar a=first.png", "--exemplar: 'a' in 'a=first.png' is no frame number"),
     "a codec": ("--codec foo", "--codec: is for a video"),
     "whose luma": ("--luma lab", "--luma: is for a video"),

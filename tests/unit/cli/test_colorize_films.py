@@ -63,6 +63,10 @@ def test_a_folder_is_coloured(tmp_path, weights, capsys):
     )
     assert sorted(path.name for path in out.iterdir()) == ["1.png", "10.png", "2.png", "colorize.json"]
     assert Image.open(out / "10.png").size == (40, 30)
+    again = ["--scenes", "2", "--exemplar", "2=" + shown, "--overwrite"]
+    words = ["colorize", str(pictures), "--exemplar", shown, "--weights", weights, "--out", str(out)]
+    assert main([*words, *again]) == 0
+    assert json.loads((out / "colorize.json").read_text())["cuts"] == [2]
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,8 @@ def test_what_cannot_be_shared_is_named_and_the_model_is_as_it_was():
         multiplex(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(InputError, match="only: got 'x', expected one of '0'"):
         multiplex(nn.Sequential(nn.Embedding(10, 4)), only=["x"])
+    with pytest.raises(InputError, match="it is itself Embedding, which cannot be replaced in place"):
+        multiplex(nn.Embedding(10, 4))
 
 
 @pytest.mark.parametrize("rows", [97, (1 << 24) + 1])

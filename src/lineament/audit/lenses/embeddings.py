@@ -245,7 +245,7 @@ def _tables(subject: Subject, found: Embeddings) -> list[Table]:
     def named(pairs: Sequence[tuple[int, int, float]]) -> list[list[Any]]:
         label = lambda row: subject.class_name(int(subject.targets[row]))  # noqa: E731
         at = subject.samples.index
-        return [[int(at[i]), label(i), int(at[j]), label(j), round(s, 3)] for i, j, s in pairs]
+        return [[int(at[i]), label(i), int(at[j]), label(j), _cosine(s)] for i, j, s in pairs]
 
     columns = ("sample", "label", "sample", "label", "cosine")
     tables = [
@@ -253,7 +253,7 @@ def _tables(subject: Subject, found: Embeddings) -> list[Table]:
             "Pairs accepted at a share of strangers accepted (FAR)",
             ("FAR", "pairs of one label (TAR)", "threshold"),
             [
-                [percent(far), percent(tar), round(t, 3)]
+                [percent(far), percent(tar), _cosine(t)]
                 for far, tar, t in zip(
                     found.recognised.fars, found.recognised.tar, found.recognised.thresholds
                 )
@@ -291,11 +291,21 @@ def _tables(subject: Subject, found: Embeddings) -> list[Table]:
     return tables
 
 
+def _cosine(value: float) -> float:
+    """To three digits of what it lacks to 1, where that is little: two thresholds that differ also look different.
+
+    >>> _cosine(0.51234), _cosine(0.99987654)
+    (0.512, 0.999877)
+    """
+    return round(value, min(7, 2 + math.ceil(-math.log10(max(min(1 - value, 1), 1e-6)) + 1e-9)))
+
+
 def _curve(unit: Tensor, labels: Tensor, found: Embeddings) -> Any:
     scores = unit @ unit.T
     upper = torch.ones_like(scores, dtype=torch.bool).triu(1)
     like = labels[:, None] == labels
-    bins = torch.linspace(-1, 1, 81)
+    lowest = float(scores.min().clamp(-1, 1 - 1e-4))  # where an embedding crowds, all cosines are near 1
+    bins = torch.linspace(lowest, 1, 81)
     shares = [torch.histogram(scores[upper & kind].cpu(), bins).hist for kind in (like, ~like)]
 
     def draw(axes: Any) -> None:

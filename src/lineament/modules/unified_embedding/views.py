@@ -114,7 +114,7 @@ def multiplex(
         seed: of hashes and weights.
 
     Raises:
-        InputError: no embedding, tied weights, ``max_norm``, ``scale_grad_by_freq``; the model is then as it was.
+        InputError: no embedding, a model that is one itself, tied weights, ``max_norm``, ``scale_grad_by_freq``; the model is then as it was.
 
     >>> net = nn.ModuleDict({"user": nn.Embedding(1000, 16), "item": nn.EmbeddingBag(3000, 16)})
     >>> found = multiplex(net, fraction=0.25)
@@ -132,6 +132,10 @@ def multiplex(
             )
     chosen = {n: m for n, m in every.items() if (not only or n in only) and n not in skip}
     require(len(chosen) > 0, "model: it has no nn.Embedding or nn.EmbeddingBag to replace")
+    require(
+        "" not in chosen,
+        f"model: it is itself {type(model).__name__}, which cannot be replaced in place; pass the network that holds it",
+    )
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
