@@ -34,32 +34,11 @@ def image_folder(path: Path, choose: Choose, *, size: tuple[int, int] | None = N
     >>> found.classes, tuple(found.inputs.shape)
     (('cat', 'dog'), (2, 4, 6))
     """
-    folders = sorted(
-        (p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.name
-    )
-    listed = {folder: _images(folder) for folder in folders}
-    filled = [folder for folder in folders if listed[folder]]
-    if not filled:
-        arrays = sorted(path.glob("*.npz"))
-        require(
-            not arrays,
-            f"data: {str(path)!r} holds no folders with images but {len(arrays)} .npz files; pass one: {', '.join(repr(str(file)) for file in arrays[:3])}",
-        )
-        raise InputError(
-            f"data: {str(path)!r} holds no folders with images; expected one folder a class with "
-            f"{', '.join(sorted(_IMAGES)[:4])} ... files, an .npz file, or a Hugging Face data set"
-        )
-    splits = {"train", "test", "val", "valid", "validation"} & {folder.name for folder in filled}
-    if len(splits) == len(filled):
-        example = path / sorted(splits)[0]
-        raise InputError(
-            f"data: {str(path)!r} holds the splits {', '.join(sorted(splits))}, not classes; pass one: {str(example)!r}"
-        )
-    # A folder without images keeps its number: leaving it out would move every class behind it to its neighbour's output.
-    files = [(file, number) for number, folder in enumerate(folders) for file in listed[folder]]
+    folders, files = files_by_class(path)
+    filled = {number for _, number in files}
     rows = choose(len(files))
     notes = []
-    empty = [folder.name for folder in folders if not listed[folder]]
+    empty = [folder.name for number, folder in enumerate(folders) if number not in filled]
     if empty:
         notes.append(
             f"classes without an image, which keep their place among the model's outputs: {', '.join(map(repr, empty[:5]))}"
@@ -79,6 +58,37 @@ def image_folder(path: Path, choose: Choose, *, size: tuple[int, int] | None = N
         extras=_facts(files[row][0] for row in rows),
         notes=tuple(notes),
     )
+
+
+def files_by_class(path: Path) -> tuple[list[Path], list[tuple[Path, int]]]:
+    """The class folders in ``path`` by name, and every image below them with its folder's number; none is opened.
+
+    Raises:
+        InputError: no folder with images, or folders that are splits.
+    """
+    folders = sorted(
+        (p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.name
+    )
+    listed = {folder: images_below(folder) for folder in folders}
+    filled = [folder for folder in folders if listed[folder]]
+    if not filled:
+        arrays = sorted(path.glob("*.npz"))
+        require(
+            not arrays,
+            f"data: {str(path)!r} holds no folders with images but {len(arrays)} .npz files; pass one: {', '.join(repr(str(file)) for file in arrays[:3])}",
+        )
+        raise InputError(
+            f"data: {str(path)!r} holds no folders with images; expected one folder a class with "
+            f"{', '.join(sorted(_IMAGES)[:4])} ... files, an .npz file, or a Hugging Face data set"
+        )
+    splits = {"train", "test", "val", "valid", "validation"} & {folder.name for folder in filled}
+    if len(splits) == len(filled):
+        example = path / sorted(splits)[0]
+        raise InputError(
+            f"data: {str(path)!r} holds the splits {', '.join(sorted(splits))}, not classes; pass one: {str(example)!r}"
+        )
+    # A folder without images keeps its number: leaving it out would move every class behind it to its neighbour's output.
+    return folders, [(file, number) for number, folder in enumerate(folders) for file in listed[folder]]
 
 
 def labelled_folder(
@@ -245,7 +255,8 @@ def _bytes(name: str, picture: Image.Image) -> Image.Image:
     return picture.convert("L" if picture.mode in ("L", "1") else "RGB")
 
 
-def _images(folder: Path) -> list[Path]:
+def images_below(folder: Path) -> list[Path]:
+    """All images in a folder and in those within it, by their paths."""
     found = [p for p in folder.rglob("*") if p.suffix.lower() in _IMAGES and p.is_file()]
     return sorted(found, key=lambda p: str(p.relative_to(folder)))
 

@@ -16,19 +16,30 @@ from lineament.data.identities import identities, orl_faces
 from lineament.data.samples import Samples
 from lineament.recipes.elasticface.claims import Found, claims_of
 from lineament.recipes.elasticface.figures import draw_all
-from lineament.recipes.elasticface.heads import GRID, HEADS, maker, rank_correlation, tuned
+from lineament.recipes.elasticface.heads import GRID, HEADS, face_maker, maker, rank_correlation, tuned
+from lineament.recipes.kit.face_folders import FaceFolders, Official, on_faces, on_folders
 from lineament.recipes.kit.presets import presets
 from lineament.recipes.kit.recognition import Recognised, recognise, summary
 from lineament.recipes.kit.stages import Stages
 from lineament.report.outcome import Outcome, Table
+from lineament.train.callbacks import Rate
 
 SLUG = "elasticface"
 TITLE = "ElasticFace: Elastic Margin Loss for Deep Face Recognition"
 
 
+# The released training's: a tenth of the rate from the 8th, 14th, 20th and 25th of 26 epochs on, here at the same shares of a training.
+OFFICIAL = Official(lambda: Rate(lambda done: 0.1 ** sum(done >= (m - 1) / 26 for m in (8, 14, 20, 25))), 5.0, "normal")  # fmt: skip
+COMPARED = (
+    ("Elastic-Arc", "ArcFace", "a few tenths of a point"),
+    ("Elastic-Cos", "CosFace", "a few tenths of a point"),
+    ("Elastic-Arc+, rank", "Elastic-Arc, large σ", "ElasticFace+ is the best (tables)"),
+)
+
+
 @dataclass(frozen=True)
-class Config:
-    """One run. The groups are the people, the training, the grid of the tuned heads, and ORL."""
+class Config(FaceFolders):
+    """One run. The groups are the people, the training, the grid of the tuned heads, and ORL; the user's faces are those of :class:`FaceFolders`."""
 
     people: int = 300
     pictures: int = 12
@@ -72,6 +83,7 @@ class Config:
             "tuned_heads": tuple(GRID),
             "tuning_people": 300,
             "faces": True,
+            "depth": 100,
         },
     )
 
@@ -85,6 +97,11 @@ def run(config: Config, *, out: Path) -> Outcome:
         number(name, getattr(config, name), low=1, integer=True)
     require(len(config.heads) > 0, "heads: got none, expected at least one")
     stages, seeds, found = Stages(out, config), range(config.seeds), Found()
+    if on_faces(config):
+        heads = {name: face_maker(name, config.sigma, config.face_scale) for name in config.heads}
+        return Outcome(
+            SLUG, TITLE, config.preset, asdict(config), *on_folders(config, stages, heads, OFFICIAL, COMPARED)
+        )
 
     def trained(name: str, seed: int, wrong: float) -> Recognised:
         return recognise(

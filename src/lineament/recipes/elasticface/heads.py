@@ -53,10 +53,21 @@ GRID: dict[str, tuple[Callable[[float, float], Margin], tuple[float, ...], tuple
 }
 
 
-def maker(name: str, sigma: float) -> Callable[[int, int, int], ClassHead]:
-    """Makes a head of (classes, size, seed)."""
-    margin, scale = HEADS[name]
-    return lambda classes, size, seed: ClassHead(classes, size, margin(sigma), scale, seed=seed)
+def maker(name: str, sigma: float, scale: float | None = None) -> Callable[[int, int, int], ClassHead]:
+    """Makes a head of (classes, size, seed); with the scale that suits generated people where none is given."""
+    margin, usual = HEADS[name]
+    return lambda classes, size, seed: ClassHead(classes, size, margin(sigma), scale or usual, seed=seed)
+
+
+def face_maker(name: str, sigma: float, scale: float) -> Callable[[int, int, int], ClassHead]:
+    """As :func:`maker`, with class weights drawn as the released training draws them."""
+
+    def make(classes: int, size: int, seed: int) -> ClassHead:
+        head = maker(name, sigma, scale)(classes, size, seed)
+        torch.nn.init.normal_(head.weight, std=0.01, generator=head.generator)
+        return head
+
+    return make
 
 
 def tuned(name: str, scale: float, m: float, sigma: float) -> Callable[[int, int, int], ClassHead]:

@@ -73,12 +73,17 @@ class Trained:
     dropped: Dropped
 
 
+def maker(name: str, scale: float) -> Callable[[int, int, int], nn.Module]:
+    """Makes a loss of (classes, size, seed)."""
+    margin, around = LOSSES[name]
+    return lambda classes, size, seed: around(ClassHead(classes, size, margin(), scale, seed=seed))
+
+
 def train(name: str, data: tuple[Samples, Samples], *, epochs: int, scale: float, seed: int) -> Trained:
     """One training by a loss of the table."""
-    margin, around = LOSSES[name]
     kept: list[Dropped] = []
     found = recognise(
-        lambda classes, size, seed: around(ClassHead(classes, size, margin(), scale, seed=seed)), *data, epochs=epochs, seed=seed,
+        maker(name, scale), *data, epochs=epochs, seed=seed,
         after=lambda net: kept.append(dropped(net(data[0].inputs), data[0])),
     )  # fmt: skip
     return Trained(found, kept[0])
