@@ -9,6 +9,8 @@ from .availability import scale_foreground as scale_foreground
 from .bit_features import bit_feature as bit_feature
 from .bit_features import bit_features as bit_features
 from .blockmnist import block_mnist as block_mnist
+from .click_logs import avazu as avazu
+from .click_logs import criteo as criteo
 from .coloured_digits import coloured_digits as coloured_digits
 from .coloured_films import coloured_films as coloured_films
 from .digit_scenes import digit_scenes as digit_scenes
@@ -20,6 +22,7 @@ from .identities import identities as identities
 from .identities import orl_faces as orl_faces
 from .movielens import categorical_features as categorical_features
 from .movielens import movielens as movielens
+from .movielens import movielens_1m as movielens_1m
 from .needles import key_values as key_values
 from .needles import needles as needles
 from .patching_tasks import greater_than_pairs as greater_than_pairs

@@ -16,7 +16,7 @@ from lineament.audit.run import AuditOptions
 from lineament.core.checks import InputError
 from lineament.learn.projection.export import UpTo, export
 from lineament.learn.projection.layers import layers_worth
-from lineament.measure import recognition, recognition_spread
+from lineament.measure import recognition, recognition_spread, retrieval
 
 EMBEDDING = AuditOptions(task="embedding")
 
@@ -48,7 +48,10 @@ def test_the_numbers_are_those_of_the_measure(tmp_path):
     assert numbers["recognised"]["tar"] == pytest.approx(expected.tar) and numbers["far"] == 1e-3
     spread = recognition_spread(x, y, (1e-1, 1e-2, 1e-3))
     assert numbers["tar"] == pytest.approx([expected.tar[2], *spread.tar[2]], abs=1e-6)
-    assert found["embeddings"].findings[0].key == "recognises"
+    assert [finding.key for finding in found["embeddings"].findings] == ["recognises"]
+    assert numbers["retrieved"] == pytest.approx(
+        {str(k): share for k, share in zip((1, 5, 10), retrieval(x, y).recall)}
+    )
 
 
 def test_one_person_under_two_labels_leads_the_list(tmp_path):
@@ -206,3 +209,7 @@ def test_thresholds_of_an_embedding_that_crowds_are_told_apart(tmp_path):
     (section,) = report.sections
     thresholds = [row[2] for row in section.tables[0].rows]
     assert len(set(thresholds)) == len(thresholds) > 1 and all(0.99 < t < 1 for t in thresholds)
+    cosines = F.normalize(crowded(x), dim=1) @ F.normalize(crowded(x), dim=1).T
+    others = torch.arange(40)[:, None] // 4 != torch.arange(40) // 4
+    assert section.numbers["impostor_mean"] == pytest.approx(float(cosines[others].mean()), abs=1e-6)
+    assert "crowds" in [finding.key for finding in section.findings]

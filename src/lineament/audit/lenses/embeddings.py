@@ -19,7 +19,9 @@ from lineament.audit.phrases import compact, percent, percent_interval
 from lineament.audit.subject import Subject
 from lineament.measure.embeddings.geometry import geometry
 from lineament.measure.embeddings.pairs import Recognition, recognition
+from lineament.measure.embeddings.retrieval import retrieval
 from lineament.measure.embeddings.spread import recognition_spread
+from lineament.measure.embeddings.verification import roc
 from lineament.report.figures import picture
 from lineament.report.outcome import Table
 from lineament.report.section import Finding, Section
@@ -32,6 +34,8 @@ METHOD = "elasticface"
 EMBEDDING = True
 ON_REQUEST = True
 _SHOWN, _NEIGHBOURS = 5, 10
+# Where two samples of different labels are as alike as that on the mean, the embedding crowds; directions at random have 0.
+_CROWDED = 0.5
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Embeddings:
 
     ``alignment``: mean squared distance of genuine pairs; ``uniformity``: the logarithm of the mean of exp(-2 d²) over all pairs; ``hubs``: how many samples have
     none of the others' 10 nearest neighbours lists, and the longest list that one sample is on. ``alike`` and ``unlike``: rows in the data, of impostors and genuine pairs.
+    ``impostor_mean``: the mean cosine of impostors; ``retrieved``: R@k, of the samples with a mate the share that has one among the k nearest others.
     """
 
     site: str
@@ -68,6 +73,8 @@ class Embeddings:
     groups: Sequence[Group]
     alike: Sequence[tuple[int, int, float]]
     unlike: Sequence[tuple[int, int, float]]
+    impostor_mean: float
+    retrieved: dict[int, float]
 
 
 def applies(subject: Subject) -> str:
@@ -99,6 +106,8 @@ def look(subject: Subject) -> Section:
     threshold = recognised.thresholds[at]
     alike, unlike = _extremes(unit, labels)
     like = torch.cat([s for _, s in _genuine(unit, labels)])
+    everything = (float(unit.double().sum(0).square().sum()) - len(unit)) / 2
+    near = retrieval(unit, labels)
     impostors, lie = torch.tensor([s for _, _, s in alike]), geometry(unit, labels, neighbours=_NEIGHBOURS)
     found = Embeddings(
         site=site,
@@ -115,6 +124,8 @@ def look(subject: Subject) -> Section:
         groups=_groups(subject, unit, labels, rows, threshold),
         alike=[(int(rows[i]), int(rows[j]), s) for i, j, s in alike],
         unlike=[(int(rows[i]), int(rows[j]), s) for i, j, s in unlike],
+        impostor_mean=(everything - float(like.double().sum())) / recognised.impostors,
+        retrieved=dict(zip(near.ks, near.recall)),
     )
     findings = _findings(found)
     dropped = int((~kept).sum())
@@ -158,6 +169,15 @@ def _findings(found: Embeddings) -> list[Finding]:
             "Compare losses and layers (lens export), and look at the pairs of the section for wrong labels."
         )
         told = [Finding(severity, said, advice=advice, key="recognises too few")]
+    if found.impostor_mean > _CROWDED:
+        told.append(
+            Finding(
+                "note",
+                f"The embedding crowds: two samples of different labels have a cosine of {_cosine(found.impostor_mean)} on the mean, where directions at random have 0.",
+                advice="Little of the sphere is used: train against more or harder negatives (lineament train --loss), or subtract the mean before cosines are taken.",
+                key="crowds",
+            )
+        )
     if found.above_median > 0:
         count = round(found.above_median * len(found.alike))
         told.append(
@@ -264,7 +284,15 @@ def _tables(subject: Subject, found: Embeddings) -> list[Table]:
             "How the samples lie on the sphere",
             ("", "value"),
             [
+                *(
+                    [
+                        f"a mate among the {k} nearest (R@{k})" if k > 1 else "the nearest is a mate (R@1)",
+                        percent(share),
+                    ]
+                    for k, share in found.retrieved.items()
+                ),
                 ["mean average precision at R", percent(found.recognised.precision)],
+                ["mean cosine of two labels", _cosine(found.impostor_mean)],
                 [
                     "margin: cosine of the least similar pair of one label less that of the most similar of two",
                     round(found.recognised.gap, 3),
@@ -307,8 +335,12 @@ def _curve(unit: Tensor, labels: Tensor, found: Embeddings) -> Any:
     lowest = float(scores.min().clamp(-1, 1 - 1e-4))  # where an embedding crowds, all cosines are near 1
     bins = torch.linspace(lowest, 1, 81)
     shares = [torch.histogram(scores[upper & kind].cpu(), bins).hist for kind in (like, ~like)]
+    false, true, _ = roc(scores[upper], like[upper])
+    grid = torch.logspace(math.log10(1 / found.recognised.impostors), 0, 200, dtype=false.dtype)
+    rates = true[torch.searchsorted(false, grid * (1 + 1e-9), right=True) - 1]
 
-    def draw(axes: Any) -> None:
+    def draw(panels: Any) -> None:
+        axes, curve = panels[0]
         for values, name, colour in zip(shares, ("one label", "two labels"), ("C0", "C1")):
             axes.stairs(
                 (values / values.sum()).numpy(), bins.numpy(), fill=True, alpha=0.5, color=colour, label=name
@@ -316,11 +348,19 @@ def _curve(unit: Tensor, labels: Tensor, found: Embeddings) -> Any:
         axes.axvline(found.recognised.thresholds[found.recognised.fars.index(found.far)], color="C7", lw=1)
         axes.set(xlabel="cosine of two samples", ylabel="share of pairs")
         axes.legend()
+        curve.plot(grid.numpy(), rates.numpy(), color="C0")
+        curve.axvline(found.far, color="C7", lw=1)
+        curve.set(
+            xscale="log",
+            ylim=(0, 1.02),
+            xlabel="share of pairs of two labels accepted",
+            ylabel="of one label accepted",
+        )
 
     return picture(
-        draw, size=(6.0, 2.8),
-        caption=f"Pairs of one label and of two; the line is the threshold at {_rate(found.far)}.",
-        alt=f"Histograms of cosines; {compact(100 * found.tar[0])} percent of pairs of one label lie beyond the threshold.",
+        draw, panels=(1, 2), size=(8.0, 2.8),
+        caption=f"Pairs of one label and of two, by cosine, and what a threshold accepts of each (ROC); the lines are the threshold at {_rate(found.far)}.",
+        alt=f"Histograms of cosines, and the receiver operating characteristic; {compact(100 * found.tar[0])} percent of pairs of one label lie beyond the threshold.",
     )  # fmt: skip
 
 
@@ -335,7 +375,7 @@ def _faces(subject: Subject, found: Embeddings) -> list[Any]:
             for line, row in enumerate((i, j)):
                 ax = axes[line][column]
                 ax.imshow(subject.display(row), cmap="gray", vmin=0, vmax=1)
-                ax.set_title(subject.class_name(int(subject.targets[row]))[:12] + ("" if line else f"\n{s:.2f}"), fontsize=6)  # fmt: skip
+                ax.set_title(subject.class_name(int(subject.targets[row]))[:12] + ("" if line else f"\n{_cosine(s)}"), fontsize=6)  # fmt: skip
                 ax.set_axis_off()
 
     return [

@@ -67,3 +67,16 @@ def higher(
     reason = "not resolved with one seed" if found.count < 2 else reason
     observed = f"{statistics.mean(ours):.3f} against {statistics.mean(theirs):.3f}: {found}"
     return judged(name, paper, observed, found.above, f"{reason}; {otherwise}" if otherwise else reason)
+
+
+def welch(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The two-sided p of Welch's t-test: means of independent runs, whose variances may differ; ``nan`` with fewer than two of each.
+
+    >>> round(welch([0.80, 0.81, 0.82], [0.79, 0.80, 0.84]), 2)
+    1.0
+    """
+    from scipy.stats import ttest_ind
+
+    if min(len(ours), len(theirs)) < 2:
+        return math.nan
+    return float(ttest_ind(ours, theirs, equal_var=False).pvalue)  # pyright: ignore

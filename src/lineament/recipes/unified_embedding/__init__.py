@@ -1,7 +1,8 @@
 """Unified embedding: does one table for all features beat a table each, and is it the sharing or the look-ups?
 
 Coleman et al., NeurIPS 2023, arXiv 2305.12102. MovieLens 100K where it is there, else generated features; budgets of rows down to 4 % of the vocabulary. Controls that the paper
-lacks: as many look-ups on both sides, features summed before the reader, one salt for all, a split by time, renumbered ids.
+lacks: as many look-ups on both sides, features summed before the reader, one salt for all, a split by time, renumbered ids. The preset "paper" is its own
+comparison, see :mod:`~lineament.recipes.unified_embedding.full_scale`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from lineament.core.checks import number, one_of, require
 from lineament.recipes.kit.presets import presets
 from lineament.recipes.kit.stages import Stages
 from lineament.recipes.unified_embedding.claims import Found, aucs, claims_of
+from lineament.recipes.unified_embedding.full_scale import LABELS, SETTINGS, at_full_scale
 from lineament.recipes.unified_embedding.training import (
     Angles,
     Score,
@@ -40,9 +42,11 @@ CONTROLS = {
 
 @dataclass(frozen=True)
 class Config:
-    """One run. The groups are the data, the schemes, the controls, and the readers' angles."""
+    """One run. The groups are the data, the schemes, the controls, the readers' angles, and steps and rate at full scale (``None``: the data's own)."""
 
+    data: str = "auto"
     data_folder: str | None = None
+    labels: str = "without 3"
     generated: int = 120_000
 
     schemes: tuple[str, ...] = ("separate 1x16", "separate 2x8", "unified 1x16", "unified 2x8")
@@ -56,6 +60,9 @@ class Config:
     angle_fractions: tuple[float, ...] = (0.2,)
     angle_epochs: int = 2
 
+    steps: int | None = None
+    rate: float = 2e-4
+
     preset: str = presets(
         quick={},
         small={
@@ -66,19 +73,22 @@ class Config:
             "angle_epochs": 8,
         },
         paper={
-            "schemes": SCHEMES,
-            "fractions": (0.42, 0.21, 0.1, 0.04),
+            "data": "movielens-1m",
+            "schemes": ("collisionless", "separate", "unified"),
+            "fractions": (),
             "seeds": 5,
-            "epochs": 10,
-            "controls": tuple(CONTROLS),
-            "angle_fractions": (1.0, 0.2, 0.04),
-            "angle_epochs": 20,
+            "controls": (),
+            "angle_fractions": (),
         },
     )
 
 
 def run(config: Config, *, out: Path) -> Outcome:
     """Run the recipe into ``out``; a killed run goes on from its last finished training."""
+    one_of("data", config.data, ("auto", *SETTINGS))
+    one_of("labels", config.labels, LABELS)
+    if config.data != "auto":
+        return at_full_scale(config, out, SLUG, TITLE)
     for field, known in (("schemes", SCHEMES), ("controls", CONTROLS)):
         for name in getattr(config, field):
             one_of(field, name, known)
