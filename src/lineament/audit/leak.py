@@ -39,7 +39,7 @@ from lineament.papers import search as papers
 from lineament.privacy.defences import Defence, defence_of
 from lineament.privacy.generators import load_prior
 from lineament.privacy.identification import fisher_features
-from lineament.privacy.leakage import Leakage, leakage
+from lineament.privacy.leakage import Leakage, LeakageOptions, leakage
 from lineament.privacy.local import Local
 from lineament.privacy.messages import Message, moved_norms, saved_state
 from lineament.privacy.priors import Mapped
@@ -283,9 +283,12 @@ def _searched(
         first = sent[0] if sent else Message.of(fitted.model, parts.images[:1], parts.targets[:1])
         if size == 1 and "closed form" not in attacks and closed_form(fitted.model, first) is not None:
             attacks.append("closed form")
+        local = None if sent else options.local
+        how = LeakageOptions(
+            [defence], attacks, search, size, local, known_labels=options.known_labels, judge=judge
+        )
         return leakage(
-            fitted.model, parts.images, parts.targets, public=parts.public, prior=prior, defences=[defence], attacks=attacks, batch=size,
-            local=None if sent else options.local, search=search, known_labels=options.known_labels, judge=judge, sent=sent,
+            fitted.model, parts.images, parts.targets, public=parts.public, prior=prior, options=how, sent=sent,
             held_out=(parts.public, parts.public_targets), bounds=bounds, seed=seed,
         )  # fmt: skip
 

@@ -7,7 +7,7 @@ of as many samples of the prior as there were restarts, and the same search on a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -30,7 +30,33 @@ from lineament.privacy.reconstruction import Reconstruction, reconstruct
 from lineament.privacy.robust_scores import cw_ssim, registered_psnr
 from lineament.privacy.search import Search
 
-SEARCH, JUDGE = Search(), Judge()
+
+@dataclass(frozen=True)
+class LeakageOptions:
+    """How messages are made, attacked and judged.
+
+    Attributes:
+        defences: what clients may switch on. attacks: names of :data:`~lineament.privacy.search.ATTACKS`. search: of each attack.
+        batch: pictures of a message. local: training by the client, by default one gradient.
+        known_labels: give the attacker the labels; else they are read off the messages.
+        copies: try every way in which an attacker may repeat a defence, not only the first.
+        judge: how guesses are ordered, and among whom they are looked for.
+
+    >>> LeakageOptions(attacks=["ig"]).batch
+    1
+    """
+
+    defences: Sequence[Defence] = (Defence(),)
+    attacks: Sequence[str] = ("gifd", "latent", "ig")
+    search: Search = field(default_factory=Search)
+    batch: int = 1
+    local: Local | None = None
+    known_labels: bool = False
+    copies: bool = True
+    judge: Judge = field(default_factory=Judge)
+
+
+OPTIONS = LeakageOptions()
 
 
 @dataclass(frozen=True)
@@ -102,14 +128,7 @@ def leakage(
     *,
     public: Tensor,
     prior: Prior | None,
-    defences: Sequence[Defence] = (Defence(),),
-    attacks: Sequence[str] = ("gifd", "latent", "ig"),
-    batch: int = 1,
-    local: Local | None = None,
-    search: Search = SEARCH,
-    known_labels: bool = False,
-    copies: bool = True,
-    judge: Judge = JUDGE,
+    options: LeakageOptions = OPTIONS,
     sent: Sequence[Message] | None = None,
     held_out: tuple[Tensor, Tensor] | None = None,
     bounds: tuple[Tensor, Tensor],
@@ -118,24 +137,23 @@ def leakage(
     """Make messages of one's own pictures, search each, and score what was found.
 
     Args:
-        images, targets: the pictures that are audited, normalised as the model takes them; their number is a multiple of ``batch``.
+        images, targets: the pictures that are audited, normalised as the model takes them; their number is a multiple of ``options.batch``.
         public: other pictures of the kind, normalised; none of those audited. prior: see :func:`lineament.privacy.train_prior`; None searches pixels only.
         held_out: pictures and labels on which the defences' price is measured, by default those audited; other clients of secure aggregation have theirs of them.
-        known_labels: give the attacker the labels; else they are read off the messages.
-        copies: try every way in which an attacker may repeat a defence, not only the first.
-        judge: how guesses are ordered, and among whom they are looked for.
-        sent: the messages themselves, one for each batch, as they were read from files; ``defences`` and ``local`` are then theirs.
+        options: how messages are made, attacked and judged.
+        sent: the messages themselves, one for each batch, as they were read from files; ``options.defences`` and ``options.local`` are then theirs.
         bounds: least and greatest values of normalised pictures by channel.
 
     Raises:
         InputError: pictures that do not make whole batches, audited pictures among the public ones, a model that cannot be searched.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)); x = torch.rand(6, 1, 4, 4)
-    >>> found = leakage(net, x[:2], torch.tensor([0, 1]), public=x[2:], prior=None, attacks=["ig"], search=Search(steps=2, restarts=1),
-    ...     bounds=(torch.zeros(1), torch.ones(1)))
+    >>> found = leakage(net, x[:2], torch.tensor([0, 1]), public=x[2:], prior=None,
+    ...     options=LeakageOptions(attacks=["ig"], search=Search(steps=2, restarts=1)), bounds=(torch.zeros(1), torch.ones(1)))
     >>> found.attacked[0].psnr.shape, sorted(found.without)
     (torch.Size([2]), ['the mean of public pictures'])
     """
+    batch, local, search, judge = options.batch, options.local, options.search, options.judge
     number("batch", batch, low=1, integer=True)
     require(
         images.ndim == 4 and len(images) > 0 and len(images) % batch == 0,
@@ -157,7 +175,7 @@ def leakage(
     groups = list(zip(images.split(batch), targets.split(batch)))
     further = _control_batch(held_out, images, batch) if len(groups) == 1 else None
     attacked, prices, buffers = [], [], 0
-    for defence in defences if sent is None else [sent[0].defence]:
+    for defence in options.defences if sent is None else [sent[0].defence]:
         messages = sent or [
             Message.of(model, x, y, defence=defence, local=local, others=held_out, seed=seed + k)
             for k, (x, y) in enumerate(groups)
@@ -173,13 +191,13 @@ def leakage(
             )
         read = [guessed_targets(model, m, images[:1], public) for m in all_messages]
         labels = torch.stack([y for y, _ in read])
-        if known_labels:
+        if options.known_labels:
             true = [y for _, y in groups] + ([] if further is None else [further[1]])
             labels = torch.stack(true)
-        rule = "given" if known_labels else ", ".join(dict.fromkeys(name for _, name in read))
+        rule = "given" if options.known_labels else ", ".join(dict.fromkeys(name for _, name in read))
         # The attacker's ways to repeat the defence, of which the audit reports the worst.
-        ways = list(defence.copies().items())[: None if copies else 1]
-        for attack in progress(list(attacks), f"searching messages: {defence}"):
+        ways = list(defence.copies().items())[: None if options.copies else 1]
+        for attack in progress(list(options.attacks), f"searching messages: {defence}"):
             for name, copy in ways:
                 told = [replace(message, defence=copy) for message in all_messages]
                 found = reconstruct(

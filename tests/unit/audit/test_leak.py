@@ -52,7 +52,7 @@ def test_a_run_that_was_cut_off_goes_on(net, tmp_path, monkeypatch):
     first, calls = module.leakage, []
 
     def once(*given, **how):
-        calls.append(str(how["defences"][0]))
+        calls.append(str(how["options"].defences[0]))
         if len(calls) == 2:
             raise KeyboardInterrupt
         return first(*given, **how)

@@ -12,7 +12,7 @@ from torch import nn
 from lineament.core.checks import InputError
 from lineament.privacy import Local, Message, Search, defence_of, guessed_targets, reconstruct
 from lineament.privacy.defences import Chain, Prune
-from lineament.privacy.leakage import leakage
+from lineament.privacy.leakage import LeakageOptions, leakage
 from lineament.privacy.local import local_of
 from lineament.privacy.messages import dummy_gradient, fixed
 from lineament.privacy.statistics import statistics_gap
@@ -155,7 +155,7 @@ def test_masks_are_also_mirrored_off_the_message(net, batch):
     assert list(both) == ["", "zeros of the message"] and all(isinstance(one, Chain) for one in both.values())
     x, y = batch
     found = leakage(
-        net, x[:2], y[:2], public=x[2:], prior=None, defences=[defence_of("prune=90")], attacks=["ig"], search=Search(steps=4, restarts=1), bounds=LIMITS
+        net, x[:2], y[:2], public=x[2:], prior=None, options=LeakageOptions([defence_of("prune=90")], ["ig"], Search(steps=4, restarts=1)), bounds=LIMITS
     )  # fmt: skip
     assert [a.attack for a in found.attacked] == ["ig", "ig, zeros of the message"]
     assert not torch.equal(found.attacked[0].pictures, found.attacked[1].pictures)

@@ -18,7 +18,7 @@ from lineament.privacy.costs import matching_cost
 from lineament.privacy.defences import Aggregate, Clip, Defence, Noise, Private, Prune
 from lineament.privacy.inversion import Stage
 from lineament.privacy.labels import guessed_targets, inferred_labels
-from lineament.privacy.leakage import leakage, psnr
+from lineament.privacy.leakage import LeakageOptions, leakage, psnr
 from lineament.privacy.messages import dummy_gradient
 from lineament.privacy.rivals import closed_form
 
@@ -301,13 +301,13 @@ def test_what_is_found_is_scored_beside_what_is_known_without_the_message(net, b
     x, y = batch
     public = torch.rand(10, 1, 8, 8)
     found = leakage(
-        net, x, y, public=public, prior=prior, defences=[Defence(), Noise(0.1)], attacks=["latent"], search=Search(steps=2, restarts=2), bounds=LIMITS
+        net, x, y, public=public, prior=prior, options=LeakageOptions([Defence(), Noise(0.1)], ["latent"], Search(steps=2, restarts=2)), bounds=LIMITS
     )  # fmt: skip
     assert [a.defence for a in found.attacked] == ["nothing", "noise 0.1"]
     assert set(found.without) == {"the mean of public pictures", "the nearest of 2 samples of the prior"}
     best = max(found.without.values(), key=lambda v: float(v.mean()))
     assert found.guess is not None and torch.allclose(psnr(found.guess, found.truth), best)
-    alone = leakage(net, x, y, public=public, prior=prior, attacks=["latent"], search=Search(steps=1, restarts=1), bounds=LIMITS)  # fmt: skip
+    alone = leakage(net, x, y, public=public, prior=prior, options=LeakageOptions(attacks=["latent"], search=Search(steps=1, restarts=1)), bounds=LIMITS)  # fmt: skip
     assert set(alone.without) == {"the mean of public pictures", "a sample of the prior"}
     plain, noisy = found.prices
     assert plain.cosine == pytest.approx(1, abs=1e-5) and plain.progress == pytest.approx(1, abs=1e-4)

@@ -13,7 +13,7 @@ from lineament.privacy.costs import chosen_tensors, matching_cost
 from lineament.privacy.defences import defence_of
 from lineament.privacy.evolution import evolve
 from lineament.privacy.inversion import Stage, invert
-from lineament.privacy.leakage import leakage
+from lineament.privacy.leakage import LeakageOptions, leakage
 from lineament.privacy.messages import dummy_gradient
 from lineament.privacy.rivals import group_term, own_generators
 
@@ -183,7 +183,7 @@ def test_joint_labels_end_at_the_true_ones_of_a_smooth_network(net, batch):
     assert found.targets.tolist() == y[:, None].tolist()
     assert float((found.pictures[:, 0] - x).abs().max()) < 0.05
     given = leakage(
-        net, x, y, public=torch.rand(8, 1, 8, 8).double(), prior=None, attacks=["dlg", "idlg"], search=Search(steps=2, restarts=1), bounds=LIMITS
+        net, x, y, public=torch.rand(8, 1, 8, 8).double(), prior=None, options=LeakageOptions(attacks=["dlg", "idlg"], search=Search(steps=2, restarts=1)), bounds=LIMITS
     )  # fmt: skip
     assert [a.rule for a in given.attacked] == ["searched with the picture", "bias"]
 

@@ -22,7 +22,7 @@ from lineament.privacy import (
     registered_psnr,
 )
 from lineament.privacy.defences import Defence
-from lineament.privacy.leakage import leakage
+from lineament.privacy.leakage import LeakageOptions, leakage
 
 LIMITS = (torch.zeros(1), torch.ones(1))
 
@@ -100,8 +100,8 @@ def test_guesses_are_ordered_by_error_or_as_published_by_labels():
     y = torch.tensor([4, 1, 0, 2])
     told = {
         order: leakage(
-            net, x, y, public=public, prior=None, attacks=["idlg"], batch=4, defences=[Defence()], search=Search(steps=120, restarts=1), known_labels=False,
-            held_out=(public, torch.arange(20) % 5), judge=Judge(order=order), bounds=LIMITS,
+            net, x, y, public=public, prior=None, options=LeakageOptions([Defence()], ["idlg"], Search(steps=120, restarts=1), 4, judge=Judge(order=order)),
+            held_out=(public, torch.arange(20) % 5), bounds=LIMITS,
         ).attacked[0]
         for order in ("mse", "labels")
     }  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 from lineament.audit.leak_section import SEARCH, bounds_of, prior_of, section_of
 from lineament.audit.subject import Subject
 from lineament.privacy.defences import defence_of
-from lineament.privacy.leakage import leakage
+from lineament.privacy.leakage import LeakageOptions, leakage
 from lineament.report.section import Section
 
 TITLE = "What could a curious server see in one update?"
@@ -61,7 +61,7 @@ def look(subject: Subject) -> Section:
     found = leakage(
         subject.model, x[rows], y[rows], public=x[others], held_out=(x[others], y[others]),
         prior=prior_of(x[others], "vae", steps=_PRIOR_STEPS, width=32, seed=subject.seed),
-        defences=[defence_of(text) for text in _DEFENCES], attacks=_ATTACKS, search=SEARCH, bounds=bounds_of(subject, x.shape[1]), seed=subject.seed,
+        options=LeakageOptions([defence_of(text) for text in _DEFENCES], _ATTACKS, SEARCH), bounds=bounds_of(subject, x.shape[1]), seed=subject.seed,
     )  # fmt: skip
     section = section_of(found, SEARCH.steps, time.monotonic() - begun)
     return replace(

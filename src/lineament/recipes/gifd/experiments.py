@@ -21,7 +21,7 @@ from lineament.privacy.defences import defence_of
 from lineament.privacy.evolution import population
 from lineament.privacy.identification import Judge
 from lineament.privacy.labels import guessed_targets
-from lineament.privacy.leakage import Attacked, leakage, psnr
+from lineament.privacy.leakage import Attacked, LeakageOptions, leakage, psnr
 from lineament.privacy.messages import Message
 from lineament.privacy.priors import Prior, train_prior
 from lineament.privacy.reconstruction import reconstruct
@@ -99,9 +99,8 @@ class Setting:
         told, without = {}, torch.zeros(0)
         for search, attacks in groups.items():
             found = leakage(
-                self.net, self.x[self.audited], self.y[self.audited], public=self.x[self.public], prior=self.prior, defences=[defence_of(defence)],
-                attacks=attacks, batch=batch, copies=False, search=search, known_labels=known_labels, bounds=self.bounds, seed=seed,
-                judge=self.judge,
+                self.net, self.x[self.audited], self.y[self.audited], public=self.x[self.public], prior=self.prior, bounds=self.bounds, seed=seed,
+                options=LeakageOptions([defence_of(defence)], attacks, search, batch, known_labels=known_labels, copies=False, judge=self.judge),
             )  # fmt: skip
             told |= {a.attack: a for a in found.attacked}
             without = found.without["the mean of public pictures"]
@@ -246,7 +245,11 @@ def _trial(by: dict[str, Attacked], without: Tensor) -> Trial:
         {k: torch.tensor(a.wrong_named, dtype=torch.float64) for k, a in by.items()},
         {k: torch.tensor(a.labels_right) for k, a in by.items()},
         {k: a.stage_psnr.mean(0) for k, a in by.items() if k.split(" | ")[1] in BY_LAYER},
-        {k: a.depth_psnr for k, a in by.items() if k.split(" | ")[1] in BY_LAYER},
+        {
+            k: a.depth_psnr
+            for k, a in by.items()
+            if k.split(" | ")[1] in BY_LAYER and a.depth_psnr is not None
+        },
         {
             k: _recognised(a)
             for k, a in by.items()
