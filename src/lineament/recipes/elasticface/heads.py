@@ -45,11 +45,19 @@ HEADS: dict[str, tuple[Callable[[float], Margin], float]] = {
     "Elastic-Arc+, reversed": (lambda s: Reversed("arc", sigma=s), 16.0),
 }
 
+_SCALES, _ANGLES, _OFFSETS = (10.0, 16.0), (0.1, 0.3, 0.5), (0.2, 0.35, 0.5)
 # What is tried on validation people for each: scales, and margins where it has one.
 GRID: dict[str, tuple[Callable[[float, float], Margin], tuple[float, ...], tuple[float, ...]]] = {
     "soft-max": (lambda m, _: Cosine(), (8.0, 10.0, 12.0, 16.0), (0.0,)),
-    "ArcFace": (lambda m, _: ArcFace(m), (10.0, 16.0), (0.1, 0.3, 0.5)),
-    "Elastic-Arc, large σ": (lambda m, s: Elastic("arc", m, s), (10.0, 16.0), (0.1, 0.3, 0.5)),
+    "CosFace": (lambda m, _: CosFace(m), _SCALES, _OFFSETS),
+    "ArcFace": (lambda m, _: ArcFace(m), _SCALES, _ANGLES),
+    "Elastic-Cos": (lambda m, _: Elastic("cos", m), _SCALES, _OFFSETS),
+    "Elastic-Arc": (lambda m, _: Elastic("arc", m), _SCALES, _ANGLES),
+    "Elastic-Arc, large σ": (lambda m, s: Elastic("arc", m, s), _SCALES, _ANGLES),
+    "its mean, not random": (Damped, _SCALES, _ANGLES),
+    "Elastic-Arc+, rank": (lambda m, s: Elastic("arc", m, s, match="rank"), _SCALES, _ANGLES),
+    "Elastic-Arc+, official": (lambda m, s: Elastic("arc", m, s, match="official"), _SCALES, _ANGLES),
+    "Elastic-Arc+, reversed": (lambda m, s: Reversed("arc", m, s), _SCALES, _ANGLES),
 }
 
 
