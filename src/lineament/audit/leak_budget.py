@@ -50,14 +50,17 @@ class Budget:
         Args:
             look: search and score with so many steps of each layer.
         """
-        look(1)  # what is done only once, such as importing, is done
-        fixed, steps = _seconds(look, 1), 5
-        longer = _seconds(look, steps)
-        while longer < 2 * fixed and 16 * longer < self.left:
-            steps *= 4
+        once = _seconds(look, 1)  # with what is done only once, such as importing
+        if 4 * once > self.left:  # no time to try further
+            fixed, each = once, once / 4
+        else:
+            fixed, steps = _seconds(look, 1), 5
             longer = _seconds(look, steps)
-        # Where steps cannot be told from the rest of a search, a quarter of it is taken for theirs.
-        each = max((longer - fixed) / (steps - 1), longer / (4 * steps))
+            while longer < 2 * fixed and 16 * longer < self.left:
+                steps *= 4
+                longer = _seconds(look, steps)
+            # Where steps cannot be told from the rest of a search, a quarter of it is taken for theirs.
+            each = max((longer - fixed) / (steps - 1), longer / (4 * steps))
         first = len(looks[0][1].copies())
         for count in range(len(looks), 0, -1):
             ways = sum(len(defence.copies()) for _, defence in looks[:count]) / first

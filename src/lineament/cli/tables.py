@@ -63,14 +63,18 @@ def add_parser(subparsers: Any) -> Any:
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan."""
     from lineament.cli import console
-    from lineament.core.checks import number
+    from lineament.core.checks import number, require
     from lineament.core.results import plain
     from lineament.modules.unified_embedding.collisions import expected_collisions
     from lineament.modules.unified_embedding.probe import plan
 
     chunk = number("chunk", arguments.chunk, low=1, integer=True)
     if arguments.budget is not None:
-        number("budget", arguments.budget, low=4 * chunk / 2**20)
+        number("budget", arguments.budget, low=0, open_low=True)
+        require(
+            arguments.budget * 2**20 >= 4 * chunk,
+            f"budget: got {arguments.budget:g} MiB, expected room for a row of {chunk} numbers, {4 * chunk} bytes, or more",
+        )
     columns, left_out = columns_of(arguments.data, arguments.columns)
     values = {column.name: column.distinct for column in columns}
     whole = sum(values.values())

@@ -202,6 +202,7 @@ def test_a_plan_ends_near_its_time_and_leaves_out_what_would_be_searched_too_lit
     assert told == ["Left out, because 1 minute was too short for it: undefended messages of 4; messages of 4 under clip 1; messages of 4 under prune 90."]  # fmt: skip
     clock.now = 100.0
     assert leak_budget.Budget(0.1, clock.now).plan(clock.look, many).looks == 1
+    assert clock.now - 100 <= 2.5  # one trial says that there is no time for more
 
 
 def test_a_prior_takes_its_share_of_the_time(clock):
