@@ -51,6 +51,7 @@ def test_elasticface_claims_rise_and_fall():
         "soft-max",
         "ArcFace",
         "CosFace",
+        "Elastic-Cos",
         "Elastic-Arc",
         "its mean, not random",
         "Elastic-Arc+, reversed",
@@ -62,7 +63,7 @@ def test_elasticface_claims_rise_and_fall():
     wrong = {**right, "official": -0.8}
     for runs, correlation, holds in ((rising, right, True), (falling, wrong, False)):
         claims = claims_of(Found(wrong=runs, clean=runs, tuned=runs, faces=runs, correlation=correlation))
-        assert len(claims) == 17 and all(claim.holds == holds for claim in claims)
+        assert len(claims) == 21 and all(claim.holds == holds for claim in claims)
     alone = claims_of(Found(wrong={name: each[:1] for name, each in rising.items()}))
     assert [c.holds for c in alone] == [False] * 8 + [True] and "one seed" in alone[0].reason
 
