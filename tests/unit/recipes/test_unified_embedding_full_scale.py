@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lineament.core.checks import InputError
+from lineament.data.samples import Samples
 from lineament.recipes.unified_embedding import Config, run
 from lineament.recipes.unified_embedding.full_scale import (
     DCN,
     SETTINGS,
     Cross,
+    Looks,
     claims_of,
     parts_of,
 )
@@ -42,6 +45,19 @@ def test_parts_do_not_overlap_and_criteos_last_day_is_held_out():
         parts = parts_of(name, 70)
         assert tuple(map(len, parts)) == sizes and torch.cat(parts).unique().numel() == 70
     assert parts_of("criteo", 70)[0].max() == 59
+
+
+def test_passes_follow_one_another_without_a_break_and_each_look_ends_at_its_step():
+    data = Samples(torch.zeros(40, 2), torch.arange(40) % 2)
+    parts = (torch.arange(30), torch.arange(30, 35), torch.arange(35, 40))
+    looks, walked = Looks(data, parts, 25, 4, seed=0), []
+    for epoch in range(len(looks.ends) - 1):
+        told = SimpleNamespace(epoch=epoch, rows=None, shuffle=True)
+        looks.on_epoch(told)  # pyright: ignore[reportArgumentType]
+        assert not told.shuffle and len(told.rows) == 4 * (looks.ends[epoch + 1] - looks.ends[epoch])  # pyright: ignore
+        walked += told.rows.tolist()  # pyright: ignore
+    assert len(walked) == 100 and looks.ends[-1] == 25
+    assert all(sorted(walked[k : k + 30]) == list(range(30)) for k in (0, 30, 60)) and walked[:30] != walked[30:60]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", list(SETTINGS))

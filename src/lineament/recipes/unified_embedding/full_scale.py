@@ -25,6 +25,7 @@ from lineament.recipes.kit.claims import Paired, judged, welch
 from lineament.recipes.kit.stages import Stages
 from lineament.recipes.unified_embedding.training import Score, auc, sizes_of
 from lineament.report.outcome import Claim, Outcome, Table
+from lineament.train.loop import Run, fit
 
 SCHEMES = ("collisionless", "separate", "unified")
 LABELS = ("without 3", "3 or more")
@@ -122,45 +123,71 @@ def parts_of(name: str, count: int) -> tuple[Tensor, Tensor, Tensor]:
     return order[:train], order[train:test], order[test:]
 
 
-def scored(net: DCN, data: Samples, rows: Tensor, device: str) -> Score:
-    """AUC and log-loss on ``rows``."""
-    with torch.no_grad():
-        z = torch.cat([net(*_batch(data, part, device)).cpu() for part in rows.split(8192)])
-    targets = data.targets[rows]
-    return Score(auc(z, targets), float(F.binary_cross_entropy_with_logits(z, targets.float())))
+class Looks:
+    """A training of so many steps in as many epochs as there are looks at ``chosen``: passes over ``fitted`` follow one another without a break, and the score on
+    ``tested`` is kept of the look with the best AUC, or of the last one where nothing is there to choose by."""
+
+    def __init__(
+        self, data: Samples, parts: tuple[Tensor, Tensor, Tensor], steps: int, batch: int, seed: int
+    ):
+        self.data, self.batch, self.seed = data, batch, seed
+        self.fitted, self.chosen, self.tested = parts
+        count = min(LOOKS, steps) if len(self.chosen) else 1
+        self.ends = [round(steps * k / count) for k in range(count + 1)]
+        self.best, self.score = -1.0, Score(0.0, 0.0)
+
+    def on_epoch(self, run: Run) -> None:
+        count, (start, end) = len(self.fitted), (self.batch * at for at in self.ends[run.epoch :][:2])
+        passes = range(start // count, -(-end // count))
+        order = torch.cat([self._order(k) for k in passes])
+        run.rows, run.shuffle = order[start - passes.start * count :][: end - start], False
+
+    def _order(self, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + number)
+        return self.fitted[torch.randperm(len(self.fitted), generator=generator)]
+
+    def on_epoch_end(self, run: Run) -> None:
+        value = self._scored(run, self.chosen).auc if len(self.chosen) else 0.0
+        if value > self.best:
+            self.best, self.score = value, self._scored(run, self.tested)
+
+    @torch.no_grad()
+    def _scored(self, run: Run, rows: Tensor) -> Score:
+        inputs = inputs_of(self.data)
+        z = torch.cat(
+            [
+                run.model(**{k: x[part].to(run.device) for k, x in inputs.items()}).cpu()
+                for part in rows.split(8192)
+            ]
+        )
+        targets = self.data.targets[rows]
+        return Score(auc(z, targets), float(F.binary_cross_entropy_with_logits(z, targets.float())))
+
+    def state_dict(self) -> dict[str, float]:
+        return {"best": self.best, **asdict(self.score)}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.best, self.score = state["best"], Score(state["auc"], state["loss"])
 
 
-def train(scheme: str, fraction: float, data: Samples, config: Any, seed: int) -> Score:
+def inputs_of(data: Samples) -> dict[str, Tensor]:
+    """The arguments of :class:`DCN`."""
+    return {"ids": data.inputs, **({"dense": data.others["dense"]} if "dense" in data.others else {})}
+
+
+def train(scheme: str, fraction: float, data: Samples, config: Any, seed: int, stages: Stages) -> Score:
     """One network, trained with Adam; the test score where validation AUC was best, or the last one."""
     setting, sizes = SETTINGS[config.data], sizes_of(data)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     dense = data.others["dense"].shape[1] if "dense" in data.others else 0
     rows = max(1, round(fraction * sum(size for size in sizes if size > SMALL)))
-    net = DCN(scheme, sizes, rows, setting, dense=dense, seed=seed).to(device)
-    fitted, chosen, tested = parts_of(config.data, len(data))
-    steps = config.steps or setting.steps
-    optimizer = torch.optim.Adam(net.parameters(), config.rate)
-    generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.int64)
-    looks = {round(steps * k / LOOKS) for k in range(1, LOOKS + 1)} if len(chosen) else {steps}
-    best, found = -1.0, None
-    for step in range(1, steps + 1):
-        if not len(order):
-            order = fitted[torch.randperm(len(fitted), generator=generator)]
-        batch, order = order[: setting.batch], order[setting.batch :]
-        targets = data.targets[batch].float().to(device)
-        optimizer.zero_grad()
-        F.binary_cross_entropy_with_logits(net(*_batch(data, batch, device)), targets).backward()
-        optimizer.step()
-        if step in looks:
-            value = scored(net, data, chosen, device).auc if len(chosen) else 0.0
-            if value > best:
-                best, found = value, scored(net, data, tested, device)
-    assert found is not None
-    return found
-
-
-def _batch(data: Samples, rows: Tensor, device: str) -> tuple[Tensor, ...]:
-    return tuple(x[rows].to(device) for x in (data.inputs, *data.others.values()))
+    net = DCN(scheme, sizes, rows, setting, dense=dense, seed=seed)
+    looks = Looks(data, parts_of(config.data, len(data)), config.steps or setting.steps, setting.batch, seed)
+    fit(
+        net.to("cuda" if torch.cuda.is_available() else "cpu"), (inputs_of(data), data.targets.float()), epochs=len(looks.ends) - 1, batch_size=setting.batch,
+        optimizer=lambda net: torch.optim.Adam(net.parameters(), config.rate), loss=F.binary_cross_entropy_with_logits, callbacks=[looks], seed=seed,
+        checkpoint=stages.checkpoint, name=f"{scheme}, {fraction:g}, seed {seed}, training",
+    )  # fmt: skip
+    return looks.score
 
 
 def claims_of(scores: dict[tuple[str, float], list[Score]], setting: Setting) -> list[Claim]:
@@ -185,7 +212,7 @@ def claims_of(scores: dict[tuple[str, float], list[Score]], setting: Setting) ->
 
 
 def at_full_scale(config: Any, out: Path, slug: str, title: str) -> Outcome:
-    """Every scheme at every budget; a killed run goes on from its last finished training."""
+    """Every scheme at every budget; a killed run goes on from its last look."""
     for name in config.schemes:
         one_of("schemes", name, SCHEMES)
     number("seeds", config.seeds, low=1, integer=True)
@@ -202,7 +229,10 @@ def at_full_scale(config: Any, out: Path, slug: str, title: str) -> Outcome:
         for f in (1.0,) if scheme == "collisionless" else fractions:
             label = f"{scheme}, {f:g}, seed {{}}"
             each = stages.each(
-                label, range(config.seeds), lambda s, n=scheme, f=f: train(n, f, data, config, s), Score
+                label,
+                range(config.seeds),
+                lambda s, n=scheme, f=f: train(n, f, data, config, s, stages),
+                Score,
             )
             scores[scheme, f] = list(each.values())
     rows = [
