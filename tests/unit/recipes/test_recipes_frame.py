@@ -35,6 +35,7 @@ class Config:
     label: str | None = None
     widths: tuple[int, ...] = (8, 16)
     pair: tuple[int, str] = (1, "a")
+    names: tuple[str, ...] = ()
     kind: Literal["svg", "png"] = "svg"
     table: dict[str, int] | None = None
 
@@ -55,6 +56,8 @@ class Config:
         ("label", "x", "x"),
         ("widths", "4, 8,12", (4, 8, 12)),
         ("widths", "", ()),
+        ("names", "MoCo;both, by dimension", ("MoCo", "both, by dimension")),
+        ("names", "both, by dimension;", ("both, by dimension",)),
         ("pair", "2,b", (2, "b")),
         ("kind", "png", "png"),
     ],
