@@ -57,7 +57,7 @@ class LeakOptions:
 
     Attributes:
         weights, inputs, targets, classes, split, image_size, normalize: as for an audit.
-        attacks: of :data:`lineament.privacy.reconstruction.ATTACKS`; the strongest is reported.
+        attacks: of :data:`lineament.privacy.reconstruction.ATTACKS`; the strongest is reported. By default GIFD, the code alone, and pixels by IG; without a prior IG and GI.
         prior: ``"vae"``, ``"dcgan"`` or ``"stylegan2"``, trained on the public pictures; a file with a trained StyleGAN2, see
             :func:`lineament.privacy.load_prior`; or ``"none"``: pixels only.
         classifier: of the classes of a generator in a file, where they are not the model's: pictures in [0, 1] to logits, resized by itself; see :class:`lineament.privacy.Mapped`.
@@ -82,7 +82,7 @@ class LeakOptions:
     split: str | None = None
     image_size: int | tuple[int, int] | None = None
     normalize: tuple[Sequence[float], Sequence[float]] | None = None
-    attacks: tuple[str, ...] = ("gifd", "latent", "ig")
+    attacks: tuple[str, ...] = ()
     prior: str = "vae"
     classifier: nn.Module | str | None = None
     prior_steps: int = 600
@@ -137,6 +137,8 @@ def leak(
     started = time.monotonic()
     checks.seed("seed", seed)
     checked(options, pictures, batch_sizes, defences)
+    usual = ("ig", "gi") if options.prior == "none" else ("gifd", "latent", "ig")
+    options = replace(options, attacks=options.attacks or usual)
     chosen = [defence_of(text) for text in defences]
     folder = fresh(out, overwrite, _NAME)
     note("reading the model and the data")
@@ -165,7 +167,14 @@ def leak(
         if options.before is not None:
             stack.enter_context(weights_of(loaded.model, options.before))
         fitted = stack.enter_context(
-            bring_together(loaded, held, normalize=options.normalize, device=device, seed=seed)
+            bring_together(
+                loaded,
+                held,
+                normalize=options.normalize,
+                device=device,
+                seed=seed,
+                fewest_classes=2 if options.update is None else 1,  # one picture may be behind an update
+            )
         )
         require(
             fitted.task == "classification" and fitted.images,

@@ -112,7 +112,7 @@ def run(config: Config, *, out: Path) -> Outcome:
 def _on_folder(config: Config, out: Path) -> Outcome:
     data, stages = full_scale.photographs_of(config), Stages(out, config)
     found = _trained(
-        config.variants, "", stages, config, lambda name, seed: full_scale.train(name, data, config, seed, stages)
+        config.variants, "", stages, config, lambda name, seed: full_scale.train(name, data, config, seed, stages), jobs=None
     )  # fmt: skip
     source = f"{len(data[0]):,} photographs of {len(data[0].classes)} classes, {len(data[1]):,} held out"
     table = _table(found, config, source, "linear probe")
@@ -127,11 +127,16 @@ def _trained(
     stages: Stages,
     config: Config,
     made: Callable[[str, int], Trained],
+    jobs: int | None = 1,
 ) -> Runs:
     return {
         name: list(
             stages.each(
-                f"{stage}{name}, seed {{}}", range(config.seeds), lambda seed, n=name: made(n, seed), Trained
+                f"{stage}{name}, seed {{}}",
+                range(config.seeds),
+                lambda seed, n=name: made(n, seed),
+                Trained,
+                jobs=jobs,
             ).values()
         )
         for name in variants
