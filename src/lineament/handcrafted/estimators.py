@@ -328,13 +328,12 @@ class InkImages(_Images):
         self.image_shape = image_shape
 
     def _learn(self, images: Tensor) -> None:
-        self.white_ = self.white
         if self.white is None:
             most = grey_levels(batch_of(images, keep_bytes=True))[1]
-            self.white_, told = white_of(images, most)
-            self.white_ = max(self.white_, most)
-            self.notes_ += tuple(told)
-        number("white", self.white_, low=0, open_low=True)
+            white, told = white_of(images, most)
+            self.white_, self.notes_ = max(white, most), self.notes_ + tuple(told)
+        else:
+            self.white_ = float(number("white", self.white, low=0, open_low=True))
         self.notes_ += self._made(images).notes
 
     def _made(self, images: Tensor) -> Any:
