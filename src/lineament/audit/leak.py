@@ -39,6 +39,7 @@ from lineament.papers import search as papers
 from lineament.privacy.defences import Defence, defence_of
 from lineament.privacy.generators import load_prior
 from lineament.privacy.identification import fisher_features
+from lineament.privacy.labels import guessed_targets
 from lineament.privacy.leakage import Leakage, LeakageOptions, leakage
 from lineament.privacy.local import Local
 from lineament.privacy.messages import Message, moved_norms, saved_state
@@ -57,7 +58,7 @@ class LeakOptions:
 
     Attributes:
         weights, inputs, targets, classes, split, image_size, normalize: as for an audit.
-        attacks: of :data:`lineament.privacy.reconstruction.ATTACKS`; the strongest is reported.
+        attacks: of :data:`lineament.privacy.reconstruction.ATTACKS`; the strongest is reported. By default GIFD, the code alone, and pixels by IG; without a prior IG and GI.
         prior: ``"vae"``, ``"dcgan"`` or ``"stylegan2"``, trained on the public pictures; a file with a trained StyleGAN2, see
             :func:`lineament.privacy.load_prior`; or ``"none"``: pixels only.
         classifier: of the classes of a generator in a file, where they are not the model's: pictures in [0, 1] to logits, resized by itself; see :class:`lineament.privacy.Mapped`.
@@ -82,7 +83,7 @@ class LeakOptions:
     split: str | None = None
     image_size: int | tuple[int, int] | None = None
     normalize: tuple[Sequence[float], Sequence[float]] | None = None
-    attacks: tuple[str, ...] = ("gifd", "latent", "ig")
+    attacks: tuple[str, ...] = ()
     prior: str = "vae"
     classifier: nn.Module | str | None = None
     prior_steps: int = 600
@@ -137,6 +138,8 @@ def leak(
     started = time.monotonic()
     checks.seed("seed", seed)
     checked(options, pictures, batch_sizes, defences)
+    usual = ("ig", "gi") if options.prior == "none" else ("gifd", "latent", "ig")
+    options = replace(options, attacks=options.attacks or usual)
     chosen = [defence_of(text) for text in defences]
     folder = fresh(out, overwrite, _NAME)
     note("reading the model and the data")
@@ -165,7 +168,14 @@ def leak(
         if options.before is not None:
             stack.enter_context(weights_of(loaded.model, options.before))
         fitted = stack.enter_context(
-            bring_together(loaded, held, normalize=options.normalize, device=device, seed=seed)
+            bring_together(
+                loaded,
+                held,
+                normalize=options.normalize,
+                device=device,
+                seed=seed,
+                fewest_classes=2 if options.update is None else 1,  # one picture may be behind an update
+            )
         )
         require(
             fitted.task == "classification" and fitted.images,
@@ -258,6 +268,7 @@ def _searched(
     started: float,
 ) -> _Searched:
     bounds = bounds_of(fitted, parts.images.shape[1])
+    _can_be_read(fitted.model, parts, defences, batch_sizes, options, sent, seed)
     budget = None if options.minutes is None else Budget(options.minutes, started)
     prior, notes = None, []
     if options.prior not in PRIORS:
@@ -325,6 +336,25 @@ def _searched(
         )
         found.append((every, sum(took for _, took in each)))
     return _Searched(search, found, notes)
+
+
+def _can_be_read(
+    model: nn.Module,
+    parts: Parts,
+    defences: Sequence[Defence],
+    batch_sizes: Sequence[int],
+    options: LeakOptions,
+    sent: list[Message] | None,
+    seed: int,
+) -> None:
+    """Whether each kind of message can be made, and has labels to read, before a prior is trained."""
+    for size in batch_sizes:
+        for defence in defences:
+            first = sent[0] if sent else Message.of(
+                model, parts.images[:size], parts.targets[:size], defence=defence, local=options.local, others=(parts.public, parts.public_targets), seed=seed
+            )  # fmt: skip
+            if not options.known_labels and set(options.attacks) != {"dlg"}:
+                guessed_targets(model, first, parts.images[:1], parts.public)
 
 
 def _digest(values: torch.Tensor) -> str:

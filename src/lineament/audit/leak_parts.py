@@ -16,9 +16,9 @@ from lineament.core.checks import InputError, require
 from lineament.data.samples import Samples
 from lineament.load.model_and_data import ModelAndData
 from lineament.privacy.identification import Judge
-from lineament.privacy.leakage import none_shared
+from lineament.privacy.leakage import none_shared, same_as_any
 from lineament.privacy.messages import saved_state
-from lineament.privacy.search import ATTACKS
+from lineament.privacy.search import ATTACKS, ON_PIXELS
 from lineament.privacy.statistics import norms
 
 if TYPE_CHECKING:
@@ -37,10 +37,11 @@ def checked(options: LeakOptions, pictures: int, batch_sizes: Sequence[int], def
     checks.one_of("batch_norm", options.batch_norm, ("running", "batch"))
     for attack in options.attacks:
         checks.one_of("attacks", attack, ATTACKS)
-    require(
-        len(defences) > 0 and len(options.attacks) > 0,
-        "defences: got none, or no attacks; expected at least one of each",
-    )
+        require(
+            options.prior != "none" or attack in ON_PIXELS,
+            f"attacks: {attack!r} searches a generator, and prior is 'none'; expected one of {', '.join(map(repr, ON_PIXELS))}, or a prior",
+        )
+    require(len(defences) > 0, "defences: got none, expected at least one")
     if options.minutes is not None:
         checks.number("minutes", options.minutes, low=0, open_low=True)
     if options.update is None:
@@ -109,9 +110,8 @@ def parts_of(fitted: ModelAndData, public: Samples | None, pictures: int, *, gro
             f"pictures: {pictures} of {len(fitted)} samples leave too few others to know the world from; expected at most {len(fitted) // 4} pictures, or at least {4 * pictures} samples",
         )
         rows = fitted.subset(pictures, salt=11)
-    free = torch.ones(len(fitted), dtype=torch.bool)
-    free[rows] = False
-    gallery, own, own_public = None, None, None
+    free = ~same_as_any(x, x[rows]).cpu()  # copies of audited pictures would give them away
+    gallery, own = None, None
     if grouped and groups is not None:
         own = groups[rows].to(x.device)
         of_them = torch.isin(groups, groups[rows]) & free
@@ -119,8 +119,9 @@ def parts_of(fitted: ModelAndData, public: Samples | None, pictures: int, *, gro
             shown = free.nonzero()[:, 0] if public is None else of_them.nonzero()[:, 0]
             gallery = x[shown], groups[shown].to(x.device)
         free &= ~of_them
-        own_public = groups[free].to(x.device) if public is None else None
     if public is None:
+        require(bool(free.any()), "data: every sample equals one that is audited, so that an attacker knows nothing of the world; expected different samples")  # fmt: skip
+        own_public = None if own is None else groups[free].to(x.device)  # pyright: ignore[reportOptionalSubscript]
         return Parts(x[rows], y[rows], x[free], y[free], own, own_public, gallery)
     given: Any = fitted.layout.given(public, fitted.model)
     require(

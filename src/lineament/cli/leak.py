@@ -79,7 +79,7 @@ def add_parser(subparsers: Any) -> Any:
         "--attack",
         metavar="NAME",
         action="append",
-        help="gifd, no ball, no regulariser, one layer, latent, gias, ggl, ig, gi, idlg, dlg or closed form (may be repeated; default: gifd, latent, ig, and the closed form where it applies)",
+        help="gifd, no ball, no regulariser, one layer, latent, gias, ggl, ig, gi, idlg, dlg or closed form (may be repeated; default: gifd, latent, ig, without a prior ig and gi, and the closed form where it applies)",
     )
     add("--batch-size", metavar="N,N", default="1", help="pictures behind one message (default: 1)")
     add("--pictures", type=int, default=8, metavar="N", help="how many are audited (default: 8)")
@@ -157,7 +157,7 @@ def run(arguments: argparse.Namespace) -> int:
         split=arguments.split,
         image_size=image_size(arguments.image_size),
         normalize=normalize(arguments.normalize),
-        attacks=tuple(arguments.attack or ("gifd", "latent", "ig")),
+        attacks=tuple(arguments.attack or ()),
         prior=arguments.prior,
         classifier=arguments.classifier,
         search=Search(

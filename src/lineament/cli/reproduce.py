@@ -16,7 +16,7 @@ def add_parser(subparsers: Any) -> Parser:
         help="run a paper's headline claims and judge them",
         usage="lineament reproduce SLUG [--preset quick|small|paper] [--out DIR] [--overwrite] [--FIELD VALUE ...]",
         epilog="Every field of the recipe's Config can be given as --FIELD VALUE, say --seed 3; `lineament reproduce SLUG "
-        "--help` lists them. A killed run goes on when the same command is given again.",
+        "--help` lists them; several values of one are separated by commas, or by semicolons where a value has a comma. A killed run goes on when the same command is given again.",
     )
     parser.add_argument("slug", metavar="SLUG", help="the paper (see lineament papers)")
     parser.add_argument(

@@ -328,12 +328,14 @@ class InkImages(_Images):
         self.image_shape = image_shape
 
     def _learn(self, images: Tensor) -> None:
-        if self.white is None:
+        white = self.white
+        if white is None:
             most = grey_levels(batch_of(images, keep_bytes=True))[1]
             white, told = white_of(images, most)
-            self.white_, self.notes_ = max(white, most), self.notes_ + tuple(told)
-        else:
-            self.white_ = float(number("white", self.white, low=0, open_low=True))
+            white = max(white, most)
+            self.notes_ += tuple(told)
+        number("white", white, low=0, open_low=True)
+        self.white_: float = white
         self.notes_ += self._made(images).notes
 
     def _made(self, images: Tensor) -> Any:

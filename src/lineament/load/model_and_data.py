@@ -232,6 +232,7 @@ def bring_together(
     seed: int = 0,
     output: str | int | None = None,
     answers: Tensor | None = None,
+    fewest_classes: int = 2,
 ) -> Iterator[ModelAndData]:
     """Fit a model and data to each other while the block runs.
 
@@ -244,10 +245,11 @@ def bring_together(
         normalize: (mean, deviation) per channel, for images scaled to [0, 1]; by default the model's own.
         output: which of several outputs is the answer, see :func:`lineament.load.outputs.one_output`.
         answers: what the model answers to all samples, where that is known already.
+        fewest_classes: that samples of a classifier must be of.
 
     Raises:
         InputError: no layout of the data that the model takes, outputs that are no logits, labels without an output, NaN in the
-            outputs, one class only.
+            outputs, fewer classes than ``fewest_classes``.
     """
     checks.one_of("task", task, ("auto", "classification", "multi-label", "regression", "dense", "embedding"))
     model = loaded.model
@@ -276,7 +278,7 @@ def bring_together(
                 task != "dense",
                 f"task: 'dense' was asked for, and targets are {show(samples.targets)}, expected a class for each pixel (sample, height, width) or token (sample, position)",
             )
-            found, change = _answered(start, loaded.classes, notes, answers)
+            found, change = _answered(start, loaded.classes, notes, answers, fewest_classes)
         with read_as_logits(model, change):
             yield found
 
@@ -306,7 +308,7 @@ def place(model: nn.Module, device: str | torch.device | None) -> None:
 
 
 def _answered(
-    start: ModelAndData, own_classes: tuple[str, ...], notes: list[str], known: Tensor | None
+    start: ModelAndData, own_classes: tuple[str, ...], notes: list[str], known: Tensor | None, fewest: int
 ) -> tuple[ModelAndData, Change | None]:
     """The same with the model's outputs, the task and the classes, if outputs and targets fit; and what makes logits of the outputs."""
     samples, layout = start.samples, start.layout
@@ -330,7 +332,7 @@ def _answered(
     width = outputs.shape[1]
     classes = samples.classes or own_classes
     if task == "classification":
-        check_classes(samples, width)
+        check_classes(samples, width, fewest)
     if len(classes) != width and not (samples.classes and task in ("classification", "embedding")):
         classes = ()
     example = start.inputs(start.example)

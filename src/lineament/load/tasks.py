@@ -93,11 +93,11 @@ def task_of(task: str, outputs: Tensor, samples: Samples) -> tuple[str, Samples,
     return task, replace(samples, targets=targets), reason
 
 
-def check_classes(samples: Samples, width: int) -> None:
-    """Samples of at least two classes, and a name for each where there are names."""
+def check_classes(samples: Samples, width: int, fewest: int = 2) -> None:
+    """Samples of ``fewest`` classes or more, and a name for each where there are names."""
     present = torch.bincount(samples.targets) > 0
     require(
-        int(present.sum()) > 1,
+        int(present.sum()) >= fewest,
         f"data: {f'all {len(samples)} samples read are' if len(samples) > 1 else 'the only sample is'} of class {int(samples.targets[0])}, expected samples of at least two classes",
     )
     names, top = len(samples.classes), len(present) - 1

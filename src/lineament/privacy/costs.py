@@ -31,7 +31,7 @@ def matching_cost(
     """The distance of two gradients, one tensor a parameter: names over :func:`lineament.core.gradients.distance`.
 
     Args:
-        cost: ``"sim"``: 1 - one cosine over all tensors; ``"l2"``: mean over tensors of squared distances; ``"l1"``, ``"max"``: sums of absolute
+        cost: ``"sim"``: 1 - one cosine over all tensors (1 where one side is zero); ``"l2"``: mean over tensors of squared distances; ``"l1"``, ``"max"``: sums of absolute
             differences and of the largest; ``"sim_cmpr"``: sim over the message's largest entries of each tensor; ``"compressed"``: squared
             distances of each side's own largest entries; ``"layerwise"``: Σ (1 - cosine) over tensors.
         ratio: the share of entries that the two compressed costs leave out.
@@ -57,7 +57,8 @@ def matching_cost(
     if cost == "layerwise":  # published without weights
         return distance(guess, message, "layer", eps=1e-30, tensors=tensors)
     kind = {"l1": "l1", "max": "max", "sim": "cosine", "sim_cmpr": "cosine"}.get(cost, "l2")
-    found = distance(guess, message, kind, eps=0.0, weights=w, tensors=tensors)
+    # A message of zeros has no direction: it is at 1 from every guess.
+    found = distance(guess, message, kind, eps=1e-30, weights=w, tensors=tensors)
     return found / len(guess if tensors is None else tensors) if cost == "l2" else found
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lineament.core.checks import InputError, number, one_of
+from lineament.core.checks import InputError, number, one_of, require
 from lineament.core.models import logits
 from lineament.privacy.messages import Message, fixed, head_of
 
@@ -39,7 +39,10 @@ def inferred_labels(
     number("batch", batch, low=1, integer=True)
     one_of("rule", rule, ("row_sums", "bias", "counts"))
     if rule == "row_sums":
-        number("batch", batch, low=1, high=len(weight), integer=True)
+        require(
+            batch <= len(weight),
+            f"batch: got {batch} pictures of {len(weight)} classes, of which row sums name each but once; pass known_labels=True, or give the last layer a bias",
+        )
         return sorted(weight.sum(1).topk(batch, largest=False).indices.tolist())
     if bias is None:
         raise InputError(
@@ -105,7 +108,7 @@ def guessed_targets(
     }
     if f"{name}.weight" not in named:
         raise InputError(
-            f"model: the weights of its last layer {name!r} are not trainable, so that no message has labels to read; pass the labels"
+            f"model: the weights of its last layer {name!r} are not trainable, so that no message has labels to read; pass known_labels=True"
         )
     weight, bias = named[f"{name}.weight"], named.get(f"{name}.bias")
     expected = None

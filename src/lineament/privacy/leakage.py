@@ -189,12 +189,13 @@ def leakage(
                     model, *further, defence=defence, local=messages[0].local, others=held_out, seed=seed + 1
                 )
             )
-        read = [guessed_targets(model, m, images[:1], public) for m in all_messages]
-        labels = torch.stack([y for y, _ in read])
-        if options.known_labels:
-            true = [y for _, y in groups] + ([] if further is None else [further[1]])
-            labels = torch.stack(true)
-        rule = "given" if options.known_labels else ", ".join(dict.fromkeys(name for _, name in read))
+        if options.known_labels or set(options.attacks) == {"dlg"}:  # which searches labels itself
+            labels = torch.stack([y for _, y in groups] + ([] if further is None else [further[1]]))
+            rule = "given"
+        else:
+            read = [guessed_targets(model, m, images[:1], public) for m in all_messages]
+            labels = torch.stack([y for y, _ in read])
+            rule = ", ".join(dict.fromkeys(name for _, name in read))
         # The attacker's ways to repeat the defence, of which the audit reports the worst.
         ways = list(defence.copies().items())[: None if options.copies else 1]
         for attack in progress(list(options.attacks), f"searching messages: {defence}"):
@@ -221,12 +222,26 @@ def leakage(
 
 def none_shared(images: Tensor, public: Tensor) -> None:
     """Refuse audited pictures among the public ones."""
-    flat = public.flatten(1)
-    shared = [k for k, x in enumerate(images.flatten(1)) if bool((flat == x).all(1).any())]
+    shared = same_as_any(images, public).nonzero()[:, 0].tolist()
     require(
         not shared,
         f"public: it contains the audited pictures {shared[:5]}; a prior that knows them proves nothing",
     )
+
+
+def same_as_any(images: Tensor, others: Tensor) -> Tensor:
+    """Which pictures are, pixel by pixel, one of the others [n].
+
+    >>> same_as_any(torch.tensor([[1.0], [2.0]]), torch.tensor([[2.0]])).tolist()
+    [False, True]
+    """
+    if len(others) > len(images):
+        flat = others.flatten(1)
+        return torch.stack([(flat == x).all(1).any() for x in images.flatten(1)])
+    found = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    for other in others.flatten(1):
+        found |= (images.flatten(1) == other).all(1)
+    return found
 
 
 def psnr(guesses: Tensor, truth: Tensor) -> Tensor:

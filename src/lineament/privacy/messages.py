@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lineament.core.checks import InputError, labels, number, require, show
-from lineament.core.models import logits
+from lineament.core.checks import InputError, labels, number, require, tensor
+from lineament.core.models import answered, logits
 from lineament.core.results import Readable
 from lineament.core.sites.data_flow import last_features
 from lineament.load.checkpoints import read_checkpoint
@@ -82,11 +83,10 @@ class Message(Readable):
         """
         defence = Defence() if defence is None else defence
         require(len(images) > 0, "images: got none, expected at least one picture")
+        tensor("images", images, finite=False)
+        answers = same_twice(model, images)
         if loss is F.cross_entropy:
-            still, parameters = fixed(model)
-            with torch.no_grad(), _enough_for_norms(images):
-                classes = logits(functional_call(still, parameters, (images,))).shape[-1]
-            targets = labels("targets", targets, count=len(images), classes=classes)
+            targets = labels("targets", targets, count=len(images), classes=answers.shape[-1])
         gradient = dummy_gradient(model, targets[None], local=local, loss=loss)
         with _enough_for_norms(images):
             found = [g[0] for g in gradient(images[None])]
@@ -146,7 +146,11 @@ class Message(Readable):
             any(bool((t != 0).any()) for t in change),
             f"after: {str(after)!r} holds the same weights as before; nothing was learned from any picture",
         )
-        require(all(bool(t.isfinite().all()) for t in change), f"after: {str(after)!r} is not finite")
+        odd = [n for n, t in zip(names, change) if not bool(t.isfinite().all())]
+        require(
+            not odd,
+            f"after: the change of {odd[0] if odd else ''!r} from before to {str(after)!r} is not finite; expected finite numbers",
+        )
         still = [n for n in moved_norms(model, old, new) if not model.get_submodule(n).training]
         require(
             not still,
@@ -218,6 +222,27 @@ def fixed(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     return still, parameters
 
 
+def same_twice(model: nn.Module, images: Tensor) -> Tensor:
+    """The model's answers, which must not be drawn at random.
+
+    Raises:
+        InputError: pictures that the model does not take, or that it answers differently the second time.
+
+    >>> same_twice(nn.Linear(2, 3), torch.ones(4, 2)).shape
+    torch.Size([4, 3])
+    """
+    still, _ = fixed(model)
+    devices = [images.device] if images.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), _enough_for_norms(images):
+        first = answered(still, images)
+        again = logits(still(images)) if still.training else first
+    require(
+        torch.allclose(first, again, rtol=1e-3, atol=1e-5, equal_nan=True),
+        "model: it answers the same pictures differently each time (dropout of attention, or as a function), and a message could not be made twice; call model.eval()",
+    )
+    return first
+
+
 def dummy_gradient(
     model: nn.Module, targets: Tensor, *, local: Local | None = None, loss: Loss = F.cross_entropy
 ) -> Callable[..., list[Tensor]]:
@@ -262,7 +287,9 @@ def head_of(model: nn.Module, example: Tensor) -> tuple[str, nn.Module]:
     modules = dict(model.named_modules())
     name = found[1][-1] if found and found[1] else ""
     if not isinstance(modules.get(name), nn.Linear):
-        raise InputError("model: it does not end in a linear layer, from whose gradient labels could be read")
+        raise InputError(
+            "model: it does not end in a linear layer, from whose gradient labels could be read; pass known_labels=True"
+        )
     return name, modules[name]
 
 
@@ -297,28 +324,53 @@ def saved_state(model: nn.Module, path: str | Path, argument: str) -> dict[str, 
     """A model's state dict from a file; what the file lacks is the model's own."""
     own = model.state_dict()
     if str(path).endswith(".npz"):
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = [torch.from_numpy(file[name]) for name in file.files]
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{argument}: {str(path)!r} cannot be read as an .npz of arrays: {error}"
-            ) from None
+        arrays = _arrays(path, argument)
+        if set(arrays) == set(own):
+            arrays = {name: arrays[name] for name in own}
+        given, odd = list(arrays.values()), None
+        if len(given) == len(own):
+            odd = next(((k, n, t) for k, (n, t) in enumerate(own.items()) if given[k].shape != t.shape), None)
         require(
-            [a.shape for a in arrays] == [t.shape for t in own.values()],
-            f"{argument}: {str(path)!r} has {len(arrays)} arrays, expected {len(own)} in the order and of the shapes of the state dict",
+            len(given) == len(own),
+            f"{argument}: {str(path)!r} has {len(given)} arrays, expected {len(own)} in the order and of the shapes of the state dict",
         )
-        return dict(zip(own, arrays))
-    state, _ = weights_for(own, read_checkpoint(path, argument), Path(path).name, type(model).__name__)
-    return {name: own[name] if state.get(name) is None else state[name] for name in own}
+        if odd is not None:
+            place, name, want = odd
+            raise InputError(
+                f"{argument}: {str(path)!r}: array {place} has the shape {tuple(given[place].shape)}, expected {tuple(want.shape)} of {name!r}; arrays go in the order of the state dict, or by its names"
+            )
+        state = dict(zip(own, given))
+    else:
+        state, _ = weights_for(own, read_checkpoint(path, argument), Path(path).name, type(model).__name__)
+        state = {name: own[name] if state.get(name) is None else state[name] for name in own}
+    for name, want in own.items():
+        require(
+            state[name].is_floating_point() or not want.is_floating_point(),
+            f"{argument}: {str(path)!r} holds {name!r} in {str(state[name].dtype).removeprefix('torch.')}, expected floating-point numbers as the model has",
+        )
+    return state
+
+
+def _arrays(path: str | Path, argument: str) -> dict[str, Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            held = {name: file[name] for name in file.files}
+        return {name: torch.from_numpy(a.astype(a.dtype.newbyteorder("="))) for name, a in held.items()}
+    except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
+        raise InputError(f"{argument}: {str(path)!r} cannot be read as an .npz of arrays: {error}") from None
 
 
 def checked(message: Message, parameters: Sequence[Tensor]) -> None:
     """Whether a message can be one of this model's."""
     require(
-        [t.shape for t in message.tensors] == [p.shape for p in parameters],
-        f"message: got {len(message.tensors)} tensors, the first {show(message.tensors[0])}; expected {len(parameters)}, shaped as the trainable parameters",
+        len(message.tensors) == len(parameters),
+        f"message: got {len(message.tensors)} tensors, expected {len(parameters)}, one for each trainable parameter in the order of model.parameters()",
     )
+    for k, (t, p) in enumerate(zip(message.tensors, parameters)):
+        require(
+            t.shape == p.shape,
+            f"message: tensor {k} has the shape {tuple(t.shape)}, expected {tuple(p.shape)}, that of trainable parameter {k}; they go in the order of model.parameters()",
+        )
     odd = [(t.dtype, p.dtype) for t, p in zip(message.tensors, parameters) if t.dtype != p.dtype]
     require(
         not odd,

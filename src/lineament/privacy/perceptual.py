@@ -30,15 +30,16 @@ def lpips_distance(
         f"second: got {show(second)}, expected the shape of {show(first)}, with 1 or 3 channels",
     )
     one_of("net", net, ("vgg", "alex"))
-    if model is None:
+    judge: Any = model
+    if judge is None:
         try:
             import lpips  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise InputError(
                 f"lpips: the package cannot be imported ({error}), and nothing else is called LPIPS here; pip install lpips, or take picture_scores and cw_ssim"
             ) from None
-        model = lpips.LPIPS(net=net, verbose=False)
-    judge: Any = model.to(first).eval()
+        judge = lpips.LPIPS(net=net, verbose=False)
+    judge = judge.to(first).eval()
     pair = [(2 * x - 1).expand(-1, 3, -1, -1) for x in (first, second)]
     try:
         with torch.no_grad():

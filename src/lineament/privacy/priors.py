@@ -162,7 +162,10 @@ def train_prior(
     for name, value in (("code", code), ("width", width), ("steps", steps), ("batch_size", batch_size)):
         number(name, value, low=1, integer=True)
     require(
-        images.ndim == 4 and images.shape[2] == images.shape[3] and images.shape[2] % 4 == 0,
+        images.ndim == 4
+        and len(images) > 0
+        and images.shape[2] == images.shape[3]
+        and images.shape[2] % 4 == 0,
         f"images: got {show(images)}, expected [n, channels, side, side] with a side that 4 divides",
     )
     low, high = images.amin((0, 2, 3), keepdim=True), images.amax((0, 2, 3), keepdim=True)

@@ -24,7 +24,7 @@ from lineament.core.results import Readable
 from lineament.privacy.costs import chosen_tensors, code_divergence, index_set, matching_cost
 from lineament.privacy.evolution import evolve, population
 from lineament.privacy.inversion import Inversion, Stage, invert
-from lineament.privacy.messages import Message, checked, dummy_gradient, fixed
+from lineament.privacy.messages import Message, checked, dummy_gradient, fixed, same_twice
 from lineament.privacy.priors import Mapped, Pixels, Prior
 from lineament.privacy.rivals import closed_form, group_term, own_generators
 from lineament.privacy.search import ATTACKS, ON_PIXELS, Search
@@ -94,6 +94,14 @@ def reconstruct(
     """
     one_of("attack", attack, ATTACKS)
     require(len(messages) > 0, "messages: got none, expected at least one")
+    require(
+        prior is not None or attack in ON_PIXELS,
+        f"attack: {attack!r} searches a generator, and prior is None; expected one, or an attack on pixels: {', '.join(map(repr, ON_PIXELS))}",
+    )
+    require(
+        prior is None or hasattr(prior, "blocks"),
+        f"prior: got {type(prior).__name__}, which has no blocks to search between; expected a prior, or Decoder(generator, code) of an nn.Sequential",
+    )
 
     def found(attack: str, search: Search, prior: Prior | None, classes: Tensor) -> Reconstruction:
         return _reconstructed(model, messages, targets, shape, prior, attack, search, bounds, seed, classes)
@@ -137,9 +145,9 @@ def _reconstructed(
     classes = _can_be_asked(model, targets, tuple(shape), bounds, parameters[0])
     if attack == "closed form":
         return _closed(model, messages, shape, targets, bounds)
-    on_pixels = attack in ON_PIXELS or prior is None
+    on_pixels = attack in ON_PIXELS
     joint = classes if attack == "dlg" else 0
-    used: Prior = Pixels(shape, joint) if prior is None or on_pixels else prior
+    used: Prior = Pixels(shape, joint) if prior is None or on_pixels else prior  # None only on pixels
     layers = 0 if prior is None else _layers(prior, search, conditions.flatten(), parameters[0])
     search = search.preset(attack, layers)
     task = _Task(model, messages, targets, tuple(shape), used, search, bounds, conditions)
@@ -193,10 +201,15 @@ class _Task:
         """Whether the prior makes pictures of the shape that is looked for."""
         told = self.conditions[:1, :1].flatten()
         z = _code(self.prior, told, like)
-        with torch.no_grad():
-            for block in self.prior.blocks(z, told):
-                z = block(z)
-            made = tuple(self.prior.render(z).shape[1:])
+        try:
+            with torch.no_grad():
+                for block in self.prior.blocks(z, told):
+                    z = block(z)
+                made = tuple(self.prior.render(z).shape[1:])
+        except RuntimeError as error:
+            raise InputError(
+                f"prior: it makes no picture of codes of {self.prior.code} numbers ({str(error).splitlines()[0]}); expected the length that its first block takes, in the model's dtype"
+            ) from None
         require(made == self.shape, f"prior: it makes pictures {made}, the audited ones are {self.shape}")
 
     def pictures(self, x: Tensor) -> Tensor:
@@ -296,11 +309,16 @@ def _can_be_asked(
         raise InputError(
             f"shape: the model takes no pictures {shape} ({str(error).splitlines()[0]}); expected (channels, height, width) of those behind the messages"
         ) from None
+    same_twice(model, like.new_full((2, *shape), 0.5))
     if targets.ndim == 2:
         labels("targets", targets.flatten(), count=targets.numel(), classes=answers.shape[-1])
     require(
         all(b.numel() in (1, shape[0]) for b in bounds),
         f"bounds: got {bounds[0].numel()} and {bounds[1].numel()} values, expected one for each of {shape[0]} channels",
+    )
+    require(
+        bool((bounds[0] < bounds[1]).all()),
+        f"bounds: got {bounds[0].tolist()} and {bounds[1].tolist()}, expected the first below the second",
     )
     return answers.shape[-1]
 

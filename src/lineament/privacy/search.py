@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lineament.core.checks import number, one_of
+from lineament.core.checks import number, one_of, require
 from lineament.privacy.costs import COSTS, WEIGHTS, index_set
 from lineament.privacy.inversion import OPTIMIZERS
 
@@ -84,8 +84,10 @@ class Search:
             number(name, getattr(self, name), low=0, open_low=True)
         for name in ("variation", "norm", "divergence", "group", "statistics"):
             number(name, getattr(self, name), low=0)
-        for radius in self.radii:
-            number("radii", radius, low=0, open_low=True)
+        for name, radii in (("radius", [self.radius] * (self.radius is not None)), ("radii", self.radii)):
+            for radius in radii:
+                require(radius != 0, f"{name}: got 0, with which nothing moves; expected a positive number, or radius=None for no ball")  # fmt: skip
+                number(name, radius, low=0, open_low=True)
         one_of("cost", self.cost, COSTS)
         one_of("weights", self.weights, WEIGHTS)
         index_set(self.tensors)
@@ -94,8 +96,6 @@ class Search:
             number("layers", self.layers, low=0, integer=True)
         if self.layer is not None:
             number("layer", self.layer, low=1, integer=True)
-        if self.radius is not None:
-            number("radius", self.radius, low=0, open_low=True)
         if self.chunk is not None:
             number("chunk", self.chunk, low=1, integer=True)
         if self.patience is not None:

@@ -79,6 +79,32 @@ def test_a_saved_update_is_audited_with_the_pictures_behind_it(trained, capsys, 
     assert "buffers of 1 batch norm were sent along" in " ".join(told["notes"])
 
 
+def test_an_update_of_one_picture_is_audited(trained, capsys):
+    held = np.load("mine.npz")
+    np.savez("one.npz", inputs=held["inputs"][:1], targets=held["targets"][:1])
+    (trained / "head.py").write_text(
+        FACTORY.replace("nn.Flatten(), nn.Linear(512, 10)", "nn.Conv2d(8, 10, 8), nn.Flatten()")
+    )
+    assert main(["leak", "head.py:make", "others.npz", "--out", "head"]) == 2
+    told = capsys.readouterr().err
+    assert "pass --known-labels" in told and "training a prior" not in told
+    words = [*WORDS[:-1], "1", "--out", "one"]
+    assert main(["leak", "net.py:make", "one.npz", "--update", "after.pt", *words]) == 0
+    numbers = json.loads((trained / "one" / "leak.json").read_text())["sections"][0]["numbers"]
+    assert len(numbers["attacked"][0]["psnr"]) == 1
+
+
+def test_copies_of_audited_pictures_are_kept_from_the_attacker(tmp_path):
+    held = digit_images()
+    x = held.inputs[:40].float() / held.inputs.float().max()
+    np.savez(tmp_path / "twice.npz", inputs=np.concatenate([x, x]), targets=np.concatenate([held.targets[:40]] * 2))  # fmt: skip
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 10))
+    options = LeakOptions(attacks=("ig",), prior="none", search=Search(steps=1, restarts=1))
+    found = leak(net, str(tmp_path / "twice.npz"), out=tmp_path / "out", defences=["none"], pictures=4, options=options)  # fmt: skip
+    facts = {fact["name"]: fact["value"] for fact in json.loads(found.json.read_text())["facts"]}
+    assert int(facts["Other pictures, known to the attacker"]) in (72, 73, 74)
+
+
 def test_an_update_of_other_pictures_is_said_to_be_one(trained, capsys):
     assert main(["leak", "net.py:make", "theirs.npz", "--update", "after.pt", *WORDS, "--out", "foreign"]) == 0  # fmt: skip
     assert "is of other pictures, other weights, or other steps" in capsys.readouterr().out
@@ -101,6 +127,7 @@ def test_an_update_of_other_pictures_is_said_to_be_one(trained, capsys):
             ["others.npz", "--attack", "closed form", "--prior", "none", "--pictures", "2"],
             "linear first layer",
         ),
+        (["others.npz", "--attack", "gifd", "--prior", "none"], "--attack: 'gifd' searches a generator"),
     ],
 )
 def test_what_cannot_be_audited_is_named_in_a_line(trained, capsys, words, says):

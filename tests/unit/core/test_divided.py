@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.processes import free_port
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -213,7 +214,7 @@ def folder(tmp_path_factory) -> Path:
     paths = os.pathsep.join(str(Path(p).resolve()) for p in sys.path if p)
     for count in (3, 2):
         around = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count)}
-        around |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20_000 + (os.getpid() + count) % 20_000)}
+        around |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         runs = [
             subprocess.Popen([sys.executable, __file__, str(folder)], env={**around, "RANK": str(rank)})
             for rank in range(count)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.processes import free_port
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError
@@ -146,9 +146,6 @@ def looked(sae: Any) -> dict[str, Any]:
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     path = tmp_path_factory.mktemp("two")
     (path / "two.py").write_text(SCRIPT)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     paths = [str(Path(__file__).parent), *(str(Path(p).resolve()) for p in sys.path if p)]
     around = {
         **os.environ,
@@ -156,7 +153,12 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    around |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    around |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
     runs = [
         subprocess.Popen(
             [sys.executable, "two.py", str(path)], cwd=path, stderr=subprocess.PIPE, env={**around, "RANK": str(r), "LOCAL_RANK": str(r)},

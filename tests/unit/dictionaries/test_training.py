@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.processes import free_port
 from torch import Tensor, nn
 
 from lineament.core.checks import InputError
@@ -297,9 +297,7 @@ torch.save([f.dictionary.state_dict() for f in found], f"{sys.argv[1]}/{os.envir
 @pytest.mark.slow
 def test_two_processes_have_the_weights_of_one_on_the_joint_batch(tmp_path: Any) -> None:
     (tmp_path / "two.py").write_text(TWO)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     plain = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     shared = {**plain, **address, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     started = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-import socket
 import warnings
 import weakref
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from tests.contracts.unchanged import unchanged
+from tests.processes import free_port
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -597,12 +597,6 @@ def test_compiled_with_one_graph_before_and_after(kind):
         assert float(gradient(compiled).norm()) < 1e-6 * float(wanted.norm())
     torch.testing.assert_close(gradient(compiled), plain)
     torch.compiler.reset()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def distributed(rank: int, port: int, answers) -> None:

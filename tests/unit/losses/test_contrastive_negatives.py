@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.processes import free_port
 from torch.nn import functional as F
 
 from lineament.core.checks import InputError
@@ -190,7 +191,7 @@ def two_processes(tmp_path_factory):
     (tmp_path / "two.py").write_text(SCRIPT)
     paths = [str(Path(__file__).parent), *(str(Path(p).resolve()) for p in sys.path if p)]
     around = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    around |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20_000 + os.getpid() % 20_000)}
+    around |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     runs = [
         subprocess.Popen([sys.executable, "two.py", str(tmp_path / "q")], cwd=tmp_path, env={**around, "RANK": str(rank)})
         for rank in range(2)

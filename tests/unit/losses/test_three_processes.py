@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tests.processes import free_port
 
 from lineament.losses import (
     UNPG,
@@ -103,12 +103,6 @@ def two_steps(loss: torch.nn.Module, rows: slice = slice(None)) -> list[torch.Te
     loss(x @ weight.T, y)
     value = loss(x @ weight.T, y)
     return [value.detach(), *torch.autograd.grad(value, [weight, *loss.parameters()])]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

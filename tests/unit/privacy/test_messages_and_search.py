@@ -329,6 +329,15 @@ def test_what_is_found_is_scored_beside_what_is_known_without_the_message(net, b
         (lambda n, x, y, p: defence_of("clap=3"), "clip"),
         (lambda n, x, y, p: defence_of("clip=x"), "numbers after the ="),
         (lambda n, x, y, p: Clip(0.0), "bound"),
+        (lambda n, x, y, p: Message.of(n, (255 * x).byte(), y), "model: Sequential does not take images .* uint8"),
+        (lambda n, x, y, p: Message.of(n, x.numpy(), y), "expected a torch.Tensor"),
+        (lambda n, x, y, p: Search(radius=0), "radius=None"),
+        (lambda n, x, y, p: _search(n, x, y, None), "'gifd' searches a generator"),
+        (lambda n, x, y, p: _search(n, x, y, p.generator), "Decoder"),
+        (lambda n, x, y, p: _search(n, x, y, Decoder(p.generator, 7)), "codes of 7 numbers"),
+        (lambda n, x, y, p: _search(n, x, y, p, limits=LIMITS[::-1]), "first below the second"),
+        (lambda n, x, y, p: train_prior(x[:0]), "images"),
+        (lambda n, x, y, p: inferred_labels(torch.zeros(2, 3), 4), "each but once"),
         (lambda n, x, y, p: _search(n, x, y + 9, p), "got label 9"),
         (lambda n, x, y, p: _search(n, x, y, p, shape=(1, 6, 6)), r"no pictures \(1, 6, 6\)"),
         (lambda n, x, y, p: _search(n, x, y, p, limits=(torch.zeros(3), torch.ones(3))), "3 and 3 values"),
@@ -356,7 +365,10 @@ def test_a_message_of_another_model_is_refused(net, batch, prior):
     x, y = batch
     told = Message.of(net, x[:1], y[:1])
     other = dataclasses.replace(told, tensors=told.tensors[:-1])
-    with pytest.raises(InputError, match="5 tensors"):
+    with pytest.raises(InputError, match="5 tensors, expected 6"):
+        reconstruct(net, [other], y[None, :1], (1, 8, 8), prior=prior, bounds=LIMITS)
+    other = dataclasses.replace(told, tensors=(*told.tensors[:4], told.tensors[4].T, told.tensors[5]))
+    with pytest.raises(InputError, match=r"tensor 4 has the shape \(64, 5\), expected \(5, 64\)"):
         reconstruct(net, [other], y[None, :1], (1, 8, 8), prior=prior, bounds=LIMITS)
 
 
@@ -370,3 +382,78 @@ def test_the_bias_gradient_tells_repeated_labels(labels):
     weight = bias[:, None] * torch.ones(1, 3)
     assert inferred_labels(weight, batch, rule="bias", bias=bias) == labels
     assert len(set(inferred_labels(weight, batch))) == batch
+
+
+class _Drawn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, x):
+        return self.head(nn.functional.dropout(x.flatten(1), 0.3, self.training))
+
+
+def test_dropout_that_is_no_module_is_found_and_the_generator_of_the_user_stays(batch):
+    x, y = batch
+    net = _Drawn()
+    state = torch.get_rng_state()
+    with pytest.raises(InputError, match="differently each time"):
+        Message.of(net, x, y)
+    assert torch.equal(torch.get_rng_state(), state)
+    told = Message.of(net.eval(), x, y)
+    with pytest.raises(InputError, match="differently each time"):
+        reconstruct(net.train(), [told], y[None], (1, 8, 8), attack="ig", bounds=LIMITS)
+
+
+@pytest.mark.parametrize("attack", ["ig", "idlg"])
+def test_a_message_of_zeros_is_searched_in_vain(net, batch, attack):
+    x, y = batch
+    told = Message.of(net, x[:1], y[:1])
+    silent = dataclasses.replace(told, tensors=tuple(t * 0 for t in told.tensors))
+    how = Search(steps=3, restarts=1)
+    found = reconstruct(
+        net, [silent, told], y[:1].expand(2, 1), (1, 8, 8), attack=attack, search=how, bounds=LIMITS
+    )
+    assert bool(found.pictures.isfinite().all())
+    if attack == "ig":
+        assert found.scores[0] == 1
+
+
+def test_given_labels_need_no_linear_head(batch):
+    x, y = batch
+    net = nn.Sequential(nn.Conv2d(1, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    others = torch.rand(6, 1, 8, 8)
+
+    def audit(attacks, known):
+        how = LeakageOptions(attacks=attacks, search=Search(steps=2, restarts=1), known_labels=known)
+        return leakage(net, x, y, public=others, prior=None, options=how, bounds=LIMITS).attacked[0].rule
+
+    assert audit(["ig"], True) == "given"
+    assert audit(["dlg"], False) == "searched with the picture"
+    with pytest.raises(InputError, match="known_labels=True"):
+        audit(["ig"], False)
+
+
+def test_arrays_of_an_update_go_by_order_or_name(net, batch, tmp_path):
+    after = {k: (v - 0.1).numpy() for k, v in net.state_dict().items()}
+    np.savez(tmp_path / "named.npz", **dict(reversed(after.items())))
+    np.savez(tmp_path / "big.npz", *[v.astype(">f4") for v in after.values()])
+    for name in ("named", "big"):
+        told = Message.read(net, tmp_path / f"{name}.npz", count=1)
+        assert all(torch.allclose(t, torch.tensor(0.1), atol=1e-6) for t in told.tensors)
+    swapped = list(after.values())
+    swapped[0], swapped[1] = swapped[1], swapped[0]
+    np.savez(tmp_path / "swapped.npz", *swapped)
+    np.savez(tmp_path / "words.npz", *list(after.values())[1:], np.array(["a"]))
+    np.savez(tmp_path / "whole.npz", *[v.astype(int) for v in after.values()])
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "big.npz").read_bytes()[:200])
+    (tmp_path / "empty.npz").write_bytes(b"")
+    for name, says in (
+        ("swapped", "array 0 has the shape .* of '0.weight'"),
+        ("words", "cannot be read"),
+        ("whole", "'0.weight' in int64"),
+        ("cut", "cannot be read"),
+        ("empty", "cannot be read"),
+    ):
+        with pytest.raises(InputError, match=says):
+            Message.read(net, tmp_path / f"{name}.npz", count=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -35,6 +36,7 @@ class Config:
     label: str | None = None
     widths: tuple[int, ...] = (8, 16)
     pair: tuple[int, str] = (1, "a")
+    names: tuple[str, ...] = ()
     kind: Literal["svg", "png"] = "svg"
     table: dict[str, int] | None = None
 
@@ -55,6 +57,8 @@ class Config:
         ("label", "x", "x"),
         ("widths", "4, 8,12", (4, 8, 12)),
         ("widths", "", ()),
+        ("names", "MoCo;both, by dimension", ("MoCo", "both, by dimension")),
+        ("names", "both, by dimension;", ("both, by dimension",)),
         ("pair", "2,b", (2, "b")),
         ("kind", "png", "png"),
     ],
@@ -305,3 +309,14 @@ def test_a_run_killed_outright_ends_as_an_uninterrupted_one(tmp_path):
     )
     assert (tmp_path / "killed/outcome.json").read_text() == (tmp_path / "whole/outcome.json").read_text()
     assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == ["outcome.json"]
+
+
+def test_stages_that_write_to_the_checkpoint_stay_in_this_process(tmp_path):
+    from lineament.core.engines import engine
+    from lineament.recipes.kit.stages import Stages
+
+    stages = Stages(tmp_path, Config())
+    with engine("loky"):
+        here = stages.each("here {}", (0, 1), lambda k: os.getpid(), int, jobs=None)
+        there = stages.each("there {}", (0, 1), lambda k: os.getpid(), int)
+    assert set(here.values()) == {os.getpid()} and os.getpid() not in there.values()

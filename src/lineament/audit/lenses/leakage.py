@@ -15,7 +15,7 @@ import torch
 from lineament.audit.leak_section import SEARCH, bounds_of, prior_of, section_of
 from lineament.audit.subject import Subject
 from lineament.privacy.defences import defence_of
-from lineament.privacy.leakage import LeakageOptions, leakage
+from lineament.privacy.leakage import LeakageOptions, leakage, same_as_any
 from lineament.report.section import Section
 
 TITLE = "What could a curious server see in one update?"
@@ -57,6 +57,7 @@ def look(subject: Subject) -> Section:
     others = torch.ones(len(subject), dtype=torch.bool)
     others[rows] = False
     x = subject.inputs(torch.arange(len(subject)))
+    others &= ~same_as_any(x, x[rows]).cpu()
     y = subject.targets.to(x.device)
     found = leakage(
         subject.model, x[rows], y[rows], public=x[others], held_out=(x[others], y[others]),

@@ -2,19 +2,22 @@
 
 Zhu, Zhao, Liu, Sun, Chen, ICCV 2021, arXiv 2108.02982. MNIST at 16 x 16 where it is there, else scikit-learn's digits, which nearly every training solves, and CIFAR-10 at 16 x 16
 where it is there. Controls that the paper lacks: MoCo at the rate and the temperature that match the factor 2.6, a fixed factor, interpolated positives, the query untransformed
-for negatives, keys mixed with themselves.
+for negatives, keys mixed with themselves. The preset "paper" is MoCo v2 on the user's folder, see :mod:`~lineament.recipes.contrastive_ft.full_scale`.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lineament.core.checks import number, one_of, require
+from lineament.recipes.contrastive_ft import full_scale
 from lineament.recipes.contrastive_ft.claims import Runs, claims_of, numbers
 from lineament.recipes.contrastive_ft.training import VARIANTS, Trained, data_of, photographs_of, train
+from lineament.recipes.kit.picture_folders import PictureFolders
 from lineament.recipes.kit.presets import presets
 from lineament.recipes.kit.stages import Stages
 from lineament.report.figures import picture, save
@@ -25,9 +28,16 @@ TITLE = "Improving Contrastive Learning by Visualizing Feature Transformation"
 
 
 @dataclass(frozen=True)
-class Config:
-    """One run. The groups are the data, the variants and the training."""
+class Config(PictureFolders):
+    """One run. The groups are the data, the variants and the training, photographs of 16 x 16, and a folder of photographs, whose ResNet is that of
+    :class:`~lineament.recipes.kit.picture_folders.PictureFolders`.
 
+    Attributes:
+        data: ``"digits"``, or ``"images"``: ``train`` and ``val`` in ``data_folder``, all of them.
+        norm_groups: in how many groups batch norm sees a batch of the folder's pictures. probe_epochs, probe_rate: of the linear probe.
+    """
+
+    data: Literal["digits", "images"] = "digits"
     data_folder: str | None = None
     samples: int = 2000
     test_samples: int = 1000
@@ -44,6 +54,10 @@ class Config:
     photo_variants: tuple[str, ...] = ()
     photo_epochs: int = 10
 
+    norm_groups: int = 8
+    probe_epochs: int = 100
+    probe_rate: float = 30.0
+
     preset: str = presets(
         quick={},
         small={
@@ -56,12 +70,11 @@ class Config:
             "seeds": 5,
         },
         paper={
-            "samples": 60_000,
-            "test_samples": 10_000,
-            "variants": tuple(VARIANTS),
-            "photo_variants": tuple(VARIANTS),
-            "photo_epochs": 200,
+            "data": "images",
+            "variants": ("MoCo", "both", "both, by dimension"),
+            "momentum": 0.999,
             "queue": 65_536,
+            "lr": 0.03,
             "epochs": 200,
             "seeds": 5,
         },
@@ -69,47 +82,76 @@ class Config:
 
 
 def run(config: Config, *, out: Path) -> Outcome:
-    """Run the recipe into ``out``; a killed run goes on from its last finished training."""
+    """Run the recipe into ``out``; a killed run goes on from its last finished training, on a folder of photographs from its last finished epoch."""
+    one_of("data", config.data, ("digits", "images"))
     for field in ("variants", "photo_variants"):
         for name in getattr(config, field):
             one_of(field, name, VARIANTS)
-    for name in ("samples", "test_samples", "queue", "batch_size", "epochs", "photo_epochs", "seeds"):
+    for name in ("samples", "test_samples", "batch_size", "epochs", "photo_epochs", "seeds"):
         number(name, getattr(config, name), low=1, integer=True)
+    number("queue", config.queue, low=2, integer=True)
     require(len(config.variants) > 0, "variants: got none, expected at least one")
+    if config.data == "images":
+        return _on_folder(config, out)
     data, stages = data_of(config), Stages(out, config)
     photos = photographs_of(config) if config.photo_variants else None
 
-    def trained(variants: tuple[str, ...], stage: str, data: Any, **options: Any) -> Runs:
-        return {
-            name: list(
-                stages.each(
-                    f"{stage}{name}, seed {{}}",
-                    range(config.seeds),
-                    lambda seed, n=name: train(n, data, config, seed, **options),
-                    Trained,
-                ).values()
-            )
-            for name in variants
-        }
+    def small(samples: Any, **options: Any) -> Any:
+        return lambda name, seed: train(name, samples, config, seed, **options)
 
-    found = trained(config.variants, "", data, epochs=config.epochs)
-    claims, tables = claims_of(found), [_table(found, config, data[0].source, 5)]
+    found = _trained(config.variants, "", stages, config, small(data, epochs=config.epochs))
+    claims, tables = claims_of(found), [_table(found, config, data[0].source, "5 labels a class")]
     if photos is not None:
-        seen = trained(config.photo_variants, "photographs, ", photos, epochs=config.photo_epochs, labels=50)
+        how = small(photos, epochs=config.photo_epochs, labels=50)
+        seen = _trained(config.photo_variants, "photographs, ", stages, config, how)
         claims += [replace(claim, name=f"CIFAR-10: {claim.name}") for claim in claims_of(seen)]
-        tables.append(_table(seen, config, "CIFAR-10", 50))
+        tables.append(_table(seen, config, "CIFAR-10", "50 labels a class"))
     return Outcome(SLUG, TITLE, config.preset, asdict(config), claims, tables, [_curves(found, out)])
 
 
-def _table(found: Runs, config: Config, source: str, labels: int) -> Table:
-    shown = ("few", "neighbours", "negative_mean", "negative_variance", "raw_variance", "positive_mean", "raw_positive")  # fmt: skip
+def _on_folder(config: Config, out: Path) -> Outcome:
+    data, stages = full_scale.photographs_of(config), Stages(out, config)
+    found = _trained(
+        config.variants, "", stages, config, lambda name, seed: full_scale.train(name, data, config, seed, stages), jobs=None
+    )  # fmt: skip
+    source = f"{len(data[0]):,} photographs of {len(data[0].classes)} classes, {len(data[1]):,} held out"
+    table = _table(found, config, source, "linear probe")
+    return Outcome(
+        SLUG, TITLE, config.preset, asdict(config), claims_of(found), [table], [_curves(found, out)]
+    )
+
+
+def _trained(
+    variants: tuple[str, ...],
+    stage: str,
+    stages: Stages,
+    config: Config,
+    made: Callable[[str, int], Trained],
+    jobs: int | None = 1,
+) -> Runs:
+    return {
+        name: list(
+            stages.each(
+                f"{stage}{name}, seed {{}}",
+                range(config.seeds),
+                lambda seed, n=name: made(n, seed),
+                Trained,
+                jobs=jobs,
+            ).values()
+        )
+        for name in variants
+    }
+
+
+def _table(found: Runs, config: Config, source: str, read_out: str) -> Table:
+    shown = ("read_out", "neighbours", "negative_mean", "negative_variance", "raw_variance", "positive_mean", "raw_positive")  # fmt: skip
     rows: list[Any] = []
     for name, runs in found.items():
-        spread = statistics.stdev(numbers(runs, "few")) if len(runs) > 1 else None
+        spread = statistics.stdev(numbers(runs, "read_out")) if len(runs) > 1 else None
         rows.append([name, *(statistics.mean(numbers(runs, what)) for what in shown), spread])
     columns = [
         "variant",
-        f"{labels} labels a class",
+        read_out,
         "10 neighbours",
         "mean negative",
         "variance of negatives",

@@ -50,7 +50,10 @@ class Fixed(Watched):
 
 
 class Scored(InfoNCE):
-    """MoCo's loss, which also keeps the variance of the negatives' scores before anything is transformed, in the steps that its log keeps."""
+    """MoCo's loss, which also keeps the variance of the negatives' scores before anything is transformed, in the steps that its log keeps.
+
+    These and the identity's gap are in the state dict, as the log is.
+    """
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
@@ -61,6 +64,21 @@ class Scored(InfoNCE):
             with torch.no_grad():
                 self.raw_variance.append(float((query @ self.queue.rows.T).var(1).mean()))
         return super().compared(query, key)
+
+    @property
+    def gap(self) -> float:
+        """The largest of :class:`Watched`."""
+        return max((each.gap for each in self.transform if isinstance(each, Watched)), default=0.0)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {**super().get_extra_state(), "raw_variance": list(self.raw_variance), "gap": self.gap}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        super().set_extra_state(state)
+        self.raw_variance = list(state["raw_variance"])
+        for each in self.transform:
+            if isinstance(each, Watched):
+                each.gap = state["gap"]
 
 
 class Unpermuted(Scored):
@@ -112,12 +130,12 @@ VARIANTS: dict[str, Variant] = {
 
 @dataclass(frozen=True)
 class Trained:
-    """A training: accuracy by a read-out from few labels and by neighbours, the curves of its scores, and the identity's largest gap.
+    """A training: accuracy by a linear read-out (of small images from few labels) and by neighbours, the curves of its scores, and the identity's largest gap.
 
     ``raw_variance`` in the curves is the variance of the negatives' scores before they are transformed.
     """
 
-    few: float
+    read_out: float
     neighbours: float
     curves: dict[str, list[float]]
     gap: float
@@ -141,39 +159,45 @@ def _convolutions(channels: int) -> nn.Sequential:
 
 
 class MoCo(nn.Module):
-    """An encoder with a head, and a slowly following copy that makes the keys. Takes both views, one after the other; returns the queries."""
+    """An encoder with a head, a slowly following copy that makes the keys, and the loss with its queue. Takes both views, one after the other; returns the queries.
 
-    def __init__(self, like: Tensor, momentum: float, seed: int):
+    Args:
+        groups: batch norm sees a view in so many groups, one after the other, and keys are shuffled among theirs, so that no query meets the statistics that
+            its key was made with: what shuffled batch norm does with a device a group.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, head: nn.Module, loss: InfoNCE, momentum: float, *, groups: int = 1
+    ):
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.encoder = _perceptron(like.numel()) if len(like) == 1 else _convolutions(len(like))
-            self.head = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 64))
-        self.follower = copy.deepcopy(nn.Sequential(self.encoder, self.head)).requires_grad_(False)
-        self.momentum, self.key = momentum, torch.empty(0)
+        self.encoder, self.head, self.loss = encoder, head, loss
+        self.follower = copy.deepcopy(nn.Sequential(encoder, head)).requires_grad_(False)
+        self.momentum, self.groups, self.key = momentum, groups, torch.empty(0)
 
     def forward(self, views: Tensor) -> Tensor:
         first, second = views.chunk(2)
         with torch.no_grad():
-            self.key = F.normalize(self.follower(second), dim=1)
-        return F.normalize(self.head(self.encoder(first)), dim=1)
+            order = torch.arange(len(second)) if self.groups == 1 else torch.randperm(len(second))
+            found = self._by_groups(self.follower, second[order.to(second.device)])
+            self.key = found[order.argsort().to(found.device)]
+        return self._by_groups(nn.Sequential(self.encoder, self.head), first)
 
-    @torch.no_grad()
-    def on_step(self, run: Any) -> None:
-        for slow, fast in zip(
-            self.follower.parameters(), [*self.encoder.parameters(), *self.head.parameters()]
-        ):
-            slow.lerp_(fast, 1 - self.momentum)
+    def _by_groups(self, net: nn.Module, x: Tensor) -> Tensor:
+        parts = x.tensor_split(max(1, min(self.groups, len(x) // 2)))
+        return F.normalize(torch.cat([net(part) for part in parts]).float(), dim=1)
 
-
-class Epochs:
-    """Tells the loss which epoch it is."""
-
-    def __init__(self, loss: InfoNCE):
-        self.loss = loss
+    def objective(self, queries: Tensor, targets: Tensor) -> Tensor:
+        """What ``fit`` takes for the loss."""
+        return self.loss(queries, self.key)
 
     def on_epoch(self, run: Any) -> None:
         self.loss.set_epoch(run.epoch)
+
+    @torch.no_grad()
+    def on_step(self, run: Any) -> None:
+        trained = [*self.encoder.parameters(), *self.head.parameters()]
+        for slow, fast in zip(self.follower.parameters(), trained):
+            slow.lerp_(fast, 1 - self.momentum)
 
 
 def data_of(config: Any) -> tuple[Samples, Samples]:
@@ -230,36 +254,57 @@ def views(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.cat(made)
 
 
+def loss_of(name: str, config: Any, seed: int, *, epochs: int, steps: int, size: int) -> Scored:
+    """The loss of a variant with a queue of rows of ``size``, whose scores are kept at about sixty of so many steps."""
+    variant = VARIANTS[name]
+    return variant.loss(
+        config.temperature * variant.temperature, queue=Queue(config.queue, size, seed=seed), transform=variant.transforms(epochs // 2),
+        log=ScoreLog(every=max(1, steps // 60)), seed=seed,
+    )  # fmt: skip
+
+
+def pretrained(net: MoCo, data: Any, config: Any, variant: str, seed: int, **options: Any) -> None:
+    """Train it with SGD on both views of each sample."""
+    rate = config.lr * VARIANTS[variant].rate
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the mean negative score")  # it is in the table
+        fit(
+            net, data, loss=net.objective, seed=seed, batch_size=config.batch_size,
+            optimizer=lambda n: torch.optim.SGD(
+                [p for p in n.parameters() if p.requires_grad], rate, momentum=0.9, weight_decay=1e-4
+            ),
+            **options,
+        )  # fmt: skip
+
+
+def curves_of(loss: Scored) -> dict[str, list[float]]:
+    """The scores that were kept, by step."""
+    return {**(loss.log.curves if loss.log is not None else {}), "raw_variance": loss.raw_variance}
+
+
 def train(
     name: str, data: tuple[Samples, Samples], config: Any, seed: int, *, epochs: int, labels: int = 5
 ) -> Trained:
-    """One training of a variant; ``labels``: of each class, for the read-out from few."""
-    variant, (samples, test) = VARIANTS[name], data
-    steps = epochs * math.ceil(len(samples) / config.batch_size)
-    log = ScoreLog(every=max(1, steps // 60))
-    transforms = variant.transforms(epochs // 2)
-    loss = variant.loss(
-        config.temperature * variant.temperature, queue=Queue(config.queue, 64, seed=seed), transform=transforms, log=log, seed=seed
-    )  # fmt: skip
-    net = MoCo(samples.inputs[0], config.momentum, seed)
-    with few_threads(samples.inputs, "cpu"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the mean negative score")  # it is in the table
-        fit(
-            net, (samples.inputs, torch.zeros(len(samples))), epochs=epochs, batch_size=config.batch_size, seed=seed,
-            optimizer=lambda n: torch.optim.SGD(
-                [p for p in n.parameters() if p.requires_grad], config.lr * variant.rate, momentum=0.9, weight_decay=1e-4
-            ),
-            loss=lambda z, _: loss(z, net.key), callbacks=[Augment(views), Cosine(), Epochs(loss), net],
-        )  # fmt: skip
+    """One training of a variant on small images; ``labels``: of each class, for the read-out from few."""
+    samples, test = data
+    steps, image = epochs * math.ceil(len(samples) / config.batch_size), samples.inputs[0]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = _perceptron(image.numel()) if len(image) == 1 else _convolutions(len(image))
+        head = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 64))
+    loss = loss_of(name, config, seed, epochs=epochs, steps=steps, size=64)
+    net = MoCo(encoder, head, loss, config.momentum)
+    with few_threads(samples.inputs, "cpu"):
+        pairs = samples.inputs, torch.zeros(len(samples))
+        pretrained(net, pairs, config, name, seed, epochs=epochs, callbacks=[Augment(views), Cosine(), net])
         net.eval()
         with torch.no_grad():
             x, y = net.encoder(samples.inputs), net.encoder(test.inputs)
-    gaps = [t.gap for t in transforms if isinstance(t, Watched)]
     few = statistics.mean(
         from_few(x, samples.targets, y, test.targets, draw, each=labels) for draw in range(5)
     )
-    curves = {**log.curves, "raw_variance": loss.raw_variance}
-    return Trained(few, neighbours(x, samples.targets, y, test.targets), curves, max(gaps, default=0.0))
+    near = neighbours(x, samples.targets, y, test.targets)
+    return Trained(few, near, curves_of(loss), loss.gap)
 
 
 def from_few(x: Tensor, labels: Tensor, x_test: Tensor, test: Tensor, draw: int, each: int = 5) -> float:
@@ -268,11 +313,16 @@ def from_few(x: Tensor, labels: Tensor, x_test: Tensor, test: Tensor, draw: int,
     order = torch.randperm(len(labels), generator=generator)
     rows = torch.cat([order[labels[order] == c][:each] for c in labels.unique()])
     centre, spread = x.mean(0), x.std(0).clamp(min=1e-6)
-    fit_ = logistic((x[rows] - centre) / spread, labels[rows], 1.0, classes=10)
+    classes = int(max(labels.max(), test.max())) + 1
+    fit_ = logistic((x[rows] - centre) / spread, labels[rows], 1.0, classes=classes)
     return float((fit_.predict((x_test - centre) / spread)[:, 0] == test).double().mean())
 
 
 def neighbours(x: Tensor, labels: Tensor, x_test: Tensor, test: Tensor) -> float:
-    """Test accuracy of the 10 nearest training samples by cosine."""
-    near = (F.normalize(x_test, dim=1) @ F.normalize(x, dim=1).T).topk(10, 1).indices
-    return float((F.one_hot(labels[near], 10).sum(1).argmax(1) == test).double().mean())
+    """Test accuracy of the 10 nearest training samples by cosine, some test samples at a time."""
+    known, classes = F.normalize(x, dim=1), int(max(labels.max(), test.max())) + 1
+    right = 0
+    for part, goal in zip(F.normalize(x_test, dim=1).split(1024), test.split(1024)):
+        near = (part @ known.T).topk(min(10, len(known)), 1).indices
+        right += int((F.one_hot(labels[near], classes).sum(1).argmax(1) == goal).sum())
+    return right / len(test)

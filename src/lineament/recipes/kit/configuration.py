@@ -93,7 +93,7 @@ def configure(config: Any, values: Mapping[str, str]) -> Any:
     Args:
         config: a dataclass instance.
         values: field names (``-`` and ``_`` are the same) to text. Numbers, truth values (``true``/``false``), paths,
-            ``Literal``s, optional values (``none``) and comma-separated tuples and lists are understood.
+            ``Literal``s, optional values (``none``) and comma-separated tuples and lists are understood (by semicolons where a value has a comma).
 
     Raises:
         InputError: an unknown field (names the nearest), text that is not of the field's type, or a number of a kind that the preset's is
@@ -182,7 +182,9 @@ def _parse(text: str, hint: Any) -> Any:
                 continue
         raise ValueError(text)
     if origin in (tuple, list):
-        parts = [part.strip() for part in text.split(",")] if text.strip() else []
+        # A value with a comma of its own is followed by a semicolon.
+        parts = [part.strip() for part in text.split(";" if ";" in text else ",")] if text.strip() else []
+        parts = parts[:-1] if text.rstrip().endswith(";") else parts
         if origin is list or (len(arguments) == 2 and arguments[1] is Ellipsis):
             return origin(_parse(part, arguments[0]) for part in parts)
         if len(parts) != len(arguments):

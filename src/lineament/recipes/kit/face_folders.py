@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lineament.core.checks import InputError, number, one_of, require
+from lineament.core.checks import number, one_of, require
 from lineament.core.models import device_of
 from lineament.measure.embeddings.retrieval import identification
 from lineament.measure.embeddings.verification import (
@@ -28,6 +28,7 @@ from lineament.recipes.kit.claims import higher
 from lineament.recipes.kit.face_pictures import Listed, Lists, Pictures, people_of, strangers_of
 from lineament.recipes.kit.iresnet import iresnet
 from lineament.recipes.kit.stages import Stages
+from lineament.recipes.kit.threads import usable_device
 from lineament.report.outcome import Claim, Table
 from lineament.train.callbacks import Augment, Autocast, Rate
 from lineament.train.loop import Run, fit
@@ -168,7 +169,7 @@ def on_folders(
     """
     one_of("protocol", config.protocol, ("insightface", "unpg"))
     number("face_batch", config.face_batch, low=2, integer=True)
-    _device(config.device)
+    usable_device(config.device)
     given, people = (
         comparisons_of(config),
         people_of("people_folder", config.people_folder, config.image_size, 2),
@@ -207,7 +208,7 @@ def _trained(
     embed = iresnet(
         config.depth, config.image_size, seed=seed, channels=config.channels, size=size, dropout=config.dropout, init=official.init
     )  # fmt: skip
-    device = _device(config.device)
+    device = usable_device(config.device)
     net, rate = FaceNet(embed, loss).to(device), 0.1 * config.face_batch / 512
     callbacks = [official.rate(), Augment(flipped), *([Autocast()] if config.bfloat16 else [])]
     callbacks += [] if official.clip is None else [_ClipEmbedding(official.clip)]
@@ -217,18 +218,6 @@ def _trained(
         name=f"{label}, training",
     )  # fmt: skip
     return judged_by(net.eval(), given, config)
-
-
-def _device(name: str) -> torch.device:
-    """The device of that name, once it is clear that it can be used; ``"auto"``: a GPU where there is one."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise InputError(
-            f"device: got {name!r}, which cannot be used here; expected auto, cpu, cuda or cuda:0"
-        ) from None
-    return device
 
 
 def flipped(x: Tensor, generator: torch.Generator) -> Tensor:

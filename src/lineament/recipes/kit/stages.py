@@ -39,14 +39,17 @@ class Stages:
         return self._stored(name, lambda: _timed(compute), kind)
 
     def each(
-        self, name: str, keys: Iterable[K], compute: Callable[[K], T], kind: Any, *, jobs: int = 1
+        self, name: str, keys: Iterable[K], compute: Callable[[K], T], kind: Any, *, jobs: int | None = 1
     ) -> dict[K, T]:
         """``compute(key)`` for each key (a seed, a setting), each a stage of its own, which ``name.format(key)`` names.
 
         Args:
-            jobs: how many are computed at a time, each in a process of its own, see :mod:`lineament.core.engines`.
+            jobs: how many are computed at a time, each in a process of its own, see :mod:`lineament.core.engines`; ``None``: all in this process, which
+                is what a ``compute`` needs that writes to the checkpoint itself.
         """
         keys = list(keys)
+        if jobs is None:
+            return {key: self(name.format(key), lambda key=key: compute(key), kind) for key in keys}
         left = [key for key in keys if not self.checkpoint.finished(name.format(key), tuple[kind, float])]
         for key, result in zip(left, side_by_side(_timed, [(compute, key) for key in left], jobs=jobs)):
             self._stored(name.format(key), lambda result=result: result, kind)

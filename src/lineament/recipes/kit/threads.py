@@ -1,4 +1,4 @@
-"""Threads for small networks."""
+"""Threads for small networks, and the device that an option names."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from lineament.core.checks import InputError
 
 
 @contextmanager
@@ -19,3 +21,15 @@ def few_threads(inputs: Tensor, device: str) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name, once it is clear that it can be used; ``"auto"``: a GPU where there is one."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(
+            f"device: got {name!r}, which cannot be used here; expected auto, cpu, cuda or cuda:0"
+        ) from None
+    return device

@@ -233,6 +233,7 @@ def at_full_scale(config: Any, out: Path, slug: str, title: str) -> Outcome:
                 range(config.seeds),
                 lambda s, n=scheme, f=f: train(n, f, data, config, s, stages),
                 Score,
+                jobs=None,
             )
             scores[scheme, f] = list(each.values())
     rows = [
