@@ -39,6 +39,7 @@ from lineament.papers import search as papers
 from lineament.privacy.defences import Defence, defence_of
 from lineament.privacy.generators import load_prior
 from lineament.privacy.identification import fisher_features
+from lineament.privacy.labels import guessed_targets
 from lineament.privacy.leakage import Leakage, LeakageOptions, leakage
 from lineament.privacy.local import Local
 from lineament.privacy.messages import Message, moved_norms, saved_state
@@ -267,6 +268,7 @@ def _searched(
     started: float,
 ) -> _Searched:
     bounds = bounds_of(fitted, parts.images.shape[1])
+    _can_be_read(fitted.model, parts, defences, batch_sizes, options, sent, seed)
     budget = None if options.minutes is None else Budget(options.minutes, started)
     prior, notes = None, []
     if options.prior not in PRIORS:
@@ -334,6 +336,25 @@ def _searched(
         )
         found.append((every, sum(took for _, took in each)))
     return _Searched(search, found, notes)
+
+
+def _can_be_read(
+    model: nn.Module,
+    parts: Parts,
+    defences: Sequence[Defence],
+    batch_sizes: Sequence[int],
+    options: LeakOptions,
+    sent: list[Message] | None,
+    seed: int,
+) -> None:
+    """Whether each kind of message can be made, and has labels to read, before a prior is trained."""
+    for size in batch_sizes:
+        for defence in defences:
+            first = sent[0] if sent else Message.of(
+                model, parts.images[:size], parts.targets[:size], defence=defence, local=options.local, others=(parts.public, parts.public_targets), seed=seed
+            )  # fmt: skip
+            if not options.known_labels and set(options.attacks) != {"dlg"}:
+                guessed_targets(model, first, parts.images[:1], parts.public)
 
 
 def _digest(values: torch.Tensor) -> str:

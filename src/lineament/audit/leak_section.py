@@ -200,10 +200,13 @@ def _finding(
     )
     naming = _field(told, found.defence)
     how = "undefended" if found.defence == "nothing" else f"defended by {found.defence}"
+    ranks = f"{int(naming.named.sum())} of {len(naming.named)} guesses of {naming.attack} are nearest to their own picture among {naming.field} (by chance 1 in {naming.field})."
+    who = naming.identified
+    if naming.field == 1 and who is not None:  # one picture is its own neighbour
+        ranks = f"the picture is number {int(who.picture[0])} of {who.field:,} audited and public ones by nearness to the guess of {naming.attack}."
     text = (
         f"From one update of {told.batch} picture{'s' if told.batch > 1 else ''}, {how}, the strongest attack ({found.attack}) rebuilds pictures at {mean:.1f} dB "
-        f"({spread}), where {without[1]} {'has' if 'mean' in without[1] else 'have'} {without[0]:.1f} dB{control}; "
-        f"{int(naming.named.sum())} of {len(naming.named)} guesses of {naming.attack} are nearest to their own picture among {naming.field} (by chance 1 in {naming.field})."
+        f"({spread}), where {without[1]} {'has' if 'mean' in without[1] else 'have'} {without[0]:.1f} dB{control}; {ranks}"
     )
     key = f"batch-{told.batch}"
     if seen[found.defence]:

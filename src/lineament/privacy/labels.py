@@ -41,7 +41,7 @@ def inferred_labels(
     if rule == "row_sums":
         require(
             batch <= len(weight),
-            f"batch: got {batch} pictures of {len(weight)} classes, of which row sums name each but once; give the labels, or a last layer with a bias",
+            f"batch: got {batch} pictures of {len(weight)} classes, of which row sums name each but once; pass known_labels=True, or give the last layer a bias",
         )
         return sorted(weight.sum(1).topk(batch, largest=False).indices.tolist())
     if bias is None:
@@ -108,7 +108,7 @@ def guessed_targets(
     }
     if f"{name}.weight" not in named:
         raise InputError(
-            f"model: the weights of its last layer {name!r} are not trainable, so that no message has labels to read; give the labels (known_labels)"
+            f"model: the weights of its last layer {name!r} are not trainable, so that no message has labels to read; pass known_labels=True"
         )
     weight, bias = named[f"{name}.weight"], named.get(f"{name}.bias")
     expected = None

@@ -288,7 +288,7 @@ def head_of(model: nn.Module, example: Tensor) -> tuple[str, nn.Module]:
     name = found[1][-1] if found and found[1] else ""
     if not isinstance(modules.get(name), nn.Linear):
         raise InputError(
-            "model: it does not end in a linear layer, from whose gradient labels could be read; give the labels (known_labels)"
+            "model: it does not end in a linear layer, from whose gradient labels could be read; pass known_labels=True"
         )
     return name, modules[name]
 

@@ -82,6 +82,12 @@ def test_a_saved_update_is_audited_with_the_pictures_behind_it(trained, capsys, 
 def test_an_update_of_one_picture_is_audited(trained, capsys):
     held = np.load("mine.npz")
     np.savez("one.npz", inputs=held["inputs"][:1], targets=held["targets"][:1])
+    (trained / "head.py").write_text(
+        FACTORY.replace("nn.Flatten(), nn.Linear(512, 10)", "nn.Conv2d(8, 10, 8), nn.Flatten()")
+    )
+    assert main(["leak", "head.py:make", "others.npz", "--out", "head"]) == 2
+    told = capsys.readouterr().err
+    assert "pass --known-labels" in told and "training a prior" not in told
     words = [*WORDS[:-1], "1", "--out", "one"]
     assert main(["leak", "net.py:make", "one.npz", "--update", "after.pt", *words]) == 0
     numbers = json.loads((trained / "one" / "leak.json").read_text())["sections"][0]["numbers"]

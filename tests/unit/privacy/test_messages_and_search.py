@@ -430,7 +430,7 @@ def test_given_labels_need_no_linear_head(batch):
 
     assert audit(["ig"], True) == "given"
     assert audit(["dlg"], False) == "searched with the picture"
-    with pytest.raises(InputError, match="known_labels"):
+    with pytest.raises(InputError, match="known_labels=True"):
         audit(["ig"], False)
 
 
