@@ -43,6 +43,7 @@ DUALS: dict[str, Callable[[Scope], Dual]] = {
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,
+    "logistic": torch.sigmoid,
     "swish": torch.nn.functional.silu,
     "step": lambda z: (z > 0).to(z),
     "heaviside": lambda z: (z > 0).to(z),

@@ -78,10 +78,12 @@ def responses(
     orientations: int | Sequence[float],
     *,
     bandwidth: float = 1.0,
+    n_stds: float = 3,
+    offset: float = 0.0,
     dc: bool = False,
     border: Border = "reflect",
 ) -> Tensor:
-    """Real and imaginary parts of every filter's response (a true convolution), [n, filters, 2, height, width].
+    """Real and imaginary parts of the response to every :func:`gabor_kernel` (a true convolution), [n, filters, 2, height, width].
 
     >>> responses(torch.rand(1, 8, 8), [0.2], [0.0]).shape
     torch.Size([1, 1, 2, 8, 8])
@@ -91,16 +93,17 @@ def responses(
     angles = _angles(orientations)
     bank = [(float(f), float(t)) for f in _frequencies(frequencies) for t in angles]
     sides = tuple(grey.shape[1:])
-    left, right = _operators(tuple(bank), sides, bandwidth, border)
+    kind = (bandwidth, number("n_stds", n_stds, low=0, open_low=True), border)
+    left, right = _operators(tuple(bank), sides, *kind, offset)
     found = _through(grey, left.to(grey), right.to(grey))
     if dc:
         # The bell alone, scaled to the filter's own answer to constant brightness.
         bells, ratios = [], []
         for frequency, theta in bank:
-            kernel = gabor_kernel(frequency, theta, bandwidth=bandwidth)
+            kernel = gabor_kernel(frequency, theta, bandwidth=bandwidth, n_stds=n_stds, offset=offset)
             bells.append((0.0, theta, frequency))
             ratios.append(kernel.sum() / kernel.abs().sum())
-        left, right = _operators(tuple(bells), sides, bandwidth, border)
+        left, right = _operators(tuple(bells), sides, *kind)
         bell = _through(grey, left.to(grey), right.to(grey))[:, :, :1]
         ratio = torch.view_as_real(torch.stack(ratios)).to(grey)[..., None, None]
         found = found - ratio * bell
@@ -129,12 +132,10 @@ def gabor_kernel(
     number("frequency", frequency, low=0, open_low=True)
     number("n_stds", n_stds, low=0, open_low=True)
     sigma = _sigma(frequency, bandwidth)
-    half = [
-        math.ceil(max(abs(n_stds * sigma * math.cos(theta)), abs(n_stds * sigma * math.sin(theta)), 1))
-    ] * 2
-    y, x = (torch.arange(-h, h + 1, dtype=torch.float64) for h in half)
-    wave = 2 * math.pi * frequency * (x * math.cos(theta) + y[:, None] * math.sin(theta)) + offset
-    bell = torch.exp(-(x**2 + y[:, None] ** 2) / (2 * sigma**2)) / (2 * math.pi * sigma**2)
+    x = _taps(sigma, theta, n_stds)
+    y = x[:, None]
+    wave = 2 * math.pi * frequency * (x * math.cos(theta) + y * math.sin(theta)) + offset
+    bell = torch.exp(-(x**2 + y**2) / (2 * sigma**2)) / (2 * math.pi * sigma**2)
     return torch.polar(bell, wave)
 
 
@@ -178,6 +179,12 @@ def _sigma(frequency: float, bandwidth: float) -> float:
     return math.sqrt(math.log(2) / 2) / math.pi * (2**bandwidth + 1) / (2**bandwidth - 1) / frequency
 
 
+def _taps(sigma: float, theta: float, n_stds: float) -> Tensor:
+    """Where a kernel has its rows, and its columns: so many deviations to both sides, along the wave."""
+    half = math.ceil(max(abs(n_stds * sigma * math.cos(theta)), abs(n_stds * sigma * math.sin(theta)), 1))
+    return torch.arange(-half, half + 1, dtype=torch.float64)
+
+
 def _frequencies(frequencies: Sequence[float]) -> list[float]:
     found = list(frequencies)
     require(bool(found), "frequencies: got none, expected at least one")
@@ -214,7 +221,12 @@ def _through(grey: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _operators(
-    bank: tuple[tuple[float, ...], ...], sides: tuple[int, int], bandwidth: float, border: str
+    bank: tuple[tuple[float, ...], ...],
+    sides: tuple[int, int],
+    bandwidth: float,
+    n_stds: float,
+    border: str,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """What each filter does to rows, and to columns: float64 [filters, 2 (real, imaginary), side, side].
 
@@ -223,11 +235,11 @@ def _operators(
     made: list[list[Tensor]] = [[], []]
     for frequency, theta, *bell in bank:
         sigma = _sigma(bell[0] if bell else frequency, bandwidth)
-        half = math.ceil(max(abs(3 * sigma * math.cos(theta)), abs(3 * sigma * math.sin(theta)), 1))
-        at = torch.arange(-half, half + 1, dtype=torch.float64)
+        at = _taps(sigma, theta, n_stds)
         profile = torch.exp(-(at**2) / (2 * sigma**2)) / (math.sqrt(2 * math.pi) * sigma)
-        for found, side, turn in zip(made, sides, (math.sin(theta), math.cos(theta))):
-            wave = torch.view_as_real(torch.polar(profile, 2 * math.pi * frequency * turn * at))
+        ways = ((math.sin(theta), offset), (math.cos(theta), 0.0))
+        for found, side, (turn, phase) in zip(made, sides, ways):
+            wave = torch.view_as_real(torch.polar(profile, 2 * math.pi * frequency * turn * at + phase))
             found.append(_convolution(wave, side, border))
     # Columns are multiplied from the right.
     return torch.stack(made[0]), torch.stack(made[1]).mT.contiguous()

@@ -203,14 +203,33 @@ def _slots(
     slots = room("slots", vertical.shape)
     slots = torch.zeros_like(slope) if slots is None else slots.zero_()
     edges, bins = _stretches(count, signed)
-    # So flat that rounding may have made it: horizontal.
-    edges = [edge or -torch.finfo(slope.dtype).eps for edge in edges]
+    if slope.dtype == torch.float64 and 1.0 in edges:
+        _to_diagonals(slope, vertical, horizontal, room("gap", slope.shape))
+    # So flat or so steep that rounding may have made it: horizontal, or vertical.
+    eps = torch.finfo(slope.dtype).eps
+    edges = [min(edge or -eps, 1.289 / eps) for edge in edges]
     for edge in torch.tensor(edges, dtype=slope.dtype).unbind():
         slots += slope >= edge if reached is None else torch.ge(slope, edge, out=reached)
     if signed:
         left = (horizontal < 0).to(slope.dtype)
         slots.add_(left, alpha=len(edges) + 1)
     return slots, bins
+
+
+def _to_diagonals(slope: Tensor, vertical: Tensor, horizontal: Tensor, gap: Tensor | None) -> None:
+    """Make slopes ±1 that are so near to it that their angle in degrees, in double precision, is 45 or 135.
+
+    Differences of grey levels that were divided by 255 are rounded, so that many an edge of 45 degrees is off by a last place. How far below it an angle is
+    still taken for it follows from the spacing of numbers in its quadrant; the difference of two near lengths is exact.
+    """
+    gap = torch.abs(slope, out=gap).sub_(1).abs_()
+    near = (gap < 1e-15).logical_and_(gap).nonzero(as_tuple=True)
+    y, x = vertical[near], horizontal[near]
+    rising, up = (y > 0) == (x > 0), y > 0
+    y, x = y.abs(), x.abs()
+    room = torch.where(rising, torch.where(up, 0.7757659, 1.1727021), torch.where(up, 2.8272978, 2.2242340))
+    reached = torch.where(rising, x - y, y - x) <= room * torch.finfo(x.dtype).eps * x
+    slope[near] = torch.where(reached, torch.where(rising, 1.0, -1.0).to(x), slope[near])
 
 
 @lru_cache(maxsize=32)

@@ -94,6 +94,8 @@ def _logs(activation: Any, depth: int, xi: Any, delta: Any) -> tuple[Array, Arra
     dual = dual_of(activation)
     number("depth", depth, low=0, integer=True)
     at = Points.of(xi=xi, delta=delta)
+    if dual.lead[0] > 1:
+        at = Points(at.xi.astype(np.longdouble), at.delta.astype(np.longdouble), at.log)
     ratio = np.zeros_like(at.xi)
     for _ in range(depth):
         with np.errstate(divide="ignore"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -146,6 +148,24 @@ def test_the_bin_of_every_direction_between_whole_numbers(count, signed):
     votes = hog(images, count, cell=3, block=1, norm="L1", signed=signed)
     assert torch.equal(votes.argmax(1), expected)
     assert bool((votes.gather(1, expected[:, None]) > 0.2).all())
+
+
+def test_diagonals_of_divided_bytes_are_where_degrees_in_double_precision_put_them():
+    # The same difference twice, each rounded by itself: about a tenth of the pairs are not equal.
+    draw = torch.Generator().manual_seed(0)
+    ends = torch.randint(0, 256, (4, 20_000), generator=draw)
+    ends[3] = ends[2] - (ends[0] - ends[1]) * (1 - 2 * torch.randint(0, 2, (20_000,), generator=draw))
+    ends = ends[:, (ends[0] != ends[1]) & (ends[3] >= 0) & (ends[3] < 256)]
+    images = torch.zeros(ends.shape[1], 3, 3, dtype=torch.float64)
+    images[:, 2, 1], images[:, 0, 1], images[:, 1, 2], images[:, 1, 0] = ends.double() / 255
+    up, right = images[:, 2, 1] - images[:, 0, 1], images[:, 1, 2] - images[:, 1, 0]
+    assert 0.1 < (up.abs() != right.abs()).double().mean() < 0.9
+    degrees = [math.degrees(math.atan2(*pair)) % 180 for pair in zip(up.tolist(), right.tolist())]
+    for count in (4, 8, 12):
+        expected = torch.tensor([int(angle * count // 180) for angle in degrees])
+        found = hog(images, count, cell=3, block=1).argmax(1)
+        # An arc tangent is not rounded to the nearest number everywhere.
+        assert (found != expected).double().mean() < 1e-3
 
 
 def test_no_images_are_no_rows_and_many_are_as_one_by_one():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -38,6 +39,17 @@ def test_a_table_of_moebius_is_its_closed_form(depth):
     # By straight pieces: near ξ = 0 a value is right as a share of the kernel at ξ = 2^-12.
     np.testing.assert_allclose(found[:-1], np.exp(truth - top + shift)[:-1], rtol=3e-7)
     assert found[-1] < found[-2] * 1e-6
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).nmant < 60, reason="no numbers wider than double precision")
+def test_logarithms_of_a_nearest_neighbour_are_right_to_the_last_place_at_depth_40():
+    xi, found = np.array([0.013, 0.3, 0.77, 0.99, 0.9999]), []
+    with mpmath.workdps(60):
+        for z in map(mpmath.mpf, xi.tolist()):
+            for _ in range(40):
+                z = (z**2 + z**4) / 2
+            found.append(float(mpmath.log(z)))
+    np.testing.assert_array_equal(log_nngp(polynomial([0, 0, 0.5, 0, 0.5]), 40, xi=xi), found)
 
 
 @pytest.mark.parametrize(
