@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +76,13 @@ class Photographs(Pictures):
         self.classes = tuple(classes)
         inside = (file.relative_to(root).parts[:-1][:2] for file in files)
         self.parts = ["/".join(names) for names in inside]
+
+    def some(self, rows: Tensor) -> Photographs:
+        """These pictures alone."""
+        found, chosen = copy(self), rows.tolist()
+        found.files, found.parts = [self.files[k] for k in chosen], [self.parts[k] for k in chosen]
+        found.labels = self.labels[rows]
+        return found
 
     def _read(self, file: Path) -> Tensor:
         picture = readable([(str(file), file)], None, 1)[0][0]

@@ -2,6 +2,7 @@
 
 Xue, Gan, Ni, Joshi, Mirzasoleiman, ICLR 2024, arXiv 2403.11391. A linear network against its closed form; digits trained by parity and read out by digit; views that drop
 the digit; digits with a mark, by group. Controls that the paper lacks: an untrained head of the same shape, principal components of the head's rank, both read-outs.
+The preset "paper" is a ResNet-50 with heads on the user's folder, see :mod:`~lineament.recipes.projection_head.full_scale`.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lineament.core.checks import number, one_of
+from lineament.recipes.kit.picture_folders import PictureFolders
 from lineament.recipes.kit.presets import presets
 from lineament.recipes.kit.stages import Stages
 from lineament.recipes.projection_head.claims import Found, claims_of, values
+from lineament.recipes.projection_head.full_scale import at_full_scale
 from lineament.recipes.projection_head.training import (
     KINDS,
     Groups,
@@ -34,9 +37,17 @@ TITLE = "Investigating the Benefits of Projection Head for Representation Learni
 
 
 @dataclass(frozen=True)
-class Config:
-    """One run. The groups are the linear network, parity, dropped digits, and marked digits."""
+class Config(PictureFolders):
+    """One run. The groups are the linear network, parity, dropped digits, marked digits, and a folder of photographs, whose ResNet is that of
+    :class:`~lineament.recipes.kit.picture_folders.PictureFolders`.
 
+    Attributes:
+        data: ``"digits"``, or ``"images"``: ``train`` and ``val`` in ``data_folder``, perhaps with sub-folders in the classes.
+        weights: a folder with a ResNet as transformers saves it, to start from. rate, decay, batch_size, temperature: of its training.
+        crop: the share of a picture that is seen. probe_samples: so many pictures of each part are read out from, as many of each sub-folder at most.
+    """
+
+    data: Literal["digits", "images"] = "digits"
     linear_steps: int = 20_000
 
     kinds: tuple[str, ...] = ("SL, MLP head", "SCL, no head", "SCL, MLP head", "SCL, fixed head")
@@ -47,6 +58,15 @@ class Config:
     group_epochs: int = 20
     mlp_hidden: int = 256
     seeds: int = 2
+
+    data_folder: str | None = None
+    weights: str | None = None
+    rate: float = 1e-3
+    decay: float = 1e-3
+    batch_size: int = 32
+    temperature: float = 0.5
+    crop: tuple[float, float] = (0.7, 1.0)
+    probe_samples: int = 20_000
 
     preset: str = presets(
         quick={},
@@ -60,19 +80,26 @@ class Config:
             "seeds": 5,
         },
         paper={
-            "kinds": tuple(KINDS),
-            "epochs": 300,
-            "drops": (0.0, 0.25, 0.5, 0.75, 1.0),
-            "view_epochs": 400,
-            "group_epochs": 100,
+            "data": "images",
+            "kinds": (
+                *KINDS,
+                "SCL, linear head",
+                "SCL, identity head",
+                "SimCLR, no head",
+                "SimCLR, MLP head",
+            ),
+            "kappa": 1.05,
+            "epochs": 100,
             "mlp_hidden": 2048,
-            "seeds": 10,
+            "seeds": 5,
         },
     )
 
 
 def run(config: Config, *, out: Path) -> Outcome:
-    """Run the recipe into ``out``; a killed run goes on from its last finished training."""
+    """Run the recipe into ``out``; a killed run goes on from its last finished training, on a folder of photographs from its last finished epoch."""
+    if one_of("data", config.data, ("digits", "images")) == "images":
+        return at_full_scale(config, out, SLUG, TITLE)
     for name in config.kinds:
         one_of("kinds", name, KINDS)
     for name in ("linear_steps", "epochs", "view_epochs", "group_epochs", "mlp_hidden", "seeds"):

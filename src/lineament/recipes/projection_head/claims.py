@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lineament.recipes.kit.claims import Paired, higher, judged
@@ -55,15 +55,32 @@ def _linear(w: Weights) -> list[Claim]:
     ]
 
 
-def _fine(kinds: dict[str, list[Probed]]) -> list[Claim]:
+def on_folder(found: dict[str, Any], divided: bool) -> list[Claim]:
+    """The claims on a folder of photographs; where classes have no sub-folders, only SimCLR, which sees no labels, has something to lose."""
+    kinds = {name: [each.read for each in runs] for name, runs in found.items()}
+    claims = (
+        _fine(kinds, ("SL", "SCL", "SimCLR"), "sub-folders")
+        if divided
+        else _fine(kinds, ("SimCLR",), "classes")
+    )
+    for name, runs in found.items():
+        groups = [each.groups for each in runs if each.groups is not None]
+        if not name.endswith("no head"):
+            claims += [replace(claim, name=f"{name}: {claim.name}") for claim in _groups(groups)]
+    return claims
+
+
+def _fine(
+    kinds: dict[str, list[Probed]], hows: Sequence[str] = ("SL", "SCL"), what: str = "fine classes"
+) -> list[Claim]:
     claims: list[Claim] = []
-    for how in ("SL", "SCL"):
+    for how in hows:
         mlp = kinds.get(f"{how}, MLP head")
         if mlp is None:
             continue
         before, after = values(mlp, "before", "fine_standardised"), values(mlp, "after", "fine_standardised")
         claims.append(
-            higher(f"{how}: fine classes are kept before an MLP head and lost after it", "sub-class information is reduced by the head", before, after)
+            higher(f"{how}: {what} are kept before an MLP head and lost after it", "sub-class information is reduced by the head", before, after)
         )  # fmt: skip
         untrained = values(mlp, "untrained", "fine_standardised")
         claims.append(
@@ -83,31 +100,18 @@ def _fine(kinds: dict[str, list[Probed]]) -> list[Claim]:
                 after,
             )
         )
-    if {"SCL, no head", "SCL, MLP head"} <= set(kinds):
-        ours, theirs = (
-            values(kinds[k], "before", "fine_standardised") for k in ("SCL, MLP head", "SCL, no head")
-        )
-        claims.append(
-            higher(
-                "SCL: training with an MLP head and dropping it beats none",
-                "better representation",
-                ours,
-                theirs,
-            )
-        )
-    if {"SCL, no head", "SCL, fixed head"} <= set(kinds):
-        ours, theirs = (
-            values(kinds[k], "before", "fine_standardised") for k in ("SCL, fixed head", "SCL, no head")
-        )
-        claims.append(
-            higher(
-                "SCL: training with a fixed head and dropping it beats none",
-                "a controllable substitute",
-                ours,
-                theirs,
-            )
-        )
-    for how in ("SL", "SCL"):
+    for how in (how for how in hows if how != "SL"):
+        for head, a_head, paper in (
+            ("MLP head", "an MLP head", "better representation"),
+            ("fixed head", "a fixed head", "a controllable substitute"),
+        ):
+            ours, theirs = kinds.get(f"{how}, {head}"), kinds.get(f"{how}, no head")
+            if ours and theirs:
+                pair = [values(each, "before", "fine_standardised") for each in (ours, theirs)]
+                claims.append(
+                    higher(f"{how}: training with {a_head} and dropping it beats none", paper, *pair)
+                )
+    for how in hows:
         fixed = kinds.get(f"{how}, fixed head")
         if fixed is not None:
             claims += _blind(how, fixed)

@@ -102,12 +102,12 @@ def encoder(inputs: int, seed: int, head: str, kappa: float) -> WithHead:
 class Classified(nn.Module):
     """An encoder with its head, and a linear classifier behind them."""
 
-    def __init__(self, net: WithHead, classes: int, seed: int):
+    def __init__(self, net: WithHead, classes: int, seed: int, width: int = 64):
         super().__init__()
         self.net = net
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1000)
-            self.classifier = nn.Linear(64, classes)
+            self.classifier = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.net(x))
@@ -130,34 +130,36 @@ def by_parity(name: str, config: Any, seed: int) -> Probed:
         else:
             loss = SupCon(0.5)
             fit(net, (train.inputs, parity), optimizer=_sgd(0.2), loss=loss, **options)
-        return probed(net, (train.inputs, train.targets), (test.inputs, test.targets), head, config, seed)
+        net.eval()
+        fresh = encoder(64, seed + 500, head, config.kappa).head
+        with torch.no_grad():
+            sides = [(net.encoder(part.inputs), part.targets, part.targets % 2) for part in (train, test)]
+        return probed(net.head, fresh, *sides)
 
 
 def probed(
-    net: WithHead,
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    head: str,
-    config: Any,
-    seed: int,
+    head: nn.Module,
+    fresh: nn.Module,
+    train: tuple[Tensor, Tensor, Tensor],
+    test: tuple[Tensor, Tensor, Tensor],
 ) -> Probed:
-    """Read-outs of fine classes and parity."""
-    net.eval()
-    fresh = encoder(64, seed + 500, head, config.kappa).head
+    """Read-outs of (features, fine classes, coarse ones): ``fresh`` is an untrained head of the same shape."""
+    (x, *labels), (y, *goals) = train, test
     with torch.no_grad():
-        x, y = net.encoder(train[0]), net.encoder(test[0])
-        width = int(torch.linalg.matrix_rank(net.head(x) - net.head(x).mean(0), rtol=1e-3))
+        width = int(torch.linalg.matrix_rank(head(x) - head(x).mean(0), rtol=1e-3))
         axes = torch.linalg.svd(x - x.mean(0), full_matrices=False)[2][: max(1, width)]
         sides = {
             "before": (x, y),
-            "after": (net.head(x), net.head(y)),
+            "after": (head(x), head(y)),
             "untrained": (fresh(x), fresh(y)),
             "components": (x @ axes.T, y @ axes.T),
         }
     found = {}
     for side, (a, b) in sides.items():
-        fine = layers_worth(nn.Sequential(nn.Identity()), (a, train[1]), (b, test[1])).layers[0]
-        coarse = layers_worth(nn.Sequential(nn.Identity()), (a, train[1] % 2), (b, test[1] % 2)).layers[0]
+        fine, coarse = (
+            layers_worth(nn.Sequential(nn.Identity()), (a, known), (b, goal)).layers[0]
+            for known, goal in zip(labels, goals)
+        )
         found[side] = Read(fine.logistic, fine.logistic_standardised, coarse.logistic)
     return Probed(**found)
 
