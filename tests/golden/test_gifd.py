@@ -132,9 +132,10 @@ def check_values(file: File) -> None:
             )
             file.compare(f"costs.{name}", found)
         elif name in labels:
-            assert case["rule"] == "row_sums" and len(case["labels"]) == case["batch_size"]
-            sums = torch.tensor(labels[name]["row_sums_of_last_weight_gradient"], dtype=torch.float64)
-            guess = inferred_labels(sums[:, None], case["batch_size"])
+            assert len(case["labels"]) == case["batch_size"]
+            told_of = ("row_sums_of_last_weight_gradient", "bias_gradient")
+            sums, bias = (torch.tensor(labels[name][key], dtype=torch.float64) for key in told_of)
+            guess = inferred_labels(sums[:, None], case["batch_size"], rule=case["rule"], bias=bias)
             assert guess == labels[name]["inferred"], name
     for name in ("end_to_end", "soteria_rate", "clip_bounds", "prune_percentages"):
         if name in file.nodes:
@@ -143,9 +144,12 @@ def check_values(file: File) -> None:
 
 def check_search(file: File) -> None:
     get, size = file.input, int(file["render_size"])
-    assert (file["optimizer"], file["betas"], file["eps"]) == ("adam", [0.9, 0.999], 1e-8)
-    assert (file["lr_rampdown"], file["lr_rampup"]) == (0.75, 0.05)
-    assert (file["sphere"], file["sphere_eps"], file["n_restarts"]) == ("whole_batch", 1e-9, 1)
+    how = {
+        "optimizer": file["optimizer"],
+        "adam": (*listed(file["betas"]), file["eps"]),
+        "ramps": (file["lr_rampdown"], file["lr_rampup"]),
+    }
+    assert (file["sphere_eps"], file["n_restarts"]) == (1e-9, 1)
     labels, start = get("y"), get("z_init")
     assert labels.tolist() == listed(file["labels"])
     mean, std = get("mean"), get("std")
@@ -179,32 +183,33 @@ def check_search(file: File) -> None:
     act = getattr(torch, file["victim_activation"])
     assert victim[0].shape[2] == file["victim_kernel_size"]
 
-    def raw(x: Tensor) -> list[Tensor]:
-        h = x
+    def features(h: Tensor) -> Tensor:
+        sides = {"stride": file["victim_stride"], "padding": file["victim_padding"]}
         for k in (0, 2):
-            h = act(
-                F.conv2d(
-                    h, victim[k], victim[k + 1], stride=file["victim_stride"], padding=file["victim_padding"]
-                )
-            )
-        loss = F.cross_entropy(F.linear(h.flatten(1), victim[4], victim[5]), labels)
+            h = act(F.conv2d(h, victim[k], victim[k + 1], **sides))
+        return h.flatten(1)
+
+    def raw(x: Tensor) -> list[Tensor]:
+        loss = F.cross_entropy(F.linear(features(x), victim[4], victim[5]), labels)
         return list(torch.autograd.grad(loss, victim, create_graph=True))
 
-    def defence(g: list[Tensor]) -> list[Tensor]:
-        word, how_much = file["defence"], file["percentile"]
-        if word in (None, "None", "none"):
-            return g
-        return {"compression": defences.prune, "clipping": defences.clip}[word](g, how_much)
-
+    word = str(file["defence"]).lower()
+    kinds = {"compression": defences.Prune, "clipping": defences.Clip, "soteria": defences.Soteria}
+    defence = defences.Defence() if word == "none" else kinds[word](file["percentile"])
     # The true pictures are stored in single precision, their gradient is not.
     message = [get(f"target_grad{k}") for k in listed(file["gradient"])]
     for found, stored in zip(raw(get("x_true").double()), message, strict=True):
         torch.testing.assert_close(found, stored, rtol=1e-4, atol=1e-5)
-    message = defence(message)
-    stages = [Stage(int(n), float(e), float(r)) for n, e, r in zip(file["steps"], file["lr"], file["radii"])]
+    if word == "soteria":
+        message[4] = defences.soteria(features, get("x_true").double(), message[4], defence.rate)
+    else:
+        message = defence.mirror(message, message)
+    each = zip(file["steps"], file["lr"], file["radii"], strict=True)
+    stages = [Stage(int(n), float(e), float(r), **how) for n, e, r in each]
     assert len(stages) == file["n_stages"]
+    rows = ... if file["sphere"] == "whole_batch" else None  # one row: each code on its own sphere
     found = invert(
-        blocks, render, lambda x: defence(raw(x)), lambda g: matching_cost(g, message, file["cost"]), start, stages,
+        blocks, render, lambda x: defence.mirror(raw(x), message), lambda g: matching_cost(g, message, file["cost"])[rows], start, stages,
         bounds=(-mean / std, (1 - mean) / std), variation=file["tv"], norm=file["l2"], side=file["l2_size"],
     )  # fmt: skip
     file.compare("objective_trace", found.objective)

@@ -30,6 +30,7 @@ class Stage:
     then counts gradients, and ``peak`` is the first length that is tried). ``parts``: sizes of what the variable is made
     of side by side, and whether each is ``"free"``, on its own ``"sphere"``, or ``"fixed"``; each has its share of the ball. ``layer``: of which block it is the input, by
     default that of its place among the stages; a later one passes over the layers between.
+    ``ramps``: the shares of the steps in which the rate falls and rises, see :func:`lineament.privacy.constraints.rate`. ``adam``: its two betas and its eps.
 
     >>> Stage(500, 0.1).radius
     -1.0
@@ -42,6 +43,8 @@ class Stage:
     optimizer: str = "adam"
     parts: tuple[tuple[int, str], ...] = ()
     layer: int | None = None
+    ramps: tuple[float, float] = (0.75, 0.05)
+    adam: tuple[float, float, float] = (0.9, 0.999, 1e-8)
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,9 @@ def _descend(
         if stage.optimizer == "lbfgs":
             optimizer.step(objective)
         else:
-            optimizer.param_groups[0]["lr"] = rate(step / stage.steps, stage.peak)
+            optimizer.param_groups[0]["lr"] = rate(
+                step / stage.steps, stage.peak, down=stage.ramps[0], up=stage.ramps[1]
+            )
             objective()
             optimizer.step()
         with torch.no_grad():
@@ -232,7 +237,7 @@ def _optimizer(stage: Stage, value: Tensor) -> torch.optim.Optimizer:
         return torch.optim.LBFGS(
             [value], lr=stage.peak, max_iter=1, max_eval=25, line_search_fn="strong_wolfe"
         )
-    return torch.optim.Adam([value], lr=stage.peak)
+    return torch.optim.Adam([value], lr=stage.peak, betas=stage.adam[:2], eps=stage.adam[2])
 
 
 def _natural(x: Tensor, rows: int, variation: float, norm: float) -> Tensor:

@@ -73,7 +73,9 @@ def learn_pictures(
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(drawn_from(seed, outer).initial_seed())
                 model = networks(outer).to(pictures.device)
-                optimizer = torch.optim.SGD(model.parameters(), lr=options.network_rate)
+                optimizer = torch.optim.SGD(
+                    model.parameters(), lr=options.network_rate, momentum=options.network_momentum
+                )
                 together = [range(classes)] if groups is None else groups(outer)
                 for inner in range(inner_steps):
                     real = batches(outer, inner)

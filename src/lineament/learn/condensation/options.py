@@ -30,7 +30,7 @@ class Condensation:
         outer_warmup, inner_warmup: steps are class by class while both numbers are below these, and summed from then on; by default a quarter of ``outer``, and 10.
         rate: of the pictures: ``"scaled"`` is 0.1 times the root of classes over groups, which makes up for a sum of C distances, and moves no picture by more than 0.005 of
             the pixels' deviation in a step, see :meth:`capped`; ``"paper"`` 0.1; or a number.
-        momentum, network_rate: of the two optimizers.
+        momentum: of the pictures. network_rate, network_momentum: of the networks.
         batch_real, batch_train: real pictures of each class in a step, and synthetic ones in a step of the network.
         distance: ``"rows"``, ``"squares"`` or ``"cosine"``, see :func:`~lineament.learn.condensation.distances.gradient_distance`.
         groups: which classes are summed: ``"all"``, ``"random"`` (drawn anew for each network) or ``"clustered"`` (by the mean pictures) into
@@ -54,6 +54,7 @@ class Condensation:
     rate: float | str = "scaled"
     momentum: float = 0.5
     network_rate: float = 0.01
+    network_momentum: float = 0.0
     batch_real: int = 256
     batch_train: int = 256
     distance: Kind = "rows"
@@ -94,6 +95,7 @@ class Condensation:
             number("rate", self.rate, low=0, open_low=True)
         number("momentum", self.momentum, low=0, high=1, open_high=True)
         number("network_rate", self.network_rate, low=0)
+        number("network_momentum", self.network_momentum, low=0, high=1, open_high=True)
         one_of("distance", self.distance, KINDS)
         if self.strategy not in (None, "none"):
             Strategy(str(self.strategy), self.mode)
