@@ -21,8 +21,9 @@ from lineament.core.checks import InputError
 from lineament.handcrafted.estimators import GaborFeatures, HogFeatures, InkImages, LbpFeatures
 from lineament.kernels.classifiers import InfiniteClassifier, InfiniteRegressor
 from lineament.kernels.dimension import intrinsic_dimension
-from lineament.kernels.gaussian_processes import nngp, ntk
+from lineament.kernels.gaussian_processes import InfiniteKernel, nngp, ntk
 from lineament.kernels.hermite import hermite_coefficients
+from lineament.kernels.recursion import log_ntk
 from lineament.kernels.regimes import optimal_activation
 from lineament.kernels.scores import hilbert_scores, kernel_scores, laplace_scores
 from lineament.learn.boosting.estimators import GBNNClassifier, GBNNRegressor
@@ -238,7 +239,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a negative exponent": (lambda: hilbert_scores(X, Y, X, -1.0), "exponent"),
     "NaN in Laplace's kernel": (lambda: laplace_scores(_with_nan(X), Y, X), "NaN"),
     "NaN in machine's kernel": (lambda: kernel_scores("erf", 3, X, Y, _with_nan(X)), "NaN"),
-    "a sine on a line": (lambda: optimal_activation(1, "sine"), "above 1 only"),
+    "rows of any length": (lambda: kernel_scores("erf", 3, X, Y, X), "expected unit rows"),
+    "too few targets": (lambda: hilbert_scores(X, Y[:3], X, 2.0), "one target for each of 30"),
+    "a word for rows": (lambda: ntk("rows"), "of numbers"),
+    "an infinite kernel matrix": (lambda: InfiniteKernel("erf", np.inf)(X), "depth"),
+    "neither cosine nor distance": (lambda: log_ntk("relu", 3), "one of them"),
+    "a pole": (lambda: InfiniteClassifier(lambda z: 1 / z.abs()).fit(X, Y), "pole at 0"),
+    "a sine of too many dimensions": (lambda: optimal_activation(300, "sine"), "up to 180"),
+    "a sine on a line": (lambda: optimal_activation(1, "sine"), "above 1 and"),
     "Moebius elsewhere": (lambda: optimal_activation(3, "moebius"), "has 2 only"),
     "NaN in a search": (lambda: search(_with_nan(X), Y, {"l2": [1.0]}), "NaN"),
     "one class in a search": (lambda: search(X, 0 * Y, {"l2": [1.0]}), "one class"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -273,7 +273,7 @@ def dual_of(activation: Any, *, terms: int = 80) -> Dual:
     Args:
         activation: a :class:`Dual`; a name ("erf", "relu", "leaky_relu", "abs", "sin", "cos", "exp", "square", "cube", or of
             ``torch.nn.functional``: "gelu", "tanh", "silu", ...); an ``nn.Module`` or a function of a tensor.
-        terms: Hermite coefficients of an activation without a closed form; ``tail`` says what they leave out of E φ².
+        terms: Hermite coefficients of an activation without a closed form; ``tail`` says what they leave out of E φ². E φ'² is right also where there are kinks.
 
     Raises:
         InputError: an unknown name, a step (its slope has no finite norm), an activation that cannot be normalised.
@@ -303,11 +303,18 @@ def dual_of(activation: Any, *, terms: int = 80) -> Dual:
         found.slope_moment < math.inf,
         f"activation: {show(activation)} has a jump, so that E φ'² is infinite and no depth limit exists; expected a continuous activation",
     )
-    weights = found.coefficients**2
+    scale = math.sqrt(found.second_moment)
+    if found.negative_slope is not None:
+        return replace(leaky_relu(found.negative_slope), scale=scale)
+    weights = found.coefficients**2 / found.second_moment
     # What quadrature leaves of a coefficient that is zero: an odd activation has φ̂(0) = 0, not 1e-33.
-    weights[weights < 1e-26 * found.second_moment] = 0.0
-    kept = float(weights.sum())
+    weights[weights < 1e-26] = 0.0
+    tail = max(0.0, 1 - float(weights.sum()))
+    steep = found.slope_moment / found.second_moment - float(np.arange(terms) @ weights)
+    if tail > 1e-12 and terms * tail < steep < 1e4 * tail:
+        # The terms of a kink go on: two more have the value and the slope at 1 of all that are left out.
+        low = int(steep / tail)
+        weights = np.append(weights, np.zeros(low + 2 - terms))
+        weights[low:] = (low + 1) * tail - steep, steep - low * tail
     name = getattr(activation, "__name__", type(activation).__name__)
-    return polynomial(
-        weights, name, tail=max(0.0, 1 - kept / found.second_moment), scale=math.sqrt(found.second_moment)
-    )
+    return polynomial(weights, name, tail=tail, scale=scale)

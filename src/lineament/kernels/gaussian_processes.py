@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from sklearn.gaussian_process.kernels import Kernel
 
-from lineament.core.checks import one_of
+from lineament.core.checks import number, one_of
 from lineament.kernels.sphere import SphereMap, rows_of
 from lineament.kernels.table import LogTable
 from lineament.kernels.tiles import Rows, Tiles
@@ -75,6 +75,7 @@ class InfiniteKernel(Kernel):
         self.sphere = sphere
 
     def __call__(self, X: Any, Y: Any = None, eval_gradient: bool = False) -> Any:
+        number("depth", self.depth, low=1, integer=True)
         table = LogTable(self.activation, self.depth, self.kernel)  # pyright: ignore
         found = _matrix(X, Y, table, self.sphere, scaled=True)
         return (found, np.empty((*found.shape, 0))) if eval_gradient else found

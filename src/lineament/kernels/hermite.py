@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,11 +18,15 @@ from lineament.core.results import Readable
 
 @dataclass(frozen=True)
 class Hermite(Readable):
-    """``coefficients`` a_k = E[φ h_k], h_k normalised; ``second_moment`` E φ²; ``slope_moment`` E φ'², infinite where φ jumps."""
+    """``coefficients`` a_k = E[φ h_k], h_k normalised; ``second_moment`` E φ²; ``slope_moment`` E φ'², infinite where φ jumps.
+
+    ``negative_slope``: of a leaky relu, up to a factor and the sign of its argument, which the activation is; ``None`` of any other.
+    """
 
     coefficients: np.ndarray
     second_moment: float
     slope_moment: float
+    negative_slope: float | None = None
 
 
 def hermite_coefficients(activation: Callable[[torch.Tensor], Any], terms: int = 80) -> Hermite:
@@ -41,7 +46,9 @@ def hermite_coefficients(activation: Callable[[torch.Tensor], Any], terms: int =
     points, weights = _panels()
     z = torch.from_numpy(points.copy()).requires_grad_()
     try:
-        given = activation.double() if isinstance(activation, torch.nn.Module) else activation
+        given = activation
+        if isinstance(activation, torch.nn.Module):
+            given = copy.deepcopy(activation).double().eval()
         with torch.enable_grad():
             values = given(z)
             slopes = torch.autograd.grad(values.sum(), z)[0] if values.requires_grad else torch.zeros_like(z)
@@ -59,13 +66,29 @@ def hermite_coefficients(activation: Callable[[torch.Tensor], Any], terms: int =
     second = float(weights @ phi**2)
     require(0 < second < math.inf, f"activation: E φ² = {second:g}, which cannot be scaled to 1")
     outer = float((weights * phi**2)[np.abs(points) > 29].sum())
+    # At 0, where panels meet, a pole hides from them.
+    centre = given(torch.tensor([-1e-12, 1e-12], dtype=torch.float64)).detach().abs().amax().item()
+    require(
+        centre**2 * 1e-12 < 1e-6 * second,
+        f"activation: {show(activation)} has a pole at 0, so that E φ² is infinite",
+    )
     require(
         outer < 1e-9 * second,
         f"activation: {show(activation)} grows so fast that E φ² is infinite, expected less than exp(z²/4)",
     )
     basis = np.stack(hermite_basis(points, terms))
     smooth = _jump(given, points, phi, slope) < 1e-4 * math.sqrt(second)
-    return Hermite(basis @ (weights * phi), second, float(weights @ slope**2) if smooth else math.inf)
+    moment = float(weights @ slope**2) if smooth else math.inf
+    return Hermite(basis @ (weights * phi), second, moment, _negative_slope(points, phi))
+
+
+def _negative_slope(points: np.ndarray, phi: np.ndarray) -> float | None:
+    """α of max(z, 0) + α min(z, 0) if an activation is a multiple of it, or of its mirror image, and no line."""
+    slopes = phi / points
+    left, right = slopes[points < 0], slopes[points > 0]
+    less, more = sorted((float(left[0]), float(right[0])), key=abs)
+    straight = all(np.abs(side - side[0]).max() <= 1e-12 * abs(more) for side in (left, right))
+    return less / more if straight and less != more else None
 
 
 def _jump(activation: Any, points: np.ndarray, phi: np.ndarray, slope: np.ndarray) -> float:

@@ -32,6 +32,7 @@ class Points:
     @classmethod
     def of(cls, *, xi: Any = None, delta: Any = None) -> Points:
         """From cosines in [0, 1], or from δ = 1 - ξ where they are close to 1."""
+        require((xi is None) != (delta is None), "xi, delta: expected one of them, a cosine or 1 less it")
         given = np.asarray(delta if xi is None else xi, dtype=float)
         require(
             bool(((given >= 0) & (given <= 1)).all()),

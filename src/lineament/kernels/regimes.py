@@ -94,7 +94,7 @@ def fixed_point(dual: Dual, tolerance: float = 1e-9) -> float:
     high = 1 - 1e-3
     while gap(high) >= 0 and 1 - high > 1e-12:
         high = 1 - (1 - high) / 2
-    return _root(gap, 0.0, high)
+    return _root(gap, 0.0, high) if gap(high) < 0 else 1.0
 
 
 def optimal_dual(dimension: float, family: Literal["hermite", "sine", "moebius"] = "hermite") -> Dual:
@@ -116,7 +116,10 @@ def optimal_dual(dimension: float, family: Literal["hermite", "sine", "moebius"]
         )
         return moebius(0.5)
     if family == "sine":
-        require(d > 1, "dimension: got 1, but the family 'sine' has those above 1 only; 'hermite' has any")
+        require(
+            1 < d <= 180,
+            f"dimension: got {d:g}, but the family 'sine' has those above 1 and up to 180 only; 'hermite' has any",
+        )
         return sine(_amplitude(d))
     name = f"optimal {d:g}"
     if d < 2:

@@ -12,25 +12,26 @@ from scipy.linalg import LinAlgError, cho_factor, cho_solve
 from scipy.spatial.distance import pdist
 from sklearn.gaussian_process.kernels import Matern
 
-from lineament.core.checks import InputError, number, one_of, require
+from lineament.core.checks import InputError, number, one_of, require, show
 from lineament.kernels.recursion import log_nngp, log_ntk
-from lineament.kernels.sphere import rows_of
+from lineament.kernels.sphere import SphereMap, rows_of
 
 Array = np.ndarray
 
 
 def half_squares(X: Array, Y: Array) -> Array:
-    """δ = 1 - cos = |x - y|² / 2 of unit rows, by differences where they are close, [n, m].
+    """|x - y|² / 2, which is 1 - cos of unit rows, by differences where they are close, [n, m].
 
     >>> half_squares(np.eye(2), np.eye(2)).tolist()
     [[0.0, 1.0], [1.0, 0.0]]
     """
-    delta = np.clip(1 - X @ Y.T, 0, None)
-    close = np.argwhere(delta < 1e-4)
+    size = np.square(X).sum(1)[:, None] / 2 + np.square(Y).sum(1) / 2
+    delta = np.clip(size - X @ Y.T, 0, None)
+    close = np.argwhere(delta < 1e-4 * size)
     for part in np.array_split(close, max(1, len(close) // 100_000)):
         i, j = part.T
         delta[i, j] = np.square(X[i] - Y[j]).sum(1) / 2
-    return np.minimum(delta, 1.0)
+    return delta
 
 
 def kernel_scores(
@@ -61,11 +62,11 @@ def kernel_scores(
     """
     one_of("kernel", kernel, ("nngp", "ntk"))
     number("ridge", ridge, low=0)
-    X = rows_of("X", X)
-    Z = rows_of("Z", Z, X)
+    X, y, Z = _asked(X, y, Z)
+    X, Z = (SphereMap.fitted(None, X)(rows) for rows in (X, Z))
     logs = log_nngp if kernel == "nngp" else log_ntk
     top = float(logs(activation, depth, delta=np.zeros(())))
-    inside = half_squares(X, X)
+    inside = np.minimum(half_squares(X, X), 1)
     np.fill_diagonal(inside, 0.0)
     matrix = np.exp(logs(activation, depth, delta=inside) - top)
     np.fill_diagonal(matrix, 1 + ridge)
@@ -76,21 +77,29 @@ def kernel_scores(
             f"ridge: the kernel matrix of {len(X)} points is singular at depth {depth} (two equal points, or an activation that makes all "
             f"alike); expected a ridge above {ridge:g}, or more depth"
         ) from error
-    across = logs(activation, depth, delta=half_squares(Z, X)) - top
+    across = logs(activation, depth, delta=np.minimum(half_squares(Z, X), 1)) - top
     shift = across.max(1)
     require(bool(np.isfinite(shift).all()), "Z: a row is orthogonal to all of X, so that its kernel is zero")
     return np.exp(across - shift[:, None]) @ weights, shift
 
 
+def _asked(X: Any, y: Any, Z: Any) -> tuple[Array, Array, Array]:
+    """Rows, a target for each of them, and rows as wide as they are."""
+    X, y = rows_of("X", X), np.asarray(y)
+    require(
+        y.shape[:1] == X.shape[:1], f"y: got {show(y)}, expected one target for each of {len(X)} rows of X"
+    )
+    return X, y, rows_of("Z", Z, X)
+
+
 def hilbert_scores(X: Array, y: Array, Z: Array, exponent: float) -> Array:
-    """Σ y r^-d / Σ r^-d of the distances r: the Hilbert kernel rule. A point of X has its own label.
+    """Σ y r^-d / Σ r^-d of the Euclidean distances r: the Hilbert kernel rule. A point of X has its own label.
 
     >>> hilbert_scores(np.eye(2), np.array([1.0, -1.0]), np.eye(2), 2.0).tolist()
     [1.0, -1.0]
     """
     number("exponent", exponent, low=0, open_low=True)
-    X = rows_of("X", X)
-    Z = rows_of("Z", Z, X)
+    X, y, Z = _asked(X, y, Z)
     with np.errstate(divide="ignore"):
         log = -exponent / 2 * np.log(2 * half_squares(Z, X))
     top = log.max(1, keepdims=True)
@@ -117,8 +126,7 @@ def laplace_scores(
     >>> laplace_scores(np.eye(2), np.array([1.0, -1.0]), np.eye(2)).round(9).tolist()
     [1.0, -1.0]
     """
-    X = rows_of("X", X)
-    Z = rows_of("Z", Z, X)
+    X, y, Z = _asked(X, y, Z)
     if bandwidth is None:
         bandwidth = float(np.median(pdist(X[:1000]))) if len(X) > 1 else 1.0
     number("bandwidth", bandwidth, low=0, open_low=True)

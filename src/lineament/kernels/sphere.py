@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lineament.core.checks import one_of, require, show
+from lineament.core.checks import InputError, one_of, require, show
 
 Array = np.ndarray
 Sphere = Literal["cap", "split", "normalize"]
@@ -23,7 +23,10 @@ def rows_of(what: str, given: Any, like: Array | None = None) -> Array:
     >>> rows_of("X", [[1, 2]]).tolist()
     [[1.0, 2.0]]
     """
-    found = np.asarray(given, dtype=float)
+    try:
+        found = np.asarray(given, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what}: got {show(given)}, expected rows [n, features] of numbers") from error
     require(found.ndim == 2 and found.size > 0, f"{what}: got {show(given)}, expected rows [n, features]")
     bad = np.flatnonzero(~np.isfinite(found).all(1))
     require(not len(bad), f"{what}: row {bad[:1].tolist()} has NaN or infinity, expected finite numbers")

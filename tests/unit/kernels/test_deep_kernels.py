@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from lineament.kernels.dimension import intrinsic_dimension
-from lineament.kernels.duals import dual_of, moebius, monomial, polynomial
+from lineament.kernels.duals import dual_of, leaky_relu, moebius, monomial, polynomial
 from lineament.kernels.gaussian_processes import InfiniteKernel, nngp, ntk, psi
 from lineament.kernels.recursion import log_nngp, log_ntk, log_psi
 from lineament.kernels.regimes import optimal_activation, optimal_dual, regime
+from lineament.kernels.scores import hilbert_scores, nearest
 from lineament.kernels.sphere import SphereMap
 from lineament.kernels.table import LogTable, ValueTable, optimal_table
 
@@ -188,3 +189,40 @@ def test_a_monomial_singles_the_nearest_out():
     near, far = optimal_table(2)(np.array([1e-30, 1e-20]))
     # Closer than 1e-12 is one point, and one point outweighs a billion others.
     assert near > 1e4 * far
+
+
+@pytest.mark.parametrize(
+    ("activation", "alpha"),
+    [(torch.nn.ReLU(), 0.0), (torch.relu, 0.0), (torch.nn.PReLU(), 0.25), (torch.abs, -1.0), (lambda z: -3 * z.clamp(max=0), 0.0)],
+)  # fmt: skip
+def test_a_leaky_relu_is_known_whatever_form_it_has(activation, alpha):
+    xi, dual = np.linspace(0, 1, 9), dual_of(activation)
+    np.testing.assert_allclose(dual.value(xi), leaky_relu(alpha).value(xi), rtol=0, atol=1e-12)
+    told = regime(activation)
+    assert (told.limit, told.needs_ridge, told.b) == ("majority", False, pytest.approx(1, abs=1e-12))
+    if isinstance(activation, torch.nn.PReLU):
+        assert activation.weight.dtype == torch.float32
+
+
+def test_kinks_have_the_slope_at_one_that_their_series_leaves_out():
+    # E φ'² = P(|Z| < 1) and E φ² = P(|Z| < 1) - 2 n(1) + P(|Z| > 1) for a clamp to ±1.
+    inside, height = math.erf(math.sqrt(0.5)), math.exp(-0.5) / math.sqrt(2 * math.pi)
+    second = 1 - 2 * height
+    told = regime(torch.nn.Hardtanh())
+    assert told.b == pytest.approx(inside / second, rel=1e-9) and told.a == pytest.approx(
+        inside**2 / second, rel=1e-9
+    )
+    assert told.exponent == pytest.approx(-2 * math.log(told.a) / math.log(told.b))
+    # Its own series, of which ξ = 1 - 1e-3 has hardly any.
+    dual, long = dual_of(torch.nn.Hardtanh()), dual_of(torch.nn.Hardtanh(), terms=400)
+    delta = np.array([1e-3, 0.02, 0.3])
+    np.testing.assert_allclose(dual.complement(delta), long.complement(delta), rtol=3e-3)
+    assert dual.tail > 1e-4 and not regime(torch.nn.ReLU6()).needs_ridge
+
+
+def test_rules_of_distances_take_rows_of_any_length():
+    rng = np.random.default_rng(0)
+    X, Z, y = 5 * rng.normal(size=(20, 3)), 5 * rng.normal(size=(6, 3)), rng.normal(size=20)
+    weights = np.linalg.norm(Z[:, None] - X, axis=2) ** -3.0
+    np.testing.assert_allclose(hilbert_scores(X, y, Z, 3), weights @ y / weights.sum(1), rtol=1e-12)
+    np.testing.assert_array_equal(nearest(X, y, Z), y[weights.argmax(1)])
