@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from lineament import __version__
 from lineament.core.checks import InputError, require, show
@@ -169,7 +170,7 @@ class Condensed(Readable):
     def plot(self, ax: Any = None, most: int = 10) -> Any:
         """Pictures as a sheet, one row a class, at most so many of each."""
         ax = axes(ax)
-        x = self.clamped().cpu() / self.top
+        x = F.pad(self.clamped().cpu() / self.top, (1, 1, 1, 1), value=1.0)  # a line between pictures
         per = min(self.per_class, most)
         rows = [torch.cat(list(x[self.labels == c][:per]), 2) for c in range(int(self.labels.max()) + 1)]
         sheet = torch.cat(rows, 1).movedim(0, -1).numpy()
