@@ -254,6 +254,14 @@ def test_a_batch_without_labels_is_zero_and_bad_rows_are_named(make):
     assert none.item() == 0 and not x.grad.any()
     with pytest.raises(InputError, match="indices_tuple"):
         loss(x, y, sample_weight=(y, y, y))
+    with pytest.raises(InputError, match=r"indices_tuple: .* sample_weight"):
+        loss(x, y, indices_tuple=(y, y, y))
+    for given, layout, words in (
+        ({"W": head.weight}, "columns", r"source: got .*state\['W'\]"),
+        (head.weight, "column", "layout: got 'column'.*nearest: 'columns'"),
+    ):
+        with pytest.raises(InputError, match=words):
+            head.load_class_weights(given, layout)
     with torch.no_grad():
         head.weight[1] = 0
     with pytest.raises(InputError, match="class centre"):

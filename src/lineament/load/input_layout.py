@@ -190,7 +190,7 @@ def find_layout(
     raw = some.inputs
     wanted = expected_input(model)
     tried: list[str] = []
-    unlike = ""
+    unlike, refused = "", None
     # Of nn.Embedding, nn.EmbeddingBag and what is called as they are.
     sizes = (getattr(m, "num_embeddings", None) for m in model.modules())
     vocabulary = max((size for size in sizes if isinstance(size, int)), default=0)
@@ -213,8 +213,10 @@ def find_layout(
         try:
             with frozen(model), torch.no_grad():
                 output = called(model, layout.given(some, model))
-        except InputError:
-            raise
+        except InputError as error:
+            # A module of ours that takes no such numbers (a shared table, real ones as ids); another form may do.
+            refused = refused or error
+            continue
         except Exception as error:
             tried.append(f"{tuple(x.shape)}: {first_line(error)[:160]}")
             continue
@@ -233,6 +235,8 @@ def find_layout(
             )
             continue
         return replace(layout, classes=axis), layout.steps(some, model)
+    if refused is not None:
+        raise refused
     require(not unlike, unlike)
     raise InputError(
         f"data: samples of shape {tuple(samples.inputs.shape[1:])} do not fit the model, which expects {wanted.text}; tried "

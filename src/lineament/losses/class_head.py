@@ -87,6 +87,7 @@ class ClassHead(nn.Module):
         margins: Tensor | None = None,
         kept: Tensor | None = None,
         also: Tensor | None = None,
+        indices_tuple: None = None,
     ) -> Tensor:
         """The loss.
 
@@ -98,6 +99,7 @@ class ClassHead(nn.Module):
         Raises:
             InputError: labels beyond the classes, wrong shapes, an embedding or class without direction, NaN.
         """
+        not_taken(indices_tuple)
         plain = self.reduction == "none" or self.chunk is None or self.margin.changes_others
         if plain and not self.sharded:
             parts = self.parts(embeddings, labels, margins=margins, kept=kept, also=also)
@@ -214,7 +216,12 @@ class ClassHead(nn.Module):
 
     def load_class_weights(self, source: Tensor, layout: Literal["rows", "columns"] = "rows") -> None:
         """Take class weights from another library: (C, d) rows, or (d, C) columns as in pytorch-metric-learning and ElasticFace."""
-        given = source if layout == "rows" else source.T
+        one_of("layout", layout, ("rows", "columns"))
+        require(
+            isinstance(source, Tensor),
+            f"source: got {show(source)}, expected the class weights themselves, a tensor such as state[{next(iter(source), 'weight') if isinstance(source, dict) else 'weight'!r}]",
+        )
+        given = source.mT if layout == "columns" and source.ndim == 2 else source
         require(
             given.shape == self.weight.shape,
             f"source: got {show(source)} as {layout}, expected {tuple(self.weight.shape)} class rows",
@@ -303,6 +310,14 @@ def _per_row(sample_weight: Tensor, rows: Tensor, like: Tensor) -> Tensor:
     found = sample_weight[rows].to(like)
     require(bool(found.isfinite().all()), "sample_weight: NaN or infinity")
     return found
+
+
+def not_taken(indices_tuple: Any) -> None:
+    """An error for what pytorch-metric-learning's losses take beside labels."""
+    require(
+        indices_tuple is None,
+        "indices_tuple: pytorch-metric-learning's pairs are not taken; weigh samples by sample_weight",
+    )
 
 
 def _fitting(margins: Tensor | None, rows: Tensor, labels: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lineament.core.checks import number, one_of, require, show
 from lineament.core.results import Readable
 from lineament.core.shards import joined
-from lineament.losses.class_head import ClassHead, checked
+from lineament.losses.class_head import ClassHead, checked, not_taken
 from lineament.losses.contrastive import exact, wide
 from lineament.losses.pair_losses import PAIR_LOSSES, pair_loss
 
@@ -50,8 +50,16 @@ class UNPG(nn.Module):
         self.weight = number("weight", weight, low=0)
         self.whisker = whisker if whisker == float("inf") else number("whisker", whisker, low=0)
 
-    def forward(self, embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        sample_weight: Tensor | None = None,
+        *,
+        indices_tuple: None = None,
+    ) -> Tensor:
         """The loss of embeddings [B, d] with labels [B]; rows of label -1 form no pairs. Without negatives it is the head's own."""
+        not_taken(indices_tuple)
         if not self.training:
             return self.head(embeddings, labels, sample_weight=sample_weight)
         if self.pairs is not None:

@@ -50,6 +50,8 @@ def test_maps_are_pooled_and_rank_is_closed_form():
 
 def test_labels_that_do_not_fit_and_unknown_sites_are_named():
     net, x = nn.Sequential(nn.Linear(2, 2)), torch.randn(4, 2)
+    with pytest.raises(InputError, match="test: got label -1, expected classes from 0 on"):
+        layers_worth(net, (x, torch.arange(4) % 2), (x, torch.arange(4) % 2 - 1))
     with pytest.raises(InputError, match="train: got 4 inputs and 3 targets"):
         layers_worth(net, (x, torch.zeros(3).long()), (x, torch.zeros(4).long()))
     found = layers_worth(net, (x, torch.tensor([0, 1, 0, 1])), (x, torch.tensor([0, 1, 0, 1])))

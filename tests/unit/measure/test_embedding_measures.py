@@ -111,7 +111,7 @@ def test_people_are_found_among_distractors():
                 genuine.append(float(scores[i, j]))
     found = identification(3 * x, labels, 2 * others, fars=(0.01, 1e-6))
     assert found.rank1 == pytest.approx(np.mean(hits)) and 0.05 < found.rank1 < 0.95
-    assert (found.pairs, found.distractors) == (len(hits), 60)
+    assert (found.pairs, found.distractors, found.none_allowed) == (len(hits), 60, (1e-6,))
     every = torch.cat([torch.tensor(genuine).double(), impostors.flatten()])
     same = torch.arange(len(every)) < len(genuine)
     assert found.tar == pytest.approx(tar_at_far(every, same, (0.01, 1e-6)).tolist())
@@ -194,6 +194,7 @@ def test_protocols_are_what_their_codes_do():
     scores = (added[0::2] * added[1::2]).sum(1)
     assert (found.accuracy, found.deviation) == (folds.mean, folds.std)
     assert found.tar == tuple(tar_at_far(scores, same, (1e-2, 1e-3)).tolist()) and found.far == (1e-2, 1e-3)
+    assert found.none_allowed == tuple(f for f in (1e-2, 1e-3) if f * int((~same.bool()).sum()) < 1) != ()
     both = torch.cat([x, flipped], 1)
     scores = F.cosine_similarity(both[0::2], both[1::2])
     found = verification(x, same, flipped=flipped, protocol="unpg", fars=(0.1,))

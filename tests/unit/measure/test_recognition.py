@@ -38,6 +38,7 @@ def test_blocks_equal_the_matrix_of_all_pairs(monkeypatch):
         assert found.gap == pytest.approx(float(scores[upper & same].min() - scores[upper & ~same].max()))
         assert (found.genuine, found.impostors, found.people) == (67, 164, 4)
         assert found.none_allowed == (1e-4,)
+    assert recognition(x.numpy(), labels.numpy(), fars).to_dict() == found.to_dict()
 
 
 @pytest.mark.parametrize("guess", [None, 2.0, 0.3])

@@ -215,4 +215,5 @@ def _pair(name: str, data: Any) -> tuple[Tensor, Tensor]:
         and len(labels) > 1,
         f"{name}: got labels {show(labels)} beside {show(inputs)}, expected a class of each sample",
     )
+    require(int(labels.min()) >= 0, f"{name}: got label {int(labels.min())}, expected classes from 0 on")
     return inputs, labels.long()

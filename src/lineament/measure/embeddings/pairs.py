@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -222,6 +223,9 @@ def _ordered(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _checked(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    embeddings, labels = (
+        torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in (embeddings, labels)
+    )
     if not isinstance(embeddings, Tensor) or embeddings.ndim != 2 or not embeddings.is_floating_point():
         raise InputError(f"embeddings: got {show(embeddings)}, expected floats [samples, dimension]")
     whole = isinstance(labels, Tensor) and not labels.is_floating_point()

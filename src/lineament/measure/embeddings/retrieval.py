@@ -73,13 +73,17 @@ def retrieval(embeddings: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5, 10)
 
 @dataclass(frozen=True)
 class Identification(Readable):
-    """Of ``pairs`` of a probe and its mate, the share whose mate beats all ``distractors`` (``rank1``), and the share accepted where a share ``fars`` of all pairs of probe and distractor is."""
+    """Of ``pairs`` of a probe and its mate, the share whose mate beats all ``distractors`` (``rank1``), and the share accepted where a share ``fars`` of all pairs of probe and distractor is.
+
+    ``none_allowed``: rates below one such pair, at which no false accept is allowed.
+    """
 
     rank1: float
     fars: tuple[float, ...]
     tar: tuple[float, ...]
     pairs: int
     distractors: int
+    none_allowed: tuple[float, ...]
 
 
 @torch.no_grad()
@@ -129,5 +133,5 @@ def identification(
     limits = [float(largest[k]) if k < pairs else -torch.inf for k in allowed]
     return Identification(
         right / len(genuine), tuple(map(float, fars)), tuple(float((genuine > limit).double().mean()) for limit in limits),
-        len(genuine), len(others),
+        len(genuine), len(others), tuple(float(far) for far, k in zip(fars, allowed) if k == 0),
     )  # fmt: skip

@@ -210,7 +210,10 @@ def with_flips(
 
 @dataclass(frozen=True)
 class Verification(Readable):
-    """What a protocol says of some pairs: ``accuracy``, its deviation over folds (``None`` without folds), true-accept rates and the false-accept rates that they were read at, and the equal error rate."""
+    """What a protocol says of some pairs: ``accuracy``, its deviation over folds (``None`` without folds), true-accept rates and the false-accept rates that they were read at, and the equal error rate.
+
+    ``none_allowed``: those asked for that are below one impostor pair, at which no false accept is allowed: such a rate speaks of the largest impostor alone.
+    """
 
     protocol: str
     accuracy: float
@@ -218,6 +221,7 @@ class Verification(Readable):
     tar: tuple[float, ...]
     far: tuple[float, ...]
     equal_error: float
+    none_allowed: tuple[float, ...]
 
 
 def verification(
@@ -252,13 +256,16 @@ def verification(
         unit = with_flips(embeddings, flipped, "added" if protocol == "insightface" else "concatenated")
     scores = (unit[0::2] * unit[1::2]).sum(1)
     error = equal_error_rate(scores, same)
+    none = tuple(float(far) for far in fars if int(far * int((~same.bool()).sum()) * (1 + 1e-12)) == 0)
     if protocol == "unpg":
         tar, far = nearest_tar_at_far(scores, same, fars)
         accuracy = best_threshold_accuracy(scores, same)
-        return Verification(protocol, accuracy, None, tuple(tar.tolist()), tuple(far.tolist()), error)
+        return Verification(protocol, accuracy, None, tuple(tar.tolist()), tuple(far.tolist()), error, none)
     found = fold_accuracy(unit, same)
     tar = tar_at_far(scores, same, fars)
-    return Verification(protocol, found.mean, found.std, tuple(tar.tolist()), tuple(map(float, fars)), error)
+    return Verification(
+        protocol, found.mean, found.std, tuple(tar.tolist()), tuple(map(float, fars)), error, none
+    )
 
 
 def _known(scores: Tensor, same: Tensor) -> Tensor:
