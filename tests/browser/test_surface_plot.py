@@ -32,6 +32,13 @@ def pixels(element) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(element.screenshot_as_png)).convert("RGB")).astype(int)
 
 
+def colourful(element) -> bool:
+    """Viridis goes through blue, green and yellow: a blank or a broken drawing has hardly any colour."""
+    shown = pixels(element).reshape(-1, 3)
+    coloured = (shown.max(1) - shown.min(1) > 60).mean()
+    return bool(coloured > 0.05) and len(np.unique(shown // 16, axis=0)) > 12
+
+
 def reading(driver) -> str:
     return evaluate(driver, "document.querySelector('.reading').textContent")
 
@@ -39,14 +46,13 @@ def reading(driver) -> str:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_both_drawings_have_colours_and_fit(browser, report, width, scheme):
+    from selenium.webdriver.support.ui import WebDriverWait
+
     driver = browser(width=width, scheme=scheme)
     watch(driver, report)
     for kind in ("contour", "surface"):
-        shown = pixels(plot(driver, kind)).reshape(-1, 3)
-        # Viridis goes through blue, green and yellow: a blank or a broken drawing has hardly any colour.
-        coloured = (shown.max(1) - shown.min(1) > 60).mean()
-        assert coloured > 0.05, kind
-        assert len(np.unique(shown // 16, axis=0)) > 12, kind
+        # A busy machine shows the canvas some frames after the page is loaded.
+        WebDriverWait(driver, 20).until(lambda _, kind=kind: colourful(plot(driver, kind)), kind)
     assert not scrolls_sideways(driver)
     inside = evaluate(
         driver,

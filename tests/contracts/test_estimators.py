@@ -19,6 +19,7 @@ from torch import nn
 
 from lineament.core.checks import InputError
 from lineament.handcrafted.estimators import GaborFeatures, HogFeatures, InkImages, LbpFeatures
+from lineament.handcrafted.lbp import lbp
 from lineament.kernels.classifiers import InfiniteClassifier, InfiniteRegressor
 from lineament.kernels.dimension import intrinsic_dimension
 from lineament.kernels.gaussian_processes import InfiniteKernel, nngp, ntk
@@ -229,6 +230,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: GBNNClassifier(4).fit(np.arange(900.0), np.arange(900) % 2),
         "^Expected 2D array, got 1D.{0,200}$",
     ),
+    "one frequency": (lambda: GaborFeatures(0.1).fit(PICTURES), "a list of"),
+    "no angle": (lambda: GaborFeatures(orientations=[np.nan]).fit(PICTURES), "orientations"),
+    "edges that fall": (
+        lambda: lbp(torch.ones(1, 9, 9), codes="var", edges=torch.tensor([2.0, 1.0])),
+        "ascending",
+    ),
+    "a million labels": (lambda: LbpFeatures(24, codes="default").fit(PICTURES), "16,777,216"),
+    "one value of a setting": (lambda: search(X, Y, {"total_units": 3}), "a list of the values"),
     "no frequencies": (lambda: GaborFeatures([]).fit(PICTURES), "frequencies"),
     "white that is black": (lambda: InkImages(white=0).fit(PICTURES), "white"),
     "NaN in a kernel function": (lambda: ntk(_with_nan(X)), r"row \[0\] has NaN"),
@@ -302,3 +311,5 @@ def test_kinks_are_no_jumps_and_numbers_of_numpy_are_numbers():
         X, Y
     )
     assert net.network_.units == 4
+    few = GaborFeatures([0.2], np.int64(3), grid=np.int64(2)).fit(PICTURES)
+    assert len(few.get_feature_names_out()) == few.transform(PICTURES).shape[1] == 24

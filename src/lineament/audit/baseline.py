@@ -37,7 +37,7 @@ from lineament.audit.stages import STAGES, Report, command, fresh, opened
 from lineament.core import checks
 from lineament.core.checkpoint import Checkpoint
 from lineament.core.checks import one_of
-from lineament.handcrafted.table import EFFORTS
+from lineament.handcrafted.table import EFFORTS, grey_range
 from lineament.load.data import Data, load_data
 from lineament.papers import search
 from lineament.report import page
@@ -176,7 +176,8 @@ def baseline(
         section="table",
     )
     write_settings(folder, pairs, names, classifiers)
-    unwritten = write_best_model(folder, top, rows(best[0]), y, train, seed, ink=options.ink)
+    told = {"ink": options.ink, "levels": list(grey_range(held.inputs)) if images else None}
+    unwritten = write_best_model(folder, top, rows(best[0]), y, train, seed, told=told)
     for line in unwritten:
         note(line)
     paper = next(paper for paper in search() if paper.slug == SLUG)

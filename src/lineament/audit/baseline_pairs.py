@@ -133,9 +133,9 @@ def write_settings(folder: Path, pairs: Sequence[Pair], names: Sequence[str], ki
 
 
 def write_best_model(
-    folder: Path, top: Pair, X: np.ndarray, y: np.ndarray, train: Any, seed: int, *, ink: bool
+    folder: Path, top: Pair, X: np.ndarray, y: np.ndarray, train: Any, seed: int, *, told: dict[str, Any]
 ) -> list[str]:
-    """The best pair's estimator, fitted to the training part: safetensors for ours, skops for scikit-learn's; what could not be written, and why."""
+    """The best pair's estimator, fitted to the training part: safetensors for ours, skops for scikit-learn's; what could not be written, and why. ``told``: how its features are made, which is written beside it."""
     name, kind = top.descriptor, top.classifier
     target = folder / f"baseline-best.{'safetensors' if kind in ('gbnn', 'infinite') else 'skops'}"
     if target.suffix == ".skops":
@@ -149,7 +149,7 @@ def write_best_model(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made.fit(X[train], y[train])
-    told: dict[str, Any] = {"features": name, "ink": ink}
+    told = {"features": name, **told}
     if target.suffix == ".skops":
         skops.io.dump(made, target)  # pyright: ignore
     else:

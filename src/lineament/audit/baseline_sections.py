@@ -84,7 +84,7 @@ def table_section(
     return Section(
         "table", "What does each descriptor reach with each classifier?", "note", percent(float(accuracy.max())),
         f"of test samples right: {names[row]} with {kinds[column]}",
-        f"Each classifier was tuned on {train:,} training samples only and looked at {test:,} test samples once{f', on {splits} splits' if splits > 1 else ''}; the best, {names[row]} with {kinds[column]}, "
+        f"Each classifier was {'tuned on' if any(p.settings for p in pairs) else 'fitted, with usual settings, to'} {train:,} training samples only and looked at {test:,} test samples once{f', on {splits} splits' if splits > 1 else ''}; the best, {names[row]} with {kinds[column]}, "
         f"is right for {percent(float(accuracy.max()))}. It was picked as the best of {accuracy.size} on these test samples, so it is a little flattered.",
         [
             picture(

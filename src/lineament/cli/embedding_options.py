@@ -151,8 +151,11 @@ class EmbeddingOptions:
             return margins.Elastic(form, *m, **sigma, match=self.match, **guard)  # pyright: ignore[reportArgumentType]
         if self.loss == "magface":
             return margins.MagFace(**({"margins": m} if m else {}), **guard)  # pyright: ignore[reportArgumentType]
+        if self.loss == "sphereface":
+            # On the embedding's norm, as published, it shrinks every embedding to nothing.
+            return margins.SphereFace(*m, by_norm=False)
         kinds: dict[str, Any] = {
-            "norm-softmax": margins.Cosine, "sphereface": margins.SphereFace, "cosface": margins.CosFace, "arcface": margins.ArcFace,
+            "norm-softmax": margins.Cosine, "cosface": margins.CosFace, "arcface": margins.ArcFace,
             "combined": margins.Combined, "curricularface": margins.CurricularFace, "adaface": margins.AdaFace,
         }  # fmt: skip
         return kinds[self.loss](*m, **guard)

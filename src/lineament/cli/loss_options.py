@@ -26,7 +26,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "sigma": ("elastic-arc", "elastic-cos"),
     "match": ("elastic-arc", "elastic-cos"),
     "guard": ("arcface", "elastic-arc", "magface"),
-    "unpg": tuple(name for name in _CLASSES if name not in ("curricularface", "sphereface")),
+    "unpg": tuple(name for name in _CLASSES if name != "curricularface"),
     "sample_classes": tuple(name for name in _CLASSES if name != "curricularface"),
     "temperature": _CONTRASTIVE,
     "queue": ("moco",),

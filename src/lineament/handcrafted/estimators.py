@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from lineament.core.checks import InputError, number, require, show
 from lineament.core.estimator_data import validated
-from lineament.handcrafted.gabor import gabor, gabor_kernel
+from lineament.handcrafted.gabor import angles_of, frequencies_of, gabor, gabor_kernel
 from lineament.handcrafted.hog import hog, hog_length
 from lineament.handcrafted.images import batch_of
 from lineament.handcrafted.ink import drawn, grey_levels, white_of
@@ -271,23 +270,19 @@ class GaborFeatures(_Images):
         )  # fmt: skip
 
     def _noticed(self, images: Tensor) -> tuple[str, ...]:
-        turns = (
-            [math.pi * k / self.orientations for k in range(self.orientations)]
-            if isinstance(self.orientations, int)
-            else self.orientations
-        )
         sides = [
             gabor_kernel(f, turn, bandwidth=self.bandwidth).shape[0]
-            for f in self.frequencies
-            for turn in turns
-        ] or [0]
+            for f in frequencies_of(self.frequencies)
+            for turn in angles_of(self.orientations)
+        ]
         large = sum(side > min(images.shape[-2:]) for side in sides)
         return (
             f"{large} of {len(sides)} kernels are larger than the images (up to {max(sides)} pixels); the border is repeated",
         ) * (large > 0)
 
     def _names(self) -> list[str]:
-        turns = range(self.orientations) if isinstance(self.orientations, int) else self.orientations
+        counted = isinstance(self.orientations, (int, np.integer))
+        turns = range(self.orientations) if counted else self.orientations
         filters = [f"f{f:g}_t{turn:g}" for f in self.frequencies for turn in turns]
         return [
             f"gabor_{name}_{what}_{cell}"

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lineament.core.checks import number, one_of, require, show
-from lineament.handcrafted.images import by_part, cell_weights, check_grid, grey_of
+from lineament.core.checks import listed, number, one_of, require, show
+from lineament.handcrafted.images import batch_of, by_part, cell_weights, check_grid, grey_of
 
 BORDERS = ("reflect", "mirror", "nearest", "wrap", "constant")
 Border = Literal["reflect", "mirror", "nearest", "wrap", "constant"]
@@ -51,10 +52,12 @@ def gabor(
     >>> gabor(torch.rand(2, 32, 32)).shape
     torch.Size([2, 576])
     """
-    grey = grey_of(images)
-    cells = 1 if grid is None else check_grid(grid, grey)
-    rows, columns = (cell_weights(size, cells, grey) for size in grey.shape[1:])
-    filters = len(_frequencies(frequencies)) * len(_angles(orientations))
+    images = batch_of(images, keep_bytes=True)
+    height, width = images.shape[-2:]
+    cells = 1 if grid is None else check_grid(grid, images)
+    like = images.new_empty(0, dtype=torch.float64) if images.dtype == torch.uint8 else images
+    rows, columns = (cell_weights(size, cells, like) for size in (height, width))
+    filters = len(frequencies_of(frequencies)) * len(angles_of(orientations))
 
     def described(part: Tensor) -> Tensor:
         found = responses(part, frequencies, orientations, bandwidth=bandwidth, dc=dc, border=border)
@@ -68,8 +71,8 @@ def gabor(
         spread = torch.where(flat, 0, torch.where(flat, 1, spread).sqrt())
         return torch.stack([mean, spread], 2).flatten(1)
 
-    made = list(by_part(described, grey, max(1, _PART // (16 * filters * (grey.shape[1] * grey.shape[2])))))
-    return torch.cat(made) if made else grey.new_zeros(0, 2 * filters * cells**2)
+    made = list(by_part(described, images, max(1, _PART // (16 * filters * height * width))))
+    return torch.cat(made) if made else like.new_zeros(0, 2 * filters * cells**2)
 
 
 def responses(
@@ -90,8 +93,8 @@ def responses(
     """
     grey = grey_of(images)
     one_of("border", border, BORDERS)
-    angles = _angles(orientations)
-    bank = [(float(f), float(t)) for f in _frequencies(frequencies) for t in angles]
+    angles = angles_of(orientations)
+    bank = [(float(f), float(t)) for f in frequencies_of(frequencies) for t in angles]
     sides = tuple(grey.shape[1:])
     kind = (bandwidth, number("n_stds", n_stds, low=0, open_low=True), border)
     left, right = _operators(tuple(bank), sides, *kind, offset)
@@ -130,6 +133,7 @@ def gabor_kernel(
     torch.Size([15, 15])
     """
     number("frequency", frequency, low=0, open_low=True)
+    number("theta", theta)
     number("n_stds", n_stds, low=0, open_low=True)
     sigma = _sigma(frequency, bandwidth)
     x = _taps(sigma, theta, n_stds)
@@ -185,19 +189,19 @@ def _taps(sigma: float, theta: float, n_stds: float) -> Tensor:
     return torch.arange(-half, half + 1, dtype=torch.float64)
 
 
-def _frequencies(frequencies: Sequence[float]) -> list[float]:
-    found = list(frequencies)
-    require(bool(found), "frequencies: got none, expected at least one")
+def frequencies_of(frequencies: Sequence[float]) -> list[float]:
+    """At least one, each above 0."""
+    found = listed("frequencies", frequencies, "numbers of cycles a pixel")
     return [number("frequencies", f, low=0, open_low=True) for f in found]
 
 
-def _angles(orientations: int | Sequence[float]) -> list[float]:
-    if isinstance(orientations, int):
+def angles_of(orientations: int | Sequence[float]) -> list[float]:
+    """In radians, where their number is given evenly over 180 degrees."""
+    if isinstance(orientations, (int, np.integer)):
         number("orientations", orientations, low=1, integer=True)
         return [math.pi * k / orientations for k in range(orientations)]
-    found = [float(angle) for angle in orientations]
-    require(bool(found), "orientations: got none, expected at least one")
-    return found
+    found = listed("orientations", orientations, "angles, or how many of them")
+    return [number("orientations", angle) for angle in found]
 
 
 def _spread_out(means: Tensor, like: Tensor) -> Tensor:

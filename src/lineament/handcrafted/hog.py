@@ -67,10 +67,7 @@ def hog(
     >>> hog(digit).shape, int(hog(digit)[0].view(-1, 9).sum(0).argmax())
     (torch.Size([1, 324]), 0)
     """
-    if like == "opencv" and isinstance(images, Tensor) and images.dtype == torch.uint8:
-        # OpenCV's own precision; differences of bytes are exact.
-        images = images.float()
-    images = batch_of(images)
+    images = batch_of(images, keep_bytes=True)
     one_of("norm", norm, NORMS)
     one_of("binning", binning, ("hard", "linear"))
     one_of("like", like, ("skimage", "opencv"))
@@ -85,18 +82,23 @@ def hog(
         f"block: got {show(block)} cells of {show(cell)} pixels, but an image of {images.shape[-2]} x {images.shape[-1]} has "
         f"{grid[0]} x {grid[1]} cells; expected a smaller block or smaller cells",
     )
-    if sqrt:
-        require(bool((images >= 0).all()), "sqrt: an image has negative intensities")
-        images = images.sqrt()
+    require(not sqrt or bool((images >= 0).all()), "sqrt: an image has negative intensities")
+    dtype = images.dtype
+    if dtype == torch.uint8:
+        # OpenCV's own precision; differences of bytes are exact.
+        dtype = torch.float32 if like == "opencv" else torch.float64
     # A part at a time, whose buffers stay in the processor's cache.
     hard = like == "skimage" and binning == "hard"
     part = max(1, (_PART if hard else _PART_OF_VOTES) // (images.shape[-2] * images.shape[-1]))
-    room = Room(images, not (torch.is_grad_enabled() and images.requires_grad))
+    room = Room(images.new_empty(0, dtype=dtype), not (torch.is_grad_enabled() and images.requires_grad))
     shares = (
-        None if hard else _Shares(images, part, cells, blocks if like == "opencv" else None, orientations)
+        None
+        if hard
+        else _Shares(images, dtype, part, cells, blocks if like == "opencv" else None, orientations)
     )
 
     def described(some: Tensor) -> Tensor:
+        some = some.to(dtype).sqrt() if sqrt else some.to(dtype)
         gradient = _strongest(*_gradient(some, room), room)
         if shares is None:
             histogram = _voted(*gradient, orientations, signed, cells, room)
@@ -258,20 +260,28 @@ class _Shares:
     """
 
     def __init__(
-        self, images: Tensor, part: int, cells: tuple[int, int], blocks: tuple[int, int] | None, count: int
+        self,
+        images: Tensor,
+        dtype: torch.dtype,
+        part: int,
+        cells: tuple[int, int],
+        blocks: tuple[int, int] | None,
+        count: int,
     ) -> None:
         n, sides, device = min(part, len(images)), images.shape[2:], images.device
-        self.rows, self.columns = (_weights(images, k, cells, blocks) for k in (0, 1))
+        self.rows, self.columns = (_weights(images, dtype, k, cells, blocks) for k in (0, 1))
         self.half, self.slots = (count + 1) // 2, count + 3
         length = n * sides.numel() * self.slots
         self.first = torch.arange(0, length, self.slots, device=device).view(n, *sides)
         bins = (torch.arange(self.slots, device=device) - 1 - self.half) % count
-        self.fold = (bins[:, None] == torch.arange(count, device=device)).to(images.dtype)
+        self.fold = (bins[:, None] == torch.arange(count, device=device)).to(dtype)
 
 
-def _weights(images: Tensor, k: int, cells: tuple[int, int], blocks: tuple[int, int] | None) -> Tensor:
+def _weights(
+    images: Tensor, dtype: torch.dtype, k: int, cells: tuple[int, int], blocks: tuple[int, int] | None
+) -> Tensor:
     """Along side k of the images: what each pixel gives to each cell, or to each cell of each block."""
-    like = {"dtype": images.dtype, "device": images.device}
+    like = {"dtype": dtype, "device": images.device}
     if blocks is None:
         weights = torch.ones(1, cells[k], **like) / cells[k]
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,10 +96,10 @@ def check_grid(grid: int, images: Tensor) -> int:
     """Return ``grid`` if an image [..., height, width] has so many cells along each side."""
     smaller = min(images.shape[-2:])
     require(
-        isinstance(grid, int) and not isinstance(grid, bool) and 1 <= grid <= smaller,
+        isinstance(grid, (int, np.integer)) and not isinstance(grid, bool) and 1 <= grid <= smaller,
         f"grid: got {show(grid)}, expected a whole number from 1 to {smaller} (the image's smaller side), or None for the whole image",
     )
-    return grid
+    return int(grid)
 
 
 def cell_of(size: int, grid: int, device: torch.device) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lineament.core.checks import number, one_of, require
+from lineament.core.checks import number, one_of, require, show
 from lineament.handcrafted.images import Room, by_part, cell_of, check_grid, grey_of
 
 CODES = ("default", "ror", "uniform", "nri_uniform", "var")
@@ -55,9 +55,17 @@ def lbp(
     )
     count = label_count(points, codes)
     if edges is not None:
-        edges = edges.to(grey.device, _precise(grey))
+        edges = torch.as_tensor(edges).to(grey.device, _precise(grey))
+        require(
+            edges.ndim == 1 and bool((edges.diff() >= 0).all()),
+            f"edges: got {show(edges)}, expected ascending numbers",
+        )
         count = len(edges) + 1
     cells = 1 if grid is None else check_grid(grid, grey)
+    require(
+        count * cells**2 <= 1 << 24,
+        f"points: {points} have {count:,} {codes!r} codes in each of {cells**2} cells; expected fewer, or codes='uniform'",
+    )
     places = [cell_of(size, cells, grey.device) for size in grey.shape[1:]]
     cell = places[0][:, None] * cells + places[1]
     pixels = torch.bincount(cell.flatten(), minlength=cells**2).to(torch.get_default_dtype())[:, None]
@@ -71,8 +79,12 @@ def lbp(
         if first is None:
             # The largest part is the first.
             image = torch.arange(len(found), device=found.device)[:, None, None]
-            first = ((image * cells**2 + cell) * count).to(found.dtype)
-        flat = found.add_(first[: len(found)]).flatten()
+            first = (image * cells**2 + cell) * count
+            # Codes of a part are numbered in all.
+            first = first.to(found.dtype) if len(found) * cells**2 * count < 1 << 31 else first
+        flat = torch.add(
+            found, first[: len(found)], out=found if first.dtype == found.dtype else None
+        ).flatten()
         return torch.bincount(flat, minlength=len(found) * cells**2 * count).view(-1, cells**2, count)
 
     done = 0

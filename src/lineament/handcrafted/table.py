@@ -26,7 +26,7 @@ from lineament.core.results import Readable
 from lineament.handcrafted.gabor import gabor
 from lineament.handcrafted.hog import hog
 from lineament.handcrafted.images import batch_of
-from lineament.handcrafted.ink import ink
+from lineament.handcrafted.ink import ink, white_of
 from lineament.handcrafted.lbp import lbp
 from lineament.handcrafted.scores import ClassScores, class_scores
 
@@ -59,7 +59,20 @@ class Entry(Readable):
     seconds_predicting: float
 
 
-def described(name: str, images: Any, *, prepare: bool = False) -> Array:
+def grey_range(images: Any) -> tuple[float, float]:
+    """The stored levels that are black and white: 0 and 1 of floats up to 1, 255 of other numbers, or their largest where that is below 128 or above; of images with negative numbers the two extremes.
+
+    >>> grey_range(torch.tensor([[[0.0, 20.0]]])), grey_range(torch.tensor([[[-2.0, 2.0]]]))
+    ((0.0, 20.0), (-2.0, 2.0))
+    """
+    images = torch.as_tensor(images)
+    least, most = (float(end) for end in batch_of(images).aminmax())
+    return (least, most) if least < 0 else (0.0, max(white_of(images, most)[0], most))
+
+
+def described(
+    name: str, images: Any, *, prepare: bool = False, levels: tuple[float, float] | None = None
+) -> Array:
     """The descriptor of every image, [n, features], float64.
 
     Args:
@@ -67,19 +80,18 @@ def described(name: str, images: Any, *, prepare: bool = False) -> Array:
             or ``"lbp-whole"``, ``"gabor-whole"`` (histograms and statistics of the whole image, which are far weaker).
         images: [n, height, width] or [n, channels, height, width].
         prepare: :func:`~lineament.handcrafted.ink` first, for glyphs.
+        levels: stored levels that are black and white; those of these images (:func:`grey_range`) by default.
 
     >>> described("hog", torch.rand(3, 32, 32)).shape, described("lbp-whole", torch.rand(3, 32, 32)).shape
     ((3, 324), (3, 59))
     """
     one_of("descriptor", name, DESCRIPTORS)
     images = torch.as_tensor(images)
-    batch = batch_of(images)
     if prepare:
-        images = ink(images).images
+        images = ink(images, white=None if levels is None else levels[1]).images
     else:
-        # Grey levels that do not reach half of 255 have a scale of their own.
-        most = float(batch.amax())
-        images = batch / (1.0 if images.is_floating_point() or most <= 1 else most if most < 128 else 255.0)
+        black, white = grey_range(images) if levels is None else levels
+        images = ((batch_of(images) - black) / max(white - black, 1e-12)).clamp(0, 1)
     if name == "pixels":
         return images.flatten(1).double().numpy()
     side = min(images.shape[-2:])

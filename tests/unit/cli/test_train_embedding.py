@@ -95,6 +95,16 @@ def test_training_recognises_people_it_never_saw():
     assert done.history[-1]["train_loss"] < done.history[0]["train_loss"]
 
 
+def test_sphereface_follows_the_scale_and_its_embeddings_stay():
+    people = identities(100, 6, strangers=2, stranger_pictures=2)[0]
+    losses = {}
+    for scale in (8.0, 16.0):
+        model, done = trained("sphereface", epochs=8, data=people, scale=scale, train={"lr": 0.1})
+        losses[scale] = done.history[0]["train_loss"]
+        assert float(model.eval()(people.inputs).detach().norm(dim=1).mean()) > 0.5
+    assert losses[16.0] > 1.3 * losses[8.0]
+
+
 def test_the_mean_cosine_of_unlike_pairs_is_that_of_the_pairs_one_by_one():
     generator = torch.Generator().manual_seed(3)
     x, y = torch.randn(30, 5, generator=generator) + 1, torch.randint(0, 4, (30,), generator=generator)

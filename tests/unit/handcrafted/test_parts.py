@@ -84,3 +84,23 @@ def test_preparing_many_pictures_needs_no_more_memory_than_a_part_beside_the_res
     with Watched():
         made = ink(images, size=16)
     assert made.images.shape == images.shape and made.images.nbytes > 4e7 and 1e6 < largest < 2**22
+
+
+@pytest.mark.parametrize("name", ["hog", "hog of opencv", "gabor"])
+def test_bytes_become_other_numbers_a_part_at_a_time(name):
+    images = (255 * torch.rand(2000, 32, 32)).to(torch.uint8)
+    whole = []
+
+    class Watched(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor) and made.is_floating_point() and made.shape[:1] == (2000,):
+                whole.append(made.ndim)
+            return made
+
+    with Watched():
+        found = EACH[name][0](images)
+    # The features alone.
+    assert set(whole) <= {2} and len(found) == 2000
+    precise = torch.float32 if "opencv" in name else torch.float64
+    torch.testing.assert_close(found, EACH[name][0](images.to(precise)), rtol=1e-5, atol=1e-6)

@@ -178,3 +178,16 @@ def test_no_images_are_no_rows_and_many_are_as_one_by_one():
     torch.testing.assert_close(torch.cat([hog(one[None], cell=4) for one in many]), whole, rtol=0, atol=1e-12)
     x = many[:1].clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda v: hog(v, cell=8, block=1, binning="linear", norm="L2"), x)
+
+
+@pytest.mark.parametrize("name", ["pixels", "hog", "lbp", "gabor"])
+def test_descriptors_do_not_depend_on_the_unit_of_grey_levels(name):
+    grey = torch.randint(0, 256, (6, 16, 16), generator=torch.Generator().manual_seed(0))
+    grey[0, 0, :2] = torch.tensor([0, 255])
+    expected = described(name, grey)
+    for other in (grey.float(), grey.double() / 255, grey.double() / 255 * 4 - 2, grey * 256, grey.byte()):
+        np.testing.assert_allclose(described(name, other), expected, rtol=1e-4, atol=2e-5)
+    # A few new images may not reach white.
+    np.testing.assert_allclose(
+        described(name, grey[1:2] // 2, levels=(0, 255)), described(name, (grey[1:2] // 2).double() / 255), rtol=1e-6, atol=1e-9
+    )  # fmt: skip

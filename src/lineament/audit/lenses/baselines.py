@@ -191,14 +191,16 @@ def _answers(reader: str, X: np.ndarray, y: np.ndarray, dimension: float | None,
         return np.asarray(cross_val_predict(made, X, y, cv=folds))
 
 
-def _between(found: Baselines) -> str:
-    return f"{100 * found.gain:.1f} points ({100 * found.gain_low:.1f} to {100 * found.gain_high:.1f})"
+def _between(found: Baselines, sign: int = 1) -> str:
+    low, high = sorted((sign * found.gain_low, sign * found.gain_high))
+    return f"{100 * sign * found.gain:.1f} points ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def _sentence(found: Baselines, subject: Subject) -> str:
+    sign = -1 if found.gain < 0 else 1
     text = (
         f"On {found.samples:,} samples of these data, {found.best} read by {_said(found.reader)} is right for {percent(found.best_accuracy)}, each time for samples that it had not seen, "
-        f"after {found.training:,} of them; the network, which was trained on other data and on as many as it was given, for {percent(found.network)}: {_between(found)} more, sample by sample, with the 95 % interval. "
+        f"after {found.training:,} of them; the network, which learned from data of its own (these may be among them), for {percent(found.network)}: {_between(found, sign)} {'more' if sign > 0 else 'less'}, sample by sample, with the 95 % interval. "
         "The best of several fixed readers was picked on these samples, so it is a little flattered. "
     )
     if found.first_better is not None:
@@ -221,7 +223,7 @@ def _finding(found: Baselines) -> Finding:
     if found.gain_high < 0:
         return Finding(
             "warning",
-            f"{reached}; this network is worse by {-100 * found.gain:.1f} points ({-100 * found.gain_high:.1f} to {-100 * found.gain_low:.1f}).",
+            f"{reached}; this network is worse by {_between(found, -1)}.",
             advice="Use the fixed features, or train the network longer or on more data.",
             key="features add nothing",
         )

@@ -19,7 +19,7 @@ from sklearn.model_selection import KFold, StratifiedKFold
 from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor
 
-from lineament.core.checks import InputError, number, require, suggest
+from lineament.core.checks import InputError, listed, number, require, suggest
 from lineament.core.engines import side_by_side
 from lineament.core.estimator_data import validated
 from lineament.core.results import Readable
@@ -83,8 +83,9 @@ def search(
     >>> found.mean > 0.9, len(found.cv_results_["params"])
     (True, 2)
     """
-    for name in grid:
-        require(len(list(grid[name])) > 0, f"grid: {name!r} has no values")
+    grid = {
+        name: listed(f"grid: {name!r}", values, "the values to be tried") for name, values in grid.items()
+    }
     for what, count in (("outer", outer), ("inner", inner)):
         number(what, count, low=2, integer=True)
     number("steps", steps, low=1, integer=True)
