@@ -174,7 +174,7 @@ def _finish(
         if confidence[index] < limit and all(abs(index - other) > _SEGMENT for other in wanted):
             wanted.append(index)
     wanted = sorted(wanted[:5])
-    report = out / "colorize.json" if out.is_dir() else out.with_name(f"{out.stem}.colorize.json")
+    report = out / "colorize.json" if out.is_dir() else out.with_name(f"{out.name}.colorize.json")
     write_json(
         report,
         {

@@ -103,7 +103,7 @@ def test_a_coloured_video_has_colour_and_a_report(av, whole, capsys):
     with av.open(str(whole / "f.mkv")) as out:
         frames = [f.to_ndarray(format="yuv420p") for f in out.decode(out.streams.video[0])]
     assert frames[1][48:].std() > 0
-    report = json.loads((whole / "f.colorize.json").read_text())
+    report = json.loads((whole / "f.mkv.colorize.json").read_text())
     assert report["frames"] == 28 and report["confidence"][0] < 1 and not list(whole.glob("*.parts"))
 
 
@@ -168,7 +168,7 @@ def test_what_decodes_is_finished_and_the_gap_is_named(av, tmp_path, weights, ca
     cut = tmp_path / "cut.mkv"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     assert main([*command(cut, tmp_path, weights, "--codec", "ffv1"), str(tmp_path / "out.mkv")]) == 1
-    report = json.loads((tmp_path / "out.colorize.json").read_text())
+    report = json.loads((tmp_path / "out.mkv.colorize.json").read_text())
     assert 10 < report["frames"] < 30 and "after frame" in report["notes"][0]
     assert f"note: {report['notes'][0]}" in capsys.readouterr().err
     assert main([*command(cut, tmp_path, weights), str(tmp_path / "pictures")]) == 1
@@ -254,7 +254,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_frames(av, tmp_path, weights,
         with av.open(str(each)) as film:
             decoded.append([f.to_ndarray(format="yuv420p") for f in film.decode(film.streams.video[0])])
     assert len(decoded[0]) == 28 and all(np.array_equal(a, b) for a, b in zip(*decoded))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.colorize.json", "f.mkv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.mkv", "f.mkv.colorize.json"]
 
 
 def test_a_full_disk_and_a_second_process_are_one_line(av, tmp_path, weights, capfd):
