@@ -119,6 +119,10 @@ class Options:
                 name != "moco" or (self.sam is None and self.asam is None),
                 "sam, asam: they pass each batch twice, and moco's queue takes it once; leave them out",
             )
+            checks.require(
+                name not in ("supcon", "simclr") or self.batch_size > 1,
+                f"batch_size: got 1, expected at least 2: {name} pushes the samples of a batch apart",
+            )
 
     def factor(self, done: float) -> float:
         """What the learning rate is multiplied by when the share ``done`` of the training, in [0, 1], lies behind."""

@@ -181,10 +181,13 @@ def test_what_cannot_be_meant_is_said_before_any_work(given, said):
         EmbeddingOptions(**given)
 
 
-@pytest.mark.parametrize("train", [{"useful": 2}, {"sam": 0.1}, {"asam": 0.5}])
-def test_methods_that_do_not_go_with_a_loss(train):
-    with pytest.raises(InputError):
-        Options(**train, embedding=EmbeddingOptions("moco"))
+@pytest.mark.parametrize(
+    ("loss", "train"),
+    [("moco", {"useful": 2}), ("moco", {"sam": 0.1}), ("moco", {"asam": 0.5}), ("simclr", {"batch_size": 1})],
+)
+def test_what_does_not_go_with_a_loss(loss, train):
+    with pytest.raises(InputError, match=next(iter(train))):
+        Options(**train, embedding=EmbeddingOptions(loss))
 
 
 NET = """
