@@ -20,6 +20,8 @@ from lineament.report.section import SEVERITIES, Finding, Picture, Section
 from lineament.report.text import plain
 
 SEARCH = Search(steps=60, restarts=1)
+# A defended message shows nothing where guesses lead by less than so many dB, two standard errors included, over so many pictures.
+_LEAD, _PICTURES = 1.0, 4
 
 
 def prior_of(x: Tensor, kind: str, *, steps: int, seed: int, width: int = 64) -> Prior:
@@ -217,12 +219,23 @@ def _finding(
             "Compare defences by the table: what each leaves to see, and what it costs.",
             key="pictures leak",
         )
-    text += " No attack tried sees more than what is known without the message."
     if steps < SEARCH.steps:
         return Finding(
-            "note", f"{text} The searches were short ({steps} step{'s' if steps > 1 else ''}, the default is {SEARCH.steps}), so that nothing follows.", key, "Search longer.", key="searched too little"
+            "note", f"{text} No attack tried was seen to find more than what is known without the message, but the searches were short ({steps} step{'s' if steps > 1 else ''}, the default is {SEARCH.steps}), so that nothing follows.",
+            key, "Search longer.", key="searched too little",
         )  # fmt: skip
-    if found.defence != "nothing" and not seen.get("nothing", True):
+    lead = found.psnr - told.without[without[1]]
+    wide = None if len(lead) < _PICTURES else 2 * float(_error(lead) or 0.0)
+    if wide is None or float(lead.mean()) + wide >= _LEAD:
+        far = f"{float(lead.mean()):+.1f} dB".replace("-", "−")
+        why = f"over {len(lead)} picture{'s' if len(lead) > 1 else ''}, where {_PICTURES} are needed" if wide is None else f"± {wide:.1f} dB (two standard errors), which does not stay below {_LEAD:g} dB"  # fmt: skip
+        return Finding("note", f"{text} Whether that is more than what is known without the message is not resolved: the difference is {far} {why}.", key, "Audit more pictures.", key="not resolved")  # fmt: skip
+    text += f" No attack tried sees more than what is known without the message: the difference, two standard errors included, is below {_LEAD:g} dB."
+    if found.defence == "nothing":
+        return Finding("note", f"{text} Of an undefended message a stronger attack may see more, so that nothing follows.", key, "Search longer, or with a prior.", key="nothing seen")  # fmt: skip
+    if "nothing" not in seen:
+        return Finding("note", f"{text} No undefended message was searched beside it, so that this says nothing of the defence.", key, "Add the defence none.", key="nothing seen")  # fmt: skip
+    if not seen["nothing"]:
         return Finding("note", f"{text} They see nothing undefended either, so that this says nothing of the defence.", key, key="nothing seen")  # fmt: skip
     return Finding("good", text, key, key="nothing seen")
 

@@ -124,7 +124,12 @@ def attacked(defence, psnr, named, attack="ig"):
     [
         ([20.0, 21.0] * 4, [False] * 8, 60, "warning"),  # nearer than what is known without
         ([9.0, 10.0] * 4, [True] * 8, 60, "warning"),  # no nearer, but every picture is told apart
-        ([9.0, 10.0] * 4, [True] + [False] * 7, 60, "good"),  # one of eight: chance
+        (
+            [9.0, 10.0] * 4,
+            [True] + [False] * 7,
+            60,
+            "note",
+        ),  # one of eight: chance; undefended, nothing follows
         ([9.0, 10.0] * 4, [True] + [False] * 7, 12, "note"),  # and too short a search to tell
     ],
 )
@@ -150,4 +155,27 @@ def test_a_defence_is_not_good_where_nothing_is_seen_undefended():
         {"the mean": torch.full((8,), 12.0)},
         (Price("nothing", 1.0, 1.0), Price("clip 4", 1.0, 1.0)),
     )
-    assert [f.severity for f in section_of(told, 60, 1.0).findings] == ["good", "note"]
+    assert [f.severity for f in section_of(told, 60, 1.0).findings] == ["note", "note"]
+
+
+@pytest.mark.parametrize(
+    ("psnr", "others", "found"),
+    [
+        ([11.0, 12.0] * 4, True, ("good", "nothing seen")),
+        ([11.0, 12.0] * 4, False, ("note", "nothing seen")),  # undefended was not searched
+        ([6.0, 20.0] * 4, True, ("note", "not resolved")),  # 1 dB more, give or take 5
+        ([11.0, 12.0], True, ("note", "not resolved")),  # two pictures show nothing
+    ],
+)
+def test_a_defence_is_good_only_where_that_is_shown(psnr, others, found):
+    count = len(psnr)
+    plain = [attacked("nothing", [20.0, 21.0] * (count // 2), [False] * count)] if others else []
+    told = Leakage(
+        torch.rand(count, 1, 4, 4),
+        1,
+        (*plain, attacked("clip 4", psnr, [False] * count)),
+        {"the mean": torch.full((count,), 12.0)},
+        (*(Price(a.defence, 1.0, 1.0) for a in plain), Price("clip 4", 1.0, 1.0)),
+    )
+    last = section_of(told, 60, 1.0).findings[-1]
+    assert (last.severity, last.key) == found
