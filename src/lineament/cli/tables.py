@@ -95,6 +95,10 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     for name in left_out:
         console.note(f"column {name!r} holds fractions and is left out; name it in --columns if they are ids")
+    if arguments.budget is not None and made.rows > whole:
+        console.note(
+            f"--budget: {arguments.budget:g} MiB are {made.rows:,} rows, more than a row for each of {whole:,} values; {4 * chunk * whole / 2**20:.3g} MiB are enough for that"
+        )
     console.show_tables(columns, made, smaller)
     return 0
 

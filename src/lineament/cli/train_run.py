@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from lineament.core.checks import InputError, require, show
 from lineament.core.files import output_folder, possible_folder, write_json
 from lineament.data.samples import Samples
 from lineament.load.data import load_data, training_part
+from lineament.load.embedding_ids import ids_in_range, require_rows
 from lineament.load.loaded import Loaded
 from lineament.load.model_and_data import ModelAndData, bring_together
 from lineament.load.models import load_model
@@ -202,7 +203,26 @@ def _brought_together(
         batch_size=options.batch_size,
         seed=options.seed,
     )
-    with together as subject:
+    with ExitStack() as stack:
+        try:
+            with ids_in_range(loaded.model, samples.inputs, samples.columns):
+                subject = stack.enter_context(together)
+        except InputError as error:
+            if samples.columns:
+                # Ids that no table has may be why nothing fits.
+                try:
+                    require_rows(loaded.model, lambda rows: samples.inputs[rows].long(), samples.inputs, samples.columns, options.batch_size)  # fmt: skip
+                except Exception as found:
+                    raise found if isinstance(found, InputError) else error from None
+            raise
+        with randomness(options.seed):
+            require_rows(
+                loaded.model,
+                lambda rows: subject.layout.apply(samples.inputs[rows]),
+                samples.inputs,
+                samples.columns,
+                options.batch_size,
+            )
         if options.embedding is not None:
             yield subject
             return

@@ -93,3 +93,28 @@ def test_a_column_with_one_bad_cell_and_rows_left_out_are_said(tmp_path, monkeyp
     assert cli.main(["train", "net.py:make", "na.csv", "--out", "unfit", "--device", "cpu"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert "do not fit the model" in last and said[0] in last
+
+
+@pytest.mark.parametrize("place", [3, 450])
+@pytest.mark.parametrize("bad", [-2, 50])
+@pytest.mark.parametrize("ids", ["x", "x.long()"])
+def test_an_id_beyond_its_table_is_named_with_its_column(tmp_path, monkeypatch, capsys, place, bad, ids):
+    monkeypatch.chdir(tmp_path)
+    net = NET.replace("self.tags(x[:, 1:])", "self.tags(x[:, 1:2])").replace("def forward(self, x):", f"def forward(self, x):\n        x = {ids}")  # fmt: skip
+    Path("net.py").write_text(net.replace("Embedding(200", "Embedding(50"))
+    rows = [[k * 7 % 50, k % 30, k % 2] for k in range(500)]
+    line = ["train", "net.py:make", "clicks.csv", "--targets", "y", "--epochs", "1", "--device", "cpu"]
+    write = lambda: Path("clicks.csv").write_text("user,tag,y\n" + "\n".join(",".join(map(str, row)) for row in rows))  # noqa: E731  # fmt: skip
+    write()
+    assert cli.main([*line, "--out", "good"]) == 0
+    rows[place][0] = bad
+    write()
+    capsys.readouterr()
+    assert cli.main([*line, "--out", "run"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    low, high = min(0, bad), max(49, bad)
+    assert (
+        f"column 'user' holds ids from {low} to {high}, and the model's table 'user' has 50 rows, for ids from 0 to 49"
+        in last
+    )
+    assert not Path("run").exists()

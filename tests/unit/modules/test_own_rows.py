@@ -71,6 +71,11 @@ def test_the_command_plans_a_table_from_columns(tmp_path, monkeypatch, capsys):
     assert cli.main(["tables", "clicks.csv"]) == 0
     shown = capsys.readouterr()
     assert "u1234" in shown.out and "'seconds' holds fractions" in shown.err
+    assert "--budget" not in shown.err
+    assert cli.main(["tables", "clicks.csv", "--budget", "100"]) == 0
+    told = capsys.readouterr().err
+    assert "100 MiB are 1,638,400 rows, more than a row for each of" in told
+    assert f"{(n + 3) * 64 / 2**20:.3g} MiB are enough for that" in told
     for line, said in (
         (["clicks.csv", "--columns", "usr"], "'usr' is not in the data"),
         (["clicks.csv", "--columns", "user,user"], "'user' is named twice"),
