@@ -116,6 +116,8 @@ def baseline(
             image_size=options.image_size,
         )
     )  # fmt: skip
+    for line in held.notes:
+        note(line)
     y = class_labels(held)
     images = is_images(held)
     names = tuple(features or (("pixels", "hog", "lbp", "gabor") if images else ("columns",)))

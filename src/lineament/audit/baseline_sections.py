@@ -173,9 +173,14 @@ def _on_first(splits: int) -> str:
 
 
 def size_section(top: Pair, sizes: Sequence[tuple[int, float]], splits: int) -> Section:
+    from matplotlib.ticker import PercentFormatter
+
     def draw(ax: Any) -> None:
         ax.plot([n for n, _ in sizes], [a for _, a in sizes], "o-", color="C0")
         ax.set_xscale("log")
+        ax.set_xticks([n for n, _ in sizes], [f"{n:,}" for n, _ in sizes])
+        ax.set_xticks([], minor=True)
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         ax.set(xlabel="training samples", ylabel="accuracy on the test part")
         ax.grid(True)
 

@@ -132,9 +132,16 @@ def show_run(run: Run) -> None:
             table.add_row(_text(claim.name), _text(claim.paper), Text(ours), _verdict(claim.holds))
         console.print(table)
     held = sum(bool(claim.holds) for claim in outcome.claims)
-    console.print(
-        f"{held} of {len(outcome.claims)} claims hold at preset {outcome.preset}; {duration(outcome.seconds)}."
-    )
+    verdict = f"{held} of {len(outcome.claims)} claims hold"
+    if not outcome.claims:
+        verdict = "What was run settles no claim"
+        for numbers in outcome.tables:
+            table = _table(*numbers.columns)
+            for row in numbers.rows:
+                cells = ("-" if c is None else f"{c:.4g}" if isinstance(c, float) else c for c in row)
+                table.add_row(*map(_text, cells))
+            console.print(_text(numbers.title), table)
+    console.print(f"{verdict} at preset {outcome.preset}; {duration(outcome.seconds)}.")
     console.print(f"Written: {run.folder / 'outcome.json'}", soft_wrap=True)
 
 

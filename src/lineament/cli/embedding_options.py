@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ class EmbeddingOptions:
         head, head_lr: the projection that is trained with and thrown away, and the rate of it and of the class directions.
         views: what is done to the samples at random; supcon, simclr and moco see two views of each.
         embedding: the site where the embedding passes; the output by default.
-        validation_classes: the share of classes that are held out.
+        validation_classes: the share of classes that are held out; by default 0.2, or 2 classes where that is more and 2 are left.
 
     Raises:
         InputError: an unknown name, a number out of its range, an option that the loss does not take.
@@ -65,7 +66,7 @@ class EmbeddingOptions:
     head_lr: float | None = None
     views: tuple[str, ...] | None = None
     embedding: str | None = None
-    validation_classes: float = 0.2
+    validation_classes: float | None = None
 
     def __post_init__(self) -> None:
         checks.one_of("loss", self.loss, LOSSES)
@@ -83,6 +84,7 @@ class EmbeddingOptions:
                 len(self.margin) == count,
                 f"margin: got {len(self.margin)} numbers, expected {count} for {self.loss}",
             )
+            self._check_margin(self.margin)
         for name in self.ft or ():
             checks.one_of("ft", name, ("pos", "neg"))
         require(
@@ -97,9 +99,31 @@ class EmbeddingOptions:
         )
         if self.head_lr is not None:
             checks.number("head_lr", self.head_lr, low=0, open_low=True)
-        checks.number("validation_classes", self.validation_classes, low=0, high=1, open_high=True)
+        if self.validation_classes is not None:
+            checks.number("validation_classes", self.validation_classes, low=0, high=1, open_high=True)
         self.projection(2)
         self.made(2, 2)
+
+    def _check_margin(self, margin: tuple[float, ...]) -> None:
+        """Margins make the right class harder, and an angle ends at pi."""
+        if self.loss == "sphereface":
+            return  # a factor, which the loss itself judges
+        angles = margin
+        if self.loss == "combined":
+            checks.number("m1", margin[0], low=0, open_low=True)
+            checks.number("m3", margin[2], low=0)
+            angles = margin[1:2]
+        for m in angles:
+            if self.loss in ("cosface", "elastic-cos", "adaface"):
+                checks.number("margin", m, low=0)
+                continue
+            name = "m2" if self.loss == "combined" else "margin"
+            checks.number(name, m)
+            require(0 <= m < math.pi, f"{name}: got {m}, expected radians in [0, pi) for {self.loss}")
+        require(
+            self.loss != "magface" or margin[0] <= margin[1],
+            f"margin: got {','.join(map(str, margin))}, expected magface's smallest first, then its largest",
+        )
 
     @property
     def pairs(self) -> int:

@@ -59,7 +59,7 @@ def add_loss_options(parser: argparse.ArgumentParser) -> None:
         add("--ft", metavar="pos,neg", help="extrapolate positives, interpolate negatives, or both"),
         add("--ft-start", metavar="E", type=int, help="extrapolate from this epoch on, counted from 0 (default: 0)"),
         add("--views", metavar="NAMES", help="what a view does, with commas between them: flip, crop, jitter, noise, erase (default: flip,crop for simclr, moco and supcon on images, jitter,noise else)"),
-        add("--validation-classes", metavar="SHARE", type=float, help="of the classes that are held out and recognised after each epoch (default: 0.2; 0: none)"),
+        add("--validation-classes", metavar="SHARE", type=float, help="of the classes that are held out and recognised after each epoch (default: 0.2, and 2 classes or more; 0: none)"),
     ]  # fmt: skip
     for action in actions:
         parser.names[action.dest] = action.option_strings[0]  # pyright: ignore[reportAttributeAccessIssue]

@@ -97,8 +97,8 @@ def _unlike(embeddings: Tensor, targets: Int[Tensor, "samples"]) -> float:
     return float((sums.sum(0).square().sum() - sums.square().sum()) / pairs)
 
 
-def split_classes(targets: Int[Tensor, "samples"], share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows of classes to train on, and of the random classes that are held out.
+def split_classes(targets: Int[Tensor, "samples"], share: float | None, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows of classes to train on, and of the random classes that are held out; ``None`` is 0.2, or 2 classes where that is more.
 
     >>> train, held = split_classes(torch.arange(10).repeat(3), 0.2, seed=0)
     >>> len(train), len(torch.arange(10).repeat(3)[held].unique())
@@ -107,7 +107,11 @@ def split_classes(targets: Int[Tensor, "samples"], share: float, seed: int) -> t
     if share == 0:
         return torch.arange(len(targets)), torch.arange(0)
     classes = targets.unique()
-    count = round(share * len(classes))
+    count = max(2, round(0.2 * len(classes))) if share is None else round(share * len(classes))
+    require(
+        share is not None or len(classes) >= 4,
+        f"validation_classes: {len(classes)} classes are too few to hold 2 out and train on 2; give 0 to hold none out",
+    )
     require(
         2 <= count <= len(classes) - 2,
         f"validation_classes: a share of {share} of {len(classes)} classes holds {count} out, expected at least 2 and at least 2 left to "

@@ -119,6 +119,12 @@ class Options:
                 name != "moco" or (self.sam is None and self.asam is None),
                 "sam, asam: they pass each batch twice, and moco's queue takes it once; leave them out",
             )
+            start = self.embedding.ft_start
+            checks.require(
+                start is None or start < self.epochs,
+                f"ft_start: got {start}, and the last of {self.epochs} epochs, counted from 0, is {self.epochs - 1}: nothing would be extrapolated; "
+                "give an earlier one, or more epochs",
+            )
             checks.require(
                 name not in ("supcon", "simclr") or self.batch_size > 1,
                 f"batch_size: got 1, expected at least 2: {name} pushes the samples of a batch apart",

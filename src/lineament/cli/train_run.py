@@ -72,6 +72,8 @@ def train(a: argparse.Namespace, options: Options) -> int:
     if a.classes:
         loaded = replace(loaded, classes=())  # those given come before the model's own
     with _brought_together(loaded, samples, a, options) as subject:
+        for line in samples.notes:
+            note(line)
         asked = _asked(a, options, subject, samples)
         new = not folder.exists()
         checkpoint = opened(folder, asked, a.overwrite) if processes.first else None

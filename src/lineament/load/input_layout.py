@@ -242,6 +242,8 @@ def find_layout(
         f"data: samples of shape {tuple(samples.inputs.shape[1:])} do not fit the model, which expects {wanted.text}; tried "
         + "; ".join(tried)
         + ". Bring the data to that shape (the size of images by `image_size`)"
+        # Of a table, which columns were read and why others were not.
+        + (f"; of the table: {'; '.join(samples.notes)}" if samples.columns else "")
     )
 
 

@@ -63,18 +63,24 @@ def read_table(
             cells[name].append(cell)
     notes = []
     if not first:
-        words = [name for name in wanted if _no_number(cells[name]) is not None]
-        wanted = [n for n in wanted if n not in words and not all(map(_empty, cells[n]))]
+        bad = {name: k for name in wanted if (k := _no_number(cells[name])) is not None}
+        wanted = [n for n in wanted if n not in bad and not all(map(_empty, cells[n]))]
+        mixed = {name: said for name, k in bad.items() if (said := _mixed(name, cells[name], k, rows))}
+        words = [name for name in bad if name not in mixed]
         if words:
             notes.append(f"columns that hold no numbers are left out: {_listed(words)}")
+        notes += mixed.values()
         require(
             bool(wanted),
             f"data: {str(path)!r} has no column of numbers beside {_listed(second)} (its columns: {_listed(table.names)}); "
             f"{NONE}",
         )
     for name in wanted if reader is None else ():
-        word = _no_number(cells[name])
-        require(word is None, f"inputs: column {name!r} holds {show(word)}, expected numbers")
+        k = _no_number(cells[name])
+        require(
+            k is None,
+            f"inputs: column {name!r} holds {show(cells[name][k or 0])}, expected numbers (row {rows[k or 0] + 1})",
+        )
     # A text may say "none"; only an empty one is none.
     missing = {
         n: [_empty(c) if reader is None or n in second else not c for c in cells[n]]
@@ -262,9 +268,21 @@ def _left_out(missing: dict[str, list[bool]], rows: np.ndarray, whole: Sequence[
     ]
 
 
-def _no_number(column: Sequence[str]) -> str | None:
-    """The first cell that is neither a number nor empty."""
-    return next((cell for cell in column if not _empty(cell) and not _is_number(cell)), None)
+def _no_number(column: Sequence[str]) -> int | None:
+    """The place of the first cell that is neither a number nor empty."""
+    return next((k for k, cell in enumerate(column) if not _empty(cell) and not _is_number(cell)), None)
+
+
+def _mixed(name: str, column: Sequence[str], bad: int, rows: np.ndarray) -> str:
+    """What is said of a column that is left out although most of its cells are numbers, or nothing of another."""
+    filled = [cell for cell in column if not _empty(cell)]
+    numbers = sum(map(_is_number, filled))
+    if 2 * numbers <= len(filled):
+        return ""
+    return (
+        f"column {name!r} is left out: {show(column[bad])} in row {rows[bad] + 1} is no number, and {numbers:,} of its {len(filled):,} cells "
+        "are; to read it, correct or empty the others"
+    )
 
 
 def _cell(value: Any) -> str:

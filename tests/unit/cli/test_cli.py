@@ -189,6 +189,17 @@ def test_reproduce_shows_the_claims_and_ends_with_zero(capsys, monkeypatch, tmp_
     assert f"{int(holds)} of 1 claims hold" in out
 
 
+def test_a_run_that_settles_no_claim_shows_its_tables(capsys, tmp_path):
+    from lineament.cli.console import show_run
+    from lineament.recipes.kit.run import Run
+    from lineament.report.outcome import Outcome, Table
+
+    table = Table("Read out", ["training", "accuracy"], [("MoCo [v2]", 0.12341), ("none", None)])
+    show_run(Run(Outcome("toy", "A title", "paper", {}, [], [table]), tmp_path, "made"))
+    out = capsys.readouterr().out
+    assert "MoCo [v2]" in out and "0.1234" in out and "What was run settles no claim at preset paper" in out
+
+
 def test_gallery_from_the_command_line(capsys, tmp_path):
     (tmp_path / "runs/bad").mkdir(parents=True)
     (tmp_path / "runs/bad/outcome.json").write_text("{")

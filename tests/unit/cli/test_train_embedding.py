@@ -156,6 +156,23 @@ def test_held_out_classes_are_whole_and_the_same_for_a_seed():
     assert held.equal(split_classes(labels, 0.3, 5)[1])
 
 
+def test_by_default_two_classes_or_more_are_held_out():
+    for classes, expected in ((4, 2), (6, 2), (20, 4)):
+        labels = torch.arange(classes).repeat(3)
+        assert len(labels[split_classes(labels, None, 0)[1]].unique()) == expected
+    with pytest.raises(InputError, match="3 classes are too few to hold 2 out and train on 2; give 0"):
+        split_classes(torch.arange(3).repeat(3), None, 0)
+    with pytest.raises(InputError, match="of 6 classes holds 1 out"):
+        split_classes(torch.arange(6).repeat(3), 0.2, 0)
+
+
+def test_a_transformation_that_never_starts_is_refused():
+    options = EmbeddingOptions("moco", ft=("pos",), ft_start=5)
+    assert Options(epochs=6, embedding=options).epochs == 6
+    with pytest.raises(InputError, match="ft_start: got 5, and the last of 5 epochs"):
+        Options(epochs=5, embedding=options)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -165,6 +182,16 @@ def test_held_out_classes_are_whole_and_the_same_for_a_seed():
         ({"loss": "elastic-arc", "sigma": -0.1}, "sigma: got -0.1"),
         ({"loss": "arcface", "scale": 0.0}, "scale: got 0"),
         ({"loss": "combined", "margin": (0.5,)}, "expected 3 for combined"),
+        (
+            {"loss": "arcface", "margin": (4.0,)},
+            r"margin: got 4.0, expected radians in \[0, pi\) for arcface",
+        ),
+        ({"loss": "elastic-arc", "margin": (-1.0,)}, "margin: got -1.0, expected radians"),
+        ({"loss": "cosface", "margin": (-1.0,)}, r"margin: got -1.0, expected a number in \[0"),
+        ({"loss": "elastic-cos", "margin": (-0.1,)}, "margin: got -0.1"),
+        ({"loss": "combined", "margin": (1.0, 3.2, 0.1)}, "m2: got 3.2, expected radians"),
+        ({"loss": "combined", "margin": (1.0, 0.2, -0.1)}, "m3: got -0.1"),
+        ({"loss": "magface", "margin": (0.8, 0.45)}, "got 0.8,0.45, expected magface's smallest first"),
         ({"loss": "moco", "queue": 1}, "size: got 1"),
         ({"loss": "moco", "ft": ("both",)}, "ft: "),
         ({"loss": "moco", "ft": ("neg",), "ft_start": 3}, "give ft pos, too"),
@@ -275,7 +302,8 @@ def test_the_command_writes_what_it_says(faces, capsys, words):
 )
 def test_a_wrong_line_is_one_line_and_leaves_nothing(faces, capsys, words, said):
     assert cli.main([*LINE, *words]) == 2
-    lines = [text for text in capsys.readouterr().err.splitlines() if "reading the model" not in text]
+    told = ("lineament: reading the model", "lineament: inputs are array")
+    lines = [text for text in capsys.readouterr().err.splitlines() if not text.startswith(told)]
     assert len(lines) == 1 and said in lines[0], lines
     assert not (faces / "run").exists()
 

@@ -66,3 +66,30 @@ def test_what_cannot_be_shared_is_one_line(tmp_path, monkeypatch, capsys, share,
     Path("net.py").write_text(NET)
     assert cli.main(["train", model, "digits", "--device", "cpu", "--out", "run", "--multiplex", share]) == 2
     assert words in capsys.readouterr().err and not Path("run").exists()
+
+
+def test_a_column_with_one_bad_cell_and_rows_left_out_are_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text("from torch import nn\n\n\ndef make():\n    return nn.Linear(1, 2)\n")
+    rows = [
+        ["n.a." if k == 4 else f"{k}.5", "" if k == 7 else f"{k % 5}", "x", f"{k % 2}"] for k in range(60)
+    ]
+    Path("na.csv").write_text("\n".join(map(",".join, [["a", "b", "word", "y"], *rows])))
+    said = [
+        "column 'a' is left out: 'n.a.' in row 5 is no number, and 59 of its 60 cells are",
+        "1 of 60 rows read are left out for an empty cell: row 8 ('b')",
+        "columns that hold no numbers are left out: 'word'",
+    ]
+    for line in (
+        "train net.py:make na.csv --epochs 1 --device cpu --out run",
+        "baseline na.csv --classifiers knn --out base",
+    ):
+        assert cli.main(line.split()) == 0
+        told = capsys.readouterr().err
+        assert all(words in told for words in said)
+    assert cli.main(["baseline", "na.csv", "--inputs", "a,b", "--classifiers", "knn", "--out", "other"]) == 2
+    assert "inputs: column 'a' holds 'n.a.', expected numbers (row 5)" in capsys.readouterr().err
+    Path("net.py").write_text("from torch import nn\n\n\ndef make():\n    return nn.Linear(2, 2)\n")
+    assert cli.main(["train", "net.py:make", "na.csv", "--out", "unfit", "--device", "cpu"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "do not fit the model" in last and said[0] in last

@@ -69,12 +69,14 @@ def test_bad_folders_are_one_clear_line(folder, tmp_path, monkeypatch):
 
     said(str(tmp_path / "none"), "none' is no folder: expected a folder with train/CLASS/")
     said(str(folder / "train"), "holds c00, c01, c02: expected")
-    monkeypatch.delenv("LINEAMENT_DATA", raising=False)
+    monkeypatch.setenv("LINEAMENT_DATA", str(folder))  # of named data sets, not of pictures
     said(None, "data_folder: got none: expected a folder with")
     other = draw(tmp_path / "other", 2, 1, 1)
     (other / "val" / "c00").rename(other / "val" / "c0")
     said(str(other), "holds the class 'c0', which is not in .*nearest: 'c0")
-    (other / "val" / "c0").rename(other / "val" / "c00")
+    (other / "val" / "c0").rename(other / "elsewhere")
+    said(str(other), "val' has no picture of 'c00', expected some of each class")
+    (other / "elsewhere").rename(other / "val" / "c00")
     (other / "train" / "c00" / "broken.png").write_bytes(b"no picture")
     said(str(other), r"1 of 3 files are no pictures, say '.*broken.png'")
     (other / "train" / "c00" / "broken.png").unlink()
@@ -89,6 +91,12 @@ def test_bad_folders_are_one_clear_line(folder, tmp_path, monkeypatch):
         ("norm_groups", 5, "norm_groups: got 5, expected at most half of the batch size, 8"),
         ("data", "photos", "data: got 'photos'"),
         ("queue", 1, "queue: got 1"),
+        ("variants", ("both",) * 2, "variants: got 'both' twice"),
+        (
+            "variants",
+            ("both", "by dimension"),
+            "got 'by dimension'.*nearest: 'both, by dimension'; a value with a comma is followed by a semicolon",
+        ),
     ):
         with pytest.raises(InputError, match=words):
             run(replace(tiny(folder), **{field: value}), out=tmp_path / "out")

@@ -17,6 +17,7 @@ from lineament.core.checks import number, one_of, require
 from lineament.recipes.contrastive_ft import full_scale
 from lineament.recipes.contrastive_ft.claims import Runs, claims_of, numbers
 from lineament.recipes.contrastive_ft.training import VARIANTS, Trained, data_of, photographs_of, train
+from lineament.recipes.kit.configuration import several_of
 from lineament.recipes.kit.picture_folders import PictureFolders
 from lineament.recipes.kit.presets import presets
 from lineament.recipes.kit.stages import Stages
@@ -85,8 +86,7 @@ def run(config: Config, *, out: Path) -> Outcome:
     """Run the recipe into ``out``; a killed run goes on from its last finished training, on a folder of photographs from its last finished epoch."""
     one_of("data", config.data, ("digits", "images"))
     for field in ("variants", "photo_variants"):
-        for name in getattr(config, field):
-            one_of(field, name, VARIANTS)
+        several_of(field, getattr(config, field), VARIANTS)
     for name in ("samples", "test_samples", "batch_size", "epochs", "photo_epochs", "seeds"):
         number(name, getattr(config, name), low=1, integer=True)
     number("queue", config.queue, low=2, integer=True)

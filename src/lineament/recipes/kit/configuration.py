@@ -8,7 +8,7 @@ import math
 import pkgutil
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +215,25 @@ def _wanted(hint: Any) -> str:
     if origin is tuple:
         return f"{len(arguments)} values separated by commas: " + ", ".join(map(_wanted, arguments))
     return f"nothing: a field of type {getattr(hint, '__name__', hint)} is not for the command line"
+
+
+def several_of(what: str, values: Sequence[str], choices: Iterable[str]) -> None:
+    """Each once, and each one of the choices.
+
+    Raises:
+        InputError: what is not; says how values with a comma are separated.
+
+    >>> several_of("kinds", ("SL, no head",), ["SL, no head", "SL, MLP head"])
+    """
+    from lineament.core.checks import InputError, one_of, require
+
+    choices = list(choices)
+    for value in values:
+        try:
+            one_of(what, value, choices)
+        except InputError as error:
+            comma = next((choice for choice in choices if "," in choice), None)
+            hint = f'; a value with a comma is followed by a semicolon: "{comma};"' if comma else ""
+            raise InputError(f"{error}{hint}") from None
+    again = sorted({value for value in values if list(values).count(value) > 1})
+    require(not again, f"{what}: got {again[0] if again else ''!r} twice, expected each once")

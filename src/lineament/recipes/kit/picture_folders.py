@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from lineament.core.checks import InputError, number, require, suggest
 from lineament.core.models import device_of, frozen
-from lineament.data.formats import folder_of
 from lineament.load.folders import files_by_class, readable
 from lineament.recipes.kit.face_pictures import Pictures
 from lineament.recipes.kit.threads import usable_device
@@ -85,7 +84,13 @@ class Photographs(Pictures):
         return found
 
     def _read(self, file: Path) -> Tensor:
-        picture = readable([(str(file), file)], None, 1)[0][0]
+        try:
+            picture = readable([(str(file), file)], None, 1)[0][0]
+        except InputError as error:
+            said = str(error).partition("; ")[2] or str(error)
+            raise InputError(
+                f"data_folder: {said}; put a whole picture in its place, and the same command goes on"
+            ) from None
         picture = picture.movedim(-1, 0) if picture.ndim == 3 else picture.expand(3, -1, -1)
         height, width = picture.shape[1:]
         sides = [max(self.size, round(side * self.size / min(height, width))) for side in (height, width)]
@@ -98,12 +103,10 @@ def folders_of(data_folder: str | None, image_size: int) -> tuple[Photographs, P
     """Pictures to train on and held-out ones, with the classes of the first; every file's beginning is looked at.
 
     Raises:
-        InputError: no such folder, one class, a held-out class that is not trained on, or files that are no pictures.
+        InputError: no such folder, one class, a class without pictures in either part, a held-out one that is not trained on, or files that are no pictures.
     """
-    root = folder_of(data_folder)
-    require(root is not None, _NONE.format("data_folder: got none"))
-    assert root is not None
-    root = root.expanduser()
+    require(bool(data_folder), _NONE.format("data_folder: got none"))
+    root = Path(data_folder or "").expanduser()
     require(root.is_dir(), _NONE.format(f"data_folder: {str(root)!r} is no folder"))
     held_out = next((root / name for name in _HELD_OUT if (root / name).is_dir()), None)
     if held_out is None or not (root / "train").is_dir():
@@ -119,6 +122,11 @@ def folders_of(data_folder: str | None, image_size: int) -> tuple[Photographs, P
             if name not in names:
                 raise InputError(f"data_folder: {str(folder)!r} holds the class {name!r}, which is not in {str(root / 'train')!r}{suggest(name, names, most=1)}")  # fmt: skip
         number_of = [names.index(each.name) for each in folders]
+        empty = [name for k, name in enumerate(names) if k not in {number_of[k] for _, k in files}]
+        require(
+            not empty,
+            f"data_folder: {str(folder)!r} has no picture of {', '.join(map(repr, empty[:3]))}, expected some of each class",
+        )
         made.append(
             Photographs([file for file, _ in files], [number_of[k] for _, k in files], names, folder, size)
         )

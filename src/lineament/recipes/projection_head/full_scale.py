@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lineament.core.checks import InputError, number, one_of, require, suggest
+from lineament.core.checks import InputError, number, require, suggest
 from lineament.data.augmentation import flip
 from lineament.learn.projection.heads import WithHead, projection_head
 from lineament.learn.projection.layers import layers_worth
 from lineament.learn.projection.photograph_views import photograph_view, resized_crop
 from lineament.learn.projection.robust import DFRMLP
 from lineament.losses.contrastive import NTXent, SupCon
+from lineament.recipes.kit.configuration import several_of
 from lineament.recipes.kit.picture_folders import Photographs, ResNet, WholeBatches, features, folders_of
 from lineament.recipes.kit.stages import Stages
 from lineament.recipes.projection_head.claims import on_folder, values
@@ -54,8 +55,7 @@ class Part:
 
 def at_full_scale(config: Any, out: Path, slug: str, title: str) -> Outcome:
     """Every training for every seed; a killed run goes on from its last epoch."""
-    for name in config.kinds:
-        one_of("kinds", name, TRAININGS)
+    several_of("kinds", config.kinds, TRAININGS)
     for name in ("epochs", "seeds", "batch_size", "probe_samples", "mlp_hidden"):
         number(name, getattr(config, name), low=1 if name != "batch_size" else 2, integer=True)
     for name in ("rate", "temperature"):
@@ -87,6 +87,10 @@ def _read(config: Any) -> tuple[tuple[Part, Part], bool]:
             raise InputError(f"data_folder: the held-out pictures have the sub-folder {name!r}, which those to train on have not{suggest(name, names, most=1)}")  # fmt: skip
     made = [Part(each, torch.tensor([names.index(p) for p in each.parts])) for each in read]
     divided = any("/" in name for name in names)
+    require(
+        config.probe_samples >= 2 * len(names),
+        f"probe_samples: got {config.probe_samples}, expected at least two of each of {len(names)} classes or sub-folders",
+    )
     counts = torch.bincount(made[1].parts, minlength=len(names))
     few = [name for name, count in zip(names, counts.tolist()) if count < 2]
     require(
@@ -143,7 +147,7 @@ def _some(encoder: nn.Module, part: Part, config: Any, seed: int) -> tuple[Tenso
     """Features, sub-folders and classes of pictures drawn by ``seed``, so many in all and as many of each sub-folder at most."""
     order = torch.randperm(len(part.parts), generator=torch.Generator().manual_seed(seed))
     names = part.parts.unique()
-    most = max(2, config.probe_samples // len(names))
+    most = config.probe_samples // len(names)
     rows = torch.cat([order[part.parts[order] == name][:most] for name in names])
     chosen = part.pictures.some(rows)
     return (
@@ -192,6 +196,8 @@ def _tables(
             spread = statistics.stdev(numbers[0]) if len(each) > 1 else None
             rows.append([name, side, *map(statistics.mean, numbers), spread])
     source = f"{len(train.pictures):,} photographs of {len(train.pictures.classes)} classes, {len(test.pictures):,} held out"
+    if config.probe_samples < max(len(train.pictures), len(test.pictures)):
+        source += f" (read out from at most {config.probe_samples:,} of each)"
     tables = [
         Table(
             f"{source}: accuracy of a logistic read-out (means of {config.seeds} seeds)",
