@@ -19,6 +19,7 @@ from lineament.audit import default
 from lineament.audit.catalogue import Lens, all_lenses
 from lineament.audit.catalogue import chosen as chosen_lenses
 from lineament.audit.data_options import DataOptions
+from lineament.audit.empty_answers import weighed
 from lineament.audit.language_run import audit_language
 from lineament.audit.phrases import places, sentence
 from lineament.audit.stages import (
@@ -249,6 +250,7 @@ def _audited(
             note(line)
         with threads(subject.flops * options.batch_size):
             found, checkpoint = sections(folder, _key(subject, loaded), chosen, subject, note)
+        found = weighed(found, subject)
 
     def report() -> Report:
         told, linked = verdict(chosen, found), _linked(found)
